@@ -1,0 +1,1 @@
+"""Who trains, who is frozen, and their forward passes."""

@@ -1,0 +1,1 @@
+"""Batches, tokenised datasets and the order in which training reads them."""

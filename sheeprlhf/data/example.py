@@ -1,0 +1,92 @@
+"""The typed data that training passes around: text example, tokenised example, batch.
+
+Letters of tensor names: B rows, T positions of a row, N targets (tokens that a position of the batch has to predict).
+A *segment* is one prompt with K >= 1 responses; the prompt is stored and computed once.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+
+class PreferenceExample(NamedTuple):
+    """One row as text. `response` is what supervised fine-tuning learns; the pair is what preference tasks learn."""
+
+    prompt: str
+    response: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+
+
+class Example(NamedTuple):
+    """One row as token ids.
+
+    Attributes:
+        row_id: the row's number in its split's source, for error messages.
+        prompt_ids: (P,) int32, P >= 1, begins with BOS where the tokenizer has one.
+        responses: K arrays (R_k,) int32, R_k >= 1, best first, each ending in EOS unless it was cut.
+    """
+
+    row_id: int
+    prompt_ids: np.ndarray
+    responses: tuple[np.ndarray, ...]
+
+    def num_tokens(self) -> int:
+        """Tokens computed for this row when the prompt is shared."""
+        return len(self.prompt_ids) + sum(len(r) for r in self.responses)
+
+
+class Layout(NamedTuple):
+    """Which tokens of a packed row may see which.
+
+    A packed row is segments laid end to end, each `[prompt | response 1 | ... | response K]`. A prompt token sees the
+    prompt up to itself; a token of response k sees the whole prompt and response k up to itself.
+
+    Attributes:
+        segments: per segment its prompt length and the lengths of its responses.
+        query_starts: (S+1,) int32, cumulative lengths of the S attention sequences: prompt with response 1, then each
+            further response alone, in packed order.
+        key_starts: (S+1,) int32, cumulative lengths of their keys: the same, each further response led by its prompt.
+        key_index: (M,) int64, packed position of each key; None if every segment has one response (keys == queries).
+        max_query: longest attention sequence, in queries.
+        max_key: longest attention sequence, in keys.
+    """
+
+    segments: tuple[tuple[int, tuple[int, ...]], ...]
+    query_starts: Tensor
+    key_starts: Tensor
+    key_index: Tensor | None
+    max_query: int
+    max_key: int
+
+
+class Batch(NamedTuple):
+    """Rows of one forward pass, packed (B=1, `layout`) or padded (`attention_mask_BT`). Targets have the same order.
+
+    Targets are ordered by row, then response, then position. With `targets="all"` a row's prompt tokens (from its
+    second on) precede its response tokens.
+
+    Attributes:
+        input_ids_BT: (B, T) int64.
+        position_ids_BT: (B, T) int64; response k's positions go on from the prompt's.
+        attention_mask_BT: (B, T) bool, True = a real token; None when packed.
+        layout: who sees whom in a packed row; None when padded.
+        logits_mask_BT: (B, T) bool, True where the language head runs.
+        logit_index_N: (N,) int64, which of the head's outputs (in row-major order of the mask) predicts target n.
+        target_ids_N: (N,) int64.
+        response_index_N: (N,) int64, which response target n belongs to, counted over the whole batch.
+        num_responses: responses in the batch.
+        row_ids: the rows' numbers, for error messages.
+    """
+
+    input_ids_BT: Tensor
+    position_ids_BT: Tensor
+    attention_mask_BT: Tensor | None
+    layout: Layout | None
+    logits_mask_BT: Tensor
+    logit_index_N: Tensor
+    target_ids_N: Tensor
+    response_index_N: Tensor
+    num_responses: int
+    row_ids: tuple[int, ...]

@@ -1,0 +1,1 @@
+"""Loading, packed attention, adapters and generation for Hugging Face causal language models."""

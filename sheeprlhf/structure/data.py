@@ -1,0 +1,96 @@
+"""Datasets: one dataclass each."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Optional
+
+from sheeprlhf.structure.option import Config, option
+
+
+@dataclass(unsafe_hash=True)
+class DataConfig(Config):
+    """What every dataset has. `row_format` names the function that turns a raw row into an example."""
+
+    row_format: ClassVar[str] = ""  # "module:function" in sheeprlhf.data; a constant, never read from a file
+
+    config_name: str = option("???", "Name of this choice.")
+    dataset_name: Optional[str] = option("???", "Hub id (owner/name) or local folder in the hub's layout.")
+    revision: Optional[str] = option(None, "Commit, tag or branch of the hub dataset.")
+    max_length: int = option(512, "Longest prompt plus response.", unit="tokens", minimum=2)
+    max_prompt_length: int = option(384, "Longest prompt; the response may use the rest.", unit="tokens", minimum=1)
+    on_overflow: str = option(
+        "truncate_prompt",
+        "An example that is too long: cut the prompt's start, drop the example, or stop with an error.",
+        choices=("truncate_prompt", "drop", "error"),
+    )
+    num_samples: Optional[int] = option(None, "Use only the first rows of each split.", unit="rows", minimum=1)
+    validation_split: float = option(
+        0.1, "Share of the training rows held out, if the dataset has no such split.", minimum=0.0, maximum=0.9
+    )
+    test_split: float = option(
+        0.1, "Share of the training rows kept for tests, if the dataset has no such split.", minimum=0.0, maximum=0.9
+    )
+    reward_model_split: float = option(
+        0.5, "Share of the training rows kept for the reward model; the rest fine-tunes.", minimum=0.0, maximum=1.0
+    )
+    split_seed: int = option(0, "Seed of the splits; apart from the run's seed, so that seeds share a test set.")
+    minimum_response_length: int = option(2, "Shorter responses are dropped.", unit="tokens", minimum=1)
+    remove_same_inputs: bool = option(True, "Keep the first of the rows that have the same prompt and response.")
+    remove_same_responses: bool = option(True, "Drop pairs whose chosen and rejected responses are equal.")
+    num_proc: int = option(1, "Processes that tokenise.", minimum=1)
+    cache_dir: Optional[str] = option(
+        None, "Where tokenised data is kept; null is $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf."
+    )
+
+
+@dataclass(unsafe_hash=True)
+class DocstringsConfig(DataConfig):
+    """Embedded: Python signatures and their one-line summaries, split by package."""
+
+    row_format: ClassVar[str] = "sheeprlhf.data.docstrings:format_row"
+
+    config_name: str = option("docstrings", "Name of this choice.")
+    dataset_name: Optional[str] = option(
+        "embedded:docstrings", "Hub id (owner/name) or local folder in the hub's layout."
+    )
+    max_length: int = option(128, "Longest prompt plus response.", unit="tokens", minimum=2)
+    max_prompt_length: int = option(96, "Longest prompt; the response may use the rest.", unit="tokens", minimum=1)
+
+
+@dataclass(unsafe_hash=True)
+class SummarizationConfig(DataConfig):
+    """Reddit posts and two summaries, one preferred (CarperAI/openai_summarize_comparisons)."""
+
+    row_format: ClassVar[str] = "sheeprlhf.data.summarization:format_row"
+
+    config_name: str = option("summarization", "Name of this choice.")
+    dataset_name: Optional[str] = option(
+        "CarperAI/openai_summarize_comparisons", "Hub id (owner/name) or local folder in the hub's layout."
+    )
+
+
+@dataclass(unsafe_hash=True)
+class HelpfulHarmlessConfig(DataConfig):
+    """Dialogues and two answers, one preferred (Dahoas/full-hh-rlhf)."""
+
+    row_format: ClassVar[str] = "sheeprlhf.data.helpful_harmless:format_row"
+
+    config_name: str = option("helpful_harmless", "Name of this choice.")
+    dataset_name: Optional[str] = option(
+        "Dahoas/full-hh-rlhf", "Hub id (owner/name) or local folder in the hub's layout."
+    )
+
+
+@dataclass(unsafe_hash=True)
+class LocalDataConfig(DataConfig):
+    """Your own jsonl, json, csv or parquet files: prompt+response, prompt+chosen+rejected, or messages."""
+
+    row_format: ClassVar[str] = "sheeprlhf.data.local:format_row"
+
+    config_name: str = option("local", "Name of this choice.")
+    dataset_name: Optional[str] = option(None, "Not used: give data.train_file.")
+    train_file: str = option("???", "File with the training rows (.jsonl, .json, .csv or .parquet).")
+    validation_file: Optional[str] = option(None, "File with the validation rows; null cuts them from the training rows.")
+    test_file: Optional[str] = option(None, "File with the test rows; null cuts them from the training rows.")
+    reward_model_split: float = option(
+        0.0, "Share of the training rows kept for the reward model; the rest fine-tunes.", minimum=0.0, maximum=1.0
+    )

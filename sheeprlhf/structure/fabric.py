@@ -1,0 +1,41 @@
+"""Where a run computes: the arguments of Lightning Fabric."""
+
+from dataclasses import dataclass
+
+from sheeprlhf.structure.option import Config, option
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
+STRATEGIES = ("auto", "ddp", "fsdp2", "deepspeed")
+
+
+@dataclass(unsafe_hash=True)
+class FabricConfig(Config):
+    """On the CPU, one process."""
+
+    config_name: str = option("cpu", "Name of this choice.")
+    accelerator: str = option("cpu", "Kind of device.", choices=("cpu", "cuda", "auto"))
+    devices: str = option("1", "Number of devices (processes) on each machine, or 'auto' for all that are there.")
+    num_nodes: int = option(1, "Number of machines.", minimum=1)
+    strategy: str = option("auto", "How several devices share the work.", choices=STRATEGIES)
+    precision: str = option(
+        "32-true", "Number format: weights stay float32 under the mixed ones.", choices=PRECISIONS
+    )
+
+
+@dataclass(unsafe_hash=True)
+class AutoCudaConfig(FabricConfig):
+    """On one CUDA device, in bf16-mixed precision."""
+
+    config_name: str = option("auto_cuda", "Name of this choice.")
+    accelerator: str = option("cuda", "Kind of device.", choices=("cpu", "cuda", "auto"))
+    precision: str = option(
+        "bf16-mixed", "Number format: weights stay float32 under the mixed ones.", choices=PRECISIONS
+    )
+
+
+@dataclass(unsafe_hash=True)
+class AutoConfig(FabricConfig):
+    """On a CUDA device if there is one, else on the CPU."""
+
+    config_name: str = option("auto", "Name of this choice.")
+    accelerator: str = option("auto", "Kind of device.", choices=("cpu", "cuda", "auto"))

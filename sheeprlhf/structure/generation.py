@@ -1,0 +1,17 @@
+"""How text is sampled."""
+
+from dataclasses import dataclass
+
+from sheeprlhf.structure.option import Config, option
+
+
+@dataclass(unsafe_hash=True)
+class GenConfig(Config):
+    """Sampling of the example texts that training shows; a model's own generation defaults never apply."""
+
+    max_new_tokens: int = option(64, "Longest generated response.", unit="tokens", minimum=1)
+    num_beams: int = option(1, "Beams of beam search; 1 is plain decoding.", minimum=1)
+    do_sample: bool = option(False, "Sample; false takes the likeliest token.")
+    top_k: int = option(0, "Sample among the k likeliest tokens; 0 is all.", minimum=0)
+    top_p: float = option(1.0, "Sample among the likeliest tokens of this total probability.", above=0.0, maximum=1.0)
+    temperature: float = option(1.0, "Divides the logits before sampling.", above=0.0)

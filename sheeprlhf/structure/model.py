@@ -1,0 +1,123 @@
+"""Models: one dataclass each."""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from sheeprlhf.structure.option import Config, option
+
+
+@dataclass(unsafe_hash=True)
+class HuggingFaceConfig(Config):
+    """How the weights are found."""
+
+    revision: Optional[str] = option(None, "Commit, tag or branch of the hub repository.")
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the model. Needs library_cfg.revision=<40-digit commit>."
+    )
+    local_files_only: bool = option(False, "Never ask the hub; use the local cache alone.")
+
+
+@dataclass(unsafe_hash=True)
+class LORAConfig(Config):
+    """Low-rank adapters (Hu et al., 2021)."""
+
+    targets: Any = option(
+        "all-linear", "Modules that get an adapter: 'all-linear', or a list of names such as [q_proj,v_proj]."
+    )
+    rank: int = option(16, "Rank of the update matrices.", minimum=1)
+    alpha: float = option(32.0, "The update is scaled by alpha / rank.", above=0.0)
+    dropout: float = option(0.0, "Dropout before the adapter.", minimum=0.0, maximum=0.99)
+    lr: float = option(2e-4, "Learning rate of adapters when optim.lr is null.", minimum=0.0)
+
+
+@dataclass(unsafe_hash=True)
+class ModelConfig(Config):
+    """Any causal language model, by hub name or folder."""
+
+    config_name: str = option("???", "Name of this choice.")
+    repo_name: Optional[str] = option("???", "Hub id (owner/name) or local folder in the hub's layout.")
+    finetune_mode: str = option("ALL", "What trains: all weights, or LoRA adapters.", choices=("ALL", "LORA"))
+    lora_cfg: Optional[LORAConfig] = LORAConfig()
+    library_cfg: HuggingFaceConfig = HuggingFaceConfig()
+    embedding_dim_name: Optional[str] = option(
+        None, "Name, in the model's config, of the width of the vectors that its head reads; null finds it."
+    )
+    dtype: str = option(
+        "float32", "Number format that the weights are loaded in.", choices=("float32", "bfloat16", "float16")
+    )
+    disable_dropout: bool = option(True, "Switch off every dropout of the base model (a LoRA adapter keeps its own).")
+    freeze_transformer: bool = option(False, "Train the language model's head alone.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
+    lr: float = option(1e-5, "Learning rate of all weights when optim.lr is null.", minimum=0.0)
+    random_init: bool = option(False, "Start from random weights of the model's shape (pretraining).")
+
+
+@dataclass(unsafe_hash=True)
+class TinyConfig(ModelConfig):
+    """The embedded model: 5.8M parameters, made by this framework; offline, on a CPU."""
+
+    config_name: str = option("tiny", "Name of this choice.")
+    repo_name: Optional[str] = option("embedded:tiny", "Hub id (owner/name) or local folder in the hub's layout.")
+    lora_cfg: Optional[LORAConfig] = LORAConfig(lr=2e-3)
+    lr: float = option(5e-4, "Learning rate of all weights when optim.lr is null.", minimum=0.0)
+
+
+@dataclass(unsafe_hash=True)
+class AutoModelConfig(ModelConfig):
+    """Any causal language model: give model.repo_name=<hub id or folder>."""
+
+    config_name: str = option("auto", "Name of this choice.")
+
+
+@dataclass(unsafe_hash=True)
+class OPTConfig(ModelConfig):
+    """OPT 350M (facebook/opt-350m)."""
+
+    config_name: str = option("opt", "Name of this choice.")
+    repo_name: Optional[str] = option("facebook/opt-350m", "Hub id (owner/name) or local folder in the hub's layout.")
+    embedding_dim_name: Optional[str] = option(
+        "word_embed_proj_dim", "Name, in the model's config, of the width of the vectors that its head reads."
+    )
+    lora_cfg: Optional[LORAConfig] = LORAConfig(targets="('q_proj','v_proj')")
+
+
+@dataclass(unsafe_hash=True)
+class GPT2Config(ModelConfig):
+    """GPT-2 124M (openai-community/gpt2); medium with model.repo_name=openai-community/gpt2-medium."""
+
+    config_name: str = option("gpt2", "Name of this choice.")
+    repo_name: Optional[str] = option(
+        "openai-community/gpt2", "Hub id (owner/name) or local folder in the hub's layout."
+    )
+    embedding_dim_name: Optional[str] = option(
+        "n_embd", "Name, in the model's config, of the width of the vectors that its head reads."
+    )
+    lora_cfg: Optional[LORAConfig] = LORAConfig(targets="('c_attn',)")
+
+
+@dataclass(unsafe_hash=True)
+class PhiConfig(ModelConfig):
+    """Phi-1.5 1.3B (microsoft/phi-1_5)."""
+
+    config_name: str = option("phi", "Name of this choice.")
+    repo_name: Optional[str] = option("microsoft/phi-1_5", "Hub id (owner/name) or local folder in the hub's layout.")
+    lora_cfg: Optional[LORAConfig] = LORAConfig(targets="('q_proj','k_proj','v_proj','dense')")
+
+
+@dataclass(unsafe_hash=True)
+class FalconConfig(ModelConfig):
+    """Falcon 7B (tiiuae/falcon-7b); runs on padded batches."""
+
+    config_name: str = option("falcon", "Name of this choice.")
+    repo_name: Optional[str] = option("tiiuae/falcon-7b", "Hub id (owner/name) or local folder in the hub's layout.")
+    lora_cfg: Optional[LORAConfig] = LORAConfig(targets="('query_key_value',)")
+
+
+@dataclass(unsafe_hash=True)
+class SmolLM2Config(ModelConfig):
+    """SmolLM2 135M Instruct (HuggingFaceTB/SmolLM2-135M-Instruct)."""
+
+    config_name: str = option("smollm2", "Name of this choice.")
+    repo_name: Optional[str] = option(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", "Hub id (owner/name) or local folder in the hub's layout."
+    )

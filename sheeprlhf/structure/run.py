@@ -1,0 +1,59 @@
+"""The two roots: what `train` and `eval` compose."""
+
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.optim import OptimizerConfig
+from sheeprlhf.structure.option import Config, option
+from sheeprlhf.structure.task import EvalTaskConfig, TrainTaskConfig
+
+
+@dataclass(unsafe_hash=True)
+class TrainConfig(Config):
+    """A training run."""
+
+    task: TrainTaskConfig = MISSING
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    fabric: FabricConfig = MISSING
+    optim: OptimizerConfig = MISSING
+    generation: GenConfig = GenConfig()
+    experiment: Any = option(None, "Named recipe of configs/experiment.")
+    seed: int = option(42, "Seed of everything random in the run.", minimum=0)
+    dry_run: bool = option(False, "A complete run of two optimizer steps.")
+    run_name: str = option("default", "Last part of the run directory.")
+    root_dir: str = option("logs/runs", "Where run directories are made.")
+    resume: bool = option(False, "Go on with the newest unfinished run of the same configuration.")
+    resume_from: Optional[str] = option(None, "Go on with the run in this directory.")
+    torch_deterministic: bool = option(False, "Deterministic kernels on CUDA (slower). The CPU is always deterministic.")
+    debug: bool = option(False, "Show the traceback of an error.")
+
+    def peak_lr(self) -> float:
+        """The learning rate after the warm-up: the optimizer's, else the model's own for what trains."""
+        if self.optim.lr is not None:
+            return self.optim.lr
+        if self.model.finetune_mode == "LORA" and self.model.lora_cfg is not None:
+            return self.model.lora_cfg.lr
+        return self.model.lr
+
+
+@dataclass(unsafe_hash=True)
+class EvalConfig(Config):
+    """An evaluation of a run, or of a model on a dataset."""
+
+    task: EvalTaskConfig = MISSING
+    fabric: FabricConfig = MISSING
+    model: Optional[ModelConfig] = option(None, "Model to evaluate; null takes the run's.")
+    data: Optional[DataConfig] = option(None, "Dataset to evaluate on; null takes the run's.")
+    generation: GenConfig = GenConfig()
+    experiment_dir: Optional[str] = option(None, "Run directory to evaluate; results go into its eval/ folder.")
+    output_dir: str = option("logs/eval", "Where results go when there is no experiment_dir.")
+    seed: int = option(42, "Seed of everything random.", minimum=0)
+    dry_run: bool = option(False, "Evaluate on two mini-batches.")
+    debug: bool = option(False, "Show the traceback of an error.")

@@ -1,0 +1,82 @@
+"""Tasks: one dataclass each, which names its entry point."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Optional
+
+from sheeprlhf.structure.option import Config, option
+
+
+@dataclass(unsafe_hash=True)
+class TrainTaskConfig(Config):
+    """What every training task has. All intervals count optimizer steps."""
+
+    entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config, run_dir)
+
+    config_name: str = option("???", "Name of this choice.")
+    epochs: int = option(1, "Passes over the training rows.", minimum=1)
+    max_num_steps: Optional[int] = option(None, "Stop after this many.", unit="optimizer steps", minimum=1)
+    mini_batch_size: int = option(32, "Rows of one optimizer step, all devices together.", unit="rows", minimum=1)
+    micro_batch_size: int = option(
+        32, "Most rows in one forward pass; the token budget cuts further.", unit="rows", minimum=1
+    )
+    token_budget: int = option(2048, "Most tokens in one forward pass.", unit="tokens", minimum=1)
+    batching: str = option(
+        "auto",
+        "Rows of a forward pass laid end to end, or padded; auto packs wherever the model can.",
+        choices=("auto", "packed", "padded"),
+    )
+    num_workers: int = option(0, "Threads that collate batches ahead; 0 collates in the training thread.", minimum=0)
+    gradient_clip_val: Optional[float] = option(1.0, "Largest gradient norm; null does not clip.", above=0.0)
+    lr_warmup_steps: int = option(0, "Linear rise of the learning rate.", unit="optimizer steps", minimum=0)
+    log_interval: int = option(5, "Between two lines of metrics.", unit="optimizer steps", minimum=1)
+    eval_interval: int = option(100, "Between two validations.", unit="optimizer steps", minimum=1)
+    eval_iters: Optional[int] = option(
+        None, "Validate on this many mini-batches; null takes all.", unit="mini-batches", minimum=1
+    )
+    save_interval: int = option(100, "Between two checkpoints.", unit="optimizer steps", minimum=1)
+    keep_checkpoints: int = option(2, "Newest checkpoints kept (the best one is kept besides).", minimum=1)
+    num_sample_prompts: int = option(
+        3, "Validation prompts whose generations are shown at every validation.", minimum=0
+    )
+
+
+@dataclass(unsafe_hash=True)
+class SFTConfig(TrainTaskConfig):
+    """Supervised fine-tuning: learn to write the response, given the prompt."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.train.sft:train"
+
+    config_name: str = option("sft", "Name of this choice.")
+    use_masked_targets: bool = option(True, "Train on the response alone; false trains on the prompt too.")
+    label_smoothing: float = option(
+        0.0, "Share of the target probability spread over the vocabulary.", minimum=0.0, maximum=0.99
+    )
+
+
+@dataclass(unsafe_hash=True)
+class EvalTaskConfig(Config):
+    """What every evaluation has."""
+
+    entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config)
+
+    config_name: str = option("???", "Name of this choice.")
+    model_name: str = option("final", "Weights of the run: final, best, last, or step-<n>.")
+    data_split: str = option("test", "Split to evaluate on.", choices=("train", "validation", "test", "reward"))
+    num_samples: Optional[int] = option(None, "Evaluate on the first rows only.", unit="rows", minimum=1)
+    mini_batch_size: int = option(64, "Rows prepared together.", unit="rows", minimum=1)
+    token_budget: int = option(4096, "Most tokens in one forward pass.", unit="tokens", minimum=1)
+    batching: str = option(
+        "auto",
+        "Rows of a forward pass laid end to end, or padded; auto packs wherever the model can.",
+        choices=("auto", "packed", "padded"),
+    )
+
+
+@dataclass(unsafe_hash=True)
+class PerplexityConfig(EvalTaskConfig):
+    """exp of the mean negative log-likelihood of a token."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.eval.perplexity:evaluate"
+
+    config_name: str = option("perplexity", "Name of this choice.")
+    use_masked_targets: bool = option(True, "Count the response's tokens alone; false counts the prompt's too.")

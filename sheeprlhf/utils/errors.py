@@ -1,0 +1,72 @@
+"""Every error that a user can cause: one message that names the key, the value and the fix, and an exit code.
+
+The command line prints the message of a `SheepError` and no traceback (`debug=true` shows it). Each class also has a
+standard-library parent, so that library users can catch what they expect, and survives pickling between processes.
+"""
+
+
+class SheepError(Exception):
+    """Base of the errors whose message is meant for the user. `exit_code` is the process's exit status."""
+
+    exit_code = 1
+
+
+class ConfigError(SheepError, ValueError):
+    """The configuration cannot work: wrong key, value or combination. Carries all problems at once.
+
+    Args:
+        problems: one sentence each: key, value, fix.
+    """
+
+    exit_code = 2
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        """The problems, one a line."""
+        return "\n".join(self.problems)
+
+
+class DataError(SheepError, ValueError):
+    """The data cannot be used: names file, row and column, and the fix."""
+
+    exit_code = 2
+
+
+class ModelError(SheepError, ValueError):
+    """The model cannot be loaded or used as asked."""
+
+    exit_code = 2
+
+
+class RunInUseError(SheepError, RuntimeError):
+    """Another process holds the run directory's lock."""
+
+    exit_code = 2
+
+
+class CheckpointError(SheepError, RuntimeError):
+    """A checkpoint is missing, damaged or of another run."""
+
+
+class NonFiniteError(SheepError, ArithmeticError):
+    """A loss or gradient is not finite. All ranks raise it together, before any weight changes."""
+
+
+class Interrupted(SheepError):
+    """Training stopped at a step's end because a signal asked for it; the state is saved.
+
+    Args:
+        signum: the signal's number; the exit code is 128 + signum.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+        self.exit_code = 128 + signum
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        return f"stopped by signal {self.signum}; the state is saved"
