@@ -1,7 +1,7 @@
 """Signature and docstring pairs, taken from Python source text with ``ast`` only.
 
-Nothing is imported and nothing is run: a source file is parsed, each function, method and class with a docstring becomes
-an `Entry`, and the rules below say which of its parts are clean enough to train on.
+Nothing is imported and nothing is run: a source file is parsed, each function, method and class with a docstring
+becomes an `Entry`, and the rules below say which of its parts are clean enough to train on.
 """
 
 import ast
@@ -107,7 +107,9 @@ def paragraphs(docstring: str) -> str | None:
     for block in docstring.split("\n\n"):
         block = block.strip("\n").rstrip()
         words = " ".join(block.split())
-        if not _ASCII_TEXT.match(block) or _DIRECTIVE.search(block) or block.startswith(" ") or words.endswith(":"):
+        if not _ASCII_TEXT.match(block) or _DIRECTIVE.search(block) or block.startswith(" "):
+            break
+        if block.split("\n")[0].endswith(":"):
             break
         if not words.endswith((".", "!", "?")) or len(words.split()) < MIN_WORDS:
             break

@@ -1,6 +1,7 @@
 """The typed data that training passes around: text example, tokenised example, batch.
 
-Letters of tensor names: B rows, T positions of a row, N targets (tokens that a position of the batch has to predict).
+Letters of tensor names: B rows, T positions of a row, R positions where the language head runs, N targets (tokens that
+those positions have to predict).
 A *segment* is one prompt with K >= 1 responses; the prompt is stored and computed once.
 """
 
@@ -72,8 +73,8 @@ class Batch(NamedTuple):
         position_ids_BT: (B, T) int64; response k's positions go on from the prompt's.
         attention_mask_BT: (B, T) bool, True = a real token; None when packed.
         layout: who sees whom in a packed row; None when padded.
-        logits_mask_BT: (B, T) bool, True where the language head runs.
-        logit_index_N: (N,) int64, which of the head's outputs (in row-major order of the mask) predicts target n.
+        head_positions_R: (R,) int64, ascending places in the flattened (B*T,) rows where the language head runs.
+        logit_index_N: (N,) int64, which of the R head outputs predicts target n.
         target_ids_N: (N,) int64.
         response_index_N: (N,) int64, which response target n belongs to, counted over the whole batch.
         num_responses: responses in the batch.
@@ -84,7 +85,7 @@ class Batch(NamedTuple):
     position_ids_BT: Tensor
     attention_mask_BT: Tensor | None
     layout: Layout | None
-    logits_mask_BT: Tensor
+    head_positions_R: Tensor
     logit_index_N: Tensor
     target_ids_N: Tensor
     response_index_N: Tensor

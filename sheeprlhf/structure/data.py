@@ -89,7 +89,9 @@ class LocalDataConfig(DataConfig):
     config_name: str = option("local", "Name of this choice.")
     dataset_name: Optional[str] = option(None, "Not used: give data.train_file.")
     train_file: str = option("???", "File with the training rows (.jsonl, .json, .csv or .parquet).")
-    validation_file: Optional[str] = option(None, "File with the validation rows; null cuts them from the training rows.")
+    validation_file: Optional[str] = option(
+        None, "File with the validation rows; null cuts them from the training rows."
+    )
     test_file: Optional[str] = option(None, "File with the test rows; null cuts them from the training rows.")
     reward_model_split: float = option(
         0.0, "Share of the training rows kept for the reward model; the rest fine-tunes.", minimum=0.0, maximum=1.0

@@ -17,9 +17,7 @@ class FabricConfig(Config):
     devices: str = option("1", "Number of devices (processes) on each machine, or 'auto' for all that are there.")
     num_nodes: int = option(1, "Number of machines.", minimum=1)
     strategy: str = option("auto", "How several devices share the work.", choices=STRATEGIES)
-    precision: str = option(
-        "32-true", "Number format: weights stay float32 under the mixed ones.", choices=PRECISIONS
-    )
+    precision: str = option("32-true", "Number format: weights stay float32 under the mixed ones.", choices=PRECISIONS)
 
 
 @dataclass(unsafe_hash=True)

@@ -31,7 +31,9 @@ class TrainConfig(Config):
     root_dir: str = option("logs/runs", "Where run directories are made.")
     resume: bool = option(False, "Go on with the newest unfinished run of the same configuration.")
     resume_from: Optional[str] = option(None, "Go on with the run in this directory.")
-    torch_deterministic: bool = option(False, "Deterministic kernels on CUDA (slower). The CPU is always deterministic.")
+    torch_deterministic: bool = option(
+        False, "Deterministic kernels on CUDA (slower). The CPU is always deterministic."
+    )
     debug: bool = option(False, "Show the traceback of an error.")
 
     def peak_lr(self) -> float:

@@ -1,0 +1,122 @@
+"""SheepRLHF on the peers' fixed work: the same examples, updates and clock; prints one line `RESULT {json}`.
+
+    python benchmarks/run_sheeprlhf.py --work WORK --model tiny4k|tiny|smol [--precision fp32|bf16-mixed|bf16] [...]
+
+WORK holds `data-<vocabulary>/pairs.jsonl` and `models/<name>/`. Update k trains on rows [k*batch, (k+1)*batch) in file
+order with AdamW at 1e-5 and gradients clipped at 1.0. Useful tokens are counted from the file. `startup_s` is from the
+creation of the process to the end of the first update; warm-up updates are not timed; memory is the process's peak RSS.
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+PRECISIONS = {"fp32": "32-true", "bf16-mixed": "bf16-mixed", "bf16": "bf16-true"}
+
+
+def process_start() -> float:
+    """Wall-clock time at which this process was created, from the kernel."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    """Time `updates` optimizer steps after `warmup` ones."""
+    started = process_start()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="sft", choices=["sft"])
+    parser.add_argument("--model", default="tiny4k")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--precision", default="fp32", choices=sorted(PRECISIONS))
+    parser.add_argument("--batch", type=int, default=8, help="examples of one update")
+    parser.add_argument("--micro", type=int, default=8, help="most examples of one forward pass")
+    parser.add_argument("--token-budget", type=int, default=2048, help="most tokens of one forward pass")
+    parser.add_argument("--updates", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--full-loss", action="store_true", help="loss on prompt tokens too")
+    parser.add_argument("--padded", action="store_true")
+    parser.add_argument("--gc", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--tag", default="")
+    args = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+    import numpy as np
+    import torch
+
+    import sheeprlhf
+    from sheeprlhf.agent.policy import load_policy
+    from sheeprlhf.data.example import Example
+    from sheeprlhf.engine.fabric import make_fabric
+    from sheeprlhf.engine.optim import build_optimizer
+    from sheeprlhf.engine.step import update
+    from sheeprlhf.model.load import load_tokenizer
+    from sheeprlhf.structure.fabric import FabricConfig
+    from sheeprlhf.structure.model import ModelConfig
+    from sheeprlhf.structure.optim import AdamWConfig
+    from sheeprlhf.task.batches import Batches
+    from sheeprlhf.task.train.sft import sft_loss
+
+    folder = args.work / "models" / args.model
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    with (args.work / f"data-{vocabulary}" / "pairs.jsonl").open() as file:
+        rows = [
+            json.loads(line) for line, _ in zip(file, range(args.batch * (args.warmup + args.updates)), strict=False)
+        ]
+    examples = [
+        Example(i, np.array(r["prompt_ids"], np.int32), (np.array(r["response_ids"], np.int32),))
+        for i, r in enumerate(rows)
+    ]
+    lengths = np.array([example.num_tokens() for example in examples], np.int32)
+    split = SimpleNamespace(lengths=lengths, examples=lambda part: [examples[i] for i in part])
+
+    dtype = "bfloat16" if args.precision == "bf16" else "float32"
+    model = ModelConfig(config_name="auto", repo_name=str(folder), dtype=dtype, gradient_checkpointing=args.gc)
+    fabric = make_fabric(FabricConfig(accelerator=args.device, precision=PRECISIONS[args.precision]))
+    fabric.launch()
+    batching = "padded" if args.padded else "packed"
+    policy, packed = load_policy(model, load_tokenizer(model), longest=int(lengths.max()), batching=batching)
+    optimizer = build_optimizer(AdamWConfig(weight_decay=0.0), policy, 1e-5)
+    module, optimizer = fabric.setup(policy, optimizer)
+    options = SimpleNamespace(mini_batch_size=args.batch, micro_batch_size=args.micro, token_budget=args.token_budget)
+    batches = Batches(fabric, options, packed=packed, targets="all" if args.full_loss else "response")
+    ends, losses = [], []
+    for k in range(args.warmup + args.updates):
+        micro_batches = batches.of(split, np.arange(k * args.batch, (k + 1) * args.batch))  # type: ignore[arg-type]
+        losses.append(update(fabric, module, optimizer, micro_batches, sft_loss, max_grad_norm=1.0)["loss"])
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.time())
+    seconds = ends[-1] - ends[args.warmup - 1]
+    useful = int(lengths[args.batch * args.warmup :].sum())
+    result = {
+        "framework": "sheeprlhf",
+        "version": sheeprlhf.__version__,
+        "task": args.task,
+        "model": args.model,
+        "precision": args.precision,
+        "useful_tokens": useful,
+        "samples": args.batch * args.updates,
+        "seconds": round(seconds, 3),
+        "tokens_per_s": round(useful / seconds, 1),
+        "samples_per_s": round(args.batch * args.updates / seconds, 3),
+        "startup_s": round(ends[0] - started, 2),
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "step_times": [round(b - a, 3) for a, b in zip(ends[args.warmup - 1 :], ends[args.warmup :], strict=False)],
+        "threads": torch.get_num_threads(),
+        "settings": {key: str(value) for key, value in vars(args).items() if key != "work"},
+        "losses": [round(loss, 4) for loss in losses[:8]],
+    }
+    if args.device == "cuda":
+        result["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The language model that is trained: from a batch to the log-probabilities of its targets.
+
+Letters: B rows, T positions, R positions where the head runs, N targets, C hidden width.
+"""
+
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sheeprlhf.data.collate import collate_packed, collate_padded
+from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.model.attention import placeholder_mask
+from sheeprlhf.model.head import TokenLogprobs, head_logprobs, logprobs_from_logits
+from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm, uses_packed_attention
+from sheeprlhf.model.lora import add_lora, load_lora
+from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.utils.errors import ModelError
+
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}  # nats, of the check before training
+
+
+class Policy(nn.Module):
+    """A causal language model, whole or with adapters, that scores the targets of a packed or padded batch.
+
+    Args:
+        model: the model, or a PEFT model around it.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def causal_lm(self) -> PreTrainedModel:
+        """The Hugging Face model; with adapters, the one that they sit in."""
+        return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
+
+    def forward(self, batch: Batch, mean: bool = False) -> TokenLogprobs:
+        """Log-probabilities of the batch's targets, float32, nats.
+
+        Args:
+            batch: packed or padded; the two give equal numbers.
+            mean: also the mean over the vocabulary (label smoothing).
+        """
+        model = self.causal_lm()
+        if batch.layout is None:
+            head_mask_BT = torch.zeros_like(batch.input_ids_BT, dtype=torch.bool)
+            head_mask_BT.view(-1)[batch.head_positions_R] = True
+            outputs = model(
+                input_ids=batch.input_ids_BT,
+                attention_mask=batch.attention_mask_BT,
+                position_ids=batch.position_ids_BT,
+                logits_to_keep=head_mask_BT,
+                use_cache=False,
+            )
+            return logprobs_from_logits(outputs.logits, batch.logit_index_N, batch.target_ids_N, mean=mean)
+        backbone, head = backbone_and_head(model)
+        hidden_BTC = hidden_states(
+            backbone,
+            input_ids=batch.input_ids_BT,
+            attention_mask=placeholder_mask(batch.input_ids_BT),
+            position_ids=batch.position_ids_BT,
+            layout=batch.layout,
+        )
+        hidden_RC = hidden_BTC.flatten(0, 1).index_select(0, batch.head_positions_R)
+        return head_logprobs(hidden_RC, head, batch.logit_index_N, batch.target_ids_N, mean=mean)
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write what `from_pretrained` loads: the model, or its adapters, and the tokenizer."""
+        self.model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(folder)
+
+
+def load_policy(
+    cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, batching: str, adapter: Path | None = None
+) -> tuple[Policy, bool]:
+    """Load the model, add adapters if asked, and choose packed or padded batches.
+
+    Args:
+        cfg: the model's configuration.
+        tokenizer: its tokenizer.
+        longest: tokens of the longest sequence that it will see.
+        batching: "packed", "padded", or "auto": packed if `packing_problem` finds none.
+        adapter: folder of trained adapters to put on the model instead of new ones.
+
+    Returns:
+        The policy, and whether its batches are packed.
+
+    Raises:
+        ModelError: the model cannot be loaded, is too small for the data, or batching=packed and it cannot do it.
+    """
+    model = load_causal_lm(cfg, vocabulary=len(tokenizer), longest=longest)
+    if adapter is not None:
+        policy = Policy(load_lora(model, adapter))
+    elif cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
+        policy = Policy(add_lora(model, cfg.lora_cfg))
+    else:
+        policy = Policy(model)
+    if batching == "padded":
+        return policy, False
+    problem = packing_problem(policy, longest)
+    if problem and batching == "packed":
+        raise ModelError(f"task.batching=packed: {problem}; set task.batching=padded")
+    return policy, not problem
+
+
+def packing_problem(policy: Policy, longest: int) -> str:
+    """Why this model cannot compute packed batches of sequences up to `longest` tokens; empty if it can.
+
+    Two short examples are scored packed and padded; the numbers have to be equal.
+    """
+    model = policy.causal_lm()
+    window = (
+        getattr(model.config, "sliding_window", None) if getattr(model.config, "use_sliding_window", True) else None
+    )
+    if window is not None and window < longest:
+        return f"{type(model).__name__} sees {window} tokens back, the data is up to {longest} long"
+    if not uses_packed_attention(model):
+        return f"the attention of {type(model).__name__} cannot be replaced"
+    ids = np.arange(12, dtype=np.int32) % 5 + 3
+    examples = [Example(0, ids[:4], (ids[4:9],)), Example(1, ids[1:3], (ids[2:12],))]
+    device = next(policy.parameters()).device
+    training = {module: module.training for module in policy.modules()}
+    policy.eval()
+    try:
+        with torch.no_grad():
+            packed = policy(move_data_to_device(collate_packed(examples), device)).target_N
+            padded = policy(move_data_to_device(collate_padded(examples, pad_id=0), device)).target_N
+    except (TypeError, ModelError) as error:  # the model refuses an argument that packed batches need
+        return str(error)
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    difference = float((packed - padded).abs().max())
+    if difference <= _TOLERANCE[next(policy.parameters()).dtype]:
+        return ""
+    return f"packed and padded log-probabilities of {type(model).__name__} differ by {difference:.2g} nats"

@@ -1,0 +1,1 @@
+"""The embedded data and model, and the scripts that build them."""

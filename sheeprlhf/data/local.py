@@ -1,0 +1,82 @@
+"""Your own files: `prompt` + `response`, `prompt` + `chosen` + `rejected`, or `messages`."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from sheeprlhf.data.example import PreferenceExample
+from sheeprlhf.data.rows import DropRowError, TemplatedExample, optional_text, text
+from sheeprlhf.utils.errors import DataError
+
+ROLE = re.compile(r"[A-Za-z_]{1,32}")
+SHAPES = "a row has prompt and response, or prompt, chosen and rejected, or messages"
+
+
+def format_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | None:
+    """The row as it is; a row of `messages` goes once through the model's chat template.
+
+    Raises:
+        DataError: if the row has none of the three shapes, or the template cannot render it.
+        DropRowError: if a message contains the text of a special token.
+    """
+    if row.get("messages") is not None:
+        return _from_messages(row["messages"], tokenizer)
+    if row.get("response") is None and row.get("chosen") is None:
+        found = ", ".join(name for name in row if row[name] is not None) or "nothing"
+        raise DataError(f"{SHAPES}; found {found}")
+    chosen, rejected = optional_text(row, "chosen"), optional_text(row, "rejected")
+    if (chosen is None) != (rejected is None):
+        raise DataError("chosen and rejected go together; one of the two columns is missing or null")
+    return PreferenceExample(text(row, "prompt"), optional_text(row, "response"), chosen, rejected)
+
+
+def _from_messages(messages: Any, tokenizer: Any) -> TemplatedExample:
+    """The last assistant message is the response, everything before it the prompt.
+
+    The response is what the template writes after the prompt, up to its first EOS.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "column 'messages' needs a chat template and this model has none; take an instruction-tuned model "
+            "(model=smollm2) or write the rows as prompt and response"
+        )
+    turns = _turns(messages)
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    if last == 0:
+        raise DataError("column 'messages' needs an assistant message with a message before it")
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if any(token in part for turn in turns for part in turn.values() for token in special):
+        raise DropRowError("special_tokens_in_messages")
+    try:
+        prompt = tokenizer.apply_chat_template(turns[:last], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(turns[: last + 1], tokenize=False)
+    except TemplateError as error:
+        raise DataError(f"the model's chat template refuses column 'messages': {error}") from None
+    if not whole.startswith(prompt):
+        raise DataError(
+            "the model's chat template writes the conversation differently once it is answered; "
+            "write the rows as prompt and response"
+        )
+    response = whole[len(prompt) :]
+    if tokenizer.eos_token and tokenizer.eos_token in response:
+        response = response[: response.index(tokenizer.eos_token) + len(tokenizer.eos_token)]
+    if not turns[last]["content"].strip():
+        response = ""  # a template writes its markers around nothing
+    return TemplatedExample(prompt=prompt, response=response)
+
+
+def _turns(messages: Any) -> list[dict[str, str]]:
+    """The conversation, checked: a list of {role, content}, both text."""
+    if not isinstance(messages, list) or not all(isinstance(turn, Mapping) for turn in messages):
+        raise DataError("column 'messages' must be a list of {role, content}")
+    turns = []
+    for number, turn in enumerate(messages):
+        try:
+            turns.append({"role": text(turn, "role"), "content": text(turn, "content")})
+        except DataError as error:
+            raise DataError(f"column 'messages', message {number}: {error}") from None
+        if not ROLE.fullmatch(turns[-1]["role"]):  # templates write roles between their markers
+            raise DataError(f"column 'messages', message {number}: role {turns[-1]['role']!r} is not a word")
+    return turns

@@ -1,0 +1,218 @@
+"""Raw rows become tokenised splits on disk, once for each combination of data, options and tokenizer.
+
+How data flows: `source` finds the files, `read` streams their rows, the dataset's `format_row` makes text of a row,
+`tokenize` makes ids of it, and here each row goes to its split. What was dropped or cut is in the report.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+from sheeprlhf.data import source, store
+from sheeprlhf.data.read import Row, read_batches
+from sheeprlhf.data.report import DUPLICATE, SPLITS, Report, SplitCount, render_report
+from sheeprlhf.data.store import SplitWriter, TokenizedSplit
+from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
+from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.utils.errors import DataError
+
+FORMAT_VERSION = 1  # raise it whenever the code makes other rows of the same input
+NOT_IN_FINGERPRINT = ("cache_dir", "num_proc", "dataset_name", "revision", "train_file", "validation_file", "test_file")
+
+
+class PreparedData(NamedTuple):
+    """A dataset ready to train on.
+
+    Attributes:
+        splits: those of "train", "reward", "validation" and "test" that have rows.
+        report: what was read, kept, dropped and cut (see `data.report`).
+        fingerprint: hex digest of all that the splits depend on.
+        folder: where the splits are stored.
+    """
+
+    splits: dict[str, TokenizedSplit]
+    report: Report
+    fingerprint: str
+    folder: Path
+
+
+def prepare_data(
+    cfg: DataConfig, tokenizer: Any, *, kind: str, say: Callable[[str], None], progress: bool
+) -> PreparedData:
+    """Any rank, any number of processes at once: the first prepares, the others wait and read what it made.
+
+    Args:
+        cfg: the data options.
+        tokenizer: the model's tokenizer.
+        kind: "sft": one response, the row's `response`, else its `chosen`; "preference": chosen and rejected.
+        say: prints a line for the user.
+        progress: show a bar (rank zero).
+
+    Raises:
+        DataError: if the data cannot be read, or no training row is left.
+    """
+    files = source.locate(cfg)
+    tokenize = RowTokenizer(cfg, tokenizer, kind)
+    print_of_data = fingerprint(cfg, tokenize, source.content_hash(files))
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", cfg.config_name)
+    folder = store.cache_root(cfg.cache_dir) / f"{name}-{print_of_data[:16]}"
+    report = store.read_report(folder)
+    if report is None:
+        try:
+            with store.locked(folder, say):
+                report = store.read_report(folder)  # another process may have made it while this one waited
+                if report is None:
+                    report = _build(cfg, tokenize, files, folder, progress)
+        except OSError as error:
+            raise DataError(
+                f"{folder} cannot be made: {error}; free space, mend permissions or set data.cache_dir"
+            ) from None
+    splits = {split: TokenizedSplit(folder / f"{split}.arrow") for split in report["splits"] if _kept(report, split)}
+    return PreparedData(splits, report, print_of_data, folder)
+
+
+def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str) -> str:
+    """Digest of everything that the prepared rows depend on.
+
+    Args:
+        cfg: the data options; paths and names of files count by their content alone.
+        tokenize: carries tokenizer and kind.
+        content: digest of the source files.
+    """
+    tokenizer = tokenize.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pieces = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
+    for changed_by_calls in ("truncation", "padding"):
+        pieces.pop(changed_by_calls, None)
+    options = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in NOT_IN_FINGERPRINT}
+    parts = {
+        "version": FORMAT_VERSION,
+        "kind": tokenize.kind,
+        "row_format": cfg.row_format,
+        "options": options,
+        "content": content,
+        "tokenizer": pieces,
+        "special": [tokenize.ids.bos, tokenize.ids.eos, tokenize.ids.texts],
+        "chat_template": getattr(tokenizer, "chat_template", None),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder: Path, progress: bool) -> Report:
+    """Read, tokenise and write all splits; the folder appears when they are complete."""
+    counts: dict[str, SplitCount] = {}
+    with store.written_folder(folder) as temporary:
+        writers: dict[str, SplitWriter] = {}
+        for origin in files:
+            seen: set[bytes] = set()
+            with tqdm(desc=f"preparing {origin}", unit=" rows", disable=not progress) as bar:
+                for rows in _tokenized(tokenize, read_batches(files[origin], cfg.num_samples), cfg.num_proc):
+                    kept = _count(rows, cfg, origin, set(files), seen, counts)
+                    for split, kept_rows in kept.items():
+                        if split not in writers:
+                            writers[split] = SplitWriter(temporary / f"{split}.arrow")
+                        writers[split].write(kept_rows)
+                    bar.update(len(rows))
+        for writer in writers.values():
+            writer.close()
+        parts = {
+            split: counts[split].report(TokenizedSplit(temporary / f"{split}.arrow") if split in writers else None)
+            for split in SPLITS
+            if split in counts
+        }
+        report: Report = {"name": cfg.config_name, "kind": tokenize.kind, "splits": parts, "notes": []}
+        report["notes"] = _notes(report)
+        if not _kept(report, "train") and not _kept(report, "reward"):
+            raise DataError(f"no training row is left; the reasons:\n{render_report(report)}")
+        (temporary / store.REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    return report
+
+
+def _count(
+    rows: list[TokenRow],
+    cfg: DataConfig,
+    origin: str,
+    native: set[str],
+    seen: set[bytes],
+    counts: dict[str, SplitCount],
+) -> dict[str, list[TokenRow]]:
+    """Give each row to its split; count it, and leave out what equals a row before it."""
+    kept: dict[str, list[TokenRow]] = {}
+    for row in rows:
+        split = origin if origin != "train" else choose_split(row.shares, cfg, native)
+        duplicate = row.dropped is None and row.digest in seen
+        seen.add(row.digest)
+        dropped = DUPLICATE if duplicate and cfg.remove_same_inputs else row.dropped
+        counts.setdefault(split, SplitCount()).add(row, dropped, duplicate)
+        if dropped is None:
+            kept.setdefault(split, []).append(row)
+    return kept
+
+
+def choose_split(shares: tuple[float, float], cfg: DataConfig, native: set[str]) -> str:
+    """The split of a training row, by numbers that depend on its prompt alone: equal prompts stay together.
+
+    Args:
+        shares: two numbers in [0, 1) made from the prompt.
+        cfg: the shares of each split.
+        native: splits that the dataset brings itself; none is cut from the training rows then.
+    """
+    test = 0.0 if "test" in native else cfg.test_split
+    validation = 0.0 if "validation" in native else cfg.validation_split
+    if shares[0] < test:
+        return "test"
+    if shares[0] < test + validation:
+        return "validation"
+    return "reward" if shares[1] < cfg.reward_model_split else "train"
+
+
+def _tokenized(tokenize: RowTokenizer, batches: Iterator[list[Row]], num_proc: int) -> Iterator[list[TokenRow]]:
+    """Tokenise batches in order, with several processes if asked; never more than a few batches are in memory."""
+    if num_proc == 1:
+        yield from map(tokenize, batches)
+        return
+    with ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker, (tokenize,)) as pool:
+        waiting: deque[Future[list[TokenRow]]] = deque()
+        for batch in batches:
+            waiting.append(pool.submit(_work, batch))
+            if len(waiting) > 2 * num_proc:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+_worker: list[RowTokenizer] = []  # in a pool's process: its tokenizer, sent once instead of with every batch
+
+
+def _start_worker(tokenize: RowTokenizer) -> None:
+    """Keep the tokenizer of a new process."""
+    _worker[:] = [tokenize]
+
+
+def _work(batch: list[Row]) -> list[TokenRow]:
+    """Tokenise one batch in a pool's process."""
+    return _worker[0](batch)
+
+
+def _kept(report: Report, split: str) -> int:
+    """Rows of a split."""
+    return report["splits"][split]["kept"] if split in report["splits"] else 0
+
+
+def _notes(report: Report) -> list[str]:
+    """What a user should know besides the numbers."""
+    hints = {
+        "train": "give more rows or lower data.reward_model_split",
+        "validation": "nothing is validated: give more rows, a validation file or a larger data.validation_split",
+        "test": "give more rows, a test file or a larger data.test_split",
+    }
+    return [f"the {split} split is empty; {hint}" for split, hint in hints.items() if not _kept(report, split)]

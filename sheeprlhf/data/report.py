@@ -1,0 +1,113 @@
+"""What the data became: rows read, kept, dropped and cut by reason, and the lengths of what is left."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from sheeprlhf.data.store import TokenizedSplit
+from sheeprlhf.data.tokenize import TokenRow
+
+SPLITS = ("train", "reward", "validation", "test")
+PERCENTILES = {"p5": 5, "p50": 50, "p95": 95, "max": 100}
+DUPLICATE = "duplicate"
+
+Report = dict[str, Any]
+
+
+class SplitCount:
+    """Counts of one split while its rows are prepared."""
+
+    def __init__(self) -> None:
+        """Begin at zero."""
+        self.read = 0
+        self.kept = 0
+        self.dropped: Counter[str] = Counter()
+        self.truncated: Counter[str] = Counter()
+        self.special_text = 0
+        self.duplicates = 0
+        self.responses = 0
+        self.with_eos = 0
+
+    def add(self, row: TokenRow, dropped: str | None, duplicate: bool) -> None:
+        """Count one row; `dropped` is the reason why it is left out."""
+        self.read += 1
+        self.duplicates += duplicate
+        if dropped is not None:
+            self.dropped[dropped] += 1
+            return
+        self.kept += 1
+        self.truncated.update(row.cut)
+        self.special_text += row.special_text
+        self.responses += len(row.sizes) - 1
+        self.with_eos += row.num_eos
+
+    def report(self, split: TokenizedSplit | None) -> Report:
+        """The split's part of the report.
+
+        Args:
+            split: the prepared rows; None if none was kept.
+        """
+        if self.kept + sum(self.dropped.values()) != self.read or (len(split) if split else 0) != self.kept:
+            raise AssertionError("rows are neither kept nor counted as dropped: this is a bug")
+        part: Report = {
+            "read": self.read,
+            "kept": self.kept,
+            "dropped": dict(sorted(self.dropped.items())),
+            "truncated": {kind: self.truncated[kind] for kind in ("prompt", "response")},
+            "duplicates": self.duplicates,
+            "special_token_rows": self.special_text,
+            "eos_share": self.with_eos / self.responses if self.responses else None,
+            "trained_tokens": 0,
+            "tokens": {},
+        }
+        if split is not None:
+            responses = split.sizes[:, 1:]
+            part["trained_tokens"] = int(responses.sum(dtype=np.int64))
+            part["tokens"] = {
+                "prompt": _percentiles(split.sizes[:, 0]),
+                "response": _percentiles(responses),
+                "total": _percentiles(split.lengths),
+            }
+        return part
+
+
+def _percentiles(lengths: np.ndarray) -> dict[str, int]:
+    """Lengths that 5, 50, 95 and 100 percent of the rows do not exceed."""
+    values = np.percentile(lengths, list(PERCENTILES.values()), method="inverted_cdf")
+    return dict(zip(PERCENTILES, map(int, values), strict=True))
+
+
+def render_report(report: Report) -> str:
+    """The report as a table of plain text, one column for each split."""
+    splits = {name: report["splits"][name] for name in SPLITS if name in report["splits"]}
+    rows: list[tuple[str, list[str]]] = [("", list(splits))]
+
+    def line(label: str, values: list[Any]) -> None:
+        rows.append((label, ["-" if value is None else f"{value:,}" for value in values]))
+
+    parts = list(splits.values())
+    line("rows read", [part["read"] for part in parts])
+    line("rows kept", [part["kept"] for part in parts])
+    for reason in sorted({reason for part in parts for reason in part["dropped"]}):
+        line(f"  dropped: {reason.replace('_', ' ')}", [part["dropped"].get(reason, 0) for part in parts])
+    for kind in ("prompt", "response"):
+        if any(part["truncated"][kind] for part in parts):
+            line(f"  {kind} cut", [part["truncated"][kind] for part in parts])
+    for key, label in (("duplicates", "duplicate rows"), ("special_token_rows", "rows with special-token text")):
+        if any(part[key] for part in parts):
+            line(label, [part[key] for part in parts])
+    shares = [part["eos_share"] for part in parts]
+    rows.append(("targets that end in EOS", ["-" if share is None else f"{share:.1%}" for share in shares]))
+    line("tokens to learn", [part["trained_tokens"] for part in parts])
+    for what in ("prompt", "response", "total"):
+        values = [part["tokens"].get(what) for part in parts]
+        cells = ["-" if v is None else " ".join(str(v[p]) for p in PERCENTILES) for v in values]
+        rows.append((f"{what} tokens {'/'.join(PERCENTILES)}", cells))
+    widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(parts))]
+    first = max(len(label) for label, _ in rows)
+    table = [
+        f"{label:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        for label, cells in rows
+    ]
+    return "\n".join([f"data: {report['name']} ({report['kind']})", *(t.rstrip() for t in table), *report["notes"]])

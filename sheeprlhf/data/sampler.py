@@ -1,0 +1,99 @@
+"""Which rows an optimizer step trains on: pure functions of (seed, step), so that a resumed run replays nothing.
+
+Ranks do not draw: each computes the same rows of the step and takes its own share of them.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from sheeprlhf.utils.errors import DataError
+
+
+class StepPlan(NamedTuple):
+    """The order of a run: every epoch is a permutation of the rows of its own, cut into steps.
+
+    Attributes:
+        num_rows: rows of the split, N >= 1.
+        rows_per_step: rows of one optimizer step over all ranks, G >= 1; the last step of an epoch may have fewer.
+        epochs: passes over the rows.
+        seed: the run's seed.
+    """
+
+    num_rows: int
+    rows_per_step: int
+    epochs: int
+    seed: int
+
+    def steps_per_epoch(self) -> int:
+        """ceil(N / G) optimizer steps.
+
+        Raises:
+            DataError: if there are no rows.
+        """
+        if self.num_rows < 1:
+            raise DataError("there are no rows to train on: see the data report for what was dropped and why")
+        return -(-self.num_rows // self.rows_per_step)
+
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.epochs * self.steps_per_epoch()
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch, counted from 0, that optimizer step `step` (from 0) belongs to."""
+        return step // self.steps_per_epoch()
+
+    def rows_of_step(self, step: int) -> np.ndarray:
+        """The (<= G,) row indices of optimizer step `step`, all ranks together; never empty."""
+        epoch, number = divmod(step, self.steps_per_epoch())
+        order = _permutation(self.num_rows, self.seed, epoch)
+        return order[number * self.rows_per_step : (number + 1) * self.rows_per_step]
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch, kept because each of its steps asks for it."""
+    order = np.random.default_rng([seed, epoch]).permutation(num_rows)
+    order.setflags(write=False)
+    return order
+
+
+def cut_micro_batches(
+    rows: ArrayLike, lengths: np.ndarray, *, max_rows: int, token_budget: int, rank: int, world_size: int
+) -> list[list[int]]:
+    """This rank's share of a step's rows, cut into micro-batches of rows of similar length.
+
+    The longest row goes first, each to the rank with the fewest tokens so far. The cut changes speed and memory, never
+    the result of a step.
+
+    Args:
+        rows: the step's row indices, the same on every rank.
+        lengths: tokens of every row of the split (`TokenizedSplit.lengths`), indexed by row.
+        max_rows: most rows of a micro-batch.
+        token_budget: most tokens of a micro-batch; a longer row forms one by itself.
+        rank: this process.
+        world_size: number of processes.
+
+    Returns:
+        Lists of row indices, longest rows first. The ranks' shares are disjoint and together all of `rows`; a rank's
+        share is empty if there are fewer rows than ranks.
+    """
+    indices = np.asarray(rows, dtype=np.int64)
+    tokens = np.asarray(lengths)[indices]
+    by_length = np.argsort(-tokens.astype(np.int64), kind="stable")
+    loads = [(0, r) for r in range(world_size)]
+    batches: list[list[int]] = []
+    room = 0  # tokens that the newest batch of this rank still takes
+    for row, size in zip(indices[by_length].tolist(), tokens[by_length].tolist(), strict=True):
+        load, owner = min(loads)
+        loads[owner] = (load + size, owner)
+        if owner != rank:
+            continue
+        if not batches or size > room or len(batches[-1]) == max_rows:
+            batches.append([])
+            room = token_budget
+        batches[-1].append(row)
+        room -= size
+    return batches

@@ -1,0 +1,157 @@
+"""Where a dataset's files are: embedded, your own files, a local folder in the hub's layout, or the hub.
+
+A hub dataset is first a folder of files (its snapshot at one commit), then goes the way of a local folder. Files are
+taken by a list of allowed endings: no script, no archive, no guessing by a library.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+from sheeprlhf.data.read import READERS
+from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.hub import EMBEDDED, embedded_folder, why_offline
+
+KINDS = (".parquet", ".jsonl", ".json", ".csv")  # of several kinds in one folder, the first is read
+SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "valid1": "validation",  # openai_summarize_comparisons has valid1 and valid2, which is left out
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+}
+SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.\w+")
+
+Files = dict[str, list[Path]]
+
+
+def locate(cfg: DataConfig) -> Files:
+    """The files of each split of a dataset; "train" is always there.
+
+    Raises:
+        DataError: if there are none, naming the key to set.
+    """
+    if isinstance(cfg, LocalDataConfig):
+        named = {"train": cfg.train_file, "validation": cfg.validation_file, "test": cfg.test_file}
+        return {split: [_own_file(split, name)] for split, name in named.items() if name is not None}
+    name = cfg.dataset_name
+    if not name:
+        raise DataError("data.dataset_name is null; give a hub id (owner/name) or a local folder")
+    if name.startswith(EMBEDDED):
+        return files_of_folder(embedded_folder(name))
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise DataError(f"data.dataset_name={name} is a file; use data=local data.train_file={name}")
+    if folder.is_dir():
+        return files_of_folder(folder)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise DataError(f"data.dataset_name={name} is neither a folder nor a hub id (owner/name)")
+    return files_of_folder(snapshot(name, cfg.revision))
+
+
+def content_hash(files: Files) -> str:
+    """SHA-256 over the splits and the bytes of their files, whatever the files are called."""
+    total = hashlib.sha256()
+    for split in sorted(files):
+        for file in files[split]:
+            with file.open("rb") as stream:
+                total.update(f"{split}{file.suffix}{hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
+    return total.hexdigest()
+
+
+def _own_file(split: str, name: str) -> Path:
+    """A file that the user named."""
+    file = Path(name).expanduser()
+    if file.suffix.lower() not in READERS:
+        raise DataError(f"data.{split}_file={name} must end in {', '.join(KINDS)}")
+    if not file.is_file():
+        raise DataError(f"data.{split}_file={name}: there is no such file (working directory: {Path.cwd()})")
+    return file
+
+
+def files_of_folder(folder: Path) -> Files:
+    """The files of each split in a folder of the hub's layout, its sub-folders included.
+
+    A split is named by a word of the file's path (`train.jsonl`, `data/test-00000-of-00001.parquet`, `dev/a.csv`);
+    files without such a word are training rows if no file has one.
+
+    Raises:
+        DataError: if there is no readable file, no training file, or a shard is missing.
+    """
+    found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in READERS and f.is_file())
+    found = [f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
+    kind = next((kind for kind in KINDS if any(f.suffix.lower() == kind and _split(f, folder) for f in found)), None)
+    kind = kind or next((kind for kind in KINDS if any(f.suffix.lower() == kind for f in found)), None)
+    files = [f for f in found if f.suffix.lower() == kind]
+    if not files:
+        raise DataError(
+            f"{folder}: no file that ends in {', '.join(KINDS)}; data.dataset_name needs a folder with some"
+        )
+    if not any(_split(f, folder) for f in files):
+        return {"train": files}
+    splits: Files = {}
+    for file in files:
+        if split := _split(file, folder):
+            splits.setdefault(split, []).append(file)
+    if "train" not in splits:
+        names = ", ".join(str(f.relative_to(folder)) for f in files[:5])
+        raise DataError(f"{folder}: no file is named for the training split ({names}); name one train{kind}")
+    _check_shards([file for split in splits.values() for file in split])
+    return splits
+
+
+def _split(file: Path, folder: Path) -> str | None:
+    """The split that a file's path names, None if it names none."""
+    words = re.split(r"[^a-z0-9]+", str(file.relative_to(folder).with_suffix("")).lower())
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
+
+
+def _check_shards(files: list[Path]) -> None:
+    """Refuse a folder where some of `name-00000-of-00003.parquet` are missing, as after a broken download."""
+    shards: dict[tuple[Path, str, int], int] = {}
+    for file in files:
+        if match := SHARD.fullmatch(file.name):
+            key = (file.parent, match[1], int(match[2]))
+            shards[key] = shards.get(key, 0) + 1
+    for (parent, name, expected), count in shards.items():
+        if count != expected:
+            raise DataError(f"{parent}: {count} of the {expected} files {name}-*-of-* are there; fetch the others")
+
+
+def snapshot(name: str, revision: str | None) -> Path:
+    """The folder of a hub dataset in the hub's cache, fetched if need be.
+
+    Raises:
+        DataError: within five seconds if it is not cached and the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [f"*{kind}" for kind in KINDS]
+    offline = why_offline()
+    try:
+        return Path(
+            snapshot_download(
+                name, repo_type="dataset", revision=revision, allow_patterns=patterns, local_files_only=bool(offline)
+            )
+        )
+    except LocalEntryNotFoundError:
+        raise DataError(
+            f"{offline or 'the hub lacks its files'} and dataset {name} is not in the local cache; give a local folder: "
+            "data.dataset_name=<folder>, or use data=docstrings, which needs no network"
+        ) from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "?"
+        raise DataError(
+            f"the hub answers {status} for dataset {name}"
+            + (f" at revision {revision}" if revision else "")
+            + "; check data.dataset_name and data.revision (a gated dataset needs `hf auth login`)"
+        ) from None
+    except OSError as error:
+        raise DataError(f"dataset {name} could not be fetched: {error}; try again or give a local folder") from None

@@ -1,0 +1,238 @@
+"""Text examples become token ids: one BOS, EOS at the end, prompt and response apart, too long ones cut or dropped."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sheeprlhf.data.example import PreferenceExample
+from sheeprlhf.data.read import Row
+from sheeprlhf.data.rows import DropRowError, TemplatedExample
+from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.utils.errors import DataError
+
+KINDS = ("sft", "preference")
+
+
+class TokenRow(NamedTuple):
+    """One source row after tokenisation.
+
+    Attributes:
+        number: the row's number in its split's source.
+        shares: two numbers in [0, 1) made from the prompt's text alone; they decide the row's split.
+        dropped: why the row is left out, None if it is kept; the fields below are empty then.
+        tokens: (L,) int32, prompt and responses laid end to end.
+        sizes: lengths of the prompt and of each response.
+        digest: 16 bytes that equal rows share.
+        cut: what was truncated, of "prompt" and "response".
+        special_text: the row's text contains a special token's text (encoded as plain text).
+        num_eos: responses that end in EOS.
+    """
+
+    number: int
+    shares: tuple[float, float]
+    dropped: str | None = None
+    tokens: np.ndarray = np.empty(0, np.int32)
+    sizes: tuple[int, ...] = ()
+    digest: bytes = b""
+    cut: tuple[str, ...] = ()
+    special_text: bool = False
+    num_eos: int = 0
+
+
+class _Pieces(NamedTuple):
+    """The texts of a row that is worth tokenising."""
+
+    row: Row
+    shares: tuple[float, float]
+    prompt: str
+    responses: tuple[str, ...]
+    templated: bool
+
+
+class SpecialIds:
+    """What the tokenizer puts around a text.
+
+    Attributes:
+        bos: ids before a text, usually one or none.
+        eos: the id that ends a response.
+        texts: how the special tokens are written.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Find them by encoding a text; names and settings of tokenizers do not tell.
+
+        Raises:
+            DataError: if the tokenizer has no EOS token.
+        """
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                "the model's tokenizer has no EOS token, so no response could end; set eos_token in its "
+                "tokenizer_config.json"
+            )
+        plain = encode(tokenizer, ["a"])[0]
+        full = list(tokenizer("a")["input_ids"])
+        starts = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
+        self.bos: list[int] = full[: starts[0]] if starts else []
+        self.eos: int = tokenizer.eos_token_id
+        self.texts: list[str] = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+
+
+def encode(tokenizer: Any, texts: Sequence[str], *, control_tokens: bool = False) -> list[list[int]]:
+    """Token ids of texts, nothing added. With `control_tokens` a special token's text means that token."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=not control_tokens,
+        padding=False,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return encoded["input_ids"]
+
+
+class RowTokenizer:
+    """Rows in, token rows out, in order; holds no state, so that processes may share the work."""
+
+    def __init__(self, cfg: DataConfig, tokenizer: Any, kind: str) -> None:
+        """Prepare for one dataset, one tokenizer and one kind: "sft" (one response) or "preference" (two)."""
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r} is none of {', '.join(KINDS)}")
+        module, name = cfg.row_format.split(":")
+        self.format_row: Callable[..., PreferenceExample | None] = getattr(import_module(module), name)
+        self.cfg, self.tokenizer, self.kind = cfg, tokenizer, kind
+        self.ids = SpecialIds(tokenizer)
+
+    def __call__(self, rows: Sequence[Row]) -> list[TokenRow]:
+        """Format, tokenise and cut the rows of a batch."""
+        formatted = [self._format(row) for row in rows]
+        kept = [piece for piece in formatted if isinstance(piece, _Pieces)]
+        texts = {
+            templated: [text for p in kept if p.templated is templated for text in (p.prompt, *p.responses)]
+            for templated in (False, True)
+        }
+        ids = {
+            templated: iter(encode(self.tokenizer, texts[templated], control_tokens=templated)) for templated in texts
+        }
+        return [
+            self._finish(p, next(ids[p.templated]), [next(ids[p.templated]) for _ in p.responses])
+            if isinstance(p, _Pieces)
+            else p
+            for p in formatted
+        ]
+
+    def _format(self, row: Row) -> _Pieces | TokenRow:
+        """The texts of a row, or the row dropped with its reason."""
+        nowhere = split_shares(self.cfg.split_seed, "")
+        try:
+            example = self.format_row(row.values, self.tokenizer)
+            if example is None:
+                return TokenRow(row.number, nowhere, "not_wanted")
+            responses = self._responses(example)
+        except DropRowError as reason:
+            return TokenRow(row.number, nowhere, str(reason))
+        except DataError as error:
+            raise DataError(f"{row.place}: {error}") from None
+        shares = split_shares(self.cfg.split_seed, example.prompt)
+        if not example.prompt.strip():
+            return TokenRow(row.number, shares, "empty_prompt")
+        if not all(response.strip() for response in responses):
+            return TokenRow(row.number, shares, "empty_response")
+        if self._same(responses):
+            return TokenRow(row.number, shares, "same_responses")
+        return _Pieces(row, shares, example.prompt, responses, isinstance(example, TemplatedExample))
+
+    def _responses(self, example: PreferenceExample) -> tuple[str, ...]:
+        """The responses that a task of this kind learns from, best first."""
+        if self.kind == "preference":
+            if example.chosen is None or example.rejected is None:
+                raise DataError("a preference task needs the columns chosen and rejected; add them or use task=sft")
+            return example.chosen, example.rejected
+        response = example.chosen if example.response is None else example.response
+        if response is None:
+            raise DataError("column 'response' is missing; add it (or chosen and rejected)")
+        return (response,)
+
+    def _same(self, responses: Sequence[Any]) -> bool:
+        """Whether two responses say the same; a pair without a difference teaches nothing."""
+        return self.cfg.remove_same_responses and len(set(responses)) < len(responses)
+
+    def _finish(self, pieces: _Pieces, prompt: list[int], responses: list[list[int]]) -> TokenRow:
+        """Add BOS and EOS, cut what is too long and drop what is too short."""
+        row, shares, eos = pieces.row, pieces.shares, self.ids.eos
+        if not prompt:
+            return TokenRow(row.number, shares, "empty_prompt")
+        if not (pieces.templated and self._begins_with_bos(prompt)):
+            prompt = self.ids.bos + prompt
+        if pieces.templated:
+            responses = [r[:-1] if r and r[-1] == eos else r for r in responses]
+        if not all(responses):
+            return TokenRow(row.number, shares, "empty_response")
+        ended = [[*r, eos] for r in responses]
+        prompt, cut_responses, cut = self._fit(prompt, ended, row.place)
+        if cut and self.cfg.on_overflow == "drop":
+            return TokenRow(row.number, shares, "too_long")
+        with_eos = [len(r) == len(whole) for r, whole in zip(cut_responses, ended, strict=True)]
+        if min(map(len, responses)) < self.cfg.minimum_response_length:
+            return TokenRow(row.number, shares, "too_short")
+        if self._same([tuple(r) for r in cut_responses]):
+            return TokenRow(row.number, shares, "same_responses")
+        special = not pieces.templated and any(
+            t in s for s in (pieces.prompt, *pieces.responses) for t in self.ids.texts
+        )
+        return TokenRow(
+            number=row.number,
+            shares=shares,
+            tokens=np.concatenate([np.asarray(part, dtype=np.int32) for part in (prompt, *cut_responses)]),
+            sizes=(len(prompt), *(len(r) for r in cut_responses)),
+            digest=_digest(json.dumps((pieces.prompt, pieces.responses))),
+            cut=cut,
+            special_text=special,
+            num_eos=sum(with_eos),
+        )
+
+    def _begins_with_bos(self, prompt: list[int]) -> bool:
+        """Whether a rendered prompt brings the BOS itself."""
+        return prompt[: len(self.ids.bos)] == self.ids.bos
+
+    def _fit(
+        self, prompt: list[int], responses: list[list[int]], place: str
+    ) -> tuple[list[int], list[list[int]], tuple[str, ...]]:
+        """Cut the prompt's start (its BOS stays), then the responses' ends, to the limits of the config."""
+        cfg = self.cfg
+        longest = max(len(r) for r in responses)
+        if len(prompt) <= cfg.max_prompt_length and len(prompt) + longest <= cfg.max_length:
+            return prompt, responses, ()
+        if cfg.on_overflow == "error":
+            raise DataError(
+                f"{place}: prompt of {len(prompt)} tokens, {len(prompt) + longest} with its response; the limits are "
+                f"data.max_prompt_length={cfg.max_prompt_length} and data.max_length={cfg.max_length}: raise them, or "
+                "set data.on_overflow=truncate_prompt or drop"
+            )
+        cut = []
+        bos = len(self.ids.bos)
+        room = max(min(cfg.max_prompt_length, cfg.max_length - longest), bos, 1)
+        if len(prompt) > room:
+            prompt = prompt[:bos] + prompt[len(prompt) - (room - bos) :]
+            cut.append("prompt")
+        room = max(cfg.max_length - len(prompt), 1)
+        if longest > room:
+            responses = [r[:room] for r in responses]
+            cut.append("response")
+        return prompt, responses, tuple(cut)
+
+
+def split_shares(seed: int, prompt: str) -> tuple[float, float]:
+    """Two independent numbers in [0, 1), the same for the same prompt on every machine."""
+    digest = _digest(f"{seed}\0{prompt}")
+    return int.from_bytes(digest[:8], "big") / 2**64, int.from_bytes(digest[8:], "big") / 2**64
+
+
+def _digest(text: str) -> bytes:
+    """16 bytes that stand for a text."""
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()

@@ -1,0 +1,269 @@
+"""Checkpoints that survive a kill at any moment and continue bit for bit: safetensors and JSON, no pickle.
+
+`checkpoints/step-<n>/` holds model.safetensors (what trains, and buffers), optimizer.safetensors (named
+"<state>/<parameter>"), rng.safetensors ("<rank>/<generator>"), state.json and MANIFEST.json. The newest folder whose
+manifest verifies is the one that counts.
+"""
+
+import dataclasses
+import json
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.fabric import Fabric
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sheeprlhf.engine.fabric import gather_objects
+from sheeprlhf.engine.manifest import (
+    read_manifest,
+    remove_folder,
+    sweep_temporary,
+    verify_manifest,
+    write_folder,
+    write_manifest,
+)
+from sheeprlhf.engine.rng import rng_state, set_rng_state
+from sheeprlhf.engine.tensors import (
+    load_optimizer,
+    load_tensors,
+    optimizer_tensors,
+    read_tensors,
+    saved_tensors,
+    unwrapped,
+)
+from sheeprlhf.utils.errors import CheckpointError
+
+Say = Callable[[str], None]
+_STEP_FOLDER = re.compile(r"step-(\d{1,12})")
+
+
+@dataclasses.dataclass
+class TrainState:
+    """Where training stands: scalars only. The sampler and the schedule are functions of `step`.
+
+    Attributes:
+        step: optimizer steps done.
+        items_seen: items (target tokens, pairs, ...) trained on, all ranks.
+        best_metric: best validation result so far; None before the first validation.
+        best_step: the step that had it.
+        extra: what a task carries besides (a KL coefficient, ...).
+    """
+
+    step: int = 0
+    items_seen: int = 0
+    best_metric: float | None = None
+    best_step: int | None = None
+    extra: dict[str, int | float | str | None] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """JSON that `from_json` reads back exactly."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrainState":
+        """The state of a checkpoint.
+
+        Raises:
+            CheckpointError: keys are missing or unknown.
+        """
+        content = json.loads(text)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(content, dict) or set(content) != names:
+            raise CheckpointError(f"state.json must have the keys {', '.join(sorted(names))}")
+        return cls(**content)
+
+
+def save_checkpoint(
+    fabric: Fabric,
+    run_dir: Path,
+    state: TrainState,
+    module: nn.Module,
+    optimizer: Optimizer,
+    *,
+    config_hash: str,
+    keep: int,
+) -> Path:
+    """All ranks: rank zero writes `checkpoints/step-<state.step>/` and removes old ones.
+
+    Kept are the newest `keep`, and the best (`state.best_step`). Where this step is saved already and intact, nothing
+    is written: the same step of the same run has the same bytes.
+
+    Raises:
+        CheckpointError: on all ranks, when it could not be written; earlier checkpoints are untouched.
+    """
+    rngs = gather_objects(fabric, rng_state())
+    target = run_dir / "checkpoints" / f"step-{state.step}"
+    problem = None
+    if fabric.is_global_zero:
+        try:
+            _write(target, state, module, optimizer, rngs, config_hash)
+            _prune(target.parent, state, keep)
+        except CheckpointError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"cannot write {target}: {error}"
+    problem = fabric.broadcast(problem)
+    if problem is not None:
+        raise CheckpointError(problem)
+    return target
+
+
+def _write(
+    target: Path,
+    state: TrainState,
+    module: nn.Module,
+    optimizer: Optimizer,
+    rngs: list[dict[str, Tensor]],
+    config_hash: str,
+) -> None:
+    target.parent.mkdir(mode=0o700, exist_ok=True)
+    if target.exists():
+        try:
+            if verify_manifest(target)["config_hash"] == config_hash:
+                return
+        except CheckpointError:
+            remove_folder(target)  # damaged: a resumed run has reached its step again
+    files = {
+        "model.safetensors": saved_tensors(module),
+        "optimizer.safetensors": optimizer_tensors(module, optimizer),
+        "rng.safetensors": {f"{rank}/{name}": t for rank, rng in enumerate(rngs) for name, t in rng.items()},
+    }
+    facts = {
+        "config_hash": config_hash,
+        "step": state.step,
+        "world_size": len(rngs),
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+    }
+
+    def writer(folder: Path) -> None:
+        for name, tensors in files.items():
+            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / name)
+        (folder / "state.json").write_text(state.to_json())
+        write_manifest(folder, facts)
+
+    write_folder(target, writer, num_bytes=sum(t.nbytes for tensors in files.values() for t in tensors.values()))
+
+
+def _prune(checkpoints: Path, state: TrainState, keep: int) -> None:
+    """Remove all but the newest `keep` up to this step, and the best. Later steps are damaged leftovers: they go."""
+    steps = _steps(checkpoints)
+    kept = {state.best_step, *[step for step in steps if step <= state.step][:keep]}
+    for step in steps:
+        if step not in kept:
+            remove_folder(checkpoints / f"step-{step}")
+
+
+def _steps(checkpoints: Path) -> list[int]:
+    """Steps that have a folder, newest first."""
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    return sorted((int(match[1]) for name in names if (match := _STEP_FOLDER.fullmatch(name))), reverse=True)
+
+
+def latest_checkpoint(run_dir: Path, say: Say) -> Path | None:
+    """One process: the newest checkpoint whose files all verify; damaged ones are named through `say`."""
+    for step in _steps(run_dir / "checkpoints"):
+        folder = run_dir / "checkpoints" / f"step-{step}"
+        try:
+            verify_manifest(folder)
+        except (CheckpointError, OSError) as error:
+            say(f"skipping a damaged checkpoint: {error}")
+        else:
+            return folder
+    return None
+
+
+def restore_latest(
+    fabric: Fabric, run_dir: Path, module: nn.Module, optimizer: Optimizer, *, config_hash: str, say: Say
+) -> TrainState | None:
+    """All ranks: load the newest good checkpoint and clear away what killed processes left; None if there is none."""
+    path = None
+    if fabric.is_global_zero:
+        sweep_temporary(run_dir)
+        sweep_temporary(run_dir / "checkpoints")
+        path = latest_checkpoint(run_dir, say)
+    path = fabric.broadcast(path)
+    if path is None:
+        return None
+    return _load(fabric, path, module, optimizer, config_hash=config_hash, say=say)
+
+
+def load_checkpoint(
+    fabric: Fabric, path: Path, module: nn.Module, optimizer: Optimizer, *, config_hash: str, say: Say
+) -> TrainState:
+    """All ranks: verify, then restore weights, optimizer and this rank's random number generators.
+
+    Another number of processes or threads than when it was written is announced through `say`.
+
+    Raises:
+        CheckpointError: damaged, of another configuration, or with other names, shapes or number formats.
+    """
+    problem = None
+    if fabric.is_global_zero:
+        try:
+            verify_manifest(path)
+        except (CheckpointError, OSError) as error:
+            problem = str(error)
+    problem = fabric.broadcast(problem)
+    if problem is not None:
+        raise CheckpointError(problem)
+    return _load(fabric, path, module, optimizer, config_hash=config_hash, say=say)
+
+
+def _load(
+    fabric: Fabric, path: Path, module: nn.Module, optimizer: Optimizer, *, config_hash: str, say: Say
+) -> TrainState:
+    manifest = read_manifest(path)
+    if manifest["config_hash"] != config_hash:
+        raise CheckpointError(f"{path} belongs to another configuration; resume with the options in its config.yaml")
+    here = {"world_size": fabric.world_size, "torch_threads": torch.get_num_threads()}
+    for name, value in here.items():
+        if manifest[name] != value:
+            say(f"{name} was {manifest[name]} and is {value} now: the run goes on, but not bit for bit the same")
+    state = TrainState.from_json((path / "state.json").read_text())
+    if not state.step == manifest["step"] == int(path.name.removeprefix("step-")):
+        raise CheckpointError(f"{path} holds step {state.step}; a checkpoint folder was renamed or mixed up")
+    load_tensors(path / "model.safetensors", saved_tensors(module))
+    load_optimizer(path / "optimizer.safetensors", module, optimizer)
+    prefix = f"{fabric.global_rank}/"
+    rng = {k.removeprefix(prefix): t for k, t in read_tensors(path / "rng.safetensors").items() if k.startswith(prefix)}
+    if rng:  # a rank more than before keeps the state that its seed gave it
+        set_rng_state(rng)
+    return state
+
+
+def find_checkpoint(run_dir: Path, name: str, say: Say) -> Path:
+    """One process: the folder of "last", "best" or "step-<n>".
+
+    Raises:
+        CheckpointError: there is none of that name.
+    """
+    folder = latest_checkpoint(run_dir, say) if name in ("last", "best") else run_dir / "checkpoints" / name
+    if folder is not None and name == "best":
+        best_step = TrainState.from_json((folder / "state.json").read_text()).best_step
+        folder = folder if best_step is None else folder.with_name(f"step-{best_step}")
+    if folder is None or not _STEP_FOLDER.fullmatch(folder.name) or not folder.is_dir():
+        there = ", ".join(f"step-{step}" for step in _steps(run_dir / "checkpoints")) or "none"
+        raise CheckpointError(f"{run_dir} has no checkpoint '{name}'; there: {there}")
+    return folder
+
+
+def load_weights(path: Path, module: nn.Module) -> None:
+    """Verify a checkpoint and copy its weights into a module, which may be frozen.
+
+    Raises:
+        CheckpointError: damaged; or a tensor is unknown to the module, missing, or of another shape or number format.
+    """
+    verify_manifest(path)
+    module = unwrapped(module)
+    everything = dict(module.named_parameters()) | dict(module.named_buffers())
+    names = read_tensors(path / "model.safetensors").keys() | saved_tensors(module).keys()
+    load_tensors(path / "model.safetensors", {name: everything[name] for name in names if name in everything})

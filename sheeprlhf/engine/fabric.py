@@ -1,0 +1,80 @@
+"""From the fabric options to Lightning Fabric, and what ranks tell each other besides gradients."""
+
+import ctypes
+import inspect
+import os
+import signal
+import sys
+from typing import Any, TypeVar, cast
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.nn.parallel import DistributedDataParallel
+
+from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.validate import parse_devices
+from sheeprlhf.utils.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def make_fabric(cfg: FabricConfig) -> Fabric:
+    """The Fabric that a validated configuration asks for; not launched yet.
+
+    Raises:
+        ConfigError: Fabric refuses the combination on this machine.
+    """
+    if cfg.strategy == "fsdp2":
+        raise ConfigError("fabric.strategy=fsdp2 is not supported for this task yet; use ddp")
+    devices = parse_devices(cfg.devices)
+    accelerator = cfg.accelerator
+    if accelerator == "auto":  # Fabric's own "auto" would also take kinds of device that nothing here is tested on
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if devices == "auto":
+        devices = torch.cuda.device_count() if accelerator == "cuda" else 1
+    num_processes = cfg.num_nodes * (len(devices) if isinstance(devices, list) else int(devices))
+    strategy: str | DDPStrategy = cfg.strategy
+    if cfg.strategy == "ddp" or (cfg.strategy == "auto" and num_processes > 1):
+        # No buffers are broadcast: ours are constants, and ranks may run different numbers of forward passes.
+        options: dict[str, Any] = {"gradient_as_bucket_view": True}
+        known = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed the option
+        options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
+        strategy = DDPStrategy(**options)
+    try:
+        return Fabric(
+            accelerator=accelerator,
+            strategy=strategy,
+            devices=devices,
+            num_nodes=cfg.num_nodes,
+            precision=cast(Any, cfg.precision),  # validated against the same names
+        )
+    except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"fabric.accelerator={cfg.accelerator} fabric.devices={cfg.devices} fabric.strategy={cfg.strategy} "
+            f"fabric.precision={cfg.precision} does not work here: {error}"
+        ) from error
+
+
+def gather_objects(fabric: Fabric, item: T) -> list[T]:
+    """All ranks: every rank's small object, in rank order."""
+    if fabric.world_size == 1:
+        return [item]
+    items: list[T | None] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(items, item)
+    return [gathered for gathered in items if gathered is not None]
+
+
+def die_with_parent() -> None:
+    """A process that Fabric started is killed when its parent dies, even by kill -9 (Linux; elsewhere nothing).
+
+    Call it early, on ranks above zero: without it a killed rank zero leaves them waiting in a collective.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the request
+        os.kill(os.getpid(), signal.SIGKILL)

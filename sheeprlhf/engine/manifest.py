@@ -1,0 +1,169 @@
+"""Folders that are there whole or not at all, and the manifest that proves it. Imports no torch.
+
+A folder is filled under a temporary name beside its place, forced to disk file by file, and renamed: a process killed
+at any moment leaves either the whole folder or something named `<name>.tmp.<pid>`, which the next start removes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sheeprlhf.utils.errors import CheckpointError
+
+MANIFEST = "MANIFEST.json"
+FORMAT_VERSION = 1
+_MAX_MANIFEST_BYTES = 1 << 20
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
+_TEMPORARY = re.compile(r".+\.tmp\.(\d+)")
+
+
+def write_folder(target: Path, writer: Callable[[Path], None], *, num_bytes: int = 0) -> None:
+    """One process: make folder `target` by `writer(temporary folder)`; it appears whole or not at all.
+
+    A folder that is there already is replaced.
+
+    Args:
+        target: the folder's place; its parent exists.
+        writer: fills the temporary folder; files and folders in it are as it leaves them.
+        num_bytes: about what will be written, for the message when the disk is full.
+
+    Raises:
+        CheckpointError: it could not be written; nothing is left behind.
+    """
+    temporary = target.with_name(f"{target.name}.tmp.{os.getpid()}")
+    try:
+        remove_folder(temporary)
+        temporary.mkdir(mode=0o700)
+        writer(temporary)
+        for path in sorted(temporary.rglob("*"), reverse=True):
+            fsync(path)
+        fsync(temporary)
+        if target.exists():
+            remove_folder(target)
+        os.rename(temporary, target)
+        fsync(target.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # safetensors reports a full disk as its own class of error, which is no OSError
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
+            raise CheckpointError(
+                f"cannot write {target}: {error}; about {num_bytes:,} bytes are needed, {free:,} are free. "
+                "Free space or choose another disk with root_dir=<folder>, then go on with resume=true"
+            ) from error
+        raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that a kill in between leaves no half of it under its own name."""
+    if not os.path.lexists(folder):
+        return
+    doomed = folder
+    if not _TEMPORARY.fullmatch(folder.name):
+        doomed = folder.with_name(f"{folder.name}.old.tmp.{os.getpid()}")
+        os.rename(folder, doomed)
+    if doomed.is_symlink() or not doomed.is_dir():
+        doomed.unlink()
+    else:
+        shutil.rmtree(doomed)
+
+
+def sweep_temporary(folder: Path) -> None:
+    """Remove what killed processes left in `folder`: names of our pattern whose process is gone, or is this one."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and path.is_dir() and not path.is_symlink():
+            pid = int(match[1])
+            if pid == os.getpid() or not _is_alive(pid):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def fsync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Write MANIFEST.json, last of all files: `facts`, and size and SHA-256 of every file in `folder`."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        fsync(path)
+        files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    content = {"format": FORMAT_VERSION, **facts, "files": files}
+    content["sha256"] = _sha256_of_json(content)
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True))
+
+
+def verify_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, after every file proved to be what was written.
+
+    Raises:
+        CheckpointError: naming the file that is missing, odd, changed or not ours.
+    """
+    content = read_manifest(folder)
+    found = {path.name for path in folder.iterdir()} - {MANIFEST}
+    for name in sorted(found ^ set(content["files"])):
+        raise CheckpointError(f"{folder / name} is {'not part of the checkpoint' if name in found else 'missing'}")
+    for name, expected in sorted(content["files"].items()):
+        path = folder / name
+        status = os.lstat(path)
+        if not _FILE_NAME.fullmatch(name) or not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path} is not a plain file; it will not be opened")
+        if status.st_size != expected["size"]:
+            raise CheckpointError(f"{path} has {status.st_size} bytes instead of {expected['size']}")
+        if _sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 differs from the manifest's")
+    return content
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest alone, checked against its own SHA-256; the files are not looked at."""
+    path = folder / MANIFEST
+    if not os.path.lexists(path) or folder.is_symlink():
+        raise CheckpointError(f"{folder} is not a checkpoint: no {MANIFEST}")
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{path} is not a manifest of ours")
+    try:
+        content = json.loads(path.read_bytes())
+        digest = content.pop("sha256")
+        intact = digest == _sha256_of_json(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not intact:
+        raise CheckpointError(f"{path} is damaged: its own SHA-256 differs")
+    if content["format"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format {content['format']}, not {FORMAT_VERSION}; use the version that wrote it"
+        )
+    return content
+
+
+def _sha256(path: Path) -> str:
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    with open(descriptor, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_json(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

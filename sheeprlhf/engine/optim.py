@@ -1,0 +1,64 @@
+"""The optimizer of a configuration, and its learning rate at every step."""
+
+import math
+
+import torch
+from torch import nn
+
+from sheeprlhf.structure.optim import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig
+from sheeprlhf.utils.errors import ConfigError
+
+
+def build_optimizer(cfg: OptimizerConfig, module: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The configured optimizer over the module's trainable parameters, in the module's order.
+
+    Weight decay applies to matrices (two or more dimensions) alone: biases, norms and gains have none.
+
+    Raises:
+        ConfigError: nothing is trainable.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    if not trainable:
+        raise ConfigError("no parameter of the model is trainable; check model.finetune_mode, model.freeze_transformer")
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizer_class = getattr(torch.optim, cfg.torch_name)
+    if isinstance(cfg, SGDConfig):
+        return optimizer_class(groups, lr=lr, momentum=cfg.momentum, nesterov=cfg.nesterov)
+    assert isinstance(cfg, AdamWConfig | AdamConfig)
+    # torch has fused kernels for every float format on the two kinds of device that fabric.accelerator allows
+    return optimizer_class(groups, lr=lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=cfg.fused)
+
+
+def lr_factor(schedule: str, step: int, *, warmup: int, total: int, min_ratio: float) -> float:
+    """What the peak learning rate is multiplied by at one optimizer step.
+
+    Args:
+        schedule: shape after the warm-up: "cosine", "linear" or "constant".
+        step: the optimizer step, counted from 0.
+        warmup: optimizer steps of linear rise; step `warmup - 1` has the peak.
+        total: optimizer steps of the run; the fall from step `warmup` would reach `min_ratio` at step `total`.
+        min_ratio: the lowest factor of the fall.
+
+    Raises:
+        ConfigError: unknown schedule.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return min_ratio + (1 - min_ratio) * (1 - progress)
+    if schedule == "cosine":
+        return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    raise ConfigError(f"optim.schedule={schedule} is unknown; use cosine, linear or constant")
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Use this learning rate in all parameter groups from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

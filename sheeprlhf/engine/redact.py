@@ -1,0 +1,61 @@
+"""What may be written to disk or to a screen: no secrets, and no text that a viewer would obey. Imports no torch."""
+
+import html
+import re
+from typing import Any
+
+HIDDEN = "<redacted>"
+_SECRET_KEY = re.compile(r"token|secret|password|passwd|credential|key$", re.IGNORECASE)
+_SECRET_VALUE = re.compile(
+    r"\b(?:hf_|sk-|gh[pousr]_|github_pat_)[A-Za-z0-9_-]{6,}"  # keys of model hubs and code hosts
+    r"|(?<=://)[^/\s@]+(?=@)"  # user:password@ of a URL
+)
+_ASSIGNMENT = re.compile(r"(?P<key>[\w.+~-]*)=(?P<value>.*)", re.DOTALL)
+_ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)", re.DOTALL)
+# control characters but newline and tab; the second range also holds the old one-byte forms of escape sequences
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def redact_text(text: str) -> str:
+    """The text with everything that looks like a key or a URL's password replaced."""
+    return _SECRET_VALUE.sub(HIDDEN, text)
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """A configuration as plain dicts and lists, with secrets replaced: by the name of their key, or by their look.
+
+    Only text is hidden by name: `token_budget: 2048` is a number and stays.
+    """
+    if isinstance(value, dict):
+        return {k: redact(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(v, key) for v in value]
+    if isinstance(value, str):
+        return HIDDEN if _SECRET_KEY.search(key) else redact_text(value)
+    return value
+
+
+def redact_command(arguments: list[str]) -> list[str]:
+    """Command-line arguments `key=value` with secrets replaced."""
+    redacted = []
+    for argument in arguments:
+        match = _ASSIGNMENT.fullmatch(argument)
+        if match:
+            key = match["key"].rpartition(".")[2]
+            is_number = match["value"].replace(".", "", 1).isdigit()
+            value = match["value"] if is_number else redact(match["value"], key)
+            redacted.append(f"{match['key']}={value}")
+        else:
+            redacted.append(redact_text(argument))
+    return redacted
+
+
+def plain_text(text: str) -> str:
+    """Text that a terminal only prints and any file can hold: no escape sequences, control characters, half pairs."""
+    text = text.encode("utf-8", "replace").decode()
+    return _CONTROL.sub("", _ESCAPE_SEQUENCE.sub("", text))
+
+
+def code_block(text: str) -> str:
+    """Text as an HTML block that shows it as it is: no markup in it is obeyed."""
+    return f"<pre>{html.escape(plain_text(text), quote=True)}</pre>"

@@ -1,0 +1,139 @@
+"""A training run in its directory: lock, saved configuration, records, messages, signals and checkpoints."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+from lightning.fabric import Fabric
+from torch import nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from sheeprlhf.engine.checkpoint import TrainState, restore_latest, save_checkpoint
+from sheeprlhf.engine.fabric import die_with_parent
+from sheeprlhf.engine.metrics import MetricWriter
+from sheeprlhf.engine.progress import Progress
+from sheeprlhf.engine.redact import plain_text, redact, redact_text
+from sheeprlhf.engine.rundir import RunLock
+from sheeprlhf.engine.signals import SignalFlags, noted_signals
+from sheeprlhf.structure.registry import config_hash, config_to_dict
+from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.utils.errors import ConfigError, Interrupted
+
+CONFIG_FILE = "config.yaml"
+
+
+class Run:
+    """What a training task talks to; made by `open_run`. Every method may be called on all ranks.
+
+    Attributes:
+        dir: the run directory.
+    """
+
+    def __init__(self, fabric: Fabric, cfg: TrainConfig, run_dir: Path, stack: ExitStack) -> None:
+        """Nothing is written yet; `stack` ends with the run."""
+        self.dir = run_dir
+        self._fabric = fabric
+        self._config_hash = config_hash(cfg)
+        self._keep = cfg.task.keep_checkpoints
+        self._stack = stack
+        self._signals: SignalFlags | None = None
+        self._writer: MetricWriter | None = None
+        self._progress: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """Print a line on rank zero; it does not break the progress bar, and shows no secret."""
+        if self._fabric.is_global_zero:
+            tqdm.write(redact_text(plain_text(text)), file=sys.stderr)
+
+    def restore(self, module: nn.Module, optimizer: Optimizer) -> TrainState:
+        """All ranks, once, before the first log: continue from the newest good checkpoint, or start at step 0.
+
+        Weights, optimizer and random number generators become the checkpoint's; records beyond its step are removed.
+        """
+        state = restore_latest(self._fabric, self.dir, module, optimizer, config_hash=self._config_hash, say=self.say)
+        self.say(f"going on after step {state.step}" if state else "starting at step 0")
+        state = state or TrainState()
+        if self._fabric.is_global_zero:
+            self._writer = MetricWriter(self.dir, state.step)
+        self._signals = self._stack.enter_context(noted_signals(self._fabric.is_global_zero))
+        return state
+
+    def save(self, state: TrainState, module: nn.Module, optimizer: Optimizer) -> Path:
+        """All ranks: write checkpoints/step-<state.step>; validate before, so that it knows the best step."""
+        return save_checkpoint(
+            self._fabric, self.dir, state, module, optimizer, config_hash=self._config_hash, keep=self._keep
+        )
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Numbers of one step: to metrics.csv and TensorBoard, on rank zero."""
+        if self._writer is not None:
+            self._writer.log(metrics, step)
+
+    def log_text(self, tag: str, text: str, step: int) -> None:
+        """A sample text of one step: to samples/step-<n>.txt and TensorBoard, on rank zero."""
+        if self._writer is not None:
+            self._writer.log_text(tag, text, step)
+
+    def show_progress(self, state: TrainState, total: int, loss: float, amount: float, unit: str = "tokens") -> None:
+        """Step `state.step` of `total` is done after `amount` more units of work on all ranks."""
+        if self._fabric.is_global_zero:
+            if self._progress is None:
+                self._progress = Progress(total, state.step - 1, unit)
+            self._progress.show(state.step, loss, amount)
+
+    def stop_signal(self) -> int | None:
+        """All ranks, after each step: SIGTERM or SIGINT: save and `stop`; SIGUSR1: save and go on; else None."""
+        return self._signals.agreed(self._fabric) if self._signals is not None else None
+
+    def stop(self, signum: int) -> NoReturn:
+        """All ranks, after saving: rank zero reports the signal, the others end quietly, so that it is not killed."""
+        self._fabric.barrier()
+        if self._fabric.is_global_zero:
+            raise Interrupted(signum)
+        raise SystemExit(0)
+
+    def close(self) -> None:
+        """End the bar and the records."""
+        if self._progress is not None:
+            self._progress.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+@contextmanager
+def open_run(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> Iterator[Run]:
+    """All ranks: the run is this job's until the block ends.
+
+    Rank zero locks the directory and saves the configuration.
+
+    Raises:
+        RunInUseError: another process works in this directory.
+    """
+    with ExitStack() as stack:
+        if fabric.is_global_zero:
+            stack.enter_context(RunLock(run_dir))
+            _save_config(cfg, run_dir)
+        elif fabric.local_rank > 0:
+            die_with_parent()
+        run = Run(fabric, cfg, run_dir, stack)
+        stack.callback(run.close)
+        yield run
+
+
+def _save_config(cfg: TrainConfig, run_dir: Path) -> None:
+    """Rank zero only: config.yaml, complete and without secrets, for this user's eyes. A resumed run has its own."""
+    path = run_dir / CONFIG_FILE
+    if path.exists():
+        return
+    text = yaml.safe_dump(redact(config_to_dict(cfg)), sort_keys=False)
+    temporary = path.with_name(f"{CONFIG_FILE}.tmp")
+    try:
+        temporary.touch(mode=0o600)
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another place with root_dir=") from error

@@ -1,0 +1,232 @@
+"""The directory of a run: where it is, whose it is, and whether it is finished. Imports no torch.
+
+`<root_dir>/<data>/<model>/<task>/<time>/<run_name>/run.json` says what the run is: status, configuration hash, names,
+times and command.
+"""
+
+import fcntl
+import json
+import os
+import re
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from sheeprlhf.engine.manifest import fsync
+from sheeprlhf.engine.redact import redact_command
+from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.utils.errors import ConfigError, RunInUseError
+
+RUN_FILE = "run.json"
+_NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
+
+
+class RunPlace(NamedTuple):
+    """Where a run lives.
+
+    Attributes:
+        dir: the run directory; it exists.
+        resumed: it was there before: training goes on from its newest checkpoint, if it has one.
+        note: one line for the user.
+    """
+
+    dir: Path
+    resumed: bool
+    note: str
+
+
+def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = None) -> RunPlace:
+    """Rank zero only, before the launch: find the run to go on with, or make a new directory.
+
+    Args:
+        cfg: the run's configuration.
+        config_hash: tells runs of different configurations apart.
+        given: the directory of `hydra.run.dir=...`, if the user gave one.
+
+    Raises:
+        ConfigError: the directory cannot be used, or is of another configuration.
+    """
+    if cfg.resume_from is not None:
+        return _resume(Path(cfg.resume_from), config_hash, key="resume_from")
+    if given is not None:
+        folder = Path(given)
+        if (folder / RUN_FILE).is_file():
+            if cfg.resume:
+                return _resume(folder, config_hash, key="hydra.run.dir")
+            raise ConfigError(
+                f"hydra.run.dir={folder} holds a run already; add resume=true, or choose another directory"
+            )
+        _make_dir(folder, "hydra.run.dir", exist_ok=True)
+        return _start(
+            folder, cfg, config_hash, "resume=true found no run there: a fresh start in" if cfg.resume else ""
+        )
+    if cfg.resume:
+        unfinished = [run for run in find_runs(cfg.root_dir) if run.info.get("status") != "finished"]
+        same = [run.dir for run in unfinished if run.info.get("config_hash") == config_hash]
+        if same:
+            others = f" (the newest of {len(same)} unfinished ones)" if len(same) > 1 else ""
+            return RunPlace(same[0], True, f"going on with {same[0]}{others}")
+    note = f"resume=true found no unfinished run of this configuration under {cfg.root_dir}: a fresh start in"
+    names = {
+        "data.config_name": cfg.data.config_name,
+        "model.config_name": cfg.model.config_name,
+        "task.config_name": cfg.task.config_name,
+        "run_name": cfg.run_name,
+    }
+    for key, name in names.items():
+        if not _NAME.fullmatch(name) or name in (".", ".."):
+            raise ConfigError(f"{key}={name!r} cannot name a folder; use up to 200 characters without '/'")
+    *groups, run_name = names.values()
+    parent = Path(cfg.root_dir, *groups, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    return _start(_make_unique_dir(parent, run_name), cfg, config_hash, note if cfg.resume else "")
+
+
+def _resume(folder: Path, config_hash: str, *, key: str) -> RunPlace:
+    info = read_run(folder)
+    if not info:
+        raise ConfigError(f"{key}={folder} is not a run directory: it has no readable {RUN_FILE}")
+    if info.get("config_hash") != config_hash:
+        raise ConfigError(
+            f"{key}={folder} belongs to another configuration; give the options in {folder / 'config.yaml'} "
+            "(those of its command: " + " ".join(info.get("command", [])) + ")"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={folder} is not writable; check its permissions")
+    if info.get("status") == "finished":
+        return RunPlace(folder, True, f"{folder} is finished: nothing is left to do")
+    return RunPlace(folder, True, f"going on with {folder}")
+
+
+def _start(folder: Path, cfg: TrainConfig, config_hash: str, note: str) -> RunPlace:
+    info = {
+        "status": "running",
+        "config_hash": config_hash,
+        "task": cfg.task.config_name,
+        "model": cfg.model.config_name,
+        "data": cfg.data.config_name,
+        "run_name": cfg.run_name,
+        "started": time.time(),
+        "finished": None,
+        "command": redact_command(sys.argv[1:]),
+    }
+    _write_run(folder, info)
+    return RunPlace(folder, False, f"{note or 'run directory:'} {folder}")
+
+
+def _make_unique_dir(parent: Path, name: str) -> Path:
+    """A directory that nobody else has: `name`, else `name-2`, `name-3`, ..."""
+    number = 1
+    while True:
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        if _make_dir(folder, "root_dir", exist_ok=False):
+            return folder
+        number += 1
+
+
+def _make_dir(folder: Path, key: str, *, exist_ok: bool) -> bool:
+    """Make a directory for this user alone; False if it was there and must not be."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=exist_ok)
+    except OSError as error:
+        if isinstance(error, FileExistsError) and folder.is_dir():
+            return False
+        raise ConfigError(
+            f"{key}: cannot make the run directory {folder}: {error.strerror or error}; choose another place with "
+            "root_dir=<folder>"
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}: the run directory {folder} is not writable; choose another with root_dir=<folder>")
+    return True
+
+
+class FoundRun(NamedTuple):
+    """A run directory and the content of its run.json."""
+
+    dir: Path
+    info: dict[str, Any]
+
+
+def find_runs(root_dir: str | Path) -> list[FoundRun]:
+    """All runs under `root_dir`, newest first."""
+    runs = [FoundRun(path.parent, read_run(path.parent)) for path in Path(root_dir).glob(f"*/*/*/*/*/{RUN_FILE}")]
+    return sorted((run for run in runs if run.info), key=lambda run: (run.info["started"], run.dir.name), reverse=True)
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """The content of run.json; empty if it is missing or not ours."""
+    with suppress(OSError, ValueError, RecursionError):
+        info = json.loads((run_dir / RUN_FILE).read_bytes())
+        if isinstance(info, dict) and isinstance(info.get("started"), int | float):
+            return info
+    return {}
+
+
+def _write_run(run_dir: Path, info: dict[str, Any]) -> None:
+    temporary = run_dir / f"{RUN_FILE}.tmp"
+    temporary.write_text(json.dumps(info, indent=1))
+    fsync(temporary)
+    os.replace(temporary, run_dir / RUN_FILE)
+    fsync(run_dir)
+
+
+def mark_finished(run_dir: Path, **facts: Any) -> None:
+    """Rank zero only: the run is complete; `facts` (results, ...) are kept in run.json."""
+    _write_run(run_dir, read_run(run_dir) | facts | {"status": "finished", "finished": time.time()})
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run is complete: its final weights are written."""
+    return read_run(run_dir).get("status") == "finished"
+
+
+class RunLock:
+    """Rank zero only, a `with` block: this process works in the run directory and nobody else does.
+
+    The kernel frees the lock however the process dies, so no stale lock exists.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        """Nothing is locked yet."""
+        self._path = run_dir / ".lock"
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> "RunLock":
+        """Take the lock.
+
+        Raises:
+            RunInUseError: another process holds it; the message names that process.
+        """
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(f"cannot lock the run directory {self._path.parent}: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise RunInUseError(
+                f"{self._path.parent} is in use by {holder}; wait for it, or start another run without resume"
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._descriptor = descriptor
+        # A forked worker that outlives us must not keep the lock.
+        os.register_at_fork(after_in_child=self._close)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Free the lock."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

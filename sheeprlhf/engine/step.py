@@ -1,0 +1,214 @@
+"""One optimizer step and one evaluation pass: what every task shares, and no algorithm.
+
+A step's rows are cut into micro-batches and dealt to the ranks; how they are cut changes speed and memory, never the
+result: every micro-batch contributes a sum, and the step divides by the number of items on all ranks together.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sheeprlhf.engine.fabric import gather_objects
+from sheeprlhf.engine.rng import isolated_rng
+from sheeprlhf.utils.errors import DataError, NonFiniteError
+
+
+class LossOutput(NamedTuple):
+    """What a loss function says about one micro-batch.
+
+    Attributes:
+        total: () float, SUM of the loss over the micro-batch's items, with its graph.
+        metrics: detached () tensors, SUMS over the items; the same names from every micro-batch.
+    """
+
+    total: Tensor
+    metrics: dict[str, Tensor]
+
+
+class MicroBatch(NamedTuple):
+    """What one rank computes in one forward pass.
+
+    Attributes:
+        batch: anything that `Fabric.to_device` moves; only the loss function looks inside.
+        num_items: what the loss is averaged over, counted in this micro-batch (target tokens, pairs, ...).
+        row_ids: the rows' numbers, for error messages.
+    """
+
+    batch: Any
+    num_items: int
+    row_ids: tuple[int, ...]
+
+
+LossFn = Callable[[nn.Module, Any], LossOutput]
+
+
+def update(
+    fabric: Fabric,
+    module: _FabricModule,
+    optimizer: Optimizer,
+    micro_batches: list[MicroBatch],
+    loss_fn: LossFn,
+    *,
+    max_grad_norm: float | None,
+) -> dict[str, float]:
+    """All ranks: one optimizer step on the mean loss of the items of all micro-batches of all ranks.
+
+    Gradients are summed over a rank's micro-batches and synchronised once, at the last. A rank may be dealt no
+    micro-batch: it takes part in that one synchronisation with a zero. Micro-batches without items are skipped. A step
+    that has no item on any rank changes nothing.
+
+    Args:
+        fabric: where it runs.
+        module: the trained module, set up by `fabric`.
+        optimizer: steps once; its gradients are empty before and after.
+        micro_batches: this rank's share of the step.
+        loss_fn: called as `loss_fn(module, batch)`, with the batch on the device.
+        max_grad_norm: gradients are scaled down to this norm; None only measures it.
+
+    Returns:
+        loss and the loss function's metrics per item, "grad_norm" before clipping, "items" of all ranks.
+
+    Raises:
+        NonFiniteError: the loss or the gradient norm is not finite; on all ranks, before a weight changes.
+    """
+    micro_batches = [m for m in micro_batches if m.num_items > 0]
+    items_of_rank = _items_of_rank(fabric, sum(m.num_items for m in micro_batches))
+    num_items = sum(items_of_rank)
+    if num_items == 0:
+        return {"loss": 0.0, "grad_norm": 0.0, "items": 0.0}
+    scale = fabric.world_size / num_items  # the gradient sync averages over ranks
+    sums: dict[str, Tensor] = {}
+    totals = []
+    for index, micro in enumerate(micro_batches):
+        # forward too: the wrapper decides in its forward whether this backward synchronises
+        with fabric.no_backward_sync(module, enabled=index + 1 < len(micro_batches)):
+            output = loss_fn(module, fabric.to_device(micro.batch))
+            fabric.backward(output.total * scale)
+        totals.append(output.total.detach())
+        _accumulate(sums, output)
+    if not micro_batches:
+        with _forward_of_zero(module.module):
+            fabric.backward(module(torch.zeros((), device=fabric.device)))
+    grad_norm = fabric.clip_gradients(
+        module, optimizer, max_norm=math.inf if max_grad_norm is None else max_grad_norm, error_if_nonfinite=False
+    )
+    assert grad_norm is not None
+    names = sorted(sums)
+    if 0 in items_of_rank:  # those ranks do not know the names
+        names = fabric.broadcast(names, src=next(rank for rank, items in enumerate(items_of_rank) if items))
+    means, grad_norm_float = _reduce(fabric, sums, names, grad_norm)  # the step's one wait for the device
+    result = {name: value / num_items for name, value in means.items()}
+    result |= {"grad_norm": grad_norm_float, "items": float(num_items)}
+    if not (math.isfinite(result["loss"]) and math.isfinite(grad_norm_float)):
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteError(_non_finite_message(fabric, result, micro_batches, totals))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+def evaluate(
+    fabric: Fabric, module: nn.Module, micro_batches: Iterable[MicroBatch], loss_fn: LossFn
+) -> dict[str, float]:
+    """All ranks: mean loss and metrics per item over the micro-batches of all ranks.
+
+    The module is in eval mode meanwhile; training flags and random number generators are as before afterwards. Ranks
+    may have different numbers of micro-batches, or none.
+
+    Returns:
+        loss and the loss function's metrics per item, "items" of all ranks.
+
+    Raises:
+        DataError: there is no item on any rank.
+    """
+    sums: dict[str, Tensor] = {}
+    num_local = 0
+    with isolated_rng(), eval_mode(module), torch.no_grad():
+        for micro in micro_batches:
+            if micro.num_items == 0:
+                continue
+            _accumulate(sums, loss_fn(module, fabric.to_device(micro.batch)))
+            num_local += micro.num_items
+    num_items = sum(_items_of_rank(fabric, num_local))
+    if num_items == 0:
+        raise DataError("nothing to evaluate: no row has a target token; check data.* and the split's size")
+    names = next(names for names in gather_objects(fabric, sorted(sums)) if names)
+    means, _ = _reduce(fabric, sums, names, torch.zeros((), device=fabric.device))
+    return {name: value / num_items for name, value in means.items()} | {"items": float(num_items)}
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode inside; each one's own training flag afterwards."""
+    training = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, flag in training:
+            submodule.training = flag
+
+
+def _items_of_rank(fabric: Fabric, num_items: int) -> list[int]:
+    """All ranks: every rank's number of items."""
+    if fabric.world_size == 1:
+        return [num_items]
+    counts = torch.zeros(fabric.world_size, dtype=torch.int64, device=fabric.device)
+    counts[fabric.global_rank] = num_items
+    fabric.all_reduce(counts, reduce_op="sum")
+    return counts.tolist()
+
+
+def _accumulate(sums: dict[str, Tensor], output: LossOutput) -> None:
+    """Add a micro-batch's sums, on the device and in float64, so that the order of the cut does not show."""
+    for name, value in {"loss": output.total.detach(), **output.metrics}.items():
+        sums[name] = sums[name] + value if name in sums else value.double()
+
+
+def _reduce(
+    fabric: Fabric, sums: dict[str, Tensor], names: list[str], same_on_all: Tensor
+) -> tuple[dict[str, float], float]:
+    """All ranks: the sums over ranks, and a value that is already the same on all, in one transfer to the host."""
+    zero = torch.zeros((), dtype=torch.float64, device=fabric.device)
+    values = torch.stack([sums.get(name, zero) for name in names])
+    if fabric.world_size > 1:
+        fabric.all_reduce(values, reduce_op="sum")
+    *reduced, last = torch.cat([values, same_on_all.double().reshape(1)]).tolist()
+    return dict(zip(names, reduced, strict=True)), last
+
+
+@contextmanager
+def _forward_of_zero(original: nn.Module) -> Iterator[None]:
+    """Inside, the module's forward is 0 * every trainable parameter, so that a wrapper's gradient hooks all fire."""
+    own_forward = vars(original).get("forward")
+    original.forward = lambda _: sum(p.sum() * 0 for p in original.parameters() if p.requires_grad)
+    try:
+        yield
+    finally:
+        del original.forward
+        if own_forward is not None:
+            original.forward = own_forward
+
+
+def _non_finite_message(
+    fabric: Fabric, result: dict[str, float], micro_batches: list[MicroBatch], totals: list[Tensor]
+) -> str:
+    """All ranks: which rows to look at, those of every rank."""
+    losses = [total.item() for total in totals]
+    suspects = [m for m, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
+    found = gather_objects(fabric, (bool(suspects), [i for m in suspects or micro_batches for i in m.row_ids]))
+    if any(certain for certain, _ in found):
+        found = [(certain, rows if certain else []) for certain, rows in found]
+    rows = "; ".join(f"rank {rank}: rows {ids}" for rank, (_, ids) in enumerate(found) if ids)
+    return (
+        f"the step's loss is {result['loss']} and its gradient norm {result['grad_norm']}; no weight was changed. "
+        f"Look at these rows of the training split ({rows}), or lower optim.lr, "
+        "or compute in fabric.precision=32-true"
+    )

@@ -1,0 +1,163 @@
+"""One job: choose its directory, start its processes, seed them, call its task. Imports torch only when it must."""
+
+import importlib
+import os
+import random
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sheeprlhf.engine.redact import redact_text
+from sheeprlhf.engine.rundir import choose_run_dir, is_finished
+from sheeprlhf.structure.registry import config_hash
+from sheeprlhf.structure.run import EvalConfig, TrainConfig
+from sheeprlhf.structure.validate import parse_devices
+from sheeprlhf.utils.errors import SheepError
+
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+_QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",  # its threads and our forked workers do not go together
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+class Job(NamedTuple):
+    """What is needed to start a job again as a process of its own.
+
+    Attributes:
+        verb: train or eval.
+        words: the flags and overrides of this job alone.
+        given_dir: the directory that the user gave for it, if any.
+        in_sweep: it is one of several jobs of this process.
+    """
+
+    verb: str
+    words: list[str]
+    given_dir: str | None
+    in_sweep: bool
+
+
+def launch(config: TrainConfig | EvalConfig, job: Job) -> int:
+    """Run a job to its end in this process and, with several devices, in those that Fabric starts.
+
+    A sweep's job on several devices gets a process of its own: Fabric leaves this one's rank in the environment.
+
+    Returns:
+        The exit code.
+    """
+    if job.in_sweep and _needs_processes(config):
+        return subprocess.run([*_program(), *_words_alone(config, job)], check=False).returncode
+    run_dir = None
+    sys.argv = [sys.argv[0], job.verb, *job.words]  # what Fabric starts the other ranks with
+    if isinstance(config, TrainConfig) and is_rank_zero():
+        run_dir = _choose_dir(config, job.given_dir)
+        if is_finished(run_dir):
+            return 0
+    try:
+        _run_task(config, run_dir)
+    except Exception as error:
+        if run_dir is not None and not isinstance(error, SheepError):
+            path = run_dir / "error.log"
+            path.write_text(redact_text(traceback.format_exc()), encoding="utf-8")
+            error.add_note(f"its traceback is in {path}")
+        raise
+    return 0
+
+
+def is_rank_zero() -> bool:
+    """Whether this process is the first of all, by what a launcher has put into the environment."""
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
+
+
+def _needs_processes(config: TrainConfig | EvalConfig) -> bool:
+    devices = parse_devices(config.fabric.devices)
+    single = devices == 1 or (isinstance(devices, list) and len(devices) == 1)
+    return config.fabric.num_nodes > 1 or not single
+
+
+def _program() -> list[str]:
+    """How this program was started, as Fabric finds it out too."""
+    import __main__
+
+    spec = __main__.__spec__
+    return [sys.executable, os.path.abspath(sys.argv[0])] if spec is None else [sys.executable, "-m", spec.name]
+
+
+def _words_alone(config: TrainConfig | EvalConfig, job: Job) -> list[str]:
+    words = [job.verb, *job.words]
+    if isinstance(config, TrainConfig):
+        words.append(f"run_name={_quoted(config.run_name)}")
+    if job.given_dir is not None:
+        words.append(f"hydra.run.dir={_quoted(os.path.abspath(job.given_dir))}")
+    return words
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _choose_dir(config: TrainConfig, given: str | None) -> Path:
+    """Rank zero only."""
+    if given is not None and Path(given).is_dir() and not any(Path(given).iterdir()):
+        Path(given).chmod(0o700)  # Hydra has made it, for all to read
+    place = choose_run_dir(config, config_hash(config), given=given)
+    print(place.note)
+    return place.dir.absolute()
+
+
+def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
+    """All ranks: one process becomes all of them here."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    model = config.model
+    if model is not None and model.library_cfg.trust_remote_code and is_rank_zero():
+        print(f"Python code of {model.repo_name} at {model.library_cfg.revision} will run on this machine.")
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from sheeprlhf.engine.fabric import die_with_parent, make_fabric
+
+    transformers_logging.disable_progress_bar()
+
+    _forget_hydra()
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        die_with_parent()
+    fabric = make_fabric(config.fabric)
+    fabric.launch()
+    folder = fabric.broadcast(str(run_dir or ""))
+    _seed(config, on_cuda=fabric.device.type == "cuda")
+    module, _, function = config.task.entry_point.partition(":")
+    task: Any = getattr(importlib.import_module(module), function)
+    task(fabric, config, Path(folder)) if isinstance(config, TrainConfig) else task(fabric, config)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _forget_hydra() -> None:
+    """Fabric would take its command for the other ranks from Hydra, which knows nothing of the verb."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None
+
+
+def _seed(config: TrainConfig | EvalConfig, *, on_cuda: bool) -> None:
+    """All ranks alike: what has to differ between ranks is drawn from generators that know their rank."""
+    import numpy as np
+    import torch
+
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    if on_cuda:
+        torch.set_float32_matmul_precision("high")
+    if isinstance(config, TrainConfig) and config.torch_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

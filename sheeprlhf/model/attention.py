@@ -1,0 +1,136 @@
+"""Attention over packed rows: each token sees its own prompt and response, and no padding is computed.
+
+Letters: B=1 packed row, H query heads, G key heads, T packed positions, M keys of all sequences, D head width.
+
+`register()` adds one attention function to transformers under `PACKED`. A model that uses it computes a packed row
+when its forward gets `layout=`, and plain `sdpa` attention otherwise, so the same model trains packed, trains padded
+and generates. A packed forward also gets `attention_mask=placeholder_mask(...)`: a 4-D mask passes through
+transformers untouched, so no T x T mask is ever built.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from sheeprlhf.utils.errors import ModelError
+
+PACKED = "sheeprlhf_packed"
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # extras of some models' attention that change the result
+
+
+def register() -> None:
+    """Make `attn_implementation=PACKED` known to transformers (again is harmless)."""
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionMaskInterface.register(PACKED, sdpa_mask)
+
+
+def placeholder_mask(input_ids_BT: Tensor) -> Tensor:
+    """A (1, 1, 1, 1) mask that stops transformers from building its own; `packed_attention` ignores it."""
+    return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=input_ids_BT.device)
+
+
+def packed_attention(
+    module: nn.Module,
+    query_BHTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    layout: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention as `layout` says; without a layout, transformers' own sdpa attention.
+
+    Args:
+        module: the attention module, as transformers passes it.
+        query_BHTD: queries.
+        key_BGTD: keys; G divides H (grouped queries).
+        value_BGTD: values.
+        attention_mask: used only without a layout.
+        dropout: probability of dropping an attention weight.
+        scaling: factor of the scores; None is D ** -0.5.
+        layout: a `sheeprlhf.data.example.Layout`, or None.
+        **kwargs: other arguments of the model's attention.
+
+    Returns:
+        ((B, T, H, D) output, None).
+
+    Raises:
+        ModelError: the model's attention does something that packed rows do not support.
+    """
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query_BHTD, key_BGTD, value_BGTD, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    extra = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    window = kwargs.get("sliding_window")
+    if window is not None and layout.max_key > window:
+        extra.append(f"sliding_window={window}")
+    if extra:
+        raise ModelError(f"packed attention does not support {', '.join(extra)}; set task.batching=padded")
+    if query_BHTD.is_cuda and query_BHTD.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
+        return _varlen_attention(query_BHTD, key_BGTD, value_BGTD, scaling, layout), None
+    return _loop_attention(query_BHTD, key_BGTD, value_BGTD, dropout, scaling, layout), None
+
+
+def _loop_attention(
+    query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, dropout: float, scaling: float | None, layout: Any
+) -> Tensor:
+    """One dense call per attention sequence: causal for a prompt with its first response, masked for the others."""
+    grouped = query_BHTD.shape[1] != key_BGTD.shape[1]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        )
+
+    outputs = []
+    start = 0
+    for prompt_length, response_lengths in layout.segments:
+        end = start + prompt_length + response_lengths[0]
+        rows = slice(start, end)
+        outputs.append(attend(query_BHTD[:, :, rows], key_BGTD[:, :, rows], value_BGTD[:, :, rows], None))
+        prompt = slice(start, start + prompt_length)
+        for length in response_lengths[1:]:
+            rows = slice(end, end + length)
+            key = torch.cat([key_BGTD[:, :, prompt], key_BGTD[:, :, rows]], dim=2)
+            value = torch.cat([value_BGTD[:, :, prompt], value_BGTD[:, :, rows]], dim=2)
+            mask = torch.ones(length, prompt_length + length, dtype=torch.bool, device=key.device).tril(prompt_length)
+            outputs.append(attend(query_BHTD[:, :, rows], key, value, mask))
+            end += length
+        start = end
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _varlen_attention(
+    query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, scaling: float | None, layout: Any
+) -> Tensor:
+    """Variable-length flash attention (CUDA, half precision); causal, aligned to each sequence's last key."""
+    from torch.nn.attention import varlen  # imported here: torch builds without CUDA may lack it
+
+    query_THD, key_MGD, value_MGD = (x[0].transpose(0, 1) for x in (query_BHTD, key_BGTD, value_BGTD))
+    if layout.key_index is not None:
+        key_MGD, value_MGD = key_MGD[layout.key_index], value_MGD[layout.key_index]
+    repeats = query_THD.shape[1] // key_MGD.shape[1]
+    if repeats > 1:
+        key_MGD, value_MGD = (x.repeat_interleave(repeats, dim=1) for x in (key_MGD, value_MGD))
+    names = varlen.varlen_attn.__code__.co_varnames
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
+    output_THD: Any = varlen.varlen_attn(
+        query_THD.contiguous(),
+        key_MGD.contiguous(),
+        value_MGD.contiguous(),
+        layout.query_starts,
+        layout.key_starts,
+        layout.max_query,
+        layout.max_key,
+        scale=scaling,
+        **causal,
+    )
+    return output_THD[None]

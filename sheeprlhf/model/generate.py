@@ -1,0 +1,59 @@
+"""Generate responses with Hugging Face's `generate`, from settings that are ours alone."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+
+from sheeprlhf.structure.generation import GenConfig
+
+
+def generation_config(cfg: GenConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """A complete GenerationConfig, so that nothing is taken from the model's own defaults."""
+    sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k} if cfg.do_sample else {}
+    return GenerationConfig(
+        max_new_tokens=cfg.max_new_tokens,
+        num_beams=cfg.num_beams,
+        do_sample=cfg.do_sample,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        use_cache=True,
+        **sampling,
+    )
+
+
+@torch.no_grad()
+def generate_responses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], cfg: GenConfig
+) -> list[str]:
+    """The text that the model writes after each prompt, up to EOS or `cfg.max_new_tokens`.
+
+    Args:
+        model: the language model, not wrapped; its training flags are restored.
+        tokenizer: its tokenizer.
+        prompts: token ids of each prompt, (P_i,).
+        cfg: how to sample; the random numbers are torch's, the caller isolates them.
+    """
+    settings = generation_config(cfg, tokenizer)
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), int(settings.pad_token_id))
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):  # left padding: generation goes on from the last column
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt.tolist())
+        attention_mask[row, width - len(prompt) :] = 1
+    training = {module: module.training for module in model.modules()}
+    own_defaults, model.generation_config = model.generation_config, settings
+    model.eval()
+    try:
+        output = cast(GenerationMixin, model).generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=settings,
+        )
+    finally:
+        model.generation_config = own_defaults
+        for module, flag in training.items():
+            module.training = flag
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in output[:, width:].tolist()]

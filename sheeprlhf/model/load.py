@@ -1,0 +1,174 @@
+"""Load tokenizers and causal language models: a hub name, a local folder, or the embedded model, by the same code."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sheeprlhf.model.attention import PACKED, register
+from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.hub import EMBEDDED, embedded_folder, why_offline
+
+_DROPOUT_KEY = re.compile(r"(drop|_pdrop$)")
+
+
+def _source(cfg: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """Folder or hub id of the model, and the keyword arguments that every `from_pretrained` call gets.
+
+    Raises:
+        ModelError: there is no such folder or embedded model, or the hub does not answer and the cache lacks the model.
+    """
+    name = str(cfg.repo_name)
+    library = cfg.library_cfg
+    options: dict[str, Any] = {"trust_remote_code": library.trust_remote_code, "revision": library.revision}
+    folder = embedded_folder(name) if name.startswith(EMBEDDED) else Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"model.repo_name={name}: no config.json in this folder; give a folder in the hub's layout"
+            )
+        return str(folder), options | {"local_files_only": True}
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ModelError(f"model.repo_name={name} is neither a folder nor a hub id (owner/name)")
+    offline = "model.library_cfg.local_files_only is set" if library.local_files_only else why_offline()
+    if offline and not isinstance(try_to_load_from_cache(name, "config.json", revision=library.revision), str):
+        raise ModelError(
+            f"model.repo_name={name}: {offline} and this model is not in the local cache; connect to the network, give a "
+            "local folder in the hub's layout (model.repo_name=<folder>), or use model=tiny, which needs no network"
+        )
+    return name, options | {"local_files_only": bool(offline)}
+
+
+def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: it cannot be read, or has no EOS token.
+    """
+    source, options = _source(cfg)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"model.repo_name={cfg.repo_name}: its tokenizer cannot be loaded: {_first_line(error)}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model.repo_name={cfg.repo_name}: its tokenizer has no EOS token, so no response could end")
+    return tokenizer
+
+
+def load_causal_lm(cfg: ModelConfig, *, vocabulary: int, longest: int) -> PreTrainedModel:
+    """The language model in `cfg.dtype`, in training mode, with packed attention where its code allows.
+
+    Args:
+        cfg: the model's configuration.
+        vocabulary: size of the tokenizer, checked against the model's.
+        longest: tokens of the longest sequence, checked against the model's positions.
+
+    Raises:
+        ModelError: it cannot be loaded, or it is too small for the tokenizer or the sequences.
+    """
+    register()
+    source, options = _source(cfg)
+    dtype = getattr(torch, cfg.dtype)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        _check_positions(config, cfg, longest)
+        if cfg.disable_dropout:
+            _zero_dropout(config)
+        config.use_cache = False
+        if cfg.random_init:
+            trust = options["trust_remote_code"]
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **options
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"model.repo_name={cfg.repo_name}: the model cannot be loaded: {_first_line(error)}"
+        ) from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    if vocabulary > rows:
+        raise ModelError(
+            f"model.repo_name={cfg.repo_name}: its tokenizer has {vocabulary} tokens, the model only {rows}"
+        )
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(PACKED)
+    if cfg.gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if cfg.freeze_transformer:
+        _train_head_alone(model, cfg)
+    if cfg.embedding_dim_name is not None:
+        _check_width(model, cfg)
+    return model.train()
+
+
+def _check_positions(config: Any, cfg: ModelConfig, longest: int) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ModelError(
+            f"data.max_length: the longest sequence has {longest} tokens, {cfg.repo_name} has {positions} positions; "
+            f"set data.max_length={positions}"
+        )
+
+
+def _zero_dropout(config: Any) -> None:
+    """Every dropout probability of a model's config to 0, nested configs included.
+
+    Done before the model is built, since modules copy their probability from the config (GPT-2's `*_pdrop`,
+    attention dropout that is no module at all, layer drop).
+    """
+    for key, value in vars(config).items():
+        if _DROPOUT_KEY.search(key) and isinstance(value, float | int) and not isinstance(value, bool):
+            setattr(config, key, 0.0)
+    for name in getattr(config, "sub_configs", {}):
+        if getattr(config, name, None) is not None:
+            _zero_dropout(getattr(config, name))
+
+
+def _train_head_alone(model: PreTrainedModel, cfg: ModelConfig) -> None:
+    head = model.get_output_embeddings().weight
+    if head is model.get_input_embeddings().weight:
+        raise ModelError(
+            f"model.freeze_transformer=true: the head of {cfg.repo_name} shares its weights with the input embeddings; "
+            "set model.freeze_transformer=false, or model.finetune_mode=LORA to train less"
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter is head)
+
+
+def _check_width(model: PreTrainedModel, cfg: ModelConfig) -> None:
+    name = str(cfg.embedding_dim_name)
+    stated, width = getattr(model.config, name, None), model.get_output_embeddings().weight.shape[1]
+    if stated != width:
+        raise ModelError(
+            f"model.embedding_dim_name={name}: the model's config says {stated}, its head reads vectors of {width}; "
+            "set model.embedding_dim_name=null"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """The part of a causal language model that makes hidden states, and its language head."""
+    return getattr(model, model.base_model_prefix), model.get_output_embeddings()
+
+
+def uses_packed_attention(model: PreTrainedModel) -> bool:
+    """Whether the model's attention goes through `packed_attention` (falcon's, for one, does not)."""
+    return bool(model.config._attn_implementation == PACKED)
+
+
+def hidden_states(backbone: nn.Module, **inputs: Any) -> Tensor:
+    """(B, T, C) last hidden states of a backbone."""
+    return backbone(use_cache=False, **inputs).last_hidden_state

@@ -1,0 +1,58 @@
+"""Low-rank adapters on a frozen language model, through PEFT."""
+
+import difflib
+import warnings
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from sheeprlhf.structure.model import LORAConfig
+from sheeprlhf.structure.validate import parse_targets
+from sheeprlhf.utils.errors import ModelError
+
+
+def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put the adapters of a PEFT folder on the model, frozen.
+
+    Raises:
+        ModelError: the folder holds no adapters that fit the model.
+    """
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
+
+
+def add_lora(model: PreTrainedModel, cfg: LORAConfig) -> PeftModel:
+    """Freeze the model and put trainable adapters (float32) beside the target modules.
+
+    Raises:
+        ModelError: a target names no module of the model.
+    """
+    targets = parse_targets(cfg.targets)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    if not isinstance(targets, str):
+        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        missing = [target for target in targets if not any(name.endswith(target) for name in linear)]
+        if missing:
+            near = difflib.get_close_matches(missing[0], known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ModelError(
+                f"model.lora_cfg.targets: no linear layer is named {', '.join(missing)}{hint} "
+                f"This model has {', '.join(known)}; 'all-linear' takes all but the head."
+            )
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=cfg.rank,
+        lora_alpha=cfg.alpha,  # type: ignore[arg-type]
+        lora_dropout=cfg.dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
+    )
+    with warnings.catch_warnings():
+        # PEFT warns that it flips fan_in_fan_out for layers where it has to; it is right to.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        return get_peft_model(model, config)

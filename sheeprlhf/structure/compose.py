@@ -1,0 +1,233 @@
+"""Compose a configuration with Hydra's compose API and say everything that is wrong with it, before Hydra runs."""
+
+import contextlib
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from hydra import compose, version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+import sheeprlhf
+from sheeprlhf.structure.limits import nearest, option_problems
+from sheeprlhf.structure.overrides import Chosen, key_problem, missing_problem, pick_groups, readable
+from sheeprlhf.structure.registry import ROOTS, choices, groups, options, register_configs, to_typed
+from sheeprlhf.structure.run import EvalConfig, TrainConfig
+from sheeprlhf.structure.saved import saved_group
+from sheeprlhf.structure.strangers import content_problems, hydra_problems
+from sheeprlhf.structure.validate import validate
+from sheeprlhf.utils.errors import ConfigError
+
+SAVED_CHOICE = "of_the_run"
+RECIPES = {"train": ("experiment",)}  # groups of named values, which have no dataclass
+
+
+class Source(NamedTuple):
+    """Where Hydra looks: the verb, the directory of configs, the file's name, and a directory of the user's."""
+
+    verb: str
+    directory: Path
+    name: str
+    extra: str | None = None
+
+
+def configs_directory() -> Path:
+    """The repository's `configs/`, else the copy inside the installed package; never the working directory's."""
+    package = Path(sheeprlhf.__file__).resolve().parent
+    checkout = package.parent / "configs"
+    return checkout if (checkout / "train.yaml").is_file() else package / "configs"
+
+
+def check(source: Source, overrides: list[str], *, multirun: bool = False, complete: bool = True) -> list[str]:
+    """Every problem of a command line; of every job, if it is a sweep.
+
+    Args:
+        source: where the configuration comes from.
+        overrides: the command line's `key=value` words.
+        multirun: several values of a key are several jobs.
+        complete: also refuse missing values and impossible combinations (false to show a configuration).
+    """
+    parsed, problems = readable(overrides)
+    with _hydra(source):
+        for job in _jobs(parsed) if multirun else [parsed]:
+            problems += _check_job(source, job, complete)
+    return list(dict.fromkeys(problems))
+
+
+def compose_for_help(source: Source, overrides: list[str]) -> tuple[DictConfig, dict[str, list[str]]]:
+    """The configuration of the groups chosen so far (`task` may stay missing), and the choices of every group."""
+    parsed, problems = readable(overrides)
+    with _hydra(source):
+        chosen = pick_groups(source.verb, parsed, _group_options(source.verb))
+        config, stand_ins = _compose_base(source, chosen, _words(chosen.groups))
+    if problems or chosen.problems:
+        raise ConfigError(*problems, *chosen.problems)
+    with open_dict(config):
+        del config["hydra"]
+        if stand_ins:
+            config.task = "???"
+    return config, chosen.available
+
+
+def saved_overrides(verb: str, overrides: list[str]) -> list[str]:
+    """For `eval experiment_dir=<run>`: register the run's model and data as choices, and choose those not given.
+
+    So `data.max_length=64` changes the run's data, and `data=local` replaces it. A sweep over experiment_dir is left
+    to `finish`.
+    """
+    parsed, _ = readable(overrides)
+    given = {override.key_or_group: override for override in parsed}
+    folder = given.get("experiment_dir")
+    if verb != "eval" or folder is None or folder.is_sweep_override() or folder.value() is None:
+        return []
+    added = [group for group in ("model", "data") if group not in given]
+    for group in added:
+        node = saved_group(str(folder.value()), group)
+        ConfigStore.instance().store(group=group, name=SAVED_CHOICE, node=node)
+    return [f"{group}={SAVED_CHOICE}" for group in added]
+
+
+def finish(config: DictConfig) -> TrainConfig | EvalConfig:
+    """The typed, valid, read-only configuration of one job.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    if OmegaConf.get_type(config) is EvalConfig and config.experiment_dir is not None:
+        for group in ("model", "data"):
+            if config[group] is None:
+                config[group] = saved_group(config.experiment_dir, group)
+    typed = to_typed(config)
+    problems = validate(typed)
+    if problems:
+        raise ConfigError(*problems)
+    return typed
+
+
+@contextlib.contextmanager
+def _hydra(source: Source) -> Iterator[None]:
+    """Hydra's compose API over our configurations, the user's folder and the dataclasses, as `--config-dir` does it."""
+    register_configs()
+    path = create_config_search_path(str(source.directory))
+    if source.extra is not None:
+        path.prepend(
+            "command-line", f"file://{Path(source.extra).absolute()}", anchor=SearchPathQuery(provider="schema")
+        )
+    version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2(task_name="sheeprlhf", config_search_path=path)
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _group_options(verb: str) -> dict[str, list[str]]:
+    """The choices of every group, classes and files, without the other verb's tasks."""
+    loader = GlobalHydra.instance().config_loader()
+    found = {group: list(loader.get_group_options(group)) for group in [*groups(verb), *RECIPES.get(verb, ())]}
+    other = {name for root in ROOTS if root != verb for name in choices("task", root)}
+    found["task"] = [name for name in found["task"] if name not in other]
+    for names in found.values():
+        names[:] = [name for name in names if name != SAVED_CHOICE]
+    return found
+
+
+def _words(overrides: list[Override]) -> list[str]:
+    return [override.input_line or "" for override in overrides]
+
+
+def _jobs(parsed: list[Override]) -> Iterator[list[Override]]:
+    """The jobs of a sweep; an override whose values only a sweeper knows is left out."""
+    parser = OverridesParser.create()
+    values = []
+    for override in parsed:
+        if not override.is_sweep_override():
+            values.append([override])
+        elif override.is_discrete_sweep():
+            key = override.get_key_element()
+            values.append([parser.parse_override(f"{key}={value}") for value in override.sweep_string_iterator()])
+    yield from map(list, itertools.product(*values))
+
+
+def _check_job(source: Source, parsed: list[Override], complete: bool) -> list[str]:
+    chosen = pick_groups(source.verb, parsed, _group_options(source.verb))
+    problems = chosen.problems
+    words = _words(chosen.groups)
+    try:
+        words += saved_overrides(source.verb, _words(parsed))
+        base, without = _compose_base(source, chosen, words)
+        problems += without + hydra_problems(
+            source.verb, base, [f"task={chosen.available['task'][0]}", *_words(chosen.hydra)]
+        )
+    except ConfigError as error:
+        return problems + list(error.problems)
+    with open_dict(base):
+        del base["hydra"]
+    outside = content_problems(base, parsed)
+    if outside:
+        return problems + outside  # before any value is read, and with it what it refers to
+    for override in chosen.values:
+        problem = key_problem(source.verb, override, base, chosen)
+        problems += [problem] if problem else []
+    outside = content_problems(base, parsed)
+    return problems + (outside or (_value_problems(base, chosen, source.verb) if complete else []))
+
+
+def _value_problems(base: DictConfig, chosen: Chosen, verb: str) -> list[str]:
+    """Missing values; the limits of those that are there; with nothing missing, also what cannot go together."""
+    try:
+        missing = [key for key in sorted(OmegaConf.missing_keys(base)) if key.split(".")[0] not in chosen.failed]
+        if OmegaConf.missing_keys(base):
+            limits = [problem for option in options(base) for problem in option_problems(option)]
+            return [missing_problem(key, base) for key in missing] + limits
+        finish(base)
+    except OmegaConfBaseException as error:
+        return [_condensed(str(error).splitlines(), verb)]
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> tuple[DictConfig, list[str]]:
+    """The configuration of the chosen groups alone; a group that must be chosen and is not: a problem, and a stand-in.
+
+    Raises:
+        ConfigError: Hydra cannot compose it, for example because of a wrong key in a file.
+    """
+    problems: list[str] = []
+    words = [*words, *_words(chosen.hydra)]
+    while True:
+        try:
+            return compose(source.name, words, return_hydra_config=True), problems
+        except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            unset = re.match(r"You must specify '(\w+)'", lines[0]) if lines else None
+            if unset is None or len(problems) > len(ROOTS):
+                raise ConfigError(_condensed(lines, source.verb)) from error
+            group = unset[1]
+            names = chosen.available[group]
+            if not {group, "experiment"} & chosen.failed:  # a recipe may choose the group
+                problems.append(f"{group} is missing: give {group}=<name>; it may be {', '.join(names)}")
+            words.append(f"{group}={names[0]}")
+
+
+def _condensed(lines: list[str], verb: str) -> str:
+    """Hydra's own message on one line, with the nearest key if a file names one that does not exist."""
+    text = " ".join(lines[:2])
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), None)
+    names = [field for group in groups(verb) for cls in choices(group, verb).values() for field in vars(cls())]
+    near = nearest(key.split(".")[-1], names) if key else None
+    return f"{text} ({key}: did you mean {near}?)" if near else text

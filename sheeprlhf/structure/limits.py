@@ -1,0 +1,62 @@
+"""Checks of one option on its own, and the nearest valid name for a mistyped one."""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from sheeprlhf.structure.registry import Option
+
+_SECRET_NAME = re.compile(r"(token|secrets?|passwords?|passwd|api_?keys?|private_?key|secret_?key|credentials?)$", re.I)
+_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{16,})|://[^/\s@]+:[^/\s@]+@")
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate most like `word` in any letter case, or None if nothing is alike."""
+    by_folded = {candidate.casefold(): candidate for candidate in candidates}
+    folded = word.casefold()
+    matches = difflib.get_close_matches(folded, by_folded, n=1, cutoff=0.5)
+    matches = matches or [candidate for candidate in by_folded if folded and candidate.startswith(folded)]
+    return by_folded[matches[0]] if matches else None
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether an option of this name would carry a credential: `hf_token`, `api_key`; not `token_budget`."""
+    return any(_SECRET_NAME.search(part) for part in name.split("."))
+
+
+def is_secret_value(text: str) -> bool:
+    """Whether the text looks like an access token, or like an address with a password in it."""
+    return _SECRET_VALUE.search(text) is not None
+
+
+def option_problems(option: Option) -> Iterator[str]:
+    """What its own documentation forbids of one option: choices, range, credentials."""
+    key, value, metadata = option.key, option.value, option.metadata
+    if isinstance(value, str) and is_secret_value(value):
+        yield f"{key}: the value looks like a credential; put it into the environment (HF_TOKEN) and remove it here"
+    if isinstance(value, str) and metadata.get("choices") and not _is_choice(value, metadata["choices"]):
+        near = nearest(value, metadata["choices"])
+        did = f"did you mean {key}={near}? " if near else ""
+        yield f"{key}={value} is not a choice: {did}It may be {', '.join(metadata['choices'])}"
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            yield from _range_problems(key, number, metadata)
+
+
+def _is_choice(value: str, choices: Iterable[str]) -> bool:
+    return value.casefold() in {choice.casefold() for choice in choices}
+
+
+def _range_problems(key: str, number: float, metadata: Any) -> Iterator[str]:
+    low, high, above = metadata.get("minimum"), metadata.get("maximum"), metadata.get("above")
+    unit = f" {metadata['unit']}" if metadata.get("unit") else ""
+    if not math.isfinite(number):
+        yield f"{key}={number} must be a finite number"
+    elif low is not None and number < low:
+        yield f"{key}={number} is too small: give {low:g}{unit} or more"
+    elif above is not None and number <= above:
+        yield f"{key}={number} is too small: give more than {above:g}{unit}"
+    elif high is not None and number > high:
+        yield f"{key}={number} is too large: give {high:g}{unit} or less"

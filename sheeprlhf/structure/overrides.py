@@ -1,0 +1,226 @@
+"""What can be wrong with one `key=value` of the command line, and the sentence that says it."""
+
+import dataclasses
+import typing
+from typing import Any, NamedTuple
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sheeprlhf.structure.limits import is_secret_name, is_secret_value, nearest
+from sheeprlhf.structure.registry import ROOTS, choices, groups, options, unwrap_optional
+
+_SECRET_FIX = "credentials never go on the command line; remove it and set HF_TOKEN or run `hf auth login`"
+
+
+class Chosen(NamedTuple):
+    """A job's overrides by kind: good choices of groups, Hydra's own, values; and what is wrong with the choices."""
+
+    available: dict[str, list[str]]
+    groups: list[Override]
+    hydra: list[Override]
+    values: list[Override]
+    failed: set[str]  # groups whose choice does not exist: nothing else is said about their options
+    problems: list[str]
+
+
+def readable(words: list[str]) -> tuple[list[Override], list[str]]:
+    """The overrides that can be parsed and carry no credential; a problem for each of the others."""
+    parser = OverridesParser.create()
+    parsed, problems = [], []
+    for word in words:
+        key, _, value = word.partition("=")
+        if is_secret_value(word):
+            problems.append(f"{key if value and not is_secret_value(key) else 'a word'}: {_SECRET_FIX}")
+            continue
+        try:
+            override = parser.parse_override(word)
+        except (HydraException, ValueError):
+            if is_secret_name(key):
+                problems.append(f"{key}: {_SECRET_FIX}")
+            else:
+                problems.append(_unreadable(word, key, value))
+            continue
+        if is_secret_name(override.key_or_group) and not _is_option(override.key_or_group):
+            problems.append(f"{override.key_or_group}: {_SECRET_FIX}")
+        else:
+            parsed.append(override)
+    return parsed, problems
+
+
+def _unreadable(word: str, key: str, value: str) -> str:
+    if value:
+        return f"{_short(word)} cannot be read: quote what has special characters, \"{key}='...'\""
+    for verb in ROOTS:
+        for group in groups(verb):
+            if word in choices(group, verb):
+                return f"{word} is not key=value: did you mean {group}={word}?"
+    return f"{_short(word)} is not key=value: options are written without dashes and spaces, for example seed=1"
+
+
+def _is_option(key: str) -> bool:
+    """Whether some configuration has this key: an option of ours is no credential."""
+    first, _, rest = key.partition(".")
+    for verb, root in ROOTS.items():
+        if first in groups(verb):
+            if any(rest in {option.key for option in options(cls())} for cls in choices(first, verb).values()):
+                return True
+        elif key in {option.key for option in options(root())}:
+            return True
+    return False
+
+
+def pick_groups(verb: str, parsed: list[Override], available: dict[str, list[str]]) -> Chosen:
+    """Sort a job's overrides by kind and check the choices of groups against those that exist."""
+    chosen = Chosen(available, [], [], [], set(), [])
+    for override in parsed:
+        key = override.key_or_group
+        if key.split(".")[0].split("/")[0].split("@")[0] == "hydra":
+            chosen.hydra.append(override)
+        elif key not in available or override.package is not None:
+            chosen.values.append(override)
+        else:
+            problem = _choice_problem(verb, override, available)
+            if problem is None:
+                chosen.groups.append(override)
+            else:
+                chosen.failed.add(key)
+                chosen.problems.append(problem)
+    return chosen
+
+
+def _choice_problem(verb: str, override: Override, available: dict[str, list[str]]) -> str | None:
+    key, names = override.key_or_group, available[override.key_or_group]
+    listed = f"it may be {', '.join(names) if names else 'nothing here: there are no files for it'}"
+    if override.is_delete():
+        return f"~{key} cannot be removed: {listed}"
+    value = override.value()
+    if override.is_add():
+        return f"+{key}={value}: {key} is there already; write {key}={value}"
+    if override.is_sweep_override():
+        return _sweep_problem(override)
+    if isinstance(value, str) and value in names:
+        return None
+    if key == "task":
+        owner = next((other for other in ROOTS if other != verb and value in choices("task", other)), None)
+        if owner:
+            return f"task={value} belongs to `{owner}`: write {owner} task={value}; here {listed}"
+    near = nearest(str(value), names) if isinstance(value, str) else None
+    hint = f"did you mean {key}={near}? " if near else ""
+    return f"{_short(override.input_line)} is not a choice: {hint}{listed.capitalize() if hint else listed}"
+
+
+def key_problem(verb: str, override: Override, config: DictConfig, chosen: Chosen) -> str | None:
+    """Apply one value to `config`; a sentence if that cannot be done."""
+    key, word = override.key_or_group, _short(override.input_line)
+    if override.package is not None:
+        return f"{word}: groups have no @package here; write {key}=<name>"
+    found = _find(config, key)
+    if found is None:
+        if key.split(".")[0] in chosen.failed and _is_option(key):
+            return None
+        return _unknown_key(verb, key, config, chosen)
+    if isinstance(found, str):
+        return found
+    if override.is_delete():
+        return f"{word}: no option can be removed; give {key}=null where it may be null"
+    if override.is_add() and not override.is_force_add():
+        return f"{word}: {key} is there already; write it without the +"
+    if override.is_sweep_override():
+        return _sweep_problem(override)
+    value = override.value()
+    hint, optional = unwrap_optional(found.type)
+    try:
+        if isinstance(value, int | float) and isinstance(value, bool) != (hint is bool) and hint in (bool, int, float):
+            raise ValueError(value)  # OmegaConf would take true for 1 and 2 for true
+        OmegaConf.update(config, key, value)
+    except (OmegaConfBaseException, ValueError):
+        if value is None and not optional:
+            return f"{key}=null: a value is needed, {_example(key, found)}"
+        if hint is str and isinstance(value, list):
+            return f"{word}: a text is needed; quote it: \"{key}='{','.join(map(str, value))}'\""
+        return f"{word}: {_needed(hint)} is needed, {_example(key, found)}"
+    return None
+
+
+def _sweep_problem(override: Override) -> str:
+    key = override.key_or_group
+    quoted = f"\"{key}='{(override.input_line or '').partition('=')[2]}'\""
+    return f"{_short(override.input_line)}: several values need -m (one run each); for one text, quote it: {quoted}"
+
+
+class _Found(NamedTuple):
+    type: Any
+    default: Any
+
+
+def _find(config: DictConfig, key: str) -> _Found | str | None:
+    """The option's type and present value; a sentence if it lies inside something that is null; None if unknown."""
+    node: Any = config
+    cls: Any = OmegaConf.get_type(config)
+    inside_null = ""
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents, 1):
+        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        if part not in hints:
+            return None
+        node = None if node is None or OmegaConf.is_missing(node, part) else node[part]
+        cls = OmegaConf.get_type(node) if isinstance(node, DictConfig) else unwrap_optional(hints[part])[0]
+        if node is None and not inside_null:
+            inside_null = ".".join(parents[:depth])
+    hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+    if last not in hints:
+        return None
+    if inside_null:
+        more = f"give {inside_null}=<name>, or experiment_dir" if "." not in inside_null else f"drop {inside_null}=null"
+        return f"{key} cannot be set: {inside_null} is null; {more}"
+    return _Found(hints[last], None if OmegaConf.is_missing(node, last) else node[last])
+
+
+def _unknown_key(verb: str, key: str, config: DictConfig, chosen: Chosen) -> str:
+    group, _, rest = key.partition(".")
+    if group in groups(verb):
+        having = [n for n, cls in choices(group, verb).items() if rest in {o.key for o in options(cls())}]
+        if rest and having:
+            return f"{key} is an option of {group}={' and '.join(having)}: choose that, or remove {key}"
+    keys = [option.key for option in options(config)]
+    last = key.split(".")[-1]
+    same = [k for k in keys if k.split(".")[-1] == last]
+    if not same:
+        near_last = nearest(last, [k.split(".")[-1] for k in keys]) if "." not in key else None
+        near = nearest(key, [*keys, *chosen.available])
+        same = [k for k in keys if k.split(".")[-1] == near_last] if near is None and near_last else []
+        same = same or ([near] if near else [])
+    did = f"did you mean {' or '.join(same[:3])}?" if same else f"`{verb} --help` lists all"
+    return f"there is no option {_short(key)}: {did}"
+
+
+def missing_problem(key: str, config: DictConfig) -> str:
+    """The sentence for a value that only the user can give."""
+    found = next((option for option in options(config) if option.key == key), None)
+    meaning = f" ({found.metadata['help'].rstrip('.')})" if found is not None and found.metadata.get("help") else ""
+    return f"{key} is missing: give {key}=<value>{meaning}"
+
+
+def _needed(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {len(typing.get_args(hint))} numbers"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return names.get(hint, "a group of options")
+
+
+def _example(key: str, found: _Found) -> str:
+    hint, _ = unwrap_optional(found.type)
+    value = OmegaConf.to_container(found.default) if OmegaConf.is_config(found.default) else found.default
+    if value is None or isinstance(value, dict):
+        value = {int: 100, float: 1e-5, bool: True, str: "name"}.get(hint, "null")
+    shown = str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "").replace("1e-05", "1e-5")
+    return f"for example {key}={shown}"
+
+
+def _short(text: str | None, limit: int = 80) -> str:
+    text = text or ""
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -1,0 +1,68 @@
+"""What a configuration file may not do, for it may come from a stranger: call code, or read the environment.
+
+Both are looked for in the composed configuration before any value is resolved.
+"""
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from hydra import compose
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+_TRUST = "model.library_cfg.trust_remote_code"
+_MAY_DIFFER = {"run", "sweep", "mode", "verbose", "output_subdir", "job", "overrides", "runtime", "searchpath"}
+_RESOLVER = re.compile(r"\$\{\s*(?!now\b)[\w.]+\s*:")
+
+
+def hydra_problems(verb: str, base: DictConfig, words: list[str]) -> list[str]:
+    """A recipe sets options; what Hydra itself calls (callbacks, launchers, loggers) only the command line may set.
+
+    Args:
+        verb: which of our configurations `base` was composed from.
+        base: the composed configuration, with Hydra's part.
+        words: overrides with which our own files alone compose, and those of the command line that are for Hydra.
+    """
+    plain = _plain_hydra(verb, tuple(words))
+    asked: Any = OmegaConf.to_container(base.hydra, resolve=False)
+    changed = [str(key) for key in asked if key not in _MAY_DIFFER and asked[key] != plain.get(key)]
+    changed += ["job.env_set"] if asked["job"]["env_set"] != plain["job"]["env_set"] else []
+    for key in ("run", "sweep"):
+        if asked[key] != plain[key] and any(_RESOLVER.search(text) for _, text in _texts(asked[key], "")):
+            changed.append(f"{key}.dir")
+    return [
+        f"hydra.{key} is set by a file, which could run code or tell a secret: only the command line may set it"
+        for key in changed
+    ]
+
+
+@functools.cache
+def _plain_hydra(verb: str, words: tuple[str, ...]) -> dict[str, Any]:
+    """Hydra's own configuration as our files and these words of the command line make it."""
+    plain: Any = OmegaConf.to_container(compose(verb, list(words), return_hydra_config=True).hydra, resolve=False)
+    return plain
+
+
+def content_problems(base: DictConfig, parsed: list[Override]) -> list[str]:
+    """What a file may not say: run a model's code, or read the environment."""
+    problems = []
+    trusted = OmegaConf.select(base, _TRUST, default=False)
+    if trusted and _TRUST not in {override.key_or_group for override in parsed}:
+        problems.append(f"{_TRUST}=true is set by a file: only the command line may; give it there")
+    for key, text in _texts(OmegaConf.to_container(base, resolve=False), ""):
+        if _RESOLVER.search(text):
+            problems.append(f"{key}={text} asks for something outside the configuration: write the value instead")
+    return problems
+
+
+def _texts(node: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _texts(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _texts(value, prefix)
+    elif isinstance(node, str):
+        yield prefix, node

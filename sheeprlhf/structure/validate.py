@@ -1,0 +1,223 @@
+"""What a configuration must satisfy before anything heavy starts: every problem at once, as key, value and fix."""
+
+import ast
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.structure.limits import option_problems
+from sheeprlhf.structure.machine import cuda_problem
+from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.optim import OptimizerConfig, SGDConfig
+from sheeprlhf.structure.registry import choices, options
+from sheeprlhf.structure.run import EvalConfig, TrainConfig
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def validate(config: TrainConfig | EvalConfig) -> list[str]:
+    """Every problem of a typed configuration, one sentence each; empty if it can run."""
+    return list(_problems(config))
+
+
+def _problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
+    for option in options(config):
+        yield from option_problems(option)
+    for group in ("task", "data", "fabric", "optim"):
+        yield from _name_problems(group, getattr(config, group, None))
+    yield from _fabric_problems(config.fabric)
+    yield from _generation_problems(config.generation)
+    if config.model is not None:
+        yield from _model_problems(config.model)
+    if config.data is not None:
+        yield from _data_problems(config.data)
+    if isinstance(config, TrainConfig):
+        yield from _train_problems(config)
+        yield from _optim_problems(config.optim)
+    else:
+        yield from _eval_problems(config)
+
+
+def _name_problems(group: str, config: Any) -> Iterator[str]:
+    """A saved run is read back by this name, so only the class's own will do (a model has one schema: any name)."""
+    if config is not None and choices(group).get(config.config_name) is not type(config):
+        own = type(config).config_name
+        yield f"{group}.config_name={config.config_name} cannot be changed: leave {group}.config_name={own}"
+
+
+def _fabric_problems(fabric: FabricConfig) -> Iterator[str]:
+    try:
+        devices = parse_devices(fabric.devices)
+    except ValueError:
+        devices = None
+        yield f"fabric.devices={fabric.devices} cannot be read: give a number, auto, or a list such as '0,1'"
+    if fabric.accelerator == "cuda":
+        problem = cuda_problem(devices)
+        if problem:
+            yield problem
+    if fabric.accelerator == "cpu":
+        if fabric.precision == "16-true":
+            yield "fabric.precision=16-true needs a CUDA device: give fabric.precision=bf16-mixed"
+        if isinstance(devices, list):
+            yield f"fabric.devices={fabric.devices} names devices, which a CPU has not: give a number of processes"
+    if fabric.precision == "16-mixed":  # its loss scale begins too high on purpose: the first steps are not finite
+        yield "fabric.precision=16-mixed is not supported: give fabric.precision=bf16-mixed or 32-true"
+    if fabric.strategy == "fsdp2":
+        yield "fabric.strategy=fsdp2 is not supported yet: give fabric.strategy=ddp"
+    if fabric.strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        yield "fabric.strategy=deepspeed needs a package: pip install deepspeed, or give fabric.strategy=ddp"
+
+
+def parse_devices(value: str) -> int | str | list[int]:
+    """`fabric.devices` as Fabric takes it: "2" -> 2, "auto" -> "auto", "0,1" or "[0,1]" -> [0, 1].
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    text = value.strip().strip("[]")
+    if text.casefold() in ("auto", "-1"):
+        return "auto"
+    if "," in text or value.strip().startswith("["):
+        indices = [int(part) for part in text.split(",") if part.strip()]
+        if not indices or min(indices) < 0 or len(set(indices)) < len(indices):
+            raise ValueError(value)
+        return indices
+    if int(text) < 1:
+        raise ValueError(value)
+    return int(text)
+
+
+def _generation_problems(generation: GenConfig) -> Iterator[str]:
+    if generation.num_beams > 1 and generation.do_sample:
+        yield (
+            f"generation.num_beams={generation.num_beams} searches and generation.do_sample=true samples: "
+            "give generation.num_beams=1 or generation.do_sample=false"
+        )
+
+
+def parse_targets(value: Any) -> str | list[str]:
+    """`lora_cfg.targets` as PEFT takes it: "all-linear", or a list of module names.
+
+    A list may also be written as `a,b` or as Python's `"('a','b')"`.
+
+    Raises:
+        ValueError: it is none of these, or empty.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        if text.casefold() == "all-linear":
+            return "all-linear"
+        if text[:1] in ("(", "["):
+            try:
+                value = ast.literal_eval(text)
+            except (SyntaxError, ValueError):
+                value = text.strip("()[]")
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(value)
+    if not all(isinstance(name, str) and re.fullmatch(r"[\w.]+", name) for name in value):
+        raise ValueError(value)
+    return list(value)
+
+
+def _model_problems(model: ModelConfig) -> Iterator[str]:
+    lora = model.lora_cfg
+    if lora is not None:
+        try:
+            parse_targets(lora.targets)
+        except ValueError:
+            yield (
+                f"model.lora_cfg.targets={lora.targets} cannot be read: give all-linear, "
+                "or names such as model.lora_cfg.targets=[q_proj,v_proj]"
+            )
+    if model.finetune_mode == "LORA":
+        if lora is None:
+            yield "model.finetune_mode=LORA needs model.lora_cfg: remove model.lora_cfg=null or give finetune_mode=ALL"
+        if model.freeze_transformer:
+            yield "model.freeze_transformer=true leaves no layer for adapters: give model.finetune_mode=ALL"
+        if model.random_init:
+            yield "model.random_init=true has nothing for adapters to adapt: give model.finetune_mode=ALL"
+    library = model.library_cfg
+    if library.trust_remote_code and not _COMMIT.fullmatch(library.revision or ""):
+        yield (
+            "model.library_cfg.trust_remote_code=true runs Python code of the model's authors on this machine: "
+            "pin what you have read with model.library_cfg.revision=<40-digit commit>"
+        )
+
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
+    if data.max_prompt_length >= data.max_length:
+        yield (
+            f"data.max_prompt_length={data.max_prompt_length} leaves no room for a response in "
+            f"data.max_length={data.max_length}: give data.max_prompt_length={max(1, data.max_length * 3 // 4)}"
+        )
+    if data.validation_split + data.test_split >= 1:
+        yield (
+            f"data.validation_split={data.validation_split} and data.test_split={data.test_split} leave no row to "
+            "train on: their sum must be below 1"
+        )
+    if isinstance(data, LocalDataConfig):
+        for key in ("train_file", "validation_file", "test_file"):
+            path = getattr(data, key)
+            if path is not None:
+                yield from _file_problems(f"data.{key}", path)
+
+
+def _file_problems(key: str, path: str) -> Iterator[str]:
+    if Path(path).suffix.lower() not in DATA_SUFFIXES:
+        yield f"{key}={path} has an unknown ending: give a file that ends in {', '.join(DATA_SUFFIXES)}"
+    elif not Path(path).is_file():
+        yield f"{key}={path} is not a file: give the path of an existing one (from {Path.cwd()})"
+    elif not os.access(path, os.R_OK):
+        yield f"{key}={path} cannot be read: change its permissions or give another file"
+
+
+def _optim_problems(optim: OptimizerConfig) -> Iterator[str]:
+    if isinstance(optim, SGDConfig) and optim.nesterov and optim.momentum == 0:
+        yield "optim.nesterov=true needs momentum: give optim.momentum=0.9 or optim.nesterov=false"
+    betas = getattr(optim, "betas", (0.0, 0.0))
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"optim.betas={list(betas)} must be two numbers in [0, 1): give for example optim.betas=[0.9,0.999]"
+
+
+def _train_problems(config: TrainConfig) -> Iterator[str]:
+    if config.task.config_name == "sft" and config.data.reward_model_split == 1:
+        yield "data.reward_model_split=1 leaves no row to fine-tune on: give for example data.reward_model_split=0.5"
+    if config.resume and config.resume_from is not None:
+        yield "resume=true and resume_from name two runs: give one of them"
+    if config.resume_from is not None and not Path(config.resume_from).is_dir():
+        yield f"resume_from={config.resume_from} is not a directory: give the directory of an earlier run"
+    if not re.fullmatch(r"[^/\\\0]+", config.run_name) or config.run_name in (".", ".."):
+        yield f"run_name={config.run_name} cannot name a directory: give a name without slashes"
+    yield from _folder_problems("root_dir", config.root_dir)
+
+
+def _eval_problems(config: EvalConfig) -> Iterator[str]:
+    if config.experiment_dir is None:
+        missing = [name for name in ("model", "data") if getattr(config, name) is None]
+        if missing:
+            give = " and ".join(f"{name}=<{', '.join(choices(name))}>" for name in missing)
+            yield f"nothing to evaluate: give experiment_dir=<run directory>, or {give}"
+        yield from _folder_problems("output_dir", config.output_dir)
+    if config.task.data_split == "reward" and config.data is not None and config.data.reward_model_split == 0:
+        yield "task.data_split=reward is empty with data.reward_model_split=0: give another split"
+    if not re.fullmatch(r"final|best|last|step-\d+", config.task.model_name):
+        yield f"task.model_name={config.task.model_name} is unknown: give final, best, last or step-<n>"
+
+
+def _folder_problems(key: str, path: str) -> Iterator[str]:
+    folder = Path(path).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        yield f"{key}={path} cannot be made: {folder} is a file; give another {key}"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        yield f"{key}={path} cannot be written: {folder} does not permit it; give another {key}"

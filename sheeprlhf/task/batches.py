@@ -1,0 +1,71 @@
+"""From the rows of a split to the micro-batches of this rank."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from lightning.fabric import Fabric
+
+from sheeprlhf.data.collate import collate_packed, collate_padded
+from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.data.prepare import TokenizedSplit
+from sheeprlhf.data.sampler import cut_micro_batches
+from sheeprlhf.engine.step import MicroBatch
+
+
+class BatchOptions(Protocol):
+    """The options that cut rows into forward passes; training and evaluation tasks have them."""
+
+    mini_batch_size: int
+    token_budget: int
+
+
+class Batches:
+    """Cuts rows into micro-batches, the same way for every loss.
+
+    Args:
+        fabric: tells this rank from the others.
+        options: `mini_batch_size`, `token_budget`, and `micro_batch_size` where the task has it.
+        packed: lay rows end to end; else pad them.
+        targets: "response" or "all", the tokens to predict.
+        num_items: what a step's loss is divided by, counted in one batch; by default its targets.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        options: BatchOptions,
+        *,
+        packed: bool,
+        targets: str,
+        num_items: Callable[[Batch], int] = lambda batch: len(batch.target_ids_N),
+    ) -> None:
+        self._cut: dict[str, Any] = {
+            "max_rows": getattr(options, "micro_batch_size", options.mini_batch_size),
+            "token_budget": options.token_budget,
+            "rank": fabric.global_rank,
+            "world_size": fabric.world_size,
+        }
+        self._collate: Callable[[Sequence[Example]], Batch] = (
+            partial(collate_packed, targets=targets) if packed else partial(collate_padded, pad_id=0, targets=targets)
+        )
+        self._num_items = num_items
+
+    def of(self, split: TokenizedSplit, rows: np.ndarray) -> list[MicroBatch]:
+        """This rank's micro-batches of some rows of a split; may be none."""
+        return list(self._lazily(split, rows))
+
+    def first(self, split: TokenizedSplit, num_rows: int | None) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of a split's first rows, or of all; each is made when it is asked for."""
+        return self._lazily(split, np.arange(min(len(split), num_rows or len(split))))
+
+    def _lazily(self, split: TokenizedSplit, rows: np.ndarray) -> Iterator[MicroBatch]:
+        for part in cut_micro_batches(rows, split.lengths, **self._cut):
+            batch = self._collate(split.examples(part))
+            yield MicroBatch(batch, self._num_items(batch), batch.row_ids)
+
+
+def longest_row(splits: Mapping[str, TokenizedSplit]) -> int:
+    """Tokens of the longest row of any split."""
+    return max(int(split.lengths.max()) for split in splits.values() if len(split))

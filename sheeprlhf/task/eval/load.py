@@ -1,0 +1,50 @@
+"""Which weights an evaluation reads: those of a run, or a model as it is."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from lightning.fabric import Fabric
+from transformers import PreTrainedTokenizerBase
+
+from sheeprlhf.agent.policy import Policy, load_policy
+from sheeprlhf.engine.checkpoint import Say, find_checkpoint, load_weights
+from sheeprlhf.structure.run import EvalConfig
+from sheeprlhf.utils.errors import ConfigError
+
+
+def load_evaluated_policy(
+    cfg: EvalConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Say
+) -> tuple[Policy, bool]:
+    """The policy that `cfg.experiment_dir` and `cfg.task.model_name` name, or `cfg.model` itself, and if it packs.
+
+    Raises:
+        ConfigError: the run has no `final/` yet.
+        CheckpointError: it has no such checkpoint.
+    """
+    model, batching = cfg.model, cfg.task.batching
+    assert model is not None  # the command line composes it, from the run if need be
+    if cfg.experiment_dir is None:
+        return load_policy(model, tokenizer, longest=longest, batching=batching)
+    run_dir = Path(cfg.experiment_dir)
+    if cfg.task.model_name == "final":
+        final = run_dir / "final"
+        if not final.is_dir():
+            raise ConfigError(
+                f"experiment_dir={run_dir}: this run has no final/ yet; finish it with resume_from={run_dir}, "
+                "or evaluate task.model_name=last"
+            )
+        if (final / "adapter_config.json").is_file():
+            return load_policy(model, tokenizer, longest=longest, batching=batching, adapter=final)
+        model = dataclasses.replace(model, repo_name=str(final), finetune_mode="ALL", random_init=False)
+        return load_policy(model, tokenizer, longest=longest, batching=batching)
+    checkpoint = find_checkpoint(run_dir, cfg.task.model_name, say)
+    policy, packed = load_policy(model, tokenizer, longest=longest, batching=batching)
+    load_weights(checkpoint, policy)
+    return policy, packed
+
+
+def say_on(fabric: Fabric, text: str) -> None:
+    """Print a line on rank zero, beside the results on standard output."""
+    if fabric.is_global_zero:
+        print(text, file=sys.stderr)

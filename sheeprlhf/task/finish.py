@@ -1,0 +1,47 @@
+"""What every training task does before its first step, at each validation and after its last step."""
+
+import json
+from pathlib import Path
+
+from lightning.fabric import Fabric
+from transformers import PreTrainedTokenizerBase
+
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.data.prepare import PreparedData
+from sheeprlhf.data.report import render_report
+from sheeprlhf.engine.checkpoint import TrainState
+from sheeprlhf.engine.manifest import write_folder
+from sheeprlhf.engine.run import Run
+from sheeprlhf.engine.rundir import mark_finished
+
+
+def report_data(fabric: Fabric, run: Run, data: PreparedData) -> None:
+    """All ranks; rank zero shows what the data became and keeps it as data_report.json."""
+    run.say(render_report(data.report))
+    if fabric.is_global_zero:
+        (run.dir / "data_report.json").write_text(json.dumps(data.report, indent=1))
+
+
+def note_validation(run: Run, state: TrainState, result: dict[str, float], metric: str = "loss") -> None:
+    """Log a validation, and remember the step if it is the best so far (lowest `metric`)."""
+    run.log({f"val/{name}": value for name, value in result.items()}, state.step)
+    run.say(f"step {state.step}  " + "  ".join(f"val/{name} {value:.4f}" for name, value in result.items()))
+    if state.best_metric is None or result[metric] < state.best_metric:
+        state.best_metric, state.best_step = result[metric], state.step
+
+
+def finish_run(
+    fabric: Fabric, run: Run, policy: Policy, tokenizer: PreTrainedTokenizerBase, state: TrainState, next_command: str
+) -> None:
+    """All ranks; rank zero writes `final/` for `from_pretrained`, marks the run finished and says what comes next."""
+    if fabric.is_global_zero:
+        final = run.dir / "final"
+        if not final.exists():  # complete whenever it is there: it is renamed into place
+            write_folder(final, lambda folder: _save(policy, tokenizer, folder))
+        mark_finished(run.dir, step=state.step, best_metric=state.best_metric, best_step=state.best_step)
+    fabric.barrier()
+    run.say(f"finished: {run.dir}\nnext: {next_command}")
+
+
+def _save(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    policy.save(folder, tokenizer)

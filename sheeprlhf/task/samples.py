@@ -1,0 +1,35 @@
+"""What the model writes for a few held-out prompts, for people to read."""
+
+from lightning.fabric import Fabric
+from transformers import PreTrainedTokenizerBase
+
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.data.example import Example
+from sheeprlhf.engine.rng import isolated_rng
+from sheeprlhf.engine.run import Run
+from sheeprlhf.model.generate import generate_responses
+from sheeprlhf.structure.generation import GenConfig
+
+
+def log_samples(
+    fabric: Fabric,
+    run: Run,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    cfg: GenConfig,
+    step: int,
+) -> None:
+    """All ranks; rank zero generates for the examples' prompts and logs prompt, response and reference.
+
+    The random numbers of training are untouched.
+    """
+    if not examples or not fabric.is_global_zero:
+        return
+    with isolated_rng():
+        responses = generate_responses(policy.causal_lm(), tokenizer, [e.prompt_ids for e in examples], cfg)
+    blocks = []
+    for example, response in zip(examples, responses, strict=True):
+        prompt, reference = (tokenizer.decode(ids.tolist()) for ids in (example.prompt_ids, example.responses[0]))
+        blocks.append(f"[prompt]\n{prompt}\n[model]\n{response}\n[reference]\n{reference}\n")
+    run.log_text("samples", "\n".join(blocks), step)

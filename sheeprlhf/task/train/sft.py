@@ -1,0 +1,91 @@
+"""Supervised fine-tuning: the model learns to write the response, given the prompt.
+
+The loss of an optimizer step is the sum of its targets' cross-entropies divided by the number of its targets, over
+all rows of the step and all devices: how the rows are cut into forward passes never changes it.
+"""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+
+from sheeprlhf.agent.policy import load_policy
+from sheeprlhf.data.example import Batch
+from sheeprlhf.data.loader import load_ahead
+from sheeprlhf.data.prepare import prepare_data
+from sheeprlhf.data.sampler import StepPlan
+from sheeprlhf.engine.optim import build_optimizer, lr_factor, set_lr
+from sheeprlhf.engine.run import open_run
+from sheeprlhf.engine.signals import STOP_SIGNALS
+from sheeprlhf.engine.step import LossOutput, evaluate, update
+from sheeprlhf.loss.sft import cross_entropy
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.task import SFTConfig
+from sheeprlhf.task.batches import Batches, longest_row
+from sheeprlhf.task.finish import finish_run, note_validation, report_data
+from sheeprlhf.task.samples import log_samples
+
+
+def sft_loss(policy: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> LossOutput:
+    """Cross-entropy of the batch's targets, summed; `nll` is the same without label smoothing."""
+    logprobs = policy(batch, mean=label_smoothing > 0.0)
+    losses_N = cross_entropy(logprobs.target_N, logprobs.mean_N, label_smoothing)
+    return LossOutput(losses_N.sum(), {"nll": -logprobs.target_N.detach().sum()})
+
+
+def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
+    """All ranks: prepare the data, train, validate, save, and leave `final/` in the run directory.
+
+    Raises:
+        SheepError: something that the user can mend; see its message.
+    """
+    task = cfg.task
+    assert isinstance(task, SFTConfig)
+    with open_run(fabric, cfg, run_dir) as run:
+        tokenizer = load_tokenizer(cfg.model)
+        data = prepare_data(cfg.data, tokenizer, kind="sft", say=run.say, progress=fabric.is_global_zero)
+        report_data(fabric, run, data)
+        rows, held_out = data.splits["train"], data.splits.get("validation")
+        plan = StepPlan(len(rows), task.mini_batch_size, task.epochs, cfg.seed)
+        num_steps = min(plan.num_steps(), task.max_num_steps or plan.num_steps())
+        shown = range(min(task.num_sample_prompts, len(held_out or ())))
+        num_held_out = None if task.eval_iters is None else task.eval_iters * task.mini_batch_size
+
+        policy, packed = load_policy(cfg.model, tokenizer, longest=longest_row(data.splits), batching=task.batching)
+        optimizer = build_optimizer(cfg.optim, policy, cfg.peak_lr())
+        module, optimizer = fabric.setup(policy, optimizer)
+        batches = Batches(fabric, task, packed=packed, targets="response" if task.use_masked_targets else "all")
+        torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
+        state = run.restore(module, optimizer)
+
+        loss_fn = partial(sft_loss, label_smoothing=task.label_smoothing)
+        steps = range(state.step, num_steps)
+        loaded = load_ahead(lambda step: batches.of(rows, plan.rows_of_step(step)), steps, task.num_workers)
+        for step, micro_batches in zip(steps, loaded, strict=True):
+            lr = cfg.peak_lr() * lr_factor(
+                cfg.optim.schedule, step, warmup=task.lr_warmup_steps, total=num_steps, min_ratio=cfg.optim.min_lr_ratio
+            )
+            set_lr(optimizer, lr)
+            metrics = update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=task.gradient_clip_val)
+            state.step, last = step + 1, step + 1 == num_steps
+            state.items_seen += int(metrics["items"])
+            run.show_progress(state, num_steps, metrics["loss"], rows.lengths[plan.rows_of_step(step)].sum())
+
+            if last or state.step % task.log_interval == 0:
+                run.log({f"train/{name}": value for name, value in metrics.items()} | {"train/lr": lr}, state.step)
+            if held_out and (last or state.step % task.eval_interval == 0):
+                result = evaluate(fabric, module, batches.first(held_out, num_held_out), sft_loss)
+                result["perplexity"] = math.exp(min(result["nll"], 700.0))
+                note_validation(run, state, result)
+                log_samples(fabric, run, policy, tokenizer, held_out.examples(shown), cfg.generation, state.step)
+            signum = run.stop_signal()
+            if last or signum or state.step % task.save_interval == 0 or state.best_step == state.step:
+                run.save(state, module, optimizer)
+            if signum in STOP_SIGNALS and not last:
+                run.stop(signum)
+        next_command = f"python sheeprlhf.py eval task=perplexity experiment_dir={run.dir}"
+        finish_run(fabric, run, policy, tokenizer, state, next_command)

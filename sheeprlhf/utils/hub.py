@@ -1,0 +1,45 @@
+"""Where files come from besides folders: this package's assets, and the hub, if it answers within seconds."""
+
+import os
+import threading
+import urllib.error
+import urllib.request
+from importlib import resources
+from pathlib import Path
+
+EMBEDDED = "embedded:"
+PROBE_SECONDS = 3.0
+_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+def embedded_folder(name: str) -> Path:
+    """The folder of `embedded:<asset>` inside the package."""
+    return Path(str(resources.files("sheeprlhf"))) / "assets" / name.removeprefix(EMBEDDED)
+
+
+def why_offline() -> str:
+    """Why the hub cannot be asked; empty if it answers within three seconds.
+
+    Name look-ups have no timeout of their own, hence the thread.
+    """
+    for name in _OFFLINE:
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"):
+            return f"{name} is set"
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    answered = threading.Event()
+
+    def probe() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PROBE_SECONDS).close()
+        except urllib.error.HTTPError:
+            answered.set()  # an answer, if not a friendly one
+        except (OSError, ValueError):
+            return
+        answered.set()
+
+    if not endpoint.startswith(("https://", "http://")):
+        return f"HF_ENDPOINT={endpoint} is no web address"
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS + 0.5)
+    return "" if answered.is_set() else "the hub cannot be reached"

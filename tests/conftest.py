@@ -1,0 +1,34 @@
+"""Fixtures shared by all tests: no network, one thread, a cache of one's own, tiny model folders made once."""
+
+import os
+
+# Before transformers or datasets is imported anywhere.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep tokenised data of tests out of the user's cache; the session shares one."""
+    monkeypatch.setenv("SHEEPRLHF_CACHE", str(tmp_path_factory.getbasetemp() / "sheeprlhf-cache"))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A function (architecture) -> folder of a tiny random model, made once a session."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str = "llama") -> Path:
+        from tests.support.models import make_model_folder
+
+        if architecture not in made:
+            made[architecture] = make_model_folder(tmp_path_factory.mktemp(architecture), architecture)
+        return made[architecture]
+
+    return make

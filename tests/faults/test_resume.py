@@ -1,0 +1,60 @@
+"""A run stopped at any step and resumed ends in the same bytes as one that was never stopped."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import digests, result_of, train, write_rows
+
+ModelFolder = Callable[..., Path]
+VARIANTS = {
+    "full": [],
+    "lora with dropout": ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"],
+    "model dropout": ["model.disable_dropout=false"],
+}
+
+
+def stopped_at(whole: Path, step: int, folder: Path) -> Path:
+    """What the run would have left had it died after saving `step`."""
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "final")
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    info = (folder / "run.json").read_text().replace('"finished"', '"running"', 1)
+    (folder / "run.json").write_text(info)
+    return folder
+
+
+def resume_at(steps: range, variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    data = write_rows(tmp_path / "rows.jsonl")
+    words = [*VARIANTS[variant], "task.save_interval=1", "task.keep_checkpoints=99"]
+    model = model_folder("gpt2" if variant == "model dropout" else "llama")
+    whole = train(model, data, tmp_path / "whole", *words)
+    expected = result_of(whole)
+    for step in steps:
+        resumed = stopped_at(whole, step, tmp_path / f"from-{step}")
+        train(model, data, resumed, *words, "resume=true")
+        assert result_of(resumed) == expected, step
+        without_time = [
+            (resumed / "metrics.csv").read_text().splitlines(),
+            (whole / "metrics.csv").read_text().splitlines(),
+        ]
+        assert [line.rsplit(",", 1)[0] for line in without_time[0]] == [
+            line.rsplit(",", 1)[0] for line in without_time[1]
+        ]
+        assert digests(resumed / "samples") == digests(whole / "samples")
+        shutil.rmtree(resumed)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resume_at_chosen_steps_is_bit_identical(variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    resume_at(range(5, 24, 9), variant, tmp_path, model_folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resume_at_every_step_is_bit_identical(variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    resume_at(range(1, 25), variant, tmp_path, model_folder)

@@ -1,0 +1,99 @@
+"""Mutants of the data: each is a mistake that a framework shipped."""
+
+from tests.mutants.mutant import Mutant
+
+COLLATE, SAMPLER, TOKENIZE, PREPARE, STORE = (
+    f"sheeprlhf/data/{name}.py" for name in ("collate", "sampler", "tokenize", "prepare", "store")
+)
+TESTS = "tests/unit/data/test_"
+
+MUTANTS = [
+    Mutant(  # the mask is guessed from the pad id, which hides every EOS when both are one token
+        trap="1",
+        file=COLLATE,
+        old="attention_mask=mask,",
+        new="attention_mask=input_ids != pad_id,",
+        tests=TESTS + "collate.py::test_pad_may_be_eos",
+    ),
+    Mutant(  # positions count the padding on the left
+        trap="2",
+        file=COLLATE,
+        old="position_ids=np.where(mask, columns, 0),",
+        new="position_ids=np.tile(np.arange(width), (len(rows), 1)),",
+        tests=TESTS + "collate.py::test_padded_left_and_right",
+    ),
+    Mutant(  # a second response goes on from the first one's positions
+        trap="2",
+        file=COLLATE,
+        old="positions.append(np.arange(num_prompt, num_prompt + len(response)))",
+        new="positions.append(np.arange(len(response)) + response_start - start)",
+        tests=TESTS + "collate.py::test_packed_two_responses_share_their_prompt",
+    ),
+    Mutant(  # BOS before a prompt whose template brought one
+        trap="3",
+        file=TOKENIZE,
+        old="if not (pieces.templated and self._begins_with_bos(prompt)):",
+        new="if self.ids.bos:",
+        tests=TESTS + "tokenize.py::test_one_bos_exactly_where_the_tokenizer_puts_one",
+    ),
+    Mutant(  # the last, smaller step of an epoch is lost
+        trap="8",
+        file=SAMPLER,
+        old="return -(-self.num_rows // self.rows_per_step)",
+        new="return max(self.num_rows // self.rows_per_step, 1)",
+        tests=TESTS + "sampler.py::test_each_epoch_is_a_permutation_in_ceil_steps",
+    ),
+    Mutant(  # every rank trains on every row, so that rows count twice
+        trap="9",
+        file=SAMPLER,
+        old="        if owner != rank:\n            continue\n",
+        new="",
+        tests=TESTS + "sampler.py::test_ranks_share_the_rows_of_a_step",
+    ),
+    Mutant(  # prompt and response tokenised together, then cut where the prompt's length says
+        trap="13",
+        file=TOKENIZE,
+        old="        if not prompt:\n",
+        new=(
+            "        whole = encode(self.tokenizer, [pieces.prompt + text for text in pieces.responses])\n"
+            "        prompt, responses = whole[0][: len(prompt)], [ids[len(prompt) :] for ids in whole]\n"
+            "        if not prompt:\n"
+        ),
+        tests=TESTS + "tokenize.py::test_prompt_ids_are_always_a_prefix_that_both_responses_share",
+    ),
+    Mutant(  # every epoch replays the first one's order
+        trap="18",
+        file=SAMPLER,
+        old="np.random.default_rng([seed, epoch])",
+        new="np.random.default_rng(seed)",
+        tests=TESTS + "sampler.py::test_epochs_and_seeds_differ_and_repeat",
+    ),
+    Mutant(  # "removed duplicates" are counted and kept
+        trap="20",
+        file=PREPARE,
+        old="dropped = DUPLICATE if duplicate and cfg.remove_same_inputs else row.dropped",
+        new="dropped = row.dropped",
+        tests=TESTS + "prepare.py::test_every_row_is_kept_or_counted",
+    ),
+    Mutant(  # remove_same_responses is never read
+        trap="20",
+        file=TOKENIZE,
+        old="return self.cfg.remove_same_responses and len(set(responses)) < len(responses)",
+        new="return False",
+        tests=TESTS + "prepare.py::test_every_row_is_kept_or_counted",
+    ),
+    Mutant(  # prompt and response are capped each, their sum is not
+        trap="20",
+        file=TOKENIZE,
+        old="if len(prompt) <= cfg.max_prompt_length and len(prompt) + longest <= cfg.max_length:",
+        new="if len(prompt) <= cfg.max_prompt_length and longest <= cfg.max_length:",
+        tests=TESTS + "tokenize.py::test_overflow_keeps_bos_and_the_prompts_end",
+    ),
+    Mutant(  # a folder that we did not make is deleted
+        trap="20",
+        file=STORE,
+        old="    if (folder / MARKER).is_file():\n",
+        new="    if folder.is_dir():\n",
+        tests=TESTS + "prepare.py::test_a_kill_at_any_step_leaves_no_torn_cache",
+    ),
+]

@@ -1,0 +1,135 @@
+"""Packed rows against padded ones, and both against one plain forward pass a sequence (traps 1, 2 and 6)."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from torch.testing import assert_close
+
+from sheeprlhf.agent.policy import Policy, load_policy
+from sheeprlhf.data.collate import collate_packed, collate_padded
+from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.model import LORAConfig, ModelConfig
+from tests.support.batches import random_examples
+from tests.support.models import ARCHITECTURES, EOS, PAD
+
+PACKABLE = [name for name in ARCHITECTURES if name != "falcon"]
+ModelFolder = Callable[..., Path]
+
+
+def load(folder: Path, batching: str = "auto", **options: Any) -> tuple[Policy, bool]:
+    cfg = ModelConfig(config_name="auto", repo_name=str(folder), **options)
+    return load_policy(cfg, load_tokenizer(cfg), longest=64, batching=batching)
+
+
+def policy_of(folder: Path, **options: Any) -> Policy:
+    return load(folder, **options)[0]
+
+
+def loss_and_gradients(policy: Policy, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    policy.zero_grad()
+    logprobs_N = policy(batch).target_N
+    loss = -(logprobs_N * torch.linspace(0.5, 1.5, len(logprobs_N))).mean()
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("num_responses", [1, 3])
+@pytest.mark.parametrize("architecture", PACKABLE)
+def test_packed_equals_padded(architecture: str, num_responses: int, model_folder: ModelFolder) -> None:
+    policy = policy_of(model_folder(architecture))
+    examples = random_examples(5, num_responses)
+    loss, gradients = loss_and_gradients(policy, collate_packed(examples))
+    for padded in (
+        collate_padded(examples, pad_id=PAD),
+        collate_padded(examples, pad_id=EOS),
+        collate_padded(examples, pad_id=PAD, side="left"),
+    ):
+        other_loss, other_gradients = loss_and_gradients(policy, padded)
+        assert_close(other_loss, loss, rtol=0, atol=1e-6)
+        assert_close(other_gradients, gradients, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_batch_equals_one_plain_forward_a_sequence(architecture: str, model_folder: ModelFolder) -> None:
+    policy, packed = load(model_folder(architecture))
+    model = policy.causal_lm()
+    examples = random_examples(4, 2, seed=1)
+    batches = [collate_padded(examples, pad_id=PAD, side=side) for side in ("left", "right")]
+    if packed:
+        batches.append(collate_packed(examples))
+    expected = []
+    for example in examples:
+        for response in example.responses:
+            ids = torch.as_tensor([*example.prompt_ids.tolist(), *response.tolist()])[None]
+            logprobs = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+            start = len(example.prompt_ids)
+            expected += [logprobs[t - 1, ids[0, t]] for t in range(start, ids.shape[1])]
+    for batch in batches:
+        assert_close(policy(batch).target_N, torch.stack(expected), rtol=0, atol=1e-5)
+
+
+def test_falcon_is_padded_and_packed_is_refused(model_folder: ModelFolder) -> None:
+    assert not load(model_folder("falcon"))[1]
+    with pytest.raises(ValueError, match=r"task\.batching=padded"):
+        load(model_folder("falcon"), batching="packed")
+
+
+@pytest.mark.parametrize("padding", range(1, 8))
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
+def test_left_padding_changes_nothing(architecture: str, padding: int, model_folder: ModelFolder) -> None:
+    """Trap 2: absolute and rotary positions alike."""
+    policy = policy_of(model_folder(architecture))
+    examples = random_examples(1, seed=padding)
+    longer = Example(1, examples[0].prompt_ids.repeat(1), (random_examples(1, seed=9, longest=30)[0].responses[0],))
+    stretch = Example(1, longer.prompt_ids, (torch.arange(len(examples[0].responses[0]) + padding).numpy(),))
+    single = policy(collate_packed(examples)).target_N
+    for side in ("left", "right"):
+        batch = collate_padded([examples[0], stretch], pad_id=EOS, side=side)
+        assert_close(policy(batch).target_N[: len(single)], single, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"finetune_mode": "LORA"}])
+def test_through_fabric_checkpointing_and_lora(
+    precision: str, options: dict[str, Any], model_folder: ModelFolder
+) -> None:
+    """The same numbers inside Fabric's wrapper; bf16-mixed also shows that Fabric passes our batches through."""
+    lora = LORAConfig(rank=4)
+    torch.manual_seed(0)
+    policy = policy_of(model_folder("llama"), lora_cfg=lora, **options)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)  # type: ignore[arg-type]
+    wrapped = fabric.setup_module(policy)
+    examples = random_examples(4, 2)
+    results = []
+    for batch in (collate_packed(examples), collate_padded(examples, pad_id=PAD)):
+        policy.zero_grad()
+        logprobs_N = wrapped(batch).target_N
+        assert logprobs_N.dtype == torch.float32
+        assert bool((logprobs_N <= 0).all())
+        fabric.backward(-logprobs_N.mean())
+        results.append((logprobs_N.detach(), [p.grad.clone() for p in policy.parameters() if p.grad is not None]))
+    tolerance = 1e-5 if precision == "32-true" else 0.1
+    assert_close(results[0], results[1], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_no_dropout_anywhere_when_disabled(architecture: str, model_folder: ModelFolder) -> None:
+    """Trap 6: GPT-2's `*_pdrop`, attention dropout and layer drop included; on by the model's default otherwise."""
+    examples = random_examples(3)
+    batch = collate_padded(examples, pad_id=PAD)
+    policy = policy_of(model_folder(architecture), disable_dropout=True).train()
+    assert torch.equal(policy(batch).target_N, policy(batch).target_N)
+    active = [m for m in policy.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
+    assert active == []
+    if architecture in ("opt", "gpt2", "phi", "gpt_neox", "falcon"):
+        noisy = policy_of(model_folder(architecture), disable_dropout=False).train()
+        assert not torch.equal(noisy(batch).target_N, noisy(batch).target_N)

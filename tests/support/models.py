@@ -1,0 +1,85 @@
+"""Tiny random models of every supported architecture, in the hub's folder layout, made without a network."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+PAD, BOS, EOS = 256, 257, 258
+VOCAB = 260
+_COMMON = dict(vocab_size=VOCAB, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+_LLAMA = dict(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
+ARCHITECTURES = {
+    "llama": _LLAMA | dict(tie_word_embeddings=True),
+    "opt": dict(
+        hidden_size=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        word_embed_proj_dim=8,
+        dropout=0.1,
+        attention_dropout=0.1,
+        do_layer_norm_before=False,
+    ),
+    "gpt2": dict(n_embd=16, n_layer=2, n_head=4, n_positions=128),
+    "phi": dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        resid_pdrop=0.1,
+        embd_pdrop=0.1,
+        attention_dropout=0.1,
+    ),
+    "gpt_neox": dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        attention_dropout=0.1,
+        hidden_dropout=0.1,
+    ),
+    "qwen3": _LLAMA | dict(head_dim=8),
+    "mistral": _LLAMA | dict(sliding_window=None),
+    "falcon": dict(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, attention_dropout=0.1, hidden_dropout=0.1
+    ),
+}
+
+
+def byte_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
+    """One token a byte, plus pad, BOS and EOS; BOS is prepended if asked, as llama's tokenizer does."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
+    )
+
+
+def make_model_folder(folder: Path, architecture: str = "llama", *, seed: int = 0, bos: bool = True) -> Path:
+    """Save a random model of two layers and its tokenizer; weights are large enough to tell tokens apart."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(architecture, **_COMMON | ARCHITECTURES[architecture])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    byte_tokenizer(bos=bos).save_pretrained(folder)
+    return folder

@@ -1,0 +1,74 @@
+"""Short real runs on a tiny model and a small file, through the command line's own code."""
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+from sheeprlhf.cli import run
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew strange potions".split()
+
+
+def write_rows(path: Path, num_rows: int = 48, *, seed: int = 0) -> Path:
+    """A jsonl file of prompts and responses of varying length."""
+    rng = random.Random(seed)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+    lines = [json.dumps({"prompt": f"{i} {text(1, 6)}?", "response": f" {text(1, 5)}."}) for i in range(num_rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def train_words(model: Path, data: Path, run_dir: Path, *extra: str) -> list[str]:
+    """The command of a run of 24 optimizer steps in 3 epochs."""
+    return [
+        "train",
+        "task=sft",
+        "model=auto",
+        f"model.repo_name={model}",
+        "data=local",
+        f"data.train_file={data}",
+        f"data.validation_file={data}",
+        f"data.test_file={data}",
+        "data.max_length=120",
+        "data.max_prompt_length=70",
+        "task.epochs=3",
+        "task.mini_batch_size=6",
+        "task.micro_batch_size=3",
+        "task.log_interval=1",
+        "task.eval_interval=8",
+        "task.eval_iters=1",
+        "task.save_interval=4",
+        "task.num_sample_prompts=1",
+        "task.lr_warmup_steps=3",
+        "generation.max_new_tokens=4",
+        "optim.lr=1e-3",
+        f"hydra.run.dir={run_dir}",
+        *extra,
+    ]
+
+
+def train(model: Path, data: Path, run_dir: Path, *extra: str) -> Path:
+    """Run it in this process."""
+    run(train_words(model, data, run_dir, *extra))
+    return run_dir
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def result_of(run_dir: Path, last_step: int = 24) -> dict[str, str]:
+    """Digests of all that has to be bit-identical at a run's end: weights, optimizer, generators, final folder."""
+    checkpoint = {
+        k: v for k, v in digests(run_dir / "checkpoints" / f"step-{last_step}").items() if k.endswith("safetensors")
+    }
+    return checkpoint | {k: v for k, v in digests(run_dir / "final").items() if not k.endswith(".md")}

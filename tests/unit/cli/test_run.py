@@ -1,0 +1,214 @@
+"""What a task receives, and what becomes of its result: the task here is a stub that records its arguments."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from sheeprlhf.cli import run
+from sheeprlhf.structure.registry import config_to_dict
+from sheeprlhf.structure.task import PerplexityConfig, SFTConfig
+from sheeprlhf.utils.errors import ConfigError, Interrupted, NonFiniteError
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """The arguments of each call of a task; the working directory is empty."""
+    recorded = []
+    stub = types.ModuleType("stub_task")
+    stub.train = lambda fabric, config, run_dir: recorded.append((config, run_dir, list(sys.argv)))
+    stub.evaluate = lambda fabric, config: recorded.append((config, None, list(sys.argv)))
+    monkeypatch.setitem(sys.modules, "stub_task", stub)
+    monkeypatch.setattr(SFTConfig, "entry_point", "stub_task:train")
+    monkeypatch.setattr(PerplexityConfig, "entry_point", "stub_task:evaluate")
+    monkeypatch.chdir(tmp_path)
+    return recorded
+
+
+def fail_with(error):
+    def train(fabric, config, run_dir):
+        raise error
+
+    sys.modules["stub_task"].train = train
+
+
+def exit_code(line):
+    try:
+        run(line.split())
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_a_task_gets_a_read_only_typed_configuration_and_a_private_directory(calls, tmp_path):
+    run(["train", "task=sft", "model=opt", "model.finetune_mode=lora", "optim.lr=3e-4", "seed=7"])
+    [(config, run_dir, argv)] = calls
+    assert type(config.task) is SFTConfig
+    assert config.model.finetune_mode == "LORA"
+    assert config.peak_lr() == 3e-4
+    with pytest.raises(AttributeError, match="read-only"):
+        config.model.lora_cfg.rank = 4
+    assert run_dir.is_absolute()
+    assert run_dir.relative_to(tmp_path).parts[:5] == ("logs", "runs", "docstrings", "opt", "sft")
+    assert run_dir.stat().st_mode & 0o777 == 0o700
+    assert argv[1:] == ["train", "task=sft", "model=opt", "model.finetune_mode=lora", "optim.lr=3e-4", "seed=7"]
+    assert not list(tmp_path.rglob("*.yaml"))
+    assert {path.name for path in tmp_path.iterdir()} == {"logs"}
+
+
+def test_a_recipe_overrides_groups_and_the_command_line_overrides_it(calls):
+    run(["train", "experiment=sft_smollm2_lora", "model.lora_cfg.rank=4", "data.max_length=100"])
+    [(config, _, _)] = calls
+    assert (config.model.config_name, config.model.finetune_mode) == ("smollm2", "LORA")
+    assert (config.model.lora_cfg.rank, config.data.max_length) == (4, 100)
+    assert config.experiment == "sft_smollm2_lora"
+
+
+def test_the_users_directory_is_obeyed(calls, tmp_path):
+    run(["train", "task=sft", f"hydra.run.dir={tmp_path}/mine"])
+    assert calls[0][1] == tmp_path / "mine"
+    assert calls[0][1].stat().st_mode & 0o777 == 0o700
+
+
+def test_a_dry_run_is_two_steps_of_the_same_model(calls):
+    run(["train", "task=sft", "dry_run=true", "model=phi"])
+    [(config, _, _)] = calls
+    assert config.task.max_num_steps == 2
+    assert config.data.num_samples == 64
+    assert config.generation.max_new_tokens == 8
+    calls.clear()
+    run(["train", "task=sft", "model=phi"])
+    assert config_to_dict(calls[0][0].model) == config_to_dict(config.model)
+
+
+def test_a_sweep_makes_one_run_of_each_and_leaves_no_file_of_hydra(calls, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run(["train", "-m", "task=sft", "seed=1,2", "run_name=try"])
+    assert [(config.seed, config.run_name) for config, _, _ in calls] == [(1, "try_0"), (2, "try_1")]
+    assert [run_dir.name for _, run_dir, _ in calls] == ["try_0", "try_1"]
+    assert "seed=2" in calls[1][2]
+    assert "--multirun" not in calls[1][2]
+    assert not list(tmp_path.rglob("*.yaml"))
+    assert {path.name for path in tmp_path.iterdir()} == {"logs"}
+
+
+def test_a_failed_job_does_not_end_the_sweep_but_its_exit_code_counts(calls, capsys):
+    good = sys.modules["stub_task"].train
+
+    def train(fabric, config, run_dir):
+        if config.seed == 1:
+            raise NonFiniteError("loss of rows 3, 4 is nan")
+        good(fabric, config, run_dir)
+
+    sys.modules["stub_task"].train = train
+    assert exit_code("train -m task=sft seed=1,2") == 1
+    assert [config.seed for config, _, _ in calls] == [2]
+    assert "loss of rows 3, 4 is nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ConfigError("a=1 is wrong; give a=2", "b=3 too"), 2, "  - b=3 too"),
+        (NonFiniteError("rows 3"), 1, "rows 3"),
+        (Interrupted(15), 143, "stopped by signal 15"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+        (ZeroDivisionError("division of sk-abcdefghijklmnop"), 1, "ZeroDivisionError"),
+    ],
+)
+def test_an_error_is_a_message_and_an_exit_code(calls, capsys, error, code, message):
+    fail_with(error)
+    assert exit_code("train task=sft") == code
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+    assert "sk-abc" not in printed
+
+
+def test_an_unexpected_error_leaves_its_traceback_in_the_run_directory(calls, capsys, tmp_path):
+    fail_with(ZeroDivisionError("sk-abcdefghijklmnop"))
+    exit_code("train task=sft")
+    [log] = tmp_path.rglob("error.log")
+    assert str(log) in capsys.readouterr().err
+    assert "in train" in log.read_text()
+    assert "sk-abc" not in log.read_text()
+
+
+def test_debug_shows_the_traceback(calls, capsys):
+    fail_with(NonFiniteError("rows 3"))
+    assert exit_code("train task=sft debug=true") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_signal_ends_the_whole_sweep(calls):
+    seeds = []
+
+    def train(fabric, config, run_dir):
+        seeds.append(config.seed)
+        raise Interrupted(2)
+
+    sys.modules["stub_task"].train = train
+    assert exit_code("train -m task=sft seed=1,2,3") == 130
+    assert seeds == [1]
+
+
+def test_everything_random_is_seeded(calls):
+    import random
+
+    import numpy as np
+    import torch
+
+    drawn = []
+
+    def train(fabric, config, run_dir):
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+
+    sys.modules["stub_task"].train = train
+    for seed in (1, 1, 2):
+        run(["train", "task=sft", f"seed={seed}"])
+    assert drawn[0] == drawn[1]
+    assert all(one != other for one, other in zip(drawn[0], drawn[2], strict=True))
+
+
+def saved_run(tmp_path, calls, *words) -> Path:
+    """A run directory with the config.yaml that a training run writes."""
+    import yaml
+
+    run(["train", "task=sft", *words])
+    config, run_dir, _ = calls.pop()
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+    return run_dir
+
+
+def test_eval_takes_model_and_data_from_the_run(calls, tmp_path):
+    run_dir = saved_run(tmp_path, calls, "model=opt", "model.finetune_mode=LORA", "data.max_length=100")
+    run(["eval", "task=perplexity", f"experiment_dir={run_dir}", "data.num_samples=5"])
+    [(config, _, _)] = calls
+    assert config.model.config_name == "opt"
+    assert config.model.finetune_mode == "LORA"
+    assert type(config.data).__name__ == "DocstringsConfig"
+    assert (config.data.max_length, config.data.num_samples) == (100, 5)
+
+
+def test_eval_replaces_the_runs_data_by_a_choice_given(calls, tmp_path):
+    run_dir = saved_run(tmp_path, calls)
+    run(["eval", "task=perplexity", f"experiment_dir={run_dir}", "data=summarization"])
+    assert calls[0][0].data.config_name == "summarization"
+    assert calls[0][0].model.config_name == "tiny"
+
+
+def test_eval_sweeps_over_runs(calls, tmp_path):
+    runs = [saved_run(tmp_path, calls, f"model={name}") for name in ("opt", "tiny")]
+    run(["eval", "-m", "task=perplexity", f"experiment_dir={runs[0]},{runs[1]}"])
+    assert [config.model.config_name for config, _, _ in calls] == ["opt", "tiny"]
+
+
+def test_a_saved_run_cannot_switch_on_remote_code(calls, tmp_path):
+    commit = "0" * 40
+    trust = ["model.library_cfg.trust_remote_code=true", f"model.library_cfg.revision={commit}"]
+    run_dir = saved_run(tmp_path, calls, "model=opt", *trust)
+    run(["eval", "task=perplexity", f"experiment_dir={run_dir}"])
+    assert calls.pop()[0].model.library_cfg.trust_remote_code is False
+    run(["eval", "task=perplexity", f"experiment_dir={run_dir}", trust[0]])
+    assert calls.pop()[0].model.library_cfg.trust_remote_code is True

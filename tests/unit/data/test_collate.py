@@ -1,0 +1,159 @@
+"""Batches against numbers worked out by hand, and against a brute-force reading of who sees what."""
+
+import numpy as np
+import pytest
+import torch
+
+from sheeprlhf.data.collate import collate_packed, collate_padded
+from sheeprlhf.data.example import Batch, Example
+from tests.unit.data.toy import example
+
+EOS = 9
+
+
+def test_packed_one_response() -> None:
+    batch = collate_packed([example([1, 2, 3], [4, EOS], row_id=7), example([5], [6, 7, EOS], row_id=3)])
+    assert batch.input_ids_BT.tolist() == [[1, 2, 3, 4, EOS, 5, 6, 7, EOS]]
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
+    assert batch.head_positions_R.tolist() == [2, 3, 5, 6, 7]
+    assert batch.logit_index_N.tolist() == [0, 1, 2, 3, 4]
+    assert batch.target_ids_N.tolist() == [4, EOS, 6, 7, EOS]
+    assert batch.response_index_N.tolist() == [0, 0, 1, 1, 1]
+    assert (batch.num_responses, batch.row_ids, batch.attention_mask_BT) == (2, (7, 3), None)
+    assert batch.layout is not None
+    assert batch.layout.segments == ((3, (2,)), (1, (3,)))
+    assert batch.layout.query_starts.tolist() == batch.layout.key_starts.tolist() == [0, 5, 9]
+    assert batch.layout.query_starts.dtype == torch.int32
+    assert (batch.layout.key_index, batch.layout.max_query, batch.layout.max_key) == (None, 5, 5)
+
+
+def test_packed_two_responses_share_their_prompt() -> None:
+    batch = collate_packed([example([1, 2], [3, 4, EOS], [5, EOS]), example([6], [7], [8, EOS])])
+    assert batch.input_ids_BT.tolist() == [[1, 2, 3, 4, EOS, 5, EOS, 6, 7, 8, EOS]]
+    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 1, 2]]
+    assert batch.head_positions_R.tolist() == [1, 2, 3, 5, 7, 9]
+    # the prompt's last place is computed once and predicts both first tokens
+    assert batch.logit_index_N.tolist() == [0, 1, 2, 0, 3, 4, 4, 5]
+    assert batch.target_ids_N.tolist() == [3, 4, EOS, 5, EOS, 7, 8, EOS]
+    assert batch.response_index_N.tolist() == [0, 0, 0, 1, 1, 2, 3, 3]
+    assert batch.layout is not None
+    assert batch.layout.query_starts.tolist() == [0, 5, 7, 9, 11]
+    assert batch.layout.key_starts.tolist() == [0, 5, 9, 11, 14]
+    assert batch.layout.key_index is not None
+    assert batch.layout.key_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 8, 7, 9, 10]
+    assert (batch.layout.max_query, batch.layout.max_key) == (5, 5)
+
+
+def test_all_targets_put_the_prompt_first() -> None:
+    batch = collate_packed([example([1, 2, 3], [4, EOS], [5, EOS])], targets="all")
+    assert batch.head_positions_R.tolist() == [0, 1, 2, 3, 5]
+    assert batch.target_ids_N.tolist() == [2, 3, 4, EOS, 5, EOS]
+    assert batch.logit_index_N.tolist() == [0, 1, 2, 3, 2, 4]
+    assert batch.response_index_N.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_padded_left_and_right() -> None:
+    rows = [example([1, 2], [3, EOS]), example([5], [EOS])]
+    right = collate_padded(rows, pad_id=0)
+    assert right.input_ids_BT.tolist() == [[1, 2, 3, EOS], [5, EOS, 0, 0]]
+    assert right.position_ids_BT.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
+    assert right.head_positions_R.tolist() == [1, 2, 4]
+    left = collate_padded(rows, pad_id=0, side="left")
+    assert left.input_ids_BT.tolist() == [[1, 2, 3, EOS], [0, 0, 5, EOS]]
+    assert left.position_ids_BT.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+    assert left.attention_mask_BT is not None
+    assert left.attention_mask_BT.int().tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert left.head_positions_R.tolist() == [1, 2, 6]
+    for batch in (right, left):
+        assert batch.layout is None
+        assert batch.logit_index_N.tolist() == [0, 1, 2]
+        assert batch.target_ids_N.tolist() == [3, EOS, EOS]
+
+
+def random_rows(seed: int, num_responses: int) -> list[Example]:
+    rng = np.random.default_rng(seed)
+
+    def ids() -> list[int]:
+        return rng.integers(0, EOS + 1, int(rng.integers(1, 6))).tolist()
+
+    return [example(ids(), *(ids() for _ in range(num_responses)), row_id=i) for i in range(5)]
+
+
+def by_definition(rows: list[Example], targets: str) -> list[tuple[tuple[int, ...], int, int]]:
+    """Every target with all that it may see and its response: a double loop over the text."""
+    found, number = [], 0
+    for row in rows:
+        prompt = row.prompt_ids.tolist()
+        if targets == "all":
+            found += [(tuple(prompt[:i]), prompt[i], number) for i in range(1, len(prompt))]
+        for response in row.responses:
+            for i, token in enumerate(response.tolist()):
+                found.append((tuple(prompt + response.tolist()[:i]), token, number))
+            number += 1
+    return found
+
+
+def as_read(batch: Batch) -> list[tuple[tuple[int, ...], int, int]]:
+    """The same, read from a batch's tensors; checks that a token's position is its place in what it sees."""
+    ids, positions = batch.input_ids_BT, batch.position_ids_BT
+    seen: dict[tuple[int, int], tuple[int, ...]] = {}
+    if batch.layout is None:
+        assert batch.attention_mask_BT is not None
+        for row, column in batch.attention_mask_BT.nonzero().tolist():
+            mask = batch.attention_mask_BT[row, : column + 1]
+            seen[row, column] = tuple(ids[row, : column + 1][mask].tolist())
+    else:
+        layout, keys = batch.layout, batch.layout.key_index
+        keys = torch.arange(ids.shape[1]) if keys is None else keys
+        queries, starts = layout.query_starts.tolist(), layout.key_starts.tolist()
+        for i in range(len(queries) - 1):
+            visible = keys[starts[i] : starts[i + 1]]
+            for column in range(queries[i], queries[i + 1]):
+                last = len(visible) - (queries[i + 1] - column) + 1  # bottom-right causal
+                seen[0, column] = tuple(ids[0, visible[:last]].tolist())
+                assert visible[last - 1] == column
+    assert all(positions[place] == len(context) - 1 for place, context in seen.items())
+    heads = [divmod(place, ids.shape[1]) for place in batch.head_positions_R.tolist()]
+    return [
+        (seen[heads[index]], target, owner)
+        for index, target, owner in zip(
+            batch.logit_index_N.tolist(), batch.target_ids_N.tolist(), batch.response_index_N.tolist(), strict=True
+        )
+    ]
+
+
+@pytest.mark.parametrize("targets", ["response", "all"])
+@pytest.mark.parametrize("num_responses", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_target_is_predicted_from_what_stands_before_it(seed: int, num_responses: int, targets: str) -> None:
+    rows = random_rows(seed, num_responses)
+    expected = by_definition(rows, targets)
+    assert as_read(collate_packed(rows, targets=targets)) == expected
+    assert as_read(collate_padded(rows, pad_id=EOS, targets=targets)) == expected
+    assert as_read(collate_padded(rows, pad_id=EOS, side="left", targets=targets)) == expected
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pad_may_be_eos(side: str) -> None:
+    rows = [example([1, EOS, 2], [3, EOS]), example([4], [5, 6, 7, EOS]), example([EOS], [EOS])]
+    same, other = (collate_padded(rows, pad_id=pad, side=side) for pad in (EOS, 0))
+    for field in ("attention_mask_BT", "position_ids_BT", "head_positions_R", "logit_index_N", "target_ids_N"):
+        assert torch.equal(getattr(same, field), getattr(other, field)), field
+    assert same.attention_mask_BT is not None
+    assert same.attention_mask_BT.sum(dim=1).tolist() == [5, 5, 2]  # EOS inside a prompt and at an end is a token
+    assert (same.target_ids_N == EOS).sum() == 3
+    embedding = torch.nn.Embedding(EOS + 1, 4)  # what a head would do: the EOS targets carry gradient
+    logits_NV = embedding(same.input_ids_BT).flatten(0, 1)[same.head_positions_R][same.logit_index_N] @ torch.randn(
+        4, EOS + 1
+    )
+    torch.nn.functional.cross_entropy(logits_NV, same.target_ids_N).backward()
+    assert embedding.weight.grad is not None
+    assert embedding.weight.grad[EOS].abs().sum() > 0  # "[EOS]" predicts its EOS
+    assert embedding.weight.grad[0].abs().sum() == 0
+
+
+def test_misspelt_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="targets='respones'"):
+        collate_packed([example([1], [2])], targets="respones")
+    with pytest.raises(ValueError, match="side='top'"):
+        collate_padded([example([1], [2])], pad_id=0, side="top")

@@ -1,0 +1,313 @@
+"""From files to splits: what is counted, where rows go, and a cache that is whole or not there."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sheeprlhf.data import prepare as prepare_module
+from sheeprlhf.data import store
+from sheeprlhf.data.prepare import PreparedData
+from sheeprlhf.data.report import render_report
+from sheeprlhf.data.store import MARKER, SplitWriter
+from sheeprlhf.structure.data import DocstringsConfig
+from sheeprlhf.utils.errors import DataError
+from tests.unit.data.toy import byte_tokenizer, local, prepare, texts, write_jsonl
+
+FORK = multiprocessing.get_context("fork")
+
+
+def rows(count: int, start: int = 0) -> list[dict[str, str]]:
+    return [{"prompt": f"prompt {i}", "response": f"response {i}"} for i in range(start, start + count)]
+
+
+def test_every_row_is_kept_or_counted(tmp_path: Path) -> None:
+    pair = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+    data = [
+        pair,
+        pair,  # duplicate
+        pair | {"prompt": ""},
+        pair | {"rejected": " "},
+        pair | {"rejected": "good"},
+        pair | {"rejected": "b"},  # too short
+        pair | {"prompt": "a long prompt of 30 characters"},  # its prompt is cut
+        pair | {"prompt": "q", "chosen": "a response that is too long"},
+        pair | {"prompt": "say <s>"},
+    ]
+    cfg = local(tmp_path, data, max_prompt_length=20, max_length=24, minimum_response_length=2)
+    train = prepare(cfg, byte_tokenizer(), "preference").report["splits"]["train"]
+    assert (train["read"], train["kept"]) == (9, 4)
+    expected = {"duplicate": 1, "empty_prompt": 1, "empty_response": 1, "same_responses": 1, "too_short": 1}
+    assert train["dropped"] == expected
+    assert train["truncated"] == {"prompt": 1, "response": 1}
+    assert (train["duplicates"], train["special_token_rows"]) == (1, 1)
+    assert train["eos_share"] == 7 / 8
+    # "good$" and "bad$" are 5 and 4 tokens; the cut response is 23 long behind a prompt of one
+    assert train["trained_tokens"] == 3 * 9 + 23 + 4
+    assert train["tokens"]["prompt"] == {"p5": 1, "p50": 1, "p95": 19, "max": 19}
+    assert train["tokens"]["response"]["max"] == 23
+
+
+def test_duplicates_far_apart_and_in_other_processes_are_removed(tmp_path: Path) -> None:
+    data = [*rows(2500), *rows(3), *rows(10, start=2490)]
+    cfg = local(tmp_path, data)
+    tokenizer = byte_tokenizer()
+    prepared = prepare(cfg, tokenizer)
+    assert len(prepared.splits["train"]) == 2500
+    assert len(set(texts(prepared, tokenizer))) == 2500
+    assert prepared.report["splits"]["train"]["dropped"] == {"duplicate": 13}
+    parallel = prepare(local(tmp_path, data, num_proc=2, cache_dir=str(tmp_path / "other")), tokenizer)
+    assert parallel.fingerprint == prepared.fingerprint
+    assert parallel.report == prepared.report
+    assert (parallel.folder / "train.arrow").read_bytes() == (prepared.folder / "train.arrow").read_bytes()
+    kept = prepare(local(tmp_path, data, remove_same_inputs=False), tokenizer)
+    assert len(kept.splits["train"]) == 2513
+    assert kept.report["splits"]["train"]["duplicates"] == 13
+
+
+def test_equal_responses_stay_if_asked(tmp_path: Path) -> None:
+    data = [{"prompt": "p", "chosen": "same", "rejected": "same"}]
+    kept = prepare(local(tmp_path, data, remove_same_responses=False), byte_tokenizer(), "preference")
+    assert len(kept.splits["train"]) == 1
+
+
+def test_equal_prompts_fall_on_one_side(tmp_path: Path) -> None:
+    data = [{"prompt": f"prompt {i % 200}", "response": f"response {i}"} for i in range(1000)]
+    options = {"validation_split": 0.2, "test_split": 0.1, "reward_model_split": 0.5}
+    tokenizer = byte_tokenizer()
+    prepared = prepare(local(tmp_path, data, **options), tokenizer)
+    prompts = {split: {row[0] for row in texts(prepared, tokenizer, split)} for split in prepared.splits}
+    assert set(prompts) == {"train", "reward", "validation", "test"}
+    assert sum(map(len, prompts.values())) == 200 == len(set.union(*prompts.values()))
+    assert 20 <= len(prompts["validation"]) <= 60
+    assert 5 <= len(prompts["test"]) <= 40
+    assert 40 <= len(prompts["reward"]) <= 100
+    again = prepare(local(tmp_path, data[::-1], **options), tokenizer)  # order and other rows do not matter
+    assert {row[0] for row in texts(again, tokenizer, "test")} == prompts["test"]
+    other = prepare(local(tmp_path, data, **options, split_seed=1), tokenizer)
+    assert {row[0] for row in texts(other, tokenizer, "test")} != prompts["test"]
+
+
+def test_native_splits_are_used_whole(tmp_path: Path) -> None:
+    files = {
+        "validation_file": write_jsonl(tmp_path / "v.jsonl", rows(3, start=100)),
+        "test_file": write_jsonl(tmp_path / "t.jsonl", rows(2, start=200)),
+    }
+    cfg = local(tmp_path, rows(20), **files, validation_split=0.5, test_split=0.4)
+    assert {split: len(data) for split, data in prepare(cfg, byte_tokenizer()).splits.items()} == {
+        "train": 20,
+        "validation": 3,
+        "test": 2,
+    }
+    limited = local(tmp_path, rows(20), **files, num_samples=2)
+    assert {split: len(data) for split, data in prepare(limited, byte_tokenizer()).splits.items()} == {
+        "train": 2,
+        "validation": 2,
+        "test": 2,
+    }
+
+
+def test_one_row_is_enough_and_the_empty_split_is_named(tmp_path: Path) -> None:
+    prepared = prepare(local(tmp_path, rows(1), validation_split=0.0), byte_tokenizer())
+    assert list(prepared.splits) == ["train"]
+    assert any("validation split is empty" in note for note in prepared.report["notes"])
+    assert "validation split is empty" in render_report(prepared.report)
+
+
+def test_nothing_left_shows_the_reasons_and_leaves_no_folder(tmp_path: Path) -> None:
+    cfg = local(tmp_path, rows(5), minimum_response_length=100)
+    with pytest.raises(DataError, match=r"no training row is left[\s\S]*dropped: too short +5"):
+        prepare(cfg, byte_tokenizer())
+    assert not [path for path in (tmp_path / "cache" / "data").iterdir() if not path.name.endswith(".lock")]
+
+
+def test_embedded_data_and_its_report(tmp_path: Path) -> None:
+    cfg = DocstringsConfig(num_samples=300, cache_dir=str(tmp_path))
+    prepared = prepare(cfg, byte_tokenizer(), "preference")
+    assert set(prepared.splits) == {"train", "reward", "validation", "test"}
+    row = prepared.splits["train"].example(0)
+    assert len(row.responses) == 2
+    assert prepared.splits["train"].lengths.dtype == np.int32
+    assert prepared.splits["train"].lengths[0] == row.num_tokens()
+    table = render_report(prepared.report)
+    assert all(line.isascii() for line in table.splitlines())
+    assert "targets that end in EOS" in table
+
+
+def test_a_second_start_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, cfg = byte_tokenizer(), local(tmp_path, rows(30))
+    first = prepare(cfg, tokenizer)
+    monkeypatch.setattr(prepare_module, "_build", None)
+    tokenizer("x", padding=True, truncation=True, max_length=4)  # state that calls leave in a tokenizer
+    second = prepare(cfg, tokenizer)
+    assert (second.folder, second.report) == (first.folder, first.report)
+    assert texts(second, tokenizer) == texts(first, tokenizer)
+
+
+def test_the_fingerprint_covers_what_changes_the_rows(tmp_path: Path) -> None:
+    base: dict[str, Any] = {}
+    variants: list[tuple[dict[str, Any], dict[str, Any], list[dict[str, str]], str]] = [
+        (base, {}, rows(5), "sft"),
+        ({"max_length": 100}, {}, rows(5), "sft"),
+        ({"split_seed": 1}, {}, rows(5), "sft"),
+        ({"num_samples": 4}, {}, rows(5), "sft"),
+        ({"minimum_response_length": 3}, {}, rows(5), "sft"),
+        (base, {"bos": True}, rows(5), "sft"),
+        (base, {"eos": "<|endoftext|>"}, rows(5), "sft"),
+        (base, {"merges": ("a b",)}, rows(5), "sft"),
+        (base, {"template": "x"}, rows(5), "sft"),
+        (base, {}, rows(6), "sft"),
+    ]
+    prints = [prepare(local(tmp_path, data, **o), byte_tokenizer(**t), k).fingerprint for o, t, data, k in variants]
+    assert len(set(prints)) == len(variants)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    assert prepare(local(moved, rows(5)), byte_tokenizer()).fingerprint == prints[0]
+
+
+def die_at(call: int) -> None:
+    """In a child: SIGKILL at the n-th step of writing the cache."""
+    calls = iter(range(10_000))
+
+    def killing(function: Any, *, after: bool = False) -> Any:
+        def wrapper(*args: Any, **options: Any) -> Any:
+            mine = next(calls) == call
+            if mine and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **options)
+            if mine:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapper
+
+    SplitWriter.write = killing(SplitWriter.write)
+    SplitWriter.close = killing(SplitWriter.close)
+    store._sync = killing(store._sync)
+    store.os.rename = killing(killing(os.rename), after=True)
+    Path.touch = killing(Path.touch)
+
+
+def test_a_kill_at_any_step_leaves_no_torn_cache(tmp_path: Path) -> None:
+    tokenizer, cfg = byte_tokenizer(), local(tmp_path, rows(2100), validation_split=0.1)
+    reference = prepare(local(tmp_path, validation_split=0.1, train_file=cfg.train_file), tokenizer)
+    expected = {path.name: path.read_bytes() for path in reference.folder.iterdir()}
+    parent = tmp_path / "killed" / "data"
+    bystander = parent / f".{reference.folder.name}.tmp-bystander"
+    bystander.mkdir(parents=True)
+    (bystander / "mine.txt").write_text("not made by us")
+    cfg = local(tmp_path, validation_split=0.1, train_file=cfg.train_file, cache_dir=str(tmp_path / "killed"))
+    for call in range(100):
+        child = FORK.Process(target=lambda call=call: (die_at(call), prepare(cfg, tokenizer)))
+        child.start()
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        folder = parent / reference.folder.name
+        if folder.exists():  # killed after the rename: it must be whole
+            assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
+    assert 10 < call < 100
+    prepared = prepare(cfg, tokenizer)
+    assert {path.name: path.read_bytes() for path in prepared.folder.iterdir()} == expected
+    assert (bystander / "mine.txt").read_text() == "not made by us"
+    lock = f".{prepared.folder.name}.lock"
+    assert {path.name for path in parent.iterdir()} == {prepared.folder.name, bystander.name, lock}
+
+
+def test_processes_that_prepare_at_once_get_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, cfg = byte_tokenizer(), local(tmp_path, rows(1500))
+    build, log = prepare_module._build, tmp_path / "built"
+
+    def logged(*args: Any) -> Any:
+        with log.open("a") as stream:
+            stream.write("built\n")
+        return build(*args)
+
+    monkeypatch.setattr(prepare_module, "_build", logged)
+    queue = FORK.Queue()
+
+    def work() -> None:
+        prepared: PreparedData = prepare(cfg, tokenizer)
+        queue.put((str(prepared.folder), len(prepared.splits["train"]), json.dumps(prepared.report)))
+
+    children = [FORK.Process(target=work) for _ in range(4)]
+    for child in children:
+        child.start()
+    results = {queue.get(timeout=60) for _ in children}
+    for child in children:
+        child.join()
+    assert len(results) == 1
+    assert log.read_text() == "built\n"
+
+
+def test_folders_that_are_not_ours_survive(tmp_path: Path) -> None:
+    cfg, tokenizer = local(tmp_path, rows(3)), byte_tokenizer()
+    folder = prepare(cfg, tokenizer).folder
+    (folder / "report.json").unlink()
+    (folder / MARKER).unlink()
+    with pytest.raises(DataError, match="is not a prepared dataset"):
+        prepare(cfg, tokenizer)
+    assert (folder / "train.arrow").exists()
+
+
+def test_a_damaged_cache_and_an_unwritable_one_are_named(tmp_path: Path) -> None:
+    cfg, tokenizer = local(tmp_path, rows(3)), byte_tokenizer()
+    folder = prepare(cfg, tokenizer).folder
+    data = (folder / "train.arrow").read_bytes()
+    for broken in (b"", data[: len(data) // 2], data[:-3]):
+        (folder / "train.arrow").write_bytes(broken)
+        with pytest.raises(DataError, match=r"train.arrow: damaged .* delete the folder"):
+            prepare(cfg, tokenizer)
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    with pytest.raises(DataError, match=r"set data\.cache_dir"):
+        prepare(local(tmp_path, rows(3), cache_dir=str(in_the_way)), tokenizer)
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    cfg, tokenizer = local(tmp_path, rows(3000)), byte_tokenizer()
+
+    def work() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        with pytest.raises(DataError, match="free space"):
+            prepare(cfg, tokenizer)
+
+    child = FORK.Process(target=work)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert [path.suffix for path in (tmp_path / "cache" / "data").iterdir()] == [".lock"]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from tests.unit.data.toy import byte_tokenizer, local, prepare\n"
+        "cfg = local(Path(sys.argv[1]).parent, train_file=sys.argv[1])\n"
+        "prepare(cfg, byte_tokenizer())\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    peaks = {}
+    for count in (20_000, 200_000):
+        file = tmp_path / f"{count}.jsonl"
+        with file.open("w") as stream:
+            for i in range(count):
+                stream.write(json.dumps({"prompt": f"prompt {i} " * 10, "response": f"response {i} " * 10}) + "\n")
+        done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
+        peaks[count] = int(done.stdout)
+    assert peaks[200_000] - peaks[20_000] < 60_000  # kB: the digests that find duplicates, about 120 bytes a row

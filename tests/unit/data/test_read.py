@@ -1,0 +1,227 @@
+"""Inputs that cannot be read: each names its file, its line and what to do. And where a dataset's files are."""
+
+import gzip
+import json
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import constants
+
+from sheeprlhf.data import source
+from sheeprlhf.structure.data import SummarizationConfig
+from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.hub import why_offline
+from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts
+
+GOOD = b'{"prompt": "p", "response": "r"}\n'
+UNREADABLE = {
+    "empty file": ("a.jsonl", b"", "a.jsonl: there are no rows"),
+    "blank lines": ("a.jsonl", b"\n \n", "a.jsonl: there are no rows"),
+    "malformed line": ("a.jsonl", GOOD + b'{"prompt": "p"\n', "a.jsonl line 2: malformed JSON"),
+    "cut off": ("a.jsonl", GOOD * 2 + GOOD[:9], "a.jsonl line 3: malformed JSON"),
+    "not an object": ("a.jsonl", b"[1]\n", "a.jsonl line 1: a row must be an object"),
+    "key twice": ("a.jsonl", b'{"prompt": "a", "prompt": "b"}', "a.jsonl line 1: key 'prompt' appears twice"),
+    "deep": ("a.jsonl", b'{"a":' * 100_000, "a.jsonl line 1: JSON nested too deeply"),
+    "long line": ("a.jsonl", GOOD + b'{"prompt": "' + b"x" * (17 << 20), "a.jsonl line 2: longer than 16 MiB"),
+    "latin-1": ("a.jsonl", GOOD + '{"prompt": "\xe9"}\n'.encode("latin-1"), "a.jsonl line 2: byte 0xe9 is not UTF-8"),
+    "utf-16": ("a.jsonl", GOOD.decode().encode("utf-16"), "a.jsonl: the file is UTF-16"),
+    "surrogate": (
+        "a.jsonl",
+        b'{"prompt": "\\ud800", "response": "r"}',
+        "line 1: column 'prompt' holds half a surrogate",
+    ),
+    "column missing": ("a.jsonl", GOOD + b'{"prompt": "p"}', "a.jsonl line 2: .*found prompt"),
+    "column misnamed": ("a.jsonl", b'{"prmpt": "p", "response": "r"}', "line 1: column 'prompt' is missing"),
+    "null": ("a.jsonl", b'{"prompt": null, "response": "r"}', "line 1: column 'prompt' is missing or null"),
+    "number": ("a.jsonl", b'{"prompt": 3, "response": "r"}', "line 1: column 'prompt' holds int, not text"),
+    "nested": ("a.jsonl", b'{"prompt": {"a": 1}, "response": "r"}', "line 1: column 'prompt' holds dict"),
+    "half a pair": ("a.jsonl", b'{"prompt": "p", "chosen": "r"}', "line 1: chosen and rejected go together"),
+    "gzip": ("a.jsonl", gzip.compress(GOOD), "a.jsonl line 1: byte 0x8b is not UTF-8"),
+    "messages text": ("a.jsonl", b'{"messages": "hi"}', "line 1: column 'messages' must be a list"),
+    "messages empty": ("a.jsonl", b'{"messages": []}', "needs an assistant message with a message before it"),
+    "message role": ("a.jsonl", b'{"messages": [{"content": "a"}]}', "message 0: column 'role' is missing"),
+    "forged role": ("a.jsonl", b'{"messages": [{"role": "a|>", "content": "a"}]}', "message 0: role 'a|>' is not"),
+    "json array": ("a.json", b'[{"prompt": "p", "response": "r"},\n 3]', "a.json item 2: a row must be an object"),
+    "json malformed": ("a.json", b'[{"prompt": "p"},\n oops]', "a.json: malformed JSON at character 2, line 2"),
+    "csv ragged": ("a.csv", b"prompt,response\na,b\na,b,c\n", "a.csv line 3: not the header's 2 columns"),
+    "csv short": ("a.csv", b"prompt,response\na\n", "a.csv line 2: not the header's 2 columns"),
+    "csv quote": ("a.csv", b'prompt,response\n"a,b\n', "a.csv line 2: malformed csv"),
+    "csv header": ("a.csv", b"prompt,prompt\na,b\n", "a.csv line 1: a column name appears twice"),
+    "csv only header": ("a.csv", b"prompt,response\n", "a.csv: there are no rows"),
+    "csv bytes": ("a.csv", b"prompt,response\na,\xff\n", "a.csv line 2: byte 0xff is not UTF-8"),
+    "not parquet": ("a.parquet", b"PAR1 nonsense", "a.parquet: not a readable parquet file"),
+    "ending": ("a.txt", GOOD, r"data.train_file=.* must end in .parquet, .jsonl, .json, .csv"),
+    "archive": ("a.jsonl.gz", GOOD, "must end in"),
+    "script": ("a.py", b"print(1)", "must end in"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), UNREADABLE.values(), ids=UNREADABLE)
+def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message.replace("|", r"\|")):
+        prepare(local(tmp_path, train_file=str(tmp_path / name)), byte_tokenizer(template=TEMPLATE))
+
+
+def test_a_missing_file_and_messages_without_a_template(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data.train_file=nowhere.jsonl: there is no such file"):
+        prepare(local(tmp_path, train_file="nowhere.jsonl"), byte_tokenizer())
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    with pytest.raises(DataError, match="needs a chat template and this model has none"):
+        prepare(local(tmp_path, rows), byte_tokenizer())
+    with pytest.raises(DataError, match="refuses column 'messages': no"):
+        prepare(local(tmp_path, rows), byte_tokenizer(template="{{ raise_exception('no') }}"))
+    with pytest.raises(DataError, match="needs the columns chosen and rejected"):
+        prepare(local(tmp_path, [{"prompt": "a", "response": "b"}]), byte_tokenizer(), "preference")
+
+
+READABLE = {
+    "bom": ("a.jsonl", b"\xef\xbb\xbf" + GOOD),
+    "crlf": ("a.jsonl", GOOD.replace(b"\n", b"\r\n")),
+    "no newline at the end": ("a.jsonl", GOOD.rstrip()),
+    "blank line": ("a.jsonl", b"\n" + GOOD + b"\n"),
+    "other columns of any type": ("a.jsonl", b'{"prompt": "p", "response": "r", "id": [1, "x", {}]}'),
+    "null column": ("a.jsonl", b'{"prompt": "p", "response": "r", "chosen": null, "messages": null}'),
+    "json array": ("a.json", b'\xef\xbb\xbf [{"prompt": "p", "response": "r"}]'),
+    "json lines": ("a.json", GOOD),
+    "upper case": ("A.JSONL", GOOD),
+    "csv": ("a.csv", b"\xef\xbb\xbfprompt,response,n\r\np,r,1\r\n"),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), READABLE.values(), ids=READABLE)
+def test_readable_files(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    tokenizer = byte_tokenizer()
+    prepared = prepare(local(tmp_path, train_file=str(tmp_path / name)), tokenizer)
+    assert texts(prepared, tokenizer) == [("p", "r<|im_end|>")]
+
+
+def test_csv_keeps_line_ends_quotes_and_what_looks_like_a_number_or_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b'prompt,response\n"a\nb,""c""",NA\n1.0,2020-01-01\n')
+    tokenizer = byte_tokenizer()
+    prepared = prepare(local(tmp_path, train_file=str(file)), tokenizer)
+    assert texts(prepared, tokenizer) == [('a\nb,"c"', "NA<|im_end|>"), ("1.0", "2020-01-01<|im_end|>")]
+
+
+def parquet(file: Path, **columns: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), file)
+
+
+def test_parquet_schemas(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    turns = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]
+    parquet(tmp_path / "m.parquet", messages=turns, other=[1])
+    prepared = prepare(local(tmp_path, train_file=str(tmp_path / "m.parquet")), tokenizer)
+    assert texts(prepared, tokenizer)[0][1] == "b<|im_end|>"
+    parquet(tmp_path / "n.parquet", prompt=["a"], response=[1])
+    with pytest.raises(DataError, match=r"n.parquet: column 'response' is of type int64"):
+        prepare(local(tmp_path, train_file=str(tmp_path / "n.parquet")), tokenizer)
+    parquet(tmp_path / "o.parquet", question=["a"])
+    with pytest.raises(DataError, match=r"o.parquet: none of the columns prompt, .* it has question"):
+        prepare(local(tmp_path, train_file=str(tmp_path / "o.parquet")), tokenizer)
+    parquet(tmp_path / "p.parquet", prompt=["a", None], response=["b", "c"])
+    with pytest.raises(DataError, match=r"p.parquet row 2: column 'prompt' is missing or null"):
+        prepare(local(tmp_path, train_file=str(tmp_path / "p.parquet")), tokenizer)
+
+
+def test_a_folder_in_the_hubs_layout(tmp_path: Path) -> None:
+    for name, mark in [
+        ("train-00000-of-00002", "a"),
+        ("train-00001-of-00002", "b"),
+        ("test-00000-of-00001", "c"),
+        ("valid1-00000-of-00001", "d"),
+        ("valid2-00000-of-00001", "e"),
+    ]:
+        columns = {"prompt": [f"POST: {mark}"], "chosen": ["TL;DR: x"], "rejected": ["TL;DR: y"]}
+        parquet(tmp_path / "set" / "data" / f"{name}.parquet", **columns)
+    (tmp_path / "set" / "set.py").write_text("raise SystemExit('a script ran')")
+    (tmp_path / "set" / "README.md").write_text("---\nconfigs: []\n---\n")
+    cfg = SummarizationConfig(
+        dataset_name=str(tmp_path / "set"),
+        cache_dir=str(tmp_path / "cache"),
+        reward_model_split=0.0,
+        minimum_response_length=1,
+    )
+    tokenizer = byte_tokenizer()
+    prepared = prepare(cfg, tokenizer, "preference")
+    prompts = {split: [row[0] for row in texts(prepared, tokenizer, split)] for split in prepared.splits}
+    ending = "\nTL;DR:"
+    assert prompts == {
+        "train": [f"POST: a{ending}", f"POST: b{ending}"],
+        "validation": [f"POST: d{ending}"],
+        "test": [f"POST: c{ending}"],
+    }
+    (tmp_path / "set" / "data" / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(DataError, match="1 of the 2 files train"):
+        prepare(cfg, tokenizer, "preference")
+
+
+def test_folders_and_names(tmp_path: Path) -> None:
+    def located(name: str) -> dict[str, list[str]]:
+        files = source.locate(SummarizationConfig(dataset_name=name))
+        return {split: [file.name for file in found] for split, found in files.items()}
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "pairs.jsonl").touch()
+    (tmp_path / "a" / "notes.txt").touch()
+    assert located(str(tmp_path / "a")) == {"train": ["pairs.jsonl"]}
+    for name in ("train.csv", "dev.csv", "test.csv", ".train.csv"):
+        (tmp_path / "a" / name).touch()
+    assert located(str(tmp_path / "a")) == {"train": ["train.csv"], "validation": ["dev.csv"], "test": ["test.csv"]}
+    (tmp_path / "b").mkdir()
+    for name, message in [
+        (str(tmp_path / "b"), "no file that ends in"),
+        (str(tmp_path / "a" / "train.csv"), "use data=local data.train_file="),
+        (str(tmp_path / "nowhere"), "neither a folder nor a hub id"),
+        ("../up", "neither a folder nor a hub id"),
+        ("embedded:nothing", "no file that ends in"),
+        ("", "data.dataset_name is null"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            located(name)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_network_a_hub_name_fails_within_five_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1" if offline else "0")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    with pytest.raises(
+        DataError, match=r"(the hub cannot be reached|HF_HUB_OFFLINE is set).*data.dataset_name=<folder>"
+    ):
+        source.locate(SummarizationConfig())
+    assert time.monotonic() - start < 5
+
+
+def test_the_probe_gives_up_on_a_silent_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        assert why_offline() == "the hub cannot be reached"
+        assert time.monotonic() - start < 4.5
+
+
+def test_a_cached_hub_dataset_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo, commit = tmp_path / "datasets--me--pairs", "a" * 40
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    folder = repo / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": "b"}))
+    files = source.locate(SummarizationConfig(dataset_name="me/pairs"))
+    assert files == {"train": [folder / "train.jsonl"]}

@@ -1,0 +1,363 @@
+"""Checkpoints: what is saved, what is kept, and every kind of damage is noticed before anything is loaded."""
+
+import json
+import os
+import random
+import resource
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from sheeprlhf.engine import checkpoint as checkpoint_module
+from sheeprlhf.engine.checkpoint import (
+    TrainState,
+    find_checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+    restore_latest,
+    save_checkpoint,
+)
+from sheeprlhf.engine.fabric import make_fabric
+from sheeprlhf.engine.manifest import MANIFEST, sweep_temporary, verify_manifest, write_folder
+from sheeprlhf.engine.optim import build_optimizer
+from sheeprlhf.engine.step import update
+from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.utils.errors import CheckpointError
+from tests.unit.engine.toy import Net, micro_batch, toy_loss
+
+
+def set_up(net=None, **optimizer_options):
+    fabric = make_fabric(FabricConfig())
+    fabric.launch()
+    net = net or Net(dropout=0.2)
+    module, optimizer = fabric.setup(net, build_optimizer(AdamWConfig(**optimizer_options), net, 1e-2))
+    update(fabric, module, optimizer, [micro_batch(0, 1)], toy_loss, max_grad_norm=1.0)
+    return fabric, module, optimizer
+
+
+def save(run_dir, step, setup=None, *, best_step=None, keep=9, config_hash="h"):
+    fabric, module, optimizer = setup or set_up()
+    state = TrainState(step=step, best_step=best_step)
+    return save_checkpoint(fabric, run_dir, state, module, optimizer, config_hash=config_hash, keep=keep)
+
+
+def steps(run_dir):
+    return sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").iterdir())
+
+
+def test_what_is_saved(tmp_path):
+    folder = save(tmp_path, 7)
+    names = {"model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", MANIFEST}
+    assert {path.name for path in folder.iterdir()} == names
+    trainable = {"first.weight", "first.bias", "second.weight", "second.bias"}  # no frozen one, the tied one once
+    assert set(load_file(folder / "model.safetensors")) == trainable | {"scale"}
+    expected = {f"{key}/{name}" for name in trainable for key in ("exp_avg", "exp_avg_sq", "step")}
+    assert set(load_file(folder / "optimizer.safetensors")) == expected
+    manifest = verify_manifest(folder)
+    assert (manifest["step"], manifest["world_size"], manifest["config_hash"]) == (7, 1, "h")
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_state_round_trip_is_exact():
+    state = TrainState(3, 10**12, 0.1 + 0.2, 2, 1 / 3, {"kl_coeff": 0.2, "name": "x", "none": None})
+    assert TrainState.from_json(state.to_json()) == state
+    with pytest.raises(CheckpointError, match="must have the keys"):
+        TrainState.from_json('{"step": 1}')
+
+
+def test_everything_is_restored(tmp_path):
+    setup = set_up()
+    folder = save(tmp_path, 1, setup)
+    expected_random = torch.rand(4), random.random()
+    fabric, module, optimizer = set_up()
+    state = load_checkpoint(fabric, folder, module, optimizer, config_hash="h", say=print)
+    assert (torch.rand(4).tolist(), random.random()) == (expected_random[0].tolist(), expected_random[1])
+    assert state == TrainState(step=1)
+    for a, b in zip(setup[1].parameters(), module.parameters(), strict=True):
+        if a.requires_grad:
+            assert torch.equal(a, b)
+            for key, value in setup[2].state[a].items():
+                assert torch.equal(value, optimizer.state[b][key])
+
+
+def test_newest_and_best_are_kept(tmp_path):
+    setup = set_up()
+    for step in range(1, 8):
+        save(tmp_path, step, setup, best_step=2 if step >= 2 else None, keep=2)
+    assert steps(tmp_path) == [2, 6, 7]
+    assert find_checkpoint(tmp_path, "last", print).name == "step-7"
+    assert find_checkpoint(tmp_path, "best", print).name == "step-2"
+    assert find_checkpoint(tmp_path, "step-6", print).name == "step-6"
+    for name in ("step-3", "final", "../x"):
+        with pytest.raises(CheckpointError, match="there: step-7, step-6, step-2"):
+            find_checkpoint(tmp_path, name, print)
+
+
+def test_the_newest_is_never_pruned_for_a_damaged_later_one(tmp_path):
+    setup = set_up()
+    for step in (5, 6, 7):
+        save(tmp_path, step, setup)
+    (tmp_path / "checkpoints/step-6/state.json").write_text("x")
+    (tmp_path / "checkpoints/step-7/state.json").unlink()
+    assert latest_checkpoint(tmp_path, print).name == "step-5"
+    save(tmp_path, 6, setup, keep=1)  # reached again after falling back to 5
+    assert steps(tmp_path) == [6]
+    verify_manifest(tmp_path / "checkpoints/step-6")
+
+
+def test_a_step_that_is_saved_is_not_written_again(tmp_path):
+    folder = save(tmp_path, 3)
+    inode = folder.stat().st_ino
+    save(tmp_path, 3)
+    assert folder.stat().st_ino == inode
+
+
+def damage_bit(path, generator):
+    content = bytearray(path.read_bytes())
+    content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": lambda path, generator: os.truncate(path, generator.randrange(path.stat().st_size)),
+    "empty": lambda path, _: os.truncate(path, 0),
+    "missing": lambda path, _: path.unlink(),
+    "a link": lambda path, _: path.rename(path.with_name("x")) and path.symlink_to(path.with_name("x")),
+    "a pipe": lambda path, _: path.unlink() or os.mkfifo(path),
+    "a folder": lambda path, _: path.unlink() or path.mkdir(),
+    "another's": lambda path, _: shutil.copy(path.parent.parent / "step-1" / path.name, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", MANIFEST]
+)
+def test_damage_is_noticed_and_the_one_before_is_taken(tmp_path, name, damage):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    folder = tmp_path / "checkpoints/step-3"
+    DAMAGES[damage](folder / name, random.Random(0))
+    said: list[str] = []
+    if name == MANIFEST and damage == "another's":  # whole, but its files are not these
+        assert verify_manifest(tmp_path / "checkpoints/step-1")
+    assert latest_checkpoint(tmp_path, said.append).name == "step-2"
+    assert len(said) == 1
+    assert name in said[0] or damage in ("a link", "another's")
+    fabric, module, optimizer = set_up()
+    before = [p.clone() for p in module.parameters()]
+    with pytest.raises(CheckpointError, match="step-3"):
+        load_checkpoint(fabric, folder, module, optimizer, config_hash="h", say=print)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    folder = save(tmp_path, 3)
+    generator = random.Random(1)
+    for _ in range(20):
+        for name in sorted(path.name for path in folder.iterdir()):
+            path = folder / name
+            good = path.read_bytes()
+            damage_bit(path, generator)
+            with pytest.raises(CheckpointError):
+                verify_manifest(folder)
+            path.write_bytes(good)
+    verify_manifest(folder)
+
+
+def test_an_extra_file_or_a_renamed_folder_is_refused(tmp_path):
+    folder = save(tmp_path, 3)
+    (folder / "extra").touch()
+    with pytest.raises(CheckpointError, match="extra is not part of the checkpoint"):
+        verify_manifest(folder)
+    (folder / "extra").unlink()
+    renamed = folder.rename(folder.with_name("step-4"))
+    fabric, module, optimizer = set_up()
+    with pytest.raises(CheckpointError, match="holds step 3"):
+        load_checkpoint(fabric, renamed, module, optimizer, config_hash="h", say=print)
+
+
+def test_a_stranger_s_manifest_cannot_exhaust_us(tmp_path):
+    folder = save(tmp_path, 3)
+    for content in ("[" * 200_000, "null", "{}", '{"sha256": 1}', " " * (2 << 20)):
+        (folder / MANIFEST).write_text(content)
+        with pytest.raises(CheckpointError):
+            verify_manifest(folder)
+
+
+def edit_manifest(folder, **facts):
+    from sheeprlhf.engine import manifest
+
+    content = json.loads((folder / MANIFEST).read_text()) | facts
+    content.pop("sha256")
+    content["sha256"] = manifest._sha256_of_json(content)
+    (folder / MANIFEST).write_text(json.dumps(content))
+
+
+def test_mismatches_are_refused_or_announced(tmp_path):
+    fabric, module, optimizer = setup = set_up()
+    folder = save(tmp_path, 3, setup)
+    with pytest.raises(CheckpointError, match="another configuration"):
+        load_checkpoint(fabric, folder, module, optimizer, config_hash="other", say=print)
+    edit_manifest(folder, world_size=2, torch_threads=99)
+    said: list[str] = []
+    load_checkpoint(fabric, folder, module, optimizer, config_hash="h", say=said.append)
+    assert [line.split(":")[0] for line in said] == [
+        "world_size was 2 and is 1 now",
+        f"torch_threads was 99 and is {torch.get_num_threads()} now",
+    ]
+    edit_manifest(folder, format=2)
+    with pytest.raises(CheckpointError, match="format 2"):
+        load_checkpoint(fabric, folder, module, optimizer, config_hash="h", say=print)
+
+
+class Wider(Net):
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Linear(6, 2)
+
+
+class Renamed(Net):
+    def __init__(self):
+        super().__init__()
+        self.last = self.second
+        del self.second
+        self.__dict__["second"] = self.last
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Wider, r"second.weight is float32 \(1, 6\), this model has float32 \(2, 6\)"),
+        (Renamed, "tensor last.bias is missing"),
+        (lambda: Net().double(), "this model has float64"),
+        (lambda: Net().requires_grad_(True), "tensor frozen.bias is missing"),
+    ],
+)
+def test_another_model_is_refused_whole(tmp_path, other, message):
+    folder = save(tmp_path, 3)
+    fabric = make_fabric(FabricConfig())
+    fabric.launch()
+    net = other()
+    module, optimizer = fabric.setup(net, build_optimizer(AdamWConfig(), net, 1e-2))
+    before = [p.clone() for p in net.parameters()]
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(fabric, folder, module, optimizer, config_hash="h", say=print)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_weights_into_a_frozen_module(tmp_path):
+    setup = set_up()
+    folder = save(tmp_path, 3, setup)
+    net = Net().requires_grad_(False)
+    load_weights(folder, net)
+    for name, p in setup[1].module.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(p, net.get_parameter(name))
+
+
+def test_leftovers_of_dead_processes_are_swept_and_nothing_else(tmp_path):
+    save(tmp_path, 1)
+    checkpoints = tmp_path / "checkpoints"
+    dead, alive, own, foreign = (
+        "step-9.tmp.4194999",
+        f"step-9.tmp.{os.getppid()}",
+        f"step-9.tmp.{os.getpid()}",
+        "my.tmp.d",
+    )
+    for name in (dead, alive, own, foreign):
+        (checkpoints / name).mkdir()
+    (tmp_path / "final.tmp.4194999").mkdir()
+    (tmp_path / "notes.tmp.4194999").touch()  # a file is not of ours
+    assert restore_latest(*set_up()[:1], tmp_path, *set_up()[1:], config_hash="h", say=print).step == 1
+    assert {path.name for path in checkpoints.iterdir()} == {"step-1", alive, foreign}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "notes.tmp.4194999"}
+    sweep_temporary(tmp_path / "absent")
+
+
+def test_no_checkpoint_is_a_fresh_start(tmp_path):
+    fabric, module, optimizer = set_up()
+    assert restore_latest(fabric, tmp_path, module, optimizer, config_hash="h", say=print) is None
+
+
+@pytest.mark.parametrize("limit", [0, 100, 1000, 5000])
+def test_full_disk_leaves_the_earlier_ones_and_says_what_is_missing(tmp_path, limit):
+    setup = set_up()
+    save(tmp_path, 1, setup)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot write .*step-2.* bytes are needed, .* are free"):
+            save(tmp_path, 2, setup, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert steps(tmp_path) == [1]
+    verify_manifest(tmp_path / "checkpoints/step-1")
+
+
+def test_write_folder_replaces_whole_folders(tmp_path):
+    target = tmp_path / "final"
+    write_folder(target, lambda folder: (folder / "a").write_text("1"))
+    (target / "sub").mkdir()
+    write_folder(target, lambda folder: (folder / "b").write_text("2"))
+    assert [path.name for path in target.iterdir()] == ["b"]
+
+    def fails(folder):
+        (folder / "c").touch()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_folder(target, fails)
+    assert [path.name for path in tmp_path.rglob("*")] == ["final", "b"]
+
+
+class Crash(BaseException):
+    """The process dies here: nothing after it runs, no cleanup either."""
+
+
+def test_a_crash_at_every_system_call_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    """Die before call k of every kind that changes the disk, for every k: step 1 or step 2 loads, never an error."""
+    setup = set_up()
+    save(tmp_path / "origin", 1, setup) if (tmp_path / "origin").mkdir() is None else None
+    calls = 0
+    limit = 10**9
+
+    def dying(function):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls > limit:
+                raise Crash
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr(checkpoint_module, "save_file", dying(checkpoint_module.save_file))
+    for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, dying(getattr(os, name)))
+    real_rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda *a, **k: None if calls > limit else real_rmtree(*a, **k))
+
+    outcomes = []
+    for k in range(200):
+        run_dir = tmp_path / f"run-{k}"
+        limit = 10**9
+        shutil.copytree(tmp_path / "origin", run_dir)
+        calls, limit = 0, k
+        try:
+            save(run_dir, 2, setup, keep=1)
+        except Crash:
+            limit = 10**9
+            outcomes.append(latest_checkpoint(run_dir, pytest.fail).name)
+        else:
+            limit = 10**9
+            assert steps(run_dir) == [2]
+            break
+    assert set(outcomes) == {"step-1", "step-2"}
+    assert outcomes == sorted(outcomes)  # once step 2 is there it stays
+    assert len(outcomes) > 15

@@ -1,0 +1,277 @@
+"""A run as a task uses it, in processes that get signals."""
+
+import dataclasses
+import hashlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from sheeprlhf.engine.fabric import die_with_parent, make_fabric
+from sheeprlhf.engine.optim import build_optimizer
+from sheeprlhf.engine.run import open_run
+from sheeprlhf.engine.rundir import RunLock
+from sheeprlhf.engine.step import update
+from sheeprlhf.structure.data import LocalDataConfig
+from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.model import TinyConfig
+from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.task import SFTConfig
+from sheeprlhf.utils.errors import ConfigError, Interrupted, RunInUseError
+from tests.unit.engine.toy import Net, forkserver, micro_batch, on_ranks, seed_all, toy_loss
+
+SECRET = "hf_abcdefghijklmnop"
+
+
+def make_cfg(**values):
+    return TrainConfig(
+        task=SFTConfig(keep_checkpoints=2),
+        model=TinyConfig(),
+        data=LocalDataConfig(train_file=f"https://me:pw@host/{SECRET}.jsonl"),
+        fabric=FabricConfig(),
+        optim=AdamWConfig(),
+        **values,
+    )
+
+
+def begin(fabric, run):
+    """Start training: from here on signals are noted."""
+    net = Net(dropout=0.2)
+    return run.restore(*fabric.setup(net, build_optimizer(AdamWConfig(), net, 1e-2)))
+
+
+def train(fabric, run_dir, steps, pause=0.0):
+    """The loop of a task, as its author writes it."""
+    seed_all(0)
+    net = Net(dropout=0.2)
+    module, optimizer = fabric.setup(net, build_optimizer(AdamWConfig(), net, 1e-2))
+    with open_run(fabric, make_cfg(), run_dir) as run:
+        state = run.restore(module, optimizer)
+        while state.step < steps:
+            ranks = [micro_batch(4 * state.step, 4 * state.step + 1), micro_batch(4 * state.step + 2)]
+            micros = ranks[fabric.global_rank :: fabric.world_size]
+            metrics = update(fabric, module, optimizer, micros, toy_loss, max_grad_norm=1.0)
+            state.step += 1
+            run.log(metrics, state.step)
+            run.log_text("sample", f"{SECRET} at {state.step}", state.step)
+            run.show_progress(state, steps, metrics["loss"], metrics["items"])
+            signum = run.stop_signal()
+            if signum or state.step == steps:
+                run.save(state, module, optimizer)
+            if signum in (signal.SIGTERM, signal.SIGINT):
+                run.stop(signum)
+            time.sleep(pause)
+    return state.step
+
+
+def single(run_dir, steps, pause=0.0):
+    fabric = make_fabric(FabricConfig())
+    fabric.launch()
+    try:
+        return train(fabric, run_dir, steps, pause)
+    except Interrupted as error:
+        sys.exit(error.exit_code)
+
+
+def start(run_dir, steps, pause):
+    process = forkserver().Process(target=single, args=(run_dir, steps, pause), daemon=True)
+    process.start()
+    wait_for(lambda: (run_dir / "metrics.csv").exists() and (run_dir / "metrics.csv").read_text().count("\n") > 3)
+    return process
+
+
+def wait_for(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def saved_steps(run_dir):
+    names = [path.name.removeprefix("step-") for path in run_dir.glob("checkpoints/step-*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def test_a_whole_run(tmp_path, capsys):
+    assert single(tmp_path, 3) == 3
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith("events")} == {
+        ".lock",
+        "config.yaml",
+        "metrics.csv",
+        "samples",
+        "checkpoints",
+    }
+    text = (tmp_path / "config.yaml").read_text()
+    saved = yaml.safe_load(text)
+    assert saved["task"]["token_budget"] == SFTConfig().token_budget
+    assert saved["data"]["train_file"] == "https://<redacted>@host/<redacted>.jsonl"
+    assert SECRET not in text
+    assert "&" not in text  # no aliases: our reader refuses them
+    assert (tmp_path / "config.yaml").stat().st_mode & 0o777 == 0o600
+    errors = capsys.readouterr().err
+    assert "starting at step 0" in errors
+    assert "step 3/3  loss" in errors
+
+
+def test_the_directory_is_locked_meanwhile(tmp_path):
+    fabric = make_fabric(FabricConfig())
+    fabric.launch()
+    with open_run(fabric, make_cfg(), tmp_path), pytest.raises(RunInUseError):
+        open_run(fabric, make_cfg(), tmp_path).__enter__()
+    with RunLock(tmp_path):
+        pass
+
+
+def test_say_shows_no_secret_and_no_control_characters(tmp_path, capsys):
+    fabric = make_fabric(FabricConfig())
+    fabric.launch()
+    with open_run(fabric, make_cfg(), tmp_path) as run:
+        run.say(f"token {SECRET}\x1b[31m")
+    assert capsys.readouterr().err == "token <redacted>\n"
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops_and_the_rest_is_the_same(tmp_path, signum, status):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    single(whole, 30)
+    process = start(parts, 30, pause=0.02)
+    os.kill(process.pid, signum)
+    process.join(20)
+    assert process.exitcode == status
+    assert saved_steps(parts)[0] < 30
+    single(parts, 30)
+    for name in ("model", "optimizer", "rng"):
+        files = [folder / f"checkpoints/step-30/{name}.safetensors" for folder in (whole, parts)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    values = [[line.rsplit(",", 1)[0] for line in (f / "metrics.csv").read_text().splitlines()] for f in (whole, parts)]
+    assert values[0] == values[1]
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path):
+    process = start(tmp_path, 60, pause=0.02)
+    os.kill(process.pid, signal.SIGUSR1)
+    wait_for(lambda: saved_steps(tmp_path))
+    assert saved_steps(tmp_path)[0] < 60
+    process.join(20)
+    assert process.exitcode == 0
+    assert saved_steps(tmp_path)[-1] == 60
+
+
+def stuck_in_native_code(run_dir):
+    fabric = make_fabric(FabricConfig())
+    fabric.launch()
+    with open_run(fabric, make_cfg(), run_dir) as run:
+        begin(fabric, run)
+        (run_dir / "ready").touch()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes, and no Python handler runs meanwhile
+
+
+def test_a_second_interrupt_exits_at_once(tmp_path):
+    process = forkserver().Process(target=stuck_in_native_code, args=(tmp_path,), daemon=True)
+    process.start()
+    wait_for((tmp_path / "ready").exists)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    assert process.is_alive()
+    began = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 130
+    assert time.monotonic() - began < 2
+
+
+def test_handlers_are_restored(tmp_path):
+    fabric = make_fabric(FabricConfig())
+    fabric.launch()
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with open_run(fabric, make_cfg(), tmp_path) as run:
+        assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+        begin(fabric, run)
+        assert run.stop_signal() is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert [run.stop_signal(), run.stop_signal()] == [signal.SIGUSR1, None]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert [run.stop_signal(), run.stop_signal()] == [signal.SIGTERM, signal.SIGTERM]
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def stop_on_ranks(fabric, run_dir):
+    """A terminal's Ctrl-C reaches all ranks; rank 1 gets SIGUSR1 besides."""
+    with open_run(fabric, make_cfg(), run_dir) as run:
+        begin(fabric, run)
+        found = [run.stop_signal()]
+        if fabric.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        found += [run.stop_signal(), run.stop_signal()]
+        os.kill(os.getpid(), signal.SIGINT)
+        found.append(run.stop_signal())
+        try:
+            run.stop(signal.SIGINT)
+        except (Interrupted, SystemExit) as error:
+            return found, type(error).__name__
+
+
+def test_ranks_agree_on_a_signal_and_only_rank_zero_reports_it(tmp_path):
+    found = [None, int(signal.SIGUSR1), None, int(signal.SIGINT)]
+    assert on_ranks(2, stop_on_ranks, tmp_path) == [(found, "Interrupted"), (found, "SystemExit")]
+
+
+def sleep_until_parent_dies(path):
+    pid = os.fork()
+    if pid == 0:
+        die_with_parent()
+        Path(path).write_text(str(os.getpid()))
+        time.sleep(60)
+        os._exit(0)
+    time.sleep(60)
+
+
+def test_children_die_with_a_killed_parent(tmp_path):
+    process = forkserver().Process(target=sleep_until_parent_dies, args=(tmp_path / "pid",), daemon=True)
+    process.start()
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    child = int((tmp_path / "pid").read_text())
+    process.kill()
+    process.join()
+
+    def gone():
+        stat = Path(f"/proc/{child}/stat")
+        return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+    wait_for(gone, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "fsdp2"}, "fabric.strategy=fsdp2 is not supported for this task yet; use ddp"),
+        ({"strategy": "nonsense"}, "does not work here"),
+        ({"strategy": "deepspeed"}, "does not work here"),
+        ({"accelerator": "cuda", "devices": "64"}, "does not work here"),
+    ],
+)
+def test_fabrics_that_cannot_be(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_fabric(dataclasses.replace(FabricConfig(), **options))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+def test_fabrics_that_can(precision):
+    fabric = make_fabric(FabricConfig(accelerator="auto", devices="auto", precision=precision))
+    assert fabric.world_size == 1 or torch.cuda.is_available()
+
+
+def strategy_name(fabric):
+    return type(make_fabric(FabricConfig(devices="2")).strategy).__name__
+
+
+def test_two_cpu_devices_are_ddp():
+    assert on_ranks(1, strategy_name) == ["DDPStrategy"]

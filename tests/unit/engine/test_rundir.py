@@ -1,0 +1,217 @@
+"""Where runs live, which one is gone on with, and that two processes never work in the same one."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sheeprlhf.engine import rundir
+from sheeprlhf.engine.rundir import RunLock, choose_run_dir, find_runs, is_finished, mark_finished, read_run
+from sheeprlhf.structure.data import DocstringsConfig
+from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.model import TinyConfig
+from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.task import SFTConfig
+from sheeprlhf.utils.errors import ConfigError, RunInUseError
+from tests.unit.engine.toy import forkserver
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    return TrainConfig(
+        task=SFTConfig(),
+        model=TinyConfig(),
+        data=DocstringsConfig(),
+        fabric=FabricConfig(),
+        optim=AdamWConfig(),
+        root_dir=str(tmp_path / "runs"),
+    )
+
+
+def changed(cfg, **values):
+    return dataclasses.replace(cfg, **values)
+
+
+def test_a_new_directory(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sheeprlhf.py", "train", "task=sft", "model.hf_token=hf_abcdefghij"])
+    place = choose_run_dir(cfg, "h")
+    parts = place.dir.relative_to(tmp_path / "runs").parts
+    assert parts[:3] == ("docstrings", "tiny", "sft")
+    assert time.strptime(parts[3], "%Y-%m-%d_%H-%M-%S")
+    assert parts[4] == "default"
+    assert not place.resumed
+    assert place.note == f"run directory: {place.dir}"
+    assert place.dir.stat().st_mode & 0o777 == 0o700
+    info = read_run(place.dir)
+    assert (info["status"], info["config_hash"], info["task"], info["model"]) == ("running", "h", "sft", "tiny")
+    assert info["command"] == ["train", "task=sft", "model.hf_token=<redacted>"]
+
+
+def test_names_are_unique_within_a_second(cfg, monkeypatch):
+    monkeypatch.setattr(rundir.time, "strftime", lambda _: "2026-01-01_00-00-00")
+    assert [choose_run_dir(cfg, "h").dir.name for _ in range(3)] == ["default", "default-2", "default-3"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "x" * 201, "a\nb"])
+def test_names_that_are_no_folder(cfg, name):
+    with pytest.raises(ConfigError, match="run_name="):
+        choose_run_dir(changed(cfg, run_name=name), "h")
+
+
+@pytest.mark.parametrize("name", ["a b", "lr=1,2", "ünï", "x" * 200])
+def test_odd_names_that_are(cfg, name):
+    assert choose_run_dir(changed(cfg, run_name=name), "h").dir.name == name
+
+
+def test_resume_takes_the_newest_unfinished_of_the_same_configuration(cfg):
+    made = [choose_run_dir(changed(cfg, run_name=f"run{i}"), "other" if i == 4 else "h").dir for i in range(5)]
+    for i, folder in enumerate(made):
+        info = json.loads((folder / "run.json").read_text()) | {"started": 1000 + i}
+        (folder / "run.json").write_text(json.dumps(info))
+    mark_finished(made[3], perplexity=2.5)
+    assert is_finished(made[3])
+    assert read_run(made[3])["perplexity"] == 2.5
+    place = choose_run_dir(changed(cfg, resume=True), "h")
+    assert place.dir == made[2]
+    assert place.resumed
+    assert "newest of 3 unfinished" in place.note
+    assert [run.dir for run in find_runs(cfg.root_dir)] == made[::-1]
+
+
+def test_resume_without_anything_to_resume_is_a_fresh_start_that_says_so(cfg):
+    choose_run_dir(cfg, "other")
+    place = choose_run_dir(changed(cfg, resume=True), "h")
+    assert not place.resumed
+    assert "no unfinished run of this configuration" in place.note
+    assert "a fresh start" in place.note
+
+
+def test_a_run_file_that_is_not_ours_is_passed_over(cfg):
+    folder = choose_run_dir(cfg, "h").dir
+    for number, content in enumerate(("", "[]", "{}", '{"started": "x"}', "[" * 100_000)):
+        (folder / "run.json").write_text(content)
+        assert read_run(folder) == {}
+        assert not choose_run_dir(changed(cfg, resume=True, run_name="x"), f"h{number}").resumed
+
+
+def test_resume_from(cfg):
+    folder = choose_run_dir(cfg, "h").dir
+    again = changed(cfg, resume_from=str(folder))
+    assert choose_run_dir(again, "h") == (folder, True, f"going on with {folder}")
+    with pytest.raises(ConfigError, match="another configuration"):
+        choose_run_dir(again, "h2")
+    mark_finished(folder)
+    assert choose_run_dir(again, "h").note == f"{folder} is finished: nothing is left to do"
+    with pytest.raises(ConfigError, match="is not a run directory"):
+        choose_run_dir(changed(cfg, resume_from=cfg.root_dir), "h")
+
+
+def test_the_user_s_own_directory(cfg, tmp_path):
+    given = str(tmp_path / "mine")
+    assert choose_run_dir(cfg, "h", given=given) == (tmp_path / "mine", False, f"run directory: {tmp_path / 'mine'}")
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=.* holds a run already"):
+        choose_run_dir(cfg, "h", given=given)
+    assert choose_run_dir(changed(cfg, resume=True), "h", given=given).resumed
+    with pytest.raises(ConfigError, match="another configuration"):
+        choose_run_dir(changed(cfg, resume=True), "h2", given=given)
+    place = choose_run_dir(changed(cfg, resume=True), "h", given=str(tmp_path / "new"))
+    assert not place.resumed
+    assert "a fresh start" in place.note
+
+
+def test_places_that_cannot_be_used(cfg, tmp_path):
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        with pytest.raises(ConfigError, match="cannot make the run directory"):
+            choose_run_dir(changed(cfg, root_dir=str(root)), "h")
+    with pytest.raises(ConfigError, match="cannot make the run directory"):
+        choose_run_dir(cfg, "h", given=str(tmp_path / "file"))
+
+
+def test_an_unwritable_place(cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(ConfigError, match="is not writable"):
+        choose_run_dir(cfg, "h")
+
+
+def hold_lock(folder, held, release):
+    with RunLock(folder):
+        held.set()
+        release.wait(30)
+
+
+def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
+    context = forkserver()
+    held, release = context.Event(), context.Event()
+    holder = context.Process(target=hold_lock, args=(tmp_path, held, release), daemon=True)
+    holder.start()
+    assert held.wait(30)
+    with pytest.raises(RunInUseError, match=rf"in use by process {holder.pid} on .+; wait for it") as caught:
+        RunLock(tmp_path).__enter__()
+    assert caught.value.exit_code == 2
+    holder.kill()
+    holder.join()
+    with RunLock(tmp_path):
+        assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
+        with pytest.raises(RunInUseError):
+            RunLock(tmp_path).__enter__()
+    with RunLock(tmp_path):
+        assert (tmp_path / ".lock").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
+    with RunLock(tmp_path):
+        read_end, write_end = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.write(write_end, b"x")
+            time.sleep(30)
+            os._exit(0)
+        os.read(read_end, 1)
+    try:
+        with RunLock(tmp_path):
+            pass
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+
+
+def race(folder, barrier, wins):
+    barrier.wait(30)
+    try:
+        with RunLock(folder):
+            wins.put(1)
+            time.sleep(0.3)
+    except RunInUseError:
+        wins.put(0)
+
+
+def test_of_many_starters_one_wins(tmp_path):
+    context = forkserver()
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        barrier, wins = context.Barrier(6), context.Queue()
+        processes = [context.Process(target=race, args=(folder, barrier, wins), daemon=True) for _ in range(6)]
+        for process in processes:
+            process.start()
+        assert sum(wins.get(timeout=30) for _ in processes) == 1
+        for process in processes:
+            process.join()
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="cannot lock"):
+        RunLock(tmp_path).__enter__()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_no_torch():
+    code = "import sys; import sheeprlhf.engine.rundir; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,184 @@
+"""`update` and `evaluate` in one process: the cut into micro-batches never shows."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sheeprlhf.engine.fabric import make_fabric
+from sheeprlhf.engine.rng import isolated_rng, rng_state
+from sheeprlhf.engine.step import LossOutput, MicroBatch, eval_mode, evaluate, update
+from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.utils.errors import DataError, NonFiniteError
+from tests.unit.engine.toy import Net, micro_batch, noisy_loss, toy_loss
+
+CUTS = [
+    [(0, 1, 2, 3)],
+    [(0,), (1,), (2,), (3,)],
+    [(3,), (0, 2), (1,)],
+    [(2, 3), (), (0, 1)],
+]
+
+
+def set_up(precision: str = "32-true", dropout: float = 0.0, lr: float = 1.0):
+    fabric = make_fabric(FabricConfig(precision=precision))
+    fabric.launch()
+    torch.manual_seed(3)
+    module = Net(dropout)
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=lr)
+    return fabric, *fabric.setup(module, optimizer)
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.module.named_parameters()}
+
+
+def one_big_batch():
+    """Independent oracle: plain torch on all rows at once; learning rate 1, so new weights = old - gradient."""
+    torch.manual_seed(3)
+    module = Net()
+    x = micro_batch(0, 1, 2, 3).batch
+    loss = ((module(x).squeeze(-1) - x.sum(-1)) ** 2).mean()
+    loss.backward()
+    gradients = [p.grad for p in module.parameters() if p.requires_grad]
+    norm = torch.sqrt(sum((g.double() ** 2).sum() for g in gradients)).item()
+    new = {name: p.detach() - (0 if p.grad is None else p.grad) for name, p in module.named_parameters()}
+    return loss.item(), norm, new
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_any_cut_is_one_batch(cut):
+    loss, norm, expected = one_big_batch()
+    fabric, module, optimizer = set_up()
+    metrics = update(fabric, module, optimizer, [micro_batch(*rows) for rows in cut], toy_loss, max_grad_norm=None)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-6)
+    assert metrics["items"] == 85
+    for name, value in weights(module).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
+    assert all(p.grad is None for p in module.parameters())  # nothing is left over for the next step
+
+
+def test_clipping_bounds_the_step_and_reports_the_norm_before():
+    _, norm, _ = one_big_batch()
+    fabric, module, optimizer = set_up()
+    before = weights(module)
+    metrics = update(fabric, module, optimizer, [micro_batch(0, 1, 2, 3)], toy_loss, max_grad_norm=0.1)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-6)
+    step = torch.sqrt(sum(((value - before[name]).double() ** 2).sum() for name, value in weights(module).items()))
+    assert step.item() == pytest.approx(0.1, rel=1e-4)
+
+
+def test_every_call_is_one_optimizer_step():
+    fabric, module, optimizer = set_up(lr=0.01)
+    steps = []
+    optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    for cut in CUTS:  # the first micro-batch alone must not step, the last partial window must
+        update(fabric, module, optimizer, [micro_batch(*rows) for rows in cut], toy_loss, max_grad_norm=1.0)
+    assert len(steps) == len(CUTS)
+
+
+@pytest.mark.parametrize("micro_batches", [[], [micro_batch()], [micro_batch(), micro_batch()]])
+def test_a_step_without_items_changes_nothing(micro_batches):
+    fabric, module, optimizer = set_up()
+    before = weights(module)
+    metrics = update(fabric, module, optimizer, micro_batches, toy_loss, max_grad_norm=1.0)
+    assert metrics == {"loss": 0.0, "grad_norm": 0.0, "items": 0.0}
+    assert all(torch.equal(value, before[name]) for name, value in weights(module).items())
+
+
+def test_a_micro_batch_without_items_cannot_spoil_the_step():
+    loss, _, _ = one_big_batch()
+    fabric, module, optimizer = set_up()
+    without = MicroBatch(torch.full((2, 4), float("nan")), 0, (9,))
+    metrics = update(fabric, module, optimizer, [without, micro_batch(0, 1, 2, 3)], toy_loss, max_grad_norm=1.0)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
+    assert evaluate(fabric, module, [micro_batch(0), without], toy_loss)["items"] == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_loss_changes_nothing_and_names_the_rows(bad):
+    fabric, module, optimizer = set_up()
+    before = weights(module)
+    broken = micro_batch(2)._replace(batch=torch.full((1, 4), bad), num_items=1, row_ids=(77, 78))
+    with pytest.raises(NonFiniteError, match=r"rank 0: rows \[77, 78\]\)"):
+        update(fabric, module, optimizer, [micro_batch(0), broken, micro_batch(1)], toy_loss, max_grad_norm=1.0)
+    assert all(torch.equal(value, before[name]) for name, value in weights(module).items())
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_non_finite_gradient_of_a_finite_loss_is_refused():
+    def loss(module: nn.Module, x: torch.Tensor) -> LossOutput:
+        value = module(x).sum()
+        return LossOutput(torch.sqrt((value - value.detach()) ** 2) + 1.0, {})  # sqrt'(0) * 0 = nan
+
+    fabric, module, optimizer = set_up()
+    with pytest.raises(NonFiniteError, match=r"loss is 1\.0 .* rows \[0, 1\]"):
+        update(fabric, module, optimizer, [MicroBatch(torch.ones(1, 4), 1, (0, 1))], loss, max_grad_norm=None)
+
+
+def test_bf16_mixed_accumulates_and_measures_in_float32():
+    loss, norm, _ = one_big_batch()
+    fabric, module, optimizer = set_up("bf16-mixed")
+    metrics = update(fabric, module, optimizer, [micro_batch(*r) for r in CUTS[1]], toy_loss, max_grad_norm=None)
+    assert metrics["loss"] == pytest.approx(loss, rel=2e-2)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=2e-2)
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+def test_sums_are_kept_beyond_float32():
+    """2**24 + 1 + 1 is 2**24 in float32: a long evaluation would stop counting."""
+
+    def loss(module: nn.Module, x: torch.Tensor) -> LossOutput:
+        return LossOutput(x.sum(), {})
+
+    fabric, module, _ = set_up()
+    micros = [MicroBatch(torch.tensor([2.0**24]), 1, (0,))] + [MicroBatch(torch.ones(1), 1, (i,)) for i in range(6)]
+    assert evaluate(fabric, module, micros, loss)["loss"] * 7 == pytest.approx(2**24 + 6, abs=0.01)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_evaluation_is_the_same_for_any_cut(cut):
+    fabric, module, _ = set_up(dropout=0.5)
+    metrics = evaluate(fabric, module, (micro_batch(*rows) for rows in cut), toy_loss)
+    loss, _, _ = one_big_batch()
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
+    assert metrics["items"] == 85
+
+
+def test_evaluation_leaves_generators_and_training_flags_alone():
+    fabric, module, _ = set_up(dropout=0.5)
+    module.train()
+    module.module.frozen.eval()
+    before, flags = rng_state(), [m.training for m in module.modules()]
+    evaluate(fabric, module, [micro_batch(0, 1)], noisy_loss)
+    assert [m.training for m in module.modules()] == flags
+    assert all(torch.equal(before[name], value) for name, value in rng_state().items())
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_flags_are_restored_after_an_error():
+    net = Net(0.5)
+    with pytest.raises(ZeroDivisionError), eval_mode(net):
+        _ = 1 / int(net.dropout.training)
+    assert net.dropout.training
+
+
+def test_nothing_to_evaluate_is_an_error():
+    fabric, module, _ = set_up()
+    with pytest.raises(DataError, match="no row has a target token"):
+        evaluate(fabric, module, [micro_batch()], toy_loss)
+
+
+def test_isolated_rng_restores_every_generator():
+    random.gauss(0, 1), np.random.standard_normal()  # both keep a second number back
+    before = copy.deepcopy((random.getstate(), np.random.get_state()[2:], torch.get_rng_state()))
+    with isolated_rng():
+        expected = random.gauss(0, 1), np.random.standard_normal(), torch.rand(3).tolist()
+    after = random.getstate(), np.random.get_state()[2:], torch.get_rng_state()
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+    assert (random.gauss(0, 1), np.random.standard_normal(), torch.rand(3).tolist()) == expected

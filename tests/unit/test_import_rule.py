@@ -1,0 +1,76 @@
+"""Who may import whom: only what lies below, siblings never each other, nothing heavy where speed counts."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "sheeprlhf"
+LAYERS = [
+    {"utils"},
+    {"structure"},
+    {"model", "data", "loss"},
+    {"agent", "engine"},
+    {"task"},
+    {"command"},
+    {"launch"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+HEAVY = {"torch", "lightning", "transformers", "datasets", "peft"}
+LIGHT = [
+    "structure",
+    "utils/errors.py",
+    "command/help.py",
+    "cli.py",
+    "launch.py",
+    "engine/rundir.py",
+    "engine/redact.py",
+]
+ALONE = {"loss": {"utils"}}  # narrower than the layers allow
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST, *, nested: bool) -> Iterator[str]:
+    """The modules that a file imports; without `nested`, those of its top level alone."""
+    for node in ast.walk(tree) if nested else ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if room_of(path) in LEVEL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_a_file_imports_only_what_lies_below_it(path):
+    room = room_of(path)
+    for module in imports(ast.parse(path.read_text()), nested=True):
+        first, _, rest = module.partition(".")
+        other = rest.partition(".")[0]
+        if first != "sheeprlhf" or other in ("", room, "__version__"):
+            continue
+        if room in ALONE:
+            assert other in ALONE[room], f"{room} imports {module}"
+        assert other not in LEVEL or LEVEL[other] < LEVEL[room], f"{room} imports {module}, which is not below it"
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_what_answers_at_once_imports_nothing_heavy(name):
+    place = PACKAGE / name
+    for path in place.rglob("*.py") if place.is_dir() else [place]:
+        for module in imports(ast.parse(path.read_text()), nested=name == "structure"):
+            assert module.partition(".")[0] not in HEAVY, f"{path} imports {module}"
+
+
+def test_the_command_line_names_no_task():
+    for module in imports(ast.parse((PACKAGE / "launch.py").read_text()), nested=True):
+        assert not module.startswith("sheeprlhf.task")
