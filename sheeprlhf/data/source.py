@@ -143,8 +143,8 @@ def snapshot(name: str, revision: str | None) -> Path:
         )
     except LocalEntryNotFoundError:
         raise DataError(
-            f"{offline or 'the hub lacks its files'} and dataset {name} is not in the local cache; give a local folder: "
-            "data.dataset_name=<folder>, or use data=docstrings, which needs no network"
+            f"{offline or 'the hub lacks its files'} and dataset {name} is not in the local cache; give a local "
+            "folder: data.dataset_name=<folder>, or use data=docstrings, which needs no network"
         ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "?"

@@ -1,11 +1,11 @@
 """Generate responses with Hugging Face's `generate`, from settings that are ours alone."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.structure.generation import GenConfig
 
@@ -47,7 +47,7 @@ def generate_responses(
     own_defaults, model.generation_config = model.generation_config, settings
     model.eval()
     try:
-        output = cast(GenerationMixin, model).generate(
+        output = cast(Any, model).generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             generation_config=settings,

@@ -29,16 +29,14 @@ def _source(cfg: ModelConfig) -> tuple[str, dict[str, Any]]:
     folder = embedded_folder(name) if name.startswith(EMBEDDED) else Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"model.repo_name={name}: no config.json in this folder; give a folder in the hub's layout"
-            )
+            raise ModelError(f"model.repo_name={name}: this folder has no config.json; give one in the hub's layout")
         return str(folder), options | {"local_files_only": True}
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(f"model.repo_name={name} is neither a folder nor a hub id (owner/name)")
     offline = "model.library_cfg.local_files_only is set" if library.local_files_only else why_offline()
     if offline and not isinstance(try_to_load_from_cache(name, "config.json", revision=library.revision), str):
         raise ModelError(
-            f"model.repo_name={name}: {offline} and this model is not in the local cache; connect to the network, give a "
+            f"model.repo_name={name}: {offline} and this model is not in the local cache; connect, give a "
             "local folder in the hub's layout (model.repo_name=<folder>), or use model=tiny, which needs no network"
         )
     return name, options | {"local_files_only": bool(offline)}

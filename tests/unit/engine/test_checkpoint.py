@@ -64,7 +64,7 @@ def test_what_is_saved(tmp_path):
 
 
 def test_state_round_trip_is_exact():
-    state = TrainState(3, 10**12, 0.1 + 0.2, 2, 1 / 3, {"kl_coeff": 0.2, "name": "x", "none": None})
+    state = TrainState(3, 10**12, 0.1 + 0.2, 2, {"kl_coeff": 0.2, "name": "x", "none": None})
     assert TrainState.from_json(state.to_json()) == state
     with pytest.raises(CheckpointError, match="must have the keys"):
         TrainState.from_json('{"step": 1}')
