@@ -45,6 +45,9 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
     other_rank = os.environ.get("LOCAL_RANK", "0") != "0"
     try:
         return action()
+    except BrokenPipeError:  # who reads our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130

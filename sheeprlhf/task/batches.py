@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from lightning.fabric import Fabric
+from tqdm import tqdm
 
 from sheeprlhf.data.collate import collate_packed, collate_padded
 from sheeprlhf.data.example import Batch, Example
@@ -54,16 +55,21 @@ class Batches:
 
     def of(self, split: TokenizedSplit, rows: np.ndarray) -> list[MicroBatch]:
         """This rank's micro-batches of some rows of a split; may be none."""
-        return list(self._lazily(split, rows))
+        return [self._collated(split, part) for part in cut_micro_batches(rows, split.lengths, **self._cut)]
 
-    def first(self, split: TokenizedSplit, num_rows: int | None) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of a split's first rows, or of all; each is made when it is asked for."""
-        return self._lazily(split, np.arange(min(len(split), num_rows or len(split))))
+    def first(self, split: TokenizedSplit, num_rows: int | None, label: str) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of a split's first rows, or of all, each made when it is asked for, under a bar."""
+        rows = np.arange(min(len(split), num_rows or len(split)))
+        parts = cut_micro_batches(rows, split.lengths, **self._cut)
+        hidden = None if self._cut["rank"] == 0 else True  # None: shown in a terminal only
+        with tqdm(total=sum(map(len, parts)), desc=label, unit=" rows", leave=False, disable=hidden) as bar:
+            for part in parts:
+                yield self._collated(split, part)
+                bar.update(len(part))
 
-    def _lazily(self, split: TokenizedSplit, rows: np.ndarray) -> Iterator[MicroBatch]:
-        for part in cut_micro_batches(rows, split.lengths, **self._cut):
-            batch = self._collate(split.examples(part))
-            yield MicroBatch(batch, self._num_items(batch), batch.row_ids)
+    def _collated(self, split: TokenizedSplit, part: list[int]) -> MicroBatch:
+        batch = self._collate(split.examples(part))
+        return MicroBatch(batch, self._num_items(batch), batch.row_ids)
 
 
 def longest_row(splits: Mapping[str, TokenizedSplit]) -> int:

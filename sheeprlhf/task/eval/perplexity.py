@@ -38,7 +38,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     policy, packed = load_evaluated_policy(cfg, tokenizer, longest=longest_row({"": split}), say=say)
     module = fabric.setup_module(policy)
     targets = "response" if task.use_masked_targets else "all"
-    batches = Batches(fabric, task, packed=packed, targets=targets).first(split, task.num_samples)
+    batches = Batches(fabric, task, packed=packed, targets=targets).first(split, task.num_samples, "evaluating")
     result = evaluate_loss(fabric, module, batches, sft_loss)
     numbers = {
         "perplexity": math.exp(min(result["nll"], 700.0)),

@@ -78,7 +78,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             if last or state.step % task.log_interval == 0:
                 run.log({f"train/{name}": value for name, value in metrics.items()} | {"train/lr": lr}, state.step)
             if held_out and (last or state.step % task.eval_interval == 0):
-                result = evaluate(fabric, module, batches.first(held_out, num_held_out), sft_loss)
+                result = evaluate(fabric, module, batches.first(held_out, num_held_out, "validating"), sft_loss)
                 result["perplexity"] = math.exp(min(result["nll"], 700.0))
                 note_validation(run, state, result)
                 log_samples(fabric, run, policy, tokenizer, held_out.examples(shown), cfg.generation, state.step)
