@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from sheeprlhf.command.help import FLAGS, VERBS, print_overview, print_verb_help
 from sheeprlhf.utils.errors import ConfigError, Interrupted, SheepError
 
 HYDRA_VERBS = ("train", "eval")
+_SECONDS_FOR_RANK_ZERO = 8.0
 _REFUSED_FLAGS = {
     "--config-path": "give --config-dir=<folder>, which adds yours to those of sheeprlhf",
     "--experimental-rerun": "it would unpickle a file; repeat the command, or give resume_from=<run>",
@@ -58,6 +60,8 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except Exception as error:
+        if other_rank:  # rank zero tells what it fails with too, and this process ends with it, before it fails alone
+            time.sleep(_SECONDS_FOR_RANK_ZERO)
         if debug:
             traceback.print_exc()
         print(_message(error, debug), file=sys.stderr)

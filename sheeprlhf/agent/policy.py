@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -72,6 +72,10 @@ class Policy(nn.Module):
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write what `from_pretrained` loads: the model, or its adapters, and the tokenizer."""
+        if isinstance(self.model, PeftModel):
+            for config in self.model.peft_config.values():  # PEFT holds sets, whose order differs between processes
+                if isinstance(config, LoraConfig) and isinstance(config.target_modules, set):
+                    config.target_modules = sorted(config.target_modules)
         self.model.save_pretrained(str(folder))
         tokenizer.save_pretrained(folder)
 

@@ -8,10 +8,12 @@ import dataclasses
 import hashlib
 import json
 import re
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context, resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,14 +182,35 @@ def _tokenized(tokenize: RowTokenizer, batches: Iterator[list[Row]], num_proc: i
     if num_proc == 1:
         yield from map(tokenize, batches)
         return
-    with ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker, (tokenize,)) as pool:
+    others = active_children()
+    pool = ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker, (tokenize,))
+    try:
         waiting: deque[Future[list[TokenRow]]] = deque()
         for batch in batches:
-            waiting.append(pool.submit(_work, batch))
+            with _interrupts_held_back():
+                waiting.append(pool.submit(_work, batch))
             if len(waiting) > 2 * num_proc:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BaseException:
+        for process in active_children():  # nobody waits for what they are doing
+            if process not in others:
+                process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Processes started inside never see Ctrl-C, which a terminal sends to all: this one sees it, and ends them."""
+    resource_tracker.ensure_running()  # its own start would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker: list[RowTokenizer] = []  # in a pool's process: its tokenizer, sent once instead of with every batch

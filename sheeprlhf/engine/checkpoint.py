@@ -35,12 +35,11 @@ from sheeprlhf.engine.tensors import (
     optimizer_tensors,
     read_tensors,
     saved_tensors,
-    unwrapped,
 )
 from sheeprlhf.utils.errors import CheckpointError
 
 Say = Callable[[str], None]
-_STEP_FOLDER = re.compile(r"step-(\d{1,12})")
+STEP_FOLDER = re.compile(r"step-(\d{1,12})")
 
 
 @dataclasses.dataclass
@@ -155,22 +154,22 @@ def _write(
 
 def _prune(checkpoints: Path, state: TrainState, keep: int) -> None:
     """Remove all but the newest `keep` up to this step, and the best. Later steps are damaged leftovers: they go."""
-    steps = _steps(checkpoints)
+    steps = saved_steps(checkpoints)
     kept = {state.best_step, *[step for step in steps if step <= state.step][:keep]}
     for step in steps:
         if step not in kept:
             remove_folder(checkpoints / f"step-{step}")
 
 
-def _steps(checkpoints: Path) -> list[int]:
+def saved_steps(checkpoints: Path) -> list[int]:
     """Steps that have a folder, newest first."""
     names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    return sorted((int(match[1]) for name in names if (match := _STEP_FOLDER.fullmatch(name))), reverse=True)
+    return sorted((int(match[1]) for name in names if (match := STEP_FOLDER.fullmatch(name))), reverse=True)
 
 
 def latest_checkpoint(run_dir: Path, say: Say) -> Path | None:
     """One process: the newest checkpoint whose files all verify; damaged ones are named through `say`."""
-    for step in _steps(run_dir / "checkpoints"):
+    for step in saved_steps(run_dir / "checkpoints"):
         folder = run_dir / "checkpoints" / f"step-{step}"
         try:
             verify_manifest(folder)
@@ -238,32 +237,3 @@ def _load(
     if rng:  # a rank more than before keeps the state that its seed gave it
         set_rng_state(rng)
     return state
-
-
-def find_checkpoint(run_dir: Path, name: str, say: Say) -> Path:
-    """One process: the folder of "last", "best" or "step-<n>".
-
-    Raises:
-        CheckpointError: there is none of that name.
-    """
-    folder = latest_checkpoint(run_dir, say) if name in ("last", "best") else run_dir / "checkpoints" / name
-    if folder is not None and name == "best":
-        best_step = TrainState.from_json((folder / "state.json").read_text()).best_step
-        folder = folder if best_step is None else folder.with_name(f"step-{best_step}")
-    if folder is None or not _STEP_FOLDER.fullmatch(folder.name) or not folder.is_dir():
-        there = ", ".join(f"step-{step}" for step in _steps(run_dir / "checkpoints")) or "none"
-        raise CheckpointError(f"{run_dir} has no checkpoint '{name}'; there: {there}")
-    return folder
-
-
-def load_weights(path: Path, module: nn.Module) -> None:
-    """Verify a checkpoint and copy its weights into a module, which may be frozen.
-
-    Raises:
-        CheckpointError: damaged; or a tensor is unknown to the module, missing, or of another shape or number format.
-    """
-    verify_manifest(path)
-    module = unwrapped(module)
-    everything = dict(module.named_parameters()) | dict(module.named_buffers())
-    names = read_tensors(path / "model.safetensors").keys() | saved_tensors(module).keys()
-    load_tensors(path / "model.safetensors", {name: everything[name] for name in names if name in everything})

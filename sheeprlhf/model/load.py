@@ -89,6 +89,8 @@ def load_causal_lm(cfg: ModelConfig, *, vocabulary: int, longest: int) -> PreTra
             model = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **options
             )
+    except ModelError:  # a ValueError too, and complete as it is
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"model.repo_name={cfg.repo_name}: the model cannot be loaded: {_first_line(error)}"
@@ -133,14 +135,14 @@ def _zero_dropout(config: Any) -> None:
 
 
 def _train_head_alone(model: PreTrainedModel, cfg: ModelConfig) -> None:
-    head = model.get_output_embeddings().weight
-    if head is model.get_input_embeddings().weight:
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight:
         raise ModelError(
             f"model.freeze_transformer=true: the head of {cfg.repo_name} shares its weights with the input embeddings; "
             "set model.freeze_transformer=false, or model.finetune_mode=LORA to train less"
         )
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter is head)
+    model.requires_grad_(False)
+    head.requires_grad_(True)  # with its bias, where it has one
 
 
 def _check_width(model: PreTrainedModel, cfg: ModelConfig) -> None:

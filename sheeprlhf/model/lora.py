@@ -36,10 +36,10 @@ def add_lora(model: PreTrainedModel, cfg: LORAConfig) -> PeftModel:
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     if not isinstance(targets, str):
         known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        missing = [target for target in targets if not any(name.endswith(target) for name in linear)]
+        missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linear)]
         if missing:
             near = difflib.get_close_matches(missing[0], known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "."
             raise ModelError(
                 f"model.lora_cfg.targets: no linear layer is named {', '.join(missing)}{hint} "
                 f"This model has {', '.join(known)}; 'all-linear' takes all but the head."

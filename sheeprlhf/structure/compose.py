@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,6 +173,7 @@ def _check_job(source: Source, parsed: list[Override], complete: bool) -> list[s
         problems += without + hydra_problems(
             source.verb, base, [f"task={chosen.available['task'][0]}", *_words(chosen.hydra)]
         )
+        problems += _place_problems(base)
     except ConfigError as error:
         return problems + list(error.problems)
     with open_dict(base):
@@ -184,6 +186,18 @@ def _check_job(source: Source, parsed: list[Override], complete: bool) -> list[s
         problems += [problem] if problem else []
     outside = content_problems(base, parsed)
     return problems + (outside or (_value_problems(base, chosen, source.verb) if complete else []))
+
+
+def _place_problems(base: DictConfig) -> list[str]:
+    """Hydra makes the folder of hydra.run.dir before anything of ours runs; where it cannot, it shows a traceback."""
+    with contextlib.suppress(OmegaConfBaseException):  # depends on what only the run knows
+        folder = Path(base.hydra.run.dir).absolute()
+        existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not existing.is_dir():
+            return [f"hydra.run.dir={folder}: {existing} is not a directory; choose another place"]
+        if not os.access(existing, os.W_OK | os.X_OK):
+            return [f"hydra.run.dir={folder}: {existing} is not writable; choose another place"]
+    return []
 
 
 def _value_problems(base: DictConfig, chosen: Chosen, verb: str) -> list[str]:

@@ -8,7 +8,8 @@ from lightning.fabric import Fabric
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy, load_policy
-from sheeprlhf.engine.checkpoint import Say, find_checkpoint, load_weights
+from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.engine.weights import find_checkpoint, load_weights
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.utils.errors import ConfigError
 

@@ -14,10 +14,8 @@ from torch import nn
 from sheeprlhf.engine import checkpoint as checkpoint_module
 from sheeprlhf.engine.checkpoint import (
     TrainState,
-    find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
-    load_weights,
     restore_latest,
     save_checkpoint,
 )
@@ -25,6 +23,7 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.manifest import MANIFEST, sweep_temporary, verify_manifest, write_folder
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.step import update
+from sheeprlhf.engine.weights import find_checkpoint, load_weights
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.utils.errors import CheckpointError

@@ -1,0 +1,39 @@
+"""The weights of one of a run's checkpoints, for an evaluation."""
+
+from pathlib import Path
+
+from torch import nn
+
+from sheeprlhf.engine.checkpoint import STEP_FOLDER, Say, TrainState, latest_checkpoint, saved_steps
+from sheeprlhf.engine.manifest import verify_manifest
+from sheeprlhf.engine.tensors import load_tensors, read_tensors, saved_tensors, unwrapped
+from sheeprlhf.utils.errors import CheckpointError
+
+
+def find_checkpoint(run_dir: Path, name: str, say: Say) -> Path:
+    """One process: the folder of "last", "best" or "step-<n>".
+
+    Raises:
+        CheckpointError: there is none of that name.
+    """
+    folder = latest_checkpoint(run_dir, say) if name in ("last", "best") else run_dir / "checkpoints" / name
+    if folder is not None and name == "best":
+        best_step = TrainState.from_json((folder / "state.json").read_text()).best_step
+        folder = folder if best_step is None else folder.with_name(f"step-{best_step}")
+    if folder is None or not STEP_FOLDER.fullmatch(folder.name) or not folder.is_dir():
+        there = ", ".join(f"step-{step}" for step in saved_steps(run_dir / "checkpoints")) or "none"
+        raise CheckpointError(f"{run_dir} has no checkpoint '{name}'; there: {there}")
+    return folder
+
+
+def load_weights(path: Path, module: nn.Module) -> None:
+    """Verify a checkpoint and copy its weights into a module, which may be frozen.
+
+    Raises:
+        CheckpointError: damaged; or a tensor is unknown to the module, missing, or of another shape or number format.
+    """
+    verify_manifest(path)
+    module = unwrapped(module)
+    everything = dict(module.named_parameters()) | dict(module.named_buffers())
+    names = read_tensors(path / "model.safetensors").keys() | saved_tensors(module).keys()
+    load_tensors(path / "model.safetensors", {name: everything[name] for name in names if name in everything})

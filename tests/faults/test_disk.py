@@ -1,0 +1,87 @@
+"""Full disks, odd names and places that cannot be written."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sheeprlhf.cli import run
+from sheeprlhf.engine.manifest import verify_manifest
+from tests.support.jobs import JobServer
+from tests.support.runs import result_of, train, train_words, write_rows
+
+ModelFolder = Callable[..., Path]
+LIMIT = """
+import resource, signal
+import sheeprlhf.task.train.sft as sft
+save = sft.open_run
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+update, steps = sft.update, iter(range(1000))
+def limited(*words, **options):
+    if next(steps) == 5:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
+    return update(*words, **options)
+sft.update = limited
+"""
+
+
+@pytest.mark.parametrize("size", [4096, 60_000])
+def test_a_full_disk_leaves_the_last_checkpoint(
+    size: int, server: JobServer, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    """A file may not grow beyond `size` from the sixth step on: the save at the next one fails."""
+    data, model = write_rows(tmp_path / "rows.jsonl"), model_folder()
+    run_dir = tmp_path / "run"
+    words = train_words(model, data, run_dir)
+    job = server.start(words, tmp_path / "log", LIMIT.format(size=size))
+    assert job.wait() == 1, job.text()
+    text = job.text()
+    assert f"cannot write {run_dir / 'checkpoints' / 'step-8'}" in text
+    assert "bytes are needed" in text and "are free" in text and "Traceback" not in text
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-4"]
+    verify_manifest(run_dir / "checkpoints" / "step-4")
+    assert server.start([*words, "resume=true"], tmp_path / "log").wait() == 0  # there is space again
+    whole = train(model, data, tmp_path / "whole")
+    assert result_of(run_dir) == result_of(whole)
+
+
+@pytest.mark.parametrize("name", ["with spaces", "h\u00e9llo \u7f8a", "a=b", "a,b", "it's", "x" * 200])
+def test_odd_names_of_run_directories(name: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", 12)
+    quoted = "'" + name.replace("'", "\\'") + "'"
+    words = train_words(model_folder(), data, tmp_path, "task.max_num_steps=1", "task.num_sample_prompts=0")
+    words = [word for word in words if not word.startswith("hydra.run.dir")]
+    run([*words, f"run_name={quoted}", f"root_dir='{tmp_path}/odd =,root'"])
+    found = list((tmp_path / "odd =,root").rglob("run.json"))
+    assert [path.parent.name for path in found] == [name]
+    assert (found[0].parent / "final" / "model.safetensors").is_file()
+    run(["eval", "task=perplexity", f"experiment_dir='{str(found[0].parent).replace(chr(39), chr(92) + chr(39))}'"])
+
+
+def test_an_odd_name_given_to_hydra(tmp_path: Path, model_folder: ModelFolder) -> None:
+    folder = tmp_path / "a = b, c"
+    words = train_words(model_folder(), write_rows(tmp_path / "rows.jsonl", 12), tmp_path, "task.max_num_steps=1")
+    run([*(word for word in words if not word.startswith("hydra.run.dir")), f"hydra.run.dir='{folder}'"])
+    assert (folder / "final" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("key", ["root_dir", "hydra.run.dir"])
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_loads(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model does not exist either, which nobody gets to see."""
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    places = [file, file / "below"]
+    if os.geteuid() != 0:
+        (tmp_path / "read-only").mkdir(mode=0o500)
+        places.append(tmp_path / "read-only" / "below")
+    for place in places:
+        words = train_words(tmp_path / "no model", write_rows(tmp_path / "rows.jsonl", 12), tmp_path)
+        words = [word for word in words if not word.startswith("hydra.run.dir")]
+        with pytest.raises(SystemExit) as stopped:
+            run([*words, f"{key}={place}"])
+        assert stopped.value.code == 2
+        message = capsys.readouterr().err
+        assert str(place) in message and "no model" not in message and "Traceback" not in message

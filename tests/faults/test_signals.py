@@ -1,0 +1,176 @@
+"""Signals, locks, finished runs and damaged checkpoints, on real runs in processes of their own."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.support.jobs import ColdJob, Job, JobServer
+from tests.support.runs import digests, result_of, train_words, write_rows
+
+ModelFolder = Callable[..., Path]
+PAUSE = """
+import itertools, sys, time
+import sheeprlhf.task.train.sft as sft
+update, steps = sft.update, itertools.count(1)
+def pausing(*words, **options):
+    step = next(steps)
+    if step == {step}:
+        print("pausing in step", step, file=sys.stderr, flush=True)
+        time.sleep({seconds})
+    return update(*words, **options)
+sft.update = pausing
+"""
+HANGING = PAUSE.format(step=2, seconds=60)
+
+
+class Whole(NamedTuple):
+    """The command without its directory, and the directory of a run that nothing disturbed."""
+
+    words: list[str]
+    dir: Path
+
+    def in_dir(self, run_dir: Path, *extra: str) -> list[str]:
+        return [*self.words, f"hydra.run.dir={run_dir}", *extra]
+
+
+@pytest.fixture(scope="module")
+def whole(server: JobServer, tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    words = train_words(model_folder(), write_rows(folder / "rows.jsonl"), folder / "run")
+    words += ["task.save_interval=5", "task.keep_checkpoints=99", "model.finetune_mode=LORA", "model.lora_cfg.rank=4"]
+    words += ["model.lora_cfg.dropout=0.1"]
+    assert server.start(words, folder / "log").wait() == 0
+    return Whole([word for word in words if not word.startswith("hydra.run.dir")], folder / "run")
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").iterdir())
+
+
+def signalled(server: JobServer, whole: Whole, tmp_path: Path, signum: int, step: int) -> Job:
+    """A run that gets a signal while it computes a step."""
+    job = server.start(whole.in_dir(tmp_path / "run"), tmp_path / "log", PAUSE.format(step=step, seconds=1))
+    job.wait_for(f"pausing in step {step}")
+    job.kill(signum)
+    return job
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_stops(signum: int, code: int, server: JobServer, whole: Whole, tmp_path: Path) -> None:
+    job = signalled(server, whole, tmp_path, signum, 7)
+    assert job.wait(20) == code
+    assert f"stopped by signal {int(signum)}; the state is saved" in job.text()
+    assert "Traceback" not in job.text()
+    assert steps_of(tmp_path / "run") == [5, 7]
+    resumed = server.start(whole.in_dir(tmp_path / "run", "resume=true"), tmp_path / "log")
+    assert resumed.wait() == 0
+    assert "going on after step 7" in resumed.text()
+    assert result_of(tmp_path / "run") == result_of(whole.dir)
+
+
+def test_sigusr1_saves_and_goes_on(server: JobServer, whole: Whole, tmp_path: Path) -> None:
+    job = signalled(server, whole, tmp_path, signal.SIGUSR1, 7)
+    assert job.wait() == 0
+    assert set(steps_of(tmp_path / "run")) - set(steps_of(whole.dir)) == {7}
+    assert result_of(tmp_path / "run") == result_of(whole.dir)
+
+
+def test_a_second_interrupt_exits_at_once(server: JobServer, whole: Whole, tmp_path: Path) -> None:
+    job = server.start(whole.in_dir(tmp_path / "run"), tmp_path / "log", HANGING)
+    job.wait_for("pausing in step 2")
+    job.kill(signal.SIGINT)
+    job.wait_for("press Ctrl-C again")
+    job.kill(signal.SIGINT)
+    assert job.wait(2) == 130
+    assert "Traceback" not in job.text()
+
+
+def test_one_process_at_a_time_works_in_a_run(server: JobServer, whole: Whole, tmp_path: Path) -> None:
+    holder = server.start(whole.in_dir(tmp_path / "run"), tmp_path / "holder", HANGING)
+    holder.wait_for("pausing in step 2")
+    before = digests(tmp_path / "run")
+    second = server.start(whole.in_dir(tmp_path / "run", "resume=true"), tmp_path / "log")
+    assert second.wait() == 2
+    assert f"{tmp_path / 'run'} is in use by process {holder.pid}" in second.text()
+    assert digests(tmp_path / "run") == before
+    holder.kill()
+    assert holder.wait() == -9
+    third = server.start(whole.in_dir(tmp_path / "run", "resume=true"), tmp_path / "log")
+    assert third.wait() == 0  # the dead process's lock is gone
+    assert result_of(tmp_path / "run") == result_of(whole.dir)
+
+
+def test_a_finished_run_is_left_as_it_is(server: JobServer, whole: Whole, tmp_path: Path) -> None:
+    before = digests(whole.dir)
+    for words in (whole.in_dir(whole.dir, "resume=true"), [*whole.words, f"resume_from={whole.dir}"]):
+        job = server.start(words, tmp_path / "log")
+        assert job.wait() == 0
+        assert f"{whole.dir} is finished: nothing is left to do" in job.text()
+        assert digests(whole.dir) == before
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(server: JobServer, whole: Whole, tmp_path: Path) -> None:
+    """And resume_from names the run."""
+    assert signalled(server, whole, tmp_path, signal.SIGTERM, 7).wait(20) == 143
+    path = tmp_path / "run" / "checkpoints" / "step-7" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    resumed = server.start([*whole.words, f"resume_from={tmp_path / 'run'}"], tmp_path / "log")
+    assert resumed.wait() == 0
+    assert f"skipping a damaged checkpoint: {path}" in resumed.text()
+    assert "going on after step 5" in resumed.text()
+    assert result_of(tmp_path / "run") == result_of(whole.dir)
+
+
+def big_file(path: Path, num_rows: int) -> Path:
+    line = '{{"prompt": "row {} of a large file, which takes a while to read", "response": " and to tokenise {}"}}\n'
+    with path.open("w") as file:
+        file.writelines(line.format(number, number) for number in range(num_rows))
+    return path
+
+
+def interrupted_preparation(job: Job, cache: Path, interrupt: Callable[[], None]) -> None:
+    job.wait_for("preparing train")
+    time.sleep(0.5)
+    interrupt()
+    assert job.wait(8) == 130, job.text()
+    assert "Traceback" not in job.text()
+    assert [path.name for path in (cache / "data").iterdir() if not path.name.endswith(".lock")] == []
+
+
+def test_interrupt_while_data_is_prepared(server: JobServer, whole: Whole, tmp_path: Path) -> None:
+    data = big_file(tmp_path / "big.jsonl", 200_000)
+    words = [*whole.in_dir(tmp_path / "run"), f"data.train_file={data}"]
+    cache = tmp_path / "cache"
+    job = server.start(words, tmp_path / "log", SHEEPRLHF_CACHE=str(cache))
+    interrupted_preparation(job, cache, lambda: job.kill(signal.SIGINT))
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info["status"] == "running"
+    (tmp_path / "big.jsonl").write_text("".join(data.read_text().splitlines(keepends=True)[:48]))
+    small = [*words, "task.max_num_steps=1", "hydra.run.dir=" + str(tmp_path / "next")]
+    assert server.start(small, tmp_path / "log", SHEEPRLHF_CACHE=str(cache)).wait() == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_tokenising_processes_too(whole: Whole, tmp_path: Path) -> None:
+    """A terminal sends it to every process of the group."""
+    data = big_file(tmp_path / "big.jsonl", 400_000)
+    words = [*whole.in_dir(tmp_path / "run"), f"data.train_file={data}", "data.num_proc=2"]
+    job = ColdJob(words, tmp_path / "log", SHEEPRLHF_CACHE=str(tmp_path / "cache"))
+    interrupted_preparation(job, tmp_path / "cache", lambda: os.killpg(job.pid, signal.SIGINT))
+    time.sleep(1)
+    assert job.group() == []
+
+
+def test_the_final_folder_does_not_depend_on_the_process(whole: Whole) -> None:
+    """PEFT writes a set of module names, in the order of this process's hash seed."""
+    config = json.loads((whole.dir / "final" / "adapter_config.json").read_text())
+    assert len(config["target_modules"]) > 1
+    assert config["target_modules"] == sorted(config["target_modules"])

@@ -1,0 +1,134 @@
+"""Which models compute packed rows, and what a saved policy holds."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sheeprlhf.agent import policy as policy_module
+from sheeprlhf.agent.policy import Policy, load_policy, packing_problem
+from sheeprlhf.data.collate import collate_packed
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.model import LORAConfig, ModelConfig
+from sheeprlhf.utils.errors import ModelError
+from tests.support.batches import random_examples
+from tests.support.models import ARCHITECTURES
+
+ModelFolder = Callable[..., Path]
+
+
+def load(folder: Path, *, longest: int = 64, batching: str = "auto", **options: Any) -> tuple[Policy, bool]:
+    cfg = ModelConfig(config_name="auto", repo_name=str(folder), **options)
+    return load_policy(cfg, load_tokenizer(cfg), longest=longest, batching=batching)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_all_but_falcon_pack_in_every_number_format(architecture: str, dtype: str, model_folder: ModelFolder) -> None:
+    policy, packed = load(model_folder(architecture), dtype=dtype)
+    problem = packing_problem(policy, 64)
+    assert packed == (not problem) == (architecture != "falcon"), problem
+    if problem:
+        assert problem == "the attention of FalconForCausalLM cannot be replaced"
+    assert not load(model_folder(architecture), batching="padded")[1]
+    assert all(module.training for module in policy.modules())
+
+
+def test_a_window_shorter_than_the_data_cannot_be_packed(model_folder: ModelFolder) -> None:
+    policy, packed = load(model_folder("mistral"))
+    assert packed
+    policy.causal_lm().config.sliding_window = 16
+    assert packing_problem(policy, 16) == ""
+    assert packing_problem(policy, 17) == "MistralForCausalLM sees 16 tokens back, the data is up to 17 long"
+    policy.causal_lm().config.use_sliding_window = False  # as in Qwen's configurations
+    assert packing_problem(policy, 17) == ""
+
+
+def test_a_model_that_is_wrong_on_packed_rows_is_found_out(
+    model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_positions(examples: Any) -> Any:
+        batch = collate_packed(examples)
+        return batch._replace(position_ids_BT=torch.arange(batch.input_ids_BT.shape[1])[None])
+
+    monkeypatch.setattr(policy_module, "collate_packed", without_positions)
+    assert not load(model_folder("gpt2"))[1]
+    with pytest.raises(ModelError, match=r"task\.batching=packed: .*GPT2LMHeadModel differ by .* nats; .*=padded"):
+        load(model_folder("gpt2"), batching="packed")
+
+
+def test_a_model_that_takes_no_layout_is_padded(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def picky(backbone: Any, *, input_ids: Any, attention_mask: Any, position_ids: Any) -> Any:
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(policy_module, "hidden_states", picky)
+    policy, packed = load(model_folder("llama"))
+    assert not packed
+    assert "layout" in packing_problem(policy, 64)
+    assert all(module.training for module in policy.modules())
+
+
+def test_the_check_consumes_no_random_number(model_folder: ModelFolder) -> None:
+    policy, _ = load(model_folder("gpt2"), disable_dropout=False)
+    state = torch.get_rng_state()
+    assert packing_problem(policy, 64) == ""
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "falcon"])
+def test_final_is_what_transformers_loads(architecture: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    policy, _ = load(model_folder(architecture))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.5)
+    tokenizer = load_tokenizer(ModelConfig(config_name="auto", repo_name=str(model_folder(architecture))))
+    policy.save(tmp_path, tokenizer)
+    ids = torch.arange(9)[None]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, local_files_only=True)
+    assert_close(again(input_ids=ids).logits, policy.causal_lm().eval()(input_ids=ids).logits, rtol=0, atol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path)("hello")["input_ids"] == tokenizer("hello")["input_ids"]
+
+
+def test_only_adapters_have_gradients(model_folder: ModelFolder) -> None:
+    """The base is the same, bit for bit, after training steps."""
+    torch.manual_seed(0)
+    policy, _ = load(model_folder("llama"), finetune_mode="LORA", lora_cfg=LORAConfig(rank=2))
+    before = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        (-policy(collate_packed(random_examples(3))).target_N.mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in policy.named_parameters():
+        assert torch.equal(parameter, before[name]) != ("lora_" in name), name
+
+
+@pytest.mark.parametrize("mode", ["ALL", "LORA"])
+def test_the_mean_over_the_vocabulary(mode: str, model_folder: ModelFolder) -> None:
+    policy, _ = load(model_folder("llama"), finetune_mode=mode)
+    example = random_examples(1)[0]
+    ids = torch.tensor([*example.prompt_ids.tolist(), *example.responses[0].tolist()])
+    logprobs = policy.causal_lm()(input_ids=ids[None]).logits[0].log_softmax(-1)
+    start = len(example.prompt_ids)
+    scored = policy(collate_packed([example]), mean=True)
+    assert_close(scored.mean_N, logprobs[start - 1 : -1].mean(-1), rtol=0, atol=1e-5)
+    assert_close(scored.target_N, logprobs[start - 1 : -1].gather(1, ids[start:, None])[:, 0], rtol=0, atol=1e-5)
+    assert policy(collate_packed([example])).mean_N is None
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_half_precision_model_is_scored_in_float32(grad: bool, model_folder: ModelFolder) -> None:
+    """Trap 12: with and without a gradient, the log-softmax of its bf16 logits is taken in float32."""
+    policy, _ = load(model_folder("llama"), dtype="bfloat16")
+    examples = random_examples(1, longest=20)
+    batch = collate_packed(examples)
+    with torch.set_grad_enabled(grad):
+        logits = policy.causal_lm()(input_ids=batch.input_ids_BT).logits[0, batch.head_positions_R]
+        target_N = policy(batch).target_N
+    assert logits.dtype == torch.bfloat16 and target_N.dtype == torch.float32
+    expected = logits.float().log_softmax(-1).gather(1, batch.target_ids_N[:, None])[:, 0]
+    assert_close(target_N, expected, rtol=0, atol=1e-6)

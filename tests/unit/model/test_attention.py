@@ -1,0 +1,136 @@
+"""Packed attention against a softmax over a mask that is written out, in float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import varlen
+from torch.testing import assert_close
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from sheeprlhf.data.collate import collate_packed
+from sheeprlhf.data.example import Layout
+from sheeprlhf.model.attention import _varlen_attention, packed_attention, placeholder_mask
+from sheeprlhf.utils.errors import ModelError
+from tests.support.batches import random_examples
+
+MODULE = nn.Module()
+
+
+def who_sees_whom(layout: Layout) -> Tensor:
+    """(T, T) bool from the definition, token by token: same row, not later, and the prompt or the same response."""
+    tokens = []
+    for segment, (prompt, responses) in enumerate(layout.segments):
+        for part, length in enumerate((prompt, *responses)):
+            tokens += [(segment, part)] * length
+    return torch.tensor(
+        [[i >= j and a[0] == b[0] and b[1] in (0, a[1]) for j, b in enumerate(tokens)] for i, a in enumerate(tokens)]
+    )
+
+
+def case(num_responses: int, groups: int, dtype: torch.dtype = torch.float64) -> tuple[Layout, list[Tensor]]:
+    layout = collate_packed(random_examples(4, num_responses, seed=num_responses, longest=6)).layout
+    assert layout is not None
+    length = sum(prompt + sum(responses) for prompt, responses in layout.segments)
+    torch.manual_seed(groups)
+    return layout, [torch.randn(1, heads, length, 8, dtype=dtype, requires_grad=True) for heads in (4, groups, groups)]
+
+
+def brute_force(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~who_sees_whom(layout), float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def with_gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    return output, *torch.autograd.grad((output * weights).sum(), inputs)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.7])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("num_responses", [1, 2, 3])
+def test_values_and_gradients(num_responses: int, groups: int, scaling: float | None) -> None:
+    layout, inputs = case(num_responses, groups)
+    output, nothing = packed_attention(MODULE, *inputs, None, scaling=scaling, layout=layout)
+    assert nothing is None
+    expected = brute_force(*inputs, layout, 8**-0.5 if scaling is None else scaling)
+    assert_close(with_gradients(output, inputs), with_gradients(expected, inputs), rtol=0, atol=1e-12)
+
+
+def reference_varlen(
+    query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor, scale: float | None
+) -> Tensor:
+    """What torch documents: one sequence after another, causal from the last key backwards."""
+    outputs = []
+    for number in range(len(query_starts) - 1):
+        q = query[query_starts[number] : query_starts[number + 1]]
+        k, v = (x[key_starts[number] : key_starts[number + 1]] for x in (key, value))
+        mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+def new_varlen(
+    q: Any, k: Any, v: Any, qs: Any, ks: Any, max_q: Any, max_k: Any, *, scale: Any, window_size: Any
+) -> Any:
+    assert window_size == (-1, 0) and max_q == int(qs.diff().max()) and max_k == int(ks.diff().max())
+    return reference_varlen(q, k, v, qs, ks, scale)
+
+
+def old_varlen(q: Any, k: Any, v: Any, qs: Any, ks: Any, max_q: Any, max_k: Any, *, scale: Any, is_causal: Any) -> Any:
+    assert is_causal and max_q == int(qs.diff().max()) and max_k == int(ks.diff().max())
+    return reference_varlen(q, k, v, qs, ks, scale)
+
+
+@pytest.mark.parametrize("kernel", [new_varlen, old_varlen])
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("num_responses", [1, 3])
+def test_what_the_gpu_kernel_is_given(
+    num_responses: int, groups: int, kernel: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel needs CUDA; its definition in its place shows that its arguments are right."""
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    layout, inputs = case(num_responses, groups)
+    output = _varlen_attention(*inputs, 0.5, layout)
+    expected = brute_force(*inputs, layout, 0.5)
+    assert_close(with_gradients(output, inputs), with_gradients(expected, inputs), rtol=0, atol=1e-12)
+
+
+def test_what_packed_rows_cannot_do_is_refused() -> None:
+    layout, inputs = case(2, 4)
+    for name in ("softcap", "s_aux", "position_bias"):
+        packed_attention(MODULE, *inputs, None, layout=layout, **{name: None})
+        with pytest.raises(ModelError, match=rf"does not support {name}; set task\.batching=padded"):
+            packed_attention(MODULE, *inputs, None, layout=layout, **{name: 30.0})
+    longest = max(prompt + max(responses) for prompt, responses in layout.segments)
+    packed_attention(MODULE, *inputs, None, layout=layout, sliding_window=longest)
+    with pytest.raises(ModelError, match=f"sliding_window={longest - 1}"):
+        packed_attention(MODULE, *inputs, None, layout=layout, sliding_window=longest - 1)
+
+
+def test_without_a_layout_it_is_transformers_own() -> None:
+    _, (query, key, value) = case(1, 2, torch.float32)
+    MODULE.num_key_value_groups = 2  # type: ignore[assignment]
+    MODULE.is_causal = True  # type: ignore[assignment]
+    mask = torch.ones(1, 1, query.shape[2], query.shape[2], dtype=torch.bool).tril().clone()
+    mask[..., 2:, 0] = False  # some padding
+    for attention_mask in (None, mask):
+        ours, _ = packed_attention(MODULE, query, key, value, attention_mask, scaling=0.3)
+        theirs, _ = sdpa_attention_forward(MODULE, query, key, value, attention_mask, scaling=0.3)
+        assert torch.equal(ours, theirs)
+
+
+def test_dropout_is_applied_to_packed_rows() -> None:
+    layout, inputs = case(2, 4, torch.float32)
+    torch.manual_seed(0)
+    outputs = [packed_attention(MODULE, *inputs, None, dropout=0.3, layout=layout)[0] for _ in range(2)]
+    assert not torch.equal(*outputs)
+
+
+def test_the_placeholder_is_tiny_and_on_the_ids_device() -> None:
+    mask = placeholder_mask(torch.zeros(1, 9, dtype=torch.long))
+    assert mask.shape == (1, 1, 1, 1) and mask.dtype == torch.bool

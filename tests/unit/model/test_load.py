@@ -1,0 +1,212 @@
+"""Loading: what is refused, by which message; what is frozen, seeded and cast; what never runs."""
+
+import json
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import PreTrainedModel, dynamic_module_utils
+
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.model.load import hidden_states, load_causal_lm, load_tokenizer
+from sheeprlhf.structure.model import HuggingFaceConfig, ModelConfig
+from sheeprlhf.utils.errors import ModelError
+from tests.support.models import ARCHITECTURES, VOCAB, byte_tokenizer
+
+ModelFolder = Callable[..., Path]
+
+
+def config(name: str | Path, **options: Any) -> ModelConfig:
+    return ModelConfig(config_name="auto", repo_name=str(name), **options)
+
+
+def load(name: str | Path, *, vocabulary: int = VOCAB, longest: int = 64, **options: Any) -> PreTrainedModel:
+    return load_causal_lm(config(name, **options), vocabulary=vocabulary, longest=longest)
+
+
+def copy_of(folder: Path, target: Path, *, without: str = "", **entries: Any) -> Path:
+    """A copy of a model folder, without some files and with other entries in its config.json."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns(without))
+    saved = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(saved | entries))
+    return target
+
+
+def test_names_that_are_no_model(tmp_path: Path) -> None:
+    for name, message in {
+        str(tmp_path): "this folder has no config.json",
+        "../nowhere": "neither a folder nor a hub id",
+        "a/b/c": "neither a folder nor a hub id",
+        "embedded:nothing": "neither a folder nor a hub id",
+        "": "no config.json|neither a folder nor a hub id",
+    }.items():
+        for attempt in (lambda name=name: load(name), lambda name=name: load_tokenizer(config(name))):
+            with pytest.raises(ModelError, match=f"model.repo_name={name}.*({message})"):
+                attempt()
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_network_a_hub_name_fails_within_five_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1" if offline else "0")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    message = r"(the hub cannot be reached|HF_HUB_OFFLINE is set).*model.repo_name=<folder>.*model=tiny"
+    with pytest.raises(ModelError, match=message):
+        load_tokenizer(config("facebook/opt-350m"))
+    with pytest.raises(ModelError, match=message):
+        load("facebook/opt-350m")
+    assert time.monotonic() - start < 5
+
+
+def test_local_files_only_never_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="local_files_only is set"):
+        load("some/model", library_cfg=HuggingFaceConfig(local_files_only=True))
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path: Path, model_folder: ModelFolder) -> None:
+    folder = copy_of(model_folder(), tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="no EOS token"):
+        load_tokenizer(config(folder))
+
+
+def test_a_model_that_is_too_small_is_refused(model_folder: ModelFolder) -> None:
+    with pytest.raises(ModelError, match=f"its tokenizer has {VOCAB + 1} tokens, the model only {VOCAB}"):
+        load(model_folder(), vocabulary=VOCAB + 1)
+    for architecture in ("llama", "opt", "gpt2"):
+        load(model_folder(architecture), longest=128)
+        with pytest.raises(ModelError, match=r"^data\.max_length: .* 129 tokens.* set data\.max_length=128"):
+            load(model_folder(architecture), longest=129)
+
+
+def test_the_head_alone_is_trained(model_folder: ModelFolder) -> None:
+    model = load(model_folder("phi"), freeze_transformer=True)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["lm_head.weight", "lm_head.bias"]
+    with pytest.raises(ModelError, match=r"shares its weights.*model\.freeze_transformer=false"):
+        load(model_folder("llama"), freeze_transformer=True)
+
+
+def test_the_heads_width(model_folder: ModelFolder) -> None:
+    load(model_folder("opt"), embedding_dim_name="word_embed_proj_dim")
+    load(model_folder("gpt2"), embedding_dim_name="n_embd")
+    for name, stated in (("hidden_size", "16"), ("nothing", "None")):
+        with pytest.raises(ModelError, match=f"embedding_dim_name={name}: .* says {stated}, .* vectors of 8"):
+            load(model_folder("opt"), embedding_dim_name=name)
+
+
+def test_the_stated_number_format_holds(tmp_path: Path, model_folder: ModelFolder) -> None:
+    folder = copy_of(model_folder(), tmp_path / "model", dtype="bfloat16")
+    for dtype in ("float32", "bfloat16", "float16"):
+        for random_init in (False, True):
+            model = load(folder, dtype=dtype, random_init=random_init)
+            assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_random_weights_come_from_the_seed_and_need_no_file(tmp_path: Path, model_folder: ModelFolder) -> None:
+    folder = copy_of(model_folder(), tmp_path / "model", without="*.safetensors")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(folder)
+    weights = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        weights.append(torch.cat([p.detach().flatten() for p in load(folder, random_init=True).parameters()]))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "phi", "falcon"])
+def test_checkpointing_computes_each_layer_twice_and_the_same(architecture: str, model_folder: ModelFolder) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = load(model_folder(architecture), gradient_checkpointing=checkpointing)
+        layer = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))[0]
+        calls: list[int] = []
+        next(layer.children()).register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        model(input_ids=torch.arange(9)[None], use_cache=False).logits.square().mean().backward()
+        assert len(calls) == 1 + checkpointing
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_a_saved_model_carries_nothing_of_ours(architecture: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    policy = Policy(load(model_folder(architecture)))
+    policy.save(tmp_path, byte_tokenizer())
+    for file in tmp_path.glob("*.json"):
+        assert "sheeprlhf" not in file.read_text() and "_attn_implementation" not in file.read_text(), file
+
+
+def test_a_text_alone_is_scored_like_transformers(model_folder: ModelFolder) -> None:
+    model = load(model_folder())
+    ids = torch.arange(7)[None]
+    expected = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(hidden_states(model.model, input_ids=ids), expected)
+
+
+@pytest.fixture
+def booby_trap(tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A model folder whose own code and pickle each write a file; and that file."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    sentinel = tmp_path / "sentinel"
+    code = f"open({str(sentinel)!r}, 'w').close()\n"
+    auto = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}
+    folder = copy_of(model_folder(), tmp_path / "trap", auto_map=auto)
+    (folder / "own.py").write_text(code + "from transformers import LlamaConfig\nclass Own(LlamaConfig): pass\n")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["own.Own", "own.Own"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder, sentinel
+
+
+def test_code_of_a_folder_never_runs(booby_trap: tuple[Path, Path]) -> None:
+    folder, sentinel = booby_trap
+    load_tokenizer(config(folder))
+    load(folder)
+    load(folder, random_init=True)
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(saved | {"model_type": "own"}))  # no code of transformers fits
+    for attempt in (load, lambda folder: load(folder, random_init=True)):
+        with pytest.raises(ModelError, match="cannot be loaded"):
+            attempt(folder)
+    assert not sentinel.exists()
+
+
+def test_code_of_a_folder_runs_once_it_is_trusted(booby_trap: tuple[Path, Path]) -> None:
+    """That the trap above works."""
+    folder, sentinel = booby_trap
+    with pytest.raises((ModelError, AttributeError, TypeError)):  # the trap is no model
+        load(folder, library_cfg=HuggingFaceConfig(trust_remote_code=True))
+    assert sentinel.exists()
+
+
+class Payload:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.bin", "consolidated.00.pth"])
+def test_pickled_weights_are_refused(name: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    folder = copy_of(model_folder(), tmp_path / "model", without="*.safetensors")
+    torch.save({"weights": Payload(tmp_path / "sentinel")}, folder / name)
+    (folder / "training_args.bin").write_bytes(pickle.dumps(Payload(tmp_path / "sentinel")))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(folder)
+    load_tokenizer(config(folder))
+    assert not (tmp_path / "sentinel").exists()

@@ -1,0 +1,117 @@
+"""Adapters: where they go, what trains, and their formula."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.testing import assert_close
+
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.model.load import load_causal_lm
+from sheeprlhf.model.lora import add_lora, load_lora
+from sheeprlhf.structure.model import LORAConfig, ModelConfig
+from sheeprlhf.utils.errors import ModelError
+from tests.support.models import VOCAB, byte_tokenizer
+
+ModelFolder = Callable[..., Path]
+LLAMA_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+IDS = torch.arange(11)[None]
+
+
+def adapted(folder: Path, targets: Any = "all-linear", *, dtype: str = "float32", **options: Any) -> PeftModel:
+    cfg = ModelConfig(config_name="auto", repo_name=str(folder), dtype=dtype)
+    model = load_causal_lm(cfg, vocabulary=VOCAB, longest=64)
+    return add_lora(model, LORAConfig(targets=targets, **options))
+
+
+def adapted_layers(model: PeftModel) -> set[str]:
+    return {name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in model.named_parameters() if "lora_A" in name}
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [
+        ("all-linear", LLAMA_LINEAR),
+        ("All-Linear", LLAMA_LINEAR),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        ("('q_proj','v_proj')", {"q_proj", "v_proj"}),
+        ("q_proj, up_proj", {"q_proj", "up_proj"}),
+        (["self_attn.k_proj"], {"k_proj"}),
+    ],
+)
+def test_targets(targets: Any, layers: set[str], model_folder: ModelFolder) -> None:
+    model = adapted(model_folder(), targets)
+    assert adapted_layers(model) == layers
+    assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in model.named_parameters())
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 2 * len(layers)  # both layers of the model
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_prj"], r"is named q_prj; did you mean q_proj\? This model has down_proj, .*'all-linear'"),
+        (["q_proj", "zzz"], r"is named zzz\. This model"),
+        (["proj"], r"is named proj[.;]"),  # a part of a name is no name
+        (["embed_tokens"], r"is named embed_tokens[.;]"),
+    ],
+)
+def test_unknown_targets_are_named(targets: list[str], message: str, model_folder: ModelFolder) -> None:
+    with pytest.raises(ModelError, match=message):
+        adapted(model_folder(), targets)
+
+
+def test_adapters_are_float32_on_a_half_precision_model(model_folder: ModelFolder) -> None:
+    model = adapted(model_folder(), dtype="bfloat16")
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16), name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "phi", "falcon"])
+def test_new_adapters_change_nothing(architecture: str, model_folder: ModelFolder) -> None:
+    """Trap 7: a new adapter, and one that is switched off, is the model itself bit for bit, dropout or not."""
+    model = adapted(model_folder(architecture), dropout=0.5).train()
+    plain = ModelConfig(config_name="auto", repo_name=str(model_folder(architecture)))
+    expected = load_causal_lm(plain, vocabulary=VOCAB, longest=64)(input_ids=IDS).logits
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+    perturb(model)
+    assert not torch.equal(model(input_ids=IDS).logits, expected)
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+def perturb(model: PeftModel) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+
+
+@pytest.mark.parametrize(("architecture", "layer"), [("llama", "q_proj"), ("gpt2", "c_attn")])
+def test_the_formula(architecture: str, layer: str, model_folder: ModelFolder) -> None:
+    """y = W x + alpha / rank * B A x, for GPT-2's Conv1D (weights transposed) too."""
+    model = adapted(model_folder(architecture), [layer], rank=3, alpha=6.0)
+    perturb(model)
+    module = next(m for name, m in model.named_modules() if name.endswith(f".{layer}"))
+    assert module.fan_in_fan_out == (architecture == "gpt2")
+    inputs = torch.randn(2, 5, 16)
+    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    assert_close(module(inputs), module.base_layer(inputs) + 2.0 * inputs @ a.T @ b.T, rtol=0, atol=1e-5)
+
+
+def test_saved_adapters_are_read_back_frozen(tmp_path: Path, model_folder: ModelFolder) -> None:
+    model = adapted(model_folder("gpt2"))
+    perturb(model)
+    Policy(model).save(tmp_path, byte_tokenizer())
+    assert not list(tmp_path.glob("model*.safetensors"))
+    cfg = ModelConfig(config_name="auto", repo_name=str(model_folder("gpt2")))
+    again = load_lora(load_causal_lm(cfg, vocabulary=VOCAB, longest=64), tmp_path)
+    assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    other = load_causal_lm(ModelConfig(config_name="auto", repo_name=str(model_folder())), vocabulary=VOCAB, longest=64)
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ModelError, match="these adapters cannot be loaded"):
+            load_lora(other, folder)
