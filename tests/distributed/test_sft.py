@@ -80,6 +80,7 @@ def perplexity(run_dir: Path) -> dict[str, float]:
     return json.loads((run_dir / "eval" / "perplexity-test-final.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, model_folder: ModelFolder) -> None:
     two, one = both(tmp_path, model_folder(), "task.micro_batch_size=1")
     assert_equal_runs(two, one, 18)

@@ -1,6 +1,7 @@
 import csv
 
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from sheeprlhf.engine.metrics import MetricWriter
 
@@ -25,7 +26,9 @@ def expected_rows(steps):
     return [row for s in steps for row in ((s, "train/loss", 10.0 + s), (s, "val/loss", 0.1 * s))]
 
 
-def test_each_tag_and_step_is_there_once_after_resumes(tmp_path):
+def test_each_tag_and_step_is_there_once_after_resumes(tmp_path, monkeypatch):
+    # TensorBoard numbers a process's files and reads them in the order of their names, where 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     session(tmp_path, 0, [1, 2])  # no checkpoint yet
     session(tmp_path, 0, range(1, 8))  # checkpoint at 4
     with (tmp_path / "metrics.csv").open("a") as file:
