@@ -53,7 +53,7 @@ class DocstringsConfig(DataConfig):
         "embedded:docstrings", "Hub id (owner/name) or local folder in the hub's layout."
     )
     num_samples: Optional[int] = option(
-        8_000, "Use only the first rows of each split; null takes all 20,000.", unit="rows", minimum=1
+        6_000, "Use only the first rows of each split; null takes all 20,000.", unit="rows", minimum=1
     )
     max_length: int = option(128, "Longest prompt plus response.", unit="tokens", minimum=2)
     max_prompt_length: int = option(96, "Longest prompt; the response may use the rest.", unit="tokens", minimum=1)
