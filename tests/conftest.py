@@ -8,13 +8,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-# A shell starts background jobs with Ctrl-C ignored, and so would be the processes that tests send it to.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """A shell starts background jobs with Ctrl-C ignored, and so would be the processes that tests send it to."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
