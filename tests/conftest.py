@@ -3,7 +3,9 @@
 import os
 import signal
 
-# Before transformers or datasets is imported anywhere.
+# Before torch, transformers or datasets is imported anywhere. One thread: many processes share few cores here, and the
+# models are tiny.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -91,10 +91,14 @@ def test_install_and_train_in_a_fresh_clone_and_environment(tmp_path: Path) -> N
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, clone / name)
     venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    # Python 3.11 puts an old setuptools into a new environment; the borrowed one is newer.
+    subprocess.run([python, "-m", "pip", "uninstall", "-qy", "setuptools"], check=True)
     packages = next((tmp_path / "venv").glob("lib/python*/site-packages"))
     (packages / "borrowed.pth").write_text("\n".join(site.getsitepackages()))
     environment = os.environ | {
-        "PATH": f"{tmp_path / 'venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        # A borrowed package's program (pytest) is in the lender's folder.
+        "PATH": os.pathsep.join([str(tmp_path / "venv" / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PIP_NO_INDEX": "1",
         "PIP_NO_BUILD_ISOLATION": "0",  # pip reads "0" as: no isolation
         "SHEEPRLHF_CACHE": str(tmp_path / "cache"),
@@ -105,7 +109,6 @@ def test_install_and_train_in_a_fresh_clone_and_environment(tmp_path: Path) -> N
     run_dir = next((clone / "logs" / "runs").glob("docstrings/tiny/sft/*/default"))
     assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
     where = "import sheeprlhf; print(sheeprlhf.__file__)"
-    python = str(tmp_path / "venv" / "bin" / "python")
     found = subprocess.run([python, "-c", where], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert Path(found.strip()).is_relative_to(clone)
     assert sys.prefix not in found
