@@ -2,6 +2,8 @@
 
 import difflib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,7 +23,8 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
         ModelError: the folder holds no adapters that fit the model.
     """
     try:
-        return PeftModel.from_pretrained(model, folder)
+        with _peft_warnings_ignored():
+            return PeftModel.from_pretrained(model, folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
 
@@ -52,7 +55,14 @@ def add_lora(model: PreTrainedModel, cfg: LORAConfig) -> PeftModel:
         target_modules=targets,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
     )
-    with warnings.catch_warnings():
-        # PEFT warns that it flips fan_in_fan_out for layers where it has to; it is right to.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+    with _peft_warnings_ignored():
         return get_peft_model(model, config)
+
+
+@contextmanager
+def _peft_warnings_ignored() -> Iterator[None]:
+    """PEFT warns that it corrects fan_in_fan_out per layer, which is right, and uses an old name of transformers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        yield

@@ -28,7 +28,7 @@ def stopped_at(whole: Path, step: int, folder: Path) -> Path:
     return folder
 
 
-def resume_at(steps: range, variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+def check_resume_at(steps: range, variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     data = write_rows(tmp_path / "rows.jsonl")
     words = [*VARIANTS[variant], "task.save_interval=1", "task.keep_checkpoints=99"]
     model = model_folder("gpt2" if variant == "model dropout" else "llama")
@@ -51,10 +51,10 @@ def resume_at(steps: range, variant: str, tmp_path: Path, model_folder: ModelFol
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resume_at_chosen_steps_is_bit_identical(variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
-    resume_at(range(5, 24, 9), variant, tmp_path, model_folder)
+    check_resume_at(range(5, 24, 9), variant, tmp_path, model_folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resume_at_every_step_is_bit_identical(variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
-    resume_at(range(1, 25), variant, tmp_path, model_folder)
+    check_resume_at(range(1, 25), variant, tmp_path, model_folder)
