@@ -1,6 +1,7 @@
 """Each one-line mistake of the lists beside this file must fail its test.
 
-Two copies of the tree are changed, tested and restored in parallel; this checkout is never touched.
+Two copies of the tree are changed, tested and restored in parallel; this checkout is never touched. CI runs the first
+mutant of each trap; `pytest -m "slow or nightly" tests/mutants` runs them all.
 """
 
 import os
@@ -17,12 +18,10 @@ import pytest
 from tests.mutants import cli_mutants, data_mutants, engine_mutants, model_mutants
 from tests.mutants.mutant import Mutant
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[2]
 TREE = ("sheeprlhf", "configs", "tests", "sheeprlhf.py", "pyproject.toml", "README.md")
 MUTANTS = [*engine_mutants.MUTANTS, *data_mutants.MUTANTS, *model_mutants.MUTANTS, *cli_mutants.MUTANTS]
-NODES = list(dict.fromkeys(mutant.tests for mutant in MUTANTS))
+FIRST_OF_TRAP = {mutant.trap: mutant for mutant in reversed(MUTANTS)}
 NUM_TREES = 2
 
 
@@ -82,16 +81,18 @@ def outcomes(
     def work(mutant: Mutant | None) -> tuple[int, str]:
         tree = trees.get()
         try:
-            return run_tests(tree, *NODES) if mutant is None else run_mutant(tree, mutant)
+            return run_tests(tree, *nodes) if mutant is None else run_mutant(tree, mutant)
         finally:
             trees.put(tree)
 
     asked = [item.callspec.params["mutant"] for item in request.session.items if item.originalname == KILLED]
+    nodes = list(dict.fromkeys(mutant.tests for mutant in asked))
     with ThreadPoolExecutor(NUM_TREES) as pool:
         yield {mutant: pool.submit(work, mutant) for mutant in (None, *asked)}
         pool.shutdown(cancel_futures=True)
 
 
+@pytest.mark.slow
 def test_a_copy_imports_itself(tmp_path: Path) -> None:
     """Not this checkout, and not an installed package."""
     tree = copy_tree(tmp_path / "tree")
@@ -103,6 +104,7 @@ def test_a_copy_imports_itself(tmp_path: Path) -> None:
     assert run_tests(tree, "tests/test_where.py")[0] == 0
 
 
+@pytest.mark.slow
 def test_without_a_mutant_their_tests_pass(outcomes: dict[Mutant | None, Future[tuple[int, str]]]) -> None:
     code, output = outcomes[None].result()
     assert code == 0, output
@@ -112,7 +114,14 @@ def test_every_mutant_is_another() -> None:
     assert len({(mutant.file, mutant.old, mutant.new) for mutant in MUTANTS}) == len(MUTANTS)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{Path(mutant.file).stem}-{mutant.old.strip()[:40]}")
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        pytest.param(mutant, marks=pytest.mark.slow if FIRST_OF_TRAP[mutant.trap] is mutant else pytest.mark.nightly)
+        for mutant in MUTANTS
+    ],
+    ids=lambda mutant: f"{Path(mutant.file).stem}-{mutant.old.strip()[:40]}",
+)
 def test_a_mutant_is_killed(mutant: Mutant, outcomes: dict[Mutant | None, Future[tuple[int, str]]]) -> None:
     code, output = outcomes[mutant].result()
     assert code != 0, f"{mutant} survived"
