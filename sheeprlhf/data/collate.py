@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sheeprlhf.data.example import Batch, Example, Layout
+from sheeprlhf.utils.errors import DataError
 
 TARGETS = ("response", "all")
 SIDES = ("right", "left")
@@ -26,6 +27,9 @@ def collate_packed(examples: Sequence[Example], *, targets: str = "response") ->
 
     Returns:
         A batch with `layout`, input_ids (1, T).
+
+    Raises:
+        DataError: a response is empty.
     """
     _check("targets", targets, TARGETS)
     ids, positions, prompt_at, response_at = [], [], [], []
@@ -67,6 +71,9 @@ def collate_padded(
 
     Returns:
         A batch with `attention_mask_BT`, input_ids (B, T).
+
+    Raises:
+        DataError: a response is empty.
     """
     _check("targets", targets, TARGETS)
     _check("side", side, SIDES)
@@ -118,6 +125,8 @@ def _batch(
             target_ids.append(example.prompt_ids[1:])
             owners.append(index)
         for response in example.responses:
+            if not len(response):  # its place would shift the targets of the rows behind it
+                raise DataError(f"row {example.row_id} has no token to train on: its response is empty; drop the row")
             sources.append(np.array([prompt_at[index] + num_prompt - 1]))
             sources.append(response_at[index] + np.arange(len(response) - 1))
             target_ids.append(response)

@@ -7,7 +7,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from sheeprlhf.data.example import PreferenceExample
-from sheeprlhf.data.rows import DropRowError, TemplatedExample, optional_text, text
+from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, optional_text, text
 from sheeprlhf.utils.errors import DataError
 
 ROLE = re.compile(r"[A-Za-z_]{1,32}")
@@ -24,11 +24,10 @@ def format_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | No
     if row.get("messages") is not None:
         return _from_messages(row["messages"], tokenizer)
     if row.get("response") is None and row.get("chosen") is None:
-        found = ", ".join(name for name in row if row[name] is not None) or "nothing"
-        raise DataError(f"{SHAPES}; found {found}")
+        raise MissingColumnError(SHAPES)
     chosen, rejected = optional_text(row, "chosen"), optional_text(row, "rejected")
     if (chosen is None) != (rejected is None):
-        raise DataError("chosen and rejected go together; one of the two columns is missing or null")
+        raise MissingColumnError("chosen and rejected go together, and one of the two is missing or null")
     return PreferenceExample(text(row, "prompt"), optional_text(row, "response"), chosen, rejected)
 
 

@@ -17,17 +17,21 @@ from multiprocessing import active_children, get_context, resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm.auto import tqdm
+import numpy as np
 
 from sheeprlhf.data import source, store
-from sheeprlhf.data.read import Row, read_batches
-from sheeprlhf.data.report import DUPLICATE, SPLITS, Report, SplitCount, render_report
+from sheeprlhf.data.duplicates import SeenDigests
+from sheeprlhf.data.progress import progress_bar
+from sheeprlhf.data.read import Row, count_rows, read_batches
+from sheeprlhf.data.report import DUPLICATE, SPLITS, Report, SplitCount, check_targets, why_none_left
 from sheeprlhf.data.store import SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.folders import locked, written_folder
 
-FORMAT_VERSION = 1  # raise it whenever the code makes other rows of the same input
+FORMAT_VERSION = 2  # raise it whenever the code makes other rows of the same input
+TRAINING_SPLITS = {"sft": ("train",), "preference": ("train", "reward")}  # one of them must have rows
 NOT_IN_FINGERPRINT = ("cache_dir", "num_proc", "dataset_name", "revision", "train_file", "validation_file", "test_file")
 
 
@@ -64,13 +68,13 @@ def prepare_data(
     """
     files = source.locate(cfg)
     tokenize = RowTokenizer(cfg, tokenizer, kind)
-    print_of_data = fingerprint(cfg, tokenize, source.content_hash(files))
+    print_of_data = fingerprint(cfg, tokenize, source.content_hash(files, progress=progress))
     name = re.sub(r"[^A-Za-z0-9_-]", "_", cfg.config_name)
     folder = store.cache_root(cfg.cache_dir) / f"{name}-{print_of_data[:16]}"
     report = store.read_report(folder)
     if report is None:
         try:
-            with store.locked(folder, say):
+            with locked(folder, say):
                 report = store.read_report(folder)  # another process may have made it while this one waited
                 if report is None:
                     report = _build(cfg, tokenize, files, folder, progress)
@@ -79,6 +83,8 @@ def prepare_data(
                 f"{folder} cannot be made: {error}; free space, mend permissions or set data.cache_dir"
             ) from None
     splits = {split: TokenizedSplit(folder / f"{split}.arrow") for split in report["splits"] if _kept(report, split)}
+    for split, rows in splits.items():
+        check_targets(split, rows, cfg)
     return PreparedData(splits, report, print_of_data, folder)
 
 
@@ -112,11 +118,12 @@ def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str) -> str:
 def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder: Path, progress: bool) -> Report:
     """Read, tokenise and write all splits; the folder appears when they are complete."""
     counts: dict[str, SplitCount] = {}
-    with store.written_folder(folder) as temporary:
+    with written_folder(folder) as temporary:
         writers: dict[str, SplitWriter] = {}
         for origin in files:
-            seen: set[bytes] = set()
-            with tqdm(desc=f"preparing {origin}", unit=" rows", disable=not progress) as bar:
+            seen = SeenDigests()
+            total = count_rows(files[origin], cfg.num_samples) if progress else None
+            with progress_bar(f"preparing {origin}", total, shown=progress, unit=" rows") as bar:
                 for rows in _tokenized(tokenize, read_batches(files[origin], cfg.num_samples), cfg.num_proc):
                     kept = _count(rows, cfg, origin, set(files), seen, counts)
                     for split, kept_rows in kept.items():
@@ -124,6 +131,7 @@ def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder:
                             writers[split] = SplitWriter(temporary / f"{split}.arrow")
                         writers[split].write(kept_rows)
                     bar.update(len(rows))
+                bar.total = bar.n  # the total was an estimate
         for writer in writers.values():
             writer.close()
         parts = {
@@ -133,8 +141,8 @@ def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder:
         }
         report: Report = {"name": cfg.config_name, "kind": tokenize.kind, "splits": parts, "notes": []}
         report["notes"] = _notes(report)
-        if not _kept(report, "train") and not _kept(report, "reward"):
-            raise DataError(f"no training row is left; the reasons:\n{render_report(report)}")
+        if not any(_kept(report, split) for split in TRAINING_SPLITS[tokenize.kind]):
+            raise DataError(why_none_left(report, set(files), cfg))
         (temporary / store.REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     return report
 
@@ -144,15 +152,15 @@ def _count(
     cfg: DataConfig,
     origin: str,
     native: set[str],
-    seen: set[bytes],
+    seen: SeenDigests,
     counts: dict[str, SplitCount],
 ) -> dict[str, list[TokenRow]]:
     """Give each row to its split; count it, and leave out what equals a row before it."""
     kept: dict[str, list[TokenRow]] = {}
+    repeated = iter(seen.add(np.array([row.digest for row in rows if row.dropped is None], np.uint64)).tolist())
     for row in rows:
         split = origin if origin != "train" else choose_split(row.shares, cfg, native)
-        duplicate = row.dropped is None and row.digest in seen
-        seen.add(row.digest)
+        duplicate = row.dropped is None and next(repeated)
         dropped = DUPLICATE if duplicate and cfg.remove_same_inputs else row.dropped
         counts.setdefault(split, SplitCount()).add(row, dropped, duplicate)
         if dropped is None:

@@ -7,6 +7,8 @@ import numpy as np
 
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.data.tokenize import TokenRow
+from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.utils.errors import DataError
 
 SPLITS = ("train", "reward", "validation", "test")
 PERCENTILES = {"p5": 5, "p50": 50, "p95": 95, "max": 100}
@@ -72,10 +74,73 @@ class SplitCount:
         return part
 
 
+def check_targets(name: str, split: TokenizedSplit, cfg: DataConfig) -> None:
+    """Refuse a split with a row of which nothing would be learnt: its loss is a division by zero, or is not its own.
+
+    Args:
+        name: of the split.
+        split: its rows, as they are stored.
+        cfg: the options that they were made with.
+
+    Raises:
+        DataError: a response has no token; says why for the first.
+    """
+    empty = np.flatnonzero((split.sizes[:, 1:] < 1).any(axis=1))
+    if not len(empty):
+        return
+    first = int(empty[0])
+    row, prompt = split.example(first).row_id, int(split.sizes[first, 0])
+    why = (
+        f"its prompt of {prompt} tokens leaves no room for one in data.max_length={cfg.max_length}"
+        if prompt >= cfg.max_length
+        else f"it was cut to nothing behind a prompt of {prompt} tokens (data.max_length={cfg.max_length})"
+    )
+    others = f" (one of {len(empty)} such rows)" if len(empty) > 1 else ""
+    raise DataError(
+        f"row {row} of the {name} split has no token to train on{others}: its response is empty, for {why}; raise "
+        "data.max_length, lower data.max_prompt_length, or set data.on_overflow=drop"
+    )
+
+
 def _percentiles(lengths: np.ndarray) -> dict[str, int]:
     """Lengths that 5, 50, 95 and 100 percent of the rows do not exceed."""
     values = np.percentile(lengths, list(PERCENTILES.values()), method="inverted_cdf")
     return dict(zip(PERCENTILES, map(int, values), strict=True))
+
+
+def why_none_left(report: Report, native: set[str], cfg: DataConfig) -> str:
+    """A sentence that tells where the training rows went, and what would bring them back.
+
+    Args:
+        report: of all splits.
+        native: the splits that have files of their own; the others were cut from the training rows.
+        cfg: the options that decided.
+    """
+    parts = {name: part for name, part in report["splits"].items() if name == "train" or name not in native}
+    dropped: Counter[str] = Counter()
+    for part in parts.values():
+        dropped.update(part["dropped"])
+    fixes = {
+        "empty_prompt": "write the prompts",
+        "empty_response": "write the responses",
+        "too_short": f"lower data.minimum_response_length={cfg.minimum_response_length}",
+        "too_long": f"raise data.max_length={cfg.max_length}, or set data.on_overflow=truncate_prompt",
+        "same_responses": f"give pairs that differ in their first data.max_length={cfg.max_length} tokens",
+        "nul_character": "remove the NUL characters",
+        "special_tokens_in_messages": "take the markers of the chat template out of the messages",
+    }
+    went = [
+        f"{count} {reason.replace('_', ' ')}" + _in_brackets(fixes.get(reason)) for reason, count in dropped.items()
+    ]
+    options = {"validation": "validation_split", "test": "test_split", "reward": "reward_model_split"}
+    for name, option in options.items():
+        if name in parts and parts[name]["kept"]:
+            went.append(f"{parts[name]['kept']} to the {name} split" + _in_brackets(f"lower data.{option}"))
+    return f"no training row is left of {sum(part['read'] for part in parts.values())}: {', '.join(went)}"
+
+
+def _in_brackets(advice: str | None) -> str:
+    return f" ({advice})" if advice else ""
 
 
 def render_report(report: Report) -> str:

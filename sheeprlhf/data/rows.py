@@ -1,16 +1,41 @@
-"""What the row formats share: reading a text column, and the two ways a row can be out of the ordinary."""
+"""What the row formats share: reading a text column, and the ways a row can be out of the ordinary."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.utils.errors import DataError
 
 COLUMNS = ("prompt", "response", "chosen", "rejected", "messages")  # all that any row format reads
+MAX_TEXT = 4 * 2**20  # characters; a tokenizer takes about 200 bytes for each
+_MEANT = {column: column for column in COLUMNS} | {
+    "instruction": "prompt",
+    "question": "prompt",
+    "query": "prompt",
+    "input": "prompt",
+    "document": "prompt",
+    "completion": "response",
+    "answer": "response",
+    "output": "response",
+    "reply": "response",
+    "summary": "response",
+    "target": "response",
+    "preferred": "chosen",
+    "accepted": "chosen",
+    "dispreferred": "rejected",
+    "conversation": "messages",
+    "dialogue": "messages",
+    "chat": "messages",
+}
 
 
 class DropRowError(Exception):
     """Raised by a row format for a row that must not be trained on; the reason is counted in the data report."""
+
+
+class MissingColumnError(DataError):
+    """The row lacks a column; whoever knows the file's other columns adds which one may be meant."""
 
 
 class TemplatedExample(PreferenceExample):
@@ -21,20 +46,29 @@ def text(row: Mapping[str, Any], column: str) -> str:
     """The string in a column.
 
     Raises:
-        DataError: if the column is missing or holds no string; the caller adds the file and the line.
+        DataError: if the column is missing or holds no usable string; the caller adds the file and the line.
+        DropRowError: if the string contains a NUL, which is left over from a binary or a damaged file.
     """
-    if row.get(column) is None:
-        found = ", ".join(name for name in row if row[name] is not None) or "nothing"
-        raise DataError(f"column '{column}' is missing or null (found: {found}); add it or remove the row")
+    if column not in row:
+        raise MissingColumnError(f"column '{column}' is missing")
     value = row[column]
+    if value is None:
+        raise DataError(f"column '{column}' is null; give it text or remove the row")
     if not isinstance(value, str):
         raise DataError(f"column '{column}' holds {type(value).__name__}, not text; write it as a string")
+    if len(value) > MAX_TEXT:
+        raise DataError(
+            f"column '{column}' holds {len(value):,} characters, more than {MAX_TEXT:,}; make several rows of it or "
+            "remove the row"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise DataError(
             f"column '{column}' holds half a surrogate pair at character {error.start}; remove it"
         ) from None
+    if "\0" in value:
+        raise DropRowError("nul_character")
     return value
 
 
@@ -47,3 +81,31 @@ def led_by_space(response: str) -> str:
     """The response with exactly one space before it: a prompt that ends in a colon is continued by " word"."""
     stripped = response.strip()
     return f" {stripped}" if stripped else ""
+
+
+def column_advice(present: Iterable[str], others: Iterable[str]) -> str:
+    """What a row that lacks a column has instead, and what to do: rename what is misspelt, or named as others do.
+
+    Args:
+        present: the columns of `COLUMNS` that it has, null ones left out.
+        others: its columns of other names.
+    """
+    has, others = list(present), list(others)
+    renames: dict[str, str] = {}
+    for name in others:
+        near = difflib.get_close_matches(name.strip().casefold(), _MEANT, n=1, cutoff=0.75)
+        if near and _MEANT[near[0]] not in {*has, *renames.values()}:
+            renames[name] = _MEANT[near[0]]
+    fix = "rename " + ", ".join(f"{printable([name])} to {column}" for name, column in renames.items())
+    it_has = printable([*has, *others]) or "no column with a value"
+    return f"it has {it_has}; {fix if renames else 'add what is missing, or remove the row'}"
+
+
+def printable(names: Iterable[str]) -> str:
+    """Names out of a stranger's file, for a message: a dozen at most, cut to 40 characters, controls escaped."""
+    shown = []
+    for name in names:
+        short = name[:40]
+        plain = short.isprintable() and short == short.strip() != ""
+        shown.append((short if plain else ascii(short)) + ("..." if len(name) > 40 else ""))
+    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")

@@ -5,11 +5,13 @@ taken by a list of allowed endings: no script, no archive, no guessing by a libr
 """
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
-from sheeprlhf.data.read import READERS
+from sheeprlhf.data.progress import progress_bar
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.structure.places import is_hub_id
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.hub import EMBEDDED, embedded_folder, why_offline
 
@@ -46,29 +48,42 @@ def locate(cfg: DataConfig) -> Files:
     if name.startswith(EMBEDDED):
         return files_of_folder(embedded_folder(name))
     folder = Path(name).expanduser()
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise DataError(f"data.dataset_name={name} is a file; use data=local data.train_file={name}")
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return files_of_folder(folder)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise DataError(f"data.dataset_name={name} is neither a folder nor a hub id (owner/name)")
+    if "/" not in name or not is_hub_id(name):
+        raise DataError(f"data.dataset_name={name} is neither a folder nor a hub id (owner/name): give one of them")
     return files_of_folder(snapshot(name, cfg.revision))
 
 
-def content_hash(files: Files) -> str:
-    """SHA-256 over the splits and the bytes of their files, whatever the files are called."""
+def content_hash(files: Files, *, progress: bool = False) -> str:
+    """SHA-256 over the splits and the bytes of their files, whatever the files are called.
+
+    Raises:
+        DataError: if a file cannot be read.
+    """
     total = hashlib.sha256()
-    for split in sorted(files):
-        for file in files[split]:
-            with file.open("rb") as stream:
-                total.update(f"{split}{file.suffix}{hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
+    size = sum(file.stat().st_size for split in files.values() for file in split)
+    with progress_bar("reading data", size, shown=progress, unit="B", unit_scale=True, leave=False) as bar:
+        for split in sorted(files):
+            for file in files[split]:
+                digest = hashlib.sha256()
+                try:
+                    with file.open("rb") as stream:
+                        while part := stream.read(2**20):
+                            digest.update(part)
+                            bar.update(len(part))
+                except OSError as error:
+                    raise DataError(f"{file} cannot be read: {error.strerror}; mend it or give another file") from None
+                total.update(f"{split}{file.suffix}{digest.hexdigest()}".encode())
     return total.hexdigest()
 
 
 def _own_file(split: str, name: str) -> Path:
     """A file that the user named."""
     file = Path(name).expanduser()
-    if file.suffix.lower() not in READERS:
+    if file.suffix.lower() not in KINDS:
         raise DataError(f"data.{split}_file={name} must end in {', '.join(KINDS)}")
     if not file.is_file():
         raise DataError(f"data.{split}_file={name}: there is no such file (working directory: {Path.cwd()})")
@@ -84,7 +99,7 @@ def files_of_folder(folder: Path) -> Files:
     Raises:
         DataError: if there is no readable file, no training file, or a shard is missing.
     """
-    found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in READERS and f.is_file())
+    found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in KINDS and f.is_file())
     found = [f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
     kind = next((kind for kind in KINDS if any(f.suffix.lower() == kind and _split(f, folder) for f in found)), None)
     kind = kind or next((kind for kind in KINDS if any(f.suffix.lower() == kind for f in found)), None)

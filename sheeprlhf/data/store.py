@@ -1,12 +1,7 @@
-"""Tokenised splits on disk: Arrow files that are memory-mapped, in a folder that appears whole or not at all."""
+"""Tokenised splits on disk: Arrow files that are memory-mapped."""
 
-import fcntl
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +10,9 @@ import pyarrow as pa
 
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.tokenize import TokenRow
+from sheeprlhf.utils import hub
 from sheeprlhf.utils.errors import DataError
 
-MARKER = "MADE_BY_SHEEPRLHF"  # a folder without this file is not ours to delete
 REPORT = "report.json"
 SCHEMA = pa.schema([("row_id", pa.int64()), ("tokens", pa.list_(pa.int32())), ("sizes", pa.list_(pa.int32()))])
 
@@ -32,8 +27,9 @@ class SplitWriter:
 
     def write(self, rows: Sequence[TokenRow]) -> None:
         """Append rows."""
+        numbers = np.array([row.number for row in rows], np.int64)
         tokens, sizes = [row.tokens for row in rows], [np.asarray(row.sizes, dtype=np.int32) for row in rows]
-        columns = [pa.array([row.number for row in rows], pa.int64()), _lists(tokens), _lists(sizes)]
+        columns = [_column(numbers, pa.int64()), _lists(tokens), _lists(sizes)]
         self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
 
     def close(self) -> None:
@@ -45,7 +41,12 @@ class SplitWriter:
 def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
     """A column of int32 lists."""
     offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))
+    return pa.ListArray.from_arrays(_column(offsets, pa.int32()), _column(np.concatenate(arrays), pa.int32()))
+
+
+def _column(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """A column of numbers. `pa.array` would import pandas, which takes half a second."""
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
 
 
 class TokenizedSplit:
@@ -66,11 +67,13 @@ class TokenizedSplit:
             table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file}: damaged ({error}); delete the folder {file.parent} and start again") from None
-        self._tokens = [chunk.values.to_numpy() for chunk in table["tokens"].chunks]
-        self._offsets = [chunk.offsets.to_numpy() for chunk in table["tokens"].chunks]
+        # not to_numpy(), which would import pandas
+        self._tokens = [np.from_dlpack(chunk.values) for chunk in table["tokens"].chunks]
+        self._offsets = [np.from_dlpack(chunk.offsets) for chunk in table["tokens"].chunks]
         self._first_rows = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
-        self._row_ids = table["row_id"].to_numpy()
-        self.sizes = table["sizes"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+        self._row_ids = [np.from_dlpack(chunk) for chunk in table["row_id"].chunks]
+        sizes = np.concatenate([np.from_dlpack(chunk.values) for chunk in table["sizes"].chunks])
+        self.sizes = sizes.reshape(len(table), -1)
         self.lengths: np.ndarray = self.sizes.sum(axis=1, dtype=np.int32)
 
     def __len__(self) -> int:
@@ -82,12 +85,13 @@ class TokenizedSplit:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a split of {len(self)} rows")
         chunk = int(np.searchsorted(self._first_rows, index, side="right")) - 1
-        start = self._offsets[chunk][index - self._first_rows[chunk]]
+        row = index - self._first_rows[chunk]
+        start = self._offsets[chunk][row]
         parts = []
         for size in self.sizes[index].tolist():
             parts.append(self._tokens[chunk][start : start + size])
             start += size
-        return Example(int(self._row_ids[index]), parts[0], tuple(parts[1:]))
+        return Example(int(self._row_ids[chunk][row]), parts[0], tuple(parts[1:]))
 
     def examples(self, indices: Sequence[int]) -> list[Example]:
         """Rows by index, in the order asked for."""
@@ -95,62 +99,8 @@ class TokenizedSplit:
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """Where prepared data is kept: the option, else $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf."""
-    return Path(cache_dir or os.environ.get("SHEEPRLHF_CACHE") or "~/.cache/sheeprlhf").expanduser() / "data"
-
-
-@contextmanager
-def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of a prepared folder; the system frees it when a process dies, however it dies."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process is preparing {folder.name}; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def written_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place when the block ends well. Call it under `locked`."""
-    sweep(folder)
-    temporary = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir()
-    try:
-        (temporary / MARKER).touch()
-        yield temporary
-        for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
-        os.rename(temporary, folder)
-        _sync(folder.parent)
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
-def sweep(folder: Path) -> None:
-    """Remove what killed preparations of `folder` left behind; the lock says that none is at work."""
-    for left in folder.parent.glob(f".{folder.name}.tmp-*"):
-        _remove(left)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a folder that we made; one without our marker only if it is empty, as after a kill before the marker."""
-    if (folder / MARKER).is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-    elif folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-
-
-def _sync(path: Path) -> None:
-    """Bring a file's or folder's bytes to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Where prepared data is kept."""
+    return hub.cache_root(cache_dir) / "data"
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.data.read import Row
-from sheeprlhf.data.rows import DropRowError, TemplatedExample
+from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, column_advice
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.utils.errors import DataError
 
@@ -26,7 +26,7 @@ class TokenRow(NamedTuple):
         dropped: why the row is left out, None if it is kept; the fields below are empty then.
         tokens: (L,) int32, prompt and responses laid end to end.
         sizes: lengths of the prompt and of each response.
-        digest: 16 bytes that equal rows share.
+        digest: 64 bits that equal rows share.
         cut: what was truncated, of "prompt" and "response".
         special_text: the row's text contains a special token's text (encoded as plain text).
         num_eos: responses that end in EOS.
@@ -37,7 +37,7 @@ class TokenRow(NamedTuple):
     dropped: str | None = None
     tokens: np.ndarray = np.empty(0, np.int32)
     sizes: tuple[int, ...] = ()
-    digest: bytes = b""
+    digest: int = 0
     cut: tuple[str, ...] = ()
     special_text: bool = False
     num_eos: int = 0
@@ -136,6 +136,9 @@ class RowTokenizer:
             responses = self._responses(example)
         except DropRowError as reason:
             return TokenRow(row.number, nowhere, str(reason))
+        except MissingColumnError as error:
+            present = [name for name, value in row.values.items() if value is not None]
+            raise DataError(f"{row.place}: {error}; {column_advice(present, row.others)}") from None
         except DataError as error:
             raise DataError(f"{row.place}: {error}") from None
         shares = split_shares(self.cfg.split_seed, example.prompt)
@@ -151,11 +154,11 @@ class RowTokenizer:
         """The responses that a task of this kind learns from, best first."""
         if self.kind == "preference":
             if example.chosen is None or example.rejected is None:
-                raise DataError("a preference task needs the columns chosen and rejected; add them or use task=sft")
+                raise MissingColumnError("a preference task needs the columns chosen and rejected")
             return example.chosen, example.rejected
         response = example.chosen if example.response is None else example.response
         if response is None:
-            raise DataError("column 'response' is missing; add it (or chosen and rejected)")
+            raise MissingColumnError("column 'response' is missing")
         return (response,)
 
     def _same(self, responses: Sequence[Any]) -> bool:
@@ -190,7 +193,7 @@ class RowTokenizer:
             shares=shares,
             tokens=np.concatenate([np.asarray(part, dtype=np.int32) for part in (prompt, *cut_responses)]),
             sizes=(len(prompt), *(len(r) for r in cut_responses)),
-            digest=_digest(json.dumps((pieces.prompt, pieces.responses))),
+            digest=int.from_bytes(_digest(json.dumps((pieces.prompt, pieces.responses)))[:8], "big"),
             cut=cut,
             special_text=special,
             num_eos=sum(with_eos),

@@ -2,8 +2,8 @@
 
 from tests.mutants.mutant import Mutant
 
-COLLATE, SAMPLER, TOKENIZE, PREPARE, STORE = (
-    f"sheeprlhf/data/{name}.py" for name in ("collate", "sampler", "tokenize", "prepare", "store")
+COLLATE, SAMPLER, TOKENIZE, PREPARE = (
+    f"sheeprlhf/data/{name}.py" for name in ("collate", "sampler", "tokenize", "prepare")
 )
 TESTS = "tests/unit/data/test_"
 
@@ -91,7 +91,7 @@ MUTANTS = [
     ),
     Mutant(  # a folder that we did not make is deleted
         trap="20",
-        file=STORE,
+        file="sheeprlhf/utils/folders.py",
         old="    if (folder / MARKER).is_file():\n",
         new="    if folder.is_dir():\n",
         tests=TESTS + "prepare.py::test_a_kill_at_any_step_leaves_no_torn_cache",

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
@@ -167,58 +165,6 @@ def test_dialogue_ends_in_the_assistants_turn(lead: str) -> None:
     row = {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": f"{lead}yes", "rejected": f"{lead}no"}
     expected = ["\n\nHuman: hi\n\nAssistant:", " yes<|im_end|>", " no<|im_end|>"]
     assert formatted(HelpfulHarmlessConfig(), row) == expected
-
-
-words = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(["", " ", "\n", "<|im_end|>", "<s>", "a"])
-pairs = st.fixed_dictionaries({"prompt": words, "chosen": words, "rejected": words})
-limits = st.tuples(
-    st.integers(1, 20), st.integers(2, 24), st.integers(1, 3), st.sampled_from(["truncate_prompt", "drop"])
-)
-
-
-def check_row(row: dict[str, str], options: tuple[int, int, int, str], bos: bool) -> None:
-    """The invariants that hold for any row whatever."""
-    tokenizer = TOKENIZERS[bos]
-    prompt_limit, limit, shortest, overflow = options
-    cfg = LocalDataConfig(
-        max_prompt_length=prompt_limit, max_length=limit, minimum_response_length=shortest, on_overflow=overflow
-    )
-    got = RowTokenizer(cfg, tokenizer, "preference")([Row(5, "line 6", row)])[0]
-    assert got.number == 5
-    if got.dropped is not None:
-        assert len(got.tokens) == 0
-        return
-    prompt, *responses = parts(got)
-    assert len(prompt) <= prompt_limit
-    assert all(len(prompt) + len(r) <= limit for r in responses)
-    assert prompt.count(tokenizer.bos_token_id) == int(bos)
-    assert tokenizer.eos_token_id not in prompt
-    for response, text in zip(responses, (row["chosen"], row["rejected"]), strict=True):
-        assert tokenizer.eos_token_id not in response[:-1]
-        whole = [*tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]]
-        assert response == [*whole, tokenizer.eos_token_id][: len(response)]
-        assert len(whole) >= shortest
-    assert got.num_eos == sum(r[-1] == tokenizer.eos_token_id for r in responses)
-    assert responses[0] != responses[1]
-    assert bool(got.cut) == (got.num_eos < 2 or len(prompt) < bos + len(row["prompt"].encode()))
-    assert overflow != "drop" or not got.cut
-
-
-TOKENIZERS = {bos: byte_tokenizer(bos=bos) for bos in (False, True)}
-fuzz = {"suppress_health_check": [HealthCheck.too_slow], "deadline": None, "derandomize": True}
-
-
-@settings(max_examples=300, **fuzz)
-@given(row=pairs, options=limits, bos=st.booleans())
-def test_invariants_of_300_rows(row: dict[str, str], options: tuple[int, int, int, str], bos: bool) -> None:
-    check_row(row, options, bos)
-
-
-@pytest.mark.slow
-@settings(max_examples=10_000, **fuzz)
-@given(row=pairs, options=limits, bos=st.booleans())
-def test_invariants_of_10000_rows(row: dict[str, str], options: tuple[int, int, int, str], bos: bool) -> None:
-    check_row(row, options, bos)
 
 
 def test_prepared_rows_hold_no_padding(tmp_path: Path) -> None:

@@ -1,0 +1,179 @@
+"""Rows of jsonl, json and csv files, streamed; every error names the file and the line or item.
+
+They are read here and not by a library: only a reader that sees the lines can name the bad one, a type guessed from the
+first chunk cannot reject a later row, and no second copy is written.
+"""
+
+import csv
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from sheeprlhf.data.rows import printable
+from sheeprlhf.utils.errors import DataError
+
+MAX_LINE = 16 * 2**20  # bytes; a longer line is a damaged file, or one that is not made of lines
+MAX_JSON = 512 * 2**20  # bytes; the text of a JSON array is read at once
+_SPACE = re.compile(r"[ \t\r\n]*")
+_END = object()
+
+PlacedRows = Iterator[tuple[str, dict[str, Any]]]
+
+
+def read_jsonl(file: Path) -> PlacedRows:
+    """One JSON object a line; empty lines are skipped."""
+    for number, line in _lines(file):
+        if line.isspace():
+            continue
+        place = f"{file} line {number}"
+        if number == 1 and line.strip() in (b"[", b"{"):
+            raise DataError(f"{place}: JSON over several lines; write one row a line, or an array into a .json file")
+        text = _decode(line, file, number).rstrip()
+        with _placed(place):
+            value = _DECODER.decode(text)
+        yield f"line {number}", _object(value, place)
+
+
+def read_json(file: Path) -> PlacedRows:
+    """One array of objects; a file that does not begin with a bracket is read line by line."""
+    with file.open("rb") as stream:
+        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start.startswith(b"["):
+        yield from read_jsonl(file)
+        return
+    if file.stat().st_size > MAX_JSON:
+        raise DataError(f"{file}: larger than {MAX_JSON >> 20} MiB; write it as .jsonl, which is read line by line")
+    items = _items(_decode(file.read_bytes(), file, 1))
+    for number in count(1):
+        place = f"{file} item {number}"
+        with _placed(place):
+            value = next(items, _END)
+        if value is _END:
+            return
+        yield f"item {number}", _object(value, place)
+
+
+def read_csv(file: Path) -> PlacedRows:
+    """Comma-separated values with a header line; every value is text."""
+    csv.field_size_limit(MAX_LINE)  # the module's own limit, 128 KiB, is shorter than real prompts
+    reader = csv.reader((_decode(line, file, number) for number, line in _lines(file)), strict=True)
+    header: list[str] = []
+    begin = 1  # the first line of a row: one open quote can make it a long one
+    try:
+        for values in reader:
+            if values and not header:
+                header = _header(values, f"{file} line {begin}")
+            elif values and len(values) != len(header):
+                raise DataError(
+                    f"{file} line {begin}: {len(values)} values for the header's {len(header)} columns; put text with "
+                    "commas, quotes or line ends in double quotes"
+                )
+            elif values:
+                yield f"line {begin}", dict(zip(header, values, strict=True))
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{file} line {begin}: malformed csv: {error}; mend the row that begins there") from None
+
+
+def count_lines(file: Path) -> int:
+    """The number of line ends."""
+    with file.open("rb") as stream:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(2**20), b""))
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file with their numbers, from 1."""
+    with file.open("rb") as stream:
+        for number in count(1):
+            line = stream.readline(MAX_LINE + 1)
+            if not line:
+                return
+            if len(line) > MAX_LINE:
+                raise DataError(f"{file} line {number}: longer than {MAX_LINE >> 20} MiB; write one row a line")
+            yield number, line
+
+
+def _decode(data: bytes, file: Path, line: int) -> str:
+    """Text of UTF-8 bytes, a byte order mark at a file's start removed."""
+    if line == 1 and (data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]):
+        raise DataError(f"{file}: the file is UTF-16, or not text; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        raise DataError(f"{file} line {line}: byte {data[error.start]:#04x} is not UTF-8; save it as UTF-8") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, each key once: which of two values is meant cannot be known."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise DataError(f"key '{printable([twice])}' appears twice; keep one")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+@contextmanager
+def _placed(place: str) -> Iterator[None]:
+    """What the JSON decoder raises, as an error that says where."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        line = f" of line {error.lineno}" if error.lineno > 1 else ""
+        raise DataError(f"{place}: malformed JSON at character {error.colno}{line}: {error.msg}; mend it") from None
+    except RecursionError:
+        raise DataError(f"{place}: JSON nested too deeply; mend it") from None
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+    except ValueError:  # Python refuses to read a number of more than 4,300 digits
+        raise DataError(f"{place}: a number with too many digits; shorten it or write it as text") from None
+
+
+def _items(text: str) -> Iterator[Any]:
+    """The values of a JSON array, one after the other: reading it at once would not tell which one is bad."""
+    at = _skip_space(text, text.index("[") + 1)
+    more = not text.startswith("]", at)
+    while more:
+        value, at = _DECODER.raw_decode(text, at)
+        yield value
+        at = _skip_space(text, at)
+        more = text.startswith(",", at)
+        at = _skip_space(text, at + 1) if more else at
+    if not text.startswith("]", at):
+        raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+    end = _skip_space(text, at + 1)
+    if end < len(text):
+        raise json.JSONDecodeError("Extra data behind the array", text, end)
+
+
+def _skip_space(text: str, at: int) -> int:
+    """The first place from `at` on that is not white space."""
+    match = _SPACE.match(text, at)
+    return at if match is None else match.end()
+
+
+def _object(value: Any, place: str) -> dict[str, Any]:
+    """The value, which must be an object."""
+    if isinstance(value, dict):
+        return value
+    hint = "; an array of rows belongs into a .json file" if isinstance(value, list) else ""
+    raise DataError(f'{place}: a row must be an object such as {{"prompt": ..., "response": ...}}{hint}')
+
+
+def _header(names: list[str], place: str) -> list[str]:
+    """The names of a csv file's columns, checked."""
+    twice = [name for name, times in Counter(names).items() if name and times > 1]
+    if twice:
+        raise DataError(f"{place}: a column name appears twice: {printable(twice)}; keep one")
+    separator = next((mark for mark in ";\t|" if mark in names[0]), None)
+    if len(names) == 1 and separator:
+        raise DataError(f"{place}: the columns are separated by {separator!r}; separate them by commas")
+    return names
