@@ -58,6 +58,8 @@ class EvalTaskConfig(Config):
     """What every evaluation has."""
 
     entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config)
+    requires: ClassVar[tuple[str, ...]] = ()  # modules beyond the package's own dependencies ...
+    extra: ClassVar[str] = ""  # ... and the extra of the package that installs them
 
     config_name: str = option("???", "Name of this choice.")
     model_name: str = option("final", "Weights of the run: final, best, last, or step-<n>.")
@@ -67,11 +69,6 @@ class EvalTaskConfig(Config):
         64, "Most rows in one forward pass; the token budget cuts further.", unit="rows", minimum=1
     )
     token_budget: int = option(4096, "Most tokens in one forward pass.", unit="tokens", minimum=1)
-    batching: str = option(
-        "auto",
-        "Rows of a forward pass laid end to end, or padded; auto packs wherever the model can.",
-        choices=("auto", "packed", "padded"),
-    )
 
 
 @dataclass(unsafe_hash=True)
@@ -82,3 +79,20 @@ class PerplexityConfig(EvalTaskConfig):
 
     config_name: str = option("perplexity", "Name of this choice.")
     use_masked_targets: bool = option(True, "Count the response's tokens alone; false counts the prompt's too.")
+    batching: str = option(
+        "auto",
+        "Rows of a forward pass laid end to end, or padded; auto packs wherever the model can.",
+        choices=("auto", "packed", "padded"),
+    )
+
+
+@dataclass(unsafe_hash=True)
+class RougeConfig(EvalTaskConfig):
+    """Wording that generated responses share with the references (ROUGE), beside what trivial answers get."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.eval.rouge:evaluate"
+    requires: ClassVar[tuple[str, ...]] = ("evaluate", "rouge_score")
+    extra: ClassVar[str] = "eval"
+
+    config_name: str = option("rouge", "Name of this choice.")
+    use_stemmer: bool = option(False, "Compare the stems of English words, so that `returns` equals `return`.")

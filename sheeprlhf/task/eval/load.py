@@ -1,4 +1,4 @@
-"""Which weights an evaluation reads: those of a run, or a model as it is."""
+"""What an evaluation reads: rows of a split, and the weights of a run or a model as it is."""
 
 import dataclasses
 import sys
@@ -8,14 +8,28 @@ from lightning.fabric import Fabric
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy, load_policy
+from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.weights import find_checkpoint, load_weights
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.errors import ConfigError, DataError
+
+
+def evaluated_split(data: PreparedData, name: str) -> TokenizedSplit:
+    """The split that `task.data_split` names.
+
+    Raises:
+        DataError: it has no rows.
+    """
+    split = data.splits.get(name)
+    if split is None or len(split) == 0:
+        there = ", ".join(name for name, rows in data.splits.items() if len(rows))
+        raise DataError(f"task.data_split={name}: the dataset has no such rows; it has {there}")
+    return split
 
 
 def load_evaluated_policy(
-    cfg: EvalConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Say
+    cfg: EvalConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, batching: str, say: Say
 ) -> tuple[Policy, bool]:
     """The policy that `cfg.experiment_dir` and `cfg.task.model_name` name, or `cfg.model` itself, and if it packs.
 
@@ -23,7 +37,7 @@ def load_evaluated_policy(
         ConfigError: the run has no `final/` yet.
         CheckpointError: it has no such checkpoint.
     """
-    model, batching = cfg.model, cfg.task.batching
+    model = cfg.model
     assert model is not None  # the command line composes it, from the run if need be
     if cfg.experiment_dir is None:
         return load_policy(model, tokenizer, longest=longest, batching=batching)

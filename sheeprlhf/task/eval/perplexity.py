@@ -1,6 +1,8 @@
 """Perplexity: exp of the mean negative log-likelihood of a token, over all tokens of a split.
 
 The mean is over tokens, not over rows or batches, so batch size, batching and number of devices do not change it.
+Bits per character compare models of different tokenizers: the bits of all response tokens, EOS included, divided by the
+characters of the responses' texts.
 """
 
 import math
@@ -14,10 +16,9 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.structure.task import PerplexityConfig
 from sheeprlhf.task.batches import Batches, longest_row
-from sheeprlhf.task.eval.load import load_evaluated_policy, say_on
+from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, say_on
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.task.train.sft import sft_loss
-from sheeprlhf.utils.errors import DataError
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
@@ -31,19 +32,24 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     say = partial(say_on, fabric)
     tokenizer = load_tokenizer(cfg.model)
     data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
-    split = data.splits.get(task.data_split)
-    if split is None or len(split) == 0:
-        there = ", ".join(name for name, rows in data.splits.items() if len(rows))
-        raise DataError(f"task.data_split={task.data_split}: the dataset has no such rows; it has {there}")
-    policy, packed = load_evaluated_policy(cfg, tokenizer, longest=longest_row({"": split}), say=say)
+    split = evaluated_split(data, task.data_split)
+    policy, packed = load_evaluated_policy(
+        cfg, tokenizer, longest=longest_row({"": split}), batching=task.batching, say=say
+    )
     module = fabric.setup_module(policy)
     targets = "response" if task.use_masked_targets else "all"
     batches = Batches(fabric, task, packed=packed, targets=targets).first(split, task.num_samples, "evaluating")
     result = evaluate_loss(fabric, module, batches, sft_loss)
+    num_rows = min(len(split), task.num_samples or len(split))
     numbers = {
         "perplexity": math.exp(min(result["nll"], 700.0)),
         "nll": result["nll"],
         "tokens": int(result["items"]),
-        "rows": min(len(split), task.num_samples or len(split)),
+        "rows": num_rows,
     }
+    if task.use_masked_targets and fabric.is_global_zero:
+        ids = [example.responses[0].tolist() for example in split.examples(range(num_rows))]
+        numbers["characters"] = sum(len(tokenizer.decode(response, skip_special_tokens=True)) for response in ids)
+        bits = result["nll"] * result["items"] / math.log(2)
+        numbers["bits_per_character"] = bits / max(1, numbers["characters"])
     save_result(fabric, cfg, f"perplexity-{task.data_split}", numbers)

@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric import Fabric
 from rich.console import Console
@@ -13,8 +15,24 @@ from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.utils.errors import ConfigError
 
 
-def save_result(fabric: Fabric, cfg: EvalConfig, name: str, numbers: dict[str, float | int]) -> None:
+def save_result(
+    fabric: Fabric,
+    cfg: EvalConfig,
+    name: str,
+    numbers: Mapping[str, Any],
+    *,
+    table: Table | None = None,
+    rows: Iterable[Mapping[str, Any]] = (),
+) -> None:
     """All ranks; rank zero prints the numbers and writes `<name>-<weights>.json`, newest over older.
+
+    Args:
+        fabric: tells rank zero from the others.
+        cfg: the evaluation.
+        name: of the file.
+        numbers: the results, for JSON.
+        table: how to print them; by default one number a line.
+        rows: what the numbers were made of, kept in `<name>-<weights>.jsonl`.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -37,17 +55,26 @@ def save_result(fabric: Fabric, cfg: EvalConfig, name: str, numbers: dict[str, f
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "version": sheeprlhf.__version__,
     }
-    path = folder / f"{name}-{weights}.json"
+    lines = [json.dumps(row) + "\n" for row in rows]
+    files = {folder / f"{name}-{weights}.jsonl": "".join(lines)} if lines else {}
+    files[folder / f"{name}-{weights}.json"] = json.dumps(record, indent=1)  # last: the rows are there when it is
+    for path, text in files.items():
+        _write(path, text)
+    if table is None:
+        table = Table("metric", "value")
+        for key, value in numbers.items():
+            table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+    table.title = f"{cfg.task.config_name} of {weights} on {cfg.data.config_name}/{cfg.task.data_split}"
+    Console().print(table)
+    print("\n".join(f"saved: {path}" for path in files))
+
+
+def _write(path: Path, text: str) -> None:
+    """A file that appears whole."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(json.dumps(record, indent=1))
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; check permissions and free space") from error
-    title = f"{cfg.task.config_name} of {weights} on {cfg.data.config_name}/{cfg.task.data_split}"
-    table = Table("metric", "value", title=title)
-    for key, value in numbers.items():
-        table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
-    Console().print(table)
-    print(f"saved: {path}")

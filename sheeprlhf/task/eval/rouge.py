@@ -1,0 +1,166 @@
+"""ROUGE: how much wording generated responses share with the references, beside what trivial answers get.
+
+Every row's response is generated once, in batches of prompts of similar length that are dealt to all devices; the text
+that greedy decoding or beam search writes depends neither on the batches nor on the devices. Scores are means over rows
+of rouge-score's F-measures, times 100, with 95 % bootstrap intervals.
+"""
+
+import re
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from rich.table import Table
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
+from sheeprlhf.data.sampler import cut_micro_batches
+from sheeprlhf.engine.fabric import gather_objects
+from sheeprlhf.model.generate import generate_responses
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.registry import config_to_dict
+from sheeprlhf.structure.run import EvalConfig
+from sheeprlhf.structure.task import RougeConfig
+from sheeprlhf.task.eval.baselines import baseline_responses
+from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, say_on
+from sheeprlhf.task.eval.result import save_result
+from sheeprlhf.task.eval.rouge_metric import ROUGE_TYPES, Rouge, mean_and_interval
+from sheeprlhf.utils.errors import ConfigError
+
+
+def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
+    """All ranks: generate, score, print the scores and save them as JSON, with the generations beside it.
+
+    Raises:
+        SheepError: something that the user can mend; see its message.
+    """
+    task = cfg.task
+    assert isinstance(task, RougeConfig) and cfg.model is not None and cfg.data is not None
+    say = partial(say_on, fabric)
+    tokenizer = load_tokenizer(cfg.model)
+    data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
+    split = evaluated_split(data, task.data_split)
+    num_rows = min(len(split), task.num_samples or len(split))
+    longest_prompt = int(split.sizes[:num_rows, 0].max())
+    policy, _ = load_evaluated_policy(cfg, tokenizer, longest=longest_prompt, batching="padded", say=say)
+    _check_positions(policy, longest_prompt, cfg.generation.max_new_tokens)
+    fabric.setup_module(policy)  # onto the device, in the precision asked for
+
+    generated = gather_objects(fabric, _generate(fabric, cfg, policy, tokenizer, split, num_rows))
+    if not fabric.is_global_zero:
+        return
+    response_of_row = {row: text for of_rank in generated for row, text in of_rank.items()}
+    responses = [response_of_row[row] for row in range(num_rows)]
+    examples = split.examples(range(num_rows))
+    prompts = [_text(tokenizer, example.prompt_ids) for example in examples]
+    references = [_text(tokenizer, example.responses[0]) for example in examples]
+    num_cut = sum(int(example.responses[0][-1] != tokenizer.eos_token_id) for example in examples)
+    if num_cut:
+        say(f"{num_cut} references were cut at data.max_length={cfg.data.max_length}: only what is left counts")
+    num_wordless = sum(re.search("[a-z0-9]", text.lower()) is None for text in references)
+    if num_wordless:
+        say(f"{num_wordless} references have no word of a-z and 0-9, and ROUGE sees no others: they score 0")
+
+    systems = {"model": responses, **baseline_responses(prompts, references)}
+    numbers, rouge_l = _score(systems, references, use_stemmer=task.use_stemmer, seed=cfg.seed)
+    numbers |= {"seed": cfg.seed, "generation": config_to_dict(cfg.generation)}
+    rows = [
+        {"row": example.row_id, "prompt": prompt, "response": response, "reference": reference, "rougeL": score}
+        for example, prompt, response, reference, score in zip(
+            examples, prompts, responses, references, rouge_l, strict=True
+        )
+    ]
+    save_result(fabric, cfg, f"rouge-{task.data_split}", numbers, table=_table(numbers), rows=rows)
+
+
+@torch.no_grad()
+def _generate(
+    fabric: Fabric,
+    cfg: EvalConfig,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    split: TokenizedSplit,
+    num_rows: int,
+) -> dict[int, str]:
+    """This rank's share of the first rows: their responses by row; none if there are fewer rows than ranks."""
+    torch.manual_seed(cfg.seed + fabric.global_rank)  # for sampling; ranks must not draw alike
+    batches = cut_micro_batches(
+        np.arange(num_rows),
+        (split.sizes[:, 0] + cfg.generation.max_new_tokens) * cfg.generation.num_beams,
+        max_rows=cfg.task.mini_batch_size,
+        token_budget=cfg.task.token_budget,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+    )
+    responses: dict[int, str] = {}
+    hidden = None if fabric.is_global_zero else True  # None: shown in a terminal only
+    with tqdm(total=sum(map(len, batches)), desc="generating", unit=" rows", leave=False, disable=hidden) as bar:
+        for rows in batches:
+            prompts = [example.prompt_ids for example in split.examples(rows)]
+            with fabric.autocast():
+                texts = generate_responses(policy.causal_lm(), tokenizer, prompts, cfg.generation)
+            responses.update(zip(rows, texts, strict=True))
+            bar.update(len(rows))
+    return responses
+
+
+def _check_positions(policy: Policy, longest_prompt: int, max_new_tokens: int) -> None:
+    positions = getattr(policy.causal_lm().config, "max_position_embeddings", None)
+    if positions is not None and longest_prompt + max_new_tokens > positions:
+        raise ConfigError(
+            f"generation.max_new_tokens={max_new_tokens}: the longest prompt has {longest_prompt} tokens, the model "
+            f"{positions} positions; give generation.max_new_tokens={max(1, positions - longest_prompt)}"
+        )
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> str:
+    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+
+
+def _score(
+    systems: dict[str, list[str]], references: list[str], *, use_stemmer: bool, seed: int
+) -> tuple[dict[str, Any], list[float]]:
+    """Scores of the model and of the baselines, F-measures times 100.
+
+    Returns:
+        The numbers of the result, and the model's ROUGE-L of every row.
+    """
+    metric = Rouge()
+    columns: dict[tuple[str, str], np.ndarray] = {}  # (N,) one value a row
+    for system, texts in tqdm(systems.items(), desc="scoring", leave=False, disable=None):
+        options = {"use_stemmer": use_stemmer, "use_aggregator": False}
+        of_rows = metric.compute(predictions=texts, references=references, **options)
+        columns |= {(system, kind): 100 * np.array(of_rows[kind]) for kind in ROUGE_TYPES}
+    for system in systems:  # the same rows are drawn for both, so that the interval is of the difference itself
+        columns[system, "ahead"] = columns["model", "rougeL"] - columns[system, "rougeL"]
+    intervals = mean_and_interval(np.stack(list(columns.values()), axis=1), seed=seed).T.tolist()
+    result = dict(zip(columns, intervals, strict=True))
+    numbers = {
+        **{kind: result["model", kind][0] for kind in ROUGE_TYPES},
+        "rows": len(references),
+        "mean_low_high": {system: {kind: result[system, kind] for kind in ROUGE_TYPES} for system in systems},
+        "rougeL_ahead_of": {system: result[system, "ahead"] for system in systems if system != "model"},
+        "words": {system: sum(len(text.split()) for text in texts) / len(texts) for system, texts in systems.items()},
+        "use_stemmer": use_stemmer,
+    }
+    return numbers, columns["model", "rougeL"].tolist()
+
+
+def _table(numbers: dict[str, Any]) -> Table:
+    """A row for the model and for each baseline: F-measures and their intervals, and words of a response."""
+    table = Table("", *(kind.replace("rouge", "ROUGE-") for kind in ROUGE_TYPES), "words", show_lines=True)
+    for system, scores in numbers["mean_low_high"].items():
+        cells = [f"{mean:.1f}\n{low:.1f} to {high:.1f}" for mean, low, high in scores.values()]
+        table.add_row(system, *cells, f"{numbers['words'][system]:.1f}", style="bold" if system == "model" else "")
+    ahead = numbers["rougeL_ahead_of"]
+    best = min(ahead, key=lambda system: ahead[system][0])
+    mean, low, high = ahead[best]
+    table.caption = (
+        f"means over {numbers['rows']:,} rows of F-measures x 100, and their 95 % intervals\n"
+        f"ROUGE-L ahead of `{best}`: {mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    )
+    return table
