@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-MAX_LOGITS = 1 << 26  # float32 logits kept for one backward pass; more is recomputed in chunks of this size
+MAX_LOGITS = 1 << 26  # logits kept for one backward pass; more is recomputed in chunks of this size
+_CPU_CHUNK, _CHUNK = 1 << 18, 1 << 25  # logits that are worked on at a time in float32: 1 MB stays in a core's cache
 
 
 class TokenLogprobs(NamedTuple):
@@ -25,34 +26,63 @@ class TokenLogprobs(NamedTuple):
 
 
 class _GatherLogprobs(torch.autograd.Function):
-    """log_softmax at chosen entries, keeping one (R, V) buffer: the gradient is written over the logits."""
+    """log_softmax at chosen entries, keeping one (R, V) buffer, the logits: their gradient is written over them.
+
+    Both passes go over the rows in chunks that a CPU's cache holds, and compute in float32 (or float64).
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits_RV: Tensor, index_N: Tensor, target_ids_N: Tensor) -> tuple[Tensor, Tensor]:
-        logsumexp_R = torch.logsumexp(logits_RV, dim=-1)
-        mean_R = logits_RV.mean(dim=-1)
+    def forward(
+        ctx: Any, logits_RV: Tensor, index_N: Tensor, target_ids_N: Tensor, mean: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        sums, means = [], []
+        for part in logits_RV.split(_chunk_rows(logits_RV)):
+            wide = _wide(part)
+            sums.append(wide.logsumexp(dim=-1))
+            means += [wide.mean(dim=-1)] if mean else []
+        logsumexp_R = torch.cat(sums)
         ctx.save_for_backward(logits_RV, logsumexp_R, index_N, target_ids_N)
-        target_N = logits_RV[index_N, target_ids_N] - logsumexp_R[index_N]
-        return target_N, (mean_R - logsumexp_R)[index_N]
+        target_N = _wide(logits_RV[index_N, target_ids_N]) - logsumexp_R[index_N]
+        return target_N, (torch.cat(means) - logsumexp_R)[index_N] if mean else None
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
         logits_RV, logsumexp_R, index_N, target_ids_N = ctx.saved_tensors
         grad_target_N, grad_mean_N = grads
-        total_N = grad_target_N + grad_mean_N
+        assert grad_target_N is not None
+        total_N = grad_target_N if grad_mean_N is None else grad_target_N + grad_mean_N
         total_R = torch.zeros_like(logsumexp_R).index_add_(0, index_N, total_N)
-        mean_R = torch.zeros_like(logsumexp_R).index_add_(0, index_N, grad_mean_N) / logits_RV.shape[-1]
-        # In place: the buffer is this function's own float32 copy and has no reader after this point.
-        grad_RV = logits_RV.sub_(logsumexp_R[:, None]).exp_().mul_(-total_R[:, None]).add_(mean_R[:, None])
-        grad_RV.index_put_((index_N, target_ids_N), grad_target_N, accumulate=True)
-        return grad_RV, None, None
+        start = 0
+        for part in logits_RV.split(_chunk_rows(logits_RV)):
+            rows = slice(start, start + len(part))
+            # In place: the buffer is this function's own and has no reader after this point.
+            grad = _wide(part).sub_(logsumexp_R[rows, None]).exp_().mul_(-total_R[rows, None])
+            inside_N = (index_N >= start) & (index_N < start + len(part))
+            row_N = torch.where(inside_N, index_N - start, 0)
+            if grad_mean_N is not None:
+                mean_r = grad.new_zeros(len(part)).index_add_(0, row_N, grad_mean_N * inside_N)
+                grad.add_(mean_r[:, None] / grad.shape[-1])
+            grad.index_put_((row_N, target_ids_N), grad_target_N * inside_N, accumulate=True)
+            part.copy_(grad)
+            start += len(part)
+        return logits_RV, None, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _chunk_rows(logits_RV: Tensor) -> int:
+    """Rows that are worked on at a time."""
+    return max(1, (_CPU_CHUNK if logits_RV.device.type == "cpu" else _CHUNK) // logits_RV.shape[-1])
 
 
 def logprobs_from_logits(logits_RV: Tensor, index_N: Tensor, target_ids_N: Tensor, *, mean: bool) -> TokenLogprobs:
     """Log-probabilities of targets, in float32 whatever the logits' type.
 
     Args:
-        logits_RV: (R, V) logits; consumed: the backward pass writes their gradient over float32 ones.
+        logits_RV: (R, V) logits; consumed: the backward pass writes their gradient over them.
         index_N: (N,) the row of `logits_RV` that predicts target n; rows may repeat.
         target_ids_N: (N,) target tokens.
         mean: also return the vocabulary's mean log-probability.
@@ -61,8 +91,7 @@ def logprobs_from_logits(logits_RV: Tensor, index_N: Tensor, target_ids_N: Tenso
         logprobs_RV = logits_RV.float().log_softmax(dim=-1)
         mean_N = logprobs_RV.mean(dim=-1)[index_N] if mean else None
         return TokenLogprobs(logprobs_RV[index_N, target_ids_N], mean_N)
-    target_N, mean_N = _GatherLogprobs.apply(logits_RV.float(), index_N, target_ids_N)
-    return TokenLogprobs(target_N, mean_N if mean else None)
+    return TokenLogprobs(*_GatherLogprobs.apply(logits_RV, index_N, target_ids_N, mean))
 
 
 def head_logprobs(

@@ -133,8 +133,8 @@ MUTANTS = [
     Mutant(  # log-softmax in half precision, where there is a gradient
         trap="12",
         file=_HEAD,
-        old="_GatherLogprobs.apply(logits_RV.float(), ",
-        new="_GatherLogprobs.apply(logits_RV, ",
+        old="    return x.to(torch.promote_types(x.dtype, torch.float32))\n",
+        new="    return x\n",
         tests="tests/unit/agent/test_policy.py::test_a_half_precision_model_is_scored_in_float32",
     ),
     Mutant(  # and where there is none
@@ -161,8 +161,9 @@ MUTANTS = [
     Mutant(  # response 2 sees response 1
         trap="shared prompt",
         file=_ATTENTION,
-        old="        prompt = slice(start, start + prompt_length)\n",
-        new="        prompt_length += response_lengths[0]\n        prompt = slice(start, start + prompt_length)\n",
+        old="        prompt = [x[:, :, :prompt_length] for x in (key, value)]\n",
+        new="        prompt_length += response_lengths[0]\n"
+        "        prompt = [x[:, :, :prompt_length] for x in (key, value)]\n",
         tests=_ATTENTION_TEST,
     ),
     Mutant(  # the prompt is left out of a further response's keys on the GPU
@@ -203,29 +204,29 @@ MUTANTS = [
     Mutant(  # models that are wrong on packed rows are not found out
         trap="packing check",
         file=_POLICY,
-        old="    if difference <= _TOLERANCE[",
-        new="    if difference < 99 or _TOLERANCE[",
+        old="    if difference <= packing_tolerance(",
+        new="    if difference < 99 or packing_tolerance(",
         tests="tests/unit/agent/test_policy.py::test_a_model_that_is_wrong_on_packed_rows_is_found_out",
     ),
     Mutant(  # a row's gradient counts each of its targets' probabilities once
         trap="head gradient",
         file=_HEAD,
-        old=".mul_(-total_R[:, None])",
-        new=".mul_(-total_R.sign()[:, None])",
+        old=".mul_(-total_R[rows, None])",
+        new=".mul_(-total_R.sign()[rows, None])",
         tests=_HEAD_TEST,
     ),
     Mutant(  # the mean's part of the gradient of softmax is left out
         trap="head gradient",
         file=_HEAD,
-        old="total_N = grad_target_N + grad_mean_N",
-        new="total_N = grad_target_N",
+        old=" else grad_target_N + grad_mean_N",
+        new=" else grad_target_N",
         tests=_HEAD_TEST,
     ),
     Mutant(  # of two targets of one row, the last one's gradient stays
         trap="head gradient",
         file=_HEAD,
-        old="grad_target_N, accumulate=True)",
-        new="grad_target_N)",
+        old="grad_target_N * inside_N, accumulate=True)",
+        new="grad_target_N * inside_N)",
         tests=_HEAD_TEST,
     ),
     Mutant(  # chunks return targets in their own order

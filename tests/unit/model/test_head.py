@@ -45,7 +45,7 @@ def test_gradient_equals_finite_differences() -> None:
     index_N, ids_N = torch.tensor([0, 2, 2]), torch.tensor([1, 4, 0])
 
     def value(logits: torch.Tensor) -> torch.Tensor:
-        target_N, mean_N = _GatherLogprobs.apply(logits, index_N, ids_N)
+        target_N, mean_N = _GatherLogprobs.apply(logits, index_N, ids_N, True)
         return (weights_N * (target_N + 0.3 * mean_N)).sum()
 
     leaf = logits_RV.clone().requires_grad_()
