@@ -1,6 +1,8 @@
 """The command line: verb -> compose -> typed config -> validate -> launch. Imports no torch until a run starts."""
 
 import functools
+import importlib
+import io
 import os
 import shutil
 import sys
@@ -9,25 +11,15 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from sheeprlhf.command.help import FLAGS, VERBS, print_overview, print_verb_help
+from sheeprlhf.command.help import PLAIN_VERBS, VERBS, print_overview, print_verb_help
+from sheeprlhf.command.screen import print_error
+from sheeprlhf.command.words import Words, split_words, verb_problem
 from sheeprlhf.utils.errors import ConfigError, Interrupted, SheepError
 
-HYDRA_VERBS = ("train", "eval")
+HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
 _SECONDS_FOR_RANK_ZERO = 8.0
-_REFUSED_FLAGS = {
-    "--config-path": "give --config-dir=<folder>, which adds yours to those of sheeprlhf",
-    "--experimental-rerun": "it would unpickle a file; repeat the command, or give resume_from=<run>",
-}
-
-
-class Words(NamedTuple):
-    """A command line after the verb: Hydra's flags, their values by long name, and the overrides."""
-
-    flags: list[str]
-    values: dict[str, str]
-    overrides: list[str]
 
 
 def run(argv: list[str] | None = None) -> None:
@@ -35,6 +27,8 @@ def run(argv: list[str] | None = None) -> None:
 
     Exit codes: 0 done, 1 a failure, 2 the command or configuration cannot work, 128 + n stopped by signal n.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths and texts may hold what its encoding has not
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "debug=true" in [argument.casefold() for argument in arguments]
     code = _guarded(lambda: _dispatch(arguments), debug)
@@ -64,7 +58,7 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
             time.sleep(_SECONDS_FOR_RANK_ZERO)
         if debug:
             traceback.print_exc()
-        print(_message(error, debug), file=sys.stderr)
+        print_error(_message(error, debug))
         return error.exit_code if isinstance(error, SheepError) else 1
 
 
@@ -85,10 +79,16 @@ def _dispatch(arguments: list[str]) -> int:
     if verb is None:
         print_overview()
         return 0
+    if verb not in HYDRA_VERBS:
+        plain = [word for word in rest if word.casefold() != "debug=true"]
+        return importlib.import_module(f"sheeprlhf.command.{verb}").run(plain)
     words = split_words(rest)
     directory = words.values.get("--config-dir")
     if directory is not None and not Path(directory).is_dir():
         raise ConfigError(f"--config-dir={directory} is not a directory: give the folder that holds your groups")
+    name = words.values.get("--config-name")
+    if name is not None:
+        _check_config_name(name, directory)
     if "--help" in words.flags:
         print_verb_help(verb, words.overrides, directory)
         return 0
@@ -101,7 +101,7 @@ def _split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
     A shell asks for completions without the verb, which is then in `COMP_LINE`, where Hydra does not expect it.
     """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        return None, []
+        return (arguments[1], ["--help"]) if arguments[1:] and arguments[1] in VERBS else (None, [])
     if arguments[0] in ("-sc", "--shell-completion"):
         line = os.environ.get("COMP_LINE", "")
         verb = next((word for word in line.split() if word in HYDRA_VERBS), "train")
@@ -110,48 +110,21 @@ def _split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
     if arguments[0] == "--version":
         return "train", arguments
     if arguments[0] not in VERBS:
-        from sheeprlhf.structure.limits import nearest
-
-        near = nearest(arguments[0], VERBS) if "=" not in arguments[0] else "train"
-        hint = f"did you mean `{near}`? " if near else ""
-        raise ConfigError(f"{arguments[0]} is not a command: {hint}The commands are {', '.join(VERBS)}")
+        raise ConfigError(verb_problem(arguments[0], arguments[1:], VERBS))
     return arguments[0], arguments[1:]
 
 
-def split_words(words: list[str]) -> Words:
-    """Separate flags, wherever they stand, from overrides.
+def _check_config_name(name: str, directory: str | None) -> None:
+    """Raises ConfigError if no folder has that file."""
+    from sheeprlhf.structure.compose import configs_directory
+    from sheeprlhf.structure.limits import nearest
 
-    Raises:
-        ConfigError: a flag is unknown, or lacks its value.
-    """
-    long_names = {short: flag.name for flag in FLAGS for short in (flag.name, flag.short)}
-    takes_value = {flag.name for flag in FLAGS if flag.value}
-    flags, values, overrides, problems = [], {}, [], []
-    waiting = list(words)
-    while waiting:
-        word = waiting.pop(0)
-        if not word.startswith("-"):
-            overrides.append(word)
-            continue
-        given, equals, value = word.partition("=")
-        name = long_names.get(given)
-        if given in _REFUSED_FLAGS or given == "-cp":
-            problems.append(f"{given} is not supported: {_REFUSED_FLAGS.get(given, _REFUSED_FLAGS['--config-path'])}")
-        elif name is None:
-            from sheeprlhf.structure.limits import nearest
-
-            near = nearest(given, long_names)
-            problems.append(f"there is no flag {given}" + (f": did you mean {near}?" if near else ""))
-        elif name not in takes_value:
-            flags.append(name)
-        elif equals or waiting:
-            values[name] = value if equals else waiting.pop(0)
-            flags += [name, values[name]]
-        else:
-            problems.append(f"{given} needs a value: {next(flag.help for flag in FLAGS if flag.name == name)}")
-    if problems:
-        raise ConfigError(*problems)
-    return Words(flags, values, overrides)
+    folders = [Path(directory)] if directory else []
+    folders.append(configs_directory())
+    if not any((folder / f"{name.removesuffix('.yaml')}.yaml").is_file() for folder in folders):
+        near = nearest(name, [path.stem for folder in folders for path in folder.glob("*.yaml")])
+        did = f"did you mean {near}?" if near else "give the name of a file of --config-dir, without its ending"
+        raise ConfigError(f"--config-name={name} does not exist: {did}")
 
 
 def _with_hydra(verb: str, words: Words) -> int:

@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.engine.redact import redact_text
 from sheeprlhf.engine.rundir import choose_run_dir, is_finished
+from sheeprlhf.model.locate import locate
 from sheeprlhf.structure.registry import config_hash
-from sheeprlhf.structure.run import EvalConfig, TrainConfig
+from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, RootConfig, TrainConfig
+from sheeprlhf.structure.smaller import advice
 from sheeprlhf.structure.validate import parse_devices
-from sheeprlhf.utils.errors import SheepError
+from sheeprlhf.utils.errors import OutOfMemory, SheepError
+from sheeprlhf.utils.memory import phase
 
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 _QUIET = {
@@ -42,7 +45,7 @@ class Job(NamedTuple):
     in_sweep: bool
 
 
-def launch(config: TrainConfig | EvalConfig, job: Job) -> int:
+def launch(config: RootConfig, job: Job) -> int:
     """Run a job to its end in this process and, with several devices, in those that Fabric starts.
 
     A sweep's job on several devices gets a process of its own: Fabric leaves this one's rank in the environment.
@@ -50,16 +53,27 @@ def launch(config: TrainConfig | EvalConfig, job: Job) -> int:
     Returns:
         The exit code.
     """
+    if isinstance(config, CommandConfig):
+        _be_quiet()
+        if isinstance(config, InspectConfig):
+            _find(config)
+        return _entry(config.entry_point)(config)
     if job.in_sweep and _needs_processes(config):
         return subprocess.run([*_program(), *_words_alone(config, job)], check=False).returncode
     run_dir = None
     sys.argv = [sys.argv[0], job.verb, *job.words]  # what Fabric starts the other ranks with
+    if is_rank_zero():
+        _find(config)
     if isinstance(config, TrainConfig) and is_rank_zero():
         run_dir = _choose_dir(config, job.given_dir)
         if is_finished(run_dir):
             return 0
     try:
-        _run_task(config, run_dir)
+        with phase("the rest of the run"):
+            _run_task(config, run_dir)
+    except OutOfMemory as error:
+        place = None if run_dir is None else str(run_dir)
+        raise OutOfMemory(error.phase, error.facts, *advice(config, error.phase, place)) from error
     except Exception as error:
         if run_dir is not None and not isinstance(error, SheepError):
             path = run_dir / "error.log"
@@ -67,6 +81,21 @@ def launch(config: TrainConfig | EvalConfig, job: Job) -> int:
             error.add_note(f"its traceback is in {path}")
         raise
     return 0
+
+
+def _find(config: TrainConfig | EvalConfig | InspectConfig) -> None:
+    """Rank zero only: if model or data are not to be had, fail before a directory is made and torch is imported."""
+    _be_quiet()
+    if config.model is not None:
+        found = locate(config.model)
+        if found.note:
+            print(found.note, file=sys.stderr)
+        if found.no_hub:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # nobody has to find out again, here or in the other processes
+    if config.data is not None:
+        from sheeprlhf.data import source
+
+        source.locate(config.data)
 
 
 def is_rank_zero() -> bool:
@@ -113,8 +142,7 @@ def _choose_dir(config: TrainConfig, given: str | None) -> Path:
 
 def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
     """All ranks: one process becomes all of them here."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    _be_quiet()
     model = config.model
     if model is not None and model.library_cfg.trust_remote_code and is_rank_zero():
         print(f"Python code of {model.repo_name} at {model.library_cfg.revision} will run on this machine.")
@@ -132,11 +160,22 @@ def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
     fabric.launch()
     folder = fabric.broadcast(str(run_dir or ""))
     _seed(config, on_cuda=fabric.device.type == "cuda")
-    module, _, function = config.task.entry_point.partition(":")
-    task: Any = getattr(importlib.import_module(module), function)
+    task = _entry(config.task.entry_point)
     task(fabric, config, Path(folder)) if isinstance(config, TrainConfig) else task(fabric, config)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _be_quiet() -> None:
+    """Before the libraries are imported: what they would print or send by themselves."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+def _entry(point: str) -> Any:
+    """The function of a "module:function" that one of our classes names."""
+    module, _, function = point.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _forget_hydra() -> None:

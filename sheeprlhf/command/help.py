@@ -1,49 +1,36 @@
 """`--help`: the commands, and for each its groups, choices and options, read from the configuration itself."""
 
-import shutil
-import textwrap
-import typing
-from typing import Any, NamedTuple
+from typing import Any
+
+from rich.text import Text
+
+from sheeprlhf.command.screen import Screen, columns, entry, heading, paragraph
+from sheeprlhf.command.words import FLAGS
 
 VERBS = {
     "train": "Train a model: `train task=sft` works offline on a CPU.",
-    "eval": "Evaluate a run, or any model on any dataset: `eval task=perplexity experiment_dir=<run>`.",
+    "eval": "Evaluate a run or model: `eval task=perplexity experiment_dir=<run>`.",
+    "inspect": "Look at the data as training sees it: `inspect data=summarization`.",
+    "list": "What there is to choose, and past runs: `list models`, `list runs`.",
+    "show": "Every option of a choice, its default and meaning: `show model=opt`.",
+    "doctor": "Check this machine, plan a run's memory: `doctor task=sft model=opt`.",
+    "fetch": "Get a model into the local cache: `fetch model=smollm2` needs no hub.",
 }
-
-
-class Flag(NamedTuple):
-    """A flag of Hydra's; `value` names what follows it."""
-
-    name: str
-    short: str
-    value: str
-    help: str
-
-
-FLAGS = (
-    Flag("--help", "-h", "", "This text; add choices, as in `train task=sft model=opt --help`, to see their options."),
-    Flag("--cfg", "-c", "job|hydra|all", "Print the composed configuration and do nothing else."),
-    Flag("--resolve", "", "", "With --cfg: resolve interpolations."),
-    Flag("--package", "-p", "key", "With --cfg: print this part alone."),
-    Flag("--multirun", "-m", "", "A sweep: several values, as in seed=1,2,3, make one run each."),
-    Flag("--run", "-r", "", "One run; the default."),
-    Flag("--config-dir", "-cd", "folder", "A folder of your own groups and recipes (model/, data/, experiment/)."),
-    Flag("--config-name", "-cn", "name", "Compose this file of --config-dir instead of the command's own."),
-    Flag("--info", "-i", "what", "Print what Hydra found: config, defaults, defaults-tree, plugins, searchpath, all."),
-    Flag("--shell-completion", "-sc", "", 'Shell completion: eval "$(sheeprlhf -sc install=bash)".'),
-    Flag("--hydra-help", "", "", "Hydra's own help."),
-    Flag("--version", "", "", "Hydra's version."),
+PLAIN_VERBS = ("list", "show")  # they take words; the others take options
+_FACTS = (
+    r"\[[^\[\]]*(\[[^\[\]]*\])?\](?=$|\s+One of)"  # of an option: type, unit and default, at the end of its meaning
 )
-_NAMES = {int: "whole number", float: "number", bool: "true|false", str: "text"}
+_WIDE = 100  # columns from which on options have their meaning beside them
 
 
 def print_overview() -> None:
     """All commands."""
-    print("sheeprlhf <command> [group=choice] [option=value] [--flag]\n\nFine-tune and align language models.\n")
-    print("Commands:")
+    screen = Screen()
+    screen.print(_usage("<command>"), Text("\nFine-tune and align language models.\n"), heading("Commands:"), sep="\n")
     for verb, meaning in VERBS.items():
-        print(_entry(verb, meaning, width=8))
-    print("\n`sheeprlhf <command> --help` lists a command's groups, choices and options.")
+        screen.print(entry(verb, meaning, width=8))
+    screen.print()
+    screen.print(paragraph("Start with `train task=sft`; `list` and `<command> --help` tell what there is."))
 
 
 def print_verb_help(verb: str, overrides: list[str], config_dir: str | None) -> None:
@@ -56,86 +43,66 @@ def print_verb_help(verb: str, overrides: list[str], config_dir: str | None) -> 
 
     source = Source(verb, configs_directory(), verb, config_dir)
     config, available = compose_for_help(source, overrides)
-    print(f"sheeprlhf {verb} [group=choice] [option=value] [--flag]\n\n{VERBS[verb]}")
+    screen = Screen()
+    screen.print(_usage(verb), Text(), paragraph(VERBS[verb]), sep="\n")
     for group, names in available.items():
-        _print_group(verb, group, names, config)
-    print("\nOptions, with the defaults of the choices above:")
-    _print_options(verb, config)
-    print("\nFlags:")
+        _print_group(screen, verb, group, names, config)
+    screen.print(heading("\nOptions, with the defaults of the choices above:"))
+    _print_options(screen, verb, config)
+    screen.print(heading("\nFlags:"))
     for flag in FLAGS:
         spelled = ", ".join(filter(None, (flag.name, flag.short))) + (f" <{flag.value}>" if flag.value else "")
-        print(_entry(spelled, flag.help, width=34))
+        screen.print(entry(spelled, flag.help, width=28))
 
 
-def _print_group(verb: str, group: str, names: list[str], config: Any) -> None:
+def _usage(verb: str) -> Text:
+    return heading(f"sheeprlhf {verb}", "[group=choice] [option=value] [--flag]")
+
+
+def _print_group(screen: Screen, verb: str, group: str, names: list[str], config: Any) -> None:
     from omegaconf import OmegaConf
 
+    from sheeprlhf.command.describe import meaning_of, recipe_meaning
     from sheeprlhf.structure.registry import choices
 
     classes = choices(group, verb) if group != "experiment" else {}
     needed = bool(classes) and OmegaConf.is_missing(config, group)
     chosen = None if needed or not classes else OmegaConf.select(config, f"{group}.config_name")
-    print(f"\n{group}=" + (" (must be given)" if needed else f" (default {chosen})" if chosen else ""))
+    note = "(must be given)" if needed else f"(default {chosen})" if chosen else ""
+    screen.print(heading(f"\n{group}=", note, "odd" if needed else "faint"))
     for name in sorted(names, key=lambda name: list(classes).index(name) if name in classes else len(classes)):
-        doc = (classes[name].__doc__ or "").strip().splitlines()[0] if name in classes else "from a file"
-        print(_entry(name, doc if group != "experiment" else _recipe_meaning(name), width=22))
+        meaning = meaning_of(classes[name]) if name in classes else "from a file"
+        screen.print(entry(name, meaning if group != "experiment" else recipe_meaning(name), width=18))
 
 
-def _recipe_meaning(name: str) -> str:
-    """The recipe's first comment, where it is one of ours."""
-    from sheeprlhf.structure.compose import configs_directory
-
-    path = configs_directory() / "experiment" / f"{name}.yaml"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return next((line[1:].strip() for line in lines if line.startswith("# ") and "@package" not in line), "a recipe")
-
-
-def _print_options(verb: str, config: Any) -> None:
+def _print_options(screen: Screen, verb: str, config: Any) -> None:
     from sheeprlhf.structure.registry import choices, options
 
+    part = ""
     for option in options(config):
         if option.key == "task" and option.value == "???":
             for name, cls in choices("task", verb).items():
-                print(f"  with task={name}:")
+                screen.print(f"\n  with task={name}:", style="faint")
                 for inner in options(cls(), "task."):
-                    _print_option(inner)
-        else:
-            _print_option(option)
+                    _print_option(screen, inner)
+        elif not option.key.endswith("config_name") and option.key != "experiment":  # these are set by choosing
+            before, part = part, option.key.rpartition(".")[0].partition(".")[0]
+            if before != part:
+                screen.print()
+            _print_option(screen, option)
 
 
-def _print_option(option: Any) -> None:
-    if option.key.endswith("config_name") or option.key == "experiment":
-        return  # set by choosing
-    shown = _shown(option.value)
-    default = "must be given" if shown == "???" else f"default {shown}"
-    facts = [_type_name(option.type), option.metadata.get("unit", ""), default]
+def _print_option(screen: Screen, option: Any) -> None:
+    from sheeprlhf.command.describe import shown, type_name
+
+    if option.key.endswith("config_name"):
+        return
+    value = shown(option.value)
+    default = "must be given" if value == "???" else f"default {value}"
+    facts = [type_name(option.type), option.metadata.get("unit", ""), default]
     meaning = f"{option.metadata.get('help', '')} [{', '.join(fact for fact in facts if fact)}]"
     if option.metadata.get("choices"):
         meaning += f" One of {', '.join(option.metadata['choices'])}."
-    print(_entry(option.key, meaning, width=34))
-
-
-def _type_name(hint: Any) -> str:
-    from sheeprlhf.structure.registry import unwrap_optional
-
-    plain, optional = unwrap_optional(hint)
-    if typing.get_origin(plain) is tuple:
-        return "numbers"
-    if plain is Any:
-        return ""
-    return _NAMES.get(plain, "group") + (" or null" if optional else "")
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
-
-
-def _entry(name: str, meaning: str, *, width: int) -> str:
-    columns = max(60, min(120, shutil.get_terminal_size((100, 20)).columns))
-    head = f"  {name:<{width}} "
-    lines = textwrap.wrap(meaning, columns - len(head) if len(head) <= width + 3 else columns - width - 3) or [""]
-    if len(head) > width + 3:
-        return "\n".join([head.rstrip(), *(" " * (width + 3) + line for line in lines)])
-    return head + f"\n{' ' * (width + 3)}".join(lines)
+    text = entry(option.key, meaning, width=36 if columns() >= _WIDE else 4)
+    text.highlight_regex(_FACTS, "faint")
+    screen.print(text)

@@ -21,6 +21,11 @@ def redact_text(text: str) -> str:
     return _SECRET_VALUE.sub(HIDDEN, text)
 
 
+def secret_spans(text: str) -> list[tuple[int, int]]:
+    """Where `redact_text` would replace something: first place and the one after the last."""
+    return [match.span() for match in _SECRET_VALUE.finditer(text)]
+
+
 def redact(value: Any, key: str = "") -> Any:
     """A configuration as plain dicts and lists, with secrets replaced: by the name of their key, or by their look.
 

@@ -4,24 +4,23 @@
 times and command.
 """
 
-import fcntl
 import json
 import os
 import re
-import socket
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from sheeprlhf.engine.manifest import fsync
 from sheeprlhf.engine.redact import redact_command
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.utils.errors import ConfigError, RunInUseError
+from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.files import read_small
 
 RUN_FILE = "run.json"
+_MAX_RUN_BYTES = 1 << 20
 _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 
 
@@ -88,7 +87,9 @@ def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = No
 def _resume(folder: Path, config_hash: str, *, key: str) -> RunPlace:
     info = read_run(folder)
     if not info:
-        raise ConfigError(f"{key}={folder} is not a run directory: it has no readable {RUN_FILE}")
+        raise ConfigError(
+            f"{key}={folder} is not a run directory: it has no readable {RUN_FILE}; `list runs` shows them"
+        )
     if info.get("config_hash") != config_hash:
         raise ConfigError(
             f"{key}={folder} belongs to another configuration; give the options in {folder / 'config.yaml'} "
@@ -160,7 +161,7 @@ def find_runs(root_dir: str | Path) -> list[FoundRun]:
 def read_run(run_dir: Path) -> dict[str, Any]:
     """The content of run.json; empty if it is missing or not ours."""
     with suppress(OSError, ValueError, RecursionError):
-        info = json.loads((run_dir / RUN_FILE).read_bytes())
+        info = json.loads(read_small(run_dir / RUN_FILE, _MAX_RUN_BYTES))
         if isinstance(info, dict) and isinstance(info.get("started"), int | float):
             return info
     return {}
@@ -182,51 +183,3 @@ def mark_finished(run_dir: Path, **facts: Any) -> None:
 def is_finished(run_dir: Path) -> bool:
     """Whether the run is complete: its final weights are written."""
     return read_run(run_dir).get("status") == "finished"
-
-
-class RunLock:
-    """Rank zero only, a `with` block: this process works in the run directory and nobody else does.
-
-    The kernel frees the lock however the process dies, so no stale lock exists.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        """Nothing is locked yet."""
-        self._path = run_dir / ".lock"
-        self._descriptor: int | None = None
-
-    def __enter__(self) -> "RunLock":
-        """Take the lock.
-
-        Raises:
-            RunInUseError: another process holds it; the message names that process.
-        """
-        try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ConfigError(f"cannot lock the run directory {self._path.parent}: {error.strerror}") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
-            raise RunInUseError(
-                f"{self._path.parent} is in use by {holder}; wait for it, or start another run without resume"
-            ) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        self._descriptor = descriptor
-        # A forked worker that outlives us must not keep the lock.
-        os.register_at_fork(after_in_child=self._close)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Free the lock."""
-        self._close()
-
-    def _close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.utils.errors import DataError, NonFiniteError
+from sheeprlhf.utils.memory import phase
 
 
 class LossOutput(NamedTuple):
@@ -89,8 +90,10 @@ def update(
     for index, micro in enumerate(micro_batches):
         # forward too: the wrapper decides in its forward whether this backward synchronises
         with fabric.no_backward_sync(module, enabled=index + 1 < len(micro_batches)):
-            output = loss_fn(module, fabric.to_device(micro.batch))
-            fabric.backward(output.total * scale)
+            with phase("forward pass"):
+                output = loss_fn(module, fabric.to_device(micro.batch))
+            with phase("backward pass"):
+                fabric.backward(output.total * scale)
         totals.append(output.total.detach())
         _accumulate(sums, output)
     if not micro_batches:
@@ -109,7 +112,8 @@ def update(
     if not (math.isfinite(result["loss"]) and math.isfinite(grad_norm_float)):
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(_non_finite_message(fabric, result, micro_batches, totals))
-    optimizer.step()
+    with phase("optimizer step"):
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return result
 
@@ -130,7 +134,7 @@ def evaluate(
     """
     sums: dict[str, Tensor] = {}
     num_local = 0
-    with isolated_rng(), eval_mode(module), torch.no_grad():
+    with phase("evaluation"), isolated_rng(), eval_mode(module), torch.no_grad():
         for micro in micro_batches:
             if micro.num_items == 0:
                 continue

@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.utils.memory import phase
 
 
 def generation_config(cfg: GenConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -24,6 +25,7 @@ def generation_config(cfg: GenConfig, tokenizer: PreTrainedTokenizerBase) -> Gen
     )
 
 
+@phase("generation")
 @torch.no_grad()
 def generate_responses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], cfg: GenConfig

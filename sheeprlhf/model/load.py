@@ -1,18 +1,16 @@
 """Load tokenizers and causal language models: a hub name, a local folder, or the embedded model, by the same code."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.model.attention import PACKED, register
+from sheeprlhf.model.locate import locate
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.hub import EMBEDDED, embedded_folder, why_offline
 
 _DROPOUT_KEY = re.compile(r"(drop|_pdrop$)")
 
@@ -21,25 +19,11 @@ def _source(cfg: ModelConfig) -> tuple[str, dict[str, Any]]:
     """Folder or hub id of the model, and the keyword arguments that every `from_pretrained` call gets.
 
     Raises:
-        ModelError: there is no such folder or embedded model, or the hub does not answer and the cache lacks the model.
+        ModelError: it cannot be found.
     """
-    name = str(cfg.repo_name)
-    library = cfg.library_cfg
-    options: dict[str, Any] = {"trust_remote_code": library.trust_remote_code, "revision": library.revision}
-    folder = embedded_folder(name) if name.startswith(EMBEDDED) else Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"model.repo_name={name}: this folder has no config.json; give one in the hub's layout")
-        return str(folder), options | {"local_files_only": True}
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise ModelError(f"model.repo_name={name} is neither a folder nor a hub id (owner/name)")
-    offline = "model.library_cfg.local_files_only is set" if library.local_files_only else why_offline()
-    if offline and not isinstance(try_to_load_from_cache(name, "config.json", revision=library.revision), str):
-        raise ModelError(
-            f"model.repo_name={name}: {offline} and this model is not in the local cache; connect, give a "
-            "local folder in the hub's layout (model.repo_name=<folder>), or use model=tiny, which needs no network"
-        )
-    return name, options | {"local_files_only": bool(offline)}
+    found, library = locate(cfg), cfg.library_cfg
+    options = {"trust_remote_code": library.trust_remote_code, "revision": library.revision}
+    return found.source, options | {"local_files_only": found.local_only}
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:

@@ -22,17 +22,18 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import sheeprlhf
-from sheeprlhf.structure.limits import nearest, option_problems
+from sheeprlhf.structure.catalogue import condensed
+from sheeprlhf.structure.limits import option_problems
 from sheeprlhf.structure.overrides import Chosen, key_problem, missing_problem, pick_groups, readable
 from sheeprlhf.structure.registry import ROOTS, choices, groups, options, register_configs, to_typed
-from sheeprlhf.structure.run import EvalConfig, TrainConfig
+from sheeprlhf.structure.run import EvalConfig, RootConfig
 from sheeprlhf.structure.saved import saved_group
 from sheeprlhf.structure.strangers import content_problems, hydra_problems
 from sheeprlhf.structure.validate import validate
 from sheeprlhf.utils.errors import ConfigError
 
 SAVED_CHOICE = "of_the_run"
-RECIPES = {"train": ("experiment",)}  # groups of named values, which have no dataclass
+RECIPES = {"train": ("experiment",), "doctor": ("experiment",)}  # groups of named values, which have no dataclass
 
 
 class Source(NamedTuple):
@@ -100,7 +101,7 @@ def saved_overrides(verb: str, overrides: list[str]) -> list[str]:
     return [f"{group}={SAVED_CHOICE}" for group in added]
 
 
-def finish(config: DictConfig) -> TrainConfig | EvalConfig:
+def finish(config: DictConfig) -> RootConfig:
     """The typed, valid, read-only configuration of one job.
 
     Raises:
@@ -136,11 +137,12 @@ def _hydra(source: Source) -> Iterator[None]:
 
 
 def _group_options(verb: str) -> dict[str, list[str]]:
-    """The choices of every group, classes and files, without the other verb's tasks."""
+    """The choices of every group, classes and files, without other verbs' tasks."""
     loader = GlobalHydra.instance().config_loader()
     found = {group: list(loader.get_group_options(group)) for group in [*groups(verb), *RECIPES.get(verb, ())]}
-    other = {name for root in ROOTS if root != verb for name in choices("task", root)}
-    found["task"] = [name for name in found["task"] if name not in other]
+    other = set(choices("task")) - set(choices("task", verb))
+    if "task" in found:
+        found["task"] = [name for name in found["task"] if name not in other]
     for names in found.values():
         names[:] = [name for name in names if name != SAVED_CHOICE]
     return found
@@ -170,9 +172,7 @@ def _check_job(source: Source, parsed: list[Override], complete: bool) -> list[s
     try:
         words += saved_overrides(source.verb, _words(parsed))
         base, without = _compose_base(source, chosen, words)
-        problems += without + hydra_problems(
-            source.verb, base, [f"task={chosen.available['task'][0]}", *_words(chosen.hydra)]
-        )
+        problems += without + hydra_problems(source.verb, base, [*_a_task(chosen), *_words(chosen.hydra)])
         problems += _place_problems(base)
     except ConfigError as error:
         return problems + list(error.problems)
@@ -186,6 +186,11 @@ def _check_job(source: Source, parsed: list[Override], complete: bool) -> list[s
         problems += [problem] if problem else []
     outside = content_problems(base, parsed)
     return problems + (outside or (_value_problems(base, chosen, source.verb) if complete else []))
+
+
+def _a_task(chosen: Chosen) -> list[str]:
+    """Any task, so that a configuration which needs one composes."""
+    return [f"task={names[0]}"] if (names := chosen.available.get("task")) else []
 
 
 def _place_problems(base: DictConfig) -> list[str]:
@@ -209,7 +214,7 @@ def _value_problems(base: DictConfig, chosen: Chosen, verb: str) -> list[str]:
             return [missing_problem(key, base) for key in missing] + limits
         finish(base)
     except OmegaConfBaseException as error:
-        return [_condensed(str(error).splitlines(), verb)]
+        return [condensed(str(error).splitlines(), verb)]
     except ConfigError as error:
         return list(error.problems)
     return []
@@ -230,18 +235,9 @@ def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> tuple[Dic
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             unset = re.match(r"You must specify '(\w+)'", lines[0]) if lines else None
             if unset is None or len(problems) > len(ROOTS):
-                raise ConfigError(_condensed(lines, source.verb)) from error
+                raise ConfigError(condensed(lines, source.verb)) from error
             group = unset[1]
             names = chosen.available[group]
             if not {group, "experiment"} & chosen.failed:  # a recipe may choose the group
                 problems.append(f"{group} is missing: give {group}=<name>; it may be {', '.join(names)}")
             words.append(f"{group}={names[0]}")
-
-
-def _condensed(lines: list[str], verb: str) -> str:
-    """Hydra's own message on one line, with the nearest key if a file names one that does not exist."""
-    text = " ".join(lines[:2])
-    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), None)
-    names = [field for group in groups(verb) for cls in choices(group, verb).values() for field in vars(cls())]
-    near = nearest(key.split(".")[-1], names) if key else None
-    return f"{text} ({key}: did you mean {near}?)" if near else text

@@ -1,13 +1,18 @@
 """Checks of one option on its own, and the nearest valid name for a mistyped one."""
 
 import difflib
+import itertools
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from sheeprlhf.structure.registry import Option
 
+_SAME = {"gpu": "cuda"}  # what nobody finds by the letters
+_MOST_NAMES = 1000  # of a folder, that are compared with a mistyped one
 _SECRET_NAME = re.compile(r"(token|secrets?|passwords?|passwd|api_?keys?|private_?key|secret_?key|credentials?)$", re.I)
 _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{16,})|://[^/\s@]+:[^/\s@]+@")
 
@@ -15,10 +20,23 @@ _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[\w-]{16,}|gh[pousr]_[A-Za
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate most like `word` in any letter case, or None if nothing is alike."""
     by_folded = {candidate.casefold(): candidate for candidate in candidates}
-    folded = word.casefold()
+    folded = _SAME.get(word.casefold(), word.casefold())
     matches = difflib.get_close_matches(folded, by_folded, n=1, cutoff=0.5)
     matches = matches or [candidate for candidate in by_folded if folded and candidate.startswith(folded)]
     return by_folded[matches[0]] if matches else None
+
+
+def near_path(path: str) -> str | None:
+    """The path of an existing neighbour whose name is most like that of `path`; None if nothing is alike."""
+    wrong = Path(path)
+    if os.path.exists(wrong):
+        return None
+    try:
+        names = [child.name for child in itertools.islice(wrong.parent.iterdir(), _MOST_NAMES)]
+    except OSError:
+        return None
+    near = nearest(wrong.name, names) if wrong.name else None
+    return str(wrong.with_name(near)) if near else None
 
 
 def is_secret_name(name: str) -> bool:
@@ -38,8 +56,8 @@ def option_problems(option: Option) -> Iterator[str]:
         yield f"{key}: the value looks like a credential; put it into the environment (HF_TOKEN) and remove it here"
     if isinstance(value, str) and metadata.get("choices") and not _is_choice(value, metadata["choices"]):
         near = nearest(value, metadata["choices"])
-        did = f"did you mean {key}={near}? " if near else ""
-        yield f"{key}={value} is not a choice: {did}It may be {', '.join(metadata['choices'])}"
+        did = f"did you mean {key}={near}? It" if near else "it"
+        yield f"{key}={value} is not a choice: {did} may be {', '.join(metadata['choices'])}"
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int | float) and not isinstance(number, bool):
             yield from _range_problems(key, number, metadata)
@@ -55,8 +73,8 @@ def _range_problems(key: str, number: float, metadata: Any) -> Iterator[str]:
     if not math.isfinite(number):
         yield f"{key}={number} must be a finite number"
     elif low is not None and number < low:
-        yield f"{key}={number} is too small: give {low:g}{unit} or more"
+        yield f"{key}={number} is too small: give {low:.12g}{unit} or more"
     elif above is not None and number <= above:
-        yield f"{key}={number} is too small: give more than {above:g}{unit}"
+        yield f"{key}={number} is too small: give more than {above:.12g}{unit}"
     elif high is not None and number > high:
-        yield f"{key}={number} is too large: give {high:g}{unit} or less"
+        yield f"{key}={number} is too large: give {high:.12g}{unit} or less"

@@ -2,7 +2,14 @@
 
 import ctypes
 import importlib.metadata
+import importlib.util
 import os
+from collections.abc import Iterable
+
+
+def missing_modules(names: Iterable[str]) -> list[str]:
+    """Those top-level modules that are not installed; none is imported."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
 
 
 def cuda_device_count() -> int:
@@ -30,3 +37,27 @@ def cuda_problem(devices: int | str | list[int] | None) -> str | None:
     if asked > count:
         return f"fabric.devices needs {asked} CUDA device(s), this machine has {count}; give fabric.devices={count}"
     return None
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that a new process could have, its container's limit respected; None where nobody tells."""
+    room = [_field("/proc/meminfo", "MemAvailable:", 1024)]
+    for limit, used, statistics, cache in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):  # of the second and the first version of control groups
+        folder = "/sys/fs/cgroup"
+        most, now = _field(f"{folder}/{limit}"), _field(f"{folder}/{used}")
+        if most is not None and now is not None:
+            room.append(max(0, most - now + (_field(f"{folder}/{statistics}", cache) or 0)))
+    return min((value for value in room if value is not None), default=None)
+
+
+def _field(path: str, name: str = "", unit: int = 1) -> int | None:
+    """A number of a file: the one behind `name` at the start of a line, or the first; None if there is none."""
+    try:
+        with open(path, encoding="ascii") as file:
+            words = next((line.removeprefix(name).split() for line in file if line.startswith(name)), [])
+    except OSError:
+        return None
+    return int(words[0]) * unit if words and words[0].isdigit() else None

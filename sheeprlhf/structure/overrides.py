@@ -10,6 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sheeprlhf.structure.catalogue import meant_by, owners_of
 from sheeprlhf.structure.limits import is_secret_name, is_secret_value, nearest
 from sheeprlhf.structure.registry import ROOTS, choices, groups, options, unwrap_optional
 
@@ -33,6 +34,9 @@ def readable(words: list[str]) -> tuple[list[Override], list[str]]:
     parsed, problems = [], []
     for word in words:
         key, _, value = word.partition("=")
+        if not key:
+            problems.append(f"{_short(word)} has no key: write key=value, for example seed=1")
+            continue
         if is_secret_value(word):
             problems.append(f"{key if value and not is_secret_value(key) else 'a word'}: {_SECRET_FIX}")
             continue
@@ -54,10 +58,11 @@ def readable(words: list[str]) -> tuple[list[Override], list[str]]:
 def _unreadable(word: str, key: str, value: str) -> str:
     if value:
         return f"{_short(word)} cannot be read: quote what has special characters, \"{key}='...'\""
-    for verb in ROOTS:
-        for group in groups(verb):
-            if word in choices(group, verb):
-                return f"{word} is not key=value: did you mean {group}={word}?"
+    if word in ROOTS:
+        return f"{word} is a command: give one command, at the start"
+    meant = ["--help"] if word == "help" else meant_by(word)
+    if meant:
+        return f"{_short(word)} is not key=value: did you mean {' or '.join(meant)}?"
     return f"{_short(word)} is not key=value: options are written without dashes and spaces, for example seed=1"
 
 
@@ -101,7 +106,7 @@ def _choice_problem(verb: str, override: Override, available: dict[str, list[str
     if override.is_add():
         return f"+{key}={value}: {key} is there already; write {key}={value}"
     if override.is_sweep_override():
-        return _sweep_problem(override)
+        return _sweep_problem(override, is_text=False)
     if isinstance(value, str) and value in names:
         return None
     if key == "task":
@@ -129,10 +134,10 @@ def key_problem(verb: str, override: Override, config: DictConfig, chosen: Chose
         return f"{word}: no option can be removed; give {key}=null where it may be null"
     if override.is_add() and not override.is_force_add():
         return f"{word}: {key} is there already; write it without the +"
-    if override.is_sweep_override():
-        return _sweep_problem(override)
-    value = override.value()
     hint, optional = unwrap_optional(found.type)
+    if override.is_sweep_override():
+        return _sweep_problem(override, is_text=hint in (str, Any))
+    value = override.value()
     try:
         if isinstance(value, int | float) and isinstance(value, bool) != (hint is bool) and hint in (bool, int, float):
             raise ValueError(value)  # OmegaConf would take true for 1 and 2 for true
@@ -146,10 +151,10 @@ def key_problem(verb: str, override: Override, config: DictConfig, chosen: Chose
     return None
 
 
-def _sweep_problem(override: Override) -> str:
+def _sweep_problem(override: Override, *, is_text: bool) -> str:
     key = override.key_or_group
-    quoted = f"\"{key}='{(override.input_line or '').partition('=')[2]}'\""
-    return f"{_short(override.input_line)}: several values need -m (one run each); for one text, quote it: {quoted}"
+    quoted = f"; for one text, quote it: \"{key}='{(override.input_line or '').partition('=')[2]}'\"" if is_text else ""
+    return f"{_short(override.input_line)}: several values need -m (one run each){quoted}"
 
 
 class _Found(NamedTuple):
@@ -194,8 +199,9 @@ def _unknown_key(verb: str, key: str, config: DictConfig, chosen: Chosen) -> str
         near = nearest(key, [*keys, *chosen.available])
         same = [k for k in keys if k.split(".")[-1] == near_last] if near is None and near_last else []
         same = same or ([near] if near else [])
-    did = f"did you mean {' or '.join(same[:3])}?" if same else f"`{verb} --help` lists all"
-    return f"there is no option {_short(key)}: {did}"
+    owners = owners_of(key, verb)  # then the key is no slip of the pen
+    did = f"did you mean {' or '.join(same[:3])}?" if same and not owners else f"`{verb} --help` lists all"
+    return f"there is no option {_short(key)}: {did}{owners}"
 
 
 def missing_problem(key: str, config: DictConfig) -> str:

@@ -17,11 +17,25 @@ from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig
 from sheeprlhf.structure.option import Config
-from sheeprlhf.structure.run import EvalConfig, TrainConfig
+from sheeprlhf.structure.run import (
+    CommandConfig,
+    DoctorConfig,
+    EvalConfig,
+    FetchConfig,
+    InspectConfig,
+    RootConfig,
+    TrainConfig,
+)
 from sheeprlhf.structure.task import EvalTaskConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError
 
-ROOTS: dict[str, type[TrainConfig] | type[EvalConfig]] = {"train": TrainConfig, "eval": EvalConfig}
+ROOTS: dict[str, type[TrainConfig] | type[EvalConfig] | type[CommandConfig]] = {
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "inspect": InspectConfig,
+    "doctor": DoctorConfig,
+    "fetch": FetchConfig,
+}
 _BASES: dict[str, tuple[type[Config], ...]] = {
     "task": (TrainTaskConfig, EvalTaskConfig),
     "model": (ModelConfig,),
@@ -29,16 +43,18 @@ _BASES: dict[str, tuple[type[Config], ...]] = {
     "fabric": (FabricConfig,),
     "optim": (OptimizerConfig,),
 }
-_TASKS = {"train": (TrainTaskConfig,), "eval": (EvalTaskConfig,)}
+_TASKS = {verb: (EvalTaskConfig,) if verb == "eval" else (TrainTaskConfig,) for verb in ROOTS}
 DRY_RUN_STEPS = 2
 DRY_RUN_ROWS = 64
 
 # What names, places or speeds up a run without changing its result (another number of processes only rounds sums
 # differently; a checkpoint announces it). Everything else tells two runs apart.
+CUT_OPTIONS = ("task.token_budget", "task.micro_batch_size", "model.gradient_checkpointing")  # speed and memory alone
 NOT_IN_HASH = frozenset(
     {
         *("resume", "resume_from", "debug", "root_dir", "output_dir", "experiment"),
-        *("data.cache_dir", "data.num_proc", "task.num_workers"),
+        *("data.cache_dir", "data.num_proc", "task.num_workers", "task.num_sample_prompts"),
+        *CUT_OPTIONS,
         *("fabric.config_name", "fabric.accelerator", "fabric.devices", "fabric.num_nodes", "fabric.strategy"),
     }
 )
@@ -73,7 +89,7 @@ def groups(verb: str) -> list[str]:
 
 
 def register_configs() -> None:
-    """Everything into Hydra's ConfigStore: the two roots as `<verb>_schema`, and the choices of every group."""
+    """Everything into Hydra's ConfigStore: the roots as `<verb>_schema`, and the choices of every group."""
     store = ConfigStore.instance()
     for verb, root in ROOTS.items():
         store.store(name=f"{verb}_schema", node=root)
@@ -107,7 +123,7 @@ def _metadata(cls: type, name: str) -> typing.Mapping[str, Any]:
     return {}
 
 
-def to_typed(config: DictConfig) -> TrainConfig | EvalConfig:
+def to_typed(config: DictConfig) -> RootConfig:
     """The composed configuration as its own dataclasses: choices in their first spelling, dry run applied, read-only.
 
     Raises:
@@ -117,9 +133,9 @@ def to_typed(config: DictConfig) -> TrainConfig | EvalConfig:
         typed = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
-    assert isinstance(typed, TrainConfig | EvalConfig)
+    assert isinstance(typed, RootConfig)
     _normalise(typed)
-    if typed.dry_run:
+    if isinstance(typed, TrainConfig | EvalConfig) and typed.dry_run:
         typed = apply_dry_run(typed)
     typed.lock()
     return typed

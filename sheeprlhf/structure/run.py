@@ -1,7 +1,7 @@
-"""The two roots: what `train` and `eval` compose."""
+"""The roots: what each verb that takes a configuration composes."""
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 from omegaconf import MISSING
 
@@ -25,7 +25,7 @@ class TrainConfig(Config):
     optim: OptimizerConfig = MISSING
     generation: GenConfig = GenConfig()
     experiment: Any = option(None, "Named recipe of configs/experiment.")
-    seed: int = option(42, "Seed of everything random in the run.", minimum=0)
+    seed: int = option(42, "Seed of everything random in the run.", minimum=0, maximum=2**32 - 1)
     dry_run: bool = option(False, "A complete run of two optimizer steps.")
     run_name: str = option("default", "Last part of the run directory.")
     root_dir: str = option("logs/runs", "Where run directories are made.")
@@ -56,6 +56,51 @@ class EvalConfig(Config):
     generation: GenConfig = GenConfig()
     experiment_dir: Optional[str] = option(None, "Run directory to evaluate; results go into its eval/ folder.")
     output_dir: str = option("logs/eval", "Where results go when there is no experiment_dir.")
-    seed: int = option(42, "Seed of everything random.", minimum=0)
+    seed: int = option(42, "Seed of everything random.", minimum=0, maximum=2**32 - 1)
     dry_run: bool = option(False, "Evaluate on two mini-batches.")
     debug: bool = option(False, "Show the traceback of an error.")
+
+
+@dataclass(unsafe_hash=True)
+class CommandConfig(Config):
+    """Parent of the commands that neither train nor evaluate: one process, no run directory."""
+
+    entry_point: ClassVar[str] = ""  # "module:function", called as function(config); its result is the exit code
+
+
+@dataclass(unsafe_hash=True)
+class InspectConfig(CommandConfig):
+    """The data as a task would see it."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.command.inspect:run"
+
+    task: TrainTaskConfig = MISSING
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    split: str = option("train", "Split to show.", choices=("train", "validation", "test", "reward"))
+    num_examples: int = option(3, "Examples to print.", minimum=0)
+    output_dir: str = option("logs/inspect", "Where the histogram (PNG) and the data report (JSON) go.")
+    debug: bool = option(False, "Show the traceback of an error.")
+
+
+@dataclass(unsafe_hash=True)
+class DoctorConfig(CommandConfig, TrainConfig):
+    """Whether a training run would work on this machine: takes what `train` takes, and starts nothing."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.command.doctor:run"
+
+
+@dataclass(unsafe_hash=True)
+class FetchConfig(CommandConfig):
+    """A model into the local cache, so that it works without the hub."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.command.fetch:run"
+
+    model: ModelConfig = MISSING
+    cache_dir: Optional[str] = option(
+        None, "Where fetched models are kept; null is $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf."
+    )
+    debug: bool = option(False, "Show the traceback of an error.")
+
+
+RootConfig = TrainConfig | EvalConfig | CommandConfig

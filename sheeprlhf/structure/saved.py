@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from sheeprlhf.structure.limits import near_path
 from sheeprlhf.structure.option import Config
 from sheeprlhf.structure.registry import from_dict
 from sheeprlhf.utils.errors import ConfigError
@@ -30,13 +31,20 @@ def read_run_config(experiment_dir: str) -> dict[str, Any]:
     path = Path(experiment_dir) / "config.yaml"
     if not path.is_file():
         what = "is not a directory" if not path.parent.is_dir() else "is no run directory: it has no config.yaml"
-        raise ConfigError(f"experiment_dir={experiment_dir} {what}; give the directory that a train run printed")
+        near = None if path.parent.is_dir() else near_path(experiment_dir)
+        did = (
+            f"did you mean experiment_dir={near}? `list runs` shows all"
+            if near
+            else "`list runs` shows which there are"
+        )
+        raise ConfigError(f"experiment_dir={experiment_dir} {what}: {did}")
     if path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_BYTES} bytes: not a configuration of ours")
     try:
         saved = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    except (yaml.YAMLError, OSError, RecursionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path} cannot be read ({reason}): give another experiment_dir") from error
     if not isinstance(saved, dict):
         raise ConfigError(f"{path} is not a configuration of ours: it holds no keys")
     return saved
@@ -55,4 +63,8 @@ def saved_group(experiment_dir: str, group: str) -> Config:
         raise ConfigError(f"{Path(experiment_dir) / 'config.yaml'} has no {group}: give {group}=<choice>")
     if isinstance(saved.get("library_cfg"), dict):
         saved["library_cfg"]["trust_remote_code"] = False
-    return from_dict(group, saved)
+    try:
+        return from_dict(group, saved)
+    except ConfigError as error:
+        path = Path(experiment_dir) / "config.yaml"
+        raise ConfigError(*(f"{path}: {problem}; give {group}=<choice>" for problem in error.problems)) from error

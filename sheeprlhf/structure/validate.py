@@ -4,45 +4,56 @@ import ast
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
-from sheeprlhf.structure.limits import option_problems
-from sheeprlhf.structure.machine import cuda_problem
+from sheeprlhf.structure.limits import near_path, nearest, option_problems
+from sheeprlhf.structure.machine import cuda_problem, missing_modules
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig, SGDConfig
+from sheeprlhf.structure.places import data_file_problems, model_problem, new_folder_problems, run_problems
 from sheeprlhf.structure.registry import choices, options
-from sheeprlhf.structure.run import EvalConfig, TrainConfig
+from sheeprlhf.structure.run import EvalConfig, FetchConfig, InspectConfig, RootConfig, TrainConfig
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def validate(config: TrainConfig | EvalConfig) -> list[str]:
+def validate(config: RootConfig) -> list[str]:
     """Every problem of a typed configuration, one sentence each; empty if it can run."""
     return list(_problems(config))
 
 
-def _problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
+def _problems(config: RootConfig) -> Iterator[str]:
     for option in options(config):
         yield from option_problems(option)
     for group in ("task", "data", "fabric", "optim"):
         yield from _name_problems(group, getattr(config, group, None))
-    yield from _fabric_problems(config.fabric)
-    yield from _generation_problems(config.generation)
-    if config.model is not None:
-        yield from _model_problems(config.model)
-    if config.data is not None:
-        yield from _data_problems(config.data)
+    for group, problems in _OF_GROUP.items():
+        if getattr(config, group, None) is not None:
+            yield from problems(getattr(config, group))
+    yield from _repo_problems(config)
     if isinstance(config, TrainConfig):
         yield from _train_problems(config)
-        yield from _optim_problems(config.optim)
-    else:
+    elif isinstance(config, EvalConfig):
         yield from _eval_problems(config)
+    elif isinstance(config, InspectConfig):
+        yield from new_folder_problems("output_dir", config.output_dir)
+    elif isinstance(config, FetchConfig) and config.cache_dir is not None:
+        yield from new_folder_problems("cache_dir", os.path.expanduser(config.cache_dir))
+
+
+def _repo_problems(config: RootConfig) -> Iterator[str]:
+    model: ModelConfig | None = getattr(config, "model", None)
+    if model is not None:
+        from_run = isinstance(config, EvalConfig) and config.experiment_dir is not None
+        reads_weights = isinstance(config, TrainConfig | EvalConfig) and not from_run
+        problem = model_problem(model.repo_name, weights=reads_weights and not model.random_init)
+        if problem:
+            yield problem
 
 
 def _name_problems(group: str, config: Any) -> Iterator[str]:
@@ -62,7 +73,7 @@ def _fabric_problems(fabric: FabricConfig) -> Iterator[str]:
         problem = cuda_problem(devices)
         if problem:
             yield problem
-    if fabric.accelerator == "cpu":
+    if fabric.accelerator == "cpu" or (fabric.accelerator == "auto" and cuda_problem(devices)):
         if fabric.precision == "16-true":
             yield "fabric.precision=16-true needs a CUDA device: give fabric.precision=bf16-mixed"
         if isinstance(devices, list):
@@ -164,20 +175,13 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
             f"data.validation_split={data.validation_split} and data.test_split={data.test_split} leave no row to "
             "train on: their sum must be below 1"
         )
+    if data.cache_dir is not None:
+        yield from new_folder_problems("data.cache_dir", os.path.expanduser(data.cache_dir))
     if isinstance(data, LocalDataConfig):
         for key in ("train_file", "validation_file", "test_file"):
             path = getattr(data, key)
             if path is not None:
-                yield from _file_problems(f"data.{key}", path)
-
-
-def _file_problems(key: str, path: str) -> Iterator[str]:
-    if Path(path).suffix.lower() not in DATA_SUFFIXES:
-        yield f"{key}={path} has an unknown ending: give a file that ends in {', '.join(DATA_SUFFIXES)}"
-    elif not Path(path).is_file():
-        yield f"{key}={path} is not a file: give the path of an existing one (from {Path.cwd()})"
-    elif not os.access(path, os.R_OK):
-        yield f"{key}={path} cannot be read: change its permissions or give another file"
+                yield from data_file_problems(f"data.{key}", path)
 
 
 def _optim_problems(optim: OptimizerConfig) -> Iterator[str]:
@@ -194,30 +198,41 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
     if config.resume and config.resume_from is not None:
         yield "resume=true and resume_from name two runs: give one of them"
     if config.resume_from is not None and not Path(config.resume_from).is_dir():
-        yield f"resume_from={config.resume_from} is not a directory: give the directory of an earlier run"
+        near = near_path(config.resume_from)
+        did = f"did you mean resume_from={near}?" if near else "give that of an earlier run;"
+        yield f"resume_from={config.resume_from} is not a directory: {did} `list runs` shows them"
     if not re.fullmatch(r"[^/\\\0]+", config.run_name) or config.run_name in (".", ".."):
         yield f"run_name={config.run_name} cannot name a directory: give a name without slashes"
-    yield from _folder_problems("root_dir", config.root_dir)
+    yield from new_folder_problems("root_dir", config.root_dir)
 
 
 def _eval_problems(config: EvalConfig) -> Iterator[str]:
+    missing = missing_modules(config.task.requires)
+    if missing:
+        yield (
+            f"task={config.task.config_name} needs packages that are not installed ({', '.join(missing)}): "
+            f'pip install "sheeprlhf[{config.task.extra}]"'
+        )
     if config.experiment_dir is None:
         missing = [name for name in ("model", "data") if getattr(config, name) is None]
         if missing:
             give = " and ".join(f"{name}=<{', '.join(choices(name))}>" for name in missing)
             yield f"nothing to evaluate: give experiment_dir=<run directory>, or {give}"
-        yield from _folder_problems("output_dir", config.output_dir)
+        yield from new_folder_problems("output_dir", config.output_dir)
     if config.task.data_split == "reward" and config.data is not None and config.data.reward_model_split == 0:
         yield "task.data_split=reward is empty with data.reward_model_split=0: give another split"
     if not re.fullmatch(r"final|best|last|step-\d+", config.task.model_name):
-        yield f"task.model_name={config.task.model_name} is unknown: give final, best, last or step-<n>"
+        near = nearest(config.task.model_name, ("final", "best", "last"))
+        did = f"did you mean task.model_name={near}? It may be" if near else "give"
+        yield f"task.model_name={config.task.model_name} is unknown: {did} final, best, last or step-<n>"
+    elif config.experiment_dir is not None:
+        yield from run_problems(config.experiment_dir, config.task.model_name)
 
 
-def _folder_problems(key: str, path: str) -> Iterator[str]:
-    folder = Path(path).absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir():
-        yield f"{key}={path} cannot be made: {folder} is a file; give another {key}"
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        yield f"{key}={path} cannot be written: {folder} does not permit it; give another {key}"
+_OF_GROUP: dict[str, Callable[[Any], Iterator[str]]] = {
+    "fabric": _fabric_problems,
+    "generation": _generation_problems,
+    "model": _model_problems,
+    "data": _data_problems,
+    "optim": _optim_problems,
+}

@@ -55,6 +55,24 @@ class NonFiniteError(SheepError, ArithmeticError):
     """A loss or gradient is not finite. All ranks raise it together, before any weight changes."""
 
 
+class OutOfMemory(SheepError, MemoryError):
+    """Memory ran out. Checkpoints are as they were; the advice names options and values that need less.
+
+    Args:
+        phase: what was being computed: "forward pass", ...
+        facts: what is known besides; may be empty.
+        advice: one sentence each.
+    """
+
+    def __init__(self, phase: str, facts: str = "", *advice: str) -> None:
+        super().__init__(phase, facts, *advice)
+        self.phase, self.facts, self.advice = phase, facts, advice
+
+    def __str__(self) -> str:
+        """What happened, and the advice, one sentence a line."""
+        return "\n".join([f"out of memory: {self.phase}" + (f" ({self.facts})" if self.facts else ""), *self.advice])
+
+
 class Interrupted(SheepError):
     """Training stopped at a step's end because a signal asked for it; the state is saved.
 

@@ -1,4 +1,4 @@
-"""Where files come from besides folders: this package's assets, and the hub, if it answers within seconds."""
+"""Where files come from besides the user's folders: this package's assets, our cache, the hub if it answers soon."""
 
 import os
 import threading
@@ -9,12 +9,23 @@ from pathlib import Path
 
 EMBEDDED = "embedded:"
 PROBE_SECONDS = 3.0
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what `fetch` can make without the hub
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def embedded_folder(name: str) -> Path:
     """The folder of `embedded:<asset>` inside the package."""
     return Path(str(resources.files("sheeprlhf"))) / "assets" / name.removeprefix(EMBEDDED)
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """Where we keep what we made: the option, else $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf."""
+    return Path(cache_dir or os.environ.get("SHEEPRLHF_CACHE") or "~/.cache/sheeprlhf").expanduser()
+
+
+def fetched_folder(name: str, cache_dir: str | None = None) -> Path:
+    """Where `fetch` puts the model of this hub id; it is there whole or not at all."""
+    return cache_root(cache_dir) / "models" / name.replace("/", "--")
 
 
 def why_offline() -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,8 @@ def test_perplexity_equals_a_plain_loop_for_any_batching(tmp_path: Path, model_f
         result = json.loads((run_dir / "eval" / "perplexity-test-final.json").read_text())
         assert result["tokens"] == count
         assert_close(result["nll"], total / count, rtol=0, atol=1e-6)
+        assert result["characters"] == sum(len(json.loads(line)["response"]) for line in data.read_text().splitlines())
+        assert_close(result["bits_per_character"], total / math.log(2) / result["characters"], rtol=0, atol=1e-6)
     run(["eval", "task=perplexity", f"experiment_dir={run_dir}", "task.model_name=last", "task.data_split=train"])
     assert_close(
         json.loads((run_dir / "eval" / "perplexity-train-last.json").read_text())["nll"],

@@ -32,6 +32,7 @@ SCENARIOS = {
 }
 LAST = 24
 COLD_EVERY = 8  # one start in so many is `python sheeprlhf.py`
+AIMED_SHARE = 0.55  # kills are aimed while fewer than this were inside a save: not every aimed one hits
 
 
 @dataclass
@@ -144,7 +145,7 @@ def run_until_done(
     while not victim.is_finished():
         strikes = tally.kills < kills
         cold = strikes and tally.kills % COLD_EVERY == COLD_EVERY // 2
-        aimed = strikes and tally.kills % 2 == 1
+        aimed = strikes and tally.in_save < AIMED_SHARE * (tally.kills + 1)
         job = victim.start(cold=cold)
         if strikes and strike(victim, job, rng, aimed=aimed, lasts=lasts, save_lasts=save_lasts):
             tally.kills += 1
@@ -200,4 +201,4 @@ def test_campaign(server: JobServer, tmp_path: Path, model_folder: ModelFolder) 
         f"{tally.differing} | {seed} | {(time.monotonic() - began) / 60:.1f} | {versions} |"
     )
     assert (tally.kills, tally.lost, tally.differing) == (kills, 0, 0)
-    assert tally.in_save >= kills // 8
+    assert tally.in_save >= kills // 2

@@ -11,8 +11,8 @@ MUTANTS = [
     Mutant(
         trap="8",
         file=_STEP,
-        old="    optimizer.step()\n    optimizer.zero_grad(set_to_none=True)\n",
-        new="    optimizer.step()\n",
+        old="        optimizer.step()\n    optimizer.zero_grad(set_to_none=True)\n",
+        new="        optimizer.step()\n",
         tests=f"{_UNIT}/test_step.py::test_any_cut_is_one_batch",
     ),
     Mutant(
@@ -47,7 +47,8 @@ MUTANTS = [
         trap="10",
         file=_STEP,
         old="        with fabric.no_backward_sync(module, enabled=index + 1 < len(micro_batches)):\n"
-        "            output = loss_fn(module, fabric.to_device(micro.batch))\n",
+        '            with phase("forward pass"):\n'
+        "                output = loss_fn(module, fabric.to_device(micro.batch))\n",
         new="        output = loss_fn(module, fabric.to_device(micro.batch))\n"
         "        with fabric.no_backward_sync(module, enabled=index + 1 < len(micro_batches)):\n",
         tests=f"{_RANKS}::test_one_gradient_sync_per_step",
@@ -76,8 +77,8 @@ MUTANTS = [
     Mutant(
         trap="evaluation consumes random numbers",
         file=_STEP,
-        old="with isolated_rng(), eval_mode(module)",
-        new="with eval_mode(module)",
+        old=", isolated_rng(), eval_mode(module)",
+        new=", eval_mode(module)",
         tests=f"{_UNIT}/test_step.py::test_evaluation_leaves_generators_and_training_flags_alone",
     ),
     Mutant(
@@ -121,6 +122,20 @@ MUTANTS = [
         old="_SECRET_VALUE.sub(HIDDEN, text)",
         new="text",
         tests=f"{_UNIT}/test_redact.py::test_keys_are_hidden_wherever_they_are",
+    ),
+    Mutant(
+        trap="out of memory is not recognised on the CPU",
+        file="sheeprlhf/utils/memory.py",
+        old="isinstance(error, RuntimeError) and _SAID.search(str(error)) is not None",
+        new="False",
+        tests="tests/faults/test_memory.py::test_memory_runs_out",
+    ),
+    Mutant(
+        trap="a run cannot go on in smaller portions",
+        file="sheeprlhf/structure/registry.py",
+        old="        *CUT_OPTIONS,\n",
+        new="",
+        tests="tests/faults/test_memory.py::test_the_run_goes_on_with_what_was_advised",
     ),
     Mutant(
         trap="metrics of a killed process stay",

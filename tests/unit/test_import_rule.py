@@ -23,10 +23,17 @@ HEAVY = {"torch", "lightning", "transformers", "datasets", "peft"}
 LIGHT = [
     "structure",
     "utils/errors.py",
+    "command/describe.py",
     "command/help.py",
+    "command/list.py",
+    "command/runs.py",
+    "command/screen.py",
+    "command/show.py",
+    "command/words.py",
     "cli.py",
     "launch.py",
     "engine/rundir.py",
+    "engine/runlock.py",
     "engine/redact.py",
 ]
 ALONE = {"loss": {"utils"}}  # narrower than the layers allow

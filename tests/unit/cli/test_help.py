@@ -3,6 +3,7 @@
 import pytest
 
 from sheeprlhf.cli import run
+from sheeprlhf.command.describe import default_choices
 from sheeprlhf.command.help import VERBS
 from sheeprlhf.structure.registry import ROOTS, choices, groups
 
@@ -22,10 +23,29 @@ def test_a_command_shows_its_groups_choices_and_options(verb, capsys):
         for name, cls in choices(group, verb).items():
             assert name in printed
             assert " ".join((cls.__doc__ or "").splitlines()[0].split()[:4]) in printed
-    assert "task= (must be given)" in printed
-    assert "Between two validations. [whole number, optimizer steps, default 100]" in printed or verb == "eval"
-    assert "One of auto, packed, padded." in printed
+    defaults = default_choices(verb)
+    for group in groups(verb):
+        default = defaults[group]
+        assert f"{group}= (default {default})" in printed or default is None
+    assert ("task= (must be given)" in printed) == (verb in ("train", "eval"))
+    trains = "task" in groups(verb) and verb != "eval"
+    assert ("Between two validations. [whole number, optimizer steps, default 100]" in printed) == trains
+    assert ("One of auto, packed, padded." in printed) == ("task" in groups(verb))
     assert "--multirun, -m" in printed
+
+
+def test_help_of_a_command_can_be_asked_for_in_three_ways(capsys):
+    printed = []
+    for words in (["eval", "--help"], ["help", "eval"], ["--help", "eval"]):
+        run(words)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2]
+
+
+def test_options_fit_a_narrow_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    run(["train", "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_choices_given_with_help_show_their_own_options(capsys):

@@ -1,8 +1,8 @@
 """Help and errors answer at once: nothing heavy is imported for them."""
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,12 +20,23 @@ print("heavy", [name for name in {heavy} if name in sys.modules])
 """
 
 
+def cpu_seconds() -> float:
+    """Of this process's children: unlike the clock, it does not count what a busy machine does besides."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.mark.parametrize(
     "line",
     [
         "",
         "--help",
         "train --help",
+        "list",
+        "list runs",
+        "show",
+        "show model=opt lr train",
+        "show model=optt",
         "eval task=perplexity --help",
         "train task=sft --cfg job",
         "train task=sft fabric=auto_cuda optim.lr=abc",
@@ -33,7 +44,7 @@ print("heavy", [name for name in {heavy} if name in sys.modules])
     ],
 )
 def test_help_and_errors_are_quick_and_light(line, tmp_path):
-    start = time.perf_counter()
+    start = cpu_seconds()
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(heavy=HEAVY), *line.split()],
         capture_output=True,
@@ -42,9 +53,9 @@ def test_help_and_errors_are_quick_and_light(line, tmp_path):
         env={"PYTHONPATH": str(ROOT), "PATH": "", "CUDA_VISIBLE_DEVICES": ""},
         check=False,
     )
-    seconds = time.perf_counter() - start
+    seconds = cpu_seconds() - start
     assert "heavy []" in done.stdout, done.stdout + done.stderr
-    assert seconds < 4  # about 0.4 s; this machine may be busy with other tests
+    assert seconds < 2  # about 0.4 s
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,6 +22,7 @@ def calls(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "stub_task", stub)
     monkeypatch.setattr(SFTConfig, "entry_point", "stub_task:train")
     monkeypatch.setattr(PerplexityConfig, "entry_point", "stub_task:evaluate")
+    monkeypatch.setattr("sheeprlhf.launch._find", lambda config: None)  # the stub needs no model of the hub
     monkeypatch.chdir(tmp_path)
     return recorded
 
@@ -178,6 +179,7 @@ def saved_run(tmp_path, calls, *words) -> Path:
     run(["train", "task=sft", *words])
     config, run_dir, _ = calls.pop()
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+    (run_dir / "final").mkdir()
     return run_dir
 
 

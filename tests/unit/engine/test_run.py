@@ -15,7 +15,7 @@ import yaml
 from sheeprlhf.engine.fabric import die_with_parent, make_fabric
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.run import open_run
-from sheeprlhf.engine.rundir import RunLock
+from sheeprlhf.engine.runlock import RunLock
 from sheeprlhf.engine.step import update
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.fabric import FabricConfig

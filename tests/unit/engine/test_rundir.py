@@ -10,7 +10,8 @@ import time
 import pytest
 
 from sheeprlhf.engine import rundir
-from sheeprlhf.engine.rundir import RunLock, choose_run_dir, find_runs, is_finished, mark_finished, read_run
+from sheeprlhf.engine.rundir import choose_run_dir, find_runs, is_finished, mark_finished, read_run
+from sheeprlhf.engine.runlock import RunLock
 from sheeprlhf.structure.data import DocstringsConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import TinyConfig
@@ -186,7 +187,7 @@ def race(folder, barrier, wins):
     try:
         with RunLock(folder):
             wins.put(1)
-            time.sleep(0.3)
+            time.sleep(0.6)
     except RunInUseError:
         wins.put(0)
 

@@ -1,0 +1,51 @@
+"""How much the peak memory of a real training run grows from the moment its model loads, beside what `doctor` plans.
+
+    python benchmarks/measure_memory.py task=sft model=tiny data=local data.train_file=<long rows> task.max_num_steps=3
+
+The plan is for rows as long as `data.max_length`: give such rows, or read the ratio as an upper bound. Linux, one
+process, on the CPU.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import sheeprlhf.task.train.sft as sft
+from sheeprlhf.cli import run
+from sheeprlhf.command.memory_plan import step_plan
+from sheeprlhf.structure.run import TrainConfig
+
+
+def status(name: str) -> int:
+    """Bytes that the kernel tells of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+
+def main() -> None:
+    """Run the training, then print one line of JSON, in megabytes."""
+    load, train = sft.load_policy, sft.train
+    before: list[int] = []
+    configs: list[TrainConfig] = []
+
+    def noted_load(*words: Any, **options: Any) -> Any:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+        before.append(status("VmRSS"))
+        return load(*words, **options)
+
+    def noted_train(fabric: Any, cfg: TrainConfig, run_dir: Path) -> None:
+        configs.append(cfg)
+        train(fabric, cfg, run_dir)
+
+    sft.load_policy, sft.train = noted_load, noted_train
+    run(["train", *sys.argv[1:]])
+    measured = status("VmHWM") - before[0]
+    plan = step_plan(configs[0], device="cpu")
+    planned = plan.total() - plan.libraries
+    figures = {"before": before[0], "measured": measured, "planned": planned, **plan._asdict()}
+    print(json.dumps({"ratio": round(planned / measured, 3)} | {k: round(v / 1e6) for k, v in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()

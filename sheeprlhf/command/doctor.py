@@ -1,0 +1,168 @@
+"""`doctor`: would this training run work on this machine, and how much memory would it take?
+
+Exit code 0 if nothing stands in its way, 1 if something does. A configuration that cannot work anywhere is refused
+before, with exit code 2, like that of every command.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from rich.text import Text
+
+from sheeprlhf.command.checks import Finding, caches, devices, disk, hub, precision, size_text, versions
+from sheeprlhf.command.screen import Screen, paragraph
+from sheeprlhf.engine.redact import plain_text, redact_command, redact_text
+from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.structure.machine import available_memory
+from sheeprlhf.structure.places import model_folder
+from sheeprlhf.structure.run import DoctorConfig
+from sheeprlhf.utils.errors import ModelError, SheepError
+from sheeprlhf.utils.hub import EMBEDDED, why_offline
+
+if TYPE_CHECKING:
+    from sheeprlhf.model.memory import ModelSize
+
+_STYLES = {"ok": "good", "warning": "odd", "problem": "bad"}
+_WIDTH = 20  # of level and topic
+
+
+def run(config: DoctorConfig) -> int:
+    """Print what was found, the memory that a step needs, and the next command.
+
+    Returns:
+        0 if a run would work, 1 if something would stop it.
+    """
+    screen = Screen()
+    num_problems = 0
+    with ThreadPoolExecutor(1) as pool:  # the hub may take seconds not to answer, and so may the imports
+        for finding in _findings(config, pool.submit(why_offline)):
+            num_problems += finding.level == "problem"
+            text = paragraph(redact_text(plain_text(finding.text)), indent=_WIDTH)[_WIDTH:]
+            screen.print(
+                Text.assemble((f"{finding.level:<8} ", _STYLES[finding.level]), (f"{finding.topic:<10} ", "name"), text)
+            )
+            for line in finding.details:
+                screen.print(paragraph(line, indent=_WIDTH))
+    screen.print()
+    if num_problems:
+        count = "one problem" if num_problems == 1 else f"{num_problems} problems"
+        screen.print(f"{count} would stop this run; when mended, look again\nnext: {_command('doctor', config)}")
+        return 1
+    screen.print(f"this run would work\nnext: {_command('train', config)}")
+    return 0
+
+
+def _command(verb: str, config: DoctorConfig) -> str:
+    """The same configuration for another command."""
+    given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    named = any(word.startswith(("task=", "experiment=")) for word in given)
+    task = [] if named else [f"task={config.task.config_name}"]
+    return plain_text(shlex.join(["python", "sheeprlhf.py", verb, *task, *redact_command(given)]))
+
+
+def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
+    room = available_memory()
+    of_versions = list(versions())
+    yield from of_versions
+    if any("is not installed:" in finding.text for finding in of_versions):
+        return
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from sheeprlhf.command.memory_plan import memory_finding
+    from sheeprlhf.model.memory import measure
+
+    transformers_logging.disable_progress_bar()
+    on_cuda = config.fabric.accelerator != "cpu" and torch.cuda.is_available()
+    yield from devices(config.fabric)
+    yield precision(config.fabric, on_cuda=on_cuda)
+    all_here = model_folder(str(config.model.repo_name)) is not None and _is_here(config.data)
+    yield hub(offline.result(), needed=not all_here)
+    yield from caches(config.data.cache_dir)
+    yield _data(config.data, offline.result())
+    try:
+        size = measure(config.model, config.fabric.precision)
+    except SheepError as error:
+        yield from _model(config, None, room)
+        yield Finding("warning", "memory", f"not planned: {str(error).splitlines()[0]}")
+        return
+    yield from _model(config, size, room)
+    yield _disk(config, size)
+    if on_cuda:
+        room = torch.cuda.mem_get_info()[0]
+    yield memory_finding(config, size, room, "cuda" if on_cuda else "cpu")
+
+
+def _is_here(data: DataConfig) -> bool:
+    name = str(data.dataset_name)
+    return isinstance(data, LocalDataConfig) or name.startswith(EMBEDDED) or Path(name).expanduser().is_dir()
+
+
+def _data(data: DataConfig, offline: str) -> Finding:
+    """Whether the rows are to be had; a dataset of the hub is not downloaded for it."""
+    from sheeprlhf.data import source
+
+    if not offline and not _is_here(data):
+        return Finding("ok", "data", f"{data.dataset_name} is on the hub; the first run downloads it")
+    try:
+        files = source.locate(data)
+    except SheepError as error:
+        return Finding("problem", "data", str(error))
+    return Finding("ok", "data", f"data={data.config_name}: {', '.join(files)}")
+
+
+def _model(config: DoctorConfig, size: "ModelSize | None", room: int | None) -> Iterator[Finding]:
+    """Whether the model can be loaded, and whether its batches can be packed."""
+    from sheeprlhf.agent.policy import load_policy, packing_difference, packing_problem, packing_tolerance
+    from sheeprlhf.model.load import load_tokenizer
+    from sheeprlhf.model.locate import locate
+
+    model, task, longest = config.model, config.task, config.data.max_length
+    name = f"model={model.config_name} ({model.repo_name})"
+    if size is not None:
+        name += f": {size.parameters / 1e6:,.1f}M parameters, {size.trainable / size.weights:.1%} of them train"
+        if size.positions is not None and longest > size.positions:
+            yield Finding(
+                "warning",
+                "model",
+                f"data.max_length={longest} is more than its {size.positions} positions, and a row that long stops "
+                f"the run: give data.max_length={size.positions}",
+            )
+            longest = size.positions
+        if room is not None and size.weights > room:
+            yield Finding("problem", "model", f"{name}: its weights of {size_text(size.weights)} exceed the memory")
+            return
+    local_only = True
+    try:
+        local_only = locate(model).local_only
+        here = dataclasses.replace(model.library_cfg, local_files_only=True)
+        model = dataclasses.replace(model, library_cfg=here)  # nothing is downloaded
+        policy, _ = load_policy(model, load_tokenizer(model), longest=longest, batching="padded")
+    except SheepError as error:
+        if isinstance(error, ModelError) and not local_only:
+            yield Finding("ok", "model", f"{name}; it is on the hub: the first run, or `fetch`, downloads it")
+        else:
+            yield Finding("problem", "model", str(error))
+        return
+    yield Finding("ok", "model", f"{name}; it is here and loads")
+    problem = packing_problem(policy, longest)
+    if problem and task.batching == "packed":
+        yield Finding("problem", "attention", f"task.batching=packed: {problem}; set task.batching=padded")
+    elif problem or task.batching == "padded":
+        yield Finding("ok", "attention", f"{problem or 'task.batching=padded'}: batches are padded")
+    else:
+        found, most = packing_difference(policy), packing_tolerance(policy)
+        what = f"packed and padded log-probabilities differ by {found:.1e} nats, at most {most:g}"
+        yield Finding("ok", "attention", f"{what}: batches are packed")
+
+
+def _disk(config: DoctorConfig, size: "ModelSize") -> Finding:
+    from sheeprlhf.model.memory import optimizer_bytes
+
+    checkpoint = size.trainable + optimizer_bytes(config.optim, size)
+    return disk(config.root_dir, checkpoint=checkpoint, kept=config.task.keep_checkpoints, final=size.saved)

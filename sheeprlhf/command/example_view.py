@@ -1,0 +1,139 @@
+"""One example as training sees it: its tokens with the mask of the loss, and what can be counted from its ids.
+
+Letters of tensor names: T positions of a packed row, N targets.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from jinja2.exceptions import TemplateError
+from torch import Tensor
+
+from sheeprlhf.command.tokens import Token, token_texts, without_secrets
+from sheeprlhf.data.collate import collate_packed
+from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.data.tokenize import encode
+
+
+class View(NamedTuple):
+    """An example, ready to print.
+
+    Attributes:
+        parts: the tokens of the prompt and of each response, by name.
+        facts: what was counted.
+        warnings: what is wrong with it.
+    """
+
+    parts: dict[str, list[Token]]
+    facts: list[str]
+    warnings: list[str]
+
+
+def trained_tokens(batch: Batch) -> Tensor:
+    """Which tokens the loss counts, read off the batch that training makes of one example.
+
+    A target stands one place after the one that predicts it; each response's first is predicted at the prompt's end.
+
+    Returns:
+        (T,) bool.
+    """
+    assert batch.layout is not None
+    [(num_prompt, sizes)] = batch.layout.segments
+    response_starts = torch.tensor([*accumulate(sizes[:-1], initial=num_prompt)])
+    source_N = batch.head_positions_R[batch.logit_index_N]
+    place_N = torch.where(source_N == num_prompt - 1, response_starts[batch.response_index_N], source_N + 1)
+    ids_T = batch.input_ids_BT[0]
+    if not torch.equal(ids_T[place_N], batch.target_ids_N):
+        raise AssertionError("a target is not the token at its place: this is a bug")
+    trained_T = torch.zeros(len(ids_T), dtype=torch.bool)
+    trained_T[place_N] = True
+    return trained_T
+
+
+class Viewer:
+    """Makes views of examples.
+
+    Args:
+        tokenizer: the model's.
+        targets: "response" or "all", what the task trains on.
+    """
+
+    def __init__(self, tokenizer: Any, *, targets: str) -> None:
+        self._tokenizer, self._targets = tokenizer, targets
+        self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._opening = _answer_opening(tokenizer)
+
+    def view(self, example: Example) -> View:
+        """The tokens of an example and the facts about it."""
+        trained = trained_tokens(collate_packed([example], targets=self._targets)).tolist()
+        names = ("response",) if len(example.responses) == 1 else ("chosen", "rejected")
+        prompt = example.prompt_ids.tolist()
+        responses = {name: ids.tolist() for name, ids in zip(names, example.responses, strict=True)}
+        parts: dict[str, list[Token]] = {}
+        warnings: list[str] = []
+        start = 0
+        for name, ids in {"prompt": prompt, **responses}.items():
+            marks = trained[start : start + len(ids)]
+            start += len(ids)
+            texts = token_texts(self._tokenizer, ids)
+            shown = without_secrets(texts)
+            if shown != texts:
+                warnings.append(
+                    f"stars in the {name} hide what looks like a key or a password; training sees it as it is"
+                )
+            special = [number in self._special for number in ids]
+            parts[name] = [Token(*fields) for fields in zip(shown, marks, special, strict=True)]
+        sizes = " + ".join(f"{name} {len(tokens)}" for name, tokens in parts.items())
+        facts = [f"{sizes} = {len(trained)} tokens", f"{sum(trained)} trained on"]
+        self._look_at_start(prompt, facts, warnings)
+        for name, ids in responses.items():
+            ended = ids[-1] == self._tokenizer.eos_token_id
+            facts.append(f"{name} ends in EOS" if ended else f"{name} cut at data.max_length: no EOS")
+        self._look_at_template(prompt, facts, warnings)
+        return View(parts, facts, warnings)
+
+    def _look_at_start(self, prompt: Sequence[int], facts: list[str], warnings: list[str]) -> None:
+        bos = self._tokenizer.bos_token_id
+        number = next((place for place, token in enumerate(prompt) if token != bos), len(prompt))
+        facts.append(f"BOS: {number}" + ("" if number else " (the tokenizer adds none)"))
+        if number > 1:
+            warnings.append(
+                f"the prompt begins with {number} BOS tokens, and models know one: take it out of the chat template, "
+                "or out of the tokenizer's post-processor"
+            )
+        if number == len(prompt):
+            warnings.append(
+                "nothing of the prompt is left, so that its response fits: raise data.max_length, or leave such rows "
+                "out with data.on_overflow=drop"
+            )
+
+    def _look_at_template(self, prompt: Sequence[int], facts: list[str], warnings: list[str]) -> None:
+        """A template that is applied to its own output opens an answer and leaves it empty."""
+        size = len(self._opening)
+        if not size or list(prompt[-size:]) != self._opening:
+            return
+        ends = [end for end in range(size, len(prompt) + 1) if list(prompt[end - size : end]) == self._opening]
+        empty = sum(1 for end in ends if end < len(prompt) and prompt[end] in self._special)
+        if not empty:
+            facts.append("chat template applied once")
+            return
+        warnings.append(
+            f"the prompt opens {empty + 1} answers and leaves {empty} without text: the chat template was applied to "
+            "its own output, or an assistant's message is empty"
+        )
+
+
+def _answer_opening(tokenizer: Any) -> list[int]:
+    """The ids with which the chat template asks for an answer; empty if it has no such thing."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    turns = [{"role": "user", "content": "a"}]
+    try:
+        asked, bare = (
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask) for ask in (True, False)
+        )
+    except TemplateError:
+        return []  # one that refuses this conversation
+    return encode(tokenizer, [asked.removeprefix(bare)], control_tokens=True)[0] if asked.startswith(bare) else []

@@ -1,0 +1,211 @@
+"""`inspect`: the data as training will see it: report, examples with the mask of the loss, histograms of lengths."""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from hydra.core.hydra_config import HydraConfig
+from rich.text import Text
+
+from sheeprlhf.command.example_view import View, Viewer
+from sheeprlhf.command.plots import draw_histograms, lengths_of, text_histogram
+from sheeprlhf.command.screen import Screen, columns, heading, paragraph
+from sheeprlhf.command.tokens import NEWLINE, Piece, lines
+from sheeprlhf.data.prepare import PreparedData, prepare_data
+from sheeprlhf.data.report import render_report
+from sheeprlhf.engine.redact import plain_text, redact_command, redact_text
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.run import InspectConfig
+from sheeprlhf.structure.task import SFTConfig
+from sheeprlhf.utils.errors import ConfigError, DataError
+
+SIGNATURE = "sheeprlhf inspect"  # in both files: they may be replaced
+_GUTTER = {True: "+ ", False: "  "}
+_STYLES = {  # two shades of each, taken in turn, show where a token ends
+    True: ("black on #a6e3a1", "black on #7cc97a"),
+    False: ("#d0d3d9 on #3b3f46", "#d0d3d9 on #50555e"),
+}
+_SPECIAL_STYLES = {True: "bold #7a0073", False: "bold #ff9df5"}
+
+
+class Marks(NamedTuple):
+    """What is written for things that have no letter of their own."""
+
+    newline: str
+    border: str
+    unfinished: str
+    bar: str
+
+
+def run(config: InspectConfig) -> int:
+    """Print report, examples and lengths; leave the histograms and the report in `output_dir`.
+
+    Raises:
+        SheepError: the data cannot be trained on, the split has no rows, or a file of somebody else is in the way.
+    """
+    screen = Screen()
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", f"{config.data.config_name}-{config.model.config_name}")
+    files = {kind: Path(config.output_dir, f"{name}-{kind}") for kind in ("lengths.png", "data_report.json")}
+    replaced = _check_files(list(files.values()))
+    tokenizer = load_tokenizer(config.model)
+    # every task so far learns from one response
+    data = prepare_data(config.data, tokenizer, kind="sft", say=print, progress=sys.stderr.isatty())
+    _say(screen, render_report(data.report))
+    _check_split(config.split, data)
+
+    all_targets = isinstance(config.task, SFTConfig) and not config.task.use_masked_targets
+    viewer = Viewer(tokenizer, targets="all" if all_targets else "response")
+    marks = _marks(screen)
+    _print_head(screen, config, data, all_targets, marks)
+    rows = data.splits[config.split]
+    for number in range(min(config.num_examples, len(rows))):
+        example = rows.example(number)
+        _print_example(screen, f"example {number + 1}: row {example.row_id}", viewer.view(example), marks)
+
+    _say(screen, f"\nlengths of the {config.split} split, rows of each:")
+    longest_bar = min((columns() - 36) // 3, 20)
+    _say(screen, "\n".join(text_histogram(lengths_of(rows), bar=marks.bar, longest_bar=longest_bar)))
+    title = f"Token lengths of data={config.data.config_name} with the tokenizer of model={config.model.config_name}"
+    report = {"made_by": SIGNATURE, **data.report}
+    _write(files["lengths.png"], draw_histograms(data.splits, config.data, title, SIGNATURE))
+    _write(files["data_report.json"], json.dumps(report, indent=1).encode())
+    _say(screen, "")
+    for path in files.values():
+        _say(screen, f"wrote {path}" + (" (in place of an earlier one)" if path in replaced else ""))
+    _say(screen, f"next: {_next_command(config)}")
+    return 0
+
+
+def _check_files(paths: list[Path]) -> set[Path]:
+    """The files that are there already, all ours.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    there = {path for path in paths if os.path.lexists(path)}
+    foreign = [path for path in sorted(there) if not _is_ours(path)]
+    if foreign:
+        names = " and ".join(str(path) for path in foreign)
+        raise ConfigError(
+            f"output_dir: {names} is not of an earlier inspect and will not be overwritten; give another output_dir"
+        )
+    return there
+
+
+def _is_ours(path: Path) -> bool:
+    if not path.is_file() or path.is_symlink():
+        return False
+    try:
+        with path.open("rb") as file:
+            return SIGNATURE.encode() in file.read(4096)
+    except OSError:
+        return False
+
+
+def _write(path: Path, content: bytes) -> None:
+    """The whole file, or what was there before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise ConfigError(
+            f"output_dir: {path} cannot be written ({error.strerror or error}); free space, or give another output_dir"
+        ) from error
+
+
+def _check_split(split: str, data: PreparedData) -> None:
+    if split not in data.splits:
+        full = ", ".join(f"{name} ({len(rows):,})" for name, rows in data.splits.items())
+        raise DataError(f"split={split} has no rows; those with rows are {full}: give split={next(iter(data.splits))}")
+
+
+def _say(screen: Screen, text: str) -> None:
+    screen.print(plain_text(redact_text(text)))
+
+
+def _marks(screen: Screen) -> Marks:
+    if screen.encoding.startswith("utf"):
+        return Marks("\u21b5", "\u00a6", "\u2026", "\u2588")
+    return Marks("\\n", "|", "~", "#")
+
+
+def _is_colored(screen: Screen) -> bool:
+    return screen.color_system is not None and not screen.no_color
+
+
+def _print_head(screen: Screen, config: InspectConfig, data: PreparedData, all_targets: bool, marks: Marks) -> None:
+    """Which examples follow, what is trained on, and how that is shown."""
+    share = data.report["splits"][config.split]["eos_share"]
+    count = len(data.splits[config.split])
+    what = "prompts and responses (task.use_masked_targets=false)" if all_targets else "responses alone"
+    _say(screen, f"\n{config.split} split: {min(config.num_examples, count)} of {count:,} examples")
+    _say(screen, f"the loss counts {what}; {share:.1%} of the responses end in EOS")
+    if not config.num_examples:
+        return
+    legend = Text("+ ")
+    if _is_colored(screen):
+        for trained, meaning in ((True, "trained on"), (False, "not trained on")):
+            for style, word in zip(_STYLES[trained] * 2, meaning.split(), strict=False):
+                legend.append(f" {word} ", style)
+            legend.append("  ")
+    else:
+        legend.append(f"trained on   {marks.border} between two tokens   ")
+    legend.append(f"{marks.newline} newline   {marks.unfinished} part of the next character")
+    screen.print(legend)
+
+
+def _print_example(screen: Screen, title: str, view: View, marks: Marks) -> None:
+    screen.print()
+    screen.print(heading(title))
+    screen.print(paragraph(", ".join(view.facts), style="faint"))
+    for warning in view.warnings:
+        screen.print(paragraph(f"WARNING: {warning}", style="bad"))
+    width = columns() - len(_GUTTER[True])
+    for name, tokens in view.parts.items():
+        screen.print(Text(f"{name}:", "italic"))
+        for line in lines(tokens, width):
+            screen.print(_line(screen, line, marks))
+
+
+def _line(screen: Screen, line: list[Piece], marks: Marks) -> Text:
+    """Trained tokens stand on green behind a plus sign; without colour a mark stands between two tokens."""
+    colored = _is_colored(screen)
+    trained = line[0].token.trained
+    text = Text(_GUTTER[trained])
+    before = None
+    for piece in line:
+        if not colored and before not in (None, piece.number):
+            text.append(marks.border)
+        before = piece.number
+        shown = marks.newline if piece.text == NEWLINE else piece.text or marks.unfinished
+        style = _STYLES[trained][piece.number % 2] if colored else ""
+        if colored and piece.token.special:
+            style = f"{_SPECIAL_STYLES[trained]} {style.partition(' ')[2]}"
+        text.append(shown, style)
+    return text
+
+
+def _next_command(config: InspectConfig) -> str:
+    """Training on the same data: the choices, and the user's own words but those for this command alone."""
+    choices = {group: getattr(config, group).config_name for group in ("task", "data", "model")}
+    given: list[str] = []
+    flags: list[str] = []
+    if HydraConfig.initialized():
+        hydra = HydraConfig.get()
+        own = {field.name for field in dataclasses.fields(config)} - set(choices)
+        given = [word for word in hydra.overrides.task if re.split(r"[=@]", word.lstrip("+~"))[0] not in own]
+        folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+        flags = [f"--config-dir={folder}" for folder in folders]
+    named = {re.split(r"[=@]", word)[0] for word in given}
+    words = [f"{group}={choice}" for group, choice in choices.items() if group not in named]
+    return shlex.join(["python", "sheeprlhf.py", "train", *words, *redact_command(given), *flags])

@@ -1,0 +1,208 @@
+"""Past runs as `list` shows them, read from files that may be a stranger's, half written or of any size."""
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterator
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sheeprlhf.command.screen import clean
+from sheeprlhf.engine.rundir import RUN_FILE, read_run
+from sheeprlhf.engine.runlock import is_locked
+from sheeprlhf.structure.saved import read_run_config
+from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.files import read_small, read_tail
+
+MAX_DEPTH = 8  # root_dir/<data>/<model>/<task>/<time>/<run_name>, and some room
+MAX_FOLDERS = 20_000
+_MAX_NAMES = 5_000  # in one folder
+_MAX_JSON = 100_000  # bytes
+_MAX_RESULTS = 200  # files of one run
+_TAIL = 8_192  # bytes of metrics.csv: many rows
+_NAME = 16  # columns of a name: helpful_harmless
+_UNKNOWN = "?"
+_MARKS = {RUN_FILE, "config.yaml", "metrics.csv", "checkpoints", "final"}
+_GROUPS = ("data", "model", "task")
+
+
+class Found(NamedTuple):
+    """Run directories, newest first, and what kept the search from being complete, if anything."""
+
+    runs: list[tuple[Path, dict[str, Any]]]
+    note: str
+
+
+class PastRun(NamedTuple):
+    """One run; every text is fit for a terminal.
+
+    Attributes:
+        dir: its directory.
+        started: local time, empty if unknown.
+        names: of data, model and task.
+        state: finished, running or unfinished; unreadable or unknown if run.json is damaged or missing.
+        step: optimizer steps done, None if unknown.
+        best: the best validation result, None if there is none.
+        results: the newest result of each metric, such as "perplexity 38.06".
+    """
+
+    dir: Path
+    started: str
+    names: tuple[str, str, str]
+    state: str
+    step: int | None
+    best: float | None
+    results: list[str]
+
+
+def find_past_runs(root: Path) -> Found:
+    """Every run directory at or below `root`, except below links, and what its run.json says."""
+    runs, unreadable, seen = [], 0, 0
+    waiting = deque([(root, 0)])
+    while waiting and seen < MAX_FOLDERS:
+        folder, depth = waiting.popleft()
+        seen += 1
+        try:
+            with os.scandir(folder) as entries:
+                names = {entry.name: entry.is_dir(follow_symlinks=False) for entry in islice(entries, _MAX_NAMES)}
+        except OSError:
+            unreadable += 1
+            continue
+        if RUN_FILE in names or len(_MARKS & set(names)) > 1:
+            runs.append((folder, read_run(folder)))
+        elif depth < MAX_DEPTH:
+            below = sorted((name for name, is_dir in names.items() if is_dir and name[0] != "."), reverse=True)
+            waiting.extend((folder / name, depth + 1) for name in below)
+    notes = [f"not all was searched: {MAX_FOLDERS:,} folders are the limit"] if waiting else []
+    notes += [f"{unreadable} folder{'s' * (unreadable > 1)} could not be read"] if unreadable else []
+    return Found(sorted(runs, key=_when, reverse=True), "; ".join(notes))
+
+
+def _when(run: tuple[Path, dict[str, Any]]) -> tuple[float, str]:
+    folder, info = run
+    return _finite(info.get("started")) or 0.0, str(folder)
+
+
+def past_run(folder: Path, info: dict[str, Any]) -> PastRun:
+    """What there is to tell of a run.
+
+    Args:
+        folder: its directory.
+        info: the content of its run.json; empty if it has none that can be read.
+    """
+    names, finished = _names(folder, info), info.get("status") == "finished"
+    progress = info if finished else _newest_state(folder)
+    steps = [step for step in (_whole(progress.get("step")), None if finished else _last_logged(folder)) if step]
+    return PastRun(
+        folder,
+        _local_time(info.get("started")),
+        names,
+        _state(folder, info),
+        max(steps, default=0 if info else None),
+        _finite(progress.get("best_metric")),
+        _results(folder, names[0]),
+    )
+
+
+def _state(folder: Path, info: dict[str, Any]) -> str:
+    if not info:
+        return "unreadable" if os.path.lexists(folder / RUN_FILE) else "unknown"
+    if info.get("status") == "finished":
+        return "finished"
+    return "running" if is_locked(folder) else "unfinished"
+
+
+def _names(folder: Path, info: dict[str, Any]) -> tuple[str, str, str]:
+    """Of data, model and task, from run.json, else from the saved configuration."""
+    found = info
+    if not info:
+        try:
+            if os.path.getsize(folder / "config.yaml") <= _MAX_JSON:
+                saved = read_run_config(str(folder))
+                found = {key: value.get("config_name") for key, value in saved.items() if isinstance(value, dict)}
+        except (ConfigError, OSError):
+            found = {}  # a stranger's: shown as unknown
+    data, model, task = (clean(found[key], _NAME) if isinstance(found.get(key), str) else _UNKNOWN for key in _GROUPS)
+    return data, model, task
+
+
+def _newest_state(folder: Path) -> dict[str, Any]:
+    """Where the newest checkpoint stands; empty if there is none."""
+    try:
+        with os.scandir(folder / "checkpoints") as entries:
+            names = [entry.name for entry in islice(entries, _MAX_NAMES)]
+    except OSError:
+        return {}
+    steps = [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal() and len(name) < 18]
+    return _json(folder / "checkpoints" / f"step-{max(steps)}" / "state.json") if steps else {}
+
+
+def _last_logged(folder: Path) -> int | None:
+    """The step of the last complete row of metrics.csv."""
+    try:
+        lines = read_tail(folder / "metrics.csv", _TAIL).decode(errors="replace").split("\n")[:-1]
+    except OSError:
+        return None
+    first = lines[-1].partition(",")[0] if lines else ""
+    return int(first) if first.isdecimal() and len(first) <= 12 else None
+
+
+def _results(folder: Path, data: str) -> list[str]:
+    """The newest number of each metric in eval/*.json; what is not of the final weights on the test split says so."""
+    newest: dict[str, tuple[float, str]] = {}
+    for path in islice(_result_files(folder / "eval"), _MAX_RESULTS):
+        record = _json(path)
+        usual = {"weights": "final", "split": "test"} | ({"data": data} if data != _UNKNOWN else {})
+        said = {key: clean(record.get(key, value), _NAME) for key, value in usual.items()}
+        odd = [said[key] for key, value in usual.items() if said[key] != value]
+        when = _time_of(record.get("time"))
+        for key, value in record.items():
+            number = _finite(value) if isinstance(value, float) else None
+            if number is not None and when >= newest.get(key, (0.0, ""))[0]:
+                newest[key] = when, f"{clean(key, _NAME)} {number:.4g}" + (f" ({', '.join(odd)})" if odd else "")
+    return [text for _, text in newest.values()]
+
+
+def _result_files(folder: Path) -> Iterator[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in islice(entries, _MAX_NAMES))
+    except OSError:
+        return
+    yield from (folder / name for name in names if name.endswith(".json"))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object of a JSON file; empty if there is none that can be read."""
+    try:
+        content = json.loads(read_small(path, _MAX_JSON))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _local_time(seconds: Any) -> str:
+    try:
+        return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+    except (TypeError, ValueError, OverflowError, OSError):
+        return ""
+
+
+def _time_of(text: Any) -> float:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (TypeError, ValueError, OverflowError, OSError):
+        return 0.0
+
+
+def _finite(value: Any) -> float | None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e300 or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12 else None

@@ -1,0 +1,92 @@
+"""The lock of a run directory: one process works there, anyone may look whether one does. Imports no torch."""
+
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+
+from sheeprlhf.utils.errors import ConfigError, RunInUseError
+
+LOCK_FILE = ".lock"
+_WAITS = (0.01, 0.02, 0.04, 0.08)  # seconds; who only looks needs microseconds
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether a process works in the run directory, as far as this user may know.
+
+    The look takes a lock for some microseconds, shared with others that look; `RunLock` waits for it.
+    """
+    try:
+        descriptor = os.open(run_dir / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a file system without locks
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _lock_for_good(descriptor: int) -> None:
+    """Take the lock alone, if need be after those that only look."""
+    for seconds in _WAITS:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(seconds)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class RunLock:
+    """Rank zero only, a `with` block: this process works in the run directory and nobody else does.
+
+    The kernel frees the lock however the process dies, so no stale lock exists.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        """Nothing is locked yet."""
+        self._path = run_dir / LOCK_FILE
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> "RunLock":
+        """Take the lock.
+
+        Raises:
+            RunInUseError: another process holds it; the message names that process.
+        """
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(f"cannot lock the run directory {self._path.parent}: {error.strerror}") from error
+        try:
+            _lock_for_good(descriptor)
+        except OSError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise RunInUseError(
+                f"{self._path.parent} is in use by {holder}; wait for it, or start another run without resume"
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._descriptor = descriptor
+        # A forked worker that outlives us must not keep the lock.
+        os.register_at_fork(after_in_child=self._close)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Free the lock."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

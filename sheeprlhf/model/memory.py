@@ -1,0 +1,205 @@
+"""What a training step needs in memory, worked out from a model's config.json: no weight is loaded.
+
+`measure` lets the model's own code run once on tensors that have shapes and no content, and counts what it would keep;
+`plan` is arithmetic on those counts. With P parameters of which Q train, N tokens in a forward pass and V in the
+vocabulary, the bytes of
+
+    weights      size(P), and buffers
+    gradients    size(Q)
+    optimizer    2 size(Q) + 4 per tensor for Adam and AdamW; size(Q) for SGD with momentum, else nothing
+    activations  fixed + N * per_token: what autograd keeps in all layers from the forward to the backward pass, and as
+                 much as it keeps in one layer for the gradients inside one; with gradient checkpointing fixed + N *
+                 checkpointed: the inputs of all layers, and one layer with its gradients
+    logits       4 M, in half precision 2 M, with M = min(N V, MAX_LOGITS)
+    allocator    holes that freed tensors leave in the heap of the C library: a share of activations and logits
+    libraries    the process before it has a model
+
+The first three are exact. The sum stands for the worst moment of a step, the end of the forward pass of its last
+micro-batch, with rows as long as the data allows and a target at every token.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+
+from sheeprlhf.model.attention import placeholder_mask
+from sheeprlhf.model.head import MAX_LOGITS
+from sheeprlhf.model.load import backbone_and_head, load_causal_lm, uses_packed_attention
+from sheeprlhf.model.lora import add_lora
+from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.optim import OptimizerConfig, SGDConfig
+from sheeprlhf.structure.task import TrainTaskConfig
+from sheeprlhf.utils.errors import ModelError
+
+LIBRARIES = 520_000_000  # of a process that has imported torch, transformers and peft; a CUDA context is as large
+HOLES = {"ALL": 0.8, "LORA": 1.4}  # measured with glibc: docs/performance.md
+NO_HOLES = "MALLOC_MMAP_THRESHOLD_"  # environment variable of glibc: larger tensors than that are given back when freed
+_TOKENS = 251  # a prime: a tensor has one dimension for tokens exactly if its size is a multiple
+_MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+
+
+class ModelSize(NamedTuple):
+    """What a model weighs and what its forward pass leaves behind; in bytes where nothing else is said.
+
+    Attributes:
+        parameters: P, a number.
+        weights: all parameters and buffers.
+        trainable: the parameters that train.
+        trainable_tensors: how many tensors these are.
+        saved: what `final/` holds: the model, or its adapters alone.
+        fixed: kept for the backward pass whatever the number of tokens.
+        per_token: needed for each token.
+        checkpointed: needed for each token with gradient checkpointing.
+        vocabulary: V, a number.
+        half: the head computes in half precision.
+        positions: the longest row that it can read, in tokens; None where nothing limits it.
+    """
+
+    parameters: int
+    weights: int
+    trainable: int
+    trainable_tensors: int
+    saved: int
+    fixed: int
+    per_token: int
+    checkpointed: int
+    vocabulary: int
+    half: bool
+    positions: int | None
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes that one process needs at the worst moment of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    allocator: int
+    libraries: int
+
+    def total(self) -> int:
+        """All of them together."""
+        return sum(self)
+
+
+def measure(cfg: ModelConfig, precision: str) -> ModelSize:
+    """The size of a model as it is trained in one of the precisions of `fabric.precision`.
+
+    Raises:
+        ModelError: its config.json cannot be had or read, its adapters do not fit it, or its code reads tensors.
+    """
+    plain = dataclasses.replace(cfg, random_init=True, gradient_checkpointing=False)
+    with torch.device("meta"):
+        causal_lm = load_causal_lm(plain, vocabulary=0, longest=0)
+        adapted = cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None
+        model: nn.Module = add_lora(causal_lm, cfg.lora_cfg) if adapted and cfg.lora_cfg else causal_lm
+    if precision in _TRUE:
+        model = model.to(_TRUE[precision])
+    try:
+        fixed, per_token, hidden = _kept_bytes(causal_lm, _MIXED.get(precision))
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # a way that needs the tensors' content
+        raise ModelError(f"{type(causal_lm).__name__} cannot be run on tensors without content: {error}") from error
+    layers = int(getattr(causal_lm.config, "num_hidden_layers", 1))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    head: Any = backbone_and_head(causal_lm)[1]
+    return ModelSize(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        weights=_size([*model.parameters(), *model.buffers()]),
+        trainable=_size(trainable),
+        trainable_tensors=len(trainable),
+        saved=_size(trainable if adapted else model.parameters()),
+        fixed=fixed,
+        per_token=per_token + per_token // layers,
+        checkpointed=layers * hidden.shape[-1] * hidden.itemsize + 2 * per_token // layers,
+        vocabulary=head.weight.shape[0],
+        half=precision in _MIXED or head.weight.itemsize == 2,
+        positions=getattr(causal_lm.config, "max_position_embeddings", None),
+    )
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _kept_bytes(model: Any, mixed: torch.dtype | None) -> tuple[int, int, Tensor]:
+    """Bytes that autograd keeps of a forward pass besides the weights: in all, and for each token; the hidden states.
+
+    The tensors without content go the way that real ones go on the CPU.
+    """
+    kept: dict[int, Tensor] = {}  # by storage: what shares one is counted once
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    backbone, _ = backbone_and_head(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        own = {
+            name: torch.empty_like(tensor, device="cpu").requires_grad_(tensor.requires_grad)
+            for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]
+        }
+        ids = torch.zeros(1, _TOKENS, dtype=torch.long)
+        inputs: dict[str, Any] = {"input_ids": ids, "position_ids": torch.arange(_TOKENS)[None], "use_cache": False}
+        if uses_packed_attention(model):
+            layout = SimpleNamespace(segments=((1, (_TOKENS - 1,)),), max_key=_TOKENS)
+            inputs |= {"layout": layout, "attention_mask": placeholder_mask(ids)}
+        autocast = torch.autocast("cpu", mixed) if mixed is not None else nullcontext()
+        with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            hidden = functional_call(backbone, own, kwargs=inputs).last_hidden_state
+        weights = {tensor.untyped_storage()._cdata for tensor in own.values()}
+        sizes = [tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights]
+    of_tokens = sum(size for size in sizes if size % _TOKENS == 0)
+    return sum(sizes) - of_tokens, of_tokens // _TOKENS, hidden
+
+
+def optimizer_bytes(cfg: OptimizerConfig, size: ModelSize) -> int:
+    """Bytes of the optimizer's state after its first step."""
+    if isinstance(cfg, SGDConfig):
+        return size.trainable if cfg.momentum else 0
+    return 2 * size.trainable + 4 * size.trainable_tensors  # two moments, and a count of steps per tensor
+
+
+def tokens_of_forward(task: TrainTaskConfig, row: int) -> int:
+    """Most tokens of one forward pass over rows of `row` tokens: whole rows, at least one."""
+    return row * max(1, min(task.micro_batch_size, task.mini_batch_size, task.token_budget // row))
+
+
+def allocator_share(device: str, finetune_mode: str) -> float:
+    """How large the holes in the heap are, of activations and logits; none on CUDA, or where glibc is told so."""
+    return 0.0 if device == "cuda" or NO_HOLES in os.environ else HOLES[finetune_mode]
+
+
+def plan(
+    size: ModelSize, optim: OptimizerConfig, *, tokens: int, checkpointing: bool, allocator_share: float
+) -> MemoryPlan:
+    """The memory of one process, by the formulas above.
+
+    Args:
+        size: the model's.
+        optim: the optimizer.
+        tokens: N, of one forward pass.
+        checkpointing: activations are recomputed.
+        allocator_share: what the allocator adds to activations and logits.
+    """
+    activations = size.fixed + tokens * (size.checkpointed if checkpointing else size.per_token)
+    logits = min(tokens * size.vocabulary, MAX_LOGITS) * (2 if size.half else 4)
+    return MemoryPlan(
+        weights=size.weights,
+        gradients=size.trainable,
+        optimizer=optimizer_bytes(optim, size),
+        activations=activations,
+        logits=logits,
+        allocator=int(allocator_share * (activations + logits)),
+        libraries=LIBRARIES,
+    )

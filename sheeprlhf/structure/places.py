@@ -1,0 +1,99 @@
+"""Files and folders that a configuration names: what is wrong with them, found before anything is loaded."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from sheeprlhf.structure.limits import near_path
+from sheeprlhf.utils.hub import EMBEDDED, embedded_folder
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def data_file_problems(key: str, path: str) -> Iterator[str]:
+    """What is wrong with a file of rows."""
+    file = os.path.expanduser(path)
+    if Path(file).suffix.lower() not in DATA_SUFFIXES and not os.path.isdir(file):
+        yield f"{key}={path} has an unknown ending: {_did(key, file)}give one that ends in {', '.join(DATA_SUFFIXES)}"
+    elif os.path.isdir(file):
+        yield f"{key}={path} is a folder: give one file, which ends in {', '.join(DATA_SUFFIXES)}"
+    elif not os.path.isfile(file):
+        yield f"{key}={path} is not a file: {_did(key, file)}give the path of an existing one (from {Path.cwd()})"
+    elif not os.access(file, os.R_OK):
+        yield f"{key}={path} cannot be read: change its permissions or give another file"
+
+
+def _did(key: str, file: str) -> str:
+    near = None if os.path.exists(file) else near_path(file)
+    return f"did you mean {key}={near}? Else " if near else ""
+
+
+def new_folder_problems(key: str, path: str) -> Iterator[str]:
+    """What stands in the way of making this folder, or of writing into it."""
+    folder = Path(path).absolute()
+    while not os.path.exists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        yield f"{key}={path} cannot be made: {folder} is a file; give another {key}"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        yield f"{key}={path} cannot be written: {folder} does not permit it; give another {key}"
+
+
+def run_problems(experiment_dir: str, model_name: str) -> Iterator[str]:
+    """Whether a run has the weights that an evaluation asks for, and takes its results."""
+    run_dir = Path(experiment_dir)
+    yield from new_folder_problems("experiment_dir", str(run_dir / "eval"))
+    if model_name == "final":
+        if not (run_dir / "final").is_dir():
+            yield (
+                f"experiment_dir={run_dir}: this run has no final/ yet; finish it with resume_from={run_dir}, "
+                "or evaluate task.model_name=last"
+            )
+        return
+    there = sorted(path.name for path in run_dir.glob("checkpoints/step-*") if path.name[5:].isdigit())
+    if not there:
+        yield f"experiment_dir={run_dir}: this run has no checkpoint; go on with it by resume_from={run_dir}"
+    elif model_name.startswith("step-") and model_name not in there:
+        yield f"task.model_name={model_name}: {run_dir} has no such checkpoint; it has {', '.join(there)}"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the hub could have a repository of this name."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def model_folder(name: str) -> Path | None:
+    """The folder that `model.repo_name` names, the embedded model's included; None if it names none."""
+    folder = embedded_folder(name) if name.startswith(EMBEDDED) else Path(name).expanduser()
+    return folder if os.path.isdir(folder) else None
+
+
+def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
+    """Why `model.repo_name` cannot be loaded, as far as files here tell; the hub is not asked.
+
+    Args:
+        repo_name: a folder, a hub id or an embedded model.
+        weights: a folder needs them; they are not read when they are random or a run's.
+    """
+    name = "null" if repo_name is None else repo_name
+    given = f"model.repo_name={name}"
+    folder = model_folder(name)
+    if repo_name is None or folder is None:
+        if os.path.isfile(os.path.expanduser(name)):
+            return f"{given} is a file: give the folder that has config.json, or a hub id (owner/name)"
+        if repo_name is None or not is_hub_id(name):
+            return f"{given} is neither a folder nor a hub id (owner/name): give one of them"
+        return None
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            return f"{given}: this folder has adapters, no model: give the model that they were trained on"
+        return f"{given}: this folder has no config.json; give one in the hub's layout"
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        return f"{given}: this folder has no tokenizer ({_TOKENIZER_FILES[0]}): copy the model's into it"
+    if weights and not any((folder / file).is_file() for file in _WEIGHTS):
+        return f"{given}: this folder has no {_WEIGHTS[0]}: give one that has, or start with model.random_init=true"
+    return None

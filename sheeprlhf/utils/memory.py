@@ -1,0 +1,52 @@
+"""Running out of memory, told by what was being computed. Imports no torch."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from sheeprlhf.utils.errors import OutOfMemory
+
+Phase = Literal[
+    "loading the model",
+    "forward pass",
+    "backward pass",
+    "optimizer step",
+    "evaluation",
+    "generation",
+    "the rest of the run",
+]
+_SAID = re.compile(r"out of memory|can.?t allocate memory|not enough memory|_ALLOC_FAILED", re.IGNORECASE)
+_AMOUNT = re.compile(r"allocate (?P<number>[\d.]+) ?(?P<unit>[KMGTPE]iB|bytes)")
+
+
+@contextmanager
+def phase(name: Phase) -> Iterator[None]:
+    """A block, or as a decorator a function, in which running out of memory is called by this name.
+
+    Raises:
+        OutOfMemory: instead of what torch, numpy or Python raise; of several blocks, the innermost names it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not _is_out_of_memory(error):
+            raise
+        raise OutOfMemory(name, _amount(str(error))) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """CUDA has a class of its own, which torch's CPU allocator does not use."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and _SAID.search(str(error)) is not None
+
+
+def _amount(message: str) -> str:
+    """What an allocator says that it was asked for."""
+    found = _AMOUNT.search(message)
+    if not found:
+        return ""
+    number = float(found["number"])
+    size = f"{number / 2**30:.2f} GiB" if found["unit"] == "bytes" else f"{found['number']} {found['unit']}"
+    return f"{size} more were asked for"

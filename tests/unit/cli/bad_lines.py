@@ -1,0 +1,314 @@
+"""The bad command lines, what must be said to each, and the process that is asked them all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[3]
+HEAVY = ("torch", "transformers", "datasets", "lightning", "peft", "pandas")
+LONG = "a" * 300
+
+# Words of the command line (@ is the folder that `make_world` fills); what the message must contain.
+BAD = [
+    # the command
+    ("trian task=sft", ["trian", "`train`"]),
+    ("task=sft", ["task=sft is not a command", "`train`"]),
+    ("--train task=sft", ["commands have no dashes", "`train ...`"]),
+    ("sft", ["`train task=sft`"]),
+    ("train train task=sft", ["train is a command", "at the start"]),
+    ("train", ["task is missing", "sft"]),
+    ("eval", ["task is missing", "perplexity", "experiment_dir"]),
+    ("train help", ["did you mean --help?"]),
+    # flags
+    ("train --hlep task=sft", ["--hlep", "--help"]),
+    ("train --task=sft", ["options have no dashes; write task=sft"]),
+    ("train task=sft --model opt", ["write model=opt"]),
+    ("train task=sft --task.epochs=3", ["write task.epochs=3"]),
+    ("train task=sft --lr 1e-4", ["optim.lr=1e-4"]),
+    ("train task=sft --resume", ["resume=<value>"]),
+    ("train task=sft --cfg jobb", ["--cfg jobb", "did you mean job?"]),
+    ("train task=sft --config-dir", ["--config-dir needs a value"]),
+    ("train task=sft --config-dir=/nowhere/at/all", ["/nowhere/at/all", "folder"]),
+    ("train task=sft --config-dir=@/notes.txt", ["notes.txt is not a directory", "folder"]),
+    ("train task=sft --config-name=trian", ["--config-name=trian", "did you mean train?"]),
+    ("train task=sft --config-path=x", ["--config-path", "--config-dir"]),
+    ("train --experimental-rerun job.pickle", ["--experimental-rerun", "unpickle"]),
+    # groups
+    ("train task=sf", ["task=sf", "task=sft"]),
+    ("train task=perplexity", ["task=perplexity", "eval task=perplexity"]),
+    ("eval task=sft", ["task=sft", "train task=sft"]),
+    ("train task=sft model=optt", ["model=optt", "model=opt"]),
+    ("train task=sft model=OPT", ["model=OPT", "model=opt"]),
+    ("train task=sft data=summarisation", ["data=summarization"]),
+    ("train task=sft optim=adamm", ["optim=adamm", "optim=adam"]),
+    ("train task=sft fabric=gpu", ["fabric=gpu", "fabric=auto_cuda"]),
+    ("train task=sft model=null", ["model=null", "tiny"]),
+    ("train task=sft model=opt,gpt2", ["model=opt,gpt2", "need -m"]),
+    ("train task=sft +model=opt", ["+model=opt", "write model=opt"]),
+    ("train task=sft ~optim", ["~optim", "cannot be removed"]),
+    ("train task=sft experiment=pretrain_tny", ["experiment=pretrain_tiny"]),
+    ("train sft", ["sft is not key=value", "task=sft"]),
+    # keys
+    ("train task=sft modle=opt", ["no option modle", "model"]),
+    ("train task=sft model.lora_cfg.ranc=4", ["model.lora_cfg.rank"]),
+    ("train task=sft lr=1e-4", ["no option lr", "optim.lr"]),
+    ("train task=sft epoch=3", ["task.epochs"]),
+    ("train task=sft dry_run", ["dry_run is not key=value", "dry_run=<value>"]),
+    ("train task=sft =3", ["=3 has no key", "seed=1"]),
+    ("train task=sft +task.beta=1", ["no option task.beta"]),
+    ("train task=sft +seed=1", ["+seed=1", "without the +"]),
+    ("train task=sft ++seed=x", ["++seed=x: a whole number is needed"]),
+    ("train task=sft ~seed", ["~seed", "removed"]),
+    ("train task=sft data.train_file=x.csv", ["data.train_file", "data=local"]),
+    ("train task=sft optim=sgd optim.betas=[0.9,0.9]", ["optim.betas is an option of optim=adamw"]),
+    ("train task=sft split=test", ["no option split", "`inspect` has split"]),
+    ("train task=sft hydra.run.dri=x", ["hydra.run.dri", "hydra.run.dir"]),
+    # how they are written
+    ("train task = sft", ["no spaces around =: write task=sft"]),
+    ("train task=sft seed= 3", ["no spaces around =: write seed=3"]),
+    ("train task=sft seed =3", ["no spaces around =: write seed=3"]),
+    ("train task=sft hf_token = verysecret", ["hf_token: credentials never go"]),
+    ("train task=sft run_name=a(b", ["run_name=a(b", "quote", "\"run_name='...'\""]),
+    ("train task=sft run_name=it's", ["run_name=it's", "quote"]),
+    ("train task=sft run_name=a,b", ["need -m", "\"run_name='a,b'\""]),
+    ("train task=sft seed=1,2", ["seed=1,2", "-m"]),
+    ("train task=sft seed=range(1,3)", ["seed=range(1,3)", "-m"]),
+    ("train task=sft fabric.devices=[0,1]", ["quote it", "fabric.devices='0,1'"]),
+    # types
+    ("train task=sft optim.lr=abc", ["optim.lr=abc: a number is needed", "for example optim.lr=1e-5"]),
+    ("train task=sft task.epochs=1.5", ["task.epochs=1.5: a whole number is needed"]),
+    ("train task=sft task.mini_batch_size=many", ["a whole number is needed", "task.mini_batch_size=32"]),
+    ("train task=sft seed=true", ["seed=true: a whole number is needed"]),
+    ("train task=sft seed=", ["seed=: a whole number is needed"]),
+    ("train task=sft dry_run=maybe", ["true or false is needed"]),
+    ("train task=sft run_name=null", ["run_name=null: a value is needed"]),
+    ("train task=sft optim.betas=3", ["a list of 2 numbers is needed"]),
+    ("train task=sft optim.betas=[0.9]", ["two numbers"]),
+    # numbers out of range
+    ("train task=sft optim.lr=-1", ["optim.lr=-1", "0 or more"]),
+    ("train task=sft optim.lr=nan", ["optim.lr=nan", "finite"]),
+    ("train task=sft seed=-1", ["seed=-1", "0 or more"]),
+    ("train task=sft seed=4294967296", ["seed=4294967296", "4294967295 or less"]),
+    ("train task=sft task.token_budget=0", ["task.token_budget=0", "1 tokens or more"]),
+    ("train task=sft task.mini_batch_size=-3", ["task.mini_batch_size=-3", "1 rows or more"]),
+    ("train task=sft task.micro_batch_size=0", ["task.micro_batch_size=0", "1"]),
+    ("train task=sft task.eval_interval=0", ["task.eval_interval=0", "1 optimizer steps or more"]),
+    ("train task=sft task.label_smoothing=2", ["0.99 or less"]),
+    ("train task=sft model.lora_cfg.rank=0", ["model.lora_cfg.rank=0", "1 or more"]),
+    ("train task=sft generation.top_p=1.5", ["generation.top_p=1.5", "1 or less"]),
+    ("train task=sft generation.temperature=0", ["more than 0"]),
+    ("train task=sft data.validation_split=0.5 data.test_split=0.5", ["below 1"]),
+    ("train task=sft data.max_prompt_length=128", ["data.max_prompt_length=128", "data.max_length=128", "=96"]),
+    ("train task=sft data.reward_model_split=1", ["data.reward_model_split=1", "0.5"]),
+    # one of a few names
+    ("train task=sft model.finetune_mode=lorra", ["model.finetune_mode=LORA"]),
+    ("train task=sft model.dtype=fp16", ["model.dtype=float16"]),
+    ("train task=sft optim.schedule=cosin", ["optim.schedule=cosine"]),
+    # what cannot go together
+    ("train task=sft model.lora_cfg.targets=[]", ["model.lora_cfg.targets", "all-linear"]),
+    ("train task=sft model.lora_cfg.targets=3", ["model.lora_cfg.targets=3", "[q_proj,v_proj]"]),
+    ("train task=sft model.finetune_mode=LORA model.lora_cfg=null", ["needs model.lora_cfg"]),
+    ("train task=sft model.lora_cfg=null model.lora_cfg.rank=4", ["model.lora_cfg is null"]),
+    ("train task=sft model.finetune_mode=LORA model.freeze_transformer=true", ["model.freeze_transformer=true"]),
+    ("train task=sft model.finetune_mode=LORA model.random_init=true", ["model.random_init=true"]),
+    ("train task=sft model.library_cfg.trust_remote_code=true", ["runs Python code", "revision=<40-digit commit>"]),
+    ("train task=sft generation.num_beams=2 generation.do_sample=true", ["generation.num_beams=1"]),
+    ("train task=sft optim=sgd optim.nesterov=true", ["optim.momentum=0.9"]),
+    ("train task=sft resume=true resume_from=/tmp", ["resume=true and resume_from"]),
+    # devices and number formats
+    ("train task=sft fabric=auto_cuda", ["fabric=cpu"]),
+    ("train task=sft fabric.accelerator=gpu", ["fabric.accelerator=cuda"]),
+    ("train task=sft fabric.devices=two", ["fabric.devices=two", "auto"]),
+    ("train task=sft fabric.devices=0", ["fabric.devices=0", "give a number"]),
+    ("train task=sft fabric.devices='0,1'", ["which a CPU has not"]),
+    ("train task=sft fabric.strategy=dpp", ["fabric.strategy=ddp"]),
+    ("train task=sft fabric.strategy=fsdp2", ["fabric.strategy=ddp"]),
+    ("train task=sft fabric.precision=16-true", ["fabric.precision=16-true", "bf16-mixed"]),
+    ("train task=sft fabric=auto fabric.precision=16-true", ["needs a CUDA device", "bf16-mixed"]),
+    ("eval task=perplexity model=tiny data=docstrings fabric.precision=16-true", ["needs a CUDA device", "bf16-mixed"]),
+    ("train task=sft fabric.precision=16-mixed", ["fabric.precision=16-mixed", "bf16-mixed"]),
+    # models
+    ("train task=sft model=auto", ["model.repo_name is missing"]),
+    ("train task=sft model=auto model.repo_name=null", ["model.repo_name=null", "hub id (owner/name)"]),
+    ("train task=sft model=auto model.repo_name=@/nowhere", ["nowhere is neither a folder nor a hub id"]),
+    ("train task=sft model=auto model.repo_name=a--b/c", ["a--b/c is neither a folder nor a hub id"]),
+    (f"train task=sft model=auto model.repo_name={LONG}", ["neither a folder nor a hub id"]),
+    (
+        "train task=sft model=auto model.repo_name=@/notes.txt",
+        ["notes.txt is a file", "the folder that has config.json"],
+    ),
+    ("train task=sft model=auto model.repo_name=@/empty", ["has no config.json", "hub's layout"]),
+    ("train task=sft model=auto model.repo_name=@/no_config", ["has no config.json"]),
+    ("train task=sft model=auto model.repo_name=@/no_tokenizer", ["has no tokenizer", "tokenizer.json"]),
+    ("train task=sft model=auto model.repo_name=@/no_weights", ["no model.safetensors", "model.random_init=true"]),
+    ("train task=sft model=auto model.repo_name=@/adapters", ["adapters, no model"]),
+    ("train task=sft model.repo_name=embedded:big", ["embedded:big is neither"]),
+    ("train task=sft model=opt", ["HF_HUB_OFFLINE is set", "model.repo_name=<folder>", "model=tiny"]),
+    ("train task=sft model=smollm2", ["HF_HUB_OFFLINE is set", "`python sheeprlhf.py fetch model=smollm2`"]),
+    # data
+    ("train task=sft data=local", ["data.train_file is missing"]),
+    ("train task=sft data=local data.train_file=@/row.jsonl", ["row.jsonl is not a file", "rows.jsonl?"]),
+    ("train task=sft data=local data.train_file=@/empty", ["empty is a folder", "give one file"]),
+    ("train task=sft data=local data.train_file=@/notes.txt", ["notes.txt", "ends in .jsonl"]),
+    ("train task=sft data=local data.train_file=rows.pickle", ["rows.pickle", ".jsonl"]),
+    ("train task=sft data=local data.train_file=@/rows.jsonl data.test_file=/t.csv", ["data.test_file=/t.csv is not"]),
+    ("train task=sft data=summarization", ["HF_HUB_OFFLINE is set", "data.dataset_name=<folder>"]),
+    ("train task=sft data=summarization data.dataset_name=@/empty", ["no file that ends in .parquet"]),
+    ("train task=sft data=summarization data.dataset_name=@/notes.txt", ["use data=local data.train_file="]),
+    ("train task=sft data=summarization data.dataset_name=a--b/c", ["neither a folder nor a hub id", "give one"]),
+    # places
+    ("train task=sft root_dir=/dev/null/runs", ["root_dir=/dev/null/runs", "is a file"]),
+    ("train task=sft data.cache_dir=/dev/null/x", ["data.cache_dir=/dev/null/x", "is a file"]),
+    ("train task=sft hydra.run.dir=@/notes.txt", ["notes.txt is not a directory", "another place"]),
+    ("train task=sft hydra.run.dir=@/run", ["holds a run already", "resume=true"]),
+    ("train task=sft run_name=a/b", ["run_name=a/b"]),
+    ("train task=sft run_name=", ["run_name= cannot name a directory"]),
+    (f"train task=sft run_name={LONG}", ["up to 200 characters"]),
+    ("train task=sft resume_from=/nowhere", ["resume_from=/nowhere"]),
+    ("train task=sft resume_from=@/notes.txt", ["is not a directory", "`list runs`"]),
+    ("train task=sft resume_from=@/empty", ["no readable run.json", "`list runs`"]),
+    ("train task=sft resume_from=@/run", ["belongs to another configuration", "train task=sft seed=3"]),
+    # evaluations
+    ("eval task=perplexity", ["experiment_dir", "model=", "data="]),
+    ("eval task=perplexity experiment_dir=null", ["nothing to evaluate", "experiment_dir=<run directory>"]),
+    ("eval task=perplexity experiment_dir=@/rum", ["rum is not a directory", "world/run?"]),
+    ("eval task=perplexity experiment_dir=@/notes.txt", ["notes.txt is not a directory", "`list runs`"]),
+    ("eval task=perplexity experiment_dir=@/empty", ["has no config.yaml", "`list runs`"]),
+    ("eval task=perplexity experiment_dir=@/no_yaml", ["config.yaml cannot be read", "another experiment_dir"]),
+    ("eval task=perplexity experiment_dir=@/other_run", ["config.yaml", "'layers'", "give model=<choice>"]),
+    ("eval task=perplexity experiment_dir=@/lost_model", ["/nowhere/at/all is neither a folder"]),
+    ("eval task=perplexity experiment_dir=@/run", ["no final/ yet", "resume_from=", "task.model_name=last"]),
+    ("eval task=perplexity experiment_dir=@/run task.model_name=step-3", ["step-3", "it has step-2, step-4"]),
+    ("eval task=perplexity experiment_dir=@/young_run task.model_name=best", ["no checkpoint", "resume_from="]),
+    ("eval task=perplexity model=tiny data.max_length=64", ["data.max_length cannot be set", "data=<name>"]),
+    ("eval task=perplexity model=tiny data=docstrings task.model_name=newest", ["final, best, last or step-<n>"]),
+    ("eval task=perplexity model=tiny data=local data.train_file=x.csv task.data_split=reward", ["reward", "empty"]),
+    ("eval task=perplexity experiment=pretrain_tiny", ["no option experiment", "`train`"]),
+    # sweeps and recipes
+    ("train -m task=sft model=opt,gpt3", ["model=gpt3", "model=gpt2"]),
+    ("train -m task=sft seed=1,abc", ["seed=abc: a whole number is needed"]),
+    ("train task=sft run_name='${oc.env:HOME}'", ["run_name=${oc.env:HOME}", "write the value"]),
+    ("train task=sft run_name='${data.nothing}'", ["data.nothing"]),
+    # the other commands
+    ("inspect task=perplexity", ["task=perplexity", "eval task=perplexity"]),
+    ("inspect split=tset", ["split=tset", "split=test"]),
+    ("inspect num_examples=-1", ["num_examples=-1", "0 or more"]),
+    ("inspect output_dir=/dev/null/x", ["output_dir=/dev/null/x", "is a file"]),
+    ("inspect model=opt", ["HF_HUB_OFFLINE is set", "model=tiny"]),
+    ("doctor seed=1", ["no option seed", "`train`, `eval` have seed"]),
+    ("doctor experiment=nothing", ["experiment=nothing", "pretrain_tiny"]),
+    ("fetch model=smolm2", ["model=smolm2", "model=smollm2"]),
+    ("fetch model=auto", ["model.repo_name is missing"]),
+    ("fetch model=opt", ["HF_HUB_OFFLINE is set", "connect"]),
+    ("fetch task=sft", ["no option task", "`fetch --help`"]),
+    ("fetch cache_dir=/dev/null/x", ["cache_dir=/dev/null/x", "is a file"]),
+    ("list modles", ["modles", "`list models`"]),
+    ("list --runs", ["`list` has no flag --runs", "no dashes"]),
+    ("show model=optt", ["model=optt", "`show model=opt`"]),
+    ("show optim.lrr", ["optim.lrr", "optim.lr"]),
+]
+
+
+class Answer(NamedTuple):
+    """What became of one command line.
+
+    Attributes:
+        code: the exit code.
+        out: what it printed.
+        err: its message.
+        left: files that it left in the working directory.
+        heavy: libraries that it was the first to import.
+        seconds: CPU time.
+    """
+
+    code: int
+    out: str
+    err: str
+    left: list[str]
+    heavy: list[str]
+    seconds: float
+
+
+PROGRAM = """
+import contextlib, io, json, sys, time
+from pathlib import Path
+from sheeprlhf.cli import run
+
+def ask(words):
+    out, err, heavy, start, code = io.StringIO(), io.StringIO(), set(sys.modules), time.process_time(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run(words)
+        except SystemExit as stop:
+            code = stop.code
+    seconds = time.process_time() - start
+    new = [name for name in {heavy} if name in sys.modules and name not in heavy]
+    return code, out.getvalue(), err.getvalue(), [path.name for path in Path().iterdir()], new, seconds
+
+json.dump([ask(words) for words in json.load(sys.stdin)], sys.__stdout__)
+"""
+
+
+def ask(lines: list[str], folder: Path) -> dict[str, Answer]:
+    """Give every line to the command line of a new process, in an empty working directory and without a network."""
+    world, empty = folder / "world", folder / "empty"
+    make_world(world)
+    empty.mkdir()
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "SHEEPRLHF_CACHE": str(folder / "cache"),
+    }
+    words = [[word.replace("@", str(world)) for word in line.split()] for line in lines]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.replace("{heavy}", repr(HEAVY))],
+        input=json.dumps(words),
+        capture_output=True,
+        text=True,
+        cwd=empty,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return {line: Answer(*answer) for line, answer in zip(lines, json.loads(done.stdout), strict=True)}
+
+
+def make_world(world: Path) -> None:
+    """Files, model folders and runs, each with something missing."""
+    world.mkdir()
+    (world / "empty").mkdir()
+    (world / "notes.txt").write_text("no data")
+    (world / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    models = {
+        "no_config": ["tokenizer.json", "model.safetensors"],
+        "no_tokenizer": ["config.json", "model.safetensors"],
+        "no_weights": ["config.json", "tokenizer.json", "pytorch_model.bin"],
+        "adapters": ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"],
+    }
+    for name, files in models.items():
+        (world / name).mkdir()
+        for file in files:
+            (world / name / file).write_text("{}")
+    whole = "model: {config_name: tiny}\ndata: {config_name: docstrings}\n"
+    configs = {
+        "run": whole,
+        "young_run": whole,
+        "no_yaml": "model: [",
+        "other_run": "model: {config_name: tiny, layers: 1}\ndata: {config_name: docstrings}\n",
+        "lost_model": "model: {config_name: auto, repo_name: /nowhere/at/all}\ndata: {config_name: docstrings}\n",
+    }
+    for name, text in configs.items():
+        (world / name / "final").mkdir(parents=True)
+        (world / name / "config.yaml").write_text(text)
+    for name in ("run", "young_run"):
+        (world / name / "final").rmdir()
+    for step in (2, 4):
+        (world / "run" / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    facts = {"status": "running", "config_hash": "another", "started": 1.0, "command": ["train", "task=sft", "seed=3"]}
+    (world / "run" / "run.json").write_text(json.dumps(facts))

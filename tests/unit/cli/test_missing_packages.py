@@ -1,0 +1,64 @@
+"""A task whose packages are not installed says which extra to install, at once."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sheeprlhf.cli import run
+from sheeprlhf.structure.registry import choices
+
+ROOT = Path(__file__).parents[3]
+WORDS = ["eval", "task=rouge", "model=tiny", "data=docstrings"]
+PROGRAM = """
+import sys
+from sheeprlhf.cli import run
+sys.modules |= dict.fromkeys(("rouge_score", "evaluate"))  # None there: not importable, nor found
+try:
+    run(sys.argv[1:])
+except SystemExit as stop:
+    print("code", stop.code)
+print("heavy", [name for name in ("torch", "transformers", "datasets", "numpy") if name in sys.modules])
+"""
+
+
+def test_a_missing_package_is_one_line_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(WORDS)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "sheeprlhf cannot go on:",
+        '  - task=rouge needs packages that are not installed (rouge_score): pip install "sheeprlhf[eval]"',
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_said_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *WORDS],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        check=False,
+    )
+    assert time.perf_counter() - start < 4  # about 0.5 s; this machine may be busy with other tests
+    assert "code 2" in done.stdout and "heavy []" in done.stdout, done.stdout + done.stderr
+    assert "(evaluate, rouge_score)" in done.stderr
+
+
+def test_every_extra_that_a_task_names_has_its_packages() -> None:
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for name, task in choices("task", "eval").items():
+        if task.requires:
+            listed = " ".join(extras[task.extra]).replace("-", "_")
+            assert [module for module in task.requires if module not in listed] == [], name

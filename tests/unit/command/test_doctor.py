@@ -1,0 +1,206 @@
+"""`doctor`: every section is there, whatever is wrong, and the exit code says whether a run would work."""
+
+import importlib.metadata
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sheeprlhf.agent import policy
+from sheeprlhf.cli import run
+from sheeprlhf.command import checks, doctor
+from sheeprlhf.structure.fabric import FabricConfig
+from tests.support.runs import write_rows
+
+ModelFolder = Callable[..., Path]
+TOPICS = ["versions", "device", "precision", "hub", "caches", "data", "model", "attention", "disk", "memory"]
+
+
+class Report:
+    """What `doctor` printed: level and text of each topic, and all of it."""
+
+    def __init__(self, text: str, code: int) -> None:
+        self.text, self.code, self.flat = text, code, re.sub(r"\s+", " ", text)
+        found = re.findall(r"^(ok|warning|problem) +(\w+) +(.*(?:\n {20}.*)*)", text, re.MULTILINE)
+        self.topics = [topic for _, topic, _ in found]
+        self.level = {topic: level for level, topic, _ in found}
+        self.said = {topic: re.sub(r"\s+", " ", body) for _, topic, body in found}
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
+    """Runs `doctor` with these words; there are 64 GB of memory."""
+    monkeypatch.setattr(doctor, "available_memory", lambda: 64 * 10**9)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def make(*words: str) -> Report:
+        code = 0
+        try:
+            run(["doctor", *words])
+        except SystemExit as error:
+            code = int(error.code or 0)
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return Report(captured.out, code)
+
+    return make
+
+
+@pytest.fixture
+def words(model_folder: ModelFolder, tmp_path: Path) -> list[str]:
+    """A tiny model, and rows of one's own."""
+    rows = write_rows(tmp_path / "rows.jsonl")
+    model = ["model=auto", f"model.repo_name={model_folder()}"]
+    data = ["data=local", f"data.train_file={rows}", "data.max_length=120", "data.max_prompt_length=70"]
+    return [*model, *data, f"root_dir={tmp_path / 'runs'}"]
+
+
+def test_all_is_well(report: Callable[..., Report], words: list[str], tmp_path: Path) -> None:
+    started = time.monotonic()
+    found = report(*words)
+    assert (found.code, found.topics) == (0, TOPICS), found.text
+    assert set(found.level.values()) == {"ok"}
+    assert "batches are packed" in found.said["attention"]
+    assert "8,848 parameters" in found.said["memory"] and "sum" in found.said["memory"]
+    assert found.text.endswith(f"\nnext: python sheeprlhf.py train task=sft {' '.join(words)}\n")
+    assert time.monotonic() - started < 30 and not (tmp_path / "runs").exists()
+
+
+def test_a_model_that_is_not_to_be_had(report: Callable[..., Report], words: list[str]) -> None:
+    found = report(*words[2:], "model=opt")
+    assert found.code == 1
+    assert found.topics == [topic for topic in TOPICS if topic not in ("attention", "disk")]
+    assert found.level["model"] == "problem" and "not in the local cache" in found.said["model"]
+    assert found.level["hub"] == "warning" and found.level["memory"] == "warning"
+    assert "one problem would stop this run" in found.text
+    assert found.text.splitlines()[-1].startswith("next: python sheeprlhf.py doctor task=sft data=local")
+
+
+def test_data_that_is_not_to_be_had(report: Callable[..., Report], words: list[str]) -> None:
+    found = report(*words[:2], "data=summarization", "data.max_length=128", "data.max_prompt_length=64")
+    assert (found.code, found.level["data"], found.level["model"]) == (1, "problem", "ok")
+    assert found.topics == TOPICS
+
+
+def test_too_little_memory(report: Callable[..., Report], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    needs = re.search(r"sum (\d+) MB", report(*words).said["memory"])
+    assert needs is not None
+    monkeypatch.setattr(doctor, "available_memory", lambda: int(needs[1]) * 10**6 // 2)
+    found = report(*words)
+    assert (found.code, found.level["memory"]) == (1, "problem")
+    assert "all of them together are not enough" in found.said["memory"]  # the libraries alone take more
+    monkeypatch.setattr(doctor, "available_memory", lambda: (int(needs[1]) + 2) * 10**6)
+    found = report(*words)
+    assert (found.code, found.level["memory"]) == (0, "warning")
+    large = ["task.token_budget=200000", "task.micro_batch_size=2000", "task.mini_batch_size=2000"]
+    monkeypatch.setattr(doctor, "available_memory", lambda: 10**9)
+    found = report(*words, *large)
+    assert (found.code, found.level["memory"]) == (1, "problem")
+    assert "task.token_budget=100000" in found.said["memory"] and "MALLOC_MMAP_THRESHOLD_=" in found.said["memory"]
+    assert re.search(r"MB would fit: task\.token_budget=\d+", found.said["memory"])
+
+
+def test_processes_share_the_memory(report: Callable[..., Report], words: list[str]) -> None:
+    sums = []
+    for more in ([], ["fabric.devices=2"]):
+        found = re.search(r"about ([\d.]+) (MB|GB)", report(*words, *more).said["memory"])
+        assert found
+        sums.append(float(found[1]) * (1000 if found[2] == "GB" else 1))
+    assert sums[1] == pytest.approx(2 * sums[0], rel=0.1)
+
+
+def test_a_model_that_cannot_be_packed(
+    report: Callable[..., Report], words: list[str], model_folder: ModelFolder
+) -> None:
+    words[1] = f"model.repo_name={model_folder('falcon')}"
+    found = report(*words)
+    assert (found.code, found.level["attention"]) == (0, "ok") and "batches are padded" in found.said["attention"]
+    found = report(*words, "task.batching=packed")
+    assert (found.code, found.level["attention"]) == (1, "problem")
+
+
+def test_a_model_that_is_wrong_on_packed_rows(
+    report: Callable[..., Report], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "packing_difference", lambda *_: 0.5)
+    found = report(*words)
+    assert "differ by 0.5 nats: batches are padded" in found.said["attention"]
+
+
+def test_rows_that_exceed_the_positions(report: Callable[..., Report], words: list[str]) -> None:
+    found = report(*words, "data.max_length=500")
+    assert found.code == 0 and "warning model data.max_length=500 is more than its 128 positions" in found.flat
+    assert "give data.max_length=128" in found.flat and "16 rows of 128" in found.said["memory"]
+
+
+def test_a_version_outside_of_its_bounds(
+    report: Callable[..., Report], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        checks.importlib.metadata, "version", lambda name: "2.6.3" if name == "lightning" else real(name)
+    )
+    found = report(*words)
+    assert found.code == 1
+    assert re.search(
+        r"^problem  versions   lightning 2\.6\.3 is outside of its bounds: pip install 'l", found.text, re.M
+    )
+
+
+def test_a_package_that_is_not_installed(
+    report: Callable[..., Report], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left would need it."""
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "peft":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(checks.importlib.metadata, "version", version)
+    found = report(*words)
+    assert (found.code, found.topics) == (1, ["versions"]) and "pip install 'peft" in found.text
+
+
+def test_a_cache_that_cannot_be_written(
+    report: Callable[..., Report], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(checks, "cache_root", lambda _: tmp_path / "file" / "below")
+    found = report(*words)
+    assert (found.code, found.level["caches"]) == (1, "problem") and "data.cache_dir=<folder>" in found.said["caches"]
+
+
+def test_a_disk_that_is_too_small(
+    report: Callable[..., Report], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    found = report(*words)
+    assert (found.code, found.level["disk"]) == (1, "problem") and "task.keep_checkpoints=1" in found.said["disk"]
+
+
+def test_control_characters_are_not_obeyed(report: Callable[..., Report], words: list[str], tmp_path: Path) -> None:
+    found = report(*words[:-1], f"root_dir='{tmp_path}/\x1b[2Jruns'")
+    assert "\x1b" not in found.text and found.code == 0
+
+
+@pytest.mark.parametrize(
+    ("able", "chosen", "level"),
+    [
+        (True, "32-true", "ok"),
+        (False, "32-true", "ok"),
+        (True, "bf16-true", "ok"),
+        (False, "bf16-mixed", "warning"),
+    ],
+)
+def test_precision(able: bool, chosen: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able, "avx2": True}, raising=False)
+    found = checks.precision(FabricConfig(precision=chosen), on_cuda=False)
+    assert found.level == level
+    assert ("bf16-mixed needs less" in found.text) == (able and chosen == "32-true")

@@ -1,0 +1,377 @@
+"""`inspect`: what is printed is what the loss counts, and nothing of somebody else's is harmed."""
+
+import io
+import itertools
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.text import Text
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from sheeprlhf.cli import run
+from sheeprlhf.command import inspect
+from sheeprlhf.command.example_view import Viewer, trained_tokens
+from sheeprlhf.command.plots import draw_histograms, text_histogram
+from sheeprlhf.command.tokens import token_texts
+from sheeprlhf.data.collate import collate_packed
+from sheeprlhf.data.report import check_targets
+from sheeprlhf.data.store import SplitWriter, TokenizedSplit
+from sheeprlhf.data.tokenize import RowTokenizer, TokenRow, encode
+from sheeprlhf.structure.data import LocalDataConfig
+from sheeprlhf.utils.errors import DataError
+from tests.support.batches import random_examples
+from tests.unit.data.toy import BOS_TEMPLATE, TEMPLATE, byte_tokenizer, example
+
+FAKE_IMAGE = b"made by sheeprlhf inspect"
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, no colour, lines of 100 columns, and no time spent on drawing."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(inspect, "draw_histograms", lambda *_: FAKE_IMAGE)
+    return tmp_path
+
+
+def save_tokenizer(folder: Path, **options: object) -> Path:
+    byte_tokenizer(**{"bos": True, **options}).save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+def words(home: Path, rows: list[dict], *extra: str, **options: object) -> list[str]:
+    """The command for some rows; all of them are in the training split."""
+    (home / "my.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    model = save_tokenizer(home / "model", **options)
+    shares = ["data.validation_split=0", "data.test_split=0", "data.minimum_response_length=1"]
+    mine = ["data=local", "data.train_file=my.jsonl", "model=auto", f"model.repo_name={model}", *shares]
+    return ["inspect", *mine, *extra]
+
+
+def shown(printed: str, number: int = 1) -> list[str]:
+    """The lines of one example."""
+    return printed.split(f"example {number}: ")[1].split("\n\n")[0].splitlines()
+
+
+def exit_code(line: list[str]) -> int:
+    with pytest.raises(SystemExit) as stop:
+        run(line)
+    return stop.value.code
+
+
+def test_prompt_and_response_stand_apart_token_by_token(home: Path, capsys: pytest.CaptureFixture) -> None:
+    run(words(home, [{"prompt": "ab\n c", "response": "de"}]))
+    assert shown(capsys.readouterr().out) == [
+        "row 0",
+        "prompt 6 + response 3 = 9 tokens, 3 trained on, BOS: 1, response ends in EOS",
+        "prompt:",
+        "  <s>\u00a6a\u00a6b\u00a6\u21b5",
+        "   \u00a6c",
+        "response:",
+        "+ d\u00a6e\u00a6<|im_end|>",
+    ]
+
+
+def test_the_prompt_counts_if_the_task_says_so(home: Path, capsys: pytest.CaptureFixture) -> None:
+    run(words(home, [{"prompt": "ab", "response": "de"}], "task.use_masked_targets=false"))
+    printed = capsys.readouterr().out
+    lines = shown(printed)
+    assert lines[1].startswith("prompt 3 + response 3 = 6 tokens, 5 trained on")
+    assert lines[3:5] == ["  <s>", "+ a\u00a6b"]  # nothing predicts the first token
+    assert "prompts and responses (task.use_masked_targets=false)" in printed
+
+
+@pytest.mark.parametrize("num_responses", [1, 2, 3])
+def test_the_mask_is_that_of_the_batch(num_responses: int) -> None:
+    for one in random_examples(20, num_responses):
+        num_prompt = len(one.prompt_ids)
+        after_prompt = np.arange(one.num_tokens()) >= num_prompt
+        assert (trained_tokens(collate_packed([one])).numpy() == after_prompt).all()
+        after_first = np.arange(one.num_tokens()) >= 1
+        assert (trained_tokens(collate_packed([one], targets="all")).numpy() == after_first).all()
+
+
+def test_a_mask_that_does_not_fit_its_tokens_is_a_bug() -> None:
+    batch = collate_packed([example([1, 2, 3], [4, 5])])
+    with pytest.raises(AssertionError, match="not the token at its place"):
+        trained_tokens(batch._replace(logit_index_N=batch.logit_index_N.flip(0)))
+
+
+def test_color_marks_what_is_trained_on(
+    home: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR")
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLORTERM": "truecolor"}.items():
+        monkeypatch.setenv(name, value)
+    run(words(home, [{"prompt": "ab", "response": "[b]de"}]))
+    text = Text.from_ansi("\n".join(shown(capsys.readouterr().out)))
+    green = [inspect._STYLES[True][shade].partition("on ")[2] for shade in (0, 1)]
+    spans = [(text.plain[s.start : s.end], s.style.bgcolor.name) for s in text.spans if s.style.bgcolor]
+    assert "".join(part for part, color in spans if color in green) == "[b]de<|im_end|>"
+    assert "".join(part for part, color in spans if color not in green) == "<s>ab"
+    colors = [color for _, color in spans]
+    assert all(one != other for one, other in itertools.pairwise(colors))  # each token can be seen
+    assert "\u00a6" not in text.plain
+
+
+def test_a_chat_shows_its_template_once_and_one_bos(home: Path, capsys: pytest.CaptureFixture) -> None:
+    run(words(home, [{"messages": CHAT}], template=BOS_TEMPLATE))
+    facts, parts = "\n".join(shown(capsys.readouterr().out)).split("\nprompt:\n")
+    assert "BOS: 1, response ends in EOS, chat template applied once" in facts.replace("\n", " ")
+    assert parts.replace("\u00a6", "").split("\n") == [
+        "  <s><|im_start|>user\u21b5",
+        "  hi<|im_end|>\u21b5",
+        "  <|im_start|>assistant\u21b5",
+        "response:",
+        "+ yo<|im_end|>",
+    ]
+
+
+def test_two_bos_are_a_warning(home: Path, capsys: pytest.CaptureFixture) -> None:
+    run(words(home, [{"messages": CHAT}], template="{{ bos_token }}" + BOS_TEMPLATE))
+    printed = "\n".join(shown(capsys.readouterr().out))
+    assert "BOS: 2" in printed
+    assert "WARNING: the prompt begins with 2 BOS tokens" in printed
+
+
+def test_a_template_applied_to_its_own_output_is_a_warning() -> None:
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    once = tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True)
+    again = [{"role": "user", "content": once}]
+    twice = tokenizer.apply_chat_template(again, tokenize=False, add_generation_prompt=True)
+    answered = tokenizer.apply_chat_template([*CHAT, *CHAT[:1]], tokenize=False, add_generation_prompt=True)
+    viewer = Viewer(tokenizer, targets="response")
+    views = [
+        viewer.view(example(encode(tokenizer, [text], control_tokens=True)[0], [5])) for text in (once, answered, twice)
+    ]
+    assert ["chat template applied once" in view.facts for view in views] == [True, True, False]
+    assert [len(view.warnings) for view in views] == [0, 0, 1]
+    assert "opens 2 answers and leaves 1 without text" in views[2].warnings[0]
+
+
+def test_a_plain_prompt_claims_nothing_about_templates() -> None:
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    [plain] = encode(tokenizer, ["hi<|im_start|>assistant\n"])  # text that looks like the template's
+    facts = Viewer(tokenizer, targets="response").view(example(plain, [5])).facts
+    assert not any("template" in fact for fact in facts)
+    assert "BOS: 0 (the tokenizer adds none)" in facts
+
+
+def test_pairs_show_both_responses() -> None:
+    tokenizer = byte_tokenizer()
+    view = Viewer(tokenizer, targets="response").view(example([1, 2], [3, tokenizer.eos_token_id], [4]))
+    assert list(view.parts) == ["prompt", "chosen", "rejected"]
+    assert "chosen ends in EOS" in view.facts
+    assert "rejected cut at data.max_length: no EOS" in view.facts
+
+
+def test_cut_rows_say_so(home: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = [{"prompt": "abc", "response": "x" * 20}, {"prompt": "abc", "response": "y"}]
+    run(words(home, rows, "data.max_length=10", "data.max_prompt_length=5"))
+    printed = capsys.readouterr().out
+    assert "50.0% of the responses end in EOS" in printed
+    first, second = (" ".join(shown(printed, number)) for number in (1, 2))
+    assert "response cut at data.max_length: no EOS" in first
+    assert "nothing of the prompt is left" in first
+    assert "response ends in EOS" in second
+    assert "WARNING" not in second
+
+
+def test_nothing_hidden_reaches_the_terminal(home: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = [{"prompt": "a\x1b[31mb\r\u202e\t hf_abcdefghij end", "response": "[bold]**[/bold]"}]
+    run(words(home, rows))
+    printed = capsys.readouterr().out
+    assert not any(letter in printed for letter in "\x1b\r\u202e\t")
+    text = "\n".join(shown(printed)).replace("\u00a6", "")
+    assert r"a\x1b[31mb\r" in text
+    assert r"\t ************* end" in text
+    assert "stars in the prompt hide" in text
+    assert "stars in the response" not in text  # its own
+    assert "[bold]**[/bold]" in text
+
+
+def test_texts_of_tokens_are_the_decoded_text() -> None:
+    tokenizer = byte_tokenizer()
+    for text in ("a\u00e9\U0001f600b", "\u6570\u5b66", "plain  \n\n x"):
+        [ids] = encode(tokenizer, [text])
+        texts = token_texts(tokenizer, ids)
+        assert "".join(texts) == text
+        assert len(texts) == len(ids)
+    [ids] = encode(tokenizer, ["a\u00e9"])
+    assert token_texts(tokenizer, ids) == ["a", "", "\u00e9"]
+    assert token_texts(tokenizer, ids[:-1]) == ["a", ""]  # cut inside a character
+
+
+def test_a_decoder_that_drops_the_first_space_does_not_hide_the_others() -> None:
+    backend = Tokenizer(models.WordLevel({"\u2581a": 0, "\u2581b": 1}, unk_token=None))
+    backend.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert token_texts(tokenizer, [0, 1, 1]) == ["a", " b", " b"]
+
+
+def test_an_output_without_these_letters_gets_others(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", output)
+    run(words(home, [{"prompt": "a\n\u00e9", "response": "de"}]))
+    printed = output.buffer.getvalue().decode("ascii")
+    assert shown(printed)[3:] == ["  <s>|a|\\n", "  ~|\\xe9", "response:", "+ d|e|<|im_end|>"]
+    assert "#" in printed
+
+
+def test_long_lines_break_between_tokens(home: Path, capsys: pytest.CaptureFixture) -> None:
+    run(words(home, [{"prompt": "a" * 150, "response": "b"}]))
+    lines = shown(capsys.readouterr().out)[3:-2]
+    assert max(map(len, lines)) <= 100
+    assert "".join(lines).count("a") == 150
+
+
+def test_a_split_without_rows_names_those_with_some(home: Path, capsys: pytest.CaptureFixture) -> None:
+    line = words(home, [{"prompt": "ab", "response": "de"}], "split=validation")
+    assert exit_code(line) == 2
+    error = capsys.readouterr().err
+    assert "split=validation has no rows" in error
+    assert "train (1)" in error
+    assert not (home / "logs").exists()
+
+
+def test_no_examples_leave_the_rest(home: Path, capsys: pytest.CaptureFixture) -> None:
+    run(words(home, [{"prompt": "ab", "response": "de"}], "num_examples=0"))
+    printed = capsys.readouterr().out
+    assert "example 1" not in printed
+    assert "rows kept" in printed
+    assert (home / "logs/inspect/local-auto-lengths.png").read_bytes() == FAKE_IMAGE
+
+
+def test_a_row_with_nothing_to_train_on_is_an_error_for_all_commands(
+    home: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = RowTokenizer.__call__
+
+    def losing(self: RowTokenizer, rows: list) -> list[TokenRow]:
+        first, *others = call(self, rows)
+        return [first, *(row._replace(sizes=(row.sizes[0], 0), tokens=row.tokens[: row.sizes[0]]) for row in others)]
+
+    monkeypatch.setattr(RowTokenizer, "__call__", losing)
+    rows = [{"prompt": f"ab{i}", "response": "de"} for i in range(3)]
+    line = words(home, rows, "data.max_length=9", "data.max_prompt_length=4")
+    for command in (
+        line,
+        line,
+        ["train", "task=sft", "model.random_init=true", *line[1:]],
+    ):  # the second reads what the first has stored
+        assert exit_code(command) == 2
+        error = capsys.readouterr().err
+        assert "row 1 of the train split has no token to train on (one of 2 such rows)" in error
+        assert "cut to nothing behind a prompt of 4 tokens (data.max_length=9)" in error
+
+
+def test_a_prompt_that_fills_everything_is_named(tmp_path: Path) -> None:
+    writer = SplitWriter(tmp_path / "train.arrow")
+    tokens = np.arange(8, dtype=np.int32)
+    writer.write([TokenRow(7, (0, 0), tokens=tokens, sizes=(8, 0))])
+    writer.close()
+    with pytest.raises(
+        DataError, match=r"row 7 of the train .* prompt of 8 tokens leaves no room .* data.max_length=8"
+    ):
+        check_targets("train", TokenizedSplit(tmp_path / "train.arrow"), LocalDataConfig(max_length=8))
+
+
+@pytest.mark.parametrize("targets", ["response", "all"])
+def test_no_batch_has_an_empty_response(targets: str) -> None:
+    with pytest.raises(DataError, match="row 3 has no token to train on"):
+        collate_packed([example([1], [2]), example([1, 2], [], row_id=3)], targets=targets)
+
+
+def test_files_are_replaced_if_they_are_ours_alone(home: Path, capsys: pytest.CaptureFixture) -> None:
+    line = words(home, [{"prompt": "ab", "response": "de"}], "output_dir=out put", "num_examples=0")
+    run(line)
+    image, report = sorted((home / "out put").iterdir(), reverse=True)
+    assert (image.name, report.name) == ("local-auto-lengths.png", "local-auto-data_report.json")
+    assert json.loads(report.read_text())["splits"]["train"]["kept"] == 1
+    first = capsys.readouterr().out
+    assert "in place of an earlier one" not in first
+    assert f"wrote {image.relative_to(home)}\n" in first
+    run(line)
+    assert capsys.readouterr().out.count("(in place of an earlier one)") == 2
+    report.write_text('{"splits": {}}')
+    assert exit_code(line) == 2
+    assert f"{report.relative_to(home)} is not of an earlier inspect" in capsys.readouterr().err
+    assert report.read_text() == '{"splits": {}}'
+    report.unlink()
+    report.symlink_to(image)
+    assert exit_code(line) == 2
+    assert image.read_bytes() == FAKE_IMAGE
+
+
+def test_the_next_command_has_the_users_own_words(home: Path, capsys: pytest.CaptureFixture) -> None:
+    (home / "my rows.jsonl").write_text('{"prompt": "ab", "response": "de"}')
+    mine = ["data.max_length=999", "split=train", "num_examples=0", "output_dir=o", "data.test_file='my rows.jsonl'"]
+    run(words(home, [{"prompt": "ab", "response": "de"}], *mine))
+    last = capsys.readouterr().out.splitlines()[-1]
+    kept = ["data=local", "data.train_file=my.jsonl", "model=auto", f"model.repo_name={home}/model"]
+    kept += ["data.validation_split=0", "data.test_split=0", "data.minimum_response_length=1"]
+    kept += ["data.max_length=999", "data.test_file='my rows.jsonl'"]
+    assert shlex.split(last) == ["next:", "python", "sheeprlhf.py", "train", "task=sft", *kept]
+
+
+def test_the_next_command_trains(home: Path, capsys: pytest.CaptureFixture) -> None:
+    run(["inspect", "data.num_samples=64", "num_examples=1"])
+    printed = capsys.readouterr().out
+    assert "example 1" in printed
+    *_, last = printed.splitlines()
+    assert shlex.split(last)[3:] == ["train", "task=sft", "data=docstrings", "model=tiny", "data.num_samples=64"]
+    run([*shlex.split(last)[3:], "--cfg", "job"])
+
+
+def test_the_histogram_of_text_by_hand() -> None:
+    lengths = {"prompt": np.array([12, 14, 14, 23]), "total": np.array([30, 31, 32, 33])}
+    assert text_histogram(lengths, bar="#", longest_bar=4) == [
+        "tokens  prompt  total",
+        "  9-12  ##   1",
+        " 13-16  #### 2",
+        " 17-20",
+        " 21-24  ##   1",
+        " 25-28",
+        " 29-32          #### 3",
+        " 33-36          ##   1",
+    ]
+    long = text_histogram({"total": np.array([3, 1151])}, bar="#", longest_bar=4)
+    assert (long[1], long[-1], len(long)) == ("    1-150  #### 1", "1051-1200  #### 1", 9)
+
+
+def test_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    writer = SplitWriter(tmp_path / "train.arrow")
+    sizes = [(3, 4), (3, 9), (20, 60)]
+    tokens = np.zeros(80, dtype=np.int32)
+    writer.write([TokenRow(i, (0, 0), tokens=tokens[: p + r], sizes=(p, r)) for i, (p, r) in enumerate(sizes)])
+    writer.close()
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    cfg = LocalDataConfig(max_prompt_length=30, max_length=999)
+    image = draw_histograms({"train": TokenizedSplit(tmp_path / "train.arrow")}, cfg, "title", inspect.SIGNATURE)
+    (tmp_path / "image.png").write_bytes(image)
+    assert image.startswith(b"\x89PNG")
+    assert inspect._is_ours(tmp_path / "image.png")
+    prompt, response, total = drawn[0].axes
+    assert [(p.get_x() + 0.5, p.get_height()) for p in prompt.patches if p.get_height()] == [(3, 2), (20, 1)]
+    assert [sum(p.get_height() for p in axes.patches) for axes in (response, total)] == [3, 3]
+    [limit] = prompt.lines
+    assert limit.get_xdata()[0] == 30.5  # between the last length that fits and the first that does not
+    assert prompt.get_xlim()[1] > 30.5
+    assert [len(axes.lines) for axes in (response, total)] == [0, 0]  # the limit of 999 is too far away to draw
+    told = [text.get_text() for text in (*prompt.texts, *total.texts)]
+    assert "data.max_prompt_length = 30" in told
+    assert "data.max_length = 999, far to the right" in told
+    assert {axes.get_xlabel() for axes in (prompt, response, total)} == {"tokens"}
+    assert prompt.get_ylabel() == "train: 3 rows"

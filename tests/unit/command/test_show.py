@@ -1,0 +1,175 @@
+"""`show` tells every option of what its words name, from the documentation of the dataclasses."""
+
+import pytest
+import yaml
+
+from sheeprlhf.cli import run
+from sheeprlhf.command.describe import recipe_names
+from sheeprlhf.command.help import VERBS
+from sheeprlhf.structure.compose import configs_directory
+from sheeprlhf.structure.registry import ROOTS, choices, groups, options
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What is printed, on one line."""
+    run(["show", *words])
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(group, name) for group in ("task", "model", "data", "fabric", "optim") for name in choices(group)],
+)
+def test_a_choice_shows_all_its_options(group, name, capsys):
+    cls = choices(group)[name]
+    printed = shown(capsys, f"{group}={name}")
+    assert " ".join((cls.__doc__ or "").splitlines()[0].split()) in printed
+    for option in options(cls(), f"{group}."):
+        if option.key == f"{group}.config_name":
+            assert option.key not in printed
+            continue
+        assert option.key in printed
+        assert option.metadata["help"] in printed
+        assert option.metadata["unit"] in printed
+        assert all(value in printed for value in option.metadata["choices"])
+
+
+def test_an_option_has_its_default_unit_range_and_meaning(capsys):
+    printed = shown(capsys, "task=sft")
+    assert "task.mini_batch_size=32 rows Rows of one optimizer step" in printed
+    assert "task.log_interval=5 optimizer steps Between two lines of metrics. (whole number, 1 or more)" in printed
+    assert (
+        "task.max_num_steps=null Stop after this many. (whole number of optimizer steps, 1 or more, or null)" in printed
+    )
+    assert "task.gradient_clip_val=1.0 Largest gradient norm; null does not clip. (number, above 0, or null)" in printed
+    assert "(number, 0 to 0.99)" in printed
+    assert "(one of auto, packed, padded)" in printed
+    assert "task.use_masked_targets=true" in printed
+    assert printed.index("task.label_smoothing") < printed.index("Options of every train task:")
+    assert printed.index("task.epochs") > printed.index("Options of every train task:")
+    assert "data.train_file must be given" in shown(capsys, "data=local")
+    assert "`train task=sft data=local data.train_file=<value>`" in shown(capsys, "data=local")
+    assert "`eval task=perplexity experiment_dir=<run>`" in shown(capsys, "task=perplexity")
+    assert "optim.betas=[0.9,0.999]" in shown(capsys, "optim=adamw")
+
+
+@pytest.mark.parametrize("verb", ROOTS)
+def test_a_command_shows_its_groups_and_own_options(verb, capsys):
+    printed = shown(capsys, verb)
+    for group in groups(verb):
+        assert f" {group}=" in printed
+        assert ", ".join(choices(group, verb)) in printed
+    for option in options(ROOTS[verb]()):
+        assert option.key in printed
+    assert ("must be given: sft" in printed) == (verb == "train")
+
+
+def test_commands_of_words_show_where_they_are_explained(capsys):
+    assert "`list --help`" in shown(capsys, "list")
+    assert "`show --help`" in shown(capsys, "show")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_shows_its_choices_and_values(name, capsys):
+    printed = shown(capsys, f"experiment={name}")
+    content = yaml.safe_load((configs_directory() / "experiment" / f"{name}.yaml").read_text())
+    for group, choice in (pair for line in content["defaults"] for pair in line.items()):
+        assert f"{group.removeprefix('override /')}={choice}" in printed
+    assert f"task.mini_batch_size={content['task']['mini_batch_size']} rows" in printed
+    assert "Rows of one optimizer step" in printed
+
+
+def test_a_recipe_says_what_it_changes(capsys):
+    printed = shown(capsys, "experiment=sft_smollm2_lora")
+    assert "model.finetune_mode=LORA (else ALL)" in printed
+    assert "model.lora_cfg.rank=16 Rank" in printed  # the default
+
+
+def test_an_option_is_found_by_its_full_and_by_its_last_name(capsys):
+    printed = shown(capsys, "optim.lr")
+    assert printed.startswith("optim.lr=null (with optim=adamw, adam) Peak learning rate; null takes model.lr")
+    assert "optim.lr=0.01 (with optim=sgd) Peak learning rate. (number, 0 or more, or null)" in printed
+    assert "model.lr" not in printed.split("(with optim=sgd)")[1]
+    assert shown(capsys, "optim.lr=3") == printed
+    assert "model.lora_cfg.lr=0.002 (with model=tiny)" in shown(capsys, "lr")
+    printed = shown(capsys, "mini_batch_size")
+    assert "task.mini_batch_size=32 rows (with task=sft)" in printed
+    assert "task.mini_batch_size=64 rows (with task=perplexity" in printed
+    assert "debug=false (of train, eval, inspect, doctor, fetch) Show" in shown(capsys, "debug")
+    assert "model.dtype=float32 (with every model)" in shown(capsys, "dtype")
+
+
+def test_the_options_of_a_part_are_shown(capsys):
+    assert shown(capsys, "generation").count("generation.") == 6
+    assert "model.lora_cfg.rank=16 (with every model)" in shown(capsys, "lora_cfg")
+    assert shown(capsys, "model.lora_cfg") == shown(capsys, "lora_cfg")
+
+
+def test_a_value_s_meaning_is_said_once(capsys):
+    assert shown(capsys, "model.lora_cfg.targets").count("Modules that get an adapter") == 1
+
+
+def test_several_words_and_names_alone(capsys):
+    together = shown(capsys, "sft", "opt")
+    assert together == " ".join([shown(capsys, "task=sft"), shown(capsys, "model=opt")])
+    assert "model=auto Any causal" in shown(capsys, "auto")
+    assert "fabric=auto On a CUDA" in shown(capsys, "auto")
+    assert "pretrain_tiny" in shown(capsys, "experiment")
+    assert "`show model=tiny` tells all options of one." in shown(capsys, "model")
+
+
+def test_a_choice_of_a_file_says_where_its_options_are(capsys, monkeypatch, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("repo_name: me/mine\n")
+    monkeypatch.setattr("sheeprlhf.command.describe.configs_directory", lambda: tmp_path)
+    assert "`train task=sft model=mine --help`" in shown(capsys, "model=mine")
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["opt", "-h"]])
+def test_alone_it_explains_itself(words, capsys):
+    printed = shown(capsys, *words)
+    assert "sheeprlhf show <what>" in printed
+    assert all(name in printed for group in ("task", "model", "data", "fabric", "optim") for name in choices(group))
+    assert all(verb in printed for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("model=optt", "there is no model=optt: did you mean `show model=opt`? It may be tiny,"),
+        ("model=", "there is no model=: it may be tiny,"),
+        ("experiment=pretrain", "`show experiment=pretrain_tiny`"),
+        ("optt", "`show model=opt`"),
+        ("trian", "`show train`"),
+        ("mini_batch_siez", "`show mini_batch_size`"),
+        ("optim.l", "`show optim.lr`"),
+        ("modle=opt", "`show model"),
+        ("qqqqqq", "there is nothing named qqqqqq: `show` alone lists what can be shown"),
+        ("", "there is nothing named : `show` alone"),
+        ("../../train", "there is nothing named ../../train"),
+        ("--hlep", "`show` has no flag --hlep"),
+    ],
+)
+def test_an_unknown_word_is_answered_with_the_nearest(words, expected, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(["show", words])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert printed.out == ""
+    assert expected in printed.err
+
+
+def test_all_unknown_words_are_named_and_nothing_is_shown(capsys):
+    with pytest.raises(SystemExit):
+        run(["show", "model=optt", "sft", "task=sff"])
+    printed = capsys.readouterr()
+    assert printed.err.count("\n  - ") == 2
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_lines_fit_the_screen(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    run(["show", "task=sft", "model=tiny", "train", "experiment=pretrain_tiny"])
+    meanings = [line for line in capsys.readouterr().out.splitlines() if "=" not in line.split(" ")[2:3]]
+    assert max(len(line) for line in meanings if line.startswith("      ")) <= columns
