@@ -70,7 +70,7 @@ def test_an_odd_name_given_to_hydra(tmp_path: Path, model_folder: ModelFolder) -
 def test_a_place_that_cannot_be_written_is_refused_before_the_model_loads(
     key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The model does not exist either, which nobody gets to see."""
+    """The model does not exist either: both are said at once, and nothing is looked for behind them."""
     file = tmp_path / "file"
     file.write_text("not a folder")
     places = [file, file / "below"]
@@ -84,4 +84,5 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_model_loads(
             run([*words, f"{key}={place}"])
         assert stopped.value.code == 2
         message = capsys.readouterr().err
-        assert str(place) in message and "no model" not in message and "Traceback" not in message
+        assert f"{key}={place}" in message and "Traceback" not in message
+        assert "no model is neither a folder nor a hub id" in message

@@ -30,7 +30,7 @@ MEANT = [
     ("train task=sft summarisation", ["did you mean data=summarization?"]),
     ("train task=sft hydra.run.dri=x", ["there is no option hydra.run.dri: did you mean hydra.run.dir?"]),
     ("fetch data=local", ["there is no option data", "`train`, `eval`, `inspect`, `doctor` have data"]),
-    ("fetch seed=3", ["`train`, `eval` have seed"]),
+    ("fetch seed=3", ["`train`, `eval`", "have seed"]),
     ("eval task=perplexity model=tiny data=docstrings task.model_name=fnal", ["did you mean task.model_name=final?"]),
     ("train task=sft resume_from=logs", ["did you mean resume_from=logz?", "`list runs`"]),
     ("eval task=perplexity experiment_dir=logs", ["did you mean experiment_dir=logz?", "`list runs`"]),
