@@ -88,8 +88,10 @@ def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
     try:
         size = measure(config.model, config.fabric.precision)
     except SheepError as error:
-        yield from _model(config, None, room)
-        yield Finding("warning", "memory", f"not planned: {str(error).splitlines()[0]}")
+        of_model = list(_model(config, None, room))
+        yield from of_model
+        why = "the model is not to be had" if of_model[-1].level == "problem" else str(error).splitlines()[0]
+        yield Finding("warning", "memory", f"not planned: {why}")
         return
     yield from _model(config, size, room)
     yield _disk(config, size)

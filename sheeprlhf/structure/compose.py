@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hydra import compose, version
 from hydra._internal.hydra import Hydra
@@ -14,6 +14,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -138,8 +139,12 @@ def _hydra(source: Source) -> Iterator[None]:
 
 def _group_options(verb: str) -> dict[str, list[str]]:
     """The choices of every group, classes and files, without other verbs' tasks."""
-    loader = GlobalHydra.instance().config_loader()
-    found = {group: list(loader.get_group_options(group)) for group in [*groups(verb), *RECIPES.get(verb, ())]}
+    loader: Any = GlobalHydra.instance().config_loader()
+    files = loader.repository  # the loader's own method copies all of it for every group
+    found = {
+        group: list(files.get_group_options(group, ObjectType.CONFIG))
+        for group in [*groups(verb), *RECIPES.get(verb, ())]
+    }
     other = set(choices("task")) - set(choices("task", verb))
     if "task" in found:
         found["task"] = [name for name in found["task"] if name not in other]

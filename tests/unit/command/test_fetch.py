@@ -21,10 +21,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import load_file
 from transformers import LlamaForCausalLM
 
+from sheeprlhf import launch
 from sheeprlhf.cli import run
 from sheeprlhf.command import fetch, smollm2
 from sheeprlhf.model.load import load_causal_lm, load_tokenizer
-from sheeprlhf.model.locate import locate
+from sheeprlhf.model.locate import Located, locate
 from sheeprlhf.structure.model import HuggingFaceConfig, SmolLM2Config
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.folders import MARKER
@@ -383,6 +384,15 @@ def test_what_the_hub_refuses(
         assert said in capsys.readouterr().err
 
 
+def test_nobody_asks_a_silent_hub_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    silent: Any = types.SimpleNamespace(model=SmolLM2Config(), data=None)
+    monkeypatch.setattr(launch, "locate", lambda cfg: Located(SMOLLM2, True, "using the copy", no_hub=True))
+    launch._find(silent)
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert capsys.readouterr().err == "using the copy\n"
+
+
 def test_which_copy_a_model_is_loaded_from(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's copy, then what `fetch` made, then the hub; where none is there, what to do."""
     cfg = SmolLM2Config()
@@ -403,6 +413,9 @@ def test_which_copy_a_model_is_loaded_from(models: Path, tmp_path: Path, monkeyp
     (commit / "model.safetensors").touch()
     assert locate(cfg).source == SMOLLM2
     assert locate(cfg).local_only and "the copy in the hub's cache" in locate(cfg).note
+    assert locate(cfg).no_hub
+    choice = SmolLM2Config(library_cfg=HuggingFaceConfig(local_files_only=True))
+    assert locate(choice).local_only and not locate(choice).no_hub  # the data may still come from the hub
     shutil.rmtree(commit.parents[1])
     shutil.rmtree(folder)
     monkeypatch.setattr("sheeprlhf.model.locate.why_offline", lambda: "")
