@@ -49,7 +49,7 @@ def memory_finding(config: TrainConfig, size: ModelSize, room: int | None, devic
     details += _advice(config, _TIGHT * room / processes, lambda config: need(config).total())
     if parts.allocator:
         without = size_text(need(config, holes=False).total())
-        details.append(f"{NO_HOLES}={_THRESHOLD} in the environment: {without}, a little slower")
+        details.append(f"{NO_HOLES}={_THRESHOLD} in the environment: {without}, slower")
     return Finding("problem" if needed > room else "warning", "memory", text, tuple(details))
 
 

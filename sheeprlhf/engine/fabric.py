@@ -34,6 +34,10 @@ def make_fabric(cfg: FabricConfig) -> Fabric:
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     if devices == "auto":
         devices = torch.cuda.device_count() if accelerator == "cuda" else 1
+    if accelerator == "cpu":
+        # In bf16, oneDNN compiles kernels for every new shape, a packed row's length for one, and would keep 1,024 of
+        # them, 0.7 MB each. Read by its first operation.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     num_processes = cfg.num_nodes * (len(devices) if isinstance(devices, list) else int(devices))
     strategy: str | DDPStrategy = cfg.strategy
     if cfg.strategy == "ddp" or (cfg.strategy == "auto" and num_processes > 1):

@@ -76,14 +76,22 @@ def packed_attention(
     if extra:
         raise ModelError(f"packed attention does not support {', '.join(extra)}; set task.batching=padded")
     device = query_BHTD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query_BHTD.dtype
-    if device == "cpu" and dtype in _HALF:
-        dtype = torch.float32  # torch's half precision kernel for CPUs is slower, by 1.3 to 4 times on short rows
+    dtype = _kernel_dtype(device, query_BHTD.dtype)
     query, key, value = (x.to(dtype) for x in (query_BHTD, key_BGTD, value_BGTD))
     if device == "cuda" and dtype in _HALF and dropout == 0.0:
         return _varlen_attention(query, key, value, scaling, layout), None
     with torch.autocast(device, enabled=False):  # it would cast float32 inputs back
         return _loop_attention(query, key, value, dropout, scaling, layout).to(query_BHTD.dtype), None
+
+
+def _kernel_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The number format that attention computes in: autocast's, where it is on, since queries may come in float32.
+
+    On a CPU float32 for half precision, whose kernels in torch are up to 4 times slower on rows of 40 to 400 tokens.
+    """
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return torch.float32 if device == "cpu" and dtype in _HALF else dtype
 
 
 def _loop_attention(

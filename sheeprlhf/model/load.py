@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from sheeprlhf.model.attention import PACKED, register
 from sheeprlhf.model.locate import locate
+from sheeprlhf.model.norm import replace_rms_norms
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
 
@@ -84,6 +85,7 @@ def load_causal_lm(cfg: ModelConfig, *, vocabulary: int, longest: int) -> PreTra
         raise ModelError(
             f"model.repo_name={cfg.repo_name}: its tokenizer has {vocabulary} tokens, the model only {rows}"
         )
+    replace_rms_norms(model)
     if model._can_set_attn_implementation():
         model.set_attn_implementation(PACKED)
     if cfg.gradient_checkpointing:

@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.data.example import Layout
-from sheeprlhf.model.attention import _varlen_attention, packed_attention, placeholder_mask
+from sheeprlhf.model.attention import _kernel_dtype, _varlen_attention, packed_attention, placeholder_mask
 from sheeprlhf.utils.errors import ModelError
 from tests.support.batches import random_examples
 
@@ -110,6 +110,31 @@ def test_what_packed_rows_cannot_do_is_refused() -> None:
     packed_attention(MODULE, *inputs, None, layout=layout, sliding_window=longest)
     with pytest.raises(ModelError, match=f"sliding_window={longest - 1}"):
         packed_attention(MODULE, *inputs, None, layout=layout, sliding_window=longest - 1)
+
+
+@pytest.mark.parametrize("num_responses", [1, 3])
+def test_a_cpu_computes_half_precision_in_float32(num_responses: int) -> None:
+    """Of bf16 inputs, and of the mixture that autocast makes of them: float32 queries and keys, bf16 values."""
+    layout, inputs = case(num_responses, 2, torch.float32)
+    query, key, value = (x.detach() for x in inputs)
+    exact = packed_attention(MODULE, query, key, value.bfloat16().float(), None, layout=layout)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = packed_attention(MODULE, query, key, value.bfloat16(), None, layout=layout)[0]
+    assert_close(mixed, exact, rtol=0, atol=0)
+    half = [x.bfloat16() for x in (query, key, value)]
+    expected = packed_attention(MODULE, *(x.float() for x in half), None, layout=layout)[0].bfloat16()
+    assert_close(packed_attention(MODULE, *half, None, layout=layout)[0], expected, rtol=0, atol=0)
+
+
+def test_a_gpu_computes_in_autocasts_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There queries come in float32 too, and the kernel for rows of any length needs half precision."""
+    assert _kernel_dtype("cuda", torch.float32) == torch.float32
+    assert _kernel_dtype("cuda", torch.bfloat16) == torch.bfloat16
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: True)
+    assert _kernel_dtype("cuda", torch.float32) == torch.bfloat16
+    assert _kernel_dtype("cpu", torch.float32) == torch.float32
 
 
 def test_without_a_layout_it_is_transformers_own() -> None:

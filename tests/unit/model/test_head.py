@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from sheeprlhf.model import head as head_module
 from sheeprlhf.model.head import _GatherLogprobs, head_logprobs, logprobs_from_logits
 
 
@@ -15,9 +16,13 @@ def reference(
     return F.cross_entropy(head(hidden_RC)[index_N], ids_N, reduction="none", label_smoothing=e)
 
 
+@pytest.mark.parametrize("chunk", [1 << 18, 35, 1])  # all rows, three at a time, one
 @pytest.mark.parametrize("max_logits", [1 << 20, 50, 11])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_values_and_gradients_equal_cross_entropy(max_logits: int, smoothing: float) -> None:
+def test_values_and_gradients_equal_cross_entropy(
+    max_logits: int, smoothing: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "_CPU_CHUNK", chunk)
     torch.manual_seed(0)
     head = nn.Linear(6, 11)
     index_N = torch.tensor([0, 1, 4, 4, 2, 6, 0])  # rows repeat and rows 3 and 5 predict nothing
@@ -69,6 +74,19 @@ def test_half_precision_logits_are_scored_in_float32() -> None:
     assert bool((logprobs <= 0).all()) and not bool(logprobs.isnan().any())
     assert_close(logprobs.exp().sum(), torch.tensor(1.0), rtol=0, atol=1e-4)
     assert_close(logprobs, logits_RV[0].float().log_softmax(-1), rtol=0, atol=1e-5)
+
+
+def test_the_gradient_of_half_precision_logits_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near certainty the gradient is 1 - p: rounding p first would leave nothing of it."""
+    monkeypatch.setattr(head_module, "_CPU_CHUNK", 10)
+    torch.manual_seed(0)
+    leaf = (torch.randn(5, 4) * 6).bfloat16().requires_grad_()
+    index_N, ids_N = torch.tensor([0, 1, 2, 3, 3, 4]), torch.tensor([0, 3, 2, 1, 1, 2])
+    exact = leaf.detach().float().requires_grad_()
+    exact.log_softmax(-1)[index_N, ids_N].sum().backward()
+    logprobs_from_logits(leaf * 1.0, index_N, ids_N, mean=False).target_N.sum().backward()
+    assert leaf.grad.dtype == torch.bfloat16
+    assert_close(leaf.grad, exact.grad.bfloat16(), rtol=8e-3, atol=0)
 
 
 def test_no_gradient_no_saved_logits() -> None:
