@@ -3,6 +3,7 @@
 Letters: B rows, T positions, R positions where the head runs, N targets, C hidden width.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -86,7 +87,13 @@ class Policy(nn.Module):
 
 @phase("loading the model")
 def load_policy(
-    cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, batching: str, adapter: Path | None = None
+    cfg: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    longest: int,
+    batching: str,
+    adapter: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Policy, bool]:
     """Load the model, add adapters if asked, and choose packed or padded batches.
 
@@ -96,6 +103,7 @@ def load_policy(
         longest: tokens of the longest sequence that it will see.
         batching: "packed", "padded", or "auto": packed if `packing_problem` finds none.
         adapter: folder of trained adapters to put on the model instead of new ones.
+        say: prints a line for the user: why batches are padded although `batching` is auto.
 
     Returns:
         The policy, and whether its batches are packed.
@@ -115,6 +123,8 @@ def load_policy(
     problem = packing_problem(policy, longest)
     if problem and batching == "packed":
         raise ModelError(f"task.batching=packed: {problem}; set task.batching=padded")
+    if problem:
+        say(f"batches are padded, not packed: {problem}")
     return policy, not problem
 
 

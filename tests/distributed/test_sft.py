@@ -72,7 +72,7 @@ def both(tmp_path: Path, model: Path, *extra: str) -> tuple[Path, Path]:
     job = start(train_words(model, data, tmp_path / "two", *words), tmp_path / "log")
     train(model, data, tmp_path / "one", *words)
     assert job.wait(150) == 0, job.text()
-    assert job.group() == []
+    assert_all_gone(job)
     return tmp_path / "two", tmp_path / "one"
 
 

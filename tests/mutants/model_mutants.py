@@ -3,8 +3,8 @@
 from tests.mutants.mutant import Mutant
 
 _POLICY = "sheeprlhf/agent/policy.py"
-_ATTENTION, _GENERATE, _HEAD, _LOAD, _LORA = (
-    f"sheeprlhf/model/{name}.py" for name in ("attention", "generate", "head", "load", "lora")
+_ATTENTION, _GENERATE, _HEAD, _LOAD, _LORA, _NORM, _TRIM = (
+    f"sheeprlhf/model/{name}.py" for name in ("attention", "generate", "head", "load", "lora", "norm", "trim")
 )
 _SFT = "sheeprlhf/task/train/sft.py"
 _PARITY = "tests/parity/test_packed_equals_padded.py"
@@ -186,6 +186,48 @@ MUTANTS = [
         old="is_causal=mask is None, scale=scaling, enable_gqa",
         new="is_causal=mask is None, enable_gqa",
         tests=_ATTENTION_TEST,
+    ),
+    Mutant(  # half precision is computed as it comes on a CPU
+        trap="attention format",
+        file=_ATTENTION,
+        old='    return torch.float32 if device == "cpu" and dtype in _HALF else dtype\n',
+        new="    return dtype\n",
+        tests=f"{_UNIT}attention.py::test_a_cpu_computes_half_precision_in_float32",
+    ),
+    Mutant(  # under autocast a GPU gets float32 queries, for which it has no kernel of variable length
+        trap="attention format",
+        file=_ATTENTION,
+        old="        dtype = torch.get_autocast_dtype(device)\n",
+        new="        pass\n",
+        tests=f"{_UNIT}attention.py::test_a_gpu_computes_in_autocasts_format",
+    ),
+    Mutant(  # the scale of a row counts as a constant
+        trap="rms norm",
+        file=_NORM,
+        old="grad.addcmul_(normed, mean, value=-1)",
+        new="grad",
+        tests=f"{_UNIT}norm.py::test_values_and_gradients",
+    ),
+    Mutant(  # norms of another definition are replaced
+        trap="rms norm",
+        file=_NORM,
+        old="if torch.allclose(",
+        new="if True or torch.allclose(",
+        tests=f"{_UNIT}norm.py::test_it_takes_the_place_of_equal_norms_alone",
+    ),
+    Mutant(  # the last MLP's outputs land at other positions
+        trap="last MLP",
+        file=_TRIM,
+        old="index_copy(1, positions_R, ",
+        new="index_copy(1, positions_R.flip(0), ",
+        tests=f"{_UNIT}trim.py::test_values_and_gradients",
+    ),
+    Mutant(  # under gradient checkpointing the block is computed again without it
+        trap="last MLP",
+        file=_TRIM,
+        old=' or getattr(backbone, "is_activation_checkpointing", False)',
+        new="",
+        tests=f"{_UNIT}trim.py::test_not_under_gradient_checkpointing",
     ),
     Mutant(  # what packed rows cannot do is done wrong in silence
         trap="softcap",

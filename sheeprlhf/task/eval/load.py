@@ -40,7 +40,7 @@ def load_evaluated_policy(
     model = cfg.model
     assert model is not None  # the command line composes it, from the run if need be
     if cfg.experiment_dir is None:
-        return load_policy(model, tokenizer, longest=longest, batching=batching)
+        return load_policy(model, tokenizer, longest=longest, batching=batching, say=say)
     run_dir = Path(cfg.experiment_dir)
     if cfg.task.model_name == "final":
         final = run_dir / "final"
@@ -50,11 +50,11 @@ def load_evaluated_policy(
                 "or evaluate task.model_name=last"
             )
         if (final / "adapter_config.json").is_file():
-            return load_policy(model, tokenizer, longest=longest, batching=batching, adapter=final)
+            return load_policy(model, tokenizer, longest=longest, batching=batching, adapter=final, say=say)
         model = dataclasses.replace(model, repo_name=str(final), finetune_mode="ALL", random_init=False)
-        return load_policy(model, tokenizer, longest=longest, batching=batching)
+        return load_policy(model, tokenizer, longest=longest, batching=batching, say=say)
     checkpoint = find_checkpoint(run_dir, cfg.task.model_name, say)
-    policy, packed = load_policy(model, tokenizer, longest=longest, batching=batching)
+    policy, packed = load_policy(model, tokenizer, longest=longest, batching=batching, say=say)
     load_weights(checkpoint, policy)
     return policy, packed
 

@@ -55,7 +55,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         shown = range(min(task.num_sample_prompts, len(held_out or ())))
         num_held_out = None if task.eval_iters is None else task.eval_iters * task.mini_batch_size
 
-        policy, packed = load_policy(cfg.model, tokenizer, longest=longest_row(data.splits), batching=task.batching)
+        longest = longest_row(data.splits)
+        policy, packed = load_policy(cfg.model, tokenizer, longest=longest, batching=task.batching, say=run.say)
         optimizer = build_optimizer(cfg.optim, policy, cfg.peak_lr())
         module, optimizer = fabric.setup(policy, optimizer)
         batches = Batches(fabric, task, packed=packed, targets="response" if task.use_masked_targets else "all")

@@ -137,3 +137,12 @@ def test_a_half_precision_model_is_scored_in_float32(grad: bool, model_folder: M
     assert logits.dtype == torch.bfloat16 and target_N.dtype == torch.float32
     expected = logits.float().log_softmax(-1).gather(1, batch.target_ids_N[:, None])[:, 0]
     assert_close(target_N, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batching", "said"), [("auto", True), ("padded", False)])
+def test_padding_that_nobody_asked_for_is_said(batching: str, said: bool, model_folder: ModelFolder) -> None:
+    cfg = ModelConfig(config_name="auto", repo_name=str(model_folder("falcon")))
+    lines: list[str] = []
+    _, packed = load_policy(cfg, load_tokenizer(cfg), longest=16, batching=batching, say=lines.append)
+    assert not packed
+    assert [line.startswith("batches are padded, not packed: ") for line in lines] == [True] * said
