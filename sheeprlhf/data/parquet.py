@@ -1,5 +1,6 @@
 """Rows of parquet files. The file states its columns and types, so most mistakes show before a row is read."""
 
+import glob
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,20 +21,44 @@ def read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         DataError: if it is damaged, or a column is not text.
     """
-    parquet = open_parquet(file)
-    schema = parquet.schema_arrow
+    schema = open_parquet(file).schema_arrow
     columns = _known_columns(file, schema)
     others = dict.fromkeys(name for name in schema.names if name not in columns)
     number = 0
     try:
-        for batch in parquet.iter_batches(BATCH_ROWS, columns=columns):
-            for values in _rows(file, batch, number):
-                number += 1
-                yield f"row {number}", values | others
+        for values in _stream(file, schema, columns):
+            number += 1
+            yield f"row {number}", values | others
+    except UnicodeDecodeError:
+        raise DataError(_not_utf8(file, columns)) from None
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{file} after row {number}: damaged parquet: {_line(error)}; fetch or write it again"
         ) from None
+
+
+def _stream(file: Path, schema: pa.Schema, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows by `load_dataset`, nothing copied to its cache.
+
+    The features are given, so that metadata which another program left in the file is not read; the path is escaped,
+    as `load_dataset` takes brackets and stars in it for a pattern.
+    """
+    import datasets
+    from pyarrow.dataset import ParquetFragmentScanOptions
+
+    kinds = {name: schema.field(name).type if name == "messages" else pa.string() for name in columns}
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
+    rows = datasets.load_dataset(
+        "parquet",
+        data_files=[glob.escape(str(file.absolute()))],
+        split="train",
+        streaming=True,
+        columns=columns,
+        features=datasets.Features.from_arrow_schema(pa.schema(kinds)),
+        batch_size=BATCH_ROWS,
+        fragment_scan_options=ParquetFragmentScanOptions(use_buffered_stream=True, buffer_size=BUFFER),
+    )
+    yield from rows
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:
@@ -70,21 +95,20 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _rows(file: Path, batch: pa.RecordBatch, before: int) -> list[dict[str, Any]]:
-    """The rows of a batch; `before` rows precede it. Parquet does not check that strings are UTF-8."""
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            for number, value in enumerate(column, start=before + 1):
+def _not_utf8(file: Path, columns: list[str]) -> str:
+    """Where the first byte is that is not UTF-8, which parquet does not check."""
+    number = 0
+    for batch in open_parquet(file).iter_batches(BATCH_ROWS, columns=columns):
+        for row in range(batch.num_rows):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 try:
-                    value.as_py()
+                    column[row].as_py()
                 except UnicodeDecodeError as error:
                     byte = error.object[error.start]
-                    raise DataError(
-                        f"{file} row {number}: column '{name}': byte {byte:#04x} is not UTF-8; write it as UTF-8"
-                    ) from None
-        raise
+                    place = f"{file} row {number + row + 1}: column '{name}'"
+                    return f"{place}: byte {byte:#04x} is not UTF-8; write it as UTF-8"
+        number += batch.num_rows
+    return f"{file}: a text is not UTF-8; write it as UTF-8"
 
 
 def _line(error: Exception) -> str:

@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from sheeprlhf.data import source
+from sheeprlhf.data.parquet import read_parquet
 from sheeprlhf.data.read import BATCH_CHARS, count_rows, read_batches
 from sheeprlhf.structure.data import SummarizationConfig
 from sheeprlhf.utils.errors import DataError
@@ -125,6 +126,14 @@ def test_parquet_schemas(tmp_path: Path) -> None:
     assert texts(prepare(local(tmp_path, train_file=str(tmp_path / "n.parquet")), tokenizer), tokenizer) == [
         ("a", "b<|im_end|>")
     ]
+
+
+def test_parquet_with_a_pattern_in_its_path_and_broken_metadata(tmp_path: Path) -> None:
+    folder = tmp_path / "a [b] *?"
+    columns = pa.table({"prompt": ["a"], "response": pa.array(["b"], pa.large_string())})
+    folder.mkdir()
+    pq.write_table(columns.replace_schema_metadata({"huggingface": "{broken"}), folder / "r[0].parquet")
+    assert [values for _, values in read_parquet(folder / "r[0].parquet")] == [{"prompt": "a", "response": "b"}]
 
 
 def test_a_folder_in_the_hubs_layout(tmp_path: Path) -> None:
