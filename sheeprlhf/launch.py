@@ -92,6 +92,9 @@ def _find(config: TrainConfig | EvalConfig | InspectConfig) -> None:
             print(found.note, file=sys.stderr)
         if found.no_hub:
             os.environ["HF_HUB_OFFLINE"] = "1"  # nobody has to find out again, here or in the other processes
+        library = config.model.library_cfg
+        if library.trust_remote_code:
+            print(f"Python code of {config.model.repo_name} at {library.revision} will run on this machine.")
     if config.data is not None:
         from sheeprlhf.data import source
 
@@ -143,9 +146,6 @@ def _choose_dir(config: TrainConfig, given: str | None) -> Path:
 def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
     """All ranks: one process becomes all of them here."""
     _be_quiet()
-    model = config.model
-    if model is not None and model.library_cfg.trust_remote_code and is_rank_zero():
-        print(f"Python code of {model.repo_name} at {model.library_cfg.revision} will run on this machine.")
     import torch
     from transformers.utils import logging as transformers_logging
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
+from sheeprlhf.launch import _find
 from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.task import PerplexityConfig, SFTConfig
 from sheeprlhf.utils.errors import ConfigError, Interrupted, NonFiniteError
@@ -214,3 +215,16 @@ def test_a_saved_run_cannot_switch_on_remote_code(calls, tmp_path):
     assert calls.pop()[0].model.library_cfg.trust_remote_code is False
     run(["eval", "task=perplexity", f"experiment_dir={run_dir}", trust[0]])
     assert calls.pop()[0].model.library_cfg.trust_remote_code is True
+
+
+@pytest.mark.parametrize("verb", ["train task=sft", "inspect"])
+def test_remote_code_is_announced_before_anything_loads(monkeypatch, capsys, verb):
+    def load(config, job):
+        _find(config)
+        return 0
+
+    monkeypatch.setattr("sheeprlhf.launch.launch", load)
+    monkeypatch.setattr("sheeprlhf.launch.locate", lambda model: types.SimpleNamespace(note="", no_hub=False))
+    trust = f"model.library_cfg.trust_remote_code=true model.library_cfg.revision={'0' * 40}"
+    assert exit_code(f"{verb} model=auto model.repo_name=owner/name {trust}") == 0
+    assert f"Python code of owner/name at {'0' * 40} will run on this machine." in capsys.readouterr().out
