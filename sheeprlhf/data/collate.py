@@ -5,7 +5,7 @@ is computed from lengths; no token id is ever compared with the pad id, so pad a
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, combinations
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from sheeprlhf.data.example import Batch, Example, Layout
 from sheeprlhf.utils.errors import DataError
 
-TARGETS = ("response", "all")
+TARGETS = ("response", "all", "scores", "last")
 SIDES = ("right", "left")
 
 
@@ -23,7 +23,8 @@ def collate_packed(examples: Sequence[Example], *, targets: str = "response") ->
 
     Args:
         examples: the rows, at least one.
-        targets: "response" trains on response tokens, "all" on the prompt's too (from its second token on).
+        targets: "response": the response's tokens are predicted; "all": the prompt's too (from its second on);
+            "scores": a score is read at each of the response's tokens; "last": at the last one alone.
 
     Returns:
         A batch with `layout`, input_ids (1, T).
@@ -67,7 +68,7 @@ def collate_padded(
         examples: the rows, at least one; K responses become K rows.
         pad_id: any id of the vocabulary; the mask, made from lengths, hides it.
         side: where the padding goes, "right" or "left".
-        targets: "response" or "all", as in `collate_packed`; a prompt's own targets are in its first row only.
+        targets: as in `collate_packed`; a prompt's own targets are in its first row only.
 
     Returns:
         A batch with `attention_mask_BT`, input_ids (B, T).
@@ -109,11 +110,12 @@ def _batch(
     response_at: list[int],
     targets: str,
 ) -> Batch:
-    """Find where each target is predicted and build the tensors.
+    """Find where each target is predicted or scored and build the tensors.
 
     `prompt_at` and `response_at` say, per response of the batch, at which place of the flattened (B*T,) ids its prompt
     and it begin. The first token of a response is predicted at its prompt's last place, every other one place before.
     """
+    scored = targets in ("scores", "last")
     sources: list[np.ndarray] = []
     target_ids: list[np.ndarray] = []
     owners: list[int] = []  # the response that each piece of `target_ids` belongs to
@@ -127,11 +129,14 @@ def _batch(
         for response in example.responses:
             if not len(response):  # its place would shift the targets of the rows behind it
                 raise DataError(f"row {example.row_id} has no token to train on: its response is empty; drop the row")
-            sources.append(np.array([prompt_at[index] + num_prompt - 1]))
-            sources.append(response_at[index] + np.arange(len(response) - 1))
+            own = response_at[index] + np.arange(len(response))
+            sources.append(own if scored else np.array([prompt_at[index] + num_prompt - 1, *own[:-1]]))
             target_ids.append(response)
+            if targets == "last":
+                sources[-1], target_ids[-1] = own[-1:], response[-1:]
             owners.append(index)
             index += 1
+    pairs, weights = _pairs([len(example.responses) for example in examples])
     source_N = np.concatenate(sources)
     head_positions_R, logit_index_N = np.unique(source_N, return_inverse=True)
     return Batch(
@@ -143,9 +148,24 @@ def _batch(
         logit_index_N=_int64(logit_index_N),
         target_ids_N=_int64(np.concatenate(target_ids)),
         response_index_N=_int64(np.repeat(owners, [len(piece) for piece in target_ids])),
-        num_responses=index,
+        response_lengths=tuple(len(response) for example in examples for response in example.responses),
+        pairs_P2=_int64(pairs),
+        pair_weights_P=torch.from_numpy(weights),
         row_ids=tuple(example.row_id for example in examples),
     )
+
+
+def _pairs(sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """All (better, worse) pairs of each row's responses, which come best first, and 1 / number of pairs of the row."""
+    pairs: list[tuple[int, int]] = []
+    weights: list[float] = []
+    first = 0
+    for size in sizes:
+        of_row = list(combinations(range(first, first + size), 2))
+        pairs += of_row
+        weights += [1.0 / len(of_row) for _ in of_row]
+        first += size
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2), np.array(weights, dtype=np.float32)
 
 
 def _layout(examples: Sequence[Example]) -> Layout:

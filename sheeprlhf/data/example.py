@@ -1,7 +1,7 @@
 """The typed data that training passes around: text example, tokenised example, batch.
 
-Letters of tensor names: B rows, T positions of a row, R positions where the language head runs, N targets (tokens that
-those positions have to predict).
+Letters of tensor names: B rows, T positions of a row, R positions where a head runs, N targets (tokens that those
+positions have to predict, or to score), S responses, P pairs of responses.
 A *segment* is one prompt with K >= 1 responses; the prompt is stored and computed once.
 """
 
@@ -66,18 +66,21 @@ class Batch(NamedTuple):
     """Rows of one forward pass, packed (B=1, `layout`) or padded (`attention_mask_BT`). Targets have the same order.
 
     Targets are ordered by row, then response, then position. With `targets="all"` a row's prompt tokens (from its
-    second on) precede its response tokens.
+    second on) precede its response tokens. With "scores" and "last" a head reads the targets themselves instead of
+    predicting them from the place before.
 
     Attributes:
         input_ids_BT: (B, T) int64.
         position_ids_BT: (B, T) int64; response k's positions go on from the prompt's.
         attention_mask_BT: (B, T) bool, True = a real token; None when packed.
         layout: who sees whom in a packed row; None when padded.
-        head_positions_R: (R,) int64, ascending places in the flattened (B*T,) rows where the language head runs.
-        logit_index_N: (N,) int64, which of the R head outputs predicts target n.
+        head_positions_R: (R,) int64, ascending places in the flattened (B*T,) rows where the head runs.
+        logit_index_N: (N,) int64, which of the R head outputs is target n's.
         target_ids_N: (N,) int64.
         response_index_N: (N,) int64, which response target n belongs to, counted over the whole batch.
-        num_responses: responses in the batch.
+        response_lengths: tokens of each of the S responses, on the host.
+        pairs_P2: (P, 2) int64, the (better, worse) responses of all pairs of a row, which has its responses best first.
+        pair_weights_P: (P,) float32, 1 / number of pairs of the row.
         row_ids: the rows' numbers, for error messages.
     """
 
@@ -89,5 +92,7 @@ class Batch(NamedTuple):
     logit_index_N: Tensor
     target_ids_N: Tensor
     response_index_N: Tensor
-    num_responses: int
+    response_lengths: tuple[int, ...]
+    pairs_P2: Tensor
+    pair_weights_P: Tensor
     row_ids: tuple[int, ...]

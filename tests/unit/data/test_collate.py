@@ -20,7 +20,7 @@ def test_packed_one_response() -> None:
     assert batch.logit_index_N.tolist() == [0, 1, 2, 3, 4]
     assert batch.target_ids_N.tolist() == [4, EOS, 6, 7, EOS]
     assert batch.response_index_N.tolist() == [0, 0, 1, 1, 1]
-    assert (batch.num_responses, batch.row_ids, batch.attention_mask_BT) == (2, (7, 3), None)
+    assert (len(batch.response_lengths), batch.row_ids, batch.attention_mask_BT) == (2, (7, 3), None)
     assert batch.layout is not None
     assert batch.layout.segments == ((3, (2,)), (1, (3,)))
     assert batch.layout.query_starts.tolist() == batch.layout.key_starts.tolist() == [0, 5, 9]
@@ -51,6 +51,27 @@ def test_all_targets_put_the_prompt_first() -> None:
     assert batch.target_ids_N.tolist() == [2, 3, 4, EOS, 5, EOS]
     assert batch.logit_index_N.tolist() == [0, 1, 2, 3, 2, 4]
     assert batch.response_index_N.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_scores_are_read_at_the_tokens_themselves() -> None:
+    rows = [example([1, 2], [3, 4, EOS], [5, EOS]), example([6], [7], [8, EOS], [EOS])]
+    batch = collate_packed(rows, targets="scores")
+    assert batch.head_positions_R.tolist() == [2, 3, 4, 5, 6, 8, 9, 10, 11]
+    assert batch.target_ids_N.tolist() == [3, 4, EOS, 5, EOS, 7, 8, EOS, EOS]
+    assert batch.logit_index_N.tolist() == list(range(9))
+    assert batch.response_index_N.tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 4]
+    assert batch.response_lengths == (3, 2, 1, 2, 1)
+    last = collate_padded(rows, pad_id=EOS, targets="last")
+    assert last.head_positions_R.tolist() == [4, 8, 11, 17, 21]
+    assert last.target_ids_N.tolist() == [EOS, EOS, 7, EOS, EOS]
+    assert last.response_index_N.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_all_pairs_of_a_row_best_first() -> None:
+    batch = collate_packed([example([1], [2], [3], [4]), example([1], [2]), example([1], [2], [3])])
+    assert batch.pairs_P2.tolist() == [[0, 1], [0, 2], [1, 2], [4, 5]]
+    assert batch.pair_weights_P.tolist() == pytest.approx([1 / 3] * 3 + [1.0])
+    assert collate_packed([example([1], [2])]).pairs_P2.shape == (0, 2)
 
 
 def test_padded_left_and_right() -> None:

@@ -73,7 +73,7 @@ def test_items_may_be_counted_differently() -> None:
     split, _ = rows(6)
     fabric = cast(Fabric, SimpleNamespace(global_rank=0, world_size=1))
     options = SimpleNamespace(mini_batch_size=4, token_budget=1000)
-    cut = Batches(fabric, options, packed=True, targets="response", num_items=lambda batch: batch.num_responses)
+    cut = Batches(fabric, options, packed=True, targets="response", num_items=lambda batch: len(batch.response_lengths))
     assert sorted(micro.num_items for micro in cut.of(split, np.arange(6))) == [2, 4]
 
 

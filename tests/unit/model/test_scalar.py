@@ -1,0 +1,46 @@
+"""Scores against plain transformers, which has to load what we save."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from sheeprlhf.agent.reward import RewardModel
+from sheeprlhf.data.collate import collate_packed, collate_padded
+from sheeprlhf.model.attention import PACKED, register
+from sheeprlhf.model.scalar import padding_token, scalar_model
+from tests.support.batches import random_examples
+
+ARCHITECTURES = ("llama", "opt", "gpt2", "phi", "gpt_neox", "qwen3", "mistral", "falcon")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_plain_transformers_gives_the_same_scores(
+    architecture: str, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = model_folder(architecture)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    register()
+    causal = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    if causal._can_set_attn_implementation():
+        causal.set_attn_implementation(PACKED)
+    reward = RewardModel(scalar_model(causal, tokenizer)).eval()
+    examples = random_examples(4, 2)
+    packed = architecture != "falcon"
+    batch = collate_packed(examples, targets="last") if packed else collate_padded(examples, pad_id=0, targets="last")
+    with torch.no_grad():
+        ours = reward(batch)
+    reward.model.save_pretrained(tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1).eval()
+    pad = plain.config.pad_token_id
+    assert pad != tokenizer.eos_token_id
+    assert tokenizer.convert_ids_to_tokens(pad) == padding_token(tokenizer)
+    rows = [torch.tensor([*e.prompt_ids, *response]) for e in examples for response in e.responses]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    with torch.no_grad():
+        theirs = plain(input_ids=ids, attention_mask=mask).logits[:, 0]
+    assert_close(ours, theirs, rtol=0, atol=1e-5)
