@@ -22,7 +22,8 @@ _FAR = 2.5  # a limit this many times as long as the longest row would leave no 
 
 def lengths_of(split: TokenizedSplit) -> Lengths:
     """Tokens of every prompt, every response and every row of a split."""
-    return {"prompt": split.sizes[:, 0], "response": split.sizes[:, 1:].reshape(-1), "total": split.lengths}
+    responses = split.sizes[:, 1:]
+    return {"prompt": split.sizes[:, 0], "response": responses[responses >= 0], "total": split.lengths}
 
 
 def text_histogram(lengths: Lengths, *, bar: str, longest_bar: int) -> list[str]:

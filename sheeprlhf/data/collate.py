@@ -136,7 +136,7 @@ def _batch(
                 sources[-1], target_ids[-1] = own[-1:], response[-1:]
             owners.append(index)
             index += 1
-    pairs, weights = _pairs([len(example.responses) for example in examples])
+    pairs, weights, margins = _pairs(examples)
     source_N = np.concatenate(sources)
     head_positions_R, logit_index_N = np.unique(source_N, return_inverse=True)
     return Batch(
@@ -150,22 +150,30 @@ def _batch(
         response_index_N=_int64(np.repeat(owners, [len(piece) for piece in target_ids])),
         response_lengths=tuple(len(response) for example in examples for response in example.responses),
         pairs_P2=_int64(pairs),
-        pair_weights_P=torch.from_numpy(weights),
+        pair_weights_P=torch.tensor(weights),
+        margins_P=torch.tensor(margins),
         row_ids=tuple(example.row_id for example in examples),
     )
 
 
-def _pairs(sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """All (better, worse) pairs of each row's responses, which come best first, and 1 / number of pairs of the row."""
+def _pairs(examples: Sequence[Example]) -> tuple[np.ndarray, list[float], list[float]]:
+    """All (better, worse) pairs of each row's responses, which come best first.
+
+    Returns:
+        Pairs, 1 / number of pairs of the row, and their margins: the row's for neighbours, twice that over two ranks ...
+    """
     pairs: list[tuple[int, int]] = []
     weights: list[float] = []
+    margins: list[float] = []
     first = 0
-    for size in sizes:
+    for example in examples:
+        size = len(example.responses)
         of_row = list(combinations(range(first, first + size), 2))
         pairs += of_row
         weights += [1.0 / len(of_row) for _ in of_row]
+        margins += [example.margin * (worse - better) for better, worse in of_row]
         first += size
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2), np.array(weights, dtype=np.float32)
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2), weights, margins
 
 
 def _layout(examples: Sequence[Example]) -> Layout:

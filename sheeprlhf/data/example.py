@@ -12,12 +12,23 @@ from torch import Tensor
 
 
 class PreferenceExample(NamedTuple):
-    """One row as text. `response` is what supervised fine-tuning learns; the pair is what preference tasks learn."""
+    """One row as text. `response` is what supervised fine-tuning learns; the pair is what preference tasks learn.
+
+    Attributes:
+        prompt: what is answered.
+        response: an answer to learn.
+        chosen: the better answer of a pair.
+        rejected: the worse one.
+        ranked: instead of a pair, two or more answers, best first.
+        margin: how much better the chosen answer is, in units of a reward model's score.
+    """
 
     prompt: str
     response: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    ranked: tuple[str, ...] | None = None
+    margin: float = 0.0
 
 
 class Example(NamedTuple):
@@ -27,11 +38,13 @@ class Example(NamedTuple):
         row_id: the row's number in its split's source, for error messages.
         prompt_ids: (P,) int32, P >= 1, begins with BOS where the tokenizer has one.
         responses: K arrays (R_k,) int32, R_k >= 1, best first, each ending in EOS unless it was cut.
+        margin: how far apart the scores of two neighbours should be at least.
     """
 
     row_id: int
     prompt_ids: np.ndarray
     responses: tuple[np.ndarray, ...]
+    margin: float = 0.0
 
     def num_tokens(self) -> int:
         """Tokens computed for this row when the prompt is shared."""
@@ -81,6 +94,7 @@ class Batch(NamedTuple):
         response_lengths: tokens of each of the S responses, on the host.
         pairs_P2: (P, 2) int64, the (better, worse) responses of all pairs of a row, which has its responses best first.
         pair_weights_P: (P,) float32, 1 / number of pairs of the row.
+        margins_P: (P,) float32, how far apart the scores of the two should be at least.
         row_ids: the rows' numbers, for error messages.
     """
 
@@ -95,4 +109,5 @@ class Batch(NamedTuple):
     response_lengths: tuple[int, ...]
     pairs_P2: Tensor
     pair_weights_P: Tensor
+    margins_P: Tensor
     row_ids: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Your own files: `prompt` + `response`, `prompt` + `chosen` + `rejected`, or `messages`."""
+"""Your own files: `prompt` + `response`, `prompt` + `chosen` + `rejected`, `prompt` + `responses`, or `messages`."""
 
 import re
 from collections.abc import Mapping
@@ -7,11 +7,19 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from sheeprlhf.data.example import PreferenceExample
-from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, optional_text, text
+from sheeprlhf.data.rows import (
+    DropRowError,
+    MissingColumnError,
+    TemplatedExample,
+    number,
+    optional_text,
+    text,
+    texts,
+)
 from sheeprlhf.utils.errors import DataError
 
 ROLE = re.compile(r"[A-Za-z_]{1,32}")
-SHAPES = "a row has prompt and response, or prompt, chosen and rejected, or messages"
+SHAPES = "a row has prompt and response, or prompt, chosen and rejected, or prompt and ranked responses, or messages"
 
 
 def format_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | None:
@@ -23,12 +31,16 @@ def format_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | No
     """
     if row.get("messages") is not None:
         return _from_messages(row["messages"], tokenizer)
+    margin = number(row, "margin")
+    if row.get("responses") is not None:
+        ranked = texts(row, "responses")
+        return PreferenceExample(text(row, "prompt"), optional_text(row, "response"), ranked=ranked, margin=margin)
     if row.get("response") is None and row.get("chosen") is None:
         raise MissingColumnError(SHAPES)
     chosen, rejected = optional_text(row, "chosen"), optional_text(row, "rejected")
     if (chosen is None) != (rejected is None):
         raise MissingColumnError("chosen and rejected go together, and one of the two is missing or null")
-    return PreferenceExample(text(row, "prompt"), optional_text(row, "response"), chosen, rejected)
+    return PreferenceExample(text(row, "prompt"), optional_text(row, "response"), chosen, rejected, margin=margin)
 
 
 def _from_messages(messages: Any, tokenizer: Any) -> TemplatedExample:

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sheeprlhf.data.rows import COLUMNS, column_advice
+from sheeprlhf.data.rows import COLUMNS, TEXT_COLUMNS, column_advice
 from sheeprlhf.utils.errors import DataError
 
 BATCH_ROWS = 1000  # of a part that is decoded at once
@@ -46,7 +46,7 @@ def _stream(file: Path, schema: pa.Schema, columns: list[str]) -> Iterator[dict[
     import datasets
     from pyarrow.dataset import ParquetFragmentScanOptions
 
-    kinds = {name: schema.field(name).type if name == "messages" else pa.string() for name in columns}
+    kinds = {name: pa.string() if name in TEXT_COLUMNS else schema.field(name).type for name in columns}
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
     rows = datasets.load_dataset(
         "parquet",
@@ -82,7 +82,7 @@ def _known_columns(file: Path, schema: pa.Schema) -> list[str]:
         if schema.names.count(name) > 1:
             raise DataError(f"{file}: column '{name}' appears twice; keep one")
         kind = schema.field(name).type
-        if name != "messages" and not _is_text(kind):
+        if name in TEXT_COLUMNS and not _is_text(kind):
             raise DataError(f"{file}: column '{name}' is of type {kind}, not text; write it as strings")
     return columns
 

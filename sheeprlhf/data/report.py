@@ -64,7 +64,7 @@ class SplitCount:
             "tokens": {},
         }
         if split is not None:
-            responses = split.sizes[:, 1:]
+            responses = split.sizes[:, 1:][split.sizes[:, 1:] >= 0]
             part["trained_tokens"] = int(responses.sum(dtype=np.int64))
             part["tokens"] = {
                 "prompt": _percentiles(split.sizes[:, 0]),
@@ -85,7 +85,7 @@ def check_targets(name: str, split: TokenizedSplit, cfg: DataConfig) -> None:
     Raises:
         DataError: a response has no token; says why for the first.
     """
-    empty = np.flatnonzero((split.sizes[:, 1:] < 1).any(axis=1))
+    empty = np.flatnonzero((split.sizes[:, 1:] == 0).any(axis=1))
     if not len(empty):
         return
     first = int(empty[0])

@@ -1,13 +1,16 @@
 """What the row formats share: reading a text column, and the ways a row can be out of the ordinary."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.utils.errors import DataError
 
-COLUMNS = ("prompt", "response", "chosen", "rejected", "messages")  # all that any row format reads
+COLUMNS = ("prompt", "response", "chosen", "rejected", "responses", "margin", "messages")  # all that a row format reads
+TEXT_COLUMNS = COLUMNS[:4]
 MAX_TEXT = 4 * 2**20  # characters; a tokenizer takes about 200 bytes for each
 _MEANT = {column: column for column in COLUMNS} | {
     "instruction": "prompt",
@@ -24,6 +27,7 @@ _MEANT = {column: column for column in COLUMNS} | {
     "preferred": "chosen",
     "accepted": "chosen",
     "dispreferred": "rejected",
+    "ranking": "responses",
     "conversation": "messages",
     "dialogue": "messages",
     "chat": "messages",
@@ -75,6 +79,41 @@ def text(row: Mapping[str, Any], column: str) -> str:
 def optional_text(row: Mapping[str, Any], column: str) -> str | None:
     """The string in a column, None where it is missing or null."""
     return None if row.get(column) is None else text(row, column)
+
+
+def texts(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
+    """The two or more strings in a column that holds a list of them.
+
+    Raises:
+        DataError: if it holds something else; DropRowError as `text` does.
+    """
+    value = row[column]
+    if not isinstance(value, list | tuple):
+        raise DataError(f"column '{column}' holds {type(value).__name__}, not a list; write a list of strings")
+    if len(value) < 2:
+        raise DataError(f"column '{column}' has {len(value)} entries; give two or more, best first")
+    found = []
+    for number, entry in enumerate(value):
+        try:
+            found.append(text({column: entry}, column))
+        except DataError as error:
+            raise DataError(f"{error} (entry {number})") from None
+    return tuple(found)
+
+
+def number(row: Mapping[str, Any], column: str) -> float:
+    """The finite number in a column, 0 where it is missing or null; a text that spells one is one (csv has no other).
+
+    Raises:
+        DataError: if it holds something else.
+    """
+    value = row.get(column)
+    if value is None or value == "":
+        return 0.0
+    with suppress(ValueError):
+        if isinstance(value, int | float | str) and not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value)
+    raise DataError(f"column '{column}' holds {str(value)[:40]!r}, not a finite number; write one or remove the column")
 
 
 def led_by_space(response: str) -> str:

@@ -14,7 +14,14 @@ from sheeprlhf.utils import hub
 from sheeprlhf.utils.errors import DataError
 
 REPORT = "report.json"
-SCHEMA = pa.schema([("row_id", pa.int64()), ("tokens", pa.list_(pa.int32())), ("sizes", pa.list_(pa.int32()))])
+SCHEMA = pa.schema(
+    [
+        ("row_id", pa.int64()),
+        ("tokens", pa.list_(pa.int32())),
+        ("sizes", pa.list_(pa.int32())),
+        ("margin", pa.float32()),
+    ]
+)
 
 
 class SplitWriter:
@@ -29,7 +36,8 @@ class SplitWriter:
         """Append rows."""
         numbers = np.array([row.number for row in rows], np.int64)
         tokens, sizes = [row.tokens for row in rows], [np.asarray(row.sizes, dtype=np.int32) for row in rows]
-        columns = [_column(numbers, pa.int64()), _lists(tokens), _lists(sizes)]
+        margins = _column(np.array([row.margin for row in rows], np.float32), pa.float32())
+        columns = [_column(numbers, pa.int64()), _lists(tokens), _lists(sizes), margins]
         self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
 
     def close(self) -> None:
@@ -54,7 +62,7 @@ class TokenizedSplit:
 
     Attributes:
         lengths: (rows,) int32, tokens of a row, prompt and all responses.
-        sizes: (rows, 1 + K) int32, tokens of the prompt and of each response.
+        sizes: (rows, 1 + K) int32, tokens of the prompt and of each response; -1 for those that a row has fewer.
     """
 
     def __init__(self, file: Path) -> None:
@@ -72,9 +80,9 @@ class TokenizedSplit:
         self._offsets = [np.from_dlpack(chunk.offsets) for chunk in table["tokens"].chunks]
         self._first_rows = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
         self._row_ids = [np.from_dlpack(chunk) for chunk in table["row_id"].chunks]
-        sizes = np.concatenate([np.from_dlpack(chunk.values) for chunk in table["sizes"].chunks])
-        self.sizes = sizes.reshape(len(table), -1)
-        self.lengths: np.ndarray = self.sizes.sum(axis=1, dtype=np.int32)
+        self._margins = [np.from_dlpack(chunk) for chunk in table["margin"].chunks]
+        self.sizes = _matrix(table["sizes"], len(table))
+        self.lengths: np.ndarray = self.sizes.clip(0).sum(axis=1, dtype=np.int32)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -89,13 +97,25 @@ class TokenizedSplit:
         start = self._offsets[chunk][row]
         parts = []
         for size in self.sizes[index].tolist():
-            parts.append(self._tokens[chunk][start : start + size])
-            start += size
-        return Example(int(self._row_ids[chunk][row]), parts[0], tuple(parts[1:]))
+            if size >= 0:
+                parts.append(self._tokens[chunk][start : start + size])
+                start += size
+        return Example(
+            int(self._row_ids[chunk][row]), parts[0], tuple(parts[1:]), float(self._margins[chunk][row])
+        )
 
     def examples(self, indices: Sequence[int]) -> list[Example]:
         """Rows by index, in the order asked for."""
         return [self.example(int(index)) for index in indices]
+
+
+def _matrix(column: pa.ChunkedArray, num_rows: int) -> np.ndarray:
+    """(rows, most entries of a row) int32 of a column of lists, -1 where a row has fewer."""
+    counts = np.concatenate([np.diff(np.from_dlpack(chunk.offsets)) for chunk in column.chunks])
+    values = np.concatenate([np.from_dlpack(chunk.values) for chunk in column.chunks])
+    matrix = np.full((num_rows, int(counts.max())), -1, dtype=np.int32)
+    matrix[np.arange(matrix.shape[1]) < counts[:, None]] = values
+    return matrix
 
 
 def cache_root(cache_dir: str | None) -> Path:

@@ -30,6 +30,7 @@ class TokenRow(NamedTuple):
         cut: what was truncated, of "prompt" and "response".
         special_text: the row's text contains a special token's text (encoded as plain text).
         num_eos: responses that end in EOS.
+        margin: of the row's preference.
     """
 
     number: int
@@ -41,6 +42,7 @@ class TokenRow(NamedTuple):
     cut: tuple[str, ...] = ()
     special_text: bool = False
     num_eos: int = 0
+    margin: float = 0.0
 
 
 class _Pieces(NamedTuple):
@@ -51,6 +53,7 @@ class _Pieces(NamedTuple):
     prompt: str
     responses: tuple[str, ...]
     templated: bool
+    margin: float
 
 
 class SpecialIds:
@@ -148,15 +151,19 @@ class RowTokenizer:
             return TokenRow(row.number, shares, "empty_response")
         if self._same(responses):
             return TokenRow(row.number, shares, "same_responses")
-        return _Pieces(row, shares, example.prompt, responses, isinstance(example, TemplatedExample))
+        templated = isinstance(example, TemplatedExample)
+        return _Pieces(row, shares, example.prompt, responses, templated, example.margin)
 
     def _responses(self, example: PreferenceExample) -> tuple[str, ...]:
         """The responses that a task of this kind learns from, best first."""
         if self.kind == "preference":
+            if example.ranked is not None:
+                return example.ranked
             if example.chosen is None or example.rejected is None:
                 raise MissingColumnError("a preference task needs the columns chosen and rejected")
             return example.chosen, example.rejected
-        response = example.chosen if example.response is None else example.response
+        best = example.chosen if example.ranked is None else example.ranked[0]
+        response = best if example.response is None else example.response
         if response is None:
             raise MissingColumnError("column 'response' is missing")
         return (response,)
@@ -197,6 +204,7 @@ class RowTokenizer:
             cut=cut,
             special_text=special,
             num_eos=sum(with_eos),
+            margin=pieces.margin,
         )
 
     def _begins_with_bos(self, prompt: list[int]) -> bool:
