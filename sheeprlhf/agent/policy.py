@@ -10,8 +10,8 @@ from typing import cast
 import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from peft import LoraConfig, PeftModel
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.data.collate import collate_packed, collate_padded
@@ -19,7 +19,7 @@ from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.head import TokenLogprobs, head_logprobs, logprobs_from_logits
 from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm, uses_packed_attention
-from sheeprlhf.model.lora import add_lora, load_lora
+from sheeprlhf.model.lora import add_lora, load_lora, save_lora
 from sheeprlhf.model.trim import last_mlp_at
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
@@ -64,6 +64,32 @@ class Policy(nn.Module):
             )
             return logprobs_from_logits(outputs.logits, batch.logit_index_N, batch.target_ids_N, mean=mean)
         backbone, head = backbone_and_head(model)
+        return head_logprobs(hidden_at_head(backbone, batch), head, batch.logit_index_N, batch.target_ids_N, mean=mean)
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write what `from_pretrained` loads: the model, or its adapters, and the tokenizer."""
+        if isinstance(self.model, PeftModel):
+            save_lora(self.model, folder)
+        else:
+            self.model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(folder)
+
+
+def hidden_at_head(backbone: nn.Module, batch: Batch) -> Tensor:
+    """(R, C) last hidden states where the batch's head runs.
+
+    Args:
+        backbone: a model without its head.
+        batch: packed or padded.
+    """
+    if batch.layout is None:
+        hidden_BTC = hidden_states(
+            backbone,
+            input_ids=batch.input_ids_BT,
+            attention_mask=batch.attention_mask_BT,
+            position_ids=batch.position_ids_BT,
+        )
+    else:
         with last_mlp_at(backbone, batch.head_positions_R, batch.input_ids_BT.shape[1]):
             hidden_BTC = hidden_states(
                 backbone,
@@ -72,17 +98,7 @@ class Policy(nn.Module):
                 position_ids=batch.position_ids_BT,
                 layout=batch.layout,
             )
-        hidden_RC = hidden_BTC.flatten(0, 1).index_select(0, batch.head_positions_R)
-        return head_logprobs(hidden_RC, head, batch.logit_index_N, batch.target_ids_N, mean=mean)
-
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write what `from_pretrained` loads: the model, or its adapters, and the tokenizer."""
-        if isinstance(self.model, PeftModel):
-            for config in self.model.peft_config.values():  # PEFT holds sets, whose order differs between processes
-                if isinstance(config, LoraConfig) and isinstance(config.target_modules, set):
-                    config.target_modules = sorted(config.target_modules)
-        self.model.save_pretrained(str(folder))
-        tokenizer.save_pretrained(folder)
+    return hidden_BTC.flatten(0, 1).index_select(0, batch.head_positions_R)
 
 
 @phase("loading the model")

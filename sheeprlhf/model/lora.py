@@ -29,8 +29,13 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
 
 
-def add_lora(model: PreTrainedModel, cfg: LORAConfig) -> PeftModel:
+def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None) -> PeftModel:
     """Freeze the model and put trainable adapters (float32) beside the target modules.
+
+    Args:
+        model: a causal language model, or a classification model.
+        cfg: the adapters.
+        head: name of a module that trains as a whole and is saved with the adapters: a classification model's head.
 
     Raises:
         ModelError: a target names no module of the model.
@@ -48,7 +53,8 @@ def add_lora(model: PreTrainedModel, cfg: LORAConfig) -> PeftModel:
                 f"This model has {', '.join(known)}; 'all-linear' takes all but the head."
             )
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if head is None else "SEQ_CLS",
+        modules_to_save=None if head is None else [head],
         r=cfg.rank,
         lora_alpha=cfg.alpha,  # type: ignore[arg-type]
         lora_dropout=cfg.dropout,
@@ -57,6 +63,16 @@ def add_lora(model: PreTrainedModel, cfg: LORAConfig) -> PeftModel:
     )
     with _peft_warnings_ignored():
         return get_peft_model(model, config)
+
+
+def save_lora(model: PeftModel, folder: Path) -> None:
+    """Write the adapters, in the same bytes from every process: PEFT holds names in sets."""
+    for config in model.peft_config.values():
+        if isinstance(config, LoraConfig):
+            for field in ("target_modules", "modules_to_save"):
+                names = getattr(config, field)
+                setattr(config, field, sorted(names) if isinstance(names, set) else names)
+    model.save_pretrained(str(folder))
 
 
 @contextmanager

@@ -108,7 +108,7 @@ def _smaller_generation(config: TrainConfig | EvalConfig) -> Iterator[Change]:
         yield {"generation.max_new_tokens": generation.max_new_tokens // 2}
     if isinstance(config, EvalConfig):
         yield from _smaller_evaluation(config)
-    elif config.task.num_sample_prompts > 0:
+    elif getattr(config.task, "num_sample_prompts", 0) > 0:
         yield {"task.num_sample_prompts": config.task.num_sample_prompts // 2}
 
 

@@ -11,6 +11,7 @@ class TrainTaskConfig(Config):
     """What every training task has. All intervals count optimizer steps."""
 
     entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config, run_dir)
+    data_kind: ClassVar[str] = "sft"  # what it learns from a row: "sft" one response, "preference" two or more
 
     config_name: str = option("???", "Name of this choice.")
     epochs: int = option(1, "Passes over the training rows.", minimum=1)
@@ -35,9 +36,6 @@ class TrainTaskConfig(Config):
     )
     save_interval: int = option(100, "Between two checkpoints.", unit="optimizer steps", minimum=1)
     keep_checkpoints: int = option(2, "Newest checkpoints kept (the best one is kept besides).", minimum=1)
-    num_sample_prompts: int = option(
-        3, "Validation prompts whose generations are shown at every validation.", minimum=0
-    )
 
 
 @dataclass(unsafe_hash=True)
@@ -51,6 +49,36 @@ class SFTConfig(TrainTaskConfig):
     label_smoothing: float = option(
         0.0, "Share of the target probability spread over the vocabulary.", minimum=0.0, maximum=0.99
     )
+    num_sample_prompts: int = option(
+        3, "Validation prompts whose generations are shown at every validation.", minimum=0
+    )
+
+
+@dataclass(unsafe_hash=True)
+class RMConfig(TrainTaskConfig):
+    """Reward modelling: the better of two or more responses gets the higher score."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.train.rm:train"
+    data_kind: ClassVar[str] = "preference"
+
+    config_name: str = option("rm", "Name of this choice.")
+    loss_type: str = option(
+        "last_token",
+        "Scores that are compared: after the last token, averaged over the tokens that differ, or token by token.",
+        choices=("last_token", "average", "per_sample"),
+    )
+    center_rewards_coefficient: float = option(
+        0.0, "Weight of (better + worse score) squared, which keeps scores near 0; 0.01 is usual.", minimum=0.0
+    )
+    normalize_on: str = option(
+        "demonstrations",
+        "After training, shift scores so that the preferred responses of the training rows score 0 on average, or not.",
+        choices=("demonstrations", "none"),
+    )
+    sft_experiment_dir: Optional[str] = option(
+        None, "Run directory of a fine-tuning to start from; null starts from the model as it is."
+    )
+    sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
 
 
 @dataclass(unsafe_hash=True)

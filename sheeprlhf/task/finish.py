@@ -2,17 +2,24 @@
 
 import json
 from pathlib import Path
+from typing import Protocol
 
 from lightning.fabric import Fabric
 from transformers import PreTrainedTokenizerBase
 
-from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.report import render_report
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished
+
+
+class Saved(Protocol):
+    """What a run trains: it knows how to write itself for `from_pretrained`."""
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the model and its tokenizer into an empty folder."""
 
 
 def report_data(fabric: Fabric, run: Run, data: PreparedData) -> None:
@@ -31,17 +38,13 @@ def note_validation(run: Run, state: TrainState, result: dict[str, float], metri
 
 
 def finish_run(
-    fabric: Fabric, run: Run, policy: Policy, tokenizer: PreTrainedTokenizerBase, state: TrainState, next_command: str
+    fabric: Fabric, run: Run, trained: Saved, tokenizer: PreTrainedTokenizerBase, state: TrainState, next_command: str
 ) -> None:
     """All ranks; rank zero writes `final/` for `from_pretrained`, marks the run finished and says what comes next."""
     if fabric.is_global_zero:
         final = run.dir / "final"
         if not final.exists():  # complete whenever it is there: it is renamed into place
-            write_folder(final, lambda folder: _save(policy, tokenizer, folder))
+            write_folder(final, lambda folder: trained.save(folder, tokenizer))
         mark_finished(run.dir, step=state.step, best_metric=state.best_metric, best_step=state.best_step)
     fabric.barrier()
     run.say(f"finished: {run.dir}\nnext: {next_command}")
-
-
-def _save(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    policy.save(folder, tokenizer)
