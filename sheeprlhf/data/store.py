@@ -100,9 +100,7 @@ class TokenizedSplit:
             if size >= 0:
                 parts.append(self._tokens[chunk][start : start + size])
                 start += size
-        return Example(
-            int(self._row_ids[chunk][row]), parts[0], tuple(parts[1:]), float(self._margins[chunk][row])
-        )
+        return Example(int(self._row_ids[chunk][row]), parts[0], tuple(parts[1:]), float(self._margins[chunk][row]))
 
     def examples(self, indices: Sequence[int]) -> list[Example]:
         """Rows by index, in the order asked for."""

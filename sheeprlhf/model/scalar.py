@@ -57,7 +57,9 @@ def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
     for token in (tokenizer.pad_token, *tokenizer.all_special_tokens, "\u00ff", "<0xFF>"):
         if token not in taken and token in vocabulary:
             return str(token)
-    raise ModelError("the model's tokenizer has no token for padding but EOS: set pad_token in its tokenizer_config.json")
+    raise ModelError(
+        "the model's tokenizer has no token for padding but EOS: set pad_token in its tokenizer_config.json"
+    )
 
 
 def head_scores(hidden_RC: Tensor, head: nn.Module) -> Tensor:

@@ -97,4 +97,6 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 run.save(state, module, optimizer)
             if signum in STOP_SIGNALS and not last:
                 run.stop(signum)
-        finish_run(fabric, run, model, tokenizer, state, f"python sheeprlhf.py eval task=reward experiment_dir={run.dir}")
+        finish_run(
+            fabric, run, model, tokenizer, state, f"python sheeprlhf.py eval task=reward experiment_dir={run.dir}"
+        )

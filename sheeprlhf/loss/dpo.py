@@ -1,0 +1,92 @@
+"""Direct preference optimisation and its kin: losses of pairs of responses from the policy's own log-probabilities.
+
+Letters: P pairs, E examples. For a response y, lp(y) is the SUM of its tokens' log-probabilities, EOS included, nats,
+and h = lp(y) - lp_ref(y); w is the chosen response of a pair, l the rejected one; d = h_w - h_l; |y| counts tokens.
+Every function returns one loss per pair or example, unreduced.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, relu
+
+
+def sigmoid(h_w_P: Tensor, h_l_P: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """DPO (arXiv 2305.18290) eq. 7: -log sigmoid(beta d); with label smoothing e conservative DPO (Mitchell, eq. 3).
+
+    The label is taken to be wrong with probability e: -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d).
+    """
+    d_P = beta * (h_w_P - h_l_P)
+    return -(1.0 - label_smoothing) * logsigmoid(d_P) - label_smoothing * logsigmoid(-d_P)
+
+
+def robust(h_w_P: Tensor, h_l_P: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """RDPO (arXiv 2403.00409): unbiased when labels are wrong with probability e < 1/2; may be negative.
+
+    (-(1 - e) log sigmoid(beta d) + e log sigmoid(-beta d)) / (1 - 2 e)
+    """
+    d_P, e = beta * (h_w_P - h_l_P), label_smoothing
+    return (-(1.0 - e) * logsigmoid(d_P) + e * logsigmoid(-d_P)) / (1.0 - 2.0 * e)
+
+
+def hinge(h_w_P: Tensor, h_l_P: Tensor, beta: float) -> Tensor:
+    """RSO (arXiv 2309.06657), the hinge loss of SLiC on log-ratios: max(0, 1 - beta d)."""
+    return relu(1.0 - beta * (h_w_P - h_l_P))
+
+
+def ipo(h_w_P: Tensor, h_l_P: Tensor, length_w_P: Tensor, length_l_P: Tensor, beta: float) -> Tensor:
+    """IPO (arXiv 2310.12036) eq. 17: (d - 1 / (2 beta))^2, with h per token.
+
+    The paper's derivation leaves open whether h is a sum; its authors confirmed the mean over tokens (trl issue 1090).
+    """
+    return (h_w_P / length_w_P - h_l_P / length_l_P - 1.0 / (2.0 * beta)).square()
+
+
+def apo_zero(h_w_P: Tensor, h_l_P: Tensor, beta: float) -> Tensor:
+    """APO-zero (arXiv 2408.06266) eq. 7: 1 - sigmoid(beta h_w) + sigmoid(beta h_l), chosen up and rejected down."""
+    return 1.0 - torch.sigmoid(beta * h_w_P) + torch.sigmoid(beta * h_l_P)
+
+
+def simpo(lp_w_P: Tensor, lp_l_P: Tensor, length_w_P: Tensor, length_l_P: Tensor, beta: float, gamma: float) -> Tensor:
+    """SimPO (arXiv 2405.14734) eq. 6: -log sigmoid(beta lp(w) / |w| - beta lp(l) / |l| - gamma); no reference."""
+    return -logsigmoid(beta * (lp_w_P / length_w_P - lp_l_P / length_l_P) - gamma)
+
+
+def orpo(lp_w_P: Tensor, lp_l_P: Tensor, length_w_P: Tensor, length_l_P: Tensor, beta: float) -> Tensor:
+    """ORPO (arXiv 2403.07691) eqs. 6 and 7: NLL of the chosen response per token + beta * odds-ratio loss; no reference.
+
+    With m = lp / |y| and log odds = m - log(1 - exp(m)) the second part is -log sigmoid(log odds_w - log odds_l).
+    """
+    m_w_P, m_l_P = lp_w_P / length_w_P, lp_l_P / length_l_P
+    return -m_w_P - beta * logsigmoid(_log_odds(m_w_P) - _log_odds(m_l_P))
+
+
+def _log_odds(m: Tensor) -> Tensor:
+    """M - log(1 - exp(m)) for m < 0, exact near both ends; m = 0 is taken as the smallest step below it."""
+    m = m.clamp(max=-torch.finfo(m.dtype).tiny)
+    small = torch.where(m > -math.log(2.0), m, -1.0)  # the branch that is not taken must have a finite gradient too
+    large = torch.where(m > -math.log(2.0), -1.0, m)
+    return m - torch.where(m > -math.log(2.0), torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))
+
+
+def kto(
+    h_E: Tensor, desirable_E: Tensor, kl: Tensor, beta: float, desirable_weight: float, undesirable_weight: float
+) -> Tensor:
+    """KTO (arXiv 2402.01306) eqs. 7 and 8, of unpaired examples.
+
+    desirable:   weight * (1 - sigmoid(beta (h - kl)))
+    undesirable: weight * (1 - sigmoid(beta (kl - h)))
+
+    Args:
+        h_E: (E,) log-ratios of the responses to their own prompts.
+        desirable_E: (E,) bool.
+        kl: () max(0, mean log-ratio of responses to other examples' prompts), nats; it gets no gradient.
+        beta: strength of the pull towards the reference.
+        desirable_weight: lambda_D.
+        undesirable_weight: lambda_U.
+    """
+    kl = kl.detach().clamp(min=0.0)
+    sign_E = torch.where(desirable_E, 1.0, -1.0)
+    weight_E = torch.where(desirable_E, desirable_weight, undesirable_weight)
+    return weight_E * (1.0 - torch.sigmoid(sign_E * beta * (h_E - kl)))

@@ -1,0 +1,83 @@
+"""The losses of preference optimisation against numbers worked out by hand from the papers' equations."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from sheeprlhf.loss import dpo
+
+# one pair: lp(w) = -6 of 3 tokens, lp(l) = -8 of 2 tokens, reference -7 and -7.5: h_w = 1, h_l = -0.5, d = 1.5
+H_W, H_L, LP_W, LP_L = (torch.tensor([x], dtype=torch.float64) for x in (1.0, -0.5, -6.0, -8.0))
+LENGTHS = (torch.tensor([3.0], dtype=torch.float64), torch.tensor([2.0], dtype=torch.float64))
+
+
+def sig(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def log_odds(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+CASES: dict[str, tuple[Tensor, float]] = {
+    # beta d = 0.15
+    "sigmoid": (dpo.sigmoid(H_W, H_L, 0.1), -math.log(sig(0.15))),
+    "conservative": (dpo.sigmoid(H_W, H_L, 0.1, 0.2), -0.8 * math.log(sig(0.15)) - 0.2 * math.log(sig(-0.15))),
+    "robust": (
+        dpo.robust(H_W, H_L, 0.1, 0.2),
+        (-0.8 * math.log(sig(0.15)) + 0.2 * math.log(sig(-0.15))) / 0.6,
+    ),
+    "hinge": (dpo.hinge(H_W, H_L, 0.1), 0.85),
+    "hinge beyond": (dpo.hinge(H_W, H_L, 1.0), 0.0),
+    # h_w / 3 - h_l / 2 - 1 / 0.2 = 0.333333 + 0.25 - 5
+    "ipo": (dpo.ipo(H_W, H_L, *LENGTHS, 0.1), (1 / 3 + 0.25 - 5) ** 2),
+    "apo_zero": (dpo.apo_zero(H_W, H_L, 0.1), 1 - sig(0.1) + sig(-0.05)),
+    # 2 * (-2 - -4) - 1 = 3
+    "simpo": (dpo.simpo(LP_W, LP_L, *LENGTHS, 2.0, 1.0), -math.log(sig(3.0))),
+    "orpo": (
+        dpo.orpo(LP_W, LP_L, *LENGTHS, 0.1),
+        2.0 - 0.1 * math.log(sig(log_odds(math.exp(-2)) - log_odds(math.exp(-4)))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_by_hand(name: str) -> None:
+    loss, expected = CASES[name]
+    assert_close(loss, torch.tensor([expected], dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_kto_by_hand() -> None:
+    h, desirable = torch.tensor([1.0, -0.5, 2.0]), torch.tensor([True, False, False])
+    losses = dpo.kto(h, desirable, torch.tensor(0.3), 0.1, 1.0, 1.5)
+    expected = [1 - sig(0.1 * 0.7), 1.5 * (1 - sig(0.1 * 0.8)), 1.5 * (1 - sig(-0.1 * 1.7))]
+    assert_close(losses, torch.tensor(expected), rtol=0, atol=1e-6)
+    below = dpo.kto(h, desirable, torch.tensor(-3.0), 0.1, 1.0, 1.5)  # the estimate of a KL is cut at 0
+    assert_close(below, dpo.kto(h, desirable, torch.tensor(0.0), 0.1, 1.0, 1.5))
+    kl = torch.tensor(0.3, requires_grad=True)
+    assert not dpo.kto(h, desirable, kl, 0.1, 1.0, 1.5).requires_grad
+
+
+def test_at_zero_margin() -> None:
+    zero = torch.zeros(1)
+    assert_close(dpo.sigmoid(zero, zero, 0.1, 0.3), torch.tensor([math.log(2)]))
+    assert_close(dpo.robust(zero, zero, 0.1, 0.3), torch.tensor([math.log(2)]))
+    assert dpo.hinge(zero, zero, 0.1).item() == dpo.apo_zero(zero, zero, 0.1).item() == 1.0
+    assert_close(dpo.ipo(zero, zero, torch.ones(1), torch.ones(1), 0.1), torch.tensor([25.0]))
+
+
+@pytest.mark.parametrize("mean", [-1e-30, -1e-7, -0.01, -0.6931, -0.6932, -5.0, -80.0])
+def test_log_odds_are_finite_and_exact(mean: float) -> None:
+    """For probabilities near 1 and near 0, in float32, against float64."""
+    m = torch.tensor([mean], requires_grad=True)
+    loss = dpo.orpo(m, torch.tensor([-1.0]), torch.ones(1), torch.ones(1), 0.5)
+    loss.sum().backward()
+    exact = mean - (math.log(-math.expm1(mean)) if mean > -1 else math.log1p(-math.exp(mean)))
+    difference = exact - log_odds(math.exp(-1))
+    expected = -mean + 0.5 * (math.log1p(math.exp(-difference)) if difference > -30 else -difference)
+    assert_close(loss.detach(), torch.tensor([expected]), rtol=1e-5, atol=1e-6)
+    assert m.grad is not None
+    assert torch.isfinite(m.grad).all()
