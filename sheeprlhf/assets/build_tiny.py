@@ -56,16 +56,16 @@ the corpus nor the fine-tuning has. Gates, each for the mean over the seeds:
 | --- | --- | --- | --- |
 {gates}
 
-| seed | bits per character | perplexity of a token | sampled words known | with jargon | ROUGE-L, greedy |
-| --- | --- | --- | --- | --- | --- |
+| seed | bits per character | perplexity of a token | ROUGE-L, greedy | known words, with jargon, at {temperatures} |
+| --- | --- | --- | --- | --- |
 {seeds}
 
 - Bits per character: bits of all tokens of the summaries, each one's EOS included, divided by the characters of their
   texts.
-- Sampled words known: one response a row at temperature 1; share of its runs of two or more letters that are in an
-  English list of 73,506 words (`../words/NOTICE`) or in the row's signature, whole or cut at camel case. Of the
-  authors' own words {authors:.1%} are. With jargon (words in the training summaries of at least two packages, such as
-  "tuple") it is {authors_with_jargon:.1%} of the authors' words; the model's commonest others: {unknown}.
+- Known words: one response a row; share of its runs of two or more letters that are in an English list of 73,506 words
+  (`../words/NOTICE`) or in the row's signature, whole or cut at camel case. Of the authors' own words {authors:.1%}
+  are. With jargon (words in the training summaries of at least two packages, such as "tuple") it is
+  {authors_with_jargon:.1%} of the authors' words; the model's commonest others at temperature 1: {unknown}.
 - ROUGE-L: F-measure x 100 of rouge-score, without stemming. The names of the signature's class and function as words
   get {names:.2f}.
 
@@ -125,13 +125,15 @@ def write_card(run: Path, measured: dict[str, Any], parameters: int) -> str:
             for gate in measured["gates"]
         ),
         seeds="\n".join(
-            f"| {number} | {seed['bits_per_character']:.3f} | {seed['perplexity']:.2f} | {seed['known_words']:.2%} "
-            f"| {seed['with_jargon']:.2%} | {seed['rouge_l']:.2f} |"
+            f"| {number} | {seed['bits_per_character']:.3f} | {seed['perplexity']:.2f} | {seed['rouge_l']:.2f} | "
+            + "; ".join(f"{at['known']:.2%}, {at['with_jargon']:.2%}" for at in seed["sampled"])
+            + " |"
             for number, seed in zip(measured["seeds"], seeds, strict=True)
         ),
-        authors=seeds[0]["authors_known_words"],
+        temperatures="; ".join(str(at["temperature"]) for at in seeds[0]["sampled"]),
+        authors=seeds[0]["authors_known"],
         authors_with_jargon=seeds[0]["authors_with_jargon"],
-        unknown=", ".join(seeds[0]["unknown"][:12]),
+        unknown=", ".join(seeds[0]["sampled"][0]["unknown"][:12]),
         names=seeds[0]["names_rouge_l"],
         curve="\n".join(f"| {step} | {loss:.3f} |" for step, loss in shown),
         samples=samples.strip(),

@@ -4,10 +4,10 @@ Usage: ``python -m sheeprlhf.assets.measure_tiny --model FOLDER --output card.js
 
 Bits per character: the bits of all tokens of the summaries, each one's EOS included, given the signature, divided by
 the characters of the summaries' texts; as the model is, and after fine-tuning on all 20,000 training rows (mean over
-seeds). Words: the share of sampled words (temperature 1, one response a row) that are in the English list of
-``words/NOTICE`` or in the row's signature; a word is a run of two or more letters. The share with the jargon of the
-training split (words of at least two packages) is told beside. ROUGE-L: of greedy responses after fine-tuning, beside
-that of the signature's class and function names as words.
+seeds). Words: the share of sampled words (one response a row, at each of ``TEMPERATURES``) that are in the English
+list of ``words/NOTICE`` or in the row's signature; a word is a run of two or more letters. The share with the jargon
+of the training split (words of at least two packages) is told beside. ROUGE-L: of greedy responses after fine-tuning,
+beside that of the signature's class and function names as words.
 
 Everything is run by the framework's own commands. What a seed has finished, of the same weights, is not run again; an
 interrupted fine-tuning goes on. Delete the work folder to begin anew.
@@ -31,6 +31,25 @@ from sheeprlhf.utils.hub import EMBEDDED, embedded_folder
 
 DATA = ("data=docstrings", "data.num_samples=null", "data.reward_model_split=0")  # all 20,000 rows
 MAX_BITS, MIN_WORDS = 1.5, 0.95
+TEMPERATURES = (1.0, 0.7)  # the model's own distribution, and that of the usual rollouts (arXiv 2403.17031, detail 9)
+
+
+class Sampled(NamedTuple):
+    """Words that a fine-tuned model samples at one temperature.
+
+    Attributes:
+        temperature: of the softmax.
+        known: share of the words that are English or in the signature.
+        with_jargon: share of those that are English, in the signature or jargon.
+        words: number of words.
+        unknown: the words that are none of these, most frequent first.
+    """
+
+    temperature: float
+    known: float
+    with_jargon: float
+    words: int
+    unknown: list[str]
 
 
 class Seed(NamedTuple):
@@ -41,24 +60,18 @@ class Seed(NamedTuple):
         perplexity: of a summary's token.
         rouge_l: of greedy responses, times 100.
         names_rouge_l: of the signatures' names as words, times 100.
-        known_words: share of the sampled words that are English or in the signature.
-        authors_known_words: the same of the authors' words.
-        with_jargon: share of the sampled words that are English, in the signature or jargon.
-        authors_with_jargon: the same of the authors' words.
-        sampled_words: number of words sampled.
-        unknown: the sampled words that are none of these, most frequent first.
+        sampled: what it samples, at each of `TEMPERATURES`.
+        authors_known: share of the authors' words that are English or in the signature.
+        authors_with_jargon: share of those that are English, in the signature or jargon.
     """
 
     bits_per_character: float
     perplexity: float
     rouge_l: float
     names_rouge_l: float
-    known_words: float
-    authors_known_words: float
-    with_jargon: float
+    sampled: list[Sampled]
+    authors_known: float
     authors_with_jargon: float
-    sampled_words: int
-    unknown: list[str]
 
 
 class Gate(NamedTuple):
@@ -93,36 +106,48 @@ def measure_seed(model: str, seed: int, folder: Path, sft: list[str]) -> Seed:
     of_run = [f"experiment_dir={folder}", f"seed={seed}"]
     losses = evaluated(["task=perplexity", *of_run], folder / "eval" / "perplexity-test-final.json")
     rouge = evaluated(["task=rouge", *of_run], folder / "eval" / "rouge-test-final.json")
-    sampled = folder / "sampled" / "rouge-test-tiny.jsonl"
-    words = ["model=tiny", f"model.repo_name={folder / 'final'}", *DATA, "generation.do_sample=true", f"seed={seed}"]
-    evaluated(["task=rouge", *words, f"output_dir={sampled.parent}"], sampled.with_suffix(".json"))
-    rows = [json.loads(line) for line in sampled.read_text().splitlines()]
-    english = english_words()
-    known = english | jargon()
-    with_jargon, number, unknown = known_share(rows, "response", known)
+    sampled = [measure_words(folder, seed, temperature) for temperature in TEMPERATURES]
+    rows = read_rows(folder / "eval" / "rouge-test-final.jsonl")
     return Seed(
         bits_per_character=losses["bits_per_character"],
         perplexity=losses["perplexity"],
         rouge_l=rouge["rougeL"],
         names_rouge_l=rouge["mean_low_high"]["names"]["rougeL"][0],
-        known_words=known_share(rows, "response", english)[0],
-        authors_known_words=known_share(rows, "reference", english)[0],
-        with_jargon=with_jargon,
-        authors_with_jargon=known_share(rows, "reference", known)[0],
-        sampled_words=number,
-        unknown=[word for word, _ in unknown.most_common(40)],
+        sampled=sampled,
+        authors_known=known_share(rows, "reference", english_words())[0],
+        authors_with_jargon=known_share(rows, "reference", english_words() | jargon())[0],
     )
+
+
+def measure_words(folder: Path, seed: int, temperature: float) -> Sampled:
+    """Sample a response for each row of the test split from the fine-tuned model in `folder`."""
+    result = folder / f"sampled-{temperature}" / "rouge-test-tiny.json"
+    options = [f"generation.temperature={temperature}", "generation.do_sample=true", f"seed={seed}"]
+    words = ["task=rouge", "model=tiny", f"model.repo_name={folder / 'final'}", *DATA, *options]
+    evaluated([*words, f"output_dir={result.parent}"], result)
+    rows = read_rows(result.with_suffix(".jsonl"))
+    with_jargon, number, unknown = known_share(rows, "response", english_words() | jargon())
+    known = known_share(rows, "response", english_words())[0]
+    return Sampled(temperature, known, with_jargon, number, [word for word, _ in unknown.most_common(40)])
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The texts that an evaluation kept."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def gates(seeds: list[Seed]) -> list[Gate]:
     """The gates of the fine-tuned models, each by its mean over the seeds; none without a seed."""
     if not seeds:
         return []
-    bits, known = mean(s.bits_per_character for s in seeds), mean(s.known_words for s in seeds)
+    bits = mean(s.bits_per_character for s in seeds)
     rouge_l, names = mean(s.rouge_l for s in seeds), mean(s.names_rouge_l for s in seeds)
+    found = [Gate("bits per character after SFT", f"at most {MAX_BITS}", f"{bits:.3f}", bits <= MAX_BITS)]
+    for at in zip(*(s.sampled for s in seeds), strict=True):
+        known, name = mean(s.known for s in at), f"known words after SFT, sampled at {at[0].temperature}"
+        found.append(Gate(name, f"at least {MIN_WORDS:.0%}", f"{known:.2%}", known >= MIN_WORDS))
     return [
-        Gate("bits per character after SFT", f"at most {MAX_BITS}", f"{bits:.3f}", bits <= MAX_BITS),
-        Gate("sampled words known after SFT", f"at least {MIN_WORDS:.0%}", f"{known:.2%}", known >= MIN_WORDS),
+        *found,
         Gate("ROUGE-L after SFT", f"above the names' {names:.2f}", f"{rouge_l:.2f}", rouge_l > names),
     ]
 
@@ -140,7 +165,7 @@ def measure(model: str, seeds: list[int], work: Path, sft: list[str]) -> dict[st
         "sft_options": sft,
         "seeds": seeds,
         **{key: before[key] for key in ("rows", "tokens", "characters", "bits_per_character", "perplexity")},
-        "after_sft": [seed._asdict() for seed in measured],
+        "after_sft": [seed._asdict() | {"sampled": [s._asdict() for s in seed.sampled]} for seed in measured],
         "gates": [gate._asdict() for gate in gates(measured)],
     }
 

@@ -14,10 +14,20 @@ from safetensors.torch import save_file
 
 from sheeprlhf.assets import build_tiny, measure_tiny
 from sheeprlhf.assets.english import WORD_LIST, english_words, jargon, unknown_words, words_of
-from sheeprlhf.assets.measure_tiny import Seed, gates, known_share, measure
+from sheeprlhf.assets.measure_tiny import Sampled, Seed, gates, known_share, measure
 from sheeprlhf.utils.hub import embedded_folder
 
-SEED = Seed(1.4, 30.0, 23.0, 21.7, 0.96, 0.972, 0.97, 0.986, 9000, ["sometric", "gle"])
+WARM = Sampled(1.0, 0.96, 0.97, 9000, ["sometric", "gle"])
+COOL = Sampled(0.7, 0.98, 0.99, 8000, ["gle"])
+SEED = Seed(1.4, 30.0, 23.0, 21.7, [WARM, COOL], 0.972, 0.986)
+
+
+def as_json(seed: Seed) -> dict[str, Any]:
+    return seed._asdict() | {"sampled": [at._asdict() for at in seed.sampled]}
+
+
+def warmer(known: float) -> Seed:
+    return SEED._replace(sampled=[WARM._replace(known=known), COOL])
 
 
 def test_words_by_hand() -> None:
@@ -49,11 +59,12 @@ def test_a_gate_is_of_the_mean_over_the_seeds() -> None:
     def passed(*seeds: Seed) -> list[bool]:
         return [gate.passed for gate in gates(list(seeds))]
 
-    assert passed(SEED, SEED) == [True, True, True]
-    assert passed(SEED, SEED._replace(bits_per_character=1.61)) == [False, True, True]  # mean 1.505
-    assert passed(SEED, SEED._replace(bits_per_character=1.59)) == [True, True, True]
-    assert passed(SEED._replace(known_words=0.9499)) == [True, False, True]
-    assert passed(SEED._replace(rouge_l=21.7)) == [True, True, False]  # above, not equal
+    assert passed(SEED, SEED) == [True, True, True, True]
+    assert passed(SEED, SEED._replace(bits_per_character=1.61)) == [False, True, True, True]  # mean 1.505
+    assert passed(SEED, SEED._replace(bits_per_character=1.59)) == [True, True, True, True]
+    assert passed(warmer(0.9499)) == [True, False, True, True]
+    assert passed(SEED._replace(sampled=[WARM, COOL._replace(known=0.9499)])) == [True, True, False, True]
+    assert passed(SEED._replace(rouge_l=21.7)) == [True, True, True, False]  # above, not equal
     assert gates([]) == []
 
 
@@ -98,21 +109,23 @@ def test_what_is_run_and_that_finished_parts_are_not_run_again(tmp_path: Path, m
     (model / "model.safetensors").write_bytes(b"weights")
     figures = measure(str(model), [0, 7], tmp_path / "work", ["task.epochs=2"])
     kinds = [(words[0], words[1]) for words in commands.asked]
-    of_seed = [("train", "task=sft"), *[("eval", "task=perplexity")], *[("eval", "task=rouge")] * 2]
+    of_seed = [("train", "task=sft"), *[("eval", "task=perplexity")], *[("eval", "task=rouge")] * 3]
     assert kinds == [("eval", "task=perplexity"), *of_seed, *of_seed]
-    train, sampled = commands.asked[5], commands.asked[8]
+    train, warm, cool = commands.asked[6], commands.asked[9], commands.asked[10]
     for word in ("data.num_samples=null", "data.reward_model_split=0", "task.epochs=2", "seed=7", "resume=true"):
         assert word in train
-    assert {"generation.do_sample=true", "seed=7"} <= set(sampled) and "generation.temperature=1" not in sampled
+    assert {"generation.do_sample=true", "seed=7", "generation.temperature=1.0"} <= set(warm)
+    assert {"generation.do_sample=true", "seed=7", "generation.temperature=0.7"} <= set(cool)
     assert figures["weights_sha256"] == hashlib.sha256(b"weights").hexdigest()
     assert figures["bits_per_character"] == 1.2 and len(figures["after_sft"]) == 2
     seed = figures["after_sft"][1]
-    assert seed["known_words"] == pytest.approx(4 / 5) and seed["unknown"] == ["sizzze"]
-    assert seed["with_jargon"] == pytest.approx(4 / 5)
-    assert seed["authors_known_words"] == pytest.approx(4 / 5)  # not numpy
+    assert [at["known"] for at in seed["sampled"]] == [pytest.approx(4 / 5)] * 2
+    assert [at["with_jargon"] for at in seed["sampled"]] == [pytest.approx(4 / 5)] * 2
+    assert [(at["words"], at["unknown"]) for at in seed["sampled"]] == [(5, ["sizzze"])] * 2
+    assert seed["authors_known"] == pytest.approx(4 / 5)  # not numpy
     assert seed["authors_with_jargon"] == 1.0
-    assert (seed["rouge_l"], seed["names_rouge_l"], seed["sampled_words"]) == (30.0, 20.0, 5)
-    assert [gate["passed"] for gate in figures["gates"]] == [True, False, True]
+    assert (seed["rouge_l"], seed["names_rouge_l"]) == (30.0, 20.0)
+    assert [gate["passed"] for gate in figures["gates"]] == [True, False, False, True]
 
     commands.asked.clear()
     assert measure(str(model), [0, 7], tmp_path / "work", ["task.epochs=2"]) == figures
@@ -120,7 +133,7 @@ def test_what_is_run_and_that_finished_parts_are_not_run_again(tmp_path: Path, m
     (model / "model.safetensors").write_bytes(b"other weights")
     measure(str(model), [0], tmp_path / "work", ["task.epochs=2"])
     measure(str(model), [0], tmp_path / "work", [])
-    assert len(commands.asked) == 10  # nothing of other weights or options is taken
+    assert len(commands.asked) == 12  # nothing of other weights or options is taken
 
 
 def finished_run(folder: Path) -> Path:
@@ -155,8 +168,8 @@ def test_the_card_has_the_figures_of_these_weights(tmp_path: Path, monkeypatch: 
     measured = tmp_path / "measured.json"
     figures = {"weights_sha256": digest, "sft_options": ["task.epochs=2"], "seeds": [0, 1], "rows": 1250, "tokens": 1}
     figures |= {"characters": 70722, "bits_per_character": 1.4555, "perplexity": 42.95}
-    figures |= {"after_sft": [SEED._asdict(), SEED._replace(known_words=0.91)._asdict()]}
-    figures |= {"gates": [gate._asdict() for gate in gates([SEED, SEED._replace(known_words=0.91)])]}
+    figures |= {"after_sft": [as_json(SEED), as_json(warmer(0.91))]}
+    figures |= {"gates": [gate._asdict() for gate in gates([SEED, warmer(0.91)])]}
     monkeypatch.setattr(sys, "argv", [*words, "--measured", str(measured)])
     for wrong in ({"seeds": []}, {"weights_sha256": "0"}):
         measured.write_text(json.dumps(figures | wrong))
@@ -170,11 +183,12 @@ def test_the_card_has_the_figures_of_these_weights(tmp_path: Path, monkeypatch: 
         "| bits per character of those summaries | 1.456 |",
         "data.reward_model_split=0 task.epochs=2`",
         "1,250 summaries of the test split (70,722 characters)",
-        "| sampled words known after SFT | at least 95% | 93.50% | not met |",
+        "| known words after SFT, sampled at 1.0 | at least 95% | 93.50% | not met |",
+        "| known words after SFT, sampled at 0.7 | at least 95% | 98.00% | met |",
         "| ROUGE-L after SFT | above the names' 21.70 | 23.00 | met |",
-        "| 1 | 1.400 | 30.00 | 91.00% | 97.00% | 23.00 |",
-        "own words 97.2% are.",
-        "98.6% of the authors' words; the model's commonest others: sometric, gle.",
+        "| 1 | 1.400 | 30.00 | 23.00 | 91.00%, 97.00%; 98.00%, 99.00% |",
+        "own words 97.2%",
+        "98.6% of the authors' words; the model's commonest others at temperature 1: sometric, gle.",
         "| 40 | 5.000 |",
         "def {f}():",
     ):
