@@ -3,20 +3,17 @@
 Letters: N tokens that are scored.
 """
 
-import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sheeprlhf.agent.policy import hidden_at_head, load_policy
+from sheeprlhf.agent.policy import Policy, hidden_at_head
 from sheeprlhf.data.example import Batch
 from sheeprlhf.model.lora import add_lora, save_lora
 from sheeprlhf.model.scalar import HEAD, head_scores, padding_token, scalar_model
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.utils.memory import phase
 
 OFFSET = "reward_offset"  # in config.json: subtracted from the head's score
 
@@ -53,26 +50,21 @@ class RewardModel(nn.Module):
         tokenizer.save_pretrained(folder)
 
 
-@phase("loading the model")
-def load_reward_model(
-    cfg: ModelConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    longest: int,
-    batching: str,
-    say: Callable[[str], None] = lambda _: None,
-) -> tuple[RewardModel, bool]:
-    """The language model of `cfg` with a new score head, and adapters if asked, and whether its batches are packed.
+def reward_model_of(policy: Policy, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> RewardModel:
+    """The language model with a new score head instead of its own, and adapters if asked.
+
+    Args:
+        policy: the whole language model; its backbone is used, not copied.
+        cfg: says what trains.
+        tokenizer: the model's.
 
     Raises:
-        ModelError: as `load_policy` does, or the model cannot have a score head.
+        ModelError: the model cannot have a score head.
     """
-    whole = dataclasses.replace(cfg, finetune_mode="ALL", freeze_transformer=False)
-    policy, packed = load_policy(whole, tokenizer, longest=longest, batching=batching, say=say)
     model = scalar_model(policy.causal_lm(), tokenizer)
     if cfg.freeze_transformer:
         model.requires_grad_(False)
         getattr(model, HEAD).requires_grad_(True)
     if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
-        return RewardModel(add_lora(model, cfg.lora_cfg, head=HEAD)), packed
-    return RewardModel(model), packed
+        return RewardModel(add_lora(model, cfg.lora_cfg, head=HEAD))
+    return RewardModel(model)

@@ -82,6 +82,43 @@ class RMConfig(TrainTaskConfig):
 
 
 @dataclass(unsafe_hash=True)
+class DPOConfig(TrainTaskConfig):
+    """Direct preference optimisation: the better response becomes likelier than the worse one, without a reward model."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.train.dpo:train"
+    data_kind: ClassVar[str] = "preference"
+
+    config_name: str = option("dpo", "Name of this choice.")
+    loss_type: str = option(
+        "sigmoid",
+        "Which paper's loss; simpo and orpo have no reference.",
+        choices=("sigmoid", "hinge", "ipo", "robust", "apo_zero", "simpo", "orpo"),
+    )
+    beta: float = option(
+        0.1, "Pull towards the reference; the scale of simpo (2 is usual) and orpo's weight.", above=0.0
+    )
+    label_smoothing: float = option(
+        0.0, "Share of pairs taken to be the wrong way round (sigmoid, robust).", minimum=0.0, maximum=0.49
+    )
+    reference_free: bool = option(False, "Take a reference that likes all responses alike.")
+    simpo_gamma: float = option(
+        1.0, "How much likelier the better response has to be (simpo).", unit="nats", minimum=0.0
+    )
+    self_check: str = option(
+        "error",
+        "Before the first step the policy has to be its own reference: stop, warn, or do not look.",
+        choices=("error", "warn", "off"),
+    )
+    sft_experiment_dir: Optional[str] = option(
+        None, "Run directory of a fine-tuning to start from; null starts from the model as it is."
+    )
+    sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
+    num_sample_prompts: int = option(
+        3, "Validation prompts whose generations are shown at every validation.", minimum=0
+    )
+
+
+@dataclass(unsafe_hash=True)
 class EvalTaskConfig(Config):
     """What every evaluation has."""
 

@@ -31,6 +31,7 @@ class Batches:
         packed: lay rows end to end; else pad them.
         targets: "response" or "all", the tokens to predict.
         num_items: what a step's loss is divided by, counted in one batch; by default its targets.
+        beside: called with the split and a micro-batch's rows: what its loss needs besides the batch.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Batches:
         packed: bool,
         targets: str,
         num_items: Callable[[Batch], int] = lambda batch: len(batch.target_ids_N),
+        beside: Callable[[TokenizedSplit, list[int]], Any] | None = None,
     ) -> None:
         self._cut: dict[str, Any] = {
             "max_rows": getattr(options, "micro_batch_size", options.mini_batch_size),
@@ -52,6 +54,7 @@ class Batches:
             partial(collate_packed, targets=targets) if packed else partial(collate_padded, pad_id=0, targets=targets)
         )
         self._num_items = num_items
+        self._beside = beside
 
     def of(self, split: TokenizedSplit, rows: np.ndarray) -> list[MicroBatch]:
         """This rank's micro-batches of some rows of a split; may be none."""
@@ -59,17 +62,24 @@ class Batches:
 
     def first(self, split: TokenizedSplit, num_rows: int | None, label: str) -> Iterator[MicroBatch]:
         """This rank's micro-batches of a split's first rows, or of all, each made when it is asked for, under a bar."""
+        return (micro for _, micro in self.numbered(split, num_rows, label))
+
+    def numbered(
+        self, split: TokenizedSplit, num_rows: int | None, label: str
+    ) -> Iterator[tuple[list[int], MicroBatch]]:
+        """The same, each with the rows that it is made of."""
         rows = np.arange(min(len(split), num_rows or len(split)))
         parts = cut_micro_batches(rows, split.lengths, **self._cut)
         hidden = None if self._cut["rank"] == 0 else True  # None: shown in a terminal only
         with tqdm(total=sum(map(len, parts)), desc=label, unit=" rows", leave=False, disable=hidden) as bar:
             for part in parts:
-                yield self._collated(split, part)
+                yield part, self._collated(split, part)
                 bar.update(len(part))
 
     def _collated(self, split: TokenizedSplit, part: list[int]) -> MicroBatch:
         batch = self._collate(split.examples(part))
-        return MicroBatch(batch, self._num_items(batch), batch.row_ids)
+        content = batch if self._beside is None else (batch, self._beside(split, part))
+        return MicroBatch(content, self._num_items(batch), batch.row_ids)
 
 
 def longest_row(splits: Mapping[str, TokenizedSplit]) -> int:

@@ -1,6 +1,5 @@
 """What an evaluation reads: rows of a split, and the weights of a run or a model as it is."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -10,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say
-from sheeprlhf.engine.weights import find_checkpoint, load_weights
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.utils.errors import ConfigError, DataError
+from sheeprlhf.task.start import load_of_run
+from sheeprlhf.utils.errors import DataError
 
 
 def evaluated_split(data: PreparedData, name: str) -> TokenizedSplit:
@@ -41,22 +40,8 @@ def load_evaluated_policy(
     assert model is not None  # the command line composes it, from the run if need be
     if cfg.experiment_dir is None:
         return load_policy(model, tokenizer, longest=longest, batching=batching, say=say)
-    run_dir = Path(cfg.experiment_dir)
-    if cfg.task.model_name == "final":
-        final = run_dir / "final"
-        if not final.is_dir():
-            raise ConfigError(
-                f"experiment_dir={run_dir}: this run has no final/ yet; finish it with resume_from={run_dir}, "
-                "or evaluate task.model_name=last"
-            )
-        if (final / "adapter_config.json").is_file():
-            return load_policy(model, tokenizer, longest=longest, batching=batching, adapter=final, say=say)
-        model = dataclasses.replace(model, repo_name=str(final), finetune_mode="ALL", random_init=False)
-        return load_policy(model, tokenizer, longest=longest, batching=batching, say=say)
-    checkpoint = find_checkpoint(run_dir, cfg.task.model_name, say)
-    policy, packed = load_policy(model, tokenizer, longest=longest, batching=batching, say=say)
-    load_weights(checkpoint, policy)
-    return policy, packed
+    run_dir, weights = Path(cfg.experiment_dir), cfg.task.model_name
+    return load_of_run(model, run_dir, weights, tokenizer, longest=longest, batching=batching, say=say)
 
 
 def say_on(fabric: Fabric, text: str) -> None:

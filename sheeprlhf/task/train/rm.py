@@ -12,7 +12,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from sheeprlhf.agent.reward import load_reward_model
+from sheeprlhf.agent.reward import reward_model_of
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.prepare import prepare_data
@@ -27,6 +27,7 @@ from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.task.batches import Batches, longest_row
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
+from sheeprlhf.task.start import load_start
 
 
 def rm_loss(model: nn.Module, batch: Batch, *, loss_type: str, center: float = 0.0) -> LossOutput:
@@ -66,7 +67,9 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         num_held_out = None if task.eval_iters is None else task.eval_iters * task.mini_batch_size
 
         longest = longest_row(data.splits)
-        model, packed = load_reward_model(cfg.model, tokenizer, longest=longest, batching=task.batching, say=run.say)
+        start = (task.sft_experiment_dir, task.sft_model_name)
+        policy, packed = load_start(cfg.model, *start, tokenizer, longest=longest, batching=task.batching, say=run.say)
+        model = reward_model_of(policy, cfg.model, tokenizer)
         optimizer = build_optimizer(cfg.optim, model, cfg.peak_lr())
         module, optimizer = fabric.setup(model, optimizer)
         targets = "last" if task.loss_type == "last_token" else "scores"

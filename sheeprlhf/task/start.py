@@ -1,0 +1,100 @@
+"""The language model that a task starts from: the configured one, or what an earlier run made of it."""
+
+import dataclasses
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from sheeprlhf.agent.policy import Policy, load_policy
+from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.engine.weights import find_checkpoint, load_weights
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.saved import saved_group
+from sheeprlhf.utils.errors import ConfigError
+
+
+def load_of_run(
+    cfg: ModelConfig,
+    run_dir: Path,
+    weights: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    longest: int,
+    batching: str,
+    say: Say,
+) -> tuple[Policy, bool]:
+    """The policy that a run trained, with its adapters beside it if it has some, and whether its batches are packed.
+
+    Args:
+        cfg: the run's model.
+        run_dir: the run.
+        weights: "final", "best", "last" or "step-<n>".
+        tokenizer: the model's.
+        longest: tokens of the longest sequence that it will see.
+        batching: as in `load_policy`.
+        say: prints a line for the user.
+
+    Raises:
+        ConfigError: the run has no `final/` yet.
+        CheckpointError: it has no such checkpoint.
+    """
+    if weights != "final":
+        checkpoint = find_checkpoint(run_dir, weights, say)
+        policy, packed = load_policy(cfg, tokenizer, longest=longest, batching=batching, say=say)
+        load_weights(checkpoint, policy)
+        return policy, packed
+    final = run_dir / "final"
+    if not final.is_dir():
+        raise ConfigError(f"{run_dir}: this run has no final/ yet; finish it with resume_from={run_dir}")
+    if (final / "adapter_config.json").is_file():
+        return load_policy(cfg, tokenizer, longest=longest, batching=batching, adapter=final, say=say)
+    whole = dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False)
+    return load_policy(whole, tokenizer, longest=longest, batching=batching, say=say)
+
+
+def load_start(
+    cfg: ModelConfig,
+    run_dir: str | None,
+    weights: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    longest: int,
+    batching: str,
+    say: Say,
+) -> tuple[Policy, bool]:
+    """The whole model that training starts from, a run's adapters merged into it, and whether its batches are packed.
+
+    Args:
+        cfg: the task's model; of a run with adapters, the model that they sit in.
+        run_dir: the fine-tuning to start from; None starts from `cfg` as it is.
+        weights: which of the run's.
+        tokenizer: the model's.
+        longest: tokens of the longest sequence that it will see.
+        batching: as in `load_policy`.
+        say: prints a line for the user.
+
+    Raises:
+        ConfigError: the run has another tokenizer.
+        SheepError: the weights cannot be loaded.
+    """
+    whole = dataclasses.replace(cfg, finetune_mode="ALL", freeze_transformer=False)
+    if run_dir is None:
+        return load_policy(whole, tokenizer, longest=longest, batching=batching, say=say)
+    of_run = saved_group(run_dir, "model")
+    assert isinstance(of_run, ModelConfig)
+    theirs = load_tokenizer(of_run)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"task.sft_experiment_dir={run_dir} was trained with the tokenizer of {of_run.repo_name}, which is not that "
+            f"of {cfg.repo_name}: give model={of_run.config_name} model.repo_name={of_run.repo_name}"
+        )
+    say(f"starting from the {weights} weights of {run_dir}")
+    kept = {name: getattr(cfg, name) for name in ("dtype", "disable_dropout", "gradient_checkpointing", "library_cfg")}
+    of_run = dataclasses.replace(of_run, **kept, freeze_transformer=False, random_init=False)
+    policy, packed = load_of_run(of_run, Path(run_dir), weights, tokenizer, longest=longest, batching=batching, say=say)
+    if isinstance(policy.model, PeftModel):
+        policy = Policy(policy.model.merge_and_unload())
+        policy.requires_grad_(True)
+    return policy, packed
