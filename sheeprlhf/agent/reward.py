@@ -4,16 +4,20 @@ Letters: N tokens that are scored.
 """
 
 from pathlib import Path
+from typing import cast
 
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy, hidden_at_head
 from sheeprlhf.data.example import Batch
-from sheeprlhf.model.lora import add_lora, save_lora
+from sheeprlhf.model.load import load_causal_lm, uses_packed_attention
+from sheeprlhf.model.lora import add_lora, load_lora, save_lora
 from sheeprlhf.model.scalar import HEAD, head_scores, padding_token, scalar_model
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.memory import phase
 
 OFFSET = "reward_offset"  # in config.json: subtracted from the head's score
 
@@ -31,16 +35,26 @@ class RewardModel(nn.Module):
 
     def classifier(self) -> PreTrainedModel:
         """The Hugging Face model; with adapters, the one that they sit in."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        found = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return cast(PreTrainedModel, found)
+
+    @property
+    def offset(self) -> float:
+        """What is subtracted from the head's score, so that demonstrations score 0 on average."""
+        return float(getattr(self.classifier().config, OFFSET, 0.0))
+
+    @offset.setter
+    def offset(self, value: float) -> None:
+        setattr(self.classifier().config, OFFSET, value)
 
     def forward(self, batch: Batch) -> Tensor:
         """(N,) float32 scores at the targets of a batch made with `targets="scores"` or "last"."""
         model = self.classifier()
         hidden_RC = hidden_at_head(getattr(model, model.base_model_prefix), batch)
-        return head_scores(hidden_RC, getattr(model, HEAD))[batch.logit_index_N]
+        return head_scores(hidden_RC, getattr(model, HEAD))[batch.logit_index_N] - self.offset
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write what `AutoModelForSequenceClassification` loads, or PEFT on it: model or adapters, and the tokenizer."""
+        """Write what `AutoModelForSequenceClassification` loads, or PEFT on top of it, and the tokenizer."""
         tokenizer.pad_token = padding_token(tokenizer)
         if isinstance(self.model, PeftModel):
             save_lora(self.model, folder)
@@ -50,18 +64,42 @@ class RewardModel(nn.Module):
         tokenizer.save_pretrained(folder)
 
 
-def reward_model_of(policy: Policy, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> RewardModel:
-    """The language model with a new score head instead of its own, and adapters if asked.
+@phase("loading the model")
+def load_reward_model(
+    cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, batching: str
+) -> tuple[RewardModel, bool]:
+    """A reward model that is a whole folder, and whether its batches are packed.
+
+    Raises:
+        ModelError: it cannot be loaded, or batching=packed and it cannot do that.
+    """
+    auto = AutoModelForSequenceClassification
+    model = load_causal_lm(cfg, vocabulary=len(tokenizer), longest=longest, auto=auto)
+    packed = batching != "padded" and uses_packed_attention(model)
+    if batching == "packed" and not packed:
+        raise ModelError(f"task.batching=packed: the attention of {type(model).__name__} cannot be replaced")
+    return RewardModel(model), packed
+
+
+def reward_model_of(
+    policy: Policy, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, adapter: Path | None = None
+) -> RewardModel:
+    """The language model with a score head instead of its own, and adapters if asked.
 
     Args:
         policy: the whole language model; its backbone is used, not copied.
         cfg: says what trains.
         tokenizer: the model's.
+        adapter: folder of trained adapters and head to put on it instead of new ones.
 
     Raises:
-        ModelError: the model cannot have a score head.
+        ModelError: the model cannot have a score head, or the folder's adapters do not fit.
     """
     model = scalar_model(policy.causal_lm(), tokenizer)
+    if adapter is not None:
+        reward = RewardModel(load_lora(model, adapter))
+        reward.offset = float(getattr(AutoConfig.from_pretrained(adapter), OFFSET, 0.0))
+        return reward
     if cfg.freeze_transformer:
         model.requires_grad_(False)
         getattr(model, HEAD).requires_grad_(True)

@@ -160,7 +160,7 @@ def _pairs(examples: Sequence[Example]) -> tuple[np.ndarray, list[float], list[f
     """All (better, worse) pairs of each row's responses, which come best first.
 
     Returns:
-        Pairs, 1 / number of pairs of the row, and their margins: the row's for neighbours, twice that over two ranks ...
+        Pairs, 1 / number of pairs of the row, and margins: the row's for neighbours, twice that two ranks apart.
     """
     pairs: list[tuple[int, int]] = []
     weights: list[float] = []

@@ -83,11 +83,11 @@ def _turns(messages: Any) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not all(isinstance(turn, Mapping) for turn in messages):
         raise DataError("column 'messages' must be a list of {role, content}")
     turns = []
-    for number, turn in enumerate(messages):
+    for index, turn in enumerate(messages):
         try:
             turns.append({"role": text(turn, "role"), "content": text(turn, "content")})
         except DataError as error:
-            raise DataError(f"column 'messages', message {number}: {error}") from None
+            raise DataError(f"column 'messages', message {index}: {error}") from None
         if not ROLE.fullmatch(turns[-1]["role"]):  # templates write roles between their markers
-            raise DataError(f"column 'messages', message {number}: role {turns[-1]['role']!r} is not a word")
+            raise DataError(f"column 'messages', message {index}: role {turns[-1]['role']!r} is not a word")
     return turns

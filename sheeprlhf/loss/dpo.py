@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid, relu
 
 
 def sigmoid(h_w_P: Tensor, h_l_P: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO (arXiv 2305.18290) eq. 7: -log sigmoid(beta d); with label smoothing e conservative DPO (Mitchell, eq. 3).
+    """Minus log sigmoid of beta d: DPO (arXiv 2305.18290) eq. 7; with label smoothing e Mitchell's eq. 3.
 
     The label is taken to be wrong with probability e: -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d).
     """
@@ -54,16 +54,17 @@ def simpo(lp_w_P: Tensor, lp_l_P: Tensor, length_w_P: Tensor, length_l_P: Tensor
 
 
 def orpo(lp_w_P: Tensor, lp_l_P: Tensor, length_w_P: Tensor, length_l_P: Tensor, beta: float) -> Tensor:
-    """ORPO (arXiv 2403.07691) eqs. 6 and 7: NLL of the chosen response per token + beta * odds-ratio loss; no reference.
+    """ORPO (arXiv 2403.07691) eqs. 6 and 7: NLL of the chosen response per token + beta * odds-ratio loss.
 
-    With m = lp / |y| and log odds = m - log(1 - exp(m)) the second part is -log sigmoid(log odds_w - log odds_l).
+    No reference. With m = lp / |y| and log odds = m - log(1 - exp(m)) the second part is
+    -log sigmoid(log odds_w - log odds_l).
     """
     m_w_P, m_l_P = lp_w_P / length_w_P, lp_l_P / length_l_P
     return -m_w_P - beta * logsigmoid(_log_odds(m_w_P) - _log_odds(m_l_P))
 
 
 def _log_odds(m: Tensor) -> Tensor:
-    """M - log(1 - exp(m)) for m < 0, exact near both ends; m = 0 is taken as the smallest step below it."""
+    """Log odds of m < 0, m - log(1 - exp(m)), exact near both ends; m = 0 is taken as the smallest step below it."""
     m = m.clamp(max=-torch.finfo(m.dtype).tiny)
     small = torch.where(m > -math.log(2.0), m, -1.0)  # the branch that is not taken must have a finite gradient too
     large = torch.where(m > -math.log(2.0), -1.0, m)

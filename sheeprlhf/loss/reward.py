@@ -95,10 +95,10 @@ def reward_loss(scores: Scores, pairs_P2: Tensor, loss_type: str, margin_P: Tens
     shorter_P = torch.minimum(chosen.lengths_S, rejected.lengths_S)
     first_P = _first_difference(chosen, rejected, shorter_P)
     if loss_type == "average":
-        means = [
+        chosen_P, rejected_P = (
             _mean(part.values_SL, _between(part.values_SL, first_P, part.lengths_S)) for part in (chosen, rejected)
-        ]
-        return bradley_terry(*means, margin_P)
+        )
+        return bradley_terry(chosen_P, rejected_P, margin_P)
     if loss_type == "per_sample":
         losses_PL = bradley_terry(chosen.values_SL, rejected.values_SL, margin_P[:, None])
         return _mean(losses_PL, _between(losses_PL, first_P, shorter_P))

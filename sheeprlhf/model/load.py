@@ -45,13 +45,16 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(cfg: ModelConfig, *, vocabulary: int, longest: int) -> PreTrainedModel:
+def load_causal_lm(
+    cfg: ModelConfig, *, vocabulary: int, longest: int, auto: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
     """The language model in `cfg.dtype`, in training mode, with packed attention where its code allows.
 
     Args:
         cfg: the model's configuration.
         vocabulary: size of the tokenizer, checked against the model's.
         longest: tokens of the longest sequence, checked against the model's positions.
+        auto: transformers' class for the kind of model: the same with another head.
 
     Raises:
         ModelError: it cannot be loaded, or it is too small for the tokenizer or the sequences.
@@ -67,11 +70,9 @@ def load_causal_lm(cfg: ModelConfig, *, vocabulary: int, longest: int) -> PreTra
         config.use_cache = False
         if cfg.random_init:
             trust = options["trust_remote_code"]
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust
-            )
+            model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto.from_pretrained(
                 source, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **options
             )
     except ModelError:  # a ValueError too, and complete as it is

@@ -109,7 +109,7 @@ def _smaller_generation(config: TrainConfig | EvalConfig) -> Iterator[Change]:
     if isinstance(config, EvalConfig):
         yield from _smaller_evaluation(config)
     elif getattr(config.task, "num_sample_prompts", 0) > 0:
-        yield {"task.num_sample_prompts": config.task.num_sample_prompts // 2}
+        yield {"task.num_sample_prompts": getattr(config.task, "num_sample_prompts") // 2}  # noqa: B009
 
 
 def _smaller_evaluation(config: EvalConfig) -> Iterator[Change]:

@@ -83,7 +83,7 @@ class RMConfig(TrainTaskConfig):
 
 @dataclass(unsafe_hash=True)
 class DPOConfig(TrainTaskConfig):
-    """Direct preference optimisation: the better response becomes likelier than the worse one, without a reward model."""
+    """Direct preference optimisation: the better response becomes the likelier one; no reward model."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.dpo:train"
     data_kind: ClassVar[str] = "preference"
@@ -161,3 +161,17 @@ class RougeConfig(EvalTaskConfig):
 
     config_name: str = option("rouge", "Name of this choice.")
     use_stemmer: bool = option(False, "Compare the stems of English words, so that `returns` equals `return`.")
+
+
+@dataclass(unsafe_hash=True)
+class RewardConfig(EvalTaskConfig):
+    """How often a reward model prefers the better response, whether it likes length, and how sure it may be."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.eval.reward:evaluate"
+
+    config_name: str = option("reward", "Name of this choice.")
+    batching: str = option(
+        "auto",
+        "Rows of a forward pass laid end to end, or padded; auto packs wherever the model can.",
+        choices=("auto", "packed", "padded"),
+    )

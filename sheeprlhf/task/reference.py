@@ -59,7 +59,9 @@ def reference_logprobs(
             sums_S = sum_by_response(logprobs_N, batch.response_index_N, len(batch.response_lengths))
             sums[part] = _by_row(sums_S.float().cpu().numpy(), rows, part)
     if fabric.world_size > 1:  # every rank had other rows, and zeros in these
-        sums = fabric.all_reduce(torch.from_numpy(sums), reduce_op="sum").numpy()
+        total = fabric.all_reduce(torch.from_numpy(sums), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        sums = total.numpy()
     if fabric.is_global_zero:
         _write(path, sums)
     fabric.barrier()

@@ -1,4 +1,4 @@
-"""The language model that a task starts from: the configured one, or what an earlier run made of it."""
+"""The model that a task starts from or evaluates: the configured one, or what an earlier run made of it."""
 
 import dataclasses
 from pathlib import Path
@@ -7,11 +7,13 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy, load_policy
+from sheeprlhf.agent.reward import RewardModel, load_reward_model, reward_model_of
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.weights import find_checkpoint, load_weights
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.saved import saved_group
+from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.utils.errors import ConfigError
 
 
@@ -87,8 +89,8 @@ def load_start(
     theirs = load_tokenizer(of_run)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
-            f"task.sft_experiment_dir={run_dir} was trained with the tokenizer of {of_run.repo_name}, which is not that "
-            f"of {cfg.repo_name}: give model={of_run.config_name} model.repo_name={of_run.repo_name}"
+            f"task.sft_experiment_dir={run_dir} was trained with the tokenizer of {of_run.repo_name}, which is not "
+            f"that of {cfg.repo_name}: give model={of_run.config_name} model.repo_name={of_run.repo_name}"
         )
     say(f"starting from the {weights} weights of {run_dir}")
     kept = {name: getattr(cfg, name) for name in ("dtype", "disable_dropout", "gradient_checkpointing", "library_cfg")}
@@ -98,3 +100,44 @@ def load_start(
         policy = Policy(policy.model.merge_and_unload())
         policy.requires_grad_(True)
     return policy, packed
+
+
+def load_trained_reward_model(
+    cfg: ModelConfig,
+    run_dir: Path,
+    weights: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    longest: int,
+    batching: str,
+    say: Say,
+) -> tuple[RewardModel, bool]:
+    """The reward model that a run trained, its offset included, and whether its batches are packed.
+
+    Args:
+        cfg: the run's model.
+        run_dir: the run.
+        weights: "final", "best", "last" or "step-<n>".
+        tokenizer: the model's.
+        longest: tokens of the longest sequence that it will see.
+        batching: as in `load_policy`.
+        say: prints a line for the user.
+
+    Raises:
+        SheepError: it cannot be loaded.
+    """
+    final = run_dir / "final"
+    if weights == "final" and not (final / "adapter_config.json").is_file():
+        if not final.is_dir():
+            raise ConfigError(f"{run_dir}: this run has no final/ yet; finish it with resume_from={run_dir}")
+        whole = dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False)
+        return load_reward_model(whole, tokenizer, longest=longest, batching=batching)
+    task = saved_group(str(run_dir), "task")
+    assert isinstance(task, RMConfig)
+    start = (task.sft_experiment_dir, task.sft_model_name)
+    policy, packed = load_start(cfg, *start, tokenizer, longest=longest, batching=batching, say=say)
+    if weights == "final":
+        return reward_model_of(policy, cfg, tokenizer, adapter=final), packed
+    model = reward_model_of(policy, cfg, tokenizer)
+    load_weights(find_checkpoint(run_dir, weights, say), model)
+    return model, packed

@@ -12,13 +12,14 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from sheeprlhf.agent.reward import reward_model_of
+from sheeprlhf.agent.reward import OFFSET, reward_model_of
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.sampler import StepPlan
 from sheeprlhf.engine.optim import build_optimizer, lr_factor, set_lr
 from sheeprlhf.engine.run import open_run
+from sheeprlhf.engine.rundir import is_finished
 from sheeprlhf.engine.signals import STOP_SIGNALS
 from sheeprlhf.engine.step import LossOutput, evaluate, update
 from sheeprlhf.loss.reward import by_response, centering, last_scores, reward_loss
@@ -26,6 +27,7 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.task.batches import Batches, longest_row
+from sheeprlhf.task.eval.reward import score_pairs
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
 from sheeprlhf.task.start import load_start
 
@@ -100,6 +102,9 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 run.save(state, module, optimizer)
             if signum in STOP_SIGNALS and not last:
                 run.stop(signum)
-        finish_run(
-            fabric, run, model, tokenizer, state, f"python sheeprlhf.py eval task=reward experiment_dir={run.dir}"
-        )
+        if task.normalize_on == "demonstrations" and not is_finished(run.dir):
+            everything = Batches(fabric, task, packed=packed, targets="last").first(rows, None, "normalising")
+            model.offset = float(score_pairs(fabric, module, everything)[0].mean())
+            run.say(f"the preferred responses of the training rows score {model.offset:.4f}: {OFFSET} in config.json")
+        next_command = f"python sheeprlhf.py eval task=reward experiment_dir={run.dir}"
+        finish_run(fabric, run, model, tokenizer, state, next_command)
