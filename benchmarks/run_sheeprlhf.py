@@ -1,10 +1,11 @@
 """SheepRLHF on the peers' fixed work: the same examples, updates and clock; prints one line `RESULT {json}`.
 
-    python benchmarks/run_sheeprlhf.py --work WORK --model tiny4k|tiny|smol [--precision fp32|bf16-mixed|bf16] [...]
+    python benchmarks/run_sheeprlhf.py --task sft|rm|dpo --work WORK --model tiny4k|tiny|smol [--precision fp32] [...]
 
-WORK holds `data-<vocabulary>/pairs.jsonl` and `models/<name>/`. Update k trains on rows [k*batch, (k+1)*batch) in file
+WORK holds `data-<vocabulary>/pairs.jsonl`, `models/<name>/` and, for rm, `models/<name>-rm/`. Update k trains on rows [k*batch, (k+1)*batch) in file
 order with AdamW at 1e-5 and gradients clipped at 1.0. Useful tokens are counted from the file. `startup_s` is from the
 creation of the process to the end of the first update; warm-up updates are not timed; memory is the process's peak RSS.
+dpo: the reference's log-probabilities are computed before the first update, as a run reads them from its cache.
 """
 
 import argparse
@@ -13,8 +14,10 @@ import os
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 PRECISIONS = {"fp32": "32-true", "bf16-mixed": "bf16-mixed", "bf16": "bf16-true"}
 
@@ -30,7 +33,7 @@ def main() -> None:
     """Time `updates` optimizer steps after `warmup` ones."""
     started = process_start()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="sft", choices=["sft"])
+    parser.add_argument("--task", default="sft", choices=["sft", "rm", "dpo"])
     parser.add_argument("--model", default="tiny4k")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--precision", default="fp32", choices=sorted(PRECISIONS))
@@ -52,25 +55,32 @@ def main() -> None:
 
     import sheeprlhf
     from sheeprlhf.agent.policy import load_policy
+    from sheeprlhf.agent.reward import load_reward_model
+    from sheeprlhf.data.collate import collate_packed
     from sheeprlhf.data.example import Example
     from sheeprlhf.engine.fabric import make_fabric
     from sheeprlhf.engine.optim import build_optimizer
-    from sheeprlhf.engine.step import update
+    from sheeprlhf.engine.step import LossFn, update
     from sheeprlhf.model.load import load_tokenizer
     from sheeprlhf.structure.fabric import FabricConfig
     from sheeprlhf.structure.model import ModelConfig
     from sheeprlhf.structure.optim import AdamWConfig
+    from sheeprlhf.structure.task import DPOConfig
     from sheeprlhf.task.batches import Batches
+    from sheeprlhf.task.reference import sum_by_response
+    from sheeprlhf.task.train.dpo import dpo_loss
+    from sheeprlhf.task.train.rm import rm_loss
     from sheeprlhf.task.train.sft import sft_loss
 
-    folder = args.work / "models" / args.model
+    folder = args.work / "models" / (f"{args.model}-rm" if args.task == "rm" else args.model)
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     with (args.work / f"data-{vocabulary}" / "pairs.jsonl").open() as file:
         rows = [
             json.loads(line) for line, _ in zip(file, range(args.batch * (args.warmup + args.updates)), strict=False)
         ]
+    names = ["response_ids"] if args.task == "sft" else ["chosen_ids", "rejected_ids"]
     examples = [
-        Example(i, np.array(r["prompt_ids"], np.int32), (np.array(r["response_ids"], np.int32),))
+        Example(i, np.array(r["prompt_ids"], np.int32), tuple(np.array(r[name], np.int32) for name in names))
         for i, r in enumerate(rows)
     ]
     lengths = np.array([example.num_tokens() for example in examples], np.int32)
@@ -81,20 +91,35 @@ def main() -> None:
     fabric = make_fabric(FabricConfig(accelerator=args.device, precision=PRECISIONS[args.precision]))
     fabric.launch()
     batching = "padded" if args.padded else "packed"
-    policy, packed = load_policy(model, load_tokenizer(model), longest=int(lengths.max()), batching=batching)
-    optimizer = build_optimizer(AdamWConfig(weight_decay=0.0), policy, 1e-5)
-    module, optimizer = fabric.setup(policy, optimizer)
+    load = load_reward_model if args.task == "rm" else load_policy
+    trained, packed = load(model, load_tokenizer(model), longest=int(lengths.max()), batching=batching)
+    optimizer = build_optimizer(AdamWConfig(weight_decay=0.0), trained, 1e-5)
+    module, optimizer = fabric.setup(trained, optimizer)
     options = SimpleNamespace(mini_batch_size=args.batch, micro_batch_size=args.micro, token_budget=args.token_budget)
-    batches = Batches(fabric, options, packed=packed, targets="all" if args.full_loss else "response")
+    loss_fn: LossFn = sft_loss
+    more: dict[str, Any] = {"targets": "all" if args.full_loss else "response"}
+    if args.task != "sft":
+        more["num_items"] = lambda batch: len(batch.row_ids)
+    if args.task == "rm":
+        loss_fn, more["targets"] = partial(rm_loss, loss_type="last_token"), "last"
+    if args.task == "dpo":
+        loss_fn, reference = partial(dpo_loss, task=DPOConfig()), {}
+        with torch.no_grad():
+            for i, example in enumerate(examples):
+                batch = fabric.to_device(collate_packed([example]))
+                reference[i] = sum_by_response(module(batch).target_N, batch.response_index_N, 2).float().cpu()
+        more["beside"] = lambda _, part: torch.cat([reference[i] for i in part])
+    batches = Batches(fabric, options, packed=packed, **more)
     ends, losses = [], []
     for k in range(args.warmup + args.updates):
         micro_batches = batches.of(split, np.arange(k * args.batch, (k + 1) * args.batch))  # type: ignore[arg-type]
-        losses.append(update(fabric, module, optimizer, micro_batches, sft_loss, max_grad_norm=1.0)["loss"])
+        losses.append(update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=1.0)["loss"])
         if args.device == "cuda":
             torch.cuda.synchronize()
         ends.append(time.time())
     seconds = ends[-1] - ends[args.warmup - 1]
-    useful = int(lengths[args.batch * args.warmup :].sum())
+    prompts = [len(example.prompt_ids) * (len(example.responses) - 1) for example in examples]  # once for each response
+    useful = int((lengths + np.array(prompts))[args.batch * args.warmup :].sum())
     result = {
         "framework": "sheeprlhf",
         "version": sheeprlhf.__version__,

@@ -12,9 +12,12 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
+from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
-from sheeprlhf.engine.step import eval_mode
+from sheeprlhf.engine.step import MicroBatch, eval_mode
 from sheeprlhf.task.batches import Batches
+from sheeprlhf.utils.errors import ModelError
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -68,9 +71,47 @@ def reference_logprobs(
     return sums
 
 
-def of_rows(reference: np.ndarray, rows: TokenizedSplit, part: list[int]) -> Tensor:
-    """(S,) the reference log-probabilities of some rows' responses, as a batch has them."""
-    return torch.from_numpy(reference[part][rows.sizes[part][:, 1:] >= 0])
+def check_reference(
+    fabric: Fabric, module: nn.Module, micro_batches: list[MicroBatch], *, mode: str, tolerance: float, say: Say
+) -> None:
+    """All ranks, before the first step: the policy has to be its own reference.
+
+    Args:
+        fabric: where it runs.
+        module: the policy, set up.
+        micro_batches: this rank's of the first step; the content of each is a batch and its reference.
+        mode: "error" or "warn".
+        tolerance: most nats a token, on average, that the two may be apart.
+        say: prints a line for the user.
+
+    Raises:
+        ModelError: they are further apart, and `mode` is "error".
+    """
+    apart, tokens = 0.0, 0
+    with isolated_rng(), eval_mode(module), torch.no_grad():
+        for micro in micro_batches[:1]:
+            batch, reference_S = fabric.to_device(micro.batch)
+            sums_S = sum_by_response(module(batch).target_N, batch.response_index_N, len(batch.response_lengths))
+            apart += float((sums_S - reference_S).abs().sum())
+            tokens += sum(batch.response_lengths)
+    found = gather_objects(fabric, apart / max(1, tokens))
+    if max(found) <= tolerance:
+        return
+    problem = (
+        f"before the first step the policy's log-probabilities are {max(found):.2g} nats a token from its reference's, "
+        f"more than {tolerance:g}: something besides training changes them (random numbers in the model's code, "
+        "weights that were changed on disk); delete the reference-*.npy files beside the prepared data, or give "
+        "task.self_check=warn"
+    )
+    if mode == "error":
+        raise ModelError(problem)
+    say(f"warning: {problem}")
+
+
+def of_rows(reference: np.ndarray | None, rows: TokenizedSplit, part: list[int]) -> Tensor:
+    """(S,) the reference log-probabilities of some rows' responses, as a batch has them; zeros without a reference."""
+    there = rows.sizes[part][:, 1:] >= 0
+    return torch.zeros(int(there.sum())) if reference is None else torch.from_numpy(reference[part][there])
 
 
 def _by_row(values_S: np.ndarray, rows: TokenizedSplit, part: list[int]) -> np.ndarray:

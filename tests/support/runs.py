@@ -22,11 +22,21 @@ def write_rows(path: Path, num_rows: int = 48, *, seed: int = 0) -> Path:
     return path
 
 
-def train_words(model: Path, data: Path, run_dir: Path, *extra: str) -> list[str]:
+def write_pairs(path: Path, num_rows: int = 48, *, seed: int = 0) -> Path:
+    """The same with a better response, which is longer by a word, and a worse one."""
+    rows = [json.loads(line) for line in write_rows(path, num_rows, seed=seed).read_text().splitlines()]
+    for row in rows:
+        row["rejected"] = row.pop("response")
+        row["chosen"] = f" well,{row['rejected']}"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train_words(model: Path, data: Path, run_dir: Path, *extra: str, task: str = "sft") -> list[str]:
     """The command of a run of 24 optimizer steps in 3 epochs."""
     return [
         "train",
-        "task=sft",
+        f"task={task}",
         "model=auto",
         f"model.repo_name={model}",
         "data=local",
@@ -42,7 +52,7 @@ def train_words(model: Path, data: Path, run_dir: Path, *extra: str) -> list[str
         "task.eval_interval=8",
         "task.eval_iters=1",
         "task.save_interval=4",
-        "task.num_sample_prompts=1",
+        *([] if task == "rm" else ["task.num_sample_prompts=1"]),
         "task.lr_warmup_steps=3",
         "generation.max_new_tokens=4",
         "optim.lr=1e-3",
@@ -51,9 +61,9 @@ def train_words(model: Path, data: Path, run_dir: Path, *extra: str) -> list[str
     ]
 
 
-def train(model: Path, data: Path, run_dir: Path, *extra: str) -> Path:
+def train(model: Path, data: Path, run_dir: Path, *extra: str, task: str = "sft") -> Path:
     """Run it in this process."""
-    run(train_words(model, data, run_dir, *extra))
+    run(train_words(model, data, run_dir, *extra, task=task))
     return run_dir
 
 

@@ -28,11 +28,12 @@ from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import DPOConfig
 from sheeprlhf.task.batches import Batches, longest_row
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
-from sheeprlhf.task.reference import of_rows, reference_logprobs, sum_by_response, weights_digest
+from sheeprlhf.task.reference import check_reference, of_rows, reference_logprobs, sum_by_response, weights_digest
 from sheeprlhf.task.samples import log_samples
 from sheeprlhf.task.start import load_start
 
 NO_REFERENCE = ("simpo", "orpo")
+_FAR = 0.5  # nats a token that the better responses may lose before a warning
 
 
 def pair_losses(task: DPOConfig, sums_S: Tensor, reference_S: Tensor, lengths_S: Tensor, pairs_P2: Tensor) -> Tensor:
@@ -73,6 +74,8 @@ def dpo_loss(policy: nn.Module, content: tuple[Batch, Tensor], *, task: DPOConfi
         "rewards/accuracies": (rewards_S[w] > rewards_S[r]).float(),
         "logps/chosen": sums_S[w].detach(),
         "logps/rejected": sums_S[r].detach(),
+        "kl/chosen": (reference_S - sums_S)[w].detach(),
+        "tokens/chosen": lengths_S[w].float(),
     }
     weights_P = batch.pair_weights_P
     return LossOutput((losses_P * weights_P).sum(), {name: (value * weights_P).sum() for name, value in told.items()})
@@ -105,23 +108,24 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             policy = Policy(add_lora(policy.causal_lm(), cfg.model.lora_cfg))
         optimizer = build_optimizer(cfg.optim, policy, cfg.peak_lr())
         module, optimizer = fabric.setup(policy, optimizer)
-        per_prompt = partial(Batches, fabric, task, packed=packed, targets="response")
-        reference = {
-            split: reference_logprobs(fabric, module, per_prompt(), data, split, key)
-            for split in (name, "validation")
-            if split in data.splits
-        }
-        batches, validation_batches = (
-            per_prompt(
-                num_items=lambda batch: len(batch.row_ids),
-                beside=partial(of_rows, reference[split]),
-            )
-            for split in (name, "validation" if held_out else name)
-        )
+        cut = partial(Batches, fabric, task, packed=packed, targets="response")
+        used = task.loss_type not in NO_REFERENCE and not task.reference_free
+
+        def with_reference(split: str) -> Batches:
+            sums = reference_logprobs(fabric, module, cut(), data, split, key) if used else None
+            beside = partial(of_rows, sums)
+            return cut(num_items=lambda batch: len(batch.row_ids), beside=beside)
+
+        batches = with_reference(name)
+        held_out_batches = with_reference("validation") if held_out else batches
         torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
         state = run.restore(module, optimizer)
 
         loss_fn = partial(dpo_loss, task=task)
+        if used and task.self_check != "off" and state.step == 0:
+            first = batches.of(rows, plan.rows_of_step(0))
+            tolerance = 1e-5 if cfg.fabric.precision == "32-true" else 2e-2
+            check_reference(fabric, module, first, mode=task.self_check, tolerance=tolerance, say=run.say)
         steps = range(state.step, num_steps)
         loaded = load_ahead(lambda step: batches.of(rows, plan.rows_of_step(step)), steps, task.num_workers)
         for step, micro_batches in zip(steps, loaded, strict=True):
@@ -137,9 +141,14 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             if last or state.step % task.log_interval == 0:
                 run.log({f"train/{name}": value for name, value in metrics.items()} | {"train/lr": lr}, state.step)
             if held_out and (last or state.step % task.eval_interval == 0):
-                shown_batches = validation_batches.first(held_out, num_held_out, "validating")
-                result = evaluate(fabric, module, shown_batches, loss_fn)
+                validated = held_out_batches.first(held_out, num_held_out, "validating")
+                result = evaluate(fabric, module, validated, loss_fn)
                 note_validation(run, state, result)
+                if used and result["kl/chosen"] > _FAR * result["tokens/chosen"]:
+                    run.say(
+                        f"warning: the better responses have lost {result['kl/chosen']:.0f} nats since the start: the "
+                        "policy leaves the data; raise task.beta or lower optim.lr"
+                    )
                 log_samples(fabric, run, policy, tokenizer, held_out.examples(shown), cfg.generation, state.step)
             signum = run.stop_signal()
             if last or signum or state.step % task.save_interval == 0 or state.best_step == state.step:

@@ -1,0 +1,98 @@
+"""Preference optimisation by the command line: where it starts, what it learns, and where its reference comes from."""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sheeprlhf.cli import run
+from tests.support.runs import train, write_pairs
+
+ModelFolder = Callable[..., Path]
+LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
+AT_ZERO = {  # the loss of a pair that policy and reference like alike, beta 0.1
+    "sigmoid": math.log(2),
+    "hinge": 1.0,
+    "ipo": 25.0,
+    "robust": math.log(2),
+    "apo_zero": 1.0,
+}
+
+
+def series(run_dir: Path, tag: str) -> list[float]:
+    with (run_dir / "metrics.csv").open() as file:
+        return [float(row["value"]) for row in csv.DictReader(file) if row["tag"] == tag]
+
+
+@pytest.mark.parametrize("loss_type", AT_ZERO)
+@pytest.mark.parametrize("options", [[], LORA], ids=["all", "lora"])
+def test_the_first_loss_is_that_of_no_difference_and_then_it_falls(
+    loss_type: str, options: list[str], tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    data = write_pairs(tmp_path / "rows.jsonl")
+    words = [f"task.loss_type={loss_type}", "task.max_num_steps=8", "task.lr_warmup_steps=0", *options]
+    if options:  # its dropout would move the first step
+        words.append("model.lora_cfg.dropout=0.0")
+    run_dir = train(model_folder(), data, tmp_path / "run", *words, task="dpo")
+    losses = series(run_dir, "train/loss")
+    assert losses[0] == pytest.approx(AT_ZERO[loss_type], abs=1e-5)
+    assert losses[-1] < losses[0]
+    assert series(run_dir, "train/rewards/margins")[0] == pytest.approx(0.0, abs=1e-5)
+    assert series(run_dir, "train/rewards/margins")[-1] > 0
+
+
+@pytest.mark.parametrize("loss_type", ["simpo", "orpo"])
+def test_without_a_reference(loss_type: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    data = write_pairs(tmp_path / "rows.jsonl")
+    run_dir = train(model_folder(), data, tmp_path / "run", f"task.loss_type={loss_type}", task="dpo")
+    assert series(run_dir, "train/loss")[-1] < series(run_dir, "train/loss")[0]
+    assert not list((tmp_path / "run").rglob("reference*"))
+
+
+def test_the_reference_is_computed_once_and_is_that_of_these_weights(tmp_path: Path, model_folder: ModelFolder) -> None:
+    data = write_pairs(tmp_path / "rows.jsonl")
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    words = ["task.max_num_steps=2", cache]
+    train(model_folder(), data, tmp_path / "one", *words, task="dpo")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("reference-*.npy")}
+    assert len(files) == 2  # training and validation rows
+    train(model_folder(), data, tmp_path / "two", *words, task="dpo")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("reference-*.npy")} == files
+    sft = train(model_folder(), data, tmp_path / "sft", "task.max_num_steps=2", cache)
+    train(model_folder(), data, tmp_path / "three", *words, f"task.sft_experiment_dir={sft}", task="dpo")
+    there = sorted((tmp_path / "cache").rglob("reference-train-*.npy"))
+    assert len(there) == 2
+    first, second = (np.load(path) for path in there)
+    assert np.abs(first - second).max() > 1e-3
+
+
+def test_it_starts_from_a_fine_tuned_run_and_its_reference_is_that_run(
+    tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    data = write_pairs(tmp_path / "rows.jsonl")
+    for mode in ("ALL", "LORA"):
+        sft = train(model_folder(), data, tmp_path / f"sft-{mode}", f"model.finetune_mode={mode}")
+        words = [f"task.sft_experiment_dir={sft}", "task.max_num_steps=2", "task.lr_warmup_steps=0"]
+        run_dir = train(model_folder(), data, tmp_path / f"dpo-{mode}", *words, task="dpo")
+        assert series(run_dir, "train/loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+        run(["eval", "task=perplexity", f"experiment_dir={run_dir}"])
+        tuned = json.loads((run_dir / "eval" / "perplexity-test-final.json").read_text())["perplexity"]
+        run(["eval", "task=perplexity", f"experiment_dir={sft}"])
+        before = json.loads((sft / "eval" / "perplexity-test-final.json").read_text())["perplexity"]
+        assert tuned == pytest.approx(before, rel=0.3)  # two small steps from it, not from the model
+
+
+def test_a_run_with_another_tokenizer_is_refused(
+    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_pairs(tmp_path / "rows.jsonl")
+    sft = train(model_folder("llama"), data, tmp_path / "sft", "task.max_num_steps=1")
+    words = ["train", "task=dpo", "model=tiny", "data=local", f"data.train_file={data}"]
+    with pytest.raises(SystemExit) as stop:
+        run([*words, f"task.sft_experiment_dir={sft}", f"hydra.run.dir={tmp_path / 'run'}"])
+    assert stop.value.code == 2
+    assert "was trained with the tokenizer of" in capsys.readouterr().err

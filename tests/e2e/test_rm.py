@@ -1,0 +1,134 @@
+"""Reward models by the command line: what is saved, plain transformers' scores of it, and every shape of rows."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoTokenizer
+
+from sheeprlhf.cli import run
+from tests.support.runs import digests, train, write_pairs
+
+ModelFolder = Callable[..., Path]
+TEXTS = ["0 the quick brown fox? well, seven wizards.", "1 lazy dog? strange potions brew.", "2 a?"]
+PLAIN = """
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+folder, base, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = AutoModelForSequenceClassification.from_pretrained(base or folder, num_labels=1, pad_token_id=int(sys.argv[4]))
+if base:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+batch = tokenizer([text + tokenizer.eos_token for text in texts], padding=True, return_tensors="pt")
+with torch.no_grad():
+    print(json.dumps(model.eval()(**batch).logits[:, 0].tolist()))
+"""
+
+
+def plain_scores(final: Path, base: str) -> list[float]:
+    """The scores of TEXTS in a fresh process, by transformers (and PEFT) alone."""
+    pad = AutoConfig.from_pretrained(final).pad_token_id
+    words = [sys.executable, "-c", PLAIN, str(final), base, json.dumps(TEXTS), str(pad)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=final.parent)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def our_scores(run_dir: Path, words: list[str], tmp_path: Path) -> list[float]:
+    """The same through our own loader: pairs of one text and a filler, scored by `score_pairs`."""
+    from sheeprlhf.data.collate import collate_packed
+    from sheeprlhf.data.example import Example
+    from sheeprlhf.structure.model import ModelConfig
+    from sheeprlhf.structure.saved import saved_group
+    from sheeprlhf.task.start import load_trained_reward_model
+
+    cfg = saved_group(str(run_dir), "model")
+    assert isinstance(cfg, ModelConfig)
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "final")
+    model, packed = load_trained_reward_model(
+        cfg, run_dir, "final", tokenizer, longest=100, batching="auto", say=lambda line: None
+    )
+    assert packed
+    ids = [torch.tensor(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id], dtype=torch.int32) for text in TEXTS]
+    examples = [Example(i, row[:2].numpy(), (row[2:].numpy(),)) for i, row in enumerate(ids)]
+    with torch.no_grad():
+        scores = model.eval()(collate_packed(examples, targets="last"))
+    return (scores + model.offset).tolist()
+
+
+@pytest.mark.parametrize("mode", ["ALL", "LORA"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_plain_transformers_gives_our_scores_in_two_fresh_processes(
+    mode: str, architecture: str, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    base = model_folder(architecture)
+    data = write_pairs(tmp_path / "rows.jsonl")
+    words = [f"model.finetune_mode={mode}", "model.lora_cfg.rank=4", "task.max_num_steps=6"]
+    run_dir = train(base, data, tmp_path / "run", *words, task="rm")
+    final = run_dir / "final"
+    config = json.loads((final / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert config["reward_offset"] != 0.0
+    assert config["pad_token_id"] == tokenizer.pad_token_id != tokenizer.eos_token_id
+    plain = "" if mode == "ALL" else str(base)
+    first, second = plain_scores(final, plain), plain_scores(final, plain)
+    assert first == second
+    assert_close(torch.tensor(our_scores(run_dir, words, tmp_path)), torch.tensor(first), rtol=0, atol=1e-5)
+    assert max(first) - min(first) > 1e-3
+
+
+def test_the_offset_makes_demonstrations_score_zero(tmp_path: Path, model_folder: ModelFolder) -> None:
+    data = write_pairs(tmp_path / "rows.jsonl")
+    run_dir = train(model_folder(), data, tmp_path / "run", "task.max_num_steps=6", task="rm")
+    run(["eval", "task=reward", f"experiment_dir={run_dir}", "task.data_split=train"])
+    figures = json.loads((run_dir / "eval" / "reward-train-final.json").read_text())
+    assert abs(figures["score_chosen"]) < 1e-5
+    assert figures["pairs"] == 48
+    assert (run_dir / "eval" / "reward-train-final-calibration.png").read_bytes().startswith(b"\x89PNG")
+    raw = train(model_folder(), data, tmp_path / "raw", "task.max_num_steps=6", "task.normalize_on=none", task="rm")
+    assert "reward_offset" not in json.loads((raw / "final" / "config.json").read_text())
+    ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (run_dir, raw))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("loss_type", ["last_token", "average", "per_sample"])
+def test_a_visible_preference_is_learnt(loss_type: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    data = write_pairs(tmp_path / "rows.jsonl")
+    run_dir = train(model_folder(), data, tmp_path / "run", f"task.loss_type={loss_type}", "optim.lr=5e-3", task="rm")
+    run(["eval", "task=reward", f"experiment_dir={run_dir}"])
+    assert json.loads((run_dir / "eval" / "reward-test-final.json").read_text())["accuracy"] >= 0.95
+
+
+def test_rankings_and_margins(tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"p{i}?", "responses": [" good good", " good", " bad"][: 2 + i % 2]} for i in range(20)]
+    rows += [{"prompt": f"q{i}?", "chosen": " good", "rejected": " bad", "margin": 0.5} for i in range(20)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_dir = train(model_folder(), data, tmp_path / "run", "optim.lr=5e-3", task="rm")
+    run(["eval", "task=reward", f"experiment_dir={run_dir}"])
+    figures = json.loads((run_dir / "eval" / "reward-test-final.json").read_text())
+    assert figures["pairs"] == 10 + 3 * 10 + 20
+    assert figures["accuracy"] >= 0.95
+
+
+def test_it_starts_from_a_fine_tuned_model(tmp_path: Path, model_folder: ModelFolder) -> None:
+    data = write_pairs(tmp_path / "rows.jsonl")
+    base = model_folder()
+    for mode in ("ALL", "LORA"):
+        sft = train(base, data, tmp_path / f"sft-{mode}", f"model.finetune_mode={mode}", "task.max_num_steps=4")
+        words = ["task.max_num_steps=1", "optim.lr=0", f"task.sft_experiment_dir={sft}"]
+        started = train(base, data, tmp_path / f"rm-{mode}", *words, task="rm")
+        weights = load_file(started / "final" / "model.safetensors")
+        before = load_file(base / "model.safetensors")
+        changed = [name for name in before if name in weights and not torch.equal(weights[name], before[name])]
+        assert changed
+        if mode == "ALL":
+            expected = load_file(sft / "final" / "model.safetensors")
+            assert all(torch.equal(weights[name], expected[name]) for name in changed)
+    assert digests(tmp_path / "sft-ALL" / "final")  # nothing of the run that it starts from is touched
