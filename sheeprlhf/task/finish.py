@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-from lightning.fabric import Fabric
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy
@@ -13,6 +12,7 @@ from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished
+from sheeprlhf.utils.lightning import Fabric
 
 
 def report_data(fabric: Fabric, run: Run, data: PreparedData) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from lightning.fabric import Fabric
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy, load_policy
@@ -13,6 +12,7 @@ from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.weights import find_checkpoint, load_weights
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
+from sheeprlhf.utils.lightning import Fabric
 
 
 def evaluated_split(data: PreparedData, name: str) -> TokenizedSplit:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric import Fabric
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +13,7 @@ import sheeprlhf
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.files import write_whole
+from sheeprlhf.utils.lightning import Fabric
 
 
 def save_result(
