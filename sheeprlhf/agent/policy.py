@@ -9,7 +9,6 @@ from typing import cast
 
 import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +22,7 @@ from sheeprlhf.model.lora import add_lora, load_lora, save_lora
 from sheeprlhf.model.trim import last_mlp_at
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.lightning import move_data_to_device
 from sheeprlhf.utils.memory import phase
 
 # Nats, of the check before training. Rounding alone makes 1e-4 of a log-probability of -24 in float32 (SmolLM2).

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +23,7 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.run import InspectConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
+from sheeprlhf.utils.files import write_whole
 
 SIGNATURE = "sheeprlhf inspect"  # in both files: they may be replaced
 _GUTTER = {True: "+ ", False: "  "}
@@ -109,15 +109,9 @@ def _is_ours(path: Path) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """The whole file, or what was there before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_whole(path, content)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise ConfigError(
             f"output_dir: {path} cannot be written ({error.strerror or error}); free space, or give another output_dir"
         ) from error

@@ -10,11 +10,10 @@ import json
 import platform
 import re
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
-import lightning
 import torch
-from lightning.fabric import Fabric
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -37,6 +36,7 @@ from sheeprlhf.engine.tensors import (
     saved_tensors,
 )
 from sheeprlhf.utils.errors import CheckpointError
+from sheeprlhf.utils.lightning import Fabric
 
 Say = Callable[[str], None]
 STEP_FOLDER = re.compile(r"step-(\d{1,12})")
@@ -140,7 +140,7 @@ def _write(
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "lightning": lightning.__version__,
+        "lightning": version("lightning"),
     }
 
     def writer(folder: Path) -> None:

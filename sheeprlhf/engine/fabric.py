@@ -8,14 +8,12 @@ import sys
 from typing import Any, TypeVar, cast
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.nn.parallel import DistributedDataParallel
 
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.validate import parse_devices
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.lightning import DDPStrategy, Fabric, MisconfigurationException
 
 T = TypeVar("T")
 

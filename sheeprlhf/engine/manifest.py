@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sheeprlhf.utils.errors import CheckpointError
+from sheeprlhf.utils.files import fsync
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
@@ -92,15 +93,6 @@ def _is_alive(pid: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
-
-
-def fsync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:

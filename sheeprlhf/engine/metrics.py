@@ -9,8 +9,8 @@ import re
 import time
 from pathlib import Path
 
-from sheeprlhf.engine.manifest import fsync
 from sheeprlhf.engine.redact import code_block, plain_text
+from sheeprlhf.utils.files import fsync
 
 CSV_FILE = "metrics.csv"
 _COLUMNS = ("step", "tag", "value", "wall_time")

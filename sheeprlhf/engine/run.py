@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from lightning.fabric import Fabric
 from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -23,6 +22,7 @@ from sheeprlhf.structure.registry import CUT_OPTIONS, config_hash, config_to_dic
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.utils.errors import ConfigError, Interrupted
+from sheeprlhf.utils.lightning import Fabric
 
 CONFIG_FILE = "config.yaml"
 

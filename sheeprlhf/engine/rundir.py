@@ -13,11 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.engine.manifest import fsync
 from sheeprlhf.engine.redact import redact_command
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import read_small
+from sheeprlhf.utils.files import fsync, read_small
 
 RUN_FILE = "run.json"
 _MAX_RUN_BYTES = 1 << 20

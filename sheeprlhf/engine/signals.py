@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 import torch
-from lightning.fabric import Fabric
+
+from sheeprlhf.utils.lightning import Fabric
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAVE_SIGNAL = signal.SIGUSR1  # save now and go on

@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.utils.errors import DataError, NonFiniteError
+from sheeprlhf.utils.lightning import Fabric, _FabricModule
 from sheeprlhf.utils.memory import phase
 
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from lightning.fabric.wrappers import is_wrapped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sheeprlhf.utils.errors import CheckpointError
+from sheeprlhf.utils.lightning import is_wrapped
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

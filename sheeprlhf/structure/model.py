@@ -59,7 +59,7 @@ class TinyConfig(ModelConfig):
     config_name: str = option("tiny", "Name of this choice.")
     repo_name: Optional[str] = option("embedded:tiny", "Hub id (owner/name) or local folder in the hub's layout.")
     lora_cfg: Optional[LORAConfig] = LORAConfig(lr=2e-3)
-    lr: float = option(2e-4, "Learning rate of all weights when optim.lr is null.", minimum=0.0)
+    lr: float = option(5e-5, "Learning rate of all weights when optim.lr is null.", minimum=0.0)
 
 
 @dataclass(unsafe_hash=True)

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-from lightning.fabric import Fabric
 from tqdm import tqdm
 
 from sheeprlhf.data.collate import collate_packed, collate_padded
@@ -13,6 +12,7 @@ from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.prepare import TokenizedSplit
 from sheeprlhf.data.sampler import cut_micro_batches
 from sheeprlhf.engine.step import MicroBatch
+from sheeprlhf.utils.lightning import Fabric
 
 
 class BatchOptions(Protocol):

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Protocol
 
-from lightning.fabric import Fabric
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.data.prepare import PreparedData
@@ -13,6 +12,7 @@ from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished
+from sheeprlhf.utils.lightning import Fabric
 
 
 class Saved(Protocol):

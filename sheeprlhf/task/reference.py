@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
@@ -18,6 +17,7 @@ from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.step import MicroBatch, eval_mode
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.lightning import Fabric
 
 
 def weights_digest(module: nn.Module) -> str:

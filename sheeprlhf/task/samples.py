@@ -1,6 +1,5 @@
 """What the model writes for a few held-out prompts, for people to read."""
 
-from lightning.fabric import Fabric
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy
@@ -9,6 +8,7 @@ from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import Run
 from sheeprlhf.model.generate import generate_responses
 from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.utils.lightning import Fabric
 
 
 def log_samples(

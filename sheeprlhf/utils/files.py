@@ -1,7 +1,8 @@
-"""Small files that may be a stranger's, or half written: plain files of bounded size, and nothing that blocks."""
+"""Files read that may be a stranger's, plain and of bounded size; files written whole, and brought to the disk."""
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -30,3 +31,29 @@ def read_tail(path: Path, num_bytes: int) -> bytes:
             raise OSError(f"{path} is not a plain file")
         file.seek(max(0, status.st_size - num_bytes))
         return file.read(num_bytes)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """All of the content, or what was there before; folders above it are made.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def fsync(path: Path) -> None:
+    """Bring a file's or folder's bytes to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

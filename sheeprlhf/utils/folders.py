@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sheeprlhf.utils.files import fsync
+
 MARKER = "MADE_BY_SHEEPRLHF"  # a folder without this file is not ours to delete
 
 
@@ -34,9 +36,9 @@ def written_folder(folder: Path) -> Iterator[Path]:
         (temporary / MARKER).touch()
         yield temporary
         for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
+            fsync(path)
         os.rename(temporary, folder)
-        _sync(folder.parent)
+        fsync(folder.parent)
     except BaseException:
         _remove(temporary)
         raise
@@ -54,12 +56,3 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _sync(path: Path) -> None:
-    """Bring a file's or folder's bytes to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -96,7 +96,8 @@ def test_any_bytes(examples: int, tmp_path: Path) -> None:
     @fuzz(examples, contents, st.sampled_from(["jsonl", "json", "csv"]))
     def check(content: bytes, kind: str) -> None:
         with new_file(tmp_path, kind, content) as file:
-            tokenize_what_can_be_read(file, ROW_TOKENIZERS[LocalDataConfig])
+            rows = tokenize_what_can_be_read(file, ROW_TOKENIZERS[LocalDataConfig])
+            assert [row.number for row in rows] == list(range(len(rows)))
 
 
 @pytest.mark.parametrize("examples", [FEW, MANY])

@@ -26,8 +26,8 @@ MUTANTS = [
     Mutant(  # positions of a packed row count on over its sequences
         trap="2",
         file=_POLICY,
-        old="            position_ids=batch.position_ids_BT,\n            layout=batch.layout,\n",
-        new="            layout=batch.layout,\n",
+        old="                position_ids=batch.position_ids_BT,\n                layout=batch.layout,\n",
+        new="                layout=batch.layout,\n",
         tests=f"{_PARITY}::test_batch_equals_one_plain_forward_a_sequence",
     ),
     Mutant(  # left padding without position ids

@@ -111,6 +111,13 @@ def test_without_a_mutant_their_tests_pass(outcomes: dict[Mutant | None, Future[
     assert code == 0, output
 
 
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{Path(mutant.file).stem}-{mutant.old.strip()[:40]}")
+def test_the_place_of_a_mutant_is_there(mutant: Mutant) -> None:
+    """In every plain run: code that changes must not leave its mutants behind."""
+    assert (ROOT / mutant.file).read_text().count(mutant.old) == 1
+    assert (ROOT / mutant.tests.partition("::")[0]).is_file()
+
+
 def test_every_mutant_is_another() -> None:
     assert len({(mutant.file, mutant.old, mutant.new) for mutant in MUTANTS}) == len(MUTANTS)
 

@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-from lightning.fabric import Fabric
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy, load_policy
@@ -12,6 +11,7 @@ from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.start import load_of_run
 from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.lightning import Fabric
 
 
 def evaluated_split(data: PreparedData, name: str) -> TokenizedSplit:

@@ -8,8 +8,6 @@ characters of the responses' texts.
 import math
 from functools import partial
 
-from lightning.fabric import Fabric
-
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.engine.step import evaluate as evaluate_loss
 from sheeprlhf.model.load import load_tokenizer
@@ -19,6 +17,7 @@ from sheeprlhf.task.batches import Batches, longest_row
 from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, say_on
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.task.train.sft import sft_loss
+from sheeprlhf.utils.lightning import Fabric
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric import Fabric
 from rich.console import Console
 from rich.table import Table
 
 import sheeprlhf
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.files import write_whole
+from sheeprlhf.utils.lightning import Fabric
 
 
 def save_result(
@@ -70,11 +71,7 @@ def save_result(
 
 
 def _write(path: Path, text: str) -> None:
-    """A file that appears whole."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; check permissions and free space") from error

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from rich.table import Table
 from torch import nn
 
@@ -25,6 +24,7 @@ from sheeprlhf.task.eval.pairs import calibration, calibration_error, pair_figur
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.task.start import load_trained_reward_model
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.lightning import Fabric
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +29,7 @@ from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, say
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.task.eval.rouge_metric import ROUGE_TYPES, Rouge, mean_and_interval
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.lightning import Fabric
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:

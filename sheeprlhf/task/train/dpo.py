@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from sheeprlhf.agent.policy import Policy
@@ -31,6 +30,7 @@ from sheeprlhf.task.finish import finish_run, note_validation, report_data
 from sheeprlhf.task.reference import check_reference, of_rows, reference_logprobs, sum_by_response, weights_digest
 from sheeprlhf.task.samples import log_samples
 from sheeprlhf.task.start import load_start
+from sheeprlhf.utils.lightning import Fabric
 
 NO_REFERENCE = ("simpo", "orpo")
 _FAR = 0.5  # nats a token that the better responses may lose before a warning

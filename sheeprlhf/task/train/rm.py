@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.fabric import Fabric
 from torch import nn
 
 from sheeprlhf.agent.reward import OFFSET, reward_model_of
@@ -30,6 +29,7 @@ from sheeprlhf.task.batches import Batches, longest_row
 from sheeprlhf.task.eval.reward import score_pairs
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
 from sheeprlhf.task.start import load_start
+from sheeprlhf.utils.lightning import Fabric
 
 
 def rm_loss(model: nn.Module, batch: Batch, *, loss_type: str, center: float = 0.0) -> LossOutput:

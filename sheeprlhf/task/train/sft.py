@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.fabric import Fabric
 from torch import nn
 
 from sheeprlhf.agent.policy import load_policy
@@ -28,6 +27,7 @@ from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.task.batches import Batches, longest_row
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
 from sheeprlhf.task.samples import log_samples
+from sheeprlhf.utils.lightning import Fabric
 
 
 def sft_loss(policy: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> LossOutput:

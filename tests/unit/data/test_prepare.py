@@ -192,7 +192,7 @@ def die_at(call: int) -> None:
 
     SplitWriter.write = killing(SplitWriter.write)
     SplitWriter.close = killing(SplitWriter.close)
-    folders._sync = killing(folders._sync)
+    folders.fsync = killing(folders.fsync)
     folders.os.rename = killing(killing(os.rename), after=True)
     Path.touch = killing(Path.touch)
 

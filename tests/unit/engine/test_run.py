@@ -247,6 +247,7 @@ def test_children_die_with_a_killed_parent(tmp_path):
         return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
     wait_for(gone, 5)
+    assert gone()
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
         os.read(read_end, 1)
     try:
         with RunLock(tmp_path):
-            pass
+            assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
     finally:
         os.kill(pid, 9)
         os.waitpid(pid, 0)

@@ -1,0 +1,44 @@
+"""Lightning Fabric without the rest of Lightning, which nothing here uses.
+
+``lightning/__init__.py`` imports PyTorch Lightning, that imports torchmetrics, and that matplotlib: two of the four
+seconds before a run begins, and 40 MB. So Fabric is imported under a parent package whose own file has not run,
+and while torchmetrics, whose version is all that Fabric wants to know, counts as absent.
+"""
+
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import cast
+
+__all__ = ["DDPStrategy", "Fabric", "MisconfigurationException", "_FabricModule", "is_wrapped", "move_data_to_device"]
+
+
+@contextmanager
+def _fabric_alone() -> Iterator[None]:
+    if "lightning" in sys.modules:  # imported whole before us, by a test or a program of the user's
+        yield
+        return
+    parent = importlib.util.module_from_spec(cast(ModuleSpec, importlib.util.find_spec("lightning")))
+    parent.__dict__["__version__"] = importlib.metadata.version("lightning")
+    sys.modules["lightning"] = parent
+    absent = "torchmetrics" not in sys.modules
+    if absent:
+        sys.modules["torchmetrics"] = cast(ModuleType, None)  # how Python is told that an import shall fail
+    try:
+        yield
+    finally:
+        del sys.modules["lightning"]  # whoever imports it from now on gets it whole, with this same Fabric
+        if absent:
+            del sys.modules["torchmetrics"]
+
+
+with _fabric_alone():
+    from lightning.fabric import Fabric
+    from lightning.fabric.strategies import DDPStrategy
+    from lightning.fabric.utilities import move_data_to_device
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.fabric.wrappers import _FabricModule, is_wrapped

@@ -1,0 +1,48 @@
+"""Fabric is imported without PyTorch Lightning, and Lightning is whole again for whoever wants it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[3] / "sheeprlhf"
+ALONE = """
+import sys
+from sheeprlhf.utils.lightning import Fabric, is_wrapped
+Fabric(accelerator="cpu", devices=1).launch()
+print([name for name in ("lightning.pytorch", "torchmetrics", "matplotlib") if name in sys.modules])
+"""
+AFTERWARDS = {
+    "a name": "import lightning; print(lightning.Fabric is Fabric, lightning.Trainer.__name__)",
+    "from": "from lightning import Trainer, fabric; print(fabric.Fabric is Fabric, Trainer.__name__)",
+    "a package": "import lightning.pytorch as p; print(p.utilities.rank_zero_only.rank == 0, p.Trainer.__name__)",
+    "the version": "import lightning; print(lightning.__version__[0] == '2', lightning.Trainer.__name__)",
+    "metrics": "import torchmetrics; print(torchmetrics.MeanMetric is not None, 'Trainer')",
+}
+
+
+def output(program: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=PACKAGE.parent, check=True, capture_output=True, text=True, timeout=300
+    ).stdout
+
+
+def test_fabric_comes_alone() -> None:
+    assert output(ALONE) == "[]\n"
+
+
+@pytest.mark.parametrize("program", AFTERWARDS.values(), ids=AFTERWARDS)
+def test_lightning_is_whole_for_who_asks(program: str) -> None:
+    assert output(ALONE + program) == "[]\nTrue Trainer\n"
+
+
+def test_lightning_imported_first_is_left_alone() -> None:
+    program = "import lightning; whole = lightning.fabric.Fabric\n" + ALONE + "print(whole is Fabric)"
+    assert output(program).endswith("True\n")
+
+
+def test_nobody_imports_lightning_past_it() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if path != PACKAGE / "utils/lightning.py":
+            assert "from lightning" not in path.read_text() and "import lightning" not in path.read_text(), path
