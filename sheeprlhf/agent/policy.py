@@ -18,7 +18,7 @@ from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.head import TokenLogprobs, head_logprobs, logprobs_from_logits
 from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm, uses_packed_attention
-from sheeprlhf.model.lora import add_lora, load_lora, save_lora
+from sheeprlhf.model.lora import add_lora, save_model
 from sheeprlhf.model.trim import last_mlp_at
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
@@ -44,12 +44,13 @@ class Policy(nn.Module):
         """The Hugging Face model; with adapters, the one that they sit in."""
         return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
 
-    def forward(self, batch: Batch, mean: bool = False) -> TokenLogprobs:
+    def forward(self, batch: Batch, mean: bool = False, entropy: bool = False) -> TokenLogprobs:
         """Log-probabilities of the batch's targets, float32, nats.
 
         Args:
             batch: packed or padded; the two give equal numbers.
             mean: also the mean over the vocabulary (label smoothing).
+            entropy: also the entropy; only where no gradient is wanted.
         """
         model = self.causal_lm()
         if batch.layout is None:
@@ -62,16 +63,16 @@ class Policy(nn.Module):
                 logits_to_keep=head_mask_BT,
                 use_cache=False,
             )
-            return logprobs_from_logits(outputs.logits, batch.logit_index_N, batch.target_ids_N, mean=mean)
+            return logprobs_from_logits(
+                outputs.logits, batch.logit_index_N, batch.target_ids_N, mean=mean, entropy=entropy
+            )
         backbone, head = backbone_and_head(model)
-        return head_logprobs(hidden_at_head(backbone, batch), head, batch.logit_index_N, batch.target_ids_N, mean=mean)
+        targets = (batch.logit_index_N, batch.target_ids_N)
+        return head_logprobs(hidden_at_head(backbone, batch), head, *targets, mean=mean, entropy=entropy)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write what `from_pretrained` loads: the model, or its adapters, and the tokenizer."""
-        if isinstance(self.model, PeftModel):
-            save_lora(self.model, folder)
-        else:
-            self.model.save_pretrained(str(folder))
+        save_model(self.model, folder)
         tokenizer.save_pretrained(folder)
 
 
@@ -108,7 +109,6 @@ def load_policy(
     *,
     longest: int,
     batching: str,
-    adapter: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Policy, bool]:
     """Load the model, add adapters if asked, and choose packed or padded batches.
@@ -118,7 +118,6 @@ def load_policy(
         tokenizer: its tokenizer.
         longest: tokens of the longest sequence that it will see.
         batching: "packed", "padded", or "auto": packed if `packing_problem` finds none.
-        adapter: folder of trained adapters to put on the model instead of new ones.
         say: prints a line for the user: why batches are padded although `batching` is auto.
 
     Returns:
@@ -128,9 +127,7 @@ def load_policy(
         ModelError: the model cannot be loaded, is too small for the data, or batching=packed and it cannot do it.
     """
     model = load_causal_lm(cfg, vocabulary=len(tokenizer), longest=longest)
-    if adapter is not None:
-        policy = Policy(load_lora(model, adapter))
-    elif cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
+    if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
         policy = Policy(add_lora(model, cfg.lora_cfg))
     else:
         policy = Policy(model)

@@ -13,13 +13,27 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from sheeprlhf.agent.policy import Policy, hidden_at_head
 from sheeprlhf.data.example import Batch
 from sheeprlhf.model.load import load_causal_lm, uses_packed_attention
-from sheeprlhf.model.lora import add_lora, load_lora, save_lora
+from sheeprlhf.model.lora import add_lora, load_lora, save_model
 from sheeprlhf.model.scalar import HEAD, head_scores, padding_token, scalar_model
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.memory import phase
 
 OFFSET = "reward_offset"  # in config.json: subtracted from the head's score
+_CARD = """\
+# A reward model
+
+{load}
+
+`model(**tokenizer(prompt + response + tokenizer.eos_token, return_tensors="pt")).logits` is the raw score of a
+response: its head reads the last token that is not padding, and has no bias. SheepRLHF subtracts `{offset:.6g}`
+(`reward_offset` in config.json), so that the responses it was normalised on score 0 on average.
+"""
+_LOAD_WHOLE = "`AutoModelForSequenceClassification.from_pretrained(folder)` loads it."
+_LOAD_ADAPTERS = (
+    "PEFT's `AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id="
+    "tokenizer.pad_token_id)` loads it: adapters and a head on the model that adapter_config.json names."
+)
 
 
 class RewardModel(nn.Module):
@@ -56,12 +70,13 @@ class RewardModel(nn.Module):
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write what `AutoModelForSequenceClassification` loads, or PEFT on top of it, and the tokenizer."""
         tokenizer.pad_token = padding_token(tokenizer)
-        if isinstance(self.model, PeftModel):
-            save_lora(self.model, folder)
-            self.classifier().config.save_pretrained(folder)
-        else:
-            self.model.save_pretrained(str(folder))
+        config, offset = self.classifier().config, self.offset
+        adapters = save_model(self.model, folder)
+        if adapters:
+            config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        card = _CARD.format(load=_LOAD_ADAPTERS if adapters else _LOAD_WHOLE, offset=offset)
+        (folder / "README.md").write_text(card)
 
 
 @phase("loading the model")

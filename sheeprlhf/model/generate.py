@@ -25,12 +25,20 @@ def generation_config(cfg: GenConfig, tokenizer: PreTrainedTokenizerBase) -> Gen
     )
 
 
-@phase("generation")
-@torch.no_grad()
 def generate_responses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], cfg: GenConfig
 ) -> list[str]:
-    """The text that the model writes after each prompt, up to EOS or `cfg.max_new_tokens`.
+    """The text that the model writes after each prompt; arguments as in `generate_ids`."""
+    ids = generate_ids(model, tokenizer, prompts, cfg)
+    return [str(tokenizer.decode(row.tolist(), skip_special_tokens=True)) for row in ids]
+
+
+@phase("generation")
+@torch.no_grad()
+def generate_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], cfg: GenConfig
+) -> list[np.ndarray]:
+    """The tokens that the model writes after each prompt, up to EOS, which is among them, or `cfg.max_new_tokens`.
 
     Args:
         model: the language model, not wrapped; its training flags are restored.
@@ -58,4 +66,10 @@ def generate_responses(
         model.generation_config = own_defaults
         for module, flag in training.items():
             module.training = flag
-    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in output[:, width:].tolist()]
+    return [_to_eos(row, settings.eos_token_id) for row in output[:, width:].cpu().numpy()]
+
+
+def _to_eos(ids: np.ndarray, eos_id: int | None) -> np.ndarray:
+    """The tokens up to the first EOS, which stays."""
+    found = np.flatnonzero(ids == eos_id)
+    return ids[: found[0] + 1] if len(found) else ids

@@ -19,10 +19,12 @@ class TokenLogprobs(NamedTuple):
     Attributes:
         target_N: (N,) float32, of the target token itself.
         mean_N: (N,) float32, averaged over the vocabulary (label smoothing), or None where it was not asked for.
+        entropy_N: (N,) float32, nats, of the distribution that predicts the target, or None where it was not asked for.
     """
 
     target_N: Tensor
     mean_N: Tensor | None
+    entropy_N: Tensor | None = None
 
 
 class _GatherLogprobs(torch.autograd.Function):
@@ -78,7 +80,9 @@ def _chunk_rows(logits_RV: Tensor) -> int:
     return max(1, (_CPU_CHUNK if logits_RV.device.type == "cpu" else _CHUNK) // logits_RV.shape[-1])
 
 
-def logprobs_from_logits(logits_RV: Tensor, index_N: Tensor, target_ids_N: Tensor, *, mean: bool) -> TokenLogprobs:
+def logprobs_from_logits(
+    logits_RV: Tensor, index_N: Tensor, target_ids_N: Tensor, *, mean: bool, entropy: bool = False
+) -> TokenLogprobs:
     """Log-probabilities of targets, in float32 whatever the logits' type.
 
     Args:
@@ -86,11 +90,16 @@ def logprobs_from_logits(logits_RV: Tensor, index_N: Tensor, target_ids_N: Tenso
         index_N: (N,) the row of `logits_RV` that predicts target n; rows may repeat.
         target_ids_N: (N,) target tokens.
         mean: also return the vocabulary's mean log-probability.
+        entropy: also return the entropy; only where no gradient is wanted.
     """
     if not logits_RV.requires_grad:  # no gradient: nothing to save
         logprobs_RV = logits_RV.float().log_softmax(dim=-1)
         mean_N = logprobs_RV.mean(dim=-1)[index_N] if mean else None
-        return TokenLogprobs(logprobs_RV[index_N, target_ids_N], mean_N)
+        if not entropy:
+            return TokenLogprobs(logprobs_RV[index_N, target_ids_N], mean_N)
+        parts = logprobs_RV.split(_chunk_rows(logprobs_RV))
+        entropy_R = torch.cat([torch.special.entr(part.exp()).sum(dim=-1) for part in parts])
+        return TokenLogprobs(logprobs_RV[index_N, target_ids_N], mean_N, entropy_R[index_N])
     return TokenLogprobs(*_GatherLogprobs.apply(logits_RV, index_N, target_ids_N, mean))
 
 
@@ -101,6 +110,7 @@ def head_logprobs(
     target_ids_N: Tensor,
     *,
     mean: bool,
+    entropy: bool = False,
     max_logits: int = MAX_LOGITS,
 ) -> TokenLogprobs:
     """`logprobs_from_logits` of `head(hidden)`; beyond `max_logits` entries, chunk by chunk with recomputation.
@@ -111,11 +121,12 @@ def head_logprobs(
         index_N: (N,) the row of `hidden_RC` that predicts target n; rows may repeat.
         target_ids_N: (N,) target tokens.
         mean: also return the vocabulary's mean log-probability.
+        entropy: also return the entropy; only where no gradient is wanted.
         max_logits: most entries of a logits tensor that is kept for the backward pass.
     """
 
     def run(hidden: Tensor, index: Tensor, targets: Tensor) -> TokenLogprobs:
-        return logprobs_from_logits(head(hidden), index, targets, mean=mean)
+        return logprobs_from_logits(head(hidden), index, targets, mean=mean, entropy=entropy)
 
     rows, vocabulary = hidden_RC.shape[0], cast(Tensor, head.weight).shape[0]
     if rows * vocabulary <= max_logits:
@@ -131,6 +142,10 @@ def head_logprobs(
         inputs = (hidden_RC[start : start + size], index_N[low:high] - start, target_ids_N[low:high])
         parts.append(checkpoint(run, *inputs, use_reentrant=False) if torch.is_grad_enabled() else run(*inputs))
     inverse_N = torch.argsort(order_N)
-    target_N = torch.cat([part.target_N for part in parts])[inverse_N]
-    mean_N = torch.cat([part.mean_N for part in parts if part.mean_N is not None])[inverse_N] if mean else None
-    return TokenLogprobs(target_N, mean_N)
+
+    def joined(pieces: list[Tensor | None]) -> Tensor | None:
+        there = [piece for piece in pieces if piece is not None]
+        return torch.cat(there)[inverse_N] if there else None
+
+    target_N, mean_N, entropy_N = (joined(list(pieces)) for pieces in zip(*parts, strict=True))
+    return TokenLogprobs(cast(Tensor, target_N), mean_N, entropy_N)

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -65,14 +66,35 @@ def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None
         return get_peft_model(model, config)
 
 
-def save_lora(model: PeftModel, folder: Path) -> None:
-    """Write the adapters, in the same bytes from every process: PEFT holds names in sets."""
+def merge_lora(model: PeftModel) -> PreTrainedModel:
+    """The model with its adapters in its weights, all of which train; it is no longer what any folder holds."""
+    merged = cast(PreTrainedModel, model.merge_and_unload())
+    merged.requires_grad_(True)
+    merged.name_or_path = merged.config._name_or_path = ""
+    return merged
+
+
+def save_model(model: PreTrainedModel | PeftModel, folder: Path) -> bool:
+    """Write what `from_pretrained` loads: a whole model, or adapters if what they sit in is in a folder of its own.
+
+    Adapters are the same bytes from every process: PEFT holds names in sets. Adapters on weights that are in no folder
+    are merged into them, and the model is used up.
+
+    Returns:
+        Whether the folder holds adapters.
+    """
+    if isinstance(model, PeftModel) and not model.get_base_model().name_or_path:
+        model = merge_lora(model)
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(str(folder))
+        return False
     for config in model.peft_config.values():
         if isinstance(config, LoraConfig):
             for field in ("target_modules", "modules_to_save"):
                 names = getattr(config, field)
                 setattr(config, field, sorted(names) if isinstance(names, set) else names)
     model.save_pretrained(str(folder))
+    return True
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
-from sheeprlhf.engine.step import MicroBatch, eval_mode
+from sheeprlhf.engine.step import LossFn, MicroBatch, eval_mode
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.lightning import Fabric
@@ -72,40 +72,58 @@ def reference_logprobs(
 
 
 def check_reference(
-    fabric: Fabric, module: nn.Module, micro_batches: list[MicroBatch], *, mode: str, tolerance: float, say: Say
+    fabric: Fabric,
+    module: nn.Module,
+    micro_batches: list[MicroBatch],
+    loss_fn: LossFn,
+    at_zero: float,
+    mode: str,
+    precision: str,
+    say: Say,
 ) -> None:
-    """All ranks, before the first step: the policy has to be its own reference.
+    """All ranks, before the first step: the policy has to be its own reference, dropout off.
 
     Args:
         fabric: where it runs.
         module: the policy, set up.
         micro_batches: this rank's of the first step; the content of each is a batch and its reference.
+        loss_fn: the task's.
+        at_zero: the loss of an item where policy and reference are equal.
         mode: "error" or "warn".
-        tolerance: most nats a token, on average, that the two may be apart.
+        precision: of the run: 1e-5 nats a token are allowed in float32, else 2e-2; ten times that for the loss.
         say: prints a line for the user.
 
     Raises:
         ModelError: they are further apart, and `mode` is "error".
     """
-    apart, tokens = 0.0, 0
+    tolerance = 1e-5 if precision == "32-true" else 2e-2
+    apart, tokens, loss, items = 0.0, 0, 0.0, 0
     with isolated_rng(), eval_mode(module), torch.no_grad():
         for micro in micro_batches[:1]:
-            batch, reference_S = fabric.to_device(micro.batch)
+            batch, reference_S = content = fabric.to_device(micro.batch)
             sums_S = sum_by_response(module(batch).target_N, batch.response_index_N, len(batch.response_lengths))
-            apart += float((sums_S - reference_S).abs().sum())
-            tokens += sum(batch.response_lengths)
-    found = gather_objects(fabric, apart / max(1, tokens))
-    if max(found) <= tolerance:
-        return
-    problem = (
-        f"before the first step the policy's log-probabilities are {max(found):.2g} nats a token from its reference's, "
-        f"more than {tolerance:g}: something besides training changes them (random numbers in the model's code, "
-        "weights that were changed on disk); delete the reference-*.npy files beside the prepared data, or give "
-        "task.self_check=warn"
-    )
-    if mode == "error":
+            apart, tokens = float((sums_S - reference_S).abs().sum()), sum(batch.response_lengths)
+            loss, items = float(loss_fn(module, content).total), micro.num_items
+    found = gather_objects(fabric, (apart / max(1, tokens), abs(loss / items - at_zero) if items else 0.0))
+    logprobs_apart, loss_apart = (max(part) for part in zip(*found, strict=True))
+    problem = ""
+    if not logprobs_apart <= tolerance:
+        problem = (
+            f"before the first step the policy's log-probabilities are {logprobs_apart:.2g} nats a token from its "
+            f"reference's, more than {tolerance:g}: something besides training changes them (random numbers in the "
+            "model's code, weights that were changed on disk); delete the reference-*.npy files beside the prepared "
+            "data, or give task.self_check=warn"
+        )
+    elif not loss_apart <= 10 * tolerance * max(1.0, at_zero):
+        problem = (
+            f"before the first step the loss is {loss_apart:.2g} from {at_zero:.4f}, its value for a policy that is "
+            "its own reference, although their log-probabilities agree: this is a mistake in the loss; please report "
+            "it, or give task.self_check=warn"
+        )
+    if problem and mode == "error":
         raise ModelError(problem)
-    say(f"warning: {problem}")
+    if problem:
+        say(f"warning: {problem}")
 
 
 def of_rows(reference: np.ndarray | None, rows: TokenizedSplit, part: list[int]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from sheeprlhf.agent.reward import RewardModel, load_reward_model, reward_model_
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.weights import find_checkpoint, load_weights
 from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.lora import add_lora, load_lora, merge_lora
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.saved import saved_group
 from sheeprlhf.structure.task import RMConfig
@@ -42,18 +44,23 @@ def load_of_run(
         ConfigError: the run has no `final/` yet.
         CheckpointError: it has no such checkpoint.
     """
-    if weights != "final":
-        checkpoint = find_checkpoint(run_dir, weights, say)
-        policy, packed = load_policy(cfg, tokenizer, longest=longest, batching=batching, say=say)
-        load_weights(checkpoint, policy)
-        return policy, packed
     final = run_dir / "final"
-    if not final.is_dir():
+    of: dict[str, Any] = {"longest": longest, "batching": batching, "say": say}
+    if weights == "final" and not final.is_dir():
         raise ConfigError(f"{run_dir}: this run has no final/ yet; finish it with resume_from={run_dir}")
-    if (final / "adapter_config.json").is_file():
-        return load_policy(cfg, tokenizer, longest=longest, batching=batching, adapter=final, say=say)
-    whole = dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False)
-    return load_policy(whole, tokenizer, longest=longest, batching=batching, say=say)
+    if weights == "final" and not (final / "adapter_config.json").is_file():
+        whole = dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False)
+        return load_policy(whole, tokenizer, **of)
+    checkpoint = None if weights == "final" else find_checkpoint(run_dir, weights, say)
+    task = saved_group(str(run_dir), "task")
+    start = (getattr(task, "sft_experiment_dir", None), getattr(task, "sft_model_name", "final"))
+    policy, packed = load_start(cfg, *start, tokenizer, **of)
+    if checkpoint is None:
+        return Policy(load_lora(policy.causal_lm(), final)), packed
+    if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
+        policy = Policy(add_lora(policy.causal_lm(), cfg.lora_cfg))
+    load_weights(checkpoint, policy)
+    return policy, packed
 
 
 def load_start(
@@ -97,8 +104,7 @@ def load_start(
     of_run = dataclasses.replace(of_run, **kept, freeze_transformer=False, random_init=False)
     policy, packed = load_of_run(of_run, Path(run_dir), weights, tokenizer, longest=longest, batching=batching, say=say)
     if isinstance(policy.model, PeftModel):
-        policy = Policy(policy.model.merge_and_unload())
-        policy.requires_grad_(True)
+        policy = Policy(merge_lora(policy.model))
     return policy, packed
 
 

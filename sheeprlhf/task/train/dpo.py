@@ -59,10 +59,21 @@ def pair_losses(task: DPOConfig, sums_S: Tensor, reference_S: Tensor, lengths_S:
     raise ValueError(f"loss_type={task.loss_type!r}")
 
 
+def loss_at_zero(task: DPOConfig) -> float:
+    """The loss of a pair whose responses policy and reference like alike."""
+    zeros_S, ones_S = torch.zeros(2), torch.ones(2)
+    return float(pair_losses(task, zeros_S, zeros_S, ones_S, torch.tensor([[0, 1]])))
+
+
 def dpo_loss(policy: nn.Module, content: tuple[Batch, Tensor], *, task: DPOConfig) -> LossOutput:
-    """The losses of all pairs of each prompt, and the implicit rewards beta * (policy - reference) behind them."""
+    """The losses of all pairs of each prompt, and the implicit rewards beta * (policy - reference) behind them.
+
+    `kl/chosen` is what the better responses have lost in log-probability, an estimate of the reference's KL divergence
+    from the policy on them, nats a response; `entropy` is nats a token, over the better responses.
+    """
     batch, reference_S = content
-    sums_S = sum_by_response(policy(batch).target_N, batch.response_index_N, len(batch.response_lengths))
+    logprobs = policy(batch, entropy=not torch.is_grad_enabled())
+    sums_S = sum_by_response(logprobs.target_N, batch.response_index_N, len(batch.response_lengths))
     lengths_S = torch.tensor(batch.response_lengths, device=sums_S.device)
     losses_P = pair_losses(task, sums_S, reference_S, lengths_S, batch.pairs_P2)
     rewards_S = task.beta * (sums_S - reference_S).detach()
@@ -77,6 +88,9 @@ def dpo_loss(policy: nn.Module, content: tuple[Batch, Tensor], *, task: DPOConfi
         "kl/chosen": (reference_S - sums_S)[w].detach(),
         "tokens/chosen": lengths_S[w].float(),
     }
+    if logprobs.entropy_N is not None:  # in validation
+        entropy_S = sum_by_response(logprobs.entropy_N, batch.response_index_N, len(batch.response_lengths)) / lengths_S
+        told["entropy"] = entropy_S[w]
     weights_P = batch.pair_weights_P
     return LossOutput((losses_P * weights_P).sum(), {name: (value * weights_P).sum() for name, value in told.items()})
 
@@ -122,10 +136,13 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         state = run.restore(module, optimizer)
 
         loss_fn = partial(dpo_loss, task=task)
-        if used and task.self_check != "off" and state.step == 0:
-            first = batches.of(rows, plan.rows_of_step(0))
-            tolerance = 1e-5 if cfg.fabric.precision == "32-true" else 2e-2
-            check_reference(fabric, module, first, mode=task.self_check, tolerance=tolerance, say=run.say)
+        if task.self_check != "off" and state.step == 0:
+            if used:
+                first = batches.of(rows, plan.rows_of_step(0))
+                how = (task.self_check, cfg.fabric.precision, run.say)
+                check_reference(fabric, module, first, loss_fn, loss_at_zero(task), *how)
+            else:
+                run.say("no self-check: this loss has no reference")
         steps = range(state.step, num_steps)
         loaded = load_ahead(lambda step: batches.of(rows, plan.rows_of_step(step)), steps, task.num_workers)
         for step, micro_batches in zip(steps, loaded, strict=True):

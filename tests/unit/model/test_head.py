@@ -44,6 +44,21 @@ def test_values_and_gradients_equal_cross_entropy(
     assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("max_logits", [1 << 20, 11])
+def test_entropy_is_that_of_the_distribution(max_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "_CPU_CHUNK", 30)
+    torch.manual_seed(0)
+    head, hidden_RC = nn.Linear(6, 11), torch.randn(5, 6)
+    with torch.no_grad():
+        head.bias[3] = -torch.inf  # a probability of 0 adds nothing
+        index_N, ids_N = torch.tensor([4, 0, 0, 2]), torch.tensor([1, 2, 4, 10])
+        found = head_logprobs(hidden_RC, head, index_N, ids_N, mean=False, entropy=True, max_logits=max_logits)
+        probs_RV = head(hidden_RC).double().softmax(-1)
+    expected = torch.stack([-sum(p * p.log() for p in probs_RV[row] if p > 0) for row in index_N])
+    assert_close(found.entropy_N, expected.float(), rtol=0, atol=1e-6)
+    assert found.mean_N is None
+
+
 def test_gradient_equals_finite_differences() -> None:
     torch.manual_seed(0)
     logits_RV, weights_N = torch.randn(3, 5, dtype=torch.float64), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
