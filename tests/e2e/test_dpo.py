@@ -86,6 +86,31 @@ def test_it_starts_from_a_fine_tuned_run_and_its_reference_is_that_run(
         assert tuned == pytest.approx(before, rel=0.3)  # two small steps from it, not from the model
 
 
+def test_a_policy_that_leaves_the_data_is_told(
+    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_pairs(tmp_path / "rows.jsonl")
+    for name, lr in (("fast", "0.1"), ("slow", "1e-4")):
+        words = [f"optim.lr={lr}", "task.lr_warmup_steps=0", "task.beta=0.01"]
+        run_dir = train(model_folder(), data, tmp_path / name, *words, task="dpo")
+        told = "the policy leaves the data; raise task.beta or lower optim.lr" in capsys.readouterr().err
+        assert told == (name == "fast")
+        lost = [kl / n for kl, n in zip(*(series(run_dir, f"val/{x}/chosen") for x in ("kl", "tokens")), strict=True)]
+        assert (max(lost) > 0.5) == (name == "fast")  # nats a token, at any of the validations
+
+
+def test_the_names_that_users_know(tmp_path: Path, model_folder: ModelFolder) -> None:
+    data = write_pairs(tmp_path / "rows.jsonl")
+    run_dir = train(model_folder(), data, tmp_path / "run", task="dpo")
+    with (run_dir / "metrics.csv").open() as file:
+        tags = {row["tag"] for row in csv.DictReader(file)}
+    names = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
+    names += ["logps/chosen", "logps/rejected", "kl/chosen", "loss"]
+    assert {f"{part}/{name}" for part in ("train", "val") for name in names} | {"val/entropy"} <= tags
+    assert 0 < series(run_dir, "val/entropy")[-1] < math.log(260)  # nats a token, of 260 tokens
+    assert (run_dir / "samples").is_dir()
+
+
 def test_a_run_with_another_tokenizer_is_refused(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,128 @@
+"""The reference's log-probabilities and the check before the first step."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from sheeprlhf.agent.policy import Policy, load_policy
+from sheeprlhf.data.collate import collate_packed
+from sheeprlhf.engine.step import LossOutput, MicroBatch
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.model import LORAConfig, ModelConfig
+from sheeprlhf.task.reference import check_reference, reference_logprobs, sum_by_response, weights_digest
+from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.lightning import Fabric
+from tests.support.batches import random_examples
+
+ModelFolder = Callable[..., Path]
+
+
+class Rows:
+    """What `reference_logprobs` reads of a prepared dataset and of its batches: five rows of two or three responses."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.splits = folder, {"train": self}
+        rows = random_examples(5, 3)
+        self.rows = [row if i % 2 else row._replace(responses=row.responses[:2]) for i, row in enumerate(rows)]
+        lengths = [[len(row.prompt_ids), *(len(r) for r in row.responses)] for row in self.rows]
+        self.sizes = np.array([row + [-1] * (4 - len(row)) for row in lengths])
+        self.computed = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def numbered(self, rows: Any, num_rows: None, label: str) -> Any:
+        for part in ([3, 0], [4], [1, 2]):
+            self.computed += 1
+            batch = collate_packed([self.rows[i] for i in part])
+            yield part, MicroBatch(batch, len(part), batch.row_ids)
+
+
+def policy_of(folder: Path, **options: Any) -> Policy:
+    cfg = ModelConfig(config_name="auto", repo_name=str(folder), **options)
+    return load_policy(cfg, load_tokenizer(cfg), longest=64, batching="packed")[0]
+
+
+def fabric() -> Fabric:
+    made = Fabric(accelerator="cpu", devices=1)
+    made.launch()
+    return made
+
+
+def test_reference_of_ragged_rows_is_by_row_and_read_the_second_time(tmp_path: Path, model_folder: ModelFolder) -> None:
+    policy, rows = policy_of(model_folder()).train(), Rows(tmp_path)
+    arguments: Any = (fabric(), policy, rows, rows, "train", "k" * 64)
+    found = reference_logprobs(*arguments)
+    assert policy.training and rows.computed == 3
+    for row, example in enumerate(rows.rows):
+        with torch.no_grad():
+            batch = collate_packed([example])
+            alone = sum_by_response(policy(batch).target_N, batch.response_index_N, len(example.responses))
+        assert_close(torch.tensor(found[row, : len(alone)]), alone, rtol=0, atol=1e-5)
+        assert (found[row, len(alone) :] == 0).all()
+    again = reference_logprobs(*arguments)
+    assert rows.computed == 3 and np.array_equal(again, found)
+    assert [path.name for path in tmp_path.iterdir()] == [f"reference-train-{'k' * 16}.npy"]
+
+
+def test_dropout_is_off_and_random_numbers_are_untouched(tmp_path: Path, model_folder: ModelFolder) -> None:
+    folder = model_folder()
+    noisy = policy_of(folder, finetune_mode="LORA", lora_cfg=LORAConfig(rank=4, dropout=0.5)).train()
+    with torch.no_grad():
+        for name, parameter in noisy.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    rows: list[Any] = [Rows(tmp_path / name) for name in "ab"]
+    for one in rows:
+        one.folder.mkdir()
+    first, second = (reference_logprobs(fabric(), noisy, one, one, "train", "k" * 64) for one in rows)
+    assert np.array_equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+    batch = collate_packed([rows[0].rows[4]])
+    with torch.no_grad():
+        quiet = sum_by_response(noisy.eval()(batch).target_N, batch.response_index_N, 2)
+    assert_close(torch.tensor(first[4, :2]), quiet, rtol=0, atol=1e-5)
+
+
+def test_digest_tells_weights_names_and_types_apart() -> None:
+    def digest(**tensors: torch.Tensor) -> str:
+        module = nn.Module()
+        for name, tensor in tensors.items():
+            module.register_buffer(name, tensor)
+        return weights_digest(module)
+
+    one = torch.ones(4)
+    different = [digest(a=one), digest(b=one), digest(a=one * 2), digest(a=one.bfloat16()), digest(a=one.view(2, 2))]
+    assert len(set(different)) == len(different)
+    assert digest(a=one) == digest(a=one.clone())
+
+
+@pytest.mark.parametrize("loss_apart", [0.0, 0.01])
+@pytest.mark.parametrize("nats", [0.0, 0.01])
+@pytest.mark.parametrize("mode", ["error", "warn"])
+def test_the_check_finds_what_is_apart(mode: str, nats: float, loss_apart: float, model_folder: ModelFolder) -> None:
+    policy, said = policy_of(model_folder()), list[str]()
+    batch = collate_packed(random_examples(3, 2))
+    with torch.no_grad():
+        reference_S = sum_by_response(policy(batch).target_N, batch.response_index_N, 6)
+    micro = MicroBatch((batch, reference_S + nats * torch.tensor(batch.response_lengths)), 3, batch.row_ids)
+
+    def loss_fn(module: nn.Module, content: Any) -> LossOutput:
+        return LossOutput(torch.tensor(3 * (0.7 + loss_apart)), {})
+
+    arguments: Any = (fabric(), policy, [micro], loss_fn, 0.7, mode, "32-true", said.append)
+    reason = "log-probabilities are 0.01 nats" if nats else "the loss is 0.01 from 0.7000" if loss_apart else ""
+    if mode == "error" and reason:
+        with pytest.raises(ModelError, match=reason):
+            check_reference(*arguments)
+    else:
+        check_reference(*arguments)
+        assert [reason in line for line in said] == ([True] if reason else [])
