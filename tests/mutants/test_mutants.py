@@ -15,12 +15,20 @@ from queue import SimpleQueue
 
 import pytest
 
-from tests.mutants import cli_mutants, data_mutants, engine_mutants, eval_mutants, fetch_mutants, model_mutants
+from tests.mutants import (
+    cli_mutants,
+    data_mutants,
+    engine_mutants,
+    eval_mutants,
+    fetch_mutants,
+    kto_mutants,
+    model_mutants,
+)
 from tests.mutants.mutant import Mutant
 
 ROOT = Path(__file__).parents[2]
 TREE = ("sheeprlhf", "configs", "tests", "sheeprlhf.py", "pyproject.toml", "README.md")
-_LISTS = (engine_mutants, data_mutants, model_mutants, cli_mutants, eval_mutants, fetch_mutants)
+_LISTS = (engine_mutants, data_mutants, model_mutants, cli_mutants, eval_mutants, fetch_mutants, kto_mutants)
 MUTANTS = [mutant for module in _LISTS for mutant in module.MUTANTS]
 FIRST_OF_TRAP = {mutant.trap: mutant for mutant in reversed(MUTANTS)}
 NUM_TREES = 2
