@@ -152,6 +152,7 @@ def _batch(
         pairs_P2=_int64(pairs),
         pair_weights_P=torch.tensor(weights),
         margins_P=torch.tensor(margins),
+        desirable_S=torch.tensor([example.desirable for example in examples for _ in example.responses]),
         row_ids=tuple(example.row_id for example in examples),
     )
 

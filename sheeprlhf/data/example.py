@@ -5,7 +5,7 @@ positions have to predict, or to score), S responses, P pairs of responses.
 A *segment* is one prompt with K >= 1 responses; the prompt is stored and computed once.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -21,6 +21,7 @@ class PreferenceExample(NamedTuple):
         rejected: the worse one.
         ranked: instead of a pair, two or more answers, best first.
         margin: how much better the chosen answer is, in units of a reward model's score.
+        label: whether `response` is desirable, as the row's column has it; only tasks of unpaired data look at it.
     """
 
     prompt: str
@@ -29,6 +30,7 @@ class PreferenceExample(NamedTuple):
     rejected: str | None = None
     ranked: tuple[str, ...] | None = None
     margin: float = 0.0
+    label: Any = None
 
 
 class Example(NamedTuple):
@@ -39,12 +41,14 @@ class Example(NamedTuple):
         prompt_ids: (P,) int32, P >= 1, begins with BOS where the tokenizer has one.
         responses: K arrays (R_k,) int32, R_k >= 1, best first, each ending in EOS unless it was cut.
         margin: how far apart the scores of two neighbours should be at least.
+        desirable: False for a response of unpaired data that is to become less likely.
     """
 
     row_id: int
     prompt_ids: np.ndarray
     responses: tuple[np.ndarray, ...]
     margin: float = 0.0
+    desirable: bool = True
 
     def num_tokens(self) -> int:
         """Tokens computed for this row when the prompt is shared."""
@@ -95,6 +99,7 @@ class Batch(NamedTuple):
         pairs_P2: (P, 2) int64, the (better, worse) responses of all pairs of a row, which has its responses best first.
         pair_weights_P: (P,) float32, 1 / number of pairs of the row.
         margins_P: (P,) float32, how far apart the scores of the two should be at least.
+        desirable_S: (S,) bool, False for a response of unpaired data that is to become less likely.
         row_ids: the rows' numbers, for error messages.
     """
 
@@ -110,4 +115,5 @@ class Batch(NamedTuple):
     pairs_P2: Tensor
     pair_weights_P: Tensor
     margins_P: Tensor
+    desirable_S: Tensor
     row_ids: tuple[int, ...]

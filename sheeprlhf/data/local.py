@@ -1,4 +1,7 @@
-"""Your own files: `prompt` + `response`, `prompt` + `chosen` + `rejected`, `prompt` + `responses`, or `messages`."""
+"""Your own files: `prompt` + `response`, `prompt` + `chosen` + `rejected`, `prompt` + `responses`, or `messages`.
+
+A `label` beside a response says whether it is desirable; tasks of unpaired data need it.
+"""
 
 import re
 from collections.abc import Mapping
@@ -30,7 +33,7 @@ def format_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | No
         DropRowError: if a message contains the text of a special token.
     """
     if row.get("messages") is not None:
-        return _from_messages(row["messages"], tokenizer)
+        return _from_messages(row["messages"], tokenizer)._replace(label=row.get("label"))
     margin = number(row, "margin")
     if row.get("responses") is not None:
         ranked = texts(row, "responses")
@@ -40,7 +43,8 @@ def format_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | No
     chosen, rejected = optional_text(row, "chosen"), optional_text(row, "rejected")
     if (chosen is None) != (rejected is None):
         raise MissingColumnError("chosen and rejected go together, and one of the two is missing or null")
-    return PreferenceExample(text(row, "prompt"), optional_text(row, "response"), chosen, rejected, margin=margin)
+    response, label = optional_text(row, "response"), row.get("label")
+    return PreferenceExample(text(row, "prompt"), response, chosen, rejected, margin=margin, label=label)
 
 
 def _from_messages(messages: Any, tokenizer: Any) -> TemplatedExample:

@@ -30,8 +30,9 @@ from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.folders import locked, written_folder
 
-FORMAT_VERSION = 3  # raise it whenever the code makes other rows of the same input
-TRAINING_SPLITS = {"sft": ("train",), "preference": ("train", "reward")}  # one of them must have rows
+FORMAT_VERSION = 4  # raise it whenever the code makes other rows of the same input
+_PREFERENCES = ("train", "reward")
+TRAINING_SPLITS = {"sft": ("train",), "preference": _PREFERENCES, "unpaired": _PREFERENCES}  # one must have rows
 NOT_IN_FINGERPRINT = ("cache_dir", "num_proc", "dataset_name", "revision", "train_file", "validation_file", "test_file")
 
 
@@ -59,7 +60,8 @@ def prepare_data(
     Args:
         cfg: the data options.
         tokenizer: the model's tokenizer.
-        kind: "sft": one response, the row's `response`, else its `chosen`; "preference": chosen and rejected.
+        kind: "sft": one response, the row's `response`, else its `chosen`; "preference": chosen and rejected;
+            "unpaired": a response and whether it is desirable, two of such rows from a pair.
         say: prints a line for the user.
         progress: show a bar (rank zero).
 
@@ -246,4 +248,7 @@ def _notes(report: Report) -> list[str]:
         "validation": "nothing is validated: give more rows, a validation file or a larger data.validation_split",
         "test": "give more rows, a test file or a larger data.test_split",
     }
-    return [f"the {split} split is empty; {hint}" for split, hint in hints.items() if not _kept(report, split)]
+    notes = [f"the {split} split is empty; {hint}" for split, hint in hints.items() if not _kept(report, split)]
+    if any(part.get("labels", {}).get("pairs") for part in report["splits"].values()):
+        notes.insert(0, "each pair became two examples: the chosen response desirable, the rejected one undesirable")
+    return notes

@@ -29,6 +29,7 @@ class SplitCount:
         self.special_text = 0
         self.duplicates = 0
         self.responses = 0
+        self.labels: Counter[str] = Counter()
         self.with_eos = 0
 
     def add(self, row: TokenRow, dropped: str | None, duplicate: bool) -> None:
@@ -42,6 +43,8 @@ class SplitCount:
         self.truncated.update(row.cut)
         self.special_text += row.special_text
         self.responses += len(row.sizes) - 1
+        self.labels.update("desirable" if label else "undesirable" for label in row.desirable)
+        self.labels["pairs"] += len(row.desirable) == 2
         self.with_eos += row.num_eos
 
     def report(self, split: TokenizedSplit | None) -> Report:
@@ -50,7 +53,8 @@ class SplitCount:
         Args:
             split: the prepared rows; None if none was kept.
         """
-        if self.kept + sum(self.dropped.values()) != self.read or (len(split) if split else 0) != self.kept:
+        stored = self.kept + self.labels["pairs"]  # a pair of unpaired data becomes two rows
+        if self.kept + sum(self.dropped.values()) != self.read or (len(split) if split else 0) != stored:
             raise AssertionError("rows are neither kept nor counted as dropped: this is a bug")
         part: Report = {
             "read": self.read,
@@ -63,6 +67,8 @@ class SplitCount:
             "trained_tokens": 0,
             "tokens": {},
         }
+        if any(self.labels.values()):
+            part["labels"] = {name: self.labels[name] for name in ("desirable", "undesirable", "pairs")}
         if split is not None:
             responses = split.sizes[:, 1:][split.sizes[:, 1:] >= 0]
             part["trained_tokens"] = int(responses.sum(dtype=np.int64))
@@ -162,6 +168,9 @@ def render_report(report: Report) -> str:
     for key, label in (("duplicates", "duplicate rows"), ("special_token_rows", "rows with special-token text")):
         if any(part[key] for part in parts):
             line(label, [part[key] for part in parts])
+    if any("labels" in part for part in parts):
+        for name in ("desirable", "undesirable"):
+            line(f"{name} examples", [part.get("labels", {}).get(name, 0) for part in parts])
     shares = [part["eos_share"] for part in parts]
     rows.append(("targets that end in EOS", ["-" if share is None else f"{share:.1%}" for share in shares]))
     line("tokens to learn", [part["trained_tokens"] for part in parts])

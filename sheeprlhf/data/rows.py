@@ -9,7 +9,7 @@ from typing import Any
 from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.utils.errors import DataError
 
-COLUMNS = ("prompt", "response", "chosen", "rejected", "responses", "margin", "messages")  # all that a row format reads
+COLUMNS = ("prompt", "response", "chosen", "rejected", "responses", "margin", "messages", "label")  # all that are read
 TEXT_COLUMNS = COLUMNS[:4]
 MAX_TEXT = 4 * 2**20  # characters; a tokenizer takes about 200 bytes for each
 _MEANT = {column: column for column in COLUMNS} | {

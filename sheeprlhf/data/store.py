@@ -20,6 +20,7 @@ SCHEMA = pa.schema(
         ("tokens", pa.list_(pa.int32())),
         ("sizes", pa.list_(pa.int32())),
         ("margin", pa.float32()),
+        ("desirable", pa.int8()),
     ]
 )
 
@@ -33,17 +34,30 @@ class SplitWriter:
         self._writer = pa.ipc.new_file(self._sink, SCHEMA)
 
     def write(self, rows: Sequence[TokenRow]) -> None:
-        """Append rows."""
+        """Append rows; one of unpaired data becomes a row for each of its responses."""
+        rows = [single for row in rows for single in _singles(row)]
         numbers = np.array([row.number for row in rows], np.int64)
         tokens, sizes = [row.tokens for row in rows], [np.asarray(row.sizes, dtype=np.int32) for row in rows]
         margins = _column(np.array([row.margin for row in rows], np.float32), pa.float32())
-        columns = [_column(numbers, pa.int64()), _lists(tokens), _lists(sizes), margins]
+        desirable = _column(np.array([all(row.desirable) for row in rows], np.int8), pa.int8())
+        columns = [_column(numbers, pa.int64()), _lists(tokens), _lists(sizes), margins, desirable]
         self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
 
     def close(self) -> None:
         """Write the footer."""
         self._writer.close()
         self._sink.close()
+
+
+def _singles(row: TokenRow) -> list[TokenRow]:
+    """A row of unpaired data with two responses as two rows; any other row as it is."""
+    if len(row.desirable) < 2:
+        return [row]
+    prompt, *responses = np.split(row.tokens, np.cumsum(row.sizes)[:-1])
+    return [
+        row._replace(tokens=np.concatenate([prompt, response]), sizes=(len(prompt), len(response)), desirable=(label,))
+        for response, label in zip(responses, row.desirable, strict=True)
+    ]
 
 
 def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
@@ -63,6 +77,7 @@ class TokenizedSplit:
     Attributes:
         lengths: (rows,) int32, tokens of a row, prompt and all responses.
         sizes: (rows, 1 + K) int32, tokens of the prompt and of each response; -1 for those that a row has fewer.
+        desirable: (rows,) bool, False for unpaired data whose response is to become less likely.
     """
 
     def __init__(self, file: Path) -> None:
@@ -81,7 +96,8 @@ class TokenizedSplit:
         self._first_rows = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
         self._row_ids = [np.from_dlpack(chunk) for chunk in table["row_id"].chunks]
         self._margins = [np.from_dlpack(chunk) for chunk in table["margin"].chunks]
-        self.sizes = _matrix(table["sizes"], len(table))
+        self.desirable = np.concatenate([np.from_dlpack(chunk).astype(bool) for chunk in table["desirable"].chunks])
+        self.sizes = self._stored_sizes = _matrix(table["sizes"], len(table))
         self.lengths: np.ndarray = self.sizes.clip(0).sum(axis=1, dtype=np.int32)
 
     def __len__(self) -> int:
@@ -96,11 +112,12 @@ class TokenizedSplit:
         row = index - self._first_rows[chunk]
         start = self._offsets[chunk][row]
         parts = []
-        for size in self.sizes[index].tolist():
+        for size in self._stored_sizes[index].tolist():
             if size >= 0:
                 parts.append(self._tokens[chunk][start : start + size])
                 start += size
-        return Example(int(self._row_ids[chunk][row]), parts[0], tuple(parts[1:]), float(self._margins[chunk][row]))
+        number, margin = int(self._row_ids[chunk][row]), float(self._margins[chunk][row])
+        return Example(number, parts[0], tuple(parts[1:]), margin, bool(self.desirable[index]))
 
     def examples(self, indices: Sequence[int]) -> list[Example]:
         """Rows by index, in the order asked for."""

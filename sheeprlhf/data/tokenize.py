@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sheeprlhf.data.example import PreferenceExample
+from sheeprlhf.data.labels import labelled
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, column_advice
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.utils.errors import DataError
 
-KINDS = ("sft", "preference")
+KINDS = ("sft", "preference", "unpaired")
 
 
 class TokenRow(NamedTuple):
@@ -31,6 +32,7 @@ class TokenRow(NamedTuple):
         special_text: the row's text contains a special token's text (encoded as plain text).
         num_eos: responses that end in EOS.
         margin: of the row's preference.
+        desirable: of each response of unpaired data; empty for other data.
     """
 
     number: int
@@ -43,6 +45,7 @@ class TokenRow(NamedTuple):
     special_text: bool = False
     num_eos: int = 0
     margin: float = 0.0
+    desirable: tuple[bool, ...] = ()
 
 
 class _Pieces(NamedTuple):
@@ -54,6 +57,7 @@ class _Pieces(NamedTuple):
     responses: tuple[str, ...]
     templated: bool
     margin: float
+    desirable: tuple[bool, ...]
 
 
 class SpecialIds:
@@ -103,7 +107,7 @@ class RowTokenizer:
     """Rows in, token rows out, in order; holds no state, so that processes may share the work."""
 
     def __init__(self, cfg: DataConfig, tokenizer: Any, kind: str) -> None:
-        """Prepare for one dataset, one tokenizer and one kind: "sft" (one response) or "preference" (two)."""
+        """Prepare for one dataset, one tokenizer and one kind (see `prepare_data`)."""
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is none of {', '.join(KINDS)}")
         module, name = cfg.row_format.split(":")
@@ -136,7 +140,7 @@ class RowTokenizer:
             example = self.format_row(row.values, self.tokenizer)
             if example is None:
                 return TokenRow(row.number, nowhere, "not_wanted")
-            responses = self._responses(example)
+            responses, desirable = labelled(example) if self.kind == "unpaired" else (self._responses(example), ())
         except DropRowError as reason:
             return TokenRow(row.number, nowhere, str(reason))
         except MissingColumnError as error:
@@ -152,7 +156,7 @@ class RowTokenizer:
         if self._same(responses):
             return TokenRow(row.number, shares, "same_responses")
         templated = isinstance(example, TemplatedExample)
-        return _Pieces(row, shares, example.prompt, responses, templated, example.margin)
+        return _Pieces(row, shares, example.prompt, responses, templated, example.margin, desirable)
 
     def _responses(self, example: PreferenceExample) -> tuple[str, ...]:
         """The responses that a task of this kind learns from, best first."""
@@ -200,11 +204,12 @@ class RowTokenizer:
             shares=shares,
             tokens=np.concatenate([np.asarray(part, dtype=np.int32) for part in (prompt, *cut_responses)]),
             sizes=(len(prompt), *(len(r) for r in cut_responses)),
-            digest=int.from_bytes(_digest(json.dumps((pieces.prompt, pieces.responses)))[:8], "big"),
+            digest=int.from_bytes(_digest(json.dumps((pieces.prompt, pieces.responses, *pieces.desirable)))[:8], "big"),
             cut=cut,
             special_text=special,
             num_eos=sum(with_eos),
             margin=pieces.margin,
+            desirable=pieces.desirable,
         )
 
     def _begins_with_bos(self, prompt: list[int]) -> bool:

@@ -11,7 +11,7 @@ class TrainTaskConfig(Config):
     """What every training task has. All intervals count optimizer steps."""
 
     entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config, run_dir)
-    data_kind: ClassVar[str] = "sft"  # what it learns from a row: "sft" one response, "preference" two or more
+    data_kind: ClassVar[str] = "sft"  # what it learns from a row (see data.prepare): "sft", "preference", "unpaired"
 
     config_name: str = option("???", "Name of this choice.")
     epochs: int = option(1, "Passes over the training rows.", minimum=1)
@@ -104,6 +104,31 @@ class DPOConfig(TrainTaskConfig):
     simpo_gamma: float = option(
         1.0, "How much likelier the better response has to be (simpo).", unit="nats", minimum=0.0
     )
+    self_check: str = option(
+        "error",
+        "Before the first step the policy has to be its own reference: stop, warn, or do not look.",
+        choices=("error", "warn", "off"),
+    )
+    sft_experiment_dir: Optional[str] = option(
+        None, "Run directory of a fine-tuning to start from; null starts from the model as it is."
+    )
+    sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
+    num_sample_prompts: int = option(
+        3, "Validation prompts whose generations are shown at every validation.", minimum=0
+    )
+
+
+@dataclass(unsafe_hash=True)
+class KTOConfig(TrainTaskConfig):
+    """KTO: desirable responses become likelier and undesirable ones less likely; they need not come in pairs."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.train.kto:train"
+    data_kind: ClassVar[str] = "unpaired"
+
+    config_name: str = option("kto", "Name of this choice.")
+    beta: float = option(0.1, "Pull towards the reference.", above=0.0)
+    desirable_weight: float = option(1.0, "Weight of the losses of desirable responses.", above=0.0)
+    undesirable_weight: float = option(1.0, "Weight of the losses of undesirable responses.", above=0.0)
     self_check: str = option(
         "error",
         "Before the first step the policy has to be its own reference: stop, warn, or do not look.",

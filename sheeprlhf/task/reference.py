@@ -4,12 +4,14 @@ The reference is the policy before its first step, so the policy itself computes
 """
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import gather_objects
@@ -76,7 +78,7 @@ def check_reference(
     module: nn.Module,
     micro_batches: list[MicroBatch],
     loss_fn: LossFn,
-    at_zero: float,
+    at_zero: Callable[[Batch], float],
     mode: str,
     precision: str,
     say: Say,
@@ -88,7 +90,7 @@ def check_reference(
         module: the policy, set up.
         micro_batches: this rank's of the first step; the content of each is a batch and its reference.
         loss_fn: the task's.
-        at_zero: the loss of an item where policy and reference are equal.
+        at_zero: the total loss of a batch where policy and reference are equal.
         mode: "error" or "warn".
         precision: of the run: 1e-5 nats a token are allowed in float32, else 2e-2; ten times that for the loss.
         say: prints a line for the user.
@@ -97,15 +99,16 @@ def check_reference(
         ModelError: they are further apart, and `mode` is "error".
     """
     tolerance = 1e-5 if precision == "32-true" else 2e-2
-    apart, tokens, loss, items = 0.0, 0, 0.0, 0
+    apart, tokens, loss, expected = 0.0, 1, 0.0, 0.0
     with isolated_rng(), eval_mode(module), torch.no_grad():
         for micro in micro_batches[:1]:
             batch, reference_S = content = fabric.to_device(micro.batch)
             sums_S = sum_by_response(module(batch).target_N, batch.response_index_N, len(batch.response_lengths))
             apart, tokens = float((sums_S - reference_S).abs().sum()), sum(batch.response_lengths)
-            loss, items = float(loss_fn(module, content).total), micro.num_items
-    found = gather_objects(fabric, (apart / max(1, tokens), abs(loss / items - at_zero) if items else 0.0))
-    logprobs_apart, loss_apart = (max(part) for part in zip(*found, strict=True))
+            loss = float(loss_fn(module, content).total) / micro.num_items
+            expected = at_zero(batch) / micro.num_items
+    found = gather_objects(fabric, (apart / tokens, abs(loss - expected), expected))
+    logprobs_apart, loss_apart, expected = (max(part) for part in zip(*found, strict=True))
     problem = ""
     if not logprobs_apart <= tolerance:
         problem = (
@@ -114,9 +117,9 @@ def check_reference(
             "model's code, weights that were changed on disk); delete the reference-*.npy files beside the prepared "
             "data, or give task.self_check=warn"
         )
-    elif not loss_apart <= 10 * tolerance * max(1.0, at_zero):
+    elif not loss_apart <= 10 * tolerance * max(1.0, expected):
         problem = (
-            f"before the first step the loss is {loss_apart:.2g} from {at_zero:.4f}, its value for a policy that is "
+            f"before the first step the loss is {loss_apart:.2g} from {expected:.4f}, its value for a policy that is "
             "its own reference, although their log-probabilities agree: this is a mistake in the loss; please report "
             "it, or give task.self_check=warn"
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import digests, result_of, train, write_pairs, write_rows
+from tests.support.runs import WRITERS, digests, result_of, train
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
@@ -18,6 +18,8 @@ VARIANTS = {
     "reward model, lora with dropout": ("rm", LORA),
     "preferences": ("dpo", []),
     "preferences, lora with dropout": ("dpo", LORA),
+    "labels": ("kto", []),
+    "labels, lora with dropout": ("kto", LORA),
 }
 
 
@@ -35,7 +37,7 @@ def stopped_at(whole: Path, step: int, folder: Path) -> Path:
 
 def check_resume_at(steps: range, variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     task, options = VARIANTS[variant]
-    data = (write_rows if task == "sft" else write_pairs)(tmp_path / "rows.jsonl")
+    data = WRITERS[task](tmp_path / "rows.jsonl")
     words = [*options, "task.save_interval=1", "task.keep_checkpoints=99"]
     model = model_folder("gpt2" if variant == "model dropout" else "llama")
     whole = train(model, data, tmp_path / "whole", *words, task=task)

@@ -21,6 +21,7 @@ from tests.mutants import (
     engine_mutants,
     eval_mutants,
     fetch_mutants,
+    kto_mutants,
     model_mutants,
     preference_mutants,
 )
@@ -28,7 +29,16 @@ from tests.mutants.mutant import Mutant
 
 ROOT = Path(__file__).parents[2]
 TREE = ("sheeprlhf", "configs", "tests", "sheeprlhf.py", "pyproject.toml", "README.md")
-_LISTS = (engine_mutants, data_mutants, model_mutants, cli_mutants, eval_mutants, fetch_mutants, preference_mutants)
+_LISTS = (
+    engine_mutants,
+    data_mutants,
+    model_mutants,
+    cli_mutants,
+    eval_mutants,
+    fetch_mutants,
+    preference_mutants,
+    kto_mutants,
+)
 MUTANTS = [mutant for module in _LISTS for mutant in module.MUTANTS]
 FIRST_OF_TRAP = {mutant.trap: mutant for mutant in reversed(MUTANTS)}
 NUM_TREES = 2

@@ -32,6 +32,20 @@ def write_pairs(path: Path, num_rows: int = 48, *, seed: int = 0) -> Path:
     return path
 
 
+def write_labelled(path: Path, num_rows: int = 48, *, seed: int = 0) -> Path:
+    """Unpaired rows: a better response (see `write_pairs`) and a worse one in turn, each with its label."""
+    rows = [json.loads(line) for line in write_pairs(path, num_rows, seed=seed).read_text().splitlines()]
+    unpaired = [
+        {"prompt": row["prompt"], "response": row["rejected" if i % 2 else "chosen"], "label": not i % 2}
+        for i, row in enumerate(rows)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in unpaired))
+    return path
+
+
+WRITERS = {"sft": write_rows, "rm": write_pairs, "dpo": write_pairs, "kto": write_labelled}
+
+
 def train_words(model: Path, data: Path, run_dir: Path, *extra: str, task: str = "sft") -> list[str]:
     """The command of a run of 24 optimizer steps in 3 epochs."""
     return [

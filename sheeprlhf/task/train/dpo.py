@@ -59,10 +59,11 @@ def pair_losses(task: DPOConfig, sums_S: Tensor, reference_S: Tensor, lengths_S:
     raise ValueError(f"loss_type={task.loss_type!r}")
 
 
-def loss_at_zero(task: DPOConfig) -> float:
-    """The loss of a pair whose responses policy and reference like alike."""
+def loss_at_zero(batch: Batch, *, task: DPOConfig) -> float:
+    """The total loss of a batch whose responses policy and reference like alike."""
     zeros_S, ones_S = torch.zeros(2), torch.ones(2)
-    return float(pair_losses(task, zeros_S, zeros_S, ones_S, torch.tensor([[0, 1]])))
+    of_pair = pair_losses(task, zeros_S, zeros_S, ones_S, torch.tensor([[0, 1]]))
+    return float(of_pair) * len(batch.row_ids)
 
 
 def dpo_loss(policy: nn.Module, content: tuple[Batch, Tensor], *, task: DPOConfig) -> LossOutput:
@@ -140,7 +141,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             if used:
                 first = batches.of(rows, plan.rows_of_step(0))
                 how = (task.self_check, cfg.fabric.precision, run.say)
-                check_reference(fabric, module, first, loss_fn, loss_at_zero(task), *how)
+                check_reference(fabric, module, first, loss_fn, partial(loss_at_zero, task=task), *how)
             else:
                 run.say("no self-check: this loss has no reference")
         steps = range(state.step, num_steps)

@@ -118,7 +118,7 @@ def test_the_check_finds_what_is_apart(mode: str, nats: float, loss_apart: float
     def loss_fn(module: nn.Module, content: Any) -> LossOutput:
         return LossOutput(torch.tensor(3 * (0.7 + loss_apart)), {})
 
-    arguments: Any = (fabric(), policy, [micro], loss_fn, 0.7, mode, "32-true", said.append)
+    arguments: Any = (fabric(), policy, [micro], loss_fn, lambda batch: 3 * 0.7, mode, "32-true", said.append)
     reason = "log-probabilities are 0.01 nats" if nats else "the loss is 0.01 from 0.7000" if loss_apart else ""
     if mode == "error" and reason:
         with pytest.raises(ModelError, match=reason):

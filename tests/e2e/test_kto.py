@@ -1,0 +1,149 @@
+"""KTO by the command line: what it learns, what it logs, what it refuses, and where its reference comes from."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sheeprlhf.cli import run
+from tests.support.runs import train, train_words, write_labelled, write_pairs
+
+ModelFolder = Callable[..., Path]
+LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.0"]
+NAMES = {
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "kl",
+    "share/chosen",
+}
+
+
+def series(run_dir: Path, tag: str) -> list[float]:
+    with (run_dir / "metrics.csv").open() as file:
+        return [float(row["value"]) for row in csv.DictReader(file) if row["tag"] == tag]
+
+
+def tags(run_dir: Path) -> set[str]:
+    with (run_dir / "metrics.csv").open() as file:
+        return {row["tag"] for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("options", [[], LORA, ["task.batching=padded"]], ids=["all", "lora", "padded"])
+def test_it_begins_at_half_the_weight_and_learns_the_labels(
+    options: list[str], tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    data = write_labelled(tmp_path / "rows.jsonl")
+    words = ["task.desirable_weight=1.2", "task.lr_warmup_steps=0", "task.eval_iters=null", "optim.lr=3e-3", *options]
+    run_dir = train(model_folder(), data, tmp_path / "run", *words, task="kto")
+    share = series(run_dir, "train/share/chosen")[0]
+    assert series(run_dir, "train/loss")[0] == pytest.approx(0.5 * (1.2 * share + (1 - share)), abs=1e-5)
+    assert series(run_dir, "train/kl")[0] == pytest.approx(0.0, abs=1e-4)
+    losses, margins = series(run_dir, "val/loss"), series(run_dir, "val/rewards/margins")
+    assert len(losses) == 3 and losses[2] < losses[1] < losses[0] < 0.55
+    assert margins[2] > margins[1] > margins[0] > 0
+    assert {f"{split}/{name}" for split in ("train", "val") for name in NAMES} <= tags(run_dir)
+    assert series(run_dir, "val/share/chosen") == [0.5] * 3
+    assert len(list((run_dir / "samples").iterdir())) == 3  # one at each validation
+
+
+def test_pairs_are_taken_and_both_references_are_computed_once(tmp_path: Path, model_folder: ModelFolder) -> None:
+    data = write_pairs(tmp_path / "rows.jsonl", 12)
+    words = ["task.max_num_steps=2", "task.lr_warmup_steps=0", f"data.cache_dir={tmp_path / 'cache'}"]
+    one = train(model_folder(), data, tmp_path / "one", *words, task="kto")
+    report = json.loads((one / "data_report.json").read_text())
+    assert report["splits"]["train"]["labels"] == {"desirable": 12, "undesirable": 12, "pairs": 12}
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("reference-*.npy")}
+    kinds = {path.name.rpartition("-")[0] for path in files}
+    assert kinds == {
+        f"reference-{name}" for name in ("train", "train-mismatched", "validation", "validation-mismatched")
+    }
+    assert all(np.load(path).shape == (24, 1) for path in files)
+    train(model_folder(), data, tmp_path / "two", *words, task="kto")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("reference-*.npy")} == files
+    assert series(one, "train/loss") == series(tmp_path / "two", "train/loss")
+
+
+def test_it_starts_from_a_fine_tuned_run_and_its_reference_is_that_run(
+    tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    data = write_labelled(tmp_path / "rows.jsonl")
+    sft = train(model_folder(), data, tmp_path / "sft", "model.finetune_mode=LORA")
+    words = [f"task.sft_experiment_dir={sft}", "task.max_num_steps=2", "task.lr_warmup_steps=0"]
+    tuned = train(model_folder(), data, tmp_path / "tuned", *words, task="kto")
+    plain = train(model_folder(), data, tmp_path / "plain", "task.max_num_steps=2", task="kto")
+    for run_dir in (tuned, plain):
+        assert series(run_dir, "train/loss")[0] == pytest.approx(0.5, abs=1e-5)
+    assert series(tuned, "train/logps/chosen")[0] > series(plain, "train/logps/chosen")[0] + 1
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run(words)
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in told
+    return told
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ([True, "perhaps"], "rows.jsonl line 2: column 'label' holds 'perhaps', neither true nor false"),
+        (
+            [True, True, True],
+            "all 3 training examples are desirable, and KTO learns from both kinds: add rows of label",
+        ),
+        ([0, 0], "all 2 training examples are undesirable"),
+    ],
+)
+def test_labels_that_teach_nothing(
+    labels: list[object], says: str, tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"p{i}", "response": "a word or two", "label": label} for i, label in enumerate(labels)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = refused(train_words(model_folder(), data, tmp_path / "run", task="kto"), capsys)
+    assert says in " ".join(told.split())
+
+
+def test_rows_of_one_prompt_are_refused_and_a_lonely_validation_row_is_not(
+    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "p", "response": f"{i} words", "label": i % 2} for i in range(4)]
+    lonely, data = tmp_path / "lonely.jsonl", write_labelled(tmp_path / "rows.jsonl", 8)
+    lonely.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = refused(train_words(model_folder(), lonely, tmp_path / "one", task="kto"), capsys)
+    assert "every training row has the same prompt" in " ".join(told.split())
+    lonely.write_text(json.dumps(rows[0]) + "\n")
+    words = [f"data.validation_file={lonely}", "task.max_num_steps=1"]
+    run_dir = train(model_folder(), data, tmp_path / "two", *words, task="kto")
+    assert "val/rewards/rejected" in tags(run_dir)
+    assert "val/rewards/chosen" not in tags(run_dir)
+
+
+def test_unbalanced_labels_are_told(
+    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_labelled(tmp_path / "rows.jsonl", 8)
+    words = ["task.max_num_steps=1", "task.undesirable_weight=3"]
+    train(model_folder(), data, tmp_path / "run", *words, task="kto")
+    told = " ".join(capsys.readouterr().err.split())
+    assert "warning: 4 desirable and 4 undesirable examples, times their weights, are 0.333 to 1" in told
+    assert "give task.desirable_weight=3.5" in told
+    train(model_folder(), data, tmp_path / "balanced", "task.max_num_steps=1", task="kto")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_the_command_line_knows_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, says in (
+        (["list"], "kto"),
+        (["show", "task=kto"], "undesirable_weight"),
+        (["train", "task=kto", "--help"], "desirable_weight"),
+    ):
+        run(words)
+        assert says in capsys.readouterr().out
