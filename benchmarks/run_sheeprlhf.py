@@ -2,10 +2,11 @@
 
     python benchmarks/run_sheeprlhf.py --task sft|rm|dpo --work WORK --model tiny4k|tiny|smol [--precision fp32] [...]
 
-WORK holds `data-<vocabulary>/pairs.jsonl`, `models/<name>/` and, for rm, `models/<name>-rm/`. Update k trains on rows [k*batch, (k+1)*batch) in file
-order with AdamW at 1e-5 and gradients clipped at 1.0. Useful tokens are counted from the file. `startup_s` is from the
-creation of the process to the end of the first update; warm-up updates are not timed; memory is the process's peak RSS.
-dpo: the reference's log-probabilities are computed before the first update, as a run reads them from its cache.
+WORK holds `data-<vocabulary>/pairs.jsonl`, `models/<name>/` and, for rm, `models/<name>-rm/`. Update k trains on rows
+[k*batch, (k+1)*batch) in file order with AdamW at 1e-5 and gradients clipped at 1.0. Useful tokens are counted from the
+file. `startup_s` is from the creation of the process to the end of the first update; warm-up updates are not timed;
+memory is the process's peak RSS. dpo: the reference's log-probabilities are computed before the first update, as a run
+reads them from its cache.
 """
 
 import argparse
