@@ -2,10 +2,11 @@
 
     python benchmarks/run_sheeprlhf.py --task sft|rm|dpo --work WORK --model tiny4k|tiny|smol [--precision fp32] [...]
 
-WORK holds `data-<vocabulary>/pairs.jsonl`, `models/<name>/` and, for rm, `models/<name>-rm/`. Update k trains on rows [k*batch, (k+1)*batch) in file
-order with AdamW at 1e-5 and gradients clipped at 1.0. Useful tokens are counted from the file. `startup_s` is from the
-creation of the process to the end of the first update; warm-up updates are not timed; memory is the process's peak RSS.
-dpo: the reference's log-probabilities are computed before the first update, as a run reads them from its cache.
+WORK holds `data-<vocabulary>/pairs.jsonl`, `models/<name>/` and, for rm, `models/<name>-rm/`. Update k trains on rows
+[k*batch, (k+1)*batch) in file order with AdamW at 1e-5 and gradients clipped at 1.0. Useful tokens are counted from the
+file. `startup_s` is from the creation of the process to the end of the first update; warm-up updates are not timed;
+memory is the process's peak RSS. dpo: the reference's log-probabilities are computed before the first update, as a run
+reads them from its cache.
 """
 
 import argparse
@@ -27,6 +28,18 @@ def process_start() -> float:
     ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
     uptime = float(Path("/proc/uptime").read_text().split()[0])
     return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+class Rows(list[Any]):
+    """Examples from which micro-batches are cut, and their numbers of tokens."""
+
+    def __init__(self, examples: list[Any], lengths: Any) -> None:
+        super().__init__(examples)
+        self.lengths = lengths
+
+    def examples(self, part: list[int]) -> list[Any]:
+        """Some of them."""
+        return [self[i] for i in part]
 
 
 def main() -> None:
@@ -56,7 +69,6 @@ def main() -> None:
     import sheeprlhf
     from sheeprlhf.agent.policy import load_policy
     from sheeprlhf.agent.reward import load_reward_model
-    from sheeprlhf.data.collate import collate_packed
     from sheeprlhf.data.example import Example
     from sheeprlhf.engine.fabric import make_fabric
     from sheeprlhf.engine.optim import build_optimizer
@@ -84,7 +96,7 @@ def main() -> None:
         for i, r in enumerate(rows)
     ]
     lengths = np.array([example.num_tokens() for example in examples], np.int32)
-    split = SimpleNamespace(lengths=lengths, examples=lambda part: [examples[i] for i in part])
+    split = Rows(examples, lengths)
 
     dtype = "bfloat16" if args.precision == "bf16" else "float32"
     model = ModelConfig(config_name="auto", repo_name=str(folder), dtype=dtype, gradient_checkpointing=args.gc)
@@ -97,6 +109,7 @@ def main() -> None:
     module, optimizer = fabric.setup(trained, optimizer)
     options = SimpleNamespace(mini_batch_size=args.batch, micro_batch_size=args.micro, token_budget=args.token_budget)
     loss_fn: LossFn = sft_loss
+    reference_seconds = 0.0
     more: dict[str, Any] = {"targets": "all" if args.full_loss else "response"}
     if args.task != "sft":
         more["num_items"] = lambda batch: len(batch.row_ids)
@@ -104,10 +117,13 @@ def main() -> None:
         loss_fn, more["targets"] = partial(rm_loss, loss_type="last_token"), "last"
     if args.task == "dpo":
         loss_fn, reference = partial(dpo_loss, task=DPOConfig()), {}
+        cut, began = Batches(fabric, options, packed=packed, targets="response"), time.time()
         with torch.no_grad():
-            for i, example in enumerate(examples):
-                batch = fabric.to_device(collate_packed([example]))
-                reference[i] = sum_by_response(module(batch).target_N, batch.response_index_N, 2).float().cpu()
+            for part, micro in cut.numbered(split, None, "reference"):
+                batch = fabric.to_device(micro.batch)
+                sums_S = sum_by_response(module(batch).target_N, batch.response_index_N, 2 * len(part))
+                reference |= dict(zip(part, sums_S.view(-1, 2).float().cpu(), strict=True))
+        reference_seconds = time.time() - began
         more["beside"] = lambda _, part: torch.cat([reference[i] for i in part])
     batches = Batches(fabric, options, packed=packed, **more)
     ends, losses = [], []
@@ -132,6 +148,7 @@ def main() -> None:
         "tokens_per_s": round(useful / seconds, 1),
         "samples_per_s": round(args.batch * args.updates / seconds, 3),
         "startup_s": round(ends[0] - started, 2),
+        "reference_s": round(reference_seconds, 2),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         "step_times": [round(b - a, 3) for a, b in zip(ends[args.warmup - 1 :], ends[args.warmup :], strict=False)],
         "threads": torch.get_num_threads(),

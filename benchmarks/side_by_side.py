@@ -5,9 +5,10 @@ r"""Two frameworks on the same work, in turns, one process at a time; prints a M
         --peer "PEER/python PEER/run_trl.py --task sft --work WORK" \
         [--floor "PEER/python PEER/floor.py"] [--lock FILE] [--only NAME]
 
-A line of the cases is `name | options of ours | options of the peer`. Each command prints one line `RESULT {json}`, as
-run_sheeprlhf.py does. The floor is the time that the useful multiplications take at the machine's peak; its command
-measures that anew in every round. A lock file keeps other timings of this machine waiting during each run.
+A line of the cases is `name | options of ours | options of the peer`; they come after the commands' own, so a case may
+say which task it is. Each command prints one line `RESULT {json}`, as run_sheeprlhf.py does. The floor is the time that
+the useful multiplications take at the machine's peak; its command measures that anew in every round. A lock file keeps
+other timings of this machine waiting during each run.
 """
 
 import argparse
@@ -74,14 +75,18 @@ def result_of(command: str, lock: Path | None) -> dict[str, Any]:
     """The RESULT line of a command."""
     lines = [line for line in run(command, lock).splitlines() if line.startswith("RESULT ")]
     result = json.loads(lines[-1].removeprefix("RESULT "))
-    print(f"{result['framework']:>10} {result['model']} {result['precision']}: {result['step_times']}", file=sys.stderr)
+    which = f"{result['framework']:>10} {result['task']} {result['model']} {result['precision']}"
+    print(f"{which}: {result['step_times']}", file=sys.stderr)
     return result
 
 
-def floors(text: str) -> dict[tuple[str, str], float]:
-    """Tokens a second at the peak, by model and number format, from what the floor's command prints for SFT."""
-    found = re.findall(r"^(\S+)\s+sft .*fp32 .*?([\d.]+) tok/s .*bf16 .*?([\d.]+) tok/s", text, re.MULTILINE)
-    return {(model, name): float(n) for model, *both in found for name, n in zip(("fp32", "bf16"), both, strict=True)}
+def floors(text: str) -> dict[tuple[str, str, str], float]:
+    """Tokens a second at the peak, by model, task and number format, from what the floor's command prints."""
+    found = re.findall(r"^(\S+)\s+(\S+) .*fp32 .*?([\d.]+) tok/s .*bf16 .*?([\d.]+) tok/s", text, re.MULTILINE)
+    formats = ("fp32", "bf16")
+    return {
+        (model, task, name): float(n) for model, task, *both in found for name, n in zip(formats, both, strict=True)
+    }
 
 
 def row(case: Case, ours: list[dict[str, Any]], peer: list[dict[str, Any]], floor: list[float]) -> str:
@@ -115,7 +120,7 @@ def main() -> None:
     cases = read_cases(args.cases, args.only)
     ours: dict[str, list[dict[str, Any]]] = {case.name: [] for case in cases}
     peer: dict[str, list[dict[str, Any]]] = {case.name: [] for case in cases}
-    measured: list[dict[tuple[str, str], float]] = []
+    measured: list[dict[tuple[str, str, str], float]] = []
     for number in range(args.rounds):
         if args.floor:
             measured.append(floors(run(args.floor, args.lock)))
@@ -129,7 +134,8 @@ def main() -> None:
     print(f"{datetime.date.today()}, {versions}, {platform.machine()}, median of {args.rounds} rounds")
     print(f"\n{HEADER}\n|{' --- |' * 12}")
     for case in cases:
-        kind = ours[case.name][0]["model"], ours[case.name][0]["precision"].removesuffix("-mixed")
+        first = ours[case.name][0]
+        kind = first["model"], first["task"], first["precision"].removesuffix("-mixed")
         print(row(case, ours[case.name], peer[case.name], [floor[kind] for floor in measured if kind in floor]))
 
 
