@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 from torch import Tensor, nn
 
 from sheeprlhf.data.example import Batch
@@ -19,6 +21,7 @@ from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.step import LossFn, MicroBatch, eval_mode
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.files import write_whole
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -53,10 +56,11 @@ def reference_logprobs(
         (rows, K) float32 nats, 0 where a row has fewer responses.
     """
     rows = data.splits[split]
-    path = data.folder / f"reference-{split}-{key[:16]}.npy"
-    if fabric.broadcast(path.is_file()):
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+    path = data.folder / f"reference-{split}-{key[:16]}.safetensors"
     sums = np.zeros((len(rows), rows.sizes.shape[1] - 1), dtype=np.float32)
+    stored = fabric.broadcast(_read(path, sums.shape) if fabric.is_global_zero else None)
+    if stored is not None:
+        return stored
     with isolated_rng(), eval_mode(module), torch.no_grad():
         for part, micro in batches.numbered(rows, None, f"reference, {split}"):
             batch = fabric.to_device(micro.batch)
@@ -68,7 +72,7 @@ def reference_logprobs(
         assert isinstance(total, Tensor)
         sums = total.numpy()
     if fabric.is_global_zero:
-        _write(path, sums)
+        write_whole(path, save({"logprobs": sums}))
     fabric.barrier()
     return sums
 
@@ -114,7 +118,7 @@ def check_reference(
         problem = (
             f"before the first step the policy's log-probabilities are {logprobs_apart:.2g} nats a token from its "
             f"reference's, more than {tolerance:g}: something besides training changes them (random numbers in the "
-            "model's code, weights that were changed on disk); delete the reference-*.npy files beside the prepared "
+            "model's code, weights that were changed on disk); delete the reference-*.safetensors files beside the prepared "
             "data, or give task.self_check=warn"
         )
     elif not loss_apart <= 10 * tolerance * max(1.0, expected):
@@ -143,9 +147,10 @@ def _by_row(values_S: np.ndarray, rows: TokenizedSplit, part: list[int]) -> np.n
     return matrix
 
 
-def _write(path: Path, sums: np.ndarray) -> None:
-    """A file that appears whole."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, sums, allow_pickle=False)
-    temporary.replace(path)
+def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """What was kept; None if nothing was, or if it is damaged."""
+    try:
+        sums = load(path.read_bytes())["logprobs"]
+    except (OSError, KeyError, SafetensorError):
+        return None
+    return sums if sums.shape == shape and sums.dtype == np.float32 and bool(np.isfinite(sums).all()) else None

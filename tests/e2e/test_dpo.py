@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from sheeprlhf.cli import run
 from tests.support.runs import train, write_pairs
@@ -58,15 +59,15 @@ def test_the_reference_is_computed_once_and_is_that_of_these_weights(tmp_path: P
     cache = f"data.cache_dir={tmp_path / 'cache'}"
     words = ["task.max_num_steps=2", cache]
     train(model_folder(), data, tmp_path / "one", *words, task="dpo")
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("reference-*.npy")}
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("reference-*.safetensors")}
     assert len(files) == 2  # training and validation rows
     train(model_folder(), data, tmp_path / "two", *words, task="dpo")
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("reference-*.npy")} == files
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("reference-*.safetensors")} == files
     sft = train(model_folder(), data, tmp_path / "sft", "task.max_num_steps=2", cache)
     train(model_folder(), data, tmp_path / "three", *words, f"task.sft_experiment_dir={sft}", task="dpo")
-    there = sorted((tmp_path / "cache").rglob("reference-train-*.npy"))
+    there = sorted((tmp_path / "cache").rglob("reference-train-*.safetensors"))
     assert len(there) == 2
-    first, second = (np.load(path) for path in there)
+    first, second = (load_file(path)["logprobs"] for path in there)
     assert np.abs(first - second).max() > 1e-3
 
 

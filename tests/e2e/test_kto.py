@@ -5,8 +5,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from sheeprlhf.cli import run
 from tests.support.runs import train, train_words, write_labelled, write_pairs
@@ -58,14 +58,14 @@ def test_pairs_are_taken_and_both_references_are_computed_once(tmp_path: Path, m
     one = train(model_folder(), data, tmp_path / "one", *words, task="kto")
     report = json.loads((one / "data_report.json").read_text())
     assert report["splits"]["train"]["labels"] == {"desirable": 12, "undesirable": 12, "pairs": 12}
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("reference-*.npy")}
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("reference-*.safetensors")}
     kinds = {path.name.rpartition("-")[0] for path in files}
     assert kinds == {
         f"reference-{name}" for name in ("train", "train-mismatched", "validation", "validation-mismatched")
     }
-    assert all(np.load(path).shape == (24, 1) for path in files)
+    assert all(load_file(path)["logprobs"].shape == (24, 1) for path in files)
     train(model_folder(), data, tmp_path / "two", *words, task="kto")
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("reference-*.npy")} == files
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("reference-*.safetensors")} == files
     assert series(one, "train/loss") == series(tmp_path / "two", "train/loss")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save
 from torch import nn
 from torch.testing import assert_close
 
@@ -68,7 +69,13 @@ def test_reference_of_ragged_rows_is_by_row_and_read_the_second_time(tmp_path: P
         assert (found[row, len(alone) :] == 0).all()
     again = reference_logprobs(*arguments)
     assert rows.computed == 3 and np.array_equal(again, found)
-    assert [path.name for path in tmp_path.iterdir()] == [f"reference-train-{'k' * 16}.npy"]
+    (path,) = tmp_path.iterdir()
+    assert path.name == f"reference-train-{'k' * 16}.safetensors"
+    whole = path.read_bytes()
+    for damaged in (whole[:-4], b"", b"x" * 40, save({"logprobs": found[:4]}), save({"logprobs": found * np.nan})):
+        path.write_bytes(damaged)
+        assert np.array_equal(reference_logprobs(*arguments), found)
+        assert path.read_bytes() == whole
 
 
 def test_dropout_is_off_and_random_numbers_are_untouched(tmp_path: Path, model_folder: ModelFolder) -> None:
