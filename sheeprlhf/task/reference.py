@@ -118,8 +118,8 @@ def check_reference(
         problem = (
             f"before the first step the policy's log-probabilities are {logprobs_apart:.2g} nats a token from its "
             f"reference's, more than {tolerance:g}: something besides training changes them (random numbers in the "
-            "model's code, weights that were changed on disk); delete the reference-*.safetensors files beside the prepared "
-            "data, or give task.self_check=warn"
+            "model's code, weights that were changed on disk); delete the reference-*.safetensors files beside the "
+            "prepared data, or give task.self_check=warn"
         )
     elif not loss_apart <= 10 * tolerance * max(1.0, expected):
         problem = (
