@@ -39,6 +39,10 @@ class TrainTaskConfig(Config):
     save_interval: int = option(100, "Between two checkpoints.", unit="optimizer steps", minimum=1)
     keep_checkpoints: int = option(2, "Newest checkpoints kept (the best one is kept besides).", minimum=1)
 
+    def row_tokens(self, max_length: int) -> int:
+        """Tokens of a row at most, if `max_length` are those of a prompt with one response; of a pair, nearly twice."""
+        return 2 * max_length if self.data_kind == "preference" else max_length
+
 
 @dataclass(unsafe_hash=True)
 class SFTConfig(TrainTaskConfig):
