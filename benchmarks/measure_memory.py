@@ -2,18 +2,18 @@
 
     python benchmarks/measure_memory.py task=sft model=tiny data=local data.train_file=<long rows> task.max_num_steps=3
 
-The plan is for rows as long as `data.max_length`: give such rows, or read the ratio as an upper bound. Linux, one
-process, on the CPU.
+The first word is the task: sft, rm or dpo. The plan is for rows as long as `data.max_length`, of pairs for two such
+responses after a short prompt: give such rows, or read the ratio as an upper bound. Linux, one process, on the CPU.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import sheeprlhf.task.train.sft as sft
 from sheeprlhf.cli import run
-from sheeprlhf.command.memory_plan import step_plan
+from sheeprlhf.model.memory import step_plan
 from sheeprlhf.structure.run import TrainConfig
 
 
@@ -25,7 +25,9 @@ def status(name: str) -> int:
 
 def main() -> None:
     """Run the training, then print one line of JSON, in megabytes."""
-    load, train = sft.load_policy, sft.train
+    task: Any = importlib.import_module(f"sheeprlhf.task.train.{sys.argv[1].removeprefix('task=')}")
+    loader = "load_policy" if hasattr(task, "load_policy") else "load_start"
+    load, train = getattr(task, loader), task.train
     before: list[int] = []
     configs: list[TrainConfig] = []
 
@@ -38,7 +40,8 @@ def main() -> None:
         configs.append(cfg)
         train(fabric, cfg, run_dir)
 
-    sft.load_policy, sft.train = noted_load, noted_train
+    setattr(task, loader, noted_load)
+    task.train = noted_train
     run(["train", *sys.argv[1:]])
     measured = status("VmHWM") - before[0]
     plan = step_plan(configs[0], device="cpu")

@@ -161,9 +161,11 @@ def _with_hydra(verb: str, words: Words) -> int:
 def _job(verb: str, words: Words, own_sweep_dir: bool, codes: list[int], composed: Any) -> None:
     """What Hydra calls for every job. Exit codes are collected; a signal ends the whole sweep."""
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
-    from sheeprlhf.launch import Job, launch
+    from sheeprlhf.launch import Job, launch, settled_words
     from sheeprlhf.structure.compose import SAVED_CHOICE, finish
+    from sheeprlhf.structure.earlier import START
 
     hydra = HydraConfig.get()
     sweep = "--multirun" in words.flags
@@ -176,8 +178,14 @@ def _job(verb: str, words: Words, own_sweep_dir: bool, codes: list[int], compose
         composed.experiment = hydra.runtime.choices.get("experiment")
         composed.run_name = f"{composed.run_name}_{hydra.job.num}" if sweep else composed.run_name
     flags = [flag for flag in words.flags if flag != "--multirun"]
-    job = Job(verb, [*flags, *overrides], None if given == "." else str(given), sweep)
-    code = _guarded(lambda: launch(finish(composed), job), bool(composed.debug))
+    given_dir = None if given == "." else str(given)
+    asked = OmegaConf.select(composed, START)
+
+    def start() -> int:
+        config = finish(composed, given_dir)
+        return launch(config, Job(verb, [*flags, *settled_words(config, overrides, asked)], given_dir, sweep))
+
+    code = _guarded(start, bool(composed.debug))
     codes.append(code)
     if code > 128:
         raise SystemExit(code)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from sheeprlhf.engine.redact import redact_text
 from sheeprlhf.engine.rundir import choose_run_dir, is_finished
 from sheeprlhf.model.locate import locate
+from sheeprlhf.structure.earlier import START, is_newest, start_of
 from sheeprlhf.structure.registry import config_hash
 from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, RootConfig, TrainConfig
 from sheeprlhf.structure.smaller import advice
@@ -43,6 +44,22 @@ class Job(NamedTuple):
     words: list[str]
     given_dir: str | None
     in_sweep: bool
+
+
+def settled_words(config: RootConfig, words: list[str], asked: str | None) -> list[str]:
+    """The words with the run that `newest` has become, so that every process means the same one.
+
+    Args:
+        config: knows that run.
+        words: the job's.
+        asked: what the words, or a recipe, say of it.
+    """
+    start = start_of(config)
+    if start is None or asked is None or not is_newest(asked):
+        return words
+    if is_rank_zero():
+        print(f"{START}={asked}: {start}")
+    return [word for word in words if not word.startswith(f"{START}=")] + [f"{START}={_quoted(start)}"]
 
 
 def launch(config: RootConfig, job: Job) -> int:

@@ -17,6 +17,7 @@ import sheeprlhf
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.hub import cache_root
+from sheeprlhf.utils.memory import size_text
 
 SHOWN = ("torch", "lightning", "transformers", "datasets", "peft", "hydra-core", "safetensors", "numpy")
 _SECONDS = 1.0  # for adding up the sizes of the files in one cache
@@ -36,14 +37,6 @@ class Finding(NamedTuple):
     topic: str
     text: str
     details: tuple[str, ...] = ()
-
-
-def size_text(num_bytes: float) -> str:
-    """A size for people: "1.4 GB", "23 MB"."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB")):
-        if num_bytes >= unit:
-            return f"{num_bytes / unit:.1f} {name}"
-    return f"{num_bytes / 1e6:.0f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.0f} kB"
 
 
 def versions() -> Iterator[Finding]:

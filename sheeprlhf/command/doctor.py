@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 from rich.text import Text
 
-from sheeprlhf.command.checks import Finding, caches, devices, disk, hub, precision, size_text, versions
+from sheeprlhf.command.checks import Finding, caches, devices, disk, hub, precision, versions
 from sheeprlhf.command.screen import Screen, paragraph
 from sheeprlhf.engine.redact import plain_text, redact_command, redact_text
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
@@ -23,6 +23,7 @@ from sheeprlhf.structure.places import model_folder
 from sheeprlhf.structure.run import DoctorConfig
 from sheeprlhf.utils.errors import ModelError, SheepError
 from sheeprlhf.utils.hub import EMBEDDED, why_offline
+from sheeprlhf.utils.memory import size_text
 
 if TYPE_CHECKING:
     from sheeprlhf.model.memory import ModelSize
@@ -86,7 +87,7 @@ def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
     yield from caches(config.data.cache_dir)
     yield _data(config.data, offline.result())
     try:
-        size = measure(config.model, config.fabric.precision)
+        size = measure(config.model, config.fabric.precision, config.task.trains == "reward model")
     except SheepError as error:
         of_model = list(_model(config, None, room))
         yield from of_model

@@ -16,25 +16,47 @@ from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.tokenize import encode
 
+_CUT = "cut at data.max_length: no EOS"
+
 
 class View(NamedTuple):
     """An example, ready to print.
 
     Attributes:
         parts: the tokens of the prompt and of each response, by name.
+        ranks: what a response is among the others, by name; empty where there is one alone.
         facts: what was counted.
         warnings: what is wrong with it.
     """
 
     parts: dict[str, list[Token]]
+    ranks: dict[str, str]
     facts: list[str]
     warnings: list[str]
 
 
-def trained_tokens(batch: Batch) -> Tensor:
+def response_names(count: int) -> dict[str, str]:
+    """The names of an example's responses, which come best first, and what each is among them."""
+    if count == 1:
+        return {"response": ""}
+    if count == 2:
+        return {"chosen": "the better one", "rejected": "the worse one"}
+    ends = {1: ", the best", count: ", the worst"}
+    return {f"response {_letter(rank)}": f"rank {rank} of {count}{ends.get(rank, '')}" for rank in range(1, count + 1)}
+
+
+def _letter(rank: int) -> str:
+    return chr(ord("A") + rank - 1) if rank <= 26 else f"no. {rank}"
+
+
+def trained_tokens(batch: Batch, *, scored: bool = False) -> Tensor:
     """Which tokens the loss counts, read off the batch that training makes of one example.
 
     A target stands one place after the one that predicts it; each response's first is predicted at the prompt's end.
+
+    Args:
+        batch: the example's.
+        scored: it was made with `targets="scores"` or "last": a target stands where it is read.
 
     Returns:
         (T,) bool.
@@ -43,7 +65,8 @@ def trained_tokens(batch: Batch) -> Tensor:
     [(num_prompt, sizes)] = batch.layout.segments
     response_starts = torch.tensor([*accumulate(sizes[:-1], initial=num_prompt)])
     source_N = batch.head_positions_R[batch.logit_index_N]
-    place_N = torch.where(source_N == num_prompt - 1, response_starts[batch.response_index_N], source_N + 1)
+    first_N = response_starts[batch.response_index_N]
+    place_N = source_N if scored else torch.where(source_N == num_prompt - 1, first_N, source_N + 1)
     ids_T = batch.input_ids_BT[0]
     if not torch.equal(ids_T[place_N], batch.target_ids_N):
         raise AssertionError("a target is not the token at its place: this is a bug")
@@ -57,18 +80,20 @@ class Viewer:
 
     Args:
         tokenizer: the model's.
-        targets: "response" or "all", what the task trains on.
+        targets: what the task trains on: "response", "all", "scores" or "last", as `collate_packed` takes it.
     """
 
     def __init__(self, tokenizer: Any, *, targets: str) -> None:
         self._tokenizer, self._targets = tokenizer, targets
+        self._scored = targets in ("scores", "last")
         self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._opening = _answer_opening(tokenizer)
 
     def view(self, example: Example) -> View:
         """The tokens of an example and the facts about it."""
-        trained = trained_tokens(collate_packed([example], targets=self._targets)).tolist()
-        names = ("response",) if len(example.responses) == 1 else ("chosen", "rejected")
+        batch = collate_packed([example], targets=self._targets)
+        trained = trained_tokens(batch, scored=self._scored).tolist()
+        names = response_names(len(example.responses))
         prompt = example.prompt_ids.tolist()
         responses = {name: ids.tolist() for name, ids in zip(names, example.responses, strict=True)}
         parts: dict[str, list[Token]] = {}
@@ -86,13 +111,18 @@ class Viewer:
             special = [number in self._special for number in ids]
             parts[name] = [Token(*fields) for fields in zip(shown, marks, special, strict=True)]
         sizes = " + ".join(f"{name} {len(tokens)}" for name, tokens in parts.items())
-        facts = [f"{sizes} = {len(trained)} tokens", f"{sum(trained)} trained on"]
+        facts = [f"{sizes} = {len(trained)} tokens", f"{sum(trained)} {'scored' if self._scored else 'trained on'}"]
         self._look_at_start(prompt, facts, warnings)
-        for name, ids in responses.items():
-            ended = ids[-1] == self._tokenizer.eos_token_id
-            facts.append(f"{name} ends in EOS" if ended else f"{name} cut at data.max_length: no EOS")
+        ended = {name: ids[-1] == self._tokenizer.eos_token_id for name, ids in responses.items()}
+        if len(ended) > 2 and all(ended.values()):
+            facts.append("all responses end in EOS")
+        else:
+            facts += [f"{name} {'ends in EOS' if end else _CUT}" for name, end in ended.items()]
         self._look_at_template(prompt, facts, warnings)
-        return View(parts, facts, warnings)
+        ranks = {name: rank for name, rank in names.items() if rank}
+        if ranks and example.margin:
+            facts.append(f"margin {example.margin:g}")
+        return View(parts, ranks, facts, warnings)
 
     def _look_at_start(self, prompt: Sequence[int], facts: list[str], warnings: list[str]) -> None:
         bos = self._tokenizer.bos_token_id

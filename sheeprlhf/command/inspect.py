@@ -21,7 +21,7 @@ from sheeprlhf.data.report import render_report
 from sheeprlhf.engine.redact import plain_text, redact_command, redact_text
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.run import InspectConfig
-from sheeprlhf.structure.task import SFTConfig
+from sheeprlhf.structure.task import RMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.files import write_whole
 
@@ -31,6 +31,13 @@ _STYLES = {  # two shades of each, taken in turn, show where a token ends
     True: ("black on #a6e3a1", "black on #7cc97a"),
     False: ("#d0d3d9 on #3b3f46", "#d0d3d9 on #50555e"),
 }
+_LOOKS_AT = {  # by targets
+    "response": "counts responses alone",
+    "all": "counts prompts and responses (task.use_masked_targets=false)",
+    "last": "compares the scores after the last token of each response",
+    "scores": "compares the scores after the tokens of the responses, from the first that differs on",
+}
+_COMPARES = "compares the log-probabilities of whole responses"
 _SPECIAL_STYLES = {True: "bold #7a0073", False: "bold #ff9df5"}
 
 
@@ -54,23 +61,26 @@ def run(config: InspectConfig) -> int:
     files = {kind: Path(config.output_dir, f"{name}-{kind}") for kind in ("lengths.png", "data_report.json")}
     replaced = _check_files(list(files.values()))
     tokenizer = load_tokenizer(config.model)
-    # every task so far learns from one response
-    data = prepare_data(config.data, tokenizer, kind="sft", say=print, progress=sys.stderr.isatty())
+    kind = config.task.data_kind
+    data = prepare_data(config.data, tokenizer, kind=kind, say=print, progress=sys.stderr.isatty())
     _say(screen, render_report(data.report))
-    _check_split(config.split, data)
+    first, *_ = [name for name in config.task.train_splits if name in data.splits] or config.task.train_splits
+    split = config.split or first
+    _check_split(split, data)
 
-    all_targets = isinstance(config.task, SFTConfig) and not config.task.use_masked_targets
-    viewer = Viewer(tokenizer, targets="all" if all_targets else "response")
+    targets = _targets(config.task)
+    viewer = Viewer(tokenizer, targets=targets)
     marks = _marks(screen)
-    _print_head(screen, config, data, all_targets, marks)
-    rows = data.splits[config.split]
+    _print_head(screen, config, data, split, targets, marks)
+    rows = data.splits[split]
     for number in range(min(config.num_examples, len(rows))):
         example = rows.example(number)
         _print_example(screen, f"example {number + 1}: row {example.row_id}", viewer.view(example), marks)
 
-    _say(screen, f"\nlengths of the {config.split} split, rows of each:")
-    longest_bar = min((columns() - 36) // 3, 20)
-    _say(screen, "\n".join(text_histogram(lengths_of(rows), bar=marks.bar, longest_bar=longest_bar)))
+    lengths = lengths_of(rows)
+    _say(screen, f"\nlengths of the {split} split, {'responses' if 'better' in lengths else 'rows'} of each:")
+    longest_bar = min((columns() - 12 * len(lengths)) // len(lengths), 20)
+    _say(screen, "\n".join(text_histogram(lengths, bar=marks.bar, longest_bar=longest_bar)))
     title = f"Token lengths of data={config.data.config_name} with the tokenizer of model={config.model.config_name}"
     report = {"made_by": SIGNATURE, **data.report}
     _write(files["lengths.png"], draw_histograms(data.splits, config.data, title, SIGNATURE))
@@ -137,23 +147,33 @@ def _is_colored(screen: Screen) -> bool:
     return screen.color_system is not None and not screen.no_color
 
 
-def _print_head(screen: Screen, config: InspectConfig, data: PreparedData, all_targets: bool, marks: Marks) -> None:
+def _targets(task: TrainTaskConfig) -> str:
+    """What the task's loss looks at, as `collate_packed` takes it."""
+    if isinstance(task, RMConfig):
+        return "last" if task.loss_type == "last_token" else "scores"
+    return "all" if isinstance(task, SFTConfig) and not task.use_masked_targets else "response"
+
+
+def _print_head(
+    screen: Screen, config: InspectConfig, data: PreparedData, split: str, targets: str, marks: Marks
+) -> None:
     """Which examples follow, what is trained on, and how that is shown."""
-    share = data.report["splits"][config.split]["eos_share"]
-    count = len(data.splits[config.split])
-    what = "prompts and responses (task.use_masked_targets=false)" if all_targets else "responses alone"
-    _say(screen, f"\n{config.split} split: {min(config.num_examples, count)} of {count:,} examples")
-    _say(screen, f"the loss counts {what}; {share:.1%} of the responses end in EOS")
+    share = data.report["splits"][split]["eos_share"]
+    count = len(data.splits[split])
+    _say(screen, f"\n{split} split: {min(config.num_examples, count)} of {count:,} examples")
+    looks_at = _COMPARES if targets == "response" and config.task.data_kind == "preference" else _LOOKS_AT[targets]
+    _say(screen, f"the loss {looks_at}; {share:.1%} of the responses end in EOS")
     if not config.num_examples:
         return
+    what = "scored" if targets in ("last", "scores") else "trained on"
     legend = Text("+ ")
     if _is_colored(screen):
-        for trained, meaning in ((True, "trained on"), (False, "not trained on")):
+        for trained, meaning in ((True, what), (False, f"not {what}")):
             for style, word in zip(_STYLES[trained] * 2, meaning.split(), strict=False):
                 legend.append(f" {word} ", style)
             legend.append("  ")
     else:
-        legend.append(f"trained on   {marks.border} between two tokens   ")
+        legend.append(f"{what}   {marks.border} between two tokens   ")
     legend.append(f"{marks.newline} newline   {marks.unfinished} part of the next character")
     screen.print(legend)
 
@@ -166,7 +186,8 @@ def _print_example(screen: Screen, title: str, view: View, marks: Marks) -> None
         screen.print(paragraph(f"WARNING: {warning}", style="bad"))
     width = columns() - len(_GUTTER[True])
     for name, tokens in view.parts.items():
-        screen.print(Text(f"{name}:", "italic"))
+        rank = f" ({view.ranks[name]})" if name in view.ranks else ""
+        screen.print(Text(f"{name}{rank}:", "italic"))
         for line in lines(tokens, width):
             screen.print(_line(screen, line, marks))
 

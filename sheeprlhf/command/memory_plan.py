@@ -1,24 +1,23 @@
 """The memory that a training step would need, part by part, and what to change where it is too much."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
 
-from sheeprlhf.command.checks import Finding, size_text
+from sheeprlhf.command.checks import Finding
 from sheeprlhf.command.screen import table
 from sheeprlhf.model.memory import (
     NO_HOLES,
     MemoryPlan,
     ModelSize,
-    allocator_share,
     measure,
-    plan,
-    tokens_of_forward,
+    rows_of_forward,
+    step_plan,
 )
-from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.smaller import Change, changed, smaller, words
+from sheeprlhf.structure.task import DPOConfig
 from sheeprlhf.structure.validate import parse_devices
+from sheeprlhf.utils.memory import size_text
 
 _TIGHT = 0.8  # of what is available: the plan is not that exact
 _THRESHOLD = 1 << 20  # bytes; a smaller one costs more time
@@ -53,55 +52,32 @@ def memory_finding(config: TrainConfig, size: ModelSize, room: int | None, devic
     return Finding("problem" if needed > room else "warning", "memory", text, tuple(details))
 
 
-def step_plan(
-    config: TrainConfig,
-    *,
-    size_of: Callable[[ModelConfig, str], ModelSize] = measure,
-    device: str,
-    holes: bool = True,
-) -> MemoryPlan:
-    """What one process needs for a step.
-
-    Args:
-        config: what would be trained, and how.
-        size_of: measures a model in a precision.
-        device: "cpu" or "cuda".
-        holes: count those that the allocator leaves.
-    """
-    model = dataclasses.replace(config.model, gradient_checkpointing=False)  # one measurement does for both
-    size = size_of(model, config.fabric.precision)
-    rows, row = _rows(config, size)
-    return plan(
-        size,
-        config.optim,
-        tokens=rows * row,
-        checkpointing=config.model.gradient_checkpointing,
-        allocator_share=allocator_share(device, config.model.finetune_mode) if holes else 0.0,
-    )
-
-
-def _rows(config: TrainConfig, size: ModelSize) -> tuple[int, int]:
-    """How many rows a forward pass has at most, if all are as long as can be, and how long that is, in tokens."""
-    row = min(config.data.max_length, size.positions or config.data.max_length)
-    return tokens_of_forward(config.task, row) // row, row
-
-
 def _table(config: TrainConfig, size: ModelSize, parts: MemoryPlan) -> list[str]:
     """One line a part, and their sum."""
-    rows, row = _rows(config, size)
+    rows, row = rows_of_forward(config, size)
     recomputed = ", recomputed but for the inputs of layers" if config.model.gradient_checkpointing else ""
+    kind = "pairs" if config.task.data_kind == "preference" else "rows"
     notes = {
         "weights": f"{size.parameters:,} parameters",
         "gradients": "of what trains",
         "optimizer": f"optim={config.optim.config_name}",
-        "activations": f"{rows * row:,} tokens: {rows} rows of {row}{recomputed}",
+        "activations": f"{rows * row:,} tokens: {rows} {kind} of {row}{recomputed}",
         "logits": f"{size.vocabulary:,} numbers a target",
         "allocator": "what freed tensors leave unused in the heap",
         "libraries": "of the process, before there is a model",
     }
     lines = [(name, size_text(value), notes[name]) for name, value in parts._asdict().items() if value]
+    if _has_reference(config):
+        lines.append(("reference", "0 MB", "no second model: its log-probabilities are kept on the disk"))
     lines.append(("sum", size_text(parts.total()), ""))
     return ["  ".join(line).rstrip() for line in table(lines, right={1})]
+
+
+def _has_reference(config: TrainConfig) -> bool:
+    from sheeprlhf.task.train.dpo import NO_REFERENCE
+
+    task = config.task
+    return isinstance(task, DPOConfig) and task.loss_type not in NO_REFERENCE and not task.reference_free
 
 
 def _advice(config: TrainConfig, room: float, need: Callable[[TrainConfig], int]) -> list[str]:

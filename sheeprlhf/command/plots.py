@@ -12,7 +12,13 @@ from sheeprlhf.structure.data import DataConfig
 
 Lengths = dict[str, np.ndarray]
 
-_COLORS = {"prompt": "#8a8f98", "response": "#3f9c54", "total": "#3a6ea5"}
+_COLORS = {
+    "prompt": "#8a8f98",
+    "response": "#3f9c54",
+    "better": "#3f9c54",
+    "worse": "#b8862d",
+    "total": "#3a6ea5",
+}
 _LIMIT_COLOR = "#c8412b"
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
 _MOST_BARS = 40
@@ -21,9 +27,13 @@ _FAR = 2.5  # a limit this many times as long as the longest row would leave no 
 
 
 def lengths_of(split: TokenizedSplit) -> Lengths:
-    """Tokens of every prompt, every response and every row of a split."""
-    responses = split.sizes[:, 1:]
-    return {"prompt": split.sizes[:, 0], "response": responses[responses >= 0], "total": split.lengths}
+    """Tokens of every prompt, every response and every row of a split; of ranked responses, the best one and the rest.
+
+    Where the better responses are the longer ones, a model can learn length instead of what is meant.
+    """
+    responses, worse = split.sizes[:, 1], split.sizes[:, 2:]
+    of_responses = {"better": responses, "worse": worse[worse >= 0]} if worse.size else {"response": responses}
+    return {"prompt": split.sizes[:, 0], **of_responses, "total": split.lengths}
 
 
 def text_histogram(lengths: Lengths, *, bar: str, longest_bar: int) -> list[str]:
@@ -67,13 +77,16 @@ def draw_histograms(splits: Mapping[str, TokenizedSplit], cfg: DataConfig, title
     from matplotlib import style
     from matplotlib.figure import Figure  # without pyplot: no window, and no figures that others share
 
-    limits = {"prompt": ("data.max_prompt_length", cfg.max_prompt_length), "total": ("data.max_length", cfg.max_length)}
     lengths = {name: lengths_of(split) for name, split in splits.items()}
+    kinds = list(next(iter(lengths.values())))
+    limits = {"prompt": ("data.max_prompt_length", cfg.max_prompt_length)}
+    if "response" in kinds:  # else the limit is that of the prompt with its longest response
+        limits["total"] = ("data.max_length", cfg.max_length)
     with style.context(["default", _STYLE]):  # the user's own settings may not fit
         figure = Figure(figsize=(11, 1.3 + 1.75 * len(splits)), layout="constrained")
         figure.suptitle(title, fontsize=11)
-        grid = figure.subplots(len(splits), len(_COLORS), sharex="col", squeeze=False)
-        for column, kind in enumerate(_COLORS):
+        grid = figure.subplots(len(splits), len(kinds), sharex="col", squeeze=False)
+        for column, kind in enumerate(kinds):
             longest = int(max(lengths[name][kind].max() for name in lengths))
             step = math.ceil(longest / _MOST_BARS)
             edges = np.arange(1, longest + step + 1, step) - 0.5

@@ -30,7 +30,7 @@ from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.folders import locked, written_folder
 
-FORMAT_VERSION = 4  # raise it whenever the code makes other rows of the same input
+FORMAT_VERSION = 5  # raise it whenever the code makes other rows, or another report, of the same input
 _PREFERENCES = ("train", "reward")
 TRAINING_SPLITS = {"sft": ("train",), "preference": _PREFERENCES, "unpaired": _PREFERENCES}  # one must have rows
 NOT_IN_FINGERPRINT = ("cache_dir", "num_proc", "dataset_name", "revision", "train_file", "validation_file", "test_file")

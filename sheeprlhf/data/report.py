@@ -31,6 +31,7 @@ class SplitCount:
         self.responses = 0
         self.labels: Counter[str] = Counter()
         self.with_eos = 0
+        self.with_margin = 0
 
     def add(self, row: TokenRow, dropped: str | None, duplicate: bool) -> None:
         """Count one row; `dropped` is the reason why it is left out."""
@@ -46,6 +47,7 @@ class SplitCount:
         self.labels.update("desirable" if label else "undesirable" for label in row.desirable)
         self.labels["pairs"] += len(row.desirable) == 2
         self.with_eos += row.num_eos
+        self.with_margin += row.margin != 0.0
 
     def report(self, split: TokenizedSplit | None) -> Report:
         """The split's part of the report.
@@ -64,13 +66,17 @@ class SplitCount:
             "duplicates": self.duplicates,
             "special_token_rows": self.special_text,
             "eos_share": self.with_eos / self.responses if self.responses else None,
+            "pairs": 0,
+            "rows_with_margin": self.with_margin,
             "trained_tokens": 0,
             "tokens": {},
         }
         if any(self.labels.values()):
             part["labels"] = {name: self.labels[name] for name in ("desirable", "undesirable", "pairs")}
         if split is not None:
-            responses = split.sizes[:, 1:][split.sizes[:, 1:] >= 0]
+            there = split.sizes[:, 1:] >= 0
+            responses, of_row = split.sizes[:, 1:][there], there.sum(axis=1, dtype=np.int64)
+            part["pairs"] = int((of_row * (of_row - 1) // 2).sum())
             part["trained_tokens"] = int(responses.sum(dtype=np.int64))
             part["tokens"] = {
                 "prompt": _percentiles(split.sizes[:, 0]),
@@ -165,7 +171,13 @@ def render_report(report: Report) -> str:
     for kind in ("prompt", "response"):
         if any(part["truncated"][kind] for part in parts):
             line(f"  {kind} cut", [part["truncated"][kind] for part in parts])
-    for key, label in (("duplicates", "duplicate rows"), ("special_token_rows", "rows with special-token text")):
+    told = {
+        "pairs": "pairs of a better and a worse response",
+        "rows_with_margin": "rows with a margin (task=rm reads it)",
+        "duplicates": "duplicate rows",
+        "special_token_rows": "rows with special-token text",
+    }
+    for key, label in told.items():
         if any(part[key] for part in parts):
             line(label, [part[key] for part in parts])
     if any("labels" in part for part in parts):

@@ -91,7 +91,8 @@ def texts(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         raise DataError(f"column '{column}' holds {type(value).__name__}, not a list; write a list of strings")
     if len(value) < 2:
-        raise DataError(f"column '{column}' has {len(value)} entries; give two or more, best first")
+        count = "1 entry" if value else "no entry"
+        raise DataError(f"column '{column}' has {count}; give two or more, best first")
     found = []
     for number, entry in enumerate(value):
         try:

@@ -164,7 +164,7 @@ class RowTokenizer:
             if example.ranked is not None:
                 return example.ranked
             if example.chosen is None or example.rejected is None:
-                raise MissingColumnError("a preference task needs the columns chosen and rejected")
+                raise MissingColumnError("a preference task needs the columns chosen and rejected, or responses")
             return example.chosen, example.rejected
         best = example.chosen if example.ranked is None else example.ranked[0]
         response = best if example.response is None else example.response

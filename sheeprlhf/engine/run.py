@@ -32,11 +32,14 @@ class Run:
 
     Attributes:
         dir: the run directory.
+        cfg: the run's configuration.
+        planned_memory: bytes that a step needs at most by plan, None if nobody planned.
     """
 
     def __init__(self, fabric: Fabric, cfg: TrainConfig, run_dir: Path, stack: ExitStack) -> None:
         """Nothing is written yet; `stack` ends with the run."""
-        self.dir = run_dir
+        self.dir, self.cfg = run_dir, cfg
+        self.planned_memory: int | None = None
         self._fabric = fabric
         self._config_hash = config_hash(cfg)
         self._keep = cfg.task.keep_checkpoints

@@ -9,17 +9,15 @@ import os
 import re
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.engine.redact import redact_command
+from sheeprlhf.structure.earlier import RUN_FILE, find_runs, read_run
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import fsync, read_small
+from sheeprlhf.utils.files import fsync
 
-RUN_FILE = "run.json"
-_MAX_RUN_BYTES = 1 << 20
 _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 
 
@@ -142,28 +140,6 @@ def _make_dir(folder: Path, key: str, *, exist_ok: bool) -> bool:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{key}: the run directory {folder} is not writable; choose another with root_dir=<folder>")
     return True
-
-
-class FoundRun(NamedTuple):
-    """A run directory and the content of its run.json."""
-
-    dir: Path
-    info: dict[str, Any]
-
-
-def find_runs(root_dir: str | Path) -> list[FoundRun]:
-    """All runs under `root_dir`, newest first."""
-    runs = [FoundRun(path.parent, read_run(path.parent)) for path in Path(root_dir).glob(f"*/*/*/*/*/{RUN_FILE}")]
-    return sorted((run for run in runs if run.info), key=lambda run: (run.info["started"], run.dir.name), reverse=True)
-
-
-def read_run(run_dir: Path) -> dict[str, Any]:
-    """The content of run.json; empty if it is missing or not ours."""
-    with suppress(OSError, ValueError, RecursionError):
-        info = json.loads(read_small(run_dir / RUN_FILE, _MAX_RUN_BYTES))
-        if isinstance(info, dict) and isinstance(info.get("started"), int | float):
-            return info
-    return {}
 
 
 def _write_run(run_dir: Path, info: dict[str, Any]) -> None:

@@ -10,20 +10,21 @@ vocabulary, the bytes of
     activations  fixed + N * per_token: what autograd keeps in all layers from the forward to the backward pass, and as
                  much as it keeps in one layer for the gradients inside one; with gradient checkpointing fixed + N *
                  checkpointed: the inputs of all layers, and one layer with its gradients
-    logits       4 M, in half precision 2 M, with M = min(N V, MAX_LOGITS)
+    logits       4 M, in half precision 2 M, with M = min(N V, MAX_LOGITS); a reward model has none
     allocator    holes that freed tensors leave in the heap of the C library: a share of activations and logits
     libraries    the process before it has a model
 
 The first three are exact. The sum stands for the worst moment of a step, the end of the forward pass of its last
-micro-batch, with rows as long as the data allows and a target at every token.
+micro-batch, with rows as long as the data allows and a target at every token. A pair of responses is one row: of
+preference tasks, N is that of both. Their reference is no second model, but numbers on the disk.
 """
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,10 @@ from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.head import MAX_LOGITS
 from sheeprlhf.model.load import backbone_and_head, load_causal_lm, uses_packed_attention
 from sheeprlhf.model.lora import add_lora
+from sheeprlhf.model.scalar import HEAD, with_score_head
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig, SGDConfig
+from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.errors import ModelError
 
@@ -59,7 +62,7 @@ class ModelSize(NamedTuple):
         fixed: kept for the backward pass whatever the number of tokens.
         per_token: needed for each token.
         checkpointed: needed for each token with gradient checkpointing.
-        vocabulary: V, a number.
+        vocabulary: V, a number; 0 for a model whose head gives a score.
         half: the head computes in half precision.
         positions: the longest row that it can read, in tokens; None where nothing limits it.
     """
@@ -93,17 +96,29 @@ class MemoryPlan(NamedTuple):
         return sum(self)
 
 
-def measure(cfg: ModelConfig, precision: str) -> ModelSize:
+def measure(cfg: ModelConfig, precision: str, scores: bool = False) -> ModelSize:
     """The size of a model as it is trained in one of the precisions of `fabric.precision`.
+
+    Args:
+        cfg: the model's configuration.
+        precision: that of the training.
+        scores: it becomes a reward model.
 
     Raises:
         ModelError: its config.json cannot be had or read, its adapters do not fit it, or its code reads tensors.
     """
     plain = dataclasses.replace(cfg, random_init=True, gradient_checkpointing=False)
+    if scores:
+        plain = dataclasses.replace(plain, freeze_transformer=False)
     with torch.device("meta"):
         causal_lm = load_causal_lm(plain, vocabulary=0, longest=0)
+        whole = with_score_head(causal_lm, 0) if scores else causal_lm
+        if scores and cfg.freeze_transformer:
+            whole.requires_grad_(False)
+            getattr(whole, HEAD).requires_grad_(True)
         adapted = cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None
-        model: nn.Module = add_lora(causal_lm, cfg.lora_cfg) if adapted and cfg.lora_cfg else causal_lm
+        head = HEAD if scores else None
+        model: nn.Module = add_lora(whole, cfg.lora_cfg, head=head) if adapted and cfg.lora_cfg else whole
     if precision in _TRUE:
         model = model.to(_TRUE[precision])
     try:
@@ -112,7 +127,7 @@ def measure(cfg: ModelConfig, precision: str) -> ModelSize:
         raise ModelError(f"{type(causal_lm).__name__} cannot be run on tensors without content: {error}") from error
     layers = int(getattr(causal_lm.config, "num_hidden_layers", 1))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    head: Any = backbone_and_head(causal_lm)[1]
+    vocabulary = 0 if scores else cast(Tensor, backbone_and_head(causal_lm)[1].weight).shape[0]
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         weights=_size([*model.parameters(), *model.buffers()]),
@@ -122,8 +137,8 @@ def measure(cfg: ModelConfig, precision: str) -> ModelSize:
         fixed=fixed,
         per_token=per_token + per_token // layers,
         checkpointed=layers * hidden.shape[-1] * hidden.itemsize + 2 * per_token // layers,
-        vocabulary=head.weight.shape[0],
-        half=precision in _MIXED or head.weight.itemsize == 2,
+        vocabulary=vocabulary,
+        half=precision in _MIXED or next(backbone_and_head(causal_lm)[0].parameters()).itemsize == 2,
         positions=getattr(causal_lm.config, "max_position_embeddings", None),
     )
 
@@ -203,3 +218,35 @@ def plan(
         allocator=int(allocator_share * (activations + logits)),
         libraries=LIBRARIES,
     )
+
+
+def step_plan(
+    config: TrainConfig, *, device: str, size_of: Callable[..., ModelSize] = measure, holes: bool = True
+) -> MemoryPlan:
+    """What one process needs for a step.
+
+    Args:
+        config: what would be trained, and how.
+        device: "cpu" or "cuda".
+        size_of: `measure`, or what remembers its results.
+        holes: count those that the allocator leaves.
+
+    Raises:
+        ModelError: the model cannot be measured.
+    """
+    model = dataclasses.replace(config.model, gradient_checkpointing=False)  # one measurement does for both
+    size = size_of(model, config.fabric.precision, config.task.trains == "reward model")
+    rows, row = rows_of_forward(config, size)
+    return plan(
+        size,
+        config.optim,
+        tokens=rows * row,
+        checkpointing=config.model.gradient_checkpointing,
+        allocator_share=allocator_share(device, config.model.finetune_mode) if holes else 0.0,
+    )
+
+
+def rows_of_forward(config: TrainConfig, size: ModelSize) -> tuple[int, int]:
+    """How many rows a forward pass has at most, if all are as long as can be, and how long that is, in tokens."""
+    row = config.task.row_tokens(min(config.data.max_length, size.positions or config.data.max_length))
+    return tokens_of_forward(config.task, row) // row, row

@@ -24,9 +24,16 @@ def scalar_model(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     Raises:
         ModelError: transformers has no such model of this architecture, or no token is left for padding.
     """
+    padding = tokenizer.convert_tokens_to_ids(padding_token(tokenizer))
+    assert isinstance(padding, int)
+    return with_score_head(causal_lm, padding)
+
+
+def with_score_head(causal_lm: PreTrainedModel, padding_id: int) -> PreTrainedModel:
+    """`scalar_model` with this token for padding."""
     config = copy.deepcopy(causal_lm.config)
     config.num_labels = 1
-    config.pad_token_id = tokenizer.convert_tokens_to_ids(padding_token(tokenizer))
+    config.pad_token_id = padding_id
     try:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, dtype=causal_lm.dtype)

@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 import sheeprlhf
 from sheeprlhf.structure.catalogue import condensed
+from sheeprlhf.structure.earlier import with_start
 from sheeprlhf.structure.limits import option_problems
 from sheeprlhf.structure.overrides import Chosen, key_problem, missing_problem, pick_groups, readable
 from sheeprlhf.structure.registry import ROOTS, choices, groups, options, register_configs, to_typed
@@ -102,8 +103,12 @@ def saved_overrides(verb: str, overrides: list[str]) -> list[str]:
     return [f"{group}={SAVED_CHOICE}" for group in added]
 
 
-def finish(config: DictConfig) -> RootConfig:
+def finish(config: DictConfig, given_dir: str | None = None) -> RootConfig:
     """The typed, valid, read-only configuration of one job.
+
+    Args:
+        config: what Hydra composed.
+        given_dir: the directory of `hydra.run.dir=...`, if the user gave one.
 
     Raises:
         ConfigError: with every problem.
@@ -112,7 +117,7 @@ def finish(config: DictConfig) -> RootConfig:
         for group in ("model", "data"):
             if config[group] is None:
                 config[group] = saved_group(config.experiment_dir, group)
-    typed = to_typed(config)
+    typed = with_start(to_typed(config), given_dir)
     problems = validate(typed)
     if problems:
         raise ConfigError(*problems)

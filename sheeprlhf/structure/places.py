@@ -43,22 +43,32 @@ def new_folder_problems(key: str, path: str) -> Iterator[str]:
         yield f"{key}={path} cannot be written: {folder} does not permit it; give another {key}"
 
 
-def run_problems(experiment_dir: str, model_name: str) -> Iterator[str]:
-    """Whether a run has the weights that an evaluation asks for, and takes its results."""
-    run_dir = Path(experiment_dir)
-    yield from new_folder_problems("experiment_dir", str(run_dir / "eval"))
-    if model_name == "final":
-        if not (run_dir / "final").is_dir():
+def is_weights_name(name: str) -> bool:
+    """Whether it can name weights of a run."""
+    return re.fullmatch(r"final|best|last|step-\d+", name) is not None
+
+
+def weights_problems(run_dir: str, name: str, *, key: str, name_key: str) -> Iterator[str]:
+    """Whether a run has the weights of this name.
+
+    Args:
+        run_dir: the run.
+        name: "final", "best", "last" or "step-<n>".
+        key: the option that names the run.
+        name_key: the option that names the weights.
+    """
+    if name == "final":
+        if not Path(run_dir, "final").is_dir():
             yield (
-                f"experiment_dir={run_dir}: this run has no final/ yet; finish it with resume_from={run_dir}, "
-                "or evaluate task.model_name=last"
+                f"{key}={run_dir}: this run has no final/ yet; finish it with resume_from={run_dir}, "
+                f"or give {name_key}=last"
             )
         return
-    there = sorted(path.name for path in run_dir.glob("checkpoints/step-*") if path.name[5:].isdigit())
+    there = sorted(path.name for path in Path(run_dir).glob("checkpoints/step-*") if path.name[5:].isdigit())
     if not there:
-        yield f"experiment_dir={run_dir}: this run has no checkpoint; go on with it by resume_from={run_dir}"
-    elif model_name.startswith("step-") and model_name not in there:
-        yield f"task.model_name={model_name}: {run_dir} has no such checkpoint; it has {', '.join(there)}"
+        yield f"{key}={run_dir}: this run has no checkpoint; go on with it by resume_from={run_dir}"
+    elif name.startswith("step-") and name not in there:
+        yield f"{name_key}={name}: {run_dir} has no such checkpoint; it has {', '.join(there)}"
 
 
 def is_hub_id(name: str) -> bool:

@@ -77,7 +77,11 @@ class InspectConfig(CommandConfig):
     task: TrainTaskConfig = MISSING
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
-    split: str = option("train", "Split to show.", choices=("train", "validation", "test", "reward"))
+    split: Optional[str] = option(
+        None,
+        "Split to show; null shows the one that the task trains on.",
+        choices=("train", "validation", "test", "reward"),
+    )
     num_examples: int = option(3, "Examples to print.", minimum=0)
     output_dir: str = option("logs/inspect", "Where the histogram (PNG) and the data report (JSON) go.")
     debug: bool = option(False, "Show the traceback of an error.")

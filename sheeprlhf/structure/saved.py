@@ -22,8 +22,12 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-def read_run_config(experiment_dir: str) -> dict[str, Any]:
+def read_run_config(experiment_dir: str, *, key: str = "experiment_dir") -> dict[str, Any]:
     """The saved configuration of a run.
+
+    Args:
+        experiment_dir: the run.
+        key: the option that names it, for messages.
 
     Raises:
         ConfigError: there is none, or it is not plain YAML below `MAX_BYTES`.
@@ -32,33 +36,29 @@ def read_run_config(experiment_dir: str) -> dict[str, Any]:
     if not path.is_file():
         what = "is not a directory" if not path.parent.is_dir() else "is no run directory: it has no config.yaml"
         near = None if path.parent.is_dir() else near_path(experiment_dir)
-        did = (
-            f"did you mean experiment_dir={near}? `list runs` shows all"
-            if near
-            else "`list runs` shows which there are"
-        )
-        raise ConfigError(f"experiment_dir={experiment_dir} {what}: {did}")
+        did = f"did you mean {key}={near}? `list runs` shows all" if near else "`list runs` shows which there are"
+        raise ConfigError(f"{key}={experiment_dir} {what}: {did}")
     if path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_BYTES} bytes: not a configuration of ours")
     try:
         saved = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
     except (yaml.YAMLError, OSError, RecursionError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path} cannot be read ({reason}): give another experiment_dir") from error
+        raise ConfigError(f"{path} cannot be read ({reason}): give another {key}") from error
     if not isinstance(saved, dict):
         raise ConfigError(f"{path} is not a configuration of ours: it holds no keys")
     return saved
 
 
-def saved_group(experiment_dir: str, group: str) -> Config:
-    """The run's `model` or `data`, typed.
+def saved_group(experiment_dir: str, group: str, *, key: str = "experiment_dir") -> Config:
+    """The run's `model`, `data` or `task`, typed.
 
     Code that came with a model is trusted for one command, never by a file: `trust_remote_code` is not carried over.
 
     Raises:
         ConfigError: the file or the group in it cannot be used.
     """
-    saved = read_run_config(experiment_dir).get(group)
+    saved = read_run_config(experiment_dir, key=key).get(group)
     if not isinstance(saved, dict):
         raise ConfigError(f"{Path(experiment_dir) / 'config.yaml'} has no {group}: give {group}=<choice>")
     if isinstance(saved.get("library_cfg"), dict):

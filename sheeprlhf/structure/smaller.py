@@ -67,9 +67,10 @@ def _alternatives(changes: list[Change]) -> str:
 
 def _smaller_forward(config: TrainConfig) -> Iterator[Change]:
     task, data = config.task, config.data
-    rows = max(1, min(task.micro_batch_size, task.mini_batch_size, task.token_budget // data.max_length))
+    row = task.row_tokens(data.max_length)
+    rows = max(1, min(task.micro_batch_size, task.mini_batch_size, task.token_budget // row))
     if rows > 1:
-        yield _fewer_rows(task, rows // 2, data.max_length)
+        yield _fewer_rows(task, rows // 2, row)
     if not config.model.gradient_checkpointing:
         yield {"model.gradient_checkpointing": True}
     if config.fabric.precision in ("32-true", "64-true"):

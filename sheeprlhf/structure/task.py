@@ -12,6 +12,8 @@ class TrainTaskConfig(Config):
 
     entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config, run_dir)
     data_kind: ClassVar[str] = "sft"  # what it learns from a row (see data.prepare): "sft", "preference", "unpaired"
+    train_splits: ClassVar[tuple[str, ...]] = ("train",)  # it trains on the first of these that has rows
+    trains: ClassVar[str] = "policy"  # what its run leaves: "policy" writes text, "reward model" gives a score
 
     config_name: str = option("???", "Name of this choice.")
     epochs: int = option(1, "Passes over the training rows.", minimum=1)
@@ -37,6 +39,10 @@ class TrainTaskConfig(Config):
     save_interval: int = option(100, "Between two checkpoints.", unit="optimizer steps", minimum=1)
     keep_checkpoints: int = option(2, "Newest checkpoints kept (the best one is kept besides).", minimum=1)
 
+    def row_tokens(self, max_length: int) -> int:
+        """Tokens of a row at most, if `max_length` are those of a prompt with one response; of a pair, nearly twice."""
+        return 2 * max_length if self.data_kind == "preference" else max_length
+
 
 @dataclass(unsafe_hash=True)
 class SFTConfig(TrainTaskConfig):
@@ -60,6 +66,8 @@ class RMConfig(TrainTaskConfig):
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.rm:train"
     data_kind: ClassVar[str] = "preference"
+    train_splits: ClassVar[tuple[str, ...]] = ("reward", "train")
+    trains: ClassVar[str] = "reward model"
 
     config_name: str = option("rm", "Name of this choice.")
     loss_type: str = option(
@@ -76,7 +84,9 @@ class RMConfig(TrainTaskConfig):
         choices=("demonstrations", "none"),
     )
     sft_experiment_dir: Optional[str] = option(
-        None, "Run directory of a fine-tuning to start from; null starts from the model as it is."
+        None,
+        "Run directory of a fine-tuning to start from, or newest: the newest finished one of this model under "
+        "root_dir; null starts from the model as it is.",
     )
     sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
 
@@ -87,6 +97,7 @@ class DPOConfig(TrainTaskConfig):
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.dpo:train"
     data_kind: ClassVar[str] = "preference"
+    train_splits: ClassVar[tuple[str, ...]] = ("train", "reward")
 
     config_name: str = option("dpo", "Name of this choice.")
     loss_type: str = option(
@@ -110,7 +121,9 @@ class DPOConfig(TrainTaskConfig):
         choices=("error", "warn", "off"),
     )
     sft_experiment_dir: Optional[str] = option(
-        None, "Run directory of a fine-tuning to start from; null starts from the model as it is."
+        None,
+        "Run directory of a fine-tuning to start from, or newest: the newest finished one of this model under "
+        "root_dir; null starts from the model as it is.",
     )
     sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
     num_sample_prompts: int = option(
@@ -124,6 +137,7 @@ class KTOConfig(TrainTaskConfig):
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.kto:train"
     data_kind: ClassVar[str] = "unpaired"
+    train_splits: ClassVar[tuple[str, ...]] = ("train", "reward")
 
     config_name: str = option("kto", "Name of this choice.")
     beta: float = option(0.1, "Pull towards the reference.", above=0.0)
@@ -135,7 +149,9 @@ class KTOConfig(TrainTaskConfig):
         choices=("error", "warn", "off"),
     )
     sft_experiment_dir: Optional[str] = option(
-        None, "Run directory of a fine-tuning to start from; null starts from the model as it is."
+        None,
+        "Run directory of a fine-tuning to start from, or newest: the newest finished one of this model under "
+        "root_dir; null starts from the model as it is.",
     )
     sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
     num_sample_prompts: int = option(
@@ -148,6 +164,7 @@ class EvalTaskConfig(Config):
     """What every evaluation has."""
 
     entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config)
+    evaluates: ClassVar[str] = "policy"  # what a training task must have left (its `trains`)
     requires: ClassVar[tuple[str, ...]] = ()  # modules beyond the package's own dependencies ...
     extra: ClassVar[str] = ""  # ... and the extra of the package that installs them
 
@@ -193,6 +210,7 @@ class RewardConfig(EvalTaskConfig):
     """How often a reward model prefers the better response, whether it likes length, and how sure it may be."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.eval.reward:evaluate"
+    evaluates: ClassVar[str] = "reward model"
 
     config_name: str = option("reward", "Name of this choice.")
     batching: str = option(

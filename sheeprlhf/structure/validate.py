@@ -9,15 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.structure.earlier import start_problems, task_of_run
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.limits import near_path, nearest, option_problems
 from sheeprlhf.structure.machine import cuda_problem, missing_modules
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig, SGDConfig
-from sheeprlhf.structure.places import data_file_problems, model_problem, new_folder_problems, run_problems
+from sheeprlhf.structure.places import (
+    data_file_problems,
+    is_weights_name,
+    model_problem,
+    new_folder_problems,
+    weights_problems,
+)
 from sheeprlhf.structure.registry import choices, options
 from sheeprlhf.structure.run import EvalConfig, FetchConfig, InspectConfig, RootConfig, TrainConfig
+from sheeprlhf.structure.saved import read_run_config
+from sheeprlhf.structure.task import DPOConfig, EvalTaskConfig, TrainTaskConfig
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -192,7 +201,30 @@ def _optim_problems(optim: OptimizerConfig) -> Iterator[str]:
         yield f"optim.betas={list(betas)} must be two numbers in [0, 1): give for example optim.betas=[0.9,0.999]"
 
 
+def _task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
+    """Options that were set and that nothing would read."""
+    if isinstance(task, DPOConfig):
+        smoothed = ("sigmoid", "robust")
+        if task.label_smoothing > 0 and task.loss_type not in smoothed:
+            yield (
+                f"task.label_smoothing={task.label_smoothing} is not read by task.loss_type={task.loss_type}: "
+                f"remove it, or give task.loss_type={' or '.join(smoothed)}"
+            )
+        if task.simpo_gamma != DPOConfig.simpo_gamma and task.loss_type != "simpo":
+            yield (
+                f"task.simpo_gamma={task.simpo_gamma} is not read by task.loss_type={task.loss_type}: "
+                "remove it, or give task.loss_type=simpo"
+            )
+
+
 def _train_problems(config: TrainConfig) -> Iterator[str]:
+    name, starts_elsewhere = config.task.config_name, hasattr(config.task, "sft_experiment_dir")
+    if config.model.freeze_transformer and starts_elsewhere and config.task.trains == "policy":
+        yield (
+            f"model.freeze_transformer=true is not read by task={name}: remove it, or train less by "
+            "model.finetune_mode=LORA"
+        )
+    yield from start_problems(config)
     if config.task.config_name == "sft" and config.data.reward_model_split == 1:
         yield "data.reward_model_split=1 leaves no row to fine-tune on: give for example data.reward_model_split=0.5"
     if config.resume and config.resume_from is not None:
@@ -213,7 +245,9 @@ def _eval_problems(config: EvalConfig) -> Iterator[str]:
             f"task={config.task.config_name} needs packages that are not installed ({', '.join(missing)}): "
             f'pip install "sheeprlhf[{config.task.extra}]"'
         )
-    if config.experiment_dir is None:
+    if config.experiment_dir is None and config.task.evaluates != "policy":
+        yield f"task={config.task.config_name} needs a {config.task.evaluates}: give experiment_dir=<run of task=rm>"
+    elif config.experiment_dir is None:
         missing = [name for name in ("model", "data") if getattr(config, name) is None]
         if missing:
             give = " and ".join(f"{name}=<{', '.join(choices(name))}>" for name in missing)
@@ -221,15 +255,32 @@ def _eval_problems(config: EvalConfig) -> Iterator[str]:
         yield from new_folder_problems("output_dir", config.output_dir)
     if config.task.data_split == "reward" and config.data is not None and config.data.reward_model_split == 0:
         yield "task.data_split=reward is empty with data.reward_model_split=0: give another split"
-    if not re.fullmatch(r"final|best|last|step-\d+", config.task.model_name):
+    if not is_weights_name(config.task.model_name):
         near = nearest(config.task.model_name, ("final", "best", "last"))
         did = f"did you mean task.model_name={near}? It may be" if near else "give"
         yield f"task.model_name={config.task.model_name} is unknown: {did} final, best, last or step-<n>"
     elif config.experiment_dir is not None:
-        yield from run_problems(config.experiment_dir, config.task.model_name)
+        yield from _run_problems(config, config.experiment_dir)
+
+
+def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
+    """Whether a run has what an evaluation asks for, and takes its results."""
+    yield from new_folder_problems("experiment_dir", str(Path(run_dir) / "eval"))
+    trained = task_of_run(read_run_config(run_dir))
+    what, wanted = "policy" if trained is None else trained.trains, config.task.evaluates
+    if what != wanted:
+        able = [name for name, cls in choices("task", "eval").items() if getattr(cls, "evaluates", "") == what]
+        of = "" if trained is None else f" of task={trained.config_name}"
+        yield (
+            f"experiment_dir={run_dir}: task={config.task.config_name} evaluates a {wanted}, and this run{of} trained "
+            f"a {what}: give task={' or '.join(able)}, or another run"
+        )
+        return
+    yield from weights_problems(run_dir, config.task.model_name, key="experiment_dir", name_key="task.model_name")
 
 
 _OF_GROUP: dict[str, Callable[[Any], Iterator[str]]] = {
+    "task": _task_problems,
     "fabric": _fabric_problems,
     "generation": _generation_problems,
     "model": _model_problems,

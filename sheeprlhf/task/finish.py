@@ -1,18 +1,24 @@
 """What every training task does before its first step, at each validation and after its last step."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.report import render_report
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.manifest import write_folder
+from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished
+from sheeprlhf.model.memory import step_plan
+from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.memory import peak_memory, size_text
 
 
 class Saved(Protocol):
@@ -23,10 +29,30 @@ class Saved(Protocol):
 
 
 def report_data(fabric: Fabric, run: Run, data: PreparedData) -> None:
-    """All ranks; rank zero shows what the data became and keeps it as data_report.json."""
+    """All ranks; rank zero shows what the data became, keeps it as data_report.json, and plans the memory."""
     run.say(render_report(data.report))
     if fabric.is_global_zero:
+        run.planned_memory = _planned_memory(run, fabric.device.type)
+        if run.planned_memory is not None:
+            size = size_text(run.planned_memory)
+            run.say(f"memory plan: up to {size} in a step of the longest rows (`doctor` tells more)")
         (run.dir / "data_report.json").write_text(json.dumps(data.report, indent=1))
+
+
+def _planned_memory(run: Run, device: str) -> int | None:
+    """Bytes of a step at its worst moment, by tensors without content; None for a model that cannot be run on them."""
+    with isolated_rng(), suppress(ModelError):
+        return step_plan(run.cfg, device=device).total()
+    return None
+
+
+def _say_peak_memory(fabric: Fabric, run: Run) -> None:
+    """What was needed in fact, beside what was planned; on CUDA, of the GPU."""
+    on_cuda = fabric.device.type == "cuda"
+    peak = torch.cuda.max_memory_reserved(fabric.device) if on_cuda else peak_memory()
+    if peak is not None:
+        planned = "" if run.planned_memory is None else f" (planned: up to {size_text(run.planned_memory)})"
+        run.say(f"peak memory {'on the GPU' if on_cuda else 'of this process'}: {size_text(peak)}{planned}")
 
 
 def note_validation(run: Run, state: TrainState, result: dict[str, float], metric: str = "loss") -> None:
@@ -47,4 +73,5 @@ def finish_run(
             write_folder(final, lambda folder: trained.save(folder, tokenizer))
         mark_finished(run.dir, step=state.step, best_metric=state.best_metric, best_step=state.best_step)
     fabric.barrier()
+    _say_peak_memory(fabric, run)
     run.say(f"finished: {run.dir}\nnext: {next_command}")

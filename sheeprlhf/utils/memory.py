@@ -1,8 +1,9 @@
-"""Running out of memory, told by what was being computed. Imports no torch."""
+"""Memory: sizes for people, a process's peak, and running out of it, told by what was computed. Imports no torch."""
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Literal
 
 from sheeprlhf.utils.errors import OutOfMemory
@@ -50,3 +51,19 @@ def _amount(message: str) -> str:
     number = float(found["number"])
     size = f"{number / 2**30:.2f} GiB" if found["unit"] == "bytes" else f"{found['number']} {found['unit']}"
     return f"{size} more were asked for"
+
+
+def size_text(num_bytes: float) -> str:
+    """A size for people: "1.4 GB", "23 MB"."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes / 1e6:.0f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.0f} kB"
+
+
+def peak_memory() -> int | None:
+    """Bytes of main memory that this process has had at most so far; None where the system does not tell."""
+    with suppress(OSError):
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        return int(found[1]) << 10 if found else None
+    return None

@@ -8,10 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from sheeprlhf.cli import run
-from tests.support.runs import train, write_pairs
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.model import TinyConfig
+from sheeprlhf.task.start import load_start
+from sheeprlhf.utils.errors import ConfigError
+from tests.support.runs import train, train_words, write_pairs
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
@@ -112,13 +117,40 @@ def test_the_names_that_users_know(tmp_path: Path, model_folder: ModelFolder) ->
     assert (run_dir / "samples").is_dir()
 
 
-def test_a_run_with_another_tokenizer_is_refused(
-    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_with_another_tokenizer_is_refused(tmp_path: Path, model_folder: ModelFolder) -> None:
     data = write_pairs(tmp_path / "rows.jsonl")
     sft = train(model_folder("llama"), data, tmp_path / "sft", "task.max_num_steps=1")
-    words = ["train", "task=dpo", "model=tiny", "data=local", f"data.train_file={data}"]
-    with pytest.raises(SystemExit) as stop:
-        run([*words, f"task.sft_experiment_dir={sft}", f"hydra.run.dir={tmp_path / 'run'}"])
-    assert stop.value.code == 2
-    assert "was trained with the tokenizer of" in capsys.readouterr().err
+    tiny = TinyConfig()
+    of = {"longest": 8, "batching": "auto", "say": print}
+    with pytest.raises(
+        ConfigError, match=r"sft was trained with the tokenizer of .*, which is not that of embedded:tiny"
+    ):
+        load_start(tiny, str(sft), "final", load_tokenizer(tiny), **of)
+
+
+def test_the_newest_fine_tuning_is_found_and_a_resumed_run_keeps_it(
+    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = write_pairs(tmp_path / "rows.jsonl")
+
+    def go(task: str, *extra: str) -> Path:
+        """A run in the directory that it is given by default."""
+        words = [word for word in train_words(model_folder(), data, Path("unused"), task=task) if "run.dir" not in word]
+        run([*words, "task.max_num_steps=2", *extra])
+        return max(Path("logs/runs").glob(f"*/*/{task}/*/default*"), key=lambda folder: folder.stat().st_mtime)
+
+    first = go("sft")
+    capsys.readouterr()
+    newest = "task.sft_experiment_dir=newest"
+    begun = go("dpo", newest)
+    assert f"{newest}: {first.absolute()}\n" in capsys.readouterr().out
+    saved = yaml.safe_load((begun / "config.yaml").read_text())
+    assert saved["task"]["sft_experiment_dir"] == str(first.absolute())
+    info = json.loads((begun / "run.json").read_text())
+    assert info["command"][-1] == f"task.sft_experiment_dir='{first.absolute()}'"
+    (begun / "run.json").write_text(json.dumps(info | {"status": "running"}))
+    go("sft", "seed=1")
+    go("dpo", newest, "resume=true")
+    assert f"going on with {begun}" in capsys.readouterr().out
+    assert json.loads((begun / "run.json").read_text())["status"] == "finished"

@@ -1,7 +1,8 @@
-"""Thirty kinds of bad data, in every file format where the kind can occur, and how each has to be answered."""
+"""Thirty kinds of bad data and nine of bad preferences, in every format that can have them, and the answer to each."""
 
 import gzip
 import json
+import math
 from functools import partial
 
 import pyarrow as pa
@@ -237,4 +238,88 @@ CONTENTS = {  # rows that can be read, and must not be trained on as they are, o
         [GOOD, {"messages": CHAT}], counts={"kept": 1, "special_tokens_in_messages": 1}, formats=JSONS
     ),
 }
-CASES: dict[str, list[Bad]] = FILES | COLUMNS | CONTENTS
+RANKED = {"prompt": "say hi", "responses": ["hello", "go away", "no"]}
+preference = partial(each, task="preference")
+PREFERENCES = {  # what reward modelling and preference optimisation cannot use
+    "no preference columns": [
+        *preference(
+            [GOOD], "@: a preference task needs the columns chosen and rejected, or responses", "it has prompt, r"
+        ),
+        *preference(
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
+            "@: a preference task needs the columns chosen and rejected, or responses",
+            "it has messages",
+            formats=NO_CSV,
+            note="chat",
+        ),
+    ],
+    "all pairs equal": preference(
+        [PAIR | {"rejected": "hello"}, PAIR | {"prompt": "p", "rejected": "hello"}],
+        "no training row is left of 2: 2 same responses (give pairs that differ in their first data.max_length=512",
+    ),
+    "one response empty": [
+        *preference([PAIR, PAIR | {"rejected": " \n"}], counts={"kept": 1, "empty_response": 1}),
+        *preference(
+            [PAIR, PAIR | {"chosen": "~~"}], counts={"kept": 1, "empty_response": 1}, ignored="~", note="tokens"
+        ),
+        *preference(
+            [PAIR, RANKED | {"responses": ["a b", ""]}],
+            counts={"kept": 1, "empty_response": 1},
+            formats=JSONS,
+            note="of a ranking",
+        ),
+    ],
+    "one response too short": preference(
+        [PAIR, PAIR | {"rejected": "x"}],
+        counts={"kept": 1, "too_short": 1},
+        options={"minimum_response_length": 2},
+    ),
+    "ranking of one": [
+        *preference([RANKED | {"responses": ["a"]}], "@: column 'responses' has 1 entry; give two", formats=NO_CSV),
+        *preference([RANKED | {"responses": []}], "@: column 'responses' has no entry", formats=JSONS, note="none"),
+    ],
+    "ranking with equals": preference(
+        [PAIR, RANKED | {"responses": ["a b", "c d", "a b"]}],
+        counts={"kept": 1, "same_responses": 1},
+        formats=JSONS,
+    ),
+    "ranking of no strings": [
+        *preference(
+            [RANKED | {"responses": ["a", 3]}], "column 'responses' holds int, not text", "entry 1", formats=JSONS
+        ),
+        *preference([RANKED | {"responses": ["a", None]}], "@: column 'responses' is null", "entry 1", formats=NO_CSV),
+        *preference(
+            [RANKED | {"responses": "a b"}], "@: column 'responses' holds str, not a list", formats=JSONS, note="x"
+        ),
+        one("csv", b"prompt,responses\np,a\n", "line 2: column 'responses' holds str, not a list", task="preference"),
+        one("parquet", parquet([RANKED | {"responses": [1, 2]}]), "row 1: column 'responses' holds", task="preference"),
+    ],
+    "margin of no number": [
+        *preference([PAIR | {"margin": "much"}], "@: column 'margin' holds 'much', not a finite number; write one"),
+        *preference(
+            [PAIR | {"margin": True}], "@: column 'margin' holds 'True', not a finite", formats=JSONS, note="bool"
+        ),
+        *preference(
+            [PAIR | {"margin": [1]}], "@: column 'margin' holds '[1]', not a finite", formats=JSONS, note="list"
+        ),
+    ],
+    "margin not finite": [
+        *preference(
+            [PAIR | {"margin": "nan"}], "@: column 'margin' holds 'nan', not a finite number", formats=("csv",)
+        ),
+        one(
+            "jsonl",
+            json.dumps(PAIR | {"margin": math.nan}).encode(),
+            "@ line 1: column 'margin' holds 'nan'",
+            task="preference",
+        ),
+        one(
+            "json",
+            json.dumps([PAIR | {"margin": math.inf}]).encode(),
+            "@ item 1: column 'margin' holds 'inf'",
+            task="preference",
+        ),
+        one("parquet", parquet([PAIR | {"margin": math.nan}]), "row 1: column 'margin' holds 'nan'", task="preference"),
+    ],
+}
+CASES: dict[str, list[Bad]] = FILES | COLUMNS | CONTENTS | PREFERENCES

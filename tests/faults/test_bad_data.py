@@ -16,6 +16,8 @@ from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.collate import collate_padded
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.report import render_report
+from sheeprlhf.structure.task import DPOConfig
+from sheeprlhf.task.train.dpo import dpo_loss
 from sheeprlhf.task.train.sft import sft_loss
 from tests.faults.bad_data import CASES, SPECIAL
 from tests.faults.bad_file import GOOD, PAIR, Bad, as_csv, jsonl
@@ -26,11 +28,13 @@ whitespace, prompt > max_length, response truncated to 0 tokens, 50 MB line, CRL
 lone surrogate, NUL, malformed JSON line k, duplicate JSON keys, nested dict, chosen==rejected,
 chosen==rejected after truncation, duplicate rows, 1 row, all filtered, val split empty, endoftext in the text,
 im_end in the text, chat markers in messages"""
+OF_PREFERENCES = """no preference columns, all pairs equal, one response empty, one response too short, ranking of one,
+ranking with equals, ranking of no strings, margin of no number, margin not finite"""
 
 
-def test_the_table_has_the_thirty_kinds() -> None:
-    kinds = [" ".join(kind.split()) for kind in KINDS.split(",")]
-    assert len(kinds) == 30
+def test_the_table_has_all_kinds() -> None:
+    kinds = [" ".join(kind.split()) for text in (KINDS, OF_PREFERENCES) for kind in text.split(",")]
+    assert len(kinds) == 30 + 9
     assert set(CASES) == set(kinds)
     assert all(CASES.values())
 
@@ -107,24 +111,67 @@ def check_loss(data: PreparedData, policy: Policy, limit: int) -> None:
     batch = collate_padded(split.examples(range(len(split))), pad_id=0)
     assert torch.isfinite(policy(batch).target_N).all()
     assert math.isfinite(sft_loss(policy, batch).total.item())
+    if len(batch.pairs_P2):
+        reference_S = torch.zeros(len(batch.response_lengths))
+        assert math.isfinite(dpo_loss(policy, (batch, reference_S), task=DPOConfig()).total.item())
 
 
-def words(model: Path, file: Path, folder: Path, *more: str) -> list[str]:
+def words(model: Path, file: Path, folder: Path, *more: str, task: str = "sft") -> list[str]:
     data = ["data=local", f"data.train_file={file}", "data.max_length=48", "data.max_prompt_length=24"]
     options = ["dry_run=true", f"hydra.run.dir={folder}", "generation.max_new_tokens=2", *more]
-    return ["train", "task=sft", "model=auto", f"model.repo_name={model}", *data, *options]
+    return ["train", f"task={task}", "model=auto", f"model.repo_name={model}", *data, *options]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("task", "name", "content", "says"),
     [
-        ("a.jsonl", jsonl([GOOD]) + b'{"prompt": "p"\n', "a.jsonl line 2: malformed JSON at character 15"),
-        ("a.jsonl", jsonl([{"promt": "p", "response": "r"}]), "a.jsonl line 1: column 'prompt' is missing; it has"),
-        ("a.csv", as_csv([GOOD]).decode().encode("utf-16"), "a.csv: the file is UTF-16, or not text; save it as UTF-8"),
-        ("a.json", b'[{"prompt": "p", "response": " "}]', "no training row is left of 1: 1 empty response (write the"),
+        ("sft", "a.jsonl", jsonl([GOOD]) + b'{"prompt": "p"\n', "a.jsonl line 2: malformed JSON at character 15"),
+        (
+            "sft",
+            "a.jsonl",
+            jsonl([{"promt": "p", "response": "r"}]),
+            "a.jsonl line 1: column 'prompt' is missing; it has",
+        ),
+        (
+            "sft",
+            "a.csv",
+            as_csv([GOOD]).decode().encode("utf-16"),
+            "a.csv: the file is UTF-16, or not text; save it as UTF-8",
+        ),
+        (
+            "sft",
+            "a.json",
+            b'[{"prompt": "p", "response": " "}]',
+            "no training row is left of 1: 1 empty response (write the",
+        ),
+        (
+            "rm",
+            "a.jsonl",
+            jsonl([PAIR, GOOD]),
+            "a.jsonl line 2: a preference task needs the columns chosen and rejected, or",
+        ),
+        (
+            "dpo",
+            "a.csv",
+            as_csv([PAIR | {"margin": "x"}]),
+            "a.csv line 2: column 'margin' holds 'x', not a finite number",
+        ),
+        (
+            "dpo",
+            "a.jsonl",
+            jsonl([PAIR | {"rejected": "hello"}]),
+            "left of 1: 1 same responses (give pairs that differ in",
+        ),
+        (
+            "rm",
+            "a.json",
+            b'[{"prompt": "p", "responses": ["a"]}]',
+            "a.json item 1: column 'responses' has 1 entry; give",
+        ),
     ],
 )
 def test_bad_data_by_the_whole_command_line(
+    task: str,
     name: str,
     content: bytes,
     says: str,
@@ -134,7 +181,7 @@ def test_bad_data_by_the_whole_command_line(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SystemExit) as stop:
-        cli.run(words(model_folder(), tmp_path / name, tmp_path / "run"))
+        cli.run(words(model_folder(), tmp_path / name, tmp_path / "run", task=task))
     told = capsys.readouterr().err
     assert stop.value.code == 2
     assert says in told

@@ -23,7 +23,6 @@ from sheeprlhf.task.eval.load import evaluated_split, say_on
 from sheeprlhf.task.eval.pairs import calibration, calibration_error, pair_figures
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.task.start import load_trained_reward_model
-from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -35,8 +34,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     """
     task = cfg.task
     assert isinstance(task, RewardConfig) and cfg.model is not None and cfg.data is not None
-    if cfg.experiment_dir is None:
-        raise ConfigError("task=reward needs a run of task=rm: give experiment_dir=<run directory>")
+    assert cfg.experiment_dir is not None  # the command line asks for one
     say = partial(say_on, fabric)
     tokenizer = load_tokenizer(cfg.model)
     data = prepare_data(cfg.data, tokenizer, kind="preference", say=say, progress=fabric.is_global_zero)

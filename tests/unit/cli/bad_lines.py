@@ -58,7 +58,7 @@ BAD = [
     ("train task=sft epoch=3", ["task.epochs"]),
     ("train task=sft dry_run", ["dry_run is not key=value", "dry_run=<value>"]),
     ("train task=sft =3", ["=3 has no key", "seed=1"]),
-    ("train task=sft +task.beta=1", ["no option task.beta"]),
+    ("train task=sft +task.beta=1", ["task.beta is an option of task=dpo", "remove task.beta"]),
     ("train task=sft +seed=1", ["+seed=1", "without the +"]),
     ("train task=sft ++seed=x", ["++seed=x: a whole number is needed"]),
     ("train task=sft ~seed", ["~seed", "removed"]),
@@ -187,6 +187,69 @@ BAD = [
     ("eval task=perplexity model=tiny data=docstrings task.model_name=newest", ["final, best, last or step-<n>"]),
     ("eval task=perplexity model=tiny data=local data.train_file=x.csv task.data_split=reward", ["reward", "empty"]),
     ("eval task=perplexity experiment=pretrain_tiny", ["no option experiment", "`train`"]),
+    ("eval task=rm", ["task=rm belongs to `train`", "train task=rm"]),
+    ("eval task=reward", ["task=reward needs a reward model", "experiment_dir=<run of task=rm>"]),
+    ("eval task=reward model=tiny data=docstrings", ["task=reward needs a reward model", "experiment_dir="]),
+    ("eval task=reward experiment_dir=@/nowhere", ["nowhere is not a directory", "`list runs`"]),
+    (
+        "eval task=reward experiment_dir=@/sft_run",
+        ["this run of task=sft trained a policy", "task=perplexity or rouge"],
+    ),
+    ("eval task=reward experiment_dir=@/run", ["evaluates a reward model, and this run trained a policy"]),
+    (
+        "eval task=perplexity experiment_dir=@/rm_run",
+        ["this run of task=rm trained a reward model", "give task=reward"],
+    ),
+    ("eval task=rouge experiment_dir=@/rm_run", ["this run of task=rm trained a reward model", "give task=reward"]),
+    ("eval task=reward experiment_dir=@/rm_run task.model_name=best", ["no checkpoint", "resume_from="]),
+    # runs to start from
+    (
+        "train task=dpo task.sft_experiment_dir=newest",
+        ["newest: logs/runs has no", "train task=sft model=tiny data=docst"],
+    ),
+    (
+        "train task=rm task.sft_experiment_dir=newest root_dir=@ model=gpt2",
+        ["openai-community/gpt2: first", "model=gpt2"],
+    ),
+    (
+        "train task=rm task.sft_experiment_dir=@/nowhere",
+        ["task.sft_experiment_dir=", "is not a directory", "`list runs`"],
+    ),
+    ("train task=rm task.sft_experiment_dir=@/sft_rum", ["did you mean task.sft_experiment_dir=", "world/sft_run?"]),
+    ("train task=dpo task.sft_experiment_dir=@/notes.txt", ["notes.txt is not a directory", "`list runs`"]),
+    ("train task=dpo task.sft_experiment_dir=@/empty", ["has no config.yaml", "`list runs`"]),
+    ("train task=dpo task.sft_experiment_dir=@/no_yaml", ["cannot be read", "give another task.sft_experiment_dir"]),
+    ("train task=dpo task.sft_experiment_dir=@/rm_run", ["a run of task=rm, which trains a reward model", "task=sft"]),
+    ("train task=rm task.sft_experiment_dir=@/rm_run", ["a run of task=rm, which trains a reward model", "task=sft"]),
+    ("train task=rm task.sft_experiment_dir=@/run", ["is a run of no known task", "give a run of task=sft"]),
+    (
+        "train task=rm task.sft_experiment_dir=@/sft_run model=gpt2",
+        ["was trained from model.repo_name=embedded:tiny, and this run has openai-community/gpt2", "give model=tiny,"],
+    ),
+    ("train task=dpo task.sft_experiment_dir=@/lost_sft", ["give model=auto model.repo_name=/nowhere/at/all"]),
+    (
+        "train task=dpo task.sft_experiment_dir=@/young_sft",
+        ["no final/ yet", "resume_from=", "task.sft_model_name=last"],
+    ),
+    ("train task=dpo task.sft_experiment_dir=@/young_sft task.sft_model_name=best", ["no checkpoint", "resume_from="]),
+    ("train task=rm task.sft_experiment_dir=@/sft_run task.sft_model_name=step-3", ["step-3", "it has step-2"]),
+    ("train task=rm task.sft_experiment_dir=@/sft_run task.sft_model_name=newest", ["final, best, last or step-<n>"]),
+    ("train task=rm task.sft_experiment_dir=@/sft_run model.random_init=true", ["two beginnings: give one of them"]),
+    ("train task=sft task.sft_experiment_dir=@/sft_run", ["is an option of task=rm and dpo"]),
+    # rewards and preferences
+    ("train task=reward", ["task=reward belongs to `eval`"]),
+    ("train task=rm task.loss_type=last", ["task.loss_type=last_token"]),
+    ("train task=dpo task.loss_type=sigmoind", ["task.loss_type=sigmoid"]),
+    ("train task=dpo task.beta=0", ["task.beta=0", "more than 0"]),
+    ("train task=dpo task.label_smoothing=0.5", ["task.label_smoothing=0.5", "0.49 or less"]),
+    (
+        "train task=dpo task.loss_type=ipo task.label_smoothing=0.1",
+        ["not read by task.loss_type=ipo", "sigmoid or robust"],
+    ),
+    ("train task=dpo task.simpo_gamma=0.5", ["not read by task.loss_type=sigmoid", "task.loss_type=simpo"]),
+    ("doctor task=dpo task.loss_type=orpo task.simpo_gamma=2", ["not read by task.loss_type=orpo", "simpo"]),
+    ("train task=dpo model.freeze_transformer=true", ["not read by task=dpo", "model.finetune_mode=LORA"]),
+    ("train task=rm model.finetune_mode=LORA model.freeze_transformer=true", ["leaves no layer for adapters"]),
     # sweeps and recipes
     ("train -m task=sft model=opt,gpt3", ["model=gpt3", "model=gpt2"]),
     ("train -m task=sft seed=1,abc", ["seed=abc: a whole number is needed"]),
@@ -302,14 +365,19 @@ def make_world(world: Path) -> None:
         "young_run": whole,
         "no_yaml": "model: [",
         "other_run": "model: {config_name: tiny, layers: 1}\ndata: {config_name: docstrings}\n",
+        "sft_run": whole + "task: {config_name: sft}\n",
+        "young_sft": whole + "task: {config_name: sft}\n",
+        "rm_run": whole + "task: {config_name: rm}\n",
+        "lost_sft": "model: {config_name: auto, repo_name: /nowhere/at/all}\ntask: {config_name: sft}\n",
         "lost_model": "model: {config_name: auto, repo_name: /nowhere/at/all}\ndata: {config_name: docstrings}\n",
     }
     for name, text in configs.items():
         (world / name / "final").mkdir(parents=True)
         (world / name / "config.yaml").write_text(text)
-    for name in ("run", "young_run"):
+    for name in ("run", "young_run", "young_sft"):
         (world / name / "final").rmdir()
     for step in (2, 4):
         (world / "run" / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    (world / "sft_run" / "checkpoints" / "step-2").mkdir(parents=True)
     facts = {"status": "running", "config_hash": "another", "started": 1.0, "command": ["train", "task=sft", "seed=3"]}
     (world / "run" / "run.json").write_text(json.dumps(facts))

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from sheeprlhf.cli import run
 from sheeprlhf.command import inspect
 from sheeprlhf.command.example_view import Viewer, trained_tokens
-from sheeprlhf.command.plots import draw_histograms, text_histogram
+from sheeprlhf.command.plots import draw_histograms, lengths_of, text_histogram
 from sheeprlhf.command.tokens import token_texts
 from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.data.report import check_targets
@@ -97,6 +98,11 @@ def test_the_mask_is_that_of_the_batch(num_responses: int) -> None:
         assert (trained_tokens(collate_packed([one])).numpy() == after_prompt).all()
         after_first = np.arange(one.num_tokens()) >= 1
         assert (trained_tokens(collate_packed([one], targets="all")).numpy() == after_first).all()
+        scored = trained_tokens(collate_packed([one], targets="scores"), scored=True).numpy()
+        assert (scored == after_prompt).all()
+        last = trained_tokens(collate_packed([one], targets="last"), scored=True).numpy()
+        ends = num_prompt + np.cumsum([len(response) for response in one.responses]) - 1
+        assert np.flatnonzero(last).tolist() == ends.tolist()
 
 
 def test_a_mask_that_does_not_fit_its_tokens_is_a_bug() -> None:
@@ -171,6 +177,96 @@ def test_pairs_show_both_responses() -> None:
     assert list(view.parts) == ["prompt", "chosen", "rejected"]
     assert "chosen ends in EOS" in view.facts
     assert "rejected cut at data.max_length: no EOS" in view.facts
+
+
+PAIRS = [{"prompt": "ab", "chosen": "de", "rejected": "d", "margin": 0.5}]
+RANKED = [{"prompt": "ab", "responses": ["de", "d", "f"]}]
+
+
+@pytest.mark.parametrize(
+    ("words_of_task", "looks_at", "scored", "chosen", "rejected"),
+    [
+        (
+            ["task=dpo"],
+            "the log-probabilities of whole responses",
+            "5 trained on",
+            ["+ d\u00a6e\u00a6<|im_end|>"],
+            None,
+        ),
+        (
+            ["task=rm"],
+            "the scores after the last token",
+            "2 scored",
+            ["  d\u00a6e", "+ <|im_end|>"],
+            ["  d", "+ <|im_end|>"],
+        ),
+        (["task=rm", "task.loss_type=average"], "from the first that differs on", "5 scored", None, None),
+    ],
+)
+def test_a_pair_shows_which_response_is_better_and_what_the_loss_looks_at(
+    home: Path,
+    capsys: pytest.CaptureFixture,
+    words_of_task: list[str],
+    looks_at: str,
+    scored: str,
+    chosen: list[str] | None,
+    rejected: list[str] | None,
+) -> None:
+    run(words(home, PAIRS, *words_of_task))
+    printed = capsys.readouterr().out
+    assert looks_at in printed
+    lines = shown(printed)
+    facts = " ".join(lines[1 : lines.index("prompt:")])
+    assert facts.startswith(f"prompt 3 + chosen 3 + rejected 2 = 8 tokens, {scored}, BOS: 1, ")
+    assert facts.endswith("chosen ends in EOS, rejected ends in EOS, margin 0.5")
+    assert lines[lines.index("prompt:") + 1] == "  <s>\u00a6a\u00a6b"
+    better, worse = lines.index("chosen (the better one):"), lines.index("rejected (the worse one):")
+    assert lines[better + 1 : worse] == (chosen or ["+ d\u00a6e\u00a6<|im_end|>"])
+    assert lines[worse + 1 :] == (rejected or ["+ d\u00a6<|im_end|>"])
+    assert re.search(r"pairs of a better and a worse response +1\n", printed)
+    assert re.search(r"tokens +prompt +better +worse +total\n", printed)
+    assert set(words_of_task) <= set(printed.splitlines()[-1].split())  # the next command
+
+
+def test_ranked_responses_have_their_ranks(home: Path, capsys: pytest.CaptureFixture) -> None:
+    run(words(home, RANKED, "task=rm"))
+    printed = capsys.readouterr().out
+    lines = shown(printed)
+    assert "prompt 3 + response A 3 + response B 2 + response C 2 = 10 tokens, 3 scored" in lines[1]
+    assert "all responses end in EOS" in " ".join(lines[1:3])
+    heads = [line for line in lines if line.endswith("):")]
+    assert heads == [
+        "response A (rank 1 of 3, the best):",
+        "response B (rank 2 of 3):",
+        "response C (rank 3 of 3, the worst):",
+    ]
+    assert re.search(r"pairs of a better and a worse response +3\n", printed)
+
+
+def test_the_split_shown_is_the_one_that_the_task_trains_on(home: Path, capsys: pytest.CaptureFixture) -> None:
+    rows = [{"prompt": f"p{i}", "chosen": "de", "rejected": "f"} for i in range(40)]
+    half = "data.reward_model_split=0.5"
+    for task, split in (("rm", "reward"), ("dpo", "train"), ("sft", "train")):
+        run(words(home, rows, f"task={task}", half, "num_examples=0"))
+        assert f"\n{split} split: 0 of " in capsys.readouterr().out
+    run(words(home, rows, "task=rm", half, "num_examples=0", "split=train"))
+    assert "\ntrain split: 0 of " in capsys.readouterr().out
+    run(words(home, rows, "task=rm", "data.reward_model_split=0", "num_examples=0"))
+    assert "\ntrain split: 0 of 40 " in capsys.readouterr().out
+
+
+def test_lengths_of_pairs_tell_better_from_worse(tmp_path: Path) -> None:
+    writer = SplitWriter(tmp_path / "train.arrow")
+    sizes = [(2, 3, 4), (2, 5, 1, 6)]
+    writer.write([TokenRow(i, (0, 0), tokens=np.arange(sum(s), dtype=np.int32), sizes=s) for i, s in enumerate(sizes)])
+    writer.close()
+    found = lengths_of(TokenizedSplit(tmp_path / "train.arrow"))
+    assert {kind: values.tolist() for kind, values in found.items()} == {
+        "prompt": [2, 2],
+        "better": [3, 5],
+        "worse": [4, 1, 6],
+        "total": [9, 14],
+    }
 
 
 def test_cut_rows_say_so(home: Path, capsys: pytest.CaptureFixture) -> None:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from sheeprlhf.agent.policy import Policy
+from sheeprlhf.agent.reward import reward_model_of
 from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.head import MAX_LOGITS
-from sheeprlhf.model.load import backbone_and_head, load_causal_lm
+from sheeprlhf.model.load import backbone_and_head, load_causal_lm, load_tokenizer
 from sheeprlhf.model.lora import add_lora
 from sheeprlhf.model.memory import (
     LIBRARIES,
@@ -29,11 +30,16 @@ from sheeprlhf.model.memory import (
     measure,
     optimizer_bytes,
     plan,
+    rows_of_forward,
+    step_plan,
     tokens_of_forward,
 )
-from sheeprlhf.structure.model import LORAConfig, ModelConfig
+from sheeprlhf.structure.data import LocalDataConfig
+from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.model import AutoModelConfig, LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig
-from sheeprlhf.structure.task import SFTConfig
+from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.task import DPOConfig, RMConfig, SFTConfig
 from tests.support.batches import random_examples
 from tests.support.models import ARCHITECTURES
 from tests.support.runs import train_words
@@ -74,6 +80,44 @@ def test_weights_gradients_and_optimizer_are_exact(architecture: str, mode: str,
     tensors = [*policy.parameters(), *policy.buffers()]
     assert size.weights == sum(tensor.nbytes for tensor in tensors)
     assert size.parameters == sum(parameter.numel() for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("trains", ["ALL", "LORA", "the head alone"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_a_reward_model_is_measured_with_its_own_head(
+    architecture: str, trains: str, model_folder: ModelFolder
+) -> None:
+    """It has a score for a head, no logits; a language head that is no input embedding is gone."""
+    mode, frozen = ("ALL", True) if trains == "the head alone" else (trains, False)
+    cfg = config_of(model_folder(architecture), mode, freeze_transformer=frozen)
+    size = measure(cfg, "32-true", True)
+    tokenizer = load_tokenizer(cfg)
+    whole = dataclasses.replace(cfg, finetune_mode="ALL", freeze_transformer=False)
+    real = reward_model_of(Policy(load_causal_lm(whole, vocabulary=0, longest=0)), cfg, tokenizer)
+    optimizer = build_optimizer(AdamWConfig(), real, 1e-3)
+    real(collate_packed(random_examples(2, 2), targets="last")).sum().backward()
+    optimizer.step()
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    assert size.weights == sum(tensor.nbytes for tensor in [*real.parameters(), *real.buffers()])
+    assert size.parameters == sum(parameter.numel() for parameter in real.parameters())
+    assert size.trainable == sum(p.grad.nbytes for p in real.parameters() if p.grad is not None)
+    assert optimizer_bytes(AdamWConfig(), size) == sum(v.nbytes for v in values if isinstance(v, Tensor))
+    assert size.vocabulary == 0
+    assert (size.fixed + size.per_token == 0) == frozen  # nothing is kept where nothing trains
+
+
+def test_a_pair_is_one_row_of_both_responses(model_folder: ModelFolder) -> None:
+    model = AutoModelConfig(repo_name=str(model_folder()))
+    data = LocalDataConfig(train_file="rows.jsonl", max_length=100)
+    plans = {}
+    for task in (SFTConfig(), RMConfig(), DPOConfig()):
+        cfg = TrainConfig(task=task, model=model, data=data, fabric=FabricConfig(), optim=AdamWConfig())
+        plans[task.config_name] = step_plan(cfg, device="cuda"), rows_of_forward(cfg, measure(model, "32-true"))
+    assert [rows for _, rows in plans.values()] == [(20, 100), (10, 200), (10, 200)]
+    sft, rm, dpo = (parts for parts, _ in plans.values())
+    assert dpo == sft  # no second model, and as many tokens
+    assert rm.logits == 0 < dpo.logits
+    assert rm.activations == dpo.activations
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -164,15 +208,19 @@ def test_where_no_holes_are(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("mode", ["ALL", "LORA"])
-def test_a_real_run_takes_what_was_planned(mode: str, tmp_path: Path) -> None:
-    """Growth of the peak memory of a process, within 30 %; freed memory is given back at once, which is no guess."""
+@pytest.mark.parametrize("task", ["sft", "rm", "dpo"])
+def test_a_real_run_takes_what_was_planned(task: str, mode: str, tmp_path: Path) -> None:
+    """Growth of the peak memory of a process, within 25 %; freed memory is given back at once, which is no guess."""
     rows = tmp_path / "rows.jsonl"
     text = " the value of this list, or none if it is empty" * 20
-    rows.write_text("".join(json.dumps({"prompt": f"{n}?", "response": text}) + "\n" for n in range(40)))
-    words = train_words(Path(), rows, tmp_path / "run", "task.max_num_steps=2", "task.epochs=1", "task.eval_iters=1")
+    both = {"chosen": text, "rejected": " returns a mapping of names and their numbers, else nothing" * 20}
+    rows.write_text("".join(json.dumps({"prompt": f"{n}?", **both}) + "\n" for n in range(40)))
+    more = ["task.max_num_steps=2", "task.epochs=1", "task.eval_iters=1"]
+    words = train_words(Path(), rows, tmp_path / "run", *more, task=task)
     words = [word for word in words if not word.startswith(("model", "data.max", "task.mi", "task.num_sample"))]
     words += ["model=tiny", f"model.finetune_mode={mode}", "data.max_length=128", "data.max_prompt_length=64"]
-    words += ["task.mini_batch_size=32", "task.token_budget=2048", "task.num_sample_prompts=0"]
+    words += ["task.mini_batch_size=32", "task.token_budget=2048"]
+    words += [] if task == "rm" else ["task.num_sample_prompts=0"]
     done = subprocess.run(
         [sys.executable, "benchmarks/measure_memory.py", *words[1:]],
         cwd=ROOT,
@@ -181,4 +229,4 @@ def test_a_real_run_takes_what_was_planned(mode: str, tmp_path: Path) -> None:
         check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", NO_HOLES: "131072"},
     )
-    assert json.loads(done.stdout.splitlines()[-1])["ratio"] == pytest.approx(1.0, abs=0.3)
+    assert json.loads(done.stdout.splitlines()[-1])["ratio"] == pytest.approx(1.0, abs=0.25)

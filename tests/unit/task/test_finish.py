@@ -1,6 +1,7 @@
 """Validations and the end of a run: which step is best, what a validation measures, and that `final/` is whole."""
 
 import csv
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,10 @@ import pytest
 from torch.testing import assert_close
 
 from sheeprlhf.engine.checkpoint import TrainState
+from sheeprlhf.task import finish
 from sheeprlhf.task.finish import finish_run, note_validation
-from tests.support.runs import train, write_rows
+from sheeprlhf.utils.errors import ModelError
+from tests.support.runs import train, write_pairs, write_rows
 
 
 def silent_run(folder: Path) -> Any:
@@ -41,6 +44,39 @@ def test_final_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
             cast(Any, fabric), silent_run(tmp_path), cast(Any, Dying()), cast(Any, None), TrainState(), "python ..."
         )
     assert not (tmp_path / "final").exists()
+
+
+@pytest.mark.parametrize("task", ["sft", "rm", "dpo"])
+def test_memory_is_told_as_planned_and_as_it_was(
+    task: str, tmp_path: Path, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_pairs(tmp_path / "rows.jsonl", 12)
+    train(model_folder(), data, tmp_path / "run", "task.max_num_steps=1", task=task)
+    told = capsys.readouterr().err
+    planned = re.search(r"^memory plan: up to (\d+ MB) in a step of the longest rows", told, re.MULTILINE)
+    assert planned is not None
+    assert int(planned[1].split()[0]) > 520  # the libraries alone
+    assert re.search(
+        rf"^peak memory of this process: [\d.]+ [MG]B \(planned: up to {planned[1]}\)$", told, re.MULTILINE
+    )
+    assert told.splitlines()[-1].startswith("next: python sheeprlhf.py eval")
+
+
+def test_a_model_that_cannot_be_measured_is_trained_all_the_same(
+    tmp_path: Path,
+    model_folder: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ModelError("it cannot be run on tensors without content")
+
+    monkeypatch.setattr(finish, "step_plan", refuse)
+    run_dir = train(model_folder(), write_rows(tmp_path / "rows.jsonl", 12), tmp_path / "run", "task.max_num_steps=1")
+    told = capsys.readouterr().err
+    assert "memory plan" not in told
+    assert re.search(r"^peak memory of this process: [\d.]+ [MG]B$", told, re.MULTILINE)
+    assert (run_dir / "final").is_dir()
 
 
 def test_label_smoothing_is_of_training_alone(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
