@@ -78,9 +78,18 @@ def test_every_file_of_configs_composes(path, tmp_path):
     else:
         extra = [f"data.train_file='{tmp_path}/rows.jsonl'"] if "data: local" in path.read_text() else []
         config = to_typed(
-            composed("train", *(["task=sft"] if group != "experiment" else []), f"{group}={name}", *extra)
+            composed(
+                "train",
+                *(["task=sft"] if group != "experiment" else []),
+                f"{group}={name}",
+                f"root_dir='{tmp_path}/runs'",
+                *extra,
+            )
         )
-        assert validate(config) == []
+        starts = "sft_experiment_dir: newest" in path.read_text()  # and nothing was fine-tuned here
+        assert [problem.partition(":")[0] for problem in validate(config)] == (
+            ["task.sft_experiment_dir=newest"] if starts else []
+        )
 
 
 def test_the_train_defaults():
