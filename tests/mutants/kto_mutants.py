@@ -66,8 +66,9 @@ MUTANTS = [
     Mutant(
         trap="kto: the KL is not that of all ranks",
         file=_KTO,
-        old='evaluate(fabric, module, mismatched, mismatched_loss)["loss"])\n',
-        new='evaluate(Fabric(accelerator="cpu", devices=1), module, mismatched, mismatched_loss)["loss"])\n',
+        old="            kl = estimate_kl(fabric, module, mismatched_batches)\n",
+        new='            alone = Fabric(accelerator="cpu", devices=1)\n'
+        "            kl = estimate_kl(alone, module, mismatched_batches) if mismatched_batches else 0.0\n",
         tests="tests/distributed/test_kto.py::test_two_processes_equal_one",
     ),
 ]
