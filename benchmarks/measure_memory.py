@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sheeprlhf.cli import run
-from sheeprlhf.model.memory import step_plan
 from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.task.step_memory import step_plan
 
 
 def status(name: str) -> int:

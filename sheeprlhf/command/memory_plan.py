@@ -5,18 +5,12 @@ from functools import cache, partial
 
 from sheeprlhf.command.checks import Finding
 from sheeprlhf.command.screen import table
-from sheeprlhf.model.memory import (
-    NO_HOLES,
-    MemoryPlan,
-    ModelSize,
-    measure,
-    rows_of_forward,
-    step_plan,
-)
+from sheeprlhf.model.memory import NO_HOLES, MemoryPlan, ModelSize, measure
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.smaller import Change, changed, smaller, words
 from sheeprlhf.structure.task import DPOConfig
 from sheeprlhf.structure.validate import parse_devices
+from sheeprlhf.task.step_memory import rows_of_forward, step_plan
 from sheeprlhf.utils.memory import size_text
 
 _TIGHT = 0.8  # of what is available: the plan is not that exact

@@ -5,6 +5,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -22,10 +23,17 @@ MAX_FOLDERS = 20_000
 _MAX_NAMES = 5_000  # in one folder
 _MAX_JSON = 100_000  # bytes
 _MAX_RESULTS = 200  # files of one run
-_TAIL = 8_192  # bytes of metrics.csv: many rows
+_TAIL = 65_536  # bytes of metrics.csv: many rows
 _NAME = 16  # columns of a name: helpful_harmless
 _UNKNOWN = "?"
 _MARKS = {RUN_FILE, "config.yaml", "metrics.csv", "checkpoints", "final"}
+_SHOWN = {"reward": ("accuracy", "margin")}  # of the numbers of an evaluation; of another one, all
+_VALIDATED = {  # tags of a validation that tell more than its loss
+    "val/accuracy": "accuracy",
+    "val/margin": "margin",
+    "val/rewards/accuracies": "accuracy",
+    "val/rewards/margins": "margin",
+}
 _GROUPS = ("data", "model", "task")
 
 
@@ -46,7 +54,7 @@ class PastRun(NamedTuple):
         state: finished, running or unfinished; unreadable or unknown if run.json is damaged or missing.
         step: optimizer steps done, None if unknown.
         best: the best validation result, None if there is none.
-        results: the newest result of each metric, such as "perplexity 38.06".
+        results: the newest result of each metric, such as "perplexity 38.06", or what a validation told of pairs.
     """
 
     dir: Path
@@ -95,7 +103,8 @@ def past_run(folder: Path, info: dict[str, Any]) -> PastRun:
     """
     names, finished = _names(folder, info), info.get("status") == "finished"
     progress = info if finished else _newest_state(folder)
-    steps = [step for step in (_whole(progress.get("step")), None if finished else _last_logged(folder)) if step]
+    logged = _logged(folder)
+    steps = [step for step in (_whole(progress.get("step")), None if finished else _last_step(logged)) if step]
     return PastRun(
         folder,
         _local_time(info.get("started")),
@@ -103,7 +112,7 @@ def past_run(folder: Path, info: dict[str, Any]) -> PastRun:
         _state(folder, info),
         max(steps, default=0 if info else None),
         _finite(progress.get("best_metric")),
-        _results(folder, names[0]),
+        _results(folder, names[0]) or _validated(logged),
     )
 
 
@@ -140,14 +149,32 @@ def _newest_state(folder: Path) -> dict[str, Any]:
     return _json(folder / "checkpoints" / f"step-{max(steps)}" / "state.json") if steps else {}
 
 
-def _last_logged(folder: Path) -> int | None:
-    """The step of the last complete row of metrics.csv."""
+def _logged(folder: Path) -> list[str]:
+    """The last complete rows of metrics.csv."""
     try:
-        lines = read_tail(folder / "metrics.csv", _TAIL).decode(errors="replace").split("\n")[:-1]
+        return read_tail(folder / "metrics.csv", _TAIL).decode(errors="replace").split("\n")[:-1]
     except OSError:
-        return None
+        return []
+
+
+def _last_step(lines: list[str]) -> int | None:
+    """The step of the last row."""
     first = lines[-1].partition(",")[0] if lines else ""
     return int(first) if first.isdecimal() and len(first) <= 12 else None
+
+
+def _validated(lines: list[str]) -> list[str]:
+    """What the newest validation told of pairs."""
+    newest: dict[str, str] = {}
+    for line in lines:
+        _, _, rest = line.partition(",")
+        tag, _, rest = rest.partition(",")
+        if tag in _VALIDATED:
+            with suppress(ValueError):
+                number = _finite(float(rest.partition(",")[0]))
+                if number is not None:
+                    newest[_VALIDATED[tag]] = f"{_VALIDATED[tag]} {number:.4g} (validation)"
+    return list(newest.values())
 
 
 def _results(folder: Path, data: str) -> list[str]:
@@ -158,8 +185,10 @@ def _results(folder: Path, data: str) -> list[str]:
         usual = {"weights": "final", "split": "test"} | ({"data": data} if data != _UNKNOWN else {})
         said = {key: clean(record.get(key, value), _NAME) for key, value in usual.items()}
         odd = [said[key] for key, value in usual.items() if said[key] != value]
-        when = _time_of(record.get("time"))
-        for key, value in record.items():
+        when, task = _time_of(record.get("time")), record.get("task")
+        shown = _SHOWN.get(task, tuple(record)) if isinstance(task, str) else tuple(record)
+        for key in shown:
+            value = record.get(key)
             number = _finite(value) if isinstance(value, float) else None
             if number is not None and when >= newest.get(key, (0.0, ""))[0]:
                 newest[key] = when, f"{clean(key, _NAME)} {number:.4g}" + (f" ({', '.join(odd)})" if odd else "")

@@ -85,7 +85,7 @@ class HelpfulHarmlessConfig(DataConfig):
 
 @dataclass(unsafe_hash=True)
 class LocalDataConfig(DataConfig):
-    """Your own jsonl, json, csv or parquet files: prompt+response (+label), prompt+chosen+rejected, or messages."""
+    """Your own jsonl, json, csv or parquet: prompt with response (+ label), a pair, or responses; or messages."""
 
     row_format: ClassVar[str] = "sheeprlhf.data.local:format_row"
 

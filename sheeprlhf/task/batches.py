@@ -83,5 +83,5 @@ class Batches:
 
 
 def longest_row(splits: Mapping[str, TokenizedSplit]) -> int:
-    """Tokens of the longest row of any split."""
-    return max(int(split.lengths.max()) for split in splits.values() if len(split))
+    """Tokens of the longest sequence that a model sees in any split: a prompt with the longest of its responses."""
+    return max(int((rows.sizes[:, 0] + rows.sizes[:, 1:].max(axis=1)).max()) for rows in splits.values() if len(rows))

@@ -15,7 +15,7 @@ from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished
-from sheeprlhf.model.memory import step_plan
+from sheeprlhf.task.step_memory import step_plan
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import peak_memory, size_text

@@ -56,7 +56,8 @@ def reference_logprobs(
         (rows, K) float32 nats, 0 where a row has fewer responses.
     """
     rows = data.splits[split]
-    path = data.folder / f"reference-{split}-{key[:16]}.safetensors"
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = data.folder / f"reference-{split}-{name}.safetensors"
     sums = np.zeros((len(rows), rows.sizes.shape[1] - 1), dtype=np.float32)
     stored = fabric.broadcast(_read(path, sums.shape) if fabric.is_global_zero else None)
     if stored is not None:

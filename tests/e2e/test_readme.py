@@ -57,6 +57,9 @@ def test_every_other_command_works(
     hub_data = summarization_folder(tmp_path / "hub-data")
     seen = 0
     for command in COMMANDS[2:]:
+        if "<rm run>" in command:
+            [of_rewards] = Path("logs/runs").glob("*/*/rm/*/default")
+            command = command.replace("<rm run>", str(of_rewards))
         program, *words = command.replace("<run>", str(finished)).split()
         if (program, words[0]) != ("python", "sheeprlhf.py"):
             assert command == "tensorboard --logdir logs/runs"
@@ -77,8 +80,9 @@ def test_every_other_command_works(
             ]
         run(words)
         seen += 1
-    assert seen == 4
+    assert seen == 8
     assert len(list(Path("logs/runs").glob("*/*/sft/*/default*/final"))) == 3
+    assert len(list(Path("logs/runs").glob("*/*/dpo/*/default*/final"))) == 2
 
 
 @pytest.mark.slow

@@ -165,6 +165,32 @@ def test_the_newest_result_of_each_metric_counts_and_says_what_it_is_of(tmp_path
     assert told(folder).results == ["perplexity 8 (best, validation)", "nll 2.2", "rougeL 28.12 (local)"]
 
 
+HEAD = "step,tag,value,wall_time\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "shown"),
+    [
+        ("2,val/accuracy,0.5,1\n4,val/accuracy,0.875,1\n4,val/margin,1.25,1\n", ["accuracy 0.875", "margin 1.25"]),
+        ("4,val/rewards/margins,0.03125,1\n4,val/rewards/accuracies,1.0,1\n", ["margin 0.03125", "accuracy 1"]),
+        ("4,val/accuracy,nan,1\n4,val/margin,high,1\n4,val/loss,1,1\n4,val/accuracy\n", []),
+        ("4,train/accuracy,0.5,1\n", []),
+        ("4,val/accuracy,0.5", []),  # cut off
+    ],
+)
+def test_a_run_on_pairs_shows_what_its_last_validation_told(rows, shown, tmp_path):
+    folder = make_run(tmp_path, task="rm", status="finished", step=4)
+    (folder / "metrics.csv").write_text(HEAD + rows)
+    assert told(folder).results == [f"{text} (validation)" for text in shown]
+
+
+def test_of_an_evaluated_reward_model_two_figures_are_shown(tmp_path):
+    folder = make_run(tmp_path, task="rm", status="finished", step=4)
+    (folder / "metrics.csv").write_text(HEAD + "4,val/accuracy,0.5,1\n")
+    write_result(folder, "a", task="reward", loss=0.1, accuracy=0.875, margin=1.5, score_chosen=0.0)
+    assert told(folder).results == ["accuracy 0.875", "margin 1.5"]
+
+
 STRANGE = {
     "torn": "{",
     "empty": "",

@@ -93,7 +93,7 @@ def test_an_option_is_found_by_its_full_and_by_its_last_name(capsys):
     assert shown(capsys, "optim.lr=3") == printed
     assert "model.lora_cfg.lr=0.002 (with model=tiny)" in shown(capsys, "lr")
     printed = shown(capsys, "mini_batch_size")
-    assert "task.mini_batch_size=32 rows (with task=sft)" in printed
+    assert "task.mini_batch_size=32 rows (with task=sft, rm, dpo" in printed
     assert "task.mini_batch_size=64 rows (with task=perplexity" in printed
     assert "debug=false (of train, eval, inspect, doctor, fetch) Show" in shown(capsys, "debug")
     assert "model.dtype=float32 (with every model)" in shown(capsys, "dtype")
@@ -173,3 +173,9 @@ def test_lines_fit_the_screen(columns, capsys, monkeypatch):
     run(["show", "task=sft", "model=tiny", "train", "experiment=pretrain_tiny"])
     meanings = [line for line in capsys.readouterr().out.splitlines() if "=" not in line.split(" ")[2:3]]
     assert max(len(line) for line in meanings if line.startswith("      ")) <= columns
+
+
+@pytest.mark.parametrize("task", ["rm", "dpo"])
+def test_a_task_that_starts_from_a_run_says_how(task, capsys):
+    assert f"`train task={task} task.sft_experiment_dir=newest`" in shown(capsys, f"task={task}")
+    assert "`train task=sft`" in shown(capsys, "task=sft")

@@ -30,16 +30,11 @@ from sheeprlhf.model.memory import (
     measure,
     optimizer_bytes,
     plan,
-    rows_of_forward,
-    step_plan,
     tokens_of_forward,
 )
-from sheeprlhf.structure.data import LocalDataConfig
-from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.model import AutoModelConfig, LORAConfig, ModelConfig
+from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig
-from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.structure.task import DPOConfig, RMConfig, SFTConfig
+from sheeprlhf.structure.task import SFTConfig
 from tests.support.batches import random_examples
 from tests.support.models import ARCHITECTURES
 from tests.support.runs import train_words
@@ -104,20 +99,6 @@ def test_a_reward_model_is_measured_with_its_own_head(
     assert optimizer_bytes(AdamWConfig(), size) == sum(v.nbytes for v in values if isinstance(v, Tensor))
     assert size.vocabulary == 0
     assert (size.fixed + size.per_token == 0) == frozen  # nothing is kept where nothing trains
-
-
-def test_a_pair_is_one_row_of_both_responses(model_folder: ModelFolder) -> None:
-    model = AutoModelConfig(repo_name=str(model_folder()))
-    data = LocalDataConfig(train_file="rows.jsonl", max_length=100)
-    plans = {}
-    for task in (SFTConfig(), RMConfig(), DPOConfig()):
-        cfg = TrainConfig(task=task, model=model, data=data, fabric=FabricConfig(), optim=AdamWConfig())
-        plans[task.config_name] = step_plan(cfg, device="cuda"), rows_of_forward(cfg, measure(model, "32-true"))
-    assert [rows for _, rows in plans.values()] == [(20, 100), (10, 200), (10, 200)]
-    sft, rm, dpo = (parts for parts, _ in plans.values())
-    assert dpo == sft  # no second model, and as many tokens
-    assert rm.logits == 0 < dpo.logits
-    assert rm.activations == dpo.activations
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

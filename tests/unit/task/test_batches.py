@@ -19,6 +19,10 @@ class Rows:
     def __init__(self, examples: list[Example]) -> None:
         self._examples = examples
         self.lengths = np.array([example.num_tokens() for example in examples], np.int32)
+        most = max((len(example.responses) for example in examples), default=1)
+        self.sizes = np.full((len(examples), 1 + most), -1, np.int32)
+        for number, (_, prompt, responses, _) in enumerate(examples):
+            self.sizes[number, : 1 + len(responses)] = [len(prompt), *map(len, responses)]
         self.num_read = 0
 
     def __len__(self) -> int:
@@ -86,6 +90,14 @@ def test_an_evaluation_reads_the_first_rows_one_batch_at_a_time() -> None:
         assert held.num_read == len(first.row_ids) == 4
         ids = [*first.row_ids, *(row for micro in found for row in micro.row_ids)]
         assert sorted(ids) == list(range(expected))
+
+
+def test_of_ranked_responses_the_longest_sequence_counts_not_their_sum() -> None:
+    """The model's positions are for a prompt and one response: the next response goes on from the prompt again."""
+    ids = np.arange(100, dtype=np.int32)
+    pair = Example(0, ids[:4], (ids[:9], ids[:30]))
+    ranked = Example(1, ids[:20], (ids[:5], ids[:6], ids[:7]))
+    assert longest_row({"train": cast(TokenizedSplit, Rows([ranked, pair]))}) == 34
 
 
 def test_the_longest_row_of_any_split() -> None:

@@ -70,12 +70,19 @@ def test_reference_of_ragged_rows_is_by_row_and_read_the_second_time(tmp_path: P
     again = reference_logprobs(*arguments)
     assert rows.computed == 3 and np.array_equal(again, found)
     (path,) = tmp_path.iterdir()
-    assert path.name == f"reference-train-{'k' * 16}.safetensors"
+    assert path.name.startswith("reference-train-")
     whole = path.read_bytes()
     for damaged in (whole[:-4], b"", b"x" * 40, save({"logprobs": found[:4]}), save({"logprobs": found * np.nan})):
         path.write_bytes(damaged)
         assert np.array_equal(reference_logprobs(*arguments), found)
         assert path.read_bytes() == whole
+
+
+def test_each_part_of_the_key_tells_references_apart(tmp_path: Path, model_folder: ModelFolder) -> None:
+    policy, rows = policy_of(model_folder()), Rows(tmp_path)
+    for key in (f"{'a' * 64}-32-true-True", f"{'a' * 64}-bf16-mixed-True", f"{'a' * 64}-32-true-False", "b" * 64):
+        reference_logprobs(fabric(), policy, rows, rows, "train", key)  # type: ignore[arg-type]
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_dropout_is_off_and_random_numbers_are_untouched(tmp_path: Path, model_folder: ModelFolder) -> None:
