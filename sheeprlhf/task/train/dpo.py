@@ -25,7 +25,7 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import add_lora
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import DPOConfig
-from sheeprlhf.task.batches import Batches, longest_row
+from sheeprlhf.task.batches import Batches, longest_row, training_split
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
 from sheeprlhf.task.reference import check_reference, of_rows, reference_logprobs, sum_by_response, weights_digest
 from sheeprlhf.task.samples import log_samples
@@ -108,7 +108,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         tokenizer = load_tokenizer(cfg.model)
         data = prepare_data(cfg.data, tokenizer, kind=task.data_kind, say=run.say, progress=fabric.is_global_zero)
         report_data(fabric, run, data)
-        name = "train" if "train" in data.splits else "reward"
+        name = training_split(task, data)
         rows, held_out = data.splits[name], data.splits.get("validation")
         plan = StepPlan(len(rows), task.mini_batch_size, task.epochs, cfg.seed)
         num_steps = min(plan.num_steps(), task.max_num_steps or plan.num_steps())

@@ -31,7 +31,7 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import add_lora
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import KTOConfig
-from sheeprlhf.task.batches import Batches, longest_row
+from sheeprlhf.task.batches import Batches, longest_row, training_split
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
 from sheeprlhf.task.reference import check_reference, of_rows, reference_logprobs, sum_by_response, weights_digest
 from sheeprlhf.task.samples import log_samples
@@ -134,7 +134,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         tokenizer = load_tokenizer(cfg.model)
         data = prepare_data(cfg.data, tokenizer, kind=task.data_kind, say=run.say, progress=fabric.is_global_zero)
         report_data(fabric, run, data)
-        name = "train" if "train" in data.splits else "reward"
+        name = training_split(task, data)
         rows, held_out = data.splits[name], data.splits.get("validation")
         num_desirable = int(rows.desirable.sum())
         warning = weights_warning(num_desirable, len(rows) - num_desirable, task)

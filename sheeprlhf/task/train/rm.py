@@ -25,7 +25,7 @@ from sheeprlhf.loss.reward import by_response, centering, last_scores, reward_lo
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import RMConfig
-from sheeprlhf.task.batches import Batches, longest_row
+from sheeprlhf.task.batches import Batches, longest_row, training_split
 from sheeprlhf.task.eval.reward import score_pairs
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
 from sheeprlhf.task.start import load_start
@@ -62,7 +62,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         tokenizer = load_tokenizer(cfg.model)
         data = prepare_data(cfg.data, tokenizer, kind=task.data_kind, say=run.say, progress=fabric.is_global_zero)
         report_data(fabric, run, data)
-        rows = data.splits["reward" if "reward" in data.splits else "train"]
+        rows = data.splits[training_split(task, data)]
         held_out = data.splits.get("validation")
         plan = StepPlan(len(rows), task.mini_batch_size, task.epochs, cfg.seed)
         num_steps = min(plan.num_steps(), task.max_num_steps or plan.num_steps())

@@ -75,7 +75,10 @@ def test_a_recipe_shows_its_choices_and_values(name, capsys):
     content = yaml.safe_load((configs_directory() / "experiment" / f"{name}.yaml").read_text())
     for group, choice in (pair for line in content["defaults"] for pair in line.items()):
         assert f"{group.removeprefix('override /')}={choice}" in printed
-    assert f"task.mini_batch_size={content['task']['mini_batch_size']} rows" in printed
+    numbers = {key: value for key, value in content["task"].items() if isinstance(value, int)}
+    assert numbers
+    for key, value in numbers.items():
+        assert f"task.{key}={value}" in printed
     assert "Rows of one optimizer step" in printed
 
 
