@@ -21,7 +21,7 @@ class Rows:
         self.lengths = np.array([example.num_tokens() for example in examples], np.int32)
         most = max((len(example.responses) for example in examples), default=1)
         self.sizes = np.full((len(examples), 1 + most), -1, np.int32)
-        for number, (_, prompt, responses, _) in enumerate(examples):
+        for number, (_, prompt, responses, *_) in enumerate(examples):
             self.sizes[number, : 1 + len(responses)] = [len(prompt), *map(len, responses)]
         self.num_read = 0
 
