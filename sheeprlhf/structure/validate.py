@@ -5,28 +5,19 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
-from sheeprlhf.structure.earlier import start_problems, task_of_run
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
-from sheeprlhf.structure.limits import near_path, nearest, option_problems
-from sheeprlhf.structure.machine import cuda_problem, missing_modules
+from sheeprlhf.structure.limits import option_problems
+from sheeprlhf.structure.machine import cuda_problem
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig, SGDConfig
-from sheeprlhf.structure.places import (
-    data_file_problems,
-    is_weights_name,
-    model_problem,
-    new_folder_problems,
-    weights_problems,
-)
+from sheeprlhf.structure.places import data_file_problems, model_problem, new_folder_problems
 from sheeprlhf.structure.registry import choices, options
 from sheeprlhf.structure.run import EvalConfig, FetchConfig, InspectConfig, RootConfig, TrainConfig
-from sheeprlhf.structure.saved import read_run_config
-from sheeprlhf.structure.task import DPOConfig, EvalTaskConfig, TrainTaskConfig
+from sheeprlhf.structure.task_checks import eval_problems, task_problems, train_problems
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -46,9 +37,9 @@ def _problems(config: RootConfig) -> Iterator[str]:
             yield from problems(getattr(config, group))
     yield from _repo_problems(config)
     if isinstance(config, TrainConfig):
-        yield from _train_problems(config)
+        yield from train_problems(config)
     elif isinstance(config, EvalConfig):
-        yield from _eval_problems(config)
+        yield from eval_problems(config)
     elif isinstance(config, InspectConfig):
         yield from new_folder_problems("output_dir", config.output_dir)
     elif isinstance(config, FetchConfig) and config.cache_dir is not None:
@@ -201,86 +192,8 @@ def _optim_problems(optim: OptimizerConfig) -> Iterator[str]:
         yield f"optim.betas={list(betas)} must be two numbers in [0, 1): give for example optim.betas=[0.9,0.999]"
 
 
-def _task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
-    """Options that were set and that nothing would read."""
-    if isinstance(task, DPOConfig):
-        smoothed = ("sigmoid", "robust")
-        if task.label_smoothing > 0 and task.loss_type not in smoothed:
-            yield (
-                f"task.label_smoothing={task.label_smoothing} is not read by task.loss_type={task.loss_type}: "
-                f"remove it, or give task.loss_type={' or '.join(smoothed)}"
-            )
-        if task.simpo_gamma != DPOConfig.simpo_gamma and task.loss_type != "simpo":
-            yield (
-                f"task.simpo_gamma={task.simpo_gamma} is not read by task.loss_type={task.loss_type}: "
-                "remove it, or give task.loss_type=simpo"
-            )
-
-
-def _train_problems(config: TrainConfig) -> Iterator[str]:
-    name, starts_elsewhere = config.task.config_name, hasattr(config.task, "sft_experiment_dir")
-    if config.model.freeze_transformer and starts_elsewhere and config.task.trains == "policy":
-        yield (
-            f"model.freeze_transformer=true is not read by task={name}: remove it, or train less by "
-            "model.finetune_mode=LORA"
-        )
-    yield from start_problems(config)
-    if config.task.config_name == "sft" and config.data.reward_model_split == 1:
-        yield "data.reward_model_split=1 leaves no row to fine-tune on: give for example data.reward_model_split=0.5"
-    if config.resume and config.resume_from is not None:
-        yield "resume=true and resume_from name two runs: give one of them"
-    if config.resume_from is not None and not Path(config.resume_from).is_dir():
-        near = near_path(config.resume_from)
-        did = f"did you mean resume_from={near}?" if near else "give that of an earlier run;"
-        yield f"resume_from={config.resume_from} is not a directory: {did} `list runs` shows them"
-    if not re.fullmatch(r"[^/\\\0]+", config.run_name) or config.run_name in (".", ".."):
-        yield f"run_name={config.run_name} cannot name a directory: give a name without slashes"
-    yield from new_folder_problems("root_dir", config.root_dir)
-
-
-def _eval_problems(config: EvalConfig) -> Iterator[str]:
-    missing = missing_modules(config.task.requires)
-    if missing:
-        yield (
-            f"task={config.task.config_name} needs packages that are not installed ({', '.join(missing)}): "
-            f'pip install "sheeprlhf[{config.task.extra}]"'
-        )
-    if config.experiment_dir is None and config.task.evaluates != "policy":
-        yield f"task={config.task.config_name} needs a {config.task.evaluates}: give experiment_dir=<run of task=rm>"
-    elif config.experiment_dir is None:
-        missing = [name for name in ("model", "data") if getattr(config, name) is None]
-        if missing:
-            give = " and ".join(f"{name}=<{', '.join(choices(name))}>" for name in missing)
-            yield f"nothing to evaluate: give experiment_dir=<run directory>, or {give}"
-        yield from new_folder_problems("output_dir", config.output_dir)
-    if config.task.data_split == "reward" and config.data is not None and config.data.reward_model_split == 0:
-        yield "task.data_split=reward is empty with data.reward_model_split=0: give another split"
-    if not is_weights_name(config.task.model_name):
-        near = nearest(config.task.model_name, ("final", "best", "last"))
-        did = f"did you mean task.model_name={near}? It may be" if near else "give"
-        yield f"task.model_name={config.task.model_name} is unknown: {did} final, best, last or step-<n>"
-    elif config.experiment_dir is not None:
-        yield from _run_problems(config, config.experiment_dir)
-
-
-def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
-    """Whether a run has what an evaluation asks for, and takes its results."""
-    yield from new_folder_problems("experiment_dir", str(Path(run_dir) / "eval"))
-    trained = task_of_run(read_run_config(run_dir))
-    what, wanted = "policy" if trained is None else trained.trains, config.task.evaluates
-    if what != wanted:
-        able = [name for name, cls in choices("task", "eval").items() if getattr(cls, "evaluates", "") == what]
-        of = "" if trained is None else f" of task={trained.config_name}"
-        yield (
-            f"experiment_dir={run_dir}: task={config.task.config_name} evaluates a {wanted}, and this run{of} trained "
-            f"a {what}: give task={' or '.join(able)}, or another run"
-        )
-        return
-    yield from weights_problems(run_dir, config.task.model_name, key="experiment_dir", name_key="task.model_name")
-
-
 _OF_GROUP: dict[str, Callable[[Any], Iterator[str]]] = {
-    "task": _task_problems,
+    "task": task_problems,
     "fabric": _fabric_problems,
     "generation": _generation_problems,
     "model": _model_problems,

@@ -7,7 +7,7 @@ from sheeprlhf.structure.registry import ROOTS, choices, groups, options
 
 PACKAGE = Path(__file__).parents[3] / "sheeprlhf"
 # These walk over all options alike, which is no use of any one of them.
-GENERIC = {"structure/registry.py", "structure/validate.py", "structure/limits.py", "command/help.py"}
+GENERIC = {f"structure/{name}.py" for name in ("registry", "validate", "task_checks", "limits")} | {"command/help.py"}
 
 EXPLAINED = {
     "dry_run",  # registry.to_typed turns it into other options' values
