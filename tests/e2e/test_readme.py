@@ -80,9 +80,9 @@ def test_every_other_command_works(
             ]
         run(words)
         seen += 1
-    assert seen == 8
-    assert len(list(Path("logs/runs").glob("*/*/sft/*/default*/final"))) == 3
-    assert len(list(Path("logs/runs").glob("*/*/dpo/*/default*/final"))) == 2
+    assert seen == 11
+    assert len(list(Path("logs/runs").glob("*/*/sft/*/default*/final"))) == 4
+    assert len(list(Path("logs/runs").glob("*/*/dpo/*/default*/final"))) == 3
 
 
 @pytest.mark.slow

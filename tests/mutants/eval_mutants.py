@@ -9,8 +9,8 @@ MUTANTS = [
     Mutant(  # prompt tokens of left-padded rows are taken for the response
         trap="rouge",
         file="sheeprlhf/model/generate.py",
-        old="for row in output[:, width:].tolist()]",
-        new="for row in output[:, min(map(len, prompts)) :].tolist()]",
+        old="for row in output[:, width:].cpu().numpy()]",
+        new="for row in output[:, min(map(len, prompts)) :].cpu().numpy()]",
         tests=_TEXTS,
     ),
     Mutant(  # texts in the order in which they were generated, references in that of the rows

@@ -6,7 +6,7 @@ _POLICY = "sheeprlhf/agent/policy.py"
 _ATTENTION, _GENERATE, _HEAD, _LOAD, _LORA, _NORM, _TRIM = (
     f"sheeprlhf/model/{name}.py" for name in ("attention", "generate", "head", "load", "lora", "norm", "trim")
 )
-_SFT = "sheeprlhf/task/train/sft.py"
+_SFT, _START = "sheeprlhf/task/train/sft.py", "sheeprlhf/task/start.py"
 _PARITY = "tests/parity/test_packed_equals_padded.py"
 _E2E = "tests/e2e/test_sft.py"
 _FINISH = "tests/unit/task/test_finish.py"
@@ -98,15 +98,15 @@ MUTANTS = [
     Mutant(  # the base is saved, its adapters are lost
         trap="7",
         file=_POLICY,
-        old="        self.model.save_pretrained(str(folder))\n",
+        old="        save_model(self.model, folder)\n",
         new="        self.causal_lm().save_pretrained(str(folder))\n",
         tests=f"{_E2E}::test_lora_run_loads_in_peft_with_the_same_logits",
     ),
     Mutant(  # a trained adapter is evaluated without being loaded
         trap="7",
-        file=_POLICY,
-        old="        policy = Policy(load_lora(model, adapter))\n",
-        new="        policy = Policy(model)\n",
+        file=_START,
+        old="        return Policy(load_lora(policy.causal_lm(), final)), packed\n",
+        new="        return policy, packed\n",
         tests=f"{_E2E}::test_lora_run_loads_in_peft_with_the_same_logits",
     ),
     Mutant(  # alpha is not passed on
@@ -274,8 +274,8 @@ MUTANTS = [
     Mutant(  # chunks return targets in their own order
         trap="chunk order",
         file=_HEAD,
-        old="torch.cat([part.target_N for part in parts])[inverse_N]",
-        new="torch.cat([part.target_N for part in parts])",
+        old="torch.cat(there)[inverse_N]",
+        new="torch.cat(there)",
         tests=_HEAD_TEST,
     ),
     Mutant(  # the two terms of label smoothing are swapped
@@ -322,14 +322,14 @@ MUTANTS = [
     ),
     Mutant(  # final/ is the model as it was before training
         trap="final",
-        file="sheeprlhf/task/eval/load.py",
-        old="model = dataclasses.replace(model, repo_name=str(final), ",
-        new="model = dataclasses.replace(model, ",
+        file=_START,
+        old='repo_name=str(final), finetune_mode="ALL", random_init=False)\n        return load_policy',
+        new='finetune_mode="ALL", random_init=False)\n        return load_policy',
         tests=f"{_E2E}::test_perplexity_equals_a_plain_loop_for_any_batching",
     ),
     Mutant(  # the weights of a checkpoint are not loaded for its evaluation
         trap="final",
-        file="sheeprlhf/task/eval/load.py",
+        file=_START,
         old="    load_weights(checkpoint, policy)\n",
         new="",
         tests=f"{_E2E}::test_perplexity_equals_a_plain_loop_for_any_batching",
@@ -337,8 +337,8 @@ MUTANTS = [
     Mutant(  # an interrupted write of final/ passes for a whole one
         trap="final",
         file="sheeprlhf/task/finish.py",
-        old="            write_folder(final, lambda folder: _save(policy, tokenizer, folder))\n",
-        new="            final.mkdir()\n            _save(policy, tokenizer, final)\n",
+        old="            write_folder(final, lambda folder: trained.save(folder, tokenizer))\n",
+        new="            final.mkdir()\n            trained.save(final, tokenizer)\n",
         tests=f"{_FINISH}::test_final_is_there_whole_or_not_at_all",
     ),
     Mutant(  # the best step is the worst
