@@ -17,6 +17,13 @@ from sheeprlhf.structure.fabric import FabricConfig
 from tests.support.runs import write_rows
 
 ModelFolder = Callable[..., Path]
+PREFERENCE_WORDS = {
+    "sft": "task=sft",
+    "rm": "task=rm",
+    "rm, LoRA": "task=rm model.finetune_mode=LORA model.lora_cfg.rank=4",
+    "dpo": "task=dpo",
+    "simpo": "task=dpo task.loss_type=simpo",
+}
 TOPICS = ["versions", "device", "precision", "hub", "caches", "data", "model", "attention", "disk", "memory"]
 
 
@@ -68,6 +75,16 @@ def test_all_is_well(report: Callable[..., Report], words: list[str], tmp_path: 
     assert "8,848 parameters" in found.said["memory"] and "sum" in found.said["memory"]
     assert found.text.endswith(f"\nnext: python sheeprlhf.py train task=sft {' '.join(words)}\n")
     assert time.monotonic() - started < 30 and not (tmp_path / "runs").exists()
+
+
+def test_preferences_need_no_second_model(report: Callable[..., Report], words: list[str]) -> None:
+    """Nor has a reward model logits; a loss without a reference says nothing of one."""
+    said = {name: report(*words, *more.split()).said["memory"] for name, more in PREFERENCE_WORDS.items()}
+    assert all("17 rows of 120" in text or "8 pairs of 240" in text for text in said.values())
+    assert "17 rows of 120" in said["sft"] and "8 pairs of 240" in said["rm"]
+    assert ["logits" in text for text in said.values()] == [True, False, False, True, True]
+    second = "reference 0 MB no second model: its log-probabilities are kept on the disk"
+    assert [second in text for text in said.values()] == [False, False, False, True, False]
 
 
 def test_a_model_that_is_not_to_be_had(report: Callable[..., Report], words: list[str]) -> None:
