@@ -8,7 +8,7 @@ from sheeprlhf.command.screen import table
 from sheeprlhf.model.memory import NO_HOLES, MemoryPlan, ModelSize, measure
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.smaller import Change, changed, smaller, words
-from sheeprlhf.structure.task import DPOConfig
+from sheeprlhf.structure.task import DPOConfig, KTOConfig
 from sheeprlhf.structure.validate import parse_devices
 from sheeprlhf.task.step_memory import rows_of_forward, step_plan
 from sheeprlhf.utils.memory import size_text
@@ -71,6 +71,8 @@ def _has_reference(config: TrainConfig) -> bool:
     from sheeprlhf.task.train.dpo import NO_REFERENCE
 
     task = config.task
+    if isinstance(task, KTOConfig):
+        return True
     return isinstance(task, DPOConfig) and task.loss_type not in NO_REFERENCE and not task.reference_free
 
 
