@@ -22,6 +22,8 @@ VARIANTS = {
     "labels, lora with dropout": ("kto", LORA),
 }
 
+IN_CI = ("full", "lora with dropout", "model dropout", "preferences, lora with dropout")  # of those at every step
+
 
 def stopped_at(whole: Path, step: int, folder: Path) -> Path:
     """What the run would have left had it died after saving `step`."""
@@ -63,7 +65,12 @@ def test_resume_at_chosen_steps_is_bit_identical(variant: str, tmp_path: Path, m
     check_resume_at(range(5, 24, 9), variant, tmp_path, model_folder)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(variant, marks=pytest.mark.slow if variant in IN_CI else pytest.mark.nightly)
+        for variant in VARIANTS
+    ],
+)
 def test_resume_at_every_step_is_bit_identical(variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     check_resume_at(range(1, 25), variant, tmp_path, model_folder)
