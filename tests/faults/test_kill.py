@@ -20,15 +20,21 @@ import torch
 import transformers
 
 from tests.support.jobs import ColdJob, Job, JobServer
-from tests.support.runs import train_words, write_rows
+from tests.support.runs import train_words, write_pairs, write_rows
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
-SCENARIOS = {
-    "full": [],
-    "lora": LORA,
-    "lora, accumulating": [*LORA, "task.micro_batch_size=1"],
-    "full, found by root_dir": [],
+ACCUMULATING = "task.micro_batch_size=1"
+SCENARIOS = {  # the task and more words of its command
+    "full": ("sft", []),
+    "lora": ("sft", LORA),
+    "lora, accumulating": ("sft", [*LORA, ACCUMULATING]),
+    "full, found by root_dir": ("sft", []),
+    "reward model": ("rm", []),
+    "reward model, lora, accumulating": ("rm", [*LORA, ACCUMULATING]),
+    "preferences": ("dpo", []),
+    "preferences, lora, accumulating": ("dpo", [*LORA, ACCUMULATING]),
+    "labels, lora": ("kto", LORA),
 }
 LAST = 24
 COLD_EVERY = 8  # one start in so many is `python sheeprlhf.py`
@@ -161,12 +167,14 @@ def run_until_done(
 
 def campaign(server: JobServer, tmp_path: Path, model: Path, kills: int, seed: int, scenarios: list[str]) -> Tally:
     """The kills are shared out among the scenarios; a run that ended early is followed by another one."""
-    data = write_rows(tmp_path / "rows.jsonl")
+    rows, pairs = write_rows(tmp_path / "rows.jsonl"), write_pairs(tmp_path / "pairs.jsonl")
     tally, rng = Tally(), random.Random(seed)
     for number, name in enumerate(scenarios):
         folder = tmp_path / str(number)
         folder.mkdir()
-        words = [*train_words(model, data, folder), "task.save_interval=2", *SCENARIOS[name]]
+        task, more = SCENARIOS[name]
+        data = rows if task == "sft" else pairs
+        words = [*train_words(model, data, folder, task=task), "task.save_interval=2", *more]
         whole = Victim(server, words, folder / "whole", by_root_dir=False)
         lasts, save_lasts = measure(whole)
         share = kills * (number + 1) // len(scenarios)
@@ -184,8 +192,9 @@ def campaign(server: JobServer, tmp_path: Path, model: Path, kills: int, seed: i
 
 def test_a_killed_run_ends_in_the_same_bytes(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
     seed = int(os.environ.get("SEED", "7"))
-    tally = campaign(server, tmp_path, model_folder(), 4, seed, ["lora, accumulating"])
-    assert (tally.kills, tally.lost, tally.differing) == (4, 0, 0)
+    scenarios = ["lora, accumulating", "preferences, lora, accumulating"]
+    tally = campaign(server, tmp_path, model_folder(), 6, seed, scenarios)
+    assert (tally.kills, tally.lost, tally.differing) == (6, 0, 0)
 
 
 @pytest.mark.nightly
