@@ -62,8 +62,15 @@ def our_scores(run_dir: Path, words: list[str], tmp_path: Path) -> list[float]:
     return (scores + model.offset).tolist()
 
 
-@pytest.mark.parametrize("mode", ["ALL", "LORA"])
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("architecture", "mode"),
+    [
+        ("llama", "LORA"),
+        ("gpt2", "ALL"),
+        pytest.param("llama", "ALL", marks=pytest.mark.slow),
+        pytest.param("gpt2", "LORA", marks=pytest.mark.slow),
+    ],
+)
 def test_plain_transformers_gives_our_scores_in_two_fresh_processes(
     mode: str, architecture: str, tmp_path: Path, model_folder: ModelFolder
 ) -> None:

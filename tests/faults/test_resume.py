@@ -60,7 +60,13 @@ def check_resume_at(steps: range, variant: str, tmp_path: Path, model_folder: Mo
         shutil.rmtree(resumed)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(variant, marks=() if "lora" in variant or variant == "full" else pytest.mark.slow)
+        for variant in VARIANTS
+    ],
+)
 def test_resume_at_chosen_steps_is_bit_identical(variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     check_resume_at(range(5, 24, 9), variant, tmp_path, model_folder)
 
