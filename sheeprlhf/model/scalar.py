@@ -53,15 +53,16 @@ def with_score_head(causal_lm: PreTrainedModel, padding_id: int) -> PreTrainedMo
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """A token that no text has and no response ends in: transformers scores the rightmost token that is another one.
 
-    The tokenizer's own padding unless that is EOS, else another special token, else the byte 0xFF, which UTF-8 never
-    has, as byte-level tokenizers write it.
+    The tokenizer's own padding unless that is EOS, else another special token, of those without a role too, else the
+    byte 0xFF, which UTF-8 never has, as byte-level tokenizers write it.
 
     Raises:
         ModelError: there is no such token.
     """
     vocabulary = tokenizer.get_vocab()
     taken = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, None)
-    for token in (tokenizer.pad_token, *tokenizer.all_special_tokens, "\u00ff", "<0xFF>"):
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in (tokenizer.pad_token, *tokenizer.all_special_tokens, *added, "\u00ff", "<0xFF>"):
         if token not in taken and token in vocabulary:
             return str(token)
     raise ModelError(

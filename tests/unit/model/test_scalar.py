@@ -5,14 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.data.collate import collate_packed, collate_padded
 from sheeprlhf.model.attention import PACKED, register
 from sheeprlhf.model.scalar import padding_token, scalar_model
+from sheeprlhf.utils.errors import ModelError
 from tests.support.batches import random_examples
+from tests.support.models import byte_tokenizer
 
 ARCHITECTURES = ("llama", "opt", "gpt2", "phi", "gpt_neox", "qwen3", "mistral", "falcon")
 
@@ -44,3 +53,17 @@ def test_plain_transformers_gives_the_same_scores(
     with torch.no_grad():
         theirs = plain(input_ids=ids, attention_mask=mask).logits[:, 0]
     assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_padding_is_a_token_without_another_role() -> None:
+    tokenizer = byte_tokenizer()
+    assert padding_token(tokenizer) == "<pad>"
+    tokenizer.pad_token = tokenizer.eos_token
+    assert padding_token(tokenizer) == "<pad>"  # special in the vocabulary, though no role names it
+    bare = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer, eos_token="<pad>")
+    assert padding_token(bare) == "<s>"
+    bare.bos_token, bare.unk_token = "<s>", "</s>"
+    assert padding_token(bare) == "\u00ff"  # a byte that no UTF-8 text has
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "</s>": 1})), eos_token="</s>")
+    with pytest.raises(ModelError, match="no token for padding but EOS"):
+        padding_token(words)
