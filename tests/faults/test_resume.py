@@ -22,7 +22,7 @@ VARIANTS = {
     "labels, lora with dropout": ("kto", LORA),
 }
 
-IN_CI = ("full", "lora with dropout", "model dropout", "preferences, lora with dropout")  # of those at every step
+IN_CI = ("full", "lora with dropout", "model dropout")  # of those at every step
 
 
 def stopped_at(whole: Path, step: int, folder: Path) -> Path:

@@ -186,10 +186,14 @@ def test_where_no_holes_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert allocator_share("cpu", "LORA") == 0
 
 
-@pytest.mark.slow
+TASKS = ("sft", "rm", "dpo")
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("mode", ["ALL", "LORA"])
-@pytest.mark.parametrize("task", ["sft", "rm", "dpo"])
+@pytest.mark.parametrize(
+    "task", [pytest.param(name, marks=pytest.mark.slow if name == "sft" else pytest.mark.nightly) for name in TASKS]
+)
 def test_a_real_run_takes_what_was_planned(task: str, mode: str, tmp_path: Path) -> None:
     """Growth of the peak memory of a process, within 25 %; freed memory is given back at once, which is no guess."""
     rows = tmp_path / "rows.jsonl"
