@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import active_children, get_context, resource_tracker
+from multiprocessing import get_context, resource_tracker
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,8 +193,9 @@ def _tokenized(tokenize: RowTokenizer, batches: Iterator[list[Row]], num_proc: i
     if num_proc == 1:
         yield from map(tokenize, batches)
         return
-    others = active_children()
-    pool = ProcessPoolExecutor(num_proc, get_context("spawn"), _start_worker, (tokenize,))
+    context = get_context("spawn")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(num_proc, context, _start_worker, (tokenize, stop))
     try:
         waiting: deque[Future[list[TokenRow]]] = deque()
         for batch in batches:
@@ -203,12 +205,8 @@ def _tokenized(tokenize: RowTokenizer, batches: Iterator[list[Row]], num_proc: i
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BaseException:
-        for process in active_children():  # nobody waits for what they are doing
-            if process not in others:
-                process.terminate()
-        raise
     finally:
+        stop.set()  # killed in the middle of an answer, a process would leave the pool waiting for the rest of it
         pool.shutdown(cancel_futures=True)
 
 
@@ -223,17 +221,18 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_worker: list[RowTokenizer] = []  # in a pool's process: its tokenizer, sent once instead of with every batch
+_worker: list[tuple[RowTokenizer, Event]] = []  # in a pool's process: its tokenizer, sent once, and whether to stop
 
 
-def _start_worker(tokenize: RowTokenizer) -> None:
+def _start_worker(tokenize: RowTokenizer, stop: Event) -> None:
     """Keep the tokenizer of a new process."""
-    _worker[:] = [tokenize]
+    _worker[:] = [(tokenize, stop)]
 
 
 def _work(batch: list[Row]) -> list[TokenRow]:
-    """Tokenise one batch in a pool's process."""
-    return _worker[0](batch)
+    """Tokenise one batch in a pool's process; after `stop`, nobody waits for what is still in the queue."""
+    [(tokenize, stop)] = _worker
+    return [] if stop.is_set() else tokenize(batch)
 
 
 def _kept(report: Report, split: str) -> int:

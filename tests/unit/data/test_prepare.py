@@ -344,3 +344,20 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
         peaks[count] = int(done.stdout)
     assert peaks[200_000] - peaks[20_000] < 45_000  # kB: 100 bytes a row of the mapped files, 30 of lengths and digests
+
+
+def long_answers(batch: list[dict[str, str]]) -> list[list[int]]:
+    """Megabytes: a process spends its time writing them."""
+    return [list(range(1000)) for _ in batch]
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_tokenising_processes_whatever_they_do() -> None:
+    """A process killed while it answers would leave its pool waiting for the rest of the answer, for ever."""
+    for _ in range(4):
+        rows = prepare_module._tokenized(long_answers, iter([[{"prompt": "x" * 90}] * 1000] * 100), num_proc=2)
+        assert next(rows)
+        before = len(multiprocessing.active_children())
+        rows.close()
+        assert before == 2
+        assert multiprocessing.active_children() == []
