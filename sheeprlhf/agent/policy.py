@@ -5,7 +5,7 @@ Letters: B rows, T positions, R positions where the head runs, N targets, C hidd
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,15 +44,19 @@ class Policy(nn.Module):
         """The Hugging Face model; with adapters, the one that they sit in."""
         return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
 
-    def forward(self, batch: Batch, mean: bool = False, entropy: bool = False) -> TokenLogprobs:
+    def forward(
+        self, batch: Batch, mean: bool = False, entropy: bool = False, temperature: float = 1.0
+    ) -> TokenLogprobs:
         """Log-probabilities of the batch's targets, float32, nats.
 
         Args:
             batch: packed or padded; the two give equal numbers.
             mean: also the mean over the vocabulary (label smoothing).
             entropy: also the entropy; only where no gradient is wanted.
+            temperature: of the distribution that they are of.
         """
         model = self.causal_lm()
+        how: dict[str, Any] = {"mean": mean, "entropy": entropy, "temperature": temperature}
         if batch.layout is None:
             head_mask_BT = torch.zeros_like(batch.input_ids_BT, dtype=torch.bool)
             head_mask_BT.view(-1)[batch.head_positions_R] = True
@@ -63,12 +67,10 @@ class Policy(nn.Module):
                 logits_to_keep=head_mask_BT,
                 use_cache=False,
             )
-            return logprobs_from_logits(
-                outputs.logits, batch.logit_index_N, batch.target_ids_N, mean=mean, entropy=entropy
-            )
+            return logprobs_from_logits(outputs.logits, batch.logit_index_N, batch.target_ids_N, **how)
         backbone, head = backbone_and_head(model)
         targets = (batch.logit_index_N, batch.target_ids_N)
-        return head_logprobs(hidden_at_head(backbone, batch), head, *targets, mean=mean, entropy=entropy)
+        return head_logprobs(hidden_at_head(backbone, batch), head, *targets, **how)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write what `from_pretrained` loads: the model, or its adapters, and the tokenizer."""
