@@ -7,6 +7,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,8 +99,9 @@ def launch(config: RootConfig, job: Job) -> int:
     except Exception as error:
         if run_dir is not None and not isinstance(error, SheepError):
             path = run_dir / "error.log"
-            path.write_text(redact_text(traceback.format_exc()), encoding="utf-8")
-            error.add_note(f"its traceback is in {path}")
+            with suppress(OSError):  # the disk may be the error
+                path.write_text(redact_text(traceback.format_exc()), encoding="utf-8")
+                error.add_note(f"its traceback is in {path}")
         raise
     return 0
 

@@ -4,6 +4,7 @@ Letters: B rows, T positions, R positions where the head runs, N targets, C hidd
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.head import TokenLogprobs, head_logprobs, logprobs_from_logits
 from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm, uses_packed_attention
-from sheeprlhf.model.lora import add_lora, save_model
+from sheeprlhf.model.lora import POLICY, adapter_in_use, add_lora, save_model
 from sheeprlhf.model.trim import last_mlp_at
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
@@ -43,6 +44,10 @@ class Policy(nn.Module):
     def causal_lm(self) -> PreTrainedModel:
         """The Hugging Face model; with adapters, the one that they sit in."""
         return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Inside, of all weights those of the policy alone can get gradients: others may have adapters on its model."""
+        return adapter_in_use(self.model, POLICY) if isinstance(self.model, PeftModel) else nullcontext()
 
     def forward(
         self, batch: Batch, mean: bool = False, entropy: bool = False, temperature: float = 1.0

@@ -8,6 +8,7 @@ from torch import nn
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.example import Batch
 from sheeprlhf.model.head import TokenLogprobs
+from sheeprlhf.model.lora import adapters_off
 
 
 class AdaptersOff(nn.Module):
@@ -25,7 +26,7 @@ class AdaptersOff(nn.Module):
         """As `Policy.forward`; also after an error the adapters are on again."""
         [policy] = self._policy
         assert isinstance(policy.model, PeftModel)
-        with policy.model.disable_adapter():
+        with adapters_off(policy.model):
             return policy(batch, temperature=temperature)
 
 

@@ -1,7 +1,7 @@
 """The optimizer of a configuration, and its learning rate at every step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,23 +19,25 @@ def build_optimizer(cfg: OptimizerConfig, module: nn.Module, lr: float) -> torch
     Raises:
         ConfigError: nothing is trainable.
     """
-    return _optimizer_of(cfg, _groups(cfg, module, lr))
+    return _optimizer_of(cfg, _groups(cfg, module.parameters(), lr))
 
 
-def build_joint_optimizer(cfg: OptimizerConfig, learners: Sequence[tuple[nn.Module, float]]) -> torch.optim.Optimizer:
-    """One optimizer over several modules, each with its peak learning rate; the first one's groups come first.
+def build_joint_optimizer(
+    cfg: OptimizerConfig, learners: Sequence[tuple[Iterable[nn.Parameter], float]]
+) -> torch.optim.Optimizer:
+    """One optimizer over the trainable parameters of several learners, each with its peak learning rate.
 
-    It steps those parameters alone that have a gradient, so each module can learn by itself. See `scale_lr`.
+    It steps those parameters alone that have a gradient, so each learner can learn by itself. See `scale_lr`.
 
     Raises:
         ConfigError: nothing is trainable in one of them.
     """
-    return _optimizer_of(cfg, [group for module, lr in learners for group in _groups(cfg, module, lr)])
+    return _optimizer_of(cfg, [group for parameters, lr in learners for group in _groups(cfg, parameters, lr)])
 
 
-def _groups(cfg: OptimizerConfig, module: nn.Module, lr: float) -> list[dict[str, Any]]:
-    """The module's trainable parameters: matrices, which decay, and the rest."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
+def _groups(cfg: OptimizerConfig, parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:
+    """The trainable ones: matrices, which decay, and the rest."""
+    trainable = [p for p in parameters if p.requires_grad]
     if not trainable:
         raise ConfigError("no parameter of the model is trainable; check model.finetune_mode, model.freeze_transformer")
     groups: list[dict[str, Any]] = [

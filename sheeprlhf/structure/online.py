@@ -70,6 +70,7 @@ class PPOConfig(OnlineTaskConfig):
     """Proximal policy optimisation: a critic tells each token's share of the reward (arXiv 1707.06347, 2203.02155)."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.ppo:train"
+    policy_part: ClassVar[str] = "actor."
 
     config_name: str = option("ppo", "Name of this choice.")
     ppo_epochs: int = option(4, "Passes over the responses of a rollout.", minimum=1)

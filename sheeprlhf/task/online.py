@@ -3,28 +3,36 @@
 import copy
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
-from transformers import PreTrainedTokenizerBase
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reference import reference_of
-from sheeprlhf.agent.reward import RewardModel, load_reward_model, reward_model_of
+from sheeprlhf.agent.reward import OFFSET, RewardModel, load_reward_model, reward_model_of
 from sheeprlhf.agent.rollout import Rollout
+from sheeprlhf.agent.shared import SharedScore
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
 from sheeprlhf.engine.run import Run
 from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.model.lora import add_lora
+from sheeprlhf.model.lora import add_lora, add_second_adapter, copy_adapter, load_score_adapter, lora_config
+from sheeprlhf.model.scalar import HEAD, scalar_model
+from sheeprlhf.structure.earlier import is_same_model
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
 from sheeprlhf.structure.online import OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.reward import needs_model
 from sheeprlhf.structure.saved import saved_group
+from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.task.batches import longest_row
 from sheeprlhf.task.finish import report_data
 from sheeprlhf.task.rollouts import Collector
 from sheeprlhf.task.start import load_start, load_trained_reward_model
 from sheeprlhf.utils.errors import ConfigError, ModelError
 from sheeprlhf.utils.lightning import Fabric
+
+CRITIC, REWARD = "critic", "reward"  # adapters beside the policy's
 
 
 class Prompts(NamedTuple):
@@ -52,8 +60,8 @@ class Agents(NamedTuple):
     """
 
     policy: Policy
-    critic: RewardModel | None
-    reward: RewardModel | None
+    critic: RewardModel | SharedScore | None
+    reward: RewardModel | SharedScore | None
     packed: bool
 
 
@@ -78,25 +86,47 @@ def load_agents(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -
     assert isinstance(task, OnlineTaskConfig)
     start = (task.sft_experiment_dir, task.sft_model_name)
     policy, packed = load_start(cfg.model, *start, tokenizer, longest=longest, batching=task.batching, say=run.say)
+    adapted = cfg.model.lora_cfg if cfg.model.finetune_mode == "LORA" else None
+    if adapted is not None:
+        policy = Policy(add_lora(policy.causal_lm(), adapted))
     reward = None
     if needs_model(cfg.reward, cfg.data.rule_reward):
-        reward, reward_packed = _load_reward(run, tokenizer, longest=longest)
+        reward, reward_packed = _load_reward(run, tokenizer, policy, longest=longest)
         packed = packed and reward_packed
-        reward.requires_grad_(False)
+        reward.requires_grad_(False) if isinstance(reward, RewardModel) else reward.head.requires_grad_(False)
         reward.eval()
-    critic = None
-    if isinstance(task, PPOConfig):
-        if reward is not None and task.init_critic_with_reward:
-            critic = copy.deepcopy(reward).train()
-            critic.requires_grad_(True)
-        else:
-            critic = reward_model_of(copy.deepcopy(policy), cfg.model, tokenizer)
-    if cfg.model.finetune_mode == "LORA" and cfg.model.lora_cfg is not None:
-        policy = Policy(add_lora(policy.causal_lm(), cfg.model.lora_cfg))
+    critic = _make_critic(run, tokenizer, policy, reward) if isinstance(task, PPOConfig) else None
     return Agents(policy, critic, reward, packed)
 
 
-def _load_reward(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -> tuple[RewardModel, bool]:
+def _make_critic(
+    run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, reward: RewardModel | SharedScore | None
+) -> RewardModel | SharedScore:
+    """Of the reward model if asked and possible, else of the policy with a new head; with adapters, one more."""
+    cfg, task = run.cfg, run.cfg.task
+    assert isinstance(task, PPOConfig)
+    of_reward = reward is not None and task.init_critic_with_reward
+    if not isinstance(policy.model, PeftModel):
+        if isinstance(reward, RewardModel) and of_reward:
+            critic = copy.deepcopy(reward).train()
+            critic.requires_grad_(True)
+            return critic
+        return reward_model_of(copy.deepcopy(policy), cfg.model, tokenizer)
+    model, base = policy.model, policy.causal_lm()
+    head = cast(nn.Linear, getattr(scalar_model(base, tokenizer), HEAD))
+    if isinstance(reward, SharedScore) and of_reward:
+        add_second_adapter(model, CRITIC, cast(LoraConfig, model.peft_config[REWARD]), trains=True)
+        copy_adapter(model, REWARD, CRITIC)
+        head.load_state_dict(reward.head.state_dict())
+        return SharedScore(model, CRITIC, head, reward.offset)
+    assert cfg.model.lora_cfg is not None
+    add_second_adapter(model, CRITIC, lora_config(base, cfg.model.lora_cfg), trains=True)
+    return SharedScore(model, CRITIC, head)
+
+
+def _load_reward(
+    run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, *, longest: int
+) -> tuple[RewardModel | SharedScore, bool]:
     """The reward model of the configured folder or run."""
     task, folder = run.cfg.task, getattr(run.cfg.reward, "folder", None)
     assert isinstance(task, OnlineTaskConfig)
@@ -118,9 +148,30 @@ def _load_reward(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) 
         run.say(f"reward model: {folder}")
         return load_reward_model(cfg, tokenizer, longest=longest, batching=task.batching)
     run.say(f"reward model: the {task.rm_model_name} weights of {of_run}")
+    if isinstance(policy.model, PeftModel) and _same_base(run, cfg, str(of_run)):
+        final = Path(str(of_run)) / "final"
+        head = nn.Linear(1, 1, bias=False)
+        head.weight = nn.Parameter(load_score_adapter(policy.model, final, REWARD).float())
+        offset = float(getattr(AutoConfig.from_pretrained(final), OFFSET, 0.0))
+        run.say("reward, critic and reference share the policy's base")
+        return SharedScore(policy.model, REWARD, head, offset), True
     cfg = dataclasses.replace(cfg, disable_dropout=True, gradient_checkpointing=False)
     of = (cfg, Path(str(of_run)), task.rm_model_name, tokenizer)
     return load_trained_reward_model(*of, longest=longest, batching=task.batching, say=run.say)
+
+
+def _same_base(run: Run, cfg: ModelConfig, rm_dir: str) -> bool:
+    """Whether a run's reward model is adapters on the very weights that the policy starts from."""
+    task, theirs = run.cfg.task, saved_group(rm_dir, "task")
+    assert isinstance(task, OnlineTaskConfig)
+    return (
+        cfg.finetune_mode == "LORA"
+        and task.rm_model_name == "final"
+        and (Path(rm_dir) / "final" / "adapter_config.json").is_file()
+        and isinstance(theirs, RMConfig)
+        and (theirs.sft_experiment_dir, theirs.sft_model_name) == (task.sft_experiment_dir, task.sft_model_name)
+        and is_same_model(cfg.repo_name, run.cfg.model.repo_name)
+    )
 
 
 def check_sampler(run: Run, collect: Collector, rollout: Rollout, policy: Policy) -> None:

@@ -16,7 +16,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy
+from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.agent.rollout import Rollout
+from sheeprlhf.agent.shared import SharedScore
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
@@ -166,7 +168,7 @@ class Collector:
         tokenizer: PreTrainedTokenizerBase,
         policy: Policy,
         reference: nn.Module,
-        reward: nn.Module | None,
+        reward: RewardModel | SharedScore | None,
         *,
         packed: bool,
     ) -> None:
@@ -209,8 +211,7 @@ class Collector:
 
     def _scores(self, rollout: Rollout, validates: bool) -> list[float]:
         if self._reward is not None:
-            scores_S = read_targets(self._fabric, self._reward, self._reward, self.ends, rollout, "scoring")
-            self._model_scores = scores_S.tolist()
+            self._model_scores = self.scores_of(self._reward, rollout, "scoring", at_end=True).tolist()
         # Rank zero alone asks the user's functions, which may answer the same question differently.
         asked = self._scorer.raw(self.texts).total if self._fabric.is_global_zero else []
         total = self._fabric.broadcast(asked)
@@ -224,6 +225,13 @@ class Collector:
             return module(batch, temperature=temperature).target_N
 
         return read_targets(self._fabric, self._policy, call, self.tokens, rollout, label)
+
+    def scores_of(
+        self, model: RewardModel | SharedScore, rollout: Rollout, label: str, *, at_end: bool = False
+    ) -> Tensor:
+        """All ranks: (N,) what a model with a score head says before each token; at the end: (S,) after the last."""
+        with model.in_use():
+            return read_targets(self._fabric, model, model, self.ends if at_end else self.tokens, rollout, label)
 
     def state(self) -> dict[str, float]:
         """What a checkpoint has to carry: the running moments of the scores."""

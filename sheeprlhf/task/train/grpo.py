@@ -1,4 +1,4 @@
-"""Group relative policy optimisation (arXiv 2402.03300), with the changes of DAPO (2503.14476) and Dr. GRPO (2503.20783).
+"""Group relative policy optimisation (arXiv 2402.03300), with DAPO's (2503.14476) and Dr. GRPO's (2503.20783) changes.
 
 No critic: a response is worth what its score is above those of the other responses to its prompt, and every token of it
 the same. The KL divergence from the reference is part of the loss (k3), not of the reward.

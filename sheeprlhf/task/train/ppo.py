@@ -27,7 +27,6 @@ from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.finish import finish_run
 from sheeprlhf.task.held_out import HeldOut
 from sheeprlhf.task.online import check_sampler, load_agents, load_prompts, make_collector
-from sheeprlhf.task.rollouts import read_targets
 from sheeprlhf.task.turns import turns
 from sheeprlhf.utils.lightning import Fabric
 
@@ -92,8 +91,13 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         assert critic is not None
         actor_lr = cfg.peak_lr() if task.actor_learning_rate is None else task.actor_learning_rate
         critic_lr = actor_lr if task.critic_learning_rate is None else task.critic_learning_rate
-        optimizer = build_joint_optimizer(cfg.optim, [(policy, actor_lr), (critic, critic_lr)])
-        actor_module, critic_module = fabric.setup_module(policy), fabric.setup_module(critic)
+        with policy.in_use():
+            actor_module = fabric.setup_module(policy)
+            own = [weight for weight in policy.parameters() if weight.requires_grad]
+        with critic.in_use():
+            critic_module = fabric.setup_module(critic)
+            its = [weight for weight in critic.parameters() if weight.requires_grad]
+        optimizer = build_joint_optimizer(cfg.optim, [(own, actor_lr), (its, critic_lr)])
         optimizer = cast(Optimizer, fabric.setup_optimizers(optimizer))
         collect = make_collector(fabric, run, tokenizer, agents)
         per_token = partial(columns, names=("logprobs", "advantages", "values", "returns"))
@@ -113,20 +117,22 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             rollout = turn.rollout
             if turn.number == 0:
                 check_sampler(run, collect, rollout, policy)
-            values_N = read_targets(fabric, critic, critic, collect.tokens, rollout, "values")
+            values_N = collect.scores_of(critic, rollout, "values")
             rollout = rollout.with_tokens(values=values_N)
             last_values_S = None
             if task.truncated_value == "bootstrap":
-                last_values_S = read_targets(fabric, critic, critic, collect.ends, rollout, "values")
+                last_values_S = collect.scores_of(critic, rollout, "values", at_end=True)
                 last_values_S[torch.from_numpy(rollout.finished.flatten())] = 0.0
             rollout = with_advantages(rollout, task, kl_coeff, last_values_S)
 
             for step, micro_batches in turn.passes(rollout, batches):
-                learnt = update(fabric, critic_module, optimizer, micro_batches, of_critic, **how)
+                with critic.in_use():
+                    learnt = update(fabric, critic_module, optimizer, micro_batches, of_critic, **how)
                 turn.note({"loss/value": learnt["value"], "critic/grad_norm": learnt["grad_norm"]})
                 if step < task.critic_warmup_steps:
                     continue
-                moved = update(fabric, actor_module, optimizer, micro_batches, of_policy, **how)
+                with policy.in_use():
+                    moved = update(fabric, actor_module, optimizer, micro_batches, of_policy, **how)
                 turn.note({"loss/policy": moved.pop("loss"), "tokens": moved.pop("items")} | moved, "policy/")
                 if task.max_kl is not None and moved["approxkl"] > task.max_kl:
                     break

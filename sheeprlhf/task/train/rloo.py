@@ -68,8 +68,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         module, optimizer = fabric.setup(policy, optimizer)
         collect = make_collector(fabric, run, tokenizer, agents)
         per_token = partial(columns, names=("logprobs", "advantages"))
-        cut = {"packed": agents.packed, "targets": "response", "num_items": lambda batch: len(batch.response_lengths)}
-        batches = Batches(fabric, task, beside=per_token, **cut)
+        cut = partial(Batches, fabric, task, packed=agents.packed, targets="response", beside=per_token)
+        batches = cut(num_items=lambda batch: len(batch.response_lengths))
         torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
         state = run.restore(module, optimizer)
         validate = None
@@ -81,16 +81,15 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             rollout = turn.rollout
             if turn.number == 0:
                 check_sampler(run, collect, rollout, policy)
-            lengths = rollout.response_lengths
+            scores_PG, lengths = torch.from_numpy(rollout.scores), rollout.response_lengths
             kl_ST, _ = by_position(rollout.flat("logprobs") - rollout.flat("reference"), lengths)
-            rewards_PG = torch.from_numpy(rollout.scores) - task.init_kl_coeff * kl_ST.sum(dim=1).view_as(
-                torch.from_numpy(rollout.scores)
-            )
+            rewards_PG = scores_PG - task.init_kl_coeff * kl_ST.sum(dim=1).view_as(scores_PG)
             advantages_PG = leave_one_out(rewards_PG)
             if task.normalize_advantages:
                 mean, variance = moments(advantages_PG)
                 advantages_PG = (advantages_PG - mean) * torch.rsqrt(variance + 1e-8)
-            rollout = rollout.with_tokens(advantages=advantages_PG.flatten().repeat_interleave(torch.tensor(lengths)))
+            of_tokens_N = advantages_PG.flatten().repeat_interleave(torch.tensor(lengths))
+            rollout = rollout.with_tokens(advantages=of_tokens_N)
             turn.note({"objective/rlhf_reward": float(rewards_PG.mean())})
             for _, micro_batches in turn.passes(rollout, batches):
                 moved = update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=task.gradient_clip_val)
