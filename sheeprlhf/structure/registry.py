@@ -17,6 +17,7 @@ from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig
 from sheeprlhf.structure.option import Config
+from sheeprlhf.structure.reward import RewardSourceConfig
 from sheeprlhf.structure.run import (
     CommandConfig,
     DoctorConfig,
@@ -42,6 +43,7 @@ _BASES: dict[str, tuple[type[Config], ...]] = {
     "data": (DataConfig,),
     "fabric": (FabricConfig,),
     "optim": (OptimizerConfig,),
+    "reward": (RewardSourceConfig,),
 }
 _TASKS = {verb: (EvalTaskConfig,) if verb == "eval" else (TrainTaskConfig,) for verb in ROOTS}
 DRY_RUN_STEPS = 2
