@@ -66,6 +66,6 @@ def _import(source: str, folder: str) -> Callable[..., Any]:
         said = " ".join(str(error).split()) or "no message"
         raise ConfigError(f"reward: {source} cannot be imported: {type(error).__name__}: {said}") from error
     if not callable(function):
-        raise ConfigError(f"reward: {source} is a {type(function).__name__}, not a function: give the name of one")
+        raise ConfigError(f"reward: {source} is no function ({type(function).__name__}): give the name of one")
     found: Callable[..., Any] = function
     return found

@@ -95,7 +95,9 @@ def test_a_term_is_a_weight_and_a_source(text, term):
     assert parse_term(text) == Term(*term)
 
 
-@pytest.mark.parametrize("text", ["", "0.5*", "*length", "x*length", "nan*length", "inf*model", "-inf*model", "0*model"])
+@pytest.mark.parametrize(
+    "text", ["", "0.5*", "*length", "x*length", "nan*length", "inf*model", "-inf*model", "0*model"]
+)
 def test_what_is_no_term(text):
     with pytest.raises(ValueError, match=r".*"):
         parse_term(text)
@@ -155,10 +157,11 @@ def test_functions_that_are_not_there(path, said, own_module):
     ],
 )
 def test_functions_that_may_be_there(path, own_module):
+    before = set(sys.modules)
     assert problems(FunctionRewardConfig(path=path)) == []
     assert problems(ListRewardConfig(terms=[f"-1*{path}"])) == []
     assert not (own_module / "sentinel").exists()
-    assert not {name for name in sys.modules if name.startswith("my_")}
+    assert set(sys.modules) == before
 
 
 def test_an_installed_module_that_hides_ones_own_is_named(tmp_path, monkeypatch):
@@ -180,7 +183,10 @@ def test_a_missing_package_is_named_with_its_extra(name, monkeypatch):
     ("cfg", "said"),
     [
         (FunctionRewardConfig(target_length=3), "target_length=3 is read by length alone"),
-        (FunctionRewardConfig(path="regex", pattern="a", length_unit="characters"), "length_unit=characters is read by"),
+        (
+            FunctionRewardConfig(path="regex", pattern="a", length_unit="characters"),
+            "length_unit=characters is read by",
+        ),
         (FunctionRewardConfig(path="length", target_length=3, pattern="a"), "pattern=a is read by regex alone"),
         (FunctionRewardConfig(path="length"), "reward.target_length is missing: length needs it"),
         (FunctionRewardConfig(path="regex"), "reward.pattern is missing: regex needs it"),
