@@ -98,8 +98,7 @@ class RewardFunction:
         return [score for score in scores if score is not None]
 
     def _raised(self, error: Exception, texts: Texts, columns: dict[str, list[Any]]) -> str:
-        said = " ".join(str(error).split()) or "no message"
-        message = f"reward {self.name} raised {type(error).__name__}: {said}{_place(error, self.function)}"
+        message = f"reward {self.name} raised {said_by(error)}{_place(error, self.function)}"
         row = self._row_that_raises(type(error), texts, columns)
         if row is not None:
             return f"{message}\n{_shown(texts, row)}"
@@ -147,6 +146,12 @@ def _number(value: Any) -> float | None:
 
 def _kind(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
+
+
+def said_by(error: Exception) -> str:
+    """Kind and message of somebody's exception, on one line, without control characters, of limited length."""
+    words = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {''.join(c if c.isprintable() else '?' for c in words[: 2 * _SHOWN])}"
 
 
 def _place(error: Exception, function: Callable[..., Any]) -> str:

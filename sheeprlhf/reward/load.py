@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from sheeprlhf.reward import functions
-from sheeprlhf.reward.call import RewardFunction
+from sheeprlhf.reward.call import RewardFunction, said_by
 from sheeprlhf.structure.reward import BUILTINS, BuiltinOptionsConfig, RewardSourceConfig
 from sheeprlhf.structure.reward_checks import source_problems
 from sheeprlhf.structure.user_code import parse_path
@@ -63,9 +63,8 @@ def _import(source: str, folder: str) -> Callable[..., Any]:
         with importable_from(folder):
             function = getattr(importlib.import_module(module), name)
     except Exception as error:
-        said = " ".join(str(error).split()) or "no message"
-        raise ConfigError(f"reward: {source} cannot be imported: {type(error).__name__}: {said}") from error
+        raise ConfigError(f"reward: {source} cannot be imported: {said_by(error)}") from error
     if not callable(function):
-        raise ConfigError(f"reward: {source} is a {type(function).__name__}, not a function: give the name of one")
+        raise ConfigError(f"reward: {source} is no function ({type(function).__name__}): give the name of one")
     found: Callable[..., Any] = function
     return found

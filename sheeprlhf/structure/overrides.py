@@ -224,9 +224,8 @@ def _example(key: str, found: _Found) -> str:
     hint, _ = unwrap_optional(found.type)
     value = OmegaConf.to_container(found.default) if OmegaConf.is_config(found.default) else found.default
     if value is None or isinstance(value, dict):
-        value = {int: 100, float: 1e-5, bool: True, str: "name"}.get(
-            hint, "[a,b]" if typing.get_origin(hint) is list else "null"
-        )
+        examples = {int: 100, float: 1e-5, bool: True, str: "name", list: "[a,b]"}
+        value = examples.get(typing.get_origin(hint) or hint, "null")
     shown = str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "").replace("1e-05", "1e-5")
     return f"for example {key}={shown}"
 

@@ -80,7 +80,7 @@ class ListRewardConfig(BuiltinOptionsConfig):
     config_name: str = option("list", "Name of this choice.")
     terms: list[str] = option(
         MISSING,
-        "Sources with their weights, such as [model,0.5*length,-1*my_rewards:toxicity]; model is a reward model.",
+        "Sources and their weights, such as [model,0.5*length,-1*my_rewards:toxicity]; model is a reward model.",
     )
     folder: Optional[str] = option(
         None, "Folder or hub id of the term model; null takes the run task.rm_experiment_dir."

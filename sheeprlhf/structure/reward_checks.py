@@ -30,7 +30,7 @@ _EXAMPLES = {"target_length": "12", "pattern": r"'^Return\b'"}
 
 
 def reward_problems(cfg: RewardSourceConfig) -> Iterator[str]:
-    """Every problem of a source of rewards, one sentence each: its functions, their options, penalties without effect."""
+    """Every problem of a source of rewards: its functions, their options, penalties without effect."""
     yield from _penalty_problems(cfg)
     sources: list[str] = []
     if isinstance(cfg, FunctionRewardConfig):
@@ -85,7 +85,7 @@ def _terms_problems(sources: list[str]) -> Iterator[str]:
         if source != MODEL:
             yield from source_problems("reward.terms: ", source)
         if sources.count(source) > 1:
-            yield f"reward.terms: {source} is there {sources.count(source)} times: give it once, with the sum of weights"
+            yield f"reward.terms: {source} is there more than once: give it once, with the sum of the weights"
 
 
 def source_problems(given: str, source: str) -> Iterator[str]:

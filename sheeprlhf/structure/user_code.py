@@ -8,6 +8,7 @@ import ast
 import importlib.util
 import keyword
 import os
+import sys
 import tokenize
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
@@ -36,6 +37,9 @@ def parse_path(text: str) -> DottedPath:
 
 def find_module(module: str) -> ModuleSpec | None:
     """Where a module is, as `import` would find it; None if nowhere. Unlike importlib's, it does not import parents."""
+    loaded = getattr(sys.modules.get(module), "__spec__", None)
+    if isinstance(loaded, ModuleSpec):
+        return loaded  # such as os.path, which is in no package
     first, *rest = module.split(".")
     spec = _installed(first) or PathFinder.find_spec(first, [os.getcwd()])
     name = first
