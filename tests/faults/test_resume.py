@@ -18,6 +18,10 @@ VARIANTS = {
     "reward model, lora with dropout": ("rm", LORA),
     "preferences": ("dpo", []),
     "preferences, lora with dropout": ("dpo", LORA),
+    "ppo": ("ppo", ["task.adaptive_kl_coeff=true", "reward.normalize=true"]),
+    "ppo, lora": ("ppo", [*LORA[:2], "task.truncated_value=bootstrap"]),
+    "grpo, lora": ("grpo", LORA[:2]),
+    "rloo": ("rloo", ["task.ppo_epochs=2"]),
     "labels": ("kto", []),
     "labels, lora with dropout": ("kto", LORA),
 }

@@ -43,7 +43,18 @@ def write_labelled(path: Path, num_rows: int = 48, *, seed: int = 0) -> Path:
     return path
 
 
-WRITERS = {"sft": write_rows, "rm": write_pairs, "dpo": write_pairs, "kto": write_labelled}
+WRITERS = {"sft": write_rows, "rm": write_pairs, "dpo": write_pairs, "kto": write_labelled} | {
+    task: write_rows for task in ("ppo", "grpo", "rloo")
+}
+ONLINE = [  # 6 rollouts of 12 prompts, 4 optimizer steps on each
+    "task.rollout_size=24",
+    "task.num_generations=2",
+    "task.max_num_steps=24",
+    "task.ppo_epochs=1",
+    "reward=function",
+    "reward.path=length",
+    "reward.target_length=2",
+]
 
 
 def train_words(model: Path, data: Path, run_dir: Path, *extra: str, task: str = "sft") -> list[str]:
@@ -71,6 +82,7 @@ def train_words(model: Path, data: Path, run_dir: Path, *extra: str, task: str =
         "generation.max_new_tokens=4",
         "optim.lr=1e-3",
         f"hydra.run.dir={run_dir}",
+        *(ONLINE if task in ("ppo", "grpo", "rloo") else []),
         *extra,
     ]
 

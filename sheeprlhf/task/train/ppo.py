@@ -133,7 +133,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                     continue
                 with policy.in_use():
                     moved = update(fabric, actor_module, optimizer, micro_batches, of_policy, **how)
-                turn.note({"loss/policy": moved.pop("loss"), "tokens": moved.pop("items")} | moved, "policy/")
+                turn.note({"loss/policy": moved.pop("loss")})
+                turn.note(moved, "policy/")
                 if task.max_kl is not None and moved["approxkl"] > task.max_kl:
                     break
 
