@@ -32,7 +32,9 @@ class RewardSourceConfig(Config):
         1.0, "Subtracted from the score of a response below reward.min_response_length.", minimum=0.0
     )
     repetition_penalty: float = option(
-        0.0, "Subtracted in full when all runs of three words in a response but one are repetitions.", minimum=0.0
+        0.0,
+        "Times the share of runs of three words in a response that repeat earlier ones: subtracted from its score.",
+        minimum=0.0,
     )
 
 

@@ -106,10 +106,11 @@ def source_problems(given: str, source: str) -> Iterator[str]:
         dotted = module.removeprefix("./").removesuffix(".py").replace("/", ".")
         yield f"{given}{source} is a file: give its dotted path, {given}{dotted}:{function or '<function>'}"
     elif not is_users_own(source):
-        near = nearest(source, BUILTINS)
-        did = f"did you mean {given}{near}? It" if near else "it"
+        known = list(BUILTINS) if given.endswith("=") else [MODEL, *BUILTINS]
+        near = nearest(source, known)
+        did = f"did you mean {given if given.endswith('=') else ''}{near}? It" if near else "it"
         yield (
-            f"{given}{source} is unknown: {did} may be {', '.join(BUILTINS)}, or a function of yours as "
+            f"{given}{source} is unknown: {did} may be {', '.join(known)}, or a function of yours as "
             "package.module:function"
         )
     else:
