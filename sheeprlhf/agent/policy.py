@@ -25,6 +25,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.lightning import move_data_to_device
 from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.modes import eval_mode
 
 # Nats, of the check before training. Rounding alone makes 1e-4 of a log-probability of -24 in float32 (SmolLM2).
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -184,13 +185,7 @@ def packing_difference(policy: Policy) -> float:
     ids = np.arange(12, dtype=np.int32) % 5 + 3
     examples = [Example(0, ids[:4], (ids[4:9],)), Example(1, ids[1:3], (ids[2:12],))]
     device = next(policy.parameters()).device
-    training = {module: module.training for module in policy.modules()}
-    policy.eval()
-    try:
-        with torch.no_grad():
-            packed = policy(move_data_to_device(collate_packed(examples), device)).target_N
-            padded = policy(move_data_to_device(collate_padded(examples, pad_id=0), device)).target_N
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    with eval_mode(policy), torch.no_grad():
+        packed = policy(move_data_to_device(collate_packed(examples), device)).target_N
+        padded = policy(move_data_to_device(collate_padded(examples, pad_id=0), device)).target_N
     return float((packed - padded).abs().max())

@@ -1,10 +1,7 @@
-"""The rows of text that are being written: their keys and values, and one step of all of them.
+"""The rows of text that are being written: from their prompts to logits, then token by token.
 
-Letters: P prompts, B live rows, H heads, T packed positions, L columns of the cache, W of them for prompts, D head width,
-C hidden width, V vocabulary.
-
-Prompts end at column W, whatever their length, so that every row writes its next token into the same column. A row that
-has ended leaves its place to the last live one: the live rows are always the first B, and nothing else is copied.
+Letters: P prompts, B live rows (responses of them), T packed positions of prompts, W tokens of the longest prompt,
+L tokens of the longest row, C hidden width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -15,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
 
-from sheeprlhf.model.attention import placeholder_mask
+from sheeprlhf.model.attention import kernel_dtype, placeholder_mask
+from sheeprlhf.model.cache import SharedCache
 from sheeprlhf.model.load import backbone_and_head
 from sheeprlhf.model.trim import last_mlp_at
 
@@ -33,66 +30,6 @@ class PromptLayout(NamedTuple):
     max_key: int
 
 
-class StaticCache(Cache):
-    """Keys and values of a group of rows, in memory that is taken once.
-
-    It takes those of the packed prompts first, then after `share` those of the rows.
-
-    Attributes:
-        keys: per layer (1, H, T, D) of the packed prompts, then (rows, H, L, D) of the rows.
-        values: the same.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
-        self._num_live = 0  # none yet: it takes the prompts
-        self._num_columns = 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Keep a layer's new keys and values; return those that its queries may see."""
-        if self._num_live == 0:
-            self.keys[layer_idx], self.values[layer_idx] = key_states, value_states
-            return key_states, value_states
-        keys_BHLD, values_BHLD = self.keys[layer_idx], self.values[layer_idx]
-        rows, column = self._num_live, self._num_columns
-        keys_BHLD[:rows, :, column] = key_states[:, :, 0]
-        values_BHLD[:rows, :, column] = value_states[:, :, 0]
-        return keys_BHLD[:rows, :, : column + 1], values_BHLD[:rows, :, : column + 1]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns that are filled."""
-        return self._num_columns
-
-    def share(self, source_BW: Tensor, num_new: int, dtype: torch.dtype | None) -> None:
-        """Give every row its prompt's keys and values, and `num_new` columns to write.
-
-        Args:
-            source_BW: (B, W) the packed position of each prompt column; any real one where the row has no token.
-            num_new: how many tokens a row writes.
-            dtype: number format of the cache; None keeps each tensor's.
-        """
-        self._num_live, self._num_columns = source_BW.shape
-        for store in (self.keys, self.values):
-            for layer, packed_1HTD in store.items():
-                shared_HBWD = packed_1HTD[0][:, source_BW].to(dtype or packed_1HTD.dtype)
-                heads, rows, width, size = shared_HBWD.shape
-                store[layer] = shared_HBWD.new_empty(rows, heads, width + num_new, size)
-                store[layer][:, :, :width] = shared_HBWD.transpose(0, 1)
-
-    def next_column(self) -> None:
-        """The step is over."""
-        self._num_columns += 1
-
-    def move(self, sources: list[int], targets: list[int], num_live: int) -> None:
-        """Put rows in the places of others; the first `num_live` are live from now on."""
-        for store in (self.keys, self.values):
-            for tensor_BHLD in store.values():
-                tensor_BHLD[targets, :, : self._num_columns] = tensor_BHLD[sources, :, : self._num_columns]
-        self._num_live = num_live
-
-
 class PackedRows:
     """Rows of a model with packed attention: prompts are computed once, unpadded; then a static cache.
 
@@ -102,7 +39,7 @@ class PackedRows:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._backbone, self._head = backbone_and_head(model)
-        self._cache = StaticCache()
+        self._cache = SharedCache()
 
     def prefill(self, prompts: Sequence[np.ndarray], num_responses: int, num_new: int) -> Tensor:
         """Compute the prompts. Returns (B, V) logits of each row's first token, `num_responses` rows a prompt."""
@@ -121,38 +58,28 @@ class PackedRows:
                 use_cache=True,
             ).last_hidden_state
         logits_PV = self._head(hidden_1TC[0, ends_P - 1])
-
-        width = max(lengths)
-        lengths_B = torch.tensor(lengths, device=device).repeat_interleave(num_responses)
-        column_BW = torch.arange(width, device=device) - (width - lengths_B)[:, None]  # negative: no token
-        start_B = (ends_P - ends_P.diff(prepend=ends_P.new_zeros(1))).repeat_interleave(num_responses)
-        self._cache.share(column_BW.clamp(min=0) + start_B[:, None], num_new, _autocast_dtype(device.type))
-        self._positions_B1 = lengths_B[:, None]
-        # Added to the scores. A bool one would be made into this by every layer.
-        mask_BL = torch.zeros(len(lengths_B), width + num_new, device=device, dtype=self._cache.keys[0].dtype)
-        mask_BL[:, :width].masked_fill_(column_BW < 0, float("-inf"))
-        self._mask_B11L = mask_BL[:, None, None]
+        self._cache.share(lengths, num_responses, num_new - 1, kernel_dtype(device.type, hidden_1TC.dtype))
+        self._positions_B1 = torch.tensor(lengths, device=device).repeat_interleave(num_responses)[:, None]
         return logits_PV.repeat_interleave(num_responses, dim=0)
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Write one token into each live row. Returns (B, V) logits of the next one."""
-        columns = self._cache.get_seq_length() + 1
         hidden_B1C = self._backbone(
             input_ids=ids_B[:, None],
-            attention_mask=self._mask_B11L[..., :columns],
+            attention_mask=placeholder_mask(ids_B),
             position_ids=self._positions_B1,
+            layout=self._cache,
             past_key_values=self._cache,
             use_cache=True,
         ).last_hidden_state
-        self._cache.next_column()
+        self._cache.next_token()
         self._positions_B1 = self._positions_B1 + 1
         return self._head(hidden_B1C[:, 0])
 
-    def keep(self, order: list[int]) -> None:
-        """Go on with fewer rows: the i-th is now what the `order[i]`-th was."""
-        moves = [(source, target) for target, source in enumerate(order) if source != target]
-        self._cache.move([source for source, _ in moves], [target for _, target in moves], len(order))
-        self._positions_B1, self._mask_B11L = self._positions_B1[order], self._mask_B11L[order]
+    def keep(self, order_B: np.ndarray) -> None:
+        """Go on with fewer rows: the i-th is now what the `order_B[i]`-th was."""
+        self._cache.keep(order_B)
+        self._positions_B1 = self._positions_B1[order_B]
 
 
 class PaddedRows:
@@ -189,10 +116,10 @@ class PaddedRows:
         self._positions_B1 = self._positions_B1 + 1
         return logits_BV
 
-    def keep(self, order: list[int]) -> None:
+    def keep(self, order_B: np.ndarray) -> None:
         """As `PackedRows.keep`."""
-        self._cache.batch_select_indices(torch.tensor(order, device=self._mask_BL.device))
-        self._positions_B1, self._mask_BL = self._positions_B1[order], self._mask_BL[order]
+        self._cache.batch_select_indices(torch.from_numpy(order_B).to(self._mask_BL.device))
+        self._positions_B1, self._mask_BL = self._positions_B1[order_B], self._mask_BL[order_B]
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         output = cast(Any, self._model)(
@@ -210,10 +137,3 @@ def _layout(lengths: list[int], device: torch.device) -> PromptLayout:
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     segments = tuple((length, (0,)) for length in lengths)
     return PromptLayout(segments, starts, starts, None, max(lengths), max(lengths))
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast makes of the inputs of attention; None where it is off."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return None

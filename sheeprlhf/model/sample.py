@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sheeprlhf.model.cache import compact
 from sheeprlhf.model.load import uses_packed_attention
 from sheeprlhf.model.rows import PackedRows, PaddedRows
 from sheeprlhf.utils.memory import phase
@@ -69,13 +70,14 @@ def sample_responses(
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0; nothing is sampled at 0")
+    lengths = [len(prompt) for prompt in prompts]
     num_responses, num_new = uniforms.shape[1:]
+    packed = packed and _packs(model, max(lengths, default=0) + num_new)
     results: dict[int, Sampled] = {}
     with eval_mode(model):
-        for group in _groups([len(prompt) for prompt in prompts], num_responses, num_new, token_budget):
+        for group in _groups(lengths, num_responses, num_new, token_budget, shared=packed):
             group_prompts = [prompts[index] for index in group]
-            longest = len(group_prompts[-1]) + num_new
-            rows = PackedRows(model) if packed and _packs(model, longest) else PaddedRows(model)
+            rows = PackedRows(model) if packed else PaddedRows(model)
             sampled = _sample_group(rows, group_prompts, uniforms[group], temperature, eos_id, stop, progress)
             results |= zip(group, sampled, strict=True)
     return [results[index] for index in range(len(prompts))]
@@ -88,11 +90,17 @@ def _packs(model: PreTrainedModel, longest: int) -> bool:
     return uses_packed_attention(model) and (window is None or longest <= window)
 
 
-def _groups(lengths: list[int], num_responses: int, num_new: int, token_budget: int) -> Iterator[list[int]]:
-    """Prompts of about one length that are sampled together, shortest first; at least one a group."""
+def _groups(
+    lengths: list[int], num_responses: int, num_new: int, token_budget: int, *, shared: bool
+) -> Iterator[list[int]]:
+    """Prompts of about one length that are sampled together, shortest first; at least one a group.
+
+    With `shared`, a prompt is held once for all of its responses.
+    """
     group: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if group and (len(group) + 1) * num_responses * (lengths[index] + num_new) > token_budget:
+        held = lengths[index] * (1 if shared else num_responses) + num_responses * num_new
+        if group and (len(group) + 1) * held > token_budget:
             yield group
             group = []
         group.append(index)
@@ -131,7 +139,7 @@ def _sample_group(
         ended_B = finished_R[live_B] | (step + 1 == num_new)
         if ended_B.any():
             progress(int(ended_B.sum()))
-            order = _order(ended_B)
+            order = compact(ended_B)
             if not len(order):
                 break
             rows.keep(order)
@@ -143,14 +151,6 @@ def _sample_group(
     ]
     starts = range(0, num_rows, num_responses)
     return [Sampled(*zip(*found[start : start + num_responses], strict=True)) for start in starts]
-
-
-def _order(ended_B: np.ndarray) -> list[int]:
-    """Which row goes on in which place: the last ones fill the places of those that ended, all others stay."""
-    live = np.flatnonzero(~ended_B)
-    order = np.arange(len(live))
-    order[ended_B[: len(live)]] = live[live >= len(live)]
-    return order.tolist()
 
 
 def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
