@@ -86,7 +86,7 @@ def gae(
     lam: float,
     last_values_S: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al., arXiv 1506.02438, eqs. 11 and 16) over each response.
+    """Generalised advantage estimation (Schulman et al., arXiv 1506.02438, eq. 16) over each response.
 
     delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  return_t = A_t + V_t
 
@@ -204,7 +204,7 @@ def group_advantages(scores_PG: Tensor, *, scale: bool, eps: float = 1e-4) -> Te
 
 
 def leave_one_out(scores_PG: Tensor) -> Tensor:
-    """RLOO (arXiv 2402.14740, eq. 8): score minus the mean of the other responses to the same prompt.
+    """RLOO (arXiv 2402.14740): score minus the mean of the other responses to the same prompt.
 
     Args:
         scores_PG: (P, G) scores, G >= 2.
