@@ -126,6 +126,8 @@ def _last(mask_ST: Tensor) -> Tensor:
 def moments(values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and population variance, () float64; of no value 0 and 1, with which whitening does nothing.
 
+    In float32 the mean of equal values is off by a rounding error, and whitening multiplies it by ten thousand.
+
     Args:
         values: any shape.
         mask: bool, the same shape, True where a value counts; None counts all.
@@ -175,9 +177,7 @@ def whiten(
         (S, T) of the same type, 0 outside the responses.
     """
     mean, variance = moments(values_ST, mask_ST) if of_all is None else of_all
-    whitened_ST = (values_ST.double() - mean) * torch.rsqrt(
-        variance + eps
-    )  # in float32 equal values would not become 0
+    whitened_ST = (values_ST.double() - mean) * torch.rsqrt(variance + eps)
     whitened_ST = whitened_ST if shift_mean else whitened_ST + mean
     return torch.where(mask_ST, whitened_ST, 0.0).to(values_ST.dtype)
 

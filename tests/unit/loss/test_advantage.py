@@ -202,7 +202,7 @@ def test_whitening_of_one_token_and_of_none() -> None:
 
 
 def test_equal_values_are_whitened_to_zero() -> None:
-    """In float32 the mean of 0.1 is not 0.1."""
+    """In float32 the mean of many 0.1 is not 0.1."""
     for number in range(1, 300):
         values_ST = torch.full((1, number), 0.1)
         assert not whiten(values_ST, torch.ones(1, number, dtype=torch.bool)).any()
