@@ -86,7 +86,7 @@ def gae(
     lam: float,
     last_values_S: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al., arXiv 1506.02438, eqs. 11 and 16) over each response.
+    """Generalised advantage estimation (Schulman et al., arXiv 1506.02438, eq. 16) over each response.
 
     delta_t = r_t + gamma V_{t+1} - V_t;  A_t = delta_t + gamma lam A_{t+1};  return_t = A_t + V_t
 
@@ -125,6 +125,8 @@ def _last(mask_ST: Tensor) -> Tensor:
 
 def moments(values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and population variance, () float64; of no value 0 and 1, with which whitening does nothing.
+
+    In float32 the mean of equal values is off by a rounding error, and whitening multiplies it by ten thousand.
 
     Args:
         values: any shape.
@@ -175,9 +177,7 @@ def whiten(
         (S, T) of the same type, 0 outside the responses.
     """
     mean, variance = moments(values_ST, mask_ST) if of_all is None else of_all
-    whitened_ST = (values_ST.double() - mean) * torch.rsqrt(
-        variance + eps
-    )  # in float32 equal values would not become 0
+    whitened_ST = (values_ST.double() - mean) * torch.rsqrt(variance + eps)
     whitened_ST = whitened_ST if shift_mean else whitened_ST + mean
     return torch.where(mask_ST, whitened_ST, 0.0).to(values_ST.dtype)
 
@@ -204,7 +204,7 @@ def group_advantages(scores_PG: Tensor, *, scale: bool, eps: float = 1e-4) -> Te
 
 
 def leave_one_out(scores_PG: Tensor) -> Tensor:
-    """RLOO (arXiv 2402.14740, eq. 8): score minus the mean of the other responses to the same prompt.
+    """RLOO (arXiv 2402.14740): score minus the mean of the other responses to the same prompt.
 
     Args:
         scores_PG: (P, G) scores, G >= 2.

@@ -19,7 +19,7 @@ def policy_losses(
 ) -> Tensor:
     """PPO's clipped loss (arXiv 1707.06347, eq. 7): max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)).
 
-    r = exp(logprobs - old), at most exp(MAX_LOG_RATIO). DAPO (arXiv 2503.14476, eq. 10) has clip_high > clip_low.
+    r = exp(logprobs - old), at most exp(MAX_LOG_RATIO). DAPO (arXiv 2503.14476, eq. 8) has clip_high > clip_low.
 
     Args:
         logprobs_N: (N,) log-probabilities of the tokens by the policy, nats, with their gradient.
@@ -36,7 +36,7 @@ def policy_losses(
 
 
 def sequence_policy_losses(sums_S: Tensor, old_S: Tensor, advantages_S: Tensor, *, clip: float | None) -> Tensor:
-    """RLOO (arXiv 2402.14740, eq. 7) with one ratio for a whole response: -A r, clipped as PPO's if asked.
+    """RLOO (arXiv 2402.14740) with one ratio for a whole response: -A r, clipped as PPO's if asked.
 
     r = exp(lp(y) - lp_old(y)). While the policy is still the one that sampled, the gradient is that of -A lp(y).
 

@@ -24,7 +24,7 @@ from tests.mutants import (
     kto_mutants,
     model_mutants,
     preference_mutants,
-    sample_mutants,
+    rl_loss_mutants,
 )
 from tests.mutants.mutant import Mutant
 
@@ -39,7 +39,7 @@ _LISTS = (
     fetch_mutants,
     preference_mutants,
     kto_mutants,
-    sample_mutants,
+    rl_loss_mutants,
 )
 MUTANTS = [mutant for module in _LISTS for mutant in module.MUTANTS]
 FIRST_OF_TRAP = {mutant.trap: mutant for mutant in reversed(MUTANTS)}
