@@ -77,6 +77,11 @@ def _scores_by_run(config: TrainConfig) -> bool:
     )
 
 
+def _begins_without(config: TrainConfig) -> bool:
+    """Whether training may start from the model as it is: a rule can teach one that was not fine-tuned."""
+    return links_of(config).get(START, "").casefold() == AUTO and not _scores_by_run(config)
+
+
 def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
     """The configuration with the whole paths of the runs that it starts from, also where it said "newest" or "auto".
 
@@ -106,8 +111,8 @@ def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
                     return same
     found = {key: _newest(config, TASKS[key]) for key in words}
     settled: dict[str, str | None] = {key: str(run.absolute()) for key, run in found.items() if run is not None}
-    if links.get(START, "").casefold() == AUTO and START not in settled and not _scores_by_run(config):
-        settled[START] = None  # a rule can teach a model that was not fine-tuned
+    if START not in settled and _begins_without(config):
+        settled[START] = None
     return _changed(config, settled) if settled else config
 
 
@@ -158,7 +163,7 @@ def start_problems(config: TrainConfig) -> Iterator[str]:
     """Why training cannot start from the runs that it is told to start from."""
     links = links_of(config)
     missing = {key: value for key, value in links.items() if is_word(value)}
-    if missing:
+    if missing and not _begins_without(config):
         yield _missing(config, missing)
     if REWARD_MODEL not in links and _scores_by_run(config):
         yield f"{REWARD_MODEL} is null and the reward is a model: give a run of task=rm, or {_OTHER_REWARD}"

@@ -43,9 +43,8 @@ def write_labelled(path: Path, num_rows: int = 48, *, seed: int = 0) -> Path:
     return path
 
 
-WRITERS = {"sft": write_rows, "rm": write_pairs, "dpo": write_pairs, "kto": write_labelled} | {
-    task: write_rows for task in ("ppo", "grpo", "rloo")
-}
+WRITERS = {"sft": write_rows, "rm": write_pairs, "dpo": write_pairs, "kto": write_labelled}
+WRITERS |= dict.fromkeys(("ppo", "grpo", "rloo"), write_rows)
 ONLINE = [  # 6 rollouts of 12 prompts, 4 optimizer steps on each
     "task.rollout_size=24",
     "task.num_generations=2",

@@ -113,7 +113,8 @@ def slow_targets(setting: Setting) -> tuple[list[list[float]], list[list[float]]
     scores = setting.rollout.scores.flatten().tolist()
     rewards = []
     for k, score in enumerate(scores):
-        kl = [a - b if task.kl_estimator == "k1" else np.exp(b - a) - 1 - (b - a) for a, b in zip(old[k], reference[k])]
+        apart = [a - b for a, b in zip(old[k], reference[k], strict=True)]
+        kl = apart if task.kl_estimator == "k1" else [np.exp(-x) - 1 + x for x in apart]
         rewards.append([-KL_COEFF * x for x in kl])
         rewards[-1][-1] += score
     if task.normalize_rewards:
@@ -143,7 +144,10 @@ def slow_update(setting: Setting) -> None:
     pairs = [(row.prompt_ids, response) for row in setting.rollout.rows for response in row.responses]
     policy_terms, value_terms = [], []
     for k, (prompt, response) in enumerate(pairs):
-        logprobs, values = slow_logprobs(setting.policy, prompt, response), slow_values(setting.critic, prompt, response)
+        logprobs, values = (
+            slow_logprobs(setting.policy, prompt, response),
+            slow_values(setting.critic, prompt, response),
+        )
         for t in range(len(response)):
             ratio, a = (logprobs[t] - old[k][t]).exp(), advantages[k][t]
             clipped = ratio.clamp(1 - task.clip_coeff, 1 + task.clip_coeff)
@@ -210,6 +214,7 @@ def test_an_update_is_the_slow_one(options: str, architecture: str, model_folder
     assert 0.0 < told["clipfrac"] < 1.0
     for mine, theirs in ((ours.policy, slow.policy), (ours.critic, slow.critic)):
         assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()), rtol=0, atol=1e-5)
-    moved = max(float((a - b).abs().max()) for a, b in zip(before.values(), ours.policy.state_dict().values()))
+    after = ours.policy.state_dict()
+    moved = max(float((before[name] - after[name]).abs().max()) for name in before)
     assert moved > 1e-3
     assert backbone_and_head(ours.policy)[1].weight.grad is None
