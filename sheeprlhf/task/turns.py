@@ -93,6 +93,7 @@ def turns(
     per_turn = task.steps_per_rollout()
     plan = StepPlan(len(rows), task.prompts_per_rollout(), task.epochs, cfg.seed)
     num_turns = min(plan.num_steps(), -(-(task.max_num_steps or per_turn * plan.num_steps()) // per_turn))
+    collect.restore(state.extra)
     run.begin_progress(state, num_turns * per_turn)
     for number in range(state.step // per_turn, num_turns):
         turn = Turn(run, optimizer, number, num_turns * per_turn, state.extra)

@@ -51,8 +51,7 @@ ONLINE = [  # 6 rollouts of 12 prompts, 4 optimizer steps on each
     "task.max_num_steps=24",
     "task.ppo_epochs=1",
     "reward=function",
-    "reward.path=length",
-    "reward.target_length=2",
+    "reward.path=tests.support.rewards:letters",
 ]
 
 
