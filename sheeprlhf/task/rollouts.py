@@ -22,7 +22,6 @@ from sheeprlhf.agent.shared import SharedScore
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
-from sheeprlhf.engine.step import eval_mode
 from sheeprlhf.model.sample import Sampled, sample_responses
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.moments import RunningMoments
@@ -32,6 +31,7 @@ from sheeprlhf.structure.online import OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.modes import eval_mode
 
 Call = Callable[[Batch], Tensor]  # a batch to a number for each of its targets
 
@@ -50,7 +50,7 @@ def sample(
     *,
     eos_id: int | None,
     token_budget: int,
-    label: str,
+    packed: bool,
 ) -> list[Sampled]:
     """All ranks: responses to every prompt; each rank samples its share.
 
@@ -61,12 +61,13 @@ def sample(
         uniforms: (prompts, K, tokens) numbers of `drawn_numbers`.
         cfg: temperature and stop strings.
         eos_id: ends a response.
-        token_budget: most tokens that are held for one forward pass.
-        label: what the progress bar says.
+        token_budget: most tokens that are held at a time.
+        packed: whether the policy's batches are packed.
     """
     mine = list(range(fabric.global_rank, len(prompts), fabric.world_size))
     hidden = None if fabric.is_global_zero else True  # None: shown in a terminal only
-    with fabric.autocast(), tqdm(total=uniforms[mine].size, desc=label, leave=False, disable=hidden) as bar:
+    num_responses = len(mine) * uniforms.shape[1]
+    with fabric.autocast(), tqdm(total=num_responses, desc="sampling", leave=False, disable=hidden) as bar:
         sampled = sample_responses(
             policy.causal_lm(),
             [prompts[row].prompt_ids for row in mine],
@@ -75,6 +76,7 @@ def sample(
             eos_id=eos_id,
             token_budget=token_budget,
             progress=bar.update,
+            packed=packed,
         )
     found = dict(pair for part in gather_objects(fabric, list(zip(mine, sampled, strict=True))) for pair in part)
     return [found[row] for row in range(len(prompts))]
@@ -173,7 +175,7 @@ class Collector:
         packed: bool,
     ) -> None:
         self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
-        self._policy, self._reference, self._reward = policy, reference, reward
+        self._policy, self._reference, self._reward, self._packed = policy, reference, reward, packed
         self._model_scores: list[float] = []
         given = None if reward is None else lambda *_: self._model_scores
         self._scorer = build_scorer(cfg.reward, given, default=cfg.data.rule_reward)
@@ -196,9 +198,17 @@ class Collector:
         cfg, task = self._cfg, self._cfg.task
         assert isinstance(task, OnlineTaskConfig)
         shape = (len(prompts), group or task.num_generations, cfg.generation.max_new_tokens)
-        how = {"eos_id": self._tokenizer.eos_token_id, "token_budget": task.token_budget}
         numbers = drawn_numbers(cfg.seed, number, shape)
-        sampled = sample(self._fabric, self._policy, prompts, numbers, cfg.generation, label="sampling", **how)
+        sampled = sample(
+            self._fabric,
+            self._policy,
+            prompts,
+            numbers,
+            cfg.generation,
+            eos_id=self._tokenizer.eos_token_id,
+            token_budget=task.token_budget,
+            packed=self._packed,
+        )
         rollout = as_rollout(prompts, sampled)
         rollout = rollout.with_tokens(reference=self.logprobs(self._reference, rollout, "reference"))
         if cfg.fabric.precision != "32-true":  # there the sampler's differ from those that the update computes

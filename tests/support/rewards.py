@@ -13,6 +13,11 @@ def letters(prompts: list[str], responses: list[str]) -> list[float]:
     return [sum(c in string.ascii_lowercase for c in response) / max(1, len(response)) for response in responses]
 
 
+def spread(prompts: list[str], responses: list[str]) -> list[float]:
+    """Another number for nearly every response."""
+    return [sum((i + 1) * ord(c) % 97 for i, c in enumerate(response)) % 53 / 53 for response in responses]
+
+
 def raises(prompts: list[str], responses: list[str]) -> list[float]:
     """A mistake of a user."""
     raise KeyError("no such thing")
