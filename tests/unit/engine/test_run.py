@@ -184,7 +184,7 @@ def test_a_second_interrupt_exits_at_once(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     process.join(10)
     assert process.exitcode == 130
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 6  # other tests run meanwhile
 
 
 def test_handlers_are_restored(tmp_path):
