@@ -63,12 +63,12 @@ def links_of(config: RootConfig) -> dict[str, str]:
     if not isinstance(config, TrainConfig):
         return {}
     found = {key: getattr(config.task, key.removeprefix("task."), None) for key in TASKS}
-    if not _scores_by_run(config):
+    if not scores_by_run(config):
         found.pop(REWARD_MODEL)
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _scores_by_run(config: TrainConfig) -> bool:
+def scores_by_run(config: TrainConfig) -> bool:
     """Whether the reward is a model that a run has left."""
     return (
         isinstance(config.task, OnlineTaskConfig)
@@ -79,7 +79,7 @@ def _scores_by_run(config: TrainConfig) -> bool:
 
 def _begins_without(config: TrainConfig) -> bool:
     """Whether training may start from the model as it is: a rule can teach one that was not fine-tuned."""
-    return links_of(config).get(START, "").casefold() == AUTO and not _scores_by_run(config)
+    return links_of(config).get(START, "").casefold() == AUTO and not scores_by_run(config)
 
 
 def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
@@ -93,7 +93,8 @@ def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
     """
     if not isinstance(config, TrainConfig):
         return config
-    if isinstance(config.task, OnlineTaskConfig) and config.task.rm_experiment_dir and not _scores_by_run(config):
+    of_reward = getattr(config.task, "rm_experiment_dir", None)
+    if of_reward is not None and is_word(of_reward) and not scores_by_run(config):
         config = _changed(config, {REWARD_MODEL: None})
     links = links_of(config)
     words = [key for key, value in links.items() if is_word(value)]
@@ -165,7 +166,7 @@ def start_problems(config: TrainConfig) -> Iterator[str]:
     missing = {key: value for key, value in links.items() if is_word(value)}
     if missing and not _begins_without(config):
         yield _missing(config, missing)
-    if REWARD_MODEL not in links and _scores_by_run(config):
+    if REWARD_MODEL not in links and scores_by_run(config):
         yield f"{REWARD_MODEL} is null and the reward is a model: give a run of task=rm, or {_OTHER_REWARD}"
     for key, value in links.items():
         if key not in missing:

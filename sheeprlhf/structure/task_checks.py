@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from sheeprlhf.structure.earlier import start_problems, task_of_run
+from sheeprlhf.structure.earlier import is_word, scores_by_run, start_problems, task_of_run
 from sheeprlhf.structure.limits import near_path, nearest
 from sheeprlhf.structure.machine import missing_modules
 from sheeprlhf.structure.online import OnlineTaskConfig
@@ -62,6 +62,11 @@ def online_problems(config: TrainConfig) -> Iterator[str]:
         if config.reward != AutoRewardConfig():
             yield f"reward={config.reward.config_name} is not read by task={task.config_name}: remove it"
         return
+    if task.rm_experiment_dir is not None and not is_word(task.rm_experiment_dir) and not scores_by_run(config):
+        yield (
+            f"task.rm_experiment_dir={task.rm_experiment_dir} is not read by reward={config.reward.config_name}: "
+            "remove it, or give reward=model"
+        )
     group = task.num_generations
     for key in ("rollout_size", "mini_batch_size"):
         size = getattr(task, key)

@@ -22,8 +22,11 @@ from tests.mutants import (
     fetch_mutants,
     kto_mutants,
     model_mutants,
+    online_mutants,
     preference_mutants,
+    reward_mutants,
     rl_loss_mutants,
+    sample_mutants,
 )
 from tests.mutants.mutant import Mutant
 
@@ -39,6 +42,9 @@ _LISTS = (
     preference_mutants,
     kto_mutants,
     rl_loss_mutants,
+    reward_mutants,
+    sample_mutants,
+    online_mutants,
 )
 MUTANTS = [mutant for module in _LISTS for mutant in module.MUTANTS]
 FIRST_OF_TRAP = {mutant.trap: mutant for mutant in reversed(MUTANTS)}

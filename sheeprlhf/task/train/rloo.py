@@ -4,9 +4,11 @@ Its reward is its score less the KL divergence from the reference, its baseline 
 to the same prompt. No critic. Further passes over a rollout weigh a response by its probability ratio, clipped.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +53,23 @@ def rloo_loss(
     return LossOutput(losses_S.sum(), {name: values_S.sum() for name, values_S in told.items()})
 
 
+def leave_one_out_advantages(
+    logprobs_N: Tensor, reference_N: Tensor, scores_PG: np.ndarray, lengths: Sequence[int], *, kl_coeff: float
+) -> tuple[Tensor, Tensor]:
+    """(P, G) rewards, score less KL, and what each is above the mean of the others of its prompt.
+
+    Args:
+        logprobs_N: of the sampled tokens, by the policy that sampled them.
+        reference_N: by the reference.
+        scores_PG: of each prompt's responses.
+        lengths: tokens of each response.
+        kl_coeff: price of a nat.
+    """
+    kl_ST, _ = by_position(logprobs_N - reference_N, lengths)
+    rewards_PG = torch.from_numpy(scores_PG) - kl_coeff * kl_ST.double().sum(dim=1).view(scores_PG.shape)
+    return rewards_PG, leave_one_out(rewards_PG)
+
+
 def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     """All ranks: sample, learn, validate, save, and leave `final/` in the run directory.
 
@@ -81,10 +100,10 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             rollout = turn.rollout
             if turn.number == 0:
                 check_sampler(run, collect, rollout, policy)
-            scores_PG, lengths = torch.from_numpy(rollout.scores), rollout.response_lengths
-            kl_ST, _ = by_position(rollout.flat("logprobs") - rollout.flat("reference"), lengths)
-            rewards_PG = scores_PG - task.init_kl_coeff * kl_ST.sum(dim=1).view_as(scores_PG)
-            advantages_PG = leave_one_out(rewards_PG)
+            lengths, of_tokens = rollout.response_lengths, (rollout.flat("logprobs"), rollout.flat("reference"))
+            rewards_PG, advantages_PG = leave_one_out_advantages(
+                *of_tokens, rollout.scores, lengths, kl_coeff=task.init_kl_coeff
+            )
             if task.normalize_advantages:
                 mean, variance = moments(advantages_PG)
                 advantages_PG = (advantages_PG - mean) * torch.rsqrt(variance + 1e-8)
