@@ -71,7 +71,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=f"w{PAD}", eos_token=f"w{EOS}")
 
 
-def settings(config: type, options: dict[str, Any]) -> Any:
+def settings(config: Any, options: dict[str, Any]) -> Any:
     """Arguments of a trainer: on the CPU, float32, nothing checkpointed or cut."""
     return config(
         output_dir=tempfile.mkdtemp(),
@@ -80,7 +80,7 @@ def settings(config: type, options: dict[str, Any]) -> Any:
         bf16=False,
         gradient_checkpointing=False,
         disable_dropout=True,
-        max_length=None,
+        **({"max_length": None} if "max_length" in config.__dataclass_fields__ else {}),
         **options,
     )
 
@@ -239,10 +239,15 @@ def main() -> None:
         "kto": kto(pairs),
         "reward": reward_cases,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f'  "{key}": {_rows(value)}' for key, value in rounded(content).items())
-    args.out.write_text(f"{{\n{lines}\n}}\n")
-    print(f"{args.out}: {args.out.stat().st_size} bytes, TRL {trl.__version__}")
+    write(args.out, content)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """As JSON, with each element of a list in a line of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (f'  "{key}": {_rows(value)}' for key, value in rounded(content).items())
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    print(f"{path}: {path.stat().st_size} bytes, TRL {trl.__version__}")
 
 
 def _rows(value: Any) -> str:

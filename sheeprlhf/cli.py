@@ -165,7 +165,7 @@ def _job(verb: str, words: Words, own_sweep_dir: bool, codes: list[int], compose
 
     from sheeprlhf.launch import Job, launch, settled_words
     from sheeprlhf.structure.compose import SAVED_CHOICE, finish
-    from sheeprlhf.structure.earlier import START
+    from sheeprlhf.structure.earlier import TASKS
 
     hydra = HydraConfig.get()
     sweep = "--multirun" in words.flags
@@ -179,7 +179,7 @@ def _job(verb: str, words: Words, own_sweep_dir: bool, codes: list[int], compose
         composed.run_name = f"{composed.run_name}_{hydra.job.num}" if sweep else composed.run_name
     flags = [flag for flag in words.flags if flag != "--multirun"]
     given_dir = None if given == "." else str(given)
-    asked = OmegaConf.select(composed, START)
+    asked = {key: OmegaConf.select(composed, key) for key in TASKS}
 
     def start() -> int:
         config = finish(composed, given_dir)

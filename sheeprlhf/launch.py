@@ -6,13 +6,15 @@ import random
 import subprocess
 import sys
 import traceback
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.engine.redact import redact_text
 from sheeprlhf.engine.rundir import choose_run_dir, is_finished
 from sheeprlhf.model.locate import locate
-from sheeprlhf.structure.earlier import START, is_newest, start_of
+from sheeprlhf.structure.earlier import TASKS, is_word
 from sheeprlhf.structure.registry import config_hash
 from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, RootConfig, TrainConfig
 from sheeprlhf.structure.smaller import advice
@@ -46,20 +48,23 @@ class Job(NamedTuple):
     in_sweep: bool
 
 
-def settled_words(config: RootConfig, words: list[str], asked: str | None) -> list[str]:
-    """The words with the run that `newest` has become, so that every process means the same one.
+def settled_words(config: RootConfig, words: list[str], asked: Mapping[str, Any]) -> list[str]:
+    """The words with the runs that `newest` and `auto` have become, so that every process means the same ones.
 
     Args:
-        config: knows that run.
+        config: knows those runs.
         words: the job's.
-        asked: what the words, or a recipe, say of it.
+        asked: what the words, a recipe or a default say, by option.
     """
-    start = start_of(config)
-    if start is None or asked is None or not is_newest(asked):
-        return words
-    if is_rank_zero():
-        print(f"{START}={asked}: {start}")
-    return [word for word in words if not word.startswith(f"{START}=")] + [f"{START}={_quoted(start)}"]
+    for key in TASKS:
+        if not isinstance(config, TrainConfig) or not isinstance(asked.get(key), str) or not is_word(asked[key]):
+            continue
+        found = getattr(config.task, key.removeprefix("task."))
+        if is_rank_zero() and found is not None:
+            print(f"{key}={asked[key]}: {found}")
+        settled = "null" if found is None else _quoted(found)
+        words = [word for word in words if not word.startswith(f"{key}=")] + [f"{key}={settled}"]
+    return words
 
 
 def launch(config: RootConfig, job: Job) -> int:
@@ -94,8 +99,9 @@ def launch(config: RootConfig, job: Job) -> int:
     except Exception as error:
         if run_dir is not None and not isinstance(error, SheepError):
             path = run_dir / "error.log"
-            path.write_text(redact_text(traceback.format_exc()), encoding="utf-8")
-            error.add_note(f"its traceback is in {path}")
+            with suppress(OSError):  # the disk may be the error
+                path.write_text(redact_text(traceback.format_exc()), encoding="utf-8")
+                error.add_note(f"its traceback is in {path}")
         raise
     return 0
 

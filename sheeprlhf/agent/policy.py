@@ -4,8 +4,9 @@ Letters: B rows, T positions, R positions where the head runs, N targets, C hidd
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,12 +19,13 @@ from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.head import TokenLogprobs, head_logprobs, logprobs_from_logits
 from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm, uses_packed_attention
-from sheeprlhf.model.lora import add_lora, save_model
+from sheeprlhf.model.lora import POLICY, adapter_in_use, add_lora, save_model
 from sheeprlhf.model.trim import last_mlp_at
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.lightning import move_data_to_device
 from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.modes import eval_mode
 
 # Nats, of the check before training. Rounding alone makes 1e-4 of a log-probability of -24 in float32 (SmolLM2).
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -44,15 +46,23 @@ class Policy(nn.Module):
         """The Hugging Face model; with adapters, the one that they sit in."""
         return cast(PreTrainedModel, self.model.get_base_model()) if isinstance(self.model, PeftModel) else self.model
 
-    def forward(self, batch: Batch, mean: bool = False, entropy: bool = False) -> TokenLogprobs:
+    def in_use(self) -> AbstractContextManager[None]:
+        """Inside, of all weights those of the policy alone can get gradients: others may have adapters on its model."""
+        return adapter_in_use(self.model, POLICY) if isinstance(self.model, PeftModel) else nullcontext()
+
+    def forward(
+        self, batch: Batch, mean: bool = False, entropy: bool = False, temperature: float = 1.0
+    ) -> TokenLogprobs:
         """Log-probabilities of the batch's targets, float32, nats.
 
         Args:
             batch: packed or padded; the two give equal numbers.
             mean: also the mean over the vocabulary (label smoothing).
             entropy: also the entropy; only where no gradient is wanted.
+            temperature: of the distribution that they are of.
         """
         model = self.causal_lm()
+        how: dict[str, Any] = {"mean": mean, "entropy": entropy, "temperature": temperature}
         if batch.layout is None:
             head_mask_BT = torch.zeros_like(batch.input_ids_BT, dtype=torch.bool)
             head_mask_BT.view(-1)[batch.head_positions_R] = True
@@ -63,12 +73,10 @@ class Policy(nn.Module):
                 logits_to_keep=head_mask_BT,
                 use_cache=False,
             )
-            return logprobs_from_logits(
-                outputs.logits, batch.logit_index_N, batch.target_ids_N, mean=mean, entropy=entropy
-            )
+            return logprobs_from_logits(outputs.logits, batch.logit_index_N, batch.target_ids_N, **how)
         backbone, head = backbone_and_head(model)
         targets = (batch.logit_index_N, batch.target_ids_N)
-        return head_logprobs(hidden_at_head(backbone, batch), head, *targets, mean=mean, entropy=entropy)
+        return head_logprobs(hidden_at_head(backbone, batch), head, *targets, **how)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write what `from_pretrained` loads: the model, or its adapters, and the tokenizer."""
@@ -177,13 +185,7 @@ def packing_difference(policy: Policy) -> float:
     ids = np.arange(12, dtype=np.int32) % 5 + 3
     examples = [Example(0, ids[:4], (ids[4:9],)), Example(1, ids[1:3], (ids[2:12],))]
     device = next(policy.parameters()).device
-    training = {module: module.training for module in policy.modules()}
-    policy.eval()
-    try:
-        with torch.no_grad():
-            packed = policy(move_data_to_device(collate_packed(examples), device)).target_N
-            padded = policy(move_data_to_device(collate_padded(examples, pad_id=0), device)).target_N
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    with eval_mode(policy), torch.no_grad():
+        packed = policy(move_data_to_device(collate_packed(examples), device)).target_N
+        padded = policy(move_data_to_device(collate_padded(examples, pad_id=0), device)).target_N
     return float((packed - padded).abs().max())

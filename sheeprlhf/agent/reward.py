@@ -3,6 +3,7 @@
 Letters: N tokens that are scored.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -51,6 +52,10 @@ class RewardModel(nn.Module):
         """The Hugging Face model; with adapters, the one that they sit in."""
         found = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return cast(PreTrainedModel, found)
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Nobody else has adapters on its model."""
+        return nullcontext()
 
     @property
     def offset(self) -> float:

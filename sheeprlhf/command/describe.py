@@ -66,6 +66,8 @@ def type_name(hint: Any) -> str:
     plain, optional = unwrap_optional(hint)
     if typing.get_origin(plain) is tuple:
         return "numbers"
+    if typing.get_origin(plain) is list:
+        return "texts"
     if plain is Any:
         return ""
     return _NAMES.get(plain, "group") + (" or null" if optional else "")

@@ -59,6 +59,7 @@ def _table(config: TrainConfig, size: ModelSize, parts: MemoryPlan) -> list[str]
         "logits": f"{size.vocabulary:,} numbers a target",
         "allocator": "what freed tensors leave unused in the heap",
         "libraries": "of the process, before there is a model",
+        "others": "reference, critic and reward model, as far as the task has them",
     }
     lines = [(name, size_text(value), notes[name]) for name, value in parts._asdict().items() if value]
     if _has_reference(config):

@@ -1,6 +1,8 @@
 """The optimizer of a configuration, and its learning rate at every step."""
 
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,14 +19,36 @@ def build_optimizer(cfg: OptimizerConfig, module: nn.Module, lr: float) -> torch
     Raises:
         ConfigError: nothing is trainable.
     """
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    return _optimizer_of(cfg, _groups(cfg, module.parameters(), lr))
+
+
+def build_joint_optimizer(
+    cfg: OptimizerConfig, learners: Sequence[tuple[Iterable[nn.Parameter], float]]
+) -> torch.optim.Optimizer:
+    """One optimizer over the trainable parameters of several learners, each with its peak learning rate.
+
+    It steps those parameters alone that have a gradient, so each learner can learn by itself. See `scale_lr`.
+
+    Raises:
+        ConfigError: nothing is trainable in one of them.
+    """
+    return _optimizer_of(cfg, [group for parameters, lr in learners for group in _groups(cfg, parameters, lr)])
+
+
+def _groups(cfg: OptimizerConfig, parameters: Iterable[nn.Parameter], lr: float) -> list[dict[str, Any]]:
+    """The trainable ones: matrices, which decay, and the rest."""
+    trainable = [p for p in parameters if p.requires_grad]
     if not trainable:
         raise ConfigError("no parameter of the model is trainable; check model.finetune_mode, model.freeze_transformer")
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg.weight_decay, "lr": lr, "peak_lr": lr},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0, "lr": lr, "peak_lr": lr},
     ]
-    groups = [group for group in groups if group["params"]]
+    return [group for group in groups if group["params"]]
+
+
+def _optimizer_of(cfg: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    lr = groups[0]["lr"]
     optimizer_class = getattr(torch.optim, cfg.torch_name)
     if isinstance(cfg, SGDConfig):
         return optimizer_class(groups, lr=lr, momentum=cfg.momentum, nesterov=cfg.nesterov)
@@ -56,6 +80,12 @@ def lr_factor(schedule: str, step: int, *, warmup: int, total: int, min_ratio: f
     if schedule == "cosine":
         return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
     raise ConfigError(f"optim.schedule={schedule} is unknown; use cosine, linear or constant")
+
+
+def scale_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Use this share of each parameter group's own peak from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["peak_lr"]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -9,7 +9,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Rank zero only: steps done, loss, speed and time left."""
+    """Rank zero only: steps done, what came of them, speed and time left."""
 
     def __init__(self, total: int, start: int, unit: str) -> None:
         """Begin at step `start` of `total`; speed is counted in `unit` per second."""
@@ -21,19 +21,19 @@ class Progress:
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, leave=True)
 
-    def show(self, step: int, loss: float, amount: float) -> None:
-        """Step `step` is done, counted from 1, after `amount` more units (tokens, ...)."""
+    def show(self, step: int, what: str, amount: float) -> None:
+        """Step `step` is done, counted from 1, after `amount` more units (tokens, ...); `what`: "loss 0.1234"."""
         self._amount += amount
         now = time.monotonic()
         speed = self._amount / max(now - self._began, 1e-9)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} {self._unit}/s", refresh=False)
+            self._bar.set_postfix_str(f"{what}, {speed:,.0f} {self._unit}/s", refresh=False)
             self._bar.update(step - self._bar.n)
         elif now >= self._next_line or step == self._total:
             self._next_line = now + _SECONDS_BETWEEN_LINES
             left = (self._total - step) * (now - self._began) / max(step - self._start, 1)
             self.say(
-                f"step {step}/{self._total}  loss {loss:.4f}  {speed:,.0f} {self._unit}/s  "
+                f"step {step}/{self._total}  {what}  {speed:,.0f} {self._unit}/s  "
                 f"{int(left // 60)}:{int(left % 60):02d} left"
             )
 

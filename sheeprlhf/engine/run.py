@@ -82,12 +82,17 @@ class Run:
         if self._writer is not None:
             self._writer.log_text(tag, text, step)
 
-    def show_progress(self, state: TrainState, total: int, loss: float, amount: float, unit: str = "tokens") -> None:
-        """Step `state.step` of `total` is done after `amount` more units of work on all ranks."""
+    def begin_progress(self, state: TrainState, total: int) -> None:
+        """Work on the steps from `state.step` to `total` begins now; without this call, with the first one shown."""
+        if self._fabric.is_global_zero:
+            self._progress = Progress(total, state.step, "tokens")
+
+    def show_progress(self, state: TrainState, total: int, what: str, amount: float, steps: int = 1) -> None:
+        """`steps` more, up to `state.step` of `total`, and `amount` tokens on all ranks are done; `what` came of it."""
         if self._fabric.is_global_zero:
             if self._progress is None:
-                self._progress = Progress(total, state.step - 1, unit)
-            self._progress.show(state.step, loss, amount)
+                self._progress = Progress(total, state.step - steps, "tokens")
+            self._progress.show(state.step, what, amount)
 
     def stop_signal(self) -> int | None:
         """All ranks, after each step: SIGTERM or SIGINT: save and `stop`; SIGUSR1: save and go on; else None."""

@@ -18,6 +18,7 @@ from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.utils.errors import DataError, NonFiniteError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.modes import eval_mode
 
 
 class LossOutput(NamedTuple):
@@ -145,18 +146,6 @@ def evaluate(
     names = next(names for names in gather_objects(fabric, sorted(sums)) if names)
     means, _ = _reduce(fabric, sums, names, torch.zeros((), device=fabric.device))
     return {name: value / num_items for name, value in means.items()} | {"items": float(num_items)}
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode inside; each one's own training flag afterwards."""
-    training = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, flag in training:
-            submodule.training = flag
 
 
 def _items_of_rank(fabric: Fabric, num_items: int) -> list[int]:

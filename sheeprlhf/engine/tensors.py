@@ -46,7 +46,11 @@ def load_tensors(path: Path, targets: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: naming the first tensor that differs.
     """
-    tensors = read_tensors(path)
+    copy_tensors(path, read_tensors(path), targets)
+
+
+def copy_tensors(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+    """`load_tensors` of what was read; `path` is for messages."""
     for name in sorted(tensors.keys() ^ targets.keys()):
         raise CheckpointError(f"{path}: tensor {name} is {'unknown to this model' if name in tensors else 'missing'}")
     for name, target in targets.items():

@@ -6,7 +6,7 @@ from torch import nn
 
 from sheeprlhf.engine.checkpoint import STEP_FOLDER, Say, TrainState, latest_checkpoint, saved_steps
 from sheeprlhf.engine.manifest import verify_manifest
-from sheeprlhf.engine.tensors import load_tensors, read_tensors, saved_tensors, unwrapped
+from sheeprlhf.engine.tensors import copy_tensors, read_tensors, saved_tensors, unwrapped
 from sheeprlhf.utils.errors import CheckpointError
 
 
@@ -26,8 +26,13 @@ def find_checkpoint(run_dir: Path, name: str, say: Say) -> Path:
     return folder
 
 
-def load_weights(path: Path, module: nn.Module) -> None:
+def load_weights(path: Path, module: nn.Module, part: str = "") -> None:
     """Verify a checkpoint and copy its weights into a module, which may be frozen.
+
+    Args:
+        path: the checkpoint.
+        module: has those weights, and no others that were trained.
+        part: of a checkpoint of several modules, which one's weights ("actor."); those of the others are left out.
 
     Raises:
         CheckpointError: damaged; or a tensor is unknown to the module, missing, or of another shape or number format.
@@ -35,5 +40,7 @@ def load_weights(path: Path, module: nn.Module) -> None:
     verify_manifest(path)
     module = unwrapped(module)
     everything = dict(module.named_parameters()) | dict(module.named_buffers())
-    names = read_tensors(path / "model.safetensors").keys() | saved_tensors(module).keys()
-    load_tensors(path / "model.safetensors", {name: everything[name] for name in names if name in everything})
+    tensors = read_tensors(path / "model.safetensors")
+    tensors = {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+    names = tensors.keys() | saved_tensors(module).keys()
+    copy_tensors(path / "model.safetensors", tensors, {name: everything[name] for name in names if name in everything})

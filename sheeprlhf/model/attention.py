@@ -8,7 +8,7 @@ and generates. A packed forward also gets `attention_mask=placeholder_mask(...)`
 transformers untouched, so no T x T mask is ever built.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from sheeprlhf.model.cache import SharedCache
 from sheeprlhf.utils.errors import ModelError
 
 PACKED = "sheeprlhf_packed"
@@ -56,7 +57,7 @@ def packed_attention(
         attention_mask: used only without a layout.
         dropout: probability of dropping an attention weight.
         scaling: factor of the scores; None is D ** -0.5.
-        layout: a `sheeprlhf.data.example.Layout`, or None.
+        layout: a `sheeprlhf.data.example.Layout`; a `SharedCache` for one token of each row that it holds; or None.
         **kwargs: other arguments of the model's attention.
 
     Returns:
@@ -76,7 +77,10 @@ def packed_attention(
     if extra:
         raise ModelError(f"packed attention does not support {', '.join(extra)}; set task.batching=padded")
     device = query_BHTD.device.type
-    dtype = _kernel_dtype(device, query_BHTD.dtype)
+    if isinstance(layout, SharedCache):
+        with torch.autocast(device, enabled=False):
+            return layout.attend(cast(int, module.layer_idx), query_BHTD, scaling), None
+    dtype = kernel_dtype(device, query_BHTD.dtype)
     query, key, value = (x.to(dtype) for x in (query_BHTD, key_BGTD, value_BGTD))
     if device == "cuda" and dtype in _HALF and dropout == 0.0:
         return _varlen_attention(query, key, value, scaling, layout), None
@@ -84,7 +88,7 @@ def packed_attention(
         return _loop_attention(query, key, value, dropout, scaling, layout).to(query_BHTD.dtype), None
 
 
-def _kernel_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
+def kernel_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """The number format that attention computes in: autocast's, where it is on, since queries may come in float32.
 
     On a CPU float32 for half precision, whose kernels in torch are up to 4 times slower on rows of 40 to 400 tokens.

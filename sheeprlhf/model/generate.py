@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.modes import eval_mode
 
 
 def generation_config(cfg: GenConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -53,19 +54,16 @@ def generate_ids(
     for row, prompt in enumerate(prompts):  # left padding: generation goes on from the last column
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt.tolist())
         attention_mask[row, width - len(prompt) :] = 1
-    training = {module: module.training for module in model.modules()}
     own_defaults, model.generation_config = model.generation_config, settings
-    model.eval()
     try:
-        output = cast(Any, model).generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            generation_config=settings,
-        )
+        with eval_mode(model):
+            output = cast(Any, model).generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                generation_config=settings,
+            )
     finally:
         model.generation_config = own_defaults
-        for module, flag in training.items():
-            module.training = flag
     return [_to_eos(row, settings.eos_token_id) for row in output[:, width:].cpu().numpy()]
 
 

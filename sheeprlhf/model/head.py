@@ -81,7 +81,13 @@ def _chunk_rows(logits_RV: Tensor) -> int:
 
 
 def logprobs_from_logits(
-    logits_RV: Tensor, index_N: Tensor, target_ids_N: Tensor, *, mean: bool, entropy: bool = False
+    logits_RV: Tensor,
+    index_N: Tensor,
+    target_ids_N: Tensor,
+    *,
+    mean: bool,
+    entropy: bool = False,
+    temperature: float = 1.0,
 ) -> TokenLogprobs:
     """Log-probabilities of targets, in float32 whatever the logits' type.
 
@@ -91,7 +97,10 @@ def logprobs_from_logits(
         target_ids_N: (N,) target tokens.
         mean: also return the vocabulary's mean log-probability.
         entropy: also return the entropy; only where no gradient is wanted.
+        temperature: the logits are divided by it first, in place.
     """
+    if temperature != 1.0:
+        logits_RV = logits_RV.div_(temperature)
     if not logits_RV.requires_grad:  # no gradient: nothing to save
         logprobs_RV = logits_RV.float().log_softmax(dim=-1)
         mean_N = logprobs_RV.mean(dim=-1)[index_N] if mean else None
@@ -111,6 +120,7 @@ def head_logprobs(
     *,
     mean: bool,
     entropy: bool = False,
+    temperature: float = 1.0,
     max_logits: int = MAX_LOGITS,
 ) -> TokenLogprobs:
     """`logprobs_from_logits` of `head(hidden)`; beyond `max_logits` entries, chunk by chunk with recomputation.
@@ -122,11 +132,13 @@ def head_logprobs(
         target_ids_N: (N,) target tokens.
         mean: also return the vocabulary's mean log-probability.
         entropy: also return the entropy; only where no gradient is wanted.
+        temperature: the logits are divided by it first.
         max_logits: most entries of a logits tensor that is kept for the backward pass.
     """
 
     def run(hidden: Tensor, index: Tensor, targets: Tensor) -> TokenLogprobs:
-        return logprobs_from_logits(head(hidden), index, targets, mean=mean, entropy=entropy)
+        how: dict[str, Any] = {"mean": mean, "entropy": entropy, "temperature": temperature}
+        return logprobs_from_logits(head(hidden), index, targets, **how)
 
     rows, vocabulary = hidden_RC.shape[0], cast(Tensor, head.weight).shape[0]
     if rows * vocabulary <= max_logits:

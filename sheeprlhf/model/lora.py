@@ -5,16 +5,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+import torch
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sheeprlhf.structure.model import LORAConfig
 from sheeprlhf.structure.validate import parse_targets
 from sheeprlhf.utils.errors import ModelError
+
+POLICY = "default"  # PEFT's name for the first adapter of a model: that of the policy
 
 
 def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -53,17 +58,21 @@ def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None
                 f"model.lora_cfg.targets: no linear layer is named {', '.join(missing)}{hint} "
                 f"This model has {', '.join(known)}; 'all-linear' takes all but the head."
             )
-    config = LoraConfig(
+    with _peft_warnings_ignored():
+        return get_peft_model(model, lora_config(model, cfg, head=head))
+
+
+def lora_config(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None) -> LoraConfig:
+    """The adapters in PEFT's words; arguments as of `add_lora`."""
+    return LoraConfig(
         task_type="CAUSAL_LM" if head is None else "SEQ_CLS",
         modules_to_save=None if head is None else [head],
         r=cfg.rank,
         lora_alpha=cfg.alpha,  # type: ignore[arg-type]
         lora_dropout=cfg.dropout,
-        target_modules=targets,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
+        target_modules=parse_targets(cfg.targets),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-    with _peft_warnings_ignored():
-        return get_peft_model(model, config)
 
 
 def merge_lora(model: PeftModel) -> PreTrainedModel:
@@ -93,8 +102,97 @@ def save_model(model: PreTrainedModel | PeftModel, folder: Path) -> bool:
             for field in ("target_modules", "modules_to_save"):
                 names = getattr(config, field)
                 setattr(config, field, sorted(names) if isinstance(names, set) else names)
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), selected_adapters=[POLICY])
     return True
+
+
+@contextmanager
+def adapter_in_use(model: PeftModel, name: str) -> Iterator[None]:
+    """Inside, this adapter alone computes, and of the model's weights it alone can get gradients.
+
+    Backward passes belong inside too: gradient checkpointing computes the forward pass again, with what is in use then.
+    Afterwards everything is as it was before, also after an error.
+    """
+    before = list(model.active_adapters)
+    with _flags_kept(model):
+        trains = [weight for key, weight in model.named_parameters() if f".{name}." in key and weight.requires_grad]
+        cast(LoraModel, model.base_model).set_adapter(name)
+        model.requires_grad_(False)
+        for weight in trains:
+            weight.requires_grad_(True)
+        try:
+            yield
+        finally:
+            cast(LoraModel, model.base_model).set_adapter(before)
+
+
+@contextmanager
+def adapters_off(model: PeftModel) -> Iterator[None]:
+    """Inside, the model computes without adapters; afterwards everything is as it was before, also after an error."""
+    with _flags_kept(model), model.disable_adapter():
+        yield
+
+
+@contextmanager
+def _flags_kept(model: PeftModel) -> Iterator[None]:
+    """PEFT decides anew what trains whenever adapters are switched: afterwards it is what it was before."""
+    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        yield
+    finally:
+        for weight, flag in flags:
+            weight.requires_grad_(flag)
+
+
+def add_second_adapter(model: PeftModel, name: str, config: LoraConfig, *, trains: bool) -> None:
+    """One more adapter on a model that has one; what trained before still does."""
+    with _flags_kept(model), _peft_warnings_ignored():
+        model.add_adapter(name, config)
+    for key, weight in model.named_parameters():
+        if f".{name}." in key:
+            weight.requires_grad_(trains)
+
+
+def copy_adapter(model: PeftModel, source: str, target: str) -> None:
+    """Give one adapter the weights of another of the same shape."""
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for key, weight in weights.items():
+            if f".{target}." in key:
+                weight.copy_(weights[key.replace(f".{target}.", f".{source}.")])
+
+
+def load_score_adapter(model: PeftModel, folder: Path, name: str) -> Tensor:
+    """Put the adapters of a reward model's PEFT folder beside the others, frozen.
+
+    Args:
+        model: of the architecture and weights that they were trained on.
+        folder: what `save_model` wrote.
+        name: of the new adapter.
+
+    Returns:
+        (1, C) weights of the score head.
+
+    Raises:
+        ModelError: the folder holds no adapters that fit the model.
+    """
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        assert isinstance(config, LoraConfig)
+        config.modules_to_save, config.task_type = None, "CAUSAL_LM"
+        weights = load_file(folder / "adapter_model.safetensors")
+        [head] = [key for key in weights if "lora_" not in key]
+        score = weights.pop(head)
+        add_second_adapter(model, name, config, trains=False)
+        result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
+        if result.unexpected_keys:
+            raise ValueError(f"{result.unexpected_keys[0]} has no place in the model")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
+    for key, weight in model.named_parameters():
+        if f".{name}." in key:
+            weight.requires_grad_(False)
+    return score
 
 
 @contextmanager

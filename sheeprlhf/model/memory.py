@@ -80,7 +80,7 @@ class ModelSize(NamedTuple):
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes that one process needs at the worst moment of a step."""
+    """Bytes that one process needs at the worst moment of a step; `others`: of models besides the one that learns."""
 
     weights: int
     gradients: int
@@ -89,6 +89,7 @@ class MemoryPlan(NamedTuple):
     logits: int
     allocator: int
     libraries: int
+    others: int = 0
 
     def total(self) -> int:
         """All of them together."""

@@ -11,6 +11,7 @@ class DataConfig(Config):
     """What every dataset has. `row_format` names the function that turns a raw row into an example."""
 
     row_format: ClassVar[str] = ""  # "module:function" in sheeprlhf.data; a constant, never read from a file
+    rule_reward: ClassVar[Optional[str]] = None  # the built-in function that scores responses, with reward=auto
 
     config_name: str = option("???", "Name of this choice.")
     dataset_name: Optional[str] = option("???", "Hub id (owner/name) or local folder in the hub's layout.")
@@ -47,6 +48,7 @@ class DocstringsConfig(DataConfig):
     """Embedded: Python signatures and their one-line summaries, split by package."""
 
     row_format: ClassVar[str] = "sheeprlhf.data.docstrings:format_row"
+    rule_reward: ClassVar[Optional[str]] = "imperative"
 
     config_name: str = option("docstrings", "Name of this choice.")
     dataset_name: Optional[str] = option(

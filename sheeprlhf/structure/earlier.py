@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.online import OnlineTaskConfig
 from sheeprlhf.structure.places import is_weights_name, weights_problems
 from sheeprlhf.structure.registry import choices, config_hash
+from sheeprlhf.structure.reward import needs_model
 from sheeprlhf.structure.run import RootConfig, TrainConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.structure.smaller import changed
@@ -17,8 +19,13 @@ from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.files import read_small
 
 RUN_FILE = "run.json"
-NEWEST = "newest"  # instead of a directory: the newest finished fine-tuning of the same model
+NEWEST = "newest"  # instead of a directory: the newest finished run of the same model
+AUTO = "auto"  # the same if there is one
 START = "task.sft_experiment_dir"
+REWARD_MODEL = "task.rm_experiment_dir"
+TASKS = {START: "sft", REWARD_MODEL: "rm"}  # which task's runs they are
+_NAMES = {START: "task.sft_model_name", REWARD_MODEL: "task.rm_model_name"}
+_OTHER_REWARD = "reward=function reward.path=<name> for a reward without a model"
 _MAX_RUN_BYTES = 1 << 20
 
 
@@ -51,44 +58,72 @@ def task_of_run(saved: dict[str, Any]) -> type[TrainTaskConfig] | None:
     return cls if cls is not None and issubclass(cls, TrainTaskConfig) else None
 
 
-def start_of(config: RootConfig) -> str | None:
-    """The directory of the run that training starts from, as it is configured."""
-    return getattr(config.task, "sft_experiment_dir", None) if isinstance(config, TrainConfig) else None
+def links_of(config: RootConfig) -> dict[str, str]:
+    """The earlier runs that a training starts from, as they are configured: option and directory, or a word for one."""
+    if not isinstance(config, TrainConfig):
+        return {}
+    found = {key: getattr(config.task, key.removeprefix("task."), None) for key in TASKS}
+    if not scores_by_run(config):
+        found.pop(REWARD_MODEL)
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def scores_by_run(config: TrainConfig) -> bool:
+    """Whether the reward is a model that a run has left."""
+    return (
+        isinstance(config.task, OnlineTaskConfig)
+        and needs_model(config.reward, config.data.rule_reward)
+        and getattr(config.reward, "folder", None) is None
+    )
+
+
+def _begins_without(config: TrainConfig) -> bool:
+    """Whether training may start from the model as it is: a rule can teach one that was not fine-tuned."""
+    return links_of(config).get(START, "").casefold() == AUTO and not scores_by_run(config)
 
 
 def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
-    """The configuration with the whole path of the run that training starts from, also where it said "newest".
+    """The configuration with the whole paths of the runs that it starts from, also where it said "newest" or "auto".
 
-    A run that is resumed goes on with the one that it started from, whatever has been trained since.
+    A run that is resumed goes on with those that it started from, whatever has been trained since.
 
     Args:
         config: typed; returned as it is if there is nothing to find.
         given_dir: the directory of `hydra.run.dir=...`, if the user gave one.
     """
-    start = start_of(config)
-    if start is None:
+    if not isinstance(config, TrainConfig):
         return config
-    assert isinstance(config, TrainConfig)
-    if not is_newest(start):
-        return _starting_from(config, str(Path(start).expanduser().absolute()))
+    of_reward = getattr(config.task, "rm_experiment_dir", None)
+    if of_reward is not None and is_word(of_reward) and not scores_by_run(config):
+        config = _changed(config, {REWARD_MODEL: None})
+    links = links_of(config)
+    words = [key for key, value in links.items() if is_word(value)]
+    given = {key: str(Path(value).expanduser().absolute()) for key, value in links.items() if key not in words}
+    if given:
+        config = _changed(config, given)
+    if not words:
+        return config
     for run in _resumable(config, given_dir):
         with suppress(ConfigError):
             before = read_run_config(str(run.dir)).get("task")
-            if isinstance(before, dict) and isinstance(before.get("sft_experiment_dir"), str):
-                same = _starting_from(config, before["sft_experiment_dir"])
+            if isinstance(before, dict):
+                same = _changed(config, {key: before.get(key.removeprefix("task.")) for key in words})
                 if config_hash(same) == run.info.get("config_hash"):
                     return same
-    found = _newest(config)
-    return config if found is None else _starting_from(config, str(found.absolute()))
+    found = {key: _newest(config, TASKS[key]) for key in words}
+    settled: dict[str, str | None] = {key: str(run.absolute()) for key, run in found.items() if run is not None}
+    if START not in settled and _begins_without(config):
+        settled[START] = None
+    return _changed(config, settled) if settled else config
 
 
-def is_newest(start: str) -> bool:
-    """Whether it is the word instead of a directory."""
-    return start.casefold() == NEWEST
+def is_word(start: str) -> bool:
+    """Whether it is a word instead of a directory."""
+    return start.casefold() in (NEWEST, AUTO)
 
 
-def _starting_from(config: TrainConfig, start: str) -> TrainConfig:
-    new = changed(config, {START: start})
+def _changed(config: TrainConfig, change: dict[str, Any]) -> TrainConfig:
+    new = changed(config, change)
     new.lock()
     return new
 
@@ -101,10 +136,10 @@ def _resumable(config: TrainConfig, given_dir: str | None) -> list[FoundRun]:
     return find_runs(config.root_dir) if config.resume else []
 
 
-def _newest(config: TrainConfig) -> Path | None:
-    """The newest finished fine-tuning of the configured model; a dry run is one for dry runs alone."""
+def _newest(config: TrainConfig, task: str) -> Path | None:
+    """The newest finished run of a task on the configured model; a dry run is one for dry runs alone."""
     for run in find_runs(config.root_dir):
-        if run.info.get("task") != "sft" or run.info.get("status") != "finished" or not (run.dir / "final").is_dir():
+        if run.info.get("task") != task or run.info.get("status") != "finished" or not (run.dir / "final").is_dir():
             continue
         with suppress(ConfigError):
             saved = read_run_config(str(run.dir))
@@ -126,41 +161,60 @@ def is_same_model(first: Any, second: Any) -> bool:
 
 
 def start_problems(config: TrainConfig) -> Iterator[str]:
-    """Why training cannot start from the run that it is told to start from."""
-    start = start_of(config)
-    if start is None:
-        return
-    if is_newest(start):
-        yield (
-            f"{START}={start}: {config.root_dir} has no finished run of task=sft with model.repo_name="
-            f"{config.model.repo_name}: first `python sheeprlhf.py train task=sft {_model_words(config.model)} "
-            f"data={config.data.config_name}`, or give a run directory"
-        )
-        return
+    """Why training cannot start from the runs that it is told to start from."""
+    links = links_of(config)
+    missing = {key: value for key, value in links.items() if is_word(value)}
+    if missing and not _begins_without(config):
+        yield _missing(config, missing)
+    if REWARD_MODEL not in links and scores_by_run(config):
+        yield f"{REWARD_MODEL} is null and the reward is a model: give a run of task=rm, or {_OTHER_REWARD}"
+    for key, value in links.items():
+        if key not in missing:
+            yield from _link_problems(config, key, value)
+
+
+def _missing(config: TrainConfig, words: dict[str, str]) -> str:
+    """There are no such runs: what to train first."""
+    first = " and ".join(
+        f"`python sheeprlhf.py train task={TASKS[key]} {_model_words(config.model)} data={config.data.config_name}`"
+        for key in words
+    )
+    asked = ", ".join(f"{key}={value}" for key, value in words.items())
+    tasks = " and of ".join(f"task={TASKS[key]}" for key in words)
+    instead = f", or {_OTHER_REWARD}" if REWARD_MODEL in words else ""
+    return (
+        f"{asked}: {config.root_dir} has no finished run of {tasks} with model.repo_name={config.model.repo_name}: "
+        f"first {first}, or give a run directory{instead}"
+    )
+
+
+def _link_problems(config: TrainConfig, key: str, run_dir: str) -> Iterator[str]:
+    """Whether one earlier run is there, of the right kind and model, and has the weights."""
     try:
-        saved = read_run_config(start, key=START)
-        theirs = saved_group(start, "model", key=START)
+        saved = read_run_config(run_dir, key=key)
+        theirs = saved_group(run_dir, "model", key=key)
     except ConfigError as error:
         yield from error.problems
         return
-    task = task_of_run(saved)
-    if task is None or task.trains != "policy":
+    task, wanted = task_of_run(saved), "reward model" if key == REWARD_MODEL else "policy"
+    if task is None or task.trains != wanted:
         what = f"a run of task={task.config_name}, which trains a {task.trains}" if task else "a run of no known task"
-        yield f"{START}={start} is {what}: give a run of task=sft; `list runs` shows them"
+        yield f"{key}={run_dir} is {what}: give a run of task={TASKS[key]}; `list runs` shows them"
         return
     assert isinstance(theirs, ModelConfig)
-    if not is_same_model(theirs.repo_name, config.model.repo_name):
+    if key == START and not is_same_model(theirs.repo_name, config.model.repo_name):
         yield (
-            f"{START}={start} was trained from model.repo_name={theirs.repo_name}, and this run has "
+            f"{key}={run_dir} was trained from model.repo_name={theirs.repo_name}, and this run has "
             f"{config.model.repo_name}: give {_model_words(theirs)}, or another run"
         )
-    name = str(getattr(config.task, "sft_model_name", "final"))
+    name_key = _NAMES[key]
+    name = str(getattr(config.task, name_key.removeprefix("task."), "final"))
     if is_weights_name(name):
-        yield from weights_problems(start, name, key=START, name_key="task.sft_model_name")
+        yield from weights_problems(run_dir, name, key=key, name_key=name_key)
     else:
-        yield f"task.sft_model_name={name} is unknown: give final, best, last or step-<n>"
-    if config.model.random_init:
-        yield f"model.random_init=true and {START}={start} are two beginnings: give one of them"
+        yield f"{name_key}={name} is unknown: give final, best, last or step-<n>"
+    if key == START and config.model.random_init:
+        yield f"model.random_init=true and {key}={run_dir} are two beginnings: give one of them"
 
 
 def _model_words(model: ModelConfig) -> str:

@@ -7,7 +7,7 @@ from sheeprlhf.structure.option import Config, option
 
 @dataclass(unsafe_hash=True)
 class GenConfig(Config):
-    """Sampling of the example texts that training shows; a model's own generation defaults never apply."""
+    """Sampling of shown texts, and of rollouts, which always sample; a model's own generation defaults never apply."""
 
     max_new_tokens: int = option(64, "Longest generated response.", unit="tokens", minimum=1)
     num_beams: int = option(1, "Beams of beam search; 1 is plain decoding.", minimum=1)

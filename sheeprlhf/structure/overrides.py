@@ -214,6 +214,8 @@ def missing_problem(key: str, config: DictConfig) -> str:
 def _needed(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return f"a list of {len(typing.get_args(hint))} numbers"
+    if typing.get_origin(hint) is list:
+        return "a list"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return names.get(hint, "a group of options")
 
@@ -222,7 +224,8 @@ def _example(key: str, found: _Found) -> str:
     hint, _ = unwrap_optional(found.type)
     value = OmegaConf.to_container(found.default) if OmegaConf.is_config(found.default) else found.default
     if value is None or isinstance(value, dict):
-        value = {int: 100, float: 1e-5, bool: True, str: "name"}.get(hint, "null")
+        examples = {int: 100, float: 1e-5, bool: True, str: "name", list: "[a,b]"}
+        value = examples.get(typing.get_origin(hint) or hint, "null")
     shown = str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "").replace("1e-05", "1e-5")
     return f"for example {key}={shown}"
 

@@ -15,8 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.online import OnlineTaskConfig
 from sheeprlhf.structure.optim import OptimizerConfig
 from sheeprlhf.structure.option import Config
+from sheeprlhf.structure.reward import RewardSourceConfig
 from sheeprlhf.structure.run import (
     CommandConfig,
     DoctorConfig,
@@ -42,6 +44,7 @@ _BASES: dict[str, tuple[type[Config], ...]] = {
     "data": (DataConfig,),
     "fabric": (FabricConfig,),
     "optim": (OptimizerConfig,),
+    "reward": (RewardSourceConfig,),
 }
 _TASKS = {verb: (EvalTaskConfig,) if verb == "eval" else (TrainTaskConfig,) for verb in ROOTS}
 DRY_RUN_STEPS = 2
@@ -176,6 +179,11 @@ def apply_dry_run(config: TrainConfig | EvalConfig) -> TrainConfig | EvalConfig:
         save_interval=1,
         eval_iters=2,
     )
+    if isinstance(train_task, OnlineTaskConfig):
+        group = train_task.num_generations
+        size = max(1, min(train_task.rollout_size, 16) // group) * group
+        of_step = max(1, min(train_task.mini_batch_size, size) // group) * group
+        train_task = replace(train_task, rollout_size=size, mini_batch_size=of_step, ppo_epochs=1)
     return replace(config, data=data or config.data, generation=generation, task=train_task)
 
 

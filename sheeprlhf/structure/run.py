@@ -11,6 +11,7 @@ from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig
 from sheeprlhf.structure.option import Config, option
+from sheeprlhf.structure.reward import RewardSourceConfig
 from sheeprlhf.structure.task import EvalTaskConfig, TrainTaskConfig
 
 
@@ -23,6 +24,7 @@ class TrainConfig(Config):
     data: DataConfig = MISSING
     fabric: FabricConfig = MISSING
     optim: OptimizerConfig = MISSING
+    reward: RewardSourceConfig = MISSING
     generation: GenConfig = GenConfig()
     experiment: Any = option(None, "Named recipe of configs/experiment.")
     seed: int = option(42, "Seed of everything random in the run.", minimum=0, maximum=2**32 - 1)

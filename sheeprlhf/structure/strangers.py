@@ -1,4 +1,4 @@
-"""What a configuration file may not do, for it may come from a stranger: call code, or read the environment.
+"""What a configuration file may not do, for it may come from a stranger: call or name code, or read the environment.
 
 Both are looked for in the composed configuration before any value is resolved.
 """
@@ -12,6 +12,9 @@ from hydra import compose
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from sheeprlhf.structure.reward import is_users_own
+
+_FUNCTIONS = ("reward.path", "reward.terms")
 _TRUST = "model.library_cfg.trust_remote_code"
 _MAY_DIFFER = {"run", "sweep", "mode", "verbose", "output_subdir", "job", "overrides", "runtime", "searchpath"}
 _RESOLVER = re.compile(r"\$\{\s*(?!now\b)[\w.]+\s*:")
@@ -46,12 +49,15 @@ def _plain_hydra(verb: str, words: tuple[str, ...]) -> dict[str, Any]:
 
 
 def content_problems(base: DictConfig, parsed: list[Override]) -> list[str]:
-    """What a file may not say: run a model's code, or read the environment."""
+    """What a file may not say: run a model's code or a function of somebody's, or read the environment."""
     problems = []
+    given = {override.key_or_group for override in parsed}
     trusted = OmegaConf.select(base, _TRUST, default=False)
-    if trusted and _TRUST not in {override.key_or_group for override in parsed}:
+    if trusted and _TRUST not in given:
         problems.append(f"{_TRUST}=true is set by a file: only the command line may; give it there")
     for key, text in _texts(OmegaConf.to_container(base, resolve=False), ""):
+        if key in _FUNCTIONS and key not in given and is_users_own(text.rpartition("*")[2]):
+            problems.append(f"{key} names the function {text} in a file: only the command line may; give it there")
         if _RESOLVER.search(text):
             problems.append(f"{key}={text} asks for something outside the configuration: write the value instead")
     return problems

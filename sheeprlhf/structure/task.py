@@ -13,6 +13,7 @@ class TrainTaskConfig(Config):
     entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config, run_dir)
     data_kind: ClassVar[str] = "sft"  # what it learns from a row (see data.prepare): "sft", "preference", "unpaired"
     train_splits: ClassVar[tuple[str, ...]] = ("train",)  # it trains on the first of these that has rows
+    policy_part: ClassVar[str] = ""  # what the names of the policy's weights begin with in a checkpoint
     trains: ClassVar[str] = "policy"  # what its run leaves: "policy" writes text, "reward model" gives a score
 
     config_name: str = option("???", "Name of this choice.")

@@ -4,11 +4,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from sheeprlhf.structure.earlier import start_problems, task_of_run
+from sheeprlhf.structure.earlier import is_word, scores_by_run, start_problems, task_of_run
 from sheeprlhf.structure.limits import near_path, nearest
 from sheeprlhf.structure.machine import missing_modules
+from sheeprlhf.structure.online import OnlineTaskConfig
 from sheeprlhf.structure.places import is_weights_name, new_folder_problems, weights_problems
 from sheeprlhf.structure.registry import choices
+from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.structure.task import DPOConfig, EvalTaskConfig, TrainTaskConfig
@@ -39,6 +41,7 @@ def train_problems(config: TrainConfig) -> Iterator[str]:
             "model.finetune_mode=LORA"
         )
     yield from start_problems(config)
+    yield from online_problems(config)
     if config.task.config_name == "sft" and config.data.reward_model_split == 1:
         yield "data.reward_model_split=1 leaves no row to fine-tune on: give for example data.reward_model_split=0.5"
     if config.resume and config.resume_from is not None:
@@ -50,6 +53,46 @@ def train_problems(config: TrainConfig) -> Iterator[str]:
     if not re.fullmatch(r"[^/\\\0]+", config.run_name) or config.run_name in (".", ".."):
         yield f"run_name={config.run_name} cannot name a directory: give a name without slashes"
     yield from new_folder_problems("root_dir", config.root_dir)
+
+
+def online_problems(config: TrainConfig) -> Iterator[str]:
+    """What sampling and scoring need; for other tasks, a reward that nothing would read."""
+    task, model, how = config.task, config.model, config.generation
+    if not isinstance(task, OnlineTaskConfig):
+        if config.reward != AutoRewardConfig():
+            yield f"reward={config.reward.config_name} is not read by task={task.config_name}: remove it"
+        return
+    if task.rm_experiment_dir is not None and not is_word(task.rm_experiment_dir) and not scores_by_run(config):
+        yield (
+            f"task.rm_experiment_dir={task.rm_experiment_dir} is not read by reward={config.reward.config_name}: "
+            "remove it, or give reward=model"
+        )
+    group = task.num_generations
+    for key in ("rollout_size", "mini_batch_size"):
+        size = getattr(task, key)
+        if size % group:
+            near = max(group, size - size % group)
+            yield f"task.{key}={size} does not divide by task.num_generations={group}: give task.{key}={near}"
+    if how.top_k or how.top_p < 1.0 or how.num_beams > 1:
+        given = [
+            f"generation.{name}"
+            for name, off in (("top_k", 0), ("top_p", 1.0), ("num_beams", 1))
+            if getattr(how, name) != off
+        ]
+        yield (
+            f"{', '.join(given)}: a policy learns from what it samples with all its probabilities: remove it, or give "
+            "generation.temperature"
+        )
+    if model.finetune_mode == "LORA" and model.lora_cfg is not None and model.lora_cfg.dropout > 0:
+        yield (
+            f"model.lora_cfg.dropout={model.lora_cfg.dropout}: task={task.config_name} compares probabilities of "
+            "different passes: give model.lora_cfg.dropout=0"
+        )
+    if not model.disable_dropout:
+        yield (
+            f"model.disable_dropout=false: task={task.config_name} compares probabilities of different passes: "
+            "give model.disable_dropout=true"
+        )
 
 
 def eval_problems(config: EvalConfig) -> Iterator[str]:

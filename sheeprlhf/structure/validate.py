@@ -16,6 +16,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig, SGDConfig
 from sheeprlhf.structure.places import data_file_problems, model_problem, new_folder_problems
 from sheeprlhf.structure.registry import choices, options
+from sheeprlhf.structure.reward_checks import reward_problems
 from sheeprlhf.structure.run import EvalConfig, FetchConfig, InspectConfig, RootConfig, TrainConfig
 from sheeprlhf.structure.task_checks import eval_problems, task_problems, train_problems
 
@@ -30,7 +31,7 @@ def validate(config: RootConfig) -> list[str]:
 def _problems(config: RootConfig) -> Iterator[str]:
     for option in options(config):
         yield from option_problems(option)
-    for group in ("task", "data", "fabric", "optim"):
+    for group in ("task", "data", "fabric", "optim", "reward"):
         yield from _name_problems(group, getattr(config, group, None))
     for group, problems in _OF_GROUP.items():
         if getattr(config, group, None) is not None:
@@ -199,4 +200,5 @@ _OF_GROUP: dict[str, Callable[[Any], Iterator[str]]] = {
     "model": _model_problems,
     "data": _data_problems,
     "optim": _optim_problems,
+    "reward": reward_problems,
 }

@@ -23,6 +23,20 @@ class BatchOptions(Protocol):
     token_budget: int
 
 
+class Rows(Protocol):
+    """What is cut: a split of a dataset, or a rollout."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(rows,) tokens of each row."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def examples(self, indices: Sequence[int]) -> list[Example]:
+        """Some of them."""
+
+
 class Batches:
     """Cuts rows into micro-batches, the same way for every loss.
 
@@ -43,7 +57,7 @@ class Batches:
         packed: bool,
         targets: str,
         num_items: Callable[[Batch], int] = lambda batch: len(batch.target_ids_N),
-        beside: Callable[[TokenizedSplit, list[int]], Any] | None = None,
+        beside: Callable[[Any, list[int]], Any] | None = None,
     ) -> None:
         self._cut: dict[str, Any] = {
             "max_rows": getattr(options, "micro_batch_size", options.mini_batch_size),
@@ -57,17 +71,15 @@ class Batches:
         self._num_items = num_items
         self._beside = beside
 
-    def of(self, split: TokenizedSplit, rows: np.ndarray) -> list[MicroBatch]:
+    def of(self, split: Rows, rows: np.ndarray) -> list[MicroBatch]:
         """This rank's micro-batches of some rows of a split; may be none."""
         return [self._collated(split, part) for part in cut_micro_batches(rows, split.lengths, **self._cut)]
 
-    def first(self, split: TokenizedSplit, num_rows: int | None, label: str) -> Iterator[MicroBatch]:
+    def first(self, split: Rows, num_rows: int | None, label: str) -> Iterator[MicroBatch]:
         """This rank's micro-batches of a split's first rows, or of all, each made when it is asked for, under a bar."""
         return (micro for _, micro in self.numbered(split, num_rows, label))
 
-    def numbered(
-        self, split: TokenizedSplit, num_rows: int | None, label: str
-    ) -> Iterator[tuple[list[int], MicroBatch]]:
+    def numbered(self, split: Rows, num_rows: int | None, label: str) -> Iterator[tuple[list[int], MicroBatch]]:
         """The same, each with the rows that it is made of."""
         rows = np.arange(min(len(split), num_rows or len(split)))
         parts = cut_micro_batches(rows, split.lengths, **self._cut)
@@ -77,7 +89,7 @@ class Batches:
                 yield part, self._collated(split, part)
                 bar.update(len(part))
 
-    def _collated(self, split: TokenizedSplit, part: list[int]) -> MicroBatch:
+    def _collated(self, split: Rows, part: list[int]) -> MicroBatch:
         batch = self._collate(split.examples(part))
         content = batch if self._beside is None else (batch, self._beside(split, part))
         return MicroBatch(content, self._num_items(batch), batch.row_ids)

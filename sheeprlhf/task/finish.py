@@ -55,11 +55,14 @@ def _say_peak_memory(fabric: Fabric, run: Run) -> None:
         run.say(f"peak memory {'on the GPU' if on_cuda else 'of this process'}: {size_text(peak)}{planned}")
 
 
-def note_validation(run: Run, state: TrainState, result: dict[str, float], metric: str = "loss") -> None:
-    """Log a validation, and remember the step if it is the best so far (lowest `metric`)."""
+def note_validation(
+    run: Run, state: TrainState, result: dict[str, float], metric: str = "loss", *, highest: bool = False
+) -> None:
+    """Log a validation, and remember the step if it is the best so far: lowest `metric`, or highest if asked."""
     run.log({f"val/{name}": value for name, value in result.items()}, state.step)
     run.say(f"step {state.step}  " + "  ".join(f"val/{name} {value:.4f}" for name, value in result.items()))
-    if state.best_metric is None or result[metric] < state.best_metric:
+    sign = -1.0 if highest else 1.0
+    if state.best_metric is None or sign * result[metric] < sign * state.best_metric:
         state.best_metric, state.best_step = result[metric], state.step
 
 

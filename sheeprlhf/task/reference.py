@@ -18,11 +18,12 @@ from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
-from sheeprlhf.engine.step import LossFn, MicroBatch, eval_mode
+from sheeprlhf.engine.step import LossFn, MicroBatch
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.files import write_whole
 from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.modes import eval_mode
 
 
 def weights_digest(module: nn.Module) -> str:

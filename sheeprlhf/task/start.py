@@ -59,7 +59,7 @@ def load_of_run(
         return Policy(load_lora(policy.causal_lm(), final)), packed
     if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
         policy = Policy(add_lora(policy.causal_lm(), cfg.lora_cfg))
-    load_weights(checkpoint, policy)
+    load_weights(checkpoint, policy, getattr(task, "policy_part", ""))
     return policy, packed
 
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 
 from sheeprlhf.model.memory import MemoryPlan, ModelSize, allocator_share, measure, plan, tokens_of_forward
+from sheeprlhf.structure.online import OnlineTaskConfig, PPOConfig
+from sheeprlhf.structure.reward import needs_model
 from sheeprlhf.structure.run import TrainConfig
 
 
@@ -24,13 +26,29 @@ def step_plan(
     model = dataclasses.replace(config.model, gradient_checkpointing=False)  # one measurement does for both
     size = size_of(model, config.fabric.precision, config.task.trains == "reward model")
     rows, row = rows_of_forward(config, size)
-    return plan(
+    parts = plan(
         size,
         config.optim,
         tokens=rows * row,
         checkpointing=config.model.gradient_checkpointing,
         allocator_share=allocator_share(device, config.model.finetune_mode) if holes else 0.0,
     )
+    return parts._replace(others=_others(config, size, parts.optimizer))
+
+
+def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
+    """Bytes of reference, reward model and critic, taken to be as large as the policy; as adapters they share its base.
+
+    Policy and critic learn one after the other, so there are gradients of one at a time.
+    """
+    task = config.task
+    if not isinstance(task, OnlineTaskConfig):
+        return 0
+    scored = needs_model(config.reward, config.data.rule_reward)
+    critic = isinstance(task, PPOConfig)
+    if config.model.finetune_mode == "LORA":
+        return size.trainable * (scored + critic) + optimizer * critic
+    return size.weights * (1 + scored + critic) + optimizer * critic
 
 
 def rows_of_forward(config: TrainConfig, size: ModelSize) -> tuple[int, int]:

@@ -55,6 +55,10 @@ class NonFiniteError(SheepError, ArithmeticError):
     """A loss or gradient is not finite. All ranks raise it together, before any weight changes."""
 
 
+class RewardError(SheepError, RuntimeError):
+    """A reward function raised, or did not return one finite number a response: names the function and the text."""
+
+
 class OutOfMemory(SheepError, MemoryError):
     """Memory ran out. Checkpoints are as they were; the advice names options and values that need less.
 

@@ -135,7 +135,7 @@ def in_training(whole: Whole, tmp_path: Path) -> ColdJob:
 
 
 def assert_all_gone(job: ColdJob) -> None:
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + 10
     while job.group() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert job.group() == []
@@ -154,7 +154,7 @@ def assert_resumed_like(whole: Whole, tmp_path: Path) -> None:
 def test_a_killed_process_ends_the_job(rank: int, whole: Whole, tmp_path: Path) -> None:
     job = in_training(whole, tmp_path)
     job.kill() if rank == 0 else os.kill(next(pid for pid in job.group() if pid != job.pid), signal.SIGKILL)
-    assert job.wait(15) != 0
+    assert job.wait(60) != 0
     assert_all_gone(job)
     if rank == 1:
         assert_resumed_like(whole, tmp_path)
@@ -164,7 +164,7 @@ def test_a_killed_process_ends_the_job(rank: int, whole: Whole, tmp_path: Path) 
 def test_a_signal_saves_on_both(whole: Whole, tmp_path: Path) -> None:
     job = in_training(whole, tmp_path)
     job.kill(signal.SIGTERM)
-    assert job.wait(15) == 143
+    assert job.wait(60) == 143
     assert "the state is saved" in job.text() and "Traceback" not in job.text()
     assert_all_gone(job)
     assert_resumed_like(whole, tmp_path)

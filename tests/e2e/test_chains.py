@@ -1,5 +1,6 @@
 """Runs that start from runs: whole or with adapters, what each leaves is complete and loads by plain libraries."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +24,25 @@ MODES = {"ALL": [], "LORA": LORA}
 CHAINS = [("ALL", "LORA"), ("LORA", "ALL"), ("LORA", "LORA")]
 
 
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Callable[[str], Path]:
+    """A function (mode) -> a fine-tuning, made once; a learning rate that moves the weights visibly."""
+    folder = tmp_path_factory.mktemp("fine-tuned")
+    data = write_pairs(folder / "rows.jsonl")
+    return functools.cache(lambda mode: train(model_folder(), data, folder / mode, "optim.lr=1e-2", *MODES[mode]))
+
+
 def chain(
-    task: str, modes: tuple[str, str], tmp_path: Path, model_folder: ModelFolder, *extra: str
+    task: str,
+    modes: tuple[str, str],
+    tmp_path: Path,
+    model_folder: ModelFolder,
+    fine_tuned: Callable[[str], Path],
+    *extra: str,
 ) -> tuple[Path, Path]:
-    """A fine-tuning and a run of `task` that starts from it; learning rates that move the weights visibly."""
+    """A fine-tuning and a run of `task` that starts from it."""
     base, data = model_folder(), write_pairs(tmp_path / "rows.jsonl")
-    sft = train(base, data, tmp_path / "sft", "optim.lr=1e-2", *MODES[modes[0]])
+    sft = fine_tuned(modes[0])
     words = [f"task.sft_experiment_dir={sft}", "task.max_num_steps=6", "optim.lr=1e-2", *MODES[modes[1]], *extra]
     return sft, train(base, data, tmp_path / task, *words, task=task)
 
@@ -45,9 +59,9 @@ def plain(final: Path, adapters: bool, task: str) -> PreTrainedModel:
 @pytest.mark.parametrize("task", ["dpo", "rm"])
 @pytest.mark.parametrize("modes", CHAINS, ids="-".join)
 def test_every_form_of_a_chained_run_is_the_same_model(
-    modes: tuple[str, str], task: str, tmp_path: Path, model_folder: ModelFolder
+    modes: tuple[str, str], task: str, tmp_path: Path, model_folder: ModelFolder, fine_tuned: Callable[[str], Path]
 ) -> None:
-    sft, run_dir = chain(task, modes, tmp_path, model_folder)
+    sft, run_dir = chain(task, modes, tmp_path, model_folder, fine_tuned)
     final = run_dir / "final"
     cfg, tokenizer = saved_group(str(run_dir), "model"), AutoTokenizer.from_pretrained(final)
     assert isinstance(cfg, ModelConfig)
@@ -69,10 +83,12 @@ def test_every_form_of_a_chained_run_is_the_same_model(
     assert task == "rm" or float((start - outputs[0]).detach().abs().max()) > 0.1
 
 
-def test_the_reference_is_the_fine_tuned_model(tmp_path: Path, model_folder: ModelFolder) -> None:
+def test_the_reference_is_the_fine_tuned_model(
+    tmp_path: Path, model_folder: ModelFolder, fine_tuned: Callable[[str], Path]
+) -> None:
     """Trap 7: with dropout in the adapters, and a fine-tuning whose own adapters must not be lost."""
     cache = tmp_path / "cache"
-    sft, _ = chain("dpo", ("LORA", "LORA"), tmp_path, model_folder, f"data.cache_dir={cache}")
+    sft, _ = chain("dpo", ("LORA", "LORA"), tmp_path, model_folder, fine_tuned, f"data.cache_dir={cache}")
     (stored,) = (load_file(path)["logprobs"] for path in cache.rglob("reference-train-*.safetensors"))
     cfg = saved_group(str(sft), "model")
     assert isinstance(cfg, ModelConfig)
@@ -104,8 +120,10 @@ def test_the_runs_that_it_starts_from_are_untouched(tmp_path: Path, model_folder
     assert digests(sft) == before
 
 
-def test_an_offset_comes_back_with_the_adapters(tmp_path: Path, model_folder: ModelFolder) -> None:
-    _, run_dir = chain("rm", ("ALL", "LORA"), tmp_path, model_folder)
+def test_an_offset_comes_back_with_the_adapters(
+    tmp_path: Path, model_folder: ModelFolder, fine_tuned: Callable[[str], Path]
+) -> None:
+    _, run_dir = chain("rm", ("ALL", "LORA"), tmp_path, model_folder, fine_tuned)
     cfg, tokenizer = saved_group(str(run_dir), "model"), AutoTokenizer.from_pretrained(run_dir / "final")
     assert isinstance(cfg, ModelConfig)
     model, _ = load_trained_reward_model(

@@ -54,6 +54,9 @@ def test_every_other_command_works(
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "my.jsonl")
     finished = train(model_folder(), tmp_path / "my.jsonl", tmp_path / "run", "task.max_num_steps=1")
+    (tmp_path / "my_rewards.py").write_text(
+        "def brevity(prompts, responses):\n    return [-len(r) for r in responses]\n"
+    )
     hub_data = summarization_folder(tmp_path / "hub-data")
     seen = 0
     for command in COMMANDS[2:]:
@@ -80,9 +83,10 @@ def test_every_other_command_works(
             ]
         run(words)
         seen += 1
-    assert seen == 11
+    assert seen == 15
     assert len(list(Path("logs/runs").glob("*/*/sft/*/default*/final"))) == 4
     assert len(list(Path("logs/runs").glob("*/*/dpo/*/default*/final"))) == 3
+    assert len(list(Path("logs/runs").glob("*/*/ppo/*/default*/final"))) == 2
 
 
 @pytest.mark.slow

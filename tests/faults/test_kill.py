@@ -1,6 +1,7 @@
 """Kill -9 at any moment, then the same command again: the run ends in the same bytes as one that was left alone.
 
-The campaign (docs/reliability.md has its table): `KILLS=40 SEED=2026 pytest -m nightly -s tests/faults/test_kill.py`.
+The campaign (docs/reliability.md has its table):
+`KILLS=40 SEED=2026 pytest -n 0 -m nightly -s tests/faults/test_kill.py`.
 """
 
 import json

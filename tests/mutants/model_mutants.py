@@ -76,9 +76,9 @@ MUTANTS = [
     ),
     Mutant(  # a model goes on in eval mode after it wrote samples
         trap="6",
-        file=_GENERATE,
-        old="            module.training = flag\n",
-        new="            module.training = False\n",
+        file="sheeprlhf/utils/modes.py",
+        old="            submodule.training = flag\n",
+        new="            submodule.training = False\n",
         tests=f"{_UNIT}generate.py::test_training_flags_and_settings_are_restored",
     ),
     Mutant(  # adapters start somewhere else than the model

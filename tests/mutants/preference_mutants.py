@@ -90,7 +90,7 @@ MUTANTS = [
         file=_LORA,
         old='"CAUSAL_LM" if head is None else "SEQ_CLS",\n        modules_to_save=None if head is None else [head],',
         new='"CAUSAL_LM",',
-        tests=f"{_E2E_RM}::test_plain_transformers_gives_our_scores_in_two_fresh_processes",
+        tests=f"{_E2E_RM}::test_plain_transformers_gives_our_scores_in_a_fresh_process[llama-LORA]",
     ),
     Mutant(  # the offset is forgotten when adapters are loaded
         trap="19",

@@ -1,17 +1,16 @@
 """Each one-line mistake of the lists beside this file must fail its test.
 
-Two copies of the tree are changed, tested and restored in parallel; this checkout is never touched. CI runs the first
-mutant of each trap; `pytest -m "slow or nightly" tests/mutants` runs them all.
+A copy of the tree is changed, tested and restored, one in each worker of pytest; this checkout is never touched. CI
+runs the first mutant of each trap; `pytest -m "slow or nightly" tests/mutants` runs them all.
 """
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from queue import SimpleQueue
 
 import pytest
 
@@ -23,7 +22,11 @@ from tests.mutants import (
     fetch_mutants,
     kto_mutants,
     model_mutants,
+    online_mutants,
     preference_mutants,
+    reward_mutants,
+    rl_loss_mutants,
+    sample_mutants,
 )
 from tests.mutants.mutant import Mutant
 
@@ -38,10 +41,15 @@ _LISTS = (
     fetch_mutants,
     preference_mutants,
     kto_mutants,
+    rl_loss_mutants,
+    reward_mutants,
+    sample_mutants,
+    online_mutants,
 )
 MUTANTS = [mutant for module in _LISTS for mutant in module.MUTANTS]
 FIRST_OF_TRAP = {mutant.trap: mutant for mutant in reversed(MUTANTS)}
-NUM_TREES = 2
+SLOW = list(dict.fromkeys(mutant.tests for mutant in FIRST_OF_TRAP.values()))
+NIGHTLY = [tests for tests in dict.fromkeys(mutant.tests for mutant in MUTANTS) if tests not in SLOW]
 
 
 def copy_tree(target: Path) -> Path:
@@ -55,77 +63,92 @@ def copy_tree(target: Path) -> Path:
     return target
 
 
-def python(tree: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a copy of the tree, which comes before an installed package."""
-    environment = os.environ | {
-        "PYTHONPATH": str(tree),
-        "PYTHONDONTWRITEBYTECODE": "1",  # a file changes twice within a second
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # hypothesis alone takes as long to import as torch
-        "OMP_NUM_THREADS": "1",
-    }
-    environment.pop("PYTEST_ADDOPTS", None)
-    return subprocess.run(
-        [sys.executable, *words], cwd=tree, env=environment, capture_output=True, text=True, timeout=600
-    )
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[Callable[..., int]]:
+    """A function (arguments of `fork_server.become_pytest`) -> pytest's exit code; see that file."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment.pop("PYTHONPATH", None)  # it may lead to this checkout
+    command = [sys.executable, str(Path(__file__).with_name("fork_server.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
+
+        def ask(**request: object) -> int:
+            assert server.stdin and server.stdout
+            print(json.dumps(request), file=server.stdin, flush=True)
+            return json.loads(server.stdout.readline())
+
+        yield ask
+        server.kill()
 
 
-def run_tests(tree: Path, *nodes: str) -> tuple[int, str]:
-    """pytest's exit code and output."""
-    words = ("-x", "-q", "-m", "", "-p", "no:cacheprovider", "--basetemp", str(tree / "temporary"))
-    done = python(tree, "-m", "pytest", *nodes, *words)
-    return done.returncode, done.stdout[-5000:] + done.stderr[-2000:]
+class Tree:
+    """A copy of what the tests need, and pytest in it."""
 
+    def __init__(self, folder: Path, ask: Callable[..., int]) -> None:
+        self.folder, self._ask = copy_tree(folder), ask
 
-def run_mutant(tree: Path, mutant: Mutant) -> tuple[int, str]:
-    """The exit code and output of a mutant's test in a tree that has the mutant."""
-    file = tree / mutant.file
-    source = file.read_text()
-    assert source.count(mutant.old) == 1, f"{mutant.file} holds {mutant.old!r} {source.count(mutant.old)} times"
-    file.write_text(source.replace(mutant.old, mutant.new))
-    try:
-        return run_tests(tree, mutant.tests)
-    finally:
-        file.write_text(source)
+    def run(self, *nodes: str) -> tuple[int, str]:
+        """pytest's exit code and output. The copy comes before an installed package."""
+        words = ["-x", "-q", "-m", "", "-p", "no:cacheprovider", "--basetemp", str(self.folder / "temporary")]
+        words += ["-o", "addopts=--import-mode=importlib"]  # nothing in parallel: other trees are
+        environment = os.environ | {
+            "PYTHONPATH": str(self.folder),
+            "PYTHONDONTWRITEBYTECODE": "1",  # a file changes twice within a second
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        environment.pop("PYTEST_ADDOPTS", None)
+        log = self.folder / "log"
+        code = self._ask(tree=str(self.folder), words=[*nodes, *words], environment=environment, log=str(log))
+        return code, log.read_text(errors="replace")[-7000:]
 
-
-@pytest.fixture(scope="module")
-def outcomes(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[Mutant | None, Future[tuple[int, str]]]]:
-    """Results of the mutants that this session asks for, and under None of all their tests without a mutant."""
-    trees: SimpleQueue[Path] = SimpleQueue()
-    for number in range(NUM_TREES):
-        trees.put(copy_tree(tmp_path_factory.mktemp("tree") / str(number)))
-
-    def work(mutant: Mutant | None) -> tuple[int, str]:
-        tree = trees.get()
+    def run_mutant(self, mutant: Mutant) -> tuple[int, str]:
+        """The exit code and output of a mutant's test in the tree that has the mutant."""
+        file = self.folder / mutant.file
+        source = file.read_text()
+        assert source.count(mutant.old) == 1, f"{mutant.file} holds {mutant.old!r} {source.count(mutant.old)} times"
+        file.write_text(source.replace(mutant.old, mutant.new))
         try:
-            return run_tests(tree, *nodes) if mutant is None else run_mutant(tree, mutant)
+            return self.run(mutant.tests)
         finally:
-            trees.put(tree)
+            file.write_text(source)
 
-    asked = [item.callspec.params["mutant"] for item in request.session.items if item.originalname == KILLED]
-    nodes = list(dict.fromkeys(mutant.tests for mutant in asked))
-    with ThreadPoolExecutor(NUM_TREES) as pool:
-        yield {mutant: pool.submit(work, mutant) for mutant in (None, *asked)}
-        pool.shutdown(cancel_futures=True)
+
+@pytest.fixture(scope="session")
+def tree(fork_server: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    return Tree(tmp_path_factory.mktemp("tree") / "copy", fork_server)
+
+
+WHERE = """
+import subprocess, sys
+import sheeprlhf, tests.support.jobs
+
+def test_where():
+    found = [sheeprlhf.__file__, tests.support.jobs.__file__]
+    code = "import sheeprlhf, tests.support.jobs as jobs; print(sheeprlhf.__file__, jobs.__file__)"
+    found += subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert len(found) == 4
+    assert [path for path in found if not path.startswith(COPY)] == []
+"""
 
 
 @pytest.mark.slow
-def test_a_copy_imports_itself(tmp_path: Path) -> None:
-    """Not this checkout, and not an installed package."""
-    tree = copy_tree(tmp_path / "tree")
-    found = python(tree, "-c", "import sheeprlhf; print(sheeprlhf.__file__)")
-    assert found.stdout.strip() == str(tree / "sheeprlhf" / "__init__.py"), found.stderr
-    (tree / "tests" / "test_where.py").write_text(
-        f"import sheeprlhf\n\ndef test_where():\n    assert sheeprlhf.__file__.startswith({str(tree)!r})\n"
-    )
-    assert run_tests(tree, "tests/test_where.py")[0] == 0
+def test_a_copy_imports_itself(tree: Tree) -> None:
+    """Not this checkout, and not an installed package; nor do the processes that its tests start."""
+    (tree.folder / "tests" / "test_where.py").write_text(WHERE.replace("COPY", repr(f"{tree.folder}/")))
+    code, output = tree.run("tests/test_where.py")
+    assert code == 0, output
 
 
-@pytest.mark.slow
-def test_without_a_mutant_their_tests_pass(outcomes: dict[Mutant | None, Future[tuple[int, str]]]) -> None:
-    code, output = outcomes[None].result()
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        pytest.param([tests for tests in nodes if tests.partition("::")[0] == file], marks=mark, id=f"{name}-{file}")
+        for nodes, name, mark in ((SLOW, "slow", pytest.mark.slow), (NIGHTLY, "nightly", pytest.mark.nightly))
+        for file in dict.fromkeys(tests.partition("::")[0] for tests in nodes)
+    ],
+)
+def test_without_a_mutant_their_tests_pass(nodes: list[str], tree: Tree) -> None:
+    code, output = tree.run(*nodes)
     assert code == 0, output
 
 
@@ -148,10 +171,7 @@ def test_every_mutant_is_another() -> None:
     ],
     ids=lambda mutant: f"{Path(mutant.file).stem}-{mutant.old.strip()[:40]}",
 )
-def test_a_mutant_is_killed(mutant: Mutant, outcomes: dict[Mutant | None, Future[tuple[int, str]]]) -> None:
-    code, output = outcomes[mutant].result()
+def test_a_mutant_is_killed(mutant: Mutant, tree: Tree) -> None:
+    code, output = tree.run_mutant(mutant)
     assert code != 0, f"{mutant} survived"
     assert code == 1, f"{mutant} broke its test instead of failing it (pytest's exit code {code}):\n{output}"
-
-
-KILLED = test_a_mutant_is_killed.__name__

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from tests.support.models import BOS, EOS, PAD, VOCAB, byte_tokenizer
 
 PATH = Path(__file__).parents[1] / "golden" / "trl_losses.json"
+ROLLOUTS_PATH = PATH.with_name("trl_rollouts.json")
 CONFIG = dict(
     vocab_size=VOCAB,
     hidden_size=16,
@@ -62,6 +63,29 @@ def golden_pairs() -> list[dict[str, Any]]:
     return pairs
 
 
-def load_golden() -> dict[str, Any]:
-    """What `benchmarks/golden_trl.py` wrote."""
-    return json.loads(PATH.read_text())
+def golden_rollouts() -> dict[str, Any]:
+    """Three prompts with the responses of two pairs to each, scores, and log-probabilities relative to the policy's.
+
+    The scores of the last group are equal. The old policy and the reference differ from the policy by what is stored:
+    log policy - log old, and log reference - log policy, of each token.
+    """
+    pairs, rng = golden_pairs(), np.random.RandomState(4)
+    group, prompts, responses = 4, [], []
+    for first, second in ((0, 3), (1, 4), (2, 5)):
+        prompts += [pairs[first]["prompt_ids"]] * group
+        responses += [pairs[p][f"{side}_ids"] for p in (first, second) for side in ("chosen", "rejected")]
+    scores = [*rng.standard_normal(2 * group).round(3).tolist(), *[0.5] * group]
+    return {
+        "group": group,
+        "prompt_ids": prompts,
+        "response_ids": responses,
+        "scores": scores,
+        "advantages": rng.standard_normal(len(responses)).round(3).tolist(),
+        "old_difference": [(0.2 * rng.standard_normal(len(ids))).round(3).tolist() for ids in responses],
+        "reference_difference": [(0.5 * rng.standard_normal(len(ids))).round(3).tolist() for ids in responses],
+    }
+
+
+def load_golden(path: Path = PATH) -> dict[str, Any]:
+    """What `benchmarks/golden_trl.py` or `golden_trl_rollouts.py` wrote."""
+    return json.loads(path.read_text())

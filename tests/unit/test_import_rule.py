@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "sheeprlhf"
 LAYERS = [
     {"utils"},
     {"structure"},
-    {"model", "data", "loss"},
+    {"model", "data", "loss", "reward"},
     {"agent", "engine"},
     {"task"},
     {"command"},
@@ -22,6 +22,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 HEAVY = {"torch", "lightning", "transformers", "datasets", "peft"}
 LIGHT = [
     "structure",
+    "reward",
     "utils/errors.py",
     "command/describe.py",
     "command/help.py",
@@ -36,7 +37,7 @@ LIGHT = [
     "engine/runlock.py",
     "engine/redact.py",
 ]
-ALONE = {"loss": {"utils"}}  # narrower than the layers allow
+ALONE = {"loss": {"utils"}, "reward": {"structure", "utils", "assets"}}  # narrower than the layers allow
 
 
 def room_of(path: Path) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
-from sheeprlhf.engine.step import MicroBatch, eval_mode
+from sheeprlhf.engine.step import MicroBatch
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.structure.task import RewardConfig
@@ -24,6 +24,7 @@ from sheeprlhf.task.eval.pairs import calibration, calibration_error, pair_figur
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.task.start import load_trained_reward_model
 from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.modes import eval_mode
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:

@@ -74,7 +74,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             metrics = update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=task.gradient_clip_val)
             state.step, last = step + 1, step + 1 == num_steps
             state.items_seen += int(metrics["items"])
-            run.show_progress(state, num_steps, metrics["loss"], rows.lengths[plan.rows_of_step(step)].sum())
+            num_tokens = rows.lengths[plan.rows_of_step(step)].sum()
+            run.show_progress(state, num_steps, f"loss {metrics['loss']:.4f}", num_tokens)
 
             if last or state.step % task.log_interval == 0:
                 run.log({f"train/{name}": value for name, value in metrics.items()} | {"train/lr": lr}, state.step)

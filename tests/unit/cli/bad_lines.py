@@ -1,4 +1,4 @@
-"""The bad command lines, what must be said to each, and the process that is asked them all."""
+"""The bad command lines, what must be said to each, and the process that is asked them."""
 
 import json
 import os
@@ -312,35 +312,47 @@ def ask(words):
     new = [name for name in {heavy} if name in sys.modules and name not in heavy]
     return code, out.getvalue(), err.getvalue(), [path.name for path in Path().iterdir()], new, seconds
 
-json.dump([ask(words) for words in json.load(sys.stdin)], sys.__stdout__)
+for line in sys.stdin:
+    print(json.dumps(ask(json.loads(line))), file=sys.__stdout__, flush=True)
 """
 
 
-def ask(lines: list[str], folder: Path) -> dict[str, Answer]:
-    """Give every line to the command line of a new process, in an empty working directory and without a network."""
-    world, empty = folder / "world", folder / "empty"
-    make_world(world)
-    empty.mkdir()
-    environment = {
-        "PYTHONPATH": str(ROOT),
-        "PATH": os.environ["PATH"],
-        "HOME": str(folder),
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "SHEEPRLHF_CACHE": str(folder / "cache"),
-    }
-    words = [[word.replace("@", str(world)) for word in line.split()] for line in lines]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.replace("{heavy}", repr(HEAVY))],
-        input=json.dumps(words),
-        capture_output=True,
-        text=True,
-        cwd=empty,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return {line: Answer(*answer) for line, answer in zip(lines, json.loads(done.stdout), strict=True)}
+class Asker:
+    """A `with` block: the command line in a process of its own, an empty working directory and without a network."""
+
+    def __init__(self, folder: Path) -> None:
+        self._world, empty = folder / "world", folder / "empty"
+        make_world(self._world)
+        empty.mkdir()
+        environment = {
+            "PYTHONPATH": str(ROOT),
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder),
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "SHEEPRLHF_CACHE": str(folder / "cache"),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM.replace("{heavy}", repr(HEAVY))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=empty,
+            env=environment,
+        )
+
+    def __enter__(self) -> "Asker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def ask(self, line: str) -> Answer:
+        assert self._process.stdin and self._process.stdout
+        words = [word.replace("@", str(self._world)) for word in line.split()]
+        print(json.dumps(words), file=self._process.stdin, flush=True)
+        return Answer(*json.loads(self._process.stdout.readline()))
 
 
 def make_world(world: Path) -> None:

@@ -1,23 +1,26 @@
 """Wrong command lines: one short message that names the key and the fix, exit code 2, nothing started or written."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from sheeprlhf.cli import run
 from sheeprlhf.structure import machine, places
-from tests.unit.cli.bad_lines import BAD, Answer, ask
+from tests.unit.cli.bad_lines import BAD, Asker
 
 FORTY_DIGITS = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
-    """What one process, which is asked all bad lines, says to each of them."""
-    return ask([line for line, _ in BAD], tmp_path_factory.mktemp("bad-lines"))
+def asker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asker]:
+    """One process that is asked all bad lines."""
+    with Asker(tmp_path_factory.mktemp("bad-lines")) as started:
+        yield started
 
 
 @pytest.mark.parametrize(("line", "expected"), BAD, ids=[line for line, _ in BAD])
-def test_a_bad_command_line_says_what_to_do(line, expected, answers):
-    answer = answers[line]
+def test_a_bad_command_line_says_what_to_do(line, expected, asker):
+    answer = asker.ask(line)
     assert answer.code == 2
     assert answer.out == ""
     for part in expected:

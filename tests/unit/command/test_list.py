@@ -202,7 +202,8 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("kind", STRANGE)
-def test_an_unreadable_run_file_is_shown_as_such(kind, capsys, tmp_path):
+def test_an_unreadable_run_file_is_shown_as_such(kind, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "300")  # enough for any temporary directory
     folder = make_run(tmp_path)
     (folder / "run.json").write_text(STRANGE[kind])
     (folder / "config.yaml").write_text("data: {config_name: mine}\nmodel: {config_name: opt}\ntask: [1]\n")
@@ -225,7 +226,8 @@ def test_values_that_are_no_values_are_left_out(tmp_path):
     assert (told(folder).step, told(folder).best) == (0, None)
 
 
-def test_text_of_a_stranger_cannot_speak_to_the_terminal(capsys, tmp_path):
+def test_text_of_a_stranger_cannot_speak_to_the_terminal(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "300")  # enough for any temporary directory
     evil = "\x1b]0;title\x07\x1b[31mred[/bold]\n\u202ehf_abcdefghijklmnop"
     folder = make_run(tmp_path, name="a\x1b[2Jb\nc", data=evil, model="[red]x[/red]", status="finished")
     write_result(folder, "x", **{"[link=x]\x1b[1m": 1.5}, weights=evil)

@@ -214,7 +214,7 @@ def test_the_probe_gives_up_on_a_silent_hub(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
         assert why_offline() == "the hub cannot be reached"
-        assert time.monotonic() - start < 4.5
+        assert time.monotonic() - start < 10  # three, and what other tests take meanwhile
 
 
 def test_a_cached_hub_dataset_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,9 +187,10 @@ def race(folder, barrier, wins):
     try:
         with RunLock(folder):
             wins.put(1)
-            time.sleep(0.6)
+            barrier.wait(30)  # until all have tried
     except RunInUseError:
         wins.put(0)
+        barrier.wait(30)
 
 
 def test_of_many_starters_one_wins(tmp_path):

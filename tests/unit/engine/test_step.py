@@ -10,9 +10,10 @@ from torch import nn
 
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.rng import isolated_rng, rng_state
-from sheeprlhf.engine.step import LossOutput, MicroBatch, eval_mode, evaluate, update
+from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate, update
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.utils.errors import DataError, NonFiniteError
+from sheeprlhf.utils.modes import eval_mode
 from tests.unit.engine.toy import Net, micro_batch, noisy_loss, toy_loss
 
 CUTS = [

@@ -143,22 +143,23 @@ def _rank_main(rank: int, size: int, port: int, results: Any, function: Callable
 def on_ranks(size: int, function: Callable, *args: Any) -> list[Any]:
     """`function(fabric, *args)` on `size` gloo processes; what each returned (plain data), in rank order."""
     context = forkserver()
-    with socket.socket() as sock:
+    with socket.socket() as sock:  # bound until the end, so that no other test is given this port; rank 0 may share it
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    results = context.Queue()
-    processes = [
-        context.Process(target=_rank_main, args=(rank, size, port, results, function, args), daemon=True)
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        found = dict(results.get(timeout=40) for _ in range(size))
+        results = context.Queue()
+        processes = [
+            context.Process(target=_rank_main, args=(rank, size, port, results, function, args), daemon=True)
+            for rank in range(size)
+        ]
         for process in processes:
-            process.join(30)
-        assert [process.exitcode for process in processes] == [0] * size, found
-    finally:
-        for process in processes:
-            process.kill()
+            process.start()
+        try:
+            found = dict(results.get(timeout=60) for _ in range(size))
+            for process in processes:
+                process.join(30)
+            assert [process.exitcode for process in processes] == [0] * size, found
+        finally:
+            for process in processes:
+                process.kill()
     return [found[rank] for rank in range(size)]

@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.data.example import Layout
-from sheeprlhf.model.attention import _kernel_dtype, _varlen_attention, packed_attention, placeholder_mask
+from sheeprlhf.model.attention import _varlen_attention, kernel_dtype, packed_attention, placeholder_mask
 from sheeprlhf.utils.errors import ModelError
 from tests.support.batches import random_examples
 
@@ -128,13 +128,13 @@ def test_a_cpu_computes_half_precision_in_float32(num_responses: int) -> None:
 
 def test_a_gpu_computes_in_autocasts_format(monkeypatch: pytest.MonkeyPatch) -> None:
     """There queries come in float32 too, and the kernel for rows of any length needs half precision."""
-    assert _kernel_dtype("cuda", torch.float32) == torch.float32
-    assert _kernel_dtype("cuda", torch.bfloat16) == torch.bfloat16
+    assert kernel_dtype("cuda", torch.float32) == torch.float32
+    assert kernel_dtype("cuda", torch.bfloat16) == torch.bfloat16
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: True)
-    assert _kernel_dtype("cuda", torch.float32) == torch.bfloat16
-    assert _kernel_dtype("cpu", torch.float32) == torch.float32
+    assert kernel_dtype("cuda", torch.float32) == torch.bfloat16
+    assert kernel_dtype("cpu", torch.float32) == torch.float32
 
 
 def test_without_a_layout_it_is_transformers_own() -> None:

@@ -6,12 +6,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sheeprlhf.structure.earlier import find_runs, is_same_model, start_of, start_problems, with_start
+from sheeprlhf.structure.earlier import START, find_runs, is_same_model, links_of, start_problems, with_start
 from sheeprlhf.structure.option import Config
 from sheeprlhf.structure.registry import config_hash
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.smaller import changed
 from tests.unit.structure.test_registry import composed, to_typed
+
+
+def sft_start_of(config):
+    return links_of(config).get(START)
 
 
 def config(root: Path, *words: str) -> TrainConfig:
@@ -59,9 +63,9 @@ def test_the_newest_that_fits_is_taken(tmp_path: Path) -> None:
     dry = make_run(tmp_path, 8.0, dry_run=True)
     torn = make_run(tmp_path, 9.0)
     (torn / "config.yaml").write_text("model: [")
-    assert start_of(with_start(newest(tmp_path), None)) == str(fits)
-    assert start_of(with_start(newest(tmp_path, "dry_run=true"), None)) == str(dry)
-    assert start_of(with_start(config(tmp_path, "task.sft_experiment_dir=Newest"), None)) == str(fits)
+    assert sft_start_of(with_start(newest(tmp_path), None)) == str(fits)
+    assert sft_start_of(with_start(newest(tmp_path, "dry_run=true"), None)) == str(dry)
+    assert sft_start_of(with_start(config(tmp_path, "task.sft_experiment_dir=Newest"), None)) == str(fits)
     assert list(start_problems(with_start(newest(tmp_path), None))) == []
 
 
@@ -69,12 +73,12 @@ def test_what_is_taken_is_a_whole_path_and_read_only(tmp_path: Path, monkeypatch
     run = make_run(tmp_path / "logs" / "runs", 1.0)
     monkeypatch.chdir(tmp_path)
     found = with_start(newest(Path("logs/runs")), None)
-    assert start_of(found) == str(run)
+    assert sft_start_of(found) == str(run)
     assert isinstance(found.task, Config)
     with pytest.raises(AttributeError, match="read-only"):
         found.task.epochs = 3
     given = config(tmp_path, f"task.sft_experiment_dir={run.relative_to(tmp_path)}")
-    assert start_of(with_start(given, None)) == str(run)
+    assert sft_start_of(with_start(given, None)) == str(run)
 
 
 @pytest.mark.parametrize("way", ["resume", "resume_from", "given"])
@@ -83,16 +87,22 @@ def test_a_resumed_run_keeps_its_start(way: str, tmp_path: Path) -> None:
     words = {"resume": ["resume=true"], "resume_from": [], "given": ["resume=true"]}[way]
     begun = with_start(newest(tmp_path), None)
     mine = make_run(
-        tmp_path, 2.0, task="dpo", status="running", final=False, start=start_of(begun), config_hash=config_hash(begun)
+        tmp_path,
+        2.0,
+        task="dpo",
+        status="running",
+        final=False,
+        start=sft_start_of(begun),
+        config_hash=config_hash(begun),
     )
     second = make_run(tmp_path, 3.0)
     if way == "resume_from":
         words = [f"resume_from='{mine}'"]
     again = with_start(newest(tmp_path, *words), str(mine) if way == "given" else None)
-    assert start_of(again) == str(first)
+    assert sft_start_of(again) == str(first)
     assert config_hash(again) == config_hash(begun)
-    assert start_of(with_start(newest(tmp_path, *words, "seed=1"), None)) == str(second)  # that is another run
-    assert start_of(with_start(newest(tmp_path), None)) == str(second)
+    assert sft_start_of(with_start(newest(tmp_path, *words, "seed=1"), None)) == str(second)  # that is another run
+    assert sft_start_of(with_start(newest(tmp_path), None)) == str(second)
 
 
 def test_none_found_is_told_with_the_command_to_run(tmp_path: Path) -> None:
@@ -119,7 +129,7 @@ def test_one_folder_by_two_names_is_one_model(tmp_path: Path) -> None:
     assert not is_same_model(None, "me/mine")
     run = make_run(tmp_path / "runs", 1.0, model=str(tmp_path / "model"))
     asked = newest(tmp_path / "runs", f"model.repo_name={tmp_path / 'link'}")
-    assert start_of(with_start(asked, None)) == str(run)
+    assert sft_start_of(with_start(asked, None)) == str(run)
 
 
 def test_a_policy_of_another_task_may_be_given(tmp_path: Path) -> None:

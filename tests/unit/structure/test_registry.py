@@ -56,9 +56,13 @@ def test_every_choice_composes_and_is_valid(verb, group, name, tmp_path, monkeyp
         "data": "docstrings",
         group: name,
     }
+    if group == "reward":
+        words["task"] = "ppo"
     words = {key: value for key, value in words.items() if key in groups(verb)}
     extra = [f"data.train_file='{tmp_path}/rows.jsonl'"] if name == "local" else []
     extra += ["model.repo_name=me/mine"] if (group, name) == ("model", "auto") else []
+    extra += ["reward.terms=[imperative]"] if (group, name) == ("reward", "list") else []
+    extra += ["reward.folder=me/mine"] if (group, name) == ("reward", "model") else []
     if (group, name) == ("task", "reward"):
         (tmp_path / "run" / "final").mkdir(parents=True)
         (tmp_path / "run" / "config.yaml").write_text("task: {config_name: rm}")
@@ -101,6 +105,7 @@ def test_the_train_defaults():
         "data": "docstrings",
         "fabric": "cpu",
         "optim": "adamw",
+        "reward": "auto",
     }
 
 

@@ -9,6 +9,7 @@ from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig, TinyConfig
 from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.smaller import advice, changed, smaller, words
 from sheeprlhf.structure.task import PerplexityConfig, SFTConfig
@@ -22,6 +23,7 @@ def config(model: ModelConfig | None = None, **task: int) -> TrainConfig:
         data=LocalDataConfig(train_file=__file__.replace(".py", ".jsonl"), max_length=100, max_prompt_length=90),
         fabric=FabricConfig(),
         optim=AdamWConfig(),
+        reward=AutoRewardConfig(),
     )
 
 

@@ -1,0 +1,157 @@
+"""Losses of policy-gradient training: PPO's policy and value, RLOO's whole responses, and how GRPO's kin average.
+
+Letters: S responses, N tokens of all responses laid end to end (response by response). Losses are unreduced.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sheeprlhf.loss.advantage import moments
+
+AGGREGATIONS = ("token", "sequence", "constant")
+MAX_LOG_RATIO = 20.0  # exp() of float32 overflows at 88, and 0 * inf, an advantage or a gradient of 0, would be NaN
+
+
+def policy_losses(
+    logprobs_N: Tensor, old_N: Tensor, advantages_N: Tensor, *, clip_low: float, clip_high: float
+) -> Tensor:
+    """PPO's clipped loss (arXiv 1707.06347, eq. 7): max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)).
+
+    r = exp(logprobs - old), at most exp(MAX_LOG_RATIO). DAPO (arXiv 2503.14476, eq. 8) has clip_high > clip_low.
+
+    Args:
+        logprobs_N: (N,) log-probabilities of the tokens by the policy, nats, with their gradient.
+        old_N: (N,) those by the policy that sampled them, without.
+        advantages_N: (N,) advantages, without.
+        clip_low: how far the ratio may fall below 1.
+        clip_high: how far it may rise above.
+
+    Returns:
+        (N,) losses.
+    """
+    ratio_N = _ratio(logprobs_N, old_N)
+    return torch.maximum(-advantages_N * ratio_N, -advantages_N * ratio_N.clamp(1.0 - clip_low, 1.0 + clip_high))
+
+
+def sequence_policy_losses(sums_S: Tensor, old_S: Tensor, advantages_S: Tensor, *, clip: float | None) -> Tensor:
+    """RLOO (arXiv 2402.14740) with one ratio for a whole response: -A r, clipped as PPO's if asked.
+
+    r = exp(lp(y) - lp_old(y)). While the policy is still the one that sampled, the gradient is that of -A lp(y).
+
+    Args:
+        sums_S: (S,) log-probabilities of whole responses, SUMS over tokens, nats, with their gradient.
+        old_S: (S,) those by the policy that sampled them, without.
+        advantages_S: (S,) advantages, without.
+        clip: how far the ratio may be from 1 (TRL 1.16: 0.2); None does not clip.
+
+    Returns:
+        (S,) losses.
+    """
+    if clip is None:
+        return -advantages_S * _ratio(sums_S, old_S)
+    return policy_losses(sums_S, old_S, advantages_S, clip_low=clip, clip_high=clip)
+
+
+def value_losses(values_N: Tensor, old_N: Tensor, returns_N: Tensor, *, clip: float | None) -> Tensor:
+    """Half the squared error of the value, or the clipped value's where that is larger (N+, arXiv 2403.17031).
+
+    0.5 max((V - R)^2, (clip(V, old - c, old + c) - R)^2)
+
+    Args:
+        values_N: (N,) the critic's values, reward units, with their gradient.
+        old_N: (N,) its values when the responses were sampled, without.
+        returns_N: (N,) returns.
+        clip: c, reward units; None does not clip.
+
+    Returns:
+        (N,) losses.
+    """
+    losses_N = (values_N - returns_N).square()
+    if clip is not None:
+        clipped_N = torch.clamp(values_N, old_N - clip, old_N + clip)
+        losses_N = torch.maximum(losses_N, (clipped_N - returns_N).square())
+    return 0.5 * losses_N
+
+
+@torch.no_grad()
+def ratio_figures(
+    logprobs_N: Tensor, old_N: Tensor, advantages_N: Tensor, clip_low: float, clip_high: float
+) -> dict[str, Tensor]:
+    """What to log of an update, of each token and without gradient; arguments as of `policy_losses`.
+
+    Returns:
+        "approxkl": (N,) half the squared log-ratio, nats, as N+ and TRL log it; "clipfrac": (N,) 1 where the clipped
+        loss is the larger one, 0 elsewhere; "ratio": (N,).
+    """
+    ratio_N = _ratio(logprobs_N, old_N)
+    clipped_N = ratio_N.clamp(1.0 - clip_low, 1.0 + clip_high)
+    return {
+        "approxkl": 0.5 * (logprobs_N - old_N).square(),
+        "clipfrac": (-advantages_N * clipped_N > -advantages_N * ratio_N).to(ratio_N.dtype),
+        "ratio": ratio_N,
+    }
+
+
+def _ratio(logprobs: Tensor, old: Tensor) -> Tensor:
+    """exp(logprobs - old), cut where it would overflow."""
+    return torch.exp((logprobs - old).clamp(max=MAX_LOG_RATIO))
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 one that knows no more than the mean.
+
+    It is 0, too, where the returns do not vary or there are none.
+
+    Args:
+        values: the critic's values, any shape.
+        returns: what they should have been, the same shape.
+    """
+    if returns.numel() == 0 or returns.min() == returns.max():
+        return 0.0
+    return (1.0 - moments(returns.double() - values.double())[1] / moments(returns)[1]).item()
+
+
+def token_weights(lengths: Sequence[int], aggregation: str, *, max_length: int) -> Tensor:
+    """Weights of the tokens' losses: a step's loss is sum(weight * loss) / items over all its micro-batches and ranks.
+
+    "token": weight 1, items are tokens (PPO; DAPO, arXiv 2503.14476, eq. 8): every token counts alike.
+    "sequence": weight 1 / length, items are responses (GRPO, arXiv 2402.03300, eq. 3): every response counts alike.
+    "constant": weight 1 / max_length, items are responses (Dr. GRPO, arXiv 2503.20783): a response's sum of losses.
+
+    Args:
+        lengths: tokens of each response.
+        aggregation: one of AGGREGATIONS.
+        max_length: the most tokens that a response may have; read by "constant".
+
+    Returns:
+        (N,) float32, on the CPU.
+
+    Raises:
+        ValueError: the aggregation is unknown.
+    """
+    lengths_S = torch.tensor(lengths, dtype=torch.long)
+    if aggregation == "token":
+        return torch.ones(sum(lengths))
+    if aggregation == "sequence":
+        return (1.0 / lengths_S).repeat_interleave(lengths_S)
+    if aggregation == "constant":
+        return torch.full((sum(lengths),), 1.0 / max_length)
+    raise ValueError(f"aggregation={aggregation!r} is none of {', '.join(AGGREGATIONS)}")
+
+
+def overlong_penalties(lengths_S: Tensor, max_length: int, cache: int) -> Tensor:
+    """What DAPO (arXiv 2503.14476, eq. 13) adds to the scores of long responses.
+
+    0 up to max_length - cache tokens, from there linearly down to -1 at max_length, and -1 beyond.
+
+    Args:
+        lengths_S: (S,) tokens of the responses.
+        max_length: the most tokens that a response should have.
+        cache: the last tokens before it, in which the penalty grows; at least 1.
+
+    Returns:
+        (S,) float32 penalties, reward units, from -1 to 0.
+    """
+    return ((max_length - cache - lengths_S.float()) / cache).clamp(-1.0, 0.0)

@@ -1,0 +1,172 @@
+"""Sample responses for reinforcement learning: token by token, with numbers that the caller drew.
+
+Letters: P prompts, K responses of each, B live rows, V vocabulary, N tokens of a response.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sheeprlhf.model.cache import compact
+from sheeprlhf.model.load import uses_packed_attention
+from sheeprlhf.model.rows import PackedRows, PaddedRows
+from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.modes import eval_mode
+
+
+class Sampled(NamedTuple):
+    """What was sampled after one prompt.
+
+    Attributes:
+        responses: K arrays (R_k,) int32, R_k >= 1, ending in EOS if EOS came.
+        logprobs: K arrays (R_k,) float32, nats, log-probability of each token at the sampling temperature.
+        finished: K bools, whether EOS or a stop string ended it; else it was cut at the most new tokens.
+    """
+
+    responses: tuple[np.ndarray, ...]
+    logprobs: tuple[np.ndarray, ...]
+    finished: tuple[bool, ...]
+
+
+@phase("generation")
+@torch.no_grad()
+def sample_responses(
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    uniforms: np.ndarray,
+    *,
+    temperature: float,
+    eos_id: int | None,
+    token_budget: int,
+    stop: Callable[[np.ndarray], bool] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+    packed: bool = True,
+) -> list[Sampled]:
+    """Sample K responses after each prompt, from softmax(logits / temperature).
+
+    What is sampled is a function of the weights, the prompt and its numbers alone: not of the other prompts, their
+    order, the rank, or any random generator. The model's own generation settings are not read.
+
+    Args:
+        model: the language model, not wrapped; its training flags are restored.
+        prompts: token ids of each prompt, (P_i,), P_i >= 1.
+        uniforms: (P, K, most new tokens) float64 in [0, 1): which token is taken at each place.
+        temperature: divides the logits; above 0.
+        eos_id: the token that ends a response; None: nothing does.
+        token_budget: most tokens of prompts and responses that are held at a time, beyond one prompt's.
+        stop: called with a response's tokens so far, after each one; True ends it.
+        progress: called with the number of responses that have just ended.
+        packed: whether the model computes packed rows as it does padded ones; prompts are padded if it does not.
+
+    Returns:
+        One `Sampled` per prompt, in their order.
+
+    Raises:
+        ValueError: the temperature is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0; nothing is sampled at 0")
+    lengths = [len(prompt) for prompt in prompts]
+    num_responses, num_new = uniforms.shape[1:]
+    packed = packed and _packs(model, max(lengths, default=0) + num_new)
+    results: dict[int, Sampled] = {}
+    with eval_mode(model):
+        for group in _groups(lengths, num_responses, num_new, token_budget, shared=packed):
+            group_prompts = [prompts[index] for index in group]
+            rows = PackedRows(model) if packed else PaddedRows(model)
+            sampled = _sample_group(rows, group_prompts, uniforms[group], temperature, eos_id, stop, progress)
+            results |= zip(group, sampled, strict=True)
+    return [results[index] for index in range(len(prompts))]
+
+
+def _packs(model: PreTrainedModel, longest: int) -> bool:
+    """Whether the model's attention can be replaced, and sees sequences of this length whole."""
+    config = model.config
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return uses_packed_attention(model) and (window is None or longest <= window)
+
+
+def _groups(
+    lengths: list[int], num_responses: int, num_new: int, token_budget: int, *, shared: bool
+) -> Iterator[list[int]]:
+    """Prompts of about one length that are sampled together, shortest first; at least one a group.
+
+    With `shared`, a prompt is held once for all of its responses.
+    """
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        held = lengths[index] * (1 if shared else num_responses) + num_responses * num_new
+        if group and (len(group) + 1) * held > token_budget:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def _sample_group(
+    rows: PackedRows | PaddedRows,
+    prompts: Sequence[np.ndarray],
+    uniforms_PKN: np.ndarray,
+    temperature: float,
+    eos_id: int | None,
+    stop: Callable[[np.ndarray], bool] | None,
+    progress: Callable[[int], None],
+) -> list[Sampled]:
+    """Sample after all prompts of a group at once. Row R = P * K holds a prompt's response; the first B are live."""
+    num_responses, num_new = uniforms_PKN.shape[1:]
+    logits_BV = rows.prefill(prompts, num_responses, num_new)
+    device, num_rows = logits_BV.device, len(logits_BV)
+    uniforms_RN = torch.from_numpy(uniforms_PKN.reshape(num_rows, num_new)).to(device)
+    logprobs_RN = torch.zeros(num_rows, num_new, device=device)
+    ids_RN = np.zeros((num_rows, num_new), dtype=np.int32)
+    lengths_R, finished_R = np.zeros(num_rows, dtype=np.int64), np.zeros(num_rows, dtype=bool)
+    live_B = np.arange(num_rows)
+    for step in range(num_new):
+        index_B = torch.from_numpy(live_B).to(device)
+        next_B, logprobs_RN[index_B, step] = draw(logits_BV, uniforms_RN[index_B, step], temperature)
+        ids_RN[live_B, step] = next_B.cpu().numpy()
+        lengths_R[live_B] = step + 1
+        if eos_id is not None:
+            finished_R[live_B] = ids_RN[live_B, step] == eos_id
+        if stop is not None:
+            for row in live_B[~finished_R[live_B]]:
+                finished_R[row] = stop(ids_RN[row, : step + 1])
+        ended_B = finished_R[live_B] | (step + 1 == num_new)
+        if ended_B.any():
+            progress(int(ended_B.sum()))
+            order = compact(ended_B)
+            if not len(order):
+                break
+            rows.keep(order)
+            live_B, next_B = live_B[order], next_B[order]
+        logits_BV = rows.step(next_B)
+    logprobs = logprobs_RN.cpu().numpy()
+    found = [
+        (ids_RN[row, :length], logprobs[row, :length], bool(finished_R[row])) for row, length in enumerate(lengths_R)
+    ]
+    starts = range(0, num_rows, num_responses)
+    return [Sampled(*zip(*found[start : start + num_responses], strict=True)) for start in starts]
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Take a token of softmax(logits / temperature) by the inverse of its distribution function, in token-id order.
+
+    Args:
+        logits_BV: (B, V) logits.
+        uniform_B: (B,) float64 in [0, 1): token i is taken where the sum of the probabilities up to i first exceeds it.
+        temperature: above 0.
+
+    Returns:
+        (B,) token ids, and (B,) float32 log-probabilities in nats. A token of probability 0 is never taken.
+    """
+    logprobs_BV = (logits_BV.float() / temperature).log_softmax(dim=-1)
+    cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
+    # The last sum is 1 but for rounding; a product with less than 1 is below it, so that some sum exceeds it.
+    limit_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    ids_B1 = torch.searchsorted(cumulative_BV, limit_B1, right=True)
+    return ids_B1[:, 0], logprobs_BV.gather(1, ids_B1)[:, 0]

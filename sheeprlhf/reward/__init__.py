@@ -1,0 +1,1 @@
+"""Rewards of generated texts: functions, their weighted sum, penalties and running normalisation."""

@@ -1,0 +1,173 @@
+"""One reward function: called with what it asks for, its answer checked, its mistakes told in one message."""
+
+import inspect
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+from sheeprlhf.utils.errors import RewardError
+
+_SHOWN = 200  # characters of a text in a message
+_SECONDS_OF_SEARCH = 5.0  # for the text at which a function raises
+
+
+class Texts(NamedTuple):
+    """Responses to score, in one order on all ranks.
+
+    Attributes:
+        prompts: one a response.
+        responses: without EOS.
+        finished: the model ended the response with EOS; False if it was cut.
+        num_tokens: tokens of each response, EOS not counted.
+        columns: more of each row by name, for example {"reference": [...]}.
+    """
+
+    prompts: list[str]
+    responses: list[str]
+    finished: list[bool]
+    num_tokens: list[int]
+    columns: Mapping[str, list[Any]]
+
+
+class RewardFunction:
+    """A function of prompts and responses under its name.
+
+    Args:
+        name: how the configuration names it.
+        function: called as `function(prompts, responses, **columns)` with the columns that its signature takes.
+        around: entered for the time of each call.
+        guarded: turn its exceptions into `RewardError`; not for a model, whose errors have advice of their own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        *,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+        guarded: bool = True,
+    ) -> None:
+        self.name, self.function = name, function
+        self._around, self._guarded = around, guarded
+        self._named, self._takes_all = _columns_taken(function)
+
+    def __call__(self, texts: Texts) -> list[float]:
+        """One finite score a response.
+
+        Raises:
+            RewardError: a column is missing; the function raises, or returns anything else. Names prompt and response.
+        """
+        columns = {key: list(texts.columns[key]) for key in self._named if key in texts.columns}
+        if self._takes_all:
+            columns = {key: list(values) for key, values in texts.columns.items()}
+        lacking = [key for key, required in self._named.items() if required and key not in columns]
+        if lacking:
+            have = ", ".join(texts.columns) or "none"
+            raise RewardError(f"reward {self.name} needs a column {lacking[0]!r} of the data; there is {have}")
+        try:
+            with self._around():
+                returned = self.function(list(texts.prompts), list(texts.responses), **columns)
+        except Exception as error:
+            if not self._guarded:
+                raise
+            raise RewardError(self._raised(error, texts, columns)) from error
+        return self._checked(returned, texts)
+
+    def _checked(self, returned: Any, texts: Texts) -> list[float]:
+        count = len(texts.responses)
+        if hasattr(returned, "tolist"):  # numpy, torch
+            returned = returned.tolist()
+        if isinstance(returned, str | bytes | Mapping) or not isinstance(returned, Iterable):
+            raise RewardError(f"reward {self.name} returned {_kind(returned)}: give back a list of {count} numbers")
+        values = list(returned)
+        if len(values) != count:
+            raise RewardError(
+                f"reward {self.name} returned {len(values)} scores for {count} responses: give back one for each"
+            )
+        scores = [_number(value) for value in values]
+        for row, (value, score) in enumerate(zip(values, scores, strict=True)):
+            if score is None or not math.isfinite(score):
+                what = "which is no number" if score is None else "which is not finite"
+                raise RewardError(
+                    f"reward {self.name} returned {_short(value)}, {what}, for response {row + 1} of {count}\n"
+                    f"{_shown(texts, row)}"
+                )
+        return [score for score in scores if score is not None]
+
+    def _raised(self, error: Exception, texts: Texts, columns: dict[str, list[Any]]) -> str:
+        message = f"reward {self.name} raised {said_by(error)}{_place(error, self.function)}"
+        row = self._row_that_raises(type(error), texts, columns)
+        if row is not None:
+            return f"{message}\n{_shown(texts, row)}"
+        if not texts.responses:
+            return message
+        first = f"no response alone was found to raise it; the first of the {len(texts.responses)}:"
+        return f"{message}\n{first}\n{_shown(texts, 0)}"
+
+    def _row_that_raises(self, kind: type[Exception], texts: Texts, columns: dict[str, list[Any]]) -> int | None:
+        """The first response with which alone the function raises the same; None if none is found in a few seconds."""
+        end = time.monotonic() + _SECONDS_OF_SEARCH
+        for row, (prompt, response) in enumerate(zip(texts.prompts, texts.responses, strict=True)):
+            if time.monotonic() > end:
+                return None
+            try:
+                with self._around():
+                    self.function([prompt], [response], **{key: [values[row]] for key, values in columns.items()})
+            except kind:
+                return row
+            except Exception:
+                continue
+        return None
+
+
+def _columns_taken(function: Callable[..., Any]) -> tuple[dict[str, bool], bool]:
+    """The columns that a signature names, each with whether it is required; and whether it takes any others."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some compiled functions
+        return {}, True
+    by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:2]
+    named = {p.name: p.default is p.empty for p in parameters if p.kind in by_keyword and p not in positional}
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, str | bytes | bytearray):  # float() reads them
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def said_by(error: Exception) -> str:
+    """Kind and message of somebody's exception, on one line, without control characters, of limited length."""
+    words = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {''.join(c if c.isprintable() else '?' for c in words[: 2 * _SHOWN])}"
+
+
+def _place(error: Exception, function: Callable[..., Any]) -> str:
+    """Where in the user's file it happened, as far as its traceback tells."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+
+
+def _shown(texts: Texts, row: int) -> str:
+    return f"prompt: {_short(texts.prompts[row])}\nresponse: {_short(texts.responses[row])}"
+
+
+def _short(value: Any) -> str:
+    """On one line, without control characters; of a long one the beginning and the end."""
+    text = repr(value)
+    half = _SHOWN // 2
+    return text if len(text) <= _SHOWN else f"{text[:half]} ... {text[-half:]}"

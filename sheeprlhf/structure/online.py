@@ -1,0 +1,133 @@
+"""Tasks that learn from responses which the model itself samples, scored by a reward: one dataclass each."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Optional
+
+from sheeprlhf.structure.option import option
+from sheeprlhf.structure.task import TrainTaskConfig
+
+
+@dataclass(unsafe_hash=True)
+class OnlineTaskConfig(TrainTaskConfig):
+    """What all of them have. An epoch is a pass over the prompts; generation.* says how responses are sampled."""
+
+    config_name: str = option("???", "Name of this choice.")
+    rollout_size: int = option(64, "Responses sampled before they are learnt from, all devices.", minimum=1)
+    num_generations: int = option(1, "Responses sampled for each prompt.", minimum=1)
+    mini_batch_size: int = option(32, "Responses of one optimizer step, all devices together.", minimum=1)
+    micro_batch_size: int = option(
+        32, "Most prompts in one forward pass; the token budget cuts further.", unit="prompts", minimum=1
+    )
+    ppo_epochs: int = option(1, "Passes over the responses of a rollout.", minimum=1)
+    init_kl_coeff: float = option(0.05, "Weight of the KL divergence from the reference.", minimum=0.0)
+    clip_coeff: float = option(0.2, "How far the ratio of new to old probability may leave 1.", above=0.0, maximum=1.0)
+    max_kl: Optional[float] = option(
+        None, "End the passes over a rollout when the policy is this far from the sampler.", unit="nats", above=0.0
+    )
+    self_check: str = option(
+        "error",
+        "Before the first step the policy has to be its own reference: stop, warn, or do not look.",
+        choices=("error", "warn", "off"),
+    )
+    sft_experiment_dir: Optional[str] = option(
+        "auto",
+        "Run directory of a fine-tuning to start from; newest: the newest finished one of this model under root_dir; "
+        "auto: the same if there is one; null starts from the model as it is.",
+    )
+    sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
+    rm_experiment_dir: Optional[str] = option(
+        "newest",
+        "Run directory of a reward model, or newest: the newest finished one of this model under root_dir. Read where "
+        "the reward has a model.",
+    )
+    rm_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
+    num_sample_prompts: int = option(3, "Validation prompts whose responses are shown at every validation.", minimum=0)
+    eval_iters: Optional[int] = option(
+        4, "Validate on this many mini-batches of prompts; null takes all.", unit="mini-batches", minimum=1
+    )
+    eval_interval: int = option(20, "Between two validations, after a rollout.", unit="optimizer steps", minimum=1)
+    save_interval: int = option(20, "Between two checkpoints, after a rollout.", unit="optimizer steps", minimum=1)
+
+    def prompts_per_rollout(self) -> int:
+        """Prompts of a rollout, all devices together."""
+        return self.rollout_size // self.num_generations
+
+    def prompts_per_step(self) -> int:
+        """Prompts of an optimizer step, all devices together."""
+        return self.mini_batch_size // self.num_generations
+
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps on a full rollout."""
+        return self.ppo_epochs * -(-self.prompts_per_rollout() // self.prompts_per_step())
+
+    def row_tokens(self, max_length: int) -> int:
+        """Tokens of a prompt with its responses, if `max_length` are those of a prompt with one."""
+        return self.num_generations * max_length
+
+
+@dataclass(unsafe_hash=True)
+class PPOConfig(OnlineTaskConfig):
+    """Proximal policy optimisation: a critic tells each token's share of the reward (arXiv 1707.06347, 2203.02155)."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.train.ppo:train"
+    policy_part: ClassVar[str] = "actor."
+
+    config_name: str = option("ppo", "Name of this choice.")
+    ppo_epochs: int = option(4, "Passes over the responses of a rollout.", minimum=1)
+    kl_estimator: str = option(
+        "k1", "Of each token's KL in the reward: k1 is unbiased, k3 never negative.", choices=("k1", "k3")
+    )
+    adaptive_kl_coeff: bool = option(False, "Move the weight of the KL so that it comes to target_kl_coeff.")
+    target_kl_coeff: float = option(6.0, "KL that adaptive_kl_coeff aims at.", unit="nats a response", above=0.0)
+    kl_horizon: int = option(10_000, "How slowly it moves.", unit="responses", minimum=1)
+    normalize_rewards: bool = option(False, "Divide a rollout's rewards by their standard deviation; their mean stays.")
+    normalize_advantages: bool = option(True, "Advantages of a rollout get mean 0 and standard deviation 1.")
+    gae_gamma: float = option(1.0, "Discount of a token.", minimum=0.0, maximum=1.0)
+    gae_lambda: float = option(0.95, "Lambda of generalised advantage estimation.", minimum=0.0, maximum=1.0)
+    truncated_value: str = option(
+        "terminal",
+        "What follows a response that was cut: nothing, or what the critic expects.",
+        choices=("terminal", "bootstrap"),
+    )
+    value_clip_coeff: Optional[float] = option(
+        0.2, "How far a value may leave the rollout's in one update; null does not clip.", above=0.0
+    )
+    vf_coeff: float = option(0.1, "Weight of the critic's loss.", minimum=0.0)
+    actor_learning_rate: Optional[float] = option(None, "Peak of the policy's; null takes optim.lr.", minimum=0.0)
+    critic_learning_rate: Optional[float] = option(None, "Peak of the critic's; null takes the policy's.", minimum=0.0)
+    critic_warmup_steps: int = option(0, "The critic alone learns meanwhile.", unit="optimizer steps", minimum=0)
+    init_critic_with_reward: bool = option(
+        True, "Make the critic of the reward model, where the reward is one; else of the policy, with a new head."
+    )
+
+
+@dataclass(unsafe_hash=True)
+class GRPOConfig(OnlineTaskConfig):
+    """Group relative policy optimisation: a response is judged against the others of its prompt (arXiv 2402.03300)."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.train.grpo:train"
+
+    config_name: str = option("grpo", "Name of this choice.")
+    num_generations: int = option(8, "Responses sampled for each prompt.", minimum=2)
+    init_kl_coeff: float = option(0.04, "Weight of the KL divergence from the reference in the loss (k3).", minimum=0.0)
+    clip_high: Optional[float] = option(
+        None, "How far the ratio may rise above 1; null takes clip_coeff (DAPO: 0.28).", above=0.0
+    )
+    scale_rewards: bool = option(True, "Divide by the standard deviation of the prompt's scores (Dr. GRPO does not).")
+    loss_type: str = option(
+        "grpo",
+        "Mean over the tokens of each response, then over responses (grpo); over all tokens (dapo); sum of tokens by "
+        "generation.max_new_tokens (dr_grpo).",
+        choices=("grpo", "dapo", "dr_grpo"),
+    )
+
+
+@dataclass(unsafe_hash=True)
+class RLOOConfig(OnlineTaskConfig):
+    """REINFORCE with the mean of the prompt's other responses as baseline (arXiv 2402.14740)."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.train.rloo:train"
+
+    config_name: str = option("rloo", "Name of this choice.")
+    num_generations: int = option(4, "Responses sampled for each prompt.", minimum=2)
+    normalize_advantages: bool = option(False, "Advantages of a rollout get mean 0 and standard deviation 1.")

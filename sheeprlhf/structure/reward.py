@@ -1,0 +1,165 @@
+"""Where the rewards of reinforcement learning come from: one dataclass a source, and the names of the built-ins."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+from omegaconf import MISSING
+
+from sheeprlhf.structure.option import Config, option
+
+MODEL = "model"  # the term that is a reward model's score
+
+
+@dataclass(unsafe_hash=True)
+class RewardSourceConfig(Config):
+    """What every source has. The scores are normalised, then clipped, and the penalties are subtracted last."""
+
+    config_name: str = option("???", "Name of this choice.")
+    normalize: bool = option(
+        False, "Subtract the running mean of all scores of the run so far and divide by their standard deviation."
+    )
+    clip: Optional[float] = option(
+        None, "Largest absolute score, after normalisation and before penalties; null does not clip.", above=0.0
+    )
+    missing_eos_penalty: float = option(
+        0.0, "Subtracted from the score of a response that was cut before it ended.", minimum=0.0
+    )
+    min_response_length: int = option(
+        0, "A shorter response (EOS not counted) loses reward.short_penalty.", unit="tokens", minimum=0
+    )
+    short_penalty: float = option(
+        1.0, "Subtracted from the score of a response below reward.min_response_length.", minimum=0.0
+    )
+    repetition_penalty: float = option(
+        0.0,
+        "Times the share of runs of three words in a response that repeat earlier ones: subtracted from its score.",
+        minimum=0.0,
+    )
+
+
+@dataclass(unsafe_hash=True)
+class AutoRewardConfig(RewardSourceConfig):
+    """The dataset's own rule where it has one, else a reward model."""
+
+    config_name: str = option("auto", "Name of this choice.")
+
+
+@dataclass(unsafe_hash=True)
+class BuiltinOptionsConfig(RewardSourceConfig):
+    """What the built-in functions read; setting one that no chosen function reads is refused."""
+
+    target_length: Optional[int] = option(None, "Length that scores 1 (length).", minimum=1)
+    length_unit: str = option("words", "What target_length counts (length).", choices=("words", "characters"))
+    pattern: Optional[str] = option(None, "Regular expression that a response has to contain (regex).")
+
+
+@dataclass(unsafe_hash=True)
+class FunctionRewardConfig(BuiltinOptionsConfig):
+    """A Python function: a built-in or your own."""
+
+    config_name: str = option("function", "Name of this choice.")
+    path: str = option(
+        "imperative",
+        "imperative, length, regex, rouge, sentiment, or a function of yours as package.module:function.",
+    )
+
+
+@dataclass(unsafe_hash=True)
+class ModelRewardConfig(RewardSourceConfig):
+    """A reward model."""
+
+    config_name: str = option("model", "Name of this choice.")
+    folder: Optional[str] = option(
+        None, "Sequence-classification folder or hub id; null takes the run task.rm_experiment_dir."
+    )
+
+
+@dataclass(unsafe_hash=True)
+class ListRewardConfig(BuiltinOptionsConfig):
+    """A weighted sum of sources."""
+
+    config_name: str = option("list", "Name of this choice.")
+    terms: list[str] = option(
+        MISSING,
+        "Sources and their weights, such as [model,0.5*length,-1*my_rewards:toxicity]; model is a reward model.",
+    )
+    folder: Optional[str] = option(
+        None, "Folder or hub id of the term model; null takes the run task.rm_experiment_dir."
+    )
+
+
+class Builtin(NamedTuple):
+    """What a function of sheeprlhf.reward.functions asks for.
+
+    Attributes:
+        reads: the options that it reads.
+        needs: those of them that have to be given.
+        columns: what a row must have besides its prompt.
+        requires: modules beyond the package's own dependencies ...
+        extra: ... and the extra of the package that installs them.
+    """
+
+    reads: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    extra: str = ""
+
+
+BUILTINS = {
+    "imperative": Builtin(),
+    "length": Builtin(reads=("target_length", "length_unit"), needs=("target_length",)),
+    "regex": Builtin(reads=("pattern",), needs=("pattern",)),
+    "rouge": Builtin(columns=("reference",), requires=("rouge_score",), extra="eval"),
+    "sentiment": Builtin(requires=("vaderSentiment",), extra="sentiment"),
+}
+
+
+class Term(NamedTuple):
+    """One summand of the score: `model`, a built-in's name or the dotted path of a function, times its weight."""
+
+    weight: float
+    source: str
+
+
+def parse_term(text: str) -> Term:
+    """`0.5*length` -> (0.5, "length"); without a weight it is 1.
+
+    Raises:
+        ValueError: the weight is no finite number other than 0, or there is no source.
+    """
+    weight, star, source = text.rpartition("*")
+    term = Term(float(weight) if star else 1.0, source.strip())
+    if not term.source or not math.isfinite(term.weight) or term.weight == 0:
+        raise ValueError(text)
+    return term
+
+
+def terms_of(cfg: RewardSourceConfig, default: str | None) -> tuple[Term, ...]:
+    """The summands of the score.
+
+    Args:
+        cfg: a valid configuration.
+        default: the dataset's own rule, which `auto` takes; None if it has none.
+    """
+    if isinstance(cfg, FunctionRewardConfig):
+        return (Term(1.0, cfg.path),)
+    if isinstance(cfg, ListRewardConfig):
+        return tuple(parse_term(text) for text in cfg.terms)
+    return (Term(1.0, MODEL if isinstance(cfg, ModelRewardConfig) or default is None else default),)
+
+
+def needs_model(cfg: RewardSourceConfig, default: str | None) -> bool:
+    """Whether a reward model has to be loaded; `default` as in `terms_of`."""
+    return any(term.source == MODEL for term in terms_of(cfg, default))
+
+
+def columns_needed(cfg: RewardSourceConfig, default: str | None) -> set[str]:
+    """What the built-ins among the terms need of a row besides its prompt; `default` as in `terms_of`."""
+    return {column for term in terms_of(cfg, default) for column in BUILTINS.get(term.source, Builtin()).columns}
+
+
+def is_users_own(source: str) -> bool:
+    """Whether a source means Python code that is no part of this package, or `${...}`, which may become that."""
+    return any(sign in source for sign in ".:$")

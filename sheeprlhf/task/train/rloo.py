@@ -1,0 +1,120 @@
+"""REINFORCE leave-one-out (arXiv 2402.14740): a whole response is one action.
+
+Its reward is its score less the KL divergence from the reference, its baseline the mean reward of the other responses
+to the same prompt. No critic. Further passes over a rollout weigh a response by its probability ratio, clipped.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sheeprlhf.agent.rollout import columns
+from sheeprlhf.data.example import Batch
+from sheeprlhf.engine.optim import build_optimizer
+from sheeprlhf.engine.run import open_run
+from sheeprlhf.engine.step import LossOutput, update
+from sheeprlhf.loss.advantage import by_position, leave_one_out, moments
+from sheeprlhf.loss.ppo import ratio_figures, sequence_policy_losses
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.online import RLOOConfig
+from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.task.batches import Batches
+from sheeprlhf.task.finish import finish_run
+from sheeprlhf.task.held_out import HeldOut
+from sheeprlhf.task.online import check_sampler, load_agents, load_prompts, make_collector
+from sheeprlhf.task.reference import sum_by_response
+from sheeprlhf.task.turns import turns
+from sheeprlhf.utils.lightning import Fabric
+
+
+def rloo_loss(
+    policy: nn.Module, content: tuple[Batch, dict[str, Tensor]], *, task: RLOOConfig, temperature: float
+) -> LossOutput:
+    """The losses of whole responses.
+
+    Args:
+        policy: what trains.
+        content: a batch, and of each of its tokens "logprobs" and the "advantages" of its response.
+        task: the options.
+        temperature: of the sampling.
+    """
+    batch, sampled = content
+    index_N, lengths = batch.response_index_N, batch.response_lengths
+    sums_S = sum_by_response(policy(batch, temperature=temperature).target_N, index_N, len(lengths))
+    old_S = sum_by_response(sampled["logprobs"], index_N, len(lengths))
+    lengths_S = torch.tensor(lengths, device=sums_S.device)
+    advantages_S = sum_by_response(sampled["advantages"], index_N, len(lengths)) / lengths_S
+    losses_S = sequence_policy_losses(sums_S, old_S, advantages_S, clip=task.clip_coeff)
+    told = ratio_figures(sums_S, old_S, advantages_S, task.clip_coeff, task.clip_coeff)
+    return LossOutput(losses_S.sum(), {name: values_S.sum() for name, values_S in told.items()})
+
+
+def leave_one_out_advantages(
+    logprobs_N: Tensor, reference_N: Tensor, scores_PG: np.ndarray, lengths: Sequence[int], *, kl_coeff: float
+) -> tuple[Tensor, Tensor]:
+    """(P, G) rewards, score less KL, and what each is above the mean of the others of its prompt.
+
+    Args:
+        logprobs_N: of the sampled tokens, by the policy that sampled them.
+        reference_N: by the reference.
+        scores_PG: of each prompt's responses.
+        lengths: tokens of each response.
+        kl_coeff: price of a nat.
+    """
+    kl_ST, _ = by_position(logprobs_N - reference_N, lengths)
+    rewards_PG = torch.from_numpy(scores_PG) - kl_coeff * kl_ST.double().sum(dim=1).view(scores_PG.shape)
+    return rewards_PG, leave_one_out(rewards_PG)
+
+
+def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
+    """All ranks: sample, learn, validate, save, and leave `final/` in the run directory.
+
+    Raises:
+        SheepError: something that the user can mend; see its message.
+    """
+    task = cfg.task
+    assert isinstance(task, RLOOConfig)
+    with open_run(fabric, cfg, run_dir) as run:
+        tokenizer = load_tokenizer(cfg.model)
+        prompts = load_prompts(fabric, run, tokenizer)
+        agents = load_agents(run, tokenizer, longest=prompts.longest)
+        policy = agents.policy
+        optimizer = build_optimizer(cfg.optim, policy, cfg.peak_lr())
+        module, optimizer = fabric.setup(policy, optimizer)
+        collect = make_collector(fabric, run, tokenizer, agents)
+        per_token = partial(columns, names=("logprobs", "advantages"))
+        cut = partial(Batches, fabric, task, packed=agents.packed, targets="response", beside=per_token)
+        batches = cut(num_items=lambda batch: len(batch.response_lengths))
+        torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
+        state = run.restore(module, optimizer)
+        validate = None
+        if prompts.held_out is not None:
+            validate = HeldOut(fabric, run, collect, module, prompts.held_out)
+
+        loss_fn = partial(rloo_loss, task=task, temperature=cfg.generation.temperature)
+        for turn in turns(run, state, prompts.rows, collect, validate, module, optimizer):
+            rollout = turn.rollout
+            if turn.number == 0:
+                check_sampler(run, collect, rollout, policy)
+            lengths, of_tokens = rollout.response_lengths, (rollout.flat("logprobs"), rollout.flat("reference"))
+            rewards_PG, advantages_PG = leave_one_out_advantages(
+                *of_tokens, rollout.scores, lengths, kl_coeff=task.init_kl_coeff
+            )
+            if task.normalize_advantages:
+                mean, variance = moments(advantages_PG)
+                advantages_PG = (advantages_PG - mean) * torch.rsqrt(variance + 1e-8)
+            of_tokens_N = advantages_PG.flatten().repeat_interleave(torch.tensor(lengths))
+            rollout = rollout.with_tokens(advantages=of_tokens_N)
+            turn.note({"objective/rlhf_reward": float(rewards_PG.mean())})
+            for _, micro_batches in turn.passes(rollout, batches):
+                moved = update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=task.gradient_clip_val)
+                turn.note({"loss/policy": moved.pop("loss")})
+                turn.note(moved, "policy/")
+                if task.max_kl is not None and moved["approxkl"] > task.max_kl:
+                    break
+        next_command = f"python sheeprlhf.py eval task=perplexity experiment_dir={run.dir}"
+        finish_run(fabric, run, policy, tokenizer, state, next_command)

@@ -1,0 +1,111 @@
+"""PPO, GRPO and RLOO as a user runs them: what a run leaves, from which runs it starts, what its first step says."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sheeprlhf.cli import run
+from tests.support.runs import train, train_words, write_pairs, write_rows
+
+ModelFolder = Callable[..., Path]
+TASKS = ("ppo", "grpo", "rloo")
+LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4"]
+
+
+def figures(run_dir: Path) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["tag"], []).append(float(row["value"]))
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_leaves_what_others_leave(task: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    run_dir = train(model, data, tmp_path / "run", task=task)
+    found = figures(run_dir)
+    assert len(found["objective/scores"]) == 6
+    assert len(found["val/scores"]) == 3
+    for name in ("objective/kl", "objective/entropy", "policy/approxkl", "policy/clipfrac", "loss/policy"):
+        assert len(found[name]) == 6, name
+    assert abs(found["objective/kl"][0]) < 1e-4  # the policy begins as its reference
+    assert found["objective/kl"][-1] != 0.0
+    assert found["val/perplexity"][0] > 1
+    if task == "ppo":
+        assert len(found["val/explained_variance"]) == 6
+        assert max(found["loss/value"]) > 0
+    table = (run_dir / "samples" / "step-24.txt").read_text()
+    assert "[prompt]" in table
+    assert "score" in table
+    AutoModelForCausalLM.from_pretrained(run_dir / "final")
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
+    for weights in ("final", "last"):
+        run(["eval", "task=perplexity", f"experiment_dir={run_dir}", f"task.model_name={weights}"])
+    kinds = [json.loads(path.read_text())["perplexity"] for path in sorted((run_dir / "eval").glob("perplexity*.json"))]
+    assert len(kinds) == 2
+    assert kinds[0] == pytest.approx(kinds[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_first_update_begins_at_ratio_one(task: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    """One optimizer step a rollout: all of its ratios are those before the step."""
+    words = ["task.mini_batch_size=24", "task.max_num_steps=2", "generation.temperature=0.7"]
+    found = figures(train(model_folder(), write_rows(tmp_path / "r.jsonl"), tmp_path / "run", *words, task=task))
+    assert found["policy/ratio"] == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert found["policy/clipfrac"] == [0.0, 0.0]
+
+
+def chain(tmp_path: Path, model: Path, *extra: str) -> tuple[Path, Path]:
+    """A fine-tuned run and a reward model that started from it."""
+    short = ["task.max_num_steps=4", "task.save_interval=99"]
+    sft = train(model, write_rows(tmp_path / "rows.jsonl"), tmp_path / "sft", *short)
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    rm = train(model, pairs, tmp_path / "rm", *short, *extra, f"task.sft_experiment_dir={sft}", task="rm")
+    return sft, rm
+
+
+@pytest.mark.parametrize("mode", ["ALL", "LORA"])
+def test_ppo_with_a_reward_model(mode: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    """With adapters, policy, critic and reward share one base; the frozen ones do not move."""
+    words = LORA if mode == "LORA" else []
+    sft, rm = chain(tmp_path, model_folder(), *words)
+    starts = [f"task.sft_experiment_dir={sft}", f"task.rm_experiment_dir={rm}", "reward=model"]
+    base = without_function(model_folder(), tmp_path / "rows.jsonl", tmp_path / "run")
+    run([*base, *words, *starts, "task.max_num_steps=8"])
+    found = figures(tmp_path / "run")
+    assert len(found["objective/scores"]) == 2
+    weights = load_file(tmp_path / "run" / "checkpoints" / "step-8" / "model.safetensors")
+    assert any(name.startswith("actor.") for name in weights)
+    if mode == "LORA":
+        assert not any(".reward." in name for name in weights)
+        assert any(".critic." in name for name in weights)
+        assert (tmp_path / "run" / "final" / "adapter_model.safetensors").is_file() or (
+            tmp_path / "run" / "final" / "model.safetensors"
+        ).is_file()
+        assert not (tmp_path / "run" / "final" / "critic").exists()
+
+
+def without_function(model: Path, data: Path, run_dir: Path) -> list[str]:
+    """The words of a run, without its reward."""
+    return [word for word in train_words(model, data, run_dir, task="ppo") if not word.startswith("reward")]
+
+
+def test_runs_are_found(tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """`auto` begins without a fine-tuning where a function scores; a model has to have been trained."""
+    data, root = write_rows(tmp_path / "rows.jsonl"), f"root_dir={tmp_path / 'runs'}"
+    words = [word for word in without_function(model_folder(), data, tmp_path) if "run.dir" not in word]
+    with pytest.raises(SystemExit) as exit_info:
+        run([*words, root, "reward=model"])
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert "train task=sft" in error
+    assert "train task=rm" in error
+    assert "reward=function" in error
+    assert not (tmp_path / "runs").exists()
+    run([*words, root, "reward=function", "reward.path=regex", "reward.pattern=the", "task.max_num_steps=4"])

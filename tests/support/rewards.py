@@ -1,0 +1,23 @@
+"""Rewards whose best answers are known, for `reward.path=tests.support.rewards:<name>`."""
+
+import string
+
+
+def bandit(prompts: list[str], responses: list[str]) -> list[float]:
+    """Sixteen arms: an ASCII character pays its code modulo 16, from 0 to 1; anything else nothing."""
+    return [ord(response[0]) % 16 / 15 if response[:1].isascii() and response else 0.0 for response in responses]
+
+
+def letters(prompts: list[str], responses: list[str]) -> list[float]:
+    """The share of characters that are small letters; 26 of 260 tokens are."""
+    return [sum(c in string.ascii_lowercase for c in response) / max(1, len(response)) for response in responses]
+
+
+def spread(prompts: list[str], responses: list[str]) -> list[float]:
+    """Another number for nearly every response."""
+    return [sum((i + 1) * ord(c) % 97 for i, c in enumerate(response)) % 53 / 53 for response in responses]
+
+
+def raises(prompts: list[str], responses: list[str]) -> list[float]:
+    """A mistake of a user."""
+    raise KeyError("no such thing")

@@ -1,0 +1,137 @@
+"""Weighted sums, running normalisation against numpy, and the order of normalising, clipping and penalties."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sheeprlhf.reward.call import Texts
+from sheeprlhf.reward.moments import RunningMoments
+from sheeprlhf.reward.score import build_scorer
+from sheeprlhf.structure.reward import (
+    AutoRewardConfig,
+    FunctionRewardConfig,
+    ListRewardConfig,
+    ModelRewardConfig,
+    RewardSourceConfig,
+)
+from sheeprlhf.utils.errors import ConfigError
+
+
+def texts_of(*responses: str, finished: bool = True, **columns: list[str]) -> Texts:
+    count = len(responses)
+    return Texts(["prompt"] * count, list(responses), [finished] * count, [len(r) for r in responses], columns)
+
+
+def lengths(prompts: list[str], responses: list[str]) -> list[float]:
+    """A stand-in for a reward model."""
+    return [float(len(response)) for response in responses]
+
+
+def scored(cfg: RewardSourceConfig, texts: Texts, default: str | None = None) -> list[float]:
+    return build_scorer(cfg, lengths, default=default)(texts)
+
+
+def test_a_weighted_sum():
+    cfg = ListRewardConfig(terms=["model", "0.5*length", "-2*regex"], target_length=4, pattern="b")
+    texts = texts_of("a b c d", "a c", "")
+    scorer = build_scorer(cfg, lengths, default=None)
+    # 7 + 0.5 * 1 - 2 * 1; 3 + 0.5 * 2 / 4 - 0; 0
+    assert scorer(texts) == pytest.approx([5.5, 3.25, 0.0], abs=1e-12)
+    raw = scorer.raw(texts)
+    assert raw.total == scorer(texts)
+    assert raw.of_term == {"model": [7.0, 3.0, 0.0], "length": [1.0, 0.5, 0.0], "regex": [1.0, 0.0, 0.0]}
+
+
+def test_each_source():
+    texts = texts_of("Return the value.", "Returns it.")
+    assert scored(FunctionRewardConfig(), texts) == [1.0, 0.0]
+    assert scored(AutoRewardConfig(), texts, default="imperative") == [1.0, 0.0]
+    assert scored(AutoRewardConfig(), texts) == scored(ModelRewardConfig(), texts, "imperative") == [17.0, 11.0]
+    assert scored(FunctionRewardConfig(path="length", target_length=17, length_unit="characters"), texts)[0] == 1.0
+
+
+def test_a_model_that_is_needed_and_missing():
+    with pytest.raises(ConfigError, match=r"reward=auto needs a reward model: give task.rm_experiment_dir"):
+        build_scorer(AutoRewardConfig(), None, default=None)
+    build_scorer(AutoRewardConfig(), None, default="imperative")
+
+
+def test_columns_reach_the_function():
+    pytest.importorskip("rouge_score")
+    texts = texts_of("parse it", reference=["parse it"])
+    assert scored(FunctionRewardConfig(path="rouge"), texts) == [1.0]
+
+
+def test_clipping_comes_before_penalties():
+    cfg = ModelRewardConfig(clip=2.0, missing_eos_penalty=1.0)
+    assert scored(cfg, texts_of("abcdefg", "a", finished=False)) == [1.0, 0.0]
+    assert scored(ListRewardConfig(terms=["-1*model"], clip=2.0), texts_of("abcdefg", "a")) == [-2.0, -1.0]
+
+
+def test_penalties_are_not_normalised():
+    cfg = ModelRewardConfig(normalize=True, missing_eos_penalty=3.0)
+    assert scored(cfg, texts_of("a", "abc", finished=False)) == pytest.approx([-1.0 - 3.0, 1.0 - 3.0], abs=1e-12)
+
+
+def test_clipping_comes_after_normalising():
+    cfg = ModelRewardConfig(normalize=True, clip=0.5)
+    assert scored(cfg, texts_of("a", "abc")) == [-0.5, 0.5]
+
+
+def test_running_moments_are_numpys_over_all_batches():
+    rng = np.random.default_rng(0)
+    scorer = build_scorer(ModelRewardConfig(normalize=True), lambda prompts, responses: given, default=None)
+    seen: list[float] = []
+    for size in (1, 7, 2, 40, 3):
+        given = (1e3 + 5 * rng.standard_normal(size)).tolist()
+        seen += given
+        final = scorer(texts_of(*"x" * size))
+        assert scorer.moments.count == len(seen)
+        assert scorer.moments.mean == pytest.approx(np.mean(seen), rel=1e-14)
+        assert scorer.moments.deviation == pytest.approx(np.std(seen), rel=1e-12, abs=1e-12)
+        expected = (np.array(given) - np.mean(seen)) / max(np.std(seen), 1e-8)
+        assert final == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_a_resumed_run_has_the_same_bits():
+    rng = np.random.default_rng(1)
+    batches = [rng.standard_normal(9).tolist() for _ in range(6)]
+
+    def run(split: int | None) -> list[list[float]]:
+        scorer, out = build_scorer(ModelRewardConfig(normalize=True), lengths, default=None), []
+        for step, batch in enumerate(batches):
+            if step == split:
+                saved = json.loads(json.dumps(scorer.moments.to_dict()))
+                scorer = build_scorer(ModelRewardConfig(normalize=True), lengths, default=None)
+                scorer.moments = RunningMoments.from_dict(saved)
+            out.append(scorer.shape(batch, texts_of(*"x" * 9)))
+        return out
+
+    assert run(None) == run(3) != run(None)[::-1]
+
+
+def test_equal_scores_and_no_scores():
+    scorer = build_scorer(ModelRewardConfig(normalize=True), lengths, default=None)
+    assert scorer(texts_of()) == [] and scorer.moments.count == 0
+    assert scorer(texts_of("abc", "abc")) == [0.0, 0.0]
+    assert build_scorer(ModelRewardConfig(), lengths, default=None)(texts_of()) == []
+
+
+def test_a_validation_teaches_the_moments_nothing():
+    scorer = build_scorer(ModelRewardConfig(normalize=True), lengths, default=None)
+    texts = texts_of("a", "abc")
+    assert scorer.shape([5.0, 7.0], texts, learn=False) == [5.0, 7.0]  # nothing was seen yet
+    scorer(texts)
+    before = scorer.moments.to_dict()
+    scorer.raw(texts)
+    assert scorer.shape([2.0, 4.0], texts, learn=False) == [0.0, 2.0]
+    assert scorer.moments.to_dict() == before == {"count": 2, "mean": 2.0, "m2": 2.0}
+
+
+def test_one_rank_may_score_for_all():
+    cfg = ModelRewardConfig(normalize=True, missing_eos_penalty=1.0)
+    first, other = (build_scorer(cfg, lengths, default=None) for _ in range(2))
+    texts = texts_of("a", "abc", finished=False)
+    assert first(texts) == other.shape(first.raw(texts).total, texts)
+    assert first.moments.to_dict() == other.moments.to_dict()

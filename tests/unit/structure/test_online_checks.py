@@ -1,0 +1,60 @@
+"""What an online task refuses before anything loads, and what other tasks refuse of its options."""
+
+from pathlib import Path
+
+import pytest
+
+from sheeprlhf.structure.earlier import REWARD_MODEL, START, links_of, with_start
+from sheeprlhf.structure.online import PPOConfig
+from sheeprlhf.structure.validate import validate
+from tests.unit.structure.test_registry import composed, to_typed
+
+REFUSED = {
+    "task=ppo task.num_generations=3": "task.rollout_size=63",
+    "task=rloo task.mini_batch_size=2": "task.mini_batch_size=4",
+    "task=grpo generation.top_k=5": "generation.top_k",
+    "task=ppo generation.top_p=0.9": "generation.top_p",
+    "task=ppo generation.num_beams=2": "generation.num_beams",
+    "task=ppo model.disable_dropout=false": "model.disable_dropout=true",
+    "task=ppo model.finetune_mode=LORA model.lora_cfg.dropout=0.1": "model.lora_cfg.dropout=0",
+    "task=sft reward=function": "is not read by task=sft",
+    "task=ppo reward=function task.rm_experiment_dir=/some/run": "is not read by reward=function",
+    "task=ppo reward=function reward.path=imperativ": "did you mean reward.path=imperative",
+    "task=rloo reward=model": "train task=rm",
+    "task=rloo reward=model task.rm_experiment_dir=null": "give a run of task=rm",
+    "task=ppo task.sft_experiment_dir=newest": "train task=sft",
+    "task=ppo model.freeze_transformer=true": "model.freeze_transformer=true is not read",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_it_is_refused_with_the_fix(words: str, tmp_path: Path) -> None:
+    config = with_start(to_typed(composed("train", f"root_dir='{tmp_path}'", *words.split())), None)
+    problems = validate(config)
+    assert any(REFUSED[words] in problem for problem in problems), problems
+
+
+def test_alone_it_needs_no_earlier_run(tmp_path: Path) -> None:
+    """`train task=ppo` on the embedded model and data: scored by a rule, from the model as it is."""
+    config = with_start(to_typed(composed("train", f"root_dir='{tmp_path}'", "task=ppo")), None)
+    assert validate(config) == []
+    assert links_of(config) == {}
+    assert isinstance(config.task, PPOConfig)
+    assert config.task.rm_experiment_dir is None
+
+
+def test_the_cards_command_names_both_runs_to_train_first(tmp_path: Path) -> None:
+    words = ["task=ppo", "model=opt", "data=summarization", f"root_dir='{tmp_path}'"]
+    config = with_start(to_typed(composed("train", *words)), None)
+    assert set(links_of(config)) == {START, REWARD_MODEL}
+    [problem] = [problem for problem in validate(config) if "task.rm_experiment_dir" in problem]
+    for part in ("train task=sft model=opt data=summarization", "train task=rm model=opt", "reward=function"):
+        assert part in problem
+
+
+def test_a_dry_run_is_two_steps(tmp_path: Path) -> None:
+    for task in ("ppo", "grpo", "rloo"):
+        config = with_start(to_typed(composed("train", f"task={task}", "dry_run=true")), None)
+        assert validate(config) == []
+        assert config.task.rollout_size % config.task.num_generations == 0
+        assert config.task.max_num_steps == 2
