@@ -19,11 +19,6 @@ class OnlineTaskConfig(TrainTaskConfig):
         32, "Most prompts in one forward pass; the token budget cuts further.", unit="prompts", minimum=1
     )
     ppo_epochs: int = option(1, "Passes over the responses of a rollout.", minimum=1)
-    init_kl_coeff: float = option(0.05, "Weight of the KL divergence from the reference.", minimum=0.0)
-    clip_coeff: float = option(0.2, "How far the ratio of new to old probability may leave 1.", above=0.0, maximum=1.0)
-    max_kl: Optional[float] = option(
-        None, "End the passes over a rollout when the policy is this far from the sampler.", unit="nats", above=0.0
-    )
     self_check: str = option(
         "error",
         "Before the first step the policy has to be its own reference: stop, warn, or do not look.",
@@ -64,9 +59,28 @@ class OnlineTaskConfig(TrainTaskConfig):
         """Tokens of a prompt with its responses, if `max_length` are those of a prompt with one."""
         return self.num_generations * max_length
 
+    def kl_price(self) -> float:
+        """What a nat of KL costs in the objective by which the best checkpoint is chosen."""
+        return 0.0
+
 
 @dataclass(unsafe_hash=True)
-class PPOConfig(OnlineTaskConfig):
+class RatioTaskConfig(OnlineTaskConfig):
+    """Those that weigh what was sampled by how much likelier it has become since."""
+
+    init_kl_coeff: float = option(0.05, "Weight of the KL divergence from the reference.", minimum=0.0)
+    clip_coeff: float = option(0.2, "How far the ratio of new to old probability may leave 1.", above=0.0, maximum=1.0)
+    max_kl: Optional[float] = option(
+        None, "End the passes over a rollout when the policy is this far from the sampler.", unit="nats", above=0.0
+    )
+
+    def kl_price(self) -> float:
+        """The weight of the KL."""
+        return self.init_kl_coeff
+
+
+@dataclass(unsafe_hash=True)
+class PPOConfig(RatioTaskConfig):
     """Proximal policy optimisation: a critic tells each token's share of the reward (arXiv 1707.06347, 2203.02155)."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.ppo:train"
@@ -102,7 +116,7 @@ class PPOConfig(OnlineTaskConfig):
 
 
 @dataclass(unsafe_hash=True)
-class GRPOConfig(OnlineTaskConfig):
+class GRPOConfig(RatioTaskConfig):
     """Group relative policy optimisation: a response is judged against the others of its prompt (arXiv 2402.03300)."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.grpo:train"
@@ -123,7 +137,7 @@ class GRPOConfig(OnlineTaskConfig):
 
 
 @dataclass(unsafe_hash=True)
-class RLOOConfig(OnlineTaskConfig):
+class RLOOConfig(RatioTaskConfig):
     """REINFORCE with the mean of the prompt's other responses as baseline (arXiv 2402.14740)."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.rloo:train"
@@ -131,3 +145,19 @@ class RLOOConfig(OnlineTaskConfig):
     config_name: str = option("rloo", "Name of this choice.")
     num_generations: int = option(4, "Responses sampled for each prompt.", minimum=2)
     normalize_advantages: bool = option(False, "Advantages of a rollout get mean 0 and standard deviation 1.")
+
+
+@dataclass(unsafe_hash=True)
+class OnlineDPOConfig(OnlineTaskConfig):
+    """DPO on the best and the worst of the responses that the policy samples for each prompt (arXiv 2402.04792)."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.train.online_dpo:train"
+
+    config_name: str = option("online_dpo", "Name of this choice.")
+    num_generations: int = option(2, "Responses sampled for each prompt.", minimum=2)
+    loss_type: str = option("sigmoid", "Which loss of a pair.", choices=("sigmoid", "hinge", "ipo"))
+    beta: float = option(0.1, "Pull towards the reference.", above=0.0)
+
+    def kl_price(self) -> float:
+        """DPO's loss has its best where a nat of KL costs beta (arXiv 2305.18290, eq. 3)."""
+        return self.beta

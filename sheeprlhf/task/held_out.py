@@ -43,12 +43,12 @@ class HeldOut:
     def __call__(self, step: int) -> dict[str, float]:
         """All ranks: the figures, for the log; a sample table goes to the run's records.
 
-        "objective" is what training maximises, score - init_kl_coeff * KL; "perplexity" is that of the dataset's own
+        "objective" is what training maximises, score - price * KL; "perplexity" is that of the dataset's own
         responses, "distinct_2" the share of different pairs of words among all that were written.
         """
         rollout = self._collect(self._rows.examples(range(self._count)), NUMBER, group=1, validates=True)
         result = {name.partition("/")[2]: value for name, value in self._collect.figures.items()}
-        result["objective"] = result["scores"] - self._task.init_kl_coeff * result["kl"]
+        result["objective"] = result["scores"] - self._task.kl_price() * result["kl"]
         texts = self._collect.texts
         result["distinct_2"] = distinct_pairs(texts.responses)
         micro_batches = self._collect.tokens.first(self._rows, self._count, "validating")
@@ -70,7 +70,7 @@ class HeldOut:
             self._run.say(
                 f"warning: scores rise and the data's own responses become unlikely (perplexity "
                 f"{self._first['perplexity']:.1f} -> {result['perplexity']:.1f}): the policy may be finding what the "
-                "reward overlooks; look at samples/, raise task.init_kl_coeff or lower the learning rate"
+                "reward overlooks; look at samples/, raise task.init_kl_coeff (task.beta) or lower the learning rate"
             )
 
 

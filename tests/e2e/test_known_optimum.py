@@ -1,4 +1,4 @@
-"""Tasks whose best score is known: PPO, GRPO and RLOO come to 95 % of it on a random model, in seconds."""
+"""Tasks whose best score is known: PPO, GRPO, RLOO and online DPO come to 95 % of it on a random model, in seconds."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +11,10 @@ from tests.support.runs import train, write_rows
 ModelFolder = Callable[..., Path]
 SHORT = {"bandit": "generation.max_new_tokens=1", "letters": "generation.max_new_tokens=4"}
 OF_TASK = {
-    "ppo": ["task.ppo_epochs=2", "task.critic_learning_rate=1e-2", "task.num_generations=1"],
+    "ppo": ["task.ppo_epochs=2", "task.critic_learning_rate=1e-2", "task.num_generations=1", "task.init_kl_coeff=0"],
     "grpo": ["task.num_generations=8", "task.init_kl_coeff=0"],
-    "rloo": ["task.num_generations=4"],
+    "rloo": ["task.num_generations=4", "task.init_kl_coeff=0"],
+    "online_dpo": ["task.num_generations=8", "task.beta=0.1"],
 }
 
 
@@ -31,7 +32,6 @@ def test_it_is_found(task: str, reward: str, tmp_path: Path, model_folder: Model
         "task.eval_interval=160",
         "task.save_interval=160",
         "task.eval_iters=null",
-        "task.init_kl_coeff=0",
         "optim.lr=5e-3",
         "optim.schedule=constant",
         *OF_TASK[task],

@@ -22,6 +22,7 @@ VARIANTS = {
     "ppo, lora": ("ppo", [*LORA[:2], "task.truncated_value=bootstrap"]),
     "grpo, lora": ("grpo", LORA[:2]),
     "rloo": ("rloo", ["task.ppo_epochs=2"]),
+    "online dpo": ("online_dpo", []),
     "labels": ("kto", []),
     "labels, lora with dropout": ("kto", LORA),
 }

@@ -144,6 +144,20 @@ MUTANTS = [
         tests="tests/unit/task/test_group_losses.py",
     ),
     Mutant(
+        trap="online dpo: the pair is the wrong way round",
+        file="sheeprlhf/task/train/online_dpo.py",
+        old="pair = (int(scores.argmax()), int(scores.argmin()))",
+        new="pair = (int(scores.argmin()), int(scores.argmax()))",
+        tests="tests/unit/task/test_group_losses.py",
+    ),
+    Mutant(
+        trap="online dpo: ties teach something",
+        file="sheeprlhf/task/train/online_dpo.py",
+        old="        if scores[pair[0]] == scores[pair[1]] or np.array_equal(best, worst):\n",
+        new="        if np.array_equal(best, worst):\n",
+        tests="tests/unit/task/test_group_losses.py",
+    ),
+    Mutant(
         trap="grpo: the KL is no part of the loss",
         file="sheeprlhf/task/train/grpo.py",
         old="(losses_N + task.init_kl_coeff * kl_N)",

@@ -19,9 +19,10 @@ from sheeprlhf.data.collate import collate_packed, collate_padded
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.task import DPOConfig
+from sheeprlhf.structure.task import DPOConfig, KTOConfig
 from sheeprlhf.task.reference import sum_by_response
 from sheeprlhf.task.train.dpo import dpo_loss
+from sheeprlhf.task.train.kto import kto_loss, log_ratios
 from sheeprlhf.task.train.rm import rm_loss
 from tests.support.golden import golden_folder, load_golden
 from tests.support.models import PAD
@@ -119,3 +120,36 @@ def test_reward_losses(load: Load, name: str, batching: str) -> None:
         return rm_loss(model, collated(rows, batching, "last"), loss_type="last_token", center=center).total
 
     check(model, loss_of, case)
+
+
+@BATCHINGS
+@pytest.mark.parametrize("name", [case["name"] for case in GOLDEN["kto"]])
+def test_kto(load: Load, name: str, batching: str) -> None:
+    """Each response is an example; the KL's pairs are its prompt with the response of the example before it."""
+    case = case_of("kto", name)
+    policy, reference = load(case["model"], batching), load(case["reference"], batching)
+    task = KTOConfig(**case["options"])
+    singles = [
+        example._replace(row_id=2 * example.row_id + side, responses=(response,), desirable=side == 0)
+        for example in EXAMPLES
+        for side, response in enumerate(example.responses)
+    ]
+    others = [singles[-1], *singles[:-1]]
+    mismatched = [one._replace(responses=other.responses) for one, other in zip(singles, others, strict=True)]
+
+    def content(rows: list[Example]) -> tuple[Batch, Tensor]:
+        batch = collated(rows, batching)
+        with torch.no_grad():
+            return batch, sums_of(reference, batch)
+
+    with torch.no_grad():
+        found = log_ratios(policy, content(mismatched))[1]
+    assert_close(found, torch.tensor(case["mismatched_log_ratios"]), rtol=1e-5, atol=1e-5)
+    kl = max(0.0, float(found.mean()))
+    assert kl == pytest.approx(case["kl"], rel=1e-5, abs=1e-5)
+    policy.zero_grad()
+    loss = kto_loss(policy, content(singles), task=task, kl=kl).total / len(singles)
+    loss.backward()
+    assert loss.item() == pytest.approx(case["all"], rel=1e-5, abs=1e-5)
+    gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+    assert torch.stack([g.norm() for g in gradients]).norm().item() == pytest.approx(case["gradient"], rel=1e-4)

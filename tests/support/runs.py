@@ -44,7 +44,8 @@ def write_labelled(path: Path, num_rows: int = 48, *, seed: int = 0) -> Path:
 
 
 WRITERS = {"sft": write_rows, "rm": write_pairs, "dpo": write_pairs, "kto": write_labelled}
-WRITERS |= dict.fromkeys(("ppo", "grpo", "rloo"), write_rows)
+ONLINE_TASKS = ("ppo", "grpo", "rloo", "online_dpo")
+WRITERS |= dict.fromkeys(ONLINE_TASKS, write_rows)
 ONLINE = [  # 6 rollouts of 12 prompts, 4 optimizer steps on each
     "task.rollout_size=24",
     "task.num_generations=2",
@@ -80,7 +81,7 @@ def train_words(model: Path, data: Path, run_dir: Path, *extra: str, task: str =
         "generation.max_new_tokens=4",
         "optim.lr=1e-3",
         f"hydra.run.dir={run_dir}",
-        *(ONLINE if task in ("ppo", "grpo", "rloo") else []),
+        *(ONLINE if task in ONLINE_TASKS else []),
         *extra,
     ]
 

@@ -53,7 +53,7 @@ def test_the_cards_command_names_both_runs_to_train_first(tmp_path: Path) -> Non
 
 
 def test_a_dry_run_is_two_steps(tmp_path: Path) -> None:
-    for task in ("ppo", "grpo", "rloo"):
+    for task in ("ppo", "grpo", "rloo", "online_dpo"):
         config = with_start(to_typed(composed("train", f"task={task}", "dry_run=true")), None)
         assert validate(config) == []
         assert config.task.rollout_size % config.task.num_generations == 0

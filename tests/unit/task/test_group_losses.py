@@ -1,4 +1,4 @@
-"""GRPO's and RLOO's losses of a batch against loops over its responses, and RLOO's rewards against their definition."""
+"""Losses of GRPO, RLOO and online DPO by loops over responses; RLOO's rewards and the pairs by their definition."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.data.collate import collate_packed
+from sheeprlhf.data.example import Example
 from sheeprlhf.model.head import TokenLogprobs
-from sheeprlhf.structure.online import GRPOConfig, RLOOConfig
+from sheeprlhf.structure.online import GRPOConfig, OnlineDPOConfig, RLOOConfig
 from sheeprlhf.task.train.grpo import grpo_loss
+from sheeprlhf.task.train.online_dpo import online_dpo_loss, ranked_pairs
 from sheeprlhf.task.train.rloo import leave_one_out_advantages, rloo_loss
 from tests.support.batches import random_examples
 
@@ -89,3 +92,36 @@ def test_rloos_reward_is_the_score_less_the_kl() -> None:
     expected = [rewards[i] - rewards[i ^ 1] for i in range(6)]
     assert_close(found.flatten(), torch.tensor(expected).double(), rtol=0, atol=1e-6)
     assert_close(told.flatten(), torch.tensor(rewards).double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+def test_online_dpo_by_a_loop(loss_type: str) -> None:
+    given, task = numbers(), OnlineDPOConfig(loss_type=loss_type, beta=0.3)
+    found = online_dpo_loss(Said(given["new"]), (BATCH, given), task=task, temperature=0.7)
+    h, place = [], 0
+    for length in LENGTHS:
+        h.append(float((given["new"] - given["reference"])[place : place + length].sum()))
+        place += length
+    total = 0.0
+    for w in range(0, len(LENGTHS), 2):
+        d = 0.3 * (h[w] - h[w + 1])
+        per_token = h[w] / LENGTHS[w] - h[w + 1] / LENGTHS[w + 1]
+        of_pair = {"sigmoid": np.log1p(np.exp(-d)), "hinge": max(0.0, 1 - d), "ipo": (per_token - 1 / 0.6) ** 2}
+        total += of_pair[loss_type]
+    assert float(found.total) == pytest.approx(total, abs=1e-5)
+
+
+def test_the_best_and_the_worst_response_are_a_pair() -> None:
+    """Ties and equal texts are none; the reference's numbers go with their responses."""
+
+    def row(*responses: list[int]) -> Example:
+        return Example(0, np.array([1]), tuple(np.array(response, dtype=np.int32) for response in responses))
+
+    rows = (row([1], [2, 2], [3, 3, 3]), row([4], [5], [6]), row([7], [7], [8, 8]), row([9, 9], [1], [2]))
+    scores = np.array([[0.5, 0.1, 0.9], [0.3, 0.3, 0.3], [0.2, 0.8, 0.5], [0.0, 1.0, 1.0]])
+    reference = tuple(np.concatenate([10.0 * r + np.arange(len(r)) for r in one.responses]) for one in rows)
+    found = ranked_pairs(Rollout(rows, scores, scores > 0, {"reference": reference}))
+    assert found is not None
+    assert [[r.tolist() for r in one.responses] for one in found.rows] == [[[3, 3, 3], [2, 2]], [[1], [9, 9]]]
+    assert [tokens.tolist() for tokens in found.tokens["reference"]] == [[30, 31, 32, 20, 21], [10, 90, 91]]
+    assert ranked_pairs(Rollout(rows[1:2], scores[1:2], scores[1:2] > 0, {"reference": reference[1:2]})) is None

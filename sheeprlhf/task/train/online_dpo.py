@@ -1,0 +1,115 @@
+"""Online direct preference optimisation (arXiv 2402.04792): DPO on pairs that the policy itself samples.
+
+A reward ranks the responses to each prompt; the best and the worst one are a pair. Where all scores are equal there is
+none. The loss of an optimizer step is the mean over its pairs, of all rows of the step and all devices.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sheeprlhf.agent.rollout import Rollout, columns
+from sheeprlhf.data.example import Batch
+from sheeprlhf.engine.optim import build_optimizer
+from sheeprlhf.engine.run import open_run
+from sheeprlhf.engine.step import LossOutput, update
+from sheeprlhf.loss import dpo
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.online import OnlineDPOConfig
+from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.task.batches import Batches
+from sheeprlhf.task.finish import finish_run
+from sheeprlhf.task.held_out import HeldOut
+from sheeprlhf.task.online import check_sampler, load_agents, load_prompts, make_collector
+from sheeprlhf.task.reference import sum_by_response
+from sheeprlhf.task.turns import turns
+from sheeprlhf.utils.lightning import Fabric
+
+
+def ranked_pairs(rollout: Rollout) -> Rollout | None:
+    """The best and the worst response of every prompt whose scores differ, best first; None if there is no such prompt.
+
+    Of responses with equal scores the first counts. Two that are the same text never have different scores, unless the
+    reward is random: then they are no pair either.
+    """
+    rows, tokens = [], []
+    for number, (row, scores) in enumerate(zip(rollout.rows, rollout.scores, strict=True)):
+        pair = (int(scores.argmax()), int(scores.argmin()))
+        best, worst = (row.responses[index] for index in pair)
+        if scores[pair[0]] == scores[pair[1]] or np.array_equal(best, worst):
+            continue
+        borders = np.cumsum([len(response) for response in row.responses])[:-1]
+        of_row = np.split(rollout.tokens["reference"][number], borders)
+        rows.append(row._replace(responses=(best, worst)))
+        tokens.append(np.concatenate([of_row[index] for index in pair]))
+    if not rows:
+        return None
+    shape = (len(rows), 2)
+    return Rollout(tuple(rows), np.zeros(shape), np.ones(shape, dtype=bool), {"reference": tuple(tokens)})
+
+
+def online_dpo_loss(
+    policy: nn.Module, content: tuple[Batch, dict[str, Tensor]], *, task: OnlineDPOConfig, temperature: float
+) -> LossOutput:
+    """The losses of the pairs, and the implicit rewards beta * (policy - reference) behind them."""
+    batch, sampled = content
+    index_N, num_responses = batch.response_index_N, len(batch.response_lengths)
+    sums_S = sum_by_response(policy(batch, temperature=temperature).target_N, index_N, num_responses)
+    h_S = sums_S - sum_by_response(sampled["reference"], index_N, num_responses)
+    w, r = batch.pairs_P2.unbind(1)  # winner, rejected
+    match task.loss_type:
+        case "sigmoid":
+            losses_P = dpo.sigmoid(h_S[w], h_S[r], task.beta)
+        case "hinge":
+            losses_P = dpo.hinge(h_S[w], h_S[r], task.beta)
+        case "ipo":
+            lengths_S = torch.tensor(batch.response_lengths, device=h_S.device)
+            losses_P = dpo.ipo(h_S[w], h_S[r], lengths_S[w], lengths_S[r], task.beta)
+        case _:
+            raise ValueError(f"loss_type={task.loss_type!r}")
+    margins_P = task.beta * (h_S[w] - h_S[r]).detach()
+    told = {"rewards/margins": margins_P.sum(), "rewards/accuracies": (margins_P > 0).float().sum()}
+    return LossOutput(losses_P.sum(), told)
+
+
+def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
+    """All ranks: sample, learn, validate, save, and leave `final/` in the run directory.
+
+    Raises:
+        SheepError: something that the user can mend; see its message.
+    """
+    task, temperature = cfg.task, cfg.generation.temperature
+    assert isinstance(task, OnlineDPOConfig)
+    with open_run(fabric, cfg, run_dir) as run:
+        tokenizer = load_tokenizer(cfg.model)
+        prompts = load_prompts(fabric, run, tokenizer)
+        agents = load_agents(run, tokenizer, longest=prompts.longest)
+        policy = agents.policy
+        optimizer = build_optimizer(cfg.optim, policy, cfg.peak_lr())
+        module, optimizer = fabric.setup(policy, optimizer)
+        collect = make_collector(fabric, run, tokenizer, agents)
+        cut = partial(Batches, fabric, task, packed=agents.packed, targets="response")
+        batches = cut(num_items=lambda batch: len(batch.row_ids), beside=partial(columns, names=("reference",)))
+        torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
+        state = run.restore(module, optimizer)
+        validate = None
+        if prompts.held_out is not None:
+            validate = HeldOut(fabric, run, collect, module, prompts.held_out)
+
+        loss_fn = partial(online_dpo_loss, task=task, temperature=temperature)
+        for turn in turns(run, state, prompts.rows, collect, validate, module, optimizer):
+            if turn.number == 0:
+                check_sampler(run, collect, turn.rollout, policy)
+            pairs = ranked_pairs(turn.rollout)
+            turn.note({"rollout/pairs": 0.0 if pairs is None else len(pairs) / len(turn.rollout)})
+            if pairs is None:
+                continue
+            for _, micro_batches in turn.passes(pairs, batches):
+                moved = update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=task.gradient_clip_val)
+                turn.note({"loss/policy": moved.pop("loss")})
+                turn.note(moved, "policy/")
+        next_command = f"python sheeprlhf.py eval task=perplexity experiment_dir={run.dir}"
+        finish_run(fabric, run, policy, tokenizer, state, next_command)
