@@ -3,9 +3,9 @@
     python benchmarks/online_gates.py --work FOLDER --start SFT_RUN [SFT_RUN ...] [--reward-model RM_RUN]
         [--tasks ppo grpo rloo online_dpo]
 
-Each fine-tuned run is the start of one seed. Trains `experiment=<task>_docstrings` from it, scored by the dataset's rule
-or by the reward model, and measures the result by measure_preference.py on held-out prompts. Prints a Markdown table. A
-run that is there and finished is not run again.
+Each fine-tuned run is the start of one seed. Trains `experiment=<task>_docstrings` from it, scored by the dataset's
+rule or by the reward model, and measures the result by measure_preference.py on held-out prompts. Prints a Markdown
+table. A run that is there and finished is not run again.
 """
 
 import argparse
