@@ -11,7 +11,7 @@ from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.step import evaluate
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.structure.online import OnlineTaskConfig
-from sheeprlhf.task.rollouts import Collector
+from sheeprlhf.task.collect import Collector
 from sheeprlhf.task.train.sft import sft_loss
 from sheeprlhf.utils.lightning import Fabric
 

@@ -26,8 +26,8 @@ from sheeprlhf.structure.reward import needs_model
 from sheeprlhf.structure.saved import saved_group
 from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.task.batches import longest_row
+from sheeprlhf.task.collect import Collector
 from sheeprlhf.task.finish import report_data
-from sheeprlhf.task.rollouts import Collector
 from sheeprlhf.task.start import load_start, load_trained_reward_model
 from sheeprlhf.utils.errors import ConfigError, ModelError
 from sheeprlhf.utils.lightning import Fabric

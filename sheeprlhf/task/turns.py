@@ -22,8 +22,8 @@ from sheeprlhf.engine.signals import STOP_SIGNALS
 from sheeprlhf.engine.step import MicroBatch
 from sheeprlhf.structure.online import OnlineTaskConfig
 from sheeprlhf.task.batches import Batches
+from sheeprlhf.task.collect import Collector
 from sheeprlhf.task.finish import note_validation
-from sheeprlhf.task.rollouts import Collector
 
 
 class Turn:

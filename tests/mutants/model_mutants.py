@@ -91,8 +91,8 @@ MUTANTS = [
     Mutant(  # the base trains beside its adapters
         trap="7",
         file=_LORA,
-        old="        return get_peft_model(model, config)\n",
-        new="        return get_peft_model(model, config).requires_grad_(True)\n",
+        old="        return get_peft_model(model, lora_config(model, cfg, head=head))\n",
+        new="        return get_peft_model(model, lora_config(model, cfg, head=head)).requires_grad_(True)\n",
         tests="tests/unit/agent/test_policy.py::test_only_adapters_have_gradients",
     ),
     Mutant(  # the base is saved, its adapters are lost
@@ -330,7 +330,7 @@ MUTANTS = [
     Mutant(  # the weights of a checkpoint are not loaded for its evaluation
         trap="final",
         file=_START,
-        old="    load_weights(checkpoint, policy)\n",
+        old='    load_weights(checkpoint, policy, getattr(task, "policy_part", ""))\n',
         new="",
         tests=f"{_E2E}::test_perplexity_equals_a_plain_loop_for_any_batching",
     ),
@@ -344,8 +344,8 @@ MUTANTS = [
     Mutant(  # the best step is the worst
         trap="best",
         file="sheeprlhf/task/finish.py",
-        old="result[metric] < state.best_metric",
-        new="result[metric] > state.best_metric",
+        old="sign * result[metric] < sign * state.best_metric",
+        new="sign * result[metric] > sign * state.best_metric",
         tests=f"{_FINISH}::test_the_lowest_validation_loss_is_the_best",
     ),
     Mutant(  # pickled weights are loaded

@@ -7,7 +7,7 @@ _STEP = "tests/unit/task/test_ppo_step.py"
 _SHARED = "tests/unit/agent/test_shared.py"
 _ROLLOUTS = "tests/unit/task/test_rollouts.py"
 _LORA = "sheeprlhf/model/lora.py"
-_COLLECT = "sheeprlhf/task/rollouts.py"
+_COLLECT = "sheeprlhf/task/collect.py"
 
 MUTANTS = [
     Mutant(

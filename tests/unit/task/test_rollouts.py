@@ -26,9 +26,10 @@ from sheeprlhf.structure.online import RLOOConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig, ListRewardConfig, ModelRewardConfig
 from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.task.collect import Collector
 from sheeprlhf.task.held_out import distinct_pairs, sample_table
 from sheeprlhf.task.online import check_sampler
-from sheeprlhf.task.rollouts import Collector, drawn_numbers, figures_of
+from sheeprlhf.task.rollouts import drawn_numbers, figures_of
 from sheeprlhf.utils.errors import ModelError, RewardError
 from tests.support.models import EOS
 

@@ -1,0 +1,133 @@
+"""One object that makes rollouts: it knows the policy, the reference and the reward, and what the reward has seen."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.agent.reward import RewardModel
+from sheeprlhf.agent.rollout import Rollout
+from sheeprlhf.agent.shared import SharedScore
+from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.reward.call import Texts
+from sheeprlhf.reward.moments import RunningMoments
+from sheeprlhf.reward.score import build_scorer
+from sheeprlhf.structure.online import OnlineTaskConfig
+from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.task.batches import Batches
+from sheeprlhf.task.rollouts import as_rollout, as_text, drawn_numbers, figures_of, read_targets, sample
+from sheeprlhf.utils.lightning import Fabric
+
+
+class Collector:
+    """Makes rollouts: the policy samples, the reward scores, the reference reads.
+
+    Args:
+        fabric: where it runs.
+        cfg: the run's.
+        tokenizer: the policy's.
+        policy: who writes.
+        reference: what the policy was before training.
+        reward: the reward model, if the reward has one.
+        packed: how batches are laid out.
+
+    Attributes:
+        tokens: cuts a rollout into batches whose targets are the responses' tokens.
+        ends: into batches whose targets are the last tokens.
+        figures: numbers of the newest rollout, for the log.
+        texts: its text.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        cfg: TrainConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        policy: Policy,
+        reference: nn.Module,
+        reward: RewardModel | SharedScore | None,
+        *,
+        packed: bool,
+    ) -> None:
+        self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
+        self._policy, self._reference, self._reward, self._packed = policy, reference, reward, packed
+        self._model_scores: list[float] = []
+        given = None if reward is None else lambda *_: self._model_scores
+        self._scorer = build_scorer(cfg.reward, given, default=cfg.data.rule_reward)
+        self.tokens = Batches(fabric, cfg.task, packed=packed, targets="response")
+        self.ends = Batches(fabric, cfg.task, packed=packed, targets="last")
+        self.figures: dict[str, float] = {}
+        self.texts = Texts([], [], [], [], {})
+
+    def __call__(
+        self, prompts: list[Example], number: int, *, group: int | None = None, validates: bool = False
+    ) -> Rollout:
+        """All ranks: the rollout with "logprobs" and "reference" of each token, and scores.
+
+        Args:
+            prompts: rows whose prompts are answered.
+            number: which rollout of the run it is; it decides what is sampled.
+            group: responses to each prompt; None takes the task's.
+            validates: scores are comparable over the whole run, and leave no trace in it.
+        """
+        cfg, task = self._cfg, self._cfg.task
+        assert isinstance(task, OnlineTaskConfig)
+        shape = (len(prompts), group or task.num_generations, cfg.generation.max_new_tokens)
+        numbers = drawn_numbers(cfg.seed, number, shape)
+        sampled = sample(
+            self._fabric,
+            self._policy,
+            prompts,
+            numbers,
+            cfg.generation,
+            eos_id=self._tokenizer.eos_token_id,
+            token_budget=task.token_budget,
+            packed=self._packed,
+        )
+        rollout = as_rollout(prompts, sampled)
+        rollout = rollout.with_tokens(reference=self.logprobs(self._reference, rollout, "reference"))
+        if cfg.fabric.precision != "32-true":  # there the sampler's differ from those that the update computes
+            rollout = rollout.with_tokens(logprobs=self.logprobs(self._policy, rollout, "log-probabilities"))
+        self.texts = as_text(rollout, prompts, self._tokenizer)
+        scores = np.array(self._scores(rollout, validates), dtype=np.float64)
+        rollout = dataclasses.replace(rollout, scores=scores.reshape(rollout.finished.shape))
+        self.figures = figures_of(rollout)
+        return rollout
+
+    def _scores(self, rollout: Rollout, validates: bool) -> list[float]:
+        if self._reward is not None:
+            self._model_scores = self.scores_of(self._reward, rollout, "scoring", at_end=True).tolist()
+        # Rank zero alone asks the user's functions, which may answer the same question differently.
+        asked = self._scorer.raw(self.texts).total if self._fabric.is_global_zero else []
+        total = self._fabric.broadcast(asked)
+        return total if validates else self._scorer.shape(total, self.texts)
+
+    def logprobs(self, module: nn.Module, rollout: Rollout, label: str) -> Tensor:
+        """All ranks: (N,) log-probabilities of all responses' tokens at the sampling temperature."""
+        temperature = self._cfg.generation.temperature
+
+        def call(batch: Batch) -> Tensor:
+            return module(batch, temperature=temperature).target_N
+
+        return read_targets(self._fabric, self._policy, call, self.tokens, rollout, label)
+
+    def scores_of(
+        self, model: RewardModel | SharedScore, rollout: Rollout, label: str, *, at_end: bool = False
+    ) -> Tensor:
+        """All ranks: (N,) what a model with a score head says before each token; at the end: (S,) after the last."""
+        with model.in_use():
+            return read_targets(self._fabric, model, model, self.ends if at_end else self.tokens, rollout, label)
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint has to carry: the running moments of the scores."""
+        return {f"reward_{name}": value for name, value in self._scorer.moments.to_dict().items()}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on with what `state` gave; nothing is there in a new run."""
+        mine = {name.removeprefix("reward_"): value for name, value in saved.items() if name.startswith("reward_")}
+        if mine:
+            self._scorer.moments = RunningMoments.from_dict(mine)
