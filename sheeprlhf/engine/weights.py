@@ -7,6 +7,7 @@ from torch import nn
 from sheeprlhf.engine.checkpoint import STEP_FOLDER, Say, TrainState, latest_checkpoint, saved_steps
 from sheeprlhf.engine.manifest import verify_manifest
 from sheeprlhf.engine.tensors import copy_tensors, read_tensors, saved_tensors, unwrapped
+from sheeprlhf.model.lora import CRITIC
 from sheeprlhf.utils.errors import CheckpointError
 
 
@@ -32,7 +33,8 @@ def load_weights(path: Path, module: nn.Module, part: str = "") -> None:
     Args:
         path: the checkpoint.
         module: has those weights, and no others that were trained.
-        part: of a checkpoint of several modules, which one's weights ("actor."); those of the others are left out.
+        part: of a checkpoint of several modules, which one's weights ("actor."); those of the others are left out, and
+            so is the critic's adapter, which stands among the policy's where both have one base.
 
     Raises:
         CheckpointError: damaged; or a tensor is unknown to the module, missing, or of another shape or number format.
@@ -41,6 +43,8 @@ def load_weights(path: Path, module: nn.Module, part: str = "") -> None:
     module = unwrapped(module)
     everything = dict(module.named_parameters()) | dict(module.named_buffers())
     tensors = read_tensors(path / "model.safetensors")
-    tensors = {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+    if part:
+        own = [name for name in tensors if name.startswith(part) and f".{CRITIC}." not in name]
+        tensors = {name.removeprefix(part): tensors[name] for name in own}
     names = tensors.keys() | saved_tensors(module).keys()
     copy_tensors(path / "model.safetensors", tensors, {name: everything[name] for name in names if name in everything})

@@ -20,6 +20,7 @@ from sheeprlhf.structure.validate import parse_targets
 from sheeprlhf.utils.errors import ModelError
 
 POLICY = "default"  # PEFT's name for the first adapter of a model: that of the policy
+CRITIC, REWARD = "critic", "reward"  # further ones on the same base
 
 
 def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -17,7 +17,15 @@ from sheeprlhf.agent.shared import SharedScore
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
 from sheeprlhf.engine.run import Run
 from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.model.lora import add_lora, add_second_adapter, copy_adapter, load_score_adapter, lora_config
+from sheeprlhf.model.lora import (
+    CRITIC,
+    REWARD,
+    add_lora,
+    add_second_adapter,
+    copy_adapter,
+    load_score_adapter,
+    lora_config,
+)
 from sheeprlhf.model.scalar import HEAD, scalar_model
 from sheeprlhf.structure.earlier import is_same_model
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
@@ -31,8 +39,6 @@ from sheeprlhf.task.finish import report_data
 from sheeprlhf.task.start import load_start, load_trained_reward_model
 from sheeprlhf.utils.errors import ConfigError, ModelError
 from sheeprlhf.utils.lightning import Fabric
-
-CRITIC, REWARD = "critic", "reward"  # adapters beside the policy's
 
 
 class Prompts(NamedTuple):

@@ -91,6 +91,12 @@ def test_ppo_with_a_reward_model(mode: str, tmp_path: Path, model_folder: ModelF
             tmp_path / "run" / "final" / "model.safetensors"
         ).is_file()
         assert not (tmp_path / "run" / "final" / "critic").exists()
+    found = []
+    for name in ("final", "last"):
+        run(["eval", "task=perplexity", f"experiment_dir={tmp_path / 'run'}", f"task.model_name={name}"])
+        [result] = (tmp_path / "run" / "eval").glob(f"perplexity*{name}*.json")
+        found.append(json.loads(result.read_text())["perplexity"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def without_function(model: Path, data: Path, run_dir: Path) -> list[str]:
