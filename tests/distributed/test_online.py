@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tests.distributed.test_sft import assert_all_gone, series, start
+from tests.distributed.test_sft import series, start
 from tests.support.runs import train, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
@@ -31,7 +31,7 @@ def test_two_processes_equal_one(task: str, tmp_path: Path, model_folder: ModelF
     job = start(train_words(model_folder(), data, tmp_path / "two", *words, task=task), tmp_path / "log")
     train(model_folder(), data, tmp_path / "one", *words, task=task)
     assert job.wait(150) == 0, job.text()
-    assert_all_gone(job)
+    job.assert_all_gone()
     for tag in TAGS[task]:
         two, one = series(tmp_path / "two", tag), series(tmp_path / "one", tag)
         assert len(one) >= 2, tag

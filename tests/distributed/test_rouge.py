@@ -32,6 +32,6 @@ def test_two_processes_equal_one(num_samples: int, tmp_path: Path, model_folder:
     (run_dir / "eval" / "rouge-test-final.json").unlink()
     job = ColdJob([*evaluation, "fabric.devices=2"], tmp_path / "log", OMP_NUM_THREADS="1")
     assert job.wait(200) == 0, job.text()
-    assert job.group() == []
+    job.assert_all_gone()
     assert result_of(run_dir) == expected
     assert job.text().count("saved: ") == 2  # by one process: the numbers and the texts

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -72,7 +71,7 @@ def both(tmp_path: Path, model: Path, *extra: str) -> tuple[Path, Path]:
     job = start(train_words(model, data, tmp_path / "two", *words), tmp_path / "log")
     train(model, data, tmp_path / "one", *words)
     assert job.wait(150) == 0, job.text()
-    assert_all_gone(job)
+    job.assert_all_gone()
     return tmp_path / "two", tmp_path / "one"
 
 
@@ -134,13 +133,6 @@ def in_training(whole: Whole, tmp_path: Path) -> ColdJob:
     return job
 
 
-def assert_all_gone(job: ColdJob) -> None:
-    deadline = time.monotonic() + 10
-    while job.group() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert job.group() == []
-
-
 def assert_resumed_like(whole: Whole, tmp_path: Path) -> None:
     words = [*whole.words, f"hydra.run.dir={tmp_path / 'run'}", "resume=true"]
     job = start(words, tmp_path / "log")
@@ -155,7 +147,7 @@ def test_a_killed_process_ends_the_job(rank: int, whole: Whole, tmp_path: Path) 
     job = in_training(whole, tmp_path)
     job.kill() if rank == 0 else os.kill(next(pid for pid in job.group() if pid != job.pid), signal.SIGKILL)
     assert job.wait(60) != 0
-    assert_all_gone(job)
+    job.assert_all_gone()
     if rank == 1:
         assert_resumed_like(whole, tmp_path)
 
@@ -166,7 +158,7 @@ def test_a_signal_saves_on_both(whole: Whole, tmp_path: Path) -> None:
     job.kill(signal.SIGTERM)
     assert job.wait(60) == 143
     assert "the state is saved" in job.text() and "Traceback" not in job.text()
-    assert_all_gone(job)
+    job.assert_all_gone()
     assert_resumed_like(whole, tmp_path)
 
 
@@ -179,4 +171,4 @@ def test_a_mistake_is_told_once(tmp_path: Path, model_folder: ModelFolder) -> No
     assert job.wait(100) == 2, job.text()
     assert job.text().count("bad.jsonl line 1: column 'response' holds int") == 1
     assert "Traceback" not in job.text()
-    assert_all_gone(job)
+    job.assert_all_gone()

@@ -111,12 +111,15 @@ def test_install_and_train_in_a_fresh_clone_and_environment(tmp_path: Path) -> N
         "PIP_NO_BUILD_ISOLATION": "0",  # pip reads "0" as: no isolation
         "SHEEPRLHF_CACHE": str(tmp_path / "cache"),
     }
+    environment.pop("PYTHONPATH", None)  # it may lead to this checkout
     for command in (COMMANDS[0], COMMANDS[1] + " --collect-only -q tests/unit/loss"):
         done = subprocess.run(["bash", "-c", command], cwd=clone, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     run_dir = next((clone / "logs" / "runs").glob("docstrings/tiny/sft/*/default"))
     assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
     where = "import sheeprlhf; print(sheeprlhf.__file__)"
-    found = subprocess.run([python, "-c", where], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert Path(found.strip()).is_relative_to(clone)
-    assert sys.prefix not in found
+    found = subprocess.run(
+        [python, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert Path(found.stdout.strip()).is_relative_to(clone)
+    assert sys.prefix not in found.stdout

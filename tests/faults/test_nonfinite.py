@@ -89,6 +89,6 @@ def test_one_process_stops_both(tmp_path: Path, model_folder: ModelFolder) -> No
     assert code == 1, text
     assert re.search(r"rank [01]: rows \[.*\b40\b", text) and "Traceback" not in text
     assert len(re.findall(r"rank [01]: rows", text)) == 1  # that rank's rows alone, said once
-    assert job.group() == []
+    job.assert_all_gone()
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         verify_manifest(checkpoint)

@@ -64,7 +64,7 @@ def signalled(server: JobServer, whole: Whole, tmp_path: Path, signum: int, step
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_stops(signum: int, code: int, server: JobServer, whole: Whole, tmp_path: Path) -> None:
     job = signalled(server, whole, tmp_path, signum, 7)
-    assert job.wait(20) == code
+    assert job.wait() == code
     assert f"stopped by signal {int(signum)}; the state is saved" in job.text()
     assert "Traceback" not in job.text()
     assert steps_of(tmp_path / "run") == [5, 7]
@@ -117,7 +117,7 @@ def test_a_finished_run_is_left_as_it_is(server: JobServer, whole: Whole, tmp_pa
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(server: JobServer, whole: Whole, tmp_path: Path) -> None:
     """And resume_from names the run."""
-    assert signalled(server, whole, tmp_path, signal.SIGTERM, 7).wait(20) == 143
+    assert signalled(server, whole, tmp_path, signal.SIGTERM, 7).wait() == 143
     path = tmp_path / "run" / "checkpoints" / "step-7" / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -136,11 +136,11 @@ def big_file(path: Path, num_rows: int) -> Path:
     return path
 
 
-def interrupted_preparation(job: Job, cache: Path, interrupt: Callable[[], None], seconds: float = 8) -> None:
+def interrupted_preparation(job: Job, cache: Path, interrupt: Callable[[], None]) -> None:
     job.wait_for("preparing train")
     time.sleep(0.5)
     interrupt()
-    assert job.wait(seconds) == 130, job.text()
+    assert job.wait(30) == 130, job.text()  # of minutes that the whole file takes
     assert "Traceback" not in job.text()
     assert [path.name for path in (cache / "data").iterdir() if not path.name.endswith(".lock")] == []
 
@@ -164,10 +164,8 @@ def test_ctrl_c_reaches_the_tokenising_processes_too(whole: Whole, tmp_path: Pat
     data = big_file(tmp_path / "big.jsonl", 400_000)
     words = [*whole.in_dir(tmp_path / "run"), f"data.train_file={data}", "data.num_proc=2"]
     job = ColdJob(words, tmp_path / "log", SHEEPRLHF_CACHE=str(tmp_path / "cache"))
-    # those that still import what they need are waited for, which takes long beside other tests
-    interrupted_preparation(job, tmp_path / "cache", lambda: os.killpg(job.pid, signal.SIGINT), seconds=60)
-    time.sleep(1)
-    assert job.group() == []
+    interrupted_preparation(job, tmp_path / "cache", lambda: os.killpg(job.pid, signal.SIGINT))
+    job.assert_all_gone()
 
 
 def test_the_final_folder_does_not_depend_on_the_process(whole: Whole) -> None:

@@ -42,7 +42,7 @@ class Job:
     def kill(self, signum: int = signal.SIGKILL) -> None:
         os.kill(self.pid, signum)
 
-    def wait(self, timeout: float = 60.0) -> int:
+    def wait(self, timeout: float = 180.0) -> int:
         """The exit code; a job that hangs is killed and fails the test."""
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:
@@ -52,7 +52,7 @@ class Job:
             time.sleep(0.005)
         return code
 
-    def wait_for(self, text: str, timeout: float = 60.0) -> None:
+    def wait_for(self, text: str, timeout: float = 180.0) -> None:
         """Return when the output contains `text`."""
         deadline = time.monotonic() + timeout
         while text not in self.text():
@@ -102,6 +102,13 @@ class ColdJob(Job):
             if int(group) == self.pid and state != "Z":
                 alive.append(int(path.parent.name))
         return sorted(alive)
+
+    def assert_all_gone(self, timeout: float = 10.0) -> None:
+        """No process of its group is left, or will be soon."""
+        deadline = time.monotonic() + timeout
+        while self.group() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert self.group() == []
 
 
 class WarmJob(Job):
