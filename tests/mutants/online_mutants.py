@@ -153,8 +153,8 @@ MUTANTS = [
     Mutant(
         trap="online dpo: ties teach something",
         file="sheeprlhf/task/train/online_dpo.py",
-        old="        if scores[pair[0]] == scores[pair[1]] or np.array_equal(best, worst):\n",
-        new="        if np.array_equal(best, worst):\n",
+        old="        if np.array_equal(best, worst):",
+        new="        if False:",
         tests="tests/unit/task/test_group_losses.py",
     ),
     Mutant(

@@ -39,7 +39,7 @@ def ranked_pairs(rollout: Rollout) -> Rollout | None:
     for number, (row, scores) in enumerate(zip(rollout.rows, rollout.scores, strict=True)):
         pair = (int(scores.argmax()), int(scores.argmin()))
         best, worst = (row.responses[index] for index in pair)
-        if scores[pair[0]] == scores[pair[1]] or np.array_equal(best, worst):
+        if np.array_equal(best, worst):  # where all scores are equal, both are the first
             continue
         borders = np.cumsum([len(response) for response in row.responses])[:-1]
         of_row = np.split(rollout.tokens["reference"][number], borders)
