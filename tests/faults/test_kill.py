@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from tests.support.jobs import ColdJob, Job, JobServer
-from tests.support.runs import train_words, write_pairs, write_rows
+from tests.support.runs import WRITERS, train_words
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
@@ -168,13 +168,12 @@ def run_until_done(
 
 def campaign(server: JobServer, tmp_path: Path, model: Path, kills: int, seed: int, scenarios: list[str]) -> Tally:
     """The kills are shared out among the scenarios; a run that ended early is followed by another one."""
-    rows, pairs = write_rows(tmp_path / "rows.jsonl"), write_pairs(tmp_path / "pairs.jsonl")
     tally, rng = Tally(), random.Random(seed)
     for number, name in enumerate(scenarios):
         folder = tmp_path / str(number)
         folder.mkdir()
         task, more = SCENARIOS[name]
-        data = rows if task == "sft" else pairs
+        data = WRITERS[task](folder / "rows.jsonl")
         words = [*train_words(model, data, folder, task=task), "task.save_interval=2", *more]
         whole = Victim(server, words, folder / "whole", by_root_dir=False)
         lasts, save_lasts = measure(whole)
