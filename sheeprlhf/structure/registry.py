@@ -184,7 +184,9 @@ def apply_dry_run(config: TrainConfig | EvalConfig) -> TrainConfig | EvalConfig:
         size = max(1, min(train_task.rollout_size, 16) // group) * group
         of_step = max(1, min(train_task.mini_batch_size, size) // group) * group
         train_task = replace(train_task, rollout_size=size, mini_batch_size=of_step, ppo_epochs=1)
-    return replace(config, data=data or config.data, generation=generation, task=train_task)
+    cache = min(config.reward.overlong_cache, generation.max_new_tokens)
+    reward = replace(config.reward, overlong_cache=cache)
+    return replace(config, data=data or config.data, generation=generation, task=train_task, reward=reward)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

@@ -63,6 +63,34 @@ def test_the_first_update_begins_at_ratio_one(task: str, tmp_path: Path, model_f
     assert found["policy/clipfrac"] == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_half_precision(task: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    """The old log-probabilities come from the training's forward, so the first ratio is 1 there too."""
+    words = ["fabric.precision=bf16-mixed", "task.mini_batch_size=24", "task.max_num_steps=2"]
+    found = figures(train(model_folder(), write_rows(tmp_path / "r.jsonl"), tmp_path / "run", *words, task=task))
+    assert abs(found["objective/kl"][0]) < 1e-6  # policy and reference are read in the same batches
+    if task != "online_dpo":
+        assert found["policy/ratio"] == pytest.approx([1.0, 1.0], abs=1e-2)
+
+
+def test_the_self_check_can_be_off(tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then nothing is computed for it."""
+    asked: list[int] = []
+    monkeypatch.setattr("sheeprlhf.task.turns.check_sampler", lambda *_: asked.append(1))
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    for mode, calls in (("off", 0), ("error", 1)):
+        words = [f"task.self_check={mode}", "task.max_num_steps=4"]
+        train(model, data, tmp_path / mode, *words, task="rloo")
+        assert len(asked) == calls
+
+
+def test_batches_made_ahead_are_the_same(tmp_path: Path, model_folder: ModelFolder) -> None:
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    runs = [train(model, data, tmp_path / n, f"task.num_workers={n}", "task.max_num_steps=4", task="ppo") for n in "02"]
+    first, second = (load_file(run_dir / "final" / "model.safetensors") for run_dir in runs)
+    assert all(tensor.equal(second[name]) for name, tensor in first.items())
+
+
 def chain(tmp_path: Path, model: Path, *extra: str) -> tuple[Path, Path]:
     """A fine-tuned run and a reward model that started from it."""
     short = ["task.max_num_steps=4", "task.save_interval=99"]

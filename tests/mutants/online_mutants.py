@@ -111,13 +111,13 @@ MUTANTS = [
     Mutant(
         trap="2023: the adaptive KL coefficient is not carried",
         file="sheeprlhf/task/turns.py",
-        old="        state.extra = turn.carried | collect.state()\n",
-        new="        state.extra = collect.state()\n",
+        old="        state.extra = turn.carried | self.collect.state()\n",
+        new="        state.extra = self.collect.state()\n",
         tests="tests/faults/test_resume.py::test_resume_at_chosen_steps_is_bit_identical[ppo]",
     ),
     Mutant(
         trap="running moments of rewards are not carried",
-        file="sheeprlhf/task/turns.py",
+        file="sheeprlhf/task/online.py",
         old="    collect.restore(state.extra)\n",
         new="",
         tests="tests/faults/test_resume.py::test_resume_at_chosen_steps_is_bit_identical[ppo]",

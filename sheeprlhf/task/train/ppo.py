@@ -20,14 +20,11 @@ from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, update
 from sheeprlhf.loss import ppo
 from sheeprlhf.loss.advantage import by_position, gae, kl_estimates, next_kl_coeff, token_rewards, whiten
-from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.online import PPOConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.finish import finish_run
-from sheeprlhf.task.held_out import HeldOut
-from sheeprlhf.task.online import check_sampler, load_agents, load_prompts, make_collector
-from sheeprlhf.task.turns import turns
+from sheeprlhf.task.online import begin, load_parts
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -84,10 +81,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     task, temperature = cfg.task, cfg.generation.temperature
     assert isinstance(task, PPOConfig)
     with open_run(fabric, cfg, run_dir) as run:
-        tokenizer = load_tokenizer(cfg.model)
-        prompts = load_prompts(fabric, run, tokenizer)
-        agents = load_agents(run, tokenizer, longest=prompts.longest)
-        policy, critic = agents.policy, agents.critic
+        parts = load_parts(fabric, run)
+        policy, critic = parts.agents.policy, parts.agents.critic
         assert critic is not None
         actor_lr = cfg.peak_lr() if task.actor_learning_rate is None else task.actor_learning_rate
         critic_lr = actor_lr if task.critic_learning_rate is None else task.critic_learning_rate
@@ -99,29 +94,20 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             its = [weight for weight in critic.parameters() if weight.requires_grad]
         optimizer = build_joint_optimizer(cfg.optim, [(own, actor_lr), (its, critic_lr)])
         optimizer = cast(Optimizer, fabric.setup_optimizers(optimizer))
-        collect = make_collector(fabric, run, tokenizer, agents)
         per_token = partial(columns, names=("logprobs", "advantages", "values", "returns"))
-        batches = Batches(fabric, task, packed=agents.packed, targets="response", beside=per_token)
+        batches = Batches(fabric, task, packed=parts.agents.packed, targets="response", beside=per_token)
         learners = nn.ModuleDict({"actor": policy, "critic": critic})
-        torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
-        state = run.restore(learners, optimizer)
-        kl_coeff = float(state.extra.get("kl_coeff") or task.init_kl_coeff)
-        validate = None
-        if prompts.held_out is not None:
-            validate = HeldOut(fabric, run, collect, actor_module, prompts.held_out)
-
+        loop = begin(fabric, run, parts, actor_module, optimizer, learners)
         of_policy = partial(policy_loss, task=task, temperature=temperature)
         of_critic = partial(value_loss, task=task)
         how = {"max_grad_norm": task.gradient_clip_val}
-        for turn in turns(run, state, prompts.rows, collect, validate, learners, optimizer):
-            rollout = turn.rollout
-            if turn.number == 0:
-                check_sampler(run, collect, rollout, policy)
-            values_N = collect.scores_of(critic, rollout, "values")
+        for turn in loop:
+            rollout, kl_coeff = turn.rollout, turn.carried.get("kl_coeff", task.init_kl_coeff)
+            values_N = loop.collect.scores_of(critic, rollout, "values")
             rollout = rollout.with_tokens(values=values_N)
             last_values_S = None
             if task.truncated_value == "bootstrap":
-                last_values_S = collect.scores_of(critic, rollout, "values", at_end=True)
+                last_values_S = loop.collect.scores_of(critic, rollout, "values", at_end=True)
                 last_values_S[torch.from_numpy(rollout.finished.flatten())] = 0.0
             rollout = with_advantages(rollout, task, kl_coeff, last_values_S)
 
@@ -138,18 +124,17 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 if task.max_kl is not None and moved["approxkl"] > task.max_kl:
                     break
 
-            kl = collect.figures["objective/kl"]
+            kl = turn.figures["objective/kl"]
             turn.note(
                 {
                     "objective/kl_coeff": kl_coeff,
                     "objective/non_score_reward": -kl_coeff * kl,
-                    "objective/rlhf_reward": collect.figures["objective/scores"] - kl_coeff * kl,
+                    "objective/rlhf_reward": turn.figures["objective/scores"] - kl_coeff * kl,
                     "val/explained_variance": ppo.explained_variance(values_N, rollout.flat("returns")),
                 }
             )
             if task.adaptive_kl_coeff:
                 target, num = task.target_kl_coeff, rollout.finished.size
-                kl_coeff = next_kl_coeff(kl_coeff, kl, target=target, horizon=task.kl_horizon, num_responses=num)
-            turn.carried = {"kl_coeff": kl_coeff}
-        next_command = f"python sheeprlhf.py eval task=perplexity experiment_dir={run.dir}"
-        finish_run(fabric, run, policy, tokenizer, state, next_command)
+                how_slowly = {"horizon": task.kl_horizon, "num_responses": num}
+                turn.carried["kl_coeff"] = next_kl_coeff(kl_coeff, kl, target=target, **how_slowly)
+        finish_run(fabric, run, policy, parts.tokenizer, loop.state)
