@@ -16,6 +16,7 @@ from sheeprlhf.engine.run import Run
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import (
     CRITIC,
+    POLICY,
     REWARD,
     add_lora,
     add_second_adapter,
@@ -76,9 +77,14 @@ def load_agents(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -
 def _make_critic(
     run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, reward: RewardModel | SharedScore | None
 ) -> RewardModel | SharedScore:
-    """Of the reward model if asked and possible, else of the policy with a new head; with adapters, one more."""
+    """The policy itself if asked, else of the reward model if asked and possible, else of the policy with a new head.
+
+    With adapters, it is one more on the policy's base.
+    """
     cfg, task = run.cfg, run.cfg.task
     assert isinstance(task, PPOConfig)
+    if task.share_trunk:
+        return _share_trunk(policy, tokenizer)
     of_reward = reward is not None and task.init_critic_with_reward
     if not isinstance(policy.model, PeftModel):
         if isinstance(reward, RewardModel) and of_reward:
@@ -96,6 +102,15 @@ def _make_critic(
     assert cfg.model.lora_cfg is not None
     add_second_adapter(model, CRITIC, lora_config(base, cfg.model.lora_cfg), trains=True)
     return SharedScore(model, CRITIC, head)
+
+
+def _share_trunk(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> RewardModel | SharedScore:
+    """Give the policy a value head; the critic is a view of the same weights."""
+    scalar = scalar_model(policy.causal_lm(), tokenizer)
+    policy.value_head = cast(nn.Linear, getattr(scalar, HEAD))
+    if isinstance(policy.model, PeftModel):
+        return SharedScore(policy.model, POLICY, policy.value_head)
+    return RewardModel(scalar)
 
 
 def _load_reward(

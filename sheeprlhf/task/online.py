@@ -1,5 +1,7 @@
 """What every online task begins with: prompts, models and a reward, and then its loop."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -54,7 +56,13 @@ def load_parts(fabric: Fabric, run: Run) -> Parts:
 
 
 def begin(
-    fabric: Fabric, run: Run, parts: Parts, module: nn.Module, optimizer: Optimizer, learners: nn.Module | None = None
+    fabric: Fabric,
+    run: Run,
+    parts: Parts,
+    module: nn.Module,
+    optimizer: Optimizer,
+    learners: nn.Module | None = None,
+    as_shown: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Loop:
     """All ranks: restore what a checkpoint has, and be ready for the first turn. The reference is the policy until now.
 
@@ -65,6 +73,7 @@ def begin(
         module: the policy, set up.
         optimizer: of all that trains, set up.
         learners: all that trains and is saved; None is the policy alone.
+        as_shown: inside, the policy has the weights that are validated.
 
     Raises:
         SheepError: the reward's functions cannot be had, or the checkpoint does not fit.
@@ -77,5 +86,12 @@ def begin(
     torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
     state = run.restore(learners, optimizer)
     collect.restore(state.extra)
-    validate = None if parts.held_out is None else HeldOut(fabric, run, collect, module, parts.held_out)
+    validate = None
+    if parts.held_out is not None:
+        held_out = HeldOut(fabric, run, collect, module, parts.held_out)
+
+        def validate(step: int) -> dict[str, float]:
+            with as_shown():
+                return held_out(step)
+
     return Loop(run, state, parts.rows, collect, validate, learners, optimizer)

@@ -127,6 +127,41 @@ def test_ppo_with_a_reward_model(mode: str, tmp_path: Path, model_folder: ModelF
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["ALL", "LORA"])
+def test_the_average_is_what_a_run_leaves(mode: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Of a trunk that policy and critic share, with the dataset's texts beside: every name of its weights means it."""
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    words = ["task.share_trunk=true", "task.ptx_coeff=0.5", "task.max_num_steps=8", *(LORA if mode == "LORA" else [])]
+    run_dir = train(model, data, tmp_path / "run", *words, "task.ema_decay=0.9", task="ppo")
+    found = figures(run_dir)
+    assert len(found["loss/ptx"]) == len(found["loss/value"]) == len(found["loss/policy"]) > 0
+    assert "critic/grad_norm" not in found
+    weights = load_file(run_dir / "checkpoints" / "step-8" / "model.safetensors")
+    names = {name.partition(".")[2] for name in weights if name.startswith("average.")}
+    assert names == {name.partition(".")[2] for name in weights if name.startswith("actor.model.")}
+    rest = {name for name in weights if not name.startswith(("average.", "actor.model."))}
+    assert rest == {"actor.value_head.weight"}
+    assert any(not weights[f"average.{name}"].equal(weights[f"actor.{name}"]) for name in names)
+    results = []
+    for name in ("final", "last"):
+        run(["eval", "task=perplexity", f"experiment_dir={run_dir}", f"task.model_name={name}"])
+        [result] = (run_dir / "eval").glob(f"perplexity*{name}*.json")
+        results.append(json.loads(result.read_text())["perplexity"])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    plain = train(model, data, tmp_path / "plain", *words, task="ppo")
+    assert figures(plain)["val/perplexity"] != found["val/perplexity"]
+
+
+def test_the_weight_of_the_datasets_texts_is_read(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Much weight makes them likely."""
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    found = {}
+    for weight in ("0.001", "100"):
+        words = [f"task.ptx_coeff={weight}", "task.max_num_steps=24", "task.gradient_clip_val=null"]
+        found[weight] = figures(train(model, data, tmp_path / weight, *words, task="ppo"))["loss/ptx"]
+    assert found["100"][-1] < found["0.001"][-1] - 0.05
+
+
 def without_function(model: Path, data: Path, run_dir: Path) -> list[str]:
     """The words of a run, without its reward."""
     return [word for word in train_words(model, data, run_dir, task="ppo") if not word.startswith("reward")]
