@@ -119,7 +119,7 @@ def main() -> None:
         loss_fn, reference = partial(dpo_loss, task=DPOConfig()), {}
         cut, began = Batches(fabric, options, packed=packed, targets="response"), time.time()
         with torch.no_grad():
-            for part, micro in cut.numbered(split, None, "reference"):
+            for part, micro in cut.numbered(split, np.arange(len(split)), "reference"):  # type: ignore[arg-type]
                 batch = fabric.to_device(micro.batch)
                 sums_S = sum_by_response(module(batch).target_N, batch.response_index_N, 2 * len(part))
                 reference |= dict(zip(part, sums_S.view(-1, 2).float().cpu(), strict=True))

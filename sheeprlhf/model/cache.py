@@ -18,12 +18,14 @@ from transformers.cache_utils import Cache
 class SharedCache(Cache):
     """What transformers' models fill during generation; it also computes the attention, for `packed_attention`.
 
-    It takes the keys and values of the packed prompts first; after `share`, one token of every live response at a time.
+    It takes the keys and values of packed prompts first, in one forward pass or several; after `share`, one token of
+    every live response at a time.
     """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self._prompts: dict[int, list[Tensor]] = {}  # a layer's keys and values: (1, G, T, D), shared (P, G, W, D)
+        self._parts: dict[int, list[list[Tensor]]] = {}  # before `share`: a layer's keys and values, (1, G, T, D)
+        self._prompts: dict[int, list[Tensor]] = {}  # a layer's keys and values: (P, G, W, D)
         self._responses: dict[int, list[Tensor]] = {}  # a layer's keys and values: (rows, G, N, D)
         self._num_responses = 0  # K; 0 before `share`
         self._num_columns = 0  # tokens that each live response has in the cache
@@ -41,7 +43,7 @@ class SharedCache(Cache):
         """Keep what a layer has computed, and return it."""
         new = [key_states, value_states]
         if self._num_responses == 0:
-            self._prompts[layer_idx] = new
+            self._parts.setdefault(layer_idx, []).append(new)
             return new
         for stored_RGND, new_BG1D in zip(self._responses[layer_idx], new, strict=True):
             stored_RGND[: len(new_BG1D), :, self._num_columns] = new_BG1D[:, :, 0]
@@ -62,11 +64,13 @@ class SharedCache(Cache):
         # An empty column gets another token's numbers, which are finite; the mask takes it out.
         source_PW = torch.where(empty_PW, 0, column_PW + (lengths_P.cumsum(0) - lengths_P)[:, None])
         rows = len(lengths) * num_responses
-        for layer, packed in self._prompts.items():
+        for layer, parts in self._parts.items():
+            packed = [torch.cat(of_parts, dim=2) for of_parts in zip(*parts, strict=True)]
             source = source_PW.to(packed[0].device)
             shared = [x[0].to(dtype)[:, source].transpose(0, 1).contiguous() for x in packed]
             self._prompts[layer] = shared
             self._responses[layer] = [x.new_empty(rows, x.shape[1], num_new, x.shape[3]) for x in shared]
+            parts.clear()
         self._mask_P11W = torch.where(empty_PW, -torch.inf, 0.0)[:, None, None].to(source.device, dtype)
         self._num_responses = num_responses
         self._place(np.arange(rows))

@@ -25,15 +25,24 @@ class PackedRows:
 
     Args:
         model: the language model, in eval mode.
+        token_budget: most tokens of prompts in a forward pass, beyond one prompt's.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, token_budget: int) -> None:
         self._backbone, self._head = backbone_and_head(model)
-        self._cache = SharedCache()
+        self._cache, self._token_budget = SharedCache(), token_budget
 
     def prefill(self, prompts: Sequence[np.ndarray], num_responses: int, num_new: int) -> Tensor:
         """Compute the prompts. Returns (B, V) logits of each row's first token, `num_responses` rows a prompt."""
         device = next(self._backbone.parameters()).device
+        lengths = [len(prompt) for prompt in prompts]
+        hidden_PC = torch.cat([self._last_hidden(part, device) for part in _parts(prompts, self._token_budget)])
+        self._cache.share(lengths, num_responses, num_new - 1, kernel_dtype(device.type, hidden_PC.dtype))
+        self._positions_B1 = torch.tensor(lengths, device=device).repeat_interleave(num_responses)[:, None]
+        return self._head(hidden_PC).repeat_interleave(num_responses, dim=0)
+
+    def _last_hidden(self, prompts: Sequence[np.ndarray], device: torch.device) -> Tensor:
+        """(P, C) hidden states of the last tokens of some prompts, whose keys and values go to the cache."""
         lengths = [len(prompt) for prompt in prompts]
         ends_P = torch.tensor(lengths, device=device).cumsum(0)
         input_ids_1T = torch.from_numpy(np.concatenate(prompts).astype(np.int64))[None].to(device)
@@ -47,10 +56,7 @@ class PackedRows:
                 past_key_values=self._cache,
                 use_cache=True,
             ).last_hidden_state
-        logits_PV = self._head(hidden_1TC[0, ends_P - 1])
-        self._cache.share(lengths, num_responses, num_new - 1, kernel_dtype(device.type, hidden_1TC.dtype))
-        self._positions_B1 = torch.tensor(lengths, device=device).repeat_interleave(num_responses)[:, None]
-        return logits_PV.repeat_interleave(num_responses, dim=0)
+        return hidden_1TC[0, ends_P - 1]
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Write one token into each live row. Returns (B, V) logits of the next one."""
@@ -121,6 +127,16 @@ class PaddedRows:
             logits_to_keep=1,
         )
         return output.logits[:, -1]
+
+
+def _parts(prompts: Sequence[np.ndarray], token_budget: int) -> list[list[np.ndarray]]:
+    """Prompts that are computed together, in their order, at least one each time."""
+    parts: list[list[np.ndarray]] = [[]]
+    for prompt in prompts:
+        if parts[-1] and sum(map(len, parts[-1])) + len(prompt) > token_budget:
+            parts.append([])
+        parts[-1].append(prompt)
+    return parts
 
 
 def _layout(lengths: list[int], device: torch.device) -> Layout:

@@ -17,6 +17,8 @@ from sheeprlhf.model.rows import PackedRows, PaddedRows
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
 
+HELD = 8  # times the tokens of a forward pass may be in the cache: keys and values are small beside activations
+
 
 class Sampled(NamedTuple):
     """What was sampled after one prompt.
@@ -57,7 +59,8 @@ def sample_responses(
         uniforms: (P, K, most new tokens) float64 in [0, 1): which token is taken at each place.
         temperature: divides the logits; above 0.
         eos_id: the token that ends a response; None: nothing does.
-        token_budget: most tokens of prompts and responses that are held at a time, beyond one prompt's.
+        token_budget: most tokens of a forward pass over prompts, beyond one prompt's; HELD times as many are held at a
+            time.
         stop: called with a response's tokens so far, after each one; True ends it.
         progress: called with the number of responses that have just ended.
         packed: whether the model computes packed rows as it does padded ones; prompts are padded if it does not.
@@ -77,7 +80,7 @@ def sample_responses(
     with eval_mode(model):
         for group in _groups(lengths, num_responses, num_new, token_budget, shared=packed):
             group_prompts = [prompts[index] for index in group]
-            rows = PackedRows(model) if packed else PaddedRows(model)
+            rows = PackedRows(model, token_budget) if packed else PaddedRows(model)
             sampled = _sample_group(rows, group_prompts, uniforms[group], temperature, eos_id, stop, progress)
             results |= zip(group, sampled, strict=True)
     return [results[index] for index in range(len(prompts))]
@@ -100,7 +103,8 @@ def _groups(
     group: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         held = lengths[index] * (1 if shared else num_responses) + num_responses * num_new
-        if group and (len(group) + 1) * held > token_budget:
+        computed = 0 if shared else (len(group) + 1) * lengths[index]  # packed prompts are computed part by part
+        if group and (computed > token_budget or (len(group) + 1) * held > HELD * token_budget):
             yield group
             group = []
         group.append(index)

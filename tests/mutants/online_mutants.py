@@ -8,7 +8,7 @@ _SHARED = "tests/unit/agent/test_shared.py"
 _ROLLOUTS = "tests/unit/task/test_rollouts.py"
 _LORA = "sheeprlhf/model/lora.py"
 _COLLECT = "sheeprlhf/task/collect.py"
-_AVERAGE = "sheeprlhf/agent/average.py"
+_AVERAGE = "sheeprlhf.task.average.py"
 
 MUTANTS = [
     Mutant(
@@ -44,14 +44,14 @@ MUTANTS = [
         file=_AVERAGE,
         old="self._theirs, 1.0 - self._decay)",
         new="self._theirs, self._decay)",
-        tests="tests/unit/agent/test_average.py",
+        tests="tests/unit/task/test_average.py",
     ),
     Mutant(
         trap="ppo: the average is of the wrong weights",
         file=_AVERAGE,
         old="        finally:\n            self._exchange()\n",
         new="        finally:\n            pass\n",
-        tests="tests/unit/agent/test_average.py",
+        tests="tests/unit/task/test_average.py",
     ),
     Mutant(
         trap="ppo: the average is of the wrong weights",

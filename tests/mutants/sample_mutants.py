@@ -8,6 +8,13 @@ _LOOP = f"{_UNIT}it_is_a_loop_without_cache_batch_or_padding"
 _ENDS = f"{_UNIT}rows_that_end_do_not_disturb_the_others"
 
 MUTANTS = [
+    Mutant(
+        trap="sampling: prompts of different forward passes are mixed up",
+        file="sheeprlhf/model/cache.py",
+        old="for of_parts in zip(*parts, strict=True)]",
+        new="for of_parts in zip(*reversed(parts), strict=True)]",
+        tests="tests/unit/model/test_sample.py",
+    ),
     Mutant(  # every token at the position of the first
         trap="sampling: positions",
         file=_ROWS,
@@ -32,8 +39,8 @@ MUTANTS = [
     Mutant(
         trap="sampling: a token is predicted one place off",
         file=_ROWS,
-        old="self._head(hidden_1TC[0, ends_P - 1])",
-        new="self._head(hidden_1TC[0, ends_P - 2])",
+        old="return hidden_1TC[0, ends_P - 1]",
+        new="return hidden_1TC[0, ends_P - 2]",
         tests=f"{_LOOP}[llama-True]",
     ),
     Mutant(  # the newest token does not see itself

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sheeprlhf.agent.average import Average
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.agent.rollout import Rollout, columns
@@ -28,6 +27,7 @@ from sheeprlhf.loss import ppo
 from sheeprlhf.loss.advantage import by_position, gae, kl_estimates, next_kl_coeff, token_rewards, whiten
 from sheeprlhf.structure.online import PPOConfig
 from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.task.average import Average
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.finish import finish_run
 from sheeprlhf.task.online import begin, load_parts

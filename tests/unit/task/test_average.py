@@ -8,11 +8,11 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from sheeprlhf.agent.average import Average
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.engine.tensors import saved_tensors
 from sheeprlhf.model.lora import add_lora
 from sheeprlhf.structure.model import LORAConfig
+from sheeprlhf.task.average import Average
 
 ModelFolder = Callable[..., Path]
 

@@ -1,0 +1,188 @@
+"""PPO, RLOO and GRPO on the peers' fixed work: the same prompts, updates and clock; prints one line `RESULT {json}`.
+
+    python benchmarks/run_online.py --task ppo|rloo|grpo --work WORK --model tiny4k|tiny [--batch 32] [...]
+
+WORK is as for run_sheeprlhf.py, with `models/<name>-rm/` for the reward model (and, for ppo, the critic). An update is
+a rollout of `batch` responses of exactly `gen-len` tokens (nothing ends one), one for each prompt (rloo, grpo: four),
+and `ppo-epochs` optimizer steps on all of them: AdamW at 1e-5, gradients clipped at 1.0. A response counts with its
+prompt, once. `parts_s` are the seconds of sampling with all that is read of a rollout, and of the update.
+"""
+
+import argparse
+import json
+import os
+import resource
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+def process_start() -> float:
+    """Wall-clock time at which this process was created, from the kernel."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    """Time `updates` rollouts and what is learnt from them, after `warmup` ones."""
+    started = process_start()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="ppo", choices=["ppo", "rloo", "grpo"])
+    parser.add_argument("--model", default="tiny4k")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--batch", type=int, default=32, help="responses of one update")
+    parser.add_argument("--token-budget", type=int, default=2048, help="most tokens of one forward pass")
+    parser.add_argument("--gen-len", type=int, default=53)
+    parser.add_argument("--ppo-epochs", type=int, default=4)
+    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    args = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+    import numpy as np
+    import torch
+
+    import sheeprlhf
+    from sheeprlhf.agent.policy import load_policy
+    from sheeprlhf.agent.reference import reference_of
+    from sheeprlhf.agent.reward import load_reward_model
+    from sheeprlhf.agent.rollout import columns
+    from sheeprlhf.data.example import Example
+    from sheeprlhf.data.sampler import StepPlan
+    from sheeprlhf.engine.fabric import make_fabric
+    from sheeprlhf.engine.optim import build_optimizer
+    from sheeprlhf.engine.step import LossFn, update
+    from sheeprlhf.loss.advantage import group_advantages
+    from sheeprlhf.model.load import load_tokenizer
+    from sheeprlhf.structure.data import LocalDataConfig
+    from sheeprlhf.structure.fabric import FabricConfig
+    from sheeprlhf.structure.generation import GenConfig
+    from sheeprlhf.structure.model import AutoModelConfig
+    from sheeprlhf.structure.online import GRPOConfig, PPOConfig, RLOOConfig
+    from sheeprlhf.structure.optim import AdamWConfig
+    from sheeprlhf.structure.reward import ModelRewardConfig
+    from sheeprlhf.structure.run import TrainConfig
+    from sheeprlhf.task.batches import Batches
+    from sheeprlhf.task.collect import Collector
+    from sheeprlhf.task.train.grpo import grpo_loss
+    from sheeprlhf.task.train.ppo import policy_loss, set_up, value_loss, with_advantages
+    from sheeprlhf.task.train.rloo import leave_one_out_advantages, rloo_loss
+
+    group = 1 if args.task == "ppo" else 4
+    folder, scorer = (args.work / "models" / name for name in (args.model, f"{args.model}-rm"))
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    num_prompts = args.batch // group * (args.warmup + args.updates)
+    with (args.work / f"data-{vocabulary}" / "pairs.jsonl").open() as file:
+        rows = [json.loads(line) for line, _ in zip(file, range(num_prompts), strict=False)]
+    nothing = (np.zeros(1, np.int32),)
+    prompts = [Example(i, np.array(row["prompt_ids"], np.int32), nothing) for i, row in enumerate(rows)]
+    longest = max(len(prompt.prompt_ids) for prompt in prompts) + args.gen_len
+
+    sizes = {"rollout_size": args.batch, "mini_batch_size": args.batch, "micro_batch_size": args.batch}
+    kind = {"ppo": PPOConfig, "rloo": RLOOConfig, "grpo": GRPOConfig}[args.task]
+    task = kind(
+        **sizes,
+        num_generations=group,
+        ppo_epochs=args.ppo_epochs,
+        token_budget=args.token_budget,
+        init_kl_coeff=0.05,
+        gradient_clip_val=1.0,
+    )
+    cfg = TrainConfig(
+        task=task,
+        model=AutoModelConfig(repo_name=str(folder)),
+        data=LocalDataConfig(train_file=None),
+        fabric=FabricConfig(accelerator=args.device, precision="32-true"),
+        optim=AdamWConfig(lr=1e-5, weight_decay=0.0),
+        reward=ModelRewardConfig(folder=str(scorer)),
+        generation=GenConfig(max_new_tokens=args.gen_len),
+    )
+    fabric = make_fabric(cfg.fabric)
+    fabric.launch()
+    tokenizer = load_tokenizer(cfg.model)
+    tokenizer.eos_token = None
+    how: dict[str, Any] = {"longest": longest, "batching": "packed"}
+    policy, packed = load_policy(cfg.model, tokenizer, **how)
+    of_scorer = AutoModelConfig(repo_name=str(scorer))
+    reward, _ = load_reward_model(of_scorer, tokenizer, **how)
+    reward.requires_grad_(False)
+    critic = None
+    if isinstance(task, PPOConfig):
+        critic, _ = load_reward_model(of_scorer, tokenizer, **how)
+        module, critic_module, optimizer = set_up(fabric, cfg, policy, critic)
+    else:
+        module, optimizer = fabric.setup(policy, build_optimizer(cfg.optim, policy, cfg.peak_lr()))
+    collect = Collector(fabric, cfg, tokenizer, policy, reference_of(policy), reward, packed=packed)
+    per_token = partial(columns, names=("logprobs", "reference", "advantages", *(["values", "returns"] * bool(critic))))
+    cut = partial(Batches, fabric, task, packed=packed, targets="response", beside=per_token)
+    batches = cut() if critic else cut(num_items=lambda batch: len(batch.response_lengths))
+    of_policies: dict[str, LossFn] = {
+        "ppo": partial(policy_loss, task=task, temperature=1.0),
+        "rloo": partial(rloo_loss, task=task, temperature=1.0),
+        "grpo": partial(grpo_loss, task=task, temperature=1.0, max_length=args.gen_len),
+    }
+    of_policy, of_critic = of_policies[args.task], partial(value_loss, task=task)
+
+    ends, losses, parts = [], [], {"rollout": 0.0, "update": 0.0}
+    per_rollout = args.batch // group
+    for k in range(args.warmup + args.updates):
+        began = time.time()
+        rollout = collect(prompts[k * per_rollout : (k + 1) * per_rollout], k)
+        if critic:
+            rollout = rollout.with_tokens(values=collect.scores_of(critic, rollout, "values"))
+        sampled = time.time()
+        if critic:
+            rollout = with_advantages(rollout, task, 0.05, None)
+        else:
+            of_tokens = rollout.flat("logprobs"), rollout.flat("reference")
+            lengths = rollout.response_lengths
+            advantages_PG = group_advantages(torch.from_numpy(rollout.scores), scale=True)
+            if args.task == "rloo":
+                _, advantages_PG = leave_one_out_advantages(*of_tokens, rollout.scores, lengths, kl_coeff=0.05)
+            of_each_N = advantages_PG.flatten().repeat_interleave(torch.tensor(lengths))
+            rollout = rollout.with_tokens(advantages=of_each_N)
+        plan = StepPlan(len(rollout), per_rollout, args.ppo_epochs, seed=k)
+        how = {"max_grad_norm": 1.0}
+        for step in range(plan.num_steps()):
+            micro_batches = batches.of(rollout, plan.rows_of_step(step))
+            if critic:
+                assert critic_module is not None
+                update(fabric, critic_module, optimizer, micro_batches, of_critic, **how)
+            losses.append(update(fabric, module, optimizer, micro_batches, of_policy, **how)["loss"])
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.time())
+        if k >= args.warmup:
+            parts["rollout"] += sampled - began
+            parts["update"] += ends[-1] - sampled
+    seconds = ends[-1] - ends[args.warmup - 1]
+    useful = group * sum(len(prompt.prompt_ids) + args.gen_len for prompt in prompts[per_rollout * args.warmup :])
+    result = {
+        "framework": "sheeprlhf",
+        "version": sheeprlhf.__version__,
+        "task": args.task,
+        "model": args.model,
+        "precision": "fp32",
+        "useful_tokens": useful,
+        "samples": args.batch * args.updates,
+        "seconds": round(seconds, 3),
+        "tokens_per_s": round(useful / seconds, 1),
+        "startup_s": round(ends[0] - started, 2),
+        "parts_s": {name: round(value, 2) for name, value in parts.items()},
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "step_times": [round(b - a, 3) for a, b in zip(ends[args.warmup - 1 :], ends[args.warmup :], strict=False)],
+        "threads": torch.get_num_threads(),
+        "settings": {key: str(value) for key, value in vars(args).items() if key != "work"},
+        "losses": [round(loss, 4) for loss in losses[:8]],
+    }
+    if args.device == "cuda":
+        result["peak_cuda_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
