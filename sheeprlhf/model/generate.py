@@ -5,8 +5,16 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
+from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
@@ -29,23 +37,30 @@ def generation_config(cfg: GenConfig, tokenizer: PreTrainedTokenizerBase) -> Gen
 def generate_responses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], cfg: GenConfig
 ) -> list[str]:
-    """The text that the model writes after each prompt; arguments as in `generate_ids`."""
-    ids = generate_ids(model, tokenizer, prompts, cfg)
-    return [str(tokenizer.decode(row.tolist(), skip_special_tokens=True)) for row in ids]
+    """The text that the model writes after each prompt, up to a stop string; arguments as in `generate_ids`."""
+    stop = StopStrings(cfg.stop_strings, tokenizer)
+    return [stop.text(row) for row in generate_ids(model, tokenizer, prompts, cfg, stop)]
 
 
 @phase("generation")
 @torch.no_grad()
 def generate_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], cfg: GenConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    cfg: GenConfig,
+    stop: StopStrings | None = None,
 ) -> list[np.ndarray]:
     """The tokens that the model writes after each prompt, up to EOS, which is among them, or `cfg.max_new_tokens`.
+
+    Where a stop string ended one, special tokens may follow until the others have ended.
 
     Args:
         model: the language model, not wrapped; its training flags are restored.
         tokenizer: its tokenizer.
         prompts: token ids of each prompt, (P_i,).
         cfg: how to sample; the random numbers are torch's, the caller isolates them.
+        stop: the stop strings of `cfg`, if it has any.
     """
     settings = generation_config(cfg, tokenizer)
     width = max(len(prompt) for prompt in prompts)
@@ -61,10 +76,23 @@ def generate_ids(
                 input_ids=input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
                 generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([Stops(stop, width)] if stop else []),
             )
     finally:
         model.generation_config = own_defaults
     return [_to_eos(row, settings.eos_token_id) for row in output[:, width:].cpu().numpy()]
+
+
+class Stops(StoppingCriteria):
+    """Stop strings as transformers asks for them, of rows whose prompts end before column `width`."""
+
+    def __init__(self, stop: StopStrings, width: int) -> None:
+        self._stop, self._width = stop, width
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        """(rows,) whether each row ends with its newest token."""
+        ended = [self._stop(row) for row in input_ids[:, self._width :].cpu().numpy()]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 def _to_eos(ids: np.ndarray, eos_id: int | None) -> np.ndarray:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sheeprlhf.structure.earlier import is_word, scores_by_run, start_problems, task_of_run
+from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.limits import near_path, nearest
 from sheeprlhf.structure.machine import missing_modules
 from sheeprlhf.structure.online import OnlineTaskConfig
@@ -13,7 +14,7 @@ from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.saved import read_run_config
-from sheeprlhf.structure.task import DPOConfig, EvalTaskConfig, TrainTaskConfig
+from sheeprlhf.structure.task import DPOConfig, EvalTaskConfig, RougeConfig, TrainTaskConfig
 
 
 def task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
@@ -58,6 +59,8 @@ def train_problems(config: TrainConfig) -> Iterator[str]:
 def online_problems(config: TrainConfig) -> Iterator[str]:
     """What sampling and scoring need; for other tasks, a reward that nothing would read."""
     task, model, how = config.task, config.model, config.generation
+    if task.trains == "reward model":
+        yield from unread_generation(how, task.config_name)
     if not isinstance(task, OnlineTaskConfig):
         if config.reward != AutoRewardConfig():
             yield f"reward={config.reward.config_name} is not read by task={task.config_name}: remove it"
@@ -95,8 +98,16 @@ def online_problems(config: TrainConfig) -> Iterator[str]:
         )
 
 
+def unread_generation(how: GenConfig, task: str) -> Iterator[str]:
+    """What a task that writes no text does not read."""
+    if how.stop_strings:
+        yield f"generation.stop_strings={list(how.stop_strings)} is not read by task={task}: remove it"
+
+
 def eval_problems(config: EvalConfig) -> Iterator[str]:
     """What an evaluation lacks: packages, something to evaluate, weights of that name."""
+    if not isinstance(config.task, RougeConfig):
+        yield from unread_generation(config.generation, config.task.config_name)
     missing = missing_modules(config.task.requires)
     if missing:
         yield (

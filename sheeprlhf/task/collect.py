@@ -13,6 +13,7 @@ from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.agent.shared import SharedScore
 from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.moments import RunningMoments
 from sheeprlhf.reward.score import build_scorer
@@ -55,6 +56,7 @@ class Collector:
     ) -> None:
         self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
         self._policy, self._reference, self._reward, self._packed = policy, reference, reward, packed
+        self._stop = StopStrings(cfg.generation.stop_strings, tokenizer)
         self._model_scores: list[float] = []
         given = None if reward is None else lambda *_: self._model_scores
         self._scorer = build_scorer(cfg.reward, given, default=cfg.data.rule_reward)
@@ -85,6 +87,7 @@ class Collector:
             numbers,
             cfg.generation,
             eos_id=self._tokenizer.eos_token_id,
+            stop=self._stop,
             token_budget=task.token_budget,
             packed=self._packed,
         )
@@ -92,7 +95,7 @@ class Collector:
         rollout = rollout.with_tokens(reference=self.logprobs(self._reference, rollout, "reference"))
         if cfg.fabric.precision != "32-true":  # there the sampler's differ from those that the update computes
             rollout = rollout.with_tokens(logprobs=self.logprobs(self._policy, rollout, "log-probabilities"))
-        self.texts = as_text(rollout, prompts, self._tokenizer)
+        self.texts = as_text(rollout, prompts, self._tokenizer, self._stop)
         scores = np.array(self._scores(rollout, validates), dtype=np.float64)
         rollout = dataclasses.replace(rollout, scores=scores.reshape(rollout.finished.shape))
         self.figures = figures_of(rollout)

@@ -27,6 +27,7 @@ from tests.mutants import (
     reward_mutants,
     rl_loss_mutants,
     sample_mutants,
+    stop_mutants,
 )
 from tests.mutants.mutant import Mutant
 
@@ -44,6 +45,7 @@ _LISTS = (
     rl_loss_mutants,
     reward_mutants,
     sample_mutants,
+    stop_mutants,
     online_mutants,
 )
 MUTANTS = [mutant for module in _LISTS for mutant in module.MUTANTS]
