@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutants import (
+    best_of_n_mutants,
     cli_mutants,
     data_mutants,
     engine_mutants,
@@ -37,6 +38,7 @@ _LISTS = (
     engine_mutants,
     data_mutants,
     model_mutants,
+    best_of_n_mutants,
     cli_mutants,
     eval_mutants,
     fetch_mutants,
