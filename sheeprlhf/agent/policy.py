@@ -3,8 +3,8 @@
 Letters: B rows, T positions, R positions where the head runs, N targets, C hidden width.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.head import TokenLogprobs, head_logprobs, logprobs_from_logits
 from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm, uses_packed_attention
 from sheeprlhf.model.lora import POLICY, adapter_in_use, add_lora, save_model
+from sheeprlhf.model.scalar import head_scores
 from sheeprlhf.model.trim import last_mlp_at
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
@@ -36,11 +37,12 @@ class Policy(nn.Module):
 
     Args:
         model: the model, or a PEFT model around it.
+        value_head: (C -> 1) makes the trunk a critic too.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, value_head: nn.Linear | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.value_head = model, value_head
 
     def causal_lm(self) -> PreTrainedModel:
         """The Hugging Face model; with adapters, the one that they sit in."""
@@ -66,22 +68,41 @@ class Policy(nn.Module):
         if batch.layout is None:
             head_mask_BT = torch.zeros_like(batch.input_ids_BT, dtype=torch.bool)
             head_mask_BT.view(-1)[batch.head_positions_R] = True
-            outputs = model(
-                input_ids=batch.input_ids_BT,
-                attention_mask=batch.attention_mask_BT,
-                position_ids=batch.position_ids_BT,
-                logits_to_keep=head_mask_BT,
-                use_cache=False,
-            )
-            return logprobs_from_logits(outputs.logits, batch.logit_index_N, batch.target_ids_N, **how)
+            with _inputs_of(model.get_output_embeddings()) as inputs:
+                outputs = model(
+                    input_ids=batch.input_ids_BT,
+                    attention_mask=batch.attention_mask_BT,
+                    position_ids=batch.position_ids_BT,
+                    logits_to_keep=head_mask_BT,
+                    use_cache=False,
+                )
+            logprobs = logprobs_from_logits(outputs.logits, batch.logit_index_N, batch.target_ids_N, **how)
+            return self._with_value(logprobs, inputs[0].flatten(0, -2), batch)
         backbone, head = backbone_and_head(model)
-        targets = (batch.logit_index_N, batch.target_ids_N)
-        return head_logprobs(hidden_at_head(backbone, batch), head, *targets, **how)
+        hidden_RC = hidden_at_head(backbone, batch)
+        logprobs = head_logprobs(hidden_RC, head, batch.logit_index_N, batch.target_ids_N, **how)
+        return self._with_value(logprobs, hidden_RC, batch)
+
+    def _with_value(self, logprobs: TokenLogprobs, hidden_RC: Tensor, batch: Batch) -> TokenLogprobs:
+        if self.value_head is None:
+            return logprobs
+        return logprobs._replace(value_N=head_scores(hidden_RC, self.value_head)[batch.logit_index_N])
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write what `from_pretrained` loads: the model, or its adapters, and the tokenizer."""
         save_model(self.model, folder)
         tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What a module is called with inside."""
+    inputs: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    try:
+        yield inputs
+    finally:
+        hook.remove()
 
 
 def hidden_at_head(backbone: nn.Module, batch: Batch) -> Tensor:

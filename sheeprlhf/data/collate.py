@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sheeprlhf.data.example import Batch, Example, Layout
+from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.layout import Layout
 
 TARGETS = ("response", "all", "scores", "last")
 SIDES = ("right", "left")

@@ -51,6 +51,12 @@ class StepPlan(NamedTuple):
         order = _permutation(self.num_rows, self.seed, epoch)
         return order[number * self.rows_per_step : (number + 1) * self.rows_per_step]
 
+    def rows_until(self, num_steps: int) -> np.ndarray:
+        """The rows that the first so many steps read, ascending, each once."""
+        if num_steps >= self.steps_per_epoch():
+            return np.arange(self.num_rows)
+        return np.unique(np.concatenate([self.rows_of_step(step) for step in range(num_steps)]))
+
 
 @lru_cache(maxsize=2)
 def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:

@@ -27,7 +27,7 @@ def build_joint_optimizer(
 ) -> torch.optim.Optimizer:
     """One optimizer over the trainable parameters of several learners, each with its peak learning rate.
 
-    It steps those parameters alone that have a gradient, so each learner can learn by itself. See `scale_lr`.
+    It steps those parameters alone that have a gradient, so each learner can learn by itself. See `follow_schedule`.
 
     Raises:
         ConfigError: nothing is trainable in one of them.
@@ -82,13 +82,22 @@ def lr_factor(schedule: str, step: int, *, warmup: int, total: int, min_ratio: f
     raise ConfigError(f"optim.schedule={schedule} is unknown; use cosine, linear or constant")
 
 
-def scale_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Use this share of each parameter group's own peak from the next step on."""
+def follow_schedule(
+    optimizer: torch.optim.Optimizer, cfg: OptimizerConfig, step: int, *, warmup: int, total: int
+) -> float:
+    """Give every parameter group its learning rate of one optimizer step: its own peak times `lr_factor`.
+
+    Args:
+        optimizer: of `build_optimizer` or `build_joint_optimizer`.
+        cfg: its configuration.
+        step: the optimizer step, counted from 0.
+        warmup: optimizer steps of linear rise.
+        total: optimizer steps of the run.
+
+    Returns:
+        The learning rate of the first group.
+    """
+    factor = lr_factor(cfg.schedule, step, warmup=warmup, total=total, min_ratio=cfg.min_lr_ratio)
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak_lr"]
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use this learning rate in all parameter groups from the next step on."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    return float(optimizer.param_groups[0]["lr"])

@@ -68,7 +68,7 @@ def update(
     Args:
         fabric: where it runs.
         module: the trained module, set up by `fabric`.
-        optimizer: steps once; its gradients are empty before and after.
+        optimizer: steps once; its gradients are empty before, but for those of `add_gradients`, and after.
         micro_batches: this rank's share of the step.
         loss_fn: called as `loss_fn(module, batch)`, with the batch on the device.
         max_grad_norm: gradients are scaled down to this norm; None only measures it.
@@ -79,14 +79,70 @@ def update(
     Raises:
         NonFiniteError: the loss or the gradient norm is not finite; on all ranks, before a weight changes.
     """
+    passes = _passes(fabric, module, micro_batches, loss_fn, weight=1.0)
+    if passes.num_items == 0:
+        optimizer.zero_grad(set_to_none=True)
+        return {"loss": 0.0, "grad_norm": 0.0, "items": 0.0}
+    grad_norm = fabric.clip_gradients(
+        module, optimizer, max_norm=math.inf if max_grad_norm is None else max_grad_norm, error_if_nonfinite=False
+    )
+    assert grad_norm is not None
+    means, grad_norm_float = _reduce(fabric, passes.sums, passes.names, grad_norm)  # the step's one wait for the device
+    result = {name: value / passes.num_items for name, value in means.items()}
+    result |= {"grad_norm": grad_norm_float, "items": float(passes.num_items)}
+    if not (math.isfinite(result["loss"]) and math.isfinite(grad_norm_float)):
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteError(_non_finite_message(fabric, result, passes))
+    with phase("optimizer step"):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+def add_gradients(
+    fabric: Fabric, module: _FabricModule, micro_batches: list[MicroBatch], loss_fn: LossFn, *, weight: float
+) -> dict[str, float]:
+    """All ranks: the gradient of another mean loss times a weight, for the `update` that follows.
+
+    Args:
+        fabric: where it runs.
+        module: the trained module, set up by `fabric`.
+        micro_batches: this rank's share.
+        loss_fn: as that of `update`.
+        weight: what the mean over the items of all ranks is multiplied by.
+
+    Returns:
+        loss, without the weight, and the loss function's metrics per item, "items" of all ranks.
+    """
+    passes = _passes(fabric, module, micro_batches, loss_fn, weight=weight)
+    if passes.num_items == 0:
+        return {"loss": 0.0, "items": 0.0}
+    means, _ = _reduce(fabric, passes.sums, passes.names, torch.zeros((), device=fabric.device))
+    return {name: value / passes.num_items for name, value in means.items()} | {"items": float(passes.num_items)}
+
+
+class _Passes(NamedTuple):
+    """What a rank's forward and backward passes gave: its sums by name; the names and number of items of all ranks."""
+
+    micro_batches: list[MicroBatch]
+    totals: list[Tensor]
+    sums: dict[str, Tensor]
+    names: list[str]
+    num_items: int
+
+
+def _passes(
+    fabric: Fabric, module: _FabricModule, micro_batches: list[MicroBatch], loss_fn: LossFn, *, weight: float
+) -> _Passes:
+    """All ranks: add to the gradients, synchronised at the last backward pass."""
     micro_batches = [m for m in micro_batches if m.num_items > 0]
     items_of_rank = _items_of_rank(fabric, sum(m.num_items for m in micro_batches))
     num_items = sum(items_of_rank)
-    if num_items == 0:
-        return {"loss": 0.0, "grad_norm": 0.0, "items": 0.0}
-    scale = fabric.world_size / num_items  # the gradient sync averages over ranks
     sums: dict[str, Tensor] = {}
-    totals = []
+    totals: list[Tensor] = []
+    if num_items == 0:
+        return _Passes(micro_batches, totals, sums, [], 0)
+    scale = weight * fabric.world_size / num_items  # the gradient sync averages over ranks
     for index, micro in enumerate(micro_batches):
         # forward too: the wrapper decides in its forward whether this backward synchronises
         with fabric.no_backward_sync(module, enabled=index + 1 < len(micro_batches)):
@@ -99,23 +155,10 @@ def update(
     if not micro_batches:
         with _forward_of_zero(module.module):
             fabric.backward(module(torch.zeros((), device=fabric.device)))
-    grad_norm = fabric.clip_gradients(
-        module, optimizer, max_norm=math.inf if max_grad_norm is None else max_grad_norm, error_if_nonfinite=False
-    )
-    assert grad_norm is not None
     names = sorted(sums)
     if 0 in items_of_rank:  # those ranks do not know the names
         names = fabric.broadcast(names, src=next(rank for rank, items in enumerate(items_of_rank) if items))
-    means, grad_norm_float = _reduce(fabric, sums, names, grad_norm)  # the step's one wait for the device
-    result = {name: value / num_items for name, value in means.items()}
-    result |= {"grad_norm": grad_norm_float, "items": float(num_items)}
-    if not (math.isfinite(result["loss"]) and math.isfinite(grad_norm_float)):
-        optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(_non_finite_message(fabric, result, micro_batches, totals))
-    with phase("optimizer step"):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return result
+    return _Passes(micro_batches, totals, sums, names, num_items)
 
 
 def evaluate(
@@ -189,13 +232,11 @@ def _forward_of_zero(original: nn.Module) -> Iterator[None]:
             original.forward = own_forward
 
 
-def _non_finite_message(
-    fabric: Fabric, result: dict[str, float], micro_batches: list[MicroBatch], totals: list[Tensor]
-) -> str:
+def _non_finite_message(fabric: Fabric, result: dict[str, float], passes: _Passes) -> str:
     """All ranks: which rows to look at, those of every rank."""
-    losses = [total.item() for total in totals]
-    suspects = [m for m, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss)]
-    found = gather_objects(fabric, (bool(suspects), [i for m in suspects or micro_batches for i in m.row_ids]))
+    losses = [total.item() for total in passes.totals]
+    suspects = [m for m, loss in zip(passes.micro_batches, losses, strict=True) if not math.isfinite(loss)]
+    found = gather_objects(fabric, (bool(suspects), [i for m in suspects or passes.micro_batches for i in m.row_ids]))
     if any(certain for certain, _ in found):
         found = [(certain, rows if certain else []) for certain, rows in found]
     rows = "; ".join(f"rank {rank}: rows {ids}" for rank, (_, ids) in enumerate(found) if ids)

@@ -1,7 +1,7 @@
 """From scores of responses to the advantages of their tokens: KL-shaped rewards, GAE, whitening and group baselines.
 
 Letters: S responses, T positions of a response, N tokens of all responses laid end to end (response by response),
-P prompts, G responses per prompt, R ranks. A mask_ST is that of `by_position`: True at the first places of a row.
+P prompts, G responses per prompt. A mask_ST is that of `by_position`: True at the first places of a row.
 Nothing here needs a gradient.
 """
 
@@ -138,32 +138,11 @@ def moments(values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]
     return counted.mean(), counted.var(correction=0)
 
 
-def pool_moments(counts_R: Tensor, means_R: Tensor, variances_R: Tensor) -> tuple[Tensor, Tensor]:
-    """The moments of all values from the counts and the moments of their parts, as if they were in one place.
-
-    Args:
-        counts_R: (R,) values of each part; a part may be empty.
-        means_R: (R,) float64, what `moments` says of each.
-        variances_R: (R,) float64, likewise.
-    """
-    if not counts_R.any():
-        return means_R.new_zeros(()), means_R.new_ones(())
-    share_R = counts_R / counts_R.sum().double()
-    mean = (share_R * means_R).sum()
-    return mean, (share_R * (variances_R + (means_R - mean).square())).sum()
-
-
-def whiten(
-    values_ST: Tensor,
-    mask_ST: Tensor,
-    *,
-    shift_mean: bool = True,
-    eps: float = 1e-8,
-    of_all: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+def whiten(values_ST: Tensor, mask_ST: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
     """Scale to variance 1, and shift to mean 0 if asked: (x - mean) / sqrt(variance + eps), plus the mean otherwise.
 
-    The moments are those of a whole rollout, not of a row or a micro-batch (N+, arXiv 2403.17031; population variance).
+    The moments are those of a whole rollout of all ranks, not of a row or a micro-batch (N+, arXiv 2403.17031);
+    the variance is that of a population.
     A single token becomes 0, or stays itself if the mean is kept.
 
     Args:
@@ -171,12 +150,11 @@ def whiten(
         mask_ST: (S, T) bool, True at tokens.
         shift_mean: False keeps the mean, as for rewards, whose sign means something.
         eps: added to the variance.
-        of_all: mean and variance of the values of all ranks (`pool_moments`); None takes those of `values_ST`.
 
     Returns:
         (S, T) of the same type, 0 outside the responses.
     """
-    mean, variance = moments(values_ST, mask_ST) if of_all is None else of_all
+    mean, variance = moments(values_ST, mask_ST)
     whitened_ST = (values_ST.double() - mean) * torch.rsqrt(variance + eps)
     whitened_ST = whitened_ST if shift_mean else whitened_ST + mean
     return torch.where(mask_ST, whitened_ST, 0.0).to(values_ST.dtype)

@@ -139,19 +139,3 @@ def token_weights(lengths: Sequence[int], aggregation: str, *, max_length: int) 
     if aggregation == "constant":
         return torch.full((sum(lengths),), 1.0 / max_length)
     raise ValueError(f"aggregation={aggregation!r} is none of {', '.join(AGGREGATIONS)}")
-
-
-def overlong_penalties(lengths_S: Tensor, max_length: int, cache: int) -> Tensor:
-    """What DAPO (arXiv 2503.14476, eq. 13) adds to the scores of long responses.
-
-    0 up to max_length - cache tokens, from there linearly down to -1 at max_length, and -1 beyond.
-
-    Args:
-        lengths_S: (S,) tokens of the responses.
-        max_length: the most tokens that a response should have.
-        cache: the last tokens before it, in which the penalty grows; at least 1.
-
-    Returns:
-        (S,) float32 penalties, reward units, from -1 to 0.
-    """
-    return ((max_length - cache - lengths_S.float()) / cache).clamp(-1.0, 0.0)

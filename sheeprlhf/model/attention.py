@@ -57,7 +57,7 @@ def packed_attention(
         attention_mask: used only without a layout.
         dropout: probability of dropping an attention weight.
         scaling: factor of the scores; None is D ** -0.5.
-        layout: a `sheeprlhf.data.example.Layout`; a `SharedCache` for one token of each row that it holds; or None.
+        layout: a `sheeprlhf.utils.layout.Layout`; a `SharedCache` for one token of each row that it holds; or None.
         **kwargs: other arguments of the model's attention.
 
     Returns:

@@ -20,11 +20,13 @@ class TokenLogprobs(NamedTuple):
         target_N: (N,) float32, of the target token itself.
         mean_N: (N,) float32, averaged over the vocabulary (label smoothing), or None where it was not asked for.
         entropy_N: (N,) float32, nats, of the distribution that predicts the target, or None where it was not asked for.
+        value_N: (N,) float32, what a value head on the same trunk says before the target; None without one.
     """
 
     target_N: Tensor
     mean_N: Tensor | None
     entropy_N: Tensor | None = None
+    value_N: Tensor | None = None
 
 
 class _GatherLogprobs(torch.autograd.Function):

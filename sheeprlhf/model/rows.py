@@ -6,7 +6,7 @@ L tokens of the longest row, C hidden width, V vocabulary.
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,17 +17,7 @@ from sheeprlhf.model.attention import kernel_dtype, placeholder_mask
 from sheeprlhf.model.cache import SharedCache
 from sheeprlhf.model.load import backbone_and_head
 from sheeprlhf.model.trim import last_mlp_at
-
-
-class PromptLayout(NamedTuple):
-    """Prompts laid end to end, each seeing itself alone, as `packed_attention` reads it."""
-
-    segments: tuple[tuple[int, tuple[int, ...]], ...]
-    query_starts: Tensor
-    key_starts: Tensor
-    key_index: None
-    max_query: int
-    max_key: int
+from sheeprlhf.utils.layout import Layout
 
 
 class PackedRows:
@@ -133,7 +123,8 @@ class PaddedRows:
         return output.logits[:, -1]
 
 
-def _layout(lengths: list[int], device: torch.device) -> PromptLayout:
+def _layout(lengths: list[int], device: torch.device) -> Layout:
+    """Of prompts laid end to end."""
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     segments = tuple((length, (0,)) for length in lengths)
-    return PromptLayout(segments, starts, starts, None, max(lengths), max(lengths))
+    return Layout(segments, starts, starts, None, max(lengths), max(lengths))

@@ -18,7 +18,20 @@ def repeated_share(text: str) -> float:
     return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def penalty(cfg: RewardSourceConfig, response: str, *, finished: bool, num_tokens: int) -> float:
+def overlong_penalty(num_tokens: int, max_tokens: int, cache: int) -> float:
+    """What a long response loses (DAPO, arXiv 2503.14476, eq. 13), in [0, 1].
+
+    Nothing up to max_tokens - cache tokens, from there linearly up to 1 at max_tokens.
+
+    Args:
+        num_tokens: of the response.
+        max_tokens: the most that a response may have.
+        cache: the last tokens before it, in which the penalty grows; at least 1.
+    """
+    return min(1.0, max(0.0, (num_tokens - (max_tokens - cache)) / cache))
+
+
+def penalty(cfg: RewardSourceConfig, response: str, *, finished: bool, num_tokens: int, max_tokens: int) -> float:
     """What one response loses, 0.0 or more.
 
     Args:
@@ -26,10 +39,13 @@ def penalty(cfg: RewardSourceConfig, response: str, *, finished: bool, num_token
         response: its text, without EOS and stop string.
         finished: the model ended it itself, with EOS or a stop string.
         num_tokens: its length, EOS not counted.
+        max_tokens: the most that a response may have.
     """
     lost = 0.0 if finished else cfg.missing_eos_penalty
     if num_tokens < cfg.min_response_length:
         lost += cfg.short_penalty
+    if cfg.overlong_cache:
+        lost += overlong_penalty(num_tokens, max_tokens, cfg.overlong_cache)
     if cfg.repetition_penalty:
         lost += cfg.repetition_penalty * repeated_share(response)
     return lost

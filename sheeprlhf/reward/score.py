@@ -36,10 +36,11 @@ class Scorer:
     Args:
         cfg: how scores are normalised, clipped and penalised.
         terms: weight and function of each summand.
+        max_tokens: the most that a response may have.
     """
 
-    def __init__(self, cfg: RewardSourceConfig, terms: list[tuple[float, RewardFunction]]) -> None:
-        self._cfg, self._terms = cfg, terms
+    def __init__(self, cfg: RewardSourceConfig, terms: list[tuple[float, RewardFunction]], max_tokens: int) -> None:
+        self._cfg, self._terms, self._max_tokens = cfg, terms, max_tokens
         self.moments = RunningMoments()
 
     def __call__(self, texts: Texts) -> list[float]:
@@ -62,35 +63,36 @@ class Scorer:
         total = [math.fsum(weight * score for weight, score in zip(weights, row, strict=True)) for row in rows]
         return RawScores(total, of_term)
 
-    def shape(self, total: list[float], texts: Texts, *, learn: bool = True) -> list[float]:
+    def shape(self, total: list[float], texts: Texts) -> list[float]:
         """Weighted sums as the final scores: normalised, then clipped, then less the penalties.
 
         Args:
             total: of `raw`, for all responses of the step.
             texts: those responses.
-            learn: the moments take these scores in first; not in a validation.
         """
         cfg = self._cfg
         if cfg.normalize:
-            if learn:
-                self.moments.update(total)
+            self.moments.update(total)
             total = [self.moments.normalized(score) for score in total]
         if cfg.clip is not None:
             total = [max(-cfg.clip, min(cfg.clip, score)) for score in total]
         rows = zip(total, texts.responses, texts.finished, texts.num_tokens, strict=True)
         return [
-            score - penalty(cfg, response, finished=finished, num_tokens=num_tokens)
+            score - penalty(cfg, response, finished=finished, num_tokens=num_tokens, max_tokens=self._max_tokens)
             for score, response, finished, num_tokens in rows
         ]
 
 
-def build_scorer(cfg: RewardSourceConfig, model_scores: ModelScores | None, *, default: str | None) -> Scorer:
+def build_scorer(
+    cfg: RewardSourceConfig, model_scores: ModelScores | None, *, default: str | None, max_tokens: int
+) -> Scorer:
     """The scorer of a configuration.
 
     Args:
         cfg: valid.
         model_scores: a reward model as `scores = model_scores(prompts, responses)`; None where `needs_model` says no.
         default: the dataset's own rule, which `reward=auto` takes: a built-in without options; None if it has none.
+        max_tokens: the most that a response may have.
 
     Raises:
         ConfigError: a function cannot be imported, or a model is needed and there is none.
@@ -106,4 +108,4 @@ def build_scorer(cfg: RewardSourceConfig, model_scores: ModelScores | None, *, d
                 f"reward={cfg.config_name} needs a reward model: give task.rm_experiment_dir=<run of task=rm>, "
                 "reward.folder=<folder>, or a function: reward=function reward.path=<name>"
             )
-    return Scorer(cfg, terms)
+    return Scorer(cfg, terms, max_tokens)

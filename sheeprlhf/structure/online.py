@@ -84,8 +84,6 @@ class PPOConfig(RatioTaskConfig):
     """Proximal policy optimisation: a critic tells each token's share of the reward (arXiv 1707.06347, 2203.02155)."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.ppo:train"
-    policy_part: ClassVar[str] = "actor."
-
     config_name: str = option("ppo", "Name of this choice.")
     ppo_epochs: int = option(4, "Passes over the responses of a rollout.", minimum=1)
     kl_estimator: str = option(
@@ -113,6 +111,31 @@ class PPOConfig(RatioTaskConfig):
     init_critic_with_reward: bool = option(
         True, "Make the critic of the reward model, where the reward is one; else of the policy, with a new head."
     )
+    share_trunk: bool = option(
+        False,
+        "The critic is a new head on the policy itself, and both learn in one pass: no second model, but the values "
+        "pull at the policy too. task.init_critic_with_reward is not read then.",
+    )
+    ptx_coeff: float = option(
+        0.0,
+        "Weight of the negative log-likelihood of the dataset's own responses, nats a token, in every step of the "
+        "policy (PPO-ptx, arXiv 2203.02155, eq. 2); 0: not computed.",
+        minimum=0.0,
+    )
+    ptx_batch_size: int = option(
+        32, "Rows of the dataset that task.ptx_coeff reads in a step, all devices together.", unit="rows", minimum=1
+    )
+    ema_decay: Optional[float] = option(
+        None,
+        "Average the policy over its steps, each counting this much less than the next; validations and final/ are of "
+        "the average (InstructGPT: 0.992). null: they are of the policy as it is.",
+        above=0.0,
+        maximum=1.0,
+    )
+
+    def policy_part(self) -> str:
+        """Checkpoints hold the critic too, and the average."""
+        return "actor." if self.ema_decay is None else "average."
 
 
 @dataclass(unsafe_hash=True)

@@ -187,7 +187,9 @@ def apply_dry_run(config: TrainConfig | EvalConfig) -> TrainConfig | EvalConfig:
         of_step = max(1, min(task.mini_batch_size, size) // group) * group
         little |= {"rollout_size": size, "mini_batch_size": of_step, "ppo_epochs": 1}
     task = replace(task, **{name: value for name, value in little.items() if name not in task.unread})
-    return replace(config, data=data or config.data, generation=generation, task=task)
+    cache = min(config.reward.overlong_cache, generation.max_new_tokens)
+    reward = replace(config.reward, overlong_cache=cache)
+    return replace(config, data=data or config.data, generation=generation, task=task, reward=reward)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

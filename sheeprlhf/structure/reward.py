@@ -31,6 +31,13 @@ class RewardSourceConfig(Config):
     short_penalty: float = option(
         1.0, "Subtracted from the score of a response below reward.min_response_length.", minimum=0.0
     )
+    overlong_cache: int = option(
+        0,
+        "The last so many tokens before generation.max_new_tokens cost ever more, up to 1 (DAPO, arXiv 2503.14476, "
+        "eq. 13; EOS not counted); 0: nothing.",
+        unit="tokens",
+        minimum=0,
+    )
     repetition_penalty: float = option(
         0.0,
         "Times the share of runs of three words in a response that repeat earlier ones: subtracted from its score.",
@@ -153,11 +160,6 @@ def terms_of(cfg: RewardSourceConfig, default: str | None) -> tuple[Term, ...]:
 def needs_model(cfg: RewardSourceConfig, default: str | None) -> bool:
     """Whether a reward model has to be loaded; `default` as in `terms_of`."""
     return any(term.source == MODEL for term in terms_of(cfg, default))
-
-
-def columns_needed(cfg: RewardSourceConfig, default: str | None) -> set[str]:
-    """What the built-ins among the terms need of a row besides its prompt; `default` as in `terms_of`."""
-    return {column for term in terms_of(cfg, default) for column in BUILTINS.get(term.source, Builtin()).columns}
 
 
 def is_users_own(source: str) -> bool:

@@ -13,7 +13,6 @@ class TrainTaskConfig(Config):
     entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config, run_dir)
     data_kind: ClassVar[str] = "sft"  # what it learns from a row (see data.prepare): "sft", "preference", "unpaired"
     train_splits: ClassVar[tuple[str, ...]] = ("train",)  # it trains on the first of these that has rows
-    policy_part: ClassVar[str] = ""  # what the names of the policy's weights begin with in a checkpoint
     trains: ClassVar[str] = "policy"  # what its run leaves: "policy" writes text, "reward model" gives a score
     unread: ClassVar[frozenset[str]] = frozenset()  # inherited options that it does not have: not shown, not taken
 
@@ -40,6 +39,10 @@ class TrainTaskConfig(Config):
     )
     save_interval: int = option(100, "Between two checkpoints.", unit="optimizer steps", minimum=1)
     keep_checkpoints: int = option(2, "Newest checkpoints kept (the best one is kept besides).", minimum=1)
+
+    def policy_part(self) -> str:
+        """What the names of the policy's weights begin with in a checkpoint."""
+        return ""
 
     def row_tokens(self, max_length: int) -> int:
         """Tokens of a row at most, if `max_length` are those of a prompt with one response; of a pair, nearly twice."""

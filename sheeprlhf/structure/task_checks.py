@@ -8,7 +8,7 @@ from sheeprlhf.structure.earlier import is_word, scores_by_run, start_problems, 
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.limits import near_path, nearest
 from sheeprlhf.structure.machine import missing_modules
-from sheeprlhf.structure.online import BestOfNConfig, OnlineTaskConfig
+from sheeprlhf.structure.online import BestOfNConfig, OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.places import is_weights_name, new_folder_problems, weights_problems
 from sheeprlhf.structure.registry import choices
@@ -79,6 +79,11 @@ def online_problems(config: TrainConfig) -> Iterator[str]:
         if size % group:
             near = max(group, size - size % group)
             yield f"task.{key}={size} does not divide by task.num_generations={group}: give task.{key}={near}"
+    if config.reward.overlong_cache > how.max_new_tokens:
+        yield (
+            f"reward.overlong_cache={config.reward.overlong_cache} is more than generation.max_new_tokens="
+            f"{how.max_new_tokens}: give at most that"
+        )
     if how.top_k or how.top_p < 1.0 or how.num_beams > 1:
         given = [
             f"generation.{name}"
@@ -89,6 +94,8 @@ def online_problems(config: TrainConfig) -> Iterator[str]:
             f"{', '.join(given)}: a policy learns from what it samples with all its probabilities: remove it, or give "
             "generation.temperature"
         )
+    if isinstance(task, PPOConfig):
+        yield from _ppo_problems(task, model.dtype)
     if model.finetune_mode == "LORA" and model.lora_cfg is not None and model.lora_cfg.dropout > 0:
         yield (
             f"model.lora_cfg.dropout={model.lora_cfg.dropout}: task={task.config_name} compares probabilities of "
@@ -98,6 +105,24 @@ def online_problems(config: TrainConfig) -> Iterator[str]:
         yield (
             f"model.disable_dropout=false: task={task.config_name} compares probabilities of different passes: "
             "give model.disable_dropout=true"
+        )
+
+
+def _ppo_problems(task: PPOConfig, dtype: str) -> Iterator[str]:
+    if task.share_trunk and task.critic_warmup_steps:
+        yield (
+            f"task.critic_warmup_steps={task.critic_warmup_steps} needs a critic of its own: remove it, or give "
+            "task.share_trunk=false"
+        )
+    if task.ptx_batch_size != PPOConfig.ptx_batch_size and not task.ptx_coeff:
+        yield (
+            f"task.ptx_batch_size={task.ptx_batch_size} is not read with task.ptx_coeff=0: remove it, or give for "
+            "example task.ptx_coeff=1"
+        )
+    if task.ema_decay is not None and dtype != "float32":
+        yield (
+            f"task.ema_decay={task.ema_decay:g} is lost in the rounding of model.dtype={dtype}: give "
+            "model.dtype=float32 fabric.precision=bf16-mixed"
         )
 
 

@@ -77,11 +77,11 @@ class Batches:
 
     def first(self, split: Rows, num_rows: int | None, label: str) -> Iterator[MicroBatch]:
         """This rank's micro-batches of a split's first rows, or of all, each made when it is asked for, under a bar."""
-        return (micro for _, micro in self.numbered(split, num_rows, label))
-
-    def numbered(self, split: Rows, num_rows: int | None, label: str) -> Iterator[tuple[list[int], MicroBatch]]:
-        """The same, each with the rows that it is made of."""
         rows = np.arange(min(len(split), num_rows or len(split)))
+        return (micro for _, micro in self.numbered(split, rows, label))
+
+    def numbered(self, split: Rows, rows: np.ndarray, label: str) -> Iterator[tuple[list[int], MicroBatch]]:
+        """The same of some rows, each with the rows that it is made of."""
         parts = cut_micro_batches(rows, split.lengths, **self._cut)
         hidden = None if self._cut["rank"] == 0 else True  # None: shown in a terminal only
         with tqdm(total=sum(map(len, parts)), desc=label, unit=" rows", leave=False, disable=hidden) as bar:

@@ -13,14 +13,16 @@ from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.agent.shared import SharedScore
 from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.engine.run import Run
 from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.moments import RunningMoments
-from sheeprlhf.reward.score import build_scorer
+from sheeprlhf.reward.score import RawScores, build_scorer
 from sheeprlhf.structure.online import OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.rollouts import as_rollout, as_text, drawn_numbers, figures_of, read_targets, sample
+from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -37,6 +39,7 @@ class Collector:
         packed: how batches are laid out.
 
     Attributes:
+        policy: who writes.
         tokens: cuts a rollout into batches whose targets are the responses' tokens.
         ends: into batches whose targets are the last tokens.
         figures: numbers of the newest rollout, for the log.
@@ -55,11 +58,13 @@ class Collector:
         packed: bool,
     ) -> None:
         self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
-        self._policy, self._reference, self._reward, self._packed = policy, reference, reward, packed
+        self.policy, self._reference, self._reward, self._packed = policy, reference, reward, packed
         self._stop = StopStrings(cfg.generation.stop_strings, tokenizer)
         self._model_scores: list[float] = []
         given = None if reward is None else lambda *_: self._model_scores
-        self._scorer = build_scorer(cfg.reward, given, default=cfg.data.rule_reward)
+        self._scorer = build_scorer(
+            cfg.reward, given, default=cfg.data.rule_reward, max_tokens=cfg.generation.max_new_tokens
+        )
         self.tokens = Batches(fabric, cfg.task, packed=packed, targets="response")
         self.ends = Batches(fabric, cfg.task, packed=packed, targets="last")
         self.figures: dict[str, float] = {}
@@ -68,7 +73,9 @@ class Collector:
     def __call__(
         self, prompts: list[Example], number: int, *, group: int | None = None, validates: bool = False
     ) -> Rollout:
-        """All ranks: the rollout with "logprobs" and "reference" of each token, and scores.
+        """All ranks: the rollout with "sampled", "logprobs" and "reference" of each token, and scores.
+
+        "sampled" are the sampler's log-probabilities; "logprobs" those that the ratio of an update begins with.
 
         Args:
             prompts: rows whose prompts are answered.
@@ -82,7 +89,7 @@ class Collector:
         numbers = drawn_numbers(cfg.seed, number, shape)
         sampled = sample(
             self._fabric,
-            self._policy,
+            self.policy,
             prompts,
             numbers,
             cfg.generation,
@@ -92,21 +99,25 @@ class Collector:
             packed=self._packed,
         )
         rollout = as_rollout(prompts, sampled)
-        rollout = rollout.with_tokens(reference=self.logprobs(self._reference, rollout, "reference"))
+        old_N = rollout.flat("sampled")
         if cfg.fabric.precision != "32-true":  # there the sampler's differ from those that the update computes
-            rollout = rollout.with_tokens(logprobs=self.logprobs(self._policy, rollout, "log-probabilities"))
+            old_N = self.logprobs(self.policy, rollout, "log-probabilities")
+        rollout = rollout.with_tokens(logprobs=old_N, reference=self.logprobs(self._reference, rollout, "reference"))
         self.texts = as_text(rollout, prompts, self._tokenizer, self._stop)
+        self.figures = {}
         scores = np.array(self._scores(rollout, validates), dtype=np.float64)
         rollout = dataclasses.replace(rollout, scores=scores.reshape(rollout.finished.shape))
-        self.figures = figures_of(rollout)
+        self.figures |= figures_of(rollout)
         return rollout
 
     def _scores(self, rollout: Rollout, validates: bool) -> list[float]:
         if self._reward is not None:
             self._model_scores = self.scores_of(self._reward, rollout, "scoring", at_end=True).tolist()
         # Rank zero alone asks the user's functions, which may answer the same question differently.
-        asked = self._scorer.raw(self.texts).total if self._fabric.is_global_zero else []
-        total = self._fabric.broadcast(asked)
+        asked = self._scorer.raw(self.texts) if self._fabric.is_global_zero else RawScores([], {})
+        total, of_term = self._fabric.broadcast(asked)
+        if len(of_term) > 1:
+            self.figures = {f"objective/scores/{name}": sum(of) / len(of) for name, of in of_term.items()}
         return total if validates else self._scorer.shape(total, self.texts)
 
     def logprobs(self, module: nn.Module, rollout: Rollout, label: str) -> Tensor:
@@ -116,7 +127,7 @@ class Collector:
         def call(batch: Batch) -> Tensor:
             return module(batch, temperature=temperature).target_N
 
-        return read_targets(self._fabric, self._policy, call, self.tokens, rollout, label)
+        return read_targets(self._fabric, self.policy, call, self.tokens, rollout, label)
 
     def scores_of(
         self, model: RewardModel | SharedScore, rollout: Rollout, label: str, *, at_end: bool = False
@@ -134,3 +145,37 @@ class Collector:
         mine = {name.removeprefix("reward_"): value for name, value in saved.items() if name.startswith("reward_")}
         if mine:
             self._scorer.moments = RunningMoments.from_dict(mine)
+
+
+def check_sampler(run: Run, collect: Collector, rollout: Rollout) -> None:
+    """All ranks, before the first step: sampler, training forward and reference must say the same of each token.
+
+    The ratio of new to old probability is 1 then, and the KL to the reference 0.
+
+    Raises:
+        ModelError: they differ by more than rounding, and `task.self_check` is "error".
+    """
+    task, precision = run.cfg.task, run.cfg.fabric.precision
+    assert isinstance(task, OnlineTaskConfig)
+    tolerance = 1e-5 if precision == "32-true" else 2e-2
+    sampled_N, reference_N = rollout.flat("sampled"), rollout.flat("reference")
+    trained_N = collect.logprobs(collect.policy, rollout, "self-check")
+    ratio, kl = (float((trained_N - other_N).abs().mean()) for other_N in (sampled_N, reference_N))
+    problem = ""
+    if not ratio <= tolerance:
+        problem = (
+            f"what was sampled has log-probabilities {ratio:.2g} nats a token from those that the training computes, "
+            f"more than {tolerance:g}: the first ratio would not be 1; something besides weights and tokens changes "
+            "them (random numbers in the model's code, positions, a cache)"
+        )
+    elif not kl <= tolerance:
+        problem = (
+            f"before the first step the policy's log-probabilities are {kl:.2g} nats a token from the reference's, "
+            f"more than {tolerance:g}: the reference is not what training starts from"
+        )
+    elif not float(-sampled_N.mean()) > 0:
+        problem = "the policy has no entropy: every token is certain, so nothing else is ever tried"
+    if problem and task.self_check == "error":
+        raise ModelError(f"{problem}; or give task.self_check=warn")
+    if problem:
+        run.say(f"warning: {problem}")

@@ -67,9 +67,15 @@ def note_validation(
 
 
 def finish_run(
-    fabric: Fabric, run: Run, trained: Saved, tokenizer: PreTrainedTokenizerBase, state: TrainState, next_command: str
+    fabric: Fabric,
+    run: Run,
+    trained: Saved,
+    tokenizer: PreTrainedTokenizerBase,
+    state: TrainState,
+    *,
+    evaluation: str = "perplexity",
 ) -> None:
-    """All ranks; rank zero writes `final/` for `from_pretrained`, marks the run finished and says what comes next."""
+    """All ranks; rank zero writes `final/` for `from_pretrained`, marks the run finished and says what measures it."""
     if fabric.is_global_zero:
         final = run.dir / "final"
         if not final.exists():  # complete whenever it is there: it is renamed into place
@@ -77,4 +83,4 @@ def finish_run(
         mark_finished(run.dir, step=state.step, best_metric=state.best_metric, best_step=state.best_step)
     fabric.barrier()
     _say_peak_memory(fabric, run)
-    run.say(f"finished: {run.dir}\nnext: {next_command}")
+    run.say(f"finished: {run.dir}\nnext: python sheeprlhf.py eval task={evaluation} experiment_dir={run.dir}")

@@ -54,7 +54,8 @@ class HeldOut:
         micro_batches = self._collect.tokens.first(self._rows, self._count, "validating")
         nll = evaluate(self._fabric, self._module, micro_batches, sft_loss)["nll"]
         result["perplexity"] = math.exp(min(nll, 700.0))
-        self._run.log_text("samples", sample_table(rollout, texts, self._task.num_sample_prompts), step)
+        if self._task.num_sample_prompts:
+            self._run.log_text("samples", sample_table(rollout, texts, self._task.num_sample_prompts), step)
         self._warn(result)
         return result
 

@@ -1,225 +1,97 @@
-"""What every online task begins with: prompts, the models it needs, a reward, and a check before the first step."""
+"""What every online task begins with: prompts, models and a reward, and then its loop."""
 
-import copy
-import dataclasses
-from pathlib import Path
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
-from peft import LoraConfig, PeftModel
+import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
 
-from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reference import reference_of
-from sheeprlhf.agent.reward import OFFSET, RewardModel, load_reward_model, reward_model_of
-from sheeprlhf.agent.rollout import Rollout
-from sheeprlhf.agent.shared import SharedScore
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
 from sheeprlhf.engine.run import Run
 from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.model.lora import (
-    CRITIC,
-    REWARD,
-    add_lora,
-    add_second_adapter,
-    copy_adapter,
-    load_score_adapter,
-    lora_config,
-)
-from sheeprlhf.model.scalar import HEAD, scalar_model
-from sheeprlhf.structure.earlier import is_same_model
-from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
-from sheeprlhf.structure.online import OnlineTaskConfig, PPOConfig
-from sheeprlhf.structure.reward import needs_model
-from sheeprlhf.structure.saved import saved_group
-from sheeprlhf.structure.task import RMConfig
+from sheeprlhf.task.agents import Agents, load_agents
 from sheeprlhf.task.batches import longest_row
 from sheeprlhf.task.collect import Collector
 from sheeprlhf.task.finish import report_data
-from sheeprlhf.task.start import load_start, load_trained_reward_model
-from sheeprlhf.utils.errors import ConfigError, ModelError
+from sheeprlhf.task.held_out import HeldOut
+from sheeprlhf.task.turns import Loop
 from sheeprlhf.utils.lightning import Fabric
 
 
-class Prompts(NamedTuple):
-    """Whose prompts are answered.
+class Parts(NamedTuple):
+    """What is loaded before anything is wrapped.
 
     Attributes:
-        rows: those of training.
+        tokenizer: of all models.
+        rows: whose prompts are answered.
         held_out: those of validation; None if there are none.
-        longest: tokens of the longest sequence that a model will see.
+        agents: the models.
     """
 
+    tokenizer: PreTrainedTokenizerBase
     rows: TokenizedSplit
     held_out: TokenizedSplit | None
-    longest: int
+    agents: Agents
 
 
-class Agents(NamedTuple):
-    """The models of an online task besides the reference.
+def load_parts(fabric: Fabric, run: Run) -> Parts:
+    """All ranks: prepare and report the data, load the models onto the host.
 
-    Attributes:
-        policy: writes and learns.
-        critic: says what a response is still going to earn, and learns; None if the task has none.
-        reward: scores; None where the reward is a function.
-        packed: batches are packed.
+    Raises:
+        SheepError: something cannot be loaded; see its message.
     """
-
-    policy: Policy
-    critic: RewardModel | SharedScore | None
-    reward: RewardModel | SharedScore | None
-    packed: bool
-
-
-def load_prompts(fabric: Fabric, run: Run, tokenizer: PreTrainedTokenizerBase) -> Prompts:
-    """All ranks: prepare and report the data."""
     cfg = run.cfg
+    tokenizer = load_tokenizer(cfg.model)
     data = prepare_data(cfg.data, tokenizer, kind=cfg.task.data_kind, say=run.say, progress=fabric.is_global_zero)
     report_data(fabric, run, data)
     rows, held_out = data.splits["train"], data.splits.get("validation")
     used = {"": rows} if held_out is None else {"": rows, "validation": held_out}
     sampled = max(int(split.sizes[:, 0].max()) for split in used.values()) + cfg.generation.max_new_tokens
-    return Prompts(rows, held_out, max(longest_row(used), sampled))
+    agents = load_agents(run, tokenizer, longest=max(longest_row(used), sampled))
+    return Parts(tokenizer, rows, held_out, agents)
 
 
-def load_agents(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -> Agents:
-    """The models, on the host and not wrapped yet.
+def begin(
+    fabric: Fabric,
+    run: Run,
+    parts: Parts,
+    module: nn.Module,
+    optimizer: Optimizer,
+    learners: nn.Module | None = None,
+    as_shown: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Loop:
+    """All ranks: restore what a checkpoint has, and be ready for the first turn. The reference is the policy until now.
 
-    Raises:
-        SheepError: one cannot be loaded, or the reward model has another tokenizer.
-    """
-    cfg, task = run.cfg, run.cfg.task
-    assert isinstance(task, OnlineTaskConfig)
-    start = (task.sft_experiment_dir, task.sft_model_name)
-    policy, packed = load_start(cfg.model, *start, tokenizer, longest=longest, batching=task.batching, say=run.say)
-    adapted = cfg.model.lora_cfg if cfg.model.finetune_mode == "LORA" else None
-    if adapted is not None:
-        policy = Policy(add_lora(policy.causal_lm(), adapted))
-    reward = None
-    if needs_model(cfg.reward, cfg.data.rule_reward):
-        reward, reward_packed = _load_reward(run, tokenizer, policy, longest=longest)
-        packed = packed and reward_packed
-        reward.requires_grad_(False) if isinstance(reward, RewardModel) else reward.head.requires_grad_(False)
-        reward.eval()
-    critic = _make_critic(run, tokenizer, policy, reward) if isinstance(task, PPOConfig) else None
-    return Agents(policy, critic, reward, packed)
-
-
-def _make_critic(
-    run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, reward: RewardModel | SharedScore | None
-) -> RewardModel | SharedScore:
-    """Of the reward model if asked and possible, else of the policy with a new head; with adapters, one more."""
-    cfg, task = run.cfg, run.cfg.task
-    assert isinstance(task, PPOConfig)
-    of_reward = reward is not None and task.init_critic_with_reward
-    if not isinstance(policy.model, PeftModel):
-        if isinstance(reward, RewardModel) and of_reward:
-            critic = copy.deepcopy(reward).train()
-            critic.requires_grad_(True)
-            return critic
-        return reward_model_of(copy.deepcopy(policy), cfg.model, tokenizer)
-    model, base = policy.model, policy.causal_lm()
-    head = cast(nn.Linear, getattr(scalar_model(base, tokenizer), HEAD))
-    if isinstance(reward, SharedScore) and of_reward:
-        add_second_adapter(model, CRITIC, cast(LoraConfig, model.peft_config[REWARD]), trains=True)
-        copy_adapter(model, REWARD, CRITIC)
-        head.load_state_dict(reward.head.state_dict())
-        return SharedScore(model, CRITIC, head, reward.offset)
-    assert cfg.model.lora_cfg is not None
-    add_second_adapter(model, CRITIC, lora_config(base, cfg.model.lora_cfg), trains=True)
-    return SharedScore(model, CRITIC, head)
-
-
-def _load_reward(
-    run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, *, longest: int
-) -> tuple[RewardModel | SharedScore, bool]:
-    """The reward model of the configured folder or run."""
-    task, folder = run.cfg.task, getattr(run.cfg.reward, "folder", None)
-    assert isinstance(task, OnlineTaskConfig)
-    of_run = task.rm_experiment_dir
-    if folder is not None:
-        cfg: ModelConfig = AutoModelConfig(repo_name=folder, disable_dropout=True)
-    else:
-        assert of_run is not None  # the command line asks for one
-        saved = saved_group(of_run, "model")
-        assert isinstance(saved, ModelConfig)
-        cfg = saved
-    if load_tokenizer(cfg).get_vocab() != tokenizer.get_vocab():
-        where = f"reward.folder={folder}" if folder is not None else f"task.rm_experiment_dir={of_run}"
-        raise ConfigError(
-            f"{where}: its tokenizer is not that of {run.cfg.model.repo_name}: give a reward model that was made of "
-            "the same model"
-        )
-    if folder is not None:
-        run.say(f"reward model: {folder}")
-        return load_reward_model(cfg, tokenizer, longest=longest, batching=task.batching)
-    run.say(f"reward model: the {task.rm_model_name} weights of {of_run}")
-    if isinstance(policy.model, PeftModel) and _same_base(run, cfg, str(of_run)):
-        final = Path(str(of_run)) / "final"
-        head = nn.Linear(1, 1, bias=False)
-        head.weight = nn.Parameter(load_score_adapter(policy.model, final, REWARD).float())
-        offset = float(getattr(AutoConfig.from_pretrained(final), OFFSET, 0.0))
-        run.say("reward, critic and reference share the policy's base")
-        return SharedScore(policy.model, REWARD, head, offset), True
-    cfg = dataclasses.replace(cfg, disable_dropout=True, gradient_checkpointing=False)
-    of = (cfg, Path(str(of_run)), task.rm_model_name, tokenizer)
-    return load_trained_reward_model(*of, longest=longest, batching=task.batching, say=run.say)
-
-
-def _same_base(run: Run, cfg: ModelConfig, rm_dir: str) -> bool:
-    """Whether a run's reward model is adapters on the very weights that the policy starts from."""
-    task, theirs = run.cfg.task, saved_group(rm_dir, "task")
-    assert isinstance(task, OnlineTaskConfig)
-    return (
-        cfg.finetune_mode == "LORA"
-        and task.rm_model_name == "final"
-        and (Path(rm_dir) / "final" / "adapter_config.json").is_file()
-        and isinstance(theirs, RMConfig)
-        and (theirs.sft_experiment_dir, theirs.sft_model_name) == (task.sft_experiment_dir, task.sft_model_name)
-        and is_same_model(cfg.repo_name, run.cfg.model.repo_name)
-    )
-
-
-def check_sampler(run: Run, collect: Collector, rollout: Rollout, policy: Policy) -> None:
-    """All ranks, before the first step: sampler, training forward and reference must say the same of each token.
-
-    The ratio of new to old probability is 1 then, and the KL to the reference 0.
+    Args:
+        fabric: where it runs.
+        run: the run.
+        parts: of `load_parts`.
+        module: the policy, set up.
+        optimizer: of all that trains, set up.
+        learners: all that trains and is saved; None is the policy alone.
+        as_shown: inside, the policy has the weights that are validated.
 
     Raises:
-        ModelError: they differ by more than rounding, and `task.self_check` is "error".
+        SheepError: the reward's functions cannot be had, or the checkpoint does not fit.
     """
-    task, precision = run.cfg.task, run.cfg.fabric.precision
-    assert isinstance(task, OnlineTaskConfig)
-    tolerance = 1e-5 if precision == "32-true" else 2e-2
-    sampled_N, reference_N = rollout.flat("logprobs"), rollout.flat("reference")
-    trained_N = collect.logprobs(policy, rollout, "self-check")
-    ratio, kl = (float((sampled_N - other_N).abs().mean()) for other_N in (trained_N, reference_N))
-    problem = ""
-    if not ratio <= tolerance:
-        problem = (
-            f"what was sampled has log-probabilities {ratio:.2g} nats a token from those that the training computes, "
-            f"more than {tolerance:g}: the first ratio would not be 1; something besides weights and tokens changes "
-            "them (random numbers in the model's code, positions, a cache)"
-        )
-    elif not kl <= tolerance:
-        problem = (
-            f"before the first step the policy's log-probabilities are {kl:.2g} nats a token from the reference's, "
-            f"more than {tolerance:g}: the reference is not what training starts from"
-        )
-    elif not float(-sampled_N.mean()) > 0:
-        problem = "the policy has no entropy: every token is certain, so nothing else is ever tried"
-    if problem and task.self_check == "error":
-        raise ModelError(f"{problem}; or give task.self_check=warn")
-    if problem:
-        run.say(f"warning: {problem}")
-
-
-def make_collector(fabric: Fabric, run: Run, tokenizer: PreTrainedTokenizerBase, agents: Agents) -> Collector:
-    """After the policy was set up, before a checkpoint is restored: the reference is the policy as it is now.
-
-    Raises:
-        SheepError: the reward's functions cannot be had.
-    """
-    reference = reference_of(agents.policy)
+    cfg, agents = run.cfg, parts.agents
+    learners = module if learners is None else learners
     reward = None if agents.reward is None else agents.reward.to(fabric.device)
-    return Collector(fabric, run.cfg, tokenizer, agents.policy, reference, reward, packed=agents.packed)
+    of_policy = (agents.policy, reference_of(agents.policy))
+    collect = Collector(fabric, cfg, parts.tokenizer, *of_policy, reward, packed=agents.packed)
+    torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
+    state = run.restore(learners, optimizer)
+    collect.restore(state.extra)
+    validate = None
+    if parts.held_out is not None:
+        held_out = HeldOut(fabric, run, collect, module, parts.held_out)
+
+        def validate(step: int) -> dict[str, float]:
+            with as_shown():
+                return held_out(step)
+
+    return Loop(run, state, parts.rows, collect, validate, learners, optimizer)

@@ -41,9 +41,9 @@ def sum_by_response(values_N: Tensor, response_index_N: Tensor, num_responses: i
 
 
 def reference_logprobs(
-    fabric: Fabric, module: nn.Module, batches: Batches, data: PreparedData, split: str, key: str
+    fabric: Fabric, module: nn.Module, batches: Batches, data: PreparedData, split: str, key: str, read: np.ndarray
 ) -> np.ndarray:
-    """All ranks: the summed log-probability of every response of a split, before training.
+    """All ranks: the summed log-probability of every response of the rows that are read, before training.
 
     Args:
         fabric: where it runs.
@@ -52,19 +52,21 @@ def reference_logprobs(
         data: the split's rows; what is computed is kept in its folder.
         split: name of the split.
         key: tells these weights and this way to compute from others.
+        read: the rows that the run reads, ascending.
 
     Returns:
-        (rows, K) float32 nats, 0 where a row has fewer responses.
+        (rows, K) float32 nats, 0 where a row has fewer responses, NaN in rows that are not read.
     """
     rows = data.splits[split]
-    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    some = b"" if len(read) == len(rows) else read.astype(np.int64).tobytes()
+    name = hashlib.sha256(key.encode() + some).hexdigest()[:16]
     path = data.folder / f"reference-{split}-{name}.safetensors"
     sums = np.zeros((len(rows), rows.sizes.shape[1] - 1), dtype=np.float32)
-    stored = fabric.broadcast(_read(path, sums.shape) if fabric.is_global_zero else None)
+    stored = fabric.broadcast(_read(path, sums.shape, read) if fabric.is_global_zero else None)
     if stored is not None:
         return stored
     with isolated_rng(), eval_mode(module), torch.no_grad():
-        for part, micro in batches.numbered(rows, None, f"reference, {split}"):
+        for part, micro in batches.numbered(rows, read, f"reference, {split}"):
             batch = fabric.to_device(micro.batch)
             logprobs_N = module(batch).target_N
             sums_S = sum_by_response(logprobs_N, batch.response_index_N, len(batch.response_lengths))
@@ -73,6 +75,7 @@ def reference_logprobs(
         total = fabric.all_reduce(torch.from_numpy(sums), reduce_op="sum")
         assert isinstance(total, Tensor)
         sums = total.numpy()
+    sums[np.setdiff1d(np.arange(len(rows)), read)] = np.nan
     if fabric.is_global_zero:
         write_whole(path, save({"logprobs": sums}))
     fabric.barrier()
@@ -149,10 +152,11 @@ def _by_row(values_S: np.ndarray, rows: TokenizedSplit, part: list[int]) -> np.n
     return matrix
 
 
-def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+def _read(path: Path, shape: tuple[int, ...], read: np.ndarray) -> np.ndarray | None:
     """What was kept; None if nothing was, or if it is damaged."""
     try:
         sums = load(path.read_bytes())["logprobs"]
     except (OSError, KeyError, SafetensorError):
         return None
-    return sums if sums.shape == shape and sums.dtype == np.float32 and bool(np.isfinite(sums).all()) else None
+    whole = sums.shape == shape and sums.dtype == np.float32 and bool(np.isfinite(sums[read]).all())
+    return sums if whole else None

@@ -79,14 +79,14 @@ def sample(
 
 
 def as_rollout(prompts: Sequence[Example], sampled: Sequence[Sampled]) -> Rollout:
-    """What was sampled after each prompt, with the sampler's log-probabilities and no score yet."""
+    """What was sampled after each prompt, with the sampler's log-probabilities ("sampled") and no score yet."""
     rows = tuple(
         prompt._replace(responses=one.responses, margin=0.0, desirable=True)
         for prompt, one in zip(prompts, sampled, strict=True)
     )
     finished = np.array([one.finished for one in sampled])
     logprobs = tuple(np.concatenate(one.logprobs) for one in sampled)
-    return Rollout(rows, np.zeros(finished.shape), finished, {"logprobs": logprobs})
+    return Rollout(rows, np.zeros(finished.shape), finished, {"sampled": logprobs})
 
 
 def as_text(
@@ -129,7 +129,7 @@ def read_targets(
     """
     mine: list[tuple[int, np.ndarray]] = []
     with isolated_rng(), eval_mode(module), torch.no_grad(), fabric.autocast():
-        for part, micro in batches.numbered(rollout, None, label):
+        for part, micro in batches.numbered(rollout, np.arange(len(rollout)), label):
             batch = fabric.to_device(micro.batch)
             values_N = call(batch).float().cpu().numpy()
             mine += zip(part, np.split(values_N, _borders(len(values_N), rollout.examples(part))), strict=True)

@@ -15,7 +15,7 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import add_lora, load_lora, merge_lora
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.saved import saved_group
-from sheeprlhf.structure.task import RMConfig
+from sheeprlhf.structure.task import RMConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError
 
 
@@ -59,7 +59,8 @@ def load_of_run(
         return Policy(load_lora(policy.causal_lm(), final)), packed
     if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
         policy = Policy(add_lora(policy.causal_lm(), cfg.lora_cfg))
-    load_weights(checkpoint, policy, getattr(task, "policy_part", ""))
+    part = task.policy_part() if isinstance(task, TrainTaskConfig) else ""
+    load_weights(checkpoint, policy.model, f"{part}model.")
     return policy, packed
 
 

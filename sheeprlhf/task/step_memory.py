@@ -39,7 +39,7 @@ def step_plan(
 
 
 def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
-    """Bytes of reference, reward model and critic, taken to be as large as the policy; as adapters they share its base.
+    """Bytes of reference, reward model, critic and average, each as large as the policy; as adapters they share a base.
 
     Policy and critic learn one after the other, so there are gradients of one at a time.
     """
@@ -47,11 +47,12 @@ def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
     if not isinstance(task, OnlineTaskConfig):
         return 0
     scored = needs_model(config.reward, config.data.rule_reward)
-    critic = isinstance(task, PPOConfig)
+    critic = isinstance(task, PPOConfig) and not task.share_trunk
+    average = isinstance(task, PPOConfig) and task.ema_decay is not None
     if config.model.finetune_mode == "LORA":
-        return size.trainable * (scored + critic) + optimizer * critic
+        return size.trainable * (scored + critic + average) + optimizer * critic
     reference = not isinstance(task, BestOfNConfig)
-    return size.weights * (reference + scored + critic) + optimizer * critic
+    return size.weights * (reference + scored + critic + average) + optimizer * critic
 
 
 def rows_of_forward(config: TrainConfig, size: ModelSize) -> tuple[int, int]:

@@ -13,16 +13,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sheeprlhf.agent.rollout import Rollout
+from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.prepare import TokenizedSplit
 from sheeprlhf.data.sampler import StepPlan
 from sheeprlhf.engine.checkpoint import TrainState
-from sheeprlhf.engine.optim import lr_factor, scale_lr
+from sheeprlhf.engine.optim import follow_schedule
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.signals import STOP_SIGNALS
 from sheeprlhf.engine.step import MicroBatch
 from sheeprlhf.structure.online import OnlineTaskConfig
 from sheeprlhf.task.batches import Batches
-from sheeprlhf.task.collect import Collector
+from sheeprlhf.task.collect import Collector, check_sampler
 from sheeprlhf.task.finish import note_validation
 
 
@@ -32,12 +33,14 @@ class Turn:
     Attributes:
         number: counted from 0.
         rollout: what was sampled.
-        carried: small numbers that the task wants back after a resume.
+        figures: numbers of it, for the log.
+        carried: small numbers that the task wants back in the next turn, also after a resume.
     """
 
     def __init__(self, run: Run, optimizer: Optimizer, number: int, num_steps: int, carried: dict[str, Any]) -> None:
         self.number, self.carried = number, carried
         self.rollout: Rollout
+        self.figures: dict[str, float] = {}
         self._run, self._optimizer, self._num_steps = run, optimizer, num_steps
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
@@ -50,11 +53,12 @@ class Turn:
         task, cfg = self._run.cfg.task, self._run.cfg
         assert isinstance(task, OnlineTaskConfig)
         plan = StepPlan(len(rollout), task.prompts_per_step(), task.ppo_epochs, cfg.seed + self.number)
-        for index in range(plan.num_steps()):
-            step = self.number * task.steps_per_rollout() + index
-            how: dict[str, Any] = {"warmup": task.lr_warmup_steps, "min_ratio": cfg.optim.min_lr_ratio}
-            scale_lr(self._optimizer, lr_factor(cfg.optim.schedule, step, total=self._num_steps, **how))
-            yield step, batches.of(rollout, plan.rows_of_step(index))
+        how = {"warmup": task.lr_warmup_steps, "total": self._num_steps}
+        steps, first = range(plan.num_steps()), self.number * task.steps_per_rollout()
+        loaded = load_ahead(lambda index: batches.of(rollout, plan.rows_of_step(index)), steps, task.num_workers)
+        for step, micro_batches in enumerate(loaded, first):
+            follow_schedule(self._optimizer, cfg.optim, step, **how)
+            yield step, micro_batches
 
     def note(self, metrics: dict[str, float], prefix: str = "") -> None:
         """Numbers of one optimizer step, or of the whole turn; their means are logged."""
@@ -63,63 +67,81 @@ class Turn:
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def figures(self) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """The mean of everything that was noted."""
         return {name: total / self._counts[name] for name, total in self._sums.items()}
 
 
-def turns(
-    run: Run,
-    state: TrainState,
-    rows: TokenizedSplit,
-    collect: Collector,
-    validate: Callable[[int], dict[str, float]] | None,
-    learners: nn.Module,
-    optimizer: Optimizer,
-) -> Iterator[Turn]:
-    """All ranks: every turn of the run from `state` on, which moves with them; after each what is due is done.
+class Loop:
+    """Every turn of a run from `state` on, which moves with them; after each what is due is done.
 
     Args:
         run: the run.
         state: as restored.
         rows: whose prompts are answered; an epoch is a pass over them.
-        collect: samples and scores.
+        collect: samples and scores, and reads what models say of a rollout.
         validate: answers held-out prompts and shows it; None if there are none.
         learners: what trains.
         optimizer: of what trains.
     """
-    task, cfg = run.cfg.task, run.cfg
-    assert isinstance(task, OnlineTaskConfig)
-    per_turn = task.steps_per_rollout()
-    plan = StepPlan(len(rows), task.prompts_per_rollout(), task.epochs, cfg.seed)
-    num_turns = min(plan.num_steps(), -(-(task.max_num_steps or per_turn * plan.num_steps()) // per_turn))
-    collect.restore(state.extra)
-    run.begin_progress(state, num_turns * per_turn)
-    for number in range(state.step // per_turn, num_turns):
-        turn = Turn(run, optimizer, number, num_turns * per_turn, state.extra)
-        began = time.perf_counter()
-        turn.rollout = collect(rows.examples(plan.rows_of_step(number).tolist()), number)
-        turn.note(collect.figures | {"time/rollout": time.perf_counter() - began})
-        began = time.perf_counter()
-        yield turn
-        turn.note({"time/update": time.perf_counter() - began, "lr": optimizer.param_groups[0]["lr"]})
-        before, state.step, last = state.step, state.step + per_turn, number + 1 == num_turns
+
+    def __init__(
+        self,
+        run: Run,
+        state: TrainState,
+        rows: TokenizedSplit,
+        collect: Collector,
+        validate: Callable[[int], dict[str, float]] | None,
+        learners: nn.Module,
+        optimizer: Optimizer,
+    ) -> None:
+        self.state, self.collect = state, collect
+        self._run, self._rows, self._validate = run, rows, validate
+        self._learners, self._optimizer = learners, optimizer
+
+    def __iter__(self) -> Iterator[Turn]:
+        """All ranks: the turns, each with its rollout."""
+        run, state, optimizer, task = self._run, self.state, self._optimizer, self._run.cfg.task
+        assert isinstance(task, OnlineTaskConfig)
+        per_turn = task.steps_per_rollout()
+        plan = StepPlan(len(self._rows), task.prompts_per_rollout(), task.epochs, run.cfg.seed)
+        num_turns = min(plan.num_steps(), -(-(task.max_num_steps or per_turn * plan.num_steps()) // per_turn))
+        num_steps = num_turns * per_turn
+        run.begin_progress(state, num_steps)
+        for number in range(state.step // per_turn, num_turns):
+            turn = Turn(run, optimizer, number, num_steps, dict(state.extra))
+            began = time.perf_counter()
+            turn.rollout = self.collect(self._rows.examples(plan.rows_of_step(number).tolist()), number)
+            turn.figures = self.collect.figures
+            turn.note(turn.figures | {"time/rollout": time.perf_counter() - began})
+            if number == 0 and task.self_check != "off":
+                check_sampler(run, self.collect, turn.rollout)
+            began = time.perf_counter()
+            yield turn
+            turn.note({"time/update": time.perf_counter() - began, "lr": optimizer.param_groups[0]["lr"]})
+            self._end(turn, per_turn, num_steps)
+
+    def _end(self, turn: Turn, per_turn: int, num_steps: int) -> None:
+        """Log, validate and save where it is due."""
+        run, state, task = self._run, self.state, self._run.cfg.task
+        before, state.step = state.step, state.step + per_turn
+        last = state.step == num_steps
         num_tokens = sum(turn.rollout.response_lengths)
         state.items_seen += num_tokens
-        state.extra = turn.carried | collect.state()
-        figures = turn.figures()
-        what = f"score {figures['objective/scores']:.3f}, KL {figures['objective/kl']:.2f}"
-        run.show_progress(state, num_turns * per_turn, what, num_tokens, steps=per_turn)
+        state.extra = turn.carried | self.collect.state()
+        means = turn.means()
+        what = f"score {means['objective/scores']:.3f}, KL {means['objective/kl']:.2f}"
+        run.show_progress(state, num_steps, what, num_tokens, steps=per_turn)
 
-        def due(interval: int, before: int = before, last: bool = last) -> bool:
+        def due(interval: int) -> bool:
             return last or state.step // interval > before // interval
 
         if due(task.log_interval):
-            run.log(figures, state.step)
-        if validate is not None and due(task.eval_interval):
-            note_validation(run, state, validate(state.step), "objective", highest=True)
+            run.log(means, state.step)
+        if self._validate is not None and due(task.eval_interval):
+            note_validation(run, state, self._validate(state.step), "objective", highest=True)
         signum = run.stop_signal()
         if due(task.save_interval) or signum or state.best_step == state.step:
-            run.save(state, learners, optimizer)
+            run.save(state, self._learners, self._optimizer)
         if signum in STOP_SIGNALS and not last:
             run.stop(signum)

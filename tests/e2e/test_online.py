@@ -63,6 +63,34 @@ def test_the_first_update_begins_at_ratio_one(task: str, tmp_path: Path, model_f
     assert found["policy/clipfrac"] == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_half_precision(task: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    """The old log-probabilities come from the training's forward, so the first ratio is 1 there too."""
+    words = ["fabric.precision=bf16-mixed", "task.mini_batch_size=24", "task.max_num_steps=2"]
+    found = figures(train(model_folder(), write_rows(tmp_path / "r.jsonl"), tmp_path / "run", *words, task=task))
+    assert abs(found["objective/kl"][0]) < 1e-6  # policy and reference are read in the same batches
+    if task != "online_dpo":
+        assert found["policy/ratio"] == pytest.approx([1.0, 1.0], abs=1e-2)
+
+
+def test_the_self_check_can_be_off(tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then nothing is computed for it."""
+    asked: list[int] = []
+    monkeypatch.setattr("sheeprlhf.task.turns.check_sampler", lambda *_: asked.append(1))
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    for mode, calls in (("off", 0), ("error", 1)):
+        words = [f"task.self_check={mode}", "task.max_num_steps=4"]
+        train(model, data, tmp_path / mode, *words, task="rloo")
+        assert len(asked) == calls
+
+
+def test_batches_made_ahead_are_the_same(tmp_path: Path, model_folder: ModelFolder) -> None:
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    runs = [train(model, data, tmp_path / n, f"task.num_workers={n}", "task.max_num_steps=4", task="ppo") for n in "02"]
+    first, second = (load_file(run_dir / "final" / "model.safetensors") for run_dir in runs)
+    assert all(tensor.equal(second[name]) for name, tensor in first.items())
+
+
 def chain(tmp_path: Path, model: Path, *extra: str) -> tuple[Path, Path]:
     """A fine-tuned run and a reward model that started from it."""
     short = ["task.max_num_steps=4", "task.save_interval=99"]
@@ -97,6 +125,41 @@ def test_ppo_with_a_reward_model(mode: str, tmp_path: Path, model_folder: ModelF
         [result] = (tmp_path / "run" / "eval").glob(f"perplexity*{name}*.json")
         found.append(json.loads(result.read_text())["perplexity"])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["ALL", "LORA"])
+def test_the_average_is_what_a_run_leaves(mode: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Of a trunk that policy and critic share, with the dataset's texts beside: every name of its weights means it."""
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    words = ["task.share_trunk=true", "task.ptx_coeff=0.5", "task.max_num_steps=8", *(LORA if mode == "LORA" else [])]
+    run_dir = train(model, data, tmp_path / "run", *words, "task.ema_decay=0.9", task="ppo")
+    found = figures(run_dir)
+    assert len(found["loss/ptx"]) == len(found["loss/value"]) == len(found["loss/policy"]) > 0
+    assert "critic/grad_norm" not in found
+    weights = load_file(run_dir / "checkpoints" / "step-8" / "model.safetensors")
+    names = {name.partition(".")[2] for name in weights if name.startswith("average.")}
+    assert names == {name.partition(".")[2] for name in weights if name.startswith("actor.model.")}
+    rest = {name for name in weights if not name.startswith(("average.", "actor.model."))}
+    assert rest == {"actor.value_head.weight"}
+    assert any(not weights[f"average.{name}"].equal(weights[f"actor.{name}"]) for name in names)
+    results = []
+    for name in ("final", "last"):
+        run(["eval", "task=perplexity", f"experiment_dir={run_dir}", f"task.model_name={name}"])
+        [result] = (run_dir / "eval").glob(f"perplexity*{name}*.json")
+        results.append(json.loads(result.read_text())["perplexity"])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    plain = train(model, data, tmp_path / "plain", *words, task="ppo")
+    assert figures(plain)["val/perplexity"] != found["val/perplexity"]
+
+
+def test_the_weight_of_the_datasets_texts_is_read(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Much weight makes them likely."""
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    found = {}
+    for weight in ("0.001", "100"):
+        words = [f"task.ptx_coeff={weight}", "task.max_num_steps=24", "task.gradient_clip_val=null"]
+        found[weight] = figures(train(model, data, tmp_path / weight, *words, task="ppo"))["loss/ptx"]
+    assert found["100"][-1] < found["0.001"][-1] - 0.05
 
 
 def without_function(model: Path, data: Path, run_dir: Path) -> list[str]:

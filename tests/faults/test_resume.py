@@ -21,6 +21,7 @@ VARIANTS = {
     "ppo": ("ppo", ["task.adaptive_kl_coeff=true", "reward.normalize=true"]),
     "ppo, lora": ("ppo", [*LORA[:2], "task.truncated_value=bootstrap"]),
     "grpo, lora": ("grpo", LORA[:2]),
+    "ppo, everything": ("ppo", ["task.share_trunk=true", "task.ptx_coeff=0.5", "task.ema_decay=0.8"]),
     "rloo": ("rloo", ["task.ppo_epochs=2"]),
     "online dpo": ("online_dpo", []),
     "labels": ("kto", []),

@@ -32,8 +32,8 @@ MUTANTS = [
     Mutant(
         trap="9",
         file=_STEP,
-        old="scale = fabric.world_size / num_items",
-        new="scale = 1 / num_items",
+        old="scale = weight * fabric.world_size / num_items",
+        new="scale = weight / num_items",
         tests=f"{_RANKS}::test_two_processes_equal_one",
     ),
     Mutant(

@@ -33,8 +33,8 @@ MUTANTS = [
     Mutant(  # left padding without position ids
         trap="2",
         file=_POLICY,
-        old="                position_ids=batch.position_ids_BT,\n                logits_to_keep",
-        new="                logits_to_keep",
+        old="                    position_ids=batch.position_ids_BT,\n                    logits_to_keep",
+        new="                    logits_to_keep",
         tests=f"{_PARITY}::test_left_padding_changes_nothing",
     ),
     Mutant(  # prompts of a generation are padded on the right
@@ -330,7 +330,7 @@ MUTANTS = [
     Mutant(  # the weights of a checkpoint are not loaded for its evaluation
         trap="final",
         file=_START,
-        old='    load_weights(checkpoint, policy, getattr(task, "policy_part", ""))\n',
+        old='    load_weights(checkpoint, policy.model, f"{part}model.")\n',
         new="",
         tests=f"{_E2E}::test_perplexity_equals_a_plain_loop_for_any_batching",
     ),

@@ -8,8 +8,58 @@ _SHARED = "tests/unit/agent/test_shared.py"
 _ROLLOUTS = "tests/unit/task/test_rollouts.py"
 _LORA = "sheeprlhf/model/lora.py"
 _COLLECT = "sheeprlhf/task/collect.py"
+_AVERAGE = "sheeprlhf/agent/average.py"
 
 MUTANTS = [
+    Mutant(
+        trap="ppo: the dataset's own texts have another weight",
+        file=_PPO,
+        old="ptx_loss, weight=task.ptx_coeff)",
+        new="ptx_loss, weight=1.0)",
+        tests="tests/e2e/test_online.py::test_the_weight_of_the_datasets_texts_is_read",
+    ),
+    Mutant(
+        trap="ppo: the dataset's own texts have another weight",
+        file="sheeprlhf/engine/step.py",
+        old="scale = weight * fabric.world_size / num_items",
+        new="scale = fabric.world_size / num_items",
+        tests=_STEP,
+    ),
+    Mutant(
+        trap="ppo: the values of a shared trunk teach it nothing",
+        file=_PPO,
+        old="        losses_N = losses_N + task.vf_coeff * errors_N\n",
+        new="",
+        tests=_STEP,
+    ),
+    Mutant(
+        trap="ppo: the values of a shared trunk teach it nothing",
+        file="sheeprlhf/agent/policy.py",
+        old="head_scores(hidden_RC, self.value_head)",
+        new="head_scores(hidden_RC.detach(), self.value_head)",
+        tests=_STEP,
+    ),
+    Mutant(
+        trap="ppo: the average is of the wrong weights",
+        file=_AVERAGE,
+        old="self._theirs, 1.0 - self._decay)",
+        new="self._theirs, self._decay)",
+        tests="tests/unit/agent/test_average.py",
+    ),
+    Mutant(
+        trap="ppo: the average is of the wrong weights",
+        file=_AVERAGE,
+        old="        finally:\n            self._exchange()\n",
+        new="        finally:\n            pass\n",
+        tests="tests/unit/agent/test_average.py",
+    ),
+    Mutant(
+        trap="ppo: the average is of the wrong weights",
+        file=_PPO,
+        old="        with as_shown():\n            finish_run(",
+        new="        if True:\n            finish_run(",
+        tests="tests/e2e/test_online.py::test_the_average_is_what_a_run_leaves",
+    ),
     Mutant(
         trap="4: the reward is read from another place",
         file=_COLLECT,
@@ -20,8 +70,8 @@ MUTANTS = [
     Mutant(
         trap="5: another temperature than the sampler's",
         file=_PPO,
-        old="    logprobs_N = policy(batch, temperature=temperature).target_N\n",
-        new="    logprobs_N = policy(batch).target_N\n",
+        old="    found = policy(batch, temperature=temperature)\n",
+        new="    found = policy(batch)\n",
         tests=_STEP,
     ),
     Mutant(
@@ -111,13 +161,13 @@ MUTANTS = [
     Mutant(
         trap="2023: the adaptive KL coefficient is not carried",
         file="sheeprlhf/task/turns.py",
-        old="        state.extra = turn.carried | collect.state()\n",
-        new="        state.extra = collect.state()\n",
+        old="        state.extra = turn.carried | self.collect.state()\n",
+        new="        state.extra = self.collect.state()\n",
         tests="tests/faults/test_resume.py::test_resume_at_chosen_steps_is_bit_identical[ppo]",
     ),
     Mutant(
         trap="running moments of rewards are not carried",
-        file="sheeprlhf/task/turns.py",
+        file="sheeprlhf/task/online.py",
         old="    collect.restore(state.extra)\n",
         new="",
         tests="tests/faults/test_resume.py::test_resume_at_chosen_steps_is_bit_identical[ppo]",

@@ -44,11 +44,18 @@ MUTANTS = [
         tests=f"{_OF_SCORE}::test_running_moments_are_numpys_over_all_batches",
     ),
     Mutant(
-        trap="reward: a validation changes the training",
-        file=_SCORE,
-        old="            if learn:\n                self.moments.update(total)\n",
-        new="            self.moments.update(total)\n",
-        tests=f"{_OF_SCORE}::test_a_validation_teaches_the_moments_nothing",
+        trap="reward: a long response costs too early, too late or too much",
+        file=_PENALTIES,
+        old="(num_tokens - (max_tokens - cache)) / cache",
+        new="(num_tokens - max_tokens) / cache",
+        tests=f"{_OF_FUNCTIONS}::test_each_penalty",
+    ),
+    Mutant(
+        trap="reward: a long response costs too early, too late or too much",
+        file=_PENALTIES,
+        old="return min(1.0, max(0.0, ",
+        new="return min(1.0, max(-1.0, ",
+        tests=f"{_OF_FUNCTIONS}::test_each_penalty",
     ),
     Mutant(
         trap="reward: weights or penalties are misapplied",

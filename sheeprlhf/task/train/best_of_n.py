@@ -22,13 +22,12 @@ from sheeprlhf.engine.manifest import sweep_temporary, write_folder
 from sheeprlhf.engine.run import Run, open_run
 from sheeprlhf.engine.rundir import mark_finished
 from sheeprlhf.engine.signals import STOP_SIGNALS
-from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.earlier import model_words
 from sheeprlhf.structure.online import BestOfNConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.best_rows import Parts, Tally, kl_bound, rows_of, sample_text, tally, tally_table, write_splits
-from sheeprlhf.task.collect import Collector
-from sheeprlhf.task.online import check_sampler, load_agents, load_prompts
+from sheeprlhf.task.collect import Collector, check_sampler
+from sheeprlhf.task.online import load_parts
 from sheeprlhf.utils.errors import CheckpointError, DataError
 from sheeprlhf.utils.lightning import Fabric
 
@@ -44,10 +43,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     task = cfg.task
     assert isinstance(task, BestOfNConfig)
     with open_run(fabric, cfg, run_dir) as run:
-        tokenizer = load_tokenizer(cfg.model)
-        prompts = load_prompts(fabric, run, tokenizer)
-        splits = {"train": prompts.rows} | ({} if prompts.held_out is None else {"validation": prompts.held_out})
-        agents = load_agents(run, tokenizer, longest=prompts.longest)
+        tokenizer, train_rows, held_out, agents = load_parts(fabric, run)
+        splits = {"train": train_rows} | ({} if held_out is None else {"validation": held_out})
         policy = agents.policy
         fabric.setup_module(policy)  # onto the device, in the precision asked for
         reward = None if agents.reward is None else agents.reward.to(fabric.device)
@@ -65,8 +62,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             examples = splits[split].examples(places)
             _check_text(examples, tokenizer)
             rollout = collect(examples, FIRST[split] + number)
-            if state.step == 0:
-                check_sampler(run, collect, rollout, policy)
+            if state.step == 0 and task.self_check != "off":
+                check_sampler(run, collect, rollout)
             rows = rows_of(rollout, collect.texts, task.min_score)
             if fabric.is_global_zero:
                 _write(parts, split, number, rows)
@@ -85,7 +82,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 run.stop(signum)
         if fabric.is_global_zero:
             read = {split: parts.read(split, sum(of == split for of, _, _ in todo)) for split in splits}
-            command = _finish(run, read, state, longest=prompts.longest)
+            longest = max(int(rows.sizes[:, 0].max()) for rows in splits.values()) + cfg.generation.max_new_tokens
+            command = _finish(run, read, state, longest=longest)
             shutil.rmtree(run.dir / "parts", ignore_errors=True)
             run.say(f"finished: {run.dir}\nnext: {command}")
         fabric.barrier()

@@ -8,6 +8,7 @@ log-probabilities are computed once and kept beside the data.
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.sampler import StepPlan
-from sheeprlhf.engine.optim import build_optimizer, lr_factor, set_lr
+from sheeprlhf.engine.optim import build_optimizer, follow_schedule
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.signals import STOP_SIGNALS
 from sheeprlhf.engine.step import LossOutput, evaluate, update
@@ -124,10 +125,11 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         optimizer = build_optimizer(cfg.optim, policy, cfg.peak_lr())
         module, optimizer = fabric.setup(policy, optimizer)
         cut = partial(Batches, fabric, task, packed=packed, targets="response")
+        read = {name: plan.rows_until(num_steps)} | {"validation": np.arange(len(held_out or ()))[:num_held_out]}
         used = task.loss_type not in NO_REFERENCE and not task.reference_free
 
         def with_reference(split: str) -> Batches:
-            sums = reference_logprobs(fabric, module, cut(), data, split, key) if used else None
+            sums = reference_logprobs(fabric, module, cut(), data, split, key, read[split]) if used else None
             beside = partial(of_rows, sums)
             return cut(num_items=lambda batch: len(batch.row_ids), beside=beside)
 
@@ -147,10 +149,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         steps = range(state.step, num_steps)
         loaded = load_ahead(lambda step: batches.of(rows, plan.rows_of_step(step)), steps, task.num_workers)
         for step, micro_batches in zip(steps, loaded, strict=True):
-            lr = cfg.peak_lr() * lr_factor(
-                cfg.optim.schedule, step, warmup=task.lr_warmup_steps, total=num_steps, min_ratio=cfg.optim.min_lr_ratio
-            )
-            set_lr(optimizer, lr)
+            lr = follow_schedule(optimizer, cfg.optim, step, warmup=task.lr_warmup_steps, total=num_steps)
             metrics = update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=task.gradient_clip_val)
             state.step, last = step + 1, step + 1 == num_steps
             state.items_seen += int(metrics["items"])
@@ -174,5 +173,4 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 run.save(state, module, optimizer)
             if signum in STOP_SIGNALS and not last:
                 run.stop(signum)
-        next_command = f"python sheeprlhf.py eval task=perplexity experiment_dir={run.dir}"
-        finish_run(fabric, run, policy, tokenizer, state, next_command)
+        finish_run(fabric, run, policy, tokenizer, state)

@@ -17,14 +17,11 @@ from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, update
 from sheeprlhf.loss.advantage import group_advantages, kl_estimates
 from sheeprlhf.loss.ppo import policy_losses, ratio_figures, token_weights
-from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.online import GRPOConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.finish import finish_run
-from sheeprlhf.task.held_out import HeldOut
-from sheeprlhf.task.online import check_sampler, load_agents, load_prompts, make_collector
-from sheeprlhf.task.turns import turns
+from sheeprlhf.task.online import begin, load_parts
 from sheeprlhf.utils.lightning import Fabric
 
 AVERAGES = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}  # how the losses of tokens are added up
@@ -69,28 +66,18 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     task = cfg.task
     assert isinstance(task, GRPOConfig)
     with open_run(fabric, cfg, run_dir) as run:
-        tokenizer = load_tokenizer(cfg.model)
-        prompts = load_prompts(fabric, run, tokenizer)
-        agents = load_agents(run, tokenizer, longest=prompts.longest)
-        policy = agents.policy
+        parts = load_parts(fabric, run)
+        policy, packed = parts.agents.policy, parts.agents.packed
         optimizer = build_optimizer(cfg.optim, policy, cfg.peak_lr())
         module, optimizer = fabric.setup(policy, optimizer)
-        collect = make_collector(fabric, run, tokenizer, agents)
+        loop = begin(fabric, run, parts, module, optimizer)
         per_token = partial(columns, names=("logprobs", "reference", "advantages"))
-        cut = partial(Batches, fabric, task, packed=agents.packed, targets="response", beside=per_token)
+        cut = partial(Batches, fabric, task, packed=packed, targets="response", beside=per_token)
         batches = cut() if task.loss_type == "dapo" else cut(num_items=lambda batch: len(batch.response_lengths))
-        torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
-        state = run.restore(module, optimizer)
-        validate = None
-        if prompts.held_out is not None:
-            validate = HeldOut(fabric, run, collect, module, prompts.held_out)
-
         longest = cfg.generation.max_new_tokens
         loss_fn = partial(grpo_loss, task=task, temperature=cfg.generation.temperature, max_length=longest)
-        for turn in turns(run, state, prompts.rows, collect, validate, module, optimizer):
+        for turn in loop:
             rollout = turn.rollout
-            if turn.number == 0:
-                check_sampler(run, collect, rollout, policy)
             advantages_PG = group_advantages(torch.from_numpy(rollout.scores), scale=task.scale_rewards)
             lengths_S = torch.tensor(rollout.response_lengths)
             rollout = rollout.with_tokens(advantages=advantages_PG.flatten().repeat_interleave(lengths_S))
@@ -101,5 +88,4 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 turn.note(moved, "policy/")
                 if task.max_kl is not None and moved["approxkl"] > task.max_kl:
                     break
-        next_command = f"python sheeprlhf.py eval task=perplexity experiment_dir={run.dir}"
-        finish_run(fabric, run, policy, tokenizer, state, next_command)
+        finish_run(fabric, run, policy, parts.tokenizer, loop.state)

@@ -22,7 +22,7 @@ from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.mismatch import MismatchedSplit
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.sampler import StepPlan
-from sheeprlhf.engine.optim import build_optimizer, lr_factor, set_lr
+from sheeprlhf.engine.optim import build_optimizer, follow_schedule
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.signals import STOP_SIGNALS
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate, update
@@ -159,15 +159,16 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         others = {split: MismatchedSplit(data.folder / f"{split}.arrow", longest) for split in used}
         if others[name].has_one_prompt:
             raise DataError("every training row has the same prompt, and KTO compares with responses to other prompts")
+        read = {name: plan.rows_until(num_steps)} | {"validation": np.arange(len(held_out or ()))[:num_held_out]}
         splits = data.splits | {f"{split}-mismatched": pairs for split, pairs in others.items()}
         cut = partial(Batches, fabric, task, packed=packed, targets="response")
 
-        def with_reference(split: str) -> Batches:
-            sums = reference_logprobs(fabric, module, cut(), data._replace(splits=splits), split, key)
+        def with_reference(split: str, rows: np.ndarray) -> Batches:
+            sums = reference_logprobs(fabric, module, cut(), data._replace(splits=splits), split, key, rows)
             return cut(num_items=lambda batch: len(batch.row_ids), beside=partial(of_rows, sums))
 
-        own = {split: with_reference(split) for split in used}
-        mismatched = {split: with_reference(f"{split}-mismatched") for split in used}
+        own = {split: with_reference(split, read[split]) for split in used}
+        mismatched = {split: with_reference(f"{split}-mismatched", read[split]) for split in used}
         torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
         state = run.restore(module, optimizer)
 
@@ -185,10 +186,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         steps = range(state.step, num_steps)
         loaded = load_ahead(load, steps, task.num_workers)
         for step, (mismatched_batches, micro_batches) in zip(steps, loaded, strict=True):
-            lr = cfg.peak_lr() * lr_factor(
-                cfg.optim.schedule, step, warmup=task.lr_warmup_steps, total=num_steps, min_ratio=cfg.optim.min_lr_ratio
-            )
-            set_lr(optimizer, lr)
+            lr = follow_schedule(optimizer, cfg.optim, step, warmup=task.lr_warmup_steps, total=num_steps)
             kl = estimate_kl(fabric, module, mismatched_batches)
             loss_fn = partial(kto_loss, task=task, kl=kl)
             metrics = update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=task.gradient_clip_val)
@@ -212,5 +210,4 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 run.save(state, module, optimizer)
             if signum in STOP_SIGNALS and not last:
                 run.stop(signum)
-        next_command = f"python sheeprlhf.py eval task=perplexity experiment_dir={run.dir}"
-        finish_run(fabric, run, policy, tokenizer, state, next_command)
+        finish_run(fabric, run, policy, tokenizer, state)

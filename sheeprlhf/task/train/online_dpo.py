@@ -17,15 +17,12 @@ from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, update
 from sheeprlhf.loss import dpo
-from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.online import OnlineDPOConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.finish import finish_run
-from sheeprlhf.task.held_out import HeldOut
-from sheeprlhf.task.online import check_sampler, load_agents, load_prompts, make_collector
+from sheeprlhf.task.online import begin, load_parts
 from sheeprlhf.task.reference import sum_by_response
-from sheeprlhf.task.turns import turns
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -84,25 +81,15 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     task, temperature = cfg.task, cfg.generation.temperature
     assert isinstance(task, OnlineDPOConfig)
     with open_run(fabric, cfg, run_dir) as run:
-        tokenizer = load_tokenizer(cfg.model)
-        prompts = load_prompts(fabric, run, tokenizer)
-        agents = load_agents(run, tokenizer, longest=prompts.longest)
-        policy = agents.policy
+        parts = load_parts(fabric, run)
+        policy, packed = parts.agents.policy, parts.agents.packed
         optimizer = build_optimizer(cfg.optim, policy, cfg.peak_lr())
         module, optimizer = fabric.setup(policy, optimizer)
-        collect = make_collector(fabric, run, tokenizer, agents)
-        cut = partial(Batches, fabric, task, packed=agents.packed, targets="response")
+        loop = begin(fabric, run, parts, module, optimizer)
+        cut = partial(Batches, fabric, task, packed=packed, targets="response")
         batches = cut(num_items=lambda batch: len(batch.row_ids), beside=partial(columns, names=("reference",)))
-        torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
-        state = run.restore(module, optimizer)
-        validate = None
-        if prompts.held_out is not None:
-            validate = HeldOut(fabric, run, collect, module, prompts.held_out)
-
         loss_fn = partial(online_dpo_loss, task=task, temperature=temperature)
-        for turn in turns(run, state, prompts.rows, collect, validate, module, optimizer):
-            if turn.number == 0:
-                check_sampler(run, collect, turn.rollout, policy)
+        for turn in loop:
             pairs = ranked_pairs(turn.rollout)
             turn.note({"rollout/pairs": 0.0 if pairs is None else len(pairs) / len(turn.rollout)})
             if pairs is None:
@@ -111,5 +98,4 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 moved = update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=task.gradient_clip_val)
                 turn.note({"loss/policy": moved.pop("loss")})
                 turn.note(moved, "policy/")
-        next_command = f"python sheeprlhf.py eval task=perplexity experiment_dir={run.dir}"
-        finish_run(fabric, run, policy, tokenizer, state, next_command)
+        finish_run(fabric, run, policy, parts.tokenizer, loop.state)

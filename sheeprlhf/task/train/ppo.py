@@ -5,6 +5,7 @@ gone from it, the critic spreads the score over the tokens, and both learn from 
 loss of an optimizer step is the mean over its response tokens, of all rows of the step and all devices.
 """
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -13,33 +14,42 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sheeprlhf.agent.average import Average
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.agent.rollout import Rollout, columns
+from sheeprlhf.agent.shared import SharedScore
 from sheeprlhf.data.example import Batch
+from sheeprlhf.data.sampler import StepPlan
 from sheeprlhf.engine.optim import build_joint_optimizer
 from sheeprlhf.engine.run import open_run
-from sheeprlhf.engine.step import LossOutput, update
+from sheeprlhf.engine.step import LossOutput, add_gradients, update
 from sheeprlhf.loss import ppo
 from sheeprlhf.loss.advantage import by_position, gae, kl_estimates, next_kl_coeff, token_rewards, whiten
-from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.online import PPOConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.finish import finish_run
-from sheeprlhf.task.held_out import HeldOut
-from sheeprlhf.task.online import check_sampler, load_agents, load_prompts, make_collector
-from sheeprlhf.task.turns import turns
-from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.task.online import begin, load_parts
+from sheeprlhf.utils.lightning import Fabric, _FabricModule
 
 
 def policy_loss(
     policy: nn.Module, content: tuple[Batch, dict[str, Tensor]], *, task: PPOConfig, temperature: float
 ) -> LossOutput:
-    """The clipped losses of the tokens, and how far the policy is from the one that sampled them."""
+    """The clipped losses of the tokens, and how far the policy is from the one that sampled them.
+
+    Where the policy's trunk is the critic too, the losses of its values are added.
+    """
     batch, sampled = content
-    logprobs_N = policy(batch, temperature=temperature).target_N
-    told_of = (logprobs_N, sampled["logprobs"], sampled["advantages"])
+    found = policy(batch, temperature=temperature)
+    told_of = (found.target_N, sampled["logprobs"], sampled["advantages"])
     losses_N = ppo.policy_losses(*told_of, clip_low=task.clip_coeff, clip_high=task.clip_coeff)
-    figures = ppo.ratio_figures(*told_of, task.clip_coeff, task.clip_coeff)
+    figures = ppo.ratio_figures(*told_of, task.clip_coeff, task.clip_coeff) | {"policy": losses_N.detach()}
+    if found.value_N is not None:
+        errors_N = ppo.value_losses(found.value_N, sampled["values"], sampled["returns"], clip=task.value_clip_coeff)
+        losses_N = losses_N + task.vf_coeff * errors_N
+        figures["value"] = errors_N.detach()
     return LossOutput(losses_N.sum(), {name: values_N.sum() for name, values_N in figures.items()})
 
 
@@ -75,6 +85,37 @@ def with_advantages(rollout: Rollout, task: PPOConfig, kl_coeff: float, last_val
     return rollout.with_tokens(advantages=advantages_ST[mask_ST], returns=returns_ST[mask_ST])
 
 
+def ptx_loss(policy: nn.Module, batch: Batch) -> LossOutput:
+    """The negative log-likelihood of the dataset's own responses (arXiv 2203.02155, eq. 2)."""
+    found = policy(batch)
+    total = -found.target_N.sum()
+    if found.value_N is not None:
+        total = total + 0.0 * found.value_N.sum()  # every weight has a part, or ranks would wait for its gradient
+    return LossOutput(total, {})
+
+
+def set_up(
+    fabric: Fabric, cfg: TrainConfig, policy: Policy, critic: RewardModel | SharedScore
+) -> tuple[_FabricModule, _FabricModule | None, Optimizer]:
+    """All ranks: the policy and the critic wrapped, and one optimizer; no critic if it is the policy itself."""
+    task = cfg.task
+    assert isinstance(task, PPOConfig)
+    actor_lr = cfg.peak_lr() if task.actor_learning_rate is None else task.actor_learning_rate
+    critic_lr = actor_lr if task.critic_learning_rate is None else task.critic_learning_rate
+    critic_module = None
+    with policy.in_use():
+        actor_module = fabric.setup_module(policy)
+        own = [weight for weight in policy.model.parameters() if weight.requires_grad]
+    if policy.value_head is not None:
+        its = list(policy.value_head.parameters())
+    else:
+        with critic.in_use():
+            critic_module = fabric.setup_module(critic)
+            its = [weight for weight in critic.parameters() if weight.requires_grad]
+    optimizer = fabric.setup_optimizers(build_joint_optimizer(cfg.optim, [(own, actor_lr), (its, critic_lr)]))
+    return actor_module, critic_module, cast(Optimizer, optimizer)
+
+
 def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     """All ranks: sample, learn, validate, save, and leave `final/` in the run directory.
 
@@ -84,72 +125,68 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     task, temperature = cfg.task, cfg.generation.temperature
     assert isinstance(task, PPOConfig)
     with open_run(fabric, cfg, run_dir) as run:
-        tokenizer = load_tokenizer(cfg.model)
-        prompts = load_prompts(fabric, run, tokenizer)
-        agents = load_agents(run, tokenizer, longest=prompts.longest)
-        policy, critic = agents.policy, agents.critic
+        parts = load_parts(fabric, run)
+        policy, critic = parts.agents.policy, parts.agents.critic
         assert critic is not None
-        actor_lr = cfg.peak_lr() if task.actor_learning_rate is None else task.actor_learning_rate
-        critic_lr = actor_lr if task.critic_learning_rate is None else task.critic_learning_rate
-        with policy.in_use():
-            actor_module = fabric.setup_module(policy)
-            own = [weight for weight in policy.parameters() if weight.requires_grad]
-        with critic.in_use():
-            critic_module = fabric.setup_module(critic)
-            its = [weight for weight in critic.parameters() if weight.requires_grad]
-        optimizer = build_joint_optimizer(cfg.optim, [(own, actor_lr), (its, critic_lr)])
-        optimizer = cast(Optimizer, fabric.setup_optimizers(optimizer))
-        collect = make_collector(fabric, run, tokenizer, agents)
-        per_token = partial(columns, names=("logprobs", "advantages", "values", "returns"))
-        batches = Batches(fabric, task, packed=agents.packed, targets="response", beside=per_token)
+        actor_module, critic_module, optimizer = set_up(fabric, cfg, policy, critic)
         learners = nn.ModuleDict({"actor": policy, "critic": critic})
-        torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
-        state = run.restore(learners, optimizer)
-        kl_coeff = float(state.extra.get("kl_coeff") or task.init_kl_coeff)
-        validate = None
-        if prompts.held_out is not None:
-            validate = HeldOut(fabric, run, collect, actor_module, prompts.held_out)
+        average = None
+        if task.ema_decay is not None:
+            with policy.in_use():
+                average = learners["average"] = Average(policy, task.ema_decay)
+        as_shown = nullcontext if average is None else average.in_place
+        loop = begin(fabric, run, parts, actor_module, optimizer, learners, as_shown)
+        per_token = partial(columns, names=("logprobs", "advantages", "values", "returns"))
+        cut = partial(Batches, fabric, task, packed=parts.agents.packed, targets="response")
+        batches, texts = cut(beside=per_token), cut()
+        text_plan = StepPlan(len(parts.rows), task.ptx_batch_size, epochs=1, seed=cfg.seed)
 
         of_policy = partial(policy_loss, task=task, temperature=temperature)
         of_critic = partial(value_loss, task=task)
         how = {"max_grad_norm": task.gradient_clip_val}
-        for turn in turns(run, state, prompts.rows, collect, validate, learners, optimizer):
-            rollout = turn.rollout
-            if turn.number == 0:
-                check_sampler(run, collect, rollout, policy)
-            values_N = collect.scores_of(critic, rollout, "values")
+        for turn in loop:
+            rollout, kl_coeff = turn.rollout, turn.carried.get("kl_coeff", task.init_kl_coeff)
+            values_N = loop.collect.scores_of(critic, rollout, "values")
             rollout = rollout.with_tokens(values=values_N)
             last_values_S = None
             if task.truncated_value == "bootstrap":
-                last_values_S = collect.scores_of(critic, rollout, "values", at_end=True)
+                last_values_S = loop.collect.scores_of(critic, rollout, "values", at_end=True)
                 last_values_S[torch.from_numpy(rollout.finished.flatten())] = 0.0
             rollout = with_advantages(rollout, task, kl_coeff, last_values_S)
 
             for step, micro_batches in turn.passes(rollout, batches):
-                with critic.in_use():
-                    learnt = update(fabric, critic_module, optimizer, micro_batches, of_critic, **how)
-                turn.note({"loss/value": learnt["value"], "critic/grad_norm": learnt["grad_norm"]})
+                if critic_module is not None:
+                    with critic.in_use():
+                        learnt = update(fabric, critic_module, optimizer, micro_batches, of_critic, **how)
+                    turn.note({"loss/value": learnt["value"], "critic/grad_norm": learnt["grad_norm"]})
                 if step < task.critic_warmup_steps:
                     continue
                 with policy.in_use():
+                    if task.ptx_coeff:
+                        of_step = texts.of(parts.rows, text_plan.rows_of_step(step))
+                        beside = add_gradients(fabric, actor_module, of_step, ptx_loss, weight=task.ptx_coeff)
+                        turn.note({"loss/ptx": beside["loss"]})
                     moved = update(fabric, actor_module, optimizer, micro_batches, of_policy, **how)
-                turn.note({"loss/policy": moved.pop("loss")})
+                if average is not None:
+                    average.follow()
+                moved.pop("loss")  # the sum of these two
+                turn.note({f"loss/{name}": moved.pop(name) for name in ("policy", "value") if name in moved})
                 turn.note(moved, "policy/")
                 if task.max_kl is not None and moved["approxkl"] > task.max_kl:
                     break
 
-            kl = collect.figures["objective/kl"]
+            kl = turn.figures["objective/kl"]
             turn.note(
                 {
                     "objective/kl_coeff": kl_coeff,
                     "objective/non_score_reward": -kl_coeff * kl,
-                    "objective/rlhf_reward": collect.figures["objective/scores"] - kl_coeff * kl,
+                    "objective/rlhf_reward": turn.figures["objective/scores"] - kl_coeff * kl,
                     "val/explained_variance": ppo.explained_variance(values_N, rollout.flat("returns")),
                 }
             )
             if task.adaptive_kl_coeff:
                 target, num = task.target_kl_coeff, rollout.finished.size
-                kl_coeff = next_kl_coeff(kl_coeff, kl, target=target, horizon=task.kl_horizon, num_responses=num)
-            turn.carried = {"kl_coeff": kl_coeff}
-        next_command = f"python sheeprlhf.py eval task=perplexity experiment_dir={run.dir}"
-        finish_run(fabric, run, policy, tokenizer, state, next_command)
+                how_slowly = {"horizon": task.kl_horizon, "num_responses": num}
+                turn.carried["kl_coeff"] = next_kl_coeff(kl_coeff, kl, target=target, **how_slowly)
+        with as_shown():
+            finish_run(fabric, run, policy, parts.tokenizer, loop.state)

@@ -16,7 +16,7 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.sampler import StepPlan
-from sheeprlhf.engine.optim import build_optimizer, lr_factor, set_lr
+from sheeprlhf.engine.optim import build_optimizer, follow_schedule
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.rundir import is_finished
 from sheeprlhf.engine.signals import STOP_SIGNALS
@@ -83,10 +83,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         steps = range(state.step, num_steps)
         loaded = load_ahead(lambda step: batches.of(rows, plan.rows_of_step(step)), steps, task.num_workers)
         for step, micro_batches in zip(steps, loaded, strict=True):
-            lr = cfg.peak_lr() * lr_factor(
-                cfg.optim.schedule, step, warmup=task.lr_warmup_steps, total=num_steps, min_ratio=cfg.optim.min_lr_ratio
-            )
-            set_lr(optimizer, lr)
+            lr = follow_schedule(optimizer, cfg.optim, step, warmup=task.lr_warmup_steps, total=num_steps)
             metrics = update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=task.gradient_clip_val)
             state.step, last = step + 1, step + 1 == num_steps
             state.items_seen += int(metrics["items"])
@@ -107,5 +104,4 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             everything = Batches(fabric, task, packed=packed, targets="last").first(rows, None, "normalising")
             model.offset = float(score_pairs(fabric, module, everything)[0].mean())
             run.say(f"the preferred responses of the training rows score {model.offset:.4f}: {OFFSET} in config.json")
-        next_command = f"python sheeprlhf.py eval task=reward experiment_dir={run.dir}"
-        finish_run(fabric, run, model, tokenizer, state, next_command)
+        finish_run(fabric, run, model, tokenizer, state, evaluation="reward")

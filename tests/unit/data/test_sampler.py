@@ -72,3 +72,10 @@ def test_a_row_beyond_the_budget_goes_alone_and_spare_ranks_get_nothing() -> Non
     ]
     shares = [cut_micro_batches([3], lengths, max_rows=9, token_budget=10, rank=r, world_size=2) for r in (0, 1)]
     assert shares == [[[3]], []]
+
+
+def test_the_rows_of_the_first_steps() -> None:
+    plan = StepPlan(num_rows=10, rows_per_step=3, epochs=2, seed=1)
+    for num_steps in range(1, 9):
+        seen = {int(row) for step in range(num_steps) for row in plan.rows_of_step(step)}
+        assert plan.rows_until(num_steps).tolist() == sorted(seen)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sheeprlhf.engine.optim import build_optimizer, lr_factor, set_lr
+from sheeprlhf.engine.optim import build_optimizer, follow_schedule, lr_factor
 from sheeprlhf.structure.optim import AdamConfig, AdamWConfig, SGDConfig
 from sheeprlhf.utils.errors import ConfigError
 from tests.unit.engine.toy import Net
@@ -53,7 +53,7 @@ def test_decay_on_matrices_alone_and_only_what_trains(cfg):
     expected = {id(p): 0.1 if p.ndim >= 2 else 0.0 for p in net.parameters() if p.requires_grad}
     assert decay == expected
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
-    set_lr(optimizer, 0.25)
+    assert follow_schedule(optimizer, cfg, 0, warmup=2, total=4) == 0.25
     assert {group["lr"] for group in optimizer.param_groups} == {0.25}
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from sheeprlhf.engine.checkpoint import TrainState, restore_latest, save_checkpoint
 from sheeprlhf.engine.fabric import make_fabric
-from sheeprlhf.engine.optim import build_optimizer, lr_factor, set_lr
+from sheeprlhf.engine.optim import build_optimizer, follow_schedule
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate, update
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.optim import AdamWConfig
@@ -87,7 +87,8 @@ def train_toy_on(
     """Go on from the newest checkpoint; a new process begins with other random states each time."""
     torch.manual_seed(0)
     module = Net(dropout=0.3)
-    optimizer = build_optimizer(AdamWConfig(weight_decay=0.1), module, 1e-2)
+    cfg = AdamWConfig(weight_decay=0.1, schedule="cosine", min_lr_ratio=0.1)
+    optimizer = build_optimizer(cfg, module, 1e-2)
     module, optimizer = fabric.setup(module, optimizer)
     seed_all(time.time_ns() % 2**31)
     state = restore_latest(fabric, run_dir, module, optimizer, config_hash=HASH, say=print)
@@ -96,7 +97,7 @@ def train_toy_on(
         state = TrainState()
     while state.step < (stop_at or steps):
         first = 4 * state.step
-        set_lr(optimizer, 1e-2 * lr_factor("cosine", state.step, warmup=2, total=steps, min_ratio=0.1))
+        follow_schedule(optimizer, cfg, state.step, warmup=2, total=steps)
         micros = [micro_batch(first, first + 1), micro_batch(first + 2), micro_batch(first + 3)]
         micros = micros[fabric.global_rank :: fabric.world_size]
         metrics = update(fabric, module, optimizer, micros, noisy_loss, max_grad_norm=1.0)

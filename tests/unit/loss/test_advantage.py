@@ -17,7 +17,6 @@ from sheeprlhf.loss.advantage import (
     leave_one_out,
     moments,
     next_kl_coeff,
-    pool_moments,
     token_rewards,
     whiten,
 )
@@ -206,21 +205,6 @@ def test_equal_values_are_whitened_to_zero() -> None:
     for number in range(1, 300):
         values_ST = torch.full((1, number), 0.1)
         assert not whiten(values_ST, torch.ones(1, number, dtype=torch.bool)).any()
-
-
-def test_two_ranks_whiten_as_one() -> None:
-    for rng, lengths, values_ST, _, mask_ST in rollouts():
-        cut = rng.randint(0, len(lengths))  # a rank may have nothing
-        parts = [(values_ST[:cut], mask_ST[:cut]), (values_ST[cut:], mask_ST[cut:])]
-        figures = [moments(*part) for part in parts]
-        counts_R = torch.tensor([mask.sum() for _, mask in parts])
-        of_all = pool_moments(counts_R, *(torch.stack(x) for x in zip(*figures, strict=True)))
-        assert_close(of_all, moments(values_ST, mask_ST), rtol=0, atol=1e-10)
-        for shift_mean in (True, False):
-            halves = [whiten(*part, shift_mean=shift_mean, of_all=of_all) for part in parts]
-            assert_close(torch.cat(halves), whiten(values_ST, mask_ST, shift_mean=shift_mean), rtol=0, atol=1e-8)
-    nothing = pool_moments(torch.zeros(2, dtype=torch.long), *torch.tensor([[0.0, 0.0], [1.0, 1.0]]).double())
-    assert [x.item() for x in nothing] == [0.0, 1.0]
 
 
 def test_group_advantages_by_hand() -> None:

@@ -12,7 +12,6 @@ from sheeprlhf.loss.ppo import (
     AGGREGATIONS,
     MAX_LOG_RATIO,
     explained_variance,
-    overlong_penalties,
     policy_losses,
     ratio_figures,
     sequence_policy_losses,
@@ -178,9 +177,3 @@ def test_a_weight_does_not_depend_on_the_company(aggregation: str) -> None:
 def test_an_unknown_aggregation_is_refused() -> None:
     with pytest.raises(ValueError, match="'mean' is none of token, sequence, constant"):
         token_weights([1], "mean", max_length=1)
-
-
-def test_overlong_penalties_by_hand() -> None:
-    """At most 20 tokens with 4 of cache: nothing up to 16, then a quarter for each token."""
-    penalties_S = overlong_penalties(torch.tensor([1, 16, 17, 19, 20, 21, 40]), 20, 4)
-    assert penalties_S.tolist() == [0.0, 0.0, -0.25, -0.75, -1.0, -1.0, -1.0]

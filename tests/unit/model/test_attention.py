@@ -11,9 +11,9 @@ from torch.testing import assert_close
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sheeprlhf.data.collate import collate_packed
-from sheeprlhf.data.example import Layout
 from sheeprlhf.model.attention import _varlen_attention, kernel_dtype, packed_attention, placeholder_mask
 from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.layout import Layout
 from tests.support.batches import random_examples
 
 MODULE = nn.Module()

@@ -217,13 +217,13 @@ def test_a_models_own_errors_pass_and_its_scores_are_checked():
         raise MemoryError("out")
 
     with pytest.raises(MemoryError):
-        build_scorer(AutoRewardConfig(), out_of_memory, default=None)(TEXTS)
+        build_scorer(AutoRewardConfig(), out_of_memory, default=None, max_tokens=64)(TEXTS)
     with pytest.raises(RewardError, match="reward model returned nan"):
-        build_scorer(AutoRewardConfig(), lambda p, r: [float("nan")] * 3, default=None)(TEXTS)
+        build_scorer(AutoRewardConfig(), lambda p, r: [float("nan")] * 3, default=None, max_tokens=64)(TEXTS)
 
 
 def test_a_built_in_without_its_column():
     pytest.importorskip("rouge_score")
-    scorer = build_scorer(FunctionRewardConfig(path="rouge"), None, default=None)
+    scorer = build_scorer(FunctionRewardConfig(path="rouge"), None, default=None, max_tokens=64)
     with pytest.raises(RewardError, match="reward rouge needs a column 'reference' of the data; there is none"):
         scorer(TEXTS._replace(columns={}))

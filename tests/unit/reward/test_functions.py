@@ -125,6 +125,10 @@ def test_the_share_of_repeated_runs_of_three_words(text, share):
         ({"min_response_length": 3}, "a", True, 2, 1.0),
         ({"min_response_length": 3, "short_penalty": 0.5}, "a", True, 2, 0.5),
         ({"min_response_length": 3, "short_penalty": 0.5}, "a", True, 3, 0.0),
+        ({"overlong_cache": 4}, "a", True, 16, 0.0),  # at most 20 tokens: nothing up to 16, then a quarter for each
+        ({"overlong_cache": 4}, "a", True, 17, 0.25),
+        ({"overlong_cache": 4}, "a", True, 19, 0.75),
+        ({"overlong_cache": 4}, "a", False, 20, 1.0),
         ({"repetition_penalty": 2.0}, "a b c a b c", True, 9, 0.5),
         ({"repetition_penalty": 2.0}, "a b c d", True, 9, 0.0),
         (
@@ -135,4 +139,5 @@ def test_the_share_of_repeated_runs_of_three_words(text, share):
 )
 def test_each_penalty(options, response, finished, num_tokens, lost):
     cfg = AutoRewardConfig(**options)
-    assert penalty(cfg, response, finished=finished, num_tokens=num_tokens) == pytest.approx(lost, abs=1e-15)
+    found = penalty(cfg, response, finished=finished, num_tokens=num_tokens, max_tokens=20)
+    assert found == pytest.approx(lost, abs=1e-15)

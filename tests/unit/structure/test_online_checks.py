@@ -16,6 +16,10 @@ REFUSED = {
     "task=rloo task.mini_batch_size=2": "task.mini_batch_size=4",
     "task=grpo generation.top_k=5": "generation.top_k",
     "task=ppo generation.top_p=0.9": "generation.top_p",
+    "task=grpo reward.overlong_cache=65": "generation.max_new_tokens=64",
+    "task=ppo task.share_trunk=true task.critic_warmup_steps=4": "task.share_trunk=false",
+    "task=ppo task.ptx_batch_size=4": "task.ptx_coeff=1",
+    "task=ppo task.ema_decay=0.99 model.dtype=bfloat16": "model.dtype=float32",
     "task=ppo generation.num_beams=2": "generation.num_beams",
     "task=ppo model.disable_dropout=false": "model.disable_dropout=true",
     "task=ppo model.finetune_mode=LORA model.lora_cfg.dropout=0.1": "model.lora_cfg.dropout=0",
@@ -56,7 +60,9 @@ def test_the_cards_command_names_both_runs_to_train_first(tmp_path: Path) -> Non
 
 def test_a_dry_run_is_two_steps(tmp_path: Path) -> None:
     for task in ("ppo", "grpo", "rloo", "online_dpo"):
-        config = with_start(to_typed(composed("train", f"task={task}", "dry_run=true")), None)
+        config = with_start(
+            to_typed(composed("train", f"task={task}", "dry_run=true", "reward.overlong_cache=40")), None
+        )
         assert validate(config) == []
         assert config.task.rollout_size % config.task.num_generations == 0
         assert config.task.max_num_steps == 2

@@ -19,7 +19,6 @@ from sheeprlhf.structure.reward import (
     ModelRewardConfig,
     RewardSourceConfig,
     Term,
-    columns_needed,
     needs_model,
     parse_term,
     terms_of,
@@ -114,7 +113,6 @@ def test_terms_of_each_source():
     assert terms_of(both, None) == (Term(2.0, "model"), Term(1.0, "rouge"))
     assert needs_model(both, None) and needs_model(AutoRewardConfig(), None)
     assert not needs_model(AutoRewardConfig(), "imperative") and not needs_model(FunctionRewardConfig(), None)
-    assert columns_needed(both, None) == {"reference"} and columns_needed(AutoRewardConfig(), None) == set()
 
 
 @pytest.mark.parametrize(

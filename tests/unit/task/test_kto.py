@@ -149,7 +149,9 @@ def by_the_task(models: Models, data: PreparedData, *, packed: bool, **options: 
     reference = fabric.setup(as_policy(models.folder, models.reference))
     batches = {}
     for name in splits:
-        sums = reference_logprobs(fabric, reference, cut(), data._replace(splits=splits), name, f"{id(models)}")
+        everything = np.arange(len(splits[name]))
+        of_split = (data._replace(splits=splits), name, f"{id(models)}", everything)
+        sums = reference_logprobs(fabric, reference, cut(), *of_split)
         batches[name] = cut(num_items=lambda batch: len(batch.row_ids), beside=partial(of_rows, sums))
     policy = as_policy(models.folder, models.policy)
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}

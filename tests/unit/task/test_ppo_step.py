@@ -19,7 +19,7 @@ from sheeprlhf.agent.rollout import Rollout, columns
 from sheeprlhf.data.example import Example
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import build_joint_optimizer
-from sheeprlhf.engine.step import update
+from sheeprlhf.engine.step import add_gradients, update
 from sheeprlhf.model.attention import PACKED, register
 from sheeprlhf.model.load import backbone_and_head
 from sheeprlhf.model.scalar import HEAD, scalar_model
@@ -27,7 +27,7 @@ from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.online import PPOConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.task.batches import Batches
-from sheeprlhf.task.train.ppo import policy_loss, value_loss, with_advantages
+from sheeprlhf.task.train.ppo import policy_loss, ptx_loss, value_loss, with_advantages
 
 ModelFolder = Callable[..., Path]
 TEMPERATURE, KL_COEFF, CLIP_NORM = 0.7, 0.3, 0.8
@@ -83,8 +83,10 @@ def padded(prompt: np.ndarray, response: np.ndarray, pad: int) -> dict[str, Tens
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
-def slow_logprobs(model: PreTrainedModel, prompt: np.ndarray, response: np.ndarray, pad: int = 3) -> Tensor:
-    logits = model(**padded(prompt, response, pad)).logits[0] / TEMPERATURE
+def slow_logprobs(
+    model: PreTrainedModel, prompt: np.ndarray, response: np.ndarray, pad: int = 3, temperature: float = TEMPERATURE
+) -> Tensor:
+    logits = model(**padded(prompt, response, pad)).logits[0] / temperature
     first = pad + len(prompt) - 1
     return torch.stack([logits[first + i].log_softmax(-1)[int(token)] for i, token in enumerate(response)])
 
@@ -136,8 +138,8 @@ def slow_targets(setting: Setting) -> tuple[list[list[float]], list[list[float]]
     return advantages, returns
 
 
-def slow_update(setting: Setting) -> None:
-    """Change the two models in place, as one optimizer step on the whole rollout."""
+def slow_terms(setting: Setting) -> tuple[list[Tensor], list[Tensor]]:
+    """The loss of every token: the policy's and the critic's."""
     task = setting.task
     advantages, returns = slow_targets(setting)
     old, old_values = split(setting, "logprobs"), split(setting, "values")
@@ -157,6 +159,12 @@ def slow_update(setting: Setting) -> None:
                 low, high = old_values[k][t] - task.value_clip_coeff, old_values[k][t] + task.value_clip_coeff
                 error = torch.max(error, (values[t].clamp(low, high) - returns[k][t]) ** 2)
             value_terms.append(0.5 * task.vf_coeff * error)
+    return policy_terms, value_terms
+
+
+def slow_update(setting: Setting) -> None:
+    """Change the two models in place, as one optimizer step on the whole rollout."""
+    policy_terms, value_terms = slow_terms(setting)
     for model, terms, lr in ((setting.policy, policy_terms, ACTOR_LR), (setting.critic, value_terms, CRITIC_LR)):
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, eps=1e-5)
         torch.stack(terms).mean().backward()
@@ -218,3 +226,55 @@ def test_an_update_is_the_slow_one(options: str, architecture: str, model_folder
     moved = max(float((before[name] - after[name]).abs().max()) for name in before)
     assert moved > 1e-3
     assert backbone_and_head(ours.policy)[1].weight.grad is None
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_shared_trunk_learns_the_datasets_texts_beside(
+    architecture: str, packed: bool, model_folder: ModelFolder
+) -> None:
+    """One pass for policy and values, another for the texts, one step: 1e-5 of the sum of the three written out."""
+    task = PPOConfig(mini_batch_size=8, num_generations=2, micro_batch_size=2, vf_coeff=0.6, ptx_coeff=0.7)
+    ours = make_setting(model_folder(architecture), task)
+    head = getattr(ours.critic, HEAD)
+    slow = ours._replace(policy=copy.deepcopy(ours.policy).eval())
+    critic = copy.deepcopy(ours.critic)
+    setattr(critic, critic.base_model_prefix, backbone_and_head(slow.policy)[0])
+    slow = slow._replace(critic=critic.eval())
+    texts = Rollout(tuple(row._replace(responses=row.responses[:1]) for row in ours.rollout.rows[:3]), *[None] * 3)  # type: ignore[arg-type]
+
+    fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
+    policy = Policy(ours.policy.eval(), head)
+    groups = [(policy.model.parameters(), ACTOR_LR), (head.parameters(), CRITIC_LR)]
+    optimizer: Any = fabric.setup_optimizers(build_joint_optimizer(AdamWConfig(eps=1e-5), groups))
+    module = fabric.setup_module(policy)
+    rollout = with_advantages(ours.rollout, task, KL_COEFF, None)
+    beside = partial(columns, names=("logprobs", "advantages", "values", "returns"))
+    cut = partial(Batches, fabric, task, packed=packed, targets="response")
+    told = add_gradients(fabric, module, cut().of(texts, np.arange(3)), ptx_loss, weight=task.ptx_coeff)
+    told |= update(
+        fabric,
+        module,
+        optimizer,
+        cut(beside=beside).of(rollout, np.array([2, 0, 3, 1])),
+        partial(policy_loss, task=task, temperature=TEMPERATURE),
+        max_grad_norm=CLIP_NORM,
+    )
+
+    policy_terms, value_terms = slow_terms(slow)
+    nll = [-slow_logprobs(slow.policy, row.prompt_ids, row.responses[0], temperature=1.0) for row in texts.rows]
+    loss = torch.stack(policy_terms).mean() + torch.stack(value_terms).mean() + task.ptx_coeff * torch.cat(nll).mean()
+    slow_head = getattr(critic, HEAD)
+    slow_groups = [
+        {"params": list(slow.policy.parameters()), "lr": ACTOR_LR},
+        {"params": list(slow_head.parameters()), "lr": CRITIC_LR},
+    ]
+    slow_optimizer = torch.optim.AdamW(slow_groups, weight_decay=0.0, eps=1e-5)
+    loss.backward()
+    weights = [weight for group in slow_groups for weight in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(weights, CLIP_NORM)
+    slow_optimizer.step()
+    assert told["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert told["policy"] + task.vf_coeff * told["value"] == pytest.approx(told["loss"], rel=1e-5)
+    for mine, theirs in ((ours.policy, slow.policy), (head, slow_head)):
+        assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()), rtol=0, atol=1e-5)

@@ -38,8 +38,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def numbered(self, rows: Any, num_rows: None, label: str) -> Any:
+    def numbered(self, rows: Any, read: np.ndarray, label: str) -> Any:
         for part in ([3, 0], [4], [1, 2]):
+            if not set(part) <= set(read):
+                continue
             self.computed += 1
             batch = collate_packed([self.rows[i] for i in part])
             yield part, MicroBatch(batch, len(part), batch.row_ids)
@@ -58,7 +60,7 @@ def fabric() -> Fabric:
 
 def test_reference_of_ragged_rows_is_by_row_and_read_the_second_time(tmp_path: Path, model_folder: ModelFolder) -> None:
     policy, rows = policy_of(model_folder()).train(), Rows(tmp_path)
-    arguments: Any = (fabric(), policy, rows, rows, "train", "k" * 64)
+    arguments: Any = (fabric(), policy, rows, rows, "train", "k" * 64, np.arange(5))
     found = reference_logprobs(*arguments)
     assert policy.training and rows.computed == 3
     for row, example in enumerate(rows.rows):
@@ -78,10 +80,24 @@ def test_reference_of_ragged_rows_is_by_row_and_read_the_second_time(tmp_path: P
         assert path.read_bytes() == whole
 
 
+def test_rows_that_are_not_read_are_not_computed(tmp_path: Path, model_folder: ModelFolder) -> None:
+    policy, rows = policy_of(model_folder()), Rows(tmp_path)
+    arguments: Any = (fabric(), policy, rows, rows, "train", "k" * 64)
+    whole = reference_logprobs(*arguments, np.arange(5))
+    some = reference_logprobs(*arguments, np.array([0, 3, 4]))
+    assert rows.computed == 3 + 2
+    assert np.array_equal(some[[0, 3, 4]], whole[[0, 3, 4]])
+    assert np.isnan(some[[1, 2]]).all()  # whoever reads them notices
+    reference_logprobs(*arguments, np.array([0, 3, 4]))
+    assert rows.computed == 3 + 2
+    reference_logprobs(*arguments, np.array([1, 2]))  # other rows are another file
+    assert rows.computed == 3 + 2 + 1
+
+
 def test_each_part_of_the_key_tells_references_apart(tmp_path: Path, model_folder: ModelFolder) -> None:
     policy, rows = policy_of(model_folder()), Rows(tmp_path)
     for key in (f"{'a' * 64}-32-true-True", f"{'a' * 64}-bf16-mixed-True", f"{'a' * 64}-32-true-False", "b" * 64):
-        reference_logprobs(fabric(), policy, rows, rows, "train", key)  # type: ignore[arg-type]
+        reference_logprobs(fabric(), policy, rows, rows, "train", key, np.arange(5))  # type: ignore[arg-type]
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -97,7 +113,7 @@ def test_dropout_is_off_and_random_numbers_are_untouched(tmp_path: Path, model_f
     rows: list[Any] = [Rows(tmp_path / name) for name in "ab"]
     for one in rows:
         one.folder.mkdir()
-    first, second = (reference_logprobs(fabric(), noisy, one, one, "train", "k" * 64) for one in rows)
+    first, second = (reference_logprobs(fabric(), noisy, one, one, "train", "k" * 64, np.arange(5)) for one in rows)
     assert np.array_equal(first, second)
     assert torch.equal(torch.get_rng_state(), state)
     batch = collate_packed([rows[0].rows[4]])

@@ -26,9 +26,8 @@ from sheeprlhf.structure.online import RLOOConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig, ListRewardConfig, ModelRewardConfig
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.task.collect import Collector
+from sheeprlhf.task.collect import Collector, check_sampler
 from sheeprlhf.task.held_out import distinct_pairs, sample_table
-from sheeprlhf.task.online import check_sampler
 from sheeprlhf.task.rollouts import drawn_numbers, figures_of
 from sheeprlhf.utils.errors import ModelError, RewardError
 from tests.support.models import EOS
@@ -155,14 +154,14 @@ def test_the_check_finds_a_reference_that_is_another_model(model_folder: ModelFo
     said: list[str] = []
     run: Any = SimpleNamespace(cfg=setting.cfg, say=said.append)
     rollout = setting.collect(prompts(), 0)
-    check_sampler(run, setting.collect, rollout, setting.policy)
+    check_sampler(run, setting.collect, rollout)
     wrong = {
-        "first ratio": rollout.with_tokens(logprobs=rollout.flat("logprobs") + 1e-3),
+        "first ratio": rollout.with_tokens(sampled=rollout.flat("sampled") + 1e-3),
         "reference": rollout.with_tokens(reference=rollout.flat("reference") + 1e-3),
     }
     for name, other in wrong.items():
         with pytest.raises(ModelError, match=name):
-            check_sampler(run, setting.collect, other, setting.policy)
+            check_sampler(run, setting.collect, other)
     assert said == []
 
 

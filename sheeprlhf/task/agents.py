@@ -1,0 +1,163 @@
+"""The models of an online task: the policy, and the critic and the reward model where it has them."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.agent.reward import OFFSET, RewardModel, load_reward_model, reward_model_of
+from sheeprlhf.agent.shared import SharedScore
+from sheeprlhf.engine.run import Run
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.lora import (
+    CRITIC,
+    POLICY,
+    REWARD,
+    add_lora,
+    add_second_adapter,
+    copy_adapter,
+    load_score_adapter,
+    lora_config,
+)
+from sheeprlhf.model.scalar import HEAD, scalar_model
+from sheeprlhf.structure.earlier import is_same_model
+from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
+from sheeprlhf.structure.online import OnlineTaskConfig, PPOConfig
+from sheeprlhf.structure.reward import needs_model
+from sheeprlhf.structure.saved import saved_group
+from sheeprlhf.structure.task import RMConfig
+from sheeprlhf.task.start import load_start, load_trained_reward_model
+from sheeprlhf.utils.errors import ConfigError
+
+
+class Agents(NamedTuple):
+    """The models of an online task besides the reference.
+
+    Attributes:
+        policy: writes and learns.
+        critic: says what a response is still going to earn, and learns; None if the task has none.
+        reward: scores; None where the reward is a function.
+        packed: batches are packed.
+    """
+
+    policy: Policy
+    critic: RewardModel | SharedScore | None
+    reward: RewardModel | SharedScore | None
+    packed: bool
+
+
+def load_agents(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -> Agents:
+    """The models, on the host and not wrapped yet.
+
+    Raises:
+        SheepError: one cannot be loaded, or the reward model has another tokenizer.
+    """
+    cfg, task = run.cfg, run.cfg.task
+    assert isinstance(task, OnlineTaskConfig)
+    start = (task.sft_experiment_dir, task.sft_model_name)
+    policy, packed = load_start(cfg.model, *start, tokenizer, longest=longest, batching=task.batching, say=run.say)
+    adapted = cfg.model.lora_cfg if cfg.model.finetune_mode == "LORA" else None
+    if adapted is not None:
+        policy = Policy(add_lora(policy.causal_lm(), adapted))
+    reward = None
+    if needs_model(cfg.reward, cfg.data.rule_reward):
+        reward, reward_packed = _load_reward(run, tokenizer, policy, longest=longest)
+        packed = packed and reward_packed
+        reward.requires_grad_(False) if isinstance(reward, RewardModel) else reward.head.requires_grad_(False)
+        reward.eval()
+    critic = _make_critic(run, tokenizer, policy, reward) if isinstance(task, PPOConfig) else None
+    return Agents(policy, critic, reward, packed)
+
+
+def _make_critic(
+    run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, reward: RewardModel | SharedScore | None
+) -> RewardModel | SharedScore:
+    """The policy itself if asked, else of the reward model if asked and possible, else of the policy with a new head.
+
+    With adapters, it is one more on the policy's base.
+    """
+    cfg, task = run.cfg, run.cfg.task
+    assert isinstance(task, PPOConfig)
+    if task.share_trunk:
+        return _share_trunk(policy, tokenizer)
+    of_reward = reward is not None and task.init_critic_with_reward
+    if not isinstance(policy.model, PeftModel):
+        if isinstance(reward, RewardModel) and of_reward:
+            critic = copy.deepcopy(reward).train()
+            critic.requires_grad_(True)
+            return critic
+        return reward_model_of(copy.deepcopy(policy), cfg.model, tokenizer)
+    model, base = policy.model, policy.causal_lm()
+    head = cast(nn.Linear, getattr(scalar_model(base, tokenizer), HEAD))
+    if isinstance(reward, SharedScore) and of_reward:
+        add_second_adapter(model, CRITIC, cast(LoraConfig, model.peft_config[REWARD]), trains=True)
+        copy_adapter(model, REWARD, CRITIC)
+        head.load_state_dict(reward.head.state_dict())
+        return SharedScore(model, CRITIC, head, reward.offset)
+    assert cfg.model.lora_cfg is not None
+    add_second_adapter(model, CRITIC, lora_config(base, cfg.model.lora_cfg), trains=True)
+    return SharedScore(model, CRITIC, head)
+
+
+def _share_trunk(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> RewardModel | SharedScore:
+    """Give the policy a value head; the critic is a view of the same weights."""
+    scalar = scalar_model(policy.causal_lm(), tokenizer)
+    policy.value_head = cast(nn.Linear, getattr(scalar, HEAD))
+    if isinstance(policy.model, PeftModel):
+        return SharedScore(policy.model, POLICY, policy.value_head)
+    return RewardModel(scalar)
+
+
+def _load_reward(
+    run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, *, longest: int
+) -> tuple[RewardModel | SharedScore, bool]:
+    """The reward model of the configured folder or run."""
+    task, folder = run.cfg.task, getattr(run.cfg.reward, "folder", None)
+    assert isinstance(task, OnlineTaskConfig)
+    of_run = task.rm_experiment_dir
+    if folder is not None:
+        cfg: ModelConfig = AutoModelConfig(repo_name=folder, disable_dropout=True)
+    else:
+        assert of_run is not None  # the command line asks for one
+        saved = saved_group(of_run, "model")
+        assert isinstance(saved, ModelConfig)
+        cfg = saved
+    if load_tokenizer(cfg).get_vocab() != tokenizer.get_vocab():
+        where = f"reward.folder={folder}" if folder is not None else f"task.rm_experiment_dir={of_run}"
+        raise ConfigError(
+            f"{where}: its tokenizer is not that of {run.cfg.model.repo_name}: give a reward model that was made of "
+            "the same model"
+        )
+    if folder is not None:
+        run.say(f"reward model: {folder}")
+        return load_reward_model(cfg, tokenizer, longest=longest, batching=task.batching)
+    run.say(f"reward model: the {task.rm_model_name} weights of {of_run}")
+    if isinstance(policy.model, PeftModel) and _same_base(run, cfg, str(of_run)):
+        final = Path(str(of_run)) / "final"
+        head = nn.Linear(1, 1, bias=False)
+        head.weight = nn.Parameter(load_score_adapter(policy.model, final, REWARD).float())
+        offset = float(getattr(AutoConfig.from_pretrained(final), OFFSET, 0.0))
+        run.say("reward, critic and reference share the policy's base")
+        return SharedScore(policy.model, REWARD, head, offset), True
+    cfg = dataclasses.replace(cfg, disable_dropout=True, gradient_checkpointing=False)
+    of = (cfg, Path(str(of_run)), task.rm_model_name, tokenizer)
+    return load_trained_reward_model(*of, longest=longest, batching=task.batching, say=run.say)
+
+
+def _same_base(run: Run, cfg: ModelConfig, rm_dir: str) -> bool:
+    """Whether a run's reward model is adapters on the very weights that the policy starts from."""
+    task, theirs = run.cfg.task, saved_group(rm_dir, "task")
+    assert isinstance(task, OnlineTaskConfig)
+    return (
+        cfg.finetune_mode == "LORA"
+        and task.rm_model_name == "final"
+        and (Path(rm_dir) / "final" / "adapter_config.json").is_file()
+        and isinstance(theirs, RMConfig)
+        and (theirs.sft_experiment_dir, theirs.sft_model_name) == (task.sft_experiment_dir, task.sft_model_name)
+        and is_same_model(cfg.repo_name, run.cfg.model.repo_name)
+    )

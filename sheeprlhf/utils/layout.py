@@ -1,0 +1,29 @@
+"""Who sees whom in a packed row: what a batch says and packed attention reads."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Which tokens of a packed row may see which.
+
+    A packed row is segments laid end to end, each `[prompt | response 1 | ... | response K]`. A prompt token sees the
+    prompt up to itself; a token of response k sees the whole prompt and response k up to itself.
+
+    Attributes:
+        segments: per segment its prompt length and the lengths of its responses.
+        query_starts: (S+1,) int32, cumulative lengths of the S attention sequences: prompt with response 1, then each
+            further response alone, in packed order.
+        key_starts: (S+1,) int32, cumulative lengths of their keys: the same, each further response led by its prompt.
+        key_index: (M,) int64, packed position of each key; None if every segment has one response (keys == queries).
+        max_query: longest attention sequence, in queries.
+        max_key: longest attention sequence, in keys.
+    """
+
+    segments: tuple[tuple[int, tuple[int, ...]], ...]
+    query_starts: Tensor
+    key_starts: Tensor
+    key_index: Tensor | None
+    max_query: int
+    max_key: int
