@@ -1,6 +1,7 @@
 """Generate responses with Hugging Face's `generate`, from settings that are ours alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -63,30 +64,43 @@ def generate_ids(
         stop: the stop strings of `cfg`, if it has any.
     """
     settings = generation_config(cfg, tokenizer)
+    input_ids, attention_mask = left_padded(prompts, settings.pad_token_id)
+    width = input_ids.shape[1]
+    with eval_mode(model), own_settings(model, settings):
+        output = cast(Any, model).generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([Stops(stop, width)] if stop else []),
+        )
+    return [_to_eos(row, settings.eos_token_id) for row in output[:, width:].cpu().numpy()]
+
+
+def left_padded(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(P, W) prompts, which end in the last column, from where generation goes on, and the mask of what is theirs."""
     width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), int(settings.pad_token_id))
+    input_ids = torch.full((len(prompts), width), int(pad_id))
     attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):  # left padding: generation goes on from the last column
+    for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt.tolist())
         attention_mask[row, width - len(prompt) :] = 1
+    return input_ids, attention_mask
+
+
+@contextmanager
+def own_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Inside, the model's own generation settings are ours: transformers takes from them what ours leave open."""
     own_defaults, model.generation_config = model.generation_config, settings
     try:
-        with eval_mode(model):
-            output = cast(Any, model).generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
-                generation_config=settings,
-                stopping_criteria=StoppingCriteriaList([Stops(stop, width)] if stop else []),
-            )
+        yield
     finally:
         model.generation_config = own_defaults
-    return [_to_eos(row, settings.eos_token_id) for row in output[:, width:].cpu().numpy()]
 
 
 class Stops(StoppingCriteria):
     """Stop strings as transformers asks for them, of rows whose prompts end before column `width`."""
 
-    def __init__(self, stop: StopStrings, width: int) -> None:
+    def __init__(self, stop: Callable[[np.ndarray], bool], width: int) -> None:
         self._stop, self._width = stop, width
 
     def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:

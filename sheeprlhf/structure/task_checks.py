@@ -65,6 +65,7 @@ def online_problems(config: TrainConfig) -> Iterator[str]:
     if task.trains == "reward model":
         yield from unread_generation(how, task.config_name)
     if not isinstance(task, OnlineTaskConfig):
+        yield from unread_engine(how, task.config_name)
         if config.reward != AutoRewardConfig():
             yield f"reward={config.reward.config_name} is not read by task={task.config_name}: remove it"
         return
@@ -144,6 +145,12 @@ def _best_of_n_problems(config: TrainConfig) -> Iterator[str]:
         )
 
 
+def unread_engine(how: GenConfig, task: str) -> Iterator[str]:
+    """What a task without rollouts does not read."""
+    if how.engine != GenConfig.engine:
+        yield f"generation.engine={how.engine} is not read by task={task}, which samples no rollouts: remove it"
+
+
 def unread_generation(how: GenConfig, task: str) -> Iterator[str]:
     """What a task that writes no text does not read."""
     if how.stop_strings:
@@ -152,6 +159,7 @@ def unread_generation(how: GenConfig, task: str) -> Iterator[str]:
 
 def eval_problems(config: EvalConfig) -> Iterator[str]:
     """What an evaluation lacks: packages, something to evaluate, weights of that name."""
+    yield from unread_engine(config.generation, config.task.config_name)
     if not isinstance(config.task, RougeConfig):
         yield from unread_generation(config.generation, config.task.config_name)
     missing = missing_modules(config.task.requires)

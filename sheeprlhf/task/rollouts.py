@@ -18,7 +18,8 @@ from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
-from sheeprlhf.model.sample import Sampled, sample_responses
+from sheeprlhf.model.engines import ENGINES
+from sheeprlhf.model.sample import Sampled
 from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.structure.generation import GenConfig
@@ -53,7 +54,7 @@ def sample(
         policy: who writes.
         prompts: rows, of which the prompts are read.
         uniforms: (prompts, K, tokens) numbers of `drawn_numbers`.
-        cfg: has the temperature.
+        cfg: has the temperature and says who samples.
         eos_id: ends a response.
         stop: ends one too.
         token_budget: most tokens that are held at a time.
@@ -63,7 +64,7 @@ def sample(
     hidden = None if fabric.is_global_zero else True  # None: shown in a terminal only
     num_responses = len(mine) * uniforms.shape[1]
     with fabric.autocast(), tqdm(total=num_responses, desc="sampling", leave=False, disable=hidden) as bar:
-        sampled = sample_responses(
+        sampled = ENGINES[cfg.engine](
             policy.causal_lm(),
             [prompts[row].prompt_ids for row in mine],
             uniforms[mine],

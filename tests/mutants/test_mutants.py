@@ -19,6 +19,7 @@ from tests.mutants import (
     cli_mutants,
     data_mutants,
     engine_mutants,
+    engine_of_rollouts_mutants,
     eval_mutants,
     fetch_mutants,
     kto_mutants,
@@ -36,6 +37,7 @@ ROOT = Path(__file__).parents[2]
 TREE = ("sheeprlhf", "configs", "tests", "sheeprlhf.py", "pyproject.toml", "README.md")
 _LISTS = (
     engine_mutants,
+    engine_of_rollouts_mutants,
     data_mutants,
     model_mutants,
     best_of_n_mutants,

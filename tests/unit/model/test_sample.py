@@ -15,7 +15,7 @@ from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.data.example import Example
 from sheeprlhf.model.load import load_causal_lm
 from sheeprlhf.model.lora import add_lora
-from sheeprlhf.model.sample import Sampled, _groups, draw, sample_responses
+from sheeprlhf.model.sample import Sampled, draw, prompt_groups, sample_responses
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from tests.support.models import ARCHITECTURES, EOS, VOCAB
 
@@ -149,13 +149,13 @@ def test_the_batch_its_order_and_its_cut_change_nothing(architecture: str, model
 
 def test_groups_by_hand() -> None:
     """Two responses of 10 tokens. Prompts of 1 and 5 take 2 * (5 + 20), each with its prompt 2 * 2 * (5 + 10)."""
-    assert list(_groups([5, 9, 1, 7], 2, 10, 58, shared=True)) == [[2, 0], [3, 1]]
-    assert list(_groups([5, 9, 1, 7], 2, 10, 57, shared=True)) == [[2, 0], [3], [1]]
-    assert list(_groups([5, 9, 1, 7], 2, 10, 49, shared=True)) == [[2], [0], [3], [1]]
-    assert list(_groups([5, 9, 1, 7], 2, 10, 60, shared=False)) == [[2, 0], [3], [1]]
-    assert list(_groups([5, 9, 1, 7], 2, 10, 59, shared=False)) == [[2], [0], [3], [1]]
-    assert list(_groups([5, 9], 2, 10, 1, shared=True)) == [[0], [1]]
-    assert list(_groups([], 2, 10, 1, shared=True)) == []
+    assert list(prompt_groups([5, 9, 1, 7], 2, 10, 58, shared=True)) == [[2, 0], [3, 1]]
+    assert list(prompt_groups([5, 9, 1, 7], 2, 10, 57, shared=True)) == [[2, 0], [3], [1]]
+    assert list(prompt_groups([5, 9, 1, 7], 2, 10, 49, shared=True)) == [[2], [0], [3], [1]]
+    assert list(prompt_groups([5, 9, 1, 7], 2, 10, 60, shared=False)) == [[2, 0], [3], [1]]
+    assert list(prompt_groups([5, 9, 1, 7], 2, 10, 59, shared=False)) == [[2], [0], [3], [1]]
+    assert list(prompt_groups([5, 9], 2, 10, 1, shared=True)) == [[0], [1]]
+    assert list(prompt_groups([], 2, 10, 1, shared=True)) == []
 
 
 @pytest.mark.parametrize("fails", [False, True])
