@@ -59,12 +59,16 @@ class Run:
         Weights, optimizer and random number generators become the checkpoint's; records beyond its step are removed.
         """
         state = restore_latest(self._fabric, self.dir, module, optimizer, config_hash=self._config_hash, say=self.say)
-        self.say(f"going on after step {state.step}" if state else "starting at step 0")
         state = state or TrainState()
-        if self._fabric.is_global_zero:
-            self._writer = MetricWriter(self.dir, state.step)
-        self._signals = self._stack.enter_context(noted_signals(self._fabric.is_global_zero))
+        self.begin(state.step)
         return state
+
+    def begin(self, step: int) -> None:
+        """All ranks, instead of `restore`, for a run without checkpoints: go on after `step`, 0 for a new run."""
+        self.say(f"going on after step {step}" if step else "starting at step 0")
+        if self._fabric.is_global_zero:
+            self._writer = MetricWriter(self.dir, step)
+        self._signals = self._stack.enter_context(noted_signals(self._fabric.is_global_zero))
 
     def save(self, state: TrainState, module: nn.Module, optimizer: Optimizer) -> Path:
         """All ranks: write checkpoints/step-<state.step>; validate before, so that it knows the best step."""

@@ -1,12 +1,21 @@
 """Generate responses with Hugging Face's `generate`, from settings that are ours alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
+from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
@@ -29,42 +38,75 @@ def generation_config(cfg: GenConfig, tokenizer: PreTrainedTokenizerBase) -> Gen
 def generate_responses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], cfg: GenConfig
 ) -> list[str]:
-    """The text that the model writes after each prompt; arguments as in `generate_ids`."""
-    ids = generate_ids(model, tokenizer, prompts, cfg)
-    return [str(tokenizer.decode(row.tolist(), skip_special_tokens=True)) for row in ids]
+    """The text that the model writes after each prompt, up to a stop string; arguments as in `generate_ids`."""
+    stop = StopStrings(cfg.stop_strings, tokenizer)
+    return [stop.text(row) for row in generate_ids(model, tokenizer, prompts, cfg, stop)]
 
 
 @phase("generation")
 @torch.no_grad()
 def generate_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], cfg: GenConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    cfg: GenConfig,
+    stop: StopStrings | None = None,
 ) -> list[np.ndarray]:
     """The tokens that the model writes after each prompt, up to EOS, which is among them, or `cfg.max_new_tokens`.
+
+    Where a stop string ended one, special tokens may follow until the others have ended.
 
     Args:
         model: the language model, not wrapped; its training flags are restored.
         tokenizer: its tokenizer.
         prompts: token ids of each prompt, (P_i,).
         cfg: how to sample; the random numbers are torch's, the caller isolates them.
+        stop: the stop strings of `cfg`, if it has any.
     """
     settings = generation_config(cfg, tokenizer)
+    input_ids, attention_mask = left_padded(prompts, settings.pad_token_id)
+    width = input_ids.shape[1]
+    with eval_mode(model), own_settings(model, settings):
+        output = cast(Any, model).generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([Stops(stop, width)] if stop else []),
+        )
+    return [_to_eos(row, settings.eos_token_id) for row in output[:, width:].cpu().numpy()]
+
+
+def left_padded(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(P, W) prompts, which end in the last column, from where generation goes on, and the mask of what is theirs."""
     width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), int(settings.pad_token_id))
+    input_ids = torch.full((len(prompts), width), int(pad_id))
     attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):  # left padding: generation goes on from the last column
+    for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt.tolist())
         attention_mask[row, width - len(prompt) :] = 1
+    return input_ids, attention_mask
+
+
+@contextmanager
+def own_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Inside, the model's own generation settings are ours: transformers takes from them what ours leave open."""
     own_defaults, model.generation_config = model.generation_config, settings
     try:
-        with eval_mode(model):
-            output = cast(Any, model).generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
-                generation_config=settings,
-            )
+        yield
     finally:
         model.generation_config = own_defaults
-    return [_to_eos(row, settings.eos_token_id) for row in output[:, width:].cpu().numpy()]
+
+
+class Stops(StoppingCriteria):
+    """Stop strings as transformers asks for them, of rows whose prompts end before column `width`."""
+
+    def __init__(self, stop: Callable[[np.ndarray], bool], width: int) -> None:
+        self._stop, self._width = stop, width
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        """(rows,) whether each row ends with its newest token."""
+        ended = [self._stop(row) for row in input_ids[:, self._width :].cpu().numpy()]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 def _to_eos(ids: np.ndarray, eos_id: int | None) -> np.ndarray:

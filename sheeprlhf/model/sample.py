@@ -78,7 +78,7 @@ def sample_responses(
     packed = packed and _packs(model, max(lengths, default=0) + num_new)
     results: dict[int, Sampled] = {}
     with eval_mode(model):
-        for group in _groups(lengths, num_responses, num_new, token_budget, shared=packed):
+        for group in prompt_groups(lengths, num_responses, num_new, token_budget, shared=packed):
             group_prompts = [prompts[index] for index in group]
             rows = PackedRows(model, token_budget) if packed else PaddedRows(model)
             sampled = _sample_group(rows, group_prompts, uniforms[group], temperature, eos_id, stop, progress)
@@ -93,7 +93,7 @@ def _packs(model: PreTrainedModel, longest: int) -> bool:
     return uses_packed_attention(model) and (window is None or longest <= window)
 
 
-def _groups(
+def prompt_groups(
     lengths: list[int], num_responses: int, num_new: int, token_budget: int, *, shared: bool
 ) -> Iterator[list[int]]:
     """Prompts of about one length that are sampled together, shortest first; at least one a group.

@@ -19,9 +19,9 @@ class Texts(NamedTuple):
 
     Attributes:
         prompts: one a response.
-        responses: without EOS.
-        finished: the model ended the response with EOS; False if it was cut.
-        num_tokens: tokens of each response, EOS not counted.
+        responses: without EOS and stop string.
+        finished: EOS or a stop string ended the response; False if it was cut.
+        num_tokens: tokens of each response, EOS not counted, those of a stop string counted.
         columns: more of each row by name, for example {"reference": [...]}.
     """
 

@@ -36,8 +36,8 @@ def penalty(cfg: RewardSourceConfig, response: str, *, finished: bool, num_token
 
     Args:
         cfg: has the sizes of the penalties.
-        response: its text, without EOS.
-        finished: the model ended it itself, with EOS.
+        response: its text, without EOS and stop string.
+        finished: the model ended it itself, with EOS or a stop string.
         num_tokens: its length, EOS not counted.
         max_tokens: the most that a response may have.
     """

@@ -176,7 +176,7 @@ def start_problems(config: TrainConfig) -> Iterator[str]:
 def _missing(config: TrainConfig, words: dict[str, str]) -> str:
     """There are no such runs: what to train first."""
     first = " and ".join(
-        f"`python sheeprlhf.py train task={TASKS[key]} {_model_words(config.model)} data={config.data.config_name}`"
+        f"`python sheeprlhf.py train task={TASKS[key]} {model_words(config.model)} data={config.data.config_name}`"
         for key in words
     )
     asked = ", ".join(f"{key}={value}" for key, value in words.items())
@@ -205,7 +205,7 @@ def _link_problems(config: TrainConfig, key: str, run_dir: str) -> Iterator[str]
     if key == START and not is_same_model(theirs.repo_name, config.model.repo_name):
         yield (
             f"{key}={run_dir} was trained from model.repo_name={theirs.repo_name}, and this run has "
-            f"{config.model.repo_name}: give {_model_words(theirs)}, or another run"
+            f"{config.model.repo_name}: give {model_words(theirs)}, or another run"
         )
     name_key = _NAMES[key]
     name = str(getattr(config.task, name_key.removeprefix("task."), "final"))
@@ -217,7 +217,7 @@ def _link_problems(config: TrainConfig, key: str, run_dir: str) -> Iterator[str]
         yield f"model.random_init=true and {key}={run_dir} are two beginnings: give one of them"
 
 
-def _model_words(model: ModelConfig) -> str:
+def model_words(model: ModelConfig) -> str:
     """The words that choose a model."""
     usual = getattr(choices("model").get(model.config_name), "repo_name", None)
     named = "" if model.repo_name == usual else f" model.repo_name={model.repo_name}"

@@ -15,3 +15,14 @@ class GenConfig(Config):
     top_k: int = option(0, "Sample among the k likeliest tokens; 0 is all.", minimum=0)
     top_p: float = option(1.0, "Sample among the likeliest tokens of this total probability.", above=0.0, maximum=1.0)
     temperature: float = option(1.0, "Divides the logits before sampling.", above=0.0)
+    engine: str = option(
+        "native",
+        "Who samples rollouts: our sampler, transformers' generate, or its continuous batching. Only with the first do "
+        "the responses not depend on the number of processes and on task.token_budget.",
+        choices=("native", "hf", "continuous"),
+    )
+    stop_strings: list[str] = option(
+        help="A response ends, and counts as finished, when its text contains one of them; what is shown and scored is "
+        "the text before it.",
+        factory=list,
+    )

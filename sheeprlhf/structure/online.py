@@ -184,3 +184,25 @@ class OnlineDPOConfig(OnlineTaskConfig):
     def kl_price(self) -> float:
         """DPO's loss has its best where a nat of KL costs beta (arXiv 2305.18290, eq. 3)."""
         return self.beta
+
+
+@dataclass(unsafe_hash=True)
+class BestOfNConfig(OnlineTaskConfig):
+    """Rejection sampling: of n sampled responses the best one, as a dataset to fine-tune on (arXiv 2112.09332)."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.train.best_of_n:train"
+    trains: ClassVar[str] = "dataset"
+    unread: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("epochs", "max_num_steps", "mini_batch_size", "ppo_epochs", "gradient_clip_val", "lr_warmup_steps"),
+            *("log_interval", "eval_interval", "eval_iters", "save_interval", "keep_checkpoints", "num_workers"),
+        }
+    )
+
+    config_name: str = option("best_of_n", "Name of this choice.")
+    num_generations: int = option(8, "Responses sampled for each prompt, of which the best is kept.", minimum=1)
+    rollout_size: int = option(256, "Responses sampled before the best of them are written, all devices.", minimum=1)
+    min_score: Optional[float] = option(
+        None, "Keep the best response to a prompt only if it scores this much; null keeps all."
+    )
+    num_sample_prompts: int = option(3, "Prompts whose best and worst responses are shown.", minimum=0)

@@ -108,6 +108,8 @@ def options(node: Config | DictConfig, prefix: str = "") -> Iterator[Option]:
         return
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
+        if field.name in getattr(cls, "unread", ()):
+            continue
         key = f"{prefix}{field.name}"
         missing = isinstance(node, DictConfig) and OmegaConf.is_missing(node, field.name)
         value = "???" if missing else getattr(node, field.name)
@@ -169,24 +171,25 @@ def apply_dry_run(config: TrainConfig | EvalConfig) -> TrainConfig | EvalConfig:
         rows = DRY_RUN_STEPS * config.task.mini_batch_size
         eval_task = replace(config.task, num_samples=min(config.task.num_samples or rows, rows))
         return replace(config, data=data, generation=generation, task=eval_task)
-    train_task = replace(
-        config.task,
-        max_num_steps=DRY_RUN_STEPS,
-        epochs=max(config.task.epochs, DRY_RUN_STEPS),  # the few rows may make one step per epoch
-        lr_warmup_steps=min(config.task.lr_warmup_steps, 1),
-        log_interval=1,
-        eval_interval=1,
-        save_interval=1,
-        eval_iters=2,
-    )
-    if isinstance(train_task, OnlineTaskConfig):
-        group = train_task.num_generations
-        size = max(1, min(train_task.rollout_size, 16) // group) * group
-        of_step = max(1, min(train_task.mini_batch_size, size) // group) * group
-        train_task = replace(train_task, rollout_size=size, mini_batch_size=of_step, ppo_epochs=1)
+    task = config.task
+    little = {
+        "max_num_steps": DRY_RUN_STEPS,
+        "epochs": max(task.epochs, DRY_RUN_STEPS),  # the few rows may make one step per epoch
+        "lr_warmup_steps": min(task.lr_warmup_steps, 1),
+        "log_interval": 1,
+        "eval_interval": 1,
+        "save_interval": 1,
+        "eval_iters": 2,
+    }
+    if isinstance(task, OnlineTaskConfig):
+        group = task.num_generations
+        size = max(1, min(task.rollout_size, 16) // group) * group
+        of_step = max(1, min(task.mini_batch_size, size) // group) * group
+        little |= {"rollout_size": size, "mini_batch_size": of_step, "ppo_epochs": 1}
+    task = replace(task, **{name: value for name, value in little.items() if name not in task.unread})
     cache = min(config.reward.overlong_cache, generation.max_new_tokens)
     reward = replace(config.reward, overlong_cache=cache)
-    return replace(config, data=data or config.data, generation=generation, task=train_task, reward=reward)
+    return replace(config, data=data or config.data, generation=generation, task=task, reward=reward)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

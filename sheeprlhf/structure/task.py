@@ -14,6 +14,7 @@ class TrainTaskConfig(Config):
     data_kind: ClassVar[str] = "sft"  # what it learns from a row (see data.prepare): "sft", "preference", "unpaired"
     train_splits: ClassVar[tuple[str, ...]] = ("train",)  # it trains on the first of these that has rows
     trains: ClassVar[str] = "policy"  # what its run leaves: "policy" writes text, "reward model" gives a score
+    unread: ClassVar[frozenset[str]] = frozenset()  # inherited options that it does not have: not shown, not taken
 
     config_name: str = option("???", "Name of this choice.")
     epochs: int = option(1, "Passes over the training rows.", minimum=1)

@@ -5,15 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sheeprlhf.structure.earlier import is_word, scores_by_run, start_problems, task_of_run
+from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.limits import near_path, nearest
 from sheeprlhf.structure.machine import missing_modules
-from sheeprlhf.structure.online import OnlineTaskConfig, PPOConfig
+from sheeprlhf.structure.online import BestOfNConfig, OnlineTaskConfig, PPOConfig
+from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.places import is_weights_name, new_folder_problems, weights_problems
 from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.saved import read_run_config
-from sheeprlhf.structure.task import DPOConfig, EvalTaskConfig, TrainTaskConfig
+from sheeprlhf.structure.task import DPOConfig, EvalTaskConfig, RougeConfig, TrainTaskConfig
 
 
 def task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
@@ -35,13 +37,15 @@ def task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
 def train_problems(config: TrainConfig) -> Iterator[str]:
     """What a training cannot begin with: options against each other, runs and places."""
     name, starts_elsewhere = config.task.config_name, hasattr(config.task, "sft_experiment_dir")
-    if config.model.freeze_transformer and starts_elsewhere and config.task.trains == "policy":
+    if config.model.freeze_transformer and starts_elsewhere and config.task.trains != "reward model":
         yield (
             f"model.freeze_transformer=true is not read by task={name}: remove it, or train less by "
             "model.finetune_mode=LORA"
         )
     yield from start_problems(config)
     yield from online_problems(config)
+    if isinstance(config.task, BestOfNConfig):
+        yield from _best_of_n_problems(config)
     if config.task.config_name == "sft" and config.data.reward_model_split == 1:
         yield "data.reward_model_split=1 leaves no row to fine-tune on: give for example data.reward_model_split=0.5"
     if config.resume and config.resume_from is not None:
@@ -58,7 +62,10 @@ def train_problems(config: TrainConfig) -> Iterator[str]:
 def online_problems(config: TrainConfig) -> Iterator[str]:
     """What sampling and scoring need; for other tasks, a reward that nothing would read."""
     task, model, how = config.task, config.model, config.generation
+    if task.trains == "reward model":
+        yield from unread_generation(how, task.config_name)
     if not isinstance(task, OnlineTaskConfig):
+        yield from unread_engine(how, task.config_name)
         if config.reward != AutoRewardConfig():
             yield f"reward={config.reward.config_name} is not read by task={task.config_name}: remove it"
         return
@@ -68,7 +75,7 @@ def online_problems(config: TrainConfig) -> Iterator[str]:
             "remove it, or give reward=model"
         )
     group = task.num_generations
-    for key in ("rollout_size", "mini_batch_size"):
+    for key in (key for key in ("rollout_size", "mini_batch_size") if key not in task.unread):
         size = getattr(task, key)
         if size % group:
             near = max(group, size - size % group)
@@ -120,8 +127,41 @@ def _ppo_problems(task: PPOConfig, dtype: str) -> Iterator[str]:
         )
 
 
+def _best_of_n_problems(config: TrainConfig) -> Iterator[str]:
+    """What a task that only samples does not read."""
+    for group, value, default in (("optim", config.optim, AdamWConfig()), ("task", config.task, BestOfNConfig())):
+        names = config.task.unread if group == "task" else vars(default)
+        if type(value) is not type(default):
+            yield f"{group}={value.config_name} is not read by task=best_of_n, which learns nothing: remove it"
+            continue
+        for name in sorted(name for name in names if getattr(value, name) != getattr(default, name)):
+            yield (
+                f"{group}.{name}={getattr(value, name)} is not read by task=best_of_n, which learns nothing: remove it"
+            )
+    if config.reward.normalize:
+        yield (
+            "reward.normalize=true: by running moments the scores of different prompts could not be compared: give "
+            "reward.normalize=false"
+        )
+
+
+def unread_engine(how: GenConfig, task: str) -> Iterator[str]:
+    """What a task without rollouts does not read."""
+    if how.engine != GenConfig.engine:
+        yield f"generation.engine={how.engine} is not read by task={task}, which samples no rollouts: remove it"
+
+
+def unread_generation(how: GenConfig, task: str) -> Iterator[str]:
+    """What a task that writes no text does not read."""
+    if how.stop_strings:
+        yield f"generation.stop_strings={list(how.stop_strings)} is not read by task={task}: remove it"
+
+
 def eval_problems(config: EvalConfig) -> Iterator[str]:
     """What an evaluation lacks: packages, something to evaluate, weights of that name."""
+    yield from unread_engine(config.generation, config.task.config_name)
+    if not isinstance(config.task, RougeConfig):
+        yield from unread_generation(config.generation, config.task.config_name)
     missing = missing_modules(config.task.requires)
     if missing:
         yield (
@@ -153,10 +193,11 @@ def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
     what, wanted = "policy" if trained is None else trained.trains, config.task.evaluates
     if what != wanted:
         able = [name for name, cls in choices("task", "eval").items() if getattr(cls, "evaluates", "") == what]
+        give = f"task={' or '.join(able)}, or another run" if able else "another run"
         of = "" if trained is None else f" of task={trained.config_name}"
         yield (
             f"experiment_dir={run_dir}: task={config.task.config_name} evaluates a {wanted}, and this run{of} trained "
-            f"a {what}: give task={' or '.join(able)}, or another run"
+            f"a {what}: give {give}"
         )
         return
     yield from weights_problems(run_dir, config.task.model_name, key="experiment_dir", name_key="task.model_name")

@@ -112,6 +112,8 @@ def _generation_problems(generation: GenConfig) -> Iterator[str]:
             f"generation.num_beams={generation.num_beams} searches and generation.do_sample=true samples: "
             "give generation.num_beams=1 or generation.do_sample=false"
         )
+    if "" in generation.stop_strings:
+        yield "generation.stop_strings has an empty text, which ends every response at once: remove it"
 
 
 def parse_targets(value: Any) -> str | list[str]:

@@ -14,6 +14,7 @@ from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.agent.shared import SharedScore
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.engine.run import Run
+from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.moments import RunningMoments
 from sheeprlhf.reward.score import RawScores, build_scorer
@@ -58,6 +59,7 @@ class Collector:
     ) -> None:
         self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
         self.policy, self._reference, self._reward, self._packed = policy, reference, reward, packed
+        self._stop = StopStrings(cfg.generation.stop_strings, tokenizer)
         self._model_scores: list[float] = []
         given = None if reward is None else lambda *_: self._model_scores
         self._scorer = build_scorer(
@@ -92,6 +94,7 @@ class Collector:
             numbers,
             cfg.generation,
             eos_id=self._tokenizer.eos_token_id,
+            stop=self._stop,
             token_budget=task.token_budget,
             packed=self._packed,
         )
@@ -100,7 +103,7 @@ class Collector:
         if cfg.fabric.precision != "32-true":  # there the sampler's differ from those that the update computes
             old_N = self.logprobs(self.policy, rollout, "log-probabilities")
         rollout = rollout.with_tokens(logprobs=old_N, reference=self.logprobs(self._reference, rollout, "reference"))
-        self.texts = as_text(rollout, prompts, self._tokenizer)
+        self.texts = as_text(rollout, prompts, self._tokenizer, self._stop)
         self.figures = {}
         scores = np.array(self._scores(rollout, validates), dtype=np.float64)
         rollout = dataclasses.replace(rollout, scores=scores.reshape(rollout.finished.shape))

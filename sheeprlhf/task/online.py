@@ -45,6 +45,11 @@ def load_parts(fabric: Fabric, run: Run) -> Parts:
         SheepError: something cannot be loaded; see its message.
     """
     cfg = run.cfg
+    if cfg.generation.engine != "native":
+        run.say(
+            f"generation.engine={cfg.generation.engine} draws from torch's generator: a run that is resumed with as "
+            "many processes and the same task.token_budget samples the same responses, any other run does not"
+        )
     tokenizer = load_tokenizer(cfg.model)
     data = prepare_data(cfg.data, tokenizer, kind=cfg.task.data_kind, say=run.say, progress=fabric.is_global_zero)
     report_data(fabric, run, data)

@@ -18,7 +18,9 @@ from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
-from sheeprlhf.model.sample import Sampled, sample_responses
+from sheeprlhf.model.engines import ENGINES
+from sheeprlhf.model.sample import Sampled
+from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.task.batches import Batches
@@ -41,6 +43,7 @@ def sample(
     cfg: GenConfig,
     *,
     eos_id: int | None,
+    stop: StopStrings,
     token_budget: int,
     packed: bool,
 ) -> list[Sampled]:
@@ -51,8 +54,9 @@ def sample(
         policy: who writes.
         prompts: rows, of which the prompts are read.
         uniforms: (prompts, K, tokens) numbers of `drawn_numbers`.
-        cfg: temperature and stop strings.
+        cfg: has the temperature and says who samples.
         eos_id: ends a response.
+        stop: ends one too.
         token_budget: most tokens that are held at a time.
         packed: whether the policy's batches are packed.
     """
@@ -60,13 +64,14 @@ def sample(
     hidden = None if fabric.is_global_zero else True  # None: shown in a terminal only
     num_responses = len(mine) * uniforms.shape[1]
     with fabric.autocast(), tqdm(total=num_responses, desc="sampling", leave=False, disable=hidden) as bar:
-        sampled = sample_responses(
+        sampled = ENGINES[cfg.engine](
             policy.causal_lm(),
             [prompts[row].prompt_ids for row in mine],
             uniforms[mine],
             temperature=cfg.temperature,
             eos_id=eos_id,
             token_budget=token_budget,
+            stop=stop if stop else None,
             progress=bar.update,
             packed=packed,
         )
@@ -85,8 +90,13 @@ def as_rollout(prompts: Sequence[Example], sampled: Sequence[Sampled]) -> Rollou
     return Rollout(rows, np.zeros(finished.shape), finished, {"sampled": logprobs})
 
 
-def as_text(rollout: Rollout, prompts: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Texts:
-    """The rollout's responses as text, each beside its prompt; `prompts` also have the dataset's own responses."""
+def as_text(
+    rollout: Rollout, prompts: Sequence[Example], tokenizer: PreTrainedTokenizerBase, stop: StopStrings
+) -> Texts:
+    """The rollout's responses as text, each beside its prompt; `prompts` also have the dataset's own responses.
+
+    Sampled responses are cut before a stop string, whose tokens count.
+    """
 
     def text(ids: np.ndarray) -> str:
         return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
@@ -95,7 +105,7 @@ def as_text(rollout: Rollout, prompts: Sequence[Example], tokenizer: PreTrainedT
     responses = [response for row in rollout.rows for response in row.responses]
     return Texts(
         prompts=[one for prompt in prompts for one in [text(prompt.prompt_ids)] * group],
-        responses=[text(response) for response in responses],
+        responses=[stop.text(response) for response in responses],
         finished=rollout.finished.reshape(-1).tolist(),
         num_tokens=[len(response) - int(response[-1] == eos_id) for response in responses],
         columns={"reference": [one for prompt in prompts for one in [text(prompt.responses[0])] * group]},

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from sheeprlhf.model.memory import MemoryPlan, ModelSize, allocator_share, measure, plan, tokens_of_forward
-from sheeprlhf.structure.online import OnlineTaskConfig, PPOConfig
+from sheeprlhf.structure.online import BestOfNConfig, OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.reward import needs_model
 from sheeprlhf.structure.run import TrainConfig
 
@@ -33,6 +33,8 @@ def step_plan(
         checkpointing=config.model.gradient_checkpointing,
         allocator_share=allocator_share(device, config.model.finetune_mode) if holes else 0.0,
     )
+    if isinstance(config.task, BestOfNConfig):  # it only computes forward
+        parts = parts._replace(gradients=0, optimizer=0)
     return parts._replace(others=_others(config, size, parts.optimizer))
 
 
@@ -49,7 +51,8 @@ def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
     average = isinstance(task, PPOConfig) and task.ema_decay is not None
     if config.model.finetune_mode == "LORA":
         return size.trainable * (scored + critic + average) + optimizer * critic
-    return size.weights * (1 + scored + critic + average) + optimizer * critic
+    reference = not isinstance(task, BestOfNConfig)
+    return size.weights * (reference + scored + critic + average) + optimizer * critic
 
 
 def rows_of_forward(config: TrainConfig, size: ModelSize) -> tuple[int, int]:

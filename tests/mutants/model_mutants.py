@@ -303,7 +303,7 @@ MUTANTS = [
         trap="generation defaults",
         file=_GENERATE,
         old="        model.generation_config = own_defaults\n",
-        new="",
+        new="        pass\n",
         tests=f"{_UNIT}generate.py::test_the_models_own_settings_neither_leak_nor_change",
     ),
     Mutant(  # generation never ends at EOS

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.mutants import (
+    best_of_n_mutants,
     cli_mutants,
     data_mutants,
     engine_mutants,
+    engine_of_rollouts_mutants,
     eval_mutants,
     fetch_mutants,
     kto_mutants,
@@ -27,6 +29,7 @@ from tests.mutants import (
     reward_mutants,
     rl_loss_mutants,
     sample_mutants,
+    stop_mutants,
 )
 from tests.mutants.mutant import Mutant
 
@@ -34,8 +37,10 @@ ROOT = Path(__file__).parents[2]
 TREE = ("sheeprlhf", "configs", "tests", "sheeprlhf.py", "pyproject.toml", "README.md")
 _LISTS = (
     engine_mutants,
+    engine_of_rollouts_mutants,
     data_mutants,
     model_mutants,
+    best_of_n_mutants,
     cli_mutants,
     eval_mutants,
     fetch_mutants,
@@ -44,6 +49,7 @@ _LISTS = (
     rl_loss_mutants,
     reward_mutants,
     sample_mutants,
+    stop_mutants,
     online_mutants,
 )
 MUTANTS = [mutant for module in _LISTS for mutant in module.MUTANTS]

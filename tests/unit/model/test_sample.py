@@ -15,7 +15,7 @@ from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.data.example import Example
 from sheeprlhf.model.load import load_causal_lm
 from sheeprlhf.model.lora import add_lora
-from sheeprlhf.model.sample import Sampled, _groups, draw, sample_responses
+from sheeprlhf.model.sample import Sampled, draw, prompt_groups, sample_responses
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from tests.support.models import ARCHITECTURES, EOS, VOCAB
 
@@ -148,17 +148,18 @@ def test_the_batch_its_order_and_its_cut_change_nothing(architecture: str, model
 
 
 def test_groups_by_hand() -> None:
-    """Two responses of 10 tokens. Prompts of 1 and 5 take 2 * (5 + 20), each with its prompt 2 * 2 * (5 + 10)."""
-    assert list(_groups([5, 9, 1, 7], 1, 1, 18, shared=False)) == [[2, 0], [3, 1]]  # 2 * 5, 3 * 7, 2 * 9 are computed
-    assert list(_groups([5, 9, 1, 7], 1, 1, 17, shared=False)) == [[2, 0], [3], [1]]
-    assert list(_groups([5, 9, 1, 7], 1, 1, 21, shared=False)) == [[2, 0, 3], [1]]
-    assert list(_groups([5, 9, 1, 7], 1, 1, 5, shared=True)) == [[2, 0, 3, 1]]  # 4 * (9 + 1) = 8 * 5 are held
-    assert list(_groups([1, 2], 3, 10, 8, shared=True)) == [[0, 1]]  # 2 * (2 + 3 * 10) = 8 * 8 are held
-    assert list(_groups([1, 2], 3, 11, 8, shared=True)) == [[0], [1]]
-    assert list(_groups([1, 2], 3, 10, 9, shared=False)) == [[0, 1]]  # 2 * 3 * (2 + 10) = 8 * 9
-    assert list(_groups([1, 2], 3, 10, 8, shared=False)) == [[0], [1]]
-    assert list(_groups([5, 9], 2, 10, 1, shared=True)) == [[0], [1]]
-    assert list(_groups([], 2, 10, 1, shared=True)) == []
+    """Shortest first; what is computed of padded prompts and what is held of all are bounded."""
+    # 2 * 5, 3 * 7 and 2 * 9 are computed
+    assert list(prompt_groups([5, 9, 1, 7], 1, 1, 18, shared=False)) == [[2, 0], [3, 1]]
+    assert list(prompt_groups([5, 9, 1, 7], 1, 1, 17, shared=False)) == [[2, 0], [3], [1]]
+    assert list(prompt_groups([5, 9, 1, 7], 1, 1, 21, shared=False)) == [[2, 0, 3], [1]]
+    assert list(prompt_groups([5, 9, 1, 7], 1, 1, 5, shared=True)) == [[2, 0, 3, 1]]  # 4 * (9 + 1) = 8 * 5 are held
+    assert list(prompt_groups([1, 2], 3, 10, 8, shared=True)) == [[0, 1]]  # 2 * (2 + 3 * 10) = 8 * 8 are held
+    assert list(prompt_groups([1, 2], 3, 11, 8, shared=True)) == [[0], [1]]
+    assert list(prompt_groups([1, 2], 3, 10, 9, shared=False)) == [[0, 1]]  # 2 * 3 * (2 + 10) = 8 * 9
+    assert list(prompt_groups([1, 2], 3, 10, 8, shared=False)) == [[0], [1]]
+    assert list(prompt_groups([5, 9], 2, 10, 1, shared=True)) == [[0], [1]]
+    assert list(prompt_groups([], 2, 10, 1, shared=True)) == []
 
 
 @pytest.mark.parametrize("fails", [False, True])

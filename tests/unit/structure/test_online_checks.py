@@ -10,6 +10,10 @@ from sheeprlhf.structure.validate import validate
 from tests.unit.structure.test_registry import composed, to_typed
 
 REFUSED = {
+    "task=ppo generation.stop_strings=['']": "generation.stop_strings has an empty text",
+    "task=sft generation.engine=hf": "is not read by task=sft",
+    "task=grpo generation.engine=vllm": "native, hf, continuous",
+    "task=rm generation.stop_strings=[END]": "is not read by task=rm",
     "task=ppo task.num_generations=3": "task.rollout_size=63",
     "task=rloo task.mini_batch_size=2": "task.mini_batch_size=4",
     "task=grpo generation.top_k=5": "generation.top_k",

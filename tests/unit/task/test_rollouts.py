@@ -46,7 +46,7 @@ class Setting(SimpleNamespace):
     folder: Path
 
 
-def make_setting(folder: Path, reward: Any) -> Setting:
+def make_setting(folder: Path, reward: Any, generation: GenConfig | None = None) -> Setting:
     model = AutoModelConfig(repo_name=str(folder))
     cfg = TrainConfig(
         task=RLOOConfig(num_generations=2, rollout_size=8, micro_batch_size=2),
@@ -55,7 +55,7 @@ def make_setting(folder: Path, reward: Any) -> Setting:
         fabric=FabricConfig(config_name="cpu", accelerator="cpu"),
         optim=AdamWConfig(),
         reward=reward,
-        generation=GenConfig(max_new_tokens=6, temperature=TEMPERATURE),
+        generation=generation or GenConfig(max_new_tokens=6, temperature=TEMPERATURE),
     )
     tokenizer = load_tokenizer(model)
     policy, packed = load_policy(model, tokenizer, longest=64, batching="auto")

@@ -1,0 +1,235 @@
+"""Who samples the responses of a rollout: our own sampler, or one of transformers'. All are called alike.
+
+Letters: P prompts, K responses of each, N most new tokens, B rows, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from sheeprlhf.model.generate import Stops, left_padded, own_settings
+from sheeprlhf.model.load import uses_packed_attention
+from sheeprlhf.model.sample import Sampled, prompt_groups, sample_responses
+from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.modes import eval_mode
+
+Stop = Callable[[np.ndarray], bool]
+_PAGES = {"cpu": 32}  # tokens of a page of the cache of continuous batching ...
+_PAGE = 256  # ... elsewhere: what flash attention takes
+
+
+class Engine(Protocol):
+    """Samples K responses after each prompt from softmax(logits / temperature), and from nothing else."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[np.ndarray],
+        uniforms: np.ndarray,
+        *,
+        temperature: float,
+        eos_id: int | None,
+        token_budget: int,
+        stop: Stop | None = None,
+        progress: Callable[[int], None] = lambda _: None,
+        packed: bool = True,
+    ) -> list[Sampled]:
+        """One `Sampled` per prompt, in their order.
+
+        Args:
+            model: the language model, not wrapped; flags, settings and random generators are left as they were.
+            prompts: token ids of each prompt, (P_i,), P_i >= 1.
+            uniforms: (P, K, N) float64 in [0, 1): all chance there is. An engine with a generator of its own seeds it
+                with the first number of the prompts that it samples after at a time.
+            temperature: divides the logits; above 0.
+            eos_id: the token that ends a response; None: nothing does.
+            token_budget: about the most tokens that are held at a time.
+            stop: called with a response's tokens so far; True ends it.
+            progress: called with the number of responses that have just ended.
+            packed: whether the model computes packed rows as it does padded ones.
+        """
+
+
+@phase("generation")
+@torch.no_grad()
+def hf_responses(
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    uniforms: np.ndarray,
+    *,
+    temperature: float,
+    eos_id: int | None,
+    token_budget: int,
+    stop: Stop | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+    packed: bool = True,
+) -> list[Sampled]:
+    """`Engine` by transformers' `generate`, on prompts padded on the left."""
+    num_responses, num_new = uniforms.shape[1:]
+    results: dict[int, Sampled] = {}
+    lengths = [len(prompt) for prompt in prompts]
+    settings = _settings(num_responses, num_new, temperature, eos_id)
+    for group in prompt_groups(lengths, num_responses, num_new, token_budget, shared=False):
+        input_ids, attention_mask = left_padded([prompts[index] for index in group], settings.pad_token_id)
+        width, watch = input_ids.shape[1], _Watch(temperature)
+        with eval_mode(model), own_settings(model, settings), _seeded(uniforms[group[0]], model.device):
+            output = cast(Any, model).generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([watch]),
+                stopping_criteria=StoppingCriteriaList([] if stop is None else [Stops(stop, width)]),
+            )
+        ids_BN, logprobs_BN = output[:, width:].cpu().numpy(), watch.logprobs(output)
+        ended = [_ended(*row, eos_id, stop) for row in zip(ids_BN, logprobs_BN, strict=True)]
+        results |= zip(group, _grouped(ended, num_responses), strict=True)
+        progress(len(ended))
+    return [results[index] for index in range(len(prompts))]
+
+
+@phase("generation")
+@torch.no_grad()
+def continuous_responses(
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    uniforms: np.ndarray,
+    *,
+    temperature: float,
+    eos_id: int | None,
+    token_budget: int,
+    stop: Stop | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+    packed: bool = True,
+) -> list[Sampled]:
+    """`Engine` by transformers' continuous batching, which fills the place of a response that has ended with the next.
+
+    It knows no stop: a response is cut afterwards.
+
+    Raises:
+        ModelError: it does not work for this model.
+    """
+    if not prompts:
+        return []
+    if not uses_packed_attention(model):
+        raise ModelError("continuous batching cannot replace this model's attention: give generation.engine=native")
+    num_responses, num_new = uniforms.shape[1:]
+    settings = _settings(num_responses, num_new, temperature, eos_id)
+    longest = max(map(len, prompts)) + num_new
+    at_once = max(1, min(len(prompts) * num_responses, token_budget // longest))
+    page = _PAGES.get(model.device.type, _PAGE)
+    seed = _seed(uniforms[0])
+    how = ContinuousBatchingConfig(
+        page_size=page,
+        num_blocks=at_once * (-(-longest // page) + 1),
+        max_batch_tokens=at_once * longest,
+        max_requests_per_batch=at_once,
+        use_cuda_graph=False,
+        use_async_batching=False,
+        return_logprobs=True,
+        seed=seed,
+    )
+    inputs = [prompt.tolist() for prompt in prompts]
+    with eval_mode(model), own_settings(model, settings), _plain_attention(model), _seeded(uniforms[0], model.device):
+        found = cast(Any, model).generate_batch(
+            inputs, generation_config=settings, continuous_batching_config=how, warmup=False
+        )
+    outputs = list(found.values())
+    broken = [one.error for one in outputs if one.error is not None or not one.generated_tokens]
+    if broken or len(outputs) != len(prompts) * num_responses:
+        said = next((str(error) for error in broken if error), "responses are missing")
+        raise ModelError(f"continuous batching failed ({said[:200]}): give generation.engine=native or hf")
+    ended = [_ended(np.array(one.generated_tokens), np.array(one.logprobs), eos_id, stop) for one in outputs]
+    progress(len(ended))
+    return _grouped(ended, num_responses)
+
+
+ENGINES: dict[str, Engine] = {"native": sample_responses, "hf": hf_responses, "continuous": continuous_responses}
+
+
+class _Watch(LogitsProcessor):
+    """Sees the logits of every step, changes nothing, and remembers what they said of the token that was taken."""
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+        self._newest_BV: Tensor | None = None
+        self._taken: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The (B, V) scores as they are; the newest column of `input_ids` came from those before."""
+        self._note(input_ids[:, -1])
+        self._newest_BV = (scores.float() / self._temperature).log_softmax(dim=-1)
+        return scores
+
+    def logprobs(self, output: Tensor) -> np.ndarray:
+        """(B, N) float32, nats, of every new token of the finished (B, width + N) `output`."""
+        self._note(output[:, -1])
+        return torch.stack(self._taken, dim=1).cpu().numpy()
+
+    def _note(self, taken_B: Tensor) -> None:
+        if self._newest_BV is not None:
+            self._taken.append(self._newest_BV.gather(1, taken_B[:, None])[:, 0])
+
+
+def _settings(num_responses: int, num_new: int, temperature: float, eos_id: int | None) -> GenerationConfig:
+    """Plain sampling, whole: no other default of transformers or of the model takes part."""
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0; nothing is sampled at 0")
+    return GenerationConfig(
+        max_new_tokens=num_new,
+        num_return_sequences=num_responses,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=eos_id,
+        pad_token_id=0 if eos_id is None else eos_id,
+        use_cache=True,
+    )
+
+
+def _seed(uniforms_KN: np.ndarray) -> int:
+    """32 bits of the first number."""
+    return int(uniforms_KN[0, 0] * 2**32)
+
+
+@contextmanager
+def _seeded(uniforms_KN: np.ndarray, device: torch.device) -> Iterator[None]:
+    """Inside, torch's generators begin with the first number; afterwards they are what they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(_seed(uniforms_KN))
+        yield
+
+
+@contextmanager
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model has an attention that continuous batching knows."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _ended(
+    ids: np.ndarray, logprobs: np.ndarray, eos_id: int | None, stop: Stop | None
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """One response up to where EOS or `stop` ended it, with its log-probabilities, and whether one did."""
+    ids, logprobs = ids.astype(np.int32), logprobs.astype(np.float32)
+    for number in range(1, len(ids) + 1):
+        if ids[number - 1] == eos_id or (stop is not None and stop(ids[:number])):
+            return ids[:number], logprobs[:number], True
+    return ids, logprobs, False
+
+
+def _grouped(found: list[tuple[np.ndarray, np.ndarray, bool]], num_responses: int) -> list[Sampled]:
+    """Every K of them are of one prompt."""
+    starts = range(0, len(found), num_responses)
+    return [Sampled(*zip(*found[start : start + num_responses], strict=True)) for start in starts]
