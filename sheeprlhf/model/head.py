@@ -161,5 +161,5 @@ def head_logprobs(
         there = [piece for piece in pieces if piece is not None]
         return torch.cat(there)[inverse_N] if there else None
 
-    target_N, mean_N, entropy_N = (joined(list(pieces)) for pieces in zip(*parts, strict=True))
-    return TokenLogprobs(cast(Tensor, target_N), mean_N, entropy_N)
+    target_N, *others = (joined(list(pieces)) for pieces in zip(*parts, strict=True))
+    return TokenLogprobs(cast(Tensor, target_N), *others)
