@@ -4,7 +4,7 @@
         [--tasks ppo grpo rloo online_dpo]
 
 Each fine-tuned run is the start of one seed. Trains `experiment=<task>_docstrings` from it, scored by the dataset's
-rule or by the reward model, and measures the result by measure_preference.py on held-out prompts. Prints a Markdown
+rule, or `experiment=<task>_docstrings_rm`, scored by the reward model, and measures the result by measure_preference.py on held-out prompts. Prints a Markdown
 table. A run that is there and finished is not run again.
 """
 
@@ -34,14 +34,15 @@ def main() -> None:
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    print("| task | seed | imperative before | after | KL, nats | perplexity ratio | tokens a response | seconds |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    head = ["task", "seed", "imperative before", "after", "KL, nats", "perplexity ratio", "tokens", "distinct-2", "s"]
+    print(f"| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     for task in arguments.tasks:
         for seed, start in enumerate(arguments.start):
             run_dir, clock = work / f"{task}-{seed}", work / f"{task}-{seed}.seconds"
-            words = [f"experiment={task}_docstrings", f"task.sft_experiment_dir={start.resolve()}", f"seed={seed}"]
+            recipe = f"{task}_docstrings" if arguments.reward_model is None else f"{task}_docstrings_rm"
+            words = [f"experiment={recipe}", f"task.sft_experiment_dir={start.resolve()}", f"seed={seed}"]
             if arguments.reward_model is not None:
-                words += ["reward=model", f"task.rm_experiment_dir={arguments.reward_model.resolve()}"]
+                words += [f"task.rm_experiment_dir={arguments.reward_model.resolve()}"]
             if not clock.is_file():
                 began = time.monotonic()
                 command = [sys.executable, str(ROOT / "sheeprlhf.py"), "train", *words, *arguments.words]
@@ -55,7 +56,8 @@ def main() -> None:
             print(
                 f"| {task} | {seed} | {found['start/imperative']:.1%} | **{found['run/imperative']:.1%}** | "
                 f"{found['kl']:.2f} ± {found['kl_error']:.2f} | {found['perplexity_ratio']:.2f} | "
-                f"{last(run_dir, 'val/length'):.1f} | {float(clock.read_text()):.0f} |",
+                f"{last(run_dir, 'val/length'):.1f} | {last(run_dir, 'val/distinct_2'):.2f} | "
+                f"{float(clock.read_text()):.0f} |",
                 flush=True,
             )
 
