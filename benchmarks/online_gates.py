@@ -4,8 +4,8 @@
         [--tasks ppo grpo rloo online_dpo]
 
 Each fine-tuned run is the start of one seed. Trains `experiment=<task>_docstrings` from it, scored by the dataset's
-rule, or `experiment=<task>_docstrings_rm`, scored by the reward model, and measures the result by measure_preference.py on held-out prompts. Prints a Markdown
-table. A run that is there and finished is not run again.
+rule, or `experiment=<task>_docstrings_rm`, scored by the reward model, and measures the result by measure_preference.py
+on held-out prompts. Prints a Markdown table. A run that is there and finished is not run again.
 """
 
 import argparse
