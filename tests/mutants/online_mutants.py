@@ -8,7 +8,7 @@ _SHARED = "tests/unit/agent/test_shared.py"
 _ROLLOUTS = "tests/unit/task/test_rollouts.py"
 _LORA = "sheeprlhf/model/lora.py"
 _COLLECT = "sheeprlhf/task/collect.py"
-_AVERAGE = "sheeprlhf.task.average.py"
+_AVERAGE = "sheeprlhf/task/average.py"
 
 MUTANTS = [
     Mutant(
