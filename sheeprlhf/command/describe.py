@@ -44,13 +44,18 @@ def recipe_meaning(name: str) -> str:
 
 
 def recipe_content(name: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """What a recipe chooses, by group, and the values that it sets, by key."""
+    """What a recipe chooses, by group, and the values that it sets, by key: those of a recipe that it extends too."""
     content = yaml.safe_load((configs_directory() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")) or {}
     chosen: dict[str, str] = {}
+    values: dict[str, Any] = {}
     for line in content.pop("defaults", []):
         if isinstance(line, dict):
             chosen |= {key.removeprefix("override ").lstrip("/"): str(value) for key, value in line.items()}
-    return chosen, dict(_leaves(content, ""))
+        elif line != "_self_":
+            extended = recipe_content(line)
+            chosen |= extended[0]
+            values |= extended[1]
+    return chosen, values | dict(_leaves(content, ""))
 
 
 def _leaves(node: dict[str, Any], prefix: str) -> typing.Iterator[tuple[str, Any]]:

@@ -73,13 +73,20 @@ def test_commands_of_words_show_where_they_are_explained(capsys):
 def test_a_recipe_shows_its_choices_and_values(name, capsys):
     printed = shown(capsys, f"experiment={name}")
     content = yaml.safe_load((configs_directory() / "experiment" / f"{name}.yaml").read_text())
-    for group, choice in (pair for line in content["defaults"] for pair in line.items()):
+    for group, choice in (pair for line in content["defaults"] if isinstance(line, dict) for pair in line.items()):
         assert f"{group.removeprefix('override /')}={choice}" in printed
-    numbers = {key: value for key, value in content["task"].items() if type(value) is int}
-    assert numbers
+    numbers = {key: value for key, value in content.get("task", {}).items() if isinstance(value, int | float)}
+    assert numbers or name.endswith("_rm")
     for key, value in numbers.items():
         assert f"task.{key}={value}" in printed
     assert " optimizer steps (else " in printed  # a unit and a default
+
+
+def test_a_recipe_shows_the_values_of_the_one_that_it_extends(capsys):
+    printed = shown(capsys, "experiment=ppo_docstrings_rm")
+    assert "is `train task=ppo model=tiny data=docstrings reward=model`" in printed
+    assert "task.max_num_steps=120" in printed
+    assert "task.init_kl_coeff=0.12" in printed
 
 
 def test_a_recipe_says_what_it_changes(capsys):
@@ -103,7 +110,7 @@ def test_an_option_is_found_by_its_full_and_by_its_last_name(capsys):
 
 
 def test_the_options_of_a_part_are_shown(capsys):
-    assert shown(capsys, "generation").count("generation.") == 6
+    assert shown(capsys, "generation").count("generation.") == len(options(GenerationConfig()))
     assert "model.lora_cfg.rank=16 (with every model)" in shown(capsys, "lora_cfg")
     assert shown(capsys, "model.lora_cfg") == shown(capsys, "lora_cfg")
 

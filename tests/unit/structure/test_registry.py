@@ -90,10 +90,12 @@ def test_every_file_of_configs_composes(path, tmp_path):
                 *extra,
             )
         )
-        starts = "sft_experiment_dir: newest" in path.read_text()  # and nothing was fine-tuned here
-        assert [problem.partition(":")[0] for problem in validate(config)] == (
-            ["task.sft_experiment_dir=newest"] if starts else []
-        )
+        needs = []  # nothing was trained here
+        if "sft_experiment_dir: newest" in path.read_text():
+            needs = ["task.sft_experiment_dir=newest"]
+        elif "/reward: model" in path.read_text():
+            needs = ["task.sft_experiment_dir=auto, task.rm_experiment_dir=newest"]
+        assert [problem.partition(":")[0] for problem in validate(config)] == needs
 
 
 def test_the_train_defaults():
