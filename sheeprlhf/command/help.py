@@ -72,7 +72,8 @@ def _print_group(screen: Screen, verb: str, group: str, names: list[str], config
     screen.print(heading(f"\n{group}=", note, "odd" if needed else "faint"))
     for name in sorted(names, key=lambda name: list(classes).index(name) if name in classes else len(classes)):
         meaning = meaning_of(classes[name]) if name in classes else "from a file"
-        screen.print(entry(name, meaning if group != "experiment" else recipe_meaning(name), width=18))
+        meaning = meaning if group != "experiment" else recipe_meaning(name)
+        screen.print(entry(name, meaning, width=max([18, *map(len, names)])))
 
 
 def _print_options(screen: Screen, verb: str, config: Any) -> None:

@@ -126,8 +126,9 @@ def _print_recipes(screen: Screen) -> None:
     from sheeprlhf.command.describe import recipe_meaning, recipe_names
 
     screen.print(heading("Experiments", "train experiment=<name>"))
-    for name in recipe_names():
-        screen.print(entry(name, recipe_meaning(name), width=18))
+    names = recipe_names()
+    for name in names:
+        screen.print(entry(name, recipe_meaning(name), width=max(18, *map(len, names))))
 
 
 _PRINTERS: dict[str, Callable[[Screen], None]] = {

@@ -53,7 +53,7 @@ class PackedRows:
                 attention_mask=placeholder_mask(input_ids_1T),
                 position_ids=position_ids_1T,
                 layout=_layout(lengths, device),
-                past_key_values=self._cache,
+                cache=self._cache,
                 use_cache=True,
             ).last_hidden_state
         return hidden_1TC[0, ends_P - 1]
@@ -65,7 +65,7 @@ class PackedRows:
             attention_mask=placeholder_mask(ids_B),
             position_ids=self._positions_B1,
             layout=self._cache,
-            past_key_values=self._cache,
+            cache=self._cache,
             use_cache=True,
         ).last_hidden_state
         self._cache.next_token()
@@ -122,7 +122,7 @@ class PaddedRows:
             input_ids=input_ids,
             attention_mask=self._mask_BL[:, : self._columns],
             position_ids=position_ids,
-            past_key_values=self._cache,
+            cache=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )

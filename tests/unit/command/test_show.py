@@ -7,6 +7,7 @@ from sheeprlhf.cli import run
 from sheeprlhf.command.describe import recipe_names
 from sheeprlhf.command.help import VERBS
 from sheeprlhf.structure.compose import configs_directory
+from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.registry import ROOTS, choices, groups, options
 
 
@@ -75,7 +76,7 @@ def test_a_recipe_shows_its_choices_and_values(name, capsys):
     content = yaml.safe_load((configs_directory() / "experiment" / f"{name}.yaml").read_text())
     for group, choice in (pair for line in content["defaults"] if isinstance(line, dict) for pair in line.items()):
         assert f"{group.removeprefix('override /')}={choice}" in printed
-    numbers = {key: value for key, value in content.get("task", {}).items() if isinstance(value, int | float)}
+    numbers = {key: value for key, value in content.get("task", {}).items() if type(value) in (int, float)}
     assert numbers or name.endswith("_rm")
     for key, value in numbers.items():
         assert f"task.{key}={value}" in printed
@@ -110,7 +111,7 @@ def test_an_option_is_found_by_its_full_and_by_its_last_name(capsys):
 
 
 def test_the_options_of_a_part_are_shown(capsys):
-    assert shown(capsys, "generation").count("generation.") == len(options(GenerationConfig()))
+    assert shown(capsys, "generation").count("generation.") == len(list(options(GenConfig())))
     assert "model.lora_cfg.rank=16 (with every model)" in shown(capsys, "lora_cfg")
     assert shown(capsys, "model.lora_cfg") == shown(capsys, "lora_cfg")
 
