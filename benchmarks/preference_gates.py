@@ -1,6 +1,7 @@
 """The recipes of `data=docstrings`, seed after seed: what reward models and DPO reach, and how long each takes.
 
-    python benchmarks/preference_gates.py --work FOLDER [--seeds 0 1 2] [--suffix docstrings] [--temperature 0.7] [--coin]
+    python benchmarks/preference_gates.py --work FOLDER [--seeds 0 1 2] [--suffix docstrings] [--temperature 0.7]
+        [--coin]
 
 Fine-tunes with `experiment=sft_<suffix>`; from each fine-tuned model `experiment=dpo_<suffix>`, measured by
 measure_preference.py on held-out prompts; from the first one a reward model by each loss, measured on the test split,
