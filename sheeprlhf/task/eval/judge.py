@@ -44,6 +44,14 @@ class Trust(NamedTuple):
         """Whether as much could come from a coin."""
         return self.interval[0] <= 0.5 <= self.interval[1]
 
+    def warning(self) -> str:
+        """What to say then."""
+        low, high = self.interval
+        return (
+            f"warning: the reward model is right in {self.accuracy:.1%} of {self.pairs:,} held-out pairs ({low:.1%} to "
+            f"{high:.1%}), as a coin may be: scores and win rates that it gives mean nothing"
+        )
+
 
 class Judge:
     """Scores responses by `reward=`. A reward model is loaded when it is first needed, and kept; ask for `trust` first.

@@ -20,7 +20,7 @@ from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.structure.evaluation import REFERENCES, START, RewardConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logprobs_of, set_up
-from sheeprlhf.task.eval.interval import interval_of
+from sheeprlhf.task.eval.interval import interval_of, standard_error
 from sheeprlhf.task.eval.judge import Judge, Trust
 from sheeprlhf.task.eval.load import (
     evaluated_split,
@@ -38,11 +38,6 @@ from sheeprlhf.task.eval.result import cell, save_result
 from sheeprlhf.task.held_out import distinct_pairs
 from sheeprlhf.task.rollouts import as_rollout, as_text
 from sheeprlhf.utils.lightning import Fabric
-
-AT_CHANCE = (
-    "warning: the reward model is right in {accuracy:.1%} of {pairs:,} held-out pairs ({low:.1%} to {high:.1%}), as a "
-    "coin may be: scores and win rates that it gives mean nothing"
-)
 
 
 class Written(NamedTuple):
@@ -90,8 +85,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
         for number, row in enumerate(rows)
     ]
     if trust is not None and trust.at_chance():
-        low, high = trust.interval
-        say(AT_CHANCE.format(accuracy=trust.accuracy, pairs=trust.pairs, low=low, high=high))
+        say(trust.warning())
     draw = partial(draw_histogram, {"model": scores_N, task.against: others_N}, f"score ({judge.name()})")
     table = _table(numbers, judge.name(), float(others_N.mean()), trust)
     save_result(fabric, cfg, f"reward-{judge.name()}-{task.data_split}", numbers, table=table, rows=kept, draw=draw)
@@ -175,11 +169,6 @@ def _figures(
         "rm_accuracy": None if trust is None else trust.accuracy,
         "rm_pairs": None if trust is None else trust.pairs,
     }
-
-
-def standard_error(values_N: np.ndarray) -> float | None:
-    """Of the mean; None of a single value."""
-    return float(values_N.std(ddof=1) / np.sqrt(len(values_N))) if len(values_N) > 1 else None
 
 
 def _table(numbers: dict[str, Any], judge: str, others: float, trust: Trust | None) -> Table:
