@@ -9,7 +9,7 @@ import numpy as np
 
 INK, GREY, SECOND = "#3a6ea5", "#8a8f98", "#b8862d"
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
-_MOST_BARS = 40
+_MOST_BARS = 24
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def _drawing(image: io.BytesIO, width: float = 5.5, height: float = 4.0, rows: i
 
     with style.context(["default", _STYLE]):
         figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure.subplots(rows)
+        yield figure.subplots(rows, sharex=True)
         figure.savefig(image, format="png", dpi=130)
 
 
