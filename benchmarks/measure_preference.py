@@ -25,10 +25,10 @@ from sheeprlhf.engine.step import evaluate
 from sheeprlhf.model.generate import generate_ids
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
-from sheeprlhf.structure.task import PerplexityConfig
 from sheeprlhf.task.batches import Batches, longest_row
 from sheeprlhf.task.reference import sum_by_response
 from sheeprlhf.task.start import load_of_run, load_start

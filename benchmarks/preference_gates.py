@@ -70,8 +70,8 @@ def main() -> None:
     for loss in LOSSES:
         words = [f"task.loss_type={loss}", f"task.sft_experiment_dir={starts[first]}", f"seed={first}"]
         run_dir, seconds = train("rm", f"rm-{loss}", *words)
-        call("eval", "task=reward", f"experiment_dir={run_dir}")
-        found = json.loads((run_dir / "eval" / "reward-test-final.json").read_text())
+        call("eval", "task=preference", f"experiment_dir={run_dir}")
+        found = json.loads((run_dir / "eval" / "preference-test-final.json").read_text())
         figures = f"{found['margin']:.2f} | {found['length_correlation']:.2f} | {seconds:.0f} s |"
         print(f"| {loss} | **{found['accuracy']:.4f}** | {found['pairs']:,} | {figures}", flush=True)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from sheeprlhf.command.help import PLAIN_VERBS, VERBS, print_overview, print_verb_help
 from sheeprlhf.command.screen import print_error
-from sheeprlhf.command.words import Words, split_words, verb_problem
+from sheeprlhf.command.words import PLOT, Words, split_words, verb_problem
 from sheeprlhf.utils.errors import ConfigError, Interrupted, SheepError
 
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
@@ -82,7 +82,7 @@ def _dispatch(arguments: list[str]) -> int:
     if verb not in HYDRA_VERBS:
         plain = [word for word in rest if word.casefold() != "debug=true"]
         return importlib.import_module(f"sheeprlhf.command.{verb}").run(plain)
-    words = split_words(rest)
+    words = split_words(["plot=true" if verb == "eval" and word == PLOT.name else word for word in rest])
     if verb == "pipeline":
         from sheeprlhf.structure.pipeline import collected
 

@@ -58,11 +58,12 @@ def settled_words(config: RootConfig, words: list[str], asked: Mapping[str, Any]
         asked: what the words, a recipe or a default say, by option.
     """
     for key in TASKS:
-        if not isinstance(config, TrainConfig) or not isinstance(asked.get(key), str) or not is_word(asked[key]):
+        said = asked.get(key)
+        if not isinstance(config, TrainConfig | EvalConfig) or not isinstance(said, str) or not is_word(said):
             continue
         found = getattr(config.task, key.removeprefix("task."))
         if is_rank_zero() and found is not None:
-            print(f"{key}={asked[key]}: {found}")
+            print(f"{key}={said}: {found}")
         settled = "null" if found is None else _quoted(found)
         words = [word for word in words if not word.startswith(f"{key}=")] + [f"{key}={settled}"]
     return words

@@ -5,7 +5,7 @@ from typing import Any
 from rich.text import Text
 
 from sheeprlhf.command.screen import Screen, columns, entry, heading, paragraph
-from sheeprlhf.command.words import FLAGS
+from sheeprlhf.command.words import FLAGS, PLOT
 
 VERBS = {
     "train": "Train a model: `train task=sft` works offline on a CPU.",
@@ -51,7 +51,7 @@ def print_verb_help(verb: str, overrides: list[str], config_dir: str | None) -> 
     screen.print(heading("\nOptions, with the defaults of the choices above:"))
     _print_options(screen, verb, config)
     screen.print(heading("\nFlags:"))
-    for flag in FLAGS:
+    for flag in (*FLAGS, PLOT) if verb == "eval" else FLAGS:
         spelled = ", ".join(filter(None, (flag.name, flag.short))) + (f" <{flag.value}>" if flag.value else "")
         screen.print(entry(spelled, flag.help, width=28))
 

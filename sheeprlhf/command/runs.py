@@ -27,7 +27,12 @@ _TAIL = 65_536  # bytes of metrics.csv: many rows
 _NAME = 16  # columns of a name: helpful_harmless
 _UNKNOWN = "?"
 _MARKS = {RUN_FILE, "config.yaml", "metrics.csv", "checkpoints", "final"}
-_SHOWN = {"reward": ("accuracy", "margin")}  # of the numbers of an evaluation; of another one, all
+_SHOWN = {  # of the numbers of an evaluation; of another one, all
+    "preference": ("accuracy", "margin"),
+    "reward": ("score", "win_rate", "kl"),
+    "generate": (),
+    "frontier": (),
+}
 _VALIDATED = {  # tags of a validation that tell more than its loss
     "val/accuracy": "accuracy",
     "val/margin": "margin",

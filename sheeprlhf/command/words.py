@@ -33,6 +33,7 @@ FLAGS = (
     Flag("--hydra-help", "", "", "Hydra's own help."),
     Flag("--version", "", "", "Hydra's version."),
 )
+PLOT = Flag("--plot", "", "", "Draw the result as a PNG too: another way to write plot=true.")  # of eval alone
 _REFUSED = {
     "--config-path": "give --config-dir=<folder>, which adds yours to those of sheeprlhf",
     "--experimental-rerun": "it would unpickle a file; repeat the command, or give resume_from=<run>",

@@ -4,6 +4,7 @@ Letters: P prompts, K responses of each, B live rows, V vocabulary, N tokens of 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -47,8 +48,11 @@ def sample_responses(
     stop: Callable[[np.ndarray], bool] | None = None,
     progress: Callable[[int], None] = lambda _: None,
     packed: bool = True,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    max_prompts: int | None = None,
 ) -> list[Sampled]:
-    """Sample K responses after each prompt, from softmax(logits / temperature).
+    """Sample K responses after each prompt, from softmax(logits / temperature), or from its likeliest tokens alone.
 
     What is sampled is a function of the weights, the prompt and its numbers alone: not of the other prompts, their
     order, the rank, or any random generator. The model's own generation settings are not read.
@@ -64,6 +68,9 @@ def sample_responses(
         stop: called with a response's tokens so far, after each one; True ends it.
         progress: called with the number of responses that have just ended.
         packed: whether the model computes packed rows as it does padded ones; prompts are padded if it does not.
+        top_k: as in `draw`; with 1 the numbers do not matter.
+        top_p: as in `draw`.
+        max_prompts: most prompts that are sampled after at a time.
 
     Returns:
         One `Sampled` per prompt, in their order.
@@ -78,10 +85,12 @@ def sample_responses(
     packed = packed and _packs(model, max(lengths, default=0) + num_new)
     results: dict[int, Sampled] = {}
     with eval_mode(model):
-        for group in prompt_groups(lengths, num_responses, num_new, token_budget, shared=packed):
+        groups = prompt_groups(lengths, num_responses, num_new, token_budget, shared=packed, most=max_prompts)
+        draw_next = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
+        for group in groups:
             group_prompts = [prompts[index] for index in group]
             rows = PackedRows(model, token_budget) if packed else PaddedRows(model)
-            sampled = _sample_group(rows, group_prompts, uniforms[group], temperature, eos_id, stop, progress)
+            sampled = _sample_group(rows, group_prompts, uniforms[group], draw_next, eos_id, stop, progress)
             results |= zip(group, sampled, strict=True)
     return [results[index] for index in range(len(prompts))]
 
@@ -94,9 +103,15 @@ def _packs(model: PreTrainedModel, longest: int) -> bool:
 
 
 def prompt_groups(
-    lengths: list[int], num_responses: int, num_new: int, token_budget: int, *, shared: bool
+    lengths: list[int],
+    num_responses: int,
+    num_new: int,
+    token_budget: int,
+    *,
+    shared: bool,
+    most: int | None = None,
 ) -> Iterator[list[int]]:
-    """Prompts of about one length that are sampled together, shortest first; at least one a group.
+    """Prompts of about one length that are sampled together, shortest first; at least one a group, `most` at most.
 
     With `shared`, a prompt is held once for all of its responses.
     """
@@ -104,7 +119,8 @@ def prompt_groups(
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         held = lengths[index] * (1 if shared else num_responses) + num_responses * num_new
         computed = 0 if shared else (len(group) + 1) * lengths[index]  # packed prompts are computed part by part
-        if group and (computed > token_budget or (len(group) + 1) * held > HELD * token_budget):
+        full = computed > token_budget or (len(group) + 1) * held > HELD * token_budget or len(group) == most
+        if group and full:
             yield group
             group = []
         group.append(index)
@@ -116,7 +132,7 @@ def _sample_group(
     rows: PackedRows | PaddedRows,
     prompts: Sequence[np.ndarray],
     uniforms_PKN: np.ndarray,
-    temperature: float,
+    draw_next: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     eos_id: int | None,
     stop: Callable[[np.ndarray], bool] | None,
     progress: Callable[[int], None],
@@ -132,7 +148,7 @@ def _sample_group(
     live_B = np.arange(num_rows)
     for step in range(num_new):
         index_B = torch.from_numpy(live_B).to(device)
-        next_B, logprobs_RN[index_B, step] = draw(logits_BV, uniforms_RN[index_B, step], temperature)
+        next_B, logprobs_RN[index_B, step] = draw_next(logits_BV, uniforms_RN[index_B, step])
         ids_RN[live_B, step] = next_B.cpu().numpy()
         lengths_R[live_B] = step + 1
         if eos_id is not None:
@@ -157,20 +173,35 @@ def _sample_group(
     return [Sampled(*zip(*found[start : start + num_responses], strict=True)) for start in starts]
 
 
-def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def draw(
+    logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Take a token of softmax(logits / temperature) by the inverse of its distribution function, in token-id order.
 
     Args:
         logits_BV: (B, V) logits.
         uniform_B: (B,) float64 in [0, 1): token i is taken where the sum of the probabilities up to i first exceeds it.
         temperature: above 0.
+        top_k: only the k likeliest tokens can be taken; 0: all.
+        top_p: only the fewest likeliest tokens that have this probability together can be taken.
 
     Returns:
         (B,) token ids, and (B,) float32 log-probabilities in nats. A token of probability 0 is never taken.
     """
     logprobs_BV = (logits_BV.float() / temperature).log_softmax(dim=-1)
+    if top_k or top_p < 1.0:
+        logprobs_BV = _likeliest(logprobs_BV, top_k, top_p).log_softmax(dim=-1)
     cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
     # The last sum is 1 but for rounding; a product with less than 1 is below it, so that some sum exceeds it.
     limit_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     ids_B1 = torch.searchsorted(cumulative_BV, limit_B1, right=True)
     return ids_B1[:, 0], logprobs_BV.gather(1, ids_B1)[:, 0]
+
+
+def _likeliest(logprobs_BV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """(B, V) log-probabilities, minus infinity for the tokens that are not among the likeliest (see `draw`)."""
+    likeliest_BK, ids_BK = logprobs_BV.topk(min(top_k or logprobs_BV.shape[-1], logprobs_BV.shape[-1]))
+    before_BK = likeliest_BK.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1)
+    before_BK[:, 0] = 0.0
+    likeliest_BK = likeliest_BK.masked_fill(before_BK >= top_p, -torch.inf)
+    return torch.full_like(logprobs_BV, -torch.inf).scatter(1, ids_BK, likeliest_BK)

@@ -6,12 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.online import OnlineTaskConfig
 from sheeprlhf.structure.places import is_weights_name, weights_problems
 from sheeprlhf.structure.registry import choices, config_hash
 from sheeprlhf.structure.reward import needs_model
-from sheeprlhf.structure.run import RootConfig, TrainConfig
+from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.structure.smaller import changed
 from sheeprlhf.structure.task import TrainTaskConfig
@@ -27,6 +27,7 @@ TASKS = {START: "sft", REWARD_MODEL: "rm"}  # which task's runs they are
 _NAMES = {START: "task.sft_model_name", REWARD_MODEL: "task.rm_model_name"}
 _OTHER_REWARD = "reward=function reward.path=<name> for a reward without a model"
 _MAX_RUN_BYTES = 1 << 20
+Needy = TrainConfig | EvalConfig  # what may need earlier runs
 
 
 class FoundRun(NamedTuple):
@@ -59,8 +60,8 @@ def task_of_run(saved: dict[str, Any]) -> type[TrainTaskConfig] | None:
 
 
 def links_of(config: RootConfig) -> dict[str, str]:
-    """The earlier runs that a training starts from, as they are configured: option and directory, or a word for one."""
-    if not isinstance(config, TrainConfig):
+    """The earlier runs that a task needs, as they are configured: option and directory, or a word for one."""
+    if not isinstance(config, TrainConfig | EvalConfig):
         return {}
     found = {key: getattr(config.task, key.removeprefix("task."), None) for key in TASKS}
     if not scores_by_run(config):
@@ -68,22 +69,23 @@ def links_of(config: RootConfig) -> dict[str, str]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def scores_by_run(config: TrainConfig) -> bool:
+def scores_by_run(config: Needy) -> bool:
     """Whether the reward is a model that a run has left."""
     return (
-        isinstance(config.task, OnlineTaskConfig)
+        hasattr(config.task, "rm_experiment_dir")
+        and config.data is not None
         and needs_model(config.reward, config.data.rule_reward)
         and getattr(config.reward, "folder", None) is None
     )
 
 
-def _begins_without(config: TrainConfig) -> bool:
+def _begins_without(config: Needy) -> bool:
     """Whether training may start from the model as it is: a rule can teach one that was not fine-tuned."""
     return links_of(config).get(START, "").casefold() == AUTO and not scores_by_run(config)
 
 
 def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
-    """The configuration with the whole paths of the runs that it starts from, also where it said "newest" or "auto".
+    """The configuration with the whole paths of the runs that it needs, also where it said "newest" or "auto".
 
     A run that is resumed goes on with those that it started from, whatever has been trained since.
 
@@ -91,7 +93,7 @@ def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
         config: typed; returned as it is if there is nothing to find.
         given_dir: the directory of `hydra.run.dir=...`, if the user gave one.
     """
-    if not isinstance(config, TrainConfig):
+    if not isinstance(config, TrainConfig | EvalConfig) or config.model is None:
         return config
     of_reward = getattr(config.task, "rm_experiment_dir", None)
     if of_reward is not None and is_word(of_reward) and not scores_by_run(config):
@@ -103,14 +105,14 @@ def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
         config = _changed(config, given)
     if not words:
         return config
-    for run in _resumable(config, given_dir):
+    for run in _resumable(config, given_dir) if isinstance(config, TrainConfig) else ():
         with suppress(ConfigError):
             before = read_run_config(str(run.dir)).get("task")
             if isinstance(before, dict):
                 same = _changed(config, {key: before.get(key.removeprefix("task.")) for key in words})
                 if config_hash(same) == run.info.get("config_hash"):
                     return same
-    found = {key: _newest(config, TASKS[key]) for key in words}
+    found = {key: _newest(config, TASKS[key], config.model) for key in words}
     settled: dict[str, str | None] = {key: str(run.absolute()) for key, run in found.items() if run is not None}
     if START not in settled and _begins_without(config):
         settled[START] = None
@@ -122,7 +124,7 @@ def is_word(start: str) -> bool:
     return start.casefold() in (NEWEST, AUTO)
 
 
-def _changed(config: TrainConfig, change: dict[str, Any]) -> TrainConfig:
+def _changed(config: Needy, change: dict[str, Any]) -> Needy:
     new = changed(config, change)
     new.lock()
     return new
@@ -136,7 +138,7 @@ def _resumable(config: TrainConfig, given_dir: str | None) -> list[FoundRun]:
     return find_runs(config.root_dir) if config.resume else []
 
 
-def _newest(config: TrainConfig, task: str) -> Path | None:
+def _newest(config: Needy, task: str, wanted: ModelConfig | None) -> Path | None:
     """The newest finished run of a task on the configured model; a dry run is one for dry runs alone."""
     for run in find_runs(config.root_dir):
         if run.info.get("task") != task or run.info.get("status") != "finished" or not (run.dir / "final").is_dir():
@@ -145,7 +147,8 @@ def _newest(config: TrainConfig, task: str) -> Path | None:
             saved = read_run_config(str(run.dir))
             model = saved.get("model")
             name = model.get("repo_name") if isinstance(model, dict) else None
-            if is_same_model(name, config.model.repo_name) and (config.dry_run or not saved.get("dry_run")):
+            usable = config.dry_run or not saved.get("dry_run")
+            if wanted is not None and usable and is_same_model(name, wanted.repo_name):
                 return run.dir
     return None
 
@@ -160,35 +163,36 @@ def is_same_model(first: Any, second: Any) -> bool:
     return one.is_dir() and other.is_dir() and one.resolve() == other.resolve()
 
 
-def start_problems(config: TrainConfig) -> Iterator[str]:
-    """Why training cannot start from the runs that it is told to start from."""
+def start_problems(config: Needy) -> Iterator[str]:
+    """Why a task cannot have the runs that it is told to start from, or to be scored by."""
+    if config.model is None or config.data is None:
+        return  # told already
     links = links_of(config)
     missing = {key: value for key, value in links.items() if is_word(value)}
     if missing and not _begins_without(config):
-        yield _missing(config, missing)
+        yield _missing(config, missing, config.model, config.data)
     if REWARD_MODEL not in links and scores_by_run(config):
         yield f"{REWARD_MODEL} is null and the reward is a model: give a run of task=rm, or {_OTHER_REWARD}"
     for key, value in links.items():
         if key not in missing:
-            yield from _link_problems(config, key, value)
+            yield from _link_problems(config, key, value, config.model)
 
 
-def _missing(config: TrainConfig, words: dict[str, str]) -> str:
+def _missing(config: Needy, words: dict[str, str], model: ModelConfig, data: DataConfig) -> str:
     """There are no such runs: what to train first."""
     first = " and ".join(
-        f"`python sheeprlhf.py train task={TASKS[key]} {model_words(config.model)} data={config.data.config_name}`"
-        for key in words
+        f"`python sheeprlhf.py train task={TASKS[key]} {model_words(model)} data={data.config_name}`" for key in words
     )
     asked = ", ".join(f"{key}={value}" for key, value in words.items())
     tasks = " and of ".join(f"task={TASKS[key]}" for key in words)
     instead = f", or {_OTHER_REWARD}" if REWARD_MODEL in words else ""
     return (
-        f"{asked}: {config.root_dir} has no finished run of {tasks} with model.repo_name={config.model.repo_name}: "
+        f"{asked}: {config.root_dir} has no finished run of {tasks} with model.repo_name={model.repo_name}: "
         f"first {first}, or give a run directory{instead}"
     )
 
 
-def _link_problems(config: TrainConfig, key: str, run_dir: str) -> Iterator[str]:
+def _link_problems(config: Needy, key: str, run_dir: str, model: ModelConfig) -> Iterator[str]:
     """Whether one earlier run is there, of the right kind and model, and has the weights."""
     try:
         saved = read_run_config(run_dir, key=key)
@@ -202,10 +206,10 @@ def _link_problems(config: TrainConfig, key: str, run_dir: str) -> Iterator[str]
         yield f"{key}={run_dir} is {what}: give a run of task={TASKS[key]}; `list runs` shows them"
         return
     assert isinstance(theirs, ModelConfig)
-    if key == START and not is_same_model(theirs.repo_name, config.model.repo_name):
+    if key == START and not is_same_model(theirs.repo_name, model.repo_name):
         yield (
             f"{key}={run_dir} was trained from model.repo_name={theirs.repo_name}, and this run has "
-            f"{config.model.repo_name}: give {model_words(theirs)}, or another run"
+            f"{model.repo_name}: give {model_words(theirs)}, or another run"
         )
     name_key = _NAMES[key]
     name = str(getattr(config.task, name_key.removeprefix("task."), "final"))
@@ -213,7 +217,7 @@ def _link_problems(config: TrainConfig, key: str, run_dir: str) -> Iterator[str]
         yield from weights_problems(run_dir, name, key=key, name_key=name_key)
     else:
         yield f"{name_key}={name} is unknown: give final, best, last or step-<n>"
-    if key == START and config.model.random_init:
+    if key == START and model.random_init:
         yield f"model.random_init=true and {key}={run_dir} are two beginnings: give one of them"
 
 

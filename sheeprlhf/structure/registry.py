@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.structure.evaluation import EvalTaskConfig, FrontierConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.online import OnlineTaskConfig
@@ -29,7 +30,7 @@ from sheeprlhf.structure.run import (
     RootConfig,
     TrainConfig,
 )
-from sheeprlhf.structure.task import EvalTaskConfig, TrainTaskConfig
+from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError
 
 ROOTS: dict[str, type[TrainConfig] | type[EvalConfig] | type[CommandConfig]] = {
@@ -171,8 +172,10 @@ def apply_dry_run(config: TrainConfig | EvalConfig) -> TrainConfig | EvalConfig:
     generation = replace(config.generation, max_new_tokens=min(config.generation.max_new_tokens, 8))
     if isinstance(config, EvalConfig):
         rows = DRY_RUN_STEPS * config.task.mini_batch_size
-        eval_task = replace(config.task, num_samples=min(config.task.num_samples or rows, rows))
-        return replace(config, data=data, generation=generation, task=eval_task)
+        few: dict[str, Any] = {"num_samples": min(config.task.num_samples or rows, rows)}
+        if isinstance(config.task, FrontierConfig):
+            few["best_of"] = min(config.task.best_of, 4)
+        return replace(config, data=data, generation=generation, task=replace(config.task, **few))
     task = config.task
     little = {
         "max_num_steps": DRY_RUN_STEPS,

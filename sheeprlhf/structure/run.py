@@ -6,13 +6,14 @@ from typing import Any, ClassVar, Optional
 from omegaconf import MISSING
 
 from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.structure.evaluation import EvalTaskConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig
 from sheeprlhf.structure.option import Config, option
 from sheeprlhf.structure.reward import RewardSourceConfig
-from sheeprlhf.structure.task import EvalTaskConfig, TrainTaskConfig
+from sheeprlhf.structure.task import TrainTaskConfig
 
 
 @dataclass(unsafe_hash=True)
@@ -55,9 +56,12 @@ class EvalConfig(Config):
     fabric: FabricConfig = MISSING
     model: Optional[ModelConfig] = option(None, "Model to evaluate; null takes the run's.")
     data: Optional[DataConfig] = option(None, "Dataset to evaluate on; null takes the run's.")
+    reward: RewardSourceConfig = MISSING
     generation: GenConfig = GenConfig()
     experiment_dir: Optional[str] = option(None, "Run directory to evaluate; results go into its eval/ folder.")
     output_dir: str = option("logs/eval", "Where results go when there is no experiment_dir.")
+    root_dir: str = option("logs/runs", "Where `newest` looks for runs.")
+    plot: bool = option(False, "Draw the result as a PNG beside its JSON; the flag --plot says the same.")
     seed: int = option(42, "Seed of everything random.", minimum=0, maximum=2**32 - 1)
     dry_run: bool = option(False, "Evaluate on two mini-batches.")
     debug: bool = option(False, "Show the traceback of an error.")

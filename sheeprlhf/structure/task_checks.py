@@ -1,21 +1,19 @@
-"""What a training or an evaluation must satisfy as a whole, and each task alone; the sentences of `validate`."""
+"""What a training must satisfy as a whole, and each task alone; the sentences of `validate`."""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from sheeprlhf.structure.earlier import is_word, scores_by_run, start_problems, task_of_run
+from sheeprlhf.structure.earlier import is_word, scores_by_run, start_problems
+from sheeprlhf.structure.evaluation import EvalTaskConfig
 from sheeprlhf.structure.generation import GenConfig
-from sheeprlhf.structure.limits import near_path, nearest
-from sheeprlhf.structure.machine import missing_modules
+from sheeprlhf.structure.limits import near_path
 from sheeprlhf.structure.online import BestOfNConfig, OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.optim import AdamWConfig
-from sheeprlhf.structure.places import is_weights_name, new_folder_problems, weights_problems
-from sheeprlhf.structure.registry import choices
+from sheeprlhf.structure.places import new_folder_problems
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
-from sheeprlhf.structure.saved import read_run_config
-from sheeprlhf.structure.task import DPOConfig, EvalTaskConfig, RougeConfig, TrainTaskConfig
+from sheeprlhf.structure.task import DPOConfig, TrainTaskConfig
 
 
 def task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
@@ -69,11 +67,7 @@ def online_problems(config: TrainConfig) -> Iterator[str]:
         if config.reward != AutoRewardConfig():
             yield f"reward={config.reward.config_name} is not read by task={task.config_name}: remove it"
         return
-    if task.rm_experiment_dir is not None and not is_word(task.rm_experiment_dir) and not scores_by_run(config):
-        yield (
-            f"task.rm_experiment_dir={task.rm_experiment_dir} is not read by reward={config.reward.config_name}: "
-            "remove it, or give reward=model"
-        )
+    yield from unread_reward_model(config)
     group = task.num_generations
     for key in (key for key in ("rollout_size", "mini_batch_size") if key not in task.unread):
         size = getattr(task, key)
@@ -85,14 +79,10 @@ def online_problems(config: TrainConfig) -> Iterator[str]:
             f"reward.overlong_cache={config.reward.overlong_cache} is more than generation.max_new_tokens="
             f"{how.max_new_tokens}: give at most that"
         )
-    if how.top_k or how.top_p < 1.0 or how.num_beams > 1:
-        given = [
-            f"generation.{name}"
-            for name, off in (("top_k", 0), ("top_p", 1.0), ("num_beams", 1))
-            if getattr(how, name) != off
-        ]
+    given = narrowed(how)
+    if given:
         yield (
-            f"{', '.join(given)}: a policy learns from what it samples with all its probabilities: remove it, or give "
+            f"{given}: a policy learns from what it samples with all its probabilities: remove it, or give "
             "generation.temperature"
         )
     if isinstance(task, PPOConfig):
@@ -157,47 +147,17 @@ def unread_generation(how: GenConfig, task: str) -> Iterator[str]:
         yield f"generation.stop_strings={list(how.stop_strings)} is not read by task={task}: remove it"
 
 
-def eval_problems(config: EvalConfig) -> Iterator[str]:
-    """What an evaluation lacks: packages, something to evaluate, weights of that name."""
-    yield from unread_engine(config.generation, config.task.config_name)
-    if not isinstance(config.task, RougeConfig):
-        yield from unread_generation(config.generation, config.task.config_name)
-    missing = missing_modules(config.task.requires)
-    if missing:
+def unread_reward_model(config: TrainConfig | EvalConfig) -> Iterator[str]:
+    """A reward model that was given and that the reward does not ask."""
+    of_reward = getattr(config.task, "rm_experiment_dir", None)
+    if of_reward is not None and not is_word(of_reward) and not scores_by_run(config):
         yield (
-            f"task={config.task.config_name} needs packages that are not installed ({', '.join(missing)}): "
-            f'pip install "sheeprlhf[{config.task.extra}]"'
+            f"task.rm_experiment_dir={of_reward} is not read by reward={config.reward.config_name}: remove it, or give "
+            "reward=model"
         )
-    if config.experiment_dir is None and config.task.evaluates != "policy":
-        yield f"task={config.task.config_name} needs a {config.task.evaluates}: give experiment_dir=<run of task=rm>"
-    elif config.experiment_dir is None:
-        missing = [name for name in ("model", "data") if getattr(config, name) is None]
-        if missing:
-            give = " and ".join(f"{name}=<{', '.join(choices(name))}>" for name in missing)
-            yield f"nothing to evaluate: give experiment_dir=<run directory>, or {give}"
-        yield from new_folder_problems("output_dir", config.output_dir)
-    if config.task.data_split == "reward" and config.data is not None and config.data.reward_model_split == 0:
-        yield "task.data_split=reward is empty with data.reward_model_split=0: give another split"
-    if not is_weights_name(config.task.model_name):
-        near = nearest(config.task.model_name, ("final", "best", "last"))
-        did = f"did you mean task.model_name={near}? It may be" if near else "give"
-        yield f"task.model_name={config.task.model_name} is unknown: {did} final, best, last or step-<n>"
-    elif config.experiment_dir is not None:
-        yield from _run_problems(config, config.experiment_dir)
 
 
-def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
-    """Whether a run has what an evaluation asks for, and takes its results."""
-    yield from new_folder_problems("experiment_dir", str(Path(run_dir) / "eval"))
-    trained = task_of_run(read_run_config(run_dir))
-    what, wanted = "policy" if trained is None else trained.trains, config.task.evaluates
-    if what != wanted:
-        able = [name for name, cls in choices("task", "eval").items() if getattr(cls, "evaluates", "") == what]
-        give = f"task={' or '.join(able)}, or another run" if able else "another run"
-        of = "" if trained is None else f" of task={trained.config_name}"
-        yield (
-            f"experiment_dir={run_dir}: task={config.task.config_name} evaluates a {wanted}, and this run{of} trained "
-            f"a {what}: give {give}"
-        )
-        return
-    yield from weights_problems(run_dir, config.task.model_name, key="experiment_dir", name_key="task.model_name")
+def narrowed(how: GenConfig) -> str:
+    """The options that keep a sampler from using all probabilities, as they are typed; empty if there are none."""
+    usual = (("top_k", 0), ("top_p", 1.0), ("num_beams", 1))
+    return ", ".join(f"generation.{name}" for name, off in usual if getattr(how, name) != off)

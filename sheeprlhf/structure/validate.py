@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.structure.eval_checks import eval_problems
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.limits import option_problems
@@ -18,7 +19,7 @@ from sheeprlhf.structure.places import data_file_problems, model_problem, new_fo
 from sheeprlhf.structure.registry import choices, options
 from sheeprlhf.structure.reward_checks import reward_problems
 from sheeprlhf.structure.run import EvalConfig, FetchConfig, InspectConfig, RootConfig, TrainConfig
-from sheeprlhf.structure.task_checks import eval_problems, task_problems, train_problems
+from sheeprlhf.structure.task_checks import task_problems, train_problems
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import OFFSET, RewardModel, load_reward_model, reward_model_of
 from sheeprlhf.agent.shared import SharedScore
+from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.run import Run
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import (
@@ -26,9 +27,11 @@ from sheeprlhf.model.lora import (
 )
 from sheeprlhf.model.scalar import HEAD, scalar_model
 from sheeprlhf.structure.earlier import is_same_model
+from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
 from sheeprlhf.structure.online import OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.reward import needs_model
+from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.saved import saved_group
 from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.task.start import load_start, load_trained_reward_model
@@ -116,37 +119,56 @@ def _share_trunk(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> RewardMo
 def _load_reward(
     run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, *, longest: int
 ) -> tuple[RewardModel | SharedScore, bool]:
-    """The reward model of the configured folder or run."""
-    task, folder = run.cfg.task, getattr(run.cfg.reward, "folder", None)
+    """The reward model of the configured folder or run, on the policy's base where that can be."""
+    task = run.cfg.task
     assert isinstance(task, OnlineTaskConfig)
-    of_run = task.rm_experiment_dir
-    if folder is not None:
-        cfg: ModelConfig = AutoModelConfig(repo_name=folder, disable_dropout=True)
-    else:
-        assert of_run is not None  # the command line asks for one
-        saved = saved_group(of_run, "model")
-        assert isinstance(saved, ModelConfig)
-        cfg = saved
+    of_run, folder, cfg = reward_model_source(run.cfg)
     if load_tokenizer(cfg).get_vocab() != tokenizer.get_vocab():
         where = f"reward.folder={folder}" if folder is not None else f"task.rm_experiment_dir={of_run}"
         raise ConfigError(
             f"{where}: its tokenizer is not that of {run.cfg.model.repo_name}: give a reward model that was made of "
             "the same model"
         )
-    if folder is not None:
-        run.say(f"reward model: {folder}")
-        return load_reward_model(cfg, tokenizer, longest=longest, batching=task.batching)
-    run.say(f"reward model: the {task.rm_model_name} weights of {of_run}")
-    if isinstance(policy.model, PeftModel) and _same_base(run, cfg, str(of_run)):
+    if folder is None and isinstance(policy.model, PeftModel) and _same_base(run, cfg, str(of_run)):
+        run.say(f"reward model: the {task.rm_model_name} weights of {of_run}")
         final = Path(str(of_run)) / "final"
         head = nn.Linear(1, 1, bias=False)
         head.weight = nn.Parameter(load_score_adapter(policy.model, final, REWARD).float())
         offset = float(getattr(AutoConfig.from_pretrained(final), OFFSET, 0.0))
         run.say("reward, critic and reference share the policy's base")
         return SharedScore(policy.model, REWARD, head, offset), True
-    cfg = dataclasses.replace(cfg, disable_dropout=True, gradient_checkpointing=False)
-    of = (cfg, Path(str(of_run)), task.rm_model_name, tokenizer)
-    return load_trained_reward_model(*of, longest=longest, batching=task.batching, say=run.say)
+    return load_separate_reward_model(run.cfg, tokenizer, longest=longest, say=run.say)
+
+
+def reward_model_source(cfg: TrainConfig | EvalConfig) -> tuple[str | None, str | None, ModelConfig]:
+    """The run or the folder that the reward model is in, and its model's configuration."""
+    folder, of_run = getattr(cfg.reward, "folder", None), getattr(cfg.task, "rm_experiment_dir", None)
+    if folder is not None:
+        return None, folder, AutoModelConfig(repo_name=folder, disable_dropout=True)
+    assert of_run is not None  # the command line asks for one
+    saved = saved_group(of_run, "model")
+    assert isinstance(saved, ModelConfig)
+    return of_run, None, saved
+
+
+def load_separate_reward_model(
+    cfg: TrainConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Say
+) -> tuple[RewardModel, bool]:
+    """The configured reward model, on a base of its own, and whether its batches are packed.
+
+    Raises:
+        SheepError: it cannot be loaded.
+    """
+    task = cfg.task
+    assert isinstance(task, OnlineTaskConfig | ScoredConfig)
+    of_run, folder, model = reward_model_source(cfg)
+    if folder is not None:
+        say(f"reward model: {folder}")
+        return load_reward_model(model, tokenizer, longest=longest, batching=task.batching)
+    say(f"reward model: the {task.rm_model_name} weights of {of_run}")
+    model = dataclasses.replace(model, disable_dropout=True, gradient_checkpointing=False)
+    of = (model, Path(str(of_run)), task.rm_model_name, tokenizer)
+    return load_trained_reward_model(*of, longest=longest, batching=task.batching, say=say)
 
 
 def _same_base(run: Run, cfg: ModelConfig, rm_dir: str) -> bool:

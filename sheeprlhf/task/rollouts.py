@@ -23,7 +23,7 @@ from sheeprlhf.model.sample import Sampled
 from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.structure.generation import GenConfig
-from sheeprlhf.task.batches import Batches
+from sheeprlhf.task.batches import Batches, Rows
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.modes import eval_mode
 
@@ -113,29 +113,37 @@ def as_text(
 
 
 def read_targets(
-    fabric: Fabric, module: nn.Module, call: Call, batches: Batches, rollout: Rollout, label: str
+    fabric: Fabric,
+    module: nn.Module,
+    call: Call,
+    batches: Batches,
+    rows: Rows,
+    label: str,
+    num_rows: int | None = None,
 ) -> Tensor:
-    """All ranks: a number for each target of all rows, end to end in the order of the rows.
+    """All ranks: a number for each target of the rows, end to end in their order.
 
     Args:
         fabric: where it runs.
         module: what `call` runs; in eval mode meanwhile, without gradient.
         call: a forward pass.
         batches: cuts the rows; says whether each token or each response is a target.
-        rollout: the rows.
+        rows: a rollout, or a split of a dataset.
         label: what the progress bar says.
+        num_rows: read the first rows only.
 
     Returns:
         float32, on the host.
     """
     mine: list[tuple[int, np.ndarray]] = []
+    count = min(len(rows), num_rows or len(rows))
     with isolated_rng(), eval_mode(module), torch.no_grad(), fabric.autocast():
-        for part, micro in batches.numbered(rollout, np.arange(len(rollout)), label):
+        for part, micro in batches.numbered(rows, np.arange(count), label):
             batch = fabric.to_device(micro.batch)
             values_N = call(batch).float().cpu().numpy()
-            mine += zip(part, np.split(values_N, _borders(len(values_N), rollout.examples(part))), strict=True)
+            mine += zip(part, np.split(values_N, _borders(len(values_N), rows.examples(part))), strict=True)
     found: dict[int, np.ndarray] = dict(pair for rank in gather_objects(fabric, mine) for pair in rank)
-    return torch.from_numpy(np.concatenate([found[row] for row in range(len(rollout))]))
+    return torch.from_numpy(np.concatenate([found[row] for row in range(count)]))
 
 
 def _borders(num_values: int, rows: list[Example]) -> np.ndarray:

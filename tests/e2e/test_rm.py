@@ -44,7 +44,7 @@ def plain_scores(final: Path, base: str) -> list[list[float]]:
 
 
 def our_scores(run_dir: Path, words: list[str], tmp_path: Path) -> list[float]:
-    """The same through our own loader: pairs of one text and a filler, scored by `score_pairs`."""
+    """The same through our own loader: pairs of one text and a filler, scored one by one."""
     from sheeprlhf.data.collate import collate_packed
     from sheeprlhf.data.example import Example
     from sheeprlhf.structure.model import ModelConfig
@@ -95,11 +95,11 @@ def test_plain_transformers_gives_our_scores_in_a_fresh_process(
 def test_the_offset_makes_demonstrations_score_zero(tmp_path: Path, model_folder: ModelFolder) -> None:
     data = write_pairs(tmp_path / "rows.jsonl")
     run_dir = train(model_folder(), data, tmp_path / "run", "task.max_num_steps=6", task="rm")
-    run(["eval", "task=reward", f"experiment_dir={run_dir}", "task.data_split=train"])
-    figures = json.loads((run_dir / "eval" / "reward-train-final.json").read_text())
+    run(["eval", "task=preference", f"experiment_dir={run_dir}", "task.data_split=train"])
+    figures = json.loads((run_dir / "eval" / "preference-train-final.json").read_text())
     assert abs(figures["score_chosen"]) < 1e-5
     assert figures["pairs"] == 48
-    assert (run_dir / "eval" / "reward-train-final-calibration.png").read_bytes().startswith(b"\x89PNG")
+    assert (run_dir / "eval" / "preference-train-final.png").read_bytes().startswith(b"\x89PNG")
     raw = train(model_folder(), data, tmp_path / "raw", "task.max_num_steps=6", "task.normalize_on=none", task="rm")
     assert "reward_offset" not in json.loads((raw / "final" / "config.json").read_text())
     ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (run_dir, raw))
@@ -110,8 +110,8 @@ def test_the_offset_makes_demonstrations_score_zero(tmp_path: Path, model_folder
 def test_a_visible_preference_is_learnt(loss_type: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     data = write_pairs(tmp_path / "rows.jsonl")
     run_dir = train(model_folder(), data, tmp_path / "run", f"task.loss_type={loss_type}", "optim.lr=5e-3", task="rm")
-    run(["eval", "task=reward", f"experiment_dir={run_dir}"])
-    assert json.loads((run_dir / "eval" / "reward-test-final.json").read_text())["accuracy"] >= 0.95
+    run(["eval", "task=preference", f"experiment_dir={run_dir}"])
+    assert json.loads((run_dir / "eval" / "preference-test-final.json").read_text())["accuracy"] >= 0.95
 
 
 def test_rankings_and_margins(tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,8 +120,8 @@ def test_rankings_and_margins(tmp_path: Path, model_folder: ModelFolder, capsys:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_dir = train(model_folder(), data, tmp_path / "run", "optim.lr=5e-3", task="rm")
-    run(["eval", "task=reward", f"experiment_dir={run_dir}"])
-    figures = json.loads((run_dir / "eval" / "reward-test-final.json").read_text())
+    run(["eval", "task=preference", f"experiment_dir={run_dir}"])
+    figures = json.loads((run_dir / "eval" / "preference-test-final.json").read_text())
     assert figures["pairs"] == 10 + 3 * 10 + 20
     assert figures["accuracy"] >= 0.95
 

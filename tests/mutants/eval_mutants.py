@@ -29,7 +29,7 @@ MUTANTS = [
     ),
     Mutant(  # a 90 % interval
         trap="rouge",
-        file="sheeprlhf/task/eval/rouge_metric.py",
+        file="sheeprlhf/task/eval/interval.py",
         old="[2.5, 97.5]",
         new="[5.0, 95.0]",
         tests="tests/unit/task/test_rouge_metric.py::test_an_interval_is_that_of_the_mean_and_repeats",

@@ -1,17 +1,36 @@
-"""What an evaluation reads: rows of a split, and the weights of a run or a model as it is."""
+"""What an evaluation reads: rows of a split, and the weights of a run, of what it started from, or of a model."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy, load_policy
-from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
+from sheeprlhf.data.example import Example
+from sheeprlhf.data.prepare import PreparedData, TokenizedSplit, prepare_data
 from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.start import load_of_run
+from sheeprlhf.structure.saved import read_run_config, saved_group
+from sheeprlhf.task.start import load_of_run, load_start
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
+
+
+class Start(NamedTuple):
+    """What a run's training began with.
+
+    Attributes:
+        run_dir: the run whose weights it took; None: the model as it was.
+        weights: which of that run's.
+        name: how to call it.
+    """
+
+    run_dir: str | None
+    weights: str
+    name: str
 
 
 def evaluated_split(data: PreparedData, name: str) -> TokenizedSplit:
@@ -27,8 +46,34 @@ def evaluated_split(data: PreparedData, name: str) -> TokenizedSplit:
     return split
 
 
+def first_rows(split: TokenizedSplit, num_samples: int | None) -> list[Example]:
+    """The rows that are evaluated."""
+    return split.examples(range(min(len(split), num_samples or len(split))))
+
+
+def rows_as(
+    fabric: Fabric, cfg: EvalConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], say: Say
+) -> list[Example]:
+    """The same rows as another tokenizer has them.
+
+    Raises:
+        DataError: it has left one of them out.
+    """
+    assert cfg.data is not None
+    data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
+    split = evaluated_split(data, cfg.task.data_split)
+    found = {row.row_id: row for row in split.examples(range(len(split)))}
+    lost = [row.row_id for row in rows if row.row_id not in found]
+    if lost:
+        raise DataError(
+            f"row {lost[0]} of task.data_split={cfg.task.data_split} is there for one of the two tokenizers alone: "
+            "give data.on_overflow=truncate_prompt data.minimum_response_length=1"
+        )
+    return [found[row.row_id] for row in rows]
+
+
 def load_evaluated_policy(
-    cfg: EvalConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, batching: str, say: Say
+    cfg: EvalConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Say
 ) -> tuple[Policy, bool]:
     """The policy that `cfg.experiment_dir` and `cfg.task.model_name` name, or `cfg.model` itself, and if it packs.
 
@@ -36,12 +81,56 @@ def load_evaluated_policy(
         ConfigError: the run has no `final/` yet.
         CheckpointError: it has no such checkpoint.
     """
-    model = cfg.model
+    model, batching = cfg.model, cfg.task.batching
     assert model is not None  # the command line composes it, from the run if need be
     if cfg.experiment_dir is None:
         return load_policy(model, tokenizer, longest=longest, batching=batching, say=say)
     run_dir, weights = Path(cfg.experiment_dir), cfg.task.model_name
     return load_of_run(model, run_dir, weights, tokenizer, longest=longest, batching=batching, say=say)
+
+
+def start_of(cfg: EvalConfig) -> Start | None:
+    """What the evaluated run started from; None for a model that no run has trained, and if it was random weights."""
+    assert cfg.model is not None
+    if cfg.experiment_dir is None or cfg.model.random_init:
+        return None
+    task = read_run_config(cfg.experiment_dir).get("task") or {}
+    run_dir, weights = task.get("sft_experiment_dir"), str(task.get("sft_model_name", "final"))
+    return Start(
+        run_dir, weights, str(cfg.model.repo_name) if run_dir is None else f"the {weights} weights of {run_dir}"
+    )
+
+
+def load_start_of(
+    cfg: EvalConfig, start: Start, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Say
+) -> tuple[Policy, bool]:
+    """That model, and whether its batches are packed.
+
+    Raises:
+        SheepError: it cannot be loaded.
+    """
+    assert cfg.model is not None
+    of = (cfg.model, start.run_dir, start.weights, tokenizer)
+    return load_start(*of, longest=longest, batching=cfg.task.batching, say=say)
+
+
+def load_final(
+    cfg: EvalConfig, model: ModelConfig, run_dir: str, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Say
+) -> tuple[Policy, bool]:
+    """The final policy of another run, and whether its batches are packed.
+
+    Raises:
+        SheepError: it cannot be loaded.
+    """
+    of = (model, Path(run_dir), "final", tokenizer)
+    return load_of_run(*of, longest=longest, batching=cfg.task.batching, say=say)
+
+
+def model_of_run(run_dir: str, key: str) -> ModelConfig:
+    """The model of a run that an option names."""
+    model = saved_group(run_dir, "model", key=key)
+    assert isinstance(model, ModelConfig)
+    return model
 
 
 def say_on(fabric: Fabric, text: str) -> None:

@@ -7,17 +7,26 @@ characters of the responses' texts.
 
 import math
 from functools import partial
+from typing import Any
 
-from sheeprlhf.data.prepare import prepare_data
-from sheeprlhf.engine.step import evaluate as evaluate_loss
+import numpy as np
+import torch
+
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
+from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.structure.task import PerplexityConfig
 from sheeprlhf.task.batches import Batches, longest_row
+from sheeprlhf.task.eval.interval import resampled
 from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, say_on
+from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import save_result
-from sheeprlhf.task.train.sft import sft_loss
 from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.modes import eval_mode
+
+_HIGHEST = 700.0  # nats, whose exp is a number
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
@@ -32,23 +41,42 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     tokenizer = load_tokenizer(cfg.model)
     data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
     split = evaluated_split(data, task.data_split)
-    policy, packed = load_evaluated_policy(
-        cfg, tokenizer, longest=longest_row({"": split}), batching=task.batching, say=say
-    )
-    module = fabric.setup_module(policy)
-    targets = "response" if task.use_masked_targets else "all"
-    batches = Batches(fabric, task, packed=packed, targets=targets).first(split, task.num_samples, "evaluating")
-    result = evaluate_loss(fabric, module, batches, sft_loss)
+    policy, packed = load_evaluated_policy(cfg, tokenizer, longest=longest_row({"": split}), say=say)
+    fabric.setup_module(policy)  # onto the device, in the precision asked for
     num_rows = min(len(split), task.num_samples or len(split))
-    numbers = {
-        "perplexity": math.exp(min(result["nll"], 700.0)),
-        "nll": result["nll"],
-        "tokens": int(result["items"]),
+    nll_R, tokens_R = nll_of_rows(fabric, policy, task, split, num_rows, packed=packed)
+    nll = float(nll_R.sum() / tokens_R.sum())
+    sums_N2 = resampled(np.column_stack([nll_R, tokens_R]), seed=cfg.seed)
+    ends = np.percentile(sums_N2[:, 0] / sums_N2[:, 1], [2.5, 97.5]).tolist()
+    numbers: dict[str, Any] = {
+        "perplexity": math.exp(min(nll, _HIGHEST)),
+        "perplexity_interval": [math.exp(min(end, _HIGHEST)) for end in ends],
+        "nll": nll,
+        "tokens": int(tokens_R.sum()),
         "rows": num_rows,
     }
     if task.use_masked_targets and fabric.is_global_zero:
         ids = [example.responses[0].tolist() for example in split.examples(range(num_rows))]
         numbers["characters"] = sum(len(tokenizer.decode(response, skip_special_tokens=True)) for response in ids)
-        bits = result["nll"] * result["items"] / math.log(2)
+        bits = float(nll_R.sum()) / math.log(2)
         numbers["bits_per_character"] = bits / max(1, numbers["characters"])
-    save_result(fabric, cfg, f"perplexity-{task.data_split}", numbers)
+    draw = partial(draw_histogram, {"rows": nll_R / tokens_R}, "negative log-likelihood, nats a token")
+    save_result(fabric, cfg, f"perplexity-{task.data_split}", numbers, draw=draw)
+
+
+def nll_of_rows(
+    fabric: Fabric, policy: Policy, task: PerplexityConfig, split: TokenizedSplit, num_rows: int, *, packed: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """All ranks: (R,) float64, nats: the negative log-likelihood of each of the first rows; and (R,) its tokens."""
+    targets = "response" if task.use_masked_targets else "all"
+    batches = Batches(fabric, task, packed=packed, targets=targets)
+    mine: list[tuple[int, float, int]] = []
+    with eval_mode(policy), torch.no_grad(), fabric.autocast():
+        for part, micro in batches.numbered(split, np.arange(num_rows), "evaluating"):
+            batch = fabric.to_device(micro.batch)
+            row_N = batch.response_index_N.cpu().numpy()  # a row has one response
+            logprobs_N = policy(batch).target_N.double().cpu().numpy()
+            sums, counts = np.bincount(row_N, -logprobs_N, len(part)), np.bincount(row_N, minlength=len(part))
+            mine += zip(part, sums.tolist(), counts.tolist(), strict=True)
+    found = sorted(row for rank in gather_objects(fabric, mine) for row in rank)
+    return np.array([nll for _, nll, _ in found]), np.array([count for _, _, count in found])

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,11 @@ def save_result(
     numbers: Mapping[str, Any],
     *,
     table: Table | None = None,
+    shown: Mapping[str, Any] | None = None,
     rows: Iterable[Mapping[str, Any]] = (),
+    weights: str | None = None,
+    draw: Callable[[], bytes],
+    always_draw: bool = False,
 ) -> None:
     """All ranks; rank zero prints the numbers and writes `<name>-<weights>.json`, newest over older.
 
@@ -33,7 +37,11 @@ def save_result(
         name: of the file.
         numbers: the results, for JSON.
         table: how to print them; by default one number a line.
+        shown: those of them that are printed; by default all.
         rows: what the numbers were made of, kept in `<name>-<weights>.jsonl`.
+        weights: of what; by default those that were evaluated.
+        draw: makes `<name>-<weights>.png`, if asked for one.
+        always_draw: also if not asked.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -42,9 +50,10 @@ def save_result(
         return
     assert cfg.model is not None and cfg.data is not None
     if cfg.experiment_dir is not None:
-        folder, weights = Path(cfg.experiment_dir) / "eval", cfg.task.model_name
+        folder, usual = Path(cfg.experiment_dir) / "eval", cfg.task.model_name
     else:
-        folder, weights = Path(cfg.output_dir), cfg.model.config_name
+        folder, usual = Path(cfg.output_dir), cfg.model.config_name
+    weights = usual if weights is None else weights
     record = {
         **numbers,
         "task": cfg.task.config_name,
@@ -57,21 +66,30 @@ def save_result(
         "version": sheeprlhf.__version__,
     }
     lines = [json.dumps(row) + "\n" for row in rows]
-    files = {folder / f"{name}-{weights}.jsonl": "".join(lines)} if lines else {}
-    files[folder / f"{name}-{weights}.json"] = json.dumps(record, indent=1)  # last: the rows are there when it is
-    for path, text in files.items():
-        _write(path, text)
+    files = {folder / f"{name}-{weights}.jsonl": "".join(lines).encode()} if lines else {}
+    if cfg.plot or always_draw:
+        files[folder / f"{name}-{weights}.png"] = draw()
+    files[folder / f"{name}-{weights}.json"] = json.dumps(record, indent=1).encode()  # last: the rest is there then
+    for path, content in files.items():
+        _write(path, content)
     if table is None:
         table = Table("metric", "value")
-        for key, value in numbers.items():
-            table.add_row(key, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+        for key, value in (numbers if shown is None else shown).items():
+            table.add_row(key, cell(value))
     table.title = f"{cfg.task.config_name} of {weights} on {cfg.data.config_name}/{cfg.task.data_split}"
     Console().print(table)
     print("\n".join(f"saved: {path}" for path in files))
 
 
-def _write(path: Path, text: str) -> None:
+def cell(value: Any) -> str:
+    """A number, or the two ends of an interval, for people to read."""
+    if isinstance(value, list):
+        return " to ".join(map(cell, value))
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+
+
+def _write(path: Path, content: bytes) -> None:
     try:
-        write_whole(path, text.encode())
+        write_whole(path, content)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; check permissions and free space") from error

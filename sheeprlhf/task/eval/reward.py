@@ -1,121 +1,202 @@
-"""A reward model on held-out pairs: accuracy, margin, what length has to do with it, and calibration."""
+"""What a policy's responses score, how often they beat others, and how far the policy has gone for it.
 
-import io
-from collections.abc import Iterable
+The responses are sampled as those of a rollout are: with all probabilities, at `generation.temperature`. At no time is
+more than one model in memory.
+"""
+
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from rich.table import Table
-from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import prepare_data
-from sheeprlhf.engine.fabric import gather_objects
-from sheeprlhf.engine.rng import isolated_rng
-from sheeprlhf.engine.step import MicroBatch
+from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.sample import Sampled
+from sheeprlhf.model.stop import StopStrings
+from sheeprlhf.structure.evaluation import REFERENCES, START, RewardConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.structure.task import RewardConfig
-from sheeprlhf.task.batches import Batches, longest_row
-from sheeprlhf.task.eval.load import evaluated_split, say_on
-from sheeprlhf.task.eval.pairs import calibration, calibration_error, pair_figures
-from sheeprlhf.task.eval.result import save_result
-from sheeprlhf.task.start import load_trained_reward_model
+from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logprobs_of, set_up
+from sheeprlhf.task.eval.interval import interval_of
+from sheeprlhf.task.eval.judge import Judge, Trust
+from sheeprlhf.task.eval.load import (
+    evaluated_split,
+    first_rows,
+    load_evaluated_policy,
+    load_final,
+    load_start_of,
+    model_of_run,
+    rows_as,
+    say_on,
+    start_of,
+)
+from sheeprlhf.task.eval.plots import draw_histogram
+from sheeprlhf.task.eval.result import cell, save_result
+from sheeprlhf.task.held_out import distinct_pairs
+from sheeprlhf.task.rollouts import as_rollout, as_text
 from sheeprlhf.utils.lightning import Fabric
-from sheeprlhf.utils.modes import eval_mode
+
+AT_CHANCE = (
+    "warning: the reward model is right in {accuracy:.1%} of {pairs:,} held-out pairs ({low:.1%} to {high:.1%}), as a "
+    "coin may be: scores and win rates that it gives mean nothing"
+)
+
+
+class Written(NamedTuple):
+    """What was sampled, all ranks alike.
+
+    Attributes:
+        own: the evaluated policy's answers.
+        other: what they have to beat.
+        kl_N: (P,) nats of each response; None without a start.
+    """
+
+    own: Answers
+    other: Answers
+    kl_N: np.ndarray | None
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
-    """All ranks: print the figures and save them as JSON and as a calibration plot.
+    """All ranks: sample, score, compare, print the figures and save them as JSON, each response with its score beside.
 
     Raises:
         SheepError: something that the user can mend; see its message.
     """
     task = cfg.task
     assert isinstance(task, RewardConfig) and cfg.model is not None and cfg.data is not None
-    assert cfg.experiment_dir is not None  # the command line asks for one
     say = partial(say_on, fabric)
     tokenizer = load_tokenizer(cfg.model)
-    data = prepare_data(cfg.data, tokenizer, kind="preference", say=say, progress=fabric.is_global_zero)
-    split = evaluated_split(data, task.data_split)
-    run_dir, longest = Path(cfg.experiment_dir), longest_row({"": split})
-    model, packed = load_trained_reward_model(
-        cfg.model, run_dir, task.model_name, tokenizer, longest=longest, batching=task.batching, say=say
-    )
-    module = fabric.setup_module(model)
-    batches = Batches(fabric, task, packed=packed, targets="last").first(split, task.num_samples, "evaluating")
-    chosen_P, rejected_P, longer_P = score_pairs(fabric, module, batches)
-    table = calibration(chosen_P - rejected_P)
-    numbers = pair_figures(chosen_P, rejected_P, longer_P)
-    numbers |= {"rows": min(len(split), task.num_samples or len(split)), "calibration": table}
-    numbers["calibration_error"] = calibration_error(table)
-    save_result(fabric, cfg, f"reward-{task.data_split}", numbers, table=_table(numbers))
-    if fabric.is_global_zero:
-        image = run_dir / "eval" / f"reward-{task.data_split}-{task.model_name}-calibration.png"
-        image.write_bytes(draw_calibration(table))
-        print(f"saved: {image}")
+    data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
+    rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
+    longest = longest_sequence(rows, cfg)
+    written = _write(fabric, cfg, rows, tokenizer, longest, say)
+    judge = Judge(fabric, cfg, longest=longest, say=say)
+    trust = judge.trust()
+    scores_N, others_N = judge.scores(written.own), judge.scores(written.other)
+    numbers = _figures(cfg, written, scores_N, others_N, trust)
+    texts, others = written.own.texts, written.other.texts
+    kept = [
+        {
+            "row": row.row_id,
+            "prompt": texts.prompts[number],
+            "response": texts.responses[number],
+            "score": float(scores_N[number]),
+            "against": others.responses[number],
+            "against_score": float(others_N[number]),
+        }
+        for number, row in enumerate(rows)
+    ]
+    if trust is not None and trust.at_chance():
+        low, high = trust.interval
+        say(AT_CHANCE.format(accuracy=trust.accuracy, pairs=trust.pairs, low=low, high=high))
+    draw = partial(draw_histogram, {"model": scores_N, task.against: others_N}, f"score ({judge.name()})")
+    table = _table(numbers, judge.name(), float(others_N.mean()), trust)
+    save_result(fabric, cfg, f"reward-{judge.name()}-{task.data_split}", numbers, table=table, rows=kept, draw=draw)
 
 
-def score_pairs(
-    fabric: Fabric, module: nn.Module, micro_batches: Iterable[MicroBatch]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All ranks: the scores of the better and the worse response of all pairs, and how much longer the better one is.
-
-    Args:
-        fabric: where it runs.
-        module: the reward model, set up.
-        micro_batches: this rank's, made with `targets="last"`.
-
-    Returns:
-        Three (P,) arrays, the pairs of rank 0 first.
-    """
-    found: list[np.ndarray] = [np.zeros((0, 3))]
-    with isolated_rng(), eval_mode(module), torch.no_grad():
-        for micro in micro_batches:
-            batch = fabric.to_device(micro.batch)
-            scores_P2 = module(batch)[batch.pairs_P2].cpu().numpy()
-            lengths_P2 = np.array(batch.response_lengths)[micro.batch.pairs_P2.numpy()]
-            found.append(np.column_stack([scores_P2, lengths_P2[:, 0] - lengths_P2[:, 1]]))
-    chosen_P, rejected_P, longer_P = np.concatenate(gather_objects(fabric, np.concatenate(found))).T
-    return chosen_P, rejected_P, longer_P
+def longest_sequence(rows: list[Example], cfg: EvalConfig) -> int:
+    """Tokens of the longest prompt with its reference or with a response."""
+    new = cfg.generation.max_new_tokens
+    return max(len(row.prompt_ids) + max(new, len(row.responses[0])) for row in rows)
 
 
-def _table(numbers: dict[str, Any]) -> Table:
-    """The figures, one a line, then how sure the model was and how often right."""
+def _write(
+    fabric: Fabric,
+    cfg: EvalConfig,
+    rows: list[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    say: Say,
+) -> Written:
+    """All that models have to do before the judge, one model after the other."""
+    task, start = cfg.task, start_of(cfg)
+    assert isinstance(task, RewardConfig)
+    against = task.against if task.against.casefold() not in (REFERENCES, START) else task.against.casefold()
+    writer = set_up(fabric, load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), tokenizer)
+    own = answer(fabric, cfg, writer, rows, samples=True)
+    logprobs_N = logprobs_of(fabric, cfg, writer, own, "log-probabilities") if start is not None else None
+    del writer
+    other, kl_N = references_of(rows, tokenizer), None
+    if start is not None and logprobs_N is not None:
+        begun = set_up(fabric, load_start_of(cfg, start, tokenizer, longest=longest, say=say), tokenizer)
+        kl_N = kl_of_responses(own, logprobs_N, logprobs_of(fabric, cfg, begun, own, "start"))
+        if against == START:
+            other = answer(fabric, cfg, begun, rows, samples=True)
+        del begun
+    if against not in (REFERENCES, START):
+        other = _of_run(fabric, cfg, against, rows, tokenizer, say)
+    return Written(own, other, kl_N)
+
+
+def _of_run(
+    fabric: Fabric, cfg: EvalConfig, run_dir: str, rows: list[Example], tokenizer: PreTrainedTokenizerBase, say: Say
+) -> Answers:
+    """Another run's answers to the same rows, with the same numbers; its tokenizer may be another."""
+    model = model_of_run(run_dir, "task.against")
+    theirs = load_tokenizer(model)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        rows = rows_as(fabric, cfg, theirs, rows, say)
+    loaded = load_final(cfg, model, run_dir, theirs, longest=longest_sequence(rows, cfg), say=say)
+    return answer(fabric, cfg, set_up(fabric, loaded, theirs), rows, samples=True)
+
+
+def references_of(rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> Answers:
+    """The dataset's own responses, as if somebody had answered so."""
+    eos = tokenizer.eos_token_id
+    ids = [row.responses[0] for row in rows]
+    own = [Sampled((part,), (np.zeros(len(part), np.float32),), (bool(part[-1] == eos),)) for part in ids]
+    rollout = as_rollout(rows, own)
+    return Answers(rollout, as_text(rollout, rows, tokenizer, StopStrings((), tokenizer)), tokenizer)
+
+
+def _figures(
+    cfg: EvalConfig, written: Written, scores_N: np.ndarray, others_N: np.ndarray, trust: Trust | None
+) -> dict[str, Any]:
+    """The numbers of the result."""
+    task, texts, kl_N = cfg.task, written.own.texts, written.kl_N
+    assert isinstance(task, RewardConfig)
+    won_N = (scores_N > others_N) + 0.5 * (scores_N == others_N)
+    score, score_interval = interval_of(scores_N, seed=cfg.seed)
+    win_rate, win_rate_interval = interval_of(won_N, seed=cfg.seed)
+    return {
+        "score": score,
+        "score_interval": score_interval,
+        "win_rate": win_rate,
+        "win_rate_interval": win_rate_interval,
+        "against": task.against,
+        "rows": len(scores_N),
+        "kl": None if kl_N is None else float(kl_N.mean()),
+        "kl_error": None if kl_N is None else standard_error(kl_N),
+        "response_tokens": float(np.mean(texts.num_tokens)),
+        "distinct_2": distinct_pairs(texts.responses),
+        "rm_accuracy": None if trust is None else trust.accuracy,
+        "rm_pairs": None if trust is None else trust.pairs,
+    }
+
+
+def standard_error(values_N: np.ndarray) -> float | None:
+    """Of the mean; None of a single value."""
+    return float(values_N.std(ddof=1) / np.sqrt(len(values_N))) if len(values_N) > 1 else None
+
+
+def _table(numbers: dict[str, Any], judge: str, others: float, trust: Trust | None) -> Table:
+    """One figure a line, each with what it needs beside it."""
     table = Table("metric", "value")
-    for key in ("pairs", "accuracy", "loss", "margin", "score_chosen", "score_rejected"):
-        table.add_row(key, f"{numbers[key]:,}" if key == "pairs" else f"{numbers[key]:.4f}")
-    for kind, part in numbers["accuracy_by_length"].items():
-        figure = "-" if part["accuracy"] is None else f"{part['accuracy']:.4f}"
-        table.add_row(f"accuracy where the better one is {kind}", f"{figure} ({part['pairs']:,} pairs)")
-    related = numbers["length_correlation"]
-    table.add_row("correlation of score with length", "-" if related is None else f"{related:.4f}")
-    table.add_row("calibration error", f"{numbers['calibration_error']:.4f}")
-    for row in numbers["calibration"]:
-        label = f"  sure to {row['low']:.0%}-{row['high']:.0%}"
-        table.add_row(label, f"right in {row['right']:.1%} of {row['pairs']:,} pairs")
+    table.add_row(f"score ({judge})", f"{numbers['score']:.4f} ({cell(numbers['score_interval'])})")
+    table.add_row(f"score of {numbers['against']}", f"{others:.4f}")
+    rate = f"{numbers['win_rate']:.1%}"
+    low, high = numbers["win_rate_interval"]
+    table.add_row(f"win rate against {numbers['against']}", f"{rate} ({low:.1%} to {high:.1%}) of {numbers['rows']:,}")
+    if trust is not None:
+        chance = ", as a coin may be" if trust.at_chance() else ""
+        right = f"{trust.accuracy:.1%} of {trust.pairs:,} held-out pairs{chance}"
+        table.add_row("the reward model is right in", right, style="bold red" if chance else "")
+    if numbers["kl"] is not None:
+        error = "" if numbers["kl_error"] is None else f" +- {numbers['kl_error']:.3f}"
+        table.add_row("KL from the start, nats a response", f"{numbers['kl']:.3f}{error}")
+    table.add_row("tokens of a response", f"{numbers['response_tokens']:.1f}")
+    table.add_row("distinct pairs of words", f"{numbers['distinct_2']:.1%}")
     return table
-
-
-def draw_calibration(rows: list[dict[str, float]]) -> bytes:
-    """A PNG: how often the model was right against how sure it was, and the number of pairs of each point."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    with style.context(["default", {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}]):
-        figure = Figure(figsize=(5.5, 4.5), layout="constrained")
-        axes = figure.subplots()
-        axes.plot([0.5, 1], [0.5, 1], color="#8a8f98", linestyle="--", linewidth=1, label="as sure as right")
-        sure, right = ([row[key] for row in rows] for key in ("predicted", "right"))
-        axes.plot(sure, right, color="#3a6ea5", marker="o", label="the model")
-        for row in rows:
-            place = (row["predicted"], row["right"])
-            axes.annotate(f"{row['pairs']:,}", place, textcoords="offset points", xytext=(5, -11), fontsize=7)
-        axes.set(xlabel="probability that it gives", ylabel="share of pairs where it is right", xlim=(0.48, 1.02))
-        axes.set_ylim(min([0.45, *right]) - 0.03, 1.04)
-        axes.legend(frameon=False)
-        image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=130)
-    return image.getvalue()

@@ -1,8 +1,8 @@
 """ROUGE: how much wording generated responses share with the references, beside what trivial answers get.
 
-Every row's response is generated once, in batches of prompts of similar length that are dealt to all devices; the text
-that greedy decoding or beam search writes depends neither on the batches nor on the devices. Scores are means over rows
-of rouge-score's F-measures, times 100, with 95 % bootstrap intervals.
+Every row's response is written once, in batches of prompts of similar length that are dealt to all devices; the text
+depends neither on the batches nor on the devices. Scores are means over rows of rouge-score's F-measures, times 100,
+with 95 % bootstrap intervals.
 """
 
 import re
@@ -10,25 +10,21 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from rich.table import Table
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from sheeprlhf.agent.policy import Policy
-from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
-from sheeprlhf.data.sampler import cut_micro_batches
-from sheeprlhf.engine.fabric import gather_objects
-from sheeprlhf.model.generate import generate_responses
+from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.evaluation import RougeConfig
 from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.structure.task import RougeConfig
+from sheeprlhf.task.eval.answers import answer, set_up
 from sheeprlhf.task.eval.baselines import baseline_responses
-from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, say_on
+from sheeprlhf.task.eval.interval import mean_and_interval
+from sheeprlhf.task.eval.load import evaluated_split, first_rows, load_evaluated_policy, say_on
+from sheeprlhf.task.eval.plots import draw_bars
 from sheeprlhf.task.eval.result import save_result
-from sheeprlhf.task.eval.rouge_metric import ROUGE_TYPES, Rouge, mean_and_interval
-from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.task.eval.rouge_metric import ROUGE_TYPES, Rouge
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -44,20 +40,13 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     tokenizer = load_tokenizer(cfg.model)
     data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
     split = evaluated_split(data, task.data_split)
-    num_rows = min(len(split), task.num_samples or len(split))
-    longest_prompt = int(split.sizes[:num_rows, 0].max())
-    policy, _ = load_evaluated_policy(cfg, tokenizer, longest=longest_prompt, batching="padded", say=say)
-    _check_positions(policy, longest_prompt, cfg.generation.max_new_tokens)
-    fabric.setup_module(policy)  # onto the device, in the precision asked for
-
-    generated = gather_objects(fabric, _generate(fabric, cfg, policy, tokenizer, split, num_rows))
+    examples = first_rows(split, task.num_samples)
+    longest = max(len(row.prompt_ids) for row in examples) + cfg.generation.max_new_tokens
+    writer = set_up(fabric, load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), tokenizer)
+    texts = answer(fabric, cfg, writer, examples, samples=False).texts
     if not fabric.is_global_zero:
         return
-    response_of_row = {row: text for of_rank in generated for row, text in of_rank.items()}
-    responses = [response_of_row[row] for row in range(num_rows)]
-    examples = split.examples(range(num_rows))
-    prompts = [_text(tokenizer, example.prompt_ids) for example in examples]
-    references = [_text(tokenizer, example.responses[0]) for example in examples]
+    prompts, responses, references = texts.prompts, texts.responses, texts.columns["reference"]
     num_cut = sum(int(example.responses[0][-1] != tokenizer.eos_token_id) for example in examples)
     if num_cut:
         say(f"{num_cut} references were cut at data.max_length={cfg.data.max_length}: only what is left counts")
@@ -74,51 +63,9 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
             examples, prompts, responses, references, rouge_l, strict=True
         )
     ]
-    save_result(fabric, cfg, f"rouge-{task.data_split}", numbers, table=_table(numbers), rows=rows)
-
-
-@torch.no_grad()
-def _generate(
-    fabric: Fabric,
-    cfg: EvalConfig,
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    split: TokenizedSplit,
-    num_rows: int,
-) -> dict[int, str]:
-    """This rank's share of the first rows: their responses by row; none if there are fewer rows than ranks."""
-    torch.manual_seed(cfg.seed + fabric.global_rank)  # for sampling; ranks must not draw alike
-    batches = cut_micro_batches(
-        np.arange(num_rows),
-        (split.sizes[:, 0] + cfg.generation.max_new_tokens) * cfg.generation.num_beams,
-        max_rows=cfg.task.mini_batch_size,
-        token_budget=cfg.task.token_budget,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-    )
-    responses: dict[int, str] = {}
-    hidden = None if fabric.is_global_zero else True  # None: shown in a terminal only
-    with tqdm(total=sum(map(len, batches)), desc="generating", unit=" rows", leave=False, disable=hidden) as bar:
-        for rows in batches:
-            prompts = [example.prompt_ids for example in split.examples(rows)]
-            with fabric.autocast():
-                texts = generate_responses(policy.causal_lm(), tokenizer, prompts, cfg.generation)
-            responses.update(zip(rows, texts, strict=True))
-            bar.update(len(rows))
-    return responses
-
-
-def _check_positions(policy: Policy, longest_prompt: int, max_new_tokens: int) -> None:
-    positions = getattr(policy.causal_lm().config, "max_position_embeddings", None)
-    if positions is not None and longest_prompt + max_new_tokens > positions:
-        raise ConfigError(
-            f"generation.max_new_tokens={max_new_tokens}: the longest prompt has {longest_prompt} tokens, the model "
-            f"{positions} positions; give generation.max_new_tokens={max(1, positions - longest_prompt)}"
-        )
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> str:
-    return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+    bars = {system: tuple(scores["rougeL"]) for system, scores in numbers["mean_low_high"].items()}
+    draw = partial(draw_bars, bars, "ROUGE-L, F-measure x 100, and its 95 % interval")
+    save_result(fabric, cfg, f"rouge-{task.data_split}", numbers, table=_table(numbers), rows=rows, draw=draw)
 
 
 def _score(

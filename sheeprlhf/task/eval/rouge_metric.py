@@ -1,7 +1,4 @@
-"""ROUGE as an `evaluate.Metric` that needs no network, and confidence intervals of means over rows.
-
-Letters: N rows, M columns.
-"""
+"""ROUGE as an `evaluate.Metric` that needs no network."""
 
 import tempfile
 
@@ -11,7 +8,6 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-NUM_RESAMPLES = 1000
 
 
 class Rouge(evaluate.Metric):
@@ -43,20 +39,3 @@ class Rouge(evaluate.Metric):
         scored = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
         rows = {name: [float(scores[name].fmeasure) for scores in scored] for name in ROUGE_TYPES}
         return {name: float(np.mean(values)) for name, values in rows.items()} if use_aggregator else rows
-
-
-def mean_and_interval(values_NM: np.ndarray, *, seed: int) -> np.ndarray:
-    """Means over rows and their 95 % intervals, by a percentile bootstrap that draws the same rows for all columns.
-
-    Args:
-        values_NM: (N, M) one value a row and column, N >= 1.
-        seed: of the draws.
-
-    Returns:
-        (3, M): mean, lower and upper end.
-    """
-    num_rows = len(values_NM)
-    rng = np.random.default_rng(seed)
-    draws = (np.bincount(rng.integers(0, num_rows, num_rows), minlength=num_rows) for _ in range(NUM_RESAMPLES))
-    means = np.stack([counts @ values_NM / num_rows for counts in draws])
-    return np.vstack([values_NM.mean(axis=0), np.percentile(means, [2.5, 97.5], axis=0)])

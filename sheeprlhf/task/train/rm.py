@@ -26,7 +26,7 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.task.batches import Batches, longest_row, training_split
-from sheeprlhf.task.eval.reward import score_pairs
+from sheeprlhf.task.eval.preference import pairs_of_rows, scores_of_rows
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
 from sheeprlhf.task.start import load_start
 from sheeprlhf.utils.lightning import Fabric
@@ -101,7 +101,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             if signum in STOP_SIGNALS and not last:
                 run.stop(signum)
         if task.normalize_on == "demonstrations" and not is_finished(run.dir):
-            everything = Batches(fabric, task, packed=packed, targets="last").first(rows, None, "normalising")
-            model.offset = float(score_pairs(fabric, module, everything)[0].mean())
+            scores_S = scores_of_rows(fabric, model, task, rows, packed=packed, label="normalising")
+            model.offset = float(pairs_of_rows(scores_S, rows.sizes[:, 1:])[0].mean())
             run.say(f"the preferred responses of the training rows score {model.offset:.4f}: {OFFSET} in config.json")
-        finish_run(fabric, run, model, tokenizer, state, evaluation="reward")
+        finish_run(fabric, run, model, tokenizer, state, evaluation="preference")

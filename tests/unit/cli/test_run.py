@@ -8,8 +8,9 @@ import pytest
 
 from sheeprlhf.cli import run
 from sheeprlhf.launch import _find
+from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.registry import config_to_dict
-from sheeprlhf.structure.task import PerplexityConfig, SFTConfig
+from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, Interrupted, NonFiniteError
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sheeprlhf.structure.data import LocalDataConfig
+from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig, TinyConfig
@@ -12,7 +13,7 @@ from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.smaller import advice, changed, smaller, words
-from sheeprlhf.structure.task import PerplexityConfig, SFTConfig
+from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.structure.validate import validate
 
 

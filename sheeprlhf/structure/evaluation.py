@@ -1,0 +1,124 @@
+"""Evaluations: one dataclass each, which names its entry point."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Optional
+
+from sheeprlhf.structure.option import Config, option
+
+REFERENCES, START = "references", "start"  # what responses are compared with, besides those of a run
+
+
+@dataclass(unsafe_hash=True)
+class EvalTaskConfig(Config):
+    """What every evaluation has."""
+
+    entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config)
+    evaluates: ClassVar[tuple[str, ...]] = ("policy",)  # what a training task must have left (its `trains`)
+    writes: ClassVar[str] = ""  # "text" as generation.* says, "samples" as rollouts do, or nothing
+    requires: ClassVar[tuple[str, ...]] = ()  # modules beyond the package's own dependencies ...
+    extra: ClassVar[str] = ""  # ... and the extra of the package that installs them
+    unread: ClassVar[frozenset[str]] = frozenset()  # inherited options that it does not have: not shown, not taken
+
+    config_name: str = option("???", "Name of this choice.")
+    model_name: str = option("final", "Weights of the run: final, best, last, or step-<n>.")
+    data_split: str = option("test", "Split to evaluate on.", choices=("train", "validation", "test", "reward"))
+    num_samples: Optional[int] = option(None, "Evaluate on the first rows only.", unit="rows", minimum=1)
+    mini_batch_size: int = option(
+        64, "Most rows in one forward pass; the token budget cuts further.", unit="rows", minimum=1
+    )
+    token_budget: int = option(4096, "Most tokens in one forward pass.", unit="tokens", minimum=1)
+    batching: str = option(
+        "auto",
+        "Rows of a forward pass laid end to end, or padded; auto packs wherever the model can.",
+        choices=("auto", "packed", "padded"),
+    )
+
+
+@dataclass(unsafe_hash=True)
+class PerplexityConfig(EvalTaskConfig):
+    """exp of the mean negative log-likelihood of a token."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.eval.perplexity:evaluate"
+
+    config_name: str = option("perplexity", "Name of this choice.")
+    use_masked_targets: bool = option(True, "Count the response's tokens alone; false counts the prompt's too.")
+
+
+@dataclass(unsafe_hash=True)
+class RougeConfig(EvalTaskConfig):
+    """Wording that generated responses share with the references (ROUGE), beside what trivial answers get."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.eval.rouge:evaluate"
+    writes: ClassVar[str] = "text"
+    requires: ClassVar[tuple[str, ...]] = ("evaluate", "rouge_score")
+    extra: ClassVar[str] = "eval"
+
+    config_name: str = option("rouge", "Name of this choice.")
+    use_stemmer: bool = option(False, "Compare the stems of English words, so that `returns` equals `return`.")
+
+
+@dataclass(unsafe_hash=True)
+class GenerateConfig(EvalTaskConfig):
+    """Responses to the prompts of a split, as a file."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.eval.generate:evaluate"
+    writes: ClassVar[str] = "text"
+
+    config_name: str = option("generate", "Name of this choice.")
+
+
+@dataclass(unsafe_hash=True)
+class PreferenceConfig(EvalTaskConfig):
+    """How often the better of two responses is preferred: by a reward model, or by a policy's implicit reward."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.eval.preference:evaluate"
+    evaluates: ClassVar[tuple[str, ...]] = ("policy", "reward model")
+
+    config_name: str = option("preference", "Name of this choice.")
+    beta: Optional[float] = option(
+        None,
+        "Scale of a policy's implicit reward, beta * (its log-probability - its start's); null takes that of the run, "
+        "else 0.1. Accuracy does not depend on it.",
+        above=0.0,
+    )
+
+
+@dataclass(unsafe_hash=True)
+class ScoredConfig(EvalTaskConfig):
+    """What evaluations that sample and score have; `reward` says by what."""
+
+    writes: ClassVar[str] = "samples"
+
+    config_name: str = option("???", "Name of this choice.")
+    rm_experiment_dir: Optional[str] = option(
+        "newest",
+        "Run directory of a reward model, or newest: the newest finished one of this model under root_dir. Read where "
+        "the reward has a model.",
+    )
+    rm_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
+
+
+@dataclass(unsafe_hash=True)
+class RewardConfig(ScoredConfig):
+    """What sampled responses score, how often they beat others, and how far the policy is from its start."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.eval.reward:evaluate"
+
+    config_name: str = option("reward", "Name of this choice.")
+    against: str = option(
+        REFERENCES,
+        "What responses have to beat: references (the dataset's own), start (what the run started from), or those of "
+        "another run, by its directory.",
+    )
+
+
+@dataclass(unsafe_hash=True)
+class FrontierConfig(ScoredConfig):
+    """Score against KL over the checkpoints of a run, beside the best of n responses of its start."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.eval.frontier:evaluate"
+    unread: ClassVar[frozenset[str]] = frozenset({"model_name"})
+
+    config_name: str = option("frontier", "Name of this choice.")
+    num_samples: Optional[int] = option(128, "Prompts: the first rows of the split; null takes all.", minimum=1)
+    best_of: int = option(64, "Best of n for n = 1, 2, 4, ... up to this many; 1 leaves it out.", minimum=1)

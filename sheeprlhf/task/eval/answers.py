@@ -1,0 +1,195 @@
+"""What a model answers to prompts: the same for any batch size and any number of ranks.
+
+Sampled tokens are drawn with numbers that belong to the prompt (`model/sample.py`). Beam search, which draws nothing,
+is transformers'.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.agent.rollout import Rollout
+from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.data.sampler import cut_micro_batches
+from sheeprlhf.engine.fabric import gather_objects
+from sheeprlhf.model.generate import generate_ids
+from sheeprlhf.model.sample import Sampled, sample_responses
+from sheeprlhf.model.stop import StopStrings
+from sheeprlhf.reward.call import Texts
+from sheeprlhf.structure.run import EvalConfig
+from sheeprlhf.task.batches import Batches
+from sheeprlhf.task.rollouts import as_rollout, as_text, drawn_numbers, read_targets
+from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.lightning import Fabric
+
+NUMBER = (1 << 32) - 2  # of an evaluation's draws: no rollout and no validation of training samples with these
+
+
+class Writer(NamedTuple):
+    """A policy that answers, on its device.
+
+    Attributes:
+        policy: the model.
+        tokenizer: its tokenizer.
+        packed: its batches are packed.
+    """
+
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+    packed: bool
+
+
+class Answers(NamedTuple):
+    """K responses to each of P prompts, the same on all ranks.
+
+    Attributes:
+        rollout: their tokens, with the sampler's log-probabilities ("sampled"); its scores are 0.
+        texts: the P * K texts, each with its prompt and the dataset's own response ("reference").
+        tokenizer: of the tokens.
+    """
+
+    rollout: Rollout
+    texts: Texts
+    tokenizer: PreTrainedTokenizerBase
+
+
+def set_up(fabric: Fabric, loaded: tuple[Policy, bool], tokenizer: PreTrainedTokenizerBase) -> Writer:
+    """A loaded policy on the device, in the precision asked for."""
+    policy, packed = loaded
+    fabric.setup_module(policy)
+    return Writer(policy, tokenizer, packed)
+
+
+def answer(
+    fabric: Fabric, cfg: EvalConfig, writer: Writer, prompts: Sequence[Example], *, group: int = 1, samples: bool
+) -> Answers:
+    """All ranks: responses to every prompt; each rank writes its share, in batches of prompts of about one length.
+
+    Args:
+        fabric: where it runs.
+        cfg: says how to write, and the seed.
+        writer: who writes.
+        prompts: rows; their prompts are read, and their first response as the reference.
+        group: responses to each.
+        samples: sample with all probabilities, as a rollout; else as `generation.do_sample` says.
+
+    Raises:
+        ConfigError: the model has too few positions.
+    """
+    _check_positions(writer.policy, max(len(row.prompt_ids) for row in prompts), cfg.generation.max_new_tokens)
+    uniforms = drawn_numbers(cfg.seed, NUMBER, (len(prompts), group, cfg.generation.max_new_tokens))
+    mine = list(range(fabric.global_rank, len(prompts), fabric.world_size))
+    stop = StopStrings(cfg.generation.stop_strings, writer.tokenizer)
+    hidden = None if fabric.is_global_zero else True  # None: shown in a terminal only
+    with fabric.autocast(), tqdm(total=len(mine) * group, desc="answering", leave=False, disable=hidden) as bar:
+        part = [prompts[row] for row in mine]
+        if cfg.generation.num_beams > 1 and not samples:
+            written = _by_beams(cfg, writer, part, stop, bar)
+        else:
+            written = _by_sampler(cfg, writer, part, uniforms[mine], stop, bar, samples=samples)
+    found = dict(pair for rank in gather_objects(fabric, list(zip(mine, written, strict=True))) for pair in rank)
+    rollout = as_rollout(prompts, [found[row] for row in range(len(prompts))])
+    return Answers(rollout, as_text(rollout, prompts, writer.tokenizer, stop), writer.tokenizer)
+
+
+def _by_sampler(
+    cfg: EvalConfig,
+    writer: Writer,
+    prompts: Sequence[Example],
+    uniforms: np.ndarray,
+    stop: StopStrings,
+    bar: Any,
+    *,
+    samples: bool,
+) -> list[Sampled]:
+    """Sampled, or the likeliest token at each place."""
+    how = cfg.generation
+    narrowing: dict[str, Any] = {}
+    if not samples:
+        narrowing = {"top_k": how.top_k, "top_p": how.top_p} if how.do_sample else {"top_k": 1}
+    return sample_responses(
+        writer.policy.causal_lm(),
+        [row.prompt_ids for row in prompts],
+        uniforms,
+        temperature=how.temperature if samples or how.do_sample else 1.0,
+        eos_id=writer.tokenizer.eos_token_id,
+        token_budget=cfg.task.token_budget,
+        stop=stop if stop else None,
+        progress=bar.update,
+        packed=writer.packed,
+        max_prompts=max(1, cfg.task.mini_batch_size // uniforms.shape[1]),
+        **narrowing,
+    )
+
+
+def _by_beams(
+    cfg: EvalConfig, writer: Writer, prompts: Sequence[Example], stop: StopStrings, bar: Any
+) -> list[Sampled]:
+    """What transformers' beam search finds."""
+    lengths = np.array([len(row.prompt_ids) for row in prompts], dtype=np.int64)
+    parts = cut_micro_batches(
+        np.arange(len(prompts)),
+        (lengths + cfg.generation.max_new_tokens) * cfg.generation.num_beams,
+        max_rows=cfg.task.mini_batch_size,
+        token_budget=cfg.task.token_budget,
+        rank=0,
+        world_size=1,
+    )
+    found: dict[int, Sampled] = {}
+    for part in parts:
+        ids = [prompts[row].prompt_ids for row in part]
+        written = generate_ids(writer.policy.causal_lm(), writer.tokenizer, ids, cfg.generation, stop)
+        for row, response in zip(part, written, strict=True):
+            ended = response[-1] == writer.tokenizer.eos_token_id or (bool(stop) and stop(response))
+            found[row] = Sampled((response.astype(np.int32),), (np.zeros(len(response), np.float32),), (bool(ended),))
+        bar.update(len(part))
+    return [found[row] for row in range(len(prompts))]
+
+
+def _check_positions(policy: Policy, longest_prompt: int, max_new_tokens: int) -> None:
+    positions = getattr(policy.causal_lm().config, "max_position_embeddings", None)
+    if positions is not None and longest_prompt + max_new_tokens > positions:
+        raise ConfigError(
+            f"generation.max_new_tokens={max_new_tokens}: the longest prompt has {longest_prompt} tokens, the model "
+            f"{positions} positions; give generation.max_new_tokens={max(1, positions - longest_prompt)}"
+        )
+
+
+@torch.no_grad()
+def logprobs_of(fabric: Fabric, cfg: EvalConfig, writer: Writer, answers: Answers, label: str) -> Tensor:
+    """All ranks: (N,) what a policy says of each token, nats, at the temperature that they were sampled with.
+
+    Args:
+        fabric: where it runs.
+        cfg: has the temperature.
+        writer: who is asked; its tokenizer is that of the answers.
+        answers: anybody's.
+        label: what the progress bar says.
+    """
+
+    def call(batch: Batch) -> Tensor:
+        return writer.policy(batch, temperature=cfg.generation.temperature).target_N
+
+    batches = Batches(fabric, cfg.task, packed=writer.packed, targets="response")
+    return read_targets(fabric, writer.policy, call, batches, answers.rollout, label)
+
+
+def kl_of_responses(answers: Answers, logprobs_N: Tensor, start_N: Tensor) -> np.ndarray:
+    """(P * K,) float64, nats: how much likelier each response is to its writer than to the start.
+
+    Their mean estimates the KL divergence of the policy from its start without bias; one of them may be negative.
+
+    Args:
+        answers: sampled by the policy.
+        logprobs_N: of each token, by the policy.
+        start_N: the same by its start.
+    """
+    apart_N = (logprobs_N.double() - start_N.double()).numpy()
+    starts = np.cumsum([0, *answers.rollout.response_lengths[:-1]])
+    return np.add.reduceat(apart_N, starts)

@@ -1,0 +1,56 @@
+"""Responses to the prompts of a split, as a file of rows: what other tools read, or people."""
+
+from functools import partial
+
+import numpy as np
+
+from sheeprlhf.data.prepare import prepare_data
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.evaluation import GenerateConfig
+from sheeprlhf.structure.registry import config_to_dict
+from sheeprlhf.structure.run import EvalConfig
+from sheeprlhf.task.eval.answers import answer, set_up
+from sheeprlhf.task.eval.load import evaluated_split, first_rows, load_evaluated_policy, say_on
+from sheeprlhf.task.eval.plots import draw_histogram
+from sheeprlhf.task.eval.result import save_result
+from sheeprlhf.task.held_out import distinct_pairs
+from sheeprlhf.utils.lightning import Fabric
+
+
+def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
+    """All ranks: write a response to each prompt; the rows, and figures of their lengths, go into files.
+
+    Raises:
+        SheepError: something that the user can mend; see its message.
+    """
+    task = cfg.task
+    assert isinstance(task, GenerateConfig) and cfg.model is not None and cfg.data is not None
+    say = partial(say_on, fabric)
+    tokenizer = load_tokenizer(cfg.model)
+    data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
+    rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
+    longest = max(len(row.prompt_ids) for row in rows) + cfg.generation.max_new_tokens
+    writer = set_up(fabric, load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), tokenizer)
+    texts = answer(fabric, cfg, writer, rows, samples=False).texts
+    kept = [
+        {
+            "row": row.row_id,
+            "prompt": texts.prompts[number],
+            "response": texts.responses[number],
+            "reference": texts.columns["reference"][number],
+            "tokens": texts.num_tokens[number],
+            "finished": bool(texts.finished[number]),
+        }
+        for number, row in enumerate(rows)
+    ]
+    numbers = {
+        "rows": len(rows),
+        "response_tokens": float(np.mean(texts.num_tokens)),
+        "finished": float(np.mean(texts.finished)),
+        "distinct_2": distinct_pairs(texts.responses),
+        "seed": cfg.seed,
+        "generation": config_to_dict(cfg.generation),
+    }
+    shown = {key: numbers[key] for key in ("rows", "response_tokens", "finished", "distinct_2")}
+    draw = partial(draw_histogram, {"responses": np.array(texts.num_tokens)}, "tokens of a response")
+    save_result(fabric, cfg, f"generate-{task.data_split}", numbers, shown=shown, rows=kept, draw=draw)

@@ -1,0 +1,142 @@
+"""Who says what a response is worth: `reward=`, and how far a reward model among it may be believed."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sheeprlhf.agent.reward import RewardModel
+from sheeprlhf.agent.rollout import Rollout
+from sheeprlhf.data.example import Example
+from sheeprlhf.data.prepare import prepare_data
+from sheeprlhf.data.tokenize import encode
+from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.reward.score import RawScores, build_scorer
+from sheeprlhf.structure.reward import needs_model, terms_of
+from sheeprlhf.structure.run import EvalConfig
+from sheeprlhf.task.agents import load_separate_reward_model, reward_model_source
+from sheeprlhf.task.batches import Batches, longest_row
+from sheeprlhf.task.eval.answers import Answers
+from sheeprlhf.task.eval.interval import interval_of
+from sheeprlhf.task.eval.load import evaluated_split, rows_as
+from sheeprlhf.task.eval.preference import pairs_of_rows, scores_of_rows
+from sheeprlhf.task.rollouts import read_targets
+from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.lightning import Fabric
+
+
+class Trust(NamedTuple):
+    """How often a reward model prefers the better response of a held-out pair.
+
+    Attributes:
+        accuracy: the share of pairs.
+        interval: its 95 % interval.
+        pairs: how many there are.
+    """
+
+    accuracy: float
+    interval: list[float]
+    pairs: int
+
+    def at_chance(self) -> bool:
+        """Whether as much could come from a coin."""
+        return self.interval[0] <= 0.5 <= self.interval[1]
+
+
+class Judge:
+    """Scores responses by `reward=`. A reward model is loaded when it is first needed, and kept; ask for `trust` first.
+
+    Args:
+        fabric: where it runs.
+        cfg: the evaluation.
+        longest: tokens of the longest prompt with a response.
+        say: prints a line for the user.
+    """
+
+    def __init__(self, fabric: Fabric, cfg: EvalConfig, *, longest: int, say: Say) -> None:
+        assert cfg.data is not None
+        self._fabric, self._cfg, self._longest, self._say = fabric, cfg, longest, say
+        self._rule = cfg.data.rule_reward
+        self.has_model = needs_model(cfg.reward, self._rule)
+        self._loaded: tuple[RewardModel, bool, PreTrainedTokenizerBase] | None = None
+        self._own_prompts: list[Example] | None = None
+
+    def name(self) -> str:
+        """How its scores are called: the one source that they have, or `list`."""
+        terms = terms_of(self._cfg.reward, self._rule)
+        source = terms[0].source if len(terms) == 1 else self._cfg.reward.config_name
+        return source.replace(":", ".")
+
+    def scores(self, answers: Answers) -> np.ndarray:
+        """All ranks: (P * K,) float64, the score of every response, less the penalties of `reward`.
+
+        Raises:
+            SheepError: the reward model cannot be loaded, or a function fails.
+        """
+        of_model: list[float] = self._scores_of_model(answers) if self.has_model else []
+        scorer = build_scorer(
+            self._cfg.reward,
+            (lambda *_: of_model) if self.has_model else None,
+            default=self._rule,
+            max_tokens=self._cfg.generation.max_new_tokens,
+        )
+        # Rank zero alone asks the user's functions, which may answer the same question differently.
+        asked = scorer.raw(answers.texts) if self._fabric.is_global_zero else RawScores([], {})
+        total, _ = self._fabric.broadcast(asked)
+        return np.array(scorer.shape(total, answers.texts), dtype=np.float64)
+
+    def trust(self) -> Trust | None:
+        """All ranks: the reward model's accuracy on the pairs of the split; None without a model, or without pairs."""
+        if not self.has_model:
+            return None
+        cfg, task = self._cfg, self._cfg.task
+        assert cfg.data is not None
+        tokenizer = load_tokenizer(reward_model_source(cfg)[2])
+        try:
+            data = prepare_data(
+                cfg.data, tokenizer, kind="preference", say=self._say, progress=self._fabric.is_global_zero
+            )
+            split = evaluated_split(data, task.data_split)
+        except DataError as error:
+            self._say(f"the reward model's accuracy is unknown, as there are no pairs to ask it about: {error}")
+            return None
+        model, packed, _ = self._model(max(self._longest, longest_row({"": split})))
+        scores_S = scores_of_rows(self._fabric, model, task, split, packed=packed, num_rows=task.num_samples)
+        chosen_P, rejected_P, _ = pairs_of_rows(scores_S, split.sizes[:, 1:], task.num_samples)
+        right_P = (chosen_P > rejected_P) + 0.5 * (chosen_P == rejected_P)
+        return Trust(*interval_of(right_P, seed=cfg.seed), len(right_P))
+
+    def _scores_of_model(self, answers: Answers) -> list[float]:
+        rollout = answers.rollout
+        model, packed, tokenizer = self._model(self._longest)
+        if answers.tokenizer.get_vocab() != tokenizer.get_vocab():
+            rollout = self._as_its_own(answers, tokenizer)
+        batches = Batches(self._fabric, self._cfg.task, packed=packed, targets="last")
+        return read_targets(self._fabric, model, model, batches, rollout, "scoring").double().tolist()
+
+    def _as_its_own(self, answers: Answers, tokenizer: PreTrainedTokenizerBase) -> Rollout:
+        """What others wrote, in the reward model's tokens: its own prompts, the texts, and EOS where they ended."""
+        if self._own_prompts is None:
+            self._own_prompts = rows_as(self._fabric, self._cfg, tokenizer, answers.rollout.rows, self._say)
+        eos, finished = [tokenizer.eos_token_id], answers.texts.finished
+        ids = encode(tokenizer, answers.texts.responses)
+        responses = [
+            np.array(part + eos if ended or not part else part, dtype=np.int32)
+            for part, ended in zip(ids, finished, strict=True)
+        ]
+        group = answers.rollout.finished.shape[1]
+        rows = tuple(
+            prompt._replace(responses=tuple(responses[number * group : (number + 1) * group]))
+            for number, prompt in enumerate(self._own_prompts)
+        )
+        return dataclasses.replace(answers.rollout, rows=rows, tokens={})
+
+    def _model(self, longest: int) -> tuple[RewardModel, bool, PreTrainedTokenizerBase]:
+        if self._loaded is None:
+            tokenizer = load_tokenizer(reward_model_source(self._cfg)[2])
+            model, packed = load_separate_reward_model(self._cfg, tokenizer, longest=longest, say=self._say)
+            self._fabric.setup_module(model)  # onto the device, in the precision asked for
+            self._loaded = model, packed, tokenizer
+        return self._loaded

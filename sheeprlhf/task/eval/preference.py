@@ -1,0 +1,178 @@
+"""Held-out pairs: how often the better response is preferred, by a reward model or by a policy's implicit reward.
+
+A policy's is beta * (its log-probability of the response - that of its start), summed over the response's tokens
+(arXiv 2305.18290, sec. 4).
+"""
+
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import nn
+
+from sheeprlhf.data.example import Batch
+from sheeprlhf.data.prepare import prepare_data
+from sheeprlhf.data.store import TokenizedSplit
+from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.earlier import task_of_run
+from sheeprlhf.structure.evaluation import PreferenceConfig
+from sheeprlhf.structure.run import EvalConfig
+from sheeprlhf.structure.saved import read_run_config
+from sheeprlhf.task.batches import Batches, BatchOptions, longest_row
+from sheeprlhf.task.eval.interval import interval_of
+from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, load_start_of, say_on, start_of
+from sheeprlhf.task.eval.pairs import calibration, calibration_error, pair_figures
+from sheeprlhf.task.eval.plots import draw_calibration
+from sheeprlhf.task.eval.result import save_result
+from sheeprlhf.task.rollouts import read_targets
+from sheeprlhf.task.start import load_trained_reward_model
+from sheeprlhf.utils.lightning import Fabric
+
+_BETA = 0.1
+
+
+def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
+    """All ranks: print the figures and save them as JSON, with their calibration as a plot.
+
+    Raises:
+        SheepError: something that the user can mend; see its message.
+    """
+    task = cfg.task
+    assert isinstance(task, PreferenceConfig) and cfg.model is not None and cfg.data is not None
+    say = partial(say_on, fabric)
+    tokenizer = load_tokenizer(cfg.model)
+    data = prepare_data(cfg.data, tokenizer, kind="preference", say=say, progress=fabric.is_global_zero)
+    split = evaluated_split(data, task.data_split)
+    trained = None if cfg.experiment_dir is None else task_of_run(read_run_config(cfg.experiment_dir))
+    numbers: dict[str, Any] = {}
+    if trained is not None and trained.trains == "reward model":
+        assert cfg.experiment_dir is not None
+        of = (cfg.model, Path(cfg.experiment_dir), task.model_name, tokenizer)
+        how: dict[str, Any] = {"longest": longest_row({"": split}), "batching": task.batching, "say": say}
+        model, packed = load_trained_reward_model(*of, **how)
+        fabric.setup_module(model)  # onto the device, in the precision asked for
+        scores_S = scores_of_rows(fabric, model, task, split, packed=packed, num_rows=task.num_samples)
+    else:
+        scores_S, numbers = _implicit_rewards(fabric, cfg, tokenizer, split, say)
+    chosen_P, rejected_P, longer_P = pairs_of_rows(scores_S, split.sizes[:, 1:], task.num_samples)
+    calibrated = calibration(chosen_P - rejected_P)
+    numbers = pair_figures(chosen_P, rejected_P, longer_P) | numbers
+    right_P = (chosen_P > rejected_P) + 0.5 * (chosen_P == rejected_P)
+    numbers["accuracy_interval"] = interval_of(right_P, seed=cfg.seed)[1]
+    numbers |= {"rows": min(len(split), task.num_samples or len(split)), "calibration": calibrated}
+    numbers["calibration_error"] = calibration_error(calibrated)
+    name, draw = f"preference-{task.data_split}", partial(draw_calibration, calibrated)
+    save_result(fabric, cfg, name, numbers, table=_table(numbers), draw=draw, always_draw=True)
+
+
+def scores_of_rows(
+    fabric: Fabric,
+    model: nn.Module,
+    options: BatchOptions,
+    split: TokenizedSplit,
+    *,
+    packed: bool,
+    num_rows: int | None = None,
+    label: str = "evaluating",
+) -> np.ndarray:
+    """All ranks: (S,) float64, what a reward model gives each response of the first rows, row after row.
+
+    Args:
+        fabric: where it runs.
+        model: the reward model, on the device.
+        options: cut the rows.
+        split: the rows.
+        packed: how batches are laid out.
+        num_rows: how many; None: all.
+        label: what the progress bar says.
+    """
+    batches = Batches(fabric, options, packed=packed, targets="last")
+    return read_targets(fabric, model, model, batches, split, label, num_rows).double().numpy()
+
+
+def _implicit_rewards(
+    fabric: Fabric, cfg: EvalConfig, tokenizer: Any, split: TokenizedSplit, say: Say
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """All ranks: (S,) the policy's rewards of all responses, nats * beta, and what they were made with."""
+    task, longest = cfg.task, longest_row({"": split})
+    assert isinstance(task, PreferenceConfig)
+    num_rows = min(len(split), task.num_samples or len(split))
+    sizes = split.sizes[:num_rows, 1:]
+    lengths_S = sizes[sizes >= 0]
+
+    def sums_of(policy: nn.Module, packed: bool, label: str) -> np.ndarray:
+        fabric.setup_module(policy)
+        batches = Batches(fabric, task, packed=packed, targets="response")
+
+        def call(batch: Batch) -> torch.Tensor:
+            return policy(batch).target_N
+
+        logprobs_N = read_targets(fabric, policy, call, batches, split, label, num_rows).double().numpy()
+        return np.add.reduceat(logprobs_N, np.cumsum([0, *lengths_S[:-1]]))
+
+    start, beta = start_of(cfg), task.beta or _beta_of_run(cfg)
+    rewards_S = sums_of(*load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), "evaluating")
+    if start is None:
+        say("no run has trained this model, so it has no reference: its log-probabilities alone are compared")
+    else:
+        say(f"reference: {start.name}")
+        rewards_S = rewards_S - sums_of(*load_start_of(cfg, start, tokenizer, longest=longest, say=say), "reference")
+    return beta * rewards_S, {"beta": beta, "reference": None if start is None else start.name}
+
+
+def _beta_of_run(cfg: EvalConfig) -> float:
+    """That of the run's task, if it has one."""
+    task = {} if cfg.experiment_dir is None else read_run_config(cfg.experiment_dir).get("task") or {}
+    beta = task.get("beta")
+    return float(beta) if isinstance(beta, int | float) and beta > 0 else _BETA
+
+
+def pairs_of_rows(
+    scores_S: np.ndarray, sizes: np.ndarray, num_rows: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The score of the better and of the worse response of every pair of a row, and how much longer the better one is.
+
+    Args:
+        scores_S: of every response, row after row, best response first.
+        sizes: (rows, K) tokens of each response, -1 where a row has fewer.
+        num_rows: the rows that have scores, the first ones; None: all.
+
+    Returns:
+        Three (P,) arrays.
+    """
+    found, first = [], 0
+    for row in sizes[:num_rows]:
+        lengths = row[row >= 0]
+        scores = scores_S[first : first + len(lengths)]
+        first += len(lengths)
+        found += [(scores[i], scores[j], lengths[i] - lengths[j]) for i, j in combinations(range(len(lengths)), 2)]
+    chosen_P, rejected_P, longer_P = np.array(found, dtype=np.float64).reshape(-1, 3).T
+    return chosen_P, rejected_P, longer_P
+
+
+def _table(numbers: dict[str, Any]) -> Table:
+    """The figures, one a line, then how sure the model was and how often right."""
+    table = Table("metric", "value")
+    low, high = numbers["accuracy_interval"]
+    table.add_row("pairs", f"{numbers['pairs']:,}")
+    table.add_row("accuracy", f"{numbers['accuracy']:.4f} ({low:.4f} to {high:.4f})")
+    for key in ("loss", "margin", "score_chosen", "score_rejected"):
+        table.add_row(key, f"{numbers[key]:.4f}")
+    for kind, part in numbers["accuracy_by_length"].items():
+        figure = "-" if part["accuracy"] is None else f"{part['accuracy']:.4f}"
+        table.add_row(f"accuracy where the better one is {kind}", f"{figure} ({part['pairs']:,} pairs)")
+    related = numbers["length_correlation"]
+    table.add_row("correlation of score with length", "-" if related is None else f"{related:.4f}")
+    table.add_row("calibration error", f"{numbers['calibration_error']:.4f}")
+    for row in numbers["calibration"]:
+        label = f"  sure to {row['low']:.0%}-{row['high']:.0%}"
+        table.add_row(label, f"right in {row['right']:.1%} of {row['pairs']:,} pairs")
+    if "beta" in numbers:
+        of = "no reference" if numbers["reference"] is None else f"reference: {numbers['reference']}"
+        table.caption = f"implicit reward, beta {numbers['beta']:g}; {of}"
+    return table
