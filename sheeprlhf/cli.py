@@ -83,6 +83,10 @@ def _dispatch(arguments: list[str]) -> int:
         plain = [word for word in rest if word.casefold() != "debug=true"]
         return importlib.import_module(f"sheeprlhf.command.{verb}").run(plain)
     words = split_words(["plot=true" if verb == "eval" and word == PLOT.name else word for word in rest])
+    if verb == "pipeline":
+        from sheeprlhf.structure.pipeline import collected
+
+        words = words._replace(overrides=collected(words.overrides))
     directory = words.values.get("--config-dir")
     if directory is not None and not Path(directory).is_dir():
         raise ConfigError(f"--config-dir={directory} is not a directory: give the folder that holds your groups")
@@ -174,8 +178,9 @@ def _job(verb: str, words: Words, own_sweep_dir: bool, codes: list[int], compose
         overrides = [word for word in hydra.overrides.task if not word.endswith(f"={SAVED_CHOICE}")]
         given = "." if own_sweep_dir else hydra.runtime.output_dir
         print(f"job {hydra.job.num}: {' '.join(overrides)}")
-    if verb == "train":
+    if verb in ("train", "pipeline"):
         composed.experiment = hydra.runtime.choices.get("experiment")
+    if verb == "train":
         composed.run_name = f"{composed.run_name}_{hydra.job.num}" if sweep else composed.run_name
     flags = [flag for flag in words.flags if flag != "--multirun"]
     given_dir = None if given == "." else str(given)

@@ -21,6 +21,7 @@ from sheeprlhf.structure.smaller import advice
 from sheeprlhf.structure.validate import parse_devices
 from sheeprlhf.utils.errors import OutOfMemory, SheepError
 from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.processes import die_with_parent
 
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 _QUIET = {
@@ -173,7 +174,7 @@ def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from sheeprlhf.engine.fabric import die_with_parent, make_fabric
+    from sheeprlhf.engine.fabric import make_fabric
 
     transformers_logging.disable_progress_bar()
 

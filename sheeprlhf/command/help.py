@@ -11,6 +11,7 @@ VERBS = {
     "train": "Train a model: `train task=sft` works offline on a CPU.",
     "eval": "Evaluate a run or model: `eval task=perplexity experiment_dir=<run>`.",
     "inspect": "Look at the data as training sees it: `inspect data=summarization`.",
+    "pipeline": "All stages in one command: `pipeline experiment=quickstart`.",
     "list": "What there is to choose, and past runs: `list models`, `list runs`.",
     "show": "Every option of a choice, its default and meaning: `show model=opt`.",
     "doctor": "Check this machine, plan a run's memory: `doctor task=sft model=opt`.",

@@ -1,10 +1,7 @@
 """From the fabric options to Lightning Fabric, and what ranks tell each other besides gradients."""
 
-import ctypes
 import inspect
 import os
-import signal
-import sys
 from typing import Any, TypeVar, cast
 
 import torch
@@ -66,17 +63,3 @@ def gather_objects(fabric: Fabric, item: T) -> list[T]:
     items: list[T | None] = [None] * fabric.world_size
     torch.distributed.all_gather_object(items, item)
     return [gathered for gathered in items if gathered is not None]
-
-
-def die_with_parent() -> None:
-    """A process that Fabric started is killed when its parent dies, even by kill -9 (Linux; elsewhere nothing).
-
-    Call it early, on ranks above zero: without it a killed rank zero leaves them waiting in a collective.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    pr_set_pdeathsig = 1
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the request
-        os.kill(os.getpid(), signal.SIGKILL)

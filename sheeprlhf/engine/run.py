@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from sheeprlhf.engine.checkpoint import TrainState, restore_latest, save_checkpoint
-from sheeprlhf.engine.fabric import die_with_parent
 from sheeprlhf.engine.metrics import MetricWriter
 from sheeprlhf.engine.progress import Progress
 from sheeprlhf.engine.redact import plain_text, redact, redact_text
@@ -23,6 +22,7 @@ from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.utils.errors import ConfigError, Interrupted
 from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.processes import die_with_parent
 
 CONFIG_FILE = "config.yaml"
 

@@ -78,7 +78,7 @@ def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = No
             raise ConfigError(f"{key}={name!r} cannot name a folder; use up to 200 characters without '/'")
     *groups, run_name = names.values()
     parent = Path(cfg.root_dir, *groups, time.strftime("%Y-%m-%d_%H-%M-%S"))
-    return _start(_make_unique_dir(parent, run_name), cfg, config_hash, note if cfg.resume else "")
+    return _start(make_unique_dir(parent, run_name), cfg, config_hash, note if cfg.resume else "")
 
 
 def _resume(folder: Path, config_hash: str, *, key: str) -> RunPlace:
@@ -115,7 +115,7 @@ def _start(folder: Path, cfg: TrainConfig, config_hash: str, note: str) -> RunPl
     return RunPlace(folder, False, f"{note or 'run directory:'} {folder}")
 
 
-def _make_unique_dir(parent: Path, name: str) -> Path:
+def make_unique_dir(parent: Path, name: str) -> Path:
     """A directory that nobody else has: `name`, else `name-2`, `name-3`, ..."""
     number = 1
     while True:

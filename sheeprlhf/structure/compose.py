@@ -26,7 +26,7 @@ import sheeprlhf
 from sheeprlhf.structure.catalogue import condensed
 from sheeprlhf.structure.earlier import with_start
 from sheeprlhf.structure.limits import option_problems
-from sheeprlhf.structure.overrides import Chosen, key_problem, missing_problem, pick_groups, readable
+from sheeprlhf.structure.overrides import Chosen, has_stages, key_problem, missing_problem, pick_groups, readable
 from sheeprlhf.structure.registry import ROOTS, choices, groups, options, register_configs, to_typed
 from sheeprlhf.structure.run import EvalConfig, RootConfig
 from sheeprlhf.structure.saved import saved_group
@@ -35,7 +35,9 @@ from sheeprlhf.structure.validate import validate
 from sheeprlhf.utils.errors import ConfigError
 
 SAVED_CHOICE = "of_the_run"
-RECIPES = {"train": ("experiment",), "doctor": ("experiment",)}  # groups of named values, which have no dataclass
+RECIPES = dict.fromkeys(
+    ("train", "doctor", "pipeline"), ("experiment",)
+)  # groups of named values, which have no dataclass
 
 
 class Source(NamedTuple):
@@ -124,6 +126,12 @@ def finish(config: DictConfig, given_dir: str | None = None) -> RootConfig:
     return typed
 
 
+def compose_job(source: Source, overrides: list[str]) -> RootConfig:
+    """The typed configuration of a command line of one job in which `check` has found no problem."""
+    with _hydra(source):
+        return finish(compose(source.name, [*overrides, *saved_overrides(source.verb, overrides)]))
+
+
 @contextlib.contextmanager
 def _hydra(source: Source) -> Iterator[None]:
     """Hydra's compose API over our configurations, the user's folder and the dataclasses, as `--config-dir` does it."""
@@ -155,6 +163,8 @@ def _group_options(verb: str) -> dict[str, list[str]]:
         found["task"] = [name for name in found["task"] if name not in other]
     for names in found.values():
         names[:] = [name for name in names if name != SAVED_CHOICE]
+    if "experiment" in found:
+        found["experiment"] = [name for name in found["experiment"] if has_stages(name) == (verb == "pipeline")]
     return found
 
 

@@ -1,14 +1,17 @@
 """What can be wrong with one `key=value` of the command line, and the sentence that says it."""
 
+import contextlib
 import dataclasses
 import typing
 from typing import Any, NamedTuple
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from sheeprlhf.structure.catalogue import meant_by, owners_of
 from sheeprlhf.structure.limits import is_secret_name, is_secret_value, nearest
@@ -113,9 +116,20 @@ def _choice_problem(verb: str, override: Override, available: dict[str, list[str
         owner = next((other for other in ROOTS if other != verb and value in choices("task", other)), None)
         if owner:
             return f"task={value} belongs to `{owner}`: write {owner} task={value}; here {listed}"
+    if key == "experiment" and isinstance(value, str) and has_stages(value):
+        return f"experiment={value} belongs to `pipeline`: write pipeline experiment={value}; here {listed}"
     near = nearest(str(value), names) if isinstance(value, str) else None
     hint = f"did you mean {key}={near}? " if near else ""
     return f"{_short(override.input_line)} is not a choice: {hint}{listed.capitalize() if hint else listed}"
+
+
+def has_stages(recipe: str) -> bool:
+    """Whether a recipe is one of `pipeline`; ask inside of Hydra's compose API."""
+    loader: Any = GlobalHydra.instance().config_loader()
+    with contextlib.suppress(HydraException, OmegaConfBaseException, YAMLError, ValueError):  # told when it is chosen
+        found = loader.repository.load_config(f"experiment/{recipe}")
+        return found is not None and "stages" in found.config
+    return False
 
 
 def key_problem(verb: str, override: Override, config: DictConfig, chosen: Chosen) -> str | None:

@@ -26,6 +26,7 @@ from sheeprlhf.structure.run import (
     EvalConfig,
     FetchConfig,
     InspectConfig,
+    PipelineConfig,
     RootConfig,
     TrainConfig,
 )
@@ -38,6 +39,7 @@ ROOTS: dict[str, type[TrainConfig] | type[EvalConfig] | type[CommandConfig]] = {
     "inspect": InspectConfig,
     "doctor": DoctorConfig,
     "fetch": FetchConfig,
+    "pipeline": PipelineConfig,
 }
 _BASES: dict[str, tuple[type[Config], ...]] = {
     "task": (TrainTaskConfig, EvalTaskConfig),

@@ -113,4 +113,33 @@ class FetchConfig(CommandConfig):
     debug: bool = option(False, "Show the traceback of an error.")
 
 
+@dataclass(unsafe_hash=True)
+class PipelineConfig(CommandConfig):
+    """Trainings and evaluations one after the other; any other word goes to their commands."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.command.pipeline:run"
+
+    experiment: Any = option(None, "Named recipe of configs/experiment, which has the stages.")
+    stages: dict[str, str] = option(
+        help="Of a recipe: the command of each stage by its name, in their order; <name> is the run of an earlier one.",
+        factory=dict,
+    )
+    common: dict[str, str] = option(
+        help="Of a recipe: words of every stage of a command (train, eval), which the stage's own override.",
+        factory=dict,
+    )
+    words: list[str] = option(
+        help="Words for stages: option=value for all that take it, <stage>.option=value for one. They need not be "
+        "collected here: `optim=adam ppo.task.max_num_steps=60` is words=[optim=adam,...].",
+        factory=list,
+    )
+    skip: list[str] = option(help="Stages to leave out.", factory=list)
+    seed: int = option(42, "Seed of every stage.", minimum=0, maximum=2**32 - 1)
+    dry_run: bool = option(False, "Every stage does two steps.")
+    root_dir: str = option("logs/pipelines", "Where folders of pipelines are made.")
+    resume: bool = option(False, "Go on with the newest pipeline of the same recipe and words.")
+    resume_from: Optional[str] = option(None, "Go on with the pipeline in this folder.")
+    debug: bool = option(False, "Show the traceback of an error.")
+
+
 RootConfig = TrainConfig | EvalConfig | CommandConfig

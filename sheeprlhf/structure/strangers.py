@@ -52,6 +52,8 @@ def content_problems(base: DictConfig, parsed: list[Override]) -> list[str]:
     """What a file may not say: run a model's code or a function of somebody's, or read the environment."""
     problems = []
     given = {override.key_or_group for override in parsed}
+    if OmegaConf.select(base, "words", default=None) and "words" not in given:
+        problems.append("words is set by a file: only the command line may; a recipe has stages and common")
     trusted = OmegaConf.select(base, _TRUST, default=False)
     if trusted and _TRUST not in given:
         problems.append(f"{_TRUST}=true is set by a file: only the command line may; give it there")
@@ -61,6 +63,19 @@ def content_problems(base: DictConfig, parsed: list[Override]) -> list[str]:
         if _RESOLVER.search(text):
             problems.append(f"{key}={text} asks for something outside the configuration: write the value instead")
     return problems
+
+
+def word_problem(word: str) -> str | None:
+    """What a file that writes this word of a command line may not say, as for options; None if it may."""
+    key, _, value = word.partition("=")
+    key = key.lstrip("+~")
+    if word.startswith("-") and word not in ("-m", "--multirun"):
+        return f"{word} is a flag in a file: only the command line may give it"
+    if key.split(".")[0].split("/")[0] == "hydra" or key == _TRUST:
+        return f"{key} is set by a file: only the command line may set it"
+    if key in _FUNCTIONS and any(is_users_own(term.rpartition("*")[2]) for term in value.strip("[]").split(",")):
+        return f"{key} names the function {value} in a file: only the command line may; give it there"
+    return None
 
 
 def _texts(node: Any, prefix: str) -> Iterator[tuple[str, str]]:

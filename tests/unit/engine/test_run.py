@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from sheeprlhf.engine.fabric import die_with_parent, make_fabric
+from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.runlock import RunLock
@@ -24,6 +24,7 @@ from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, Interrupted, RunInUseError
+from sheeprlhf.utils.processes import die_with_parent
 from tests.unit.engine.toy import Net, forkserver, micro_batch, on_ranks, seed_all, toy_loss
 
 SECRET = "hf_abcdefghijklmnop"

@@ -1,0 +1,158 @@
+"""`pipeline`: trainings and evaluations one after the other, each an ordinary command in a process of its own.
+
+All their words are checked before the first begins. What is finished is never done again: a pipeline that was stopped
+or has failed goes on where it was.
+"""
+
+import shlex
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from hydra.core.hydra_config import HydraConfig
+from rich.text import Text
+
+from sheeprlhf.command.child import Children, children
+from sheeprlhf.command.help import VERBS
+from sheeprlhf.command.pipeline_results import show_results, write_results
+from sheeprlhf.command.pipeline_state import Place, choose_folder, is_done, write_state
+from sheeprlhf.command.screen import Screen
+from sheeprlhf.command.words import split_words
+from sheeprlhf.engine.redact import redact_command
+from sheeprlhf.engine.rundir import RUN_FILE
+from sheeprlhf.engine.runlock import RunLock
+from sheeprlhf.structure.compose import Source, check, compose_job, configs_directory
+from sheeprlhf.structure.pipeline import Stage, quoted, stages_of
+from sheeprlhf.structure.registry import config_to_dict
+from sheeprlhf.structure.run import PipelineConfig, RootConfig
+from sheeprlhf.utils.errors import ConfigError
+
+_PROGRAM = ("python", "sheeprlhf.py")
+
+
+def run(config: PipelineConfig) -> int:
+    """Check every stage, run those that are not finished, and show what came of it.
+
+    Returns:
+        0, or the exit code of the stage that failed; 128 + n if signal n stopped it.
+
+    Raises:
+        ConfigError: with every problem of every stage.
+    """
+    flags, words = _given()
+    stages = stages_of(config)
+    check_stages(stages, flags)
+    place = choose_folder(config, stages, ["pipeline", *flags, *words])
+    print(place.note)
+    with RunLock(place.dir), children() as started:
+        code = _run_stages(config, stages, flags, place, started)
+        if code:
+            again = [word for word in words if word.partition("=")[0] not in ("resume", "resume_from")]
+            command = ["pipeline", *flags, *redact_command(again), f"resume_from={quoted(str(place.dir))}"]
+            print(f"to go on: {_typed(command)}")
+            return code
+        place.state["finished"] = time.time()
+        write_state(place.dir, place.state)
+        rows = write_results(place.dir, stages, place.state)
+        show_results(place.dir, rows)
+        code = started.run(["report", str(place.dir)]) if "report" in VERBS else 0
+    print(f"next: {_typed(['list', 'runs', str(place.dir)])}")
+    return code
+
+
+def _given() -> tuple[list[str], list[str]]:
+    """The flags that stages need too, and the options as they were given."""
+    hydra = HydraConfig.get()
+    own = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    return [f"--config-dir={path}" for path in own], list(hydra.overrides.task)
+
+
+def _typed(words: list[str]) -> str:
+    """A command as a user types it."""
+    return shlex.join([*_PROGRAM, *words])
+
+
+def check_stages(stages: list[Stage], flags: list[str]) -> None:
+    """Compose and check the command of every stage; runs that they start from are stood in for by empty ones.
+
+    Raises:
+        ConfigError: with every problem, and the stages that have it.
+    """
+    having: dict[str, list[str]] = {}
+    with tempfile.TemporaryDirectory(prefix="sheeprlhf-") as place:
+        folders = {stage.name: str(Path(place, stage.name)) for stage in stages}
+        for stage in stages:
+            words = split_words([*flags, *stage.placed(folders)[1:]])
+            source = Source(stage.verb, configs_directory(), stage.verb, words.values.get("--config-dir"))
+            sweep = "--multirun" in words.flags
+            problems = check(source, words.overrides, multirun=sweep)
+            failed = [folder for folder in folders.values() if not Path(folder).exists()]
+            for problem in problems:
+                if not any(folder in problem for folder in failed if folder != folders[stage.name]):
+                    having.setdefault(problem, []).append(stage.name)
+            if stage.verb == "train" and not problems:
+                _stand_in(Path(folders[stage.name]), compose_job(source, words.overrides))
+    if having:
+        raise ConfigError(*(f"{', '.join(names)}: {problem}" for problem, names in having.items()))
+
+
+def _stand_in(folder: Path, config: RootConfig) -> None:
+    """What checks look at of a finished run."""
+    (folder / "final").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+
+
+def _run_stages(config: PipelineConfig, stages: list[Stage], flags: list[str], place: Place, started: Children) -> int:
+    """Run what is not finished; the exit code of the stage that fails, else 0."""
+    screen = Screen()
+    folders = {stage.name: str(place.dir / stage.name) for stage in stages if stage.verb == "train"}
+    absent = {
+        stage.name for stage in stages if stage.name in config.skip and not is_done(place.dir, place.state, stage, [])
+    }
+    wanted = [stage.without(absent) for stage in stages if stage.name not in config.skip]
+    _refuse_absent(wanted, absent)
+    for number, stage in enumerate(wanted, 1):
+        head = f"[{number}/{len(wanted)}] {stage.name}:"
+        command = [*stage.placed(folders)[:1], *flags, *stage.placed(folders)[1:]]
+        record = place.state["stages"].setdefault(stage.name, {"seconds": 0.0})
+        if is_done(place.dir, place.state, stage, command):
+            record["status"] = "finished"
+            screen.print(Text(f"{head} finished before", "faint"))
+            continue
+        extra = []
+        if stage.verb == "train":
+            going_on = (place.dir / stage.name / RUN_FILE).is_file()
+            extra = [f"hydra.run.dir={quoted(folders[stage.name])}", *(["resume=true"] if going_on else [])]
+        record |= {"status": "running", "command": redact_command(command)}
+        write_state(place.dir, place.state)
+        screen.print(Text.assemble((f"{head} ", "head"), (_typed(redact_command([*command, *extra])), "name")))
+        began = time.monotonic()
+        code = started.run([*command, *extra])
+        seconds = time.monotonic() - began
+        if started.stopped_by is not None:
+            code = 128 + started.stopped_by
+        status = "stopped" if started.stopped_by is not None else "failed" if code else "finished"
+        record |= {"status": status, "exit_code": code, "seconds": record["seconds"] + seconds}
+        write_state(place.dir, place.state)
+        style = "good" if status == "finished" else "odd" if status == "stopped" else "bad"
+        exit_text = f" with exit code {code}" if status == "failed" else ""
+        screen.print(Text.assemble((f"{head} ", "head"), (f"{status}{exit_text} after {seconds:.0f} s", style)))
+        if code:
+            return code
+    return 0
+
+
+def _refuse_absent(wanted: list[Stage], absent: set[str]) -> None:
+    """Raises ConfigError if a stage needs one that is left out."""
+    needed = {stage.name: sorted(stage.links() & absent) for stage in wanted}
+    lacking = {name: names for name, names in needed.items() if names}
+    if lacking:
+        skip = ",".join([*sorted(absent), *lacking])
+        raise ConfigError(
+            *(
+                f"skip leaves out {' and '.join(names)}, which {name} needs: leave out that too (skip=[{skip}]), or go "
+                "on with a folder where it is finished"
+                for name, names in lacking.items()
+            )
+        )
