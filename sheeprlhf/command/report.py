@@ -6,10 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sheeprlhf.command.flags import Flag, print_flags_help, read_flags
 from sheeprlhf.command.report_html import MARK
 from sheeprlhf.command.runs import Found, find_past_runs
-from sheeprlhf.command.screen import Screen, clean, entry, heading, paragraph
-from sheeprlhf.command.words import split_plain_flags
+from sheeprlhf.command.screen import Screen, clean, paragraph
+from sheeprlhf.structure.earlier import RUN_FILE
 from sheeprlhf.structure.limits import near_path
 from sheeprlhf.structure.places import new_folder_problems
 from sheeprlhf.structure.run import TrainConfig
@@ -19,16 +20,24 @@ from sheeprlhf.utils.files import write_whole
 OUTPUT_DIR = "logs/report"
 _ENDINGS = (".html", ".htm")
 _PAGE = "report.html"  # in a folder that --to names
-_PNG_HEAD = 1_024  # bytes, among which is what made an image
+_HEAD = 1_024  # bytes of a file, among which is what made it
+FLAGS = (
+    Flag(
+        "to",
+        f"A name that ends in .html, or a folder, which gets {_PAGE}; without it {OUTPUT_DIR}/<time>.html. An older "
+        "report there is replaced, any other file is not.",
+        value="file or folder",
+    ),
+    Flag("png", "The curves as images too, one for each group of charts, beside the page.", False, bool),
+)
 
 RunInfo = tuple[Path, dict[str, Any]]
 
 
 class Written(NamedTuple):
-    """The page, the images beside it, and what there is to say of the runs."""
+    """The page and the images beside it, and what there is to say of the runs."""
 
-    page: Path
-    images: list[Path]
+    files: list[Path]
     notes: list[str]
 
 
@@ -38,43 +47,23 @@ def run(arguments: list[str]) -> int:
     Raises:
         ConfigError: a word names no run, or the page cannot be written there.
     """
-    words, options, wants_help = split_plain_flags("report", arguments, {"--to": True, "--png": False})
-    if wants_help:
-        _print_help()
-        return 0
-    written = write_report(words, to=options.get("--to"), png="--png" in options)
-    screen = Screen()
-    for note in written.notes:
-        screen.print(paragraph(f"note: {note}", style="odd"))
-    for path in (written.page, *written.images):
-        screen.print(f"saved: {clean(path, 4096)}")
-    return 0
-
-
-def _print_help() -> None:
-    screen = Screen()
-    screen.print(heading("sheeprlhf report", "[<run> ...] [--to <file or folder>] [--png]"))
-    screen.print()
-    screen.print(
-        paragraph(
+    given = read_flags("report", FLAGS, arguments)
+    if given is None:
+        meaning = (
             "One HTML page of runs: what they are, results, curves in common charts, samples for the same prompts, "
             "differences of configuration, data, speed and memory. It needs no network and holds no script."
         )
-    )
-    screen.print()
-    root = TrainConfig.root_dir
-    screen.print(
-        entry("<run>", f"A run directory, or a folder of runs: all in it. Without: the newest in {root}.", width=14)
-    )
-    screen.print(
-        entry(
-            "--to",
-            f"A name that ends in .html, or a folder, which gets {_PAGE}. Without: {OUTPUT_DIR}/<time>.html. A report "
-            "that is there is replaced, any other file is not.",
-            width=14,
-        )
-    )
-    screen.print(entry("--png", "The curves as images too, one for each group of charts, beside the page.", width=14))
+        root = TrainConfig.root_dir
+        which = f"<run> is a run directory, or a folder: all runs in it. Without one: the newest run in {root}."
+        print_flags_help("report [<run> ...]", meaning, FLAGS, which)
+        return 0
+    written = write_report(given.words, to=given.values["to"], png=given.values["png"])
+    screen = Screen()
+    for note in written.notes:
+        screen.print(paragraph(f"note: {note}", style="odd"))
+    for path in written.files:
+        screen.print(f"saved: {clean(path, 4096)}")
+    return 0
 
 
 def write_report(folders: list[str], *, to: str | None = None, png: bool = False) -> Written:
@@ -102,15 +91,13 @@ def write_report(folders: list[str], *, to: str | None = None, png: bool = False
         runs = sorted(runs, key=_started)[-MOST_RUNS:]
     labels = _labels(runs)
     records = [read_record(folder, info, label) for (folder, info), label in zip(runs, labels, strict=True)]
-    _write(page, build_page(records, notes).encode())
-    images = []
-    if png:
-        for group, charts in charts_by_group(records):
-            path = page.with_name(f"{page.stem}-{_file_name(group.title)}.png")
-            _write(path, draw_png(group.title, charts, labels))
-            images.append(path)
+    files = {page: build_page(records, notes).encode()}
+    for group, charts in charts_by_group(records) if png else ():
+        path = page.with_name(f"{page.stem}-{_file_name(group.title)}.png")
+        files[path] = draw_png(group.title, charts, labels)
+    _write(files)
     notes += [f"{record.label} {note}" for record in records for note in record.notes]
-    return Written(page, images, notes)
+    return Written(list(files), notes)
 
 
 def _chosen(folders: list[str]) -> tuple[list[RunInfo], list[str], list[str]]:
@@ -118,8 +105,8 @@ def _chosen(folders: list[str]) -> tuple[list[RunInfo], list[str], list[str]]:
     runs: dict[Path, RunInfo] = {}
     notes, problems = [], []
     for word in folders or [TrainConfig.root_dir]:
-        folder = Path(word).expanduser()
-        found = find_past_runs(folder) if folder.is_dir() else Found([], "")
+        folder = Path(os.path.expanduser(word))
+        found = find_past_runs(folder) if os.path.isdir(folder) else Found([], "")
         if not found.runs:
             problems.append(_no_run(word, folder) if folders else _none_yet())
         taken = sorted(found.runs, key=_started)
@@ -146,10 +133,10 @@ def _no_run(word: str, folder: Path) -> str:
     key, equals, value = word.partition("=")
     if equals and not os.path.lexists(folder):
         return f"{key}= is no word of report: write `report {value or '<run>'}`; `report --help` lists its words"
-    above = next((parent for parent in folder.absolute().parents if _is_run(parent)), None)
+    above = next((parent for parent in folder.absolute().parents if os.path.isfile(parent / RUN_FILE)), None)
     if os.path.lexists(folder) and above is not None:
         return f"{word} is a part of a run: did you mean {above}?"
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return f"{word} holds no run: give a run directory or a folder above some; `list runs` shows which there are"
     if os.path.lexists(folder):
         return f"{word} is not a folder: give a run directory; `list runs` shows which there are"
@@ -158,22 +145,17 @@ def _no_run(word: str, folder: Path) -> str:
     return f"{word} does not exist: {did}`list runs` shows which runs there are"
 
 
-def _is_run(folder: Path) -> bool:
-    return (
-        [place for place, _ in find_past_runs(folder).runs] == [folder] if (folder / "config.yaml").is_file() else False
-    )
-
-
 def _place(to: str | None, problems: list[str]) -> Path:
     """Where the page goes; adds to the problems if it cannot."""
-    if to is None:
-        return _new_file(Path(OUTPUT_DIR), time.strftime("%Y-%m-%d_%H-%M-%S"))
-    path = Path(to).expanduser()
-    if path.suffix and path.suffix.lower() not in _ENDINGS and not path.is_dir():
+    path = Path(os.path.expanduser(to or OUTPUT_DIR))
+    named = path.suffix.lower() in _ENDINGS and not os.path.isdir(path)
+    if path.suffix and not named and not os.path.isdir(path):
         problems.append(f"--to {to} ends in {path.suffix}: give a name that ends in .html, or a folder")
-    if path.suffix.lower() not in _ENDINGS or path.is_dir():
-        path = path / _PAGE
-    problems += new_folder_problems("--to", str(path.parent))
+        return path
+    problems += new_folder_problems("--to", str(path.parent if named else path))
+    if to is None:
+        return _new_file(path, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    path = path if named else path / _PAGE
     if not _is_free(path):
         problems.append(f"--to {to}: {path} is there and is no report: give another name")
     return path
@@ -192,24 +174,25 @@ def _is_free(path: Path) -> bool:
     """Whether nothing is there, or what this command has written."""
     if not os.path.lexists(path):
         return True
-    if path.is_symlink():
+    if path.is_symlink() or not path.is_file():
         return False
     try:
         with open(path, "rb") as file:
-            return MARK.encode() in file.read(_PNG_HEAD)
+            return MARK.encode() in file.read(_HEAD)
     except OSError:
         return False
 
 
-def _write(path: Path, content: bytes) -> None:
-    if not _is_free(path):
-        raise ConfigError(f"{path} is there and is not of a report: move it, or give another name with --to <file>")
-    try:
-        write_whole(path, content)
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written ({error.strerror}): give another place with --to <file>"
-        ) from error
+def _write(files: dict[Path, bytes]) -> None:
+    taken = [path for path in files if not _is_free(path)]
+    if taken:
+        raise ConfigError(*(f"{path} is there and is not of a report: give another name with --to" for path in taken))
+    for path, content in files.items():
+        try:
+            write_whole(path, content)
+        except OSError as error:
+            why = error.strerror or error
+            raise ConfigError(f"{path} cannot be written ({why}): give another place with --to") from error
 
 
 def _labels(runs: list[RunInfo]) -> list[str]:

@@ -64,7 +64,7 @@ def _group_of(tag: str) -> str:
         return "Objective"
     if first == "rewards" or rest.startswith("rewards/") or rest in ("accuracy", "margin"):
         return "Rewards"
-    names = {"val": "Validation", "time": "Time", "train": "Training"}
+    names = {"val": "Validation", "time": "Time", "train": "Training", "lr": "Training"}
     return names.get(first, first.capitalize() if rest else "Other")
 
 
@@ -116,30 +116,37 @@ def _span(values: list[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
+def _extent(lines: list[Line]) -> tuple[list[float], tuple[float, float]]:
+    """Ticks of the vertical axis, which begins and ends with one; first and last step of the other."""
+    rows = ticks(*_span([value for line in lines for value in (*line.lows, *line.highs)]), most=4)
+    steps = [step for line in lines for step in (line.steps[0], line.steps[-1])]
+    return rows, (min(0.0, *steps), max(*steps, 1.0))
+
+
 def style_of(number: int) -> tuple[str, str, str]:
     """The class of a run's colour, its dashes and the outline of its mark."""
     return f"run{number % len(LIGHT)}", DASHES[number // len(LIGHT) % len(DASHES)], _SHAPES[number % len(_SHAPES)]
 
 
-def mark_of(number: int) -> Html:
-    """A run's sign: a short line with its mark."""
+def name_of(number: int, label: str, note: str = "") -> Html:
+    """A run's name behind its sign, which is a short line with its mark."""
     name, dashes, shape = style_of(number)
     line = element("path", d="M1,7H25", class_="line", stroke_dasharray=dashes or None)
     mark = element("path", d=shape, transform="translate(13,7)", class_="mark")
-    return element("svg", line, mark, viewBox="0 0 26 14", class_=f"sign {name}", aria_hidden="true")
+    sign = element("svg", line, mark, viewBox="0 0 26 14", class_=f"sign {name}", aria_hidden="true")
+    return element("span", sign, label, *([element("small", note)] if note else []), class_="run")
 
 
-def draw_svg(tag: str, curves: Curves) -> Html:
+def draw_svg(tag: str, curves: Curves, labels: Sequence[str]) -> Html:
     """One chart.
 
     Args:
         tag: what it shows.
         curves: by number of the run; none is empty.
+        labels: of the runs.
     """
     lines = {number: thin(curve) for number, curve in curves.items()}
-    rows = ticks(*_span([value for line in lines.values() for value in (*line.lows, *line.highs)]), most=4)
-    steps = [float(step) for line in lines.values() for step in (line.steps[0], line.steps[-1])]
-    first, last = min(0.0, *steps), max(*steps, 1.0)
+    rows, (first, last) = _extent(list(lines.values()))
     columns = [tick for tick in ticks(first, last, most=5) if first <= tick <= last and tick == int(tick)]
     wide, tall = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 
@@ -159,17 +166,21 @@ def draw_svg(tag: str, curves: Curves) -> Html:
     for number, line in lines.items():
         name, dashes, shape = style_of(number)
         points = [f"{x(step)},{y(value)}" for step, value in zip(line.steps, line.means, strict=True)]
-        drawn = [element("path", d=f"M{'L'.join(points)}", class_="line", stroke_dasharray=dashes or None)]
+        told = element("title", f"{labels[number]}: {_told(curves[number])}")
+        drawn = [told, element("path", d=f"M{'L'.join(points)}", class_="line", stroke_dasharray=dashes or None)]
         if len(curves[number].steps) > len(points):
             above = [f"{x(step)},{y(value)}" for step, value in zip(line.steps, line.highs, strict=True)]
             under = [f"{x(step)},{y(value)}" for step, value in zip(line.steps, line.lows, strict=True)]
-            drawn.insert(0, element("path", d=f"M{'L'.join([*above, *reversed(under)])}z", class_="band"))
+            drawn.insert(1, element("path", d=f"M{'L'.join([*above, *reversed(under)])}z", class_="band"))
         drawn.append(element("path", d=shape, transform=f"translate({points[-1]})", class_="mark"))
         parts.append(element("g", *drawn, class_=name))
-    label = f"{tag}: " + "; ".join(
-        f"{figure_text(curve.values[-1])} at step {curve.steps[-1]}" for curve in curves.values()
-    )
+    label = f"{tag}: " + "; ".join(f"{labels[number]} {_told(curve)}" for number, curve in curves.items())
     return element("svg", *parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=label, class_="chart")
+
+
+def _told(curve: Curve) -> str:
+    first, last, low, high = map(figure_text, (curve.values[0], curve.values[-1], min(curve.values), max(curve.values)))
+    return f"{first} at step {curve.steps[0]:,}, {last} at step {curve.steps[-1]:,}; from {low} to {high}"
 
 
 def _named(rows: list[float]) -> Iterator[tuple[float, str]]:
@@ -195,7 +206,13 @@ def draw_png(title: str, charts: Mapping[str, Curves], labels: list[str]) -> byt
 
     columns = min(3, len(charts))
     rows = math.ceil(len(charts) / columns)
-    look = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
+    look: dict[str, float | bool] = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "text.parse_math": False,
+    }
+    look |= {"figure.constrained_layout.h_pad": 0.12, "figure.constrained_layout.w_pad": 0.12}
     with style.context(["default", look]):
         figure = Figure(figsize=(4.2 * columns, 0.8 + 2.7 * rows), layout="constrained")
         figure.suptitle(title, fontsize=11)
@@ -210,6 +227,8 @@ def draw_png(title: str, charts: Mapping[str, Curves], labels: list[str]) -> byt
                 axes.plot(line.steps, line.means, dash, color=color, linewidth=1.4)
                 shape = _PNG_SHAPES[number % len(_PNG_SHAPES)]
                 axes.plot(line.steps[-1:], line.means[-1:], dash, color=color, marker=shape, label=labels[number])
+            rows_of, steps = _extent([thin(curve) for curve in curves.values()])
+            axes.set(ylim=(rows_of[0], rows_of[-1]), xlim=steps, yticks=rows_of)
             axes.set_title(tag, fontsize=9)
             axes.set_xlabel("optimizer steps", fontsize=8)
             axes.grid(axis="y", color="#dddddd", linewidth=0.6)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import sheeprlhf
-from sheeprlhf.command.report_chart import Curves, Group, charts_of, draw_svg, group_tags, mark_of, sign_style
+from sheeprlhf.command.report_chart import Curves, Group, charts_of, draw_svg, group_tags, name_of, sign_style
 from sheeprlhf.command.report_html import MARK, NONE, Html, details, element, figure_text, join, table
 from sheeprlhf.command.report_record import Evaluation, Record
-from sheeprlhf.command.report_tables import config_tables, data_tables, overview_rows, speed_rows
+from sheeprlhf.command.report_tables import config_tables, data_tables, overview, speed_table
 from sheeprlhf.command.report_texts import Answer, Exchange
 
 STYLE = Path(sheeprlhf.__file__).parent / "assets" / "report.css"
@@ -28,13 +28,13 @@ def build_page(records: list[Record], notes: list[str]) -> str:
         notes: what there is to say besides.
     """
     sections: dict[str, Callable[[list[Record]], Iterable[Html]]] = {
-        "Runs": _runs,
+        "Runs": overview,
         "Results": _results,
         "Curves": _curves,
         "Samples": _samples,
         "Configuration": config_tables,
         "Data": data_tables,
-        "Speed and memory": _speed,
+        "Speed and memory": speed_table,
     }
     body = []
     for title, write in sections.items():
@@ -63,29 +63,11 @@ def build_page(records: list[Record], notes: list[str]) -> str:
 
 
 def _name(records: list[Record], number: int, note: str = "") -> Html:
-    """A run's sign and label, as the head of a column."""
-    more = [element("small", note)] if note else []
-    return element("span", mark_of(number), records[number].label, *more, class_="run")
+    return name_of(number, records[number].label, note)
 
 
 def _none(words: str) -> list[Html]:
     return [element("p", words, class_="none")]
-
-
-def _runs(records: list[Record]) -> Iterable[Html]:
-    heads = [_name(records, number) for number in range(len(records))]
-    yield table(["", *heads], overview_rows(records), numbers=False)
-
-
-def _speed(records: list[Record]) -> Iterable[Html]:
-    heads = [_name(records, number) for number in range(len(records))]
-    yield table(["", *heads], speed_rows(records))
-    yield element(
-        "p",
-        "Items are what a loss is a mean of: tokens to learn, or pairs. Times and items a second are medians between "
-        "rows of metrics.csv, without the seconds before the first step.",
-        class_="none",
-    )
 
 
 def _results(records: list[Record]) -> Iterable[Html]:
@@ -146,7 +128,7 @@ def _curves(records: list[Record]) -> Iterable[Html]:
             element(
                 "figure",
                 element("figcaption", element("b", title), *(_name(records, number) for number in curves)),
-                draw_svg(title, curves),
+                draw_svg(title, curves, [record.label for record in records]),
             )
             for title, curves in curves_of.items()
         ]

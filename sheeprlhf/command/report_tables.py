@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sheeprlhf.command.describe import shown
+from sheeprlhf.command.report_chart import name_of
 from sheeprlhf.command.report_html import NONE, Html, details, duration_text, element, figure_text, table
 from sheeprlhf.command.report_record import Record
 from sheeprlhf.command.screen import clean
@@ -23,13 +24,21 @@ _UNTOLD = {
     "data.cache_dir",
 }  # no cause of a result
 _LINKS = {"task.sft_experiment_dir": "starts from", "task.rm_experiment_dir": "judged by"}
+_HEADLINES = ("perplexity", "rougeL", "win rate", "accuracy", "score", "reward")  # the first that there is
 _MAX_SPLITS = 8
 Row = list[object]
 
 
-def overview_rows(records: list[Record]) -> Iterable[Row]:
-    """What each run is."""
+def overview(records: list[Record]) -> Iterable[Html]:
+    """The table of what the runs are."""
+    yield table(_heads(records), _overview_rows(records), numbers=False)
 
+
+def _heads(records: list[Record]) -> list[object]:
+    return ["", *(name_of(number, record.label) for number, record in enumerate(records))]
+
+
+def _overview_rows(records: list[Record]) -> Iterable[Row]:
     def row(name: str, cells: Iterable[object]) -> Row:
         return [name, *cells]
 
@@ -45,11 +54,22 @@ def overview_rows(records: list[Record]) -> Iterable[Row]:
     yield row("state", (element("span", past.state, class_=f"state {past.state}") for past in pasts))
     yield row("steps", (figure_text(past.step) for past in pasts))
     yield row("best validation", (figure_text(past.best) for past in pasts))
+    for title in sorted({found.title for record in records for found in record.evaluations}):
+        yield row(title, (_headline(record, title) for record in records))
     yield row("started", (past.started or "?" for past in pasts))
     yield row("took", (duration_text(_seconds(record)) for record in records))
     yield row("seed", (_value(record, "seed", records) for record in records))
     yield row("directory", (element("code", clean(past.dir, 300)) for past in pasts))
     yield row("command", (_command(record) for record in records))
+
+
+def _headline(record: Record, title: str) -> str:
+    """The number of an evaluation of the final weights that tells most."""
+    found = next((e for e in record.evaluations if e.title == title and e.weights == "final"), None)
+    if found is None or not found.numbers:
+        return NONE
+    name = next((name for name in _HEADLINES if name in found.numbers), next(iter(found.numbers)))
+    return f"{name} {figure_text(found.numbers[name][0])}" if len(found.numbers[name]) != 2 else NONE
 
 
 def _trains(record: Record) -> str:
@@ -59,7 +79,7 @@ def _trains(record: Record) -> str:
     return "all weights" if record.config.get("model.finetune_mode") == "ALL" else "?"
 
 
-def _command(record: Record) -> Html:
+def _command(record: Record) -> str:
     words = record.info.get("command")
     if not isinstance(words, list) or not words:
         return NONE
@@ -94,7 +114,7 @@ def _resolved(path: Path) -> Path:
 def config_tables(records: list[Record]) -> Iterable[Html]:
     """Where the configurations differ; all of them below, folded."""
     keys = list(dict.fromkeys(key for record in records for key in record.config if key not in _UNTOLD))
-    heads = ["", *(record.label for record in records)]
+    heads = _heads(records)
     differing, of_some = [], []
     for key in keys:
         cells = [_value(record, key, records) for record in records]
@@ -172,8 +192,18 @@ def _data_rows(parts: list[dict[str, Any]]) -> Iterable[Row]:
             yield from counts(f"{what} tokens, {name}", "tokens", what, key)
 
 
-def speed_rows(records: list[Record]) -> Iterable[Row]:
+def speed_table(records: list[Record]) -> Iterable[Html]:
     """Time, items a second and memory, as far as they were logged."""
+    yield table(_heads(records), _speed_rows(records))
+    yield element(
+        "p",
+        "Items are what a loss is a mean of: tokens to learn, or pairs. Times are medians between the rows of "
+        "metrics.csv; without a row before it, the time to the first step does not count.",
+        class_="none",
+    )
+
+
+def _speed_rows(records: list[Record]) -> Iterable[Row]:
     paces = [_pace(record) for record in records]
     items = [_items(record) for record in records]
     yield ["whole run", *(duration_text(_seconds(record)) for record in records)]

@@ -117,38 +117,6 @@ def split_plain_words(verb: str, words: list[str]) -> tuple[list[str], bool]:
     return plain, plain != words
 
 
-def split_plain_flags(verb: str, words: list[str], flags: dict[str, bool]) -> tuple[list[str], dict[str, str], bool]:
-    """The words of a command that takes no options, its flags, and whether its help is asked for.
-
-    Args:
-        verb: the command.
-        words: what follows it.
-        flags: its flags, and whether a value follows them (as `--to file` or `--to=file`).
-
-    Raises:
-        ConfigError: there is a flag that it has not, or one lacks its value.
-    """
-    given, others, problems = {}, [], []
-    waiting = list(words)
-    while waiting:
-        word = waiting.pop(0)
-        name, equals, value = word.partition("=")
-        if name not in flags:
-            others.append(word)
-        elif flags[name] and not equals:
-            given[name] = waiting.pop(0) if waiting and not waiting[0].startswith("-") else ""
-        else:
-            given[name] = value
-        if name in flags and flags[name] != bool(given[name]):
-            problems.append(
-                f"{name} needs a value: `{verb} ... {name} <value>`" if flags[name] else f"{name} takes no value"
-            )
-    if problems:
-        raise ConfigError(*problems)
-    plain, wants_help = split_plain_words(verb, others)
-    return plain, given, wants_help
-
-
 def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
     """The sentence for a first word that is no command."""
     from sheeprlhf.structure.catalogue import choices_like
