@@ -25,6 +25,7 @@ _WIDTH, _HEIGHT = 360, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 26
 _FIRST = ("Loss", "Objective", "Rewards")  # groups that are shown unfolded
 _OF_TASK = ("loss", "items")  # what another task calls by the same name is another thing
+_MOST_BANDS = 3  # in one chart; more would hide each other
 _MOST_POINTS = 180  # of a line; beyond, it is the mean of neighbours, with a band from their lowest to their highest
 
 
@@ -134,7 +135,7 @@ def name_of(number: int, label: str, note: str = "") -> Html:
     line = element("path", d="M1,7H25", class_="line", stroke_dasharray=dashes or None)
     mark = element("path", d=shape, transform="translate(13,7)", class_="mark")
     sign = element("svg", line, mark, viewBox="0 0 26 14", class_=f"sign {name}", aria_hidden="true")
-    return element("span", sign, label, *([element("small", note)] if note else []), class_="run")
+    return element("span", sign, label, *([" ", element("small", note)] if note else []), class_="run")
 
 
 def draw_svg(tag: str, curves: Curves, labels: Sequence[str]) -> Html:
@@ -168,7 +169,7 @@ def draw_svg(tag: str, curves: Curves, labels: Sequence[str]) -> Html:
         points = [f"{x(step)},{y(value)}" for step, value in zip(line.steps, line.means, strict=True)]
         told = element("title", f"{labels[number]}: {_told(curves[number])}")
         drawn = [told, element("path", d=f"M{'L'.join(points)}", class_="line", stroke_dasharray=dashes or None)]
-        if len(curves[number].steps) > len(points):
+        if len(curves[number].steps) > len(points) and len(curves) <= _MOST_BANDS:
             above = [f"{x(step)},{y(value)}" for step, value in zip(line.steps, line.highs, strict=True)]
             under = [f"{x(step)},{y(value)}" for step, value in zip(line.steps, line.lows, strict=True)]
             drawn.insert(1, element("path", d=f"M{'L'.join([*above, *reversed(under)])}z", class_="band"))
@@ -223,7 +224,8 @@ def draw_png(title: str, charts: Mapping[str, Curves], labels: list[str]) -> byt
             for number, curve in curves.items():
                 line, color = thin(curve), LIGHT[number % len(LIGHT)]
                 dash = ("-", "--", ":")[number // len(LIGHT) % len(DASHES)]
-                axes.fill_between(line.steps, line.lows, line.highs, color=color, alpha=0.18, linewidth=0)
+                if len(curves) <= _MOST_BANDS:
+                    axes.fill_between(line.steps, line.lows, line.highs, color=color, alpha=0.18, linewidth=0)
                 axes.plot(line.steps, line.means, dash, color=color, linewidth=1.4)
                 shape = _PNG_SHAPES[number % len(_PNG_SHAPES)]
                 axes.plot(line.steps[-1:], line.means[-1:], dash, color=color, marker=shape, label=labels[number])

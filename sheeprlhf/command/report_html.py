@@ -58,9 +58,9 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, numbers: 
     return element("div", inner, class_="scroll", tabindex="0")
 
 
-def details(summary: object, *content: object) -> Html:
+def details(summary: object, *content: object, class_: str | None = None) -> Html:
     """What is shown on a click, and on paper."""
-    return element("details", element("summary", summary), *content)
+    return element("details", element("summary", summary), *content, class_=class_)
 
 
 def figure_text(value: float | None) -> str:

@@ -16,6 +16,7 @@ from sheeprlhf.command.report_texts import Answer, Exchange
 STYLE = Path(sheeprlhf.__file__).parent / "assets" / "report.css"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # no script, no request, whatever slips in
 _FEW_NUMBERS = 8  # of an evaluation, before the rest is folded away
+_MOST_NAMED = 5  # runs in the title
 _MAX_PROMPTS = 6
 _MAX_EARLIER = 6
 
@@ -41,8 +42,8 @@ def build_page(records: list[Record], notes: list[str]) -> str:
         anchor = title.partition(" ")[0].lower()
         body.append(element("section", element("h2", title), *write(records), id=anchor))
     links = [element("a", title, href=f"#{title.partition(' ')[0].lower()}") for title in sections]
-    names = ", ".join(record.label for record in records)
-    many = f"{len(records)} run{'s' * (len(records) > 1)}"
+    many = _counted(len(records), "run")
+    names = ", ".join(record.label for record in records) if len(records) <= _MOST_NAMED else many
     told = f"{many}, {time.strftime('%Y-%m-%d %H:%M')}, sheeprlhf {sheeprlhf.__version__}"
     header = element("header", element("h1", names), element("p", told), element("nav", *links))
     said = [*notes, *(f"{record.label} {note}" for record in records for note in record.notes)]
@@ -66,6 +67,10 @@ def _name(records: list[Record], number: int, note: str = "") -> Html:
     return name_of(number, records[number].label, note)
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number > 1)}"
+
+
 def _none(words: str) -> list[Html]:
     return [element("p", words, class_="none")]
 
@@ -80,6 +85,7 @@ def _results(records: list[Record]) -> Iterable[Html]:
         yield from _none("No evaluation yet: python sheeprlhf.py eval task=perplexity experiment_dir=<run>")
     tables = []
     for title, columns in sorted(titles.items()):
+        columns.sort(key=lambda column: (column[0], column[1].weights != "final", column[1].weights))
         heads = [_name(records, number, "" if e.weights == "final" else e.weights) for number, e in columns]
         names = list(dict.fromkeys(name for _, found in columns for name in found.numbers))
         rows = [[name, *(_measured(found.numbers.get(name)) for _, found in columns)] for name in names]
@@ -108,7 +114,7 @@ def _measured(values: tuple[float, ...] | None) -> Html:
     if len(values) == 1:
         return join([figure_text(values[0])])
     *mean, low, high = map(figure_text, values)
-    return join([*mean, element("small", f"{low} to {high}")])
+    return join([*mean, " ", element("small", f"{low} to {high}")])
 
 
 def charts_by_group(records: list[Record]) -> Iterator[tuple[Group, Mapping[str, Curves]]]:
@@ -137,8 +143,8 @@ def _curves(records: list[Record]) -> Iterable[Html]:
         yield element("details", element("summary", title), grid, open="" if group.open else None, class_="group")
     yield element(
         "p",
-        "The horizontal axis counts optimizer steps. A long curve is the mean of neighbouring points, in a band from "
-        "the lowest to the highest of them.",
+        "The horizontal axis counts optimizer steps. A long curve is the mean of neighbouring points; where a chart "
+        "has few curves, in a band from the lowest to the highest of them.",
         class_="none",
     )
 
@@ -157,7 +163,8 @@ def _samples(records: list[Record]) -> Iterable[Html]:
     for title, of_runs in sources.items():
         shared = Counter(key for exchanges in of_runs.values() for key in exchanges)
         keys = [key for key, _ in shared.most_common(_MAX_PROMPTS)]  # the first ones, of those equally often there
-        few = f"the first {len(keys)} of {len(shared):,} prompts" if len(shared) > len(keys) else f"{len(keys)} prompts"
+        many = _counted(len(shared), "prompt")
+        few = f"the first {len(keys)} of {many}" if len(shared) > len(keys) else many
         yield element("h3", title, element("small", few))
         for key in keys:
             yield _exchange(records, {number: found[key] for number, found in of_runs.items() if key in found})

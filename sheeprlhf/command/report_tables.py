@@ -130,11 +130,11 @@ def config_tables(records: list[Record]) -> Iterable[Html]:
         else:
             yield element("p", "The runs have the same values of every option that they share.", class_="none")
     if of_some:
-        summary = f"{len(of_some)} options that only some of the runs have"
+        summary = f"{len(of_some)} option{'s' * (len(of_some) > 1)} that only some of the runs have"
         yield details(summary, table(heads, of_some, numbers=False))
     everything = [[key, *(_value(record, key, records) for record in records)] for key in keys]
     if everything:
-        yield details(f"all {len(keys)} options", table(heads, everything, numbers=False))
+        yield details(f"all {len(keys)} options", table(heads, everything, numbers=False), class_="all")
     else:
         yield element("p", "No configuration could be read.", class_="none")
 

@@ -41,10 +41,10 @@ def parse_samples(files: Iterable[tuple[int, str]]) -> dict[str, Exchange]:
             if mark == "prompt":
                 exchange = _exchange(found, body)
             elif exchange is not None and mark == "reference":
-                exchange.references.append(_shown(body))
+                exchange.references.append(_shown(body).strip())
             elif exchange is not None:
                 name = "" if mark == "model" else f"{mark}: "
-                exchange.answers.append(Answer(step, f"{name}{note}", _shown(body)))
+                exchange.answers.append(Answer(step, f"{name}{note}", _shown(body).strip()))
     return found
 
 
@@ -71,10 +71,10 @@ def parse_rows(content: str) -> dict[str, Exchange]:
         if isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
             exchange = _exchange(found, row["prompt"])
             if isinstance(row.get("reference"), str):
-                exchange.references.append(_shown(row["reference"]))
+                exchange.references.append(_shown(row["reference"]).strip())
             scores = {key: value for key, value in row.items() if isinstance(value, float)}
             note = ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
-            exchange.answers.append(Answer(None, note, _shown(row["response"])))
+            exchange.answers.append(Answer(None, note, _shown(row["response"]).strip()))
     return found
 
 

@@ -46,14 +46,17 @@ def _planned_memory(run: Run, device: str) -> int | None:
     return None
 
 
-def _peak_memory(fabric: Fabric, run: Run) -> tuple[int | None, str]:
-    """Bytes that were needed in fact, and a line that tells them beside what was planned; on CUDA, of the GPU."""
-    on_cuda = fabric.device.type == "cuda"
-    peak = torch.cuda.max_memory_reserved(fabric.device) if on_cuda else peak_memory()
-    if peak is None:
-        return None, ""
-    planned = "" if run.planned_memory is None else f" (planned: up to {size_text(run.planned_memory)})"
-    return peak, f"peak memory {'on the GPU' if on_cuda else 'of this process'}: {size_text(peak)}{planned}\n"
+def _peak_memory(fabric: Fabric) -> int | None:
+    """Bytes that this process has needed at most; on CUDA, of the GPU."""
+    return torch.cuda.max_memory_reserved(fabric.device) if fabric.device.type == "cuda" else peak_memory()
+
+
+def _say_peak_memory(fabric: Fabric, run: Run) -> None:
+    """What was needed in fact, beside what was planned."""
+    on_cuda, peak = fabric.device.type == "cuda", _peak_memory(fabric)
+    if peak is not None:
+        planned = "" if run.planned_memory is None else f" (planned: up to {size_text(run.planned_memory)})"
+        run.say(f"peak memory {'on the GPU' if on_cuda else 'of this process'}: {size_text(peak)}{planned}")
 
 
 def note_validation(
@@ -77,12 +80,12 @@ def finish_run(
     evaluation: str = "perplexity",
 ) -> None:
     """All ranks; rank zero writes `final/` for `from_pretrained`, marks the run finished and says what measures it."""
-    peak, told = _peak_memory(fabric, run)
     if fabric.is_global_zero:
         final = run.dir / "final"
         if not final.exists():  # complete whenever it is there: it is renamed into place
             write_folder(final, lambda folder: trained.save(folder, tokenizer))
         best = {"best_metric": state.best_metric, "best_step": state.best_step}
-        mark_finished(run.dir, step=state.step, **best, peak_memory=peak)
+        mark_finished(run.dir, step=state.step, **best, peak_memory=_peak_memory(fabric))
     fabric.barrier()
-    run.say(f"{told}finished: {run.dir}\nnext: python sheeprlhf.py eval task={evaluation} experiment_dir={run.dir}")
+    _say_peak_memory(fabric, run)
+    run.say(f"finished: {run.dir}\nnext: python sheeprlhf.py eval task={evaluation} experiment_dir={run.dir}")
