@@ -14,10 +14,11 @@ VERBS = {
     "pipeline": "All stages in one command: `pipeline experiment=quickstart`.",
     "list": "What there is to choose, and past runs: `list models`, `list runs`.",
     "show": "Every option of a choice, its default and meaning: `show model=opt`.",
+    "report": "Runs as one page to look at: `report <run> <run>`, `report <folder of runs>`.",
     "doctor": "Check this machine, plan a run's memory: `doctor task=sft model=opt`.",
     "fetch": "Get a model into the local cache: `fetch model=smollm2` needs no hub.",
 }
-PLAIN_VERBS = ("list", "show")  # they take words; the others take options
+PLAIN_VERBS = ("list", "show", "report")  # they take words; the others take options
 _FACTS = (
     r"\[[^\[\]]*(\[[^\[\]]*\])?\](?=$|\s+One of)"  # of an option: type, unit and default, at the end of its meaning
 )

@@ -46,10 +46,14 @@ def _planned_memory(run: Run, device: str) -> int | None:
     return None
 
 
+def _peak_memory(fabric: Fabric) -> int | None:
+    """Bytes that this process has needed at most; on CUDA, of the GPU."""
+    return torch.cuda.max_memory_reserved(fabric.device) if fabric.device.type == "cuda" else peak_memory()
+
+
 def _say_peak_memory(fabric: Fabric, run: Run) -> None:
-    """What was needed in fact, beside what was planned; on CUDA, of the GPU."""
-    on_cuda = fabric.device.type == "cuda"
-    peak = torch.cuda.max_memory_reserved(fabric.device) if on_cuda else peak_memory()
+    """What was needed in fact, beside what was planned."""
+    on_cuda, peak = fabric.device.type == "cuda", _peak_memory(fabric)
     if peak is not None:
         planned = "" if run.planned_memory is None else f" (planned: up to {size_text(run.planned_memory)})"
         run.say(f"peak memory {'on the GPU' if on_cuda else 'of this process'}: {size_text(peak)}{planned}")
@@ -80,7 +84,8 @@ def finish_run(
         final = run.dir / "final"
         if not final.exists():  # complete whenever it is there: it is renamed into place
             write_folder(final, lambda folder: trained.save(folder, tokenizer))
-        mark_finished(run.dir, step=state.step, best_metric=state.best_metric, best_step=state.best_step)
+        best = {"best_metric": state.best_metric, "best_step": state.best_step}
+        mark_finished(run.dir, step=state.step, **best, peak_memory=_peak_memory(fabric))
     fabric.barrier()
     _say_peak_memory(fabric, run)
     run.say(f"finished: {run.dir}\nnext: python sheeprlhf.py eval task={evaluation} experiment_dir={run.dir}")

@@ -33,6 +33,20 @@ def read_tail(path: Path, num_bytes: int) -> bytes:
         return file.read(num_bytes)
 
 
+def below(folder: Path, inside: str) -> Path:
+    """The path of what a stranger's folder holds, if no link below that folder leads there.
+
+    Raises:
+        OSError: one does: it could lead to any file of the user's.
+    """
+    path = folder
+    for part in Path(inside).parts:
+        path = path / part
+        if path.is_symlink():
+            raise OSError(f"{path} is a link")
+    return path
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """All of the content, or what was there before; folders above it are made.
 

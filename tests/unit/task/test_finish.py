@@ -1,6 +1,7 @@
 """Validations and the end of a run: which step is best, what a validation measures, and that `final/` is whole."""
 
 import csv
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,7 @@ def test_memory_is_told_as_planned_and_as_it_was(
         rf"^peak memory of this process: [\d.]+ [MG]B \(planned: up to {planned[1]}\)$", told, re.MULTILINE
     )
     assert told.splitlines()[-1].startswith("next: python sheeprlhf.py eval")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["peak_memory"] > 100e6
 
 
 def test_a_model_that_cannot_be_measured_is_trained_all_the_same(
