@@ -37,7 +37,7 @@ class Writer:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, form: str) -> None:
-        self.model, self.tokenizer, self.form = model, tokenizer, FORMS[form]
+        self.model, self.tokenizer, self.form_name, self.form = model, tokenizer, form, FORMS[form]
         self._asker = Asker(self.form, tokenizer)
         self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
 
@@ -106,10 +106,11 @@ class Scorer:
     Args:
         model: the reward model, in eval mode.
         tokenizer: its tokenizer.
+        form: in which it was trained, a name of `FORMS`.
     """
 
-    def __init__(self, model: RewardModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: RewardModel, tokenizer: PreTrainedTokenizerBase, form: str) -> None:
+        self.model, self.tokenizer, self.form_name = model, tokenizer, form
 
     @torch.no_grad()
     def score(self, form: str, turns: Sequence[Turn], answer: str) -> float:
@@ -183,4 +184,4 @@ def load_scorer(trained: Trained, say: Say) -> Scorer:
         SheepError: it cannot be loaded.
     """
     model, tokenizer = load_trained_scorer(trained, say)
-    return Scorer(model.to(_device()), tokenizer)
+    return Scorer(model.to(_device()), tokenizer, form_of(trained.data, tokenizer))
