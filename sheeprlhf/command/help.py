@@ -17,8 +17,11 @@ VERBS = {
     "report": "Runs as one page to look at: `report <run> <run>`, `report <folder of runs>`.",
     "doctor": "Check this machine, plan a run's memory: `doctor task=sft model=opt`.",
     "fetch": "Get a model into the local cache: `fetch model=smollm2` needs no hub.",
+    "chat": "Talk to a run or a model in the terminal: `chat <run>`.",
+    "demo": "The same in the browser, several runs side by side: `demo <run> <run>`.",
+    "export": "A run as a folder for plain transformers: `export <run> --to <folder>`.",
 }
-PLAIN_VERBS = ("list", "show", "report")  # they take words; the others take options
+PLAIN_VERBS = ("list", "show", "report", "chat", "demo", "export")  # they take words; the others take options
 _FACTS = (
     r"\[[^\[\]]*(\[[^\[\]]*\])?\](?=$|\s+One of)"  # of an option: type, unit and default, at the end of its meaning
 )
