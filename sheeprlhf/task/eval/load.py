@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.engine.redact import plain_text, redact_text
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.start import load_of_run
 from sheeprlhf.utils.errors import DataError
@@ -47,4 +48,4 @@ def load_evaluated_policy(
 def say_on(fabric: Fabric, text: str) -> None:
     """Print a line on rank zero, beside the results on standard output."""
     if fabric.is_global_zero:
-        print(text, file=sys.stderr)
+        print(redact_text(plain_text(text)), file=sys.stderr)
