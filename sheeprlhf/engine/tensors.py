@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sheeprlhf.utils.errors import CheckpointError
+from sheeprlhf.utils.header import read_header
 from sheeprlhf.utils.lightning import is_wrapped
 
 
@@ -85,9 +86,10 @@ def load_optimizer(path: Path, module: nn.Module, optimizer: Optimizer) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; their memory may be the file's own."""
     try:
+        read_header(path)  # its limits are narrower than the library's
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.offset_keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 

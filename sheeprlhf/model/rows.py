@@ -133,7 +133,7 @@ class PaddedRows:
 
 
 def _cache_name(model: nn.Module) -> str:
-    """How the model's code calls the cache of keys and values; code from before transformers 5.24 has the longer name."""
+    """How the model's code calls the cache: code from before transformers 5.24 has the longer name."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 

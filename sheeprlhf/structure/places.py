@@ -11,7 +11,7 @@ from sheeprlhf.utils.hub import EMBEDDED, embedded_folder
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 

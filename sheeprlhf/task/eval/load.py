@@ -11,6 +11,7 @@ from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit, prepare_data
 from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.engine.redact import plain_text, redact_text
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
@@ -136,4 +137,4 @@ def model_of_run(run_dir: str, key: str) -> ModelConfig:
 def say_on(fabric: Fabric, text: str) -> None:
     """Print a line on rank zero, beside the results on standard output."""
     if fabric.is_global_zero:
-        print(text, file=sys.stderr)
+        print(redact_text(plain_text(text)), file=sys.stderr)
