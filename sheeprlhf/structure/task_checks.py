@@ -42,6 +42,7 @@ def train_problems(config: TrainConfig) -> Iterator[str]:
             f"model.freeze_transformer=true is not read by task={name}: remove it, or train less by "
             "model.finetune_mode=LORA"
         )
+    yield from _sharding_problems(config, able=config.task.shards)
     yield from start_problems(config)
     yield from online_problems(config)
     if isinstance(config.task, BestOfNConfig):
@@ -57,6 +58,19 @@ def train_problems(config: TrainConfig) -> Iterator[str]:
     if not re.fullmatch(r"[^/\\\0]+", config.run_name) or config.run_name in (".", ".."):
         yield f"run_name={config.run_name} cannot name a directory: give a name without slashes"
     yield from new_folder_problems("root_dir", config.root_dir)
+
+
+def _sharding_problems(config: TrainConfig | EvalConfig, *, able: bool) -> Iterator[str]:
+    if config.fabric.strategy != "fsdp2":
+        return
+    if not able:
+        tasks = ", ".join(name for name, task in choices("task", "train").items() if getattr(task, "shards", False))
+        yield (
+            f"fabric.strategy=fsdp2 trains task={tasks} alone, not task={config.task.config_name}: "
+            "give fabric.strategy=ddp"
+        )
+    if config.fabric.precision == "64-true":
+        yield "fabric.precision=64-true is not supported by fabric.strategy=fsdp2: give fabric.precision=32-true"
 
 
 def online_problems(config: TrainConfig) -> Iterator[str]:
@@ -159,6 +173,7 @@ def unread_generation(how: GenConfig, task: str) -> Iterator[str]:
 
 def eval_problems(config: EvalConfig) -> Iterator[str]:
     """What an evaluation lacks: packages, something to evaluate, weights of that name."""
+    yield from _sharding_problems(config, able=False)
     yield from unread_engine(config.generation, config.task.config_name)
     if not isinstance(config.task, RougeConfig):
         yield from unread_generation(config.generation, config.task.config_name)

@@ -14,6 +14,7 @@ from torch import nn
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
+from sheeprlhf.engine.shard import gathered
 from sheeprlhf.engine.step import MicroBatch
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.run import EvalConfig
@@ -72,7 +73,7 @@ def score_pairs(
         Three (P,) arrays, the pairs of rank 0 first.
     """
     found: list[np.ndarray] = [np.zeros((0, 3))]
-    with isolated_rng(), eval_mode(module), torch.no_grad():
+    with isolated_rng(), gathered(module), eval_mode(module), torch.no_grad():
         for micro in micro_batches:
             batch = fabric.to_device(micro.batch)
             scores_P2 = module(batch)[batch.pairs_P2].cpu().numpy()
