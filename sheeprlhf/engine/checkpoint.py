@@ -28,6 +28,7 @@ from sheeprlhf.engine.manifest import (
     write_manifest,
 )
 from sheeprlhf.engine.rng import rng_state, set_rng_state
+from sheeprlhf.engine.shard import whole_tensors
 from sheeprlhf.engine.tensors import (
     load_optimizer,
     load_tensors,
@@ -97,11 +98,16 @@ def save_checkpoint(
         CheckpointError: on all ranks, when it could not be written; earlier checkpoints are untouched.
     """
     rngs = gather_objects(fabric, rng_state())
+    files = {
+        "model.safetensors": whole_tensors(fabric, saved_tensors(module)),
+        "optimizer.safetensors": whole_tensors(fabric, optimizer_tensors(module, optimizer)),
+        "rng.safetensors": {f"{rank}/{name}": t for rank, rng in enumerate(rngs) for name, t in rng.items()},
+    }
     target = run_dir / "checkpoints" / f"step-{state.step}"
     problem = None
     if fabric.is_global_zero:
         try:
-            _write(target, state, module, optimizer, rngs, config_hash)
+            _write(target, state, files, world_size=len(rngs), config_hash=config_hash)
             _prune(target.parent, state, keep)
         except CheckpointError as error:
             problem = str(error)
@@ -114,13 +120,9 @@ def save_checkpoint(
 
 
 def _write(
-    target: Path,
-    state: TrainState,
-    module: nn.Module,
-    optimizer: Optimizer,
-    rngs: list[dict[str, Tensor]],
-    config_hash: str,
+    target: Path, state: TrainState, files: dict[str, dict[str, Tensor]], *, world_size: int, config_hash: str
 ) -> None:
+    """Rank zero only."""
     target.parent.mkdir(mode=0o700, exist_ok=True)
     if target.exists():
         try:
@@ -128,15 +130,10 @@ def _write(
                 return
         except CheckpointError:
             remove_folder(target)  # damaged: a resumed run has reached its step again
-    files = {
-        "model.safetensors": saved_tensors(module),
-        "optimizer.safetensors": optimizer_tensors(module, optimizer),
-        "rng.safetensors": {f"{rank}/{name}": t for rank, rng in enumerate(rngs) for name, t in rng.items()},
-    }
     facts = {
         "config_hash": config_hash,
         "step": state.step,
-        "world_size": len(rngs),
+        "world_size": world_size,
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

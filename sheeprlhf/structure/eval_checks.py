@@ -12,12 +12,19 @@ from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
-from sheeprlhf.structure.task_checks import narrowed, unread_engine, unread_generation, unread_reward_model
+from sheeprlhf.structure.task_checks import (
+    narrowed,
+    sharding_problems,
+    unread_engine,
+    unread_generation,
+    unread_reward_model,
+)
 from sheeprlhf.utils.errors import ConfigError
 
 
 def eval_problems(config: EvalConfig) -> Iterator[str]:
     """What an evaluation lacks: packages, something to evaluate, weights of that name, somebody who judges."""
+    yield from sharding_problems(config, able=False)
     yield from _generation_problems(config)
     yield from _reward_problems(config)
     missing = missing_modules(config.task.requires)

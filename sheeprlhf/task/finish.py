@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.data.prepare import PreparedData
@@ -15,6 +16,7 @@ from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished
+from sheeprlhf.engine.shard import assemble
 from sheeprlhf.task.step_memory import step_plan
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.lightning import Fabric
@@ -80,6 +82,8 @@ def finish_run(
     evaluation: str = "perplexity",
 ) -> None:
     """All ranks; rank zero writes `final/` for `from_pretrained`, marks the run finished and says what measures it."""
+    if isinstance(trained, nn.Module):
+        assemble(fabric, trained)
     if fabric.is_global_zero:
         final = run.dir / "final"
         if not final.exists():  # complete whenever it is there: it is renamed into place

@@ -18,6 +18,7 @@ from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
+from sheeprlhf.engine.shard import gathered
 from sheeprlhf.model.engines import ENGINES
 from sheeprlhf.model.sample import Sampled
 from sheeprlhf.model.stop import StopStrings
@@ -137,7 +138,7 @@ def read_targets(
     """
     mine: list[tuple[int, np.ndarray]] = []
     count = min(len(rows), num_rows or len(rows))
-    with isolated_rng(), eval_mode(module), torch.no_grad(), fabric.autocast():
+    with isolated_rng(), gathered(module), eval_mode(module), torch.no_grad(), fabric.autocast():
         for part, micro in batches.numbered(rows, np.arange(count), label):
             batch = fabric.to_device(micro.batch)
             values_N = call(batch).float().cpu().numpy()
