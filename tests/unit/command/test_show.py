@@ -7,6 +7,7 @@ from sheeprlhf.cli import run
 from sheeprlhf.command.describe import recipe_names
 from sheeprlhf.command.help import VERBS
 from sheeprlhf.structure.compose import configs_directory
+from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.registry import ROOTS, choices, groups, options
 
 
@@ -110,7 +111,7 @@ def test_an_option_is_found_by_its_full_and_by_its_last_name(capsys):
 
 
 def test_the_options_of_a_part_are_shown(capsys):
-    assert shown(capsys, "generation").count("generation.") == len(options(GenerationConfig()))
+    assert shown(capsys, "generation").count("generation.") == len(list(options(GenConfig())))
     assert "model.lora_cfg.rank=16 (with every model)" in shown(capsys, "lora_cfg")
     assert shown(capsys, "model.lora_cfg") == shown(capsys, "lora_cfg")
 
