@@ -1,7 +1,7 @@
 """Rows of parquet files. The file states its columns and types, so most mistakes show before a row is read."""
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,18 @@ FREE_BYTES, FREE_ROWS = 2**26, 2**20  # of any file
 BUFFER = 2**20  # bytes read at once from a column, which may be as large as the file
 
 
-def read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The known columns, streamed; a column that no row format reads is None.
+def read_parquet(file: Path, known: Sequence[str] = COLUMNS) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The known columns, streamed; any other is None.
+
+    Args:
+        file: what to read.
+        known: names of columns that a row format may read.
 
     Raises:
         DataError: if it is damaged, or a column is not text.
     """
     schema = open_parquet(file).schema_arrow
-    columns = _known_columns(file, schema)
+    columns = _known_columns(file, schema, known)
     others = dict.fromkeys(name for name in schema.names if name not in columns)
     number = 0
     try:
@@ -89,11 +93,11 @@ def _check_ratio(file: Path, facts: pq.FileMetaData) -> None:
             )
 
 
-def _known_columns(file: Path, schema: pa.Schema) -> list[str]:
+def _known_columns(file: Path, schema: pa.Schema, known: Sequence[str]) -> list[str]:
     """Names of the columns to read, checked."""
-    columns = [name for name in COLUMNS if name in schema.names]
+    columns = [name for name in known if name in schema.names]
     if not columns:
-        raise DataError(f"{file}: none of the columns {', '.join(COLUMNS)}: {column_advice([], schema.names)}")
+        raise DataError(f"{file}: none of the columns {', '.join(known)}: {column_advice([], schema.names)}")
     for name in columns:
         if schema.names.count(name) > 1:
             raise DataError(f"{file}: column '{name}' appears twice; keep one")

@@ -10,7 +10,8 @@ from sheeprlhf.structure.option import Config, option
 class DataConfig(Config):
     """What every dataset has. `row_format` names the function that turns a raw row into an example."""
 
-    row_format: ClassVar[str] = ""  # "module:function" in sheeprlhf.data; a constant, never read from a file
+    row_format: ClassVar[str] = ""  # "module:function"; a constant, never read from a file
+    columns: ClassVar[tuple[str, ...]] = ()  # columns that it reads besides data.rows.COLUMNS
     rule_reward: ClassVar[Optional[str]] = None  # the built-in function that scores responses, with reward=auto
 
     config_name: str = option("???", "Name of this choice.")
