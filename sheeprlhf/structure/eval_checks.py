@@ -145,7 +145,7 @@ def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
     task = saved.get("task")
     start = task.get("sft_experiment_dir") if isinstance(task, dict) else None
     adapters = config.model is not None and config.model.finetune_mode == "LORA"
-    if isinstance(start, str) and adapters and not Path(start, "final").is_dir():
+    if isinstance(start, str) and adapters and not Path(start).is_dir():
         yield (
             f"experiment_dir={run_dir} has adapters for the model that {start} left, and that is not there any more: "
             "put it back"

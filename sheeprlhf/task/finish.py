@@ -1,6 +1,7 @@
 """What every training task does before its first step, at each validation and after its last step."""
 
 import json
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,12 @@ from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished
 from sheeprlhf.engine.shard import assemble
+from sheeprlhf.structure.earlier import REWARD_MODEL, scores_by_run
+from sheeprlhf.structure.online import OnlineTaskConfig
+from sheeprlhf.structure.option import Config
+from sheeprlhf.structure.registry import options
+from sheeprlhf.structure.reward import AutoRewardConfig
+from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.step_memory import step_plan
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.lightning import Fabric
@@ -78,8 +85,6 @@ def finish_run(
     trained: Saved,
     tokenizer: PreTrainedTokenizerBase,
     state: TrainState,
-    *,
-    evaluation: str = "perplexity",
 ) -> None:
     """All ranks; rank zero writes `final/` for `from_pretrained`, marks the run finished and says what measures it."""
     if isinstance(trained, nn.Module):
@@ -92,4 +97,35 @@ def finish_run(
         mark_finished(run.dir, step=state.step, **best, peak_memory=_peak_memory(fabric))
     fabric.barrier()
     _say_peak_memory(fabric, run)
-    run.say(f"finished: {run.dir}\nnext: python sheeprlhf.py eval task={evaluation} experiment_dir={run.dir}")
+    run.say(f"finished: {run.dir}\nnext: {evaluation_of(run.cfg, run.dir)}")
+
+
+def evaluation_of(cfg: TrainConfig, run_dir: Path) -> str:
+    """The command that measures what a run has learnt: texts, pairs, or what its reward says of its samples."""
+    task, words = cfg.task, ["task=perplexity"]
+    if task.data_kind == "preference":
+        words = ["task=preference"]
+    words.append(f"experiment_dir={run_dir}")
+    if isinstance(task, OnlineTaskConfig):
+        words[0] = "task=reward"
+        if cfg.reward.config_name != AutoRewardConfig.config_name:
+            words.append(f"reward={cfg.reward.config_name}")
+        words += _changed("reward", cfg.reward, ("normalize",))
+        if scores_by_run(cfg):
+            words.append(f"{REWARD_MODEL}={task.rm_experiment_dir}")
+        words += _changed("generation", cfg.generation, ("do_sample", "engine"))
+    return shlex.join(["python", "sheeprlhf.py", "eval", *words])
+
+
+def _changed(group: str, config: Config, left_out: tuple[str, ...]) -> list[str]:
+    """The options that are not what they are by default, as they are typed."""
+    default = type(config)()
+    words = []
+    for option in options(config, f"{group}."):
+        name, value = option.key.rpartition(".")[2], option.value
+        usual = getattr(default, name)
+        if value in (None, usual) or name in left_out or (not usual and not value):
+            continue
+        text = f"[{','.join(map(str, value))}]" if isinstance(value, tuple | list) else str(value)
+        words.append(f"{option.key}={text}")
+    return words

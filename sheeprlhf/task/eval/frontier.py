@@ -118,7 +118,7 @@ def checkpoints_of(run_dir: Path) -> list[str]:
 def expected_best(scores_PK: np.ndarray, n: int) -> np.ndarray:
     """(P,) the expected best score of n of a prompt's K, over all ways to choose n of them: unbiased for K >= n.
 
-    The i-th smallest of K scores is the best of C(i-1, n-1) of the C(K, n) choices (arXiv 2112.09332, app. I).
+    The i-th smallest of K scores is the best of C(i-1, n-1) of the C(K, n) choices (arXiv 2112.09332).
 
     Args:
         scores_PK: (P, K) scores of independent samples.

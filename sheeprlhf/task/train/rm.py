@@ -103,4 +103,4 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             scores_S = scores_of_rows(fabric, model, task, rows, packed=packed, label="normalising")
             model.offset = float(pairs_of_rows(scores_S, rows.sizes[:, 1:])[0].mean())
             run.say(f"the preferred responses of the training rows score {model.offset:.4f}: {OFFSET} in config.json")
-        finish_run(fabric, run, model, tokenizer, state, evaluation="preference")
+        finish_run(fabric, run, model, tokenizer, state)
