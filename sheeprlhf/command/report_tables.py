@@ -24,7 +24,6 @@ _UNTOLD = {
     "data.cache_dir",
 }  # no cause of a result
 _LINKS = {"task.sft_experiment_dir": "starts from", "task.rm_experiment_dir": "judged by"}
-_HEADLINES = ("perplexity", "rougeL", "win rate", "accuracy", "score", "reward")  # the first that there is
 _MAX_SPLITS = 8
 Row = list[object]
 
@@ -66,10 +65,7 @@ def _overview_rows(records: list[Record]) -> Iterable[Row]:
 def _headline(record: Record, title: str) -> str:
     """The number of an evaluation of the final weights that tells most."""
     found = next((e for e in record.evaluations if e.title == title and e.weights == "final"), None)
-    if found is None or not found.numbers:
-        return NONE
-    name = next((name for name in _HEADLINES if name in found.numbers), next(iter(found.numbers)))
-    return f"{name} {figure_text(found.numbers[name][0])}" if len(found.numbers[name]) != 2 else NONE
+    return NONE if found is None else found.headline()
 
 
 def _trains(record: Record) -> str:
