@@ -92,7 +92,9 @@ def _results(records: list[Record]) -> Iterable[Html]:
         rows = [[name, *(number_cell(found.numbers.get(name)) for _, found in columns)] for name in names]
         parts = [element("h3", title), *([table(["", *heads], rows[:_FEW_NUMBERS])] if rows else [])]
         if rows[_FEW_NUMBERS:]:
-            parts.append(details(f"{len(rows) - _FEW_NUMBERS} more numbers", table(["", *heads], rows[_FEW_NUMBERS:])))
+            parts.append(
+                details(_counted(len(rows) - _FEW_NUMBERS, "more number"), table(["", *heads], rows[_FEW_NUMBERS:]))
+            )
         for head, (_, found) in zip(heads, columns, strict=True):
             for name, points in found.lists.items():
                 first, *others = point_rows(points)

@@ -8,7 +8,7 @@ from sheeprlhf.command.report_html import NONE, Html, element, figure_text, join
 from sheeprlhf.command.screen import clean
 
 _FACTS = ("task", "split", "data", "model", "weights", "experiment_dir", "time", "version", "seed", "generation")
-_HEADLINES = ("perplexity", "rougeL", "accuracy", "score", "win rate")  # what tells most, of those that there are
+_HEADLINES = ("perplexity", "rougeL", "accuracy", "score", "win rate", "rm accuracy")  # the numbers that tell most
 _INTERVAL = "_interval"  # the ending of a key whose value is that of the key without it
 _MAX_NUMBERS = 60
 _MAX_POINTS = 80
@@ -33,9 +33,9 @@ class Evaluation(NamedTuple):
     lists: dict[str, Points]
 
     def headline(self) -> str:
-        """The one or two numbers that tell most."""
-        names = [name for name in _HEADLINES if name in self.numbers] or list(self.numbers)[:1]
-        return ", ".join(f"{name} {figure_text(self.numbers[name][0])}" for name in names[:2]) or NONE
+        """The numbers that tell most, if there are some."""
+        names = [name for name in _HEADLINES if name in self.numbers]
+        return ", ".join(f"{name} {figure_text(self.numbers[name][0])}" for name in names) or NONE
 
 
 def parse_evaluation(stem: str, record: dict[str, Any]) -> Evaluation:

@@ -54,7 +54,9 @@ def _overview_rows(records: list[Record]) -> Iterable[Row]:
     yield row("steps", (figure_text(past.step) for past in pasts))
     yield row("best validation", (figure_text(past.best) for past in pasts))
     for title in sorted({found.title for record in records for found in record.evaluations}):
-        yield row(title, (_headline(record, title) for record in records))
+        told = [_headline(record, title) for record in records]
+        if any(cell != NONE for cell in told):
+            yield row(title, told)
     yield row("started", (past.started or "?" for past in pasts))
     yield row("took", (duration_text(_seconds(record)) for record in records))
     yield row("seed", (_value(record, "seed", records) for record in records))
