@@ -8,8 +8,9 @@ from pathlib import Path
 
 import sheeprlhf
 from sheeprlhf.command.report_chart import Curves, Group, charts_of, draw_svg, group_tags, name_of, sign_style
-from sheeprlhf.command.report_html import MARK, NONE, Html, details, element, figure_text, join, table
-from sheeprlhf.command.report_record import Evaluation, Record
+from sheeprlhf.command.report_html import MARK, Html, details, element, join, table
+from sheeprlhf.command.report_record import Record
+from sheeprlhf.command.report_results import Evaluation, number_cell, point_rows
 from sheeprlhf.command.report_tables import config_tables, data_tables, overview, speed_table
 from sheeprlhf.command.report_texts import Answer, Exchange
 
@@ -88,10 +89,16 @@ def _results(records: list[Record]) -> Iterable[Html]:
         columns.sort(key=lambda column: (column[0], column[1].weights != "final", column[1].weights))
         heads = [_name(records, number, "" if e.weights == "final" else e.weights) for number, e in columns]
         names = list(dict.fromkeys(name for _, found in columns for name in found.numbers))
-        rows = [[name, *(_measured(found.numbers.get(name)) for _, found in columns)] for name in names]
-        parts = [element("h3", title), table(["", *heads], rows[:_FEW_NUMBERS])]
+        rows = [[name, *(number_cell(found.numbers.get(name)) for _, found in columns)] for name in names]
+        parts = [element("h3", title), *([table(["", *heads], rows[:_FEW_NUMBERS])] if rows else [])]
         if rows[_FEW_NUMBERS:]:
-            parts.append(details(f"{len(rows) - _FEW_NUMBERS} more numbers", table(["", *heads], rows[_FEW_NUMBERS:])))
+            parts.append(
+                details(_counted(len(rows) - _FEW_NUMBERS, "more number"), table(["", *heads], rows[_FEW_NUMBERS:]))
+            )
+        for head, (_, found) in zip(heads, columns, strict=True):
+            for name, points in found.lists.items():
+                first, *others = point_rows(points)
+                parts.append(details(join([name, " of ", head]), table(first, others)))
         tables.append(element("div", *parts))
     yield element("div", *tables, class_="tables")
     images = [
@@ -105,16 +112,6 @@ def _results(records: list[Record]) -> Iterable[Html]:
     ]
     if images:
         yield element("div", *images, class_="charts")
-
-
-def _measured(values: tuple[float, ...] | None) -> Html:
-    """A number, a mean with its interval, or an interval."""
-    if values is None:
-        return Html(NONE)
-    if len(values) == 1:
-        return join([figure_text(values[0])])
-    *mean, low, high = map(figure_text, values)
-    return join([*mean, " ", element("small", f"{low} to {high}")])
 
 
 def charts_by_group(records: list[Record]) -> Iterator[tuple[Group, Mapping[str, Curves]]]:

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sheeprlhf.command.report_results import Evaluation, parse_evaluation
 from sheeprlhf.command.report_texts import Exchange, parse_rows, parse_samples
 from sheeprlhf.command.runs import PastRun, past_run
 from sheeprlhf.command.screen import clean
@@ -24,9 +25,7 @@ _ROWS_BYTES = 16 << 20
 _SAMPLE_BYTES = 1 << 20
 _IMAGE_BYTES = 1 << 20
 _MAX_FILES = 100  # of one kind, of one run
-_MAX_NUMBERS = 60  # of one evaluation
 _PNG = b"\x89PNG\r\n\x1a\n"
-_FACTS = ("task", "split", "data", "model", "weights", "experiment_dir", "time", "version", "seed", "generation")
 
 
 class Curve(NamedTuple):
@@ -35,20 +34,6 @@ class Curve(NamedTuple):
     steps: list[int]
     values: list[float]
     times: list[float]
-
-
-class Evaluation(NamedTuple):
-    """One result file.
-
-    Attributes:
-        title: what was measured on what: "rouge on docstrings/test".
-        weights: of which weights.
-        numbers: by name; with its interval, if it has one.
-    """
-
-    title: str
-    weights: str
-    numbers: dict[str, tuple[float, ...]]
 
 
 class Record(NamedTuple):
@@ -85,7 +70,7 @@ def read_record(folder: Path, info: dict[str, Any], label: str) -> Record:
     evaluations = []
     for name in _names(folder, "eval", ".json"):
         found = _object(folder, f"eval/{name}", notes)
-        evaluations += [_evaluation(found)] if found else []
+        evaluations += [parse_evaluation(name.removesuffix(".json"), found)] if found else []
     samples: list[tuple[int, str]] = []
     for name in _names(folder, "samples", ".txt"):
         step = name.removeprefix("step-").removesuffix(".txt")
@@ -161,32 +146,6 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) and abs(number) < 1e300 else None
-
-
-def _evaluation(record: dict[str, Any]) -> Evaluation:
-    task, data, split, weights = (clean(record.get(key, "?"), 24) for key in ("task", "data", "split", "weights"))
-    numbers: dict[str, tuple[float, ...]] = {}
-    for name, values in _numbers({key: value for key, value in record.items() if key not in _FACTS}, ""):
-        if name in numbers or len(numbers) < _MAX_NUMBERS:
-            numbers[name] = values
-    return Evaluation(f"{task} on {data}/{split}", weights, numbers)
-
-
-def _numbers(tree: dict[str, Any], prefix: str, depth: int = 0) -> Iterator[tuple[str, tuple[float, ...]]]:
-    """Numbers by name; a triple is a mean with its interval, and the model's own have no prefix."""
-    for key, value in tree.items():
-        name = clean(f"{prefix}{key}".replace("_", " "), 50)
-        if isinstance(value, dict) and depth < 3:
-            inner = prefix if key in ("mean_low_high", "model") else f"{prefix}{key} "
-            yield from _numbers(value, inner, depth + 1)
-        elif _is_number(value):
-            yield name, (value,)
-        elif isinstance(value, list) and len(value) in (2, 3) and all(map(_is_number, value)):
-            yield name, tuple(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _images(folder: Path) -> Iterator[tuple[str, bytes]]:

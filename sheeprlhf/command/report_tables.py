@@ -24,7 +24,6 @@ _UNTOLD = {
     "data.cache_dir",
 }  # no cause of a result
 _LINKS = {"task.sft_experiment_dir": "starts from", "task.rm_experiment_dir": "judged by"}
-_HEADLINES = ("perplexity", "rougeL", "win rate", "accuracy", "score", "reward")  # the first that there is
 _MAX_SPLITS = 8
 Row = list[object]
 
@@ -55,7 +54,9 @@ def _overview_rows(records: list[Record]) -> Iterable[Row]:
     yield row("steps", (figure_text(past.step) for past in pasts))
     yield row("best validation", (figure_text(past.best) for past in pasts))
     for title in sorted({found.title for record in records for found in record.evaluations}):
-        yield row(title, (_headline(record, title) for record in records))
+        told = [_headline(record, title) for record in records]
+        if any(cell != NONE for cell in told):
+            yield row(title, told)
     yield row("started", (past.started or "?" for past in pasts))
     yield row("took", (duration_text(_seconds(record)) for record in records))
     yield row("seed", (_value(record, "seed", records) for record in records))
@@ -66,10 +67,7 @@ def _overview_rows(records: list[Record]) -> Iterable[Row]:
 def _headline(record: Record, title: str) -> str:
     """The number of an evaluation of the final weights that tells most."""
     found = next((e for e in record.evaluations if e.title == title and e.weights == "final"), None)
-    if found is None or not found.numbers:
-        return NONE
-    name = next((name for name in _HEADLINES if name in found.numbers), next(iter(found.numbers)))
-    return f"{name} {figure_text(found.numbers[name][0])}" if len(found.numbers[name]) != 2 else NONE
+    return NONE if found is None else found.headline()
 
 
 def _trains(record: Record) -> str:

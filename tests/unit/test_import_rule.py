@@ -32,6 +32,7 @@ LIGHT = [
     "command/report_html.py",
     "command/report_page.py",
     "command/report_record.py",
+    "command/report_results.py",
     "command/report_tables.py",
     "command/report_texts.py",
     "command/runs.py",

@@ -13,6 +13,7 @@ import pytest
 from sheeprlhf.cli import run
 from sheeprlhf.command.report import write_report
 from sheeprlhf.command.report_chart import MOST_RUNS
+from sheeprlhf.command.report_results import parse_evaluation, point_rows
 from sheeprlhf.engine.runlock import RunLock
 from tests.support.browser import dump_dom, find_chromium
 from tests.support.past_runs import make_past_run, write_evaluation
@@ -123,6 +124,27 @@ def test_a_page_tells_what_the_files_say(tmp_path, page_of):
     assert "train/loss of sft: sft 4 at step 1, 1 at step 4; from 1 to 4" in titles  # dpo's loss is another thing
 
 
+def test_every_kind_of_result_is_read():
+    points = [{"what": "best of 1", "n": 1, "score": 0.25, "kl": None}, {"what": "final", "n": None, "score": 0.5}]
+    record = {"score": 0.5, "score_interval": [0.25, 0.75], "win_rate": 0.625, "of": "references", "kl": None}
+    record |= {"by_length": {"longer": {"pairs": 3}}, "range": [1, 2], "finished": True, "points": points, "seed": 42}
+    record |= {"task": "reward", "split": "test", "data": "d", "weights": "step-4", "rm_accuracy": 0.875}
+    found = parse_evaluation("reward-rm-test-step-4", record)
+    assert (found.title, found.weights) == ("reward by rm on d/test", "step-4")
+    assert found.numbers == {
+        "score": (0.5, 0.25, 0.75),
+        "win rate": (0.625,),
+        "by length longer pairs": (3,),
+        "range": (1, 2),
+        "rm accuracy": (0.875,),
+    }
+    assert found.headline() == "score 0.5000, win rate 0.6250, rm accuracy 0.8750"
+    head, *rows = point_rows(found.lists["points"])
+    assert head == ["what", "n", "score"]  # kl has no value
+    assert rows == [["best of 1", "1", "0.2500"], ["final", "-", "0.5000"]]
+    assert parse_evaluation("rouge-test-final", {"task": "rouge", "split": "test"}).title == "rouge on ?/test"
+
+
 def _fill_with(folder: Path, evil: str) -> Path:
     """A run of whose texts each is `evil`, names and keys included."""
     make_past_run(folder, task=evil, run_name=evil, data=evil, model=evil, command=["train", evil])
@@ -132,7 +154,9 @@ def _fill_with(folder: Path, evil: str) -> Path:
         file.write(f"1,{evil.replace(chr(10), '')}/loss,1.0,5\r\n")
     (folder / "samples" / "step-4.txt").write_text(f"[prompt]\n{evil}\n[model]{evil}\n{evil}\n[reference]\n{evil}\n")
     rows = [{"prompt": evil, "response": evil, "reference": evil, evil: 0.5}]
-    write_evaluation(folder, evil.replace("/", ""), rows, task=evil, split=evil, weights=evil, **{evil: 1.5})
+    odd = {evil: 1.5, f"{evil}s": [{evil: evil}]}
+    write_evaluation(folder, evil.replace("/", ""), rows, task=evil, split=evil, weights=evil, **odd)
+    (folder / "eval" / f"{evil.replace('/', '')}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + evil.encode())
     report = {"name": evil, "kind": evil, "splits": {evil: {"read": 1, "dropped": {evil: 1}}}, "notes": [evil]}
     (folder / "data_report.json").write_text(json.dumps(report))
     return folder
