@@ -138,7 +138,8 @@ class Panel:
     def _summary(self, scores: Sequence[str]) -> str:
         """Which answer the reward model likes best, where there are several."""
         found = [(float(score), name) for score, name in zip(scores, self.names, strict=True) if score]
-        return f"done; highest score: {max(found)[1]}" if len(found) > 1 else "done"
+        best = [name for score, name in found if score == max(found)[0]]
+        return f"done; highest score: {best[0]}" if len(best) == 1 < len(found) else "done"
 
 
 def _form(kind: str, own: str, model: Writer | Scorer) -> str:
