@@ -37,6 +37,7 @@ FLAGS = (
     *SAMPLING,
 )
 _COMMANDS = "/reset forgets the conversation, /help shows this, /quit or Ctrl-D ends; Ctrl-C stops an answer."
+_LONGEST_ESCAPE = 40  # characters
 _MORE_SECONDS = 0.05  # lines that come sooner after another one were pasted with it
 
 
@@ -162,12 +163,15 @@ def print_growing(texts: Iterator[str]) -> str:
     text = shown = ""
     try:
         for text in texts:
-            safe = plain_text(text).lstrip()
-            if safe.startswith(shown):  # else an escape sequence that had begun as text is left out now
+            begun = text.rfind("\x1b", -_LONGEST_ESCAPE)  # whose end may still be to come
+            safe = plain_text(text if begun < 0 else text[:begun]).lstrip()
+            if safe.startswith(shown):
                 print(safe[len(shown) :], end="", flush=True)
                 shown = safe
     except KeyboardInterrupt:
         raise KeyboardInterrupt(text) from None
+    safe = plain_text(text).lstrip()
+    print(safe[len(shown) :] if safe.startswith(shown) else f"\n{safe}", end="", flush=True)
     return text
 
 

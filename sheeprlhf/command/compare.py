@@ -55,7 +55,7 @@ class Settings(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a page shows.
+    """What a page shows. Not changed any more once it is shown.
 
     Attributes:
         status: a line about the whole.
@@ -94,7 +94,11 @@ class Panel:
             before: what was said to and by each model; for a task without turns it is forgotten.
             settings: how to sample; the same for all.
         """
-        state = self.start()._replace(histories=[list(history) for history in before])
+        histories, scores = [list(history) for history in before], self.start().scores
+
+        def shown(status: str) -> State:
+            return State(status, list(histories), list(scores))
+
         try:
             cfg = settings.config()
             if not prompt.strip():
@@ -104,26 +108,25 @@ class Panel:
                     f"the prompt has {len(prompt):,} characters, and {MAX_CHARS:,} are the most: shorten it"
                 )
         except DataError as error:
-            yield state._replace(status=str(error))
+            yield shown(str(error))
             return
         notes: list[str] = []
-        for index, writer in enumerate(self.writers):
-            busy = f"{self.names[index]} is writing ..."
-            earlier = state.histories[index][-MAX_TURNS:] if self.kind == ASK and writer.form.turns else []
+        for index, (name, writer) in enumerate(zip(self.names, self.writers, strict=True)):
+            earlier = histories[index][-MAX_TURNS:] if self.kind == ASK and writer.form.turns else []
             question = Turn("user", prompt)
             answer, last = "", 0.0
             try:
                 for answer in writer.answer([*earlier, self._asked(writer, prompt)], cfg, settings.seed):
                     if time.monotonic() - last > _PAUSE:
-                        state.histories[index] = [*earlier, question, Turn("assistant", answer)]
-                        yield state._replace(status=busy)
+                        histories[index] = [*earlier, question, Turn("assistant", answer)]
+                        yield shown(f"{name} is writing ...")
                         last = time.monotonic()
-                state.histories[index] = [*earlier, question, Turn("assistant", answer)]
-                state.scores[index] = self._score(earlier, prompt, answer)
+                histories[index] = [*earlier, question, Turn("assistant", answer)]
+                scores[index] = self._score(earlier, prompt, answer)
             except DataError as error:
-                notes.append(f"{self.names[index]}: {error}")
-            yield state._replace(status=busy)
-        yield state._replace(status=self._summary(state.scores) if not notes else "; ".join(notes))
+                notes.append(f"{name}: {error}")
+            yield shown(f"{name} is done")
+        yield shown("; ".join(notes) or self._summary(scores))
 
     def _asked(self, writer: Writer, prompt: str) -> Turn:
         instruct = self.kind == SUMMARISE and writer.form_name == "template"
@@ -138,7 +141,8 @@ class Panel:
     def _summary(self, scores: Sequence[str]) -> str:
         """Which answer the reward model likes best, where there are several."""
         found = [(float(score), name) for score, name in zip(scores, self.names, strict=True) if score]
-        return f"done; highest score: {max(found)[1]}" if len(found) > 1 else "done"
+        best = [name for score, name in found if score == max(found)[0]]
+        return f"done; highest score: {best[0]}" if len(best) == 1 < len(found) else "done"
 
 
 def _form(kind: str, own: str, model: Writer | Scorer) -> str:

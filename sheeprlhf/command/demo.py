@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from sheeprlhf.command.flags import Flag, print_flags_help, read_flags
@@ -82,7 +83,7 @@ def _without_secret(arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: it does.
     """
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in pairwise([*arguments, ""]):
         if word.startswith("--auth=") or (word == "--auth" and ":" in following):
             raise ConfigError(
                 "--auth: a password never goes on the command line, where other users see it; remove it and set "

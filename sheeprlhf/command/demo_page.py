@@ -22,13 +22,13 @@ THEME = gr.themes.Default(
     primary_hue="emerald",
     font=["system-ui", "sans-serif"],  # no font is fetched from anywhere
     font_mono=["ui-monospace", "monospace"],
-)
+).set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
 CSS = """
 .gradio-container {max-width: 1180px !important; margin: 0 auto !important;}
 #title h1 {font-size: 1.5rem; font-weight: 650; margin: 0 0 .15rem 0;}
 #title p {opacity: .75; margin: 0;}
 .answer textarea {font-size: 1rem; line-height: 1.5;}
-.status textarea {border: 0 !important; box-shadow: none !important; background: transparent !important; opacity: .8;}
+.status, .status textarea {border: 0 !important; box-shadow: none !important; background: transparent !important;}
 @media (max-width: 640px) {.answers {flex-direction: column !important;} .gradio-container {padding: .5rem !important;}}
 """
 _ABOUT = (
@@ -87,10 +87,11 @@ def _tab(panel: Panel, settings: list[gr.Component], scored: str | None) -> None
         elem_id=f"{panel.kind}-prompt",
     )
     with gr.Row():
-        go = gr.Button(verb, variant="primary", elem_id=f"{panel.kind}-go")
-        stop = gr.Button("Stop", elem_id=f"{panel.kind}-stop")
-        example = gr.Button("Example", elem_id=f"{panel.kind}-example")
-        new = gr.Button("New conversation", elem_id=f"{panel.kind}-new", visible=panel.kind == ASK)
+        size: dict[str, Any] = {"size": "md", "min_width": 60}
+        go = gr.Button(verb, variant="primary", elem_id=f"{panel.kind}-go", **size)
+        stop = gr.Button("Stop", elem_id=f"{panel.kind}-stop", **size)
+        example = gr.Button("Example", elem_id=f"{panel.kind}-example", **size)
+        new = gr.Button("New", elem_id=f"{panel.kind}-new", visible=panel.kind == ASK, **size)
     status = gr.Textbox(
         show_label=False, container=False, interactive=False, elem_id=f"{panel.kind}-status", elem_classes=["status"]
     )

@@ -31,6 +31,7 @@ from tests.mutants import (
     rl_loss_mutants,
     sample_mutants,
     stop_mutants,
+    talk_mutants,
 )
 from tests.mutants.mutant import Mutant
 
@@ -53,6 +54,7 @@ _LISTS = (
     sample_mutants,
     stop_mutants,
     online_mutants,
+    talk_mutants,
 )
 MUTANTS = [mutant for module in _LISTS for mutant in module.MUTANTS]
 FIRST_OF_TRAP = {mutant.trap: mutant for mutant in reversed(MUTANTS)}
