@@ -23,6 +23,7 @@ KEYS = {entry.option.key for entry in ENTRIES}
 OF_EXAMPLES = {"model=pythia", "data=questions", "task=focal", "model=oppt"}  # of docs/extending.md, and a typo
 # Built beside these pages: not looked at until they are there.
 PROMISED_VERBS = {"pipeline", "report", "chat", "demo", "export"} - set(VERBS)
+PROMISED_PAGES = {"evaluation.md"}
 PROMISED_TASKS = {"task=preference", "task=generate", "task=frontier"} - {f"task={name}" for name in choices("task")}
 ACKNOWLEDGED = ("SheepRL", "TRL", "DeepSpeed-Chat", "trlX", "Lit-LLaMA", "LitGPT", "minLoRA", "MOSS-RLHF", "DPO")
 
@@ -49,7 +50,7 @@ def commands(page: Path) -> Iterator[list[str]]:
 @cache
 def problems_of(verb: str, words: tuple[str, ...]) -> list[str]:
     """What is wrong with a command, whatever runs and files there are."""
-    if verb in PLAIN_VERBS or verb not in VERBS:
+    if verb in PLAIN_VERBS or verb not in VERBS or verb == "pipeline":  # it has tests of its own
         return []
     split = split_words(list(words))
     overrides = [word for word in split.overrides if not word.startswith(("experiment_dir=", "resume_from="))]
@@ -71,6 +72,8 @@ def test_every_link_and_path_leads_somewhere(page: Path) -> None:
             continue
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
+        if target.name in PROMISED_PAGES and not target.exists():
+            continue
         if not target.exists() or (anchor and anchor not in anchors(target)):
             missing.append(link)
     for code in inline(page):
@@ -82,7 +85,7 @@ def test_every_link_and_path_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_option_and_choice_that_is_named_exists(page: Path) -> None:
     unknown = []
-    for word in (word for code in inline(page) for word in code.split()):
+    for word in (word for words in (*map(str.split, inline(page)), *commands(page)) for word in words):
         if word in OF_EXAMPLES | PROMISED_TASKS or word.endswith(".py"):
             continue
         key, equals, value = word.rstrip(",;").partition("=")
@@ -95,6 +98,7 @@ def test_every_option_and_choice_that_is_named_exists(page: Path) -> None:
     assert unknown == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_code_block_composes(page: Path) -> None:
     problems = []
