@@ -12,8 +12,8 @@ from sheeprlhf.data.rows import COLUMNS, TEXT_COLUMNS, column_advice
 from sheeprlhf.utils.errors import DataError
 
 BATCH_ROWS = 1000  # of a part that is decoded at once
-MAX_RATIO = 1000  # bytes or rows for each byte of the file: text does not shrink to a thousandth
-FREE_BYTES, FREE_ROWS = 2**26, 2**20  # of any file
+MAX_UNPACKED, MAX_ROWS = 1000, 50  # for each byte of the file: text does not shrink to a thousandth
+FREE_UNPACKED, FREE_ROWS = 2**26, 2**20  # of any file
 BUFFER = 2**20  # bytes read at once from a column, which may be as large as the file
 
 
@@ -71,7 +71,7 @@ def open_parquet(file: Path) -> pq.ParquetFile:
     """The file, its footer read.
 
     Raises:
-        DataError: if it is none, or says that it holds a thousand times its size.
+        DataError: if it is none, or says that it holds far more than its size.
     """
     try:
         parquet = pq.ParquetFile(file, buffer_size=BUFFER)
@@ -86,8 +86,9 @@ def _check_ratio(file: Path, facts: pq.FileMetaData) -> None:
     size = file.stat().st_size
     groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
     unpacked = sum(group.total_byte_size for group in groups)
-    for what, number, free in (("bytes", unpacked, FREE_BYTES), ("rows", facts.num_rows, FREE_ROWS)):
-        if number > free and number > MAX_RATIO * size:
+    limits = (("bytes", unpacked, FREE_UNPACKED, MAX_UNPACKED), ("rows", facts.num_rows, FREE_ROWS, MAX_ROWS))
+    for what, number, free, ratio in limits:
+        if number > max(free, ratio * size):
             raise DataError(
                 f"{file}: {number:,} {what} in a file of {size:,} bytes: this is no text; give another file"
             )

@@ -95,9 +95,8 @@ def _peak() -> int:
 def main() -> int:
     """Print a line for each kind; the exit code tells whether anything ran or was accepted."""
     bad = 0
-    print(
-        "| files | tried | refused | code run | programs started | sockets opened |\n| --- | --- | --- | --- | --- | --- |"
-    )
+    print("| files | tried | refused | code run | programs started | sockets opened |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:
             tally = try_all(kind, Path(folder))

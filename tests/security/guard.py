@@ -1,4 +1,4 @@
-"""Who watches while a stranger's file is loaded: sockets and programs by Python's audit events, code by the files it makes."""
+"""The watch over loading a stranger's file: Python tells of sockets and programs, code that runs makes a file."""
 
 import os
 import pickle

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,7 +25,7 @@ Attempt = Callable[[], object]
 TEMPLATES = {  # SENTINEL is the path of a file that must not appear
     "loops": "{% for a in range(90000) %}{% for b in range(90000) %}{% for c in range(90000) %}{% endfor %}{% endfor %}"
     "{% endfor %}",
-    "a long text": "{{ 'A' * 10**8 }}",
+    "a long text": "{{ 'A' * 10**7 }}",
     "a text without end": "{{ 'A' * 10**12 }}",
     "doubling": "{% set n = namespace(a='x') %}{% for i in range(60) %}{% set n.a = n.a + n.a %}{% endfor %}",
     "padding": "{{ '%0999999999d' % 1 }}",
@@ -111,9 +112,9 @@ def datasets(place: Path, sentinels: Path) -> Iterator[tuple[str, Attempt]]:
         archive.writestr("../out.jsonl", bytes(10**7))
     code = f"open({str(sentinels / 'script')!r}, 'w').close()\n".encode()
     zipped, gzipped = (place / "bomb.zip").read_bytes(), gzip.compress(bytes(10**7))
-    constant = pa.table({"prompt": pa.array(["a"]).dictionary_encode().take(pa.array([0] * 5_000_000))})
+    constant = pa.table({"prompt": pa.array(["a"]).dictionary_encode().take(pa.array(np.zeros(2_000_000, np.int32)))})
     pq.write_table(constant.append_column("response", constant["prompt"]), place / "rows.parquet")
-    large = pa.table({"prompt": ["a" * 90_000_000], "response": ["b"]})
+    large = pa.table({"prompt": ["a" * 70_000_000], "response": ["b"]})
     pq.write_table(large, place / "text.parquet", compression="zstd", use_dictionary=False)
     files = {
         "rows.py": code,
