@@ -73,9 +73,12 @@ def finish_run(
     tokenizer: PreTrainedTokenizerBase,
     state: TrainState,
     *,
-    evaluation: str = "perplexity",
+    evaluation: str | None = "perplexity",
 ) -> None:
-    """All ranks; rank zero writes `final/` for `from_pretrained`, marks the run finished and says what measures it."""
+    """All ranks; rank zero writes `final/` for `from_pretrained`, marks the run finished and says what measures it.
+
+    `evaluation` names that; None if nothing does.
+    """
     if fabric.is_global_zero:
         final = run.dir / "final"
         if not final.exists():  # complete whenever it is there: it is renamed into place
@@ -83,4 +86,5 @@ def finish_run(
         mark_finished(run.dir, step=state.step, best_metric=state.best_metric, best_step=state.best_step)
     fabric.barrier()
     _say_peak_memory(fabric, run)
-    run.say(f"finished: {run.dir}\nnext: python sheeprlhf.py eval task={evaluation} experiment_dir={run.dir}")
+    command = "list runs" if evaluation is None else f"eval task={evaluation} experiment_dir={run.dir}"
+    run.say(f"finished: {run.dir}\nnext: python sheeprlhf.py {command}")

@@ -98,4 +98,4 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 moved = update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=task.gradient_clip_val)
                 turn.note({"loss/policy": moved.pop("loss")})
                 turn.note(moved, "policy/")
-        finish_run(fabric, run, policy, parts.tokenizer, loop.state)
+        finish_run(fabric, run, policy, parts.tokenizer, loop.state, evaluation=parts.evaluation())

@@ -189,4 +189,4 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 how_slowly = {"horizon": task.kl_horizon, "num_responses": num}
                 turn.carried["kl_coeff"] = next_kl_coeff(kl_coeff, kl, target=target, **how_slowly)
         with as_shown():
-            finish_run(fabric, run, policy, parts.tokenizer, loop.state)
+            finish_run(fabric, run, policy, parts.tokenizer, loop.state, evaluation=parts.evaluation())

@@ -103,4 +103,4 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 turn.note(moved, "policy/")
                 if task.max_kl is not None and moved["approxkl"] > task.max_kl:
                     break
-        finish_run(fabric, run, policy, parts.tokenizer, loop.state)
+        finish_run(fabric, run, policy, parts.tokenizer, loop.state, evaluation=parts.evaluation())
