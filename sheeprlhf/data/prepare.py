@@ -35,7 +35,12 @@ from sheeprlhf.utils.folders import locked, written_folder
 
 FORMAT_VERSION = 5  # raise it whenever the code makes other rows, or another report, of the same input
 _PREFERENCES = ("train", "reward")
-TRAINING_SPLITS = {"sft": ("train",), "preference": _PREFERENCES, "unpaired": _PREFERENCES}  # one must have rows
+TRAINING_SPLITS = {
+    "sft": ("train",),
+    "preference": _PREFERENCES,
+    "unpaired": _PREFERENCES,
+    "prompts": ("train",),
+}  # one must have rows
 NOT_IN_FINGERPRINT = ("cache_dir", "num_proc", "dataset_name", "revision", "train_file", "validation_file", "test_file")
 
 
@@ -64,7 +69,8 @@ def prepare_data(
         cfg: the data options.
         tokenizer: the model's tokenizer.
         kind: "sft": one response, the row's `response`, else its `chosen`; "preference": chosen and rejected;
-            "unpaired": a response and whether it is desirable, two of such rows from a pair.
+            "unpaired": a response and whether it is desirable, two of such rows from a pair; "prompts": as "sft", but a
+            row without a response is kept.
         say: prints a line for the user.
         progress: show a bar (rank zero).
 

@@ -11,7 +11,7 @@ class TrainTaskConfig(Config):
     """What every training task has. All intervals count optimizer steps."""
 
     entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config, run_dir)
-    data_kind: ClassVar[str] = "sft"  # what it learns from a row (see data.prepare): "sft", "preference", "unpaired"
+    data_kind: ClassVar[str] = "sft"  # what it takes from a row, one of data.tokenize.KINDS (see data.prepare)
     train_splits: ClassVar[tuple[str, ...]] = ("train",)  # it trains on the first of these that has rows
     shards: ClassVar[bool] = False  # fabric.strategy=fsdp2 can run it
     trains: ClassVar[str] = "policy"  # what its run leaves: "policy" writes text, "reward model" gives a score
