@@ -5,6 +5,7 @@ import os
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sheeprlhf.engine.shard import sharding_strategy
@@ -55,6 +56,14 @@ def make_fabric(cfg: FabricConfig) -> Fabric:
             f"fabric.accelerator={cfg.accelerator} fabric.devices={cfg.devices} fabric.strategy={cfg.strategy} "
             f"fabric.precision={cfg.precision} does not work here: {error}"
         ) from error
+
+
+def place(fabric: Fabric, module: nn.Module) -> None:
+    """All ranks: a module that is only read goes onto the device, in the precision asked for, and nothing is wrapped.
+
+    Wrapped for several processes, it would get buckets for gradients, and adapters that are all frozen are refused.
+    """
+    fabric.strategy.precision.convert_module(module).to(fabric.device)
 
 
 def gather_objects(fabric: Fabric, item: T) -> list[T]:

@@ -26,7 +26,8 @@ def results_of(run_dir: Path) -> dict[str, Any]:
 def test_two_processes_equal_one(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
     data = write_pairs(tmp_path / "rows.jsonl", 11)  # an uneven share
     rm = train(model_folder(), data, tmp_path / "rm", "task.max_num_steps=8", "optim.lr=5e-3", task="rm")
-    policy = train(model_folder(), data, tmp_path / "dpo", "task.max_num_steps=4", "optim.lr=0.01", task="dpo")
+    adapters = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "task.max_num_steps=4", "optim.lr=0.05"]
+    policy = train(model_folder(), data, tmp_path / "dpo", *adapters, task="dpo")
     short = f"experiment_dir={policy} generation.max_new_tokens=6"
     for words in (
         f"task=reward {short} reward=model task.rm_experiment_dir={rm} task.against=start",

@@ -17,7 +17,7 @@ from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.sampler import cut_micro_batches
-from sheeprlhf.engine.fabric import gather_objects
+from sheeprlhf.engine.fabric import gather_objects, place
 from sheeprlhf.model.generate import generate_ids
 from sheeprlhf.model.sample import Sampled, sample_responses
 from sheeprlhf.model.stop import StopStrings
@@ -62,7 +62,7 @@ class Answers(NamedTuple):
 def set_up(fabric: Fabric, loaded: tuple[Policy, bool], tokenizer: PreTrainedTokenizerBase) -> Writer:
     """A loaded policy on the device, in the precision asked for."""
     policy, packed = loaded
-    fabric.setup_module(policy)
+    place(fabric, policy)
     return Writer(policy, tokenizer, packed)
 
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -90,13 +90,20 @@ def load_evaluated_policy(
     return load_of_run(model, run_dir, weights, tokenizer, longest=longest, batching=batching, say=say)
 
 
+def task_options(cfg: EvalConfig) -> dict[str, Any]:
+    """The options of the task that the evaluated run had, as its file has them; none without a run."""
+    task = None if cfg.experiment_dir is None else read_run_config(cfg.experiment_dir).get("task")
+    return task if isinstance(task, dict) else {}
+
+
 def start_of(cfg: EvalConfig) -> Start | None:
     """What the evaluated run started from; None for a model that no run has trained, and if it was random weights."""
     assert cfg.model is not None
     if cfg.experiment_dir is None or cfg.model.random_init:
         return None
-    task = read_run_config(cfg.experiment_dir).get("task") or {}
+    task = task_options(cfg)
     run_dir, weights = task.get("sft_experiment_dir"), str(task.get("sft_model_name", "final"))
+    run_dir = run_dir if isinstance(run_dir, str) else None
     return Start(
         run_dir, weights, str(cfg.model.repo_name) if run_dir is None else f"the {weights} weights of {run_dir}"
     )

@@ -5,9 +5,11 @@ more than one model in memory.
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -86,7 +88,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     ]
     if trust is not None and trust.at_chance():
         say(trust.warning())
-    draw = partial(draw_histogram, {"model": scores_N, task.against: others_N}, f"score ({judge.name()})")
+    draw = partial(draw_histogram, {"model": scores_N, Path(task.against).name: others_N}, f"score ({judge.name()})")
     table = _table(numbers, judge.name(), float(others_N.mean()), trust)
     save_result(fabric, cfg, f"reward-{judge.name()}-{task.data_split}", numbers, table=table, rows=kept, draw=draw)
 
@@ -175,10 +177,11 @@ def _table(numbers: dict[str, Any], judge: str, others: float, trust: Trust | No
     """One figure a line, each with what it needs beside it."""
     table = Table("metric", "value")
     table.add_row(f"score ({judge})", f"{numbers['score']:.4f} ({cell(numbers['score_interval'])})")
-    table.add_row(f"score of {numbers['against']}", f"{others:.4f}")
+    against = escape(numbers["against"])
+    table.add_row(f"score of {against}", f"{others:.4f}")
     rate = f"{numbers['win_rate']:.1%}"
     low, high = numbers["win_rate_interval"]
-    table.add_row(f"win rate against {numbers['against']}", f"{rate} ({low:.1%} to {high:.1%}) of {numbers['rows']:,}")
+    table.add_row(f"win rate against {against}", f"{rate} ({low:.1%} to {high:.1%}) of {numbers['rows']:,}")
     if trust is not None:
         chance = ", as a coin may be" if trust.at_chance() else ""
         right = f"{trust.accuracy:.1%} of {trust.pairs:,} held-out pairs{chance}"
