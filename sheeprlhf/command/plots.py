@@ -97,7 +97,8 @@ def draw_histograms(splits: Mapping[str, TokenizedSplit], cfg: DataConfig, title
                 if kind in values:
                     _draw_one(axes, values[kind], edges, _COLORS[kind])
                 else:
-                    axes.axis("off")
+                    axes.set_title("none", fontsize=8)
+                    axes.set_yticks([])
                 if column == 0:
                     axes.set_ylabel(f"{name}: {len(splits[name]):,} rows")
             grid[-1, column].set_xlabel("tokens")

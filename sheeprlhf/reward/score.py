@@ -92,11 +92,12 @@ def check_columns(cfg: RewardSourceConfig, columns: Collection[str], *, default:
         default: as for `build_scorer`.
 
     Raises:
-        ConfigError: a function cannot be imported; RewardError: one asks for a column that there is not.
+        ConfigError: a function cannot be imported, or asks for a column that there is not; all that do are named.
     """
-    for _, source in terms_of(cfg, default):
-        if source != MODEL:
-            load_function(source, cfg).check_columns(columns)
+    functions = [load_function(source, cfg) for _, source in terms_of(cfg, default) if source != MODEL]
+    problems = [problem for function in functions if (problem := function.lacks(columns)) is not None]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def build_scorer(
