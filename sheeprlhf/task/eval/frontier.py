@@ -53,7 +53,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     assert isinstance(task, FrontierConfig) and cfg.model is not None and cfg.data is not None
     say = partial(say_on, fabric)
     tokenizer = load_tokenizer(cfg.model)
-    data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
+    data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
     rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
     longest = max(len(row.prompt_ids) for row in rows) + cfg.generation.max_new_tokens
     pool, written = _write(fabric, cfg, rows, tokenizer, longest, say)
@@ -155,8 +155,8 @@ def _point(what: str, answers: Answers, scores_N: np.ndarray, kl_N: np.ndarray, 
 
 
 def _rouge_l(answers: Answers) -> float | None:
-    """The mean F-measure of ROUGE-L against the references, times 100; None without the extra `eval`."""
-    if missing_modules(("rouge_score",)):
+    """The mean F-measure of ROUGE-L against the references, times 100; None without them or the extra `eval`."""
+    if missing_modules(("rouge_score",)) or "reference" not in answers.texts.columns:
         return None
     from rouge_score.rouge_scorer import RougeScorer
 

@@ -27,17 +27,18 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     assert isinstance(task, GenerateConfig) and cfg.model is not None and cfg.data is not None
     say = partial(say_on, fabric)
     tokenizer = load_tokenizer(cfg.model)
-    data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
+    data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
     rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
     longest = max(len(row.prompt_ids) for row in rows) + cfg.generation.max_new_tokens
     writer = set_up(fabric, load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), tokenizer)
     texts = answer(fabric, cfg, writer, rows, samples=False).texts
+    references = texts.columns.get("reference", [None] * len(rows))
     kept = [
         {
             "row": row.row_id,
             "prompt": texts.prompts[number],
             "response": texts.responses[number],
-            "reference": texts.columns["reference"][number],
+            "reference": references[number],
             "tokens": texts.num_tokens[number],
             "finished": bool(texts.finished[number]),
         }

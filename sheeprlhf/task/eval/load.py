@@ -61,7 +61,7 @@ def rows_as(
         DataError: it has left one of them out.
     """
     assert cfg.data is not None
-    data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
+    data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
     split = evaluated_split(data, cfg.task.data_split)
     found = {row.row_id: row for row in split.examples(range(len(split)))}
     lost = [row.row_id for row in rows if row.row_id not in found]

@@ -39,6 +39,7 @@ from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import cell, save_result
 from sheeprlhf.task.held_out import distinct_pairs
 from sheeprlhf.task.rollouts import as_rollout, as_text
+from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -66,14 +67,14 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     assert isinstance(task, RewardConfig) and cfg.model is not None and cfg.data is not None
     say = partial(say_on, fabric)
     tokenizer = load_tokenizer(cfg.model)
-    data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
+    data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
     rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
-    longest = longest_sequence(rows, cfg)
-    written = _write(fabric, cfg, rows, tokenizer, longest, say)
+    longest, against = longest_sequence(rows, cfg), _opponent(cfg, rows, say)
+    written = _write(fabric, cfg, rows, tokenizer, longest, against, say)
     judge = Judge(fabric, cfg, longest=longest, say=say)
     trust = judge.trust()
     scores_N, others_N = judge.scores(written.own), judge.scores(written.other)
-    numbers = _figures(cfg, written, scores_N, others_N, trust)
+    numbers = _figures(cfg, against, written, scores_N, others_N, trust)
     texts, others = written.own.texts, written.other.texts
     kept = [
         {
@@ -88,7 +89,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     ]
     if trust is not None and trust.at_chance():
         say(trust.warning())
-    draw = partial(draw_histogram, {"model": scores_N, Path(task.against).name: others_N}, f"score ({judge.name()})")
+    draw = partial(draw_histogram, {"model": scores_N, Path(against).name: others_N}, f"score ({judge.name()})")
     table = _table(numbers, judge.name(), float(others_N.mean()), trust)
     save_result(fabric, cfg, f"reward-{judge.name()}-{task.data_split}", numbers, table=table, rows=kept, draw=draw)
 
@@ -96,7 +97,25 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
 def longest_sequence(rows: list[Example], cfg: EvalConfig) -> int:
     """Tokens of the longest prompt with its reference or with a response."""
     new = cfg.generation.max_new_tokens
-    return max(len(row.prompt_ids) + max(new, len(row.responses[0])) for row in rows)
+    return max(len(row.prompt_ids) + max([new, *map(len, row.responses[:1])]) for row in rows)
+
+
+def _opponent(cfg: EvalConfig, rows: list[Example], say: Say) -> str:
+    """What responses have to beat: `task.against`, or the start where rows have no responses of their own.
+
+    Raises:
+        DataError: there is neither.
+    """
+    assert isinstance(cfg.task, RewardConfig)
+    against = cfg.task.against
+    if against.casefold() in (REFERENCES, START):
+        against = against.casefold()
+    if against == REFERENCES and not all(row.responses for row in rows):
+        if start_of(cfg) is None:
+            raise DataError("rows have no responses to compare with, and the model no start: give task.against=<run>")
+        say("rows have no responses of their own: compared with what the run started from (task.against=start)")
+        return START
+    return against
 
 
 def _write(
@@ -105,17 +124,16 @@ def _write(
     rows: list[Example],
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
+    against: str,
     say: Say,
 ) -> Written:
     """All that models have to do before the judge, one model after the other."""
-    task, start = cfg.task, start_of(cfg)
-    assert isinstance(task, RewardConfig)
-    against = task.against if task.against.casefold() not in (REFERENCES, START) else task.against.casefold()
+    start = start_of(cfg)
     writer = set_up(fabric, load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), tokenizer)
     own = answer(fabric, cfg, writer, rows, samples=True)
     logprobs_N = logprobs_of(fabric, cfg, writer, own, "log-probabilities") if start is not None else None
     del writer
-    other, kl_N = references_of(rows, tokenizer), None
+    other, kl_N = references_of(rows, tokenizer) if against == REFERENCES else own, None
     if start is not None and logprobs_N is not None:
         begun = set_up(fabric, load_start_of(cfg, start, tokenizer, longest=longest, say=say), tokenizer)
         kl_N = kl_of_responses(own, logprobs_N, logprobs_of(fabric, cfg, begun, own, "start"))
@@ -149,11 +167,10 @@ def references_of(rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> An
 
 
 def _figures(
-    cfg: EvalConfig, written: Written, scores_N: np.ndarray, others_N: np.ndarray, trust: Trust | None
+    cfg: EvalConfig, against: str, written: Written, scores_N: np.ndarray, others_N: np.ndarray, trust: Trust | None
 ) -> dict[str, Any]:
     """The numbers of the result."""
-    task, texts, kl_N = cfg.task, written.own.texts, written.kl_N
-    assert isinstance(task, RewardConfig)
+    texts, kl_N = written.own.texts, written.kl_N
     won_N = (scores_N > others_N) + 0.5 * (scores_N == others_N)
     score, score_interval = interval_of(scores_N, seed=cfg.seed)
     win_rate, win_rate_interval = interval_of(won_N, seed=cfg.seed)
@@ -162,7 +179,7 @@ def _figures(
         "score_interval": score_interval,
         "win_rate": win_rate,
         "win_rate_interval": win_rate_interval,
-        "against": task.against,
+        "against": against,
         "rows": len(scores_N),
         "kl": None if kl_N is None else float(kl_N.mean()),
         "kl_error": None if kl_N is None else standard_error(kl_N),
