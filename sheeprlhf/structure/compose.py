@@ -26,7 +26,7 @@ import sheeprlhf
 from sheeprlhf.structure.catalogue import condensed
 from sheeprlhf.structure.earlier import with_start
 from sheeprlhf.structure.limits import option_problems
-from sheeprlhf.structure.overrides import Chosen, has_stages, key_problem, missing_problem, pick_groups, readable
+from sheeprlhf.structure.overrides import Chosen, key_problem, missing_problem, pick_groups, readable, recipe_owner
 from sheeprlhf.structure.registry import ROOTS, choices, groups, options, register_configs, to_typed
 from sheeprlhf.structure.run import EvalConfig, RootConfig
 from sheeprlhf.structure.saved import saved_group
@@ -164,7 +164,9 @@ def _group_options(verb: str) -> dict[str, list[str]]:
     for names in found.values():
         names[:] = [name for name in names if name != SAVED_CHOICE]
     if "experiment" in found:
-        found["experiment"] = [name for name in found["experiment"] if has_stages(name) == (verb == "pipeline")]
+        found["experiment"] = [
+            name for name in found["experiment"] if (recipe_owner(name) == "pipeline") == (verb == "pipeline")
+        ]
     return found
 
 

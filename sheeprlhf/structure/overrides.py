@@ -116,20 +116,25 @@ def _choice_problem(verb: str, override: Override, available: dict[str, list[str
         owner = next((other for other in ROOTS if other != verb and value in choices("task", other)), None)
         if owner:
             return f"task={value} belongs to `{owner}`: write {owner} task={value}; here {listed}"
-    if key == "experiment" and isinstance(value, str) and has_stages(value):
-        return f"experiment={value} belongs to `pipeline`: write pipeline experiment={value}; here {listed}"
+    owner = recipe_owner(value) if key == "experiment" and isinstance(value, str) else None
+    if owner is not None:
+        return f"experiment={value} belongs to `{owner}`: write {owner} experiment={value}; here {listed}"
     near = nearest(str(value), names) if isinstance(value, str) else None
     hint = f"did you mean {key}={near}? " if near else ""
     return f"{_short(override.input_line)} is not a choice: {hint}{listed.capitalize() if hint else listed}"
 
 
-def has_stages(recipe: str) -> bool:
-    """Whether a recipe is one of `pipeline`; ask inside of Hydra's compose API."""
+def recipe_owner(recipe: str) -> str | None:
+    """The command that a recipe is for: `pipeline` if it has stages, else `train`; None if there is no such recipe.
+
+    Ask inside of Hydra's compose API.
+    """
     loader: Any = GlobalHydra.instance().config_loader()
     with contextlib.suppress(HydraException, OmegaConfBaseException, YAMLError, ValueError):  # told when it is chosen
         found = loader.repository.load_config(f"experiment/{recipe}")
-        return found is not None and "stages" in found.config
-    return False
+        if found is not None:
+            return "pipeline" if "stages" in found.config else "train"
+    return None
 
 
 def key_problem(verb: str, override: Override, config: DictConfig, chosen: Chosen) -> str | None:
