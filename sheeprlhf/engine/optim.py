@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ def set_up(
     """
     if isinstance(fabric.strategy, ModelParallelStrategy):  # it puts other parameters in the place of the module's
         wrapped = fabric.setup_module(module)
-        return wrapped, fabric.setup_optimizers(build_optimizer(cfg, module, lr))
+        return wrapped, cast(torch.optim.Optimizer, fabric.setup_optimizers(build_optimizer(cfg, module, lr)))
     return fabric.setup(module, build_optimizer(cfg, module, lr))
 
 

@@ -88,7 +88,9 @@ def update(
         module, optimizer, max_norm=math.inf if max_grad_norm is None else max_grad_norm, error_if_nonfinite=False
     )
     assert grad_norm is not None
-    means, grad_norm_float = _reduce(fabric, passes.sums, passes.names, whole(grad_norm))  # the step's one wait for the device
+    means, grad_norm_float = _reduce(
+        fabric, passes.sums, passes.names, whole(grad_norm)
+    )  # the step's one wait for the device
     result = {name: value / passes.num_items for name, value in means.items()}
     result |= {"grad_norm": grad_norm_float, "items": float(passes.num_items)}
     if not (math.isfinite(result["loss"]) and math.isfinite(grad_norm_float)):

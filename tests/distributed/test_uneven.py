@@ -83,7 +83,9 @@ def launch(size: int, *jobs: tuple[Any, ...]) -> list[Any]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Everything in three launches; "<a> to <b>" is a run directory that a worked in first, then b."""
     folder = tmp_path_factory.mktemp("moved")
-    names = {f"{a} to {b}": folder / f"{a} to {b}" for a in (*STRATEGIES, "one") for b in (*STRATEGIES, "one") if a != b}
+    names = {
+        f"{a} to {b}": folder / f"{a} to {b}" for a in (*STRATEGIES, "one") for b in (*STRATEGIES, "one") if a != b
+    }
     first = [(train, a, names[key], STOP) for key in names if (a := key.split(" to ")[0]) != "one"]
     second = [(train, b, names[key], STEPS) for key in names if (b := key.split(" to ")[1]) != "one"]
     ones = [(train, "auto", names[key], STOP) for key in names if key.startswith("one")]
@@ -107,5 +109,7 @@ def test_a_checkpoint_fits_every_strategy(moved: str, found: dict[str, Any]) -> 
     for step, name in ((STOP, "model"), (STEPS, "model"), (STEPS, "optimizer")):
         ours = load_file(found[moved] / f"checkpoints/step-{step}/{name}.safetensors")
         if step == STEPS:
-            assert_close(ours, load_file(found["whole"] / f"checkpoints/step-{step}/{name}.safetensors"), rtol=0, atol=1e-5)
+            assert_close(
+                ours, load_file(found["whole"] / f"checkpoints/step-{step}/{name}.safetensors"), rtol=0, atol=1e-5
+            )
         assert all(type(tensor) is torch.Tensor for tensor in ours.values())
