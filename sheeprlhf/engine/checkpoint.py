@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,7 +29,7 @@ from sheeprlhf.engine.manifest import (
     write_manifest,
 )
 from sheeprlhf.engine.rng import rng_state, set_rng_state
-from sheeprlhf.engine.shard import whole_tensors
+from sheeprlhf.engine.shard import is_sharded, whole_tensors
 from sheeprlhf.engine.tensors import (
     load_optimizer,
     load_tensors,
@@ -40,6 +41,7 @@ from sheeprlhf.utils.errors import CheckpointError
 from sheeprlhf.utils.lightning import Fabric
 
 Say = Callable[[str], None]
+NOT_THE_SAME = "but not bit for bit the same (in float32, losses agree to about 1e-5 a step)"
 STEP_FOLDER = re.compile(r"step-(\d{1,12})")
 
 
@@ -107,7 +109,7 @@ def save_checkpoint(
     problem = None
     if fabric.is_global_zero:
         try:
-            _write(target, state, files, world_size=len(rngs), config_hash=config_hash)
+            _write(target, state, files, rounds=_what_rounds(fabric, module), config_hash=config_hash)
             _prune(target.parent, state, keep)
         except CheckpointError as error:
             problem = str(error)
@@ -119,8 +121,18 @@ def save_checkpoint(
     return target
 
 
+def _what_rounds(fabric: Fabric, module: nn.Module) -> dict[str, Any]:
+    """What decides in which order sums are added: where it differs, results do in their last bits."""
+    return {
+        "world_size": fabric.world_size,
+        "torch_threads": torch.get_num_threads(),
+        "sharded": is_sharded(module),
+        "device": fabric.device.type,
+    }
+
+
 def _write(
-    target: Path, state: TrainState, files: dict[str, dict[str, Tensor]], *, world_size: int, config_hash: str
+    target: Path, state: TrainState, files: dict[str, dict[str, Tensor]], *, rounds: dict[str, Any], config_hash: str
 ) -> None:
     """Rank zero only."""
     target.parent.mkdir(mode=0o700, exist_ok=True)
@@ -133,8 +145,7 @@ def _write(
     facts = {
         "config_hash": config_hash,
         "step": state.step,
-        "world_size": world_size,
-        "torch_threads": torch.get_num_threads(),
+        **rounds,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": version("lightning"),
@@ -220,10 +231,9 @@ def _load(
     manifest = read_manifest(path)
     if manifest["config_hash"] != config_hash:
         raise CheckpointError(f"{path} belongs to another configuration; resume with the options in its config.yaml")
-    here = {"world_size": fabric.world_size, "torch_threads": torch.get_num_threads()}
-    for name, value in here.items():
-        if manifest[name] != value:
-            say(f"{name} was {manifest[name]} and is {value} now: the run goes on, but not bit for bit the same")
+    for name, value in _what_rounds(fabric, module).items():
+        if manifest.get(name, value) != value:
+            say(f"{name} was {manifest[name]} and is {value} now: the run goes on, {NOT_THE_SAME}")
     state = TrainState.from_json((path / "state.json").read_text())
     if not state.step == manifest["step"] == int(path.name.removeprefix("step-")):
         raise CheckpointError(f"{path} holds step {state.step}; a checkpoint folder was renamed or mixed up")

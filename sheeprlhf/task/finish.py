@@ -16,7 +16,7 @@ from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import Run
-from sheeprlhf.engine.rundir import mark_finished
+from sheeprlhf.engine.rundir import mark_finished, same_data
 from sheeprlhf.engine.shard import assemble
 from sheeprlhf.structure.earlier import REWARD_MODEL, scores_by_run
 from sheeprlhf.structure.online import OnlineTaskConfig
@@ -25,7 +25,7 @@ from sheeprlhf.structure.registry import options
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.step_memory import step_plan
-from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.errors import DataError, ModelError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import peak_memory, size_text
 
@@ -38,8 +38,18 @@ class Saved(Protocol):
 
 
 def report_data(fabric: Fabric, run: Run, data: PreparedData) -> None:
-    """All ranks; rank zero shows what the data became, keeps it as data_report.json, and plans the memory."""
+    """All ranks; rank zero shows what the data became, keeps it as data_report.json, and plans the memory.
+
+    Raises:
+        DataError: the run trained on other data before.
+    """
     run.say(render_report(data.report))
+    same = fabric.broadcast(same_data(run.dir, data.fingerprint) if fabric.is_global_zero else None)
+    if not same:
+        raise DataError(
+            f"{run.dir} trained on other data until now: the files of data.*, the tokenizer, its chat template or the "
+            "version of this program have changed; put them back, or start another run without resume"
+        )
     if fabric.is_global_zero:
         run.planned_memory = _planned_memory(run, fabric.device.type)
         if run.planned_memory is not None:
