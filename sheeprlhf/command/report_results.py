@@ -66,8 +66,13 @@ def _numbers(tree: dict[str, Any], prefix: str, depth: int = 0) -> Iterator[tupl
             yield from _numbers(value, inner, depth + 1)
         elif _is_number(value):
             yield name, (value, *(interval if interval is not None and _are_numbers(interval, 2) else ()))
-        elif _are_numbers(value, 3) or (_are_numbers(value, 2) and key.removesuffix(_INTERVAL) not in tree):
+        elif _are_numbers(value, 3) or (_are_numbers(value, 2) and not _belongs(key, tree)):
             yield name, tuple(value)
+
+
+def _belongs(key: str, tree: dict[str, Any]) -> bool:
+    """Whether it is the interval of another number."""
+    return key.endswith(_INTERVAL) and key.removesuffix(_INTERVAL) in tree
 
 
 def _are_numbers(value: Any, size: int) -> bool:

@@ -142,7 +142,10 @@ def test_every_kind_of_result_is_read():
     head, *rows = point_rows(found.lists["points"])
     assert head == ["what", "n", "score"]  # kl has no value
     assert rows == [["best of 1", "1", "0.2500"], ["final", "-", "0.5000"]]
-    assert parse_evaluation("rouge-test-final", {"task": "rouge", "split": "test"}).title == "rouge on ?/test"
+    assert (
+        parse_evaluation("rouge-test-final", {"task": "rouge", "split": "test", "weights": "final"}).title
+        == "rouge on ?/test"
+    )
 
 
 def _fill_with(folder: Path, evil: str) -> Path:
