@@ -62,6 +62,22 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def num_positions(cfg: ModelConfig) -> int | None:
+    """Tokens of the longest sequence that a model can read, by its configuration; None if that sets no limit.
+
+    Raises:
+        ModelError: its configuration cannot be read.
+    """
+    source, options = _source(cfg)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"model.repo_name={cfg.repo_name}: the model cannot be loaded: {_first_line(error)}"
+        ) from error
+    return getattr(config, "max_position_embeddings", None)
+
+
 def load_causal_lm(
     cfg: ModelConfig, *, vocabulary: int, longest: int, auto: Any = AutoModelForCausalLM
 ) -> PreTrainedModel:

@@ -33,6 +33,7 @@ from sheeprlhf.task.eval.load import (
     first_rows,
     load_evaluated_policy,
     load_start_of,
+    longest_with_response,
     say_on,
     start_of,
 )
@@ -55,7 +56,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     tokenizer = load_tokenizer(cfg.model)
     data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
     rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
-    longest = max(len(row.prompt_ids) for row in rows) + cfg.generation.max_new_tokens
+    longest = longest_with_response(cfg, cfg.model, rows)
     pool, written = _write(fabric, cfg, rows, tokenizer, longest, say)
     judge = Judge(fabric, cfg, longest=longest, say=say)
     trust = judge.trust()

@@ -10,7 +10,7 @@ from sheeprlhf.structure.evaluation import GenerateConfig
 from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import answer, set_up
-from sheeprlhf.task.eval.load import evaluated_split, first_rows, load_evaluated_policy, say_on
+from sheeprlhf.task.eval.load import evaluated_split, first_rows, load_evaluated_policy, longest_with_response, say_on
 from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.task.held_out import distinct_pairs
@@ -29,7 +29,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     tokenizer = load_tokenizer(cfg.model)
     data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
     rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
-    longest = max(len(row.prompt_ids) for row in rows) + cfg.generation.max_new_tokens
+    longest = longest_with_response(cfg, cfg.model, rows)
     writer = set_up(fabric, load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), tokenizer)
     texts = answer(fabric, cfg, writer, rows, samples=False).texts
     references = texts.columns.get("reference", [None] * len(rows))

@@ -12,11 +12,12 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit, prepare_data
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.redact import plain_text, redact_text
+from sheeprlhf.model.load import num_positions
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.task.start import load_of_run, load_start
-from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -50,6 +51,22 @@ def evaluated_split(data: PreparedData, name: str) -> TokenizedSplit:
 def first_rows(split: TokenizedSplit, num_samples: int | None) -> list[Example]:
     """The rows that are evaluated."""
     return split.examples(range(min(len(split), num_samples or len(split))))
+
+
+def longest_with_response(cfg: EvalConfig, model: ModelConfig, rows: Sequence[Example]) -> int:
+    """Tokens of the longest prompt with a response as long as it may become; asked before the model is loaded.
+
+    Raises:
+        ConfigError: the model has fewer positions.
+    """
+    prompt, new = max(len(row.prompt_ids) for row in rows), cfg.generation.max_new_tokens
+    positions = num_positions(model)
+    if positions is not None and prompt + new > positions:
+        raise ConfigError(
+            f"generation.max_new_tokens={new}: the longest prompt has {prompt} tokens, the model {positions} "
+            f"positions; give generation.max_new_tokens={max(1, positions - prompt)}"
+        )
+    return prompt + new
 
 
 def rows_as(

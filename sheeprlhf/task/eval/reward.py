@@ -20,6 +20,7 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.sample import Sampled
 from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.structure.evaluation import REFERENCES, START, RewardConfig
+from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logprobs_of, set_up
 from sheeprlhf.task.eval.interval import interval_of, standard_error
@@ -30,6 +31,7 @@ from sheeprlhf.task.eval.load import (
     load_evaluated_policy,
     load_final,
     load_start_of,
+    longest_with_response,
     model_of_run,
     rows_as,
     say_on,
@@ -69,7 +71,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     tokenizer = load_tokenizer(cfg.model)
     data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
     rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
-    longest, against = longest_sequence(rows, cfg), _opponent(cfg, rows, say)
+    longest, against = longest_sequence(cfg, cfg.model, rows), _opponent(cfg, rows, say)
     written = _write(fabric, cfg, rows, tokenizer, longest, against, say)
     judge = Judge(fabric, cfg, longest=longest, say=say)
     trust = judge.trust()
@@ -94,10 +96,10 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     save_result(fabric, cfg, f"reward-{judge.name()}-{task.data_split}", numbers, table=table, rows=kept, draw=draw)
 
 
-def longest_sequence(rows: list[Example], cfg: EvalConfig) -> int:
+def longest_sequence(cfg: EvalConfig, model: ModelConfig, rows: list[Example]) -> int:
     """Tokens of the longest prompt with its reference or with a response."""
-    new = cfg.generation.max_new_tokens
-    return max(len(row.prompt_ids) + max([new, *map(len, row.responses[:1])]) for row in rows)
+    own = max(len(row.prompt_ids) + sum(map(len, row.responses[:1])) for row in rows)
+    return max(own, longest_with_response(cfg, model, rows))
 
 
 def _opponent(cfg: EvalConfig, rows: list[Example], say: Say) -> str:
@@ -153,7 +155,7 @@ def _of_run(
     theirs = load_tokenizer(model)
     if theirs.get_vocab() != tokenizer.get_vocab():
         rows = rows_as(fabric, cfg, theirs, rows, say)
-    loaded = load_final(cfg, model, run_dir, theirs, longest=longest_sequence(rows, cfg), say=say)
+    loaded = load_final(cfg, model, run_dir, theirs, longest=longest_sequence(cfg, model, rows), say=say)
     return answer(fabric, cfg, set_up(fabric, loaded, theirs), rows, samples=True)
 
 
