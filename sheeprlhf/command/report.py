@@ -115,7 +115,7 @@ def _chosen(folders: list[str]) -> tuple[list[RunInfo], list[str], list[str]]:
             notes.append(f"no run was named: this is the newest, {taken[0][0]}")
         notes += [f"{word}: {found.note}"] if found.note else []
         for place, info in taken:
-            runs.setdefault(place.resolve(), (place, info))
+            runs.setdefault(place.resolve(), (place, {} if (place / RUN_FILE).is_symlink() else info))
     return list(runs.values()), notes, problems
 
 
@@ -178,9 +178,10 @@ def _is_free(path: Path) -> bool:
         return False
     try:
         with open(path, "rb") as file:
-            return MARK.encode() in file.read(_HEAD)
+            head = file.read(_HEAD)
     except OSError:
         return False
+    return any(mark.encode() in head for mark in (f'name="generator" content="{MARK}"', f"Software\0{MARK}"))
 
 
 def _write(files: dict[Path, bytes]) -> None:

@@ -74,7 +74,9 @@ def figure_text(value: float | None) -> str:
     size = abs(value)
     if size >= 10_000:
         return f"{value:,.0f}" if size < 1e9 else f"{value:.3g}"
-    return f"{value:#.4g}" if size >= 1e-3 else f"{value:.2e}"
+    if size >= 1_000:
+        return f"{value:,.1f}"
+    return f"{value:#.4g}".rstrip(".") if size >= 1e-3 else f"{value:.2e}"
 
 
 def duration_text(seconds: float | None) -> str:

@@ -13,7 +13,6 @@ from sheeprlhf.command.report_texts import Exchange, parse_rows, parse_samples
 from sheeprlhf.command.runs import PastRun, past_run
 from sheeprlhf.command.screen import clean
 from sheeprlhf.engine.redact import redact
-from sheeprlhf.structure.earlier import RUN_FILE
 from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.files import below, read_small, read_tail
@@ -25,6 +24,7 @@ _ROWS_BYTES = 16 << 20
 _SAMPLE_BYTES = 1 << 20
 _IMAGE_BYTES = 1 << 20
 _MAX_FILES = 100  # of one kind, of one run
+_MAX_NAMES = 5_000  # of a folder
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -57,26 +57,24 @@ def read_record(folder: Path, info: dict[str, Any], label: str) -> Record:
 
     Args:
         folder: the run's directory.
-        info: the content of its run.json.
+        info: the content of its run.json; empty if it has none that may be read.
         label: its short name on the page.
     """
     notes: list[str] = []
-    past = past_run(folder, {} if (folder / RUN_FILE).is_symlink() else info)
+    past = past_run(folder, info)
     if past.state == "running":
         notes.append("is running: this is how far it was")
     elif past.state != "finished":
         notes.append(f"its state is {past.state}" if past.state != "unfinished" else "is not finished")
     curves = _curves(folder, notes)
     evaluations = []
-    for name in _names(folder, "eval", ".json"):
+    for name in _names(folder, "eval", ".json")[:_MAX_FILES]:
         found = _object(folder, f"eval/{name}", notes)
         evaluations += [parse_evaluation(name.removesuffix(".json"), found)] if found else []
-    samples: list[tuple[int, str]] = []
-    for name in _names(folder, "samples", ".txt"):
-        step = name.removeprefix("step-").removesuffix(".txt")
-        if step.isdecimal() and len(step) < 13:
-            samples.append((int(step), _text(folder, f"samples/{name}", _SAMPLE_BYTES, notes)))
-    rows = {name: _text(folder, f"eval/{name}", _ROWS_BYTES, notes) for name in _names(folder, "eval", ".jsonl")}
+    rows = {
+        name: _text(folder, f"eval/{name}", _ROWS_BYTES, notes)
+        for name in _names(folder, "eval", ".jsonl")[:_MAX_FILES]
+    }
     return Record(
         label,
         past,
@@ -84,12 +82,19 @@ def read_record(folder: Path, info: dict[str, Any], label: str) -> Record:
         _config(folder, notes),
         curves,
         evaluations,
-        parse_samples(sorted(samples)),
+        parse_samples(_samples(folder, notes)),
         {clean(name.removesuffix(".jsonl")): parse_rows(content) for name, content in rows.items()},
         _object(folder, "data_report.json", notes),
         dict(_images(folder)),
         notes,
     )
+
+
+def _samples(folder: Path, notes: list[str]) -> list[tuple[int, str]]:
+    """Step and content of the newest sample texts, oldest first."""
+    steps = [name.removeprefix("step-").removesuffix(".txt") for name in _names(folder, "samples", ".txt")]
+    newest = sorted(int(step) for step in steps if step.isdecimal() and len(step) < 13)[-_MAX_FILES:]
+    return [(step, _text(folder, f"samples/step-{step}.txt", _SAMPLE_BYTES, notes)) for step in newest]
 
 
 def _config(folder: Path, notes: list[str]) -> dict[str, Any]:
@@ -120,6 +125,7 @@ def _curves(folder: Path, notes: list[str]) -> dict[str, Curve]:
         return {}
     if len(content) == _METRICS_BYTES:
         notes.append(f"metrics.csv is large: the curves are of its last {_METRICS_BYTES >> 20} MB")
+        content = content.partition(b"\n")[2]  # it begins in the middle of a row
     points: dict[str, dict[int, tuple[float, float]]] = {}
     odd = 0
     for line in content.decode(errors="replace").split("\n")[:-1]:  # what follows the last end of a line is half a row
@@ -150,7 +156,7 @@ def _number(text: str) -> float | None:
 
 def _images(folder: Path) -> Iterator[tuple[str, bytes]]:
     """The plots that evaluations have left."""
-    for name in _names(folder, "eval", ".png"):
+    for name in _names(folder, "eval", ".png")[:_MAX_FILES]:
         try:
             content = read_small(below(folder, f"eval/{name}"), _IMAGE_BYTES)
         except OSError:
@@ -163,7 +169,7 @@ def _names(folder: Path, inside: str, suffix: str) -> list[str]:
     """Files of a folder of the run; none if it is missing, or a link."""
     try:
         with os.scandir(below(folder, inside)) as entries:
-            return sorted(entry.name for entry in islice(entries, 5_000) if entry.name.endswith(suffix))[:_MAX_FILES]
+            return sorted(entry.name for entry in islice(entries, _MAX_NAMES) if entry.name.endswith(suffix))
     except OSError:
         return []
 

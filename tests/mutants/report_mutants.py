@@ -30,8 +30,8 @@ MUTANTS = [
     Mutant(  # a file of the user's is overwritten
         trap="report",
         file="sheeprlhf/command/report.py",
-        old="return MARK.encode() in file.read(_HEAD)",
-        new="return True",
+        old='(f\'name="generator" content="{MARK}"\', f"Software\\0{MARK}")',
+        new="(MARK,)",
         tests=f"{_PAGE}test_only_reports_are_replaced",
     ),
     Mutant(  # half a number of a run in progress is drawn
@@ -40,6 +40,13 @@ MUTANTS = [
         old='.split("\\n")[:-1]:',
         new='.split("\\n"):',
         tests=f"{_PAGE}test_a_half_written_row_of_a_run_in_progress_is_not_shown",
+    ),
+    Mutant(  # what is left of a row that the limit has cut becomes a point
+        trap="report",
+        file="sheeprlhf/command/report_record.py",
+        old='content = content.partition(b"\\n")[2]',
+        new="content = bytes(content)",
+        tests=f"{_PAGE}test_of_large_records_the_newest_part_is_shown",
     ),
     Mutant(  # spikes of long curves disappear
         trap="report",

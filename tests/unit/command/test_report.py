@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
+from sheeprlhf.command import report_record
 from sheeprlhf.command.report import write_report
 from sheeprlhf.command.report_chart import MOST_RUNS
 from sheeprlhf.command.report_results import parse_evaluation, point_rows
@@ -194,13 +195,7 @@ def test_no_link_of_a_strangers_run_is_followed(inside, tmp_path, page_of):
     (folder / inside).rename(away)
     files = [away] if away.is_file() else list(away.iterdir())
     for path in files:
-        marks = {
-            "tiny": "LEAKED",
-            "says": "LEAKED",
-            "train/loss": "LEAKED",
-            "docstrings": "LEAKED",
-            "train task": "LEAKED",
-        }
+        marks = dict.fromkeys(("tiny", "says", "train/loss", "docstrings", "sft"), "LEAKED")
         content = path.read_text()
         for old, new in marks.items():
             content = content.replace(old, new)
@@ -265,6 +260,21 @@ def test_a_half_written_row_of_a_run_in_progress_is_not_shown(tmp_path, page_of)
     assert not any("at step 5" in (attributes.get("aria-label") or "") for _, attributes in page.elements)
 
 
+def test_of_large_records_the_newest_part_is_shown(tmp_path, page_of, monkeypatch):
+    folder = make_past_run(tmp_path / "run")
+    rows = "".join(f"{step},train/loss,{step}.5,1.0\r\n" for step in range(1, 1001))
+    (folder / "metrics.csv").write_text(rows)
+    shown = "998,train/loss,998.5,1.0\r\n999,train/loss,999.5,1.0\r\n1000,train/loss,1000.5,1.0\r\n"
+    monkeypatch.setattr(report_record, "_METRICS_BYTES", len(f"97,train/loss,997.5,1.0\r\n{shown}"))  # not step 97
+    for step in range(5, 120):
+        (folder / "samples" / f"step-{step}.txt").write_text(f"[prompt]\nSay hello.\n[model]\nanswer {step}\n")
+    page = page_of(folder)
+    labels = [attributes["aria-label"] for _, attributes in page.elements if attributes.get("class") == "chart"]
+    assert labels == ["train/loss: sft 998.5 at step 998, 1,000.5 at step 1,000; from 998.5 to 1,000.5"]
+    assert "metrics.csv is large" in page.text
+    assert page.pres[1] == "answer 119" and "sft says 4" not in page.pres
+
+
 def test_runs_with_one_task_get_names_of_their_own(tmp_path, page_of):
     made = [make_past_run(tmp_path / "runs" / str(n), n, run_name=name) for n, name in enumerate("abb")]
     assert page_of(tmp_path / "runs").tables["Runs"][0] == ["", "sft a", "sft 2", "sft 3"]
@@ -308,11 +318,11 @@ def test_images_are_written_beside_the_page_for_each_group(tmp_path, capsys):
 def test_only_reports_are_replaced(name, tmp_path, capsys):
     folder, out = make_past_run(tmp_path / "run"), tmp_path / "out"
     out.mkdir()
-    (out / name).write_text("mine")
+    (out / name).write_text("my own sheeprlhf report")
     with pytest.raises(SystemExit):
         run(["report", str(folder), "--to", str(out), "--png"])
     assert "is no" in capsys.readouterr().err
-    assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == "mine"
+    assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == "my own sheeprlhf report"
     (out / name).unlink()
     (out / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(SystemExit):
