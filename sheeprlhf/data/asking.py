@@ -127,8 +127,8 @@ class Asker:
 
     def __init__(self, form: Form, tokenizer: Any) -> None:
         self.form = form
-        limits = dict(max_length=_ANY_LENGTH, max_prompt_length=_ANY_LENGTH, minimum_response_length=1)
-        self._rows = RowTokenizer(form.data(**limits), tokenizer, "sft")  # type: ignore[arg-type]
+        no_limits = form.data(max_length=_ANY_LENGTH, max_prompt_length=_ANY_LENGTH, minimum_response_length=1)
+        self._rows = RowTokenizer(no_limits, tokenizer, "sft")
 
     def example(self, turns: Sequence[Turn], response: str = "x") -> Example:
         """The prompt's ids, and those of a response with EOS.

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -158,11 +157,11 @@ def load_trained_scorer(trained: Trained, say: Say) -> tuple[RewardModel, PreTra
         SheepError: it cannot be loaded.
     """
     tokenizer = load_tokenizer(trained.with_tokenizer())
-    load = partial(load_trained_reward_model, say=say)
     if trained.run_dir is None:
         model, _ = load_reward_model(trained.model, tokenizer, longest=1, batching="padded")
     else:
-        model, _ = load(trained.model, trained.run_dir, trained.weights, tokenizer, longest=1, batching="padded")
+        of = (trained.model, trained.run_dir, trained.weights, tokenizer)
+        model, _ = load_trained_reward_model(*of, longest=1, batching="padded", say=say)
     return model.eval(), tokenizer
 
 
