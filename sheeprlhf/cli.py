@@ -96,6 +96,8 @@ def _dispatch(arguments: list[str]) -> int:
     directory = words.values.get("--config-dir")
     if directory is not None and not Path(directory).is_dir():
         raise ConfigError(f"--config-dir={directory} is not a directory: give the folder that holds your groups")
+    if directory is not None:
+        _check_sizes(Path(directory))
     name = words.values.get("--config-name")
     if name is not None:
         _check_config_name(name, directory)
@@ -103,6 +105,14 @@ def _dispatch(arguments: list[str]) -> int:
         print_verb_help(verb, words.overrides, directory)
         return 0
     return _with_hydra(verb, words)
+
+
+def _check_sizes(directory: Path) -> None:
+    from sheeprlhf.structure.strangers import size_problems
+
+    problems = list(size_problems(directory))
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:

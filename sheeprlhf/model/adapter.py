@@ -75,7 +75,7 @@ _KNOWN = {
     "rank_pattern": lambda value: _are_numbers_by_name(value) and all(map(_is_rank, value.values())),
     "alpha_pattern": _are_numbers_by_name,
     "layers_to_transform": _are_layers,
-    "layers_pattern": _are_names,
+    "layers_pattern": lambda value: _is_name(value) or _are_names(value),
 }
 
 

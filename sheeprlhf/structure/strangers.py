@@ -6,18 +6,59 @@ Both are looked for in the composed configuration before any value is resolved.
 import functools
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from sheeprlhf.structure.reward import is_users_own
+from sheeprlhf.utils.files import read_small
+
+_MAX_BYTES = 1_000_000
+_MAX_ENTRIES = 100_000
 
 _FUNCTIONS = ("reward.path", "reward.terms")
 _TRUST = "model.library_cfg.trust_remote_code"
 _MAY_DIFFER = {"run", "sweep", "mode", "verbose", "output_subdir", "job", "overrides", "runtime", "searchpath"}
 _RESOLVER = re.compile(r"\$\{\s*(?!now\b)[\w.]+\s*:")
+
+
+def size_problems(directory: Path) -> Iterator[str]:
+    """Files of a configuration folder that are too large for one, as they are or with their aliases written out.
+
+    Hydra writes them out, and a short file can describe a billion entries.
+
+    Args:
+        directory: of groups and recipes, which Hydra finds up to four folders deep.
+    """
+    for depth in range(5):
+        for path in sorted(directory.glob("*/" * depth + "*.yaml")):
+            try:
+                tree = yaml.compose(read_small(path, _MAX_BYTES), Loader=yaml.SafeLoader)
+                too_large = tree is not None and _size(tree, {}) > _MAX_ENTRIES
+            except yaml.YAMLError:
+                continue  # Hydra tells, if it is chosen
+            except (OSError, RecursionError) as error:
+                yield f"{path} is no configuration ({error}): remove it from --config-dir"
+                continue
+            if too_large:
+                yield f"{path} has more than {_MAX_ENTRIES} entries with its aliases written out: remove it"
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """The number of entries of a tree that has some parts in several places."""
+    if id(node) not in known:
+        known[id(node)] = _MAX_ENTRIES  # if it is part of itself
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for entry in node.value for part in entry]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def hydra_problems(verb: str, base: DictConfig, words: list[str]) -> list[str]:
