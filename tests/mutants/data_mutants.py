@@ -110,4 +110,25 @@ MUTANTS = [
         new="columns = COLUMNS",
         tests=TESTS + "read.py::test_a_dataset_may_read_columns_of_its_own",
     ),
+    Mutant(  # a conversation that asks again is a prompt up to its last answer
+        trap="prompts",
+        file="sheeprlhf/data/local.py",
+        old="        last = len(turns)\n",
+        new="        last = last or len(turns)\n",
+        tests=TESTS + "prompts.py::test_a_conversation_that_ends_with_the_user_is_the_prompt",
+    ),
+    Mutant(  # other tasks would learn from rows without a response
+        trap="prompts",
+        file=TOKENIZE,
+        old='if kind == "prompts" and cfg.prompt_format else',
+        new="if cfg.prompt_format else",
+        tests=TESTS + "prompts.py::test_what_is_refused",
+    ),
+    Mutant(  # the place of a response that is not there counts as a token less
+        trap="prompts",
+        file="sheeprlhf/task/batches.py",
+        old=".max(axis=1, initial=0)",
+        new=".max(axis=1, initial=-1)",
+        tests="tests/unit/task/test_batches.py::test_of_ranked_responses_the_longest_sequence_counts_not_their_sum",
+    ),
 ]

@@ -221,4 +221,18 @@ MUTANTS = [
         new='AVERAGES = {"grpo": "token", "dapo": "sequence"',
         tests="tests/unit/task/test_group_losses.py",
     ),
+    Mutant(
+        trap="prompts: a reward is given references in some rollouts alone",
+        file=_COLLECT,
+        old=" if name in self._columns}",
+        new="}",
+        tests=_ROLLOUTS + "::test_references_are_given_where_every_row_of_the_run_has_one",
+    ),
+    Mutant(
+        trap="prompts: held-out rows are not looked at",
+        file="sheeprlhf/task/online.py",
+        old="if any(split.unanswered for split in used.values()) else",
+        new="if rows.unanswered else",
+        tests="tests/e2e/test_prompts.py::test_what_reads_responses_is_refused",
+    ),
 ]

@@ -443,6 +443,18 @@ def test_the_histogram_of_text_by_hand() -> None:
     assert (long[1], long[-1], len(long)) == ("    1-150  #### 1", "1051-1200  #### 1", 9)
 
 
+def test_prompts_alone(home: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a split with responses too, which has one column of the image more."""
+    monkeypatch.setattr(inspect, "draw_histograms", draw_histograms)
+    (home / "held_out.jsonl").write_text('{"prompt": "hey", "response": "ho"}\n{"prompt": "alone"}\n')
+    run(words(home, [{"prompt": "hi"}], "task=grpo", "data.validation_file=held_out.jsonl", "output_dir=out"))
+    printed = capsys.readouterr().out
+    assert "these rows have none: the model writes them" in printed
+    assert "prompt 3 tokens, no response: the model writes it" in printed
+    assert not any(line.startswith("+ ") and "trained on" not in line for line in printed.splitlines())
+    assert [path.read_bytes()[:4] for path in (home / "out").glob("*.png")] == [b"\x89PNG"]
+
+
 def test_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 

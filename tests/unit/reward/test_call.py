@@ -13,8 +13,8 @@ import torch
 from sheeprlhf.reward import call
 from sheeprlhf.reward.call import RewardFunction, Texts
 from sheeprlhf.reward.load import load_function
-from sheeprlhf.reward.score import build_scorer
-from sheeprlhf.structure.reward import AutoRewardConfig, FunctionRewardConfig
+from sheeprlhf.reward.score import build_scorer, check_columns
+from sheeprlhf.structure.reward import AutoRewardConfig, FunctionRewardConfig, ListRewardConfig
 from sheeprlhf.utils.errors import ConfigError, RewardError, SheepError
 
 TEXTS = Texts(
@@ -233,7 +233,7 @@ def test_a_built_in_without_its_column():
 def test_columns_are_checked_before_anything_is_loaded():
     """Of the functions that the configuration chooses, the dataset's rule too; a model needs no column."""
     pytest.importorskip("rouge_score")
-    cfg = ListRewardConfig(terms=["model", "0.5*rouge", "sentiment"])
+    cfg = ListRewardConfig(terms=["model", "0.5*rouge", "imperative"])
     check_columns(cfg, ("reference",), default=None)
     check_columns(AutoRewardConfig(), (), default="imperative")
     check_columns(AutoRewardConfig(), (), default=None)

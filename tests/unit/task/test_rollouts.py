@@ -180,7 +180,7 @@ def test_references_are_given_where_every_row_of_the_run_has_one(model_folder: M
     assert setting.collect.texts.columns == {}
     assert all(found.equal(tokens[0]) for found in tokens)  # what is sampled does not depend on it
     setting.collect(answered, 0)
-    assert setting.collect.texts.columns == {"reference": ["A"] * 6}
+    assert setting.collect.texts.columns == {"reference": ["b"] * 6}
     for_all = make_setting(setting.folder, setting.cfg.reward, columns=()).collect
     rollout = for_all(answered, 0)
     assert for_all.texts.columns == {}
@@ -193,6 +193,6 @@ def test_what_people_read(model_folder: ModelFolder) -> None:
     table = sample_table(rollout, setting.collect.texts, 2)
     assert table.count("[prompt]") == 2
     assert f"score {rollout.scores[0, 0]:.3f}, KL 0.00" in table.replace("-0.00", "0.00")
-    assert table.count("[reference]\nA") == 2
+    assert table.count("[reference]\nb") == 2
     assert distinct_pairs(["a b c", "a b"]) == 2 / 3
     assert distinct_pairs(["", "one"]) == 0.0
