@@ -31,9 +31,19 @@ def default_choices(verb: str) -> dict[str, str | None]:
     return {group: None if name == "???" else name for group, name in pairs if " " not in group}
 
 
-def recipe_names() -> list[str]:
-    """The recipes of configs/experiment."""
-    return sorted(path.stem for path in (configs_directory() / "experiment").glob("*.yaml"))
+def recipe_names(verb: str = "train") -> list[str]:
+    """The recipes of configs/experiment for `train` or for `pipeline`, whose recipes have stages; "": all."""
+    paths = sorted((configs_directory() / "experiment").glob("*.yaml"))
+    names = [path.stem for path in paths]
+    return [name for name in names if not verb or bool(stages_of_recipe(name)) == (verb == "pipeline")]
+
+
+def stages_of_recipe(name: str) -> dict[str, str]:
+    """The command of each stage, if it is a recipe of `pipeline`, else nothing."""
+    path = configs_directory() / "experiment" / f"{name}.yaml"
+    if not path.is_file() or "\nstages:" not in (text := path.read_text(encoding="utf-8")):
+        return {}
+    return {str(stage): str(command) for stage, command in (yaml.safe_load(text)["stages"] or {}).items()}
 
 
 def recipe_meaning(name: str) -> str:

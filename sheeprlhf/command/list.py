@@ -18,9 +18,11 @@ SECTIONS = {
     "fabric": "Where it computes.",
     "optim": "Optimizers.",
     "experiments": "Recipes: named values of many options at once.",
+    "pipelines": "Recipes of several stages: trainings and evaluations in one command.",
     "runs": "Runs that were made, newest first, with their results; `list runs <folder>` looks there.",
 }
 _ALIASES = {"task": "tasks", "model": "models", "experiment": "experiments", "recipes": "experiments", "run": "runs"}
+_ALIASES |= {"pipeline": "pipelines"}
 _FEW = 3  # runs that `list` alone shows
 _MANY = 100
 _STATES = {"finished": "good", "running": "busy", "unfinished": "odd"}
@@ -122,11 +124,11 @@ def _print_choices(screen: Screen, group: str, title: str, use: str, verb: str =
         screen.print(entry(name, meaning, width=18))
 
 
-def _print_recipes(screen: Screen) -> None:
+def _print_recipes(screen: Screen, verb: str = "train") -> None:
     from sheeprlhf.command.describe import recipe_meaning, recipe_names
 
-    screen.print(heading("Experiments", "train experiment=<name>"))
-    names = recipe_names()
+    screen.print(heading("Pipelines" if verb == "pipeline" else "Experiments", f"{verb} experiment=<name>"))
+    names = recipe_names(verb)
     for name in names:
         screen.print(entry(name, recipe_meaning(name), width=max(18, *map(len, names))))
 
@@ -138,6 +140,7 @@ _PRINTERS: dict[str, Callable[[Screen], None]] = {
     "fabric": lambda screen: _print_choices(screen, "fabric", "Fabric", "fabric=<name>"),
     "optim": lambda screen: _print_choices(screen, "optim", "Optimizers", "optim=<name>"),
     "experiments": _print_recipes,
+    "pipelines": lambda screen: _print_recipes(screen, "pipeline"),
 }
 
 

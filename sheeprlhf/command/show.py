@@ -14,6 +14,7 @@ from sheeprlhf.command.describe import (
     recipe_meaning,
     recipe_names,
     shown,
+    stages_of_recipe,
 )
 from sheeprlhf.command.help import PLAIN_VERBS, VERBS
 from sheeprlhf.command.screen import Screen, clean, entry, heading, paragraph
@@ -66,7 +67,7 @@ def _print_help() -> None:
     screen.print(paragraph("Options with their default, unit, allowed values and meaning. What can be shown:"))
     for group in _all_groups():
         screen.print(entry(f"{group}=<name>", ", ".join(choices_of(group)), width=18))
-    screen.print(entry("experiment=<name>", ", ".join(recipe_names()), width=18))
+    screen.print(entry("experiment=<name>", ", ".join(recipe_names("")), width=18))
     screen.print(entry("<command>", ", ".join(VERBS), width=18))
     screen.print(entry("<option>", "its full or last name: optim.lr, lr, mini_batch_size", width=18))
     screen.print(entry("<part>", "options under one name: generation, model.lora_cfg", width=18))
@@ -91,6 +92,8 @@ def _named(word: str) -> list[Show]:
 
 def _choice(group: str, name: str) -> list[Show]:
     if group == "experiment":
+        if stages_of_recipe(name):
+            return [lambda screen: _print_pipeline(screen, name)]
         return [lambda screen: _print_recipe(screen, name)] if name in recipe_names() else []
     if name in choices(group):
         return [lambda screen: _print_choice(screen, group, name)]
@@ -109,14 +112,14 @@ def _options_named(key: str) -> list[Show]:
 def _unknown(word: str) -> str:
     key, equals, name = word.partition("=")
     if equals and key in (*_all_groups(), "experiment"):
-        names = recipe_names() if key == "experiment" else list(choices_of(key))
+        names = recipe_names("") if key == "experiment" else list(choices_of(key))
         near = nearest(name, names)
         listed = f"it may be {', '.join(names)}"
         return f"there is no {clean(word)}: " + (f"did you mean `show {key}={near}`? I{listed[1:]}" if near else listed)
     entries = list(catalogue())
     keys = [found.option.key for found in entries]
     candidates = {found.choice: f"{found.group}={found.choice}" for found in entries if found.choice}
-    candidates |= {name: f"experiment={name}" for name in recipe_names()}
+    candidates |= {name: f"experiment={name}" for name in recipe_names("")}
     candidates |= {word: word for word in (*(key.rpartition(".")[2] for key in keys), *keys, *_all_groups(), *VERBS)}
     candidates |= {known: known for known in candidates.values()}
     near = nearest(key if equals else word, candidates)
@@ -178,7 +181,7 @@ def _print_choice(screen: Screen, group: str, name: str) -> None:
 
 
 def _print_group(screen: Screen, group: str) -> None:
-    names = {name: recipe_meaning(name) for name in recipe_names()} if group == "experiment" else choices_of(group)
+    names = {name: recipe_meaning(name) for name in recipe_names("")} if group == "experiment" else choices_of(group)
     screen.print(heading(f"{group}=", "one of"))
     for name, meaning in names.items():
         screen.print(entry(name, meaning, width=18))
@@ -199,7 +202,7 @@ def _print_verb(screen: Screen, verb: str) -> None:
         screen.print(entry(f"{group}={default or ''}", names if default else f"must be given: {names}", width=18))
     own = [found.option for found in catalogue([verb]) if not found.group]
     if any(option.key == "experiment" for option in own):
-        screen.print(entry("experiment=", ", ".join(recipe_names()), width=18))
+        screen.print(entry("experiment=", ", ".join(recipe_names(verb)), width=18))
     screen.print(heading("\nIts own options:"))
     own = [option for option in own if option.key != "experiment"]
     _print_rows(screen, [_Row(option) for option in sorted(own, key=lambda option: "." in option.key)])
@@ -222,6 +225,13 @@ def _print_recipe(screen: Screen, name: str) -> None:
         usual = value == "???" or shown(value) == shown(option.value)
         rows.append(_Row(option._replace(value=value), "" if usual else f"(else {shown(option.value)})"))
     _print_rows(screen, rows)
+
+
+def _print_pipeline(screen: Screen, name: str) -> None:
+    screen.print(heading(f"experiment={name}"))
+    screen.print(paragraph(f"{recipe_meaning(name)} `pipeline experiment={name}` has these stages:"))
+    for stage, command in stages_of_recipe(name).items():
+        screen.print(entry(stage, command, width=10))
 
 
 def _print_entries(screen: Screen, entries: list[Entry]) -> None:

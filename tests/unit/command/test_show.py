@@ -90,6 +90,14 @@ def test_a_recipe_shows_the_values_of_the_one_that_it_extends(capsys):
     assert "task.init_kl_coeff=0.12" in printed
 
 
+@pytest.mark.parametrize("name", recipe_names("pipeline"))
+def test_a_pipeline_shows_its_stages(name, capsys):
+    printed = shown(capsys, f"experiment={name}")
+    content = yaml.safe_load((configs_directory() / "experiment" / f"{name}.yaml").read_text())
+    assert f"`pipeline experiment={name}`" in printed
+    assert all(f" {stage} {command}".rstrip() in printed for stage, command in content["stages"].items())
+
+
 def test_a_recipe_says_what_it_changes(capsys):
     printed = shown(capsys, "experiment=sft_smollm2_lora")
     assert "model.finetune_mode=LORA (else ALL)" in printed
@@ -106,7 +114,7 @@ def test_an_option_is_found_by_its_full_and_by_its_last_name(capsys):
     printed = shown(capsys, "mini_batch_size")
     assert "task.mini_batch_size=32 rows (with task=sft, rm, dpo" in printed
     assert "task.mini_batch_size=64 rows (with task=perplexity" in printed
-    assert "debug=false (of train, eval, inspect, doctor, fetch) Show" in shown(capsys, "debug")
+    assert "debug=false (of train, eval, inspect, doctor, fetch, pipeline) Show" in shown(capsys, "debug")
     assert "model.dtype=float32 (with every model)" in shown(capsys, "dtype")
 
 

@@ -8,7 +8,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from sheeprlhf.command.pipeline import check_stages
 from sheeprlhf.structure.compose import configs_directory
+from sheeprlhf.structure.pipeline import stages_of
 from sheeprlhf.structure.registry import (
     ROOTS,
     choices,
@@ -20,7 +22,7 @@ from sheeprlhf.structure.registry import (
     register_configs,
     to_typed,
 )
-from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.run import PipelineConfig, TrainConfig
 from sheeprlhf.structure.validate import parse_devices, parse_targets, validate
 
 ROOT = Path(__file__).parents[3]
@@ -72,13 +74,25 @@ def test_every_choice_composes_and_is_valid(verb, group, name, tmp_path, monkeyp
     assert validate(config) == []
 
 
+def check_pipeline(name, monkeypatch):
+    """Its stages can be read, and the command of each composes to a valid configuration."""
+    monkeypatch.setattr("sheeprlhf.structure.validate.cuda_problem", lambda devices: None)
+    config = to_typed(composed("pipeline", f"experiment={name}"))
+    assert isinstance(config, PipelineConfig)
+    stages = stages_of(config)
+    assert [stage.name for stage in stages] == list(config.stages)
+    check_stages(stages, [])
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
-def test_every_file_of_configs_composes(path, tmp_path):
+def test_every_file_of_configs_composes(path, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("")
     group, name = path.parent.name, path.stem
     if group == "configs":
         needed = {"train": ["task=sft"], "eval": ["task=perplexity"]}
         composed(name, *needed.get(name, []))
+    elif "\nstages:" in path.read_text():
+        check_pipeline(name, monkeypatch)
     else:
         extra = [f"data.train_file='{tmp_path}/rows.jsonl'"] if "data: local" in path.read_text() else []
         config = to_typed(
