@@ -148,16 +148,18 @@ def data_tables(records: list[Record]) -> Iterable[Html]:
             found.append((record.data, [record.label]))
     if not found:
         yield element("p", "No run has left a data_report.json.", class_="none")
+    tables = []
     for report, labels in found:
         splits = report.get("splits")
         named = splits.items() if isinstance(splits, dict) else ()
         parts = {clean(name, 20): part for name, part in islice(named, _MAX_SPLITS) if isinstance(part, dict)}
         title = f"{clean(report.get('name', '?'))}, as {clean(report.get('kind', '?'))} rows"
-        yield element("h3", title, element("small", "of " + ", ".join(labels)))
-        yield table(["", *parts], _data_rows(list(parts.values())))
+        heading = element("h3", title, element("small", "of " + ", ".join(labels)))
         notes = report.get("notes")
-        for note in notes[:20] if isinstance(notes, list) else []:
-            yield element("p", clean(note, 400), class_="none")
+        said = [clean(note, 400) for note in (notes[:20] if isinstance(notes, list) else [])]
+        below = [element("p", note, class_="none") for note in said]
+        tables.append(element("div", heading, table(["", *parts], _data_rows(list(parts.values()))), *below))
+    yield element("div", *tables, class_="tables")
 
 
 def _data_rows(parts: list[dict[str, Any]]) -> Iterable[Row]:
