@@ -76,7 +76,7 @@ class Page:
         if self._session:
             message["sessionId"] = self._session
         os.write(self._out, json.dumps(message).encode() + b"\0")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while True:
             answer = self._next(deadline)
             if answer.get("id") == self._number:
@@ -119,7 +119,7 @@ class Page:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, expression: str, accept: Callable[[Any], Any] = bool, seconds: float = 60) -> Any:
+    def wait(self, expression: str, accept: Callable[[Any], Any] = bool, seconds: float = 180) -> Any:
         """The value of an expression as soon as it is accepted."""
         deadline = time.monotonic() + seconds
         while not accept(value := self.js(expression)):
