@@ -29,6 +29,7 @@ from tests.mutants import (
     reward_mutants,
     rl_loss_mutants,
     sample_mutants,
+    security_mutants,
     stop_mutants,
 )
 from tests.mutants.mutant import Mutant
@@ -49,6 +50,7 @@ _LISTS = (
     rl_loss_mutants,
     reward_mutants,
     sample_mutants,
+    security_mutants,
     stop_mutants,
     online_mutants,
 )
