@@ -95,7 +95,7 @@ MUTANTS = [
     Mutant(  # the offset is forgotten when adapters are loaded
         trap="19",
         file=_REWARD,
-        old="        reward.offset = float(getattr(AutoConfig.from_pretrained(adapter), OFFSET, 0.0))\n",
+        old="        reward.offset = offset_of(adapter)\n",
         new="",
         tests=f"{_CHAINS}::test_an_offset_comes_back_with_the_adapters",
     ),

@@ -30,6 +30,7 @@ from tests.mutants import (
     reward_mutants,
     rl_loss_mutants,
     sample_mutants,
+    security_mutants,
     stop_mutants,
     talk_mutants,
 )
@@ -52,6 +53,7 @@ _LISTS = (
     rl_loss_mutants,
     reward_mutants,
     sample_mutants,
+    security_mutants,
     stop_mutants,
     online_mutants,
     talk_mutants,

@@ -1,0 +1,80 @@
+"""Mistakes in the reading of strangers' files that their tests notice."""
+
+from tests.mutants.mutant import Mutant
+
+_CORPUS = "tests/security/test_corpus.py::test_every_file_of_the_corpus_is_refused_and_runs_nothing"
+_FOLDERS = f"{_CORPUS}[spoilt model folders]"
+_LEGITIMATE = "tests/security/test_legitimate.py::test_"
+
+MUTANTS = [
+    Mutant(
+        trap="strangers: links lead out of the folder",
+        file="sheeprlhf/utils/files.py",
+        old="    if not any(real.is_relative_to(place) for place in homes):\n",
+        new="    if False:\n",
+        tests=_FOLDERS,
+    ),
+    Mutant(  # no snapshot of the hub would load
+        trap="strangers: links lead out of the folder",
+        file="sheeprlhf/utils/files.py",
+        old='if home.parent.name == "snapshots" else [home]',
+        new='if home.parent.name == "snapshot" else [home]',
+        tests=f"{_LEGITIMATE}a_snapshot_in_the_hubs_cache",
+    ),
+    Mutant(
+        trap="strangers: a header declares what is not there",
+        file="sheeprlhf/utils/header.py",
+        old="    if 8 + length + end != size:\n",
+        new="    if 8 + length + end > size:\n",
+        tests=_FOLDERS,
+    ),
+    Mutant(
+        trap="strangers: a header declares what is not there",
+        file="sheeprlhf/utils/header.py",
+        old="        if first != end:\n",
+        new="        if first > end:\n",
+        tests=_FOLDERS,
+    ),
+    Mutant(
+        trap="strangers: a configuration names code",
+        file="sheeprlhf/model/folder.py",
+        old='        if "attn_implementation" in key or "experts_implementation" in key:\n',
+        new='        if key == "attn_implementation":\n',
+        tests=_FOLDERS,
+    ),
+    Mutant(
+        trap="strangers: a shard is a path",
+        file="sheeprlhf/model/folder.py",
+        old='        if not _SHARD.fullmatch(shard) or ".." in shard:\n',
+        new="        if False:\n",
+        tests=_FOLDERS,
+    ),
+    Mutant(
+        trap="strangers: adapters import a library",
+        file="sheeprlhf/model/adapter.py",
+        old="        if key not in _KNOWN and value not in _OFF:\n",
+        new='        if key not in _KNOWN and value not in _OFF and key != "auto_mapping":\n',
+        tests=f"{_CORPUS}[adapter configurations]",
+    ),
+    Mutant(
+        trap="strangers: a template writes without end",
+        file="sheeprlhf/model/template_probe.py",
+        old="                    if length > _OUTPUT:\n",
+        new="                    if length < 0:\n",
+        tests=f"{_CORPUS}[chat templates]",
+    ),
+    Mutant(
+        trap="secrets: those of the environment are shown",
+        file="sheeprlhf/engine/redact.py",
+        old="    for secret in _of_environment():\n",
+        new="    for secret in []:\n",
+        tests="tests/security/test_secrets.py::test_no_canary_is_in_a_traceback",
+    ),
+    Mutant(
+        trap="versions: a malicious one runs",
+        file="sheeprlhf/utils/floors.py",
+        old="    if public in BANNED.get(name, ()):\n",
+        new="    if version in BANNED.get(name, ())[:1]:\n",
+        tests="tests/security/test_versions.py::test_the_lists",
+    ),
+]
