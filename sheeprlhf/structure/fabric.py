@@ -16,7 +16,9 @@ class FabricConfig(Config):
     accelerator: str = option("cpu", "Kind of device.", choices=("cpu", "cuda", "auto"))
     devices: str = option("1", "Number of devices (processes) on each machine, or 'auto' for all that are there.")
     num_nodes: int = option(1, "Number of machines.", minimum=1)
-    strategy: str = option("auto", "How several devices share the work.", choices=STRATEGIES)
+    strategy: str = option(
+        "auto", "How several devices share the work; fsdp2 (sft, rm, dpo) cuts the weights up too.", choices=STRATEGIES
+    )
     precision: str = option("32-true", "Number format: weights stay float32 under the mixed ones.", choices=PRECISIONS)
 
 

@@ -284,7 +284,10 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path):
     assert restore_latest(fabric, tmp_path, module, optimizer, config_hash="h", say=print) is None
 
 
-@pytest.mark.parametrize("limit", [0, 100, 1000, 5000])
+SIZES = (0, 1, 7, 50, 100, 200, 300, 500, 700, 1000, 1500, 2000, 2500, 3000, 4000, 5000, 6000, 8000, 10_000, 12_000)
+
+
+@pytest.mark.parametrize("limit", SIZES)
 def test_full_disk_leaves_the_earlier_ones_and_says_what_is_missing(tmp_path, limit):
     setup = set_up()
     save(tmp_path, 1, setup)

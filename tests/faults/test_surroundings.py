@@ -1,0 +1,82 @@
+"""What is around a run does not change it: no network is asked, and nothing but its options decides its weights."""
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sheeprlhf.cli import run
+from tests.support.jobs import ColdJob
+from tests.support.runs import digests, result_of, train, train_words, write_rows
+
+ModelFolder = Callable[..., Path]
+SHORT = ["task.epochs=1", "task.num_sample_prompts=0"]  # 8 steps
+LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
+
+
+def test_no_socket_is_opened(tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training and evaluation of a local model, with the hub's offline switch off."""
+    asked: list[str] = []
+
+    def refused(*words: object, **_: object) -> None:
+        asked.append(str(words[:2]))
+        raise OSError("no network in this test")
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket.socket, "connect_ex", refused)
+    run_dir = train(model_folder(), write_rows(tmp_path / "rows.jsonl"), tmp_path / "run", *SHORT)
+    run(["eval", "task=perplexity", f"experiment_dir={run_dir}"])
+    assert (run_dir / "eval").is_dir()
+    assert asked == []
+
+
+def test_other_data_is_refused_and_the_run_left_alone(
+    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file has other rows under the same name when the run is gone on with."""
+    data = write_rows(tmp_path / "rows.jsonl")
+    run_dir = train(model_folder(), data, tmp_path / "run", *SHORT)
+    info = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps(info | {"status": "running"}))  # as after a kill at its end
+    shutil.rmtree(run_dir / "final")
+    before, rows = digests(run_dir / "checkpoints"), data.read_text()
+    write_rows(data, seed=1)
+    with pytest.raises(SystemExit) as stopped:
+        train(model_folder(), data, run_dir, *SHORT, "resume=true")
+    assert stopped.value.code != 0
+    message = capsys.readouterr().err
+    assert "trained on other data until now" in message and "Traceback" not in message
+    assert digests(run_dir / "checkpoints") == before and not (run_dir / "final").exists()
+    data.write_text(rows)
+    train(model_folder(), data, run_dir, *SHORT, "resume=true")
+    assert (run_dir / "final").is_dir()
+
+
+@pytest.mark.slow
+def test_nothing_around_a_run_changes_its_weights(
+    tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl")
+    expected = result_of(train(model_folder(), data, tmp_path / "first", *SHORT, *LORA), 8)
+    variants = {
+        "again": [],
+        "workers": ["task.num_workers=2"],
+        "no workers": ["task.num_workers=0"],
+        "logged less": ["task.log_interval=5"],
+        "validated more": ["task.eval_interval=1"],
+        "saved more": ["task.save_interval=1"],
+    }
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name, words in variants.items():
+        assert result_of(train(model_folder(), data, tmp_path / name, *SHORT, *LORA, *words), 8) == expected, name
+    for seed in ("0", "12345"):
+        words = train_words(model_folder(), data, tmp_path / seed, *SHORT, *LORA)
+        assert ColdJob(words, tmp_path / f"log-{seed}", PYTHONHASHSEED=seed, OMP_NUM_THREADS="1").wait(400) == 0
+        assert result_of(tmp_path / seed, 8) == expected
