@@ -1,6 +1,7 @@
 """Online tasks on rows that are a prompt alone, as a user runs them."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_two_steps_on_prompts(tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]) -> None:
     data, run_dir = files(tmp_path, False, False), tmp_path / "run"
     run(words(model_folder(), data, run_dir, *LENGTH))
-    assert "next: python sheeprlhf.py list runs" in capsys.readouterr().err
+    told = capsys.readouterr().err.rpartition("next: python sheeprlhf.py ")[2].splitlines()[0]
     found = figures(run_dir)
     assert len(found["objective/scores"]) == 1 and len(found["val/scores"]) == 1
     assert "val/perplexity" not in found
@@ -48,6 +49,12 @@ def test_two_steps_on_prompts(tmp_path: Path, model_folder: ModelFolder, capsys:
     assert "[prompt]" in table and "[model]" in table and "[reference]" not in table
     report = json.loads((run_dir / "data_report.json").read_text())
     assert report["splits"]["train"]["prompts_alone"] == 16
+    run(shlex.split(told))  # against the start: there are no references
+    result = json.loads((run_dir / "eval" / "reward-length-test-final.json").read_text())
+    assert result["against"] == "start" and result["rows"] == 16
+    run(["eval", "task=generate", f"experiment_dir={run_dir}", "generation.max_new_tokens=4"])
+    written = (run_dir / "eval" / "generate-test-final.jsonl").read_text().splitlines()
+    assert len(written) == 16 and json.loads(written[0])["reference"] is None
     assert "a row has prompt and response" in refused(["eval", "task=perplexity", f"experiment_dir={run_dir}"], capsys)
 
 
