@@ -23,7 +23,7 @@ KEYS = {entry.option.key for entry in ENTRIES}
 OF_EXAMPLES = {"model=pythia", "data=questions", "task=focal", "model=oppt"}  # of docs/extending.md, and a typo
 # Built beside these pages: not looked at until they are there.
 PROMISED_VERBS = {"pipeline", "report", "chat", "demo", "export"} - set(VERBS)
-PROMISED_PAGES = {"evaluation.md", "use.md"}
+PROMISED_PAGES = {"evaluation.md", "pipeline.md", "use.md"}
 PROMISED_TASKS = {"task=preference", "task=generate", "task=frontier"} - {f"task={name}" for name in choices("task")}
 ACKNOWLEDGED = ("SheepRL", "TRL", "DeepSpeed-Chat", "trlX", "Lit-LLaMA", "LitGPT", "minLoRA", "MOSS-RLHF", "DPO")
 
