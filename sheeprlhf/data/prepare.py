@@ -26,7 +26,16 @@ from sheeprlhf.data import source, store
 from sheeprlhf.data.duplicates import SeenDigests
 from sheeprlhf.data.progress import progress_bar
 from sheeprlhf.data.read import Row, count_rows, read_batches
-from sheeprlhf.data.report import DUPLICATE, SPLITS, Report, SplitCount, check_targets, why_none_left
+from sheeprlhf.data.report import (
+    DUPLICATE,
+    SPLITS,
+    Report,
+    SplitCount,
+    check_targets,
+    notes_on,
+    rows_kept,
+    why_none_left,
+)
 from sheeprlhf.data.store import SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import DataConfig
@@ -93,7 +102,9 @@ def prepare_data(
             raise DataError(
                 f"{folder} cannot be made: {error}; free space, mend permissions or set data.cache_dir"
             ) from None
-    splits = {split: TokenizedSplit(folder / f"{split}.arrow") for split in report["splits"] if _kept(report, split)}
+    splits = {
+        split: TokenizedSplit(folder / f"{split}.arrow") for split in report["splits"] if rows_kept(report, split)
+    }
     for split, rows in splits.items():
         check_targets(split, rows, cfg)
     return PreparedData(splits, report, print_of_data, folder)
@@ -152,8 +163,8 @@ def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder:
             if split in counts
         }
         report: Report = {"name": cfg.config_name, "kind": tokenize.kind, "splits": parts, "notes": []}
-        report["notes"] = _notes(report)
-        if not any(_kept(report, split) for split in TRAINING_SPLITS[tokenize.kind]):
+        report["notes"] = notes_on(report)
+        if not any(rows_kept(report, split) for split in TRAINING_SPLITS[tokenize.kind]):
             raise DataError(why_none_left(report, set(files), cfg))
         (temporary / store.REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
     return report
@@ -242,21 +253,3 @@ def _work(batch: list[Row]) -> list[TokenRow]:
     """Tokenise one batch in a pool's process; after `stop`, nobody waits for what is still in the queue."""
     [(tokenize, stop)] = _worker
     return [] if stop.is_set() else tokenize(batch)
-
-
-def _kept(report: Report, split: str) -> int:
-    """Rows of a split."""
-    return report["splits"][split]["kept"] if split in report["splits"] else 0
-
-
-def _notes(report: Report) -> list[str]:
-    """What a user should know besides the numbers."""
-    hints = {
-        "train": "give more rows or lower data.reward_model_split",
-        "validation": "nothing is validated: give more rows, a validation file or a larger data.validation_split",
-        "test": "give more rows, a test file or a larger data.test_split",
-    }
-    notes = [f"the {split} split is empty; {hint}" for split, hint in hints.items() if not _kept(report, split)]
-    if any(part.get("labels", {}).get("pairs") for part in report["splits"].values()):
-        notes.insert(0, "each pair became two examples: the chosen response desirable, the rejected one undesirable")
-    return notes

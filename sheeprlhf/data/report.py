@@ -202,3 +202,21 @@ def render_report(report: Report) -> str:
         for label, cells in rows
     ]
     return "\n".join([f"data: {report['name']} ({report['kind']})", *(t.rstrip() for t in table), *report["notes"]])
+
+
+def rows_kept(report: Report, split: str) -> int:
+    """Rows of a split."""
+    return report["splits"][split]["kept"] if split in report["splits"] else 0
+
+
+def notes_on(report: Report) -> list[str]:
+    """What a user should know besides the numbers."""
+    hints = {
+        "train": "give more rows or lower data.reward_model_split",
+        "validation": "nothing is validated: give more rows, a validation file or a larger data.validation_split",
+        "test": "give more rows, a test file or a larger data.test_split",
+    }
+    notes = [f"the {split} split is empty; {hint}" for split, hint in hints.items() if not rows_kept(report, split)]
+    if any(part.get("labels", {}).get("pairs") for part in report["splits"].values()):
+        notes.insert(0, "each pair became two examples: the chosen response desirable, the rejected one undesirable")
+    return notes

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from sheeprlhf.structure.catalogue import condensed
 from sheeprlhf.structure.earlier import with_start
 from sheeprlhf.structure.limits import option_problems
 from sheeprlhf.structure.overrides import Chosen, key_problem, missing_problem, pick_groups, readable, recipe_owner
+from sheeprlhf.structure.places import run_folder_problems
 from sheeprlhf.structure.registry import ROOTS, choices, groups, options, register_configs, to_typed
 from sheeprlhf.structure.run import EvalConfig, RootConfig
 from sheeprlhf.structure.saved import saved_group
@@ -195,7 +195,7 @@ def _check_job(source: Source, parsed: list[Override], complete: bool) -> list[s
         words += saved_overrides(source.verb, _words(parsed))
         base, without = _compose_base(source, chosen, words)
         problems += without + hydra_problems(source.verb, base, [*_a_task(chosen), *_words(chosen.hydra)])
-        problems += _place_problems(base)
+        problems += run_folder_problems(base)
     except ConfigError as error:
         return problems + list(error.problems)
     with open_dict(base):
@@ -213,18 +213,6 @@ def _check_job(source: Source, parsed: list[Override], complete: bool) -> list[s
 def _a_task(chosen: Chosen) -> list[str]:
     """Any task, so that a configuration which needs one composes."""
     return [f"task={names[0]}"] if (names := chosen.available.get("task")) else []
-
-
-def _place_problems(base: DictConfig) -> list[str]:
-    """Hydra makes the folder of hydra.run.dir before anything of ours runs; where it cannot, it shows a traceback."""
-    with contextlib.suppress(OmegaConfBaseException):  # depends on what only the run knows
-        folder = Path(base.hydra.run.dir).absolute()
-        existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        if not existing.is_dir():
-            return [f"hydra.run.dir={folder}: {existing} is not a directory; choose another place"]
-        if not os.access(existing, os.W_OK | os.X_OK):
-            return [f"hydra.run.dir={folder}: {existing} is not writable; choose another place"]
-    return []
 
 
 def _value_problems(base: DictConfig, chosen: Chosen, verb: str) -> list[str]:

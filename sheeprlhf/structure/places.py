@@ -3,7 +3,11 @@
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.structure.limits import near_path
@@ -114,3 +118,15 @@ def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
     if weights and not any((folder / file).is_file() for file in _WEIGHTS):
         return f"{given}: this folder has no {_WEIGHTS[0]}: give one that has, or start with model.random_init=true"
     return None
+
+
+def run_folder_problems(base: DictConfig) -> list[str]:
+    """Hydra makes the folder of hydra.run.dir before anything of ours runs; where it cannot, it shows a traceback."""
+    with suppress(OmegaConfBaseException):  # depends on what only the run knows
+        folder = Path(base.hydra.run.dir).absolute()
+        existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not existing.is_dir():
+            return [f"hydra.run.dir={folder}: {existing} is not a directory; choose another place"]
+        if not os.access(existing, os.W_OK | os.X_OK):
+            return [f"hydra.run.dir={folder}: {existing} is not writable; choose another place"]
+    return []

@@ -22,9 +22,6 @@ ENTRIES = list(catalogue())
 KEYS = {entry.option.key for entry in ENTRIES}
 OF_EXAMPLES = {"model=pythia", "data=questions", "task=focal", "model=oppt"}  # of docs/extending.md, and a typo
 # Built beside these pages: not looked at until they are there.
-PROMISED_VERBS = {"pipeline", "report", "chat", "demo", "export"} - set(VERBS)
-PROMISED_PAGES = {"evaluation.md", "pipeline.md", "use.md"}
-PROMISED_TASKS = {"task=preference", "task=generate", "task=frontier"} - {f"task={name}" for name in choices("task")}
 ACKNOWLEDGED = ("SheepRL", "TRL", "DeepSpeed-Chat", "trlX", "Lit-LLaMA", "LitGPT", "minLoRA", "MOSS-RLHF", "DPO")
 
 
@@ -72,8 +69,6 @@ def test_every_link_and_path_leads_somewhere(page: Path) -> None:
             continue
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
-        if target.name in PROMISED_PAGES and not target.exists():
-            continue
         if not target.exists() or (anchor and anchor not in anchors(target)):
             missing.append(link)
     for code in inline(page):
@@ -86,7 +81,7 @@ def test_every_link_and_path_leads_somewhere(page: Path) -> None:
 def test_every_option_and_choice_that_is_named_exists(page: Path) -> None:
     unknown = []
     for word in (word for words in (*map(str.split, inline(page)), *commands(page)) for word in words):
-        if word in OF_EXAMPLES | PROMISED_TASKS or word.endswith(".py"):
+        if word in OF_EXAMPLES or word.endswith(".py"):
             continue
         key, equals, value = word.rstrip(",;").partition("=")
         group, _, rest = key.partition(".")
@@ -103,9 +98,9 @@ def test_every_option_and_choice_that_is_named_exists(page: Path) -> None:
 def test_every_command_of_a_code_block_composes(page: Path) -> None:
     problems = []
     for verb, *words in commands(page):
-        if verb not in set(VERBS) | PROMISED_VERBS:
+        if verb not in VERBS:
             problems.append(f"no command {verb}")
-        elif not set(words) & (OF_EXAMPLES | PROMISED_TASKS | {"data.train_file=broken.jsonl", "--config-dir"}):
+        elif not set(words) & (OF_EXAMPLES | {"data.train_file=broken.jsonl", "--config-dir"}):
             problems += problems_of(verb, tuple(words))
     assert problems == []
 
