@@ -33,7 +33,7 @@ def print_overview() -> None:
     screen = Screen()
     screen.print(_usage("<command>"), Text("\nFine-tune and align language models.\n"), heading("Commands:"), sep="\n")
     for verb, meaning in VERBS.items():
-        screen.print(entry(verb, meaning, width=8))
+        screen.print(entry(verb, meaning, width=9))
     screen.print()
     screen.print(paragraph("Start with `train task=sft`; `list` and `<command> --help` tell what there is."))
 
