@@ -56,7 +56,7 @@ def run(config: PipelineConfig) -> int:
         write_state(place.dir, place.state)
         rows = write_results(place.dir, stages, place.state)
         show_results(place.dir, rows)
-        code = started.run(["report", str(place.dir)]) if "report" in VERBS else 0
+        code = started.run(["report", str(place.dir), f"--to={place.dir / 'report.html'}"]) if "report" in VERBS else 0
     print(f"next: {_typed(['list', 'runs', str(place.dir)])}")
     return code
 

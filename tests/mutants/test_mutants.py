@@ -25,6 +25,7 @@ from tests.mutants import (
     kto_mutants,
     model_mutants,
     online_mutants,
+    pipeline_mutants,
     preference_mutants,
     reward_mutants,
     rl_loss_mutants,
@@ -51,6 +52,7 @@ _LISTS = (
     sample_mutants,
     stop_mutants,
     online_mutants,
+    pipeline_mutants,
 )
 MUTANTS = [mutant for module in _LISTS for mutant in module.MUTANTS]
 FIRST_OF_TRAP = {mutant.trap: mutant for mutant in reversed(MUTANTS)}
