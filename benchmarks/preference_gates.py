@@ -1,18 +1,24 @@
 """The recipes of `data=docstrings`, seed after seed: what reward models and DPO reach, and how long each takes.
 
     python benchmarks/preference_gates.py --work FOLDER [--seeds 0 1 2] [--suffix docstrings] [--temperature 0.7]
+        [--coin]
 
 Fine-tunes with `experiment=sft_<suffix>`; from each fine-tuned model `experiment=dpo_<suffix>`, measured by
 measure_preference.py on held-out prompts; from the first one a reward model by each loss, measured on the test split,
 whose packages were never trained on. Prints two Markdown tables. A run that is there and finished is not run again.
+With --coin the fine-tuning's texts are imperative or third person by the toss of a coin, and not by package: a large
+model, which knows the imperative before, then writes either about as often.
 """
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from pyarrow import parquet
 
 ROOT = Path(__file__).parents[1]
 MEASURE = str(ROOT / "benchmarks" / "measure_preference.py")
@@ -27,6 +33,7 @@ def main() -> None:
     parser.add_argument("--suffix", default="docstrings", help="of the recipes: docstrings or smollm2_lora")
     parser.add_argument("--temperature", default="0.7")
     parser.add_argument("--rows", default="500")
+    parser.add_argument("--coin", action="store_true", help="fine-tune on texts whose style a coin decides")
     parser.add_argument("words", nargs="*", help="more words for every training command")
     arguments = parser.parse_args()
     work, suffix = arguments.work.resolve(), arguments.suffix
@@ -43,8 +50,9 @@ def main() -> None:
 
     work.mkdir(parents=True, exist_ok=True)
     rows, starts = [], {}
+    fine_tunes_on = coin_rows(work / "coin.jsonl") if arguments.coin else []
     for seed in arguments.seeds:
-        starts[seed], sft_seconds = train("sft", f"sft-{seed}", f"seed={seed}")
+        starts[seed], sft_seconds = train("sft", f"sft-{seed}", f"seed={seed}", *fine_tunes_on)
         start = f"task.sft_experiment_dir={starts[seed]}"
         run_dir, seconds = train("dpo", f"dpo-{seed}", f"seed={seed}", start)
         words = ["--rows", arguments.rows, "--temperature", arguments.temperature]
@@ -74,6 +82,20 @@ def main() -> None:
         found = json.loads((run_dir / "eval" / "preference-test-final.json").read_text())
         figures = f"{found['margin']:.2f} | {found['length_correlation']:.2f} | {seconds:.0f} s |"
         print(f"| {loss} | **{found['accuracy']:.4f}** | {found['pairs']:,} | {figures}", flush=True)
+
+
+def coin_rows(path: Path) -> list[str]:
+    """The embedded training rows, each with one of its two texts, and the words that train on them."""
+    toss = random.Random(0)
+    table = parquet.read_table(ROOT / "sheeprlhf/assets/docstrings/train.parquet")
+    rows = [
+        {"prompt": row["prompt"], "response": row[toss.choice(("chosen", "rejected"))]}
+        for row in table.select(["prompt", "chosen", "rejected"]).to_pylist()
+        if row["chosen"] and row["rejected"]
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = ["data.reward_model_split=0", "data.validation_split=0.02", "data.test_split=0.02"]
+    return ["data=local", f"data.train_file={path}", "data.max_length=128", "data.max_prompt_length=96", *splits]
 
 
 def call(*words: str) -> None:

@@ -57,9 +57,15 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
         if other_rank:  # rank zero tells what it fails with too, and this process ends with it, before it fails alone
             time.sleep(_SECONDS_FOR_RANK_ZERO)
         if debug:
-            traceback.print_exc()
+            print(_shown(traceback.format_exc()), file=sys.stderr)
         print_error(_message(error, debug))
         return error.exit_code if isinstance(error, SheepError) else 1
+
+
+def _shown(text: str) -> str:
+    from sheeprlhf.engine.redact import plain_text, redact_text
+
+    return plain_text(redact_text(text))
 
 
 def _message(error: Exception, debug: bool) -> str:

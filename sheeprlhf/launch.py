@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.engine.redact import redact_text
+from sheeprlhf.engine.redact import plain_text, redact_text
 from sheeprlhf.engine.rundir import choose_run_dir, is_finished
 from sheeprlhf.model.locate import locate
 from sheeprlhf.structure.earlier import TASKS, is_word
@@ -20,6 +20,7 @@ from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, Ro
 from sheeprlhf.structure.smaller import advice
 from sheeprlhf.structure.validate import parse_devices
 from sheeprlhf.utils.errors import OutOfMemory, SheepError
+from sheeprlhf.utils.floors import check_versions
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.processes import die_with_parent
 
@@ -76,7 +77,11 @@ def launch(config: RootConfig, job: Job) -> int:
 
     Returns:
         The exit code.
+
+    Raises:
+        ConfigError: a library that would be imported must not be.
     """
+    check_versions()
     if isinstance(config, CommandConfig):
         _be_quiet()
         if isinstance(config, InspectConfig):
@@ -114,12 +119,13 @@ def _find(config: TrainConfig | EvalConfig | InspectConfig) -> None:
     if config.model is not None:
         found = locate(config.model)
         if found.note:
-            print(found.note, file=sys.stderr)
+            print(plain_text(redact_text(found.note)), file=sys.stderr)
         if found.no_hub:
             os.environ["HF_HUB_OFFLINE"] = "1"  # nobody has to find out again, here or in the other processes
         library = config.model.library_cfg
         if library.trust_remote_code:
-            print(f"Python code of {config.model.repo_name} at {library.revision} will run on this machine.")
+            name = plain_text(str(config.model.repo_name))
+            print(f"Python code of {name} at {library.revision} will run on this machine.")
     if config.data is not None:
         from sheeprlhf.data import source
 

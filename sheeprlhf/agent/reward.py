@@ -3,16 +3,18 @@
 Letters: N tokens that are scored.
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import cast
 
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy, hidden_at_head
 from sheeprlhf.data.example import Batch
+from sheeprlhf.model.folder import read_json
 from sheeprlhf.model.load import load_causal_lm, uses_packed_attention
 from sheeprlhf.model.lora import add_lora, load_lora, save_model
 from sheeprlhf.model.scalar import HEAD, head_scores, padding_token, scalar_model
@@ -84,6 +86,14 @@ class RewardModel(nn.Module):
         (folder / "README.md").write_text(card)
 
 
+def offset_of(folder: Path) -> float:
+    """The offset in the config.json that `RewardModel.save` has put beside adapters."""
+    offset = read_json(folder, "config.json").get(OFFSET, 0.0)
+    if not isinstance(offset, int | float) or not math.isfinite(offset):
+        raise ModelError(f"{folder}/config.json: {OFFSET}={str(offset)[:40]} is no number")
+    return float(offset)
+
+
 @phase("loading the model")
 def load_reward_model(
     cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, batching: str
@@ -118,7 +128,7 @@ def reward_model_of(
     model = scalar_model(policy.causal_lm(), tokenizer)
     if adapter is not None:
         reward = RewardModel(load_lora(model, adapter))
-        reward.offset = float(getattr(AutoConfig.from_pretrained(adapter), OFFSET, 0.0))
+        reward.offset = offset_of(adapter)
         return reward
     if cfg.freeze_transformer:
         model.requires_grad_(False)

@@ -8,7 +8,6 @@ import dataclasses
 import shlex
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
@@ -17,12 +16,12 @@ from rich.text import Text
 from sheeprlhf.command.checks import Finding, caches, devices, disk, hub, precision, versions
 from sheeprlhf.command.screen import Screen, paragraph
 from sheeprlhf.engine.redact import plain_text, redact_command, redact_text
-from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.machine import available_memory
-from sheeprlhf.structure.places import model_folder
+from sheeprlhf.structure.places import data_is_here, model_folder
 from sheeprlhf.structure.run import DoctorConfig
 from sheeprlhf.utils.errors import ModelError, SheepError
-from sheeprlhf.utils.hub import EMBEDDED, why_offline
+from sheeprlhf.utils.hub import why_offline
 from sheeprlhf.utils.memory import size_text
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
     on_cuda = config.fabric.accelerator != "cpu" and torch.cuda.is_available()
     yield from devices(config.fabric)
     yield precision(config.fabric, on_cuda=on_cuda)
-    all_here = model_folder(str(config.model.repo_name)) is not None and _is_here(config.data)
+    all_here = model_folder(str(config.model.repo_name)) is not None and data_is_here(config.data)
     yield hub(offline.result(), needed=not all_here)
     yield from caches(config.data.cache_dir)
     yield _data(config.data, offline.result())
@@ -101,16 +100,11 @@ def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
     yield memory_finding(config, size, room, "cuda" if on_cuda else "cpu")
 
 
-def _is_here(data: DataConfig) -> bool:
-    name = str(data.dataset_name)
-    return isinstance(data, LocalDataConfig) or name.startswith(EMBEDDED) or Path(name).expanduser().is_dir()
-
-
 def _data(data: DataConfig, offline: str) -> Finding:
     """Whether the rows are to be had; a dataset of the hub is not downloaded for it."""
     from sheeprlhf.data import source
 
-    if not offline and not _is_here(data):
+    if not offline and not data_is_here(data):
         return Finding("ok", "data", f"{data.dataset_name} is on the hub; the first run downloads it")
     try:
         files = source.locate(data)

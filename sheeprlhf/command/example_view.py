@@ -36,7 +36,7 @@ class View(NamedTuple):
 
 
 def response_names(count: int) -> dict[str, str]:
-    """The names of an example's responses, which come best first, and what each is among them."""
+    """The names of an example's responses, which come best first, and what each is among them; it may have none."""
     if count == 1:
         return {"response": ""}
     if count == 2:
@@ -91,8 +91,10 @@ class Viewer:
 
     def view(self, example: Example) -> View:
         """The tokens of an example and the facts about it."""
-        batch = collate_packed([example], targets=self._targets)
-        trained = trained_tokens(batch, scored=self._scored).tolist()
+        trained = [False] * len(example.prompt_ids)
+        if example.responses:
+            batch = collate_packed([example], targets=self._targets)
+            trained = trained_tokens(batch, scored=self._scored).tolist()
         names = response_names(len(example.responses))
         prompt = example.prompt_ids.tolist()
         responses = {name: ids.tolist() for name, ids in zip(names, example.responses, strict=True)}
@@ -112,6 +114,8 @@ class Viewer:
             parts[name] = [Token(*fields) for fields in zip(shown, marks, special, strict=True)]
         sizes = " + ".join(f"{name} {len(tokens)}" for name, tokens in parts.items())
         facts = [f"{sizes} = {len(trained)} tokens", f"{sum(trained)} {'scored' if self._scored else 'trained on'}"]
+        if not responses:
+            facts = [f"prompt {len(prompt)} tokens", "no response: the model writes it"]
         self._look_at_start(prompt, facts, warnings)
         ended = {name: ids[-1] == self._tokenizer.eos_token_id for name, ids in responses.items()}
         if len(ended) > 2 and all(ended.values()):

@@ -14,10 +14,14 @@ VERBS = {
     "pipeline": "All stages in one command: `pipeline experiment=quickstart`.",
     "list": "What there is to choose, and past runs: `list models`, `list runs`.",
     "show": "Every option of a choice, its default and meaning: `show model=opt`.",
+    "report": "Runs as one page to look at: `report <run> <run>`, `report <folder of runs>`.",
     "doctor": "Check this machine, plan a run's memory: `doctor task=sft model=opt`.",
     "fetch": "Get a model into the local cache: `fetch model=smollm2` needs no hub.",
+    "chat": "Talk to a run or a model in the terminal: `chat <run>`.",
+    "demo": "The same in the browser, several runs side by side: `demo <run> <run>`.",
+    "export": "A run as a folder for plain transformers: `export <run> --to <folder>`.",
 }
-PLAIN_VERBS = ("list", "show")  # they take words; the others take options
+PLAIN_VERBS = ("list", "show", "report", "chat", "demo", "export")  # they take words; the others take options
 _FACTS = (
     r"\[[^\[\]]*(\[[^\[\]]*\])?\](?=$|\s+One of)"  # of an option: type, unit and default, at the end of its meaning
 )
@@ -73,7 +77,8 @@ def _print_group(screen: Screen, verb: str, group: str, names: list[str], config
     screen.print(heading(f"\n{group}=", note, "odd" if needed else "faint"))
     for name in sorted(names, key=lambda name: list(classes).index(name) if name in classes else len(classes)):
         meaning = meaning_of(classes[name]) if name in classes else "from a file"
-        screen.print(entry(name, meaning if group != "experiment" else recipe_meaning(name), width=18))
+        meaning = meaning if group != "experiment" else recipe_meaning(name)
+        screen.print(entry(name, meaning, width=max([18, *map(len, names)])))
 
 
 def _print_options(screen: Screen, verb: str, config: Any) -> None:

@@ -162,7 +162,10 @@ def _print_head(
     count = len(data.splits[split])
     _say(screen, f"\n{split} split: {min(config.num_examples, count)} of {count:,} examples")
     looks_at = _COMPARES if targets == "response" and config.task.data_kind == "preference" else _LOOKS_AT[targets]
-    _say(screen, f"the loss {looks_at}; {share:.1%} of the responses end in EOS")
+    ends = (
+        "these rows have none: the model writes them" if share is None else f"{share:.1%} of the responses end in EOS"
+    )
+    _say(screen, f"the loss {looks_at}; {ends}")
     if not config.num_examples:
         return
     what = "scored" if targets in ("last", "scores") else "trained on"

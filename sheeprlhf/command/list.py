@@ -128,8 +128,9 @@ def _print_recipes(screen: Screen, verb: str = "train") -> None:
     from sheeprlhf.command.describe import recipe_meaning, recipe_names
 
     screen.print(heading("Pipelines" if verb == "pipeline" else "Experiments", f"{verb} experiment=<name>"))
-    for name in recipe_names(verb):
-        screen.print(entry(name, recipe_meaning(name), width=18))
+    names = recipe_names(verb)
+    for name in names:
+        screen.print(entry(name, recipe_meaning(name), width=max(18, *map(len, names))))
 
 
 _PRINTERS: dict[str, Callable[[Screen], None]] = {

@@ -29,10 +29,13 @@ _FAR = 2.5  # a limit this many times as long as the longest row would leave no 
 def lengths_of(split: TokenizedSplit) -> Lengths:
     """Tokens of every prompt, every response and every row of a split; of ranked responses, the best one and the rest.
 
+    Where no row has a response, there are no lengths of responses.
+
     Where the better responses are the longer ones, a model can learn length instead of what is meant.
     """
-    responses, worse = split.sizes[:, 1], split.sizes[:, 2:]
-    of_responses = {"better": responses, "worse": worse[worse >= 0]} if worse.size else {"response": responses}
+    best, worse = split.sizes[:, 1:2], split.sizes[:, 2:]
+    parts = {"better": best, "worse": worse} if worse.size else {"response": best}
+    of_responses = {kind: sizes[sizes >= 0] for kind, sizes in parts.items() if (sizes >= 0).any()}
     return {"prompt": split.sizes[:, 0], **of_responses, "total": split.lengths}
 
 
@@ -78,20 +81,24 @@ def draw_histograms(splits: Mapping[str, TokenizedSplit], cfg: DataConfig, title
     from matplotlib.figure import Figure  # without pyplot: no window, and no figures that others share
 
     lengths = {name: lengths_of(split) for name, split in splits.items()}
-    kinds = list(next(iter(lengths.values())))
+    kinds = [kind for kind in _COLORS if any(kind in of_split for of_split in lengths.values())]
     limits = {"prompt": ("data.max_prompt_length", cfg.max_prompt_length)}
-    if "response" in kinds:  # else the limit is that of the prompt with its longest response
+    if "better" not in kinds:  # else the limit is that of the prompt with its longest response
         limits["total"] = ("data.max_length", cfg.max_length)
     with style.context(["default", _STYLE]):  # the user's own settings may not fit
         figure = Figure(figsize=(11, 1.3 + 1.75 * len(splits)), layout="constrained")
         figure.suptitle(title, fontsize=11)
         grid = figure.subplots(len(splits), len(kinds), sharex="col", squeeze=False)
         for column, kind in enumerate(kinds):
-            longest = int(max(lengths[name][kind].max() for name in lengths))
+            longest = int(max(of_split[kind].max() for of_split in lengths.values() if kind in of_split))
             step = math.ceil(longest / _MOST_BARS)
             edges = np.arange(1, longest + step + 1, step) - 0.5
             for axes, (name, values) in zip(grid[:, column], lengths.items(), strict=True):
-                _draw_one(axes, values[kind], edges, _COLORS[kind])
+                if kind in values:
+                    _draw_one(axes, values[kind], edges, _COLORS[kind])
+                else:
+                    axes.set_title("none", fontsize=8)
+                    axes.set_yticks([])
                 if column == 0:
                     axes.set_ylabel(f"{name}: {len(splits[name]):,} rows")
             grid[-1, column].set_xlabel("tokens")

@@ -2,7 +2,8 @@
 
 Letters of tensor names: B rows, T positions of a row, R positions where a head runs, N targets (tokens that those
 positions have to predict, or to score), S responses, P pairs of responses.
-A *segment* is one prompt with K >= 1 responses; the prompt is stored and computed once.
+A *segment* is one prompt with K >= 1 responses; the prompt is stored and computed once. A row that is a prompt alone
+(K = 0) becomes a segment when its responses are sampled.
 """
 
 from typing import Any, NamedTuple
@@ -41,7 +42,8 @@ class Example(NamedTuple):
     Attributes:
         row_id: the row's number in its split's source, for error messages.
         prompt_ids: (P,) int32, P >= 1, begins with BOS where the tokenizer has one.
-        responses: K arrays (R_k,) int32, R_k >= 1, best first, each ending in EOS unless it was cut.
+        responses: K arrays (R_k,) int32, R_k >= 1, best first, each ending in EOS unless it was cut; K = 0 for a
+            prompt alone.
         margin: how far apart the scores of two neighbours should be at least.
         desirable: False for a response of unpaired data that is to become less likely.
     """

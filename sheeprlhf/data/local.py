@@ -1,6 +1,7 @@
 """Your own files: `prompt` + `response`, `prompt` + `chosen` + `rejected`, `prompt` + `responses`, or `messages`.
 
-A `label` beside a response says whether it is desirable; tasks of unpaired data need it.
+A `label` beside a response says whether it is desirable; tasks of unpaired data need it. Tasks that sample their
+responses take rows with a prompt alone too.
 """
 
 import re
@@ -47,10 +48,26 @@ def format_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | No
     return PreferenceExample(text(row, "prompt"), response, chosen, rejected, margin=margin, label=label)
 
 
-def _from_messages(messages: Any, tokenizer: Any) -> TemplatedExample:
+def format_prompt(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | None:
+    """As `format_row`, for tasks that sample the responses: a row may have a prompt and nothing else.
+
+    A conversation that ends with the user's message is a prompt as a whole.
+
+    Raises:
+        DataError, DropRowError: as `format_row` does.
+    """
+    if row.get("messages") is not None:
+        return _from_messages(row["messages"], tokenizer, as_prompt=True)
+    if any(row.get(column) is not None for column in ("response", "chosen", "rejected", "responses")):
+        return format_row(row, tokenizer)
+    return PreferenceExample(text(row, "prompt"))
+
+
+def _from_messages(messages: Any, tokenizer: Any, *, as_prompt: bool = False) -> TemplatedExample:
     """The last assistant message is the response, everything before it the prompt.
 
-    The response is what the template writes after the prompt, up to its first EOS.
+    The response is what the template writes after the prompt, up to its first EOS. With `as_prompt`, messages that end
+    with the user's are a prompt without response.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
@@ -59,8 +76,12 @@ def _from_messages(messages: Any, tokenizer: Any) -> TemplatedExample:
         )
     turns = _turns(messages)
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
-    if last == 0:
-        raise DataError("column 'messages' needs an assistant message with a message before it")
+    unanswered = as_prompt and bool(turns) and turns[-1]["role"] == "user"
+    if unanswered:
+        last = len(turns)
+    elif last == 0:
+        other = "a user's message at its end, or " if as_prompt else ""
+        raise DataError(f"column 'messages' needs {other}an assistant message with a message before it")
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     if any(token in part for turn in turns for part in turn.values() for token in special):
         raise DropRowError("special_tokens_in_messages")
@@ -69,6 +90,8 @@ def _from_messages(messages: Any, tokenizer: Any) -> TemplatedExample:
         whole = tokenizer.apply_chat_template(turns[: last + 1], tokenize=False)
     except TemplateError as error:
         raise DataError(f"the model's chat template refuses column 'messages': {error}") from None
+    if unanswered:
+        return TemplatedExample(prompt=prompt)
     if not whole.startswith(prompt):
         raise DataError(
             "the model's chat template writes the conversation differently once it is answered; "

@@ -1,7 +1,7 @@
 """Rows of parquet files. The file states its columns and types, so most mistakes show before a row is read."""
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,23 @@ from sheeprlhf.data.rows import COLUMNS, TEXT_COLUMNS, column_advice
 from sheeprlhf.utils.errors import DataError
 
 BATCH_ROWS = 1000  # of a part that is decoded at once
+MAX_UNPACKED, MAX_ROWS = 1000, 50  # for each byte of the file: text does not shrink to a thousandth
+FREE_UNPACKED, FREE_ROWS = 2**26, 2**20  # of any file
 BUFFER = 2**20  # bytes read at once from a column, which may be as large as the file
 
 
-def read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The known columns, streamed; a column that no row format reads is None.
+def read_parquet(file: Path, known: Sequence[str] = COLUMNS) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The known columns, streamed; any other is None.
+
+    Args:
+        file: what to read.
+        known: names of columns that a row format may read.
 
     Raises:
         DataError: if it is damaged, or a column is not text.
     """
     schema = open_parquet(file).schema_arrow
-    columns = _known_columns(file, schema)
+    columns = _known_columns(file, schema, known)
     others = dict.fromkeys(name for name in schema.names if name not in columns)
     number = 0
     try:
@@ -65,19 +71,34 @@ def open_parquet(file: Path) -> pq.ParquetFile:
     """The file, its footer read.
 
     Raises:
-        DataError: if it is none.
+        DataError: if it is none, or says that it holds far more than its size.
     """
     try:
-        return pq.ParquetFile(file, buffer_size=BUFFER)
+        parquet = pq.ParquetFile(file, buffer_size=BUFFER)
+        _check_ratio(file, parquet.metadata)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: not a readable parquet file ({_line(error)}); fetch or write it again") from None
+    return parquet
 
 
-def _known_columns(file: Path, schema: pa.Schema) -> list[str]:
+def _check_ratio(file: Path, facts: pq.FileMetaData) -> None:
+    """Refuse a small file that would fill the memory or the disk."""
+    size = file.stat().st_size
+    groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
+    unpacked = sum(group.total_byte_size for group in groups)
+    limits = (("bytes", unpacked, FREE_UNPACKED, MAX_UNPACKED), ("rows", facts.num_rows, FREE_ROWS, MAX_ROWS))
+    for what, number, free, ratio in limits:
+        if number > max(free, ratio * size):
+            raise DataError(
+                f"{file}: {number:,} {what} in a file of {size:,} bytes: this is no text; give another file"
+            )
+
+
+def _known_columns(file: Path, schema: pa.Schema, known: Sequence[str]) -> list[str]:
     """Names of the columns to read, checked."""
-    columns = [name for name in COLUMNS if name in schema.names]
+    columns = [name for name in known if name in schema.names]
     if not columns:
-        raise DataError(f"{file}: none of the columns {', '.join(COLUMNS)}: {column_advice([], schema.names)}")
+        raise DataError(f"{file}: none of the columns {', '.join(known)}: {column_advice([], schema.names)}")
     for name in columns:
         if schema.names.count(name) > 1:
             raise DataError(f"{file}: column '{name}' appears twice; keep one")

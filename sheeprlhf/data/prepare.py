@@ -6,6 +6,7 @@ How data flows: `source` finds the files, `read` streams their rows, the dataset
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import re
 import signal
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -33,7 +35,12 @@ from sheeprlhf.utils.folders import locked, written_folder
 
 FORMAT_VERSION = 5  # raise it whenever the code makes other rows, or another report, of the same input
 _PREFERENCES = ("train", "reward")
-TRAINING_SPLITS = {"sft": ("train",), "preference": _PREFERENCES, "unpaired": _PREFERENCES}  # one must have rows
+TRAINING_SPLITS = {
+    "sft": ("train",),
+    "preference": _PREFERENCES,
+    "unpaired": _PREFERENCES,
+    "prompts": ("train",),
+}  # one must have rows
 NOT_IN_FINGERPRINT = ("cache_dir", "num_proc", "dataset_name", "revision", "train_file", "validation_file", "test_file")
 
 
@@ -62,7 +69,8 @@ def prepare_data(
         cfg: the data options.
         tokenizer: the model's tokenizer.
         kind: "sft": one response, the row's `response`, else its `chosen`; "preference": chosen and rejected;
-            "unpaired": a response and whether it is desirable, two of such rows from a pair.
+            "unpaired": a response and whether it is desirable, two of such rows from a pair; "prompts": as "sft", but a
+            row without a response is kept.
         say: prints a line for the user.
         progress: show a bar (rank zero).
 
@@ -108,7 +116,7 @@ def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str) -> str:
     parts = {
         "version": FORMAT_VERSION,
         "kind": tokenize.kind,
-        "row_format": cfg.row_format,
+        "row_format": [cfg.row_format, inspect.getsource(import_module(cfg.row_format.partition(":")[0]))],
         "options": options,
         "content": content,
         "tokenizer": pieces,
@@ -127,7 +135,8 @@ def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder:
             seen = SeenDigests()
             total = count_rows(files[origin], cfg.num_samples) if progress else None
             with progress_bar(f"preparing {origin}", total, shown=progress, unit=" rows") as bar:
-                for rows in _tokenized(tokenize, read_batches(files[origin], cfg.num_samples), cfg.num_proc):
+                read = read_batches(files[origin], cfg.num_samples, more=cfg.columns)
+                for rows in _tokenized(tokenize, read, cfg.num_proc):
                     kept = _count(rows, cfg, origin, set(files), seen, counts)
                     for split, kept_rows in kept.items():
                         if split not in writers:

@@ -1,6 +1,6 @@
 """Rows of jsonl, json, csv and parquet files as one stream of batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,7 @@ from sheeprlhf.utils.errors import DataError
 
 BATCH_ROWS = 1000
 BATCH_CHARS = 2 * 2**20  # tokenising takes about 200 bytes of memory for each
-READERS: dict[str, Callable[[Path], PlacedRows]] = {
-    ".parquet": read_parquet,
+READERS: dict[str, Callable[[Path], PlacedRows]] = {  # all but parquet's, which is told what to read
     ".jsonl": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
@@ -25,7 +24,7 @@ class Row(NamedTuple):
     Attributes:
         number: the row's number in its split, from 0.
         place: where it stands, for messages: "pairs.jsonl line 3".
-        values: the columns of `COLUMNS` that it has.
+        values: those of its columns that are read.
         others: names of its other columns.
     """
 
@@ -35,25 +34,30 @@ class Row(NamedTuple):
     others: tuple[str, ...] = ()
 
 
-def read_batches(files: list[Path], limit: int | None, size: int = BATCH_ROWS) -> Iterator[list[Row]]:
+def read_batches(
+    files: list[Path], limit: int | None, size: int = BATCH_ROWS, *, more: Sequence[str] = ()
+) -> Iterator[list[Row]]:
     """The rows of a split in batches, in the files' order.
 
     Args:
         files: files of one split, of any readable kind.
         limit: most rows; None reads all.
         size: most rows of a batch; it also ends when its texts reach `BATCH_CHARS`.
+        more: names of columns to read besides `COLUMNS`.
 
     Raises:
         DataError: for what cannot be read, naming file and line.
     """
+    columns = (*COLUMNS, *more)
     batch: list[Row] = []
     number = chars = 0
     for file in files:
         if number == limit:
             break
         before = number
-        for place, values in READERS[file.suffix.lower()](file):
-            known = {name: values[name] for name in COLUMNS if name in values}
+        kind = file.suffix.lower()
+        for place, values in read_parquet(file, columns) if kind == ".parquet" else READERS[kind](file):
+            known = {name: values[name] for name in columns if name in values}
             others = tuple(name for name in values if name not in known)
             batch.append(Row(number, f"{file.name} {place}", known, others))
             number += 1

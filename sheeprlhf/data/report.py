@@ -71,6 +71,8 @@ class SplitCount:
             "trained_tokens": 0,
             "tokens": {},
         }
+        if split is not None and split.unanswered:
+            part["prompts_alone"] = split.unanswered
         if any(self.labels.values()):
             part["labels"] = {name: self.labels[name] for name in ("desirable", "undesirable", "pairs")}
         if split is not None:
@@ -80,7 +82,7 @@ class SplitCount:
             part["trained_tokens"] = int(responses.sum(dtype=np.int64))
             part["tokens"] = {
                 "prompt": _percentiles(split.sizes[:, 0]),
-                "response": _percentiles(responses),
+                **({"response": _percentiles(responses)} if len(responses) else {}),
                 "total": _percentiles(split.lengths),
             }
         return part
@@ -172,21 +174,24 @@ def render_report(report: Report) -> str:
         if any(part["truncated"][kind] for part in parts):
             line(f"  {kind} cut", [part["truncated"][kind] for part in parts])
     told = {
+        "prompts_alone": "rows without a response",
         "pairs": "pairs of a better and a worse response",
         "rows_with_margin": "rows with a margin (task=rm reads it)",
         "duplicates": "duplicate rows",
         "special_token_rows": "rows with special-token text",
     }
     for key, label in told.items():
-        if any(part[key] for part in parts):
-            line(label, [part[key] for part in parts])
+        if any(part.get(key) for part in parts):
+            line(label, [part.get(key, 0) for part in parts])
     if any("labels" in part for part in parts):
         for name in ("desirable", "undesirable"):
             line(f"{name} examples", [part.get("labels", {}).get(name, 0) for part in parts])
     shares = [part["eos_share"] for part in parts]
-    rows.append(("targets that end in EOS", ["-" if share is None else f"{share:.1%}" for share in shares]))
-    line("tokens to learn", [part["trained_tokens"] for part in parts])
-    for what in ("prompt", "response", "total"):
+    answered = any(share is not None for share in shares)
+    if answered:
+        rows.append(("targets that end in EOS", ["-" if share is None else f"{share:.1%}" for share in shares]))
+        line("tokens to learn", [part["trained_tokens"] for part in parts])
+    for what in ("prompt", "response", "total") if answered else ("prompt",):
         values = [part["tokens"].get(what) for part in parts]
         cells = ["-" if v is None else " ".join(str(v[p]) for p in PERCENTILES) for v in values]
         rows.append((f"{what} tokens {'/'.join(PERCENTILES)}", cells))

@@ -5,6 +5,7 @@ taken by a list of allowed endings: no script, no archive, no guessing by a libr
 """
 
 import hashlib
+import itertools
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from sheeprlhf.data.progress import progress_bar
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.structure.places import is_hub_id
 from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.files import real_file
 from sheeprlhf.utils.hub import EMBEDDED, embedded_folder, why_offline
 
 KINDS = (".parquet", ".jsonl", ".json", ".csv")  # of several kinds in one folder, the first is read
@@ -51,10 +53,21 @@ def locate(cfg: DataConfig) -> Files:
     if os.path.isfile(folder):
         raise DataError(f"data.dataset_name={name} is a file; use data=local data.train_file={name}")
     if os.path.isdir(folder):
-        return files_of_folder(folder)
+        return _inside(folder, files_of_folder(folder))
     if "/" not in name or not is_hub_id(name):
         raise DataError(f"data.dataset_name={name} is neither a folder nor a hub id (owner/name): give one of them")
-    return files_of_folder(snapshot(name, cfg.revision))
+    folder = snapshot(name, cfg.revision)
+    return _inside(folder, files_of_folder(folder))
+
+
+def _inside(folder: Path, files: Files) -> Files:
+    """The files, none of which is a link out of the folder: a stranger's could bring another file into training."""
+    for file in itertools.chain.from_iterable(files.values()):
+        try:
+            real_file(file, folder)
+        except OSError as error:
+            raise DataError(str(error)) from None
+    return files
 
 
 def content_hash(files: Files, *, progress: bool = False) -> str:

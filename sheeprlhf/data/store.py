@@ -78,6 +78,7 @@ class TokenizedSplit:
         lengths: (rows,) int32, tokens of a row, prompt and all responses.
         sizes: (rows, 1 + K) int32, tokens of the prompt and of each response; -1 for those that a row has fewer.
         desirable: (rows,) bool, False for unpaired data whose response is to become less likely.
+        unanswered: how many rows have no response.
     """
 
     def __init__(self, file: Path) -> None:
@@ -99,6 +100,7 @@ class TokenizedSplit:
         self.desirable = np.concatenate([np.from_dlpack(chunk).astype(bool) for chunk in table["desirable"].chunks])
         self.sizes = self._stored_sizes = _matrix(table["sizes"], len(table))
         self.lengths: np.ndarray = self.sizes.clip(0).sum(axis=1, dtype=np.int32)
+        self.unanswered = int((self.sizes[:, 1:] < 0).all(axis=1).sum())
 
     def __len__(self) -> int:
         """Number of rows."""

@@ -15,7 +15,7 @@ from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExamp
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.utils.errors import DataError
 
-KINDS = ("sft", "preference", "unpaired")
+KINDS = ("sft", "preference", "unpaired", "prompts")
 
 
 class TokenRow(NamedTuple):
@@ -26,7 +26,7 @@ class TokenRow(NamedTuple):
         shares: two numbers in [0, 1) made from the prompt's text alone; they decide the row's split.
         dropped: why the row is left out, None if it is kept; the fields below are empty then.
         tokens: (L,) int32, prompt and responses laid end to end.
-        sizes: lengths of the prompt and of each response.
+        sizes: lengths of the prompt and of each response; that of the prompt alone if the row has no response.
         digest: 64 bits that equal rows share.
         cut: what was truncated, of "prompt" and "response".
         special_text: the row's text contains a special token's text (encoded as plain text).
@@ -110,7 +110,8 @@ class RowTokenizer:
         """Prepare for one dataset, one tokenizer and one kind (see `prepare_data`)."""
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is none of {', '.join(KINDS)}")
-        module, name = cfg.row_format.split(":")
+        row_format = cfg.prompt_format if kind == "prompts" and cfg.prompt_format else cfg.row_format
+        module, name = row_format.split(":")
         self.format_row: Callable[..., PreferenceExample | None] = getattr(import_module(module), name)
         self.cfg, self.tokenizer, self.kind = cfg, tokenizer, kind
         self.ids = SpecialIds(tokenizer)
@@ -159,7 +160,7 @@ class RowTokenizer:
         return _Pieces(row, shares, example.prompt, responses, templated, example.margin, desirable)
 
     def _responses(self, example: PreferenceExample) -> tuple[str, ...]:
-        """The responses that a task of this kind learns from, best first."""
+        """The responses that a task of this kind learns from, best first; one that samples its own needs none."""
         if self.kind == "preference":
             if example.ranked is not None:
                 return example.ranked
@@ -168,6 +169,8 @@ class RowTokenizer:
             return example.chosen, example.rejected
         best = example.chosen if example.ranked is None else example.ranked[0]
         response = best if example.response is None else example.response
+        if response is None and self.kind == "prompts":
+            return ()
         if response is None:
             raise MissingColumnError("column 'response' is missing")
         return (response,)
@@ -192,7 +195,7 @@ class RowTokenizer:
         if cut and self.cfg.on_overflow == "drop":
             return TokenRow(row.number, shares, "too_long")
         with_eos = [len(r) == len(whole) for r, whole in zip(cut_responses, ended, strict=True)]
-        if min(map(len, responses)) < self.cfg.minimum_response_length:
+        if responses and min(map(len, responses)) < self.cfg.minimum_response_length:
             return TokenRow(row.number, shares, "too_short")
         if self._same([tuple(r) for r in cut_responses]):
             return TokenRow(row.number, shares, "same_responses")
@@ -221,12 +224,13 @@ class RowTokenizer:
     ) -> tuple[list[int], list[list[int]], tuple[str, ...]]:
         """Cut the prompt's start (its BOS stays), then the responses' ends, to the limits of the config."""
         cfg = self.cfg
-        longest = max(len(r) for r in responses)
+        longest = max((len(r) for r in responses), default=0)
         if len(prompt) <= cfg.max_prompt_length and len(prompt) + longest <= cfg.max_length:
             return prompt, responses, ()
         if cfg.on_overflow == "error":
+            whole = f", {len(prompt) + longest} with its response" if responses else ""
             raise DataError(
-                f"{place}: prompt of {len(prompt)} tokens, {len(prompt) + longest} with its response; the limits are "
+                f"{place}: prompt of {len(prompt)} tokens{whole}; the limits are "
                 f"data.max_prompt_length={cfg.max_prompt_length} and data.max_length={cfg.max_length}: raise them, or "
                 "set data.on_overflow=truncate_prompt or drop"
             )

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,6 +29,7 @@ from sheeprlhf.engine.manifest import (
     write_manifest,
 )
 from sheeprlhf.engine.rng import rng_state, set_rng_state
+from sheeprlhf.engine.shard import is_sharded, whole_tensors
 from sheeprlhf.engine.tensors import (
     load_optimizer,
     load_tensors,
@@ -39,6 +41,7 @@ from sheeprlhf.utils.errors import CheckpointError
 from sheeprlhf.utils.lightning import Fabric
 
 Say = Callable[[str], None]
+NOT_THE_SAME = "but not bit for bit the same (in float32, losses agree to about 1e-5 a step)"
 STEP_FOLDER = re.compile(r"step-(\d{1,12})")
 
 
@@ -97,11 +100,16 @@ def save_checkpoint(
         CheckpointError: on all ranks, when it could not be written; earlier checkpoints are untouched.
     """
     rngs = gather_objects(fabric, rng_state())
+    files = {
+        "model.safetensors": whole_tensors(fabric, saved_tensors(module)),
+        "optimizer.safetensors": whole_tensors(fabric, optimizer_tensors(module, optimizer)),
+        "rng.safetensors": {f"{rank}/{name}": t for rank, rng in enumerate(rngs) for name, t in rng.items()},
+    }
     target = run_dir / "checkpoints" / f"step-{state.step}"
     problem = None
     if fabric.is_global_zero:
         try:
-            _write(target, state, module, optimizer, rngs, config_hash)
+            _write(target, state, files, rounds=_what_rounds(fabric, module), config_hash=config_hash)
             _prune(target.parent, state, keep)
         except CheckpointError as error:
             problem = str(error)
@@ -113,14 +121,20 @@ def save_checkpoint(
     return target
 
 
+def _what_rounds(fabric: Fabric, module: nn.Module) -> dict[str, Any]:
+    """What decides in which order sums are added: where it differs, results do in their last bits."""
+    return {
+        "world_size": fabric.world_size,
+        "torch_threads": torch.get_num_threads(),
+        "sharded": is_sharded(module),
+        "device": fabric.device.type,
+    }
+
+
 def _write(
-    target: Path,
-    state: TrainState,
-    module: nn.Module,
-    optimizer: Optimizer,
-    rngs: list[dict[str, Tensor]],
-    config_hash: str,
+    target: Path, state: TrainState, files: dict[str, dict[str, Tensor]], *, rounds: dict[str, Any], config_hash: str
 ) -> None:
+    """Rank zero only."""
     target.parent.mkdir(mode=0o700, exist_ok=True)
     if target.exists():
         try:
@@ -128,16 +142,10 @@ def _write(
                 return
         except CheckpointError:
             remove_folder(target)  # damaged: a resumed run has reached its step again
-    files = {
-        "model.safetensors": saved_tensors(module),
-        "optimizer.safetensors": optimizer_tensors(module, optimizer),
-        "rng.safetensors": {f"{rank}/{name}": t for rank, rng in enumerate(rngs) for name, t in rng.items()},
-    }
     facts = {
         "config_hash": config_hash,
         "step": state.step,
-        "world_size": len(rngs),
-        "torch_threads": torch.get_num_threads(),
+        **rounds,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": version("lightning"),
@@ -223,10 +231,9 @@ def _load(
     manifest = read_manifest(path)
     if manifest["config_hash"] != config_hash:
         raise CheckpointError(f"{path} belongs to another configuration; resume with the options in its config.yaml")
-    here = {"world_size": fabric.world_size, "torch_threads": torch.get_num_threads()}
-    for name, value in here.items():
-        if manifest[name] != value:
-            say(f"{name} was {manifest[name]} and is {value} now: the run goes on, but not bit for bit the same")
+    for name, value in _what_rounds(fabric, module).items():
+        if manifest.get(name, value) != value:
+            say(f"{name} was {manifest[name]} and is {value} now: the run goes on, {NOT_THE_SAME}")
     state = TrainState.from_json((path / "state.json").read_text())
     if not state.step == manifest["step"] == int(path.name.removeprefix("step-")):
         raise CheckpointError(f"{path} holds step {state.step}; a checkpoint folder was renamed or mixed up")

@@ -5,12 +5,14 @@ import os
 from typing import Any, TypeVar, cast
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sheeprlhf.engine.shard import sharding_strategy
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.validate import parse_devices
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.lightning import DDPStrategy, Fabric, MisconfigurationException
+from sheeprlhf.utils.lightning import DDPStrategy, Fabric, MisconfigurationException, ModelParallelStrategy
 
 T = TypeVar("T")
 
@@ -21,8 +23,6 @@ def make_fabric(cfg: FabricConfig) -> Fabric:
     Raises:
         ConfigError: Fabric refuses the combination on this machine.
     """
-    if cfg.strategy == "fsdp2":
-        raise ConfigError("fabric.strategy=fsdp2 is not supported for this task yet; use ddp")
     devices = parse_devices(cfg.devices)
     accelerator = cfg.accelerator
     if accelerator == "auto":  # Fabric's own "auto" would also take kinds of device that nothing here is tested on
@@ -34,8 +34,10 @@ def make_fabric(cfg: FabricConfig) -> Fabric:
         # them, 0.7 MB each. Read by its first operation.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     num_processes = cfg.num_nodes * (len(devices) if isinstance(devices, list) else int(devices))
-    strategy: str | DDPStrategy = cfg.strategy
-    if cfg.strategy == "ddp" or (cfg.strategy == "auto" and num_processes > 1):
+    strategy: str | DDPStrategy | ModelParallelStrategy = cfg.strategy
+    if cfg.strategy == "fsdp2":
+        strategy = sharding_strategy(num_processes)
+    elif cfg.strategy == "ddp" or (cfg.strategy == "auto" and num_processes > 1):
         # No buffers are broadcast: ours are constants, and ranks may run different numbers of forward passes.
         options: dict[str, Any] = {"gradient_as_bucket_view": True}
         known = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed the option
@@ -54,6 +56,14 @@ def make_fabric(cfg: FabricConfig) -> Fabric:
             f"fabric.accelerator={cfg.accelerator} fabric.devices={cfg.devices} fabric.strategy={cfg.strategy} "
             f"fabric.precision={cfg.precision} does not work here: {error}"
         ) from error
+
+
+def place(fabric: Fabric, module: nn.Module) -> None:
+    """All ranks: a module that is only read goes onto the device, in the precision asked for, and nothing is wrapped.
+
+    Wrapped for several processes, it would get buckets for gradients, and adapters that are all frozen are refused.
+    """
+    fabric.strategy.precision.convert_module(module).to(fabric.device)
 
 
 def gather_objects(fabric: Fabric, item: T) -> list[T]:

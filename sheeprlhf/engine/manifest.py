@@ -24,7 +24,13 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
 _TEMPORARY = re.compile(r".+\.tmp\.(\d+)")
 
 
-def write_folder(target: Path, writer: Callable[[Path], None], *, num_bytes: int = 0) -> None:
+def write_folder(
+    target: Path,
+    writer: Callable[[Path], None],
+    *,
+    num_bytes: int = 0,
+    advice: str = "Free space or choose another disk with root_dir=<folder>, then go on with resume=true",
+) -> None:
     """One process: make folder `target` by `writer(temporary folder)`; it appears whole or not at all.
 
     A folder that is there already is replaced.
@@ -33,6 +39,7 @@ def write_folder(target: Path, writer: Callable[[Path], None], *, num_bytes: int
         target: the folder's place; its parent exists.
         writer: fills the temporary folder; files and folders in it are as it leaves them.
         num_bytes: about what will be written, for the message when the disk is full.
+        advice: ends that message.
 
     Raises:
         CheckpointError: it could not be written; nothing is left behind.
@@ -55,8 +62,7 @@ def write_folder(target: Path, writer: Callable[[Path], None], *, num_bytes: int
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
             raise CheckpointError(
-                f"cannot write {target}: {error}; about {num_bytes:,} bytes are needed, {free:,} are free. "
-                "Free space or choose another disk with root_dir=<folder>, then go on with resume=true"
+                f"cannot write {target}: {error}; about {num_bytes:,} bytes are needed, {free:,} are free. {advice}"
             ) from error
         raise
 

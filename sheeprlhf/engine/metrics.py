@@ -9,7 +9,7 @@ import re
 import time
 from pathlib import Path
 
-from sheeprlhf.engine.redact import code_block, plain_text
+from sheeprlhf.engine.redact import code_block, csv_cell, plain_text, redact_text
 from sheeprlhf.utils.files import fsync
 
 CSV_FILE = "metrics.csv"
@@ -39,7 +39,7 @@ class MetricWriter:
         """One row and one point per metric."""
         now = time.time()
         for tag, value in metrics.items():
-            self._csv.writerow((step, tag, repr(float(value)), f"{now:.3f}"))
+            self._csv.writerow((step, csv_cell(tag), repr(float(value)), f"{now:.3f}"))
             self._tensorboard.add_scalar(tag, value, step, walltime=now)
         self._file.flush()
         self._tensorboard.flush()
@@ -48,8 +48,8 @@ class MetricWriter:
         """A sample: in TensorBoard as a block that no markup leaves, and as plain text in samples/step-<n>.txt."""
         self._samples.mkdir(mode=0o700, exist_ok=True)
         with (self._samples / f"step-{step}.txt").open("a", encoding="utf-8", errors="replace") as file:
-            file.write(f"--- {tag}\n{plain_text(text)}\n")
-        self._tensorboard.add_text(tag, code_block(text), step)
+            file.write(f"--- {tag}\n{redact_text(plain_text(text))}\n")
+        self._tensorboard.add_text(tag, code_block(redact_text(text)), step)
         self._tensorboard.flush()
 
     def close(self) -> None:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from sheeprlhf.structure.optim import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy, _FabricModule
 
 
 def build_optimizer(cfg: OptimizerConfig, module: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -20,6 +21,20 @@ def build_optimizer(cfg: OptimizerConfig, module: nn.Module, lr: float) -> torch
         ConfigError: nothing is trainable.
     """
     return _optimizer_of(cfg, _groups(cfg, module.parameters(), lr))
+
+
+def set_up(
+    fabric: Fabric, cfg: OptimizerConfig, module: nn.Module, lr: float
+) -> tuple[_FabricModule, torch.optim.Optimizer]:
+    """All ranks: the module and its optimizer as `fabric` runs them.
+
+    Raises:
+        ConfigError: nothing is trainable.
+    """
+    if isinstance(fabric.strategy, ModelParallelStrategy):  # it puts other parameters in the place of the module's
+        wrapped = fabric.setup_module(module)
+        return wrapped, cast(torch.optim.Optimizer, fabric.setup_optimizers(build_optimizer(cfg, module, lr)))
+    return fabric.setup(module, build_optimizer(cfg, module, lr))
 
 
 def build_joint_optimizer(

@@ -1,13 +1,18 @@
 """What may be written to disk or to a screen: no secrets, and no text that a viewer would obey. Imports no torch."""
 
 import html
+import os
 import re
 from typing import Any
 
+from sheeprlhf.structure.limits import KEYS
+
 HIDDEN = "<redacted>"
+_SHORTEST = 10  # characters; a shorter value may be a word of any text
 _SECRET_KEY = re.compile(r"token|secret|password|passwd|credential|key$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(
     r"\b(?:hf_|sk-|gh[pousr]_|github_pat_)[A-Za-z0-9_-]{6,}"  # keys of model hubs and code hosts
+    rf"|\b(?:{KEYS})"
     r"|(?<=://)[^/\s@]+(?=@)"  # user:password@ of a URL
 )
 _ASSIGNMENT = re.compile(r"(?P<key>[\w.+~-]*)=(?P<value>.*)", re.DOTALL)
@@ -17,8 +22,16 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 
 def redact_text(text: str) -> str:
-    """The text with everything that looks like a key or a URL's password replaced."""
+    """The text with all replaced that looks like a key or a URL's password, or is a secret of the environment."""
+    for secret in _of_environment():
+        text = text.replace(secret, HIDDEN)
     return _SECRET_VALUE.sub(HIDDEN, text)
+
+
+def _of_environment() -> list[str]:
+    """The values of variables whose names say that they are secret, long ones first; paths and short words are none."""
+    found = {value for name, value in os.environ.items() if _SECRET_KEY.search(name) and len(value) >= _SHORTEST}
+    return sorted((value for value in found if not value.startswith(("/", "~", "."))), key=len, reverse=True)
 
 
 def secret_spans(text: str) -> list[tuple[int, int]]:
@@ -64,3 +77,9 @@ def plain_text(text: str) -> str:
 def code_block(text: str) -> str:
     """Text as an HTML block that shows it as it is: no markup in it is obeyed."""
     return f"<pre>{html.escape(plain_text(text), quote=True)}</pre>"
+
+
+def csv_cell(text: str) -> str:
+    """Text that a table's program shows and does not compute: no formula begins with its first character."""
+    text = plain_text(text)
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) or text.startswith(("\t", "\n")) else text

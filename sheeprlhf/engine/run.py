@@ -2,29 +2,33 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import yaml
 from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from sheeprlhf.engine.checkpoint import TrainState, restore_latest, save_checkpoint
+from sheeprlhf.engine.checkpoint import NOT_THE_SAME, TrainState, restore_latest, save_checkpoint
 from sheeprlhf.engine.metrics import MetricWriter
 from sheeprlhf.engine.progress import Progress
 from sheeprlhf.engine.redact import plain_text, redact, redact_text
+from sheeprlhf.engine.rundir import changed_options
 from sheeprlhf.engine.runlock import RunLock
 from sheeprlhf.engine.signals import SignalFlags, noted_signals
-from sheeprlhf.structure.registry import CUT_OPTIONS, config_hash, config_to_dict, options
+from sheeprlhf.structure.registry import CUT_OPTIONS, config_hash, config_to_dict
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.utils.errors import ConfigError, Interrupted
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.processes import die_with_parent
 
 CONFIG_FILE = "config.yaml"
+ON_CUDA = (
+    "on CUDA some sums are added in an order that varies: the same run again, or resumed, comes out alike, but not bit "
+    "for bit the same; torch_deterministic=true makes it so, and slower"
+)
 
 
 class Run:
@@ -135,8 +139,11 @@ def open_run(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> Iterator[Run]:
         run = Run(fabric, cfg, run_dir, stack)
         stack.callback(run.close)
         if fabric.is_global_zero:
-            for line in _changed_options(cfg, run_dir):
-                run.say(line)
+            for key, was, now in changed_options(cfg, run_dir):
+                if key in CUT_OPTIONS:
+                    run.say(f"{key} was {was} and is {now} now: the run goes on, {NOT_THE_SAME}")
+            if fabric.device.type == "cuda" and not cfg.torch_deterministic:
+                run.say(ON_CUDA)
         yield run
 
 
@@ -153,16 +160,3 @@ def _save_config(cfg: TrainConfig, run_dir: Path) -> None:
         temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another place with root_dir=") from error
-
-
-def _changed_options(cfg: TrainConfig, run_dir: Path) -> Iterator[str]:
-    """Rank zero only: what a resumed run now computes in other portions than its saved configuration says."""
-    saved: dict[str, Any] = {}
-    with suppress(ConfigError):
-        saved = read_run_config(str(run_dir))
-    for option in options(cfg):
-        group, _, name = option.key.partition(".")
-        before = saved.get(group)
-        was = before.get(name, option.value) if isinstance(before, dict) else option.value
-        if option.key in CUT_OPTIONS and was != option.value:
-            yield f"{option.key} was {was} and is {option.value} now: the run goes on, but not bit for bit the same"

@@ -9,15 +9,20 @@ import os
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.engine.redact import redact_command
+from sheeprlhf.engine.redact import redact, redact_command
 from sheeprlhf.structure.earlier import RUN_FILE, find_runs, read_run
+from sheeprlhf.structure.registry import CUT_OPTIONS, NOT_IN_HASH, config_to_dict
 from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.files import fsync
 
+_SHOWN = 8  # changed options in a message
 _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 
 
@@ -47,12 +52,12 @@ def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = No
         ConfigError: the directory cannot be used, or is of another configuration.
     """
     if cfg.resume_from is not None:
-        return _resume(Path(cfg.resume_from), config_hash, key="resume_from")
+        return _resume(Path(cfg.resume_from), cfg, config_hash, key="resume_from")
     if given is not None:
         folder = Path(given)
         if (folder / RUN_FILE).is_file():
             if cfg.resume:
-                return _resume(folder, config_hash, key="hydra.run.dir")
+                return _resume(folder, cfg, config_hash, key="hydra.run.dir")
             raise ConfigError(
                 f"hydra.run.dir={folder} holds a run already; add resume=true, or choose another directory"
             )
@@ -81,16 +86,46 @@ def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = No
     return _start(make_unique_dir(parent, run_name), cfg, config_hash, note if cfg.resume else "")
 
 
-def _resume(folder: Path, config_hash: str, *, key: str) -> RunPlace:
+def changed_options(cfg: TrainConfig, run_dir: Path) -> list[tuple[str, Any, Any]]:
+    """Options that the run's saved configuration has otherwise: key, value there, value in `cfg`.
+
+    Those that name and place a run are left out; nothing is known of a run without a readable configuration.
+    """
+    saved: dict[str, Any] = {}
+    with suppress(ConfigError):
+        saved = dict(_leaves(read_run_config(str(run_dir))))
+    now = dict(_leaves(redact(config_to_dict(cfg))))
+    compared = [key for key in now if key in saved and (key not in NOT_IN_HASH or key in CUT_OPTIONS)]
+    return [(key, saved[key], now[key]) for key in compared if saved[key] != now[key]]
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        yield from _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+
+
+def same_data(run_dir: Path, fingerprint: str) -> bool:
+    """Rank zero only: whether the run trained on this data until now; of a new run it is noted."""
+    info = read_run(run_dir)
+    if "data_fingerprint" not in info:
+        _write_run(run_dir, info | {"data_fingerprint": fingerprint})
+        return True
+    return bool(info["data_fingerprint"] == fingerprint)
+
+
+def _resume(folder: Path, cfg: TrainConfig, config_hash: str, *, key: str) -> RunPlace:
     info = read_run(folder)
     if not info:
         raise ConfigError(
             f"{key}={folder} is not a run directory: it has no readable {RUN_FILE}; `list runs` shows them"
         )
     if info.get("config_hash") != config_hash:
+        changed = [f"{name} was {was} and is {now}" for name, was, now in changed_options(cfg, folder)]
+        more = [f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
         raise ConfigError(
-            f"{key}={folder} belongs to another configuration; give the options in {folder / 'config.yaml'} "
-            "(those of its command: " + " ".join(info.get("command", [])) + ")"
+            f"{key}={folder} belongs to another configuration: {'; '.join([*changed[:_SHOWN], *more])}: "
+            f"give the options in {folder / 'config.yaml'} "
+            "(those of its command: " + " ".join(info.get("command", [])) + "), or start another run"
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{key}={folder} is not writable; check its permissions")

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
+from sheeprlhf.engine.shard import gathered, is_sharded, same_number, whole
 from sheeprlhf.utils.errors import DataError, NonFiniteError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 from sheeprlhf.utils.memory import phase
@@ -87,7 +88,9 @@ def update(
         module, optimizer, max_norm=math.inf if max_grad_norm is None else max_grad_norm, error_if_nonfinite=False
     )
     assert grad_norm is not None
-    means, grad_norm_float = _reduce(fabric, passes.sums, passes.names, grad_norm)  # the step's one wait for the device
+    means, grad_norm_float = _reduce(
+        fabric, passes.sums, passes.names, whole(grad_norm)
+    )  # the step's one wait for the device
     result = {name: value / passes.num_items for name, value in means.items()}
     result |= {"grad_norm": grad_norm_float, "items": float(passes.num_items)}
     if not (math.isfinite(result["loss"]) and math.isfinite(grad_norm_float)):
@@ -136,23 +139,27 @@ def _passes(
 ) -> _Passes:
     """All ranks: add to the gradients, synchronised at the last backward pass."""
     micro_batches = [m for m in micro_batches if m.num_items > 0]
-    items_of_rank = _items_of_rank(fabric, sum(m.num_items for m in micro_batches))
+    items_of_rank, num_of_rank = _of_ranks(fabric, sum(m.num_items for m in micro_batches), len(micro_batches))
     num_items = sum(items_of_rank)
     sums: dict[str, Tensor] = {}
     totals: list[Tensor] = []
     if num_items == 0:
         return _Passes(micro_batches, totals, sums, [], 0)
     scale = weight * fabric.world_size / num_items  # the gradient sync averages over ranks
-    for index, micro in enumerate(micro_batches):
+    sharded = is_sharded(module)
+    passes = same_number(fabric, micro_batches, num_of_rank) if sharded else micro_batches
+    for index, micro in enumerate(passes):
+        counts = index < len(micro_batches)
         # forward too: the wrapper decides in its forward whether this backward synchronises
-        with fabric.no_backward_sync(module, enabled=index + 1 < len(micro_batches)):
+        with fabric.no_backward_sync(module, enabled=index + 1 < len(passes)):
             with phase("forward pass"):
                 output = loss_fn(module, fabric.to_device(micro.batch))
             with phase("backward pass"):
-                fabric.backward(output.total * scale)
-        totals.append(output.total.detach())
-        _accumulate(sums, output)
-    if not micro_batches:
+                fabric.backward(output.total * (scale if counts else 0.0))
+        if counts:
+            totals.append(output.total.detach())
+            _accumulate(sums, output)
+    if not passes:
         with _forward_of_zero(module.module):
             fabric.backward(module(torch.zeros((), device=fabric.device)))
     names = sorted(sums)
@@ -177,13 +184,13 @@ def evaluate(
     """
     sums: dict[str, Tensor] = {}
     num_local = 0
-    with phase("evaluation"), isolated_rng(), eval_mode(module), torch.no_grad():
+    with phase("evaluation"), isolated_rng(), gathered(module), eval_mode(module), torch.no_grad():
         for micro in micro_batches:
             if micro.num_items == 0:
                 continue
             _accumulate(sums, loss_fn(module, fabric.to_device(micro.batch)))
             num_local += micro.num_items
-    num_items = sum(_items_of_rank(fabric, num_local))
+    num_items = sum(_of_ranks(fabric, num_local)[0])
     if num_items == 0:
         raise DataError("nothing to evaluate: no row has a target token; check data.* and the split's size")
     names = next(names for names in gather_objects(fabric, sorted(sums)) if names)
@@ -191,12 +198,12 @@ def evaluate(
     return {name: value / num_items for name, value in means.items()} | {"items": float(num_items)}
 
 
-def _items_of_rank(fabric: Fabric, num_items: int) -> list[int]:
-    """All ranks: every rank's number of items."""
+def _of_ranks(fabric: Fabric, *numbers: int) -> list[list[int]]:
+    """All ranks: every rank's numbers, a list for each."""
     if fabric.world_size == 1:
-        return [num_items]
-    counts = torch.zeros(fabric.world_size, dtype=torch.int64, device=fabric.device)
-    counts[fabric.global_rank] = num_items
+        return [[number] for number in numbers]
+    counts = torch.zeros(len(numbers), fabric.world_size, dtype=torch.int64, device=fabric.device)
+    counts[:, fabric.global_rank] = torch.tensor(numbers)
     fabric.all_reduce(counts, reduce_op="sum")
     return counts.tolist()
 

@@ -7,7 +7,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sheeprlhf.engine.shard import cut_like
 from sheeprlhf.utils.errors import CheckpointError
+from sheeprlhf.utils.header import read_header
 from sheeprlhf.utils.lightning import is_wrapped
 
 
@@ -59,7 +61,7 @@ def copy_tensors(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tens
             raise CheckpointError(f"{path}: tensor {name} is {_kind(*found)}, this model has {_kind(*expected)}")
     with torch.no_grad():
         for name, target in targets.items():
-            target.copy_(tensors[name])
+            target.copy_(cut_like(tensors[name], target))
 
 
 def load_optimizer(path: Path, module: nn.Module, optimizer: Optimizer) -> None:
@@ -78,16 +80,18 @@ def load_optimizer(path: Path, module: nn.Module, optimizer: Optimizer) -> None:
             raise CheckpointError(f"{path}: {full_name} is of a parameter that this run does not train")
         if tensor.ndim and tensor.shape != parameter.shape:
             raise CheckpointError(f"{path}: {full_name} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
-        state.setdefault(positions[parameter], {})[key] = tensor.clone()  # not the file's memory
+        kept = cut_like(tensor, parameter) if tensor.ndim else tensor
+        state.setdefault(positions[parameter], {})[key] = kept.clone()  # not the file's memory
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; their memory may be the file's own."""
     try:
+        read_header(path)  # its limits are narrower than the library's
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.offset_keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 

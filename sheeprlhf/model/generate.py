@@ -71,6 +71,7 @@ def generate_ids(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             generation_config=settings,
+            synced_gpus=False,  # one rank may generate alone, under fsdp2 too: all weights are on each then
             stopping_criteria=StoppingCriteriaList([Stops(stop, width)] if stop else []),
         )
     return [_to_eos(row, settings.eos_token_id) for row in output[:, width:].cpu().numpy()]

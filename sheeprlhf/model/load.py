@@ -8,22 +8,38 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.model.attention import PACKED, register
+from sheeprlhf.model.folder import check_model, check_tokenizer, folder_of
 from sheeprlhf.model.locate import locate
 from sheeprlhf.model.norm import replace_rms_norms
+from sheeprlhf.model.template import check_templates
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.hub import EMBEDDED
 
 _DROPOUT_KEY = re.compile(r"(drop|_pdrop$)")
 
 
-def _source(cfg: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """Folder or hub id of the model, and the keyword arguments that every `from_pretrained` call gets.
+def _source(cfg: ModelConfig, *, weights: bool = False) -> tuple[str, dict[str, Any]]:
+    """Folder or hub id of the model, looked at, and the keyword arguments that every `from_pretrained` call gets.
+
+    Args:
+        cfg: the model's configuration.
+        weights: the model is wanted, with its weights if they are not random; else the tokenizer.
 
     Raises:
-        ModelError: it cannot be found.
+        ModelError: it cannot be found, or a library should not be given it.
     """
     found, library = locate(cfg), cfg.library_cfg
     options = {"trust_remote_code": library.trust_remote_code, "revision": library.revision}
+    if not str(cfg.repo_name).startswith(EMBEDDED):
+        try:
+            folder = folder_of(found.source, library.revision, local_only=found.local_only)
+        except OSError as error:
+            raise ModelError(f"model.repo_name={cfg.repo_name} cannot be loaded: {_first_line(error)}") from error
+        if weights:
+            check_model(folder, weights=found.local_only and not cfg.random_init)
+        else:
+            check_tokenizer(folder)
     return found.source, options | {"local_files_only": found.local_only}
 
 
@@ -31,7 +47,7 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        ModelError: it cannot be read, or has no EOS token.
+        ModelError: it cannot be read, has no EOS token, or its chat template is not to be used.
     """
     source, options = _source(cfg)
     try:
@@ -42,7 +58,24 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
         ) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.repo_name={cfg.repo_name}: its tokenizer has no EOS token, so no response could end")
+    check_templates(tokenizer, f"model.repo_name={cfg.repo_name}")
     return tokenizer
+
+
+def num_positions(cfg: ModelConfig) -> int | None:
+    """Tokens of the longest sequence that a model can read, by its configuration; None if that sets no limit.
+
+    Raises:
+        ModelError: its configuration cannot be read.
+    """
+    source, options = _source(cfg)
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"model.repo_name={cfg.repo_name}: the model cannot be loaded: {_first_line(error)}"
+        ) from error
+    return getattr(config, "max_position_embeddings", None)
 
 
 def load_causal_lm(
@@ -60,7 +93,7 @@ def load_causal_lm(
         ModelError: it cannot be loaded, or it is too small for the tokenizer or the sequences.
     """
     register()
-    source, options = _source(cfg)
+    source, options = _source(cfg, weights=True)
     dtype = getattr(torch, cfg.dtype)
     try:
         config = AutoConfig.from_pretrained(source, **options)

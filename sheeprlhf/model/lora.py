@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sheeprlhf.model.adapter import read_adapter_config
 from sheeprlhf.structure.model import LORAConfig
 from sheeprlhf.structure.validate import parse_targets
 from sheeprlhf.utils.errors import ModelError
@@ -29,9 +30,10 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
     Raises:
         ModelError: the folder holds no adapters that fit the model.
     """
+    config = read_adapter_config(folder)
     try:
         with _peft_warnings_ignored():
-            return PeftModel.from_pretrained(model, folder)
+            return PeftModel.from_pretrained(model, folder, config=config)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
 
@@ -177,9 +179,8 @@ def load_score_adapter(model: PeftModel, folder: Path, name: str) -> Tensor:
     Raises:
         ModelError: the folder holds no adapters that fit the model.
     """
+    config = read_adapter_config(folder)
     try:
-        config = LoraConfig.from_pretrained(str(folder))
-        assert isinstance(config, LoraConfig)
         config.modules_to_save, config.task_type = None, "CAUSAL_LM"
         weights = load_file(folder / "adapter_model.safetensors")
         [head] = [key for key in weights if "lora_" not in key]

@@ -4,13 +4,14 @@ Letters: P prompts, B live rows (responses of them), T packed positions of promp
 L tokens of the longest row, C hidden width, V vocabulary.
 """
 
+import inspect
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from sheeprlhf.model.attention import kernel_dtype, placeholder_mask
@@ -31,6 +32,7 @@ class PackedRows:
     def __init__(self, model: PreTrainedModel, token_budget: int) -> None:
         self._backbone, self._head = backbone_and_head(model)
         self._cache, self._token_budget = SharedCache(), token_budget
+        self._given = {_cache_name(self._backbone): self._cache}
 
     def prefill(self, prompts: Sequence[np.ndarray], num_responses: int, num_new: int) -> Tensor:
         """Compute the prompts. Returns (B, V) logits of each row's first token, `num_responses` rows a prompt."""
@@ -53,7 +55,7 @@ class PackedRows:
                 attention_mask=placeholder_mask(input_ids_1T),
                 position_ids=position_ids_1T,
                 layout=_layout(lengths, device),
-                past_key_values=self._cache,
+                **self._given,
                 use_cache=True,
             ).last_hidden_state
         return hidden_1TC[0, ends_P - 1]
@@ -65,7 +67,7 @@ class PackedRows:
             attention_mask=placeholder_mask(ids_B),
             position_ids=self._positions_B1,
             layout=self._cache,
-            past_key_values=self._cache,
+            **self._given,
             use_cache=True,
         ).last_hidden_state
         self._cache.next_token()
@@ -88,6 +90,7 @@ class PaddedRows:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._cache = DynamicCache(config=model.config)
+        self._given = {_cache_name(model): self._cache}
 
     def prefill(self, prompts: Sequence[np.ndarray], num_responses: int, num_new: int) -> Tensor:
         """As `PackedRows.prefill`."""
@@ -122,11 +125,16 @@ class PaddedRows:
             input_ids=input_ids,
             attention_mask=self._mask_BL[:, : self._columns],
             position_ids=position_ids,
-            past_key_values=self._cache,
+            **self._given,
             use_cache=True,
             logits_to_keep=1,
         )
         return output.logits[:, -1]
+
+
+def _cache_name(model: nn.Module) -> str:
+    """How the model's code calls the cache: code from before transformers 5.24 has the longer name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _parts(prompts: Sequence[np.ndarray], token_budget: int) -> list[list[np.ndarray]]:

@@ -4,7 +4,7 @@ import inspect
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from sheeprlhf.utils.errors import RewardError
 
 _SHOWN = 200  # characters of a text in a message
 _SECONDS_OF_SEARCH = 5.0  # for the text at which a function raises
+_FIXES = {"reference": ": it is the row's own response, so give every row one, or choose another reward"}
 
 
 class Texts(NamedTuple):
@@ -54,6 +55,14 @@ class RewardFunction:
         self._around, self._guarded = around, guarded
         self._named, self._takes_all = _columns_taken(function)
 
+    def lacks(self, columns: Collection[str]) -> str | None:
+        """What it asks for besides these columns, as a sentence; None if it can be called with them."""
+        lacking = next((key for key, required in self._named.items() if required and key not in columns), None)
+        if lacking is None:
+            return None
+        have, fix = ", ".join(columns) or "none", _FIXES.get(lacking, "")
+        return f"reward {self.name} needs a column {lacking!r} of the data; there is {have}{fix}"
+
     def __call__(self, texts: Texts) -> list[float]:
         """One finite score a response.
 
@@ -63,10 +72,9 @@ class RewardFunction:
         columns = {key: list(texts.columns[key]) for key in self._named if key in texts.columns}
         if self._takes_all:
             columns = {key: list(values) for key, values in texts.columns.items()}
-        lacking = [key for key, required in self._named.items() if required and key not in columns]
-        if lacking:
-            have = ", ".join(texts.columns) or "none"
-            raise RewardError(f"reward {self.name} needs a column {lacking[0]!r} of the data; there is {have}")
+        lacking = self.lacks(texts.columns)
+        if lacking is not None:
+            raise RewardError(lacking)
         try:
             with self._around():
                 returned = self.function(list(texts.prompts), list(texts.responses), **columns)

@@ -1,7 +1,7 @@
 """The score of a response: a weighted sum of functions and models, normalised, clipped, less its penalties."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from sheeprlhf.reward.call import RewardFunction, Texts
@@ -81,6 +81,23 @@ class Scorer:
             score - penalty(cfg, response, finished=finished, num_tokens=num_tokens, max_tokens=self._max_tokens)
             for score, response, finished, num_tokens in rows
         ]
+
+
+def check_columns(cfg: RewardSourceConfig, columns: Collection[str], *, default: str | None) -> None:
+    """Before anything is loaded: whether the functions can be called with what the rows have.
+
+    Args:
+        cfg: valid.
+        columns: names of what there is of each row.
+        default: as for `build_scorer`.
+
+    Raises:
+        ConfigError: a function cannot be imported, or asks for a column that there is not; all that do are named.
+    """
+    functions = [load_function(source, cfg) for _, source in terms_of(cfg, default) if source != MODEL]
+    problems = [problem for function in functions if (problem := function.lacks(columns)) is not None]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def build_scorer(

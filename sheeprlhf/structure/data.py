@@ -10,7 +10,9 @@ from sheeprlhf.structure.option import Config, option
 class DataConfig(Config):
     """What every dataset has. `row_format` names the function that turns a raw row into an example."""
 
-    row_format: ClassVar[str] = ""  # "module:function" in sheeprlhf.data; a constant, never read from a file
+    row_format: ClassVar[str] = ""  # "module:function"; a constant, never read from a file
+    columns: ClassVar[tuple[str, ...]] = ()  # columns that it reads besides data.rows.COLUMNS
+    prompt_format: ClassVar[Optional[str]] = None  # the same for tasks that need no response; None: row_format does
     rule_reward: ClassVar[Optional[str]] = None  # the built-in function that scores responses, with reward=auto
 
     config_name: str = option("???", "Name of this choice.")
@@ -87,9 +89,10 @@ class HelpfulHarmlessConfig(DataConfig):
 
 @dataclass(unsafe_hash=True)
 class LocalDataConfig(DataConfig):
-    """Your own jsonl, json, csv or parquet: prompt with response (+ label), a pair, or responses; or messages."""
+    """Your own jsonl, json, csv or parquet: prompt with response (+ label), a pair, responses or none; or messages."""
 
     row_format: ClassVar[str] = "sheeprlhf.data.local:format_row"
+    prompt_format: ClassVar[Optional[str]] = "sheeprlhf.data.local:format_prompt"
 
     config_name: str = option("local", "Name of this choice.")
     dataset_name: Optional[str] = option(None, "Not used: give data.train_file.")

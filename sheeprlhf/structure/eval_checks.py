@@ -12,12 +12,19 @@ from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
-from sheeprlhf.structure.task_checks import narrowed, unread_engine, unread_generation, unread_reward_model
+from sheeprlhf.structure.task_checks import (
+    narrowed,
+    sharding_problems,
+    unread_engine,
+    unread_generation,
+    unread_reward_model,
+)
 from sheeprlhf.utils.errors import ConfigError
 
 
 def eval_problems(config: EvalConfig) -> Iterator[str]:
     """What an evaluation lacks: packages, something to evaluate, weights of that name, somebody who judges."""
+    yield from sharding_problems(config, able=False)
     yield from _generation_problems(config)
     yield from _reward_problems(config)
     missing = missing_modules(config.task.requires)
@@ -26,7 +33,9 @@ def eval_problems(config: EvalConfig) -> Iterator[str]:
             f"task={config.task.config_name} needs packages that are not installed ({', '.join(missing)}): "
             f'pip install "sheeprlhf[{config.task.extra}]"'
         )
-    if config.experiment_dir is None:
+    if config.experiment_dir is None and isinstance(config.task, FrontierConfig):
+        yield "task=frontier goes over the checkpoints of a run: give experiment_dir=<run directory>"
+    elif config.experiment_dir is None:
         missing = [name for name in ("model", "data") if getattr(config, name) is None]
         if missing:
             give = " and ".join(f"{name}=<{', '.join(choices(name))}>" for name in missing)
@@ -106,6 +115,14 @@ def _against_problems(config: EvalConfig, against: str) -> Iterator[str]:
     yield from weights_problems(against, "final", key="task.against", name_key="task.model_name")
 
 
+def _frontier_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
+    """A frontier begins at a start, and has points."""
+    if config.model is not None and config.model.random_init:
+        yield f"experiment_dir={run_dir}: task=frontier needs a start, and this run began with random weights"
+    if not Path(run_dir, "final").is_dir() and not any(Path(run_dir).glob("checkpoints/step-*")):
+        yield f"experiment_dir={run_dir}: this run has no checkpoint; go on with it by resume_from={run_dir}"
+
+
 def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
     """Whether a run has what an evaluation asks for, and takes its results."""
     yield from new_folder_problems("experiment_dir", str(Path(run_dir) / "eval"))
@@ -121,11 +138,14 @@ def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
             f"run{of} trained a {what}: give {give}"
         )
         return
-    yield from weights_problems(run_dir, config.task.model_name, key="experiment_dir", name_key="task.model_name")
+    if isinstance(config.task, FrontierConfig):
+        yield from _frontier_problems(config, run_dir)
+    else:
+        yield from weights_problems(run_dir, config.task.model_name, key="experiment_dir", name_key="task.model_name")
     task = saved.get("task")
     start = task.get("sft_experiment_dir") if isinstance(task, dict) else None
     adapters = config.model is not None and config.model.finetune_mode == "LORA"
-    if isinstance(start, str) and adapters and not Path(start, "final").is_dir():
+    if isinstance(start, str) and adapters and not Path(start).is_dir():
         yield (
             f"experiment_dir={run_dir} has adapters for the model that {start} left, and that is not there any more: "
             "put it back"

@@ -14,7 +14,14 @@ from sheeprlhf.structure.registry import Option
 _SAME = {"gpu": "cuda"}  # what nobody finds by the letters
 _MOST_NAMES = 1000  # of a folder, that are compared with a mistyped one
 _SECRET_NAME = re.compile(r"(token|secrets?|passwords?|passwd|api_?keys?|private_?key|secret_?key|credentials?)$", re.I)
-_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{8,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{16,})|://[^/\s@]+:[^/\s@]+@")
+# keys of code hosts, clouds, chats and package indexes that nothing else looks like
+KEYS = (
+    r"github_pat_\w{8,}|glpat-[\w-]{10,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abeprs]-[\w-]{10,}|pypi-[\w-]{16,}"
+    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+"
+)
+_SECRET_VALUE = re.compile(
+    rf"\b(hf_[A-Za-z0-9]{{8,}}|sk-[\w-]{{16,}}|gh[pousr]_[A-Za-z0-9]{{16,}}|{KEYS})|://[^/\s@]+:[^/\s@]+@"
+)
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:

@@ -11,6 +11,8 @@ from sheeprlhf.structure.task import TrainTaskConfig
 class OnlineTaskConfig(TrainTaskConfig):
     """What all of them have. An epoch is a pass over the prompts; generation.* says how responses are sampled."""
 
+    data_kind: ClassVar[str] = "prompts"
+
     config_name: str = option("???", "Name of this choice.")
     rollout_size: int = option(64, "Responses sampled before they are learnt from, all devices.", minimum=1)
     num_generations: int = option(1, "Responses sampled for each prompt.", minimum=1)

@@ -5,12 +5,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.structure.limits import near_path
 from sheeprlhf.utils.hub import EMBEDDED, embedded_folder
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -25,6 +26,12 @@ def data_file_problems(key: str, path: str) -> Iterator[str]:
         yield f"{key}={path} is not a file: {_did(key, file)}give the path of an existing one (from {Path.cwd()})"
     elif not os.access(file, os.R_OK):
         yield f"{key}={path} cannot be read: change its permissions or give another file"
+
+
+def data_is_here(data: DataConfig) -> bool:
+    """Whether a dataset's files are this machine's own: embedded, or named by the user; the hub is not asked."""
+    name = str(data.dataset_name)
+    return isinstance(data, LocalDataConfig) or name.startswith(EMBEDDED) or Path(name).expanduser().is_dir()
 
 
 def _did(key: str, file: str) -> str:

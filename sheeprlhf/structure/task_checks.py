@@ -11,6 +11,7 @@ from sheeprlhf.structure.limits import near_path
 from sheeprlhf.structure.online import BestOfNConfig, OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.places import new_folder_problems
+from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, TrainTaskConfig
@@ -40,6 +41,7 @@ def train_problems(config: TrainConfig) -> Iterator[str]:
             f"model.freeze_transformer=true is not read by task={name}: remove it, or train less by "
             "model.finetune_mode=LORA"
         )
+    yield from sharding_problems(config, able=config.task.shards)
     yield from start_problems(config)
     yield from online_problems(config)
     if isinstance(config.task, BestOfNConfig):
@@ -55,6 +57,20 @@ def train_problems(config: TrainConfig) -> Iterator[str]:
     if not re.fullmatch(r"[^/\\\0]+", config.run_name) or config.run_name in (".", ".."):
         yield f"run_name={config.run_name} cannot name a directory: give a name without slashes"
     yield from new_folder_problems("root_dir", config.root_dir)
+
+
+def sharding_problems(config: TrainConfig | EvalConfig, *, able: bool) -> Iterator[str]:
+    """Where weights cannot be cut into parts."""
+    if config.fabric.strategy != "fsdp2":
+        return
+    if not able:
+        tasks = ", ".join(name for name, task in choices("task", "train").items() if getattr(task, "shards", False))
+        yield (
+            f"fabric.strategy=fsdp2 trains task={tasks} alone, not task={config.task.config_name}: "
+            "give fabric.strategy=ddp"
+        )
+    if config.fabric.precision == "64-true":
+        yield "fabric.precision=64-true is not supported by fabric.strategy=fsdp2: give fabric.precision=32-true"
 
 
 def online_problems(config: TrainConfig) -> Iterator[str]:

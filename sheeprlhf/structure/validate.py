@@ -82,8 +82,6 @@ def _fabric_problems(fabric: FabricConfig) -> Iterator[str]:
             yield f"fabric.devices={fabric.devices} names devices, which a CPU has not: give a number of processes"
     if fabric.precision == "16-mixed":  # its loss scale begins too high on purpose: the first steps are not finite
         yield "fabric.precision=16-mixed is not supported: give fabric.precision=bf16-mixed or 32-true"
-    if fabric.strategy == "fsdp2":
-        yield "fabric.strategy=fsdp2 is not supported yet: give fabric.strategy=ddp"
     if fabric.strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         yield "fabric.strategy=deepspeed needs a package: pip install deepspeed, or give fabric.strategy=ddp"
 

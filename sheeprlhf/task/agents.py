@@ -7,10 +7,10 @@ from typing import NamedTuple, cast
 
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.agent.reward import OFFSET, RewardModel, load_reward_model, reward_model_of
+from sheeprlhf.agent.reward import RewardModel, load_reward_model, offset_of, reward_model_of
 from sheeprlhf.agent.shared import SharedScore
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.run import Run
@@ -134,7 +134,7 @@ def _load_reward(
         final = Path(str(of_run)) / "final"
         head = nn.Linear(1, 1, bias=False)
         head.weight = nn.Parameter(load_score_adapter(policy.model, final, REWARD).float())
-        offset = float(getattr(AutoConfig.from_pretrained(final), OFFSET, 0.0))
+        offset = offset_of(final)
         run.say("reward, critic and reference share the policy's base")
         return SharedScore(policy.model, REWARD, head, offset), True
     return load_separate_reward_model(run.cfg, tokenizer, longest=longest, say=run.say)

@@ -97,7 +97,8 @@ class Batches:
 
 def longest_row(splits: Mapping[str, TokenizedSplit]) -> int:
     """Tokens of the longest sequence that a model sees in any split: a prompt with the longest of its responses."""
-    return max(int((rows.sizes[:, 0] + rows.sizes[:, 1:].max(axis=1)).max()) for rows in splits.values() if len(rows))
+    longest = [rows.sizes[:, 0] + rows.sizes[:, 1:].max(axis=1, initial=0) for rows in splits.values() if len(rows)]
+    return max(int(of_split.max()) for of_split in longest)
 
 
 def training_split(task: TrainTaskConfig, data: PreparedData) -> str:

@@ -1,7 +1,7 @@
 """One object that makes rollouts: it knows the policy, the reference and the reward, and what the reward has seen."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class Collector:
         reference: what the policy was before training.
         reward: the reward model, if the reward has one.
         packed: how batches are laid out.
+        columns: of the texts, those that the reward is given; the same in every rollout.
 
     Attributes:
         policy: who writes.
@@ -60,9 +61,11 @@ class Collector:
         reward: RewardModel | SharedScore | None,
         *,
         packed: bool,
+        columns: Collection[str] = ("reference",),
     ) -> None:
         self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
         self.policy, self._reference, self._reward, self._packed = policy, reference, reward, packed
+        self._columns = columns
         self._stop = StopStrings(cfg.generation.stop_strings, tokenizer)
         self._model_scores: list[float] = []
         given = None if reward is None else lambda *_: self._model_scores
@@ -107,7 +110,9 @@ class Collector:
         if cfg.fabric.precision != "32-true":  # there the sampler's differ from those that the update computes
             old_N = self.logprobs(self.policy, rollout, "log-probabilities")
         rollout = rollout.with_tokens(logprobs=old_N, reference=self.logprobs(self._reference, rollout, "reference"))
-        self.texts = as_text(rollout, prompts, self._tokenizer, self._stop)
+        texts = as_text(rollout, prompts, self._tokenizer, self._stop)
+        given = {name: values for name, values in texts.columns.items() if name in self._columns}
+        self.texts = texts._replace(columns=given)
         self.figures = {}
         scores = np.array(self._scores(rollout, validates), dtype=np.float64)
         rollout = dataclasses.replace(rollout, scores=scores.reshape(rollout.finished.shape))

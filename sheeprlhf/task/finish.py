@@ -1,11 +1,13 @@
 """What every training task does before its first step, at each validation and after its last step."""
 
 import json
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.data.prepare import PreparedData
@@ -14,9 +16,16 @@ from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import Run
-from sheeprlhf.engine.rundir import mark_finished
+from sheeprlhf.engine.rundir import mark_finished, same_data
+from sheeprlhf.engine.shard import assemble
+from sheeprlhf.structure.earlier import REWARD_MODEL, scores_by_run
+from sheeprlhf.structure.online import OnlineTaskConfig
+from sheeprlhf.structure.option import Config
+from sheeprlhf.structure.registry import options
+from sheeprlhf.structure.reward import AutoRewardConfig
+from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.step_memory import step_plan
-from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.errors import DataError, ModelError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import peak_memory, size_text
 
@@ -29,8 +38,18 @@ class Saved(Protocol):
 
 
 def report_data(fabric: Fabric, run: Run, data: PreparedData) -> None:
-    """All ranks; rank zero shows what the data became, keeps it as data_report.json, and plans the memory."""
+    """All ranks; rank zero shows what the data became, keeps it as data_report.json, and plans the memory.
+
+    Raises:
+        DataError: the run trained on other data before.
+    """
     run.say(render_report(data.report))
+    same = fabric.broadcast(same_data(run.dir, data.fingerprint) if fabric.is_global_zero else None)
+    if not same:
+        raise DataError(
+            f"{run.dir} trained on other data until now: the files of data.*, the tokenizer, its chat template or the "
+            "version of this program have changed; put them back, or start another run without resume"
+        )
     if fabric.is_global_zero:
         run.planned_memory = _planned_memory(run, fabric.device.type)
         if run.planned_memory is not None:
@@ -46,10 +65,14 @@ def _planned_memory(run: Run, device: str) -> int | None:
     return None
 
 
+def _peak_memory(fabric: Fabric) -> int | None:
+    """Bytes that this process has needed at most; on CUDA, of the GPU."""
+    return torch.cuda.max_memory_reserved(fabric.device) if fabric.device.type == "cuda" else peak_memory()
+
+
 def _say_peak_memory(fabric: Fabric, run: Run) -> None:
-    """What was needed in fact, beside what was planned; on CUDA, of the GPU."""
-    on_cuda = fabric.device.type == "cuda"
-    peak = torch.cuda.max_memory_reserved(fabric.device) if on_cuda else peak_memory()
+    """What was needed in fact, beside what was planned."""
+    on_cuda, peak = fabric.device.type == "cuda", _peak_memory(fabric)
     if peak is not None:
         planned = "" if run.planned_memory is None else f" (planned: up to {size_text(run.planned_memory)})"
         run.say(f"peak memory {'on the GPU' if on_cuda else 'of this process'}: {size_text(peak)}{planned}")
@@ -72,15 +95,47 @@ def finish_run(
     trained: Saved,
     tokenizer: PreTrainedTokenizerBase,
     state: TrainState,
-    *,
-    evaluation: str = "perplexity",
 ) -> None:
     """All ranks; rank zero writes `final/` for `from_pretrained`, marks the run finished and says what measures it."""
+    if isinstance(trained, nn.Module):
+        assemble(fabric, trained)
     if fabric.is_global_zero:
         final = run.dir / "final"
         if not final.exists():  # complete whenever it is there: it is renamed into place
             write_folder(final, lambda folder: trained.save(folder, tokenizer))
-        mark_finished(run.dir, step=state.step, best_metric=state.best_metric, best_step=state.best_step)
+        best = {"best_metric": state.best_metric, "best_step": state.best_step}
+        mark_finished(run.dir, step=state.step, **best, peak_memory=_peak_memory(fabric))
     fabric.barrier()
     _say_peak_memory(fabric, run)
-    run.say(f"finished: {run.dir}\nnext: python sheeprlhf.py eval task={evaluation} experiment_dir={run.dir}")
+    run.say(f"finished: {run.dir}\nnext: {evaluation_of(run.cfg, run.dir)}")
+
+
+def evaluation_of(cfg: TrainConfig, run_dir: Path) -> str:
+    """The command that measures what a run has learnt: texts, pairs, or what its reward says of its samples."""
+    task, words = cfg.task, ["task=perplexity"]
+    if task.data_kind == "preference":
+        words = ["task=preference"]
+    words.append(f"experiment_dir={run_dir}")
+    if isinstance(task, OnlineTaskConfig):
+        words[0] = "task=reward"
+        if cfg.reward.config_name != AutoRewardConfig.config_name:
+            words.append(f"reward={cfg.reward.config_name}")
+        words += _changed("reward", cfg.reward, ("normalize",))
+        if scores_by_run(cfg):
+            words.append(f"{REWARD_MODEL}={task.rm_experiment_dir}")
+        words += _changed("generation", cfg.generation, ("do_sample", "engine"))
+    return shlex.join(["python", "sheeprlhf.py", "eval", *words])
+
+
+def _changed(group: str, config: Config, left_out: tuple[str, ...]) -> list[str]:
+    """The options that are not what they are by default, as they are typed."""
+    default = type(config)()
+    words = []
+    for option in options(config, f"{group}."):
+        name, value = option.key.rpartition(".")[2], option.value
+        usual = getattr(default, name)
+        if value in (None, usual) or name in left_out or (not usual and not value):
+            continue
+        text = f"[{','.join(map(str, value))}]" if isinstance(value, tuple | list) else str(value)
+        words.append(f"{option.key}={text}")
+    return words

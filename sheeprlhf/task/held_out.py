@@ -28,7 +28,7 @@ class HeldOut:
         run: the run.
         collect: samples and scores.
         module: the policy, set up.
-        rows: the prompts, each with the dataset's own response.
+        rows: the prompts, with the dataset's own responses where it has some.
     """
 
     def __init__(self, fabric: Fabric, run: Run, collect: Collector, module: nn.Module, rows: TokenizedSplit) -> None:
@@ -44,16 +44,18 @@ class HeldOut:
         """All ranks: the figures, for the log; a sample table goes to the run's records.
 
         "objective" is what training maximises, score - price * KL; "perplexity" is that of the dataset's own
-        responses, "distinct_2" the share of different pairs of words among all that were written.
+        responses, where every row has one; "distinct_2" the share of different pairs of words among all that were
+        written.
         """
         rollout = self._collect(self._rows.examples(range(self._count)), NUMBER, group=1, validates=True)
         result = {name.partition("/")[2]: value for name, value in self._collect.figures.items()}
         result["objective"] = result["scores"] - self._task.kl_price() * result["kl"]
         texts = self._collect.texts
         result["distinct_2"] = distinct_pairs(texts.responses)
-        micro_batches = self._collect.tokens.first(self._rows, self._count, "validating")
-        nll = evaluate(self._fabric, self._module, micro_batches, sft_loss)["nll"]
-        result["perplexity"] = math.exp(min(nll, 700.0))
+        if not self._rows.unanswered:
+            micro_batches = self._collect.tokens.first(self._rows, self._count, "validating")
+            nll = evaluate(self._fabric, self._module, micro_batches, sft_loss)["nll"]
+            result["perplexity"] = math.exp(min(nll, 700.0))
         if self._task.num_sample_prompts:
             self._run.log_text("samples", sample_table(rollout, texts, self._task.num_sample_prompts), step)
         self._warn(result)
@@ -67,11 +69,12 @@ class HeldOut:
                 f"warning: the KL divergence is estimated as {result['kl']:.1f} nats a response, and it is never "
                 "negative: responses were not sampled from the policy alone (generation.*, a bug in the model's cache)"
             )
-        if result["scores"] > self._first["scores"] and result["perplexity"] > _FAR * self._first["perplexity"]:
+        first, perplexity = (of.get("perplexity", 0.0) for of in (self._first, result))
+        if result["scores"] > self._first["scores"] and perplexity > _FAR * first:
             self._run.say(
-                f"warning: scores rise and the data's own responses become unlikely (perplexity "
-                f"{self._first['perplexity']:.1f} -> {result['perplexity']:.1f}): the policy may be finding what the "
-                "reward overlooks; look at samples/, raise task.init_kl_coeff (task.beta) or lower the learning rate"
+                f"warning: scores rise and the data's own responses become unlikely (perplexity {first:.1f} -> "
+                f"{perplexity:.1f}): the policy may be finding what the reward overlooks; look at samples/, raise "
+                "task.init_kl_coeff (task.beta) or lower the learning rate"
             )
 
 
@@ -82,13 +85,14 @@ def distinct_pairs(texts: list[str]) -> float:
 
 
 def sample_table(rollout: Rollout, texts: Texts, num_rows: int) -> str:
-    """Prompt, response, the dataset's own response, score and KL of the first rows, for people to read."""
+    """Prompt, response, score and KL of the first rows, and the dataset's own responses if given, for people."""
+    references = texts.columns.get("reference")
     blocks = []
     for row in range(min(num_rows, len(rollout))):
         kl = float((rollout.tokens["logprobs"][row] - rollout.tokens["reference"][row]).sum())
         cut = "" if texts.finished[row] else ", cut"
         blocks.append(
             f"[prompt]\n{texts.prompts[row]}\n[model] score {rollout.scores[row, 0]:.3f}, KL {kl:.2f}{cut}\n"
-            f"{texts.responses[row]}\n[reference]\n{texts.columns['reference'][row]}\n"
+            f"{texts.responses[row]}\n" + ("" if references is None else f"[reference]\n{references[row]}\n")
         )
     return "\n".join(blocks)

@@ -13,12 +13,15 @@ from sheeprlhf.agent.reference import reference_of
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
 from sheeprlhf.engine.run import Run
 from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.reward.score import check_columns
+from sheeprlhf.structure.online import PPOConfig
 from sheeprlhf.task.agents import Agents, load_agents
 from sheeprlhf.task.batches import longest_row
 from sheeprlhf.task.collect import Collector
 from sheeprlhf.task.finish import report_data
 from sheeprlhf.task.held_out import HeldOut
 from sheeprlhf.task.turns import Loop
+from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -30,19 +33,22 @@ class Parts(NamedTuple):
         rows: whose prompts are answered.
         held_out: those of validation; None if there are none.
         agents: the models.
+        columns: names of what the reward is given of each row.
     """
 
     tokenizer: PreTrainedTokenizerBase
     rows: TokenizedSplit
     held_out: TokenizedSplit | None
     agents: Agents
+    columns: tuple[str, ...]
 
 
 def load_parts(fabric: Fabric, run: Run) -> Parts:
     """All ranks: prepare and report the data, load the models onto the host.
 
     Raises:
-        SheepError: something cannot be loaded; see its message.
+        SheepError: something cannot be loaded, or rows lack the response that the task or the reward reads; see its
+            message.
     """
     cfg = run.cfg
     if cfg.generation.engine != "native":
@@ -55,9 +61,16 @@ def load_parts(fabric: Fabric, run: Run) -> Parts:
     report_data(fabric, run, data)
     rows, held_out = data.splits["train"], data.splits.get("validation")
     used = {"": rows} if held_out is None else {"": rows, "validation": held_out}
+    if isinstance(cfg.task, PPOConfig) and cfg.task.ptx_coeff and rows.unanswered:
+        raise DataError(
+            f"task.ptx_coeff={cfg.task.ptx_coeff:g} learns from the dataset's own responses, and {rows.unanswered} of "
+            f"{len(rows)} training rows have none: give each of them one, or task.ptx_coeff=0"
+        )
+    columns = () if any(split.unanswered for split in used.values()) else ("reference",)
+    check_columns(cfg.reward, columns, default=cfg.data.rule_reward)
     sampled = max(int(split.sizes[:, 0].max()) for split in used.values()) + cfg.generation.max_new_tokens
     agents = load_agents(run, tokenizer, longest=max(longest_row(used), sampled))
-    return Parts(tokenizer, rows, held_out, agents)
+    return Parts(tokenizer, rows, held_out, agents, columns)
 
 
 def begin(
@@ -87,7 +100,7 @@ def begin(
     learners = module if learners is None else learners
     reward = None if agents.reward is None else agents.reward.to(fabric.device)
     of_policy = (agents.policy, reference_of(agents.policy))
-    collect = Collector(fabric, cfg, parts.tokenizer, *of_policy, reward, packed=agents.packed)
+    collect = Collector(fabric, cfg, parts.tokenizer, *of_policy, reward, packed=agents.packed, columns=parts.columns)
     torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
     state = run.restore(learners, optimizer)
     collect.restore(state.extra)

@@ -18,6 +18,7 @@ from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
+from sheeprlhf.engine.shard import gathered
 from sheeprlhf.engine.step import LossFn, MicroBatch
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.utils.errors import ModelError
@@ -65,7 +66,7 @@ def reference_logprobs(
     stored = fabric.broadcast(_read(path, sums.shape, read) if fabric.is_global_zero else None)
     if stored is not None:
         return stored
-    with isolated_rng(), eval_mode(module), torch.no_grad():
+    with isolated_rng(), gathered(module), eval_mode(module), torch.no_grad():
         for part, micro in batches.numbered(rows, read, f"reference, {split}"):
             batch = fabric.to_device(micro.batch)
             logprobs_N = module(batch).target_N
@@ -109,7 +110,7 @@ def check_reference(
     """
     tolerance = 1e-5 if precision == "32-true" else 2e-2
     apart, tokens, loss, expected = 0.0, 1, 0.0, 0.0
-    with isolated_rng(), eval_mode(module), torch.no_grad():
+    with isolated_rng(), gathered(module), eval_mode(module), torch.no_grad():
         for micro in micro_batches[:1]:
             batch, reference_S = content = fabric.to_device(micro.batch)
             sums_S = sum_by_response(module(batch).target_N, batch.response_index_N, len(batch.response_lengths))

@@ -18,6 +18,7 @@ from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
+from sheeprlhf.engine.shard import gathered
 from sheeprlhf.model.engines import ENGINES
 from sheeprlhf.model.sample import Sampled
 from sheeprlhf.model.stop import StopStrings
@@ -93,8 +94,9 @@ def as_rollout(prompts: Sequence[Example], sampled: Sequence[Sampled]) -> Rollou
 def as_text(
     rollout: Rollout, prompts: Sequence[Example], tokenizer: PreTrainedTokenizerBase, stop: StopStrings
 ) -> Texts:
-    """The rollout's responses as text, each beside its prompt; `prompts` also have the dataset's own responses.
+    """The rollout's responses as text, each beside its prompt.
 
+    The dataset's own responses are the column "reference", which is there if every one of `prompts` has one.
     Sampled responses are cut before a stop string, whose tokens count.
     """
 
@@ -103,12 +105,15 @@ def as_text(
 
     group, eos_id = rollout.finished.shape[1], tokenizer.eos_token_id
     responses = [response for row in rollout.rows for response in row.responses]
+    columns = {}
+    if all(prompt.responses for prompt in prompts):
+        columns["reference"] = [one for prompt in prompts for one in [text(prompt.responses[0])] * group]
     return Texts(
         prompts=[one for prompt in prompts for one in [text(prompt.prompt_ids)] * group],
         responses=[stop.text(response) for response in responses],
         finished=rollout.finished.reshape(-1).tolist(),
         num_tokens=[len(response) - int(response[-1] == eos_id) for response in responses],
-        columns={"reference": [one for prompt in prompts for one in [text(prompt.responses[0])] * group]},
+        columns=columns,
     )
 
 
@@ -137,7 +142,7 @@ def read_targets(
     """
     mine: list[tuple[int, np.ndarray]] = []
     count = min(len(rows), num_rows or len(rows))
-    with isolated_rng(), eval_mode(module), torch.no_grad(), fabric.autocast():
+    with isolated_rng(), gathered(module), eval_mode(module), torch.no_grad(), fabric.autocast():
         for part, micro in batches.numbered(rows, np.arange(count), label):
             batch = fabric.to_device(micro.batch)
             values_N = call(batch).float().cpu().numpy()

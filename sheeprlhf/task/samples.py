@@ -6,6 +6,7 @@ from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.example import Example
 from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import Run
+from sheeprlhf.engine.shard import gathered
 from sheeprlhf.model.generate import generate_responses
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.utils.lightning import Fabric
@@ -24,9 +25,11 @@ def log_samples(
 
     The random numbers of training are untouched.
     """
-    if not examples or not fabric.is_global_zero:
+    if not examples:
         return
-    with isolated_rng():
+    with gathered(policy), isolated_rng():
+        if not fabric.is_global_zero:
+            return
         responses = generate_responses(policy.causal_lm(), tokenizer, [e.prompt_ids for e in examples], cfg)
     blocks = []
     for example, response in zip(examples, responses, strict=True):

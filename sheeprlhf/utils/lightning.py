@@ -14,7 +14,15 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import cast
 
-__all__ = ["DDPStrategy", "Fabric", "MisconfigurationException", "_FabricModule", "is_wrapped", "move_data_to_device"]
+__all__ = [
+    "DDPStrategy",
+    "Fabric",
+    "MisconfigurationException",
+    "ModelParallelStrategy",
+    "_FabricModule",
+    "is_wrapped",
+    "move_data_to_device",
+]
 
 
 @contextmanager
@@ -38,7 +46,7 @@ def _fabric_alone() -> Iterator[None]:
 
 with _fabric_alone():
     from lightning.fabric import Fabric
-    from lightning.fabric.strategies import DDPStrategy
+    from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
     from lightning.fabric.utilities import move_data_to_device
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.fabric.wrappers import _FabricModule, is_wrapped

@@ -104,7 +104,7 @@ def test_the_reference_is_the_fine_tuned_model(
                 logprobs = model(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
             places = range(len(prompt) - 1, len(prompt) + len(response) - 1)
             expected.append(sum(float(logprobs[i, token]) for i, token in zip(places, response, strict=True)))
-    stored = stored.flatten()
+    stored = torch.tensor(stored).flatten()
     read = ~stored.isnan()  # of rows that no step reads, nothing is computed
     assert read.sum() >= 48
     assert_close(stored[read], torch.tensor(expected)[read], rtol=0, atol=2e-4)  # sums of about 30 tokens

@@ -2,8 +2,8 @@
 
 from tests.mutants.mutant import Mutant
 
-COLLATE, SAMPLER, TOKENIZE, PREPARE = (
-    f"sheeprlhf/data/{name}.py" for name in ("collate", "sampler", "tokenize", "prepare")
+COLLATE, SAMPLER, TOKENIZE, PREPARE, READ = (
+    f"sheeprlhf/data/{name}.py" for name in ("collate", "sampler", "tokenize", "prepare", "read")
 )
 TESTS = "tests/unit/data/test_"
 
@@ -95,5 +95,19 @@ MUTANTS = [
         old="    if (folder / MARKER).is_file():\n",
         new="    if folder.is_dir():\n",
         tests=TESTS + "prepare.py::test_a_kill_at_any_step_leaves_no_torn_cache",
+    ),
+    Mutant(  # an edited format_row goes on with the rows that it made before
+        trap="a user's own rows",
+        file=PREPARE,
+        old="""[cfg.row_format, inspect.getsource(import_module(cfg.row_format.partition(":")[0]))]""",
+        new="cfg.row_format",
+        tests=TESTS + "prepare.py::test_rows_are_made_anew_when_the_code_of_their_format_changes",
+    ),
+    Mutant(  # a dataset's own columns never reach its format
+        trap="a user's own rows",
+        file=READ,
+        old="columns = (*COLUMNS, *more)",
+        new="columns = COLUMNS",
+        tests=TESTS + "read.py::test_a_dataset_may_read_columns_of_its_own",
     ),
 ]

@@ -18,14 +18,14 @@ MUTANTS = [
     Mutant(
         trap="8",
         file=_STEP,
-        old="        totals.append(output.total.detach())\n",
-        new="        totals.append(output.total.detach())\n        optimizer.step() if index == 0 else None\n",
+        old="            totals.append(output.total.detach())\n",
+        new="            totals.append(output.total.detach())\n            optimizer.step() if index == 0 else None\n",
         tests=f"{_UNIT}/test_step.py::test_every_call_is_one_optimizer_step",
     ),
     Mutant(
         trap="9",
         file=_STEP,
-        old="fabric.backward(output.total * scale)",
+        old="fabric.backward(output.total * (scale if counts else 0.0))",
         new="fabric.backward(output.total / micro.num_items / len(micro_batches))",
         tests=f"{_UNIT}/test_step.py::test_any_cut_is_one_batch",
     ),
@@ -46,11 +46,11 @@ MUTANTS = [
     Mutant(
         trap="10",
         file=_STEP,
-        old="        with fabric.no_backward_sync(module, enabled=index + 1 < len(micro_batches)):\n"
+        old="        with fabric.no_backward_sync(module, enabled=index + 1 < len(passes)):\n"
         '            with phase("forward pass"):\n'
         "                output = loss_fn(module, fabric.to_device(micro.batch))\n",
         new="        output = loss_fn(module, fabric.to_device(micro.batch))\n"
-        "        with fabric.no_backward_sync(module, enabled=index + 1 < len(micro_batches)):\n",
+        "        with fabric.no_backward_sync(module, enabled=index + 1 < len(passes)):\n",
         tests=f"{_RANKS}::test_one_gradient_sync_per_step",
     ),
     Mutant(
@@ -77,8 +77,8 @@ MUTANTS = [
     Mutant(
         trap="evaluation consumes random numbers",
         file=_STEP,
-        old=", isolated_rng(), eval_mode(module)",
-        new=", eval_mode(module)",
+        old=", isolated_rng(), gathered(module)",
+        new=", gathered(module)",
         tests=f"{_UNIT}/test_step.py::test_evaluation_leaves_generators_and_training_flags_alone",
     ),
     Mutant(

@@ -316,8 +316,8 @@ MUTANTS = [
     Mutant(  # samples draw from training's random numbers
         trap="18",
         file="sheeprlhf/task/samples.py",
-        old="    with isolated_rng():\n",
-        new="    if True:\n",
+        old="    with gathered(policy), isolated_rng():\n",
+        new="    with gathered(policy):\n",
         tests=f"{_E2E}::test_intervals_and_workers_do_not_change_the_weights",
     ),
     Mutant(  # final/ is the model as it was before training

@@ -60,7 +60,7 @@ MUTANTS = [
     Mutant(  # the reference is computed with dropout
         trap="7",
         file=_REFERENCE,
-        old="    with isolated_rng(), eval_mode(module), torch.no_grad():\n        for part, micro",
+        old="    with isolated_rng(), gathered(module), eval_mode(module), torch.no_grad():\n        for part, micro",
         new="    module.train()\n    with isolated_rng(), torch.no_grad():\n        for part, micro",
         tests="tests/unit/task/test_reference.py",
     ),

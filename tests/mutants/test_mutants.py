@@ -27,10 +27,12 @@ from tests.mutants import (
     online_mutants,
     pipeline_mutants,
     preference_mutants,
+    report_mutants,
     reward_mutants,
     rl_loss_mutants,
     sample_mutants,
     stop_mutants,
+    talk_mutants,
 )
 from tests.mutants.mutant import Mutant
 
@@ -46,6 +48,7 @@ _LISTS = (
     eval_mutants,
     fetch_mutants,
     preference_mutants,
+    report_mutants,
     kto_mutants,
     rl_loss_mutants,
     reward_mutants,
@@ -53,6 +56,7 @@ _LISTS = (
     stop_mutants,
     online_mutants,
     pipeline_mutants,
+    talk_mutants,
 )
 MUTANTS = [mutant for module in _LISTS for mutant in module.MUTANTS]
 FIRST_OF_TRAP = {mutant.trap: mutant for mutant in reversed(MUTANTS)}

@@ -17,7 +17,7 @@ from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.sampler import cut_micro_batches
-from sheeprlhf.engine.fabric import gather_objects
+from sheeprlhf.engine.fabric import gather_objects, place
 from sheeprlhf.model.generate import generate_ids
 from sheeprlhf.model.sample import Sampled, sample_responses
 from sheeprlhf.model.stop import StopStrings
@@ -25,7 +25,6 @@ from sheeprlhf.reward.call import Texts
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.rollouts import as_rollout, as_text, drawn_numbers, read_targets
-from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.lightning import Fabric
 
 NUMBER = (1 << 32) - 2  # of an evaluation's draws: no rollout and no validation of training samples with these
@@ -62,7 +61,7 @@ class Answers(NamedTuple):
 def set_up(fabric: Fabric, loaded: tuple[Policy, bool], tokenizer: PreTrainedTokenizerBase) -> Writer:
     """A loaded policy on the device, in the precision asked for."""
     policy, packed = loaded
-    fabric.setup_module(policy)
+    place(fabric, policy)
     return Writer(policy, tokenizer, packed)
 
 
@@ -78,11 +77,7 @@ def answer(
         prompts: rows; their prompts are read, and their first response as the reference.
         group: responses to each.
         samples: sample with all probabilities, as a rollout; else as `generation.do_sample` says.
-
-    Raises:
-        ConfigError: the model has too few positions.
     """
-    _check_positions(writer.policy, max(len(row.prompt_ids) for row in prompts), cfg.generation.max_new_tokens)
     uniforms = drawn_numbers(cfg.seed, NUMBER, (len(prompts), group, cfg.generation.max_new_tokens))
     mine = list(range(fabric.global_rank, len(prompts), fabric.world_size))
     stop = StopStrings(cfg.generation.stop_strings, writer.tokenizer)
@@ -150,15 +145,6 @@ def _by_beams(
             found[row] = Sampled((response.astype(np.int32),), (np.zeros(len(response), np.float32),), (bool(ended),))
         bar.update(len(part))
     return [found[row] for row in range(len(prompts))]
-
-
-def _check_positions(policy: Policy, longest_prompt: int, max_new_tokens: int) -> None:
-    positions = getattr(policy.causal_lm().config, "max_position_embeddings", None)
-    if positions is not None and longest_prompt + max_new_tokens > positions:
-        raise ConfigError(
-            f"generation.max_new_tokens={max_new_tokens}: the longest prompt has {longest_prompt} tokens, the model "
-            f"{positions} positions; give generation.max_new_tokens={max(1, positions - longest_prompt)}"
-        )
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from sheeprlhf.structure.evaluation import GenerateConfig
 from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import answer, set_up
-from sheeprlhf.task.eval.load import evaluated_split, first_rows, load_evaluated_policy, say_on
+from sheeprlhf.task.eval.load import evaluated_split, first_rows, load_evaluated_policy, longest_with_response, say_on
 from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.task.held_out import distinct_pairs
@@ -27,17 +27,18 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     assert isinstance(task, GenerateConfig) and cfg.model is not None and cfg.data is not None
     say = partial(say_on, fabric)
     tokenizer = load_tokenizer(cfg.model)
-    data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
+    data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
     rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
-    longest = max(len(row.prompt_ids) for row in rows) + cfg.generation.max_new_tokens
+    longest = longest_with_response(cfg, cfg.model, rows)
     writer = set_up(fabric, load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), tokenizer)
     texts = answer(fabric, cfg, writer, rows, samples=False).texts
+    references = texts.columns.get("reference", [None] * len(rows))
     kept = [
         {
             "row": row.row_id,
             "prompt": texts.prompts[number],
             "response": texts.responses[number],
-            "reference": texts.columns["reference"][number],
+            "reference": references[number],
             "tokens": texts.num_tokens[number],
             "finished": bool(texts.finished[number]),
         }

@@ -34,3 +34,8 @@ def interval_of(values_N: np.ndarray, *, seed: int) -> tuple[float, list[float]]
     """The mean of (N,) values and the ends of its interval."""
     mean, low, high = mean_and_interval(np.asarray(values_N, dtype=np.float64)[:, None], seed=seed)[:, 0].tolist()
     return mean, [low, high]
+
+
+def standard_error(values_N: np.ndarray) -> float | None:
+    """Of the mean; None of a single value."""
+    return float(values_N.std(ddof=1) / np.sqrt(len(values_N))) if len(values_N) > 1 else None

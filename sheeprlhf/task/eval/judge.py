@@ -12,6 +12,7 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.tokenize import encode
 from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.engine.fabric import place
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.reward.score import RawScores, build_scorer
 from sheeprlhf.structure.reward import needs_model, terms_of
@@ -43,6 +44,14 @@ class Trust(NamedTuple):
     def at_chance(self) -> bool:
         """Whether as much could come from a coin."""
         return self.interval[0] <= 0.5 <= self.interval[1]
+
+    def warning(self) -> str:
+        """What to say then."""
+        low, high = self.interval
+        return (
+            f"warning: the reward model is right in {self.accuracy:.1%} of {self.pairs:,} held-out pairs ({low:.1%} to "
+            f"{high:.1%}), as a coin may be: scores and win rates that it gives mean nothing"
+        )
 
 
 class Judge:
@@ -137,6 +146,6 @@ class Judge:
         if self._loaded is None:
             tokenizer = load_tokenizer(reward_model_source(self._cfg)[2])
             model, packed = load_separate_reward_model(self._cfg, tokenizer, longest=longest, say=self._say)
-            self._fabric.setup_module(model)  # onto the device, in the precision asked for
+            place(self._fabric, model)  # onto the device, in the precision asked for
             self._loaded = model, packed, tokenizer
         return self._loaded

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,11 +11,13 @@ from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit, prepare_data
 from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.engine.redact import plain_text, redact_text
+from sheeprlhf.model.load import num_positions
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.task.start import load_of_run, load_start
-from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -51,6 +53,22 @@ def first_rows(split: TokenizedSplit, num_samples: int | None) -> list[Example]:
     return split.examples(range(min(len(split), num_samples or len(split))))
 
 
+def longest_with_response(cfg: EvalConfig, model: ModelConfig, rows: Sequence[Example]) -> int:
+    """Tokens of the longest prompt with a response as long as it may become; asked before the model is loaded.
+
+    Raises:
+        ConfigError: the model has fewer positions.
+    """
+    prompt, new = max(len(row.prompt_ids) for row in rows), cfg.generation.max_new_tokens
+    positions = num_positions(model)
+    if positions is not None and prompt + new > positions:
+        raise ConfigError(
+            f"generation.max_new_tokens={new}: the longest prompt has {prompt} tokens, the model {positions} "
+            f"positions; give generation.max_new_tokens={max(1, positions - prompt)}"
+        )
+    return prompt + new
+
+
 def rows_as(
     fabric: Fabric, cfg: EvalConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], say: Say
 ) -> list[Example]:
@@ -60,7 +78,7 @@ def rows_as(
         DataError: it has left one of them out.
     """
     assert cfg.data is not None
-    data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
+    data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
     split = evaluated_split(data, cfg.task.data_split)
     found = {row.row_id: row for row in split.examples(range(len(split)))}
     lost = [row.row_id for row in rows if row.row_id not in found]
@@ -89,13 +107,20 @@ def load_evaluated_policy(
     return load_of_run(model, run_dir, weights, tokenizer, longest=longest, batching=batching, say=say)
 
 
+def task_options(cfg: EvalConfig) -> dict[str, Any]:
+    """The options of the task that the evaluated run had, as its file has them; none without a run."""
+    task = None if cfg.experiment_dir is None else read_run_config(cfg.experiment_dir).get("task")
+    return task if isinstance(task, dict) else {}
+
+
 def start_of(cfg: EvalConfig) -> Start | None:
     """What the evaluated run started from; None for a model that no run has trained, and if it was random weights."""
     assert cfg.model is not None
     if cfg.experiment_dir is None or cfg.model.random_init:
         return None
-    task = read_run_config(cfg.experiment_dir).get("task") or {}
+    task = task_options(cfg)
     run_dir, weights = task.get("sft_experiment_dir"), str(task.get("sft_model_name", "final"))
+    run_dir = run_dir if isinstance(run_dir, str) else None
     return Start(
         run_dir, weights, str(cfg.model.repo_name) if run_dir is None else f"the {weights} weights of {run_dir}"
     )
@@ -136,4 +161,4 @@ def model_of_run(run_dir: str, key: str) -> ModelConfig:
 def say_on(fabric: Fabric, text: str) -> None:
     """Print a line on rank zero, beside the results on standard output."""
     if fabric.is_global_zero:
-        print(text, file=sys.stderr)
+        print(redact_text(plain_text(text)), file=sys.stderr)

@@ -14,7 +14,7 @@ import torch
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
-from sheeprlhf.engine.fabric import gather_objects
+from sheeprlhf.engine.fabric import gather_objects, place
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.run import EvalConfig
@@ -42,7 +42,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
     split = evaluated_split(data, task.data_split)
     policy, packed = load_evaluated_policy(cfg, tokenizer, longest=longest_row({"": split}), say=say)
-    fabric.setup_module(policy)  # onto the device, in the precision asked for
+    place(fabric, policy)  # onto the device, in the precision asked for
     num_rows = min(len(split), task.num_samples or len(split))
     nll_R, tokens_R = nll_of_rows(fabric, policy, task, split, num_rows, packed=packed)
     nll = float(nll_R.sum() / tokens_R.sum())

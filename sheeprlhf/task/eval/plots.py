@@ -9,18 +9,18 @@ import numpy as np
 
 INK, GREY, SECOND = "#3a6ea5", "#8a8f98", "#b8862d"
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
-_MOST_BARS = 40
+_MOST_BARS = 24
 
 
 @contextmanager
-def _drawing(image: io.BytesIO, width: float = 5.5, height: float = 4.0) -> Iterator[Any]:
+def _drawing(image: io.BytesIO, width: float = 5.5, height: float = 4.0, rows: int = 1) -> Iterator[Any]:
     """Axes; what was drawn on them inside is in `image` afterwards."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
     with style.context(["default", _STYLE]):
         figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure.subplots()
+        yield figure.subplots(rows, sharex=True)
         figure.savefig(image, format="png", dpi=130)
 
 
@@ -74,4 +74,45 @@ def draw_bars(columns: Mapping[str, tuple[float, float, float]], label: str) -> 
             axes.annotate(f"{mean:.3g}", (place, high), textcoords="offset points", xytext=(0, 3), ha="center")
         axes.set_xticks(range(len(columns)), list(columns))
         axes.set_ylabel(label)
+    return image.getvalue()
+
+
+def draw_frontier(points: list[dict[str, Any]], judge: str) -> bytes:
+    """A PNG: score against KL of a run's checkpoints, and of the best of n of its start; ROUGE-L below, if known.
+
+    Args:
+        points: of `task/eval/frontier.py`; those of the best of n have an "n".
+        judge: how the score is called.
+    """
+    best, steps = ([point for point in points if bool(point["n"]) is drawn] for drawn in (True, False))
+    measures = {"score": f"score ({judge})"}
+    if any(point["rougeL"] is not None for point in steps):
+        measures["rougeL"] = "ROUGE-L"
+    image = io.BytesIO()
+    with _drawing(image, height=3.6 * len(measures), rows=len(measures)) as all_axes:
+        for axes, (key, label) in zip(np.atleast_1d(all_axes), measures.items(), strict=True):
+            kl = [point["kl"] for point in steps]
+            axes.plot(kl, [point[key] for point in steps], color=INK, marker="o", label="checkpoints")
+            for point in steps:
+                place = (point["kl"], point[key])
+                axes.annotate(point["what"], place, textcoords="offset points", xytext=(5, -10), fontsize=7)
+            if key == "score":
+                bounds = [point["kl"] for point in best]
+                axes.plot(
+                    bounds,
+                    [point[key] for point in best],
+                    color=GREY,
+                    marker=".",
+                    linestyle="--",
+                    label="best of n of the start, at most this far",
+                )
+                axes.fill_between(
+                    kl,
+                    *([point[f"score_{end}"] for point in steps] for end in ("low", "high")),
+                    color=INK,
+                    alpha=0.15,
+                    linewidth=0,
+                )
+            axes.set(xlabel="KL from the start, nats a response", ylabel=label)
+            axes.legend(frameon=False)
     return image.getvalue()

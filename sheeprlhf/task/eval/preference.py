@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -18,6 +19,7 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.engine.fabric import place
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.earlier import task_of_run
 from sheeprlhf.structure.evaluation import PreferenceConfig
@@ -25,7 +27,14 @@ from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.task.batches import Batches, BatchOptions, longest_row
 from sheeprlhf.task.eval.interval import interval_of
-from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, load_start_of, say_on, start_of
+from sheeprlhf.task.eval.load import (
+    evaluated_split,
+    load_evaluated_policy,
+    load_start_of,
+    say_on,
+    start_of,
+    task_options,
+)
 from sheeprlhf.task.eval.pairs import calibration, calibration_error, pair_figures
 from sheeprlhf.task.eval.plots import draw_calibration
 from sheeprlhf.task.eval.result import save_result
@@ -55,7 +64,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
         of = (cfg.model, Path(cfg.experiment_dir), task.model_name, tokenizer)
         how: dict[str, Any] = {"longest": longest_row({"": split}), "batching": task.batching, "say": say}
         model, packed = load_trained_reward_model(*of, **how)
-        fabric.setup_module(model)  # onto the device, in the precision asked for
+        place(fabric, model)  # onto the device, in the precision asked for
         scores_S = scores_of_rows(fabric, model, task, split, packed=packed, num_rows=task.num_samples)
     else:
         scores_S, numbers = _implicit_rewards(fabric, cfg, tokenizer, split, say)
@@ -106,7 +115,7 @@ def _implicit_rewards(
     lengths_S = sizes[sizes >= 0]
 
     def sums_of(policy: nn.Module, packed: bool, label: str) -> np.ndarray:
-        fabric.setup_module(policy)
+        place(fabric, policy)
         batches = Batches(fabric, task, packed=packed, targets="response")
 
         def call(batch: Batch) -> torch.Tensor:
@@ -127,8 +136,7 @@ def _implicit_rewards(
 
 def _beta_of_run(cfg: EvalConfig) -> float:
     """That of the run's task, if it has one."""
-    task = {} if cfg.experiment_dir is None else read_run_config(cfg.experiment_dir).get("task") or {}
-    beta = task.get("beta")
+    beta = task_options(cfg).get("beta")
     return float(beta) if isinstance(beta, int | float) and beta > 0 else _BETA
 
 
@@ -173,6 +181,6 @@ def _table(numbers: dict[str, Any]) -> Table:
         label = f"  sure to {row['low']:.0%}-{row['high']:.0%}"
         table.add_row(label, f"right in {row['right']:.1%} of {row['pairs']:,} pairs")
     if "beta" in numbers:
-        of = "no reference" if numbers["reference"] is None else f"reference: {numbers['reference']}"
+        of = "no reference" if numbers["reference"] is None else f"reference: {escape(numbers['reference'])}"
         table.caption = f"implicit reward, beta {numbers['beta']:g}; {of}"
     return table

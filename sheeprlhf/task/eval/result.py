@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -26,6 +27,7 @@ def save_result(
     shown: Mapping[str, Any] | None = None,
     rows: Iterable[Mapping[str, Any]] = (),
     weights: str | None = None,
+    more: Mapping[str, Callable[[], bytes]] = MappingProxyType({}),
     draw: Callable[[], bytes],
     always_draw: bool = False,
 ) -> None:
@@ -40,6 +42,7 @@ def save_result(
         shown: those of them that are printed; by default all.
         rows: what the numbers were made of, kept in `<name>-<weights>.jsonl`.
         weights: of what; by default those that were evaluated.
+        more: makes further files, by their ending.
         draw: makes `<name>-<weights>.png`, if asked for one.
         always_draw: also if not asked.
 
@@ -67,6 +70,7 @@ def save_result(
     }
     lines = [json.dumps(row) + "\n" for row in rows]
     files = {folder / f"{name}-{weights}.jsonl": "".join(lines).encode()} if lines else {}
+    files |= {folder / f"{name}-{weights}.{ending}": make() for ending, make in more.items()}
     if cfg.plot or always_draw:
         files[folder / f"{name}-{weights}.png"] = draw()
     files[folder / f"{name}-{weights}.json"] = json.dumps(record, indent=1).encode()  # last: the rest is there then

@@ -5,9 +5,11 @@ more than one model in memory.
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
@@ -18,9 +20,10 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.sample import Sampled
 from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.structure.evaluation import REFERENCES, START, RewardConfig
+from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logprobs_of, set_up
-from sheeprlhf.task.eval.interval import interval_of
+from sheeprlhf.task.eval.interval import interval_of, standard_error
 from sheeprlhf.task.eval.judge import Judge, Trust
 from sheeprlhf.task.eval.load import (
     evaluated_split,
@@ -28,6 +31,7 @@ from sheeprlhf.task.eval.load import (
     load_evaluated_policy,
     load_final,
     load_start_of,
+    longest_with_response,
     model_of_run,
     rows_as,
     say_on,
@@ -37,12 +41,8 @@ from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import cell, save_result
 from sheeprlhf.task.held_out import distinct_pairs
 from sheeprlhf.task.rollouts import as_rollout, as_text
+from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
-
-AT_CHANCE = (
-    "warning: the reward model is right in {accuracy:.1%} of {pairs:,} held-out pairs ({low:.1%} to {high:.1%}), as a "
-    "coin may be: scores and win rates that it gives mean nothing"
-)
 
 
 class Written(NamedTuple):
@@ -69,14 +69,14 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     assert isinstance(task, RewardConfig) and cfg.model is not None and cfg.data is not None
     say = partial(say_on, fabric)
     tokenizer = load_tokenizer(cfg.model)
-    data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
+    data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
     rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
-    longest = longest_sequence(rows, cfg)
-    written = _write(fabric, cfg, rows, tokenizer, longest, say)
+    longest, against = longest_sequence(cfg, cfg.model, rows), _opponent(cfg, rows, say)
+    written = _write(fabric, cfg, rows, tokenizer, longest, against, say)
     judge = Judge(fabric, cfg, longest=longest, say=say)
     trust = judge.trust()
     scores_N, others_N = judge.scores(written.own), judge.scores(written.other)
-    numbers = _figures(cfg, written, scores_N, others_N, trust)
+    numbers = _figures(cfg, against, written, scores_N, others_N, trust)
     texts, others = written.own.texts, written.other.texts
     kept = [
         {
@@ -90,17 +90,34 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
         for number, row in enumerate(rows)
     ]
     if trust is not None and trust.at_chance():
-        low, high = trust.interval
-        say(AT_CHANCE.format(accuracy=trust.accuracy, pairs=trust.pairs, low=low, high=high))
-    draw = partial(draw_histogram, {"model": scores_N, task.against: others_N}, f"score ({judge.name()})")
+        say(trust.warning())
+    draw = partial(draw_histogram, {"model": scores_N, Path(against).name: others_N}, f"score ({judge.name()})")
     table = _table(numbers, judge.name(), float(others_N.mean()), trust)
     save_result(fabric, cfg, f"reward-{judge.name()}-{task.data_split}", numbers, table=table, rows=kept, draw=draw)
 
 
-def longest_sequence(rows: list[Example], cfg: EvalConfig) -> int:
+def longest_sequence(cfg: EvalConfig, model: ModelConfig, rows: list[Example]) -> int:
     """Tokens of the longest prompt with its reference or with a response."""
-    new = cfg.generation.max_new_tokens
-    return max(len(row.prompt_ids) + max(new, len(row.responses[0])) for row in rows)
+    own = max(len(row.prompt_ids) + sum(map(len, row.responses[:1])) for row in rows)
+    return max(own, longest_with_response(cfg, model, rows))
+
+
+def _opponent(cfg: EvalConfig, rows: list[Example], say: Say) -> str:
+    """What responses have to beat: `task.against`, or the start where rows have no responses of their own.
+
+    Raises:
+        DataError: there is neither.
+    """
+    assert isinstance(cfg.task, RewardConfig)
+    against = cfg.task.against
+    if against.casefold() in (REFERENCES, START):
+        against = against.casefold()
+    if against == REFERENCES and not all(row.responses for row in rows):
+        if start_of(cfg) is None:
+            raise DataError("rows have no responses to compare with, and the model no start: give task.against=<run>")
+        say("rows have no responses of their own: compared with what the run started from (task.against=start)")
+        return START
+    return against
 
 
 def _write(
@@ -109,17 +126,16 @@ def _write(
     rows: list[Example],
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
+    against: str,
     say: Say,
 ) -> Written:
     """All that models have to do before the judge, one model after the other."""
-    task, start = cfg.task, start_of(cfg)
-    assert isinstance(task, RewardConfig)
-    against = task.against if task.against.casefold() not in (REFERENCES, START) else task.against.casefold()
+    start = start_of(cfg)
     writer = set_up(fabric, load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), tokenizer)
     own = answer(fabric, cfg, writer, rows, samples=True)
     logprobs_N = logprobs_of(fabric, cfg, writer, own, "log-probabilities") if start is not None else None
     del writer
-    other, kl_N = references_of(rows, tokenizer), None
+    other, kl_N = references_of(rows, tokenizer) if against == REFERENCES else own, None
     if start is not None and logprobs_N is not None:
         begun = set_up(fabric, load_start_of(cfg, start, tokenizer, longest=longest, say=say), tokenizer)
         kl_N = kl_of_responses(own, logprobs_N, logprobs_of(fabric, cfg, begun, own, "start"))
@@ -139,7 +155,7 @@ def _of_run(
     theirs = load_tokenizer(model)
     if theirs.get_vocab() != tokenizer.get_vocab():
         rows = rows_as(fabric, cfg, theirs, rows, say)
-    loaded = load_final(cfg, model, run_dir, theirs, longest=longest_sequence(rows, cfg), say=say)
+    loaded = load_final(cfg, model, run_dir, theirs, longest=longest_sequence(cfg, model, rows), say=say)
     return answer(fabric, cfg, set_up(fabric, loaded, theirs), rows, samples=True)
 
 
@@ -153,11 +169,10 @@ def references_of(rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> An
 
 
 def _figures(
-    cfg: EvalConfig, written: Written, scores_N: np.ndarray, others_N: np.ndarray, trust: Trust | None
+    cfg: EvalConfig, against: str, written: Written, scores_N: np.ndarray, others_N: np.ndarray, trust: Trust | None
 ) -> dict[str, Any]:
     """The numbers of the result."""
-    task, texts, kl_N = cfg.task, written.own.texts, written.kl_N
-    assert isinstance(task, RewardConfig)
+    texts, kl_N = written.own.texts, written.kl_N
     won_N = (scores_N > others_N) + 0.5 * (scores_N == others_N)
     score, score_interval = interval_of(scores_N, seed=cfg.seed)
     win_rate, win_rate_interval = interval_of(won_N, seed=cfg.seed)
@@ -166,7 +181,7 @@ def _figures(
         "score_interval": score_interval,
         "win_rate": win_rate,
         "win_rate_interval": win_rate_interval,
-        "against": task.against,
+        "against": against,
         "rows": len(scores_N),
         "kl": None if kl_N is None else float(kl_N.mean()),
         "kl_error": None if kl_N is None else standard_error(kl_N),
@@ -177,19 +192,15 @@ def _figures(
     }
 
 
-def standard_error(values_N: np.ndarray) -> float | None:
-    """Of the mean; None of a single value."""
-    return float(values_N.std(ddof=1) / np.sqrt(len(values_N))) if len(values_N) > 1 else None
-
-
 def _table(numbers: dict[str, Any], judge: str, others: float, trust: Trust | None) -> Table:
     """One figure a line, each with what it needs beside it."""
     table = Table("metric", "value")
     table.add_row(f"score ({judge})", f"{numbers['score']:.4f} ({cell(numbers['score_interval'])})")
-    table.add_row(f"score of {numbers['against']}", f"{others:.4f}")
+    against = escape(numbers["against"])
+    table.add_row(f"score of {against}", f"{others:.4f}")
     rate = f"{numbers['win_rate']:.1%}"
     low, high = numbers["win_rate_interval"]
-    table.add_row(f"win rate against {numbers['against']}", f"{rate} ({low:.1%} to {high:.1%}) of {numbers['rows']:,}")
+    table.add_row(f"win rate against {against}", f"{rate} ({low:.1%} to {high:.1%}) of {numbers['rows']:,}")
     if trust is not None:
         chance = ", as a coin may be" if trust.at_chance() else ""
         right = f"{trust.accuracy:.1%} of {trust.pairs:,} held-out pairs{chance}"

@@ -21,7 +21,7 @@ from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import answer, set_up
 from sheeprlhf.task.eval.baselines import baseline_responses
 from sheeprlhf.task.eval.interval import mean_and_interval
-from sheeprlhf.task.eval.load import evaluated_split, first_rows, load_evaluated_policy, say_on
+from sheeprlhf.task.eval.load import evaluated_split, first_rows, load_evaluated_policy, longest_with_response, say_on
 from sheeprlhf.task.eval.plots import draw_bars
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.task.eval.rouge_metric import ROUGE_TYPES, Rouge
@@ -41,7 +41,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
     split = evaluated_split(data, task.data_split)
     examples = first_rows(split, task.num_samples)
-    longest = max(len(row.prompt_ids) for row in examples) + cfg.generation.max_new_tokens
+    longest = longest_with_response(cfg, cfg.model, examples)
     writer = set_up(fabric, load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), tokenizer)
     texts = answer(fabric, cfg, writer, examples, samples=False).texts
     if not fabric.is_global_zero:

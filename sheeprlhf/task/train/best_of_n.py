@@ -43,13 +43,13 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     task = cfg.task
     assert isinstance(task, BestOfNConfig)
     with open_run(fabric, cfg, run_dir) as run:
-        tokenizer, train_rows, held_out, agents = load_parts(fabric, run)
+        tokenizer, train_rows, held_out, agents, columns = load_parts(fabric, run)
         splits = {"train": train_rows} | ({} if held_out is None else {"validation": held_out})
         policy = agents.policy
         fabric.setup_module(policy)  # onto the device, in the precision asked for
         reward = None if agents.reward is None else agents.reward.to(fabric.device)
         # The policy does not move, so it is its own reference: what the KL shows is the sampler's rounding.
-        collect = Collector(fabric, cfg, tokenizer, policy, policy, reward, packed=agents.packed)
+        collect = Collector(fabric, cfg, tokenizer, policy, policy, reward, packed=agents.packed, columns=columns)
 
         parts, todo = Parts(run.dir / "parts"), _rollouts(task, splits)
         if fabric.is_global_zero:
@@ -110,7 +110,7 @@ def _check_text(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> 
         if np.isin(example.prompt_ids[len(bos) :], special).any():
             raise DataError(
                 "task=best_of_n writes prompts as text, and a chat template has put special tokens into these: give "
-                "data with the columns prompt and response instead of messages"
+                "data with a column prompt instead of messages"
             )
 
 

@@ -17,7 +17,7 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.sampler import StepPlan
-from sheeprlhf.engine.optim import build_optimizer, follow_schedule
+from sheeprlhf.engine.optim import follow_schedule, set_up
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.signals import STOP_SIGNALS
 from sheeprlhf.engine.step import LossOutput, evaluate, update
@@ -122,8 +122,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         key = f"{weights_digest(policy)}-{cfg.fabric.precision}-{packed}"
         if cfg.model.finetune_mode == "LORA" and cfg.model.lora_cfg is not None:
             policy = Policy(add_lora(policy.causal_lm(), cfg.model.lora_cfg))
-        optimizer = build_optimizer(cfg.optim, policy, cfg.peak_lr())
-        module, optimizer = fabric.setup(policy, optimizer)
+        module, optimizer = set_up(fabric, cfg.optim, policy, cfg.peak_lr())
         cut = partial(Batches, fabric, task, packed=packed, targets="response")
         read = {name: plan.rows_until(num_steps)} | {"validation": np.arange(len(held_out or ()))[:num_held_out]}
         used = task.loss_type not in NO_REFERENCE and not task.reference_free

@@ -16,7 +16,7 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.sampler import StepPlan
-from sheeprlhf.engine.optim import build_optimizer, follow_schedule
+from sheeprlhf.engine.optim import follow_schedule, set_up
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.rundir import is_finished
 from sheeprlhf.engine.signals import STOP_SIGNALS
@@ -72,8 +72,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         start = (task.sft_experiment_dir, task.sft_model_name)
         policy, packed = load_start(cfg.model, *start, tokenizer, longest=longest, batching=task.batching, say=run.say)
         model = reward_model_of(policy, cfg.model, tokenizer)
-        optimizer = build_optimizer(cfg.optim, model, cfg.peak_lr())
-        module, optimizer = fabric.setup(model, optimizer)
+        module, optimizer = set_up(fabric, cfg.optim, model, cfg.peak_lr())
         targets = "last" if task.loss_type == "last_token" else "scores"
         batches = Batches(fabric, task, packed=packed, targets=targets, num_items=lambda batch: len(batch.row_ids))
         torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
@@ -104,4 +103,4 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             scores_S = scores_of_rows(fabric, model, task, rows, packed=packed, label="normalising")
             model.offset = float(pairs_of_rows(scores_S, rows.sizes[:, 1:])[0].mean())
             run.say(f"the preferred responses of the training rows score {model.offset:.4f}: {OFFSET} in config.json")
-        finish_run(fabric, run, model, tokenizer, state, evaluation="preference")
+        finish_run(fabric, run, model, tokenizer, state)

@@ -16,7 +16,7 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.sampler import StepPlan
-from sheeprlhf.engine.optim import build_optimizer, follow_schedule
+from sheeprlhf.engine.optim import follow_schedule, set_up
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.signals import STOP_SIGNALS
 from sheeprlhf.engine.step import LossOutput, evaluate, update
@@ -57,8 +57,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
 
         longest = longest_row(data.splits)
         policy, packed = load_policy(cfg.model, tokenizer, longest=longest, batching=task.batching, say=run.say)
-        optimizer = build_optimizer(cfg.optim, policy, cfg.peak_lr())
-        module, optimizer = fabric.setup(policy, optimizer)
+        module, optimizer = set_up(fabric, cfg.optim, policy, cfg.peak_lr())
         batches = Batches(fabric, task, packed=packed, targets="response" if task.use_masked_targets else "all")
         torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
         state = run.restore(module, optimizer)

@@ -90,8 +90,9 @@ def test_the_folder_is_made_once_and_is_the_model(
     for name, tensor in expected.items():
         assert weights[name].tobytes() == tensor.tobytes(), name
 
-    monkeypatch.setattr(subprocess, "run", None)  # a second download would fail
-    run(["fetch", "model=smollm2"])
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", None)  # a second download would fail
+        run(["fetch", "model=smollm2"])
     assert "fetched before, and is undamaged" in capsys.readouterr().err
 
     cfg = SmolLM2Config()

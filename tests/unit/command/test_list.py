@@ -185,11 +185,15 @@ def test_a_run_on_pairs_shows_what_its_last_validation_told(rows, shown, tmp_pat
     assert told(folder).results == [f"{text} (validation)" for text in shown]
 
 
-def test_of_an_evaluated_reward_model_two_figures_are_shown(tmp_path):
+def test_of_pairs_and_of_rewards_the_figures_that_tell_most_are_shown(tmp_path):
     folder = make_run(tmp_path, task="rm", status="finished", step=4)
     (folder / "metrics.csv").write_text(HEAD + "4,val/accuracy,0.5,1\n")
-    write_result(folder, "a", task="reward", loss=0.1, accuracy=0.875, margin=1.5, score_chosen=0.0)
+    write_result(folder, "a", task="preference", loss=0.1, accuracy=0.875, margin=1.5, score_chosen=0.0)
     assert told(folder).results == ["accuracy 0.875", "margin 1.5"]
+    policy = make_run(tmp_path, 2, task="ppo", status="finished", step=4)
+    write_result(policy, "a", task="reward", score=0.75, win_rate=0.625, kl=2.5, kl_error=0.1, distinct_2=0.5)
+    write_result(policy, "b", task="generate", response_tokens=7.5)
+    assert told(policy).results == ["score 0.75", "win_rate 0.625", "kl 2.5"]
 
 
 STRANGE = {

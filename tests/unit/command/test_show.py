@@ -76,7 +76,7 @@ def test_a_recipe_shows_its_choices_and_values(name, capsys):
     content = yaml.safe_load((configs_directory() / "experiment" / f"{name}.yaml").read_text())
     for group, choice in (pair for line in content["defaults"] if isinstance(line, dict) for pair in line.items()):
         assert f"{group.removeprefix('override /')}={choice}" in printed
-    numbers = {key: value for key, value in content.get("task", {}).items() if isinstance(value, int | float)}
+    numbers = {key: value for key, value in content.get("task", {}).items() if type(value) in (int, float)}
     assert numbers or name.endswith("_rm")
     for key, value in numbers.items():
         assert f"task.{key}={value}" in printed

@@ -174,6 +174,20 @@ def test_the_fingerprint_covers_what_changes_the_rows(tmp_path: Path) -> None:
     assert prepare(local(moved, rows(5)), byte_tokenizer()).fingerprint == prints[0]
 
 
+def test_rows_are_made_anew_when_the_code_of_their_format_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "from sheeprlhf.data.local import format_row  # {}"
+    cfg = local(tmp_path, rows(5))
+    object.__setattr__(cfg, "row_format", "format_of_the_test:format_row")
+    prints = []
+    for change in ("a", "bb", "a"):
+        (tmp_path / "format_of_the_test.py").write_text(code.format(change))
+        prints.append(prepare(cfg, byte_tokenizer()).fingerprint)
+    assert prints[0] == prints[2] != prints[1]
+
+
 def die_at(call: int) -> None:
     """In a child: SIGKILL at the n-th step of writing the cache."""
     calls = iter(range(10_000))

@@ -81,6 +81,16 @@ def test_only_the_rows_asked_for_are_read(tmp_path: Path) -> None:
     assert [row.place for batch in found for row in batch] == ["a.jsonl line 1", "a.jsonl line 2"]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_dataset_may_read_columns_of_its_own(tmp_path: Path, kind: str) -> None:
+    row = {"question": "q", "response": "r", "id": 1}
+    file = tmp_path / f"a.{kind}"
+    write_jsonl(file, [row]) if kind == "jsonl" else parquet(file, **{name: [value] for name, value in row.items()})
+    [[plain]], [[more]] = read_batches([file], None), read_batches([file], None, more=("question",))
+    assert (plain.values, plain.others) == ({"response": "r"}, ("question", "id"))
+    assert (more.values, more.others) == ({"response": "r", "question": "q"}, ("id",))
+
+
 def test_a_batch_ends_with_its_rows_or_its_text(tmp_path: Path) -> None:
     rows = [{"prompt": "x" * size, "response": "r"} for size in (1, 1, 1, BATCH_CHARS, 1, BATCH_CHARS - 3, 1, 1)]
     write_jsonl(tmp_path / "a.jsonl", rows)

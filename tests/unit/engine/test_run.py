@@ -254,7 +254,7 @@ def test_children_die_with_a_killed_parent(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "fsdp2"}, "fabric.strategy=fsdp2 is not supported for this task yet; use ddp"),
+        ({"strategy": "fsdp2", "precision": "64-true"}, "does not work here"),
         ({"strategy": "nonsense"}, "does not work here"),
         ({"strategy": "deepspeed"}, "does not work here"),
         ({"accelerator": "cuda", "devices": "64"}, "does not work here"),

@@ -141,7 +141,7 @@ def _rank_main(rank: int, size: int, port: int, results: Any, function: Callable
         raise
 
 
-def on_ranks(size: int, function: Callable, *args: Any) -> list[Any]:
+def on_ranks(size: int, function: Callable, *args: Any, timeout: float = 60) -> list[Any]:
     """`function(fabric, *args)` on `size` gloo processes; what each returned (plain data), in rank order."""
     context = forkserver()
     with socket.socket() as sock:  # bound until the end, so that no other test is given this port; rank 0 may share it
@@ -156,7 +156,7 @@ def on_ranks(size: int, function: Callable, *args: Any) -> list[Any]:
         for process in processes:
             process.start()
         try:
-            found = dict(results.get(timeout=60) for _ in range(size))
+            found = dict(results.get(timeout=timeout) for _ in range(size))
             for process in processes:
                 process.join(30)
             assert [process.exitcode for process in processes] == [0] * size, found

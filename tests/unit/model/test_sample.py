@@ -195,7 +195,7 @@ def test_adapters_are_part_of_the_model(architecture: str, model_folder: ModelFo
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
-                parameter.add_(torch.randn_like(parameter))
+                parameter.add_(0.1 * torch.randn_like(parameter))
     sampled = sample(adapted.train().get_base_model())
     assert_by_definition(adapted, sampled)
     assert any(
@@ -270,3 +270,27 @@ def test_draw_computes_in_float32() -> None:
     expected = (logits_BV.double() / 0.6).log_softmax(-1).gather(1, ids[:, None])[:, 0]
     assert logprobs.dtype == torch.float32
     assert_allclose(logprobs.numpy(), expected.numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (3, 1.0), (0, 0.7), (4, 0.8), (50, 0.999)])
+def test_draw_among_the_likeliest_alone(top_k: int, top_p: float) -> None:
+    """Against the definition: the k likeliest, of these the fewest that have top_p of their probability together."""
+    rng = np.random.default_rng(top_k)
+    for _ in range(20):
+        logits = rng.normal(0, 2, 9)
+        probs = np.exp(logits / 0.8) / np.exp(logits / 0.8).sum()
+        likeliest = np.argsort(-probs)[: top_k or 9]
+        shares = np.cumsum(probs[likeliest] / probs[likeliest].sum())
+        kept = np.zeros(9)
+        allowed = likeliest[: int(np.searchsorted(shares, top_p)) + 1] if top_p < 1 else likeliest
+        kept[allowed] = probs[allowed] / probs[allowed].sum()
+        uniforms = rng.random(40)
+        ids, logprobs = draw(torch.tensor(logits).expand(40, -1), torch.from_numpy(uniforms), 0.8, top_k, top_p)
+        expected = np.searchsorted(np.cumsum(kept), uniforms * kept.sum(), side="right")
+        assert_array_equal(ids.numpy(), expected)
+        assert_allclose(logprobs.numpy(), np.log(kept[expected]), atol=1e-5)
+
+
+def test_no_more_prompts_at_a_time_than_asked() -> None:
+    groups = prompt_groups([3, 1, 2, 2, 9], 2, 4, 10_000, shared=True, most=2)
+    assert list(groups) == [[1, 2], [3, 0], [4]]

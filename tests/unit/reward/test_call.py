@@ -225,5 +225,18 @@ def test_a_models_own_errors_pass_and_its_scores_are_checked():
 def test_a_built_in_without_its_column():
     pytest.importorskip("rouge_score")
     scorer = build_scorer(FunctionRewardConfig(path="rouge"), None, default=None, max_tokens=64)
-    with pytest.raises(RewardError, match="reward rouge needs a column 'reference' of the data; there is none"):
+    needs = "reward rouge needs a column 'reference' of the data; there is none: it is the row's own response"
+    with pytest.raises(RewardError, match=needs):
         scorer(TEXTS._replace(columns={}))
+
+
+def test_columns_are_checked_before_anything_is_loaded():
+    """Of the functions that the configuration chooses, the dataset's rule too; a model needs no column."""
+    pytest.importorskip("rouge_score")
+    cfg = ListRewardConfig(terms=["model", "0.5*rouge", "sentiment"])
+    check_columns(cfg, ("reference",), default=None)
+    check_columns(AutoRewardConfig(), (), default="imperative")
+    check_columns(AutoRewardConfig(), (), default=None)
+    for chosen, default in ((cfg, None), (AutoRewardConfig(), "rouge")):
+        with pytest.raises(ConfigError, match="reward rouge needs a column 'reference' of the data; there is none"):
+            check_columns(chosen, (), default=default)

@@ -59,15 +59,15 @@ def test_every_choice_composes_and_is_valid(verb, group, name, tmp_path, monkeyp
         group: name,
     }
     if group == "reward":
-        words["task"] = "ppo"
+        words["task"] = "reward" if verb == "eval" else "ppo"
     words = {key: value for key, value in words.items() if key in groups(verb)}
     extra = [f"data.train_file='{tmp_path}/rows.jsonl'"] if name == "local" else []
     extra += ["model.repo_name=me/mine"] if (group, name) == ("model", "auto") else []
     extra += ["reward.terms=[imperative]"] if (group, name) == ("reward", "list") else []
     extra += ["reward.folder=me/mine"] if (group, name) == ("reward", "model") else []
-    if (group, name) == ("task", "reward"):
+    if (group, name) == ("task", "frontier"):
         (tmp_path / "run" / "final").mkdir(parents=True)
-        (tmp_path / "run" / "config.yaml").write_text("task: {config_name: rm}")
+        (tmp_path / "run" / "config.yaml").write_text("task: {config_name: ppo}")
         extra.append(f"experiment_dir='{tmp_path}/run'")
     config = to_typed(composed(verb, *(f"{key}={value}" for key, value in words.items()), *extra))
     assert type(getattr(config, group)) is choices(group, verb)[name]

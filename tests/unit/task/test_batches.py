@@ -98,6 +98,9 @@ def test_of_ranked_responses_the_longest_sequence_counts_not_their_sum() -> None
     pair = Example(0, ids[:4], (ids[:9], ids[:30]))
     ranked = Example(1, ids[:20], (ids[:5], ids[:6], ids[:7]))
     assert longest_row({"train": cast(TokenizedSplit, Rows([ranked, pair]))}) == 34
+    alone = Example(2, ids[:40], ())
+    assert longest_row({"train": cast(TokenizedSplit, Rows([ranked, pair, alone]))}) == 40
+    assert longest_row({"train": cast(TokenizedSplit, Rows([alone]))}) == 40
 
 
 def test_the_longest_row_of_any_split() -> None:

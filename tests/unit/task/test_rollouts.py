@@ -48,7 +48,7 @@ class Setting(SimpleNamespace):
     folder: Path
 
 
-def make_setting(folder: Path, reward: Any, generation: GenConfig | None = None) -> Setting:
+def make_setting(folder: Path, reward: Any, generation: GenConfig | None = None, **options: Any) -> Setting:
     model = AutoModelConfig(repo_name=str(folder))
     cfg = TrainConfig(
         task=RLOOConfig(num_generations=2, rollout_size=8, micro_batch_size=2),
@@ -64,7 +64,7 @@ def make_setting(folder: Path, reward: Any, generation: GenConfig | None = None)
     torch.manual_seed(0)
     scorer = reward_model_of(load_policy(model, tokenizer, longest=64, batching="auto")[0], model, tokenizer)
     collect = Collector(
-        make_fabric(cfg.fabric), cfg, tokenizer, policy, reference_of(policy), scorer.eval(), packed=packed
+        make_fabric(cfg.fabric), cfg, tokenizer, policy, reference_of(policy), scorer.eval(), packed=packed, **options
     )
     return Setting(cfg=cfg, collect=collect, policy=policy, reward=scorer, folder=folder)
 
@@ -171,11 +171,28 @@ def test_the_check_finds_a_reference_that_is_another_model(model_folder: ModelFo
     assert said == []
 
 
+def test_references_are_given_where_every_row_of_the_run_has_one(model_folder: ModelFolder) -> None:
+    """Of some rows or of none: the reward is never given them in one rollout and not in the next."""
+    setting = make_setting(model_folder(), FunctionRewardConfig(path="tests.support.rewards:spread"))
+    answered = prompts()
+    alone = [row._replace(responses=()) for row in answered]
+    tokens = [setting.collect(rows, 0).flat("logprobs") for rows in (answered, alone, [*alone[:1], *answered[1:]])]
+    assert setting.collect.texts.columns == {}
+    assert all(found.equal(tokens[0]) for found in tokens)  # what is sampled does not depend on it
+    setting.collect(answered, 0)
+    assert setting.collect.texts.columns == {"reference": ["A"] * 6}
+    for_all = make_setting(setting.folder, setting.cfg.reward, columns=()).collect
+    rollout = for_all(answered, 0)
+    assert for_all.texts.columns == {}
+    assert "[reference]" not in sample_table(rollout, for_all.texts, 2)
+
+
 def test_what_people_read(model_folder: ModelFolder) -> None:
     setting = make_setting(model_folder(), FunctionRewardConfig(path="tests.support.rewards:spread"))
     rollout = setting.collect(prompts(), 0, group=1, validates=True)
     table = sample_table(rollout, setting.collect.texts, 2)
     assert table.count("[prompt]") == 2
     assert f"score {rollout.scores[0, 0]:.3f}, KL 0.00" in table.replace("-0.00", "0.00")
+    assert table.count("[reference]\nA") == 2
     assert distinct_pairs(["a b c", "a b"]) == 2 / 3
     assert distinct_pairs(["", "one"]) == 0.0

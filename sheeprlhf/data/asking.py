@@ -1,0 +1,152 @@
+"""From what a person types to the token ids that training would have made of it.
+
+The text is put into a row of the dataset that a model was trained on, and goes the way of every row: the dataset's
+format, then `RowTokenizer`. So a prompt is written, begun and ended as those that the model has learned from.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from sheeprlhf.data.example import Example
+from sheeprlhf.data.helpful_harmless import TURN
+from sheeprlhf.data.read import Row
+from sheeprlhf.data.tokenize import RowTokenizer
+from sheeprlhf.structure.data import (
+    DataConfig,
+    DocstringsConfig,
+    HelpfulHarmlessConfig,
+    LocalDataConfig,
+    SummarizationConfig,
+)
+from sheeprlhf.utils.errors import DataError
+
+HUMAN = "\n\nHuman:"
+QUOTES = '"""'
+_ANY_LENGTH = sys.maxsize
+_DROPPED = {
+    "empty_prompt": "the prompt is empty: write something",
+    "nul_character": "the prompt has a NUL character: remove it",
+    "special_tokens_in_messages": "the text has one of the model's control tokens in it: remove it",
+}
+
+
+class Turn(NamedTuple):
+    """A message: role "system", "user" or "assistant", and its text."""
+
+    role: str
+    text: str
+
+
+class Form(NamedTuple):
+    """How a conversation becomes a row of a dataset.
+
+    Attributes:
+        meaning: for people.
+        data: the dataset whose format it takes.
+        prompt: the columns of the row.
+        turns: whether it can hold more than one message; else the last alone is taken.
+        stop: strings with which the model begins somebody else's turn.
+        example: a prompt to try.
+    """
+
+    meaning: str
+    data: type[DataConfig]
+    prompt: Callable[[Sequence[Turn]], dict[str, Any]]
+    turns: bool = False
+    stop: tuple[str, ...] = ()
+    example: str = ""
+
+
+def _last(turns: Sequence[Turn]) -> dict[str, Any]:
+    return {"prompt": turns[-1].text}
+
+
+def _signature(turns: Sequence[Turn]) -> dict[str, Any]:
+    """A signature, and below it the quotes that begin its docstring."""
+    text = turns[-1].text.rstrip()
+    if not text or text.endswith(QUOTES):
+        return {"prompt": text}
+    last = text.splitlines()[-1]
+    indent = last[: len(last) - len(last.lstrip())] + "    "
+    return {"prompt": f"{text.removesuffix(':')}:\n{indent}{QUOTES}"}
+
+
+def _dialogue(turns: Sequence[Turn]) -> dict[str, Any]:
+    marks = {"user": HUMAN, "assistant": TURN}
+    if not turns[-1].text.strip():
+        return {"prompt": ""}
+    return {"prompt": "".join(f"{marks[turn.role]} {turn.text.strip()}" for turn in turns)}
+
+
+def _messages(turns: Sequence[Turn]) -> dict[str, Any]:
+    return {"messages": [{"role": turn.role, "content": turn.text} for turn in turns]}
+
+
+FORMS = {
+    "docstring": Form(
+        "a signature, of which the model writes the docstring's first line",
+        DocstringsConfig,
+        _signature,
+        example="class Queue:\n    def push(self, item, priority=0):",
+    ),
+    "tldr": Form(
+        "a post, which the model sums up after TL;DR:",
+        SummarizationConfig,
+        _last,
+        example="My neighbour practises the drums every night at eleven. I like him and I do not want to call the "
+        "landlord, but I have to get up at five. Last week I left a note and nothing changed. How do I tell him?",
+    ),
+    "dialogue": Form(
+        "a dialogue of Human and Assistant",
+        HelpfulHarmlessConfig,
+        _dialogue,
+        turns=True,
+        stop=(HUMAN,),
+        example="How do I keep bread fresh for a week?",
+    ),
+    "template": Form(
+        "a conversation in the model's own chat template",
+        LocalDataConfig,
+        _messages,
+        turns=True,
+        example="How do I keep bread fresh for a week?",
+    ),
+    "text": Form("a text, which the model goes on with as it is", LocalDataConfig, _last, example="Once upon a time"),
+}
+
+
+def form_of(data: DataConfig | None, tokenizer: Any) -> str:
+    """The form in which a model was trained: its dataset's; else its chat template's, if there is one; else text."""
+    own = next((name for name, form in FORMS.items() if form.data is type(data) and name != "template"), "text")
+    return "template" if own == "text" and getattr(tokenizer, "chat_template", None) else own
+
+
+class Asker:
+    """Makes prompts of one form for one tokenizer."""
+
+    def __init__(self, form: Form, tokenizer: Any) -> None:
+        self.form = form
+        limits = dict(max_length=_ANY_LENGTH, max_prompt_length=_ANY_LENGTH, minimum_response_length=1)
+        self._rows = RowTokenizer(form.data(**limits), tokenizer, "sft")  # type: ignore[arg-type]
+
+    def example(self, turns: Sequence[Turn], response: str = "x") -> Example:
+        """The prompt's ids, and those of a response with EOS.
+
+        Raises:
+            DataError: there is nothing to ask, or the text has what a prompt must not have.
+        """
+        row = self.form.prompt(turns)
+        if "messages" in row:
+            row = {"messages": [*row["messages"], {"role": "assistant", "content": response}]}
+            empty = not turns[-1].text.strip()
+        else:
+            row |= {"response": response, "chosen": response, "rejected": f"{response} "}
+            empty = not row["prompt"].strip()
+        if empty:
+            raise DataError(_DROPPED["empty_prompt"])
+        [made] = self._rows([Row(0, "the prompt", row)])
+        if made.dropped is not None:
+            raise DataError(_DROPPED.get(made.dropped, f"this prompt cannot be asked: {made.dropped}"))
+        prompt = made.sizes[0]
+        return Example(0, made.tokens[:prompt], (made.tokens[prompt:],))

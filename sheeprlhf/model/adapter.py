@@ -1,0 +1,116 @@
+"""The configuration of adapters that PEFT has saved, which may be a stranger's, as the few settings that are ours.
+
+PEFT's own reader would import a library that the file names. Here a setting is known and of its type, or is off, or the
+file is refused.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from sheeprlhf.model.folder import ADAPTERS, read_json, tensors_of
+from sheeprlhf.utils.errors import ModelError
+
+CONFIG = "adapter_config.json"
+_NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # PEFT takes some names for patterns: none of these takes long
+_MAX_NAMES = 10_000
+_OFF: tuple[Any, ...] = (False, "", [], {})
+_HARMLESS = ("base_model_name_or_path", "revision", "peft_version", "inference_mode", "runtime_config")
+_USUAL: dict[str, tuple[Any, ...]] = {  # what PEFT writes into every file
+    "megatron_core": ("megatron.core",),
+    "qalora_group_size": (16,),
+    "init_lora_weights": (True, "gaussian"),
+    "peft_type": ("LORA",),
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e6
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65_536
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
+def _are_names(value: Any) -> bool:
+    if isinstance(value, str):
+        return value == "all-linear"
+    return isinstance(value, list) and len(value) <= _MAX_NAMES and all(map(_is_name, value))
+
+
+def _are_numbers_by_name(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) <= _MAX_NAMES
+        and all(map(_is_name, value))
+        and all(map(_is_number, value.values()))
+    )
+
+
+def _are_layers(value: Any) -> bool:
+    layers = value if isinstance(value, list) else [value]
+    return len(layers) <= _MAX_NAMES and all(_is_number(layer) and isinstance(layer, int) for layer in layers)
+
+
+_KNOWN = {
+    "r": _is_rank,
+    "lora_alpha": _is_number,
+    "lora_dropout": lambda value: _is_number(value) and value < 1,
+    "target_modules": _are_names,
+    "exclude_modules": _are_names,
+    "modules_to_save": _are_names,
+    "task_type": lambda value: value in ("CAUSAL_LM", "SEQ_CLS"),
+    "bias": lambda value: value in ("none", "all", "lora_only"),
+    "fan_in_fan_out": lambda value: isinstance(value, bool),
+    "use_rslora": lambda value: isinstance(value, bool),
+    "use_dora": lambda value: isinstance(value, bool),
+    "lora_bias": lambda value: isinstance(value, bool),
+    "rank_pattern": lambda value: _are_numbers_by_name(value) and all(map(_is_rank, value.values())),
+    "alpha_pattern": _are_numbers_by_name,
+    "layers_to_transform": _are_layers,
+    "layers_pattern": _are_names,
+}
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """The adapters of a PEFT folder, for loading: its weights have been looked at too.
+
+    Raises:
+        ModelError: they are no LoRA, ask for something that is not ours, or the weights are not safetensors.
+    """
+    try:
+        content = read_json(folder, CONFIG)
+        for problem in _problems(content):
+            raise ModelError(f"{CONFIG}: {problem}")
+        tensors_of(folder, ADAPTERS)
+    except ModelError as error:
+        raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
+    known = {key: content[key] for key in _KNOWN if content.get(key) is not None}
+    return LoraConfig(**known, base_model_name_or_path=_base(content), inference_mode=True)
+
+
+def _base(content: dict[str, Any]) -> str | None:
+    base = content.get("base_model_name_or_path")
+    return base if isinstance(base, str) else None
+
+
+def _problems(content: dict[str, Any]) -> Iterator[str]:
+    if content.get("peft_type") != "LORA":
+        yield f"peft_type is {str(content.get('peft_type'))[:40]!r}: only adapters of LORA are read"
+    for key in ("r", "target_modules"):
+        if content.get(key) is None:
+            yield f"{key} is missing"
+    for key, value in content.items():
+        if value is None or key in _HARMLESS or value in _USUAL.get(key, ()):
+            continue
+        if key not in _KNOWN and value not in _OFF:
+            yield f"{key[:60]} is not one of the settings that are read; only plain LoRA is: set it to null"
+        if key in _KNOWN and not _KNOWN[key](value):
+            yield f"{key}={str(value)[:60]} is not a value that it may have"

@@ -1,0 +1,240 @@
+"""A folder of a model or of adapters, which may be a stranger's: looked at before a library opens any of its files.
+
+Its files are plain ones inside it, of bounded size; weights are safetensors that say what they are; its JSON asks for
+no code, no other place and no file by name. Nothing else in the folder is ever opened. Imports no torch.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.files import read_small, real_file
+from sheeprlhf.utils.header import TensorFacts, read_header
+
+WEIGHTS, INDEX, ADAPTERS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+SMALL_FILES = ("*.json", "*.jinja", "*.txt")  # what loading needs besides weights
+MAX_TEMPLATE = 64 << 10
+_MAX_CONFIG = 4 << 20
+_MAX_VOCABULARY = 256 << 20
+_MAX_DEPTH = 40
+_MAX_LAYERS, _MAX_WIDTH = 10_000, 1 << 31
+_LIMITS = {".jinja": MAX_TEMPLATE, ".txt": _MAX_VOCABULARY, ".json": _MAX_VOCABULARY}
+_CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.safetensors")
+_TEMPLATE_FILE = re.compile(r"[A-Za-z0-9_-]{1,64}\.jinja")
+_ATTENTION = re.compile(r"[a-z0-9_|]{1,40}")
+_DTYPE = re.compile(r"(?:torch\.)?(?:auto|half|double|b?float\w{1,20}|u?int\d+)")
+_TOKENIZER_CLASS = re.compile(r"[A-Za-z0-9]{0,60}Tokenizer(?:Fast)?|TokenizersBackend")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_WIDTHS = ("vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", "ffn_dim", "max_position_embeddings")
+
+
+def folder_of(source: str, revision: str | None, *, local_only: bool) -> Path:
+    """The folder of a model: itself, or a hub id's in the hub's cache, where its small files are brought first.
+
+    Args:
+        source: a folder or a hub id.
+        revision: of the hub id.
+        local_only: the hub is not to be asked.
+
+    Raises:
+        OSError: it is in no cache, or the hub refuses.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    nested = [f"*/{pattern}" for pattern in SMALL_FILES]
+    return Path(
+        snapshot_download(
+            source,
+            revision=revision,
+            local_files_only=local_only,
+            allow_patterns=[*SMALL_FILES, "additional_chat_templates/*.jinja"],
+            ignore_patterns=[pattern for pattern in nested if not pattern.endswith(".jinja")],
+        )
+    )
+
+
+def check_model(folder: Path, *, weights: bool) -> None:
+    """Refuse a model's folder that a library should not be given.
+
+    Args:
+        folder: has a config.json.
+        weights: they are going to be loaded too.
+
+    Raises:
+        ModelError: naming the file and what is odd about it.
+    """
+    _check_files(folder)
+    if (folder / "adapter_config.json").exists():  # transformers would load the model that it names
+        raise ModelError(f"{folder} has a model and adapters in one folder: give a folder that has the model alone")
+    if weights:
+        _check_sizes(folder, read_json(folder, "config.json"), weights_of(folder))
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a folder whose tokenizer is not plain data, or whose files a library should not be given.
+
+    Raises:
+        ModelError: naming the file and what is odd about it.
+    """
+    _check_files(folder)
+    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
+        raise ModelError(f"{folder} has no tokenizer.json, and no other kind of tokenizer is read: save it with one")
+
+
+def _check_files(folder: Path) -> None:
+    names = sorted(path.name for path in _read_by_libraries(folder))
+    for first, second in zip(sorted(names, key=str.lower), sorted(names, key=str.lower)[1:], strict=False):
+        if first.lower() == second.lower():
+            raise ModelError(f"{folder} has {first} and {second}, which are one file on some systems: remove one")
+    for path in _read_by_libraries(folder):
+        if path.suffix == ".safetensors":
+            continue  # only those that the weights are in are opened: `weights_of` looks at them
+        _real(folder, path, _LIMITS[path.suffix])
+        if path.parent != folder and not _TEMPLATE_FILE.fullmatch(path.name):
+            raise ModelError(f"{path}: a chat template may be named by letters, digits, - and _ alone")
+    for name in _CONFIGS:
+        if name in names:
+            _check_config(folder / name, read_json(folder, name))
+
+
+def _read_by_libraries(folder: Path) -> Iterator[Path]:
+    """What a library may open by itself when it is given the folder."""
+    endings = (*_LIMITS, ".safetensors")
+    yield from (path for path in folder.iterdir() if path.suffix in endings)
+    templates = folder / "additional_chat_templates"
+    if templates.is_dir():
+        yield from (path for path in templates.iterdir() if path.suffix == ".jinja")
+
+
+def _real(folder: Path, path: Path, limit: int) -> Path:
+    try:
+        real = real_file(path, folder)
+        if real.stat().st_size > limit:
+            raise OSError(f"{path} has more than {limit} bytes")
+    except OSError as error:
+        raise ModelError(_said(path, error)) from error
+    return real
+
+
+def _said(path: Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{path} is missing"
+    text = str(error)
+    return text if text.startswith(str(path)) else f"{path}: {text}"
+
+
+def read_json(folder: Path, name: str, limit: int = _MAX_CONFIG) -> dict[str, Any]:
+    """The object in a JSON file of a folder.
+
+    Raises:
+        ModelError: it is missing, leads out of the folder, is too large or too deep, or is no object of JSON.
+    """
+    path = folder / name
+    try:
+        content = json.loads(read_small(_real(folder, path, limit), limit))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ModelError(f"{path} is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no object")
+    return content
+
+
+def _check_config(path: Path, content: dict[str, Any]) -> None:
+    """Refuse what would name code, another place or another file; and a shape that no machine could build."""
+    for key, value in _entries(path, content, 0):
+        text = value if isinstance(value, str) else None
+        if key in ("trust_remote_code", "use_pretrained_backbone", "transformers_weights") and value:
+            raise ModelError(f"{path}: {key} asks for code or weights from elsewhere: remove it")
+        if "attn_implementation" in key or "experts_implementation" in key:
+            for choice in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(choice, str) and not _ATTENTION.fullmatch(choice):
+                    raise ModelError(f"{path}: {key} names code from elsewhere ({choice[:60]!r}): remove it")
+        if key in ("dtype", "torch_dtype") and text is not None and not _DTYPE.fullmatch(text):
+            raise ModelError(f"{path}: {key}={text[:60]!r} is no number format")
+        if key == "tokenizer_class" and text is not None and not _TOKENIZER_CLASS.fullmatch(text):
+            raise ModelError(f"{path}: {key}={text[:60]!r} is no tokenizer")
+        names_file = key.endswith(("_file", "_files")) and key != "special_tokens_map_file"  # that one is never opened
+        if path.name != "config.json" and names_file and value:
+            raise ModelError(f"{path}: {key} names a file: remove it, files are found by their usual names")
+        limit = _MAX_LAYERS if key in _LAYERS else _MAX_WIDTH if key in _WIDTHS else None
+        if path.name == "config.json" and limit and isinstance(value, int | float) and not 0 <= value <= limit:
+            raise ModelError(f"{path}: {key}={value:.3g} is beyond {limit}")
+
+
+def _entries(path: Path, node: Any, depth: int) -> Iterator[tuple[str, Any]]:
+    """Every key of an object and of what is in it, with its value."""
+    if depth > _MAX_DEPTH:
+        raise ModelError(f"{path} is nested too deeply")
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield key, value
+            yield from _entries(path, value, depth + 1)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _entries(path, value, depth + 1)
+
+
+def weights_of(folder: Path) -> dict[str, TensorFacts]:
+    """The tensors that a model's weights declare, by name, in one file or in shards; empty if there are none.
+
+    Raises:
+        ModelError: a file is not what it has to be; a shard's name is a path; the index and the shards disagree.
+    """
+    if os.path.lexists(folder / WEIGHTS):
+        return tensors_of(folder, WEIGHTS)
+    path = folder / INDEX
+    if not os.path.lexists(path):
+        return {}
+    where = read_json(folder, INDEX, _MAX_VOCABULARY).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise ModelError(f"{path} has no weight_map of names")
+    tensors: dict[str, TensorFacts] = {}
+    for shard in sorted(set(where.values())):
+        if not _SHARD.fullmatch(shard) or ".." in shard:
+            raise ModelError(f"{path} names the shard {shard[:80]!r}, which is no plain name that ends in .safetensors")
+        tensors |= tensors_of(folder, shard)
+    for name in sorted(where.keys() - tensors.keys()):
+        raise ModelError(f"{path} names the tensor {name[:80]!r}, which no shard has")
+    return tensors
+
+
+def tensors_of(folder: Path, name: str) -> dict[str, TensorFacts]:
+    """The tensors that one safetensors file of a folder declares.
+
+    Raises:
+        ModelError: it is missing or leads out of the folder, or is not what it declares.
+    """
+    path = folder / name
+    try:
+        return read_header(real_file(path, folder))
+    except (OSError, ValueError) as error:
+        raise ModelError(_said(path, error)) from error
+
+
+def _check_sizes(folder: Path, config: dict[str, Any], tensors: dict[str, TensorFacts]) -> None:
+    """Refuse a configuration of a model that its weights cannot fill, before anybody builds it."""
+    if not tensors:
+        return
+    total = sum(math.prod(facts.shape) for facts in tensors.values())
+    for key in _LAYERS:
+        if isinstance(config.get(key), int) and config[key] > len(tensors):
+            raise ModelError(f"{folder}: config.json has {key}={config[key]}, the weights are {len(tensors)} tensors")
+    words, width = (
+        config.get("vocab_size"),
+        next((config[key] for key in ("hidden_size", "n_embd") if key in config), 1),
+    )
+    if isinstance(words, int) and isinstance(width, int) and words * width > 8 * total:  # 8: of packed 4-bit weights
+        raise ModelError(f"{folder}: config.json has vocab_size={words} of width {width}, the weights {total} numbers")

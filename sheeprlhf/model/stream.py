@@ -1,0 +1,57 @@
+"""One response, token by token, as it is written.
+
+Letters: V vocabulary.
+"""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from sheeprlhf.model.rows import PaddedRows
+from sheeprlhf.structure.generation import GenConfig
+
+
+@torch.no_grad()
+def stream_ids(
+    model: PreTrainedModel, prompt_ids: np.ndarray, cfg: GenConfig, *, eos_id: int | None, seed: int
+) -> Iterator[int]:
+    """The tokens that `generate` would write after this prompt, each as soon as it is chosen; EOS is the last one.
+
+    Args:
+        model: the language model, not wrapped, in eval mode.
+        prompt_ids: (P,), P >= 1.
+        cfg: how to sample; one beam.
+        eos_id: ends the response; None: `cfg.max_new_tokens` alone does.
+        seed: of random numbers of its own, so that nothing that runs beside changes the response.
+    """
+    rng = torch.Generator(model.device).manual_seed(seed)
+    warp = LogitsProcessorList()
+    if cfg.do_sample:  # in the order of `generate`
+        warp.append(TemperatureLogitsWarper(cfg.temperature))
+        if cfg.top_k:
+            warp.append(TopKLogitsWarper(cfg.top_k))
+        if cfg.top_p < 1:
+            warp.append(TopPLogitsWarper(cfg.top_p))
+    none: Any = torch.empty(1, 0, dtype=torch.long, device=model.device)  # these do not look at the tokens so far
+    rows = PaddedRows(model)
+    logits_1V = rows.prefill([prompt_ids], 1, cfg.max_new_tokens)
+    for left in reversed(range(cfg.max_new_tokens)):
+        scores_1V = warp(none, cast(Any, logits_1V.float()))
+        if cfg.do_sample:
+            token_1 = torch.multinomial(scores_1V.softmax(-1), 1, generator=rng)[:, 0]
+        else:
+            token_1 = scores_1V.argmax(-1)
+        yield int(token_1)
+        if int(token_1) == eos_id:
+            return
+        if left:
+            logits_1V = rows.step(token_1)

@@ -1,0 +1,188 @@
+"""From a trained model to a folder that plain transformers loads, with proof that it computes the same.
+
+Adapters are merged in float32. What the model computes with its adapters is compared with what the merged one computes
+before anything is written, and what the written folder computes before it gets its name.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.agent.reward import RewardModel
+from sheeprlhf.data.read import read_batches
+from sheeprlhf.data.source import locate
+from sheeprlhf.data.tokenize import RowTokenizer
+from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.engine.manifest import write_folder
+from sheeprlhf.model.lora import merge_lora
+from sheeprlhf.model.scalar import padding_token
+from sheeprlhf.structure.places import data_is_here
+from sheeprlhf.structure.trained import POLICY, Trained
+from sheeprlhf.task.writer import load_trained_policy, load_trained_scorer
+from sheeprlhf.utils.errors import ConfigError, DataError, ModelError
+
+# Of 1 + the largest logit, all in float32. Merging adds W + BA first instead of Wx + BAx: sums in another order.
+MERGED, LOADED = 1e-4, 1e-5
+_TEXTS = (  # where the run's own rows are not on this machine
+    "The quick brown fox jumps over the lazy dog, and then it rests.",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+    "Question: why is the sky blue?\nAnswer:",
+)
+_ROWS = 4
+
+
+class Checks(NamedTuple):
+    """How far logits were apart, at most, on real rows.
+
+    Attributes:
+        rows: how many.
+        largest: the largest logit.
+        merged: with adapters beside the weights and in them; None without adapters.
+        rounded: in float32 and in the number format of the folder.
+        loaded: in memory and loaded from the folder; its weights, computed in float32.
+    """
+
+    rows: int
+    largest: float
+    merged: float | None
+    rounded: float
+    loaded: float
+
+
+Card = Callable[[Checks, PreTrainedModel, PreTrainedTokenizerBase], str]
+
+
+def export_model(trained: Trained, target: Path, dtype: str, card: Card, say: Say) -> Checks:
+    """Write the folder; it is there whole and checked, or not at all.
+
+    Args:
+        trained: what is written: a policy, or a reward model.
+        target: absent or an empty folder; its parent exists.
+        dtype: number format of the weights.
+        card: makes the text of README.md.
+        say: prints a line for the user.
+
+    Raises:
+        ModelError: the merged or the written model does not compute the same; says how far apart they are.
+        SheepError: it cannot be loaded or written.
+    """
+    model, tokenizer = _load(trained, say)
+    causal = trained.trains == POLICY
+    rows = list(_rows(trained, tokenizer, model))
+    before = _logits(_inner(model), rows)
+    peft = model.model if isinstance(model.model, PeftModel) else None
+    plain = _inner(model) if peft is None else merge_lora(peft)
+    merged = _logits(plain, rows)
+    apart = None if peft is None else _apart(before, merged)
+    if apart is not None:
+        _check(apart, merged, MERGED, "with its adapters merged the model computes something else; nothing was written")
+    for weight in plain.parameters():  # buffers, such as rotary frequencies, stay as they are
+        weight.data = weight.data.to(getattr(torch, dtype))
+    plain.config.use_cache = True
+    checks: list[Checks] = []
+
+    def fill(folder: Path) -> None:
+        _save(plain, tokenizer, folder, causal=causal)
+        for weight in plain.parameters():
+            weight.data = weight.data.float()
+        rounded = _logits(plain, rows)
+        auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
+        options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+        read = _logits(auto.from_pretrained(folder, dtype=torch.float32, **options).eval(), rows)
+        loaded = _apart(rounded, read)
+        _check(loaded, rounded, LOADED, f"{target}: what was written computes something else; it was removed")
+        if AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab() != tokenizer.get_vocab():
+            raise ModelError(f"{target}: the written tokenizer is another one; it was removed")
+        checks.append(Checks(len(rows), _largest(merged), apart, _apart(merged, rounded), loaded))
+        (folder / "README.md").write_text(card(checks[0], plain, tokenizer), encoding="utf-8")
+        check_target(target)
+
+    size = sum(weight.numel() * weight.element_size() for weight in plain.parameters())
+    write_folder(target, fill, num_bytes=size, advice="Free space, or give another --to <folder>")
+    return checks[0]
+
+
+def check_target(target: Path) -> None:
+    """Raises ConfigError if something of the user's would be overwritten."""
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise ConfigError(f"--to {target} is there already and is not an empty folder: give a new one")
+
+
+def _load(trained: Trained, say: Say) -> tuple[Policy | RewardModel, PreTrainedTokenizerBase]:
+    """In the run's own number format first, as it was trained, and then exactly in float32."""
+    load: Any = load_trained_policy if trained.trains == POLICY else load_trained_scorer
+    model, tokenizer = load(trained, say)
+    return model.float(), tokenizer
+
+
+def _inner(model: Policy | RewardModel) -> PreTrainedModel:
+    return model.causal_lm() if isinstance(model, Policy) else model.classifier()
+
+
+def _rows(trained: Trained, tokenizer: PreTrainedTokenizerBase, model: Policy | RewardModel) -> Iterator[list[int]]:
+    """Token ids of a few rows of the run's own data, prompt and response; of our own texts if it is not here."""
+    most = getattr(_inner(model).config, "max_position_embeddings", None)
+    found: list[list[int]] = []
+    if trained.data is not None and data_is_here(trained.data):
+        try:
+            files = locate(trained.data)
+            rows = next(read_batches(files.get("test", files["train"]), _ROWS), [])
+            made = RowTokenizer(trained.data, tokenizer, "sft")(rows)
+            found = [row.tokens.tolist() for row in made if row.dropped is None]
+        except DataError:  # moved or changed since; the check does not depend on it
+            found = []
+    for ids in found or [tokenizer(text)["input_ids"] for text in _TEXTS]:
+        yield ids[:most]
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, rows: list[list[int]]) -> list[Tensor]:
+    """Of each row, (T, V) of a language model, (1,) of a reward model; in eval mode."""
+    model.eval()
+    return [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float() for ids in rows]
+
+
+def _apart(one: list[Tensor], other: list[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def _largest(logits: list[Tensor]) -> float:
+    return max(float(row.abs().max()) for row in logits)
+
+
+def _check(apart: float, logits: list[Tensor], share: float, what: str) -> None:
+    """Raises ModelError if the difference is too large, or no number."""
+    most = share * (1 + _largest(logits))
+    if not apart <= most:
+        raise ModelError(f"{what}: logits differ by {apart:.3g}, and {most:.3g} is the most that rounding explains")
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, causal: bool) -> None:
+    if causal:  # what a base model samples with by default was made for the base model
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**ids)
+    else:
+        tokenizer.pad_token = padding_token(tokenizer)
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("is_local", "local_files_only", "backend"):  # how this process found it
+        config.pop(key, None)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in every version
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,52 @@
+"""Evaluations that sample, on two processes by the real command, against one: the same texts, scores and numbers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sheeprlhf.cli import run
+from tests.support.jobs import ColdJob
+from tests.support.runs import train, write_pairs
+
+
+def results_of(run_dir: Path) -> dict[str, Any]:
+    """Every result, without its time, and every row."""
+    found: dict[str, Any] = {}
+    for path in (run_dir / "eval").glob("*.json*"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else None
+        found[path.name] = lines or json.loads(path.read_text()) | {"time": None}
+        path.unlink()
+    return found
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+    data = write_pairs(tmp_path / "rows.jsonl", 11)  # an uneven share
+    rm = train(model_folder(), data, tmp_path / "rm", "task.max_num_steps=8", "optim.lr=5e-3", task="rm")
+    adapters = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "task.max_num_steps=4", "optim.lr=0.05"]
+    policy = train(model_folder(), data, tmp_path / "dpo", *adapters, task="dpo")
+    short = f"experiment_dir={policy} generation.max_new_tokens=6"
+    for words in (
+        f"task=reward {short} reward=model task.rm_experiment_dir={rm} task.against=start",
+        f"task=generate {short} generation.do_sample=true generation.top_p=0.9 task.mini_batch_size=2",
+    ):
+        run(["eval", *words.split()])
+        expected = results_of(policy)
+        job = ColdJob(["eval", *words.split(), "fabric.devices=2"], tmp_path / "log", OMP_NUM_THREADS="1")
+        assert job.wait(400) == 0, job.text()
+        job.assert_all_gone()
+        found = results_of(policy)
+        assert found.keys() == expected.keys() and len(found) == 2
+        for name, result in expected.items():
+            if name.endswith(".jsonl"):
+                assert [row["response"] for row in found[name]] == [row["response"] for row in result]
+            else:
+                same = {key: value for key, value in result.items() if not isinstance(value, float | list)}
+                assert {key: found[name][key] for key in same} == same
+                floats = {key: value for key, value in result.items() if isinstance(value, float | list)}
+                assert {key: found[name][key] for key in floats} == {
+                    k: pytest.approx(v, abs=1e-5) for k, v in floats.items()
+                }

@@ -1,0 +1,206 @@
+"""Talking in a terminal: the model's answer, nothing that a terminal obeys, and ways to stop, forget and end."""
+
+import io
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import sheeprlhf.command.chat as chat
+from sheeprlhf.cli import run
+from sheeprlhf.data.asking import Turn
+from sheeprlhf.model.generate import generate_responses
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.structure.model import AutoModelConfig, TinyConfig
+from sheeprlhf.structure.trained import Trained, find_trained
+from sheeprlhf.task.writer import load_writer
+from sheeprlhf.utils.errors import DataError
+from tests.support.models import byte_tokenizer, make_model_folder
+from tests.support.talking import TEMPLATE, says
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def chatty(tmp_path):
+    """A model's folder with a chat template."""
+    folder = make_model_folder(tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def piped(monkeypatch, capsys, text: str, *words: object) -> str:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    run(["chat", *map(str, words)])
+    return capsys.readouterr().out
+
+
+def test_from_a_pipe_the_answer_is_what_generate_writes(monkeypatch, capsys):
+    signature = 'def read_json(path, encoding="utf-8"):'
+    printed = piped(monkeypatch, capsys, f"{signature}\n", "tiny", "--temperature", "0", "--max-new-tokens", "16")
+    tokenizer = load_tokenizer(TinyConfig())
+    folder = ROOT / "sheeprlhf" / "assets" / "tiny"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompt = tokenizer(f'{signature}\n    """', return_tensors="np")["input_ids"][0]
+    # a name of `list models` was trained on nothing here, so it goes on with the text as it is
+    plain = tokenizer(signature + "\n", return_tensors="np")["input_ids"][0]
+    expected = generate_responses(model, tokenizer, [plain, prompt], GenConfig(max_new_tokens=16))
+    assert printed == f"{expected[0].strip()}\n"
+
+
+def test_seeds_and_sampling_are_obeyed(monkeypatch, capsys, chatty):
+    def answer(*flags: str) -> str:
+        return piped(monkeypatch, capsys, "hello", chatty, "--max-new-tokens", "8", *flags)
+
+    assert answer("--seed", "1") == answer("--seed", "1") != answer("--seed", "2")
+    assert answer("--seed", "1", "--top-k", "1") == answer("--seed", "2", "--temperature", "0")
+
+
+def test_nothing_that_a_terminal_obeys_is_printed(monkeypatch, capsys, chatty):
+    evil = "a\x1b[31mred\x1b]0;title\x07b\x9b2J\u202e\x08<b>\r\n\tok\x1b["
+    says(monkeypatch, evil)
+    printed = piped(monkeypatch, capsys, "hello", chatty)
+    assert not set("\x1b\x07\x9b\u202e\x08\r") & set(printed)
+    assert printed == "aredb2J<b>\n\tok\n"
+
+
+def test_characters_of_several_tokens_appear_whole(monkeypatch, capsys, chatty):
+    says(monkeypatch, "na\u00efve \U0001f411 end")
+    assert piped(monkeypatch, capsys, "hello", chatty) == "na\u00efve \U0001f411 end\n"
+
+
+def test_a_conversation_is_remembered_and_forgotten(monkeypatch, capsys, chatty):
+    prompts = says(monkeypatch, "yes", "no")
+    lines = iter(["Hi", "Why?", "/reset", "New", "/nonsense", "/help", "/quit"])
+    talk = chat.Talk(load_writer(find_trained(str(chatty)), print), GenConfig(), 0, "Be kind.")
+    chat._loop(talk, lambda: next(lines))
+    start = "<s>[system]Be kind.[user]"
+    assert prompts[0] == f"{start}Hi[assistant]"
+    assert prompts[1] == f"{start}Hi[assistant]yes</s>[user]Why?[assistant]"
+    assert prompts[2] == f"{start}New[assistant]"
+    printed = capsys.readouterr()
+    assert printed.out == "yes\nno\nyes\n"
+    assert "there is no /nonsense" in printed.err and "(forgotten)" in printed.err
+
+
+def test_the_oldest_turns_make_room(monkeypatch, chatty, capsys):
+    prompts = says(monkeypatch, "y" * 20)
+    talk = chat.Talk(load_writer(find_trained(str(chatty)), print), GenConfig(), 0, "sys")
+    for number in range(4):
+        talk.say(f"{number}" * 20)
+    assert all(len(prompt) < 128 for prompt in prompts)
+    assert "0" * 20 not in prompts[-1] and "3" * 20 in prompts[-1] and "[system]sys" in prompts[-1]
+    assert "were left out" in capsys.readouterr().err
+    before = list(talk.turns)
+    with pytest.raises(DataError, match="the model reads 127 at most"):
+        talk.say("x" * 200)
+    assert talk.turns == before
+
+
+def test_the_answer_ends_where_the_model_ends(chatty):
+    writer = load_writer(find_trained(str(chatty)), print)
+    prompt = [Turn("user", "x" * 90)]
+    _, example = writer.fit(prompt)
+    cfg = GenConfig(max_new_tokens=500)
+    *_, last = writer.answer(prompt, cfg, 0)
+    assert len(byte_tokenizer()(last)["input_ids"]) <= 128 - len(example.prompt_ids) + 1
+
+
+def test_a_model_of_dialogues_stops_before_it_speaks_for_the_human(monkeypatch, model_folder):
+    says(monkeypatch, " Sure.\n\nHuman: thanks")
+    writer = load_writer(find_trained(str(model_folder("llama"))), print).in_form("dialogue")
+    assert list(writer.answer([Turn("user", "Hi")], GenConfig(), 0))[-1] == " Sure."
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, capsys, chatty):
+    def interrupted(model, prompt_ids, cfg, *, eos_id, seed):
+        yield from byte_tokenizer()("half", add_special_tokens=False)["input_ids"]
+        raise KeyboardInterrupt
+
+    talk = chat.Talk(load_writer(find_trained(str(chatty)), print), GenConfig(), 0)
+    monkeypatch.setattr("sheeprlhf.task.writer.stream_ids", interrupted)
+    lines = iter(["Hi"])
+
+    def read() -> str:
+        for line in lines:
+            return line
+        raise EOFError
+
+    chat._loop(talk, read)
+    assert talk.turns == [Turn("user", "Hi"), Turn("assistant", "half")]
+    printed = capsys.readouterr()
+    assert printed.out == "half\n\n" and "(stopped)" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "`chat` takes one run or model"),
+        (["tiny", "tiny"], "2 were given"),
+        (["tiny", "--temprature", "1"], "did you mean --temperature?"),
+        (["tiny", "--system", "x"], "asked without a chat template"),
+        (["nowhere"], "neither a run nor a model's folder"),
+    ],
+)
+def test_a_mistake_is_one_message(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("x"))
+    with pytest.raises(SystemExit) as stop:
+        run(["chat", *words])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == ""
+    assert message in printed.err and "Traceback" not in printed.err
+
+
+def test_an_empty_pipe_is_no_prompt(monkeypatch, capsys, model_folder):
+    with pytest.raises(SystemExit) as stop:
+        piped(monkeypatch, capsys, " \n", model_folder("llama"))
+    assert stop.value.code == 2
+    assert "the prompt is empty" in capsys.readouterr().err
+
+
+def test_the_form_of_a_run_is_that_of_its_data(model_folder):
+    from sheeprlhf.structure.data import SummarizationConfig
+
+    trained = Trained("x", "policy", AutoModelConfig(repo_name=str(model_folder("llama"))), SummarizationConfig())
+    assert load_writer(trained, print).form_name == "tldr"
+
+
+@pytest.mark.slow
+def test_in_a_terminal(tmp_path):
+    """A real one: two lines end with an empty one, the answer follows, Ctrl-C and Ctrl-D do what is said."""
+    outer, inner = pty.openpty()
+    words = [sys.executable, str(ROOT / "sheeprlhf.py"), "chat", "tiny", "--temperature", "0", "--max-new-tokens", "12"]
+    process = subprocess.Popen(words, stdin=inner, stdout=inner, stderr=inner, cwd=tmp_path, start_new_session=True)
+    os.close(inner)
+    seen = ""
+
+    def until(text: str) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 120
+        while text not in seen:
+            assert select.select([outer], [], [], deadline - time.monotonic())[0], seen
+            seen += os.read(outer, 4096).decode(errors="replace")
+        seen = seen.partition(text)[2]
+
+    try:
+        until("/reset forgets")
+        until("> ")
+        os.write(outer, b"class Queue:\n    def push(self, item):\n\n")
+        until('"""')  # the embedded model goes on with the docstring
+        until("> ")
+        os.write(outer, b"/quit\n")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(outer)

@@ -1,0 +1,253 @@
+"""An exported folder computes what the run computed, for plain transformers, or it is not there."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+import sheeprlhf.task.export as export
+from sheeprlhf.cli import run
+from sheeprlhf.data.asking import Turn
+from sheeprlhf.structure.trained import REWARD_MODEL, find_trained
+from sheeprlhf.task.writer import load_scorer
+from tests.support.models import BOS, EOS, PAD, VOCAB
+from tests.support.runs import digests
+from tests.support.talking import TEMPLATE, make_runs, write_result
+
+IDS = torch.tensor([[257, *b"5 the quick brown fox?", *b" lazy dog.", 258]])
+VLLM = {"LlamaForCausalLM", "OPTForCausalLM", "GPT2LMHeadModel", "PhiForCausalLM", "Qwen3ForCausalLM"}  # a few of its
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_runs(tmp_path_factory.mktemp("export"))
+
+
+def exported(run_dir: Path, target: Path, *flags: str) -> Path:
+    run(["export", str(run_dir), "--to", str(target), *flags])
+    return target
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits[0]
+
+
+def of_folder(folder: Path) -> torch.Tensor:
+    return logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run(["export", *map(str, words)])
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_merged_adapters_compute_what_peft_computes(runs, tmp_path, capsys):
+    folder = exported(runs["dpo"], tmp_path / "new" / "out")
+    whole = AutoModelForCausalLM.from_pretrained(runs["sft"] / "final", dtype=torch.float32)
+    without = logits(whole)
+    expected = logits(PeftModel.from_pretrained(whole, runs["dpo"] / "final"))
+    assert (expected - without).abs().max() > 1e-2  # the adapters do something
+    torch.testing.assert_close(of_folder(folder), expected, rtol=0, atol=1e-5)
+    assert not list(folder.glob("adapter*"))
+    assert "adapters merged in float32" in capsys.readouterr().out
+
+
+def test_a_run_without_adapters_keeps_its_bits(runs, tmp_path):
+    folder = exported(runs["sft"], tmp_path / "out")
+    ours, final = (load_file(place / "model.safetensors") for place in (folder, runs["sft"] / "final"))
+    assert ours.keys() == final.keys()
+    assert all(torch.equal(ours[key], final[key]) for key in ours)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_can_be_taken_instead(runs, tmp_path):
+    folder = exported(runs["dpo"], tmp_path / "out", "--weights", "step-1")
+    assert (of_folder(folder) - of_folder(exported(runs["dpo"], tmp_path / "final"))).abs().max() > 1e-3
+    last = exported(runs["dpo"], tmp_path / "last", "--weights", "last")
+    assert torch.equal(of_folder(last), of_folder(tmp_path / "final"))
+
+
+@pytest.mark.slow
+def test_another_number_format_is_the_rounded_weights(runs, tmp_path):
+    whole = load_file(exported(runs["dpo"], tmp_path / "whole") / "model.safetensors")
+    half = load_file(exported(runs["dpo"], tmp_path / "half", "--dtype", "bfloat16") / "model.safetensors")
+    assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
+    assert all(torch.equal(half[key], whole[key].bfloat16()) for key in whole)
+    assert AutoConfig.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+def test_a_reward_model_scores_as_it_did(runs, tmp_path):
+    folder = exported(runs["rm"], tmp_path / "out")
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    scorer = load_scorer(find_trained(str(runs["rm"]), wanted=REWARD_MODEL), print)
+    expected = scorer.score("text", [Turn("user", "5 the quick brown fox?")], " lazy dog.")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        raw = model(**tokenizer("5 the quick brown fox? lazy dog.</s>", return_tensors="pt")).logits.item()
+    assert raw - model.config.reward_offset == pytest.approx(expected, abs=1e-5)
+    assert model.config.reward_offset != 0
+    assert tokenizer.pad_token_id == model.config.pad_token_id == PAD
+    assert f"`{model.config.reward_offset:.6g}`" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["dpo", "rm"])
+def test_the_folder_has_what_vllm_asks_for(name, runs, tmp_path):
+    folder = exported(runs[name], tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == (["LlamaForSequenceClassification"] if name == "rm" else ["LlamaForCausalLM"])
+    assert name == "rm" or set(config["architectures"]) <= VLLM
+    assert config["dtype"] == "float32"
+    assert config["use_cache"] is True
+    assert "auto_map" not in config and "quantization_config" not in config
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".jinja", ".safetensors", ".md"}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    original = AutoTokenizer.from_pretrained(runs["model"])
+    text = "a new text</s> with a token"
+    assert tokenizer(text)["input_ids"] == original(text)["input_ids"]
+    assert tokenizer.chat_template == TEMPLATE
+    assert len(tokenizer) <= config["vocab_size"] == VOCAB
+    saved = json.loads((folder / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"is_local", "local_files_only", "backend"} & saved.keys()
+    if name == "dpo":
+        generation = GenerationConfig.from_pretrained(folder)
+        assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (BOS, EOS, PAD)
+
+
+def test_a_wrong_merge_is_refused_with_figures(runs, tmp_path, monkeypatch, capsys):
+    merge = export.merge_lora
+
+    def wrong(model):
+        merged = merge(model)
+        merged.model.norm.weight.data[3] += 0.01
+        return merged
+
+    monkeypatch.setattr(export, "merge_lora", wrong)
+    before = digests(runs["dpo"])
+    printed = refused(capsys, runs["dpo"], "--to", tmp_path / "out")
+    assert "with its adapters merged the model computes something else" in printed
+    assert "logits differ by 0.0" in printed
+    assert list(tmp_path.iterdir()) == []
+    assert digests(runs["dpo"]) == before
+
+
+@pytest.mark.parametrize("part", ["weights", "tokenizer"])
+def test_a_folder_that_was_written_wrong_is_not_left(part, runs, tmp_path, monkeypatch, capsys):
+    save = export._save
+
+    def wrong(model, tokenizer, folder, **how):
+        save(model, tokenizer, folder, **how)
+        if part == "weights":
+            weights = load_file(folder / "model.safetensors")
+            weights["model.norm.weight"][3] += 0.01
+            save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        else:
+            path = folder / "tokenizer.json"
+            path.write_text(path.read_text().replace('"a"', '"aa"'))
+
+    monkeypatch.setattr(export, "_save", wrong)
+    printed = refused(capsys, runs["sft"], "--to", tmp_path / "out")
+    told = {"weights": "what was written computes something else", "tokenizer": "the written tokenizer is another one"}
+    assert told[part] in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_of_the_user_is_overwritten(runs, tmp_path, capsys):
+    full, empty, file = tmp_path / "full", tmp_path / "empty", tmp_path / "file"
+    full.mkdir()
+    empty.mkdir()
+    (full / "mine.txt").write_text("mine")
+    file.write_text("mine")
+    (tmp_path / "link").symlink_to(empty)
+    for target in (full, file, tmp_path / "link"):
+        assert "is there already and is not an empty folder" in refused(capsys, runs["sft"], "--to", target)
+    assert "is a file" in refused(capsys, runs["sft"], "--to", file / "below")
+    exported(runs["sft"], empty)
+    assert (full / "mine.txt").read_text() == file.read_text() == "mine"
+    assert (empty / "model.safetensors").is_file()
+
+
+def test_a_file_that_appears_meanwhile_is_kept(runs, tmp_path, monkeypatch, capsys):
+    save = export._save
+
+    def slow(model, tokenizer, folder, **how):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine.txt").write_text("mine")
+        save(model, tokenizer, folder, **how)
+
+    monkeypatch.setattr(export, "_save", slow)
+    assert "is not an empty folder" in refused(capsys, runs["sft"], "--to", tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+def test_all_mistakes_are_told_at_once(tmp_path, capsys):
+    printed = refused(capsys, "--dtype", "bf16", "--too", "x")
+    assert "did you mean bfloat16?" in printed
+    assert "did you mean --to?" in printed
+    printed = refused(capsys, "--push-to-hub", "a b")
+    assert "takes one run or model" in printed and "--to is missing" in printed and "give owner/name" in printed
+    printed = refused(capsys, "tiny", "--to", tmp_path / "x", "--push-to-hub", "hf_abcdefghijklmnop")
+    assert "credential" in printed and "hf_abc" not in printed
+
+
+@pytest.mark.parametrize("reason", ["offline", "no token", "no answer"])
+def test_without_the_hub_the_folder_stays(reason, runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1" if reason == "offline" else "0")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    if reason == "no token":
+        monkeypatch.setattr("sheeprlhf.command.export.why_offline", lambda: "")
+        monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    from sheeprlhf.command.export import _push
+    from sheeprlhf.utils.errors import ConfigError
+
+    start = time.perf_counter()
+    with pytest.raises(ConfigError, match="the folder stays; later: hf upload me/model") as error:
+        _push(tmp_path, "me/model")
+    assert time.perf_counter() - start < 5
+    told = {"offline": "HF_HUB_OFFLINE is set", "no token": "no token of the hub", "no answer": "cannot be reached"}
+    assert told[reason] in str(error.value)
+
+
+def test_the_card_tells_how_it_was_made(runs, tmp_path):
+    evil = "<script>alert(1)</script>|[x](javascript:y)`\x1b[31m"
+    about = {"task": "perplexity", "data": "local", "split": "test", "weights": "final"}
+    write_result(runs["dpo"], "perplexity-test", perplexity=12.25, rows=24, time="now", **about)
+    write_result(runs["dpo"], "evil", **{evil: 1.5}, **about | {"task": evil})
+    (runs["dpo"] / "eval" / "torn.json").write_text("{")
+    try:
+        card = (exported(runs["dpo"], tmp_path / "out") / "README.md").read_text()
+    finally:
+        for path in (runs["dpo"] / "eval").iterdir():
+            path.unlink()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "| perplexity | local | test | final | perplexity | 12.25 |" in card
+    assert "train task=sft" in card and "train task=dpo" in card  # both stages
+    assert card.index("train task=sft") < card.index("train task=dpo")
+    assert "| model.lora_cfg | targets all-linear, rank 4" in card
+    assert "logits differ by" in card
+    assert f"transformers {transformers.__version__}" in card
+    for wrong in ("<script>", "[x](", "\x1b"):
+        assert wrong not in card
+    for heading in ("Data", "Recipe", "Results", "Checks of this folder", "Limits", "Licence", "Versions"):
+        assert f"\n## {heading}\n" in card
+
+
+def test_help_names_the_flags(capsys):
+    run(["export", "--help"])
+    printed = capsys.readouterr().out
+    assert all(f"--{name}" in printed for name in ("to", "weights", "dtype", "push-to-hub"))
