@@ -14,7 +14,6 @@ from hydra.core.hydra_config import HydraConfig
 from rich.text import Text
 
 from sheeprlhf.command.child import Children, children
-from sheeprlhf.command.help import VERBS
 from sheeprlhf.command.pipeline_results import show_results, write_results
 from sheeprlhf.command.pipeline_state import Place, choose_folder, is_done, write_state
 from sheeprlhf.command.screen import Screen
@@ -56,7 +55,7 @@ def run(config: PipelineConfig) -> int:
         write_state(place.dir, place.state)
         rows = write_results(place.dir, stages, place.state)
         show_results(place.dir, rows)
-        code = started.run(["report", str(place.dir)]) if "report" in VERBS else 0
+        code = started.run(["report", str(place.dir), f"--to={place.dir / 'report.html'}"])
     print(f"next: {_typed(['list', 'runs', str(place.dir)])}")
     return code
 

@@ -25,6 +25,7 @@ from tests.mutants import (
     kto_mutants,
     model_mutants,
     online_mutants,
+    pipeline_mutants,
     preference_mutants,
     report_mutants,
     reward_mutants,
@@ -56,6 +57,7 @@ _LISTS = (
     security_mutants,
     stop_mutants,
     online_mutants,
+    pipeline_mutants,
     talk_mutants,
 )
 MUTANTS = [mutant for module in _LISTS for mutant in module.MUTANTS]

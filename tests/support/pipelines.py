@@ -32,15 +32,20 @@ class Pretended:
 
     Attributes:
         commands: the commands so far.
+        reports: the words of those that make a report.
         codes: exit code by what a command contains; 0 for all others.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.commands: list[list[str]] = []
+        self.reports: list[list[str]] = []
         self.codes: dict[str, int] = {}
         monkeypatch.setattr("sheeprlhf.command.child.Children.run", lambda children, words: self(words))
 
     def __call__(self, words: list[str]) -> int:
+        if words[0] == "report":
+            self.reports.append(words[1:])
+            return 0
         self.commands.append(words)
         code = next((code for part, code in self.codes.items() if part in " ".join(words)), 0)
         places = [Path(word.removeprefix("hydra.run.dir=")) for word in words if word.startswith("hydra.run.dir=")]

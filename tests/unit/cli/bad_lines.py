@@ -22,6 +22,10 @@ BAD = [
     ("train", ["task is missing", "sft"]),
     ("eval", ["task is missing", "perplexity", "experiment_dir"]),
     ("train help", ["did you mean --help?"]),
+    ("pipeline experiment=quikstart", ["experiment=quikstart", "experiment=quickstart"]),
+    ("pipeline sed=1", ["there is no stage and no option sed", "seed?", "sft, rm, ppo, dpo"]),
+    ("pipeline ppoo.task.epochs=2", ["did you mean ppo.task.epochs?"]),
+    ("train experiment=quickstart", ["write pipeline experiment=quickstart"]),
     # flags
     ("train --hlep task=sft", ["--hlep", "--help"]),
     ("train --task=sft", ["options have no dashes; write task=sft"]),

@@ -69,6 +69,7 @@ def test_a_section_is_listed_alone(section, capsys, monkeypatch, tmp_path):
         "fabric": "auto_cuda",
         "optim": "sgd",
         "experiments": "pretrain_tiny",
+        "pipelines": "tldr_opt",
         "runs": "Runs in",
     }
     printed = listed(capsys, section)

@@ -16,7 +16,6 @@ ALL = ["sft", "rm", "dpo", "perplexity"]
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sheeprlhf.command.help.VERBS", {"train": "", "eval": "", "pipeline": ""})
 
 
 @pytest.fixture
@@ -70,6 +69,7 @@ def test_stages_run_in_order_each_in_its_folder(small, pretended, unchecked, cap
     state = json.loads((folder / "pipeline.json").read_text())
     assert [record["status"] for record in state["stages"].values()] == ["finished"] * 4
     assert state["stages"]["rm"]["command"] == rm[:-1]
+    assert pretended.reports == [[str(folder), f"--to={folder}/report.html"]]
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
