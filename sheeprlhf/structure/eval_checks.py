@@ -6,7 +6,6 @@ from pathlib import Path
 from sheeprlhf.structure.earlier import start_problems, task_of_run
 from sheeprlhf.structure.evaluation import REFERENCES, START, EvalTaskConfig, FrontierConfig, RewardConfig
 from sheeprlhf.structure.limits import nearest
-from sheeprlhf.structure.machine import missing_modules
 from sheeprlhf.structure.places import is_weights_name, new_folder_problems, weights_problems
 from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.reward import AutoRewardConfig
@@ -27,12 +26,6 @@ def eval_problems(config: EvalConfig) -> Iterator[str]:
     yield from sharding_problems(config, able=False)
     yield from _generation_problems(config)
     yield from _reward_problems(config)
-    missing = missing_modules(config.task.requires)
-    if missing:
-        yield (
-            f"task={config.task.config_name} needs packages that are not installed ({', '.join(missing)}): "
-            f'pip install "sheeprlhf[{config.task.extra}]"'
-        )
     if config.experiment_dir is None and isinstance(config.task, FrontierConfig):
         yield "task=frontier goes over the checkpoints of a run: give experiment_dir=<run directory>"
     elif config.experiment_dir is None:

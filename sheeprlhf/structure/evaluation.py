@@ -15,8 +15,6 @@ class EvalTaskConfig(Config):
     entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config)
     evaluates: ClassVar[tuple[str, ...]] = ("policy",)  # what a training task must have left (its `trains`)
     writes: ClassVar[str] = ""  # "text" as generation.* says, "samples" as rollouts do, or nothing
-    requires: ClassVar[tuple[str, ...]] = ()  # modules beyond the package's own dependencies ...
-    extra: ClassVar[str] = ""  # ... and the extra of the package that installs them
     unread: ClassVar[frozenset[str]] = frozenset()  # inherited options that it does not have: not shown, not taken
 
     config_name: str = option("???", "Name of this choice.")
@@ -50,8 +48,6 @@ class RougeConfig(EvalTaskConfig):
 
     entry_point: ClassVar[str] = "sheeprlhf.task.eval.rouge:evaluate"
     writes: ClassVar[str] = "text"
-    requires: ClassVar[tuple[str, ...]] = ("evaluate", "rouge_score")
-    extra: ClassVar[str] = "eval"
 
     config_name: str = option("rouge", "Name of this choice.")
     use_stemmer: bool = option(False, "Compare the stems of English words, so that `returns` equals `return`.")

@@ -118,7 +118,7 @@ BUILTINS = {
     "imperative": Builtin(),
     "length": Builtin(reads=("target_length", "length_unit"), needs=("target_length",)),
     "regex": Builtin(reads=("pattern",), needs=("pattern",)),
-    "rouge": Builtin(columns=("reference",), requires=("rouge_score",), extra="eval"),
+    "rouge": Builtin(columns=("reference",)),
     "sentiment": Builtin(requires=("vaderSentiment",), extra="sentiment"),
 }
 

@@ -67,7 +67,6 @@ def test_what_reads_responses_is_refused(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before a model loads."""
-    pytest.importorskip("rouge_score")
 
     def load(*_: object, **__: object) -> None:
         raise AssertionError("nothing was to be loaded")

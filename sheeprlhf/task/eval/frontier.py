@@ -22,7 +22,6 @@ from sheeprlhf.engine.checkpoint import Say, saved_steps
 from sheeprlhf.engine.rundir import read_run
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.evaluation import FrontierConfig
-from sheeprlhf.structure.machine import missing_modules
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.best_rows import kl_bound
 from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logprobs_of, set_up
@@ -156,8 +155,8 @@ def _point(what: str, answers: Answers, scores_N: np.ndarray, kl_N: np.ndarray, 
 
 
 def _rouge_l(answers: Answers) -> float | None:
-    """The mean F-measure of ROUGE-L against the references, times 100; None without them or the extra `eval`."""
-    if missing_modules(("rouge_score",)) or "reference" not in answers.texts.columns:
+    """The mean F-measure of ROUGE-L against the references, times 100; None without them."""
+    if "reference" not in answers.texts.columns:
         return None
     from rouge_score.rouge_scorer import RougeScorer
 

@@ -1,4 +1,4 @@
-"""A task whose packages are not installed says which extra to install, at once."""
+"""A reward whose package is not installed says which extra to install, at once."""
 
 import subprocess
 import sys
@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
-from sheeprlhf.structure.registry import choices
 from tests.unit.cli.test_imports import cpu_seconds
 
 ROOT = Path(__file__).parents[3]
-WORDS = ["eval", "task=rouge", "model=tiny", "data=docstrings"]
+WORDS = ["train", "task=ppo", "reward=function", "reward.path=sentiment"]
 PROGRAM = """
 import sys
 from sheeprlhf.cli import run
-sys.modules |= dict.fromkeys(("rouge_score", "evaluate"))  # None there: not importable, nor found
+sys.modules |= {"vaderSentiment": None}  # not importable, nor found
 try:
     run(sys.argv[1:])
 except SystemExit as stop:
@@ -27,14 +26,15 @@ print("heavy", [name for name in ("torch", "transformers", "datasets", "numpy") 
 def test_a_missing_package_is_one_line_with_its_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         run(WORDS)
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
         "sheeprlhf cannot go on:",
-        '  - task=rouge needs packages that are not installed (rouge_score): pip install "sheeprlhf[eval]"',
+        "  - reward.path=sentiment needs packages that are not installed (vaderSentiment): "
+        'pip install "sheeprlhf[sentiment]"',
     ]
     assert list(tmp_path.iterdir()) == []
 
@@ -51,14 +51,4 @@ def test_it_is_said_before_anything_heavy_is_imported(tmp_path: Path) -> None:
     )
     assert cpu_seconds() - start < 3  # about 0.5 s
     assert "code 2" in done.stdout and "heavy []" in done.stdout, done.stdout + done.stderr
-    assert "(evaluate, rouge_score)" in done.stderr
-
-
-def test_every_extra_that_a_task_names_has_its_packages() -> None:
-    import tomllib
-
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for name, task in choices("task", "eval").items():
-        if task.requires:
-            listed = " ".join(extras[task.extra]).replace("-", "_")
-            assert [module for module in task.requires if module not in listed] == [], name
+    assert "(vaderSentiment)" in done.stderr

@@ -223,7 +223,6 @@ def test_a_models_own_errors_pass_and_its_scores_are_checked():
 
 
 def test_a_built_in_without_its_column():
-    pytest.importorskip("rouge_score")
     scorer = build_scorer(FunctionRewardConfig(path="rouge"), None, default=None, max_tokens=64)
     needs = "reward rouge needs a column 'reference' of the data; there is none: it is the row's own response"
     with pytest.raises(RewardError, match=needs):
@@ -232,7 +231,6 @@ def test_a_built_in_without_its_column():
 
 def test_columns_are_checked_before_anything_is_loaded():
     """Of the functions that the configuration chooses, the dataset's rule too; a model needs no column."""
-    pytest.importorskip("rouge_score")
     cfg = ListRewardConfig(terms=["model", "0.5*rouge", "imperative"])
     check_columns(cfg, ("reference",), default=None)
     check_columns(AutoRewardConfig(), (), default="imperative")

@@ -58,7 +58,6 @@ def test_a_model_that_is_needed_and_missing():
 
 
 def test_columns_reach_the_function():
-    pytest.importorskip("rouge_score")
     texts = texts_of("parse it", reference=["parse it"])
     assert scored(FunctionRewardConfig(path="rouge"), texts) == [1.0]
 

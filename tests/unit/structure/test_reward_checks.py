@@ -169,7 +169,7 @@ def test_an_installed_module_that_hides_ones_own_is_named(tmp_path, monkeypatch)
     assert "it comes before your colorsys.py: rename that" in problem
 
 
-@pytest.mark.parametrize("name", ["rouge", "sentiment"])
+@pytest.mark.parametrize("name", ["sentiment"])
 def test_a_missing_package_is_named_with_its_extra(name, monkeypatch):
     builtin = BUILTINS[name]
     monkeypatch.setitem(sys.modules, builtin.requires[0], None)
