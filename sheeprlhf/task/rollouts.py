@@ -26,6 +26,7 @@ from sheeprlhf.reward.call import Texts
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.task.batches import Batches, Rows
 from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
 
 Call = Callable[[Batch], Tensor]  # a batch to a number for each of its targets
@@ -142,7 +143,7 @@ def read_targets(
     """
     mine: list[tuple[int, np.ndarray]] = []
     count = min(len(rows), num_rows or len(rows))
-    with isolated_rng(), gathered(module), eval_mode(module), torch.no_grad(), fabric.autocast():
+    with phase("evaluation"), isolated_rng(), gathered(module), eval_mode(module), torch.no_grad(), fabric.autocast():
         for part, micro in batches.numbered(rows, np.arange(count), label):
             batch = fabric.to_device(micro.batch)
             values_N = call(batch).float().cpu().numpy()

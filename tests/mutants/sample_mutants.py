@@ -123,8 +123,8 @@ MUTANTS = [
     Mutant(
         trap="sampling: depends on the batch",
         file=_SAMPLE,
-        old="uniforms_RN[index_B, step], temperature)",
-        new="uniforms_RN[: len(index_B), step], temperature)",
+        old="draw_next(logits_BV, uniforms_RN[index_B, step])",
+        new="draw_next(logits_BV, uniforms_RN[: len(index_B), step])",
         tests=_ENDS,
     ),
     Mutant(
