@@ -24,6 +24,7 @@ from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, say
 from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
 
 _HIGHEST = 700.0  # nats, whose exp is a number
@@ -71,7 +72,7 @@ def nll_of_rows(
     targets = "response" if task.use_masked_targets else "all"
     batches = Batches(fabric, task, packed=packed, targets=targets)
     mine: list[tuple[int, float, int]] = []
-    with eval_mode(policy), torch.no_grad(), fabric.autocast():
+    with phase("evaluation"), eval_mode(policy), torch.no_grad(), fabric.autocast():
         for part, micro in batches.numbered(split, np.arange(num_rows), "evaluating"):
             batch = fabric.to_device(micro.batch)
             row_N = batch.response_index_N.cpu().numpy()  # a row has one response
