@@ -39,7 +39,7 @@ def run(config: PipelineConfig) -> int:
     Raises:
         ConfigError: with every problem of every stage.
     """
-    flags, words = _given()
+    flags, words = _given(config)
     stages = stages_of(config)
     check_stages(stages, flags)
     place = choose_folder(config, stages, ["pipeline", *flags, *words])
@@ -60,11 +60,12 @@ def run(config: PipelineConfig) -> int:
     return code
 
 
-def _given() -> tuple[list[str], list[str]]:
-    """The flags that stages need too, and the options as they were given."""
+def _given(config: PipelineConfig) -> tuple[list[str], list[str]]:
+    """The flags that stages need too, and the words as they were given."""
     hydra = HydraConfig.get()
     own = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    return [f"--config-dir={path}" for path in own], list(hydra.overrides.task)
+    options = [word for word in hydra.overrides.task if not word.startswith("words=")]
+    return [f"--config-dir={path}" for path in own], [*options, *config.words]
 
 
 def _typed(words: list[str]) -> str:

@@ -155,7 +155,7 @@ def _zero_dropout(config: Any) -> None:
 
 
 def _train_head_alone(model: PreTrainedModel, cfg: ModelConfig) -> None:
-    head = model.get_output_embeddings()
+    head = _head(model)
     if head.weight is model.get_input_embeddings().weight:
         raise ModelError(
             f"model.freeze_transformer=true: the head of {cfg.repo_name} shares its weights with the input embeddings; "
@@ -165,9 +165,15 @@ def _train_head_alone(model: PreTrainedModel, cfg: ModelConfig) -> None:
     head.requires_grad_(True)  # with its bias, where it has one
 
 
+def _head(model: PreTrainedModel) -> Any:
+    """What reads the hidden states: the language head, or that of a reward model, which has no other."""
+    language_head = model.get_output_embeddings()
+    return model.score if language_head is None else language_head
+
+
 def _check_width(model: PreTrainedModel, cfg: ModelConfig) -> None:
     name = str(cfg.embedding_dim_name)
-    stated, width = getattr(model.config, name, None), model.get_output_embeddings().weight.shape[1]
+    stated, width = getattr(model.config, name, None), _head(model).weight.shape[1]
     if stated != width:
         raise ModelError(
             f"model.embedding_dim_name={name}: the model's config says {stated}, its head reads vectors of {width}; "

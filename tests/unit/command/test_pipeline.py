@@ -75,11 +75,11 @@ def test_stages_run_in_order_each_in_its_folder(small, pretended, unchecked, cap
 
 def test_a_failing_stage_ends_it_and_the_command_goes_on_there(small, pretended, unchecked, capsys, tmp_path):
     pretended.codes = {"task=dpo": 3}
-    assert pipeline(*small, "seed=5", "resume=true") == 3
+    assert pipeline(*small, "seed=5", "resume=true", "dpo.task.beta=0.3") == 3
     [folder] = folders(tmp_path / "logs" / "pipelines")
     printed = capsys.readouterr().out
     assert "[3/4] dpo: failed with exit code 3 after 0 s" in printed
-    again = f"pipeline --config-dir={tmp_path}/own experiment=small seed=5 resume_from={folder}"
+    again = f"pipeline --config-dir={tmp_path}/own experiment=small seed=5 dpo.task.beta=0.3 resume_from={folder}"
     assert f"to go on: python sheeprlhf.py {again}\n" in printed
     assert pretended.stages() == ["sft", "rm", "dpo"]
     pretended.codes = {}
@@ -87,7 +87,9 @@ def test_a_failing_stage_ends_it_and_the_command_goes_on_there(small, pretended,
     assert "resume=true" in pretended.commands[0]  # the run of the stage goes on as well
     assert pretended.stages() == ["dpo", "perplexity"]
     assert "[1/4] sft: finished before" in capsys.readouterr().out
-    assert pipeline(*small, "seed=5", "resume=true") == 0  # the newest of this recipe: nothing is left to do
+    assert (
+        pipeline(*small, "seed=5", "dpo.task.beta=0.3", "resume=true") == 0
+    )  # the newest of this recipe: nothing is left to do
     assert pretended.stages() == []
     assert len(folders(tmp_path / "logs" / "pipelines")) == 1
 

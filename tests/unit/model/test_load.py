@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import PreTrainedModel, dynamic_module_utils
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, dynamic_module_utils
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.model.load import hidden_states, load_causal_lm, load_tokenizer
@@ -102,6 +102,9 @@ def test_the_head_alone_is_trained(model_folder: ModelFolder) -> None:
 def test_the_heads_width(model_folder: ModelFolder) -> None:
     load(model_folder("opt"), embedding_dim_name="word_embed_proj_dim")
     load(model_folder("gpt2"), embedding_dim_name="n_embd")
+    options = {"vocabulary": VOCAB, "longest": 64, "auto": AutoModelForSequenceClassification}
+    for name, width in (("opt", "word_embed_proj_dim"), ("gpt2", "n_embd")):  # as reward models are loaded
+        load_causal_lm(config(model_folder(name), embedding_dim_name=width), **options)
     for name, stated in (("hidden_size", "16"), ("nothing", "None")):
         with pytest.raises(ModelError, match=f"embedding_dim_name={name}: .* says {stated}, .* vectors of 8"):
             load(model_folder("opt"), embedding_dim_name=name)
