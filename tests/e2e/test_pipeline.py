@@ -48,7 +48,7 @@ def wait_for_a_checkpoint(run_dir: Path, job: ColdJob) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_killed_in_the_second_stage_and_resumed_it_ends_in_the_same_table(
     tmp_path: Path, model_folder: ModelFolder
 ) -> None:
@@ -74,8 +74,10 @@ def test_killed_in_the_second_stage_and_resumed_it_ends_in_the_same_table(
     resumed.assert_all_gone()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "signum",
+    [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), pytest.param(signal.SIGINT, marks=pytest.mark.nightly)],
+)
 def test_a_signal_reaches_the_stage_which_saves(signum: int, tmp_path: Path, model_folder: ModelFolder) -> None:
     job = ColdJob(
         [*chain(tmp_path, model_folder), "skip=[rm,accuracy]", "sft.task.epochs=500", "sft.task.max_num_steps=4000"],
