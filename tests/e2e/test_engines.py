@@ -11,7 +11,9 @@ from tests.support.runs import train, write_rows
 ModelFolder = Callable[..., Path]
 
 
-@pytest.mark.parametrize(("task", "engine"), [("ppo", "hf"), ("grpo", "continuous")])
+@pytest.mark.parametrize(
+    ("task", "engine"), [("ppo", "hf"), pytest.param("grpo", "continuous", marks=pytest.mark.slow)]
+)
 def test_a_run(
     task: str, engine: str, tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:

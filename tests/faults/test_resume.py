@@ -28,6 +28,7 @@ VARIANTS = {
     "labels, lora with dropout": ("kto", LORA),
 }
 
+PLAIN = ("full", "reward model, lora with dropout", "preferences, lora with dropout", "ppo, lora")
 IN_CI = ("full", "lora with dropout", "model dropout")  # of those at every step
 
 
@@ -68,7 +69,7 @@ def check_resume_at(steps: range, variant: str, tmp_path: Path, model_folder: Mo
 @pytest.mark.parametrize(
     "variant",
     [
-        pytest.param(variant, marks=() if "lora" in variant or variant == "full" else pytest.mark.slow)
+        pytest.param(variant, marks=() if variant in PLAIN else pytest.mark.slow)
         for variant in VARIANTS
         if variant == "full" or variant not in IN_CI
     ],
