@@ -24,7 +24,7 @@ from yaml import YAMLError
 import sheeprlhf
 from sheeprlhf.structure.catalogue import condensed
 from sheeprlhf.structure.earlier import with_start
-from sheeprlhf.structure.limits import option_problems
+from sheeprlhf.structure.limits import option_problems, sweep_problems
 from sheeprlhf.structure.overrides import Chosen, key_problem, missing_problem, pick_groups, readable, recipe_owner
 from sheeprlhf.structure.places import run_folder_problems
 from sheeprlhf.structure.registry import ROOTS, choices, groups, options, register_configs, to_typed
@@ -66,6 +66,7 @@ def check(source: Source, overrides: list[str], *, multirun: bool = False, compl
         complete: also refuse missing values and impossible combinations (false to show a configuration).
     """
     parsed, problems = readable(overrides)
+    problems += sweep_problems(parsed) if multirun else []
     with _hydra(source):
         for job in _jobs(parsed) if multirun else [parsed]:
             problems += _check_job(source, job, complete)

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Override
+
 from sheeprlhf.structure.registry import Option
 
 _SAME = {"gpu": "cuda"}  # what nobody finds by the letters
@@ -85,3 +87,12 @@ def _range_problems(key: str, number: float, metadata: Any) -> Iterator[str]:
         yield f"{key}={number} is too small: give more than {above:.12g}{unit}"
     elif high is not None and number > high:
         yield f"{key}={number} is too large: give {high:.12g}{unit} or less"
+
+
+def sweep_problems(parsed: list[Override]) -> list[str]:
+    """Hydra composes a sweep once without what is swept, and an option of a task needs one that is chosen then."""
+    swept = [override for override in parsed if override.is_sweep_override() and override.key_or_group == "task"]
+    inner = [override.key_or_group for override in parsed if override.key_or_group.startswith("task.")]
+    if not swept or not inner:
+        return []
+    return [f"{swept[0].input_line} in a sweep does not go with {inner[0]}: give each task a command of its own"]

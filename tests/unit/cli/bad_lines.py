@@ -51,6 +51,10 @@ BAD = [
     ("train task=sft fabric=gpu", ["fabric=gpu", "fabric=auto_cuda"]),
     ("train task=sft model=null", ["model=null", "tiny"]),
     ("train task=sft model=opt,gpt2", ["model=opt,gpt2", "need -m"]),
+    (
+        "train -m task=sft,rm task.max_num_steps=1",
+        ["task=sft,rm in a sweep", "task.max_num_steps", "a command of its own"],
+    ),
     ("train task=sft +model=opt", ["+model=opt", "write model=opt"]),
     ("train task=sft ~optim", ["~optim", "cannot be removed"]),
     ("train task=sft experiment=pretrain_tny", ["experiment=pretrain_tiny"]),
