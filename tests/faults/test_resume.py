@@ -29,6 +29,7 @@ VARIANTS = {
 }
 
 PLAIN = ("full", "reward model, lora with dropout", "preferences, lora with dropout", "ppo, lora")
+KL = ",objective/kl_coeff,"
 IN_CI = ("full", "lora with dropout", "model dropout")  # of those at every step
 
 
@@ -56,6 +57,9 @@ def check_resume_at(steps: range, variant: str, tmp_path: Path, model_folder: Mo
     model = model_folder("gpt2" if variant == "model dropout" else "llama")
     whole = train(model, data, tmp_path / "whole", *words, task=task)
     expected = result_of(whole)
+    if "task.adaptive_kl_coeff=true" in options:
+        coefficients = [line.split(",")[2] for line in (whole / "metrics.csv").read_text().splitlines() if KL in line]
+        assert len(set(coefficients)) > 2  # each turn goes on from the last one's
     for step in steps:
         resumed = stopped_at(whole, step, tmp_path / f"from-{step}")
         train(model, data, resumed, *words, "resume=true", task=task)

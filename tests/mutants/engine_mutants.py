@@ -104,9 +104,9 @@ MUTANTS = [
     ),
     Mutant(
         trap="a checkpoint is not forced to the disk",
-        file="sheeprlhf/engine/manifest.py",
-        old="            fsync(path)\n        fsync(temporary)\n",
-        new="            path.stat()\n        fsync(temporary)\n",
+        file="sheeprlhf/utils/files.py",
+        old="        os.fsync(descriptor)\n",
+        new="        os.fstat(descriptor)\n",
         tests="tests/faults/test_crash_points.py",
     ),
     Mutant(

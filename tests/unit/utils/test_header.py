@@ -1,0 +1,27 @@
+"""A safetensors header says exactly what follows it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from sheeprlhf.utils.header import read_header
+
+WHOLE = save({"a": torch.zeros(2, 3), "b": torch.zeros(5, dtype=torch.int64)})
+
+
+def test_names_formats_and_shapes(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(WHOLE)
+    found = read_header(tmp_path / "x.safetensors")
+    assert {name: (facts.dtype, facts.shape) for name, facts in found.items()} == {
+        "a": ("F32", (2, 3)),
+        "b": ("I64", (5,)),
+    }
+
+
+@pytest.mark.parametrize("content", [WHOLE + b"x", WHOLE[:-1]], ids=["one byte more", "one byte less"])
+def test_the_size_is_that_of_the_file(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"it declares {len(WHOLE)} bytes and has {len(content)}"):
+        read_header(tmp_path / "x.safetensors")
