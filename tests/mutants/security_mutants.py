@@ -33,7 +33,7 @@ MUTANTS = [
         file="sheeprlhf/utils/header.py",
         old="        if first != end:\n",
         new="        if first > end:\n",
-        tests=_FOLDERS,
+        tests="tests/unit/utils/test_header.py::test_tensors_lie_end_to_end",
     ),
     Mutant(
         trap="strangers: a configuration names code",
