@@ -35,7 +35,7 @@ COLUMNS = (
     Column("perplexity", "perplexity", "{:.2f}"),
     Column("pairs_right", "pairs right", "{:.2%}"),
     Column("pairs", "of pairs", "{:,.0f}"),
-    Column("seconds", "seconds", "{:,.0f}"),
+    Column("seconds", "s", "{:,.0f}"),
 )
 
 
@@ -68,14 +68,18 @@ def write_results(folder: Path, stages: list[Stage], state: Mapping[str, Any]) -
 
 
 def show_results(folder: Path, rows: list[Row]) -> None:
-    """Print the table and where it is kept."""
-    columns = used_columns(rows)
-    table = Table("stage", title="what the stages came to")
+    """Print the table of the stages that train, 80 columns wide, how long the others took, and where all is kept."""
+    trained = [row for row in rows if len(row.figures) > 1]
+    columns = used_columns(trained)
+    table = Table("stage", title="what the stages came to", box=None, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column.heading, justify="right")
-    for line in cells(rows, columns):
+        table.add_column(column.heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    for line in cells(trained, columns):
         table.add_row(*line)
     Console().print(table)
+    others = [f"{row.stage} {row.figures['seconds']:,.0f} s" for row in rows if row not in trained]
+    total = sum(row.figures["seconds"] for row in rows)
+    print(f"{''.join(f'{text}, ' for text in others)}everything {total:,.0f} s")
     print(f"saved: {folder / 'results.json'} (also .csv and .md)")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.command.pipeline_results import figures_of, write_results
+from sheeprlhf.command.pipeline_results import Row, figures_of, show_results, write_results
 from sheeprlhf.command.pipeline_state import differences
 from sheeprlhf.structure.pipeline import Stage
 from tests.support.pipelines import SMALL, Pretended, folders, pipeline, write_recipe
@@ -212,8 +212,7 @@ def test_the_table_is_what_the_evaluations_found(tmp_path):
     state = {"stages": {name: {"seconds": 61.04} for name in ("sft", "rm", "ppo", "text")}}
     write_results(tmp_path, stages, state)
     assert (tmp_path / "results.md").read_text().splitlines() == [
-        "| stage | imperative | reward | win rate | KL, nats | ROUGE-L | perplexity | pairs right | of pairs "
-        "| seconds |",
+        "| stage | imperative | reward | win rate | KL, nats | ROUGE-L | perplexity | pairs right | of pairs | s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         "| sft | 44.8% | -1.5 | 71.0% | 2.35 | 25.2 | 19.22 |  |  | 61 |",
         "| rm |  |  |  |  |  |  | 99.12% | 1,250 | 61 |",
@@ -226,3 +225,26 @@ def test_the_table_is_what_the_evaluations_found(tmp_path):
     records = json.loads((tmp_path / "results.json").read_text())
     assert records[1] == {"stage": "rm", "pairs_right": 0.9912, "pairs": 1250.0, "seconds": 61.0}
     assert figures_of(tmp_path / "nothing") == {}
+
+
+def test_the_table_fits_a_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eighty columns, and nothing of it is cut."""
+    monkeypatch.setenv("COLUMNS", "80")
+    figures = dict(zip(("imperative", "reward", "win_rate", "kl"), (0.832, -7.85, 0.848, 5.29), strict=True))
+    figures |= {"rouge_l": 24.3, "perplexity": 26.88, "pairs_right": 0.9984, "pairs": 1250.0, "seconds": 66.0}
+    show_results(tmp_path, [Row("ppo", figures), Row("rule", {"seconds": 24.0})])
+    printed = capsys.readouterr().out
+    for text in (
+        "imperative",
+        "perplexity",
+        "83.2%",
+        "-7.85",
+        "84.8%",
+        "99.84%",
+        "1,250",
+        "rule 24 s, everything 90 s",
+    ):
+        assert text in printed
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= max(80, len(f"saved: {tmp_path}") + 40)
