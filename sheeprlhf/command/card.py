@@ -19,7 +19,7 @@ from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.structure.trained import POLICY, Trained
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import read_small
+from sheeprlhf.utils.files import read_object
 
 if TYPE_CHECKING:
     from sheeprlhf.task.export import Checks
@@ -115,7 +115,7 @@ def _data(trained: Trained) -> Iterator[str]:
     assert data is not None and run_dir is not None
     source = getattr(data, "train_file", None) or data.dataset_name
     yield f"{_code(_home(str(source)))}: {(type(data).__doc__ or '').splitlines()[0]}"
-    splits = _json(run_dir / "data_report.json").get("splits")
+    splits = read_object(run_dir / "data_report.json", _MAX_JSON).get("splits")
     rows = [
         f"| {_cell(name)} | {_cell(split.get('read', '?'))} | {_cell(split.get('kept', '?'))} |"
         for name, split in (splits.items() if isinstance(splits, dict) else ())
@@ -163,7 +163,7 @@ def _recipe(run_dir: Path) -> Iterator[str]:
 def _results(run_dir: Path) -> Iterator[str]:
     rows = []
     for path in islice(sorted((run_dir / "eval").glob("*.json")), _MAX_FILES):
-        record = _json(path)
+        record = read_object(path, _MAX_JSON)
         about = [_cell(record.get(key, "?")) for key in ("task", "data", "split", "weights")]
         numbers = {key: value for key, value in record.items() if key not in _ABOUT and _is_number(value)}
         rows += [f"| {' | '.join(about)} | {_cell(key)} | {value:.6g} |" for key, value in numbers.items()]
@@ -217,15 +217,6 @@ def _licence_of_base(base: str) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file; empty if there is none that can be read."""
-    try:
-        content = json.loads(read_small(path, _MAX_JSON))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _home(text: str) -> str:

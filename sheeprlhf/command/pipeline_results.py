@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sheeprlhf.structure.pipeline import Stage
-from sheeprlhf.utils.files import read_small, write_whole
+from sheeprlhf.utils.files import read_object, write_whole
 
 _MAX_BYTES = 1 << 20
 _MAX_FILES = 200
@@ -103,7 +103,7 @@ def figures_of(run_dir: Path) -> dict[str, float]:
     """The figures of a run's final weights on the test split, from its eval/*.json."""
     found: dict[str, Any] = {}
     for path in sorted((run_dir / "eval").glob("*.json"))[:_MAX_FILES]:
-        record = _record(path)
+        record = read_object(path, _MAX_BYTES)
         if record.get("weights") == "final" and record.get("split") == "test":
             found |= _figures(path.stem, record)
     return {name: float(value) for name, value in found.items() if _is_number(value)}
@@ -123,14 +123,6 @@ def _figures(stem: str, record: Mapping[str, Any]) -> dict[str, Any]:
             return {"imperative": record.get("score"), "kl": record.get("kl")}
         return {"reward": record.get("score"), "win_rate": record.get("win_rate"), "kl": record.get("kl")}
     return {}
-
-
-def _record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(read_small(path, _MAX_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _is_number(value: Any) -> bool:

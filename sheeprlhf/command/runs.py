@@ -1,6 +1,5 @@
 """Past runs as `list` shows them, read from files that may be a stranger's, half written or of any size."""
 
-import json
 import math
 import os
 from collections import deque
@@ -16,7 +15,7 @@ from sheeprlhf.engine.rundir import RUN_FILE, read_run
 from sheeprlhf.engine.runlock import is_locked
 from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import read_small, read_tail
+from sheeprlhf.utils.files import read_object, read_tail
 
 MAX_DEPTH = 8  # root_dir/<data>/<model>/<task>/<time>/<run_name>, and some room
 MAX_FOLDERS = 20_000
@@ -151,7 +150,7 @@ def _newest_state(folder: Path) -> dict[str, Any]:
     except OSError:
         return {}
     steps = [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal() and len(name) < 18]
-    return _json(folder / "checkpoints" / f"step-{max(steps)}" / "state.json") if steps else {}
+    return read_object(folder / "checkpoints" / f"step-{max(steps)}" / "state.json", _MAX_JSON) if steps else {}
 
 
 def _logged(folder: Path) -> list[str]:
@@ -186,7 +185,7 @@ def _results(folder: Path, data: str) -> list[str]:
     """The newest number of each metric in eval/*.json; what is not of the final weights on the test split says so."""
     newest: dict[str, tuple[float, str]] = {}
     for path in islice(_result_files(folder / "eval"), _MAX_RESULTS):
-        record = _json(path)
+        record = read_object(path, _MAX_JSON)
         usual = {"weights": "final", "split": "test"} | ({"data": data} if data != _UNKNOWN else {})
         said = {key: clean(record.get(key, value), _NAME) for key, value in usual.items()}
         odd = [said[key] for key, value in usual.items() if said[key] != value]
@@ -207,15 +206,6 @@ def _result_files(folder: Path) -> Iterator[Path]:
     except OSError:
         return
     yield from (folder / name for name in names if name.endswith(".json"))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file; empty if there is none that can be read."""
-    try:
-        content = json.loads(read_small(path, _MAX_JSON))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _local_time(seconds: Any) -> str:

@@ -1,9 +1,11 @@
 """Files read that may be a stranger's, plain and of bounded size; files written whole, and brought to the disk."""
 
+import json
 import os
 import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
 def read_small(path: Path, limit: int) -> bytes:
@@ -16,6 +18,15 @@ def read_small(path: Path, limit: int) -> bytes:
     if len(content) > limit:
         raise OSError(f"{path} has more than {limit} bytes")
     return content
+
+
+def read_object(path: Path, limit: int) -> dict[str, Any]:
+    """An object of a JSON file of at most `limit` bytes; empty if there is none that can be read."""
+    try:
+        content = json.loads(read_small(path, limit))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def read_tail(path: Path, num_bytes: int) -> bytes:
