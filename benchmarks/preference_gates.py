@@ -1,7 +1,7 @@
 """The recipes of `data=docstrings`, seed after seed: what reward models and DPO reach, and how long each takes.
 
     python benchmarks/preference_gates.py --work FOLDER [--seeds 0 1 2] [--suffix docstrings] [--temperature 0.7]
-        [--coin]
+        [--coin] [--words-of sft "task.max_num_steps=40"] [WORD ...]
 
 Fine-tunes with `experiment=sft_<suffix>`; from each fine-tuned model `experiment=dpo_<suffix>`, measured by
 measure_preference.py on held-out prompts; from the first one a reward model by each loss, measured on the test split,
@@ -34,9 +34,12 @@ def main() -> None:
     parser.add_argument("--temperature", default="0.7")
     parser.add_argument("--rows", default="500")
     parser.add_argument("--coin", action="store_true", help="fine-tune on texts whose style a coin decides")
+    parser.add_argument("--losses", nargs="*", default=list(LOSSES), help="of the reward models")
+    parser.add_argument("--words-of", nargs=2, action="append", default=[], metavar=("TASK", "WORDS"))
     parser.add_argument("words", nargs="*", help="more words for every training command")
     arguments = parser.parse_args()
     work, suffix = arguments.work.resolve(), arguments.suffix
+    of_task = {task: given.split() for task, given in arguments.words_of}
 
     def train(task: str, name: str, *words: str) -> tuple[Path, float]:
         """A recipe's run and the seconds of its whole command."""
@@ -44,7 +47,14 @@ def main() -> None:
         clock = work / f"{name}.seconds"
         if not clock.is_file():
             start = time.monotonic()
-            call("train", f"experiment={task}_{suffix}", f"hydra.run.dir={run_dir}", *words, *arguments.words)
+            call(
+                "train",
+                f"experiment={task}_{suffix}",
+                f"hydra.run.dir={run_dir}",
+                *words,
+                *arguments.words,
+                *of_task.get(task, []),
+            )
             clock.write_text(f"{time.monotonic() - start:.1f}")
         return run_dir, float(clock.read_text())
 
@@ -75,7 +85,7 @@ def main() -> None:
     first = arguments.seeds[0]
     print("\n| reward model's loss | accuracy | pairs | margin | correlation with length | training |")
     print("| --- " * 6 + "|")
-    for loss in LOSSES:
+    for loss in arguments.losses:
         words = [f"task.loss_type={loss}", f"task.sft_experiment_dir={starts[first]}", f"seed={first}"]
         run_dir, seconds = train("rm", f"rm-{loss}", *words)
         call("eval", "task=preference", f"experiment_dir={run_dir}")

@@ -5,7 +5,8 @@
 WORK is as for run_sheeprlhf.py, with `models/<name>-rm/` for the reward model (and, for ppo, the critic). An update is
 a rollout of `batch` responses of exactly `gen-len` tokens (nothing ends one), one for each prompt (rloo, grpo: four),
 and `ppo-epochs` optimizer steps on all of them: AdamW at 1e-5, gradients clipped at 1.0. A response counts with its
-prompt, once. `parts_s` are the seconds of sampling with all that is read of a rollout, and of the update.
+prompt, once. `parts_s` are the seconds of sampling, of reading the rollout by the reference ("ref") and by reward model
+and critic ("value_reward"), and of the update. With --profile the operations of the last update are written there.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--profile", type=Path, help="write the profiler's table of the last update here")
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -127,9 +131,24 @@ def main() -> None:
     }
     of_policy, of_critic = of_policies[args.task], partial(value_loss, task=task)
 
-    ends, losses, parts = [], [], {"rollout": 0.0, "update": 0.0}
+    ends, losses, parts = [], [], dict.fromkeys(("generate", "ref", "value_reward", "update"), 0.0)
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **options: Any) -> Any:
+            start = time.time()
+            found = function(*given, **options)
+            parts[name] += time.time() - start
+            return found
+
+        return call
+
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    collect.logprobs = timed("ref", collect.logprobs)  # type: ignore[method-assign]
+    collect.scores_of = timed("value_reward", collect.scores_of)  # type: ignore[method-assign]
     per_rollout = args.batch // group
     for k in range(args.warmup + args.updates):
+        if k == args.warmup:
+            parts = parts | dict.fromkeys(parts, 0.0)
         began = time.time()
         rollout = collect(prompts[k * per_rollout : (k + 1) * per_rollout], k)
         if critic:
@@ -147,18 +166,22 @@ def main() -> None:
             rollout = rollout.with_tokens(advantages=of_each_N)
         plan = StepPlan(len(rollout), per_rollout, args.ppo_epochs, seed=k)
         how = {"max_grad_norm": 1.0}
-        for step in range(plan.num_steps()):
-            micro_batches = batches.of(rollout, plan.rows_of_step(step))
-            if critic:
-                assert critic_module is not None
-                update(fabric, critic_module, optimizer, micro_batches, of_critic, **how)
-            losses.append(update(fabric, module, optimizer, micro_batches, of_policy, **how)["loss"])
+        profiled = args.profile is not None and k + 1 == args.warmup + args.updates
+        with profiler if profiled else nullcontext():
+            for step in range(plan.num_steps()):
+                micro_batches = batches.of(rollout, plan.rows_of_step(step))
+                if critic:
+                    assert critic_module is not None
+                    update(fabric, critic_module, optimizer, micro_batches, of_critic, **how)
+                losses.append(update(fabric, module, optimizer, micro_batches, of_policy, **how)["loss"])
         if args.device == "cuda":
             torch.cuda.synchronize()
         ends.append(time.time())
-        if k >= args.warmup:
-            parts["rollout"] += sampled - began
-            parts["update"] += ends[-1] - sampled
+        parts["generate"] += sampled - began
+        parts["update"] += ends[-1] - sampled
+    parts["generate"] -= parts["ref"] + parts["value_reward"]  # they were read in the same time
+    if args.profile:
+        args.profile.write_text(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=60))
     seconds = ends[-1] - ends[args.warmup - 1]
     useful = group * sum(len(prompt.prompt_ids) + args.gen_len for prompt in prompts[per_rollout * args.warmup :])
     result = {

@@ -106,6 +106,31 @@ def row(case: Case, ours: list[dict[str, Any]], peer: list[dict[str, Any]], floo
     )
 
 
+def split(result: dict[str, Any]) -> tuple[float, float, float]:
+    """Seconds an update of a result with `parts_s`: sampling, scoring (reference, critic, reward), the rest.
+
+    TRL's "score" of RLOO and GRPO has the sampling in it.
+    """
+    parts, number = result["parts_s"], len(result["step_times"])
+    sampling = parts["generate"]
+    scoring = parts["score"] - sampling if "score" in parts else parts["ref"] + parts["value_reward"]
+    return sampling / number, scoring / number, (result["seconds"] - sampling - scoring) / number
+
+
+def print_split(
+    cases: list[Case], ours: dict[str, list[dict[str, Any]]], peer: dict[str, list[dict[str, Any]]]
+) -> None:
+    """Where the time of an update goes, for cases that have rollouts."""
+    print("\n| case | sampling s | peer's | scoring s | peer's | update s | peer's |\n|" + " --- |" * 7)
+    for case in cases:
+        medians = [
+            [statistics.median(part) for part in zip(*map(split, results[case.name]), strict=True)]
+            for results in (ours, peer)
+        ]
+        cells = [f"{a:.2f} | {b:.2f}" for a, b in zip(*medians, strict=True)]
+        print(f"| {case.name} | " + " | ".join(cells) + " |")
+
+
 def main() -> None:
     """Run all cases `rounds` times, ours and the peer's in turns, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,6 +162,9 @@ def main() -> None:
         first = ours[case.name][0]
         kind = first["model"], first["task"], first["precision"].removesuffix("-mixed")
         print(row(case, ours[case.name], peer[case.name], [floor[kind] for floor in measured if kind in floor]))
+    with_rollouts = [case for case in cases if "parts_s" in ours[case.name][0]]
+    if with_rollouts:
+        print_split(with_rollouts, ours, peer)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.jobs import JobServer
 
 
 def pytest_configure() -> None:
@@ -40,3 +42,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         return made[architecture]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[JobServer]:
+    """Starts jobs cheaply; one for all tests."""
+    with JobServer() as started:
+        yield started

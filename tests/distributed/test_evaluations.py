@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sheeprlhf.cli import run
-from tests.support.jobs import ColdJob
+from tests.support.jobs import JobServer
 from tests.support.runs import train, write_pairs
 
 
@@ -23,7 +23,7 @@ def results_of(run_dir: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+def test_two_processes_equal_one(server: JobServer, tmp_path: Path, model_folder: Callable[..., Path]) -> None:
     data = write_pairs(tmp_path / "rows.jsonl", 11)  # an uneven share
     rm = train(model_folder(), data, tmp_path / "rm", "task.max_num_steps=8", "optim.lr=5e-3", task="rm")
     adapters = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "task.max_num_steps=4", "optim.lr=0.05"]
@@ -35,9 +35,8 @@ def test_two_processes_equal_one(tmp_path: Path, model_folder: Callable[..., Pat
     ):
         run(["eval", *words.split()])
         expected = results_of(policy)
-        job = ColdJob(["eval", *words.split(), "fabric.devices=2"], tmp_path / "log", OMP_NUM_THREADS="1")
+        job = server.start_ranks(["eval", *words.split()], tmp_path / "log", 2)
         assert job.wait(400) == 0, job.text()
-        job.assert_all_gone()
         found = results_of(policy)
         assert found.keys() == expected.keys() and len(found) == 2
         for name, result in expected.items():

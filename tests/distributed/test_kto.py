@@ -7,7 +7,8 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tests.distributed.test_sft import series, start
+from tests.distributed.test_sft import series
+from tests.support.jobs import JobServer
 from tests.support.runs import train, train_words, write_labelled
 
 ModelFolder = Callable[..., Path]
@@ -15,11 +16,12 @@ TAGS = ("loss", "kl", "grad_norm", "rewards/chosen", "rewards/rejected", "reward
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path, model_folder: ModelFolder) -> None:
+def test_two_processes_equal_one(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
     """Two epochs of 49 rows: each ends in a step of a single row, so that one process has none."""
     data = write_labelled(tmp_path / "rows.jsonl", 49)
     words = ["task.epochs=2", "task.micro_batch_size=1", "optim.lr=3e-3"]
-    job = start(train_words(model_folder(), data, tmp_path / "two", *words, task="kto"), tmp_path / "log")
+    two_words = train_words(model_folder(), data, tmp_path / "two", *words, task="kto")
+    job = server.start_ranks(two_words, tmp_path / "log", 2)
     train(model_folder(), data, tmp_path / "one", *words, task="kto")
     assert job.wait(150) == 0, job.text()
     assert max(series(tmp_path / "one", "train/kl")) > 0.1  # it is estimated, and not always cut at 0

@@ -7,7 +7,8 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tests.distributed.test_sft import series, start
+from tests.distributed.test_sft import series
+from tests.support.jobs import JobServer
 from tests.support.runs import train, train_words, write_rows
 
 MODEL = "model.safetensors"
@@ -28,7 +29,7 @@ VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_processes_equal_one(variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+def test_two_processes_equal_one(variant: str, server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
     """Seven prompts a rollout and three a step, so that the ranks never have equal shares.
 
     Scores are spread: where all are alike, a gradient is rounding alone, which Adam makes as large as any other.
@@ -37,10 +38,10 @@ def test_two_processes_equal_one(variant: str, tmp_path: Path, model_folder: Mod
     data = write_rows(tmp_path / "rows.jsonl", 21)
     words = ["task.rollout_size=14", "task.mini_batch_size=6", "task.micro_batch_size=1", "task.max_num_steps=18"]
     words += ["task.epochs=2", "reward.normalize=true", "reward.path=tests.support.rewards:spread", *options]
-    job = start(train_words(model_folder(), data, tmp_path / "two", *words, task=task), tmp_path / "log")
+    two_words = train_words(model_folder(), data, tmp_path / "two", *words, task=task)
+    job = server.start_ranks(two_words, tmp_path / "log", 2)
     train(model_folder(), data, tmp_path / "one", *words, task=task)
     assert job.wait(150) == 0, job.text()
-    job.assert_all_gone()
     for tag in tags:
         two, one = series(tmp_path / "two", tag), series(tmp_path / "one", tag)
         assert len(one) >= 2, tag

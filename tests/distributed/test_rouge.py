@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sheeprlhf.cli import run
-from tests.support.jobs import ColdJob
+from tests.support.jobs import JobServer
 from tests.support.runs import train, write_rows
 
 
@@ -20,7 +20,9 @@ def result_of(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_samples", [19, 1])  # an uneven share; a process without a row
-def test_two_processes_equal_one(num_samples: int, tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+def test_two_processes_equal_one(
+    num_samples: int, server: JobServer, tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
     words = ["task.epochs=40", "task.mini_batch_size=20", "task.micro_batch_size=20", "optim.lr=0.02"]
     words += ["task.eval_interval=40", "task.save_interval=40"]
     run_dir = train(model_folder(), write_rows(tmp_path / "rows.jsonl", 20), tmp_path / "run", *words)
@@ -30,8 +32,7 @@ def test_two_processes_equal_one(num_samples: int, tmp_path: Path, model_folder:
     expected = result_of(run_dir)
     assert len(set(map(len, expected[1]))) > min(num_samples, 5) - 1  # texts of many lengths
     (run_dir / "eval" / "rouge-test-final.json").unlink()
-    job = ColdJob([*evaluation, "fabric.devices=2"], tmp_path / "log", OMP_NUM_THREADS="1")
+    job = server.start_ranks(evaluation, tmp_path / "log", 2)
     assert job.wait(200) == 0, job.text()
-    job.assert_all_gone()
     assert result_of(run_dir) == expected
     assert job.text().count("saved: ") == 2  # by one process: the numbers and the texts

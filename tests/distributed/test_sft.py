@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from sheeprlhf.cli import run
-from tests.support.jobs import ColdJob, site
+from tests.support.jobs import ColdJob, JobServer, site
 from tests.support.runs import result_of, train, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
@@ -64,14 +64,13 @@ def assert_equal_runs(two: Path, one: Path, num_steps: int) -> None:
     assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
-def both(tmp_path: Path, model: Path, *extra: str) -> tuple[Path, Path]:
+def both(server: JobServer, tmp_path: Path, model: Path, *extra: str) -> tuple[Path, Path]:
     """Two epochs of 49 rows: each ends in a step of a single row, so that one process has none."""
     data = write_rows(tmp_path / "rows.jsonl", 49)
     words = ["task.epochs=2", *extra]
-    job = start(train_words(model, data, tmp_path / "two", *words), tmp_path / "log")
+    job = server.start_ranks(train_words(model, data, tmp_path / "two", *words), tmp_path / "log", 2)
     train(model, data, tmp_path / "one", *words)
     assert job.wait(150) == 0, job.text()
-    job.assert_all_gone()
     return tmp_path / "two", tmp_path / "one"
 
 
@@ -80,10 +79,10 @@ def perplexity(run_dir: Path) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path, model_folder: ModelFolder) -> None:
-    two, one = both(tmp_path, model_folder(), "task.micro_batch_size=1")
+def test_two_processes_equal_one(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
+    two, one = both(server, tmp_path, model_folder(), "task.micro_batch_size=1")
     assert_equal_runs(two, one, 18)
-    job = start(["eval", "task=perplexity", f"experiment_dir={one}"], tmp_path / "eval")
+    job = server.start_ranks(["eval", "task=perplexity", f"experiment_dir={one}"], tmp_path / "eval", 2)
     assert job.wait(150) == 0, job.text()
     ours = perplexity(one)
     run(["eval", "task=perplexity", f"experiment_dir={one}"])
@@ -93,8 +92,10 @@ def test_two_processes_equal_one(tmp_path: Path, model_folder: ModelFolder) -> N
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_without_accumulation(tmp_path: Path, model_folder: ModelFolder) -> None:
-    assert_equal_runs(*both(tmp_path, model_folder(), "task.micro_batch_size=6"), 18)
+def test_two_processes_equal_one_without_accumulation(
+    server: JobServer, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    assert_equal_runs(*both(server, tmp_path, model_folder(), "task.micro_batch_size=6"), 18)
 
 
 class Whole(NamedTuple):

@@ -1,7 +1,8 @@
 """Kill -9 at any moment, then the same command again: the run ends in the same bytes as one that was left alone.
 
 The campaign (docs/reliability.md has its table):
-`KILLS=40 SEED=2026 pytest -n 0 -m nightly -s tests/faults/test_kill.py`; `ONLY=ppo` takes the scenarios with that name.
+`KILLS=440 SEED=2026 pytest -n 0 -m nightly -s tests/faults/test_kill.py`; `ONLY=ppo` (a regular expression) takes the
+scenarios with that in their name.
 """
 
 import json
@@ -14,35 +15,44 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning
 import pytest
 import torch
 import transformers
 
-from tests.support.jobs import ColdJob, Job, JobServer
+from tests.support.jobs import ColdJob, Job, JobServer, RanksJob
 from tests.support.runs import WRITERS, train_words
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
-ACCUMULATING = "task.micro_batch_size=1"
-SCENARIOS = {  # the task and more words of its command
-    "full": ("sft", []),
-    "lora": ("sft", LORA),
-    "lora, accumulating": ("sft", [*LORA, ACCUMULATING]),
-    "full, found by root_dir": ("sft", []),
-    "reward model": ("rm", []),
-    "reward model, lora, accumulating": ("rm", [*LORA, ACCUMULATING]),
-    "preferences": ("dpo", []),
-    "preferences, lora, accumulating": ("dpo", [*LORA, ACCUMULATING]),
-    "labels, lora": ("kto", LORA),
-    "ppo": ("ppo", ["task.adaptive_kl_coeff=true", "reward.normalize=true", "task.ema_decay=0.9"]),
-    "ppo, lora, accumulating": ("ppo", [*LORA[:2], ACCUMULATING]),
-    "grpo, lora": ("grpo", LORA[:2]),
+PPO = ["task.adaptive_kl_coeff=true", "reward.normalize=true"]
+
+
+class Scenario(NamedTuple):
+    """A task, more words of its command, and how many processes train."""
+
+    task: str
+    words: list[str]
+    processes: int = 1
+
+
+SCENARIOS = {
+    "sft, found by root_dir": Scenario("sft", []),
+    "kto, lora": Scenario("kto", LORA),
+    "grpo, lora": Scenario("grpo", LORA[:2]),
 }
+for _task in ("sft", "rm", "dpo", "ppo"):
+    _lora = LORA[:2] if _task == "ppo" else LORA  # it refuses dropout: a ratio of probabilities would mean nothing
+    _plain = [*PPO, "task.ema_decay=0.9"] if _task == "ppo" else []
+    SCENARIOS[_task] = Scenario(_task, _plain)
+    SCENARIOS[f"{_task}, lora"] = Scenario(_task, _lora)
+    SCENARIOS[f"{_task}, lora, accumulating"] = Scenario(_task, [*_lora, "task.micro_batch_size=1"])
+    SCENARIOS[f"{_task}, two processes"] = Scenario(_task, _plain, processes=2)
 LAST = 24
 COLD_EVERY = 8  # one start in so many is `python sheeprlhf.py`
-AIMED_SHARE = 0.55  # kills are aimed while fewer than this were inside a save: not every aimed one hits
+AIMED_SHARE = 0.48  # kills are aimed while fewer than this were inside a save: not every aimed one hits
 
 
 @dataclass
@@ -61,9 +71,10 @@ class Tally:
 class Victim:
     """One run in its place, started again after each kill by the same command."""
 
-    def __init__(self, server: JobServer, words: list[str], place: Path, by_root_dir: bool) -> None:
-        self._server, self._place, self._by_root_dir = server, place, by_root_dir
-        where = f"root_dir={place}" if by_root_dir else f"hydra.run.dir={place}"
+    def __init__(self, server: JobServer, words: list[str], place: Path, name: str) -> None:
+        self._server, self._place, self._by_root_dir = server, place, "root_dir" in name
+        self._processes = SCENARIOS[name].processes
+        where = f"root_dir={place}" if self._by_root_dir else f"hydra.run.dir={place}"
         self._words = [*(word for word in words if not word.startswith("hydra.run.dir=")), where, "resume=true"]
         self._starts = 0
 
@@ -77,7 +88,11 @@ class Victim:
     def start(self, *, cold: bool) -> Job:
         self._starts += 1
         log = self._place.with_name(f"{self._place.name}-{self._starts}.log")
-        return ColdJob(self._words, log, OMP_NUM_THREADS="1") if cold else self._server.start(self._words, log)
+        if cold:
+            return ColdJob([*self._words, f"fabric.devices={self._processes}"], log, OMP_NUM_THREADS="1")
+        if self._processes == 1:
+            return self._server.start(self._words, log)
+        return self._server.start_ranks(self._words, log, self._processes)
 
     def is_finished(self) -> bool:
         path = self.dir / "run.json"
@@ -108,8 +123,13 @@ def strike(victim: Victim, job: Job, rng: random.Random, *, aimed: bool, lasts: 
         time.sleep(rng.uniform(0, lasts))
     if job.poll() is not None:
         return False
+    if isinstance(job, RanksJob):
+        return job.strike(rng, at_once=aimed or rng.random() < 0.3)
     job.kill()
-    return job.wait() == -9
+    killed = job.wait() == -9
+    if isinstance(job, ColdJob):
+        job.assert_all_gone()
+    return killed
 
 
 def measure(victim: Victim) -> tuple[float, float]:
@@ -175,15 +195,15 @@ def campaign(server: JobServer, tmp_path: Path, model: Path, kills: int, seed: i
     for number, name in enumerate(scenarios):
         folder = tmp_path / str(number)
         folder.mkdir()
-        task, more = SCENARIOS[name]
+        task, more, _ = SCENARIOS[name]
         data = WRITERS[task](folder / "rows.jsonl")
         words = [*train_words(model, data, folder, task=task), "task.save_interval=2", *more]
-        whole = Victim(server, words, folder / "whole", by_root_dir=False)
+        whole = Victim(server, words, folder / "whole", name)
         lasts, save_lasts = measure(whole)
         share = kills * (number + 1) // len(scenarios)
         while tally.kills < share:
             tally.runs += 1
-            victim = Victim(server, words, folder / f"killed-{tally.runs}", "root_dir" in name)
+            victim = Victim(server, words, folder / f"killed-{tally.runs}", name)
             run_until_done(victim, share, tally, rng, lasts, save_lasts)
             if found := differing_bytes(victim.dir, whole.dir):
                 print(f"{victim.dir} differs: {dict(found)}", flush=True)
@@ -194,7 +214,12 @@ def campaign(server: JobServer, tmp_path: Path, model: Path, kills: int, seed: i
 
 
 @pytest.mark.parametrize(
-    "scenario", ["lora, accumulating", pytest.param("preferences, lora, accumulating", marks=pytest.mark.slow)]
+    "scenario",
+    [
+        "sft, lora, accumulating",
+        pytest.param("dpo, lora, accumulating", marks=pytest.mark.slow),
+        pytest.param("ppo, two processes", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_ends_in_the_same_bytes(
     scenario: str, server: JobServer, tmp_path: Path, model_folder: ModelFolder
@@ -208,7 +233,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
 def test_campaign(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
     kills, seed = int(os.environ.get("KILLS", "40")), int(os.environ.get("SEED", "2026"))
     began = time.monotonic()
-    scenarios = [name for name in SCENARIOS if os.environ.get("ONLY", "") in name]
+    scenarios = [name for name in SCENARIOS if re.search(os.environ.get("ONLY", ""), name)]
     tally = campaign(server, tmp_path, model_folder(), kills, seed, scenarios)
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}, "
     versions += f"transformers {transformers.__version__}"
@@ -218,4 +243,4 @@ def test_campaign(server: JobServer, tmp_path: Path, model_folder: ModelFolder) 
         f"{tally.differing} | {seed} | {(time.monotonic() - began) / 60:.1f} | {versions} |"
     )
     assert (tally.kills, tally.lost, tally.differing) == (kills, 0, 0)
-    assert tally.in_save >= kills // 2
+    assert tally.in_save >= 0.45 * kills

@@ -3,7 +3,9 @@
 import importlib
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -125,6 +127,45 @@ class WarmJob(Job):
         return self._code
 
 
+class RanksJob(Job):
+    """One job of several processes, started as by a launcher; `poll` and `log` tell of rank zero."""
+
+    def __init__(self, server: "JobServer", words: list[str], log: Path, processes: int) -> None:
+        words = [*words, f"fabric.devices={processes}"]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        self.ranks = [
+            server.start(
+                words, log if not rank else log.with_name(f"{log.name}.{rank}"), "", LOCAL_RANK=str(rank), **where
+            )
+            for rank in range(processes)
+        ]
+        super().__init__(self.ranks[0].pid, log)
+
+    def poll(self) -> int | None:
+        """Rank zero's exit code, when all have ended."""
+        codes = [rank.poll() for rank in self.ranks]
+        return None if None in codes else codes[0]
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        """All that are alive."""
+        for rank in self.ranks:
+            if rank.poll() is None:
+                rank.kill(signum)
+
+    def strike(self, rng: random.Random, *, at_once: bool) -> bool:
+        """Kill -9 all at once, or one process, and soon the others, as launchers do; False if they ended before."""
+        victims = self.ranks if at_once else [rng.choice(self.ranks)]
+        for rank in victims:
+            if rank.poll() is None:
+                rank.kill()
+        time.sleep(rng.uniform(0, 1))
+        self.kill()
+        self.wait()
+        return any(rank.wait() == -signal.SIGKILL for rank in victims)
+
+
 class JobServer:
     """A `with` block: `start(words, log)` forks a job."""
 
@@ -156,6 +197,10 @@ class JobServer:
         pid = self.ask(words=words, log=str(log), setup=setup, environment=environment)
         assert pid is not None
         return WarmJob(self, pid, log)
+
+    def start_ranks(self, words: list[str], log: Path, processes: int) -> RanksJob:
+        """Run a command line on several processes."""
+        return RanksJob(self, words, log, processes)
 
 
 def serve() -> None:
