@@ -1,7 +1,8 @@
 """Each one-line mistake of the lists beside this file must fail its test.
 
 A copy of the tree is changed, tested and restored, one in each worker of pytest; this checkout is never touched. CI
-runs the first mutant of each trap; `pytest -m "slow or nightly" tests/mutants` runs them all.
+runs the first mutant of each trap, and in the copy as it is those of their tests that are in tests/unit;
+`pytest -m "slow or nightly" tests/mutants` runs all of both.
 """
 
 import json
@@ -156,8 +157,12 @@ def test_a_copy_imports_itself(tree: Tree) -> None:
 @pytest.mark.parametrize(
     "nodes",
     [
-        pytest.param([tests for tests in nodes if tests.partition("::")[0] == file], marks=mark, id=f"{name}-{file}")
-        for nodes, name, mark in ((SLOW, "slow", pytest.mark.slow), (NIGHTLY, "nightly", pytest.mark.nightly))
+        pytest.param(
+            [tests for tests in nodes if tests.partition("::")[0] == file],
+            marks=pytest.mark.slow if name == "slow" and file.startswith("tests/unit/") else pytest.mark.nightly,
+            id=f"{name}-{file}",
+        )
+        for nodes, name in ((SLOW, "slow"), (NIGHTLY, "nightly"))
         for file in dict.fromkeys(tests.partition("::")[0] for tests in nodes)
     ],
 )
