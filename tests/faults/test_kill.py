@@ -116,6 +116,7 @@ def strike(victim: Victim, job: Job, rng: random.Random, *, aimed: bool, lasts: 
         number = rng.randint(1, 4)
         while len(seen) < number and job.poll() is None:
             seen |= victim.temporaries() - before
+            time.sleep(0.001)  # the job needs the processor too
         time.sleep(rng.uniform(0, save_lasts))
     else:
         if isinstance(job, ColdJob):
