@@ -78,14 +78,14 @@ MUTANTS = [
         tests="tests/security/test_versions.py::test_the_lists",
     ),
     Mutant(
-        trap="versions: what came before the mended release runs",
+        trap="versions: a malicious one runs",
         file="sheeprlhf/utils/floors.py",
         old="[:3]], before is None\n",
         new="[:3]], True\n",
         tests="tests/security/test_versions.py::test_the_lists",
     ),
     Mutant(
-        trap="versions: a command does not look",
+        trap="versions: a malicious one runs",
         file="sheeprlhf/command/export.py",
         old="    check_versions()\n",
         new="",
