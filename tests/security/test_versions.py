@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import itertools
+import re
 import subprocess
 import sys
 import time
@@ -49,6 +50,7 @@ STARTS = {
     "export": "export tiny --to exported",
     "demo": "demo tiny",
 }
+ALIKE = ("eval", "inspect", "fetch", "pipeline")  # take the same way as train and doctor
 
 
 def test_the_lists() -> None:
@@ -108,10 +110,8 @@ def test_pip_resolves_to_none_of_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "name"),
     [
-        *((command, "lightning") for command in STARTS),
-        *(("train", name) for name in FLOORS.keys() - OPTIONAL - {"lightning"}),
-        ("train", "pytorch-lightning"),
         ("demo", "gradio"),
+        *(pytest.param(command, "lightning", marks=pytest.mark.slow if command in ALIKE else ()) for command in STARTS),
     ],
 )
 def test_a_command_is_refused_before_it_imports_anything(
@@ -127,8 +127,15 @@ def test_a_command_is_refused_before_it_imports_anything(
     assert f"{name} {bad}" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert not {found.partition(".")[0] for found in set(sys.modules) - before} & {"torch", "lightning", "transformers"}
-    with pytest.raises(ConfigError, match=r"pip (un)?install"):
-        check_versions(*OPTIONAL)
+
+
+@pytest.mark.parametrize("name", DENIED)
+def test_each_is_looked_for(name: str, monkeypatch) -> None:
+    real = importlib.metadata.version
+    for bad in DENIED[name]:
+        monkeypatch.setattr(importlib.metadata, "version", lambda asked, bad=bad: bad if asked == name else real(asked))
+        with pytest.raises(ConfigError, match=rf"^{name} {re.escape(bad)} .*pip (un)?install"):
+            check_versions(*OPTIONAL)
 
 
 def test_what_no_command_uses_does_not_stop_it(monkeypatch) -> None:
