@@ -11,6 +11,7 @@ from sheeprlhf.engine.redact import plain_text
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.trained import find_trained
 from sheeprlhf.utils.errors import ConfigError, DataError
+from sheeprlhf.utils.floors import check_versions
 
 if TYPE_CHECKING:
     from sheeprlhf.task.writer import Writer
@@ -72,6 +73,7 @@ def run(arguments: list[str]) -> int:
         what = f"{len(given.words)} were given" if given.words else "`list runs` shows the runs"
         raise ConfigError(f"`chat` takes one run or model: `chat <run>`; {what}")
     trained = find_trained(given.words[0], weights_of(given.values))
+    check_versions()
 
     from transformers.utils import logging as transformers_logging
 

@@ -7,6 +7,7 @@ import shutil
 import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 import sheeprlhf
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.floors import OPTIONAL, version_problem
 from sheeprlhf.utils.hub import cache_root
 from sheeprlhf.utils.memory import size_text
 
@@ -60,6 +62,10 @@ def versions() -> Iterator[Finding]:
             shown.append(f"{requirement.name} {version}")
     for problem in problems:
         yield Finding("problem", "versions", problem)
+    for name in sorted(OPTIONAL):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            if problem := version_problem(name, importlib.metadata.version(name)):
+                yield Finding("warning", "versions", f"{problem}; until then `demo` does not start")
     if not requirements:
         yield Finding("warning", "versions", "sheeprlhf is not installed, so its bounds are unknown: pip install -e .")
     elif not problems:

@@ -15,6 +15,7 @@ from sheeprlhf.command.flags import Flag, print_flags_help, read_flags
 from sheeprlhf.command.screen import Screen, clean
 from sheeprlhf.structure.trained import REWARD_MODEL, Trained, find_trained
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.floors import check_versions
 
 AUTH = "SHEEPRLHF_DEMO_AUTH"
 FLAGS = (
@@ -40,6 +41,7 @@ def run(arguments: list[str]) -> int:
         return 0
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError('`demo` needs a package that is not installed (gradio): pip install "sheeprlhf[demo]"')
+    check_versions("gradio")
     values = given.values
     problems = list(_place_problems(values["host"], values["port"], protected=values["auth"]))
     if not 1 <= len(given.words) <= _MOST:

@@ -12,6 +12,7 @@ from sheeprlhf.command.screen import Screen, clean
 from sheeprlhf.structure.places import is_hub_id, new_folder_problems
 from sheeprlhf.structure.trained import POLICY, find_trained
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.floors import check_versions
 from sheeprlhf.utils.hub import why_offline
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def run(arguments: list[str]) -> int:
     if problems:
         raise ConfigError(*problems)
     trained = find_trained(given.words[0], weights_of(given.values), wanted=None)
+    check_versions()
 
     from transformers.utils import logging as transformers_logging
 

@@ -15,7 +15,7 @@ from sheeprlhf.command.screen import clean
 from sheeprlhf.engine.redact import redact
 from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import below, read_small, read_tail
+from sheeprlhf.utils.files import read_small, read_tail, real_path
 
 _METRICS_BYTES = 32 << 20
 _MAX_TAGS = 150
@@ -100,7 +100,7 @@ def _samples(folder: Path, notes: list[str]) -> list[tuple[int, str]]:
 def _config(folder: Path, notes: list[str]) -> dict[str, Any]:
     """The saved configuration by dotted keys."""
     try:
-        below(folder, "config.yaml")
+        real_path(folder / "config.yaml", folder)
         saved = redact(read_run_config(str(folder)))
     except (ConfigError, OSError) as error:
         notes.append(f"its configuration cannot be read: {error}")
@@ -119,7 +119,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _curves(folder: Path, notes: list[str]) -> dict[str, Curve]:
     """What metrics.csv has; its newest part, if it is large."""
     try:
-        content = read_tail(below(folder, "metrics.csv"), _METRICS_BYTES)
+        content = read_tail(real_path(folder / "metrics.csv", folder), _METRICS_BYTES)
     except OSError as error:
         notes.append(f"metrics.csv cannot be read ({error.strerror or 'a link'}): no curves")
         return {}
@@ -158,7 +158,7 @@ def _images(folder: Path) -> Iterator[tuple[str, bytes]]:
     """The plots that evaluations have left."""
     for name in _names(folder, "eval", ".png")[:_MAX_FILES]:
         try:
-            content = read_small(below(folder, f"eval/{name}"), _IMAGE_BYTES)
+            content = read_small(real_path(folder / "eval" / name, folder), _IMAGE_BYTES)
         except OSError:
             continue
         if content.startswith(_PNG):
@@ -168,7 +168,7 @@ def _images(folder: Path) -> Iterator[tuple[str, bytes]]:
 def _names(folder: Path, inside: str, suffix: str) -> list[str]:
     """Files of a folder of the run; none if it is missing, or a link."""
     try:
-        with os.scandir(below(folder, inside)) as entries:
+        with os.scandir(real_path(folder / inside, folder)) as entries:
             return sorted(entry.name for entry in islice(entries, _MAX_NAMES) if entry.name.endswith(suffix))
     except OSError:
         return []
@@ -177,7 +177,7 @@ def _names(folder: Path, inside: str, suffix: str) -> list[str]:
 def _object(folder: Path, inside: str, notes: list[str]) -> dict[str, Any]:
     """An object of a JSON file; empty, and noted, if there is none."""
     try:
-        content = json.loads(read_small(below(folder, inside), _JSON_BYTES))
+        content = json.loads(read_small(real_path(folder / inside, folder), _JSON_BYTES))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError):
@@ -190,7 +190,7 @@ def _object(folder: Path, inside: str, notes: list[str]) -> dict[str, Any]:
 
 def _text(folder: Path, inside: str, limit: int, notes: list[str]) -> str:
     try:
-        return read_small(below(folder, inside), limit).decode(errors="replace")
+        return read_small(real_path(folder / inside, folder), limit).decode(errors="replace")
     except OSError:
         notes.append(f"{inside} is a link, no plain file, or larger than {limit >> 20} MB: left out")
         return ""

@@ -33,6 +33,7 @@ from sheeprlhf.engine.shard import is_sharded, whole_tensors
 from sheeprlhf.engine.tensors import (
     load_optimizer,
     load_tensors,
+    not_finite,
     optimizer_tensors,
     read_tensors,
     saved_tensors,
@@ -41,7 +42,7 @@ from sheeprlhf.utils.errors import CheckpointError
 from sheeprlhf.utils.lightning import Fabric
 
 Say = Callable[[str], None]
-NOT_THE_SAME = "but not bit for bit the same (in float32, losses agree to about 1e-5 a step)"
+NOT_THE_SAME = "but not bit for bit the same (in float32 and without dropout, losses agree to about 1e-5 a step)"
 STEP_FOLDER = re.compile(r"step-(\d{1,12})")
 
 
@@ -55,6 +56,7 @@ class TrainState:
         best_metric: best validation result so far; None before the first validation.
         best_step: the step that had it.
         extra: what a task carries besides (a KL coefficient, ...).
+        skipped_steps: optimizer steps that were left out because their loss or gradient was not finite.
     """
 
     step: int = 0
@@ -62,6 +64,7 @@ class TrainState:
     best_metric: float | None = None
     best_step: int | None = None
     extra: dict[str, int | float | str | None] = dataclasses.field(default_factory=dict)
+    skipped_steps: int = 0
 
     def to_json(self) -> str:
         """JSON that `from_json` reads back exactly."""
@@ -76,7 +79,9 @@ class TrainState:
         """
         content = json.loads(text)
         names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(content, dict) or set(content) != names:
+        if (
+            not isinstance(content, dict) or not names - {"skipped_steps"} <= set(content) <= names
+        ):  # older ones lack it
             raise CheckpointError(f"state.json must have the keys {', '.join(sorted(names))}")
         return cls(**content)
 
@@ -97,18 +102,23 @@ def save_checkpoint(
     is written: the same step of the same run has the same bytes.
 
     Raises:
-        CheckpointError: on all ranks, when it could not be written; earlier checkpoints are untouched.
+        CheckpointError: on all ranks, when it could not be written, or a weight is not finite; earlier checkpoints are
+            untouched.
     """
     rngs = gather_objects(fabric, rng_state())
+    saved = saved_tensors(module)
     files = {
-        "model.safetensors": whole_tensors(fabric, saved_tensors(module)),
+        "model.safetensors": whole_tensors(fabric, saved),
         "optimizer.safetensors": whole_tensors(fabric, optimizer_tensors(module, optimizer)),
         "rng.safetensors": {f"{rank}/{name}": t for rank, rng in enumerate(rngs) for name, t in rng.items()},
     }
     target = run_dir / "checkpoints" / f"step-{state.step}"
     problem = None
     if fabric.is_global_zero:
+        weights = {n: t for n, t in files["model.safetensors"].items() if isinstance(saved[n], nn.Parameter)}
         try:
+            if name := not_finite(weights | files["optimizer.safetensors"]):
+                raise CheckpointError(f"{name} is not finite: {target} is not written; lower optim.lr")
             _write(target, state, files, rounds=_what_rounds(fabric, module), config_hash=config_hash)
             _prune(target.parent, state, keep)
         except CheckpointError as error:

@@ -20,7 +20,7 @@ from sheeprlhf.engine.runlock import RunLock
 from sheeprlhf.engine.signals import SignalFlags, noted_signals
 from sheeprlhf.structure.registry import CUT_OPTIONS, config_hash, config_to_dict
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.utils.errors import ConfigError, Interrupted
+from sheeprlhf.utils.errors import ConfigError, Interrupted, NonFiniteError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.processes import die_with_parent
 
@@ -51,6 +51,8 @@ class Run:
         self._signals: SignalFlags | None = None
         self._writer: MetricWriter | None = None
         self._progress: Progress | None = None
+        self._state = TrainState()
+        self._counted_at = 0  # the step with which the number of skipped steps was last logged
 
     def say(self, text: str) -> None:
         """Print a line on rank zero; it does not break the progress bar, and shows no secret."""
@@ -63,9 +65,9 @@ class Run:
         Weights, optimizer and random number generators become the checkpoint's; records beyond its step are removed.
         """
         state = restore_latest(self._fabric, self.dir, module, optimizer, config_hash=self._config_hash, say=self.say)
-        state = state or TrainState()
-        self.begin(state.step)
-        return state
+        self._state = state or TrainState()
+        self.begin(self._state.step)
+        return self._state
 
     def begin(self, step: int) -> None:
         """All ranks, instead of `restore`, for a run without checkpoints: go on after `step`, 0 for a new run."""
@@ -74,6 +76,18 @@ class Run:
             self._writer = MetricWriter(self.dir, step)
         self._signals = self._stack.enter_context(noted_signals(self._fabric.is_global_zero))
 
+    def skip_step(self, error: NonFiniteError) -> None:
+        """All ranks: leave out the step that the error is of, and count it in the restored state.
+
+        Raises:
+            NonFiniteError: `task.max_skipped_steps` have been left out already.
+        """
+        state, most = self._state, self.cfg.task.max_skipped_steps
+        if state.skipped_steps >= most:
+            raise error
+        state.skipped_steps += 1
+        self.say(f"left out a step, {state.skipped_steps} of at most {most}: {error}")
+
     def save(self, state: TrainState, module: nn.Module, optimizer: Optimizer) -> Path:
         """All ranks: write checkpoints/step-<state.step>; validate before, so that it knows the best step."""
         return save_checkpoint(
@@ -81,7 +95,13 @@ class Run:
         )
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Numbers of one step: to metrics.csv and TensorBoard, on rank zero."""
+        """Numbers of one step: to metrics.csv and TensorBoard, on rank zero.
+
+        From the first skipped step on, their number is beside them, once a step.
+        """
+        if self._state.skipped_steps and self._counted_at != step:
+            metrics = metrics | {"train/skipped_steps": float(self._state.skipped_steps)}
+            self._counted_at = step
         if self._writer is not None:
             self._writer.log(metrics, step)
 

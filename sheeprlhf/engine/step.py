@@ -5,8 +5,7 @@ result: every micro-batch contributes a sum, and the step divides by the number 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from sheeprlhf.engine.shard import gathered, is_sharded, same_number, whole
 from sheeprlhf.utils.errors import DataError, NonFiniteError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 from sheeprlhf.utils.memory import phase
-from sheeprlhf.utils.modes import eval_mode
+from sheeprlhf.utils.modes import eval_mode, forward_of_zero
 
 
 class LossOutput(NamedTuple):
@@ -49,6 +48,7 @@ class MicroBatch(NamedTuple):
 
 
 LossFn = Callable[[nn.Module, Any], LossOutput]
+Skip = Callable[[NonFiniteError], None]  # raises the error, or returns: then the step is left out
 
 
 def update(
@@ -59,6 +59,7 @@ def update(
     loss_fn: LossFn,
     *,
     max_grad_norm: float | None,
+    skip: Skip | None = None,
 ) -> dict[str, float]:
     """All ranks: one optimizer step on the mean loss of the items of all micro-batches of all ranks.
 
@@ -73,9 +74,11 @@ def update(
         micro_batches: this rank's share of the step.
         loss_fn: called as `loss_fn(module, batch)`, with the batch on the device.
         max_grad_norm: gradients are scaled down to this norm; None only measures it.
+        skip: asked on all ranks when the loss or the gradient norm is not finite; None is to raise.
 
     Returns:
-        loss and the loss function's metrics per item, "grad_norm" before clipping, "items" of all ranks.
+        loss and the loss function's metrics per item, "grad_norm" before clipping, "items" of all ranks: 0 if the step
+        was left out.
 
     Raises:
         NonFiniteError: the loss or the gradient norm is not finite; on all ranks, before a weight changes.
@@ -95,7 +98,11 @@ def update(
     result |= {"grad_norm": grad_norm_float, "items": float(passes.num_items)}
     if not (math.isfinite(result["loss"]) and math.isfinite(grad_norm_float)):
         optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(_non_finite_message(fabric, result, passes))
+        error = NonFiniteError(_non_finite_message(fabric, result, passes))
+        if skip is None:
+            raise error
+        skip(error)
+        return result | {"items": 0.0}
     with phase("optimizer step"):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -116,12 +123,18 @@ def add_gradients(
 
     Returns:
         loss, without the weight, and the loss function's metrics per item, "items" of all ranks.
+
+    Raises:
+        NonFiniteError: the loss is not finite; on all ranks.
     """
     passes = _passes(fabric, module, micro_batches, loss_fn, weight=weight)
     if passes.num_items == 0:
         return {"loss": 0.0, "items": 0.0}
     means, _ = _reduce(fabric, passes.sums, passes.names, torch.zeros((), device=fabric.device))
-    return {name: value / passes.num_items for name, value in means.items()} | {"items": float(passes.num_items)}
+    result = {name: value / passes.num_items for name, value in means.items()} | {"items": float(passes.num_items)}
+    if not math.isfinite(result["loss"]):
+        raise NonFiniteError(_non_finite_message(fabric, result, passes))
+    return result
 
 
 class _Passes(NamedTuple):
@@ -160,7 +173,7 @@ def _passes(
             totals.append(output.total.detach())
             _accumulate(sums, output)
     if not passes:
-        with _forward_of_zero(module.module):
+        with forward_of_zero(module.module):
             fabric.backward(module(torch.zeros((), device=fabric.device)))
     names = sorted(sums)
     if 0 in items_of_rank:  # those ranks do not know the names
@@ -226,19 +239,6 @@ def _reduce(
     return dict(zip(names, reduced, strict=True)), last
 
 
-@contextmanager
-def _forward_of_zero(original: nn.Module) -> Iterator[None]:
-    """Inside, the module's forward is 0 * every trainable parameter, so that a wrapper's gradient hooks all fire."""
-    own_forward = vars(original).get("forward")
-    original.forward = lambda _: sum(p.sum() * 0 for p in original.parameters() if p.requires_grad)
-    try:
-        yield
-    finally:
-        del original.forward
-        if own_forward is not None:
-            original.forward = own_forward
-
-
 def _non_finite_message(fabric: Fabric, result: dict[str, float], passes: _Passes) -> str:
     """All ranks: which rows to look at, those of every rank."""
     losses = [total.item() for total in passes.totals]
@@ -248,7 +248,7 @@ def _non_finite_message(fabric: Fabric, result: dict[str, float], passes: _Passe
         found = [(certain, rows if certain else []) for certain, rows in found]
     rows = "; ".join(f"rank {rank}: rows {ids}" for rank, (_, ids) in enumerate(found) if ids)
     return (
-        f"the step's loss is {result['loss']} and its gradient norm {result['grad_norm']}; no weight was changed. "
-        f"Look at these rows of the training split ({rows}), or lower optim.lr, "
-        "or compute in fabric.precision=32-true"
+        f"the step's loss is {result['loss']} and its gradient norm {result.get('grad_norm', math.nan)}; no weight was "
+        f"changed. Look at these rows of the training split ({rows}), or lower optim.lr, or compute in "
+        "fabric.precision=32-true, or leave such steps out: task.max_skipped_steps=10"
     )

@@ -31,6 +31,14 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors | {name: buffer for name, buffer in module.named_buffers() if name in persistent}
 
 
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of a tensor with a number that is not finite; None if there is none."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            return name
+    return None
+
+
 def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as "<state>/<parameter>", for example "exp_avg/head.weight"."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in unwrapped(module).named_parameters()}

@@ -195,6 +195,7 @@ def draw(
     # The last sum is 1 but for rounding; a product with less than 1 is below it, so that some sum exceeds it.
     limit_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     ids_B1 = torch.searchsorted(cumulative_BV, limit_B1, right=True)
+    ids_B1 = ids_B1.clamp(max=logits_BV.shape[1] - 1)  # past the end where a logit is NaN, as logprobs are
     return ids_B1[:, 0], logprobs_BV.gather(1, ids_B1)[:, 0]
 
 

@@ -197,6 +197,7 @@ class BestOfNConfig(OnlineTaskConfig):
     unread: ClassVar[frozenset[str]] = frozenset(
         {
             *("epochs", "max_num_steps", "mini_batch_size", "ppo_epochs", "gradient_clip_val", "lr_warmup_steps"),
+            "max_skipped_steps",
             *("log_interval", "eval_interval", "eval_iters", "save_interval", "keep_checkpoints", "num_workers"),
         }
     )

@@ -32,6 +32,13 @@ class TrainTaskConfig(Config):
     )
     num_workers: int = option(0, "Threads that collate batches ahead; 0 collates in the training thread.", minimum=0)
     gradient_clip_val: Optional[float] = option(1.0, "Largest gradient norm; null does not clip.", above=0.0)
+    max_skipped_steps: int = option(
+        0,
+        "Leave out so many steps of a run whose loss or gradient is not finite; one more, or a rollout that is not, "
+        "ends it. Not part of what a resumed run has to have alike.",
+        unit="optimizer steps",
+        minimum=0,
+    )
     lr_warmup_steps: int = option(0, "Linear rise of the learning rate.", unit="optimizer steps", minimum=0)
     log_interval: int = option(5, "Between two lines of metrics.", unit="optimizer steps", minimum=1)
     eval_interval: int = option(100, "Between two validations.", unit="optimizer steps", minimum=1)

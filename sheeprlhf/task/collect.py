@@ -21,8 +21,16 @@ from sheeprlhf.reward.score import RawScores, build_scorer
 from sheeprlhf.structure.online import OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.batches import Batches
-from sheeprlhf.task.rollouts import as_rollout, as_text, drawn_numbers, figures_of, read_targets, sample
-from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.task.rollouts import (
+    as_rollout,
+    as_text,
+    drawn_numbers,
+    figures_of,
+    read_targets,
+    refuse_non_finite,
+    sample,
+)
+from sheeprlhf.utils.errors import ModelError, RewardError
 from sheeprlhf.utils.lightning import Fabric
 
 _ROUNDED = (
@@ -89,6 +97,10 @@ class Collector:
             number: which rollout of the run it is; it decides what is sampled.
             group: responses to each prompt; None takes the task's.
             validates: scores are comparable over the whole run, and leave no trace in it.
+
+        Raises:
+            NonFiniteError: a model's log-probabilities are not finite.
+            RewardError: the reward fails; on all ranks.
         """
         cfg, task = self._cfg, self._cfg.task
         assert isinstance(task, OnlineTaskConfig)
@@ -110,6 +122,7 @@ class Collector:
         if cfg.fabric.precision != "32-true":  # there the sampler's differ from those that the update computes
             old_N = self.logprobs(self.policy, rollout, "log-probabilities")
         rollout = rollout.with_tokens(logprobs=old_N, reference=self.logprobs(self._reference, rollout, "reference"))
+        refuse_non_finite(rollout, "validation" if validates else "training")
         texts = as_text(rollout, prompts, self._tokenizer, self._stop)
         given = {name: values for name, values in texts.columns.items() if name in self._columns}
         self.texts = texts._replace(columns=given)
@@ -123,8 +136,16 @@ class Collector:
         if self._reward is not None:
             self._model_scores = self.scores_of(self._reward, rollout, "scoring", at_end=True).tolist()
         # Rank zero alone asks the user's functions, which may answer the same question differently.
-        asked = self._scorer.raw(self.texts) if self._fabric.is_global_zero else RawScores([], {})
-        total, of_term = self._fabric.broadcast(asked)
+        asked: RawScores | RewardError = RawScores([], {})
+        if self._fabric.is_global_zero:
+            try:
+                asked = self._scorer.raw(self.texts)
+            except RewardError as error:
+                asked = error
+        asked = self._fabric.broadcast(asked)
+        if isinstance(asked, RewardError):  # on all ranks: none waits for the others
+            raise asked
+        total, of_term = asked
         if len(of_term) > 1:
             self.figures = {f"objective/scores/{name}": sum(of) / len(of) for name, of in of_term.items()}
         return total if validates else self._scorer.shape(total, self.texts)

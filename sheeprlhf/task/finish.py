@@ -1,6 +1,7 @@
 """What every training task does before its first step, at each validation and after its last step."""
 
 import json
+import math
 import shlex
 from contextlib import suppress
 from pathlib import Path
@@ -81,11 +82,15 @@ def _say_peak_memory(fabric: Fabric, run: Run) -> None:
 def note_validation(
     run: Run, state: TrainState, result: dict[str, float], metric: str = "loss", *, highest: bool = False
 ) -> None:
-    """Log a validation, and remember the step if it is the best so far: lowest `metric`, or highest if asked."""
+    """Log a validation, and remember the step if it is the best so far: lowest `metric`, or highest if asked.
+
+    What is not finite is never the best: nothing would be better afterwards.
+    """
     run.log({f"val/{name}": value for name, value in result.items()}, state.step)
     run.say(f"step {state.step}  " + "  ".join(f"val/{name} {value:.4f}" for name, value in result.items()))
     sign = -1.0 if highest else 1.0
-    if state.best_metric is None or sign * result[metric] < sign * state.best_metric:
+    best = math.inf if state.best_metric is None else sign * state.best_metric
+    if math.isfinite(result[metric]) and sign * result[metric] < best:
         state.best_metric, state.best_step = result[metric], state.step
 
 

@@ -25,10 +25,12 @@ from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.task.batches import Batches, Rows
+from sheeprlhf.utils.errors import NonFiniteError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
 
+_SHOWN = 20  # rows in a message
 Call = Callable[[Batch], Tensor]  # a batch to a number for each of its targets
 
 
@@ -158,6 +160,28 @@ def _borders(num_values: int, rows: list[Example]) -> np.ndarray:
     if num_values != sum(sizes):
         sizes = [len(row.responses) for row in rows]
     return np.cumsum(sizes)[:-1]
+
+
+def refuse_non_finite(rollout: Rollout, split: str = "training") -> None:
+    """All ranks alike, since all have the whole rollout: its scores and all its tokens' numbers have to be finite.
+
+    Raises:
+        NonFiniteError: naming the kind of number that is not in the fewest rows, which is where it began, and these
+            rows of the split.
+    """
+    odd = {
+        name: [row.row_id for row, found in zip(rollout.rows, of_rows, strict=True) if not np.isfinite(found).all()]
+        for name, of_rows in {"scores": tuple(rollout.scores), **rollout.tokens}.items()
+    }
+    odd = {name: rows for name, rows in odd.items() if rows}
+    if odd:
+        name, rows = min(odd.items(), key=lambda kind: len(kind[1]))
+        shown = rows if len(rows) <= _SHOWN else f"{rows[:_SHOWN]}, and {len(rows) - _SHOWN} more"
+        raise NonFiniteError(
+            f"{name} after {len(rows)} of {len(rollout)} prompts are not finite; nothing was learnt from this rollout. "
+            f"Look at the models and these rows of the {split} split ({shown}), or lower optim.lr, or compute in "
+            "fabric.precision=32-true"
+        )
 
 
 def figures_of(rollout: Rollout) -> dict[str, float]:

@@ -25,6 +25,7 @@ from sheeprlhf.structure.online import OnlineTaskConfig
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.collect import Collector, check_sampler
 from sheeprlhf.task.finish import note_validation
+from sheeprlhf.task.rollouts import refuse_non_finite
 
 
 class Turn:
@@ -49,7 +50,11 @@ class Turn:
         """The number of each optimizer step on the rollout and this rank's micro-batches, the learning rate set.
 
         Every pass over the rollout has an order of its own.
+
+        Raises:
+            NonFiniteError: something in the rollout is not finite.
         """
+        refuse_non_finite(rollout)
         task, cfg = self._run.cfg.task, self._run.cfg
         assert isinstance(task, OnlineTaskConfig)
         plan = StepPlan(len(rollout), task.prompts_per_step(), task.ppo_epochs, cfg.seed + self.number)

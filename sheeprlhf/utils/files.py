@@ -44,27 +44,13 @@ def read_tail(path: Path, num_bytes: int) -> bytes:
         return file.read(num_bytes)
 
 
-def below(folder: Path, inside: str) -> Path:
-    """The path of what a stranger's folder holds, if no link below that folder leads there.
-
-    Raises:
-        OSError: one does: it could lead to any file of the user's.
-    """
-    path = folder
-    for part in Path(inside).parts:
-        path = path / part
-        if path.is_symlink():
-            raise OSError(f"{path} is a link")
-    return path
-
-
-def real_file(path: Path, root: Path) -> Path:
-    """The plain file that `path` is or leads to; links may not lead out of `root`.
+def real_path(path: Path, root: Path) -> Path:
+    """The file or folder that `path` is or leads to; links may not lead out of `root`.
 
     A snapshot in the hub's cache is links into `blobs` beside it, which counts as inside.
 
     Raises:
-        OSError: it is missing, leads elsewhere, or is no plain file (a pipe would never end).
+        OSError: it is missing, or leads elsewhere: that could be any file of the user's.
     """
     home = root.resolve()
     homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
@@ -74,6 +60,16 @@ def real_file(path: Path, root: Path) -> Path:
         raise OSError(str(error)) from error
     if not any(real.is_relative_to(place) for place in homes):
         raise OSError(f"{path} is a link that leads out of its folder: put the file itself there")
+    return real
+
+
+def real_file(path: Path, root: Path) -> Path:
+    """`real_path` of a plain file.
+
+    Raises:
+        OSError: the same, or it is no plain file (a pipe would never end).
+    """
+    real = real_path(path, root)
     if not stat.S_ISREG(os.lstat(real).st_mode):
         raise OSError(f"{path} is not a plain file")
     return real

@@ -10,21 +10,27 @@ FLOORS = {
     "lightning": "2.6.6",  # CVE-2026-58659
     "hydra-core": "1.3.8",  # CVE-2026-68508
     "transformers": "5.10.0",  # CVE-2026-9856, CVE-2026-5241, CVE-2026-4372
-    "torch": "2.10.0",  # CVE-2025-32434, CVE-2026-24747
+    "torch": "2.11.0",  # CVE-2025-32434, CVE-2026-24747; 2.10.0 is the last of PYSEC-2026-139
     "datasets": "5.0.1",  # PYSEC-2026-3716
     "jinja2": "3.1.6",  # CVE-2025-27516: the sandbox of chat templates
+    "gradio": "6.31.0",  # below 6.16 GHSA-j36p-7w88-g82j and others; 6.17.3 redirects anywhere, its cure is not known
 }
+OPTIONAL = frozenset({"gradio"})  # of one command: what lies there unused stops no other
 _NUMBERS = re.compile(r"\d+")
+_BEFORE = re.compile(r"\d\W?(a|b|c|rc|alpha|beta|pre|preview|dev)\W?\d*", flags=re.IGNORECASE)  # of a release
 
 
-def check_versions() -> None:
+def check_versions(*used: str) -> None:
     """Refuse to go on with such a version; an absent library is told by who needs it.
+
+    Args:
+        used: those of `OPTIONAL` that are going to be imported.
 
     Raises:
         ConfigError: naming all of them and what to install.
     """
     problems = []
-    for name in sorted(FLOORS.keys() | BANNED.keys()):
+    for name in sorted((FLOORS.keys() | BANNED.keys()) - (OPTIONAL - set(used))):
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -50,10 +56,13 @@ def version_problem(name: str, version: str) -> str:
             f"{name} {version} is malicious: it steals secrets of the machine that imports it; `{instead}` and renew "
             "the secrets of this machine"
         )
-    if floor and _numbers(public) < _numbers(floor):
+    if floor and _order(public) < _order(floor):
         return f"{name} {version} has known holes through which a file can run code: `{instead}`"
     return ""
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in _NUMBERS.findall(version)[:3])
+def _order(version: str) -> tuple[list[int], bool]:
+    """What versions are compared by: three numbers, and a release after what came before it."""
+    before = _BEFORE.search(version)
+    numbers = _NUMBERS.findall(version[: before.start() + 1] if before else version)
+    return [int(number) for number in (*numbers[:3], 0, 0, 0)[:3]], before is None

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from sheeprlhf.data.sampler import cut_micro_batches
-from sheeprlhf.engine.checkpoint import TrainState, restore_latest, save_checkpoint
+from sheeprlhf.engine.checkpoint import NOT_THE_SAME, TrainState, restore_latest, save_checkpoint
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.step import MicroBatch, evaluate, update
@@ -53,19 +53,20 @@ def all_combinations(_: Any, size: int, strategy: str) -> list[dict[str, float]]
     return found
 
 
-def train(_: Any, size: int, strategy: str, run_dir: Path, until: int) -> int:
-    """Go on to step `until`, saving there; returns the step it began at."""
+def train(_: Any, size: int, strategy: str, run_dir: Path, until: int) -> tuple[int, list[str]]:
+    """Go on to step `until`, saving there; returns the step it began at, and what it said then."""
     fabric = fabric_of(size, strategy)
     seed_all(4)
     module, optimizer = set_up(fabric, AdamWConfig(weight_decay=0.1), Net(), 1e-2)
     run_dir.mkdir(exist_ok=True)
-    state = restore_latest(fabric, run_dir, module, optimizer, config_hash="h", say=print) or TrainState()
+    said: list[str] = []
+    state = restore_latest(fabric, run_dir, module, optimizer, config_hash="h", say=said.append) or TrainState()
     began = state.step
     for step in range(began, until):
         update(fabric, module, optimizer, micro_batches(fabric, 3 + step, 2), toy_loss, max_grad_norm=0.5)
     evaluate(fabric, module, micro_batches(fabric, 3, 1), toy_loss)  # leaves nothing gathered behind
     save_checkpoint(fabric, run_dir, TrainState(until), module, optimizer, config_hash="h", keep=9)
-    return began
+    return began, said
 
 
 def work(fabric: Any, jobs: list[tuple[Any, ...]]) -> list[Any]:
@@ -92,8 +93,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     of_one, *_ = launch(1, (all_combinations, "auto"), (train, "auto", folder / "whole", STEPS), *ones)
     ddp, fsdp2, *began = launch(2, *((all_combinations, s) for s in STRATEGIES), *first, *second)
     last = launch(1, *((train, "auto", names[key], STEPS) for key in names if key.endswith("one")))
-    assert began == [0] * len(first) + [STOP] * len(second) and last == [STOP] * 2
-    return {"one": of_one, "ddp": ddp, "fsdp2": fsdp2, "whole": folder / "whole"} | names
+    assert began[: len(first)] == [(0, [])] * len(first)
+    resumed = [key for key in names if not key.endswith("one")] + [key for key in names if key.endswith("one")]
+    said = {}
+    for key, (step, lines) in zip(resumed, [*began[len(first) :], *last], strict=True):
+        assert step == STOP
+        said[key] = lines
+    return {"one": of_one, "ddp": ddp, "fsdp2": fsdp2, "whole": folder / "whole", "said": said} | names
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -113,3 +119,18 @@ def test_a_checkpoint_fits_every_strategy(moved: str, found: dict[str, Any]) -> 
                 ours, load_file(found["whole"] / f"checkpoints/step-{step}/{name}.safetensors"), rtol=0, atol=1e-5
             )
         assert all(type(tensor) is torch.Tensor for tensor in ours.values())
+
+
+@pytest.mark.parametrize(
+    ("moved", "facts"),
+    [
+        ("ddp to fsdp2", ["sharded was False and is True"]),
+        ("fsdp2 to ddp", ["sharded was True and is False"]),
+        ("one to fsdp2", ["world_size was 1 and is 2", "sharded was False and is True"]),
+        ("fsdp2 to one", ["world_size was 2 and is 1", "sharded was True and is False"]),
+        ("one to ddp", ["world_size was 1 and is 2"]),
+        ("ddp to one", ["world_size was 2 and is 1"]),
+    ],
+)
+def test_what_is_not_bit_for_bit_is_said(moved: str, facts: list[str], found: dict[str, Any]) -> None:
+    assert found["said"][moved] == [f"{fact} now: the run goes on, {NOT_THE_SAME}" for fact in facts]

@@ -1,94 +1,356 @@
-"""A loss or gradient that is not finite ends the run before it reaches a weight or a checkpoint."""
+"""A number that is not finite ends the run before it reaches a weight or a checkpoint, or the step is left out.
 
+`KINDS` are the rows of the table in docs/reliability.md; `pytest -m "slow or nightly" tests/faults/test_nonfinite.py`.
+"""
+
+import csv
+import functools
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+import tests.support.rewards as rewards
+from sheeprlhf.agent import policy as policy_module
+from sheeprlhf.agent import reward as reward_module
 from sheeprlhf.engine.manifest import verify_manifest
+from sheeprlhf.model import sample as sample_module
+from sheeprlhf.task.collect import Collector
+from sheeprlhf.task.train import dpo, ppo, rm, sft
+from tests.faults.test_resume import stopped_at, without_time
 from tests.support.jobs import ColdJob, site
-from tests.support.runs import digests, result_of, train, train_words, write_rows
+from tests.support.runs import WRITERS, digests, result_of, train, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
+Spoil = Callable[[Tensor], Tensor]  # makes what it is given non-finite
 SAVES = ["task.save_interval=2", "task.keep_checkpoints=99"]
-NAN_FOR_ROW = """
-import sheeprlhf.task.train.sft as sft
-loss = sft.sft_loss
-def broken(policy, batch, **options):
-    output = loss(policy, batch, **options)
-    return output._replace(total=output.total * float("nan")) if ROW in batch.row_ids else output
-sft.sft_loss = broken
-"""
+BAD = 40  # the row whose numbers are spoilt
+NAN, INF = float("nan"), float("inf")
 
 
-def test_a_learning_rate_that_blows_up(
-    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+def hurt(total: Tensor) -> Tensor:
+    """The same number, whose gradient is NaN: that of sqrt at 0, times 0."""
+    return total + torch.sqrt((total - total.detach()) ** 2)
+
+
+def in_loss(module: Any, name: str, sights: int = 2) -> Callable[[Any, Spoil], None]:
+    """The sum of a task's loss over a micro-batch with the bad row, from its `sights`-th forward pass with gradient."""
+
+    def install(patch: Any, spoil: Spoil) -> None:
+        original, seen = getattr(module, name), []
+
+        def broken(model: Any, content: Any, **options: Any) -> Any:
+            output = original(model, content, **options)
+            batch = content[0] if type(content) is tuple else content
+            if BAD not in batch.row_ids or not torch.is_grad_enabled():
+                return output
+            seen.append(BAD)
+            return output._replace(total=spoil(output.total)) if len(seen) >= sights else output
+
+        patch.setattr(module, name, broken)
+
+    return install
+
+
+def in_logits(module: Any, sights: int = 2) -> Callable[[Any, Spoil], None]:
+    """One hidden state under the head, and so all logits (or the score) of one place; else as `in_loss`."""
+
+    def install(patch: Any, spoil: Spoil) -> None:
+        original, seen = module.hidden_at_head, []
+
+        def broken(backbone: Any, batch: Any) -> Tensor:
+            hidden_RC = original(backbone, batch)
+            if BAD not in batch.row_ids or not torch.is_grad_enabled():
+                return hidden_RC
+            seen.append(BAD)
+            return torch.cat([spoil(hidden_RC[:1]), hidden_RC[1:]]) if len(seen) >= sights else hidden_RC
+
+        patch.setattr(module, "hidden_at_head", broken)
+
+    return install
+
+
+def at_call(
+    place: Any, name: str, counts: Callable[..., bool], number: int, where: int
+) -> Callable[[Any, Spoil], None]:
+    """One number of what a function returns (the first of what it returns, if several), at one of its calls."""
+
+    def install(patch: Any, spoil: Spoil) -> None:
+        original, calls = getattr(place, name), []
+
+        @functools.wraps(original)
+        def broken(*arguments: Any, **options: Any) -> Any:
+            found = original(*arguments, **options)
+            calls.extend([1] * counts(*arguments))
+            if not counts(*arguments) or len(calls) != number:
+                return found
+            first = found[0] if isinstance(found, tuple) else torch.as_tensor(found)
+            flat = first.clone().flatten()
+            flat[where : where + 1] = spoil(flat[where : where + 1])
+            spoilt = flat.view_as(first)
+            return (spoilt, *found[1:]) if isinstance(found, tuple) else spoilt
+
+        patch.setattr(place, name, broken)
+
+    return install
+
+
+def in_sampler(patch: Any, spoil: Spoil) -> None:
+    """All logits from which one token of a response is drawn."""
+    original, calls = sample_module.draw, []
+
+    def broken(logits_BV: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        if len(calls) == 20:
+            logits_BV = torch.cat([spoil(logits_BV[:1]), logits_BV[1:]])
+        return original(logits_BV, *arguments, **options)
+
+    patch.setattr(sample_module, "draw", broken)
+
+
+def nothing(patch: Any, spoil: Spoil) -> None:
+    """The options are bad enough."""
+
+
+class Kind(NamedTuple):
+    """What is not finite, where, and what the message says of it.
+
+    Attributes:
+        task: whose run it is.
+        install: puts the fault in.
+        spoil: what it does to a number.
+        says: a pattern; a group has the numbers of rows.
+        most: so many rows are named at most.
+        words: more options.
+    """
+
+    task: str
+    install: Callable[[Any, Spoil], None]
+    spoil: Spoil
+    says: str
+    most: int = 3
+    words: tuple[str, ...] = ()
+
+
+OF_STEP = r"no weight was changed\. Look at these rows of the training split \(rank 0: rows \[([\d, ]+)\]\)"
+OF_ROLLOUT = r" after \d+ of 12 prompts .* rows of the training split \(\[([\d, ]+)\]\)"
+BLOWN_UP = (
+    "optim=sgd",
+    "optim.lr=1e20",
+    "task.gradient_clip_val=null",
+    "task.save_interval=1",
+    "task.lr_warmup_steps=0",
+)
+KINDS = {
+    "sft: loss NaN": Kind("sft", in_loss(sft, "sft_loss"), lambda x: x * NAN, f"loss is nan .*{OF_STEP}"),
+    "sft: loss infinite": Kind("sft", in_loss(sft, "sft_loss"), lambda x: x + INF, f"loss is inf .*{OF_STEP}"),
+    "sft: gradient NaN": Kind("sft", in_loss(sft, "sft_loss"), hurt, f"gradient norm nan.*{OF_STEP}", 6),
+    "sft: logits of one token NaN": Kind("sft", in_logits(policy_module), lambda x: x * NAN, OF_STEP),
+    "sft: learning rate 1e20": Kind("sft", nothing, lambda x: x, OF_STEP, 6, BLOWN_UP),
+    "rm: score infinite": Kind("rm", in_logits(reward_module), lambda x: x + INF, OF_STEP),
+    "rm: gradient NaN": Kind("rm", in_loss(rm, "rm_loss"), hurt, f"gradient norm nan.*{OF_STEP}", 6),
+    "dpo: logits of one token NaN": Kind("dpo", in_logits(policy_module), lambda x: x * NAN, OF_STEP),
+    "dpo: loss infinite": Kind("dpo", in_loss(dpo, "dpo_loss"), lambda x: x + INF, f"loss is inf .*{OF_STEP}"),
+    "ppo: reward NaN": Kind(
+        "ppo",
+        at_call(rewards, "letters", lambda prompts, _: len(prompts) == 24, 3, 4),
+        lambda x: x * NAN,
+        r"returned nan, which is not finite, for response (5) of 24",
+    ),
+    "ppo: value NaN": Kind(
+        "ppo",
+        at_call(Collector, "scores_of", lambda *given: given[-1] == "values", 3, 7),
+        lambda x: x * NAN,
+        f"values{OF_ROLLOUT}",
+        1,
+    ),
+    "ppo: advantage infinite": Kind(
+        "ppo", at_call(ppo, "gae", lambda *_: True, 3, 0), lambda x: x + INF, f"advantages{OF_ROLLOUT}", 12
+    ),
+    "ppo: logits of the sampler NaN": Kind("ppo", in_sampler, lambda x: x * NAN, f"sampled{OF_ROLLOUT}", 1),
+    "ppo: gradient NaN": Kind(
+        "ppo", in_loss(ppo, "policy_loss", 1), hurt, f"gradient norm nan.*{OF_STEP}", 6, ("task.ppo_epochs=1",)
+    ),
+}
+IN_EVERY_RUN = ("sft: loss NaN", "sft: learning rate 1e20")
+IN_CI = ("sft: gradient NaN", "rm: score infinite", "dpo: logits of one token NaN", "ppo: reward NaN", "ppo: value NaN")
+SKIPPED = {  # and the fault for a run that has seen the bad row before
+    "sft: loss NaN": in_loss(sft, "sft_loss", 1),
+    "rm: gradient NaN": in_loss(rm, "rm_loss", 1),
+    "dpo: logits of one token NaN": in_logits(policy_module, 1),
+    "ppo: gradient NaN": in_loss(ppo, "policy_loss", 1),
+}
+
+
+def marks_of(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    if name in IN_EVERY_RUN:
+        return ()
+    return (pytest.mark.slow if name in IN_CI else pytest.mark.nightly,)
+
+
+def rows_named(kind: Kind, message: str) -> list[int]:
+    found = re.search(kind.says, message, flags=re.DOTALL)
+    assert found, message
+    return [int(row) for row in found[1].split(", ")]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in KINDS])
+def test_a_kind_ends_the_run(
+    name: str,
+    tmp_path: Path,
+    model_folder: ModelFolder,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    data = write_rows(tmp_path / "rows.jsonl")
-    words = ["optim=sgd", "optim.lr=1e20", "task.gradient_clip_val=null", *SAVES, "task.save_interval=1"]
+    kind, run_dir, then = KINDS[name], tmp_path / "run", []
+
+    def spoil(number: Tensor) -> Tensor:
+        then.append(digests(run_dir / "checkpoints"))
+        return kind.spoil(number)
+
+    kind.install(monkeypatch, spoil)
+    data = WRITERS[kind.task](tmp_path / "rows.jsonl")
     with pytest.raises(SystemExit) as stopped:
-        train(model_folder(), data, tmp_path / "run", *words)
+        train(model_folder(), data, run_dir, *SAVES, *kind.words, task=kind.task)
     assert stopped.value.code == 1
     message = capsys.readouterr().err
-    rows = [int(row) for row in re.findall(r"\d+", re.findall(r"rank 0: rows \[(.*?)\]", message)[0])]
-    assert rows and set(rows) <= set(range(48))
-    assert "lower optim.lr" in message and "Traceback" not in message
-    checkpoints = list((tmp_path / "run" / "checkpoints").iterdir())
+    rows = rows_named(kind, message)
+    assert 0 < len(rows) <= kind.most and set(rows) <= set(range(48))
+    assert BAD in rows or kind.task == "ppo" or kind.words
+    assert "Traceback" not in message and not (run_dir / "error.log").exists()
+    assert then == [digests(run_dir / "checkpoints")] or kind.install is nothing  # as they were at that moment
+    checkpoints = list((run_dir / "checkpoints").iterdir())
     assert checkpoints
     for checkpoint in checkpoints:
         verify_manifest(checkpoint)
-        assert all(t.isfinite().all() for t in load_file(checkpoint / "model.safetensors").values())
-    assert not (tmp_path / "run" / "final").exists()
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
+    assert not (run_dir / "final").exists()
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "running"
 
 
-def test_one_bad_row_is_named_and_the_run_can_go_on(
-    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_run_goes_on_after_it_ended(
+    tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sheeprlhf.task.train.sft as sft
-
-    data, model = write_rows(tmp_path / "rows.jsonl"), model_folder()
+    """What was at fault is gone: the same bytes as if it had never been."""
+    data, model, kind = write_rows(tmp_path / "rows.jsonl"), model_folder(), KINDS["sft: loss NaN"]
     whole = train(model, data, tmp_path / "whole", *SAVES)
-    bad_row = 40
-    original, seen = sft.sft_loss, []
-
-    def broken(policy, batch, **options):  # type: ignore[no-untyped-def]
-        output = original(policy, batch, **options)
-        seen.extend(batch.row_ids)
-        if bad_row not in batch.row_ids or seen.count(bad_row) < 2:
-            return output
-        return output._replace(total=output.total * float("nan"))
-
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "sft_loss", broken)
-        with pytest.raises(SystemExit) as stopped:
+        kind.install(patch, kind.spoil)
+        with pytest.raises(SystemExit):
             train(model, data, tmp_path / "run", *SAVES)
-    assert stopped.value.code == 1
-    message = capsys.readouterr().err
-    rows = re.findall(r"rank 0: rows \[(.*?)\]", message)[0].split(", ")
-    assert str(bad_row) in rows and len(rows) <= 3  # the micro-batch's, not the step's
-    last = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))
-    assert digests(last).items() >= {
-        (name, digest) for name, digest in digests(whole / "checkpoints" / last.name).items() if "safetensors" in name
-    }
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"
     train(model, data, tmp_path / "run", *SAVES, "resume=true")
     assert result_of(tmp_path / "run") == result_of(whole)
 
 
-@pytest.mark.slow
-def test_one_process_stops_both(tmp_path: Path, model_folder: ModelFolder) -> None:
-    data = write_rows(tmp_path / "rows.jsonl")
-    path = site(tmp_path / "site", NAN_FOR_ROW.replace("ROW", "40"))
-    words = train_words(model_folder(), data, tmp_path / "run", *SAVES, "fabric.devices=2")
+def skipped_of(run_dir: Path) -> dict[int, float]:
+    """By step, how many steps had been left out."""
+    with (run_dir / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["tag"] == "train/skipped_steps"]
+    assert len({row["step"] for row in rows}) == len(rows)
+    return {int(row["step"]): float(row["value"]) for row in rows}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name[:3] == "sft" else pytest.mark.nightly) for name in SKIPPED],
+)
+def test_a_step_is_left_out_and_a_resumed_run_leaves_out_the_same(
+    name: str,
+    tmp_path: Path,
+    model_folder: ModelFolder,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bad row is in one step of each of three epochs, and is good the first time; resumed between the other two."""
+    kind = KINDS[name]
+    data, model = WRITERS[kind.task](tmp_path / "rows.jsonl"), model_folder()
+    words = [*SAVES, *kind.words, "task.max_skipped_steps=9"]
+    with monkeypatch.context() as patch:
+        kind.install(patch, kind.spoil)
+        whole = train(model, data, tmp_path / "whole", *words, task=kind.task)
+    told = capsys.readouterr().err
+    last = json.loads((whole / "checkpoints" / "step-24" / "state.json").read_text())["skipped_steps"]
+    assert last == told.count("left out a step") >= 1 and f"{last} of at most 9: the step's loss is" in told
+    counted = skipped_of(whole)
+    assert list(counted.values()) == sorted(counted.values()) and counted[24] == last
+    assert all(t.isfinite().all() for t in load_file(whole / "checkpoints" / "step-24" / "model.safetensors").values())
+    saved = {
+        step: json.loads((whole / "checkpoints" / f"step-{step}" / "state.json").read_text())["skipped_steps"]
+        for step in (int(path.name[5:]) for path in (whole / "checkpoints").iterdir())
+    }
+    begin = max(step for step in saved if saved[step] < last)
+    resumed = stopped_at(whole, begin, tmp_path / "resumed")
+    SKIPPED[name](monkeypatch, kind.spoil)
+    train(model, data, resumed, *words, "resume=true", task=kind.task)
+    assert result_of(resumed) == result_of(whole)
+    assert without_time(resumed / "metrics.csv") == without_time(whole / "metrics.csv")
+    state = "checkpoints/step-24/state.json"
+    assert (resumed / state).read_bytes() == (whole / state).read_bytes()
+
+
+def test_no_more_steps_are_left_out_than_allowed(
+    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it may be allowed afterwards: the option is no other configuration."""
+    data, model, kind = write_rows(tmp_path / "rows.jsonl"), model_folder(), KINDS["sft: loss NaN"]
+    words = [*SAVES, "task.epochs=2", "task.num_sample_prompts=0"]
+    in_loss(sft, "sft_loss", 1)(monkeypatch, kind.spoil)  # in both epochs
+    with pytest.raises(SystemExit) as stopped:
+        train(model, data, tmp_path / "run", *words, "task.max_skipped_steps=1")
+    assert stopped.value.code == 1
+    told = capsys.readouterr().err
+    assert told.count("left out a step, 1 of at most 1") == 1 and re.search(kind.says, told.rpartition("left out")[2])
+    train(model, data, tmp_path / "run", *words, "task.max_skipped_steps=2", "resume=true")
+    assert "left out a step, 2 of at most 2" in capsys.readouterr().err
+
+
+PATCH = """
+import os
+from tests.faults.test_nonfinite import KINDS
+class patch:
+    setattr = staticmethod(setattr)
+kind = KINDS[NAME]
+if RANK is None or int(os.environ.get("LOCAL_RANK", "0")) == RANK:
+    kind.install(patch, kind.spoil)
+"""
+ON_ONE_RANK = (  # a row is one rank's: the fault is installed on both; another kind is of one rank's doing
+    ("sft: loss NaN", None),
+    ("sft: gradient NaN", None),
+    ("rm: score infinite", None),
+    ("dpo: logits of one token NaN", None),
+    ("ppo: reward NaN", 0),
+    ("ppo: gradient NaN", None),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        pytest.param(*case, marks=pytest.mark.slow if case[0] == "sft: loss NaN" else pytest.mark.nightly)
+        for case in ON_ONE_RANK
+    ],
+)
+def test_one_process_stops_both(name: str, rank: int | None, tmp_path: Path, model_folder: ModelFolder) -> None:
+    kind = KINDS[name]
+    data = WRITERS[kind.task](tmp_path / "rows.jsonl")
+    path = site(tmp_path / "site", PATCH.replace("NAME", repr(name)).replace("RANK", repr(rank)))
+    words = train_words(model_folder(), data, tmp_path / "run", *SAVES, *kind.words, "fabric.devices=2", task=kind.task)
     job = ColdJob(words, tmp_path / "log", PYTHONPATH=path, OMP_NUM_THREADS="1")
-    code = job.wait(120)
+    code = job.wait(240)
     text = job.text()
     assert code == 1, text
-    assert re.search(r"rank [01]: rows \[.*\b40\b", text) and "Traceback" not in text
-    assert len(re.findall(r"rank [01]: rows", text)) == 1  # that rank's rows alone, said once
+    assert "Traceback" not in text
+    if kind.task != "ppo" and "gradient" not in name:
+        assert re.search(rf"rank [01]: rows \[.*\b{BAD}\b", text)
+        assert len(re.findall(r"rank [01]: rows", text)) == 1  # that rank's rows alone, said once
+    else:
+        assert len(re.findall(r"not finite, for response|its gradient norm nan", text)) == 1
     job.assert_all_gone()
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         verify_manifest(checkpoint)

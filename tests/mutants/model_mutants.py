@@ -344,8 +344,8 @@ MUTANTS = [
     Mutant(  # the best step is the worst
         trap="best",
         file="sheeprlhf/task/finish.py",
-        old="sign * result[metric] < sign * state.best_metric",
-        new="sign * result[metric] > sign * state.best_metric",
+        old="sign * result[metric] < best:",
+        new="sign * result[metric] > best:",
         tests=f"{_FINISH}::test_the_lowest_validation_loss_is_the_best",
     ),
     Mutant(  # pickled weights are loaded

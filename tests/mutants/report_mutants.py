@@ -22,9 +22,9 @@ MUTANTS = [
     ),
     Mutant(  # a stranger's run brings any file of the user's into the page
         trap="report",
-        file="sheeprlhf/utils/files.py",
-        old="        if path.is_symlink():\n            raise",
-        new="        if path.is_fifo():\n            raise",
+        file="sheeprlhf/command/report_record.py",
+        old='real_path(folder / "metrics.csv", folder)',
+        new='folder / "metrics.csv"',
         tests=f"{_PAGE}test_no_link_of_a_strangers_run_is_followed",
     ),
     Mutant(  # a file of the user's is overwritten

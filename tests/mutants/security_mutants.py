@@ -77,4 +77,18 @@ MUTANTS = [
         new="    if version in BANNED.get(name, ())[:1]:\n",
         tests="tests/security/test_versions.py::test_the_lists",
     ),
+    Mutant(
+        trap="versions: a malicious one runs",
+        file="sheeprlhf/utils/floors.py",
+        old="[:3]], before is None\n",
+        new="[:3]], True\n",
+        tests="tests/security/test_versions.py::test_the_lists",
+    ),
+    Mutant(
+        trap="versions: a malicious one runs",
+        file="sheeprlhf/command/export.py",
+        old="    check_versions()\n",
+        new="",
+        tests="tests/security/test_versions.py::test_a_command_is_refused_before_it_imports_anything",
+    ),
 ]

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from sheeprlhf.engine.manifest import verify_manifest
 from sheeprlhf.engine.tensors import read_tensors
@@ -24,11 +25,23 @@ Spoil = Callable[[Path], object]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def model_of(folder: Path) -> None:
-    """Load the tokenizer and the model, as every task does."""
+def model_of(folder: Path) -> torch.nn.Module:
+    """Load the tokenizer and the model, as every task does; the model."""
     cfg = ModelConfig(config_name="auto", repo_name=str(folder))
     tokenizer = load_tokenizer(cfg)
-    load_causal_lm(cfg, vocabulary=len(tokenizer), longest=32)
+    return load_causal_lm(cfg, vocabulary=len(tokenizer), longest=32)
+
+
+def assert_is(model: torch.nn.Module, folder: Path) -> None:
+    """What was loaded has the weights of the safetensors file of a folder, and computes with them."""
+    weights, expected = model.state_dict(), load_file(folder / WEIGHTS)
+    assert expected and expected.keys() - weights.keys() == set()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    assert weights.keys() - expected.keys() <= {"lm_head.weight"}  # tied
+    ids = torch.arange(9)[None]
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids).logits, plain.eval()(ids).logits, rtol=0, atol=1e-5)
 
 
 def safetensors(path: Path, header: bytes | dict[str, Any], data: bytes = b"", *, length: int | None = None) -> None:

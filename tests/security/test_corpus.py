@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.security.corpus import KINDS, Tally, try_all
-from tests.security.folders import model_of
+from tests.security.folders import assert_is, model_of
 from tests.security.guard import Payload, pickled, watched
 
 
@@ -38,4 +38,4 @@ def test_the_watch_sees_what_happens(tmp_path: Path) -> None:
 def test_what_is_spoilt_was_good(model_folder, tmp_path: Path) -> None:
     """The folders of the corpus are this one with one change."""
     shutil.copytree(model_folder(), tmp_path / "model")
-    model_of(tmp_path / "model")
+    assert_is(model_of(tmp_path / "model"), model_folder())

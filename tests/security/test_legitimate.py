@@ -17,7 +17,7 @@ from sheeprlhf.model.lora import load_lora
 from sheeprlhf.model.template import check_templates
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.header import read_header
-from tests.security.folders import model_of
+from tests.security.folders import assert_is, model_of
 
 IDS = torch.arange(9)[None]
 TEMPLATES = {
@@ -50,9 +50,9 @@ def test_a_snapshot_in_the_hubs_cache(tmp_path: Path, model_folder) -> None:
     for number, path in enumerate(sorted(model_folder().iterdir())):
         shutil.copy(path, blobs / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    model_of(snapshot)
+    assert_is(model_of(snapshot), model_folder())
     (tmp_path / "mine").symlink_to(snapshot)
-    model_of(tmp_path / "mine")
+    assert_is(model_of(tmp_path / "mine"), model_folder())
 
 
 def test_shards_as_transformers_saves_them(tmp_path: Path, model_folder) -> None:

@@ -76,6 +76,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         batches = cut() if task.loss_type == "dapo" else cut(num_items=lambda batch: len(batch.response_lengths))
         longest = cfg.generation.max_new_tokens
         loss_fn = partial(grpo_loss, task=task, temperature=cfg.generation.temperature, max_length=longest)
+        take_step = partial(update, max_grad_norm=task.gradient_clip_val, skip=run.skip_step)
         for turn in loop:
             rollout = turn.rollout
             advantages_PG = group_advantages(torch.from_numpy(rollout.scores), scale=task.scale_rewards)
@@ -83,7 +84,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             rollout = rollout.with_tokens(advantages=advantages_PG.flatten().repeat_interleave(lengths_S))
             turn.note({"rollout/equal_scores": float((advantages_PG == 0).all(dim=1).float().mean())})
             for _, micro_batches in turn.passes(rollout, batches):
-                moved = update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=task.gradient_clip_val)
+                moved = take_step(fabric, module, optimizer, micro_batches, loss_fn)
                 turn.note({"loss/policy": moved.pop("loss")})
                 turn.note(moved, "policy/")
                 if task.max_kl is not None and moved["approxkl"] > task.max_kl:

@@ -183,13 +183,14 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             check_reference(
                 fabric, module, first, partial(kto_loss, task=task, kl=0.0), partial(loss_at_zero, task=task), *how
             )
+        take_step = partial(update, max_grad_norm=task.gradient_clip_val, skip=run.skip_step)
         steps = range(state.step, num_steps)
         loaded = load_ahead(load, steps, task.num_workers)
         for step, (mismatched_batches, micro_batches) in zip(steps, loaded, strict=True):
             lr = follow_schedule(optimizer, cfg.optim, step, warmup=task.lr_warmup_steps, total=num_steps)
             kl = estimate_kl(fabric, module, mismatched_batches)
             loss_fn = partial(kto_loss, task=task, kl=kl)
-            metrics = update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=task.gradient_clip_val)
+            metrics = take_step(fabric, module, optimizer, micro_batches, loss_fn)
             metrics = by_label(metrics) | {"kl": kl}
             state.step, last = step + 1, step + 1 == num_steps
             state.items_seen += int(metrics["items"])

@@ -89,13 +89,14 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         cut = partial(Batches, fabric, task, packed=packed, targets="response")
         batches = cut(num_items=lambda batch: len(batch.row_ids), beside=partial(columns, names=("reference",)))
         loss_fn = partial(online_dpo_loss, task=task, temperature=temperature)
+        take_step = partial(update, max_grad_norm=task.gradient_clip_val, skip=run.skip_step)
         for turn in loop:
             pairs = ranked_pairs(turn.rollout)
             turn.note({"rollout/pairs": 0.0 if pairs is None else len(pairs) / len(turn.rollout)})
             if pairs is None:
                 continue
             for _, micro_batches in turn.passes(pairs, batches):
-                moved = update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=task.gradient_clip_val)
+                moved = take_step(fabric, module, optimizer, micro_batches, loss_fn)
                 turn.note({"loss/policy": moved.pop("loss")})
                 turn.note(moved, "policy/")
         finish_run(fabric, run, policy, parts.tokenizer, loop.state)

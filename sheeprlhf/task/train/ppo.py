@@ -143,7 +143,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
 
         of_policy = partial(policy_loss, task=task, temperature=temperature)
         of_critic = partial(value_loss, task=task)
-        how = {"max_grad_norm": task.gradient_clip_val}
+        take_step = partial(update, max_grad_norm=task.gradient_clip_val, skip=run.skip_step)
         for turn in loop:
             rollout, kl_coeff = turn.rollout, turn.carried.get("kl_coeff", task.init_kl_coeff)
             values_N = loop.collect.scores_of(critic, rollout, "values")
@@ -157,7 +157,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             for step, micro_batches in turn.passes(rollout, batches):
                 if critic_module is not None:
                     with critic.in_use():
-                        learnt = update(fabric, critic_module, optimizer, micro_batches, of_critic, **how)
+                        learnt = take_step(fabric, critic_module, optimizer, micro_batches, of_critic)
                     turn.note({"loss/value": learnt["value"], "critic/grad_norm": learnt["grad_norm"]})
                 if step < task.critic_warmup_steps:
                     continue
@@ -166,7 +166,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                         of_step = texts.of(parts.rows, text_plan.rows_of_step(step))
                         beside = add_gradients(fabric, actor_module, of_step, ptx_loss, weight=task.ptx_coeff)
                         turn.note({"loss/ptx": beside["loss"]})
-                    moved = update(fabric, actor_module, optimizer, micro_batches, of_policy, **how)
+                    moved = take_step(fabric, actor_module, optimizer, micro_batches, of_policy)
                 if average is not None:
                     average.follow()
                 moved.pop("loss")  # the sum of these two

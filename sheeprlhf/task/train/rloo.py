@@ -85,6 +85,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         cut = partial(Batches, fabric, task, packed=packed, targets="response", beside=per_token)
         batches = cut(num_items=lambda batch: len(batch.response_lengths))
         loss_fn = partial(rloo_loss, task=task, temperature=cfg.generation.temperature)
+        take_step = partial(update, max_grad_norm=task.gradient_clip_val, skip=run.skip_step)
         for turn in loop:
             rollout = turn.rollout
             lengths, of_tokens = rollout.response_lengths, (rollout.flat("logprobs"), rollout.flat("reference"))
@@ -98,7 +99,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             rollout = rollout.with_tokens(advantages=of_tokens_N)
             turn.note({"objective/rlhf_reward": float(rewards_PG.mean())})
             for _, micro_batches in turn.passes(rollout, batches):
-                moved = update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=task.gradient_clip_val)
+                moved = take_step(fabric, module, optimizer, micro_batches, loss_fn)
                 turn.note({"loss/policy": moved.pop("loss")})
                 turn.note(moved, "policy/")
                 if task.max_kl is not None and moved["approxkl"] > task.max_kl:

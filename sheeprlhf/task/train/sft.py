@@ -63,11 +63,12 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         state = run.restore(module, optimizer)
 
         loss_fn = partial(sft_loss, label_smoothing=task.label_smoothing)
+        take_step = partial(update, max_grad_norm=task.gradient_clip_val, skip=run.skip_step)
         steps = range(state.step, num_steps)
         loaded = load_ahead(lambda step: batches.of(rows, plan.rows_of_step(step)), steps, task.num_workers)
         for step, micro_batches in zip(steps, loaded, strict=True):
             lr = follow_schedule(optimizer, cfg.optim, step, warmup=task.lr_warmup_steps, total=num_steps)
-            metrics = update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=task.gradient_clip_val)
+            metrics = take_step(fabric, module, optimizer, micro_batches, loss_fn)
             state.step, last = step + 1, step + 1 == num_steps
             state.items_seen += int(metrics["items"])
             num_tokens = rows.lengths[plan.rows_of_step(step)].sum()

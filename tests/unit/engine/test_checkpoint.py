@@ -1,5 +1,6 @@
 """Checkpoints: what is saved, what is kept, and every kind of damage is noticed before anything is loaded."""
 
+import dataclasses
 import json
 import os
 import random
@@ -63,10 +64,14 @@ def test_what_is_saved(tmp_path):
 
 
 def test_state_round_trip_is_exact():
-    state = TrainState(3, 10**12, 0.1 + 0.2, 2, {"kl_coeff": 0.2, "name": "x", "none": None})
+    state = TrainState(3, 10**12, 0.1 + 0.2, 2, {"kl_coeff": 0.2, "name": "x", "none": None}, 4)
     assert TrainState.from_json(state.to_json()) == state
-    with pytest.raises(CheckpointError, match="must have the keys"):
-        TrainState.from_json('{"step": 1}')
+    content = json.loads(state.to_json())
+    del content["skipped_steps"]  # of an earlier version
+    assert TrainState.from_json(json.dumps(content)) == dataclasses.replace(state, skipped_steps=0)
+    for odd in (content | {"other": 1}, {"step": 1}, {key: content[key] for key in content if key != "extra"}, []):
+        with pytest.raises(CheckpointError, match="must have the keys"):
+            TrainState.from_json(json.dumps(odd))
 
 
 def test_everything_is_restored(tmp_path):
@@ -82,6 +87,31 @@ def test_everything_is_restored(tmp_path):
             assert torch.equal(a, b)
             for key, value in setup[2].state[a].items():
                 assert torch.equal(value, optimizer.state[b][key])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_weights_and_moments_that_are_not_finite_are_not_saved(tmp_path, bad):
+    """The last optimizer step of a run may be the one that overflows, and no loss follows it."""
+    for pick in (
+        lambda module, optimizer: module.second.bias,
+        lambda module, optimizer: optimizer.state[module.first.bias]["exp_avg_sq"],
+    ):
+        setup = set_up()
+        module = setup[1].module
+        before = save(tmp_path, 1, setup)
+        with torch.no_grad():
+            pick(module, setup[2])[0] = bad
+        with pytest.raises(
+            CheckpointError, match=r"(second|exp_avg_sq/first)\.bias is not finite: .*step-2 is not written"
+        ):
+            save(tmp_path, 2, setup)
+        assert steps(tmp_path) == [1] and list((tmp_path / "checkpoints").iterdir()) == [before]
+    module.scale.fill_(bad)  # a buffer may be infinite: masks are
+    with torch.no_grad():
+        optimizer_state = pick(module, setup[2])
+        optimizer_state[0] = 0.0
+    save(tmp_path, 3, setup)
+    assert steps(tmp_path) == [1, 3]
 
 
 def test_newest_and_best_are_kept(tmp_path):

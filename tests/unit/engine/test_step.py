@@ -10,7 +10,7 @@ from torch import nn
 
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.rng import isolated_rng, rng_state
-from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate, update
+from sheeprlhf.engine.step import LossOutput, MicroBatch, add_gradients, evaluate, update
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.utils.errors import DataError, NonFiniteError
 from sheeprlhf.utils.modes import eval_mode
@@ -119,6 +119,64 @@ def test_non_finite_gradient_of_a_finite_loss_is_refused():
     fabric, module, optimizer = set_up()
     with pytest.raises(NonFiniteError, match=r"loss is 1\.0 .* rows \[0, 1\]"):
         update(fabric, module, optimizer, [MicroBatch(torch.ones(1, 4), 1, (0, 1))], loss, max_grad_norm=None)
+
+
+def test_a_step_is_left_out_as_if_it_had_not_been():
+    """Weights and the optimizer's moments after good, bad, good are those after good, good; the bad one says so."""
+
+    def run(*micros):
+        fabric, module, _ = set_up()
+        optimizer = fabric.setup_optimizers(torch.optim.AdamW([p for p in module.parameters() if p.requires_grad]))
+        told = []
+        metrics = [
+            update(fabric, module, optimizer, [m, micro_batch(1)], toy_loss, max_grad_norm=1.0, skip=told.append)
+            for m in micros
+        ]
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        return [*weights(module).values(), *moments], metrics, told
+
+    bad = micro_batch(2)._replace(batch=torch.full((1, 4), float("inf")), num_items=1, row_ids=(77,))
+    ours, metrics, told = run(micro_batch(0), bad, micro_batch(3))
+    expected, without, nothing = run(micro_batch(0), micro_batch(3))
+    assert len(ours) > 8 and all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert [metrics[0], metrics[2]] == without and nothing == []
+    assert metrics[1]["items"] == 0 and not np.isfinite(metrics[1]["loss"])
+    assert ["rows [77])" in str(error) for error in told] == [True]
+
+
+def test_a_step_that_is_not_allowed_to_be_left_out_ends_the_run():
+    def refuse(error: NonFiniteError) -> None:
+        raise error
+
+    fabric, module, optimizer = set_up()
+    bad = micro_batch(2)._replace(batch=torch.full((1, 4), float("nan")), num_items=1)
+    with pytest.raises(NonFiniteError):
+        update(fabric, module, optimizer, [bad], toy_loss, max_grad_norm=1.0, skip=refuse)
+
+
+def test_gradients_beside_are_refused_with_their_own_rows():
+    fabric, module, _ = set_up()
+    bad = micro_batch(2)._replace(batch=torch.full((1, 4), float("nan")), num_items=1, row_ids=(99,))
+    with pytest.raises(NonFiniteError, match=r"rank 0: rows \[99\]"):
+        add_gradients(fabric, module, [micro_batch(0), bad], toy_loss, weight=0.5)
+
+
+def test_the_check_waits_for_the_device_once_a_step_however_it_is_cut(monkeypatch):
+    """Each of these brings a number from the device to the host, where the program waits for it."""
+    counts = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(tensor, *arguments, original=original, name=name):
+            counts[-1] += [name]
+            return original(tensor, *arguments)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    for cut in CUTS[:3]:
+        fabric, module, optimizer = set_up()
+        counts.append([])
+        update(fabric, module, optimizer, [micro_batch(*rows) for rows in cut], toy_loss, max_grad_norm=1.0)
+    assert counts[0] == counts[1] == counts[2] and counts[0].count("tolist") == 1
 
 
 def test_bf16_mixed_accumulates_and_measures_in_float32():

@@ -263,6 +263,16 @@ def test_draw_at_the_ends() -> None:
     assert ids.tolist() == [1, 1, 3, 3]
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (2, 1.0), (0, 0.5)])
+def test_draw_of_logits_that_are_not_finite_gives_a_token_and_says_so(top_k: int, top_p: float) -> None:
+    """On a GPU an id past the vocabulary would end the process; the log-probability has it refused by who reads it."""
+    logits_BV = torch.zeros(3, 5)
+    logits_BV[1, 2], logits_BV[2, 0] = torch.nan, torch.inf
+    ids, logprobs = draw(logits_BV, torch.tensor([0.5, 0.5, 0.9], dtype=torch.float64), 1.0, top_k, top_p)
+    assert ((ids >= 0) & (ids < 5)).all()
+    assert logprobs.isfinite().tolist() == [True, False, False]
+
+
 def test_draw_computes_in_float32() -> None:
     """Trap 12: from logits in half precision, over a large vocabulary."""
     logits_BV = torch.randn(3, 150_000, generator=torch.Generator().manual_seed(0)).mul(4).bfloat16()

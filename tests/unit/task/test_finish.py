@@ -31,11 +31,14 @@ def silent_run(folder: Path) -> Any:
 
 
 def test_the_lowest_validation_loss_is_the_best(tmp_path: Path) -> None:
-    state = TrainState()
-    for step, loss in enumerate((3.0, 1.0, 2.0, 1.0), start=1):
-        state.step = step
-        note_validation(silent_run(tmp_path), state, {"loss": loss, "nll": -loss})
-    assert (state.best_step, state.best_metric) == (2, 1.0)
+    """And what is not finite never is, not even if it comes first."""
+    for odd, sign in ((float("nan"), 1), (float("-inf"), 1), (float("inf"), -1)):
+        state = TrainState()
+        for step, loss in enumerate((odd, 3.0, 1.0, 2.0, odd, 1.0), start=1):
+            state.step = step
+            result = {"loss": loss if loss is odd else sign * loss}
+            note_validation(silent_run(tmp_path), state, result, highest=sign < 0)
+        assert (state.best_step, state.best_metric) == (3, sign * 1.0)
 
 
 def test_final_is_there_whole_or_not_at_all(tmp_path: Path) -> None:

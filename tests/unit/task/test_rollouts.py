@@ -30,8 +30,8 @@ from sheeprlhf.structure.reward import FunctionRewardConfig, ListRewardConfig, M
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.collect import Collector, check_sampler
 from sheeprlhf.task.held_out import distinct_pairs, sample_table
-from sheeprlhf.task.rollouts import drawn_numbers, figures_of
-from sheeprlhf.utils.errors import ModelError, RewardError
+from sheeprlhf.task.rollouts import drawn_numbers, figures_of, refuse_non_finite
+from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
 from tests.support.models import EOS
 
 ModelFolder = Callable[..., Path]
@@ -196,3 +196,18 @@ def test_what_people_read(model_folder: ModelFolder) -> None:
     assert table.count("[reference]\nb") == 2
     assert distinct_pairs(["a b c", "a b"]) == 2 / 3
     assert distinct_pairs(["", "one"]) == 0.0
+
+
+def test_what_is_not_finite_is_refused_where_it_began() -> None:
+    """Of several kinds that one of which the fewest rows are bad: whitening spreads a single number over all."""
+    rows = tuple(Example(30 + i, np.arange(2), (np.arange(3), np.arange(1))) for i in range(3))
+    rollout = Rollout(rows, np.ones((3, 2)), np.ones((3, 2), dtype=bool), {})
+    values, advantages = torch.ones(12), torch.full((12,), torch.nan)
+    refuse_non_finite(rollout.with_tokens(values=values))
+    values[7] = torch.inf  # the last token of the second row's second response
+    with pytest.raises(NonFiniteError, match=r"^values after 1 of 3 prompts .* of the training split \(\[31\]\)"):
+        refuse_non_finite(rollout.with_tokens(advantages=advantages, values=values))
+    scores = np.array([[0.0, 1.0], [0.0, 1.0], [np.nan, 1.0]])
+    bad = dataclasses.replace(rollout.with_tokens(advantages=advantages), scores=scores)
+    with pytest.raises(NonFiniteError, match=r"^scores after 1 of 3 prompts .* of the validation split \(\[32\]\)"):
+        refuse_non_finite(bad, "validation")
