@@ -41,6 +41,7 @@ from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.folders import locked, written_folder
+from sheeprlhf.utils.processes import die_with_parent
 
 FORMAT_VERSION = 5  # raise it whenever the code makes other rows, or another report, of the same input
 _PREFERENCES = ("train", "reward")
@@ -245,7 +246,8 @@ _worker: list[tuple[RowTokenizer, Event]] = []  # in a pool's process: its token
 
 
 def _start_worker(tokenize: RowTokenizer, stop: Event) -> None:
-    """Keep the tokenizer of a new process."""
+    """In a new process: keep the tokenizer, and end when the process that wants the answers is killed."""
+    die_with_parent()
     _worker[:] = [(tokenize, stop)]
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from sheeprlhf.engine.redact import code_block, csv_cell, plain_text, redact_text
-from sheeprlhf.utils.files import fsync
+from sheeprlhf.utils.files import fsync, removed_on_error
 
 CSV_FILE = "metrics.csv"
 _COLUMNS = ("step", "tag", "value", "wall_time")
@@ -65,7 +65,8 @@ def _truncate_csv(path: Path, last_step: int) -> None:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             rows = [row for row in csv.reader(file) if len(row) == len(_COLUMNS) and row[0].isdigit()]
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([_COLUMNS, *(row for row in rows if int(row[0]) <= last_step)])
-    fsync(temporary)
-    os.replace(temporary, path)
+    with removed_on_error(temporary):
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([_COLUMNS, *(row for row in rows if int(row[0]) <= last_step)])
+        fsync(temporary)
+        os.replace(temporary, path)

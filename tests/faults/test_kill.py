@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 
-from tests.support.jobs import ColdJob, Job, JobServer
+from tests.support.jobs import ColdJob, Job, JobServer, site
 from tests.support.runs import WRITERS, train_words
 
 ModelFolder = Callable[..., Path]
@@ -74,10 +74,15 @@ class Victim:
         assert len(found) <= 1, "a killed run was not found again"
         return found[0] if found else self._place / "not yet"
 
-    def start(self, *, cold: bool) -> Job:
+    def start(self, *, cold: bool, setup: str = "", **environment: str) -> Job:
+        """`setup` is code that runs in the job before its task."""
         self._starts += 1
         log = self._place.with_name(f"{self._place.name}-{self._starts}.log")
-        return ColdJob(self._words, log, OMP_NUM_THREADS="1") if cold else self._server.start(self._words, log)
+        if not cold:
+            return self._server.start(self._words, log, setup, **environment)
+        if setup:
+            environment["PYTHONPATH"] = site(log.with_suffix(".site"), setup)
+        return ColdJob(self._words, log, OMP_NUM_THREADS="1", **environment)
 
     def is_finished(self) -> bool:
         path = self.dir / "run.json"
@@ -127,10 +132,19 @@ def measure(victim: Victim) -> tuple[float, float]:
     return time.monotonic() - began, saving / max(len(saves), 1)
 
 
+def versions() -> str:
+    """What a table is of."""
+    of_libraries = (
+        f"torch {torch.__version__}, lightning {lightning.__version__}, transformers {transformers.__version__}"
+    )
+    return f"Python {platform.python_version()}, {of_libraries}"
+
+
 def files_of(run_dir: Path) -> dict[str, bytes]:
-    """All that has to be the same: weights, optimizer, generators, state, final folder, and records without times."""
+    """What has to be the same: weights, optimizer, generators, state, final folder, samples, records without times."""
     paths = [path for path in (run_dir / "checkpoints" / f"step-{LAST}").iterdir() if path.name != "MANIFEST.json"]
     paths += [path for path in (run_dir / "final").iterdir() if path.suffix != ".md"]
+    paths += (run_dir / "samples").glob("*")
     files = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in paths}
     rows = [row for row in (run_dir / "metrics.csv").read_text().splitlines() if ",time/" not in row]
     return files | {"metrics.csv": "\n".join(row.rsplit(",", 1)[0] for row in rows).encode()}
@@ -210,12 +224,10 @@ def test_campaign(server: JobServer, tmp_path: Path, model_folder: ModelFolder) 
     began = time.monotonic()
     scenarios = [name for name in SCENARIOS if os.environ.get("ONLY", "") in name]
     tally = campaign(server, tmp_path, model_folder(), kills, seed, scenarios)
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}, "
-    versions += f"transformers {transformers.__version__}"
     print("| kills | in save window | cold starts | runs | lost | differing bytes | seed | minutes | versions |")
     print(
         f"| {tally.kills} | {tally.in_save} (of {tally.aimed} aimed) | {tally.cold} | {tally.runs} | {tally.lost} | "
-        f"{tally.differing} | {seed} | {(time.monotonic() - began) / 60:.1f} | {versions} |"
+        f"{tally.differing} | {seed} | {(time.monotonic() - began) / 60:.1f} | {versions()} |"
     )
     assert (tally.kills, tally.lost, tally.differing) == (kills, 0, 0)
     assert tally.in_save >= kills // 2

@@ -191,6 +191,8 @@ def _become_job(words: list[str], log: str, setup: str, environment: dict[str, s
         code = 0
     except SystemExit as error:
         code = error.code or 0
+    except KeyboardInterrupt:  # after `run` was done
+        code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
     finally:
