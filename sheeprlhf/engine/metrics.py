@@ -6,7 +6,9 @@ After a resume everything beyond the checkpoint's step is taken back, so that ea
 import csv
 import os
 import re
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from sheeprlhf.engine.redact import code_block, csv_cell, plain_text, redact_text
@@ -34,6 +36,8 @@ class MetricWriter:
         self._file = (run_dir / CSV_FILE).open("a", newline="")
         self._csv = csv.writer(self._file)
         self._tensorboard = SummaryWriter(str(run_dir), purge_step=last_step + 1)
+        self._old_hook = threading.excepthook
+        threading.excepthook = _quiet_about_tensorboard(self._old_hook)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """One row and one point per metric."""
@@ -54,8 +58,19 @@ class MetricWriter:
 
     def close(self) -> None:
         """Nothing can be logged afterwards."""
+        threading.excepthook = self._old_hook
         self._file.close()
         self._tensorboard.close()
+
+
+def _quiet_about_tensorboard(hook: Callable[[threading.ExceptHookArgs], object]) -> Callable[..., object]:
+    """The error of TensorBoard's thread, a full disk for one, is raised by the next call: no traceback beside that."""
+
+    def told(of: threading.ExceptHookArgs) -> None:
+        if not type(of.thread).__module__.startswith("tensorboard."):
+            hook(of)
+
+    return told
 
 
 def _truncate_csv(path: Path, last_step: int) -> None:

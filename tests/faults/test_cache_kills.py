@@ -23,6 +23,12 @@ from tests.support.runs import train_words, write_rows
 
 ModelFolder = Callable[..., Path]
 COLD_EVERY = 10  # rounds; these tokenise in two more processes each
+PREPARES_ONLY = """
+import sheeprlhf.task.train.sft as sft
+def prepared(*_):
+    raise SystemExit(0)
+sft.report_data = prepared
+"""  # a job has read what was prepared, then: no model loads
 VICTIMS = ("first", "second", "both")
 
 
@@ -82,7 +88,7 @@ class Round:
 
     def start(self, name: str) -> Job:
         words, log = [*self._words, f"hydra.run.dir={self.folder / name}"], self.folder / f"{name}.log"
-        told_in = setup(self.folder / f"told-{name}", "sft", cold=self._cold)
+        told_in = setup(self.folder / f"told-{name}", "sft", cold=self._cold) + PREPARES_ONLY
         if not self._cold:
             return self._server.start(words, log, told_in, SHEEPRLHF_CACHE=str(self.cache))
         path = site(log.with_suffix(".site"), told_in)
@@ -136,8 +142,7 @@ def play(round_: Round, rng: random.Random, lasts: dict[str, float], expected: d
 
 def campaign(server: JobServer, tmp_path: Path, model: Path, numbers: list[int], seed: int) -> Tally:
     tally = Tally()
-    rows = write_rows(tmp_path / "rows.jsonl", 6000)
-    words = train_words(model, rows, tmp_path, "task.max_num_steps=1", "task.num_sample_prompts=0")
+    words = train_words(model, write_rows(tmp_path / "rows.jsonl", 6000), tmp_path)
     few = [f"data.{split}_file={write_rows(tmp_path / 'few.jsonl')}" for split in ("validation", "test")]
     words = [word for word in words if not word.startswith(("hydra.run.dir=", "data.validation", "data.test"))] + few
     quiet = Round(server, tmp_path / "undisturbed", words, "none", cold=False)
@@ -162,8 +167,8 @@ def campaign(server: JobServer, tmp_path: Path, model: Path, numbers: list[int],
 
 @pytest.mark.slow
 def test_kills_while_two_processes_prepare(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
-    tally = campaign(server, tmp_path, model_folder(), [0, 1, 2], int(os.environ.get("SEED", "7")))
-    assert tally.rounds == 3
+    tally = campaign(server, tmp_path, model_folder(), [0, 1], int(os.environ.get("SEED", "7")))
+    assert tally.rounds == 2
     assert tally.faults() == (0, 0, 0, 0)
 
 

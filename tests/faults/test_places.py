@@ -47,13 +47,12 @@ def refused(
 
 
 @pytest.mark.parametrize("key", ["root_dir", "hydra.run.dir", "data.cache_dir"])
-@pytest.mark.parametrize("below", ["", "deep/below"])
-def test_a_read_only_place(key: str, below: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_a_read_only_place(key: str, tmp_path: Path, refused: Callable[..., str]) -> None:
     place = tmp_path / "read-only"
     place.mkdir()
+    more = [f"hydra.run.dir={tmp_path / 'run'}"] if key == "data.cache_dir" else []
     with read_only(place):
-        more = [] if key == "hydra.run.dir" else [f"hydra.run.dir={tmp_path / 'run'}"][: key != "root_dir"]
-        assert f"{key}={place / below}" in refused(f"{key}={place / below}", *more)
+        assert f"{key}={place}" in refused(f"{key}={place}", *more)
 
 
 def test_a_cache_of_the_environment_that_cannot_be_written(
@@ -105,6 +104,7 @@ def test_a_working_directory_that_is_gone(
     assert "working directory has been removed" in refused(f"hydra.run.dir={tmp_path / 'run'}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["hydra.run.dir={}/not/there/yet", "root_dir={}/a/b/c", "hydra.run.dir={}/link"])
 def test_places_that_work(place: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     """Parents that are missing, and a link to a folder elsewhere."""
@@ -116,6 +116,7 @@ def test_places_that_work(place: str, tmp_path: Path, model_folder: ModelFolder)
     assert os.path.islink(tmp_path / "link")
 
 
+@pytest.mark.slow
 def test_a_folder_whose_name_has_a_line_break(tmp_path: Path, model_folder: ModelFolder) -> None:
     folder = tmp_path / "a\nb"
     run(words_of(model_folder(), tmp_path, f"hydra.run.dir='{folder}'"))

@@ -103,7 +103,7 @@ def test_a_checkpoint_needs_no_temporary_folder(tmp_path: Path, monkeypatch: pyt
         verify_manifest(save(tmp_path / "run", 1))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_with_a_full_temporary_folder(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
     """From the data to the last checkpoint: without a temporary file anywhere."""
     model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
@@ -116,8 +116,9 @@ def test_a_run_with_a_full_temporary_folder(server: JobServer, tmp_path: Path, m
     assert result_of(tmp_path / "run") == result_of(train(model, data, tmp_path / "whole"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("save_interval", [8, 24])
+@pytest.mark.parametrize(
+    "save_interval", [pytest.param(8, marks=pytest.mark.slow), pytest.param(24, marks=pytest.mark.nightly)]
+)
 def test_a_run_whose_disk_is_full(
     save_interval: int, server: JobServer, tmp_path: Path, model_folder: ModelFolder
 ) -> None:

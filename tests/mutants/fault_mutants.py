@@ -20,7 +20,7 @@ MUTANTS = [
     Mutant(
         trap="signals, kills and full disks",
         file="sheeprlhf/data/prepare.py",
-        old="    die_with_parent()\n",
+        old="    die_with_parent(parent)\n",
         new="",
         tests="tests/unit/data/test_prepare.py::test_the_tokenising_processes_end_with_a_killed_one",
     ),
