@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -23,12 +24,22 @@ from tests.support.runs import train_words, write_rows
 
 ModelFolder = Callable[..., Path]
 COLD_EVERY = 10  # rounds; these tokenise in two more processes each
-PREPARES_ONLY = """
+STOP = """
 import sheeprlhf.task.train.sft as sft
 def prepared(*_):
     raise SystemExit(0)
 sft.report_data = prepared
-"""  # a job has read what was prepared, then: no model loads
+"""  # in a cold job: it has read what was prepared, and no model loads
+PREPARE = """
+from sheeprlhf.data.prepare import prepare_data
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.data import LocalDataConfig
+from sheeprlhf.structure.model import AutoModelConfig
+files = dict(train_file={rows!r}, validation_file={few!r}, test_file={few!r})
+cfg = LocalDataConfig(**files, max_length=120, max_prompt_length=70)
+prepare_data(cfg, load_tokenizer(AutoModelConfig(repo_name={model!r})), kind="sft", say=print, progress=False)
+raise SystemExit(0)
+"""  # a warm one does only this, as the command does; the cold ones show that it comes to the same
 VICTIMS = ("first", "second", "both")
 
 
@@ -76,23 +87,29 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
+class Wanted(NamedTuple):
+    """The data, as code that prepares it and as the words of a command that does."""
+
+    code: str
+    words: list[str]
+
+
 class Round:
     """One cache, two runs that want it, and what of it was there before and is nobody's business."""
 
-    def __init__(self, server: JobServer, folder: Path, words: list[str], name: str, *, cold: bool) -> None:
+    def __init__(self, server: JobServer, folder: Path, wanted: Wanted, name: str, *, cold: bool) -> None:
         folder.mkdir()
-        self.folder, self.cache, self._server, self._words, self._cold = folder, folder / "cache", server, words, cold
+        self.folder, self.cache, self._server, self._wanted, self._cold = folder, folder / "cache", server, wanted, cold
         for foreign in (f".{name}.tmp-0badcafe", "notes"):
             (self.cache / "data" / foreign).mkdir(parents=True)
             (self.cache / "data" / foreign / "mine.txt").write_text("not made by us")
 
     def start(self, name: str) -> Job:
-        words, log = [*self._words, f"hydra.run.dir={self.folder / name}"], self.folder / f"{name}.log"
-        told_in = setup(self.folder / f"told-{name}", "sft", cold=self._cold) + PREPARES_ONLY
+        log, telling = self.folder / f"{name}.log", setup(self.folder / f"told-{name}", "sft", cold=True)
         if not self._cold:
-            return self._server.start(words, log, told_in, SHEEPRLHF_CACHE=str(self.cache))
-        path = site(log.with_suffix(".site"), told_in)
-        words.append("data.num_proc=2")
+            return self._server.start([], log, telling + self._wanted.code, SHEEPRLHF_CACHE=str(self.cache))
+        path = site(log.with_suffix(".site"), telling + STOP)
+        words = [*self._wanted.words, f"hydra.run.dir={self.folder / name}", "data.num_proc=2"]
         return ColdJob(words, log, OMP_NUM_THREADS="1", PYTHONPATH=path, SHEEPRLHF_CACHE=str(self.cache))
 
     def is_preparing(self) -> bool:
@@ -142,10 +159,12 @@ def play(round_: Round, rng: random.Random, lasts: dict[str, float], expected: d
 
 def campaign(server: JobServer, tmp_path: Path, model: Path, numbers: list[int], seed: int) -> Tally:
     tally = Tally()
-    words = train_words(model, write_rows(tmp_path / "rows.jsonl", 6000), tmp_path)
-    few = [f"data.{split}_file={write_rows(tmp_path / 'few.jsonl')}" for split in ("validation", "test")]
-    words = [word for word in words if not word.startswith(("hydra.run.dir=", "data.validation", "data.test"))] + few
-    quiet = Round(server, tmp_path / "undisturbed", words, "none", cold=False)
+    rows, few = write_rows(tmp_path / "rows.jsonl", 3000), write_rows(tmp_path / "few.jsonl")
+    words = [word for word in train_words(model, rows, tmp_path) if not word.startswith(("hydra.run.dir=", "data.v"))]
+    words = [word for word in words if not word.startswith("data.test")]
+    words += [f"data.{split}_file={few}" for split in ("validation", "test")]
+    wanted = Wanted(PREPARE.format(rows=str(rows), few=str(few), model=str(model)), words)
+    quiet = Round(server, tmp_path / "undisturbed", wanted, "none", cold=False)
     lasts = durations(quiet.start("first"), tmp_path / "undisturbed" / "told-first")
     [folder] = prepared(quiet.cache)
     expected = content_of(folder)
@@ -153,7 +172,7 @@ def campaign(server: JobServer, tmp_path: Path, model: Path, numbers: list[int],
         rng, cold = random.Random(f"{seed} {number}"), number % COLD_EVERY == COLD_EVERY // 2
         for attempt in range(20):
             faults = tally.faults()
-            round_ = Round(server, tmp_path / f"round-{number}-{attempt}", words, folder.name, cold=cold)
+            round_ = Round(server, tmp_path / f"round-{number}-{attempt}", wanted, folder.name, cold=cold)
             if play(round_, rng, lasts, expected, tally):
                 break
         tally.rounds += 1

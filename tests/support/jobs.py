@@ -13,6 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PRELOADED = (
     "sheeprlhf.task.train.sft",
+    "sheeprlhf.task.train.dpo",
+    "sheeprlhf.task.train.ppo",
     "transformers.models.llama.modeling_llama",
     "transformers.models.gpt2.modeling_gpt2",
     "peft",
