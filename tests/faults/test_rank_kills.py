@@ -2,7 +2,7 @@
 
 The campaign (docs/reliability.md has its table):
 `KILLS=20 SEED=2026 pytest -n 0 -m nightly -s tests/faults/test_rank_kills.py`; the seed and its number decide
-about a kill, and `KILL=<n>` beside them repeats it alone.
+about a kill, and `KILL=<n>,<n>` beside them repeats these alone.
 """
 
 import os
@@ -96,12 +96,21 @@ def kill_in(job: ColdJob, told: Path, phase: str, rank: int, rng: random.Random,
     return True
 
 
-def seconds_until_gone(job: ColdJob) -> float:
-    """How long the job's processes live on; at most three times the limit, after which they are killed."""
-    began = time.monotonic()
-    while (job.poll() is None or job.group()) and time.monotonic() - began < 3 * LONGEST_EXIT:
+def seconds_until_gone(job: ColdJob) -> tuple[float, str]:
+    """How long the job's processes live on, at most three times the limit; the commands of those seen last."""
+    began, seen = time.monotonic(), ""
+    while ((group := job.group()) or job.poll() is None) and time.monotonic() - began < 3 * LONGEST_EXIT:
+        if time.monotonic() - began > LONGEST_EXIT:
+            seen = "; ".join(filter(None, map(command_of, group))) or seen
         time.sleep(0.02)
-    return time.monotonic() - began
+    return time.monotonic() - began, seen
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:160]
+    except OSError:
+        return ""
 
 
 def campaign(tmp_path: Path, model: Path, numbers: list[int], seed: int) -> Tally:
@@ -124,7 +133,7 @@ def campaign(tmp_path: Path, model: Path, numbers: list[int], seed: int) -> Tall
             job = run.start_two(record, SHEEPRLHF_CACHE=str(tmp_path / cache))
             if numbers and kill_in(job, told, phase, rank, rng, lasts):
                 numbers.pop(0)
-                seconds = seconds_until_gone(job)
+                seconds, seen = seconds_until_gone(job)
                 orphans = job.group()
                 for pid in orphans:
                     os.kill(pid, signal.SIGKILL)
@@ -134,7 +143,7 @@ def campaign(tmp_path: Path, model: Path, numbers: list[int], seed: int) -> Tall
                 tally.slow += seconds > LONGEST_EXIT
                 tally.orphans += len(orphans)
                 tally.wrong += code == 0
-                print(f"kill {number}: rank {rank}, {phase}: exit code {code}, {seconds:.1f} s", flush=True)
+                print(f"kill {number}: rank {rank}, {phase}: exit code {code}, {seconds:.1f} s {seen}", flush=True)
             else:
                 assert job.wait() == 0, job.text()
             began = next((line for line in job.text().splitlines() if line.startswith("going on after")), None)
@@ -151,7 +160,7 @@ def campaign(tmp_path: Path, model: Path, numbers: list[int], seed: int) -> Tall
 def test_campaign(tmp_path: Path, model_folder: ModelFolder) -> None:
     kills, seed = int(os.environ.get("KILLS", "20")), int(os.environ.get("SEED", "2026"))
     only = os.environ.get("KILL")
-    numbers = list(range(kills)) if only is None else [int(only)]
+    numbers = list(range(kills)) if only is None else [int(number) for number in only.split(",")]
     began = time.monotonic()
     tally = campaign(tmp_path, model_folder(), list(numbers), seed)
     print(

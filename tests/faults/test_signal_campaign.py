@@ -40,7 +40,7 @@ AIMS = {
     "dpo": ("start", *UNPREPARED, "validation", "samples", "save", *IN_STEP),
     "ppo": ("start", "data preparation", "rollout", "validation", "save", *IN_STEP),
 }
-BLOCK = 20  # signals of one scenario, before the next has its turn
+BLOCK = 8  # signals of one scenario, before the next has its turn
 AIMED_SHARE = 0.6
 COLD_EVERY = 17  # a signal in so many is for a `python sheeprlhf.py`
 LONGEST_SECOND_EXIT = 2.0  # seconds
