@@ -144,7 +144,7 @@ def play(round_: Round, rng: random.Random, lasts: dict[str, float], expected: d
     tally.failed += sum(jobs[name].wait() != 0 for name in survivors)
     tally.left += bool(leftovers(round_.cache))
     tally.torn += any(content_of(folder) != expected for folder in prepared(round_.cache))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60  # who was just started looks at its parent when it is imported
     while (orphans := processes_with(f"SHEEPRLHF_CACHE={round_.cache}")) and time.monotonic() < deadline:
         time.sleep(0.05)
     tally.orphans += len(orphans)
