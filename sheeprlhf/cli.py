@@ -5,11 +5,13 @@ import importlib
 import io
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from sheeprlhf.command.help import PLAIN_VERBS, VERBS, print_overview, print_ver
 from sheeprlhf.command.screen import print_error
 from sheeprlhf.command.words import PLOT, Words, split_words, verb_problem
 from sheeprlhf.utils.errors import ConfigError, Interrupted, SheepError
+from sheeprlhf.utils.processes import ignored
 
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
 _SECONDS_FOR_RANK_ZERO = 8.0
@@ -82,6 +85,10 @@ def _message(error: Exception, debug: bool) -> str:
 
 def _dispatch(arguments: list[str]) -> int:
     verb, rest = _split_verb(arguments)
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory has been removed: change to another one (cd <folder>)") from None
     if verb is None:
         print_overview()
         return 0
@@ -104,7 +111,8 @@ def _dispatch(arguments: list[str]) -> int:
     if "--help" in words.flags:
         print_verb_help(verb, words.overrides, directory)
         return 0
-    return _with_hydra(verb, words)
+    with ignored(signal.SIGUSR1) if verb == "train" else nullcontext():  # until there is something to save
+        return _with_hydra(verb, words)
 
 
 def _check_sizes(directory: Path) -> None:

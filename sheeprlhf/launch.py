@@ -20,11 +20,13 @@ from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, Ro
 from sheeprlhf.structure.smaller import advice
 from sheeprlhf.structure.validate import parse_devices
 from sheeprlhf.utils.errors import OutOfMemory, SheepError
+from sheeprlhf.utils.files import disk_full
 from sheeprlhf.utils.floors import check_versions
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.processes import die_with_parent
 
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+_LAUNCHER = "SHEEPRLHF_LAUNCHER"  # in the environment: the process that starts the other ranks
 _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",  # its threads and our forked workers do not go together
     "TRANSFORMERS_VERBOSITY": "error",
@@ -82,6 +84,9 @@ def launch(config: RootConfig, job: Job) -> int:
         ConfigError: a library that would be imported must not be.
     """
     check_versions()
+    if not _is_first_here():  # before torch is imported, which takes seconds
+        launcher = os.environ.get(_LAUNCHER)
+        die_with_parent(None if launcher is None else int(launcher))
     if isinstance(config, CommandConfig):
         _be_quiet()
         if isinstance(config, InspectConfig):
@@ -104,6 +109,9 @@ def launch(config: RootConfig, job: Job) -> int:
         place = None if run_dir is None else str(run_dir)
         raise OutOfMemory(error.phase, error.facts, *advice(config, error.phase, place)) from error
     except Exception as error:
+        full = disk_full(error, run_dir) if run_dir is not None and isinstance(error, OSError) else None
+        if full is not None:
+            raise full from error
         if run_dir is not None and not isinstance(error, SheepError):
             path = run_dir / "error.log"
             with suppress(OSError):  # the disk may be the error
@@ -135,6 +143,11 @@ def _find(config: TrainConfig | EvalConfig | InspectConfig) -> None:
 def is_rank_zero() -> bool:
     """Whether this process is the first of all, by what a launcher has put into the environment."""
     return all(os.environ.get(name, "0") == "0" for name in _RANKS)
+
+
+def _is_first_here() -> bool:
+    """Whether this process is the first of this machine's, which starts the others unless a launcher has."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _needs_processes(config: TrainConfig | EvalConfig) -> bool:
@@ -185,8 +198,8 @@ def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
     transformers_logging.disable_progress_bar()
 
     _forget_hydra()
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        die_with_parent()
+    if _is_first_here() and _needs_processes(config):
+        os.environ[_LAUNCHER] = str(os.getpid())
     fabric = make_fabric(config.fabric)
     fabric.launch()
     folder = fabric.broadcast(str(run_dir or ""))

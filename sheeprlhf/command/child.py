@@ -65,7 +65,8 @@ class Children:
 
 
 def _begin() -> None:
-    """In the new process, before the command."""
+    """In the new process, before the command: where nothing can be saved yet, or ever, SIGUSR1 does nothing."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
     die_with_parent()
 

@@ -6,11 +6,13 @@ After a resume everything beyond the checkpoint's step is taken back, so that ea
 import csv
 import os
 import re
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from sheeprlhf.engine.redact import code_block, csv_cell, plain_text, redact_text
-from sheeprlhf.utils.files import fsync
+from sheeprlhf.utils.files import fsync, removed_on_error
 
 CSV_FILE = "metrics.csv"
 _COLUMNS = ("step", "tag", "value", "wall_time")
@@ -34,6 +36,8 @@ class MetricWriter:
         self._file = (run_dir / CSV_FILE).open("a", newline="")
         self._csv = csv.writer(self._file)
         self._tensorboard = SummaryWriter(str(run_dir), purge_step=last_step + 1)
+        self._old_hook = threading.excepthook
+        threading.excepthook = _quiet_about_tensorboard(self._old_hook)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """One row and one point per metric."""
@@ -54,8 +58,19 @@ class MetricWriter:
 
     def close(self) -> None:
         """Nothing can be logged afterwards."""
+        threading.excepthook = self._old_hook
         self._file.close()
         self._tensorboard.close()
+
+
+def _quiet_about_tensorboard(hook: Callable[[threading.ExceptHookArgs], object]) -> Callable[..., object]:
+    """The error of TensorBoard's thread, a full disk for one, is raised by the next call: no traceback beside that."""
+
+    def told(of: threading.ExceptHookArgs) -> None:
+        if not type(of.thread).__module__.startswith("tensorboard."):
+            hook(of)
+
+    return told
 
 
 def _truncate_csv(path: Path, last_step: int) -> None:
@@ -65,7 +80,8 @@ def _truncate_csv(path: Path, last_step: int) -> None:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             rows = [row for row in csv.reader(file) if len(row) == len(_COLUMNS) and row[0].isdigit()]
     temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([_COLUMNS, *(row for row in rows if int(row[0]) <= last_step)])
-    fsync(temporary)
-    os.replace(temporary, path)
+    with removed_on_error(temporary):
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([_COLUMNS, *(row for row in rows if int(row[0]) <= last_step)])
+        fsync(temporary)
+        os.replace(temporary, path)

@@ -21,6 +21,7 @@ from sheeprlhf.engine.signals import SignalFlags, noted_signals
 from sheeprlhf.structure.registry import CUT_OPTIONS, config_hash, config_to_dict
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError, Interrupted, NonFiniteError
+from sheeprlhf.utils.files import removed_on_error
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.processes import die_with_parent
 
@@ -175,8 +176,9 @@ def _save_config(cfg: TrainConfig, run_dir: Path) -> None:
     text = yaml.safe_dump(redact(config_to_dict(cfg)), sort_keys=False)
     temporary = path.with_name(f"{CONFIG_FILE}.tmp")
     try:
-        temporary.touch(mode=0o600)
-        temporary.write_text(text)
-        temporary.replace(path)
+        with removed_on_error(temporary):
+            temporary.touch(mode=0o600)
+            temporary.write_text(text)
+            temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another place with root_dir=") from error

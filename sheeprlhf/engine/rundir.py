@@ -20,7 +20,7 @@ from sheeprlhf.structure.registry import CUT_OPTIONS, NOT_IN_HASH, config_to_dic
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import fsync
+from sheeprlhf.utils.files import fsync, removed_on_error
 
 _SHOWN = 8  # changed options in a message
 _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
@@ -179,9 +179,10 @@ def _make_dir(folder: Path, key: str, *, exist_ok: bool) -> bool:
 
 def _write_run(run_dir: Path, info: dict[str, Any]) -> None:
     temporary = run_dir / f"{RUN_FILE}.tmp"
-    temporary.write_text(json.dumps(info, indent=1))
-    fsync(temporary)
-    os.replace(temporary, run_dir / RUN_FILE)
+    with removed_on_error(temporary):
+        temporary.write_text(json.dumps(info, indent=1))
+        fsync(temporary)
+        os.replace(temporary, run_dir / RUN_FILE)
     fsync(run_dir)
 
 

@@ -46,10 +46,10 @@ def _did(key: str, file: str) -> str:
 def new_folder_problems(key: str, path: str) -> Iterator[str]:
     """What stands in the way of making this folder, or of writing into it."""
     folder = Path(path).absolute()
-    while not os.path.exists(folder) and folder != folder.parent:
+    while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
-        yield f"{key}={path} cannot be made: {folder} is a file; give another {key}"
+        yield f"{key}={path} cannot be made: {folder} is not a folder; give another {key}"
     elif not os.access(folder, os.W_OK | os.X_OK):
         yield f"{key}={path} cannot be written: {folder} does not permit it; give another {key}"
 
@@ -129,4 +129,10 @@ def run_folder_problems(base: DictConfig) -> list[str]:
             return [f"hydra.run.dir={folder}: {existing} is not a directory; choose another place"]
         if not os.access(existing, os.W_OK | os.X_OK):
             return [f"hydra.run.dir={folder}: {existing} is not writable; choose another place"]
+        try:
+            os.lstat(folder)
+        except FileNotFoundError:
+            return []
+        except OSError as error:  # the name is too long
+            return [f"hydra.run.dir={folder}: {error.strerror}; choose another place"]
     return []

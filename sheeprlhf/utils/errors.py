@@ -51,6 +51,10 @@ class CheckpointError(SheepError, RuntimeError):
     """A checkpoint is missing, damaged or of another run."""
 
 
+class DiskFullError(SheepError, RuntimeError):
+    """What a run records has no room on its disk: names the place and what is free."""
+
+
 class NonFiniteError(SheepError, ArithmeticError):
     """A loss or gradient is not finite. All ranks raise it together, before any weight changes."""
 

@@ -1,11 +1,18 @@
 """Files read that may be a stranger's, plain and of bounded size; files written whole, and brought to the disk."""
 
+import errno
 import json
 import os
+import shutil
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from sheeprlhf.utils.errors import DiskFullError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def read_small(path: Path, limit: int) -> bytes:
@@ -82,14 +89,34 @@ def write_whole(path: Path, content: bytes) -> None:
         OSError: it cannot be written; nothing is left behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with removed_on_error(temporary):
         temporary.write_bytes(content)
         os.replace(temporary, path)
-    except OSError:
+
+
+@contextmanager
+def removed_on_error(temporary: Path) -> Iterator[None]:
+    """A block that writes a file and renames it: if the disk does not let it, the file is named and not left behind."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(temporary)  # only opening a file names it
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def disk_full(error: OSError, folder: Path) -> DiskFullError | None:
+    """What to say of an error in writing below `folder`; None if it is not that its disk, or a quota, is full."""
+    if error.errno not in _FULL:
+        return None
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder
+    free = shutil.disk_usage(path.parent if path.parent.is_dir() else folder).free
+    return DiskFullError(
+        f"cannot write {path}: {error.strerror}; {free:,} bytes are free there. Free space, then go on with "
+        f"resume_from={folder}"
+    )
 
 
 def fsync(path: Path) -> None:

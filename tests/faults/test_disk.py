@@ -15,7 +15,6 @@ ModelFolder = Callable[..., Path]
 LIMIT = """
 import resource, signal
 import sheeprlhf.task.train.sft as sft
-save = sft.open_run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 update, steps = sft.update, iter(range(1000))
 def limited(*words, **options):
@@ -44,6 +43,18 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert server.start([*words, "resume=true"], tmp_path / "log").wait() == 0  # there is space again
     whole = train(model, data, tmp_path / "whole")
     assert result_of(run_dir) == result_of(whole)
+
+
+def test_records_that_find_no_room_are_named(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
+    """The next save is far away: what is written at each step notices first."""
+    run_dir = tmp_path / "run"
+    never = ["task.save_interval=24", "task.eval_interval=24"]
+    words = train_words(model_folder(), write_rows(tmp_path / "rows.jsonl"), run_dir, *never)
+    job = server.start(words, tmp_path / "log", LIMIT.format(size=6000))
+    assert job.wait() == 1, job.text()
+    text = job.text()
+    assert f"cannot write {run_dir}" in text and "bytes are free" in text and f"resume_from={run_dir}" in text
+    assert "Traceback" not in text and not (run_dir / "error.log").exists()
 
 
 @pytest.mark.parametrize("name", ["with spaces", "h\u00e9llo \u7f8a", "a=b", "a,b", "it's", "x" * 200])

@@ -15,41 +15,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import lightning
 import pytest
 import torch
 import transformers
 
-from tests.support.jobs import ColdJob, Job, JobServer, RanksJob
+from tests.support.jobs import ColdJob, Job, JobServer, RanksJob, site
 from tests.support.runs import WRITERS, train_words
+from tests.support.scenarios import SCENARIOS
 
 ModelFolder = Callable[..., Path]
-LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
-PPO = ["task.adaptive_kl_coeff=true", "reward.normalize=true"]
-
-
-class Scenario(NamedTuple):
-    """A task, more words of its command, and how many processes train."""
-
-    task: str
-    words: list[str]
-    processes: int = 1
-
-
-SCENARIOS = {
-    "sft, found by root_dir": Scenario("sft", []),
-    "kto, lora": Scenario("kto", LORA),
-    "grpo, lora": Scenario("grpo", LORA[:2]),
-}
-for _task in ("sft", "rm", "dpo", "ppo"):
-    _lora = LORA[:2] if _task == "ppo" else LORA  # it refuses dropout: a ratio of probabilities would mean nothing
-    _plain = [*PPO, "task.ema_decay=0.9"] if _task == "ppo" else []
-    SCENARIOS[_task] = Scenario(_task, _plain)
-    SCENARIOS[f"{_task}, lora"] = Scenario(_task, _lora)
-    SCENARIOS[f"{_task}, lora, accumulating"] = Scenario(_task, [*_lora, "task.micro_batch_size=1"])
-    SCENARIOS[f"{_task}, two processes"] = Scenario(_task, _plain, processes=2)
 LAST = 24
 COLD_EVERY = 8  # one start in so many is `python sheeprlhf.py`
 AIMED_SHARE = 0.48  # kills are aimed while fewer than this were inside a save: not every aimed one hits
@@ -71,9 +47,10 @@ class Tally:
 class Victim:
     """One run in its place, started again after each kill by the same command."""
 
-    def __init__(self, server: JobServer, words: list[str], place: Path, name: str) -> None:
-        self._server, self._place, self._by_root_dir = server, place, "root_dir" in name
-        self._processes = SCENARIOS[name].processes
+    def __init__(
+        self, server: JobServer, words: list[str], place: Path, *, by_root_dir: bool = False, processes: int = 1
+    ) -> None:
+        self._server, self._place, self._by_root_dir, self._processes = server, place, by_root_dir, processes
         where = f"root_dir={place}" if self._by_root_dir else f"hydra.run.dir={place}"
         self._words = [*(word for word in words if not word.startswith("hydra.run.dir=")), where, "resume=true"]
         self._starts = 0
@@ -85,13 +62,17 @@ class Victim:
         assert len(found) <= 1, "a killed run was not found again"
         return found[0] if found else self._place / "not yet"
 
-    def start(self, *, cold: bool) -> Job:
+    def start(self, *, cold: bool, setup: str = "", **environment: str) -> Job:
+        """`setup` is code that runs in the job before its task."""
         self._starts += 1
         log = self._place.with_name(f"{self._place.name}-{self._starts}.log")
         if cold:
-            return ColdJob([*self._words, f"fabric.devices={self._processes}"], log, OMP_NUM_THREADS="1")
+            if setup:
+                environment["PYTHONPATH"] = site(log.with_suffix(".site"), setup)
+            words = [*self._words, f"fabric.devices={self._processes}"]
+            return ColdJob(words, log, OMP_NUM_THREADS="1", **environment)
         if self._processes == 1:
-            return self._server.start(self._words, log)
+            return self._server.start(self._words, log, setup, **environment)
         return self._server.start_ranks(self._words, log, self._processes)
 
     def is_finished(self) -> bool:
@@ -148,10 +129,19 @@ def measure(victim: Victim) -> tuple[float, float]:
     return time.monotonic() - began, saving / max(len(saves), 1)
 
 
+def versions() -> str:
+    """What a table is of."""
+    of_libraries = (
+        f"torch {torch.__version__}, lightning {lightning.__version__}, transformers {transformers.__version__}"
+    )
+    return f"Python {platform.python_version()}, {of_libraries}"
+
+
 def files_of(run_dir: Path) -> dict[str, bytes]:
-    """All that has to be the same: weights, optimizer, generators, state, final folder, and records without times."""
+    """What has to be the same: weights, optimizer, generators, state, final folder, samples, records without times."""
     paths = [path for path in (run_dir / "checkpoints" / f"step-{LAST}").iterdir() if path.name != "MANIFEST.json"]
     paths += [path for path in (run_dir / "final").iterdir() if path.suffix != ".md"]
+    paths += (run_dir / "samples").glob("*")
     files = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in paths}
     rows = [row for row in (run_dir / "metrics.csv").read_text().splitlines() if ",time/" not in row]
     return files | {"metrics.csv": "\n".join(row.rsplit(",", 1)[0] for row in rows).encode()}
@@ -202,15 +192,16 @@ def campaign(server: JobServer, tmp_path: Path, model: Path, kills: int, seed: i
     for number, name in enumerate(scenarios):
         folder = tmp_path / str(number)
         folder.mkdir()
-        task, more, _ = SCENARIOS[name]
+        task, more, processes = SCENARIOS[name]
         data = WRITERS[task](folder / "rows.jsonl")
         words = [*train_words(model, data, folder, task=task), "task.save_interval=2", *more]
-        whole = Victim(server, words, folder / "whole", name)
+        whole = Victim(server, words, folder / "whole", processes=processes)
         lasts, save_lasts = measure(whole)
         share = kills * (number + 1) // len(scenarios)
         while tally.kills < share:
             tally.runs += 1
-            victim = Victim(server, words, folder / f"killed-{tally.runs}", name)
+            where = {"by_root_dir": "root_dir" in name, "processes": processes}
+            victim = Victim(server, words, folder / f"killed-{tally.runs}", **where)
             lasts = run_until_done(victim, share, tally, rng, lasts, save_lasts)
             if found := differing_bytes(victim.dir, whole.dir):
                 print(f"{victim.dir} differs: {dict(found)}", flush=True)
@@ -242,12 +233,10 @@ def test_campaign(server: JobServer, tmp_path: Path, model_folder: ModelFolder) 
     began = time.monotonic()
     scenarios = [name for name in SCENARIOS if re.search(os.environ.get("ONLY", ""), name)]
     tally = campaign(server, tmp_path, model_folder(), kills, seed, scenarios)
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, lightning {lightning.__version__}, "
-    versions += f"transformers {transformers.__version__}"
     print("| kills | in save window | cold starts | runs | lost | differing bytes | seed | minutes | versions |")
     print(
         f"| {tally.kills} | {tally.in_save} (of {tally.aimed} aimed) | {tally.cold} | {tally.runs} | {tally.lost} | "
-        f"{tally.differing} | {seed} | {(time.monotonic() - began) / 60:.1f} | {versions} |"
+        f"{tally.differing} | {seed} | {(time.monotonic() - began) / 60:.1f} | {versions()} |"
     )
     assert (tally.kills, tally.lost, tally.differing) == (kills, 0, 0)
     assert tally.in_save >= 0.45 * kills

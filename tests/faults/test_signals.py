@@ -75,7 +75,13 @@ def test_a_signal_saves_and_stops(signum: int, code: int, server: JobServer, who
 
 
 def test_sigusr1_saves_and_goes_on(server: JobServer, whole: Whole, tmp_path: Path) -> None:
-    job = signalled(server, whole, tmp_path, signal.SIGUSR1, 7)
+    """Before there is something to save it does nothing."""
+    job = server.start(whole.in_dir(tmp_path / "run"), tmp_path / "log", PAUSE.format(step=7, seconds=1))
+    while not (tmp_path / "run" / "run.json").exists():
+        assert job.poll() is None, job.text()
+    job.kill(signal.SIGUSR1)
+    job.wait_for("pausing in step 7")
+    job.kill(signal.SIGUSR1)
     assert job.wait() == 0
     assert set(steps_of(tmp_path / "run")) - set(steps_of(whole.dir)) == {7}
     assert result_of(tmp_path / "run") == result_of(whole.dir)

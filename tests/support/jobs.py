@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PRELOADED = (
     "sheeprlhf.task.train.sft",
+    "sheeprlhf.task.train.dpo",
+    "sheeprlhf.task.train.ppo",
     "transformers.models.llama.modeling_llama",
     "transformers.models.gpt2.modeling_gpt2",
     "peft",
@@ -236,6 +238,8 @@ def _become_job(words: list[str], log: str, setup: str, environment: dict[str, s
         code = 0
     except SystemExit as error:
         code = error.code or 0
+    except KeyboardInterrupt:  # after `run` was done
+        code = 128 + signal.SIGINT
     except BaseException:
         traceback.print_exc()
     finally:

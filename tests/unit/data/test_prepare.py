@@ -1,5 +1,6 @@
 """From files to splits: what is counted, where rows go, and a cache that is whole or not there."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -375,3 +377,36 @@ def test_an_interrupt_ends_the_tokenising_processes_whatever_they_do() -> None:
         rows.close()
         assert before == 2
         assert multiprocessing.active_children() == []
+
+
+def tokenise_without_end(pids: Any) -> None:
+    """In a process that will be killed."""
+    rows = prepare_module._tokenized(long_answers, itertools.repeat([{"prompt": "x"}] * 100), num_proc=2)
+    next(rows)
+    pids.put([child.pid for child in multiprocessing.active_children()])
+    for _ in rows:
+        pass
+
+
+def runs(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.slow
+def test_the_tokenising_processes_end_with_a_killed_one() -> None:
+    """They hold both ends of their queue: nothing else would tell them that nobody is there."""
+    pids = FORK.Queue()
+    parent = FORK.Process(target=tokenise_without_end, args=(pids,))
+    parent.start()
+    workers = pids.get(timeout=120)
+    assert len(workers) == 2 and all(map(runs, workers))
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + 20
+    while any(map(runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [pid for pid in workers if runs(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []

@@ -235,6 +235,13 @@ def sleep_until_parent_dies(path):
     time.sleep(60)
 
 
+def test_who_was_started_by_a_process_that_is_gone_ends_too():
+    process = forkserver().Process(target=die_with_parent, args=(os.getpid(),), daemon=True)
+    process.start()  # by the fork server, not by this process
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
 def test_children_die_with_a_killed_parent(tmp_path):
     process = forkserver().Process(target=sleep_until_parent_dies, args=(tmp_path / "pid",), daemon=True)
     process.start()
