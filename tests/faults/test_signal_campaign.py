@@ -164,7 +164,8 @@ class Campaign:
             if plan is not first and (plan.cold or plan.aim in (*UNPREPARED, "start")):
                 break  # needs a start of its own
             struck = strike(job, self._told, plan, self._lasts, max(1 - newest / LAST, 0.3))
-            if struck is None:
+            if struck is None:  # too late: the machine was slower when this was measured
+                self._lasts = {phase: 0.8 * seconds for phase, seconds in self._lasts.items()}
                 break
             numbers.popleft()
             strikes.append(struck)
