@@ -239,4 +239,4 @@ def test_campaign(server: JobServer, tmp_path: Path, model_folder: ModelFolder) 
         f"{tally.differing} | {seed} | {(time.monotonic() - began) / 60:.1f} | {versions()} |"
     )
     assert (tally.kills, tally.lost, tally.differing) == (kills, 0, 0)
-    assert tally.in_save >= 0.45 * kills
+    assert tally.in_save >= 0.3 * kills  # on two processes fewer of those that are aimed hit

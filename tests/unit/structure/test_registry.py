@@ -105,7 +105,9 @@ def test_every_file_of_configs_composes(path, tmp_path, monkeypatch):
             )
         )
         needs = []  # nothing was trained here
-        if "sft_experiment_dir: newest" in path.read_text():
+        if "rm_experiment_dir: newest" in path.read_text():
+            needs = ["task.sft_experiment_dir=newest, task.rm_experiment_dir=newest"]
+        elif "sft_experiment_dir: newest" in path.read_text():
             needs = ["task.sft_experiment_dir=newest"]
         elif "/reward: model" in path.read_text():
             needs = ["task.sft_experiment_dir=auto, task.rm_experiment_dir=newest"]
