@@ -101,7 +101,8 @@ def removed_on_error(temporary: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(temporary)  # only opening a file names it
+        if error.errno is not None:  # without one, the name would take the place of what the error says
+            error.filename = error.filename or str(temporary)  # only opening a file names it
         with suppress(OSError):
             temporary.unlink()
         raise

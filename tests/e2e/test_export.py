@@ -176,7 +176,7 @@ def test_nothing_of_the_user_is_overwritten(runs, tmp_path, capsys):
     (tmp_path / "link").symlink_to(empty)
     for target in (full, file, tmp_path / "link"):
         assert "is there already and is not an empty folder" in refused(capsys, runs["sft"], "--to", target)
-    assert "is a file" in refused(capsys, runs["sft"], "--to", file / "below")
+    assert "is not a folder" in refused(capsys, runs["sft"], "--to", file / "below")
     exported(runs["sft"], empty)
     assert (full / "mine.txt").read_text() == file.read_text() == "mine"
     assert (empty / "model.safetensors").is_file()

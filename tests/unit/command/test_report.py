@@ -340,7 +340,7 @@ BAD = [
     ("@/run @/nowhere @/empty", ["@/nowhere does not exist", "@/empty holds no run"]),
     ("@/run --to", ["--to needs a value"]),
     ("@/run --to @/page.pdf", ["ends in .pdf", ".html"]),
-    ("@/run --to @/notes.txt/page.html", ["notes.txt is a file"]),
+    ("@/run --to @/notes.txt/page.html", ["notes.txt is not a folder"]),
     ("@/run --output x", ["no flag --output"]),
     ("--png", ["there is no run in logs/runs yet", "`train task=sft`"]),
     (f"@/{'a' * 300}", ["does not exist"]),
