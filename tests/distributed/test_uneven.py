@@ -102,6 +102,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"one": of_one, "ddp": ddp, "fsdp2": fsdp2, "whole": folder / "whole", "said": said} | names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_uneven_numbers_of_rows(strategy: str, found: dict[str, Any]) -> None:
     assert len(found["one"]) == len(found[strategy]) == 72
@@ -110,6 +111,7 @@ def test_uneven_numbers_of_rows(strategy: str, found: dict[str, Any]) -> None:
         assert ours["items"] == expected["items"]  # each row once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moved", ["ddp to fsdp2", "fsdp2 to ddp", "one to fsdp2", "fsdp2 to one"])
 def test_a_checkpoint_fits_every_strategy(moved: str, found: dict[str, Any]) -> None:
     for step, name in ((STOP, "model"), (STEPS, "model"), (STEPS, "optimizer")):
@@ -121,6 +123,7 @@ def test_a_checkpoint_fits_every_strategy(moved: str, found: dict[str, Any]) -> 
         assert all(type(tensor) is torch.Tensor for tensor in ours.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moved", "facts"),
     [

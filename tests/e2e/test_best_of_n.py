@@ -37,6 +37,7 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The embedded model and its rule; then the command that the run says comes next."""
     options = ["data.num_samples=60", "task.num_generations=4", "task.rollout_size=64", "generation.max_new_tokens=24"]

@@ -54,6 +54,7 @@ def test_the_page_has_an_example_of_each_kind() -> None:
     assert {command.split()[1] for command in COMMANDS} == {"my_sheep.py", "sheeprlhf.py"}
 
 
+@pytest.mark.slow
 def test_every_command_works(folder: Path, model_folder: Callable[..., Path]) -> None:
     program, *words = next(command for command in COMMANDS if "my_sheep.py show" in command).split()
     done = subprocess.run(

@@ -19,7 +19,7 @@ OF_TASK = {
 
 
 @pytest.mark.parametrize("reward", SHORT)
-@pytest.mark.parametrize("task", OF_TASK)
+@pytest.mark.parametrize("task", [pytest.param(t, marks=() if t == "ppo" else pytest.mark.slow) for t in OF_TASK])
 def test_it_is_found(task: str, reward: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     words = [
         f"reward.path=tests.support.rewards:{reward}",

@@ -28,7 +28,7 @@ VARIANTS = {
     "labels, lora with dropout": ("kto", LORA),
 }
 
-PLAIN = ("full", "reward model, lora with dropout", "preferences, lora with dropout", "ppo, lora")
+PLAIN = ("full", "ppo, lora")
 KL = ",objective/kl_coeff,"
 IN_CI = ("full", "lora with dropout", "model dropout")  # of those at every step
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parents[3] / "sheeprlhf"
 ALONE = """
 import sys
@@ -47,6 +49,7 @@ def output(program: str, *words: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_fabric_comes_alone_and_lightning_is_whole_for_who_asks() -> None:
     answers = dict(zip(("alone", *AFTERWARDS), output(ALONE + FORKS, json.dumps([*AFTERWARDS.values()])), strict=True))
     assert answers == {"alone": "[]"} | dict.fromkeys(AFTERWARDS, "True Trainer")
