@@ -30,7 +30,7 @@ VARIANTS = {
 
 PLAIN = ("full", "ppo, lora")
 KL = ",objective/kl_coeff,"
-IN_CI = ("full", "lora with dropout", "model dropout")  # of those at every step
+IN_CI = ("full", "lora with dropout")  # of those at every step
 
 
 def stopped_at(whole: Path, step: int, folder: Path) -> Path:
