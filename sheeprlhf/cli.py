@@ -47,7 +47,8 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
     except BrokenPipeError:  # who reads our output, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        _throw_away(stopped)
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
     except Interrupted as error:
@@ -63,6 +64,13 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
             print(_shown(traceback.format_exc()), file=sys.stderr)
         print_error(_message(error, debug))
         return error.exit_code if isinstance(error, SheepError) else 1
+
+
+def _throw_away(stopped: KeyboardInterrupt) -> None:
+    """What was interrupted in its making, a progress bar for one, may complain when it goes: nobody needs to hear."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    traceback.clear_frames(stopped.__traceback__)
+    sys.unraisablehook = hook
 
 
 def _shown(text: str) -> str:

@@ -129,6 +129,27 @@ def test_an_error_is_a_message_and_an_exit_code(calls, capsys, error, code, mess
     assert "sk-abc" not in printed
 
 
+def test_what_was_interrupted_in_its_making_does_not_complain(calls, monkeypatch):
+    """As a progress bar of tqdm does, which is closed when it goes and has no place yet."""
+
+    class Half:
+        def __del__(self):
+            raise AttributeError("no place yet")
+
+    def train(fabric, config, run_dir):
+        half = Half()
+        raise KeyboardInterrupt(type(half).__name__)
+
+    sys.modules["stub_task"].train = train
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    assert exit_code("train task=sft") == 130
+    assert heard == []
+    half = Half()
+    del half
+    assert len(heard) == 1  # anywhere else one is heard
+
+
 def test_an_unexpected_error_leaves_its_traceback_in_the_run_directory(calls, capsys, tmp_path):
     fail_with(ZeroDivisionError("sk-abcdefghijklmnop"))
     exit_code("train task=sft")
