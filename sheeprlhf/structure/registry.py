@@ -7,7 +7,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -158,7 +158,7 @@ def to_typed(config: DictConfig) -> RootConfig:
 
 def _normalise(config: Config) -> None:
     """Choices in their first spelling; lists become tuples, which nobody can change."""
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+    for field in dataclasses.fields(cast(Any, config)):
         value = getattr(config, field.name)
         if isinstance(value, Config):
             _normalise(value)
@@ -206,7 +206,7 @@ def apply_dry_run(config: TrainConfig | EvalConfig) -> TrainConfig | EvalConfig:
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain dicts, lists and scalars, as saved in `config.yaml`."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(cast(Any, config))}
 
 
 def _plain(value: Any) -> Any:

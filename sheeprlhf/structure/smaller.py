@@ -109,8 +109,8 @@ def _smaller_generation(config: TrainConfig | EvalConfig) -> Iterator[Change]:
         yield {"generation.max_new_tokens": generation.max_new_tokens // 2}
     if isinstance(config, EvalConfig):
         yield from _smaller_evaluation(config)
-    elif getattr(config.task, "num_sample_prompts", 0) > 0:
-        yield {"task.num_sample_prompts": getattr(config.task, "num_sample_prompts") // 2}  # noqa: B009
+    elif (shown := getattr(config.task, "num_sample_prompts", 0)) > 0:
+        yield {"task.num_sample_prompts": shown // 2}
 
 
 def _smaller_evaluation(config: EvalConfig) -> Iterator[Change]:

@@ -100,7 +100,7 @@ def test_a_checkpoint_needs_no_temporary_folder(tmp_path: Path, monkeypatch: pyt
         fill(full)
         monkeypatch.setenv("TMPDIR", str(full))
         (tmp_path / "run").mkdir()
-        verify_manifest(save(tmp_path / "run", 1))
+        assert "model.safetensors" in verify_manifest(save(tmp_path / "run", 1))["files"]
 
 
 @pytest.mark.nightly

@@ -65,7 +65,7 @@ def sums_of(policy: nn.Module, batch: Batch) -> Tensor:
     return sum_by_response(policy(batch).target_N, batch.response_index_N, len(batch.response_lengths))
 
 
-def check(module: nn.Module, loss_of: Callable[[list[Example]], Tensor], case: dict[str, Any]) -> None:
+def assert_like_trl(module: nn.Module, loss_of: Callable[[list[Example]], Tensor], case: dict[str, Any]) -> None:
     """Each pair alone, all together, and the gradient of all together."""
     each = torch.stack([loss_of([example]) for example in EXAMPLES]).detach()
     assert_close(each, torch.tensor(case["each"]), rtol=1e-5, atol=1e-5)
@@ -97,7 +97,7 @@ def test_preference_losses(load: Load, name: str, batching: str) -> None:
             reference_S = sums_of(reference, batch)
         return dpo_loss(policy, (batch, reference_S), task=task).total
 
-    check(policy, loss_of, case_of("preference", name))
+    assert_like_trl(policy, loss_of, case_of("preference", name))
 
 
 def test_trls_nll_of_orpo_covers_the_prompt(load: Load) -> None:
@@ -119,7 +119,7 @@ def test_reward_losses(load: Load, name: str, batching: str) -> None:
         rows = [example._replace(margin=margins[example.row_id]) for example in examples]
         return rm_loss(model, collated(rows, batching, "last"), loss_type="last_token", center=center).total
 
-    check(model, loss_of, case)
+    assert_like_trl(model, loss_of, case)
 
 
 @BATCHINGS
