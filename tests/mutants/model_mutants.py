@@ -112,8 +112,8 @@ MUTANTS = [
     Mutant(  # alpha is not passed on
         trap="7",
         file=_LORA,
-        old="        lora_alpha=cfg.alpha,",
-        new="        lora_alpha=cfg.rank,",
+        old="        lora_alpha=cast(Any, cfg.alpha),",
+        new="        lora_alpha=cast(Any, cfg.rank),",
         tests=f"{_UNIT}lora.py::test_the_formula",
     ),
     Mutant(  # the loss of a micro-batch is a mean
