@@ -13,7 +13,7 @@ import subprocess
 import time
 from pathlib import Path
 
-RUN = "$(ls -d logs/runs/docstrings/tiny/sft/*/default | tail -1)"
+RUN = "$(ls -d logs/runs/docstrings/tiny/sft/*/default | head -1)"
 STEPS = [
     ("install, and train the embedded model", "pip install -e . && python sheeprlhf.py train task=sft", 0),
     ("what is there?", "python sheeprlhf.py", 0),

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import inspect
 import json
-import os
 import re
 import signal
 from collections import deque
@@ -42,7 +41,7 @@ from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.folders import locked, written_folder
-from sheeprlhf.utils.processes import die_with_parent
+from sheeprlhf.utils.processes import BoundToThis, start_bound
 
 FORMAT_VERSION = 5  # raise it whenever the code makes other rows, or another report, of the same input
 _PREFERENCES = ("train", "reward")
@@ -217,7 +216,7 @@ def _tokenized(tokenize: RowTokenizer, batches: Iterator[list[Row]], num_proc: i
         return
     context = get_context("spawn")
     stop = context.Event()
-    pool = ProcessPoolExecutor(num_proc, context, _start_worker, (tokenize, stop, os.getpid()))
+    pool = ProcessPoolExecutor(num_proc, context, start_bound, (BoundToThis(), _start_worker, tokenize, stop))
     try:
         waiting: deque[Future[list[TokenRow]]] = deque()
         for batch in batches:
@@ -246,9 +245,8 @@ def _interrupts_held_back() -> Iterator[None]:
 _worker: list[tuple[RowTokenizer, Event]] = []  # in a pool's process: its tokenizer, sent once, and whether to stop
 
 
-def _start_worker(tokenize: RowTokenizer, stop: Event, parent: int) -> None:
-    """In a new process: keep the tokenizer, and end when the process that wants the answers is killed, or was."""
-    die_with_parent(parent)
+def _start_worker(tokenize: RowTokenizer, stop: Event) -> None:
+    """In a new process: keep the tokenizer."""
     _worker[:] = [(tokenize, stop)]
 
 

@@ -5,8 +5,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -24,6 +25,22 @@ def die_with_parent(parent: int | None = None) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the request
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class BoundToThis:
+    """Sent to a process that is being spawned, it calls `die_with_parent` there as soon as it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What reads it: unpickling calls the function, and gives its None."""
+        return die_with_parent, (os.getpid(),)
+
+
+def start_bound(_: BoundToThis | None, start: Callable[..., None], *args: Any) -> None:
+    """The initializer of a pool whose processes end with this one even while they import what `start` needs.
+
+    A spawned process reads this function, whose module imports next to nothing, then its arguments in their order.
+    """
+    start(*args)
 
 
 @contextmanager
