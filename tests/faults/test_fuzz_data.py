@@ -37,7 +37,8 @@ from tests.support.batches import as_read, by_definition
 from tests.unit.data.toy import BOS_TEMPLATE, byte_tokenizer
 
 FEW = 170  # of each of the three sources
-MANY = pytest.param(3_334, marks=pytest.mark.slow)
+MANY = pytest.param(1_000, marks=pytest.mark.slow)
+ALL = pytest.param(3_334, marks=pytest.mark.nightly)
 FORMATS = (LocalDataConfig, DocstringsConfig, SummarizationConfig, HelpfulHarmlessConfig)
 TOKENIZERS = [
     byte_tokenizer(bos=bos, eos=eos, pad=pad, template=BOS_TEMPLATE, merges=merges)
@@ -71,7 +72,7 @@ limits = st.tuples(
 
 
 def fuzz(examples: int, *strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], None]:
-    """Call the decorated function with examples: the same ones in every plain run, new ones in every slow run."""
+    """Call the decorated function with examples: the same ones in every plain run, new ones in every other."""
 
     def run(check: Callable[..., None]) -> None:
         options = {"max_examples": examples, "deadline": None, "derandomize": examples == FEW, "database": None}
@@ -80,7 +81,7 @@ def fuzz(examples: int, *strategies: st.SearchStrategy[Any]) -> Callable[[Callab
     return run
 
 
-@pytest.mark.parametrize("examples", [FEW, MANY])
+@pytest.mark.parametrize("examples", [FEW, MANY, ALL])
 def test_any_bytes(examples: int, tmp_path: Path) -> None:
     good = [
         b'{"prompt": "p", "response": "r"}',
@@ -100,7 +101,7 @@ def test_any_bytes(examples: int, tmp_path: Path) -> None:
             assert [row.number for row in rows] == list(range(len(rows)))
 
 
-@pytest.mark.parametrize("examples", [FEW, MANY])
+@pytest.mark.parametrize("examples", [FEW, MANY, ALL])
 def test_any_row(examples: int, tmp_path: Path) -> None:
     @fuzz(examples, st.lists(json_rows, min_size=1, max_size=3), st.sampled_from(FORMATS), st.booleans())
     def check(rows: list[dict[str, Any]], options: type[DataConfig], array: bool) -> None:
@@ -148,7 +149,7 @@ def check_message(error: DataError, place: str) -> None:
     assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("examples", [FEW, MANY])
+@pytest.mark.parametrize("examples", [FEW, MANY, ALL])
 def test_any_text(examples: int) -> None:
     @fuzz(examples, st.lists(text_rows, min_size=1, max_size=5), limits, st.sampled_from(TOKENIZERS), st.booleans())
     def check(rows: list[dict[str, str]], options: tuple[int, int, int, str], tokenizer: Any, pairs: bool) -> None:
