@@ -116,10 +116,16 @@ FORMS = {
 }
 
 
-def form_of(data: DataConfig | None, tokenizer: Any) -> str:
-    """The form in which a model was trained: its dataset's; else its chat template's, if there is one; else text."""
+def form_of(data: DataConfig | None, tokenizer: Any, *, templated: bool = True) -> str:
+    """The form in which a model was trained: its dataset's; else its chat template's, if there is one; else text.
+
+    Args:
+        data: what it was trained on; None if nobody knows.
+        tokenizer: its tokenizer.
+        templated: whether its rows, if they were of files of one's own, went through the chat template.
+    """
     own = next((name for name, form in FORMS.items() if form.data is type(data) and name != "template"), "text")
-    return "template" if own == "text" and getattr(tokenizer, "chat_template", None) else own
+    return "template" if own == "text" and templated and getattr(tokenizer, "chat_template", None) else own
 
 
 class Asker:

@@ -32,6 +32,7 @@ class SplitCount:
         self.labels: Counter[str] = Counter()
         self.with_eos = 0
         self.with_margin = 0
+        self.templated = 0
 
     def add(self, row: TokenRow, dropped: str | None, duplicate: bool) -> None:
         """Count one row; `dropped` is the reason why it is left out."""
@@ -48,6 +49,7 @@ class SplitCount:
         self.labels["pairs"] += len(row.desirable) == 2
         self.with_eos += row.num_eos
         self.with_margin += row.margin != 0.0
+        self.templated += row.templated
 
     def report(self, split: TokenizedSplit | None) -> Report:
         """The split's part of the report.
@@ -68,6 +70,7 @@ class SplitCount:
             "eos_share": self.with_eos / self.responses if self.responses else None,
             "pairs": 0,
             "rows_with_margin": self.with_margin,
+            "templated_rows": self.templated,
             "trained_tokens": 0,
             "tokens": {},
         }
@@ -177,6 +180,7 @@ def render_report(report: Report) -> str:
         "prompts_alone": "rows without a response",
         "pairs": "pairs of a better and a worse response",
         "rows_with_margin": "rows with a margin (task=rm reads it)",
+        "templated_rows": "rows in the chat template",
         "duplicates": "duplicate rows",
         "special_token_rows": "rows with special-token text",
     }

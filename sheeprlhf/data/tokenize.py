@@ -33,6 +33,7 @@ class TokenRow(NamedTuple):
         num_eos: responses that end in EOS.
         margin: of the row's preference.
         desirable: of each response of unpaired data; empty for other data.
+        templated: the row went through the chat template.
     """
 
     number: int
@@ -46,6 +47,7 @@ class TokenRow(NamedTuple):
     num_eos: int = 0
     margin: float = 0.0
     desirable: tuple[bool, ...] = ()
+    templated: bool = False
 
 
 class _Pieces(NamedTuple):
@@ -199,9 +201,8 @@ class RowTokenizer:
             return TokenRow(row.number, shares, "too_short")
         if self._same([tuple(r) for r in cut_responses]):
             return TokenRow(row.number, shares, "same_responses")
-        special = not pieces.templated and any(
-            t in s for s in (pieces.prompt, *pieces.responses) for t in self.ids.texts
-        )
+        texts = (pieces.prompt, *pieces.responses)
+        special = not pieces.templated and any(special in text for text in texts for special in self.ids.texts)
         return TokenRow(
             number=row.number,
             shares=shares,
@@ -213,6 +214,7 @@ class RowTokenizer:
             num_eos=sum(with_eos),
             margin=pieces.margin,
             desirable=pieces.desirable,
+            templated=pieces.templated,
         )
 
     def _begins_with_bos(self, prompt: list[int]) -> bool:

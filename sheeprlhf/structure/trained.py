@@ -18,7 +18,7 @@ from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import read_small
+from sheeprlhf.utils.files import read_object, read_small
 
 POLICY, REWARD_MODEL = "policy", "reward model"  # what a task can train
 WEIGHTS = "--weights"
@@ -27,6 +27,7 @@ _INSTEAD = {
     REWARD_MODEL: "give a run of task=rm",
 }
 _MAX_CONFIG_BYTES = 1 << 20
+_MAX_REPORT_BYTES = 1 << 22
 _MAX_STARTS = 8  # a run that starts from a run that ...
 
 
@@ -56,6 +57,13 @@ class Trained(NamedTuple):
         if self.run_dir is None:
             return True
         return self.weights == "final" and not (self.run_dir / "final" / "adapter_config.json").is_file()
+
+    def templated(self) -> bool:
+        """Whether the chat template, where there is one, wrote rows that it was trained on; assumed of a folder."""
+        report = {} if self.run_dir is None else read_object(self.run_dir / "data_report.json", _MAX_REPORT_BYTES)
+        splits = report.get("splits")
+        parts = [part for part in splits.values() if isinstance(part, dict)] if isinstance(splits, dict) else []
+        return not parts or any(part.get("templated_rows", 1) for part in parts)
 
     def with_tokenizer(self) -> ModelConfig:
         """A model whose files hold the tokenizer: the run's own, if it wrote one."""

@@ -1,6 +1,7 @@
 """Talking in a terminal: the model's answer, nothing that a terminal obeys, and ways to stop, forget and end."""
 
 import io
+import json
 import os
 import pty
 import select
@@ -24,6 +25,7 @@ from sheeprlhf.structure.trained import Trained, find_trained
 from sheeprlhf.task.writer import load_writer
 from sheeprlhf.utils.errors import DataError
 from tests.support.models import byte_tokenizer, make_model_folder
+from tests.support.runs import train
 from tests.support.talking import TEMPLATE, says
 
 ROOT = Path(__file__).parents[2]
@@ -173,6 +175,24 @@ def test_the_form_of_a_run_is_that_of_its_data(model_folder):
 
     trained = Trained("x", "policy", AutoModelConfig(repo_name=str(model_folder("llama"))), SummarizationConfig())
     assert load_writer(trained, print).form_name == "tldr"
+
+
+@pytest.mark.parametrize(("form", "asked"), [("text", "hello"), ("template", "[user]hello[assistant]")])
+def test_a_chat_model_is_asked_as_its_rows_were_written(form, asked, chatty, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    for i in range(24):
+        row = {"prompt": f"p{i}", "response": f"r{i}"}
+        if form == "template":
+            turns = zip(("user", "assistant"), row.values(), strict=True)
+            row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+        with file.open("a") as lines:
+            lines.write(f"{json.dumps(row)}\n")
+    trained = train(chatty, file, tmp_path / "run", "dry_run=true")
+    assert ("rows in the chat template" in capsys.readouterr().err) == (form == "template")
+    writer = load_writer(find_trained(str(trained)), print)
+    assert writer.form_name == form
+    _, example = writer.fit([Turn("user", "hello")])
+    assert writer.tokenizer.decode(example.prompt_ids, skip_special_tokens=True) == asked
 
 
 @pytest.mark.slow

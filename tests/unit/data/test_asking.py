@@ -97,6 +97,7 @@ def test_the_form_is_that_of_training():
         assert form_of(HelpfulHarmlessConfig(), tokenizer) == "dialogue"
     for data in (None, LocalDataConfig()):
         assert (form_of(data, plain), form_of(data, chatty)) == ("text", "template")
+    assert form_of(LocalDataConfig(), chatty, templated=False) == "text"
 
 
 def test_a_response_of_no_length_limit():
