@@ -19,7 +19,7 @@ from sheeprlhf.command.help import PLAIN_VERBS, VERBS, print_overview, print_ver
 from sheeprlhf.command.screen import print_error
 from sheeprlhf.command.words import PLOT, Words, split_words, verb_problem
 from sheeprlhf.utils.errors import ConfigError, Interrupted, SheepError
-from sheeprlhf.utils.processes import ignored
+from sheeprlhf.utils.processes import heard_interrupts, ignored, just_interrupted
 
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
 _SECONDS_FOR_RANK_ZERO = 8.0
@@ -34,7 +34,9 @@ def run(argv: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # paths and texts may hold what its encoding has not
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "debug=true" in [argument.casefold() for argument in arguments]
-    code = _guarded(lambda: _dispatch(arguments), debug)
+    with heard_interrupts() as interrupts:
+        code = _guarded(lambda: _dispatch(arguments), debug)
+        interrupts.leaving = argv is None  # else who called has more to do
     if code:
         raise SystemExit(code)
 
@@ -58,6 +60,9 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except Exception as error:
+        if just_interrupted():
+            print("stopped by Ctrl-C", file=sys.stderr)
+            return 130
         if other_rank:  # rank zero tells what it fails with too, and this process ends with it, before it fails alone
             time.sleep(_SECONDS_FOR_RANK_ZERO)
         if debug:
@@ -85,9 +90,10 @@ def _message(error: Exception, debug: bool) -> str:
     rank = os.environ.get("LOCAL_RANK", "0")
     who = "sheeprlhf" if rank == "0" else f"sheeprlhf (process {rank})"
     lines = str(error).splitlines() or [type(error).__name__]
+    notes = getattr(error, "__notes__", [])
     if isinstance(error, SheepError):
-        return redact_text("\n".join([f"{who} cannot go on:", *(f"  - {line}" for line in lines)]))
-    advice = getattr(error, "__notes__", []) or ([] if debug else ["debug=true shows where"])
+        return redact_text("\n".join([f"{who} cannot go on:", *(f"  - {line}" for line in lines), *notes]))
+    advice = notes or ([] if debug else ["debug=true shows where"])
     return redact_text("; ".join([f"{who} failed unexpectedly: {type(error).__name__}: {lines[0]}", *advice]))
 
 

@@ -15,17 +15,16 @@ from sheeprlhf.engine.checkpoint import NOT_THE_SAME, TrainState, restore_latest
 from sheeprlhf.engine.metrics import MetricWriter
 from sheeprlhf.engine.progress import Progress
 from sheeprlhf.engine.redact import plain_text, redact, redact_text
-from sheeprlhf.engine.rundir import changed_options
+from sheeprlhf.engine.rundir import CONFIG_FILE, changed_options, discard_unused
 from sheeprlhf.engine.runlock import RunLock
 from sheeprlhf.engine.signals import SignalFlags, noted_signals
 from sheeprlhf.structure.registry import CUT_OPTIONS, config_hash, config_to_dict
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.utils.errors import ConfigError, Interrupted, NonFiniteError
+from sheeprlhf.utils.errors import USERS_MISTAKE, ConfigError, Interrupted, NonFiniteError, SheepError
 from sheeprlhf.utils.files import removed_on_error
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.processes import die_with_parent
 
-CONFIG_FILE = "config.yaml"
 ON_CUDA = (
     "on CUDA some sums are added in an order that varies: the same run again, or resumed, comes out alike, but not bit "
     "for bit the same; torch_deterministic=true makes it so, and slower"
@@ -146,15 +145,17 @@ class Run:
 def open_run(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> Iterator[Run]:
     """All ranks: the run is this job's until the block ends.
 
-    Rank zero locks the directory and saves the configuration.
+    Rank zero locks the directory and saves the configuration. A new run that is refused before it has recorded anything
+    takes its directory with it, so that the same command can be given again with the mistake mended.
 
     Raises:
         RunInUseError: another process works in this directory.
     """
     with ExitStack() as stack:
+        fresh = False
         if fabric.is_global_zero:
             stack.enter_context(RunLock(run_dir))
-            _save_config(cfg, run_dir)
+            fresh = _save_config(cfg, run_dir)
         elif fabric.local_rank > 0:
             die_with_parent()
         run = Run(fabric, cfg, run_dir, stack)
@@ -165,14 +166,19 @@ def open_run(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> Iterator[Run]:
                     run.say(f"{key} was {was} and is {now} now: the run goes on, {NOT_THE_SAME}")
             if fabric.device.type == "cuda" and not cfg.torch_deterministic:
                 run.say(ON_CUDA)
-        yield run
+        try:
+            yield run
+        except SheepError as error:
+            if fresh and error.exit_code == USERS_MISTAKE and discard_unused(run_dir, Path(cfg.root_dir)):
+                error.add_note("nothing was begun: the run directory is taken back")
+            raise
 
 
-def _save_config(cfg: TrainConfig, run_dir: Path) -> None:
-    """Rank zero only: config.yaml, complete and without secrets, for this user's eyes. A resumed run has its own."""
+def _save_config(cfg: TrainConfig, run_dir: Path) -> bool:
+    """Rank zero only: config.yaml, complete and without secrets, for this user's eyes; False if the run has its own."""
     path = run_dir / CONFIG_FILE
     if path.exists():
-        return
+        return False
     text = yaml.safe_dump(redact(config_to_dict(cfg)), sort_keys=False)
     temporary = path.with_name(f"{CONFIG_FILE}.tmp")
     try:
@@ -182,3 +188,4 @@ def _save_config(cfg: TrainConfig, run_dir: Path) -> None:
             temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another place with root_dir=") from error
+    return True

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.engine.redact import redact, redact_command
+from sheeprlhf.engine.runlock import LOCK_FILE
 from sheeprlhf.structure.earlier import RUN_FILE, find_runs, read_run
 from sheeprlhf.structure.registry import CUT_OPTIONS, NOT_IN_HASH, config_to_dict
 from sheeprlhf.structure.run import TrainConfig
@@ -22,6 +23,8 @@ from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.files import fsync, removed_on_error
 
+CONFIG_FILE = "config.yaml"
+REPORT_FILE = "data_report.json"
 _SHOWN = 8  # changed options in a message
 _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 
@@ -158,6 +161,28 @@ def make_unique_dir(parent: Path, name: str) -> Path:
         if _make_dir(folder, "root_dir", exist_ok=False):
             return folder
         number += 1
+
+
+def discard_unused(run_dir: Path, root_dir: Path) -> bool:
+    """Rank zero only, which holds the lock: empty a directory that has nothing but what a start writes.
+
+    It goes, with the folders above it, up to `root_dir`, in which nothing else is. One outside `root_dir` was named by
+    the user and stays.
+
+    Returns:
+        False if something else is there; nothing was removed then.
+    """
+    files = [run_dir / name for name in (REPORT_FILE, CONFIG_FILE, RUN_FILE, LOCK_FILE)]
+    if not {path.name for path in run_dir.iterdir()} <= {path.name for path in files}:
+        return False
+    with suppress(OSError):
+        for path in files:
+            path.unlink(missing_ok=True)
+        folder, root = run_dir.resolve(), root_dir.resolve()
+        while root in folder.parents:
+            folder.rmdir()
+            folder = folder.parent
+    return True
 
 
 def _make_dir(folder: Path, key: str, *, exist_ok: bool) -> bool:

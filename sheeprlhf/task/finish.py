@@ -17,7 +17,7 @@ from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import Run
-from sheeprlhf.engine.rundir import mark_finished, same_data
+from sheeprlhf.engine.rundir import REPORT_FILE, mark_finished, same_data
 from sheeprlhf.engine.shard import assemble
 from sheeprlhf.structure.earlier import REWARD_MODEL, scores_by_run
 from sheeprlhf.structure.online import OnlineTaskConfig
@@ -56,7 +56,7 @@ def report_data(fabric: Fabric, run: Run, data: PreparedData) -> None:
         if run.planned_memory is not None:
             size = size_text(run.planned_memory)
             run.say(f"memory plan: up to {size} in a step of the longest rows (`doctor` tells more)")
-        (run.dir / "data_report.json").write_text(json.dumps(data.report, indent=1))
+        (run.dir / REPORT_FILE).write_text(json.dumps(data.report, indent=1))
 
 
 def _planned_memory(run: Run, device: str) -> int | None:

@@ -4,6 +4,8 @@ The command line prints the message of a `SheepError` and no traceback (`debug=t
 standard-library parent, so that library users can catch what they expect, and survives pickling between processes.
 """
 
+USERS_MISTAKE = 2  # an exit code, that of argparse and of shells: nothing was begun
+
 
 class SheepError(Exception):
     """Base of the errors whose message is meant for the user. `exit_code` is the process's exit status."""
@@ -18,7 +20,7 @@ class ConfigError(SheepError, ValueError):
         problems: one sentence each: key, value, fix.
     """
 
-    exit_code = 2
+    exit_code = USERS_MISTAKE
 
     def __init__(self, *problems: str) -> None:
         super().__init__(*problems)
@@ -32,19 +34,19 @@ class ConfigError(SheepError, ValueError):
 class DataError(SheepError, ValueError):
     """The data cannot be used: names file, row and column, and the fix."""
 
-    exit_code = 2
+    exit_code = USERS_MISTAKE
 
 
 class ModelError(SheepError, ValueError):
     """The model cannot be loaded or used as asked."""
 
-    exit_code = 2
+    exit_code = USERS_MISTAKE
 
 
 class RunInUseError(SheepError, RuntimeError):
     """Another process holds the run directory's lock."""
 
-    exit_code = 2
+    exit_code = USERS_MISTAKE
 
 
 class CheckpointError(SheepError, RuntimeError):

@@ -1,13 +1,18 @@
-"""Processes that belong to another, and a signal that is none of their business."""
+"""Processes that belong to another, and what a signal does to them."""
 
 import ctypes
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
+
+_SECONDS_TO_PASS_ON = 1.0
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -41,6 +46,55 @@ def start_bound(_: BoundToThis | None, start: Callable[..., None], *args: Any) -
     A spawned process reads this function, whose module imports next to nothing, then its arguments in their order.
     """
     start(*args)
+
+
+class Interrupts:
+    """A handler of Ctrl-C, which raises KeyboardInterrupt and knows when; once the program is leaving, it ends at once.
+
+    Attributes:
+        leaving: what there was to do is done, or given up. A KeyboardInterrupt would only disturb Python's end.
+    """
+
+    def __init__(self) -> None:
+        """None so far."""
+        self.leaving = False
+        self._last = -math.inf
+
+    def __call__(self, signum: int, frame: FrameType | None = None) -> None:
+        """Called by Python between two instructions of the main thread."""
+        if self.leaving:
+            os._exit(128 + signum)
+        self._last = time.monotonic()
+        raise KeyboardInterrupt
+
+    def just_came(self) -> bool:
+        """Whether there was one a moment ago."""
+        return time.monotonic() - self._last < _SECONDS_TO_PASS_ON
+
+
+def just_interrupted() -> bool:
+    """Whether an error of now may be a library's way to pass a KeyboardInterrupt on: some make it one of their own."""
+    handler = signal.getsignal(signal.SIGINT)
+    return isinstance(handler, Interrupts) and handler.just_came()
+
+
+@contextmanager
+def heard_interrupts() -> Iterator[Interrupts]:
+    """Inside, Ctrl-C is heard as Python's own handler would, if that one is there: who ignores it goes on to.
+
+    Off the main thread nothing changes: Python allows no handlers there.
+    """
+    interrupts = Interrupts()
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield interrupts
+        return
+    signal.signal(signal.SIGINT, interrupts)
+    try:
+        yield interrupts
+    finally:
+        if not interrupts.leaving:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

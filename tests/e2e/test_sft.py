@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.cli import run
-from tests.support.runs import result_of, train, write_rows
+from tests.support.runs import digests, result_of, train, write_rows
 
 ModelFolder = Callable[..., Path]
 
@@ -140,6 +141,31 @@ def test_intervals_and_workers_do_not_change_the_weights(tmp_path: Path, model_f
         run_dir = train(model_folder("gpt2"), data, tmp_path / str(number), *common, *words)
         results.append(result_of(run_dir, 6))
     assert results[0] == results[1] == results[2]
+
+
+def test_a_refused_start_leaves_nothing_and_a_refused_resume_everything(
+    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A mistake that only the data shows: the same command goes through when it is mended, without resume=true."""
+    rows = write_rows(tmp_path / "rows.jsonl")
+    good = rows.read_text()
+    words = (model_folder("llama"), rows, tmp_path / "run", "dry_run=true")
+    rows.write_text(good + '{"prompt')
+    with pytest.raises(SystemExit) as stop:
+        train(*words)
+    assert stop.value.code == 2 and not any((tmp_path / "run").iterdir())
+    assert "nothing was begun" in capsys.readouterr().err
+    rows.write_text(good)
+    run_dir = train(*words)
+    shutil.rmtree(run_dir / "final")
+    info = (run_dir / "run.json").read_text().replace('"finished"', '"running"', 1)
+    (run_dir / "run.json").write_text(info)
+    before = digests(run_dir)
+    rows.write_text(good + '{"prompt')
+    with pytest.raises(SystemExit):
+        train(*words, "resume=true")
+    assert digests(run_dir) == before
+    assert "nothing was begun" not in capsys.readouterr().err
 
 
 def test_dry_run_is_two_steps_of_everything(tmp_path: Path) -> None:

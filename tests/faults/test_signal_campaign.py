@@ -208,8 +208,6 @@ class Campaign:
             allowed.add(expected)
             if last.plan.kind == "SIGTERM" and (finished or last.before.phase in BEFORE):
                 allowed.add(-signal.SIGTERM)  # 143 to a shell: nothing is to be saved, and the signal itself ends it
-            if last.plan.kind == TWICE and last.before.phase in BEFORE:
-                allowed.add(-signal.SIGINT)  # 130 to a shell: the second one came when Python was ending already
         if code not in allowed:
             found.append(("wrong", f"exit code {code}, not {sorted(allowed)}"))
         if "Traceback" in text:

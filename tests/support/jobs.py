@@ -234,7 +234,8 @@ def _become_job(words: list[str], log: str, setup: str, environment: dict[str, s
         os.environ |= environment
         os.chdir(Path(log).parent)
         exec(setup, {})
-        run(words)
+        sys.argv = [sys.argv[0], *words]
+        run()  # as the program itself does
         code = 0
     except SystemExit as error:
         code = error.code or 0

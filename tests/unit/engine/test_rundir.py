@@ -10,7 +10,7 @@ import time
 import pytest
 
 from sheeprlhf.engine import rundir
-from sheeprlhf.engine.rundir import choose_run_dir, find_runs, is_finished, mark_finished, read_run
+from sheeprlhf.engine.rundir import choose_run_dir, discard_unused, find_runs, is_finished, mark_finished, read_run
 from sheeprlhf.engine.runlock import RunLock
 from sheeprlhf.structure.data import DocstringsConfig
 from sheeprlhf.structure.fabric import FabricConfig
@@ -212,6 +212,36 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="cannot lock"):
         RunLock(tmp_path).__enter__()
     assert not (tmp_path / "elsewhere").exists()
+
+
+STARTED = ("run.json", "config.yaml", ".lock", "data_report.json")
+
+
+def test_what_a_start_alone_has_written_goes_with_its_empty_folders(tmp_path):
+    for folder in ("runs/data/a/default", "runs/data/b/default"):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in STARTED:
+            (tmp_path / folder / name).touch()
+    assert discard_unused(tmp_path / "runs/data/a/default", tmp_path / "runs")
+    assert sorted(path.name for path in (tmp_path / "runs/data").iterdir()) == ["b"]
+    assert discard_unused(tmp_path / "runs/data/b/default", tmp_path / "runs")
+    assert list(tmp_path.iterdir()) == [tmp_path / "runs"] and not any((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("more", ["metrics.csv", "checkpoints/step-1/state.json", "notes.txt"])
+def test_a_directory_with_anything_else_stays_as_it_is(more, tmp_path):
+    for name in (*STARTED, more):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert not discard_unused(tmp_path, tmp_path.parent)
+    assert all((tmp_path / name).is_file() for name in (*STARTED, more))
+
+
+def test_a_directory_that_the_user_named_stays_empty(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.json").touch()
+    assert discard_unused(tmp_path / "mine", tmp_path / "runs")
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"] and not any((tmp_path / "mine").iterdir())
 
 
 def test_no_torch():

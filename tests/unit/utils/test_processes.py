@@ -1,4 +1,4 @@
-"""Processes that end with the one they belong to."""
+"""Processes that end with the one they belong to, and Ctrl-C at any time."""
 
 import os
 import signal
@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+from sheeprlhf.utils import processes
+from sheeprlhf.utils.processes import heard_interrupts, ignored, just_interrupted
 
 POOL = """
 import multiprocessing
@@ -65,3 +68,64 @@ def runs(pid: int) -> bool:
     """Whether a process is there and not yet dead."""
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+PROGRAM = """
+import atexit
+import signal
+import sys
+import time
+
+from sheeprlhf import cli
+
+def own_error():
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        raise ValueError("could not determine the shape") from None
+
+def at_end():
+    print("ending", flush=True)
+    time.sleep(60)
+
+def action(words):
+    print("ready", flush=True)
+    {"own error": own_error, "plain": lambda: time.sleep(60), "end": lambda: atexit.register(at_end)}[words[0]]()
+    return 3 if words[0] == "end" else 0
+
+cli._dispatch = action
+cli.run()
+"""
+
+
+@pytest.mark.parametrize(("what", "last_line"), [("plain", "ready"), ("own error", "ready"), ("end", "ending")])
+def test_ctrl_c_at_any_time_is_no_error_and_no_traceback(what: str, last_line: str) -> None:
+    """While it works, while a library makes it an error of its own, and when Python is ending."""
+    words = [sys.executable, "-c", PROGRAM, what]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while process.stdout.readline().strip() != last_line:
+            assert process.poll() is None
+        time.sleep(0.2)  # what it printed, it printed before it sleeps
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert told == ("" if what == "end" else "stopped by Ctrl-C\n")
+
+
+def test_an_error_long_after_ctrl_c_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with heard_interrupts():
+        assert not just_interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert just_interrupted()
+        now = time.monotonic()
+        monkeypatch.setattr(processes.time, "monotonic", lambda: now + 2)
+        assert not just_interrupted()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_who_ignores_ctrl_c_goes_on_to() -> None:
+    """As what a shell starts in the background does."""
+    with ignored(signal.SIGINT), heard_interrupts():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
