@@ -3,6 +3,7 @@
 Letters: P prompts, K responses of each, N most new tokens, B rows, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
@@ -16,7 +17,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from sheeprlhf.model.generate import Stops, left_padded, own_settings
 from sheeprlhf.model.load import uses_packed_attention
 from sheeprlhf.model.sample import Sampled, prompt_groups, sample_responses
-from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.errors import ModelError, NonFiniteError
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
 
@@ -114,6 +115,7 @@ def continuous_responses(
 
     Raises:
         ModelError: it does not work for this model.
+        NonFiniteError: logits are not finite. It says no more of them, and without a GPU it fails in drawing.
     """
     if not prompts:
         return []
@@ -136,7 +138,8 @@ def continuous_responses(
         seed=seed,
     )
     inputs = [prompt.tolist() for prompt in prompts]
-    with eval_mode(model), own_settings(model, settings), _plain_attention(model), _seeded(uniforms[0], model.device):
+    seeded = _seeded(uniforms[0], model.device)
+    with eval_mode(model), own_settings(model, settings), _plain_attention(model), seeded, _unlogged():
         found = cast(Any, model).generate_batch(
             inputs, generation_config=settings, continuous_batching_config=how, warmup=False
         )
@@ -144,6 +147,11 @@ def continuous_responses(
     broken = [one.error for one in outputs if one.error is not None or not one.generated_tokens]
     if broken or len(outputs) != len(prompts) * num_responses:
         said = next((str(error) for error in broken if error), "responses are missing")
+        if "`nan`" in said:
+            raise NonFiniteError(
+                "the model's logits are not finite while it samples; nothing was learnt from this rollout. Look at the "
+                "model, lower optim.lr, or compute in fabric.precision=32-true; generation.engine=native names the rows"
+            )
         raise ModelError(f"continuous batching failed ({said[:200]}): give generation.engine=native or hf")
     ended = [_ended(np.array(one.generated_tokens), np.array(one.logprobs), eos_id, stop) for one in outputs]
     progress(len(ended))
@@ -154,7 +162,11 @@ ENGINES: dict[str, Engine] = {"native": sample_responses, "hf": hf_responses, "c
 
 
 class _Watch(LogitsProcessor):
-    """Sees the logits of every step, changes nothing, and remembers what they said of the token that was taken."""
+    """Sees the logits of every step, and remembers what they said of the token that was taken.
+
+    It changes nothing but logits that are not finite, from which torch would refuse to draw: what it remembers of them
+    is not finite either, and who asked for the responses looks.
+    """
 
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
@@ -165,7 +177,7 @@ class _Watch(LogitsProcessor):
         """The (B, V) scores as they are; the newest column of `input_ids` came from those before."""
         self._note(input_ids[:, -1])
         self._newest_BV = (scores.float() / self._temperature).log_softmax(dim=-1)
-        return scores
+        return torch.nan_to_num(scores)
 
     def logprobs(self, output: Tensor) -> np.ndarray:
         """(B, N) float32, nats, of every new token of the finished (B, width + N) `output`."""
@@ -216,6 +228,17 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Inside, continuous batching does not log the errors that it returns, nor their tracebacks."""
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _ended(

@@ -22,7 +22,7 @@ from sheeprlhf.model.sample import Sampled
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.registry import options
-from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.errors import ModelError, NonFiniteError
 from tests.support.models import EOS, VOCAB
 
 ModelFolder = Callable[..., Path]
@@ -154,3 +154,24 @@ def test_continuous_batching_that_fails_is_told(model_folder: ModelFolder, monke
     with pytest.raises(ModelError, match="responses are missing"):
         sample("continuous", model)
     assert engines.uses_packed_attention(model)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_logits_that_are_not_finite_are_not_taken_for_responses(
+    name: str, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of one prompt in three: whose log-probabilities say it, or the engine, which knows no better."""
+    model = load(model_folder("llama"))
+    odd = int(PROMPTS[1][0])
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, given, out: out.masked_fill((given[0] == odd)[..., None], torch.nan)
+    )
+    if name == "continuous":
+        with pytest.raises(NonFiniteError, match="logits are not finite"):
+            sample(name, model)
+    else:
+        sampled = sample(name, model)
+        finite = [bool(np.isfinite(np.concatenate(one.logprobs)).all()) for one in sampled]
+        assert not finite[1] and any(finite)  # prompts of one batch may share it
+        assert all((ids < VOCAB).all() for one in sampled for ids in one.responses)
+    assert "Traceback" not in capsys.readouterr().err
