@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 _SECONDS_TO_PASS_ON = 1.0
+_SECONDS_TO_COME_AGAIN = 0.02  # after what was called is left
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -72,6 +73,11 @@ class Interrupts:
         return time.monotonic() - self._last < _SECONDS_TO_PASS_ON
 
 
+def hold_interrupts() -> None:
+    """Ctrl-C waits for good: at the very end Python gives signals back to the kernel, which would kill the process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
 def just_interrupted() -> bool:
     """Whether an error of now may be a library's way to pass a KeyboardInterrupt on: some make it one of their own."""
     handler = signal.getsignal(signal.SIGINT)
@@ -82,7 +88,9 @@ def just_interrupted() -> bool:
 def heard_interrupts() -> Iterator[Interrupts]:
     """Inside, Ctrl-C is heard as Python's own handler would, if that one is there: who ignores it goes on to.
 
-    Off the main thread nothing changes: Python allows no handlers there.
+    And it is heard for sure: Python prints and drops a KeyboardInterrupt that it raises while it calls a `__del__` or a
+    weak reference's callback; here it comes again. Off the main thread nothing changes: Python allows no handlers
+    there.
     """
     interrupts = Interrupts()
     mine = threading.current_thread() is threading.main_thread()
@@ -90,9 +98,19 @@ def heard_interrupts() -> Iterator[Interrupts]:
         yield interrupts
         return
     signal.signal(signal.SIGINT, interrupts)
+    hook, main = sys.unraisablehook, threading.get_ident()
+
+    def heard(of: "sys.UnraisableHookArgs") -> None:
+        if issubclass(of.exc_type, KeyboardInterrupt):
+            threading.Timer(_SECONDS_TO_COME_AGAIN, signal.pthread_kill, (main, signal.SIGINT)).start()
+        else:
+            hook(of)
+
+    sys.unraisablehook = heard
     try:
         yield interrupts
     finally:
+        sys.unraisablehook = hook
         if not interrupts.leaving:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -2,6 +2,8 @@
 
 from tests.mutants.mutant import Mutant
 
+_PROCESSES = "tests/unit/utils/test_processes.py"
+
 MUTANTS = [
     Mutant(
         trap="signals, kills and full disks",
@@ -19,10 +21,45 @@ MUTANTS = [
     ),
     Mutant(
         trap="signals, kills and full disks",
+        file="sheeprlhf/utils/processes.py",
+        old="        return die_with_parent, (os.getpid(),)\n",
+        new="        return int, ()\n",
+        tests=f"{_PROCESSES}::test_a_process_of_a_pool_ends_with_its_parent_while_it_imports",
+    ),
+    Mutant(
+        trap="signals, kills and full disks",
         file="sheeprlhf/data/prepare.py",
-        old="    die_with_parent(parent)\n",
-        new="",
+        old="start_bound, (BoundToThis(), _start_worker, tokenize, stop))",
+        new="_start_worker, (tokenize, stop))",
         tests="tests/unit/data/test_prepare.py::test_the_tokenising_processes_end_with_a_killed_one",
+    ),
+    Mutant(
+        trap="signals, kills and full disks",
+        file="sheeprlhf/utils/processes.py",
+        old="        if issubclass(of.exc_type, KeyboardInterrupt):\n",
+        new="        if False:\n",
+        tests=f"{_PROCESSES}::test_ctrl_c_at_any_time_is_no_error_and_no_traceback",
+    ),
+    Mutant(
+        trap="signals, kills and full disks",
+        file="sheeprlhf/utils/processes.py",
+        old="        if self.leaving:\n",
+        new="        if False:\n",
+        tests=f"{_PROCESSES}::test_ctrl_c_at_any_time_is_no_error_and_no_traceback",
+    ),
+    Mutant(
+        trap="signals, kills and full disks",
+        file="sheeprlhf/cli.py",
+        old="        if just_interrupted():\n",
+        new="        if False:\n",
+        tests=f"{_PROCESSES}::test_ctrl_c_at_any_time_is_no_error_and_no_traceback",
+    ),
+    Mutant(
+        trap="signals, kills and full disks",
+        file="sheeprlhf/cli.py",
+        old="        atexit.register(hold_interrupts)",
+        new="        pass",
+        tests=f"{_PROCESSES}::test_ctrl_c_at_the_very_end_changes_nothing",
     ),
     Mutant(
         trap="signals, kills and full disks",

@@ -85,6 +85,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             turn.note({"rollout/equal_scores": float((advantages_PG == 0).all(dim=1).float().mean())})
             for _, micro_batches in turn.passes(rollout, batches):
                 moved = take_step(fabric, module, optimizer, micro_batches, loss_fn)
+                if not moved["items"]:  # left out
+                    continue
                 turn.note({"loss/policy": moved.pop("loss")})
                 turn.note(moved, "policy/")
                 if task.max_kl is not None and moved["approxkl"] > task.max_kl:

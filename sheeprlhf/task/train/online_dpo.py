@@ -97,6 +97,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 continue
             for _, micro_batches in turn.passes(pairs, batches):
                 moved = take_step(fabric, module, optimizer, micro_batches, loss_fn)
+                if not moved["items"]:  # left out
+                    continue
                 turn.note({"loss/policy": moved.pop("loss")})
                 turn.note(moved, "policy/")
         finish_run(fabric, run, policy, parts.tokenizer, loop.state)

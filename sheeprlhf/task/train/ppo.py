@@ -158,7 +158,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 if critic_module is not None:
                     with critic.in_use():
                         learnt = take_step(fabric, critic_module, optimizer, micro_batches, of_critic)
-                    turn.note({"loss/value": learnt["value"], "critic/grad_norm": learnt["grad_norm"]})
+                    if learnt["items"]:  # else it was left out
+                        turn.note({"loss/value": learnt["value"], "critic/grad_norm": learnt["grad_norm"]})
                 if step < task.critic_warmup_steps:
                     continue
                 with policy.in_use():
@@ -167,6 +168,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                         beside = add_gradients(fabric, actor_module, of_step, ptx_loss, weight=task.ptx_coeff)
                         turn.note({"loss/ptx": beside["loss"]})
                     moved = take_step(fabric, actor_module, optimizer, micro_batches, of_policy)
+                if not moved["items"]:  # left out: the weights are what they were
+                    continue
                 if average is not None:
                     average.follow()
                 moved.pop("loss")  # the sum of these two

@@ -100,6 +100,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             turn.note({"objective/rlhf_reward": float(rewards_PG.mean())})
             for _, micro_batches in turn.passes(rollout, batches):
                 moved = take_step(fabric, module, optimizer, micro_batches, loss_fn)
+                if not moved["items"]:  # left out
+                    continue
                 turn.note({"loss/policy": moved.pop("loss")})
                 turn.note(moved, "policy/")
                 if task.max_kl is not None and moved["approxkl"] > task.max_kl:

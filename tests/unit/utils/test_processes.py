@@ -84,23 +84,46 @@ def own_error():
     except KeyboardInterrupt:
         raise ValueError("could not determine the shape") from None
 
+class Slow:
+    def __del__(self):
+        print("deleting", flush=True)
+        time.sleep(60)
+
+def deleting():
+    Slow()
+    time.sleep(60)
+
+class Late:  # goes when modules are taken down, after all that is registered for the end
+    def __del__(self, os=__import__("os")):
+        os.write(1, b"going\\n")
+        os.kill(os.getpid(), 2)
+        os.write(1, b"gone\\n")
+
 def at_end():
     print("ending", flush=True)
     time.sleep(60)
 
 def action(words):
     print("ready", flush=True)
-    {"own error": own_error, "plain": lambda: time.sleep(60), "end": lambda: atexit.register(at_end)}[words[0]]()
-    return 3 if words[0] == "end" else 0
+    {
+        "plain": lambda: time.sleep(60),
+        "own error": own_error,
+        "deleting": deleting,
+        "late": lambda: globals().update(late=Late()),
+        "end": lambda: atexit.register(at_end),
+    }[words[0]]()
+    return 3 if words[0] in ("end", "late") else 0
 
 cli._dispatch = action
 cli.run()
 """
 
 
-@pytest.mark.parametrize(("what", "last_line"), [("plain", "ready"), ("own error", "ready"), ("end", "ending")])
+@pytest.mark.parametrize(
+    ("what", "last_line"), [("plain", "ready"), ("own error", "ready"), ("deleting", "deleting"), ("end", "ending")]
+)
 def test_ctrl_c_at_any_time_is_no_error_and_no_traceback(what: str, last_line: str) -> None:
-    """While it works, while a library makes it an error of its own, and when Python is ending."""
+    """While it works, where a library makes it an error of its own or Python drops it, and when Python is ending."""
     words = [sys.executable, "-c", PROGRAM, what]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -111,6 +134,12 @@ def test_ctrl_c_at_any_time_is_no_error_and_no_traceback(what: str, last_line: s
         _, told = process.communicate(timeout=20)
     assert process.returncode == 130
     assert told == ("" if what == "end" else "stopped by Ctrl-C\n")
+
+
+def test_ctrl_c_at_the_very_end_changes_nothing() -> None:
+    """When Python has given its signals back to the kernel: the exit code is what was decided."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM, "late"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "ready\ngoing\ngone\n", "")
 
 
 def test_an_error_long_after_ctrl_c_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
