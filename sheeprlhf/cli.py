@@ -20,7 +20,7 @@ from sheeprlhf.command.help import PLAIN_VERBS, VERBS, print_overview, print_ver
 from sheeprlhf.command.screen import print_error
 from sheeprlhf.command.words import PLOT, Words, split_words, verb_problem
 from sheeprlhf.utils.errors import ConfigError, Interrupted, SheepError
-from sheeprlhf.utils.processes import heard_interrupts, hold_interrupts, ignored, just_interrupted
+from sheeprlhf.utils.processes import heard_interrupts, ignore_interrupts, ignored, just_interrupted
 
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
 _SECONDS_FOR_RANK_ZERO = 8.0
@@ -36,7 +36,7 @@ def run(argv: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "debug=true" in [argument.casefold() for argument in arguments]
     if argv is None:  # this is the program itself; else who called has more to do
-        atexit.register(hold_interrupts)  # called after those of the libraries, which are yet to be imported
+        atexit.register(ignore_interrupts)  # called after those of the libraries, which are yet to be imported
     with heard_interrupts() as interrupts:
         code = _guarded(lambda: _dispatch(arguments), debug)
         interrupts.leaving = argv is None

@@ -40,6 +40,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig, SGDConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.processes import interrupts_wait
 
 LIBRARIES = 520_000_000  # of a process that has imported torch, transformers and peft; a CUDA context is as large
 HOLES = {"ALL": 0.8, "LORA": 1.4}  # measured with glibc: docs/performance.md
@@ -159,7 +160,7 @@ def _kept_bytes(model: Any, mixed: torch.dtype | None) -> tuple[int, int, Tensor
         return tensor
 
     backbone, _ = backbone_and_head(model)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with interrupts_wait(), FakeTensorMode(allow_non_fake_inputs=True):  # cut short, it would end the process
         own = {
             name: torch.empty_like(tensor, device="cpu").requires_grad_(tensor.requires_grad)
             for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]

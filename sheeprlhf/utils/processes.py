@@ -54,17 +54,22 @@ class Interrupts:
 
     Attributes:
         leaving: what there was to do is done, or given up. A KeyboardInterrupt would only disturb Python's end.
+        waits: none is raised now; see `interrupts_wait`.
+        came: one waits to be raised.
     """
 
     def __init__(self) -> None:
         """None so far."""
-        self.leaving = False
+        self.leaving = self.waits = self.came = False
         self._last = -math.inf
 
     def __call__(self, signum: int, frame: FrameType | None = None) -> None:
         """Called by Python between two instructions of the main thread."""
         if self.leaving:
             os._exit(128 + signum)
+        self.came = self.waits
+        if self.waits:
+            return
         self._last = time.monotonic()
         raise KeyboardInterrupt
 
@@ -73,9 +78,25 @@ class Interrupts:
         return time.monotonic() - self._last < _SECONDS_TO_PASS_ON
 
 
-def hold_interrupts() -> None:
-    """Ctrl-C waits for good: at the very end Python gives signals back to the kernel, which would kill the process."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Inside, Ctrl-C waits until the block ends: it takes moments, and a library would break if it were cut short."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not isinstance(handler, Interrupts):
+        yield
+        return
+    handler.waits = True
+    try:
+        yield
+    finally:
+        handler.waits = False
+        if handler.came:
+            handler(signal.SIGINT)
+
+
+def ignore_interrupts() -> None:
+    """Ctrl-C does nothing any more: at its very end Python gives handlers back to the kernel, which would kill it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def just_interrupted() -> bool:

@@ -70,9 +70,12 @@ def plain_loop_nll(model: torch.nn.Module, tokenizer: object, data: Path) -> tup
 
 def test_perplexity_equals_a_plain_loop_for_any_batching(tmp_path: Path, model_folder: ModelFolder) -> None:
     data = write_rows(tmp_path / "rows.jsonl", 20)
-    run_dir = train(model_folder(), data, tmp_path / "run", "task.max_num_steps=2")
+    run_dir = train(model_folder(), data, tmp_path / "run", "task.max_num_steps=2", "task.eval_iters=null")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "final", dtype=torch.float32)
     total, count = plain_loop_nll(model, AutoTokenizer.from_pretrained(run_dir / "final"), data)
+    validated = csv_values(run_dir)
+    assert_close(validated["val/nll", 2], total / count, rtol=0, atol=1e-6)
+    assert_close(validated["val/perplexity", 2], math.exp(total / count), rtol=1e-6, atol=0)
     for words in ([], ["task.token_budget=40"], ["task.batching=padded", "task.mini_batch_size=7"]):
         run(["eval", "task=perplexity", f"experiment_dir={run_dir}", *words])
         result = json.loads((run_dir / "eval" / "perplexity-test-final.json").read_text())

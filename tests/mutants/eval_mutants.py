@@ -17,12 +17,12 @@ MUTANTS = [
         new="for row in output[:, min(map(len, prompts)) :].cpu().numpy()]",
         tests="tests/unit/model/test_generate.py::test_greedy_is_an_argmax_loop_alone_and_left_padded",
     ),
-    Mutant(  # texts in the order in which they were generated, references in that of the rows
+    Mutant(  # texts in the order of the processes that wrote them, references in that of the rows
         trap="rouge",
         file=_ANSWERS,
         old="[found[row] for row in range(len(prompts))])",
         new="list(found.values()))",
-        tests=_TEXTS,
+        tests="tests/distributed/test_rouge.py::test_two_processes_equal_one",
     ),
     Mutant(  # special tokens are part of the text
         trap="rouge",

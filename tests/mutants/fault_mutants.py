@@ -57,7 +57,7 @@ MUTANTS = [
     Mutant(
         trap="signals, kills and full disks",
         file="sheeprlhf/cli.py",
-        old="        atexit.register(hold_interrupts)",
+        old="        atexit.register(ignore_interrupts)",
         new="        pass",
         tests=f"{_PROCESSES}::test_ctrl_c_at_the_very_end_changes_nothing",
     ),
@@ -67,5 +67,12 @@ MUTANTS = [
         old="        if full is not None:\n            raise full from error\n",
         new="",
         tests="tests/faults/test_disk.py::test_records_that_find_no_room_are_named",
+    ),
+    Mutant(
+        trap="signals, kills and full disks",
+        file="sheeprlhf/model/memory.py",
+        old="    with interrupts_wait(), FakeTensorMode(",
+        new="    with FakeTensorMode(",
+        tests="tests/unit/model/test_memory.py::test_ctrl_c_waits_for_the_end_of_the_plan",
     ),
 ]

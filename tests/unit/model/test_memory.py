@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import reward_model_of
@@ -35,6 +37,7 @@ from sheeprlhf.model.memory import (
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.structure.task import SFTConfig
+from sheeprlhf.utils.processes import heard_interrupts
 from tests.support.batches import random_examples
 from tests.support.models import ARCHITECTURES
 from tests.support.runs import train_words
@@ -51,6 +54,26 @@ def config_of(folder: Path, mode: str, **options: Any) -> ModelConfig:
 def real_policy(cfg: ModelConfig) -> Policy:
     model = load_causal_lm(cfg, vocabulary=0, longest=0)
     return Policy(add_lora(model, cfg.lora_cfg) if cfg.finetune_mode == "LORA" and cfg.lora_cfg else model)
+
+
+def test_ctrl_c_waits_for_the_end_of_the_plan(model_folder: ModelFolder) -> None:
+    """Raised between two operations on tensors without content, it leaves torch in a state that ends the process."""
+    seen = []
+
+    def interrupt(module: nn.Module, *_: object) -> None:
+        if isinstance(module, LlamaDecoderLayer):
+            seen.append("layer")
+            signal.raise_signal(signal.SIGINT)
+        elif isinstance(module, LlamaModel):
+            seen.append("end")
+
+    hook = nn.modules.module.register_module_forward_hook(interrupt)
+    try:
+        with heard_interrupts(), pytest.raises(KeyboardInterrupt):
+            measure(config_of(model_folder("llama"), "ALL"), "32-true")
+    finally:
+        hook.remove()
+    assert seen == ["layer", "layer", "end"]
 
 
 @pytest.mark.parametrize("mode", ["ALL", "LORA"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.utils import processes
-from sheeprlhf.utils.processes import heard_interrupts, ignored, just_interrupted
+from sheeprlhf.utils.processes import heard_interrupts, ignored, interrupts_wait, just_interrupted
 
 POOL = """
 import multiprocessing
@@ -152,6 +152,26 @@ def test_an_error_long_after_ctrl_c_is_an_error(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(processes.time, "monotonic", lambda: now + 2)
         assert not just_interrupted()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_must_not_be_cut_short_ends_before_ctrl_c_is_heard() -> None:
+    done = []
+
+    def interrupted_twice() -> None:
+        with interrupts_wait():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            done.append("whole")
+        done.append("never")
+
+    with heard_interrupts():
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_twice()
+        with interrupts_wait():
+            done.append("again")
+    assert done == ["whole", "again"]
+    with interrupts_wait(), pytest.raises(KeyboardInterrupt):  # where Python's own handler is
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_who_ignores_ctrl_c_goes_on_to() -> None:
