@@ -151,8 +151,8 @@ def _hydra(source: Source) -> Iterator[None]:
         GlobalHydra.instance().clear()
 
 
-def _group_options(verb: str) -> dict[str, list[str]]:
-    """The choices of every group, classes and files, without other verbs' tasks."""
+def _group_options(verb: str, *, only_own_recipes: bool = True) -> dict[str, list[str]]:
+    """The choices of every group, classes and files, without those of other verbs; to tell recipes, all are read."""
     loader: Any = GlobalHydra.instance().config_loader()
     files = loader.repository  # the loader's own method copies all of it for every group
     found = {
@@ -164,7 +164,7 @@ def _group_options(verb: str) -> dict[str, list[str]]:
         found["task"] = [name for name in found["task"] if name not in other]
     for names in found.values():
         names[:] = [name for name in names if name != SAVED_CHOICE]
-    if "experiment" in found:
+    if "experiment" in found and only_own_recipes:
         found["experiment"] = [
             name for name in found["experiment"] if (recipe_owner(name) == "pipeline") == (verb == "pipeline")
         ]
@@ -189,7 +189,8 @@ def _jobs(parsed: list[Override]) -> Iterator[list[Override]]:
 
 
 def _check_job(source: Source, parsed: list[Override], complete: bool) -> list[str]:
-    chosen = pick_groups(source.verb, parsed, _group_options(source.verb))
+    has_recipe = any(override.key_or_group == "experiment" for override in parsed)
+    chosen = pick_groups(source.verb, parsed, _group_options(source.verb, only_own_recipes=has_recipe))
     problems = chosen.problems
     words = _words(chosen.groups)
     try:

@@ -211,14 +211,8 @@ def campaign(server: JobServer, tmp_path: Path, model: Path, kills: int, seed: i
     return tally
 
 
-@pytest.mark.parametrize(
-    "scenario",
-    [
-        "sft, lora, accumulating",
-        pytest.param("dpo, lora, accumulating", marks=pytest.mark.slow),
-        pytest.param("ppo, two processes", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["sft, lora, accumulating", "dpo, lora, accumulating", "ppo, two processes"])
 def test_a_killed_run_ends_in_the_same_bytes(
     scenario: str, server: JobServer, tmp_path: Path, model_folder: ModelFolder
 ) -> None:

@@ -1,8 +1,8 @@
 """Each one-line mistake of the lists beside this file must fail its test.
 
 A copy of the tree is changed, tested and restored, one in each worker of pytest; this checkout is never touched. CI
-runs the first mutant of each trap, and in the copy as it is those of their tests that are in tests/unit;
-`pytest -m "slow or nightly" tests/mutants` runs all of both.
+runs the first mutant of each trap that has a number (those of the field), and of each other trap whose test is quick.
+`pytest -m "slow or nightly" tests/mutants` runs all, and their tests in the copy as it is.
 """
 
 import json
@@ -65,8 +65,7 @@ _LISTS = (
 )
 MUTANTS = [mutant for module in _LISTS for mutant in module.MUTANTS]
 FIRST_OF_TRAP = {mutant.trap: mutant for mutant in reversed(MUTANTS)}
-SLOW = list(dict.fromkeys(mutant.tests for mutant in FIRST_OF_TRAP.values()))
-NIGHTLY = [tests for tests in dict.fromkeys(mutant.tests for mutant in MUTANTS) if tests not in SLOW]
+QUICK = ("tests/unit/", "tests/parity/", "tests/security/")
 
 
 def copy_tree(target: Path) -> Path:
@@ -156,19 +155,10 @@ def test_a_copy_imports_itself(tree: Tree) -> None:
     assert code == 0, output
 
 
-@pytest.mark.parametrize(
-    "nodes",
-    [
-        pytest.param(
-            [tests for tests in nodes if tests.partition("::")[0] == file],
-            marks=pytest.mark.slow if name == "slow" and file.startswith("tests/unit/") else pytest.mark.nightly,
-            id=f"{name}-{file}",
-        )
-        for nodes, name in ((SLOW, "slow"), (NIGHTLY, "nightly"))
-        for file in dict.fromkeys(tests.partition("::")[0] for tests in nodes)
-    ],
-)
-def test_without_a_mutant_their_tests_pass(nodes: list[str], tree: Tree) -> None:
+@pytest.mark.nightly
+@pytest.mark.parametrize("file", dict.fromkeys(mutant.tests.partition("::")[0] for mutant in MUTANTS))
+def test_without_a_mutant_their_tests_pass(file: str, tree: Tree) -> None:
+    nodes = dict.fromkeys(mutant.tests for mutant in MUTANTS if mutant.tests.partition("::")[0] == file)
     code, output = tree.run(*nodes)
     assert code == 0, output
 
@@ -184,12 +174,13 @@ def test_every_mutant_is_another() -> None:
     assert len({(mutant.file, mutant.old, mutant.new) for mutant in MUTANTS}) == len(MUTANTS)
 
 
+def is_in_ci(mutant: Mutant) -> bool:
+    return FIRST_OF_TRAP[mutant.trap] is mutant and (mutant.trap[0].isdigit() or mutant.tests.startswith(QUICK))
+
+
 @pytest.mark.parametrize(
     "mutant",
-    [
-        pytest.param(mutant, marks=pytest.mark.slow if FIRST_OF_TRAP[mutant.trap] is mutant else pytest.mark.nightly)
-        for mutant in MUTANTS
-    ],
+    [pytest.param(one, marks=pytest.mark.slow if is_in_ci(one) else pytest.mark.nightly) for one in MUTANTS],
     ids=lambda mutant: f"{Path(mutant.file).stem}-{mutant.old.strip()[:40]}",
 )
 def test_a_mutant_is_killed(mutant: Mutant, tree: Tree) -> None:
