@@ -128,11 +128,14 @@ class Page:
         return value
 
     def fill(self, selector: str, text: str) -> None:
-        """Type into a field."""
+        """Type into a field, as soon as it is there."""
+        self.wait(f"!!document.querySelector({selector!r})")
         self.js(f"document.querySelector({selector!r}).focus(); document.querySelector({selector!r}).select()")
         self.call("Input.insertText", text=text)
 
     def click(self, selector: str) -> None:
+        """Press it as soon as it is there: a page is built piece by piece."""
+        self.wait(f"!!document.querySelector({selector!r})")
         self.js(f"document.querySelector({selector!r}).click()")
 
     def screenshot(self, path: Path) -> None:
