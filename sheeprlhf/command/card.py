@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import sheeprlhf
 from sheeprlhf.command.screen import clean
 from sheeprlhf.structure.data import DataConfig, DocstringsConfig
-from sheeprlhf.structure.earlier import read_run
+from sheeprlhf.structure.earlier import REPORT_FILE, read_run
 from sheeprlhf.structure.places import data_is_here, model_folder
 from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.saved import read_run_config, saved_group
@@ -115,7 +115,7 @@ def _data(trained: Trained) -> Iterator[str]:
     assert data is not None and run_dir is not None
     source = getattr(data, "train_file", None) or data.dataset_name
     yield f"{_code(_home(str(source)))}: {(type(data).__doc__ or '').splitlines()[0]}"
-    splits = read_object(run_dir / "data_report.json", _MAX_JSON).get("splits")
+    splits = read_object(run_dir / REPORT_FILE, _MAX_JSON).get("splits")
     rows = [
         f"| {_cell(name)} | {_cell(split.get('read', '?'))} | {_cell(split.get('kept', '?'))} |"
         for name, split in (splits.items() if isinstance(splits, dict) else ())

@@ -74,9 +74,7 @@ def run(arguments: list[str]) -> int:
 
     def card(checks: "Checks", model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> str:
         offset = None if trained.trains == POLICY else float(getattr(model.config, "reward_offset", 0.0))
-        return card_text(
-            trained, checks, dtype, offset=offset, form=form_of(trained.data, tokenizer, templated=trained.templated())
-        )
+        return card_text(trained, checks, dtype, offset=offset, form=form_of(trained, tokenizer))
 
     screen = Screen()
     folder.parent.mkdir(parents=True, exist_ok=True)

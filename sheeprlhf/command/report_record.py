@@ -13,6 +13,7 @@ from sheeprlhf.command.report_texts import Exchange, parse_rows, parse_samples
 from sheeprlhf.command.runs import PastRun, past_run
 from sheeprlhf.command.screen import clean
 from sheeprlhf.engine.redact import redact
+from sheeprlhf.structure.earlier import REPORT_FILE
 from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.files import read_small, read_tail, real_path
@@ -84,7 +85,7 @@ def read_record(folder: Path, info: dict[str, Any], label: str) -> Record:
         evaluations,
         parse_samples(_samples(folder, notes)),
         {clean(name.removesuffix(".jsonl")): parse_rows(content) for name, content in rows.items()},
-        _object(folder, "data_report.json", notes),
+        _object(folder, REPORT_FILE, notes),
         dict(_images(folder)),
         notes,
     )

@@ -19,6 +19,7 @@ from sheeprlhf.structure.data import (
     LocalDataConfig,
     SummarizationConfig,
 )
+from sheeprlhf.structure.trained import Trained
 from sheeprlhf.utils.errors import DataError
 
 HUMAN = "\n\nHuman:"
@@ -116,16 +117,12 @@ FORMS = {
 }
 
 
-def form_of(data: DataConfig | None, tokenizer: Any, *, templated: bool = True) -> str:
-    """The form in which a model was trained: its dataset's; else its chat template's, if there is one; else text.
-
-    Args:
-        data: what it was trained on; None if nobody knows.
-        tokenizer: its tokenizer.
-        templated: whether its rows, if they were of files of one's own, went through the chat template.
-    """
-    own = next((name for name, form in FORMS.items() if form.data is type(data) and name != "template"), "text")
-    return "template" if own == "text" and templated and getattr(tokenizer, "chat_template", None) else own
+def form_of(trained: Trained, tokenizer: Any) -> str:
+    """The form in which it was trained: its dataset's; else its chat template's, if that wrote the rows; else text."""
+    data = type(trained.data)
+    own = next((name for name, form in FORMS.items() if form.data is data and name != "template"), "text")
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    return "template" if own == "text" and has_template and trained.templated() else own
 
 
 class Asker:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.engine.redact import redact, redact_command
 from sheeprlhf.engine.runlock import LOCK_FILE
-from sheeprlhf.structure.earlier import RUN_FILE, find_runs, read_run
+from sheeprlhf.structure.earlier import REPORT_FILE, RUN_FILE, find_runs, read_run
 from sheeprlhf.structure.registry import CUT_OPTIONS, NOT_IN_HASH, config_to_dict
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.saved import read_run_config
@@ -24,7 +24,6 @@ from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.files import fsync, removed_on_error
 
 CONFIG_FILE = "config.yaml"
-REPORT_FILE = "data_report.json"
 _SHOWN = 8  # changed options in a message
 _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 

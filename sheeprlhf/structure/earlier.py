@@ -19,6 +19,7 @@ from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.files import read_small
 
 RUN_FILE = "run.json"
+REPORT_FILE = "data_report.json"
 NEWEST = "newest"  # instead of a directory: the newest finished run of the same model
 AUTO = "auto"  # the same if there is one
 START = "task.sft_experiment_dir"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.structure.data import DataConfig
-from sheeprlhf.structure.earlier import task_of_run
+from sheeprlhf.structure.earlier import REPORT_FILE, task_of_run
 from sheeprlhf.structure.limits import near_path
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
 from sheeprlhf.structure.places import is_weights_name, model_problem, weights_problems
@@ -60,7 +60,7 @@ class Trained(NamedTuple):
 
     def templated(self) -> bool:
         """Whether the chat template, where there is one, wrote rows that it was trained on; assumed of a folder."""
-        report = {} if self.run_dir is None else read_object(self.run_dir / "data_report.json", _MAX_REPORT_BYTES)
+        report = {} if self.run_dir is None else read_object(self.run_dir / REPORT_FILE, _MAX_REPORT_BYTES)
         splits = report.get("splits")
         parts = [part for part in splits.values() if isinstance(part, dict)] if isinstance(splits, dict) else []
         return not parts or any(part.get("templated_rows", 1) for part in parts)

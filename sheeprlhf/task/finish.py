@@ -17,9 +17,9 @@ from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import Run
-from sheeprlhf.engine.rundir import REPORT_FILE, mark_finished, same_data
+from sheeprlhf.engine.rundir import mark_finished, same_data
 from sheeprlhf.engine.shard import assemble
-from sheeprlhf.structure.earlier import REWARD_MODEL, scores_by_run
+from sheeprlhf.structure.earlier import REPORT_FILE, REWARD_MODEL, scores_by_run
 from sheeprlhf.structure.online import OnlineTaskConfig
 from sheeprlhf.structure.option import Config
 from sheeprlhf.structure.registry import options

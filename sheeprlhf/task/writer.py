@@ -173,7 +173,7 @@ def load_writer(trained: Trained, say: Say) -> Writer:
     """
     policy, tokenizer = load_trained_policy(trained, say)
     model = policy.to(_device()).causal_lm()
-    return Writer(model, tokenizer, form_of(trained.data, tokenizer, templated=trained.templated()))
+    return Writer(model, tokenizer, form_of(trained, tokenizer))
 
 
 def load_scorer(trained: Trained, say: Say) -> Scorer:
@@ -183,4 +183,4 @@ def load_scorer(trained: Trained, say: Say) -> Scorer:
         SheepError: it cannot be loaded.
     """
     model, tokenizer = load_trained_scorer(trained, say)
-    return Scorer(model.to(_device()), tokenizer, form_of(trained.data, tokenizer, templated=trained.templated()))
+    return Scorer(model.to(_device()), tokenizer, form_of(trained, tokenizer))

@@ -1,5 +1,7 @@
 """A prompt that somebody types has the ids of the prompt that training saw."""
 
+import json
+
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -10,6 +12,7 @@ from sheeprlhf.data.tokenize import RowTokenizer
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.data import DocstringsConfig, HelpfulHarmlessConfig, LocalDataConfig, SummarizationConfig
 from sheeprlhf.structure.model import TinyConfig
+from sheeprlhf.structure.trained import Trained
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.hub import embedded_folder
 from tests.support.models import BOS, EOS, byte_tokenizer
@@ -88,16 +91,23 @@ def test_what_a_prompt_must_not_have_is_named():
         Asker(FORMS["tldr"], tokenizer).example([Turn("user", "a\0b")])
 
 
-def test_the_form_is_that_of_training():
+def trained_on(data):
+    return Trained("x", "policy", TinyConfig(), data)
+
+
+def test_the_form_is_that_of_training(tmp_path):
     plain, chatty = byte_tokenizer(), byte_tokenizer()
     chatty.chat_template = TEMPLATE
     for tokenizer in (plain, chatty):
-        assert form_of(DocstringsConfig(), tokenizer) == "docstring"
-        assert form_of(SummarizationConfig(), tokenizer) == "tldr"
-        assert form_of(HelpfulHarmlessConfig(), tokenizer) == "dialogue"
+        assert form_of(trained_on(DocstringsConfig()), tokenizer) == "docstring"
+        assert form_of(trained_on(SummarizationConfig()), tokenizer) == "tldr"
+        assert form_of(trained_on(HelpfulHarmlessConfig()), tokenizer) == "dialogue"
     for data in (None, LocalDataConfig()):
-        assert (form_of(data, plain), form_of(data, chatty)) == ("text", "template")
-    assert form_of(LocalDataConfig(), chatty, templated=False) == "text"
+        of = trained_on(data)
+        assert (form_of(of, plain), form_of(of, chatty)) == ("text", "template")
+    for rows, form in ((0, "text"), (1, "template")):
+        (tmp_path / "data_report.json").write_text(json.dumps({"splits": {"train": {"templated_rows": rows}}}))
+        assert form_of(trained_on(LocalDataConfig())._replace(run_dir=tmp_path), chatty) == form
 
 
 def test_a_response_of_no_length_limit():
