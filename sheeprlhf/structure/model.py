@@ -32,7 +32,7 @@ class LORAConfig(Config):
 
 @dataclass(unsafe_hash=True)
 class ModelConfig(Config):
-    """Any causal language model, by hub name or folder."""
+    """A causal language model, by hub name or folder."""
 
     config_name: str = option("???", "Name of this choice.")
     repo_name: Optional[str] = option("???", "Hub id (owner/name) or local folder in the hub's layout.")
@@ -64,7 +64,7 @@ class TinyConfig(ModelConfig):
 
 @dataclass(unsafe_hash=True)
 class AutoModelConfig(ModelConfig):
-    """Any causal language model: give model.repo_name=<hub id or folder>."""
+    """A causal language model of your choice: give model.repo_name=<hub id or folder>."""
 
     config_name: str = option("auto", "Name of this choice.")
 

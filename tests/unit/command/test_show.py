@@ -131,7 +131,7 @@ def test_a_value_s_meaning_is_said_once(capsys):
 def test_several_words_and_names_alone(capsys):
     together = shown(capsys, "sft", "opt")
     assert together == " ".join([shown(capsys, "task=sft"), shown(capsys, "model=opt")])
-    assert "model=auto Any causal" in shown(capsys, "auto")
+    assert "model=auto A causal" in shown(capsys, "auto")
     assert "fabric=auto On a CUDA" in shown(capsys, "auto")
     assert "pretrain_tiny" in shown(capsys, "experiment")
     assert "`show model=tiny` tells all options of one." in shown(capsys, "model")
