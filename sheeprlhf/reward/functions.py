@@ -1,6 +1,6 @@
-"""The built-in reward functions: `fn(prompts, responses, **columns) -> scores`, one score a response.
+"""The built-in reward functions: `fn(prompts, responses, <columns>) -> scores`, one score a response.
 
-Responses come without the EOS token. A function ignores the columns that it does not name.
+Responses come without the EOS token.
 """
 
 import re
@@ -15,7 +15,7 @@ FEWEST_WORDS = 3  # of a summary: a verb and what it is done to
 MOST_REPEATED = 0.25  # of a summary's runs of three words: "a list of names into a list of ids" repeats one
 
 
-def imperative(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+def imperative(prompts: list[str], responses: list[str]) -> list[float]:
     """1.0 for a one-line summary as PEP 257 asks for it ("Return the value."), else 0.0; nothing in between.
 
     A summary is one line of at least three words whose first is an imperative verb; it ends in one full stop, has no
@@ -41,9 +41,7 @@ def _is_imperative_summary(text: str) -> bool:
     )
 
 
-def length(
-    prompts: list[str], responses: list[str], *, target_length: int, length_unit: str = "words", **columns: Any
-) -> list[float]:
+def length(prompts: list[str], responses: list[str], *, target_length: int, length_unit: str = "words") -> list[float]:
     """The smaller of a response's length and the target divided by the larger: 1.0 at the target, 0.0 for no text.
 
     Half the target and twice the target both score 0.5; however long a response is, shortening it scores more.
@@ -53,26 +51,25 @@ def length(
         responses: texts.
         target_length: the length that scores 1.0.
         length_unit: what is counted: "words" (whatever spaces separate) or "characters".
-        columns: not looked at.
     """
     lengths = [len(text.split()) if length_unit == "words" else len(text) for text in responses]
     return [min(found, target_length) / max(found, target_length) for found in lengths]
 
 
-def regex(prompts: list[str], responses: list[str], *, pattern: str, **columns: Any) -> list[float]:
+def regex(prompts: list[str], responses: list[str], *, pattern: str) -> list[float]:
     """1.0 where the pattern is found in a response, as `re.search` does it, else 0.0."""
     compiled = re.compile(pattern)
     return [float(compiled.search(response) is not None) for response in responses]
 
 
-def rouge(prompts: list[str], responses: list[str], *, reference: list[str], **columns: Any) -> list[float]:
+def rouge(prompts: list[str], responses: list[str], *, reference: list[str]) -> list[float]:
     """F-measure of ROUGE-L (Lin 2004) against the reference, in [0, 1], by rouge-score without a stemmer."""
     scorer = _rouge_scorer()
     pairs = zip(reference, responses, strict=True)
     return [float(scorer.score(wanted, response)["rougeL"].fmeasure) for wanted, response in pairs]
 
 
-def sentiment(prompts: list[str], responses: list[str], **columns: Any) -> list[float]:
+def sentiment(prompts: list[str], responses: list[str]) -> list[float]:
     """The compound score of VADER (Hutto and Gilbert 2014), from -1.0 (negative) to 1.0 (positive); English only."""
     analyzer = _sentiment_analyzer()
     return [float(analyzer.polarity_scores(response)["compound"]) for response in responses]

@@ -119,10 +119,20 @@ def build_scorer(
         if source != MODEL:
             terms.append((weight, load_function(source, cfg)))
         elif model_scores is not None:
-            terms.append((weight, RewardFunction(MODEL, model_scores, guarded=False)))
+            of_model = _named(model_scores)
+            terms.append((weight, RewardFunction(MODEL, of_model, guarded=False)))
         else:
             raise ConfigError(
                 f"reward={cfg.config_name} needs a reward model: give task.rm_experiment_dir=<run of task=rm>, "
                 "reward.folder=<folder>, or a function: reward=function reward.path=<name>"
             )
     return Scorer(cfg, terms, max_tokens)
+
+
+def _named(model_scores: ModelScores) -> ModelScores:
+    """The same function with the parameter names of a reward function."""
+
+    def scores(prompts: list[str], responses: list[str]) -> list[float]:
+        return model_scores(prompts, responses)
+
+    return scores

@@ -13,8 +13,17 @@ _OF_CALL = "tests/unit/reward/test_call.py"
 _OF_CHECKS = "tests/unit/structure/test_reward_checks.py"
 _OF_FUNCTIONS = "tests/unit/reward/test_functions.py"
 _OF_SCORE = "tests/unit/reward/test_score.py"
+_OF_SIGNATURE = "tests/unit/reward/test_signature.py"
+_SIGNATURE = "sheeprlhf/reward/signature.py"
 
 MUTANTS = [
+    Mutant(
+        trap="reward: arguments go by place",
+        file=_SIGNATURE,
+        old="of_text = {PROMPTS: prompts, **dict.fromkeys(RESPONSES, responses)}",
+        new="of_text = dict.fromkeys(self.texts, responses) | {name: prompts for name in self.texts[:1]}",
+        tests=f"{_OF_SIGNATURE}::test_arguments_are_bound_by_name",
+    ),
     Mutant(
         trap="reward: the running moments are those of one batch",
         file=_MOMENTS,
@@ -143,9 +152,9 @@ MUTANTS = [
     ),
     Mutant(
         trap="reward: a function changes what it is given",
-        file=_CALL,
-        old="self.function(list(texts.prompts), list(texts.responses), **columns)",
-        new="self.function(texts.prompts, texts.responses, **columns)",
+        file=_SIGNATURE,
+        old="{name: list(of_text[name]) for name in self.texts}",
+        new="{name: of_text[name] for name in self.texts}",
         tests=f"{_OF_CALL}::test_a_function_gets_the_columns_that_it_takes",
     ),
     Mutant(

@@ -157,7 +157,8 @@ def test_the_search_for_the_text_ends(monkeypatch):
         (
             [1.0, None, 1.0],
             [
-                "reward my.reward returned None, which is no number, for response 2 of 3",
+                "reward my.reward returned None, which is no number (give one to each response, for example 0.0 where "
+                "the function does not apply), for response 2 of 3",
                 *("prompt: 'two'", "response: '2\\x1b[31m'"),
             ],
         ),
@@ -209,7 +210,6 @@ def test_a_function_gets_the_columns_that_it_takes():
         assert RewardFunction("f", function)(texts) == [1.0] * 3
     assert texts.prompts == TEXTS.prompts and texts.columns["reference"] == ["a", "b", "c"]
     assert said_by(another, texts) == ["reward my.reward needs a column 'label' of the data; there is reference, style"]
-    assert RewardFunction("f", max)._takes_all  # has no signature
 
 
 def test_a_models_own_errors_pass_and_its_scores_are_checked():
