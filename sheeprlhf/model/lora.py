@@ -1,14 +1,17 @@
 """Low-rank adapters on a frozen language model, through PEFT."""
 
 import difflib
+import shlex
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -16,12 +19,30 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sheeprlhf.model.adapter import read_adapter_config
+from sheeprlhf.model.outputs import check_difference, compute_outputs, max_difference, probe_rows
 from sheeprlhf.structure.model import LORAConfig
 from sheeprlhf.structure.validate import parse_targets
 from sheeprlhf.utils.errors import ModelError
 
 POLICY = "default"  # PEFT's name for the first adapter of a model: that of the policy
 CRITIC, REWARD = "critic", "reward"  # further ones on the same base
+# Of 1 + the largest output. Merging adds W + BA first instead of Wx + BAx: sums in another order, and rounded weights.
+_MERGE_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
+_FLOAT32_MERGE_TOLERANCE = 1e-4
+
+
+class Merged(NamedTuple):
+    """A model with its adapters merged into its weights.
+
+    Attributes:
+        model: all of its weights train; it is no longer what any folder holds.
+        outputs: its logits or scores on the rows that it was compared on.
+        difference: the largest difference of an output before and after.
+    """
+
+    model: PreTrainedModel
+    outputs: list[Tensor]
+    difference: float
 
 
 def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -47,7 +68,7 @@ def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None
         head: name of a module that trains as a whole and is saved with the adapters: a classification model's head.
 
     Raises:
-        ModelError: a target names no module of the model.
+        ModelError: a target names no module of the model, or one whose weight another module uses too.
     """
     targets = parse_targets(cfg.targets)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
@@ -62,7 +83,42 @@ def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None
                 f"This model has {', '.join(known)}; 'all-linear' takes all but the head."
             )
     with _peft_warnings_ignored():
-        return get_peft_model(model, lora_config(model, cfg, head=head))
+        adapted = get_peft_model(model, lora_config(model, cfg, head=head))
+    shared = shared_targets(adapted)
+    if shared:
+        names = {name.rsplit(".", 1)[-1] for name in shared}
+        kept = [] if isinstance(targets, str) else [target for target in targets if target.split(".")[-1] not in names]
+        fix = f"[{','.join(kept)}]" if kept else "all-linear"
+        raise ModelError(
+            f"model.lora_cfg.targets: {_describe_shared(shared)}, so merging an adapter there would change both: "
+            f"give {shlex.quote(f'model.lora_cfg.targets={fix}')}"
+        )
+    return adapted
+
+
+def shared_targets(model: PeftModel) -> dict[str, list[str]]:
+    """The layers with adapters whose weights other modules use too, each with the names of those modules.
+
+    A language head that is tied to the input embedding is one: merging adapters into it changes both.
+    """
+    base = model.get_base_model()
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, module in base.named_modules():
+        for weight in module.parameters(recurse=False):
+            users[id(weight)].append(name)
+    shared = {}
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layer: nn.Module = module.get_base_layer()
+            used = [user for weight in layer.parameters(recurse=False) for user in users[id(weight)]]
+            others = [user for user in used if user != name and not user.startswith(f"{name}.")]
+            if others:
+                shared[name] = others
+    return shared
+
+
+def _describe_shared(shared: dict[str, list[str]]) -> str:
+    return ", ".join(f"{name} shares its weight with {' and '.join(users)}" for name, users in shared.items())
 
 
 def lora_config(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None) -> LoraConfig:
@@ -78,12 +134,32 @@ def lora_config(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = N
     )
 
 
-def merge_lora(model: PeftModel) -> PreTrainedModel:
-    """The model with its adapters in its weights, all of which train; it is no longer what any folder holds."""
-    merged = cast(PreTrainedModel, model.merge_and_unload())
+def merge_lora(model: PeftModel, rows: Sequence[Sequence[int]] | None = None) -> Merged:
+    """Merge the adapters into the weights, and verify that the model computes what it computed with them beside.
+
+    Args:
+        model: the model with its adapters, which is used up.
+        rows: token ids of the rows that logits or scores are compared on; a few of the whole vocabulary by default.
+
+    Raises:
+        ModelError: the merged model computes something else.
+    """
+    base = cast(PreTrainedModel, model.get_base_model())
+    rows = probe_rows(base) if rows is None else rows
+    before, shared = compute_outputs(base, rows), shared_targets(model)
+    with _peft_warnings_ignored():
+        merged = cast(PreTrainedModel, model.merge_and_unload())
     merged.requires_grad_(True)
     merged.name_or_path = merged.config._name_or_path = ""
-    return merged
+    after = compute_outputs(merged, rows)
+    difference = max_difference(before, after)
+    what = "with its adapters merged the model computes something else"
+    share = _MERGE_TOLERANCE.get(next(merged.parameters()).dtype, _FLOAT32_MERGE_TOLERANCE)
+    if shared:  # no rounding: one of the two modules got an update that was not trained for it
+        what = f"{what}, since {_describe_shared(shared)} (train again with other model.lora_cfg.targets)"
+        share = _FLOAT32_MERGE_TOLERANCE
+    check_difference(difference, after, share, what)
+    return Merged(merged, after, difference)
 
 
 def save_model(model: PreTrainedModel | PeftModel, folder: Path) -> bool:
@@ -94,9 +170,12 @@ def save_model(model: PreTrainedModel | PeftModel, folder: Path) -> bool:
 
     Returns:
         Whether the folder holds adapters.
+
+    Raises:
+        ModelError: with its adapters merged, the model computes something else.
     """
     if isinstance(model, PeftModel) and not model.get_base_model().name_or_path:
-        model = merge_lora(model)
+        model = merge_lora(model).model
     if not isinstance(model, PeftModel):
         model.save_pretrained(str(folder))
         return False
@@ -199,8 +278,9 @@ def load_score_adapter(model: PeftModel, folder: Path, name: str) -> Tensor:
 
 @contextmanager
 def _peft_warnings_ignored() -> Iterator[None]:
-    """PEFT warns that it corrects fan_in_fan_out per layer, which is right, and uses an old name of transformers."""
+    """Hide PEFT's warnings of fan_in_fan_out, which it corrects, of an old name, and of tied weights, checked here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|no longer tied)")
         yield

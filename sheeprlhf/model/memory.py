@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from transformers import PreTrainedModel
 
 from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.head import MAX_LOGITS
@@ -97,6 +98,33 @@ class MemoryPlan(NamedTuple):
         return sum(self)
 
 
+def build_on_meta(cfg: ModelConfig, *, scores: bool) -> tuple[PreTrainedModel, nn.Module]:
+    """Build what a run trains out of tensors without content; no weight is read.
+
+    Args:
+        cfg: the model's configuration.
+        scores: it becomes a reward model.
+
+    Returns:
+        The causal language model, and the model that trains, with its adapters or its score head.
+
+    Raises:
+        ModelError: its config.json cannot be found or read, or its adapters do not fit it.
+    """
+    plain = dataclasses.replace(cfg, random_init=True, gradient_checkpointing=False)
+    if scores:
+        plain = dataclasses.replace(plain, freeze_transformer=False)
+    with torch.device("meta"):
+        causal_lm = load_causal_lm(plain, vocabulary=0, longest=0)
+        whole = with_score_head(causal_lm, 0) if scores else causal_lm
+        if scores and cfg.freeze_transformer:
+            whole.requires_grad_(False)
+            getattr(whole, HEAD).requires_grad_(True)
+        if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
+            return causal_lm, add_lora(whole, cfg.lora_cfg, head=HEAD if scores else None)
+    return causal_lm, whole
+
+
 def measure(cfg: ModelConfig, precision: str, scores: bool = False) -> ModelSize:
     """The size of a model as it is trained in one of the precisions of `fabric.precision`.
 
@@ -108,18 +136,8 @@ def measure(cfg: ModelConfig, precision: str, scores: bool = False) -> ModelSize
     Raises:
         ModelError: its config.json cannot be had or read, its adapters do not fit it, or its code reads tensors.
     """
-    plain = dataclasses.replace(cfg, random_init=True, gradient_checkpointing=False)
-    if scores:
-        plain = dataclasses.replace(plain, freeze_transformer=False)
-    with torch.device("meta"):
-        causal_lm = load_causal_lm(plain, vocabulary=0, longest=0)
-        whole = with_score_head(causal_lm, 0) if scores else causal_lm
-        if scores and cfg.freeze_transformer:
-            whole.requires_grad_(False)
-            getattr(whole, HEAD).requires_grad_(True)
-        adapted = cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None
-        head = HEAD if scores else None
-        model: nn.Module = add_lora(whole, cfg.lora_cfg, head=head) if adapted and cfg.lora_cfg else whole
+    causal_lm, model = build_on_meta(cfg, scores=scores)
+    adapted = cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None
     if precision in _TRUE:
         model = model.to(_TRUE[precision])
     try:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -29,14 +28,14 @@ from sheeprlhf.data.tokenize import RowTokenizer
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.model.lora import merge_lora
+from sheeprlhf.model.outputs import check_difference, compute_outputs, max_difference, max_output
 from sheeprlhf.model.scalar import padding_token
 from sheeprlhf.structure.places import data_is_here
 from sheeprlhf.structure.trained import POLICY, Trained
 from sheeprlhf.task.writer import load_trained_policy, load_trained_scorer
 from sheeprlhf.utils.errors import ConfigError, DataError, ModelError
 
-# Of 1 + the largest logit, all in float32. Merging adds W + BA first instead of Wx + BAx: sums in another order.
-MERGED, LOADED = 1e-4, 1e-5
+LOADED = 1e-5  # of 1 + the largest logit, all in float32
 _TEXTS = (  # where the run's own rows are not on this machine
     "The quick brown fox jumps over the lazy dog, and then it rests.",
     "def mean(values):\n    return sum(values) / len(values)\n",
@@ -83,13 +82,11 @@ def export_model(trained: Trained, target: Path, dtype: str, card: Card, say: Sa
     model, tokenizer = _load(trained, say)
     causal = trained.trains == POLICY
     rows = list(_rows(trained, tokenizer, model))
-    before = _logits(_inner(model), rows)
-    peft = model.model if isinstance(model.model, PeftModel) else None
-    plain = _inner(model) if peft is None else merge_lora(peft)
-    merged = _logits(plain, rows)
-    apart = None if peft is None else _apart(before, merged)
-    if apart is not None:
-        _check(apart, merged, MERGED, "with its adapters merged the model computes something else; nothing was written")
+    plain, apart = _inner(model), None
+    if isinstance(model.model, PeftModel):
+        plain, outputs, apart = merge_lora(model.model, rows)
+    else:
+        outputs = compute_outputs(plain, rows)
     for weight in plain.parameters():  # buffers, such as rotary frequencies, stay as they are
         weight.data = weight.data.to(getattr(torch, dtype))
     plain.config.use_cache = True
@@ -99,15 +96,15 @@ def export_model(trained: Trained, target: Path, dtype: str, card: Card, say: Sa
         _save(plain, tokenizer, folder, causal=causal)
         for weight in plain.parameters():
             weight.data = weight.data.float()
-        rounded = _logits(plain, rows)
+        rounded = compute_outputs(plain, rows)
         auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
         options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-        read = _logits(auto.from_pretrained(folder, dtype=torch.float32, **options).eval(), rows)
-        loaded = _apart(rounded, read)
-        _check(loaded, rounded, LOADED, f"{target}: what was written computes something else; it was removed")
+        read = compute_outputs(auto.from_pretrained(folder, dtype=torch.float32, **options), rows)
+        loaded = max_difference(rounded, read)
+        check_difference(loaded, rounded, LOADED, f"{target}: what was written computes something else; it was removed")
         if AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab() != tokenizer.get_vocab():
             raise ModelError(f"{target}: the written tokenizer is another one; it was removed")
-        checks.append(Checks(len(rows), _largest(merged), apart, _apart(merged, rounded), loaded))
+        checks.append(Checks(len(rows), max_output(outputs), apart, max_difference(outputs, rounded), loaded))
         (folder / "README.md").write_text(card(checks[0], plain, tokenizer), encoding="utf-8")
         check_target(target)
 
@@ -147,28 +144,6 @@ def _rows(trained: Trained, tokenizer: PreTrainedTokenizerBase, model: Policy | 
             found = []
     for ids in found or [tokenizer(text)["input_ids"] for text in _TEXTS]:
         yield ids[:most]
-
-
-@torch.no_grad()
-def _logits(model: PreTrainedModel, rows: list[list[int]]) -> list[Tensor]:
-    """Of each row, (T, V) of a language model, (1,) of a reward model; in eval mode."""
-    model.eval()
-    return [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float() for ids in rows]
-
-
-def _apart(one: list[Tensor], other: list[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
-
-
-def _largest(logits: list[Tensor]) -> float:
-    return max(float(row.abs().max()) for row in logits)
-
-
-def _check(apart: float, logits: list[Tensor], share: float, what: str) -> None:
-    """Raises ModelError if the difference is too large, or no number."""
-    most = share * (1 + _largest(logits))
-    if not apart <= most:
-        raise ModelError(f"{what}: logits differ by {apart:.3g}, and {most:.3g} is the most that rounding explains")
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, causal: bool) -> None:

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from sheeprlhf.agent.reference import reference_of
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
 from sheeprlhf.engine.run import Run
-from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.reward.score import check_columns
 from sheeprlhf.structure.online import PPOConfig
 from sheeprlhf.task.agents import Agents, load_agents
@@ -20,6 +19,7 @@ from sheeprlhf.task.batches import longest_row
 from sheeprlhf.task.collect import Collector
 from sheeprlhf.task.finish import report_data
 from sheeprlhf.task.held_out import HeldOut
+from sheeprlhf.task.start import begin_training
 from sheeprlhf.task.turns import Loop
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
@@ -56,7 +56,7 @@ def load_parts(fabric: Fabric, run: Run) -> Parts:
             f"generation.engine={cfg.generation.engine} draws from torch's generator: a run that is resumed with as "
             "many processes and the same task.token_budget samples the same responses, any other run does not"
         )
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer = begin_training(cfg)
     data = prepare_data(cfg.data, tokenizer, kind=cfg.task.data_kind, say=run.say, progress=fabric.is_global_zero)
     report_data(fabric, run, data)
     rows, held_out = data.splits["train"], data.splits.get("validation")

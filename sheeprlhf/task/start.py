@@ -1,6 +1,7 @@
 """The model that a task starts from or evaluates: the configured one, or what an earlier run made of it."""
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,29 @@ from transformers import PreTrainedTokenizerBase
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.agent.reward import RewardModel, load_reward_model, reward_model_of
 from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.weights import find_checkpoint, load_weights
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import add_lora, load_lora, merge_lora
+from sheeprlhf.model.memory import build_on_meta
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.saved import saved_group
 from sheeprlhf.structure.task import RMConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError
+
+
+def begin_training(cfg: TrainConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the model that is going to train, and check the model's adapters, before data is prepared.
+
+    Raises:
+        ModelError: the tokenizer cannot be loaded, or adapters cannot be put where `model.lora_cfg.targets` says.
+    """
+    tokenizer = load_tokenizer(cfg.model)
+    if cfg.model.finetune_mode == "LORA":
+        with isolated_rng(), suppress(NotImplementedError, RuntimeError, TypeError):  # code that reads tensors
+            build_on_meta(cfg.model, scores=cfg.task.trains == "reward model")
+    return tokenizer
 
 
 def load_of_run(
@@ -105,7 +122,7 @@ def load_start(
     of_run = dataclasses.replace(of_run, **kept, freeze_transformer=False, random_init=False)
     policy, packed = load_of_run(of_run, Path(run_dir), weights, tokenizer, longest=longest, batching=batching, say=say)
     if isinstance(policy.model, PeftModel):
-        policy = Policy(merge_lora(policy.model))
+        policy = Policy(merge_lora(policy.model).model)
     return policy, packed
 
 

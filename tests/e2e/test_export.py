@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraModel, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -130,18 +130,18 @@ def test_the_folder_has_what_vllm_asks_for(name, runs, tmp_path):
 
 
 def test_a_wrong_merge_is_refused_with_figures(runs, tmp_path, monkeypatch, capsys):
-    merge = export.merge_lora
+    merge = LoraModel.merge_and_unload
 
     def wrong(model):
         merged = merge(model)
         merged.model.norm.weight.data[3] += 0.01
         return merged
 
-    monkeypatch.setattr(export, "merge_lora", wrong)
+    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
     before = digests(runs["dpo"])
     printed = refused(capsys, runs["dpo"], "--to", tmp_path / "out")
     assert "with its adapters merged the model computes something else" in printed
-    assert "logits differ by 0.0" in printed
+    assert "outputs differ by 0.0" in printed
     assert list(tmp_path.iterdir()) == []
     assert digests(runs["dpo"]) == before
 

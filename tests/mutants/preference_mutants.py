@@ -32,7 +32,7 @@ MUTANTS = [
     Mutant(  # the fine-tuning's adapters are lost at the start
         trap="7",
         file=_START,
-        old="        policy = Policy(merge_lora(policy.model))",
+        old="        policy = Policy(merge_lora(policy.model).model)",
         new="        policy = Policy(policy.model.unload())",
         tests=f"{_CHAINS}::test_the_reference_is_the_fine_tuned_model",
     ),

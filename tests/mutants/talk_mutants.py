@@ -2,17 +2,18 @@
 
 from tests.mutants.mutant import Mutant
 
-_ASKING, _CHAT, _COMPARE, _EXPORT, _GUARD, _STREAM, _TRAINED, _WRITER = (
+_ASKING, _CHAT, _COMPARE, _EXPORT, _GUARD, _LORA, _STREAM, _TRAINED, _WRITER = (
     f"sheeprlhf/{name}.py"
     for name in (
         *("data/asking", "command/chat", "command/compare", "task/export"),
-        *("command/demo_guard", "model/stream", "structure/trained", "task/writer"),
+        *("command/demo_guard", "model/lora", "model/stream", "structure/trained", "task/writer"),
     )
 )
 _OF_STREAM = "tests/unit/model/test_stream.py::test_it_writes_what_generate_writes"
 _OF_FORMS = "tests/unit/data/test_asking.py::test_each_form_writes_what_its_dataset_has"
 _OF_GUARD = "tests/unit/command/test_demo_guard.py"
 _OF_EXPORT = "tests/e2e/test_export.py::test_"
+_OF_LORA = "tests/unit/model/test_lora.py::test_"
 _OF_CHAT = "tests/e2e/test_chat.py::test_"
 
 MUTANTS = [
@@ -60,16 +61,30 @@ MUTANTS = [
     ),
     Mutant(
         trap="export: a wrong merge is written",
-        file=_EXPORT,
-        old="    if apart is not None:\n",
-        new="    if apart is None:\n",
+        file=_LORA,
+        old="    check_difference(difference, after, share, what)\n",
+        new="",
         tests=f"{_OF_EXPORT}a_wrong_merge_is_refused_with_figures",
+    ),
+    Mutant(
+        trap="merge: an adapter on a tied head changes the embedding",
+        file=_LORA,
+        old="    check_difference(difference, after, share, what)\n",
+        new="",
+        tests=f"{_OF_LORA}adapters_on_a_tied_weight_made_elsewhere_are_not_merged",
+    ),
+    Mutant(
+        trap="merge: an adapter on a tied head is trained",
+        file=_LORA,
+        old="    if shared:\n        names =",
+        new="    if False:\n        names =",
+        tests=f"{_OF_LORA}adapters_on_a_tied_weight_are_rejected",
     ),
     Mutant(
         trap="export: what was written is not looked at",
         file=_EXPORT,
-        old="    if not apart <= most:\n",
-        new="    if apart > 1e9:\n",
+        old="        check_difference(loaded, rounded, LOADED, ",
+        new="        check_difference(0.0, rounded, LOADED, ",
         tests=f"{_OF_EXPORT}a_folder_that_was_written_wrong_is_not_left",
     ),
     Mutant(

@@ -27,7 +27,6 @@ from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.signals import STOP_SIGNALS
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate, update
 from sheeprlhf.loss.dpo import kto
-from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import add_lora
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import KTOConfig
@@ -35,7 +34,7 @@ from sheeprlhf.task.batches import Batches, longest_row, training_split
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
 from sheeprlhf.task.reference import check_reference, of_rows, reference_logprobs, sum_by_response, weights_digest
 from sheeprlhf.task.samples import log_samples
-from sheeprlhf.task.start import load_start
+from sheeprlhf.task.start import begin_training, load_start
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 
@@ -131,7 +130,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     task = cfg.task
     assert isinstance(task, KTOConfig)
     with open_run(fabric, cfg, run_dir) as run:
-        tokenizer = load_tokenizer(cfg.model)
+        tokenizer = begin_training(cfg)
         data = prepare_data(cfg.data, tokenizer, kind=task.data_kind, say=run.say, progress=fabric.is_global_zero)
         report_data(fabric, run, data)
         name = training_split(task, data)

@@ -22,13 +22,12 @@ from sheeprlhf.engine.rundir import is_finished
 from sheeprlhf.engine.signals import STOP_SIGNALS
 from sheeprlhf.engine.step import LossOutput, evaluate, update
 from sheeprlhf.loss.reward import by_response, centering, last_scores, reward_loss
-from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.task.batches import Batches, longest_row, training_split
 from sheeprlhf.task.eval.preference import pairs_of_rows, scores_of_rows
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
-from sheeprlhf.task.start import load_start
+from sheeprlhf.task.start import begin_training, load_start
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -59,7 +58,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     task = cfg.task
     assert isinstance(task, RMConfig)
     with open_run(fabric, cfg, run_dir) as run:
-        tokenizer = load_tokenizer(cfg.model)
+        tokenizer = begin_training(cfg)
         data = prepare_data(cfg.data, tokenizer, kind=task.data_kind, say=run.say, progress=fabric.is_global_zero)
         report_data(fabric, run, data)
         rows = data.splits[training_split(task, data)]

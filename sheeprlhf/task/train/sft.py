@@ -21,12 +21,12 @@ from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.signals import STOP_SIGNALS
 from sheeprlhf.engine.step import LossOutput, evaluate, update
 from sheeprlhf.loss.sft import cross_entropy
-from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.task.batches import Batches, longest_row
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
 from sheeprlhf.task.samples import log_samples
+from sheeprlhf.task.start import begin_training
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -46,7 +46,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     task = cfg.task
     assert isinstance(task, SFTConfig)
     with open_run(fabric, cfg, run_dir) as run:
-        tokenizer = load_tokenizer(cfg.model)
+        tokenizer = begin_training(cfg)
         data = prepare_data(cfg.data, tokenizer, kind="sft", say=run.say, progress=fabric.is_global_zero)
         report_data(fabric, run, data)
         rows, held_out = data.splits["train"], data.splits.get("validation")

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.model.load import load_causal_lm
-from sheeprlhf.model.lora import add_lora, load_lora
+from sheeprlhf.model.lora import add_lora, load_lora, merge_lora
+from sheeprlhf.model.scalar import HEAD, with_score_head
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.support.models import VOCAB, byte_tokenizer
@@ -115,3 +117,94 @@ def test_saved_adapters_are_read_back_frozen(tmp_path: Path, model_folder: Model
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ModelError, match="these adapters cannot be loaded"):
             load_lora(other, folder)
+
+
+def loaded(folder: Path, dtype: str = "float32") -> PreTrainedModel:
+    cfg = ModelConfig(config_name="auto", repo_name=str(folder), dtype=dtype)
+    return load_causal_lm(cfg, vocabulary=VOCAB, longest=64).eval()
+
+
+@pytest.mark.parametrize(("architecture", "layer"), [("llama", "q_proj"), ("gpt2", "c_attn"), ("phi", "lm_head")])
+def test_merged_adapters_compute_what_they_computed_beside(
+    architecture: str, layer: str, model_folder: ModelFolder
+) -> None:
+    """The head of phi is not tied: an adapter there is allowed."""
+    model = adapted(model_folder(architecture), [layer]).eval()
+    perturb(model)
+    expected = model(input_ids=IDS).logits
+    merged = merge_lora(model)
+    assert not any("lora_" in name for name, _ in merged.model.named_parameters())
+    assert_close(merged.model(input_ids=IDS).logits, expected, rtol=0, atol=1e-4)
+    assert merged.difference < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_to_half_precision_is_no_wrong_merge(dtype: str, model_folder: ModelFolder) -> None:
+    model = adapted(model_folder(), dtype=dtype).eval()
+    perturb(model)
+    assert merge_lora(model).difference > 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "falcon"])
+@pytest.mark.parametrize("targets", [["lm_head"], "lm_head,{layer}"])
+def test_adapters_on_a_tied_weight_are_rejected(
+    architecture: str, targets: str | list[str], model_folder: ModelFolder
+) -> None:
+    layer = {"llama": "q_proj", "gpt2": "c_attn", "opt": "q_proj", "falcon": "query_key_value"}[architecture]
+    fix = "all-linear" if isinstance(targets, list) else rf"'model.lora_cfg.targets=\[{layer}\]'"
+    with pytest.raises(ModelError, match=f"model.lora_cfg.targets: lm_head shares .*{fix}"):
+        adapted(model_folder(architecture), targets if isinstance(targets, list) else targets.format(layer=layer))
+
+
+def test_a_reward_model_of_a_tied_model_takes_all_layers(model_folder: ModelFolder) -> None:
+    """Its language head is gone, so nothing shares a weight; the merged model gives the scores of the adapters."""
+    model = add_lora(with_score_head(loaded(model_folder()), 0), LORAConfig(), head=HEAD).eval()
+    perturb(model)
+    expected = model(input_ids=IDS).logits
+    assert_close(merge_lora(model).model(input_ids=IDS).logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_on_a_tied_weight_made_elsewhere_are_not_merged(
+    target: str, dtype: str, model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    """They are read: beside the weights they compute what they were trained to."""
+    theirs = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder(), dtype=getattr(torch, dtype)),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=[target, "q_proj"], init_lora_weights=False),
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_lora(loaded(model_folder(), dtype), tmp_path)
+    assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=0, atol=1e-5 if "32" in dtype else 0.1)
+    with pytest.raises(ModelError, match=rf"outputs differ.*|{target} shares its weight.*model.lora_cfg.targets"):
+        merge_lora(ours)
+
+
+def test_a_head_that_came_with_the_adapters_stays_untied(model_folder: ModelFolder, tmp_path: Path) -> None:
+    theirs = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32),
+        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    expected = theirs(input_ids=IDS).logits
+    theirs.save_pretrained(tmp_path / "adapters")
+    merged = merge_lora(load_lora(loaded(model_folder()), tmp_path / "adapters")).model
+    merged.save_pretrained(tmp_path / "whole")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32).eval()
+    assert_close(plain(input_ids=IDS).logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_a_merge_that_computes_something_else_is_an_error(
+    scores: bool, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = with_score_head(loaded(model_folder()), 0) if scores else loaded(model_folder())
+    model = add_lora(base, LORAConfig(), head=HEAD if scores else None)
+    perturb(model)
+    monkeypatch.setattr(LoraModel, "merge_and_unload", LoraModel.unload)  # without the adapters
+    with pytest.raises(ModelError, match="outputs differ by"):
+        merge_lora(model)
