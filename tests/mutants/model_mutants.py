@@ -91,8 +91,8 @@ MUTANTS = [
     Mutant(  # the base trains beside its adapters
         trap="7",
         file=_LORA,
-        old="        return get_peft_model(model, lora_config(model, cfg, head=head))\n",
-        new="        return get_peft_model(model, lora_config(model, cfg, head=head)).requires_grad_(True)\n",
+        old="        adapted = get_peft_model(model, lora_config(model, cfg, head=head))\n",
+        new="        adapted = get_peft_model(model, lora_config(model, cfg, head=head)).requires_grad_(True)\n",
         tests="tests/unit/agent/test_policy.py::test_only_adapters_have_gradients",
     ),
     Mutant(  # the base is saved, its adapters are lost
