@@ -58,6 +58,49 @@ class StepPlan(NamedTuple):
         return np.unique(np.concatenate([self.rows_of_step(step) for step in range(num_steps)]))
 
 
+class RolloutPlan(NamedTuple):
+    """Optimizer steps of a run that learns from one rollout after the other, each `passes` times.
+
+    The last rollout of an epoch may have fewer prompts, and then fewer steps.
+
+    Attributes:
+        prompts: the order of the prompts; one of its "steps" is a rollout.
+        prompts_per_step: prompts of one optimizer step, all ranks together.
+        passes: passes over a rollout.
+        max_num_steps: the run ends after this many optimizer steps, also inside of a rollout; None: after all epochs.
+    """
+
+    prompts: StepPlan
+    prompts_per_step: int
+    passes: int
+    max_num_steps: int | None = None
+
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        steps = self.steps_before(self.prompts.num_steps())
+        return steps if self.max_num_steps is None else min(steps, self.max_num_steps)
+
+    def steps_before(self, number: int) -> int:
+        """Optimizer steps of all rollouts before rollout `number`, counted from 0."""
+        per_epoch = self.prompts.steps_per_epoch()
+        epoch, within = divmod(number, per_epoch)
+        return epoch * self._steps_per_epoch() + within * self._steps(self.prompts.rows_per_step)
+
+    def rollout_after(self, step: int) -> int:
+        """The first rollout that begins at optimizer step `step` or later."""
+        epoch, within = divmod(step, self._steps_per_epoch())
+        return epoch * self.prompts.steps_per_epoch() - (-within // self._steps(self.prompts.rows_per_step))
+
+    def _steps_per_epoch(self) -> int:
+        full = self.prompts.steps_per_epoch() - 1
+        last = self.prompts.num_rows - full * self.prompts.rows_per_step
+        return full * self._steps(self.prompts.rows_per_step) + self._steps(last)
+
+    def _steps(self, num_prompts: int) -> int:
+        """Optimizer steps on a rollout of so many prompts."""
+        return self.passes * -(-num_prompts // self.prompts_per_step)
+
+
 @lru_cache(maxsize=2)
 def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     """The order of one epoch, kept because each of its steps asks for it."""

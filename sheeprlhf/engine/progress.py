@@ -11,10 +11,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Rank zero only: steps done, what came of them, speed and time left."""
 
-    def __init__(self, total: int, start: int, unit: str) -> None:
-        """Begin at step `start` of `total`; speed is counted in `unit` per second."""
+    def __init__(self, total: int, start: int, unit: str, *, began: float | None = None) -> None:
+        """Begin at step `start` of `total`; speed is counted in `unit` per second since `began`, or since now."""
         self._total, self._start, self._unit = total, start, unit
-        self._began = time.monotonic()
+        self._began = time.monotonic() if began is None else began
         self._amount = 0.0
         self._next_line = self._began + _SECONDS_BETWEEN_LINES
         self._bar = None

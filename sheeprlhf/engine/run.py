@@ -1,6 +1,7 @@
 """A training run in its directory: lock, saved configuration, records, messages, signals and checkpoints."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -51,6 +52,7 @@ class Run:
         self._signals: SignalFlags | None = None
         self._writer: MetricWriter | None = None
         self._progress: Progress | None = None
+        self._began, self._began_at_step = time.monotonic(), 0
         self._state = TrainState()
         self._counted_at = 0  # the step with which the number of skipped steps was last logged
 
@@ -71,6 +73,7 @@ class Run:
 
     def begin(self, step: int) -> None:
         """All ranks, instead of `restore`, for a run without checkpoints: go on after `step`, 0 for a new run."""
+        self._began, self._began_at_step = time.monotonic(), step
         self.say(f"going on after step {step}" if step else "starting at step 0")
         if self._fabric.is_global_zero:
             self._writer = MetricWriter(self.dir, step)
@@ -111,15 +114,18 @@ class Run:
             self._writer.log_text(tag, text, step)
 
     def begin_progress(self, state: TrainState, total: int) -> None:
-        """Work on the steps from `state.step` to `total` begins now; without this call, with the first one shown."""
+        """Begin to measure the steps from `state.step` to `total`: call it right before the first of them."""
         if self._fabric.is_global_zero:
             self._progress = Progress(total, state.step, "tokens")
 
-    def show_progress(self, state: TrainState, total: int, what: str, amount: float, steps: int = 1) -> None:
-        """`steps` more, up to `state.step` of `total`, and `amount` tokens on all ranks are done; `what` came of it."""
+    def show_progress(self, state: TrainState, total: int, what: str, amount: float) -> None:
+        """The steps up to `state.step` of `total`, and `amount` more tokens on all ranks are done; `what` came of it.
+
+        Without `begin_progress`, time is measured from `restore` on.
+        """
         if self._fabric.is_global_zero:
             if self._progress is None:
-                self._progress = Progress(total, state.step - steps, "tokens")
+                self._progress = Progress(total, self._began_at_step, "tokens", began=self._began)
             self._progress.show(state.step, what, amount)
 
     def stop_signal(self) -> int | None:

@@ -53,10 +53,6 @@ class OnlineTaskConfig(TrainTaskConfig):
         """Prompts of an optimizer step, all devices together."""
         return self.mini_batch_size // self.num_generations
 
-    def steps_per_rollout(self) -> int:
-        """Optimizer steps on a full rollout."""
-        return self.ppo_epochs * -(-self.prompts_per_rollout() // self.prompts_per_step())
-
     def row_tokens(self, max_length: int) -> int:
         """Tokens of a prompt with its responses, if `max_length` are those of a prompt with one."""
         return self.num_generations * max_length

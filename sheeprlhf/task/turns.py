@@ -1,8 +1,9 @@
 """The loop of an online task around its algorithm: sample a rollout, let the task learn from it, log, validate, save.
 
 A turn is one rollout and the optimizer steps on it. Checkpoints are made between turns alone, so that a resumed run
-samples the same rollouts again. `state.step` counts the steps of full turns: one that was ended early, or had fewer
-prompts, counts as many as the others, and `state.step` tells which turn comes next.
+samples the same rollouts again. `state.step` counts optimizer steps and tells which turn comes next; steps that a turn
+leaves out (`task.max_kl`, prompts without a pair) count as if they had been taken. The last turn ends inside of its
+rollout where `task.max_num_steps` says so.
 """
 
 import time
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.prepare import TokenizedSplit
-from sheeprlhf.data.sampler import StepPlan
+from sheeprlhf.data.sampler import RolloutPlan, StepPlan
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.optim import follow_schedule
 from sheeprlhf.engine.run import Run
@@ -38,11 +39,11 @@ class Turn:
         carried: small numbers that the task wants back in the next turn, also after a resume.
     """
 
-    def __init__(self, run: Run, optimizer: Optimizer, number: int, num_steps: int, carried: dict[str, Any]) -> None:
+    def __init__(self, run: Run, optimizer: Optimizer, number: int, plan: RolloutPlan, carried: dict[str, Any]) -> None:
         self.number, self.carried = number, carried
         self.rollout: Rollout
         self.figures: dict[str, float] = {}
-        self._run, self._optimizer, self._num_steps = run, optimizer, num_steps
+        self._run, self._optimizer, self._plan = run, optimizer, plan
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
@@ -58,8 +59,9 @@ class Turn:
         task, cfg = self._run.cfg.task, self._run.cfg
         assert isinstance(task, OnlineTaskConfig)
         plan = StepPlan(len(rollout), task.prompts_per_step(), task.ppo_epochs, cfg.seed + self.number)
-        how = {"warmup": task.lr_warmup_steps, "total": self._num_steps}
-        steps, first = range(plan.num_steps()), self.number * task.steps_per_rollout()
+        num_steps, first = self._plan.num_steps(), self._plan.steps_before(self.number)
+        how = {"warmup": task.lr_warmup_steps, "total": num_steps}
+        steps = range(min(plan.num_steps(), num_steps - first))
         loaded = load_ahead(lambda index: batches.of(rollout, plan.rows_of_step(index)), steps, task.num_workers)
         for step, micro_batches in enumerate(loaded, first):
             follow_schedule(self._optimizer, cfg.optim, step, **how)
@@ -108,15 +110,14 @@ class Loop:
         """All ranks: the turns, each with its rollout."""
         run, state, optimizer, task = self._run, self.state, self._optimizer, self._run.cfg.task
         assert isinstance(task, OnlineTaskConfig)
-        per_turn = task.steps_per_rollout()
-        plan = StepPlan(len(self._rows), task.prompts_per_rollout(), task.epochs, run.cfg.seed)
-        num_turns = min(plan.num_steps(), -(-(task.max_num_steps or per_turn * plan.num_steps()) // per_turn))
-        num_steps = num_turns * per_turn
+        prompts = StepPlan(len(self._rows), task.prompts_per_rollout(), task.epochs, run.cfg.seed)
+        plan = RolloutPlan(prompts, task.prompts_per_step(), task.ppo_epochs, task.max_num_steps)
+        num_steps = plan.num_steps()
         run.begin_progress(state, num_steps)
-        for number in range(state.step // per_turn, num_turns):
-            turn = Turn(run, optimizer, number, num_steps, dict(state.extra))
+        for number in range(plan.rollout_after(state.step), plan.rollout_after(num_steps)):
+            turn = Turn(run, optimizer, number, plan, dict(state.extra))
             began = time.perf_counter()
-            turn.rollout = self.collect(self._rows.examples(plan.rows_of_step(number).tolist()), number)
+            turn.rollout = self.collect(self._rows.examples(prompts.rows_of_step(number).tolist()), number)
             turn.figures = self.collect.figures
             turn.note(turn.figures | {"time/rollout": time.perf_counter() - began})
             if number == 0 and task.self_check != "off":
@@ -124,19 +125,19 @@ class Loop:
             began = time.perf_counter()
             yield turn
             turn.note({"time/update": time.perf_counter() - began, "lr": optimizer.param_groups[0]["lr"]})
-            self._end(turn, per_turn, num_steps)
+            self._end(turn, plan)
 
-    def _end(self, turn: Turn, per_turn: int, num_steps: int) -> None:
+    def _end(self, turn: Turn, plan: RolloutPlan) -> None:
         """Log, validate and save where it is due."""
-        run, state, task = self._run, self.state, self._run.cfg.task
-        before, state.step = state.step, state.step + per_turn
+        run, state, task, num_steps = self._run, self.state, self._run.cfg.task, plan.num_steps()
+        before, state.step = state.step, min(plan.steps_before(turn.number + 1), num_steps)
         last = state.step == num_steps
         num_tokens = sum(turn.rollout.response_lengths)
         state.items_seen += num_tokens
         state.extra = turn.carried | self.collect.state()
         means = turn.means()
         what = f"score {means['objective/scores']:.3f}, KL {means['objective/kl']:.2f}"
-        run.show_progress(state, num_steps, what, num_tokens, steps=per_turn)
+        run.show_progress(state, num_steps, what, num_tokens)
 
         def due(interval: int) -> bool:
             return last or state.step // interval > before // interval

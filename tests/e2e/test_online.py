@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sheeprlhf.cli import run
+from sheeprlhf.task import turns
 from tests.support.runs import train, train_words, write_pairs, write_rows
 
 ModelFolder = Callable[..., Path]
@@ -52,6 +53,22 @@ def test_a_run_leaves_what_others_leave(task: str, tmp_path: Path, model_folder:
     kinds = [json.loads(path.read_text())["perplexity"] for path in sorted((run_dir / "eval").glob("perplexity*.json"))]
     assert len(kinds) == 2
     assert kinds[0] == pytest.approx(kinds[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("task", ["ppo", "grpo"])
+def test_a_run_ends_after_exactly_so_many_steps(
+    task: str, tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollouts of 4 steps, of which the second is left after one: the rates of five steps, and step 5 is saved."""
+    rates: list[int] = []
+    follow = turns.follow_schedule
+    monkeypatch.setattr(turns, "follow_schedule", lambda *a, **k: (rates.append(a[2]), follow(*a, **k))[1])
+    words = ["task.max_num_steps=5", "task.save_interval=99"]
+    run_dir = train(model_folder(), write_rows(tmp_path / "r.jsonl"), tmp_path / "run", *words, task=task)
+    assert rates == [0, 1, 2, 3, 4]
+    assert json.loads((run_dir / "run.json").read_text())["step"] == 5
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-5"]
+    assert len(figures(run_dir)["objective/scores"]) == 2 and (run_dir / "final").is_dir()
 
 
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "online_dpo"])

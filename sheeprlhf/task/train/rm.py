@@ -81,6 +81,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         take_step = partial(update, max_grad_norm=task.gradient_clip_val, skip=run.skip_step)
         steps = range(state.step, num_steps)
         loaded = load_ahead(lambda step: batches.of(rows, plan.rows_of_step(step)), steps, task.num_workers)
+        run.begin_progress(state, num_steps)
         for step, micro_batches in zip(steps, loaded, strict=True):
             lr = follow_schedule(optimizer, cfg.optim, step, warmup=task.lr_warmup_steps, total=num_steps)
             metrics = take_step(fabric, module, optimizer, micro_batches, loss_fn)

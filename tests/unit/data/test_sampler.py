@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sheeprlhf.data.sampler import StepPlan, cut_micro_batches
+from sheeprlhf.data.sampler import RolloutPlan, StepPlan, cut_micro_batches
 from sheeprlhf.utils.errors import DataError
 
 
@@ -35,6 +35,27 @@ def test_a_resume_needs_no_replay_and_no_global_rng() -> None:
         np.random.seed(start)  # other draws of the process do not matter
         resumed = StepPlan(20, 6, 4, seed=3)
         assert [resumed.rows_of_step(step).tolist() for step in range(start, plan.num_steps())] == whole[start:]
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 12, 13, 40])
+@pytest.mark.parametrize(("per_rollout", "per_step", "passes"), [(12, 3, 1), (12, 5, 2), (4, 4, 3), (50, 7, 1)])
+def test_steps_of_rollouts_are_counted_exactly(num_rows: int, per_rollout: int, per_step: int, passes: int) -> None:
+    """Against the steps laid end to end, with the short last rollout of each epoch."""
+    prompts = StepPlan(num_rows, per_rollout, epochs=3, seed=1)
+    rollout_of_step = []
+    for number in range(prompts.num_steps()):
+        steps = passes * len(range(0, len(prompts.rows_of_step(number)), per_step))
+        rollout_of_step += [number] * steps
+    plan = RolloutPlan(prompts, per_step, passes)
+    assert plan.num_steps() == len(rollout_of_step)
+    for number in range(prompts.num_steps()):
+        assert plan.steps_before(number) == rollout_of_step.index(number)
+        assert plan.rollout_after(plan.steps_before(number)) == number
+    for step in range(1, len(rollout_of_step)):  # of a step inside of a rollout, the next one
+        inside = rollout_of_step[step] == rollout_of_step[step - 1]
+        assert plan.rollout_after(step) == rollout_of_step[step] + inside
+    assert plan._replace(max_num_steps=2).num_steps() == min(2, len(rollout_of_step))
+    assert plan._replace(max_num_steps=10**6).num_steps() == len(rollout_of_step)
 
 
 def test_no_rows_is_an_error() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.run import open_run
@@ -284,3 +285,27 @@ def strategy_name(fabric):
 
 def test_two_cpu_devices_are_ddp():
     assert on_ranks(1, strategy_name) == ["DDPStrategy"]
+
+
+@pytest.mark.parametrize("begun_by", ["begin", "begin_progress"])
+def test_speed_and_time_left_count_the_first_step(
+    begun_by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps of 6 s with 600 tokens each, of 5, begun at step 1: 100 tokens/s, and 12 s are left after step 3."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    fabric = make_fabric(FabricConfig())
+    with open_run(fabric, make_cfg(), tmp_path) as run:
+        state = TrainState(step=1)
+        if begun_by == "begin_progress":
+            run.begin(1)
+            now[0] += 77.0  # checks before the first step
+            run.begin_progress(state, 5)
+        else:
+            run.begin(1)
+        for step in (2, 3):
+            now[0] += 6.0
+            state.step = step
+            run.show_progress(state, 5, "loss 0.1", 600)
+    line = next(line for line in capfd.readouterr().err.splitlines() if line.startswith("step 3/5"))
+    assert "100 tokens/s" in line and "0:12 left" in line
