@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sheeprlhf.command.tokens import Token, token_texts, without_secrets
 from sheeprlhf.data.collate import collate_packed
+from sheeprlhf.data.encoding import encode
 from sheeprlhf.data.example import Batch, Example
-from sheeprlhf.data.tokenize import encode
 
 _CUT = "cut at data.max_length: no EOS"
 

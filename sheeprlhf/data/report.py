@@ -33,6 +33,7 @@ class SplitCount:
         self.with_eos = 0
         self.with_margin = 0
         self.templated = 0
+        self.mismatches: Counter[str] = Counter()
 
     def add(self, row: TokenRow, dropped: str | None, duplicate: bool) -> None:
         """Count one row; `dropped` is the reason why it is left out."""
@@ -50,6 +51,7 @@ class SplitCount:
         self.with_eos += row.num_eos
         self.with_margin += row.margin != 0.0
         self.templated += row.templated
+        self.mismatches[row.mismatch] += 1
 
     def report(self, split: TokenizedSplit | None) -> Report:
         """The split's part of the report.
@@ -71,6 +73,8 @@ class SplitCount:
             "pairs": 0,
             "rows_with_margin": self.with_margin,
             "templated_rows": self.templated,
+            "prompt_mismatch_rows": self.mismatches["prompt"],
+            "response_mismatch_rows": self.mismatches["response"],
             "trained_tokens": 0,
             "tokens": {},
         }
@@ -183,6 +187,8 @@ def render_report(report: Report) -> str:
         "templated_rows": "rows in the chat template",
         "duplicates": "duplicate rows",
         "special_token_rows": "rows with special-token text",
+        "prompt_mismatch_rows": "rows whose prompt is not what its tokens decode to",
+        "response_mismatch_rows": "rows whose response is not what its tokens decode to",
     }
     for key, label in told.items():
         if any(part.get(key) for part in parts):

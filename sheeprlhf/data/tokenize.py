@@ -1,13 +1,14 @@
-"""Text examples become token ids: one BOS, EOS at the end, prompt and response apart, too long ones cut or dropped."""
+"""Text examples become token ids: one BOS, EOS at the end, too long ones cut or dropped."""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from sheeprlhf.data.encoding import EncodedPair, PairEncoder, encode
 from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.data.labels import labelled
 from sheeprlhf.data.read import Row
@@ -34,6 +35,7 @@ class TokenRow(NamedTuple):
         margin: of the row's preference.
         desirable: of each response of unpaired data; empty for other data.
         templated: the row went through the chat template.
+        mismatch: what its ids do not decode to, "prompt" or "response"; empty if they do.
     """
 
     number: int
@@ -48,6 +50,7 @@ class TokenRow(NamedTuple):
     margin: float = 0.0
     desirable: tuple[bool, ...] = ()
     templated: bool = False
+    mismatch: str = ""
 
 
 class _Pieces(NamedTuple):
@@ -90,21 +93,6 @@ class SpecialIds:
         self.texts: list[str] = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
 
 
-def encode(tokenizer: Any, texts: Sequence[str], *, control_tokens: bool = False) -> list[list[int]]:
-    """Token ids of texts, nothing added. With `control_tokens` a special token's text means that token."""
-    if not texts:
-        return []
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        split_special_tokens=not control_tokens,
-        padding=False,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    return encoded["input_ids"]
-
-
 class RowTokenizer:
     """Rows in, token rows out, in order; holds no state, so that processes may share the work."""
 
@@ -117,24 +105,18 @@ class RowTokenizer:
         self.format_row: Callable[..., PreferenceExample | None] = getattr(import_module(module), name)
         self.cfg, self.tokenizer, self.kind = cfg, tokenizer, kind
         self.ids = SpecialIds(tokenizer)
+        self._encode = PairEncoder(tokenizer)
 
     def __call__(self, rows: Sequence[Row]) -> list[TokenRow]:
         """Format, tokenise and cut the rows of a batch."""
         formatted = [self._format(row) for row in rows]
         kept = [piece for piece in formatted if isinstance(piece, _Pieces)]
-        texts = {
-            templated: [text for p in kept if p.templated is templated for text in (p.prompt, *p.responses)]
-            for templated in (False, True)
-        }
-        ids = {
-            templated: iter(encode(self.tokenizer, texts[templated], control_tokens=templated)) for templated in texts
-        }
-        return [
-            self._finish(p, next(ids[p.templated]), [next(ids[p.templated]) for _ in p.responses])
-            if isinstance(p, _Pieces)
-            else p
-            for p in formatted
-        ]
+        encoded: dict[bool, Iterator[EncodedPair]] = {}
+        for templated in (False, True):
+            of = [piece for piece in kept if piece.templated is templated]
+            texts = [piece.prompt for piece in of], [piece.responses for piece in of]
+            encoded[templated] = iter(self._encode(*texts, control_tokens=templated))
+        return [self._finish(p, next(encoded[p.templated])) if isinstance(p, _Pieces) else p for p in formatted]
 
     def _format(self, row: Row) -> _Pieces | TokenRow:
         """The texts of a row, or the row dropped with its reason."""
@@ -181,9 +163,10 @@ class RowTokenizer:
         """Whether two responses say the same; a pair without a difference teaches nothing."""
         return self.cfg.remove_same_responses and len(set(responses)) < len(responses)
 
-    def _finish(self, pieces: _Pieces, prompt: list[int], responses: list[list[int]]) -> TokenRow:
+    def _finish(self, pieces: _Pieces, ids: EncodedPair) -> TokenRow:
         """Add BOS and EOS, cut what is too long and drop what is too short."""
         row, shares, eos = pieces.row, pieces.shares, self.ids.eos
+        prompt, responses, mismatch = ids
         if not prompt:
             return TokenRow(row.number, shares, "empty_prompt")
         if not (pieces.templated and self._begins_with_bos(prompt)):
@@ -215,6 +198,7 @@ class RowTokenizer:
             margin=pieces.margin,
             desirable=pieces.desirable,
             templated=pieces.templated,
+            mismatch=mismatch,
         )
 
     def _begins_with_bos(self, prompt: list[int]) -> bool:

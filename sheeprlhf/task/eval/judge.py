@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.agent.rollout import Rollout
+from sheeprlhf.data.encoding import encode
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import prepare_data
-from sheeprlhf.data.tokenize import encode
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.model.load import load_tokenizer

@@ -20,9 +20,10 @@ from sheeprlhf.command.example_view import Viewer, trained_tokens
 from sheeprlhf.command.plots import draw_histograms, lengths_of, text_histogram
 from sheeprlhf.command.tokens import token_texts
 from sheeprlhf.data.collate import collate_packed
+from sheeprlhf.data.encoding import encode
 from sheeprlhf.data.report import check_targets
 from sheeprlhf.data.store import SplitWriter, TokenizedSplit
-from sheeprlhf.data.tokenize import RowTokenizer, TokenRow, encode
+from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.utils.errors import DataError
 from tests.support.batches import random_examples

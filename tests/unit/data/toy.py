@@ -1,11 +1,12 @@
 """Tokenizers of a few lines and rows by hand: what the tests of the data are made of. No network."""
 
 import json
+import string
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from sheeprlhf.data.example import Example
@@ -42,6 +43,43 @@ def byte_tokenizer(
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token=eos, pad_token=pad, chat_template=template
+    )
+
+
+def piece_tokenizer(prefix: str, *, template: str | None = None) -> PreTrainedTokenizerFast:
+    """Pieces in the form of a converted sentencepiece model, with BOS.
+
+    Args:
+        prefix: "prepend": a normalizer writes a space before each text between control tokens, as in Llama 2;
+            "first": Metaspace writes it at the text's start, as in Mistral; "always": Metaspace writes it, of a
+            unigram model, as in T5; "none": nobody does, as in Gemma.
+        template: of chats.
+    """
+    words = ["the cat sat on the mat. the dog ran", "answer: a cat. a dog, an ant", "ask the cat: who is there"]
+    letters = sorted({*string.printable, "\u2581", "\u00e9"})
+    specials = ["<unk>", "<s>", "</s>"]
+    backend = Tokenizer(models.Unigram() if prefix == "always" else models.BPE(unk_token="<unk>", fuse_unk=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    options = {"special_tokens": specials, "initial_alphabet": letters, "show_progress": False}
+    if prefix == "always":
+        trainer = trainers.UnigramTrainer(vocab_size=130, unk_token="<unk>", **options)
+    else:
+        trainer = trainers.BpeTrainer(vocab_size=180, **options)
+    backend.train_from_iterator(words * 20, trainer)
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    if prefix != "always":
+        strip = [decoders.Strip(" ", 1, 0)] if prefix != "none" else []
+        backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), *strip])
+    if prefix == "first":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    elif prefix != "always":
+        backend.pre_tokenizer = None
+        steps = [normalizers.Prepend("\u2581")] if prefix == "prepend" else []
+        backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+    first = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", first)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=template
     )
 
 
