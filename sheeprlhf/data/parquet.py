@@ -43,6 +43,32 @@ def read_parquet(file: Path, known: Sequence[str] = COLUMNS) -> Iterator[tuple[s
         ) from None
 
 
+def count_values(file: Path, known: Sequence[str]) -> dict[str, int]:
+    """Rows that have a value in each column that is not known, by the file's own statistics.
+
+    A column without statistics, or of lists, counts as having a value in every row.
+
+    Args:
+        file: the parquet file.
+        known: names of columns that are read.
+    """
+    parquet = open_parquet(file)
+    facts, schema = parquet.metadata, parquet.schema_arrow
+    empty = {field.name for field in schema if pa.types.is_null(field.type)}
+    counts: dict[str, int] = {}
+    for group in (facts.row_group(number) for number in range(facts.num_row_groups)):
+        nulls: dict[str, list[int]] = {}
+        for number in range(group.num_columns):
+            column = group.column(number)
+            name = column.path_in_schema
+            name = name if name in schema.names else name.partition(".")[0]
+            has_count = column.statistics is not None and column.statistics.has_null_count
+            nulls.setdefault(name, []).append(column.statistics.null_count if has_count else 0)
+        for name, of_leaves in nulls.items():
+            counts[name] = counts.get(name, 0) + group.num_rows - min(*of_leaves, group.num_rows)
+    return {name: rows for name, rows in counts.items() if name not in empty.union(known)}
+
+
 def _stream(file: Path, schema: pa.Schema, columns: list[str]) -> Iterator[dict[str, Any]]:
     """The rows by `load_dataset`, nothing copied to its cache.
 
@@ -52,7 +78,8 @@ def _stream(file: Path, schema: pa.Schema, columns: list[str]) -> Iterator[dict[
     import datasets
     from pyarrow.dataset import ParquetFragmentScanOptions
 
-    kinds = {name: pa.string() if name in TEXT_COLUMNS else schema.field(name).type for name in columns}
+    kinds = {name: schema.field(name).type for name in columns}
+    kinds = {name: pa.string() if _is_text(kind) else kind for name, kind in kinds.items()}
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
     rows = datasets.load_dataset(
         "parquet",
@@ -98,12 +125,12 @@ def _known_columns(file: Path, schema: pa.Schema, known: Sequence[str]) -> list[
     """Names of the columns to read, checked."""
     columns = [name for name in known if name in schema.names]
     if not columns:
-        raise DataError(f"{file}: none of the columns {', '.join(known)}: {column_advice([], schema.names)}")
+        raise DataError(f"{file}: none of the columns {', '.join(COLUMNS)}: {column_advice([], schema.names)}")
     for name in columns:
         if schema.names.count(name) > 1:
             raise DataError(f"{file}: column '{name}' appears twice; keep one")
         kind = schema.field(name).type
-        if name in TEXT_COLUMNS and not _is_text(kind):
+        if name in TEXT_COLUMNS and not _is_text(kind) and not pa.types.is_integer(kind):
             raise DataError(f"{file}: column '{name}' is of type {kind}, not text; write it as strings")
     return columns
 

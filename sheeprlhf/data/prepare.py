@@ -24,6 +24,7 @@ import numpy as np
 
 from sheeprlhf.data import source, store
 from sheeprlhf.data.duplicates import SeenDigests
+from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.progress import progress_bar
 from sheeprlhf.data.read import Row, count_rows, read_batches
 from sheeprlhf.data.report import (
@@ -141,13 +142,14 @@ def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str) -> str:
 def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder: Path, progress: bool) -> Report:
     """Read, tokenise and write all splits; the folder appears when they are complete."""
     counts: dict[str, SplitCount] = {}
+    layout = RowLayout(cfg, tokenize.kind)
     with written_folder(folder) as temporary:
         writers: dict[str, SplitWriter] = {}
         for origin in files:
             seen = SeenDigests()
             total = count_rows(files[origin], cfg.num_samples) if progress else None
             with progress_bar(f"preparing {origin}", total, shown=progress, unit=" rows") as bar:
-                read = read_batches(files[origin], cfg.num_samples, more=cfg.columns)
+                read = read_batches(files[origin], cfg.num_samples, layout=layout)
                 for rows in _tokenized(tokenize, read, cfg.num_proc):
                     kept = _count(rows, cfg, origin, set(files), seen, counts)
                     for split, kept_rows in kept.items():
@@ -156,6 +158,7 @@ def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder:
                         writers[split].write(kept_rows)
                     bar.update(len(rows))
                 bar.total = bar.n  # the total was an estimate
+        layout.check_seen()
         for writer in writers.values():
             writer.close()
         parts = {
@@ -164,6 +167,11 @@ def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder:
             if split in counts
         }
         report: Report = {"name": cfg.config_name, "kind": tokenize.kind, "splits": parts, "notes": []}
+        report["columns"] = {
+            "read_as": dict(layout.sources.most_common()),
+            "numbers_as_text": dict(layout.numbers.most_common()),
+            "not_read": dict(layout.unread.most_common()),
+        }
         report["notes"] = notes_on(report)
         if not any(rows_kept(report, split) for split in TRAINING_SPLITS[tokenize.kind]):
             raise DataError(why_none_left(report, set(files), cfg))

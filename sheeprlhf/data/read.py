@@ -1,11 +1,11 @@
 """Rows of jsonl, json, csv and parquet files as one stream of batches."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.data.parquet import open_parquet, read_parquet
-from sheeprlhf.data.rows import COLUMNS
+from sheeprlhf.data.layout import RowLayout
+from sheeprlhf.data.parquet import count_values, open_parquet, read_parquet
 from sheeprlhf.data.textfile import PlacedRows, count_lines, read_csv, read_json, read_jsonl
 from sheeprlhf.utils.errors import DataError
 
@@ -25,7 +25,7 @@ class Row(NamedTuple):
         number: the row's number in its split, from 0.
         place: where it stands, for messages: "pairs.jsonl line 3".
         values: those of its columns that are read.
-        others: names of its other columns.
+        others: names of its other columns that have a value.
     """
 
     number: int
@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 def read_batches(
-    files: list[Path], limit: int | None, size: int = BATCH_ROWS, *, more: Sequence[str] = ()
+    files: list[Path], limit: int | None, size: int = BATCH_ROWS, *, layout: RowLayout
 ) -> Iterator[list[Row]]:
     """The rows of a split in batches, in the files' order.
 
@@ -43,23 +43,25 @@ def read_batches(
         files: files of one split, of any readable kind.
         limit: most rows; None reads all.
         size: most rows of a batch; it also ends when its texts reach `BATCH_CHARS`.
-        more: names of columns to read besides `COLUMNS`.
+        layout: takes the columns out of the rows, and counts those that are not read.
 
     Raises:
         DataError: for what cannot be read, naming file and line.
     """
-    columns = (*COLUMNS, *more)
     batch: list[Row] = []
     number = chars = 0
     for file in files:
         if number == limit:
             break
         before = number
-        kind = file.suffix.lower()
-        for place, values in read_parquet(file, columns) if kind == ".parquet" else READERS[kind](file):
-            known = {name: values[name] for name in columns if name in values}
-            others = tuple(name for name in values if name not in known)
-            batch.append(Row(number, f"{file.name} {place}", known, others))
+        left_out = _count_left_out(file, limit and limit - number, layout)
+        rows = read_parquet(file, layout.columns) if _is_parquet(file) else READERS[file.suffix.lower()](file)
+        for place, values in rows:
+            try:
+                known, others = layout(values)
+            except DataError as error:
+                raise DataError(f"{file.name} {place}: {error}") from None
+            batch.append(Row(number, f"{file.name} {place}", known, (*others, *left_out)))
             number += 1
             chars += sum(len(value) for value in known.values() if isinstance(value, str))
             if len(batch) == size or chars >= BATCH_CHARS:
@@ -71,6 +73,22 @@ def read_batches(
             raise DataError(f"{file}: there are no rows in this file; give a file with rows or remove it")
     if batch:
         yield batch
+
+
+def _is_parquet(file: Path) -> bool:
+    return file.suffix.lower() == ".parquet"
+
+
+def _count_left_out(file: Path, limit: int | None, layout: RowLayout) -> tuple[str, ...]:
+    """Count the columns that are never read of a file whose columns are read one by one; their names."""
+    if not _is_parquet(file):
+        return ()
+    counts = {name: rows for name, rows in count_values(file, layout.columns).items() if rows}
+    try:
+        layout.count_columns({name: rows if limit is None else min(rows, limit) for name, rows in counts.items()})
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from None
+    return tuple(counts)
 
 
 def count_rows(files: list[Path], limit: int | None) -> int | None:

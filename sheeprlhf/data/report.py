@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from sheeprlhf.data.rows import printable
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.data.tokenize import TokenRow
 from sheeprlhf.structure.data import DataConfig
@@ -211,7 +212,23 @@ def render_report(report: Report) -> str:
         f"{label:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         for label, cells in rows
     ]
-    return "\n".join([f"data: {report['name']} ({report['kind']})", *(t.rstrip() for t in table), *report["notes"]])
+    lines = [*(t.rstrip() for t in table), *_column_lines(report), *report["notes"]]
+    return "\n".join([f"data: {report['name']} ({report['kind']})", *lines])
+
+
+def _column_lines(report: Report) -> list[str]:
+    """Columns that were read under other names, and those that were not read, each with its rows."""
+    labels = {
+        "read_as": "columns read",
+        "numbers_as_text": "whole numbers read as text",
+        "not_read": "columns that are not read",
+    }
+    lines = []
+    for key, label in labels.items():
+        counts = report.get("columns", {}).get(key, {})
+        parts = [f"{name if key == 'read_as' else printable([name])} ({rows:,} rows)" for name, rows in counts.items()]
+        lines += [f"{label}: {', '.join(parts)}"] if parts else []
+    return lines
 
 
 def rows_kept(report: Report, split: str) -> int:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -11,6 +12,30 @@ from sheeprlhf.utils.errors import DataError
 
 COLUMNS = ("prompt", "response", "chosen", "rejected", "responses", "margin", "messages", "label")  # all that are read
 TEXT_COLUMNS = COLUMNS[:4]
+CONVERSATION_COLUMNS = ("messages",)  # hold a conversation
+CONVERSATION_EXTRAS: tuple[str, ...] = ()  # read where a row holds a conversation
+MEANING_COLUMNS = {  # change what a row means -> where they belong in a prompt, if text; "" where they do not
+    "input": "after",
+    "context": "before",
+    "contexts": "before",
+    "document": "before",
+    "documents": "before",
+    "passage": "before",
+    "background": "before",
+    "system": "before",
+    "system_prompt": "before",
+    "system_message": "before",
+    **dict.fromkeys(
+        (
+            *("history", "chat_history", "conversation_history", "conversations", "conversation", "dialogue"),
+            *("tools", "functions", "tool_calls", "function_call", "tool_choice", "parallel_tool_calls"),
+            *("reasoning_content", "reasoning", "thinking", "chat_template_kwargs", "template_args"),
+            *("weight", "weights", "sample_weight", "loss_weight", "train", "loss_mask", "loss"),
+            *("image", "images", "audio", "audios", "video", "videos"),
+        ),
+        "",
+    ),
+}
 MAX_TEXT = 4 * 2**20  # characters; a tokenizer takes about 200 bytes for each
 _MEANT = {column: column for column in COLUMNS} | {
     "instruction": "prompt",
@@ -32,6 +57,9 @@ _MEANT = {column: column for column in COLUMNS} | {
     "dialogue": "messages",
     "chat": "messages",
 }
+
+
+_PLAIN_NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 class DropRowError(Exception):
@@ -59,7 +87,7 @@ def text(row: Mapping[str, Any], column: str) -> str:
     if value is None:
         raise DataError(f"column '{column}' is null; give it text or remove the row")
     if not isinstance(value, str):
-        raise DataError(f"column '{column}' holds {type(value).__name__}, not text; write it as a string")
+        raise DataError(f"column '{column}' holds {type(value).__name__}, not text; write it in quotes, as a string")
     if len(value) > MAX_TEXT:
         raise DataError(
             f"column '{column}' holds {len(value):,} characters, more than {MAX_TEXT:,}; make several rows of it or "
@@ -74,6 +102,11 @@ def text(row: Mapping[str, Any], column: str) -> str:
     if "\0" in value:
         raise DropRowError("nul_character")
     return value
+
+
+def has_value(value: Any) -> bool:
+    """Whether a column says something: null, an empty text, list or object, and white space do not."""
+    return not (value is None or value in ("", [], {}) or (isinstance(value, str) and not value.strip()))
 
 
 def optional_text(row: Mapping[str, Any], column: str) -> str | None:
@@ -124,21 +157,42 @@ def led_by_space(response: str) -> str:
 
 
 def column_advice(present: Iterable[str], others: Iterable[str]) -> str:
-    """What a row that lacks a column has instead, and what to do: rename what is misspelt, or named as others do.
+    """What a row that lacks a column has instead, and what to do: name the columns that stand for the missing ones.
 
     Args:
         present: the columns of `COLUMNS` that it has, null ones left out.
         others: its columns of other names.
     """
     has, others = list(present), list(others)
-    renames: dict[str, str] = {}
+    sources: dict[str, list[str]] = {}
     for name in others:
         near = difflib.get_close_matches(name.strip().casefold(), _MEANT, n=1, cutoff=0.75)
-        if near and _MEANT[near[0]] not in {*has, *renames.values()}:
-            renames[name] = _MEANT[near[0]]
-    fix = "rename " + ", ".join(f"{printable([name])} to {column}" for name, column in renames.items())
+        if near and _MEANT[near[0]] not in {*has, *sources}:
+            sources[_MEANT[near[0]]] = [name]
+    if "prompt" in sources:  # what belongs to the prompt must not be lost by the advice
+        for name in others:
+            if place := MEANING_COLUMNS.get(name) if [name] != sources["prompt"] else None:
+                sources["prompt"].insert(0 if place == "before" else len(sources["prompt"]), name)
     it_has = printable([*has, *others]) or "no column with a value"
-    return f"it has {it_has}; {fix if renames else 'add what is missing, or remove the row'}"
+    return (
+        f"it has {it_has}; {f'give {mapping_text(sources)}' if sources else 'add what is missing, or remove the row'}"
+    )
+
+
+def mapping_text(sources: Mapping[str, Iterable[str]]) -> str:
+    """`data.columns` as it is written on a command line; words instead where a name cannot stand there.
+
+    Args:
+        sources: for each text of a row, the columns that it is made of.
+    """
+    parts = []
+    for name, columns in sources.items():
+        columns = list(columns)
+        if not all(column.isprintable() and not set(column) & set("'\"\\$") for column in columns):
+            return f"simpler names to the columns ({printable(columns)} for {name})"
+        quoted = [column if _PLAIN_NAME.fullmatch(column) else f'"{column}"' for column in columns]
+        parts.append(f"{name}: {quoted[0] if len(quoted) == 1 else '[' + ', '.join(quoted) + ']'}")
+    return f"'data.columns={{{', '.join(parts)}}}'"
 
 
 def printable(names: Iterable[str]) -> str:

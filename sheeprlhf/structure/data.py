@@ -1,7 +1,7 @@
 """Datasets: one dataclass each."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Optional
 
 from sheeprlhf.structure.option import Config, option
 
@@ -11,7 +11,7 @@ class DataConfig(Config):
     """What every dataset has. `row_format` names the function that turns a raw row into an example."""
 
     row_format: ClassVar[str] = ""  # "module:function"; a constant, never read from a file
-    columns: ClassVar[tuple[str, ...]] = ()  # columns that it reads besides data.rows.COLUMNS
+    read_columns: ClassVar[tuple[str, ...]] = ()  # columns that it reads besides data.rows.COLUMNS
     prompt_format: ClassVar[Optional[str]] = None  # the same for tasks that need no response; None: row_format does
     rule_reward: ClassVar[Optional[str]] = None  # the built-in function that scores responses, with reward=auto
 
@@ -101,6 +101,14 @@ class LocalDataConfig(DataConfig):
         None, "File with the validation rows; null cuts them from the training rows."
     )
     test_file: Optional[str] = option(None, "File with the test rows; null cuts them from the training rows.")
+    columns: Any = option(
+        None,
+        "Columns of other names, such as {prompt: question, response: answer}; a list of names is joined by blank "
+        "lines. null finds them by the layouts that it knows.",
+    )
+    ignore_columns: list[str] = option(
+        factory=list, help="Columns to leave out, of those that change what a row means, such as weight."
+    )
     reward_model_split: float = option(
         0.0, "Share of the training rows kept for the reward model; the rest fine-tunes.", minimum=0.0, maximum=1.0
     )

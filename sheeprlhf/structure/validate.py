@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.structure.data_checks import column_problems
 from sheeprlhf.structure.eval_checks import eval_problems
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
@@ -184,6 +185,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
             path = getattr(data, key)
             if path is not None:
                 yield from data_file_problems(f"data.{key}", path)
+        yield from column_problems(data)
 
 
 def _optim_problems(optim: OptimizerConfig) -> Iterator[str]:

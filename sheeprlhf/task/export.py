@@ -22,6 +22,7 @@ from transformers import (
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import RewardModel
+from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.read import read_batches
 from sheeprlhf.data.source import locate
 from sheeprlhf.data.tokenize import RowTokenizer
@@ -137,7 +138,8 @@ def _rows(trained: Trained, tokenizer: PreTrainedTokenizerBase, model: Policy | 
     if trained.data is not None and data_is_here(trained.data):
         try:
             files = locate(trained.data)
-            rows = next(read_batches(files.get("test", files["train"]), _ROWS), [])
+            batches = read_batches(files.get("test", files["train"]), _ROWS, layout=RowLayout(trained.data, "sft"))
+            rows = next(batches, [])
             made = RowTokenizer(trained.data, tokenizer, "sft")(rows)
             found = [row.tokens.tolist() for row in made if row.dropped is None]
         except DataError:  # moved or changed since; the check does not depend on it

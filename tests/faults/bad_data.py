@@ -125,13 +125,23 @@ COLUMNS = {  # rows that lack what is needed, or have another type in its place
         *each([{"prompt": "p", "chosen": "c"}], "@: chosen and rejected go together", ADD, note="half a pair"),
     ],
     "misnamed column": [
-        *each([{"prompts": "p", "response": "r"}], "@: column 'prompt' is missing", "rename prompts to prompt"),
         *each(
-            [{"prompt": "p", "Completion": "r"}], "it has prompt, Completion; rename Completion to response", note="TRL"
+            [{"prompts": "p", "response": "r"}],
+            "@: column 'prompt' is missing",
+            "{prompt: prompts}",
         ),
-        *each([{"question": "p", "answer": "r"}], "rename question to prompt, answer to response", note="both"),
         *each(
-            [PAIR | {"chosen": None, "prefered": "c"}], "rename prefered to chosen", task="preference", formats=NO_CSV
+            [{"prompt": "p", "Completion": "r"}],
+            "it has prompt, Completion; give",
+            "{response: Completion}",
+            note="TRL",
+        ),
+        *each([{"question": "p", "reply": "r"}], "{prompt: question, response: reply}", note="both"),
+        *each(
+            [PAIR | {"chosen": None, "prefered": "c"}],
+            "{chosen: prefered}",
+            task="preference",
+            formats=NO_CSV,
         ),
         *each([{"a\x1b[2J\n" + "b" * 50: "p", "response": "r"}], r"'a\x1b[2J\nbbb", "b'...; add", note="name"),
     ],
@@ -141,7 +151,9 @@ COLUMNS = {  # rows that lack what is needed, or have another type in its place
     ],
     "number for text": [
         *each(
-            [GOOD, {"prompt": 3, "response": "r"}], "@: column 'prompt' holds int, not text; write it", formats=JSONS
+            [GOOD, {"prompt": 3.5, "response": "r"}],
+            "@: column 'prompt' holds float, not text",
+            formats=JSONS,
         ),
         one(
             "parquet", parquet([GOOD | {"response": 1.5}]), "@: column 'response' is of type double, not text; write it"

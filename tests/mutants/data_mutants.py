@@ -105,10 +105,17 @@ MUTANTS = [
     ),
     Mutant(  # a dataset's own columns never reach its format
         trap="a user's own rows",
-        file=READ,
-        old="columns = (*COLUMNS, *more)",
-        new="columns = COLUMNS",
+        file="sheeprlhf/data/layout.py",
+        old="self._more = (*cfg.read_columns, *more)",
+        new="self._more = cfg.read_columns",
         tests=TESTS + "read.py::test_a_dataset_may_read_columns_of_its_own",
+    ),
+    Mutant(  # a context that no task reads is lost in silence
+        trap="a user's own rows",
+        file="sheeprlhf/data/layout.py",
+        old="name = next((name for name in unread if name in MEANING_COLUMNS), None)",
+        new="name = None",
+        tests=TESTS + "layout.py::test_the_advice_is_followed_to_the_letter",
     ),
     Mutant(  # a conversation that asks again is a prompt up to its last answer
         trap="prompts",

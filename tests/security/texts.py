@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.read import read_batches
 from sheeprlhf.data.source import locate
 from sheeprlhf.model.adapter import read_adapter_config
@@ -155,5 +156,5 @@ def datasets(place: Path, sentinels: Path) -> Iterator[tuple[str, Attempt]]:
 
 def _read(cfg: DataConfig) -> None:
     for files in locate(cfg).values():
-        for _ in read_batches(files, None):
+        for _ in read_batches(files, None, layout=RowLayout(cfg, "sft")):
             pass

@@ -82,7 +82,7 @@ def test_nothing_else_is_a_label(label: Any) -> None:
 
 def test_a_misspelt_column_is_named(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "response": "r", "lable": True}]
-    with pytest.raises(DataError, match="it has prompt, response, lable; rename lable to label"):
+    with pytest.raises(DataError, match=r"it has prompt, response, lable; give 'data.columns={label: lable}'"):
         prepare(local(tmp_path, rows), byte_tokenizer(), "unpaired")
 
 

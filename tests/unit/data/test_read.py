@@ -12,12 +12,19 @@ import pytest
 from huggingface_hub import constants
 
 from sheeprlhf.data import source
+from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.parquet import read_parquet
 from sheeprlhf.data.read import BATCH_CHARS, count_rows, read_batches
-from sheeprlhf.structure.data import SummarizationConfig
+from sheeprlhf.structure.data import DataConfig, SummarizationConfig
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.hub import why_offline
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts, write_jsonl
+
+
+def known_columns(*more: str) -> RowLayout:
+    """The columns of a dataset from the hub."""
+    return RowLayout(DataConfig(config_name="x"), "sft", more)
+
 
 GOOD = b'{"prompt": "p", "response": "r"}\n'
 UNREADABLE = {  # tests/faults/test_bad_data.py has the others
@@ -77,7 +84,7 @@ def test_readable_files(tmp_path: Path, name: str, content: bytes) -> None:
 def test_only_the_rows_asked_for_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(GOOD * 2 + b"not JSON")
     (tmp_path / "b.jsonl").write_bytes(b"not JSON")
-    found = list(read_batches([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], 2))
+    found = list(read_batches([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], 2, layout=known_columns()))
     assert [row.place for batch in found for row in batch] == ["a.jsonl line 1", "a.jsonl line 2"]
 
 
@@ -86,7 +93,8 @@ def test_a_dataset_may_read_columns_of_its_own(tmp_path: Path, kind: str) -> Non
     row = {"question": "q", "response": "r", "id": 1}
     file = tmp_path / f"a.{kind}"
     write_jsonl(file, [row]) if kind == "jsonl" else parquet(file, **{name: [value] for name, value in row.items()})
-    [[plain]], [[more]] = read_batches([file], None), read_batches([file], None, more=("question",))
+    [[plain]] = read_batches([file], None, layout=known_columns())
+    [[more]] = read_batches([file], None, layout=known_columns("question"))
     assert (plain.values, plain.others) == ({"response": "r"}, ("question", "id"))
     assert (more.values, more.others) == ({"response": "r", "question": "q"}, ("id",))
 
@@ -94,7 +102,7 @@ def test_a_dataset_may_read_columns_of_its_own(tmp_path: Path, kind: str) -> Non
 def test_a_batch_ends_with_its_rows_or_its_text(tmp_path: Path) -> None:
     rows = [{"prompt": "x" * size, "response": "r"} for size in (1, 1, 1, BATCH_CHARS, 1, BATCH_CHARS - 3, 1, 1)]
     write_jsonl(tmp_path / "a.jsonl", rows)
-    batches = read_batches([tmp_path / "a.jsonl"], None, size=3)
+    batches = read_batches([tmp_path / "a.jsonl"], None, size=3, layout=known_columns())
     assert [[row.number for row in batch] for batch in batches] == [[0, 1, 2], [3], [4, 5], [6, 7]]
 
 

@@ -1,0 +1,229 @@
+"""Column layouts: which columns of a row become prompt and response, and which are not read.
+
+Rows of the user's own files may have the column names of other projects: instruction, input and output; prompt and
+completion; question and answer; query and response; problem and solution. `data.columns` names any others. Each column
+that is not read is counted for the data report; one that changes what a row means is an error.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sheeprlhf.data.rows import (
+    COLUMNS,
+    CONVERSATION_COLUMNS,
+    CONVERSATION_EXTRAS,
+    MEANING_COLUMNS,
+    TEXT_COLUMNS,
+    has_value,
+    mapping_text,
+    printable,
+)
+from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.utils.errors import DataError
+
+PAIRS = {  # prompt column -> response column, of plain rows made for other projects
+    "instruction": "output",
+    "prompt": "completion",
+    "question": "answer",
+    "query": "response",
+    "problem": "solution",
+}
+INPUT = "input"  # beside an instruction: the second paragraph of its prompt
+JOINT = "\n\n"  # between the columns of one text
+_RESPONSES = ("response", "chosen", "rejected", "responses")
+_LISTS = (*CONVERSATION_COLUMNS, "responses")  # csv and parquet may hold them as JSON text
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # counted in parquet files, never read
+
+Sources = dict[str, tuple[str, ...]]
+
+
+class RowLayout:
+    """Takes the columns out of raw rows that the row formats read, and counts the others.
+
+    Attributes:
+        columns: names of all columns that may be read.
+        unread: rows that have a value in a column that is not read, by the column's name.
+        sources: rows in which a text was made of columns of other names, by a description.
+        numbers: rows in which a whole number was read as text, by column.
+    """
+
+    def __init__(self, cfg: DataConfig, kind: str, more: Sequence[str] = ()) -> None:
+        """Prepare for one dataset.
+
+        Args:
+            cfg: the data options.
+            kind: as for `prepare_data`.
+            more: names of columns to read besides those of the row formats.
+        """
+        self._own_files, self._kind = isinstance(cfg, LocalDataConfig), kind
+        self._more = (*cfg.read_columns, *more)
+        self._given: Sources = {}
+        self._ignored: frozenset[str] = frozenset()
+        names = [*COLUMNS, *CONVERSATION_COLUMNS, *CONVERSATION_EXTRAS, *self._more]
+        if isinstance(cfg, LocalDataConfig):
+            self._given = {
+                str(name): (of,) if isinstance(of, str) else tuple(of) for name, of in (cfg.columns or {}).items()
+            }
+            self._ignored = frozenset(cfg.ignore_columns)
+            names += [*PAIRS, *PAIRS.values(), INPUT, *(name for name in MEANING_COLUMNS if name not in _MEDIA)]
+            names += [name for of in self._given.values() for name in of]
+        self.columns = tuple(name for name in dict.fromkeys(names) if name not in self._ignored)
+        self.unread: Counter[str] = Counter()
+        self.sources: Counter[str] = Counter()
+        self.numbers: Counter[str] = Counter()
+        self._seen: set[str] = set()
+
+    def __call__(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The columns of one row under the names that row formats read, and the names of columns that are not read.
+
+        Raises:
+            DataError: the row can be read in two ways, or a column that is not read changes what it means; the caller
+                adds the place.
+        """
+        self._seen.update(values)
+        values = {name: value for name, value in values.items() if name not in self._ignored}
+        sources = self._sources(values) if self._own_files else {}
+        used = {name for of in sources.values() for name in of}
+        as_named = {
+            *COLUMNS,
+            *CONVERSATION_COLUMNS,
+            *(CONVERSATION_EXTRAS if _is_conversation(values, sources) else ()),
+        }
+        as_named = (as_named - used - set(sources)) | set(self._more)
+        row = {name: value for name, value in values.items() if name in as_named}
+        for name, of in sources.items():
+            if any(column in values for column in of):
+                row[name] = _joined(values, of)
+        unread = tuple(name for name, value in values.items() if name not in as_named | used and has_value(value))
+        if self._own_files and any(row.get(name) is not None for name in ("prompt", *CONVERSATION_COLUMNS)):
+            self._check_meaning(unread, row, sources)  # a row without either is an error of its own
+        if self._own_files:
+            self._convert(row)
+        self._count(row, values, unread, sources)
+        return row, unread
+
+    def count_columns(self, counts: Mapping[str, int]) -> None:
+        """Count columns that the reader of a file left out.
+
+        Args:
+            counts: rows that have a value, by the column's name.
+
+        Raises:
+            DataError: one of them changes what a row means.
+        """
+        self._seen.update(counts)
+        counted = {name: rows for name, rows in counts.items() if rows and name not in self._ignored}
+        if self._own_files:
+            self._check_meaning(tuple(counted), {}, {})
+        self.unread.update(counted)
+
+    def check_seen(self) -> None:
+        """Check that some row has each column of `data.columns`.
+
+        Raises:
+            DataError: naming the columns that none has.
+        """
+        unseen = [name for of in self._given.values() for name in of if name not in self._seen]
+        if unseen:
+            has = printable(sorted(self._seen)) or "no columns"
+            raise DataError(f"data.columns names {printable(unseen)}, which no row has; the rows have {has}")
+
+    def _sources(self, values: Mapping[str, Any]) -> Sources:
+        """The columns that make each text of a row: those of `data.columns`, else those of a known layout."""
+        if self._given:
+            return self._given
+        has = {name for name, value in values.items() if value is not None}
+        if has & set(CONVERSATION_COLUMNS):
+            return {}
+        answers = has & set(_RESPONSES)
+        if "prompt" in has:
+            return {} if answers or "completion" not in has else {"response": ("completion",)}
+        pairs = {prompt: response for prompt, response in PAIRS.items() if prompt in has and response in has}
+        if answers - {"response"} or (self._kind == "prompts" and not pairs):
+            pairs = {prompt: "" for prompt in PAIRS if prompt in has}
+        if len(pairs) > 1:
+            raise DataError(
+                f"columns {printable(pairs)} could each be the prompt; choose by data.columns, for example "
+                + mapping_text(
+                    {
+                        name: [of]
+                        for name, of in zip(("prompt", "response"), next(iter(pairs.items())), strict=True)
+                        if of
+                    }
+                )
+            )
+        sources: Sources = {}
+        for prompt, response in pairs.items():
+            sources["prompt"] = (prompt, INPUT) if prompt == "instruction" and INPUT in values else (prompt,)
+            if response:
+                sources["response"] = (response,)
+        return sources
+
+    def _check_meaning(self, unread: Sequence[str], row: Mapping[str, Any], sources: Sources) -> None:
+        """Raise DataError if a column that is not read changes what the row means."""
+        name = next((name for name in unread if name in MEANING_COLUMNS), None)
+        if name is None:
+            return
+        fix = f"leave it out by 'data.ignore_columns=[{','.join([*sorted(self._ignored), name])}]'"
+        place = MEANING_COLUMNS[name]
+        if place and isinstance(row.get("prompt"), str):
+            prompt = sources.get("prompt", ("prompt",))
+            joined = (name, *prompt) if place == "before" else (*prompt, name)
+            fix = f"put it into the prompt by {mapping_text({**sources, 'prompt': joined})}, or {fix}"
+        raise DataError(f"column '{name}' is not read here, and it changes what the row means; {fix}")
+
+    def _convert(self, row: dict[str, Any]) -> None:
+        """Read whole numbers as text where text is expected, and lists that a file can hold only as JSON text."""
+        for name in TEXT_COLUMNS:
+            if type(row.get(name)) is int:  # a bool is no number here
+                row[name] = str(row[name])
+                self.numbers[name] += 1
+        for name in _LISTS:
+            value = row.get(name)
+            if isinstance(value, str) and value.lstrip()[:1] == "[":
+                try:
+                    row[name] = json.loads(value)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(
+                        f"column '{name}' holds a list as text that is not JSON ({str(error)[:80]}); write it with "
+                        "json.dumps"
+                    ) from None
+
+    def _count(
+        self, row: Mapping[str, Any], values: Mapping[str, Any], unread: Sequence[str], sources: Sources
+    ) -> None:
+        """Count what the data report tells of one row."""
+        self.unread.update(unread)
+        if self._kind != "unpaired" and has_value(row.get("label")):
+            self.unread["label"] += 1
+        for name, of in sources.items():
+            of = tuple(column for column in of if has_value(values.get(column)))
+            if of and of != (name,):
+                self.sources[f"{name} from {printable([' + '.join(of)])}"] += 1
+
+
+def _is_conversation(values: Mapping[str, Any], sources: Sources) -> bool:
+    """Whether a row holds messages, in a column for them or in place of a text."""
+    texts = {*TEXT_COLUMNS, *(column for of in sources.values() for column in of)}
+    return any(values.get(name) is not None for name in CONVERSATION_COLUMNS) or any(
+        isinstance(values.get(name), list) for name in texts
+    )
+
+
+def _joined(values: Mapping[str, Any], columns: Sequence[str]) -> Any:
+    """The value of a column, or the texts of several with a blank line between them; empty ones are left out."""
+    if len(columns) == 1:
+        return values.get(columns[0])
+    parts = []
+    for name in columns:
+        value = values.get(name)
+        if has_value(value):
+            if type(value) is int:
+                value = str(value)
+            if not isinstance(value, str):
+                raise DataError(f"column '{name}' holds {type(value).__name__}; only text is joined with other columns")
+            parts.append(value)
+    empty = "" if any(values.get(name) is not None for name in columns) else None
+    return JOINT.join(parts) if parts else empty

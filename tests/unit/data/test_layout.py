@@ -1,0 +1,156 @@
+"""Columns of other projects are read as they are meant; those that are not read are counted, or refused with a fix."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from sheeprlhf.data.report import render_report
+from sheeprlhf.data.rows import COLUMNS
+from sheeprlhf.structure.data import LocalDataConfig
+from sheeprlhf.structure.data_checks import MAPPED, column_problems
+from sheeprlhf.utils.errors import DataError
+from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts
+
+END = "<|im_end|>"
+ALPACA = {"instruction": "Write it as a word.", "input": "3", "output": "three"}
+READ = {  # a row, the kind of the task, and the texts that are read
+    "alpaca": (ALPACA, "sft", ("Write it as a word.\n\n3", "three")),
+    "alpaca, no input": (ALPACA | {"input": ""}, "sft", ("Write it as a word.", "three")),
+    "alpaca, null input": (ALPACA | {"input": None}, "sft", ("Write it as a word.", "three")),
+    "alpaca, empty system": (ALPACA | {"system": " ", "history": []}, "sft", ("Write it as a word.\n\n3", "three")),
+    "completion": ({"prompt": "a", "completion": "b"}, "sft", ("a", "b")),
+    "answer": ({"question": "a", "answer": "b"}, "sft", ("a", "b")),
+    "query": ({"query": "a", "response": "b"}, "sft", ("a", "b")),
+    "solution": ({"problem": "a", "solution": "b", "answer": "c"}, "sft", ("a", "b")),
+    "number": ({"question": "a", "answer": 42}, "sft", ("a", "42")),
+    "pair": ({"question": "a", "chosen": "b", "rejected": "c"}, "preference", ("a", "b", "c")),
+    "prompt alone": ({"problem": "a", "answer": "b"}, "prompts", ("a",)),
+    "own names win": ({"prompt": "a", "response": "b", "question": "c", "answer": "d"}, "sft", ("a", "b")),
+}
+
+
+@pytest.mark.parametrize(("row", "kind", "expected"), READ.values(), ids=READ)
+def test_known_layouts(tmp_path: Path, row: dict[str, Any], kind: str, expected: tuple[str, ...]) -> None:
+    tokenizer = byte_tokenizer()
+    data = prepare(local(tmp_path, [row]), tokenizer, kind)
+    assert texts(data, tokenizer) == [(expected[0], *(text + END for text in expected[1:]))]
+
+
+REFUSED = {  # a row, the kind of the task, and the options of which the message names one that is then followed
+    "input": ({"prompt": "Say", "input": "x", "response": "b"}, "sft", ("Say\n\nx", "b")),
+    "context": ({"prompt": "Say", "context": "x", "response": "b"}, "sft", ("x\n\nSay", "b")),
+    "system beside alpaca": (
+        ALPACA | {"system": "Be brief."},
+        "sft",
+        ("Be brief.\n\nWrite it as a word.\n\n3", "three"),
+    ),
+    "context of prompts": ({"prompt": "Say", "context": "x"}, "prompts", ("x\n\nSay",)),
+    "context of pairs": (
+        {"prompt": "q", "context": "x", "chosen": "b", "rejected": "c"},
+        "preference",
+        ("x\n\nq", "b", "c"),
+    ),
+    "tools": ({"prompt": "Say", "tools": [{"name": "f"}], "response": "b"}, "sft", ("Say", "b")),
+    "weight": ({"prompt": "Say", "weight": 0, "response": "b"}, "sft", ("Say", "b")),
+    "train": ({"prompt": "Say", "train": False, "response": "b"}, "sft", ("Say", "b")),
+    "history": (ALPACA | {"history": [["a", "b"]]}, "sft", ("Write it as a word.\n\n3", "three")),
+    "reasoning_content": ({"prompt": "Say", "reasoning_content": "hm", "response": "b"}, "sft", ("Say", "b")),
+    "two prompts": ({"question": "Say", "answer": "b", "problem": "x", "solution": "y"}, "sft", ("Say", "b")),
+    "instructions with an input": ({"instructions": "Say", "input": "x", "output": "b"}, "sft", ("Say\n\nx", "b")),
+    "dolly": ({"instruction": "Say", "context": "x", "response": "b"}, "sft", ("x\n\nSay", "b")),
+    "answer of a prompt": ({"prompt": "Say", "answer": "b"}, "sft", ("Say", "b")),
+    "name with a blank": ({"Prompt ": "Say", "response": "b"}, "sft", ("Say", "b")),
+}
+
+
+@pytest.mark.parametrize(("row", "kind", "expected"), REFUSED.values(), ids=REFUSED)
+def test_the_advice_is_followed_to_the_letter(
+    tmp_path: Path, row: dict[str, Any], kind: str, expected: tuple[str, ...]
+) -> None:
+    tokenizer = byte_tokenizer()
+    with pytest.raises(DataError) as refused:
+        prepare(local(tmp_path, [row]), tokenizer, kind)
+    assert re.search(r"rows.jsonl line 1: ", str(refused.value))
+    words = re.findall(r"'data\.(?:columns|ignore_columns)=[^']*'", str(refused.value))
+    [override] = OverridesParser.create().parse_overrides(shlex.split(words[0]))
+    given = {override.key_or_group.removeprefix("data."): override.value()}
+    given = OmegaConf.to_object(OmegaConf.create(given))
+    made = prepare(local(tmp_path, [row], **given), tokenizer, kind)
+    assert texts(made, tokenizer) == [(expected[0], *(text + END for text in expected[1:]))]
+
+
+def test_columns_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n}", "response": "r", "id": n, "note": "x" if n else None, "label": True} for n in range(3)]
+    report = prepare(local(tmp_path, rows), byte_tokenizer()).report
+    assert report["columns"]["not_read"] == {"id": 3, "label": 3, "note": 2}
+    assert "not read: id (3 rows), label (3 rows), note (2 rows)" in render_report(report)
+    report = prepare(local(tmp_path, rows), byte_tokenizer(), "unpaired").report
+    assert report["columns"]["not_read"] == {"id": 3, "note": 2}
+    report = prepare(local(tmp_path, rows, ignore_columns=["id"]), byte_tokenizer(), "unpaired").report
+    assert report["columns"]["not_read"] == {"note": 2}
+
+
+def test_columns_of_parquet_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    table = {"prompt": ["a", "b"], "response": ["c", "d"], "id": [1, None], "a.b": ["x", "y"], "none": pa.nulls(2)}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    report = prepare(local(tmp_path, train_file=str(tmp_path / "a.parquet")), byte_tokenizer()).report
+    assert report["columns"]["not_read"] == {"a.b": 2, "id": 1}
+    for name, values in {"context": ["x", None], "images": [[b"x"], [b"y"]]}.items():
+        pq.write_table(pa.table(table | {name: values}), tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=rf"column '{name}' is not read .*data.ignore_columns=\[{name}\]"):
+            prepare(local(tmp_path, train_file=str(tmp_path / "a.parquet")), byte_tokenizer())
+    pq.write_table(pa.table(table | {"context": ["", None], "answer": [7, 8]}), tmp_path / "a.parquet")
+    mapped = local(tmp_path, train_file=str(tmp_path / "a.parquet"), columns={"response": "answer"})
+    tokenizer = byte_tokenizer()
+    data = prepare(mapped, tokenizer)
+    assert texts(data, tokenizer) == [("a", "7" + END), ("b", "8" + END)]
+    assert data.report["columns"]["read_as"] == {"response from answer": 2}
+    assert data.report["columns"]["numbers_as_text"] == {"response": 2}
+    assert data.report["columns"]["not_read"] == {"a.b": 2, "response": 2, "id": 1}
+
+
+def test_messages_as_json_text_are_read(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    turns = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    pq.write_table(pa.table({"messages": [turns]}), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text('messages\n"' + turns.replace('"', '""') + '"\n')
+    for name in ("a.parquet", "a.csv"):
+        data = prepare(local(tmp_path, train_file=str(tmp_path / name)), tokenizer)
+        assert [row[1] for row in texts(data, tokenizer)] == ["b" + END]
+    (tmp_path / "b.csv").write_text("messages\n\"[{'role': 'user'}]\"\n")
+    with pytest.raises(DataError, match=r"b.csv line 2: column 'messages' holds a list as text that is not JSON"):
+        prepare(local(tmp_path, train_file=str(tmp_path / "b.csv")), tokenizer)
+
+
+def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
+    cfg = local(tmp_path, [{"prompt": "a", "response": "b"}], columns={"prompt": ["prompt", "contxt"]})
+    with pytest.raises(DataError, match=r"data.columns names contxt, which no row has"):
+        prepare(cfg, byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("columns", "ignored", "named"),
+    [
+        ({"promt": "a"}, [], "data.columns.promt"),
+        ({"prompt": 3}, [], "data.columns.prompt=3"),
+        ({"prompt": []}, [], "data.columns.prompt"),
+        ({"label": ["a", "b"]}, [], "data.columns.label"),
+        ({"prompt": "a", "response": "a"}, [], "names a twice"),
+        ({"prompt": "a"}, ["a"], "data.ignore_columns"),
+        ("prompt", [], "data.columns=prompt"),
+        ({}, [""], "data.ignore_columns"),
+    ],
+)
+def test_options_are_checked(columns: Any, ignored: list[str], named: str) -> None:
+    [problem] = column_problems(LocalDataConfig(train_file="x", columns=columns, ignore_columns=ignored))
+    assert named in problem
+    assert not list(column_problems(LocalDataConfig(train_file="x", columns={"prompt": ["a", "b"]})))
+    assert MAPPED == COLUMNS
