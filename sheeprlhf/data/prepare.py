@@ -34,6 +34,7 @@ from sheeprlhf.data.report import (
     SplitCount,
     check_targets,
     notes_on,
+    notes_on_cuts,
     rows_kept,
     why_none_left,
 )
@@ -172,7 +173,7 @@ def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder:
             "numbers_as_text": dict(layout.numbers.most_common()),
             "not_read": dict(layout.unread.most_common()),
         }
-        report["notes"] = notes_on(report)
+        report["notes"] = [*notes_on(report), *notes_on_cuts(report, cfg)]
         if not any(rows_kept(report, split) for split in TRAINING_SPLITS[tokenize.kind]):
             raise DataError(why_none_left(report, set(files), cfg))
         (temporary / store.REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")

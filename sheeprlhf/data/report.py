@@ -14,6 +14,7 @@ from sheeprlhf.utils.errors import DataError
 SPLITS = ("train", "reward", "validation", "test")
 PERCENTILES = {"p5": 5, "p50": 50, "p95": 95, "max": 100}
 DUPLICATE = "duplicate"
+MANY_CUT = 0.05  # of the rows of a split: from here on a note tells that they are cut
 
 Report = dict[str, Any]
 
@@ -27,6 +28,7 @@ class SplitCount:
         self.kept = 0
         self.dropped: Counter[str] = Counter()
         self.truncated: Counter[str] = Counter()
+        self.rows_cut = 0
         self.special_text = 0
         self.duplicates = 0
         self.responses = 0
@@ -45,6 +47,7 @@ class SplitCount:
             return
         self.kept += 1
         self.truncated.update(row.cut)
+        self.rows_cut += bool(row.cut)
         self.special_text += row.special_text
         self.responses += len(row.sizes) - 1
         self.labels.update("desirable" if label else "undesirable" for label in row.desirable)
@@ -68,6 +71,7 @@ class SplitCount:
             "kept": self.kept,
             "dropped": dict(sorted(self.dropped.items())),
             "truncated": {kind: self.truncated[kind] for kind in ("prompt", "response")},
+            "rows_cut": self.rows_cut,
             "duplicates": self.duplicates,
             "special_token_rows": self.special_text,
             "eos_share": self.with_eos / self.responses if self.responses else None,
@@ -147,6 +151,8 @@ def why_none_left(report: Report, native: set[str], cfg: DataConfig) -> str:
         "empty_response": "write the responses",
         "too_short": f"lower data.minimum_response_length={cfg.minimum_response_length}",
         "too_long": f"raise data.max_length={cfg.max_length}, or set data.on_overflow=truncate_prompt",
+        "no_room_for_response": f"raise data.max_length={cfg.max_length}, or lower data.max_prompt_length="
+        f"{cfg.max_prompt_length}",
         "same_responses": f"give pairs that differ in their first data.max_length={cfg.max_length} tokens",
         "nul_character": "remove the NUL characters",
         "special_tokens_in_messages": "take the markers of the chat template out of the messages",
@@ -247,3 +253,18 @@ def notes_on(report: Report) -> list[str]:
     if any(part.get("labels", {}).get("pairs") for part in report["splits"].values()):
         notes.insert(0, "each pair became two examples: the chosen response desirable, the rejected one undesirable")
     return notes
+
+
+def notes_on_cuts(report: Report, cfg: DataConfig) -> list[str]:
+    """The splits of which more than a few percent of the rows are cut, and what to do about it."""
+    cut = {
+        name: f"{part['rows_cut']:,} of {part['kept']:,} rows of the {name} split"
+        for name, part in report["splits"].items()
+        if part["kept"] and part["rows_cut"] / part["kept"] >= MANY_CUT
+    }
+    if not cut:
+        return []
+    return [
+        f"many rows are cut to data.max_prompt_length={cfg.max_prompt_length} and data.max_length={cfg.max_length}: "
+        f"{', '.join(cut.values())}; raise the limits, or leave such rows out with data.on_overflow=drop"
+    ]

@@ -179,6 +179,8 @@ class RowTokenizer:
         prompt, cut_responses, cut = self._fit(prompt, ended, row.place)
         if cut and self.cfg.on_overflow == "drop":
             return TokenRow(row.number, shares, "too_long")
+        if "response" in cut and self.cfg.max_length - len(prompt) < self.cfg.minimum_response_length:
+            return TokenRow(row.number, shares, "no_room_for_response")
         with_eos = [len(r) == len(whole) for r, whole in zip(cut_responses, ended, strict=True)]
         if responses and min(map(len, responses)) < self.cfg.minimum_response_length:
             return TokenRow(row.number, shares, "too_short")
@@ -208,7 +210,11 @@ class RowTokenizer:
     def _fit(
         self, prompt: list[int], responses: list[list[int]], place: str
     ) -> tuple[list[int], list[list[int]], tuple[str, ...]]:
-        """Cut the prompt's start (its BOS stays), then the responses' ends, to the limits of the config."""
+        """Cut what is too long to the limits of the config.
+
+        The prompt keeps its BOS and its end, up to `max_prompt_length` tokens; the responses keep their starts, as far
+        as the prompt leaves room in `max_length`.
+        """
         cfg = self.cfg
         longest = max((len(r) for r in responses), default=0)
         if len(prompt) <= cfg.max_prompt_length and len(prompt) + longest <= cfg.max_length:
@@ -222,11 +228,11 @@ class RowTokenizer:
             )
         cut = []
         bos = len(self.ids.bos)
-        room = max(min(cfg.max_prompt_length, cfg.max_length - longest), bos, 1)
+        room = max(min(cfg.max_prompt_length, cfg.max_length), bos, 1)
         if len(prompt) > room:
             prompt = prompt[:bos] + prompt[len(prompt) - (room - bos) :]
             cut.append("prompt")
-        room = max(cfg.max_length - len(prompt), 1)
+        room = max(cfg.max_length - len(prompt), 0)
         if longest > room:
             responses = [r[:room] for r in responses]
             cut.append("response")

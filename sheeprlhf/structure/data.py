@@ -19,10 +19,11 @@ class DataConfig(Config):
     dataset_name: Optional[str] = option("???", "Hub id (owner/name) or local folder in the hub's layout.")
     revision: Optional[str] = option(None, "Commit, tag or branch of the hub dataset.")
     max_length: int = option(512, "Longest prompt plus response.", unit="tokens", minimum=2)
-    max_prompt_length: int = option(384, "Longest prompt; the response may use the rest.", unit="tokens", minimum=1)
+    max_prompt_length: int = option(384, "Longest prompt; the response gets the rest.", unit="tokens", minimum=1)
     on_overflow: str = option(
         "truncate_prompt",
-        "An example that is too long: cut the prompt's start, drop the example, or stop with an error.",
+        "An example that is too long: cut the prompt's start and the response's end, drop the example, or stop with an "
+        "error.",
         choices=("truncate_prompt", "drop", "error"),
     )
     num_samples: Optional[int] = option(None, "Use only the first rows of each split.", unit="rows", minimum=1)
@@ -60,7 +61,7 @@ class DocstringsConfig(DataConfig):
         6_000, "Use only the first rows of each split; null takes all 20,000.", unit="rows", minimum=1
     )
     max_length: int = option(128, "Longest prompt plus response.", unit="tokens", minimum=2)
-    max_prompt_length: int = option(96, "Longest prompt; the response may use the rest.", unit="tokens", minimum=1)
+    max_prompt_length: int = option(96, "Longest prompt; the response gets the rest.", unit="tokens", minimum=1)
 
 
 @dataclass(unsafe_hash=True)

@@ -207,7 +207,7 @@ CONTENTS = {  # rows that can be read, and must not be trained on as they are, o
     "response truncated to 0 tokens": [
         *each(
             [GOOD, LONG],
-            counts={"kept": 2, "prompt cut": 1, "response cut": 1},
+            counts={"kept": 1, "no_room_for_response": 1},
             options={"max_length": 32, "max_prompt_length": 32},
         ),
         *each(

@@ -45,7 +45,7 @@ def test_every_row_is_kept_or_counted(tmp_path: Path) -> None:
         pair | {"prompt": "q", "chosen": "a response that is too long"},
         pair | {"prompt": "say <s>"},
     ]
-    cfg = local(tmp_path, data, max_prompt_length=20, max_length=24, minimum_response_length=2)
+    cfg = local(tmp_path, data, max_prompt_length=19, max_length=24, minimum_response_length=2)
     train = prepare(cfg, byte_tokenizer(), "preference").report["splits"]["train"]
     assert (train["read"], train["kept"]) == (9, 4)
     expected = {"duplicate": 1, "empty_prompt": 1, "empty_response": 1, "same_responses": 1, "too_short": 1}

@@ -95,11 +95,11 @@ def test_special_token_text_is_plain_text_and_counted() -> None:
     ("limits", "row", "expected", "cut"),
     [
         ((6, 12), ("abcdef", "xy"), ("<s>bcdef", "xy$"), ("prompt",)),  # 7 tokens with BOS, 6 allowed
-        ((9, 8), ("abcdef", "xy"), ("<s>cdef", "xy$"), ("prompt",)),  # the response's 3 leave 5
-        ((4, 6), ("abc", "uvwx"), ("<s>", "uvwx$"), ("prompt",)),  # exactly max_length - 1
-        ((4, 6), ("abc", "uvwxy"), ("<s>", "uvwxy"), ("prompt", "response")),  # only the EOS is cut off
-        ((4, 6), ("abc", "uvwxyz"), ("<s>", "uvwxy"), ("prompt", "response")),
-        ((7, 10), ("abcdef", "xy"), ("<s>abcdef", "xy$"), ()),  # fits exactly
+        ((7, 8), ("abcdef", "xy"), ("<s>abcdef", "x"), ("response",)),  # the prompt's 7 leave 1
+        ((4, 6), ("abcd", "uvwx"), ("<s>bcd", "uv"), ("prompt", "response")),
+        ((4, 8), ("abc", "uvwx"), ("<s>abc", "uvwx"), ("response",)),  # only the EOS is cut off
+        ((4, 9), ("abc", "uvwx"), ("<s>abc", "uvwx$"), ()),  # fits exactly
+        ((7, 10), ("abcdef", "xy"), ("<s>abcdef", "xy$"), ()),
     ],
 )
 def test_overflow_keeps_bos_and_the_prompts_end(limits, row, expected, cut) -> None:
@@ -117,14 +117,32 @@ def test_overflow_keeps_bos_and_the_prompts_end(limits, row, expected, cut) -> N
             run(values, tokenizer, **options, on_overflow="error")
 
 
-def test_a_pair_keeps_the_shorter_response_whole() -> None:
+def test_a_pair_keeps_its_prompt_and_the_shorter_response_whole() -> None:
     tokenizer = byte_tokenizer()
     row = {"prompt": "abc", "chosen": "xy", "rejected": "uvwxyz"}
     got = run(row, tokenizer, "preference", max_prompt_length=4, max_length=6)
-    assert [tokenizer.decode(ids) for ids in parts(got)] == ["c", "xy<|im_end|>", "uvwxy"]
-    assert (got.cut, got.num_eos) == (("prompt", "response"), 1)
+    assert [tokenizer.decode(ids) for ids in parts(got)] == ["abc", "xy<|im_end|>", "uvw"]
+    assert (got.cut, got.num_eos) == (("response",), 1)
     same_after_cut = {"prompt": "abc", "chosen": "uvwxyz1", "rejected": "uvwxyz2"}
     assert run(same_after_cut, tokenizer, "preference", max_prompt_length=4, max_length=6).dropped == "same_responses"
+
+
+def test_a_prompt_that_leaves_no_room_for_a_response_is_dropped() -> None:
+    options = {"max_prompt_length": 4, "max_length": 6, "minimum_response_length": 3}
+    tokenizer = byte_tokenizer()
+    assert run({"prompt": "abcd", "response": "uvwxyz"}, tokenizer, **options).dropped == "no_room_for_response"
+    assert run({"prompt": "abc", "response": "uvwxyz"}, tokenizer, **options).dropped is None
+    assert run({"prompt": "abcd", "response": "u"}, tokenizer, **options).dropped == "too_short"
+    pair = {"prompt": "abcd", "chosen": "uvwxyz", "rejected": "xyz"}
+    assert run(pair, tokenizer, "preference", **options).dropped == "no_room_for_response"
+
+
+@pytest.mark.parametrize(("num_long", "noted"), [(1, False), (3, True)])
+def test_many_cut_rows_are_told(num_long: int, noted: bool, tmp_path: Path) -> None:
+    data = [{"prompt": f"p{i}", "response": "x" * (30 if i < num_long else 3)} for i in range(40)]
+    prepared = prepare(local(tmp_path, data, max_length=12, max_prompt_length=6), byte_tokenizer())
+    assert prepared.report["splits"]["train"]["rows_cut"] == num_long
+    assert any("data.on_overflow=drop" in note for note in prepared.report["notes"]) is noted
 
 
 @pytest.mark.parametrize(
