@@ -8,28 +8,22 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sheeprlhf.data.collate import collate_packed, collate_padded
-from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.agent.batching import choose_packed
+from sheeprlhf.data.example import Batch
 from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.head import TokenLogprobs, head_logprobs, logprobs_from_logits
-from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm, uses_packed_attention
+from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm
 from sheeprlhf.model.lora import POLICY, adapter_in_use, add_lora, save_model
+from sheeprlhf.model.padded import accepted, logits_at
 from sheeprlhf.model.scalar import head_scores
 from sheeprlhf.model.trim import last_mlp_at
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.lightning import move_data_to_device
 from sheeprlhf.utils.memory import phase
-from sheeprlhf.utils.modes import eval_mode
-
-# Nats, of the check before training. Rounding alone makes 1e-4 of a log-probability of -24 in float32 (SmolLM2).
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 
 class Policy(nn.Module):
@@ -69,15 +63,16 @@ class Policy(nn.Module):
             head_mask_BT = torch.zeros_like(batch.input_ids_BT, dtype=torch.bool)
             head_mask_BT.view(-1)[batch.head_positions_R] = True
             with _inputs_of(model.get_output_embeddings()) as inputs:
-                outputs = model(
+                logits_RV = logits_at(
+                    model,
+                    head_mask_BT,
                     input_ids=batch.input_ids_BT,
                     attention_mask=batch.attention_mask_BT,
                     position_ids=batch.position_ids_BT,
-                    logits_to_keep=head_mask_BT,
-                    use_cache=False,
                 )
-            logprobs = logprobs_from_logits(outputs.logits, batch.logit_index_N, batch.target_ids_N, **how)
-            return self._with_value(logprobs, inputs[0].flatten(0, -2), batch)
+            logprobs = logprobs_from_logits(logits_RV, batch.logit_index_N, batch.target_ids_N, **how)
+            hidden = inputs[0][head_mask_BT] if inputs[0].shape[:2] == head_mask_BT.shape else inputs[0]
+            return self._with_value(logprobs, hidden.flatten(0, -2), batch)
         backbone, head = backbone_and_head(model)
         hidden_RC = hidden_at_head(backbone, batch)
         logprobs = head_logprobs(hidden_RC, head, batch.logit_index_N, batch.target_ids_N, **how)
@@ -115,9 +110,12 @@ def hidden_at_head(backbone: nn.Module, batch: Batch) -> Tensor:
     if batch.layout is None:
         hidden_BTC = hidden_states(
             backbone,
-            input_ids=batch.input_ids_BT,
-            attention_mask=batch.attention_mask_BT,
-            position_ids=batch.position_ids_BT,
+            **accepted(
+                backbone,
+                input_ids=batch.input_ids_BT,
+                attention_mask=batch.attention_mask_BT,
+                position_ids=batch.position_ids_BT,
+            ),
         )
     else:
         with last_mlp_at(backbone, batch.head_positions_R, batch.input_ids_BT.shape[1]):
@@ -146,7 +144,7 @@ def load_policy(
         cfg: the model's configuration.
         tokenizer: its tokenizer.
         longest: tokens of the longest sequence that it will see.
-        batching: "packed", "padded", or "auto": packed if `packing_problem` finds none.
+        batching: as in `choose_packed`.
         say: prints a line for the user: why batches are padded although `batching` is auto.
 
     Returns:
@@ -160,53 +158,5 @@ def load_policy(
         policy = Policy(add_lora(model, cfg.lora_cfg))
     else:
         policy = Policy(model)
-    if batching == "padded":
-        return policy, False
-    problem = packing_problem(policy, longest)
-    if problem and batching == "packed":
-        raise ModelError(f"task.batching=packed: {problem}; set task.batching=padded")
-    if problem:
-        say(f"batches are padded, not packed: {problem}")
-    return policy, not problem
-
-
-def packing_problem(policy: Policy, longest: int) -> str:
-    """Why this model cannot compute packed batches of sequences up to `longest` tokens; empty if it can.
-
-    Packed and padded numbers have to be equal.
-    """
-    model = policy.causal_lm()
-    window = (
-        getattr(model.config, "sliding_window", None) if getattr(model.config, "use_sliding_window", True) else None
-    )
-    if window is not None and window < longest:
-        return f"{type(model).__name__} sees {window} tokens back, the data is up to {longest} long"
-    if not uses_packed_attention(model):
-        return f"the attention of {type(model).__name__} cannot be replaced"
-    try:
-        difference = packing_difference(policy)
-    except (TypeError, ModelError) as error:  # the model refuses an argument that packed batches need
-        return str(error)
-    if difference <= packing_tolerance(policy):
-        return ""
-    return f"packed and padded log-probabilities of {type(model).__name__} differ by {difference:.2g} nats"
-
-
-def packing_tolerance(policy: Policy) -> float:
-    """How far packed and padded log-probabilities may be apart, nats, in the number format of the weights."""
-    return _TOLERANCE[next(policy.parameters()).dtype]
-
-
-def packing_difference(policy: Policy) -> float:
-    """How far packed and padded log-probabilities of two short examples are apart, nats.
-
-    Raises:
-        TypeError: the model refuses an argument that packed batches need; ModelError: so does its attention.
-    """
-    ids = np.arange(12, dtype=np.int32) % 5 + 3
-    examples = [Example(0, ids[:4], (ids[4:9],)), Example(1, ids[1:3], (ids[2:12],))]
-    device = next(policy.parameters()).device
-    with eval_mode(policy), torch.no_grad():
-        packed = policy(move_data_to_device(collate_packed(examples), device)).target_N
-        padded = policy(move_data_to_device(collate_padded(examples, pad_id=0), device)).target_N
-    return float((packed - padded).abs().max())
+    causal_lm = policy.causal_lm()
+    return policy, choose_packed(policy, causal_lm, longest=longest, batching=batching, say=say)

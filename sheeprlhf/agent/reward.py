@@ -4,6 +4,7 @@ Letters: N tokens that are scored.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import cast
@@ -12,10 +13,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from sheeprlhf.agent.batching import choose_packed
 from sheeprlhf.agent.policy import Policy, hidden_at_head
 from sheeprlhf.data.example import Batch
 from sheeprlhf.model.folder import read_json
-from sheeprlhf.model.load import load_causal_lm, uses_packed_attention
+from sheeprlhf.model.load import load_causal_lm
 from sheeprlhf.model.lora import add_lora, load_lora, save_model
 from sheeprlhf.model.scalar import HEAD, head_scores, padding_token, scalar_model
 from sheeprlhf.structure.model import ModelConfig
@@ -96,7 +98,12 @@ def offset_of(folder: Path) -> float:
 
 @phase("loading the model")
 def load_reward_model(
-    cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, batching: str
+    cfg: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    longest: int,
+    batching: str,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[RewardModel, bool]:
     """A reward model that is a whole folder, and whether its batches are packed.
 
@@ -105,10 +112,8 @@ def load_reward_model(
     """
     auto = AutoModelForSequenceClassification
     model = load_causal_lm(cfg, vocabulary=len(tokenizer), longest=longest, auto=auto)
-    packed = batching != "padded" and uses_packed_attention(model)
-    if batching == "packed" and not packed:
-        raise ModelError(f"task.batching=packed: the attention of {type(model).__name__} cannot be replaced")
-    return RewardModel(model), packed
+    reward = RewardModel(model)
+    return reward, choose_packed(reward, model, longest=longest, batching=batching, say=say)
 
 
 def reward_model_of(

@@ -115,7 +115,8 @@ def _data(data: DataConfig, offline: str) -> Finding:
 
 def _model(config: DoctorConfig, size: "ModelSize | None", room: int | None) -> Iterator[Finding]:
     """Whether the model can be loaded, and whether its batches can be packed."""
-    from sheeprlhf.agent.policy import load_policy, packing_difference, packing_problem, packing_tolerance
+    from sheeprlhf.agent.batching import packing_difference, packing_problem, packing_tolerance
+    from sheeprlhf.agent.policy import load_policy
     from sheeprlhf.model.load import load_tokenizer
     from sheeprlhf.model.locate import locate
 
@@ -147,7 +148,7 @@ def _model(config: DoctorConfig, size: "ModelSize | None", room: int | None) -> 
             yield Finding("problem", "model", str(error))
         return
     yield Finding("ok", "model", f"{name}; it is here and loads")
-    problem = packing_problem(policy, longest)
+    problem = packing_problem(policy, policy.causal_lm(), longest)
     if problem and task.batching == "packed":
         yield Finding("problem", "attention", f"task.batching=packed: {problem}; set task.batching=padded")
     elif problem or task.batching == "padded":

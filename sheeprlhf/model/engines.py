@@ -16,6 +16,8 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from sheeprlhf.model.generate import Stops, left_padded, own_settings
 from sheeprlhf.model.load import uses_packed_attention
+from sheeprlhf.model.packing import is_recurrent
+from sheeprlhf.model.padded import no_router_logits
 from sheeprlhf.model.sample import Sampled, prompt_groups, sample_responses
 from sheeprlhf.utils.errors import ModelError, NonFiniteError
 from sheeprlhf.utils.memory import phase
@@ -87,6 +89,7 @@ def hf_responses(
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([watch]),
                 stopping_criteria=StoppingCriteriaList([] if stop is None else [Stops(stop, width)]),
+                **no_router_logits(model),
             )
         ids_BN, logprobs_BN = output[:, width:].cpu().numpy(), watch.logprobs(output)
         ended = [_ended(*row, eos_id, stop) for row in zip(ids_BN, logprobs_BN, strict=True)]
@@ -119,8 +122,7 @@ def continuous_responses(
     """
     if not prompts:
         return []
-    if not uses_packed_attention(model):
-        raise ModelError("continuous batching cannot replace this model's attention: give generation.engine=native")
+    check_engine("continuous", model)
     num_responses, num_new = uniforms.shape[1:]
     settings = _settings(num_responses, num_new, temperature, eos_id)
     longest = max(map(len, prompts)) + num_new
@@ -156,6 +158,19 @@ def continuous_responses(
     ended = [_ended(np.array(one.generated_tokens), np.array(one.logprobs), eos_id, stop) for one in outputs]
     progress(len(ended))
     return _grouped(ended, num_responses)
+
+
+def check_engine(name: str, model: PreTrainedModel) -> None:
+    """Find out before anything is sampled whether an engine works for a model.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if name == "continuous" and (is_recurrent(model) or not uses_packed_attention(model)):
+        what = "keep the state of" if is_recurrent(model) else "replace the attention of"
+        raise ModelError(
+            f"generation.engine=continuous: it cannot {what} {type(model).__name__}: give generation.engine=native"
+        )
 
 
 ENGINES: dict[str, Engine] = {"native": sample_responses, "hf": hf_responses, "continuous": continuous_responses}

@@ -15,6 +15,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from sheeprlhf.model.padded import no_router_logits
 from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.utils.memory import phase
@@ -73,6 +74,7 @@ def generate_ids(
             generation_config=settings,
             synced_gpus=False,  # one rank may generate alone, under fsdp2 too: all weights are on each then
             stopping_criteria=StoppingCriteriaList([Stops(stop, width)] if stop else []),
+            **no_router_logits(model),
         )
     return [_to_eos(row, settings.eos_token_id) for row in output[:, width:].cpu().numpy()]
 

@@ -101,13 +101,12 @@ def load_causal_lm(
         if cfg.disable_dropout:
             _zero_dropout(config)
         config.use_cache = False
+        config._attn_implementation = None  # sdpa, or eager for a model without
         if cfg.random_init:
             trust = options["trust_remote_code"]
-            model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust)
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=trust)
         else:
-            model = auto.from_pretrained(
-                source, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, **options
-            )
+            model = auto.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, **options)
     except ModelError:  # a ValueError too, and complete as it is
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -120,7 +119,7 @@ def load_causal_lm(
             f"model.repo_name={cfg.repo_name}: its tokenizer has {vocabulary} tokens, the model only {rows}"
         )
     replace_rms_norms(model)
-    if model._can_set_attn_implementation():
+    if model._supports_sdpa and model._can_set_attn_implementation():  # else it has what sdpa lacks, as a soft cap
         model.set_attn_implementation(PACKED)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -34,8 +34,9 @@ from transformers import PreTrainedModel
 
 from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.head import MAX_LOGITS
-from sheeprlhf.model.load import backbone_and_head, load_causal_lm, uses_packed_attention
+from sheeprlhf.model.load import backbone_and_head, load_causal_lm
 from sheeprlhf.model.lora import add_lora
+from sheeprlhf.model.packing import packing_limit
 from sheeprlhf.model.scalar import HEAD, with_score_head
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig, SGDConfig
@@ -185,7 +186,7 @@ def _kept_bytes(model: Any, mixed: torch.dtype | None) -> tuple[int, int, Tensor
         }
         ids = torch.zeros(1, _TOKENS, dtype=torch.long)
         inputs: dict[str, Any] = {"input_ids": ids, "position_ids": torch.arange(_TOKENS)[None], "use_cache": False}
-        if uses_packed_attention(model):
+        if not packing_limit(model, _TOKENS):
             layout = SimpleNamespace(segments=((1, (_TOKENS - 1,)),), max_key=_TOKENS)
             inputs |= {"layout": layout, "attention_mask": placeholder_mask(ids)}
         autocast = torch.autocast("cpu", mixed) if mixed is not None else nullcontext()

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sheeprlhf.model.cache import compact
-from sheeprlhf.model.load import uses_packed_attention
-from sheeprlhf.model.rows import PackedRows, PaddedRows
+from sheeprlhf.model.packing import packing_limit
+from sheeprlhf.model.rows import PackedRows, PaddedRows, RecomputedRows, unpacked_rows
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
 
@@ -82,24 +82,17 @@ def sample_responses(
         raise ValueError(f"temperature={temperature} must be above 0; nothing is sampled at 0")
     lengths = [len(prompt) for prompt in prompts]
     num_responses, num_new = uniforms.shape[1:]
-    packed = packed and _packs(model, max(lengths, default=0) + num_new)
+    packed = packed and not packing_limit(model, max(lengths, default=0) + num_new)
     results: dict[int, Sampled] = {}
     with eval_mode(model):
         groups = prompt_groups(lengths, num_responses, num_new, token_budget, shared=packed, most=max_prompts)
         draw_next = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
         for group in groups:
             group_prompts = [prompts[index] for index in group]
-            rows = PackedRows(model, token_budget) if packed else PaddedRows(model)
+            rows = PackedRows(model, token_budget) if packed else unpacked_rows(model)
             sampled = _sample_group(rows, group_prompts, uniforms[group], draw_next, eos_id, stop, progress)
             results |= zip(group, sampled, strict=True)
     return [results[index] for index in range(len(prompts))]
-
-
-def _packs(model: PreTrainedModel, longest: int) -> bool:
-    """Whether the model's attention can be replaced, and sees sequences of this length whole."""
-    config = model.config
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return uses_packed_attention(model) and (window is None or longest <= window)
 
 
 def prompt_groups(
@@ -129,7 +122,7 @@ def prompt_groups(
 
 
 def _sample_group(
-    rows: PackedRows | PaddedRows,
+    rows: PackedRows | PaddedRows | RecomputedRows,
     prompts: Sequence[np.ndarray],
     uniforms_PKN: np.ndarray,
     draw_next: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],

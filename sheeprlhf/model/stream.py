@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sheeprlhf.model.rows import PaddedRows
+from sheeprlhf.model.rows import unpacked_rows
 from sheeprlhf.structure.generation import GenConfig
 
 
@@ -42,7 +42,7 @@ def stream_ids(
         if cfg.top_p < 1:
             warp.append(TopPLogitsWarper(cfg.top_p))
     none: Any = torch.empty(1, 0, dtype=torch.long, device=model.device)  # these do not look at the tokens so far
-    rows = PaddedRows(model)
+    rows = unpacked_rows(model)
     logits_1V = rows.prefill([prompt_ids], 1, cfg.max_new_tokens)
     for left in reversed(range(cfg.max_new_tokens)):
         scores_1V = warp(none, cast(Any, logits_1V.float()))

@@ -164,7 +164,7 @@ def load_separate_reward_model(
     of_run, folder, model = reward_model_source(cfg)
     if folder is not None:
         say(f"reward model: {folder}")
-        return load_reward_model(model, tokenizer, longest=longest, batching=task.batching)
+        return load_reward_model(model, tokenizer, longest=longest, batching=task.batching, say=say)
     say(f"reward model: the {task.rm_model_name} weights of {of_run}")
     model = dataclasses.replace(model, disable_dropout=True, gradient_checkpointing=False)
     of = (model, Path(str(of_run)), task.rm_model_name, tokenizer)

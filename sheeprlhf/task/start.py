@@ -155,7 +155,7 @@ def load_trained_reward_model(
         if not final.is_dir():
             raise ConfigError(f"{run_dir}: this run has no final/ yet; finish it with resume_from={run_dir}")
         whole = dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False)
-        return load_reward_model(whole, tokenizer, longest=longest, batching=batching)
+        return load_reward_model(whole, tokenizer, longest=longest, batching=batching, say=say)
     task = saved_group(str(run_dir), "task")
     assert isinstance(task, RMConfig)
     start = (task.sft_experiment_dir, task.sft_model_name)

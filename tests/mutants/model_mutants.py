@@ -19,7 +19,7 @@ MUTANTS = [
     Mutant(  # padding is attended to: falcon, and every model on padded batches
         trap="1",
         file=_POLICY,
-        old="                attention_mask=batch.attention_mask_BT,\n",
+        old="                    attention_mask=batch.attention_mask_BT,\n",
         new="",
         tests=f"{_PARITY}::test_batch_equals_one_plain_forward_a_sequence",
     ),
@@ -33,8 +33,8 @@ MUTANTS = [
     Mutant(  # left padding without position ids
         trap="2",
         file=_POLICY,
-        old="                    position_ids=batch.position_ids_BT,\n                    logits_to_keep",
-        new="                    logits_to_keep",
+        old="                    position_ids=batch.position_ids_BT,\n                )\n            logprobs",
+        new="                )\n            logprobs",
         tests=f"{_PARITY}::test_left_padding_changes_nothing",
     ),
     Mutant(  # prompts of a generation are padded on the right
@@ -238,14 +238,14 @@ MUTANTS = [
     ),
     Mutant(  # a window that is shorter than the data
         trap="sliding window",
-        file=_POLICY,
-        old="    if window is not None and window < longest:\n",
-        new="    if False:\n",
+        file="sheeprlhf/model/packing.py",
+        old="min(_windows(config, kinds), default=longest)",
+        new="longest",
         tests="tests/unit/agent/test_policy.py::test_a_window_shorter_than_the_data_cannot_be_packed",
     ),
     Mutant(  # models that are wrong on packed rows are not found out
         trap="packing check",
-        file=_POLICY,
+        file="sheeprlhf/agent/batching.py",
         old="    if difference <= packing_tolerance(",
         new="    if difference < 99 or packing_tolerance(",
         tests="tests/unit/agent/test_policy.py::test_a_model_that_is_wrong_on_packed_rows_is_found_out",

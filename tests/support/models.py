@@ -4,7 +4,12 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 PAD, BOS, EOS = 256, 257, 258
 VOCAB = 260
@@ -56,6 +61,47 @@ ARCHITECTURES = {
         hidden_size=16, num_hidden_layers=2, num_attention_heads=4, attention_dropout=0.1, hidden_dropout=0.1
     ),
 }
+_GEMMA = _LLAMA | dict(head_dim=8, query_pre_attn_scalar=8)
+UNPACKED = {  # architectures whose batches are padded: eager attention, windows, recurrent layers
+    "gemma2": _GEMMA | dict(sliding_window=64, attn_logit_softcapping=2.0, final_logit_softcapping=1.0),
+    "gpt_neo": dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=6,
+        max_position_embeddings=128,
+    ),
+    "bloom": dict(hidden_size=16, n_layer=2, n_head=4),
+    "gemma3_text": _GEMMA | dict(layer_types=["sliding_attention", "full_attention"], sliding_window=16),
+    "qwen3_5_text": _LLAMA
+    | dict(
+        head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "mamba": dict(hidden_size=16, state_size=4, num_hidden_layers=2),
+    "lfm2": _LLAMA | dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+}
+EXPERTS = {  # mixtures of experts whose configuration asks for the router's loss
+    "mixtral": _LLAMA
+    | dict(num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.1),
+    "qwen3_moe": _LLAMA
+    | dict(
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        decoder_sparse_step=1,
+        mlp_only_layers=[0],
+        output_router_logits=True,
+        router_aux_loss_coef=0.2,
+    ),
+}
 
 
 def byte_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
@@ -72,11 +118,23 @@ def byte_tokenizer(*, bos: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model_folder(folder: Path, architecture: str = "llama", *, seed: int = 0, bos: bool = True) -> Path:
-    """Save a random model of two layers and its tokenizer; weights are large enough to tell tokens apart."""
+def make_model_folder(
+    folder: Path, architecture: str = "llama", *, seed: int = 0, bos: bool = True, scores: bool = False
+) -> Path:
+    """Save a random model of two layers and its tokenizer; weights are large enough to tell tokens apart.
+
+    Args:
+        folder: where it is saved.
+        architecture: a name of `ARCHITECTURES`, `UNPACKED` or `EXPERTS`.
+        seed: of its weights.
+        bos: the tokenizer prepends BOS.
+        scores: it is a reward model.
+    """
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **_COMMON | ARCHITECTURES[architecture])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    options = (ARCHITECTURES | UNPACKED | EXPERTS)[architecture]
+    config = AutoConfig.for_model(architecture, **_COMMON | options, **({"num_labels": 1} if scores else {}))
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

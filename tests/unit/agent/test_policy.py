@@ -9,8 +9,10 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sheeprlhf.agent import batching as batching_module
 from sheeprlhf.agent import policy as policy_module
-from sheeprlhf.agent.policy import Policy, load_policy, packing_problem
+from sheeprlhf.agent.batching import packing_problem
+from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.load import load_tokenizer
@@ -31,7 +33,7 @@ def load(folder: Path, *, longest: int = 64, batching: str = "auto", **options: 
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_all_but_falcon_pack_in_every_number_format(architecture: str, dtype: str, model_folder: ModelFolder) -> None:
     policy, packed = load(model_folder(architecture), dtype=dtype)
-    problem = packing_problem(policy, 64)
+    problem = packing_problem(policy, policy.causal_lm(), 64)
     assert packed == (not problem) == (architecture != "falcon"), problem
     if problem:
         assert problem == "the attention of FalconForCausalLM cannot be replaced"
@@ -43,10 +45,13 @@ def test_a_window_shorter_than_the_data_cannot_be_packed(model_folder: ModelFold
     policy, packed = load(model_folder("mistral"))
     assert packed
     policy.causal_lm().config.sliding_window = 16
-    assert packing_problem(policy, 16) == ""
-    assert packing_problem(policy, 17) == "MistralForCausalLM sees 16 tokens back, the data is up to 17 long"
+    assert packing_problem(policy, policy.causal_lm(), 16) == ""
+    assert (
+        packing_problem(policy, policy.causal_lm(), 17)
+        == "MistralForCausalLM sees 16 tokens back, the data is up to 17 long"
+    )
     policy.causal_lm().config.use_sliding_window = False  # as in Qwen's configurations
-    assert packing_problem(policy, 17) == ""
+    assert packing_problem(policy, policy.causal_lm(), 17) == ""
 
 
 def test_a_model_that_is_wrong_on_packed_rows_is_found_out(
@@ -56,9 +61,9 @@ def test_a_model_that_is_wrong_on_packed_rows_is_found_out(
         batch = collate_packed(examples)
         return batch._replace(position_ids_BT=torch.arange(batch.input_ids_BT.shape[1])[None])
 
-    monkeypatch.setattr(policy_module, "collate_packed", without_positions)
+    monkeypatch.setattr(batching_module, "collate_packed", without_positions)
     assert not load(model_folder("gpt2"))[1]
-    with pytest.raises(ModelError, match=r"task\.batching=packed: .*GPT2LMHeadModel differ by .* nats; .*=padded"):
+    with pytest.raises(ModelError, match=r"task\.batching=packed: .*GPT2LMHeadModel differ by .*; .*=padded"):
         load(model_folder("gpt2"), batching="packed")
 
 
@@ -69,14 +74,14 @@ def test_a_model_that_takes_no_layout_is_padded(model_folder: ModelFolder, monke
     monkeypatch.setattr(policy_module, "hidden_states", picky)
     policy, packed = load(model_folder("llama"))
     assert not packed
-    assert "layout" in packing_problem(policy, 64)
+    assert "layout" in packing_problem(policy, policy.causal_lm(), 64)
     assert all(module.training for module in policy.modules())
 
 
 def test_the_check_consumes_no_random_number(model_folder: ModelFolder) -> None:
     policy, _ = load(model_folder("gpt2"), disable_dropout=False)
     state = torch.get_rng_state()
-    assert packing_problem(policy, 64) == ""
+    assert packing_problem(policy, policy.causal_lm(), 64) == ""
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sheeprlhf.agent import policy
+from sheeprlhf.agent import batching
 from sheeprlhf.cli import run
 from sheeprlhf.command import checks, doctor
 from sheeprlhf.structure.fabric import FabricConfig
@@ -144,9 +144,9 @@ def test_a_model_that_cannot_be_packed(
 def test_a_model_that_is_wrong_on_packed_rows(
     report: Callable[..., Report], words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(policy, "packing_difference", lambda *_: 0.5)
+    monkeypatch.setattr(batching, "packing_difference", lambda *_: 0.5)
     found = report(*words)
-    assert "differ by 0.5 nats: batches are padded" in found.said["attention"]
+    assert "differ by 0.5: batches are padded" in found.said["attention"]
 
 
 def test_rows_that_exceed_the_positions(report: Callable[..., Report], words: list[str]) -> None:

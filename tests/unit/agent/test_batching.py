@@ -1,0 +1,216 @@
+"""Models that cannot pack are padded without being told to, with either head, and give what transformers gives."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from sheeprlhf.agent.policy import Policy, load_policy
+from sheeprlhf.agent.reward import RewardModel, load_reward_model
+from sheeprlhf.data.collate import collate_packed, collate_padded
+from sheeprlhf.data.example import Example
+from sheeprlhf.model.engines import check_engine, hf_responses
+from sheeprlhf.model.generate import generate_ids
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.packing import is_recurrent, packing_limit
+from sheeprlhf.model.rows import PaddedRows, RecomputedRows, unpacked_rows
+from sheeprlhf.model.sample import sample_responses
+from sheeprlhf.model.stream import stream_ids
+from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.utils.errors import ModelError
+from tests.support.models import EXPERTS, UNPACKED, make_model_folder
+
+ModelFolder = Callable[..., Path]
+EAGER = ("gemma2", "gpt_neo", "bloom")
+RECURRENT = ("qwen3_5_text", "mamba", "lfm2")
+SCORED = ("gemma3_text", "qwen3_5_text", "gpt_neo", "bloom")  # those that transformers has with a score head
+
+
+def examples() -> list[Example]:
+    """Rows of very different lengths, the longest beyond all windows, each with two responses."""
+    rng = np.random.default_rng(0)
+    sizes = [(3, 5, 2), (20, 1, 18), (1, 30, 4), (9, 9, 9)]
+    return [
+        Example(row, *((ids := [rng.integers(0, 250, size).astype(np.int32) for size in of_row])[0], tuple(ids[1:])))
+        for row, of_row in enumerate(sizes)
+    ]
+
+
+def policy_of(folder: Path, say: Callable[[str], None] = print, **options: Any) -> tuple[Policy, bool]:
+    cfg = ModelConfig(config_name="auto", repo_name=str(folder))
+    return load_policy(cfg, load_tokenizer(cfg), **{"longest": 64, "batching": "auto"} | options, say=say)
+
+
+def reward_of(folder: Path, say: Callable[[str], None] = print, **options: Any) -> tuple[RewardModel, bool]:
+    cfg = ModelConfig(config_name="auto", repo_name=str(folder))
+    return load_reward_model(cfg, load_tokenizer(cfg), **{"longest": 64, "batching": "auto"} | options, say=say)
+
+
+@pytest.mark.parametrize("architecture", UNPACKED)
+def test_log_probabilities_equal_those_of_rows_alone(architecture: str, model_folder: ModelFolder) -> None:
+    lines: list[str] = []
+    policy, packed = policy_of(model_folder(architecture), lines.append)
+    assert not packed and len(lines) == 1 and lines[0].startswith("batches are padded, not packed: ")
+    rows = examples()
+    with torch.no_grad():
+        target_N = policy.eval()(collate_padded(rows, pad_id=0)).target_N
+        plain = AutoModelForCausalLM.from_pretrained(
+            model_folder(architecture), dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        expected = [_logprobs(plain, row.prompt_ids, response) for row in rows for response in row.responses]
+    assert_close(target_N, torch.cat(expected), rtol=0, atol=1e-5)
+    with pytest.raises(ModelError, match=r"task\.batching=packed: .*task\.batching=padded"):
+        policy_of(model_folder(architecture), batching="packed")
+
+
+def _logprobs(model: nn.Module, prompt: np.ndarray, response: np.ndarray) -> Tensor:
+    ids = torch.tensor([*prompt.tolist(), *response.tolist()])
+    logprobs = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
+    return logprobs[len(prompt) - 1 : -1].gather(1, ids[len(prompt) :, None])[:, 0]
+
+
+@pytest.mark.parametrize("architecture", SCORED)
+def test_scores_equal_those_of_rows_alone(architecture: str, tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model", architecture, scores=True)
+    lines: list[str] = []
+    reward, packed = reward_of(folder, lines.append)
+    assert not packed and len(lines) == 1
+    rows = examples()
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    texts = [[*row.prompt_ids.tolist(), *response.tolist()] for row in rows for response in row.responses]
+    with torch.no_grad():
+        scores_N = reward.eval()(collate_padded(rows, pad_id=0, targets="last"))
+        expected_N = torch.stack([plain(input_ids=torch.tensor([ids])).logits[0, 0] for ids in texts])
+    assert_close(scores_N, expected_N, rtol=0, atol=1e-5)
+    with pytest.raises(ModelError, match=r"task\.batching=packed: .*task\.batching=padded"):
+        reward_of(folder, batching="packed")
+
+
+def test_a_window_counts_for_rows_beyond_it_alone(tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "model", "gemma3_text", scores=True)
+    reward, packed = reward_of(folder, longest=16)
+    assert packed and not reward_of(folder, longest=17)[1]
+    short = [row for row in examples() if sum(map(len, (row.prompt_ids, *row.responses))) <= 10][:1]
+    with torch.no_grad():
+        scores = [reward.eval()(batch) for batch in (collate_packed(short), collate_padded(short, pad_id=0))]
+    assert_close(scores[0], scores[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "longest"),
+    [
+        ({"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 16}, 16),
+        ({"layer_types": ["full_attention", "full_attention"], "sliding_window": 16}, None),
+        ({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 16}, 16),
+        ({"sliding_window_size": 16}, 16),
+        ({"sliding_windows": [64, 16]}, 16),
+        ({"layer_types": ["full_attention", "indexed_attention"]}, 0),
+        ({"layer_types": ["linear_attention", "full_attention"]}, 0),
+        ({}, None),
+    ],
+)
+def test_which_configurations_limit_packed_rows(
+    changes: dict[str, Any], longest: int | None, model_folder: ModelFolder
+) -> None:
+    """`longest` is the length from which on rows are cut; None: none, 0: all."""
+    policy, _ = policy_of(model_folder("llama"))
+    model = policy.causal_lm()
+    for key, value in changes.items():
+        setattr(model.config, key, value)
+    for length in (16, 17):
+        assert bool(packing_limit(model, length)) == (longest is not None and length > longest)
+
+
+def test_convolutions_and_states_are_recurrent(model_folder: ModelFolder) -> None:
+    for architecture in (*RECURRENT, "llama", "gpt2", "gemma3_text", "gpt_neo"):
+        model = policy_of(model_folder(architecture), longest=4)[0].causal_lm()
+        assert is_recurrent(model) == (architecture in RECURRENT), architecture
+    policy, _ = policy_of(model_folder("gpt2"))
+    policy.causal_lm().add_module("mixer", nn.Conv1d(4, 4, 3))
+    assert is_recurrent(policy.causal_lm()) and packing_limit(policy.causal_lm(), 4)
+
+
+@pytest.mark.parametrize("architecture", [*UNPACKED, *EXPERTS])
+def test_what_is_written_is_what_generate_writes(architecture: str, model_folder: ModelFolder) -> None:
+    """Greedy, by every way to write; prompts of different lengths, responses beyond all windows."""
+    folder = model_folder(architecture)
+    policy, packed = policy_of(folder)
+    model, tokenizer = policy.causal_lm().eval(), load_tokenizer(ModelConfig(config_name="auto", repo_name=str(folder)))
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = [row.prompt_ids for row in examples()]
+    expected = [_greedy(plain, prompt, 12) for prompt in prompts]
+    sampled = sample_responses(
+        model,
+        prompts,
+        np.zeros((len(prompts), 2, 12)),
+        temperature=1.0,
+        eos_id=None,
+        token_budget=1000,
+        packed=packed,
+        top_k=1,
+    )
+    for one, ids in zip(sampled, expected, strict=True):
+        assert [response.tolist() for response in one.responses] == [ids, ids]
+    how = GenConfig(max_new_tokens=12, do_sample=False)
+    assert list(stream_ids(model, prompts[1], how, eos_id=None, seed=0)) == expected[1]
+    written = generate_ids(model, tokenizer, prompts, how)
+    ends = [ids[: ids.index(257) + 1] if 257 in ids else ids for ids in expected]
+    assert [ids.tolist() for ids in written] == [_until(ids, tokenizer.eos_token_id) for ids in ends]
+
+
+def _until(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+def _greedy(model: Any, prompt: np.ndarray, count: int) -> list[int]:
+    """An argmax loop without a cache."""
+    ids = prompt.tolist()
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_a_cache_that_is_wrong_is_not_used(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(architecture: str) -> Any:
+        return unpacked_rows(policy_of(model_folder(architecture))[0].causal_lm().eval())
+
+    assert isinstance(rows("qwen3_5_text"), PaddedRows)
+    assert isinstance(rows("llama"), PaddedRows)
+    monkeypatch.setattr(PaddedRows, "_select", lambda *_: None)
+    assert isinstance(rows("qwen3_5_text"), RecomputedRows)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_5_text", "gemma3_text", "mixtral"])
+def test_log_probabilities_of_the_engine_of_transformers(architecture: str, model_folder: ModelFolder) -> None:
+    policy, _ = policy_of(model_folder(architecture))
+    prompts = [row.prompt_ids for row in examples()]
+    uniforms = np.random.default_rng(0).random((len(prompts), 2, 10))
+    sampled = hf_responses(policy.causal_lm(), prompts, uniforms, temperature=1.0, eos_id=None, token_budget=1000)
+    rows = [Example(0, prompt, one.responses) for prompt, one in zip(prompts, sampled, strict=True)]
+    with torch.no_grad():
+        trained_N = policy.eval()(collate_padded(rows, pad_id=0)).target_N
+    assert_close(
+        torch.from_numpy(np.concatenate([np.concatenate(one.logprobs) for one in sampled])),
+        trained_N,
+        rtol=0,
+        atol=1e-4,
+    )
+
+
+def test_continuous_batching_of_recurrent_models_is_rejected(model_folder: ModelFolder) -> None:
+    def model(architecture: str) -> PreTrainedModel:
+        return policy_of(model_folder(architecture))[0].causal_lm()
+
+    for architecture in ("qwen3_5_text", "gemma2", "falcon"):
+        with pytest.raises(ModelError, match=r"generation\.engine=continuous.*generation\.engine=native"):
+            check_engine("continuous", model(architecture))
+    for engine, architecture in (("continuous", "llama"), ("native", "qwen3_5_text"), ("hf", "qwen3_5_text")):
+        check_engine(engine, model(architecture))
