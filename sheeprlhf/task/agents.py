@@ -14,6 +14,7 @@ from sheeprlhf.agent.reward import RewardModel, load_reward_model, offset_of, re
 from sheeprlhf.agent.shared import SharedScore
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.run import Run
+from sheeprlhf.model.engines import check_engine
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import (
     CRITIC,
@@ -67,6 +68,7 @@ def load_agents(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -
     adapted = cfg.model.lora_cfg if cfg.model.finetune_mode == "LORA" else None
     if adapted is not None:
         policy = Policy(add_lora(policy.causal_lm(), adapted))
+    check_engine(cfg.generation.engine, policy.causal_lm())
     reward = None
     if needs_model(cfg.reward, cfg.data.rule_reward):
         reward, reward_packed = _load_reward(run, tokenizer, policy, longest=longest)
