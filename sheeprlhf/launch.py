@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from sheeprlhf.engine.redact import plain_text, redact_text
 from sheeprlhf.engine.rundir import choose_run_dir, is_finished
 from sheeprlhf.model.locate import locate
+from sheeprlhf.structure.commands import option_word
 from sheeprlhf.structure.earlier import TASKS, is_word
 from sheeprlhf.structure.registry import config_hash
 from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, RootConfig, TrainConfig
@@ -67,8 +68,7 @@ def settled_words(config: RootConfig, words: list[str], asked: Mapping[str, Any]
         found = getattr(config.task, key.removeprefix("task."))
         if is_rank_zero() and found is not None:
             print(f"{key}={said}: {found}")
-        settled = "null" if found is None else _quoted(found)
-        words = [word for word in words if not word.startswith(f"{key}=")] + [f"{key}={settled}"]
+        words = [word for word in words if not word.startswith(f"{key}=")] + [option_word(key, found)]
     return words
 
 
@@ -167,15 +167,10 @@ def _program() -> list[str]:
 def _words_alone(config: TrainConfig | EvalConfig, job: Job) -> list[str]:
     words = [job.verb, *job.words]
     if isinstance(config, TrainConfig):
-        words.append(f"run_name={_quoted(config.run_name)}")
+        words.append(option_word("run_name", config.run_name))
     if job.given_dir is not None:
-        words.append(f"hydra.run.dir={_quoted(os.path.abspath(job.given_dir))}")
+        words.append(option_word("hydra.run.dir", os.path.abspath(job.given_dir)))
     return words
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def _choose_dir(config: TrainConfig, given: str | None) -> Path:

@@ -4,7 +4,6 @@ import html
 import importlib.metadata
 import json
 import platform
-import shlex
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import sheeprlhf
 from sheeprlhf.command.screen import clean
+from sheeprlhf.structure.commands import command
 from sheeprlhf.structure.data import DataConfig, DocstringsConfig
 from sheeprlhf.structure.earlier import REPORT_FILE, read_run
 from sheeprlhf.structure.places import data_is_here, model_folder
@@ -138,9 +138,9 @@ def _recipe(run_dir: Path) -> Iterator[str]:
         stages.insert(0, Path(start))
     yield "```bash"
     for stage in stages:
-        command = read_run(stage).get("command")
-        words = [clean(word, 400) for word in command] if isinstance(command, list) else ["(not recorded)"]
-        yield _home(shlex.join(["python", "sheeprlhf.py", *words])).replace("`", "'")
+        typed = read_run(stage).get("command")
+        words = [clean(word, 400) for word in typed] if isinstance(typed, list) else ["(not recorded)"]
+        yield _home(command(words)).replace("`", "'")
     yield "```"
     yield ""
     yield "| option | value |"

@@ -5,7 +5,6 @@ before, with exit code 2, like that of every command.
 """
 
 import dataclasses
-import shlex
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from rich.text import Text
 from sheeprlhf.command.checks import Finding, caches, devices, disk, hub, precision, versions
 from sheeprlhf.command.screen import Screen, paragraph
 from sheeprlhf.engine.redact import plain_text, redact_command, redact_text
+from sheeprlhf.structure.commands import command, given_words
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.machine import available_memory
 from sheeprlhf.structure.places import data_is_here, model_folder
@@ -59,10 +59,10 @@ def run(config: DoctorConfig) -> int:
 
 def _command(verb: str, config: DoctorConfig) -> str:
     """The same configuration for another command."""
-    given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    given, flags = given_words() if HydraConfig.initialized() else ([], [])
     named = any(word.startswith(("task=", "experiment=")) for word in given)
     task = [] if named else [f"task={config.task.config_name}"]
-    return plain_text(shlex.join(["python", "sheeprlhf.py", verb, *task, *redact_command(given)]))
+    return plain_text(command([verb, *task, *redact_command(given), *flags]))
 
 
 def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:

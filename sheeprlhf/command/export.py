@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sheeprlhf.command.chat import WEIGHTS, weights_of
 from sheeprlhf.command.flags import Flag, print_flags_help, read_flags
 from sheeprlhf.command.screen import Screen, clean
+from sheeprlhf.structure.commands import command
 from sheeprlhf.structure.places import is_hub_id, new_folder_problems
 from sheeprlhf.structure.trained import POLICY, find_trained
 from sheeprlhf.utils.errors import ConfigError
@@ -90,7 +91,7 @@ def run(arguments: list[str]) -> int:
         _push(folder, name)
         screen.print(f"uploaded: {name}")
     if trained.trains == POLICY:
-        screen.print(f"next: python sheeprlhf.py chat {shlex.quote(str(folder))}")
+        screen.print(f"next: {command(['chat', str(folder)])}")
     return 0
 
 

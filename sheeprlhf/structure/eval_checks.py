@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from sheeprlhf.structure.commands import shell_word
 from sheeprlhf.structure.earlier import start_problems, task_of_run
 from sheeprlhf.structure.evaluation import REFERENCES, START, EvalTaskConfig, FrontierConfig, RewardConfig
 from sheeprlhf.structure.limits import nearest
@@ -113,7 +114,8 @@ def _frontier_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
     if config.model is not None and config.model.random_init:
         yield f"experiment_dir={run_dir}: task=frontier needs a start, and this run began with random weights"
     if not Path(run_dir, "final").is_dir() and not any(Path(run_dir).glob("checkpoints/step-*")):
-        yield f"experiment_dir={run_dir}: this run has no checkpoint; go on with it by resume_from={run_dir}"
+        again = shell_word("resume_from", str(run_dir))
+        yield f"experiment_dir={run_dir}: this run has no checkpoint; go on with it by {again}"
 
 
 def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:

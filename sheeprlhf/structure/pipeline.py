@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
+from sheeprlhf.structure.commands import hydra_value
 from sheeprlhf.structure.limits import nearest
 from sheeprlhf.structure.run import PipelineConfig, TrainConfig
 from sheeprlhf.structure.strangers import word_problem
@@ -18,6 +19,7 @@ _OF_EVAL = (
 )  # of the words for all stages, those that evaluations take; their run has the others
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _LINK = re.compile(r"<(\w+)>")
+_LINKED_PATH = re.compile(_LINK.pattern + r"((?:/[\w./-]*)?)")  # and what follows in its folder
 
 
 class Stage(NamedTuple):
@@ -53,21 +55,13 @@ class Stage(NamedTuple):
         """Verb, flags and words with the folders of the stages that they name."""
 
         def folder(match: re.Match[str]) -> str:
-            return quoted(folders[match[1]]) if match[1] in folders else match[0]
+            return hydra_value(folders[match[1]] + match[2]) if match[1] in folders else match[0]
 
-        return [self.verb, *self.flags, *(_LINK.sub(folder, word) for word in self.words)]
+        return [self.verb, *self.flags, *(_LINKED_PATH.sub(folder, word) for word in self.words)]
 
     def text(self) -> str:
         """The command as a recipe writes it."""
         return " ".join([self.verb, *self.flags, *self.words])
-
-
-def quoted(text: str) -> str:
-    """A path as a value of Hydra's: in quotes only where it has to be."""
-    if re.fullmatch(r"[\w./-]*/[\w./-]*", text):
-        return text
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
 
 
 def collected(words: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from sheeprlhf.structure.commands import shell_word
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.structure.limits import near_path
 from sheeprlhf.utils.hub import EMBEDDED, embedded_folder
@@ -68,16 +69,14 @@ def weights_problems(run_dir: str, name: str, *, key: str, name_key: str) -> Ite
         key: the option that names the run.
         name_key: the option that names the weights.
     """
+    again = shell_word("resume_from", run_dir)
     if name == "final":
         if not Path(run_dir, "final").is_dir():
-            yield (
-                f"{key}={run_dir}: this run has no final/ yet; finish it with resume_from={run_dir}, "
-                f"or give {name_key}=last"
-            )
+            yield (f"{key}={run_dir}: this run has no final/ yet; finish it with {again}, or give {name_key}=last")
         return
     there = sorted(path.name for path in Path(run_dir).glob("checkpoints/step-*") if path.name[5:].isdigit())
     if not there:
-        yield f"{key}={run_dir}: this run has no checkpoint; go on with it by resume_from={run_dir}"
+        yield f"{key}={run_dir}: this run has no checkpoint; go on with it by {again}"
     elif name.startswith("step-") and name not in there:
         yield f"{name_key}={name}: {run_dir} has no such checkpoint; it has {', '.join(there)}"
 

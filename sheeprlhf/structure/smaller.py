@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from sheeprlhf.structure.commands import shell_word
 from sheeprlhf.structure.registry import NOT_IN_HASH
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig
@@ -52,7 +53,7 @@ def advice(config: TrainConfig | EvalConfig, phase: str, place: str | None) -> I
     else:
         kept = [change for change in changes if change.keys() <= NOT_IN_HASH]
         others = [change for change in changes if change not in kept]
-        again = "resume=true" if isinstance(config, TrainConfig) and config.resume else f"resume_from={place}"
+        again = "resume=true" if isinstance(config, TrainConfig) and config.resume else shell_word("resume_from", place)
         then = f" and {_alternatives(kept)}" if kept else " when there is more memory"
         yield f"repeat the command with {again}{then}: the run goes on from its last checkpoint, if it has one"
         if others:

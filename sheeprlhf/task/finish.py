@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -19,16 +18,18 @@ from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished, same_data
 from sheeprlhf.engine.shard import assemble
+from sheeprlhf.structure.commands import changed_words, command, option_word
 from sheeprlhf.structure.earlier import REPORT_FILE, REWARD_MODEL, scores_by_run
 from sheeprlhf.structure.online import OnlineTaskConfig
-from sheeprlhf.structure.option import Config
-from sheeprlhf.structure.registry import options
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.step_memory import step_plan
 from sheeprlhf.utils.errors import DataError, ModelError
+from sheeprlhf.utils.files import read_object
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import peak_memory, size_text
+
+_MAX_REPORT_BYTES = 1 << 22
 
 
 class Saved(Protocol):
@@ -120,27 +121,23 @@ def evaluation_of(cfg: TrainConfig, run_dir: Path) -> str:
     task, words = cfg.task, ["task=perplexity"]
     if task.data_kind == "preference":
         words = ["task=preference"]
-    words.append(f"experiment_dir={run_dir}")
+    words.append(option_word("experiment_dir", str(run_dir)))
+    split = _evaluated_split(run_dir)
+    if split is not None:
+        words.append(f"task.data_split={split}")
     if isinstance(task, OnlineTaskConfig):
         words[0] = "task=reward"
         if cfg.reward.config_name != AutoRewardConfig.config_name:
             words.append(f"reward={cfg.reward.config_name}")
-        words += _changed("reward", cfg.reward, ("normalize",))
+        words += changed_words("reward", cfg.reward, ("normalize",))
         if scores_by_run(cfg):
-            words.append(f"{REWARD_MODEL}={task.rm_experiment_dir}")
-        words += _changed("generation", cfg.generation, ("do_sample", "engine"))
-    return shlex.join(["python", "sheeprlhf.py", "eval", *words])
+            words.append(option_word(REWARD_MODEL, task.rm_experiment_dir))
+        words += changed_words("generation", cfg.generation, ("do_sample", "engine"))
+    return command(["eval", *words])
 
 
-def _changed(group: str, config: Config, left_out: tuple[str, ...]) -> list[str]:
-    """The options that are not what they are by default, as they are typed."""
-    default = type(config)()
-    words = []
-    for option in options(config, f"{group}."):
-        name, value = option.key.rpartition(".")[2], option.value
-        usual = getattr(default, name)
-        if value in (None, usual) or name in left_out or (not usual and not value):
-            continue
-        text = f"[{','.join(map(str, value))}]" if isinstance(value, tuple | list) else str(value)
-        words.append(f"{option.key}={text}")
-    return words
+def _evaluated_split(run_dir: Path) -> str | None:
+    """The split to evaluate on where a run's data has no test rows; None where it has some, or is not known."""
+    splits = read_object(run_dir / REPORT_FILE, _MAX_REPORT_BYTES).get("splits")
+    kept = [name for name, part in splits.items() if part.get("kept")] if isinstance(splits, dict) else []
+    return next((name for name in ("validation", "train") if name in kept), None) if "test" not in kept else None

@@ -16,6 +16,7 @@ from sheeprlhf.engine.weights import find_checkpoint, load_weights
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import add_lora, load_lora, merge_lora
 from sheeprlhf.model.memory import build_on_meta
+from sheeprlhf.structure.commands import shell_word
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.saved import saved_group
@@ -64,7 +65,9 @@ def load_of_run(
     final = run_dir / "final"
     of: dict[str, Any] = {"longest": longest, "batching": batching, "say": say}
     if weights == "final" and not final.is_dir():
-        raise ConfigError(f"{run_dir}: this run has no final/ yet; finish it with resume_from={run_dir}")
+        raise ConfigError(
+            f"{run_dir}: this run has no final/ yet; finish it with {shell_word('resume_from', str(run_dir))}"
+        )
     if weights == "final" and not (final / "adapter_config.json").is_file():
         whole = dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False)
         return load_policy(whole, tokenizer, **of)
@@ -153,7 +156,9 @@ def load_trained_reward_model(
     final = run_dir / "final"
     if weights == "final" and not (final / "adapter_config.json").is_file():
         if not final.is_dir():
-            raise ConfigError(f"{run_dir}: this run has no final/ yet; finish it with resume_from={run_dir}")
+            raise ConfigError(
+                f"{run_dir}: this run has no final/ yet; finish it with {shell_word('resume_from', str(run_dir))}"
+            )
         whole = dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False)
         return load_reward_model(whole, tokenizer, longest=longest, batching=batching, say=say)
     task = saved_group(str(run_dir), "task")

@@ -6,7 +6,6 @@ in the same bytes.
 """
 
 import json
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from sheeprlhf.engine.manifest import sweep_temporary, write_folder
 from sheeprlhf.engine.run import Run, open_run
 from sheeprlhf.engine.rundir import mark_finished
 from sheeprlhf.engine.signals import STOP_SIGNALS
-from sheeprlhf.structure.earlier import model_words
+from sheeprlhf.structure.commands import command, option_word
+from sheeprlhf.structure.earlier import model_options
 from sheeprlhf.structure.online import BestOfNConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.best_rows import Parts, Tally, kl_bound, rows_of, sample_text, tally, tally_table, write_splits
@@ -83,9 +83,9 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         if fabric.is_global_zero:
             read = {split: parts.read(split, sum(of == split for of, _, _ in todo)) for split in splits}
             longest = max(int(rows.sizes[:, 0].max()) for rows in splits.values()) + cfg.generation.max_new_tokens
-            command = _finish(run, read, state, longest=longest)
+            following = _finish(run, read, state, longest=longest)
             shutil.rmtree(run.dir / "parts", ignore_errors=True)
-            run.say(f"finished: {run.dir}\nnext: {command}")
+            run.say(f"finished: {run.dir}\nnext: {following}")
         fabric.barrier()
 
 
@@ -147,7 +147,7 @@ def _finish(run: Run, read: dict[str, list[dict[str, Any]]], state: TrainState, 
     report |= {"n": task.num_generations, "kl_bound": kl_bound(task.num_generations)}
     (run.dir / "best_of_n.json").write_text(json.dumps(report, indent=1))
     mark_finished(run.dir, step=state.step, **{f"best_of_{task.num_generations}": train.best})
-    files = [f"data.{split}_file={folder / f'{split}.jsonl'}" for split in kept]
+    files = [option_word(f"data.{split}_file", str(folder / f"{split}.jsonl")) for split in kept]
     lengths = [f"data.max_length={max(data.max_length, longest)}", f"data.max_prompt_length={data.max_prompt_length}"]
-    words = [*model_words(run.cfg.model).split(" ", 1), "data=local", *files, "data.test_split=0", *lengths]
-    return shlex.join(["python", "sheeprlhf.py", "train", "task=sft", *words])
+    words = [*model_options(run.cfg.model), "data=local", *files, "data.test_split=0", *lengths]
+    return command(["train", "task=sft", *words])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sheeprlhf.structure.pipeline import Stage, collected, quoted, stages_of
+from sheeprlhf.structure.pipeline import Stage, collected, stages_of
 from sheeprlhf.structure.run import PipelineConfig
 from sheeprlhf.utils.errors import ConfigError
 
@@ -60,13 +60,9 @@ def test_stages_that_are_left_out_are_not_among_several():
     assert stage.links() == {"sft", "rm"}
     assert stage.without({"rm"}).words == ("task=a,b", "on=<sft>", "by=<rm>")
     assert stage.without({"rm"}).links() == {"sft", "rm"}
-    assert stage.placed({"sft": "/a", "rm": "/b c"}) == ["eval", "-m", "task=a,b", "on=/a,'/b c'", "by='/b c'"]
-
-
-def test_paths_are_quoted_where_they_need_it():
-    assert quoted("/logs/a-b.c/d_1") == "/logs/a-b.c/d_1"
-    assert quoted("/it's") == r"'/it\'s'"
-    assert quoted("12") == "'12'"
+    assert stage.placed({"sft": "/a", "rm": "/b=c"}) == ["eval", "-m", "task=a,b", 'on=/a,"/b=c"', 'by="/b=c"']
+    inside = Stage("sft", "train", (), ("data.train_file=<best>/dataset/train.jsonl",))
+    assert inside.placed({"best": "/b=c"}) == ["train", 'data.train_file="/b=c/dataset/train.jsonl"']
 
 
 @pytest.mark.parametrize(

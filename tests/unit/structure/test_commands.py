@@ -1,0 +1,153 @@
+"""Printed commands: what a shell and then Hydra read is what was meant, whatever characters a path has."""
+
+import ast
+import random
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from sheeprlhf.command import fetch
+from sheeprlhf.structure.commands import changed_words, command, hydra_value, option_word, shell_word
+from sheeprlhf.structure.compose import Source, check, compose_job, configs_directory
+from sheeprlhf.structure.data import DocstringsConfig, LocalDataConfig
+from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.structure.model import AutoModelConfig, SmolLM2Config
+from sheeprlhf.structure.online import BestOfNConfig, GRPOConfig
+from sheeprlhf.structure.registry import config_to_dict
+from sheeprlhf.structure.reward import FunctionRewardConfig
+from sheeprlhf.structure.run import EvalConfig, FetchConfig, TrainConfig
+from sheeprlhf.task.finish import evaluation_of
+from tests.support.models import make_model_folder
+
+ODD = ("with space", "it's", '"quoted"', "a=b,c", "(x)[y]{z}", "$HOME", "~tilde", "back\\slash\\", "true", "#;&|")
+FOLDERS = ('it\'s "a"=b,c (x)[y]{z} $HOME #;&| back\\slash\\ \u00fcn\u00ef', "~true")
+PACKAGE = Path(__file__).parents[3] / "sheeprlhf"
+
+
+def read(word: str) -> object:
+    return OverridesParser.create().parse_override(word).value()
+
+
+def test_texts_come_back_from_shell_and_hydra() -> None:
+    rng = random.Random(0)
+    letters = "ab /\\'\"=,()[]{}$~*?:;|&<>!#%@^`+-_.0 \t\u00e9\u6f22"
+    texts = ["".join(rng.choice(letters) for _ in range(rng.randint(1, 8))) for _ in range(150)]
+    for text in [*ODD, "null", "1", "1e3", "nan", "", *(text for text in texts if "${" not in text)]:
+        words = shlex.split(command(["eval", option_word("a", text), option_word("b", [text, "x", text])]))
+        assert words[:3] == ["python", "sheeprlhf.py", "eval"]
+        assert [read(word) for word in words[3:]] == [text, [text, "x", text]], text
+        assert read(shlex.split(shell_word("a", text))[0]) == text
+
+
+def test_other_values() -> None:
+    values = [None, True, False, 3, -0.5, 1e-05, ("a", 1), [], {"k": "a b", "other": [1, "c,d"]}]
+    for value in values:
+        assert read(option_word("a", value)) == (list(value) if isinstance(value, tuple) else value)
+    assert [hydra_value(value) for value in ("/plain/path-1.txt", "owner/name", 0.5)] == [
+        "/plain/path-1.txt",
+        "owner/name",
+        "0.5",
+    ]
+
+
+def test_options_that_differ_from_their_defaults() -> None:
+    cfg = LocalDataConfig(train_file="/a b,c.jsonl", max_length=9)
+    assert list(changed_words("data", cfg)) == ["data.max_length=9", 'data.train_file="/a b,c.jsonl"']
+
+
+@pytest.fixture
+def odd(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    folder = tmp_path / request.param
+    folder.mkdir()
+    return folder
+
+
+def composed(line: str) -> tuple[str, object]:
+    """The configuration of a printed command, by what the command line does with it; it has to have no problem."""
+    python, program, verb, *words = shlex.split(line)
+    assert (python, program) == ("python", "sheeprlhf.py")
+    source = Source(verb, configs_directory(), verb)
+    assert check(source, words) == []
+    return verb, compose_job(source, words)
+
+
+@pytest.mark.parametrize("odd", FOLDERS, indirect=True)
+def test_the_evaluation_after_a_run(odd: Path) -> None:
+    model, rows = make_model_folder(odd / "final"), odd / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n')
+    stop = ["</s>", "a,b", "it's", '"', " [x]", "$"]
+    cfg = TrainConfig(
+        task=GRPOConfig(sft_experiment_dir=None, rm_experiment_dir=None),
+        model=AutoModelConfig(repo_name=str(model)),
+        data=LocalDataConfig(train_file=str(rows)),
+        reward=FunctionRewardConfig(path="regex", pattern=r"^(Return|Give)\b.*['\"], *$"),
+        generation=GenConfig(stop_strings=stop, temperature=0.7),
+    )
+    (odd / "config.yaml").write_text(yaml.safe_dump(config_to_dict(cfg)))
+    (odd / "data_report.json").write_text('{"splits": {"train": {"kept": 3}, "validation": {"kept": 2}}}')
+    verb, found = composed(evaluation_of(cfg, odd))
+    assert verb == "eval" and isinstance(found, EvalConfig)
+    assert found.experiment_dir == str(odd) and found.task.data_split == "validation"  # there are no test rows
+    assert found.reward.pattern == cfg.reward.pattern
+    assert list(found.generation.stop_strings) == stop and found.generation.temperature == 0.7
+
+
+@pytest.mark.parametrize("odd", FOLDERS, indirect=True)
+def test_the_training_after_best_of_n(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from sheeprlhf.engine.checkpoint import TrainState
+    from sheeprlhf.task.train import best_of_n
+
+    model = make_model_folder(odd / "model")
+    cfg = TrainConfig(
+        task=BestOfNConfig(), model=AutoModelConfig(repo_name=str(model)), data=DocstringsConfig(), run_name="x"
+    )
+    row = {"fate": "kept", "prompt": "a", "response": "b", "score": 1.0, "n": 8, "mean_score": 0.5, "first_score": 0.1}
+    (odd / "run.json").write_text('{"started": 1}')
+    run = SimpleNamespace(cfg=cfg, dir=odd, say=lambda text: None)
+    line = best_of_n._finish(run, {"train": [row]}, TrainState(step=1), longest=20)  # type: ignore[arg-type]
+    verb, found = composed(line)
+    assert verb == "train" and isinstance(found, TrainConfig)
+    assert found.data.train_file == str(odd / "dataset" / "train.jsonl")  # type: ignore[attr-defined]
+    assert found.model.repo_name == str(model)
+
+
+@pytest.mark.parametrize("odd", FOLDERS, indirect=True)
+def test_the_training_that_has_to_come_first(odd: Path) -> None:
+    """A message names the whole command between backticks; the rows and the model are in it."""
+    model, rows = make_model_folder(odd / "model"), odd / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "response": "b"}\n')
+    words = ["task=ppo", "model=auto", "data=local", "reward=model", option_word("model.repo_name", str(model))]
+    words += [option_word("data.train_file", str(rows)), option_word("root_dir", str(odd / "runs"))]
+    [problem] = check(Source("train", configs_directory(), "train"), words)
+    lines = problem.split("`")[1::2]
+    assert len(lines) == 2
+    for line, task in zip(lines, ("sft", "rm"), strict=True):
+        verb, found = composed(line)
+        assert verb == "train" and isinstance(found, TrainConfig) and found.task.config_name == task
+        assert (found.model.repo_name, found.data.train_file) == (str(model), str(rows))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("odd", FOLDERS, indirect=True)
+def test_the_training_after_a_fetch(
+    odd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_model_folder(odd / "model")
+    monkeypatch.setattr(fetch, "fetch_smollm2", lambda cache_dir: folder)
+    fetch.run(FetchConfig(model=SmolLM2Config(), cache_dir=str(odd)))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
+    _, found = composed(f"{line.removeprefix('next: ')} data=docstrings")
+    assert isinstance(found, TrainConfig) and found.model.repo_name == str(folder)
+
+
+def test_no_command_is_put_together_elsewhere() -> None:
+    """Other modules hold no program name beside values: fixed text alone, or `command`."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr) and any(isinstance(part, ast.FormattedValue) for part in node.values):
+                texts = [part.value for part in node.values if isinstance(part, ast.Constant)]
+                assert not any("sheeprlhf.py " in str(text) for text in texts), path
