@@ -32,6 +32,7 @@ from sheeprlhf.data.report import (
     SPLITS,
     Report,
     SplitCount,
+    check_ids,
     check_targets,
     notes_on,
     notes_on_cuts,
@@ -42,7 +43,7 @@ from sheeprlhf.data.store import SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.utils.errors import DataError
-from sheeprlhf.utils.folders import locked, written_folder
+from sheeprlhf.utils.folders import discard, locked, written_folder
 from sheeprlhf.utils.processes import BoundToThis, start_bound
 
 FORMAT_VERSION = 7  # raise it whenever the code makes other rows, or another report, of the same input
@@ -77,6 +78,8 @@ def prepare_data(
 ) -> PreparedData:
     """Any rank, any number of processes at once: the first prepares, the others wait and read what it made.
 
+    What was prepared before is verified by its digests; a folder that is damaged is prepared again.
+
     Args:
         cfg: the data options.
         tokenizer: the model's tokenizer.
@@ -94,23 +97,45 @@ def prepare_data(
     print_of_data = fingerprint(cfg, tokenize, source.content_hash(files, progress=progress))
     name = re.sub(r"[^A-Za-z0-9_-]", "_", cfg.config_name)
     folder = store.cache_root(cfg.cache_dir) / f"{name}-{print_of_data[:16]}"
-    report = store.read_report(folder)
-    if report is None:
+    if not folder.exists() or store.find_damage(folder):
         try:
             with locked(folder, say):
-                report = store.read_report(folder)  # another process may have made it while this one waited
-                if report is None:
-                    report = _build(cfg, tokenize, files, folder, progress)
+                if not _is_whole(folder, say):  # another process may have made it while this one waited
+                    _build(cfg, tokenize, files, folder, progress)
         except OSError as error:
             raise DataError(
                 f"{folder} cannot be made: {error}; free space, mend permissions or set data.cache_dir"
             ) from None
+    report = store.read_report(folder)
     splits = {
         split: TokenizedSplit(folder / f"{split}.arrow") for split in report["splits"] if rows_kept(report, split)
     }
+    largest_id = max(tokenizer.get_vocab().values())
     for split, rows in splits.items():
         check_targets(split, rows, cfg)
+        check_ids(split, rows, largest_id)
     return PreparedData(splits, report, print_of_data, folder)
+
+
+def _is_whole(folder: Path, say: Callable[[str], None]) -> bool:
+    """Whether a folder is prepared and undamaged; a damaged one is removed, with a line that tells. Under its lock.
+
+    Raises:
+        DataError: it is damaged, and not known to be ours.
+    """
+    if not folder.exists():
+        return False
+    damage = store.find_damage(folder)
+    if not damage:
+        return True
+    try:
+        discard(folder)
+    except FileExistsError as error:
+        raise DataError(
+            f"{folder} is not a prepared dataset ({damage}; {error}); remove it or set data.cache_dir"
+        ) from None
+    say(f"prepared data {folder}: {damage}; preparing it again")
+    return False
 
 
 def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str) -> str:
@@ -140,7 +165,7 @@ def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder: Path, progress: bool) -> Report:
+def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder: Path, progress: bool) -> None:
     """Read, tokenise and write all splits; the folder appears when they are complete."""
     counts: dict[str, SplitCount] = {}
     layout = RowLayout(cfg, tokenize.kind)
@@ -177,7 +202,7 @@ def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder:
         if not any(rows_kept(report, split) for split in TRAINING_SPLITS[tokenize.kind]):
             raise DataError(why_none_left(report, set(files), cfg))
         (temporary / store.REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
-    return report
+        store.write_digests(temporary)
 
 
 def _count(

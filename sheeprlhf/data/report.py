@@ -128,6 +128,25 @@ def check_targets(name: str, split: TokenizedSplit, cfg: DataConfig) -> None:
     )
 
 
+def check_ids(name: str, split: TokenizedSplit, largest_id: int) -> None:
+    """Refuse rows with a token id that the tokenizer does not define.
+
+    Args:
+        name: of the split.
+        split: its rows, as they are stored.
+        largest_id: of the tokenizer.
+
+    Raises:
+        DataError: there is such an id.
+    """
+    found = split.largest_id()
+    if found > largest_id:
+        raise DataError(
+            f"the {name} split has token id {found}, and the tokenizer's largest is {largest_id}: {split.file} is not "
+            f"of this tokenizer; delete the folder {split.file.parent} and start again"
+        )
+
+
 def _percentiles(lengths: np.ndarray) -> dict[str, int]:
     """Lengths that 5, 50, 95 and 100 percent of the rows do not exceed."""
     values = np.percentile(lengths, list(PERCENTILES.values()), method="inverted_cdf")

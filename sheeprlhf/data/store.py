@@ -1,5 +1,6 @@
 """Tokenised splits on disk: Arrow files that are memory-mapped."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from sheeprlhf.utils import hub
 from sheeprlhf.utils.errors import DataError
 
 REPORT = "report.json"
+DIGESTS = "digests.json"
 SCHEMA = pa.schema(
     [
         ("row_id", pa.int64()),
@@ -75,6 +77,7 @@ class TokenizedSplit:
     """One split, memory-mapped: rows are read from the disk when they are asked for.
 
     Attributes:
+        file: the Arrow file.
         lengths: (rows,) int32, tokens of a row, prompt and all responses.
         sizes: (rows, 1 + K) int32, tokens of the prompt and of each response; -1 for those that a row has fewer.
         desirable: (rows,) bool, False for unpaired data whose response is to become less likely.
@@ -91,6 +94,7 @@ class TokenizedSplit:
             table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file}: damaged ({error}); delete the folder {file.parent} and start again") from None
+        self.file = file
         # not to_numpy(), which would import pandas
         self._tokens = [np.from_dlpack(chunk.values) for chunk in table["tokens"].chunks]
         self._offsets = [np.from_dlpack(chunk.offsets) for chunk in table["tokens"].chunks]
@@ -101,6 +105,10 @@ class TokenizedSplit:
         self.sizes = self._stored_sizes = _matrix(table["sizes"], len(table))
         self.lengths: np.ndarray = self.sizes.clip(0).sum(axis=1, dtype=np.int32)
         self.unanswered = int((self.sizes[:, 1:] < 0).all(axis=1).sum())
+
+    def largest_id(self) -> int:
+        """The largest token id; a negative one, as no tokenizer makes it, counts as the largest of 32 bits."""
+        return max(int(tokens.view(np.uint32).max(initial=0)) for tokens in self._tokens)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -140,15 +148,30 @@ def cache_root(cache_dir: str | None) -> Path:
     return hub.cache_root(cache_dir) / "data"
 
 
-def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report of a prepared folder, None if there is no such folder.
+def write_digests(folder: Path) -> None:
+    """Note the SHA-256 of each file of a prepared folder, for `find_damage`."""
+    digests = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.suffix in (".arrow", ".json")}
+    (folder / DIGESTS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
 
-    Raises:
-        DataError: if something else stands at its place.
-    """
-    if not folder.exists():
-        return None
+
+def find_damage(folder: Path) -> str:
+    """What is wrong with a prepared folder: a file that is missing or has changed; empty if it is whole."""
     try:
-        return json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder} is not a prepared dataset ({error}); remove it or set data.cache_dir") from None
+        digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
+        if not isinstance(digests, dict) or REPORT not in digests:
+            return f"{DIGESTS} is damaged"
+        return next((f"{name} is damaged" for name, known in digests.items() if _digest(folder / name) != known), "")
+    except OSError as error:
+        return f"{Path(str(error.filename)).name} cannot be read ({error.strerror})"
+    except (ValueError, RecursionError):
+        return f"{DIGESTS} is damaged"
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report of a prepared folder that is whole."""
+    return json.loads((folder / REPORT).read_text(encoding="utf-8"))

@@ -50,6 +50,19 @@ def sweep(folder: Path) -> None:
         _remove(left)
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder that we made, at once or not at all. Call it under `locked`.
+
+    Raises:
+        FileExistsError: it has no marker, so somebody else may have made it.
+    """
+    if not (folder / MARKER).is_file():
+        raise FileExistsError(f"{folder} was not made by this program: it has no {MARKER}")
+    aside = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    os.rename(folder, aside)
+    _remove(aside)
+
+
 def _remove(folder: Path) -> None:
     """Delete a folder that we made; one without our marker only if it is empty, as after a kill before the marker."""
     if (folder / MARKER).is_file():

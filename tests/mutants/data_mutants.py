@@ -138,4 +138,25 @@ MUTANTS = [
         new=".max(axis=1, initial=-1)",
         tests="tests/unit/task/test_batches.py::test_of_ranked_responses_the_longest_sequence_counts_not_their_sum",
     ),
+    Mutant(  # a damaged cache passes for a whole one
+        trap="cache",
+        file="sheeprlhf/data/store.py",
+        old="if _digest(folder / name) != known",
+        new="if not (folder / name).exists()",
+        tests=TESTS + "prepare.py::test_a_damaged_cache_is_prepared_again",
+    ),
+    Mutant(  # the response is encoded as a text of its own, with a space that nobody wrote
+        trap="prefix space",
+        file="sheeprlhf/data/encoding.py",
+        old="self._in_context = writes_prefix_space(tokenizer)",
+        new="self._in_context = False",
+        tests=TESTS + "encoding.py::test_a_response_has_the_ids_behind_its_prompt",
+    ),
+    Mutant(  # a long response pushes its prompt out
+        trap="truncation",
+        file=TOKENIZE,
+        old="room = max(min(cfg.max_prompt_length, cfg.max_length), bos, 1)",
+        new="room = max(min(cfg.max_prompt_length, cfg.max_length - longest), bos, 1)",
+        tests=TESTS + "tokenize.py::test_overflow_keeps_bos_and_the_prompts_end",
+    ),
 ]

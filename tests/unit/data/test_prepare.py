@@ -1,5 +1,6 @@
 """From files to splits: what is counted, where rows go, and a cache that is whole or not there."""
 
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -279,18 +280,55 @@ def test_folders_that_are_not_ours_survive(tmp_path: Path) -> None:
     assert (folder / "train.arrow").exists()
 
 
-def test_a_damaged_cache_and_an_unwritable_one_are_named(tmp_path: Path) -> None:
-    cfg, tokenizer = local(tmp_path, rows(3)), byte_tokenizer()
+def damaged(content: bytes, how: str) -> bytes | None:
+    """The content of a file with one bit flipped in its middle, its end cut off, or None for no file."""
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    return {"bit": flipped, "cut": content[:-3], "empty": b"", "gone": None}[how]
+
+
+@pytest.mark.parametrize("name", ["train.arrow", "validation.arrow", "report.json", "digests.json"])
+@pytest.mark.parametrize("how", ["bit", "cut", "empty", "gone"])
+def test_a_damaged_cache_is_prepared_again(name: str, how: str, tmp_path: Path) -> None:
+    cfg, tokenizer = local(tmp_path, rows(30), validation_split=0.3), byte_tokenizer()
     folder = prepare(cfg, tokenizer).folder
-    data = (folder / "train.arrow").read_bytes()
-    for broken in (b"", data[: len(data) // 2], data[:-3]):
-        (folder / "train.arrow").write_bytes(broken)
-        with pytest.raises(DataError, match=r"train.arrow: damaged .* delete the folder"):
-            prepare(cfg, tokenizer)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    content = damaged(whole[name], how)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    said: list[str] = []
+    again = prepare_data(cfg, tokenizer, kind="sft", say=said.append, progress=False)
+    assert {path.name: path.read_bytes() for path in again.folder.iterdir()} == whole
+    [line] = said
+    assert str(folder) in line
+    assert name in line or (name, how) == ("digests.json", "bit")  # then its file differs from what it says
+    assert {path.suffix for path in folder.parent.iterdir()} == {"", ".lock"}
+    assert prepare(cfg, tokenizer).report == again.report
+
+
+def test_each_split_and_the_report_have_their_sha256(tmp_path: Path) -> None:
+    folder = prepare(local(tmp_path, rows(30), validation_split=0.3), byte_tokenizer()).folder
+    known = json.loads((folder / "digests.json").read_text())
+    names = ("report.json", "train.arrow", "validation.arrow")
+    assert known == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def test_ids_that_the_tokenizer_lacks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, cfg = byte_tokenizer(), local(tmp_path, rows(3))
+    prepared = prepare(cfg, tokenizer)
+    few = {text: number for text, number in tokenizer.get_vocab().items() if number < 60}
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: few)
+    monkeypatch.setattr(prepare_module, "fingerprint", lambda *_: prepared.fingerprint)
+    with pytest.raises(DataError, match=r"token id \d+, and the tokenizer's largest is 59"):
+        prepare(cfg, tokenizer)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     in_the_way = tmp_path / "file"
     in_the_way.touch()
     with pytest.raises(DataError, match=r"set data\.cache_dir"):
-        prepare(local(tmp_path, rows(3), cache_dir=str(in_the_way)), tokenizer)
+        prepare(local(tmp_path, rows(3), cache_dir=str(in_the_way)), byte_tokenizer())
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
