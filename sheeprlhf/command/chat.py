@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from sheeprlhf.task.writer import Writer
 
 WEIGHTS = Flag("weights", "Which of a run's weights.", default="final", value="final|best|last|step-<n>")
+TEMPLATE = Flag(
+    "chat-template",
+    "Chat template instead of the model's own: one of its names, a built-in one (chatml, ...) or a .jinja file.",
+    value="name or file",
+)
 SAMPLING = (
     Flag(
         "temperature",
@@ -34,6 +39,7 @@ SAMPLING = (
 )
 FLAGS = (
     WEIGHTS,
+    TEMPLATE,
     Flag("system", "What the model is told before the conversation; needs a chat template.", value="text"),
     *SAMPLING,
 )
@@ -72,7 +78,7 @@ def run(arguments: list[str]) -> int:
     if len(given.words) != 1:
         what = f"{len(given.words)} were given" if given.words else "`list runs` shows the runs"
         raise ConfigError(f"`chat` takes one run or model: `chat <run>`; {what}")
-    trained = find_trained(given.words[0], weights_of(given.values))
+    trained = find_trained(given.words[0], weights_of(given.values), chat_template=given.values[TEMPLATE.name])
     check_versions()
 
     from transformers.utils import logging as transformers_logging

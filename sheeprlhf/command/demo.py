@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+from sheeprlhf.command.chat import TEMPLATE
 from sheeprlhf.command.flags import Flag, print_flags_help, read_flags
 from sheeprlhf.command.screen import Screen, clean
 from sheeprlhf.structure.trained import REWARD_MODEL, Trained, find_trained
@@ -20,6 +21,7 @@ from sheeprlhf.utils.floors import check_versions
 AUTH = "SHEEPRLHF_DEMO_AUTH"
 FLAGS = (
     Flag("weights", "Which weights of the runs.", default="final", value="final|best|last|step-<n>"),
+    TEMPLATE,
     Flag("reward", "A run of task=rm, or a reward model's folder: its score stands beside each answer.", value="run"),
     Flag("port", "Where the page is served.", default=7860, kind=int, least=1, most=65535),
     Flag("host", "Address to serve it on; one that others can reach needs --auth.", default="127.0.0.1"),
@@ -50,7 +52,7 @@ def run(arguments: list[str]) -> int:
     found: list[Trained] = []
     weights = None if values["weights"] == "final" else values["weights"]
     for word in given.words[:_MOST]:
-        problems += _found(found, word, weights)
+        problems += _found(found, word, weights, chat_template=values[TEMPLATE.name])
     reward: list[Trained] = []
     if values["reward"] is not None:
         problems += [f"--reward: {text}" for text in _found(reward, values["reward"], None, REWARD_MODEL)]
@@ -70,10 +72,17 @@ def _print_help() -> None:
     )
 
 
-def _found(found: list[Trained], word: str, weights: str | None, wanted: str = "policy") -> tuple[str, ...]:
+def _found(
+    found: list[Trained],
+    word: str,
+    weights: str | None,
+    wanted: str = "policy",
+    *,
+    chat_template: str | None = None,
+) -> tuple[str, ...]:
     """Add what a word names, or tell what is wrong with it."""
     try:
-        found.append(find_trained(word, weights, wanted=wanted))
+        found.append(find_trained(word, weights, wanted=wanted, chat_template=chat_template))
     except ConfigError as error:
         return error.problems
     return ()

@@ -8,7 +8,6 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from jinja2.exceptions import TemplateError
 from torch import Tensor
 
 from sheeprlhf.command.tokens import Token, token_texts, without_secrets
@@ -168,6 +167,6 @@ def _answer_opening(tokenizer: Any) -> list[int]:
         asked, bare = (
             tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask) for ask in (True, False)
         )
-    except TemplateError:
+    except Exception:  # a template is a program, which may raise anything
         return []  # one that refuses this conversation
     return encode(tokenizer, [asked.removeprefix(bare)], control_tokens=True)[0] if asked.startswith(bare) else []

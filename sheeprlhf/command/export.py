@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sheeprlhf.command.chat import WEIGHTS, weights_of
+from sheeprlhf.command.chat import TEMPLATE, WEIGHTS, weights_of
 from sheeprlhf.command.flags import Flag, print_flags_help, read_flags
 from sheeprlhf.command.screen import Screen, clean
 from sheeprlhf.structure.commands import command
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FLAGS = (
     Flag("to", "The folder to write; it must not be there yet, or be empty.", value="folder"),
     WEIGHTS,
+    TEMPLATE,
     Flag(
         "dtype",
         "Number format of the written weights; by default that which the run was trained in (model.dtype).",
@@ -60,7 +61,9 @@ def run(arguments: list[str]) -> int:
         problems.append(f"--push-to-hub {clean(name)} cannot be a repository of the hub: give owner/name")
     if problems:
         raise ConfigError(*problems)
-    trained = find_trained(given.words[0], weights_of(given.values), wanted=None)
+    trained = find_trained(
+        given.words[0], weights_of(given.values), wanted=None, chat_template=given.values[TEMPLATE.name]
+    )
     check_versions()
 
     from transformers.utils import logging as transformers_logging

@@ -118,7 +118,12 @@ FORMS = {
 
 
 def form_of(trained: Trained, tokenizer: Any) -> str:
-    """The form in which it was trained: its dataset's; else its chat template's, if that wrote the rows; else text."""
+    """The form in which it was trained: its dataset's; else its chat template's, if that wrote the rows; else text.
+
+    A chat template that was chosen for it is used in any case.
+    """
+    if trained.chat_template is not None:
+        return "template"
     data = type(trained.data)
     own = next((name for name, form in FORMS.items() if form.data is data and name != "template"), "text")
     has_template = bool(getattr(tokenizer, "chat_template", None))

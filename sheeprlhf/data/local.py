@@ -20,6 +20,7 @@ from sheeprlhf.data.rows import (
     text,
     texts,
 )
+from sheeprlhf.utils.chat_templates import check_has_template, template_advice
 from sheeprlhf.utils.errors import DataError
 
 ROLE = re.compile(r"[A-Za-z_]{1,32}")
@@ -69,11 +70,7 @@ def _from_messages(messages: Any, tokenizer: Any, *, as_prompt: bool = False) ->
     The response is what the template writes after the prompt, up to its first EOS. With `as_prompt`, messages that end
     with the user's are a prompt without response.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            "column 'messages' needs a chat template and this model has none; take an instruction-tuned model "
-            "(model=smollm2) or write the rows as prompt and response"
-        )
+    check_has_template(tokenizer)
     turns = _turns(messages)
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
     unanswered = as_prompt and bool(turns) and turns[-1]["role"] == "user"
@@ -90,6 +87,11 @@ def _from_messages(messages: Any, tokenizer: Any, *, as_prompt: bool = False) ->
         whole = tokenizer.apply_chat_template(turns[: last + 1], tokenize=False)
     except TemplateError as error:
         raise DataError(f"the model's chat template refuses column 'messages': {error}") from None
+    except Exception as error:  # a template is a program, which may raise anything
+        raise DataError(
+            f"the model's chat template fails on column 'messages' ({type(error).__name__}: {error}): "
+            f"{template_advice(tokenizer)}"
+        ) from None
     if unanswered:
         return TemplatedExample(prompt=prompt)
     if not whole.startswith(prompt):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.model.attention import PACKED, register
+from sheeprlhf.model.chat_template import choose_template
 from sheeprlhf.model.folder import check_model, check_tokenizer, folder_of
 from sheeprlhf.model.locate import locate
 from sheeprlhf.model.norm import replace_rms_norms
@@ -47,7 +48,7 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        ModelError: it cannot be read, has no EOS token, or its chat template is not to be used.
+        ModelError: it cannot be read, has no EOS token, or the chat template is unknown or must not be used.
     """
     source, options = _source(cfg)
     try:
@@ -58,7 +59,9 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
         ) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.repo_name={cfg.repo_name}: its tokenizer has no EOS token, so no response could end")
-    check_templates(tokenizer, f"model.repo_name={cfg.repo_name}")
+    choose_template(tokenizer, cfg.chat_template)
+    whose = f"repo_name={cfg.repo_name}" if cfg.chat_template is None else f"chat_template={cfg.chat_template}"
+    check_templates(tokenizer, f"model.{whose}")
     return tokenizer
 
 

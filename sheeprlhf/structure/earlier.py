@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from sheeprlhf.structure.commands import changed_words, command, option_word
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.places import is_weights_name, weights_problems
+from sheeprlhf.structure.places import is_template_file, is_weights_name, weights_problems
 from sheeprlhf.structure.registry import choices, config_hash
 from sheeprlhf.structure.reward import needs_model
 from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
@@ -107,19 +107,36 @@ def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
     if given:
         config = _changed(config, given)
     if not words:
-        return config
+        return _with_template_of_start(config)
     for run in _resumable(config, given_dir) if isinstance(config, TrainConfig) else ():
         with suppress(ConfigError):
             before = read_run_config(str(run.dir)).get("task")
             if isinstance(before, dict):
                 same = _changed(config, {key: before.get(key.removeprefix("task.")) for key in words})
+                same = _with_template_of_start(same)
                 if config_hash(same) == run.info.get("config_hash"):
                     return same
     found = {key: _newest(config, TASKS[key], config.model) for key in words}
     settled: dict[str, str | None] = {key: str(run.absolute()) for key, run in found.items() if run is not None}
     if START not in settled and _begins_without(config):
         settled[START] = None
-    return _changed(config, settled) if settled else config
+    return _with_template_of_start(_changed(config, settled) if settled else config)
+
+
+def _with_template_of_start(config: Needy) -> Needy:
+    """Take over the chat template that was chosen for the run that a training starts from, unless one is given."""
+    start = getattr(config.task, "sft_experiment_dir", None)
+    if not isinstance(config, TrainConfig) or config.model.chat_template is not None or start is None or is_word(start):
+        return config
+    saved: Any = {}
+    with suppress(ConfigError):  # told by `start_problems`
+        saved = read_run_config(start).get("model")
+    chosen = saved.get("chat_template") if isinstance(saved, dict) else None
+    if not isinstance(chosen, str):
+        return config
+    left = Path(start) / "final" / "chat_template.jinja"
+    moved = is_template_file(chosen) and not Path(chosen).is_file() and left.is_file()
+    return _changed(config, {"model.chat_template": str(left) if moved else chosen})
 
 
 def is_word(start: str) -> bool:

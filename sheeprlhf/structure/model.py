@@ -39,6 +39,11 @@ class ModelConfig(Config):
     finetune_mode: str = option("ALL", "What trains: all weights, or LoRA adapters.", choices=("ALL", "LORA"))
     lora_cfg: Optional[LORAConfig] = LORAConfig()
     library_cfg: HuggingFaceConfig = HuggingFaceConfig()
+    chat_template: Optional[str] = option(
+        None,
+        "Chat template: a name of the tokenizer's own, a built-in one (chatml, gemma, llama3, mistral, phi3, vicuna, "
+        "zephyr) or a .jinja file; null takes the tokenizer's, or that of the run that training starts from.",
+    )
     embedding_dim_name: Optional[str] = option(
         None, "Name, in the model's config, of the width of the vectors that its head reads; null finds it."
     )

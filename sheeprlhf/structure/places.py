@@ -12,10 +12,14 @@ from omegaconf.errors import OmegaConfBaseException
 from sheeprlhf.structure.commands import shell_word
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.structure.limits import near_path
+from sheeprlhf.utils.chat_templates import OPTION as TEMPLATE_OPTION
+from sheeprlhf.utils.chat_templates import SUFFIX as TEMPLATE_SUFFIX
+from sheeprlhf.utils.chat_templates import built_in_templates
 from sheeprlhf.utils.hub import EMBEDDED, embedded_folder
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
+_TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -116,6 +120,29 @@ def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
         return f"{given}: this folder has no tokenizer ({_TOKENIZER_FILES[0]}): copy the model's into it"
     if weights and not any((folder / file).is_file() for file in _WEIGHTS):
         return f"{given}: this folder has no {_WEIGHTS[0]}: give one that has, or start with model.random_init=true"
+    return None
+
+
+def is_template_file(choice: str) -> bool:
+    """Whether `model.chat_template` is a path, not a name."""
+    return "/" in choice or choice.endswith(TEMPLATE_SUFFIX)
+
+
+def template_problem(choice: str, *, key: str = TEMPLATE_OPTION) -> str | None:
+    """Why a chat template cannot be chosen by this word, as far as can be said without the tokenizer."""
+    if not is_template_file(choice):
+        if _TEMPLATE_NAME.fullmatch(choice):
+            return None
+        return (
+            f"{key}={choice} is no name: give {', '.join(built_in_templates())}, a name of the model's own, or a file"
+        )
+    path = os.path.expanduser(choice)
+    if not choice.endswith(TEMPLATE_SUFFIX):
+        return f"{key}={choice} has an unknown ending: give a file that ends in {TEMPLATE_SUFFIX}"
+    if not os.path.isfile(path):
+        return f"{key}={choice} is not a file: {_did(key, path)}give the path of an existing one (from {Path.cwd()})"
+    if not os.access(path, os.R_OK):
+        return f"{key}={choice} cannot be read: change its permissions or give another file"
     return None
 
 

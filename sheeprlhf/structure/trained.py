@@ -13,10 +13,11 @@ from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.earlier import REPORT_FILE, task_of_run
 from sheeprlhf.structure.limits import near_path
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
-from sheeprlhf.structure.places import is_weights_name, model_problem, weights_problems
+from sheeprlhf.structure.places import is_weights_name, model_problem, template_problem, weights_problems
 from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.structure.task import TrainTaskConfig
+from sheeprlhf.utils.chat_templates import FLAG
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.files import read_object, read_small
 
@@ -42,6 +43,7 @@ class Trained(NamedTuple):
         run_dir: the run; None for a folder.
         weights: of the run: "final", "best", "last" or "step-<n>".
         task: of the run.
+        chat_template: chosen instead of the model's own.
     """
 
     word: str
@@ -51,6 +53,7 @@ class Trained(NamedTuple):
     run_dir: Path | None = None
     weights: str = "final"
     task: str = ""
+    chat_template: str | None = None
 
     def is_whole(self) -> bool:
         """Whether the weights need no others: a folder, or a run's `final/` without adapters."""
@@ -67,23 +70,39 @@ class Trained(NamedTuple):
 
     def with_tokenizer(self) -> ModelConfig:
         """A model whose files hold the tokenizer: the run's own, if it wrote one."""
-        final = self.run_dir / "final" if self.run_dir is not None else None
-        if final is None or not all((final / name).is_file() for name in ("config.json", "tokenizer.json")):
-            return self.model
-        return dataclasses.replace(self.model, repo_name=str(final))
+        model = self.model if self.run_dir is None else with_own_tokenizer(self.model, self.run_dir)
+        return model if self.chat_template is None else dataclasses.replace(model, chat_template=self.chat_template)
 
 
-def find_trained(word: str, weights: str | None = None, *, wanted: str | None = POLICY) -> Trained:
+def with_own_tokenizer(model: ModelConfig, run_dir: Path) -> ModelConfig:
+    """The model of a run, with the files of its `final/` where these hold the tokenizer, its chat template included."""
+    final = run_dir / "final"
+    if not all((final / name).is_file() for name in ("config.json", "tokenizer.json")):
+        return model
+    return dataclasses.replace(model, repo_name=str(final), chat_template=None)
+
+
+def find_trained(
+    word: str, weights: str | None = None, *, wanted: str | None = POLICY, chat_template: str | None = None
+) -> Trained:
     """The model that a word names.
 
     Args:
         word: a run directory, a folder in the hub's layout, or a name such as "tiny".
         weights: which of a run's; None is its final ones.
         wanted: POLICY or REWARD_MODEL; None takes either.
+        chat_template: instead of the model's own, as `model.chat_template` takes it.
 
     Raises:
         ConfigError: it names nothing, or something that cannot be loaded or is of another kind; all problems at once.
     """
+    problem = None if chat_template is None else template_problem(chat_template, key=FLAG)
+    if problem:
+        raise ConfigError(problem)
+    return _find(word, weights, wanted)._replace(chat_template=chat_template)
+
+
+def _find(word: str, weights: str | None, wanted: str | None) -> Trained:
     folder = Path(word).expanduser()
     if (folder / "config.yaml").is_file():
         return _of_run(word, folder, weights or "final", wanted, _MAX_STARTS)

@@ -16,7 +16,7 @@ from sheeprlhf.structure.limits import option_problems
 from sheeprlhf.structure.machine import cuda_problem
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig, SGDConfig
-from sheeprlhf.structure.places import data_file_problems, model_problem, new_folder_problems
+from sheeprlhf.structure.places import data_file_problems, model_problem, new_folder_problems, template_problem
 from sheeprlhf.structure.registry import choices, options
 from sheeprlhf.structure.reward_checks import reward_problems
 from sheeprlhf.structure.run import EvalConfig, FetchConfig, InspectConfig, RootConfig, TrainConfig
@@ -159,6 +159,10 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
             yield "model.freeze_transformer=true leaves no layer for adapters: give model.finetune_mode=ALL"
         if model.random_init:
             yield "model.random_init=true has nothing for adapters to adapt: give model.finetune_mode=ALL"
+    if model.chat_template is not None:
+        problem = template_problem(model.chat_template)
+        if problem:
+            yield problem
     library = model.library_cfg
     if library.trust_remote_code and not _COMMIT.fullmatch(library.revision or ""):
         yield (

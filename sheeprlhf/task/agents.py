@@ -35,6 +35,7 @@ from sheeprlhf.structure.reward import needs_model
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.saved import saved_group
 from sheeprlhf.structure.task import RMConfig
+from sheeprlhf.structure.trained import with_own_tokenizer
 from sheeprlhf.task.start import load_start, load_trained_reward_model
 from sheeprlhf.utils.errors import ConfigError
 
@@ -125,7 +126,7 @@ def _load_reward(
     task = run.cfg.task
     assert isinstance(task, OnlineTaskConfig)
     of_run, folder, cfg = reward_model_source(run.cfg)
-    if load_tokenizer(cfg).get_vocab() != tokenizer.get_vocab():
+    if load_reward_tokenizer(run.cfg).get_vocab() != tokenizer.get_vocab():
         where = f"reward.folder={folder}" if folder is not None else f"task.rm_experiment_dir={of_run}"
         raise ConfigError(
             f"{where}: its tokenizer is not that of {run.cfg.model.repo_name}: give a reward model that was made of "
@@ -151,6 +152,16 @@ def reward_model_source(cfg: TrainConfig | EvalConfig) -> tuple[str | None, str 
     saved = saved_group(of_run, "model")
     assert isinstance(saved, ModelConfig)
     return of_run, None, saved
+
+
+def load_reward_tokenizer(cfg: TrainConfig | EvalConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of the configured reward model; of a run, that which it has left.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    of_run, _, model = reward_model_source(cfg)
+    return load_tokenizer(model if of_run is None else with_own_tokenizer(model, Path(of_run)))
 
 
 def load_separate_reward_model(

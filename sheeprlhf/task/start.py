@@ -21,6 +21,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.saved import saved_group
 from sheeprlhf.structure.task import RMConfig, TrainTaskConfig
+from sheeprlhf.structure.trained import with_own_tokenizer
 from sheeprlhf.utils.errors import ConfigError
 
 
@@ -114,7 +115,7 @@ def load_start(
         return load_policy(whole, tokenizer, longest=longest, batching=batching, say=say)
     of_run = saved_group(run_dir, "model")
     assert isinstance(of_run, ModelConfig)
-    theirs = load_tokenizer(of_run)
+    theirs = load_tokenizer(dataclasses.replace(with_own_tokenizer(of_run, Path(run_dir)), chat_template=None))
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"task.sft_experiment_dir={run_dir} was trained with the tokenizer of {of_run.repo_name}, which is not "

@@ -20,7 +20,6 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.engine.checkpoint import Say, saved_steps
 from sheeprlhf.engine.rundir import read_run
-from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.evaluation import FrontierConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.best_rows import kl_bound
@@ -28,9 +27,11 @@ from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logpro
 from sheeprlhf.task.eval.interval import interval_of, standard_error
 from sheeprlhf.task.eval.judge import Judge
 from sheeprlhf.task.eval.load import (
+    evaluated_files,
     evaluated_split,
     first_rows,
     load_evaluated_policy,
+    load_evaluated_tokenizer,
     load_start_of,
     longest_with_response,
     say_on,
@@ -52,10 +53,10 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     task = cfg.task
     assert isinstance(task, FrontierConfig) and cfg.model is not None and cfg.data is not None
     say = partial(say_on, fabric)
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer = load_evaluated_tokenizer(cfg)
     data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
     rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
-    longest = longest_with_response(cfg, cfg.model, rows)
+    longest = longest_with_response(cfg, evaluated_files(cfg), rows)
     pool, written = _write(fabric, cfg, rows, tokenizer, longest, say)
     judge = Judge(fabric, cfg, longest=longest, say=say)
     trust = judge.trust()

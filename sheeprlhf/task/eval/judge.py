@@ -13,11 +13,10 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import place
-from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.reward.score import RawScores, build_scorer
 from sheeprlhf.structure.reward import needs_model, terms_of
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.agents import load_separate_reward_model, reward_model_source
+from sheeprlhf.task.agents import load_reward_tokenizer, load_separate_reward_model
 from sheeprlhf.task.batches import Batches, longest_row
 from sheeprlhf.task.eval.answers import Answers
 from sheeprlhf.task.eval.interval import interval_of
@@ -102,7 +101,7 @@ class Judge:
             return None
         cfg, task = self._cfg, self._cfg.task
         assert cfg.data is not None
-        tokenizer = load_tokenizer(reward_model_source(cfg)[2])
+        tokenizer = load_reward_tokenizer(cfg)
         try:
             data = prepare_data(
                 cfg.data, tokenizer, kind="preference", say=self._say, progress=self._fabric.is_global_zero
@@ -144,7 +143,7 @@ class Judge:
 
     def _model(self, longest: int) -> tuple[RewardModel, bool, PreTrainedTokenizerBase]:
         if self._loaded is None:
-            tokenizer = load_tokenizer(reward_model_source(self._cfg)[2])
+            tokenizer = load_reward_tokenizer(self._cfg)
             model, packed = load_separate_reward_model(self._cfg, tokenizer, longest=longest, say=self._say)
             place(self._fabric, model)  # onto the device, in the precision asked for
             self._loaded = model, packed, tokenizer

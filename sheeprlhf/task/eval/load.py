@@ -1,5 +1,6 @@
 """What an evaluation reads: rows of a split, and the weights of a run, of what it started from, or of a model."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit, prepare_data
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.redact import plain_text, redact_text
-from sheeprlhf.model.load import num_positions
+from sheeprlhf.model.load import load_tokenizer, num_positions
+from sheeprlhf.structure.earlier import is_same_model
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
+from sheeprlhf.structure.trained import with_own_tokenizer
 from sheeprlhf.task.start import load_of_run, load_start
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.lightning import Fabric
@@ -88,6 +91,31 @@ def rows_as(
             "give data.on_overflow=truncate_prompt data.minimum_response_length=1"
         )
     return [found[row.row_id] for row in rows]
+
+
+def evaluated_files(cfg: EvalConfig) -> ModelConfig:
+    """The model whose files hold tokenizer and configuration: what the evaluated run has left, where it can be.
+
+    A model or a chat template that was given for the evaluation is taken as it was given.
+    """
+    assert cfg.model is not None
+    if cfg.experiment_dir is None:
+        return cfg.model
+    saved = model_of_run(cfg.experiment_dir, "experiment_dir")
+    if not is_same_model(saved.repo_name, cfg.model.repo_name):
+        return cfg.model
+    files = with_own_tokenizer(cfg.model, Path(cfg.experiment_dir))
+    given = cfg.model.chat_template != saved.chat_template
+    return dataclasses.replace(files, chat_template=cfg.model.chat_template) if given else files
+
+
+def load_evaluated_tokenizer(cfg: EvalConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that the evaluated run has left, with its chat template, or that of the model.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    return load_tokenizer(evaluated_files(cfg))
 
 
 def load_evaluated_policy(

@@ -15,12 +15,11 @@ import torch
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
 from sheeprlhf.engine.fabric import gather_objects, place
-from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.batches import Batches, longest_row
 from sheeprlhf.task.eval.interval import resampled
-from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, say_on
+from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, load_evaluated_tokenizer, say_on
 from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.utils.lightning import Fabric
@@ -39,7 +38,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     task = cfg.task
     assert isinstance(task, PerplexityConfig) and cfg.model is not None and cfg.data is not None
     say = partial(say_on, fabric)
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer = load_evaluated_tokenizer(cfg)
     data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
     split = evaluated_split(data, task.data_split)
     policy, packed = load_evaluated_policy(cfg, tokenizer, longest=longest_row({"": split}), say=say)

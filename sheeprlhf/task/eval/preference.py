@@ -20,7 +20,6 @@ from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import place
-from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.earlier import task_of_run
 from sheeprlhf.structure.evaluation import PreferenceConfig
 from sheeprlhf.structure.run import EvalConfig
@@ -30,6 +29,7 @@ from sheeprlhf.task.eval.interval import interval_of
 from sheeprlhf.task.eval.load import (
     evaluated_split,
     load_evaluated_policy,
+    load_evaluated_tokenizer,
     load_start_of,
     say_on,
     start_of,
@@ -54,7 +54,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     task = cfg.task
     assert isinstance(task, PreferenceConfig) and cfg.model is not None and cfg.data is not None
     say = partial(say_on, fabric)
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer = load_evaluated_tokenizer(cfg)
     data = prepare_data(cfg.data, tokenizer, kind="preference", say=say, progress=fabric.is_global_zero)
     split = evaluated_split(data, task.data_split)
     trained = None if cfg.experiment_dir is None else task_of_run(read_run_config(cfg.experiment_dir))

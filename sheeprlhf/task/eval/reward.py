@@ -22,13 +22,16 @@ from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.structure.evaluation import REFERENCES, START, RewardConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
+from sheeprlhf.structure.trained import with_own_tokenizer
 from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logprobs_of, set_up
 from sheeprlhf.task.eval.interval import interval_of, standard_error
 from sheeprlhf.task.eval.judge import Judge, Trust
 from sheeprlhf.task.eval.load import (
+    evaluated_files,
     evaluated_split,
     first_rows,
     load_evaluated_policy,
+    load_evaluated_tokenizer,
     load_final,
     load_start_of,
     longest_with_response,
@@ -68,10 +71,10 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     task = cfg.task
     assert isinstance(task, RewardConfig) and cfg.model is not None and cfg.data is not None
     say = partial(say_on, fabric)
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer = load_evaluated_tokenizer(cfg)
     data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
     rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
-    longest, against = longest_sequence(cfg, cfg.model, rows), _opponent(cfg, rows, say)
+    longest, against = longest_sequence(cfg, evaluated_files(cfg), rows), _opponent(cfg, rows, say)
     written = _write(fabric, cfg, rows, tokenizer, longest, against, say)
     judge = Judge(fabric, cfg, longest=longest, say=say)
     trust = judge.trust()
@@ -152,10 +155,11 @@ def _of_run(
 ) -> Answers:
     """Another run's answers to the same rows, with the same numbers; its tokenizer may be another."""
     model = model_of_run(run_dir, "task.against")
-    theirs = load_tokenizer(model)
+    files = with_own_tokenizer(model, Path(run_dir))
+    theirs = load_tokenizer(files)
     if theirs.get_vocab() != tokenizer.get_vocab():
         rows = rows_as(fabric, cfg, theirs, rows, say)
-    loaded = load_final(cfg, model, run_dir, theirs, longest=longest_sequence(cfg, model, rows), say=say)
+    loaded = load_final(cfg, model, run_dir, theirs, longest=longest_sequence(cfg, files, rows), say=say)
     return answer(fabric, cfg, set_up(fabric, loaded, theirs), rows, samples=True)
 
 
