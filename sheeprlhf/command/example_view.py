@@ -3,7 +3,7 @@
 Letters of tensor names: T positions of a packed row, N targets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ from sheeprlhf.command.tokens import Token, token_texts, without_secrets
 from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.data.encoding import encode
 from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.rendering import render_chat
 
 _CUT = "cut at data.max_length: no EOS"
 
@@ -80,13 +82,14 @@ class Viewer:
     Args:
         tokenizer: the model's.
         targets: what the task trains on: "response", "all", "scores" or "last", as `collate_packed` takes it.
+        template_args: variables of its chat template.
     """
 
-    def __init__(self, tokenizer: Any, *, targets: str) -> None:
+    def __init__(self, tokenizer: Any, *, targets: str, template_args: Mapping[str, Any] | None = None) -> None:
         self._tokenizer, self._targets = tokenizer, targets
         self._scored = targets in ("scores", "last")
         self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._opening = _answer_opening(tokenizer)
+        self._opening = _answer_opening(tokenizer, template_args)
 
     def view(self, example: Example) -> View:
         """The tokens of an example and the facts about it."""
@@ -158,15 +161,13 @@ class Viewer:
         )
 
 
-def _answer_opening(tokenizer: Any) -> list[int]:
+def _answer_opening(tokenizer: Any, template_args: Mapping[str, Any] | None) -> list[int]:
     """The ids with which the chat template asks for an answer; empty if it has no such thing."""
     if not getattr(tokenizer, "chat_template", None):
         return []
     turns = [{"role": "user", "content": "a"}]
     try:
-        asked, bare = (
-            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask) for ask in (True, False)
-        )
-    except Exception:  # a template is a program, which may raise anything
+        asked, bare = (render_chat(tokenizer, turns, template_args, ask=ask) for ask in (True, False))
+    except DataError:
         return []  # one that refuses this conversation
     return encode(tokenizer, [asked.removeprefix(bare)], control_tokens=True)[0] if asked.startswith(bare) else []

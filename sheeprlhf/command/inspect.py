@@ -69,7 +69,7 @@ def run(config: InspectConfig) -> int:
     _check_split(split, data)
 
     targets = _targets(config.task)
-    viewer = Viewer(tokenizer, targets=targets)
+    viewer = Viewer(tokenizer, targets=targets, template_args=config.data.template_args)
     marks = _marks(screen)
     _print_head(screen, config, data, split, targets, marks)
     rows = data.splits[split]

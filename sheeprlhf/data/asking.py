@@ -5,7 +5,7 @@ format, then `RowTokenizer`. So a prompt is written, begun and ended as those th
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sheeprlhf.data.example import Example
@@ -130,12 +130,27 @@ def form_of(trained: Trained, tokenizer: Any) -> str:
     return "template" if own == "text" and has_template and trained.templated() else own
 
 
+def template_args_of(trained: Trained) -> dict[str, Any] | None:
+    """The variables with which the chat template wrote the rows that it was trained on."""
+    own_template = trained.data is not None and trained.chat_template is None
+    return trained.data.template_args if trained.data is not None and own_template else None
+
+
 class Asker:
     """Makes prompts of one form for one tokenizer."""
 
-    def __init__(self, form: Form, tokenizer: Any) -> None:
+    def __init__(self, form: Form, tokenizer: Any, template_args: Mapping[str, Any] | None = None) -> None:
+        """Prepare for one form.
+
+        Args:
+            form: a value of `FORMS`.
+            tokenizer: the model's.
+            template_args: variables for its chat template, `data.template_args` of its training.
+        """
         self.form = form
         no_limits = form.data(max_length=_ANY_LENGTH, max_prompt_length=_ANY_LENGTH, minimum_response_length=1)
+        if form is FORMS["template"]:
+            no_limits.template_args = dict(template_args or {}) or None
         self._rows = RowTokenizer(no_limits, tokenizer, "sft")
 
     def example(self, turns: Sequence[Turn], response: str = "x") -> Example:

@@ -25,6 +25,8 @@ class PreferenceExample(NamedTuple):
         ranked: instead of a pair, two or more answers, best first.
         margin: how much better the chosen answer is, in units of a reward model's score.
         label: whether `response` is desirable, as the row's column has it; only tasks of unpaired data look at it.
+        unused: names of the parts of the row that nothing reads.
+        untrained: answers of earlier turns, which are part of the prompt.
     """
 
     prompt: str
@@ -34,6 +36,8 @@ class PreferenceExample(NamedTuple):
     ranked: tuple[str, ...] | None = None
     margin: float = 0.0
     label: Any = None
+    unused: tuple[str, ...] = ()
+    untrained: int = 0
 
 
 class Example(NamedTuple):

@@ -34,6 +34,7 @@ INPUT = "input"  # beside an instruction: the second paragraph of its prompt
 JOINT = "\n\n"  # between the columns of one text
 _RESPONSES = ("response", "chosen", "rejected", "responses")
 _LISTS = (*CONVERSATION_COLUMNS, "responses")  # csv and parquet may hold them as JSON text
+SCORES = ("score_chosen", "score_rejected")  # their difference is the margin of a pair
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # counted in parquet files, never read
 
 Sources = dict[str, tuple[str, ...]]
@@ -180,6 +181,9 @@ class RowLayout:
             if type(row.get(name)) is int:  # a bool is no number here
                 row[name] = str(row[name])
                 self.numbers[name] += 1
+            elif messages := _messages_in_text(row.get(name)):
+                row[name] = messages
+                self.sources[f"{name} from JSON text of messages"] += 1
         for name in _LISTS:
             value = row.get(name)
             if isinstance(value, str) and value.lstrip()[:1] == "[":
@@ -198,6 +202,8 @@ class RowLayout:
         self.unread.update(unread)
         if self._kind != "unpaired" and has_value(row.get("label")):
             self.unread["label"] += 1
+        if self._kind != "preference":
+            self.unread.update(name for name in SCORES if has_value(row.get(name)))
         for name, of in sources.items():
             of = tuple(column for column in of if has_value(values.get(column)))
             if of and of != (name,):
@@ -210,6 +216,21 @@ def _is_conversation(values: Mapping[str, Any], sources: Sources) -> bool:
     return any(values.get(name) is not None for name in CONVERSATION_COLUMNS) or any(
         isinstance(values.get(name), list) for name in texts
     )
+
+
+def _messages_in_text(value: Any) -> list[Any] | None:
+    """The messages that a text spells as JSON, which csv files need; None if it spells something else."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return None
+    try:
+        messages = json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+    keys = ({"role", "content"}, {"from", "value"})
+    is_list = isinstance(messages, list) and all(
+        isinstance(one, dict) and any(k <= set(one) for k in keys) for one in messages
+    )
+    return messages if is_list and messages else None
 
 
 def _joined(values: Mapping[str, Any], columns: Sequence[str]) -> Any:

@@ -130,9 +130,17 @@ def _known_columns(file: Path, schema: pa.Schema, known: Sequence[str]) -> list[
         if schema.names.count(name) > 1:
             raise DataError(f"{file}: column '{name}' appears twice; keep one")
         kind = schema.field(name).type
-        if name in TEXT_COLUMNS and not _is_text(kind) and not pa.types.is_integer(kind):
+        if name in TEXT_COLUMNS and not (_is_text(kind) or _is_list(kind)) and not pa.types.is_integer(kind):
             raise DataError(f"{file}: column '{name}' is of type {kind}, not text; write it as strings")
     return columns
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    """Whether values of this type may be messages: lists, or one object with a role."""
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_list_view, pa.types.is_large_list_view)
+    if pa.types.is_struct(kind):
+        return any(kind.get_field_index(name) >= 0 for name in ("role", "from"))
+    return any(test(kind) for test in tests)
 
 
 def _is_text(kind: pa.DataType) -> bool:

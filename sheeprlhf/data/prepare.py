@@ -46,7 +46,7 @@ from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.folders import discard, locked, written_folder
 from sheeprlhf.utils.processes import BoundToThis, start_bound
 
-FORMAT_VERSION = 7  # raise it whenever the code makes other rows, or another report, of the same input
+FORMAT_VERSION = 8  # raise it whenever the code makes other rows, or another report, of the same input
 _PREFERENCES = ("train", "reward")
 TRAINING_SPLITS = {
     "sft": ("train",),

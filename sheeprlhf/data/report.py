@@ -37,6 +37,8 @@ class SplitCount:
         self.with_margin = 0
         self.templated = 0
         self.mismatches: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()
+        self.untrained = 0
 
     def add(self, row: TokenRow, dropped: str | None, duplicate: bool) -> None:
         """Count one row; `dropped` is the reason why it is left out."""
@@ -56,6 +58,8 @@ class SplitCount:
         self.with_margin += row.margin != 0.0
         self.templated += row.templated
         self.mismatches[row.mismatch] += 1
+        self.unused.update(row.unused)
+        self.untrained += row.untrained
 
     def report(self, split: TokenizedSplit | None) -> Report:
         """The split's part of the report.
@@ -80,6 +84,8 @@ class SplitCount:
             "templated_rows": self.templated,
             "prompt_mismatch_rows": self.mismatches["prompt"],
             "response_mismatch_rows": self.mismatches["response"],
+            "untrained_answers": self.untrained,
+            "unused": dict(sorted(self.unused.items())),
             "trained_tokens": 0,
             "tokens": {},
         }
@@ -174,6 +180,8 @@ def why_none_left(report: Report, native: set[str], cfg: DataConfig) -> str:
         f"{cfg.max_prompt_length}",
         "same_responses": f"give pairs that differ in their first data.max_length={cfg.max_length} tokens",
         "nul_character": "remove the NUL characters",
+        "no_trained_message": "mark an assistant message as one to learn: weight 1 or train true",
+        "more_than_one_answer": "chosen and rejected may differ in the last message alone",
         "special_tokens_in_messages": "take the markers of the chat template out of the messages",
     }
     went = [
@@ -211,6 +219,7 @@ def render_report(report: Report) -> str:
         "pairs": "pairs of a better and a worse response",
         "rows_with_margin": "rows with a margin (task=rm reads it)",
         "templated_rows": "rows in the chat template",
+        "untrained_answers": "assistant messages before the last (not trained on)",
         "duplicates": "duplicate rows",
         "special_token_rows": "rows with special-token text",
         "prompt_mismatch_rows": "rows whose prompt is not what its tokens decode to",
@@ -219,6 +228,8 @@ def render_report(report: Report) -> str:
     for key, label in told.items():
         if any(part.get(key) for part in parts):
             line(label, [part.get(key, 0) for part in parts])
+    for name in sorted({name for part in parts for name in part.get("unused", {})}):
+        line(f"not used: {printable([name])}", [part.get("unused", {}).get(name, 0) for part in parts])
     if any("labels" in part for part in parts):
         for name in ("desirable", "undesirable"):
             line(f"{name} examples", [part.get("labels", {}).get(name, 0) for part in parts])

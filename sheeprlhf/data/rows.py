@@ -12,8 +12,8 @@ from sheeprlhf.utils.errors import DataError
 
 COLUMNS = ("prompt", "response", "chosen", "rejected", "responses", "margin", "messages", "label")  # all that are read
 TEXT_COLUMNS = COLUMNS[:4]
-CONVERSATION_COLUMNS = ("messages",)  # hold a conversation
-CONVERSATION_EXTRAS: tuple[str, ...] = ()  # read where a row holds a conversation
+CONVERSATION_COLUMNS = ("messages", "conversations")  # hold a conversation
+CONVERSATION_EXTRAS = ("system", "tools")  # read where a row holds a conversation
 MEANING_COLUMNS = {  # change what a row means -> where they belong in a prompt, if text; "" where they do not
     "input": "after",
     "context": "before",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sheeprlhf.data.conversation import ConversationExample, render_example
 from sheeprlhf.data.encoding import EncodedPair, PairEncoder, encode
 from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.data.labels import labelled
@@ -15,6 +16,7 @@ from sheeprlhf.data.read import Row
 from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, column_advice
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.rendering import check_template_args
 
 KINDS = ("sft", "preference", "unpaired", "prompts")
 
@@ -36,6 +38,8 @@ class TokenRow(NamedTuple):
         desirable: of each response of unpaired data; empty for other data.
         templated: the row went through the chat template.
         mismatch: what its ids do not decode to, "prompt" or "response"; empty if they do.
+        unused: names of the parts of the row that nothing reads.
+        untrained: answers of earlier turns, which are not learned.
     """
 
     number: int
@@ -51,6 +55,8 @@ class TokenRow(NamedTuple):
     desirable: tuple[bool, ...] = ()
     templated: bool = False
     mismatch: str = ""
+    unused: tuple[str, ...] = ()
+    untrained: int = 0
 
 
 class _Pieces(NamedTuple):
@@ -63,6 +69,8 @@ class _Pieces(NamedTuple):
     templated: bool
     margin: float
     desirable: tuple[bool, ...]
+    unused: tuple[str, ...]
+    untrained: int
 
 
 class SpecialIds:
@@ -102,7 +110,9 @@ class RowTokenizer:
             raise ValueError(f"kind={kind!r} is none of {', '.join(KINDS)}")
         row_format = cfg.prompt_format if kind == "prompts" and cfg.prompt_format else cfg.row_format
         module, name = row_format.split(":")
-        self.format_row: Callable[..., PreferenceExample | None] = getattr(import_module(module), name)
+        self.format_row: Callable[..., PreferenceExample | ConversationExample | None]
+        self.format_row = getattr(import_module(module), name)
+        check_template_args(tokenizer, cfg.template_args)
         self.cfg, self.tokenizer, self.kind = cfg, tokenizer, kind
         self.ids = SpecialIds(tokenizer)
         self._encode = PairEncoder(tokenizer)
@@ -123,6 +133,8 @@ class RowTokenizer:
         nowhere = split_shares(self.cfg.split_seed, "")
         try:
             example = self.format_row(row.values, self.tokenizer)
+            if isinstance(example, ConversationExample):
+                example = render_example(example, self.tokenizer, self.cfg.template_args)
             if example is None:
                 return TokenRow(row.number, nowhere, "not_wanted")
             responses, desirable = labelled(example) if self.kind == "unpaired" else (self._responses(example), ())
@@ -141,7 +153,10 @@ class RowTokenizer:
         if self._same(responses):
             return TokenRow(row.number, shares, "same_responses")
         templated = isinstance(example, TemplatedExample)
-        return _Pieces(row, shares, example.prompt, responses, templated, example.margin, desirable)
+        untrained = example.untrained if self.kind == "sft" else 0
+        return _Pieces(
+            row, shares, example.prompt, responses, templated, example.margin, desirable, example.unused, untrained
+        )
 
     def _responses(self, example: PreferenceExample) -> tuple[str, ...]:
         """The responses that a task of this kind learns from, best first; one that samples its own needs none."""
@@ -201,6 +216,8 @@ class RowTokenizer:
             desirable=pieces.desirable,
             templated=pieces.templated,
             mismatch=mismatch,
+            unused=pieces.unused,
+            untrained=pieces.untrained,
         )
 
     def _begins_with_bos(self, prompt: list[int]) -> bool:

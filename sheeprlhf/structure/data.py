@@ -40,6 +40,9 @@ class DataConfig(Config):
     minimum_response_length: int = option(2, "Shorter responses are dropped.", unit="tokens", minimum=1)
     remove_same_inputs: bool = option(True, "Keep the first of the rows that have the same prompt and response.")
     remove_same_responses: bool = option(True, "Drop pairs whose chosen and rejected responses are equal.")
+    template_args: Any = option(
+        None, "Variables for the model's chat template, such as {enable_thinking: false}; null gives none."
+    )
     num_proc: int = option(1, "Processes that tokenise.", minimum=1)
     cache_dir: Optional[str] = option(
         None, "Where tokenised data is kept; null is $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf."
@@ -94,6 +97,7 @@ class LocalDataConfig(DataConfig):
 
     row_format: ClassVar[str] = "sheeprlhf.data.local:format_row"
     prompt_format: ClassVar[Optional[str]] = "sheeprlhf.data.local:format_prompt"
+    read_columns: ClassVar[tuple[str, ...]] = ("rejected_response", "score_chosen", "score_rejected")
 
     config_name: str = option("local", "Name of this choice.")
     dataset_name: Optional[str] = option(None, "Not used: give data.train_file.")

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -23,6 +24,12 @@ from sheeprlhf.structure.run import EvalConfig, FetchConfig, InspectConfig, Root
 from sheeprlhf.structure.task_checks import task_problems, train_problems
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_TEMPLATE_ARG = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_NO_TEMPLATE_ARGS = {  # given to every chat template, or to the function of transformers that renders one
+    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "sanitize_control_tokens", "tokenizer_kwargs", "strftime_now", "raise_exception",
+}  # fmt: skip
 
 
 def validate(config: RootConfig) -> list[str]:
@@ -184,12 +191,40 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         )
     if data.cache_dir is not None:
         yield from new_folder_problems("data.cache_dir", os.path.expanduser(data.cache_dir))
+    yield from _template_arg_problems(data.template_args)
     if isinstance(data, LocalDataConfig):
         for key in ("train_file", "validation_file", "test_file"):
             path = getattr(data, key)
             if path is not None:
                 yield from data_file_problems(f"data.{key}", path)
         yield from column_problems(data)
+
+
+def _template_arg_problems(given: Any) -> Iterator[str]:
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        yield (
+            f"data.template_args={str(given)[:40]} is no mapping of names to values: give for example "
+            "'data.template_args={enable_thinking: false}'"
+        )
+        return
+    for name, value in given.items():
+        if not isinstance(name, str) or not _TEMPLATE_ARG.fullmatch(name):
+            yield f"data.template_args: {str(name)[:40]!r} is not a variable's name: use letters, digits and _"
+        elif name in _NO_TEMPLATE_ARGS or name.endswith("_token"):
+            yield f"data.template_args.{name} cannot be given: it is set for every conversation; remove it"
+        elif not _is_plain(value):
+            yield f"data.template_args.{name}={str(value)[:40]} cannot be read: give text, a number, true or false"
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold a value."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _optim_problems(optim: OptimizerConfig) -> Iterator[str]:

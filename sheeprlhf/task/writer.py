@@ -1,7 +1,8 @@
 """A trained model that is ready to write text for people, or to score it."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.agent.reward import RewardModel, load_reward_model
-from sheeprlhf.data.asking import FORMS, Asker, Turn, form_of
+from sheeprlhf.data.asking import FORMS, Asker, Turn, form_of, template_args_of
 from sheeprlhf.data.collate import collate_padded
 from sheeprlhf.data.example import Example
 from sheeprlhf.engine.checkpoint import Say
@@ -33,16 +34,24 @@ class Writer:
         model: the language model, not wrapped, in eval mode.
         tokenizer: its tokenizer.
         form: a name of `FORMS`.
+        template_args: variables for the chat template.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, form: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        form: str,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.form_name, self.form = model, tokenizer, form, FORMS[form]
-        self._asker = Asker(self.form, tokenizer)
+        self._template_args = template_args
+        self._asker = Asker(self.form, tokenizer, template_args)
         self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
 
     def in_form(self, form: str) -> "Writer":
         """The same model, asked in another form."""
-        return Writer(self.model, self.tokenizer, form)
+        return Writer(self.model, self.tokenizer, form, self._template_args)
 
     def fit(self, turns: Sequence[Turn]) -> tuple[list[Turn], Example]:
         """The turns that the model has room for, and their prompt: the newest, and a system turn always.
@@ -106,9 +115,17 @@ class Scorer:
         model: the reward model, in eval mode.
         tokenizer: its tokenizer.
         form: in which it was trained, a name of `FORMS`.
+        template_args: variables for the chat template.
     """
 
-    def __init__(self, model: RewardModel, tokenizer: PreTrainedTokenizerBase, form: str) -> None:
+    def __init__(
+        self,
+        model: RewardModel,
+        tokenizer: PreTrainedTokenizerBase,
+        form: str,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._template_args = template_args
         self.model, self.tokenizer, self.form_name = model, tokenizer, form
 
     @torch.no_grad()
@@ -121,7 +138,7 @@ class Scorer:
         if not answer.strip():
             raise DataError("there is no answer to score")
         kind = FORMS[form]
-        example = Asker(kind, self.tokenizer).example(turns if kind.turns else turns[-1:], answer)
+        example = Asker(kind, self.tokenizer, self._template_args).example(turns if kind.turns else turns[-1:], answer)
         positions = getattr(self.model.classifier().config, "max_position_embeddings", None)
         if positions is not None and example.num_tokens() > positions:
             raise DataError(f"prompt and answer are longer than the {positions:,} tokens of the reward model")
@@ -173,7 +190,7 @@ def load_writer(trained: Trained, say: Say) -> Writer:
     """
     policy, tokenizer = load_trained_policy(trained, say)
     model = policy.to(_device()).causal_lm()
-    return Writer(model, tokenizer, form_of(trained, tokenizer))
+    return Writer(model, tokenizer, form_of(trained, tokenizer), template_args_of(trained))
 
 
 def load_scorer(trained: Trained, say: Say) -> Scorer:
@@ -183,4 +200,4 @@ def load_scorer(trained: Trained, say: Say) -> Scorer:
         SheepError: it cannot be loaded.
     """
     model, tokenizer = load_trained_scorer(trained, say)
-    return Scorer(model.to(_device()), tokenizer, form_of(trained, tokenizer))
+    return Scorer(model.to(_device()), tokenizer, form_of(trained, tokenizer), template_args_of(trained))

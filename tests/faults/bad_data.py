@@ -164,12 +164,10 @@ COLUMNS = {  # rows that lack what is needed, or have another type in its place
         *each([GOOD, GOOD | {"prompt": {"a": 1}}], "@: column 'prompt' holds dict, not text; write it", formats=JSONS),
         one("parquet", parquet([GOOD | {"prompt": {"a": 1}}]), "@: column 'prompt' is of type struct<a: int64>, not"),
         one("jsonl", LINE + b'{"a":' * 10**5, "@ line 2: JSON nested too deeply; mend it", note="deep"),
-        *each(
-            [{"messages": "hi"}], "@: column 'messages' must be a list of {role, content}", formats=JSONS, note="text"
-        ),
+        *each([{"messages": "hi"}], "@: column 'messages' holds a text that is not JSON", formats=JSONS, note="text"),
         *each(
             [{"messages": [{"from": "a"}]}],
-            "@: column 'messages', message 0: column 'role' is",
+            "@: column 'messages', message 0: key 'content' is missing",
             formats=NO_CSV,
             note="x",
         ),

@@ -119,9 +119,9 @@ MUTANTS = [
     ),
     Mutant(  # a conversation that asks again is a prompt up to its last answer
         trap="prompts",
-        file="sheeprlhf/data/local.py",
-        old="        last = len(turns)\n",
-        new="        last = last or len(turns)\n",
+        file="sheeprlhf/data/conversation.py",
+        old="    if as_prompt and _asks(messages):\n",
+        new="    if as_prompt and _asks(messages) and not any(map(is_answer, messages)):\n",
         tests=TESTS + "prompts.py::test_a_conversation_that_ends_with_the_user_is_the_prompt",
     ),
     Mutant(  # other tasks would learn from rows without a response

@@ -53,7 +53,7 @@ def test_a_missing_file_and_messages_without_a_template(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     with pytest.raises(DataError, match="needs a chat template and this model has none"):
         prepare(local(tmp_path, rows), byte_tokenizer())
-    with pytest.raises(DataError, match="refuses column 'messages': no"):
+    with pytest.raises(DataError, match="refuses the conversation: no"):
         prepare(local(tmp_path, rows), byte_tokenizer(template="{{ raise_exception('no') }}"))
     with pytest.raises(DataError, match="needs the columns chosen and rejected"):
         prepare(local(tmp_path, [{"prompt": "a", "response": "b"}]), byte_tokenizer(), "preference")

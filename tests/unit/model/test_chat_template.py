@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from sheeprlhf.data.local import format_row
+from sheeprlhf.data.conversation import read_conversation, render_example
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.places import template_problem
@@ -95,7 +95,7 @@ def test_an_unknown_name_lists_those_that_there_are(folders: dict[str, Path]) ->
 def test_messages_without_a_default_template_name_the_option(model: str, folders: dict[str, Path]) -> None:
     tokenizer = loaded(folders[model], None)
     with pytest.raises(DataError, match=r"model.chat_template=<name>.*chatml") as error:
-        format_row({"messages": TALK[:3]}, tokenizer)
+        render_example(read_conversation({"messages": TALK[:3]}), tokenizer, None)
     assert ("tool_use, rag" in str(error.value)) == (model == "named")
 
 
@@ -116,7 +116,7 @@ def test_a_template_that_fails_is_an_error_of_ours(expression: str) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ " + expression + " }}"
     with pytest.raises(DataError, match="chat template"):
-        format_row({"messages": TALK[:3]}, tokenizer)
+        render_example(read_conversation({"messages": TALK[:3]}), tokenizer, None)
 
 
 def test_a_chosen_file_is_tried_like_any_other_template(folders: dict[str, Path], tmp_path: Path) -> None:

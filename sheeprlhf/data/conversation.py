@@ -1,0 +1,466 @@
+"""Conversations: one representation for the layouts of chat data, and one way through the model's chat template.
+
+A row of messages becomes a `ConversationExample`: the messages before the answer, the answer or the answers that are
+compared, and the tools. `render_example` makes texts of it. Each text is found by rendering prefixes of the
+conversation with the tokenizer's own chat template, and compared with the rendering of the whole.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from os.path import commonprefix
+from typing import Any, NamedTuple
+
+from sheeprlhf.data.messages import (
+    REASONING_KEYS,
+    TRAINED,
+    Message,
+    is_answer,
+    is_trained,
+    plain_message,
+    read_messages,
+    read_tools,
+    same_message,
+    strings_of,
+)
+from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, number
+from sheeprlhf.utils.chat_templates import check_has_template
+from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.rendering import render_chat, template_keys, template_variables, writes_whole_messages
+
+_PROBE = " (probe)"
+
+
+class ConversationExample(NamedTuple):
+    """One row of messages, before the chat template.
+
+    Attributes:
+        context: messages before the answers.
+        tools: JSON schemas of the functions that the assistant may call.
+        response: the answer to learn.
+        following: messages after `response`, up to the last answer: a template may render both differently then.
+        chosen: the better answer of a pair.
+        rejected: the worse one.
+        ranked: instead of a pair, two or more answers, best first.
+        margin: how much better the chosen answer is.
+        label: whether `response` is desirable.
+        unused: names of the parts of the row that nothing reads.
+    """
+
+    context: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] | None = None
+    response: Message | None = None
+    following: tuple[Message, ...] = ()
+    chosen: Message | None = None
+    rejected: Message | None = None
+    ranked: tuple[Message, ...] | None = None
+    margin: float = 0.0
+    label: Any = None
+    unused: tuple[str, ...] = ()
+
+
+def has_messages(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a conversation: it has a column of messages, or messages in place of a text."""
+    if any(row.get(column) is not None for column in ("messages", "conversations")):
+        return True
+    values = [row.get(column) for column in ("prompt", "response", "chosen", "rejected")]
+    ranked = row.get("responses")
+    values += ranked if isinstance(ranked, list | tuple) else []
+    return any(_is_message_list(value) for value in values)
+
+
+def read_conversation(row: Mapping[str, Any], *, as_prompt: bool = False) -> ConversationExample:
+    """A row of messages in any layout, as one example.
+
+    Args:
+        row: its columns.
+        as_prompt: for tasks that sample their responses: an answer is not needed, and messages that end with a question
+            are a prompt.
+
+    Raises:
+        DataError: a column holds something else than messages; MissingColumnError: the answers are missing.
+        DropRowError: the row must not be trained on.
+    """
+    unused: list[str] = []
+    given = next((column for column in ("messages", "conversations") if row.get(column) is not None), None)
+    if given == "messages" and row.get("conversations") is not None:
+        unused.append("conversations")
+    messages = None if given is None else read_messages(row[given], given)
+    answers = _answers(row)
+    if messages and is_answer(messages[-1]):  # it has its answer
+        unused += ["response"] * (answers.pop("response", None) is not None)
+    if messages is not None and not answers:
+        example = _dialogue(messages, str(given), as_prompt=as_prompt)
+        unused += ["prompt"] * (row.get("prompt") is not None)
+    elif answers:
+        context, own = _context(row, messages, answers, unused)
+        example = ConversationExample(context, **own)
+    else:
+        prompt = _prompt(row)
+        if not as_prompt:
+            raise MissingColumnError("column 'prompt' has messages and there is no answer to them")
+        if not _asks(prompt):
+            raise DataError("column 'prompt' needs a user's message at its end")
+        example = ConversationExample(prompt)
+    unused += example.unused
+    context = _with_system(row, example.context)
+    tools = read_tools(row.get("tools"))
+    everything = (context, tools, example.response, example.following, example.chosen, example.rejected, example.ranked)
+    _check_strings(everything)
+    margin = margin_of(row) if example.chosen is not None or example.ranked is not None else 0.0
+    return example._replace(context=context, tools=tools, label=row.get("label"), margin=margin, unused=tuple(unused))
+
+
+def render_example(
+    example: ConversationExample, tokenizer: Any, template_args: Mapping[str, Any] | None
+) -> TemplatedExample:
+    """The texts of a conversation, written by the model's chat template.
+
+    The prompt is the rendering of the context with the generation prompt. An answer is the part behind it in the
+    rendering of context and answer, its end token included.
+
+    Raises:
+        DataError: the model has no template; the template refuses the conversation, rewrites what it wrote before, or
+            does not write a part that changes the meaning.
+        DropRowError: a message has the text of one of the tokenizer's special tokens.
+    """
+    check_has_template(tokenizer, "a row of messages")
+    render = _Renderer(tokenizer, template_args, example.tools)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    texts = list(strings_of((example.context, example.tools, example.following, _all_answers(example))))
+    if any(token in text for text in texts for token in special):
+        raise DropRowError("special_tokens_in_messages")
+    unused = (*example.unused, *render.check_keys([*example.context, *_all_answers(example), *example.following]))
+    prompt = render(example.context, ask=True)
+    unused += tuple(render.unwritten(example.context, prompt))
+
+    def answer(message: Message | None, following: Sequence[Message] = ()) -> str | None:
+        return None if message is None else render.answer(example.context, message, following, prompt)
+
+    earlier = sum(is_answer(message) and is_trained(message) is not False for message in example.context)
+    return TemplatedExample(
+        prompt=prompt,
+        response=answer(example.response, example.following),
+        chosen=answer(example.chosen),
+        rejected=answer(example.rejected),
+        ranked=None if example.ranked is None else tuple(str(answer(message)) for message in example.ranked),
+        margin=example.margin,
+        label=example.label,
+        unused=unused,
+        untrained=earlier if example.response is not None else 0,
+    )
+
+
+class _Renderer:
+    """Renders messages for one row, with its tools and the arguments of the template."""
+
+    def __init__(
+        self, tokenizer: Any, template_args: Mapping[str, Any] | None, tools: tuple[dict[str, Any], ...] | None
+    ) -> None:
+        self._tokenizer, self._args, self._tools = tokenizer, template_args, tools
+        self._text: str = tokenizer.get_chat_template(tools=tools)
+        self._decoded = False
+
+    def __call__(self, messages: Sequence[Message], *, ask: bool = False) -> str:
+        """The text of messages; with `ask`, the generation prompt behind it.
+
+        Arguments of tool calls that are JSON text stay as they are, unless the template fails on text or encodes it a
+        second time: then they are given as objects.
+        """
+        if not self._decoded:
+            arguments = [text for message in messages for text in _argument_texts(message)]
+            try:
+                text = self._render(messages, ask)
+            except DataError:
+                if not arguments:
+                    raise
+            else:
+                if not any(json.dumps(one, ensure_ascii=ascii) in text for one in arguments for ascii in (True, False)):
+                    return text
+            self._decoded = True
+        return self._render([_with_objects(message) for message in messages], ask)
+
+    def _render(self, messages: Sequence[Message], ask: bool) -> str:
+        plain = [plain_message(message) for message in messages]
+        return render_chat(self._tokenizer, plain, self._args, tools=self._tools, ask=ask)
+
+    def answer(self, context: Sequence[Message], message: Message, following: Sequence[Message], prompt: str) -> str:
+        """What the template writes for an answer, up to its end token; empty for an answer without content."""
+        if not any(str(message.get(key) or "").strip() for key in ("content", "tool_calls", *REASONING_KEYS)):
+            return ""  # a template writes its markers around nothing
+        alone = self([*context, message])
+        if not alone.startswith(prompt):
+            raise DataError(self._rewritten(prompt, alone))
+        self._check_written([*context], message, alone)
+        own = alone[len(prompt) :]
+        end = self._end(own)
+        if following:
+            whole = self([*context, message, *following])
+            if whole.startswith(alone):
+                return own if end is None else own[: own.index(end) + len(end)]
+            if whole.startswith(prompt) and end is not None and end in whole[len(prompt) :]:
+                own = whole[len(prompt) :]  # as the template renders it in front of later messages
+        return own if end is None else own[: own.index(end) + len(end)]
+
+    def _end(self, answer: str) -> str | None:
+        """The token with which an answer ends; None if the template writes none."""
+        eos = self._tokenizer.eos_token
+        return eos if eos and eos in answer else None
+
+    def _rewritten(self, prompt: str, answered: str) -> str:
+        """Message for a template that writes another prompt once it is answered."""
+        same = len(commonprefix([prompt, answered]))  # noqa: RUF071 - texts, not paths
+        change = f"{prompt[same:][:40]!r} becomes {answered[same:][:40]!r}"
+        fix = "change data.template_args, or " if self._args else ""
+        return (
+            f"the model's chat template writes the conversation differently once it is answered ({change}); {fix}"
+            "write the rows as prompt and response"
+        )
+
+    def check_keys(self, messages: Sequence[Message]) -> list[str]:
+        """Names of keys of messages that the template does not read.
+
+        Raises:
+            DataError: tools, calls or reasoning are not read.
+        """
+        if writes_whole_messages(self._tokenizer, self._text, self._args):
+            return []
+        known = template_keys(self._text) | template_variables(self._text)
+        if self._tools and "tools" not in known:
+            raise DataError(
+                "the model's chat template does not read column 'tools'; take a model whose template does, or remove "
+                "the column"
+            )
+        keys = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
+        unused = []
+        for key in keys:
+            if key == TRAINED:
+                if any(message.get(key) for message in messages if not is_answer(message)):
+                    unused.append("messages.weight of other roles")
+            elif key in known or (key in REASONING_KEYS and known & set(REASONING_KEYS)):
+                continue
+            elif key in REASONING_KEYS or key == "tool_calls":
+                fix = "write it into the content between <think> and </think>, " if key in REASONING_KEYS else ""
+                raise DataError(
+                    f"the model's chat template does not read key '{key}' of a message; {fix}take a model whose "
+                    "template does, or remove the key"
+                )
+            else:
+                unused.append(f"messages.{key}")
+        return unused
+
+    def unwritten(self, context: Sequence[Message], prompt: str) -> Iterator[str]:
+        """Roles whose content the template leaves out of the prompt."""
+        for index, message in enumerate(context):
+            content = message.get("content")
+            if is_answer(message) or not isinstance(content, str) or not content.strip() or content.strip() in prompt:
+                continue
+            changed = [*context[:index], {**message, "content": content + _PROBE}, *context[index + 1 :]]
+            if self(changed, ask=True) == prompt:
+                yield f"messages of role {message['role']}"
+
+    def _check_written(self, context: list[Message], message: Message, written: str) -> None:
+        """Raise DataError if the answer's reasoning or calls change nothing in the rendering."""
+        for keys in (REASONING_KEYS, ("tool_calls",)):
+            found = [key for key in keys if message.get(key)]
+            without = {name: value for name, value in message.items() if name not in found}
+            if found and self([*context, {"content": "", **without}]) == written:
+                raise DataError(
+                    f"the model's chat template does not write key '{found[0]}' of the answer; take another model, or "
+                    "remove the key"
+                )
+
+
+def _is_message_list(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return "role" in value or "from" in value
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
+
+
+def _dialogue(messages: tuple[Message, ...], column: str, *, as_prompt: bool) -> ConversationExample:
+    """The last answer that is to be learned, with what stands before it."""
+    if as_prompt and _asks(messages):
+        return ConversationExample(messages)
+    answers = [index for index, message in enumerate(messages) if index and is_answer(message)]
+    if not answers:
+        other = "a user's message at its end, or " if as_prompt else ""
+        raise DataError(f"column '{column}' needs {other}an assistant message with a message before it")
+    trained = [index for index in answers if is_trained(messages[index]) is not False]
+    if not trained:
+        raise DropRowError("no_trained_message")
+    last, target = answers[-1], trained[-1]
+    unused = ("messages after the answer",) if target < len(messages) - 1 else ()
+    return ConversationExample(
+        messages[:target], response=messages[target], following=messages[target + 1 : last + 1], unused=unused
+    )
+
+
+def _answers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a row that hold answers, beside a prompt or a conversation."""
+    names = ("chosen", "rejected", "responses", "rejected_response", "response")
+    return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def _prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """Column 'prompt' as messages; a text is the user's."""
+    value = row.get("prompt")
+    if value is None:
+        return ()
+    return read_messages(value, "prompt", role="user")
+
+
+def _context(
+    row: Mapping[str, Any], messages: tuple[Message, ...] | None, answers: dict[str, Any], unused: list[str]
+) -> tuple[tuple[Message, ...], dict[str, Any]]:
+    """The messages before the answers, and the answers by their names in `ConversationExample`."""
+    worse = answers.pop("rejected_response", None)
+    if worse is not None and "chosen" not in answers:
+        better = messages[-1:] if messages and is_answer(messages[-1]) else answers.get("response")
+        if not better:
+            raise MissingColumnError("column 'rejected_response' needs a better answer: messages that end with one")
+        answers |= {"chosen": better, "rejected": worse}
+    elif worse is not None:
+        unused.append("rejected_response")
+    if ("chosen" in answers) != ("rejected" in answers):
+        raise MissingColumnError("chosen and rejected go together, and one of the two is missing or null")
+    lists = {
+        name: read_messages(value, name, role="assistant") for name, value in answers.items() if name != "responses"
+    }
+    compared = [lists[name] for name in ("chosen", "rejected") if name in lists]
+    ranked = answers.get("responses")
+    if ranked is not None:
+        if not isinstance(ranked, list | tuple) or len(ranked) < 2:
+            raise DataError("column 'responses' must be a list of two or more answers, best first")
+        unused += [name for name in ("chosen", "rejected") if lists.pop(name, None) is not None]
+        compared = [read_messages(entry, "responses", role="assistant") for entry in ranked]
+    response = lists.get("response")
+    if not all([*compared, *([response] if response is not None else [])]):
+        raise DropRowError("empty_response")
+    context = _before(compared or [response or ()], _prompt(row), messages, unused)
+    shared = len(_common_start(compared)) if compared else 0
+    ends = [one[shared:] if len(one) > 1 else one for one in compared]
+    if any(len(end) != 1 or not is_answer(end[0]) for end in ends) or (response and not is_answer(response[-1])):
+        raise DropRowError("more_than_one_answer")
+    own: dict[str, Any] = {"response": response[-1]} if response else {}
+    if ranked is not None:
+        own["ranked"] = tuple(end[0] for end in ends)
+    elif ends:
+        own |= {"chosen": ends[0][0], "rejected": ends[1][0]}
+    if any(is_trained(message) is False for message in (*(end[0] for end in ends), *(response or ())[-1:])):
+        raise DropRowError("no_trained_message")
+    if not context:
+        raise DropRowError("empty_prompt")
+    return context, own
+
+
+def _before(
+    lists: list[tuple[Message, ...]],
+    prompt: tuple[Message, ...],
+    messages: tuple[Message, ...] | None,
+    unused: list[str],
+) -> tuple[Message, ...]:
+    """The messages before the answers: the common start of the lists, behind a prompt that they do not repeat."""
+    start = _common_start(lists)
+    given = messages or prompt
+    if messages and prompt and not any(same_message(prompt[-1], message) for message in (*messages, *start)):
+        unused.append("prompt")
+    if messages and is_answer(messages[-1]):
+        given = messages[:-1]
+    if start and not is_answer(start[0]):  # the lists have the whole dialogue
+        if prompt and not messages and not any(same_message(prompt[-1], message) for message in start):
+            unused.append("prompt")
+        if messages and not _same(given, start):
+            unused.append("messages")
+        return start
+    if not given and not start:
+        raise MissingColumnError("the answers have no common start, and column 'prompt' is missing")
+    return (*given, *start)
+
+
+def _asks(messages: Sequence[Message]) -> bool:
+    """Whether the assistant is to speak next."""
+    return bool(messages) and messages[-1]["role"] in ("user", "tool")
+
+
+def _common_start(lists: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
+    """The messages with which all lists begin; at least one of each is left."""
+    most = min(len(one) for one in lists) - 1
+    shared = 0
+    while shared < most and all(same_message(one[shared], lists[0][shared]) for one in lists):
+        shared += 1
+    return lists[0][:shared]
+
+
+def _same(first: Sequence[Message], second: Sequence[Message]) -> bool:
+    return len(first) == len(second) and all(map(same_message, first, second))
+
+
+def _is_start(first: Sequence[Message], second: Sequence[Message]) -> bool:
+    return bool(first) and _same(first, second[: len(first)])
+
+
+def _with_system(row: Mapping[str, Any], context: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The context with the text of column 'system' in front of it."""
+    value = row.get("system")
+    if value is None or value == "":
+        return context
+    [message] = read_messages([{"role": "system", "content": value}], "system")
+    if not message["content"].strip():
+        return context
+    if context and context[0]["role"] in ("system", "developer"):
+        if same_message(context[0], message):
+            return context
+        raise DataError("column 'system' and the first message both give a system text; keep one of them")
+    return (message, *context)
+
+
+def margin_of(row: Mapping[str, Any]) -> float:
+    """Column 'margin', else the difference of the two scores."""
+    if row.get("margin") is not None or row.get("score_chosen") is None or row.get("score_rejected") is None:
+        return number(row, "margin")
+    return number(row, "score_chosen") - number(row, "score_rejected")
+
+
+def _all_answers(example: ConversationExample) -> list[Message]:
+    found = (example.response, example.chosen, example.rejected, *(example.ranked or ()))
+    return [message for message in found if message is not None]
+
+
+def _check_strings(value: Any) -> None:
+    """Refuse what no tokenizer can encode."""
+    for text in strings_of(value):
+        if "\0" in text:
+            raise DropRowError("nul_character")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError("a message holds half a surrogate pair; remove it") from None
+
+
+def _argument_texts(message: Message) -> Iterator[str]:
+    """Arguments of a message's tool calls that are text and spell an object."""
+    for call in message.get("tool_calls") or ():
+        arguments = (call.get("function") or call).get("arguments")
+        if isinstance(arguments, str) and isinstance(_decoded(arguments), dict):
+            yield arguments
+
+
+def _with_objects(message: Message) -> Message:
+    """A message whose calls have objects as arguments, not their JSON text."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    decoded = []
+    for call in calls:
+        inner = call.get("function") or call
+        arguments = inner.get("arguments")
+        value = _decoded(arguments) if isinstance(arguments, str) else arguments
+        inner = {**inner, "arguments": value if isinstance(value, dict) else arguments}
+        decoded.append({**call, "function": inner} if call.get("function") else inner)
+    return {**message, "tool_calls": decoded}
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

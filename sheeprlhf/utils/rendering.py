@@ -1,0 +1,131 @@
+"""Rendering with chat templates: the one function that applies a template, and what a template reads."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache, lru_cache
+from typing import Any
+
+from jinja2 import Environment, meta, nodes
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+from sheeprlhf.utils.chat_templates import template_advice
+from sheeprlhf.utils.errors import DataError
+
+_SET = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception", "namespace"}
+
+
+def render_chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    template_args: Mapping[str, Any] | None = None,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    ask: bool = False,
+) -> str:
+    """Render messages with the tokenizer's chat template; every prompt and training row is rendered here.
+
+    Args:
+        tokenizer: of transformers, with a chat template.
+        messages: role, content and whatever else the template reads.
+        template_args: further variables of the template, `data.template_args`.
+        tools: JSON schemas of functions.
+        ask: add the generation prompt, which opens the assistant's turn.
+
+    Raises:
+        DataError: the template refuses the conversation, or fails.
+    """
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                tokenize=False,
+                add_generation_prompt=ask,
+                **(template_args or {}),
+            )
+        )
+    except TemplateError as error:
+        raise DataError(f"the model's chat template refuses the conversation: {_first_line(error)}") from None
+    except Exception as error:  # a template is a program: it can raise whatever its expressions raise
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise DataError(
+            f"the model's chat template fails on the conversation ({reason}): {template_advice(tokenizer)}"
+        ) from None
+
+
+@cache
+def template_variables(text: str) -> frozenset[str]:
+    """Variables that a chat template reads and does not define itself; empty if its syntax is wrong."""
+    parsed = _parsed(text)
+    try:
+        return frozenset() if parsed is None else frozenset(meta.find_undeclared_variables(parsed))
+    except TemplateSyntaxError:  # a filter that does not exist
+        return frozenset()
+
+
+def _own_variables(text: str) -> frozenset[str]:
+    """Of `template_variables`, those that a caller may give: not set by the template, or set where they are missing."""
+    parsed = _parsed(text)
+    if parsed is None:
+        return frozenset()
+    stored = {node.name for node in parsed.find_all(nodes.Name) if node.ctx == "store"}
+    tests = (node.node for node in parsed.find_all(nodes.Test) if node.name in ("defined", "undefined"))
+    return template_variables(text) - (stored - {node.name for node in tests if isinstance(node, nodes.Name)}) - _SET
+
+
+@cache
+def template_keys(text: str) -> frozenset[str]:
+    """Names that a chat template reads off messages: attributes, and constant texts such as `m["name"]`."""
+    parsed = _parsed(text)
+    if parsed is None:
+        return frozenset()
+    keys = {node.attr for node in parsed.find_all(nodes.Getattr)}
+    return frozenset(keys | {node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str)})
+
+
+def writes_whole_messages(tokenizer: Any, text: str, template_args: Mapping[str, Any] | None) -> bool:
+    """Whether a chat template writes all keys of a message, for example as JSON."""
+    return _writes_whole_messages(tokenizer, text, json.dumps(template_args, sort_keys=True))
+
+
+@lru_cache(maxsize=16)
+def _writes_whole_messages(tokenizer: Any, text: str, template_args: str) -> bool:
+    messages = [{"role": "user", "content": "a", "unknown_key": "unknown value"}]
+    with suppress(DataError):
+        return "unknown value" in render_chat(tokenizer, messages, json.loads(template_args), ask=True)
+    return False
+
+
+def check_template_args(tokenizer: Any, template_args: Mapping[str, Any] | None) -> None:
+    """Refuse arguments that no chat template of the tokenizer reads.
+
+    Raises:
+        DataError: naming them and the variables that the template reads.
+    """
+    if not template_args:
+        return
+    templates = getattr(tokenizer, "chat_template", None)
+    if not templates:
+        raise DataError("data.template_args is for a chat template, and this model has none: remove it")
+    texts = templates.values() if isinstance(templates, dict) else [templates]
+    known = frozenset().union(*map(template_variables, texts))
+    unknown = [name for name in template_args if name not in known]
+    if known and unknown:
+        own = sorted(name for name in frozenset().union(*map(_own_variables, texts)) if not name.endswith("_token"))
+        reads = f"it reads {', '.join(own)}" if own else "it reads no other variable"
+        raise DataError(f"data.template_args: the model's chat template does not read {', '.join(unknown)}; {reads}")
+
+
+def _parsed(text: str) -> nodes.Template | None:
+    """The syntax tree of a template; None if its syntax is wrong."""
+    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)  # a tag of transformers alone
+    try:
+        return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except TemplateSyntaxError:
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

@@ -1,0 +1,299 @@
+"""Conversations: every layout becomes the prompt and the answer that the chat template writes for it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sheeprlhf.data.asking import FORMS, Asker, Turn
+from sheeprlhf.data.read import Row
+from sheeprlhf.data.report import render_report
+from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
+from sheeprlhf.structure.data import LocalDataConfig
+from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.rendering import render_chat
+from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts
+
+# Tools, calls and thoughts; the last answer has a think block, earlier ones have none.
+CHAT = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content or '' }}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }} {{ call.function.arguments | tojson }}</call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think></think>{% endif %}"
+    "{% endif %}"
+)
+END = "<|im_end|>"
+ASKED = "<|im_start|>assistant\n"
+USER, ANSWER = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "yes"}
+OTHER = {"role": "assistant", "content": "no"}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+def turn(role: str, content: str) -> str:
+    return f"<|im_start|>{role}\n{content}{END}\n"
+
+
+def run(row: dict[str, Any], kind: str = "sft", template: str = TEMPLATE, **options: Any) -> TokenRow:
+    options = {"minimum_response_length": 1, "max_length": 2048, "max_prompt_length": 2000} | options
+    tokenizer = byte_tokenizer(template=template)
+    return RowTokenizer(LocalDataConfig(**options), tokenizer, kind)([Row(0, "f.jsonl line 1", row)])[0]
+
+
+def read(row: dict[str, Any], kind: str = "sft", template: str = TEMPLATE, **options: Any) -> list[str]:
+    """Prompt and responses of a row that is kept, as text."""
+    made = run(row, kind, template, **options)
+    assert made.dropped is None
+    tokenizer = byte_tokenizer()
+    return [tokenizer.decode(ids) for ids in np.split(made.tokens, np.cumsum(made.sizes)[:-1])]
+
+
+QUESTION = turn("user", "ask") + ASKED
+SYSTEM = turn("system", "Be brief.") + QUESTION
+SFT = {
+    "messages": ({"messages": [USER, ANSWER]}, QUESTION),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "yes"}]}, QUESTION),
+    "sharegpt renamed": (
+        {"messages": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "yes"}], "system": "Be brief."},
+        SYSTEM,
+    ),
+    "roles of sharegpt": ({"messages": [USER | {"role": "human"}, ANSWER | {"role": "gpt"}]}, QUESTION),
+    "system column": ({"messages": [USER, ANSWER], "system": "Be brief."}, SYSTEM),
+    "same system twice": (
+        {"messages": [{"role": "system", "content": "Be brief."}, USER, ANSWER], "system": "Be brief."},
+        SYSTEM,
+    ),
+    "lists": ({"prompt": [USER], "response": [ANSWER]}, QUESTION),
+    "list and text": ({"prompt": [USER], "response": "yes"}, QUESTION),
+    "text and list": ({"prompt": "ask", "response": [ANSWER]}, QUESTION),
+    "parts": (
+        {"messages": [USER | {"content": [{"type": "text", "text": "as"}, {"type": "text", "text": "k"}]}, ANSWER]},
+        QUESTION,
+    ),
+    "nulls": ({"messages": [USER | {"tool_calls": None, "name": None}, ANSWER | {"weight": None}]}, QUESTION),
+    "later question": ({"messages": [USER, ANSWER, USER]}, QUESTION),
+}
+
+
+@pytest.mark.parametrize("name", SFT)
+def test_layouts_of_one_answer(name: str) -> None:
+    row, prompt = SFT[name]
+    assert read(row) == [prompt, f"yes{END}"]
+
+
+PAIRS = {
+    "explicit prompt": {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
+    "prompt as text": {"prompt": "ask", "chosen": [ANSWER], "rejected": [OTHER]},
+    "answers as text": {"prompt": [USER], "chosen": "yes", "rejected": "no"},
+    "common start": {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+    "ultrafeedback": {
+        "prompt": "ask",
+        "chosen": [USER, ANSWER],
+        "rejected": [USER, OTHER],
+        "messages": [USER, ANSWER],
+    },
+    "messages and text": {"messages": [USER, ANSWER], "rejected_response": "no"},
+    "prompt, response and rejected": {"prompt": [USER], "response": "yes", "rejected_response": "no"},
+    "conversations and objects": {
+        "conversations": [{"from": "human", "value": "ask"}],
+        "chosen": {"from": "gpt", "value": "yes"},
+        "rejected": {"from": "gpt", "value": "no"},
+    },
+    "ranked": {"prompt": [USER], "responses": [[ANSWER], "no"]},
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_layouts_of_preferences(name: str) -> None:
+    made = run(PAIRS[name], "preference")
+    assert (made.unused, made.untrained) == ((), 0)
+    assert read(PAIRS[name], "preference") == [QUESTION, f"yes{END}", f"no{END}"]
+    assert read(PAIRS[name], "sft") == [QUESTION, f"yes{END}"]
+    assert read(PAIRS[name], "prompts")[0] == QUESTION
+
+
+def test_preferences_of_several_turns() -> None:
+    start = [USER, ANSWER, USER | {"content": "more"}]
+    prompt = turn("user", "ask") + turn("assistant", "yes") + turn("user", "more") + ASKED
+    expected = [prompt, f"yes{END}", f"no{END}"]
+    assert read({"chosen": [*start, ANSWER], "rejected": [*start, OTHER]}, "preference") == expected
+    assert read({"prompt": start, "chosen": [ANSWER], "rejected": [OTHER]}, "preference") == expected
+    pair = {"chosen": [ANSWER, start[2], ANSWER], "rejected": [ANSWER, start[2], OTHER]}
+    assert read({"prompt": [USER], **pair}, "preference") == expected
+    early = {"chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, OTHER, USER, ANSWER]}
+    assert run(early, "preference").dropped == "more_than_one_answer"
+
+
+def test_a_dialogue_text_without_prompt_has_its_common_start_as_prompt() -> None:
+    start = "\n\nHuman: ask\n\nAssistant: hm\n\nHuman: more\n\nAssistant:"
+    row = {"chosen": f"{start} yes", "rejected": f"{start} no"}
+    assert read(row, "preference") == [start, f" yes{END}", f" no{END}"]
+    other = {"chosen": "\n\nHuman: a\n\nAssistant: yes", "rejected": "\n\nHuman: b\n\nAssistant: no"}
+    with pytest.raises(DataError, match="column 'prompt' is missing"):
+        run(other, "preference")
+
+
+def test_the_margin_is_the_difference_of_the_scores() -> None:
+    row = PAIRS["ultrafeedback"] | {"score_chosen": 8.5, "score_rejected": 3.0}
+    assert run(row, "preference").margin == 5.5
+    assert run(row | {"margin": 2.0}, "preference").margin == 2.0
+    assert run({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1, "score_rejected": 4}).margin == -3.0
+
+
+def test_unpaired_lists_keep_their_label() -> None:
+    row = run({"prompt": [USER], "response": [ANSWER], "label": False}, "unpaired")
+    assert (row.sizes[0], row.desirable) == (len(byte_tokenizer()(QUESTION)["input_ids"]), (False,))
+
+
+def test_a_list_is_a_prompt_for_tasks_that_sample() -> None:
+    assert read({"prompt": [USER], "answer": "4"}, "prompts") == [QUESTION]
+    with pytest.raises(DataError, match="no answer"):
+        run({"prompt": [USER]}, "sft")
+    with pytest.raises(DataError, match="a user's message at its end"):
+        run({"prompt": [USER, ANSWER]}, "prompts")
+
+
+@pytest.mark.parametrize("arguments", [{"x": 1}, '{"x": 1}'])
+@pytest.mark.parametrize("content", ["hm", None])
+def test_tools_and_calls_reach_the_template(arguments: Any, content: str | None) -> None:
+    call = {**CALL, "function": {"name": "f", "arguments": arguments}}
+    asks = {"role": "assistant", "content": content, "tool_calls": [call]}
+    result = {"role": "tool", "tool_call_id": "c", "content": "3"}
+    head = turn("tools", json.dumps(TOOLS)) + turn("user", "ask")
+    called = f'{content or ""}<call>f {{"x": 1}}</call>'
+    last = read({"messages": [USER, asks], "tools": TOOLS}, template=CHAT)
+    assert last == [head + ASKED, f"<think></think>{called}{END}"]
+    row = {"messages": [USER, asks, result, ANSWER], "tools": json.dumps(TOOLS)}
+    prompt = head + turn("assistant", called) + turn("tool", "3") + ASKED
+    assert read(row, template=CHAT) == [prompt, f"<think></think>yes{END}"]
+    assert run(row, template=CHAT).unused == ("messages.tool_call_id",)
+    given = {"from": "function_call", "value": json.dumps({"name": "f", "arguments": arguments})}
+    if content is None:
+        sharegpt = [{"from": "human", "value": "ask"}, given, {"from": "observation", "value": "3"}, ANSWER]
+        assert read({"conversations": sharegpt, "tools": json.dumps(TOOLS)}, template=CHAT)[0] == prompt
+
+
+def test_reasoning_is_learned_as_the_template_writes_it() -> None:
+    row = {"messages": [USER, ANSWER | {"reasoning_content": "hm"}]}
+    assert read(row, template=CHAT) == [QUESTION, f"<think>hm</think>yes{END}"]
+    assert read({"messages": [USER, ANSWER | {"thinking": "hm"}]}, template=CHAT)[1] == f"<think>hm</think>yes{END}"
+
+
+def test_arguments_of_the_template() -> None:
+    args = {"enable_thinking": False}
+    prompt = f"{QUESTION}<think></think>"
+    assert read({"messages": [USER, ANSWER]}, template=CHAT, template_args=args) == [prompt, f"yes{END}"]
+    tokenizer = byte_tokenizer(template=CHAT)
+    assert render_chat(tokenizer, [USER], args, ask=True) == prompt
+    asked = Asker(FORMS["template"], tokenizer, args).example([Turn("user", "ask")])
+    assert tokenizer.decode(asked.prompt_ids) == prompt
+    with pytest.raises(DataError, match="does not read enable_thinkin; it reads enable_thinking"):
+        run({"messages": [USER, ANSWER]}, template=CHAT, template_args={"enable_thinkin": False})
+    with pytest.raises(DataError, match=r"data.template_args .* has none"):
+        RowTokenizer(LocalDataConfig(template_args=args), byte_tokenizer(), "sft")
+    thought = {"messages": [USER, ANSWER | {"reasoning_content": "hm"}]}
+    with pytest.raises(DataError, match=r"data\.template_args"):
+        run(thought, template=CHAT, template_args=args)
+
+
+def test_arguments_of_the_template_are_in_the_fingerprint(tmp_path: Path) -> None:
+    tokenizer, rows = byte_tokenizer(template=CHAT), [{"messages": [USER, ANSWER]}]
+    prints = {
+        prepare(local(tmp_path, rows, template_args=a), tokenizer).fingerprint
+        for a in (None, {"enable_thinking": False})
+    }
+    assert len(prints) == 2
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "loss"])
+def test_a_message_marked_bad_is_never_a_target(key: str) -> None:
+    talk = [USER, ANSWER | {key: 1}, USER | {"content": "more"}, OTHER | {key: 0}]
+    assert read({"messages": talk}, template=CHAT) == [QUESTION, f"yes{END}"]  # as rendered before a later question
+    assert run({"messages": talk}, template=CHAT).unused == ("messages after the answer",)
+    talk[3] = OTHER | {key: True}
+    assert read({"messages": talk})[1] == f"no{END}"
+    assert run({"messages": talk}).untrained == 1
+    assert run({"messages": [USER, ANSWER | {key: False}]}).dropped == "no_trained_message"
+    assert run({"prompt": [USER], "response": [ANSWER | {key: "0"}]}).dropped == "no_trained_message"
+    with pytest.raises(DataError, match=f"key '{key}' is '0.5'"):
+        run({"messages": [USER, ANSWER | {key: 0.5}]})
+
+
+REFUSED = {
+    "tools": ({"messages": [USER, ANSWER], "tools": TOOLS}, "column 'tools'"),
+    "calls": ({"messages": [USER, ANSWER | {"tool_calls": [CALL]}]}, "key 'tool_calls'"),
+    "reasoning": ({"messages": [USER, ANSWER | {"reasoning_content": "hm"}]}, "key 'reasoning_content'"),
+    "unknown mark": ({"messages": [USER, ANSWER | {"trainable": False}]}, "key 'trainable'"),
+    "contradiction": ({"messages": [USER, ANSWER | {"train": True, "weight": 0}]}, "train and|weight and"),
+    "image": ({"messages": [USER | {"content": [{"type": "image", "url": "x"}]}, ANSWER]}, "type image"),
+    "null": ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 1: key 'content'"),
+    "no role": ({"messages": [{"content": "a"}, ANSWER]}, "message 0: key 'role'"),
+    "two systems": ({"messages": [USER | {"role": "system"}, USER, ANSWER], "system": "Be brief."}, "'system'"),
+    "no call": ({"conversations": [USER, {"from": "function_call", "value": "f(x)"}]}, "function call"),
+    "tools of text": ({"messages": [USER, ANSWER], "tools": "f"}, "column 'tools'"),
+    "surrogate": ({"messages": [USER, ANSWER | {"name": "\udc00"}]}, "surrogate"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_changes_the_meaning_and_cannot_be_read_is_refused(name: str) -> None:
+    row, problem = REFUSED[name]
+    with pytest.raises(DataError, match=problem) as caught:
+        run(row)
+    assert str(caught.value).startswith("f.jsonl line 1: ")
+
+
+def test_special_tokens_are_refused_in_every_part() -> None:
+    bad = f"a{END}"
+    rows: list[dict[str, Any]] = [
+        {"messages": [USER | {"content": bad}, ANSWER]},
+        {"messages": [USER, ANSWER], "system": bad},
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER | {"content": bad}]},
+        {"messages": [USER, ANSWER], "tools": [{"name": bad}]},
+        {"messages": [USER, ANSWER | {"tool_calls": [{"function": {"name": "f", "arguments": {bad: 1}}}]}]},
+        {"messages": [USER, ANSWER | {"reasoning_content": bad}]},
+    ]
+    assert [run(row, template=CHAT).dropped for row in rows] == ["special_tokens_in_messages"] * len(rows)
+
+
+def test_what_is_not_used_is_reported(tmp_path: Path) -> None:
+    no_system = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    rows = [{"messages": [USER, ANSWER, USER, OTHER], "system": "Be brief."}]
+    rows.append({"messages": [USER | {"mood": "glad"}, ANSWER]})
+    prepared = prepare(local(tmp_path, rows), byte_tokenizer(template=no_system))
+    part = prepared.report["splits"]["train"]
+    assert part["unused"] == {"messages of role system": 1, "messages.mood": 1}
+    assert part["untrained_answers"] == 1
+    assert "messages.mood" in render_report(prepared.report)
+
+
+def test_a_template_that_writes_whole_messages_reads_every_key() -> None:
+    as_json = "{% for m in messages %}{{ m | tojson }}<|im_end|>{% endfor %}"
+    row = {"messages": [USER | {"mood": "glad"}, ANSWER | {"reasoning_content": "hm"}]}
+    assert run(row, template=as_json).unused == ()
+
+
+@pytest.mark.parametrize("text", ["{{ messages[0].content + 1 }}", "{{ messages | nothing }}", "{{ 1 / 0 }}"])
+def test_an_error_of_a_template_is_told(text: str) -> None:
+    with pytest.raises(DataError, match="chat template"):
+        run({"messages": [USER, ANSWER]}, template=text)
+
+
+def test_lists_in_parquet_and_in_csv(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    expected = [(QUESTION, f"yes{END}", f"no{END}")]
+    pair = PAIRS["explicit prompt"]
+    pq.write_table(pa.Table.from_pylist([pair]), tmp_path / "a.parquet")
+    cfg = local(tmp_path, train_file=str(tmp_path / "a.parquet"))
+    assert texts(prepare(cfg, tokenizer, "preference"), tokenizer) == expected
+    cells = ",".join('"' + json.dumps(value).replace('"', '""') + '"' for value in pair.values())
+    (tmp_path / "a.csv").write_text(f"{','.join(pair)}\n{cells}\n")
+    cfg = local(tmp_path, train_file=str(tmp_path / "a.csv"))
+    assert texts(prepare(cfg, tokenizer, "preference"), tokenizer) == expected
