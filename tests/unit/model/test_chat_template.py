@@ -70,8 +70,8 @@ def test_every_built_in_template_is_that_of_its_family(folders: dict[str, Path])
 @pytest.mark.parametrize("name", RENDERED)
 def test_a_conversation_begins_with_its_prompt(name: str, folders: dict[str, Path]) -> None:
     """So that the response is what follows the prompt; it ends as the family ends a turn."""
-    example = format_row({"messages": TALK[:3]}, loaded(folders["base"], name))
-    assert example is not None and example.response is not None
+    example = render_example(read_conversation({"messages": TALK[:3]}), loaded(folders["base"], name), None)
+    assert example.response is not None
     ends = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "phi3": "<|end|>"}
     assert example.response.strip().removesuffix(ends.get(name, "</s>")) == "It is."
 
