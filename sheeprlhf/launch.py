@@ -98,6 +98,7 @@ def launch(config: RootConfig, job: Job) -> int:
     sys.argv = [sys.argv[0], job.verb, *job.words]  # what Fabric starts the other ranks with
     if is_rank_zero():
         _find(config)
+        _check_weights(config)
     if isinstance(config, TrainConfig) and is_rank_zero():
         run_dir = _choose_dir(config, job.given_dir)
         if is_finished(run_dir):
@@ -138,6 +139,16 @@ def _find(config: TrainConfig | EvalConfig | InspectConfig) -> None:
         from sheeprlhf.data import source
 
         source.locate(config.data)
+
+
+def _check_weights(config: TrainConfig | EvalConfig) -> None:
+    """Rank zero only: account for the weights of every model, before a directory is made and data is prepared."""
+    from transformers.utils import logging as transformers_logging
+
+    from sheeprlhf.task.weights import check_all_weights
+
+    transformers_logging.disable_progress_bar()
+    check_all_weights(config, lambda text: print(plain_text(redact_text(text)), file=sys.stderr))
 
 
 def is_rank_zero() -> bool:

@@ -137,6 +137,7 @@ def load_policy(
     longest: int,
     batching: str,
     say: Callable[[str], None] = lambda _: None,
+    new_head: bool = False,
 ) -> tuple[Policy, bool]:
     """Load the model, add adapters if asked, and choose packed or padded batches.
 
@@ -146,6 +147,7 @@ def load_policy(
         longest: tokens of the longest sequence that it will see.
         batching: as in `choose_packed`.
         say: prints a line for the user: why batches are padded although `batching` is auto.
+        new_head: the task replaces the language head, which need not be in the files.
 
     Returns:
         The policy, and whether its batches are packed.
@@ -153,7 +155,7 @@ def load_policy(
     Raises:
         ModelError: the model cannot be loaded, is too small for the data, or batching=packed and it cannot do it.
     """
-    model = load_causal_lm(cfg, vocabulary=len(tokenizer), longest=longest)
+    model = load_causal_lm(cfg, vocabulary=len(tokenizer), longest=longest, new_head=new_head, say=say)
     if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
         policy = Policy(add_lora(model, cfg.lora_cfg))
     else:

@@ -17,7 +17,7 @@ from sheeprlhf.agent.batching import choose_packed
 from sheeprlhf.agent.policy import Policy, hidden_at_head
 from sheeprlhf.data.example import Batch
 from sheeprlhf.model.folder import read_json
-from sheeprlhf.model.load import load_causal_lm
+from sheeprlhf.model.load import load_causal_lm, read_score_bias
 from sheeprlhf.model.lora import add_lora, load_lora, save_model
 from sheeprlhf.model.scalar import HEAD, head_scores, padding_token, scalar_model
 from sheeprlhf.structure.model import ModelConfig
@@ -111,8 +111,12 @@ def load_reward_model(
         ModelError: it cannot be loaded, or batching=packed and it cannot do that.
     """
     auto = AutoModelForSequenceClassification
-    model = load_causal_lm(cfg, vocabulary=len(tokenizer), longest=longest, auto=auto)
+    model = load_causal_lm(cfg, vocabulary=len(tokenizer), longest=longest, auto=auto, say=say)
     reward = RewardModel(model)
+    bias = read_score_bias(cfg)
+    if bias:  # transformers' class has none
+        reward.offset -= bias
+        say(f"{cfg.repo_name}: the bias of its score head, {bias:g}, is added to every score")
     return reward, choose_packed(reward, model, longest=longest, batching=batching, say=say)
 
 

@@ -85,15 +85,18 @@ def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
     yield hub(offline.result(), needed=not all_here)
     yield from caches(config.data.cache_dir)
     yield _data(config.data, offline.result())
+    of_weights = list(_weights(config))
+    yield from of_weights
+    reported = {finding.text for finding in of_weights}
     try:
         size = measure(config.model, config.fabric.precision, config.task.trains == "reward model")
     except SheepError as error:
         of_model = list(_model(config, None, room))
-        yield from of_model
+        yield from (finding for finding in of_model if finding.text not in reported)
         why = "the model is not to be had" if of_model[-1].level == "problem" else str(error).splitlines()[0]
         yield Finding("warning", "memory", f"not planned: {why}")
         return
-    yield from _model(config, size, room)
+    yield from (finding for finding in _model(config, size, room) if finding.text not in reported)
     yield _disk(config, size)
     if on_cuda:
         room = torch.cuda.mem_get_info()[0]
@@ -111,6 +114,25 @@ def _data(data: DataConfig, offline: str) -> Finding:
     except SheepError as error:
         return Finding("problem", "data", str(error))
     return Finding("ok", "data", f"data={data.config_name}: {', '.join(files)}")
+
+
+def _weights(config: DoctorConfig) -> Iterator[Finding]:
+    """Whether the files here have every parameter, by their headers; nothing is downloaded, and nothing is loaded."""
+    from sheeprlhf.model.locate import locate
+    from sheeprlhf.task.weights import check_needed, models_of
+
+    notes: list[str] = []
+    try:
+        for needed in models_of(config):
+            if not locate(needed.model).local_only:
+                continue  # on the hub
+            note = check_needed(needed, notes.append)
+            given = "reward.folder" if needed.is_reward_folder else "model.repo_name"
+            notes += [f"{given}={needed.model.repo_name}: {note}"] if note else []
+    except SheepError as error:
+        yield Finding("problem", "weights", str(error))
+    for note in notes:
+        yield Finding("warning", "weights", note)
 
 
 def _model(config: DoctorConfig, size: "ModelSize | None", room: int | None) -> Iterator[Finding]:

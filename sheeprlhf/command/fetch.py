@@ -1,20 +1,22 @@
 """`fetch`: bring a model into the local cache, so that everything else works without a network."""
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from sheeprlhf.command import smollm2
 from sheeprlhf.engine.manifest import remove_folder, verify_manifest, write_manifest
+from sheeprlhf.model.folder import INDEX, WEIGHTS, check_model, folder_of, pickled_files, safetensors_files
 from sheeprlhf.structure.commands import command, option_word
 from sheeprlhf.structure.model import ModelConfig, SmolLM2Config
+from sheeprlhf.structure.places import PICKLED, WEIGHTS_FILES
+from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.run import FetchConfig
 from sheeprlhf.utils.errors import CheckpointError, ModelError
 from sheeprlhf.utils.folders import MARKER, locked, written_folder
 from sheeprlhf.utils.hub import EMBEDDED, SMOLLM2, fetched_folder, why_offline
 
-_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]  # never pickles, never code
-_CONVERTER = "SFconvertbot"  # the hub's own; its pull requests add safetensors to old models
+_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]  # never code
+_SAFETENSORS, _PICKLES = ["*.safetensors"], ["pytorch_model*.bin"]  # the latter where there are none of the former
 
 
 def run(config: FetchConfig) -> int:
@@ -34,7 +36,10 @@ def run(config: FetchConfig) -> int:
         place = [option_word("model.repo_name", str(folder))] if config.cache_dir else []
         print(f"next: {command(['train', 'task=sft', 'model=smollm2', *place])}")
     else:
-        print(f"{name} is in {fetch_from_hub(model)}")
+        folder = fetch_from_hub(model)
+        print(f"{name} is in {folder}")
+        words = _convert(model, folder, config.cache_dir)
+        print(f"next: {command(['train', 'task=sft', *words])}")
     return 0
 
 
@@ -87,15 +92,39 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def _convert(model: ModelConfig, folder: Path, cache_dir: str | None) -> list[str]:
+    """Convert pickled weights, if the model has no others; the words with which training finds the model."""
+    name, words = str(model.repo_name), [f"model={model.config_name}"]
+    usual = getattr(choices("model").get(model.config_name), "repo_name", None)
+    if name != usual:
+        words.append(option_word("model.repo_name", name))
+    if model.library_cfg.revision is not None:
+        words.append(option_word("model.library_cfg.revision", model.library_cfg.revision))
+    check_model(folder)
+    if pickled_files(folder):
+        from sheeprlhf.model.pickled import converted_folder  # imports torch
+
+        converted = converted_folder(folder, name, _say, cache_dir)
+        print(f"its weights are in {converted}, as safetensors")
+        if cache_dir is not None:
+            return [words[0], option_word("model.repo_name", str(converted))]
+    return words
+
+
 def fetch_from_hub(model: ModelConfig) -> Path:
     """The folder in the hub's cache, with the files that loading the model needs.
 
     Raises:
-        ModelError: within five seconds if the hub cannot be reached; it refuses; or it has no safetensors.
+        ModelError: within five seconds if the hub cannot be reached and the cache lacks the model; the hub refuses; or
+            it has no weights that are read.
     """
     name, revision = str(model.repo_name), model.library_cfg.revision
     offline = "model.library_cfg.local_files_only is set" if model.library_cfg.local_files_only else why_offline()
     if offline:
+        folder = _in_cache(name, revision)
+        if folder is not None:
+            _say(f"{offline}, and the hub's cache has the model")
+            return folder
         other = " (model=smollm2 needs no hub)" if name != SMOLLM2 else "; `fetch model=smollm2` needs no hub"
         raise ModelError(f"model.repo_name={name}: {offline}, so nothing can be fetched; connect and try again{other}")
     from huggingface_hub import HfApi, snapshot_download
@@ -103,10 +132,15 @@ def fetch_from_hub(model: ModelConfig) -> Path:
 
     try:
         names = HfApi().list_repo_files(name, revision=revision)
-        if not any(file.endswith(".safetensors") for file in names):
-            raise ModelError(_no_safetensors(name, HfApi().get_repo_discussions(name)))
-        nested = [f"*/{pattern}" for pattern in _FILES]  # copies for other programs
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES, ignore_patterns=nested))
+        kind = _SAFETENSORS if any(file in names for file in (WEIGHTS, INDEX)) else _PICKLES
+        if not any(file in names for file in WEIGHTS_FILES):
+            raise ModelError(
+                f"model.repo_name={name} has no weights that are read, neither {WEIGHTS} nor {PICKLED}: choose another "
+                "model"
+            )
+        wanted = _FILES + kind
+        nested = [f"*/{pattern}" for pattern in wanted]  # copies for other programs
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=nested))
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "?"
         raise ModelError(
@@ -118,11 +152,11 @@ def fetch_from_hub(model: ModelConfig) -> Path:
         raise ModelError(f"model.repo_name={name} could not be fetched: {reason}; try again") from None
 
 
-def _no_safetensors(name: str, discussions: Iterable[object]) -> str:
-    for discussion in discussions:
-        if getattr(discussion, "author", "") == _CONVERTER and getattr(discussion, "is_pull_request", False):
-            return (
-                f"model.repo_name={name} has only pickled weights, which are never loaded; the hub's own conversion is "
-                f"model.library_cfg.revision=refs/pr/{getattr(discussion, 'num', '<n>')}: add it here and to training"
-            )
-    return f"model.repo_name={name} has no safetensors weights, and no others are loaded; choose another model"
+def _in_cache(name: str, revision: str | None) -> Path | None:
+    """The model's folder in the hub's cache if all of its weights are there."""
+    try:
+        folder = folder_of(name, revision, local_only=True)
+        files = safetensors_files(folder) or pickled_files(folder)
+    except (OSError, ModelError):
+        return None
+    return folder if files and all((folder / file).is_file() for file in files) else None

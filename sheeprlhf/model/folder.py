@@ -1,7 +1,8 @@
 """A folder of a model or of adapters, which may be a stranger's: looked at before a library opens any of its files.
 
-Its files are plain ones inside it, of bounded size; weights are safetensors that say what they are; its JSON asks for
-no code, no other place and no file by name. Nothing else in the folder is ever opened. Imports no torch.
+Its files are plain ones inside it, of bounded size; weights are safetensors that say what they are, or
+pytorch_model.bin, which `model.pickled` converts without running code; its JSON asks for no code, no other place and no
+file by name. Nothing else in the folder is ever opened. Imports no torch.
 """
 
 import json
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sheeprlhf.structure.places import PICKLED, PICKLED_INDEX
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.files import read_small, real_file
 from sheeprlhf.utils.header import TensorFacts, read_header
@@ -27,6 +29,7 @@ _LIMITS = {".jinja": MAX_TEMPLATE, ".txt": _MAX_VOCABULARY, ".json": _MAX_VOCABU
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.safetensors")
+_PICKLED_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.bin")
 _TEMPLATE_FILE = re.compile(r"[A-Za-z0-9_-]{1,64}\.jinja")
 _ATTENTION = re.compile(r"[a-z0-9_|]{1,40}")
 _DTYPE = re.compile(r"(?:torch\.)?(?:auto|half|double|b?float\w{1,20}|u?int\d+)")
@@ -62,21 +65,45 @@ def folder_of(source: str, revision: str | None, *, local_only: bool) -> Path:
     )
 
 
-def check_model(folder: Path, *, weights: bool) -> None:
-    """Refuse a model's folder that a library should not be given.
+def download_weights(source: str, folder: Path) -> None:
+    """Bring the weights of a hub's model into its folder in the hub's cache, safetensors if it has some.
+
+    Args:
+        source: the hub id.
+        folder: of `folder_of`, which has the indices of shards already.
+
+    Raises:
+        OSError: the hub refuses or does not answer.
+        ModelError: an index is not what it has to be.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    for one, index, shard in ((WEIGHTS, INDEX, _SHARD), (PICKLED, PICKLED_INDEX, _PICKLED_SHARD)):
+        try:
+            hf_hub_download(source, one, revision=folder.name)
+            return
+        except RemoteEntryNotFoundError:
+            for name in _weights_files(folder, one, index, shard):
+                hf_hub_download(source, name, revision=folder.name)
+        if os.path.lexists(folder / index):
+            return
+
+
+def check_model(folder: Path) -> None:
+    """Refuse a model's folder that a library should not be given; its weights are not looked at.
 
     Args:
         folder: has a config.json.
-        weights: they are going to be loaded too.
 
     Raises:
         ModelError: naming the file and what is odd about it.
     """
     _check_files(folder)
     if (folder / "adapter_config.json").exists():  # transformers would load the model that it names
+        if not (folder / "config.json").exists():
+            raise ModelError(f"{folder} has adapters and no model: give the model that they were trained on")
         raise ModelError(f"{folder} has a model and adapters in one folder: give a folder that has the model alone")
-    if weights:
-        _check_sizes(folder, read_json(folder, "config.json"), weights_of(folder))
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -188,27 +215,78 @@ def _entries(path: Path, node: Any, depth: int) -> Iterator[tuple[str, Any]]:
 
 
 def weights_of(folder: Path) -> dict[str, TensorFacts]:
-    """The tensors that a model's weights declare, by name, in one file or in shards; empty if there are none.
+    """The tensors that a model's safetensors declare, by name, in one file or in shards; empty if there are none.
 
     Raises:
         ModelError: a file is not what it has to be; a shard's name is a path; the index and the shards disagree.
     """
-    if os.path.lexists(folder / WEIGHTS):
-        return tensors_of(folder, WEIGHTS)
-    path = folder / INDEX
-    if not os.path.lexists(path):
-        return {}
-    where = read_json(folder, INDEX, _MAX_VOCABULARY).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        raise ModelError(f"{path} has no weight_map of names")
     tensors: dict[str, TensorFacts] = {}
-    for shard in sorted(set(where.values())):
-        if not _SHARD.fullmatch(shard) or ".." in shard:
-            raise ModelError(f"{path} names the shard {shard[:80]!r}, which is no plain name that ends in .safetensors")
-        tensors |= tensors_of(folder, shard)
-    for name in sorted(where.keys() - tensors.keys()):
-        raise ModelError(f"{path} names the tensor {name[:80]!r}, which no shard has")
+    for name in safetensors_files(folder):
+        tensors |= tensors_of(folder, name)
+    if not os.path.lexists(folder / WEIGHTS) and os.path.lexists(folder / INDEX):
+        for name in sorted(_weight_map(folder, INDEX).keys() - tensors.keys()):
+            raise ModelError(f"{folder / INDEX} names the tensor {name[:80]!r}, which no shard has")
     return tensors
+
+
+def safetensors_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that a model's weights are in; empty if there are none.
+
+    Raises:
+        ModelError: the index is not what it has to be.
+    """
+    return _weights_files(folder, WEIGHTS, INDEX, _SHARD)
+
+
+def pickled_files(folder: Path) -> list[str]:
+    """Names of the pickled files that a model's weights are in, if it has no safetensors; empty if there are none.
+
+    Raises:
+        ModelError: an index is not what it has to be.
+    """
+    if any(os.path.lexists(folder / name) for name in (WEIGHTS, INDEX)):
+        return []
+    return _weights_files(folder, PICKLED, PICKLED_INDEX, _PICKLED_SHARD)
+
+
+def _weights_files(folder: Path, one: str, index: str, shard: re.Pattern[str]) -> list[str]:
+    """The one file, or the shards of an index, whose names have to match a pattern."""
+    if os.path.lexists(folder / one):
+        return [one]
+    if not os.path.lexists(folder / index):
+        return []
+    names = sorted(set(_weight_map(folder, index).values()))
+    for name in names:
+        if not shard.fullmatch(name) or ".." in name:
+            ending = "." + shard.pattern.rpartition(".")[2]
+            raise ModelError(
+                f"{folder / index} names the shard {name[:80]!r}, which is no plain name that ends in {ending}"
+            )
+    return names
+
+
+def _weight_map(folder: Path, index: str) -> dict[str, str]:
+    """The names of tensors in an index, each with the name of its file."""
+    where = read_json(folder, index, _MAX_VOCABULARY).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise ModelError(f"{folder / index} has no weight_map of names")
+    return where
+
+
+def plain_file(folder: Path, name: str) -> Path:
+    """The file that a name of a folder is or leads to, plain and not empty.
+
+    Raises:
+        ModelError: it is missing, leads out of the folder, is no plain file or has no content.
+    """
+    path = folder / name
+    try:
+        real = real_file(path, folder)
+        if real.stat().st_size == 0:
+            raise OSError(f"{path} is empty")
+    except OSError as error:
+        raise ModelError(_said(path, error)) from error
+    return real
 
 
 def tensors_of(folder: Path, name: str) -> dict[str, TensorFacts]:
@@ -224,8 +302,12 @@ def tensors_of(folder: Path, name: str) -> dict[str, TensorFacts]:
         raise ModelError(_said(path, error)) from error
 
 
-def _check_sizes(folder: Path, config: dict[str, Any], tensors: dict[str, TensorFacts]) -> None:
-    """Refuse a configuration of a model that its weights cannot fill, before anybody builds it."""
+def check_sizes(folder: Path, config: dict[str, Any], tensors: dict[str, TensorFacts]) -> None:
+    """Reject a configuration that the tensors of the weights cannot fill, before the model is built.
+
+    Raises:
+        ModelError: naming the entry of config.json and the size of the weights.
+    """
     if not tensors:
         return
     total = sum(math.prod(facts.shape) for facts in tensors.values())

@@ -1,47 +1,125 @@
 """Load tokenizers and causal language models: a hub name, a local folder, or the embedded model, by the same code."""
 
+import math
 import re
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from sheeprlhf.model.account import SCORE, SCORE_BIAS, Account, account_for, account_from_headers
 from sheeprlhf.model.attention import PACKED, register
 from sheeprlhf.model.chat_template import choose_template
-from sheeprlhf.model.folder import check_model, check_tokenizer, folder_of
+from sheeprlhf.model.folder import (
+    check_model,
+    check_sizes,
+    check_tokenizer,
+    download_weights,
+    folder_of,
+    pickled_files,
+    read_json,
+    safetensors_files,
+    tensors_of,
+    weights_of,
+)
 from sheeprlhf.model.locate import locate
 from sheeprlhf.model.norm import replace_rms_norms
+from sheeprlhf.model.pickled import converted_folder
 from sheeprlhf.model.template import check_templates
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.places import PICKLED, WEIGHTS_FILES
 from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.header import TensorFacts
 from sheeprlhf.utils.hub import EMBEDDED
 
+Say = Callable[[str], None]
+_HALF = {"F16": "float16", "BF16": "bfloat16"}  # number formats in the headers
+_CLASSES = ("ForSequenceClassification", "ForCausalLM", "LMHeadModel", "Model")  # what may have a score head
+_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
 _DROPOUT_KEY = re.compile(r"(drop|_pdrop$)")
 
 
-def _source(cfg: ModelConfig, *, weights: bool = False) -> tuple[str, dict[str, Any]]:
-    """Folder or hub id of the model, looked at, and the keyword arguments that every `from_pretrained` call gets.
+class _Files(NamedTuple):
+    """What `from_pretrained` is given for a model.
 
-    Args:
-        cfg: the model's configuration.
-        weights: the model is wanted, with its weights if they are not random; else the tokenizer.
+    Attributes:
+        source: a folder or a hub id.
+        options: keyword arguments of every call.
+        folder: where the files are.
+        tensors: those of the weights, by name; empty if they are not read.
+        origin: the folder or hub id that the model is known by, also if `source` is a converted copy.
+    """
+
+    source: str
+    options: dict[str, Any]
+    folder: Path
+    tensors: dict[str, TensorFacts]
+    origin: str
+
+
+def _files(cfg: ModelConfig) -> _Files:
+    """The files of a model on this machine, without its weights; nothing has been looked at.
 
     Raises:
-        ModelError: it cannot be found, or a library should not be given it.
+        ModelError: it cannot be found.
     """
     found, library = locate(cfg), cfg.library_cfg
     options = {"trust_remote_code": library.trust_remote_code, "revision": library.revision}
-    if not str(cfg.repo_name).startswith(EMBEDDED):
-        try:
-            folder = folder_of(found.source, library.revision, local_only=found.local_only)
-        except OSError as error:
-            raise ModelError(f"model.repo_name={cfg.repo_name} cannot be loaded: {_first_line(error)}") from error
-        if weights:
-            check_model(folder, weights=found.local_only and not cfg.random_init)
-        else:
-            check_tokenizer(folder)
-    return found.source, options | {"local_files_only": found.local_only}
+    try:
+        folder = folder_of(found.source, library.revision, local_only=found.local_only)
+    except OSError as error:
+        raise _unloadable(cfg, error) from error
+    return _Files(found.source, options | {"local_files_only": found.local_only}, folder, {}, found.source)
+
+
+def _files_with_weights(cfg: ModelConfig, say: Say) -> _Files:
+    """The files of a model, looked at, with its weights as safetensors unless they are to be random.
+
+    Raises:
+        ModelError: it cannot be found, has no weights, or a library should not be given them.
+    """
+    files = _files(cfg)
+    embedded = str(cfg.repo_name).startswith(EMBEDDED)
+    if not embedded:
+        check_model(files.folder)
+    if cfg.random_init:
+        return files
+    on_hub, local_only = files.source != str(files.folder), files.options["local_files_only"]
+    try:
+        if on_hub and not local_only:
+            download_weights(files.source, files.folder)
+    except OSError as error:
+        raise _unloadable(cfg, error) from error
+    if pickled_files(files.folder):
+        converted = converted_folder(files.folder, str(cfg.repo_name), say)
+        options = files.options | {"revision": None, "local_files_only": True}
+        files = _Files(str(converted), options, converted, {}, files.origin)
+    tensors = weights_of(files.folder)
+    if not tensors:
+        where = "the hub's cache has no weights of it: connect and `fetch` it" if on_hub else "give one that has them"
+        raise ModelError(
+            f"model.repo_name={cfg.repo_name} has no weights, neither {WEIGHTS_FILES[0]} nor {PICKLED}; {where}"
+        )
+    if not embedded:
+        check_sizes(files.folder, read_json(files.folder, "config.json"), tensors)
+    return files._replace(tensors=tensors)
+
+
+def _unloadable(cfg: ModelConfig, error: Exception) -> ModelError:
+    return ModelError(f"model.repo_name={cfg.repo_name}: the model cannot be loaded: {_first_line(error)}")
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
@@ -50,9 +128,11 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: it cannot be read, has no EOS token, or the chat template is unknown or must not be used.
     """
-    source, options = _source(cfg)
+    files = _files(cfg)
+    if not str(cfg.repo_name).startswith(EMBEDDED):
+        check_tokenizer(files.folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(files.source, **files.options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"model.repo_name={cfg.repo_name}: its tokenizer cannot be loaded: {_first_line(error)}"
@@ -71,18 +151,124 @@ def num_positions(cfg: ModelConfig) -> int | None:
     Raises:
         ModelError: its configuration cannot be read.
     """
-    source, options = _source(cfg)
+    files = _files(cfg)
+    if not str(cfg.repo_name).startswith(EMBEDDED):
+        check_tokenizer(files.folder)
     try:
-        config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"model.repo_name={cfg.repo_name}: the model cannot be loaded: {_first_line(error)}"
-        ) from error
+        config = AutoConfig.from_pretrained(files.source, **files.options)
+    except _LOADING_ERRORS as error:
+        raise _unloadable(cfg, error) from error
     return getattr(config, "max_position_embeddings", None)
 
 
+def check_weights(
+    cfg: ModelConfig, *, auto: Any = AutoModelForCausalLM, new_head: bool = False, say: Say = lambda _: None
+) -> str:
+    """Account for the weights of a model by the headers of its files, before anything is loaded.
+
+    Args:
+        cfg: the model's configuration.
+        auto: transformers' class for the kind of model.
+        new_head: the task replaces the language head, which need not be there.
+        say: prints a line for the user: pickled weights are converted.
+
+    Returns:
+        A line about tensors that will not be read; empty if all are.
+
+    Raises:
+        ModelError: loading it would fail, or leave a parameter with random numbers.
+    """
+    if cfg.random_init:
+        return ""
+    files = _files_with_weights(cfg, say)
+    if cfg.library_cfg.trust_remote_code:
+        return ""  # code of its own may map tensors as it likes; loading accounts for them
+    config = _read_config(cfg, files, auto)
+    account = account_from_headers(_class_of(cfg, config, auto), config, files.tensors, new_head=new_head)
+    _check_account(cfg, account)
+    return account.note()
+
+
+def _check_account(cfg: ModelConfig, account: Account) -> None:
+    """Raises ModelError for weights that do not fill the model."""
+    problem = account.problem()
+    if problem:
+        raise ModelError(f"model.repo_name={cfg.repo_name}: {problem}")
+
+
+def _read_config(cfg: ModelConfig, files: _Files, auto: Any) -> Any:
+    """The model's config.json as transformers reads it; that of a reward model has one label."""
+    try:
+        config = AutoConfig.from_pretrained(files.source, **files.options)
+    except _LOADING_ERRORS as error:
+        raise _unloadable(cfg, error) from error
+    if auto is AutoModelForSequenceClassification:
+        _check_single_label(cfg, files, config)
+    return config
+
+
+def _class_of(cfg: ModelConfig, config: Any, auto: Any) -> type[PreTrainedModel]:
+    """The class that transformers takes for a configuration; that of a reward model has its head where ours looks.
+
+    Raises:
+        ModelError: there is none, or it is an encoder or has another head.
+    """
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config, trust_remote_code=cfg.library_cfg.trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise _unloadable(cfg, error) from error
+    if auto is AutoModelForSequenceClassification and not isinstance(getattr(model, SCORE, None), nn.Linear):
+        raise ModelError(
+            f"model.repo_name={cfg.repo_name}: {type(model).__name__} is no decoder with a linear layer {SCORE} "
+            "(encoders are not supported): give a reward model that was made from a causal language model"
+        )
+    return type(model)
+
+
+def _check_single_label(cfg: ModelConfig, files: _Files, config: Any) -> None:
+    """Give the configuration the one label that its head has, where it states no number.
+
+    Raises:
+        ModelError: it has several labels, or scores by code of its own.
+    """
+    given, stated = f"model.repo_name={cfg.repo_name}", read_json(files.folder, "config.json")
+    names = [name for name in stated.get("architectures") or () if isinstance(name, str)]
+    usual = any(name.endswith(_CLASSES) and hasattr(transformers, name) for name in names) or not names
+    auto_map = stated.get("auto_map")
+    own_code = isinstance(auto_map, dict) and AutoModelForSequenceClassification.__name__ in auto_map
+    if not cfg.library_cfg.trust_remote_code and (own_code or not usual):
+        raise ModelError(
+            f"{given}: its scores are computed by {', '.join(names)[:80] or 'code of its own'}, and code of a model is "
+            "not run: give a reward model that transformers' AutoModelForSequenceClassification computes"
+        )
+    head = files.tensors.get(f"{SCORE}.weight")
+    rows = None if head is None or len(head.shape) != 2 else head.shape[0]
+    if not any(key in stated for key in ("num_labels", "_num_labels", "id2label", "label2id")) or rows is None:
+        config.num_labels = rows or 1
+    bias = files.tensors.get(SCORE_BIAS)
+    if bias is not None and math.prod(bias.shape) != 1:
+        raise ModelError(f"{given}: {SCORE_BIAS} has the shape {bias.shape}, and a reward model has one score")
+    if rows == 1 and config.num_labels != 1:
+        raise ModelError(
+            f"{given}: its config.json states {config.num_labels} labels, and {SCORE}.weight has one row: leave "
+            "num_labels, id2label and label2id out of config.json if it is a reward model"
+        )
+    if config.num_labels != 1:
+        raise ModelError(
+            f"{given}: it is a classifier with {config.num_labels} labels, and a reward model has one: give a model "
+            f"whose {SCORE}.weight has one row"
+        )
+
+
 def load_causal_lm(
-    cfg: ModelConfig, *, vocabulary: int, longest: int, auto: Any = AutoModelForCausalLM
+    cfg: ModelConfig,
+    *,
+    vocabulary: int,
+    longest: int,
+    auto: Any = AutoModelForCausalLM,
+    new_head: bool = False,
+    say: Say = lambda _: None,
 ) -> PreTrainedModel:
     """The language model in `cfg.dtype`, in training mode, with packed attention where its code allows.
 
@@ -91,31 +277,51 @@ def load_causal_lm(
         vocabulary: size of the tokenizer, checked against the model's.
         longest: tokens of the longest sequence, checked against the model's positions.
         auto: transformers' class for the kind of model: the same with another head.
+        new_head: the task replaces the language head, which need not be in the files.
+        say: prints a line for the user: tensors that are not read, another number format than that of the files.
 
     Raises:
-        ModelError: it cannot be loaded, or it is too small for the tokenizer or the sequences.
+        ModelError: it cannot be loaded, a parameter is not in its files, or it is too small for the tokenizer or the
+            sequences.
     """
     register()
-    source, options = _source(cfg, weights=True)
+    files = _files_with_weights(cfg, say)
     dtype = getattr(torch, cfg.dtype)
+    config = _read_config(cfg, files, auto)
+    _check_positions(config, cfg, longest)
+    if cfg.disable_dropout:
+        _zero_dropout(config)
+    config.use_cache = False
+    config._attn_implementation = None  # sdpa, or eager for a model without
     try:
-        config = AutoConfig.from_pretrained(source, **options)
-        _check_positions(config, cfg, longest)
-        if cfg.disable_dropout:
-            _zero_dropout(config)
-        config.use_cache = False
-        config._attn_implementation = None  # sdpa, or eager for a model without
         if cfg.random_init:
-            trust = options["trust_remote_code"]
+            trust = files.options["trust_remote_code"]
             model = auto.from_config(config, dtype=dtype, trust_remote_code=trust)
         else:
-            model = auto.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, **options)
+            if auto is AutoModelForSequenceClassification:
+                _class_of(cfg, config, auto)  # it has to have the head
+            model, info = auto.from_pretrained(
+                files.source,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **files.options,
+            )
+            account = account_for(model, info, new_head=new_head)
+            _check_account(cfg, account)
+            _tell_of_weights(cfg, files, account, say, is_policy=auto is AutoModelForCausalLM)
+            model.name_or_path = model.config._name_or_path = files.origin  # what adapters are saved for
     except ModelError:  # a ValueError too, and complete as it is
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"model.repo_name={cfg.repo_name}: the model cannot be loaded: {_first_line(error)}"
-        ) from error
+    except _LOADING_ERRORS as error:
+        raise _unloadable(cfg, error) from error
+    except RuntimeError:
+        if files.tensors:  # of those that the model joins into one, some may not fit the others
+            model_class = _class_of(cfg, config, auto)
+            _check_account(cfg, account_from_headers(model_class, config, files.tensors, new_head=new_head))
+        raise
     rows = model.get_input_embeddings().weight.shape[0]
     if vocabulary > rows:
         raise ModelError(
@@ -131,6 +337,38 @@ def load_causal_lm(
     if cfg.embedding_dim_name is not None:
         _check_width(model, cfg)
     return model.train()
+
+
+def _tell_of_weights(cfg: ModelConfig, files: _Files, account: Account, say: Say, *, is_policy: bool) -> None:
+    """Print what is in the files and not in the model, and that the weights are changed to another number format."""
+    note = account.note()
+    if note:
+        say(f"model.repo_name={cfg.repo_name}: {note}")
+    sizes: Counter[str] = Counter()
+    for facts in files.tensors.values():
+        sizes[facts.dtype] += math.prod(facts.shape)
+    of_files = _HALF.get(max(sizes, key=lambda name: sizes[name]))
+    if is_policy and of_files and cfg.dtype == "float32" and not str(cfg.repo_name).startswith(EMBEDDED):
+        say(
+            f"model.repo_name={cfg.repo_name}: its weights are {of_files} and are loaded as float32, which takes twice "
+            f"the memory; model.dtype={of_files} keeps their number format"
+        )
+
+
+def read_score_bias(cfg: ModelConfig) -> float:
+    """The bias of a reward model's head that transformers' class leaves out; 0 if the files have none.
+
+    Raises:
+        ModelError: the files cannot be found or read.
+    """
+    if cfg.random_init:
+        return 0.0
+    files = _files_with_weights(cfg, lambda _: None)
+    for name in safetensors_files(files.folder) if SCORE_BIAS in files.tensors else ():
+        if SCORE_BIAS in tensors_of(files.folder, name):
+            with safe_open(files.folder / name, framework="pt") as file:
+                return float(file.get_tensor(SCORE_BIAS))
+    return 0.0
 
 
 def _check_positions(config: Any, cfg: ModelConfig, longest: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.places import model_folder, model_problem
+from sheeprlhf.structure.places import WEIGHTS_FILES, model_folder, model_problem
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.hub import SMOLLM2, fetched_folder, why_offline
 
@@ -60,6 +60,6 @@ def locate(cfg: ModelConfig) -> Located:
 def _in_hub_cache(cfg: ModelConfig, *, weights: bool) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    wanted = ("model.safetensors", "model.safetensors.index.json") if weights else ("config.json",)
+    wanted = WEIGHTS_FILES if weights else ("config.json",)
     found = (try_to_load_from_cache(str(cfg.repo_name), name, revision=cfg.library_cfg.revision) for name in wanted)
     return any(isinstance(path, str) and Path(path).is_file() for path in found)

@@ -21,7 +21,8 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json", PICKLED, PICKLED_INDEX)  # in the order of choice
 
 
 def data_file_problems(key: str, path: str) -> Iterator[str]:
@@ -118,8 +119,11 @@ def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
         return f"{given}: this folder has no config.json; give one in the hub's layout"
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return f"{given}: this folder has no tokenizer ({_TOKENIZER_FILES[0]}): copy the model's into it"
-    if weights and not any((folder / file).is_file() for file in _WEIGHTS):
-        return f"{given}: this folder has no {_WEIGHTS[0]}: give one that has, or start with model.random_init=true"
+    if weights and not any((folder / file).is_file() for file in WEIGHTS_FILES):
+        return (
+            f"{given}: this folder has no weights, neither {WEIGHTS_FILES[0]} nor {PICKLED}, in one file or in shards "
+            "with an index: give a folder that has them (model.random_init=true trains random weights instead)"
+        )
     return None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sheeprlhf.structure.limits import near_path, nearest
 from sheeprlhf.structure.machine import missing_modules
-from sheeprlhf.structure.places import is_hub_id
+from sheeprlhf.structure.places import is_hub_id, model_problem
 from sheeprlhf.structure.reward import (
     BUILTINS,
     MODEL,
@@ -172,7 +172,23 @@ def _folder_problems(folder: str) -> Iterator[str]:
     """Why a reward model cannot be loaded from there, as far as files here tell; the hub is not asked."""
     given, place = f"reward.folder={folder}", Path(folder).expanduser()
     if place.is_dir():
-        if any((place / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if (place / "adapter_config.json").is_file():
+            run = place.resolve().parent
+            if (run / "config.yaml").is_file():
+                yield (
+                    f"{given}: these are adapters of a run, which knows their base model: give "
+                    f"task.rm_experiment_dir={run} and leave reward.folder out"
+                )
+            else:
+                yield (
+                    f"{given}: this folder has adapters and no whole model: merge them into the model that they were "
+                    "trained on (PEFT's merge_and_unload, then save_pretrained) and give that folder"
+                )
+            return
+        if (place / "config.json").is_file():
+            problem = model_problem(folder, weights=True)
+            if problem:
+                yield problem.replace("model.repo_name=", "reward.folder=", 1)
             return
         inside = place / "final"
         is_run = (inside / "config.json").is_file() or (inside / "adapter_config.json").is_file()

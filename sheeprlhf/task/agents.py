@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -37,7 +39,7 @@ from sheeprlhf.structure.saved import saved_group
 from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.structure.trained import with_own_tokenizer
 from sheeprlhf.task.start import load_start, load_trained_reward_model
-from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.errors import ConfigError, ModelError
 
 
 class Agents(NamedTuple):
@@ -154,14 +156,24 @@ def reward_model_source(cfg: TrainConfig | EvalConfig) -> tuple[str | None, str 
     return of_run, None, saved
 
 
+@contextmanager
+def of_reward_folder() -> Iterator[None]:
+    """A block whose errors name `reward.folder` instead of `model.repo_name`."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.repo_name=", "reward.folder=")) from error
+
+
 def load_reward_tokenizer(cfg: TrainConfig | EvalConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the configured reward model; of a run, that which it has left.
 
     Raises:
         ModelError: it cannot be loaded.
     """
-    of_run, _, model = reward_model_source(cfg)
-    return load_tokenizer(model if of_run is None else with_own_tokenizer(model, Path(of_run)))
+    of_run, folder, model = reward_model_source(cfg)
+    with of_reward_folder() if folder is not None else nullcontext():
+        return load_tokenizer(model if of_run is None else with_own_tokenizer(model, Path(of_run)))
 
 
 def load_separate_reward_model(
@@ -177,7 +189,8 @@ def load_separate_reward_model(
     of_run, folder, model = reward_model_source(cfg)
     if folder is not None:
         say(f"reward model: {folder}")
-        return load_reward_model(model, tokenizer, longest=longest, batching=task.batching, say=say)
+        with of_reward_folder():
+            return load_reward_model(model, tokenizer, longest=longest, batching=task.batching, say=say)
     say(f"reward model: the {task.rm_model_name} weights of {of_run}")
     model = dataclasses.replace(model, disable_dropout=True, gradient_checkpointing=False)
     of = (model, Path(str(of_run)), task.rm_model_name, tokenizer)

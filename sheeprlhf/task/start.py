@@ -94,6 +94,7 @@ def load_start(
     longest: int,
     batching: str,
     say: Say,
+    new_head: bool = False,
 ) -> tuple[Policy, bool]:
     """The whole model that training starts from, a run's adapters merged into it, and whether its batches are packed.
 
@@ -105,6 +106,7 @@ def load_start(
         longest: tokens of the longest sequence that it will see.
         batching: as in `load_policy`.
         say: prints a line for the user.
+        new_head: the task replaces the language head, which `cfg`'s files need not have.
 
     Raises:
         ConfigError: the run has another tokenizer.
@@ -112,7 +114,7 @@ def load_start(
     """
     whole = dataclasses.replace(cfg, finetune_mode="ALL", freeze_transformer=False)
     if run_dir is None:
-        return load_policy(whole, tokenizer, longest=longest, batching=batching, say=say)
+        return load_policy(whole, tokenizer, longest=longest, batching=batching, say=say, new_head=new_head)
     of_run = saved_group(run_dir, "model")
     assert isinstance(of_run, ModelConfig)
     theirs = load_tokenizer(dataclasses.replace(with_own_tokenizer(of_run, Path(run_dir)), chat_template=None))
@@ -165,7 +167,8 @@ def load_trained_reward_model(
     task = saved_group(str(run_dir), "task")
     assert isinstance(task, RMConfig)
     start = (task.sft_experiment_dir, task.sft_model_name)
-    policy, packed = load_start(cfg, *start, tokenizer, longest=longest, batching=batching, say=say)
+    how: dict[str, Any] = {"longest": longest, "batching": batching, "say": say}
+    policy, packed = load_start(cfg, *start, tokenizer, **how, new_head=True)
     if weights == "final":
         return reward_model_of(policy, cfg, tokenizer, adapter=final), packed
     model = reward_model_of(policy, cfg, tokenizer)

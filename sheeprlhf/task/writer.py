@@ -175,7 +175,7 @@ def load_trained_scorer(trained: Trained, say: Say) -> tuple[RewardModel, PreTra
     """
     tokenizer = load_tokenizer(trained.with_tokenizer())
     if trained.run_dir is None:
-        model, _ = load_reward_model(trained.model, tokenizer, longest=1, batching="padded")
+        model, _ = load_reward_model(trained.model, tokenizer, longest=1, batching="padded", say=say)
     else:
         of = (trained.model, trained.run_dir, trained.weights, tokenizer)
         model, _ = load_trained_reward_model(*of, longest=1, batching="padded", say=say)

@@ -49,11 +49,11 @@ MUTANTS = [
         new="",
         tests=f"{_FETCH}test_which_copy_a_model_is_loaded_from",
     ),
-    Mutant(  # pickled weights are fetched
+    Mutant(  # pickled weights are fetched beside safetensors
         trap="fetch",
         file="sheeprlhf/command/fetch.py",
-        old='if not any(file.endswith(".safetensors") for file in names):',
-        new="if False:",
-        tests=f"{_FETCH}test_pickled_weights_are_not_fetched",
+        old="kind = _SAFETENSORS if any(file in names for file in (WEIGHTS, INDEX)) else _PICKLES",
+        new="kind = _SAFETENSORS + _PICKLES",
+        tests=f"{_FETCH}test_the_hubs_files_are_those_that_loading_needs",
     ),
 ]

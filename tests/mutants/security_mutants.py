@@ -45,7 +45,7 @@ MUTANTS = [
     Mutant(
         trap="strangers: a shard is a path",
         file="sheeprlhf/model/folder.py",
-        old='        if not _SHARD.fullmatch(shard) or ".." in shard:\n',
+        old='        if not shard.fullmatch(name) or ".." in name:\n',
         new="        if False:\n",
         tests="tests/unit/model/test_folder.py::test_a_shard_is_a_plain_name",
     ),

@@ -7,6 +7,7 @@ its last token.
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,7 +70,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
 
         longest = longest_row(data.splits)
         start = (task.sft_experiment_dir, task.sft_model_name)
-        policy, packed = load_start(cfg.model, *start, tokenizer, longest=longest, batching=task.batching, say=run.say)
+        how: dict[str, Any] = {"longest": longest, "batching": task.batching, "say": run.say}
+        policy, packed = load_start(cfg.model, *start, tokenizer, **how, new_head=True)
         model = reward_model_of(policy, cfg.model, tokenizer)
         module, optimizer = set_up(fabric, cfg.optim, model, cfg.peak_lr())
         targets = "last" if task.loss_type == "last_token" else "scores"

@@ -1,0 +1,183 @@
+"""Pickled weights, `pytorch_model.bin` in one file or in shards, converted once to safetensors in our cache.
+
+The files may be a stranger's. `torch.load(weights_only=True)` builds tensors and plain containers, and rejects every
+other name in a pickle; it never runs code of the file. A conversion that somebody else has made, such as a pull request
+of the hub's bot, is never used.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sheeprlhf.model.folder import (
+    INDEX,
+    SMALL_FILES,
+    WEIGHTS,
+    check_sizes,
+    pickled_files,
+    plain_file,
+    read_json,
+    weights_of,
+)
+from sheeprlhf.structure.places import PICKLED_INDEX
+from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.folders import MARKER, locked, written_folder
+from sheeprlhf.utils.hub import cache_root
+from sheeprlhf.utils.memory import size_text
+
+_FORMAT = 1  # of the converted folders
+_MAX_PICKLE = 64 << 20  # bytes of the pickle in a zip file; the tensors' bytes are separate entries
+_MAX_ENTRIES = 1_000_000
+_MAX_GROWTH = 4  # times the size of a file: tensors that share memory are written once for each name
+_MAX_TENSORS = 200_000
+_TENSOR_NAME = re.compile(r"[\w./-]{1,512}", re.ASCII)
+_FOLDER_NAME = re.compile(r"[^\w.-]+", re.ASCII)
+_GLOBAL = re.compile(r"GLOBAL ([\w.]{1,100})")
+
+
+def converted_folder(folder: Path, name: str, say: Callable[[str], None], cache_dir: str | None = None) -> Path:
+    """The folder in our cache with the same model as safetensors; made if it is missing, by one process at a time.
+
+    It is known by place, size and time of the pickled files, so that it is found again without the hub.
+
+    Args:
+        folder: a model's, checked, with `pickled_files`.
+        name: of the model, for messages and the folder's name.
+        say: prints a line for the user.
+        cache_dir: where converted models are kept; None is `cache_root`'s choice.
+
+    Raises:
+        ModelError: a file cannot be read as weights, asks for code, or the disk is full.
+    """
+    files = [plain_file(folder, file) for file in pickled_files(folder)]
+    states = [os.stat(file) for file in files]
+    known_by = [
+        (_FORMAT, str(file), state.st_size, state.st_mtime_ns) for file, state in zip(files, states, strict=True)
+    ]
+    digest = hashlib.sha256(repr(known_by).encode()).hexdigest()[:16]
+    short = _FOLDER_NAME.sub("-", name.strip("/").replace("/", "--"))[-80:].lstrip("-.")
+    target = cache_root(cache_dir) / "converted" / f"{short}-{digest}"
+    try:
+        with locked(target, say):
+            if target.exists() and not (target / MARKER).is_file():
+                raise ModelError(f"{target} was not made by this program and blocks a conversion: move it")
+            if not target.exists():
+                num_bytes = sum(state.st_size for state in states)
+                say(
+                    f"{name}: its weights are pickled ({len(files)} .bin, {size_text(num_bytes)}); they are read "
+                    f"without running code and converted once to safetensors in {target}"
+                )
+                with written_folder(target) as temporary:
+                    _convert(folder, files, temporary)
+    except ModelError:
+        raise
+    except Exception as error:  # safetensors reports a full disk by an error of its own
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise ModelError(
+                f"{name}: its pickled weights cannot be converted in {target}: {error}; free space, or give another "
+                "place with the environment variable SHEEPRLHF_CACHE"
+            ) from error
+        raise
+    return target
+
+
+def _convert(folder: Path, files: list[Path], target: Path) -> None:
+    """Write the small files, and each pickled file as one of safetensors, with an index if there are several."""
+    for pattern in SMALL_FILES:
+        for path in folder.glob(pattern):
+            if path.name != PICKLED_INDEX and path.is_file():
+                shutil.copyfile(path, target / path.name)
+    where: dict[str, str] = {}
+    written = 0
+    for number, file in enumerate(files, 1):
+        name = WEIGHTS if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        tensors = read_pickled(file)
+        written += sum(tensor.nbytes for tensor in tensors.values())
+        twice = sorted(where.keys() & tensors.keys())
+        if twice:
+            raise ModelError(f"{file}: its tensor {twice[0]} is in another file too")
+        where |= dict.fromkeys(tensors, name)
+        # A copy of each: tied tensors share memory, which safetensors does not store.
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, target / name, metadata={"format": "pt"})
+        del tensors
+    if len(files) > 1:
+        (target / INDEX).write_text(json.dumps({"metadata": {"total_size": written}, "weight_map": where}))
+    check_sizes(folder, read_json(target, "config.json"), weights_of(target))
+
+
+def read_pickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of one pickled file, contiguous or views of each other; no code of the file is run.
+
+    Args:
+        file: a plain file.
+
+    Raises:
+        ModelError: it asks for code, is damaged, or holds something else than named tensors.
+    """
+    is_zip = zipfile.is_zipfile(file)
+    try:
+        if is_zip:
+            _check_zip(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except ModelError:
+        raise
+    except Exception as error:  # the reader of a damaged file may raise anything
+        raise ModelError(f"{file}: {_reason(error)}") from error
+    return _checked(file, content)
+
+
+def _reason(error: Exception) -> str:
+    """Why a file was not read; torch's own text advises to run the code in it."""
+    asked = _GLOBAL.search(str(error))
+    if asked is not None:
+        return (
+            f"it asks for {asked[1]}, which is no tensor: code from a file is never run. Convert it to "
+            "model.safetensors where you trust it, or choose another model"
+        )
+    return f"it is not a file of weights, or damaged ({type(error).__name__})"
+
+
+def _check_zip(file: Path) -> None:
+    """Reject what would grow when it is unpacked."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    total = sum(entry.file_size for entry in entries)
+    pickles = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
+    if packed or len(entries) > _MAX_ENTRIES or total > file.stat().st_size or pickles > _MAX_PICKLE:
+        raise ModelError(f"{file}: it is no file that torch.save has written: its parts are compressed or too large")
+
+
+def _checked(file: Path, content: Any) -> dict[str, Tensor]:
+    """The content as named tensors that are no larger than the memory behind them."""
+    if not isinstance(content, dict) or not content:
+        raise ModelError(f"{file}: it holds no named tensors: a state_dict of a model is read, nothing else")
+    if len(content) > _MAX_TENSORS:
+        raise ModelError(f"{file}: it has {len(content)} entries, more than {_MAX_TENSORS}")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not _TENSOR_NAME.fullmatch(name):
+            raise ModelError(f"{file}: a tensor is named {str(name)[:80]!r}")
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise ModelError(
+                f"{file}: its entry {name[:80]} is no tensor but {type(tensor).__name__}: a state_dict of a model is "
+                "read, nothing else"
+            )
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ModelError(f"{file}: its tensor {name[:80]} is not stored as plain numbers")
+    if sum(tensor.nbytes for tensor in content.values()) > _MAX_GROWTH * file.stat().st_size:
+        raise ModelError(f"{file}: its tensors have more than {_MAX_GROWTH} times the bytes of the file")
+    return {name: tensor.detach().contiguous() for name, tensor in content.items()}

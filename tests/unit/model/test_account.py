@@ -1,0 +1,232 @@
+"""Every parameter comes from the files: what is missing, misplaced, of another shape or not read is named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from sheeprlhf.agent.reward import load_reward_model
+from sheeprlhf.data.collate import collate_padded
+from sheeprlhf.data.example import Example
+from sheeprlhf.model.account import torn_groups
+from sheeprlhf.model.load import check_weights, load_causal_lm, load_tokenizer
+from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.utils.errors import ModelError
+from tests.support.models import PAD, VOCAB, byte_tokenizer
+
+ModelFolder = Callable[..., Path]
+WEIGHTS = "model.safetensors"
+
+
+def spoilt(
+    folder: Path, target: Path, *, drop: str = "", add: dict[str, torch.Tensor] | None = None, **config: Any
+) -> Path:
+    """A copy of a folder without a tensor, with other ones, or with other entries in config.json (None: left out)."""
+    shutil.copytree(folder, target)
+    tensors = load_file(folder / WEIGHTS)
+    drop = {"lm_head.weight": "embed_out.weight"}.get(drop, drop) if "embed_out.weight" in tensors else drop
+    assert not drop or drop in tensors
+    save_file({k: v for k, v in tensors.items() if k != drop} | (add or {}), target / WEIGHTS, {"format": "pt"})
+    saved = json.loads((target / "config.json").read_text()) | config
+    (target / "config.json").write_text(json.dumps({k: v for k, v in saved.items() if v is not None}))
+    return target
+
+
+def messages(folder: Path, auto: Any = AutoModelForCausalLM, **options: Any) -> list[str]:
+    """What the check of the headers and the loading of the weights say; nothing for one that is fine."""
+    cfg, said = ModelConfig(config_name="auto", repo_name=str(folder)), []
+    for attempt in (
+        lambda: check_weights(cfg, auto=auto, **options),
+        lambda: load_causal_lm(cfg, vocabulary=VOCAB, longest=64, auto=auto, **options),
+    ):
+        try:
+            attempt()
+        except ModelError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("llama", "model.layers.1.mlp.up_proj.weight"),
+        ("llama", "model.norm.weight"),
+        ("llama", "model.embed_tokens.weight"),  # and with it the tied head
+        ("qwen3", "lm_head.weight"),
+        ("phi", "lm_head.bias"),
+        ("gpt_neox", "lm_head.weight"),
+        ("gpt2", "transformer.h.1.attn.c_attn.bias"),
+        ("opt", "model.decoder.layers.0.self_attn_layer_norm.weight"),
+    ],
+)
+def test_a_missing_tensor_is_named(architecture: str, name: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    found = messages(spoilt(model_folder(architecture), tmp_path / "model", drop=name))
+    assert len(found) == 2 and all(name in text and "model.repo_name=" in text for text in found)
+
+
+def test_a_head_that_the_task_replaces_may_be_missing(tmp_path: Path, model_folder: ModelFolder) -> None:
+    assert messages(spoilt(model_folder("qwen3"), tmp_path / "a", drop="lm_head.weight"), new_head=True) == []
+    assert messages(spoilt(model_folder("gpt_neox"), tmp_path / "b", drop="lm_head.weight"), new_head=True) == []
+    hole = spoilt(model_folder("qwen3"), tmp_path / "c", drop="model.norm.weight")
+    assert all("model.norm.weight" in text for text in messages(hole, new_head=True))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight", "model.norm.bias", "lm_head.bias"],
+)
+def test_a_tensor_of_a_layer_without_a_place_for_it_is_named(
+    name: str, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    """The configuration is not that of the weights: they would compute something else."""
+    found = messages(spoilt(model_folder(), tmp_path / "model", add={name: torch.ones(16)}))
+    assert len(found) == 2 and all(name in text for text in found)
+
+
+def test_another_shape_is_named_with_both(tmp_path: Path, model_folder: ModelFolder) -> None:
+    found = messages(spoilt(model_folder(), tmp_path / "model", intermediate_size=24))
+    assert len(found) == 2
+    for text in found:
+        assert "model.layers.0.mlp.up_proj.weight" in text and "(32, 16)" in text and "(24, 16)" in text
+
+
+@pytest.mark.parametrize("name", ["w1", "w2"])
+def test_a_missing_expert_is_named(name: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Transformers joins the experts' tensors into one."""
+    config = AutoConfig.from_pretrained(model_folder()).to_dict()
+    kept = {key: config[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
+    mixtral = AutoConfig.for_model("mixtral", **kept, num_hidden_layers=2, num_key_value_heads=2, num_local_experts=4)
+    shutil.copytree(model_folder(), tmp_path / "whole", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    AutoModelForCausalLM.from_config(mixtral).save_pretrained(tmp_path / "whole")
+    assert messages(tmp_path / "whole") == []
+    expert = f"model.layers.1.block_sparse_moe.experts.3.{name}.weight"
+    found = messages(spoilt(tmp_path / "whole", tmp_path / "model", drop=expert))
+    assert len(found) == 2 and expert in found[0]
+
+
+def test_which_numbers_a_group_lacks() -> None:
+    names = [f"h.{layer}.experts.{i}.{part}" for layer in range(2) for i in range(3) for part in ("up", "down")]
+    assert torn_groups(names) == []
+    assert torn_groups(set(names) - {"h.1.experts.2.up"}) == ["h.1.experts.2.up"]
+    assert torn_groups(set(names) - {"h.0.experts.1.up", "h.1.experts.1.up"}) == [
+        "h.0.experts.1.up",
+        "h.1.experts.1.up",
+    ]
+
+
+def test_what_is_not_read_is_told_once_and_changes_nothing(tmp_path: Path, model_folder: ModelFolder) -> None:
+    add = {"score.weight": torch.ones(1, 16), "vision.patch.weight": torch.ones(2)}
+    add |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(2)}  # as of old
+    folder = spoilt(model_folder(), tmp_path / "model", add=add)
+    said: list[str] = []
+    cfg = ModelConfig(config_name="auto", repo_name=str(folder))
+    model = load_causal_lm(cfg, vocabulary=VOCAB, longest=64, say=said.append)
+    [line] = said
+    assert "score.weight" in line and "vision.patch.weight" in line and "inv_freq" not in line and "\n" not in line
+    assert check_weights(cfg) in line
+    for name, tensor in load_file(model_folder() / WEIGHTS).items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+def test_half_precision_that_is_not_kept_is_told_with_the_option(tmp_path: Path, model_folder: ModelFolder) -> None:
+    shutil.copytree(model_folder(), tmp_path / "model")
+    for dtype in (torch.bfloat16, torch.float16):
+        AutoModelForCausalLM.from_pretrained(model_folder(), dtype=dtype).save_pretrained(tmp_path / "model")
+        name = str(dtype).removeprefix("torch.")
+        for wanted, lines in (("float32", 1), (name, 0)):
+            said: list[str] = []
+            cfg = ModelConfig(config_name="auto", repo_name=str(tmp_path / "model"), dtype=wanted)
+            load_causal_lm(cfg, vocabulary=VOCAB, longest=64, say=said.append)
+            assert len(said) == lines and all(f"model.dtype={name}" in line for line in said)
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reward model as plain transformers saves it."""
+    from tests.support.models import _COMMON, _LLAMA
+
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("reward") / "model"
+    config = AutoConfig.for_model("llama", **_COMMON | _LLAMA, num_labels=1, tie_word_embeddings=False)
+    AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def scores(folder: Path) -> torch.Tensor:
+    """Of two texts, by our reward model."""
+    cfg = ModelConfig(config_name="auto", repo_name=str(folder))
+    tokenizer = load_tokenizer(cfg)
+    model, _ = load_reward_model(cfg, tokenizer, longest=64, batching="padded")
+    prompts = ([1, 2, 3], [4, 5, 6, 7])
+    rows = [Example(0, np.array(ids[:1], np.int32), (np.array(ids[1:], np.int32),)) for ids in prompts]
+    with torch.no_grad():
+        return model.eval()(collate_padded(rows, pad_id=PAD, targets="last"))
+
+
+@pytest.fixture(scope="module")
+def expected(reward_folder: Path) -> torch.Tensor:
+    """The same by plain transformers."""
+    model = AutoModelForSequenceClassification.from_pretrained(reward_folder).eval()
+    with torch.no_grad():
+        found = [model(torch.tensor([ids])).logits[0, 0] for ids in ([1, 2, 3], [4, 5, 6, 7])]
+    return torch.stack(found)
+
+
+def test_a_reward_model_without_a_label_count_has_one(
+    reward_folder: Path, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    labels = {"num_labels": None, "id2label": None, "label2id": None}
+    folder = spoilt(reward_folder, tmp_path / "model", **labels)
+    torch.testing.assert_close(scores(folder), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores(reward_folder), expected, rtol=0, atol=1e-5)
+
+
+def test_a_bias_of_the_head_is_added(reward_folder: Path, expected: torch.Tensor, tmp_path: Path) -> None:
+    folder = spoilt(reward_folder, tmp_path / "model", add={"score.bias": torch.tensor([0.7])})
+    torch.testing.assert_close(scores(folder), expected + 0.7, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"drop": "score.weight"}, ["score.weight"]),
+        (
+            {"drop": "score.weight", "add": {"value_head.weight": torch.ones(1, 16)}},
+            ["score.weight", "value_head.weight"],
+        ),
+        ({"drop": "score.weight", "add": {"v_head.summary.weight": torch.ones(1, 16)}}, ["v_head.summary.weight"]),
+        ({"drop": "score.weight", "add": {"regression_layer.weight": torch.ones(9, 16)}}, ["regression_layer.weight"]),
+        ({"drop": "score.weight", "add": {"lm_head.weight": torch.ones(9, 16)}}, ["lm_head.weight", "task=rm"]),
+        ({"add": {"score.weight": torch.ones(2, 16)}, "id2label": {"0": "a", "1": "b"}}, ["2 labels"]),
+        ({"add": {"score.weight": torch.ones(2, 16)}, "id2label": None, "label2id": None}, ["2 labels"]),
+        ({"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}, ["states 2 labels", "score.weight"]),
+        ({"add": {"score.weight": torch.ones(1, 8)}}, ["score.weight", "(1, 8)", "(1, 16)"]),
+        ({"add": {"score.bias": torch.ones(2)}}, ["score.bias"]),
+        ({"drop": "model.norm.weight"}, ["model.norm.weight"]),
+        ({"architectures": ["LlamaForRewardModelWithGating"]}, ["LlamaForRewardModelWithGating"]),
+        ({"architectures": ["LlamaForTokenClassification"]}, ["LlamaForTokenClassification"]),
+        ({"auto_map": {"AutoModelForSequenceClassification": "own.Own"}}, ["code"]),
+    ],
+)
+def test_what_is_no_reward_model_is_rejected_by_name(
+    change: dict[str, Any], named: list[str], reward_folder: Path, tmp_path: Path
+) -> None:
+    found = messages(spoilt(reward_folder, tmp_path / "model", **change), AutoModelForSequenceClassification)
+    assert len(found) == 2 and all(name in text for text in found for name in named)
+
+
+def test_an_encoder_is_no_reward_model(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("bert", vocab_size=VOCAB, num_labels=1, pad_token_id=PAD, **sizes)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    found = messages(tmp_path, AutoModelForSequenceClassification)
+    assert len(found) == 2 and all("BertForSequenceClassification" in text and "encoder" in text for text in found)
