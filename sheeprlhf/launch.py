@@ -145,10 +145,8 @@ def _check_weights(config: TrainConfig | EvalConfig) -> None:
     """Rank zero only: account for the weights of every model, before a directory is made and data is prepared."""
     from transformers.utils import logging as transformers_logging
 
-    from sheeprlhf.task.weights import check_all_weights
-
     transformers_logging.disable_progress_bar()
-    check_all_weights(config, lambda text: print(plain_text(redact_text(text)), file=sys.stderr))
+    _entry(config.weights_check)(config, lambda text: print(plain_text(redact_text(text)), file=sys.stderr))
 
 
 def is_rank_zero() -> bool:

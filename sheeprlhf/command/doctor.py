@@ -124,7 +124,13 @@ def _weights(config: DoctorConfig) -> Iterator[Finding]:
     notes: list[str] = []
     try:
         for needed in models_of(config):
-            if not locate(needed.model).local_only:
+            try:
+                here = locate(needed.model).local_only
+            except SheepError:
+                if needed.is_reward_folder:
+                    raise
+                continue  # the topic "model" tells
+            if not here:
                 continue  # on the hub
             note = check_needed(needed, notes.append)
             given = "reward.folder" if needed.is_reward_folder else "model.repo_name"

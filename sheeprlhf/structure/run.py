@@ -15,10 +15,14 @@ from sheeprlhf.structure.option import Config, option
 from sheeprlhf.structure.reward import RewardSourceConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 
+_WEIGHTS_CHECK = "sheeprlhf.task.weights:check_all_weights"  # called as function(config, say) before the task
+
 
 @dataclass(unsafe_hash=True)
 class TrainConfig(Config):
     """A training run."""
+
+    weights_check: ClassVar[str] = _WEIGHTS_CHECK
 
     task: TrainTaskConfig = MISSING
     model: ModelConfig = MISSING
@@ -51,6 +55,8 @@ class TrainConfig(Config):
 @dataclass(unsafe_hash=True)
 class EvalConfig(Config):
     """An evaluation of a run, or of a model on a dataset."""
+
+    weights_check: ClassVar[str] = _WEIGHTS_CHECK
 
     task: EvalTaskConfig = MISSING
     fabric: FabricConfig = MISSING

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.security.guard import Payload, pickled
 Attempt = Callable[[], object]
 Spoil = Callable[[Path], object]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
 
 
 def model_of(folder: Path) -> torch.nn.Module:
@@ -188,6 +190,57 @@ SPOILT: dict[str, Spoil] = {
 }
 
 
+def pickled_shard(folder: Path, shard: str) -> None:
+    """An index instead of one pickled file; it names one shard."""
+    names = torch.load(folder / PICKLED, weights_only=True)
+    (folder / f"{PICKLED}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+    (folder / PICKLED).rename(folder.parent / "outside.bin")
+
+
+def saved(content: Callable[[dict[str, torch.Tensor]], Any], *, zipped: bool = True) -> Spoil:
+    """Other content in the pickled file, made of its tensors."""
+
+    def spoil(folder: Path) -> None:
+        tensors = torch.load(folder / PICKLED, weights_only=True)
+        torch.save(content(tensors), folder / PICKLED, _use_new_zipfile_serialization=zipped)
+
+    return spoil
+
+
+def compressed(folder: Path) -> None:
+    with zipfile.ZipFile(folder / PICKLED) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / PICKLED, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+
+
+def pickled_outside(folder: Path) -> None:
+    shutil.move(folder / PICKLED, folder.parent / "outside.bin")
+    (folder / PICKLED).symlink_to("../outside.bin")
+
+
+SPOILT_PICKLES: dict[str, Spoil] = {
+    "pickled weights a link out of the folder": pickled_outside,
+    "pickled weights a link to a device": linked(PICKLED, "/dev/zero"),
+    "pickled weights a pipe": piped(PICKLED),
+    "pickled weights empty": written(PICKLED, b""),
+    "pickled weights cut": lambda folder: os.truncate(folder / PICKLED, 5_000),
+    "pickled weights compressed": compressed,
+    "pickled shard above": lambda folder: pickled_shard(folder, "../outside.bin"),
+    "pickled shard absolute": lambda folder: pickled_shard(folder, str(folder.parent / "outside.bin")),
+    "pickled shard missing": lambda folder: pickled_shard(folder, "pytorch_model-00001-of-00001.bin"),
+    "pickled tensor larger than its bytes": saved(lambda tensors: tensors | {"w": torch.zeros(1).expand(1 << 40)}),
+    "pickled tensors of the same bytes": saved(
+        lambda tensors: tensors | dict.fromkeys((f"w{i}" for i in range(5000)), torch.zeros(5000))
+    ),
+    "pickled tensor named as a path": saved(lambda tensors: tensors | {"\n../../x": torch.zeros(2)}),
+    "pickled tensor of another device": saved(lambda tensors: tensors | {"w": torch.zeros(2, device="meta")}),
+    "pickled list": saved(lambda tensors: list(tensors.values())),
+    "pickled objects beside tensors": saved(lambda tensors: tensors | {"epoch": 3}, zipped=False),
+}
+
+
 def spoilt_models(good: Path, place: Path, sentinels: Path) -> Iterator[tuple[str, Attempt]]:
     """Each folder with one thing wrong."""
     for number, (name, spoil) in enumerate(SPOILT.items()):
@@ -224,6 +277,19 @@ def pickles(good: Path, place: Path, sentinels: Path) -> Iterator[tuple[str, Att
         (folder / WEIGHTS).unlink()
         (folder / name).write_bytes(contents["torch"])
         yield f"{name} alone", lambda folder=folder: model_of(folder)
+    for kind, content in contents.items():  # pytorch_model.bin is read, by a reader that knows tensors alone
+        folder = place / f"{kind}-alone"
+        shutil.copytree(good, folder)
+        (folder / WEIGHTS).unlink()
+        (folder / PICKLED).write_bytes(content)
+        yield f"{kind} as {PICKLED} alone", lambda folder=folder: model_of(folder)
+    for name, spoil in SPOILT_PICKLES.items():
+        folder = place / name / "model"
+        shutil.copytree(good, folder)
+        torch.save(load_file(folder / WEIGHTS), folder / PICKLED)
+        (folder / WEIGHTS).unlink()
+        spoil(folder)
+        yield name, lambda folder=folder: model_of(folder)
     adapter = place / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')

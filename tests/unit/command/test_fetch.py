@@ -9,7 +9,7 @@ import struct
 import subprocess
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, OPTForCausalLM
 
 from sheeprlhf import launch
 from sheeprlhf.cli import run
 from sheeprlhf.command import fetch, smollm2
 from sheeprlhf.model.load import load_causal_lm, load_tokenizer
 from sheeprlhf.model.locate import Located, locate
-from sheeprlhf.structure.model import HuggingFaceConfig, SmolLM2Config
+from sheeprlhf.structure.model import HuggingFaceConfig, OPTConfig, SmolLM2Config
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.folders import MARKER
 from sheeprlhf.utils.hub import SMOLLM2
@@ -325,14 +325,14 @@ class FakeHub:
 
 
 @pytest.fixture
-def reachable(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def reachable(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """A hub that answers; what was downloaded from it."""
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(fetch, "why_offline", lambda: "")
 
     def snapshot(name: str, **options: Any) -> str:
         asked.append(options | {"name": name})
-        return "/cache/snapshot"
+        return str(tmp_path / "index")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     return asked
@@ -341,9 +341,11 @@ def reachable(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_the_hubs_files_are_those_that_loading_needs(
     models: Path, reachable: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: FakeHub(["config.json", "model.safetensors"]))
+    found = ["config.json", "model.safetensors", "pytorch_model.bin"]
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: FakeHub(found))
     run(["fetch", "model=gpt2", "model.library_cfg.revision=v1"])
-    assert "openai-community/gpt2 is in /cache/snapshot" in capsys.readouterr().out
+    assert "openai-community/gpt2 is in" in (printed := capsys.readouterr().out)
+    assert printed.endswith("train task=sft model=gpt2 model.library_cfg.revision=v1\n")
     [asked] = reachable
     assert (asked["name"], asked["revision"]) == ("openai-community/gpt2", "v1")
     files = ["config.json", "model.safetensors", "tokenizer.json", "merges.txt", "chat_template.jinja"]
@@ -354,22 +356,63 @@ def test_the_hubs_files_are_those_that_loading_needs(
     assert list(filtered) == files
 
 
-@pytest.mark.parametrize(
-    ("author", "said"),
-    [("SFconvertbot", "model.library_cfg.revision=refs/pr/7"), ("stranger", "no others are loaded")],
-)
-def test_pickled_weights_are_not_fetched(
+def test_pickled_weights_are_fetched_where_there_are_no_others_and_converted(
     models: Path,
     reachable: list[dict[str, Any]],
+    tmp_path: Path,
+    model_folder: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    author: str,
-    said: str,
 ) -> None:
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: FakeHub(["config.json", "pytorch_model.bin"], author))
+    """The hub's bot offers a conversion of its own, which is not used."""
+    snapshot = opt_of_the_hub(model_folder("opt"), tmp_path)
+    hub = FakeHub([path.name for path in snapshot.iterdir()], "SFconvertbot")
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **of: reachable.append(of) or str(snapshot))
+    run(["fetch", "model=opt"])
+    printed = capsys.readouterr().out
+    [converted] = (models.parent / "converted").glob("facebook--opt-350m-*")
+    assert str(converted) in printed and "refs/pr" not in printed
+    assert "next: python sheeprlhf.py train task=sft model=opt\n" in printed
+    assert "pytorch_model*.bin" in reachable[0]["allow_patterns"] and reachable[0]["revision"] is None
+    weights, expected = load_file(converted / "model.safetensors"), load_file(model_folder("opt") / "model.safetensors")
+    assert all(weights[name].tobytes() == tensor.tobytes() for name, tensor in expected.items())
+
+    run(["fetch", "model=opt", f"cache_dir={tmp_path}/other"])
+    [other] = (tmp_path / "other" / "converted").glob("facebook--opt-350m-*")
+    assert f"model=opt model.repo_name={other}\n" in capsys.readouterr().out
+
+    hub.files = ["config.json", "tf_model.h5", "onnx/model.safetensors"]
     assert refused("model=opt") == 2
-    assert said in capsys.readouterr().err
-    assert reachable == []
+    assert "no weights that are read" in capsys.readouterr().err
+
+
+def opt_of_the_hub(opt: Path, place: Path) -> Path:
+    """A snapshot in the hub's cache with pickled weights alone, as old models have them."""
+    snapshot = place / "hub" / "models--facebook--opt-350m" / "snapshots" / ("0" * 40)
+    shutil.copytree(opt, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    torch.save(OPTForCausalLM.from_pretrained(opt).state_dict(), snapshot / "pytorch_model.bin")
+    return snapshot
+
+
+def test_pickled_weights_in_the_hubs_cache_are_enough_without_the_hub(
+    models: Path, tmp_path: Path, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    snapshot = opt_of_the_hub(model_folder("opt"), tmp_path)
+    run(["fetch", "model=opt"])
+    assert f"facebook/opt-350m is in {snapshot}" in capsys.readouterr().out
+    cfg, said = OPTConfig(), []
+    tokenizer = load_tokenizer(cfg)
+    model = load_causal_lm(cfg, vocabulary=len(tokenizer), longest=64, say=said.append)
+    assert said == [] and model.name_or_path == "facebook/opt-350m"
+    expected = OPTForCausalLM.from_pretrained(model_folder("opt")).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    (snapshot / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelError, match=r"facebook/opt-350m has no weights.*`fetch`"):
+        load_causal_lm(cfg, vocabulary=len(tokenizer), longest=64)
+    assert refused("model=opt") == 2
 
 
 def test_what_the_hub_refuses(

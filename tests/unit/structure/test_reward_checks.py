@@ -224,15 +224,28 @@ def test_the_folder_of_a_model(tmp_path):
     (tmp_path / "run" / "final" / "config.json").write_text("{}")
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters" / "adapter_config.json").write_text("{}")
+    (tmp_path / "lora" / "final").mkdir(parents=True)
+    (tmp_path / "lora" / "config.yaml").write_text("{}")
+    for name in ("config.json", "adapter_config.json"):
+        (tmp_path / "lora" / "final" / name).write_text("{}")
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "bare" / name).write_text("{}")
+    for name in ("tokenizer.json", "pytorch_model.bin"):
+        (tmp_path / "run" / "final" / name).write_text("{}")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
 
     def said(name: str) -> list[str]:
         return problems(ModelRewardConfig(folder=str(tmp_path / name)))
 
-    assert said("run/final") == said("adapters") == problems(ModelRewardConfig(folder="me/mine")) == []
+    assert said("run/final") == problems(ModelRewardConfig(folder="me/mine")) == []
     assert f"did you mean reward.folder={tmp_path}/run/final?" in said("run")[0]
     assert "has no config.json: give a folder" in said("empty")[0]
+    [of_run], [of_others], [bare] = said("lora/final"), said("adapters"), said("bare")
+    assert f"give task.rm_experiment_dir={tmp_path}/lora " in of_run
+    assert "adapters" in of_others and "rm_experiment_dir" not in of_others
+    assert bare.startswith(f"reward.folder={tmp_path}/bare: this folder has no weights")
     assert "is a file" in said("file")[0]
     assert f"did you mean reward.folder={tmp_path}/empty?" in said("emptyy")[0]
 
