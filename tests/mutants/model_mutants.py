@@ -63,15 +63,15 @@ MUTANTS = [
     Mutant(  # disable_dropout does nothing
         trap="6",
         file=_LOAD,
-        old="        if cfg.disable_dropout:\n",
-        new="        if False:\n",
+        old="    if cfg.disable_dropout:\n",
+        new="    if False:\n",
         tests=f"{_PARITY}::test_no_dropout_anywhere_when_disabled",
     ),
     Mutant(  # dropout cannot be left on
         trap="6",
         file=_LOAD,
-        old="        if cfg.disable_dropout:\n",
-        new="        if True:\n",
+        old="    if cfg.disable_dropout:\n",
+        new="    if True:\n",
         tests=f"{_PARITY}::test_no_dropout_anywhere_when_disabled",
     ),
     Mutant(  # a model goes on in eval mode after it wrote samples
@@ -348,12 +348,26 @@ MUTANTS = [
         new="sign * result[metric] > best:",
         tests=f"{_FINISH}::test_the_lowest_validation_loss_is_the_best",
     ),
-    Mutant(  # pickled weights are loaded
+    Mutant(  # a pickle runs code
         trap="security",
-        file=_LOAD,
-        old="use_safetensors=True, ",
-        new="use_safetensors=None, ",
-        tests=f"{_UNIT}load.py::test_pickled_weights_are_refused",
+        file="sheeprlhf/model/pickled.py",
+        old='map_location="cpu", weights_only=True, mmap=is_zip',
+        new='map_location="cpu", weights_only=False, mmap=is_zip',
+        tests=f"{_UNIT}load.py::test_pickles_run_nothing",
+    ),
+    Mutant(  # a parameter that the files lack is random
+        trap="weights",
+        file="sheeprlhf/model/account.py",
+        old="        if not (self.missing or self.misplaced or self.mismatched or self.torn):",
+        new="        if not (self.misplaced or self.mismatched or self.torn):",
+        tests=f"{_UNIT}account.py::test_a_missing_tensor_is_named",
+    ),
+    Mutant(  # the bias of a reward model's head is dropped
+        trap="weights",
+        file="sheeprlhf/agent/reward.py",
+        old="        reward.offset -= bias\n",
+        new="        pass\n",
+        tests=f"{_UNIT}account.py::test_a_bias_of_the_head_is_added",
     ),
     Mutant(  # code of a model's folder runs
         trap="security",
@@ -379,8 +393,8 @@ MUTANTS = [
     Mutant(  # weights in the format of the file instead of the stated one
         trap="dtype",
         file=_LOAD,
-        old="source, config=config, dtype=dtype, ",
-        new='source, config=config, dtype="auto", ',
+        old="                dtype=dtype,\n",
+        new='                dtype="auto",\n',
         tests=f"{_UNIT}load.py::test_the_stated_number_format_holds",
     ),
     Mutant(  # results come in the order in which they are ready
