@@ -114,6 +114,8 @@ def prepare_data(
     for split, rows in splits.items():
         check_targets(split, rows, cfg)
         check_ids(split, rows, largest_id)
+    if note := source.left_out_note(cfg):  # of this folder: the prepared rows may be those of another one
+        report = {**report, "notes": [*report["notes"], note]}
     return PreparedData(splits, report, print_of_data, folder)
 
 

@@ -1,20 +1,25 @@
 """Rows of jsonl, json, csv and parquet files as one stream of batches."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sheeprlhf.data.compressed import is_compressed
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.parquet import count_values, open_parquet, read_parquet
 from sheeprlhf.data.textfile import PlacedRows, count_lines, read_csv, read_json, read_jsonl
+from sheeprlhf.structure.data_files import KINDS, file_kind
 from sheeprlhf.utils.errors import DataError
 
 BATCH_ROWS = 1000
 BATCH_CHARS = 2 * 2**20  # tokenising takes about 200 bytes of memory for each
 READERS: dict[str, Callable[[Path], PlacedRows]] = {  # all but parquet's, which is told what to read
     ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
+    ".tsv": partial(read_csv, separator="\t"),
 }
 
 
@@ -55,7 +60,7 @@ def read_batches(
             break
         before = number
         left_out = _count_left_out(file, limit and limit - number, layout)
-        rows = read_parquet(file, layout.columns) if _is_parquet(file) else READERS[file.suffix.lower()](file)
+        rows = read_parquet(file, layout.columns) if _is_parquet(file) else READERS[_kind(file)](file)
         for place, values in rows:
             try:
                 known, others = layout(values)
@@ -75,8 +80,15 @@ def read_batches(
         yield batch
 
 
+def _kind(file: Path) -> str:
+    kind = file_kind(file)
+    if kind is None:
+        raise DataError(f"{file}: its ending says nothing that can be read; give one of {', '.join(KINDS)}")
+    return kind[0]
+
+
 def _is_parquet(file: Path) -> bool:
-    return file.suffix.lower() == ".parquet"
+    return _kind(file) == ".parquet"
 
 
 def _count_left_out(file: Path, limit: int | None, layout: RowLayout) -> tuple[str, ...]:
@@ -99,8 +111,9 @@ def count_rows(files: list[Path], limit: int | None) -> int | None:
     """
     total = 0
     for file in files:
-        kind = file.suffix.lower()
-        if kind == ".json":
+        kind = _kind(file)
+        if kind == ".json" or is_compressed(file):
             return None
-        total += open_parquet(file).metadata.num_rows if kind == ".parquet" else count_lines(file) - (kind == ".csv")
+        header = kind in (".csv", ".tsv")
+        total += open_parquet(file).metadata.num_rows if kind == ".parquet" else count_lines(file) - header
     return total if limit is None else min(total, limit)

@@ -9,27 +9,24 @@ import itertools
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from sheeprlhf.data.progress import progress_bar
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.structure.data_files import (
+    COMPRESSIONS,
+    KINDS,
+    data_files,
+    file_kind,
+    files_below,
+    split_of_name,
+    unread_files,
+)
 from sheeprlhf.structure.places import is_hub_id
-from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.files import real_file
 from sheeprlhf.utils.hub import EMBEDDED, embedded_folder, why_offline
 
-KINDS = (".parquet", ".jsonl", ".json", ".csv")  # of several kinds in one folder, the first is read
-SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "valid1": "validation",  # openai_summarize_comparisons has valid1 and valid2, which is left out
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-}
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.\w+")
 
 Files = dict[str, list[Path]]
@@ -43,7 +40,7 @@ def locate(cfg: DataConfig) -> Files:
     """
     if isinstance(cfg, LocalDataConfig):
         named = {"train": cfg.train_file, "validation": cfg.validation_file, "test": cfg.test_file}
-        return {split: [_own_file(split, name)] for split, name in named.items() if name is not None}
+        return {split: _own_files(split, name) for split, name in named.items() if name is not None}
     name = cfg.dataset_name
     if not name:
         raise DataError("data.dataset_name is null; give a hub id (owner/name) or a local folder")
@@ -89,18 +86,33 @@ def content_hash(files: Files, *, progress: bool = False) -> str:
                             bar.update(len(part))
                 except OSError as error:
                     raise DataError(f"{file} cannot be read: {error.strerror}; mend it or give another file") from None
-                total.update(f"{split}{file.suffix}{digest.hexdigest()}".encode())
+                total.update(f"{split}{''.join(file_kind(file) or ())}{digest.hexdigest()}".encode())
     return total.hexdigest()
 
 
-def _own_file(split: str, name: str) -> Path:
-    """A file that the user named."""
-    file = Path(name).expanduser()
-    if file.suffix.lower() not in KINDS:
-        raise DataError(f"data.{split}_file={name} must end in {', '.join(KINDS)}")
-    if not file.is_file():
-        raise DataError(f"data.{split}_file={name}: there is no such file (working directory: {Path.cwd()})")
-    return file
+def _own_files(split: str, value: Any) -> list[Path]:
+    """The files that the user named."""
+    try:
+        files = data_files(f"data.{split}_file", value)
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+    _check_shards(files)
+    return files
+
+
+def left_out_note(cfg: DataConfig) -> str | None:
+    """A sentence about files of the dataset's folders that are not read; None if there are none."""
+    left: list[Path] = []
+    if isinstance(cfg, LocalDataConfig):
+        for value in (cfg.train_file, cfg.validation_file, cfg.test_file):
+            left += [] if value is None else unread_files(value)
+    elif os.path.isdir(folder := Path(str(cfg.dataset_name)).expanduser()):
+        read = {file for files in files_of_folder(folder).values() for file in files}
+        left += [file for file in files_below(folder) if file_kind(file) and file not in read]
+    if not left:
+        return None
+    names = ", ".join(file.name for file in left[:5]) + (", ..." if len(left) > 5 else "")
+    return f"files that are not read: {len(left)} ({names})"
 
 
 def files_of_folder(folder: Path) -> Files:
@@ -112,32 +124,26 @@ def files_of_folder(folder: Path) -> Files:
     Raises:
         DataError: if there is no readable file, no training file, or a shard is missing.
     """
-    found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in KINDS and f.is_file())
-    found = [f for f in found if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
-    kind = next((kind for kind in KINDS if any(f.suffix.lower() == kind and _split(f, folder) for f in found)), None)
-    kind = kind or next((kind for kind in KINDS if any(f.suffix.lower() == kind for f in found)), None)
-    files = [f for f in found if f.suffix.lower() == kind]
+    readable = [(file, of[0]) for file in files_below(folder) if (of := file_kind(file))]
+    kinds = {kind: [file for file, of_file in readable if of_file == kind] for kind in KINDS}
+    kind = next((kind for kind in KINDS if any(split_of_name(file, folder) for file in kinds[kind])), None)
+    kind = kind or next((kind for kind in KINDS if kinds[kind]), KINDS[0])
+    files = kinds[kind]
     if not files:
         raise DataError(
             f"{folder}: no file that ends in {', '.join(KINDS)}; data.dataset_name needs a folder with some"
         )
-    if not any(_split(f, folder) for f in files):
+    if not any(split_of_name(f, folder) for f in files):
         return {"train": files}
     splits: Files = {}
     for file in files:
-        if split := _split(file, folder):
+        if split := split_of_name(file, folder):
             splits.setdefault(split, []).append(file)
     if "train" not in splits:
         names = ", ".join(str(f.relative_to(folder)) for f in files[:5])
         raise DataError(f"{folder}: no file is named for the training split ({names}); name one train{kind}")
     _check_shards([file for split in splits.values() for file in split])
     return splits
-
-
-def _split(file: Path, folder: Path) -> str | None:
-    """The split that a file's path names, None if it names none."""
-    words = re.split(r"[^a-z0-9]+", str(file.relative_to(folder).with_suffix("")).lower())
-    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
 def _check_shards(files: list[Path]) -> None:
@@ -161,7 +167,7 @@ def snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [f"*{kind}" for kind in KINDS]
+    patterns = [f"*{kind}{end}" for kind in KINDS for end in ("", *COMPRESSIONS)]
     offline = why_offline()
     try:
         return Path(

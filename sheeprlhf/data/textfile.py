@@ -14,11 +14,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from sheeprlhf.data.rows import printable
+from sheeprlhf.data.compressed import open_data
+from sheeprlhf.data.rows import COLUMNS, CONVERSATION_COLUMNS, printable
 from sheeprlhf.utils.errors import DataError
 
 MAX_LINE = 16 * 2**20  # bytes; a longer line is a damaged file, or one that is not made of lines
 MAX_JSON = 512 * 2**20  # bytes; the text of a JSON array is read at once
+ROW_COLUMNS = {*COLUMNS, *CONVERSATION_COLUMNS, "conversations", "completion", "instruction", "question", "text"}
+_MARKS = {",": "commas", "\t": "tabs"}
 _SPACE = re.compile(r"[ \t\r\n]*")
 _END = object()
 
@@ -32,7 +35,7 @@ def read_jsonl(file: Path) -> PlacedRows:
             continue
         place = f"{file} line {number}"
         if number == 1 and line.strip() in (b"[", b"{"):
-            raise DataError(f"{place}: JSON over several lines; write one row a line, or an array into a .json file")
+            raise DataError(f"{place}: JSON over several lines; write one row a line, or let the name end in .json")
         text = _decode(line, file, number).rstrip()
         with _placed(place):
             value = _DECODER.decode(text)
@@ -40,55 +43,110 @@ def read_jsonl(file: Path) -> PlacedRows:
 
 
 def read_json(file: Path) -> PlacedRows:
-    """One array of objects; a file that does not begin with a bracket is read line by line."""
-    with file.open("rb") as stream:
-        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
+    """One array of objects, alone or in an object around it; any other file is read line by line."""
+    with open_data(file) as stream:
+        lines = (line for line in iter(lambda: stream.readline(MAX_LINE + 1), b"") if not line.isspace())
+        first = next(lines, b"").removeprefix(b"\xef\xbb\xbf").lstrip()
+        alone = next(lines, None) is None
+    if first.startswith(b"{") and len(first) <= MAX_LINE and (alone or not _ends(first)):
+        yield from _rows_in_object(file)
+    elif first.startswith(b"["):
+        text = _text_of(file)
+        yield from _placed_items(file, _items(text, text.index("[")), "item")
+    else:
         yield from read_jsonl(file)
-        return
-    if file.stat().st_size > MAX_JSON:
+
+
+def _text_of(file: Path) -> str:
+    """The text of a JSON file.
+
+    Raises:
+        DataError: it is too large to be read at once.
+    """
+    with open_data(file) as stream:
+        data = stream.read(MAX_JSON + 1)
+    if len(data) > MAX_JSON:
         raise DataError(f"{file}: larger than {MAX_JSON >> 20} MiB; write it as .jsonl, which is read line by line")
-    items = _items(_decode(file.read_bytes(), file, 1))
+    return _decode(data, file, 1)
+
+
+def _ends(line: bytes) -> bool:
+    """Whether a line that begins a JSON value has its end, or a mistake before it."""
+    text = line.decode(errors="replace").rstrip()
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos < len(text)
+    except (ValueError, RecursionError):
+        return True
+    return True
+
+
+def _rows_in_object(file: Path) -> PlacedRows:
+    """The list of objects in a JSON file that is one object; the object itself if it is a row."""
+    with _placed(f"{file}"):
+        value = _DECODER.decode(_text_of(file).strip())
+    lists = [
+        name
+        for name, entry in value.items()
+        if isinstance(entry, list) and entry and all(isinstance(row, dict) for row in entry)
+    ]
+    if set(value) & ROW_COLUMNS:
+        yield "item 1", value
+    elif len(lists) == 1:
+        yield from _placed_items(file, iter(value[lists[0]]), f"{printable(lists)} item")
+    else:
+        has = f"lists of objects as {printable(lists)}" if lists else f"no list of objects, only {printable(value)}"
+        raise DataError(
+            f"{file}: one JSON object with {has}; write the rows as a list, "
+            '[{"prompt": ..., "response": ...}, ...], or one a line'
+        )
+
+
+def _placed_items(file: Path, items: Iterator[Any], word: str) -> PlacedRows:
     for number in count(1):
-        place = f"{file} item {number}"
+        place = f"{file} {word} {number}"
         with _placed(place):
             value = next(items, _END)
         if value is _END:
             return
-        yield f"item {number}", _object(value, place)
+        yield f"{word} {number}", _object(value, place)
 
 
-def read_csv(file: Path) -> PlacedRows:
-    """Comma-separated values with a header line; every value is text."""
+def read_csv(file: Path, *, separator: str = ",") -> PlacedRows:
+    """Values separated by commas or another mark, with a header line; every value is text."""
     csv.field_size_limit(MAX_LINE)  # the module's own limit, 128 KiB, is shorter than real prompts
-    reader = csv.reader((_decode(line, file, number) for number, line in _lines(file)), strict=True)
+    reader = csv.reader(
+        (_decode(line, file, number) for number, line in _lines(file)), strict=True, delimiter=separator
+    )
     header: list[str] = []
+    kind = "csv" if separator == "," else "tsv"
     begin = 1  # the first line of a row: one open quote can make it a long one
     try:
         for values in reader:
             if values and not header:
-                header = _header(values, f"{file} line {begin}")
+                header = _header(values, f"{file} line {begin}", separator)
             elif values and len(values) != len(header):
                 raise DataError(
                     f"{file} line {begin}: {len(values)} values for the header's {len(header)} columns; put text with "
-                    "commas, quotes or line ends in double quotes"
+                    f"{_MARKS[separator]}, quotes or line ends in double quotes"
                 )
             elif values:
                 yield f"line {begin}", dict(zip(header, values, strict=True))
             begin = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{file} line {begin}: malformed csv: {error}; mend the row that begins there") from None
+        raise DataError(f"{file} line {begin}: malformed {kind}: {error}; mend the row that begins there") from None
 
 
 def count_lines(file: Path) -> int:
     """The number of line ends."""
-    with file.open("rb") as stream:
+    with open_data(file) as stream:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(2**20), b""))
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """The lines of a file with their numbers, from 1."""
-    with file.open("rb") as stream:
+    with open_data(file) as stream:
         for number in count(1):
             line = stream.readline(MAX_LINE + 1)
             if not line:
@@ -100,6 +158,8 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 def _decode(data: bytes, file: Path, line: int) -> str:
     """Text of UTF-8 bytes, a byte order mark at a file's start removed."""
+    if line == 1 and data.startswith((b"\x1f\x8b", b"BZh", b"\x28\xb5\x2f\xfd")):
+        raise DataError(f"{file}: the file is compressed; let its name end in .gz, .bz2 or .zst")
     if line == 1 and (data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]):
         raise DataError(f"{file}: the file is UTF-16, or not text; save it as UTF-8")
     try:
@@ -137,9 +197,9 @@ def _placed(place: str) -> Iterator[None]:
         raise DataError(f"{place}: a number with too many digits; shorten it or write it as text") from None
 
 
-def _items(text: str) -> Iterator[Any]:
+def _items(text: str, start: int) -> Iterator[Any]:
     """The values of a JSON array, one after the other: reading it at once would not tell which one is bad."""
-    at = _skip_space(text, text.index("[") + 1)
+    at = _skip_space(text, start + 1)
     more = not text.startswith("]", at)
     while more:
         value, at = _DECODER.raw_decode(text, at)
@@ -164,16 +224,19 @@ def _object(value: Any, place: str) -> dict[str, Any]:
     """The value, which must be an object."""
     if isinstance(value, dict):
         return value
-    hint = "; an array of rows belongs into a .json file" if isinstance(value, list) else ""
+    hint = "; a file with an array of rows must end in .json" if isinstance(value, list) and "line" in place else ""
     raise DataError(f'{place}: a row must be an object such as {{"prompt": ..., "response": ...}}{hint}')
 
 
-def _header(names: list[str], place: str) -> list[str]:
+def _header(names: list[str], place: str, separator: str) -> list[str]:
     """The names of a csv file's columns, checked."""
     twice = [name for name, times in Counter(names).items() if name and times > 1]
     if twice:
         raise DataError(f"{place}: a column name appears twice: {printable(twice)}; keep one")
-    separator = next((mark for mark in ";\t|" if mark in names[0]), None)
-    if len(names) == 1 and separator:
-        raise DataError(f"{place}: the columns are separated by {separator!r}; separate them by commas")
+    other = next((mark for mark in ",;\t|" if mark in names[0]), None)
+    if len(names) == 1 and other:
+        ending = {",": ", or let the name end in .csv", "\t": ", or let the name end in .tsv"}.get(other, "")
+        raise DataError(
+            f"{place}: the columns are separated by {other!r}; separate them by {_MARKS[separator]}{ending}"
+        )
     return names

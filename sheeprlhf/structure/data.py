@@ -93,7 +93,7 @@ class HelpfulHarmlessConfig(DataConfig):
 
 @dataclass(unsafe_hash=True)
 class LocalDataConfig(DataConfig):
-    """Your own jsonl, json, csv or parquet: prompt with response (+ label), a pair, responses or none; or messages."""
+    """Your own files: prompt with response (+ label), a pair, responses or none; or messages."""
 
     row_format: ClassVar[str] = "sheeprlhf.data.local:format_row"
     prompt_format: ClassVar[Optional[str]] = "sheeprlhf.data.local:format_prompt"
@@ -101,11 +101,13 @@ class LocalDataConfig(DataConfig):
 
     config_name: str = option("local", "Name of this choice.")
     dataset_name: Optional[str] = option(None, "Not used: give data.train_file.")
-    train_file: str = option("???", "File with the training rows (.jsonl, .json, .csv or .parquet).")
-    validation_file: Optional[str] = option(
-        None, "File with the validation rows; null cuts them from the training rows."
+    train_file: Any = option(
+        "???",
+        "Training rows: a file (.jsonl, .ndjson, .json, .csv, .tsv or .parquet; all but the last also as .gz, .bz2 or "
+        ".zst), a folder, a pattern in quotes, or a list.",
     )
-    test_file: Optional[str] = option(None, "File with the test rows; null cuts them from the training rows.")
+    validation_file: Any = option(None, "Validation rows, likewise; null cuts them from the training rows.")
+    test_file: Any = option(None, "Test rows, likewise; null cuts them from the training rows.")
     columns: Any = option(
         None,
         "Columns of other names, such as {prompt: question, response: answer}; a list of names is joined by blank "
@@ -114,6 +116,7 @@ class LocalDataConfig(DataConfig):
     ignore_columns: list[str] = option(
         factory=list, help="Columns to leave out, of those that change what a row means, such as weight."
     )
+    minimum_response_length: int = option(1, "Shorter responses are dropped.", unit="tokens", minimum=1)
     reward_model_split: float = option(
         0.0, "Share of the training rows kept for the reward model; the rest fine-tunes.", minimum=0.0, maximum=1.0
     )

@@ -155,7 +155,7 @@ def key_problem(verb: str, override: Override, config: DictConfig, chosen: Chose
         return f"{word}: {key} is there already; write it without the +"
     hint, optional = unwrap_optional(found.type)
     if override.is_sweep_override():
-        return _sweep_problem(override, is_text=hint in (str, Any))
+        return _sweep_problem(override, is_text=hint in (str, Any), may_be_list=hint is Any)
     value = override.value()
     try:
         if isinstance(value, int | float) and isinstance(value, bool) != (hint is bool) and hint in (bool, int, float):
@@ -170,9 +170,11 @@ def key_problem(verb: str, override: Override, config: DictConfig, chosen: Chose
     return None
 
 
-def _sweep_problem(override: Override, *, is_text: bool) -> str:
+def _sweep_problem(override: Override, *, is_text: bool, may_be_list: bool = False) -> str:
     key = override.key_or_group
-    quoted = f"; for one text, quote it: \"{key}='{(override.input_line or '').partition('=')[2]}'\"" if is_text else ""
+    text = (override.input_line or "").partition("=")[2]
+    quoted = f"; for one text, quote it: \"{key}='{text}'\"" if is_text else ""
+    quoted = f"; for a list, write '{key}=[{text}]'" if may_be_list else quoted
     return f"{_short(override.input_line)}: several values need -m (one run each){quoted}"
 
 

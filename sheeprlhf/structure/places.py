@@ -5,19 +5,20 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from sheeprlhf.structure.commands import shell_word
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
-from sheeprlhf.structure.limits import near_path
+from sheeprlhf.structure.data_files import data_files, did_you_mean
 from sheeprlhf.utils.chat_templates import OPTION as TEMPLATE_OPTION
 from sheeprlhf.utils.chat_templates import SUFFIX as TEMPLATE_SUFFIX
 from sheeprlhf.utils.chat_templates import built_in_templates
+from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.hub import EMBEDDED, embedded_folder
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
@@ -25,28 +26,18 @@ PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json", PICKLED, PICKLED_INDEX)  # in the order of choice
 
 
-def data_file_problems(key: str, path: str) -> Iterator[str]:
-    """What is wrong with a file of rows."""
-    file = os.path.expanduser(path)
-    if Path(file).suffix.lower() not in DATA_SUFFIXES and not os.path.isdir(file):
-        yield f"{key}={path} has an unknown ending: {_did(key, file)}give one that ends in {', '.join(DATA_SUFFIXES)}"
-    elif os.path.isdir(file):
-        yield f"{key}={path} is a folder: give one file, which ends in {', '.join(DATA_SUFFIXES)}"
-    elif not os.path.isfile(file):
-        yield f"{key}={path} is not a file: {_did(key, file)}give the path of an existing one (from {Path.cwd()})"
-    elif not os.access(file, os.R_OK):
-        yield f"{key}={path} cannot be read: change its permissions or give another file"
+def data_file_problems(key: str, value: Any) -> Iterator[str]:
+    """What is wrong with the files of rows that an option names."""
+    try:
+        data_files(key, value)
+    except ConfigError as error:
+        yield str(error)
 
 
 def data_is_here(data: DataConfig) -> bool:
     """Whether a dataset's files are this machine's own: embedded, or named by the user; the hub is not asked."""
     name = str(data.dataset_name)
     return isinstance(data, LocalDataConfig) or name.startswith(EMBEDDED) or Path(name).expanduser().is_dir()
-
-
-def _did(key: str, file: str) -> str:
-    near = None if os.path.exists(file) else near_path(file)
-    return f"did you mean {key}={near}? Else " if near else ""
 
 
 def new_folder_problems(key: str, path: str) -> Iterator[str]:
@@ -144,7 +135,8 @@ def template_problem(choice: str, *, key: str = TEMPLATE_OPTION) -> str | None:
     if not choice.endswith(TEMPLATE_SUFFIX):
         return f"{key}={choice} has an unknown ending: give a file that ends in {TEMPLATE_SUFFIX}"
     if not os.path.isfile(path):
-        return f"{key}={choice} is not a file: {_did(key, path)}give the path of an existing one (from {Path.cwd()})"
+        did = did_you_mean(key, path)
+        return f"{key}={choice} is not a file: {did}give the path of an existing one (from {Path.cwd()})"
     if not os.access(path, os.R_OK):
         return f"{key}={choice} cannot be read: change its permissions or give another file"
     return None

@@ -74,14 +74,14 @@ FILES = {  # nothing, or not what the file's name says
             partial(parquet_of, pa.table({"prompt": ["a", "b"], "response": NOT_UTF8})),
             "@ row 2: column 'response': byte 0xff is not UTF-8; write it as UTF-8",
         ),
-        one("jsonl", gzip.compress(LINE), "@: the file is UTF-16, or not text; save it as UTF-8", note="gzip"),
+        one("jsonl", gzip.compress(LINE), "@: the file is compressed; let its name end in .gz", note="gzip"),
     ],
     "malformed JSON line k": [  # and what corresponds to it in the other formats
         one("jsonl", LINE + b'{"prompt": "p"\n', "@ line 2: malformed JSON at character 15", "mend it"),
         one("jsonl", LINE * 2 + LINE[:9], "@ line 3: malformed JSON at character 10", note="cut off"),
         one("jsonl", LINE + b'{"a": 1} {"a": 2}', "@ line 2: malformed JSON at character 10", note="two values"),
         one("jsonl", LINE + b"1" * 5000, "@ line 2: a number with too many digits", "as text", note="long number"),
-        one("jsonl", b"[1]\n", "@ line 1: a row must be an object", "belongs into a .json file", note="array"),
+        one("jsonl", b"[1]\n", "@ line 1: a row must be an object", "must end in .json", note="array"),
         one(
             "jsonl", json.dumps([GOOD], indent=1).encode(), "@ line 1: JSON over several lines; write one", note="lines"
         ),

@@ -1,8 +1,12 @@
 """Files that can be read, whatever they look like; how many rows they have; and where a dataset's files are."""
 
+import bz2
+import gzip
 import json
+import re
 import socket
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,12 @@ import pytest
 from huggingface_hub import constants
 
 from sheeprlhf.data import source
+from sheeprlhf.data.compressed import open_data
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.parquet import read_parquet
 from sheeprlhf.data.read import BATCH_CHARS, count_rows, read_batches
 from sheeprlhf.structure.data import DataConfig, SummarizationConfig
+from sheeprlhf.structure.places import data_file_problems
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.hub import why_offline
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts, write_jsonl
@@ -34,9 +40,24 @@ UNREADABLE = {  # tests/faults/test_bad_data.py has the others
         b'{"messages": [{"role": "assistant", "content": "a"}]}',
         "needs an assistant message with",
     ),
-    "ending": ("a.txt", GOOD, r"data.train_file=.* must end in .parquet, .jsonl, .json, .csv"),
-    "archive": ("a.jsonl.gz", GOOD, "must end in"),
-    "script": ("a.py", b"print(1)", "must end in"),
+    "ending": ("a.md", GOOD, r"data.train_file=.* has an unknown ending: .*ends in .parquet, .jsonl, .ndjson, .json"),
+    "not packed": ("a.jsonl.gz", GOOD, r"a.jsonl.gz: damaged, or not compressed"),
+    "packed without a kind": ("rows.gz", GOOD, r"ends in .jsonl.gz"),
+    "packed parquet": ("a.parquet.gz", GOOD, r"ends in .jsonl.gz"),
+    "archive": ("a.zip", GOOD, r"has an unknown ending"),
+    "packed under a plain name": ("a.jsonl", gzip.compress(GOOD), r"let its name end in .gz"),
+    "cut": ("a.jsonl.gz", gzip.compress(GOOD)[:-9], r"a.jsonl.gz: damaged"),
+    "script": ("a.py", b"print(1)", "has an unknown ending"),
+    "lists in an object": ("a.json", b'{"train": [{"prompt": "p"}], "test": [{"prompt": "q"}]}', "a list, "),
+    "no list in an object": ("a.json", b'{\n "name": "x"\n}', "no list of objects, only name"),
+    "bad item in an object": (
+        "a.json",
+        b'{"data": [{"prompt": "p", "response": "r"}, {"prompt": "q"}]}',
+        "data item 2",
+    ),
+    "commas in tsv": ("a.tsv", b"prompt,response\np,r\n", "let the name end in .csv"),
+    "tabs in csv": ("a.csv", b"prompt\tresponse\np\tr\n", "let the name end in .tsv"),
+    "lines of objects": ("a.jsonl", b'{\n"prompt": "p"\n}', "let the name end in .json"),
 }
 
 
@@ -48,7 +69,7 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, content: bytes, m
 
 
 def test_a_missing_file_and_messages_without_a_template(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data.train_file=nowhere.jsonl: there is no such file"):
+    with pytest.raises(DataError, match=r"data.train_file=nowhere.jsonl is not a file"):
         prepare(local(tmp_path, train_file="nowhere.jsonl"), byte_tokenizer())
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     with pytest.raises(DataError, match="needs a chat template and this model has none"):
@@ -69,6 +90,17 @@ READABLE = {
     "json array": ("a.json", b'\xef\xbb\xbf [{"prompt": "p", "response": "r"}]'),
     "json lines": ("a.json", GOOD),
     "upper case": ("A.JSONL", GOOD),
+    "ndjson": ("a.ndjson", GOOD),
+    "gz": ("a.jsonl.gz", gzip.compress(GOOD)),
+    "bz2": ("a.csv.bz2", bz2.compress(b"prompt,response\np,r\n")),
+    "zst": ("a.json.zst", pa.compress(b"[" + GOOD + b"]", codec="zstd", asbytes=True)),
+    "tsv": ("a.tsv", b'prompt\tresponse\np\t"r"\n'),
+    "list in an object": ("a.json", b'{\n "version": 1,\n "data": [{"prompt": "p",\n "response": "r"}]\n}'),
+    "list in an object, one line": (
+        "a.json.gz",
+        gzip.compress(b'{"rows": [{"prompt": "p", "response": "r"}], "n": 1}'),
+    ),
+    "one object over lines": ("a.json", b'{\n "prompt": "p",\n "response": "r"\n}'),
     "csv": ("a.csv", b"\xef\xbb\xbfprompt,response,n\r\np,r,1\r\n"),
 }
 
@@ -126,6 +158,77 @@ def test_csv_keeps_line_ends_quotes_and_what_looks_like_a_number_or_nothing(tmp_
     tokenizer = byte_tokenizer()
     prepared = prepare(local(tmp_path, train_file=str(file)), tokenizer)
     assert texts(prepared, tokenizer) == [('a\nb,"c"', "NA<|im_end|>"), ("1.0", "2020-01-01<|im_end|>")]
+
+
+def test_a_bomb_is_refused(tmp_path: Path) -> None:
+    """70 MB of rows in a few kilobytes: rows of text do not shrink to a two-hundredth."""
+    content = GOOD * (70 * 2**20 // len(GOOD))
+    bombs = {"a.jsonl.gz": gzip.compress(content, 9), "a.jsonl.bz2": bz2.compress(b"\n" * len(content))}
+    for name, packed in bombs.items():
+        (tmp_path / name).write_bytes(packed)
+        with pytest.raises(DataError, match=f"{name}: unpacks to more than 200 times its size"):
+            deque(open_data(tmp_path / name), maxlen=0)
+
+
+def folder_of(folder: Path, *names: str) -> Path:
+    """A folder of files with one row each, whose prompt is the file's name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder / name, [{"prompt": name, "response": "r"}])
+    return folder
+
+
+def test_a_folder_a_pattern_and_a_list_are_read_as_a_whole(tmp_path: Path) -> None:
+    folder, tokenizer = (
+        folder_of(tmp_path / "f[1]", "b.jsonl", "a.ndjson", "sub/c.jsonl", ".hidden.jsonl"),
+        byte_tokenizer(),
+    )
+    (folder / "notes.md").write_text("about")
+    values: dict[str, tuple[Any, list[str]]] = {
+        "folder": (str(folder), ["a.ndjson", "b.jsonl", "sub/c.jsonl"]),
+        "pattern": (f"{tmp_path}/f*/*.*son*", ["a.ndjson", "b.jsonl"]),
+        "deep pattern": (f"{tmp_path}/**/*.jsonl", ["b.jsonl", "sub/c.jsonl"]),
+        "list": ([f"{folder}/sub", f"{folder}/b.jsonl"], ["sub/c.jsonl", "b.jsonl"]),
+        "name with brackets": (f"{folder}/b.jsonl", ["b.jsonl"]),
+    }
+    for value, names in values.values():
+        prepared = prepare(local(tmp_path, train_file=value), tokenizer)
+        assert [prompt for prompt, _ in texts(prepared, tokenizer)] == names
+        notes = [note for note in prepared.report["notes"] if "not read" in note]
+        assert notes == (["files that are not read: 1 (notes.md)"] if value == str(folder) else [])
+
+
+def test_folders_patterns_and_lists_that_cannot_be_read_as_a_whole(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "f", "train.jsonl", "test.jsonl", "more.jsonl")
+    (folder / "notes.md").write_text("about")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "a.jsonl").symlink_to(folder / "more.jsonl")
+    folder_of(tmp_path / "shards", "a-00000-of-00002.jsonl")
+    refused: dict[str, tuple[Any, str]] = {
+        "splits": (str(folder), r"several splits \(train, test\): give each .*'data.train_file=\[.*more.jsonl,.*train"),
+        "splits of a pattern": (f"{folder}/*.jsonl", r"several splits"),
+        "other kind": (f"{folder}/[mn]*", r"notes.md has an unknown ending"),
+        "no match": (f"{folder}/x*.jsonl", r"matches no file"),
+        "twice": ([f"{folder}/more.jsonl", f"{folder}/../f/more.jsonl"], r"names .* twice"),
+        "empty": (str(tmp_path / "empty"), r"folder without a file that ends in"),
+        "empty list": ([], r"must be a file, a folder or a pattern"),
+        "number": (3, r"must be a file, a folder or a pattern"),
+        "link": (str(tmp_path / "link"), r"a link that leads out"),
+        "link of a pattern": (f"{tmp_path}/link/*.jsonl", r"a link that leads out"),
+        "shard": (str(tmp_path / "shards"), r"1 of the 2 files"),
+        "commas": (f"{folder}/more.jsonl,{folder}/train.jsonl", r"give a list, 'data.train_file=\["),
+    }
+    for name, (value, message) in refused.items():
+        with pytest.raises(DataError, match=message):
+            prepare(local(tmp_path, train_file=value), byte_tokenizer())
+        if name != "shard":
+            [problem] = data_file_problems("data.train_file", value)
+            assert re.search(message, problem)
+    split = [f"{folder}/more.jsonl", f"{folder}/train.jsonl"]
+    tokenizer = byte_tokenizer()
+    prepared = prepare(local(tmp_path, train_file=split, test_file=[f"{folder}/test.jsonl"]), tokenizer)
+    assert [prompt for prompt, _ in texts(prepared, tokenizer)] == ["more.jsonl", "train.jsonl"]
 
 
 def parquet(file: Path, **columns: Any) -> None:
