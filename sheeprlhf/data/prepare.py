@@ -4,12 +4,14 @@ How data flows: `source` finds the files, `read` streams their rows, the dataset
 `tokenize` makes ids of it, and here each row goes to its split. What was dropped or cut is in the report.
 """
 
+import copy
 import dataclasses
 import hashlib
 import inspect
 import json
 import re
 import signal
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,6 +26,7 @@ import numpy as np
 
 from sheeprlhf.data import source, store
 from sheeprlhf.data.duplicates import SeenDigests
+from sheeprlhf.data.frequent import FEWEST_FREQUENT, FrequentPrompts
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.progress import progress_bar
 from sheeprlhf.data.read import Row, count_rows, read_batches
@@ -169,28 +172,19 @@ def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str) -> str:
 
 def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder: Path, progress: bool) -> None:
     """Read, tokenise and write all splits; the folder appears when they are complete."""
-    counts: dict[str, SplitCount] = {}
-    layout = RowLayout(cfg, tokenize.kind)
     with written_folder(folder) as temporary:
-        writers: dict[str, SplitWriter] = {}
-        for origin in files:
-            seen = SeenDigests()
-            total = count_rows(files[origin], cfg.num_samples) if progress else None
-            with progress_bar(f"preparing {origin}", total, shown=progress, unit=" rows") as bar:
-                read = read_batches(files[origin], cfg.num_samples, layout=layout)
-                for rows in _tokenized(tokenize, read, cfg.num_proc):
-                    kept = _count(rows, cfg, origin, set(files), seen, counts)
-                    for split, kept_rows in kept.items():
-                        if split not in writers:
-                            writers[split] = SplitWriter(temporary / f"{split}.arrow")
-                        writers[split].write(kept_rows)
-                    bar.update(len(rows))
-                bar.total = bar.n  # the total was an estimate
-        layout.check_seen()
-        for writer in writers.values():
-            writer.close()
+        written = _write_splits(cfg, tokenize, files, temporary, progress)
+        frequent = written.frequent_prompts()
+        if frequent.shares and _cuts_training_rows(cfg, set(files)):
+            for file in temporary.glob("*.arrow"):
+                file.unlink()
+            divided = copy.copy(tokenize)
+            divided.divided = frequent.shares
+            written = _write_splits(cfg, divided, files, temporary, progress)
+        counts, layout = written.counts, written.layout
+        arrow = {split: temporary / f"{split}.arrow" for split in counts}
         parts = {
-            split: counts[split].report(TokenizedSplit(temporary / f"{split}.arrow") if split in writers else None)
+            split: counts[split].report(TokenizedSplit(arrow[split]) if arrow[split].exists() else None)
             for split in SPLITS
             if split in counts
         }
@@ -200,11 +194,67 @@ def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder:
             "numbers_as_text": dict(layout.numbers.most_common()),
             "not_read": dict(layout.unread.most_common()),
         }
-        report["notes"] = [*notes_on(report), *notes_on_cuts(report, cfg)]
+        divides = _cuts_training_rows(cfg, set(files))
+        report["notes"] = [*notes_on(report), *notes_on_cuts(report, cfg), *frequent.notes(divided=divides)]
         if not any(rows_kept(report, split) for split in TRAINING_SPLITS[tokenize.kind]):
             raise DataError(why_none_left(report, set(files), cfg))
         (temporary / store.REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
         store.write_digests(temporary)
+
+
+class _Written(NamedTuple):
+    """The splits of one pass over the files.
+
+    Attributes:
+        counts: of each split.
+        layout: of the rows.
+        prompts: for each training row that is kept, the shares of its prompt, one after the other.
+    """
+
+    counts: dict[str, SplitCount]
+    layout: RowLayout
+    prompts: "array[float]"  # no subscript at run time before Python 3.12
+
+    def frequent_prompts(self) -> FrequentPrompts:
+        """The prompts that have half of the training rows or more."""
+        shares, rows = np.unique(np.array(self.prompts).reshape(-1, 2), axis=0, return_counts=True)
+        total = len(self.prompts) // 2
+        is_frequent = (rows >= FEWEST_FREQUENT) & (2 * rows >= total)
+        found = [(float(first), float(second)) for first, second in shares[is_frequent]]
+        return FrequentPrompts(frozenset(found), tuple(rows[is_frequent].tolist()), total)
+
+
+def _write_splits(
+    cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder: Path, progress: bool
+) -> _Written:
+    """Read and tokenise all rows, and write each to the file of its split in `folder`."""
+    written = _Written({}, RowLayout(cfg, tokenize.kind), array("d"))
+    writers: dict[str, SplitWriter] = {}
+    for origin in files:
+        seen = SeenDigests()
+        total = count_rows(files[origin], cfg.num_samples) if progress else None
+        with progress_bar(f"preparing {origin}", total, shown=progress, unit=" rows") as bar:
+            read = read_batches(files[origin], cfg.num_samples, layout=written.layout)
+            for rows in _tokenized(tokenize, read, cfg.num_proc):
+                kept = _count(rows, cfg, origin, set(files), seen, written.counts)
+                for split, kept_rows in kept.items():
+                    if split not in writers:
+                        writers[split] = SplitWriter(folder / f"{split}.arrow")
+                    writers[split].write(kept_rows)
+                    if origin == "train":
+                        written.prompts.extend(share for row in kept_rows for share in row.shares)
+                bar.update(len(rows))
+            bar.total = bar.n  # the total was an estimate
+    written.layout.check_seen()
+    for writer in writers.values():
+        writer.close()
+    return written
+
+
+def _cuts_training_rows(cfg: DataConfig, native: set[str]) -> bool:
+    """Whether some of the training rows go to another split."""
+    shares = {"validation": cfg.validation_split, "test": cfg.test_split, "reward": cfg.reward_model_split}
+    return any(share for split, share in shares.items() if split not in native)
 
 
 def _count(
@@ -231,8 +281,10 @@ def _count(
 def choose_split(shares: tuple[float, float], cfg: DataConfig, native: set[str]) -> str:
     """The split of a training row, by numbers that depend on its prompt alone: equal prompts stay together.
 
+    Of a prompt that has most of the rows, the numbers depend on the whole row (see `FrequentPrompts`).
+
     Args:
-        shares: two numbers in [0, 1) made from the prompt.
+        shares: two numbers in [0, 1).
         cfg: the shares of each split.
         native: splits that the dataset brings itself; none is cut from the training rows then.
     """

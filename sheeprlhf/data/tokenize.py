@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ class TokenRow(NamedTuple):
 
     Attributes:
         number: the row's number in its split's source.
-        shares: two numbers in [0, 1) made from the prompt's text alone; they decide the row's split.
+        shares: two numbers in [0, 1) made from the prompt alone; they decide the row's split (see `RowTokenizer`).
         dropped: why the row is left out, None if it is kept; the fields below are empty then.
         tokens: (L,) int32, prompt and responses laid end to end.
         sizes: lengths of the prompt and of each response; that of the prompt alone if the row has no response.
@@ -102,7 +102,11 @@ class SpecialIds:
 
 
 class RowTokenizer:
-    """Rows in, token rows out, in order; holds no state, so that processes may share the work."""
+    """Rows in, token rows out, in order; holds no state, so that processes may share the work.
+
+    Attributes:
+        divided: shares of prompts that have most of the rows; the shares of such a row are made from the whole row.
+    """
 
     def __init__(self, cfg: DataConfig, tokenizer: Any, kind: str) -> None:
         """Prepare for one dataset, one tokenizer and one kind (see `prepare_data`)."""
@@ -114,6 +118,7 @@ class RowTokenizer:
         self.format_row = getattr(import_module(module), name)
         check_template_args(tokenizer, cfg.template_args)
         self.cfg, self.tokenizer, self.kind = cfg, tokenizer, kind
+        self.divided: frozenset[tuple[float, float]] = frozenset()
         self.ids = SpecialIds(tokenizer)
         self._encode = PairEncoder(tokenizer)
 
@@ -146,6 +151,8 @@ class RowTokenizer:
         except DataError as error:
             raise DataError(f"{row.place}: {error}") from None
         shares = split_shares(self.cfg.split_seed, example.prompt)
+        if shares in self.divided:
+            shares = split_shares(self.cfg.split_seed, raw_text(row.values))
         if not example.prompt.strip():
             return TokenRow(row.number, shares, "empty_prompt")
         if not all(response.strip() for response in responses):
@@ -260,6 +267,12 @@ def split_shares(seed: int, prompt: str) -> tuple[float, float]:
     """Two independent numbers in [0, 1), the same for the same prompt on every machine."""
     digest = _digest(f"{seed}\0{prompt}")
     return int.from_bytes(digest[:8], "big") / 2**64, int.from_bytes(digest[8:], "big") / 2**64
+
+
+def raw_text(values: Mapping[str, Any]) -> str:
+    """The columns of a row as one text, the same whatever their order; a column without a value counts as missing."""
+    known = {name: value for name, value in values.items() if value is not None}
+    return json.dumps(known, sort_keys=True, default=str)
 
 
 def _digest(text: str) -> bytes:

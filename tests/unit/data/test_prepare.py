@@ -448,3 +448,60 @@ def test_the_tokenising_processes_end_with_a_killed_one() -> None:
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert left == []
+
+
+def same_prompt(count: int, others: int = 0, prompt: str = "tell a story") -> list[dict[str, str]]:
+    """Rows of one prompt, and rows of other prompts."""
+    return [{"prompt": prompt, "response": f"story {i}"} for i in range(count)] + rows(others)
+
+
+@pytest.mark.parametrize("others", [0, 30])
+@pytest.mark.parametrize("prompt", ["tell a story", "tell of a dog"])
+def test_rows_of_a_prompt_that_most_rows_have_are_divided(others: int, prompt: str, tmp_path: Path) -> None:
+    data, options = same_prompt(60, others, prompt), {"validation_split": 0.2, "test_split": 0.2}
+    tokenizer = byte_tokenizer()
+    prepared = prepare(local(tmp_path, data, **options), tokenizer)
+    of = {split: [row for row in texts(prepared, tokenizer, split) if row[0] == prompt] for split in prepared.splits}
+    assert {split: len(found) >= 5 for split, found in of.items()} == dict.fromkeys(of, True)
+    assert set(of) == {"train", "validation", "test"}
+    assert sum(map(len, of.values())) == 60
+    note = f"all {60:,} rows" if not others else f"60 of {60 + others} rows"
+    assert sum(note in one and "data.validation_split=0" in one for one in prepared.report["notes"]) == 1
+    alone = {row[0] for split in prepared.splits for row in texts(prepared, tokenizer, split)} - {prompt}
+    held = {row[0] for row in texts(prepared, tokenizer, "test")} - {prompt}
+    assert held == {row["prompt"] for row in data if row["prompt"] in alone and goes_to_test(row["prompt"], 0.2)}
+    again = prepare(local(tmp_path, data[::-1], **options), tokenizer)
+    for split in prepared.splits:
+        assert set(texts(again, tokenizer, split)) == set(texts(prepared, tokenizer, split))
+
+
+def goes_to_test(prompt: str, share: float) -> bool:
+    """The rule of splits, written out: the hash of seed and prompt as a number in [0, 1)."""
+    digest = hashlib.blake2b(f"0\0{prompt}".encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < share
+
+
+def test_rows_are_divided_alike_by_several_processes(tmp_path: Path) -> None:
+    data, tokenizer = same_prompt(30), byte_tokenizer()
+    alone, several = (
+        prepare(local(tmp_path, data, validation_split=0.4, num_proc=n, cache_dir=str(tmp_path / f"{n}")), tokenizer)
+        for n in (1, 2)
+    )
+    assert texts(alone, tokenizer, "validation") == texts(several, tokenizer, "validation") != []
+
+
+@pytest.mark.parametrize(("count", "others"), [(40, 41), (3, 0)])
+def test_rows_of_other_prompts_stay_together(count: int, others: int, tmp_path: Path) -> None:
+    data, tokenizer = same_prompt(count, others), byte_tokenizer()
+    prepared = prepare(local(tmp_path, data, validation_split=0.4), tokenizer)
+    holding = [
+        split for split in prepared.splits if any(r[0] == "tell a story" for r in texts(prepared, tokenizer, split))
+    ]
+    assert len(holding) == 1
+    assert not any("same prompt" in note for note in prepared.report["notes"])
+
+
+def test_one_prompt_is_told_where_nothing_is_divided(tmp_path: Path) -> None:
+    prepared = prepare(local(tmp_path, same_prompt(20)), byte_tokenizer())
+    assert list(prepared.splits) == ["train"]
+    assert any("all 20 rows have the same prompt" in note for note in prepared.report["notes"])
