@@ -481,6 +481,7 @@ def goes_to_test(prompt: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
+@pytest.mark.slow
 def test_rows_are_divided_alike_by_several_processes(tmp_path: Path) -> None:
     data, tokenizer = same_prompt(30), byte_tokenizer()
     alone, several = (
