@@ -23,6 +23,7 @@ from sheeprlhf.model.padded import accepted, logits_at
 from sheeprlhf.model.scalar import head_scores
 from sheeprlhf.model.trim import last_mlp_at
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.memory import phase
 
 
@@ -85,6 +86,7 @@ class Policy(nn.Module):
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write what `from_pretrained` loads: the model, or its adapters, and the tokenizer."""
+        add_end_ids(self.causal_lm().generation_config, tokenizer)
         save_model(self.model, folder)
         tokenizer.save_pretrained(folder)
 

@@ -21,6 +21,7 @@ from sheeprlhf.model.load import load_causal_lm, read_score_bias
 from sheeprlhf.model.lora import add_lora, load_lora, save_model
 from sheeprlhf.model.scalar import HEAD, head_scores, padding_token, scalar_model
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.memory import phase
 
@@ -30,8 +31,9 @@ _CARD = """\
 
 {load}
 
-`model(**tokenizer(prompt + response + tokenizer.eos_token, return_tensors="pt")).logits` is the raw score of a
-response: its head reads the last token that is not padding, and has no bias. SheepRLHF subtracts `{offset:.6g}`
+`model(**tokenizer(prompt + response + end, return_tensors="pt")).logits` is the raw score of a response, where `end`
+is `tokenizer.eos_token`, or the token with which the chat template closes a turn if it wrote the prompt:
+its head reads the last token that is not padding, and has no bias. SheepRLHF subtracts `{offset:.6g}`
 (`reward_offset` in config.json), so that the responses it was normalised on score 0 on average.
 """
 _LOAD_WHOLE = "`AutoModelForSequenceClassification.from_pretrained(folder)` loads it."
@@ -80,6 +82,7 @@ class RewardModel(nn.Module):
         """Write what `AutoModelForSequenceClassification` loads, or PEFT on top of it, and the tokenizer."""
         tokenizer.pad_token = padding_token(tokenizer)
         config, offset = self.classifier().config, self.offset
+        add_end_ids(config, tokenizer)
         adapters = save_model(self.model, folder)
         if adapters:
             config.save_pretrained(folder)

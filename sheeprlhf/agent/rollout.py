@@ -1,12 +1,12 @@
 """A rollout: prompts, the responses that the policy sampled after them, and what was found out about each token.
 
 ```
-             prompt         response (EOS is a token of it)
+             prompt         response (its end token is one)
 tokens       p  p  p        a  b  EOS
 head reads         ^        ^  ^           the place before each token: there the policy predicts it and the critic
                                            says what is still to come
 logprobs                    0  1  2        of the response's tokens; reference, values, advantages and returns alike
-rewards                     .  .  score    the score lands on the last token, EOS or the one it was cut at
+rewards                     .  .  score    the score lands on the last token, an end token or the one it was cut at
 ```
 
 Arrays of tokens have one number for each token of a row's responses, response after response, as the targets of a
@@ -30,7 +30,7 @@ class Rollout:
     Attributes:
         rows: a prompt with its sampled responses each.
         scores: (rows, K) float64, what each response is worth.
-        finished: (rows, K) bool, whether EOS or a stop string ended it; else it was cut.
+        finished: (rows, K) bool, whether an end token or a stop string ended it; else it was cut.
         tokens: by name, for each row the numbers of its responses' tokens, float32.
     """
 
@@ -46,7 +46,7 @@ class Rollout:
 
     @property
     def response_lengths(self) -> list[int]:
-        """Tokens of every response, EOS included, in the order of the token arrays."""
+        """Tokens of every response, end token included, in the order of the token arrays."""
         return [len(response) for row in self.rows for response in row.responses]
 
     def __len__(self) -> int:

@@ -14,10 +14,11 @@ from sheeprlhf.command.tokens import Token, token_texts, without_secrets
 from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.data.encoding import encode
 from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.rendering import render_chat
 
-_CUT = "cut at data.max_length: no EOS"
+_CUT = "cut at data.max_length: no end token"
 
 
 class View(NamedTuple):
@@ -119,16 +120,23 @@ class Viewer:
         if not responses:
             facts = [f"prompt {len(prompt)} tokens", "no response: the model writes it"]
         self._look_at_start(prompt, facts, warnings)
-        ended = {name: ids[-1] == self._tokenizer.eos_token_id for name, ids in responses.items()}
+        end_ids = end_token_ids(self._tokenizer)
+        ended = {name: ids[-1] in end_ids for name, ids in responses.items()}
         if len(ended) > 2 and all(ended.values()):
-            facts.append("all responses end in EOS")
+            facts.append("all responses end in an end token")
         else:
-            facts += [f"{name} {'ends in EOS' if end else _CUT}" for name, end in ended.items()]
+            facts += [
+                f"{name} {f'ends in {self._end_name(responses[name][-1])}' if end else _CUT}"
+                for name, end in ended.items()
+            ]
         self._look_at_template(prompt, facts, warnings)
         ranks = {name: rank for name, rank in names.items() if rank}
         if ranks and example.margin:
             facts.append(f"margin {example.margin:g}")
         return View(parts, ranks, facts, warnings)
+
+    def _end_name(self, number: int) -> str:
+        return "EOS" if number == self._tokenizer.eos_token_id else str(self._tokenizer.convert_ids_to_tokens(number))
 
     def _look_at_start(self, prompt: Sequence[int], facts: list[str], warnings: list[str]) -> None:
         bos = self._tokenizer.bos_token_id

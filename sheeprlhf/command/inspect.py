@@ -163,7 +163,9 @@ def _print_head(
     _say(screen, f"\n{split} split: {min(config.num_examples, count)} of {count:,} examples")
     looks_at = _COMPARES if targets == "response" and config.task.data_kind == "preference" else _LOOKS_AT[targets]
     ends = (
-        "these rows have none: the model writes them" if share is None else f"{share:.1%} of the responses end in EOS"
+        "these rows have none: the model writes them"
+        if share is None
+        else f"{share:.1%} of the responses end in an end token"
     )
     _say(screen, f"the loss {looks_at}; {ends}")
     if not config.num_examples:

@@ -154,7 +154,7 @@ class Asker:
         self._rows = RowTokenizer(no_limits, tokenizer, "sft")
 
     def example(self, turns: Sequence[Turn], response: str = "x") -> Example:
-        """The prompt's ids, and those of a response with EOS.
+        """The prompt's ids, and those of a response with its end token.
 
         Raises:
             DataError: there is nothing to ask, or the text has what a prompt must not have.

@@ -24,6 +24,7 @@ from sheeprlhf.data.messages import (
 )
 from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, number
 from sheeprlhf.utils.chat_templates import check_has_template
+from sheeprlhf.utils.end_tokens import end_texts, first_end
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.rendering import render_chat, template_keys, template_variables, writes_whole_messages
 
@@ -126,6 +127,7 @@ def render_example(
     check_has_template(tokenizer, "a row of messages")
     render = _Renderer(tokenizer, template_args, example.tools)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    special += end_texts(tokenizer)
     texts = list(strings_of((example.context, example.tools, example.following, _all_answers(example))))
     if any(token in text for text in texts for token in special):
         raise DropRowError("special_tokens_in_messages")
@@ -203,8 +205,7 @@ class _Renderer:
 
     def _end(self, answer: str) -> str | None:
         """The token with which an answer ends; None if the template writes none."""
-        eos = self._tokenizer.eos_token
-        return eos if eos and eos in answer else None
+        return first_end(answer, end_texts(self._tokenizer))
 
     def _rewritten(self, prompt: str, answered: str) -> str:
         """Message for a template that writes another prompt once it is answered."""

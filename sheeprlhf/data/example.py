@@ -46,8 +46,8 @@ class Example(NamedTuple):
     Attributes:
         row_id: the row's number in its split's source, for error messages.
         prompt_ids: (P,) int32, P >= 1, begins with BOS where the tokenizer has one.
-        responses: K arrays (R_k,) int32, R_k >= 1, best first, each ending in EOS unless it was cut; K = 0 for a
-            prompt alone.
+        responses: K arrays (R_k,) int32, R_k >= 1, best first, each ending in an end token unless it was cut; K = 0
+            for a prompt alone.
         margin: how far apart the scores of two neighbours should be at least.
         desirable: False for a response of unpaired data that is to become less likely.
     """

@@ -39,6 +39,7 @@ from sheeprlhf.data.report import (
     check_targets,
     notes_on,
     notes_on_cuts,
+    notes_on_ends,
     rows_kept,
     why_none_left,
 )
@@ -164,7 +165,7 @@ def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str) -> str:
         "options": options,
         "content": content,
         "tokenizer": pieces,
-        "special": [tokenize.ids.bos, tokenize.ids.eos, tokenize.ids.texts],
+        "special": [tokenize.ids.bos, tokenize.ids.ends, tokenize.ids.texts],
         "chat_template": getattr(tokenizer, "chat_template", None),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -195,7 +196,12 @@ def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder:
             "not_read": dict(layout.unread.most_common()),
         }
         divides = _cuts_training_rows(cfg, set(files))
-        report["notes"] = [*notes_on(report), *notes_on_cuts(report, cfg), *frequent.notes(divided=divides)]
+        report["notes"] = [
+            *notes_on(report),
+            *notes_on_cuts(report, cfg),
+            *frequent.notes(divided=divides),
+            *notes_on_ends(tokenize.tokenizer),
+        ]
         if not any(rows_kept(report, split) for split in TRAINING_SPLITS[tokenize.kind]):
             raise DataError(why_none_left(report, set(files), cfg))
         (temporary / store.REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -9,6 +9,7 @@ from sheeprlhf.data.rows import printable
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.data.tokenize import TokenRow
 from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.utils.end_tokens import end_tokens
 from sheeprlhf.utils.errors import DataError
 
 SPLITS = ("train", "reward", "validation", "test")
@@ -236,7 +237,7 @@ def render_report(report: Report) -> str:
     shares = [part["eos_share"] for part in parts]
     answered = any(share is not None for share in shares)
     if answered:
-        rows.append(("targets that end in EOS", ["-" if share is None else f"{share:.1%}" for share in shares]))
+        rows.append(("targets with an end token", ["-" if share is None else f"{share:.1%}" for share in shares]))
         line("tokens to learn", [part["trained_tokens"] for part in parts])
     for what in ("prompt", "response", "total") if answered else ("prompt",):
         values = [part["tokens"].get(what) for part in parts]
@@ -297,4 +298,12 @@ def notes_on_cuts(report: Report, cfg: DataConfig) -> list[str]:
     return [
         f"many rows are cut to data.max_prompt_length={cfg.max_prompt_length} and data.max_length={cfg.max_length}: "
         f"{', '.join(cut.values())}; raise the limits, or leave such rows out with data.on_overflow=drop"
+    ]
+
+
+def notes_on_ends(tokenizer: Any) -> list[str]:
+    """What the model's configuration says of end tokens and is not followed."""
+    return [
+        f"eos_token_id {number} of the model's configuration ends no response: it is no control token of the tokenizer"
+        for number in end_tokens(tokenizer).ignored
     ]

@@ -1,4 +1,4 @@
-"""Text examples become token ids: one BOS, EOS at the end, too long ones cut or dropped."""
+"""Text examples become token ids: one BOS, an end token last, too long ones cut or dropped."""
 
 import hashlib
 import json
@@ -15,6 +15,7 @@ from sheeprlhf.data.labels import labelled
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, column_advice
 from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.rendering import check_template_args
 
@@ -33,7 +34,7 @@ class TokenRow(NamedTuple):
         digest: 64 bits that equal rows share.
         cut: what was truncated, of "prompt" and "response".
         special_text: the row's text contains a special token's text (encoded as plain text).
-        num_eos: responses that end in EOS.
+        num_eos: responses that end in an end token.
         margin: of the row's preference.
         desirable: of each response of unpaired data; empty for other data.
         templated: the row went through the chat template.
@@ -78,7 +79,8 @@ class SpecialIds:
 
     Attributes:
         bos: ids before a text, usually one or none.
-        eos: the id that ends a response.
+        eos: the id that ends a response that no template has ended.
+        ends: all ids that end one.
         texts: how the special tokens are written.
     """
 
@@ -98,6 +100,7 @@ class SpecialIds:
         starts = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
         self.bos: list[int] = full[: starts[0]] if starts else []
         self.eos: int = tokenizer.eos_token_id
+        self.ends = end_token_ids(tokenizer)
         self.texts: list[str] = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
 
 
@@ -186,18 +189,21 @@ class RowTokenizer:
         return self.cfg.remove_same_responses and len(set(responses)) < len(responses)
 
     def _finish(self, pieces: _Pieces, ids: EncodedPair) -> TokenRow:
-        """Add BOS and EOS, cut what is too long and drop what is too short."""
-        row, shares, eos = pieces.row, pieces.shares, self.ids.eos
+        """Add BOS and the end token, cut what is too long and drop what is too short."""
+        row, shares = pieces.row, pieces.shares
         prompt, responses, mismatch = ids
+        ends = [self.ids.eos] * len(responses)
         if not prompt:
             return TokenRow(row.number, shares, "empty_prompt")
         if not (pieces.templated and self._begins_with_bos(prompt)):
             prompt = self.ids.bos + prompt
-        if pieces.templated:
-            responses = [r[:-1] if r and r[-1] == eos else r for r in responses]
+        if pieces.templated:  # the template's own end token stays; one that writes none gets EOS
+            written = [bool(r) and r[-1] in self.ids.ends for r in responses]
+            ends = [r[-1] if by_template else self.ids.eos for r, by_template in zip(responses, written, strict=True)]
+            responses = [r[:-1] if by_template else r for r, by_template in zip(responses, written, strict=True)]
         if not all(responses):
             return TokenRow(row.number, shares, "empty_response")
-        ended = [[*r, eos] for r in responses]
+        ended = [[*r, end] for r, end in zip(responses, ends, strict=True)]
         prompt, cut_responses, cut = self._fit(prompt, ended, row.place)
         if cut and self.cfg.on_overflow == "drop":
             return TokenRow(row.number, shares, "too_long")

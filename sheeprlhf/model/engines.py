@@ -38,7 +38,7 @@ class Engine(Protocol):
         uniforms: np.ndarray,
         *,
         temperature: float,
-        eos_id: int | None,
+        end_ids: Sequence[int],
         token_budget: int,
         stop: Stop | None = None,
         progress: Callable[[int], None] = lambda _: None,
@@ -52,7 +52,7 @@ class Engine(Protocol):
             uniforms: (P, K, N) float64 in [0, 1): all chance there is. An engine with a generator of its own seeds it
                 with the first number of the prompts that it samples after at a time.
             temperature: divides the logits; above 0.
-            eos_id: the token that ends a response; None: nothing does.
+            end_ids: tokens each of which ends a response; without any, nothing does.
             token_budget: about the most tokens that are held at a time.
             stop: called with a response's tokens so far; True ends it.
             progress: called with the number of responses that have just ended.
@@ -68,7 +68,7 @@ def hf_responses(
     uniforms: np.ndarray,
     *,
     temperature: float,
-    eos_id: int | None,
+    end_ids: Sequence[int],
     token_budget: int,
     stop: Stop | None = None,
     progress: Callable[[int], None] = lambda _: None,
@@ -78,7 +78,7 @@ def hf_responses(
     num_responses, num_new = uniforms.shape[1:]
     results: dict[int, Sampled] = {}
     lengths = [len(prompt) for prompt in prompts]
-    settings = _settings(num_responses, num_new, temperature, eos_id)
+    settings = _settings(num_responses, num_new, temperature, end_ids)
     for group in prompt_groups(lengths, num_responses, num_new, token_budget, shared=False):
         input_ids, attention_mask = left_padded([prompts[index] for index in group], settings.pad_token_id)
         width, watch = input_ids.shape[1], _Watch(temperature)
@@ -92,7 +92,7 @@ def hf_responses(
                 **no_router_logits(model),
             )
         ids_BN, logprobs_BN = output[:, width:].cpu().numpy(), watch.logprobs(output)
-        ended = [_ended(*row, eos_id, stop) for row in zip(ids_BN, logprobs_BN, strict=True)]
+        ended = [_ended(*row, end_ids, stop) for row in zip(ids_BN, logprobs_BN, strict=True)]
         results |= zip(group, _grouped(ended, num_responses), strict=True)
         progress(len(ended))
     return [results[index] for index in range(len(prompts))]
@@ -106,7 +106,7 @@ def continuous_responses(
     uniforms: np.ndarray,
     *,
     temperature: float,
-    eos_id: int | None,
+    end_ids: Sequence[int],
     token_budget: int,
     stop: Stop | None = None,
     progress: Callable[[int], None] = lambda _: None,
@@ -124,7 +124,7 @@ def continuous_responses(
         return []
     check_engine("continuous", model)
     num_responses, num_new = uniforms.shape[1:]
-    settings = _settings(num_responses, num_new, temperature, eos_id)
+    settings = _settings(num_responses, num_new, temperature, end_ids)
     longest = max(map(len, prompts)) + num_new
     at_once = max(1, min(len(prompts) * num_responses, token_budget // longest))
     page = _PAGES.get(model.device.type, _PAGE)
@@ -155,7 +155,7 @@ def continuous_responses(
                 "model, lower optim.lr, or compute in fabric.precision=32-true; generation.engine=native names the rows"
             )
         raise ModelError(f"continuous batching failed ({said[:200]}): give generation.engine=native or hf")
-    ended = [_ended(np.array(one.generated_tokens), np.array(one.logprobs), eos_id, stop) for one in outputs]
+    ended = [_ended(np.array(one.generated_tokens), np.array(one.logprobs), end_ids, stop) for one in outputs]
     progress(len(ended))
     return _grouped(ended, num_responses)
 
@@ -204,7 +204,7 @@ class _Watch(LogitsProcessor):
             self._taken.append(self._newest_BV.gather(1, taken_B[:, None])[:, 0])
 
 
-def _settings(num_responses: int, num_new: int, temperature: float, eos_id: int | None) -> GenerationConfig:
+def _settings(num_responses: int, num_new: int, temperature: float, end_ids: Sequence[int]) -> GenerationConfig:
     """Plain sampling, whole: no other default of transformers or of the model takes part."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0; nothing is sampled at 0")
@@ -215,8 +215,8 @@ def _settings(num_responses: int, num_new: int, temperature: float, eos_id: int 
         temperature=temperature,
         top_k=0,
         top_p=1.0,
-        eos_token_id=eos_id,
-        pad_token_id=0 if eos_id is None else eos_id,
+        eos_token_id=list(end_ids) or None,
+        pad_token_id=next(iter(end_ids), 0),
         use_cache=True,
     )
 
@@ -257,12 +257,12 @@ def _unlogged() -> Iterator[None]:
 
 
 def _ended(
-    ids: np.ndarray, logprobs: np.ndarray, eos_id: int | None, stop: Stop | None
+    ids: np.ndarray, logprobs: np.ndarray, end_ids: Sequence[int], stop: Stop | None
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """One response up to where EOS or `stop` ended it, with its log-probabilities, and whether one did."""
+    """One response up to where an end token or `stop` ended it, with its log-probabilities, and whether one did."""
     ids, logprobs = ids.astype(np.int32), logprobs.astype(np.float32)
     for number in range(1, len(ids) + 1):
-        if ids[number - 1] == eos_id or (stop is not None and stop(ids[:number])):
+        if ids[number - 1] in end_ids or (stop is not None and stop(ids[:number])):
             return ids[:number], logprobs[:number], True
     return ids, logprobs, False
 

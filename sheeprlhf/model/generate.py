@@ -18,19 +18,21 @@ from transformers import (
 from sheeprlhf.model.padded import no_router_logits
 from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
 
 
 def generation_config(cfg: GenConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """A complete GenerationConfig, so that nothing is taken from the model's own defaults."""
+    end_ids = end_token_ids(tokenizer)
     sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k} if cfg.do_sample else {}
     return GenerationConfig(
         max_new_tokens=cfg.max_new_tokens,
         num_beams=cfg.num_beams,
         do_sample=cfg.do_sample,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        eos_token_id=list(end_ids),
+        pad_token_id=end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         use_cache=True,
         **sampling,
     )
@@ -53,7 +55,7 @@ def generate_ids(
     cfg: GenConfig,
     stop: StopStrings | None = None,
 ) -> list[np.ndarray]:
-    """The tokens that the model writes after each prompt, up to EOS, which is among them, or `cfg.max_new_tokens`.
+    """The tokens that the model writes after each prompt, up to and including an end token, or `cfg.max_new_tokens`.
 
     Where a stop string ended one, special tokens may follow until the others have ended.
 
@@ -76,7 +78,7 @@ def generate_ids(
             stopping_criteria=StoppingCriteriaList([Stops(stop, width)] if stop else []),
             **no_router_logits(model),
         )
-    return [_to_eos(row, settings.eos_token_id) for row in output[:, width:].cpu().numpy()]
+    return [_to_end(row, settings.eos_token_id) for row in output[:, width:].cpu().numpy()]
 
 
 def left_padded(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +114,7 @@ class Stops(StoppingCriteria):
         return torch.tensor(ended, device=input_ids.device)
 
 
-def _to_eos(ids: np.ndarray, eos_id: int | None) -> np.ndarray:
-    """The tokens up to the first EOS, which stays."""
-    found = np.flatnonzero(ids == eos_id)
+def _to_end(ids: np.ndarray, end_ids: Sequence[int]) -> np.ndarray:
+    """The tokens up to the first end token, which stays."""
+    found = np.flatnonzero(np.isin(ids, end_ids))
     return ids[: found[0] + 1] if len(found) else ids

@@ -41,6 +41,7 @@ from sheeprlhf.model.pickled import converted_folder
 from sheeprlhf.model.template import check_templates
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.places import PICKLED, WEIGHTS_FILES
+from sheeprlhf.utils.end_tokens import set_configured_end_ids
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.header import TensorFacts
 from sheeprlhf.utils.hub import EMBEDDED
@@ -49,6 +50,7 @@ Say = Callable[[str], None]
 _HALF = {"F16": "float16", "BF16": "bfloat16"}  # number formats in the headers
 _CLASSES = ("ForSequenceClassification", "ForCausalLM", "LMHeadModel", "Model")  # what may have a score head
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
+_END_ID_FILES = ("generation_config.json", "config.json")
 _DROPOUT_KEY = re.compile(r"(drop|_pdrop$)")
 
 
@@ -142,6 +144,8 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     choose_template(tokenizer, cfg.chat_template)
     whose = f"repo_name={cfg.repo_name}" if cfg.chat_template is None else f"chat_template={cfg.chat_template}"
     check_templates(tokenizer, f"model.{whose}")
+    configs = [read_json(files.folder, name) for name in _END_ID_FILES if (files.folder / name).is_file()]
+    set_configured_end_ids(tokenizer, configs)
     return tokenizer
 
 

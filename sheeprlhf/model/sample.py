@@ -25,9 +25,9 @@ class Sampled(NamedTuple):
     """What was sampled after one prompt.
 
     Attributes:
-        responses: K arrays (R_k,) int32, R_k >= 1, ending in EOS if EOS came.
+        responses: K arrays (R_k,) int32, R_k >= 1, ending in an end token if one came.
         logprobs: K arrays (R_k,) float32, nats, log-probability of each token at the sampling temperature.
-        finished: K bools, whether EOS or a stop string ended it; else it was cut at the most new tokens.
+        finished: K bools, whether an end token or a stop string ended it; else it was cut at the most new tokens.
     """
 
     responses: tuple[np.ndarray, ...]
@@ -43,7 +43,7 @@ def sample_responses(
     uniforms: np.ndarray,
     *,
     temperature: float,
-    eos_id: int | None,
+    end_ids: Sequence[int],
     token_budget: int,
     stop: Callable[[np.ndarray], bool] | None = None,
     progress: Callable[[int], None] = lambda _: None,
@@ -62,7 +62,7 @@ def sample_responses(
         prompts: token ids of each prompt, (P_i,), P_i >= 1.
         uniforms: (P, K, most new tokens) float64 in [0, 1): which token is taken at each place.
         temperature: divides the logits; above 0.
-        eos_id: the token that ends a response; None: nothing does.
+        end_ids: tokens each of which ends a response; without any, nothing does.
         token_budget: most tokens of a forward pass over prompts, beyond one prompt's; HELD times as many are held at a
             time.
         stop: called with a response's tokens so far, after each one; True ends it.
@@ -90,7 +90,7 @@ def sample_responses(
         for group in groups:
             group_prompts = [prompts[index] for index in group]
             rows = PackedRows(model, token_budget) if packed else unpacked_rows(model)
-            sampled = _sample_group(rows, group_prompts, uniforms[group], draw_next, eos_id, stop, progress)
+            sampled = _sample_group(rows, group_prompts, uniforms[group], draw_next, end_ids, stop, progress)
             results |= zip(group, sampled, strict=True)
     return [results[index] for index in range(len(prompts))]
 
@@ -126,7 +126,7 @@ def _sample_group(
     prompts: Sequence[np.ndarray],
     uniforms_PKN: np.ndarray,
     draw_next: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    eos_id: int | None,
+    end_ids: Sequence[int],
     stop: Callable[[np.ndarray], bool] | None,
     progress: Callable[[int], None],
 ) -> list[Sampled]:
@@ -144,8 +144,7 @@ def _sample_group(
         next_B, logprobs_RN[index_B, step] = draw_next(logits_BV, uniforms_RN[index_B, step])
         ids_RN[live_B, step] = next_B.cpu().numpy()
         lengths_R[live_B] = step + 1
-        if eos_id is not None:
-            finished_R[live_B] = ids_RN[live_B, step] == eos_id
+        finished_R[live_B] = np.isin(ids_RN[live_B, step], end_ids)
         if stop is not None:
             for row in live_B[~finished_R[live_B]]:
                 finished_R[row] = stop(ids_RN[row, : step + 1])

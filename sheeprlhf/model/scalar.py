@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.model.load import backbone_and_head
+from sheeprlhf.utils.end_tokens import end_texts, end_tokens
 from sheeprlhf.utils.errors import ModelError
 
 HEAD = "score"  # the head's name in every decoder's classification model
@@ -53,18 +54,20 @@ def with_score_head(causal_lm: PreTrainedModel, padding_id: int) -> PreTrainedMo
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
     """A token that no text has and no response ends in: transformers scores the rightmost token that is another one.
 
-    The tokenizer's own padding unless that is EOS, else another special token, of those without a role too, else the
-    byte 0xFF, which UTF-8 never has, as byte-level tokenizers write it.
+    The tokenizer's own padding unless that is an end token, else another special token, of those without a role too,
+    else the byte 0xFF, which UTF-8 never has, as byte-level tokenizers write it.
 
     Raises:
         ModelError: there is no such token.
     """
     vocabulary = tokenizer.get_vocab()
-    taken = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, None)
+    taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, *end_texts(tokenizer), None}
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for token in (tokenizer.pad_token, *tokenizer.all_special_tokens, *added, "\u00ff", "<0xFF>"):
         if token not in taken and token in vocabulary:
             return str(token)
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, end_tokens(tokenizer).closing):
+        return str(tokenizer.pad_token)  # only the configuration lists it as an end token
     raise ModelError(
         "the model's tokenizer has no token for padding but EOS: set pad_token in its tokenizer_config.json"
     )

@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError
 
 _MARGIN = 8  # tokens before the tail: a decoder may drop the first one's space, or begin inside a character
@@ -33,6 +34,7 @@ class StopStrings:
                     f"generation.stop_strings: {string!r} is more than the special token {content!r}, which no text "
                     f"shows: give {content!r} alone"
                 )
+        self._end_ids = end_token_ids(tokenizer)
         self._tokenizer, self._special = tokenizer, np.array(list(special), dtype=np.int64)
         self._ids = frozenset(i for i, content in special.items() if content in strings)
         self._strings = tuple(strings)
@@ -57,8 +59,9 @@ class StopStrings:
         return self._found(self._decode(written[-self._tail :])) >= 0 and self._found(self._decode(written)) >= 0
 
     def text(self, ids: np.ndarray) -> str:
-        """The text of (R,) tokens without special ones, up to the first of the strings, which is left out."""
-        text = self._decode(ids)
+        """The text of (R,) tokens without special ones and the end token, up to the first string, which is left out."""
+        ended = len(ids) > 0 and int(ids[-1]) in self._end_ids  # it need not be a special token
+        text = self._decode(ids[:-1] if ended else ids)
         end = self._found(text)
         return text if end < 0 else text[:end]
 

@@ -3,7 +3,7 @@
 Letters: V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -22,15 +22,15 @@ from sheeprlhf.structure.generation import GenConfig
 
 @torch.no_grad()
 def stream_ids(
-    model: PreTrainedModel, prompt_ids: np.ndarray, cfg: GenConfig, *, eos_id: int | None, seed: int
+    model: PreTrainedModel, prompt_ids: np.ndarray, cfg: GenConfig, *, end_ids: Sequence[int], seed: int
 ) -> Iterator[int]:
-    """The tokens that `generate` would write after this prompt, each as soon as it is chosen; EOS is the last one.
+    """The tokens that `generate` would write after this prompt, each as soon as it is chosen; an end token is the last.
 
     Args:
         model: the language model, not wrapped, in eval mode.
         prompt_ids: (P,), P >= 1.
         cfg: how to sample; one beam.
-        eos_id: ends the response; None: `cfg.max_new_tokens` alone does.
+        end_ids: each ends the response; without any, `cfg.max_new_tokens` alone does.
         seed: of random numbers of its own, so that nothing that runs beside changes the response.
     """
     rng = torch.Generator(model.device).manual_seed(seed)
@@ -51,7 +51,7 @@ def stream_ids(
         else:
             token_1 = scores_1V.argmax(-1)
         yield int(token_1)
-        if int(token_1) == eos_id:
+        if int(token_1) in end_ids:
             return
         if left:
             logits_1V = rows.step(token_1)

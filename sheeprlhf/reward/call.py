@@ -26,9 +26,9 @@ class Texts(NamedTuple):
 
     Attributes:
         prompts: one a response.
-        responses: without EOS and stop string.
-        finished: EOS or a stop string ended the response; False if it was cut.
-        num_tokens: tokens of each response, EOS not counted, those of a stop string counted.
+        responses: without end token and stop string.
+        finished: an end token or a stop string ended the response; False if it was cut.
+        num_tokens: tokens of each response, the end token not counted, those of a stop string counted.
         columns: more of each row by name, one entry for each response, for example {"answer": [...]}.
     """
 

@@ -1,6 +1,6 @@
 """The built-in reward functions: `fn(prompts, responses, <columns>) -> scores`, one score a response.
 
-Responses come without the EOS token.
+Responses come without the end token.
 """
 
 import re

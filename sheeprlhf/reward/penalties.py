@@ -36,9 +36,9 @@ def penalty(cfg: RewardSourceConfig, response: str, *, finished: bool, num_token
 
     Args:
         cfg: has the sizes of the penalties.
-        response: its text, without EOS and stop string.
-        finished: the model ended it itself, with EOS or a stop string.
-        num_tokens: its length, EOS not counted.
+        response: its text, without end token and stop string.
+        finished: the model ended it itself, with an end token or a stop string.
+        num_tokens: its length, the end token not counted.
         max_tokens: the most that a response may have.
     """
     lost = 0.0 if finished else cfg.missing_eos_penalty

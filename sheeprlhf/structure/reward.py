@@ -26,7 +26,7 @@ class RewardSourceConfig(Config):
         0.0, "Subtracted from the score of a response that was cut before it ended.", minimum=0.0
     )
     min_response_length: int = option(
-        0, "A shorter response (EOS not counted) loses reward.short_penalty.", unit="tokens", minimum=0
+        0, "A shorter response (end token not counted) loses reward.short_penalty.", unit="tokens", minimum=0
     )
     short_penalty: float = option(
         1.0, "Subtracted from the score of a response below reward.min_response_length.", minimum=0.0
@@ -34,7 +34,7 @@ class RewardSourceConfig(Config):
     overlong_cache: int = option(
         0,
         "The last so many tokens before generation.max_new_tokens cost ever more, up to 1 (DAPO, arXiv 2503.14476, "
-        "eq. 13; EOS not counted); 0: nothing.",
+        "eq. 13; end token not counted); 0: nothing.",
         unit="tokens",
         minimum=0,
     )

@@ -30,6 +30,7 @@ from sheeprlhf.task.rollouts import (
     refuse_non_finite,
     sample,
 )
+from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ModelError, RewardError
 from sheeprlhf.utils.lightning import Fabric
 
@@ -112,7 +113,7 @@ class Collector:
             prompts,
             numbers,
             cfg.generation,
-            eos_id=self._tokenizer.eos_token_id,
+            end_ids=end_token_ids(self._tokenizer),
             stop=self._stop,
             token_budget=task.token_budget,
             packed=self._packed,

@@ -34,6 +34,7 @@ from sheeprlhf.model.scalar import padding_token
 from sheeprlhf.structure.places import data_is_here
 from sheeprlhf.structure.trained import POLICY, Trained
 from sheeprlhf.task.writer import load_trained_policy, load_trained_scorer
+from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.errors import ConfigError, DataError, ModelError
 
 LOADED = 1e-5  # of 1 + the largest logit, all in float32
@@ -150,9 +151,12 @@ def _rows(trained: Trained, tokenizer: PreTrainedTokenizerBase, model: Policy | 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, causal: bool) -> None:
     if causal:  # what a base model samples with by default was made for the base model
-        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        model.generation_config = GenerationConfig(**ids)
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+        listed = model.generation_config.eos_token_id
+        model.generation_config = GenerationConfig(**ids, eos_token_id=listed)
+        add_end_ids(model.generation_config, tokenizer)
     else:
+        add_end_ids(model.config, tokenizer)
         tokenizer.pad_token = padding_token(tokenizer)
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)

@@ -25,6 +25,7 @@ from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.task.batches import Batches, Rows
+from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import NonFiniteError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import phase
@@ -46,7 +47,7 @@ def sample(
     uniforms: np.ndarray,
     cfg: GenConfig,
     *,
-    eos_id: int | None,
+    end_ids: Sequence[int],
     stop: StopStrings,
     token_budget: int,
     packed: bool,
@@ -59,7 +60,7 @@ def sample(
         prompts: rows, of which the prompts are read.
         uniforms: (prompts, K, tokens) numbers of `drawn_numbers`.
         cfg: has the temperature and says who samples.
-        eos_id: ends a response.
+        end_ids: each ends a response.
         stop: ends one too.
         token_budget: most tokens that are held at a time.
         packed: whether the policy's batches are packed.
@@ -73,7 +74,7 @@ def sample(
             [prompts[row].prompt_ids for row in mine],
             uniforms[mine],
             temperature=cfg.temperature,
-            eos_id=eos_id,
+            end_ids=end_ids,
             token_budget=token_budget,
             stop=stop if stop else None,
             progress=bar.update,
@@ -100,22 +101,22 @@ def as_text(
     """The rollout's responses as text, each beside its prompt.
 
     The dataset's own responses are the column "reference", which is there if every one of `prompts` has one.
-    Sampled responses are cut before a stop string, whose tokens count.
+    End tokens are neither written nor counted. Sampled responses are cut before a stop string, whose tokens count.
     """
 
     def text(ids: np.ndarray) -> str:
         return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
-    group, eos_id = rollout.finished.shape[1], tokenizer.eos_token_id
+    group, end_ids, whole = rollout.finished.shape[1], end_token_ids(tokenizer), StopStrings((), tokenizer)
     responses = [response for row in rollout.rows for response in row.responses]
     columns = {}
     if all(prompt.responses for prompt in prompts):
-        columns["reference"] = [one for prompt in prompts for one in [text(prompt.responses[0])] * group]
+        columns["reference"] = [one for prompt in prompts for one in [whole.text(prompt.responses[0])] * group]
     return Texts(
         prompts=[one for prompt in prompts for one in [text(prompt.prompt_ids)] * group],
         responses=[stop.text(response) for response in responses],
         finished=rollout.finished.reshape(-1).tolist(),
-        num_tokens=[len(response) - int(response[-1] == eos_id) for response in responses],
+        num_tokens=[len(response) - int(response[-1] in end_ids) for response in responses],
         columns=columns,
     )
 

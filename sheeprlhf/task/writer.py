@@ -20,6 +20,7 @@ from sheeprlhf.model.stream import stream_ids
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.trained import Trained
 from sheeprlhf.task.start import load_of_run, load_trained_reward_model
+from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import move_data_to_device
 from sheeprlhf.utils.memory import phase
@@ -89,11 +90,11 @@ class Writer:
             room = self.positions - len(example.prompt_ids)
             cfg = dataclasses.replace(cfg, max_new_tokens=min(cfg.max_new_tokens, room))
         stop = StopStrings(self.form.stop, self.tokenizer)
-        eos_id = self.tokenizer.eos_token_id
+        end_ids = end_token_ids(self.tokenizer)
         ids: list[int] = []
         text = ""
         with phase("generation"):
-            for token in stream_ids(self.model, example.prompt_ids, cfg, eos_id=eos_id, seed=seed):
+            for token in stream_ids(self.model, example.prompt_ids, cfg, end_ids=end_ids, seed=seed):
                 ids.append(token)
                 written = np.array(ids)
                 ended = stop(written)

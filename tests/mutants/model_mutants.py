@@ -309,7 +309,7 @@ MUTANTS = [
     Mutant(  # generation never ends at EOS
         trap="15",
         file=_GENERATE,
-        old="        eos_token_id=tokenizer.eos_token_id,\n",
+        old="        eos_token_id=list(end_ids),\n",
         new="",
         tests=f"{_UNIT}generate.py::test_it_stops_at_eos",
     ),

@@ -82,7 +82,7 @@ MUTANTS = [
         trap="sampling: EOS",
         file=_SAMPLE,
         old="        lengths_R[live_B] = step + 1\n",
-        new="        lengths_R[live_B] = step + 1 - (ids_RN[live_B, step] == eos_id)\n",
+        new="        lengths_R[live_B] = step + 1 - np.isin(ids_RN[live_B, step], end_ids)\n",
         tests=f"{_UNIT}eos_is_part_of_the_response_and_ends_it",
     ),
     Mutant(  # cut counts as finished

@@ -42,12 +42,12 @@ def says(patch: pytest.MonkeyPatch, *texts: str) -> list[str]:
     tokenizer, prompts = byte_tokenizer(), []
     count = iter(range(1 << 30))
 
-    def stream(model: object, prompt_ids: Any, cfg: Any, *, eos_id: int, seed: int) -> Iterator[int]:
+    def stream(model: object, prompt_ids: Any, cfg: Any, *, end_ids: Any, seed: int) -> Iterator[int]:
         prompts.append(tokenizer.decode(prompt_ids.tolist()))
         ids = tokenizer(texts[next(count) % len(texts)], add_special_tokens=False, split_special_tokens=True)[
             "input_ids"
         ]
-        yield from [*ids, eos_id][: cfg.max_new_tokens]
+        yield from [*ids, end_ids[0]][: cfg.max_new_tokens]
 
     patch.setattr("sheeprlhf.task.writer.stream_ids", stream)
     return prompts

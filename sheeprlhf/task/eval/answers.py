@@ -25,6 +25,7 @@ from sheeprlhf.reward.call import Texts
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.rollouts import as_rollout, as_text, drawn_numbers, read_targets
+from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.lightning import Fabric
 
 NUMBER = (1 << 32) - 2  # of an evaluation's draws: no rollout and no validation of training samples with these
@@ -113,7 +114,7 @@ def _by_sampler(
         [row.prompt_ids for row in prompts],
         uniforms,
         temperature=how.temperature if samples or how.do_sample else 1.0,
-        eos_id=writer.tokenizer.eos_token_id,
+        end_ids=end_token_ids(writer.tokenizer),
         token_budget=cfg.task.token_budget,
         stop=stop if stop else None,
         progress=bar.update,
@@ -136,12 +137,13 @@ def _by_beams(
         rank=0,
         world_size=1,
     )
+    end_ids = end_token_ids(writer.tokenizer)
     found: dict[int, Sampled] = {}
     for part in parts:
         ids = [prompts[row].prompt_ids for row in part]
         written = generate_ids(writer.policy.causal_lm(), writer.tokenizer, ids, cfg.generation, stop)
         for row, response in zip(part, written, strict=True):
-            ended = response[-1] == writer.tokenizer.eos_token_id or (bool(stop) and stop(response))
+            ended = response[-1] in end_ids or (bool(stop) and stop(response))
             found[row] = Sampled((response.astype(np.int32),), (np.zeros(len(response), np.float32),), (bool(ended),))
         bar.update(len(part))
     return [found[row] for row in range(len(prompts))]

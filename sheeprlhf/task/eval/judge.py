@@ -23,6 +23,7 @@ from sheeprlhf.task.eval.interval import interval_of
 from sheeprlhf.task.eval.load import evaluated_split, rows_as
 from sheeprlhf.task.eval.preference import pairs_of_rows, scores_of_rows
 from sheeprlhf.task.rollouts import read_targets
+from sheeprlhf.utils.end_tokens import response_end
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 
@@ -125,16 +126,16 @@ class Judge:
         return read_targets(self._fabric, model, model, batches, rollout, "scoring").double().tolist()
 
     def _as_its_own(self, answers: Answers, tokenizer: PreTrainedTokenizerBase) -> Rollout:
-        """What others wrote, in the reward model's tokens: its own prompts, the texts, and EOS where they ended."""
+        """Responses of others in the reward model's tokens: its prompts, their texts, its end token if they ended."""
         if self._own_prompts is None:
             self._own_prompts = rows_as(self._fabric, self._cfg, tokenizer, answers.rollout.rows, self._say)
-        eos, finished = [tokenizer.eos_token_id], answers.texts.finished
+        group = answers.rollout.finished.shape[1]
+        ends = [end for row in self._own_prompts for end in [response_end(tokenizer, row.prompt_ids)] * group]
         ids = encode(tokenizer, answers.texts.responses)
         responses = [
-            np.array(part + eos if ended or not part else part, dtype=np.int32)
-            for part, ended in zip(ids, finished, strict=True)
+            np.array([*part, end] if ended or not part else part, dtype=np.int32)
+            for part, end, ended in zip(ids, ends, answers.texts.finished, strict=True)
         ]
-        group = answers.rollout.finished.shape[1]
         rows = tuple(
             prompt._replace(responses=tuple(responses[number * group : (number + 1) * group]))
             for number, prompt in enumerate(self._own_prompts)

@@ -44,6 +44,7 @@ from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import cell, save_result
 from sheeprlhf.task.held_out import distinct_pairs
 from sheeprlhf.task.rollouts import as_rollout, as_text
+from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 
@@ -165,9 +166,9 @@ def _of_run(
 
 def references_of(rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> Answers:
     """The dataset's own responses, as if somebody had answered so."""
-    eos = tokenizer.eos_token_id
+    end_ids = end_token_ids(tokenizer)
     ids = [row.responses[0] for row in rows]
-    own = [Sampled((part,), (np.zeros(len(part), np.float32),), (bool(part[-1] == eos),)) for part in ids]
+    own = [Sampled((part,), (np.zeros(len(part), np.float32),), (bool(part[-1] in end_ids),)) for part in ids]
     rollout = as_rollout(rows, own)
     return Answers(rollout, as_text(rollout, rows, tokenizer, StopStrings((), tokenizer)), tokenizer)
 

@@ -32,6 +32,7 @@ from sheeprlhf.task.eval.load import (
 from sheeprlhf.task.eval.plots import draw_bars
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.task.eval.rouge_metric import ROUGE_TYPES, Rouge
+from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -54,7 +55,8 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     if not fabric.is_global_zero:
         return
     prompts, responses, references = texts.prompts, texts.responses, texts.columns["reference"]
-    num_cut = sum(int(example.responses[0][-1] != tokenizer.eos_token_id) for example in examples)
+    end_ids = end_token_ids(tokenizer)
+    num_cut = sum(int(example.responses[0][-1] not in end_ids) for example in examples)
     if num_cut:
         say(f"{num_cut} references were cut at data.max_length={cfg.data.max_length}: only what is left counts")
     num_wordless = sum(re.search("[a-z0-9]", text.lower()) is None for text in references)

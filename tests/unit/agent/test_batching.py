@@ -151,7 +151,7 @@ def test_what_is_written_is_what_generate_writes(architecture: str, model_folder
         prompts,
         np.zeros((len(prompts), 2, 12)),
         temperature=1.0,
-        eos_id=None,
+        end_ids=[],
         token_budget=1000,
         packed=packed,
         top_k=1,
@@ -159,7 +159,7 @@ def test_what_is_written_is_what_generate_writes(architecture: str, model_folder
     for one, ids in zip(sampled, expected, strict=True):
         assert [response.tolist() for response in one.responses] == [ids, ids]
     how = GenConfig(max_new_tokens=12, do_sample=False)
-    assert list(stream_ids(model, prompts[1], how, eos_id=None, seed=0)) == expected[1]
+    assert list(stream_ids(model, prompts[1], how, end_ids=[], seed=0)) == expected[1]
     written = generate_ids(model, tokenizer, prompts, how)
     ends = [ids[: ids.index(257) + 1] if 257 in ids else ids for ids in expected]
     assert [ids.tolist() for ids in written] == [_until(ids, tokenizer.eos_token_id) for ids in ends]
@@ -193,7 +193,7 @@ def test_log_probabilities_of_the_engine_of_transformers(architecture: str, mode
     policy, _ = policy_of(model_folder(architecture))
     prompts = [row.prompt_ids for row in examples()]
     uniforms = np.random.default_rng(0).random((len(prompts), 2, 10))
-    sampled = hf_responses(policy.causal_lm(), prompts, uniforms, temperature=1.0, eos_id=None, token_budget=1000)
+    sampled = hf_responses(policy.causal_lm(), prompts, uniforms, temperature=1.0, end_ids=[], token_budget=1000)
     rows = [Example(0, prompt, one.responses) for prompt, one in zip(prompts, sampled, strict=True)]
     with torch.no_grad():
         trained_N = policy.eval()(collate_padded(rows, pad_id=0)).target_N

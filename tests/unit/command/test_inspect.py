@@ -177,7 +177,7 @@ def test_pairs_show_both_responses() -> None:
     view = Viewer(tokenizer, targets="response").view(example([1, 2], [3, tokenizer.eos_token_id], [4]))
     assert list(view.parts) == ["prompt", "chosen", "rejected"]
     assert "chosen ends in EOS" in view.facts
-    assert "rejected cut at data.max_length: no EOS" in view.facts
+    assert "rejected cut at data.max_length: no end token" in view.facts
 
 
 PAIRS = [{"prompt": "ab", "chosen": "de", "rejected": "d", "margin": 0.5}]
@@ -234,7 +234,7 @@ def test_ranked_responses_have_their_ranks(home: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     lines = shown(printed)
     assert "prompt 3 + response A 3 + response B 2 + response C 2 = 10 tokens, 3 scored" in lines[1]
-    assert "all responses end in EOS" in " ".join(lines[1:3])
+    assert "all responses end in an end token" in " ".join(lines[1:3])
     heads = [line for line in lines if line.endswith("):")]
     assert heads == [
         "response A (rank 1 of 3, the best):",
@@ -274,9 +274,9 @@ def test_cut_rows_say_so(home: Path, capsys: pytest.CaptureFixture) -> None:
     rows = [{"prompt": "abc", "response": "x" * 20}, {"prompt": "abc", "response": "y"}]
     run(words(home, rows, "data.max_length=10", "data.max_prompt_length=5"))
     printed = capsys.readouterr().out
-    assert "50.0% of the responses end in EOS" in printed
+    assert "50.0% of the responses end in an end token" in printed
     first, second = (" ".join(shown(printed, number)) for number in (1, 2))
-    assert "response cut at data.max_length: no EOS" in first
+    assert "response cut at data.max_length: no end token" in first
     assert "nothing of the prompt is left" in first
     assert "response ends in EOS" in second
     assert "WARNING" not in second

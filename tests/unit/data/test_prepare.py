@@ -143,7 +143,7 @@ def test_embedded_data_and_its_report(tmp_path: Path) -> None:
     assert prepared.splits["train"].lengths[0] == row.num_tokens()
     table = render_report(prepared.report)
     assert all(line.isascii() for line in table.splitlines())
-    assert "targets that end in EOS" in table
+    assert "targets with an end token" in table
 
 
 def test_a_second_start_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def test_a_file_of_both(tmp_path: Path) -> None:
     assert (split.unanswered, prepared.splits["validation"].unanswered) == (1, 1)
     assert (part["eos_share"], part["trained_tokens"], part["prompts_alone"]) == (1.0, 5, 1)
     table = [line.split() for line in render_report(prepared.report).splitlines()]
-    assert [*"targets that end in EOS".split(), "100.0%", "-"] in table
+    assert [*"targets with an end token".split(), "100.0%", "-"] in table
     assert [*"rows without a response".split(), "1", "1"] in table
 
 

@@ -42,7 +42,7 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def sample(name: str, model: PreTrainedModel, **given: Any) -> list[Sampled]:
-    settings = dict(prompts=PROMPTS, uniforms=UNIFORMS, temperature=0.7, eos_id=EOS, token_budget=120)
+    settings = dict(prompts=PROMPTS, uniforms=UNIFORMS, temperature=0.7, end_ids=[EOS], token_budget=120)
     return ENGINES[name](model, **settings | given)
 
 

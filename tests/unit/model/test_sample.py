@@ -1,6 +1,6 @@
 """Sampling against a loop without cache, batch or padding, and what it must not depend on or change."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def load(folder: Path, **options: Any) -> PreTrainedModel:
 
 def sample(model: PreTrainedModel, indices: Any = slice(None), **options: Any) -> list[Sampled]:
     prompts = [PROMPTS[index] for index in np.arange(len(PROMPTS))[indices]]
-    settings = dict(prompts=prompts, uniforms=UNIFORMS[indices], temperature=1.0, eos_id=EOS, token_budget=10**6)
+    settings = dict(prompts=prompts, uniforms=UNIFORMS[indices], temperature=1.0, end_ids=[EOS], token_budget=10**6)
     return sample_responses(model, **settings | options)
 
 
@@ -51,7 +51,7 @@ def assert_by_definition(
     *,
     prompts: list[np.ndarray] = PROMPTS,
     temperature: float = 1.0,
-    eos_id: int | None = EOS,
+    end_ids: Sequence[int] = (EOS,),
     stop: Stop = lambda _: False,
 ) -> None:
     """Every token against a plain forward pass of its prompt and response alone, in numpy's float64."""
@@ -69,7 +69,7 @@ def assert_by_definition(
             ]
             assert_array_equal(ids, expected)
             assert_allclose(logprobs, np.log(probabilities[np.arange(len(ids)), ids]), rtol=0, atol=1e-5)
-            ends = [token == eos_id or stop(ids[:number]) for number, token in enumerate(ids, 1)]
+            ends = [token in end_ids or stop(ids[:number]) for number, token in enumerate(ids, 1)]
             assert ends == [False] * (len(ids) - 1) + [finished]
             assert finished or len(ids) == len(uniforms_N)
 
@@ -105,12 +105,12 @@ def test_it_is_a_loop_without_cache_batch_or_padding(
 def test_rows_that_end_do_not_disturb_the_others(packed: bool, model_folder: ModelFolder) -> None:
     """They end one by one, one prompt's all at once, by EOS and by `stop`; an EOS inside a prompt ends nothing."""
     model = load(model_folder())
-    plain = sample(model, eos_id=None)
+    plain = sample(model, end_ids=[])
     later = [ids for found in plain[2:] for ids in found.responses if not ends_sometimes(ids[:4])]
     eos_id = int(later[0][3])  # where `stop` would go on
     told: list[int] = []
     prompts = [np.append(prompt, np.int32(eos_id)) for prompt in PROMPTS[:2]] + PROMPTS[2:]
-    options: dict[str, Any] = dict(prompts=prompts, eos_id=eos_id, stop=ends_sometimes)
+    options: dict[str, Any] = dict(prompts=prompts, end_ids=[eos_id], stop=ends_sometimes)
     sampled = sample(model, progress=told.append, packed=packed, **options)
     assert_by_definition(model, sampled, **options)
     assert any(ids[-1] == eos_id and not ends_sometimes(ids) for found in sampled for ids in found.responses)
@@ -121,15 +121,15 @@ def test_rows_that_end_do_not_disturb_the_others(packed: bool, model_folder: Mod
 
 def test_eos_is_part_of_the_response_and_ends_it(model_folder: ModelFolder) -> None:
     model = load(model_folder())
-    plain = sample(model, eos_id=None)
+    plain = sample(model, end_ids=[])
     assert all(len(ids) == 7 for found in plain for ids in found.responses)
     assert not any(finished for found in plain for finished in found.finished)
     eos_id = int(plain[0].responses[1][6])  # the last token that there is room for
-    [found] = sample(model, slice(0, 1), eos_id=eos_id)
+    [found] = sample(model, slice(0, 1), end_ids=[eos_id])
     assert found.responses[1][-1] == eos_id and found.finished[1]
     assert found.finished == tuple(eos_id in ids for ids in plain[0].responses)
     eos_id = int(plain[0].responses[1][0])
-    [found] = sample(model, slice(0, 1), eos_id=eos_id)
+    [found] = sample(model, slice(0, 1), end_ids=[eos_id])
     assert found.responses[1].tolist() == [eos_id] and found.finished[1]
 
 
@@ -144,7 +144,7 @@ def test_the_batch_its_order_and_its_cut_change_nothing(architecture: str, model
     single = sample(model, stop=ends_sometimes, uniforms=UNIFORMS[:, 1:2])
     alone = [Sampled(*(values[1:2] for values in found)) for found in expected]
     assert_equal(single, alone)
-    assert sample_responses(model, [], UNIFORMS[:0], temperature=1.0, eos_id=EOS, token_budget=1) == []
+    assert sample_responses(model, [], UNIFORMS[:0], temperature=1.0, end_ids=[EOS], token_budget=1) == []
 
 
 def test_groups_by_hand() -> None:

@@ -32,7 +32,7 @@ def loaded(folder):
 def test_it_writes_what_generate_writes(architecture, way, model_folder):
     folder = model_folder(architecture)
     cfg = GenConfig(max_new_tokens=12, **WAYS[way])
-    streamed = list(stream_ids(loaded(folder), PROMPT, cfg, eos_id=EOS, seed=7))
+    streamed = list(stream_ids(loaded(folder), PROMPT, cfg, end_ids=[EOS], seed=7))
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     torch.manual_seed(7)
     [expected] = generate_ids(plain, byte_tokenizer(), [PROMPT], cfg)
@@ -41,23 +41,23 @@ def test_it_writes_what_generate_writes(architecture, way, model_folder):
 
 def test_eos_ends_it_and_is_the_last_token(model_folder):
     model, cfg = loaded(model_folder("llama")), GenConfig(max_new_tokens=12, do_sample=True)
-    free = list(stream_ids(model, PROMPT, cfg, eos_id=None, seed=3))
+    free = list(stream_ids(model, PROMPT, cfg, end_ids=[], seed=3))
     assert len(free) == 12
     for token in {free[0], free[6], free[11]}:
         end = free.index(token) + 1
-        assert list(stream_ids(model, PROMPT, cfg, eos_id=token, seed=3)) == free[:end]
+        assert list(stream_ids(model, PROMPT, cfg, end_ids=[token], seed=3)) == free[:end]
 
 
 def test_it_uses_no_random_numbers_of_others(model_folder):
     model, cfg = loaded(model_folder("llama")), GenConfig(max_new_tokens=6, do_sample=True)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    stream = stream_ids(model, PROMPT, cfg, eos_id=None, seed=1)
+    stream = stream_ids(model, PROMPT, cfg, end_ids=[], seed=1)
     found = []
     for token in stream:
         found.append(token)
         torch.rand(3)
         assert torch.is_grad_enabled()
     torch.set_rng_state(before)
-    assert found == list(stream_ids(model, PROMPT, cfg, eos_id=None, seed=1))
+    assert found == list(stream_ids(model, PROMPT, cfg, end_ids=[], seed=1))
     assert torch.equal(torch.get_rng_state(), before)

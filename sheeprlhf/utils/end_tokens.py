@@ -1,0 +1,135 @@
+"""Tokens that end a response. The one place that knows them: samplers, data, rewards, evaluations and saving ask here.
+
+A model may end its turn with another token than its tokenizer's EOS: Gemma with `<end_of_turn>`, Llama 3 with
+`<|eot_id|>`. The set has the EOS, the `eos_token_id` of the model's configuration files, and the token with which the
+chat template closes an assistant turn. Imports neither torch nor transformers.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from itertools import dropwhile
+from typing import Any, NamedTuple
+
+_CONFIGURED = "sheeprlhf_configured_end_ids"  # attribute of a tokenizer: what the files beside it say
+_QUESTION, _ANSWER = "Is it warm?", "Yes, it is warm."
+
+
+class EndTokens(NamedTuple):
+    """The end tokens of a tokenizer and its model.
+
+    Attributes:
+        ids: all of them, the tokenizer's EOS first; empty if there is none.
+        closing: the one with which the chat template closes an assistant turn; None if it writes no single token.
+        ignored: ids that the configuration lists and that end nothing, since they are no control tokens of the
+            tokenizer: a text may contain them, or they are undefined.
+    """
+
+    ids: tuple[int, ...]
+    closing: int | None = None
+    ignored: tuple[int, ...] = ()
+
+
+def end_tokens(tokenizer: Any) -> EndTokens:
+    """The end tokens of a tokenizer that `load_tokenizer` returned; of another one without those of a configuration."""
+    control = control_tokens(tokenizer)
+    closing = _closing_token(tokenizer, str(getattr(tokenizer, "chat_template", None) or ""), len(tokenizer))
+    configured = getattr(tokenizer, _CONFIGURED, ())
+    known = [number for number in configured if number in control]
+    eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    others = sorted({*known, *([] if closing is None else [closing])} - set(eos))
+    return EndTokens((*eos, *others), closing, tuple(number for number in configured if number not in control))
+
+
+def end_token_ids(tokenizer: Any) -> tuple[int, ...]:
+    """`EndTokens.ids` of a tokenizer."""
+    return end_tokens(tokenizer).ids
+
+
+def set_configured_end_ids(tokenizer: Any, configs: Sequence[Mapping[str, Any]]) -> None:
+    """Note on a tokenizer the `eos_token_id` of its model's configuration files, each a number or a list of numbers.
+
+    Args:
+        tokenizer: of the model.
+        configs: contents of generation_config.json and config.json, as far as there are such files.
+    """
+    found: list[int] = []
+    for config in configs:
+        for part in (config, config.get("text_config")):  # the language part of a model that also sees images
+            value = part.get("eos_token_id") if isinstance(part, Mapping) else None
+            listed = value if isinstance(value, list | tuple) else [value]
+            found += [number for number in listed if isinstance(number, int) and not isinstance(number, bool)]
+    setattr(tokenizer, _CONFIGURED, tuple(dict.fromkeys(number for number in found if number >= 0)))
+
+
+def add_end_ids(config: Any, tokenizer: Any) -> None:
+    """Complete the `eos_token_id` of a configuration that is going to be saved beside the tokenizer.
+
+    Args:
+        config: a model's configuration or its generation configuration; ids that it lists stay.
+        tokenizer: of the model.
+    """
+    present = getattr(config, "eos_token_id", None)
+    listed = [*present] if isinstance(present, list | tuple) else [] if present is None else [present]
+    missing = [number for number in end_token_ids(tokenizer) if number not in listed]
+    if missing:
+        all_ids = [*listed, *missing]
+        config.eos_token_id = all_ids if len(all_ids) > 1 else all_ids[0]
+
+
+def response_end(tokenizer: Any, prompt_ids: Iterable[int]) -> int:
+    """The token that ends a complete response to a prompt: what the chat template writes, else the tokenizer's EOS.
+
+    Args:
+        tokenizer: has an EOS.
+        prompt_ids: a prompt in the chat template has control tokens after its first text; a plain one has none.
+    """
+    ends, control = end_tokens(tokenizer), control_tokens(tokenizer)
+    after_start = dropwhile(control.__contains__, map(int, prompt_ids))
+    templated = any(number in control for number in after_start)
+    return ends.closing if templated and ends.closing is not None else ends.ids[0]
+
+
+def control_tokens(tokenizer: Any) -> dict[int, str]:
+    """Texts of the tokens that the tokenizer defines outside of its vocabulary of text, by id."""
+    added = {int(number): token.content for number, token in tokenizer.added_tokens_decoder.items()}
+    special = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+    return {int(number): str(text) for number, text in special} | added
+
+
+def end_texts(tokenizer: Any) -> list[str]:
+    """How the end tokens are written."""
+    control = control_tokens(tokenizer)
+    return [control[number] for number in end_token_ids(tokenizer) if number in control]
+
+
+def first_end(text: str, texts: Sequence[str]) -> str | None:
+    """The end token that comes first in a rendered response; None if it has none.
+
+    Args:
+        text: what a chat template wrote.
+        texts: of `end_texts`.
+    """
+    places = [(place, -len(end), end) for end in texts if end and (place := text.find(end)) >= 0]
+    return min(places)[2] if places else None
+
+
+@lru_cache(maxsize=16)
+def _closing_token(tokenizer: Any, template: str, num_tokens: int) -> int | None:
+    """The token after an answer, found by rendering one; white space around it does not count.
+
+    Args:
+        tokenizer: whose template renders.
+        template: its text; it and the number of tokens are here for the cache, which every row of a dataset asks.
+        num_tokens: of the tokenizer.
+    """
+    if not template:
+        return None
+    talk = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = str(tokenizer.apply_chat_template(talk, tokenize=False))
+    except Exception:  # a template is somebody's program and raises anything; rendering a row reports it
+        return None
+    _, answer, after = text.rpartition(_ANSWER)
+    after = after.lstrip()
+    texts = sorted(control_tokens(tokenizer).items(), key=lambda token: -len(token[1]))
+    return next((number for number, content in texts if answer and content and after.startswith(content)), None)
