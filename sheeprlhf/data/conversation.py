@@ -45,6 +45,7 @@ class ConversationExample(NamedTuple):
         margin: how much better the chosen answer is.
         label: whether `response` is desirable.
         unused: names of the parts of the row that nothing reads.
+        own_turns: messages at the end of `context` that are not given as a prompt; answers among them can be learned.
     """
 
     context: tuple[Message, ...]
@@ -57,6 +58,7 @@ class ConversationExample(NamedTuple):
     margin: float = 0.0
     label: Any = None
     unused: tuple[str, ...] = ()
+    own_turns: int = 0
 
 
 def has_messages(row: Mapping[str, Any]) -> bool:
@@ -109,6 +111,25 @@ def read_conversation(row: Mapping[str, Any], *, as_prompt: bool = False) -> Con
     _check_strings(everything)
     margin = margin_of(row) if example.chosen is not None or example.ranked is not None else 0.0
     return example._replace(context=context, tools=tools, label=row.get("label"), margin=margin, unused=tuple(unused))
+
+
+def each_answer(example: ConversationExample) -> list[ConversationExample]:
+    """An example for each answer to learn of a conversation, in their order; the example itself if there is one alone.
+
+    Each has the messages before its answer as context, and those behind it as `following`.
+    """
+    if example.response is None or example.chosen is not None or example.ranked is not None:
+        return [example]
+    messages = (*example.context, example.response, *example.following)
+    first, last = len(example.context) - example.own_turns, len(example.context)
+    earlier = [
+        example._replace(
+            context=messages[:index], response=messages[index], following=messages[index + 1 :], unused=(), own_turns=0
+        )
+        for index in range(max(first, 1), last)
+        if is_answer(messages[index]) and is_trained(messages[index]) is not False
+    ]
+    return [*earlier, example]
 
 
 def render_example(
@@ -291,7 +312,11 @@ def _dialogue(messages: tuple[Message, ...], column: str, *, as_prompt: bool) ->
     last, target = answers[-1], trained[-1]
     unused = ("messages after the answer",) if target < len(messages) - 1 else ()
     return ConversationExample(
-        messages[:target], response=messages[target], following=messages[target + 1 : last + 1], unused=unused
+        messages[:target],
+        response=messages[target],
+        following=messages[target + 1 : last + 1],
+        unused=unused,
+        own_turns=target,
     )
 
 
@@ -337,11 +362,12 @@ def _context(
     if not all([*compared, *([response] if response is not None else [])]):
         raise DropRowError("empty_response")
     context = _before(compared or [response or ()], _prompt(row), messages, unused)
+    own: dict[str, Any] = {} if compared else {"own_turns": len(response or ()) - 1}
     shared = len(_common_start(compared)) if compared else 0
     ends = [one[shared:] if len(one) > 1 else one for one in compared]
     if any(len(end) != 1 or not is_answer(end[0]) for end in ends) or (response and not is_answer(response[-1])):
         raise DropRowError("more_than_one_answer")
-    own: dict[str, Any] = {"response": response[-1]} if response else {}
+    own |= {"response": response[-1]} if response else {}
     if ranked is not None:
         own["ranked"] = tuple(end[0] for end in ends)
     elif ends:

@@ -38,6 +38,7 @@ from sheeprlhf.data.report import (
     check_ids,
     check_targets,
     notes_on,
+    notes_on_conversations,
     notes_on_cuts,
     notes_on_ends,
     rows_kept,
@@ -200,6 +201,7 @@ def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder:
             *notes_on(report),
             *notes_on_cuts(report, cfg),
             *frequent.notes(divided=divides),
+            *notes_on_conversations(report, cfg),
             *notes_on_ends(tokenize.tokenizer),
         ]
         if not any(rows_kept(report, split) for split in TRAINING_SPLITS[tokenize.kind]):

@@ -40,10 +40,12 @@ class SplitCount:
         self.mismatches: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()
         self.untrained = 0
+        self.further = 0
 
     def add(self, row: TokenRow, dropped: str | None, duplicate: bool) -> None:
         """Count one row; `dropped` is the reason why it is left out."""
-        self.read += 1
+        self.read += not row.is_further
+        self.further += row.is_further
         self.duplicates += duplicate
         if dropped is not None:
             self.dropped[dropped] += 1
@@ -69,7 +71,7 @@ class SplitCount:
             split: the prepared rows; None if none was kept.
         """
         stored = self.kept + self.labels["pairs"]  # a pair of unpaired data becomes two rows
-        if self.kept + sum(self.dropped.values()) != self.read or (len(split) if split else 0) != stored:
+        if self.kept + sum(self.dropped.values()) != self.read + self.further or (len(split) if split else 0) != stored:
             raise AssertionError("rows are neither kept nor counted as dropped: this is a bug")
         part: Report = {
             "read": self.read,
@@ -86,6 +88,7 @@ class SplitCount:
             "prompt_mismatch_rows": self.mismatches["prompt"],
             "response_mismatch_rows": self.mismatches["response"],
             "untrained_answers": self.untrained,
+            "further_answers": self.further,
             "unused": dict(sorted(self.unused.items())),
             "trained_tokens": 0,
             "tokens": {},
@@ -221,6 +224,7 @@ def render_report(report: Report) -> str:
         "rows_with_margin": "rows with a margin (task=rm reads it)",
         "templated_rows": "rows in the chat template",
         "untrained_answers": "assistant messages before the last (not trained on)",
+        "further_answers": "further answers of these rows, each an example (data.train_on=all)",
         "duplicates": "duplicate rows",
         "special_token_rows": "rows with special-token text",
         "prompt_mismatch_rows": "rows whose prompt is not what its tokens decode to",
@@ -266,6 +270,16 @@ def _column_lines(report: Report) -> list[str]:
         parts = [f"{name if key == 'read_as' else printable([name])} ({rows:,} rows)" for name, rows in counts.items()]
         lines += [f"{label}: {', '.join(parts)}"] if parts else []
     return lines
+
+
+def notes_on_conversations(report: Report, cfg: DataConfig) -> list[str]:
+    """Options for conversations that this data or this kind of task makes no use of."""
+    notes = []
+    if cfg.train_on == "all" and report["kind"] != "sft":
+        notes.append("data.train_on=all is for task=sft; this task reads the last answer of a conversation")
+    if cfg.template_args and not any(part["templated_rows"] for part in report["splits"].values()):
+        notes.append("data.template_args is not used: no row went through the chat template")
+    return notes
 
 
 def rows_kept(report: Report, split: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sheeprlhf.data.conversation import ConversationExample, render_example
+from sheeprlhf.data.conversation import ConversationExample, each_answer, render_example
 from sheeprlhf.data.encoding import EncodedPair, PairEncoder, encode
 from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.data.labels import labelled
@@ -41,6 +41,7 @@ class TokenRow(NamedTuple):
         mismatch: what its ids do not decode to, "prompt" or "response"; empty if they do.
         unused: names of the parts of the row that nothing reads.
         untrained: answers of earlier turns, which are not learned.
+        is_further: the row has another answer before this one, which is an example of its own.
     """
 
     number: int
@@ -58,6 +59,7 @@ class TokenRow(NamedTuple):
     mismatch: str = ""
     unused: tuple[str, ...] = ()
     untrained: int = 0
+    is_further: bool = False
 
 
 class _Pieces(NamedTuple):
@@ -72,6 +74,11 @@ class _Pieces(NamedTuple):
     desirable: tuple[bool, ...]
     unused: tuple[str, ...]
     untrained: int
+    is_further: bool = False
+
+    def dropped(self, reason: str) -> TokenRow:
+        """The row, dropped."""
+        return TokenRow(self.row.number, self.shares, reason, is_further=self.is_further)
 
 
 class SpecialIds:
@@ -127,7 +134,7 @@ class RowTokenizer:
 
     def __call__(self, rows: Sequence[Row]) -> list[TokenRow]:
         """Format, tokenise and cut the rows of a batch."""
-        formatted = [self._format(row) for row in rows]
+        formatted = [one for row in rows for one in self._format(row)]
         kept = [piece for piece in formatted if isinstance(piece, _Pieces)]
         encoded: dict[bool, Iterator[EncodedPair]] = {}
         for templated in (False, True):
@@ -136,26 +143,39 @@ class RowTokenizer:
             encoded[templated] = iter(self._encode(*texts, control_tokens=templated))
         return [self._finish(p, next(encoded[p.templated])) if isinstance(p, _Pieces) else p for p in formatted]
 
-    def _format(self, row: Row) -> _Pieces | TokenRow:
-        """The texts of a row, or the row dropped with its reason."""
+    def _format(self, row: Row) -> list[_Pieces | TokenRow]:
+        """The texts of a row's examples, or the row dropped with its reason."""
         nowhere = split_shares(self.cfg.split_seed, "")
         try:
-            example = self.format_row(row.values, self.tokenizer)
-            if isinstance(example, ConversationExample):
-                example = render_example(example, self.tokenizer, self.cfg.template_args)
-            if example is None:
-                return TokenRow(row.number, nowhere, "not_wanted")
-            responses, desirable = labelled(example) if self.kind == "unpaired" else (self._responses(example), ())
+            examples = self._examples(row)
+            if not examples:
+                return [TokenRow(row.number, nowhere, "not_wanted")]
+            shares = split_shares(self.cfg.split_seed, examples[0].prompt)
+            if shares in self.divided:
+                shares = split_shares(self.cfg.split_seed, raw_text(row.values))
+            made = [self._texts(row, example, shares) for example in examples]
+            return [made[0], *(one._replace(is_further=True, unused=()) for one in made[1:])]
         except DropRowError as reason:
-            return TokenRow(row.number, nowhere, str(reason))
+            return [TokenRow(row.number, nowhere, str(reason))]
         except MissingColumnError as error:
             present = [name for name, value in row.values.items() if value is not None]
             raise DataError(f"{row.place}: {error}; {column_advice(present, row.others)}") from None
         except DataError as error:
             raise DataError(f"{row.place}: {error}") from None
-        shares = split_shares(self.cfg.split_seed, example.prompt)
-        if shares in self.divided:
-            shares = split_shares(self.cfg.split_seed, raw_text(row.values))
+
+    def _examples(self, row: Row) -> list[PreferenceExample]:
+        """The examples of a row: one, or none if it is not wanted, or one for each answer of a conversation."""
+        example = self.format_row(row.values, self.tokenizer)
+        if not isinstance(example, ConversationExample):
+            return [] if example is None else [example]
+        every = self.kind == "sft" and self.cfg.train_on == "all"
+        wanted = each_answer(example) if every else [example]
+        rendered = [render_example(one, self.tokenizer, self.cfg.template_args) for one in wanted]
+        return [one._replace(untrained=0) if every else one for one in rendered]
+
+    def _texts(self, row: Row, example: PreferenceExample, shares: tuple[float, float]) -> _Pieces | TokenRow:
+        """The texts of an example that is worth tokenising."""
+        responses, desirable = labelled(example) if self.kind == "unpaired" else (self._responses(example), ())
         if not example.prompt.strip():
             return TokenRow(row.number, shares, "empty_prompt")
         if not all(response.strip() for response in responses):
@@ -194,7 +214,7 @@ class RowTokenizer:
         prompt, responses, mismatch = ids
         ends = [self.ids.eos] * len(responses)
         if not prompt:
-            return TokenRow(row.number, shares, "empty_prompt")
+            return pieces.dropped("empty_prompt")
         if not (pieces.templated and self._begins_with_bos(prompt)):
             prompt = self.ids.bos + prompt
         if pieces.templated:  # the template's own end token stays; one that writes none gets EOS
@@ -202,18 +222,18 @@ class RowTokenizer:
             ends = [r[-1] if by_template else self.ids.eos for r, by_template in zip(responses, written, strict=True)]
             responses = [r[:-1] if by_template else r for r, by_template in zip(responses, written, strict=True)]
         if not all(responses):
-            return TokenRow(row.number, shares, "empty_response")
+            return pieces.dropped("empty_response")
         ended = [[*r, end] for r, end in zip(responses, ends, strict=True)]
         prompt, cut_responses, cut = self._fit(prompt, ended, row.place)
         if cut and self.cfg.on_overflow == "drop":
-            return TokenRow(row.number, shares, "too_long")
+            return pieces.dropped("too_long")
         if "response" in cut and self.cfg.max_length - len(prompt) < self.cfg.minimum_response_length:
-            return TokenRow(row.number, shares, "no_room_for_response")
+            return pieces.dropped("no_room_for_response")
         with_eos = [len(r) == len(whole) for r, whole in zip(cut_responses, ended, strict=True)]
         if responses and min(map(len, responses)) < self.cfg.minimum_response_length:
-            return TokenRow(row.number, shares, "too_short")
+            return pieces.dropped("too_short")
         if self._same([tuple(r) for r in cut_responses]):
-            return TokenRow(row.number, shares, "same_responses")
+            return pieces.dropped("same_responses")
         texts = (pieces.prompt, *pieces.responses)
         special = not pieces.templated and any(special in text for text in texts for special in self.ids.texts)
         return TokenRow(
@@ -231,6 +251,7 @@ class RowTokenizer:
             mismatch=mismatch,
             unused=pieces.unused,
             untrained=pieces.untrained,
+            is_further=pieces.is_further,
         )
 
     def _begins_with_bos(self, prompt: list[int]) -> bool:

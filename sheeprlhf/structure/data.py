@@ -40,6 +40,11 @@ class DataConfig(Config):
     minimum_response_length: int = option(2, "Shorter responses are dropped.", unit="tokens", minimum=1)
     remove_same_inputs: bool = option(True, "Keep the first of the rows that have the same prompt and response.")
     remove_same_responses: bool = option(True, "Drop pairs whose chosen and rejected responses are equal.")
+    train_on: str = option(
+        "last",
+        "Answers of a conversation that task=sft learns: the last, or all. None that is marked with weight 0 counts.",
+        choices=("last", "all"),
+    )
     template_args: Any = option(
         None, "Variables for the model's chat template, such as {enable_thinking: false}; null gives none."
     )

@@ -226,6 +226,54 @@ def test_a_message_marked_bad_is_never_a_target(key: str) -> None:
         run({"messages": [USER, ANSWER | {key: 0.5}]})
 
 
+def test_all_answers_of_a_conversation(tmp_path: Path) -> None:
+    more, third = USER | {"content": "more"}, {"role": "assistant", "content": "well"}
+    rows = [{"messages": [USER, ANSWER, more, OTHER, more, third]}]
+    rows.append({"messages": [USER, ANSWER | {"weight": 0}, more, OTHER | {"weight": 1}]})
+    tokenizer = byte_tokenizer(template=CHAT)
+    prepared = prepare(local(tmp_path, rows, train_on="all", validation_split=0.5), tokenizer)
+    first = turn("user", "ask") + turn("assistant", "yes") + turn("user", "more")
+    second = first + turn("assistant", "no") + turn("user", "more") + ASKED
+    whole = [(QUESTION, f"yes{END}"), (first + ASKED, f"no{END}"), (second, f"<think></think>well{END}")]
+    marked = [(first + ASKED, f"<think></think>no{END}")]
+    by_split = [texts(prepared, tokenizer, split) for split in ("train", "validation")]
+    assert sorted([*by_split[0], *by_split[1]]) == sorted(whole + marked)
+    assert any(set(whole) <= set(found) for found in by_split)  # one row, one split
+    parts = prepared.report["splits"].values()
+    counts = {key: sum(part[key] for part in parts) for key in ("read", "kept", "further_answers", "untrained_answers")}
+    assert counts == {"read": 2, "kept": 4, "further_answers": 2, "untrained_answers": 0}
+
+
+def test_answers_in_a_given_prompt_are_never_learned() -> None:
+    row = {"prompt": [USER, ANSWER, USER], "response": [OTHER, USER, ANSWER]}
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    limits = {"minimum_response_length": 1, "max_length": 2048, "max_prompt_length": 2000}
+    made = RowTokenizer(LocalDataConfig(train_on="all", **limits), tokenizer, "sft")([Row(0, "f line 1", row)])
+    assert [tokenizer.decode(one.tokens[one.sizes[0] :]) for one in made] == [f"no{END}", f"yes{END}"]
+
+
+def test_a_template_that_writes_earlier_answers_in_another_way_is_followed_turn_by_turn() -> None:
+    """Two answers behind one question: the first has its thoughts until a later question is asked."""
+    since = (
+        "{% set at = namespace(question=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set at.question = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.index0 > at.question %}<think>{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    talk = [USER, OTHER, {"role": "tool", "content": "3"}, ANSWER, USER, ANSWER]
+    tokenizer = byte_tokenizer(template=since)
+    limits = {"minimum_response_length": 1, "max_length": 2048, "max_prompt_length": 2000}
+    made = RowTokenizer(LocalDataConfig(train_on="all", **limits), tokenizer, "sft")(
+        [Row(0, "f line 1", {"messages": talk})]
+    )
+    second = turn("user", "ask") + turn("assistant", "<think>no") + turn("tool", "<think>3") + ASKED
+    found = [[tokenizer.decode(ids) for ids in np.split(one.tokens, [one.sizes[0]])] for one in made]
+    assert found[:2] == [[QUESTION, f"no{END}"], [second, f"<think>yes{END}"]]
+    for prompt, answer in found[1:]:  # each is what the template writes for the messages up to it
+        number = 3 if answer == found[1][1] and prompt == second else 5
+        assert render_chat(tokenizer, talk[: number + 1]) == f"{prompt}{answer}\n"
+
+
 REFUSED = {
     "tools": ({"messages": [USER, ANSWER], "tools": TOOLS}, "column 'tools'"),
     "calls": ({"messages": [USER, ANSWER | {"tool_calls": [CALL]}]}, "key 'tool_calls'"),
