@@ -21,6 +21,7 @@ from sheeprlhf.command.screen import print_error
 from sheeprlhf.command.words import PLOT, Words, split_words, verb_problem
 from sheeprlhf.utils.errors import ConfigError, Interrupted, SheepError
 from sheeprlhf.utils.processes import heard_interrupts, ignore_interrupts, ignored, just_interrupted
+from sheeprlhf.utils.quiet import silence_libraries
 
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
 _SECONDS_FOR_RANK_ZERO = 8.0
@@ -109,6 +110,7 @@ def _dispatch(arguments: list[str]) -> int:
     if verb is None:
         print_overview()
         return 0
+    silence_libraries()
     if verb not in HYDRA_VERBS:
         plain = [word for word in rest if word.casefold() != "debug=true"]
         return importlib.import_module(f"sheeprlhf.command.{verb}").run(plain)

@@ -25,16 +25,10 @@ from sheeprlhf.utils.files import disk_full
 from sheeprlhf.utils.floors import check_versions
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.processes import die_with_parent
+from sheeprlhf.utils.quiet import silence_libraries
 
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
 _LAUNCHER = "SHEEPRLHF_LAUNCHER"  # in the environment: the process that starts the other ranks
-_QUIET = {
-    "TOKENIZERS_PARALLELISM": "false",  # its threads and our forked workers do not go together
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DATASETS_VERBOSITY": "error",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
 
 
 class Job(NamedTuple):
@@ -88,7 +82,7 @@ def launch(config: RootConfig, job: Job) -> int:
         launcher = os.environ.get(_LAUNCHER)
         die_with_parent(None if launcher is None else int(launcher))
     if isinstance(config, CommandConfig):
-        _be_quiet()
+        silence_libraries()
         if isinstance(config, InspectConfig):
             _find(config)
         return _entry(config.entry_point)(config)
@@ -124,7 +118,7 @@ def launch(config: RootConfig, job: Job) -> int:
 
 def _find(config: TrainConfig | EvalConfig | InspectConfig) -> None:
     """Rank zero only: if model or data are not to be had, fail before a directory is made and torch is imported."""
-    _be_quiet()
+    silence_libraries()
     if config.model is not None:
         found = locate(config.model)
         if found.note:
@@ -193,7 +187,7 @@ def _choose_dir(config: TrainConfig, given: str | None) -> Path:
 
 def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
     """All ranks: one process becomes all of them here."""
-    _be_quiet()
+    silence_libraries()
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -212,12 +206,6 @@ def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
     task(fabric, config, Path(folder)) if isinstance(config, TrainConfig) else task(fabric, config)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _be_quiet() -> None:
-    """Before the libraries are imported: what they would print or send by themselves."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
 
 
 def _entry(point: str) -> Any:

@@ -282,5 +282,6 @@ def _peft_warnings_ignored() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match")  # patterns that PEFT itself adds
         warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|no longer tied)")
         yield

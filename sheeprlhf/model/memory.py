@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from sheeprlhf.model.attention import placeholder_mask
@@ -179,7 +180,11 @@ def _kept_bytes(model: Any, mixed: torch.dtype | None) -> tuple[int, int, Tensor
         return tensor
 
     backbone, _ = backbone_and_head(model)
-    with interrupts_wait(), FakeTensorMode(allow_non_fake_inputs=True):  # cut short, it would end the process
+    with (
+        interrupts_wait(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _GroupedProducts(),
+    ):  # cut short, it would end the process
         own = {
             name: torch.empty_like(tensor, device="cpu").requires_grad_(tensor.requires_grad)
             for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]
@@ -196,6 +201,23 @@ def _kept_bytes(model: Any, mixed: torch.dtype | None) -> tuple[int, int, Tensor
         sizes = [tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights]
     of_tokens = sum(size for size in sizes if size % _TOKENS == 0)
     return sum(sizes) - of_tokens, of_tokens // _TOKENS, hidden
+
+
+class _GroupedProducts(TorchFunctionMode):
+    """Computes products of a mixture of experts with one of their matrices, which gives tensors of the same shapes.
+
+    torch has shapes for its own function in bfloat16 alone. For tensors without content in another number format it
+    prints a traceback, although it computes such products of real ones. Both keep the rows for the backward pass.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The product of rows and matrices as (S, K) @ (K, N), with one of the matrices."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in ("grouped_mm", "_grouped_mm"):
+            return func(*args, **kwargs)
+        rows_SK, weight_EKN = args[:2]
+        with torch.autocast(rows_SK.device.type, enabled=False):  # torch does not cast these
+            return rows_SK @ weight_EKN[0]
 
 
 def optimizer_bytes(cfg: OptimizerConfig, size: ModelSize) -> int:

@@ -1,11 +1,12 @@
 """Who says what a response is worth: `reward=`, and how far a reward model among it may be believed."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sheeprlhf.agent.batching import choose_packed
 from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.data.encoding import encode
@@ -69,7 +70,7 @@ class Judge:
         self._fabric, self._cfg, self._longest, self._say = fabric, cfg, longest, say
         self._rule = cfg.data.rule_reward
         self.has_model = needs_model(cfg.reward, self._rule)
-        self._loaded: tuple[RewardModel, bool, PreTrainedTokenizerBase] | None = None
+        self._loaded: tuple[RewardModel, bool, int] | None = None
         self._own_prompts: list[Example] | None = None
 
     def name(self) -> str:
@@ -111,17 +112,17 @@ class Judge:
         except DataError as error:
             self._say(f"the reward model's accuracy is unknown, as there are no pairs to ask it about: {error}")
             return None
-        model, packed, _ = self._model(max(self._longest, longest_row({"": split})))
+        model, packed = self._model(max(self._longest, longest_row({"": split})))
         scores_S = scores_of_rows(self._fabric, model, task, split, packed=packed, num_rows=task.num_samples)
         chosen_P, rejected_P, _ = pairs_of_rows(scores_S, split.sizes[:, 1:], task.num_samples)
         right_P = (chosen_P > rejected_P) + 0.5 * (chosen_P == rejected_P)
         return Trust(*interval_of(right_P, seed=cfg.seed), len(right_P))
 
     def _scores_of_model(self, answers: Answers) -> list[float]:
-        rollout = answers.rollout
-        model, packed, tokenizer = self._model(self._longest)
+        rollout, tokenizer = answers.rollout, load_reward_tokenizer(self._cfg)
         if answers.tokenizer.get_vocab() != tokenizer.get_vocab():
             rollout = self._as_its_own(answers, tokenizer)
+        model, packed = self._model(max(self._longest, _longest(rollout)))
         batches = Batches(self._fabric, self._cfg.task, packed=packed, targets="last")
         return read_targets(self._fabric, model, model, batches, rollout, "scoring").double().tolist()
 
@@ -142,10 +143,21 @@ class Judge:
         )
         return dataclasses.replace(answers.rollout, rows=rows, tokens={})
 
-    def _model(self, longest: int) -> tuple[RewardModel, bool, PreTrainedTokenizerBase]:
+    def _model(self, longest: int) -> tuple[RewardModel, bool]:
+        """The reward model, and whether rows of this length are packed; longer ones than before decide anew."""
         if self._loaded is None:
             tokenizer = load_reward_tokenizer(self._cfg)
             model, packed = load_separate_reward_model(self._cfg, tokenizer, longest=longest, say=self._say)
             place(self._fabric, model)  # onto the device, in the precision asked for
-            self._loaded = model, packed, tokenizer
-        return self._loaded
+            self._loaded = model, packed, longest
+        model, packed, before = self._loaded
+        if longest > before:
+            how: dict[str, Any] = {"batching": self._cfg.task.batching, "say": self._say}
+            packed = packed and choose_packed(model, model.classifier(), longest=longest, **how)
+            self._loaded = model, packed, longest
+        return model, packed
+
+
+def _longest(rollout: Rollout) -> int:
+    """Tokens of the longest prompt with one of its responses."""
+    return max(len(row.prompt_ids) + max(map(len, row.responses)) for row in rollout.rows)
