@@ -180,11 +180,7 @@ def _kept_bytes(model: Any, mixed: torch.dtype | None) -> tuple[int, int, Tensor
         return tensor
 
     backbone, _ = backbone_and_head(model)
-    with (
-        interrupts_wait(),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        _GroupedProducts(),
-    ):  # cut short, it would end the process
+    with interrupts_wait(), FakeTensorMode(allow_non_fake_inputs=True):  # cut short, it would end the process
         own = {
             name: torch.empty_like(tensor, device="cpu").requires_grad_(tensor.requires_grad)
             for name, tensor in [*backbone.named_parameters(), *backbone.named_buffers()]
@@ -195,7 +191,7 @@ def _kept_bytes(model: Any, mixed: torch.dtype | None) -> tuple[int, int, Tensor
             layout = SimpleNamespace(segments=((1, (_TOKENS - 1,)),), max_key=_TOKENS)
             inputs |= {"layout": layout, "attention_mask": placeholder_mask(ids)}
         autocast = torch.autocast("cpu", mixed) if mixed is not None else nullcontext()
-        with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with autocast, _GroupedProducts(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             hidden = functional_call(backbone, own, kwargs=inputs).last_hidden_state
         weights = {tensor.untyped_storage()._cdata for tensor in own.values()}
         sizes = [tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights]
