@@ -6,6 +6,7 @@ A *segment* is one prompt with K >= 1 responses; the prompt is stored and comput
 (K = 0) becomes a segment when its responses are sampled.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,6 +51,7 @@ class Example(NamedTuple):
             for a prompt alone.
         margin: how far apart the scores of two neighbours should be at least.
         desirable: False for a response of unpaired data that is to become less likely.
+        columns: columns of the row's file that reward functions get; None if they get none.
     """
 
     row_id: int
@@ -57,6 +59,7 @@ class Example(NamedTuple):
     responses: tuple[np.ndarray, ...]
     margin: float = 0.0
     desirable: bool = True
+    columns: Mapping[str, Any] | None = None
 
     def num_tokens(self) -> int:
         """Tokens computed for this row when the prompt is shared."""

@@ -20,7 +20,7 @@ from sheeprlhf.data.rows import (
     mapping_text,
     printable,
 )
-from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.structure.data import DataConfig, KeptColumns, LocalDataConfig
 from sheeprlhf.utils.errors import DataError
 
 PAIRS = {  # prompt column -> response column, of plain rows made for other projects
@@ -37,6 +37,8 @@ _LISTS = (*CONVERSATION_COLUMNS, "responses")  # csv and parquet may hold them a
 SCORES = ("score_chosen", "score_rejected")  # their difference is the margin of a pair
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # counted in parquet files, never read
 
+_NOTHING_KEPT = KeptColumns()
+
 Sources = dict[str, tuple[str, ...]]
 
 
@@ -45,18 +47,21 @@ class RowLayout:
 
     Attributes:
         columns: names of all columns that may be read.
+        kept: columns that are stored beside the tokens.
+        available: names of all columns of the rows so far; whoever wants those of one split clears it before.
         unread: rows that have a value in a column that is not read, by the column's name.
         sources: rows in which a text was made of columns of other names, by a description.
         numbers: rows in which a whole number was read as text, by column.
     """
 
-    def __init__(self, cfg: DataConfig, kind: str, more: Sequence[str] = ()) -> None:
+    def __init__(self, cfg: DataConfig, kind: str, more: Sequence[str] = (), kept: KeptColumns = _NOTHING_KEPT) -> None:
         """Prepare for one dataset.
 
         Args:
             cfg: the data options.
             kind: as for `prepare_data`.
             more: names of columns to read besides those of the row formats.
+            kept: columns that are stored beside the tokens, under the names that the files have.
         """
         self._own_files, self._kind = isinstance(cfg, LocalDataConfig), kind
         self._more = (*cfg.read_columns, *more)
@@ -70,7 +75,10 @@ class RowLayout:
             self._ignored = frozenset(cfg.ignore_columns)
             names += [*PAIRS, *PAIRS.values(), INPUT, *(name for name in MEANING_COLUMNS if name not in _MEDIA)]
             names += [name for of in self._given.values() for name in of]
-        self.columns = tuple(name for name in dict.fromkeys(names) if name not in self._ignored)
+        self.columns = tuple(name for name in dict.fromkeys(names) if name not in self._ignored or name in kept.names)
+        self.columns += tuple(name for name in kept.names if name not in self.columns)
+        self.kept = kept
+        self.available: dict[str, None] = {}
         self.unread: Counter[str] = Counter()
         self.sources: Counter[str] = Counter()
         self.numbers: Counter[str] = Counter()
@@ -84,6 +92,7 @@ class RowLayout:
                 adds the place.
         """
         self._seen.update(values)
+        self.available.update(dict.fromkeys(values))
         values = {name: value for name, value in values.items() if name not in self._ignored}
         sources = self._sources(values) if self._own_files else {}
         used = {name for of in sources.values() for name in of}
@@ -97,13 +106,24 @@ class RowLayout:
         for name, of in sources.items():
             if any(column in values for column in of):
                 row[name] = _joined(values, of)
-        unread = tuple(name for name, value in values.items() if name not in as_named | used and has_value(value))
+        used_up = as_named | used | set(self.kept.names)
+        unread = tuple(name for name, value in values.items() if name not in used_up and has_value(value))
         if self._own_files and any(row.get(name) is not None for name in ("prompt", *CONVERSATION_COLUMNS)):
             self._check_meaning(unread, row, sources)  # a row without either is an error of its own
         if self._own_files:
             self._convert(row)
         self._count(row, values, unread, sources)
         return row, unread
+
+    def kept_of(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns of one row that are stored beside the tokens, as the file has them."""
+        if self.kept.every:
+            return dict(values)
+        return {name: values[name] for name in self.kept.names if name in values}
+
+    def columns_of(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The columns to read of a file that has columns of these names."""
+        return tuple(dict.fromkeys([*self.columns, *names])) if self.kept.every else self.columns
 
     def count_columns(self, counts: Mapping[str, int]) -> None:
         """Count columns that the reader of a file left out.
@@ -115,6 +135,7 @@ class RowLayout:
             DataError: one of them changes what a row means.
         """
         self._seen.update(counts)
+        self.available.update(dict.fromkeys(counts))
         counted = {name: rows for name, rows in counts.items() if rows and name not in self._ignored}
         if self._own_files:
             self._check_meaning(tuple(counted), {}, {})

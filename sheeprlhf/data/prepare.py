@@ -46,12 +46,13 @@ from sheeprlhf.data.report import (
 )
 from sheeprlhf.data.store import SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
-from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.structure.data import DataConfig, KeptColumns
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.folders import discard, locked, written_folder
 from sheeprlhf.utils.processes import BoundToThis, start_bound
 
-FORMAT_VERSION = 8  # raise it whenever the code makes other rows, or another report, of the same input
+FORMAT_VERSION = 9  # raise it whenever the code makes other rows, or another report, of the same input
+_NOTHING_KEPT = KeptColumns()
 _PREFERENCES = ("train", "reward")
 TRAINING_SPLITS = {
     "sft": ("train",),
@@ -79,7 +80,13 @@ class PreparedData(NamedTuple):
 
 
 def prepare_data(
-    cfg: DataConfig, tokenizer: Any, *, kind: str, say: Callable[[str], None], progress: bool
+    cfg: DataConfig,
+    tokenizer: Any,
+    *,
+    kind: str,
+    say: Callable[[str], None],
+    progress: bool,
+    kept: KeptColumns = _NOTHING_KEPT,
 ) -> PreparedData:
     """Any rank, any number of processes at once: the first prepares, the others wait and read what it made.
 
@@ -93,20 +100,21 @@ def prepare_data(
             row without a response is kept.
         say: prints a line for the user.
         progress: show a bar (rank zero).
+        kept: columns of the files to store beside the tokens, for reward functions; those that the files have.
 
     Raises:
         DataError: if the data cannot be read, or no training row is left.
     """
     files = source.locate(cfg)
     tokenize = RowTokenizer(cfg, tokenizer, kind)
-    print_of_data = fingerprint(cfg, tokenize, source.content_hash(files, progress=progress))
+    print_of_data = fingerprint(cfg, tokenize, source.content_hash(files, progress=progress), kept)
     name = re.sub(r"[^A-Za-z0-9_-]", "_", cfg.config_name)
     folder = store.cache_root(cfg.cache_dir) / f"{name}-{print_of_data[:16]}"
     if not folder.exists() or store.find_damage(folder):
         try:
             with locked(folder, say):
                 if not _is_whole(folder, say):  # another process may have made it while this one waited
-                    _build(cfg, tokenize, files, folder, progress)
+                    _build(cfg, tokenize, files, folder, progress, kept)
         except OSError as error:
             raise DataError(
                 f"{folder} cannot be made: {error}; free space, mend permissions or set data.cache_dir"
@@ -119,6 +127,7 @@ def prepare_data(
     for split, rows in splits.items():
         check_targets(split, rows, cfg)
         check_ids(split, rows, largest_id)
+        rows.columns = tuple(name for name in available_columns(report, split) if kept.every or name in kept.names)
     if note := source.left_out_note(cfg):  # of this folder: the prepared rows may be those of another one
         report = {**report, "notes": [*report["notes"], note]}
     return PreparedData(splits, report, print_of_data, folder)
@@ -145,13 +154,20 @@ def _is_whole(folder: Path, say: Callable[[str], None]) -> bool:
     return False
 
 
-def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str) -> str:
+def available_columns(report: Report, split: str) -> list[str]:
+    """Names of all columns that the source files of a split have."""
+    of_files: dict[str, list[str]] = report["available_columns"]
+    return of_files.get(split, of_files["train"])
+
+
+def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str, kept: KeptColumns = _NOTHING_KEPT) -> str:
     """Digest of everything that the prepared rows depend on.
 
     Args:
         cfg: the data options; paths and names of files count by their content alone.
         tokenize: carries tokenizer and kind.
         content: digest of the source files.
+        kept: columns that are stored beside the tokens.
     """
     tokenizer = tokenize.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -169,20 +185,24 @@ def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str) -> str:
         "special": [tokenize.ids.bos, tokenize.ids.ends, tokenize.ids.texts],
         "chat_template": getattr(tokenizer, "chat_template", None),
     }
+    if kept != _NOTHING_KEPT:
+        parts["kept"] = [sorted(kept.names), kept.every]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder: Path, progress: bool) -> None:
+def _build(
+    cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder: Path, progress: bool, kept: KeptColumns
+) -> None:
     """Read, tokenise and write all splits; the folder appears when they are complete."""
     with written_folder(folder) as temporary:
-        written = _write_splits(cfg, tokenize, files, temporary, progress)
+        written = _write_splits(cfg, tokenize, files, temporary, progress, kept)
         frequent = written.frequent_prompts()
         if frequent.shares and _cuts_training_rows(cfg, set(files)):
             for file in temporary.glob("*.arrow"):
                 file.unlink()
             divided = copy.copy(tokenize)
             divided.divided = frequent.shares
-            written = _write_splits(cfg, divided, files, temporary, progress)
+            written = _write_splits(cfg, divided, files, temporary, progress, kept)
         counts, layout = written.counts, written.layout
         arrow = {split: temporary / f"{split}.arrow" for split in counts}
         parts = {
@@ -196,6 +216,7 @@ def _build(cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder:
             "numbers_as_text": dict(layout.numbers.most_common()),
             "not_read": dict(layout.unread.most_common()),
         }
+        report["available_columns"] = written.available
         divides = _cuts_training_rows(cfg, set(files))
         report["notes"] = [
             *notes_on(report),
@@ -217,11 +238,13 @@ class _Written(NamedTuple):
         counts: of each split.
         layout: of the rows.
         prompts: for each training row that is kept, the shares of its prompt, one after the other.
+        available: names of all columns of the rows that came from each split's files.
     """
 
     counts: dict[str, SplitCount]
     layout: RowLayout
     prompts: "array[float]"  # no subscript at run time before Python 3.12
+    available: dict[str, list[str]]
 
     def frequent_prompts(self) -> FrequentPrompts:
         """The prompts that have half of the training rows or more."""
@@ -233,10 +256,10 @@ class _Written(NamedTuple):
 
 
 def _write_splits(
-    cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder: Path, progress: bool
+    cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder: Path, progress: bool, kept: KeptColumns
 ) -> _Written:
     """Read and tokenise all rows, and write each to the file of its split in `folder`."""
-    written = _Written({}, RowLayout(cfg, tokenize.kind), array("d"))
+    written = _Written({}, RowLayout(cfg, tokenize.kind, kept=kept), array("d"), {})
     writers: dict[str, SplitWriter] = {}
     for origin in files:
         seen = SeenDigests()
@@ -244,8 +267,8 @@ def _write_splits(
         with progress_bar(f"preparing {origin}", total, shown=progress, unit=" rows") as bar:
             read = read_batches(files[origin], cfg.num_samples, layout=written.layout)
             for rows in _tokenized(tokenize, read, cfg.num_proc):
-                kept = _count(rows, cfg, origin, set(files), seen, written.counts)
-                for split, kept_rows in kept.items():
+                of_split = _count(rows, cfg, origin, set(files), seen, written.counts)
+                for split, kept_rows in of_split.items():
                     if split not in writers:
                         writers[split] = SplitWriter(folder / f"{split}.arrow")
                     writers[split].write(kept_rows)
@@ -253,6 +276,8 @@ def _write_splits(
                         written.prompts.extend(share for row in kept_rows for share in row.shares)
                 bar.update(len(rows))
             bar.total = bar.n  # the total was an estimate
+        written.available[origin] = list(written.layout.available)
+        written.layout.available.clear()
     written.layout.check_seen()
     for writer in writers.values():
         writer.close()

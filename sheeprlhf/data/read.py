@@ -31,12 +31,14 @@ class Row(NamedTuple):
         place: where it stands, for messages: "pairs.jsonl line 3".
         values: those of its columns that are read.
         others: names of its other columns that have a value.
+        kept: columns that are stored beside the tokens.
     """
 
     number: int
     place: str
     values: dict[str, Any]
     others: tuple[str, ...] = ()
+    kept: dict[str, Any] | None = None
 
 
 def read_batches(
@@ -60,13 +62,14 @@ def read_batches(
             break
         before = number
         left_out = _count_left_out(file, limit and limit - number, layout)
-        rows = read_parquet(file, layout.columns) if _is_parquet(file) else READERS[_kind(file)](file)
+        rows = read_parquet(file, _columns(file, layout)) if _is_parquet(file) else READERS[_kind(file)](file)
         for place, values in rows:
             try:
                 known, others = layout(values)
             except DataError as error:
                 raise DataError(f"{file.name} {place}: {error}") from None
-            batch.append(Row(number, f"{file.name} {place}", known, (*others, *left_out)))
+            kept = layout.kept_of(values) or None
+            batch.append(Row(number, f"{file.name} {place}", known, (*others, *left_out), kept))
             number += 1
             chars += sum(len(value) for value in known.values() if isinstance(value, str))
             if len(batch) == size or chars >= BATCH_CHARS:
@@ -87,6 +90,11 @@ def _kind(file: Path) -> str:
     return kind[0]
 
 
+def _columns(file: Path, layout: RowLayout) -> tuple[str, ...]:
+    """The columns to read of a parquet file."""
+    return layout.columns_of(open_parquet(file).schema_arrow.names)
+
+
 def _is_parquet(file: Path) -> bool:
     return _kind(file) == ".parquet"
 
@@ -95,7 +103,7 @@ def _count_left_out(file: Path, limit: int | None, layout: RowLayout) -> tuple[s
     """Count the columns that are never read of a file whose columns are read one by one; their names."""
     if not _is_parquet(file):
         return ()
-    counts = {name: rows for name, rows in count_values(file, layout.columns).items() if rows}
+    counts = {name: rows for name, rows in count_values(file, _columns(file, layout)).items() if rows}
     try:
         layout.count_columns({name: rows if limit is None else min(rows, limit) for name, rows in counts.items()})
     except DataError as error:

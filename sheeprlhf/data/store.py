@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sheeprlhf.data.columns import decode_columns
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.tokenize import TokenRow
 from sheeprlhf.utils import hub
@@ -23,6 +24,7 @@ SCHEMA = pa.schema(
         ("sizes", pa.list_(pa.int32())),
         ("margin", pa.float32()),
         ("desirable", pa.int8()),
+        ("columns", pa.string()),
     ]
 )
 
@@ -42,7 +44,7 @@ class SplitWriter:
         tokens, sizes = [row.tokens for row in rows], [np.asarray(row.sizes, dtype=np.int32) for row in rows]
         margins = _column(np.array([row.margin for row in rows], np.float32), pa.float32())
         desirable = _column(np.array([all(row.desirable) for row in rows], np.int8), pa.int8())
-        columns = [_column(numbers, pa.int64()), _lists(tokens), _lists(sizes), margins, desirable]
+        columns = [_column(numbers, pa.int64()), _lists(tokens), _lists(sizes), margins, desirable, _texts(rows)]
         self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
 
     def close(self) -> None:
@@ -68,6 +70,13 @@ def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
     return pa.ListArray.from_arrays(_column(offsets, pa.int32()), _column(np.concatenate(arrays), pa.int32()))
 
 
+def _texts(rows: Sequence[TokenRow]) -> pa.StringArray:
+    """The columns that are stored beside the tokens, JSON text."""
+    texts = [row.columns.encode() for row in rows]
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+    return pa.StringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))
+
+
 def _column(values: np.ndarray, kind: pa.DataType) -> pa.Array:
     """A column of numbers. `pa.array` would import pandas, which takes half a second."""
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
@@ -82,6 +91,7 @@ class TokenizedSplit:
         sizes: (rows, 1 + K) int32, tokens of the prompt and of each response; -1 for those that a row has fewer.
         desirable: (rows,) bool, False for unpaired data whose response is to become less likely.
         unanswered: how many rows have no response.
+        columns: names of the columns that each row has beside its tokens.
     """
 
     def __init__(self, file: Path) -> None:
@@ -101,6 +111,8 @@ class TokenizedSplit:
         self._first_rows = np.cumsum([0, *(len(offsets) - 1 for offsets in self._offsets)])
         self._row_ids = [np.from_dlpack(chunk) for chunk in table["row_id"].chunks]
         self._margins = [np.from_dlpack(chunk) for chunk in table["margin"].chunks]
+        self._columns = table["columns"].chunks
+        self.columns: tuple[str, ...] = ()
         self.desirable = np.concatenate([np.from_dlpack(chunk).astype(bool) for chunk in table["desirable"].chunks])
         self.sizes = self._stored_sizes = _matrix(table["sizes"], len(table))
         self.lengths: np.ndarray = self.sizes.clip(0).sum(axis=1, dtype=np.int32)
@@ -127,7 +139,11 @@ class TokenizedSplit:
                 parts.append(self._tokens[chunk][start : start + size])
                 start += size
         number, margin = int(self._row_ids[chunk][row]), float(self._margins[chunk][row])
-        return Example(number, parts[0], tuple(parts[1:]), margin, bool(self.desirable[index]))
+        example = Example(number, parts[0], tuple(parts[1:]), margin, bool(self.desirable[index]))
+        if not self.columns:
+            return example
+        stored = decode_columns(self._columns[chunk][int(row)].as_py())
+        return example._replace(columns={name: stored.get(name) for name in self.columns})
 
     def examples(self, indices: Sequence[int]) -> list[Example]:
         """Rows by index, in the order asked for."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sheeprlhf.data.columns import encode_columns
 from sheeprlhf.data.conversation import ConversationExample, each_answer, render_example
 from sheeprlhf.data.encoding import EncodedPair, PairEncoder, encode
 from sheeprlhf.data.example import PreferenceExample
@@ -42,6 +43,7 @@ class TokenRow(NamedTuple):
         unused: names of the parts of the row that nothing reads.
         untrained: answers of earlier turns, which are not learned.
         is_further: the row has another answer before this one, which is an example of its own.
+        columns: columns that are stored beside the tokens, as JSON text; empty if there are none.
     """
 
     number: int
@@ -60,6 +62,7 @@ class TokenRow(NamedTuple):
     unused: tuple[str, ...] = ()
     untrained: int = 0
     is_further: bool = False
+    columns: str = ""
 
 
 class _Pieces(NamedTuple):
@@ -234,14 +237,19 @@ class RowTokenizer:
             return pieces.dropped("too_short")
         if self._same([tuple(r) for r in cut_responses]):
             return pieces.dropped("same_responses")
+        try:
+            columns = encode_columns(row.kept) if row.kept else ""
+        except DataError as error:
+            raise DataError(f"{row.place}: {error}") from None
         texts = (pieces.prompt, *pieces.responses)
+        same = (pieces.prompt, pieces.responses, *pieces.desirable, *([columns] if columns else []))
         special = not pieces.templated and any(special in text for text in texts for special in self.ids.texts)
         return TokenRow(
             number=row.number,
             shares=shares,
             tokens=np.concatenate([np.asarray(part, dtype=np.int32) for part in (prompt, *cut_responses)]),
             sizes=(len(prompt), *(len(r) for r in cut_responses)),
-            digest=int.from_bytes(_digest(json.dumps((pieces.prompt, pieces.responses, *pieces.desirable)))[:8], "big"),
+            digest=int.from_bytes(_digest(json.dumps(same))[:8], "big"),
             cut=cut,
             special_text=special,
             num_eos=sum(with_eos),
@@ -252,6 +260,7 @@ class RowTokenizer:
             unused=pieces.unused,
             untrained=pieces.untrained,
             is_further=pieces.is_further,
+            columns=columns,
         )
 
     def _begins_with_bos(self, prompt: list[int]) -> bool:

@@ -69,13 +69,18 @@ class RewardFunction:
         self.signature = signature_of(name, function)
         self._runner: asyncio.Runner | None = None
 
-    def lacks(self, columns: Collection[str]) -> str | None:
-        """What it asks for besides these columns, as a sentence; None if it can be called with them."""
+    def lacks(self, columns: Collection[str], rows: str = "the data") -> str | None:
+        """What it asks for besides these columns, as a sentence; None if it can be called with them.
+
+        Args:
+            columns: names of the columns that there are.
+            rows: of which rows, for the sentence.
+        """
         lacking = self.signature.missing(columns)
         if lacking is None:
             return None
         have, fix = _listed(columns) or "none", _FIXES.get(lacking, "")
-        return f"reward {self.name} needs a column {lacking!r} of the data; there is {have}{fix}"
+        return f"reward {self.name} needs a column {lacking!r} of {rows}; there is {have}{fix}"
 
     def __call__(self, texts: Texts) -> list[float]:
         """One finite score a response.

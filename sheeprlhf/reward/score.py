@@ -8,6 +8,7 @@ from sheeprlhf.reward.call import RewardFunction, Texts
 from sheeprlhf.reward.load import load_function
 from sheeprlhf.reward.moments import RunningMoments
 from sheeprlhf.reward.penalties import penalty
+from sheeprlhf.structure.data import KeptColumns
 from sheeprlhf.structure.reward import MODEL, RewardSourceConfig, terms_of
 from sheeprlhf.utils.errors import ConfigError
 
@@ -83,21 +84,43 @@ class Scorer:
         ]
 
 
-def check_columns(cfg: RewardSourceConfig, columns: Collection[str], *, default: str | None) -> None:
+def wanted_columns(cfg: RewardSourceConfig, *, default: str | None) -> KeptColumns:
+    """The columns of the data that the functions of a configuration name, or all.
+
+    Args:
+        cfg: valid.
+        default: as for `build_scorer`.
+
+    Raises:
+        ConfigError: a function cannot be imported, or its signature is not that of a reward function.
+    """
+    signatures = [function.signature for function in _functions(cfg, default)]
+    names = dict.fromkeys(name for signature in signatures for name in signature.columns)
+    return KeptColumns(tuple(names), any(signature.every_column for signature in signatures))
+
+
+def check_columns(
+    cfg: RewardSourceConfig, columns: Collection[str], *, default: str | None, rows: str = "the data"
+) -> None:
     """Before anything is loaded: whether the functions can be called with what the rows have.
 
     Args:
         cfg: valid.
         columns: names of what there is of each row.
         default: as for `build_scorer`.
+        rows: which rows these are, for messages.
 
     Raises:
         ConfigError: a function cannot be imported, or asks for a column that there is not; all that do are named.
     """
-    functions = [load_function(source, cfg) for _, source in terms_of(cfg, default) if source != MODEL]
-    problems = [problem for function in functions if (problem := function.lacks(columns)) is not None]
+    functions = _functions(cfg, default)
+    problems = [problem for function in functions if (problem := function.lacks(columns, rows)) is not None]
     if problems:
         raise ConfigError(*problems)
+
+
+def _functions(cfg: RewardSourceConfig, default: str | None) -> list[RewardFunction]:
+    return [load_function(source, cfg) for _, source in terms_of(cfg, default) if source != MODEL]
 
 
 def build_scorer(

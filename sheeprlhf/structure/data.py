@@ -1,9 +1,21 @@
 """Datasets: one dataclass each."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, NamedTuple, Optional
 
 from sheeprlhf.structure.option import Config, option
+
+
+class KeptColumns(NamedTuple):
+    """Columns of the source files that are stored beside the tokens, for reward functions.
+
+    Attributes:
+        names: columns that a function names.
+        every: keep all other columns too (`**columns`).
+    """
+
+    names: tuple[str, ...] = ()
+    every: bool = False
 
 
 @dataclass(unsafe_hash=True)

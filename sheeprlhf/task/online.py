@@ -10,15 +10,15 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.reference import reference_of
-from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
+from sheeprlhf.data.prepare import TokenizedSplit
 from sheeprlhf.engine.run import Run
-from sheeprlhf.reward.score import check_columns
 from sheeprlhf.structure.online import PPOConfig
 from sheeprlhf.task.agents import Agents, load_agents
 from sheeprlhf.task.batches import longest_row
 from sheeprlhf.task.collect import Collector
 from sheeprlhf.task.finish import report_data
 from sheeprlhf.task.held_out import HeldOut
+from sheeprlhf.task.reward_rows import check_reward_columns, prepare_prompts
 from sheeprlhf.task.start import begin_training
 from sheeprlhf.task.turns import Loop
 from sheeprlhf.utils.errors import DataError
@@ -40,7 +40,7 @@ class Parts(NamedTuple):
     rows: TokenizedSplit
     held_out: TokenizedSplit | None
     agents: Agents
-    columns: tuple[str, ...]
+    columns: list[str]
 
 
 def load_parts(fabric: Fabric, run: Run) -> Parts:
@@ -57,7 +57,7 @@ def load_parts(fabric: Fabric, run: Run) -> Parts:
             "many processes and the same task.token_budget samples the same responses, any other run does not"
         )
     tokenizer = begin_training(cfg)
-    data = prepare_data(cfg.data, tokenizer, kind=cfg.task.data_kind, say=run.say, progress=fabric.is_global_zero)
+    data = prepare_prompts(cfg, tokenizer, say=run.say, progress=fabric.is_global_zero)
     report_data(fabric, run, data)
     rows, held_out = data.splits["train"], data.splits.get("validation")
     used = {"": rows} if held_out is None else {"": rows, "validation": held_out}
@@ -66,8 +66,7 @@ def load_parts(fabric: Fabric, run: Run) -> Parts:
             f"task.ptx_coeff={cfg.task.ptx_coeff:g} learns from the dataset's own responses, and {rows.unanswered} of "
             f"{len(rows)} training rows have none: give each of them one, or task.ptx_coeff=0"
         )
-    columns = () if any(split.unanswered for split in used.values()) else ("reference",)
-    check_columns(cfg.reward, columns, default=cfg.data.rule_reward)
+    columns = check_reward_columns(cfg, data, {name or "train": not split.unanswered for name, split in used.items()})
     sampled = max(int(split.sizes[:, 0].max()) for split in used.values()) + cfg.generation.max_new_tokens
     agents = load_agents(run, tokenizer, longest=max(longest_row(used), sampled))
     return Parts(tokenizer, rows, held_out, agents, columns)

@@ -5,7 +5,9 @@ no further word between them. What is sampled is a function of the weights, the 
 batches and a resumed run give the same responses.
 """
 
+import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +102,8 @@ def as_text(
 ) -> Texts:
     """The rollout's responses as text, each beside its prompt.
 
-    The dataset's own responses are the column "reference", which is there if every one of `prompts` has one.
+    The dataset's own responses are the column "reference", which is there if every one of `prompts` has one, and if
+    the rows bring no column of this name. The other columns are those of the rows, copied for each response.
     End tokens are neither written nor counted. Sampled responses are cut before a stop string, whose tokens count.
     """
 
@@ -109,8 +112,11 @@ def as_text(
 
     group, end_ids, whole = rollout.finished.shape[1], end_token_ids(tokenizer), StopStrings((), tokenizer)
     responses = [response for row in rollout.rows for response in row.responses]
-    columns = {}
-    if all(prompt.responses for prompt in prompts):
+    columns: dict[str, list[Any]] = {
+        name: [copy.deepcopy((prompt.columns or {}).get(name)) for prompt in prompts for _ in range(group)]
+        for name in dict.fromkeys(name for prompt in prompts for name in prompt.columns or ())
+    }
+    if "reference" not in columns and all(prompt.responses for prompt in prompts):
         columns["reference"] = [one for prompt in prompts for one in [whole.text(prompt.responses[0])] * group]
     return Texts(
         prompts=[one for prompt in prompts for one in [text(prompt.prompt_ids)] * group],

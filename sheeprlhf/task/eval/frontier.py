@@ -17,7 +17,6 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.data.example import Example
-from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.engine.checkpoint import Say, saved_steps
 from sheeprlhf.engine.rundir import read_run
 from sheeprlhf.structure.evaluation import FrontierConfig
@@ -39,6 +38,7 @@ from sheeprlhf.task.eval.load import (
 )
 from sheeprlhf.task.eval.plots import draw_frontier
 from sheeprlhf.task.eval.result import save_result
+from sheeprlhf.task.reward_rows import check_reward_columns, prepare_prompts
 from sheeprlhf.utils.lightning import Fabric
 
 COLUMNS = ("what", "n", "score", "score_low", "score_high", "kl", "kl_error", "rougeL", "response_tokens")
@@ -54,8 +54,9 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     assert isinstance(task, FrontierConfig) and cfg.model is not None and cfg.data is not None
     say = partial(say_on, fabric)
     tokenizer = load_evaluated_tokenizer(cfg)
-    data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
+    data = prepare_prompts(cfg, tokenizer, say=say, progress=fabric.is_global_zero)
     rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
+    check_reward_columns(cfg, data, {task.data_split: all(row.responses for row in rows)})
     longest = longest_with_response(cfg, evaluated_files(cfg), rows)
     pool, written = _write(fabric, cfg, rows, tokenizer, longest, say)
     judge = Judge(fabric, cfg, longest=longest, say=say)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.example import Example
-from sheeprlhf.data.prepare import PreparedData, TokenizedSplit, prepare_data
+from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.redact import plain_text, redact_text
 from sheeprlhf.model.load import load_tokenizer, num_positions
@@ -19,6 +19,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.structure.trained import with_own_tokenizer
+from sheeprlhf.task.reward_rows import prepare_prompts
 from sheeprlhf.task.start import load_of_run, load_start
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.lightning import Fabric
@@ -81,7 +82,7 @@ def rows_as(
         DataError: it has left one of them out.
     """
     assert cfg.data is not None
-    data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
+    data = prepare_prompts(cfg, tokenizer, say=say, progress=fabric.is_global_zero)
     split = evaluated_split(data, cfg.task.data_split)
     found = {row.row_id: row for row in split.examples(range(len(split)))}
     lost = [row.row_id for row in rows if row.row_id not in found]

@@ -14,7 +14,6 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.data.example import Example
-from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.sample import Sampled
@@ -43,6 +42,7 @@ from sheeprlhf.task.eval.load import (
 from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import cell, save_result
 from sheeprlhf.task.held_out import distinct_pairs
+from sheeprlhf.task.reward_rows import check_reward_columns, prepare_prompts
 from sheeprlhf.task.rollouts import as_rollout, as_text
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import DataError
@@ -73,8 +73,9 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     assert isinstance(task, RewardConfig) and cfg.model is not None and cfg.data is not None
     say = partial(say_on, fabric)
     tokenizer = load_evaluated_tokenizer(cfg)
-    data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
+    data = prepare_prompts(cfg, tokenizer, say=say, progress=fabric.is_global_zero)
     rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
+    check_reward_columns(cfg, data, {task.data_split: all(row.responses for row in rows)})
     longest, against = longest_sequence(cfg, evaluated_files(cfg), rows), _opponent(cfg, rows, say)
     written = _write(fabric, cfg, rows, tokenizer, longest, against, say)
     judge = Judge(fabric, cfg, longest=longest, say=say)
