@@ -38,9 +38,9 @@ def check_reward_columns(cfg: TrainConfig | EvalConfig, data: PreparedData, answ
         ConfigError: a function needs a column that a split lacks; names those that it has.
     """
     assert cfg.data is not None
-    of_reference = [REFERENCE] if all(answered.values()) else []
     names: list[str] | None = None
-    for split in answered:
+    for split, has_reference in answered.items():
+        of_reference = [REFERENCE] if has_reference else []
         there = dict.fromkeys([*available_columns(data.report, split), *of_reference])
         check_columns(cfg.reward, there, default=cfg.data.rule_reward, rows=f"the {split} rows")
         given = dict.fromkeys([*data.splits[split].columns, *of_reference])

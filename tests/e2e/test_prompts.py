@@ -77,7 +77,8 @@ def test_what_reads_responses_is_refused(
         (tmp_path / f"{number}").mkdir()
         data = files(tmp_path / f"{number}", *answered)
         told = refused(words(model, data, tmp_path / f"rouge-{number}", "reward.path=rouge"), capsys)
-        assert "reward rouge needs a column 'reference' of the data; there is none: it is the row's own" in told
+        split = "validation" if answered[0] else "train"
+        assert f"reward rouge needs a column 'reference' of the {split} rows; there is prompt: it is the row's" in told
     data = files(tmp_path / "0", False, True)
     told = refused(words(model, data, tmp_path / "ptx", *LENGTH, "task.ptx_coeff=0.5", task="ppo"), capsys)
     assert "task.ptx_coeff=0.5 learns from the dataset's own responses, and 16 of 16 training rows have none" in told

@@ -230,9 +230,9 @@ MUTANTS = [
     ),
     Mutant(
         trap="prompts: held-out rows are not looked at",
-        file="sheeprlhf/task/online.py",
-        old="if any(split.unanswered for split in used.values()) else",
-        new="if rows.unanswered else",
+        file="sheeprlhf/task/reward_rows.py",
+        old="if has_reference else",
+        new="if next(iter(answered.values())) else",
         tests="tests/e2e/test_prompts.py::test_what_reads_responses_is_refused",
     ),
 ]
