@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sheeprlhf.agent import batching
 from sheeprlhf.cli import run
@@ -95,6 +97,40 @@ def test_a_model_that_is_not_to_be_had(report: Callable[..., Report], words: lis
     assert found.level["hub"] == "warning" and found.level["memory"] == "warning"
     assert "one problem would stop this run" in found.text
     assert found.text.splitlines()[-1].startswith("next: python sheeprlhf.py doctor task=sft data=local")
+
+
+def test_weights_that_do_not_fill_the_model(report: Callable[..., Report], words: list[str], tmp_path: Path) -> None:
+    """Found in the headers, for the policy and for a reward model's folder."""
+    folder = Path(words[1].partition("=")[2])
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    hole = Path(shutil.copytree(folder, tmp_path / "hole"))
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, hole / "model.safetensors")
+    found = report(words[0], f"model.repo_name={hole}", *words[2:])
+    assert (found.code, found.level["weights"]) == (1, "problem") and name in found.said["weights"]
+    assert found.text.count(name) == 1
+
+    reward = ["task=grpo", "reward=model", f"reward.folder={folder}"]
+    found = report(*words, *reward)
+    assert (found.code, found.level["weights"], found.level["model"]) == (1, "problem", "ok")
+    assert "score.weight" in found.said["weights"] and f"reward.folder={folder}" in found.said["weights"]
+
+    more = Path(shutil.copytree(folder, tmp_path / "more"))
+    save_file(tensors | {"score.weight": torch.ones(1, 16)}, more / "model.safetensors")
+    found = report(words[0], f"model.repo_name={more}", *words[2:])
+    assert (found.code, found.level["weights"]) == (0, "warning") and "score.weight" in found.said["weights"]
+
+
+def test_a_reward_model_needs_no_language_head(
+    report: Callable[..., Report], words: list[str], model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_folder("qwen3"), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    words[1] = f"model.repo_name={folder}"
+    assert report(*words, "task=rm").code == 0
+    assert "lm_head.weight" in report(*words, "task=dpo").said["weights"]
 
 
 def test_data_that_is_not_to_be_had(report: Callable[..., Report], words: list[str]) -> None:

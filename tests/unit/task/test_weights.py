@@ -1,0 +1,97 @@
+"""Which weights a job loads, and that they are accounted for before its data is prepared and its directory is made."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sheeprlhf.cli import run
+from sheeprlhf.structure.model import AutoModelConfig
+from sheeprlhf.structure.online import GRPOConfig
+from sheeprlhf.structure.reward import ModelRewardConfig
+from sheeprlhf.structure.run import EvalConfig, TrainConfig
+from sheeprlhf.structure.task import DPOConfig, RMConfig
+from sheeprlhf.task.weights import models_of
+from tests.support.runs import WRITERS, train_words
+
+ModelFolder = Callable[..., Path]
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run(words)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["sft", "dpo", "rm", "kto", "grpo", "ppo"])
+def test_a_hole_ends_training_before_anything_is_made(
+    task: str,
+    tmp_path: Path,
+    model_folder: ModelFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SHEEPRLHF_CACHE", str(tmp_path / "cache"))
+    folder = Path(shutil.copytree(model_folder(), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.down_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    data = WRITERS[task](tmp_path / "rows.jsonl")
+    message = refused(train_words(folder, data, tmp_path / "run", task=task), capsys)
+    assert "model.layers.0.mlp.down_proj.weight" in message and f"model.repo_name={folder}" in message
+    assert not (tmp_path / "cache").exists() and not list((tmp_path / "run").glob("*"))
+
+
+def test_a_language_model_as_reward_folder(
+    tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SHEEPRLHF_CACHE", str(tmp_path / "cache"))
+    data, folder = WRITERS["grpo"](tmp_path / "rows.jsonl"), model_folder()
+    of_training = train_words(folder, data, tmp_path / "run", task="grpo")
+    for words in (
+        [*(word for word in of_training if not word.startswith("reward")), "reward=model", f"reward.folder={folder}"],
+        [
+            *("eval", "task=reward", "model=auto", f"model.repo_name={folder}", "data=local", "reward=model"),
+            *(f"data.train_file={data}", f"reward.folder={folder}", f"output_dir={tmp_path}/eval"),
+        ],
+    ):
+        message = refused(words, capsys)
+        assert f"reward.folder={folder}" in message and "score.weight" in message and "model.repo_name" not in message
+    assert not (tmp_path / "cache").exists() and not list((tmp_path / "run").glob("*"))
+
+
+def test_which_models_a_job_loads(tmp_path: Path) -> None:
+    """A run's whole `final/`, else what its adapters are put on; the reward's folder."""
+    model = AutoModelConfig(repo_name="me/base")
+
+    def made(name: str, task: str, *, adapters: bool, start: str = "null") -> str:
+        final = tmp_path / name / "final"
+        final.mkdir(parents=True)
+        (final / ("adapter_config.json" if adapters else "config.json")).write_text("{}")
+        of_task = f"{{config_name: {task}{f', sft_experiment_dir: {start}' if task == 'rm' else ''}}}"
+        saved = f"model: {{config_name: auto, repo_name: me/base}}\ntask: {of_task}"
+        (final.parent / "config.yaml").write_text(saved)
+        return str(final.parent)
+
+    def found(config: TrainConfig | EvalConfig) -> list[tuple[str | None, bool, bool]]:
+        return [(need.model.repo_name, need.scores, need.new_head) for need in models_of(config)]
+
+    whole, adapted = made("whole", "sft", adapters=False), made("adapted", "sft", adapters=True)
+    rm = made("rm", "rm", adapters=False)
+    rm_adapted = made("rm_adapted", "rm", adapters=True, start=whole)
+    cfg = TrainConfig(task=RMConfig(), model=model)
+    cfg.data = type("Data", (), {"rule_reward": None})()
+    assert found(cfg) == [("me/base", False, True)]
+    cfg.task = DPOConfig(sft_experiment_dir=whole)
+    assert found(cfg) == [(f"{whole}/final", False, False)]
+    cfg.task = DPOConfig(sft_experiment_dir=adapted)
+    assert found(cfg) == [("me/base", False, False)]
+    cfg.task, cfg.reward = GRPOConfig(sft_experiment_dir=None), ModelRewardConfig(folder="me/reward")
+    assert found(cfg) == [("me/base", False, False), ("me/reward", True, False)]
+    cfg.task, cfg.reward = GRPOConfig(sft_experiment_dir=None, rm_experiment_dir=rm), ModelRewardConfig()
+    assert found(cfg) == [("me/base", False, False), (f"{rm}/final", True, False)]
+    cfg.task = GRPOConfig(sft_experiment_dir=None, rm_experiment_dir=rm_adapted)
+    assert found(cfg) == [("me/base", False, False), (f"{whole}/final", False, False)]
