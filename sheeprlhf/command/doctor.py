@@ -168,8 +168,8 @@ def _model(config: DoctorConfig, size: "ModelSize | None", room: int | None) -> 
         local_only = locate(model).local_only
         here = dataclasses.replace(model.library_cfg, local_files_only=True)
         model = dataclasses.replace(model, library_cfg=here)  # nothing is downloaded
-        how = {"longest": longest, "batching": "padded", "new_head": task.trains == "reward model"}
-        policy, _ = load_policy(model, load_tokenizer(model), **how)
+        new_head, tokenizer = task.trains == "reward model", load_tokenizer(model)
+        policy, _ = load_policy(model, tokenizer, longest=longest, batching="padded", new_head=new_head)
     except SheepError as error:
         if isinstance(error, ModelError) and not local_only:
             yield Finding("ok", "model", f"{name}; it is on the hub: the first run, or `fetch`, downloads it")
