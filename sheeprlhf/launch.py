@@ -15,10 +15,11 @@ from sheeprlhf.engine.redact import plain_text, redact_text
 from sheeprlhf.engine.rundir import choose_run_dir, is_finished
 from sheeprlhf.model.locate import locate
 from sheeprlhf.structure.commands import option_word
-from sheeprlhf.structure.earlier import TASKS, is_word
+from sheeprlhf.structure.earlier import RUN_OPTIONS, is_word
 from sheeprlhf.structure.registry import config_hash
 from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, RootConfig, TrainConfig
 from sheeprlhf.structure.smaller import advice
+from sheeprlhf.structure.trained import needs_base_model
 from sheeprlhf.structure.validate import parse_devices
 from sheeprlhf.utils.errors import OutOfMemory, SheepError
 from sheeprlhf.utils.files import disk_full
@@ -55,11 +56,13 @@ def settled_words(config: RootConfig, words: list[str], asked: Mapping[str, Any]
         words: the job's.
         asked: what the words, a recipe or a default say, by option.
     """
-    for key in TASKS:
-        said = asked.get(key)
+    for key in RUN_OPTIONS:
+        said = next((word.partition("=")[2] for word in words if word.startswith(f"{key}=")), asked.get(key))
         if not isinstance(config, TrainConfig | EvalConfig) or not isinstance(said, str) or not is_word(said):
             continue
-        found = getattr(config.task, key.removeprefix("task."))
+        found = getattr(config.task if key.startswith("task.") else config, key.removeprefix("task."), None)
+        if found == said:  # another meaning of the word
+            continue
         if is_rank_zero() and found is not None:
             print(f"{key}={said}: {found}")
         words = [word for word in words if not word.startswith(f"{key}=")] + [option_word(key, found)]
@@ -119,7 +122,8 @@ def launch(config: RootConfig, job: Job) -> int:
 def _find(config: TrainConfig | EvalConfig | InspectConfig) -> None:
     """Rank zero only: if model or data are not to be had, fail before a directory is made and torch is imported."""
     silence_libraries()
-    if config.model is not None:
+    reads_model = not isinstance(config, EvalConfig) or needs_base_model(config)
+    if config.model is not None and reads_model:
         found = locate(config.model)
         if found.note:
             print(plain_text(redact_text(found.note)), file=sys.stderr)

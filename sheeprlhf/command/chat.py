@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sheeprlhf.command.flags import Flag, print_flags_help, read_flags
 from sheeprlhf.command.screen import Screen, clean, paragraph
 from sheeprlhf.engine.redact import plain_text
+from sheeprlhf.structure.earlier import is_newest
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.trained import find_trained
 from sheeprlhf.utils.errors import ConfigError, DataError
@@ -79,6 +80,8 @@ def run(arguments: list[str]) -> int:
         what = f"{len(given.words)} were given" if given.words else "`list runs` shows the runs"
         raise ConfigError(f"`chat` takes one run or model: `chat <run>`; {what}")
     trained = find_trained(given.words[0], weights_of(given.values), chat_template=given.values[TEMPLATE.name])
+    if is_newest(given.words[0]):
+        _note(f"{given.words[0]}: {trained.word}")
     check_versions()
 
     from transformers.utils import logging as transformers_logging

@@ -10,6 +10,7 @@ from sheeprlhf.command.chat import TEMPLATE, WEIGHTS, weights_of
 from sheeprlhf.command.flags import Flag, print_flags_help, read_flags
 from sheeprlhf.command.screen import Screen, clean
 from sheeprlhf.structure.commands import command
+from sheeprlhf.structure.earlier import is_newest
 from sheeprlhf.structure.places import is_hub_id, new_folder_problems
 from sheeprlhf.structure.trained import POLICY, find_trained
 from sheeprlhf.utils.errors import ConfigError
@@ -81,6 +82,8 @@ def run(arguments: list[str]) -> int:
         return card_text(trained, checks, dtype, offset=offset, form=form_of(trained, tokenizer))
 
     screen = Screen()
+    if is_newest(given.words[0]):
+        screen.print(clean(f"{given.words[0]}: {trained.word}", 400), style="faint")
     folder.parent.mkdir(parents=True, exist_ok=True)
     checks = export_model(trained, folder, dtype, card, lambda text: screen.print(clean(text, 400), style="faint"))
     if checks.merged is not None:

@@ -10,7 +10,7 @@ from sheeprlhf.command.flags import Flag, print_flags_help, read_flags
 from sheeprlhf.command.report_html import MARK
 from sheeprlhf.command.runs import Found, find_past_runs
 from sheeprlhf.command.screen import Screen, clean, paragraph
-from sheeprlhf.structure.earlier import RUN_FILE
+from sheeprlhf.structure.earlier import RUN_FILE, is_newest
 from sheeprlhf.structure.limits import near_path
 from sheeprlhf.structure.places import new_folder_problems
 from sheeprlhf.structure.run import TrainConfig
@@ -105,14 +105,15 @@ def _chosen(folders: list[str]) -> tuple[list[RunInfo], list[str], list[str]]:
     runs: dict[Path, RunInfo] = {}
     notes, problems = [], []
     for word in folders or [TrainConfig.root_dir]:
-        folder = Path(os.path.expanduser(word))
+        newest = not folders or (is_newest(word) and not os.path.isdir(word))
+        folder = Path(TrainConfig.root_dir if newest else os.path.expanduser(word))
         found = find_past_runs(folder) if os.path.isdir(folder) else Found([], "")
         if not found.runs:
-            problems.append(_no_run(word, folder) if folders else _none_yet())
+            problems.append(_none_yet() if newest else _no_run(word, folder))
         taken = sorted(found.runs, key=_started)
-        if not folders and taken:
+        if newest and taken:
             taken = taken[-1:]
-            notes.append(f"no run was named: this is the newest, {taken[0][0]}")
+            notes.append(f"{word if folders else 'no run was named'}: this is the newest, {taken[0][0]}")
         notes += [f"{word}: {found.note}"] if found.note else []
         for place, info in taken:
             runs.setdefault(place.resolve(), (place, {} if (place / RUN_FILE).is_symlink() else info))

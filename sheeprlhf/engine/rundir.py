@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.engine.redact import redact, redact_command
 from sheeprlhf.engine.runlock import LOCK_FILE
-from sheeprlhf.structure.earlier import REPORT_FILE, RUN_FILE, find_runs, read_run
-from sheeprlhf.structure.registry import CUT_OPTIONS, NOT_IN_HASH, config_to_dict
+from sheeprlhf.structure.absolute import absolute_words
+from sheeprlhf.structure.commands import command, option_word
+from sheeprlhf.structure.earlier import REPORT_FILE, RUN_FILE, START, find_runs, read_run
+from sheeprlhf.structure.registry import CUT_OPTIONS, NOT_IN_HASH, choices, config_to_dict
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.utils.errors import ConfigError
@@ -122,6 +124,8 @@ def _resume(folder: Path, cfg: TrainConfig, config_hash: str, *, key: str) -> Ru
             f"{key}={folder} is not a run directory: it has no readable {RUN_FILE}; `list runs` shows them"
         )
     if info.get("config_hash") != config_hash:
+        if info.get("status") == "finished":
+            raise ConfigError(_finished_problem(folder, info, cfg, key))
         changed = [f"{name} was {was} and is {now}" for name, was, now in changed_options(cfg, folder)]
         more = [f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
         raise ConfigError(
@@ -136,6 +140,23 @@ def _resume(folder: Path, cfg: TrainConfig, config_hash: str, *, key: str) -> Ru
     return RunPlace(folder, True, f"going on with {folder}")
 
 
+def _finished_problem(folder: Path, info: dict[str, Any], cfg: TrainConfig, key: str) -> str:
+    """Why a finished run does not go on with other options, and the command that trains its policy further."""
+    changed = changed_options(cfg, folder)
+    told = [f"{name} was {was} and is {now}" for name, was, now in changed[:_SHOWN]]
+    more = [f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
+    which = "; ".join([*told, *more]) or "those of another version of this program"
+    problem = f"{key}={folder} is finished and does not go on with other options ({which})"
+    task = choices("task", "train").get(str(info.get("task")))
+    if getattr(task, "trains", None) != "policy" or not hasattr(task, "sft_experiment_dir"):
+        return f"{problem}: start another run, without {key}"
+    new = {name: now for name, _, now in changed} | {START: str(folder.absolute())}
+    left_out = {"resume", "resume_from", "run_name", "hydra.run.dir", *new}
+    words = [word for word in map(str, info.get("command", [])) if word.partition("=")[0] not in left_out]
+    words += [option_word(name, value) for name, value in new.items()]
+    return f"{problem}: train its weights further in a run of its own, {command(words)}"
+
+
 def _start(folder: Path, cfg: TrainConfig, config_hash: str, note: str) -> RunPlace:
     info = {
         "status": "running",
@@ -146,7 +167,7 @@ def _start(folder: Path, cfg: TrainConfig, config_hash: str, note: str) -> RunPl
         "run_name": cfg.run_name,
         "started": time.time(),
         "finished": None,
-        "command": redact_command(sys.argv[1:]),
+        "command": redact_command(absolute_words(sys.argv[1:])),
     }
     _write_run(folder, info)
     return RunPlace(folder, False, f"{note or 'run directory:'} {folder}")

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,14 +22,16 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import sheeprlhf
+from sheeprlhf.structure.absolute import with_absolute_paths
 from sheeprlhf.structure.catalogue import condensed
-from sheeprlhf.structure.earlier import with_start
+from sheeprlhf.structure.commands import option_word
+from sheeprlhf.structure.earlier import evaluated_run, is_newest, newest_unfinished, with_start
 from sheeprlhf.structure.limits import option_problems, sweep_problems
 from sheeprlhf.structure.overrides import Chosen, key_problem, missing_problem, pick_groups, readable, recipe_owner
 from sheeprlhf.structure.places import run_folder_problems
 from sheeprlhf.structure.registry import ROOTS, choices, groups, options, register_configs, to_typed
-from sheeprlhf.structure.run import EvalConfig, RootConfig
-from sheeprlhf.structure.saved import saved_group
+from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
+from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.structure.strangers import content_problems, hydra_problems
 from sheeprlhf.structure.validate import validate
 from sheeprlhf.utils.errors import ConfigError
@@ -92,18 +94,52 @@ def saved_overrides(verb: str, overrides: list[str]) -> list[str]:
     """For `eval experiment_dir=<run>`: register the run's model and data as choices, and choose those not given.
 
     So `data.max_length=64` changes the run's data, and `data=local` replaces it. A sweep over experiment_dir is left
-    to `finish`.
+    to `finish`. `train resume_from=<run>` without a task takes all of the run's options.
     """
     parsed, _ = readable(overrides)
     given = {override.key_or_group: override for override in parsed}
+    resumed = given.get("resume_from")
+    if verb == "train" and resumed is not None and not {"task", "experiment"} & given.keys():
+        return [] if resumed.is_sweep_override() or resumed.value() is None else _of_resumed(resumed.value(), given)
     folder = given.get("experiment_dir")
     if verb != "eval" or folder is None or folder.is_sweep_override() or folder.value() is None:
         return []
+    values = {key: str(given[key].value()) for key in ("root_dir", "task") if key in given}
+    of_run = str(folder.value())
+    run_dir = evaluated_run(of_run, values.get("root_dir", EvalConfig.root_dir), values.get("task", ""))
     added = [group for group in ("model", "data") if group not in given]
     for group in added:
-        node = saved_group(str(folder.value()), group)
-        ConfigStore.instance().store(group=group, name=SAVED_CHOICE, node=node)
-    return [f"{group}={SAVED_CHOICE}" for group in added]
+        ConfigStore.instance().store(group=group, name=SAVED_CHOICE, node=saved_group(run_dir, group))
+    found = [] if run_dir == of_run else [option_word("experiment_dir", run_dir)]
+    return [*found, *(f"{group}={SAVED_CHOICE}" for group in added)]
+
+
+def _of_resumed(run_dir: Any, given: Mapping[str, Override]) -> list[str]:
+    """The options of a run that goes on, except those that are given: its groups as choices, and words of the others.
+
+    Raises:
+        ConfigError: there is no such run, or its configuration cannot be used.
+    """
+    root = str(given["root_dir"].value()) if "root_dir" in given else TrainConfig.root_dir
+    found = newest_unfinished(root) if is_newest(run_dir) else str(run_dir)
+    saved = read_run_config(found, key="resume_from")
+    words = [option_word("resume_from", found)]
+    for group in groups("train"):
+        if isinstance(saved.get(group), dict) and group not in given:
+            node = saved_group(found, group, key="resume_from")
+            ConfigStore.instance().store(group=group, name=SAVED_CHOICE, node=node)
+            words.append(f"{group}={SAVED_CHOICE}")
+    known = {option.key for option in options(TrainConfig())}
+    left_out = {"experiment", "resume", "resume_from", "debug", "root_dir", *given}
+    for key, value in _leaves({name: value for name, value in saved.items() if name not in groups("train")}):
+        if key in known and key not in left_out:
+            words.append(option_word(key, value))
+    return words
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        yield from _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
 
 
 def finish(config: DictConfig, given_dir: str | None = None) -> RootConfig:
@@ -117,10 +153,12 @@ def finish(config: DictConfig, given_dir: str | None = None) -> RootConfig:
         ConfigError: with every problem.
     """
     if OmegaConf.get_type(config) is EvalConfig and config.experiment_dir is not None:
+        task = str(OmegaConf.select(config, "task.config_name"))
+        config.experiment_dir = evaluated_run(config.experiment_dir, config.root_dir, task)
         for group in ("model", "data"):
             if config[group] is None:
                 config[group] = saved_group(config.experiment_dir, group)
-    typed = with_start(to_typed(config), given_dir)
+    typed = with_start(with_absolute_paths(to_typed(config)), given_dir)
     problems = validate(typed)
     if problems:
         raise ConfigError(*problems)

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ AUTO = "auto"  # the same if there is one
 START = "task.sft_experiment_dir"
 REWARD_MODEL = "task.rm_experiment_dir"
 TASKS = {START: "sft", REWARD_MODEL: "rm"}  # which task's runs they are
+RUN_OPTIONS = (*TASKS, "experiment_dir", "resume_from", "task.against")  # all that name a run, or ask for the newest
 _NAMES = {START: "task.sft_model_name", REWARD_MODEL: "task.rm_model_name"}
 _OTHER_REWARD = "reward=function reward.path=<name> for a reward without a model"
 _MAX_RUN_BYTES = 1 << 20
@@ -98,6 +99,12 @@ def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
     """
     if not isinstance(config, TrainConfig | EvalConfig) or config.model is None:
         return config
+    if isinstance(config, TrainConfig) and is_newest(config.resume_from):
+        config = _changed(config, {"resume_from": newest_unfinished(config.root_dir, config)})
+    if isinstance(config, EvalConfig) and is_newest(getattr(config.task, "against", None)):
+        asked = f"task.against={NEWEST}"
+        other = newest_finished(config.root_dir, key=asked, trains=("policy",), other_than=config.experiment_dir)
+        config = _changed(config, {"task.against": other})
     of_reward = getattr(config.task, "rm_experiment_dir", None)
     if of_reward is not None and is_word(of_reward) and not scores_by_run(config):
         config = _changed(config, {REWARD_MODEL: None})
@@ -137,6 +144,80 @@ def _with_template_of_start(config: Needy) -> Needy:
     left = Path(start) / "final" / "chat_template.jinja"
     moved = is_template_file(chosen) and not Path(chosen).is_file() and left.is_file()
     return _changed(config, {"model.chat_template": str(left) if moved else chosen})
+
+
+def is_newest(word: Any) -> bool:
+    """Whether it asks for the newest run instead of naming one."""
+    return isinstance(word, str) and word.casefold() == NEWEST
+
+
+def newest_finished(root_dir: str, *, key: str, trains: Collection[str], other_than: str | None = None) -> str:
+    """The newest finished run that trained one of these.
+
+    Args:
+        root_dir: of runs.
+        key: what asks for it, for the message.
+        trains: "policy" or "reward model", or both.
+        other_than: a run that is not meant.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    skipped = None if other_than is None else Path(other_than).resolve()
+    for run in find_runs(root_dir):
+        task = choices("task", "train").get(str(run.info.get("task")))
+        left = run.info.get("status") == "finished" and (run.dir / "final").is_dir()
+        if left and getattr(task, "trains", None) in trains and run.dir.resolve() != skipped:
+            return str(run.dir.absolute())
+    raise ConfigError(
+        f"{key}: {Path(root_dir).absolute()} has no finished run that trained a {' or a '.join(trains)}: `list runs` "
+        "shows the runs that there are; give the directory of one"
+    )
+
+
+def evaluated_run(experiment_dir: str, root_dir: str, task: str) -> str:
+    """The run that `experiment_dir` of an evaluation names, also where it says "newest".
+
+    Args:
+        experiment_dir: as it was given.
+        root_dir: of runs.
+        task: name of the evaluation.
+
+    Raises:
+        ConfigError: there is no finished run that it evaluates.
+    """
+    if not is_newest(experiment_dir):
+        return experiment_dir
+    trains = getattr(choices("task", "eval").get(task), "evaluates", ("policy",))
+    return newest_finished(root_dir, key=f"experiment_dir={experiment_dir}", trains=trains)
+
+
+def newest_unfinished(root_dir: str, config: TrainConfig | None = None) -> str:
+    """The newest run that has not finished.
+
+    Args:
+        root_dir: of runs.
+        config: only runs of its task and model are meant.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for run in find_runs(root_dir):
+        if run.info.get("status") == "finished":
+            continue
+        if config is None:
+            return str(run.dir.absolute())
+        model: Any = {}
+        with suppress(ConfigError):
+            model = read_run_config(str(run.dir)).get("model")
+        same = isinstance(model, dict) and is_same_model(model.get("repo_name"), config.model.repo_name)
+        if same and run.info.get("task") == config.task.config_name:
+            return str(run.dir.absolute())
+    of = "" if config is None else f" of task={config.task.config_name} with model.repo_name={config.model.repo_name}"
+    raise ConfigError(
+        f"resume_from={NEWEST}: {Path(root_dir).absolute()} has no unfinished run{of}; `list runs` shows the runs that "
+        "there are"
+    )
 
 
 def is_word(start: str) -> bool:

@@ -14,6 +14,7 @@ class EvalTaskConfig(Config):
 
     entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config)
     evaluates: ClassVar[tuple[str, ...]] = ("policy",)  # what a training task must have left (its `trains`)
+    reads_start: ClassVar[bool] = False  # a policy is compared with what its run started from
     writes: ClassVar[str] = ""  # "text" as generation.* says, "samples" as rollouts do, or nothing
     unread: ClassVar[frozenset[str]] = frozenset()  # inherited options that it does not have: not shown, not taken
 
@@ -69,6 +70,7 @@ class PreferenceConfig(EvalTaskConfig):
 
     entry_point: ClassVar[str] = "sheeprlhf.task.eval.preference:evaluate"
     evaluates: ClassVar[tuple[str, ...]] = ("policy", "reward model")
+    reads_start: ClassVar[bool] = True
 
     config_name: str = option("preference", "Name of this choice.")
     beta: Optional[float] = option(
@@ -83,6 +85,7 @@ class PreferenceConfig(EvalTaskConfig):
 class ScoredConfig(EvalTaskConfig):
     """What evaluations that sample and score have; `reward` says by what."""
 
+    reads_start: ClassVar[bool] = True
     writes: ClassVar[str] = "samples"
 
     config_name: str = option("???", "Name of this choice.")

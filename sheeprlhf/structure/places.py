@@ -84,7 +84,7 @@ def is_hub_id(name: str) -> bool:
 
 def model_folder(name: str) -> Path | None:
     """The folder that `model.repo_name` names, the embedded model's included; None if it names none."""
-    folder = embedded_folder(name) if name.startswith(EMBEDDED) else Path(name).expanduser()
+    folder = embedded_folder(name) if name.startswith(EMBEDDED) else Path(name).expanduser().absolute()
     return folder if os.path.isdir(folder) else None
 
 

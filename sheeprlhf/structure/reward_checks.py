@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from sheeprlhf.structure.commands import shell_word
 from sheeprlhf.structure.limits import near_path, nearest
 from sheeprlhf.structure.machine import missing_modules
 from sheeprlhf.structure.places import is_hub_id, model_problem
@@ -191,8 +192,11 @@ def _folder_problems(folder: str) -> Iterator[str]:
                 yield problem.replace("model.repo_name=", "reward.folder=", 1)
             return
         inside = place / "final"
-        is_run = (inside / "config.json").is_file() or (inside / "adapter_config.json").is_file()
-        did = f"did you mean reward.folder={inside}?" if is_run else "give a folder that from_pretrained loads"
+        did = "give a folder that from_pretrained loads"
+        if (inside / "adapter_config.json").is_file():
+            did = f"did you mean {shell_word('task.rm_experiment_dir', str(place.resolve()))}?"
+        elif (inside / "config.json").is_file():
+            did = f"did you mean reward.folder={inside}?"
         yield f"{given}: this folder has no config.json: {did}"
     elif os.path.exists(place):
         yield f"{given} is a file: give the folder that has config.json, or a hub id (owner/name)"

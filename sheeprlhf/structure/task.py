@@ -69,6 +69,12 @@ class SFTConfig(TrainTaskConfig):
     label_smoothing: float = option(
         0.0, "Share of the target probability spread over the vocabulary.", minimum=0.0, maximum=0.99
     )
+    sft_experiment_dir: Optional[str] = option(
+        None,
+        "Run directory of a policy to train further, or newest: the newest finished fine-tuning of this model under "
+        "root_dir; null starts from the model as it is.",
+    )
+    sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
     num_sample_prompts: int = option(
         3, "Validation prompts whose generations are shown at every validation.", minimum=0
     )

@@ -14,7 +14,7 @@ from sheeprlhf.structure.places import new_folder_problems
 from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
-from sheeprlhf.structure.task import DPOConfig, TrainTaskConfig
+from sheeprlhf.structure.task import DPOConfig, SFTConfig, TrainTaskConfig
 
 
 def task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
@@ -36,6 +36,8 @@ def task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
 def train_problems(config: TrainConfig) -> Iterator[str]:
     """What a training cannot begin with: options against each other, runs and places."""
     name, starts_elsewhere = config.task.config_name, hasattr(config.task, "sft_experiment_dir")
+    if isinstance(config.task, SFTConfig):  # without a run to start from, it trains the head alone
+        starts_elsewhere = config.task.sft_experiment_dir is not None
     if config.model.freeze_transformer and starts_elsewhere and config.task.trains != "reward model":
         yield (
             f"model.freeze_transformer=true is not read by task={name}: remove it, or train less by "

@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.structure.data import DataConfig
-from sheeprlhf.structure.earlier import REPORT_FILE, task_of_run
+from sheeprlhf.structure.earlier import (
+    REPORT_FILE,
+    is_newest,
+    is_same_model,
+    newest_finished,
+    task_of_run,
+)
+from sheeprlhf.structure.evaluation import FrontierConfig
 from sheeprlhf.structure.limits import near_path
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
 from sheeprlhf.structure.places import is_weights_name, model_problem, template_problem, weights_problems
 from sheeprlhf.structure.registry import choices
+from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.chat_templates import FLAG
@@ -57,9 +65,7 @@ class Trained(NamedTuple):
 
     def is_whole(self) -> bool:
         """Whether the weights need no others: a folder, or a run's `final/` without adapters."""
-        if self.run_dir is None:
-            return True
-        return self.weights == "final" and not (self.run_dir / "final" / "adapter_config.json").is_file()
+        return self.run_dir is None or _is_whole(self.run_dir, self.weights)
 
     def templated(self) -> bool:
         """Whether the chat template, where there is one, wrote rows that it was trained on; assumed of a folder."""
@@ -82,13 +88,40 @@ def with_own_tokenizer(model: ModelConfig, run_dir: Path) -> ModelConfig:
     return dataclasses.replace(model, repo_name=str(final), chat_template=None)
 
 
+def _is_whole(run_dir: Path, weights: str) -> bool:
+    return weights == "final" and not (run_dir / "final" / "adapter_config.json").is_file()
+
+
+def needs_base_model(config: EvalConfig) -> bool:
+    """Whether an evaluation reads the model that the run was made of, besides what the run itself has left."""
+    if config.experiment_dir is None or config.model is None:
+        return True
+    run_dir, weights = Path(config.experiment_dir), config.task.model_name
+    try:
+        saved = read_run_config(config.experiment_dir)
+    except ConfigError:  # told by `validate`
+        return True
+    model = saved.get("model")
+    if not isinstance(model, dict) or not is_same_model(model.get("repo_name"), config.model.repo_name):
+        return True
+    own = with_own_tokenizer(config.model, run_dir) is not config.model
+    if not own or not _is_whole(run_dir, weights) or isinstance(config.task, FrontierConfig):
+        return True
+    trained, task = task_of_run(saved), saved.get("task")
+    options = task if isinstance(task, dict) else {}
+    if not config.task.reads_start or config.model.random_init or (trained and trained.trains == REWARD_MODEL):
+        return False
+    start, name = options.get("sft_experiment_dir"), str(options.get("sft_model_name", "final"))
+    return not isinstance(start, str) or not _is_whole(Path(start), name)
+
+
 def find_trained(
     word: str, weights: str | None = None, *, wanted: str | None = POLICY, chat_template: str | None = None
 ) -> Trained:
     """The model that a word names.
 
     Args:
-        word: a run directory, a folder in the hub's layout, or a name such as "tiny".
+        word: a run directory, "newest", a folder in the hub's layout, or a name such as "tiny".
         weights: which of a run's; None is its final ones.
         wanted: POLICY or REWARD_MODEL; None takes either.
         chat_template: instead of the model's own, as `model.chat_template` takes it.
@@ -99,6 +132,9 @@ def find_trained(
     problem = None if chat_template is None else template_problem(chat_template, key=FLAG)
     if problem:
         raise ConfigError(problem)
+    if is_newest(word):
+        kinds = (POLICY, REWARD_MODEL) if wanted is None else (wanted,)
+        word = newest_finished(TrainConfig.root_dir, key=word, trains=kinds)
     return _find(word, weights, wanted)._replace(chat_template=chat_template)
 
 

@@ -22,6 +22,7 @@ from sheeprlhf.structure.registry import choices, options
 from sheeprlhf.structure.reward_checks import reward_problems
 from sheeprlhf.structure.run import EvalConfig, FetchConfig, InspectConfig, RootConfig, TrainConfig
 from sheeprlhf.structure.task_checks import task_problems, train_problems
+from sheeprlhf.structure.trained import needs_base_model
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TEMPLATE_ARG = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -59,11 +60,19 @@ def _problems(config: RootConfig) -> Iterator[str]:
 def _repo_problems(config: RootConfig) -> Iterator[str]:
     model: ModelConfig | None = getattr(config, "model", None)
     if model is not None:
+        if isinstance(config, EvalConfig) and not needs_base_model(config):
+            return
         from_run = isinstance(config, EvalConfig) and config.experiment_dir is not None
         reads_weights = isinstance(config, TrainConfig | EvalConfig) and not from_run
         problem = model_problem(model.repo_name, weights=reads_weights and not model.random_init)
+        if problem and isinstance(config, EvalConfig) and from_run:
+            problem += f" (task={config.task.config_name} reads the model that the run was trained from)"
         if problem:
             yield problem
+        if model.chat_template is not None:
+            problem = template_problem(model.chat_template)
+            if problem:
+                yield problem
 
 
 def _name_problems(group: str, config: Any) -> Iterator[str]:
@@ -166,10 +175,6 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
             yield "model.freeze_transformer=true leaves no layer for adapters: give model.finetune_mode=ALL"
         if model.random_init:
             yield "model.random_init=true has nothing for adapters to adapt: give model.finetune_mode=ALL"
-    if model.chat_template is not None:
-        problem = template_problem(model.chat_template)
-        if problem:
-            yield problem
     library = model.library_cfg
     if library.trust_remote_code and not _COMMIT.fullmatch(library.revision or ""):
         yield (

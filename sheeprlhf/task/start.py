@@ -132,6 +132,38 @@ def load_start(
     return policy, packed
 
 
+def load_policy_to_train(
+    cfg: ModelConfig,
+    run_dir: str | None,
+    weights: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    longest: int,
+    batching: str,
+    say: Say,
+) -> tuple[Policy, bool]:
+    """The model that a fine-tuning trains, with new adapters if asked, and whether its batches are packed.
+
+    Args:
+        cfg: the task's model.
+        run_dir: the run whose policy is trained further; None takes `cfg` as it is.
+        weights: which of the run's.
+        tokenizer: the model's.
+        longest: tokens of the longest sequence that it will see.
+        batching: as in `load_policy`.
+        say: prints a line for the user.
+
+    Raises:
+        SheepError: the weights cannot be loaded.
+    """
+    if run_dir is None:
+        return load_policy(cfg, tokenizer, longest=longest, batching=batching, say=say)
+    policy, packed = load_start(cfg, run_dir, weights, tokenizer, longest=longest, batching=batching, say=say)
+    if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
+        policy = Policy(add_lora(policy.causal_lm(), cfg.lora_cfg))
+    return policy, packed
+
+
 def load_trained_reward_model(
     cfg: ModelConfig,
     run_dir: Path,

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,13 @@ def test_another_one_can_be_chosen_for_a_conversation(
         run(["chat", str(runs["model"]), "--chat-template", "zepyhr"])
     assert stop.value.code == 2
     assert "zephyr" in capsys.readouterr().err
+
+
+def test_an_evaluation_needs_neither_the_file_nor_the_base(runs: dict[str, Path], tmp_path: Path) -> None:
+    alone = shutil.copytree(runs["first"], tmp_path / "alone")
+    text = (alone / "config.yaml").read_text()
+    (alone / "config.yaml").write_text(text.replace(str(runs["model"]), str(tmp_path / "gone")))
+    for run_dir in (runs["first"], alone):
+        run(["eval", "task=perplexity", f"experiment_dir={run_dir}"])
+    kept, other = (json.loads((d / "eval" / "perplexity-test-final.json").read_text()) for d in (runs["first"], alone))
+    assert kept["perplexity"] == other["perplexity"]

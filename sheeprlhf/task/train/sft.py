@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sheeprlhf.agent.policy import load_policy
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.prepare import prepare_data
@@ -26,7 +25,7 @@ from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.task.batches import Batches, longest_row
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
 from sheeprlhf.task.samples import log_samples
-from sheeprlhf.task.start import begin_training
+from sheeprlhf.task.start import begin_training, load_policy_to_train
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -56,7 +55,10 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         num_held_out = None if task.eval_iters is None else task.eval_iters * task.mini_batch_size
 
         longest = longest_row(data.splits)
-        policy, packed = load_policy(cfg.model, tokenizer, longest=longest, batching=task.batching, say=run.say)
+        start = (task.sft_experiment_dir, task.sft_model_name)
+        policy, packed = load_policy_to_train(
+            cfg.model, *start, tokenizer, longest=longest, batching=task.batching, say=run.say
+        )
         module, optimizer = set_up(fabric, cfg.optim, policy, cfg.peak_lr())
         batches = Batches(fabric, task, packed=packed, targets="response" if task.use_masked_targets else "all")
         torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not

@@ -1,0 +1,59 @@
+"""Paths of a configuration as absolute ones, so that what a run records means the same from every directory.
+
+Hub ids, names, and paths where nothing is yet stay as they were given.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sheeprlhf.structure.places import is_template_file
+from sheeprlhf.structure.registry import options
+from sheeprlhf.structure.run import RootConfig
+from sheeprlhf.structure.smaller import changed
+
+_KINDS: dict[str, Callable[[str], bool]] = {
+    **dict.fromkeys(("model.repo_name", "data.dataset_name", "reward.folder"), os.path.isdir),  # else a hub id
+    **dict.fromkeys(
+        ("task.sft_experiment_dir", "task.rm_experiment_dir", "task.against"), os.path.isdir
+    ),  # else a word
+    **dict.fromkeys(("experiment_dir", "resume_from"), os.path.isdir),
+    **dict.fromkeys(("data.train_file", "data.validation_file", "data.test_file"), os.path.exists),
+    "model.chat_template": lambda path: is_template_file(path) and os.path.isfile(path),
+    **dict.fromkeys(("data.cache_dir", "root_dir"), lambda _: True),  # made where they are missing
+}
+
+
+def absolute_value(key: str, value: Any) -> Any:
+    """The value of an option; an absolute path if the option names a file or folder that is here.
+
+    Args:
+        key: dotted name of the option.
+        value: as it was given.
+    """
+    if key not in _KINDS or not isinstance(value, str) or not value:
+        return value
+    path = os.path.expanduser(value)
+    return str(Path(path).absolute()) if _KINDS[key](path) else value
+
+
+def with_absolute_paths(config: RootConfig) -> RootConfig:
+    """The configuration with all paths absolute."""
+    found = {option.key: option.value for option in options(config) if option.key in _KINDS}
+    change = {key: absolute_value(key, value) for key, value in found.items()}
+    change = {key: value for key, value in change.items() if value != found[key]}
+    if not change:
+        return config
+    new: RootConfig = changed(config, change)
+    new.lock()
+    return new
+
+
+def absolute_words(words: list[str]) -> list[str]:
+    """Words of a command line, `key=value`, with all paths absolute that stand there without quotes."""
+    found = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        found.append(f"{key}={absolute_value(key, value)}" if equals else word)
+    return found
