@@ -8,8 +8,9 @@ from sheeprlhf.reward.call import RewardFunction, Texts
 from sheeprlhf.reward.load import load_function
 from sheeprlhf.reward.moments import RunningMoments
 from sheeprlhf.reward.penalties import penalty
+from sheeprlhf.reward.state import state_warning
 from sheeprlhf.structure.data import KeptColumns
-from sheeprlhf.structure.reward import MODEL, RewardSourceConfig, terms_of
+from sheeprlhf.structure.reward import BUILTINS, MODEL, RewardSourceConfig, terms_of
 from sheeprlhf.utils.errors import ConfigError
 
 ModelScores = Callable[[list[str], list[str]], list[float]]
@@ -97,6 +98,17 @@ def wanted_columns(cfg: RewardSourceConfig, *, default: str | None) -> KeptColum
     signatures = [function.signature for function in _functions(cfg, default)]
     names = dict.fromkeys(name for signature in signatures for name in signature.columns)
     return KeptColumns(tuple(names), any(signature.every_column for signature in signatures))
+
+
+def state_warnings(cfg: RewardSourceConfig, *, default: str | None) -> list[str]:
+    """One line for each function of the user's that seems to keep state between calls.
+
+    Args:
+        cfg: valid.
+        default: as for `build_scorer`.
+    """
+    own = [function for function in _functions(cfg, default) if function.name not in BUILTINS]
+    return [line for function in own if (line := state_warning(function.name, function.function)) is not None]
 
 
 def check_columns(

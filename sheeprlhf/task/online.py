@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from sheeprlhf.agent.reference import reference_of
 from sheeprlhf.data.prepare import TokenizedSplit
 from sheeprlhf.engine.run import Run
+from sheeprlhf.reward.score import state_warnings
 from sheeprlhf.structure.online import PPOConfig
 from sheeprlhf.task.agents import Agents, load_agents
 from sheeprlhf.task.batches import longest_row
@@ -67,6 +68,8 @@ def load_parts(fabric: Fabric, run: Run) -> Parts:
             f"{len(rows)} training rows have none: give each of them one, or task.ptx_coeff=0"
         )
     columns = check_reward_columns(cfg, data, {name or "train": not split.unanswered for name, split in used.items()})
+    for line in state_warnings(cfg.reward, default=cfg.data.rule_reward):
+        run.say(line)
     sampled = max(int(split.sizes[:, 0].max()) for split in used.values()) + cfg.generation.max_new_tokens
     agents = load_agents(run, tokenizer, longest=max(longest_row(used), sampled))
     return Parts(tokenizer, rows, held_out, agents, columns)
