@@ -22,7 +22,7 @@ from sheeprlhf.data.messages import (
     same_message,
     strings_of,
 )
-from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, number
+from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, number, printable
 from sheeprlhf.utils.chat_templates import check_has_template
 from sheeprlhf.utils.end_tokens import end_texts, first_end
 from sheeprlhf.utils.errors import DataError
@@ -305,7 +305,8 @@ def _dialogue(messages: tuple[Message, ...], column: str, *, as_prompt: bool) ->
     answers = [index for index, message in enumerate(messages) if index and is_answer(message)]
     if not answers:
         other = "a user's message at its end, or " if as_prompt else ""
-        raise DataError(f"column '{column}' needs {other}an assistant message with a message before it")
+        roles = printable(dict.fromkeys(message["role"] for message in messages)) or "no messages"
+        raise DataError(f"column '{column}' needs {other}an assistant message with a message before it; it has {roles}")
     trained = [index for index in answers if is_trained(messages[index]) is not False]
     if not trained:
         raise DropRowError("no_trained_message")

@@ -15,6 +15,7 @@ from sheeprlhf.data.rows import (
     CONVERSATION_COLUMNS,
     CONVERSATION_EXTRAS,
     MEANING_COLUMNS,
+    RANKINGS,
     TEXT_COLUMNS,
     has_value,
     mapping_text,
@@ -33,8 +34,9 @@ PAIRS = {  # prompt column -> response column, of plain rows made for other proj
 INPUT = "input"  # beside an instruction: the second paragraph of its prompt
 JOINT = "\n\n"  # between the columns of one text
 _RESPONSES = ("response", "chosen", "rejected", "responses")
-_LISTS = (*CONVERSATION_COLUMNS, "responses")  # csv and parquet may hold them as JSON text
+_LISTS = (*CONVERSATION_COLUMNS, "responses", *RANKINGS)  # csv and parquet may hold them as JSON text
 SCORES = ("score_chosen", "score_rejected")  # their difference is the margin of a pair
+_MESSAGE_EXTRAS = {"system_prompt": "system", "system_message": "system", "functions": "tools"}
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # counted in parquet files, never read
 
 _NOTHING_KEPT = KeptColumns()
@@ -194,6 +196,8 @@ class RowLayout:
             prompt = sources.get("prompt", ("prompt",))
             joined = (name, *prompt) if place == "before" else (*prompt, name)
             fix = f"put it into the prompt by {mapping_text({**sources, 'prompt': joined})}, or {fix}"
+        elif extra := _MESSAGE_EXTRAS.get(name):
+            fix = f"read it by {mapping_text({**sources, extra: (name,)})}, or {fix}"
         raise DataError(f"column '{name}' is not read here, and it changes what the row means; {fix}")
 
     def _convert(self, row: dict[str, Any]) -> None:
@@ -225,6 +229,8 @@ class RowLayout:
             self.unread["label"] += 1
         if self._kind != "preference":
             self.unread.update(name for name in SCORES if has_value(row.get(name)))
+        if row.get("responses") is None:
+            self.unread.update(name for name in RANKINGS if has_value(row.get(name)))
         for name, of in sources.items():
             of = tuple(column for column in of if has_value(values.get(column)))
             if of and of != (name,):

@@ -10,7 +10,17 @@ from typing import Any
 from sheeprlhf.data.conversation import ConversationExample, has_messages, margin_of, read_conversation
 from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.data.helpful_harmless import TURN
-from sheeprlhf.data.rows import MissingColumnError, led_by_space, optional_text, text, texts
+from sheeprlhf.data.rows import (
+    CONVERSATION_EXTRAS,
+    MissingColumnError,
+    best_first,
+    has_value,
+    led_by_space,
+    optional_text,
+    text,
+    texts,
+)
+from sheeprlhf.utils.errors import DataError
 
 HUMAN = "Human:"
 SHAPES = "a row has prompt and response, or prompt, chosen and rejected, or prompt and ranked responses, or messages"
@@ -23,6 +33,7 @@ def format_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | Co
         DataError: if the row has none of the three shapes, or the template cannot render it.
         DropRowError: if a message contains the text of a special token.
     """
+    row = best_first(row)
     if has_messages(row):
         return read_conversation(row)
     row = _named(row)
@@ -47,6 +58,7 @@ def format_prompt(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample |
     Raises:
         DataError, DropRowError: as `format_row` does.
     """
+    row = best_first(row)
     if has_messages(row):
         return read_conversation(row, as_prompt=True)
     row = _named(row)
@@ -62,6 +74,9 @@ def _named(row: Mapping[str, Any]) -> Mapping[str, Any]:
     common start as prompt, up to the last "Assistant:".
     """
     row = dict(row)
+    for name in CONVERSATION_EXTRAS:
+        if has_value(row.get(name)):
+            raise DataError(f"column '{name}' is read beside messages, and this row has none; write its prompt as such")
     if row.get("chosen") is None and row.get("rejected") is None and row.get("rejected_response") is not None:
         row |= {"chosen": row.get("response"), "rejected": row["rejected_response"]}
     chosen, rejected = row.get("chosen"), row.get("rejected")

@@ -10,14 +10,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from sheeprlhf.data.rows import text
+from sheeprlhf.data.rows import printable, text
 from sheeprlhf.utils.errors import DataError
 
 Message = dict[str, Any]
 
 TRAINED = "\0trained"  # key of a message that no file can have: True or False where the row says what is learned
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # names of one field
-ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}  # of ShareGPT
+ROLES = {  # other names, in any letter case -> the role that chat templates know
+    **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "ai", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response", "ipython"), "tool"),
+}
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")
 _MARKS = ("weight", "train", "loss")  # whether a message is learned
 _UNKNOWN_MARKS = ("train_detail", "mask", "masked", "loss_mask", "loss_weight", "trainable", "training")
@@ -112,14 +117,14 @@ def _message(turn: Mapping[Any, Any]) -> Message:
     for name, other in (("role", "from"), ("content", "value")):
         if name not in given and other in given:
             given[name] = given.pop(other)
-    role = text(given, "role") if "role" in given else None
-    if role is None:
-        raise DataError("key 'role' (or 'from') is missing")
+    if "role" not in given:
+        raise DataError(f"key 'role' (or 'from') is missing; {_has(given)}")
+    role = text(given, "role")
     if not _ROLE.fullmatch(role):  # templates write roles between their markers
         raise DataError(f"role {role!r} is not a word")
-    message: Message = {"role": ROLES.get(role, role)}
+    message: Message = {"role": ROLES.get(role.casefold(), role)}
     call = given.pop("function_call", None)
-    if role == "function_call":
+    if role.casefold() == "function_call":
         call = given.pop("content", None)
     if call is not None:
         given["tool_calls"] = _calls(call)
@@ -127,7 +132,7 @@ def _message(turn: Mapping[Any, Any]) -> Message:
     if "content" in given:
         message["content"] = _content(given["content"])
     elif not calls and not any(given.get(key) for key in REASONING_KEYS):
-        raise DataError("key 'content' is missing or null; give it text or remove the message")
+        raise DataError(f"key 'content' (or 'value') is missing or null; {_has(given)}")
     if calls:
         message["tool_calls"] = calls
     trained = _trained(given)
@@ -138,6 +143,10 @@ def _message(turn: Mapping[Any, Any]) -> Message:
             raise DataError(f"key '{key}' holds {type(given[key]).__name__}, not text; write it as a string")
     others = {key: value for key, value in given.items() if key not in ("role", "content", *_MARKS)}
     return message | {key: value for key, value in others.items() if value not in ("", [], {})}
+
+
+def _has(given: Mapping[str, Any]) -> str:
+    return f"the message has {printable(given) or 'no key with a value'}; write its role and its text under these keys"
 
 
 def _content(value: Any) -> str:

@@ -91,7 +91,15 @@ def _stream(file: Path, schema: pa.Schema, columns: list[str]) -> Iterator[dict[
         batch_size=BATCH_ROWS,
         fragment_scan_options=ParquetFragmentScanOptions(use_buffered_stream=True, buffer_size=BUFFER),
     )
-    yield from rows
+    for row in rows:
+        yield {name: _without_nulls(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A nested value without the keys that are null: in parquet all objects of a column have the keys of each."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:

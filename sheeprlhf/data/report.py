@@ -185,6 +185,7 @@ def why_none_left(report: Report, native: set[str], cfg: DataConfig) -> str:
         "same_responses": f"give pairs that differ in their first data.max_length={cfg.max_length} tokens",
         "nul_character": "remove the NUL characters",
         "no_trained_message": "mark an assistant message as one to learn: weight 1 or train true",
+        "equal_ranks": "rank the responses without ties",
         "more_than_one_answer": "chosen and rejected may differ in the last message alone",
         "special_tokens_in_messages": "take the markers of the chat template out of the messages",
     }

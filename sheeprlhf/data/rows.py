@@ -14,6 +14,7 @@ COLUMNS = ("prompt", "response", "chosen", "rejected", "responses", "margin", "m
 TEXT_COLUMNS = COLUMNS[:4]
 CONVERSATION_COLUMNS = ("messages", "conversations")  # hold a conversation
 CONVERSATION_EXTRAS = ("system", "tools")  # read where a row holds a conversation
+RANKINGS = ("ranks", "scores")  # of responses: 1 is the best rank, the highest score is the best
 MEANING_COLUMNS = {  # change what a row means -> where they belong in a prompt, if text; "" where they do not
     "input": "after",
     "context": "before",
@@ -148,6 +149,29 @@ def number(row: Mapping[str, Any], column: str) -> float:
         if isinstance(value, int | float | str) and not isinstance(value, bool) and math.isfinite(float(value)):
             return float(value)
     raise DataError(f"column '{column}' holds {str(value)[:40]!r}, not a finite number; write one or remove the column")
+
+
+def best_first(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with its responses in the order of column 'ranks' or 'scores', if it has one of them.
+
+    Raises:
+        DataError: the column does not have a number for each response.
+        DropRowError: two responses are equally good.
+    """
+    column = next((name for name in RANKINGS if row.get(name) is not None), None)
+    responses = row.get("responses")
+    if column is None or not isinstance(responses, list | tuple):
+        return row
+    values = row[column]
+    if not isinstance(values, list | tuple) or len(values) != len(responses):
+        raise DataError(f"column '{column}' must be a list of as many numbers as column 'responses' has entries")
+    numbers = [number({column: value}, column) if value is not None else math.nan for value in values]
+    if any(map(math.isnan, numbers)):
+        raise DataError(f"column '{column}' has null for a response; give each a number")
+    if len(set(numbers)) < len(numbers):
+        raise DropRowError("equal_ranks")
+    order = sorted(range(len(numbers)), key=numbers.__getitem__, reverse=column == "scores")
+    return {**row, "responses": [responses[index] for index in order]}
 
 
 def led_by_space(response: str) -> str:

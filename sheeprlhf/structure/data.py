@@ -114,7 +114,10 @@ class LocalDataConfig(DataConfig):
 
     row_format: ClassVar[str] = "sheeprlhf.data.local:format_row"
     prompt_format: ClassVar[Optional[str]] = "sheeprlhf.data.local:format_prompt"
-    read_columns: ClassVar[tuple[str, ...]] = ("rejected_response", "score_chosen", "score_rejected")
+    read_columns: ClassVar[tuple[str, ...]] = (
+        *("rejected_response", "score_chosen", "score_rejected"),
+        *("ranks", "scores"),
+    )
 
     config_name: str = option("local", "Name of this choice.")
     dataset_name: Optional[str] = option(None, "Not used: give data.train_file.")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from sheeprlhf.structure.data import LocalDataConfig
 
 MAPPED = ("prompt", "response", "chosen", "rejected", "responses", "margin", "messages", "label")  # data.rows.COLUMNS
+EXTRAS = ("system", "tools")  # data.rows.CONVERSATION_EXTRAS
 
 
 def column_problems(data: LocalDataConfig) -> Iterator[str]:
@@ -15,8 +16,9 @@ def column_problems(data: LocalDataConfig) -> Iterator[str]:
         yield f"data.columns={data.columns} is no mapping: give for example 'data.columns={{prompt: question}}'"
     for name, value in data.columns.items() if isinstance(data.columns, dict) else ():
         columns = [value] if isinstance(value, str) else value
-        if name not in MAPPED:
-            yield f"data.columns.{name} is no column that is read: give one or more of {', '.join(MAPPED)}"
+        if name not in (*MAPPED, *EXTRAS):
+            names = ", ".join((*MAPPED, *EXTRAS))
+            yield f"data.columns.{name} is no column that is read: give one or more of {names}"
             continue
         if not isinstance(columns, list) or not columns or not all(isinstance(c, str) and c for c in columns):
             yield f"data.columns.{name}={value} must be the name of a column, or a list of names to join"

@@ -167,7 +167,7 @@ COLUMNS = {  # rows that lack what is needed, or have another type in its place
         *each([{"messages": "hi"}], "@: column 'messages' holds a text that is not JSON", formats=JSONS, note="text"),
         *each(
             [{"messages": [{"from": "a"}]}],
-            "@: column 'messages', message 0: key 'content' is missing",
+            "@: column 'messages', message 0: key 'content' (or 'value') is",
             formats=NO_CSV,
             note="x",
         ),

@@ -65,6 +65,7 @@ SFT = {
         SYSTEM,
     ),
     "roles of sharegpt": ({"messages": [USER | {"role": "human"}, ANSWER | {"role": "gpt"}]}, QUESTION),
+    "other spellings": ({"messages": [USER | {"role": "User"}, ANSWER | {"role": "Bot"}]}, QUESTION),
     "system column": ({"messages": [USER, ANSWER], "system": "Be brief."}, SYSTEM),
     "same system twice": (
         {"messages": [{"role": "system", "content": "Be brief."}, USER, ANSWER], "system": "Be brief."},
@@ -145,6 +146,23 @@ def test_the_margin_is_the_difference_of_the_scores() -> None:
     assert run(row, "preference").margin == 5.5
     assert run(row | {"margin": 2.0}, "preference").margin == 2.0
     assert run({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1, "score_rejected": 4}).margin == -3.0
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "order"),
+    [("ranks", [3, 1, 2], "bca"), ("scores", [0.5, 2, -1], "bac"), ("scores", ["1", "2", "3"], "cba")],
+)
+def test_ranks_and_scores_order_the_responses(column: str, values: list[Any], order: str) -> None:
+    expected = [f"{letter}{END}" for letter in order]
+    for prompt in ("p", [USER]):
+        row = {"prompt": prompt, "responses": ["a", "b", "c"], column: values}
+        assert read(row, "preference")[1:] == expected
+        assert read(row, "sft")[1:] == expected[:1]
+        assert run(row | {column: [1, 1, 2]}, "preference").dropped == "equal_ranks"
+        with pytest.raises(DataError, match=f"column '{column}'"):
+            run(row | {column: values[:2]}, "preference")
+        with pytest.raises(DataError, match=f"column '{column}'"):
+            run(row | {column: [1, 2, None]}, "preference")
 
 
 def test_unpaired_lists_keep_their_label() -> None:
@@ -285,6 +303,8 @@ REFUSED = {
     "no role": ({"messages": [{"content": "a"}, ANSWER]}, "message 0: key 'role'"),
     "two systems": ({"messages": [USER | {"role": "system"}, USER, ANSWER], "system": "Be brief."}, "'system'"),
     "no call": ({"conversations": [USER, {"from": "function_call", "value": "f(x)"}]}, "function call"),
+    "text with tools": ({"prompt": "p", "response": "r", "tools": TOOLS}, "column 'tools'"),
+    "text with system": ({"prompt": "p", "response": "r", "system": "Be brief."}, "column 'system'"),
     "tools of text": ({"messages": [USER, ANSWER], "tools": "f"}, "column 'tools'"),
     "surrogate": ({"messages": [USER, ANSWER | {"name": "\udc00"}]}, "surrogate"),
 }
@@ -322,6 +342,16 @@ def test_what_is_not_used_is_reported(tmp_path: Path) -> None:
     assert "messages.mood" in render_report(prepared.report)
 
 
+def test_columns_of_other_names_stand_beside_messages(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    rows = [{"messages": [USER, ANSWER], "system_prompt": "Be brief.", "ranks": [1]}]
+    with pytest.raises(DataError, match=r"data.columns=\{system: system_prompt\}"):
+        prepare(local(tmp_path, rows), tokenizer)
+    prepared = prepare(local(tmp_path, rows, columns={"system": "system_prompt"}), tokenizer)
+    assert texts(prepared, tokenizer) == [(SYSTEM, f"yes{END}")]
+    assert prepared.report["columns"]["not_read"] == {"ranks": 1}
+
+
 def test_a_template_that_writes_whole_messages_reads_every_key() -> None:
     as_json = "{% for m in messages %}{{ m | tojson }}<|im_end|>{% endfor %}"
     row = {"messages": [USER | {"mood": "glad"}, ANSWER | {"reasoning_content": "hm"}]}
@@ -341,6 +371,14 @@ def test_lists_in_parquet_and_in_csv(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([pair]), tmp_path / "a.parquet")
     cfg = local(tmp_path, train_file=str(tmp_path / "a.parquet"))
     assert texts(prepare(cfg, tokenizer, "preference"), tokenizer) == expected
+    calls = [{**CALL, "function": {"name": "f", "arguments": {name: 1}}} for name in "xy"]
+    talks = [{"messages": [USER, ANSWER | {"tool_calls": [call]}]} for call in calls]
+    pq.write_table(pa.Table.from_pylist(talks), tmp_path / "b.parquet")
+    chat = byte_tokenizer(template=CHAT)
+    found = texts(prepare(local(tmp_path, train_file=str(tmp_path / "b.parquet")), chat), chat)
+    assert [answer for _, answer in found] == [  # without the other row's argument, which is null here
+        f'<think></think>yes<call>f {{"{name}": 1}}</call>{END}' for name in "xy"
+    ]
     cells = ",".join('"' + json.dumps(value).replace('"', '""') + '"' for value in pair.values())
     (tmp_path / "a.csv").write_text(f"{','.join(pair)}\n{cells}\n")
     cfg = local(tmp_path, train_file=str(tmp_path / "a.csv"))
