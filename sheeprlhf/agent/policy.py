@@ -20,6 +20,7 @@ from sheeprlhf.model.head import TokenLogprobs, head_logprobs, logprobs_from_log
 from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm
 from sheeprlhf.model.lora import POLICY, adapter_in_use, add_lora, save_model
 from sheeprlhf.model.padded import accepted, logits_at
+from sheeprlhf.model.router import router_logits_of
 from sheeprlhf.model.scalar import head_scores
 from sheeprlhf.model.trim import last_mlp_at
 from sheeprlhf.structure.model import ModelConfig
@@ -48,7 +49,12 @@ class Policy(nn.Module):
         return adapter_in_use(self.model, POLICY) if isinstance(self.model, PeftModel) else nullcontext()
 
     def forward(
-        self, batch: Batch, mean: bool = False, entropy: bool = False, temperature: float = 1.0
+        self,
+        batch: Batch,
+        mean: bool = False,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        router: bool = False,
     ) -> TokenLogprobs:
         """Log-probabilities of the batch's targets, float32, nats.
 
@@ -57,7 +63,13 @@ class Policy(nn.Module):
             mean: also the mean over the vocabulary (label smoothing).
             entropy: also the entropy; only where no gradient is wanted.
             temperature: of the distribution that they are of.
+            router: also the logits of a mixture of experts' routers, of all tokens but padding.
         """
+        if router:
+            backbone, _ = backbone_and_head(self.causal_lm())
+            with router_logits_of(backbone, batch.attention_mask_BT) as found:
+                logprobs = self(batch, mean, entropy, temperature)
+            return logprobs._replace(router_logits=tuple(found))
         model = self.causal_lm()
         how: dict[str, Any] = {"mean": mean, "entropy": entropy, "temperature": temperature}
         if batch.layout is None:

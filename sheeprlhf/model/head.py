@@ -21,12 +21,14 @@ class TokenLogprobs(NamedTuple):
         mean_N: (N,) float32, averaged over the vocabulary (label smoothing), or None where it was not asked for.
         entropy_N: (N,) float32, nats, of the distribution that predicts the target, or None where it was not asked for.
         value_N: (N,) float32, what a value head on the same trunk says before the target; None without one.
+        router_logits: of each layer with experts, (tokens, experts); None where they were not asked for.
     """
 
     target_N: Tensor
     mean_N: Tensor | None
     entropy_N: Tensor | None = None
     value_N: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 class _GatherLogprobs(torch.autograd.Function):
@@ -161,5 +163,6 @@ def head_logprobs(
         there = [piece for piece in pieces if piece is not None]
         return torch.cat(there)[inverse_N] if there else None
 
-    target_N, *others = (joined(list(pieces)) for pieces in zip(*parts, strict=True))
-    return TokenLogprobs(cast(Tensor, target_N), *others)
+    columns = zip(*(part[:4] for part in parts), strict=True)
+    target_N, mean_N, entropy_N, value_N = (joined(list(pieces)) for pieces in columns)
+    return TokenLogprobs(cast(Tensor, target_N), mean_N, entropy_N, value_N)

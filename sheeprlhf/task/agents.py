@@ -32,12 +32,13 @@ from sheeprlhf.model.scalar import HEAD, scalar_model
 from sheeprlhf.structure.earlier import is_same_model
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
-from sheeprlhf.structure.online import OnlineTaskConfig, PPOConfig
+from sheeprlhf.structure.online import BestOfNConfig, OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.reward import needs_model
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.saved import saved_group
 from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.structure.trained import with_own_tokenizer
+from sheeprlhf.task.router import say_router_loss_left_out
 from sheeprlhf.task.start import load_start, load_trained_reward_model
 from sheeprlhf.utils.errors import ConfigError, ModelError
 
@@ -71,6 +72,8 @@ def load_agents(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -
     adapted = cfg.model.lora_cfg if cfg.model.finetune_mode == "LORA" else None
     if adapted is not None:
         policy = Policy(add_lora(policy.causal_lm(), adapted))
+    if not isinstance(task, BestOfNConfig):  # it learns nothing
+        say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
     check_engine(cfg.generation.engine, policy.causal_lm())
     reward = None
     if needs_model(cfg.reward, cfg.data.rule_reward):

@@ -119,8 +119,8 @@ MUTANTS = [
     Mutant(  # the loss of a micro-batch is a mean
         trap="9",
         file=_SFT,
-        old="LossOutput(losses_N.sum(), {",
-        new="LossOutput(losses_N.mean(), {",
+        old="total, metrics = losses_N.sum(), {",
+        new="total, metrics = losses_N.mean(), {",
         tests=f"{_E2E}::test_micro_batches_and_padding_do_not_change_the_losses",
     ),
     Mutant(  # perplexity of the mean over batches

@@ -28,6 +28,7 @@ from sheeprlhf.structure.task import DPOConfig
 from sheeprlhf.task.batches import Batches, longest_row, training_split
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
 from sheeprlhf.task.reference import check_reference, of_rows, reference_logprobs, sum_by_response, weights_digest
+from sheeprlhf.task.router import say_router_loss_left_out
 from sheeprlhf.task.samples import log_samples
 from sheeprlhf.task.start import begin_training, load_start
 from sheeprlhf.utils.lightning import Fabric
@@ -118,6 +119,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         longest = longest_row(data.splits)
         start = (task.sft_experiment_dir, task.sft_model_name)
         policy, packed = load_start(cfg.model, *start, tokenizer, longest=longest, batching=task.batching, say=run.say)
+        say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
         key = f"{weights_digest(policy)}-{cfg.fabric.precision}-{packed}"
         if cfg.model.finetune_mode == "LORA" and cfg.model.lora_cfg is not None:
             policy = Policy(add_lora(policy.causal_lm(), cfg.model.lora_cfg))

@@ -28,6 +28,7 @@ from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.task.batches import Batches, longest_row, training_split
 from sheeprlhf.task.eval.preference import pairs_of_rows, scores_of_rows
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
+from sheeprlhf.task.router import say_router_loss_left_out
 from sheeprlhf.task.start import begin_training, load_start
 from sheeprlhf.utils.lightning import Fabric
 
@@ -72,6 +73,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         start = (task.sft_experiment_dir, task.sft_model_name)
         how: dict[str, Any] = {"longest": longest, "batching": task.batching, "say": run.say}
         policy, packed = load_start(cfg.model, *start, tokenizer, **how, new_head=True)
+        say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
         model = reward_model_of(policy, cfg.model, tokenizer)
         module, optimizer = set_up(fabric, cfg.optim, model, cfg.peak_lr())
         targets = "last" if task.loss_type == "last_token" else "scores"

@@ -24,16 +24,26 @@ from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.task.batches import Batches, longest_row
 from sheeprlhf.task.finish import finish_run, note_validation, report_data
+from sheeprlhf.task.router import StepRouterLoss, router_loss_in_training, router_loss_of_step
 from sheeprlhf.task.samples import log_samples
 from sheeprlhf.task.start import begin_training, load_policy_to_train
 from sheeprlhf.utils.lightning import Fabric
 
 
-def sft_loss(policy: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> LossOutput:
-    """Cross-entropy of the batch's targets, summed; `nll` is the same without label smoothing."""
-    logprobs = policy(batch, mean=label_smoothing > 0.0)
+def sft_loss(
+    policy: nn.Module, batch: Batch, *, label_smoothing: float = 0.0, router: StepRouterLoss | None = None
+) -> LossOutput:
+    """Cross-entropy of the batch's targets, summed, and the batch's share of the router's loss, if there is one.
+
+    `nll` is the first without label smoothing, `router_loss` the second.
+    """
+    logprobs = policy(batch, mean=label_smoothing > 0.0, router=router is not None)
     losses_N = cross_entropy(logprobs.target_N, logprobs.mean_N, label_smoothing)
-    return LossOutput(losses_N.sum(), {"nll": -logprobs.target_N.detach().sum()})
+    total, metrics = losses_N.sum(), {"nll": -logprobs.target_N.detach().sum()}
+    if router is not None:
+        share = router.share(logprobs.router_logits)
+        total, metrics = total + share, metrics | {"router_loss": share.detach()}
+    return LossOutput(total, metrics)
 
 
 def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
@@ -59,6 +69,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         policy, packed = load_policy_to_train(
             cfg.model, *start, tokenizer, longest=longest, batching=task.batching, say=run.say
         )
+        router = router_loss_in_training(policy.causal_lm(), run.say)
         module, optimizer = set_up(fabric, cfg.optim, policy, cfg.peak_lr())
         batches = Batches(fabric, task, packed=packed, targets="response" if task.use_masked_targets else "all")
         torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
@@ -71,7 +82,10 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         run.begin_progress(state, num_steps)
         for step, micro_batches in zip(steps, loaded, strict=True):
             lr = follow_schedule(optimizer, cfg.optim, step, warmup=task.lr_warmup_steps, total=num_steps)
-            metrics = take_step(fabric, module, optimizer, micro_batches, loss_fn)
+            of_step = loss_fn
+            if router is not None:
+                of_step = partial(loss_fn, router=router_loss_of_step(fabric, module, micro_batches, router))
+            metrics = take_step(fabric, module, optimizer, micro_batches, of_step)
             state.step, last = step + 1, step + 1 == num_steps
             state.items_seen += int(metrics["items"])
             num_tokens = rows.lengths[plan.rows_of_step(step)].sum()
