@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
+from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.data.messages import (
     REASONING_KEYS,
     TRAINED,
@@ -170,6 +171,30 @@ def render_example(
         label=example.label,
         unused=unused,
         untrained=earlier if example.response is not None else 0,
+    )
+
+
+def raw_example(example: ConversationExample) -> PreferenceExample:
+    """A conversation with its messages as JSON in place of texts: what identifies the row, whatever the template.
+
+    Args:
+        example: before the chat template.
+    """
+
+    def raw(messages: Sequence[Message], *more: Any) -> str:
+        return json.dumps([[plain_message(message) for message in messages], *more], sort_keys=True, default=str)
+
+    def answer(message: Message | None) -> str | None:
+        return None if message is None else raw([message], *(later["role"] for later in example.following))
+
+    ranked = None if example.ranked is None else tuple(raw([message]) for message in example.ranked)
+    return PreferenceExample(
+        raw(example.context, example.tools),
+        answer(example.response),
+        answer(example.chosen),
+        answer(example.rejected),
+        ranked,
+        label=example.label,
     )
 
 

@@ -50,6 +50,7 @@ from sheeprlhf.structure.data import DataConfig, KeptColumns
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.folders import discard, locked, written_folder
 from sheeprlhf.utils.processes import BoundToThis, start_bound
+from sheeprlhf.utils.rendering import fixed_arguments
 
 FORMAT_VERSION = 9  # raise it whenever the code makes other rows, or another report, of the same input
 _NOTHING_KEPT = KeptColumns()
@@ -184,6 +185,7 @@ def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str, kept: Kep
         "tokenizer": pieces,
         "special": [tokenize.ids.bos, tokenize.ids.ends, tokenize.ids.texts],
         "chat_template": getattr(tokenizer, "chat_template", None),
+        "template_args": fixed_arguments(tokenizer, cfg.template_args),
     }
     if kept != _NOTHING_KEPT:
         parts["kept"] = [sorted(kept.names), kept.every]
@@ -217,6 +219,8 @@ def _build(
             "not_read": dict(layout.unread.most_common()),
         }
         report["available_columns"] = written.available
+        if any(part["templated_rows"] for part in parts.values()):
+            report["template_args"] = fixed_arguments(tokenize.tokenizer, cfg.template_args)
         divides = _cuts_training_rows(cfg, set(files))
         report["notes"] = [
             *notes_on(report),

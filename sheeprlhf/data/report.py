@@ -11,6 +11,7 @@ from sheeprlhf.data.tokenize import TokenRow
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.utils.end_tokens import end_tokens
 from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.rendering import CLOCK
 
 SPLITS = ("train", "reward", "validation", "test")
 PERCENTILES = {"p5": 5, "p50": 50, "p95": 95, "max": 100}
@@ -296,6 +297,11 @@ def notes_on(report: Report) -> list[str]:
         "test": "give more rows, a test file or a larger data.test_split",
     }
     notes = [f"the {split} split is empty; {hint}" for split, hint in hints.items() if not rows_kept(report, split)]
+    given = report.get("template_args")
+    if given:
+        values = ", ".join(f"{name}={printable([str(value)])}" for name, value in given.items())
+        date = f" ({CLOCK} stands for today's date; data.template_args gives another)" if CLOCK in given else ""
+        notes.insert(0, f"the chat template renders with {values}{date}")
     if any(part.get("labels", {}).get("pairs") for part in report["splits"].values()):
         notes.insert(0, "each pair became two examples: the chosen response desirable, the rejected one undesirable")
     return notes

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sheeprlhf.data.columns import encode_columns
-from sheeprlhf.data.conversation import ConversationExample, each_answer, render_example
+from sheeprlhf.data.conversation import ConversationExample, each_answer, raw_example, render_example
 from sheeprlhf.data.encoding import EncodedPair, PairEncoder, encode
 from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.data.labels import labelled
@@ -28,11 +28,12 @@ class TokenRow(NamedTuple):
 
     Attributes:
         number: the row's number in its split's source.
-        shares: two numbers in [0, 1) made from the prompt alone; they decide the row's split (see `RowTokenizer`).
+        shares: two numbers in [0, 1) made from the prompt alone, before a chat template; they decide the row's split
+            (see `RowTokenizer`).
         dropped: why the row is left out, None if it is kept; the fields below are empty then.
         tokens: (L,) int32, prompt and responses laid end to end.
         sizes: lengths of the prompt and of each response; that of the prompt alone if the row has no response.
-        digest: 64 bits that equal rows share.
+        digest: 64 bits that equal rows share, made before a chat template.
         cut: what was truncated, of "prompt" and "response".
         special_text: the row's text contains a special token's text (encoded as plain text).
         num_eos: responses that end in an end token.
@@ -65,11 +66,19 @@ class TokenRow(NamedTuple):
     columns: str = ""
 
 
+class _Identified(NamedTuple):
+    """An example, and what identifies it whatever the chat template writes."""
+
+    raw: PreferenceExample
+    example: PreferenceExample
+
+
 class _Pieces(NamedTuple):
     """The texts of a row that is worth tokenising."""
 
     row: Row
     shares: tuple[float, float]
+    same: tuple[Any, ...]  # what equal rows have in common, before a chat template
     prompt: str
     responses: tuple[str, ...]
     templated: bool
@@ -153,7 +162,7 @@ class RowTokenizer:
             examples = self._examples(row)
             if not examples:
                 return [TokenRow(row.number, nowhere, "not_wanted")]
-            shares = split_shares(self.cfg.split_seed, examples[0].prompt)
+            shares = split_shares(self.cfg.split_seed, examples[0].raw.prompt)
             if shares in self.divided:
                 shares = split_shares(self.cfg.split_seed, raw_text(row.values))
             made = [self._texts(row, example, shares) for example in examples]
@@ -166,46 +175,61 @@ class RowTokenizer:
         except DataError as error:
             raise DataError(f"{row.place}: {error}") from None
 
-    def _examples(self, row: Row) -> list[PreferenceExample]:
+    def _examples(self, row: Row) -> list[_Identified]:
         """The examples of a row: one, or none if it is not wanted, or one for each answer of a conversation."""
         example = self.format_row(row.values, self.tokenizer)
         if not isinstance(example, ConversationExample):
-            return [] if example is None else [example]
+            return [] if example is None else [_Identified(example, example)]
         every = self.kind == "sft" and self.cfg.train_on == "all"
         wanted = each_answer(example) if every else [example]
         rendered = [render_example(one, self.tokenizer, self.cfg.template_args) for one in wanted]
-        return [one._replace(untrained=0) if every else one for one in rendered]
+        rendered = [one._replace(untrained=0) if every else one for one in rendered]
+        return [_Identified(raw_example(one), text) for one, text in zip(wanted, rendered, strict=True)]
 
-    def _texts(self, row: Row, example: PreferenceExample, shares: tuple[float, float]) -> _Pieces | TokenRow:
+    def _texts(self, row: Row, identified: _Identified, shares: tuple[float, float]) -> _Pieces | TokenRow:
         """The texts of an example that is worth tokenising."""
-        responses, desirable = labelled(example) if self.kind == "unpaired" else (self._responses(example), ())
+        raw, example = identified
+        responses, desirable = self._responses(example)
+        raw_responses, _ = self._responses(raw)
         if not example.prompt.strip():
             return TokenRow(row.number, shares, "empty_prompt")
         if not all(response.strip() for response in responses):
             return TokenRow(row.number, shares, "empty_response")
         if self._same(responses):
             return TokenRow(row.number, shares, "same_responses")
-        templated = isinstance(example, TemplatedExample)
-        untrained = example.untrained if self.kind == "sft" else 0
         return _Pieces(
-            row, shares, example.prompt, responses, templated, example.margin, desirable, example.unused, untrained
+            row=row,
+            shares=shares,
+            same=(raw.prompt, raw_responses, *desirable),
+            prompt=example.prompt,
+            responses=responses,
+            templated=isinstance(example, TemplatedExample),
+            margin=example.margin,
+            desirable=desirable,
+            unused=example.unused,
+            untrained=example.untrained if self.kind == "sft" else 0,
         )
 
-    def _responses(self, example: PreferenceExample) -> tuple[str, ...]:
-        """The responses that a task of this kind learns from, best first; one that samples its own needs none."""
+    def _responses(self, example: PreferenceExample) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+        """The responses that a task of this kind learns from, best first, and of unpaired data which are desirable.
+
+        A task that samples its own responses needs none.
+        """
+        if self.kind == "unpaired":
+            return labelled(example)
         if self.kind == "preference":
             if example.ranked is not None:
-                return example.ranked
+                return example.ranked, ()
             if example.chosen is None or example.rejected is None:
                 raise MissingColumnError("a preference task needs the columns chosen and rejected, or responses")
-            return example.chosen, example.rejected
+            return (example.chosen, example.rejected), ()
         best = example.chosen if example.ranked is None else example.ranked[0]
         response = best if example.response is None else example.response
         if response is None and self.kind == "prompts":
-            return ()
+            return (), ()
         if response is None:
             raise MissingColumnError("column 'response' is missing")
-        return (response,)
+        return (response,), ()
 
     def _same(self, responses: Sequence[Any]) -> bool:
         """Whether two responses say the same; a pair without a difference teaches nothing."""
@@ -242,7 +266,7 @@ class RowTokenizer:
         except DataError as error:
             raise DataError(f"{row.place}: {error}") from None
         texts = (pieces.prompt, *pieces.responses)
-        same = (pieces.prompt, pieces.responses, *pieces.desirable, *([columns] if columns else []))
+        same = (*pieces.same, *([columns] if columns else []))
         special = not pieces.templated and any(special in text for text in texts for special in self.ids.texts)
         return TokenRow(
             number=row.number,

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from datetime import date
 from typing import Any
 
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
@@ -29,7 +30,7 @@ _TEMPLATE_ARG = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _NO_TEMPLATE_ARGS = {  # given to every chat template, or to the function of transformers that renders one
     "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
     "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask", "sanitize_control_tokens", "tokenizer_kwargs", "strftime_now", "raise_exception",
+    "return_assistant_tokens_mask", "sanitize_control_tokens", "tokenizer_kwargs", "raise_exception",
 }  # fmt: skip
 
 
@@ -219,8 +220,18 @@ def _template_arg_problems(given: Any) -> Iterator[str]:
             yield f"data.template_args: {str(name)[:40]!r} is not a variable's name: use letters, digits and _"
         elif name in _NO_TEMPLATE_ARGS or name.endswith("_token"):
             yield f"data.template_args.{name} cannot be given: it is set for every conversation; remove it"
+        elif name == "strftime_now" and not _is_date(value):
+            yield f"data.template_args.strftime_now={str(value)[:40]} is no date: give it as 2025-03-01"
         elif not _is_plain(value):
             yield f"data.template_args.{name}={str(value)[:40]} cannot be read: give text, a number, true or false"
+
+
+def _is_date(value: Any) -> bool:
+    """Whether a text is a date such as 2025-03-01."""
+    try:
+        return isinstance(value, str) and str(date.fromisoformat(value)) == value
+    except ValueError:
+        return False
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,18 +1,29 @@
-"""Rendering with chat templates: the one function that applies a template, and what a template reads."""
+"""Rendering with chat templates: the one function that applies a template, and what a template reads.
+
+A template may write today's date, or choose at random. The same rows must be the same tomorrow, so both are fixed here:
+the date is `FIXED_DATE` unless `data.template_args` gives another one, and random choices are always the same.
+"""
 
 import json
+import random
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from functools import cache, lru_cache
+from threading import Lock
 from typing import Any
 
 from jinja2 import Environment, meta, nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
-from sheeprlhf.utils.chat_templates import template_advice
+from sheeprlhf.utils.chat_templates import own_templates, template_advice
 from sheeprlhf.utils.errors import DataError
 
+CLOCK = "strftime_now"  # the function with which templates write the date; in template_args, the date that it writes
+FIXED_DATE = "2024-07-26"  # the date that Llama 3's templates write where they know no other
+_RANDOM = re.compile(r"\b(random|lipsum)\b")  # a filter and a function of Jinja
+_fixing = Lock()
 _SET = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception", "namespace"}
 
 
@@ -29,23 +40,28 @@ def render_chat(
     Args:
         tokenizer: of transformers, with a chat template.
         messages: role, content and whatever else the template reads.
-        template_args: further variables of the template, `data.template_args`.
+        template_args: further variables of the template, `data.template_args`; "strftime_now" is the date that stands
+            for today.
         tools: JSON schemas of functions.
         ask: add the generation prompt, which opens the assistant's turn.
 
     Raises:
         DataError: the template refuses the conversation, or fails.
     """
+    plain_tools = None if tools is None else [dict(tool) for tool in tools]
+    given = dict(template_args or {})
+    date = given.pop(CLOCK, FIXED_DATE)
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=None if tools is None else [dict(tool) for tool in tools],
-                tokenize=False,
-                add_generation_prompt=ask,
-                **(template_args or {}),
+        with _fixed_environment(tokenizer.get_chat_template(tools=plain_tools), date):
+            return str(
+                tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    tools=plain_tools,
+                    tokenize=False,
+                    add_generation_prompt=ask,
+                    **given,
+                )
             )
-        )
     except TemplateError as error:
         raise DataError(f"the model's chat template refuses the conversation: {_first_line(error)}") from None
     except Exception as error:  # a template is a program: it can raise whatever its expressions raise
@@ -53,6 +69,35 @@ def render_chat(
         raise DataError(
             f"the model's chat template fails on the conversation ({reason}): {template_advice(tokenizer)}"
         ) from None
+
+
+@contextmanager
+def _fixed_environment(text: str, date: str) -> Iterator[None]:
+    """Inside, a chat template writes this date as today's, and draws the same at random.
+
+    A date cannot be given as a variable: transformers lets no function through to a template.
+    """
+    if CLOCK not in text and not _RANDOM.search(text):
+        yield
+        return
+    from transformers.utils import chat_template_utils
+
+    today = datetime.fromisoformat(date)
+    with _fixing:
+        compiled = chat_template_utils._compile_jinja_template(text)
+        compiled.globals[CLOCK] = lambda form: today.strftime(form)
+        state = random.getstate()
+        random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+
+def fixed_arguments(tokenizer: Any, template_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The variables with which a tokenizer's chat templates render, the date of those that write one included."""
+    has_clock = any(CLOCK in str(text) for text in own_templates(tokenizer).values())
+    return {**({CLOCK: FIXED_DATE} if has_clock else {}), **(template_args or {})}
 
 
 @cache

@@ -114,3 +114,14 @@ def test_a_response_of_no_length_limit():
     example = Asker(FORMS["text"], byte_tokenizer()).example([Turn("user", "p")], "r" * 5000)
     assert len(example.responses[0]) == 5001
     assert example.prompt_ids.dtype == np.int32
+
+
+def test_the_date_of_a_prompt_is_that_of_training():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "({{ strftime_now('%Y-%m-%d') }})" + TEMPLATE
+    for given, shown in ((None, "2024-07-26"), ({"strftime_now": "2025-03-01"}, "2025-03-01")):
+        row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]}
+        [trained] = RowTokenizer(LocalDataConfig(template_args=given), tokenizer, "sft")([Row(0, "", row)])
+        example = Asker(FORMS["template"], tokenizer, given).example([Turn("user", "Hi")])
+        assert decoded(example) == f"<s>({shown})[user]Hi[assistant]"
+        assert example.prompt_ids.tolist() == trained.tokens[: trained.sizes[0]].tolist()

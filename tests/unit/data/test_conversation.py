@@ -249,7 +249,7 @@ def test_all_answers_of_a_conversation(tmp_path: Path) -> None:
     rows = [{"messages": [USER, ANSWER, more, OTHER, more, third]}]
     rows.append({"messages": [USER, ANSWER | {"weight": 0}, more, OTHER | {"weight": 1}]})
     tokenizer = byte_tokenizer(template=CHAT)
-    prepared = prepare(local(tmp_path, rows, train_on="all", validation_split=0.5), tokenizer)
+    prepared = prepare(local(tmp_path, rows, train_on="all", validation_split=0.5, split_seed=1), tokenizer)
     first = turn("user", "ask") + turn("assistant", "yes") + turn("user", "more")
     second = first + turn("assistant", "no") + turn("user", "more") + ASKED
     whole = [(QUESTION, f"yes{END}"), (first + ASKED, f"no{END}"), (second, f"<think></think>well{END}")]

@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from transformers.utils import chat_template_utils
 
 from sheeprlhf.data import prepare as prepare_module
 from sheeprlhf.data import progress
@@ -24,7 +26,7 @@ from sheeprlhf.data.store import SplitWriter
 from sheeprlhf.structure.data import DocstringsConfig
 from sheeprlhf.utils import folders
 from sheeprlhf.utils.errors import DataError
-from tests.unit.data.toy import byte_tokenizer, local, prepare, texts, write_jsonl
+from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts, write_jsonl
 
 FORK = multiprocessing.get_context("fork")
 
@@ -383,7 +385,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from tests.unit.data.toy import byte_tokenizer, local, prepare\n"
+        "from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare\n"
         "cfg = local(Path(sys.argv[1]).parent, train_file=sys.argv[1])\n"
         "prepare(cfg, byte_tokenizer())\n"
         "assert 'pandas' not in sys.modules\n"
@@ -506,3 +508,70 @@ def test_one_prompt_is_told_where_nothing_is_divided(tmp_path: Path) -> None:
     prepared = prepare(local(tmp_path, same_prompt(20)), byte_tokenizer())
     assert list(prepared.splits) == ["train"]
     assert any("all 20 rows have the same prompt" in note for note in prepared.report["notes"])
+
+
+DATED = "[{{ strftime_now('%d %b %Y') }}]"
+
+
+def chats(count: int) -> list[dict[str, Any]]:
+    """Conversations of one question and its answer."""
+    return [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"number {i}"}]}
+        for i in range(count)
+    ]
+
+
+def rows_of_splits(prepared: PreparedData) -> dict[str, list[int]]:
+    """The numbers of the rows in each split."""
+    return {
+        name: [example.row_id for example in split.examples(range(len(split)))]
+        for name, split in prepared.splits.items()
+    }
+
+
+def test_rows_and_splits_do_not_depend_on_the_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"validation_split": 0.2, "test_split": 0.2}
+    first = prepare(local(tmp_path, chats(40), **options), byte_tokenizer(template=DATED + TEMPLATE))
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:
+            return datetime(2031, 5, 7)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    other = {**options, "cache_dir": str(tmp_path / "other")}
+    second = prepare(local(tmp_path, chats(40), **other), byte_tokenizer(template=DATED + TEMPLATE))
+    assert second.fingerprint == first.fingerprint
+    assert second.report == first.report
+    assert first.report["template_args"] == {"strftime_now": "2024-07-26"}
+    assert any("strftime_now=2024-07-26" in note for note in first.report["notes"])
+    for split in first.splits:
+        assert (second.folder / f"{split}.arrow").read_bytes() == (first.folder / f"{split}.arrow").read_bytes()
+    later = local(tmp_path, chats(40), **options, template_args={"strftime_now": "2025-03-01"})
+    third = prepare(later, byte_tokenizer(template=DATED + TEMPLATE))
+    assert third.fingerprint != first.fingerprint
+    assert rows_of_splits(third) == rows_of_splits(first)
+    assert texts(third, byte_tokenizer())[0][0].startswith("[01 Mar 2025]")
+
+
+def test_conversations_are_identified_before_the_template(tmp_path: Path) -> None:
+    """Another template, or keys in another order, moves no row; the same conversation twice is a duplicate."""
+    options = {"validation_split": 0.2, "test_split": 0.2}
+    data = [*chats(30), *chats(5)]
+    mixed = [{"messages": [dict(reversed(message.items())) for message in row["messages"]]} for row in data]
+    plain = prepare(local(tmp_path, data, **options), byte_tokenizer(template=TEMPLATE))
+    assert sum(part["dropped"].get("duplicate", 0) for part in plain.report["splits"].values()) == 5
+    for rows_, template in ((data, "begin " + TEMPLATE), (mixed, TEMPLATE)):
+        again = prepare(local(tmp_path, rows_, **options), byte_tokenizer(template=template))
+        assert rows_of_splits(again) == rows_of_splits(plain)
+
+
+def test_answers_to_one_question_stay_in_one_split(tmp_path: Path) -> None:
+    data = [
+        {"messages": [row["messages"][0], {"role": "assistant", "content": f"answer {i} of {number}"}]}
+        for number, row in enumerate(chats(30))
+        for i in range(2)
+    ]
+    prepared = prepare(local(tmp_path, data, validation_split=0.4), byte_tokenizer(template=TEMPLATE))
+    for numbers in rows_of_splits(prepared).values():
+        assert numbers and all((number ^ 1) in numbers for number in numbers)
