@@ -89,7 +89,15 @@ def split_words(words: list[str]) -> Words:
     problems += _space_problems(overrides)
     if problems:
         raise ConfigError(*problems)
-    return Words(flags, values, overrides)
+    return Words(flags, values, [_with_quoted_items(word) for word in overrides])
+
+
+def _with_quoted_items(word: str) -> str:
+    if "=[" not in word:
+        return word
+    from sheeprlhf.structure.overrides import quote_list_items  # imports Hydra
+
+    return quote_list_items(word)
 
 
 def _space_problems(words: list[str]) -> Iterator[str]:

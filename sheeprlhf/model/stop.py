@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sheeprlhf.structure.commands import shell_word
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError
 
@@ -30,9 +31,10 @@ class StopStrings:
         special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         for string, content in product(strings, special.values()):
             if content and content in string and content != string:
+                shown = dict.fromkeys(content if one == string else one for one in strings)
                 raise ConfigError(
                     f"generation.stop_strings: {string!r} is more than the special token {content!r}, which no text "
-                    f"shows: give {content!r} alone"
+                    f"shows: give {content!r} alone, {shell_word('generation.stop_strings', list(shown))}"
                 )
         self._end_ids = end_token_ids(tokenizer)
         self._tokenizer, self._special = tokenizer, np.array(list(special), dtype=np.int64)

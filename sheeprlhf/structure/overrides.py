@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sheeprlhf.structure.catalogue import meant_by, owners_of
+from sheeprlhf.structure.commands import hydra_value, shell_word
 from sheeprlhf.structure.limits import is_secret_name, is_secret_value, nearest
 from sheeprlhf.structure.registry import ROOTS, choices, groups, options, unwrap_optional
 
@@ -58,7 +59,79 @@ def readable(words: list[str]) -> tuple[list[Override], list[str]]:
     return parsed, problems
 
 
+def quote_list_items(word: str) -> str:
+    """A word with quotes around the items of its list that Hydra would refuse: `[<end>,a]` becomes `["<end>",a]`.
+
+    In a list of texts, all items without quotes become texts, so that `[10]` stays as it is typed.
+    """
+    key, _, value = word.partition("=")
+    if not value.startswith("[") or not value.endswith("]"):
+        return word
+    items, texts = _split_items(value[1:-1]), _is_list_of_texts(key)
+    if items is None or (not texts and _parsed(word) is not None):
+        return word
+    quoted = [
+        item if _reads_as(item, str if texts else object) else hydra_value(item.replace("\\,", ",")) for item in items
+    ]
+    result = f"{key}=[{','.join(quoted)}]"
+    return word if _parsed(result) is None else result
+
+
+def _split_items(text: str) -> list[str] | None:
+    """The items of a list, at commas outside of quotes and brackets; None if a quote or a bracket stays open."""
+    items, start, quote, depth, place = [], 0, "", 0, 0
+    while place < len(text):
+        letter, before = text[place], text[start:place].strip()
+        if letter == "\\":
+            place += 1
+        elif quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'" and not before:
+            quote = letter
+        elif letter in "[{" and (depth or not before):
+            depth += 1
+        elif letter in "]}" and depth:
+            depth -= 1
+        elif letter == "," and not depth:
+            items.append(text[start:place].strip())
+            start = place + 1
+        place += 1
+    if quote or depth:
+        return None
+    return [*items, text[start:].strip()] if text.strip() else []
+
+
+def _parsed(word: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(word)
+    except (HydraException, ValueError):
+        return None
+
+
+def _reads_as(item: str, kind: type) -> bool:
+    """Whether Hydra reads an item of a list, and as a value of this kind."""
+    found = _parsed(f"key=[{item}]")
+    value = None if found is None else found.value()
+    return isinstance(value, list) and len(value) == 1 and isinstance(value[0], kind)
+
+
+def _is_list_of_texts(key: str) -> bool:
+    """Whether an option with this key takes a list of texts."""
+    first, _, rest = key.partition(".")
+    for verb, root in ROOTS.items():
+        whole = typing.get_type_hints(root)
+        part, _ = unwrap_optional(whole.get(first))
+        members = [*(choices(first, verb).values() if first in groups(verb) else []), part]
+        found = [typing.get_type_hints(cls).get(rest) for cls in members if dataclasses.is_dataclass(cls)]
+        if list[str] in (whole.get(key), *found):
+            return True
+    return False
+
+
 def _unreadable(word: str, key: str, value: str) -> str:
+    if value and (value.startswith("[") or _is_list_of_texts(key)):
+        items = [item.strip().strip("\"'") for item in value.strip("[]").split(",")]
+        return f"{_short(word)} cannot be read: write the list with each text in quotes, {shell_word(key, items)}"
     if value:
         return f"{_short(word)} cannot be read: quote what has special characters, \"{key}='...'\""
     if word in ROOTS:
@@ -166,6 +239,8 @@ def key_problem(verb: str, override: Override, config: DictConfig, chosen: Chose
             return f"{key}=null: a value is needed, {_example(key, found)}"
         if hint is str and isinstance(value, list):
             return f"{word}: a text is needed; quote it: \"{key}='{','.join(map(str, value))}'\""
+        if typing.get_origin(hint) is list and isinstance(value, str):
+            return f"{word}: a list is needed; write {shell_word(key, [value])}"
         return f"{word}: {_needed(hint)} is needed, {_example(key, found)}"
     return None
 
@@ -244,7 +319,7 @@ def _needed(hint: Any) -> str:
 def _example(key: str, found: _Found) -> str:
     hint, _ = unwrap_optional(found.type)
     value = OmegaConf.to_container(found.default) if OmegaConf.is_config(found.default) else found.default
-    if value is None or isinstance(value, dict):
+    if value is None or value == [] or isinstance(value, dict):
         examples = {int: 100, float: 1e-5, bool: True, str: "name", list: "[a,b]"}
         value = examples.get(typing.get_origin(hint) or hint, "null")
     shown = str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "").replace("1e-05", "1e-5")

@@ -10,6 +10,8 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sheeprlhf.command import fetch
+from sheeprlhf.command.words import split_words
+from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.structure.commands import changed_words, command, hydra_value, option_word, shell_word
 from sheeprlhf.structure.compose import Source, check, compose_job, configs_directory
 from sheeprlhf.structure.data import DocstringsConfig, LocalDataConfig
@@ -20,7 +22,8 @@ from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.reward import FunctionRewardConfig
 from sheeprlhf.structure.run import EvalConfig, FetchConfig, TrainConfig
 from sheeprlhf.task.finish import evaluation_of
-from tests.support.models import make_model_folder
+from sheeprlhf.utils.errors import ConfigError
+from tests.support.models import byte_tokenizer, make_model_folder
 
 ODD = ("with space", "it's", '"quoted"', "a=b,c", "(x)[y]{z}", "$HOME", "~tilde", "back\\slash\\", "true", "#;&|")
 FOLDERS = ('it\'s "a"=b,c (x)[y]{z} $HOME #;&| back\\slash\\ \u00fcn\u00ef', "~true")
@@ -151,3 +154,78 @@ def test_no_command_is_put_together_elsewhere() -> None:
             if isinstance(node, ast.JoinedStr) and any(isinstance(part, ast.FormattedValue) for part in node.values):
                 texts = [part.value for part in node.values if isinstance(part, ast.Constant)]
                 assert not any("sheeprlhf.py " in str(text) for text in texts), path
+
+
+LISTS = {  # as typed behind a shell's quotes, and what is meant
+    "[<end_of_turn>]": ["<end_of_turn>"],
+    "[<|im_end|>,END]": ["<|im_end|>", "END"],
+    "[ <a> , b c ]": ["<a>", "b c"],
+    "[### Human:,</s>]": ["### Human:", "</s>"],
+    '["<a>,b",<c>]': ["<a>,b", "<c>"],
+    "[it's]": ["it's"],
+    "[<a, b>]": ["<a", "b>"],
+    "[10,1e3,true,null]": ["10", "1e3", "true", "null"],
+    "[?!,*]": ["?!", "*"],
+    '[say "hi"]': ['say "hi"'],
+    '["\n\n",<x>]': ["\n\n", "<x>"],
+    "['<a>']": ["<a>"],
+    "[]": [],
+    "[a\\,b,<c>]": ["a,b", "<c>"],
+    "[{x},(y)]": ["{x}", "(y)"],
+}
+
+
+@pytest.mark.parametrize("typed", LISTS)
+def test_stop_strings_are_read_as_they_are_typed(typed: str) -> None:
+    words = split_words(["task=grpo", f"generation.stop_strings={typed}"]).overrides
+    assert read(words[1]) == LISTS[typed]
+    assert split_words(words).overrides == words
+    for printed in changed_words("generation", GenConfig(stop_strings=LISTS[typed])):
+        [pasted] = shlex.split(shlex.quote(printed))
+        assert read(*split_words([pasted]).overrides) == LISTS[typed]
+
+
+def test_other_words_stay_as_they_are() -> None:
+    words = ["seed=1", "optim.betas=[0.9,0.95]", "a=[1,2],[3]", "a=[b", "x=[[1],[2]]", "fabric.devices=[0,1]", "k=<a>"]
+    assert split_words(words).overrides == words
+    assert read(*split_words(["optim.betas=[0.9,<a>]"]).overrides) == [0.9, "<a>"]
+
+
+def advice_in(message: str) -> str:
+    """The option that a message tells to write, as a shell reads it."""
+    place = message.index("generation.stop_strings=", message.index("write ") if "write " in message else 0)
+    place -= message[place - 1] == "'"
+    [word, *_] = shlex.split(message[place:])
+    return word
+
+
+WRONG = {
+    "<end>": ["<end>"],
+    "END": ["END"],
+    '["a]': ["a"],
+    "[<a>,'b]": ["<a>", "b"],
+}
+
+
+@pytest.mark.parametrize("typed", WRONG)
+def test_the_advice_about_stop_strings_works(typed: str) -> None:
+    """What the message tells to write, read by a shell and then by the command line, has no problem."""
+    source = Source("train", configs_directory(), "train")
+    rest = ["task=grpo", "data=docstrings", "model=tiny"]
+    [problem] = check(source, split_words([*rest, f"generation.stop_strings={typed}"]).overrides)
+    word = advice_in(problem)
+    assert read(word) == WRONG[typed]
+    assert check(source, split_words([*rest, word]).overrides) == []
+
+
+@pytest.mark.parametrize("string", ["<end_of_turn>\n", "say <end_of_turn>"])
+def test_a_stop_string_beside_a_special_token(string: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    with pytest.raises(ConfigError) as error:
+        StopStrings(["it's", string], tokenizer)
+    message = str(error.value)
+    place = message.rindex("alone, ") + len("alone, ")
+    [word] = split_words(shlex.split(message[place:])).overrides
+    assert read(word) == ["it's", "<end_of_turn>"]
+    StopStrings(read(word), tokenizer)
