@@ -38,9 +38,10 @@ from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.saved import saved_group
 from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.structure.trained import with_own_tokenizer
+from sheeprlhf.task.exchange import has_same_tokens
 from sheeprlhf.task.router import say_router_loss_left_out
 from sheeprlhf.task.start import load_start, load_trained_reward_model
-from sheeprlhf.utils.errors import ConfigError, ModelError
+from sheeprlhf.utils.errors import ModelError
 
 
 class Agents(NamedTuple):
@@ -51,19 +52,21 @@ class Agents(NamedTuple):
         critic: says what a response is still going to earn, and learns; None if the task has none.
         reward: scores; None where the reward is a function.
         packed: batches are packed.
+        reward_tokenizer: the reward model's, where it is not the policy's; texts are exchanged then.
     """
 
     policy: Policy
     critic: RewardModel | SharedScore | None
     reward: RewardModel | SharedScore | None
     packed: bool
+    reward_tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def load_agents(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -> Agents:
     """The models, on the host and not wrapped yet.
 
     Raises:
-        SheepError: one cannot be loaded, or the reward model has another tokenizer.
+        SheepError: one cannot be loaded.
     """
     cfg, task = run.cfg, run.cfg.task
     assert isinstance(task, OnlineTaskConfig)
@@ -75,14 +78,24 @@ def load_agents(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -
     if not isinstance(task, BestOfNConfig):  # it learns nothing
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
     check_engine(cfg.generation.engine, policy.causal_lm())
-    reward = None
+    reward, other = None, None
     if needs_model(cfg.reward, cfg.data.rule_reward):
-        reward, reward_packed = _load_reward(run, tokenizer, policy, longest=longest)
-        packed = packed and reward_packed
+        own = load_reward_tokenizer(cfg)
+        if has_same_tokens(own, tokenizer):
+            reward, reward_packed = _load_reward(run, tokenizer, policy, longest=longest)
+            packed = packed and reward_packed
+        else:
+            other = own
+            reward, _ = load_separate_reward_model(cfg, own, longest=longest, say=run.say)
+            run.say("the reward model has another tokenizer: it reads prompts and responses as text")
         reward.requires_grad_(False) if isinstance(reward, RewardModel) else reward.head.requires_grad_(False)
         reward.eval()
-    critic = _make_critic(run, tokenizer, policy, reward) if isinstance(task, PPOConfig) else None
-    return Agents(policy, critic, reward, packed)
+    critic = None
+    if isinstance(task, PPOConfig):
+        if other is not None and task.init_critic_with_reward and not task.share_trunk:
+            run.say("the critic begins as the policy with a new head: the reward model has another tokenizer")
+        critic = _make_critic(run, tokenizer, policy, reward if other is None else None)
+    return Agents(policy, critic, reward, packed, other)
 
 
 def _make_critic(
@@ -131,12 +144,6 @@ def _load_reward(
     task = run.cfg.task
     assert isinstance(task, OnlineTaskConfig)
     of_run, folder, cfg = reward_model_source(run.cfg)
-    if load_reward_tokenizer(run.cfg).get_vocab() != tokenizer.get_vocab():
-        where = f"reward.folder={folder}" if folder is not None else f"task.rm_experiment_dir={of_run}"
-        raise ConfigError(
-            f"{where}: its tokenizer is not that of {run.cfg.model.repo_name}: give a reward model that was made of "
-            "the same model"
-        )
     if folder is None and isinstance(policy.model, PeftModel) and _same_base(run, cfg, str(of_run)):
         run.say(f"reward model: the {task.rm_model_name} weights of {of_run}")
         final = Path(str(of_run)) / "final"

@@ -21,6 +21,7 @@ from sheeprlhf.reward.score import RawScores, build_scorer
 from sheeprlhf.structure.online import OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.batches import Batches
+from sheeprlhf.task.exchange import TextExchange, read_scores
 from sheeprlhf.task.rollouts import (
     as_rollout,
     as_text,
@@ -51,6 +52,7 @@ class Collector:
         reward: the reward model, if the reward has one.
         packed: how batches are laid out.
         columns: of the texts, those that the reward is given; the same in every rollout.
+        exchange: makes the texts the reward model's tokens, if it has another tokenizer.
 
     Attributes:
         policy: who writes.
@@ -71,10 +73,11 @@ class Collector:
         *,
         packed: bool,
         columns: Collection[str] = ("reference",),
+        exchange: TextExchange | None = None,
     ) -> None:
         self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
         self.policy, self._reference, self._reward, self._packed = policy, reference, reward, packed
-        self._columns = columns
+        self._columns, self._exchange = columns, exchange
         self._stop = StopStrings(cfg.generation.stop_strings, tokenizer)
         self._model_scores: list[float] = []
         given = None if reward is None else lambda *_: self._model_scores
@@ -134,7 +137,12 @@ class Collector:
         return rollout
 
     def _scores(self, rollout: Rollout, validates: bool) -> list[float]:
-        if self._reward is not None:
+        if isinstance(self._reward, RewardModel) and self._exchange is not None:
+            of_reward = self._exchange(rollout, self.texts)  # of any length: padded, which every model can read
+            self._model_scores = read_scores(
+                self._fabric, self._cfg.task, self._reward, of_reward, packed=False
+            ).tolist()
+        elif self._reward is not None:
             self._model_scores = self.scores_of(self._reward, rollout, "scoring", at_end=True).tolist()
         # Rank zero alone asks the user's functions, which may answer the same question differently.
         asked: RawScores | RewardError = RawScores([], {})

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from sheeprlhf.structure.online import PPOConfig
 from sheeprlhf.task.agents import Agents, load_agents
 from sheeprlhf.task.batches import longest_row
 from sheeprlhf.task.collect import Collector
+from sheeprlhf.task.exchange import TextExchange
 from sheeprlhf.task.finish import report_data
 from sheeprlhf.task.held_out import HeldOut
 from sheeprlhf.task.reward_rows import check_reward_columns, prepare_prompts
@@ -75,6 +76,12 @@ def load_parts(fabric: Fabric, run: Run) -> Parts:
     return Parts(tokenizer, rows, held_out, agents, columns)
 
 
+def exchange_of(run: Run, agents: Agents, tokenizer: PreTrainedTokenizerBase) -> TextExchange | None:
+    """What makes texts of the policy's tokens for the reward model; None if both have one tokenizer."""
+    reader = agents.reward_tokenizer
+    return None if reader is None else TextExchange(tokenizer, reader, run.say)
+
+
 def begin(
     fabric: Fabric,
     run: Run,
@@ -102,7 +109,9 @@ def begin(
     learners = module if learners is None else learners
     reward = None if agents.reward is None else agents.reward.to(fabric.device)
     of_policy = (agents.policy, reference_of(agents.policy))
-    collect = Collector(fabric, cfg, parts.tokenizer, *of_policy, reward, packed=agents.packed, columns=parts.columns)
+    exchange = exchange_of(run, agents, parts.tokenizer)
+    how: dict[str, Any] = {"packed": agents.packed, "columns": parts.columns, "exchange": exchange}
+    collect = Collector(fabric, cfg, parts.tokenizer, *of_policy, reward, **how)
     torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
     state = run.restore(learners, optimizer)
     collect.restore(state.extra)

@@ -1,15 +1,11 @@
 """Who says what a response is worth: `reward=`, and how far a reward model among it may be believed."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.batching import choose_packed
 from sheeprlhf.agent.reward import RewardModel
-from sheeprlhf.agent.rollout import Rollout
-from sheeprlhf.data.encoding import encode
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.engine.checkpoint import Say
@@ -18,13 +14,12 @@ from sheeprlhf.reward.score import RawScores, build_scorer
 from sheeprlhf.structure.reward import needs_model, terms_of
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.agents import load_reward_tokenizer, load_separate_reward_model
-from sheeprlhf.task.batches import Batches, longest_row
+from sheeprlhf.task.batches import longest_row
 from sheeprlhf.task.eval.answers import Answers
 from sheeprlhf.task.eval.interval import interval_of
 from sheeprlhf.task.eval.load import evaluated_split, rows_as
 from sheeprlhf.task.eval.preference import pairs_of_rows, scores_of_rows
-from sheeprlhf.task.rollouts import read_targets
-from sheeprlhf.utils.end_tokens import response_end
+from sheeprlhf.task.exchange import TextExchange, has_same_tokens, longest_of, read_scores
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 
@@ -120,28 +115,12 @@ class Judge:
 
     def _scores_of_model(self, answers: Answers) -> list[float]:
         rollout, tokenizer = answers.rollout, load_reward_tokenizer(self._cfg)
-        if answers.tokenizer.get_vocab() != tokenizer.get_vocab():
-            rollout = self._as_its_own(answers, tokenizer)
-        model, packed = self._model(max(self._longest, _longest(rollout)))
-        batches = Batches(self._fabric, self._cfg.task, packed=packed, targets="last")
-        return read_targets(self._fabric, model, model, batches, rollout, "scoring").double().tolist()
-
-    def _as_its_own(self, answers: Answers, tokenizer: PreTrainedTokenizerBase) -> Rollout:
-        """Responses of others in the reward model's tokens: its prompts, their texts, its end token if they ended."""
-        if self._own_prompts is None:
-            self._own_prompts = rows_as(self._fabric, self._cfg, tokenizer, answers.rollout.rows, self._say)
-        group = answers.rollout.finished.shape[1]
-        ends = [end for row in self._own_prompts for end in [response_end(tokenizer, row.prompt_ids)] * group]
-        ids = encode(tokenizer, answers.texts.responses)
-        responses = [
-            np.array([*part, end] if ended or not part else part, dtype=np.int32)
-            for part, end, ended in zip(ids, ends, answers.texts.finished, strict=True)
-        ]
-        rows = tuple(
-            prompt._replace(responses=tuple(responses[number * group : (number + 1) * group]))
-            for number, prompt in enumerate(self._own_prompts)
-        )
-        return dataclasses.replace(answers.rollout, rows=rows, tokens={})
+        if not has_same_tokens(answers.tokenizer, tokenizer):
+            if self._own_prompts is None:
+                self._own_prompts = rows_as(self._fabric, self._cfg, tokenizer, rollout.rows, self._say)
+            rollout = TextExchange(answers.tokenizer, tokenizer, self._say)(rollout, answers.texts, self._own_prompts)
+        model, packed = self._model(max(self._longest, longest_of(rollout)))
+        return read_scores(self._fabric, self._cfg.task, model, rollout, packed=packed).double().tolist()
 
     def _model(self, longest: int) -> tuple[RewardModel, bool]:
         """The reward model, and whether rows of this length are packed; longer ones than before decide anew."""
@@ -156,8 +135,3 @@ class Judge:
             packed = packed and choose_packed(model, model.classifier(), longest=longest, **how)
             self._loaded = model, packed, longest
         return model, packed
-
-
-def _longest(rollout: Rollout) -> int:
-    """Tokens of the longest prompt with one of its responses."""
-    return max(len(row.prompt_ids) + max(map(len, row.responses)) for row in rollout.rows)

@@ -27,7 +27,7 @@ from sheeprlhf.structure.online import BestOfNConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.best_rows import Parts, Tally, kl_bound, rows_of, sample_text, tally, tally_table, write_splits
 from sheeprlhf.task.collect import Collector, check_sampler
-from sheeprlhf.task.online import load_parts
+from sheeprlhf.task.online import exchange_of, load_parts
 from sheeprlhf.utils.errors import CheckpointError, DataError
 from sheeprlhf.utils.lightning import Fabric
 
@@ -49,7 +49,9 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         fabric.setup_module(policy)  # onto the device, in the precision asked for
         reward = None if agents.reward is None else agents.reward.to(fabric.device)
         # The policy does not move, so it is its own reference: what the KL shows is the sampler's rounding.
-        collect = Collector(fabric, cfg, tokenizer, policy, policy, reward, packed=agents.packed, columns=columns)
+        exchange = exchange_of(run, agents, tokenizer)
+        how: dict[str, Any] = {"packed": agents.packed, "columns": columns, "exchange": exchange}
+        collect = Collector(fabric, cfg, tokenizer, policy, policy, reward, **how)
 
         parts, todo = Parts(run.dir / "parts"), _rollouts(task, splits)
         if fabric.is_global_zero:
