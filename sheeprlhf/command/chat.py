@@ -23,6 +23,11 @@ TEMPLATE = Flag(
     "Chat template instead of the model's own: one of its names, a built-in one (chatml, ...) or a .jinja file.",
     value="name or file",
 )
+TEMPLATE_ARGS = Flag(
+    "template-args",
+    "Variables for the chat template instead of those of the run, such as '{enable_thinking: false}'.",
+    value="{name: value}",
+)
 SAMPLING = (
     Flag(
         "temperature",
@@ -41,6 +46,7 @@ SAMPLING = (
 FLAGS = (
     WEIGHTS,
     TEMPLATE,
+    TEMPLATE_ARGS,
     Flag("system", "What the model is told before the conversation; needs a chat template.", value="text"),
     *SAMPLING,
 )
@@ -79,7 +85,12 @@ def run(arguments: list[str]) -> int:
     if len(given.words) != 1:
         what = f"{len(given.words)} were given" if given.words else "`list runs` shows the runs"
         raise ConfigError(f"`chat` takes one run or model: `chat <run>`; {what}")
-    trained = find_trained(given.words[0], weights_of(given.values), chat_template=given.values[TEMPLATE.name])
+    trained = find_trained(
+        given.words[0],
+        weights_of(given.values),
+        chat_template=given.values[TEMPLATE.name],
+        template_args=given.values[TEMPLATE_ARGS.name],
+    )
     if is_newest(given.words[0]):
         _note(f"{given.words[0]}: {trained.word}")
     check_versions()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from sheeprlhf.command.chat import TEMPLATE
+from sheeprlhf.command.chat import TEMPLATE, TEMPLATE_ARGS
 from sheeprlhf.command.flags import Flag, print_flags_help, read_flags
 from sheeprlhf.command.screen import Screen, clean
 from sheeprlhf.structure.trained import REWARD_MODEL, Trained, find_trained
@@ -22,6 +22,7 @@ AUTH = "SHEEPRLHF_DEMO_AUTH"
 FLAGS = (
     Flag("weights", "Which weights of the runs.", default="final", value="final|best|last|step-<n>"),
     TEMPLATE,
+    TEMPLATE_ARGS,
     Flag("reward", "A run of task=rm, or a reward model's folder: its score stands beside each answer.", value="run"),
     Flag("port", "Where the page is served.", default=7860, kind=int, least=1, most=65535),
     Flag("host", "Address to serve it on; one that others can reach needs --auth.", default="127.0.0.1"),
@@ -52,7 +53,8 @@ def run(arguments: list[str]) -> int:
     found: list[Trained] = []
     weights = None if values["weights"] == "final" else values["weights"]
     for word in given.words[:_MOST]:
-        problems += _found(found, word, weights, chat_template=values[TEMPLATE.name])
+        template = {"chat_template": values[TEMPLATE.name], "template_args": values[TEMPLATE_ARGS.name]}
+        problems += _found(found, word, weights, **template)
     reward: list[Trained] = []
     if values["reward"] is not None:
         problems += [f"--reward: {text}" for text in _found(reward, values["reward"], None, REWARD_MODEL)]
@@ -79,10 +81,13 @@ def _found(
     wanted: str = "policy",
     *,
     chat_template: str | None = None,
+    template_args: str | None = None,
 ) -> tuple[str, ...]:
     """Add what a word names, or tell what is wrong with it."""
     try:
-        found.append(find_trained(word, weights, wanted=wanted, chat_template=chat_template))
+        found.append(
+            find_trained(word, weights, wanted=wanted, chat_template=chat_template, template_args=template_args)
+        )
     except ConfigError as error:
         return error.problems
     return ()

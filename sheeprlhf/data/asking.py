@@ -132,6 +132,8 @@ def form_of(trained: Trained, tokenizer: Any) -> str:
 
 def template_args_of(trained: Trained) -> dict[str, Any] | None:
     """The variables with which the chat template wrote the rows that it was trained on."""
+    if trained.template_args is not None:
+        return trained.template_args
     own_template = trained.data is not None and trained.chat_template is None
     return trained.data.template_args if trained.data is not None and own_template else None
 

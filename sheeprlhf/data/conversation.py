@@ -274,8 +274,8 @@ class _Renderer:
         known = template_keys(self._text) | template_variables(self._text)
         if self._tools and "tools" not in known:
             raise DataError(
-                "the model's chat template does not read column 'tools'; take a model whose template does, or remove "
-                "the column"
+                "the model's chat template does not read column 'tools'; take a model whose template does, or leave it "
+                "out by 'data.ignore_columns=[tools]'"
             )
         keys = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
         unused = []
@@ -289,7 +289,7 @@ class _Renderer:
                 fix = "write it into the content between <think> and </think>, " if key in REASONING_KEYS else ""
                 raise DataError(
                     f"the model's chat template does not read key '{key}' of a message; {fix}take a model whose "
-                    "template does, or remove the key"
+                    f"template does, or leave it out by 'data.ignore_columns=[messages.{key}]'"
                 )
             else:
                 unused.append(f"messages.{key}")
@@ -313,7 +313,7 @@ class _Renderer:
             if found and self([*context, {"content": "", **without}]) == written:
                 raise DataError(
                     f"the model's chat template does not write key '{found[0]}' of the answer; take another model, or "
-                    "remove the key"
+                    f"leave it out by 'data.ignore_columns=[messages.{found[0]}]'"
                 )
 
 

@@ -36,6 +36,7 @@ JOINT = "\n\n"  # between the columns of one text
 _RESPONSES = ("response", "chosen", "rejected", "responses")
 _LISTS = (*CONVERSATION_COLUMNS, "responses", *RANKINGS)  # csv and parquet may hold them as JSON text
 SCORES = ("score_chosen", "score_rejected")  # their difference is the margin of a pair
+MESSAGE_KEY = "messages."  # begins a name of data.ignore_columns that means a key of messages
 _MESSAGE_EXTRAS = {"system_prompt": "system", "system_message": "system", "functions": "tools"}
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # counted in parquet files, never read
 
@@ -69,12 +70,15 @@ class RowLayout:
         self._more = (*cfg.read_columns, *more)
         self._given: Sources = {}
         self._ignored: frozenset[str] = frozenset()
+        self._ignored_keys: frozenset[str] = frozenset()
         names = [*COLUMNS, *CONVERSATION_COLUMNS, *CONVERSATION_EXTRAS, *self._more]
         if isinstance(cfg, LocalDataConfig):
             self._given = {
                 str(name): (of,) if isinstance(of, str) else tuple(of) for name, of in (cfg.columns or {}).items()
             }
             self._ignored = frozenset(cfg.ignore_columns)
+            keys = (name.partition(MESSAGE_KEY)[2] for name in cfg.ignore_columns if name.startswith(MESSAGE_KEY))
+            self._ignored_keys = frozenset(keys)
             names += [*PAIRS, *PAIRS.values(), INPUT, *(name for name in MEANING_COLUMNS if name not in _MEDIA)]
             names += [name for of in self._given.values() for name in of]
         self.columns = tuple(name for name in dict.fromkeys(names) if name not in self._ignored or name in kept.names)
@@ -114,6 +118,8 @@ class RowLayout:
             self._check_meaning(unread, row, sources)  # a row without either is an error of its own
         if self._own_files:
             self._convert(row)
+        if self._ignored_keys:
+            row = {name: _without_keys(value, self._ignored_keys) for name, value in row.items()}
         self._count(row, values, unread, sources)
         return row, unread
 
@@ -258,6 +264,15 @@ def _messages_in_text(value: Any) -> list[Any] | None:
         isinstance(one, dict) and any(k <= set(one) for k in keys) for one in messages
     )
     return messages if is_list and messages else None
+
+
+def _without_keys(value: Any, keys: frozenset[str]) -> Any:
+    """A value with all messages in it without some of their keys."""
+    if isinstance(value, list):
+        return [_without_keys(one, keys) for one in value]
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        return {key: one for key, one in value.items() if key not in keys}
+    return value
 
 
 def _joined(values: Mapping[str, Any], columns: Sequence[str]) -> Any:

@@ -200,7 +200,10 @@ def _trained(given: Mapping[str, Any]) -> bool | None:
     """
     unknown = next((key for key in _UNKNOWN_MARKS if key in given), None)
     if unknown is not None:
-        raise DataError(f"key '{unknown}' is not read; write \"train\": true or false instead, or remove it")
+        raise DataError(
+            f"key '{unknown}' is not read; write \"train\": true or false instead, or leave it out by "
+            f"'data.ignore_columns=[messages.{unknown}]'"
+        )
     said = []
     for key in _MARKS:
         if key in given:

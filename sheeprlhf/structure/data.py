@@ -134,7 +134,8 @@ class LocalDataConfig(DataConfig):
         "lines. null finds them by the layouts that it knows.",
     )
     ignore_columns: list[str] = option(
-        factory=list, help="Columns to leave out, of those that change what a row means, such as weight."
+        factory=list,
+        help="Columns and keys of messages to leave out that change what a row means: [weight, messages.weight].",
     )
     minimum_response_length: int = option(1, "Shorter responses are dropped.", unit="tokens", minimum=1)
     reward_model_split: float = option(

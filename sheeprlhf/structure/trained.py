@@ -25,6 +25,7 @@ from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.structure.task import TrainTaskConfig
+from sheeprlhf.structure.template_args import read_template_args
 from sheeprlhf.utils.chat_templates import FLAG
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.files import read_object, read_small
@@ -52,6 +53,7 @@ class Trained(NamedTuple):
         weights: of the run: "final", "best", "last" or "step-<n>".
         task: of the run.
         chat_template: chosen instead of the model's own.
+        template_args: variables for the chat template, given instead of those of the run's data.
     """
 
     word: str
@@ -62,6 +64,7 @@ class Trained(NamedTuple):
     weights: str = "final"
     task: str = ""
     chat_template: str | None = None
+    template_args: dict[str, Any] | None = None
 
     def is_whole(self) -> bool:
         """Whether the weights need no others: a folder, or a run's `final/` without adapters."""
@@ -116,7 +119,12 @@ def needs_base_model(config: EvalConfig) -> bool:
 
 
 def find_trained(
-    word: str, weights: str | None = None, *, wanted: str | None = POLICY, chat_template: str | None = None
+    word: str,
+    weights: str | None = None,
+    *,
+    wanted: str | None = POLICY,
+    chat_template: str | None = None,
+    template_args: str | None = None,
 ) -> Trained:
     """The model that a word names.
 
@@ -125,6 +133,7 @@ def find_trained(
         weights: which of a run's; None is its final ones.
         wanted: POLICY or REWARD_MODEL; None takes either.
         chat_template: instead of the model's own, as `model.chat_template` takes it.
+        template_args: variables for the chat template, as text, instead of those of the run's data.
 
     Raises:
         ConfigError: it names nothing, or something that cannot be loaded or is of another kind; all problems at once.
@@ -132,10 +141,11 @@ def find_trained(
     problem = None if chat_template is None else template_problem(chat_template, key=FLAG)
     if problem:
         raise ConfigError(problem)
+    variables = None if template_args is None else read_template_args(template_args)
     if is_newest(word):
         kinds = (POLICY, REWARD_MODEL) if wanted is None else (wanted,)
         word = newest_finished(TrainConfig.root_dir, key=word, trains=kinds)
-    return _find(word, weights, wanted)._replace(chat_template=chat_template)
+    return _find(word, weights, wanted)._replace(chat_template=chat_template, template_args=variables)
 
 
 def _find(word: str, weights: str | None, wanted: str | None) -> Trained:

@@ -2,11 +2,9 @@
 
 import ast
 import importlib.util
-import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from datetime import date
 from typing import Any
 
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
@@ -23,15 +21,10 @@ from sheeprlhf.structure.registry import choices, options
 from sheeprlhf.structure.reward_checks import reward_problems
 from sheeprlhf.structure.run import EvalConfig, FetchConfig, InspectConfig, RootConfig, TrainConfig
 from sheeprlhf.structure.task_checks import task_problems, train_problems
+from sheeprlhf.structure.template_args import template_arg_problems
 from sheeprlhf.structure.trained import needs_base_model
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_TEMPLATE_ARG = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-_NO_TEMPLATE_ARGS = {  # given to every chat template, or to the function of transformers that renders one
-    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
-    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
-    "return_assistant_tokens_mask", "sanitize_control_tokens", "tokenizer_kwargs", "raise_exception",
-}  # fmt: skip
 
 
 def validate(config: RootConfig) -> list[str]:
@@ -197,50 +190,13 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         )
     if data.cache_dir is not None:
         yield from new_folder_problems("data.cache_dir", os.path.expanduser(data.cache_dir))
-    yield from _template_arg_problems(data.template_args)
+    yield from template_arg_problems(data.template_args)
     if isinstance(data, LocalDataConfig):
         for key in ("train_file", "validation_file", "test_file"):
             path = getattr(data, key)
             if path is not None:
                 yield from data_file_problems(f"data.{key}", path)
         yield from column_problems(data)
-
-
-def _template_arg_problems(given: Any) -> Iterator[str]:
-    if given is None:
-        return
-    if not isinstance(given, dict):
-        yield (
-            f"data.template_args={str(given)[:40]} is no mapping of names to values: give for example "
-            "'data.template_args={enable_thinking: false}'"
-        )
-        return
-    for name, value in given.items():
-        if not isinstance(name, str) or not _TEMPLATE_ARG.fullmatch(name):
-            yield f"data.template_args: {str(name)[:40]!r} is not a variable's name: use letters, digits and _"
-        elif name in _NO_TEMPLATE_ARGS or name.endswith("_token"):
-            yield f"data.template_args.{name} cannot be given: it is set for every conversation; remove it"
-        elif name == "strftime_now" and not _is_date(value):
-            yield f"data.template_args.strftime_now={str(value)[:40]} is no date: give it as 2025-03-01"
-        elif not _is_plain(value):
-            yield f"data.template_args.{name}={str(value)[:40]} cannot be read: give text, a number, true or false"
-
-
-def _is_date(value: Any) -> bool:
-    """Whether a text is a date such as 2025-03-01."""
-    try:
-        return isinstance(value, str) and str(date.fromisoformat(value)) == value
-    except ValueError:
-        return False
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether JSON can hold a value."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _optim_problems(optim: OptimizerConfig) -> Iterator[str]:

@@ -21,7 +21,7 @@ from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.trained import Trained
 from sheeprlhf.task.start import load_of_run, load_trained_reward_model
 from sheeprlhf.utils.end_tokens import end_token_ids
-from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.lightning import move_data_to_device
 from sheeprlhf.utils.memory import phase
 
@@ -191,7 +191,10 @@ def load_writer(trained: Trained, say: Say) -> Writer:
     """
     policy, tokenizer = load_trained_policy(trained, say)
     model = policy.to(_device()).causal_lm()
-    return Writer(model, tokenizer, form_of(trained, tokenizer), template_args_of(trained))
+    form = form_of(trained, tokenizer)
+    if trained.template_args is not None and form != "template":
+        raise ConfigError(f"--template-args: {trained.word} is asked without a chat template: leave it out")
+    return Writer(model, tokenizer, form, template_args_of(trained))
 
 
 def load_scorer(trained: Trained, say: Say) -> Scorer:

@@ -24,6 +24,7 @@ CLOCK = "strftime_now"  # the function with which templates write the date; in t
 FIXED_DATE = "2024-07-26"  # the date that Llama 3's templates write where they know no other
 _RANDOM = re.compile(r"\b(random|lipsum)\b")  # a filter and a function of Jinja
 _fixing = Lock()
+_ARGS = "data.template_args (or --template-args)"
 _SET = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception", "namespace"}
 
 
@@ -153,14 +154,14 @@ def check_template_args(tokenizer: Any, template_args: Mapping[str, Any] | None)
         return
     templates = getattr(tokenizer, "chat_template", None)
     if not templates:
-        raise DataError("data.template_args is for a chat template, and this model has none: remove it")
+        raise DataError(f"{_ARGS} is for a chat template, and this model has none: remove it")
     texts = templates.values() if isinstance(templates, dict) else [templates]
     known = frozenset().union(*map(template_variables, texts))
     unknown = [name for name in template_args if name not in known]
     if known and unknown:
         own = sorted(name for name in frozenset().union(*map(_own_variables, texts)) if not name.endswith("_token"))
         reads = f"it reads {', '.join(own)}" if own else "it reads no other variable"
-        raise DataError(f"data.template_args: the model's chat template does not read {', '.join(unknown)}; {reads}")
+        raise DataError(f"{_ARGS}: the model's chat template does not read {', '.join(unknown)}; {reads}")
 
 
 def _parsed(text: str) -> nodes.Template | None:

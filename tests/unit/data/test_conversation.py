@@ -14,7 +14,8 @@ from sheeprlhf.data.read import Row
 from sheeprlhf.data.report import render_report
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import LocalDataConfig
-from sheeprlhf.utils.errors import DataError
+from sheeprlhf.structure.template_args import read_template_args, template_arg_problems
+from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.rendering import render_chat
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts
 
@@ -221,6 +222,32 @@ def test_arguments_of_the_template() -> None:
         run(thought, template=CHAT, template_args=args)
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("5", "--template-args"),
+        ("{a b: 1}", "a b"),
+        ("{messages: 1}", "messages"),
+        ("{", "--template-args"),
+        ("", "--"),
+    ],
+)
+def test_the_flag_of_the_arguments_is_checked(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        read_template_args(text)
+    assert read_template_args("{enable_thinking: false, date_string: 1 May}") == {
+        "enable_thinking": False,
+        "date_string": "1 May",
+    }
+
+
+@pytest.mark.parametrize("given", [5, {"tools": 1}, {"bos_token": "x"}, {"x": float("inf")}, {"a b": 1}])
+def test_the_option_of_the_arguments_is_checked(given: Any) -> None:
+    [problem] = template_arg_problems(given)
+    assert problem.startswith("data.template_args")
+    assert not list(template_arg_problems({"x": [1, {"y": None}]}))
+
+
 def test_arguments_of_the_template_are_in_the_fingerprint(tmp_path: Path) -> None:
     tokenizer, rows = byte_tokenizer(template=CHAT), [{"messages": [USER, ANSWER]}]
     prints = {
@@ -316,6 +343,18 @@ def test_what_changes_the_meaning_and_cannot_be_read_is_refused(name: str) -> No
     with pytest.raises(DataError, match=problem) as caught:
         run(row)
     assert str(caught.value).startswith("f.jsonl line 1: ")
+
+
+def test_keys_of_messages_can_be_left_out(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    row = {"messages": [USER, ANSWER | {"reasoning_content": "hm", "trainable": False}], "tools": TOOLS}
+    rows, ignored = [row, {"prompt": [USER], "response": ANSWER | {"trainable": 1}}], ["tools"]
+    for key in ("trainable", "reasoning_content"):
+        with pytest.raises(DataError, match=rf"data.ignore_columns=\[messages.{key}\]"):
+            prepare(local(tmp_path, rows, ignore_columns=ignored), tokenizer)
+        ignored = [*ignored, f"messages.{key}"]
+    prepared = prepare(local(tmp_path, rows, ignore_columns=ignored, remove_same_inputs=False), tokenizer)
+    assert texts(prepared, tokenizer) == [(QUESTION, f"yes{END}")] * 2
 
 
 def test_special_tokens_are_refused_in_every_part() -> None:
