@@ -147,11 +147,8 @@ class Viewer:
                 f"the prompt begins with {number} BOS tokens, and models know one: take it out of the chat template, "
                 "or out of the tokenizer's post-processor"
             )
-        if number == len(prompt):
-            warnings.append(
-                "nothing of the prompt is left, so that its response fits: raise data.max_length, or leave such rows "
-                "out with data.on_overflow=drop"
-            )
+        if number == len(prompt) or list(prompt) == [self._tokenizer.eos_token_id]:
+            facts.append("no prompt: it is a text of which all tokens are learned, or data.max_prompt_length cut it")
 
     def _look_at_template(self, prompt: Sequence[int], facts: list[str], warnings: list[str]) -> None:
         """A template that is applied to its own output opens an answer and leaves it empty."""

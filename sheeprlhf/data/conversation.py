@@ -260,7 +260,7 @@ class _Renderer:
         fix = "change data.template_args, or " if self._args else ""
         return (
             f"the model's chat template writes the conversation differently once it is answered ({change}); {fix}"
-            "write the rows as prompt and response"
+            "write the rows as prompt and response, rendered by the template, and give data.control_tokens=true"
         )
 
     def check_keys(self, messages: Sequence[Message]) -> list[str]:

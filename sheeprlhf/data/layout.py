@@ -31,6 +31,7 @@ PAIRS = {  # prompt column -> response column, of plain rows made for other proj
     "query": "response",
     "problem": "solution",
 }
+TEXT = "text"  # alone: a text without a prompt
 INPUT = "input"  # beside an instruction: the second paragraph of its prompt
 JOINT = "\n\n"  # between the columns of one text
 _RESPONSES = ("response", "chosen", "rejected", "responses")
@@ -79,7 +80,7 @@ class RowLayout:
             self._ignored = frozenset(cfg.ignore_columns)
             keys = (name.partition(MESSAGE_KEY)[2] for name in cfg.ignore_columns if name.startswith(MESSAGE_KEY))
             self._ignored_keys = frozenset(keys)
-            names += [*PAIRS, *PAIRS.values(), INPUT, *(name for name in MEANING_COLUMNS if name not in _MEDIA)]
+            names += [*PAIRS, *PAIRS.values(), INPUT, TEXT, *(name for name in MEANING_COLUMNS if name not in _MEDIA)]
             names += [name for of in self._given.values() for name in of]
         self.columns = tuple(name for name in dict.fromkeys(names) if name not in self._ignored or name in kept.names)
         self.columns += tuple(name for name in kept.names if name not in self.columns)
@@ -112,6 +113,8 @@ class RowLayout:
         for name, of in sources.items():
             if any(column in values for column in of):
                 row[name] = _joined(values, of)
+        if sources.get("response") == (TEXT,) and "prompt" not in sources and not self._given:
+            row["prompt"] = ""
         used_up = as_named | used | set(self.kept.names)
         unread = tuple(name for name, value in values.items() if name not in used_up and has_value(value))
         if self._own_files and any(row.get(name) is not None for name in ("prompt", *CONVERSATION_COLUMNS)):
@@ -184,12 +187,23 @@ class RowLayout:
                     }
                 )
             )
+        if not pairs and not answers and TEXT in has:
+            self._check_texts()
+            return {"response": (TEXT,)}
         sources: Sources = {}
         for prompt, response in pairs.items():
             sources["prompt"] = (prompt, INPUT) if prompt == "instruction" and INPUT in values else (prompt,)
             if response:
                 sources["response"] = (response,)
         return sources
+
+    def _check_texts(self) -> None:
+        """Raise DataError if the task does not learn texts without a prompt."""
+        if self._kind != "sft":
+            as_prompt = (
+                f"; if they are prompts, give {mapping_text({'prompt': [TEXT]})}" if self._kind == "prompts" else ""
+            )
+            raise DataError(f"column '{TEXT}' alone is text without a prompt, which only task=sft learns{as_prompt}")
 
     def _check_meaning(self, unread: Sequence[str], row: Mapping[str, Any], sources: Sources) -> None:
         """Raise DataError if a column that is not read changes what the row means."""

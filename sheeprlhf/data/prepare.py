@@ -38,9 +38,11 @@ from sheeprlhf.data.report import (
     check_ids,
     check_targets,
     notes_on,
+    notes_on_control_tokens,
     notes_on_conversations,
     notes_on_cuts,
     notes_on_ends,
+    notes_on_texts,
     rows_kept,
     why_none_left,
 )
@@ -225,6 +227,8 @@ def _build(
         report["notes"] = [
             *notes_on(report),
             *notes_on_cuts(report, cfg),
+            *notes_on_control_tokens(report, cfg),
+            *notes_on_texts(report),
             *frequent.notes(divided=divides),
             *notes_on_conversations(report, cfg),
             *notes_on_ends(tokenize.tokenizer),

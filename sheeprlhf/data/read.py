@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from sheeprlhf.data.compressed import is_compressed
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.parquet import count_values, open_parquet, read_parquet
-from sheeprlhf.data.textfile import PlacedRows, count_lines, read_csv, read_json, read_jsonl
-from sheeprlhf.structure.data_files import KINDS, file_kind
+from sheeprlhf.data.textfile import PlacedRows, count_lines, read_csv, read_json, read_jsonl, read_text
+from sheeprlhf.structure.data_files import KINDS, TEXT, file_kind
 from sheeprlhf.utils.errors import DataError
 
 BATCH_ROWS = 1000
@@ -19,6 +19,7 @@ READERS: dict[str, Callable[[Path], PlacedRows]] = {  # all but parquet's, which
     ".ndjson": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
+    TEXT: read_text,
     ".tsv": partial(read_csv, separator="\t"),
 }
 

@@ -8,7 +8,7 @@ import numpy as np
 from sheeprlhf.data.rows import printable
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.data.tokenize import TokenRow
-from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.utils.end_tokens import end_tokens
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.rendering import CLOCK
@@ -38,6 +38,7 @@ class SplitCount:
         self.with_eos = 0
         self.with_margin = 0
         self.templated = 0
+        self.texts = 0
         self.mismatches: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()
         self.untrained = 0
@@ -61,6 +62,7 @@ class SplitCount:
         self.with_eos += row.num_eos
         self.with_margin += row.margin != 0.0
         self.templated += row.templated
+        self.texts += row.is_text
         self.mismatches[row.mismatch] += 1
         self.unused.update(row.unused)
         self.untrained += row.untrained
@@ -86,6 +88,7 @@ class SplitCount:
             "pairs": 0,
             "rows_with_margin": self.with_margin,
             "templated_rows": self.templated,
+            "text_rows": self.texts,
             "prompt_mismatch_rows": self.mismatches["prompt"],
             "response_mismatch_rows": self.mismatches["response"],
             "untrained_answers": self.untrained,
@@ -225,6 +228,7 @@ def render_report(report: Report) -> str:
         "pairs": "pairs of a better and a worse response",
         "rows_with_margin": "rows with a margin (task=rm reads it)",
         "templated_rows": "rows in the chat template",
+        "text_rows": "texts without a prompt (all tokens are learned)",
         "untrained_answers": "assistant messages before the last (not trained on)",
         "further_answers": "further answers of these rows, each an example (data.train_on=all)",
         "duplicates": "duplicate rows",
@@ -305,6 +309,45 @@ def notes_on(report: Report) -> list[str]:
     if any(part.get("labels", {}).get("pairs") for part in report["splits"].values()):
         notes.insert(0, "each pair became two examples: the chosen response desirable, the rejected one undesirable")
     return notes
+
+
+def notes_on_texts(report: Report) -> list[str]:
+    """The splits of which some rows are texts without a prompt, and others are not."""
+    rows = {
+        name: f"{part['text_rows']:,} of {part['kept']:,} rows of the {name} split"
+        for name, part in report["splits"].items()
+        if 0 < part["text_rows"] < part["kept"]
+    }
+    if not rows:
+        return []
+    return [
+        f"{', '.join(rows.values())} have an empty prompt and are learned as texts; remove them if that is a mistake"
+    ]
+
+
+def check_prompts(report: Report, task: str) -> None:
+    """Raise DataError if rows are texts without a prompt, which a task cannot answer."""
+    if any(part["text_rows"] for part in report["splits"].values()):
+        raise DataError(
+            f"task={task} answers prompts, and rows of this data are texts without one; give rows with prompts"
+        )
+
+
+def notes_on_control_tokens(report: Report, cfg: DataConfig) -> list[str]:
+    """The splits of which most rows have the text of control tokens, and what to do about it."""
+    if not isinstance(cfg, LocalDataConfig):
+        return []
+    rows = {
+        name: f"{part['special_token_rows']:,} of {part['kept']:,} rows of the {name} split"
+        for name, part in report["splits"].items()
+        if part["kept"] and 2 * part["special_token_rows"] >= part["kept"]
+    }
+    if not rows:
+        return []
+    return [
+        f"control tokens in the text of {', '.join(rows.values())} are encoded as plain text; if a chat template "
+        "wrote these rows, give data.control_tokens=true"
+    ]
 
 
 def notes_on_cuts(report: Report, cfg: DataConfig) -> list[str]:

@@ -108,7 +108,7 @@ def left_out_note(cfg: DataConfig) -> str | None:
             left += [] if value is None else unread_files(value)
     elif os.path.isdir(folder := Path(str(cfg.dataset_name)).expanduser()):
         read = {file for files in files_of_folder(folder).values() for file in files}
-        left += [file for file in files_below(folder) if file_kind(file) and file not in read]
+        left += [file for file in files_below(folder) if (file_kind(file) or ("",))[0] in KINDS and file not in read]
     if not left:
         return None
     names = ", ".join(file.name for file in left[:5]) + (", ..." if len(left) > 5 else "")

@@ -42,6 +42,14 @@ def read_jsonl(file: Path) -> PlacedRows:
         yield f"line {number}", _object(value, place)
 
 
+def read_text(file: Path) -> PlacedRows:
+    """One text a line; empty lines are skipped."""
+    for number, line in _lines(file):
+        text = _decode(line, file, number).rstrip("\r\n")
+        if text.strip():
+            yield f"line {number}", {"text": text}
+
+
 def read_json(file: Path) -> PlacedRows:
     """One array of objects, alone or in an object around it; any other file is read line by line."""
     with open_data(file) as stream:

@@ -15,7 +15,7 @@ from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.data.labels import labelled
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, column_advice
-from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.rendering import check_template_args
@@ -40,6 +40,7 @@ class TokenRow(NamedTuple):
         margin: of the row's preference.
         desirable: of each response of unpaired data; empty for other data.
         templated: the row went through the chat template.
+        is_text: it is a text without a prompt, of which all tokens are learned.
         mismatch: what its ids do not decode to, "prompt" or "response"; empty if they do.
         unused: names of the parts of the row that nothing reads.
         untrained: answers of earlier turns, which are not learned.
@@ -59,6 +60,7 @@ class TokenRow(NamedTuple):
     margin: float = 0.0
     desirable: tuple[bool, ...] = ()
     templated: bool = False
+    is_text: bool = False
     mismatch: str = ""
     unused: tuple[str, ...] = ()
     untrained: int = 0
@@ -143,6 +145,8 @@ class RowTokenizer:
         self.divided: frozenset[tuple[float, float]] = frozenset()
         self.ids = SpecialIds(tokenizer)
         self._encode = PairEncoder(tokenizer)
+        self._control_tokens: bool = getattr(cfg, "control_tokens", False)
+        self._learns_texts = kind == "sft" and isinstance(cfg, LocalDataConfig)
 
     def __call__(self, rows: Sequence[Row]) -> list[TokenRow]:
         """Format, tokenise and cut the rows of a batch."""
@@ -152,7 +156,7 @@ class RowTokenizer:
         for templated in (False, True):
             of = [piece for piece in kept if piece.templated is templated]
             texts = [piece.prompt for piece in of], [piece.responses for piece in of]
-            encoded[templated] = iter(self._encode(*texts, control_tokens=templated))
+            encoded[templated] = iter(self._encode(*texts, control_tokens=templated or self._control_tokens))
         return [self._finish(p, next(encoded[p.templated])) if isinstance(p, _Pieces) else p for p in formatted]
 
     def _format(self, row: Row) -> list[_Pieces | TokenRow]:
@@ -162,7 +166,9 @@ class RowTokenizer:
             examples = self._examples(row)
             if not examples:
                 return [TokenRow(row.number, nowhere, "not_wanted")]
-            shares = split_shares(self.cfg.split_seed, examples[0].raw.prompt)
+            first = examples[0]
+            is_text = self._is_text(first.example) and first.example.response is not None
+            shares = split_shares(self.cfg.split_seed, str(first.example.response) if is_text else first.raw.prompt)
             if shares in self.divided:
                 shares = split_shares(self.cfg.split_seed, raw_text(row.values))
             made = [self._texts(row, example, shares) for example in examples]
@@ -186,12 +192,16 @@ class RowTokenizer:
         rendered = [one._replace(untrained=0) if every else one for one in rendered]
         return [_Identified(raw_example(one), text) for one, text in zip(wanted, rendered, strict=True)]
 
+    def _is_text(self, example: PreferenceExample) -> bool:
+        """Whether an example is a text without a prompt, which the task learns as a whole."""
+        return self._learns_texts and example.prompt == "" and not isinstance(example, TemplatedExample)
+
     def _texts(self, row: Row, identified: _Identified, shares: tuple[float, float]) -> _Pieces | TokenRow:
         """The texts of an example that is worth tokenising."""
         raw, example = identified
         responses, desirable = self._responses(example)
         raw_responses, _ = self._responses(raw)
-        if not example.prompt.strip():
+        if not example.prompt.strip() and not self._is_text(example):
             return TokenRow(row.number, shares, "empty_prompt")
         if not all(response.strip() for response in responses):
             return TokenRow(row.number, shares, "empty_response")
@@ -240,11 +250,16 @@ class RowTokenizer:
         row, shares = pieces.row, pieces.shares
         prompt, responses, mismatch = ids
         ends = [self.ids.eos] * len(responses)
-        if not prompt:
+        rendered = pieces.templated or self._control_tokens
+        if not prompt and pieces.prompt:
             return pieces.dropped("empty_prompt")
-        if not (pieces.templated and self._begins_with_bos(prompt)):
+        if not pieces.prompt:  # a text: behind one token that begins it, all of its tokens are learned
+            prompt = self.ids.bos or [self.ids.eos]
+            if rendered and self.ids.bos:
+                responses = [r[len(prompt) :] if self._begins_with_bos(r) else r for r in responses]
+        elif not (rendered and self._begins_with_bos(prompt)):
             prompt = self.ids.bos + prompt
-        if pieces.templated:  # the template's own end token stays; one that writes none gets EOS
+        if rendered:  # the end token that the row brings stays; one that brings none gets EOS
             written = [bool(r) and r[-1] in self.ids.ends for r in responses]
             ends = [r[-1] if by_template else self.ids.eos for r, by_template in zip(responses, written, strict=True)]
             responses = [r[:-1] if by_template else r for r, by_template in zip(responses, written, strict=True)]
@@ -267,7 +282,7 @@ class RowTokenizer:
             raise DataError(f"{row.place}: {error}") from None
         texts = (pieces.prompt, *pieces.responses)
         same = (*pieces.same, *([columns] if columns else []))
-        special = not pieces.templated and any(special in text for text in texts for special in self.ids.texts)
+        special = not rendered and any(special in text for text in texts for special in self.ids.texts)
         return TokenRow(
             number=row.number,
             shares=shares,
@@ -280,6 +295,7 @@ class RowTokenizer:
             margin=pieces.margin,
             desirable=pieces.desirable,
             templated=pieces.templated,
+            is_text=not pieces.prompt,
             mismatch=mismatch,
             unused=pieces.unused,
             untrained=pieces.untrained,

@@ -123,8 +123,8 @@ class LocalDataConfig(DataConfig):
     dataset_name: Optional[str] = option(None, "Not used: give data.train_file.")
     train_file: Any = option(
         "???",
-        "Training rows: a file (.jsonl, .ndjson, .json, .csv, .tsv or .parquet; all but the last also as .gz, .bz2 or "
-        ".zst), a folder, a pattern in quotes, or a list.",
+        "Training rows: a file (.jsonl, .ndjson, .json, .csv, .tsv, .txt or .parquet; all but the last also as .gz, "
+        ".bz2 or .zst), a folder, a pattern in quotes, or a list.",
     )
     validation_file: Any = option(None, "Validation rows, likewise; null cuts them from the training rows.")
     test_file: Any = option(None, "Test rows, likewise; null cuts them from the training rows.")
@@ -136,6 +136,11 @@ class LocalDataConfig(DataConfig):
     ignore_columns: list[str] = option(
         factory=list,
         help="Columns and keys of messages to leave out that change what a row means: [weight, messages.weight].",
+    )
+    control_tokens: bool = option(
+        False,
+        "Encode control tokens in the text of prompts and responses, such as <|im_start|>, as the tokens that they "
+        "name: for rows that a chat template wrote. Whoever wrote the rows can then end a turn.",
     )
     minimum_response_length: int = option(1, "Shorter responses are dropped.", unit="tokens", minimum=1)
     reward_model_split: float = option(

@@ -20,6 +20,7 @@ KINDS = (
     ".csv",
     ".tsv",
 )  # of several kinds in a hub folder, the first is read
+TEXT = ".txt"  # of the user's own files alone; in a folder beside files of rows, it is a note about them
 COMPRESSIONS = (".gz", ".bz2", ".zst")  # of one file of text, not archives
 SPLIT_WORDS = {
     "train": "train",
@@ -33,7 +34,7 @@ SPLIT_WORDS = {
     "testing": "test",
     "eval": "test",
 }
-_ENDINGS = f"{', '.join(KINDS)} (but for .parquet also with {', '.join(COMPRESSIONS)} behind)"
+_ENDINGS = f"{', '.join((*KINDS, TEXT))} (but for .parquet also with {', '.join(COMPRESSIONS)} behind)"
 
 
 def file_kind(file: Path) -> tuple[str, str] | None:
@@ -41,7 +42,7 @@ def file_kind(file: Path) -> tuple[str, str] | None:
     name = file.name.lower()
     compression = next((end for end in COMPRESSIONS if name.endswith(end)), "")
     kind = Path(name.removesuffix(compression)).suffix
-    if kind not in KINDS or (compression and kind == ".parquet"):
+    if kind not in (*KINDS, TEXT) or (compression and kind == ".parquet"):
         return None
     return kind, compression
 
@@ -56,6 +57,13 @@ def files_below(folder: Path) -> list[Path]:
     """All files in a folder and its sub-folders, hidden ones left out, in order."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
+
+def readable_files(files: Sequence[Path]) -> list[Path]:
+    """Those files of a folder that are read: files of rows, else files of text."""
+    kinds = {file: kind[0] for file in files if (kind := file_kind(file))}
+    rows = [file for file, kind in kinds.items() if kind != TEXT]
+    return rows or list(kinds)
 
 
 def data_files(key: str, value: Any) -> list[Path]:
@@ -84,15 +92,16 @@ def data_files(key: str, value: Any) -> list[Path]:
 
 
 def unread_files(value: Any) -> list[Path]:
-    """Files in the folders of an option that are of no kind that is read."""
+    """Files in the folders of an option that are not read."""
     folders = [Path(name).expanduser() for name in (value if isinstance(value, list | tuple) else [value])]
-    return [file for folder in folders if folder.is_dir() for file in files_below(folder) if file_kind(file) is None]
+    files = {folder: files_below(folder) for folder in folders if folder.is_dir()}
+    return [file for found in files.values() for file in found if file not in readable_files(found)]
 
 
 def _files_of(key: str, name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_dir():
-        files = [file for file in files_below(path) if file_kind(file)]
+        files = readable_files(files_below(path))
         if not files:
             raise ConfigError(f"{key}={name} is a folder without a file that ends in {_ENDINGS}: give another one")
         _check_links(files, path)

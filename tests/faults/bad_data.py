@@ -183,7 +183,10 @@ COLUMNS = {  # rows that lack what is needed, or have another type in its place
     ],
 }
 CONTENTS = {  # rows that can be read, and must not be trained on as they are, or not without a word
-    "empty prompt": each([GOOD, GOOD | {"prompt": ""}], counts={"kept": 1, "empty_prompt": 1}),
+    "empty prompt": [
+        *each([GOOD, GOOD | {"prompt": ""}], counts={"kept": 2}),
+        *each([PAIR, PAIR | {"prompt": ""}], counts={"kept": 1, "empty_prompt": 1}, task="preference", note="pair"),
+    ],
     "empty response": each([GOOD, GOOD | {"response": ""}], counts={"kept": 1, "empty_response": 1}),
     "whitespace": [
         *each([GOOD, GOOD | {"prompt": " \n\t"}], counts={"kept": 1, "empty_prompt": 1}),

@@ -32,8 +32,8 @@ MUTANTS = [
     Mutant(  # BOS before a prompt whose template brought one
         trap="3",
         file=TOKENIZE,
-        old="if not (pieces.templated and self._begins_with_bos(prompt)):",
-        new="if self.ids.bos:",
+        old="elif not (rendered and self._begins_with_bos(prompt)):",
+        new="elif self.ids.bos:",
         tests=TESTS + "tokenize.py::test_one_bos_exactly_where_the_tokenizer_puts_one",
     ),
     Mutant(  # the last, smaller step of an epoch is lost
@@ -53,13 +53,20 @@ MUTANTS = [
     Mutant(  # prompt and response tokenised together, then cut where the prompt's length says
         trap="13",
         file=TOKENIZE,
-        old="        if not prompt:\n",
+        old="        if not prompt and pieces.prompt:\n",
         new=(
             "        whole = encode(self.tokenizer, [pieces.prompt + text for text in pieces.responses])\n"
             "        prompt, responses = whole[0][: len(prompt)], [ids[len(prompt) :] for ids in whole]\n"
-            "        if not prompt:\n"
+            "        if not prompt and pieces.prompt:\n"
         ),
         tests=TESTS + "tokenize.py::test_prompt_ids_are_always_a_prefix_that_both_responses_share",
+    ),
+    Mutant(  # the first token of a text is not learned
+        trap="13",
+        file=TOKENIZE,
+        old="            prompt = self.ids.bos or [self.ids.eos]\n",
+        new="            prompt, responses = responses[0][:1], [responses[0][1:]]\n",
+        tests=TESTS + "texts.py::test_all_tokens_of_a_text_are_learned",
     ),
     Mutant(  # every epoch replays the first one's order
         trap="18",

@@ -14,6 +14,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sheeprlhf.data.prepare import prepare_data
+from sheeprlhf.data.report import check_prompts
 from sheeprlhf.structure.evaluation import RougeConfig
 from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.run import EvalConfig
@@ -47,6 +48,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     say = partial(say_on, fabric)
     tokenizer = load_evaluated_tokenizer(cfg)
     data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
+    check_prompts(data.report, task.config_name)
     split = evaluated_split(data, task.data_split)
     examples = first_rows(split, task.num_samples)
     longest = longest_with_response(cfg, evaluated_files(cfg), examples)

@@ -148,7 +148,8 @@ def test_many_cut_rows_are_told(num_long: int, noted: bool, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (("", "x"), "empty_prompt"),
+        (("", "x"), "too_short"),
+        (("", "xyz"), None),
         ((" \n", "x"), "empty_prompt"),
         (("a", ""), "empty_response"),
         (("a", "\t "), "empty_response"),
