@@ -4,13 +4,20 @@ import difflib
 import shlex
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    LoraModel,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -19,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sheeprlhf.model.adapter import read_adapter_config
+from sheeprlhf.model.folder import ADAPTERS, tensors_of
 from sheeprlhf.model.outputs import check_difference, compute_outputs, max_difference, probe_rows
 from sheeprlhf.structure.model import LORAConfig
 from sheeprlhf.structure.validate import parse_targets
@@ -54,9 +62,32 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
     config = read_adapter_config(folder)
     try:
         with _peft_warnings_ignored():
-            return PeftModel.from_pretrained(model, folder, config=config)
+            adapted = PeftModel.from_pretrained(model, folder, config=config)
+        _check_tensors(adapted, POLICY, tensors_of(folder, ADAPTERS))
+        return adapted
+    except ModelError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
+
+
+def _check_tensors(model: PeftModel, name: str, names: Iterable[str]) -> None:
+    """Account for every tensor of an adapter: PEFT leaves those that are missing as they were initialised.
+
+    Raises:
+        ValueError: naming tensors of the adapter that are missing, or that have no place in the model.
+    """
+    with _peft_warnings_ignored():
+        expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    missing = sorted(expected - set(names))
+    misplaced = sorted(key for key in set(names) - expected if "lora_" in key)
+    problems = [
+        f"{', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''} {what}"
+        for keys, what in ((missing, "missing"), (misplaced, "without a place in the model"))
+        if keys
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None) -> PeftModel:
@@ -268,6 +299,7 @@ def load_score_adapter(model: PeftModel, folder: Path, name: str) -> Tensor:
         result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
         if result.unexpected_keys:
             raise ValueError(f"{result.unexpected_keys[0]} has no place in the model")
+        _check_tensors(model, name, weights)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
     for key, weight in model.named_parameters():
@@ -282,6 +314,7 @@ def _peft_warnings_ignored() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error here
         warnings.filterwarnings("ignore", message=".*_pattern keys did not match")  # patterns that PEFT itself adds
         warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|no longer tied)")
         yield

@@ -90,6 +90,14 @@ def test_a_tensor_of_a_layer_without_a_place_for_it_is_named(
     assert len(found) == 2 and all(name in text for text in found)
 
 
+def test_names_with_a_prefix_are_told(tmp_path: Path, model_folder: ModelFolder) -> None:
+    folder = Path(shutil.copytree(model_folder(), tmp_path / "model"))
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    found = messages(folder)
+    assert len(found) == 2 and all("model.norm.weight" in text and "_orig_mod." in text for text in found)
+
+
 def test_another_shape_is_named_with_both(tmp_path: Path, model_folder: ModelFolder) -> None:
     found = messages(spoilt(model_folder(), tmp_path / "model", intermediate_size=24))
     assert len(found) == 2
@@ -204,6 +212,7 @@ def test_a_bias_of_the_head_is_added(reward_folder: Path, expected: torch.Tensor
         ),
         ({"drop": "score.weight", "add": {"v_head.summary.weight": torch.ones(1, 16)}}, ["v_head.summary.weight"]),
         ({"drop": "score.weight", "add": {"regression_layer.weight": torch.ones(9, 16)}}, ["regression_layer.weight"]),
+        ({"drop": "score.weight", "add": {"ranker.weight": torch.ones(1, 16)}}, ["score.weight", "ranker.weight"]),
         ({"drop": "score.weight", "add": {"lm_head.weight": torch.ones(9, 16)}}, ["lm_head.weight", "task=rm"]),
         ({"add": {"score.weight": torch.ones(2, 16)}, "id2label": {"0": "a", "1": "b"}}, ["2 labels"]),
         ({"add": {"score.weight": torch.ones(2, 16)}, "id2label": None, "label2id": None}, ["2 labels"]),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -208,3 +209,19 @@ def test_a_merge_that_computes_something_else_is_an_error(
     monkeypatch.setattr(LoraModel, "merge_and_unload", LoraModel.unload)  # without the adapters
     with pytest.raises(ModelError, match="outputs differ by"):
         merge_lora(model)
+
+
+@pytest.mark.parametrize("change", ["missing", "misplaced"])
+def test_every_tensor_of_an_adapter_is_accounted_for(change: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    """PEFT leaves a tensor that is missing as it was initialised, and leaves out one without a place."""
+    adapted(model_folder()).save_pretrained(tmp_path)
+    path, name = tmp_path / "adapter_model.safetensors", "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    tensors = load_file(path)
+    if change == "misplaced":
+        tensors[name := name.replace("layers.1", "layers.2")] = torch.ones(32, 16)
+    else:
+        del tensors[name]
+    save_file(tensors, path, {"format": "pt"})
+    model = load_causal_lm(ModelConfig(config_name="auto", repo_name=str(model_folder())), vocabulary=VOCAB, longest=64)
+    with pytest.raises(ModelError, match=f"adapters cannot be loaded.*{name}"):
+        load_lora(model, tmp_path)
