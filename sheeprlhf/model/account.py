@@ -53,13 +53,15 @@ class Account(NamedTuple):
             _part("missing", [*self.missing, *self.torn]),
             _part("of another shape", shapes),
             _part("without a place in a layer that the model has", self.misplaced),
-            _part(
-                "there instead" if self.missing else "not read", self.heads() or self.unread[: 8 * bool(self.missing)]
-            ),
+            _part("there instead", self.heads() or self.unread) if self.missing else _part("not read", self.heads()),
         ]
         return f"its weights do not fit {self.model}: {'; '.join(filter(None, parts))}. {self._remedy()}"
 
     def _remedy(self) -> str:
+        pairs = ((name, key) for name in self.unread for key in self.missing[:8] if name.endswith(f".{key}"))
+        prefix = next((name.removesuffix(key) for name, key in pairs), "")
+        if prefix:
+            return f"In the files their names begin with {prefix[:_NAME_LENGTH]}: save them without it"
         if f"{SCORE}.weight" in self.missing:
             others = [name for name in self.heads() or self.unread if not _LANGUAGE_HEAD.search(name)]
             if others:
@@ -79,11 +81,6 @@ class Account(NamedTuple):
             )
         if self.mismatched or self.misplaced:
             return "Its config.json is that of another model, or the files are: get both from one place"
-        prefixes = [name.removesuffix(key) for name in self.unread for key in self.missing if name.endswith(f".{key}")]
-        if prefixes:
-            return (
-                f"The names of the tensors begin with {prefixes[0][:_NAME_LENGTH]} in the files: save them without it"
-            )
         return "The files are incomplete: save or download the model again"
 
     def note(self) -> str:
