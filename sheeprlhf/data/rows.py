@@ -145,7 +145,7 @@ def number(row: Mapping[str, Any], column: str) -> float:
     value = row.get(column)
     if value is None or value == "":
         return 0.0
-    with suppress(ValueError):
+    with suppress(ValueError, OverflowError):
         if isinstance(value, int | float | str) and not isinstance(value, bool) and math.isfinite(float(value)):
             return float(value)
     raise DataError(f"column '{column}' holds {str(value)[:40]!r}, not a finite number; write one or remove the column")

@@ -112,7 +112,7 @@ def _check_text(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> 
         if np.isin(example.prompt_ids[len(bos) :], special).any():
             raise DataError(
                 "task=best_of_n writes prompts as text, and a chat template has put special tokens into these: give "
-                "data with a column prompt instead of messages"
+                "data whose column prompt is plain text, not messages"
             )
 
 
