@@ -20,7 +20,7 @@ from sheeprlhf.command.help import PLAIN_VERBS, VERBS
 from sheeprlhf.command.screen import Screen, clean, entry, heading, paragraph
 from sheeprlhf.command.words import split_plain_words
 from sheeprlhf.structure.catalogue import Entry, catalogue, choices_like
-from sheeprlhf.structure.earlier import NEWEST, START
+from sheeprlhf.structure.earlier import NEWEST, START, TASKS
 from sheeprlhf.structure.limits import nearest
 from sheeprlhf.structure.registry import ROOTS, Option, choices, groups, options
 from sheeprlhf.utils.errors import ConfigError
@@ -167,7 +167,7 @@ def _print_choice(screen: Screen, group: str, name: str) -> None:
     rows = [_Row(option) for option in options(cls(), f"{group}.") if option.key != f"{group}.config_name"]
     words = [verb if group == "task" else "train task=sft", f"{group}={name}"]
     words += ["experiment_dir=<run>"] if verb == "eval" else []
-    words += [f"{START}={NEWEST}" for row in rows if row.option.key == START]
+    words += [f"{START}={NEWEST}" for row in rows if row.option.key == START and name != TASKS[START]]
     words += [f"{row.option.key}=<value>" for row in rows if row.option.value == "???"]
     screen.print(paragraph(f"`{' '.join(words)}`"))
     own = set(vars(cls).get("__annotations__", ()))
