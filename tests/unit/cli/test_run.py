@@ -24,7 +24,8 @@ def calls(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "stub_task", stub)
     monkeypatch.setattr(SFTConfig, "entry_point", "stub_task:train")
     monkeypatch.setattr(PerplexityConfig, "entry_point", "stub_task:evaluate")
-    monkeypatch.setattr("sheeprlhf.launch._find", lambda config: None)  # the stub needs no model of the hub
+    for check in ("_find", "_check_weights"):  # the stub needs no model of the hub
+        monkeypatch.setattr(f"sheeprlhf.launch.{check}", lambda config: None)
     monkeypatch.chdir(tmp_path)
     return recorded
 
