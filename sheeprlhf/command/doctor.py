@@ -96,7 +96,9 @@ def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
         why = "the model is not to be had" if of_model[-1].level == "problem" else str(error).splitlines()[0]
         yield Finding("warning", "memory", f"not planned: {why}")
         return
-    yield from (finding for finding in _model(config, size, room) if finding.text not in reported)
+    for finding in (*_model(config, size, room), *_reward_model(config, size)):
+        if finding.text not in reported:
+            yield finding
     yield _disk(config, size)
     if on_cuda:
         room = torch.cuda.mem_get_info()[0]
@@ -186,6 +188,30 @@ def _model(config: DoctorConfig, size: "ModelSize | None", room: int | None) -> 
         found, most = packing_difference(policy), packing_tolerance(policy)
         what = f"packed and padded log-probabilities differ by {found:.1e} nats, at most {most:g}"
         yield Finding("ok", "attention", f"{what}: batches are packed")
+
+
+def _reward_model(config: DoctorConfig, size: "ModelSize") -> Iterator[Finding]:
+    """Whether the batches of the reward model of an online task can be packed, by the rule for policies."""
+    from sheeprlhf.model.locate import locate
+    from sheeprlhf.structure.online import OnlineTaskConfig
+    from sheeprlhf.structure.reward import needs_model
+    from sheeprlhf.task.agents import load_reward_tokenizer, load_separate_reward_model, reward_model_source
+
+    if not isinstance(config.task, OnlineTaskConfig) or not needs_model(config.reward, config.data.rule_reward):
+        return
+    lines: list[str] = []
+    longest = min(config.data.max_length, size.positions or config.data.max_length)
+    try:
+        model = reward_model_source(config)[2]
+        if not locate(model).local_only:
+            return  # on the hub
+        _, packed = load_separate_reward_model(config, load_reward_tokenizer(config), longest=longest, say=lines.append)
+    except SheepError as error:
+        yield Finding("problem", "reward", str(error))
+        return
+    padded = [line for line in lines if line.startswith("batches are padded")]
+    text = "its batches are packed" if packed else (padded or ["its batches are padded: task.batching=padded"])[0]
+    yield Finding("ok", "reward", f"{lines[0]} loads; {text}")
 
 
 def _disk(config: DoctorConfig, size: "ModelSize") -> Finding:

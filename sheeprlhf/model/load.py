@@ -188,6 +188,11 @@ def check_weights(
     if cfg.library_cfg.trust_remote_code:
         return ""  # code of its own may map tensors as it likes; loading accounts for them
     config = _read_config(cfg, files, auto)
+    if new_head and type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ModelError(
+            f"model.repo_name={cfg.repo_name}: transformers has no {config.model_type} model with a score head, so it "
+            "cannot become a reward model: give a model of another architecture"
+        )
     account = account_from_headers(_class_of(cfg, config, auto), config, files.tensors, new_head=new_head)
     _check_account(cfg, account)
     return account.note()

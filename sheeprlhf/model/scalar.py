@@ -39,7 +39,8 @@ def with_score_head(causal_lm: PreTrainedModel, padding_id: int) -> PreTrainedMo
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config, dtype=causal_lm.dtype)
     except ValueError as error:
-        raise ModelError(f"{type(causal_lm).__name__} cannot become a reward model: {error}") from error
+        reason = str(error).strip().splitlines()[0]  # the others list all architectures
+        raise ModelError(f"{type(causal_lm).__name__} cannot become a reward model or critic: {reason}") from error
     backbone, _ = backbone_and_head(causal_lm)
     head = getattr(model, HEAD, None)
     if not isinstance(head, nn.Linear) or model.base_model_prefix != causal_lm.base_model_prefix:

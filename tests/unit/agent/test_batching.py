@@ -17,7 +17,7 @@ from sheeprlhf.data.collate import collate_packed, collate_padded
 from sheeprlhf.data.example import Example
 from sheeprlhf.model.engines import check_engine, hf_responses
 from sheeprlhf.model.generate import generate_ids
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.load import check_weights, load_tokenizer
 from sheeprlhf.model.packing import is_recurrent, packing_limit
 from sheeprlhf.model.rows import PaddedRows, RecomputedRows, unpacked_rows
 from sheeprlhf.model.sample import sample_responses
@@ -214,3 +214,10 @@ def test_continuous_batching_of_recurrent_models_is_rejected(model_folder: Model
             check_engine("continuous", model(architecture))
     for engine, architecture in (("continuous", "llama"), ("native", "qwen3_5_text"), ("hf", "qwen3_5_text")):
         check_engine(engine, model(architecture))
+
+
+def test_an_architecture_without_score_heads_is_rejected_before_data_is_prepared(model_folder: ModelFolder) -> None:
+    cfg = ModelConfig(config_name="auto", repo_name=str(model_folder("mamba")))
+    with pytest.raises(ModelError, match=r"mamba.*reward model"):
+        check_weights(cfg, new_head=True)
+    assert check_weights(cfg) == ""

@@ -16,6 +16,7 @@ from sheeprlhf.agent import batching
 from sheeprlhf.cli import run
 from sheeprlhf.command import checks, doctor
 from sheeprlhf.structure.fabric import FabricConfig
+from tests.support.models import make_model_folder
 from tests.support.runs import write_rows
 
 ModelFolder = Callable[..., Path]
@@ -175,6 +176,16 @@ def test_a_model_that_cannot_be_packed(
     assert (found.code, found.level["attention"]) == (0, "ok") and "batches are padded" in found.said["attention"]
     found = report(*words, "task.batching=packed")
     assert (found.code, found.level["attention"]) == (1, "problem")
+
+
+def test_a_reward_model_that_cannot_be_packed(
+    report: Callable[..., Report], words: list[str], model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    """Of the policy and the reward model, each has its own line; the window of one is shorter than the data."""
+    reward = make_model_folder(tmp_path / "reward", "gemma3_text", scores=True)
+    found = report(*words, "task=grpo", "reward=model", f"reward.folder={reward}")
+    assert (found.code, found.level["attention"], found.level["reward"]) == (0, "ok", "ok"), found.text
+    assert "batches are packed" in found.said["attention"] and "batches are padded" in found.said["reward"]
 
 
 def test_a_model_that_is_wrong_on_packed_rows(
