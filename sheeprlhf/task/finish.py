@@ -49,8 +49,9 @@ def report_data(fabric: Fabric, run: Run, data: PreparedData) -> None:
     same = fabric.broadcast(same_data(run.dir, data.fingerprint) if fabric.is_global_zero else None)
     if not same:
         raise DataError(
-            f"{run.dir} trained on other data until now: the files of data.*, the tokenizer, its chat template or the "
-            "version of this program have changed; put them back, or start another run without resume"
+            f"{run.dir} trained on other data until now: the files of data.*, the columns that the reward names, the "
+            "tokenizer, its chat template or the version of this program have changed; put them back, or start another "
+            "run without resume"
         )
     if fabric.is_global_zero:
         run.planned_memory = _planned_memory(run, fabric.device.type)
