@@ -131,6 +131,27 @@ MUTANTS = [
         new="    if as_prompt and _asks(messages) and not any(map(is_answer, messages)):\n",
         tests=TESTS + "prompts.py::test_a_conversation_that_ends_with_the_user_is_the_prompt",
     ),
+    Mutant(  # an answer that the row marks as bad is learned
+        trap="answers marked as bad",
+        file="sheeprlhf/data/conversation.py",
+        old="    trained = [index for index in answers if is_trained(messages[index]) is not False]\n",
+        new="    trained = answers\n",
+        tests=TESTS + "conversation.py::test_a_message_marked_bad_is_never_a_target",
+    ),
+    Mutant(  # tools are lost in silence where a template does not read them
+        trap="parts of a conversation that are lost",
+        file="sheeprlhf/data/conversation.py",
+        old='        if self._tools and "tools" not in known:\n',
+        new="        if False:\n",
+        tests=TESTS + "conversation.py::test_what_changes_the_meaning_and_cannot_be_read_is_refused",
+    ),
+    Mutant(  # an answer of a prompt that is given is learned
+        trap="answers marked as bad",
+        file="sheeprlhf/data/conversation.py",
+        old="    first, last = len(example.context) - example.own_turns, len(example.context)\n",
+        new="    first, last = 0, len(example.context)\n",
+        tests=TESTS + "conversation.py::test_answers_in_a_given_prompt_are_never_learned",
+    ),
     Mutant(  # other tasks would learn from rows without a response
         trap="prompts",
         file=TOKENIZE,
