@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,7 @@ from sheeprlhf.utils.header import TensorFacts
 from sheeprlhf.utils.hub import EMBEDDED
 
 Say = Callable[[str], None]
+RESIZED = "resized_model"  # a folder, in messages
 _HALF = {"F16": "float16", "BF16": "bfloat16"}  # number formats in the headers
 _CLASSES = ("ForSequenceClassification", "ForCausalLM", "LMHeadModel", "Model")  # what may have a score head
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
@@ -205,6 +207,16 @@ def _check_account(cfg: ModelConfig, account: Account) -> None:
         raise ModelError(f"model.repo_name={cfg.repo_name}: {problem}")
 
 
+def _resize_command(name: str, auto: Any) -> str:
+    """A command that saves a model with an embedding for each token of its tokenizer."""
+    script = (
+        f"from transformers import {auto.__name__} as M, AutoTokenizer as T; "
+        f"m, t = M.from_pretrained({name!r}), T.from_pretrained({name!r}); "
+        f"m.resize_token_embeddings(len(t)); m.save_pretrained({RESIZED!r}); t.save_pretrained({RESIZED!r})"
+    )
+    return shlex.join(["python", "-c", script])
+
+
 def _read_config(cfg: ModelConfig, files: _Files, auto: Any) -> Any:
     """The model's config.json as transformers reads it; that of a reward model has one label."""
     try:
@@ -334,7 +346,10 @@ def load_causal_lm(
     rows = model.get_input_embeddings().weight.shape[0]
     if vocabulary > rows:
         raise ModelError(
-            f"model.repo_name={cfg.repo_name}: its tokenizer has {vocabulary} tokens, the model only {rows}"
+            f"model.repo_name={cfg.repo_name}: its tokenizer has {vocabulary} tokens, the model only {rows}; make a "
+            f"folder with a row for each, `{_resize_command(str(cfg.repo_name), auto)}`, give "
+            f"model.repo_name={RESIZED}, and train the new rows with model.finetune_mode=ALL (adapters leave them as "
+            "they are)"
         )
     replace_rms_norms(model)
     if model._supports_sdpa and model._can_set_attn_implementation():  # else it has what sdpa lacks, as a soft cap

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -80,6 +81,26 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path: Path, model_folder: ModelF
     tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError, match="no EOS token"):
         load_tokenizer(config(folder))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_command_that_enlarges_a_model_is_true(
+    architecture: str, tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of(model_folder(architecture), tmp_path / "small")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|new|>", "<|newer|>"])
+    tokenizer.save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"model.repo_name=resized_model.*finetune_mode=ALL") as refused:
+        load(folder, vocabulary=len(tokenizer))
+    program, flag, script = shlex.split(str(refused.value).split("`")[1])
+    assert (program, flag) == ("python", "-c")
+    exec(script, {})
+    enlarged = load(tmp_path / "resized_model", vocabulary=len(tokenizer))
+    old, new = (model.get_input_embeddings().weight.detach() for model in (load(folder), enlarged))
+    assert len(new) == len(tokenizer)
+    assert torch.equal(new[: len(old)], old)
 
 
 def test_a_model_that_is_too_small_is_refused(model_folder: ModelFolder) -> None:
