@@ -1,5 +1,6 @@
 """Load tokenizers and causal language models: a hub name, a local folder, or the embedded model, by the same code."""
 
+import json
 import math
 import re
 import shlex
@@ -209,10 +210,11 @@ def _check_account(cfg: ModelConfig, account: Account) -> None:
 
 def _resize_command(name: str, auto: Any) -> str:
     """A command that saves a model with an embedding for each token of its tokenizer."""
+    quoted = json.dumps(name)
     script = (
         f"from transformers import {auto.__name__} as M, AutoTokenizer as T; "
-        f"m, t = M.from_pretrained({name!r}), T.from_pretrained({name!r}); "
-        f"m.resize_token_embeddings(len(t)); m.save_pretrained({RESIZED!r}); t.save_pretrained({RESIZED!r})"
+        f"m, t = M.from_pretrained({quoted}), T.from_pretrained({quoted}); "
+        f'm.resize_token_embeddings(len(t)); m.save_pretrained("{RESIZED}"); t.save_pretrained("{RESIZED}")'
     )
     return shlex.join(["python", "-c", script])
 

@@ -3,6 +3,7 @@
 Hub ids, names, and paths where nothing is yet stay as they were given.
 """
 
+import glob
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,18 @@ from sheeprlhf.structure.registry import options
 from sheeprlhf.structure.run import RootConfig
 from sheeprlhf.structure.smaller import changed
 
+
+def _is_data(path: str) -> bool:
+    return os.path.exists(path) or (glob.has_magic(path) and bool(glob.glob(path, recursive=True)))
+
+
 _KINDS: dict[str, Callable[[str], bool]] = {
     **dict.fromkeys(("model.repo_name", "data.dataset_name", "reward.folder"), os.path.isdir),  # else a hub id
     **dict.fromkeys(
         ("task.sft_experiment_dir", "task.rm_experiment_dir", "task.against"), os.path.isdir
     ),  # else a word
     **dict.fromkeys(("experiment_dir", "resume_from"), os.path.isdir),
-    **dict.fromkeys(("data.train_file", "data.validation_file", "data.test_file"), os.path.exists),
+    **dict.fromkeys(("data.train_file", "data.validation_file", "data.test_file"), _is_data),
     "model.chat_template": lambda path: is_template_file(path) and os.path.isfile(path),
     **dict.fromkeys(("data.cache_dir", "root_dir"), lambda _: True),  # made where they are missing
 }
@@ -32,6 +38,8 @@ def absolute_value(key: str, value: Any) -> Any:
         key: dotted name of the option.
         value: as it was given.
     """
+    if isinstance(value, list):
+        return [absolute_value(key, entry) for entry in value]
     if key not in _KINDS or not isinstance(value, str) or not value:
         return value
     path = os.path.expanduser(value)

@@ -53,6 +53,13 @@ def test_everything_else_stays(here: Path, key: str, value: str | None) -> None:
     assert absolute_value(key, value) == value
 
 
+def test_patterns_and_lists_of_data_files(here: Path) -> None:
+    assert absolute_value("data.train_file", "*.jsonl") == str(here / "*.jsonl")
+    assert absolute_value("data.train_file", "x*.jsonl") == "x*.jsonl"
+    given = ["rows.jsonl", "owner", "missing.jsonl"]
+    assert absolute_value("data.test_file", given) == [str(here / "rows.jsonl"), str(here / "owner"), "missing.jsonl"]
+
+
 def test_a_folder_below_the_home_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(here))
     assert absolute_value("model.repo_name", "~/owner/model") == str(here / "owner" / "model")
