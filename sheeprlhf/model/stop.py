@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.structure.commands import shell_word
+from sheeprlhf.utils.decoding import ResponseDecoder
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError
 
@@ -16,18 +17,20 @@ _MARGIN = 8  # tokens before the tail: a decoder may drop the first one's space,
 class StopStrings:
     """Called with a response's tokens so far, after each one: True if their text contains one of the strings.
 
-    The text is what `decode` gives without special tokens. A string that is a special token's own text means that
-    token. The tokens stay as they were sampled, the one that completed the string among them; `text` is cut.
+    The text is what `decode` gives without special tokens; `text` has the space too with which a response begins. A
+    string that is a special token's own text means that token. The tokens stay as they were sampled, the one that
+    completed the string among them; `text` is cut.
 
     Args:
         strings: none of them empty; without any, nothing ever stops.
         tokenizer: of the tokens.
+        as_message: the text is the content of a message, to which the chat template adds a space where it wants one.
 
     Raises:
         ConfigError: one of them is more than a special token's text, so that no text has it.
     """
 
-    def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, as_message: bool = False) -> None:
         special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         for string, content in product(strings, special.values()):
             if content and content in string and content != string:
@@ -37,7 +40,9 @@ class StopStrings:
                     f"shows: give {content!r} alone, {shell_word('generation.stop_strings', list(shown))}"
                 )
         self._end_ids = end_token_ids(tokenizer)
-        self._tokenizer, self._special = tokenizer, np.array(list(special), dtype=np.int64)
+        self._tokenizer = tokenizer
+        self._response_text = None if as_message else ResponseDecoder(tokenizer)
+        self._special = np.array(list(special), dtype=np.int64)
         self._ids = frozenset(i for i, content in special.items() if content in strings)
         self._strings = tuple(strings)
         # The newest token completed the string, and each of the others has at least a byte of it. Twice as many are
@@ -63,9 +68,12 @@ class StopStrings:
     def text(self, ids: np.ndarray) -> str:
         """The text of (R,) tokens without special ones and the end token, up to the first string, which is left out."""
         ended = len(ids) > 0 and int(ids[-1]) in self._end_ids  # it need not be a special token
-        text = self._decode(ids[:-1] if ended else ids)
+        written = ids[:-1] if ended else ids
+        text = self._decode(written)
+        whole = text if self._response_text is None else self._response_text(written.tolist())
+        space = whole.removesuffix(text) if whole.endswith(text) else ""  # that the decoder drops at a text's start
         end = self._found(text)
-        return text if end < 0 else text[:end]
+        return space + (text if end < 0 else text[:end])
 
     def _found(self, text: str) -> int:
         """Where the first of the strings begins; -1 if there is none."""

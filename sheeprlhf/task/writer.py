@@ -89,7 +89,7 @@ class Writer:
         if self.positions is not None:
             room = self.positions - len(example.prompt_ids)
             cfg = dataclasses.replace(cfg, max_new_tokens=min(cfg.max_new_tokens, room))
-        stop = StopStrings(self.form.stop, self.tokenizer)
+        stop = StopStrings(self.form.stop, self.tokenizer, as_message=self.form_name == "template")
         end_ids = end_token_ids(self.tokenizer)
         ids: list[int] = []
         text = ""

@@ -22,6 +22,7 @@ from sheeprlhf.task.eval.interval import resampled
 from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, load_evaluated_tokenizer, say_on
 from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import save_result
+from sheeprlhf.utils.decoding import ResponseDecoder
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
@@ -57,7 +58,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     }
     if task.use_masked_targets and fabric.is_global_zero:
         ids = [example.responses[0].tolist() for example in split.examples(range(num_rows))]
-        numbers["characters"] = sum(len(tokenizer.decode(response, skip_special_tokens=True)) for response in ids)
+        numbers["characters"] = sum(map(len, map(ResponseDecoder(tokenizer), ids)))
         bits = float(nll_R.sum()) / math.log(2)
         numbers["bits_per_character"] = bits / max(1, numbers["characters"])
     draw = partial(draw_histogram, {"rows": nll_R / tokens_R}, "negative log-likelihood, nats a token")
