@@ -26,6 +26,7 @@ from sheeprlhf.model.trim import last_mlp_at
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.vocabulary import num_rows_needed, undefined_ids
 
 
 class Policy(nn.Module):
@@ -39,6 +40,16 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel, value_head: nn.Linear | None = None) -> None:
         super().__init__()
         self.model, self.value_head = model, value_head
+        self.undefined_U: Tensor | None = None  # ids that have probability 0, on the host
+
+    def exclude_undefined(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """From now on, ids that the tokenizer does not define have probability 0, as in sampling.
+
+        What samples, or learns from samples, calls this first; a reference is copied afterwards.
+        """
+        rows = cast(Tensor, self.causal_lm().get_output_embeddings().weight).shape[0]
+        undefined = undefined_ids(tokenizer, rows)
+        self.undefined_U = None if undefined is None else torch.from_numpy(undefined)
 
     def causal_lm(self) -> PreTrainedModel:
         """The Hugging Face model; with adapters, the one that they sit in."""
@@ -72,6 +83,7 @@ class Policy(nn.Module):
             return logprobs._replace(router_logits=tuple(found))
         model = self.causal_lm()
         how: dict[str, Any] = {"mean": mean, "entropy": entropy, "temperature": temperature}
+        how["undefined_U"] = self.undefined_U
         if batch.layout is None:
             head_mask_BT = torch.zeros_like(batch.input_ids_BT, dtype=torch.bool)
             head_mask_BT.view(-1)[batch.head_positions_R] = True
@@ -169,7 +181,7 @@ def load_policy(
     Raises:
         ModelError: the model cannot be loaded, is too small for the data, or batching=packed and it cannot do it.
     """
-    model = load_causal_lm(cfg, vocabulary=len(tokenizer), longest=longest, new_head=new_head, say=say)
+    model = load_causal_lm(cfg, vocabulary=num_rows_needed(tokenizer), longest=longest, new_head=new_head, say=say)
     if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
         policy = Policy(add_lora(model, cfg.lora_cfg))
     else:

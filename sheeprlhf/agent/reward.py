@@ -24,6 +24,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.vocabulary import num_rows_needed
 
 OFFSET = "reward_offset"  # in config.json: subtracted from the head's score
 _CARD = """\
@@ -114,7 +115,7 @@ def load_reward_model(
         ModelError: it cannot be loaded, or batching=packed and it cannot do that.
     """
     auto = AutoModelForSequenceClassification
-    model = load_causal_lm(cfg, vocabulary=len(tokenizer), longest=longest, auto=auto, say=say)
+    model = load_causal_lm(cfg, vocabulary=num_rows_needed(tokenizer), longest=longest, auto=auto, say=say)
     reward = RewardModel(model)
     bias = read_score_bias(cfg)
     if bias:  # transformers' class has none

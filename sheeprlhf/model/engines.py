@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from sheeprlhf.model.generate import Stops, left_padded, own_settings
+from sheeprlhf.model.generate import Stops, left_padded, own_settings, without_undefined
 from sheeprlhf.model.load import uses_packed_attention
 from sheeprlhf.model.packing import is_recurrent
 from sheeprlhf.model.padded import no_router_logits
@@ -43,6 +43,7 @@ class Engine(Protocol):
         stop: Stop | None = None,
         progress: Callable[[int], None] = lambda _: None,
         packed: bool = True,
+        undefined_U: Tensor | None = None,
     ) -> list[Sampled]:
         """One `Sampled` per prompt, in their order.
 
@@ -57,6 +58,7 @@ class Engine(Protocol):
             stop: called with a response's tokens so far; True ends it.
             progress: called with the number of responses that have just ended.
             packed: whether the model computes packed rows as it does padded ones.
+            undefined_U: (U,) int64, ids that are never sampled.
         """
 
 
@@ -73,6 +75,7 @@ def hf_responses(
     stop: Stop | None = None,
     progress: Callable[[int], None] = lambda _: None,
     packed: bool = True,
+    undefined_U: Tensor | None = None,
 ) -> list[Sampled]:
     """`Engine` by transformers' `generate`, on prompts padded on the left."""
     num_responses, num_new = uniforms.shape[1:]
@@ -81,7 +84,7 @@ def hf_responses(
     settings = _settings(num_responses, num_new, temperature, end_ids)
     for group in prompt_groups(lengths, num_responses, num_new, token_budget, shared=False):
         input_ids, attention_mask = left_padded([prompts[index] for index in group], settings.pad_token_id)
-        width, watch = input_ids.shape[1], _Watch(temperature)
+        width, watch = input_ids.shape[1], _Watch(temperature, undefined_U)
         with eval_mode(model), own_settings(model, settings), _seeded(uniforms[group[0]], model.device):
             output = cast(Any, model).generate(
                 input_ids=input_ids.to(model.device),
@@ -111,6 +114,7 @@ def continuous_responses(
     stop: Stop | None = None,
     progress: Callable[[int], None] = lambda _: None,
     packed: bool = True,
+    undefined_U: Tensor | None = None,
 ) -> list[Sampled]:
     """`Engine` by transformers' continuous batching, which fills the place of a response that has ended with the next.
 
@@ -141,7 +145,14 @@ def continuous_responses(
     )
     inputs = [prompt.tolist() for prompt in prompts]
     seeded = _seeded(uniforms[0], model.device)
-    with eval_mode(model), own_settings(model, settings), _plain_attention(model), seeded, _unlogged():
+    with (
+        eval_mode(model),
+        own_settings(model, settings),
+        _plain_attention(model),
+        seeded,
+        _unlogged(),
+        _excluded(model, undefined_U),
+    ):
         found = cast(Any, model).generate_batch(
             inputs, generation_config=settings, continuous_batching_config=how, warmup=False
         )
@@ -179,20 +190,21 @@ ENGINES: dict[str, Engine] = {"native": sample_responses, "hf": hf_responses, "c
 class _Watch(LogitsProcessor):
     """Sees the logits of every step, and remembers what they said of the token that was taken.
 
-    It changes nothing but logits that are not finite, from which torch would refuse to draw: what it remembers of them
-    is not finite either, and who asked for the responses looks.
+    It changes nothing but logits of undefined ids, and those that are not finite, from which torch would refuse to
+    draw: what it remembers of them is not finite either, and who asked for the responses looks.
     """
 
-    def __init__(self, temperature: float) -> None:
-        self._temperature = temperature
+    def __init__(self, temperature: float, undefined_U: Tensor | None = None) -> None:
+        self._temperature, self._undefined_U = temperature, undefined_U
         self._newest_BV: Tensor | None = None
         self._taken: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """The (B, V) scores as they are; the newest column of `input_ids` came from those before."""
         self._note(input_ids[:, -1])
+        scores = without_undefined(scores, self._undefined_U)
         self._newest_BV = (scores.float() / self._temperature).log_softmax(dim=-1)
-        return torch.nan_to_num(scores)
+        return without_undefined(torch.nan_to_num(scores), self._undefined_U)
 
     def logprobs(self, output: Tensor) -> np.ndarray:
         """(B, N) float32, nats, of every new token of the finished (B, width + N) `output`."""
@@ -232,6 +244,22 @@ def _seeded(uniforms_KN: np.ndarray, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(_seed(uniforms_KN))
         yield
+
+
+@contextmanager
+def _excluded(model: PreTrainedModel, undefined_U: Tensor | None) -> Iterator[None]:
+    """Inside, the model's logits of undefined ids are -inf: continuous batching takes no processors of ours."""
+
+    def exclude(_: object, __: object, output: Any) -> Any:
+        output.logits = without_undefined(output.logits, undefined_U)
+        return output
+
+    hook = None if undefined_U is None else model.register_forward_hook(exclude)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 @contextmanager

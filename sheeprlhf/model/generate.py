@@ -21,6 +21,7 @@ from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
+from sheeprlhf.utils.vocabulary import undefined_ids
 
 
 def generation_config(cfg: GenConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -67,6 +68,8 @@ def generate_ids(
         stop: the stop strings of `cfg`, if it has any.
     """
     settings = generation_config(cfg, tokenizer)
+    undefined = undefined_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
+    settings.suppress_tokens = None if undefined is None else undefined.tolist()
     input_ids, attention_mask = left_padded(prompts, settings.pad_token_id)
     width = input_ids.shape[1]
     with eval_mode(model), own_settings(model, settings):
@@ -79,6 +82,11 @@ def generate_ids(
             **no_router_logits(model),
         )
     return [_to_end(row, settings.eos_token_id) for row in output[:, width:].cpu().numpy()]
+
+
+def without_undefined(logits: Tensor, undefined_U: Tensor | None) -> Tensor:
+    """(..., V) logits in which the ids of `undefined_U` have probability 0; a copy if there are any."""
+    return logits if undefined_U is None else logits.index_fill(-1, undefined_U.to(logits.device), -torch.inf)
 
 
 def left_padded(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -92,6 +92,7 @@ def logprobs_from_logits(
     mean: bool,
     entropy: bool = False,
     temperature: float = 1.0,
+    undefined_U: Tensor | None = None,
 ) -> TokenLogprobs:
     """Log-probabilities of targets, in float32 whatever the logits' type.
 
@@ -102,7 +103,10 @@ def logprobs_from_logits(
         mean: also return the vocabulary's mean log-probability.
         entropy: also return the entropy; only where no gradient is wanted.
         temperature: the logits are divided by it first, in place.
+        undefined_U: (U,) int64, ids that have probability 0 (see `utils/vocabulary.py`); not together with `mean`.
     """
+    if undefined_U is not None:
+        logits_RV = logits_RV.index_fill_(-1, undefined_U.to(logits_RV.device), -torch.inf)
     if temperature != 1.0:
         logits_RV = logits_RV.div_(temperature)
     if not logits_RV.requires_grad:  # no gradient: nothing to save
@@ -125,6 +129,7 @@ def head_logprobs(
     mean: bool,
     entropy: bool = False,
     temperature: float = 1.0,
+    undefined_U: Tensor | None = None,
     max_logits: int = MAX_LOGITS,
 ) -> TokenLogprobs:
     """`logprobs_from_logits` of `head(hidden)`; beyond `max_logits` entries, chunk by chunk with recomputation.
@@ -137,12 +142,13 @@ def head_logprobs(
         mean: also return the vocabulary's mean log-probability.
         entropy: also return the entropy; only where no gradient is wanted.
         temperature: the logits are divided by it first.
+        undefined_U: as in `logprobs_from_logits`.
         max_logits: most entries of a logits tensor that is kept for the backward pass.
     """
 
     def run(hidden: Tensor, index: Tensor, targets: Tensor) -> TokenLogprobs:
         how: dict[str, Any] = {"mean": mean, "entropy": entropy, "temperature": temperature}
-        return logprobs_from_logits(head(hidden), index, targets, **how)
+        return logprobs_from_logits(head(hidden), index, targets, undefined_U=undefined_U, **how)
 
     rows, vocabulary = hidden_RC.shape[0], cast(Tensor, head.weight).shape[0]
     if rows * vocabulary <= max_logits:

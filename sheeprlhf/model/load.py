@@ -47,6 +47,7 @@ from sheeprlhf.utils.end_tokens import set_configured_end_ids
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.header import TensorFacts
 from sheeprlhf.utils.hub import EMBEDDED
+from sheeprlhf.utils.vocabulary import num_rows_needed
 
 Say = Callable[[str], None]
 RESIZED = "resized_model"  # a folder, in messages
@@ -209,12 +210,12 @@ def _check_account(cfg: ModelConfig, account: Account) -> None:
 
 
 def _resize_command(name: str, auto: Any) -> str:
-    """A command that saves a model with an embedding for each token of its tokenizer."""
+    """A command that saves a model with a row for each id of its tokenizer."""
     quoted = json.dumps(name)
     script = (
         f"from transformers import {auto.__name__} as M, AutoTokenizer as T; "
         f"m, t = M.from_pretrained({quoted}), T.from_pretrained({quoted}); "
-        f'm.resize_token_embeddings(len(t)); m.save_pretrained("{RESIZED}"); t.save_pretrained("{RESIZED}")'
+        f'm.resize_token_embeddings(max(t.get_vocab().values()) + 1); m.save_pretrained("{RESIZED}"); t.save_pretrained("{RESIZED}")'
     )
     return shlex.join(["python", "-c", script])
 
@@ -297,7 +298,7 @@ def load_causal_lm(
 
     Args:
         cfg: the model's configuration.
-        vocabulary: size of the tokenizer, checked against the model's.
+        vocabulary: rows that the tokenizer's ids need, checked against the model's.
         longest: tokens of the longest sequence, checked against the model's positions.
         auto: transformers' class for the kind of model: the same with another head.
         new_head: the task replaces the language head, which need not be in the files.
@@ -347,12 +348,7 @@ def load_causal_lm(
         raise
     rows = model.get_input_embeddings().weight.shape[0]
     if vocabulary > rows:
-        raise ModelError(
-            f"model.repo_name={cfg.repo_name}: its tokenizer has {vocabulary} tokens, the model only {rows}; make a "
-            f"folder with a row for each, `{_resize_command(str(cfg.repo_name), auto)}`, give "
-            f"model.repo_name={RESIZED}, and train the new rows with model.finetune_mode=ALL (adapters leave them as "
-            "they are)"
-        )
+        raise ModelError(_too_few_rows(cfg, vocabulary, rows, auto))
     replace_rms_norms(model)
     if model._supports_sdpa and model._can_set_attn_implementation():  # else it has what sdpa lacks, as a soft cap
         model.set_attn_implementation(PACKED)
@@ -363,6 +359,28 @@ def load_causal_lm(
     if cfg.embedding_dim_name is not None:
         _check_width(model, cfg)
     return model.train()
+
+
+def check_vocabulary(cfg: ModelConfig) -> None:
+    """Compare a reward model's configuration with the tokenizer of its folder, before anything is loaded.
+
+    Raises:
+        ModelError: the model has no row for the largest id of the tokenizer.
+    """
+    needed = num_rows_needed(load_tokenizer(cfg))
+    config = AutoConfig.from_pretrained(_files(cfg).source, **_files(cfg).options)
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(rows, int) and needed > rows:
+        raise ModelError(_too_few_rows(cfg, needed, rows, AutoModelForSequenceClassification))
+
+
+def _too_few_rows(cfg: ModelConfig, needed: int, rows: int, auto: Any) -> str:
+    return (
+        f"model.repo_name={cfg.repo_name}: its tokenizer has ids up to {needed - 1}, and the model's embedding has "
+        f"{rows} rows; make a folder with a row for each, `{_resize_command(str(cfg.repo_name), auto)}`, give "
+        f"model.repo_name={RESIZED}, and train the new rows with model.finetune_mode=ALL (adapters leave them as "
+        "they are)"
+    )
 
 
 def _tell_of_weights(cfg: ModelConfig, files: _Files, account: Account, say: Say, *, is_policy: bool) -> None:

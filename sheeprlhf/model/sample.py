@@ -51,6 +51,7 @@ def sample_responses(
     top_k: int = 0,
     top_p: float = 1.0,
     max_prompts: int | None = None,
+    undefined_U: Tensor | None = None,
 ) -> list[Sampled]:
     """Sample K responses after each prompt, from softmax(logits / temperature), or from its likeliest tokens alone.
 
@@ -71,6 +72,7 @@ def sample_responses(
         top_k: as in `draw`; with 1 the numbers do not matter.
         top_p: as in `draw`.
         max_prompts: most prompts that are sampled after at a time.
+        undefined_U: (U,) int64, ids that are never sampled.
 
     Returns:
         One `Sampled` per prompt, in their order.
@@ -86,7 +88,8 @@ def sample_responses(
     results: dict[int, Sampled] = {}
     with eval_mode(model):
         groups = prompt_groups(lengths, num_responses, num_new, token_budget, shared=packed, most=max_prompts)
-        draw_next = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p)
+        undefined_U = None if undefined_U is None else undefined_U.to(model.device)
+        draw_next = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, undefined_U=undefined_U)
         for group in groups:
             group_prompts = [prompts[index] for index in group]
             rows = PackedRows(model, token_budget) if packed else unpacked_rows(model)
@@ -166,7 +169,12 @@ def _sample_group(
 
 
 def draw(
-    logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
+    logits_BV: Tensor,
+    uniform_B: Tensor,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    undefined_U: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Take a token of softmax(logits / temperature) by the inverse of its distribution function, in token-id order.
 
@@ -176,11 +184,15 @@ def draw(
         temperature: above 0.
         top_k: only the k likeliest tokens can be taken; 0: all.
         top_p: only the fewest likeliest tokens that have this probability together can be taken.
+        undefined_U: (U,) ids that cannot be taken.
 
     Returns:
         (B,) token ids, and (B,) float32 log-probabilities in nats. A token of probability 0 is never taken.
     """
-    logprobs_BV = (logits_BV.float() / temperature).log_softmax(dim=-1)
+    scaled_BV = logits_BV.float() / temperature
+    if undefined_U is not None:
+        scaled_BV = scaled_BV.index_fill(-1, undefined_U, -torch.inf)
+    logprobs_BV = scaled_BV.log_softmax(dim=-1)
     if top_k or top_p < 1.0:
         logprobs_BV = _likeliest(logprobs_BV, top_k, top_p).log_softmax(dim=-1)
     cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
@@ -16,13 +17,20 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from sheeprlhf.model.generate import without_undefined
 from sheeprlhf.model.rows import unpacked_rows
 from sheeprlhf.structure.generation import GenConfig
 
 
 @torch.no_grad()
 def stream_ids(
-    model: PreTrainedModel, prompt_ids: np.ndarray, cfg: GenConfig, *, end_ids: Sequence[int], seed: int
+    model: PreTrainedModel,
+    prompt_ids: np.ndarray,
+    cfg: GenConfig,
+    *,
+    end_ids: Sequence[int],
+    seed: int,
+    undefined_U: Tensor | None = None,
 ) -> Iterator[int]:
     """The tokens that `generate` would write after this prompt, each as soon as it is chosen; an end token is the last.
 
@@ -32,6 +40,7 @@ def stream_ids(
         cfg: how to sample; one beam.
         end_ids: each ends the response; without any, `cfg.max_new_tokens` alone does.
         seed: of random numbers of its own, so that nothing that runs beside changes the response.
+        undefined_U: (U,) int64, ids that are never written.
     """
     rng = torch.Generator(model.device).manual_seed(seed)
     warp = LogitsProcessorList()
@@ -45,7 +54,7 @@ def stream_ids(
     rows = unpacked_rows(model)
     logits_1V = rows.prefill([prompt_ids], 1, cfg.max_new_tokens)
     for left in reversed(range(cfg.max_new_tokens)):
-        scores_1V = warp(none, cast(Any, logits_1V.float()))
+        scores_1V = warp(none, cast(Any, without_undefined(logits_1V.float(), undefined_U)))
         if cfg.do_sample:
             token_1 = torch.multinomial(scores_1V.softmax(-1), 1, generator=rng)[:, 0]
         else:

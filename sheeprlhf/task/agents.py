@@ -75,6 +75,7 @@ def load_agents(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -
     adapted = cfg.model.lora_cfg if cfg.model.finetune_mode == "LORA" else None
     if adapted is not None:
         policy = Policy(add_lora(policy.causal_lm(), adapted))
+    policy.exclude_undefined(tokenizer)
     if not isinstance(task, BestOfNConfig):  # it learns nothing
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
     check_engine(cfg.generation.engine, policy.causal_lm())

@@ -81,6 +81,7 @@ def sample(
             stop=stop if stop else None,
             progress=bar.update,
             packed=packed,
+            undefined_U=policy.undefined_U,
         )
     found = dict(pair for part in gather_objects(fabric, list(zip(mine, sampled, strict=True))) for pair in part)
     return [found[row] for row in range(len(prompts))]

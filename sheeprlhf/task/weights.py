@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sheeprlhf.engine.checkpoint import Say
-from sheeprlhf.model.load import check_weights
+from sheeprlhf.model.load import check_vocabulary, check_weights
 from sheeprlhf.structure.earlier import task_of_run
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import ModelConfig
@@ -56,7 +56,10 @@ def check_needed(needed: Needed, say: Say) -> str:
     """
     auto: Any = AutoModelForSequenceClassification if needed.scores else AutoModelForCausalLM
     with of_reward_folder() if needed.is_reward_folder else nullcontext():
-        return check_weights(needed.model, auto=auto, new_head=needed.new_head, say=say)
+        note = check_weights(needed.model, auto=auto, new_head=needed.new_head, say=say)
+        if needed.scores:
+            check_vocabulary(needed.model)
+        return note
 
 
 def models_of(config: TrainConfig | EvalConfig) -> Iterator[Needed]:

@@ -24,6 +24,7 @@ from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.lightning import move_data_to_device
 from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.vocabulary import undefined_ids
 
 _UNFINISHED = "\ufffd"  # how a decoder shows the first bytes of a character whose others are still to come
 
@@ -48,6 +49,8 @@ class Writer:
         self.model, self.tokenizer, self.form_name, self.form = model, tokenizer, form, FORMS[form]
         self._template_args = template_args
         self._asker = Asker(self.form, tokenizer, template_args)
+        undefined = undefined_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
+        self._undefined_U = None if undefined is None else torch.from_numpy(undefined)
         self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
 
     def in_form(self, form: str) -> "Writer":
@@ -94,7 +97,9 @@ class Writer:
         ids: list[int] = []
         text = ""
         with phase("generation"):
-            for token in stream_ids(self.model, example.prompt_ids, cfg, end_ids=end_ids, seed=seed):
+            for token in stream_ids(
+                self.model, example.prompt_ids, cfg, end_ids=end_ids, seed=seed, undefined_U=self._undefined_U
+            ):
                 ids.append(token)
                 written = np.array(ids)
                 ended = stop(written)

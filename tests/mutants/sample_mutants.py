@@ -74,8 +74,8 @@ MUTANTS = [
     Mutant(
         trap="sampling: in half precision",
         file=_SAMPLE,
-        old="(logits_BV.float() / temperature)",
-        new="(logits_BV / temperature)",
+        old="    scaled_BV = logits_BV.float() / temperature\n",
+        new="    scaled_BV = logits_BV / temperature\n",
         tests=f"{_UNIT}draw_computes_in_float32",
     ),
     Mutant(

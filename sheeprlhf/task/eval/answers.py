@@ -62,6 +62,7 @@ class Answers(NamedTuple):
 def set_up(fabric: Fabric, loaded: tuple[Policy, bool], tokenizer: PreTrainedTokenizerBase) -> Writer:
     """A loaded policy on the device, in the precision asked for."""
     policy, packed = loaded
+    policy.exclude_undefined(tokenizer)
     place(fabric, policy)
     return Writer(policy, tokenizer, packed)
 
@@ -119,6 +120,7 @@ def _by_sampler(
         stop=stop if stop else None,
         progress=bar.update,
         packed=writer.packed,
+        undefined_U=writer.policy.undefined_U,
         max_prompts=max(1, cfg.task.mini_batch_size // uniforms.shape[1]),
         **narrowing,
     )
