@@ -54,7 +54,7 @@ from sheeprlhf.utils.folders import discard, locked, written_folder
 from sheeprlhf.utils.processes import BoundToThis, start_bound
 from sheeprlhf.utils.rendering import fixed_arguments
 
-FORMAT_VERSION = 9  # raise it whenever the code makes other rows, or another report, of the same input
+FORMAT_VERSION = 10  # raise it whenever the code makes other rows, or another report, of the same input
 _NOTHING_KEPT = KeptColumns()
 _PREFERENCES = ("train", "reward")
 TRAINING_SPLITS = {
@@ -281,7 +281,8 @@ def _write_splits(
                         writers[split] = SplitWriter(folder / f"{split}.arrow")
                     writers[split].write(kept_rows)
                     if origin == "train":
-                        written.prompts.extend(share for row in kept_rows for share in row.shares)
+                        firsts = [row for row in kept_rows if not row.is_text or not row.is_further]
+                        written.prompts.extend(share for row in firsts for share in row.shares)
                 bar.update(len(rows))
             bar.total = bar.n  # the total was an estimate
         written.available[origin] = list(written.layout.available)

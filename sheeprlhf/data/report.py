@@ -39,6 +39,8 @@ class SplitCount:
         self.with_margin = 0
         self.templated = 0
         self.texts = 0
+        self.text_parts = 0
+        self.further_texts = 0
         self.mismatches: Counter[str] = Counter()
         self.unused: Counter[str] = Counter()
         self.untrained = 0
@@ -48,6 +50,7 @@ class SplitCount:
         """Count one row; `dropped` is the reason why it is left out."""
         self.read += not row.is_further
         self.further += row.is_further
+        self.further_texts += row.is_further and row.is_text
         self.duplicates += duplicate
         if dropped is not None:
             self.dropped[dropped] += 1
@@ -63,6 +66,7 @@ class SplitCount:
         self.with_margin += row.margin != 0.0
         self.templated += row.templated
         self.texts += row.is_text
+        self.text_parts += row.is_text and row.is_further
         self.mismatches[row.mismatch] += 1
         self.unused.update(row.unused)
         self.untrained += row.untrained
@@ -89,10 +93,11 @@ class SplitCount:
             "rows_with_margin": self.with_margin,
             "templated_rows": self.templated,
             "text_rows": self.texts,
+            "text_parts": self.text_parts,
             "prompt_mismatch_rows": self.mismatches["prompt"],
             "response_mismatch_rows": self.mismatches["response"],
             "untrained_answers": self.untrained,
-            "further_answers": self.further,
+            "further_answers": self.further - self.further_texts,
             "unused": dict(sorted(self.unused.items())),
             "trained_tokens": 0,
             "tokens": {},
@@ -229,6 +234,7 @@ def render_report(report: Report) -> str:
         "rows_with_margin": "rows with a margin (task=rm reads it)",
         "templated_rows": "rows in the chat template",
         "text_rows": "texts without a prompt (all tokens are learned)",
+        "text_parts": "further parts of longer texts (data.max_length)",
         "untrained_answers": "assistant messages before the last (not trained on)",
         "further_answers": "further answers of these rows, each an example (data.train_on=all)",
         "duplicates": "duplicate rows",

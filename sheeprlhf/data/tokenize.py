@@ -44,7 +44,8 @@ class TokenRow(NamedTuple):
         mismatch: what its ids do not decode to, "prompt" or "response"; empty if they do.
         unused: names of the parts of the row that nothing reads.
         untrained: answers of earlier turns, which are not learned.
-        is_further: the row has another answer before this one, which is an example of its own.
+        is_further: the row has another answer before this one, which is an example of its own, or another part of its
+            text.
         columns: columns that are stored beside the tokens, as JSON text; empty if there are none.
     """
 
@@ -157,7 +158,8 @@ class RowTokenizer:
             of = [piece for piece in kept if piece.templated is templated]
             texts = [piece.prompt for piece in of], [piece.responses for piece in of]
             encoded[templated] = iter(self._encode(*texts, control_tokens=templated or self._control_tokens))
-        return [self._finish(p, next(encoded[p.templated])) if isinstance(p, _Pieces) else p for p in formatted]
+        made = [self._finish(p, next(encoded[p.templated])) if isinstance(p, _Pieces) else p for p in formatted]
+        return [part for row in made for part in self._parts(row)]
 
     def _format(self, row: Row) -> list[_Pieces | TokenRow]:
         """The texts of a row's examples, or the row dropped with its reason."""
@@ -266,7 +268,8 @@ class RowTokenizer:
         if not all(responses):
             return pieces.dropped("empty_response")
         ended = [[*r, end] for r, end in zip(responses, ends, strict=True)]
-        prompt, cut_responses, cut = self._fit(prompt, ended, row.place)
+        splits = not pieces.prompt and self.cfg.on_overflow == "truncate_prompt"  # into parts, by _parts
+        prompt, cut_responses, cut = (prompt, ended, ()) if splits else self._fit(prompt, ended, row.place)
         if cut and self.cfg.on_overflow == "drop":
             return pieces.dropped("too_long")
         if "response" in cut and self.cfg.max_length - len(prompt) < self.cfg.minimum_response_length:
@@ -302,6 +305,25 @@ class RowTokenizer:
             is_further=pieces.is_further,
             columns=columns,
         )
+
+    def _parts(self, row: TokenRow) -> list[TokenRow]:
+        """A text that is too long as several rows, each but the first behind the last token of the one before."""
+        most = self.cfg.max_length
+        if not row.is_text or len(row.tokens) <= most:
+            return [row]
+        parts = []
+        for start in range(0, len(row.tokens) - 1, most - 1):
+            tokens = row.tokens[start : start + most]
+            num_prompt = 1 if start else row.sizes[0]
+            is_last = start + most >= len(row.tokens)
+            part = row._replace(
+                tokens=tokens, sizes=(num_prompt, len(tokens) - num_prompt), num_eos=row.num_eos if is_last else 0
+            )
+            if start:
+                digest = int.from_bytes(_digest(f"{row.digest} {start}")[:8], "big")
+                part = part._replace(digest=digest, is_further=True, unused=())
+            parts.append(part)
+        return parts
 
     def _begins_with_bos(self, prompt: list[int]) -> bool:
         """Whether a rendered prompt brings the BOS itself."""

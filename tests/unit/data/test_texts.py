@@ -46,6 +46,25 @@ def test_texts_go_to_different_splits(tmp_path: Path) -> None:
     assert not any("same prompt" in note for note in prepared.report["notes"])
 
 
+@pytest.mark.parametrize("bos", [False, True])
+def test_all_tokens_of_a_long_text_are_learned_in_parts(bos: bool, tmp_path: Path) -> None:
+    long = "abcdefghijklmnopqrstuvwxyz"
+    tokenizer = byte_tokenizer(bos=bos)
+    cfg = local(tmp_path, [{"text": long}, {"text": "xy"}, {"text": long}], max_length=10, max_prompt_length=5)
+    prepared = prepare(cfg, tokenizer)
+    rows = prepared.splits["train"].examples(range(4))
+    assert max(row.num_tokens() for row in rows) == 10
+    learned = [token for row in rows[:3] for token in row.responses[0].tolist()]
+    assert learned == [*byte_tokenizer().encode(long), EOS]
+    before = [BOS if bos else EOS, *learned]
+    assert [row.prompt_ids.tolist() for row in rows[:3]] == [[before[0]], [before[9]], [before[18]]]
+    part = prepared.report["splits"]["train"]
+    assert (part["read"], part["kept"], part["text_parts"], part["rows_cut"]) == (3, 4, 2, 0)
+    assert (part["dropped"], part["further_answers"]) == ({"duplicate": 3}, 0)
+    dropped = prepare(local(tmp_path, [{"text": long}, {"text": "xy"}], max_length=10, on_overflow="drop"), tokenizer)
+    assert dropped.report["splits"]["train"]["dropped"] == {"too_long": 1}
+
+
 def test_a_text_among_prompts_is_noted(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "response": "b"}, {"prompt": "", "response": "c"}]
     prepared = prepare(local(tmp_path, rows), byte_tokenizer())
