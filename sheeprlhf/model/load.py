@@ -215,7 +215,8 @@ def _resize_command(name: str, auto: Any) -> str:
     script = (
         f"from transformers import {auto.__name__} as M, AutoTokenizer as T; "
         f"m, t = M.from_pretrained({quoted}), T.from_pretrained({quoted}); "
-        f'm.resize_token_embeddings(max(t.get_vocab().values()) + 1); m.save_pretrained("{RESIZED}"); t.save_pretrained("{RESIZED}")'
+        "m.resize_token_embeddings(max(t.get_vocab().values()) + 1); "
+        f'm.save_pretrained("{RESIZED}"); t.save_pretrained("{RESIZED}")'
     )
     return shlex.join(["python", "-c", script])
 
