@@ -258,7 +258,7 @@ BAD = [
     # runs to start from
     (
         "train task=dpo task.sft_experiment_dir=newest",
-        ["newest: logs/runs has no", "train task=sft model=tiny data=docst"],
+        ["newest: ", "logs/runs has no", "train task=sft model=tiny data=docst"],
     ),
     (
         "train task=rm task.sft_experiment_dir=newest root_dir=@ model=gpt2",
@@ -288,7 +288,7 @@ BAD = [
     ("train task=rm task.sft_experiment_dir=@/sft_run task.sft_model_name=step-3", ["step-3", "it has step-2"]),
     ("train task=rm task.sft_experiment_dir=@/sft_run task.sft_model_name=newest", ["final, best, last or step-<n>"]),
     ("train task=rm task.sft_experiment_dir=@/sft_run model.random_init=true", ["two beginnings: give one of them"]),
-    ("train task=sft task.sft_experiment_dir=@/sft_run", ["is an option of task=rm and dpo"]),
+    ("train task=sft task.sft_experiment_dir=@/rm_run", ["a run of task=rm, which trains a reward model"]),
     # rewards and preferences
     ("train task=reward", ["task=reward belongs to `eval`"]),
     ("train task=rm task.loss_type=last", ["task.loss_type=last_token"]),
