@@ -90,6 +90,16 @@ def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = No
     return _start(make_unique_dir(parent, run_name), cfg, config_hash, note if cfg.resume else "")
 
 
+def check_resumed(cfg: TrainConfig, config_hash: str) -> None:
+    """Rank zero only, before anything is loaded: reject `resume_from` of a run that cannot go on with these options.
+
+    Raises:
+        ConfigError: it is no run, of another configuration, or not writable.
+    """
+    if cfg.resume_from is not None:
+        _resume(Path(cfg.resume_from), cfg, config_hash, key="resume_from")
+
+
 def changed_options(cfg: TrainConfig, run_dir: Path) -> list[tuple[str, Any, Any]]:
     """Options that the run's saved configuration has otherwise: key, value there, value in `cfg`.
 

@@ -207,7 +207,7 @@ BAD = [
     ("eval task=reward experiment_dir=@/sft_run task.model_name=step-3", ["step-3", "it has step-2"]),
     (
         "eval task=reward model=tiny data=docstrings reward=model",
-        ["newest: logs/runs has no finished run of task=rm", "train task=rm model=tiny data=docstrings"],
+        ["newest: ", "logs/runs has no finished run of task=rm", "train task=rm model=tiny data=docstrings"],
     ),
     (
         "eval task=reward model=tiny data=docstrings reward=model task.rm_experiment_dir=@/nowhere",
