@@ -64,7 +64,11 @@ def render_chat(
                 )
             )
     except TemplateError as error:
-        raise DataError(f"the model's chat template refuses the conversation: {_first_line(error)}") from None
+        roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages))
+        raise DataError(
+            f"the model's chat template refuses the conversation: {_first_line(error)} (its roles are {roles}); change "
+            f"its messages, or {template_advice(tokenizer)}"
+        ) from None
     except Exception as error:  # a template is a program: it can raise whatever its expressions raise
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise DataError(
