@@ -155,7 +155,10 @@ BAD = [
     ("train task=sft model=auto model.repo_name=@/empty", ["has no config.json", "hub's layout"]),
     ("train task=sft model=auto model.repo_name=@/no_config", ["has no config.json"]),
     ("train task=sft model=auto model.repo_name=@/no_tokenizer", ["has no tokenizer", "tokenizer.json"]),
-    ("train task=sft model=auto model.repo_name=@/no_weights", ["no model.safetensors", "model.random_init=true"]),
+    (
+        "train task=sft model=auto model.repo_name=@/no_weights",
+        ["no weights", "model.safetensors", "model.random_init=true"],
+    ),
     ("train task=sft model=auto model.repo_name=@/adapters", ["adapters, no model"]),
     ("train task=sft model.repo_name=embedded:big", ["embedded:big is neither"]),
     ("train task=sft model=opt", ["HF_HUB_OFFLINE is set", "model.repo_name=<folder>", "model=tiny"]),
