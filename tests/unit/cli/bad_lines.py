@@ -420,7 +420,7 @@ def make_world(world: Path) -> None:
     models = {
         "no_config": ["tokenizer.json", "model.safetensors"],
         "no_tokenizer": ["config.json", "model.safetensors"],
-        "no_weights": ["config.json", "tokenizer.json", "pytorch_model.bin"],
+        "no_weights": ["config.json", "tokenizer.json", "tf_model.h5"],
         "adapters": ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"],
     }
     for name, files in models.items():
