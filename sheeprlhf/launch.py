@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.engine.redact import plain_text, redact_text
-from sheeprlhf.engine.rundir import check_resumed, choose_run_dir, is_finished
+from sheeprlhf.engine.rundir import check_existing_run, choose_run_dir, is_finished
 from sheeprlhf.model.locate import locate
 from sheeprlhf.structure.commands import option_word
 from sheeprlhf.structure.earlier import RUN_OPTIONS, is_word
@@ -96,7 +96,7 @@ def launch(config: RootConfig, job: Job) -> int:
     if is_rank_zero():
         _find(config)
         if isinstance(config, TrainConfig):
-            check_resumed(config, config_hash(config))
+            check_existing_run(config, config_hash(config), job.given_dir)
         _check_weights(config)
     if isinstance(config, TrainConfig) and is_rank_zero():
         run_dir = _choose_dir(config, job.given_dir)

@@ -55,16 +55,11 @@ def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = No
     Raises:
         ConfigError: the directory cannot be used, or is of another configuration.
     """
-    if cfg.resume_from is not None:
-        return _resume(Path(cfg.resume_from), cfg, config_hash, key="resume_from")
+    existing = _existing_run(cfg, config_hash, given)
+    if existing is not None:
+        return existing
     if given is not None:
         folder = Path(given)
-        if (folder / RUN_FILE).is_file():
-            if cfg.resume:
-                return _resume(folder, cfg, config_hash, key="hydra.run.dir")
-            raise ConfigError(
-                f"hydra.run.dir={folder} holds a run already; add resume=true, or choose another directory"
-            )
         _make_dir(folder, "hydra.run.dir", exist_ok=True)
         return _start(
             folder, cfg, config_hash, "resume=true found no run there: a fresh start in" if cfg.resume else ""
@@ -76,6 +71,23 @@ def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = No
             others = f" (the newest of {len(same)} unfinished ones)" if len(same) > 1 else ""
             return RunPlace(same[0], True, f"going on with {same[0]}{others}")
     note = f"resume=true found no unfinished run of this configuration under {cfg.root_dir}: a fresh start in"
+    *groups, run_name = _folder_names(cfg)
+    parent = Path(cfg.root_dir, *groups, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    return _start(make_unique_dir(parent, run_name), cfg, config_hash, note if cfg.resume else "")
+
+
+def check_existing_run(cfg: TrainConfig, config_hash: str, given: str | None) -> None:
+    """Rank zero only, before anything is loaded: reject a run directory that cannot be continued or started in.
+
+    Raises:
+        ConfigError: as `choose_run_dir`, for a run that is there already or a name that no folder can have.
+    """
+    if _existing_run(cfg, config_hash, given) is None and given is None:
+        _folder_names(cfg)
+
+
+def _folder_names(cfg: TrainConfig) -> list[str]:
+    """Names of data, model, task and run, each of which becomes a folder."""
     names = {
         "data.config_name": cfg.data.config_name,
         "model.config_name": cfg.model.config_name,
@@ -85,19 +97,18 @@ def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = No
     for key, name in names.items():
         if not _NAME.fullmatch(name) or name in (".", ".."):
             raise ConfigError(f"{key}={name!r} cannot name a folder; use up to 200 characters without '/'")
-    *groups, run_name = names.values()
-    parent = Path(cfg.root_dir, *groups, time.strftime("%Y-%m-%d_%H-%M-%S"))
-    return _start(make_unique_dir(parent, run_name), cfg, config_hash, note if cfg.resume else "")
+    return list(names.values())
 
 
-def check_resumed(cfg: TrainConfig, config_hash: str) -> None:
-    """Rank zero only, before anything is loaded: reject `resume_from` of a run that cannot go on with these options.
-
-    Raises:
-        ConfigError: it is no run, of another configuration, or not writable.
-    """
+def _existing_run(cfg: TrainConfig, config_hash: str, given: str | None) -> RunPlace | None:
+    """The run that the command line names, if there is one. Arguments as of `choose_run_dir`."""
     if cfg.resume_from is not None:
-        _resume(Path(cfg.resume_from), cfg, config_hash, key="resume_from")
+        return _resume(Path(cfg.resume_from), cfg, config_hash, key="resume_from")
+    if given is None or not (Path(given) / RUN_FILE).is_file():
+        return None
+    if cfg.resume:
+        return _resume(Path(given), cfg, config_hash, key="hydra.run.dir")
+    raise ConfigError(f"hydra.run.dir={given} holds a run already; add resume=true, or choose another directory")
 
 
 def changed_options(cfg: TrainConfig, run_dir: Path) -> list[tuple[str, Any, Any]]:

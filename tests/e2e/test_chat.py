@@ -125,7 +125,7 @@ def test_a_model_of_dialogues_stops_before_it_speaks_for_the_human(monkeypatch, 
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, capsys, chatty):
-    def interrupted(model, prompt_ids, cfg, *, end_ids, seed):
+    def interrupted(model, prompt_ids, cfg, **_):
         yield from byte_tokenizer()("half", add_special_tokens=False)["input_ids"]
         raise KeyboardInterrupt
 

@@ -148,9 +148,9 @@ def test_the_newest_fine_tuning_is_found_and_a_resumed_run_keeps_it(
     saved = yaml.safe_load((begun / "config.yaml").read_text())
     assert saved["task"]["sft_experiment_dir"] == str(first.absolute())
     info = json.loads((begun / "run.json").read_text())
-    assert info["command"][-1] == f"task.sft_experiment_dir='{first.absolute()}'"
+    assert info["command"][-1] == f"task.sft_experiment_dir={first.absolute()}"
     (begun / "run.json").write_text(json.dumps(info | {"status": "running"}))
     go("sft", "seed=1")
     go("dpo", newest, "resume=true")
-    assert f"going on with {begun}" in capsys.readouterr().out
+    assert f"going on with {begun.absolute()}" in capsys.readouterr().out
     assert json.loads((begun / "run.json").read_text())["status"] == "finished"

@@ -74,10 +74,15 @@ def models_of(made: Made) -> tuple[torch.nn.Module, torch.nn.Module]:
     return PeftModel.from_pretrained(base, made.dpo / "final").eval(), start.eval()
 
 
-def logprob(model: torch.nn.Module, prompt: list[int], response: list[int]) -> float:
-    """Of a response, nats, one row and no cache."""
+def logprob(
+    model: torch.nn.Module, prompt: list[int], response: list[int], defined: torch.Tensor | None = None
+) -> float:
+    """Of a response, nats, one row and no cache; with `defined`, of the distribution over these ids alone."""
     with torch.no_grad():
-        logprobs = model(input_ids=torch.tensor([prompt + response])).logits[0].double().log_softmax(-1)
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0].double()
+    if defined is not None:
+        logits = torch.full_like(logits, -torch.inf).index_copy(1, defined, logits[:, defined])
+    logprobs = logits.log_softmax(-1)
     return sum(float(logprobs[len(prompt) + place - 1, token]) for place, token in enumerate(response))
 
 
@@ -139,7 +144,8 @@ def test_scores_win_rate_and_kl_are_those_of_plain_loops(made: Made, monkeypatch
     [(answers, kl_N)] = caught
     policy, start = models_of(made)
     ids = [(row.prompt_ids.tolist(), row.responses[0].tolist()) for row in answers.rollout.rows]
-    expected = [logprob(policy, *row) - logprob(start, *row) for row in ids]
+    defined = torch.tensor(sorted(AutoTokenizer.from_pretrained(made.dpo / "final").get_vocab().values()))
+    expected = [logprob(policy, *row, defined) - logprob(start, *row, defined) for row in ids]
     assert_allclose(kl_N, expected, atol=1e-4)
     assert np.ptp(expected) > 0.1
     assert_allclose(result["kl"], np.mean(expected), atol=1e-5)

@@ -210,12 +210,10 @@ def test_training_on_what_is_left(
     table = capsys.readouterr().err
     expected = {
         "rows read": 8,
-        "rows kept": 3,
+        "rows kept": 5,
         "dropped: duplicate": 1,
-        "dropped: empty prompt": 1,
         "dropped: empty response": 1,
         "dropped: nul character": 1,
-        "dropped: too short": 1,
         "prompt cut": 1,
         "response cut": 1,
         "rows with special-token text": 1,
@@ -229,4 +227,4 @@ def test_training_on_what_is_left(
         losses = [float(row["value"]) for row in csv.DictReader(stream) if "loss" in row["tag"]]
     assert losses and all(map(math.isfinite, losses))
     report = json.loads((tmp_path / "run" / "data_report.json").read_text())
-    assert report["splits"]["train"]["kept"] == (1 if only else 3)
+    assert report["splits"]["train"]["kept"] == (1 if only else 5)

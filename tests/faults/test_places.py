@@ -32,7 +32,7 @@ def refused(
     def no_model(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(sft, "load_policy", no_model)
+    monkeypatch.setattr(sft, "load_policy_to_train", no_model)
 
     def message(*place: str) -> str:
         capsys.readouterr()  # what came before

@@ -42,7 +42,7 @@ def says(patch: pytest.MonkeyPatch, *texts: str) -> list[str]:
     tokenizer, prompts = byte_tokenizer(), []
     count = iter(range(1 << 30))
 
-    def stream(model: object, prompt_ids: Any, cfg: Any, *, end_ids: Any, seed: int) -> Iterator[int]:
+    def stream(model: object, prompt_ids: Any, cfg: Any, *, end_ids: Any, seed: int, **_: Any) -> Iterator[int]:
         prompts.append(tokenizer.decode(prompt_ids.tolist()))
         ids = tokenizer(texts[next(count) % len(texts)], add_special_tokens=False, split_special_tokens=True)[
             "input_ids"

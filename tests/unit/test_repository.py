@@ -47,7 +47,8 @@ def _calls(node: ast.AST) -> Iterator[str]:
     if not isinstance(node, ast.Call):
         return
     name, keywords = ast.unparse(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
-    if name in CALLS:
+    plain_load = name == "torch.load" and ast.unparse(keywords.get("weights_only", ast.Constant(False))) == "True"
+    if name in CALLS and not plain_load:
         yield name
     if name == "yaml.load" and ("Loader" not in keywords or ast.unparse(keywords["Loader"]) not in PLAIN_LOADERS):
         yield "yaml.load without a plain loader"

@@ -167,7 +167,6 @@ BAD = [
     ("train task=sft data=local", ["data.train_file is missing"]),
     ("train task=sft data=local data.train_file=@/row.jsonl", ["row.jsonl is not a file", "rows.jsonl?"]),
     ("train task=sft data=local data.train_file=@/empty", ["empty is a folder without", "give another"]),
-    ("train task=sft data=local data.train_file=@/notes.txt", ["notes.txt", "ends in .parquet"]),
     ("train task=sft data=local data.train_file=rows.pickle", ["rows.pickle", ".jsonl"]),
     ("train task=sft data=local data.train_file=@/rows.jsonl data.test_file=/t.csv", ["data.test_file=/t.csv is not"]),
     ("train task=sft data=summarization", ["HF_HUB_OFFLINE is set", "data.dataset_name=<folder>"]),

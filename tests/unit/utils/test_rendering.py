@@ -72,5 +72,5 @@ def test_a_template_without_a_date_has_no_fixed_argument() -> None:
 @pytest.mark.parametrize("date", ["tomorrow", "2025-3-1", "2025-02-30", 20250301])
 def test_what_is_no_date_is_refused_with_its_option(date: object) -> None:
     [problem] = _data_problems(DocstringsConfig(template_args={"strftime_now": date}))
-    assert "data.template_args.strftime_now" in problem
+    assert "data.template_args" in problem and "strftime_now=" in problem
     assert "2025-03-01" in problem
