@@ -167,9 +167,9 @@ def test_a_signal_saves_on_both(whole: Whole, tmp_path: Path) -> None:
 def test_a_mistake_is_told_once(tmp_path: Path, model_folder: ModelFolder) -> None:
     """Both processes find it; neither waits for the other."""
     data = tmp_path / "bad.jsonl"
-    data.write_text('{"prompt": "a", "response": 3}\n')
+    data.write_text('{"prompt": "a", "response": [3]}\n')
     job = start(train_words(model_folder(), data, tmp_path / "run"), tmp_path / "log")
     assert job.wait(100) == 2, job.text()
-    assert job.text().count("bad.jsonl line 1: column 'response' holds int") == 1
+    assert job.text().count("bad.jsonl line 1: column 'response' holds list") == 1
     assert "Traceback" not in job.text()
     job.assert_all_gone()

@@ -87,8 +87,9 @@ def at_call(
         @functools.wraps(original)
         def broken(*arguments: Any, **options: Any) -> Any:
             found = original(*arguments, **options)
-            calls.extend([1] * counts(*arguments))
-            if not counts(*arguments) or len(calls) != number:
+            counts_here = counts(*arguments, **options)
+            calls.extend([1] * counts_here)
+            if not counts_here or len(calls) != number:
                 return found
             first = found[0] if isinstance(found, tuple) else torch.as_tensor(found)
             flat = first.clone().flatten()
@@ -159,7 +160,7 @@ KINDS = {
     "dpo: loss infinite": Kind("dpo", in_loss(dpo, "dpo_loss"), lambda x: x + INF, f"loss is inf .*{OF_STEP}"),
     "ppo: reward NaN": Kind(
         "ppo",
-        at_call(rewards, "letters", lambda prompts, _: len(prompts) == 24, 3, 4),
+        at_call(rewards, "letters", lambda *, prompts, responses: len(prompts) == 24, 3, 4),
         lambda x: x * NAN,
         r"returned nan, which is not finite, for response (5) of 24",
     ),
