@@ -172,7 +172,7 @@ KINDS = {
         1,
     ),
     "ppo: advantage infinite": Kind(
-        "ppo", at_call(ppo, "gae", lambda *_: True, 3, 0), lambda x: x + INF, f"advantages{OF_ROLLOUT}", 12
+        "ppo", at_call(ppo, "gae", lambda *_, **__: True, 3, 0), lambda x: x + INF, f"advantages{OF_ROLLOUT}", 12
     ),
     "ppo: logits of the sampler NaN": Kind("ppo", in_sampler, lambda x: x * NAN, f"sampled{OF_ROLLOUT}", 1),
     "ppo: gradient NaN": Kind(
