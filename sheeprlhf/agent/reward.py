@@ -125,7 +125,12 @@ def load_reward_model(
 
 
 def reward_model_of(
-    policy: Policy, cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, adapter: Path | None = None
+    policy: Policy,
+    cfg: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    adapter: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> RewardModel:
     """The language model with a score head instead of its own, and adapters if asked.
 
@@ -134,13 +139,14 @@ def reward_model_of(
         cfg: says what trains.
         tokenizer: the model's.
         adapter: folder of trained adapters and head to put on it instead of new ones.
+        say: prints a line for the user.
 
     Raises:
         ModelError: the model cannot have a score head, or the folder's adapters do not fit.
     """
     model = scalar_model(policy.causal_lm(), tokenizer)
     if adapter is not None:
-        reward = RewardModel(load_lora(model, adapter))
+        reward = RewardModel(load_lora(model, adapter, say))
         reward.offset = offset_of(adapter)
         return reward
     if cfg.freeze_transformer:

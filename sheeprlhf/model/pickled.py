@@ -1,4 +1,4 @@
-"""Pickled weights, `pytorch_model.bin` in one file or in shards, converted once to safetensors in our cache.
+"""Pickled weights, `pytorch_model.bin` (one file or shards) or PEFT's `adapter_model.bin`, as safetensors in our cache.
 
 The files may be a stranger's. `torch.load(weights_only=True)` builds tensors and plain containers, and rejects every
 other name in a pickle; it never runs code of the file. A conversion that somebody else has made, such as a pull request
@@ -21,7 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sheeprlhf.model.folder import (
+    ADAPTER_CONFIG,
+    ADAPTERS,
     INDEX,
+    PICKLED_ADAPTERS,
     SMALL_FILES,
     WEIGHTS,
     check_sizes,
@@ -32,7 +35,7 @@ from sheeprlhf.model.folder import (
 )
 from sheeprlhf.structure.places import PICKLED_INDEX
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.folders import MARKER, locked, written_folder
+from sheeprlhf.utils.folders import MARKER, locked, writing_errors, written_folder
 from sheeprlhf.utils.hub import cache_root
 from sheeprlhf.utils.memory import size_text
 
@@ -60,7 +63,49 @@ def converted_folder(folder: Path, name: str, say: Callable[[str], None], cache_
     Raises:
         ModelError: a file cannot be read as weights, asks for code, or the disk is full.
     """
-    files = [plain_file(folder, file) for file in pickled_files(folder)]
+
+    def fill(files: list[Path], target: Path) -> None:
+        for pattern in SMALL_FILES:
+            for path in folder.glob(pattern):
+                if path.name != PICKLED_INDEX and path.is_file():
+                    shutil.copyfile(path, target / path.name)
+        _convert(files, target, WEIGHTS)
+        check_sizes(folder, read_json(target, "config.json"), weights_of(target))
+
+    return _converted(folder, pickled_files(folder), fill, name, say, cache_dir)
+
+
+def adapter_folder(folder: Path, say: Callable[[str], None]) -> Path:
+    """The folder with the adapters as safetensors: itself, or a conversion in our cache if it has a pickle alone.
+
+    Args:
+        folder: what PEFT's `save_pretrained` has written.
+        say: prints a line for the user.
+
+    Raises:
+        ModelError: as `converted_folder` does.
+    """
+    if os.path.lexists(folder / ADAPTERS) or not os.path.lexists(folder / PICKLED_ADAPTERS):
+        return folder
+    config = plain_file(folder, ADAPTER_CONFIG)
+
+    def fill(files: list[Path], target: Path) -> None:
+        shutil.copyfile(config, target / config.name)
+        _convert(files, target, ADAPTERS)
+
+    return _converted(folder, [PICKLED_ADAPTERS], fill, str(folder), say, None)
+
+
+def _converted(
+    folder: Path,
+    names: list[str],
+    fill: Callable[[list[Path], Path], None],
+    name: str,
+    say: Callable[[str], None],
+    cache_dir: str | None,
+) -> Path:
+    """The folder in our cache that `fill` writes from the pickled files of these names."""
+    files = [plain_file(folder, file) for file in names]
     states = [os.stat(file) for file in files]
     known_by = [
         (_FORMAT, str(file), state.st_size, state.st_mtime_ns) for file, state in zip(files, states, strict=True)
@@ -68,40 +113,27 @@ def converted_folder(folder: Path, name: str, say: Callable[[str], None], cache_
     digest = hashlib.sha256(repr(known_by).encode()).hexdigest()[:16]
     short = _FOLDER_NAME.sub("-", name.strip("/").replace("/", "--"))[-80:].lstrip("-.")
     target = cache_root(cache_dir) / "converted" / f"{short}-{digest}"
-    try:
-        with locked(target, say):
-            if target.exists() and not (target / MARKER).is_file():
-                raise ModelError(f"{target} was not made by this program and blocks a conversion: move it")
-            if not target.exists():
-                num_bytes = sum(state.st_size for state in states)
-                say(
-                    f"{name}: its weights are pickled ({len(files)} .bin, {size_text(num_bytes)}); they are read "
-                    f"without running code and converted once to safetensors in {target}"
-                )
-                with written_folder(target) as temporary:
-                    _convert(folder, files, temporary)
-    except ModelError:
-        raise
-    except Exception as error:  # safetensors reports a full disk by an error of its own
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise ModelError(
-                f"{name}: its pickled weights cannot be converted in {target}: {error}; free space, or give another "
-                "place with the environment variable SHEEPRLHF_CACHE"
-            ) from error
-        raise
+    advice = "free space, or give another place with the environment variable SHEEPRLHF_CACHE"
+    with writing_errors(f"{name}: its pickled weights cannot be converted in {target}", advice), locked(target, say):
+        if target.exists() and not (target / MARKER).is_file():
+            raise ModelError(f"{target} was not made by this program and blocks a conversion: move it")
+        if not target.exists():
+            num_bytes = sum(state.st_size for state in states)
+            say(
+                f"{name}: its weights are pickled ({len(files)} .bin, {size_text(num_bytes)}); they are read "
+                f"without running code and converted once to safetensors in {target}"
+            )
+            with written_folder(target) as temporary:
+                fill(files, temporary)
     return target
 
 
-def _convert(folder: Path, files: list[Path], target: Path) -> None:
-    """Write the small files, and each pickled file as one of safetensors, with an index if there are several."""
-    for pattern in SMALL_FILES:
-        for path in folder.glob(pattern):
-            if path.name != PICKLED_INDEX and path.is_file():
-                shutil.copyfile(path, target / path.name)
+def _convert(files: list[Path], target: Path, one: str) -> None:
+    """Write each pickled file as one of safetensors: `one`, or shards with an index if there are several."""
     where: dict[str, str] = {}
     written = 0
     for number, file in enumerate(files, 1):
-        name = WEIGHTS if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        name = one if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = read_pickled(file)
         written += sum(tensor.nbytes for tensor in tensors.values())
         twice = sorted(where.keys() & tensors.keys())
@@ -113,7 +145,6 @@ def _convert(folder: Path, files: list[Path], target: Path) -> None:
         del tensors
     if len(files) > 1:
         (target / INDEX).write_text(json.dumps({"metadata": {"total_size": written}, "weight_map": where}))
-    check_sizes(folder, read_json(target, "config.json"), weights_of(target))
 
 
 def read_pickled(file: Path) -> dict[str, Tensor]:

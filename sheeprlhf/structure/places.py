@@ -1,7 +1,9 @@
 """Files and folders that a configuration names: what is wrong with them, found before anything is loaded."""
 
+import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,11 +19,14 @@ from sheeprlhf.utils.chat_templates import OPTION as TEMPLATE_OPTION
 from sheeprlhf.utils.chat_templates import SUFFIX as TEMPLATE_SUFFIX
 from sheeprlhf.utils.chat_templates import built_in_templates
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.files import read_object
 from sheeprlhf.utils.hub import EMBEDDED, embedded_folder
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+MERGED = "merged_model"  # a folder, in messages
+_MAX_ADAPTER_CONFIG = 4 << 20  # bytes
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json", PICKLED, PICKLED_INDEX)  # in the order of choice
 
@@ -88,6 +93,23 @@ def model_folder(name: str) -> Path | None:
     return folder if os.path.isdir(folder) else None
 
 
+def merge_advice(folder: Path) -> str:
+    """How a folder of adapters becomes a whole model: a command, and the name of the folder that it writes."""
+    config = read_object(folder / "adapter_config.json", _MAX_ADAPTER_CONFIG)
+    scores = config.get("task_type") == "SEQ_CLS"
+    script = (
+        f"from peft import AutoPeftModelFor{'SequenceClassification' if scores else 'CausalLM'} as M, PeftConfig as C; "
+        f"from transformers import AutoTokenizer as T; f = {json.dumps(str(folder))}; "
+        "t = T.from_pretrained(C.from_pretrained(f).base_model_name_or_path); "
+        f"M.from_pretrained(f{', num_labels=1' if scores else ''}).merge_and_unload().save_pretrained({MERGED!r}); "
+        f"t.save_pretrained({MERGED!r})"
+    )
+    return (
+        f"it has adapters and no model: merge them into the model that they were trained on, "
+        f"`{shlex.join(['python', '-c', script])}`, and give {MERGED}"
+    )
+
+
 def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
     """Why `model.repo_name` cannot be loaded, as far as files here tell; the hub is not asked.
 
@@ -106,7 +128,7 @@ def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
         return None
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            return f"{given}: this folder has adapters, no model: give the model that they were trained on"
+            return f"{given}: {merge_advice(folder)}"
         return f"{given}: this folder has no config.json; give one in the hub's layout"
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return f"{given}: this folder has no tokenizer ({_TOKENIZER_FILES[0]}): copy the model's into it"

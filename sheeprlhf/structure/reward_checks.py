@@ -8,7 +8,7 @@ from pathlib import Path
 from sheeprlhf.structure.commands import shell_word
 from sheeprlhf.structure.limits import near_path, nearest
 from sheeprlhf.structure.machine import missing_modules
-from sheeprlhf.structure.places import is_hub_id, model_problem
+from sheeprlhf.structure.places import is_hub_id, merge_advice, model_problem
 from sheeprlhf.structure.reward import (
     BUILTINS,
     MODEL,
@@ -181,10 +181,7 @@ def _folder_problems(folder: str) -> Iterator[str]:
                     f"task.rm_experiment_dir={run} and leave reward.folder out"
                 )
             else:
-                yield (
-                    f"{given}: this folder has adapters and no whole model: merge them into the model that they were "
-                    "trained on (PEFT's merge_and_unload, then save_pretrained) and give that folder"
-                )
+                yield f"{given}: {merge_advice(place)}"
             return
         if (place / "config.json").is_file():
             problem = model_problem(folder, weights=True)

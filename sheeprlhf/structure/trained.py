@@ -20,7 +20,13 @@ from sheeprlhf.structure.earlier import (
 from sheeprlhf.structure.evaluation import FrontierConfig
 from sheeprlhf.structure.limits import near_path
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
-from sheeprlhf.structure.places import is_weights_name, model_problem, template_problem, weights_problems
+from sheeprlhf.structure.places import (
+    is_weights_name,
+    merge_advice,
+    model_problem,
+    template_problem,
+    weights_problems,
+)
 from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
@@ -168,9 +174,11 @@ def _find(word: str, weights: str | None, wanted: str | None) -> Trained:
 
 def _of_folder(word: str, folder: Path, wanted: str | None) -> Trained:
     if (folder / "adapter_config.json").is_file():
-        has_run = (folder.parent / "config.yaml").is_file()
-        whose = f"give its run, {folder.parent}" if has_run else "give the run's folder"
-        raise ConfigError(f"{word}: this folder has adapters alone, and the run knows what they sit on: {whose}")
+        if not (folder.parent / "config.yaml").is_file():
+            raise ConfigError(f"{word}: {merge_advice(folder)}")
+        raise ConfigError(
+            f"{word}: this folder has adapters alone, and the run knows what they sit on: give its run, {folder.parent}"
+        )
     if not (folder / "config.json").is_file():
         below = sorted(path.parent for path in folder.glob("*/config.yaml"))
         did = f"did you mean {below[-1]}?" if below else "give a run (it has config.yaml) or a model (config.json)"

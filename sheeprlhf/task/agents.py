@@ -22,7 +22,6 @@ from sheeprlhf.model.lora import (
     CRITIC,
     POLICY,
     REWARD,
-    add_lora,
     add_second_adapter,
     copy_adapter,
     load_score_adapter,
@@ -40,7 +39,7 @@ from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.structure.trained import with_own_tokenizer
 from sheeprlhf.task.exchange import has_same_tokens
 from sheeprlhf.task.router import say_router_loss_left_out
-from sheeprlhf.task.start import load_start, load_trained_reward_model
+from sheeprlhf.task.start import load_start, load_trained_reward_model, with_adapters
 from sheeprlhf.utils.errors import ModelError
 
 
@@ -72,9 +71,7 @@ def load_agents(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -
     assert isinstance(task, OnlineTaskConfig)
     start = (task.sft_experiment_dir, task.sft_model_name)
     policy, packed = load_start(cfg.model, *start, tokenizer, longest=longest, batching=task.batching, say=run.say)
-    adapted = cfg.model.lora_cfg if cfg.model.finetune_mode == "LORA" else None
-    if adapted is not None:
-        policy = Policy(add_lora(policy.causal_lm(), adapted))
+    policy = with_adapters(policy, cfg.model)
     policy.exclude_undefined(tokenizer)
     if not isinstance(task, BestOfNConfig):  # it learns nothing
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
@@ -149,7 +146,7 @@ def _load_reward(
         run.say(f"reward model: the {task.rm_model_name} weights of {of_run}")
         final = Path(str(of_run)) / "final"
         head = nn.Linear(1, 1, bias=False)
-        head.weight = nn.Parameter(load_score_adapter(policy.model, final, REWARD).float())
+        head.weight = nn.Parameter(load_score_adapter(policy.model, final, REWARD, run.say).float())
         offset = offset_of(final)
         run.say("reward, critic and reference share the policy's base")
         return SharedScore(policy.model, REWARD, head, offset), True

@@ -63,23 +63,17 @@ def load_of_run(
         ConfigError: the run has no `final/` yet.
         CheckpointError: it has no such checkpoint.
     """
-    final = run_dir / "final"
     of: dict[str, Any] = {"longest": longest, "batching": batching, "say": say}
-    if weights == "final" and not final.is_dir():
-        raise ConfigError(
-            f"{run_dir}: this run has no final/ yet; finish it with {shell_word('resume_from', str(run_dir))}"
-        )
-    if weights == "final" and not (final / "adapter_config.json").is_file():
-        whole = dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False)
+    whole = _whole_final(cfg, run_dir, weights)
+    if whole is not None:
         return load_policy(whole, tokenizer, **of)
     checkpoint = None if weights == "final" else find_checkpoint(run_dir, weights, say)
     task = saved_group(str(run_dir), "task")
     start = (getattr(task, "sft_experiment_dir", None), getattr(task, "sft_model_name", "final"))
     policy, packed = load_start(cfg, *start, tokenizer, **of)
     if checkpoint is None:
-        return Policy(load_lora(policy.causal_lm(), final)), packed
-    if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
-        policy = Policy(add_lora(policy.causal_lm(), cfg.lora_cfg))
+        return Policy(load_lora(policy.causal_lm(), run_dir / "final", say)), packed
+    policy = with_adapters(policy, cfg)
     part = task.policy_part() if isinstance(task, TrainTaskConfig) else ""
     load_weights(checkpoint, policy.model, f"{part}model.")
     return policy, packed
@@ -159,9 +153,30 @@ def load_policy_to_train(
     if run_dir is None:
         return load_policy(cfg, tokenizer, longest=longest, batching=batching, say=say)
     policy, packed = load_start(cfg, run_dir, weights, tokenizer, longest=longest, batching=batching, say=say)
-    if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
-        policy = Policy(add_lora(policy.causal_lm(), cfg.lora_cfg))
-    return policy, packed
+    return with_adapters(policy, cfg), packed
+
+
+def with_adapters(policy: Policy, cfg: ModelConfig) -> Policy:
+    """The policy with new adapters on its model if the configuration asks for them."""
+    if cfg.finetune_mode != "LORA" or cfg.lora_cfg is None:
+        return policy
+    return Policy(add_lora(policy.causal_lm(), cfg.lora_cfg))
+
+
+def _whole_final(cfg: ModelConfig, run_dir: Path, weights: str) -> ModelConfig | None:
+    """The model that a run's `final/` holds whole; None for adapters, or for weights of a checkpoint.
+
+    Raises:
+        ConfigError: the run has no `final/` yet.
+    """
+    final = run_dir / "final"
+    if weights != "final" or (final / "adapter_config.json").is_file():
+        return None
+    if not final.is_dir():
+        raise ConfigError(
+            f"{run_dir}: this run has no final/ yet; finish it with {shell_word('resume_from', str(run_dir))}"
+        )
+    return dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False)
 
 
 def load_trained_reward_model(
@@ -188,13 +203,8 @@ def load_trained_reward_model(
     Raises:
         SheepError: it cannot be loaded.
     """
-    final = run_dir / "final"
-    if weights == "final" and not (final / "adapter_config.json").is_file():
-        if not final.is_dir():
-            raise ConfigError(
-                f"{run_dir}: this run has no final/ yet; finish it with {shell_word('resume_from', str(run_dir))}"
-            )
-        whole = dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False)
+    whole = _whole_final(cfg, run_dir, weights)
+    if whole is not None:
         return load_reward_model(whole, tokenizer, longest=longest, batching=batching, say=say)
     task = saved_group(str(run_dir), "task")
     assert isinstance(task, RMConfig)
@@ -202,7 +212,7 @@ def load_trained_reward_model(
     how: dict[str, Any] = {"longest": longest, "batching": batching, "say": say}
     policy, packed = load_start(cfg, *start, tokenizer, **how, new_head=True)
     if weights == "final":
-        return reward_model_of(policy, cfg, tokenizer, adapter=final), packed
+        return reward_model_of(policy, cfg, tokenizer, adapter=run_dir / "final", say=say), packed
     model = reward_model_of(policy, cfg, tokenizer)
     load_weights(find_checkpoint(run_dir, weights, say), model)
     return model, packed

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sheeprlhf.utils.errors import ModelError, SheepError
 from sheeprlhf.utils.files import fsync
 
 MARKER = "MADE_BY_SHEEPRLHF"  # a folder without this file is not ours to delete
@@ -41,6 +42,24 @@ def written_folder(folder: Path) -> Iterator[Path]:
         fsync(folder.parent)
     except BaseException:
         _remove(temporary)
+        raise
+
+
+@contextmanager
+def writing_errors(what: str, advice: str) -> Iterator[None]:
+    """Inside, an error of the disk becomes a ModelError with advice; safetensors has a class of its own for a full one.
+
+    Args:
+        what: what cannot be made, and where.
+        advice: how to make room.
+    """
+    try:
+        yield
+    except SheepError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise ModelError(f"{what}: {error}; {advice}") from error
         raise
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.prepare import prepare_data
@@ -22,7 +21,6 @@ from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.signals import STOP_SIGNALS
 from sheeprlhf.engine.step import LossOutput, evaluate, update
 from sheeprlhf.loss import dpo
-from sheeprlhf.model.lora import add_lora
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import DPOConfig
 from sheeprlhf.task.batches import Batches, longest_row, training_split
@@ -30,7 +28,7 @@ from sheeprlhf.task.finish import finish_run, note_validation, report_data
 from sheeprlhf.task.reference import check_reference, of_rows, reference_logprobs, sum_by_response, weights_digest
 from sheeprlhf.task.router import say_router_loss_left_out
 from sheeprlhf.task.samples import log_samples
-from sheeprlhf.task.start import begin_training, load_start
+from sheeprlhf.task.start import begin_training, load_start, with_adapters
 from sheeprlhf.utils.lightning import Fabric
 
 NO_REFERENCE = ("simpo", "orpo")
@@ -121,8 +119,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         policy, packed = load_start(cfg.model, *start, tokenizer, longest=longest, batching=task.batching, say=run.say)
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
         key = f"{weights_digest(policy)}-{cfg.fabric.precision}-{packed}"
-        if cfg.model.finetune_mode == "LORA" and cfg.model.lora_cfg is not None:
-            policy = Policy(add_lora(policy.causal_lm(), cfg.model.lora_cfg))
+        policy = with_adapters(policy, cfg.model)
         module, optimizer = set_up(fabric, cfg.optim, policy, cfg.peak_lr())
         cut = partial(Batches, fabric, task, packed=packed, targets="response")
         read = {name: plan.rows_until(num_steps)} | {"validation": np.arange(len(held_out or ()))[:num_held_out]}

@@ -159,7 +159,7 @@ BAD = [
         "train task=sft model=auto model.repo_name=@/no_weights",
         ["no weights", "model.safetensors", "model.random_init=true"],
     ),
-    ("train task=sft model=auto model.repo_name=@/adapters", ["adapters, no model"]),
+    ("train task=sft model=auto model.repo_name=@/adapters", ["adapters and no model", "merge_and_unload"]),
     ("train task=sft model.repo_name=embedded:big", ["embedded:big is neither"]),
     ("train task=sft model=opt", ["HF_HUB_OFFLINE is set", "model.repo_name=<folder>", "model=tiny"]),
     ("train task=sft model=smollm2", ["HF_HUB_OFFLINE is set", "`python sheeprlhf.py fetch model=smollm2`"]),

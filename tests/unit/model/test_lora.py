@@ -1,5 +1,6 @@
 """Adapters: where they go, what trains, and their formula."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,17 @@ import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.model.load import load_causal_lm
 from sheeprlhf.model.lora import add_lora, load_lora, merge_lora
 from sheeprlhf.model.scalar import HEAD, with_score_head
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
+from sheeprlhf.structure.places import MERGED, model_problem
+from sheeprlhf.structure.reward_checks import _folder_problems
 from sheeprlhf.utils.errors import ModelError
+from tests.security.guard import Payload
 from tests.support.models import VOCAB, byte_tokenizer
 
 ModelFolder = Callable[..., Path]
@@ -118,6 +122,55 @@ def test_saved_adapters_are_read_back_frozen(tmp_path: Path, model_folder: Model
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ModelError, match="these adapters cannot be loaded"):
             load_lora(other, folder)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_adapters_are_converted_once_without_running_code(
+    zipped: bool, tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT of old has written adapter_model.bin."""
+    monkeypatch.setenv("SHEEPRLHF_CACHE", str(tmp_path / "cache"))
+    model, folder = adapted(model_folder("gpt2")), tmp_path / "adapters"
+    perturb(model)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    pickled = folder / "adapter_model.bin"
+    torch.save(tensors, pickled, _use_new_zipfile_serialization=zipped)
+    said: list[str] = []
+    for _ in range(2):
+        again = load_lora(loaded(model_folder("gpt2")), folder, said.append)
+        assert torch.equal(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+    assert len(said) == 1 and str(folder) in said[0]
+    torch.save({"base_model.model.x.lora_A.weight": Payload(tmp_path / "ran")}, pickled)
+    with pytest.raises(ModelError, match=r"adapter_model\.bin: it asks for .*never run"):
+        load_lora(loaded(model_folder("gpt2")), folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_the_advice_for_adapters_alone_makes_a_whole_model(
+    scores: bool, tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command is followed to the letter, for a pickle of old; the model scores or writes as with its adapters."""
+    plain = loaded(model_folder("gpt2"))
+    base = with_score_head(plain, 0) if scores else plain
+    model, folder = add_lora(base, LORAConfig(), head=HEAD if scores else None), tmp_path / "it's old"
+    perturb(model)
+    expected = model.eval()(input_ids=IDS).logits
+    model.save_pretrained(folder)
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    problem = str(model_problem(str(folder), weights=True))
+    assert problem == next(_folder_problems(str(folder))).replace("reward.folder=", "model.repo_name=")
+    program, flag, script = shlex.split(problem.split("`")[1])
+    assert (program, flag) == ("python", "-c")
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    whole = auto.from_pretrained(tmp_path / MERGED).eval()
+    assert model_problem(str(tmp_path / MERGED), weights=True) is None
+    assert_close(whole(input_ids=IDS).logits, expected, rtol=0, atol=1e-4)
 
 
 def loaded(folder: Path, dtype: str = "float32") -> PreTrainedModel:
