@@ -1,8 +1,8 @@
 """A folder of a model or of adapters, which may be a stranger's: looked at before a library opens any of its files.
 
 Its files are plain ones inside it, of bounded size; weights are safetensors that say what they are, or
-pytorch_model.bin (of adapters, adapter_model.bin), which `model.pickled` converts without running code; its JSON asks for no code, no other place and no
-file by name. Nothing else in the folder is ever opened. Imports no torch.
+pytorch_model.bin (of adapters, adapter_model.bin), which `model.pickled` converts without running code; its JSON asks
+for no code, no other place and no file by name. Nothing else in the folder is ever opened. Imports no torch.
 """
 
 import json

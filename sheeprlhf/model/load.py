@@ -189,15 +189,24 @@ def check_weights(
     if cfg.random_init:
         return ""
     files = _files_with_weights(cfg, say)
-    if cfg.library_cfg.trust_remote_code:
-        return ""  # code of its own may map tensors as it likes; loading accounts for them
+    trusted = cfg.library_cfg.trust_remote_code
     config = _read_config(cfg, files, auto)
-    if new_head and type(config) not in AutoModelForSequenceClassification._model_mapping:
+    if new_head and not trusted and type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise ModelError(
             f"model.repo_name={cfg.repo_name}: transformers has no {config.model_type} model with a score head, so it "
             "cannot become a reward model: give a model of another architecture"
         )
-    account = account_from_headers(_class_of(cfg, config, auto), config, files.tensors, new_head=new_head)
+    model_class = _class_of(cfg, config, auto)
+    try:
+        account = account_from_headers(model_class, config, files.tensors, new_head=new_head)
+    except Exception as error:
+        if not trusted:
+            raise
+        say(  # loading accounts for them again
+            f"model.repo_name={cfg.repo_name}: its own code does not take tensors without content "
+            f"({type(error).__name__}: {_first_line(error)}), so its weights are accounted for when they are loaded"
+        )
+        return ""
     _check_account(cfg, account)
     return account.note()
 

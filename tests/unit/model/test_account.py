@@ -17,7 +17,7 @@ from sheeprlhf.data.collate import collate_padded
 from sheeprlhf.data.example import Example
 from sheeprlhf.model.account import torn_groups
 from sheeprlhf.model.load import check_weights, load_causal_lm, load_tokenizer
-from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.model import HuggingFaceConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.support.models import PAD, VOCAB, byte_tokenizer
 
@@ -69,6 +69,62 @@ def messages(folder: Path, auto: Any = AutoModelForCausalLM, **options: Any) -> 
 def test_a_missing_tensor_is_named(architecture: str, name: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     found = messages(spoilt(model_folder(architecture), tmp_path / "model", drop=name))
     assert len(found) == 2 and all(name in text and "model.repo_name=" in text for text in found)
+
+
+OWN_CODE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = torch.nn.Linear(config.hidden_size, 1)
+"""
+READS = """
+    @classmethod
+    def from_pretrained(cls, folder, *args, **options):
+        folder.startswith("/")
+        return super().from_pretrained(folder, *args, **options)
+"""
+
+
+def own_folder(folder: Path, target: Path, *, drop: str = "") -> Path:
+    """A model whose class comes with it."""
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    gate = {"gate.weight": torch.ones(1, 16), "gate.bias": torch.ones(1)}
+    spoilt(folder, target, drop=drop, add=gate, model_type="own", auto_map=classes, architectures=["OwnModel"])
+    (target / "own.py").write_text(OWN_CODE)
+    return target
+
+
+@pytest.mark.parametrize("drop", ["", "model.layers.1.mlp.up_proj.weight"])
+def test_weights_of_a_model_with_its_own_code_are_accounted_for_by_the_headers(
+    drop: str, tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = own_folder(model_folder(), tmp_path / f"own{len(drop)}", drop=drop)
+    library = HuggingFaceConfig(trust_remote_code=True, revision="0" * 40)
+    cfg = ModelConfig(config_name="auto", repo_name=str(folder), library_cfg=library)
+    if not drop:
+        assert check_weights(cfg) == ""
+        return
+    with pytest.raises(ModelError, match=rf"model.repo_name={folder}: .*{drop} is missing"):
+        check_weights(cfg)
+
+
+def test_own_code_that_reads_tensors_is_told(
+    tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = own_folder(model_folder(), tmp_path / "reads")
+    (folder / "own.py").write_text((folder / "own.py").read_text() + READS)
+    library = HuggingFaceConfig(trust_remote_code=True, revision="0" * 40)
+    said: list[str] = []
+    cfg = ModelConfig(config_name="auto", repo_name=str(folder), library_cfg=library)
+    assert check_weights(cfg, say=said.append) == ""
+    assert len(said) == 1 and "AttributeError" in said[0]
 
 
 def test_a_head_that_the_task_replaces_may_be_missing(tmp_path: Path, model_folder: ModelFolder) -> None:
