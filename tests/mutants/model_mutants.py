@@ -105,7 +105,7 @@ MUTANTS = [
     Mutant(  # a trained adapter is evaluated without being loaded
         trap="7",
         file=_START,
-        old="        return Policy(load_lora(policy.causal_lm(), final)), packed\n",
+        old='        return Policy(load_lora(policy.causal_lm(), run_dir / "final", say)), packed\n',
         new="        return policy, packed\n",
         tests=f"{_E2E}::test_lora_run_loads_in_peft_with_the_same_logits",
     ),
@@ -323,8 +323,8 @@ MUTANTS = [
     Mutant(  # final/ is the model as it was before training
         trap="final",
         file=_START,
-        old='repo_name=str(final), finetune_mode="ALL", random_init=False)\n        return load_policy',
-        new='finetune_mode="ALL", random_init=False)\n        return load_policy',
+        old='return dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False)\n',
+        new='return dataclasses.replace(cfg, finetune_mode="ALL", random_init=False)\n',
         tests=f"{_E2E}::test_perplexity_equals_a_plain_loop_for_any_batching",
     ),
     Mutant(  # the weights of a checkpoint are not loaded for its evaluation
