@@ -12,7 +12,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,20 @@ from sheeprlhf.command.help import PLAIN_VERBS, VERBS, print_overview, print_ver
 from sheeprlhf.command.screen import print_error
 from sheeprlhf.command.words import PLOT, Words, split_words, verb_problem
 from sheeprlhf.utils.errors import ConfigError, Interrupted, SheepError
-from sheeprlhf.utils.processes import heard_interrupts, ignore_interrupts, ignored, just_interrupted
+from sheeprlhf.utils.processes import (
+    SAVE_SIGNAL,
+    Terminated,
+    heard_interrupts,
+    ignore_interrupts,
+    ignored,
+    just_interrupted,
+    missed_stop,
+)
 from sheeprlhf.utils.quiet import silence_libraries
+from sheeprlhf.utils.streams import lasting
 
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
+_LASTING = (["train"], ["pipeline"])  # commands that go on when nobody reads their output any more
 _SECONDS_FOR_RANK_ZERO = 8.0
 
 
@@ -35,10 +44,14 @@ def run(argv: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # paths and texts may hold what its encoding has not
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        sys.stderr = lasting(sys.stderr)
+        if arguments[:1] in _LASTING:
+            sys.stdout = lasting(sys.stdout)
     debug = "debug=true" in [argument.casefold() for argument in arguments]
     if argv is None:  # this is the program itself; else who called has more to do
         atexit.register(ignore_interrupts)  # called after those of the libraries, which are yet to be imported
-    with heard_interrupts() as interrupts:
+    with ignored(SAVE_SIGNAL), heard_interrupts() as interrupts:  # until there is something to save
         code = _guarded(lambda: _dispatch(arguments), debug)
         interrupts.leaving = argv is None
     if code:
@@ -53,10 +66,9 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
     except BrokenPipeError:  # who reads our output, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt as stopped:
+    except (KeyboardInterrupt, Terminated) as stopped:
         _throw_away(stopped)
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
+        return _stopped(stopped.signum if isinstance(stopped, Terminated) else signal.SIGINT, other_rank)
     except Interrupted as error:
         # All ranks stop together. A failing child would make Fabric kill rank zero, which may still be saving.
         if other_rank:
@@ -65,8 +77,7 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
         return error.exit_code
     except Exception as error:
         if just_interrupted():
-            print("stopped by Ctrl-C", file=sys.stderr)
-            return 130
+            return _stopped(just_interrupted(), other_rank)
         if other_rank:  # rank zero tells what it fails with too, and this process ends with it, before it fails alone
             time.sleep(_SECONDS_FOR_RANK_ZERO)
         if debug:
@@ -75,7 +86,16 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
         return error.exit_code if isinstance(error, SheepError) else 1
 
 
-def _throw_away(stopped: KeyboardInterrupt) -> None:
+def _stopped(signum: int, other_rank: bool) -> int:
+    """The exit code of a command that a signal has ended where nothing was to be saved; rank zero reports it."""
+    if other_rank:
+        time.sleep(_SECONDS_FOR_RANK_ZERO)  # a failing child would make Fabric kill rank zero, which is ending too
+    else:
+        print("stopped by Ctrl-C" if signum == signal.SIGINT else f"stopped by signal {signum}", file=sys.stderr)
+    return 128 + signum
+
+
+def _throw_away(stopped: BaseException) -> None:
     """What was interrupted in its making, a progress bar for one, may complain when it goes: nobody needs to hear."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     traceback.clear_frames(stopped.__traceback__)
@@ -130,8 +150,7 @@ def _dispatch(arguments: list[str]) -> int:
     if "--help" in words.flags:
         print_verb_help(verb, words.overrides, directory)
         return 0
-    with ignored(signal.SIGUSR1) if verb == "train" else nullcontext():  # until there is something to save
-        return _with_hydra(verb, words)
+    return _with_hydra(verb, words)
 
 
 def _check_sizes(directory: Path) -> None:
@@ -234,6 +253,8 @@ def _job(verb: str, words: Words, own_sweep_dir: bool, codes: list[int], compose
         return launch(config, Job(verb, [*flags, *settled_words(config, overrides, asked)], given_dir, sweep))
 
     code = _guarded(start, bool(composed.debug))
+    if sweep and missed_stop():
+        code = 128 + missed_stop()
     codes.append(code)
     if code > 128:
         raise SystemExit(code)

@@ -3,7 +3,6 @@
 import importlib
 import os
 import random
-import subprocess
 import sys
 import traceback
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sheeprlhf.command.child import children
 from sheeprlhf.engine.redact import plain_text, redact_text
 from sheeprlhf.engine.rundir import check_existing_run, choose_run_dir, is_finished
 from sheeprlhf.model.locate import locate
@@ -90,7 +90,9 @@ def launch(config: RootConfig, job: Job) -> int:
             _find(config)
         return _entry(config.entry_point)(config)
     if job.in_sweep and _needs_processes(config):
-        return subprocess.run([*_program(), *_words_alone(config, job)], check=False).returncode
+        with children() as started:
+            code = started.run(_words_alone(config, job))
+        return code if started.stopped_by is None else 128 + started.stopped_by
     run_dir = None
     sys.argv = [sys.argv[0], job.verb, *job.words]  # what Fabric starts the other ranks with
     if is_rank_zero():
@@ -163,14 +165,6 @@ def _needs_processes(config: TrainConfig | EvalConfig) -> bool:
     devices = parse_devices(config.fabric.devices)
     single = devices == 1 or (isinstance(devices, list) and len(devices) == 1)
     return config.fabric.num_nodes > 1 or not single
-
-
-def _program() -> list[str]:
-    """How this program was started, as Fabric finds it out too."""
-    import __main__
-
-    spec = __main__.__spec__
-    return [sys.executable, os.path.abspath(sys.argv[0])] if spec is None else [sys.executable, "-m", spec.name]
 
 
 def _words_alone(config: TrainConfig | EvalConfig, job: Job) -> list[str]:

@@ -19,8 +19,10 @@ from tests.support.jobs import JobServer
 
 
 def pytest_configure() -> None:
-    """A shell starts background jobs with Ctrl-C ignored, and so would be the processes that tests send it to."""
+    """Heed what a shell ignores in background jobs, and nohup: the processes that tests signal inherit it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

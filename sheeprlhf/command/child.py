@@ -10,9 +10,9 @@ from pathlib import Path
 from types import FrameType
 
 import sheeprlhf
-from sheeprlhf.utils.processes import die_with_parent
+from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, die_with_parent, handled, watched_signals
 
-_PASSED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_PASSED = (*STOP_SIGNALS, SAVE_SIGNAL)
 
 
 class Children:
@@ -36,13 +36,15 @@ class Children:
             words: verb, flags and options.
 
         Returns:
-            Its exit code; 128 + n if signal n killed it.
+            Its exit code; 128 + n if signal n killed it, or stopped this process before it.
         """
         package = Path(sheeprlhf.__file__).resolve().parent.parent
         path = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
         sys.stdout.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED)  # none is lost or passed twice while it starts
         try:
+            if self.stopped_by is not None:
+                return 128 + self.stopped_by
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "sheeprlhf", *words],
                 stdin=subprocess.DEVNULL,
@@ -58,7 +60,7 @@ class Children:
 
     def pass_on(self, signum: int, frame: FrameType | None = None) -> None:
         """A signal handler."""
-        if signum != signal.SIGUSR1 and self.stopped_by is None:
+        if signum != SAVE_SIGNAL and self.stopped_by is None:
             self.stopped_by = signum
         if self._process is not None:
             self._process.send_signal(signum)
@@ -66,18 +68,17 @@ class Children:
 
 def _begin() -> None:
     """In the new process, before the command: where nothing can be saved yet, or ever, SIGUSR1 does nothing."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(SAVE_SIGNAL, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
     die_with_parent()
 
 
 @contextmanager
 def children() -> Iterator[Children]:
-    """Inside, Ctrl-C, SIGTERM and SIGUSR1 are for the command that runs, each as often as it comes."""
+    """Inside, signals to stop or to save are for the command that runs, each as often as it comes.
+
+    This process waits for it, however long its save takes.
+    """
     started = Children()
-    handlers = {signum: signal.signal(signum, started.pass_on) for signum in _PASSED}
-    try:
+    with watched_signals(lambda _: None), handled(_PASSED, started.pass_on):
         yield started
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)

@@ -51,7 +51,7 @@ from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import DataConfig, KeptColumns
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.folders import discard, locked, written_folder
-from sheeprlhf.utils.processes import BoundToThis, start_bound
+from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, BoundToThis, start_bound
 from sheeprlhf.utils.rendering import fixed_arguments
 
 FORMAT_VERSION = 10  # raise it whenever the code makes other rows, or another report, of the same input
@@ -345,12 +345,13 @@ def _tokenized(tokenize: RowTokenizer, batches: Iterator[list[Row]], num_proc: i
         yield from map(tokenize, batches)
         return
     context = get_context("spawn")
-    stop = context.Event()
+    with _signals_held_back():
+        stop = context.Event()  # starts a process that keeps account of such things
     pool = ProcessPoolExecutor(num_proc, context, start_bound, (BoundToThis(), _start_worker, tokenize, stop))
     try:
         waiting: deque[Future[list[TokenRow]]] = deque()
         for batch in batches:
-            with _interrupts_held_back():
+            with _signals_held_back():
                 waiting.append(pool.submit(_work, batch))
             if len(waiting) > 2 * num_proc:
                 yield waiting.popleft().result()
@@ -362,11 +363,16 @@ def _tokenized(tokenize: RowTokenizer, batches: Iterator[list[Row]], num_proc: i
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Processes started inside never see Ctrl-C, which a terminal sends to all: this one sees it, and ends them."""
-    resource_tracker.ensure_running()  # its own start would let the signal through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _signals_held_back() -> Iterator[None]:
+    """Processes started inside never see what a terminal or a batch system sends to all: this one ends them.
+
+    They see SIGTERM, with which the pool ends its processes when one has died.
+    """
+    held_back = {*STOP_SIGNALS, SAVE_SIGNAL} - {signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
     try:
+        resource_tracker.ensure_running()  # its own start lets Ctrl-C, which it ignores, through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

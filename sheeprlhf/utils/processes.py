@@ -7,12 +7,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, signal.SIGUSR2)
+SAVE_SIGNAL = signal.SIGUSR1  # save now and go on
 _SECONDS_TO_PASS_ON = 1.0
+_SECONDS_TO_END = 10.0
 _SECONDS_TO_COME_AGAIN = 0.02  # after what was called is left
 
 
@@ -49,40 +52,67 @@ def start_bound(_: BoundToThis | None, start: Callable[..., None], *args: Any) -
     start(*args)
 
 
+class Terminated(SystemExit):
+    """A signal other than Ctrl-C asks the command to end; its code is that of a shell.
+
+    Args:
+        signum: the signal's number.
+    """
+
+    def __init__(self, signum: int) -> None:
+        """The exit code is 128 + signum."""
+        super().__init__(128 + signum)
+        self.signum = signum
+
+
 class Interrupts:
-    """A handler of Ctrl-C, which raises KeyboardInterrupt and knows when; once the program is leaving, it ends at once.
+    """A handler of the stop signals, which raises KeyboardInterrupt for Ctrl-C and `Terminated` for the others.
 
     Attributes:
-        leaving: what there was to do is done, or given up. A KeyboardInterrupt would only disturb Python's end.
-        waits: none is raised now; see `interrupts_wait`.
-        came: one waits to be raised.
+        leaving: the command is done or given up. Ctrl-C ends the process then; its exception would disturb Python's
+            end.
+        waits: nothing is raised now; see `interrupts_wait`.
+        came: the signal that waits to be raised, 0 if none does.
+        missed: a signal to stop that came too late for a run, which is finished; 0 if none did.
     """
 
     def __init__(self) -> None:
         """None so far."""
-        self.leaving = self.waits = self.came = False
-        self._last = -math.inf
+        self.leaving = self.waits = self.terminated = False
+        self.came = self.missed = 0
+        self._last, self._last_time = 0, -math.inf
 
     def __call__(self, signum: int, frame: FrameType | None = None) -> None:
         """Called by Python between two instructions of the main thread."""
         if self.leaving:
             os._exit(128 + signum)
-        self.came = self.waits
+        if self.terminated and signum != signal.SIGINT:
+            return  # launchers and terminals send several; the first one has to be able to clean up
         if self.waits:
+            self.came = self.came or signum
             return
-        self._last = time.monotonic()
-        raise KeyboardInterrupt
+        self._last, self._last_time = signum, time.monotonic()
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.terminated = True
+        raise Terminated(signum)
 
-    def just_came(self) -> bool:
-        """Whether there was one a moment ago."""
-        return time.monotonic() - self._last < _SECONDS_TO_PASS_ON
+    def just_came(self) -> int:
+        """The signal that came a moment ago; 0 if none did."""
+        return self._last if time.monotonic() - self._last_time < _SECONDS_TO_PASS_ON else 0
+
+
+def _interrupts() -> Interrupts | None:
+    """The handler that `heard_interrupts` has installed, if one is there."""
+    handlers = (signal.getsignal(signum) for signum in STOP_SIGNALS)
+    return next((handler for handler in handlers if isinstance(handler, Interrupts)), None)
 
 
 @contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """Inside, Ctrl-C waits until the block ends: it takes moments, and a library would break if it were cut short."""
-    handler = signal.getsignal(signal.SIGINT)
-    if not isinstance(handler, Interrupts):
+    """Inside, stop signals wait until the block ends: it takes moments, and a library would break if it were cut."""
+    handler = _interrupts()
+    if handler is None:
         yield
         return
     handler.waits = True
@@ -90,8 +120,9 @@ def interrupts_wait() -> Iterator[None]:
         yield
     finally:
         handler.waits = False
-        if handler.came:
-            handler(signal.SIGINT)
+        came, handler.came = handler.came, 0
+        if came:
+            handler(came)
 
 
 def ignore_interrupts() -> None:
@@ -99,54 +130,119 @@ def ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def just_interrupted() -> bool:
-    """Whether an error of now may be a library's way to pass a KeyboardInterrupt on: some make it one of their own."""
-    handler = signal.getsignal(signal.SIGINT)
-    return isinstance(handler, Interrupts) and handler.just_came()
+def just_interrupted() -> int:
+    """The signal, if an error of now may be a library's way to pass its exception on: some make it one of their own."""
+    handler = _interrupts()
+    return 0 if handler is None else handler.just_came()
+
+
+def note_missed_stop(signum: int) -> None:
+    """A signal to stop came when a run had no step left; what follows the run in this process asks for it."""
+    handler = _interrupts()
+    if handler is not None:
+        handler.missed = signum
+
+
+def missed_stop() -> int:
+    """The signal of `note_missed_stop`; 0 if there was none."""
+    handler = _interrupts()
+    return 0 if handler is None else handler.missed
 
 
 @contextmanager
 def heard_interrupts() -> Iterator[Interrupts]:
-    """Inside, Ctrl-C is heard as Python's own handler would, if that one is there: who ignores it goes on to.
+    """Inside, signals to stop raise an exception, if they would end the process: an ignored one stays ignored.
 
-    And it is heard for sure: Python prints and drops a KeyboardInterrupt that it raises while it calls a `__del__` or a
-    weak reference's callback; here it comes again. Off the main thread nothing changes: Python allows no handlers
-    there.
+    They are heard for sure: Python prints and drops an exception that it raises while it calls a `__del__` or a weak
+    reference's callback; here it comes again. A main thread that a signal other than Ctrl-C does not end, because it
+    waits in a library for another process, is ended after some seconds. Off the main thread nothing changes: Python
+    allows no handlers there.
     """
     interrupts = Interrupts()
-    mine = threading.current_thread() is threading.main_thread()
-    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
-    signal.signal(signal.SIGINT, interrupts)
+    usual = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is signal.SIG_DFL]
+    mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     hook, main = sys.unraisablehook, threading.get_ident()
+    left = threading.Event()
 
     def heard(of: "sys.UnraisableHookArgs") -> None:
-        if issubclass(of.exc_type, KeyboardInterrupt):
-            threading.Timer(_SECONDS_TO_COME_AGAIN, signal.pthread_kill, (main, signal.SIGINT)).start()
+        if isinstance(of.exc_value, KeyboardInterrupt | Terminated):
+            interrupts.terminated = False
+            signum = of.exc_value.signum if isinstance(of.exc_value, Terminated) else signal.SIGINT
+            threading.Timer(_SECONDS_TO_COME_AGAIN, signal.pthread_kill, (main, signum)).start()
         else:
             hook(of)
 
-    sys.unraisablehook = heard
-    try:
-        yield interrupts
-    finally:
-        sys.unraisablehook = hook
-        if not interrupts.leaving:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    def end_in_time(signum: int) -> None:
+        def end() -> None:
+            if not left.wait(_SECONDS_TO_END):
+                os._exit(128 + signum)
+
+        if signum in usual:
+            threading.Thread(target=end, daemon=True).start()
+
+    with watched_signals(end_in_time), handled(usual, interrupts):
+        if mine:
+            signal.signal(signal.SIGINT, interrupts)
+        sys.unraisablehook = heard
+        try:
+            yield interrupts
+        finally:
+            sys.unraisablehook = hook
+            left.set()
+            if mine and not interrupts.leaving:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
-def ignored(signum: int) -> Iterator[None]:
-    """Inside, a signal does nothing, in the processes started there neither, unless one asks for it.
+def handled(signums: Iterable[int], handler: Callable[..., None] | signal.Handlers) -> Iterator[None]:
+    """Inside, signals have this handler; SIGHUP only where it is not ignored, as it is under nohup.
 
     Off the main thread nothing changes: Python allows no handlers there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signum, signal.SIG_IGN)
+    before = {signum: signal.getsignal(signum) for signum in signums}
+    if before.get(signal.SIGHUP) is signal.SIG_IGN:
+        del before[signal.SIGHUP]
+    try:
+        for signum in before:
+            signal.signal(signum, handler)
+        yield
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, signal.SIG_DFL if old is None else old)
+
+
+@contextmanager
+def watched_signals(watch: Callable[[int], None]) -> Iterator[None]:
+    """Inside, a thread calls `watch` with the number of each handled signal.
+
+    The main thread may be in a kernel or a collective, where no handler runs. Off the main thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+
+    def read() -> None:
+        while number := os.read(read_end, 1):
+            watch(number[0])
+        os.close(read_end)
+
+    old_descriptor = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=read, name="signals", daemon=True).start()
     try:
         yield
     finally:
-        signal.signal(signum, before)
+        signal.set_wakeup_fd(old_descriptor)
+        os.close(write_end)  # ends the thread
+
+
+def ignored(signum: int) -> AbstractContextManager[None]:
+    """Inside, a signal does nothing, in the processes started there neither, unless one asks for it."""
+    return handled([signum], signal.SIG_IGN)

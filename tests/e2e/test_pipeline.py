@@ -76,7 +76,11 @@ def test_killed_in_the_second_stage_and_resumed_it_ends_in_the_same_table(
 
 @pytest.mark.parametrize(
     "signum",
-    [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), pytest.param(signal.SIGINT, marks=pytest.mark.nightly)],
+    [
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGINT, marks=pytest.mark.nightly),
+    ],
 )
 def test_a_signal_reaches_the_stage_which_saves(signum: int, tmp_path: Path, model_folder: ModelFolder) -> None:
     job = ColdJob(

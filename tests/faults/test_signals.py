@@ -61,7 +61,16 @@ def signalled(server: JobServer, whole: Whole, tmp_path: Path, signum: int, step
     return job
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [
+        (signal.SIGTERM, 143),
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGQUIT, 131, marks=pytest.mark.slow),
+        pytest.param(signal.SIGXCPU, 152, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR2, 140, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_and_stops(signum: int, code: int, server: JobServer, whole: Whole, tmp_path: Path) -> None:
     job = signalled(server, whole, tmp_path, signum, 7)
     assert job.wait() == code
@@ -72,6 +81,36 @@ def test_a_signal_saves_and_stops(signum: int, code: int, server: JobServer, who
     assert resumed.wait() == 0
     assert "going on after step 7" in resumed.text()
     assert result_of(tmp_path / "run") == result_of(whole.dir)
+
+
+CLOSING = """
+import os, pty, signal
+master, terminal = pty.openpty()
+os.dup2(terminal, 1)
+os.dup2(terminal, 2)
+os.close(terminal)
+signal.signal(signal.SIGHUP, signal.{disposition})
+import sheeprlhf.task.train.sft as sft
+update, steps = sft.update, iter(range(1, 10**6))
+def closing(*words, **options):
+    if next(steps) == 7:
+        os.close(master)
+        os.kill(os.getpid(), signal.SIGHUP)
+    return update(*words, **options)
+sft.update = closing
+"""
+
+
+@pytest.mark.parametrize(("disposition", "code", "last"), [("SIG_DFL", 129, 7), ("SIG_IGN", 0, 24)])
+def test_a_closed_terminal_stops_no_save(
+    disposition: str, code: int, last: int, server: JobServer, whole: Whole, tmp_path: Path
+) -> None:
+    """Where SIGHUP is ignored, as under nohup, the run goes on to its end, and what it prints is lost."""
+    job = server.start(whole.in_dir(tmp_path / "run"), tmp_path / "log", CLOSING.format(disposition=disposition))
+    assert job.wait() == code
+    assert steps_of(tmp_path / "run")[-1] == last
+    if code == 0:
+        assert result_of(tmp_path / "run") == result_of(whole.dir)
 
 
 def test_sigusr1_saves_and_goes_on(server: JobServer, whole: Whole, tmp_path: Path) -> None:

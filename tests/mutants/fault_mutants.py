@@ -15,8 +15,8 @@ MUTANTS = [
     Mutant(
         trap="signals, kills and full disks",
         file="sheeprlhf/cli.py",
-        old='ignored(signal.SIGUSR1) if verb == "train" else nullcontext()',
-        new="nullcontext()",
+        old="    with ignored(SAVE_SIGNAL), heard_interrupts() as interrupts:",
+        new="    with heard_interrupts() as interrupts:",
         tests="tests/faults/test_signals.py::test_sigusr1_saves_and_goes_on",
     ),
     Mutant(
@@ -36,7 +36,7 @@ MUTANTS = [
     Mutant(
         trap="signals, kills and full disks",
         file="sheeprlhf/utils/processes.py",
-        old="        if issubclass(of.exc_type, KeyboardInterrupt):\n",
+        old="        if isinstance(of.exc_value, KeyboardInterrupt | Terminated):\n",
         new="        if False:\n",
         tests=f"{_PROCESSES}::test_ctrl_c_at_any_time_is_no_error_and_no_traceback",
     ),
@@ -67,6 +67,20 @@ MUTANTS = [
         old="        if full is not None:\n            raise full from error\n",
         new="",
         tests="tests/faults/test_disk.py::test_records_that_find_no_room_are_named",
+    ),
+    Mutant(
+        trap="signals, kills and full disks",
+        file="sheeprlhf/utils/processes.py",
+        old="    if before.get(signal.SIGHUP) is signal.SIG_IGN:\n",
+        new="    if False:\n",
+        tests="tests/faults/test_signals.py::test_a_closed_terminal_stops_no_save",
+    ),
+    Mutant(
+        trap="signals, kills and full disks",
+        file="sheeprlhf/utils/streams.py",
+        old="_GONE = (errno.EIO, errno.EPIPE)",
+        new="_GONE = (errno.EPIPE,)",
+        tests="tests/faults/test_signals.py::test_a_closed_terminal_stops_no_save",
     ),
     Mutant(
         trap="signals, kills and full disks",

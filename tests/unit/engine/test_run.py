@@ -25,7 +25,7 @@ from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, Interrupted, RunInUseError
-from sheeprlhf.utils.processes import die_with_parent
+from sheeprlhf.utils.processes import STOP_SIGNALS, die_with_parent, heard_interrupts, ignored, missed_stop
 from tests.unit.engine.toy import Net, forkserver, micro_batch, on_ranks, seed_all, toy_loss
 
 SECRET = "hf_abcdefghijklmnop"
@@ -189,20 +189,34 @@ def test_a_second_interrupt_exits_at_once(tmp_path):
     assert time.monotonic() - began < 6  # other tests run meanwhile
 
 
-def test_handlers_are_restored(tmp_path):
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_handlers_are_restored(tmp_path, signum):
     fabric = make_fabric(FabricConfig())
     fabric.launch()
-    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    before = [signal.getsignal(s) for s in (*STOP_SIGNALS, signal.SIGUSR1)]
     with open_run(fabric, make_cfg(), tmp_path) as run:
-        assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+        assert [signal.getsignal(s) for s in (*STOP_SIGNALS, signal.SIGUSR1)] == before
         begin(fabric, run)
         assert run.stop_signal() is None
         os.kill(os.getpid(), signal.SIGUSR1)
         assert [run.stop_signal(), run.stop_signal()] == [signal.SIGUSR1, None]
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert [run.stop_signal(), run.stop_signal()] == [signal.SIGTERM, signal.SIGTERM]
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+        os.kill(os.getpid(), signum)
+        assert [run.stop_signal(), run.stop_signal()] == [signum, signum]
+    assert [signal.getsignal(s) for s in (*STOP_SIGNALS, signal.SIGUSR1)] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_signal_that_came_too_late_for_a_run_ends_its_sweep(tmp_path):
+    fabric = make_fabric(FabricConfig())
+    fabric.launch()
+    with heard_interrupts(), ignored(signal.SIGHUP):
+        with open_run(fabric, make_cfg(), tmp_path) as run:
+            begin(fabric, run)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert run.stop_signal() is None
+            assert missed_stop() == 0
+            os.kill(os.getpid(), signal.SIGUSR2)
+        assert missed_stop() == signal.SIGUSR2
 
 
 def stop_on_ranks(fabric, run_dir):

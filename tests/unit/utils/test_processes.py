@@ -1,4 +1,4 @@
-"""Processes that end with the one they belong to, and Ctrl-C at any time."""
+"""Processes that end with the one they belong to, and signals to stop at any time."""
 
 import os
 import signal
@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.utils import processes
-from sheeprlhf.utils.processes import heard_interrupts, ignored, interrupts_wait, just_interrupted
+from sheeprlhf.utils.processes import (
+    STOP_SIGNALS,
+    Terminated,
+    heard_interrupts,
+    ignored,
+    interrupts_wait,
+    just_interrupted,
+)
 
 POOL = """
 import multiprocessing
@@ -77,6 +84,12 @@ import sys
 import time
 
 from sheeprlhf import cli
+from sheeprlhf.utils import processes
+
+def stuck():
+    processes._SECONDS_TO_END = 0.3
+    print("in a kernel", flush=True)
+    __import__("hashlib").pbkdf2_hmac("sha256", b"", b"", 10**9)
 
 def own_error():
     try:
@@ -109,6 +122,7 @@ def action(words):
         "plain": lambda: time.sleep(60),
         "own error": own_error,
         "deleting": deleting,
+        "stuck": stuck,
         "late": lambda: globals().update(late=Late()),
         "end": lambda: atexit.register(at_end),
     }[words[0]]()
@@ -120,9 +134,17 @@ cli.run()
 
 
 @pytest.mark.parametrize(
-    ("what", "last_line"), [("plain", "ready"), ("own error", "ready"), ("deleting", "deleting"), ("end", "ending")]
+    ("what", "last_line", "signum"),
+    [
+        ("plain", "ready", signal.SIGINT),
+        ("own error", "ready", signal.SIGINT),
+        ("deleting", "deleting", signal.SIGINT),
+        ("end", "ending", signal.SIGINT),
+        ("deleting", "deleting", signal.SIGHUP),
+        ("stuck", "in a kernel", signal.SIGTERM),
+    ],
 )
-def test_ctrl_c_at_any_time_is_no_error_and_no_traceback(what: str, last_line: str) -> None:
+def test_ctrl_c_at_any_time_is_no_error_and_no_traceback(what: str, last_line: str, signum: int) -> None:
     """While it works, where a library makes it an error of its own or Python drops it, and when Python is ending."""
     words = [sys.executable, "-c", PROGRAM, what]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -130,10 +152,11 @@ def test_ctrl_c_at_any_time_is_no_error_and_no_traceback(what: str, last_line: s
         while process.stdout.readline().strip() != last_line:
             assert process.poll() is None
         time.sleep(0.2)  # what it printed, it printed before it sleeps
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signum)
         _, told = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert told == ("" if what == "end" else "stopped by Ctrl-C\n")
+    assert process.returncode == 128 + signum
+    assert len(told.splitlines()) == (what not in ("end", "stuck"))
+    assert "Traceback" not in told
 
 
 def test_ctrl_c_at_the_very_end_changes_nothing() -> None:
@@ -172,6 +195,25 @@ def test_what_must_not_be_cut_short_ends_before_ctrl_c_is_heard() -> None:
     assert done == ["whole", "again"]
     with interrupts_wait(), pytest.raises(KeyboardInterrupt):  # where Python's own handler is
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("signum", sorted({*STOP_SIGNALS} - {signal.SIGINT}))
+def test_a_signal_to_stop_raises_once(signum: int) -> None:
+    """A launcher may send it again while what it ended cleans up; the exit code is that of a shell."""
+    before = signal.getsignal(signum)
+    with heard_interrupts():
+        with pytest.raises(Terminated) as stopped:
+            signal.raise_signal(signum)
+        assert stopped.value.code == 128 + signum
+        assert just_interrupted() == signum
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signum) == before
+    try:
+        signal.signal(signum, signal.SIG_IGN)
+        with heard_interrupts():
+            assert signal.getsignal(signum) == signal.SIG_IGN
+    finally:
+        signal.signal(signum, before)
 
 
 def test_who_ignores_ctrl_c_goes_on_to() -> None:
