@@ -15,16 +15,16 @@ from sheeprlhf.structure.commands import command
 from sheeprlhf.structure.data import DataConfig, DocstringsConfig
 from sheeprlhf.structure.earlier import REPORT_FILE, read_run
 from sheeprlhf.structure.places import data_is_here, model_folder
+from sheeprlhf.structure.records import DATA_REPORT, RESULT
 from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.structure.trained import POLICY, Trained
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import read_object
+from sheeprlhf.utils.records import load_json
 
 if TYPE_CHECKING:
     from sheeprlhf.task.export import Checks
 
-_MAX_JSON = 1_000_000  # bytes
 _MAX_FILES = 200  # of results
 _MAX_STAGES = 8
 _ABOUT = frozenset({"task", "split", "data", "model", "weights", "time", "version", "experiment_dir", "seed"})
@@ -87,6 +87,17 @@ def card_text(trained: Trained, checks: "Checks", dtype: str, *, offset: float |
     return "\n".join(lines)
 
 
+def check_records(trained: Trained) -> None:
+    """Read all that the card needs of a run, before its weights are read.
+
+    Raises:
+        RecordError: a file of it is damaged.
+    """
+    if trained.run_dir is not None:
+        for part in (_data(trained), _recipe(trained.run_dir), _results(trained.run_dir)):
+            list(part)
+
+
 def _front(trained: Trained) -> Iterator[str]:
     """What the hub reads; ids of the hub alone, no folders of this machine."""
     yield "---"
@@ -115,12 +126,8 @@ def _data(trained: Trained) -> Iterator[str]:
     assert data is not None and run_dir is not None
     source = getattr(data, "train_file", None) or data.dataset_name
     yield f"{_code(_home(str(source)))}: {(type(data).__doc__ or '').splitlines()[0]}"
-    splits = read_object(run_dir / REPORT_FILE, _MAX_JSON).get("splits")
-    rows = [
-        f"| {_cell(name)} | {_cell(split.get('read', '?'))} | {_cell(split.get('kept', '?'))} |"
-        for name, split in (splits.items() if isinstance(splits, dict) else ())
-        if isinstance(split, dict)
-    ]
+    splits = load_json(run_dir / REPORT_FILE, DATA_REPORT).get("splits", {})
+    rows = [f"| {_cell(name)} | {split['read']} | {split['kept']} |" for name, split in splits.items()]
     yield from ["", "| split | rows read | rows kept |", "| --- | --- | --- |", *rows] if rows else []
     yield ""
 
@@ -138,8 +145,7 @@ def _recipe(run_dir: Path) -> Iterator[str]:
         stages.insert(0, Path(start))
     yield "```bash"
     for stage in stages:
-        typed = read_run(stage).get("command")
-        words = [clean(word, 400) for word in typed] if isinstance(typed, list) else ["(not recorded)"]
+        words = [clean(word, 400) for word in read_run(stage).get("command", ["(not recorded)"])]
         yield _home(command(words)).replace("`", "'")
     yield "```"
     yield ""
@@ -163,7 +169,7 @@ def _recipe(run_dir: Path) -> Iterator[str]:
 def _results(run_dir: Path) -> Iterator[str]:
     rows = []
     for path in islice(sorted((run_dir / "eval").glob("*.json")), _MAX_FILES):
-        record = read_object(path, _MAX_JSON)
+        record = load_json(path, RESULT)
         about = [_cell(record.get(key, "?")) for key in ("task", "data", "split", "weights")]
         numbers = {key: value for key, value in record.items() if key not in _ABOUT and _is_number(value)}
         rows += [f"| {' | '.join(about)} | {_cell(key)} | {value:.6g} |" for key, value in numbers.items()]

@@ -69,11 +69,12 @@ def run(arguments: list[str]) -> int:
 
     from transformers.utils import logging as transformers_logging
 
-    from sheeprlhf.command.card import card_text
+    from sheeprlhf.command.card import card_text, check_records
     from sheeprlhf.data.asking import form_of
     from sheeprlhf.task.export import export_model
 
     transformers_logging.disable_progress_bar()
+    check_records(trained)
     folder = Path(target).expanduser().absolute()
     dtype = given.values["dtype"] or trained.model.dtype
 

@@ -25,6 +25,7 @@ _ALIASES = {"task": "tasks", "model": "models", "experiment": "experiments", "re
 _ALIASES |= {"pipeline": "pipelines"}
 _FEW = 3  # runs that `list` alone shows
 _MANY = 100
+_MOST_PROBLEMS = 20
 _STATES = {"finished": "good", "running": "busy", "unfinished": "odd"}
 
 
@@ -152,7 +153,12 @@ def _print_runs(screen: Screen, root: Path, most: int) -> None:
     if found is None or not found.runs:
         screen.print(paragraph("None yet: `train task=sft` makes one.", indent=2))
     else:
-        _print_table(screen, [past_run(folder, info) for folder, info in found.runs[:most]])
+        runs = [past_run(folder, info) for folder, info in found.runs[:most]]
+        _print_table(screen, runs)
+        problems = [problem for run in runs for problem in run.problems]
+        problems[_MOST_PROBLEMS:] = [f"and {len(problems) - _MOST_PROBLEMS:,} more"] * (len(problems) > _MOST_PROBLEMS)
+        for problem in problems:
+            screen.print(paragraph(clean(problem, 4096), indent=2, style="bad"))
     if found and found.note:
         screen.print(paragraph(found.note, indent=2, style="odd"))
     if count > most:

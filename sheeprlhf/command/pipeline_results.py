@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from sheeprlhf.structure.pipeline import Stage
-from sheeprlhf.utils.files import read_object, write_whole
+from sheeprlhf.structure.records import RESULT
+from sheeprlhf.utils.errors import RecordError
+from sheeprlhf.utils.files import write_whole
+from sheeprlhf.utils.records import load_json
 
-_MAX_BYTES = 1 << 20
 _MAX_FILES = 200
 
 
@@ -103,7 +106,11 @@ def figures_of(run_dir: Path) -> dict[str, float]:
     """The figures of a run's final weights on the test split, from its eval/*.json."""
     found: dict[str, Any] = {}
     for path in sorted((run_dir / "eval").glob("*.json"))[:_MAX_FILES]:
-        record = read_object(path, _MAX_BYTES)
+        try:
+            record = load_json(path, RESULT)
+        except RecordError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            continue
         if record.get("weights") == "final" and record.get("split") == "test":
             found |= _figures(path.stem, record)
     return {name: float(value) for name, value in found.items() if _is_number(value)}

@@ -4,6 +4,7 @@
 """
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import Any, NamedTuple
 import sheeprlhf
 from sheeprlhf.engine.redact import redact_command
 from sheeprlhf.engine.rundir import is_finished, make_unique_dir
+from sheeprlhf.structure.earlier import next_order, order_of
 from sheeprlhf.structure.pipeline import Stage
+from sheeprlhf.structure.records import PIPELINE
 from sheeprlhf.structure.registry import NOT_IN_HASH
 from sheeprlhf.structure.run import PipelineConfig
-from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import read_small, write_whole
+from sheeprlhf.utils.errors import ConfigError, RecordError
+from sheeprlhf.utils.files import write_whole
+from sheeprlhf.utils.records import load_json
 
 STATE_FILE = "pipeline.json"
-_MAX_BYTES = 1 << 20
 Recipe = Mapping[str, list[str]]  # of each stage the words of its command, where it runs left open
 
 
@@ -43,13 +46,12 @@ def recipe_of(stages: list[Stage]) -> dict[str, list[str]]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The content of pipeline.json; empty if it is missing or not ours."""
-    try:
-        state = json.loads(read_small(folder / STATE_FILE, _MAX_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    parts = ("recipe", "stages")
-    return state if isinstance(state, dict) and all(isinstance(state.get(part), dict) for part in parts) else {}
+    """The content of pipeline.json; empty if it is missing.
+
+    Raises:
+        RecordError: it is damaged.
+    """
+    return load_json(folder / STATE_FILE, PIPELINE)
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
@@ -71,15 +73,14 @@ def choose_folder(config: PipelineConfig, stages: list[Stage], command: list[str
         state = read_state(folder)
         if not state:
             raise ConfigError(
-                f"resume_from={config.resume_from} is no pipeline's folder: it has no readable {STATE_FILE}; "
+                f"resume_from={config.resume_from} is no pipeline's folder: it has no {STATE_FILE}; "
                 f"{config.root_dir} has those that were made"
             )
         _refuse_changes(f"resume_from={config.resume_from}", state, recipe)
         return Place(folder, state, f"going on with {folder}")
+    made = _made_pipelines(Path(config.root_dir).absolute())
     if config.resume:
-        found = sorted(Path(config.root_dir).absolute().glob(f"*/{STATE_FILE}"), reverse=True)
-        same = [(path.parent, read_state(path.parent)) for path in found]
-        same = [(folder, state) for folder, state in same if state.get("experiment") == config.experiment]
+        same = [(folder, state) for folder, state in made if state.get("experiment") == config.experiment]
         for folder, state in same:
             if not list(differences(state["recipe"], recipe)):
                 return Place(folder, state, f"going on with {folder}")
@@ -88,10 +89,12 @@ def choose_folder(config: PipelineConfig, stages: list[Stage], command: list[str
                 _refuse_changes(f"resume=true: {folder}", state, recipe)
     name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{config.experiment}"
     folder = make_unique_dir(Path(config.root_dir).absolute(), name)
+    now = time.time()
     state = {
         "experiment": config.experiment,
         "version": sheeprlhf.__version__,
-        "started": time.time(),
+        "started": now,
+        "order": next_order(now, (order_of(state) for _, state in made)),
         "command": redact_command(command),
         "recipe": recipe,
         "stages": {},
@@ -99,6 +102,17 @@ def choose_folder(config: PipelineConfig, stages: list[Stage], command: list[str
     write_state(folder, state)
     fresh = f"resume=true found no pipeline of this recipe under {config.root_dir}: a fresh start in"
     return Place(folder, state, f"{fresh if config.resume else 'folder:'} {folder}")
+
+
+def _made_pipelines(root_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Folder and state of every pipeline, newest first; one whose pipeline.json is damaged is named and left out."""
+    made = []
+    for path in root_dir.glob(f"*/{STATE_FILE}"):
+        try:
+            made.append((path.parent, read_state(path.parent)))
+        except RecordError as error:
+            print(f"warning: skipping a pipeline: {error}", file=sys.stderr)
+    return sorted(made, key=lambda found: (order_of(found[1]), found[0].name), reverse=True)
 
 
 def _refuse_changes(what: str, state: dict[str, Any], recipe: Recipe) -> None:

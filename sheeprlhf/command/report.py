@@ -10,7 +10,7 @@ from sheeprlhf.command.flags import Flag, print_flags_help, read_flags
 from sheeprlhf.command.report_html import MARK
 from sheeprlhf.command.runs import Found, find_past_runs
 from sheeprlhf.command.screen import Screen, clean, paragraph
-from sheeprlhf.structure.earlier import RUN_FILE, is_newest
+from sheeprlhf.structure.earlier import RUN_FILE, is_newest, order_of
 from sheeprlhf.structure.limits import near_path
 from sheeprlhf.structure.places import new_folder_problems
 from sheeprlhf.structure.run import TrainConfig
@@ -122,7 +122,7 @@ def _chosen(folders: list[str]) -> tuple[list[RunInfo], list[str], list[str]]:
 
 def _started(run: RunInfo) -> tuple[float, str]:
     folder, info = run
-    return info.get("started", 0.0), str(folder)
+    return order_of(info), str(folder)
 
 
 def _none_yet() -> str:

@@ -1,6 +1,5 @@
 """A run as the report shows it, read from files that may be a stranger's, half written or of any size."""
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -14,13 +13,14 @@ from sheeprlhf.command.runs import PastRun, past_run
 from sheeprlhf.command.screen import clean
 from sheeprlhf.engine.redact import redact
 from sheeprlhf.structure.earlier import REPORT_FILE
+from sheeprlhf.structure.records import DATA_REPORT, RESULT
 from sheeprlhf.structure.saved import read_run_config
-from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.errors import ConfigError, RecordError
 from sheeprlhf.utils.files import read_small, read_tail, real_path
+from sheeprlhf.utils.records import Schema, load_json
 
 _METRICS_BYTES = 32 << 20
 _MAX_TAGS = 150
-_JSON_BYTES = 1 << 20
 _ROWS_BYTES = 16 << 20
 _SAMPLE_BYTES = 1 << 20
 _IMAGE_BYTES = 1 << 20
@@ -61,8 +61,8 @@ def read_record(folder: Path, info: dict[str, Any], label: str) -> Record:
         info: the content of its run.json; empty if it has none that may be read.
         label: its short name on the page.
     """
-    notes: list[str] = []
     past = past_run(folder, info)
+    notes = [f"left out: {problem}" for problem in past.problems]
     if past.state == "running":
         notes.append("is running: this is how far it was")
     elif past.state != "finished":
@@ -70,7 +70,7 @@ def read_record(folder: Path, info: dict[str, Any], label: str) -> Record:
     curves = _curves(folder, notes)
     evaluations = []
     for name in _names(folder, "eval", ".json")[:_MAX_FILES]:
-        found = _object(folder, f"eval/{name}", notes)
+        found = _object(folder, f"eval/{name}", RESULT, notes)
         evaluations += [parse_evaluation(name.removesuffix(".json"), found)] if found else []
     rows = {
         name: _text(folder, f"eval/{name}", _ROWS_BYTES, notes)
@@ -85,7 +85,7 @@ def read_record(folder: Path, info: dict[str, Any], label: str) -> Record:
         evaluations,
         parse_samples(_samples(folder, notes)),
         {clean(name.removesuffix(".jsonl")): parse_rows(content) for name, content in rows.items()},
-        _object(folder, REPORT_FILE, notes),
+        _object(folder, REPORT_FILE, DATA_REPORT, notes),
         dict(_images(folder)),
         notes,
     )
@@ -175,18 +175,14 @@ def _names(folder: Path, inside: str, suffix: str) -> list[str]:
         return []
 
 
-def _object(folder: Path, inside: str, notes: list[str]) -> dict[str, Any]:
-    """An object of a JSON file; empty, and noted, if there is none."""
+def _object(folder: Path, inside: str, schema: Schema, notes: list[str]) -> dict[str, Any]:
+    """An object of a JSON file; empty, and noted, if it is damaged."""
     try:
-        content = json.loads(read_small(real_path(folder / inside, folder), _JSON_BYTES))
-    except FileNotFoundError:
+        return load_json(folder / inside, schema, root=folder)
+    except RecordError as error:
+        note = f"left out: {error}"
+        notes += [] if note in notes else [note]
         return {}
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        notes.append(f"{inside} is not readable JSON of ours, or too large: left out")
-        return {}
-    return content
 
 
 def _text(folder: Path, inside: str, limit: int, notes: list[str]) -> str:

@@ -231,7 +231,9 @@ def _pace(record: Record) -> float | None:
         step: time for curve in record.curves.values() for step, time in zip(curve.steps, curve.times, strict=True)
     }
     paces = [
-        (later - sooner) / (after - before) for (before, sooner), (after, later) in pairwise(sorted(written.items()))
+        (later - sooner) / (after - before)
+        for (before, sooner), (after, later) in pairwise(sorted(written.items()))
+        if later >= sooner  # else the clock has moved backwards
     ]
     return statistics.median(paces) if paces else None
 

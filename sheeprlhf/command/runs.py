@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 from sheeprlhf.command.screen import clean
 from sheeprlhf.engine.rundir import RUN_FILE, read_run
 from sheeprlhf.engine.runlock import is_locked
+from sheeprlhf.structure.earlier import order_of
+from sheeprlhf.structure.records import RESULT, STATE
 from sheeprlhf.structure.saved import read_run_config
-from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import read_object, read_tail
+from sheeprlhf.utils.errors import ConfigError, RecordError
+from sheeprlhf.utils.files import read_tail
+from sheeprlhf.utils.records import Schema, load_json
 
 MAX_DEPTH = 8  # root_dir/<data>/<model>/<task>/<time>/<run_name>, and some room
 MAX_FOLDERS = 20_000
@@ -59,6 +62,7 @@ class PastRun(NamedTuple):
         step: optimizer steps done, None if unknown.
         best: the best validation result, None if there is none.
         results: the newest result of each metric, such as "perplexity 38.06", or what a validation told of pairs.
+        problems: one sentence for each of its files that is damaged.
     """
 
     dir: Path
@@ -68,6 +72,7 @@ class PastRun(NamedTuple):
     step: int | None
     best: float | None
     results: list[str]
+    problems: list[str]
 
 
 def find_past_runs(root: Path) -> Found:
@@ -84,7 +89,7 @@ def find_past_runs(root: Path) -> Found:
             unreadable += 1
             continue
         if RUN_FILE in names or len(_MARKS & set(names)) > 1:
-            runs.append((folder, read_run(folder)))
+            runs.append((folder, _read_run(folder, [])))
         elif depth < MAX_DEPTH:
             below = sorted((name for name, is_dir in names.items() if is_dir and name[0] != "."), reverse=True)
             waiting.extend((folder / name, depth + 1) for name in below)
@@ -95,7 +100,25 @@ def find_past_runs(root: Path) -> Found:
 
 def _when(run: tuple[Path, dict[str, Any]]) -> tuple[float, str]:
     folder, info = run
-    return _finite(info.get("started")) or 0.0, str(folder)
+    return order_of(info), str(folder)
+
+
+def _read_run(folder: Path, problems: list[str]) -> dict[str, Any]:
+    """The content of run.json; empty, and a problem, if it is damaged."""
+    try:
+        return read_run(folder)
+    except RecordError as error:
+        problems.append(str(error))
+        return {}
+
+
+def _read(path: Path, schema: Schema, problems: list[str]) -> dict[str, Any]:
+    """The content of another file of a run; empty, and a problem, if it is damaged."""
+    try:
+        return load_json(path, schema)
+    except RecordError as error:
+        problems.append(str(error))
+        return {}
 
 
 def past_run(folder: Path, info: dict[str, Any]) -> PastRun:
@@ -105,18 +128,22 @@ def past_run(folder: Path, info: dict[str, Any]) -> PastRun:
         folder: its directory.
         info: the content of its run.json; empty if it has none that can be read.
     """
+    problems: list[str] = []
+    if not info:
+        _read_run(folder, problems)
     names, finished = _names(folder, info), info.get("status") == "finished"
-    progress = info if finished else _newest_state(folder)
+    progress = info if finished else _newest_state(folder, problems)
     logged = _logged(folder)
-    steps = [step for step in (_whole(progress.get("step")), None if finished else _last_step(logged)) if step]
+    steps = [step for step in (progress.get("step"), None if finished else _last_step(logged)) if step]
     return PastRun(
         folder,
         _local_time(info.get("started")),
         names,
         _state(folder, info),
         max(steps, default=0 if info else None),
-        _finite(progress.get("best_metric")),
-        _results(folder, names[0]) or _validated(logged),
+        progress.get("best_metric"),
+        _results(folder, names[0], problems) or _validated(logged),
+        problems,
     )
 
 
@@ -142,15 +169,18 @@ def _names(folder: Path, info: dict[str, Any]) -> tuple[str, str, str]:
     return data, model, task
 
 
-def _newest_state(folder: Path) -> dict[str, Any]:
-    """Where the newest checkpoint stands; empty if there is none."""
+def _newest_state(folder: Path, problems: list[str]) -> dict[str, Any]:
+    """Where the newest checkpoint stands that can be read; empty if there is none."""
     try:
         with os.scandir(folder / "checkpoints") as entries:
             names = [entry.name for entry in islice(entries, _MAX_NAMES)]
     except OSError:
         return {}
     steps = [int(name[5:]) for name in names if name.startswith("step-") and name[5:].isdecimal() and len(name) < 18]
-    return read_object(folder / "checkpoints" / f"step-{max(steps)}" / "state.json", _MAX_JSON) if steps else {}
+    for step in sorted(steps, reverse=True):
+        if state := _read(folder / "checkpoints" / f"step-{step}" / "state.json", STATE, problems):
+            return state
+    return {}
 
 
 def _logged(folder: Path) -> list[str]:
@@ -181,16 +211,16 @@ def _validated(lines: list[str]) -> list[str]:
     return list(newest.values())
 
 
-def _results(folder: Path, data: str) -> list[str]:
+def _results(folder: Path, data: str, problems: list[str]) -> list[str]:
     """The newest number of each metric in eval/*.json; what is not of the final weights on the test split says so."""
     newest: dict[str, tuple[float, str]] = {}
     for path in islice(_result_files(folder / "eval"), _MAX_RESULTS):
-        record = read_object(path, _MAX_JSON)
+        record = _read(path, RESULT, problems)
         usual = {"weights": "final", "split": "test"} | ({"data": data} if data != _UNKNOWN else {})
         said = {key: clean(record.get(key, value), _NAME) for key, value in usual.items()}
         odd = [said[key] for key, value in usual.items() if said[key] != value]
-        when, task = _time_of(record.get("time")), record.get("task")
-        shown = _SHOWN.get(task, tuple(record)) if isinstance(task, str) else tuple(record)
+        when, task = record.get("order", _time_of(record.get("time"))), record.get("task", "")
+        shown = _SHOWN.get(task, tuple(record))
         for key in shown:
             value = record.get(key)
             number = _finite(value) if isinstance(value, float) else None
@@ -226,7 +256,3 @@ def _finite(value: Any) -> float | None:
     if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e300 or not math.isfinite(value):
         return None
     return float(value)
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**12 else None

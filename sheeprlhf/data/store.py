@@ -12,8 +12,11 @@ import pyarrow as pa
 from sheeprlhf.data.columns import decode_columns
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.tokenize import TokenRow
+from sheeprlhf.structure.records import DIGESTS as DIGESTS_SCHEMA
+from sheeprlhf.structure.records import PREPARED
 from sheeprlhf.utils import hub
-from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.errors import DataError, RecordError
+from sheeprlhf.utils.records import load_json
 
 REPORT = "report.json"
 DIGESTS = "digests.json"
@@ -173,14 +176,17 @@ def write_digests(folder: Path) -> None:
 def find_damage(folder: Path) -> str:
     """What is wrong with a prepared folder: a file that is missing or has changed; empty if it is whole."""
     try:
-        digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
-        if not isinstance(digests, dict) or REPORT not in digests:
-            return f"{DIGESTS} is damaged"
-        return next((f"{name} is damaged" for name, known in digests.items() if _digest(folder / name) != known), "")
+        digests = load_json(folder / DIGESTS, DIGESTS_SCHEMA)
+        if REPORT not in digests:
+            return f"{DIGESTS} is missing or damaged"
+        damaged = next((f"{name} is damaged" for name, known in digests.items() if _digest(folder / name) != known), "")
+        if not damaged:
+            read_report(folder)
+        return damaged
     except OSError as error:
         return f"{Path(str(error.filename)).name} cannot be read ({error.strerror})"
-    except (ValueError, RecursionError):
-        return f"{DIGESTS} is damaged"
+    except ValueError as error:
+        return f"{Path(error.file).name if isinstance(error, RecordError) else DIGESTS} is damaged"
 
 
 def _digest(file: Path) -> str:
@@ -190,4 +196,4 @@ def _digest(file: Path) -> str:
 
 def read_report(folder: Path) -> dict[str, Any]:
     """The report of a prepared folder that is whole."""
-    return json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    return load_json(folder / REPORT, PREPARED)

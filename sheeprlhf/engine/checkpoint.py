@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.manifest import (
+    MANIFEST,
     read_manifest,
     remove_folder,
     sweep_temporary,
@@ -38,10 +39,14 @@ from sheeprlhf.engine.tensors import (
     read_tensors,
     saved_tensors,
 )
-from sheeprlhf.utils.errors import CheckpointError
+from sheeprlhf.structure.records import MANIFEST as MANIFEST_SCHEMA
+from sheeprlhf.structure.records import STATE
+from sheeprlhf.utils.errors import CheckpointError, RecordError
 from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.records import damaged, load_json
 
 Say = Callable[[str], None]
+STATE_FILE = "state.json"
 NOT_THE_SAME = "but not bit for bit the same (in float32 and without dropout, losses agree to about 1e-5 a step)"
 STEP_FOLDER = re.compile(r"step-(\d{1,12})")
 
@@ -55,7 +60,7 @@ class TrainState:
         items_seen: items (target tokens, pairs, ...) trained on, all ranks.
         best_metric: best validation result so far; None before the first validation.
         best_step: the step that had it.
-        extra: what a task carries besides (a KL coefficient, ...).
+        extra: numbers that a task carries besides (a KL coefficient, ...); `ExtraRecord` names them.
         skipped_steps: optimizer steps that were left out because their loss or gradient was not finite.
     """
 
@@ -63,27 +68,40 @@ class TrainState:
     items_seen: int = 0
     best_metric: float | None = None
     best_step: int | None = None
-    extra: dict[str, int | float | str | None] = dataclasses.field(default_factory=dict)
+    extra: dict[str, int | float] = dataclasses.field(default_factory=dict)
     skipped_steps: int = 0
 
     def to_json(self) -> str:
-        """JSON that `from_json` reads back exactly."""
+        """JSON that `read_state` reads back exactly."""
         return json.dumps(dataclasses.asdict(self), indent=1)
 
-    @classmethod
-    def from_json(cls, text: str) -> "TrainState":
-        """The state of a checkpoint.
 
-        Raises:
-            CheckpointError: keys are missing or unknown.
-        """
-        content = json.loads(text)
-        names = {field.name for field in dataclasses.fields(cls)}
-        if (
-            not isinstance(content, dict) or not names - {"skipped_steps"} <= set(content) <= names
-        ):  # older ones lack it
-            raise CheckpointError(f"state.json must have the keys {', '.join(sorted(names))}")
-        return cls(**content)
+def read_state(folder: Path) -> TrainState:
+    """The state of a checkpoint.
+
+    Raises:
+        CheckpointError: state.json is damaged, or contradicts itself, the manifest or the folder's name.
+    """
+    path = folder / STATE_FILE
+    try:
+        content, manifest = load_json(path, STATE), read_manifest(folder)
+    except RecordError as error:
+        raise CheckpointError(str(error)) from error
+    if missing := [name for name in ("config_hash", "step") if name not in manifest]:
+        raise CheckpointError(str(damaged(folder / MANIFEST, MANIFEST_SCHEMA, missing[0], "is missing")))
+    if unknown := sorted(content.keys() - {field.name for field in dataclasses.fields(TrainState)}):
+        raise CheckpointError(str(damaged(path, STATE, unknown[0], "is unknown")))
+    if not content:
+        raise CheckpointError(f"{path} is missing")
+    state = TrainState(**content)
+    if not state.step == manifest["step"] == int(folder.name.removeprefix("step-")):
+        raise CheckpointError(f"{folder} holds step {state.step}; a checkpoint folder was renamed or mixed up")
+    if (state.best_step is None and state.best_metric is not None) or (state.best_step or 0) > state.step:
+        raise CheckpointError(str(damaged(path, STATE, "best_step", f"is {state.best_step} at step {state.step}")))
+    moments = [name for name in ("reward_count", "reward_mean", "reward_m2") if name not in state.extra]
+    if len(moments) in (1, 2):
+        raise CheckpointError(str(damaged(path, STATE, f"extra.{moments[0]}", "is missing")))
+    return state
 
 
 def save_checkpoint(
@@ -148,7 +166,8 @@ def _write(
     target.parent.mkdir(mode=0o700, exist_ok=True)
     if target.exists():
         try:
-            if verify_manifest(target)["config_hash"] == config_hash:
+            manifest, _ = verify_manifest(target), read_state(target)
+            if manifest["config_hash"] == config_hash:
                 return
         except CheckpointError:
             remove_folder(target)  # damaged: a resumed run has reached its step again
@@ -164,7 +183,7 @@ def _write(
     def writer(folder: Path) -> None:
         for name, tensors in files.items():
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / name)
-        (folder / "state.json").write_text(state.to_json())
+        (folder / STATE_FILE).write_text(state.to_json())
         write_manifest(folder, facts)
 
     write_folder(target, writer, num_bytes=sum(t.nbytes for tensors in files.values() for t in tensors.values()))
@@ -191,6 +210,7 @@ def latest_checkpoint(run_dir: Path, say: Say) -> Path | None:
         folder = run_dir / "checkpoints" / f"step-{step}"
         try:
             verify_manifest(folder)
+            read_state(folder)
         except (CheckpointError, OSError) as error:
             say(f"skipping a damaged checkpoint: {error}")
         else:
@@ -238,15 +258,12 @@ def load_checkpoint(
 def _load(
     fabric: Fabric, path: Path, module: nn.Module, optimizer: Optimizer, *, config_hash: str, say: Say
 ) -> TrainState:
-    manifest = read_manifest(path)
+    manifest, state = read_manifest(path), read_state(path)
     if manifest["config_hash"] != config_hash:
         raise CheckpointError(f"{path} belongs to another configuration; resume with the options in its config.yaml")
     for name, value in _what_rounds(fabric, module).items():
         if manifest.get(name, value) != value:
             say(f"{name} was {manifest[name]} and is {value} now: the run goes on, {NOT_THE_SAME}")
-    state = TrainState.from_json((path / "state.json").read_text())
-    if not state.step == manifest["step"] == int(path.name.removeprefix("step-")):
-        raise CheckpointError(f"{path} holds step {state.step}; a checkpoint folder was renamed or mixed up")
     load_tensors(path / "model.safetensors", saved_tensors(module))
     load_optimizer(path / "optimizer.safetensors", module, optimizer)
     prefix = f"{fabric.global_rank}/"

@@ -14,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sheeprlhf.utils.errors import CheckpointError
+from sheeprlhf.structure.records import MANIFEST as SCHEMA
+from sheeprlhf.utils.errors import CheckpointError, RecordError
 from sheeprlhf.utils.files import fsync
+from sheeprlhf.utils.records import load_json
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
-_MAX_MANIFEST_BYTES = 1 << 20
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
 _TEMPORARY = re.compile(r".+\.tmp\.(\d+)")
 
@@ -139,16 +140,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not os.path.lexists(path) or folder.is_symlink():
         raise CheckpointError(f"{folder} is not a checkpoint: no {MANIFEST}")
-    status = os.lstat(path)
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{path} is not a manifest of ours")
+    if path.is_symlink():
+        raise CheckpointError(f"{path} is a link; it will not be opened")
     try:
-        content = json.loads(path.read_bytes())
-        digest = content.pop("sha256")
-        intact = digest == _sha256_of_json(content)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not intact:
+        content = load_json(path, SCHEMA)
+    except RecordError as error:
+        raise CheckpointError(str(error)) from error
+    if content.pop("sha256") != _sha256_of_json(content):
         raise CheckpointError(f"{path} is damaged: its own SHA-256 differs")
     if content["format"] != FORMAT_VERSION:
         raise CheckpointError(

@@ -18,12 +18,14 @@ from sheeprlhf.engine.redact import redact, redact_command
 from sheeprlhf.engine.runlock import LOCK_FILE
 from sheeprlhf.structure.absolute import absolute_words
 from sheeprlhf.structure.commands import command, option_word
-from sheeprlhf.structure.earlier import REPORT_FILE, RUN_FILE, START, find_runs, read_run
+from sheeprlhf.structure.earlier import REPORT_FILE, RUN_FILE, START, find_runs, next_order, order_of, read_run
+from sheeprlhf.structure.records import RUN
 from sheeprlhf.structure.registry import CUT_OPTIONS, NOT_IN_HASH, choices, config_to_dict
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.files import fsync, removed_on_error
+from sheeprlhf.utils.records import damaged
 
 CONFIG_FILE = "config.yaml"
 _SHOWN = 8  # changed options in a message
@@ -141,10 +143,11 @@ def same_data(run_dir: Path, fingerprint: str) -> bool:
 def _resume(folder: Path, cfg: TrainConfig, config_hash: str, *, key: str) -> RunPlace:
     info = read_run(folder)
     if not info:
-        raise ConfigError(
-            f"{key}={folder} is not a run directory: it has no readable {RUN_FILE}; `list runs` shows them"
-        )
-    if info.get("config_hash") != config_hash:
+        raise ConfigError(f"{key}={folder} is not a run directory: it has no {RUN_FILE}; `list runs` shows them")
+    if "config_hash" not in info or "command" not in info:
+        field = "command" if "config_hash" in info else "config_hash"
+        raise damaged(folder / RUN_FILE, RUN, field, "is missing")
+    if info["config_hash"] != config_hash:
         if info.get("status") == "finished":
             raise ConfigError(_finished_problem(folder, info, cfg, key))
         changed = [f"{name} was {was} and is {now}" for name, was, now in changed_options(cfg, folder)]
@@ -179,6 +182,7 @@ def _finished_problem(folder: Path, info: dict[str, Any], cfg: TrainConfig, key:
 
 
 def _start(folder: Path, cfg: TrainConfig, config_hash: str, note: str) -> RunPlace:
+    now = time.time()
     info = {
         "status": "running",
         "config_hash": config_hash,
@@ -186,7 +190,8 @@ def _start(folder: Path, cfg: TrainConfig, config_hash: str, note: str) -> RunPl
         "model": cfg.model.config_name,
         "data": cfg.data.config_name,
         "run_name": cfg.run_name,
-        "started": time.time(),
+        "started": now,
+        "order": next_order(now, (order_of(run.info) for run in find_runs(cfg.root_dir))),
         "finished": None,
         "command": redact_command(absolute_words(sys.argv[1:])),
     }

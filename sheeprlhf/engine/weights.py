@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from sheeprlhf.engine.checkpoint import STEP_FOLDER, Say, TrainState, latest_checkpoint, saved_steps
+from sheeprlhf.engine.checkpoint import STEP_FOLDER, Say, latest_checkpoint, read_state, saved_steps
 from sheeprlhf.engine.manifest import verify_manifest
 from sheeprlhf.engine.tensors import copy_tensors, read_tensors, saved_tensors, unwrapped
 from sheeprlhf.model.lora import CRITIC
@@ -19,7 +19,7 @@ def find_checkpoint(run_dir: Path, name: str, say: Say) -> Path:
     """
     folder = latest_checkpoint(run_dir, say) if name in ("last", "best") else run_dir / "checkpoints" / name
     if folder is not None and name == "best":
-        best_step = TrainState.from_json((folder / "state.json").read_text()).best_step
+        best_step = read_state(folder).best_step
         folder = folder if best_step is None else folder.with_name(f"step-{best_step}")
     if folder is None or not STEP_FOLDER.fullmatch(folder.name) or not folder.is_dir():
         there = ", ".join(f"step-{step}" for step in saved_steps(run_dir / "checkpoints")) or "none"

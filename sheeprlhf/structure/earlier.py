@@ -1,9 +1,11 @@
 """Runs that were made before: how they are found, and whether a task can start from one. Imports no torch."""
 
-import json
+import os
 import shlex
-from collections.abc import Collection, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +13,15 @@ from sheeprlhf.structure.commands import changed_words, command, option_word
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.places import is_template_file, is_weights_name, weights_problems
+from sheeprlhf.structure.records import RUN
 from sheeprlhf.structure.registry import choices, config_hash
 from sheeprlhf.structure.reward import needs_model
 from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.structure.smaller import changed
 from sheeprlhf.structure.task import TrainTaskConfig
-from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import read_small
+from sheeprlhf.utils.errors import ConfigError, RecordError
+from sheeprlhf.utils.records import LATEST, load_json
 
 RUN_FILE = "run.json"
 REPORT_FILE = "data_report.json"
@@ -30,7 +33,7 @@ TASKS = {START: "sft", REWARD_MODEL: "rm"}  # which task's runs they are
 RUN_OPTIONS = (*TASKS, "experiment_dir", "resume_from", "task.against")  # all that name a run, or ask for the newest
 _NAMES = {START: "task.sft_model_name", REWARD_MODEL: "task.rm_model_name"}
 _OTHER_REWARD = "reward=function reward.path=<name> for a reward without a model"
-_MAX_RUN_BYTES = 1 << 20
+_TICK = 1e-3  # seconds between the order of two runs
 Needy = TrainConfig | EvalConfig  # what may need earlier runs
 
 
@@ -41,19 +44,47 @@ class FoundRun(NamedTuple):
     info: dict[str, Any]
 
 
-def find_runs(root_dir: str | Path) -> list[FoundRun]:
-    """All runs under `root_dir`, newest first."""
-    runs = [FoundRun(path.parent, read_run(path.parent)) for path in Path(root_dir).glob(f"*/*/*/*/*/{RUN_FILE}")]
-    return sorted((run for run in runs if run.info), key=lambda run: (run.info["started"], run.dir.name), reverse=True)
+@lru_cache
+def _warn(text: str) -> None:
+    """Rank zero prints a warning, once."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def find_runs(root_dir: str | Path, warn: Callable[[str], object] = _warn) -> list[FoundRun]:
+    """All runs under `root_dir`, newest first; a run whose run.json is damaged is named and left out."""
+    runs = []
+    for path in sorted(Path(root_dir).glob(f"*/*/*/*/*/{RUN_FILE}")):
+        try:
+            runs.append(FoundRun(path.parent, read_run(path.parent)))
+        except RecordError as error:
+            warn(f"skipping a run: {error}")
+    return sorted((run for run in runs if run.info), key=lambda run: (order_of(run.info), run.dir.name), reverse=True)
+
+
+def order_of(info: dict[str, Any]) -> float:
+    """The number by which runs, pipelines and results are sorted: the newest has the largest."""
+    order: float = info.get("order", info.get("started", 0.0))
+    return order
+
+
+def next_order(now: float, orders: Iterable[float]) -> float:
+    """The order of what is made now: `now`, or more than all others if the clock has moved backwards since.
+
+    Args:
+        now: seconds since 1970.
+        orders: of what is there.
+    """
+    return min(max([now, *(order + _TICK for order in orders)]), LATEST)
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """The content of run.json; empty if it is missing or not ours."""
-    with suppress(OSError, ValueError, RecursionError):
-        info = json.loads(read_small(run_dir / RUN_FILE, _MAX_RUN_BYTES))
-        if isinstance(info, dict) and isinstance(info.get("started"), int | float):
-            return info
-    return {}
+    """The content of run.json; empty if it is missing.
+
+    Raises:
+        RecordError: it is damaged.
+    """
+    return load_json(run_dir / RUN_FILE, RUN)
 
 
 def task_of_run(saved: dict[str, Any]) -> type[TrainTaskConfig] | None:

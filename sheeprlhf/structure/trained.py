@@ -27,6 +27,7 @@ from sheeprlhf.structure.places import (
     template_problem,
     weights_problems,
 )
+from sheeprlhf.structure.records import DATA_REPORT
 from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
@@ -34,7 +35,8 @@ from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.structure.template_args import read_template_args
 from sheeprlhf.utils.chat_templates import FLAG
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import read_object, read_small
+from sheeprlhf.utils.files import read_small
+from sheeprlhf.utils.records import load_json
 
 POLICY, REWARD_MODEL = "policy", "reward model"  # what a task can train
 WEIGHTS = "--weights"
@@ -43,7 +45,6 @@ _INSTEAD = {
     REWARD_MODEL: "give a run of task=rm",
 }
 _MAX_CONFIG_BYTES = 1 << 20
-_MAX_REPORT_BYTES = 1 << 22
 _MAX_STARTS = 8  # a run that starts from a run that ...
 
 
@@ -78,9 +79,8 @@ class Trained(NamedTuple):
 
     def templated(self) -> bool:
         """Whether the chat template, where there is one, wrote rows that it was trained on; assumed of a folder."""
-        report = {} if self.run_dir is None else read_object(self.run_dir / REPORT_FILE, _MAX_REPORT_BYTES)
-        splits = report.get("splits")
-        parts = [part for part in splits.values() if isinstance(part, dict)] if isinstance(splits, dict) else []
+        report = {} if self.run_dir is None else load_json(self.run_dir / REPORT_FILE, DATA_REPORT)
+        parts = report.get("splits", {}).values()
         return not parts or any(part.get("templated_rows", 1) for part in parts)
 
     def with_tokenizer(self) -> ModelConfig:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,10 @@ import numpy as np
 
 from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.reward.call import Texts
+from sheeprlhf.structure.records import BEST_ROW
+from sheeprlhf.utils.errors import RecordError
 from sheeprlhf.utils.files import fsync, write_whole
+from sheeprlhf.utils.records import parse_json
 
 COLUMNS = ("prompt", "response", "score", "n", "mean_score", "first_score")  # of the dataset
 
@@ -100,9 +103,17 @@ class Parts:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def has(self, split: str, number: int) -> bool:
-        """Whether a rollout is done."""
-        return self._path(split, number).is_file()
+    def has(self, split: str, number: int, num_prompts: int, say: Callable[[str], None]) -> bool:
+        """Whether a rollout of so many prompts is done; a damaged file is named and does not count."""
+        path = self._path(split, number)
+        try:
+            rows = self._rows(path) if path.is_file() else []
+        except (RecordError, OSError) as error:
+            say(f"sampling again: {error}")
+            return False
+        if rows and len(rows) != num_prompts:
+            say(f"sampling again: {path} is damaged: it has {len(rows)} rows instead of {num_prompts}")
+        return len(rows) == num_prompts
 
     def write(self, split: str, number: int, rows: Sequence[dict[str, Any]]) -> None:
         """The rows of one rollout."""
@@ -113,8 +124,11 @@ class Parts:
 
     def read(self, split: str, count: int) -> list[dict[str, Any]]:
         """The rows of all `count` rollouts of a split, in their order."""
-        lines = (line for number in range(count) for line in self._path(split, number).open(encoding="utf-8"))
-        return [json.loads(line) for line in lines]
+        return [row for number in range(count) for row in self._rows(self._path(split, number))]
+
+    @staticmethod
+    def _rows(path: Path) -> list[dict[str, Any]]:
+        return [parse_json(line, path, BEST_ROW) for line in path.read_bytes().splitlines()]
 
     def _path(self, split: str, number: int) -> Path:
         return self._folder / f"{split}-{number:06d}.jsonl"

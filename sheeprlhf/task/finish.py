@@ -4,7 +4,7 @@ import json
 import math
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,15 +21,14 @@ from sheeprlhf.engine.shard import assemble
 from sheeprlhf.structure.commands import changed_words, command, option_word
 from sheeprlhf.structure.earlier import REPORT_FILE, REWARD_MODEL, scores_by_run
 from sheeprlhf.structure.online import OnlineTaskConfig
+from sheeprlhf.structure.records import DATA_REPORT
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.step_memory import step_plan
-from sheeprlhf.utils.errors import DataError, ModelError
-from sheeprlhf.utils.files import read_object
+from sheeprlhf.utils.errors import DataError, ModelError, RecordError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import peak_memory, size_text
-
-_MAX_REPORT_BYTES = 1 << 22
+from sheeprlhf.utils.records import load_json
 
 
 class Saved(Protocol):
@@ -139,6 +138,8 @@ def evaluation_of(cfg: TrainConfig, run_dir: Path) -> str:
 
 def _evaluated_split(run_dir: Path) -> str | None:
     """The split to evaluate on where a run's data has no test rows; None where it has some, or is not known."""
-    splits = read_object(run_dir / REPORT_FILE, _MAX_REPORT_BYTES).get("splits")
-    kept = [name for name, part in splits.items() if part.get("kept")] if isinstance(splits, dict) else []
+    splits: dict[str, Any] = {}
+    with suppress(RecordError):
+        splits = load_json(run_dir / REPORT_FILE, DATA_REPORT).get("splits", {})
+    kept = [name for name, part in splits.items() if part["kept"]]
     return next((name for name in ("validation", "train") if name in kept), None) if "test" not in kept else None

@@ -53,6 +53,32 @@ class CheckpointError(SheepError, RuntimeError):
     """A checkpoint is missing, damaged or of another run."""
 
 
+class RecordError(SheepError, ValueError):
+    """One of our own JSON files is damaged.
+
+    Args:
+        file: its path.
+        field: what is wrong in it, such as "stages.sft.seconds"; empty for the whole file.
+        problem: continues the sentence that file and field begin.
+        fix: what the user does about it.
+    """
+
+    exit_code = USERS_MISTAKE
+
+    def __init__(self, file: str, field: str, problem: str, fix: str) -> None:
+        super().__init__(file, field, problem, fix)
+        self.file, self.field, self.problem, self.fix = file, field, problem, fix
+
+    def __str__(self) -> str:
+        """One sentence."""
+        return f"{self.what()}; {self.fix}"
+
+    def what(self) -> str:
+        """File, field and problem without the fix."""
+        where = f": field {self.field}" if self.field else ": it"
+        return f"{self.file} is damaged{where} {self.problem}"
+
+
 class DiskFullError(SheepError, RuntimeError):
     """What a run records has no room on its disk: names the place and what is free."""
 

@@ -1,14 +1,12 @@
 """Files read that may be a stranger's, plain and of bounded size; files written whole, and brought to the disk."""
 
 import errno
-import json
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from sheeprlhf.utils.errors import DiskFullError
 
@@ -25,15 +23,6 @@ def read_small(path: Path, limit: int) -> bytes:
     if len(content) > limit:
         raise OSError(f"{path} has more than {limit} bytes")
     return content
-
-
-def read_object(path: Path, limit: int) -> dict[str, Any]:
-    """An object of a JSON file of at most `limit` bytes; empty if there is none that can be read."""
-    try:
-        content = json.loads(read_small(path, limit))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def read_tail(path: Path, num_bytes: int) -> bytes:

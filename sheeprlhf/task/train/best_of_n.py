@@ -56,7 +56,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         parts, todo = Parts(run.dir / "parts"), _rollouts(task, splits)
         if fabric.is_global_zero:
             sweep_temporary(run.dir)
-        done = fabric.broadcast([parts.has(split, number) for split, number, _ in todo])
+            done = [parts.has(split, number, len(places), run.say) for split, number, places in todo]
+        done = fabric.broadcast(done if fabric.is_global_zero else [])
         state = TrainState(step=sum(done))
         run.begin(state.step)
         run.begin_progress(state, len(todo))

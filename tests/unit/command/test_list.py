@@ -150,11 +150,16 @@ def test_an_unfinished_run_stands_where_its_records_or_checkpoints_say(tmp_path)
     assert (told(folder).step, told(folder).best) == (0, None)
     for step in (9, 100):
         (folder / "checkpoints" / f"step-{step}").mkdir(parents=True)
-        state = {"step": step, "best_metric": 100.0 / step, "best_step": step}
+        state = {"step": step, "items_seen": 1, "best_metric": 100.0 / step, "best_step": step, "extra": {}}
         (folder / "checkpoints" / f"step-{step}" / "state.json").write_text(json.dumps(state))
     assert (told(folder).step, told(folder).best) == (100, 1.0)
     (folder / "metrics.csv").write_text("step,tag,value,wall_time\n" + "x" * 50_000 + "\n107,train/loss,1,1\n")
     assert (told(folder).step, told(folder).best) == (107, 1.0)
+    (folder / "metrics.csv").unlink()
+    (folder / "checkpoints" / "step-100" / "state.json").write_text('{"step": 100}')
+    damaged = told(folder)
+    assert (damaged.step, damaged.best, len(damaged.problems)) == (9, 100.0 / 9, 1)
+    assert "step-100" in damaged.problems[0] and "best_metric" in damaged.problems[0]
 
 
 def test_the_newest_result_of_each_metric_counts_and_says_what_it_is_of(tmp_path):
@@ -214,21 +219,31 @@ def test_an_unreadable_run_file_is_shown_as_such(kind, capsys, monkeypatch, tmp_
     (folder / "config.yaml").write_text("data: {config_name: mine}\nmodel: {config_name: opt}\ntask: [1]\n")
     printed = listed(capsys, "runs", str(tmp_path))
     assert printed.splitlines()[2].split() == ["?", "mine", "opt", "?", "unreadable", "?", "-", "-", str(folder)]
+    assert str(folder / "run.json") in " ".join(printed.splitlines()[3:])
 
 
 def test_values_that_are_no_values_are_left_out(tmp_path):
-    folder = make_run(tmp_path, status="finished", step=True, best_metric="low", started=1e300, data=["x"], model=7)
+    folder = make_run(tmp_path, status="finished")
     (folder / "eval").mkdir()
     texts = ['{"perplexity": NaN, "nll": Infinity, "a": 1e999, "b": true}', '{"c": "1.0"}', "[" * 100_000, "{", "5"]
     for number, text in enumerate(texts):
         (folder / "eval" / f"{number}.json").write_text(text)
-    write_result(folder, "good", good=1.5, time=["2026"])
+    write_result(folder, "good", good=1.5)
+    write_result(folder, "odd time", good=2.5, time=["2026"])
     run_ = told(folder)
-    assert (run_.started, run_.names, run_.state) == ("", ("?", "?", "sft"), "finished")
-    assert (run_.step, run_.best, run_.results) == (0, None, ["good 1.5"])
-    huge = json.dumps({"started": 1, "step": 10**400, "best_metric": 10**400, "status": "finished"})
-    (folder / "run.json").write_text(huge)
-    assert (told(folder).step, told(folder).best) == (0, None)
+    assert (run_.state, run_.step, run_.best, run_.results) == ("finished", 0, None, ["good 1.5"])
+    assert len(run_.problems) == 5 and sum(str(folder / "eval") in problem for problem in run_.problems) == 5
+    for field, value in (
+        ("step", True),
+        ("best_metric", "low"),
+        ("started", 1e300),
+        ("data", ["x"]),
+        ("step", 10**400),
+    ):
+        (folder / "run.json").write_text(json.dumps({"started": 1, "status": "finished"} | {field: value}))
+        run_ = told(folder)
+        assert (run_.state, run_.step, run_.best) == ("unreadable", None, None)
+        assert f"field {field} " in run_.problems[0]
 
 
 def test_text_of_a_stranger_cannot_speak_to_the_terminal(capsys, monkeypatch, tmp_path):
@@ -251,7 +266,7 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
         os.mkfifo(folder / name)
     os.symlink("/dev/zero", folder / "eval" / "zero.json")
     start = time.perf_counter()
-    assert told(folder)[4:] == (0, None, [])
+    assert told(folder)[4:7] == (0, None, []) and len(told(folder).problems) == 2
     (folder / "run.json").unlink()
     os.mkfifo(folder / "run.json")
     assert told(folder).state == "unreadable"
@@ -266,7 +281,7 @@ def test_any_directory_with_a_run_s_files_counts(tmp_path):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "config.yaml").write_text("a: 1\n")
     (tmp_path / ".hidden").mkdir()
-    (tmp_path / ".hidden" / "run.json").write_text('{"started": 1}')
+    (tmp_path / ".hidden" / "run.json").write_text('{"started": 1, "status": "running"}')
     found = find_past_runs(tmp_path)
     assert [folder for folder, _ in found.runs] == [deep, mine]
     assert found.note == ""

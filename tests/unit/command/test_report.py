@@ -210,8 +210,8 @@ DAMAGED = {  # file: contents of it, and what is said
     "config.yaml": (["model: [", "- 1\n", None], "its configuration cannot be read"),
     "metrics.csv": (["", "step,tag,value,wall_time\r\n1,train/loss,nan,1\r\n", "\x00\xff" * 500, None], "metrics.csv"),
     "run.json": (["{", "[]", "[" * 100_000, None], "its state is un"),
-    "data_report.json": (["{", "[1]"], "data_report.json is not readable JSON"),
-    "eval/x.json": (["{", '"text"'], "eval/x.json is not readable JSON"),
+    "data_report.json": (["{", "[1]", '{"splits": [1]}', '{"splits": {"train": 1}}'], "data_report.json is damaged"),
+    "eval/x.json": (["{", '"text"', '{"task": [1]}', '{"big": 1' + "0" * 400 + "}"], "eval/x.json is damaged"),
 }
 
 
@@ -224,19 +224,16 @@ def test_what_is_damaged_or_missing_is_said_and_the_rest_shown(name, content, tm
         (folder / name).write_text(content)
     page = page_of(folder)
     assert DAMAGED[name][1] in page.text
+    assert name.endswith("json") <= (content is None or page.text.count(f"{name} is damaged") == 1)
     assert "sft says 4" in page.pres
     assert [attributes["id"] for tag, attributes in page.elements if tag == "section"] == SECTIONS
 
 
 def test_odd_shapes_of_json_are_shown_as_far_as_they_go(tmp_path, page_of):
-    folder = make_past_run(tmp_path / "run", finished="soon", step="x", peak_memory="much", command="train")
-    for number, report in enumerate(({"splits": [1]}, {"splits": {"train": 1, "test": {"dropped": 3, "tokens": [1]}}})):
-        (folder / "data_report.json").write_text(json.dumps(report))
-        write_evaluation(
-            folder, f"x{number}", task=[1], big=10**400, a={"b": {"c": {"d": {"e": 1.0}}}}, no=None, yes=True
-        )
-        page = page_of(folder)
-    assert "[1] on docstrings/test" in page.text  # and no number of it: they are too deep, too large or none
+    folder = make_past_run(tmp_path / "run", finished=None)
+    write_evaluation(folder, "x", task="odd", big=float("inf"), a={"b": {"c": {"d": {"e": 1.0}}}}, no=None, yes=True)
+    page = page_of(folder)
+    assert "odd on docstrings/test" in page.text  # and no number of it: they are too deep, infinite or none
     assert page.row("Runs", "took") == ["8.0 s"]
     assert page.row("Speed and memory", "peak memory") == ["-"]
 

@@ -89,7 +89,7 @@ def test_a_reader_who_leaves_early_is_no_failure():
 def test_an_encoding_without_the_letters_is_no_failure(tmp_path):
     folder = tmp_path / "\u6f22\u5b57"
     folder.mkdir()
-    (folder / "run.json").write_text('{"started": 1}')
+    (folder / "run.json").write_text('{"started": 1, "status": "running"}')
     done = subprocess.run(
         [sys.executable, str(ROOT / "sheeprlhf.py"), "list", "runs", "."],
         cwd=tmp_path,

@@ -17,11 +17,19 @@ from sheeprlhf.engine.checkpoint import (
     TrainState,
     latest_checkpoint,
     load_checkpoint,
+    read_state,
     restore_latest,
     save_checkpoint,
 )
 from sheeprlhf.engine.fabric import make_fabric
-from sheeprlhf.engine.manifest import MANIFEST, sweep_temporary, verify_manifest, write_folder
+from sheeprlhf.engine.manifest import (
+    MANIFEST,
+    read_manifest,
+    sweep_temporary,
+    verify_manifest,
+    write_folder,
+    write_manifest,
+)
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.step import update
 from sheeprlhf.engine.weights import find_checkpoint, load_weights
@@ -63,15 +71,67 @@ def test_what_is_saved(tmp_path):
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_state_round_trip_is_exact():
-    state = TrainState(3, 10**12, 0.1 + 0.2, 2, {"kl_coeff": 0.2, "name": "x", "none": None}, 4)
-    assert TrainState.from_json(state.to_json()) == state
+MOMENTS = {"reward_count": 4, "reward_mean": -0.5, "reward_m2": 0.0}
+
+
+def write_state(folder, content):
+    """Make a state.json part of an intact checkpoint."""
+    (folder / "state.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    manifest = read_manifest(folder)
+    del manifest["files"], manifest["format"]
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, manifest)
+
+
+def test_state_round_trip_is_exact(tmp_path):
+    state = TrainState(3, 10**12, 0.1 + 0.2, 2, {"kl_coeff": 0.2, **MOMENTS}, 4)
+    folder = save(tmp_path, 3)
+    write_state(folder, state.to_json())
+    assert read_state(folder) == state
     content = json.loads(state.to_json())
     del content["skipped_steps"]  # of an earlier version
-    assert TrainState.from_json(json.dumps(content)) == dataclasses.replace(state, skipped_steps=0)
-    for odd in (content | {"other": 1}, {"step": 1}, {key: content[key] for key in content if key != "extra"}, []):
-        with pytest.raises(CheckpointError, match="must have the keys"):
-            TrainState.from_json(json.dumps(odd))
+    write_state(folder, content)
+    assert read_state(folder) == dataclasses.replace(state, skipped_steps=0)
+
+
+def odd_states():
+    """Each field of a state.json in ways that it cannot be, and its name."""
+    usual = json.loads(TrainState(3, 9, 0.5, 2, {"kl_coeff": 0.2, **MOMENTS}).to_json())
+    wrong = {
+        "step": (2, 4, -3, 3.0, True, "3", None, 10**30),
+        "items_seen": (-1, 1.5, None, 10**30),
+        "best_metric": ("low", [1], True, float("nan"), float("inf")),
+        "best_step": (4, -1, 2.0, "2", None),
+        "skipped_steps": (-1, None, "0"),
+        "extra": (None, [], 1, "x"),
+    }
+    for field, values in wrong.items():
+        yield from ((f"field {field}" if value not in (2, 4) else "", usual | {field: value}) for value in values)
+        if field != "skipped_steps":
+            yield f"field {field} ", {key: usual[key] for key in usual if key != field}
+    for name, value in (
+        ("kl_coeff", "x"),
+        ("kl_coeff", -1),
+        ("reward_count", 0.5),
+        ("reward_m2", -1.0),
+        ("kl_coeff", []),
+    ):
+        yield f"extra.{name} ", usual | {"extra": usual["extra"] | {name: value}}
+    yield "extra.reward_m2 ", usual | {"extra": {"reward_count": 1, "reward_mean": 0.0}}
+    yield "field other ", usual | {"other": 1}
+    text = json.dumps(usual)
+    yield from (("state.json", odd) for odd in (text[:-2], "", "[]", "3", "[" * 10_000, text.replace("0.5", "1e400")))
+    yield "field step ", text[:-1] + ', "step": 3}'
+
+
+def test_a_state_that_cannot_be_right_falls_back_to_the_checkpoint_before(tmp_path):
+    before, folder = save(tmp_path, 1), save(tmp_path, 3)
+    for field, odd in odd_states():
+        write_state(folder, odd)
+        told = []
+        assert latest_checkpoint(tmp_path, told.append) == before, odd
+        [line] = told
+        assert field in line and str(folder) in line, (field, line)
 
 
 def test_everything_is_restored(tmp_path):

@@ -18,7 +18,7 @@ from sheeprlhf.structure.model import TinyConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
-from sheeprlhf.utils.errors import ConfigError, RunInUseError
+from sheeprlhf.utils.errors import ConfigError, RecordError, RunInUseError
 from tests.unit.engine.toy import forkserver
 
 
@@ -92,12 +92,31 @@ def test_resume_without_anything_to_resume_is_a_fresh_start_that_says_so(cfg):
     assert "a fresh start" in place.note
 
 
-def test_a_run_file_that_is_not_ours_is_passed_over(cfg):
+def test_a_damaged_run_file_is_named_and_its_fix_works(cfg, capsys):
     folder = choose_run_dir(cfg, "h").dir
+    usual = json.loads((folder / "run.json").read_text())
+    lacking = json.dumps({key: value for key, value in usual.items() if key != "config_hash"})
     for number, content in enumerate(("", "[]", "{}", '{"started": "x"}', "[" * 100_000)):
         (folder / "run.json").write_text(content)
-        assert read_run(folder) == {}
         assert not choose_run_dir(changed(cfg, resume=True, run_name="x"), f"h{number}").resumed
+        assert f"{folder}/run.json is damaged" in capsys.readouterr().err
+        with pytest.raises(RecordError, match=f"hydra.run.dir={folder}"):
+            choose_run_dir(changed(cfg, resume_from=str(folder)), "h")
+    (folder / "run.json").write_text(lacking)
+    with pytest.raises(RecordError, match="field config_hash is missing"):
+        choose_run_dir(changed(cfg, resume_from=str(folder)), "h")
+    (folder / "run.json").unlink()
+    assert choose_run_dir(cfg, "h", given=str(folder)).dir == folder
+    assert read_run(folder)["config_hash"] == "h"
+
+
+def test_the_newest_run_is_the_last_one_made_whatever_the_clock_says(cfg, monkeypatch):
+    times = iter([3000.0, 2000.0, 1000.0, 3000.5])
+    monkeypatch.setattr(rundir.time, "time", lambda: next(times))
+    made = [choose_run_dir(changed(cfg, run_name=name), "h").dir for name in ("d", "c", "b", "a")]
+    assert [run.dir for run in find_runs(cfg.root_dir)] == made[::-1]
+    assert [run.info["started"] for run in find_runs(cfg.root_dir)] == [3000.5, 1000.0, 2000.0, 3000.0]
+    assert choose_run_dir(changed(cfg, resume=True), "h").dir == made[-1]
 
 
 def test_resume_from(cfg):

@@ -90,7 +90,9 @@ def test_the_evaluation_after_a_run(odd: Path) -> None:
         generation=GenConfig(stop_strings=stop, temperature=0.7),
     )
     (odd / "config.yaml").write_text(yaml.safe_dump(config_to_dict(cfg)))
-    (odd / "data_report.json").write_text('{"splits": {"train": {"kept": 3}, "validation": {"kept": 2}}}')
+    (odd / "data_report.json").write_text(
+        '{"splits": {"train": {"read": 3, "kept": 3}, "validation": {"read": 2, "kept": 2}}}'
+    )
     verb, found = composed(evaluation_of(cfg, odd))
     assert verb == "eval" and isinstance(found, EvalConfig)
     assert found.experiment_dir == str(odd) and found.task.data_split == "validation"  # there are no test rows
@@ -110,7 +112,7 @@ def test_the_training_after_best_of_n(odd: Path, monkeypatch: pytest.MonkeyPatch
         task=BestOfNConfig(), model=AutoModelConfig(repo_name=str(model)), data=DocstringsConfig(), run_name="x"
     )
     row = {"fate": "kept", "prompt": "a", "response": "b", "score": 1.0, "n": 8, "mean_score": 0.5, "first_score": 0.1}
-    (odd / "run.json").write_text('{"started": 1}')
+    (odd / "run.json").write_text('{"started": 1, "status": "running"}')
     run = SimpleNamespace(cfg=cfg, dir=odd, say=lambda text: None)
     line = best_of_n._finish(run, {"train": [row]}, TrainState(step=1), longest=20)  # type: ignore[arg-type]
     verb, found = composed(line)
