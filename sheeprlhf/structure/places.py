@@ -15,18 +15,18 @@ from omegaconf.errors import OmegaConfBaseException
 from sheeprlhf.structure.commands import shell_word
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.structure.data_files import data_files, did_you_mean
+from sheeprlhf.structure.records import ADAPTER_CONFIG
 from sheeprlhf.utils.chat_templates import OPTION as TEMPLATE_OPTION
 from sheeprlhf.utils.chat_templates import SUFFIX as TEMPLATE_SUFFIX
 from sheeprlhf.utils.chat_templates import built_in_templates
-from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import read_object
+from sheeprlhf.utils.errors import ConfigError, RecordError
 from sheeprlhf.utils.hub import EMBEDDED, embedded_folder
+from sheeprlhf.utils.records import load_json
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 MERGED = "merged_model"  # a folder, in messages
-_MAX_ADAPTER_CONFIG = 4 << 20  # bytes
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json", PICKLED, PICKLED_INDEX)  # in the order of choice
 
@@ -95,7 +95,9 @@ def model_folder(name: str) -> Path | None:
 
 def merge_advice(folder: Path) -> str:
     """How a folder of adapters becomes a whole model: a command, and the name of the folder that it writes."""
-    config = read_object(folder / "adapter_config.json", _MAX_ADAPTER_CONFIG)
+    config: dict[str, Any] = {}
+    with suppress(RecordError):  # told when the folder is loaded
+        config = load_json(folder / "adapter_config.json", ADAPTER_CONFIG)
     scores = config.get("task_type") == "SEQ_CLS"
     script = (
         f"from peft import AutoPeftModelFor{'SequenceClassification' if scores else 'CausalLM'} as M, PeftConfig as C; "

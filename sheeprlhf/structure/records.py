@@ -169,4 +169,5 @@ DATA_REPORT = Schema(DataReportRecord, "delete {file}: a resumed run writes it a
 PREPARED = Schema(PreparedRecord, "delete {folder}: the data is prepared again")
 DIGESTS = Schema(dict[str, str], "delete {folder}: the data is prepared again")
 RESULT = Schema(ResultRecord, "delete {file} and run the evaluation again")
+ADAPTER_CONFIG = Schema(dict[str, Any], "give another folder")
 BEST_ROW = Schema(BestRowRecord, "delete {file}: a resumed run samples it again")
