@@ -40,11 +40,16 @@ def choose_packed(
     if batching == "padded":
         return False
     problem = packing_problem(scored, model, longest)
-    if problem and batching == "packed":
-        raise ModelError(f"task.batching=packed: {problem}; set task.batching=padded")
+    check_batching(batching, problem)
     if problem:
         say(f"batches are padded, not packed: {problem}")
     return not problem
+
+
+def check_batching(batching: str, problem: str) -> None:
+    """Raises ModelError if packed batches are asked for and there is a problem with them."""
+    if problem and batching == "packed":
+        raise ModelError(f"task.batching=packed: {problem}; set task.batching=padded")
 
 
 def packing_problem(scored: nn.Module, model: PreTrainedModel, longest: int) -> str:

@@ -121,9 +121,10 @@ def _data(data: DataConfig, offline: str) -> Finding:
 def _weights(config: DoctorConfig) -> Iterator[Finding]:
     """Whether the files here have every parameter, by their headers; nothing is downloaded, and nothing is loaded."""
     from sheeprlhf.model.locate import locate
-    from sheeprlhf.task.weights import check_needed, models_of
+    from sheeprlhf.task.weights import check_needed, check_options, models_of
 
     notes: list[str] = []
+    all_here = True
     try:
         for needed in models_of(config):
             try:
@@ -131,12 +132,15 @@ def _weights(config: DoctorConfig) -> Iterator[Finding]:
             except SheepError:
                 if needed.is_reward_folder:
                     raise
-                continue  # the topic "model" tells
+                here = False  # the topic "model" tells
             if not here:
-                continue  # on the hub
+                all_here = False  # on the hub
+                continue
             note = check_needed(needed, notes.append)
             given = "reward.folder" if needed.is_reward_folder else "model.repo_name"
             notes += [f"{given}={needed.model.repo_name}: {note}"] if note else []
+        if all_here:
+            check_options(config)
     except SheepError as error:
         yield Finding("problem", "weights", str(error))
     for note in notes:

@@ -4,7 +4,7 @@ import difflib
 import shlex
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -70,7 +70,7 @@ def load_lora(model: PreTrainedModel, folder: Path, say: Callable[[str], None] =
     try:
         with _peft_warnings_ignored():
             adapted = PeftModel.from_pretrained(model, folder, config=config)
-        _check_tensors(adapted, POLICY, tensors_of(folder, ADAPTERS))
+        check_tensors(adapted, POLICY, tensors_of(folder, ADAPTERS))
         return adapted
     except ModelError:
         raise
@@ -78,23 +78,55 @@ def load_lora(model: PreTrainedModel, folder: Path, say: Callable[[str], None] =
         raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
 
 
-def _check_tensors(model: PeftModel, name: str, names: Iterable[str]) -> None:
+def check_tensors(model: PeftModel, name: str, tensors: Mapping[str, Any]) -> None:
     """Account for every tensor of an adapter: PEFT leaves those that are missing as they were initialised.
 
+    Args:
+        model: with the adapter.
+        name: of the adapter.
+        tensors: what its file has: anything with a shape, by name.
+
     Raises:
-        ValueError: naming tensors of the adapter that are missing, or that have no place in the model.
+        ValueError: naming tensors of the adapter that are missing, of another shape or without a place in the model.
     """
     with _peft_warnings_ignored():
-        expected = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
-    missing = sorted(expected - set(names))
-    misplaced = sorted(key for key in set(names) - expected if "lora_" in key)
+        expected: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    found = {
+        "missing": expected.keys() - tensors.keys(),
+        "without a place in the model": {key for key in tensors.keys() - expected.keys() if "lora_" in key},
+        "of another shape": {
+            key for key in expected.keys() & tensors.keys() if tuple(expected[key].shape) != tuple(tensors[key].shape)
+        },
+    }
     problems = [
         f"{', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''} {what}"
-        for keys, what in ((missing, "missing"), (misplaced, "without a place in the model"))
+        for what, keys in ((what, sorted(keys)) for what, keys in found.items())
         if keys
     ]
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def check_adapters(model: PreTrainedModel, folder: Path, say: Callable[[str], None]) -> None:
+    """Account for the tensors of a PEFT folder by the header of its file.
+
+    Args:
+        model: the model that they were trained on; tensors without content do.
+        folder: as in `load_lora`.
+        say: prints a line for the user.
+
+    Raises:
+        ModelError: the folder holds no adapters that fit the model.
+    """
+    try:
+        converted = adapter_folder(folder, say)
+        config = read_adapter_config(converted)
+        with _peft_warnings_ignored():
+            check_tensors(get_peft_model(model, config), POLICY, tensors_of(converted, ADAPTERS))
+    except ModelError:
+        raise
+    except ValueError as error:
+        raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
 
 
 def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None) -> PeftModel:
@@ -310,7 +342,7 @@ def load_score_adapter(
         result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
         if result.unexpected_keys:
             raise ValueError(f"{result.unexpected_keys[0]} has no place in the model")
-        _check_tensors(model, name, weights)
+        check_tensors(model, name, weights)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
     for key, weight in model.named_parameters():

@@ -100,24 +100,25 @@ class MemoryPlan(NamedTuple):
         return sum(self)
 
 
-def build_on_meta(cfg: ModelConfig, *, scores: bool) -> tuple[PreTrainedModel, nn.Module]:
+def build_on_meta(cfg: ModelConfig, *, scores: bool, vocabulary: int = 0) -> tuple[PreTrainedModel, nn.Module]:
     """Build what a run trains out of tensors without content; no weight is read.
 
     Args:
         cfg: the model's configuration.
         scores: it becomes a reward model.
+        vocabulary: rows that the tokenizer's ids need.
 
     Returns:
         The causal language model, and the model that trains, with its adapters or its score head.
 
     Raises:
-        ModelError: its config.json cannot be found or read, or its adapters do not fit it.
+        ModelError: its config.json cannot be found or read, or its adapters or the tokenizer do not fit it.
     """
     plain = dataclasses.replace(cfg, random_init=True, gradient_checkpointing=False)
     if scores:
         plain = dataclasses.replace(plain, freeze_transformer=False)
     with torch.device("meta"):
-        causal_lm = load_causal_lm(plain, vocabulary=0, longest=0)
+        causal_lm = load_causal_lm(plain, vocabulary=vocabulary, longest=0)
         whole = with_score_head(causal_lm, 0) if scores else causal_lm
         if scores and cfg.freeze_transformer:
             whole.requires_grad_(False)

@@ -1,7 +1,6 @@
 """The model that a task starts from or evaluates: the configured one, or what an earlier run made of it."""
 
 import dataclasses
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.agent.reward import RewardModel, load_reward_model, reward_model_of
 from sheeprlhf.engine.checkpoint import Say
-from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.weights import find_checkpoint, load_weights
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import add_lora, load_lora, merge_lora
-from sheeprlhf.model.memory import build_on_meta
 from sheeprlhf.structure.commands import shell_word
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import TrainConfig
@@ -26,16 +23,12 @@ from sheeprlhf.utils.errors import ConfigError
 
 
 def begin_training(cfg: TrainConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the model that is going to train, and check the model's adapters, before data is prepared.
+    """Load the tokenizer of the model that is going to train; `task/weights.py` has checked the model.
 
     Raises:
-        ModelError: the tokenizer cannot be loaded, or adapters cannot be put where `model.lora_cfg.targets` says.
+        ModelError: the tokenizer cannot be loaded.
     """
-    tokenizer = load_tokenizer(cfg.model)
-    if cfg.model.finetune_mode == "LORA":
-        with isolated_rng(), suppress(NotImplementedError, RuntimeError, TypeError):  # code that reads tensors
-            build_on_meta(cfg.model, scores=cfg.task.trains == "reward model")
-    return tokenizer
+    return load_tokenizer(cfg.model)
 
 
 def load_of_run(
@@ -109,6 +102,22 @@ def load_start(
     whole = dataclasses.replace(cfg, finetune_mode="ALL", freeze_transformer=False)
     if run_dir is None:
         return load_policy(whole, tokenizer, longest=longest, batching=batching, say=say, new_head=new_head)
+    of_run = model_of_start(cfg, run_dir, tokenizer)
+    say(f"starting from the {weights} weights of {run_dir}")
+    kept = {name: getattr(cfg, name) for name in ("dtype", "disable_dropout", "gradient_checkpointing", "library_cfg")}
+    of_run = dataclasses.replace(of_run, **kept, freeze_transformer=False, random_init=False)
+    policy, packed = load_of_run(of_run, Path(run_dir), weights, tokenizer, longest=longest, batching=batching, say=say)
+    if isinstance(policy.model, PeftModel):
+        policy = Policy(merge_lora(policy.model).model)
+    return policy, packed
+
+
+def model_of_start(cfg: ModelConfig, run_dir: str, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
+    """The model of the run that a training starts from; arguments as of `load_start`.
+
+    Raises:
+        ConfigError: the run has another tokenizer.
+    """
     of_run = saved_group(run_dir, "model")
     assert isinstance(of_run, ModelConfig)
     theirs = load_tokenizer(dataclasses.replace(with_own_tokenizer(of_run, Path(run_dir)), chat_template=None))
@@ -117,13 +126,7 @@ def load_start(
             f"task.sft_experiment_dir={run_dir} was trained with the tokenizer of {of_run.repo_name}, which is not "
             f"that of {cfg.repo_name}: give model={of_run.config_name} model.repo_name={of_run.repo_name}"
         )
-    say(f"starting from the {weights} weights of {run_dir}")
-    kept = {name: getattr(cfg, name) for name in ("dtype", "disable_dropout", "gradient_checkpointing", "library_cfg")}
-    of_run = dataclasses.replace(of_run, **kept, freeze_transformer=False, random_init=False)
-    policy, packed = load_of_run(of_run, Path(run_dir), weights, tokenizer, longest=longest, batching=batching, say=say)
-    if isinstance(policy.model, PeftModel):
-        policy = Policy(merge_lora(policy.model).model)
-    return policy, packed
+    return of_run
 
 
 def load_policy_to_train(

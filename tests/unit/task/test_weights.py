@@ -5,15 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from sheeprlhf.cli import run
+from sheeprlhf.model.load import load_causal_lm
+from sheeprlhf.model.lora import add_lora
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.online import GRPOConfig
 from sheeprlhf.structure.reward import ModelRewardConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, RMConfig
-from sheeprlhf.task.weights import models_of
+from sheeprlhf.task.weights import Needed, check_needed, models_of
+from sheeprlhf.utils.errors import ModelError
 from tests.support.runs import WRITERS, train_words
 
 ModelFolder = Callable[..., Path]
@@ -77,7 +81,8 @@ def test_which_models_a_job_loads(tmp_path: Path) -> None:
         return str(final.parent)
 
     def found(config: TrainConfig | EvalConfig) -> list[tuple[str | None, bool, bool]]:
-        return [(need.model.repo_name, need.scores, need.new_head) for need in models_of(config)]
+        needed = [need for need in models_of(config) if need.adapters is None]
+        return [(need.model.repo_name, need.scores, need.new_head) for need in needed]
 
     whole, adapted = made("whole", "sft", adapters=False), made("adapted", "sft", adapters=True)
     rm = made("rm", "rm", adapters=False)
@@ -95,3 +100,50 @@ def test_which_models_a_job_loads(tmp_path: Path) -> None:
     assert found(cfg) == [("me/base", False, False), (f"{rm}/final", True, False)]
     cfg.task = GRPOConfig(sft_experiment_dir=None, rm_experiment_dir=rm_adapted)
     assert found(cfg) == [("me/base", False, False), (f"{whole}/final", False, False)]
+    [adapters] = [need for need in models_of(cfg) if need.adapters is not None]
+    assert adapters.adapters == Path(rm_adapted, "final") and adapters.scores
+    assert adapters.model.repo_name == f"{whole}/final"
+
+
+@pytest.mark.parametrize("change", ["missing", "another shape"])
+def test_adapters_are_accounted_for_by_the_header(change: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    cfg = AutoModelConfig(repo_name=str(model_folder()), finetune_mode="LORA")
+    assert cfg.lora_cfg is not None
+    add_lora(load_causal_lm(cfg, vocabulary=0, longest=0), cfg.lora_cfg).save_pretrained(tmp_path)
+    needed = Needed(cfg, adapters=tmp_path)
+    assert check_needed(needed, print) == ""
+    path, name = tmp_path / "adapter_model.safetensors", "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    tensors = load_file(path)
+    tensors |= {name: torch.ones(3, 4)} if change == "another shape" else {}
+    save_file({key: tensor for key, tensor in tensors.items() if key != name or change != "missing"}, path)
+    with pytest.raises(ModelError, match=f"{tmp_path}: these adapters cannot be loaded: {name} .*{change}"):
+        check_needed(needed, print)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task", "words", "said"),
+    [
+        ("gemma2", "grpo", ["generation.engine=continuous"], "generation.engine=continuous"),
+        ("gemma2", "sft", ["task.batching=packed"], "task.batching=packed"),
+        ("mamba", "dpo", ["task.batching=packed"], "task.batching=packed"),
+        ("llama", "sft", ["model.freeze_transformer=true"], "model.freeze_transformer=true"),
+        ("llama", "sft", ["model.embedding_dim_name=vocab_size"], "model.embedding_dim_name=vocab_size"),
+        ("llama", "sft", ["model.finetune_mode=LORA", "model.lora_cfg.targets=[lm_head]"], "model.lora_cfg.targets"),
+        ("mamba", "ppo", [], "cannot become a reward model or critic"),
+    ],
+)
+def test_options_that_the_architecture_excludes_end_training_before_anything_is_made(
+    architecture: str,
+    task: str,
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    model_folder: ModelFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SHEEPRLHF_CACHE", str(tmp_path / "cache"))
+    data = WRITERS[task](tmp_path / "rows.jsonl")
+    message = refused(train_words(model_folder(architecture), data, tmp_path / "run", *words, task=task), capsys)
+    assert said in message
+    assert not (tmp_path / "cache").exists() and not list((tmp_path / "run").glob("*"))
