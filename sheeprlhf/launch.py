@@ -21,10 +21,11 @@ from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, Ro
 from sheeprlhf.structure.smaller import advice
 from sheeprlhf.structure.trained import needs_base_model
 from sheeprlhf.structure.validate import parse_devices
-from sheeprlhf.utils.errors import OutOfMemory, SheepError
+from sheeprlhf.utils.errors import OutOfMemory, SheepError, UnsafePathError
 from sheeprlhf.utils.files import disk_full
 from sheeprlhf.utils.floors import check_versions
 from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.processes import die_with_parent
 from sheeprlhf.utils.quiet import silence_libraries
 
@@ -115,9 +116,8 @@ def launch(config: RootConfig, job: Job) -> int:
         if full is not None:
             raise full from error
         if run_dir is not None and not isinstance(error, SheepError):
-            path = run_dir / "error.log"
-            with suppress(OSError):  # the disk may be the error
-                path.write_text(redact_text(traceback.format_exc()), encoding="utf-8")
+            with suppress(OSError, UnsafePathError):  # the disk may be the error
+                path = write_file(run_dir, "error.log", redact_text(traceback.format_exc()).encode(errors="replace"))
                 error.add_note(f"its traceback is in {path}")
         raise
     return 0
@@ -178,8 +178,6 @@ def _words_alone(config: TrainConfig | EvalConfig, job: Job) -> list[str]:
 
 def _choose_dir(config: TrainConfig, given: str | None) -> Path:
     """Rank zero only."""
-    if given is not None and Path(given).is_dir() and not any(Path(given).iterdir()):
-        Path(given).chmod(0o700)  # Hydra has made it, for all to read
     place = choose_run_dir(config, config_hash(config), given=given)
     print(place.note)
     return place.dir.absolute()

@@ -24,6 +24,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.vocabulary import num_rows_needed
 
 OFFSET = "reward_offset"  # in config.json: subtracted from the head's score
@@ -89,7 +90,7 @@ class RewardModel(nn.Module):
             config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         card = _CARD.format(load=_LOAD_ADAPTERS if adapters else _LOAD_WHOLE, offset=offset)
-        (folder / "README.md").write_text(card)
+        write_file(folder, "README.md", card.encode())  # over the one of PEFT
 
 
 def offset_of(folder: Path) -> float:

@@ -16,6 +16,7 @@ from sheeprlhf.structure.trained import POLICY, find_trained
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.floors import check_versions
 from sheeprlhf.utils.hub import why_offline
+from sheeprlhf.utils.output import make_folders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,7 +86,7 @@ def run(arguments: list[str]) -> int:
     screen = Screen()
     if is_newest(given.words[0]):
         screen.print(clean(f"{given.words[0]}: {trained.word}", 400), style="faint")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(folder.parent)
     checks = export_model(trained, folder, dtype, card, lambda text: screen.print(clean(text, 400), style="faint"))
     if checks.merged is not None:
         screen.print(f"adapters merged in float32: logits differ by {checks.merged:.2g} (largest {checks.largest:.3g})")

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from sheeprlhf.command import smollm2
-from sheeprlhf.engine.manifest import remove_folder, verify_manifest, write_manifest
+from sheeprlhf.engine.manifest import verify_manifest, write_manifest
 from sheeprlhf.model.folder import INDEX, WEIGHTS, check_model, folder_of, pickled_files, safetensors_files
 from sheeprlhf.structure.commands import command, option_word
 from sheeprlhf.structure.model import ModelConfig, SmolLM2Config
@@ -12,7 +12,7 @@ from sheeprlhf.structure.places import PICKLED, WEIGHTS_FILES
 from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.run import FetchConfig
 from sheeprlhf.utils.errors import CheckpointError, ModelError
-from sheeprlhf.utils.folders import MARKER, locked, writing_errors, written_folder
+from sheeprlhf.utils.folders import discard, has_marker, locked, writing_errors, written_folder
 from sheeprlhf.utils.hub import EMBEDDED, SMOLLM2, fetched_folder, why_offline
 
 _FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]  # never code
@@ -70,13 +70,13 @@ def _is_there(folder: Path) -> bool:
     """Whether the folder is there and every file in it is as it was written; a damaged one is removed."""
     if not folder.exists():
         return False
-    if not (folder / MARKER).is_file():
+    if not has_marker(folder):
         raise ModelError(f"{folder} is in the way and not ours: move it, or give another place: cache_dir=<folder>")
     try:
         verify_manifest(folder)
     except CheckpointError as error:
         _say(f"{error}; it is made again")
-        remove_folder(folder)
+        discard(folder)
         return False
     return True
 

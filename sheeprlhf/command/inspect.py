@@ -23,7 +23,7 @@ from sheeprlhf.structure.commands import command, given_words
 from sheeprlhf.structure.run import InspectConfig
 from sheeprlhf.structure.task import RMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
-from sheeprlhf.utils.files import write_whole
+from sheeprlhf.utils.output import write_file
 
 SIGNATURE = "sheeprlhf inspect"  # in both files: they may be replaced
 _GUTTER = {True: "+ ", False: "  "}
@@ -120,7 +120,7 @@ def _is_ours(path: Path) -> bool:
 
 def _write(path: Path, content: bytes) -> None:
     try:
-        write_whole(path, content)
+        write_file(path.parent, path.name, content)
     except OSError as error:
         raise ConfigError(
             f"output_dir: {path} cannot be written ({error.strerror or error}); free space, or give another output_dir"

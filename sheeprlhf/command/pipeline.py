@@ -25,6 +25,7 @@ from sheeprlhf.structure.pipeline import Stage, stages_of
 from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.run import PipelineConfig, RootConfig
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.output import create_file, make_folder
 
 
 def run(config: PipelineConfig) -> int:
@@ -89,8 +90,8 @@ def check_stages(stages: list[Stage], flags: list[str]) -> None:
 
 def _stand_in(folder: Path, config: RootConfig) -> None:
     """What checks look at of a finished run."""
-    (folder / "final").mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
+    make_folder(folder, "final")
+    create_file(folder, "config.yaml", yaml.safe_dump(config_to_dict(config)).encode())
 
 
 def _run_stages(config: PipelineConfig, stages: list[Stage], flags: list[str], place: Place, started: Children) -> int:

@@ -15,7 +15,7 @@ from rich.table import Table
 from sheeprlhf.structure.pipeline import Stage
 from sheeprlhf.structure.records import RESULT
 from sheeprlhf.utils.errors import RecordError
-from sheeprlhf.utils.files import write_whole
+from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.records import load_json
 
 _MAX_FILES = 200
@@ -64,9 +64,9 @@ def write_results(folder: Path, stages: list[Stage], state: Mapping[str, Any]) -
     writer.writeheader()
     writer.writerows(records)
     lines = [["stage", *(column.heading for column in columns)], ["---"] * (len(columns) + 1), *cells(rows, columns)]
-    write_whole(folder / "results.csv", text.getvalue().encode())
-    write_whole(folder / "results.md", "".join(f"| {' | '.join(line)} |\n" for line in lines).encode())
-    write_whole(folder / "results.json", json.dumps(records, indent=1).encode())
+    write_file(folder, "results.csv", text.getvalue().encode())
+    write_file(folder, "results.md", "".join(f"| {' | '.join(line)} |\n" for line in lines).encode())
+    write_file(folder, "results.json", json.dumps(records, indent=1).encode())
     return rows
 
 

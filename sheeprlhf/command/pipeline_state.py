@@ -19,7 +19,7 @@ from sheeprlhf.structure.records import PIPELINE
 from sheeprlhf.structure.registry import NOT_IN_HASH
 from sheeprlhf.structure.run import PipelineConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError
-from sheeprlhf.utils.files import write_whole
+from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.records import load_json
 
 STATE_FILE = "pipeline.json"
@@ -56,7 +56,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
     """All of it, or what was there before."""
-    write_whole(folder / STATE_FILE, json.dumps(state, indent=1).encode())
+    write_file(folder, STATE_FILE, json.dumps(state, indent=1).encode())
 
 
 def choose_folder(config: PipelineConfig, stages: list[Stage], command: list[str]) -> Place:

@@ -15,7 +15,7 @@ from sheeprlhf.structure.limits import near_path
 from sheeprlhf.structure.places import new_folder_problems
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import write_whole
+from sheeprlhf.utils.output import write_file
 
 OUTPUT_DIR = "logs/report"
 _ENDINGS = (".html", ".htm")
@@ -191,7 +191,7 @@ def _write(files: dict[Path, bytes]) -> None:
         raise ConfigError(*(f"{path} is there and is not of a report: give another name with --to" for path in taken))
     for path, content in files.items():
         try:
-            write_whole(path, content)
+            write_file(path.parent, path.name, content)
         except OSError as error:
             why = error.strerror or error
             raise ConfigError(f"{path} cannot be written ({why}): give another place with --to") from error

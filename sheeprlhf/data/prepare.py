@@ -51,6 +51,7 @@ from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import DataConfig, KeptColumns
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.folders import discard, locked, written_folder
+from sheeprlhf.utils.output import create_file
 from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, BoundToThis, start_bound
 from sheeprlhf.utils.rendering import fixed_arguments
 
@@ -235,7 +236,7 @@ def _build(
         ]
         if not any(rows_kept(report, split) for split in TRAINING_SPLITS[tokenize.kind]):
             raise DataError(why_none_left(report, set(files), cfg))
-        (temporary / store.REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
+        create_file(temporary, store.REPORT, json.dumps(report, indent=1).encode())
         store.write_digests(temporary)
 
 

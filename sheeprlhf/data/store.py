@@ -16,6 +16,7 @@ from sheeprlhf.structure.records import DIGESTS as DIGESTS_SCHEMA
 from sheeprlhf.structure.records import PREPARED
 from sheeprlhf.utils import hub
 from sheeprlhf.utils.errors import DataError, RecordError
+from sheeprlhf.utils.output import create_file
 from sheeprlhf.utils.records import load_json
 
 REPORT = "report.json"
@@ -170,7 +171,7 @@ def cache_root(cache_dir: str | None) -> Path:
 def write_digests(folder: Path) -> None:
     """Note the SHA-256 of each file of a prepared folder, for `find_damage`."""
     digests = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.suffix in (".arrow", ".json")}
-    (folder / DIGESTS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+    create_file(folder, DIGESTS, json.dumps(digests, indent=1).encode())
 
 
 def find_damage(folder: Path) -> str:

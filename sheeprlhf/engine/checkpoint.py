@@ -7,6 +7,7 @@ manifest verifies is the one that counts.
 
 import dataclasses
 import json
+import os
 import platform
 import re
 from collections.abc import Callable
@@ -22,9 +23,9 @@ from torch.optim import Optimizer
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.manifest import (
     MANIFEST,
+    is_ours,
     read_manifest,
     remove_folder,
-    sweep_temporary,
     verify_manifest,
     write_folder,
     write_manifest,
@@ -41,8 +42,10 @@ from sheeprlhf.engine.tensors import (
 )
 from sheeprlhf.structure.records import MANIFEST as MANIFEST_SCHEMA
 from sheeprlhf.structure.records import STATE
-from sheeprlhf.utils.errors import CheckpointError, RecordError
+from sheeprlhf.utils.errors import CheckpointError, RecordError, UnsafePathError
+from sheeprlhf.utils.folders import sweep_scratch
 from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.output import create_file, make_folder, safe_path
 from sheeprlhf.utils.records import damaged, load_json
 
 Say = Callable[[str], None]
@@ -113,11 +116,13 @@ def save_checkpoint(
     *,
     config_hash: str,
     keep: int,
+    say: Say = print,
 ) -> Path:
     """All ranks: rank zero writes `checkpoints/step-<state.step>/` and removes old ones.
 
-    Kept are the newest `keep`, and the best (`state.best_step`). Where this step is saved already and intact, nothing
-    is written: the same step of the same run has the same bytes.
+    Kept are the newest `keep`, the best (`state.best_step`), and every folder that this program did not write, or that
+    has a damaged manifest; the latter are named through `say`. Where this step is saved already and intact, nothing is
+    written: the same step of the same run has the same bytes.
 
     Raises:
         CheckpointError: on all ranks, when it could not be written, or a weight is not finite; earlier checkpoints are
@@ -137,9 +142,11 @@ def save_checkpoint(
         try:
             if name := not_finite(weights | files["optimizer.safetensors"]):
                 raise CheckpointError(f"{name} is not finite: {target} is not written; lower optim.lr")
-            _write(target, state, files, rounds=_what_rounds(fabric, module), config_hash=config_hash)
-            _prune(target.parent, state, keep)
-        except CheckpointError as error:
+            make_folder(run_dir, "checkpoints")
+            safe_path(run_dir, f"checkpoints/{target.name}")
+            _write(target, state, files, rounds=_what_rounds(fabric, module), config_hash=config_hash, say=say)
+            _prune(target.parent, state, keep, say)
+        except (CheckpointError, UnsafePathError) as error:
             problem = str(error)
         except OSError as error:
             problem = f"cannot write {target}: {error}"
@@ -160,17 +167,23 @@ def _what_rounds(fabric: Fabric, module: nn.Module) -> dict[str, Any]:
 
 
 def _write(
-    target: Path, state: TrainState, files: dict[str, dict[str, Tensor]], *, rounds: dict[str, Any], config_hash: str
+    target: Path,
+    state: TrainState,
+    files: dict[str, dict[str, Tensor]],
+    *,
+    rounds: dict[str, Any],
+    config_hash: str,
+    say: Say,
 ) -> None:
     """Rank zero only."""
-    target.parent.mkdir(mode=0o700, exist_ok=True)
     if target.exists():
         try:
             manifest, _ = verify_manifest(target), read_state(target)
             if manifest["config_hash"] == config_hash:
                 return
-        except CheckpointError:
-            remove_folder(target)  # damaged: a resumed run has reached its step again
+        except (CheckpointError, OSError):  # damaged: a resumed run has reached its step again
+            if not remove_folder(target):
+                _set_aside(target, say)
     facts = {
         "config_hash": config_hash,
         "step": state.step,
@@ -183,15 +196,29 @@ def _write(
     def writer(folder: Path) -> None:
         for name, tensors in files.items():
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / name)
-        (folder / STATE_FILE).write_text(state.to_json())
+        create_file(folder, STATE_FILE, state.to_json().encode())
         write_manifest(folder, facts)
 
     write_folder(target, writer, num_bytes=sum(t.nbytes for tensors in files.values() for t in tensors.values()))
 
 
-def _prune(checkpoints: Path, state: TrainState, keep: int) -> None:
+def _set_aside(folder: Path, say: Say) -> None:
+    """Rename a folder that is not ours to delete."""
+    number = 1
+    while os.path.lexists(aside := folder.with_name(f"{folder.name}.kept-{number}")):
+        number += 1
+    os.rename(folder, aside)
+    say(f"{folder} is damaged, or not of this program: it is not deleted, and is called {aside.name} now")
+
+
+def _prune(checkpoints: Path, state: TrainState, keep: int, say: Say) -> None:
     """Remove all but the newest `keep` up to this step, and the best. Later steps are damaged leftovers: they go."""
-    steps = saved_steps(checkpoints)
+    steps = []
+    for step in saved_steps(checkpoints):
+        if is_ours(folder := checkpoints / f"step-{step}"):
+            steps.append(step)
+        else:
+            say(f"{folder} has a damaged manifest, or files that this program did not write: it is never deleted")
     kept = {state.best_step, *[step for step in steps if step <= state.step][:keep]}
     for step in steps:
         if step not in kept:
@@ -224,8 +251,8 @@ def restore_latest(
     """All ranks: load the newest good checkpoint and clear away what killed processes left; None if there is none."""
     path = None
     if fabric.is_global_zero:
-        sweep_temporary(run_dir)
-        sweep_temporary(run_dir / "checkpoints")
+        sweep_scratch(run_dir)
+        sweep_scratch(safe_path(run_dir, "checkpoints"))
         path = latest_checkpoint(run_dir, say)
     path = fabric.broadcast(path)
     if path is None:

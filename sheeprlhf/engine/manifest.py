@@ -1,7 +1,7 @@
 """Folders that are there whole or not at all, and the manifest that proves it. Imports no torch.
 
-A folder is filled under a temporary name beside its place, forced to disk file by file, and renamed: a process killed
-at any moment leaves either the whole folder or something named `<name>.tmp.<pid>`, which the next start removes.
+A folder is filled in a scratch folder beside its place, forced to disk file by file, and renamed: a process killed at
+any moment leaves either the whole folder or something named `<name>.<random>.tmp.<pid>`, which the next start removes.
 """
 
 import hashlib
@@ -16,13 +16,14 @@ from typing import Any
 
 from sheeprlhf.structure.records import MANIFEST as SCHEMA
 from sheeprlhf.utils.errors import CheckpointError, RecordError
-from sheeprlhf.utils.files import fsync
+from sheeprlhf.utils.files import fsync, make_private
+from sheeprlhf.utils.folders import scratch_folder
+from sheeprlhf.utils.output import create_file
 from sheeprlhf.utils.records import load_json
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
-_TEMPORARY = re.compile(r".+\.tmp\.(\d+)")
 
 
 def write_folder(
@@ -34,7 +35,7 @@ def write_folder(
 ) -> None:
     """One process: make folder `target` by `writer(temporary folder)`; it appears whole or not at all.
 
-    A folder that is there already is replaced.
+    What is there already is replaced if it is an empty folder, or one that `remove_folder` removes.
 
     Args:
         target: the folder's place; its parent exists.
@@ -45,20 +46,21 @@ def write_folder(
     Raises:
         CheckpointError: it could not be written; nothing is left behind.
     """
-    temporary = target.with_name(f"{target.name}.tmp.{os.getpid()}")
     try:
-        remove_folder(temporary)
-        temporary.mkdir(mode=0o700)
-        writer(temporary)
-        for path in sorted(temporary.rglob("*"), reverse=True):
-            fsync(path)
-        fsync(temporary)
-        if target.exists():
-            remove_folder(target)
-        os.rename(temporary, target)
-        fsync(target.parent)
+        with scratch_folder(target) as scratch:
+            new = scratch / "new"
+            new.mkdir()
+            writer(new)
+            for path in [*sorted(new.rglob("*"), reverse=True), new]:
+                make_private(path)
+                fsync(path)
+            if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
+                target.rmdir()
+            elif os.path.lexists(target) and not remove_folder(target):
+                raise CheckpointError(f"{target} is there already and was not written by this program: move it")
+            os.rename(new, target)
+            fsync(target.parent)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         # safetensors reports a full disk as its own class of error, which is no OSError
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
@@ -68,38 +70,23 @@ def write_folder(
         raise
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder so that a kill in between leaves no half of it under its own name."""
-    if not os.path.lexists(folder):
-        return
-    doomed = folder
-    if not _TEMPORARY.fullmatch(folder.name):
-        doomed = folder.with_name(f"{folder.name}.old.tmp.{os.getpid()}")
-        os.rename(folder, doomed)
-    if doomed.is_symlink() or not doomed.is_dir():
-        doomed.unlink()
-    else:
-        shutil.rmtree(doomed)
-
-
-def sweep_temporary(folder: Path) -> None:
-    """Remove what killed processes left in `folder`: names of our pattern whose process is gone, or is this one."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        match = _TEMPORARY.fullmatch(path.name)
-        if match and path.is_dir() and not path.is_symlink():
-            pid = int(match[1])
-            if pid == os.getpid() or not _is_alive(pid):
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+def remove_folder(folder: Path) -> bool:
+    """Remove a folder that `is_ours`, at once or not at all; False if it is not, and stays."""
+    if not is_ours(folder):
         return False
-    except (PermissionError, OverflowError):
-        return True
+    with scratch_folder(folder) as scratch:
+        os.rename(folder, scratch / folder.name)
     return True
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether the manifest of a folder proves that this program wrote every file in it."""
+    try:
+        known = {MANIFEST, *read_manifest(folder)["files"]}
+        with os.scandir(folder) as entries:
+            return all(entry.name in known and entry.is_file(follow_symlinks=False) for entry in entries)
+    except (CheckpointError, OSError):
+        return False
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
@@ -110,7 +97,7 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
         files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     content = {"format": FORMAT_VERSION, **facts, "files": files}
     content["sha256"] = _sha256_of_json(content)
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1, sort_keys=True))
+    create_file(folder, MANIFEST, json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 def verify_manifest(folder: Path) -> dict[str, Any]:

@@ -4,18 +4,21 @@ After a resume everything beyond the checkpoint's step is taken back, so that ea
 """
 
 import csv
-import os
+import io
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from sheeprlhf.engine.redact import code_block, csv_cell, plain_text, redact_text
-from sheeprlhf.utils.files import fsync, removed_on_error
+from sheeprlhf.utils.files import make_private
+from sheeprlhf.utils.output import make_folder, open_append, safe_path, write_file
 
 CSV_FILE = "metrics.csv"
 _COLUMNS = ("step", "tag", "value", "wall_time")
+_SAMPLE_HEAD = "--- "  # the first line of a file of samples begins so
 _SAMPLE_FILE = re.compile(r"step-(\d+)\.txt")
 
 
@@ -26,16 +29,19 @@ class MetricWriter:
         """Open the records of `run_dir`. Entries beyond `start_step` (0: all) are a killed process's: they go."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
 
-        self._samples = run_dir / "samples"
+        self._run_dir, samples = run_dir, safe_path(run_dir, "samples")
         last_step = start_step if start_step > 0 else -1
-        _truncate_csv(run_dir / CSV_FILE, last_step)
-        for path in self._samples.iterdir() if self._samples.is_dir() else ():
+        _truncate_csv(run_dir, last_step)
+        for path in samples.iterdir() if samples.is_dir() else ():
             match = _SAMPLE_FILE.fullmatch(path.name)
-            if match and int(match[1]) > last_step:
+            if match and int(match[1]) > last_step and _is_sample(path):
                 path.unlink()
-        self._file = (run_dir / CSV_FILE).open("a", newline="")
+        self._file = open_append(run_dir, CSV_FILE)
         self._csv = csv.writer(self._file)
-        self._tensorboard = SummaryWriter(str(run_dir), purge_step=last_step + 1)
+        suffix = f".{uuid.uuid4().hex}"  # no file, and no link, can have this name before
+        self._tensorboard = SummaryWriter(str(run_dir), purge_step=last_step + 1, filename_suffix=suffix)
+        for path in run_dir.glob(f"*{suffix}"):
+            make_private(path)
         self._old_hook = threading.excepthook
         threading.excepthook = _quiet_about_tensorboard(self._old_hook)
 
@@ -50,9 +56,9 @@ class MetricWriter:
 
     def log_text(self, tag: str, text: str, step: int) -> None:
         """A sample: in TensorBoard as a block that no markup leaves, and as plain text in samples/step-<n>.txt."""
-        self._samples.mkdir(mode=0o700, exist_ok=True)
-        with (self._samples / f"step-{step}.txt").open("a", encoding="utf-8", errors="replace") as file:
-            file.write(f"--- {tag}\n{redact_text(plain_text(text))}\n")
+        make_folder(self._run_dir, "samples")
+        with open_append(self._run_dir, f"samples/step-{step}.txt") as file:
+            file.write(f"{_SAMPLE_HEAD}{tag}\n{redact_text(plain_text(text))}\n")
         self._tensorboard.add_text(tag, code_block(redact_text(text)), step)
         self._tensorboard.flush()
 
@@ -73,15 +79,20 @@ def _quiet_about_tensorboard(hook: Callable[[threading.ExceptHookArgs], object])
     return told
 
 
-def _truncate_csv(path: Path, last_step: int) -> None:
+def _is_sample(path: Path) -> bool:
+    """Whether `log_text` wrote a file; a user may have put another one beside those."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_SAMPLE_HEAD)) == _SAMPLE_HEAD.encode()
+
+
+def _truncate_csv(run_dir: Path, last_step: int) -> None:
     """Keep the complete rows up to a step; a new file gets its header."""
-    rows = []
+    rows, path = [], safe_path(run_dir, CSV_FILE)
     if path.is_file():
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             rows = [row for row in csv.reader(file) if len(row) == len(_COLUMNS) and row[0].isdigit()]
-    temporary = path.with_name(f"{path.name}.tmp")
-    with removed_on_error(temporary):
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([_COLUMNS, *(row for row in rows if int(row[0]) <= last_step)])
-        fsync(temporary)
-        os.replace(temporary, path)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([_COLUMNS, *(row for row in rows if int(row[0]) <= last_step)])
+    write_file(run_dir, CSV_FILE, text.getvalue().encode(errors="replace"))

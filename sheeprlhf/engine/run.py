@@ -22,8 +22,8 @@ from sheeprlhf.engine.signals import SignalFlags, noted_signals
 from sheeprlhf.structure.registry import CUT_OPTIONS, config_hash, config_to_dict
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import USERS_MISTAKE, ConfigError, Interrupted, NonFiniteError, SheepError
-from sheeprlhf.utils.files import removed_on_error
 from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.processes import die_with_parent
 
 ON_CUDA = (
@@ -54,12 +54,18 @@ class Run:
         self._progress: Progress | None = None
         self._began, self._began_at_step = time.monotonic(), 0
         self._state = TrainState()
+        self._said: set[str] = set()
         self._counted_at = 0  # the step with which the number of skipped steps was last logged
 
     def say(self, text: str) -> None:
         """Print a line on rank zero; it does not break the progress bar, and shows no secret."""
         if self._fabric.is_global_zero:
             tqdm.write(redact_text(plain_text(text)), file=sys.stderr)
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
 
     def restore(self, module: nn.Module, optimizer: Optimizer) -> TrainState:
         """All ranks, once, before the first log: continue from the newest good checkpoint, or start at step 0.
@@ -94,7 +100,14 @@ class Run:
     def save(self, state: TrainState, module: nn.Module, optimizer: Optimizer) -> Path:
         """All ranks: write checkpoints/step-<state.step>; validate before, so that it knows the best step."""
         return save_checkpoint(
-            self._fabric, self.dir, state, module, optimizer, config_hash=self._config_hash, keep=self._keep
+            self._fabric,
+            self.dir,
+            state,
+            module,
+            optimizer,
+            config_hash=self._config_hash,
+            keep=self._keep,
+            say=self._say_once,
         )
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -186,12 +199,8 @@ def _save_config(cfg: TrainConfig, run_dir: Path) -> bool:
     if path.exists():
         return False
     text = yaml.safe_dump(redact(config_to_dict(cfg)), sort_keys=False)
-    temporary = path.with_name(f"{CONFIG_FILE}.tmp")
     try:
-        with removed_on_error(temporary):
-            temporary.touch(mode=0o600)
-            temporary.write_text(text)
-            temporary.replace(path)
+        write_file(run_dir, CONFIG_FILE, text.encode())
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another place with root_dir=") from error
     return True

@@ -24,7 +24,8 @@ from sheeprlhf.structure.registry import CUT_OPTIONS, NOT_IN_HASH, choices, conf
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import fsync, removed_on_error
+from sheeprlhf.utils.files import make_private
+from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.records import damaged
 
 CONFIG_FILE = "config.yaml"
@@ -236,6 +237,8 @@ def _make_dir(folder: Path, key: str, *, exist_ok: bool) -> bool:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=exist_ok)
+        if not any(folder.iterdir()):
+            make_private(folder)
     except OSError as error:
         if isinstance(error, FileExistsError) and folder.is_dir():
             return False
@@ -249,12 +252,7 @@ def _make_dir(folder: Path, key: str, *, exist_ok: bool) -> bool:
 
 
 def _write_run(run_dir: Path, info: dict[str, Any]) -> None:
-    temporary = run_dir / f"{RUN_FILE}.tmp"
-    with removed_on_error(temporary):
-        temporary.write_text(json.dumps(info, indent=1))
-        fsync(temporary)
-        os.replace(temporary, run_dir / RUN_FILE)
-    fsync(run_dir)
+    write_file(run_dir, RUN_FILE, json.dumps(info, indent=1).encode())
 
 
 def mark_finished(run_dir: Path, **facts: Any) -> None:

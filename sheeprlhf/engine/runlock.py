@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from sheeprlhf.utils.errors import ConfigError, RunInUseError
+from sheeprlhf.utils.output import open_lock_file
 
 LOCK_FILE = ".lock"
 _WAITS = (0.01, 0.02, 0.04, 0.08)  # seconds; who only looks needs microseconds
@@ -62,7 +63,7 @@ class RunLock:
             RunInUseError: another process holds it; the message names that process.
         """
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            descriptor = open_lock_file(self._path.parent, self._path.name)
         except OSError as error:
             raise ConfigError(f"cannot lock the run directory {self._path.parent}: {error.strerror}") from error
         try:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -35,9 +34,10 @@ from sheeprlhf.model.folder import (
 )
 from sheeprlhf.structure.places import PICKLED_INDEX
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.folders import MARKER, locked, writing_errors, written_folder
+from sheeprlhf.utils.folders import has_marker, locked, writing_errors, written_folder
 from sheeprlhf.utils.hub import cache_root
 from sheeprlhf.utils.memory import size_text
+from sheeprlhf.utils.output import create_file
 
 _FORMAT = 1  # of the converted folders
 _MAX_PICKLE = 64 << 20  # bytes of the pickle in a zip file; the tensors' bytes are separate entries
@@ -68,7 +68,7 @@ def converted_folder(folder: Path, name: str, say: Callable[[str], None], cache_
         for pattern in SMALL_FILES:
             for path in folder.glob(pattern):
                 if path.name != PICKLED_INDEX and path.is_file():
-                    shutil.copyfile(path, target / path.name)
+                    create_file(target, path.name, path.read_bytes())
         _convert(files, target, WEIGHTS)
         check_sizes(folder, read_json(target, "config.json"), weights_of(target))
 
@@ -90,7 +90,7 @@ def adapter_folder(folder: Path, say: Callable[[str], None]) -> Path:
     config = plain_file(folder, ADAPTER_CONFIG)
 
     def fill(files: list[Path], target: Path) -> None:
-        shutil.copyfile(config, target / config.name)
+        create_file(target, config.name, config.read_bytes())
         _convert(files, target, ADAPTERS)
 
     return _converted(folder, [PICKLED_ADAPTERS], fill, str(folder), say, None)
@@ -115,7 +115,7 @@ def _converted(
     target = cache_root(cache_dir) / "converted" / f"{short}-{digest}"
     advice = "free space, or give another place with the environment variable SHEEPRLHF_CACHE"
     with writing_errors(f"{name}: its pickled weights cannot be converted in {target}", advice), locked(target, say):
-        if target.exists() and not (target / MARKER).is_file():
+        if target.exists() and not has_marker(target):
             raise ModelError(f"{target} was not made by this program and blocks a conversion: move it")
         if not target.exists():
             num_bytes = sum(state.st_size for state in states)
@@ -144,7 +144,8 @@ def _convert(files: list[Path], target: Path, one: str) -> None:
         save_file({key: tensor.clone() for key, tensor in tensors.items()}, target / name, metadata={"format": "pt"})
         del tensors
     if len(files) > 1:
-        (target / INDEX).write_text(json.dumps({"metadata": {"total_size": written}, "weight_map": where}))
+        index = {"metadata": {"total_size": written}, "weight_map": where}
+        create_file(target, INDEX, json.dumps(index).encode())
 
 
 def read_pickled(file: Path) -> dict[str, Tensor]:

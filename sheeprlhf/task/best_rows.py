@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.structure.records import BEST_ROW
 from sheeprlhf.utils.errors import RecordError
-from sheeprlhf.utils.files import fsync, write_whole
+from sheeprlhf.utils.output import create_file, write_file
 from sheeprlhf.utils.records import parse_json
 
 COLUMNS = ("prompt", "response", "score", "n", "mean_score", "first_score")  # of the dataset
@@ -117,10 +118,8 @@ class Parts:
 
     def write(self, split: str, number: int, rows: Sequence[dict[str, Any]]) -> None:
         """The rows of one rollout."""
-        path = self._path(split, number)
-        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        fsync(path)
-        fsync(path.parent)
+        name = f"{self._folder.name}/{self._path(split, number).name}"
+        write_file(self._folder.parent, name, _lines(rows))
 
     def read(self, split: str, count: int) -> list[dict[str, Any]]:
         """The rows of all `count` rollouts of a split, in their order."""
@@ -130,6 +129,13 @@ class Parts:
     def _rows(path: Path) -> list[dict[str, Any]]:
         return [parse_json(line, path, BEST_ROW) for line in path.read_bytes().splitlines()]
 
+    def remove(self, parts: Iterable[tuple[str, int, object]]) -> None:
+        """Remove the files of these rollouts, and the folder if nothing else is in it."""
+        with suppress(OSError):
+            for split, number, _ in parts:
+                self._path(split, number).unlink(missing_ok=True)
+            self._folder.rmdir()
+
     def _path(self, split: str, number: int) -> Path:
         return self._folder / f"{split}-{number:06d}.jsonl"
 
@@ -138,8 +144,11 @@ def write_splits(folder: Path, splits: Mapping[str, Sequence[dict[str, Any]]]) -
     """The dataset: of each split the rows that were kept, as `data=local` reads them."""
     for split, rows in splits.items():
         kept = ({name: row[name] for name in COLUMNS} for row in rows if row["fate"] == "kept")
-        with (folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        create_file(folder, f"{split}.jsonl", _lines(kept))
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def tally_table(tallies: Mapping[str, Tally], n: int) -> str:

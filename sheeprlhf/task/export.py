@@ -36,6 +36,7 @@ from sheeprlhf.structure.trained import POLICY, Trained
 from sheeprlhf.task.writer import load_trained_policy, load_trained_scorer
 from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.errors import ConfigError, DataError, ModelError
+from sheeprlhf.utils.output import write_file
 
 LOADED = 1e-5  # of 1 + the largest logit, all in float32
 _TEXTS = (  # where the run's own rows are not on this machine
@@ -107,7 +108,7 @@ def export_model(trained: Trained, target: Path, dtype: str, card: Card, say: Sa
         if AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab() != tokenizer.get_vocab():
             raise ModelError(f"{target}: the written tokenizer is another one; it was removed")
         checks.append(Checks(len(rows), max_output(outputs), apart, max_difference(outputs, rounded), loaded))
-        (folder / "README.md").write_text(card(checks[0], plain, tokenizer), encoding="utf-8")
+        write_file(folder, "README.md", card(checks[0], plain, tokenizer).encode())
         check_target(target)
 
     size = sum(weight.numel() * weight.element_size() for weight in plain.parameters())
@@ -166,4 +167,4 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         config.pop(key, None)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in every version
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_file(folder, path.name, json.dumps(config, indent=2, ensure_ascii=False).encode())

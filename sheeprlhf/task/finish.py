@@ -28,6 +28,7 @@ from sheeprlhf.task.step_memory import step_plan
 from sheeprlhf.utils.errors import DataError, ModelError, RecordError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import peak_memory, size_text
+from sheeprlhf.utils.output import safe_path, write_file
 from sheeprlhf.utils.records import load_json
 
 
@@ -57,7 +58,7 @@ def report_data(fabric: Fabric, run: Run, data: PreparedData) -> None:
         if run.planned_memory is not None:
             size = size_text(run.planned_memory)
             run.say(f"memory plan: up to {size} in a step of the longest rows (`doctor` tells more)")
-        (run.dir / REPORT_FILE).write_text(json.dumps(data.report, indent=1))
+        write_file(run.dir, REPORT_FILE, json.dumps(data.report, indent=1).encode())
 
 
 def _planned_memory(run: Run, device: str) -> int | None:
@@ -106,7 +107,7 @@ def finish_run(
     if isinstance(trained, nn.Module):
         assemble(fabric, trained)
     if fabric.is_global_zero:
-        final = run.dir / "final"
+        final = safe_path(run.dir, "final")
         if not final.exists():  # complete whenever it is there: it is renamed into place
             write_folder(final, lambda folder: trained.save(folder, tokenizer))
         best = {"best_metric": state.best_metric, "best_step": state.best_step}

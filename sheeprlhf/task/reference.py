@@ -22,9 +22,9 @@ from sheeprlhf.engine.shard import gathered
 from sheeprlhf.engine.step import LossFn, MicroBatch
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.files import write_whole
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.modes import eval_mode
+from sheeprlhf.utils.output import write_file
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -78,7 +78,7 @@ def reference_logprobs(
         sums = total.numpy()
     sums[np.setdiff1d(np.arange(len(rows)), read)] = np.nan
     if fabric.is_global_zero:
-        write_whole(path, save({"logprobs": sums}))
+        write_file(data.folder, path.name, save({"logprobs": sums}))
     fabric.barrier()
     return sums
 

@@ -31,6 +31,10 @@ class ConfigError(SheepError, ValueError):
         return "\n".join(self.problems)
 
 
+class UnsafePathError(ConfigError):
+    """A path below a run or another folder is a symbolic link or not a plain file: nothing is written through it."""
+
+
 class DataError(SheepError, ValueError):
     """The data cannot be used: names file, row and column, and the fix."""
 

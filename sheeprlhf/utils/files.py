@@ -1,11 +1,9 @@
-"""Files read that may be a stranger's, plain and of bounded size; files written whole, and brought to the disk."""
+"""Files read that may be a stranger's, plain and of bounded size; errors of a full disk; permissions and fsync."""
 
 import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sheeprlhf.utils.errors import DiskFullError
@@ -71,32 +69,6 @@ def real_file(path: Path, root: Path) -> Path:
     return real
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """All of the content, or what was there before; folders above it are made.
-
-    Raises:
-        OSError: it cannot be written; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with removed_on_error(temporary):
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-
-
-@contextmanager
-def removed_on_error(temporary: Path) -> Iterator[None]:
-    """A block that writes a file and renames it: if the disk does not let it, the file is named and not left behind."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is not None:  # without one, the name would take the place of what the error says
-            error.filename = error.filename or str(temporary)  # only opening a file names it
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-
 def disk_full(error: OSError, folder: Path) -> DiskFullError | None:
     """What to say of an error in writing below `folder`; None if it is not that its disk, or a quota, is full."""
     if error.errno not in _FULL:
@@ -116,3 +88,10 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_private(path: Path) -> None:
+    """Give a file or folder of ours to its owner alone, whatever the umask."""
+    mode = 0o700 if path.is_dir() else 0o600
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)

@@ -1,30 +1,36 @@
-"""Folders that our caches keep: each appears whole or not at all, and one process at a time makes it."""
+"""Folders of ours: each appears whole or not at all, and only one that carries our marker is ever deleted."""
 
 import fcntl
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sheeprlhf.utils.errors import ModelError, SheepError
-from sheeprlhf.utils.files import fsync
+from sheeprlhf.utils.files import fsync, make_private
+from sheeprlhf.utils.output import create_file, make_folders, open_lock_file
 
 MARKER = "MADE_BY_SHEEPRLHF"  # a folder without this file is not ours to delete
+_SCRATCH = re.compile(r".+\.[0-9a-f]{8}\.tmp\.(\d{1,9})")
 
 
 @contextmanager
 def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock of a cached folder; the system frees it when a process dies, however it dies."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("a") as lock:
+    make_folders(folder.parent)
+    lock = open_lock_file(folder.parent, f".{folder.name}.lock")
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say(f"another process is preparing {folder.name}; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 @contextmanager
@@ -34,14 +40,16 @@ def written_folder(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:
-        (temporary / MARKER).touch()
+        make_private(temporary)
+        create_file(temporary, MARKER)
         yield temporary
         for path in [*temporary.iterdir(), temporary]:
+            make_private(path)
             fsync(path)
         os.rename(temporary, folder)
         fsync(folder.parent)
     except BaseException:
-        _remove(temporary)
+        remove_marked(temporary)
         raise
 
 
@@ -66,7 +74,7 @@ def writing_errors(what: str, advice: str) -> Iterator[None]:
 def sweep(folder: Path) -> None:
     """Remove what killed preparations of `folder` left behind; the lock says that none is at work."""
     for left in folder.parent.glob(f".{folder.name}.tmp-*"):
-        _remove(left)
+        remove_marked(left)
 
 
 def discard(folder: Path) -> None:
@@ -75,16 +83,60 @@ def discard(folder: Path) -> None:
     Raises:
         FileExistsError: it has no marker, so somebody else may have made it.
     """
-    if not (folder / MARKER).is_file():
+    if not has_marker(folder):
         raise FileExistsError(f"{folder} was not made by this program: it has no {MARKER}")
     aside = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     os.rename(folder, aside)
-    _remove(aside)
+    remove_marked(aside)
 
 
-def _remove(folder: Path) -> None:
-    """Delete a folder that we made; one without our marker only if it is empty, as after a kill before the marker."""
-    if (folder / MARKER).is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-    elif folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A new marked folder beside `target`, which goes with all that is in it when the block ends."""
+    scratch = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.tmp.{os.getpid()}")
+    scratch.mkdir()
+    try:
+        make_private(scratch)
+        create_file(scratch, MARKER)
+        yield scratch
+    finally:
+        remove_marked(scratch)
+
+
+def sweep_scratch(folder: Path) -> None:
+    """Remove the scratch folders that killed processes left in `folder`; those of living processes stay."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _SCRATCH.fullmatch(path.name)
+        if match and (int(match[1]) == os.getpid() or not _is_alive(int(match[1]))):
+            remove_marked(path)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def has_marker(folder: Path) -> bool:
+    """Whether a folder is one of ours; neither it nor its marker may be a link."""
+    return not folder.is_symlink() and not (folder / MARKER).is_symlink() and (folder / MARKER).is_file()
+
+
+def remove_marked(folder: Path) -> None:
+    """Delete a folder of ours, as far as the system allows; one without our marker only if it is empty.
+
+    The marker goes last: a process killed in between leaves a folder that still carries it.
+    """
+    with suppress(OSError):
+        if has_marker(folder):
+            for path in folder.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != MARKER:
+                    path.unlink()
+            (folder / MARKER).unlink()
+        folder.rmdir()  # as after a kill before the marker

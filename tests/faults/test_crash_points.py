@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from sheeprlhf.engine import checkpoint
+from sheeprlhf.engine import checkpoint, manifest
 from sheeprlhf.engine.checkpoint import TrainState, latest_checkpoint, restore_latest, save_checkpoint
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.step import update
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.utils import folders
 from tests.unit.engine.toy import Net, micro_batch, toy_loss
 
 LOSSES = ("nothing", "what was not forced", "half of it")
@@ -41,7 +42,7 @@ class Disk:
 
     def install(self) -> None:
         """Everything by which the writer touches the disk, save the removal of temporary folders after an error."""
-        save_file, write_text = checkpoint.save_file, Path.write_text
+        save_file, create_file = checkpoint.save_file, manifest.create_file
         fsync, rename, mkdir, unlink, rmdir = os.fsync, os.rename, os.mkdir, os.unlink, os.rmdir
 
         def write(function: Callable[..., Any], path: Path, *words: Any) -> Any:
@@ -69,7 +70,10 @@ class Disk:
             self._names[str(path)] = None
 
         checkpoint.save_file = lambda tensors, path: write(save_file, path, tensors, path)
-        Path.write_text = lambda path, text: write(write_text, path, path, text)  # type: ignore[method-assign, assignment]
+        for module in (checkpoint, manifest, folders):
+            module.create_file = lambda folder, name, *content: write(  # type: ignore[attr-defined]
+                create_file, folder / name, folder, name, *content
+            )
         os.fsync, os.rename, os.mkdir = forced, renamed, made  # type: ignore[assignment]
         os.unlink = lambda path, **o: self._call(lambda: unlink(path, **o))
         os.rmdir = lambda path, **o: self._call(lambda: rmdir(path, **o))

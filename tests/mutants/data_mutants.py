@@ -99,8 +99,8 @@ MUTANTS = [
     Mutant(  # a folder that we did not make is deleted
         trap="20",
         file="sheeprlhf/utils/folders.py",
-        old="    if (folder / MARKER).is_file():\n",
-        new="    if folder.is_dir():\n",
+        old="        if has_marker(folder):\n",
+        new="        if folder.is_dir():\n",
         tests=TESTS + "prepare.py::test_a_kill_at_any_step_leaves_no_torn_cache",
     ),
     Mutant(  # an edited format_row goes on with the rows that it made before

@@ -175,7 +175,7 @@ MUTANTS = [
     Mutant(
         trap="a rename is not forced to the disk before others are removed",
         file="sheeprlhf/engine/manifest.py",
-        old="        fsync(target.parent)\n",
+        old="            fsync(target.parent)\n",
         new="",
         tests="tests/faults/test_crash_points.py",
     ),

@@ -13,8 +13,8 @@ from rich.table import Table
 import sheeprlhf
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.files import write_whole
 from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.output import write_file
 
 
 def save_result(
@@ -53,9 +53,11 @@ def save_result(
         return
     assert cfg.model is not None and cfg.data is not None
     if cfg.experiment_dir is not None:
-        folder, usual = Path(cfg.experiment_dir) / "eval", cfg.task.model_name
+        root, usual = Path(cfg.experiment_dir), cfg.task.model_name
+        folder = root / "eval"
     else:
-        folder, usual = Path(cfg.output_dir), cfg.model.config_name
+        root, usual = Path(cfg.output_dir), cfg.model.config_name
+        folder = root
     weights = usual if weights is None else weights
     record = {
         **numbers,
@@ -75,7 +77,7 @@ def save_result(
         files[folder / f"{name}-{weights}.png"] = draw()
     files[folder / f"{name}-{weights}.json"] = json.dumps(record, indent=1).encode()  # last: the rest is there then
     for path, content in files.items():
-        _write(path, content)
+        _write(root, path, content)
     if table is None:
         table = Table("metric", "value")
         for key, value in (numbers if shown is None else shown).items():
@@ -92,8 +94,8 @@ def cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(root: Path, path: Path, content: bytes) -> None:
     try:
-        write_whole(path, content)
+        write_file(root, str(path.relative_to(root)), content)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; check permissions and free space") from error

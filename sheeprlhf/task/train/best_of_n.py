@@ -6,7 +6,6 @@ in the same bytes.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import TokenizedSplit
 from sheeprlhf.data.tokenize import SpecialIds
 from sheeprlhf.engine.checkpoint import TrainState
-from sheeprlhf.engine.manifest import sweep_temporary, write_folder
+from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.run import Run, open_run
 from sheeprlhf.engine.rundir import mark_finished
 from sheeprlhf.engine.signals import STOP_SIGNALS
@@ -29,7 +28,9 @@ from sheeprlhf.task.best_rows import Parts, Tally, kl_bound, rows_of, sample_tex
 from sheeprlhf.task.collect import Collector, check_sampler
 from sheeprlhf.task.online import exchange_of, load_parts
 from sheeprlhf.utils.errors import CheckpointError, DataError
+from sheeprlhf.utils.folders import sweep_scratch
 from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.output import safe_path, write_file
 
 FIRST = {"train": 0, "validation": 1 << 31}  # number of each split's first rollout; it decides what is sampled
 
@@ -55,7 +56,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
 
         parts, todo = Parts(run.dir / "parts"), _rollouts(task, splits)
         if fabric.is_global_zero:
-            sweep_temporary(run.dir)
+            sweep_scratch(run.dir)
             done = [parts.has(split, number, len(places), run.say) for split, number, places in todo]
         done = fabric.broadcast(done if fabric.is_global_zero else [])
         state = TrainState(step=sum(done))
@@ -87,7 +88,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             read = {split: parts.read(split, sum(of == split for of, _, _ in todo)) for split in splits}
             longest = max(int(rows.sizes[:, 0].max()) for rows in splits.values()) + cfg.generation.max_new_tokens
             following = _finish(run, read, state, longest=longest)
-            shutil.rmtree(run.dir / "parts", ignore_errors=True)
+            parts.remove(todo)
             run.say(f"finished: {run.dir}\nnext: {following}")
         fabric.barrier()
 
@@ -144,11 +145,12 @@ def _finish(run: Run, read: dict[str, list[dict[str, Any]]], state: TrainState, 
             f"lower task.min_score={task.min_score}, and start anew"
         )
     kept = [split for split, of in tallies.items() if of.kept]
-    folder = run.dir / "dataset"
-    write_folder(folder, lambda new: write_splits(new, {split: read[split] for split in kept}))
+    folder = safe_path(run.dir, "dataset")
+    if not folder.exists():  # complete whenever it is there: it is renamed into place
+        write_folder(folder, lambda new: write_splits(new, {split: read[split] for split in kept}))
     report: dict[str, Any] = {split: of._asdict() for split, of in tallies.items()}
     report |= {"n": task.num_generations, "kl_bound": kl_bound(task.num_generations)}
-    (run.dir / "best_of_n.json").write_text(json.dumps(report, indent=1))
+    write_file(run.dir, "best_of_n.json", json.dumps(report, indent=1).encode())
     mark_finished(run.dir, step=state.step, **{f"best_of_{task.num_generations}": train.best})
     files = [option_word(f"data.{split}_file", str(folder / f"{split}.jsonl")) for split in kept]
     lengths = [f"data.max_length={max(data.max_length, longest)}", f"data.max_prompt_length={data.max_prompt_length}"]

@@ -213,7 +213,7 @@ def die_at(call: int) -> None:
     SplitWriter.close = killing(SplitWriter.close)
     folders.fsync = killing(folders.fsync)
     folders.os.rename = killing(killing(os.rename), after=True)
-    Path.touch = killing(Path.touch)
+    folders.create_file = killing(folders.create_file)
 
 
 def test_a_kill_at_any_step_leaves_no_torn_cache(tmp_path: Path) -> None:

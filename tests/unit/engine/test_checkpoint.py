@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
@@ -22,20 +23,14 @@ from sheeprlhf.engine.checkpoint import (
     save_checkpoint,
 )
 from sheeprlhf.engine.fabric import make_fabric
-from sheeprlhf.engine.manifest import (
-    MANIFEST,
-    read_manifest,
-    sweep_temporary,
-    verify_manifest,
-    write_folder,
-    write_manifest,
-)
+from sheeprlhf.engine.manifest import MANIFEST, read_manifest, verify_manifest, write_folder, write_manifest
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.step import update
 from sheeprlhf.engine.weights import find_checkpoint, load_weights
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.optim import AdamWConfig
-from sheeprlhf.utils.errors import CheckpointError
+from sheeprlhf.utils.errors import CheckpointError, UnsafePathError
+from sheeprlhf.utils.folders import MARKER, sweep_scratch
 from tests.unit.engine.toy import Net, micro_batch, toy_loss
 
 
@@ -48,10 +43,10 @@ def set_up(net=None, **optimizer_options):
     return fabric, module, optimizer
 
 
-def save(run_dir, step, setup=None, *, best_step=None, keep=9, config_hash="h"):
+def save(run_dir, step, setup=None, *, best_step=None, keep=9, config_hash="h", say=pytest.fail):
     fabric, module, optimizer = setup or set_up()
     state = TrainState(step=step, best_step=best_step)
-    return save_checkpoint(fabric, run_dir, state, module, optimizer, config_hash=config_hash, keep=keep)
+    return save_checkpoint(fabric, run_dir, state, module, optimizer, config_hash=config_hash, keep=keep, say=say)
 
 
 def steps(run_dir):
@@ -353,20 +348,58 @@ def test_weights_into_a_frozen_module(tmp_path):
 def test_leftovers_of_dead_processes_are_swept_and_nothing_else(tmp_path):
     save(tmp_path, 1)
     checkpoints = tmp_path / "checkpoints"
-    dead, alive, own, foreign = (
-        "step-9.tmp.4194999",
-        f"step-9.tmp.{os.getppid()}",
-        f"step-9.tmp.{os.getpid()}",
-        "my.tmp.d",
-    )
-    for name in (dead, alive, own, foreign):
+    dead, alive, own = (f"step-9.0badcafe.tmp.{pid}" for pid in (4194999, os.getppid(), os.getpid()))
+    for name in (dead, alive, own):
+        (checkpoints / name / "new").mkdir(parents=True)
+        (checkpoints / name / MARKER).touch()
+    mine = ("my.tmp.d", "step-9.tmp.4194999", "x.0badcafe.tmp.4194999", "x.tmp.4194999", "step-0")
+    for name in mine:  # of the user: no marker
         (checkpoints / name).mkdir()
-    (tmp_path / "final.tmp.4194999").mkdir()
-    (tmp_path / "notes.tmp.4194999").touch()  # a file is not of ours
+        (checkpoints / name / "notes").touch()
+    (tmp_path / "final.0badcafe.tmp.4194999").mkdir()  # killed before it had its marker
+    (tmp_path / "empty.tmp.4194999").mkdir()  # of the user
+    (tmp_path / "notes.0badcafe.tmp.4194999").touch()  # a file is not of ours
+    (tmp_path / "link.0badcafe.tmp.4194999").symlink_to(checkpoints / alive)
     assert restore_latest(*set_up()[:1], tmp_path, *set_up()[1:], config_hash="h", say=print).step == 1
-    assert {path.name for path in checkpoints.iterdir()} == {"step-1", alive, foreign}
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "notes.tmp.4194999"}
-    sweep_temporary(tmp_path / "absent")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoints", "empty.tmp.4194999", *(f"{n}.0badcafe.tmp.4194999" for n in ("notes", "link"))}
+    said: list[str] = []
+    save(tmp_path, 2, keep=1, say=said.append)
+    assert {path.name for path in checkpoints.iterdir()} == {"step-2", alive, *mine}
+    assert len(said) == 1 and "step-0" in said[0]
+    sweep_scratch(tmp_path / "absent")
+
+
+def test_a_folder_in_the_way_that_is_not_ours_is_kept(tmp_path):
+    (tmp_path / "checkpoints" / "step-3").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-3" / "model.safetensors").write_text("of the user")
+    said: list[str] = []
+    save(tmp_path, 3, say=said.append)
+    assert "step-3.kept-1" in said[0]
+    verify_manifest(tmp_path / "checkpoints" / "step-3")
+    assert (tmp_path / "checkpoints" / "step-3.kept-1" / "model.safetensors").read_text() == "of the user"
+    (tmp_path / "checkpoints" / "step-3" / "notes").write_text("of the user")  # beside our own files
+    save(tmp_path, 4, keep=1, say=said.append)
+    assert (tmp_path / "checkpoints" / "step-3" / "notes").exists()
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step-2", "checkpoints/step-1"])
+def test_nothing_is_deleted_or_written_through_a_link(tmp_path, place):
+    save(tmp_path / "run", 1) if (tmp_path / "run").mkdir() is None else None
+    path, elsewhere = tmp_path / "run" / place, tmp_path / "elsewhere"
+    if path.exists():
+        path.rename(elsewhere)
+    else:
+        save(tmp_path / "other", 2) if (tmp_path / "other").mkdir() is None else None
+        (tmp_path / "other/checkpoints/step-2").rename(elsewhere)
+    (elsewhere / "x.0badcafe.tmp.4194999").mkdir()
+    path.symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    with suppress(CheckpointError):
+        save(tmp_path / "run", 2, keep=1, say=lambda _: None)
+    with suppress(UnsafePathError):
+        restore_latest(*set_up()[:1], tmp_path / "run", *set_up()[1:], config_hash="h", say=print)
+    assert path.is_symlink() and sorted(elsewhere.rglob("*")) == before
 
 
 def test_no_checkpoint_is_a_fresh_start(tmp_path):
@@ -394,9 +427,15 @@ def test_full_disk_leaves_the_earlier_ones_and_says_what_is_missing(tmp_path, li
 
 def test_write_folder_replaces_whole_folders(tmp_path):
     target = tmp_path / "final"
-    write_folder(target, lambda folder: (folder / "a").write_text("1"))
-    (target / "sub").mkdir()
+    target.mkdir()
+    umask = os.umask(0)
+    write_folder(target, lambda folder: write_manifest(folder, {"a": 1}))
     write_folder(target, lambda folder: (folder / "b").write_text("2"))
+    os.umask(umask)
+    assert [path.name for path in target.iterdir()] == ["b"]
+    assert [oct(path.stat().st_mode & 0o777) for path in (target, target / "b")] == ["0o700", "0o600"]
+    with pytest.raises(CheckpointError, match="move it"):  # nothing says that it is ours
+        write_folder(target, lambda folder: (folder / "c").write_text("3"))
     assert [path.name for path in target.iterdir()] == ["b"]
 
     def fails(folder):
