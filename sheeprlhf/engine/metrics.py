@@ -5,19 +5,20 @@ After a resume everything beyond the checkpoint's step is taken back, so that ea
 
 import csv
 import io
+import os
 import re
-import threading
+import socket
 import time
-import uuid
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from sheeprlhf.engine.redact import code_block, csv_cell, plain_text, redact_text
-from sheeprlhf.utils.files import make_private
-from sheeprlhf.utils.output import make_folder, open_append, safe_path, write_file
+from sheeprlhf.utils.output import create_file, make_folder, open_append, safe_path, write_file
 
 CSV_FILE = "metrics.csv"
 _COLUMNS = ("step", "tag", "value", "wall_time")
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.([0-9]{1,100})\..*", re.DOTALL)
 _SAMPLE_HEAD = "--- "  # the first line of a file of samples begins so
 _SAMPLE_FILE = re.compile(r"step-(\d+)\.txt")
 
@@ -27,8 +28,6 @@ class MetricWriter:
 
     def __init__(self, run_dir: Path, start_step: int = 0) -> None:
         """Open the records of `run_dir`. Entries beyond `start_step` (0: all) are a killed process's: they go."""
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed only here
-
         self._run_dir, samples = run_dir, safe_path(run_dir, "samples")
         last_step = start_step if start_step > 0 else -1
         _truncate_csv(run_dir, last_step)
@@ -38,45 +37,81 @@ class MetricWriter:
                 path.unlink()
         self._file = open_append(run_dir, CSV_FILE)
         self._csv = csv.writer(self._file)
-        suffix = f".{uuid.uuid4().hex}"  # no file, and no link, can have this name before
-        self._tensorboard = SummaryWriter(str(run_dir), purge_step=last_step + 1, filename_suffix=suffix)
-        for path in run_dir.glob(f"*{suffix}"):
-            make_private(path)
-        self._old_hook = threading.excepthook
-        threading.excepthook = _quiet_about_tensorboard(self._old_hook)
+        self._events = EventFile(run_dir, purge_step=last_step + 1)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """One row and one point per metric."""
         now = time.time()
         for tag, value in metrics.items():
             self._csv.writerow((step, csv_cell(tag), repr(float(value)), f"{now:.3f}"))
-            self._tensorboard.add_scalar(tag, value, step, walltime=now)
+            self._events.add_scalar(tag, value, step, now)
         self._file.flush()
-        self._tensorboard.flush()
+        self._events.flush()
 
     def log_text(self, tag: str, text: str, step: int) -> None:
         """A sample: in TensorBoard as a block that no markup leaves, and as plain text in samples/step-<n>.txt."""
         make_folder(self._run_dir, "samples")
         with open_append(self._run_dir, f"samples/step-{step}.txt") as file:
             file.write(f"{_SAMPLE_HEAD}{tag}\n{redact_text(plain_text(text))}\n")
-        self._tensorboard.add_text(tag, code_block(redact_text(text)), step)
-        self._tensorboard.flush()
+        self._events.add_text(tag, code_block(redact_text(text)), step, time.time())
+        self._events.flush()
 
     def close(self) -> None:
         """Nothing can be logged afterwards."""
-        threading.excepthook = self._old_hook
         self._file.close()
-        self._tensorboard.close()
+        self._events.close()
 
 
-def _quiet_about_tensorboard(hook: Callable[[threading.ExceptHookArgs], object]) -> Callable[..., object]:
-    """The error of TensorBoard's thread, a full disk for one, is raised by the next call: no traceback beside that."""
+class EventFile:
+    """One process's points for TensorBoard, in a file whose name sorts after those of all earlier processes.
 
-    def told(of: threading.ExceptHookArgs) -> None:
-        if not type(of.thread).__module__.startswith("tensorboard."):
-            hook(of)
+    TensorBoard reads a run's files in the order of their names, which begin with a time, and points that a later file
+    takes back must have been read before. A name by the clock alone would hide points after the clock has moved back.
+    """
 
-    return told
+    def __init__(self, run_dir: Path, purge_step: int) -> None:
+        """Make the file in `run_dir`; points of earlier files from `purge_step` on are taken back."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # slow to import, and needed only here
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
+
+        stamps = [match[1] for path in run_dir.iterdir() if (match := _EVENT_FILE.fullmatch(path.name))]
+        name = f"events.out.tfevents.{_next_stamp(stamps, time.time())}.{socket.gethostname()}.{os.getpid()}.0"
+        self._event, self._summary = Event, summary
+        create_file(run_dir, name)
+        self._file = open_append(run_dir, name)
+        self._records = RecordWriter(self._file.buffer)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._write(Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        self.flush()
+
+    def add_scalar(self, tag: str, value: float, step: int, wall_time: float) -> None:
+        """Append a number."""
+        self._write(self._event(wall_time=wall_time, step=step, summary=self._summary.scalar(tag, value)))
+
+    def add_text(self, tag: str, text: str, step: int, wall_time: float) -> None:
+        """Append a text."""
+        self._write(self._event(wall_time=wall_time, step=step, summary=self._summary.text(tag, text)))
+
+    def flush(self) -> None:
+        """Hand everything to the system, which keeps it even if this process is killed."""
+        self._records.flush()
+
+    def close(self) -> None:
+        """Nothing can be appended afterwards; a full disk was reported by `flush`."""
+        with suppress(OSError):
+            self._file.close()
+
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+
+
+def _next_stamp(stamps: list[str], now: float) -> str:
+    """The time in a new file's name: `now`, or what sorts after all stamps of earlier files."""
+    stamp, last = f"{max(int(now), 0):010d}", max(stamps, default="")
+    if stamp <= last:
+        stamp = f"{int(last) + 1:0{len(last)}d}"
+    return stamp if stamp > last else f"{last}0"
 
 
 def _is_sample(path: Path) -> bool:

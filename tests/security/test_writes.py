@@ -38,7 +38,6 @@ REVIEWED = {
     "engine/manifest.py:write_folder:rename": "the new folder to its place",
     "engine/manifest.py:write_folder:rmdir": "an empty folder in its place",
     "engine/manifest.py:remove_folder:rename": "a folder that is ours, into one that is deleted",
-    "engine/metrics.py:__init__:SummaryWriter": "in the run directory itself, under a name that cannot be foreseen",
     "engine/metrics.py:__init__:unlink": "a file of samples, known by its first line",
     "engine/rundir.py:discard_unused:unlink": "what this process wrote at its start",
     "engine/rundir.py:discard_unused:rmdir": "empty folders",

@@ -1,9 +1,10 @@
 import csv
 
+import pytest
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 
-from sheeprlhf.engine.metrics import MetricWriter
+from sheeprlhf.engine import metrics
+from sheeprlhf.engine.metrics import MetricWriter, _next_stamp
 
 
 def session(run_dir, start, steps):
@@ -26,14 +27,20 @@ def expected_rows(steps):
     return [row for s in steps for row in ((s, "train/loss", 10.0 + s), (s, "val/loss", 0.1 * s))]
 
 
-def test_each_tag_and_step_is_there_once_after_resumes(tmp_path, monkeypatch):
-    # TensorBoard numbers a process's files and reads them in the order of their names, where 10 comes before 9.
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+@pytest.mark.parametrize(
+    "jumps", [(2e9 + 1, 2e9 + 2, 2e9 + 3), (2e9, 2e9, 2e9), (1e9, 5e8, 0.0), (9_999_999_999.5, 2e9, 3e9), (3e10, 5, -5)]
+)
+def test_each_tag_and_step_is_there_once_after_resumes(jumps, tmp_path, monkeypatch):
+    clock = [2_000_000_000.0]  # moves backwards between processes, as after a correction
+    monkeypatch.setattr(metrics.time, "time", lambda: clock[0])
     session(tmp_path, 0, [1, 2])  # no checkpoint yet
+    clock[0] = jumps[0]
     session(tmp_path, 0, range(1, 8))  # checkpoint at 4
+    clock[0] = jumps[1]
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("8,train/lo")  # killed while it wrote
     session(tmp_path, 4, range(5, 9))  # checkpoint at 8
+    clock[0] = jumps[2]
     writer = session(tmp_path, 8, range(9, 11))
     writer.close()
     assert rows(tmp_path) == expected_rows(range(1, 11))
@@ -47,6 +54,19 @@ def test_each_tag_and_step_is_there_once_after_resumes(tmp_path, monkeypatch):
     names = {path.name for path in (tmp_path / "samples").iterdir()}
     assert names == {f"step-{step}.txt" for step in range(1, 11)}
     assert (tmp_path / "samples/step-6.txt").read_text() == "--- sample\ntext of 6\n"
+
+
+def test_a_new_name_sorts_after_all_earlier_ones():
+    for stamps in (
+        ["0000000000"],
+        ["2000000000", "1999999999"],
+        ["9" * 10],
+        ["9" * 10, "9" * 9 + "80"],
+        ["30000000000"],
+    ):
+        for now in (-1.0, 0.0, 2e9, 1e10, 1e30):
+            name = f"events.out.tfevents.{_next_stamp(stamps, now)}.host"
+            assert all(name > f"events.out.tfevents.{stamp}.zzz" for stamp in stamps), (stamps, now)
 
 
 def test_values_are_exact_and_odd_ones_stay_readable(tmp_path):
