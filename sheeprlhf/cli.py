@@ -19,6 +19,15 @@ from sheeprlhf.command.help import PLAIN_VERBS, VERBS, print_overview, print_ver
 from sheeprlhf.command.screen import print_error
 from sheeprlhf.command.words import PLOT, Words, split_words, verb_problem
 from sheeprlhf.utils.errors import ConfigError, Interrupted, SheepError
+from sheeprlhf.utils.launchers import (
+    OWN_LAUNCHER,
+    LauncherError,
+    check_alone,
+    global_rank,
+    is_rank_zero,
+    leave_to_rank_zero,
+    local_rank,
+)
 from sheeprlhf.utils.processes import (
     SAVE_SIGNAL,
     Terminated,
@@ -33,6 +42,7 @@ from sheeprlhf.utils.streams import lasting
 
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
 _LASTING = (["train"], ["pipeline"])  # commands that go on when nobody reads their output any more
+PARALLEL_VERBS = ("train", "eval", "pipeline")
 _SECONDS_FOR_RANK_ZERO = 8.0
 
 
@@ -60,7 +70,7 @@ def run(argv: list[str] | None = None) -> None:
 
 def _guarded(action: Callable[[], int], debug: bool) -> int:
     """Run `action`; an exception becomes a message and an exit code. With `debug`, its traceback is shown too."""
-    other_rank = os.environ.get("LOCAL_RANK", "0") != "0"
+    other_rank = not is_rank_zero()
     try:
         return action()
     except BrokenPipeError:  # who reads our output, `head` for one, has seen enough
@@ -80,10 +90,18 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
             return _stopped(just_interrupted(), other_rank)
         if other_rank:  # rank zero tells what it fails with too, and this process ends with it, before it fails alone
             time.sleep(_SECONDS_FOR_RANK_ZERO)
+            if _reported_by_another(error):
+                return error.exit_code if isinstance(error, SheepError) else 1
         if debug:
             print(_shown(traceback.format_exc()), file=sys.stderr)
         print_error(_message(error, debug))
         return error.exit_code if isinstance(error, SheepError) else 1
+
+
+def _reported_by_another(error: Exception) -> bool:
+    """Whether an error of this rank, which is not the first, is that of another: of all, or of its machine's first."""
+    begun = "torch" in sys.modules or OWN_LAUNCHER in os.environ
+    return isinstance(error, LauncherError) or (isinstance(error, ConfigError) and not begun and local_rank() > 0)
 
 
 def _stopped(signum: int, other_rank: bool) -> int:
@@ -111,8 +129,8 @@ def _shown(text: str) -> str:
 def _message(error: Exception, debug: bool) -> str:
     from sheeprlhf.engine.redact import redact_text
 
-    rank = os.environ.get("LOCAL_RANK", "0")
-    who = "sheeprlhf" if rank == "0" else f"sheeprlhf (process {rank})"
+    rank = global_rank()
+    who = "sheeprlhf" if rank == 0 else f"sheeprlhf (process {rank})"
     lines = str(error).splitlines() or [type(error).__name__]
     notes = getattr(error, "__notes__", [])
     if isinstance(error, SheepError):
@@ -131,6 +149,8 @@ def _dispatch(arguments: list[str]) -> int:
         print_overview()
         return 0
     silence_libraries()
+    if verb not in PARALLEL_VERBS and leave_to_rank_zero():
+        return 0
     if verb not in HYDRA_VERBS:
         plain = [word for word in rest if word.casefold() != "debug=true"]
         return importlib.import_module(f"sheeprlhf.command.{verb}").run(plain)
@@ -208,6 +228,8 @@ def _with_hydra(verb: str, words: Words) -> int:
         problems = check(source, words.overrides, multirun=sweep, complete=not shows)
         if problems:
             raise ConfigError(*problems)
+    if sweep and not shows:
+        check_alone("a sweep (-m)")
     sweep_dir = tempfile.mkdtemp(prefix="sheeprlhf-") if sweep and "hydra.sweep.dir=" not in str(words) else ""
     codes: list[int] = []
     arguments, sys.argv = sys.argv, [sys.argv[0], *words.flags, *words.overrides]

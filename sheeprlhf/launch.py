@@ -16,21 +16,28 @@ from sheeprlhf.engine.rundir import check_existing_run, choose_run_dir, is_finis
 from sheeprlhf.model.locate import locate
 from sheeprlhf.structure.commands import option_word
 from sheeprlhf.structure.earlier import RUN_OPTIONS, is_word
+from sheeprlhf.structure.processes import with_launched_processes
 from sheeprlhf.structure.registry import config_hash
-from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, RootConfig, TrainConfig
+from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, PipelineConfig, RootConfig, TrainConfig
 from sheeprlhf.structure.smaller import advice
 from sheeprlhf.structure.trained import needs_base_model
 from sheeprlhf.structure.validate import parse_devices
-from sheeprlhf.utils.errors import OutOfMemory, SheepError, UnsafePathError
+from sheeprlhf.utils.errors import ConfigError, OutOfMemory, SheepError, UnsafePathError
 from sheeprlhf.utils.files import disk_full
 from sheeprlhf.utils.floors import check_versions
+from sheeprlhf.utils.launchers import (
+    OWN_LAUNCHER,
+    check_alone,
+    is_one_of_several,
+    is_rank_zero,
+    launched,
+    local_rank,
+    stale_note,
+)
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.processes import die_with_parent
 from sheeprlhf.utils.quiet import silence_libraries
-
-_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-_LAUNCHER = "SHEEPRLHF_LAUNCHER"  # in the environment: the process that starts the other ranks
 
 
 class Job(NamedTuple):
@@ -82,9 +89,16 @@ def launch(config: RootConfig, job: Job) -> int:
         ConfigError: a library that would be imported must not be.
     """
     check_versions()
-    if not _is_first_here():  # before torch is imported, which takes seconds
-        launcher = os.environ.get(_LAUNCHER)
+    if local_rank() > 0:  # before torch is imported, which takes seconds
+        launcher = os.environ.get(OWN_LAUNCHER)
         die_with_parent(None if launcher is None else int(launcher))
+    if isinstance(config, PipelineConfig):
+        check_alone("pipeline")
+    given = not isinstance(config, TrainConfig | EvalConfig) or config.fabric.devices is not None
+    config = with_launched_processes(config, alone=job.in_sweep)
+    note = stale_note(given)
+    if note is not None and is_rank_zero():
+        print(note, file=sys.stderr)
     if isinstance(config, CommandConfig):
         silence_libraries()
         if isinstance(config, InspectConfig):
@@ -103,7 +117,7 @@ def launch(config: RootConfig, job: Job) -> int:
         _check_weights(config)
     if isinstance(config, TrainConfig) and is_rank_zero():
         run_dir = _choose_dir(config, job.given_dir)
-        if is_finished(run_dir):
+        if is_finished(run_dir) and not is_one_of_several():
             return 0
     try:
         with phase("the rest of the run"):
@@ -151,20 +165,10 @@ def _check_weights(config: TrainConfig | EvalConfig) -> None:
     _entry(config.weights_check)(config, lambda text: print(plain_text(redact_text(text)), file=sys.stderr))
 
 
-def is_rank_zero() -> bool:
-    """Whether this process is the first of all, by what a launcher has put into the environment."""
-    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
-
-
-def _is_first_here() -> bool:
-    """Whether this process is the first of this machine's, which starts the others unless a launcher has."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 def _needs_processes(config: TrainConfig | EvalConfig) -> bool:
     devices = parse_devices(config.fabric.devices)
     single = devices == 1 or (isinstance(devices, list) and len(devices) == 1)
-    return config.fabric.num_nodes > 1 or not single
+    return (config.fabric.num_nodes or 1) > 1 or not single
 
 
 def _words_alone(config: TrainConfig | EvalConfig, job: Job) -> list[str]:
@@ -194,14 +198,20 @@ def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
     transformers_logging.disable_progress_bar()
 
     _forget_hydra()
-    if _is_first_here() and _needs_processes(config):
-        os.environ[_LAUNCHER] = str(os.getpid())
+    if launched() is None and "LOCAL_RANK" not in os.environ and _needs_processes(config):
+        os.environ[OWN_LAUNCHER] = str(os.getpid())
     fabric = make_fabric(config.fabric)
     fabric.launch()
-    folder = fabric.broadcast(str(run_dir or ""))
-    _seed(config, on_cuda=fabric.device.type == "cuda")
-    task = _entry(config.task.entry_point)
-    task(fabric, config, Path(folder)) if isinstance(config, TrainConfig) else task(fabric, config)
+    folder = fabric.broadcast(None if run_dir is None else str(run_dir))
+    if isinstance(config, TrainConfig) and (folder is None or fabric.is_global_zero != (run_dir is not None)):
+        raise ConfigError(
+            f"rank {fabric.global_rank} of {fabric.world_size} has no run directory: the environment's variables of "
+            "ranks contradict each other; start the processes by torchrun, srun or mpirun"
+        )
+    if not fabric.broadcast(run_dir is not None and is_finished(run_dir)):
+        _seed(config, on_cuda=fabric.device.type == "cuda")
+        task = _entry(config.task.entry_point)
+        task(fabric, config, Path(str(folder))) if isinstance(config, TrainConfig) else task(fabric, config)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

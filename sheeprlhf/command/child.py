@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 import sheeprlhf
+from sheeprlhf.utils.launchers import child_environment
 from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, die_with_parent, handled, watched_signals
 
 _PASSED = (*STOP_SIGNALS, SAVE_SIGNAL)
@@ -48,7 +49,7 @@ class Children:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "sheeprlhf", *words],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path},
+                env={**child_environment(), "PYTHONPATH": path},
                 start_new_session=True,
                 preexec_fn=_begin,
             )

@@ -12,9 +12,64 @@ from sheeprlhf.engine.shard import sharding_strategy
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.validate import parse_devices
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.lightning import DDPStrategy, Fabric, MisconfigurationException, ModelParallelStrategy
+from sheeprlhf.utils.launchers import Launched, launched, meeting_host, meeting_port
+from sheeprlhf.utils.lightning import (
+    ClusterEnvironment,
+    DDPStrategy,
+    Fabric,
+    LightningEnvironment,
+    MisconfigurationException,
+    ModelParallelStrategy,
+)
 
 T = TypeVar("T")
+
+
+class LaunchedEnvironment(ClusterEnvironment):
+    """Tells Fabric about the processes that a launcher has started, as `utils.launchers` reads them."""
+
+    creates_processes_externally = True
+
+    def __init__(self, found: Launched) -> None:
+        """Nothing is read from the environment but where processes meet."""
+        self._found = found
+
+    @staticmethod
+    def detect() -> bool:
+        """Never: it is passed to Fabric."""
+        return False
+
+    @property
+    def main_address(self) -> str:
+        """The machine of rank zero."""
+        return meeting_host(self._found)
+
+    @property
+    def main_port(self) -> int:
+        """A port of that machine."""
+        return meeting_port(self._found)
+
+    def world_size(self) -> int:
+        """The number of all processes."""
+        return self._found.size
+
+    def global_rank(self) -> int:
+        """The rank among all."""
+        return self._found.rank
+
+    def local_rank(self) -> int:
+        """The rank among those of this machine."""
+        return self._found.local_rank
+
+    def node_rank(self) -> int:
+        """The machine's number, where machines hold ranks in turn."""
+        return self._found.rank // (self._found.local_size or self._found.size)
+
+    def set_world_size(self, size: int) -> None:
+        """Does nothing: the launcher has decided."""
+
+    def set_global_rank(self, rank: int) -> None:
+        """Does nothing: the launcher has decided."""
 
 
 def make_fabric(cfg: FabricConfig) -> Fabric:
@@ -33,7 +88,8 @@ def make_fabric(cfg: FabricConfig) -> Fabric:
         # In bf16, oneDNN compiles kernels for every new shape, a packed row's length for one, and would keep 1,024 of
         # them, 0.7 MB each. Read by its first operation.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-    num_processes = cfg.num_nodes * (len(devices) if isinstance(devices, list) else int(devices))
+    num_nodes, found = cfg.num_nodes or 1, launched()
+    num_processes = num_nodes * (len(devices) if isinstance(devices, list) else int(devices))
     strategy: str | DDPStrategy | ModelParallelStrategy = cfg.strategy
     if cfg.strategy == "fsdp2":
         strategy = sharding_strategy(num_processes)
@@ -48,7 +104,8 @@ def make_fabric(cfg: FabricConfig) -> Fabric:
             accelerator=accelerator,
             strategy=strategy,
             devices=devices,
-            num_nodes=cfg.num_nodes,
+            num_nodes=num_nodes,
+            plugins=[LightningEnvironment() if found is None else LaunchedEnvironment(found)],
             precision=cast(Any, cfg.precision),  # validated against the same names
         )
     except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:

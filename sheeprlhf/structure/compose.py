@@ -1,6 +1,7 @@
 """Compose a configuration with Hydra's compose API and say everything that is wrong with it, before Hydra runs."""
 
 import contextlib
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,7 @@ from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.structure.strangers import content_problems, hydra_problems
 from sheeprlhf.structure.validate import validate
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.launchers import is_one_of_several, launched
 
 SAVED_CHOICE = "of_the_run"
 RECIPES = dict.fromkeys(
@@ -126,7 +128,9 @@ def _of_resumed(run_dir: Any, given: Mapping[str, Override]) -> list[str]:
     words = [option_word("resume_from", found)]
     for group in groups("train"):
         if isinstance(saved.get(group), dict) and group not in given:
-            node = saved_group(found, group, key="resume_from")
+            node: Any = saved_group(found, group, key="resume_from")
+            if group == "fabric" and (launched() is not None or is_one_of_several()):
+                node = dataclasses.replace(node, devices=None, num_nodes=None)  # the launcher's, unless given
             ConfigStore.instance().store(group=group, name=SAVED_CHOICE, node=node)
             words.append(f"{group}={SAVED_CHOICE}")
     known = {option.key for option in options(TrainConfig())}

@@ -1,11 +1,12 @@
 """Where a run computes: the arguments of Lightning Fabric."""
 
 from dataclasses import dataclass
+from typing import Optional
 
 from sheeprlhf.structure.option import Config, option
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
-STRATEGIES = ("auto", "ddp", "fsdp2", "deepspeed")
+STRATEGIES = ("auto", "ddp", "fsdp2")
 
 
 @dataclass(unsafe_hash=True)
@@ -14,8 +15,14 @@ class FabricConfig(Config):
 
     config_name: str = option("cpu", "Name of this choice.")
     accelerator: str = option("cpu", "Kind of device.", choices=("cpu", "cuda", "auto"))
-    devices: str = option("1", "Number of devices (processes) on each machine, or 'auto' for all that are there.")
-    num_nodes: int = option(1, "Number of machines.", minimum=1)
+    devices: Optional[str] = option(
+        None,
+        "Number of devices (processes) on each machine, or 'auto' for all that are there; null is what the launcher "
+        "(torchrun, srun, mpirun) has started, else 1.",
+    )
+    num_nodes: Optional[int] = option(
+        None, "Number of machines; null is what the launcher has started on, else 1.", minimum=1
+    )
     strategy: str = option(
         "auto", "How several devices share the work; fsdp2 (sft, rm, dpo) cuts the weights up too.", choices=STRATEGIES
     )

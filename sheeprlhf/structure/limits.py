@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 
 from sheeprlhf.structure.registry import Option
 
-_SAME = {"gpu": "cuda"}  # what nobody finds by the letters
+_SAME = {"gpu": "cuda", "deepspeed": "fsdp2"}  # what nobody finds by the letters
 _MOST_NAMES = 1000  # of a folder, that are compared with a mistyped one
 _SECRET_NAME = re.compile(r"(token|secrets?|passwords?|passwd|api_?keys?|private_?key|secret_?key|credentials?)$", re.I)
 # keys of code hosts, clouds, chats and package indexes that nothing else looks like
@@ -29,7 +29,8 @@ _SECRET_VALUE = re.compile(
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate most like `word` in any letter case, or None if nothing is alike."""
     by_folded = {candidate.casefold(): candidate for candidate in candidates}
-    folded = _SAME.get(word.casefold(), word.casefold())
+    same = _SAME.get(word.casefold())
+    folded = same if same in by_folded else word.casefold()
     matches = difflib.get_close_matches(folded, by_folded, n=1, cutoff=0.5)
     matches = matches or [candidate for candidate in by_folded if folded and candidate.startswith(folded)]
     return by_folded[matches[0]] if matches else None

@@ -1,7 +1,6 @@
 """What a configuration must satisfy before anything heavy starts: every problem at once, as key, value and fix."""
 
 import ast
-import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -93,16 +92,16 @@ def _fabric_problems(fabric: FabricConfig) -> Iterator[str]:
             yield f"fabric.devices={fabric.devices} names devices, which a CPU has not: give a number of processes"
     if fabric.precision == "16-mixed":  # its loss scale begins too high on purpose: the first steps are not finite
         yield "fabric.precision=16-mixed is not supported: give fabric.precision=bf16-mixed or 32-true"
-    if fabric.strategy == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        yield "fabric.strategy=deepspeed needs a package: pip install deepspeed, or give fabric.strategy=ddp"
 
 
-def parse_devices(value: str) -> int | str | list[int]:
-    """`fabric.devices` as Fabric takes it: "2" -> 2, "auto" -> "auto", "0,1" or "[0,1]" -> [0, 1].
+def parse_devices(value: str | None) -> int | str | list[int]:
+    """`fabric.devices` as Fabric takes it: "2" -> 2, "auto" -> "auto", "0,1" or "[0,1]" -> [0, 1], None -> 1.
 
     Raises:
         ValueError: it is none of these.
     """
+    if value is None:
+        return 1
     text = value.strip().strip("[]")
     if text.casefold() in ("auto", "-1"):
         return "auto"

@@ -15,8 +15,10 @@ from types import ModuleType
 from typing import cast
 
 __all__ = [
+    "ClusterEnvironment",
     "DDPStrategy",
     "Fabric",
+    "LightningEnvironment",
     "MisconfigurationException",
     "ModelParallelStrategy",
     "_FabricModule",
@@ -46,6 +48,7 @@ def _fabric_alone() -> Iterator[None]:
 
 with _fabric_alone():
     from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
     from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
     from lightning.fabric.utilities import move_data_to_device
     from lightning.fabric.utilities.exceptions import MisconfigurationException

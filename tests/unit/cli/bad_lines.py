@@ -129,6 +129,7 @@ BAD = [
     # devices and number formats
     ("train task=sft fabric=auto_cuda", ["fabric=cpu"]),
     ("train task=sft fabric.accelerator=gpu", ["fabric.accelerator=cuda"]),
+    ("train task=sft fabric.strategy=deepspeed", ["fabric.strategy=fsdp2"]),
     ("train task=sft fabric.devices=two", ["fabric.devices=two", "auto"]),
     ("train task=sft fabric.devices=0", ["fabric.devices=0", "give a number"]),
     ("train task=sft fabric.devices='0,1'", ["which a CPU has not"]),

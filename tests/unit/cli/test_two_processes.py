@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sheeprlhf.cli import run
+
 ROOT = Path(__file__).parents[3]
 STUB = """
 import json, os, random, sys
@@ -29,18 +31,26 @@ STARTS = {
 }
 
 
-def start(tmp_path, how, *words):
+def prepare(tmp_path):
+    """The environment of a command whose task is the stub."""
     (tmp_path / "site").mkdir(exist_ok=True)
     (tmp_path / "site" / "stub_task.py").write_text(STUB)
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
-    records = tmp_path / "records"
-    records.mkdir(exist_ok=True)
+    (tmp_path / "records").mkdir(exist_ok=True)
+    return {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "RECORDS": str(tmp_path / "records")}
+
+
+def recorded(tmp_path):
+    return [json.loads(path.read_text()) for path in sorted((tmp_path / "records").iterdir())]
+
+
+def start(tmp_path, how, *words):
+    environment = prepare(tmp_path)
     command = [sys.executable, *STARTS[how]]
     if how == "console":  # the file that pip writes for the console script
         script = tmp_path / "sheeprlhf-script"
         script.write_text(STARTS["console"][1])
         command = [sys.executable, str(script)]
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "RECORDS": str(records)}
     done = subprocess.run(
         [*command, "train", "task=sft", *words],
         cwd=tmp_path,
@@ -50,7 +60,7 @@ def start(tmp_path, how, *words):
         check=False,
         timeout=120,
     )
-    return done, [json.loads(path.read_text()) for path in sorted(records.iterdir())]
+    return done, recorded(tmp_path)
 
 
 @pytest.mark.slow
@@ -82,3 +92,85 @@ def test_an_error_on_all_processes_ends_all_of_them(tmp_path):
     assert done.returncode != 0
     assert "ValueError: boom" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+VARIABLES = {  # of a launcher, by rank; SLURM's are all that tests of others set
+    "srun": "SLURM_NTASKS=2 SLURM_PROCID={} SLURM_LOCALID={}",
+    "mpirun": "OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK={} OMPI_COMM_WORLD_LOCAL_RANK={} "
+    "OMPI_COMM_WORLD_LOCAL_SIZE=2",
+}
+
+
+def launch(tmp_path, launcher, *words):
+    """Start two processes as a launcher does, to their end: exit codes, and outputs (torchrun mixes all into one)."""
+    environment = prepare(tmp_path)
+    program = [str(ROOT / "sheeprlhf.py"), *words]
+    if launcher == "torchrun":
+        commands = [([*TORCHRUN, *program], {})]
+    else:
+        of_ranks = [VARIABLES[launcher].format(rank, rank) for rank in range(2)]
+        commands = [([sys.executable, *program], dict(w.split("=") for w in text.split())) for text in of_ranks]
+    processes = [
+        subprocess.Popen(
+            command, cwd=tmp_path, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for command, more in commands
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "srun", pytest.param("mpirun", marks=pytest.mark.nightly)])
+def test_processes_of_a_launcher_train_together(launcher, tmp_path):
+    codes, outputs = launch(tmp_path, launcher, "train", "task=sft", "run_name=it")
+    assert set(codes) == {0}, outputs
+    records = recorded(tmp_path)
+    assert [(record["rank"], record["world"]) for record in records] == [(0, 2), (1, 2)]
+    assert records[0]["dir"] == records[1]["dir"]
+    assert [path.parent for path in tmp_path.rglob("run.json")] == [Path(records[0]["dir"])]
+    assert {path.name for path in tmp_path.iterdir()} == {"site", "records", "logs"}
+    assert "".join(outputs).count("run directory:") == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_is_finished_ends_on_all_ranks(tmp_path):
+    """Rank one must not wait for the first, which has nothing to do."""
+    words = ["task=sft", f"hydra.run.dir={tmp_path}/it"]
+    start(tmp_path, "script", *words)
+    info = json.loads((tmp_path / "it" / "run.json").read_text())
+    (tmp_path / "it" / "run.json").write_text(json.dumps(info | {"status": "finished"}))
+    (tmp_path / "records" / "it-0.json").unlink()
+    codes, outputs = launch(tmp_path, "srun", "train", *words, "resume=true")
+    assert codes == [0, 0], outputs
+    assert recorded(tmp_path) == []
+
+
+REJECTED = ("train task=sft fabric.devices=1", "train -m task=sft seed=1,2", "pipeline experiment=quickstart")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("line", REJECTED)
+def test_what_does_not_fit_the_launcher_is_rejected_by_all_ranks_and_reported_by_one(
+    line, rank, tmp_path, monkeypatch, capsys
+):
+    for word in VARIABLES["mpirun"].format(rank, rank).split():
+        monkeypatch.setenv(*word.split("="))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sheeprlhf.cli._SECONDS_FOR_RANK_ZERO", 0)
+    with pytest.raises(SystemExit) as stop:
+        run(line.split())
+    assert stop.value.code == 2
+    assert ("fabric.devices=2" in capsys.readouterr().err) == (rank == 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_commands_of_one_process_run_on_the_first_alone(tmp_path, monkeypatch, capsys):
+    for word in VARIABLES["srun"].format(1, 1).split():
+        monkeypatch.setenv(*word.split("="))
+    run(["list", "runs", str(tmp_path / "nowhere")])
+    run(["inspect", "task=sft", f"output_dir={tmp_path}"])
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("does nothing") == 2
+    assert not list(tmp_path.iterdir())

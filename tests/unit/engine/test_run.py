@@ -278,7 +278,6 @@ def test_children_die_with_a_killed_parent(tmp_path):
     [
         ({"strategy": "fsdp2", "precision": "64-true"}, "does not work here"),
         ({"strategy": "nonsense"}, "does not work here"),
-        ({"strategy": "deepspeed"}, "does not work here"),
         ({"accelerator": "cuda", "devices": "64"}, "does not work here"),
     ],
 )
