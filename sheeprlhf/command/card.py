@@ -20,6 +20,7 @@ from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.structure.trained import POLICY, Trained
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.records import load_json
 
 if TYPE_CHECKING:
@@ -227,7 +228,8 @@ def _is_number(value: Any) -> bool:
 
 def _home(text: str) -> str:
     """Without the name of this user's home."""
-    return text.replace(str(Path.home()), "~") if len(str(Path.home())) > 1 else text
+    home = str(expand_home("~"))
+    return text.replace(home, "~") if len(home) > 1 else text
 
 
 def _cell(value: object) -> str:

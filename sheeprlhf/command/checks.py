@@ -18,7 +18,7 @@ import sheeprlhf
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.floors import OPTIONAL, version_problem
-from sheeprlhf.utils.hub import cache_root
+from sheeprlhf.utils.home import cache_root, expand_home
 from sheeprlhf.utils.memory import size_text
 
 SHOWN = ("torch", "lightning", "transformers", "datasets", "peft", "hydra-core", "safetensors", "numpy")
@@ -178,7 +178,7 @@ def _folder_size(folder: Path) -> str:
 
 def _existing(path: Path) -> Path:
     """The folder itself, or the nearest one above it that is there."""
-    path = path.expanduser().absolute()
+    path = expand_home(path).absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
     return path

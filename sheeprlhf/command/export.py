@@ -15,6 +15,7 @@ from sheeprlhf.structure.places import is_hub_id, new_folder_problems
 from sheeprlhf.structure.trained import POLICY, find_trained
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.floors import check_versions
+from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.hub import why_offline
 from sheeprlhf.utils.output import make_folders
 
@@ -58,7 +59,7 @@ def run(arguments: list[str]) -> int:
     if target is None:
         problems.append("--to is missing: give the folder to write, --to <folder>")
     else:
-        problems += list(_target_problems(Path(target).expanduser()))
+        problems += list(_target_problems(target))
     if name is not None and not is_hub_id(name):
         problems.append(f"--push-to-hub {clean(name)} cannot be a repository of the hub: give owner/name")
     if problems:
@@ -76,7 +77,7 @@ def run(arguments: list[str]) -> int:
 
     transformers_logging.disable_progress_bar()
     check_records(trained)
-    folder = Path(target).expanduser().absolute()
+    folder = expand_home(target).absolute()
     dtype = given.values["dtype"] or trained.model.dtype
 
     def card(checks: "Checks", model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -112,11 +113,12 @@ def _print_help() -> None:
     )
 
 
-def _target_problems(folder: Path) -> Iterator[str]:
+def _target_problems(target: str) -> Iterator[str]:
+    folder = expand_home(target)
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
         yield f"--to {folder} is there already and is not an empty folder: give a new one"
     else:
-        yield from new_folder_problems("--to", str(folder))
+        yield from new_folder_problems("--to", target)
 
 
 def _push(folder: Path, name: str) -> None:

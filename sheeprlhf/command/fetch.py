@@ -13,6 +13,7 @@ from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.run import FetchConfig
 from sheeprlhf.utils.errors import CheckpointError, ModelError
 from sheeprlhf.utils.folders import discard, has_marker, locked, writing_errors, written_folder
+from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.hub import EMBEDDED, SMOLLM2, fetched_folder, why_offline
 
 _FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]  # never code
@@ -28,7 +29,7 @@ def run(config: FetchConfig) -> int:
     model, name = config.model, str(config.model.repo_name)
     if name.startswith(EMBEDDED):
         print(f"model={model.config_name} is part of the package: nothing to fetch")
-    elif Path(name).expanduser().is_dir():
+    elif expand_home(name).is_dir():
         print(f"model.repo_name={name} is a folder: nothing to fetch")
     elif isinstance(model, SmolLM2Config) and name == SMOLLM2:
         folder = fetch_smollm2(config.cache_dir)

@@ -10,6 +10,7 @@ from sheeprlhf.command.screen import Screen, clean, entry, heading, is_for_peopl
 from sheeprlhf.command.words import split_plain_words
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.home import expand_home
 
 SECTIONS = {
     "tasks": "What a model can be trained for, and how it can be evaluated.",
@@ -80,7 +81,7 @@ def _read(words: list[str]) -> tuple[list[str], Path]:
         if not equals and _ALIASES.get(word, word) in SECTIONS:
             sections.append(_ALIASES.get(word, word))
         elif (key == "root_dir" and equals) or (sections[-1:] == ["runs"] and not given):
-            root, given = Path(value if key == "root_dir" and equals else word).expanduser(), True
+            root, given = expand_home(value if key == "root_dir" and equals else word), True
             problems += [] if root.is_dir() else [_no_folder(word, root)]
             sections += [] if "runs" in sections else ["runs"]
         else:

@@ -19,6 +19,7 @@ from sheeprlhf.structure.records import PIPELINE
 from sheeprlhf.structure.registry import NOT_IN_HASH
 from sheeprlhf.structure.run import PipelineConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError
+from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.records import load_json
 
@@ -69,7 +70,7 @@ def choose_folder(config: PipelineConfig, stages: list[Stage], command: list[str
     if config.resume and config.resume_from is not None:
         raise ConfigError("resume=true and resume_from name two pipelines: give one of them")
     if config.resume_from is not None:
-        folder = Path(config.resume_from).expanduser().absolute()
+        folder = expand_home(config.resume_from).absolute()
         state = read_state(folder)
         if not state:
             raise ConfigError(

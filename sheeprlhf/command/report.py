@@ -15,6 +15,7 @@ from sheeprlhf.structure.limits import near_path
 from sheeprlhf.structure.places import new_folder_problems
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.output import write_file
 
 OUTPUT_DIR = "logs/report"
@@ -106,7 +107,7 @@ def _chosen(folders: list[str]) -> tuple[list[RunInfo], list[str], list[str]]:
     notes, problems = [], []
     for word in folders or [TrainConfig.root_dir]:
         newest = not folders or (is_newest(word) and not os.path.isdir(word))
-        folder = Path(TrainConfig.root_dir if newest else os.path.expanduser(word))
+        folder = expand_home(TrainConfig.root_dir if newest else word)
         found = find_past_runs(folder) if os.path.isdir(folder) else Found([], "")
         if not found.runs:
             problems.append(_none_yet() if newest else _no_run(word, folder))
@@ -148,7 +149,7 @@ def _no_run(word: str, folder: Path) -> str:
 
 def _place(to: str | None, problems: list[str]) -> Path:
     """Where the page goes; adds to the problems if it cannot."""
-    path = Path(os.path.expanduser(to or OUTPUT_DIR))
+    path = expand_home(to or OUTPUT_DIR)
     named = path.suffix.lower() in _ENDINGS and not os.path.isdir(path)
     if path.suffix and not named and not os.path.isdir(path):
         problems.append(f"--to {to} ends in {path.suffix}: give a name that ends in .html, or a folder")

@@ -12,6 +12,7 @@ from sheeprlhf.command.report_html import NONE, Html, details, duration_text, el
 from sheeprlhf.command.report_record import Record
 from sheeprlhf.command.screen import clean
 from sheeprlhf.structure.commands import command
+from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.memory import size_text
 
 _UNTOLD = {
@@ -105,7 +106,7 @@ def _value(record: Record, key: str, records: list[Record]) -> str:
 
 
 def _resolved(path: Path) -> Path:
-    return path.expanduser().absolute()
+    return expand_home(path).absolute()
 
 
 def config_tables(records: list[Record]) -> Iterable[Html]:

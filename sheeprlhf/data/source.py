@@ -25,6 +25,7 @@ from sheeprlhf.structure.data_files import (
 from sheeprlhf.structure.places import is_hub_id
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.files import real_file
+from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.hub import EMBEDDED, embedded_folder, why_offline
 
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.\w+")
@@ -46,7 +47,7 @@ def locate(cfg: DataConfig) -> Files:
         raise DataError("data.dataset_name is null; give a hub id (owner/name) or a local folder")
     if name.startswith(EMBEDDED):
         return files_of_folder(embedded_folder(name))
-    folder = Path(name).expanduser()
+    folder = expand_home(name)
     if os.path.isfile(folder):
         raise DataError(f"data.dataset_name={name} is a file; use data=local data.train_file={name}")
     if os.path.isdir(folder):
@@ -106,7 +107,7 @@ def left_out_note(cfg: DataConfig) -> str | None:
     if isinstance(cfg, LocalDataConfig):
         for value in (cfg.train_file, cfg.validation_file, cfg.test_file):
             left += [] if value is None else unread_files(value)
-    elif os.path.isdir(folder := Path(str(cfg.dataset_name)).expanduser()):
+    elif os.path.isdir(folder := expand_home(str(cfg.dataset_name))):
         read = {file for files in files_of_folder(folder).values() for file in files}
         left += [file for file in files_below(folder) if (file_kind(file) or ("",))[0] in KINDS and file not in read]
     if not left:

@@ -14,7 +14,7 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.tokenize import TokenRow
 from sheeprlhf.structure.records import DIGESTS as DIGESTS_SCHEMA
 from sheeprlhf.structure.records import PREPARED
-from sheeprlhf.utils import hub
+from sheeprlhf.utils import home
 from sheeprlhf.utils.errors import DataError, RecordError
 from sheeprlhf.utils.output import create_file
 from sheeprlhf.utils.records import load_json
@@ -165,7 +165,7 @@ def _matrix(column: pa.ChunkedArray, num_rows: int) -> np.ndarray:
 
 def cache_root(cache_dir: str | None) -> Path:
     """Where prepared data is kept."""
-    return hub.cache_root(cache_dir) / "data"
+    return home.cache_root(cache_dir) / "data"
 
 
 def write_digests(folder: Path) -> None:

@@ -9,6 +9,7 @@ from sheeprlhf.structure.places import is_template_file
 from sheeprlhf.utils.chat_templates import FOLDER, OPTION, SUFFIX, built_in_templates, own_templates, template_names
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.files import read_small
+from sheeprlhf.utils.home import expand_home
 
 
 def choose_template(tokenizer: Any, choice: str | None) -> None:
@@ -28,7 +29,7 @@ def choose_template(tokenizer: Any, choice: str | None) -> None:
     if choice in own:
         tokenizer.chat_template = own[choice]
     elif is_template_file(choice):
-        tokenizer.chat_template = _read(Path(choice).expanduser(), choice)
+        tokenizer.chat_template = _read(expand_home(choice), choice)
     elif choice in built_in_templates():
         tokenizer.chat_template = _read(FOLDER / f"{choice}{SUFFIX}", choice)
     else:

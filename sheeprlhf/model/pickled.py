@@ -35,7 +35,7 @@ from sheeprlhf.model.folder import (
 from sheeprlhf.structure.places import PICKLED_INDEX
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.folders import has_marker, locked, writing_errors, written_folder
-from sheeprlhf.utils.hub import cache_root
+from sheeprlhf.utils.home import cache_root
 from sheeprlhf.utils.memory import size_text
 from sheeprlhf.utils.output import create_file
 

@@ -6,13 +6,14 @@ Hub ids, names, and paths where nothing is yet stay as they were given.
 import glob
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from sheeprlhf.structure.places import is_template_file
 from sheeprlhf.structure.registry import options
 from sheeprlhf.structure.run import RootConfig
 from sheeprlhf.structure.smaller import changed
+from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.home import expand_home, home_problem
 
 
 def _is_data(path: str) -> bool:
@@ -42,13 +43,20 @@ def absolute_value(key: str, value: Any) -> Any:
         return [absolute_value(key, entry) for entry in value]
     if key not in _KINDS or not isinstance(value, str) or not value:
         return value
-    path = os.path.expanduser(value)
-    return str(Path(path).absolute()) if _KINDS[key](path) else value
+    path = expand_home(value)
+    return str(path.absolute()) if _KINDS[key](str(path)) else value
 
 
 def with_absolute_paths(config: RootConfig) -> RootConfig:
-    """The configuration with all paths absolute."""
+    """The configuration with all paths absolute.
+
+    Raises:
+        ConfigError: some lie in home directories that are not known.
+    """
     found = {option.key: option.value for option in options(config) if option.key in _KINDS}
+    problems = [home_problem(key, path) for key, value in found.items() for path in _paths(value)]
+    if any(problems):
+        raise ConfigError(*filter(None, problems))
     change = {key: absolute_value(key, value) for key, value in found.items()}
     change = {key: value for key, value in change.items() if value != found[key]}
     if not change:
@@ -56,6 +64,10 @@ def with_absolute_paths(config: RootConfig) -> RootConfig:
     new: RootConfig = changed(config, change)
     new.lock()
     return new
+
+
+def _paths(value: Any) -> list[str]:
+    return [path for path in (value if isinstance(value, list) else [value]) if isinstance(path, str)]
 
 
 def absolute_words(words: list[str]) -> list[str]:

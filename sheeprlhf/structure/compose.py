@@ -36,6 +36,7 @@ from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.structure.strangers import content_problems, hydra_problems
 from sheeprlhf.structure.validate import validate
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.home import known_home
 from sheeprlhf.utils.launchers import is_one_of_several, launched
 
 SAVED_CHOICE = "of_the_run"
@@ -123,7 +124,7 @@ def _of_resumed(run_dir: Any, given: Mapping[str, Override]) -> list[str]:
         ConfigError: there is no such run, or its configuration cannot be used.
     """
     root = str(given["root_dir"].value()) if "root_dir" in given else TrainConfig.root_dir
-    found = newest_unfinished(root) if is_newest(run_dir) else str(run_dir)
+    found = newest_unfinished(root) if is_newest(run_dir) else str(known_home("resume_from", str(run_dir)))
     saved = read_run_config(found, key="resume_from")
     words = [option_word("resume_from", found)]
     for group in groups("train"):

@@ -62,7 +62,7 @@ class DataConfig(Config):
     )
     num_proc: int = option(1, "Processes that tokenise.", minimum=1)
     cache_dir: Optional[str] = option(
-        None, "Where tokenised data is kept; null is $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf."
+        None, "Where tokenised data is kept; null is $SHEEPRLHF_CACHE, else sheeprlhf in $XDG_CACHE_HOME or ~/.cache."
     )
 
 

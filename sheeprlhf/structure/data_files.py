@@ -11,6 +11,7 @@ from sheeprlhf.structure.commands import shell_word
 from sheeprlhf.structure.limits import near_path
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.files import real_file
+from sheeprlhf.utils.home import expand_home
 
 KINDS = (
     ".parquet",
@@ -93,13 +94,13 @@ def data_files(key: str, value: Any) -> list[Path]:
 
 def unread_files(value: Any) -> list[Path]:
     """Files in the folders of an option that are not read."""
-    folders = [Path(name).expanduser() for name in (value if isinstance(value, list | tuple) else [value])]
+    folders = [expand_home(name) for name in (value if isinstance(value, list | tuple) else [value])]
     files = {folder: files_below(folder) for folder in folders if folder.is_dir()}
     return [file for found in files.values() for file in found if file not in readable_files(found)]
 
 
 def _files_of(key: str, name: str) -> list[Path]:
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.is_dir():
         files = readable_files(files_below(path))
         if not files:
@@ -134,7 +135,7 @@ def _file_problem(key: str, name: str, file: Path) -> str | None:
     """What is wrong with one file."""
     did = did_you_mean(key, str(file))
     parts = name.split(",")
-    if not os.path.lexists(file) and len(parts) > 1 and all(os.path.exists(os.path.expanduser(p)) for p in parts):
+    if not os.path.lexists(file) and len(parts) > 1 and all(expand_home(part).exists() for part in parts):
         return f"{key}={name} is not a file: give a list, {shell_word(key, parts)}"
     if file_kind(file) is None:
         bare = next((end for end in COMPRESSIONS if file.name.lower().endswith(end)), None)

@@ -21,6 +21,7 @@ from sheeprlhf.structure.saved import read_run_config, saved_group
 from sheeprlhf.structure.smaller import changed
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError
+from sheeprlhf.utils.home import expand_home, known_home
 from sheeprlhf.utils.records import LATEST, load_json
 
 RUN_FILE = "run.json"
@@ -141,7 +142,7 @@ def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
         config = _changed(config, {REWARD_MODEL: None})
     links = links_of(config)
     words = [key for key, value in links.items() if is_word(value)]
-    given = {key: str(Path(value).expanduser().absolute()) for key, value in links.items() if key not in words}
+    given = {key: str(expand_home(value).absolute()) for key, value in links.items() if key not in words}
     if given:
         config = _changed(config, given)
     if not words:
@@ -218,7 +219,7 @@ def evaluated_run(experiment_dir: str, root_dir: str, task: str) -> str:
         ConfigError: there is no finished run that it evaluates.
     """
     if not is_newest(experiment_dir):
-        return experiment_dir
+        return str(known_home("experiment_dir", experiment_dir))
     trains = getattr(choices("task", "eval").get(task), "evaluates", ("policy",))
     return newest_finished(root_dir, key=f"experiment_dir={experiment_dir}", trains=trains)
 
@@ -291,7 +292,7 @@ def is_same_model(first: Any, second: Any) -> bool:
         return True
     if not isinstance(first, str) or not isinstance(second, str):
         return False
-    one, other = Path(first).expanduser(), Path(second).expanduser()
+    one, other = expand_home(first), expand_home(second)
     return one.is_dir() and other.is_dir() and one.resolve() == other.resolve()
 
 

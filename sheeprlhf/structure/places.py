@@ -20,6 +20,7 @@ from sheeprlhf.utils.chat_templates import OPTION as TEMPLATE_OPTION
 from sheeprlhf.utils.chat_templates import SUFFIX as TEMPLATE_SUFFIX
 from sheeprlhf.utils.chat_templates import built_in_templates
 from sheeprlhf.utils.errors import ConfigError, RecordError
+from sheeprlhf.utils.home import expand_home, home_problem
 from sheeprlhf.utils.hub import EMBEDDED, embedded_folder
 from sheeprlhf.utils.records import load_json
 
@@ -42,12 +43,16 @@ def data_file_problems(key: str, value: Any) -> Iterator[str]:
 def data_is_here(data: DataConfig) -> bool:
     """Whether a dataset's files are this machine's own: embedded, or named by the user; the hub is not asked."""
     name = str(data.dataset_name)
-    return isinstance(data, LocalDataConfig) or name.startswith(EMBEDDED) or Path(name).expanduser().is_dir()
+    return isinstance(data, LocalDataConfig) or name.startswith(EMBEDDED) or expand_home(name).is_dir()
 
 
 def new_folder_problems(key: str, path: str) -> Iterator[str]:
     """What stands in the way of making this folder, or of writing into it."""
-    folder = Path(path).absolute()
+    unknown = home_problem(key, path)
+    if unknown:
+        yield unknown
+        return
+    folder = expand_home(path).absolute()
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
@@ -89,7 +94,7 @@ def is_hub_id(name: str) -> bool:
 
 def model_folder(name: str) -> Path | None:
     """The folder that `model.repo_name` names, the embedded model's included; None if it names none."""
-    folder = embedded_folder(name) if name.startswith(EMBEDDED) else Path(name).expanduser().absolute()
+    folder = embedded_folder(name) if name.startswith(EMBEDDED) else expand_home(name).absolute()
     return folder if os.path.isdir(folder) else None
 
 
@@ -123,7 +128,7 @@ def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
     given = f"model.repo_name={name}"
     folder = model_folder(name)
     if repo_name is None or folder is None:
-        if os.path.isfile(os.path.expanduser(name)):
+        if expand_home(name).is_file():
             return f"{given} is a file: give the folder that has config.json, or a hub id (owner/name)"
         if repo_name is None or not is_hub_id(name):
             return f"{given} is neither a folder nor a hub id (owner/name): give one of them"
@@ -155,7 +160,7 @@ def template_problem(choice: str, *, key: str = TEMPLATE_OPTION) -> str | None:
         return (
             f"{key}={choice} is no name: give {', '.join(built_in_templates())}, a name of the model's own, or a file"
         )
-    path = os.path.expanduser(choice)
+    path = str(expand_home(choice))
     if not choice.endswith(TEMPLATE_SUFFIX):
         return f"{key}={choice} has an unknown ending: give a file that ends in {TEMPLATE_SUFFIX}"
     if not os.path.isfile(path):
@@ -169,7 +174,13 @@ def template_problem(choice: str, *, key: str = TEMPLATE_OPTION) -> str | None:
 def run_folder_problems(base: DictConfig) -> list[str]:
     """Hydra makes the folder of hydra.run.dir before anything of ours runs; where it cannot, it shows a traceback."""
     with suppress(OmegaConfBaseException):  # depends on what only the run knows
-        folder = Path(base.hydra.run.dir).absolute()
+        given = str(base.hydra.run.dir)
+        if given.startswith("~") and not os.path.lexists(given):  # Hydra would make a folder of this very name
+            return [
+                home_problem("hydra.run.dir", given)
+                or f"hydra.run.dir={given} is not expanded: give {expand_home(given)}"
+            ]
+        folder = Path(given).absolute()
         existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         if not existing.is_dir():
             return [f"hydra.run.dir={folder}: {existing} is not a directory; choose another place"]

@@ -22,6 +22,7 @@ from sheeprlhf.structure.reward import (
     parse_term,
 )
 from sheeprlhf.structure.user_code import find_module, hidden_by_installed, names_of, parse_path
+from sheeprlhf.utils.home import expand_home
 
 _READERS = {
     option: [name for name, builtin in BUILTINS.items() if option in builtin.reads]
@@ -171,7 +172,7 @@ def _option_problems(cfg: BuiltinOptionsConfig, sources: list[str]) -> Iterator[
 
 def _folder_problems(folder: str) -> Iterator[str]:
     """Why a reward model cannot be loaded from there, as far as files here tell; the hub is not asked."""
-    given, place = f"reward.folder={folder}", Path(folder).expanduser()
+    given, place = f"reward.folder={folder}", expand_home(folder)
     if place.is_dir():
         if (place / "adapter_config.json").is_file():
             run = place.resolve().parent

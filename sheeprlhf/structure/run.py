@@ -114,7 +114,7 @@ class FetchConfig(CommandConfig):
 
     model: ModelConfig = MISSING
     cache_dir: Optional[str] = option(
-        None, "Where fetched models are kept; null is $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf."
+        None, "Where fetched models are kept; null is $SHEEPRLHF_CACHE, else sheeprlhf in $XDG_CACHE_HOME or ~/.cache."
     )
     debug: bool = option(False, "Show the traceback of an error.")
 

@@ -36,6 +36,7 @@ from sheeprlhf.structure.template_args import read_template_args
 from sheeprlhf.utils.chat_templates import FLAG
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.files import read_small
+from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.records import load_json
 
 POLICY, REWARD_MODEL = "policy", "reward model"  # what a task can train
@@ -155,7 +156,7 @@ def find_trained(
 
 
 def _find(word: str, weights: str | None, wanted: str | None) -> Trained:
-    folder = Path(word).expanduser()
+    folder = expand_home(word)
     if (folder / "config.yaml").is_file():
         return _of_run(word, folder, weights or "final", wanted, _MAX_STARTS)
     named = choices("model").get(word)

@@ -1,7 +1,6 @@
 """What a configuration must satisfy before anything heavy starts: every problem at once, as key, value and fix."""
 
 import ast
-import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +21,7 @@ from sheeprlhf.structure.run import EvalConfig, FetchConfig, InspectConfig, Root
 from sheeprlhf.structure.task_checks import task_problems, train_problems
 from sheeprlhf.structure.template_args import template_arg_problems
 from sheeprlhf.structure.trained import needs_base_model
+from sheeprlhf.utils.home import cache_place
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -46,8 +46,16 @@ def _problems(config: RootConfig) -> Iterator[str]:
         yield from eval_problems(config)
     elif isinstance(config, InspectConfig):
         yield from new_folder_problems("output_dir", config.output_dir)
-    elif isinstance(config, FetchConfig) and config.cache_dir is not None:
-        yield from new_folder_problems("cache_dir", os.path.expanduser(config.cache_dir))
+    elif isinstance(config, FetchConfig):
+        yield from _cache_problems("cache_dir", config.cache_dir)
+    if isinstance(config, TrainConfig | EvalConfig | InspectConfig) and config.data is not None:
+        yield from _cache_problems("data.cache_dir", config.data.cache_dir)
+
+
+def _cache_problems(key: str, cache_dir: str | None) -> Iterator[str]:
+    place = cache_place(cache_dir, key)
+    for problem in new_folder_problems(place.key, place.path):
+        yield problem if place.key == key else f"{problem}, or {key}=<folder>"
 
 
 def _repo_problems(config: RootConfig) -> Iterator[str]:
@@ -187,8 +195,6 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
             f"data.validation_split={data.validation_split} and data.test_split={data.test_split} leave no row to "
             "train on: their sum must be below 1"
         )
-    if data.cache_dir is not None:
-        yield from new_folder_problems("data.cache_dir", os.path.expanduser(data.cache_dir))
     yield from template_arg_problems(data.template_args)
     if isinstance(data, LocalDataConfig):
         for key in ("train_file", "validation_file", "test_file"):

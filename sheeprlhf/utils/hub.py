@@ -7,6 +7,8 @@ import urllib.request
 from importlib import resources
 from pathlib import Path
 
+from sheeprlhf.utils.home import cache_root
+
 EMBEDDED = "embedded:"
 PROBE_SECONDS = 3.0
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what `fetch` can make without the hub
@@ -16,11 +18,6 @@ _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 def embedded_folder(name: str) -> Path:
     """The folder of `embedded:<asset>` inside the package."""
     return Path(str(resources.files("sheeprlhf"))) / "assets" / name.removeprefix(EMBEDDED)
-
-
-def cache_root(cache_dir: str | None) -> Path:
-    """Where we keep what we made: the option, else $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf."""
-    return Path(cache_dir or os.environ.get("SHEEPRLHF_CACHE") or "~/.cache/sheeprlhf").expanduser()
 
 
 def fetched_folder(name: str, cache_dir: str | None = None) -> Path:

@@ -2,6 +2,8 @@
 
 import os
 
+from sheeprlhf.utils.home import set_missing_variables
+
 _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",  # its threads and our forked workers do not go together
     "TRANSFORMERS_VERBOSITY": "error",
@@ -13,5 +15,6 @@ _QUIET = {
 
 def silence_libraries() -> None:
     """Set what the user's environment leaves open."""
+    set_missing_variables()
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)

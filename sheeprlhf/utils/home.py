@@ -1,0 +1,107 @@
+"""Home and cache directories: where they are, and what to do where they are not known."""
+
+import getpass
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from sheeprlhf.utils.errors import ConfigError
+
+
+class CachePlace(NamedTuple):
+    """The folder of what we made once, and the option or variable that names it."""
+
+    key: str
+    path: str
+
+
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` and `~user` replaced; as it is where `home_problem` has something to say."""
+    text = os.fspath(path)
+    return Path(text) if os.path.lexists(text) or _home_of_nobody(text) else Path(os.path.expanduser(text))
+
+
+def home_problem(key: str, path: str) -> str | None:
+    """Why a path that begins with `~` leads nowhere; a file or folder that has this very name is meant by it.
+
+    Args:
+        key: the option, flag or variable that names it.
+        path: its value.
+    """
+    if os.path.lexists(path) or not _home_of_nobody(path):
+        return None
+    user = path.partition("/")[0].removeprefix("~")
+    if user:
+        return f"{key}={path}: there is no user {user} here: give an absolute path, or ./{path} if that is its name"
+    given = os.environ.get("HOME")
+    why = f"user {os.getuid()} has no home directory" if given is None else f"HOME={given} is not an absolute path"
+    return f"{key}={path}: {why}: give an absolute path, or set HOME to a folder that you can write"
+
+
+def known_home(key: str, path: str) -> Path:
+    """`expand_home` of a value that nothing else has checked.
+
+    Raises:
+        ConfigError: the home directory is not known.
+    """
+    problem = home_problem(key, path)
+    if problem:
+        raise ConfigError(problem)
+    return expand_home(path)
+
+
+def _home_of_nobody(path: str) -> bool:
+    if not path.startswith("~"):
+        return False
+    own = path.partition("/")[0] == "~"
+    return not os.path.isabs(os.environ.get("HOME", "/") if own else "/") or os.path.expanduser(path) == path
+
+
+def cache_place(cache_dir: str | None, key: str = "data.cache_dir") -> CachePlace:
+    """The option, else $SHEEPRLHF_CACHE, else $XDG_CACHE_HOME/sheeprlhf, else ~/.cache/sheeprlhf.
+
+    Args:
+        cache_dir: the option's value, if it has one.
+        key: the option.
+    """
+    if cache_dir:
+        return CachePlace(key, cache_dir)
+    for variable, folder in (("SHEEPRLHF_CACHE", ""), ("XDG_CACHE_HOME", "sheeprlhf")):
+        if os.environ.get(variable):
+            return CachePlace(variable, os.path.join(os.environ[variable], folder) if folder else os.environ[variable])
+    return CachePlace("SHEEPRLHF_CACHE", "~/.cache/sheeprlhf")
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """The folder of `cache_place`.
+
+    Raises:
+        ConfigError: it lies in a home directory that is not known.
+    """
+    return known_home(*cache_place(cache_dir))
+
+
+def set_missing_variables() -> None:
+    """Give libraries what they take for granted: a name of the user, and folders that can be made.
+
+    Without it, torch fails over the name, and the hub's client writes into a folder that is called `~`.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = f"user-{os.getuid()}"
+    place = cache_place(None)
+    own = Path("/dev/null") if home_problem(*place) else expand_home(place.path)  # where nothing can be written
+    if home_problem("HOME", "~"):
+        os.environ.setdefault("MPLCONFIGDIR", str(own / "matplotlib"))
+        if not os.environ.get("XDG_CACHE_HOME"):
+            os.environ.setdefault("HF_HOME", str(own / "huggingface"))
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    of_hub = os.environ.get("HF_HOME") or os.path.join(base, "huggingface")
+    if not _can_be_made(expand_home(os.environ.get("HF_DATASETS_CACHE") or os.path.join(of_hub, "datasets"))):
+        os.environ["HF_DATASETS_CACHE"] = str(own / "datasets")  # the library locks a file there to read one
+
+
+def _can_be_made(folder: Path) -> bool:
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
