@@ -18,7 +18,7 @@ from typing import Any
 from sheeprlhf.command.help import PLAIN_VERBS, VERBS, print_overview, print_verb_help
 from sheeprlhf.command.screen import print_error
 from sheeprlhf.command.words import PLOT, Words, split_words, verb_problem
-from sheeprlhf.utils.errors import ConfigError, Interrupted, SheepError
+from sheeprlhf.utils.errors import ConfigError, Interrupted, MissingRanksError, SheepError
 from sheeprlhf.utils.launchers import (
     OWN_LAUNCHER,
     LauncherError,
@@ -88,7 +88,8 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
     except Exception as error:
         if just_interrupted():
             return _stopped(just_interrupted(), other_rank)
-        if other_rank:  # rank zero tells what it fails with too, and this process ends with it, before it fails alone
+        # Rank zero tells what it fails with too, and this process ends with it, before it fails alone.
+        if other_rank and not isinstance(error, MissingRanksError):
             time.sleep(_SECONDS_FOR_RANK_ZERO)
             if _reported_by_another(error):
                 return error.exit_code if isinstance(error, SheepError) else 1

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.command.child import children
 from sheeprlhf.engine.redact import plain_text, redact_text
-from sheeprlhf.engine.rundir import check_existing_run, choose_run_dir, is_finished
+from sheeprlhf.engine.rundir import CONFIG_FILE, check_existing_run, choose_run_dir, discard_unused, is_finished
+from sheeprlhf.engine.runlock import RunLock
 from sheeprlhf.model.locate import locate
 from sheeprlhf.structure.commands import option_word
 from sheeprlhf.structure.earlier import RUN_OPTIONS, is_word
@@ -108,6 +109,8 @@ def launch(config: RootConfig, job: Job) -> int:
         with children() as started:
             code = started.run(_words_alone(config, job))
         return code if started.stopped_by is None else 128 + started.stopped_by
+    if is_rank_zero() and isinstance(config, TrainConfig):
+        _warn_about_restarts(resumes=config.resume or config.resume_from is not None)
     run_dir = None
     sys.argv = [sys.argv[0], job.verb, *job.words]  # what Fabric starts the other ranks with
     if is_rank_zero():
@@ -129,7 +132,10 @@ def launch(config: RootConfig, job: Job) -> int:
         full = disk_full(error, run_dir) if run_dir is not None and isinstance(error, OSError) else None
         if full is not None:
             raise full from error
-        if run_dir is not None and not isinstance(error, SheepError):
+        if isinstance(config, TrainConfig) and run_dir is not None and isinstance(error, SheepError):
+            if _take_back(config, run_dir):
+                error.add_note("nothing was begun: the run directory is taken back")
+        elif run_dir is not None and not isinstance(error, SheepError):
             with suppress(OSError, UnsafePathError):  # the disk may be the error
                 path = write_file(run_dir, "error.log", redact_text(traceback.format_exc()).encode(errors="replace"))
                 error.add_note(f"its traceback is in {path}")
@@ -165,6 +171,20 @@ def _check_weights(config: TrainConfig | EvalConfig) -> None:
     _entry(config.weights_check)(config, lambda text: print(plain_text(redact_text(text)), file=sys.stderr))
 
 
+def _warn_about_restarts(*, resumes: bool) -> None:
+    """Rank zero only: say what torchrun's restarts of killed ranks need."""
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return
+    if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        print(
+            "torchrun restarts killed ranks, which can fail or hang: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
+            "its own environment",
+            file=sys.stderr,
+        )
+    if not resumes:
+        print("torchrun restarts killed ranks, and they would not go on: give resume=true too", file=sys.stderr)
+
+
 def _needs_processes(config: TrainConfig | EvalConfig) -> bool:
     devices = parse_devices(config.fabric.devices)
     single = devices == 1 or (isinstance(devices, list) and len(devices) == 1)
@@ -187,6 +207,13 @@ def _choose_dir(config: TrainConfig, given: str | None) -> Path:
     return place.dir.absolute()
 
 
+def _take_back(config: TrainConfig, run_dir: Path) -> bool:
+    """Rank zero only: remove the directory of a run whose ranks never came together; False if there was a run."""
+    with suppress(OSError, SheepError), RunLock(run_dir):
+        return not (run_dir / CONFIG_FILE).exists() and discard_unused(run_dir, Path(config.root_dir))
+    return False
+
+
 def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
     """All ranks: one process becomes all of them here."""
     silence_libraries()
@@ -194,6 +221,8 @@ def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
     from transformers.utils import logging as transformers_logging
 
     from sheeprlhf.engine.fabric import make_fabric
+    from sheeprlhf.engine.ranks import missing_ranks_named
+    from sheeprlhf.engine.shared_dir import check_shared
 
     transformers_logging.disable_progress_bar()
 
@@ -201,17 +230,20 @@ def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
     if launched() is None and "LOCAL_RANK" not in os.environ and _needs_processes(config):
         os.environ[OWN_LAUNCHER] = str(os.getpid())
     fabric = make_fabric(config.fabric)
-    fabric.launch()
-    folder = fabric.broadcast(None if run_dir is None else str(run_dir))
-    if isinstance(config, TrainConfig) and (folder is None or fabric.is_global_zero != (run_dir is not None)):
-        raise ConfigError(
-            f"rank {fabric.global_rank} of {fabric.world_size} has no run directory: the environment's variables of "
-            "ranks contradict each other; start the processes by torchrun, srun or mpirun"
-        )
-    if not fabric.broadcast(run_dir is not None and is_finished(run_dir)):
-        _seed(config, on_cuda=fabric.device.type == "cuda")
-        task = _entry(config.task.entry_point)
-        task(fabric, config, Path(str(folder))) if isinstance(config, TrainConfig) else task(fabric, config)
+    with missing_ranks_named(fabric):
+        fabric.launch()
+        folder = fabric.broadcast(None if run_dir is None else str(run_dir))
+        if isinstance(config, TrainConfig) and (folder is None or fabric.is_global_zero != (run_dir is not None)):
+            raise ConfigError(
+                f"rank {fabric.global_rank} of {fabric.world_size} has no run directory: the environment's variables "
+                "of ranks contradict each other; start the processes by torchrun, srun or mpirun"
+            )
+        if not fabric.broadcast(run_dir is not None and is_finished(run_dir)):
+            if isinstance(config, TrainConfig):
+                check_shared(fabric, Path(str(folder)), fabric.print)
+            _seed(config, on_cuda=fabric.device.type == "cuda")
+            task = _entry(config.task.entry_point)
+            task(fabric, config, Path(str(folder))) if isinstance(config, TrainConfig) else task(fabric, config)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

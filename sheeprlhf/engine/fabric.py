@@ -2,12 +2,14 @@
 
 import inspect
 import os
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sheeprlhf.engine.ranks import JoiningDDP
 from sheeprlhf.engine.shard import sharding_strategy
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.validate import parse_devices
@@ -90,15 +92,16 @@ def make_fabric(cfg: FabricConfig) -> Fabric:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     num_nodes, found = cfg.num_nodes or 1, launched()
     num_processes = num_nodes * (len(devices) if isinstance(devices, list) else int(devices))
+    timeout = timedelta(seconds=cfg.timeout)
     strategy: str | DDPStrategy | ModelParallelStrategy = cfg.strategy
     if cfg.strategy == "fsdp2":
-        strategy = sharding_strategy(num_processes)
+        strategy = sharding_strategy(num_processes, timeout)
     elif cfg.strategy == "ddp" or (cfg.strategy == "auto" and num_processes > 1):
         # No buffers are broadcast: ours are constants, and ranks may run different numbers of forward passes.
-        options: dict[str, Any] = {"gradient_as_bucket_view": True}
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, "timeout": timeout}
         known = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed the option
         options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
-        strategy = DDPStrategy(**options)
+        strategy = JoiningDDP(**options)
     try:
         return Fabric(
             accelerator=accelerator,

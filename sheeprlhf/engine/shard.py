@@ -7,6 +7,7 @@ passes, and whoever wants whole weights at another time asks here. Without fsdp2
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sheeprlhf.engine.ranks import JoiningModelParallel
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy
 
 T = TypeVar("T")
 
 
-def sharding_strategy(num_processes: int) -> ModelParallelStrategy:
-    """Fabric's strategy of fsdp2 over all processes.
+def sharding_strategy(num_processes: int, timeout: timedelta) -> ModelParallelStrategy:
+    """Fabric's strategy of fsdp2 over all processes, which wait for each other at most for `timeout`.
 
     Raises:
         ConfigError: this torch is too old.
@@ -30,7 +32,7 @@ def sharding_strategy(num_processes: int) -> ModelParallelStrategy:
         raise ConfigError(
             "fabric.strategy=fsdp2 needs torch 2.13 or newer: pip install -U torch, or give fabric.strategy=ddp"
         )
-    return ModelParallelStrategy(_shard, data_parallel_size=num_processes, tensor_parallel_size=1)
+    return JoiningModelParallel(_shard, data_parallel_size=num_processes, tensor_parallel_size=1, timeout=timeout)
 
 
 def _shard(module: nn.Module, mesh: Any) -> nn.Module:

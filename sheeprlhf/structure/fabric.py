@@ -26,6 +26,12 @@ class FabricConfig(Config):
     strategy: str = option(
         "auto", "How several devices share the work; fsdp2 (sft, rm, dpo) cuts the weights up too.", choices=STRATEGIES
     )
+    timeout: int = option(
+        1800,
+        "Longest wait of a process for the others, at the start and in each collective; then the run ends.",
+        unit="seconds",
+        minimum=1,
+    )
     precision: str = option("32-true", "Number format: weights stay float32 under the mixed ones.", choices=PRECISIONS)
 
 

@@ -64,6 +64,7 @@ NOT_IN_HASH = frozenset(
         "task.max_skipped_steps",  # which without it end the run
         *CUT_OPTIONS,
         *("fabric.config_name", "fabric.accelerator", "fabric.devices", "fabric.num_nodes", "fabric.strategy"),
+        "fabric.timeout",
     }
 )
 

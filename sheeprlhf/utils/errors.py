@@ -87,6 +87,10 @@ class DiskFullError(SheepError, RuntimeError):
     """What a run records has no room on its disk: names the place and what is free."""
 
 
+class MissingRanksError(SheepError, ConnectionError):
+    """Processes of the run did not start, ended or cannot be reached; names their ranks. Every rank raises it."""
+
+
 class NonFiniteError(SheepError, ArithmeticError):
     """A loss or gradient is not finite. All ranks raise it together, before any weight changes."""
 

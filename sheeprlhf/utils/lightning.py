@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import cast
 
 __all__ = [
+    "ChildProcessObserver",
     "ClusterEnvironment",
     "DDPStrategy",
     "Fabric",
@@ -50,6 +51,7 @@ with _fabric_alone():
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
     from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+    from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver as ChildProcessObserver
     from lightning.fabric.utilities import move_data_to_device
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.fabric.wrappers import _FabricModule, is_wrapped

@@ -36,6 +36,16 @@ def die_with_parent(parent: int | None = None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def seconds_since_start() -> float:
+    """Age of this process (Linux; elsewhere the CPU time that it has used)."""
+    try:
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.process_time()
+
+
 class BoundToThis:
     """Sent to a process that is being spawned, it calls `die_with_parent` there as soon as it is read."""
 

@@ -42,6 +42,7 @@ REVIEWED = {
     "engine/rundir.py:discard_unused:unlink": "what this process wrote at its start",
     "engine/rundir.py:discard_unused:rmdir": "empty folders",
     "engine/rundir.py:_make_dir:mkdir": "the run directory itself, and folders above it, which several users may share",
+    "engine/shared_dir.py:check_shared:unlink": "an empty file that it has just made, under a random name",
     "task/best_rows.py:remove:unlink": "the rows of one rollout, after a check of the folders above it",
     "task/best_rows.py:remove:rmdir": "an empty folder",
     "task/eval/plots.py:_drawing:savefig": "into memory",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -77,12 +78,12 @@ def site(folder: Path, patch: str) -> str:
 
 
 class ColdJob(Job):
-    """`python sheeprlhf.py ...`, in a process group of its own."""
+    """`python sheeprlhf.py ...`, in a process group of its own; `before` is put before the command."""
 
-    def __init__(self, words: list[str], log: Path, **environment: str) -> None:
+    def __init__(self, words: list[str], log: Path, *, before: Sequence[str] = (), **environment: str) -> None:
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, str(ROOT / "sheeprlhf.py"), *words],
+                [*before, sys.executable, str(ROOT / "sheeprlhf.py"), *words],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

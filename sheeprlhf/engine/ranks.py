@@ -1,0 +1,379 @@
+"""Processes of one run find each other before the first collective, and find out who is missing when one fails.
+
+A failed collective says that a connection broke or that time is up, not which rank is gone. So each rank has a thread
+that answers the others, whatever its main thread waits for. The addresses are exchanged through torch's store.
+"""
+
+import hmac
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
+
+from sheeprlhf.utils.errors import ConfigError, MissingRanksError
+from sheeprlhf.utils.launchers import launched
+from sheeprlhf.utils.lightning import ChildProcessObserver, DDPStrategy, Fabric, ModelParallelStrategy
+from sheeprlhf.utils.processes import ignored, seconds_since_start
+
+_JOIN_SECONDS = 20.0  # for ranks that a launcher starts, at least: they import at different speeds
+_START_SECONDS = 120.0  # for ranks that this process starts, at least
+_BATCH_SCRIPT_SECONDS = 15.0  # after its start, a SLURM task without a step gives up waiting for others
+_NOTICE_SECONDS = 10.0
+_ANSWER_SECONDS = 5.0
+_LEAVE_SECONDS = 15.0  # for the main thread to end by itself, before its process is ended
+_MAX_LINE = 1 << 16
+_SHOWN = 8
+
+
+class Peer(NamedTuple):
+    """Address and description of one rank, as the others see it."""
+
+    host: str
+    port: int
+    name: str
+
+
+class RollCall:
+    """One rank's answers to the others, and its questions.
+
+    Attributes:
+        peers: every rank, in order, after `begin`.
+    """
+
+    def __init__(self, rank: int, *, local: bool) -> None:
+        """Listen at a free port; with `local`, this machine's processes alone are heard."""
+        everywhere = not local and socket.has_dualstack_ipv6()
+        self._server = socket.create_server(
+            ("127.0.0.1" if local else "", 0),
+            family=socket.AF_INET6 if everywhere else socket.AF_INET,
+            dualstack_ipv6=everywhere,
+            backlog=1024,
+        )
+        self.port = self._server.getsockname()[1]
+        self.peers: list[Peer] = []
+        self._rank, self._token, self._verdict = rank, "", ""
+        self._last_call: threading.Timer | None = None
+
+    def begin(self, peers: list[Peer], token: str) -> None:
+        """Answer from now on whoever knows the run's token."""
+        self.peers, self._token = peers, token
+        threading.Thread(target=self._serve, name="roll-call", daemon=True).start()
+
+    def close(self) -> None:
+        """Answer nobody any more."""
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        if self._last_call is not None:
+            self._last_call.cancel()
+
+    def explain(self, error: BaseException, timeout: float) -> str:
+        """Describe a failed collective: which ranks are missing, asked now or told by the first that noticed."""
+        if not self._verdict:
+            others = [rank for rank in range(len(self.peers)) if rank != self._rank]
+            with ThreadPoolExecutor(min(len(others), 256)) as pool:
+                states = dict(zip(others, pool.map(self._ask, others), strict=True))
+                if not self._verdict:
+                    self._verdict = self._describe({r: s for r, s in states.items() if s}, error, timeout)
+                list(pool.map(self._ask, [rank for rank, state in states.items() if not state]))
+        return self._verdict
+
+    def _describe(self, missing: dict[int, str], error: BaseException, timeout: float) -> str:
+        if not missing:
+            return (
+                f"all {len(self.peers)} ranks are running, but one did not take part in a collective within "
+                f"fabric.timeout={timeout:g} s ({str(error).splitlines()[0][:200]}): give a longer fabric.timeout"
+            )
+        lines = [f"rank {rank} ({self.peers[rank].name}) {state}" for rank, state in missing.items()]
+        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        return (
+            f"{len(missing)} of {len(self.peers)} ranks missing: {'; '.join([*lines[:_SHOWN], *more])}: see its own "
+            "output, check its machine and the network, then give the same command with resume=true"
+        )
+
+    def _ask(self, rank: int) -> str:
+        """Tell a rank the verdict, if there is one; the result is empty if it answers, else what is wrong."""
+        peer = self.peers[rank]
+        try:
+            with socket.create_connection((peer.host, peer.port), timeout=_ANSWER_SECONDS) as connection:
+                message = {"token": self._token, "verdict": self._verdict}
+                connection.sendall(json.dumps(message).encode() + b"\n")
+                if connection.makefile("rb").readline(_MAX_LINE).strip() != f"rank {rank}".encode():
+                    return "has ended"
+        except (ConnectionRefusedError, ConnectionResetError, BrokenPipeError):
+            return "has ended"
+        except OSError:
+            return f"does not answer at {peer.host}"
+        return ""
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._server.accept()
+            except OSError:  # closed
+                return
+            with connection, suppress(OSError, ValueError, AttributeError):
+                connection.settimeout(_ANSWER_SECONDS)
+                message = json.loads(connection.makefile("rb").readline(_MAX_LINE))
+                if not hmac.compare_digest(str(message.get("token")).encode(), self._token.encode()):
+                    continue
+                connection.sendall(f"rank {self._rank}\n".encode())
+                if message.get("verdict") and not self._verdict:
+                    self._verdict = str(message["verdict"])
+                    self._last_call = _end_after(_LEAVE_SECONDS, self._verdict)
+
+
+def _end_after(seconds: float, text: str) -> threading.Timer:
+    """End this process with exit code 1, wherever its main thread is stuck then, unless the timer is cancelled."""
+
+    def end() -> None:
+        os.write(2, f"sheeprlhf cannot go on:\n  - {text}\n".encode(errors="replace"))
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+class _Joining:
+    """Parent of strategies: all ranks are found before the process group is made.
+
+    Attributes:
+        roll_call: knows the ranks, once they have been found.
+    """
+
+    roll_call: RollCall | None = None
+    store: Store | None = None
+
+    def _setup_distributed(self) -> None:
+        """All ranks: called by Fabric in `launch`."""
+        strategy: Any = self
+        strategy._set_world_ranks()
+        seconds = strategy._timeout.total_seconds()
+        watchdog = _end_after(
+            max(seconds, _START_SECONDS) + 2 * max(seconds, _JOIN_SECONDS) + _LEAVE_SECONDS,
+            "the ranks could not be connected: the network broke while they were",
+        )
+        self.roll_call, self.store = join_ranks(strategy, seconds)
+        torch.distributed.init_process_group(
+            strategy._get_process_group_backend(),
+            store=self.store,
+            rank=strategy.global_rank,
+            world_size=strategy.world_size,
+            timeout=strategy._timeout,
+            device_id=None if strategy.root_device.type == "cpu" else strategy.root_device,
+        )
+        super()._setup_distributed()  # type: ignore[misc]
+        watchdog.cancel()
+
+
+class JoiningDDP(_Joining, DDPStrategy):
+    """DDP whose ranks know each other."""
+
+
+class JoiningModelParallel(_Joining, ModelParallelStrategy):
+    """FSDP2 whose ranks know each other."""
+
+    def setup_environment(self) -> None:
+        """All ranks: called by Fabric in `launch`; torch gives the mesh's groups a time limit of their own."""
+        super().setup_environment()
+        set_timeout = torch.distributed.distributed_c10d._set_pg_timeout
+        for name in self.device_mesh.mesh_dim_names or ():
+            set_timeout(cast(timedelta, self._timeout), self.device_mesh.get_group(name))
+
+
+@contextmanager
+def missing_ranks_named(fabric: Fabric) -> Iterator[None]:
+    """All ranks, around all that they do together: a failed collective becomes an error that names who is missing.
+
+    Raises:
+        MissingRanksError: one failed.
+    """
+    strategy = fabric.strategy
+    try:
+        yield
+    except Exception as error:
+        roll_call = getattr(strategy, "roll_call", None)
+        if roll_call is None or not _is_of_collective(error):
+            raise
+        with ignored(signal.SIGTERM):  # launchers send it as soon as one rank has ended
+            problem = roll_call.explain(error, strategy._timeout.total_seconds())  # type: ignore[attr-defined]
+        raise MissingRanksError(problem) from error
+    finally:
+        if getattr(strategy, "roll_call", None) is not None:
+            strategy.roll_call.close()  # type: ignore[attr-defined]
+
+
+def _is_of_collective(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error)):
+            return True
+        error = error.__cause__
+    return False
+
+
+def join_ranks(strategy: Any, timeout: float) -> tuple[RollCall, Store]:
+    """All ranks: wait until each is there, and exchange addresses.
+
+    Args:
+        strategy: Fabric's, which knows rank, world and the address of rank zero.
+        timeout: seconds to wait.
+
+    Raises:
+        MissingRanksError: some did not come.
+        ConfigError: SLURM gave this job several tasks and started one; or rank zero's port is taken.
+    """
+    environment, rank, world_size = strategy.cluster_environment, strategy.global_rank, strategy.world_size
+    host, port = environment.main_address, environment.main_port
+    children: list[subprocess.Popen[bytes]] = getattr(strategy._launcher, "procs", [])
+    if children:
+        setattr(ChildProcessObserver, "_terminate_all", _end_with_children)  # noqa: B010
+    limit = max(timeout, _JOIN_SECONDS)
+    store = _open_store(host, port, rank, limit)
+    roll_call = RollCall(rank, local=strategy.num_nodes == 1)
+    store.set(f"rank/{rank}", json.dumps(_myself(host, port, roll_call.port)))
+    if rank == 0:
+        everyone: dict[str, Any] = {"missing": _wait_for_ranks(store, strategy, children, limit)}
+        if not everyone["missing"]:
+            peers = [json.loads(store.get(f"rank/{other}")) for other in range(world_size)]
+            everyone |= {"peers": peers, "token": secrets.token_hex(16)}
+        store.set("everyone", json.dumps(everyone))
+        if everyone["missing"]:
+            time.sleep(1)  # the store ends with this process: the others read it first
+    else:
+        everyone = _everyone(store, limit)
+    if everyone["missing"]:
+        _raise_missing(everyone["missing"], strategy, timeout)
+    roll_call.begin([Peer(*peer) for peer in everyone["peers"]], everyone["token"])
+    return roll_call, store
+
+
+def _open_store(host: str, port: int, rank: int, limit: float) -> Store:
+    """All ranks: the store that rank zero, or torchrun's agent, serves at `host` and `port`."""
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if rank == 0 and not of_agent:
+        try:
+            store = TCPStore(
+                "127.0.0.1", port, is_master=True, wait_for_workers=False, multi_tenant=True,
+                timeout=timedelta(seconds=limit),
+            )  # fmt: skip
+        except DistError as error:
+            raise ConfigError(
+                f"port {port} of {host} cannot be used ({error}): set MASTER_PORT to a free one"
+            ) from None
+    else:
+        deadline = time.monotonic() + limit
+        while True:
+            try:
+                socket.create_connection((host, port), timeout=2).close()
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise MissingRanksError(
+                        f"rank 0 is missing: nobody listens at {host}, port {port}, after {limit:g} s ({error}): "
+                        "start it, or check MASTER_ADDR, MASTER_PORT and the network"
+                    ) from None
+                time.sleep(0.1)
+        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=limit))
+    # The agent's store is the same after a restart, and still has addresses of processes that have ended.
+    return PrefixStore(f"sheeprlhf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if of_agent else 0}", store)
+
+
+def _myself(host: str, port: int, own_port: int) -> Peer:
+    """This rank as others reach it: at the address that it reaches rank zero's machine from."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, port))  # sends nothing
+            own = probe.getsockname()[0]
+        except OSError:
+            own = host
+    own = host if own.startswith("127.") else own
+    return Peer(own, own_port, f"process {os.getpid()} on {socket.gethostname()}")
+
+
+def _wait_for_ranks(store: Store, strategy: Any, children: list[subprocess.Popen[bytes]], limit: float) -> list[int]:
+    """Rank zero only: the ranks that have not come in time."""
+    ranks = range(strategy.world_size)
+    slurm = _batch_script_seconds() if not children else None
+    began = time.monotonic()
+    deadline = began + (max(limit, _START_SECONDS) if children else limit if slurm is None else min(slurm, limit))
+    notice = began + _NOTICE_SECONDS
+    while not store.check([f"rank/{rank}" for rank in ranks]):
+        now = time.monotonic()
+        missing = [rank for rank in ranks if not store.check([f"rank/{rank}"])]
+        if children and min(missing, default=0) >= len(children) + 1:  # those that this process started have come
+            deadline, children = now + limit, []
+        if now > deadline or any(child.poll() is not None for child in children):
+            return missing
+        if now > notice:
+            notice = deadline + 1
+            print(f"waiting for {_listed(missing)} of {strategy.world_size}", file=sys.stderr, flush=True)
+        time.sleep(0.05)
+    return []
+
+
+def _batch_script_seconds() -> float | None:
+    """Seconds to wait for the other tasks of a SLURM job that runs outside of a step; None otherwise.
+
+    `srun` starts a step with all tasks; without it the batch script's process is alone.
+    """
+    found = launched()
+    if found is None or found.sure:
+        return None
+    age = seconds_since_start()
+    return max(_BATCH_SCRIPT_SECONDS - age, age / 2)
+
+
+def _everyone(store: Store, limit: float) -> dict[str, Any]:
+    """Ranks above zero: what rank zero has found."""
+    deadline = time.monotonic() + 2 * limit  # rank zero may have come last
+    try:
+        while time.monotonic() < deadline:
+            if store.check(["everyone"]):
+                return dict(json.loads(store.get("everyone")))
+            time.sleep(0.05)
+    except DistError:
+        pass
+    return {"missing": [0]}
+
+
+def _raise_missing(missing: list[int], strategy: Any, timeout: float) -> None:
+    who = f"{_listed(missing)} of {strategy.world_size} did not start"
+    tasks = os.environ.get("SLURM_NTASKS")
+    if _batch_script_seconds() is not None:
+        raise ConfigError(
+            f"SLURM_NTASKS={tasks}, but {who}: put srun before the command, or ask SLURM for one task (--ntasks=1)"
+        )
+    raise MissingRanksError(
+        f"{who} within fabric.timeout={timeout:g} s: start the same command for each, and see their own output"
+    )
+
+
+def _listed(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:_SHOWN])) + (f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+
+
+def _end_with_children(observer: Any) -> None:
+    """In place of Lightning's SIGKILL: a child has ended, and the main thread gets time to say so itself."""
+    children = observer._child_processes
+    ended = [rank for rank, child in enumerate(children, start=1) if child.returncode]
+    time.sleep(_ANSWER_SECONDS)
+    for child in children:
+        child.kill()
+    os.write(2, f"sheeprlhf cannot go on:\n  - local {_listed(ended)} ended, see its own output\n".encode())
+    os._exit(1)
