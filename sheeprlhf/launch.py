@@ -100,6 +100,9 @@ def launch(config: RootConfig, job: Job) -> int:
     note = stale_note(given)
     if note is not None and is_rank_zero():
         print(note, file=sys.stderr)
+    found = launched()
+    if found is not None and not found.sure and isinstance(config, TrainConfig | EvalConfig):
+        print(f"{found.told}: waiting for the other tasks, which srun before the command starts", file=sys.stderr)
     if isinstance(config, CommandConfig):
         silence_libraries()
         if isinstance(config, InspectConfig):
