@@ -1,6 +1,8 @@
 """The command line: verb -> compose -> typed config -> validate -> launch. Imports no torch until a run starts."""
 
 import atexit
+import codecs
+import errno
 import functools
 import importlib
 import io
@@ -38,7 +40,7 @@ from sheeprlhf.utils.processes import (
     missed_stop,
 )
 from sheeprlhf.utils.quiet import silence_libraries
-from sheeprlhf.utils.streams import lasting
+from sheeprlhf.utils.streams import lasting, lost_output, open_closed_streams
 
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
 _LASTING = (["train"], ["pipeline"])  # commands that go on when nobody reads their output any more
@@ -51,21 +53,55 @@ def run(argv: list[str] | None = None) -> None:
 
     Exit codes: 0 done, 1 a failure, 2 the command or configuration cannot work, 128 + n stopped by signal n.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # paths and texts may hold what its encoding has not
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
-        sys.stderr = lasting(sys.stderr)
-        if arguments[:1] in _LASTING:
-            sys.stdout = lasting(sys.stdout)
+        _prepare_streams(needs_reader=arguments[:1] not in _LASTING)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths and texts may hold what its encoding has not
     debug = "debug=true" in [argument.casefold() for argument in arguments]
     if argv is None:  # this is the program itself; else who called has more to do
         atexit.register(ignore_interrupts)  # called after those of the libraries, which are yet to be imported
     with ignored(SAVE_SIGNAL), heard_interrupts() as interrupts:  # until there is something to save
-        code = _guarded(lambda: _dispatch(arguments), debug)
+        code = _guarded(lambda: _flushed(_dispatch(arguments)), debug)
+        if argv is None and code == 0:
+            code = _report_lost_output()
         interrupts.leaving = argv is None
     if code:
         raise SystemExit(code)
+
+
+def _prepare_streams(*, needs_reader: bool) -> None:
+    """Standard streams that exist, that no full disk makes fail in the middle of the work, and that take any text."""
+    open_closed_streams(needs_output=needs_reader)
+    sys.stderr, sys.stdout = lasting(sys.stderr), lasting(sys.stdout, needs_reader=needs_reader)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        is_ascii = codecs.lookup(sys.stdin.encoding).name == "ascii"
+        sys.stdin.reconfigure(encoding="utf-8" if is_ascii else None, errors="strict")
+
+
+def _flushed(code: int) -> int:
+    """The exit code, after all that was printed is written."""
+    sys.stdout.flush()
+    return code
+
+
+def _report_lost_output() -> int:
+    """Rank zero reports output that could not be written; returns the exit code."""
+    for stream, other, name in (
+        (sys.stdout, sys.stderr, "standard output"),
+        (sys.stderr, sys.stdout, "standard error"),
+    ):
+        error = lost_output(stream)
+        if error is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+            why = "it is closed" if error.errno == errno.EBADF else error.strerror
+            print(
+                f"sheeprlhf: {name} cannot be written ({why}), and a part of it is lost: redirect it to a file on a "
+                "disk with room, or to /dev/null",
+                file=other,
+                flush=True,
+            )
+            return 1
+    return 0
 
 
 def _guarded(action: Callable[[], int], debug: bool) -> int:
@@ -136,6 +172,8 @@ def _message(error: Exception, debug: bool) -> str:
     notes = getattr(error, "__notes__", [])
     if isinstance(error, SheepError):
         return redact_text("\n".join([f"{who} cannot go on:", *(f"  - {line}" for line in lines), *notes]))
+    if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
+        notes = ["the locale has only ASCII, and a path has other characters: set PYTHONUTF8=1"]
     advice = notes or ([] if debug else ["debug=true shows where"])
     return redact_text("; ".join([f"{who} failed unexpectedly: {type(error).__name__}: {lines[0]}", *advice]))
 

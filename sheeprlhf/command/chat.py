@@ -85,6 +85,7 @@ def run(arguments: list[str]) -> int:
     if len(given.words) != 1:
         what = f"{len(given.words)} were given" if given.words else "`list runs` shows the runs"
         raise ConfigError(f"`chat` takes one run or model: `chat <run>`; {what}")
+    prompt = None if sys.stdin.isatty() else _read_piped()
     trained = find_trained(
         given.words[0],
         weights_of(given.values),
@@ -106,14 +107,30 @@ def run(arguments: list[str]) -> int:
     if system is not None and writer.form is not FORMS["template"]:
         raise ConfigError(f"--system: {trained.word} is asked without a chat template: leave it out")
     talk = Talk(writer, sampling(given.values), given.values["seed"], system)
-    if not sys.stdin.isatty():
-        talk.say(sys.stdin.read())
+    if prompt is not None:
+        talk.say(prompt)
         return 0
     _note(f"This model takes {writer.form.meaning}.")
     how = "" if writer.form.turns else " Each prompt stands alone: end it with an empty line."
     _note(f"{_COMMANDS}{how}\n")
     _loop(talk, _read_message if writer.form.turns else _read_block)
     return 0
+
+
+def _read_piped() -> str:
+    """All of standard input, as one prompt.
+
+    Raises:
+        ConfigError: it is closed, empty or no text.
+    """
+    advice = "pipe a text (`echo ... | chat <run>`), or run `chat` in a terminal"
+    try:
+        text = sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"standard input cannot be read as text ({error}): {advice}") from error
+    if not text.strip():
+        raise ConfigError(f"the prompt is empty: standard input is closed or holds no text: {advice}")
+    return text
 
 
 def _print_help() -> None:
@@ -207,6 +224,9 @@ def _loop(talk: Talk, read: Callable[[], str]) -> None:
             return
         except KeyboardInterrupt:
             _note("\n(Ctrl-D ends)")
+            continue
+        except UnicodeDecodeError as error:
+            _note(f"this is not text in {error.encoding}: type it again")
             continue
         command = text.strip().casefold()
         if command in ("/quit", "/exit"):

@@ -15,6 +15,7 @@ from sheeprlhf.structure.places import is_hub_id, new_folder_problems
 from sheeprlhf.structure.trained import POLICY, find_trained
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.floors import check_versions
+from sheeprlhf.utils.folders import sweep_scratch
 from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.hub import why_offline
 from sheeprlhf.utils.output import make_folders
@@ -88,6 +89,7 @@ def run(arguments: list[str]) -> int:
     if is_newest(given.words[0]):
         screen.print(clean(f"{given.words[0]}: {trained.word}", 400), style="faint")
     make_folders(folder.parent)
+    sweep_scratch(folder.parent, f"{folder.name}.")  # of an export that was killed
     checks = export_model(trained, folder, dtype, card, lambda text: screen.print(clean(text, 400), style="faint"))
     if checks.merged is not None:
         screen.print(f"adapters merged in float32: logits differ by {checks.merged:.2g} (largest {checks.largest:.3g})")

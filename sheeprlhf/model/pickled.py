@@ -108,7 +108,7 @@ def _converted(
     files = [plain_file(folder, file) for file in names]
     states = [os.stat(file) for file in files]
     known_by = [
-        (_FORMAT, str(file), state.st_size, state.st_mtime_ns) for file, state in zip(files, states, strict=True)
+        (_FORMAT, str(file), state.st_size, state.st_ctime_ns) for file, state in zip(files, states, strict=True)
     ]
     digest = hashlib.sha256(repr(known_by).encode()).hexdigest()[:16]
     short = _FOLDER_NAME.sub("-", name.strip("/").replace("/", "--"))[-80:].lstrip("-.")

@@ -36,6 +36,7 @@ from sheeprlhf.structure.template_args import read_template_args
 from sheeprlhf.utils.chat_templates import FLAG
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.files import read_small
+from sheeprlhf.utils.folders import is_scratch
 from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.records import load_json
 
@@ -157,6 +158,8 @@ def find_trained(
 
 def _find(word: str, weights: str | None, wanted: str | None) -> Trained:
     folder = expand_home(word)
+    if is_scratch(folder.absolute()):
+        raise ConfigError(f"{word} is what a killed command has left, or one that works now: give what it was to write")
     if (folder / "config.yaml").is_file():
         return _of_run(word, folder, weights or "final", wanted, _MAX_STARTS)
     named = choices("model").get(word)

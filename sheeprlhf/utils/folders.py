@@ -103,12 +103,22 @@ def scratch_folder(target: Path) -> Iterator[Path]:
         remove_marked(scratch)
 
 
-def sweep_scratch(folder: Path) -> None:
-    """Remove the scratch folders that killed processes left in `folder`; those of living processes stay."""
+def sweep_scratch(folder: Path, prefix: str = "") -> None:
+    """Remove the scratch folders that killed processes left in `folder`; those of living processes stay.
+
+    Args:
+        folder: in which they are.
+        prefix: their names begin with it.
+    """
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _SCRATCH.fullmatch(path.name)
-        if match and (int(match[1]) == os.getpid() or not _is_alive(int(match[1]))):
+        if match and path.name.startswith(prefix) and (int(match[1]) == os.getpid() or not _is_alive(int(match[1]))):
             remove_marked(path)
+
+
+def is_scratch(folder: Path) -> bool:
+    """Whether a folder is, or is in, what a process has begun to write or has left when it was killed."""
+    return any(_SCRATCH.fullmatch(path.name) and has_marker(path) for path in (folder, folder.parent))
 
 
 def _is_alive(pid: int) -> bool:

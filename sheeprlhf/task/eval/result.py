@@ -2,7 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 import sheeprlhf
+from sheeprlhf.structure.records import RESULT
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.errors import ConfigError, RecordError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.output import write_file
+from sheeprlhf.utils.records import load_json
 
 
 def save_result(
@@ -67,7 +71,7 @@ def save_result(
         "model": cfg.model.repo_name,
         "weights": weights,
         "experiment_dir": cfg.experiment_dir,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(max([time.time(), *_times(folder)]))),
         "version": sheeprlhf.__version__,
     }
     lines = [json.dumps(row) + "\n" for row in rows]
@@ -85,6 +89,13 @@ def save_result(
     table.title = f"{cfg.task.config_name} of {weights} on {cfg.data.config_name}/{cfg.task.data_split}"
     Console().print(table)
     print("\n".join(f"saved: {path}" for path in files))
+
+
+def _times(folder: Path) -> Iterator[float]:
+    """A second after each result of a folder: the newest result has the latest time even if the clock moved back."""
+    for path in folder.glob("*.json"):
+        with suppress(RecordError, ValueError, OverflowError, OSError):
+            yield datetime.fromisoformat(load_json(path, RESULT)["time"]).timestamp() + 1
 
 
 def cell(value: Any) -> str:

@@ -1,12 +1,14 @@
 """Standard streams whose terminal or reader is gone."""
 
+import errno
 import io
 import os
 import pty
+from pathlib import Path
 
 import pytest
 
-from sheeprlhf.utils.streams import lasting
+from sheeprlhf.utils.streams import lasting, lost_output
 
 
 def stream_to(descriptor: int, *, write_through: bool = False) -> io.TextIOWrapper:
@@ -30,11 +32,28 @@ def test_writing_goes_on(make, write_through: bool) -> None:
     os.close(writer)
 
 
-def test_other_errors_are_raised() -> None:
+@pytest.mark.parametrize("write_through", [False, True])
+def test_a_full_disk_is_remembered(write_through: bool, tmp_path: Path) -> None:
     with open("/dev/full", "wb", buffering=0) as full:
-        stream = lasting(stream_to(full.fileno(), write_through=True))
-        with pytest.raises(OSError, match="space"):
-            stream.write("lost\n")
+        stream = lasting(stream_to(full.fileno(), write_through=write_through))
+        assert lost_output(stream) is None
+        stream.write("lost\n")
+        error = lost_output(stream)
+        assert error is not None and error.errno == errno.ENOSPC
+        with (tmp_path / "file").open("wb") as file:
+            os.dup2(file.fileno(), full.fileno())
+        stream.write("there is room again\n")
+    assert (tmp_path / "file").read_text() == "there is room again\n"
+
+
+def test_a_reader_that_has_ended_can_be_an_error() -> None:
+    reader, writer = os.pipe()
+    stream = lasting(stream_to(writer, write_through=True), needs_reader=True)
+    os.close(reader)
+    with pytest.raises(BrokenPipeError):
+        stream.write("lost\n")
+    assert lost_output(stream) is None and lost_output(io.StringIO()) is None
+    os.close(writer)
 
 
 def test_a_stream_without_a_file_stays() -> None:
