@@ -7,19 +7,7 @@ from typing import Any, NamedTuple
 from sheeprlhf.command.report_html import NONE, Html, element, figure_text, join
 from sheeprlhf.command.screen import clean
 
-_FACTS = (
-    "task",
-    "split",
-    "data",
-    "model",
-    "weights",
-    "experiment_dir",
-    "time",
-    "order",
-    "version",
-    "seed",
-    "generation",
-)
+_FACTS = ("task", "split", "data", "model", "weights", "experiment_dir", "time", "version", "seed", "generation")
 _HEADLINES = ("perplexity", "rougeL", "accuracy", "score", "win rate", "rm accuracy")  # the numbers that tell most
 _INTERVAL = "_interval"  # the ending of a key whose value is that of the key without it
 _MAX_NUMBERS = 60

@@ -219,8 +219,8 @@ def _results(folder: Path, data: str, problems: list[str]) -> list[str]:
         usual = {"weights": "final", "split": "test"} | ({"data": data} if data != _UNKNOWN else {})
         said = {key: clean(record.get(key, value), _NAME) for key, value in usual.items()}
         odd = [said[key] for key, value in usual.items() if said[key] != value]
-        when, task = record.get("order", _time_of(record.get("time"))), record.get("task", "")
-        shown = _SHOWN.get(task, [key for key in record if key != "order"])
+        when, task = _time_of(record.get("time")), record.get("task", "")
+        shown = _SHOWN.get(task, tuple(record))
         for key in shown:
             value = record.get(key)
             number = _finite(value) if isinstance(value, float) else None

@@ -141,7 +141,6 @@ class ResultRecord(TypedDict):
     weights: NotRequired[str]
     experiment_dir: NotRequired[str | None]
     time: NotRequired[str]
-    order: NotRequired[Time]
     version: NotRequired[str]
 
 

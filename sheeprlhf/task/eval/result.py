@@ -95,7 +95,7 @@ def _times(folder: Path) -> Iterator[float]:
     """A second after each result of a folder: the newest result has the latest time even if the clock moved back."""
     for path in folder.glob("*.json"):
         with suppress(RecordError, ValueError, OverflowError, OSError):
-            yield datetime.fromisoformat(load_json(path, RESULT)["time"]).timestamp() + 1
+            yield datetime.fromisoformat(load_json(path, RESULT).get("time", "")).timestamp() + 1
 
 
 def cell(value: Any) -> str:
