@@ -12,20 +12,22 @@ import yaml
 from rich.text import Text
 
 from sheeprlhf.command.child import Children, children
-from sheeprlhf.command.pipeline_results import show_results, write_results
-from sheeprlhf.command.pipeline_state import Place, choose_folder, is_done, write_state
+from sheeprlhf.command.pipeline_results import RESULT_FILES, show_results, write_results
+from sheeprlhf.command.pipeline_state import STATE_FILE, Place, choose_folder, is_done, write_state
 from sheeprlhf.command.screen import Screen
 from sheeprlhf.command.words import split_words
 from sheeprlhf.engine.redact import redact_command
 from sheeprlhf.engine.rundir import RUN_FILE
-from sheeprlhf.engine.runlock import RunLock
+from sheeprlhf.engine.runlock import LOCK_FILE, RunLock
 from sheeprlhf.structure.commands import command, given_words, option_word
 from sheeprlhf.structure.compose import Source, check, compose_job, configs_directory
 from sheeprlhf.structure.pipeline import Stage, stages_of
 from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.run import PipelineConfig, RootConfig
-from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.output import create_file, make_folder
+from sheeprlhf.utils.errors import ConfigError, UnsafePathError
+from sheeprlhf.utils.output import create_file, link_problems, make_folder
+
+PAGE = "report.html"
 
 
 def run(config: PipelineConfig) -> int:
@@ -41,6 +43,7 @@ def run(config: PipelineConfig) -> int:
     stages = stages_of(config)
     check_stages(stages, flags)
     place = choose_folder(config, stages, ["pipeline", *flags, *words])
+    _check_links(place.dir, stages)
     print(place.note)
     with RunLock(place.dir), children() as started:
         code = _run_stages(config, stages, flags, place, started)
@@ -53,9 +56,16 @@ def run(config: PipelineConfig) -> int:
         write_state(place.dir, place.state)
         rows = write_results(place.dir, stages, place.state)
         show_results(place.dir, rows)
-        code = started.run(["report", str(place.dir), f"--to={place.dir / 'report.html'}"])
+        code = started.run(["report", str(place.dir), f"--to={place.dir / PAGE}"])
     print(f"next: {command(['list', 'runs', str(place.dir)])}")
     return code
+
+
+def _check_links(folder: Path, stages: list[Stage]) -> None:
+    """Raises UnsafePathError if something that the pipeline or a stage would write is a symbolic link."""
+    problems = link_problems(folder, (STATE_FILE, LOCK_FILE, PAGE, *RESULT_FILES, *(stage.name for stage in stages)))
+    if problems:
+        raise UnsafePathError(*problems)
 
 
 def _given(config: PipelineConfig) -> tuple[list[str], list[str]]:

@@ -18,6 +18,7 @@ from sheeprlhf.utils.errors import RecordError
 from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.records import load_json
 
+RESULT_FILES = ("results.csv", "results.md", "results.json")
 _MAX_FILES = 200
 
 
@@ -64,9 +65,9 @@ def write_results(folder: Path, stages: list[Stage], state: Mapping[str, Any]) -
     writer.writeheader()
     writer.writerows(records)
     lines = [["stage", *(column.heading for column in columns)], ["---"] * (len(columns) + 1), *cells(rows, columns)]
-    write_file(folder, "results.csv", text.getvalue().encode())
-    write_file(folder, "results.md", "".join(f"| {' | '.join(line)} |\n" for line in lines).encode())
-    write_file(folder, "results.json", json.dumps(records, indent=1).encode())
+    markdown = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    for name, content in zip(RESULT_FILES, (text.getvalue(), markdown, json.dumps(records, indent=1)), strict=True):
+        write_file(folder, name, content.encode())
     return rows
 
 

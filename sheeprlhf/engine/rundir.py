@@ -23,12 +23,16 @@ from sheeprlhf.structure.records import RUN
 from sheeprlhf.structure.registry import CUT_OPTIONS, NOT_IN_HASH, choices, config_to_dict
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.saved import read_run_config
-from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.errors import ConfigError, UnsafePathError
 from sheeprlhf.utils.files import make_private
-from sheeprlhf.utils.output import write_file
+from sheeprlhf.utils.output import link_problems, write_file
 from sheeprlhf.utils.records import damaged
 
 CONFIG_FILE = "config.yaml"
+_FILES = (  # that a run writes; besides, TensorBoard's have names of their own
+    *(RUN_FILE, CONFIG_FILE, REPORT_FILE, LOCK_FILE, "metrics.csv", "error.log", "best_of_n.json", "final", "dataset"),
+)
+_FOLDERS = ("checkpoints", "samples", "parts")  # in which it replaces and deletes
 _SHOWN = 8  # changed options in a message
 _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 
@@ -67,12 +71,6 @@ def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = No
         return _start(
             folder, cfg, config_hash, "resume=true found no run there: a fresh start in" if cfg.resume else ""
         )
-    if cfg.resume:
-        unfinished = [run for run in find_runs(cfg.root_dir) if run.info.get("status") != "finished"]
-        same = [run.dir for run in unfinished if run.info.get("config_hash") == config_hash]
-        if same:
-            others = f" (the newest of {len(same)} unfinished ones)" if len(same) > 1 else ""
-            return RunPlace(same[0], True, f"going on with {same[0]}{others}")
     note = f"resume=true found no unfinished run of this configuration under {cfg.root_dir}: a fresh start in"
     *groups, run_name = _folder_names(cfg)
     parent = Path(cfg.root_dir, *groups, time.strftime("%Y-%m-%d_%H-%M-%S"))
@@ -107,11 +105,51 @@ def _existing_run(cfg: TrainConfig, config_hash: str, given: str | None) -> RunP
     """The run that the command line names, if there is one. Arguments as of `choose_run_dir`."""
     if cfg.resume_from is not None:
         return _resume(Path(cfg.resume_from), cfg, config_hash, key="resume_from")
-    if given is None or not (Path(given) / RUN_FILE).is_file():
+    if given is None:
+        return _unfinished_run(cfg, config_hash) if cfg.resume else None
+    if not (Path(given) / RUN_FILE).is_file():
+        _check_unused(Path(given))
         return None
     if cfg.resume:
         return _resume(Path(given), cfg, config_hash, key="hydra.run.dir")
     raise ConfigError(f"hydra.run.dir={given} holds a run already; add resume=true, or choose another directory")
+
+
+def _unfinished_run(cfg: TrainConfig, config_hash: str) -> RunPlace | None:
+    """The newest unfinished run of this configuration below the root directory."""
+    unfinished = [run for run in find_runs(cfg.root_dir) if run.info.get("status") != "finished"]
+    same = [run.dir for run in unfinished if run.info.get("config_hash") == config_hash]
+    if not same:
+        return None
+    _check_usable(same[0], "resume=true")
+    others = f" (the newest of {len(same)} unfinished ones)" if len(same) > 1 else ""
+    return RunPlace(same[0], True, f"going on with {same[0]}{others}")
+
+
+def _check_usable(folder: Path, key: str) -> None:
+    """Raises ConfigError if a run cannot write, or if something that it would write or delete is a symbolic link."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}: {folder} is not writable; check its permissions")
+    problems = link_problems(folder, _FILES, _FOLDERS)
+    if problems:
+        raise UnsafePathError(*problems)
+
+
+def _check_unused(folder: Path) -> None:
+    """Raises ConfigError if a run that starts in a directory could overwrite or delete something of the user's."""
+    if not folder.is_dir():
+        return
+    _check_usable(folder, "hydra.run.dir")
+    used = [name for name in (*_FILES, *_FOLDERS) if os.path.lexists(folder / name)]
+    if not used:
+        return
+    try:
+        read_run_config(str(folder))  # a run without its run.json goes on
+    except ConfigError:
+        raise ConfigError(
+            f"hydra.run.dir={folder} has {', '.join(used)}, which a run would replace, and no {CONFIG_FILE} of a run: "
+            "move them, or choose another directory"
+        ) from None
 
 
 def changed_options(cfg: TrainConfig, run_dir: Path) -> list[tuple[str, Any, Any]]:
@@ -158,10 +196,9 @@ def _resume(folder: Path, cfg: TrainConfig, config_hash: str, *, key: str) -> Ru
             f"give the options in {folder / 'config.yaml'} "
             "(those of its command: " + " ".join(info.get("command", [])) + "), or start another run"
         )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"{key}={folder} is not writable; check its permissions")
     if info.get("status") == "finished":
         return RunPlace(folder, True, f"{folder} is finished: nothing is left to do")
+    _check_usable(folder, key)
     return RunPlace(folder, True, f"going on with {folder}")
 
 
@@ -219,7 +256,7 @@ def discard_unused(run_dir: Path, root_dir: Path) -> bool:
     Returns:
         False if something else is there; nothing was removed then.
     """
-    files = [run_dir / name for name in (REPORT_FILE, CONFIG_FILE, RUN_FILE, LOCK_FILE)]
+    files = [run_dir / name for name in (REPORT_FILE, CONFIG_FILE, LOCK_FILE, RUN_FILE)]
     if not {path.name for path in run_dir.iterdir()} <= {path.name for path in files}:
         return False
     with suppress(OSError):

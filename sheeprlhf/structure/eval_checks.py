@@ -20,6 +20,7 @@ from sheeprlhf.structure.task_checks import (
     unread_reward_model,
 )
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.output import link_problems
 
 
 def eval_problems(config: EvalConfig) -> Iterator[str]:
@@ -121,6 +122,7 @@ def _frontier_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
 def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
     """Whether a run has what an evaluation asks for, and takes its results."""
     yield from new_folder_problems("experiment_dir", str(Path(run_dir) / "eval"))
+    yield from link_problems(Path(run_dir), (), ("eval",))
     saved = read_run_config(run_dir)
     trained = task_of_run(saved)
     what, wanted = "policy" if trained is None else trained.trains, config.task.evaluates

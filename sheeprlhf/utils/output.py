@@ -7,6 +7,7 @@ untrusted run, and its links could lead to any file of the user. Files and folde
 import os
 import stat
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import TextIO
@@ -37,13 +38,12 @@ def safe_path(folder: Path, name: str) -> Path:
     return path
 
 
-def link_problems(folder: Path, names: tuple[str, ...]) -> list[str]:
-    """Describe the symbolic links among `names` in `folder`, and directly inside of those that are folders."""
-    links = []
-    for path in (folder / name for name in names):
-        if path.is_symlink():
-            links.append(path)
-        elif path.is_dir():
+def link_problems(folder: Path, files: Iterable[str], folders: Iterable[str] = ()) -> list[str]:
+    """Describe the symbolic links among files and folders of these names in `folder`, and directly in the folders."""
+    paths = [folder / name for name in folders]
+    links = [path for path in (*(folder / name for name in files), *paths) if path.is_symlink()]
+    for path in paths:
+        if path.is_dir() and path not in links:
             with os.scandir(path) as entries:
                 links += sorted(path / entry.name for entry in entries if entry.is_symlink())
     more = f" (and {len(links) - _MAX_SHOWN} more links)" if len(links) > _MAX_SHOWN else ""

@@ -18,7 +18,7 @@ from sheeprlhf.structure.model import TinyConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
-from sheeprlhf.utils.errors import ConfigError, RecordError, RunInUseError
+from sheeprlhf.utils.errors import ConfigError, RecordError, RunInUseError, UnsafePathError
 from tests.unit.engine.toy import forkserver
 
 
@@ -228,7 +228,7 @@ def test_of_many_starters_one_wins(tmp_path):
 
 def test_a_lock_that_is_a_link_is_refused(tmp_path):
     (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="cannot lock"):
+    with pytest.raises(UnsafePathError, match=r"\.lock is a symbolic link"):
         RunLock(tmp_path).__enter__()
     assert not (tmp_path / "elsewhere").exists()
 
