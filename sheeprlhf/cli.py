@@ -9,6 +9,7 @@ import io
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -169,7 +170,9 @@ def _message(error: Exception, debug: bool) -> str:
     rank = global_rank()
     who = "sheeprlhf" if rank == 0 else f"sheeprlhf (process {rank})"
     lines = str(error).splitlines() or [type(error).__name__]
-    notes = getattr(error, "__notes__", [])
+    notes = list(getattr(error, "__notes__", []))
+    if rank > 0 and local_rank() == 0 and isinstance(error, ConfigError):
+        notes.append(f"this is {socket.gethostname()}: every machine needs the same files at the same places")
     if isinstance(error, SheepError):
         return redact_text("\n".join([f"{who} cannot go on:", *(f"  - {line}" for line in lines), *notes]))
     if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":

@@ -23,7 +23,7 @@ from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, Pi
 from sheeprlhf.structure.smaller import advice
 from sheeprlhf.structure.trained import needs_base_model
 from sheeprlhf.structure.validate import parse_devices
-from sheeprlhf.utils.errors import ConfigError, OutOfMemory, SheepError, UnsafePathError
+from sheeprlhf.utils.errors import ConfigError, MissingRanksError, OutOfMemory, SheepError, UnsafePathError
 from sheeprlhf.utils.files import disk_full
 from sheeprlhf.utils.floors import check_versions
 from sheeprlhf.utils.launchers import (
@@ -135,10 +135,9 @@ def launch(config: RootConfig, job: Job) -> int:
         full = disk_full(error, run_dir) if run_dir is not None and isinstance(error, OSError) else None
         if full is not None:
             raise full from error
-        if isinstance(config, TrainConfig) and run_dir is not None and isinstance(error, SheepError):
-            if _take_back(config, run_dir):
-                error.add_note("nothing was begun: the run directory is taken back")
-        elif run_dir is not None and not isinstance(error, SheepError):
+        if isinstance(error, ConfigError | MissingRanksError) and _take_back(config, run_dir):
+            error.add_note("nothing was begun: the run directory is taken back")
+        if run_dir is not None and not isinstance(error, SheepError):
             with suppress(OSError, UnsafePathError):  # the disk may be the error
                 path = write_file(run_dir, "error.log", redact_text(traceback.format_exc()).encode(errors="replace"))
                 error.add_note(f"its traceback is in {path}")
@@ -210,8 +209,10 @@ def _choose_dir(config: TrainConfig, given: str | None) -> Path:
     return place.dir.absolute()
 
 
-def _take_back(config: TrainConfig, run_dir: Path) -> bool:
-    """Rank zero only: remove the directory of a run whose ranks never came together; False if there was a run."""
+def _take_back(config: TrainConfig | EvalConfig, run_dir: Path | None) -> bool:
+    """Remove the directory of a run whose ranks never came together; False if there is none, or there was a run."""
+    if run_dir is None or not isinstance(config, TrainConfig):
+        return False
     with suppress(OSError, SheepError), RunLock(run_dir):
         return not (run_dir / CONFIG_FILE).exists() and discard_unused(run_dir, Path(config.root_dir))
     return False

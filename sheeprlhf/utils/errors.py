@@ -87,7 +87,7 @@ class DiskFullError(SheepError, RuntimeError):
     """What a run records has no room on its disk: names the place and what is free."""
 
 
-class MissingRanksError(SheepError, ConnectionError):
+class MissingRanksError(SheepError, RuntimeError):
     """Processes of the run did not start, ended or cannot be reached; names their ranks. Every rank raises it."""
 
 

@@ -1,5 +1,6 @@
 """What a task receives, and what becomes of its result: the task here is a stub that records its arguments."""
 
+import socket
 import sys
 import types
 from pathlib import Path
@@ -11,7 +12,7 @@ from sheeprlhf.launch import _find
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.task import SFTConfig
-from sheeprlhf.utils.errors import ConfigError, Interrupted, NonFiniteError
+from sheeprlhf.utils.errors import ConfigError, Interrupted, MissingRanksError, NonFiniteError
 
 
 @pytest.fixture
@@ -128,6 +129,31 @@ def test_an_error_is_a_message_and_an_exit_code(calls, capsys, error, code, mess
     assert message in printed
     assert "Traceback" not in printed
     assert "sk-abc" not in printed
+
+
+def test_ranks_that_never_met_leave_no_run_directory(calls, capsys, tmp_path):
+    fail_with(MissingRanksError("rank 1 of 2 did not start"))
+    assert exit_code("train task=sft") == 1
+    assert "rank 1 of 2" in capsys.readouterr().err
+    assert list(tmp_path.glob("logs/runs/*")) == []
+
+
+def test_another_machine_says_that_it_is_one(calls, capsys, monkeypatch):
+    monkeypatch.setattr("sheeprlhf.cli._SECONDS_FOR_RANK_ZERO", 0)
+    for name, value in (("NODE_RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    assert exit_code("train task=sft fabric.num_nodes=2 resume_from=nowhere") == 2
+    assert socket.gethostname() in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["0", "1"])
+def test_restarts_by_torchrun_need_a_variable_and_resume(calls, capsys, monkeypatch, variable):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", variable)
+    assert exit_code(f"train task=sft resume={variable == '1'} hydra.run.dir=not_yet_there") == 0
+    printed = capsys.readouterr().err
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in printed) == ("resume=true" in printed) == (variable == "0")
+    assert len(calls) == 1
 
 
 def test_what_was_interrupted_in_its_making_does_not_complain(calls, monkeypatch):

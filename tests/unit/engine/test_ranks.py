@@ -114,6 +114,19 @@ def test_without_rank_zero_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rank 0 is missing" in str(join(2, [1])[1])
 
 
+@pytest.mark.parametrize("in_step", [True, False])
+def test_a_batch_script_without_srun_does_not_wait_long(monkeypatch: pytest.MonkeyPatch, in_step: bool) -> None:
+    variables = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    for name, value in (variables | ({"SLURM_STEP_NUM_TASKS": "2"} if in_step else {})).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "_BATCH_SCRIPT_SECONDS", 0.2)
+    monkeypatch.setattr(ranks, "seconds_since_start", lambda: 0.0)
+    monkeypatch.setattr(ranks, "_JOIN_SECONDS", 1.0)
+    error = join(2, [0])[0]
+    assert isinstance(error, MissingRanksError if in_step else ConfigError)
+    assert ("srun" in str(error)) == (not in_step) and "rank 1 of 2" in str(error)
+
+
 def test_a_port_that_is_taken_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="MASTER_PORT"):
         join_ranks(Strategy(0, 2, taken.getsockname()[1]), 1)
