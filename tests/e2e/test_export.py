@@ -1,6 +1,8 @@
 """An exported folder computes what the run computed, for plain transformers, or it is not there."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from sheeprlhf.cli import run
 from sheeprlhf.data.asking import Turn
 from sheeprlhf.structure.trained import REWARD_MODEL, find_trained
 from sheeprlhf.task.writer import load_scorer
+from sheeprlhf.utils.errors import ConfigError
 from tests.support.models import BOS, EOS, PAD, VOCAB
 from tests.support.runs import digests
 from tests.support.talking import TEMPLATE, make_runs, write_result
@@ -193,6 +196,24 @@ def test_a_file_that_appears_meanwhile_is_kept(runs, tmp_path, monkeypatch, caps
     monkeypatch.setattr(export, "_save", slow)
     assert "is not an empty folder" in refused(capsys, runs["sft"], "--to", tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+def test_a_killed_export_is_swept_and_never_taken_for_a_model(runs, tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    process = os.fork()
+    if not process:
+        # after everything is written and checked, before the folder gets its name
+        monkeypatch.setattr(export, "check_target", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        exported(runs["dpo"], target)
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+    [left] = tmp_path.iterdir()
+    assert left != target and (left / "new" / "README.md").is_file()
+    for folder in (left, left / "new"):
+        with pytest.raises(ConfigError, match="killed"):
+            find_trained(str(folder))
+    exported(runs["dpo"], target)
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_all_mistakes_are_told_at_once(tmp_path, capsys):
