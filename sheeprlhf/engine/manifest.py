@@ -16,7 +16,7 @@ from typing import Any
 
 from sheeprlhf.structure.records import MANIFEST as SCHEMA
 from sheeprlhf.utils.errors import CheckpointError, RecordError
-from sheeprlhf.utils.files import fsync, make_private
+from sheeprlhf.utils.filesystem import fsync, make_private, open_file
 from sheeprlhf.utils.folders import scratch_folder
 from sheeprlhf.utils.output import create_file
 from sheeprlhf.utils.records import load_json
@@ -143,8 +143,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _sha256(path: Path) -> str:
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    with open(descriptor, "rb") as file:
+    with open(open_file(path, os.O_RDONLY), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -24,7 +24,7 @@ from sheeprlhf.structure.registry import CUT_OPTIONS, NOT_IN_HASH, choices, conf
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.utils.errors import ConfigError, UnsafePathError
-from sheeprlhf.utils.files import make_private
+from sheeprlhf.utils.filesystem import make_private
 from sheeprlhf.utils.output import link_problems, write_file
 from sheeprlhf.utils.records import damaged
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from sheeprlhf.utils.errors import ConfigError, RunInUseError
+from sheeprlhf.utils.filesystem import lock, open_file
 from sheeprlhf.utils.output import open_lock_file
 
 LOCK_FILE = ".lock"
@@ -20,29 +21,27 @@ def is_locked(run_dir: Path) -> bool:
     The look takes a lock for some microseconds, shared with others that look; `RunLock` waits for it.
     """
     try:
-        descriptor = os.open(run_dir / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = open_file(run_dir / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lock(descriptor, run_dir / LOCK_FILE, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
-        return False  # a file system without locks
     finally:
         os.close(descriptor)
     return False
 
 
-def _lock_for_good(descriptor: int) -> None:
+def _lock_for_good(descriptor: int, path: Path) -> None:
     """Take the lock alone, if need be after those that only look."""
     for seconds in _WAITS:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             time.sleep(seconds)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock(descriptor, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class RunLock:
@@ -67,8 +66,8 @@ class RunLock:
         except OSError as error:
             raise ConfigError(f"cannot lock the run directory {self._path.parent}: {error.strerror}") from error
         try:
-            _lock_for_good(descriptor)
-        except OSError as error:
+            _lock_for_good(descriptor, self._path)
+        except BlockingIOError as error:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise RunInUseError(

@@ -293,7 +293,7 @@ def is_same_model(first: Any, second: Any) -> bool:
     if not isinstance(first, str) or not isinstance(second, str):
         return False
     one, other = expand_home(first), expand_home(second)
-    return one.is_dir() and other.is_dir() and one.resolve() == other.resolve()
+    return one.is_dir() and other.is_dir() and one.samefile(other)
 
 
 def start_problems(config: Needy) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Files read that may be a stranger's, plain and of bounded size; errors of a full disk; permissions and fsync."""
+"""Files read that may be a stranger's, plain and of bounded size; errors of a full disk."""
 
 import errno
 import os
@@ -79,19 +79,3 @@ def disk_full(error: OSError, folder: Path) -> DiskFullError | None:
         f"cannot write {path}: {error.strerror}; {free:,} bytes are free there. Free space, then go on with "
         f"resume_from={folder}"
     )
-
-
-def fsync(path: Path) -> None:
-    """Bring a file's or folder's bytes to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_private(path: Path) -> None:
-    """Give a file or folder of ours to its owner alone, whatever the umask."""
-    mode = 0o700 if path.is_dir() else 0o600
-    if stat.S_IMODE(path.stat().st_mode) != mode:
-        path.chmod(mode)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sheeprlhf.utils.errors import ModelError, SheepError
-from sheeprlhf.utils.files import fsync, make_private
+from sheeprlhf.utils.filesystem import fsync, has_locks, lock, make_private
 from sheeprlhf.utils.output import create_file, make_folders, open_lock_file
 
 MARKER = "MADE_BY_SHEEPRLHF"  # a folder without this file is not ours to delete
@@ -21,16 +21,21 @@ _SCRATCH = re.compile(r".+\.[0-9a-f]{8}\.tmp\.(\d{1,9})")
 def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock of a cached folder; the system frees it when a process dies, however it dies."""
     make_folders(folder.parent)
-    lock = open_lock_file(folder.parent, f".{folder.name}.lock")
+    path = _lock_file(folder)
+    descriptor = open_lock_file(path.parent, path.name)
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say(f"another process is preparing {folder.name}; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock(descriptor, path, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(lock)
+        os.close(descriptor)
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 @contextmanager
@@ -46,7 +51,12 @@ def written_folder(folder: Path) -> Iterator[Path]:
         for path in [*temporary.iterdir(), temporary]:
             make_private(path)
             fsync(path)
-        os.rename(temporary, folder)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not has_marker(folder):  # another process made it meanwhile, where there are no locks
+                raise
+            remove_marked(temporary)
         fsync(folder.parent)
     except BaseException:
         remove_marked(temporary)
@@ -72,9 +82,13 @@ def writing_errors(what: str, advice: str) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed preparations of `folder` left behind; the lock says that none is at work."""
+    """Remove what killed preparations of `folder` left behind; the lock says that none is at work.
+
+    Where the file system has no locks, it stays: it may be of a process that is at work.
+    """
     for left in folder.parent.glob(f".{folder.name}.tmp-*"):
-        remove_marked(left)
+        if has_locks(_lock_file(folder)):
+            remove_marked(left)
 
 
 def discard(folder: Path) -> None:

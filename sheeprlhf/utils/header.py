@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sheeprlhf.utils.filesystem import open_file
+
 MAX_HEADER = 10_000_000  # bytes; of 100,000 tensors it has about as many
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
 _NAME = re.compile(r"[\w./-]{1,512}", re.ASCII)
@@ -33,7 +35,7 @@ def read_header(path: Path) -> dict[str, TensorFacts]:
         ValueError: it is no such file, its header is larger than `MAX_HEADER`, or the tensors are not what follows it.
         OSError: it cannot be read.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with open(open_file(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         start = file.read(1)

@@ -13,9 +13,8 @@ from pathlib import Path, PurePath
 from typing import TextIO
 
 from sheeprlhf.utils.errors import UnsafePathError
-from sheeprlhf.utils.files import fsync, make_private
+from sheeprlhf.utils.filesystem import fsync, make_private, open_file, replace
 
-_CREATE = os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_SHOWN = 5
 
 
@@ -89,7 +88,7 @@ def create_file(folder: Path, name: str, content: bytes = b"") -> Path:
         OSError: it cannot be written, or exists; the error names the file, and no part of it is left behind.
     """
     path = safe_path(folder, name)
-    with open(os.open(path, os.O_WRONLY | os.O_EXCL | _CREATE, 0o600), "wb") as file:
+    with open(open_file(path, os.O_WRONLY | os.O_EXCL | os.O_CREAT), "wb") as file:
         try:
             make_private(path)
             file.write(content)
@@ -115,7 +114,7 @@ def write_file(folder: Path, name: str, content: bytes) -> Path:
     temporary = create_file(path.parent, f".{path.name}.{uuid.uuid4().hex[:8]}", content)
     try:
         fsync(temporary)
-        os.replace(temporary, path)
+        replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
@@ -144,7 +143,7 @@ def open_lock_file(folder: Path, name: str) -> int:
 def _open_plain(path: Path, flags: int) -> int:
     is_new = not os.path.lexists(path)
     _check_plain(path)
-    descriptor = os.open(path, flags | os.O_NONBLOCK | _CREATE, 0o600)
+    descriptor = open_file(path, flags | os.O_NONBLOCK | os.O_CREAT)
     if is_new:
         make_private(path)
     return descriptor

@@ -167,7 +167,7 @@ MUTANTS = [
     ),
     Mutant(
         trap="a checkpoint is not forced to the disk",
-        file="sheeprlhf/utils/files.py",
+        file="sheeprlhf/utils/filesystem.py",
         old="        os.fsync(descriptor)\n",
         new="        os.fstat(descriptor)\n",
         tests="tests/faults/test_crash_points.py",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "sheeprlhf"
-HELPERS = ("utils/output.py", "utils/folders.py", "utils/files.py")
+HELPERS = ("utils/output.py", "utils/folders.py", "utils/filesystem.py")
 DEVELOPERS = "assets/"  # scripts that build what the package ships; no command reaches them
 REVIEWED = {
     "cli.py:_guarded:os.open": "the null device",
@@ -89,7 +89,7 @@ def name_of(call: ast.Call) -> str | None:
         name, owner = function.attr, function.value.id if isinstance(function.value, ast.Name) else ""
     else:
         return None
-    if name == "open" and owner == "os":
+    if (name == "open" and owner == "os") or name == "open_file":
         flags = {node.attr for node in ast.walk(call) if isinstance(node, ast.Attribute)}
         return "os.open" if flags & {"O_WRONLY", "O_RDWR", "O_CREAT", "O_TRUNC", "O_APPEND"} else None
     if name in ("open", "fdopen", "ZipFile", "TarFile", "GzipFile", "memory_map", "OSFile"):
