@@ -15,8 +15,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sheeprlhf.command.help import PLAIN_VERBS, VERBS, print_overview, print_verb_help
 from sheeprlhf.command.screen import print_error
@@ -42,6 +43,9 @@ from sheeprlhf.utils.processes import (
 )
 from sheeprlhf.utils.quiet import silence_libraries
 from sheeprlhf.utils.streams import lasting, lost_output, open_closed_streams
+
+if TYPE_CHECKING:
+    from sheeprlhf.structure.run import RootConfig
 
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
 _LASTING = (["train"], ["pipeline"])  # commands that go on when nobody reads their output any more
@@ -93,7 +97,7 @@ def _report_lost_output() -> int:
         (sys.stderr, sys.stdout, "standard error"),
     ):
         error = lost_output(stream)
-        if error is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        if error is not None and is_rank_zero():
             why = "it is closed" if error.errno == errno.EBADF else error.strerror
             print(
                 f"sheeprlhf: {name} cannot be written ({why}), and a part of it is lost: redirect it to a file on a "
@@ -105,8 +109,14 @@ def _report_lost_output() -> int:
     return 0
 
 
-def _guarded(action: Callable[[], int], debug: bool) -> int:
-    """Run `action`; an exception becomes a message and an exit code. With `debug`, its traceback is shown too."""
+def _guarded(action: Callable[[], int], debug: bool, messages: list[str] | None = None) -> int:
+    """Run `action`; an exception becomes a message and an exit code. With `debug`, its traceback is shown too.
+
+    Args:
+        action: returns an exit code.
+        debug: show tracebacks.
+        messages: a list that gets the message too.
+    """
     other_rank = not is_rank_zero()
     try:
         return action()
@@ -132,7 +142,10 @@ def _guarded(action: Callable[[], int], debug: bool) -> int:
                 return error.exit_code if isinstance(error, SheepError) else 1
         if debug:
             print(_shown(traceback.format_exc()), file=sys.stderr)
-        print_error(_message(error, debug))
+        message = _message(error, debug)
+        print_error(message)
+        if messages is not None:
+            messages.append(message)
         return error.exit_code if isinstance(error, SheepError) else 1
 
 
@@ -259,6 +272,7 @@ def _with_hydra(verb: str, words: Words) -> int:
     """Check the command line, then let Hydra run it: once, as a sweep, or showing the configuration."""
     from hydra import main as hydra_main
 
+    from sheeprlhf.command.sweep import Sweep, sweep_code, sweep_parent, watched_sweep
     from sheeprlhf.structure.compose import Source, check, configs_directory, saved_overrides
     from sheeprlhf.structure.registry import register_configs
 
@@ -272,27 +286,47 @@ def _with_hydra(verb: str, words: Words) -> int:
             raise ConfigError(*problems)
     if sweep and not shows:
         check_alone("a sweep (-m)")
-    sweep_dir = tempfile.mkdtemp(prefix="sheeprlhf-") if sweep and "hydra.sweep.dir=" not in str(words) else ""
+    own_dir = sweep and "hydra.sweep.dir=" not in str(words)
+    parent = sweep_parent(words.overrides) if own_dir else None
+    sweep_dir = tempfile.mkdtemp(prefix=".sheeprlhf-" if parent else "sheeprlhf-", dir=parent) if own_dir else ""
     codes: list[int] = []
+    watched, stopped, failed = Sweep(), 0, 0
     arguments, sys.argv = sys.argv, [sys.argv[0], *words.flags, *words.overrides]
     try:
         if sweep_dir:  # for the multirun.yaml that Hydra writes
             sys.argv.append(f"hydra.sweep.dir={sweep_dir}")
         register_configs()
         sys.argv += saved_overrides(verb, words.overrides)
-        job = functools.partial(_job, verb, words, bool(sweep_dir), codes)
-        hydra_main(config_path=str(directory), config_name=verb, version_base="1.3")(job)()
+        job = functools.partial(_job, verb, words, bool(sweep_dir), os.getpid(), codes)
+        with watched_sweep(watched, verb) if sweep else nullcontext():
+            hydra_main(config_path=str(directory), config_name=verb, version_base="1.3")(job)()
+    except SystemExit as stop:
+        if not sweep:
+            raise
+        stopped = stop.code if isinstance(stop.code, int) else 1
     finally:
         sys.argv = arguments
-        shutil.rmtree(sweep_dir, ignore_errors=True)
-    return next((code for code in codes if code), 0)
+        failed = sweep_code(watched)
+        if failed and parent is not None:
+            print(f"the launcher's logs: {sweep_dir}", file=sys.stderr)
+        else:
+            shutil.rmtree(sweep_dir, ignore_errors=True)
+    if watched.problems:
+        raise ConfigError(*watched.problems)
+    if stopped > 128:
+        return stopped
+    return failed or stopped or next((code for code in codes if code), 0)
 
 
-def _job(verb: str, words: Words, own_sweep_dir: bool, codes: list[int], composed: Any) -> None:
-    """What Hydra calls for every job. Exit codes are collected; a signal ends the whole sweep."""
+def _job(verb: str, words: Words, own_sweep_dir: bool, process: int, codes: list[int], composed: Any) -> Any:
+    """Run a job, called by Hydra: in this process, or in another one, where `codes` is a copy.
+
+    A signal ends the whole sweep: from another process, by the exit code in what is returned.
+    """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
+    from sheeprlhf.command.sweep import outcome
     from sheeprlhf.launch import Job, launch, settled_words
     from sheeprlhf.structure.compose import SAVED_CHOICE, finish
     from sheeprlhf.structure.earlier import TASKS
@@ -311,14 +345,18 @@ def _job(verb: str, words: Words, own_sweep_dir: bool, codes: list[int], compose
     flags = [flag for flag in words.flags if flag != "--multirun"]
     given_dir = None if given == "." else str(given)
     asked = {key: OmegaConf.select(composed, key) for key in TASKS}
+    messages: list[str] = []
+    config: RootConfig | None = None
 
     def start() -> int:
+        nonlocal config
         config = finish(composed, given_dir)
         return launch(config, Job(verb, [*flags, *settled_words(config, overrides, asked)], given_dir, sweep))
 
-    code = _guarded(start, bool(composed.debug))
+    code = _guarded(start, bool(composed.debug), messages)
     if sweep and missed_stop():
         code = 128 + missed_stop()
     codes.append(code)
-    if code > 128:
+    if code > 128 and os.getpid() == process:
         raise SystemExit(code)
+    return outcome(code, "\n".join(messages), config, given_dir) if sweep else None

@@ -1,6 +1,5 @@
 """Runs that were made before: how they are found, and whether a task can start from one. Imports no torch."""
 
-import os
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -22,6 +21,7 @@ from sheeprlhf.structure.smaller import changed
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError
 from sheeprlhf.utils.home import expand_home, known_home
+from sheeprlhf.utils.launchers import is_rank_zero
 from sheeprlhf.utils.records import LATEST, load_json
 
 RUN_FILE = "run.json"
@@ -48,7 +48,7 @@ class FoundRun(NamedTuple):
 @lru_cache
 def _warn(text: str) -> None:
     """Rank zero prints a warning, once."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_rank_zero():
         print(f"warning: {text}", file=sys.stderr)
 
 

@@ -102,15 +102,15 @@ MUTANTS = [
     Mutant(  # a failed job of a sweep goes unnoticed
         trap="cli",
         file="sheeprlhf/cli.py",
-        old="    return next((code for code in codes if code), 0)",
+        old="    return failed or stopped or next((code for code in codes if code), 0)",
         new="    return 0",
         tests=f"{RUN}::test_a_failed_job_does_not_end_the_sweep_but_its_exit_code_counts",
     ),
     Mutant(  # Hydra leaves its multirun.yaml and directories
         trap="cli",
         file="sheeprlhf/cli.py",
-        old="        shutil.rmtree(sweep_dir, ignore_errors=True)",
-        new="        shutil.rmtree(sweep_dir + 'x', ignore_errors=True)",
+        old="            shutil.rmtree(sweep_dir, ignore_errors=True)",
+        new="            shutil.rmtree(sweep_dir + 'x', ignore_errors=True)",
         tests=f"{RUN}::test_a_sweep_makes_one_run_of_each_and_leaves_no_file_of_hydra",
     ),
 ]
