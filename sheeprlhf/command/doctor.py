@@ -96,8 +96,9 @@ def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
         why = "the model is not to be had" if of_model[-1].level == "problem" else str(error).splitlines()[0]
         yield Finding("warning", "memory", f"not planned: {why}")
         return
-    for finding in (*_model(config, size, room), *_reward_model(config, size)):
+    for finding in (*_model(config, size, room), *_reward_model(config, size), *_options(config)):
         if finding.text not in reported:
+            reported.add(finding.text)
             yield finding
     yield _disk(config, size)
     if on_cuda:
@@ -121,10 +122,9 @@ def _data(data: DataConfig, offline: str) -> Finding:
 def _weights(config: DoctorConfig) -> Iterator[Finding]:
     """Whether the files here have every parameter, by their headers; nothing is downloaded, and nothing is loaded."""
     from sheeprlhf.model.locate import locate
-    from sheeprlhf.task.weights import check_needed, check_options, models_of
+    from sheeprlhf.task.weights import check_needed, models_of
 
     notes: list[str] = []
-    all_here = True
     try:
         for needed in models_of(config):
             try:
@@ -132,19 +132,28 @@ def _weights(config: DoctorConfig) -> Iterator[Finding]:
             except SheepError:
                 if needed.is_reward_folder:
                     raise
-                here = False  # the topic "model" tells
+                continue  # the topic "model" tells
             if not here:
-                all_here = False  # on the hub
-                continue
+                continue  # on the hub
             note = check_needed(needed, notes.append)
             given = "reward.folder" if needed.is_reward_folder else "model.repo_name"
             notes += [f"{given}={needed.model.repo_name}: {note}"] if note else []
-        if all_here:
-            check_options(config)
     except SheepError as error:
         yield Finding("problem", "weights", str(error))
     for note in notes:
         yield Finding("warning", "weights", note)
+
+
+def _options(config: DoctorConfig) -> Iterator[Finding]:
+    """Whether the model's architecture and tokenizer allow the options of the task, as a run checks them first."""
+    from sheeprlhf.model.locate import locate
+    from sheeprlhf.task.weights import check_options
+
+    try:
+        if locate(config.model).local_only:
+            check_options(config)
+    except SheepError as error:
+        yield Finding("problem", "options", str(error))
 
 
 def _model(config: DoctorConfig, size: "ModelSize | None", room: int | None) -> Iterator[Finding]:
