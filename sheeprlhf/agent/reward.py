@@ -55,6 +55,7 @@ class RewardModel(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         self.model = model
+        self.head_bias = 0.0  # of a head that was made elsewhere; `offset` has it with the sign changed
 
     def classifier(self) -> PreTrainedModel:
         """The Hugging Face model; with adapters, the one that they sit in."""
@@ -121,6 +122,7 @@ def load_reward_model(
     bias = read_score_bias(cfg)
     if bias:  # transformers' class has none
         reward.offset -= bias
+        reward.head_bias = bias
         say(f"{cfg.repo_name}: the bias of its score head, {bias:g}, is added to every score")
     return reward, choose_packed(reward, model, longest=longest, batching=batching, say=say)
 

@@ -41,17 +41,32 @@ _USE = {
     POLICY: "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
     'tokenizer = AutoTokenizer.from_pretrained("<folder>")\n'
     'model = AutoModelForCausalLM.from_pretrained("<folder>")\n'
-    'inputs = tokenizer({prompt}, return_tensors="pt")\n'
+    "{inputs}\n"
     "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
     "": "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
     'tokenizer = AutoTokenizer.from_pretrained("<folder>")\n'
     'model = AutoModelForSequenceClassification.from_pretrained("<folder>")\n'
-    'inputs = tokenizer("<prompt>" + "<response>" + tokenizer.eos_token, return_tensors="pt")\n'
-    "print(model(**inputs).logits.item() - {offset!r})",
+    "{inputs}\n"
+    "print(model(**inputs).logits.item() - ({offset!r}))",
+}
+_PROMPT = {
+    False: 'inputs = tokenizer({prompt!r}, return_tensors="pt")',
+    True: 'messages = [{{"role": "user", "content": {prompt!r}}}]\n'
+    "text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True{variables})\n"
+    'inputs = tokenizer(text, add_special_tokens={bos}, return_tensors="pt")',
+}
+_ANSWERED = {
+    False: 'inputs = tokenizer("<prompt>" + "<response>" + {end!r}, return_tensors="pt")',
+    True: 'messages = [{{"role": "user", "content": "<prompt>"}}, {{"role": "assistant", "content": "<response>"}}]\n'
+    "text = tokenizer.apply_chat_template(messages, tokenize=False{variables})\n"
+    "text = text.rpartition({end!r})[0] + {end!r}\n"
+    'inputs = tokenizer(text, add_special_tokens={bos}, return_tensors="pt")',
 }
 
 
-def card_text(trained: Trained, checks: "Checks", dtype: str, *, offset: float | None, form: str) -> str:
+def card_text(
+    trained: Trained, checks: "Checks", dtype: str, *, offset: float | None, form: str, tokenizer: Any
+) -> str:
     """README.md of the folder.
 
     Args:
@@ -60,19 +75,43 @@ def card_text(trained: Trained, checks: "Checks", dtype: str, *, offset: float |
         dtype: number format of the weights.
         offset: of a reward model.
         form: how prompts are written (a name of `FORMS`).
+        tokenizer: the model's.
     """
-    from sheeprlhf.data.asking import FORMS, Turn
+    from sheeprlhf.data.asking import FORMS, Turn, template_args_of
+    from sheeprlhf.utils.rendering import CLOCK, fixed_arguments
 
     run_dir = trained.run_dir
     kind = "language model" if trained.trains == POLICY else "reward model"
     prompt = FORMS[form].prompt([Turn("user", FORMS[form].example)]).get("prompt", FORMS[form].example)
-    use = _USE[POLICY].format(prompt=repr(prompt)) if offset is None else _USE[""].format(offset=offset)
+    is_templated = form == "template"
+    variables = fixed_arguments(tokenizer, template_args_of(trained)) if is_templated else {}
+    date = variables.pop(CLOCK, None)
+    bos = is_templated and _lacks_bos(trained, tokenizer)
+    given = "".join(f", {name}={value!r}" for name, value in variables.items())
+    if offset is None:
+        inputs = _PROMPT[is_templated].format(prompt=prompt, variables=given, bos=bos)
+        use = _USE[POLICY].format(inputs=inputs)
+    else:
+        end, is_written = _end_text(trained, form, tokenizer)
+        inputs = _ANSWERED[is_templated].format(end=end, variables=given, bos=bos)
+        if not is_written:
+            inputs = inputs.replace(f"text.rpartition({end!r})[0]", "text")
+        use = _USE[""].format(inputs=inputs, offset=offset)
     lines = [*_front(trained), f"# A {kind} made with SheepRLHF", ""]
     lines += [f"{_what(trained)} Prompts are written as {FORMS[form].meaning}.", ""]
+    if date is not None:
+        lines += [f"The chat template was rendered with the date {_cell(date)} in place of today's.", ""]
     if offset is not None:
         lines += [
             f"`logits` is the raw score of a response, read at its last token that is not padding. SheepRLHF subtracts "
             f"`{offset:.6g}` (`reward_offset` in config.json), so that the responses it was normalised on score 0.",
+            "",
+        ]
+    if checks.head_bias:
+        lines += [
+            f"The head of the original model has a bias of `{checks.head_bias:.6g}`. transformers' classification "
+            "models have none, so `logits` of plain transformers leave it out; `reward_offset` includes it with the "
+            "sign changed.",
             "",
         ]
     lines += ["```python", use, "```", ""]
@@ -97,6 +136,27 @@ def check_records(trained: Trained) -> None:
     if trained.run_dir is not None:
         for part in (_data(trained), _recipe(trained.run_dir), _results(trained.run_dir)):
             list(part)
+
+
+def _lacks_bos(trained: Trained, tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a BOS before texts that the chat template does not write itself."""
+    from sheeprlhf.data.asking import template_args_of
+    from sheeprlhf.data.tokenize import SpecialIds
+    from sheeprlhf.utils.rendering import render_chat
+
+    bos = SpecialIds(tokenizer).bos
+    text = render_chat(tokenizer, [{"role": "user", "content": "x"}], template_args_of(trained), ask=True)
+    return bool(bos) and tokenizer(text, add_special_tokens=False)["input_ids"][: len(bos)] != bos
+
+
+def _end_text(trained: Trained, form: str, tokenizer: Any) -> tuple[str, bool]:
+    """The token that ended the responses that a model was trained on, as text, and whether its template writes it."""
+    from sheeprlhf.data.asking import FORMS, Asker, Turn, template_args_of
+    from sheeprlhf.utils.end_tokens import end_tokens
+
+    example = Asker(FORMS[form], tokenizer, template_args_of(trained)).example([Turn("user", FORMS[form].example)])
+    end = int(example.responses[0][-1])
+    return str(tokenizer.convert_ids_to_tokens(end)), end == end_tokens(tokenizer).closing
 
 
 def _front(trained: Trained) -> Iterator[str]:

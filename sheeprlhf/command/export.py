@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> int:
 
     def card(checks: "Checks", model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> str:
         offset = None if trained.trains == POLICY else float(getattr(model.config, "reward_offset", 0.0))
-        return card_text(trained, checks, dtype, offset=offset, form=form_of(trained, tokenizer))
+        return card_text(trained, checks, dtype, offset=offset, form=form_of(trained, tokenizer), tokenizer=tokenizer)
 
     screen = Screen()
     if is_newest(given.words[0]):
@@ -97,6 +97,11 @@ def run(arguments: list[str]) -> int:
         screen.print("this is the policy; the critic stays in the run's checkpoints")
     size = sum(path.stat().st_size for path in folder.iterdir())
     screen.print(f"loaded back with plain transformers: logits differ by {checks.loaded:.2g}")
+    if checks.head_bias:
+        screen.print(
+            f"the head's bias, {checks.head_bias:g}, is part of reward_offset in config.json: plain transformers "
+            "leaves it out of logits; score = logits - reward_offset"
+        )
     screen.print(f"exported: {folder} ({dtype}, {size / 1e6:,.1f} MB)")
     if name is not None:
         _push(folder, name)

@@ -6,6 +6,7 @@ format, then `RowTokenizer`. So a prompt is written, begun and ended as those th
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.data.example import Example
@@ -19,8 +20,10 @@ from sheeprlhf.structure.data import (
     LocalDataConfig,
     SummarizationConfig,
 )
+from sheeprlhf.structure.prompt_form import stored_form, write_prompt_form
 from sheeprlhf.structure.trained import Trained
 from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.rendering import fixed_arguments
 
 HUMAN = "\n\nHuman:"
 QUOTES = '"""'
@@ -120,10 +123,14 @@ FORMS = {
 def form_of(trained: Trained, tokenizer: Any) -> str:
     """The form in which it was trained: its dataset's; else its chat template's, if that wrote the rows; else text.
 
+    Of a folder, the form that it tells.
+
     A chat template that was chosen for it is used in any case.
     """
     if trained.chat_template is not None:
         return "template"
+    if trained.data is None and stored_form(tokenizer) in FORMS:
+        return stored_form(tokenizer)
     data = type(trained.data)
     own = next((name for name, form in FORMS.items() if form.data is data and name != "template"), "text")
     has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -131,11 +138,19 @@ def form_of(trained: Trained, tokenizer: Any) -> str:
 
 
 def template_args_of(trained: Trained) -> dict[str, Any] | None:
-    """The variables with which the chat template wrote the rows that it was trained on."""
+    """The variables with which the chat template wrote the rows that it was trained on; None: those of its folder."""
     if trained.template_args is not None:
         return trained.template_args
     own_template = trained.data is not None and trained.chat_template is None
     return trained.data.template_args if trained.data is not None and own_template else None
+
+
+def save_form(folder: Path, trained: Trained, tokenizer: Any) -> None:
+    """Write how prompts are written beside a tokenizer with a chat template, for a folder that leaves its run."""
+    if getattr(tokenizer, "chat_template", None):
+        form = form_of(trained, tokenizer)
+        is_templated = form == "template"
+        write_prompt_form(folder, form, fixed_arguments(tokenizer, template_args_of(trained)) if is_templated else {})
 
 
 class Asker:
@@ -147,12 +162,13 @@ class Asker:
         Args:
             form: a value of `FORMS`.
             tokenizer: the model's.
-            template_args: variables for its chat template, `data.template_args` of its training.
+            template_args: variables for its chat template, `data.template_args` of its training; None takes those
+                that its folder tells.
         """
         self.form = form
         no_limits = form.data(max_length=_ANY_LENGTH, max_prompt_length=_ANY_LENGTH, minimum_response_length=1)
         if form is FORMS["template"]:
-            no_limits.template_args = dict(template_args or {}) or None
+            no_limits.template_args = None if template_args is None else dict(template_args)
         self._rows = RowTokenizer(no_limits, tokenizer, "sft")
 
     def example(self, turns: Sequence[Turn], response: str = "x") -> Example:

@@ -43,6 +43,7 @@ from sheeprlhf.model.pickled import converted_folder
 from sheeprlhf.model.template import check_templates
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.places import PICKLED, WEIGHTS_FILES
+from sheeprlhf.structure.prompt_form import read_prompt_form
 from sheeprlhf.utils.end_tokens import set_configured_end_ids
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.header import TensorFacts
@@ -150,6 +151,8 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     check_templates(tokenizer, f"model.{whose}")
     configs = [read_json(files.folder, name) for name in _END_ID_FILES if (files.folder / name).is_file()]
     set_configured_end_ids(tokenizer, configs)
+    if cfg.chat_template is None:
+        read_prompt_form(files.folder, tokenizer)
     return tokenizer
 
 

@@ -22,6 +22,7 @@ from transformers import (
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import RewardModel
+from sheeprlhf.data.asking import save_form
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.read import read_batches
 from sheeprlhf.data.source import locate
@@ -56,6 +57,7 @@ class Checks(NamedTuple):
         merged: with adapters beside the weights and in them; None without adapters.
         rounded: in float32 and in the number format of the folder.
         loaded: in memory and loaded from the folder; its weights, computed in float32.
+        head_bias: of a reward model that was made elsewhere, part of its `reward_offset`; the folder's weights lack it.
     """
 
     rows: int
@@ -63,6 +65,7 @@ class Checks(NamedTuple):
     merged: float | None
     rounded: float
     loaded: float
+    head_bias: float = 0.0
 
 
 Card = Callable[[Checks, PreTrainedModel, PreTrainedTokenizerBase], str]
@@ -97,6 +100,7 @@ def export_model(trained: Trained, target: Path, dtype: str, card: Card, say: Sa
 
     def fill(folder: Path) -> None:
         _save(plain, tokenizer, folder, causal=causal)
+        save_form(folder, trained, tokenizer)
         for weight in plain.parameters():
             weight.data = weight.data.float()
         rounded = compute_outputs(plain, rows)
@@ -107,7 +111,8 @@ def export_model(trained: Trained, target: Path, dtype: str, card: Card, say: Sa
         check_difference(loaded, rounded, LOADED, f"{target}: what was written computes something else; it was removed")
         if AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab() != tokenizer.get_vocab():
             raise ModelError(f"{target}: the written tokenizer is another one; it was removed")
-        checks.append(Checks(len(rows), max_output(outputs), apart, max_difference(outputs, rounded), loaded))
+        bias = 0.0 if isinstance(model, Policy) else model.head_bias
+        checks.append(Checks(len(rows), max_output(outputs), apart, max_difference(outputs, rounded), loaded, bias))
         write_file(folder, "README.md", card(checks[0], plain, tokenizer).encode())
         check_target(target)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from sheeprlhf.data.asking import save_form
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.report import render_report
 from sheeprlhf.engine.checkpoint import TrainState
@@ -24,6 +25,7 @@ from sheeprlhf.structure.online import OnlineTaskConfig
 from sheeprlhf.structure.records import DATA_REPORT
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.trained import Trained
 from sheeprlhf.task.step_memory import step_plan
 from sheeprlhf.utils.errors import DataError, ModelError, RecordError
 from sheeprlhf.utils.lightning import Fabric
@@ -109,12 +111,19 @@ def finish_run(
     if fabric.is_global_zero:
         final = safe_path(run.dir, "final")
         if not final.exists():  # complete whenever it is there: it is renamed into place
-            write_folder(final, lambda folder: trained.save(folder, tokenizer))
+            write_folder(final, lambda folder: _save(folder, run, trained, tokenizer))
         best = {"best_metric": state.best_metric, "best_step": state.best_step}
         mark_finished(run.dir, step=state.step, **best, peak_memory=_peak_memory(fabric))
     fabric.barrier()
     _say_peak_memory(fabric, run)
     run.say(f"finished: {run.dir}\nnext: {evaluation_of(run.cfg, run.dir)}")
+
+
+def _save(folder: Path, run: Run, trained: Saved, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the model, its tokenizer, and how its prompts are written."""
+    trained.save(folder, tokenizer)
+    task = run.cfg.task
+    save_form(folder, Trained(str(run.dir), task.trains, run.cfg.model, run.cfg.data, run.dir), tokenizer)
 
 
 def evaluation_of(cfg: TrainConfig, run_dir: Path) -> str:

@@ -22,6 +22,7 @@ from sheeprlhf.utils.errors import DataError
 
 CLOCK = "strftime_now"  # the function with which templates write the date; in template_args, the date that it writes
 FIXED_DATE = "2024-07-26"  # the date that Llama 3's templates write where they know no other
+_STORED = "sheeprlhf_template_args"  # attribute of a tokenizer: the arguments that its model was trained with
 _RANDOM = re.compile(r"\b(random|lipsum)\b")  # a filter and a function of Jinja
 _fixing = Lock()
 _ARGS = "data.template_args (or --template-args)"
@@ -41,8 +42,8 @@ def render_chat(
     Args:
         tokenizer: of transformers, with a chat template.
         messages: role, content and whatever else the template reads.
-        template_args: further variables of the template, `data.template_args`; "strftime_now" is the date that stands
-            for today.
+        template_args: further variables of the template, as in `fixed_arguments`; "strftime_now" is the date that
+            stands for today.
         tools: JSON schemas of functions.
         ask: add the generation prompt, which opens the assistant's turn.
 
@@ -50,7 +51,7 @@ def render_chat(
         DataError: the template refuses the conversation, or fails.
     """
     plain_tools = None if tools is None else [dict(tool) for tool in tools]
-    given = dict(template_args or {})
+    given = fixed_arguments(tokenizer, template_args)
     date = given.pop(CLOCK, FIXED_DATE)
     try:
         with _fixed_environment(tokenizer.get_chat_template(tools=plain_tools), date):
@@ -100,9 +101,21 @@ def _fixed_environment(text: str, date: str) -> Iterator[None]:
 
 
 def fixed_arguments(tokenizer: Any, template_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The variables with which a tokenizer's chat templates render, the date of those that write one included."""
+    """The variables with which a tokenizer's chat templates render, the date of those that write one included.
+
+    Args:
+        tokenizer: of transformers.
+        template_args: what the user gives, `data.template_args`; None takes those that the model was trained with, as
+            far as its folder tells.
+    """
+    given = getattr(tokenizer, _STORED, None) if template_args is None else template_args
     has_clock = any(CLOCK in str(text) for text in own_templates(tokenizer).values())
-    return {**({CLOCK: FIXED_DATE} if has_clock else {}), **(template_args or {})}
+    return {**({CLOCK: FIXED_DATE} if has_clock else {}), **(given or {})}
+
+
+def set_stored_arguments(tokenizer: Any, template_args: Mapping[str, Any]) -> None:
+    """Note on a tokenizer the variables of the chat template that its model was trained with."""
+    setattr(tokenizer, _STORED, dict(template_args))
 
 
 @cache

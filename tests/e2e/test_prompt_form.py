@@ -1,0 +1,155 @@
+"""A folder that left its run, and an export, know how prompts were written: the template's variables and its date."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from sheeprlhf.cli import run
+from sheeprlhf.data.asking import Turn
+from sheeprlhf.data.prepare import prepare_data
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.data import LocalDataConfig
+from sheeprlhf.structure.model import AutoModelConfig
+from sheeprlhf.structure.prompt_form import FILE
+from sheeprlhf.structure.trained import REWARD_MODEL, find_trained
+from sheeprlhf.task.writer import load_scorer, load_writer
+from sheeprlhf.utils.errors import ModelError
+from tests.support.models import byte_tokenizer, make_model_folder
+from tests.support.runs import train
+
+TEMPLATE = (
+    "{{ strftime_now('%Y') }}({{ mood | default('none') }}){% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<|end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+ARGS = ["data.template_args={mood: kind, strftime_now: '2019-03-01'}"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs on chats ("sft", "rm") and on plain rows ("plain"); their final folders alone ("sft_final", ...)."""
+    folder = tmp_path_factory.mktemp("form")
+    model, tokenizer = make_model_folder(folder / "model"), byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(model)
+
+    def message(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    rows: dict[str, list[dict[str, Any]]] = {"sft": [], "rm": [], "plain": []}
+    for number in range(24):
+        question, answer = message("user", f"{number} times"), message("assistant", f"word {number}")
+        rows["sft"].append({"messages": [question, answer]})
+        rows["rm"].append({"prompt": [question], "chosen": [answer], "rejected": [message("assistant", "no")]})
+        rows["plain"].append({"prompt": f"{number} times", "response": f" word {number}"})
+    found = {"model": model}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHEEPRLHF_CACHE", str(folder / "cache"))
+        for name, of_name in rows.items():
+            data = folder / f"{name}.jsonl"
+            data.write_text("".join(json.dumps(row) + "\n" for row in of_name))
+            found[f"{name}_rows"], task = data, "rm" if name == "rm" else "sft"
+            given = [] if name == "plain" else ARGS
+            found[name] = train(model, data, folder / name, "dry_run=true", *given, task=task)
+            shutil.copytree(found[name] / "final", folder / f"{name}_final")
+            found[f"{name}_final"] = folder / f"{name}_final"
+    return found
+
+
+def prompt_of(word: Path, **given: Any) -> str:
+    writer = load_writer(find_trained(str(word), **given), print)
+    _, example = writer.fit([Turn("user", "5 times")])
+    return str(writer.tokenizer.decode(example.prompt_ids))
+
+
+def test_a_folder_is_asked_as_its_run(runs: dict[str, Path]) -> None:
+    assert prompt_of(runs["sft"]) == prompt_of(runs["sft_final"]) == "<s>2019(kind)[user]5 times[assistant]"
+    assert prompt_of(runs["plain"]) == prompt_of(runs["plain_final"]) == "<s>5 times"
+    assert prompt_of(runs["sft_final"], template_args="{mood: sad}") == "<s>2024(sad)[user]5 times[assistant]"
+    assert prompt_of(runs["model"]) == "<s>2024(none)[user]5 times[assistant]"
+
+
+def test_rows_are_rendered_as_in_training(runs: dict[str, Path]) -> None:
+    """An evaluation or a training that begins with the folder takes its variables unless others are given."""
+    tokenizer = load_tokenizer(AutoModelConfig(repo_name=str(runs["sft_final"])))
+    for given, begin in ((None, "<s>2019(kind)"), ({}, "<s>2024(none)"), ({"mood": "sad"}, "<s>2024(sad)")):
+        cfg = LocalDataConfig(
+            train_file=str(runs["sft_rows"]), template_args=given, cache_dir=str(runs["model"].parent)
+        )
+        data = prepare_data(cfg, tokenizer, kind="sft", say=print, progress=False)
+        assert tokenizer.decode(data.splits["train"].example(0).prompt_ids).startswith(begin)
+
+
+def executed(card: str, folder: Path) -> str:
+    """The lines that the snippet of a card prints, with this folder, a prompt and a response."""
+    snippet = card.partition("```python\n")[2].partition("```")[0]
+    snippet = snippet.replace("<folder>", str(folder)).replace("<prompt>", "5 times").replace("<response>", "word 5")
+    printed: list[str] = []
+    with torch.no_grad():
+        exec(snippet, {"print": lambda value: printed.append(str(value))})
+    return printed[0]
+
+
+@pytest.mark.parametrize("name", ["rm", "rm_final"])
+def test_the_card_of_a_reward_model_scores_with_the_end_token_of_its_training(
+    name: str, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(["export", str(runs[name]), "--to", str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    scorer = load_scorer(find_trained(str(runs[name]), wanted=REWARD_MODEL), print)
+    turns = [Turn("user", "5 times")]
+    expected = scorer.score("template", turns, "word 5")
+    assert "<|end|>" in card and "eos_token" not in card and "2019-03-01" in card
+    stored = json.loads((tmp_path / "out" / FILE).read_text())
+    assert stored == {"form": "template", "template_args": {"mood": "kind", "strftime_now": "2019-03-01"}}
+    exported = load_scorer(find_trained(str(tmp_path / "out"), wanted=REWARD_MODEL), print)
+    assert exported.score("template", turns, "word 5") == pytest.approx(expected, abs=1e-5)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", _Then)
+    assert float(executed(card, tmp_path / "out")) == pytest.approx(expected, abs=1e-5)
+
+
+class _Then:
+    """A clock that stands still."""
+
+    @staticmethod
+    def now(tz: object = None) -> Any:
+        from datetime import datetime
+
+        return datetime(2019, 3, 1)
+
+
+def test_the_card_of_a_policy_asks_in_the_template(runs: dict[str, Path], tmp_path: Path) -> None:
+    for name, begin in (("sft", "(kind)[user]How do I"), ("plain", "<s>Once upon a time")):
+        run(["export", str(runs[name]), "--to", str(tmp_path / name)])
+        card = (tmp_path / name / "README.md").read_text()
+        assert begin in executed(card, tmp_path / name)
+
+
+def test_a_file_that_is_not_what_it_has_to_be_is_rejected(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs["sft_final"], tmp_path / "model"))
+    for content in ("[]", "{", '{"template_args": {"tools": []}}', '{"template_args": {"strftime_now": "now"}}'):
+        (folder / FILE).write_text(content)
+        with pytest.raises(ModelError, match=FILE):
+            load_tokenizer(AutoModelConfig(repo_name=str(folder)))
+
+
+def test_a_bias_of_a_reward_head_is_told_by_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Plain transformers leaves it out of its logits; the snippet of the card gives the score with it."""
+    folder = make_model_folder(tmp_path / "model", scores=True)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"score.bias": torch.tensor([0.7])}, folder / "model.safetensors", {"format": "pt"})
+    run(["export", str(folder), "--to", str(tmp_path / "out")])
+    assert "0.7" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`0.7`" in card and "</s>" in card
+    tokenizer, plain = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        logits = plain(**tokenizer("5 timesword 5</s>", return_tensors="pt")).logits.item()
+    assert float(executed(card, tmp_path / "out")) == pytest.approx(logits + 0.7, abs=1e-5)
