@@ -12,6 +12,7 @@ from typing import Any
 from sheeprlhf.structure.template_args import template_arg_problems
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.files import read_small
+from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.rendering import set_stored_arguments
 
 FILE = "sheeprlhf.json"
@@ -28,7 +29,7 @@ def write_prompt_form(folder: Path, form: str, template_args: Mapping[str, Any])
         template_args: variables that the chat template was rendered with, the date included.
     """
     content = {"form": form, "template_args": dict(template_args)}
-    (folder / FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_file(folder, FILE, json.dumps(content, indent=2, ensure_ascii=False).encode())
 
 
 def read_prompt_form(folder: Path, tokenizer: Any) -> None:
