@@ -188,6 +188,6 @@ class Asker:
             raise DataError(_DROPPED["empty_prompt"])
         [made] = self._rows([Row(0, "the prompt", row)])
         if made.dropped is not None:
-            raise DataError(_DROPPED.get(made.dropped, f"this prompt cannot be asked: {made.dropped}"))
+            raise DataError(_DROPPED.get(made.dropped, f"this prompt cannot be asked: {made.detail}"))
         prompt = made.sizes[0]
         return Example(0, made.tokens[:prompt], (made.tokens[prompt:],))

@@ -142,8 +142,8 @@ def render_example(
     rendering of context and answer, its end token included.
 
     Raises:
-        DataError: the model has no template; the template refuses the conversation, rewrites what it wrote before, or
-            does not write a part that changes the meaning.
+        DataError: the model has no template; the template rewrites what it wrote before, or does not write a part that
+            changes the meaning; RefusedByTemplateError: it refuses the conversation.
         DropRowError: a message has the text of one of the tokenizer's special tokens.
     """
     check_has_template(tokenizer, "a row of messages")

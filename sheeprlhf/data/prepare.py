@@ -36,6 +36,7 @@ from sheeprlhf.data.report import (
     Report,
     SplitCount,
     check_ids,
+    check_refused,
     check_targets,
     notes_on,
     notes_on_control_tokens,
@@ -55,7 +56,8 @@ from sheeprlhf.utils.output import create_file
 from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, BoundToThis, start_bound
 from sheeprlhf.utils.rendering import fixed_arguments
 
-FORMAT_VERSION = 10  # raise it whenever the code makes other rows, or another report, of the same input
+FORMAT_VERSION = 11  # raise it whenever the code makes other rows, or another report, of the same input
+_ROWS_TO_JUDGE = 1_000  # before preparing ends early since the chat template refuses most of them
 _NOTHING_KEPT = KeptColumns()
 _PREFERENCES = ("train", "reward")
 TRAINING_SPLITS = {
@@ -285,9 +287,11 @@ def _write_splits(
                         firsts = [row for row in kept_rows if not row.is_text or not row.is_further]
                         written.prompts.extend(share for row in firsts for share in row.shares)
                 bar.update(len(rows))
+                check_refused(written.counts, at_least=_ROWS_TO_JUDGE)
             bar.total = bar.n  # the total was an estimate
         written.available[origin] = list(written.layout.available)
         written.layout.available.clear()
+    check_refused(written.counts)
     written.layout.check_seen()
     for writer in writers.values():
         writer.close()

@@ -1,13 +1,14 @@
 """What the data became: rows read, kept, dropped and cut by reason, and the lengths of what is left."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from sheeprlhf.data.rows import printable
 from sheeprlhf.data.store import TokenizedSplit
-from sheeprlhf.data.tokenize import TokenRow
+from sheeprlhf.data.tokenize import REFUSED, TokenRow
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.utils.end_tokens import end_tokens
 from sheeprlhf.utils.errors import DataError
@@ -29,6 +30,7 @@ class SplitCount:
         self.read = 0
         self.kept = 0
         self.dropped: Counter[str] = Counter()
+        self.first_dropped: dict[str, str] = {}
         self.truncated: Counter[str] = Counter()
         self.rows_cut = 0
         self.special_text = 0
@@ -54,6 +56,8 @@ class SplitCount:
         self.duplicates += duplicate
         if dropped is not None:
             self.dropped[dropped] += 1
+            if row.detail:
+                self.first_dropped.setdefault(dropped, row.detail)
             return
         self.kept += 1
         self.truncated.update(row.cut)
@@ -84,6 +88,7 @@ class SplitCount:
             "read": self.read,
             "kept": self.kept,
             "dropped": dict(sorted(self.dropped.items())),
+            "first_dropped": dict(sorted(self.first_dropped.items())),
             "truncated": {kind: self.truncated[kind] for kind in ("prompt", "response")},
             "rows_cut": self.rows_cut,
             "duplicates": self.duplicates,
@@ -117,6 +122,23 @@ class SplitCount:
                 "total": _percentiles(split.lengths),
             }
         return part
+
+
+def check_refused(counts: Mapping[str, SplitCount], at_least: int = 1) -> None:
+    """Refuse data of which the chat template refuses most rows: the two do not belong together.
+
+    Args:
+        counts: of all splits so far.
+        at_least: rows that have to be read before something is said.
+
+    Raises:
+        DataError: naming the first row.
+    """
+    refused = sum(count.dropped[REFUSED] for count in counts.values())
+    read = sum(count.read for count in counts.values())
+    if read >= at_least and 2 * refused > read:
+        first = next(count.first_dropped[REFUSED] for count in counts.values() if REFUSED in count.first_dropped)
+        raise DataError(f"{first} ({refused} of {read} rows are refused; up to half of them would be left out)")
 
 
 def check_targets(name: str, split: TokenizedSplit, cfg: DataConfig) -> None:
@@ -265,8 +287,16 @@ def render_report(report: Report) -> str:
         f"{label:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         for label, cells in rows
     ]
-    lines = [*(t.rstrip() for t in table), *_column_lines(report), *report["notes"]]
+    lines = [*(t.rstrip() for t in table), *_dropped_lines(parts), *_column_lines(report), *report["notes"]]
     return "\n".join([f"data: {report['name']} ({report['kind']})", *lines])
+
+
+def _dropped_lines(parts: list[Report]) -> list[str]:
+    """The first row that was dropped for each reason."""
+    first: dict[str, str] = {}
+    for part in parts:
+        first = part.get("first_dropped", {}) | first
+    return [f"first row dropped as {reason.replace('_', ' ')}: {first[reason]}" for reason in sorted(first)]
 
 
 def _column_lines(report: Report) -> list[str]:

@@ -18,8 +18,9 @@ from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExamp
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import DataError
-from sheeprlhf.utils.rendering import check_template_args
+from sheeprlhf.utils.rendering import RefusedByTemplateError, check_template_args
 
+REFUSED = "refused_by_template"  # a reason why a row is left out
 KINDS = ("sft", "preference", "unpaired", "prompts")
 
 
@@ -30,7 +31,7 @@ class TokenRow(NamedTuple):
         number: the row's number in its split's source.
         shares: two numbers in [0, 1) made from the prompt alone, before a chat template; they decide the row's split
             (see `RowTokenizer`).
-        dropped: why the row is left out, None if it is kept; the fields below are empty then.
+        dropped: why the row is left out, None if it is kept; the fields below are empty then, but for `detail`.
         tokens: (L,) int32, prompt and responses laid end to end.
         sizes: lengths of the prompt and of each response; that of the prompt alone if the row has no response.
         digest: 64 bits that equal rows share, made before a chat template.
@@ -47,6 +48,7 @@ class TokenRow(NamedTuple):
         is_further: the row has another answer before this one, which is an example of its own, or another part of its
             text.
         columns: columns that are stored beside the tokens, as JSON text; empty if there are none.
+        detail: of a row that is left out, its place and what is said of it.
     """
 
     number: int
@@ -67,6 +69,7 @@ class TokenRow(NamedTuple):
     untrained: int = 0
     is_further: bool = False
     columns: str = ""
+    detail: str = ""
 
 
 class _Identified(NamedTuple):
@@ -93,7 +96,7 @@ class _Pieces(NamedTuple):
 
     def dropped(self, reason: str) -> TokenRow:
         """The row, dropped."""
-        return TokenRow(self.row.number, self.shares, reason, is_further=self.is_further)
+        return TokenRow(self.row.number, self.shares, reason, is_further=self.is_further, detail=self.row.place)
 
 
 class SpecialIds:
@@ -176,7 +179,9 @@ class RowTokenizer:
             made = [self._texts(row, example, shares) for example in examples]
             return [made[0], *(one._replace(is_further=True, unused=()) for one in made[1:])]
         except DropRowError as reason:
-            return [TokenRow(row.number, nowhere, str(reason))]
+            return [TokenRow(row.number, nowhere, str(reason), detail=row.place)]
+        except RefusedByTemplateError as error:
+            return [TokenRow(row.number, nowhere, REFUSED, detail=f"{row.place}: {error}")]
         except MissingColumnError as error:
             present = [name for name, value in row.values.items() if value is not None]
             raise DataError(f"{row.place}: {error}; {column_advice(present, row.others)}") from None
@@ -204,11 +209,11 @@ class RowTokenizer:
         responses, desirable = self._responses(example)
         raw_responses, _ = self._responses(raw)
         if not example.prompt.strip() and not self._is_text(example):
-            return TokenRow(row.number, shares, "empty_prompt")
+            return TokenRow(row.number, shares, "empty_prompt", detail=row.place)
         if not all(response.strip() for response in responses):
-            return TokenRow(row.number, shares, "empty_response")
+            return TokenRow(row.number, shares, "empty_response", detail=row.place)
         if self._same(responses):
-            return TokenRow(row.number, shares, "same_responses")
+            return TokenRow(row.number, shares, "same_responses", detail=row.place)
         return _Pieces(
             row=row,
             shares=shares,

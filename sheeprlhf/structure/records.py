@@ -97,6 +97,7 @@ class SplitRecord(TypedDict):
     read: Count
     kept: Count
     dropped: NotRequired[dict[str, Count]]
+    first_dropped: NotRequired[dict[str, str]]
     truncated: NotRequired[dict[str, Count]]
     unused: NotRequired[dict[str, Count]]
     labels: NotRequired[dict[str, Count]]

@@ -29,6 +29,10 @@ _ARGS = "data.template_args (or --template-args)"
 _SET = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception", "namespace"}
 
 
+class RefusedByTemplateError(DataError):
+    """A chat template does not accept the roles or the content of a conversation."""
+
+
 def render_chat(
     tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
@@ -48,7 +52,8 @@ def render_chat(
         ask: add the generation prompt, which opens the assistant's turn.
 
     Raises:
-        DataError: the template refuses the conversation, or fails.
+        RefusedByTemplateError: the template refuses the conversation.
+        DataError: it fails.
     """
     plain_tools = None if tools is None else [dict(tool) for tool in tools]
     given = fixed_arguments(tokenizer, template_args)
@@ -65,16 +70,20 @@ def render_chat(
                 )
             )
     except TemplateError as error:
+        if isinstance(error, TemplateSyntaxError):  # of every row
+            raise _template_failure(tokenizer, error) from None
         roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages))
-        raise DataError(
+        raise RefusedByTemplateError(
             f"the model's chat template refuses the conversation: {_first_line(error)} (its roles are {roles}); change "
             f"its messages, or {template_advice(tokenizer)}"
         ) from None
     except Exception as error:  # a template is a program: it can raise whatever its expressions raise
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise DataError(
-            f"the model's chat template fails on the conversation ({reason}): {template_advice(tokenizer)}"
-        ) from None
+        raise _template_failure(tokenizer, error) from None
+
+
+def _template_failure(tokenizer: Any, error: Exception) -> DataError:
+    reason = f"{type(error).__name__}: {_first_line(error)}"
+    return DataError(f"the model's chat template fails on the conversation ({reason}): {template_advice(tokenizer)}")
 
 
 @contextmanager

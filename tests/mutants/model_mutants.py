@@ -337,8 +337,8 @@ MUTANTS = [
     Mutant(  # an interrupted write of final/ passes for a whole one
         trap="final",
         file="sheeprlhf/task/finish.py",
-        old="            write_folder(final, lambda folder: trained.save(folder, tokenizer))\n",
-        new="            final.mkdir()\n            trained.save(final, tokenizer)\n",
+        old="            write_folder(final, lambda folder: _save(folder, run, trained, tokenizer))\n",
+        new="            final.mkdir()\n            _save(final, run, trained, tokenizer)\n",
         tests=f"{_FINISH}::test_final_is_there_whole_or_not_at_all",
     ),
     Mutant(  # the best step is the worst

@@ -20,6 +20,7 @@ from sheeprlhf.data.compressed import open_data
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.parquet import read_parquet
 from sheeprlhf.data.read import BATCH_CHARS, count_rows, read_batches
+from sheeprlhf.data.report import render_report
 from sheeprlhf.structure.data import DataConfig, SummarizationConfig
 from sheeprlhf.structure.places import data_file_problems
 from sheeprlhf.utils.errors import DataError
@@ -78,6 +79,32 @@ def test_a_missing_file_and_messages_without_a_template(tmp_path: Path) -> None:
         prepare(local(tmp_path, rows), byte_tokenizer(template="{{ raise_exception('no') }}"))
     with pytest.raises(DataError, match="needs the columns chosen and rejected"):
         prepare(local(tmp_path, [{"prompt": "a", "response": "b"}]), byte_tokenizer(), "preference")
+
+
+STRICT = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('take turns') }}"
+    "{% endif %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("num_refused", [1, 5, 6])
+def test_rows_that_the_template_refuses_are_dropped_counted_and_named(tmp_path: Path, num_refused: int) -> None:
+    """Up to half of the rows; the reason is the template's."""
+    rows = []
+    for number in range(10):
+        roles = ["system"] * (2 <= number < 2 + num_refused) + ["user", "assistant"]
+        rows.append({"messages": [{"role": role, "content": f"{role} {number}"} for role in roles]})
+    cfg = local(tmp_path, rows)
+    if num_refused > 5:
+        with pytest.raises(DataError, match=r"line 3: .*refuses the conversation: take turns.*6 of 10 rows"):
+            prepare(cfg, byte_tokenizer(template=STRICT))
+        return
+    data = prepare(cfg, byte_tokenizer(template=STRICT))
+    part = data.report["splits"]["train"]
+    assert len(data.splits["train"]) == part["kept"] == 10 - num_refused
+    assert part["dropped"] == {"refused_by_template": num_refused}
+    [first] = part["first_dropped"].values()
+    assert "line 3: " in first and "take turns" in first and first in render_report(data.report)
 
 
 READABLE = {
