@@ -256,4 +256,25 @@ MUTANTS = [
         new="plain_text(text)",
         tests=f"{_UNIT}/test_redact.py::test_markup_is_shown_and_not_obeyed",
     ),
+    Mutant(
+        trap="missing ranks are not named",
+        file="sheeprlhf/engine/ranks.py",
+        old='                if message.get("verdict") and not self._verdict:\n',
+        new="                if False:\n",
+        tests=f"{_UNIT}/test_ranks.py::test_the_rank_that_has_ended_is_named_and_the_others_hear_of_it",
+    ),
+    Mutant(
+        trap="missing ranks are not named",
+        file="sheeprlhf/engine/ranks.py",
+        old="                if not hmac.compare_digest(",
+        new="                if False and not hmac.compare_digest(",
+        tests=f"{_UNIT}/test_ranks.py::test_strangers_are_not_heard",
+    ),
+    Mutant(
+        trap="machines with other run directories",
+        file="sheeprlhf/engine/shared_dir.py",
+        old="if not sees and checkpoints != expected",
+        new="if not sees and not checkpoints",
+        tests=f"{_UNIT}/test_shared_dir.py::test_without_the_checkpoint_it_is_refused",
+    ),
 ]
