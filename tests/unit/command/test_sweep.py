@@ -1,6 +1,6 @@
 """Sweeps by launchers and sweepers of other packages; those tests are skipped where these are not installed."""
 
-import importlib.util
+import importlib.metadata
 import json
 import math
 import os
@@ -35,10 +35,9 @@ def train(fabric, config, run_dir):
 SITE = "from sheeprlhf.structure.task import SFTConfig\nSFTConfig.entry_point = 'stub_of_sweeps:train'\n"
 
 
-def needs(plugin):
-    return pytest.mark.skipif(
-        importlib.util.find_spec(f"hydra_plugins.{plugin}") is None, reason=f"{plugin.replace('_', '-')} is missing"
-    )
+def needs(package):
+    missing = not list(importlib.metadata.distributions(name=package))
+    return pytest.mark.skipif(missing, reason=f"{package} is missing")
 
 
 @pytest.fixture
@@ -126,7 +125,7 @@ def test_a_signal_or_a_lost_job_ends_the_sweep(answer, code):
     assert sweep_code(sweep) == code
 
 
-@needs("hydra_optuna_sweeper")
+@needs("hydra-optuna-sweeper")
 @pytest.mark.parametrize(
     ("words", "code", "named"),
     [
@@ -161,7 +160,7 @@ def in_a_process(home, *words):
 
 
 @pytest.mark.slow
-@needs("hydra_joblib_launcher")
+@needs("hydra-joblib-launcher")
 def test_jobs_of_joblib_that_fail_or_are_killed(home):
     done = in_a_process(home, "seed=1,99", "hydra/launcher=joblib")
     assert done.returncode == 1
@@ -172,7 +171,7 @@ def test_jobs_of_joblib_that_fail_or_are_killed(home):
 
 
 @pytest.mark.slow
-@needs("hydra_submitit_launcher")
+@needs("hydra-submitit-launcher")
 def test_jobs_of_submitit_train_on_two_processes(home):
     done = in_a_process(home, "seed=1,99", "fabric.devices=2", "hydra/launcher=submitit_local")
     assert done.returncode == 1
