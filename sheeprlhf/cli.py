@@ -217,8 +217,6 @@ def _dispatch(arguments: list[str]) -> int:
     directory = words.values.get("--config-dir")
     if directory is not None and not Path(directory).is_dir():
         raise ConfigError(f"--config-dir={directory} is not a directory: give the folder that holds your groups")
-    if directory is not None:
-        _check_sizes(Path(directory))
     name = words.values.get("--config-name")
     if name is not None:
         _check_config_name(name, directory)
@@ -226,14 +224,6 @@ def _dispatch(arguments: list[str]) -> int:
         print_verb_help(verb, words.overrides, directory)
         return 0
     return _with_hydra(verb, words)
-
-
-def _check_sizes(directory: Path) -> None:
-    from sheeprlhf.structure.strangers import size_problems
-
-    problems = list(size_problems(directory))
-    if problems:
-        raise ConfigError(*problems)
 
 
 def _split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -263,7 +253,7 @@ def _check_config_name(name: str, directory: str | None) -> None:
     folders = [Path(directory)] if directory else []
     folders.append(configs_directory())
     if not any((folder / f"{name.removesuffix('.yaml')}.yaml").is_file() for folder in folders):
-        near = nearest(name, [path.stem for folder in folders for path in folder.glob("*.yaml")])
+        near = nearest(name, [path.stem for folder in folders for path in folder.glob("*.yaml") if path.is_file()])
         did = f"did you mean {near}?" if near else "give the name of a file of --config-dir, without its ending"
         raise ConfigError(f"--config-name={name} does not exist: {did}")
 
@@ -274,6 +264,7 @@ def _with_hydra(verb: str, words: Words) -> int:
 
     from sheeprlhf.command.sweep import Sweep, sweep_code, sweep_parent, watched_sweep
     from sheeprlhf.structure.compose import Source, check, configs_directory, saved_overrides
+    from sheeprlhf.structure.config_files import check_sources
     from sheeprlhf.structure.registry import register_configs
 
     sweep = "--multirun" in words.flags
@@ -296,6 +287,7 @@ def _with_hydra(verb: str, words: Words) -> int:
         if sweep_dir:  # for the multirun.yaml that Hydra writes
             sys.argv.append(f"hydra.sweep.dir={sweep_dir}")
         register_configs()
+        check_sources()
         sys.argv += saved_overrides(verb, words.overrides)
         job = functools.partial(_job, verb, words, bool(sweep_dir), os.getpid(), codes)
         with watched_sweep(watched, verb) if sweep else nullcontext():

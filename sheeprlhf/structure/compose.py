@@ -26,6 +26,7 @@ import sheeprlhf
 from sheeprlhf.structure.absolute import with_absolute_paths
 from sheeprlhf.structure.catalogue import condensed
 from sheeprlhf.structure.commands import option_word
+from sheeprlhf.structure.config_files import check_sources
 from sheeprlhf.structure.earlier import evaluated_run, is_newest, newest_unfinished, with_start
 from sheeprlhf.structure.limits import option_problems, sweep_problems
 from sheeprlhf.structure.overrides import Chosen, key_problem, missing_problem, pick_groups, readable, recipe_owner
@@ -33,7 +34,7 @@ from sheeprlhf.structure.places import run_folder_problems
 from sheeprlhf.structure.registry import ROOTS, choices, groups, options, register_configs, to_typed
 from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
 from sheeprlhf.structure.saved import read_run_config, saved_group
-from sheeprlhf.structure.strangers import content_problems, hydra_problems
+from sheeprlhf.structure.strangers import content_problems
 from sheeprlhf.structure.validate import validate
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.home import known_home
@@ -180,6 +181,7 @@ def compose_job(source: Source, overrides: list[str]) -> RootConfig:
 def _hydra(source: Source) -> Iterator[None]:
     """Hydra's compose API over our configurations, the user's folder and the dataclasses, as `--config-dir` does it."""
     register_configs()
+    check_sources()
     path = create_config_search_path(str(source.directory))
     if source.extra is not None:
         path.prepend(
@@ -239,8 +241,7 @@ def _check_job(source: Source, parsed: list[Override], complete: bool) -> list[s
     try:
         words += saved_overrides(source.verb, _words(parsed))
         base, without = _compose_base(source, chosen, words)
-        problems += without + hydra_problems(source.verb, base, [*_a_task(chosen), *_words(chosen.hydra)])
-        problems += run_folder_problems(base)
+        problems += without + run_folder_problems(base)
     except ConfigError as error:
         return problems + list(error.problems)
     with open_dict(base):
@@ -253,11 +254,6 @@ def _check_job(source: Source, parsed: list[Override], complete: bool) -> list[s
         problems += [problem] if problem else []
     outside = content_problems(base, parsed)
     return problems + (outside or (_value_problems(base, chosen, source.verb) if complete else []))
-
-
-def _a_task(chosen: Chosen) -> list[str]:
-    """Any task, so that a configuration which needs one composes."""
-    return [f"task={names[0]}"] if (names := chosen.available.get("task")) else []
 
 
 def _value_problems(base: DictConfig, chosen: Chosen, verb: str) -> list[str]:
@@ -285,7 +281,11 @@ def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> tuple[Dic
     words = [*words, *_words(chosen.hydra)]
     while True:
         try:
-            return compose(source.name, words, return_hydra_config=True), problems
+            base = compose(source.name, words, return_hydra_config=True)
+            _check_schema(source, base)
+            return base, problems
+        except ConfigError:
+            raise
         except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             unset = re.match(r"You must specify '(\w+)'", lines[0]) if lines else None
@@ -296,3 +296,12 @@ def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> tuple[Dic
             if not {group, "experiment"} & chosen.failed:  # a recipe may choose the group
                 problems.append(f"{group} is missing: give {group}=<name>; it may be {', '.join(names)}")
             words.append(f"{group}={names[0]}")
+
+
+def _check_schema(source: Source, base: DictConfig) -> None:
+    """Raises ConfigError if the primary configuration is not of the command's options: nothing checks its keys then."""
+    if OmegaConf.get_type(base) is not ROOTS[source.verb]:
+        raise ConfigError(
+            f"--config-name={source.name} has no options of `{source.verb}`: begin its defaults with "
+            f"- {source.verb}_schema, as configs/{source.verb}.yaml does"
+        )

@@ -128,7 +128,7 @@ def _recipe_problems(config: PipelineConfig) -> Iterator[str]:
         if verb not in VERBS:
             yield f"stages.{name} begins with {verb!r}: begin with {' or '.join(VERBS)}"
         for word in [*own, *_split(config.common.get(verb, ""))]:
-            problem = word_problem(word)
+            problem = word_problem(_LINK.sub(r"\1", word))  # Hydra cannot read < and >
             if problem:
                 yield f"stages.{name}: {problem}"
         for link in sorted(set(_LINK.findall(command)) - before):

@@ -42,7 +42,7 @@ ROOTS: dict[str, type[TrainConfig] | type[EvalConfig] | type[CommandConfig]] = {
     "fetch": FetchConfig,
     "pipeline": PipelineConfig,
 }
-_BASES: dict[str, tuple[type[Config], ...]] = {
+BASES: dict[str, tuple[type[Config], ...]] = {
     "task": (TrainTaskConfig, EvalTaskConfig),
     "model": (ModelConfig,),
     "data": (DataConfig,),
@@ -80,7 +80,7 @@ class Option(NamedTuple):
 
 def choices(group: str, verb: str = "") -> dict[str, type[Config]]:
     """The dataclasses of a group by `config_name`: every subclass that is defined, so a new one needs no list."""
-    bases = _TASKS.get(verb, _BASES["task"]) if group == "task" else _BASES[group]
+    bases = _TASKS.get(verb, BASES["task"]) if group == "task" else BASES[group]
     found: dict[str, type[Config]] = {}
     waiting = list(bases)
     while waiting:
@@ -94,12 +94,12 @@ def choices(group: str, verb: str = "") -> dict[str, type[Config]]:
 
 def groups(verb: str) -> list[str]:
     """The groups that a verb composes, in the order of its dataclass."""
-    return [field.name for field in dataclasses.fields(ROOTS[verb]) if field.name in _BASES]
+    return [field.name for field in dataclasses.fields(ROOTS[verb]) if field.name in BASES]
 
 
 def register_configs() -> None:
     """Everything into Hydra's ConfigStore: the roots as `<verb>_schema`, and the choices of every group."""
-    _register(tuple((group, name, cls) for group in _BASES for name, cls in choices(group).items()))
+    _register(tuple((group, name, cls) for group in BASES for name, cls in choices(group).items()))
 
 
 @functools.cache

@@ -52,17 +52,17 @@ MUTANTS = [
     ),
     Mutant(  # a recipe installs a callback
         trap="cli",
-        file="sheeprlhf/structure/strangers.py",
-        old="if key not in _MAY_DIFFER and asked[key] != plain.get(key)]",
-        new="if False]",
+        file="sheeprlhf/structure/config_files.py",
+        old="if key not in _OF_HYDRA or value != _OF_HYDRA[key]:",
+        new="if False:",
         tests=STRANGERS,
     ),
-    Mutant(  # a recipe reads the environment
+    Mutant(  # a value of the command line reads the environment
         trap="20",
         file="sheeprlhf/structure/strangers.py",
         old="        if _RESOLVER.search(text):",
         new="        if False:",
-        tests=STRANGERS,
+        tests=f"{BAD}",
     ),
     Mutant(  # a recipe trusts a model's code
         trap="cli",

@@ -16,8 +16,8 @@ MUTANTS = [
     Mutant(  # a stranger's recipe calls what it likes
         trap="pipeline",
         file="sheeprlhf/structure/strangers.py",
-        old='    if key.split(".")[0].split("/")[0] == "hydra" or key == _TRUST:\n',
-        new="    if key == _TRUST:\n",
+        old='    if re.split(r"[./@]", key)[0] == "hydra" or',
+        new="    if",
         tests=f"{_WORDS}test_a_recipe_may_not_say_what_only_the_command_line_may",
     ),
     Mutant(  # an evaluation is not made again for the runs that it has not seen

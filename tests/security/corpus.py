@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sheeprlhf.utils.errors import SheepError
-from tests.security import folders, texts
+from tests.security import config_files, folders, texts
 from tests.security.guard import watched
 from tests.support.models import make_model_folder
 
@@ -24,6 +24,7 @@ KINDS: dict[str, Callable[[Path, Path], Iterator[tuple[str, Attempt]]]] = {
     "adapter configurations": texts.adapters,
     "saved configurations that name a target": texts.saved_configs,
     "datasets": texts.datasets,
+    "configuration files": config_files.attempts,
 }
 
 

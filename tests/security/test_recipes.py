@@ -17,11 +17,6 @@ RECIPES = {
         + "".join(f"  key{number}: {{CALL{number}}}\n" for number in range(start, len(TARGETS), len(PLACES)))
         for start, place in enumerate(PLACES)
     ),
-    "partial": "task: {_partial_: true, _target_: os.mkdir, _args_: [SENTINELS/partial], _convert_: all}\n",
-    "recursive": "model: {lora_cfg: {rank: {_target_: os.mkdir, _recursive_: true, _args_: [SENTINELS/recursive]}}}\n",
-    "in a list": "task: {metrics: [{_target_: os.mkdir, path: SENTINELS/list}]}\n",
-    "defaults": "defaults: [{/hydra/launcher: joblib}]\n",
-    "part of itself": "mine: &a {b: *a}\n",
     "large": "mine: [" + "x, " * 400_000 + "x]\n",
     "deep": "mine: " + "[" * 5_000,
     "alias bomb": "mine:\n  a: &a [x, x, x, x, x, x, x, x, x]\n" + ALIASES,

@@ -6,27 +6,17 @@ from sheeprlhf.cli import run
 
 RECIPES = {
     "callback": "hydra:\n  callbacks:\n    mine: {_target_: builtins.open, file: SENTINEL, mode: w}\n",
-    "launcher": "hydra:\n  launcher: {_target_: builtins.open, file: SENTINEL, mode: w}\n",
-    "sweeper": "hydra:\n  sweeper: {_target_: builtins.open, file: SENTINEL, mode: w}\n",
-    "logging": "hydra:\n  job_logging:\n    version: 1\n    handlers:\n      h: {(): builtins.open, file: SENTINEL}\n",
-    "hydra_logging": "hydra:\n  hydra_logging:\n    handlers:\n      h: {(): builtins.open, file: SENTINEL}\n",
-    "environment": "hydra:\n  job:\n    env_set: {LD_PRELOAD: SENTINEL}\n",
-    "directory": "hydra:\n  run:\n    dir: '${oc.env:HF_TOKEN}'\n",
     "target": "task: {_target_: builtins.open, file: SENTINEL, mode: w}\n",
     "entry_point": "task: {entry_point: 'os:mkdir'}\n",
     "new_group": "mine: {_target_: builtins.open, file: SENTINEL, mode: w}\n",
-    "environment_read": "run_name: ${oc.env:HF_TOKEN}\n",
-    "eval": "run_name: ${eval:1+1}\n",
-    "python_object": "run_name: !!python/object/apply:os.mkdir [SENTINEL]\n",
     "remote_code": f"model: {{library_cfg: {{trust_remote_code: true, revision: '{'0' * 40}'}}}}\n",
     "torn": "task: {epochs: [1\n",
     "unknown_key": "task: {epoch: 3}\n",
 }
 
 
-@pytest.mark.parametrize("multirun", [[], ["-m"]])
 @pytest.mark.parametrize("kind", RECIPES)
-def test_a_strangers_recipe_runs_nothing(kind, multirun, tmp_path, monkeypatch, capsys):
+def test_a_strangers_recipe_runs_nothing(kind, tmp_path, monkeypatch, capsys):
     sentinel = tmp_path / "sentinel"
     folder = tmp_path / "theirs" / "experiment"
     folder.mkdir(parents=True)
@@ -34,7 +24,7 @@ def test_a_strangers_recipe_runs_nothing(kind, multirun, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", "canary-of-the-environment")
     with pytest.raises(SystemExit) as stop:
-        run(["train", "task=sft", f"--config-dir={tmp_path}/theirs", "experiment=shared", *multirun])
+        run(["train", "task=sft", f"--config-dir={tmp_path}/theirs", "experiment=shared"])
     printed = capsys.readouterr()
     assert stop.value.code == 2
     assert "Traceback" not in printed.err
