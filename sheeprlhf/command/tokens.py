@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from rich.cells import cell_len
 
-from sheeprlhf.engine.redact import secret_spans
+from sheeprlhf.structure.limits import secret_spans
 
 NEWLINE = "\n"
 _UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character yet

@@ -5,16 +5,11 @@ import os
 import re
 from typing import Any
 
-from sheeprlhf.structure.limits import KEYS
+from sheeprlhf.structure.limits import is_in_path, secret_spans
 
 HIDDEN = "<redacted>"
 _SHORTEST = 10  # characters; a shorter value may be a word of any text
 _SECRET_KEY = re.compile(r"token|secret|password|passwd|credential|key$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(
-    r"\b(?:hf_|sk-|gh[pousr]_|github_pat_)[A-Za-z0-9_-]{6,}"  # keys of model hubs and code hosts
-    rf"|\b(?:{KEYS})"
-    r"|(?<=://)[^/\s@]+(?=@)"  # user:password@ of a URL
-)
 _ASSIGNMENT = re.compile(r"(?P<key>[\w.+~-]*)=(?P<value>.*)", re.DOTALL)
 _ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|.)", re.DOTALL)
 # control characters but newline and tab; the second range also holds the old one-byte forms of escape sequences
@@ -22,21 +17,35 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 
 def redact_text(text: str) -> str:
-    """The text with all replaced that looks like a key or a URL's password, or is a secret of the environment."""
-    for secret in _of_environment():
-        text = text.replace(secret, HIDDEN)
-    return _SECRET_VALUE.sub(HIDDEN, text)
+    """The text with all replaced that looks like a key or a URL's password, or is a secret of the environment.
+
+    Components of existing paths stay: without them no command that is printed could be repeated.
+    """
+    secrets = _of_environment()
+    spans = secret_spans(text)
+    if secrets:
+        found = re.finditer("|".join(map(re.escape, secrets)), text)
+        spans += [match.span() for match in found if not is_in_path(text, *match.span())]
+    for start, end in _joined(spans):
+        text = f"{text[:start]}{HIDDEN}{text[end:]}"
+    return text
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join spans that overlap; the last one first, so that they can be replaced one after the other."""
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined[::-1]
 
 
 def _of_environment() -> list[str]:
     """The values of variables whose names say that they are secret, long ones first; paths and short words are none."""
     found = {value for name, value in os.environ.items() if _SECRET_KEY.search(name) and len(value) >= _SHORTEST}
     return sorted((value for value in found if not value.startswith(("/", "~", "."))), key=len, reverse=True)
-
-
-def secret_spans(text: str) -> list[tuple[int, int]]:
-    """Where `redact_text` would replace something: first place and the one after the last."""
-    return [match.span() for match in _SECRET_VALUE.finditer(text)]
 
 
 def redact(value: Any, key: str = "") -> Any:

@@ -16,14 +16,29 @@ from sheeprlhf.structure.registry import Option
 _SAME = {"gpu": "cuda", "deepspeed": "fsdp2"}  # what nobody finds by the letters
 _MOST_NAMES = 1000  # of a folder, that are compared with a mistyped one
 _SECRET_NAME = re.compile(r"(token|secrets?|passwords?|passwd|api_?keys?|private_?key|secret_?key|credentials?)$", re.I)
-# keys of code hosts, clouds, chats and package indexes that nothing else looks like
-KEYS = (
-    r"github_pat_\w{8,}|glpat-[\w-]{10,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abeprs]-[\w-]{10,}|pypi-[\w-]{16,}"
-    r"|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+"
+# Formats of credentials: prefix, alphabet and length, as the services issue them. Those without a prefix (AWS secret
+# keys, W&B keys of 40 hexadecimal digits) are known by the name of their option or environment variable alone.
+_TOKENS = (
+    r"hf_[A-Za-z0-9]{34,}|api_org_[A-Za-z0-9]{34,}|hf_(?:oauth|jwt)_[\w.-]{30,}",  # Hugging Face
+    r"sk-[A-Za-z0-9]{32,}|sk-or-v1-[0-9a-f]{64}",  # OpenAI and OpenRouter
+    r"sk-(?:proj|svcacct|admin|None)-(?=[\w-]{0,80}[A-Z\d])[\w-]{40,}",
+    r"sk-ant-[a-z]+\d\d-[\w-]{80,}",  # Anthropic
+    r"gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}",  # GitHub
+    r"gl(?:pat|dt|rt|ptt|cbt|soat|oas|ft|imt|agent)-[\w.-]{20,}",  # GitLab
+    r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}(?![A-Za-z0-9])",  # AWS
+    r"AIza[\w-]{35}|ya29\.[\w-]{30,}|GOCSPX-[\w-]{28}",  # Google
+    r"xox[a-z](?:\.xox[a-z])?-(?=[\w-]{0,40}\d)[\w-]{20,}|xapp-\d-[A-Z0-9]+-\d+-[a-z0-9]{20,}",  # Slack
+    r"wandb_v1_\w{60,}",  # W&B
+    r"pypi-AgE[\w-]{50,}|npm_[A-Za-z0-9]{36,}",  # package indexes
+    r"eyJ[\w-]{10,400}\.eyJ[\w-]{10,}\.[\w-]{10,}",  # JSON web tokens
 )
-_SECRET_VALUE = re.compile(
-    rf"\b(hf_[A-Za-z0-9]{{8,}}|sk-[\w-]{{16,}}|gh[pousr]_[A-Za-z0-9]{{16,}}|{KEYS})|://[^/\s@]+:[^/\s@]+@"
+_TOKEN = re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(_TOKENS)})")
+_USER_INFO = re.compile(  # of a URL: user:password@, and of HTTP also token@
+    r"(?<=://)[^/\s@?#:]*:[^/\s@?#]+(?=@)|(?<=http://)[^/\s@?#]+(?=@)|(?<=https://)[^/\s@?#]+(?=@)"
 )
+_AROUND_PATH = re.compile(r"[\s'\"`=,:;<>|(){}\[\]]")  # a path begins after one of these and ends before one
+_LONGEST_PATH = 4096
+_MOST_STARTS = 32
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
@@ -55,8 +70,36 @@ def is_secret_name(name: str) -> bool:
 
 
 def is_secret_value(text: str) -> bool:
-    """Whether the text looks like an access token, or like an address with a password in it."""
-    return _SECRET_VALUE.search(text) is not None
+    """Return True if the text holds an access token, or an address with a password in it."""
+    return bool(secret_spans(text))
+
+
+def secret_spans(text: str) -> list[tuple[int, int]]:
+    """Find credentials by their formats; a component of an existing path is none.
+
+    Returns:
+        First place and the one after the last, for each.
+    """
+    tokens = [match.span() for match in _TOKEN.finditer(text)]
+    found = [span for span in tokens if not is_in_path(text, *span)]
+    return found + [match.span() for match in _USER_INFO.finditer(text)]
+
+
+def is_in_path(text: str, start: int, end: int) -> bool:
+    """Return True if this part of the text belongs to a component of an existing path."""
+    first = max(0, start - _LONGEST_PATH)
+    begins = [first + match.end() for match in _AROUND_PATH.finditer(text[first:start])][-_MOST_STARTS:]
+    rest = text[end : end + _LONGEST_PATH]
+    component = re.split(r"[/\n]", rest, maxsplit=1)[0]  # which may have spaces in it
+    ends = {end + len(_AROUND_PATH.split(component, maxsplit=1)[0]), end + len(component)}
+    return any(_exists(text[begin:last].rstrip(".")) for begin in [first, *begins] for last in ends)
+
+
+def _exists(path: str) -> bool:
+    try:
+        return os.path.lexists(os.path.expanduser(path))
+    except (OSError, ValueError):  # a name with a zero byte
+        return False
 
 
 def option_problems(option: Option) -> Iterator[str]:

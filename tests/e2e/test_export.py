@@ -222,7 +222,7 @@ def test_all_mistakes_are_told_at_once(tmp_path, capsys):
     assert "did you mean --to?" in printed
     printed = refused(capsys, "--push-to-hub", "a b")
     assert "takes one run or model" in printed and "--to is missing" in printed and "give owner/name" in printed
-    printed = refused(capsys, "tiny", "--to", tmp_path / "x", "--push-to-hub", "hf_abcdefghijklmnop")
+    printed = refused(capsys, "tiny", "--to", tmp_path / "x", "--push-to-hub", "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH")
     assert "credential" in printed and "hf_abc" not in printed
 
 

@@ -24,7 +24,7 @@ KINDS: dict[str, Callable[[Path, Path], Iterator[tuple[str, Attempt]]]] = {
     "adapter configurations": texts.adapters,
     "saved configurations that name a target": texts.saved_configs,
     "datasets": texts.datasets,
-    "configuration files": config_files.attempts,
+    "configuration files and stages of pipelines": config_files.attempts,
 }
 
 

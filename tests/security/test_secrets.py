@@ -11,14 +11,17 @@ from sheeprlhf.engine.redact import redact_text
 from tests.support.runs import train_words, write_rows
 
 ENVIRONMENT = {
-    "HF_TOKEN": "hf_canaryOneOfTheEnvironment",
+    "HF_TOKEN": "hf_canaryOneOfTheEnvironmentABCDEFGHIJK",
     "WANDB_API_KEY": "canary2canary2canary2canary2",  # looks like nothing: hidden because of its name
     "AWS_SECRET_ACCESS_KEY": "canary3/with+signs/canary3==",
     "MY_DB_PASSWORD": "canary4-of-a-database",
-    "OPENAI_API_KEY": "sk-canary5canary5canary5",
+    "OPENAI_API_KEY": "sk-canary5canary5canary5canary5canary5",
 }
-DOT_ENV = {"HF_TOKEN": "hf_canary6ofADotEnvFile", "GITHUB_TOKEN": "ghp_canary7canary7canary7"}
-COMMAND_LINE = "ghp_canary8canary8canary8"
+DOT_ENV = {
+    "HF_TOKEN": "hf_canary6ofADotEnvFileABCDEFGHIJKLMNOPQ",
+    "GITHUB_TOKEN": "ghp_canary7canary7canary7canary7canary71",
+}
+COMMAND_LINE = "ghp_canary8canary8canary8canary8canary81"
 CANARIES = [*ENVIRONMENT.values(), *DOT_ENV.values(), COMMAND_LINE]
 
 
@@ -79,11 +82,11 @@ WORDS = [
     "+hf_token=canary-canary",
     "+model.api_key=canary-canary",
     "data.dataset_name=https://me:canary-canary@host/x",
-    "root_dir=github_pat_canarycanary1",
+    "root_dir=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",
     "data.revision=AKIACANARYCANARY1234",
-    "data.cache_dir=glpat-canarycanary",
-    "model.repo_name=xoxb-canary-canary",
-    "model.library_cfg.revision=pypi-canarycanarycanary",
+    "data.cache_dir=glpat-canarycanarycanary12",
+    "model.repo_name=xoxb-123456789012-canarycanarycanary",
+    "model.library_cfg.revision=pypi-AgEIcHlwaS5vcmccanarycanarycanarycanarycanarycanarycanarycanarycanarycanary",
 ]
 
 

@@ -46,7 +46,7 @@ def test_the_table_is_complete():
         ("+model.api_key=verysecretvalue", "verysecretvalue"),
         ("data.password=verysecretvalue", "verysecretvalue"),
         ("hydra.job.env_set.HF_TOKEN=verysecretvalue", "verysecretvalue"),
-        ("run_name=hf_abcdefghijklmnopqrstuv", "hf_abcdefghijklmnopqrstuv"),
+        ("run_name=hf_abcdefghijklmnopqrstuvwxyzABCDEFGH", "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"),
         ("data.dataset_name='https://me:verysecretvalue@host/data'", "verysecretvalue"),
         ("verysecretvalue_token=a b", "a b"),
     ],

@@ -119,7 +119,7 @@ def test_a_failed_job_does_not_end_the_sweep_but_its_exit_code_counts(calls, cap
         (NonFiniteError("rows 3"), 1, "rows 3"),
         (Interrupted(15), 143, "stopped by signal 15"),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
-        (ZeroDivisionError("division of sk-abcdefghijklmnop"), 1, "ZeroDivisionError"),
+        (ZeroDivisionError("division of sk-abcdefghijklmnopqrstuvwxyz0123456789"), 1, "ZeroDivisionError"),
     ],
 )
 def test_an_error_is_a_message_and_an_exit_code(calls, capsys, error, code, message):
@@ -178,7 +178,7 @@ def test_what_was_interrupted_in_its_making_does_not_complain(calls, monkeypatch
 
 
 def test_an_unexpected_error_leaves_its_traceback_in_the_run_directory(calls, capsys, tmp_path):
-    fail_with(ZeroDivisionError("sk-abcdefghijklmnop"))
+    fail_with(ZeroDivisionError("sk-abcdefghijklmnopqrstuvwxyz0123456789"))
     exit_code("train task=sft")
     [log] = tmp_path.rglob("error.log")
     assert str(log) in capsys.readouterr().err

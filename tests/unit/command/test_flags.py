@@ -59,7 +59,13 @@ def test_all_mistakes_at_once():
 
 
 @pytest.mark.parametrize(
-    "words", ["--hf-token sesame123", "--api_key=sesame123", "--to hf_sesame123456", "hf_sesame123456"]
+    "words",
+    [
+        "--hf-token sesame123",
+        "--api_key=sesame123",
+        "--to hf_sesame1234567890123456789012345678",
+        "hf_sesame1234567890123456789012345678",
+    ],
 )
 def test_a_secret_is_refused_and_not_shown(words):
     with pytest.raises(ConfigError) as error:

@@ -248,12 +248,12 @@ def test_values_that_are_no_values_are_left_out(tmp_path):
 
 def test_text_of_a_stranger_cannot_speak_to_the_terminal(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "300")  # enough for any temporary directory
-    evil = "\x1b]0;title\x07\x1b[31mred[/bold]\n\u202ehf_abcdefghijklmnop"
+    evil = "\x1b]0;title\x07\x1b[31mred[/bold]\n\u202ehf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
     folder = make_run(tmp_path, name="a\x1b[2Jb\nc", data=evil, model="[red]x[/red]", status="finished")
     write_result(folder, "x", **{"[link=x]\x1b[1m": 1.5}, weights=evil)
     printed = listed(capsys, "runs", str(tmp_path))
     assert not set("\x1b\x07\x9b\u202e") & set(printed)
-    assert "hf_abcdefghijklmnop" not in printed
+    assert "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH" not in printed
     assert "[red]x[/red]" in printed
     assert "[link=x] 1.5" in printed
     assert len(printed.splitlines()) == 3

@@ -25,7 +25,7 @@ ELEMENTS = set(
     "tbody tr th td details summary code pre article figure figcaption img svg g path text".split()
 )
 EVIL = "<script>document.title='ran'</script><img src=x onerror=alert(1)>[x](javascript:alert(1))\"' onload=y <b>"
-SECRET = "hf_abcdefghijklmnopqrstuvwx"
+SECRET = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
 BROWSER = find_chromium()
 
 

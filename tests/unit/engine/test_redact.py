@@ -1,17 +1,39 @@
 import html
+from pathlib import Path
+from string import ascii_letters, digits
+from time import process_time
 
 import pytest
 import yaml
 from tensorboard.plugin_util import markdown_to_safe_html
 
 from sheeprlhf.engine.redact import code_block, plain_text, redact, redact_command, redact_text
+from sheeprlhf.structure.limits import is_secret_value
 
+LETTERS = f"{ascii_letters}{digits}"
 SECRETS = [
-    "hf_abcdefGHIJ1234567890",
-    "sk-proj-abcdef123456",
-    "ghp_abcdefghijklmnop1234",
-    "github_pat_11ABCDEFG0abcdef",
+    f"hf_{LETTERS[:34]}",
+    f"sk-{LETTERS[:20]}T3BlbkFJ{LETTERS[:20]}",
+    f"sk-proj-{LETTERS}-{LETTERS[:20]}_T3BlbkFJ{LETTERS}",
+    f"sk-ant-api03-{LETTERS}_{LETTERS[:40]}AA",
+    f"ghp_{LETTERS[:36]}",
+    f"ghs_{LETTERS[:36]}",
+    f"github_pat_{LETTERS[:22]}_{LETTERS[:59]}",
+    f"glpat-{LETTERS[:20]}",
+    "AKIAIOSFODNN7EXAMPLE",
+    f"AIza{LETTERS[:35]}",
+    f"xoxb-123456789012-1234567890123-{LETTERS[:24]}",
+    f"wandb_v1_{LETTERS[:27]}_{LETTERS[:49]}",
+    f"pypi-AgEIcHlwaS5vcmc{LETTERS}{LETTERS}",
+    f"npm_{LETTERS[:36]}",
+    f"eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.{LETTERS[:43]}",
 ]
+NO_SECRETS = (
+    "hf_projects /data/hf_datasets_cache/x hf_home_of_the_whole_team_in_this_place sk-learn sk-proj-2024 "
+    "sk-experiments-of-november/run1 sk-ant-colony-simulation-with-many-words-in-its-name ghp_notes github_pat_notes "
+    "xoxb-notes-of-a-meeting-in-november glpat-x pypi-x AKIA npm_modules eyJhbGci ssh://git@github.com/x "
+    "http://host/x@y https://host?x=y@z"
+).split()
 
 
 @pytest.mark.parametrize("secret", SECRETS)
@@ -20,6 +42,35 @@ def test_keys_are_hidden_wherever_they_are(secret):
         assert secret not in redact_text(text)
         assert secret not in yaml.safe_dump(redact({"data": {"files": [text, {"x": text}]}}))
         assert secret not in " ".join(redact_command(["train", f"data.train_file={text}", text]))
+
+
+@pytest.mark.parametrize("text", NO_SECRETS)
+def test_names_that_only_begin_like_keys_are_none(text):
+    assert redact_text(text) == text and not is_secret_value(f"root_dir={text}")
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_component_of_an_existing_path_is_no_secret(secret, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / secret / "with a space"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for text in (folder, folder / "new", f"root_dir={folder}/new", f"{secret}/new", f'File "{folder}/a.py", line 3'):
+        assert redact_text(str(text)) == str(text) and not is_secret_value(str(text))
+    for text in (f"/nowhere/{secret}/x", f"{folder}/new/{secret}"):
+        assert redact_text(text) != text and is_secret_value(text)
+
+
+def test_a_value_of_the_environment_is_hidden_but_not_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PROJECT_KEY", "project-2024")
+    (tmp_path / "project-2024").mkdir()
+    assert redact_text(f"{tmp_path}/project-2024/run, project-2024") == f"{tmp_path}/project-2024/run, <redacted>"
+
+
+def test_long_texts_take_no_time():
+    start = process_time()
+    for part in ("a", "x-", "eyJ_", "xoxb-aaa-", "sk-", "://", "sk-proj-aaa-"):
+        redact_text(part * (400_000 // len(part)))
+    assert process_time() - start < 8
 
 
 def test_passwords_in_urls():

@@ -28,7 +28,7 @@ from sheeprlhf.utils.errors import ConfigError, Interrupted, RunInUseError
 from sheeprlhf.utils.processes import STOP_SIGNALS, die_with_parent, heard_interrupts, ignored, missed_stop
 from tests.unit.engine.toy import Net, forkserver, micro_batch, on_ranks, seed_all, toy_loss
 
-SECRET = "hf_abcdefghijklmnop"
+SECRET = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
 
 
 def make_cfg(**values):
