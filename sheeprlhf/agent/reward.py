@@ -3,11 +3,10 @@
 Letters: N tokens that are scored.
 """
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.vocabulary import num_rows_needed
 
+_MAX_OFFSET = 1e30
 OFFSET = "reward_offset"  # in config.json: subtracted from the head's score
 _CARD = """\
 # A reward model
@@ -96,9 +96,13 @@ class RewardModel(nn.Module):
 
 def offset_of(folder: Path) -> float:
     """The offset in the config.json that `RewardModel.save` has put beside adapters."""
-    offset = read_json(folder, "config.json").get(OFFSET, 0.0)
-    if not isinstance(offset, int | float) or not math.isfinite(offset):
-        raise ModelError(f"{folder}/config.json: {OFFSET}={str(offset)[:40]} is no number")
+    return _checked_offset(read_json(folder, "config.json").get(OFFSET, 0.0), folder)
+
+
+def _checked_offset(offset: Any, folder: object) -> float:
+    if isinstance(offset, bool) or not isinstance(offset, int | float) or not abs(offset) < _MAX_OFFSET:
+        shown = "a huge number" if type(offset) is int else str(offset)[:40]
+        raise ModelError(f"{folder}: {OFFSET} in config.json is {shown}: it must be a number below {_MAX_OFFSET:g}")
     return float(offset)
 
 
@@ -118,6 +122,7 @@ def load_reward_model(
     """
     auto = AutoModelForSequenceClassification
     model = load_causal_lm(cfg, vocabulary=num_rows_needed(tokenizer), longest=longest, auto=auto, say=say)
+    _checked_offset(getattr(model.config, OFFSET, 0.0), cfg.repo_name)
     reward = RewardModel(model)
     bias = read_score_bias(cfg)
     if bias:  # transformers' class has none

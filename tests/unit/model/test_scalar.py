@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sheeprlhf.agent.reward import RewardModel
+from sheeprlhf.agent.reward import RewardModel, offset_of
 from sheeprlhf.data.collate import collate_packed, collate_padded
 from sheeprlhf.model.attention import PACKED, register
 from sheeprlhf.model.scalar import padding_token, scalar_model
@@ -67,3 +67,12 @@ def test_padding_is_a_token_without_another_role() -> None:
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "</s>": 1})), eos_token="</s>")
     with pytest.raises(ModelError, match="no token for padding but EOS"):
         padding_token(words)
+
+
+@pytest.mark.parametrize("odd", ['"x"', "true", "null", "1e400", "9" * 400, "9" * 4000, "[1]", "NaN"])
+def test_an_offset_that_cannot_be_is_refused(odd: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(f'{{"reward_offset": {odd}}}')
+    with pytest.raises(ModelError, match="reward_offset"):
+        offset_of(tmp_path)
+    (tmp_path / "config.json").write_text('{"reward_offset": -2}')
+    assert offset_of(tmp_path) == -2.0
