@@ -244,8 +244,11 @@ def join_ranks(strategy: Any, timeout: float) -> tuple[RollCall, Store]:
         setattr(ChildProcessObserver, "_terminate_all", _end_with_children)  # noqa: B010
     limit = max(timeout, _JOIN_SECONDS)
     store = _open_store(host, port, rank, limit)
-    roll_call = RollCall(rank, local=strategy.num_nodes == 1)
-    store.set(f"rank/{rank}", json.dumps(_myself(host, port, roll_call.port)))
+    local = strategy.num_nodes == 1
+    roll_call = RollCall(rank, local=local)
+    address = "127.0.0.1" if local else _own_address(host, port)
+    name = f"process {os.getpid()} on {socket.gethostname()}"
+    store.set(f"rank/{rank}", json.dumps(Peer(address, roll_call.port, name)))
     if rank == 0:
         everyone: dict[str, Any] = {"missing": _wait_for_ranks(store, strategy, children, limit)}
         if not everyone["missing"]:
@@ -293,16 +296,17 @@ def _open_store(host: str, port: int, rank: int, limit: float) -> Store:
     return PrefixStore(f"sheeprlhf/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if of_agent else 0}", store)
 
 
-def _myself(host: str, port: int, own_port: int) -> Peer:
-    """This rank as others reach it: at the address that it reaches rank zero's machine from."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, port))  # sends nothing
-            own = probe.getsockname()[0]
-        except OSError:
-            own = host
-    own = host if own.startswith("127.") else own
-    return Peer(own, own_port, f"process {os.getpid()} on {socket.gethostname()}")
+def _own_address(host: str, port: int) -> str:
+    """The address at which other machines reach this one: the one from which it reaches rank zero's."""
+    own = host
+    with suppress(OSError):
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # sends nothing
+            found = probe.getsockname()[0]
+        if found != "::1" and not found.startswith("127."):  # else this is rank zero's machine
+            own = found
+    return own
 
 
 def _wait_for_ranks(store: Store, strategy: Any, children: list[subprocess.Popen[bytes]], limit: float) -> list[int]:
