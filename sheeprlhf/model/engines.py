@@ -18,6 +18,7 @@ from sheeprlhf.model.generate import Stops, left_padded, own_settings, without_u
 from sheeprlhf.model.load import uses_packed_attention
 from sheeprlhf.model.packing import is_recurrent
 from sheeprlhf.model.padded import no_router_logits
+from sheeprlhf.model.rotary import switch_length
 from sheeprlhf.model.sample import Sampled, prompt_groups, sample_responses
 from sheeprlhf.utils.errors import ModelError, NonFiniteError
 from sheeprlhf.utils.memory import phase
@@ -126,10 +127,10 @@ def continuous_responses(
     """
     if not prompts:
         return []
-    check_engine("continuous", model)
     num_responses, num_new = uniforms.shape[1:]
     settings = _settings(num_responses, num_new, temperature, end_ids)
     longest = max(map(len, prompts)) + num_new
+    check_engine("continuous", model, longest)
     at_once = max(1, min(len(prompts) * num_responses, token_budget // longest))
     page = _PAGES.get(model.device.type, _PAGE)
     seed = _seed(uniforms[0])
@@ -171,12 +172,24 @@ def continuous_responses(
     return _grouped(ended, num_responses)
 
 
-def check_engine(name: str, model: PreTrainedModel) -> None:
-    """Find out before anything is sampled whether an engine works for a model.
+def check_engine(name: str, model: PreTrainedModel, longest: int) -> None:
+    """Find out before anything is sampled whether a model can learn from what an engine samples.
+
+    Args:
+        name: of `ENGINES`.
+        model: the language model; tensors without content do.
+        longest: tokens of the longest prompt with its response.
 
     Raises:
-        ModelError: it does not.
+        ModelError: it cannot.
     """
+    switch = switch_length(model)
+    if switch is not None and longest > switch:
+        raise ModelError(
+            f"{type(model).__name__} has other rotary embeddings beyond {switch} tokens, so a response that grows "
+            "beyond them has other probabilities in sampling and in learning: data.max_prompt_length and "
+            f"generation.max_new_tokens may be {switch} together, and are {longest}"
+        )
     if name == "continuous" and (is_recurrent(model) or not uses_packed_attention(model)):
         what = "keep the state of" if is_recurrent(model) else "replace the attention of"
         raise ModelError(

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from sheeprlhf.model.padded import no_router_logits
+from sheeprlhf.model.rotary import outgrows_cache
 from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
@@ -69,6 +70,7 @@ def generate_ids(
     """
     settings = generation_config(cfg, tokenizer)
     undefined = undefined_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
+    settings.use_cache = not outgrows_cache(model, map(len, prompts), cfg.max_new_tokens)
     settings.suppress_tokens = None if undefined is None else undefined.tolist()
     input_ids, attention_mask = left_padded(prompts, settings.pad_token_id)
     width = input_ids.shape[1]

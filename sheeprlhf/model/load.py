@@ -40,6 +40,7 @@ from sheeprlhf.model.folder import (
 from sheeprlhf.model.locate import locate
 from sheeprlhf.model.norm import replace_rms_norms
 from sheeprlhf.model.pickled import converted_folder
+from sheeprlhf.model.rotary import use_frequencies_of_rows
 from sheeprlhf.model.template import check_templates
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.places import PICKLED, WEIGHTS_FILES
@@ -363,6 +364,7 @@ def load_causal_lm(
     if vocabulary > rows:
         raise ModelError(_too_few_rows(cfg, vocabulary, rows, auto))
     replace_rms_norms(model)
+    use_frequencies_of_rows(model)
     if model._supports_sdpa and model._can_set_attn_implementation():  # else it has what sdpa lacks, as a soft cap
         model.set_attn_implementation(PACKED)
     if cfg.gradient_checkpointing:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sheeprlhf.model.load import uses_packed_attention
+from sheeprlhf.model.rotary import switch_length
 
 _WINDOWS = {  # kinds of layers that see a part of a long row, and the keys of a config that say how much
     "sliding_attention": (
@@ -49,6 +50,9 @@ def packing_limit(model: PreTrainedModel, longest: int) -> str:
         return f"{name} has eager attention alone"
     if not uses_packed_attention(model):
         return f"the attention of {name} cannot be replaced"
+    switch = switch_length(model)
+    if switch is not None and longest > switch:
+        return f"{name} has other rotary embeddings beyond {switch} tokens, the data is up to {longest} long"
     window = min(_windows(config, kinds), default=longest)
     return f"{name} sees {window} tokens back, the data is up to {longest} long" if window < longest else ""
 

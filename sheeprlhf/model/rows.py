@@ -19,6 +19,7 @@ from sheeprlhf.model.cache import SharedCache
 from sheeprlhf.model.load import backbone_and_head
 from sheeprlhf.model.packing import packing_limit, tolerance
 from sheeprlhf.model.padded import logits_at, no_router_logits
+from sheeprlhf.model.rotary import outgrows_cache
 from sheeprlhf.model.trim import last_mlp_at
 from sheeprlhf.utils.layout import Layout
 
@@ -188,14 +189,18 @@ class RecomputedRows:
 
 
 @torch.no_grad()
-def unpacked_rows(model: PreTrainedModel) -> PaddedRows | RecomputedRows:
+def unpacked_rows(model: PreTrainedModel, lengths: Sequence[int] = (), num_new: int = 0) -> PaddedRows | RecomputedRows:
     """Rows for a model that does not pack: with transformers' cache where that gives what the model gives without.
 
     Only models with plain attention are known to; others are tried on two short prompts.
 
     Args:
         model: the language model, in eval mode.
+        lengths: of the prompts, in tokens.
+        num_new: most new tokens of each.
     """
+    if outgrows_cache(model, lengths, num_new):
+        return RecomputedRows(model)
     return PaddedRows(model) if not packing_limit(model, 0) or _cache_is_right(model) else RecomputedRows(model)
 
 

@@ -92,7 +92,8 @@ def sample_responses(
         draw_next = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, undefined_U=undefined_U)
         for group in groups:
             group_prompts = [prompts[index] for index in group]
-            rows = PackedRows(model, token_budget) if packed else unpacked_rows(model)
+            own = [lengths[index] for index in group]
+            rows = PackedRows(model, token_budget) if packed else unpacked_rows(model, own, num_new)
             sampled = _sample_group(rows, group_prompts, uniforms[group], draw_next, end_ids, stop, progress)
             results |= zip(group, sampled, strict=True)
     return [results[index] for index in range(len(prompts))]

@@ -51,7 +51,7 @@ def stream_ids(
         if cfg.top_p < 1:
             warp.append(TopPLogitsWarper(cfg.top_p))
     none: Any = torch.empty(1, 0, dtype=torch.long, device=model.device)  # these do not look at the tokens so far
-    rows = unpacked_rows(model)
+    rows = unpacked_rows(model, [len(prompt_ids)], cfg.max_new_tokens)
     logits_1V = rows.prefill([prompt_ids], 1, cfg.max_new_tokens)
     for left in reversed(range(cfg.max_new_tokens)):
         scores_1V = warp(none, cast(Any, without_undefined(logits_1V.float(), undefined_U)))

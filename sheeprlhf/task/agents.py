@@ -16,7 +16,6 @@ from sheeprlhf.agent.reward import RewardModel, load_reward_model, offset_of, re
 from sheeprlhf.agent.shared import SharedScore
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.run import Run
-from sheeprlhf.model.engines import check_engine
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import (
     CRITIC,
@@ -75,7 +74,6 @@ def load_agents(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -
     policy.exclude_undefined(tokenizer)
     if not isinstance(task, BestOfNConfig):  # it learns nothing
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
-    check_engine(cfg.generation.engine, policy.causal_lm())
     reward, other = None, None
     if needs_model(cfg.reward, cfg.data.rule_reward):
         own = load_reward_tokenizer(cfg)

@@ -83,7 +83,8 @@ def check_options(config: TrainConfig) -> None:
         causal_lm, _ = build_on_meta(config.model, scores=scores, vocabulary=num_rows_needed(tokenizer))
         check_batching(task.batching, packing_limit(causal_lm, 0))
         if isinstance(task, OnlineTaskConfig):
-            check_engine(config.generation.engine, causal_lm)
+            longest = config.data.max_prompt_length + config.generation.max_new_tokens
+            check_engine(config.generation.engine, causal_lm, longest)
         if isinstance(task, PPOConfig):
             scalar_model(causal_lm, tokenizer)  # the critic
     if scores:

@@ -84,6 +84,17 @@ UNPACKED = {  # architectures whose batches are padded: eager attention, windows
         linear_value_head_dim=8,
         layer_types=["linear_attention", "full_attention"],
     ),
+    "phi3": _LLAMA  # rows of more than 16 tokens have other rotary embeddings
+    | dict(
+        original_max_position_embeddings=16,
+        rope_parameters=dict(
+            rope_type="longrope",
+            rope_theta=10_000.0,
+            short_factor=[1.0, 1.2],
+            long_factor=[4.0, 9.0],
+            original_max_position_embeddings=16,
+        ),
+    ),
     "mamba": dict(hidden_size=16, state_size=4, num_hidden_layers=2),
     "lfm2": _LLAMA | dict(layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
 }

@@ -1,5 +1,6 @@
 """Models that cannot pack are padded without being told to, with either head, and give what transformers gives."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from tests.support.models import EXPERTS, UNPACKED, make_model_folder
 ModelFolder = Callable[..., Path]
 EAGER = ("gemma2", "gpt_neo", "bloom")
 RECURRENT = ("qwen3_5_text", "mamba", "lfm2")
-SCORED = ("gemma3_text", "qwen3_5_text", "gpt_neo", "bloom")  # those that transformers has with a score head
+SCORED = ("gemma3_text", "qwen3_5_text", "gpt_neo", "bloom", "phi3")  # those that transformers has with a score head
 
 
 def examples() -> list[Example]:
@@ -128,6 +129,25 @@ def test_which_configurations_limit_packed_rows(
         assert bool(packing_limit(model, length)) == (longest is not None and length > longest)
 
 
+def test_dynamic_rotary_embeddings_are_the_same_for_all_rows_that_a_model_reads(tmp_path: Path) -> None:
+    """They change beyond `max_position_embeddings` tokens, and such rows are rejected: packed rows are exact."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+    folder = make_model_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"rope_parameters": rope, "max_position_embeddings": 40}
+    (folder / "config.json").write_text(json.dumps(config))
+    policy, packed = policy_of(folder, longest=40)
+    rows = [row for row in examples() if sum(map(len, (row.prompt_ids, *row.responses))) <= 40]
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = [_logprobs(plain, row.prompt_ids, response) for row in rows for response in row.responses]
+        found = [policy.eval()(batch).target_N for batch in (collate_packed(rows), collate_padded(rows, pad_id=0))]
+    assert packed and len(rows) == 4
+    for target_N in found:
+        assert_close(target_N, torch.cat(expected), rtol=0, atol=1e-5)
+    with pytest.raises(ModelError, match=r"data\.max_length=40"):
+        policy_of(folder, longest=41)
+
+
 def test_convolutions_and_states_are_recurrent(model_folder: ModelFolder) -> None:
     for architecture in (*RECURRENT, "llama", "gpt2", "gemma3_text", "gpt_neo"):
         model = policy_of(model_folder(architecture), longest=4)[0].causal_lm()
@@ -211,9 +231,14 @@ def test_continuous_batching_of_recurrent_models_is_rejected(model_folder: Model
 
     for architecture in ("qwen3_5_text", "gemma2", "falcon"):
         with pytest.raises(ModelError, match=r"generation\.engine=continuous.*generation\.engine=native"):
-            check_engine("continuous", model(architecture))
+            check_engine("continuous", model(architecture), 64)
+    check_engine("continuous", model("phi3"), 16)
+    with pytest.raises(
+        ModelError, match=r"generation\.max_new_tokens"
+    ):  # sampled by some frequencies, learned by others
+        check_engine("native", model("phi3"), 17)
     for engine, architecture in (("continuous", "llama"), ("native", "qwen3_5_text"), ("hf", "qwen3_5_text")):
-        check_engine(engine, model(architecture))
+        check_engine(engine, model(architecture), 64)
 
 
 def test_an_architecture_without_score_heads_is_rejected_before_data_is_prepared(model_folder: ModelFolder) -> None:
