@@ -18,8 +18,17 @@ OF_TASK = {
 }
 
 
-@pytest.mark.parametrize("reward", SHORT)
-@pytest.mark.parametrize("task", [pytest.param(t, marks=() if t == "ppo" else pytest.mark.slow) for t in OF_TASK])
+IN_CI = {("ppo", "letters"), ("grpo", "letters")}
+
+
+@pytest.mark.parametrize(
+    ("task", "reward"),
+    [
+        pytest.param(task, reward, marks=pytest.mark.slow if (task, reward) in IN_CI else pytest.mark.nightly)
+        for task in OF_TASK
+        for reward in SHORT
+    ],
+)
 def test_it_is_found(task: str, reward: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     words = [
         f"reward.path=tests.support.rewards:{reward}",
