@@ -232,6 +232,7 @@ def _become_job(words: list[str], log: str, setup: str, environment: dict[str, s
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdin = os.fdopen(0, closefd=False)  # the server has read from the one before
         os.environ |= environment
         os.chdir(Path(log).parent)
         exec(setup, {})

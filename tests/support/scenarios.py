@@ -17,7 +17,14 @@ class Scenario(NamedTuple):
 SCENARIOS = {
     "sft, found by root_dir": Scenario("sft", []),
     "kto, lora": Scenario("kto", LORA),
+    "grpo": Scenario("grpo", []),
     "grpo, lora": Scenario("grpo", LORA[:2]),
+    "grpo, two processes": Scenario("grpo", [], processes=2),
+    "sft, bf16": Scenario("sft", ["fabric.precision=bf16-mixed"]),
+    "dpo, bf16": Scenario("dpo", ["fabric.precision=bf16-mixed"]),
+    "ppo, all together, two processes": Scenario(
+        "ppo", [*LORA[:2], *PPO, "task.ema_decay=0.9", "task.micro_batch_size=1"], processes=2
+    ),
 }
 for _task in ("sft", "rm", "dpo", "ppo"):
     _lora = LORA[:2] if _task == "ppo" else LORA  # it refuses dropout: a ratio of probabilities would mean nothing
