@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
 _LASTING = (["train"], ["pipeline"])  # commands that go on when nobody reads their output any more
 PARALLEL_VERBS = ("train", "eval", "pipeline")
+_SHOWING = {"-h", "--help", "-c", "--cfg", "-i", "--info", "--hydra-help", "--version"}  # flags that only print
 _SECONDS_FOR_RANK_ZERO = 8.0
 
 
@@ -60,7 +61,7 @@ def run(argv: list[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
-        _prepare_streams(needs_reader=arguments[:1] not in _LASTING)
+        _prepare_streams(needs_reader=arguments[:1] not in _LASTING or bool(_SHOWING & set(arguments)))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # paths and texts may hold what its encoding has not
     debug = "debug=true" in [argument.casefold() for argument in arguments]
