@@ -28,7 +28,9 @@ from sheeprlhf.utils.launchers import (
     LauncherError,
     check_alone,
     global_rank,
+    is_one_of_several,
     is_rank_zero,
+    launched,
     leave_to_rank_zero,
     local_rank,
 )
@@ -264,8 +266,9 @@ def _with_hydra(verb: str, words: Words) -> int:
     from hydra import main as hydra_main
 
     from sheeprlhf.command.sweep import Sweep, sweep_code, sweep_parent, watched_sweep
-    from sheeprlhf.structure.compose import Source, check, configs_directory, saved_overrides
+    from sheeprlhf.structure.compose import Source, check, compose_job, configs_directory, saved_overrides
     from sheeprlhf.structure.config_files import check_sources
+    from sheeprlhf.structure.processes import with_launched_processes
     from sheeprlhf.structure.registry import register_configs
 
     sweep = "--multirun" in words.flags
@@ -278,6 +281,8 @@ def _with_hydra(verb: str, words: Words) -> int:
             raise ConfigError(*problems)
     if sweep and not shows:
         check_alone("a sweep (-m)")
+    elif verb in ("train", "eval") and not shows and (launched() is not None or is_one_of_several()):
+        with_launched_processes(compose_job(source, words.overrides))  # before Hydra makes a directory
     own_dir = sweep and "hydra.sweep.dir=" not in str(words)
     parent = sweep_parent(words.overrides) if own_dir else None
     sweep_dir = tempfile.mkdtemp(prefix=".sheeprlhf-" if parent else "sheeprlhf-", dir=parent) if own_dir else ""

@@ -29,7 +29,6 @@ from sheeprlhf.utils.floors import check_versions
 from sheeprlhf.utils.launchers import (
     OWN_LAUNCHER,
     check_alone,
-    is_one_of_several,
     is_rank_zero,
     launched,
     local_rank,
@@ -123,7 +122,7 @@ def launch(config: RootConfig, job: Job) -> int:
         _check_weights(config)
     if isinstance(config, TrainConfig) and is_rank_zero():
         run_dir = _choose_dir(config, job.given_dir)
-        if is_finished(run_dir) and not is_one_of_several():
+        if is_finished(run_dir) and not _is_awaited(config):
             return 0
     try:
         with phase("the rest of the run"):
@@ -191,6 +190,12 @@ def _needs_processes(config: TrainConfig | EvalConfig) -> bool:
     devices = parse_devices(config.fabric.devices)
     single = devices == 1 or (isinstance(devices, list) and len(devices) == 1)
     return (config.fabric.num_nodes or 1) > 1 or not single
+
+
+def _is_awaited(config: TrainConfig | EvalConfig) -> bool:
+    """Whether other processes, which this one does not start, wait for it."""
+    started = launched() is not None or "LOCAL_RANK" in os.environ or (config.fabric.num_nodes or 1) > 1
+    return started and _needs_processes(config)
 
 
 def _words_alone(config: TrainConfig | EvalConfig, job: Job) -> list[str]:

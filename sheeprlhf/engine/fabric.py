@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sheeprlhf.engine.ranks import JoiningDDP
 from sheeprlhf.engine.shard import sharding_strategy
 from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.processes import LIGHTNING_OPTIONS
 from sheeprlhf.structure.validate import parse_devices
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.launchers import Launched, launched, meeting_host, meeting_port
@@ -102,6 +103,8 @@ def make_fabric(cfg: FabricConfig) -> Fabric:
         known = inspect.signature(DistributedDataParallel).parameters  # torch 2.13 renamed the option
         options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
         strategy = JoiningDDP(**options)
+    for name in LIGHTNING_OPTIONS:  # checked to be the same, and Fabric would prefer them
+        os.environ.pop(f"LT_{name.upper()}", None)
     try:
         return Fabric(
             accelerator=accelerator,

@@ -18,6 +18,8 @@ from sheeprlhf.utils.launchers import (
     number_or,
 )
 
+LIGHTNING_OPTIONS = ("accelerator", "strategy", "devices", "num_nodes", "precision")
+
 
 def with_launched_processes(config: RootConfig, *, alone: bool = False) -> RootConfig:
     """The configuration with the numbers of devices and machines of the launcher, or of its own, one by default.
@@ -39,7 +41,16 @@ def with_launched_processes(config: RootConfig, *, alone: bool = False) -> RootC
         devices, num_nodes = _own_numbers(fabric)
     else:
         devices, num_nodes = _launched_numbers(fabric, found)
-    settled = dataclasses.replace(config, fabric=dataclasses.replace(fabric, devices=devices, num_nodes=num_nodes))
+    fabric = dataclasses.replace(fabric, devices=devices, num_nodes=num_nodes)
+    problems = [
+        f"LT_{name.upper()}={os.environ[f'LT_{name.upper()}']} in the environment is an option of Lightning's: unset "
+        f"it, and give fabric.{name}"
+        for name in LIGHTNING_OPTIONS
+        if os.environ.get(f"LT_{name.upper()}", str(getattr(fabric, name))) != str(getattr(fabric, name))
+    ]
+    if problems:
+        raise LauncherError(*problems)
+    settled = dataclasses.replace(config, fabric=fabric)
     settled.lock()
     return settled
 

@@ -79,9 +79,8 @@ _LAUNCHERS = (  # those that run inside of others' allocations come first
         "SUBMITIT_LOCAL_GLOBALID",
         ("SUBMITIT_LOCAL_NTASKS",),
         "SUBMITIT_LOCAL_LOCALID",
-        (),
-        ("SUBMITIT_LOCAL_NNODES",),
-        ("SUBMITIT_LOCAL_JOB_ID",),
+        ("SUBMITIT_LOCAL_NTASKS",),
+        job=("SUBMITIT_LOCAL_JOB_ID",),
     ),
 )
 _PMIX = "PMIX_RANK"  # comes without the number of processes

@@ -147,7 +147,11 @@ def test_a_run_that_is_finished_ends_on_all_ranks(tmp_path):
     assert recorded(tmp_path) == []
 
 
-REJECTED = ("train task=sft fabric.devices=1", "train -m task=sft seed=1,2", "pipeline experiment=quickstart")
+REJECTED = (
+    "train task=sft fabric.devices=1 hydra.run.dir=it",
+    "train -m task=sft seed=1,2",
+    "pipeline experiment=quickstart",
+)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -31,14 +31,15 @@ OPEN_MPI = (
 )
 MPICH = "PMI_RANK=3 PMI_SIZE=4 MPI_LOCALRANKID=1 MPI_LOCALNRANKS=2"
 JSRUN = "JSM_NAMESPACE_RANK=3 JSM_NAMESPACE_SIZE=4 JSM_NAMESPACE_LOCAL_RANK=1 JSM_NAMESPACE_LOCAL_SIZE=2"
-SUBMITIT = "SUBMITIT_LOCAL_GLOBALID=3 SUBMITIT_LOCAL_NTASKS=4 SUBMITIT_LOCAL_LOCALID=1 SUBMITIT_LOCAL_NNODES=2"
-ALONE = "SUBMITIT_LOCAL_GLOBALID=0 SUBMITIT_LOCAL_NTASKS=1 SUBMITIT_LOCAL_LOCALID=0 SUBMITIT_LOCAL_NNODES=1"
+ALONE = "SUBMITIT_LOCAL_GLOBALID=0 SUBMITIT_LOCAL_NTASKS=1 SUBMITIT_LOCAL_LOCALID=0"
 
 
 def environment(monkeypatch, *texts):
     """Only these variables of launchers."""
     for name in list(os.environ):
-        if any(part in name for part in ("RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "PMI", "LOCAL", "TORCHELASTIC")):
+        if any(
+            part in name for part in ("RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "PMI", "LOCAL", "TORCHELASTIC", "LT_")
+        ):
             monkeypatch.delenv(name)
     for word in " ".join(texts).split():
         monkeypatch.setenv(*word.split("=", 1))
@@ -65,7 +66,6 @@ def numbers(devices=None, num_nodes=None, **how):
         ("mpirun", f"{OPEN_MPI} SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=4 SLURM_NNODES=2"),  # in a batch script
         ("mpiexec", MPICH),
         ("jsrun", JSRUN),
-        ("submitit", SUBMITIT),
     ],
 )
 def test_the_fourth_process_of_two_machines_with_two_each(monkeypatch, name, variables):
@@ -93,6 +93,7 @@ def test_the_fourth_process_of_two_machines_with_two_each(monkeypatch, name, var
         ("SLURM_PROCID=1 SLURM_LOCALID=1 SLURM_NTASKS=2", "2"),
         ("SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=2", "2"),  # perhaps a batch script without srun
         ("SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=8 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NUM_NODES=1", "2"),
+        ("SUBMITIT_LOCAL_GLOBALID=1 SUBMITIT_LOCAL_NTASKS=2 SUBMITIT_LOCAL_LOCALID=1", "2"),
         ("LOCAL_RANK=1 WORLD_SIZE=2", "2"),  # Lightning's
         ("LOCAL_RANK=0 WORLD_SIZE=2 NODE_RANK=0", "2"),
     ],
@@ -221,3 +222,12 @@ def test_a_training_configuration_is_settled_and_read_only(monkeypatch):
     assert settled.fabric.devices == "2"
     with pytest.raises(AttributeError):
         settled.fabric.devices = "3"
+
+
+def test_lightnings_own_options_do_not_replace_ours(monkeypatch):
+    environment(monkeypatch, "LT_DEVICES=2 LT_PRECISION=bf16-true")
+    with pytest.raises(ConfigError) as refused:
+        numbers("1")
+    assert [problem.partition("=")[0] for problem in refused.value.problems] == ["LT_DEVICES", "LT_PRECISION"]
+    environment(monkeypatch, "LT_DEVICES=2 LT_PRECISION=32-true")
+    assert numbers("2") == ("2", 1)
