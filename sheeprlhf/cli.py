@@ -41,7 +41,7 @@ from sheeprlhf.utils.processes import (
     ignore_interrupts,
     ignored,
     just_interrupted,
-    missed_stop,
+    noted_stop,
 )
 from sheeprlhf.utils.quiet import silence_libraries
 from sheeprlhf.utils.streams import lasting, lost_output, open_closed_streams
@@ -352,8 +352,8 @@ def _job(verb: str, words: Words, own_sweep_dir: bool, process: int, codes: list
         return launch(config, Job(verb, [*flags, *settled_words(config, overrides, asked)], given_dir, sweep))
 
     code = _guarded(start, bool(composed.debug), messages)
-    if sweep and missed_stop():
-        code = 128 + missed_stop()
+    if sweep and not code and noted_stop():
+        code = 128 + noted_stop()
     codes.append(code)
     if code > 128 and os.getpid() == process:
         raise SystemExit(code)

@@ -9,7 +9,7 @@ from types import FrameType
 import torch
 
 from sheeprlhf.utils.lightning import Fabric
-from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, handled, note_missed_stop, watched_signals
+from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, handled, note_stop, watched_signals
 
 _SIGNALS = (*STOP_SIGNALS, SAVE_SIGNAL)  # the order in which they count when several came
 
@@ -63,11 +63,13 @@ def noted_signals(is_rank_zero: bool) -> Iterator[SignalFlags]:
     flags = SignalFlags()
     heard = [signum for signum in _SIGNALS if is_rank_zero or signum != signal.SIGINT]
     unheard = [] if is_rank_zero else [signal.SIGINT]
-    with (
-        handled(heard, flags.note),
-        handled(unheard, signal.SIG_IGN),
-        watched_signals(flags.exit_at_second_interrupt),
-    ):
-        yield flags
-    if flags.stop_pending():  # the run came to its end all the same
-        note_missed_stop(flags.stop_pending())
+    try:
+        with (
+            handled(heard, flags.note),
+            handled(unheard, signal.SIG_IGN),
+            watched_signals(flags.exit_at_second_interrupt),
+        ):
+            yield flags
+    finally:
+        if flags.stop_pending():
+            note_stop(flags.stop_pending())

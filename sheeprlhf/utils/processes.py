@@ -83,13 +83,13 @@ class Interrupts:
             end.
         waits: nothing is raised now; see `interrupts_wait`.
         came: the signal that waits to be raised, 0 if none does.
-        missed: a signal to stop that came too late for a run, which is finished; 0 if none did.
+        noted: a signal to stop that came to a run; 0 if none did.
     """
 
     def __init__(self) -> None:
         """None so far."""
         self.leaving = self.waits = self.terminated = False
-        self.came = self.missed = 0
+        self.came = self.noted = 0
         self._last, self._last_time = 0, -math.inf
 
     def __call__(self, signum: int, frame: FrameType | None = None) -> None:
@@ -146,17 +146,20 @@ def just_interrupted() -> int:
     return 0 if handler is None else handler.just_came()
 
 
-def note_missed_stop(signum: int) -> None:
-    """A signal to stop came when a run had no step left; what follows the run in this process asks for it."""
+def note_stop(signum: int) -> None:
+    """A signal to stop came to a run, which has ended: others that follow it change nothing any more.
+
+    The run may have had no step left, and be finished: the jobs after it ask with `noted_stop`.
+    """
     handler = _interrupts()
     if handler is not None:
-        handler.missed = signum
+        handler.noted, handler.terminated = signum, True
 
 
-def missed_stop() -> int:
-    """The signal of `note_missed_stop`; 0 if there was none."""
+def noted_stop() -> int:
+    """The signal of `note_stop`; 0 if there was none."""
     handler = _interrupts()
-    return 0 if handler is None else handler.missed
+    return 0 if handler is None else handler.noted
 
 
 @contextmanager

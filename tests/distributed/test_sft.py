@@ -155,9 +155,10 @@ def test_a_killed_process_ends_the_job(rank: int, whole: Whole, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_a_signal_saves_on_both(whole: Whole, tmp_path: Path) -> None:
+    """A terminal that is closed, and a batch system, send it to all processes."""
     job = in_training(whole, tmp_path)
-    job.kill(signal.SIGTERM)
-    assert job.wait(60) == 143
+    os.killpg(job.pid, signal.SIGHUP)
+    assert job.wait(60) == 129
     assert "the state is saved" in job.text() and "Traceback" not in job.text()
     job.assert_all_gone()
     assert_resumed_like(whole, tmp_path)

@@ -181,11 +181,11 @@ def big_file(path: Path, num_rows: int) -> Path:
     return path
 
 
-def interrupted_preparation(job: Job, cache: Path, interrupt: Callable[[], None]) -> None:
+def interrupted_preparation(job: Job, cache: Path, interrupt: Callable[[], None], signum: int = signal.SIGINT) -> None:
     job.wait_for("preparing train")
     time.sleep(0.5)
     interrupt()
-    assert job.wait(30) == 130, job.text()  # of minutes that the whole file takes
+    assert job.wait(30) == 128 + signum, job.text()  # of minutes that the whole file takes
     assert "Traceback" not in job.text()
     assert [path.name for path in (cache / "data").iterdir() if not path.name.endswith(".lock")] == []
 
@@ -203,13 +203,20 @@ def test_interrupt_while_data_is_prepared(server: JobServer, whole: Whole, tmp_p
     assert server.start(small, tmp_path / "log", SHEEPRLHF_CACHE=str(cache)).wait() == 0
 
 
-@pytest.mark.slow
-def test_ctrl_c_reaches_the_tokenising_processes_too(whole: Whole, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "signum",
+    [
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.nightly),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.nightly),
+    ],
+)
+def test_a_signal_reaches_the_tokenising_processes_too(signum: int, whole: Whole, tmp_path: Path) -> None:
     """A terminal sends it to every process of the group."""
     data = big_file(tmp_path / "big.jsonl", 400_000)
     words = [*whole.in_dir(tmp_path / "run"), f"data.train_file={data}", "data.num_proc=2"]
     job = ColdJob(words, tmp_path / "log", SHEEPRLHF_CACHE=str(tmp_path / "cache"))
-    interrupted_preparation(job, tmp_path / "cache", lambda: os.killpg(job.pid, signal.SIGINT))
+    interrupted_preparation(job, tmp_path / "cache", lambda: os.killpg(job.pid, signum), signum)
     job.assert_all_gone()
 
 
