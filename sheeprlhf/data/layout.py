@@ -87,6 +87,7 @@ class RowLayout:
         self.kept = kept
         self.available: dict[str, None] = {}
         self.unread: Counter[str] = Counter()
+        self.undesirable = 0
         self.sources: Counter[str] = Counter()
         self.numbers: Counter[str] = Counter()
         self._seen: set[str] = set()
@@ -247,6 +248,7 @@ class RowLayout:
         self.unread.update(unread)
         if self._kind != "unpaired" and has_value(row.get("label")):
             self.unread["label"] += 1
+            self.undesirable += str(row["label"]).strip().casefold() in ("false", "0")
         if self._kind != "preference":
             self.unread.update(name for name in SCORES if has_value(row.get(name)))
         if row.get("responses") is None:

@@ -324,6 +324,16 @@ def notes_on_conversations(report: Report, cfg: DataConfig) -> list[str]:
     return notes
 
 
+def notes_on_labels(report: Report, undesirable: int) -> list[str]:
+    """Tell that responses are learned although a label marks them as undesirable."""
+    if not undesirable or report["kind"] != "sft":
+        return []
+    return [
+        f"{undesirable} rows have a label of false or 0, and their responses are learned like the others: where it "
+        "marks them as undesirable, leave these rows out, or give task=kto, which reads it"
+    ]
+
+
 def rows_kept(report: Report, split: str) -> int:
     """Rows of a split."""
     return report["splits"][split]["kept"] if split in report["splits"] else 0

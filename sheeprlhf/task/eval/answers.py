@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.sampler import cut_micro_batches
+from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import gather_objects, place
 from sheeprlhf.model.generate import generate_ids
 from sheeprlhf.model.sample import Sampled, sample_responses
@@ -24,6 +26,13 @@ from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.batches import Batches
+from sheeprlhf.task.eval.load import (
+    evaluated_files,
+    evaluated_split,
+    first_rows,
+    load_evaluated_policy,
+    longest_with_response,
+)
 from sheeprlhf.task.rollouts import as_rollout, as_text, drawn_numbers, read_targets
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.lightning import Fabric
@@ -65,6 +74,20 @@ def set_up(fabric: Fabric, loaded: tuple[Policy, bool], tokenizer: PreTrainedTok
     policy.exclude_undefined(tokenizer)
     place(fabric, policy)
     return Writer(policy, tokenizer, packed)
+
+
+def answer_split(
+    fabric: Fabric, cfg: EvalConfig, data: PreparedData, tokenizer: PreTrainedTokenizerBase, *, say: Say
+) -> tuple[list[Example], Texts]:
+    """All ranks: the rows that are evaluated, and what the evaluated policy answers to each, as `cfg.generation` says.
+
+    Raises:
+        SheepError: the split has no rows, or the policy cannot be loaded.
+    """
+    rows = first_rows(evaluated_split(data, cfg.task.data_split), cfg.task.num_samples)
+    longest = longest_with_response(cfg, evaluated_files(cfg), rows)
+    writer = set_up(fabric, load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), tokenizer)
+    return rows, answer(fabric, cfg, writer, rows, samples=False).texts
 
 
 def answer(

@@ -8,16 +8,8 @@ from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.structure.evaluation import GenerateConfig
 from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.eval.answers import answer, set_up
-from sheeprlhf.task.eval.load import (
-    evaluated_files,
-    evaluated_split,
-    first_rows,
-    load_evaluated_policy,
-    load_evaluated_tokenizer,
-    longest_with_response,
-    say_on,
-)
+from sheeprlhf.task.eval.answers import answer_split
+from sheeprlhf.task.eval.load import load_evaluated_tokenizer, say_on
 from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.task.held_out import distinct_pairs
@@ -35,10 +27,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     say = partial(say_on, fabric)
     tokenizer = load_evaluated_tokenizer(cfg)
     data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
-    rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
-    longest = longest_with_response(cfg, evaluated_files(cfg), rows)
-    writer = set_up(fabric, load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), tokenizer)
-    texts = answer(fabric, cfg, writer, rows, samples=False).texts
+    rows, texts = answer_split(fabric, cfg, data, tokenizer, say=say)
     references = texts.columns.get("reference", [None] * len(rows))
     kept = [
         {

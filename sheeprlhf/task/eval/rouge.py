@@ -18,18 +18,10 @@ from sheeprlhf.data.report import check_prompts
 from sheeprlhf.structure.evaluation import RougeConfig
 from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.eval.answers import answer, set_up
+from sheeprlhf.task.eval.answers import answer_split
 from sheeprlhf.task.eval.baselines import baseline_responses
 from sheeprlhf.task.eval.interval import mean_and_interval
-from sheeprlhf.task.eval.load import (
-    evaluated_files,
-    evaluated_split,
-    first_rows,
-    load_evaluated_policy,
-    load_evaluated_tokenizer,
-    longest_with_response,
-    say_on,
-)
+from sheeprlhf.task.eval.load import load_evaluated_tokenizer, say_on
 from sheeprlhf.task.eval.plots import draw_bars
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.task.eval.rouge_metric import ROUGE_TYPES, Rouge
@@ -49,11 +41,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     tokenizer = load_evaluated_tokenizer(cfg)
     data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
     check_prompts(data.report, task.config_name)
-    split = evaluated_split(data, task.data_split)
-    examples = first_rows(split, task.num_samples)
-    longest = longest_with_response(cfg, evaluated_files(cfg), examples)
-    writer = set_up(fabric, load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), tokenizer)
-    texts = answer(fabric, cfg, writer, examples, samples=False).texts
+    examples, texts = answer_split(fabric, cfg, data, tokenizer, say=say)
     if not fabric.is_global_zero:
         return
     prompts, responses, references = texts.prompts, texts.responses, texts.columns["reference"]

@@ -87,6 +87,14 @@ def test_the_advice_is_followed_to_the_letter(
     assert texts(made, tokenizer) == [(expected[0], *(text + END for text in expected[1:]))]
 
 
+@pytest.mark.parametrize(("kind", "told"), [("sft", True), ("prompts", False), ("unpaired", False)])
+def test_responses_that_a_label_marks_as_undesirable_are_told(kind: str, told: bool, tmp_path: Path) -> None:
+    labels = [True, False, 1, 0, "true", "false"]
+    rows = [{"prompt": f"p{n}", "response": "r", "label": label} for n, label in enumerate(labels)]
+    report = prepare(local(tmp_path, rows), byte_tokenizer(), kind).report
+    assert any(note.startswith("3 rows have a label of false or 0") for note in report["notes"]) == told
+
+
 def test_columns_that_are_not_read_are_counted(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{n}", "response": "r", "id": n, "note": "x" if n else None, "label": True} for n in range(3)]
     report = prepare(local(tmp_path, rows), byte_tokenizer()).report
