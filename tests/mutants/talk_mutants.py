@@ -104,7 +104,7 @@ MUTANTS = [
     Mutant(
         trap="demo: another site's page may ask",
         file=_GUARD,
-        old="        if origin is not None and urlsplit(origin).netloc != host:\n",
+        old='        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):\n',
         new='        if origin == "null":\n',
         tests=_OF_GUARD,
     ),
