@@ -265,7 +265,7 @@ def _with_hydra(verb: str, words: Words) -> int:
     """Check the command line, then let Hydra run it: once, as a sweep, or showing the configuration."""
     from hydra import main as hydra_main
 
-    from sheeprlhf.command.sweep import Sweep, sweep_code, sweep_parent, watched_sweep
+    from sheeprlhf.command.sweep import Sweep, check_sweep_dir, sweep_code, sweep_parent, watched_sweep
     from sheeprlhf.structure.compose import Source, check, compose_job, configs_directory, saved_overrides
     from sheeprlhf.structure.config_files import check_sources
     from sheeprlhf.structure.processes import with_launched_processes
@@ -281,6 +281,7 @@ def _with_hydra(verb: str, words: Words) -> int:
             raise ConfigError(*problems)
     if sweep and not shows:
         check_alone("a sweep (-m)")
+        check_sweep_dir(words.overrides)
     elif verb in ("train", "eval") and not shows and (launched() is not None or is_one_of_several()):
         with_launched_processes(compose_job(source, words.overrides))  # before Hydra makes a directory
     own_dir = sweep and "hydra.sweep.dir=" not in str(words)

@@ -24,6 +24,8 @@ from sheeprlhf.structure.option import Config
 from sheeprlhf.structure.overrides import readable
 from sheeprlhf.structure.registry import choices, config_hash
 from sheeprlhf.structure.run import RootConfig, TrainConfig
+from sheeprlhf.utils.errors import UnsafePathError
+from sheeprlhf.utils.output import link_problems
 
 _HERE = ("basic", "joblib")  # launchers whose jobs run on this machine and print here
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -191,6 +193,14 @@ def sweep_parent(overrides: list[str]) -> str | None:
     folder = Path(str(given.get("root_dir", TrainConfig.root_dir))).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
+
+
+def check_sweep_dir(overrides: list[str]) -> None:
+    """Raises UnsafePathError if Hydra or a launcher would write through a link in the directory of a sweep."""
+    given = {override.key_or_group: override.value() for override in readable(overrides)[0]}.get("hydra.sweep.dir")
+    problems = [] if given is None else link_problems(Path(str(given)), ("multirun.yaml",), (".submitit",))
+    if problems:
+        raise UnsafePathError(*problems)
 
 
 def sweep_code(sweep: Sweep) -> int:

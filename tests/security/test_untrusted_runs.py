@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -223,6 +224,18 @@ def test_a_pipeline_writes_through_no_link(
     assert times(tmp_path) == before and not pretended.commands
 
 
+def test_a_sweep_writes_through_no_link(
+    words_and_run: tuple[list[str], Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").write_text(PRECIOUS)
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "multirun.yaml").symlink_to(tmp_path / "mine")
+    verb, *words = words_and_run[0]
+    assert exit_code([verb, "-m", *words, f"hydra.sweep.dir={tmp_path / 'sweep'}", "seed=1,2"]) == 2
+    assert f"{tmp_path / 'sweep' / 'multirun.yaml'} is a symbolic link" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == PRECIOUS
+
+
 def test_a_report_is_private(tmp_path: Path) -> None:
     past = make_past_run(tmp_path / "run")
     with umask(0):
@@ -279,16 +292,16 @@ def test_what_is_created_is_private_whatever_the_umask(mask: int, tmp_path: Path
     assert modes(tmp_path) == {"d700", "f600"}
 
 
-def test_records_go_through_no_link(tmp_path: Path) -> None:
-    """A link in place of a planned file of TensorBoard would need a name that nobody can foresee."""
-    names = set()
-    for number in range(2):
-        writer = MetricWriter(tmp_path)
-        writer.log({"loss": 1.0}, 1)
-        writer.close()
-        names = {path.name for path in tmp_path.glob("events*")}
-        assert len(names) == number + 1
-    assert len({name.rpartition(".")[2] for name in names}) == 2
+def test_records_go_through_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time", lambda: 1_800_000_000.0)
+    planned = tmp_path / f"events.out.tfevents.1800000000.{socket.gethostname()}.{os.getpid()}.0"
+    MetricWriter(tmp_path).close()
+    planned.unlink()  # the name that the next one would have
+    planned.symlink_to(tmp_path / "elsewhere")
+    writer = MetricWriter(tmp_path)
+    writer.log({"loss": 1.0}, 1)
+    writer.close()
+    assert len(list(tmp_path.glob("events*"))) == 2 and not (tmp_path / "elsewhere").exists()
     (tmp_path / "samples").symlink_to(tmp_path)
     with pytest.raises(UnsafePathError):
         MetricWriter(tmp_path)
