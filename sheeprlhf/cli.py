@@ -44,7 +44,7 @@ from sheeprlhf.utils.processes import (
     noted_stop,
 )
 from sheeprlhf.utils.quiet import silence_libraries
-from sheeprlhf.utils.streams import lasting, lost_output, open_closed_streams
+from sheeprlhf.utils.streams import lasting, lost_output, open_closed_streams, outlives_reader
 
 if TYPE_CHECKING:
     from sheeprlhf.structure.run import RootConfig
@@ -123,9 +123,6 @@ def _guarded(action: Callable[[], int], debug: bool, messages: list[str] | None 
     other_rank = not is_rank_zero()
     try:
         return action()
-    except BrokenPipeError:  # who reads our output, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (KeyboardInterrupt, Terminated) as stopped:
         _throw_away(stopped)
         return _stopped(stopped.signum if isinstance(stopped, Terminated) else signal.SIGINT, other_rank)
@@ -136,6 +133,9 @@ def _guarded(action: Callable[[], int], debug: bool, messages: list[str] | None 
         print(error, file=sys.stderr)
         return error.exit_code
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and not outlives_reader(sys.stdout):  # `head`, for one, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         if just_interrupted():
             return _stopped(just_interrupted(), other_rank)
         # Rank zero tells what it fails with too, and this process ends with it, before it fails alone.

@@ -60,6 +60,13 @@ def lost_output(stream: TextIO) -> OSError | None:
     return raw.error if isinstance(raw, _LastingFile) else None
 
 
+def outlives_reader(stream: TextIO) -> bool:
+    """Whether writing goes on without a reader: a BrokenPipeError then comes from elsewhere."""
+    buffer = getattr(stream, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)
+    return isinstance(raw, _LastingFile) and not raw.needs_reader
+
+
 def lasting(stream: TextIO, *, needs_reader: bool = False) -> TextIO:
     """The stream of the same file, on which writing goes on when the terminal or the reader is gone or the disk full.
 

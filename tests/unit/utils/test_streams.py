@@ -4,10 +4,12 @@ import errno
 import io
 import os
 import pty
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from sheeprlhf.cli import run
 from sheeprlhf.utils.streams import lasting, lost_output
 
 
@@ -59,3 +61,22 @@ def test_a_reader_that_has_ended_can_be_an_error() -> None:
 def test_a_stream_without_a_file_stays() -> None:
     stream = io.StringIO()
     assert lasting(stream) is stream
+
+
+@pytest.mark.parametrize(("needs_reader", "code"), [(False, 1), (True, None)])
+def test_a_broken_pipe_of_another_kind_is_an_error(
+    needs_reader: bool, code: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training does not end because of its output, so it must not be called done."""
+
+    def fail(_: object) -> int:
+        raise BrokenPipeError
+
+    reader, writer = os.pipe()
+    monkeypatch.setattr("sys.stdout", lasting(stream_to(writer), needs_reader=needs_reader))
+    monkeypatch.setattr("sheeprlhf.cli._dispatch", fail)
+    with pytest.raises(SystemExit) if code else nullcontext() as ended:
+        run(["train"])
+    assert code is None or ended.value.code == code
+    os.close(reader)
+    os.close(writer)
