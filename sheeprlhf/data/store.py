@@ -170,7 +170,7 @@ def cache_root(cache_dir: str | None) -> Path:
 
 def write_digests(folder: Path) -> None:
     """Note the SHA-256 of each file of a prepared folder, for `find_damage`."""
-    digests = {path.name: _digest(path) for path in sorted(folder.iterdir()) if path.suffix in (".arrow", ".json")}
+    digests = {path.name: _digest(path) for path in _digested(folder)}
     create_file(folder, DIGESTS, json.dumps(digests, indent=1).encode())
 
 
@@ -178,7 +178,7 @@ def find_damage(folder: Path) -> str:
     """What is wrong with a prepared folder: a file that is missing or has changed; empty if it is whole."""
     try:
         digests = load_json(folder / DIGESTS, DIGESTS_SCHEMA)
-        if REPORT not in digests:
+        if REPORT not in digests or {path.name for path in _digested(folder)} - digests.keys():
             return f"{DIGESTS} is missing or damaged"
         damaged = next((f"{name} is damaged" for name, known in digests.items() if _digest(folder / name) != known), "")
         if not damaged:
@@ -188,6 +188,11 @@ def find_damage(folder: Path) -> str:
         return f"{Path(str(error.filename)).name} cannot be read ({error.strerror})"
     except ValueError as error:
         return f"{Path(error.file).name if isinstance(error, RecordError) else DIGESTS} is damaged"
+
+
+def _digested(folder: Path) -> list[Path]:
+    """The files of a prepared folder whose digests are noted."""
+    return [path for path in sorted(folder.iterdir()) if path.suffix in (".arrow", ".json") and path.name != DIGESTS]
 
 
 def _digest(file: Path) -> str:
