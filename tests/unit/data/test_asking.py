@@ -106,7 +106,9 @@ def test_the_form_is_that_of_training(tmp_path):
         of = trained_on(data)
         assert (form_of(of, plain), form_of(of, chatty)) == ("text", "template")
     for rows, form in ((0, "text"), (1, "template")):
-        (tmp_path / "data_report.json").write_text(json.dumps({"splits": {"train": {"templated_rows": rows}}}))
+        (tmp_path / "data_report.json").write_text(
+            json.dumps({"splits": {"train": {"read": 1, "kept": 1, "templated_rows": rows}}})
+        )
         assert form_of(trained_on(LocalDataConfig())._replace(run_dir=tmp_path), chatty) == form
 
 
