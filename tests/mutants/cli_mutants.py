@@ -55,7 +55,7 @@ MUTANTS = [
         file="sheeprlhf/structure/config_files.py",
         old="if key not in _OF_HYDRA or value != _OF_HYDRA[key]:",
         new="if False:",
-        tests=STRANGERS,
+        tests="tests/security/test_config_files.py::test_the_files_of_a_package_are_checked_too",
     ),
     Mutant(  # a value of the command line reads the environment
         trap="20",

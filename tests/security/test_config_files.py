@@ -55,6 +55,10 @@ def test_the_files_of_a_package_are_checked_too(payload, tmp_path):
     file.write_text("lr: 0.5\n")
     source = CheckedPackage("command-line", f"pkg://{name}")
     assert source.load_config("theirs").config == {"lr": 0.5}
-    file.write_text("# @package hydra\nverbose: true\n")
-    with pytest.raises(ConfigError, match="@package hydra"):
-        source.load_config("theirs")
+    for text, named in (
+        ("# @package hydra\nverbose: true\n", "@package hydra"),
+        ("hydra: {verbose: true}\n", "hydra.verb"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=named):
+            source.load_config("theirs")
