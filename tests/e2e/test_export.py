@@ -249,7 +249,6 @@ def test_the_card_tells_how_it_was_made(runs, tmp_path):
     about = {"task": "perplexity", "data": "local", "split": "test", "weights": "final"}
     write_result(runs["dpo"], "perplexity-test", perplexity=12.25, rows=24, time="now", **about)
     write_result(runs["dpo"], "evil", **{evil: 1.5}, **about | {"task": evil})
-    (runs["dpo"] / "eval" / "torn.json").write_text("{")
     try:
         card = (exported(runs["dpo"], tmp_path / "out") / "README.md").read_text()
     finally:
