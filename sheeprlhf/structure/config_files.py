@@ -79,6 +79,11 @@ class CheckedPackage(ImportlibResourcesConfigSource):
         return _checked(self, f"{self.full_path()}/{file}", config_path, text)
 
 
+# Workers of Hydra's launchers unpickle these, and register Hydra's own again, which gives way to a class of its name.
+CheckedFolder.__name__ = FileConfigSource.__name__
+CheckedPackage.__name__ = ImportlibResourcesConfigSource.__name__
+
+
 def _checked(source: ConfigSource, name: str, config_path: str, text: str) -> ConfigResult:
     """Parse a file and return it as Hydra wants it.
 

@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 
 from sheeprlhf.cli import run
 from sheeprlhf.command.sweep import Outcome, Sweep, SweepLauncher, sweep_code
+from sheeprlhf.structure.config_files import CheckedFolder, check_sources
 from sheeprlhf.structure.task import SFTConfig
 
 ROOT = Path(__file__).parents[3]
@@ -123,6 +126,12 @@ def test_a_signal_or_a_lost_job_ends_the_sweep(answer, code):
         SweepLauncher(Answers(answer, ended(), ended()), sweep).launch(JOBS, 0)
     assert stop.value.code == code
     assert sweep_code(sweep) == code
+
+
+def test_workers_of_launchers_keep_the_checks_of_configuration_files():
+    check_sources()
+    Singleton.set_state(Singleton.get_state())  # what a worker gets
+    assert SourcesRegistry.instance().resolve("file") is CheckedFolder
 
 
 @needs("hydra-optuna-sweeper")
