@@ -85,7 +85,6 @@ def run(arguments: list[str]) -> int:
     if len(given.words) != 1:
         what = f"{len(given.words)} were given" if given.words else "`list runs` shows the runs"
         raise ConfigError(f"`chat` takes one run or model: `chat <run>`; {what}")
-    prompt = None if sys.stdin.isatty() else _read_piped()
     trained = find_trained(
         given.words[0],
         weights_of(given.values),
@@ -95,6 +94,7 @@ def run(arguments: list[str]) -> int:
     if is_newest(given.words[0]):
         _note(f"{given.words[0]}: {trained.word}")
     check_versions()
+    prompt = None if sys.stdin.isatty() else _read_piped()
 
     from transformers.utils import logging as transformers_logging
 

@@ -25,6 +25,7 @@ from sheeprlhf.structure.overrides import readable
 from sheeprlhf.structure.registry import choices, config_hash
 from sheeprlhf.structure.run import RootConfig, TrainConfig
 from sheeprlhf.utils.errors import UnsafePathError
+from sheeprlhf.utils.home import known_home
 from sheeprlhf.utils.output import link_problems
 
 _HERE = ("basic", "joblib")  # launchers whose jobs run on this machine and print here
@@ -190,7 +191,7 @@ def sweep_parent(overrides: list[str]) -> str | None:
     given = {override.key_or_group: override.value() for override in readable(overrides)[0]}
     if given.get("hydra/launcher", "basic") in _HERE:
         return None
-    folder = Path(str(given.get("root_dir", TrainConfig.root_dir))).expanduser().absolute()
+    folder = known_home("root_dir", str(given.get("root_dir", TrainConfig.root_dir))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
 

@@ -65,6 +65,7 @@ class RollCall:
         self.port = self._server.getsockname()[1]
         self.peers: list[Peer] = []
         self._rank, self._token, self._verdict = rank, "", ""
+        self._lock, self._is_closed = threading.Lock(), False
         self._last_call: threading.Timer | None = None
 
     def begin(self, peers: list[Peer], token: str) -> None:
@@ -77,8 +78,10 @@ class RollCall:
         with suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
-        if self._last_call is not None:
-            self._last_call.cancel()
+        with self._lock:  # a question may be in the middle of its answer
+            self._is_closed = True
+            if self._last_call is not None:
+                self._last_call.cancel()
 
     def explain(self, error: BaseException, timeout: float) -> str:
         """Describe a failed collective: which ranks are missing, asked now or told by the first that noticed."""
@@ -130,10 +133,11 @@ class RollCall:
                 message = json.loads(connection.makefile("rb").readline(_MAX_LINE))
                 if not hmac.compare_digest(str(message.get("token")).encode(), self._token.encode()):
                     continue
+                with self._lock:
+                    if message.get("verdict") and not self._verdict and not self._is_closed:
+                        self._verdict = str(message["verdict"])
+                        self._last_call = _end_after(_LEAVE_SECONDS, self._verdict)
                 connection.sendall(f"rank {self._rank}\n".encode())
-                if message.get("verdict") and not self._verdict:
-                    self._verdict = str(message["verdict"])
-                    self._last_call = _end_after(_LEAVE_SECONDS, self._verdict)
 
 
 def _end_after(seconds: float, text: str) -> threading.Timer:
@@ -168,17 +172,19 @@ class _Joining:
             max(seconds, _START_SECONDS) + 2 * max(seconds, _JOIN_SECONDS) + _LEAVE_SECONDS,
             "the ranks could not be connected: the network broke while they were",
         )
-        self.roll_call, self.store = join_ranks(strategy, seconds)
-        torch.distributed.init_process_group(
-            strategy._get_process_group_backend(),
-            store=self.store,
-            rank=strategy.global_rank,
-            world_size=strategy.world_size,
-            timeout=strategy._timeout,
-            device_id=None if strategy.root_device.type == "cpu" else strategy.root_device,
-        )
-        super()._setup_distributed()  # type: ignore[misc]
-        watchdog.cancel()
+        try:
+            self.roll_call, self.store = join_ranks(strategy, seconds)
+            torch.distributed.init_process_group(
+                strategy._get_process_group_backend(),
+                store=self.store,
+                rank=strategy.global_rank,
+                world_size=strategy.world_size,
+                timeout=strategy._timeout,
+                device_id=None if strategy.root_device.type == "cpu" else strategy.root_device,
+            )
+            super()._setup_distributed()  # type: ignore[misc]
+        finally:
+            watchdog.cancel()
 
 
 class JoiningDDP(_Joining, DDPStrategy):

@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 
 from sheeprlhf.structure.registry import Option
+from sheeprlhf.utils.home import expand_home
 
 _SAME = {"gpu": "cuda", "deepspeed": "fsdp2"}  # what nobody finds by the letters
 _MOST_NAMES = 1000  # of a folder, that are compared with a mistyped one
@@ -44,9 +45,11 @@ _MOST_STARTS = 32
 def nearest(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate most like `word` in any letter case, or None if nothing is alike."""
     by_folded = {candidate.casefold(): candidate for candidate in candidates}
-    same = _SAME.get(word.casefold())
-    folded = same if same in by_folded else word.casefold()
-    matches = difflib.get_close_matches(folded, by_folded, n=1, cutoff=0.5)
+    folded = word.casefold()
+    matches = [
+        *difflib.get_close_matches(_SAME.get(folded, folded), by_folded, n=1, cutoff=0.5),
+        *difflib.get_close_matches(folded, by_folded, n=1, cutoff=0.5),
+    ]
     matches = matches or [candidate for candidate in by_folded if folded and candidate.startswith(folded)]
     return by_folded[matches[0]] if matches else None
 
@@ -97,7 +100,7 @@ def is_in_path(text: str, start: int, end: int) -> bool:
 
 def _exists(path: str) -> bool:
     try:
-        return os.path.lexists(os.path.expanduser(path))
+        return bool(path) and os.path.lexists(expand_home(path))
     except (OSError, ValueError):  # a name with a zero byte
         return False
 

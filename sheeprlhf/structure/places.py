@@ -43,7 +43,7 @@ def data_file_problems(key: str, value: Any) -> Iterator[str]:
 def data_is_here(data: DataConfig) -> bool:
     """Whether a dataset's files are this machine's own: embedded, or named by the user; the hub is not asked."""
     name = str(data.dataset_name)
-    return isinstance(data, LocalDataConfig) or name.startswith(EMBEDDED) or expand_home(name).is_dir()
+    return isinstance(data, LocalDataConfig) or name.startswith(EMBEDDED) or os.path.isdir(expand_home(name))
 
 
 def new_folder_problems(key: str, path: str) -> Iterator[str]:
@@ -128,7 +128,7 @@ def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
     given = f"model.repo_name={name}"
     folder = model_folder(name)
     if repo_name is None or folder is None:
-        if expand_home(name).is_file():
+        if os.path.isfile(expand_home(name)):  # unlike Path.is_file it accepts names that no file can have
             return f"{given} is a file: give the folder that has config.json, or a hub id (owner/name)"
         if repo_name is None or not is_hub_id(name):
             return f"{given} is neither a folder nor a hub id (owner/name): give one of them"

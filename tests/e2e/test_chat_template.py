@@ -82,6 +82,7 @@ def test_another_one_can_be_chosen_for_a_conversation(
         monkeypatch.setattr("sys.stdin", io.StringIO("3 times"))
         run(["chat", str(word), "--chat-template", "zephyr"])
         assert prompts[-1].removeprefix("<s>") == "<|user|>\n3 times</s>\n<|assistant|>\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("3 times"))
     with pytest.raises(SystemExit) as stop:
         run(["chat", str(runs["model"]), "--chat-template", "zepyhr"])
     assert stop.value.code == 2

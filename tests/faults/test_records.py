@@ -99,7 +99,7 @@ def outcome(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]
             run(list(words))
         except SystemExit as stop:
             code = int(stop.code or 0)
-        printed = "".join(capsys.readouterr())
+        printed = " ".join("".join(capsys.readouterr()).split())  # lines are wrapped at the terminal's width
         assert "Traceback" not in printed and "failed unexpectedly" not in printed, printed
         return code, printed
 

@@ -184,7 +184,7 @@ BAD = [
     (f"train task=sft run_name={LONG}", ["up to 200 characters"]),
     ("train task=sft resume_from=/nowhere", ["resume_from=/nowhere"]),
     ("train task=sft resume_from=@/notes.txt", ["is not a directory", "`list runs`"]),
-    ("train task=sft resume_from=@/empty", ["no readable run.json", "`list runs`"]),
+    ("train task=sft resume_from=@/empty", ["run.json", "`list runs`"]),
     ("train task=sft resume_from=@/run", ["belongs to another configuration", "train task=sft seed=3"]),
     # evaluations
     ("eval task=perplexity", ["experiment_dir", "model=", "data="]),
