@@ -167,6 +167,9 @@ class _Joining:
         """All ranks: called by Fabric in `launch`."""
         strategy: Any = self
         strategy._set_world_ranks()
+        if torch.distributed.is_initialized():  # by an earlier Fabric of this process
+            super()._setup_distributed()  # type: ignore[misc]
+            return
         seconds = strategy._timeout.total_seconds()
         watchdog = _end_after(
             max(seconds, _START_SECONDS) + 2 * max(seconds, _JOIN_SECONDS) + _LEAVE_SECONDS,

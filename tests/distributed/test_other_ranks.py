@@ -56,6 +56,7 @@ def go_on(fabric: Any, folder: Path, task: str, name: str) -> Found:
 
     if fabric.is_global_zero:
         (folder / name).mkdir(exist_ok=True)
+        (folder / name / "run.json").write_text('{"status": "running", "started": 0.0}')
     fabric.barrier()
     _seed(config, on_cuda=False)
     module.update = recording

@@ -42,6 +42,7 @@ def train_in(fabric: Any, folder: Path, task: str, name: str, *extra: str) -> No
     own = [word for word in words[1:] if not word.startswith("hydra.run.dir")]
     config = to_typed(composed("train", *own))
     (folder / name).mkdir(exist_ok=True)
+    (folder / name / "run.json").write_text('{"status": "running", "started": 0.0}')
     fabric.barrier()
     _seed(config, on_cuda=False)
     _entry(config.task.entry_point)(fabric, config, folder / name)

@@ -64,6 +64,7 @@ def test_fine_tuning_on_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "a run of task=best_of_n, which trains a dataset" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_in_the_same_bytes(
     tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

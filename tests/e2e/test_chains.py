@@ -57,7 +57,11 @@ def plain(final: Path, adapters: bool, task: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("task", ["dpo", "rm"])
-@pytest.mark.parametrize("modes", CHAINS, ids="-".join)
+@pytest.mark.parametrize(
+    "modes",
+    [pytest.param(pair, marks=pytest.mark.nightly if pair == ("LORA", "ALL") else pytest.mark.slow) for pair in CHAINS],
+    ids="-".join,
+)
 def test_every_form_of_a_chained_run_is_the_same_model(
     modes: tuple[str, str], task: str, tmp_path: Path, model_folder: ModelFolder, fine_tuned: Callable[[str], Path]
 ) -> None:
@@ -110,6 +114,7 @@ def test_the_reference_is_the_fine_tuned_model(
     assert_close(stored[read], torch.tensor(expected)[read], rtol=0, atol=2e-4)  # sums of about 30 tokens
 
 
+@pytest.mark.slow
 def test_the_runs_that_it_starts_from_are_untouched(tmp_path: Path, model_folder: ModelFolder) -> None:
     from tests.support.runs import digests
 

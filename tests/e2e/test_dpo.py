@@ -35,7 +35,7 @@ def series(run_dir: Path, tag: str) -> list[float]:
 
 
 @pytest.mark.parametrize("loss_type", AT_ZERO)
-@pytest.mark.parametrize("options", [[], LORA], ids=["all", "lora"])
+@pytest.mark.parametrize("options", [pytest.param([], marks=pytest.mark.nightly), LORA], ids=["all", "lora"])
 def test_the_first_loss_is_that_of_no_difference_and_then_it_falls(
     loss_type: str, options: list[str], tmp_path: Path, model_folder: ModelFolder
 ) -> None:
@@ -59,6 +59,7 @@ def test_without_a_reference(loss_type: str, tmp_path: Path, model_folder: Model
     assert not list((tmp_path / "run").rglob("reference*"))
 
 
+@pytest.mark.slow
 def test_the_reference_is_computed_once_and_is_that_of_these_weights(tmp_path: Path, model_folder: ModelFolder) -> None:
     data = write_pairs(tmp_path / "rows.jsonl")
     cache = f"data.cache_dir={tmp_path / 'cache'}"
@@ -76,6 +77,7 @@ def test_the_reference_is_computed_once_and_is_that_of_these_weights(tmp_path: P
     assert np.nanmax(np.abs(first - second)) > 1e-3
 
 
+@pytest.mark.slow
 def test_it_starts_from_a_fine_tuned_run_and_its_reference_is_that_run(
     tmp_path: Path, model_folder: ModelFolder
 ) -> None:
@@ -128,6 +130,7 @@ def test_a_run_with_another_tokenizer_is_refused(tmp_path: Path, model_folder: M
         load_start(tiny, str(sft), "final", load_tokenizer(tiny), **of)
 
 
+@pytest.mark.slow
 def test_the_newest_fine_tuning_is_found_and_a_resumed_run_keeps_it(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,7 @@ def logprob(
     return sum(float(logprobs[len(prompt) + place - 1, token]) for place, token in enumerate(response))
 
 
+@pytest.mark.slow
 def test_the_implicit_reward_is_that_of_a_plain_loop(made: Made) -> None:
     evaluate("preference", made.dpo)
     result = result_of(made.dpo, "preference-test-final")
@@ -154,6 +155,7 @@ def test_scores_win_rate_and_kl_are_those_of_plain_loops(made: Made, monkeypatch
     assert (made.dpo / "eval" / f"{NAME}-final.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_policy_that_learnt_nothing_ties_with_its_start(made: Made) -> None:
     evaluate("reward", made.still, *LETTERS, "task.against=start")
     result = result_of(made.still, f"{NAME}-final")
@@ -168,6 +170,7 @@ def test_a_policy_that_learnt_nothing_ties_with_its_start(made: Made) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_reward_model_judges_and_says_how_far_it_may_be_believed(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +216,7 @@ def test_models_of_other_tokenizers_are_compared_and_judge_by_text(made: Made, t
     assert theirs["rm_accuracy"] == json.loads(ours.read_text())["rm_accuracy"]
 
 
+@pytest.mark.slow
 def test_generated_rows_follow_the_options(made: Made) -> None:
     sampled = ["generation.do_sample=true", "generation.top_k=4", "generation.top_p=0.9"]
     found = {}

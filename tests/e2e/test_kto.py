@@ -69,6 +69,7 @@ def test_pairs_are_taken_and_both_references_are_computed_once(tmp_path: Path, m
     assert series(one, "train/loss") == series(tmp_path / "two", "train/loss")
 
 
+@pytest.mark.slow
 def test_it_starts_from_a_fine_tuned_run_and_its_reference_is_that_run(
     tmp_path: Path, model_folder: ModelFolder
 ) -> None:

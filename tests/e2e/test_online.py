@@ -26,7 +26,9 @@ def figures(run_dir: Path) -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=() if task in ("ppo", "grpo") else pytest.mark.slow) for task in TASKS]
+)
 def test_a_run_leaves_what_others_leave(task: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
     run_dir = train(model, data, tmp_path / "run", task=task)
@@ -101,6 +103,7 @@ def test_the_self_check_can_be_off(tmp_path: Path, model_folder: ModelFolder, mo
         assert len(asked) == calls
 
 
+@pytest.mark.slow
 def test_batches_made_ahead_are_the_same(tmp_path: Path, model_folder: ModelFolder) -> None:
     model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
     runs = [train(model, data, tmp_path / n, f"task.num_workers={n}", "task.max_num_steps=4", task="ppo") for n in "02"]
@@ -117,7 +120,9 @@ def chain(tmp_path: Path, model: Path, *extra: str) -> tuple[Path, Path]:
     return sft, rm
 
 
-@pytest.mark.parametrize("mode", ["ALL", "LORA"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("ALL", marks=pytest.mark.nightly), pytest.param("LORA", marks=pytest.mark.slow)]
+)
 def test_ppo_with_a_reward_model(mode: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     """With adapters, policy, critic and reward share one base; the frozen ones do not move."""
     words = LORA if mode == "LORA" else []
@@ -144,7 +149,9 @@ def test_ppo_with_a_reward_model(mode: str, tmp_path: Path, model_folder: ModelF
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["ALL", "LORA"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("ALL", marks=pytest.mark.nightly), pytest.param("LORA", marks=pytest.mark.slow)]
+)
 def test_the_average_is_what_a_run_leaves(mode: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     """Of a trunk that policy and critic share, with the dataset's texts beside: every name of its weights means it."""
     model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
@@ -169,6 +176,7 @@ def test_the_average_is_what_a_run_leaves(mode: str, tmp_path: Path, model_folde
     assert figures(plain)["val/perplexity"] != found["val/perplexity"]
 
 
+@pytest.mark.slow
 def test_the_weight_of_the_datasets_texts_is_read(tmp_path: Path, model_folder: ModelFolder) -> None:
     """Much weight makes them likely."""
     model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")

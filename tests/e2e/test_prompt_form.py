@@ -69,6 +69,7 @@ def prompt_of(word: Path, **given: Any) -> str:
     return str(writer.tokenizer.decode(example.prompt_ids))
 
 
+@pytest.mark.slow
 def test_a_folder_is_asked_as_its_run(runs: dict[str, Path]) -> None:
     assert prompt_of(runs["sft"]) == prompt_of(runs["sft_final"]) == "<s>2019(kind)[user]5 times[assistant]"
     assert prompt_of(runs["plain"]) == prompt_of(runs["plain_final"]) == "<s>5 times"

@@ -38,6 +38,7 @@ def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_steps_on_prompts(tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]) -> None:
     data, run_dir = files(tmp_path, False, False), tmp_path / "run"
     run(words(model_folder(), data, run_dir, *LENGTH))
@@ -63,6 +64,7 @@ def test_held_out_responses_of_prompts_alone_have_a_perplexity(tmp_path: Path, m
     assert figures(tmp_path / "run")["val/perplexity"][0] > 1
 
 
+@pytest.mark.slow
 def test_what_reads_responses_is_refused(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def test_the_first_two_commands_install_train_and_test() -> None:
     assert COMMANDS[1] == 'pip install -e ".[dev]" && pytest'
 
 
+@pytest.mark.slow
 def test_every_other_command_works(
     tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

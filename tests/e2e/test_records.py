@@ -53,6 +53,7 @@ def printed_error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_relative_paths_are_recorded_as_absolute(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT and `export` find the model from another directory."""
     monkeypatch.chdir(tmp_path)

@@ -23,6 +23,7 @@ def words(model: Path, data: Path, run_dir: Path, function: str, task: str, *ext
     return [*train_words(model, data, run_dir, "task.max_num_steps=2", path, *extra, task=task)]
 
 
+@pytest.mark.slow
 def test_prompts_alone_with_answers(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:

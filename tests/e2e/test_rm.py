@@ -92,6 +92,7 @@ def test_plain_transformers_gives_our_scores_in_a_fresh_process(
     assert max(first) - min(first) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_offset_makes_demonstrations_score_zero(tmp_path: Path, model_folder: ModelFolder) -> None:
     data = write_pairs(tmp_path / "rows.jsonl")
     run_dir = train(model_folder(), data, tmp_path / "run", "task.max_num_steps=6", task="rm")
@@ -126,6 +127,7 @@ def test_rankings_and_margins(tmp_path: Path, model_folder: ModelFolder, capsys:
     assert figures["accuracy"] >= 0.95
 
 
+@pytest.mark.slow
 def test_it_starts_from_a_fine_tuned_model(tmp_path: Path, model_folder: ModelFolder) -> None:
     data = write_pairs(tmp_path / "rows.jsonl")
     base = model_folder()

@@ -50,6 +50,7 @@ def argmax_text(model: torch.nn.Module, tokenizer: Any, prompt: str) -> str:
     return tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_texts_and_scores_are_the_same_for_any_batches(trained: Path) -> None:
     result, rows = evaluate(trained)
 
@@ -83,6 +84,7 @@ def test_texts_and_scores_are_the_same_for_any_batches(trained: Path) -> None:
         assert evaluate(trained, *extra) == (result, rows), extra
 
 
+@pytest.mark.slow
 def test_an_adapters_run_generates_with_its_adapter(tmp_path: Path, model_folder: ModelFolder) -> None:
     lora = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "task.max_num_steps=3", "optim.lr=0.05"]
     run_dir = train(model_folder(), write_rows(tmp_path / "rows.jsonl", 12), tmp_path / "run", *lora)

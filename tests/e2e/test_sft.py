@@ -108,6 +108,7 @@ def test_lora_run_loads_in_peft_with_the_same_logits(tmp_path: Path, model_folde
         assert_close(result["nll"], after / count, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_micro_batches_and_padding_do_not_change_the_losses(tmp_path: Path, model_folder: ModelFolder) -> None:
     """Traps 8 and 9: one forward per step, one row per forward, padded rows: the same losses and gradient norms."""
     data = write_rows(tmp_path / "rows.jsonl", 26)  # the last step of an epoch has 2 rows
@@ -129,6 +130,7 @@ def test_micro_batches_and_padding_do_not_change_the_losses(tmp_path: Path, mode
         assert_close(curves[name], curves["whole"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_intervals_and_workers_do_not_change_the_weights(tmp_path: Path, model_folder: ModelFolder) -> None:
     """Evaluation, logging, saving and loading ahead consume no training randomness (dropout is on)."""
     data = write_rows(tmp_path / "rows.jsonl")

@@ -123,6 +123,7 @@ def test_memory_runs_out(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_with_what_was_advised(
     words: list[str], stopped: Path, tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +137,7 @@ def test_the_run_goes_on_with_what_was_advised(
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_run_goes_on_as_if_nothing_had_been(
     words: list[str], stopped: Path, tmp_path: Path, model_folder: ModelFolder
 ) -> None:

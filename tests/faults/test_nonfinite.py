@@ -235,6 +235,7 @@ def test_a_kind_ends_the_run(
     assert json.loads((run_dir / "run.json").read_text())["status"] == "running"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_it_ended(
     tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

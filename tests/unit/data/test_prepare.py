@@ -62,6 +62,7 @@ def test_every_row_is_kept_or_counted(tmp_path: Path) -> None:
     assert train["tokens"]["response"]["max"] == 23
 
 
+@pytest.mark.slow
 def test_duplicates_far_apart_and_in_other_processes_are_removed(tmp_path: Path) -> None:
     data = [*rows(2500), *rows(3), *rows(10, start=2490)]
     cfg = local(tmp_path, data)
