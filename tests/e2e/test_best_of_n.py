@@ -112,7 +112,7 @@ def test_nothing_kept_is_told(tmp_path: Path, model_folder: ModelFolder, capsys:
     assert not (tmp_path / "run" / "dataset").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_write_what_one_writes(tmp_path: Path, model_folder: ModelFolder) -> None:
     data = write_rows(tmp_path / "rows.jsonl")
     job = start(words(model_folder(), data, tmp_path / "two"), tmp_path / "log")

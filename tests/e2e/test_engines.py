@@ -12,7 +12,7 @@ ModelFolder = Callable[..., Path]
 
 
 @pytest.mark.parametrize(
-    ("task", "engine"), [("ppo", "hf"), pytest.param("grpo", "continuous", marks=pytest.mark.slow)]
+    ("task", "engine"), [("ppo", "hf"), pytest.param("grpo", "continuous", marks=pytest.mark.nightly)]
 )
 def test_a_run(
     task: str, engine: str, tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]

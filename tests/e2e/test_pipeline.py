@@ -125,10 +125,8 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [pytest.param(name, marks=pytest.mark.slow if name == "tldr_opt" else pytest.mark.nightly) for name in RECIPES],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_runs_in_two_steps_on_local_folders(
     recipe: str, tmp_path: Path, model_folder: ModelFolder
 ) -> None:

@@ -161,24 +161,26 @@ def campaign(server: JobServer, place: Path, command: Command, kills: int, seed:
     while found["kills"] < kills:
         folder = place / f"killed-{found['places']}"
         found["places"] += 1
+        finished = False
         for number in range(min(rng.randint(1, 3), kills - found["kills"])):
             began, moment = time.monotonic(), rng.uniform(0, lasts)
             job = start(server, command, folder, number)
             while job.poll() is None and time.monotonic() < began + moment:
                 time.sleep(0.005)
-            if job.poll() is not None:
-                lasts = time.monotonic() - began
+            if job.poll() is None:
+                job.kill()
+            if finished := job.wait() != -signal.SIGKILL:
                 assert job.wait() == 0, job.text()
+                lasts = time.monotonic() - began
                 break
-            job.kill()
-            assert job.wait() == -signal.SIGKILL
             found["kills"] += 1
         deadline = time.monotonic() + 20
         while (orphans := processes_with(f"SHEEPRLHF_CACHE={folder / 'cache'}")) and time.monotonic() < deadline:
             time.sleep(0.05)
         found["orphans"] += len(orphans)
-        job = start(server, command, folder, 9)
-        assert job.wait(600) == 0, job.text()
+        if not finished:
+            job = start(server, command, folder, 9)
+            assert job.wait(600) == 0, job.text()
         found["differing"] += command.files(folder) != expected
         found["leftovers"] += len(leftovers(folder))
     return found

@@ -30,7 +30,6 @@ VARIANTS = {
 
 PLAIN = ("full", "ppo, lora")
 KL = ",objective/kl_coeff,"
-IN_CI = ("lora with dropout",)  # of those at every step
 
 
 def stopped_at(whole: Path, step: int, folder: Path) -> Path:
@@ -71,23 +70,13 @@ def check_resume_at(steps: range, variant: str, tmp_path: Path, model_folder: Mo
 
 
 @pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param(variant, marks=() if variant in PLAIN else pytest.mark.slow)
-        for variant in VARIANTS
-        if variant not in IN_CI
-    ],
+    "variant", [pytest.param(variant, marks=() if variant in PLAIN else pytest.mark.slow) for variant in VARIANTS]
 )
 def test_resume_at_chosen_steps_is_bit_identical(variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     check_resume_at(range(5, 24, 9), variant, tmp_path, model_folder)
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param(variant, marks=pytest.mark.slow if variant in IN_CI else pytest.mark.nightly)
-        for variant in VARIANTS
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_resume_at_every_step_is_bit_identical(variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     check_resume_at(range(1, 25), variant, tmp_path, model_folder)

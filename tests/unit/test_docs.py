@@ -50,7 +50,9 @@ def problems_of(verb: str, words: tuple[str, ...]) -> list[str]:
     if verb in PLAIN_VERBS or verb not in VERBS or verb == "pipeline":  # it has tests of its own
         return []
     split = split_words(list(words))
-    overrides = [word for word in split.overrides if not word.startswith(("experiment_dir=", "resume_from="))]
+    plugins = ("hydra/launcher=", "hydra/sweeper=", "hydra.launcher.", "hydra.sweeper.")
+    left_out = ("experiment_dir=", "resume_from=", *plugins)
+    overrides = [word for word in split.overrides if not word.startswith(left_out)]
     source = Source(verb, configs_directory(), verb)
     return check(source, overrides, multirun="--multirun" in split.flags, complete=False)
 

@@ -63,8 +63,9 @@ def start(tmp_path, how, *words):
     return done, recorded(tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", STARTS)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=pytest.mark.slow if how == "script" else pytest.mark.nightly) for how in STARTS]
+)
 def test_two_processes_share_directory_and_seed(how, tmp_path):
     done, records = start(tmp_path, how, "fabric.devices=2", "seed=5", "run_name='a b=c,d'")
     assert done.returncode == 0, done.stderr
@@ -121,8 +122,14 @@ def launch(tmp_path, launcher, *words):
     return [process.returncode for process in processes], outputs
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "srun", pytest.param("mpirun", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param("torchrun", marks=pytest.mark.slow),
+        pytest.param("srun", marks=pytest.mark.nightly),
+        pytest.param("mpirun", marks=pytest.mark.nightly),
+    ],
+)
 def test_processes_of_a_launcher_train_together(launcher, tmp_path):
     codes, outputs = launch(tmp_path, launcher, "train", "task=sft", "run_name=it")
     assert set(codes) == {0}, outputs

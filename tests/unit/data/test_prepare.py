@@ -381,7 +381,7 @@ def test_a_split_that_a_task_needs_must_have_rows(tmp_path: Path) -> None:
         prepare(cfg, byte_tokenizer())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     code = (
         "import resource, sys\n"
@@ -408,7 +408,7 @@ def long_answers(batch: list[dict[str, str]]) -> list[list[int]]:
     return [list(range(1000)) for _ in batch]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_interrupt_ends_the_tokenising_processes_whatever_they_do() -> None:
     """A process killed while it answers would leave its pool waiting for the rest of the answer, for ever."""
     for _ in range(4):

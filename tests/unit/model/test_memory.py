@@ -215,9 +215,13 @@ TASKS = ("sft", "rm", "dpo")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("mode", ["ALL", "LORA"])
 @pytest.mark.parametrize(
-    "task", [pytest.param(name, marks=pytest.mark.slow if name == "sft" else pytest.mark.nightly) for name in TASKS]
+    ("task", "mode"),
+    [
+        pytest.param(task, mode, marks=pytest.mark.slow if (task, mode) == ("sft", "LORA") else pytest.mark.nightly)
+        for task in TASKS
+        for mode in ("ALL", "LORA")
+    ],
 )
 def test_a_real_run_takes_what_was_planned(task: str, mode: str, tmp_path: Path) -> None:
     """Growth of the peak memory of a process, within 25 %; freed memory is given back at once, which is no guess."""
