@@ -259,8 +259,8 @@ MUTANTS = [
     Mutant(
         trap="missing ranks are not named",
         file="sheeprlhf/engine/ranks.py",
-        old='                if message.get("verdict") and not self._verdict:\n',
-        new="                if False:\n",
+        old='                    if message.get("verdict") and not self._verdict and not self._is_closed:\n',
+        new="                    if False:\n",
         tests=f"{_UNIT}/test_ranks.py::test_the_rank_that_has_ended_is_named_and_the_others_hear_of_it",
     ),
     Mutant(
