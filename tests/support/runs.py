@@ -43,6 +43,15 @@ def write_labelled(path: Path, num_rows: int = 48, *, seed: int = 0) -> Path:
     return path
 
 
+def exit_code(line: str) -> object:
+    """Run a command line without quotes in this process; its exit code."""
+    try:
+        run(line.split())
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
 WRITERS = {"sft": write_rows, "rm": write_pairs, "dpo": write_pairs, "kto": write_labelled}
 ONLINE_TASKS = ("ppo", "grpo", "rloo", "online_dpo")
 WRITERS |= dict.fromkeys(ONLINE_TASKS, write_rows)

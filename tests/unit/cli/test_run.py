@@ -13,6 +13,7 @@ from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, Interrupted, MissingRanksError, NonFiniteError
+from tests.support.runs import exit_code
 
 
 @pytest.fixture
@@ -36,14 +37,6 @@ def fail_with(error):
         raise error
 
     sys.modules["stub_task"].train = train
-
-
-def exit_code(line):
-    try:
-        run(line.split())
-    except SystemExit as stop:
-        return stop.code
-    return 0
 
 
 def test_a_task_gets_a_read_only_typed_configuration_and_a_private_directory(calls, tmp_path):

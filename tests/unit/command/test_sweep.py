@@ -14,10 +14,10 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 
-from sheeprlhf.cli import run
 from sheeprlhf.command.sweep import Outcome, Sweep, SweepLauncher, sweep_code
 from sheeprlhf.structure.config_files import CheckedFolder, check_sources
 from sheeprlhf.structure.task import SFTConfig
+from tests.support.runs import exit_code
 
 ROOT = Path(__file__).parents[3]
 STUB = """
@@ -57,14 +57,6 @@ def home(monkeypatch, tmp_path):
         monkeypatch.setattr(f"sheeprlhf.launch.{check}", lambda config: None)
     monkeypatch.chdir(tmp_path / "home")
     return tmp_path
-
-
-def code_of(line):
-    try:
-        run(line.split())
-    except SystemExit as stop:
-        return stop.code
-    return 0
 
 
 class Answers:
@@ -146,7 +138,7 @@ def test_workers_of_launchers_keep_the_checks_of_configuration_files():
 )
 def test_optuna_optimises_the_best_validation_metric(words, code, named, home, capsys, monkeypatch):
     monkeypatch.setattr("logging.raiseExceptions", False)  # Optuna keeps the stream of the first test
-    assert code_of(f"train -m task=sft hydra/sweeper=optuna {words}") == code
+    assert exit_code(f"train -m task=sft hydra/sweeper=optuna {words}") == code
     said = capsys.readouterr()
     assert named in said.out + said.err
     assert "Traceback" not in said.err
