@@ -43,7 +43,7 @@ class Turn(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How a conversation becomes a row of a dataset.
+    """Format that turns a conversation into a row of a dataset.
 
     Attributes:
         meaning: for people.

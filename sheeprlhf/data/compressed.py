@@ -25,13 +25,13 @@ def open_data(file: Path) -> BinaryIO:
 
 
 def is_compressed(file: Path) -> bool:
-    """Whether a file is unpacked while it is read."""
+    """True if a file is decompressed while it is read."""
     kind = file_kind(file)
     return kind is not None and bool(kind[1])
 
 
 class _Unpacked(io.RawIOBase):
-    """What a compressed file unpacks to.
+    """Decompressed bytes of a file.
 
     Raises:
         DataError: while reading, if the file is damaged, or holds far more than its size.

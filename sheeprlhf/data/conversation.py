@@ -63,7 +63,7 @@ class ConversationExample(NamedTuple):
 
 
 def has_messages(row: Mapping[str, Any]) -> bool:
-    """Whether a row is a conversation: it has a column of messages, or messages in place of a text."""
+    """True if a row is a conversation: it has a column of messages, or messages in place of a text."""
     if any(row.get(column) is not None for column in ("messages", "conversations")):
         return True
     values = [row.get(column) for column in ("prompt", "response", "chosen", "rejected")]
@@ -232,7 +232,7 @@ class _Renderer:
         return render_chat(self._tokenizer, plain, self._args, tools=self._tools, ask=ask)
 
     def answer(self, context: Sequence[Message], message: Message, following: Sequence[Message], prompt: str) -> str:
-        """What the template writes for an answer, up to its end token; empty for an answer without content."""
+        """Text that the template writes for an answer, up to its end token; empty for an answer without content."""
         if not any(str(message.get(key) or "").strip() for key in ("content", "tool_calls", *REASONING_KEYS)):
             return ""  # a template writes its markers around nothing
         alone = self([*context, message])
@@ -430,7 +430,7 @@ def _before(
 
 
 def _asks(messages: Sequence[Message]) -> bool:
-    """Whether the assistant is to speak next."""
+    """True if the next message is the assistant's."""
     return bool(messages) and messages[-1]["role"] in ("user", "tool")
 
 

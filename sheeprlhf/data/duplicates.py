@@ -1,4 +1,4 @@
-"""Which rows were met before: 64 bits of a row's digest, eight bytes a row, where a set of Python takes about 100."""
+"""Detection of duplicate rows by 64 bits of a digest: eight bytes per row, where a Python set takes about 100."""
 
 import numpy as np
 

@@ -51,7 +51,7 @@ def decode(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[str]:
 
 
 def writes_prefix_space(tokenizer: Any) -> bool:
-    """Whether two texts that are encoded apart decode to something else than the two texts."""
+    """True if two texts that are encoded separately decode to something else than the two texts."""
     first, *second = encode(tokenizer, [_FIRST, *_SECOND])
     return decode(tokenizer, [[*first, *ids] for ids in second]) != [_FIRST + text for text in _SECOND]
 
@@ -127,7 +127,7 @@ class PairEncoder:
         response_ids: list[list[list[int]]],
         control_tokens: bool,
     ) -> list[str]:
-        """What of each row does not decode to its text: "response", "prompt" or nothing.
+        """The part of each row that does not decode to its text: "response", "prompt" or nothing.
 
         A space that a decoder writes between a special token and the text does not count.
         """

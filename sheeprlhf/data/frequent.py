@@ -19,7 +19,7 @@ class FrequentPrompts(NamedTuple):
     total: int
 
     def notes(self, *, divided: bool) -> list[str]:
-        """What to tell the user.
+        """Notes for the user.
 
         Args:
             divided: the rows of such a prompt are divided among the splits.

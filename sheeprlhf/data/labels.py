@@ -30,7 +30,7 @@ def labelled(example: PreferenceExample) -> tuple[tuple[str, ...], tuple[bool, .
 
 
 def is_desirable(label: Any) -> bool:
-    """What a row's label says, in any type that a file may have for it: true or false, 1 or 0.
+    """A row's label as a bool, from any type that a file may store: true or false, 1 or 0.
 
     Raises:
         DataError: it says something else.

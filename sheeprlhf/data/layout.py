@@ -260,7 +260,7 @@ class RowLayout:
 
 
 def _is_conversation(values: Mapping[str, Any], sources: Sources) -> bool:
-    """Whether a row holds messages, in a column for them or in place of a text."""
+    """True if a row has messages, in a column for them or in place of a text."""
     texts = {*TEXT_COLUMNS, *(column for of in sources.values() for column in of)}
     return any(values.get(name) is not None for name in CONVERSATION_COLUMNS) or any(
         isinstance(values.get(name), list) for name in texts

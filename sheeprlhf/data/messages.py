@@ -78,12 +78,12 @@ def read_tools(value: Any) -> tuple[dict[str, Any], ...] | None:
 
 
 def is_answer(message: Message) -> bool:
-    """Whether the assistant says it."""
+    """True if the message is the assistant's."""
     return bool(message["role"] == "assistant")
 
 
 def is_trained(message: Message) -> bool | None:
-    """Whether the row marks a message as one to learn; None if it does not say."""
+    """True if the row marks a message as one to learn, False if as one not to; None without a mark."""
     return message.get(TRAINED)
 
 
@@ -93,7 +93,7 @@ def plain_message(message: Message) -> Message:
 
 
 def same_message(first: Message, second: Message) -> bool:
-    """Whether two messages say the same."""
+    """True if two messages have the same content."""
     return plain_message(first) == plain_message(second)
 
 
@@ -193,7 +193,7 @@ def _tool_calls(value: Any) -> list[dict[str, Any]]:
 
 
 def _trained(given: Mapping[str, Any]) -> bool | None:
-    """Whether a message is learned, by its keys 'weight', 'train' and 'loss'.
+    """True if a message is learned, by its keys 'weight', 'train' and 'loss'.
 
     Raises:
         DataError: a key says it in a way that is not read.

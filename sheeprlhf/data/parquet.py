@@ -144,7 +144,7 @@ def _known_columns(file: Path, schema: pa.Schema, known: Sequence[str]) -> list[
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    """Whether values of this type may be messages: lists, or one object with a role."""
+    """True if values of this type may be messages: lists, or one object with a role."""
     tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_list_view, pa.types.is_large_list_view)
     if pa.types.is_struct(kind):
         return any(kind.get_field_index(name) >= 0 for name in ("role", "from"))
@@ -152,7 +152,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    """Whether values of this type are strings or null."""
+    """True if values of this type are strings or null."""
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type)
     tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
@@ -160,7 +160,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _not_utf8(file: Path, columns: list[str]) -> str:
-    """Where the first byte is that is not UTF-8, which parquet does not check."""
+    """Position of the first byte that is not UTF-8, which parquet does not check."""
     number = 0
     for batch in open_parquet(file).iter_batches(BATCH_ROWS, columns=columns):
         for row in range(batch.num_rows):

@@ -141,7 +141,7 @@ def prepare_data(
 
 
 def _is_whole(folder: Path, say: Callable[[str], None]) -> bool:
-    """Whether a folder is prepared and undamaged; a damaged one is removed, with a line that tells. Under its lock.
+    """True if a folder is prepared and undamaged; removes and reports a damaged one. Call it under the folder's lock.
 
     Raises:
         DataError: it is damaged, and not known to be ours.
@@ -301,7 +301,7 @@ def _write_splits(
 
 
 def _cuts_training_rows(cfg: DataConfig, native: set[str]) -> bool:
-    """Whether some of the training rows go to another split."""
+    """True if some of the training rows go to another split."""
     shares = {"validation": cfg.validation_split, "test": cfg.test_split, "reward": cfg.reward_model_split}
     return any(share for split, share in shares.items() if split not in native)
 

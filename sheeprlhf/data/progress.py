@@ -1,4 +1,4 @@
-"""How far preparing data has come, shown while it takes longer than a second."""
+"""Progress bar of data preparation, shown if it takes longer than a second."""
 
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the data became: rows read, kept, dropped and cut by reason, and the lengths of what is left."""
+"""Data report: rows read, kept, dropped and cut by reason, and the lengths of the kept rows."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -340,7 +340,7 @@ def rows_kept(report: Report, split: str) -> int:
 
 
 def notes_on(report: Report) -> list[str]:
-    """What a user should know besides the numbers."""
+    """Notes for the user that the numbers do not show."""
     hints = {
         "train": "give more rows or lower data.reward_model_split",
         "validation": "nothing is validated: give more rows, a validation file or a larger data.validation_split",
@@ -412,7 +412,7 @@ def notes_on_cuts(report: Report, cfg: DataConfig) -> list[str]:
 
 
 def notes_on_ends(tokenizer: Any) -> list[str]:
-    """What the model's configuration says of end tokens and is not followed."""
+    """Notes on end tokens of the model's configuration that are not used."""
     return [
         f"eos_token_id {number} of the model's configuration ends no response: it is no control token of the tokenizer"
         for number in end_tokens(tokenizer).ignored

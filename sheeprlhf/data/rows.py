@@ -1,4 +1,4 @@
-"""What the row formats share: reading a text column, and the ways a row can be out of the ordinary."""
+"""Helpers shared by the row formats: read a text column, and report rows that cannot be used."""
 
 import difflib
 import math
@@ -106,7 +106,7 @@ def text(row: Mapping[str, Any], column: str) -> str:
 
 
 def has_value(value: Any) -> bool:
-    """Whether a column says something: null, an empty text, list or object, and white space do not."""
+    """True if a column has a value: null, an empty text, list or object, and white space do not count."""
     return not (value is None or value in ("", [], {}) or (isinstance(value, str) and not value.strip()))
 
 
@@ -181,7 +181,7 @@ def led_by_space(response: str) -> str:
 
 
 def column_advice(present: Iterable[str], others: Iterable[str]) -> str:
-    """What a row that lacks a column has instead, and what to do: name the columns that stand for the missing ones.
+    """Columns of a row that lacks an expected one, and the advice to name those that replace the missing ones.
 
     Args:
         present: the columns of `COLUMNS` that it has, null ones left out.

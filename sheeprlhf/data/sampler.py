@@ -1,4 +1,4 @@
-"""Which rows an optimizer step trains on: pure functions of (seed, step), so that a resumed run replays nothing.
+"""Sampler: the rows of an optimizer step as a pure function of (seed, step), so that a resumed run replays nothing.
 
 Ranks do not draw: each computes the same rows of the step and takes its own share of them.
 """

@@ -1,4 +1,4 @@
-"""Where a dataset's files are: embedded, your own files, a local folder in the hub's layout, or the hub.
+"""Locate a dataset's files: embedded, your own files, a local folder in the hub's layout, or the hub.
 
 A hub dataset is first a folder of files (its snapshot at one commit), then goes the way of a local folder. Files are
 taken by a list of allowed endings: no script, no archive, no guessing by a library.

@@ -164,7 +164,7 @@ def _matrix(column: pa.ChunkedArray, num_rows: int) -> np.ndarray:
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """Where prepared data is kept."""
+    """Folder of prepared data."""
     return home.cache_root(cache_dir) / "data"
 
 
@@ -175,7 +175,7 @@ def write_digests(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str:
-    """What is wrong with a prepared folder: a file that is missing or has changed; empty if it is whole."""
+    """The problem of a prepared folder: a file that is missing or has changed; empty if it is complete."""
     try:
         digests = load_json(folder / DIGESTS, DIGESTS_SCHEMA)
         if REPORT not in digests or {path.name for path in _digested(folder)} - digests.keys():

@@ -79,7 +79,7 @@ def _text_of(file: Path) -> str:
 
 
 def _ends(line: bytes) -> bool:
-    """Whether a line that begins a JSON value has its end, or a mistake before it."""
+    """True if a line that begins a JSON value also contains its end, or a mistake before it."""
     text = line.decode(errors="replace").rstrip()
     try:
         json.loads(text)
@@ -191,7 +191,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 @contextmanager
 def _placed(place: str) -> Iterator[None]:
-    """What the JSON decoder raises, as an error that says where."""
+    """Turn an error of the JSON decoder into one that names file and position."""
     try:
         yield
     except json.JSONDecodeError as error:

@@ -100,7 +100,7 @@ class _Pieces(NamedTuple):
 
 
 class SpecialIds:
-    """What the tokenizer puts around a text.
+    """Special tokens that the tokenizer puts around a text.
 
     Attributes:
         bos: ids before a text, usually one or none.
@@ -200,7 +200,7 @@ class RowTokenizer:
         return [_Identified(raw_example(one), text) for one, text in zip(wanted, rendered, strict=True)]
 
     def _is_text(self, example: PreferenceExample) -> bool:
-        """Whether an example is a text without a prompt, which the task learns as a whole."""
+        """True if an example is a text without a prompt, which the task learns as a whole."""
         return self._learns_texts and example.prompt == "" and not isinstance(example, TemplatedExample)
 
     def _texts(self, row: Row, identified: _Identified, shares: tuple[float, float]) -> _Pieces | TokenRow:
@@ -249,7 +249,7 @@ class RowTokenizer:
         return (response,), ()
 
     def _same(self, responses: Sequence[Any]) -> bool:
-        """Whether two responses say the same; a pair without a difference teaches nothing."""
+        """True if two responses are the same text; a pair without a difference teaches nothing."""
         return self.cfg.remove_same_responses and len(set(responses)) < len(responses)
 
     def _finish(self, pieces: _Pieces, ids: EncodedPair) -> TokenRow:
@@ -331,7 +331,7 @@ class RowTokenizer:
         return parts
 
     def _begins_with_bos(self, prompt: list[int]) -> bool:
-        """Whether a rendered prompt brings the BOS itself."""
+        """True if a rendered prompt already begins with the BOS token."""
         return prompt[: len(self.ids.bos)] == self.ids.bos
 
     def _fit(

@@ -56,7 +56,7 @@ STEP_FOLDER = re.compile(r"step-(\d{1,12})")
 
 @dataclasses.dataclass
 class TrainState:
-    """Where training stands: scalars only. The sampler and the schedule are functions of `step`.
+    """Progress of training: scalars only. The sampler and the schedule are functions of `step`.
 
     Attributes:
         step: optimizer steps done.
@@ -157,7 +157,7 @@ def save_checkpoint(
 
 
 def _what_rounds(fabric: Fabric, module: nn.Module) -> dict[str, Any]:
-    """What decides in which order sums are added: where it differs, results do in their last bits."""
+    """Facts that decide the order in which sums are added: results with other facts differ in their last bits."""
     return {
         "world_size": fabric.world_size,
         "torch_threads": torch.get_num_threads(),

@@ -80,7 +80,7 @@ def remove_folder(folder: Path) -> bool:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the manifest of a folder proves that this program wrote every file in it."""
+    """True if the manifest of a folder proves that this program wrote every file in it."""
     try:
         known = {MANIFEST, *read_manifest(folder)["files"]}
         with os.scandir(folder) as entries:

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.csv, TensorBoard events and sample texts. Rank zero only writes.
+"""Records of a run: metrics.csv, TensorBoard events and sample texts. Only rank zero writes.
 
 After a resume everything beyond the checkpoint's step is taken back, so that each (tag, step) is there once.
 """
@@ -115,7 +115,7 @@ def _next_stamp(stamps: list[str], now: float) -> str:
 
 
 def _is_sample(path: Path) -> bool:
-    """Whether `log_text` wrote a file; a user may have put another one beside those."""
+    """True if `log_text` wrote this file; a user may have added others."""
     if path.is_symlink() or not path.is_file():
         return False
     with path.open("rb") as file:

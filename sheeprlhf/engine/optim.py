@@ -73,7 +73,7 @@ def _optimizer_of(cfg: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.o
 
 
 def lr_factor(schedule: str, step: int, *, warmup: int, total: int, min_ratio: float) -> float:
-    """What the peak learning rate is multiplied by at one optimizer step.
+    """Factor of the peak learning rate at one optimizer step.
 
     Args:
         schedule: shape after the warm-up: "cosine", "linear" or "constant".

@@ -1,4 +1,4 @@
-"""How far a run is: a bar in a terminal, a line now and then elsewhere. Rank zero only shows."""
+"""Progress display of a run: a bar in a terminal, a line every ten seconds elsewhere. Only rank zero shows it."""
 
 import sys
 import time

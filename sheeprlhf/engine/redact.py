@@ -1,4 +1,4 @@
-"""What may be written to disk or to a screen: no secrets, and no text that a viewer would obey. Imports no torch."""
+"""Redaction of text for disk and screen: removes secrets and control sequences. Imports no torch."""
 
 import html
 import os

@@ -33,7 +33,7 @@ ON_CUDA = (
 
 
 class Run:
-    """What a training task talks to; made by `open_run`. Every method may be called on all ranks.
+    """The run of a training task: records, checkpoints, signals. Made by `open_run`; all ranks may call every method.
 
     Attributes:
         dir: the run directory.

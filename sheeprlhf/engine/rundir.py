@@ -38,7 +38,7 @@ _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 
 
 class RunPlace(NamedTuple):
-    """Where a run lives.
+    """Directory of a run.
 
     Attributes:
         dir: the run directory; it exists.
@@ -203,7 +203,7 @@ def _resume(folder: Path, cfg: TrainConfig, config_hash: str, *, key: str) -> Ru
 
 
 def _finished_problem(folder: Path, info: dict[str, Any], cfg: TrainConfig, key: str) -> str:
-    """Why a finished run does not go on with other options, and the command that trains its policy further."""
+    """The reason that a finished run cannot continue with other options, and the command that trains its policy on."""
     changed = changed_options(cfg, folder)
     told = [f"{name} was {was} and is {now}" for name, was, now in changed[:_SHOWN]]
     more = [f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
@@ -298,5 +298,5 @@ def mark_finished(run_dir: Path, **facts: Any) -> None:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether the run is complete: its final weights are written."""
+    """True if the run is complete: its final weights are written."""
     return read_run(run_dir).get("status") == "finished"

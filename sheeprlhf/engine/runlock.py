@@ -16,7 +16,7 @@ _WAITS = (0.01, 0.02, 0.04, 0.08)  # seconds; who only looks needs microseconds
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether a process works in the run directory, as far as this user may know.
+    """True if another process holds the run directory's lock, as far as this user may know.
 
     The look takes a lock for some microseconds, shared with others that look; `RunLock` waits for it.
     """

@@ -46,7 +46,7 @@ def _shard(module: nn.Module, mesh: Any) -> nn.Module:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether its weights are in parts."""
+    """True if the weights of a module are sharded."""
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 

@@ -22,7 +22,7 @@ from sheeprlhf.utils.modes import eval_mode, forward_of_zero
 
 
 class LossOutput(NamedTuple):
-    """What a loss function says about one micro-batch.
+    """Result of a loss function for one micro-batch.
 
     Attributes:
         total: () float, SUM of the loss over the micro-batch's items, with its graph.
@@ -34,7 +34,7 @@ class LossOutput(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """What one rank computes in one forward pass.
+    """Rows of one rank's forward pass.
 
     Attributes:
         batch: anything that `Fabric.to_device` moves; only the loss function looks inside.
@@ -138,7 +138,7 @@ def add_gradients(
 
 
 class _Passes(NamedTuple):
-    """What a rank's forward and backward passes gave: its sums by name; the names and number of items of all ranks."""
+    """Results of a rank's forward and backward passes: its sums by name; the names and number of items of all ranks."""
 
     micro_batches: list[MicroBatch]
     totals: list[Tensor]

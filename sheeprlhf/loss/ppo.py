@@ -79,7 +79,7 @@ def value_losses(values_N: Tensor, old_N: Tensor, returns_N: Tensor, *, clip: fl
 def ratio_figures(
     logprobs_N: Tensor, old_N: Tensor, advantages_N: Tensor, clip_low: float, clip_high: float
 ) -> dict[str, Tensor]:
-    """What to log of an update, of each token and without gradient; arguments as of `policy_losses`.
+    """Metrics of an update for each token, without gradient; arguments as in `policy_losses`.
 
     Returns:
         "approxkl": (N,) half the squared log-ratio, nats, as N+ and TRL log it; "clipfrac": (N,) 1 where the clipped

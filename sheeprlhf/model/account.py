@@ -45,7 +45,7 @@ class Account(NamedTuple):
         return [name for name in self.unread if _HEAD_NAME.search(name)]
 
     def problem(self) -> str:
-        """Why the model would not be the one that was saved, with the remedy; empty if nothing is wrong."""
+        """The reason that the loaded model would differ from the saved one, and the fix; empty if there is none."""
         if not (self.missing or self.misplaced or self.mismatched or self.torn):
             return ""
         shapes = [f"{name} {_shape(files)} instead of {_shape(own)}" for name, files, own in self.mismatched]

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 
 class SharedCache(Cache):
-    """What transformers' models fill during generation; it also computes the attention, for `packed_attention`.
+    """KV cache that transformers' models fill during generation; also computes the attention, for `packed_attention`.
 
     It takes the keys and values of packed prompts first, in one forward pass or several; after `share`, one token of
     every live response at a time.
@@ -144,7 +144,7 @@ class SharedCache(Cache):
 
 
 def compact(ended: np.ndarray) -> np.ndarray:
-    """Which row goes on in which place: the last ones fill the places of those that ended, all others stay."""
+    """New order of the rows: the last live rows take the places of those that ended, all others stay."""
     [live] = np.nonzero(~ended)
     order = np.arange(len(live))
     order[ended[: len(live)]] = live[live >= len(live)]

@@ -1,4 +1,4 @@
-"""Who samples the responses of a rollout: our own sampler, or one of transformers'. All are called alike.
+"""Sampling engines for rollouts: our own sampler, or one of transformers'. All have the same interface.
 
 Letters: P prompts, K responses of each, N most new tokens, B rows, V vocabulary.
 """

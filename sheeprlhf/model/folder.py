@@ -135,7 +135,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _read_by_libraries(folder: Path) -> Iterator[Path]:
-    """What a library may open by itself when it is given the folder."""
+    """Files that a library may open by itself when it is given the folder."""
     endings = (*_LIMITS, ".safetensors")
     yield from (path for path in folder.iterdir() if path.suffix in endings)
     templates = folder / "additional_chat_templates"

@@ -61,7 +61,7 @@ _DROPOUT_KEY = re.compile(r"(drop|_pdrop$)")
 
 
 class _Files(NamedTuple):
-    """What `from_pretrained` is given for a model.
+    """Arguments of `from_pretrained` for a model.
 
     Attributes:
         source: a folder or a hub id.
@@ -465,7 +465,7 @@ def _train_head_alone(model: PreTrainedModel, cfg: ModelConfig) -> None:
 
 
 def _head(model: PreTrainedModel) -> Any:
-    """What reads the hidden states: the language head, or that of a reward model, which has no other."""
+    """The head that reads the hidden states: the language head, or a reward model's score head."""
     language_head = model.get_output_embeddings()
     return model.score if language_head is None else language_head
 
@@ -490,7 +490,7 @@ def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
 
 
 def uses_packed_attention(model: PreTrainedModel) -> bool:
-    """Whether the model's attention goes through `packed_attention` (falcon's, for one, does not)."""
+    """True if the model's attention goes through `packed_attention` (falcon's, for example, does not)."""
     return bool(model.config._attn_implementation == PACKED)
 
 

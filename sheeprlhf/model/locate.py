@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, the embedded model, the hub's cache, what `fetch` made, or the hub. No torch.
+"""Locate a model's files: a folder, the embedded model, the hub's cache, the folder of `fetch`, or the hub. No torch.
 
 Asked before anything heavy is imported, so that a model which cannot be had is an error within five seconds.
 """
@@ -13,7 +13,7 @@ from sheeprlhf.utils.hub import SMOLLM2, fetched_folder, why_offline
 
 
 class Located(NamedTuple):
-    """What `from_pretrained` is given.
+    """Arguments of `from_pretrained`.
 
     Attributes:
         source: a folder, or a hub id.

@@ -1,4 +1,4 @@
-"""What a training step needs in memory, worked out from a model's config.json: no weight is loaded.
+"""Memory estimate of a training step, computed from a model's config.json: no weight is loaded.
 
 `measure` lets the model's own code run once on tensors that have shapes and no content, and counts what it would keep;
 `plan` is arithmetic on those counts. With P parameters of which Q train, N tokens in a forward pass and V in the
@@ -54,7 +54,7 @@ _TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch
 
 
 class ModelSize(NamedTuple):
-    """What a model weighs and what its forward pass leaves behind; in bytes where nothing else is said.
+    """Sizes of a model's weights and of the activations of its forward pass; in bytes unless another unit is given.
 
     Attributes:
         parameters: P, a number.
@@ -230,7 +230,7 @@ def tokens_of_forward(task: TrainTaskConfig, row: int) -> int:
 
 
 def allocator_share(device: str, finetune_mode: str) -> float:
-    """How large the holes in the heap are, of activations and logits; none on CUDA, or where glibc is told so."""
+    """Share of heap fragmentation in activations and logits; zero on CUDA, or where glibc's settings prevent it."""
     return 0.0 if device == "cuda" or NO_HOLES in os.environ else HOLES[finetune_mode]
 
 

@@ -106,7 +106,7 @@ def replace_rms_norms(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _output(norm: nn.Module) -> Tensor:
-    """What a norm makes of some numbers, with gains of ours: a model made on "meta" has no content to compare."""
+    """Output of a norm for fixed inputs and gains: a model made on "meta" has no weights to compare."""
     probe: Any = copy.deepcopy(norm).to_empty(device="cpu").float()
     numbers = torch.linspace(-2, 2, probe.weight.numel(), device="cpu")
     probe.weight.copy_(numbers.flip(0))

@@ -1,4 +1,4 @@
-"""Which models compute packed rows: the rules that need the model's code and configuration alone.
+"""Rules that decide which models compute packed rows, from the model's code and configuration alone.
 
 Numbers decide too (`agent/batching.py`), but two short examples show neither a window that is longer than they are nor,
 in half precision, how much of one row reaches the next.
@@ -33,7 +33,7 @@ _PACKABLE = ("full_attention", *_WINDOWS)
 
 
 def packing_limit(model: PreTrainedModel, longest: int) -> str:
-    """Why a model's code or configuration excludes packed rows of up to `longest` tokens; empty if neither does.
+    """The reason that a model's code or configuration excludes packed rows of up to `longest` tokens; empty if none.
 
     Args:
         model: a language model, or one with a score head.
@@ -58,7 +58,7 @@ def packing_limit(model: PreTrainedModel, longest: int) -> str:
 
 
 def tolerance(weight: Tensor) -> float:
-    """How far two ways to compute one number may be apart, nats or units of a score.
+    """Tolerance between two ways to compute one number, nats or units of a score.
 
     Args:
         weight: one of the model's; the number format is its own, or autocast's where that is on.
@@ -70,7 +70,7 @@ def tolerance(weight: Tensor) -> float:
 
 
 def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether a model has layers that carry a state from token to token besides attention's keys and values."""
+    """True if a model has layers that carry a state from token to token besides attention's keys and values."""
     linear = "linear_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ())
     return linear or bool(getattr(model, "_is_stateful", False)) or any(map(_is_convolution, model.modules()))
 

@@ -19,7 +19,7 @@ def accepted(module: nn.Module, **inputs: Any) -> dict[str, Any]:
 
 
 def no_router_logits(model: PreTrainedModel) -> dict[str, bool]:
-    """What a forward pass of the whole model gets so that a mixture of experts leaves its router's loss alone.
+    """Arguments of a forward pass that make a mixture of experts skip its router's loss.
 
     With a cache, transformers would compare a mask of all tokens with the logits of the new ones, and fail.
     """

@@ -172,7 +172,7 @@ def read_pickled(file: Path) -> dict[str, Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    """Why a file was not read; torch's own text advises to run the code in it."""
+    """The reason that a file was not read; torch's own text advises to run the code in it."""
     asked = _GLOBAL.search(str(error))
     if asked is not None:
         return (

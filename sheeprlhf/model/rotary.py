@@ -30,7 +30,7 @@ def switch_length(model: nn.Module) -> int | None:
 
 
 def outgrows_cache(model: nn.Module, lengths: Iterable[int], num_new: int) -> bool:
-    """Whether a row that grows would get other frequencies than those that its cached keys were made with.
+    """True if a growing row would get other frequencies than those with which its cached keys were computed.
 
     Args:
         model: a language model.

@@ -22,7 +22,7 @@ _RELATIVE = {torch.bfloat16: 0.1, torch.float16: 0.02}  # transformers rounds pr
 
 
 class RouterLoss(NamedTuple):
-    """What a model's configuration says of its router's loss.
+    """Settings of the router's loss in a model's configuration.
 
     Attributes:
         coefficient: what the loss is multiplied by.

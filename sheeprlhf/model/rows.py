@@ -205,7 +205,7 @@ def unpacked_rows(model: PreTrainedModel, lengths: Sequence[int] = (), num_new: 
 
 
 def _cache_is_right(model: PreTrainedModel) -> bool:
-    """Whether padding on the left, the cache, and rows that end change no log-probability."""
+    """True if padding on the left, the cache, and rows that end do not change any log-probability."""
     prompts = [np.arange(length) % 5 + 3 for length in (2, 9)]
     device = model.device
 
@@ -227,7 +227,7 @@ def _cache_is_right(model: PreTrainedModel) -> bool:
 
 
 def _cache_name(model: nn.Module) -> str:
-    """How the model's code calls the cache: code from before transformers 5.24 has the longer name."""
+    """Name of the cache argument in the model's code: code from before transformers 5.24 has the longer name."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 

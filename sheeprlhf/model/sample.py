@@ -22,7 +22,7 @@ HELD = 8  # times the tokens of a forward pass may be in the cache: keys and val
 
 
 class Sampled(NamedTuple):
-    """What was sampled after one prompt.
+    """Responses sampled after one prompt.
 
     Attributes:
         responses: K arrays (R_k,) int32, R_k >= 1, ending in an end token if one came.

@@ -50,11 +50,11 @@ class StopStrings:
         self._tail = 2 * max((len(string.encode()) for string in strings), default=0) + _MARGIN
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """True if there are any."""
         return bool(self._strings)
 
     def __call__(self, ids: np.ndarray) -> bool:
-        """Whether a response ends here.
+        """True if a response ends here.
 
         Args:
             ids: (R,) its tokens so far, R >= 1; without those before the newest one it has not ended.
@@ -76,7 +76,7 @@ class StopStrings:
         return space + (text if end < 0 else text[:end])
 
     def _found(self, text: str) -> int:
-        """Where the first of the strings begins; -1 if there is none."""
+        """Position of the first of the strings; -1 if there is none."""
         return min((place for string in self._strings if (place := text.find(string)) >= 0), default=-1)
 
     def _decode(self, ids: np.ndarray) -> str:

@@ -51,7 +51,7 @@ def check_templates(tokenizer: Any, where: str) -> None:
 
 @cache
 def _problem(text: str) -> str:
-    """What a template does that it may not, rendering a short conversation; empty if nothing."""
+    """The forbidden operation of a template that renders a short conversation; empty if there is none."""
     content = text.encode("utf-8", "replace")
     if hashlib.sha256(content).hexdigest() in _READ:
         return ""

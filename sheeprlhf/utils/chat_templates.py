@@ -48,7 +48,7 @@ def check_has_template(tokenizer: Any, what: str = "column 'messages'") -> None:
 
 
 def template_advice(tokenizer: Any) -> str:
-    """How to choose another chat template, for the end of a message."""
+    """Advice on choosing another chat template, for the end of a message."""
     return (
         f"choose one by {OPTION}=<name> (chat, demo and export: {FLAG} <name>); it may be {template_names(tokenizer)}"
     )

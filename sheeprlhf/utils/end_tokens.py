@@ -97,7 +97,7 @@ def control_tokens(tokenizer: Any) -> dict[int, str]:
 
 
 def end_texts(tokenizer: Any) -> list[str]:
-    """How the end tokens are written."""
+    """Texts of the end tokens."""
     control = control_tokens(tokenizer)
     return [control[number] for number in end_token_ids(tokenizer) if number in control]
 

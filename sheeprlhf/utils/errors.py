@@ -84,7 +84,7 @@ class RecordError(SheepError, ValueError):
 
 
 class DiskFullError(SheepError, RuntimeError):
-    """What a run records has no room on its disk: names the place and what is free."""
+    """The disk of the run directory is full: names the folder and the free space."""
 
 
 class MissingRanksError(SheepError, RuntimeError):
@@ -113,7 +113,7 @@ class OutOfMemory(SheepError, MemoryError):
         self.phase, self.facts, self.advice = phase, facts, advice
 
     def __str__(self) -> str:
-        """What happened, and the advice, one sentence a line."""
+        """The phase that ran out of memory, and the advice, one sentence per line."""
         return "\n".join([f"out of memory: {self.phase}" + (f" ({self.facts})" if self.facts else ""), *self.advice])
 
 

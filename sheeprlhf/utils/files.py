@@ -70,7 +70,7 @@ def real_file(path: Path, root: Path) -> Path:
 
 
 def disk_full(error: OSError, folder: Path) -> DiskFullError | None:
-    """What to say of an error in writing below `folder`; None if it is not that its disk, or a quota, is full."""
+    """The error to raise if writing below `folder` failed because its disk or a quota is full; None otherwise."""
     if error.errno not in _FULL:
         return None
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder

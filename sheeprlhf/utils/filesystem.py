@@ -76,7 +76,7 @@ def lock(descriptor: int, path: Path, operation: int) -> bool:
 
 
 def has_locks(path: Path) -> bool:
-    """Whether the file system has locks, as far as this lock file tells; yes if it is not there."""
+    """True if the file system of this lock file supports locks, or if the file does not exist."""
     try:
         descriptor = open_file(path, os.O_RDWR)
     except OSError as error:

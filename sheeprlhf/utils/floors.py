@@ -42,7 +42,7 @@ def check_versions(*used: str) -> None:
 
 
 def version_problem(name: str, version: str) -> str:
-    """Why this version of a library must not run; empty if it may.
+    """The reason to refuse this version of a library; empty if it is allowed.
 
     Args:
         name: as the package index knows it, in small letters.
@@ -62,7 +62,7 @@ def version_problem(name: str, version: str) -> str:
 
 
 def _order(version: str) -> tuple[list[int], bool]:
-    """What versions are compared by: three numbers, and a release after what came before it."""
+    """Sort key of a version: three numbers, and a release after its pre-releases."""
     before = _BEFORE.search(version)
     numbers = _NUMBERS.findall(version[: before.start() + 1] if before else version)
     return [int(number) for number in (*numbers[:3], 0, 0, 0)[:3]], before is None

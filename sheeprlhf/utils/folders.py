@@ -131,7 +131,7 @@ def sweep_scratch(folder: Path, prefix: str = "") -> None:
 
 
 def is_scratch(folder: Path) -> bool:
-    """Whether a folder is, or is in, what a process has begun to write or has left when it was killed."""
+    """True if a folder is, or is in, an unfinished temporary folder of a running or killed process."""
     return any(_SCRATCH.fullmatch(path.name) and has_marker(path) for path in (folder, folder.parent))
 
 
@@ -146,7 +146,7 @@ def _is_alive(pid: int) -> bool:
 
 
 def has_marker(folder: Path) -> bool:
-    """Whether a folder is one of ours; neither it nor its marker may be a link."""
+    """True if a folder has this program's marker; neither the folder nor the marker may be a link."""
     return not folder.is_symlink() and not (folder / MARKER).is_symlink() and (folder / MARKER).is_file()
 
 

@@ -19,7 +19,7 @@ _SIZED = re.compile(r"(?:BOOL|(?:BF|F|I|U)(?P<bits>8|16|32|64))(?:_E\d+M\d+(?:FN
 
 
 class TensorFacts(NamedTuple):
-    """What a header says of a tensor: its number format, such as "F32", and its shape."""
+    """A tensor's number format, such as "F32", and its shape, as the header gives them."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -73,7 +73,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked(name: str, entry: Any) -> tuple[TensorFacts, tuple[int, int]]:
-    """What an entry says, and where the tensor begins and ends."""
+    """Check an entry; return the tensor's format and shape, and the offsets of its first byte and its end."""
     try:
         dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, first, last]

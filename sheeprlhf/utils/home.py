@@ -22,7 +22,7 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
 
 
 def home_problem(key: str, path: str) -> str | None:
-    """Why a path that begins with `~` leads nowhere; a file or folder that has this very name is meant by it.
+    """The reason that a path beginning with `~` cannot be expanded; an existing file of exactly this name is used.
 
     Args:
         key: the option, flag or variable that names it.

@@ -1,4 +1,4 @@
-"""Where files come from besides the user's folders: this package's assets, our cache, the hub if it answers soon."""
+"""Sources of files other than the user's folders: this package's assets, its cache, and the hub if it answers soon."""
 
 import os
 import threading
@@ -21,12 +21,12 @@ def embedded_folder(name: str) -> Path:
 
 
 def fetched_folder(name: str, cache_dir: str | None = None) -> Path:
-    """Where `fetch` puts the model of this hub id; it is there whole or not at all."""
+    """Folder in which `fetch` stores the model of this hub id; the folder is complete or absent."""
     return cache_root(cache_dir) / "models" / name.replace("/", "--")
 
 
 def why_offline() -> str:
-    """Why the hub cannot be asked; empty if it answers within three seconds.
+    """The reason that the hub cannot be reached; empty if it answers within three seconds.
 
     Name look-ups have no timeout of their own, hence the thread.
     """

@@ -142,7 +142,7 @@ def first_set(env: Mapping[str, str], names: tuple[str, ...]) -> str | None:
 
 
 def _not_of_srun(env: Mapping[str, str]) -> bool:
-    """Whether SLURM's variables are not srun's: in a shell inside of an allocation, or in a script of one task."""
+    """True if srun did not set SLURM's variables: in a shell inside an allocation, or in a script with one task."""
     if env.get("SLURM_PROCID", "0") != "0":
         return False  # only srun starts such a process
     in_step = "SLURM_STEP_NUM_TASKS" in env
@@ -250,12 +250,12 @@ def local_rank() -> int:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the first of all: it alone writes."""
+    """True if this process has global rank zero, the only rank that writes."""
     return global_rank() == 0
 
 
 def leave_to_rank_zero() -> bool:
-    """Whether this is another rank, which then says that it does nothing: for commands of one process."""
+    """True for ranks above zero, which print that they do nothing: for commands of one process."""
     if is_rank_zero():
         return False
     print(f"process {global_rank()} does nothing: the first one runs this command", file=sys.stderr)
@@ -263,7 +263,7 @@ def leave_to_rank_zero() -> bool:
 
 
 def is_one_of_several() -> bool:
-    """Whether a launcher, or whoever set Lightning's variables, has started other processes beside this one.
+    """True if a launcher, or Lightning's environment variables, announce other processes of this job.
 
     Raises:
         ConfigError: the variables are incomplete or contradict each other.

@@ -1,4 +1,4 @@
-"""Who sees whom in a packed row: what a batch says and packed attention reads."""
+"""Layout of a packed row: which tokens attend to which, made with the batch and read by packed attention."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """Which tokens of a packed row may see which.
+    """The attention pattern of a packed row: which tokens attend to which.
 
     A packed row is segments laid end to end, each `[prompt | response 1 | ... | response K]`. A prompt token sees the
     prompt up to itself; a token of response k sees the whole prompt and response k up to itself.

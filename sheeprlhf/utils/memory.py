@@ -44,7 +44,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _amount(message: str) -> str:
-    """What an allocator says that it was asked for."""
+    """Number of bytes in an allocator's error message."""
     found = _AMOUNT.search(message)
     if not found:
         return ""

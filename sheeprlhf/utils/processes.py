@@ -50,7 +50,7 @@ class BoundToThis:
     """Sent to a process that is being spawned, it calls `die_with_parent` there as soon as it is read."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What reads it: unpickling calls the function, and gives its None."""
+        """Make unpickling call `die_with_parent`, whose result is None."""
         return die_with_parent, (os.getpid(),)
 
 

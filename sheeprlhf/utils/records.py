@@ -41,7 +41,7 @@ Time = Annotated[float, Range(0, LATEST)]
 
 
 class Schema(NamedTuple):
-    """What one kind of file holds.
+    """Fields of one kind of JSON file.
 
     Attributes:
         kind: a TypedDict. Keys that it does not name may hold any JSON.
@@ -168,7 +168,7 @@ def _allows(kinds: tuple[Any, ...], container: type) -> bool:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a string, number, bool or null has the type; a bool is no number."""
+    """True if a string, number, bool or null has the type; a bool does not count as a number."""
     if kind is Any:
         return True
     if get_origin(kind) is Literal:

@@ -158,7 +158,7 @@ def template_keys(text: str) -> frozenset[str]:
 
 
 def writes_whole_messages(tokenizer: Any, text: str, template_args: Mapping[str, Any] | None) -> bool:
-    """Whether a chat template writes all keys of a message, for example as JSON."""
+    """True if a chat template writes all keys of a message, for example as JSON."""
     return _writes_whole_messages(tokenizer, text, json.dumps(template_args, sort_keys=True))
 
 

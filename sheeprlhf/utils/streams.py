@@ -54,14 +54,14 @@ def open_closed_streams(*, needs_output: bool) -> None:
 
 
 def lost_output(stream: TextIO) -> OSError | None:
-    """Why a stream that `lasting` returned has dropped something; None if it has not."""
+    """The error because of which a stream that `lasting` returned has dropped output; None if it has dropped none."""
     buffer = getattr(stream, "buffer", None)
     raw = getattr(buffer, "raw", buffer)
     return raw.error if isinstance(raw, _LastingFile) else None
 
 
 def outlives_reader(stream: TextIO) -> bool:
-    """Whether writing goes on without a reader: a BrokenPipeError then comes from elsewhere."""
+    """True if writing continues without a reader: a BrokenPipeError then has another cause."""
     buffer = getattr(stream, "buffer", None)
     raw = getattr(buffer, "raw", buffer)
     return isinstance(raw, _LastingFile) and not raw.needs_reader
