@@ -1,18 +1,29 @@
-"""One reward function: called with what it asks for, its answer checked, its mistakes told in one message."""
+"""Reward functions: find one by name, bind its parameters by name, call it, check its scores and report its errors."""
 
 import asyncio
+import functools
+import importlib
 import inspect
 import math
+import os
+import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
-from sheeprlhf.reward.signature import signature_of
-from sheeprlhf.utils.errors import RewardError
+from sheeprlhf.reward import functions
+from sheeprlhf.structure.reward import BUILTINS, BuiltinOptionsConfig, RewardSourceConfig
+from sheeprlhf.structure.reward_checks import source_problems
+from sheeprlhf.structure.user_code import parse_path
+from sheeprlhf.utils.errors import ConfigError, RewardError
 
+PROMPTS = "prompts"
+RESPONSES = ("responses", "completions")  # two names of the same texts
+TEXTS = (PROMPTS, *RESPONSES)
 _SHOWN = 200  # characters of a text in a message
+_SHOWN_SIGNATURE = 120
 _SECONDS_OF_SEARCH = 5.0  # for the text at which a function raises
 _IDS = ": token ids are not passed to reward functions; take the texts: responses"
 _FIXES = {
@@ -22,14 +33,14 @@ _FIXES = {
 
 
 class Texts(NamedTuple):
-    """Responses to score, in one order on all ranks.
+    """Responses to score, in the same order on all ranks.
 
     Attributes:
-        prompts: one a response.
+        prompts: one for each response.
         responses: without end token and stop string.
         finished: an end token or a stop string ended the response; False if it was cut.
         num_tokens: tokens of each response, the end token not counted, those of a stop string counted.
-        columns: more of each row by name, one entry for each response, for example {"answer": [...]}.
+        columns: other columns of the rows by name, one entry for each response, for example {"answer": [...]}.
     """
 
     prompts: list[str]
@@ -39,14 +50,106 @@ class Texts(NamedTuple):
     columns: Mapping[str, list[Any]]
 
 
-class RewardFunction:
-    """A function of prompts and responses under its name.
+class Signature(NamedTuple):
+    """Parameters of a reward function by name.
+
+    Attributes:
+        texts: those that get prompts or responses.
+        columns: those that get a column of the data, each with whether it is required.
+        every_column: it also takes all other columns (`**columns`).
+        positional: parameters that can only be passed by position, in order; they are among the others.
+        reserved: names that are never passed: arguments that a `functools.partial` has bound.
+    """
+
+    texts: tuple[str, ...]
+    columns: dict[str, bool]
+    every_column: bool
+    positional: tuple[str, ...] = ()
+    reserved: frozenset[str] = frozenset()
+
+    def missing(self, available: Collection[str]) -> str | None:
+        """Return the first required column that is not available; None if all are."""
+        return next((name for name, required in self.columns.items() if required and name not in available), None)
+
+    def arguments(
+        self, prompts: list[str], responses: list[str], columns: Mapping[str, list[Any]]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Return the positional and the keyword arguments of a call; each list is a copy.
+
+        Args:
+            prompts: one for each response.
+            responses: the texts to score.
+            columns: the available columns by name, one entry for each response.
+        """
+        texts = {PROMPTS: prompts, **dict.fromkeys(RESPONSES, responses)}
+        values: dict[str, Any] = {name: list(texts[name]) for name in self.texts}
+        values |= {
+            name: list(columns[name])
+            for name in (columns if self.every_column else self.columns)
+            if name in columns and name not in TEXTS and name not in self.reserved
+        }
+        positional = []
+        for name in self.positional:
+            if name not in values:  # an optional column that the data lacks: so are all that follow
+                break
+            positional.append(values.pop(name))
+        return positional, {name: value for name, value in values.items() if name not in self.positional}
+
+
+def signature_of(name: str, function: Callable[..., Any]) -> Signature:
+    """Return the parameters of a reward function: a function, a method, a partial or an object with `__call__`.
 
     Args:
-        name: how the configuration names it.
+        name: its name in the configuration, for messages.
+        function: the callable; a decorated one shows the signature that `functools.wraps` has kept.
+
+    Raises:
+        ConfigError: it cannot be called as a reward function.
+    """
+    plain = name.rpartition(":")[2].rpartition(".")[2]
+    expected = f"write def {plain}(prompts, responses, **columns), or name the columns that it needs"
+    if inspect.isclass(function):
+        raise ConfigError(f"reward {name} is a class: give the name of a function or of an instance of it")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"reward {name} has no readable signature, and arguments are passed by name: wrap it: {expected}"
+        ) from None
+    parameters = list(signature.parameters.values())
+    passed = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    every = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    rest = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    reserved = frozenset(function.keywords) if isinstance(function, functools.partial) else frozenset()
+    texts = tuple(p.name for p in passed if p.name in TEXTS and p.name not in reserved)
+    shown = str(signature)
+    shown = shown if len(shown) <= _SHOWN_SIGNATURE else f"{shown[:_SHOWN_SIGNATURE]}..."
+    if rest and every and not passed:
+        raise ConfigError(
+            f"reward {name} takes {shown}: arguments are passed by name, and this does not tell which: {expected}; "
+            "a decorator keeps the signature with functools.wraps"
+        )
+    if not any(text in RESPONSES for text in texts) and not every:
+        raise ConfigError(
+            f"reward {name} takes {shown}, and arguments are passed by name: no parameter is called responses (or "
+            f"completions): {expected}"
+        )
+    if every:
+        unnamed = (PROMPTS,) if any(text in RESPONSES for text in texts) else TEXTS
+        texts += tuple(text for text in unnamed if text not in texts and text not in reserved)
+    columns = {p.name: p.default is p.empty for p in passed if p.name not in (*TEXTS, *reserved)}
+    positional = tuple(p.name for p in passed if p.kind is p.POSITIONAL_ONLY)
+    return Signature(texts, columns, every, positional, reserved)
+
+
+class RewardFunction:
+    """A reward function and its name.
+
+    Args:
+        name: its name in the configuration.
         function: called with the arguments that its signature names: `prompts`, `responses` or `completions`, and
             columns; an awaitable that it returns is awaited.
-        around: entered for the time of each call.
+        context: entered for the time of each call.
         guarded: turn its exceptions into `RewardError`; not for a model, whose errors have advice of their own.
 
     Attributes:
@@ -61,90 +164,99 @@ class RewardFunction:
         name: str,
         function: Callable[..., Any],
         *,
-        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+        context: Callable[[], AbstractContextManager[object]] = nullcontext,
         guarded: bool = True,
     ) -> None:
         self.name, self.function = name, function
-        self._around, self._guarded = around, guarded
+        self._context, self._guarded = context, guarded
         self.signature = signature_of(name, function)
         self._runner: asyncio.Runner | None = None
 
-    def lacks(self, columns: Collection[str], rows: str = "the data") -> str | None:
-        """What it asks for besides these columns, as a sentence; None if it can be called with them.
+    def missing_column(self, columns: Collection[str], rows: str = "the data") -> str | None:
+        """Return a message about a required column that is not among these; None if the function can be called.
 
         Args:
-            columns: names of the columns that there are.
-            rows: of which rows, for the sentence.
+            columns: names of the available columns.
+            rows: name of the rows, for the message.
         """
-        lacking = self.signature.missing(columns)
-        if lacking is None:
+        missing = self.signature.missing(columns)
+        if missing is None:
             return None
-        have, fix = _listed(columns) or "none", _FIXES.get(lacking, "")
-        return f"reward {self.name} needs a column {lacking!r} of {rows}; there is {have}{fix}"
+        names = [name[:40] if name[:40].isprintable() else ascii(name[:40]) for name in columns]
+        available = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "none"
+        fix = _FIXES.get(missing, "")
+        return f"reward {self.name} needs a column {missing!r} of {rows}; there is {available}{fix}"
 
     def __call__(self, texts: Texts) -> list[float]:
-        """One finite score a response.
+        """Return one finite score for each response.
 
         Raises:
             RewardError: a column is missing; the function raises, or returns anything else. Names prompt and response.
         """
-        lacking = self.lacks(texts.columns)
-        if lacking is not None:
-            raise RewardError(lacking)
+        missing = self.missing_column(texts.columns)
+        if missing is not None:
+            raise RewardError(missing)
         try:
             returned = self._call(texts.prompts, texts.responses, texts.columns)
         except (Exception, asyncio.CancelledError) as error:
             if not self._guarded:
                 raise
-            raise RewardError(self._raised(error, texts)) from error
-        return self._checked(returned, texts)
+            raise RewardError(self._error_message(error, texts)) from error
+        return self._check_scores(returned, texts)
 
     def _call(self, prompts: list[str], responses: list[str], columns: Mapping[str, list[Any]]) -> Any:
         """Call the function, and await the result of one that is asynchronous."""
         positional, by_name = self.signature.arguments(prompts, responses, columns)
-        with self._around():
+        with self._context():
             returned = self.function(*positional, **by_name)
             if inspect.isawaitable(returned):
                 if self._runner is None:  # one event loop for all calls: clients that the function keeps belong to it
                     self._runner = asyncio.Runner()
-                return self._runner.run(_awaited(returned))
+                return self._runner.run(_await(returned))
         return returned
 
-    def _checked(self, returned: Any, texts: Texts) -> list[float]:
+    def _check_scores(self, returned: Any, texts: Texts) -> list[float]:
         count = len(texts.responses)
         if hasattr(returned, "tolist"):  # numpy, torch
             returned = returned.tolist()
         if isinstance(returned, str | bytes | Mapping) or not isinstance(returned, Iterable):
-            raise RewardError(f"reward {self.name} returned {_kind(returned)}: give back a list of {count} numbers")
+            kind = "None" if returned is None else f"a {type(returned).__name__}"
+            raise RewardError(f"reward {self.name} returned {kind}: give back a list of {count} numbers")
         values = list(returned)
         if len(values) != count:
             raise RewardError(
                 f"reward {self.name} returned {len(values)} scores for {count} responses: give back one for each"
             )
-        scores = [_number(value) for value in values]
-        for row, (value, score) in enumerate(zip(values, scores, strict=True)):
+        scores: list[float] = []
+        for row, value in enumerate(values):
+            score = _as_float(value)
             if score is None or not math.isfinite(score):
-                what = "which is no number" if score is None else "which is not finite"
+                reason = "which is no number" if score is None else "which is not finite"
                 if value is None:
-                    what += " (give one to each response, for example 0.0 where the function does not apply)"
+                    reason += " (give one to each response, for example 0.0 where the function does not apply)"
                 raise RewardError(
-                    f"reward {self.name} returned {_short(value)}, {what}, for response {row + 1} of {count}\n"
-                    f"{_shown(texts, row)}"
+                    f"reward {self.name} returned {_shorten(value)}, {reason}, for response {row + 1} of {count}\n"
+                    f"{_show(texts, row)}"
                 )
-        return [score for score in scores if score is not None]
+            scores.append(score)
+        return scores
 
-    def _raised(self, error: BaseException, texts: Texts) -> str:
-        message = f"reward {self.name} raised {said_by(error)}{_place(error, self.function)}"
+    def _error_message(self, error: BaseException, texts: Texts) -> str:
+        code = getattr(inspect.unwrap(self.function), "__code__", None)
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+        place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+        message = f"reward {self.name} raised {describe_exception(error)}{place}"
         row = self._row_that_raises(type(error), texts)
         if row is not None:
-            return f"{message}\n{_shown(texts, row)}"
+            return f"{message}\n{_show(texts, row)}"
         if not texts.responses:
             return message
         first = f"no response alone was found to raise it; the first of the {len(texts.responses)}:"
-        return f"{message}\n{first}\n{_shown(texts, 0)}"
+        return f"{message}\n{first}\n{_show(texts, 0)}"
 
     def _row_that_raises(self, kind: type[BaseException], texts: Texts) -> int | None:
-        """The first response with which alone the function raises the same; None if none is found in a few seconds."""
+        """Return the first response with which alone the function raises the same; None if none is found in time."""
         end = time.monotonic() + _SECONDS_OF_SEARCH
         for row, (prompt, response) in enumerate(zip(texts.prompts, texts.responses, strict=True)):
             if time.monotonic() > end:
@@ -158,12 +270,63 @@ class RewardFunction:
         return None
 
 
-async def _awaited(returned: Awaitable[Any]) -> Any:
-    """A coroutine of any awaitable."""
+def load_function(source: str, cfg: RewardSourceConfig) -> RewardFunction:
+    """Load a built-in with its options, or the user's function.
+
+    Args:
+        source: a built-in's name, or `package.module:function`.
+        cfg: valid; has the options.
+
+    Raises:
+        ConfigError: there is no such function, or its module cannot be imported.
+    """
+    problems = list(source_problems("reward: ", source))
+    if problems:
+        raise ConfigError(*problems)
+    if source not in BUILTINS:
+        folder = os.getcwd()
+        return RewardFunction(source, _import(source, folder), context=lambda: importable_from(folder))
+    function: Callable[..., Any] = getattr(functions, source)
+    if source in ("length", "regex"):
+        assert isinstance(cfg, BuiltinOptionsConfig)
+        names = ("target_length", "length_unit") if source == "length" else ("pattern",)
+        function = functools.partial(function, **{name: getattr(cfg, name) for name in names})
+    return RewardFunction(source, function)
+
+
+@contextmanager
+def importable_from(folder: str) -> Iterator[None]:
+    """Add the folder to the end of the import path within the block, so that no module of it hides an installed one.
+
+    It is the current directory, where users keep their own module; it is on the path only while their code is imported
+    and called, so that no other file there is ever imported for anything else.
+    """
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # their code may have removed it
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]
+
+
+def _import(source: str, folder: str) -> Callable[..., Any]:
+    module, name = parse_path(source)
+    try:
+        with importable_from(folder):
+            function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise ConfigError(f"reward: {source} cannot be imported: {describe_exception(error)}") from error
+    if not callable(function):
+        raise ConfigError(f"reward: {source} is no function ({type(function).__name__}): give the name of one")
+    return function
+
+
+async def _await(returned: Awaitable[Any]) -> Any:
+    """Make a coroutine of any awaitable."""
     return await returned
 
 
-def _number(value: Any) -> float | None:
+def _as_float(value: Any) -> float | None:
     if isinstance(value, str | bytes | bytearray):  # float() reads them
         return None
     try:
@@ -172,36 +335,18 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _kind(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
-
-
-def said_by(error: BaseException) -> str:
-    """Kind and message of somebody's exception, on one line, without control characters, of limited length."""
+def describe_exception(error: BaseException) -> str:
+    """Return type and message of an exception on one line, without control characters, of limited length."""
     words = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {''.join(c if c.isprintable() else '?' for c in words[: 2 * _SHOWN])}"
 
 
-def _place(error: BaseException, function: Callable[..., Any]) -> str:
-    """Where in the user's file it happened, as far as its traceback tells."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
-    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+def _show(texts: Texts, row: int) -> str:
+    return f"prompt: {_shorten(texts.prompts[row])}\nresponse: {_shorten(texts.responses[row])}"
 
 
-def _listed(names: Collection[str]) -> str:
-    """Names of columns for a message: a dozen at most, shortened, control characters escaped."""
-    shown = [name[:40] if name[:40].isprintable() else ascii(name[:40]) for name in names]
-    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
-
-
-def _shown(texts: Texts, row: int) -> str:
-    return f"prompt: {_short(texts.prompts[row])}\nresponse: {_short(texts.responses[row])}"
-
-
-def _short(value: Any) -> str:
-    """On one line, without control characters; of a long one the beginning and the end."""
+def _shorten(value: Any) -> str:
+    """Return a value on one line, without control characters; of a long one the beginning and the end."""
     text = repr(value)
     half = _SHOWN // 2
     return text if len(text) <= _SHOWN else f"{text[:half]} ... {text[-half:]}"

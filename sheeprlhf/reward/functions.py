@@ -9,10 +9,11 @@ from itertools import pairwise
 from typing import Any
 
 from sheeprlhf.assets.inflect import style_of
-from sheeprlhf.reward.penalties import repeated_share
 
 FEWEST_WORDS = 3  # of a summary: a verb and what it is done to
 MOST_REPEATED = 0.25  # of a summary's runs of three words: "a list of names into a list of ids" repeats one
+RUN_LENGTH = 3  # words of the runs that count as repeated
+_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def imperative(prompts: list[str], responses: list[str]) -> list[float]:
@@ -39,6 +40,16 @@ def _is_imperative_summary(text: str) -> bool:
         and repeated_share(text) <= MOST_REPEATED
         and style_of(text) == "imperative"
     )
+
+
+def repeated_share(text: str) -> float:
+    """Return the share of runs of three words that occurred in the text before, in [0, 1); 0.0 if it has fewer words.
+
+    A word is a run of letters, digits and underscores, in lower case; any other character but white space is one too.
+    """
+    words = _WORD.findall(text.lower())
+    runs = [tuple(words[i : i + RUN_LENGTH]) for i in range(len(words) - RUN_LENGTH + 1)]
+    return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def length(prompts: list[str], responses: list[str], *, target_length: int, length_unit: str = "words") -> list[float]:

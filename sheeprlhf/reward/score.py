@@ -2,38 +2,74 @@
 
 import math
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sheeprlhf.reward.call import RewardFunction, Texts
-from sheeprlhf.reward.load import load_function
-from sheeprlhf.reward.moments import RunningMoments
-from sheeprlhf.reward.penalties import penalty
+from sheeprlhf.reward.call import RewardFunction, Texts, load_function
+from sheeprlhf.reward.functions import repeated_share
 from sheeprlhf.reward.state import state_warning
 from sheeprlhf.structure.data import KeptColumns
 from sheeprlhf.structure.reward import BUILTINS, MODEL, RewardSourceConfig, terms_of
 from sheeprlhf.utils.errors import ConfigError
 
 ModelScores = Callable[[list[str], list[str]], list[float]]
+SMALLEST_DEVIATION = 1e-8
 
 
 class RawScores(NamedTuple):
-    """What the sources say of each response, before normalisation and penalties.
+    """Scores of the sources, before normalisation and penalties.
 
     Attributes:
-        total: the weighted sum, one a response.
-        of_term: the unweighted scores of each source by its name.
+        total: the weighted sum, one for each response.
+        by_term: the unweighted scores of each source by its name.
     """
 
     total: list[float]
-    of_term: dict[str, list[float]]
+    by_term: dict[str, list[float]]
 
 
-class Scorer:
-    """Scores of responses. `moments` is its only state, which a checkpoint carries.
+class RunningMoments:
+    """Count, mean and sum of squared differences from the mean of all numbers seen so far, as plain floats.
+
+    Batches are merged by the rule of Chan, Golub and LeVeque (1979), with sums rounded once (`math.fsum`). The same
+    batches in the same order give the same bits, also when `to_dict` and JSON were in between.
+    """
+
+    def __init__(self, count: int = 0, mean: float = 0.0, m2: float = 0.0) -> None:
+        self.count, self.mean, self.m2 = int(count), float(mean), float(m2)
+
+    def update(self, values: list[float]) -> None:
+        """Add the numbers of one more batch."""
+        if not values:
+            return
+        count = len(values)
+        mean = math.fsum(values) / count
+        m2 = math.fsum((value - mean) ** 2 for value in values)
+        total = self.count + count
+        difference = mean - self.mean
+        self.m2 += m2 + difference * difference * self.count * count / total
+        self.mean += difference * count / total
+        self.count = total
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of all numbers (their count in the denominator); 0.0 if there are none."""
+        return math.sqrt(self.m2 / self.count) if self.count else 0.0
+
+    def normalized(self, value: float) -> float:
+        """Return by how many standard deviations the number exceeds the mean; unchanged while none was seen."""
+        return (value - self.mean) / max(self.deviation, SMALLEST_DEVIATION) if self.count else value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arguments of an equal object; JSON keeps the floats."""
+        return {"count": self.count, "mean": self.mean, "m2": self.m2}
+
+
+class CombinedReward:
+    """The configured reward of responses. `moments` is its only state, which a checkpoint carries.
 
     With several ranks, either each calls it with all responses in one order, or one rank calls `raw` and sends the
-    result to all, which call `shape` with it; the moments are equal everywhere in both ways. The second also holds
-    for functions that answer the same question differently.
+    result to all, which call `shape` with it; the moments are equal everywhere in both ways. The second also works
+    with functions that answer the same question differently.
 
     Args:
         cfg: how scores are normalised, clipped and penalised.
@@ -46,27 +82,27 @@ class Scorer:
         self.moments = RunningMoments()
 
     def __call__(self, texts: Texts) -> list[float]:
-        """The final score of each response; the moments learn from these responses first.
+        """Return the final score of each response, after an update of the moments with these responses.
 
         Raises:
-            RewardError: a function raises or does not return one finite number a response.
+            RewardError: a function raises or does not return one finite number for each response.
         """
         return self.shape(self.raw(texts).total, texts)
 
     def raw(self, texts: Texts) -> RawScores:
-        """What the sources say; changes no state. Also what a validation reports, comparable over the whole run.
+        """Return the scores of the sources without a change of state: validation reports them, too.
 
         Raises:
-            RewardError: a function raises or does not return one finite number a response.
+            RewardError: a function raises or does not return one finite number for each response.
         """
-        of_term = {function.name: function(texts) for _, function in self._terms}
+        by_term = {function.name: function(texts) for _, function in self._terms}
         weights = [weight for weight, _ in self._terms]
-        rows = zip(*of_term.values(), strict=True)
+        rows = zip(*by_term.values(), strict=True)
         total = [math.fsum(weight * score for weight, score in zip(weights, row, strict=True)) for row in rows]
-        return RawScores(total, of_term)
+        return RawScores(total, by_term)
 
     def shape(self, total: list[float], texts: Texts) -> list[float]:
-        """Weighted sums as the final scores: normalised, then clipped, then less the penalties.
+        """Return the final scores of weighted sums: normalised, then clipped, then less the penalties.
 
         Args:
             total: of `raw`, for all responses of the step.
@@ -85,12 +121,45 @@ class Scorer:
         ]
 
 
+def overlong_penalty(num_tokens: int, max_tokens: int, buffer: int) -> float:
+    """Penalty of a long response (DAPO, arXiv 2503.14476, eq. 13), in [0, 1].
+
+    Nothing up to max_tokens - buffer tokens, from there linearly up to 1 at max_tokens.
+
+    Args:
+        num_tokens: of the response.
+        max_tokens: the most that a response may have.
+        buffer: the last tokens before it, in which the penalty grows; at least 1.
+    """
+    return min(1.0, max(0.0, (num_tokens - (max_tokens - buffer)) / buffer))
+
+
+def penalty(cfg: RewardSourceConfig, response: str, *, finished: bool, num_tokens: int, max_tokens: int) -> float:
+    """Penalty of one response, 0.0 or more.
+
+    Args:
+        cfg: has the sizes of the penalties.
+        response: its text, without end token and stop string.
+        finished: the model ended it itself, with an end token or a stop string.
+        num_tokens: its length, the end token not counted.
+        max_tokens: the most that a response may have.
+    """
+    total = 0.0 if finished else cfg.missing_eos_penalty
+    if num_tokens < cfg.min_response_length:
+        total += cfg.short_penalty
+    if cfg.overlong_cache:
+        total += overlong_penalty(num_tokens, max_tokens, cfg.overlong_cache)
+    if cfg.repetition_penalty:
+        total += cfg.repetition_penalty * repeated_share(response)
+    return total
+
+
 def wanted_columns(cfg: RewardSourceConfig, *, default: str | None) -> KeptColumns:
-    """The columns of the data that the functions of a configuration name, or all.
+    """Return the columns of the data that the functions of a configuration name, or all.
 
     Args:
         cfg: valid.
-        default: as for `build_scorer`.
+        default: as for `build_reward`.
 
     Raises:
         ConfigError: a function cannot be imported, or its signature is not that of a reward function.
@@ -101,12 +170,7 @@ def wanted_columns(cfg: RewardSourceConfig, *, default: str | None) -> KeptColum
 
 
 def state_warnings(cfg: RewardSourceConfig, *, default: str | None) -> list[str]:
-    """One line for each function of the user's that seems to keep state between calls.
-
-    Args:
-        cfg: valid.
-        default: as for `build_scorer`.
-    """
+    """Return one line for each function of the user that seems to keep state between calls; arguments as above."""
     own = [function for function in _functions(cfg, default) if function.name not in BUILTINS]
     return [line for function in own if (line := state_warning(function.name, function.function)) is not None]
 
@@ -114,19 +178,18 @@ def state_warnings(cfg: RewardSourceConfig, *, default: str | None) -> list[str]
 def check_columns(
     cfg: RewardSourceConfig, columns: Collection[str], *, default: str | None, rows: str = "the data"
 ) -> None:
-    """Before anything is loaded: whether the functions can be called with what the rows have.
+    """Check before anything is loaded that the functions can be called with the columns of the rows.
 
     Args:
         cfg: valid.
-        columns: names of what there is of each row.
-        default: as for `build_scorer`.
-        rows: which rows these are, for messages.
+        columns: names of the available columns.
+        default: as for `build_reward`.
+        rows: name of the rows, for messages.
 
     Raises:
-        ConfigError: a function cannot be imported, or asks for a column that there is not; all that do are named.
+        ConfigError: a function cannot be imported, or needs a column that is missing; all that do are named.
     """
-    functions = _functions(cfg, default)
-    problems = [problem for function in functions if (problem := function.lacks(columns, rows)) is not None]
+    problems = [message for function in _functions(cfg, default) if (message := function.missing_column(columns, rows))]
     if problems:
         raise ConfigError(*problems)
 
@@ -135,10 +198,10 @@ def _functions(cfg: RewardSourceConfig, default: str | None) -> list[RewardFunct
     return [load_function(source, cfg) for _, source in terms_of(cfg, default) if source != MODEL]
 
 
-def build_scorer(
+def build_reward(
     cfg: RewardSourceConfig, model_scores: ModelScores | None, *, default: str | None, max_tokens: int
-) -> Scorer:
-    """The scorer of a configuration.
+) -> CombinedReward:
+    """Build the reward of a configuration.
 
     Args:
         cfg: valid.
@@ -149,25 +212,22 @@ def build_scorer(
     Raises:
         ConfigError: a function cannot be imported, or a model is needed and there is none.
     """
-    terms = []
-    for weight, source in terms_of(cfg, default):
-        if source != MODEL:
-            terms.append((weight, load_function(source, cfg)))
-        elif model_scores is not None:
-            of_model = _named(model_scores)
-            terms.append((weight, RewardFunction(MODEL, of_model, guarded=False)))
-        else:
-            raise ConfigError(
-                f"reward={cfg.config_name} needs a reward model: give task.rm_experiment_dir=<run of task=rm>, "
-                "reward.folder=<folder>, or a function: reward=function reward.path=<name>"
-            )
-    return Scorer(cfg, terms, max_tokens)
 
-
-def _named(model_scores: ModelScores) -> ModelScores:
-    """The same function with the parameter names of a reward function."""
-
-    def scores(prompts: list[str], responses: list[str]) -> list[float]:
+    def model(prompts: list[str], responses: list[str]) -> list[float]:
+        assert model_scores is not None
         return model_scores(prompts, responses)
 
-    return scores
+    terms = terms_of(cfg, default)
+    if model_scores is None and any(source == MODEL for _, source in terms):
+        raise ConfigError(
+            f"reward={cfg.config_name} needs a reward model: give task.rm_experiment_dir=<run of task=rm>, "
+            "reward.folder=<folder>, or a function: reward=function reward.path=<name>"
+        )
+    return CombinedReward(
+        cfg,
+        [
+            (weight, RewardFunction(MODEL, model, guarded=False) if source == MODEL else load_function(source, cfg))
+            for weight, source in terms
+        ],
+        max_tokens,
+    )

@@ -16,8 +16,7 @@ from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.engine.run import Run
 from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.reward.call import Texts
-from sheeprlhf.reward.moments import RunningMoments
-from sheeprlhf.reward.score import RawScores, build_scorer
+from sheeprlhf.reward.score import RawScores, RunningMoments, build_reward
 from sheeprlhf.structure.online import OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.batches import Batches
@@ -81,7 +80,7 @@ class Collector:
         self._stop = StopStrings(cfg.generation.stop_strings, tokenizer)
         self._model_scores: list[float] = []
         given = None if reward is None else lambda *_: self._model_scores
-        self._scorer = build_scorer(
+        self._scorer = build_reward(
             cfg.reward, given, default=cfg.data.rule_reward, max_tokens=cfg.generation.max_new_tokens
         )
         self.tokens = Batches(fabric, cfg.task, packed=packed, targets="response")
@@ -154,9 +153,9 @@ class Collector:
         asked = self._fabric.broadcast(asked)
         if isinstance(asked, RewardError):  # on all ranks: none waits for the others
             raise asked
-        total, of_term = asked
-        if len(of_term) > 1:
-            self.figures = {f"objective/scores/{name}": sum(of) / len(of) for name, of in of_term.items()}
+        total, by_term = asked
+        if len(by_term) > 1:
+            self.figures = {f"objective/scores/{name}": sum(of) / len(of) for name, of in by_term.items()}
         return total if validates else self._scorer.shape(total, self.texts)
 
     def logprobs(self, module: nn.Module, rollout: Rollout, label: str) -> Tensor:
@@ -183,7 +182,7 @@ class Collector:
         """Go on with what `state` gave; nothing is there in a new run."""
         mine = {name.removeprefix("reward_"): value for name, value in saved.items() if name.startswith("reward_")}
         if mine:
-            self._scorer.moments = RunningMoments.from_dict(mine)
+            self._scorer.moments = RunningMoments(**mine)
 
 
 def check_sampler(run: Run, collect: Collector, rollout: Rollout) -> None:

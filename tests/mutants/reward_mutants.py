@@ -5,59 +5,24 @@ from tests.mutants.mutant import Mutant
 _CALL = "sheeprlhf/reward/call.py"
 _CHECKS = "sheeprlhf/structure/reward_checks.py"
 _FUNCTIONS = "sheeprlhf/reward/functions.py"
-_LOAD = "sheeprlhf/reward/load.py"
-_MOMENTS = "sheeprlhf/reward/moments.py"
-_PENALTIES = "sheeprlhf/reward/penalties.py"
+_LOAD = "sheeprlhf/reward/call.py"
+_MOMENTS = "sheeprlhf/reward/score.py"
+_PENALTIES = "sheeprlhf/reward/score.py"
 _SCORE = "sheeprlhf/reward/score.py"
 _OF_CALL = "tests/unit/reward/test_call.py"
 _OF_CHECKS = "tests/unit/structure/test_reward_checks.py"
 _OF_FUNCTIONS = "tests/unit/reward/test_functions.py"
 _OF_SCORE = "tests/unit/reward/test_score.py"
 _OF_SIGNATURE = "tests/unit/reward/test_signature.py"
-_SIGNATURE = "sheeprlhf/reward/signature.py"
+_SIGNATURE = "sheeprlhf/reward/call.py"
 
 MUTANTS = [
-    Mutant(
-        trap="reward: arguments go by place",
-        file=_SIGNATURE,
-        old="of_text = {PROMPTS: prompts, **dict.fromkeys(RESPONSES, responses)}",
-        new="of_text = dict.fromkeys(self.texts, responses) | {name: prompts for name in self.texts[:1]}",
-        tests=f"{_OF_SIGNATURE}::test_arguments_are_bound_by_name",
-    ),
-    Mutant(
-        trap="reward: the running moments are those of one batch",
-        file=_MOMENTS,
-        old="        self.m2 += m2 + apart * apart * self.count * count / total\n",
-        new="        self.m2 += m2\n",
-        tests=f"{_OF_SCORE}::test_running_moments_are_numpys_over_all_batches",
-    ),
-    Mutant(
-        trap="reward: the running moments are those of one batch",
-        file=_MOMENTS,
-        old="        self.mean += apart * count / total\n",
-        new="        self.mean = mean\n",
-        tests=f"{_OF_SCORE}::test_running_moments_are_numpys_over_all_batches",
-    ),
-    Mutant(
-        trap="reward: the running moments are those of one batch",
-        file=_MOMENTS,
-        old='int(saved["count"]), float(saved["mean"]), float(saved["m2"])\n',
-        new='int(saved["count"]), float(saved["mean"]), float(round(saved["m2"], 12))\n',
-        tests=f"{_OF_SCORE}::test_a_resumed_run_has_the_same_bits",
-    ),
     Mutant(
         trap="reward: the standard deviation is that of a sample",
         file=_MOMENTS,
         old="math.sqrt(self.m2 / self.count) if self.count else 0.0\n",
         new="math.sqrt(self.m2 / max(1, self.count - 1)) if self.count else 0.0\n",
         tests=f"{_OF_SCORE}::test_running_moments_are_numpys_over_all_batches",
-    ),
-    Mutant(
-        trap="reward: a long response costs too early, too late or too much",
-        file=_PENALTIES,
-        old="(num_tokens - (max_tokens - cache)) / cache",
-        new="(num_tokens - max_tokens) / cache",
-        tests=f"{_OF_FUNCTIONS}::test_each_penalty",
     ),
     Mutant(
         trap="reward: a long response costs too early, too late or too much",
@@ -90,23 +55,9 @@ MUTANTS = [
     Mutant(
         trap="reward: a cut response is not penalised, or a whole one is",
         file=_PENALTIES,
-        old="    lost = 0.0 if finished else cfg.missing_eos_penalty\n",
-        new="    lost = cfg.missing_eos_penalty if finished else 0.0\n",
-        tests=f"{_OF_FUNCTIONS}::test_each_penalty",
-    ),
-    Mutant(
-        trap="reward: a cut response is not penalised, or a whole one is",
-        file=_PENALTIES,
         old="    if num_tokens < cfg.min_response_length:\n",
         new="    if num_tokens <= cfg.min_response_length:\n",
         tests=f"{_OF_FUNCTIONS}::test_each_penalty",
-    ),
-    Mutant(
-        trap="reward: repetition is not seen",
-        file=_PENALTIES,
-        old="range(len(words) - RUN_LENGTH + 1)",
-        new="range(len(words) - RUN_LENGTH)",
-        tests=f"{_OF_FUNCTIONS}::test_the_share_of_repeated_runs_of_three_words",
     ),
     Mutant(
         trap="reward: the rule of a dataset can be gamed",
@@ -149,13 +100,6 @@ MUTANTS = [
         old="        if len(values) != count:\n",
         new="        if len(values) < count:\n",
         tests=f"{_OF_CALL}::test_what_is_no_list_of_finite_numbers",
-    ),
-    Mutant(
-        trap="reward: a function changes what it is given",
-        file=_SIGNATURE,
-        old="{name: list(of_text[name]) for name in self.texts}",
-        new="{name: of_text[name] for name in self.texts}",
-        tests=f"{_OF_CALL}::test_a_function_gets_the_columns_that_it_takes",
     ),
     Mutant(
         trap="reward: the current directory hides installed modules",

@@ -10,7 +10,7 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import place
-from sheeprlhf.reward.score import RawScores, build_scorer
+from sheeprlhf.reward.score import RawScores, build_reward
 from sheeprlhf.structure.reward import needs_model, terms_of
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.agents import load_reward_tokenizer, load_separate_reward_model
@@ -81,7 +81,7 @@ class Judge:
             SheepError: the reward model cannot be loaded, or a function fails.
         """
         of_model: list[float] = self._scores_of_model(answers) if self.has_model else []
-        scorer = build_scorer(
+        scorer = build_reward(
             self._cfg.reward,
             (lambda *_: of_model) if self.has_model else None,
             default=self._rule,

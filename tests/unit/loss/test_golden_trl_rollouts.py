@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from sheeprlhf.loss.advantage import by_position, group_advantages, kl_estimates, leave_one_out
 from sheeprlhf.loss.ppo import policy_losses, sequence_policy_losses, token_weights
-from sheeprlhf.reward.penalties import overlong_penalty
+from sheeprlhf.reward.score import overlong_penalty
 from tests.support.golden import ROLLOUTS_PATH, golden_rollouts, load_golden
 
 GOLDEN = load_golden(ROLLOUTS_PATH)

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from sheeprlhf.reward import call
-from sheeprlhf.reward.call import RewardFunction, Texts
-from sheeprlhf.reward.load import load_function
-from sheeprlhf.reward.score import build_scorer, check_columns
+from sheeprlhf.reward.call import RewardFunction, Texts, load_function
+from sheeprlhf.reward.score import build_reward, check_columns
 from sheeprlhf.structure.reward import AutoRewardConfig, FunctionRewardConfig, ListRewardConfig
 from sheeprlhf.utils.errors import ConfigError, RewardError, SheepError
 
@@ -217,13 +216,13 @@ def test_a_models_own_errors_pass_and_its_scores_are_checked():
         raise MemoryError("out")
 
     with pytest.raises(MemoryError):
-        build_scorer(AutoRewardConfig(), out_of_memory, default=None, max_tokens=64)(TEXTS)
+        build_reward(AutoRewardConfig(), out_of_memory, default=None, max_tokens=64)(TEXTS)
     with pytest.raises(RewardError, match="reward model returned nan"):
-        build_scorer(AutoRewardConfig(), lambda p, r: [float("nan")] * 3, default=None, max_tokens=64)(TEXTS)
+        build_reward(AutoRewardConfig(), lambda p, r: [float("nan")] * 3, default=None, max_tokens=64)(TEXTS)
 
 
 def test_a_built_in_without_its_column():
-    scorer = build_scorer(FunctionRewardConfig(path="rouge"), None, default=None, max_tokens=64)
+    scorer = build_reward(FunctionRewardConfig(path="rouge"), None, default=None, max_tokens=64)
     needs = "reward rouge needs a column 'reference' of the data; there is none: it is the row's own response"
     with pytest.raises(RewardError, match=needs):
         scorer(TEXTS._replace(columns={}))

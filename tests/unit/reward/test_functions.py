@@ -6,7 +6,8 @@ import math
 import pytest
 
 from sheeprlhf.reward import functions
-from sheeprlhf.reward.penalties import penalty, repeated_share
+from sheeprlhf.reward.functions import repeated_share
+from sheeprlhf.reward.score import penalty
 from sheeprlhf.structure.reward import BUILTINS, AutoRewardConfig
 
 SUMMARIES = {

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from sheeprlhf.reward.call import RewardFunction, Texts
-from sheeprlhf.reward.signature import signature_of
+from sheeprlhf.reward.call import RewardFunction, Texts, signature_of
 from sheeprlhf.utils.errors import ConfigError, RewardError
 
 COLUMNS = {"answer": ["1", "2"], "meta": [{"level": 1}, None], "scale": [7, 8]}
