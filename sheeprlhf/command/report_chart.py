@@ -63,9 +63,9 @@ def _group_of(tag: str) -> str:
         return "Loss"
     if first in ("objective", "best") or tag in ("val/objective", "val/scores", "val/kl"):
         return "Objective"
-    if first == "rewards" or rest.startswith("rewards/") or rest in ("accuracy", "margin"):
+    if first == "rewards" or rest.startswith("rewards/"):
         return "Rewards"
-    names = {"val": "Validation", "time": "Time", "train": "Training", "lr": "Training"}
+    names = {"val": "Validation", "time": "Time", "train": "Training"}
     return names.get(first, first.capitalize() if rest else "Other")
 
 

@@ -36,8 +36,6 @@ _SHOWN = {  # of the numbers of an evaluation; of another one, all
     "frontier": (),
 }
 _VALIDATED = {  # tags of a validation that tell more than its loss
-    "val/accuracy": "accuracy",
-    "val/margin": "margin",
     "val/rewards/accuracies": "accuracy",
     "val/rewards/margins": "margin",
 }

@@ -18,7 +18,7 @@ from sheeprlhf.engine.progress import Progress
 from sheeprlhf.engine.redact import plain_text, redact, redact_text
 from sheeprlhf.engine.rundir import CONFIG_FILE, changed_options, discard_unused
 from sheeprlhf.engine.runlock import RunLock
-from sheeprlhf.engine.signals import SignalFlags, noted_signals
+from sheeprlhf.engine.signals import STOP_SIGNALS, SignalFlags, noted_signals
 from sheeprlhf.structure.registry import CUT_OPTIONS, config_hash, config_to_dict
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import USERS_MISTAKE, ConfigError, Interrupted, NonFiniteError, SheepError
@@ -151,6 +151,20 @@ class Run:
         if self._fabric.is_global_zero:
             raise Interrupted(signum)
         raise SystemExit(0)
+
+    def end_step(
+        self, state: TrainState, module: nn.Module, optimizer: Optimizer, *, save: bool, last: bool = False
+    ) -> None:
+        """All ranks, after each step and its validation: save if asked, at a signal and at the best step, then stop.
+
+        Raises:
+            Interrupted: on rank zero, at a signal to stop, unless this is the last step.
+        """
+        signum = self.stop_signal()
+        if save or signum or state.best_step == state.step:
+            self.save(state, module, optimizer)
+        if signum in STOP_SIGNALS and not last:
+            self.stop(signum)
 
     def close(self) -> None:
         """End the bar and the records."""

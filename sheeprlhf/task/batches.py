@@ -9,10 +9,9 @@ from tqdm import tqdm
 
 from sheeprlhf.data.collate import collate_packed, collate_padded
 from sheeprlhf.data.example import Batch, Example
-from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
+from sheeprlhf.data.prepare import TokenizedSplit
 from sheeprlhf.data.sampler import cut_micro_batches
 from sheeprlhf.engine.step import MicroBatch
-from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -99,8 +98,3 @@ def longest_row(splits: Mapping[str, TokenizedSplit]) -> int:
     """Tokens of the longest sequence that a model sees in any split: a prompt with the longest of its responses."""
     longest = [rows.sizes[:, 0] + rows.sizes[:, 1:].max(axis=1, initial=0) for rows in splits.values() if len(rows)]
     return max(int(of_split.max()) for of_split in longest)
-
-
-def training_split(task: TrainTaskConfig, data: PreparedData) -> str:
-    """Name of the split that a task trains on: the first of its kind that has rows."""
-    return next(name for name in task.train_splits if name in data.splits)

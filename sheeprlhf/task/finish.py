@@ -83,7 +83,7 @@ def _say_peak_memory(fabric: Fabric, run: Run) -> None:
         run.say(f"peak memory {'on the GPU' if on_cuda else 'of this process'}: {size_text(peak)}{planned}")
 
 
-def note_validation(
+def record_validation(
     run: Run, state: TrainState, result: dict[str, float], metric: str = "loss", *, highest: bool = False
 ) -> None:
     """Log a validation, and remember the step if it is the best so far: lowest `metric`, or highest if asked.

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from sheeprlhf.agent.reference import reference_of
 from sheeprlhf.data.prepare import TokenizedSplit
 from sheeprlhf.engine.run import Run
+from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.reward.score import state_warnings
 from sheeprlhf.structure.online import PPOConfig
 from sheeprlhf.task.agents import Agents, load_agents
@@ -21,7 +22,6 @@ from sheeprlhf.task.exchange import TextExchange
 from sheeprlhf.task.finish import report_data
 from sheeprlhf.task.held_out import HeldOut
 from sheeprlhf.task.reward_rows import check_reward_columns, prepare_prompts
-from sheeprlhf.task.start import begin_training
 from sheeprlhf.task.turns import Loop
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
@@ -58,7 +58,7 @@ def load_parts(fabric: Fabric, run: Run) -> Parts:
             f"generation.engine={cfg.generation.engine} draws from torch's generator: a run that is resumed with as "
             "many processes and the same task.token_budget samples the same responses, any other run does not"
         )
-    tokenizer = begin_training(cfg)
+    tokenizer = load_tokenizer(cfg.model)
     data = prepare_prompts(cfg, tokenizer, say=run.say, progress=fabric.is_global_zero)
     report_data(fabric, run, data)
     rows, held_out = data.splits["train"], data.splits.get("validation")

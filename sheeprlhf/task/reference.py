@@ -88,7 +88,7 @@ def check_reference(
     module: nn.Module,
     micro_batches: list[MicroBatch],
     loss_fn: LossFn,
-    at_zero: Callable[[Batch], float],
+    initial_loss: Callable[[Batch], float],
     mode: str,
     precision: str,
     say: Say,
@@ -100,7 +100,7 @@ def check_reference(
         module: the policy, set up.
         micro_batches: this rank's of the first step; the content of each is a batch and its reference.
         loss_fn: the task's.
-        at_zero: the total loss of a batch where policy and reference are equal.
+        initial_loss: returns the total loss of a batch if policy and reference are equal.
         mode: "error" or "warn".
         precision: of the run: 1e-5 nats a token are allowed in float32, else 2e-2; ten times that for the loss.
         say: prints a line for the user.
@@ -116,7 +116,7 @@ def check_reference(
             sums_S = sum_by_response(module(batch).target_N, batch.response_index_N, len(batch.response_lengths))
             apart, tokens = float((sums_S - reference_S).abs().sum()), sum(batch.response_lengths)
             loss = float(loss_fn(module, content).total) / micro.num_items
-            expected = at_zero(batch) / micro.num_items
+            expected = initial_loss(batch) / micro.num_items
     found = gather_objects(fabric, (apart / tokens, abs(loss - expected), expected))
     logprobs_apart, loss_apart, expected = (max(part) for part in zip(*found, strict=True))
     problem = ""
@@ -139,7 +139,7 @@ def check_reference(
         say(f"warning: {problem}")
 
 
-def of_rows(reference: np.ndarray | None, rows: TokenizedSplit, part: list[int]) -> Tensor:
+def reference_logprobs_of(reference: np.ndarray | None, rows: TokenizedSplit, part: list[int]) -> Tensor:
     """(S,) the reference log-probabilities of some rows' responses, as a batch has them; zeros without a reference."""
     there = rows.sizes[part][:, 1:] >= 0
     return torch.zeros(int(there.sum())) if reference is None else torch.from_numpy(reference[part][there])

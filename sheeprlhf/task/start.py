@@ -15,20 +15,10 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import add_lora, load_lora, merge_lora
 from sheeprlhf.structure.commands import shell_word
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.saved import saved_group
 from sheeprlhf.structure.task import RMConfig, TrainTaskConfig
 from sheeprlhf.structure.trained import with_own_tokenizer
 from sheeprlhf.utils.errors import ConfigError
-
-
-def begin_training(cfg: TrainConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the model that is going to train; `task/weights.py` has checked the model.
-
-    Raises:
-        ModelError: the tokenizer cannot be loaded.
-    """
-    return load_tokenizer(cfg.model)
 
 
 def load_of_run(

@@ -20,12 +20,11 @@ from sheeprlhf.data.sampler import RolloutPlan, StepPlan
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.optim import follow_schedule
 from sheeprlhf.engine.run import Run
-from sheeprlhf.engine.signals import STOP_SIGNALS
 from sheeprlhf.engine.step import MicroBatch
 from sheeprlhf.structure.online import OnlineTaskConfig
 from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.collect import Collector, check_sampler
-from sheeprlhf.task.finish import note_validation
+from sheeprlhf.task.finish import record_validation
 from sheeprlhf.task.rollouts import refuse_non_finite
 
 
@@ -124,7 +123,7 @@ class Loop:
                 check_sampler(run, self.collect, turn.rollout)
             began = time.perf_counter()
             yield turn
-            turn.note({"time/update": time.perf_counter() - began, "lr": optimizer.param_groups[0]["lr"]})
+            turn.note({"time/update": time.perf_counter() - began, "train/lr": optimizer.param_groups[0]["lr"]})
             self._end(turn, plan)
 
     def _end(self, turn: Turn, plan: RolloutPlan) -> None:
@@ -145,9 +144,5 @@ class Loop:
         if due(task.log_interval):
             run.log(means, state.step)
         if self._validate is not None and due(task.eval_interval):
-            note_validation(run, state, self._validate(state.step), "objective", highest=True)
-        signum = run.stop_signal()
-        if due(task.save_interval) or signum or state.best_step == state.step:
-            run.save(state, self._learners, self._optimizer)
-        if signum in STOP_SIGNALS and not last:
-            run.stop(signum)
+            record_validation(run, state, self._validate(state.step), "objective", highest=True)
+        run.end_step(state, self._learners, self._optimizer, save=due(task.save_interval), last=last)

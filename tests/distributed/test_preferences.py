@@ -13,7 +13,7 @@ from tests.support.runs import train, train_words, write_pairs
 
 ModelFolder = Callable[..., Path]
 TAGS = {
-    "rm": ("train/loss", "train/grad_norm", "train/accuracy", "train/margin", "val/loss"),
+    "rm": ("train/loss", "train/grad_norm", "train/rewards/accuracies", "train/rewards/margins", "val/loss"),
     "dpo": ("train/loss", "train/grad_norm", "train/rewards/margins", "train/kl/chosen", "val/loss", "val/entropy"),
 }
 

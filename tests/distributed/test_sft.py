@@ -24,8 +24,8 @@ RECORDING = """
 import hashlib, json, os, time
 from pathlib import Path
 import torch
-import sheeprlhf.task.train.sft as sft
-update, done = sft.update, []
+import sheeprlhf.task.loop as loop
+update, done = loop.update, []
 def recording(fabric, module, *rest, **options):
     time.sleep(0.05)
     if not done and "RECORDS" in os.environ:
@@ -40,7 +40,7 @@ def recording(fabric, module, *rest, **options):
         Path(os.environ["RECORDS"], f"{fabric.global_rank}.json").write_text(json.dumps(record))
     done.append(True)
     return result
-sft.update = recording
+loop.update = recording
 """
 
 

@@ -43,7 +43,7 @@ def test_a_run_leaves_what_others_leave(task: str, tmp_path: Path, model_folder:
     assert found["objective/kl"][-1] != 0.0
     assert found["val/perplexity"][0] > 1
     if task == "ppo":
-        assert len(found["val/explained_variance"]) == 6
+        assert len(found["critic/explained_variance"]) == 6
         assert max(found["loss/value"]) > 0
     table = (run_dir / "samples" / "step-24.txt").read_text()
     assert "[prompt]" in table

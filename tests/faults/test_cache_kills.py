@@ -25,10 +25,10 @@ from tests.support.runs import train_words, write_rows
 ModelFolder = Callable[..., Path]
 COLD_EVERY = 10  # rounds; these tokenise in two more processes each
 STOP = """
-import sheeprlhf.task.train.sft as sft
+import sheeprlhf.task.loop as loop
 def prepared(*_):
     raise SystemExit(0)
-sft.report_data = prepared
+loop.report_data = prepared
 """  # in a cold job: it has read what was prepared, and no model loads
 PREPARE = """
 from sheeprlhf.data.prepare import prepare_data

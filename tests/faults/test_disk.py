@@ -14,14 +14,14 @@ from tests.support.runs import result_of, train, train_words, write_rows
 ModelFolder = Callable[..., Path]
 LIMIT = """
 import resource, signal
-import sheeprlhf.task.train.sft as sft
+import sheeprlhf.task.loop as loop
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-update, steps = sft.update, iter(range(1000))
+update, steps = loop.update, iter(range(1000))
 def limited(*words, **options):
     if next(steps) == 5:
         resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))
     return update(*words, **options)
-sft.update = limited
+loop.update = limited
 """
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import GenerationMixin
 
 import sheeprlhf.agent.policy
+import sheeprlhf.task.loop
 import sheeprlhf.task.train.sft
 from sheeprlhf.cli import run
 from tests.support.runs import digests, result_of, train, train_words, write_rows
@@ -52,7 +53,7 @@ BREAK: dict[str, Callable[[pytest.MonkeyPatch, Callable[..., NoReturn]], None]] 
     "optimizer step": lambda patch, fail: patch.setattr(torch.optim.AdamW, "step", fail),
     "evaluation": lambda patch, fail: break_loss(patch, fail, grad=False),
     "generation": lambda patch, fail: patch.setattr(GenerationMixin, "generate", fail),
-    "the rest of the run": lambda patch, fail: patch.setattr(sheeprlhf.task.train.sft, "report_data", fail),
+    "the rest of the run": lambda patch, fail: patch.setattr(sheeprlhf.task.loop, "report_data", fail),
 }
 ADVICE = {
     "loading the model": ["model.finetune_mode=LORA model.dtype=bfloat16"],
@@ -70,14 +71,14 @@ AMOUNT = {cuda_is_full: "20.00 GiB", torch_is_refused: "268435456.00 GiB", numpy
 def stopped(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Path:
     """A run that ran out of memory in its tenth step and left the checkpoints of the fourth and the eighth."""
     folder = tmp_path_factory.mktemp("stopped")
-    update, steps = sheeprlhf.task.train.sft.update, iter(range(24))
+    update, steps = sheeprlhf.task.loop.update, iter(range(24))
 
     def failing(*words: Any, **options: Any) -> Any:
         return cuda_is_full() if next(steps) == 9 else update(*words, **options)
 
     data = write_rows(folder / "rows.jsonl")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sheeprlhf.task.train.sft, "update", failing)
+        patch.setattr(sheeprlhf.task.loop, "update", failing)
         with pytest.raises(SystemExit):
             train(model_folder(), data, folder / "run")
     return folder

@@ -16,15 +16,15 @@ from tests.support.runs import digests, result_of, train_words, write_rows
 ModelFolder = Callable[..., Path]
 PAUSE = """
 import itertools, sys, time
-import sheeprlhf.task.train.sft as sft
-update, steps = sft.update, itertools.count(1)
+import sheeprlhf.task.loop as loop
+update, steps = loop.update, itertools.count(1)
 def pausing(*words, **options):
     step = next(steps)
     if step == {step}:
         print("pausing in step", step, file=sys.stderr, flush=True)
         time.sleep({seconds})
     return update(*words, **options)
-sft.update = pausing
+loop.update = pausing
 """
 HANGING = PAUSE.format(step=2, seconds=60)
 
@@ -90,14 +90,14 @@ os.dup2(terminal, 1)
 os.dup2(terminal, 2)
 os.close(terminal)
 signal.signal(signal.SIGHUP, signal.{disposition})
-import sheeprlhf.task.train.sft as sft
-update, steps = sft.update, iter(range(1, 10**6))
+import sheeprlhf.task.loop as loop
+update, steps = loop.update, iter(range(1, 10**6))
 def closing(*words, **options):
     if next(steps) == 7:
         os.close(master)
         os.kill(os.getpid(), signal.SIGHUP)
     return update(*words, **options)
-sft.update = closing
+loop.update = closing
 """
 
 

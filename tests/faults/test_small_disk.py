@@ -30,15 +30,15 @@ STEP = 64 << 10
 TOO_SMALL = range(-20, 0)  # steps below what two checkpoints need
 ENOUGH = range(1, 4)
 FILLED = """
-import sheeprlhf.task.train.sft as sft
+import sheeprlhf.task.loop as loop
 from pathlib import Path
 from tests.support.mounts import fill
-update, steps = sft.update, iter(range(1000))
+update, steps = loop.update, iter(range(1000))
 def filled(*words, **options):
     if next(steps) == 5:
         fill(Path({folder!r}))
     return update(*words, **options)
-sft.update = filled
+loop.update = filled
 """
 NO_TEMPORARY_FILES = """
 import tempfile

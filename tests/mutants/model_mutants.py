@@ -288,8 +288,8 @@ MUTANTS = [
     Mutant(  # perplexity of the smoothed loss
         trap="label smoothing",
         file=_SFT,
-        old='"validating"), sft_loss)',
-        new='"validating"), loss_fn)',
+        old="loop.validation_batches(batches), sft_loss)",
+        new="loop.validation_batches(batches), loss_fn)",
         tests=f"{_FINISH}::test_label_smoothing_is_of_training_alone",
     ),
     Mutant(  # the model's own generation settings fill what ours leave open

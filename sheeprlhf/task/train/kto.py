@@ -11,29 +11,30 @@ pairs are computed once and kept beside the data.
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sheeprlhf.data.example import Batch
-from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.mismatch import MismatchedSplit
-from sheeprlhf.data.prepare import prepare_data
-from sheeprlhf.data.sampler import StepPlan
-from sheeprlhf.engine.optim import build_optimizer, follow_schedule
 from sheeprlhf.engine.run import open_run
-from sheeprlhf.engine.signals import STOP_SIGNALS
-from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate, update
+from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
 from sheeprlhf.loss.dpo import kto
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import KTOConfig
-from sheeprlhf.task.batches import Batches, longest_row, training_split
-from sheeprlhf.task.finish import finish_run, note_validation, report_data
-from sheeprlhf.task.reference import check_reference, of_rows, reference_logprobs, sum_by_response, weights_digest
+from sheeprlhf.task.batches import Batches
+from sheeprlhf.task.loop import TrainLoop
+from sheeprlhf.task.reference import (
+    check_reference,
+    reference_logprobs,
+    reference_logprobs_of,
+    sum_by_response,
+    weights_digest,
+)
 from sheeprlhf.task.router import say_router_loss_left_out
-from sheeprlhf.task.samples import log_samples
-from sheeprlhf.task.start import begin_training, load_start, with_adapters
+from sheeprlhf.task.start import load_start, with_adapters
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 
@@ -63,16 +64,16 @@ def kto_loss(policy: nn.Module, content: tuple[Batch, Tensor], *, task: KTOConfi
     desirable_S = content[0].desirable_S
     weights = (task.desirable_weight, task.undesirable_weight)
     losses_S = kto(h_S, desirable_S, h_S.new_tensor(kl), task.beta, *weights)
-    told: dict[str, Tensor] = {}
+    metrics: dict[str, Tensor] = {}
     for name, mask_S in (("chosen", desirable_S), ("rejected", ~desirable_S)):
-        told[f"share/{name}"] = mask_S.sum()
-        told[f"rewards/{name}"] = torch.where(mask_S, task.beta * h_S.detach(), 0.0).sum()
-        told[f"logps/{name}"] = torch.where(mask_S, sums_S.detach(), 0.0).sum()
-    return LossOutput(losses_S.sum(), told)
+        metrics[f"share/{name}"] = mask_S.sum()
+        metrics[f"rewards/{name}"] = torch.where(mask_S, task.beta * h_S.detach(), 0.0).sum()
+        metrics[f"logps/{name}"] = torch.where(mask_S, sums_S.detach(), 0.0).sum()
+    return LossOutput(losses_S.sum(), metrics)
 
 
-def loss_at_zero(batch: Batch, *, task: KTOConfig) -> float:
-    """The total loss of a batch whose responses policy and reference like alike, at z0 = 0."""
+def initial_loss(batch: Batch, *, task: KTOConfig) -> float:
+    """Total loss of a batch if policy and reference are equal, at z0 = 0."""
     weight_S = torch.where(batch.desirable_S, task.desirable_weight, task.undesirable_weight)
     return 0.5 * float(weight_S.sum())
 
@@ -84,14 +85,14 @@ def by_label(means: dict[str, float]) -> dict[str, float]:
         means: what `update` or `evaluate` made of `kto_loss`.
     """
     shares = {label: means[f"share/{label}"] for label in ("chosen", "rejected")}
-    told = {name: value for name, value in means.items() if not name.endswith(tuple(shares))}
+    metrics = {name: value for name, value in means.items() if not name.endswith(tuple(shares))}
     for label, share in shares.items():
         if share:
-            told |= {f"{name}/{label}": means[f"{name}/{label}"] / share for name in ("rewards", "logps")}
-    told["share/chosen"] = shares["chosen"]
+            metrics |= {f"{name}/{label}": means[f"{name}/{label}"] / share for name in ("rewards", "logps")}
+    metrics["share/chosen"] = shares["chosen"]
     if all(shares.values()):
-        told["rewards/margins"] = told["rewards/chosen"] - told["rewards/rejected"]
-    return told
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return metrics
 
 
 def weights_warning(num_desirable: int, num_undesirable: int, task: KTOConfig) -> str | None:
@@ -129,85 +130,56 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     task = cfg.task
     assert isinstance(task, KTOConfig)
     with open_run(fabric, cfg, run_dir) as run:
-        tokenizer = begin_training(cfg)
-        data = prepare_data(cfg.data, tokenizer, kind=task.data_kind, say=run.say, progress=fabric.is_global_zero)
-        report_data(fabric, run, data)
-        name = training_split(task, data)
-        rows, held_out = data.splits[name], data.splits.get("validation")
-        num_desirable = int(rows.desirable.sum())
-        warning = weights_warning(num_desirable, len(rows) - num_desirable, task)
+        loop = TrainLoop(fabric, run)
+        num_desirable = int(loop.rows.desirable.sum())
+        warning = weights_warning(num_desirable, len(loop.rows) - num_desirable, task)
         if warning:
             run.say(warning)
-        plan = StepPlan(len(rows), task.mini_batch_size, task.epochs, cfg.seed)
-        num_steps = min(plan.num_steps(), task.max_num_steps or plan.num_steps())
-        num_held_out = None if task.eval_iters is None else task.eval_iters * task.mini_batch_size
-        desirable_first = [] if held_out is None else np.argsort(~held_out.desirable, kind="stable").tolist()
-        shown = desirable_first[: task.num_sample_prompts]
-
-        longest = longest_row(data.splits)
         start = (task.sft_experiment_dir, task.sft_model_name)
-        policy, packed = load_start(cfg.model, *start, tokenizer, longest=longest, batching=task.batching, say=run.say)
+        how: dict[str, Any] = {"longest": loop.longest, "batching": task.batching, "say": run.say}
+        policy, packed = load_start(cfg.model, *start, loop.tokenizer, **how)
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
         key = f"{weights_digest(policy)}-{cfg.fabric.precision}-{packed}"
         policy = with_adapters(policy, cfg.model)
-        optimizer = build_optimizer(cfg.optim, policy, cfg.peak_lr())
-        module, optimizer = fabric.setup(policy, optimizer)
+        module = loop.set_up(policy)
 
-        used = [name, "validation"] if held_out else [name]
-        others = {split: MismatchedSplit(data.folder / f"{split}.arrow", longest) for split in used}
-        if others[name].has_one_prompt:
+        read = {loop.split: loop.plan.rows_until(loop.num_steps)}
+        if loop.held_out:
+            read["validation"] = loop.held_out_rows
+        desirable_first = [] if loop.held_out is None else np.argsort(~loop.held_out.desirable, kind="stable").tolist()
+        others = {split: MismatchedSplit(loop.data.folder / f"{split}.arrow", loop.longest) for split in read}
+        if others[loop.split].has_one_prompt:
             raise DataError("every training row has the same prompt, and KTO compares with responses to other prompts")
-        read = {name: plan.rows_until(num_steps)} | {"validation": np.arange(len(held_out or ()))[:num_held_out]}
-        splits = data.splits | {f"{split}-mismatched": pairs for split, pairs in others.items()}
+        splits = loop.data.splits | {f"{split}-mismatched": pairs for split, pairs in others.items()}
         cut = partial(Batches, fabric, task, packed=packed, targets="response")
 
         def with_reference(split: str, rows: np.ndarray) -> Batches:
-            sums = reference_logprobs(fabric, module, cut(), data._replace(splits=splits), split, key, rows)
-            return cut(num_items=lambda batch: len(batch.row_ids), beside=partial(of_rows, sums))
+            sums = reference_logprobs(fabric, module, cut(), loop.data._replace(splits=splits), split, key, rows)
+            return cut(num_items=lambda batch: len(batch.row_ids), beside=partial(reference_logprobs_of, sums))
 
-        own = {split: with_reference(split, read[split]) for split in used}
-        mismatched = {split: with_reference(f"{split}-mismatched", read[split]) for split in used}
-        torch.manual_seed(cfg.seed + fabric.global_rank)  # weights began alike on all ranks, dropout does not
-        state = run.restore(module, optimizer)
+        own = {split: with_reference(split, rows) for split, rows in read.items()}
+        mismatched = {split: with_reference(f"{split}-mismatched", rows) for split, rows in read.items()}
 
-        def load(step: int) -> tuple[list[MicroBatch], list[MicroBatch]]:
-            of_step = plan.rows_of_step(step)
-            return mismatched[name].of(others[name], of_step), own[name].of(rows, of_step)
+        def load(rows: np.ndarray) -> tuple[list[MicroBatch], list[MicroBatch]]:
+            return mismatched[loop.split].of(others[loop.split], rows), own[loop.split].of(loop.rows, rows)
 
-        if task.self_check != "off" and state.step == 0:
-            how = (task.self_check, cfg.fabric.precision, run.say)
-            first_mismatched, first = load(0)
-            check_reference(fabric, module, first_mismatched, mismatched_loss, lambda batch: 0.0, *how)
-            check_reference(
-                fabric, module, first, partial(kto_loss, task=task, kl=0.0), partial(loss_at_zero, task=task), *how
-            )
-        take_step = partial(update, max_grad_norm=task.gradient_clip_val, skip=run.skip_step)
-        steps = range(state.step, num_steps)
-        loaded = load_ahead(load, steps, task.num_workers)
-        run.begin_progress(state, num_steps)
-        for step, (mismatched_batches, micro_batches) in zip(steps, loaded, strict=True):
-            lr = follow_schedule(optimizer, cfg.optim, step, warmup=task.lr_warmup_steps, total=num_steps)
+        loop.begin(load)
+        if task.self_check != "off" and loop.state.step == 0:
+            how = {"mode": task.self_check, "precision": cfg.fabric.precision, "say": run.say}
+            mismatched_batches, batches = load(loop.plan.rows_of_step(0))
+            check_reference(fabric, module, mismatched_batches, mismatched_loss, lambda batch: 0.0, **how)
+            loss_fn = partial(kto_loss, task=task, kl=0.0)
+            check_reference(fabric, module, batches, loss_fn, partial(initial_loss, task=task), **how)
+        for step in loop:
+            mismatched_batches, batches = step.batches
             kl = estimate_kl(fabric, module, mismatched_batches)
-            loss_fn = partial(kto_loss, task=task, kl=kl)
-            metrics = take_step(fabric, module, optimizer, micro_batches, loss_fn)
-            metrics = by_label(metrics) | {"kl": kl}
-            state.step, last = step + 1, step + 1 == num_steps
-            state.items_seen += int(metrics["items"])
-            num_tokens = rows.lengths[plan.rows_of_step(step)].sum()
-            run.show_progress(state, num_steps, f"loss {metrics['loss']:.4f}", num_tokens)
-
-            if last or state.step % task.log_interval == 0:
-                run.log({f"train/{name}": value for name, value in metrics.items()} | {"train/lr": lr}, state.step)
-            if held_out and (last or state.step % task.eval_interval == 0):
-                pairs = mismatched["validation"].first(others["validation"], num_held_out, "estimating the KL")
+            metrics = step.update(partial(kto_loss, task=task, kl=kl), batches)
+            step.metrics = by_label(metrics) | {"kl": kl}
+            if step.validates:
+                pairs = loop.validation_batches(mismatched["validation"], others["validation"])
                 kl = estimate_kl(fabric, module, pairs)
-                validated = own["validation"].first(held_out, num_held_out, "validating")
-                result = evaluate(fabric, module, validated, partial(kto_loss, task=task, kl=kl))
-                note_validation(run, state, by_label(result) | {"kl": kl})
-                log_samples(fabric, run, policy, tokenizer, held_out.examples(shown), cfg.generation, state.step)
-            signum = run.stop_signal()
-            if last or signum or state.step % task.save_interval == 0 or state.best_step == state.step:
-                run.save(state, module, optimizer)
-            if signum in STOP_SIGNALS and not last:
-                run.stop(signum)
-        finish_run(fabric, run, policy, tokenizer, state)
+                held_out = loop.validation_batches(own["validation"])
+                result = evaluate(fabric, module, held_out, partial(kto_loss, task=task, kl=kl))
+                step.record(by_label(result) | {"kl": kl})
+                loop.log_samples(policy, desirable_first)
+        loop.finish(policy)

@@ -184,7 +184,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                     "objective/kl_coeff": kl_coeff,
                     "objective/non_score_reward": -kl_coeff * kl,
                     "objective/rlhf_reward": turn.figures["objective/scores"] - kl_coeff * kl,
-                    "val/explained_variance": ppo.explained_variance(values_N, rollout.flat("returns")),
+                    "critic/explained_variance": ppo.explained_variance(values_N, rollout.flat("returns")),
                 }
             )
             if task.adaptive_kl_coeff:

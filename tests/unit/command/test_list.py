@@ -177,11 +177,11 @@ HEAD = "step,tag,value,wall_time\n"
 @pytest.mark.parametrize(
     ("rows", "shown"),
     [
-        ("2,val/accuracy,0.5,1\n4,val/accuracy,0.875,1\n4,val/margin,1.25,1\n", ["accuracy 0.875", "margin 1.25"]),
+        ("2,val/rewards/accuracies,0.5,1\n4,val/rewards/accuracies,0.875,1\n", ["accuracy 0.875"]),
         ("4,val/rewards/margins,0.03125,1\n4,val/rewards/accuracies,1.0,1\n", ["margin 0.03125", "accuracy 1"]),
-        ("4,val/accuracy,nan,1\n4,val/margin,high,1\n4,val/loss,1,1\n4,val/accuracy\n", []),
-        ("4,train/accuracy,0.5,1\n", []),
-        ("4,val/accuracy,0.5", []),  # cut off
+        ("4,val/rewards/accuracies,nan,1\n4,val/rewards/margins,high,1\n4,val/loss,1,1\n4,val/loss\n", []),
+        ("4,train/rewards/accuracies,0.5,1\n", []),
+        ("4,val/rewards/accuracies,0.5", []),  # cut off
     ],
 )
 def test_a_run_on_pairs_shows_what_its_last_validation_told(rows, shown, tmp_path):
@@ -192,7 +192,7 @@ def test_a_run_on_pairs_shows_what_its_last_validation_told(rows, shown, tmp_pat
 
 def test_of_pairs_and_of_rewards_the_figures_that_tell_most_are_shown(tmp_path):
     folder = make_run(tmp_path, task="rm", status="finished", step=4)
-    (folder / "metrics.csv").write_text(HEAD + "4,val/accuracy,0.5,1\n")
+    (folder / "metrics.csv").write_text(HEAD + "4,val/rewards/accuracies,0.5,1\n")
     write_result(folder, "a", task="preference", loss=0.1, accuracy=0.875, margin=1.5, score_chosen=0.0)
     assert told(folder).results == ["accuracy 0.875", "margin 1.5"]
     policy = make_run(tmp_path, 2, task="ppo", status="finished", step=4)

@@ -85,7 +85,6 @@ def test_tags_are_grouped_what_tells_most_first():
         "objective/kl",
         "train/loss",
         "val/rewards/margins",
-        "lr",
         "val/kl",
     ]
     assert [(group.title, group.tags, group.open) for group in group_tags(tags)] == [
@@ -93,7 +92,7 @@ def test_tags_are_grouped_what_tells_most_first():
         ("Objective", ["objective/kl", "val/kl"], True),
         ("Rewards", ["rewards/mean", "val/rewards/margins"], True),
         ("Validation", ["val/length"], False),
-        ("Training", ["train/lr", "lr"], False),
+        ("Training", ["train/lr"], False),
     ]
 
 

@@ -21,7 +21,7 @@ from sheeprlhf.structure.reward import FunctionRewardConfig, ListRewardConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import DPOConfig, SFTConfig
 from sheeprlhf.task import finish
-from sheeprlhf.task.finish import evaluation_of, finish_run, note_validation
+from sheeprlhf.task.finish import evaluation_of, finish_run, record_validation
 from sheeprlhf.utils.errors import ModelError
 from tests.support.runs import train, write_pairs, write_rows
 
@@ -37,7 +37,7 @@ def test_the_lowest_validation_loss_is_the_best(tmp_path: Path) -> None:
         for step, loss in enumerate((odd, 3.0, 1.0, 2.0, odd, 1.0), start=1):
             state.step = step
             result = {"loss": loss if loss is odd else sign * loss}
-            note_validation(silent_run(tmp_path), state, result, highest=sign < 0)
+            record_validation(silent_run(tmp_path), state, result, highest=sign < 0)
         assert (state.best_step, state.best_metric) == (3, sign * 1.0)
 
 

@@ -23,7 +23,7 @@ from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.task import KTOConfig
 from sheeprlhf.task.batches import Batches, longest_row
-from sheeprlhf.task.reference import of_rows, reference_logprobs
+from sheeprlhf.task.reference import reference_logprobs, reference_logprobs_of
 from sheeprlhf.task.train.kto import by_label, estimate_kl, kto_loss, weights_warning
 from sheeprlhf.utils.errors import DataError
 from tests.unit.data.toy import local, prepare
@@ -152,7 +152,7 @@ def by_the_task(models: Models, data: PreparedData, *, packed: bool, **options: 
         everything = np.arange(len(splits[name]))
         of_split = (data._replace(splits=splits), name, f"{id(models)}", everything)
         sums = reference_logprobs(fabric, reference, cut(), *of_split)
-        batches[name] = cut(num_items=lambda batch: len(batch.row_ids), beside=partial(of_rows, sums))
+        batches[name] = cut(num_items=lambda batch: len(batch.row_ids), beside=partial(reference_logprobs_of, sums))
     policy = as_policy(models.folder, models.policy)
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     module, optimizer = fabric.setup(policy, torch.optim.SGD(policy.parameters(), lr=1.0))
