@@ -76,7 +76,7 @@ def test_perplexity_equals_a_plain_loop_for_any_batching(tmp_path: Path, model_f
     validated = csv_values(run_dir)
     assert_close(validated["val/nll", 2], total / count, rtol=0, atol=1e-6)
     assert_close(validated["val/perplexity", 2], math.exp(total / count), rtol=1e-6, atol=0)
-    for words in ([], ["task.token_budget=40"], ["task.batching=padded", "task.mini_batch_size=7"]):
+    for words in (["task.token_budget=40"], ["task.batching=padded", "task.mini_batch_size=7"]):
         run(["eval", "task=perplexity", f"experiment_dir={run_dir}", *words])
         result = json.loads((run_dir / "eval" / "perplexity-test-final.json").read_text())
         assert result["tokens"] == count
@@ -171,12 +171,3 @@ def test_a_refused_start_leaves_nothing_and_a_refused_resume_everything(
         train(*words, "resume=true")
     assert digests(run_dir) == before
     assert "nothing was begun" not in capsys.readouterr().err
-
-
-def test_dry_run_is_two_steps_of_everything(tmp_path: Path) -> None:
-    """On the defaults: the embedded model and data."""
-    run(["train", "task=sft", "dry_run=true", f"hydra.run.dir={tmp_path / 'run'}"])
-    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
-    assert max(step for _, step in csv_values(tmp_path / "run")) == 2
-    run(["eval", "task=perplexity", f"experiment_dir={tmp_path / 'run'}", "dry_run=true"])
-    assert (tmp_path / "run" / "eval" / "perplexity-test-final.json").is_file()

@@ -90,21 +90,11 @@ def test_damage_is_named_and_the_checkpoint_before_is_loaded(trials: int | None,
 
 
 MISMATCHES = {  # an override, and how the message tells it
-    "model.lora_cfg.rank=8": "model.lora_cfg.rank was 4 and is 8",
-    "model.lora_cfg.alpha=99": "model.lora_cfg.alpha was",
-    "model.lora_cfg.targets=[q_proj]": "model.lora_cfg.targets was",
-    "model.finetune_mode=ALL": "model.finetune_mode was LORA and is ALL",
-    "model=gpt2": "model.config_name was tiny and is gpt2",
-    "model.dtype=bfloat16": "model.dtype was float32 and is bfloat16",
+    "model.lora_cfg.targets=[q_proj]": "model.lora_cfg.targets",
+    "model=gpt2": "model.config_name",
     "fabric.precision=bf16-mixed": "fabric.precision was 32-true and is bf16-mixed",
-    "data.max_length=100": "data.max_length was 128 and is 100",
-    "data.validation_split=0.2": "data.validation_split was",
     "optim.lr=3e-4": "optim.lr was None and is 0.0003",
-    "optim=sgd": "optim.config_name was adamw and is sgd",
-    "seed=9": "seed was 42 and is 9",
-    "task.mini_batch_size=4": "task.mini_batch_size was",
     "task.gradient_clip_val=null": "task.gradient_clip_val was 1.0 and is None",
-    "task.label_smoothing=0.1": "task.label_smoothing was 0.0 and is 0.1",
 }
 
 

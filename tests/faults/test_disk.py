@@ -25,15 +25,12 @@ loop.update = limited
 """
 
 
-@pytest.mark.parametrize("size", [4096, 60_000])
-def test_a_full_disk_leaves_the_last_checkpoint(
-    size: int, server: JobServer, tmp_path: Path, model_folder: ModelFolder
-) -> None:
-    """A file may not grow beyond `size` from the sixth step on: the save at the next one fails."""
+def test_a_full_disk_leaves_the_last_checkpoint(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
+    """A file may not grow beyond 60,000 bytes from the sixth step on: the save at the next one fails."""
     data, model = write_rows(tmp_path / "rows.jsonl"), model_folder()
     run_dir = tmp_path / "run"
     words = train_words(model, data, run_dir)
-    job = server.start(words, tmp_path / "log", LIMIT.format(size=size))
+    job = server.start(words, tmp_path / "log", LIMIT.format(size=60_000))
     assert job.wait() == 1, job.text()
     text = job.text()
     assert f"cannot write {run_dir / 'checkpoints' / 'step-8'}" in text
@@ -57,7 +54,7 @@ def test_records_that_find_no_room_are_named(server: JobServer, tmp_path: Path, 
     assert "Traceback" not in text and not (run_dir / "error.log").exists()
 
 
-@pytest.mark.parametrize("name", ["with spaces", "h\u00e9llo \u7f8a", "a=b", "a,b", "it's", "x" * 200])
+@pytest.mark.parametrize("name", ["it's a=b, h\u00e9llo \u7f8a", "x" * 200])
 def test_odd_names_of_run_directories(name: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     data = write_rows(tmp_path / "rows.jsonl", 12)
     quoted = "'" + name.replace("'", "\\'") + "'"

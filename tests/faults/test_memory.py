@@ -18,7 +18,7 @@ import sheeprlhf.agent.policy
 import sheeprlhf.task.loop
 import sheeprlhf.task.train.sft
 from sheeprlhf.cli import run
-from tests.support.runs import digests, result_of, train, train_words, write_rows
+from tests.support.runs import digests, train, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
 
@@ -50,19 +50,15 @@ BREAK: dict[str, Callable[[pytest.MonkeyPatch, Callable[..., NoReturn]], None]] 
     "loading the model": lambda patch, fail: patch.setattr(sheeprlhf.agent.policy, "load_causal_lm", fail),
     "forward pass": lambda patch, fail: break_loss(patch, fail, grad=True),
     "backward pass": lambda patch, fail: patch.setattr(Fabric, "backward", fail),
-    "optimizer step": lambda patch, fail: patch.setattr(torch.optim.AdamW, "step", fail),
     "evaluation": lambda patch, fail: break_loss(patch, fail, grad=False),
     "generation": lambda patch, fail: patch.setattr(GenerationMixin, "generate", fail),
-    "the rest of the run": lambda patch, fail: patch.setattr(sheeprlhf.task.loop, "report_data", fail),
 }
 ADVICE = {
     "loading the model": ["model.finetune_mode=LORA model.dtype=bfloat16"],
     "forward pass": ["task.micro_batch_size=1", "model.gradient_checkpointing=true", "fabric.precision=bf16-mixed"],
     "backward pass": ["task.micro_batch_size=1", "model.gradient_checkpointing=true", "model.finetune_mode=LORA"],
-    "optimizer step": ["model.finetune_mode=LORA"],
     "evaluation": ["task.micro_batch_size=1"],
     "generation": ["generation.max_new_tokens=2", "task.num_sample_prompts=0"],
-    "the rest of the run": ["model.finetune_mode=LORA"],
 }
 AMOUNT = {cuda_is_full: "20.00 GiB", torch_is_refused: "268435456.00 GiB", numpy_is_refused: "256. PiB"}
 
@@ -136,14 +132,6 @@ def test_the_run_goes_on_with_what_was_advised(
     expected = load_file(whole / "final" / "model.safetensors")
     for name, tensor in load_file(tmp_path / "run" / "final" / "model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_run_goes_on_as_if_nothing_had_been(
-    words: list[str], stopped: Path, tmp_path: Path, model_folder: ModelFolder
-) -> None:
-    run(words)
-    assert result_of(tmp_path / "run") == result_of(train(model_folder(), stopped / "rows.jsonl", tmp_path / "whole"))
 
 
 def test_in_an_evaluation(

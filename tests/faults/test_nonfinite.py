@@ -235,21 +235,6 @@ def test_a_kind_ends_the_run(
     assert json.loads((run_dir / "run.json").read_text())["status"] == "running"
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_after_it_ended(
-    tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What was at fault is gone: the same bytes as if it had never been."""
-    data, model, kind = write_rows(tmp_path / "rows.jsonl"), model_folder(), KINDS["sft: loss NaN"]
-    whole = train(model, data, tmp_path / "whole", *SAVES)
-    with monkeypatch.context() as patch:
-        kind.install(patch, kind.spoil)
-        with pytest.raises(SystemExit):
-            train(model, data, tmp_path / "run", *SAVES)
-    train(model, data, tmp_path / "run", *SAVES, "resume=true")
-    assert result_of(tmp_path / "run") == result_of(whole)
-
-
 def skipped_of(run_dir: Path) -> dict[int, float]:
     """By step, how many steps had been left out."""
     with (run_dir / "metrics.csv").open() as file:

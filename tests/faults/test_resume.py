@@ -1,7 +1,7 @@
 """A run stopped at any step and resumed ends in the same bytes as one that was never stopped."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ VARIANTS = {
 }
 
 PLAIN = ("full", "ppo, lora")
+NIGHTLY = ("lora with dropout", "reward model", "preferences", "rloo", "labels")
 KL = ",objective/kl_coeff,"
 
 
@@ -49,7 +50,7 @@ def without_time(path: Path) -> list[str]:
     return [line.rsplit(",", 1)[0] for line in path.read_text().splitlines() if ",time/" not in line]
 
 
-def check_resume_at(steps: range, variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+def check_resume_at(steps: Iterable[int], variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     task, options = VARIANTS[variant]
     data = WRITERS[task](tmp_path / "rows.jsonl")
     words = [*options, "task.save_interval=1", "task.keep_checkpoints=99"]
@@ -70,10 +71,10 @@ def check_resume_at(steps: range, variant: str, tmp_path: Path, model_folder: Mo
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param(variant, marks=() if variant in PLAIN else pytest.mark.slow) for variant in VARIANTS]
+    "variant", [pytest.param(v, marks=() if v in PLAIN else pytest.mark.slow) for v in VARIANTS if v not in NIGHTLY]
 )
 def test_resume_at_chosen_steps_is_bit_identical(variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
-    check_resume_at(range(5, 24, 9), variant, tmp_path, model_folder)
+    check_resume_at((14,), variant, tmp_path, model_folder)
 
 
 @pytest.mark.nightly

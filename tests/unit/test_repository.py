@@ -78,9 +78,8 @@ def _trust(node: ast.AST) -> Iterator[str]:
             yield "trust_remote_code=True"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
-def test_a_file_is_short_and_runs_nothing_of_strangers(path: Path) -> None:
-    assert list(offences(ast.parse(path.read_text()))) == []
+def test_no_file_runs_untrusted_code() -> None:
+    assert [(path, found) for path in FILES for found in offences(ast.parse(path.read_text()))] == []
 
 
 @pytest.mark.parametrize(
