@@ -83,7 +83,7 @@ def test_what_reads_responses_is_refused(
         assert f"reward rouge needs a column 'reference' of the {split} rows; there is prompt: it is the row's" in told
     data = files(tmp_path / "0", False, True)
     told = refused(words(model, data, tmp_path / "ptx", *LENGTH, "task.ptx_coeff=0.5", task="ppo"), capsys)
-    assert "task.ptx_coeff=0.5 learns from the dataset's own responses, and 16 of 16 training rows have none" in told
+    assert "task.ptx_coeff=0.5" in told
 
 
 def test_the_best_of_n_of_prompts(tmp_path: Path, model_folder: ModelFolder) -> None:

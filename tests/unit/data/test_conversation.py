@@ -213,9 +213,9 @@ def test_arguments_of_the_template() -> None:
     assert render_chat(tokenizer, [USER], args, ask=True) == prompt
     asked = Asker(FORMS["template"], tokenizer, args).example([Turn("user", "ask")])
     assert tokenizer.decode(asked.prompt_ids) == prompt
-    with pytest.raises(DataError, match="does not read enable_thinkin; it reads enable_thinking"):
+    with pytest.raises(DataError, match=r"enable_thinkin.*enable_thinking"):
         run({"messages": [USER, ANSWER]}, template=CHAT, template_args={"enable_thinkin": False})
-    with pytest.raises(DataError, match=r"data.template_args .* has none"):
+    with pytest.raises(DataError, match=r"data\.template_args"):
         RowTokenizer(LocalDataConfig(template_args=args), byte_tokenizer(), "sft")
     thought = {"messages": [USER, ANSWER | {"reasoning_content": "hm"}]}
     with pytest.raises(DataError, match=r"data\.template_args"):
@@ -384,7 +384,7 @@ def test_what_is_not_used_is_reported(tmp_path: Path) -> None:
 def test_columns_of_other_names_stand_beside_messages(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(template=TEMPLATE)
     rows = [{"messages": [USER, ANSWER], "system_prompt": "Be brief.", "ranks": [1]}]
-    with pytest.raises(DataError, match=r"data.columns=\{system: system_prompt\}"):
+    with pytest.raises(DataError, match=r"data\.columns"):
         prepare(local(tmp_path, rows), tokenizer)
     prepared = prepare(local(tmp_path, rows, columns={"system": "system_prompt"}), tokenizer)
     assert texts(prepared, tokenizer) == [(SYSTEM, f"yes{END}")]

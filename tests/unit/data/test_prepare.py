@@ -131,7 +131,7 @@ def test_one_row_is_enough_and_the_empty_split_is_named(tmp_path: Path) -> None:
 
 def test_nothing_left_shows_the_reasons_and_leaves_no_folder(tmp_path: Path) -> None:
     cfg = local(tmp_path, rows(5), minimum_response_length=100)
-    with pytest.raises(DataError, match=r"left of 5: 5 too short \(lower data.minimum_response_length=100\)"):
+    with pytest.raises(DataError, match=r"data\.minimum_response_length=100"):
         prepare(cfg, byte_tokenizer())
     assert not [path for path in (tmp_path / "cache" / "data").iterdir() if not path.name.endswith(".lock")]
 
@@ -369,7 +369,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
 
     cfg = local(tmp_path, rows(1))
     monkeypatch.setattr(Path, "open", refuse)  # root may read everything
-    with pytest.raises(DataError, match=r"rows.jsonl cannot be read: Permission denied; mend it or give another file"):
+    with pytest.raises(DataError, match=r"rows\.jsonl"):
         prepare(cfg, byte_tokenizer())
 
 
@@ -377,7 +377,7 @@ def test_a_split_that_a_task_needs_must_have_rows(tmp_path: Path) -> None:
     data = [{"prompt": f"p {i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
     cfg = local(tmp_path, data, reward_model_split=1.0)
     assert list(prepare(cfg, byte_tokenizer(), "preference").splits) == ["reward"]
-    with pytest.raises(DataError, match=r"left of 20: 20 to the reward split \(lower data.reward_model_split\)"):
+    with pytest.raises(DataError, match=r"data\.reward_model_split"):
         prepare(cfg, byte_tokenizer())
 
 

@@ -74,7 +74,7 @@ def test_a_text_among_prompts_is_noted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["preference", "unpaired", "prompts"])
 def test_other_tasks_refuse_texts(kind: str, tmp_path: Path) -> None:
     for name in ("text", "txt"):
-        with pytest.raises(DataError, match=r"line 1: column 'text' alone .* only task=sft") as refused:
+        with pytest.raises(DataError, match="task=sft") as refused:
             prepare(local(tmp_path, train_file=files(tmp_path)[name]), byte_tokenizer(), kind)
         assert ("'data.columns={prompt: text}'" in str(refused.value)) is (kind == "prompts")
     prepared = prepare(
@@ -89,7 +89,7 @@ def test_text_files_of_a_folder(tmp_path: Path) -> None:
     files(folder)
     prepared = prepare(local(tmp_path, train_file=str(folder)), byte_tokenizer())
     assert prepared.report["splits"]["train"]["read"] == 6
-    assert "files that are not read: 1 (c.txt)" in prepared.report["notes"]
+    assert "c.txt" in prepared.report["notes"]
     for name in ("a.jsonl", "b.jsonl"):
         (folder / name).unlink()
     assert prepare(local(tmp_path, train_file=str(folder)), byte_tokenizer()).report["splits"]["train"]["read"] == 3

@@ -103,7 +103,7 @@ def test_a_damaged_run_file_is_named_and_its_fix_works(cfg, capsys):
         with pytest.raises(RecordError, match=f"hydra.run.dir={folder}"):
             choose_run_dir(changed(cfg, resume_from=str(folder)), "h")
     (folder / "run.json").write_text(lacking)
-    with pytest.raises(RecordError, match="field config_hash is missing"):
+    with pytest.raises(RecordError, match="config_hash"):
         choose_run_dir(changed(cfg, resume_from=str(folder)), "h")
     (folder / "run.json").unlink()
     assert choose_run_dir(cfg, "h", given=str(folder)).dir == folder
@@ -134,7 +134,7 @@ def test_resume_from(cfg):
 def test_the_user_s_own_directory(cfg, tmp_path):
     given = str(tmp_path / "mine")
     assert choose_run_dir(cfg, "h", given=given) == (tmp_path / "mine", False, f"run directory: {tmp_path / 'mine'}")
-    with pytest.raises(ConfigError, match=r"hydra\.run\.dir=.* holds a run already"):
+    with pytest.raises(ConfigError, match=r"hydra\.run\.dir"):
         choose_run_dir(cfg, "h", given=given)
     assert choose_run_dir(changed(cfg, resume=True), "h", given=given).resumed
     with pytest.raises(ConfigError, match="another configuration"):

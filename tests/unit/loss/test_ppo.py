@@ -175,5 +175,5 @@ def test_a_weight_does_not_depend_on_the_company(aggregation: str) -> None:
 
 
 def test_an_unknown_aggregation_is_refused() -> None:
-    with pytest.raises(ValueError, match="'mean' is none of token, sequence, constant"):
+    with pytest.raises(ValueError, match="'mean'"):
         token_weights([1], "mean", max_length=1)

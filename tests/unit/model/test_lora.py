@@ -143,7 +143,7 @@ def test_pickled_adapters_are_converted_once_without_running_code(
         assert torch.equal(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
     assert len(said) == 1 and str(folder) in said[0]
     torch.save({"base_model.model.x.lora_A.weight": Payload(tmp_path / "ran")}, pickled)
-    with pytest.raises(ModelError, match=r"adapter_model\.bin: it asks for .*never run"):
+    with pytest.raises(ModelError, match=r"adapter_model\.bin"):
         load_lora(loaded(model_folder("gpt2")), folder)
     assert not (tmp_path / "ran").exists()
 

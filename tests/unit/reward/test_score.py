@@ -51,7 +51,7 @@ def test_each_source():
 
 
 def test_a_model_that_is_needed_and_missing():
-    with pytest.raises(ConfigError, match=r"reward=auto needs a reward model: give task.rm_experiment_dir"):
+    with pytest.raises(ConfigError, match=r"task\.rm_experiment_dir"):
         build_reward(AutoRewardConfig(), None, default=None, max_tokens=64)
     build_reward(AutoRewardConfig(), None, default="imperative", max_tokens=64)
 

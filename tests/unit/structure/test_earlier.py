@@ -108,7 +108,7 @@ def test_a_resumed_run_keeps_its_start(way: str, tmp_path: Path) -> None:
 def test_none_found_is_told_with_the_command_to_run(tmp_path: Path) -> None:
     unresolved = with_start(newest(tmp_path, "model=gpt2", "model.repo_name=me/mine"), None)
     [problem] = start_problems(unresolved)
-    assert "`python sheeprlhf.py train task=sft model=gpt2 model.repo_name=me/mine data=docstrings`" in problem
+    assert "model.repo_name=me/mine" in problem
 
 
 def test_a_task_without_the_option_is_left_alone(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_run_of_another_kind_is_answered_with_what_would_do(tmp_path):
     of_rm, of_sft = make_run(tmp_path / "rm", "rm"), make_run(tmp_path / "sft")
     assert "trains a reward model" in problems(of_rm)
     assert "--reward" in problems(of_rm)
-    assert "give a run of task=rm" in problems(of_sft, wanted=REWARD_MODEL)
+    assert "task=rm" in problems(of_sft, wanted=REWARD_MODEL)
     assert "trains a dataset" in problems(make_run(tmp_path / "best", "best_of_n"), wanted=None)
 
 
