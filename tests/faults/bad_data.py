@@ -50,12 +50,7 @@ FILES = {  # nothing, or not what the file's name says
         one("jsonl", partial(long_line, LINE + b'{"prompt": "'), "@ line 2: "),
         one("csv", partial(long_line, b"prompt,response\na,"), "@ line 2: "),
         one("csv", long_quote, "@ line 3: malformed csv", note="quote"),
-        one(
-            "json",
-            partial(long_text, "json"),
-            "@ item 2: column 'response'",
-            "make several",
-        ),
+        one("json", partial(long_text, "json"), "@ item 2: column 'response'", "make several"),
         one("parquet", partial(long_text, "parquet"), "@ row 2: column 'response'"),
     ],
     "CRLF": text_files(lambda data: data.replace(b"\r", b"").replace(b"\n", b"\r\n"), counts={"kept": 2}),
@@ -83,12 +78,7 @@ FILES = {  # nothing, or not what the file's name says
         one("jsonl", LINE + b"1" * 5000, "@ line 2: ", note="long number"),
         one("jsonl", b"[1]\n", "@ line 1: ", note="array"),
         one("jsonl", json.dumps([GOOD], indent=1).encode(), "@ line 1: ", note="lines"),
-        one(
-            "json",
-            b'[{"prompt": "p",\n"a": 1},\n oops]',
-            "@ item 2: malformed JSON",
-            "mend it",
-        ),
+        one("json", b'[{"prompt": "p",\n"a": 1},\n oops]', "@ item 2: malformed JSON", "mend it"),
         one("json", b"[{}, 3]", "@ item 2: ", note="number"),
         one("json", b"[{} {}]", "@ item 2: malformed JSON", note="no comma"),
         one("json", b"[{}, {}]\n]", "@ item 3: malformed JSON", note="more"),
@@ -119,11 +109,7 @@ COLUMNS = {  # rows that lack what is needed, or have another type in its place
         *each([{"prompt": "p", "chosen": "c"}], "@: chosen and rejected go together", ADD, note="half a pair"),
     ],
     "misnamed column": [
-        *each(
-            [{"prompts": "p", "response": "r"}],
-            "@: column 'prompt'",
-            "{prompt: prompts}",
-        ),
+        *each([{"prompts": "p", "response": "r"}], "@: column 'prompt'", "{prompt: prompts}"),
         *each(
             [{"prompt": "p", "Completion": "r"}],
             "it has prompt, Completion; give",
@@ -131,12 +117,7 @@ COLUMNS = {  # rows that lack what is needed, or have another type in its place
             note="TRL",
         ),
         *each([{"question": "p", "reply": "r"}], "{prompt: question, response: reply}", note="both"),
-        *each(
-            [PAIR | {"chosen": None, "prefered": "c"}],
-            "{chosen: prefered}",
-            task="preference",
-            formats=NO_CSV,
-        ),
+        *each([PAIR | {"chosen": None, "prefered": "c"}], "{chosen: prefered}", task="preference", formats=NO_CSV),
         *each([{"a\x1b[2J\n" + "b" * 50: "p", "response": "r"}], r"'a\x1b[2J\nbbb", "b'...; add", note="name"),
     ],
     "null": [
@@ -144,11 +125,7 @@ COLUMNS = {  # rows that lack what is needed, or have another type in its place
         *each([GOOD, GOOD | {"response": None}], "@: a row has prompt and", f"it has prompt; {ADD}", formats=NO_CSV),
     ],
     "number for text": [
-        *each(
-            [GOOD, {"prompt": 3.5, "response": "r"}],
-            "@: column 'prompt'",
-            formats=JSONS,
-        ),
+        *each([GOOD, {"prompt": 3.5, "response": "r"}], "@: column 'prompt'", formats=JSONS),
         one("parquet", parquet([GOOD | {"response": 1.5}]), "@: column 'response'"),
         *each([GOOD, {"prompt": 3, "response": 4.5}], formats=("csv",), counts={"kept": 2}),
     ],
@@ -157,12 +134,7 @@ COLUMNS = {  # rows that lack what is needed, or have another type in its place
         one("parquet", parquet([GOOD | {"prompt": {"a": 1}}]), "@: column 'prompt'"),
         one("jsonl", LINE + b'{"a":' * 10**5, "@ line 2: ", note="deep"),
         *each([{"messages": "hi"}], "@: column 'messages'", formats=JSONS, note="text"),
-        *each(
-            [{"messages": [{"from": "a"}]}],
-            "@: column 'messages'",
-            formats=NO_CSV,
-            note="x",
-        ),
+        *each([{"messages": [{"from": "a"}]}], "@: column 'messages'", formats=NO_CSV, note="x"),
         *each(
             [{"messages": [CHAT[0] | {"role": "a|>"}]}], "message 0: role 'a|>' is not a word", formats=NO_CSV, note="y"
         ),
@@ -269,18 +241,14 @@ PREFERENCES = {  # what reward modelling and preference optimisation cannot use
         ),
     ],
     "one response too short": preference(
-        [PAIR, PAIR | {"rejected": "x"}],
-        counts={"kept": 1, "too_short": 1},
-        options={"minimum_response_length": 2},
+        [PAIR, PAIR | {"rejected": "x"}], counts={"kept": 1, "too_short": 1}, options={"minimum_response_length": 2}
     ),
     "ranking of one": [
         *preference([RANKED | {"responses": ["a"]}], "@: column 'responses'", formats=NO_CSV),
         *preference([RANKED | {"responses": []}], "@: column 'responses'", formats=JSONS, note="none"),
     ],
     "ranking with equals": preference(
-        [PAIR, RANKED | {"responses": ["a b", "c d", "a b"]}],
-        counts={"kept": 1, "same_responses": 1},
-        formats=JSONS,
+        [PAIR, RANKED | {"responses": ["a b", "c d", "a b"]}], counts={"kept": 1, "same_responses": 1}, formats=JSONS
     ),
     "ranking of no strings": [
         *preference([RANKED | {"responses": ["a", 3]}], "column 'responses'", formats=JSONS),
@@ -296,18 +264,8 @@ PREFERENCES = {  # what reward modelling and preference optimisation cannot use
     ],
     "margin not finite": [
         *preference([PAIR | {"margin": "nan"}], "@: column 'margin'", formats=("csv",)),
-        one(
-            "jsonl",
-            json.dumps(PAIR | {"margin": math.nan}).encode(),
-            "@ line 1: column 'margin'",
-            task="preference",
-        ),
-        one(
-            "json",
-            json.dumps([PAIR | {"margin": math.inf}]).encode(),
-            "@ item 1: column 'margin'",
-            task="preference",
-        ),
+        one("jsonl", json.dumps(PAIR | {"margin": math.nan}).encode(), "@ line 1: column 'margin'", task="preference"),
+        one("json", json.dumps([PAIR | {"margin": math.inf}]).encode(), "@ item 1: column 'margin'", task="preference"),
         one("parquet", parquet([PAIR | {"margin": math.nan}]), "row 1: column 'margin'", task="preference"),
     ],
 }

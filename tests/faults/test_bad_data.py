@@ -111,12 +111,7 @@ def words(model: Path, file: Path, folder: Path, *more: str, task: str = "sft") 
     ("task", "name", "content", "says"),
     [
         ("sft", "a.jsonl", jsonl([GOOD]) + b'{"prompt": "p"\n', "a.jsonl line 2: malformed JSON"),
-        (
-            "dpo",
-            "a.csv",
-            as_csv([PAIR | {"margin": "x"}]),
-            "a.csv line 2: column 'margin'",
-        ),
+        ("dpo", "a.csv", as_csv([PAIR | {"margin": "x"}]), "a.csv line 2: column 'margin'"),
     ],
 )
 def test_bad_data_by_the_whole_command_line(
