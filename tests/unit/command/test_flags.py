@@ -2,7 +2,7 @@
 
 import pytest
 
-from sheeprlhf.command.flags import Flag, print_flags_help, read_flags
+from sheeprlhf.command.flags import Flag, read_flags
 from sheeprlhf.utils.errors import ConfigError
 
 FLAGS = (
@@ -72,10 +72,3 @@ def test_a_secret_is_refused_and_not_shown(words):
         read(*words.split())
     assert "credentials never go on the command line" in str(error.value)
     assert "hf_sesame" not in str(error.value)
-
-
-def test_help_shows_defaults_and_values(capsys):
-    print_flags_help("talk <run>", "Talks.", FLAGS, "More.")
-    printed = capsys.readouterr().out
-    for text in ("sheeprlhf talk <run>", "--top-p <top-p>", "[default 1.0]", "float32|bfloat16", "More."):
-        assert text in printed

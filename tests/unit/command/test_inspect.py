@@ -1,16 +1,12 @@
 """`inspect`: what is printed is what the loss counts, and nothing of somebody else's is harmed."""
 
-import io
-import itertools
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.text import Text
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -112,36 +108,6 @@ def test_a_mask_that_does_not_fit_its_tokens_is_a_bug() -> None:
         trained_tokens(batch._replace(logit_index_N=batch.logit_index_N.flip(0)))
 
 
-def test_color_marks_what_is_trained_on(
-    home: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("NO_COLOR")
-    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLORTERM": "truecolor"}.items():
-        monkeypatch.setenv(name, value)
-    run(words(home, [{"prompt": "ab", "response": "[b]de"}]))
-    text = Text.from_ansi("\n".join(shown(capsys.readouterr().out)))
-    green = [inspect._STYLES[True][shade].partition("on ")[2] for shade in (0, 1)]
-    spans = [(text.plain[s.start : s.end], s.style.bgcolor.name) for s in text.spans if s.style.bgcolor]
-    assert "".join(part for part, color in spans if color in green) == "[b]de<|im_end|>"
-    assert "".join(part for part, color in spans if color not in green) == "<s>ab"
-    colors = [color for _, color in spans]
-    assert all(one != other for one, other in itertools.pairwise(colors))  # each token can be seen
-    assert "\u00a6" not in text.plain
-
-
-def test_a_chat_shows_its_template_once_and_one_bos(home: Path, capsys: pytest.CaptureFixture) -> None:
-    run(words(home, [{"messages": CHAT}], template=BOS_TEMPLATE))
-    facts, parts = "\n".join(shown(capsys.readouterr().out)).split("\nprompt:\n")
-    assert "BOS: 1, response ends in EOS, chat template applied once" in facts.replace("\n", " ")
-    assert parts.replace("\u00a6", "").split("\n") == [
-        "  <s><|im_start|>user\u21b5",
-        "  hi<|im_end|>\u21b5",
-        "  <|im_start|>assistant\u21b5",
-        "response:",
-        "+ yo<|im_end|>",
-    ]
-
-
 def test_two_bos_are_a_warning(home: Path, capsys: pytest.CaptureFixture) -> None:
     run(words(home, [{"messages": CHAT}], template="{{ bos_token }}" + BOS_TEMPLATE))
     printed = "\n".join(shown(capsys.readouterr().out))
@@ -164,14 +130,6 @@ def test_a_template_applied_to_its_own_output_is_a_warning() -> None:
     assert "opens 2 answers and leaves 1 without text" in views[2].warnings[0]
 
 
-def test_a_plain_prompt_claims_nothing_about_templates() -> None:
-    tokenizer = byte_tokenizer(template=TEMPLATE)
-    [plain] = encode(tokenizer, ["hi<|im_start|>assistant\n"])  # text that looks like the template's
-    facts = Viewer(tokenizer, targets="response").view(example(plain, [5])).facts
-    assert not any("template" in fact for fact in facts)
-    assert "BOS: 0 (the tokenizer adds none)" in facts
-
-
 def test_pairs_show_both_responses() -> None:
     tokenizer = byte_tokenizer()
     view = Viewer(tokenizer, targets="response").view(example([1, 2], [3, tokenizer.eos_token_id], [4]))
@@ -181,7 +139,6 @@ def test_pairs_show_both_responses() -> None:
 
 
 PAIRS = [{"prompt": "ab", "chosen": "de", "rejected": "d", "margin": 0.5}]
-RANKED = [{"prompt": "ab", "responses": ["de", "d", "f"]}]
 
 
 @pytest.mark.parametrize(
@@ -229,21 +186,6 @@ def test_a_pair_shows_which_response_is_better_and_what_the_loss_looks_at(
     assert set(words_of_task) <= set(printed.splitlines()[-1].split())  # the next command
 
 
-def test_ranked_responses_have_their_ranks(home: Path, capsys: pytest.CaptureFixture) -> None:
-    run(words(home, RANKED, "task=rm"))
-    printed = capsys.readouterr().out
-    lines = shown(printed)
-    assert "prompt 3 + response A 3 + response B 2 + response C 2 = 10 tokens, 3 scored" in lines[1]
-    assert "all responses end in an end token" in " ".join(lines[1:3])
-    heads = [line for line in lines if line.endswith("):")]
-    assert heads == [
-        "response A (rank 1 of 3, the best):",
-        "response B (rank 2 of 3):",
-        "response C (rank 3 of 3, the worst):",
-    ]
-    assert re.search(r"pairs of a better and a worse response +3\n", printed)
-
-
 def test_the_split_shown_is_the_one_that_the_task_trains_on(home: Path, capsys: pytest.CaptureFixture) -> None:
     rows = [{"prompt": f"p{i}", "chosen": "de", "rejected": "f"} for i in range(40)]
     half = "data.reward_model_split=0.5"
@@ -268,18 +210,6 @@ def test_lengths_of_pairs_tell_better_from_worse(tmp_path: Path) -> None:
         "worse": [4, 1, 6],
         "total": [9, 14],
     }
-
-
-def test_cut_rows_say_so(home: Path, capsys: pytest.CaptureFixture) -> None:
-    rows = [{"prompt": "abc", "response": "x" * 20}, {"prompt": "abc", "response": "y"}]
-    run(words(home, rows, "data.max_length=10", "data.max_prompt_length=5"))
-    printed = capsys.readouterr().out
-    assert "50.0% of the responses end in an end token" in printed
-    first, second = (" ".join(shown(printed, number)) for number in (1, 2))
-    assert "data.max_length" in first
-    assert "no prompt" not in first
-    assert "response ends in EOS" in second
-    assert "WARNING" not in second
 
 
 def test_nothing_hidden_reaches_the_terminal(home: Path, capsys: pytest.CaptureFixture) -> None:
@@ -312,39 +242,6 @@ def test_a_decoder_that_drops_the_first_space_does_not_hide_the_others() -> None
     backend.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     assert token_texts(tokenizer, [0, 1, 1]) == ["a", " b", " b"]
-
-
-def test_an_output_without_these_letters_gets_others(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-    monkeypatch.setattr(sys, "stdout", output)
-    run(words(home, [{"prompt": "a\n\u00e9", "response": "de"}]))
-    printed = output.buffer.getvalue().decode("ascii")
-    assert shown(printed)[3:] == ["  <s>|a|\\n", "  ~|\\xe9", "response:", "+ d|e|<|im_end|>"]
-    assert "#" in printed
-
-
-def test_long_lines_break_between_tokens(home: Path, capsys: pytest.CaptureFixture) -> None:
-    run(words(home, [{"prompt": "a" * 150, "response": "b"}]))
-    lines = shown(capsys.readouterr().out)[3:-2]
-    assert max(map(len, lines)) <= 100
-    assert "".join(lines).count("a") == 150
-
-
-def test_a_split_without_rows_names_those_with_some(home: Path, capsys: pytest.CaptureFixture) -> None:
-    line = words(home, [{"prompt": "ab", "response": "de"}], "split=validation")
-    assert exit_code(line) == 2
-    error = capsys.readouterr().err
-    assert "split=validation" in error
-    assert "train (1)" in error
-    assert not (home / "logs").exists()
-
-
-def test_no_examples_leave_the_rest(home: Path, capsys: pytest.CaptureFixture) -> None:
-    run(words(home, [{"prompt": "ab", "response": "de"}], "num_examples=0"))
-    printed = capsys.readouterr().out
-    assert "example 1" not in printed
-    assert "rows kept" in printed
-    assert (home / "logs/inspect/local-auto-lengths.png").read_bytes() == FAKE_IMAGE
 
 
 def test_a_row_with_nothing_to_train_on_is_an_error_for_all_commands(
@@ -415,15 +312,6 @@ def test_the_next_command_has_the_users_own_words(home: Path, capsys: pytest.Cap
     kept += ["data.validation_split=0", "data.test_split=0", "data.minimum_response_length=1"]
     kept += ["data.max_length=999", "data.test_file='my rows.jsonl'"]
     assert shlex.split(last) == ["next:", "python", "sheeprlhf.py", "train", "task=sft", *kept]
-
-
-def test_the_next_command_trains(home: Path, capsys: pytest.CaptureFixture) -> None:
-    run(["inspect", "data.num_samples=64", "num_examples=1"])
-    printed = capsys.readouterr().out
-    assert "example 1" in printed
-    *_, last = printed.splitlines()
-    assert shlex.split(last)[3:] == ["train", "task=sft", "data=docstrings", "model=tiny", "data.num_samples=64"]
-    run([*shlex.split(last)[3:], "--cfg", "job"])
 
 
 def test_the_histogram_of_text_by_hand() -> None:

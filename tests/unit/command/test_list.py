@@ -3,8 +3,6 @@
 import fcntl
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -93,15 +91,6 @@ def test_runs_are_listed_newest_first_with_all_that_is_known(capsys, tmp_path, m
     assert lines[1][:2] == time.strftime("%Y-%m-%d %H:%M", time.localtime(STARTED + 1)).split()
 
 
-def test_a_narrow_screen_shows_the_directory_on_its_own_line(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    folder = make_run(tmp_path, data="helpful_harmless", model="smollm2", status="finished", step=99_999, best_metric=1)
-    write_result(folder, "x", perplexity=2.5, data="helpful_harmless")
-    lines = listed(capsys, "runs", str(tmp_path)).splitlines()
-    assert max(map(len, lines[1:3])) <= 80
-    assert lines[3:] == ["  perplexity 2.5", f"  {folder}"]
-
-
 def test_a_run_that_works_is_shown_as_running_and_keeps_its_lock(tmp_path):
     folder = make_run(tmp_path)
     assert told(folder).state == "unfinished"
@@ -123,26 +112,6 @@ def test_looking_does_not_keep_a_run_from_its_lock(tmp_path):
         with RunLock(tmp_path):
             assert is_locked(tmp_path)
         end_of_look.join()
-
-
-def test_a_look_takes_no_lock_along(tmp_path):
-    with RunLock(tmp_path):
-        pass
-    assert not is_locked(tmp_path)
-    with RunLock(tmp_path):
-        assert is_locked(tmp_path)
-        assert is_locked(tmp_path)
-
-
-def test_a_dead_process_s_lock_is_free(tmp_path):
-    folder = make_run(tmp_path)
-    program = (
-        "import os, sys; from pathlib import Path; from sheeprlhf.engine.runlock import RunLock\n"
-        "RunLock(Path(sys.argv[1])).__enter__(); os.kill(os.getpid(), 9)"
-    )
-    assert subprocess.run([sys.executable, "-c", program, str(folder)], check=False).returncode == -9
-    assert (folder / ".lock").read_text().startswith("process ")
-    assert told(folder).state == "unfinished"
 
 
 def test_an_unfinished_run_stands_where_its_records_or_checkpoints_say(tmp_path):
@@ -188,17 +157,6 @@ def test_a_run_on_pairs_shows_what_its_last_validation_told(rows, shown, tmp_pat
     folder = make_run(tmp_path, task="rm", status="finished", step=4)
     (folder / "metrics.csv").write_text(HEAD + rows)
     assert told(folder).results == [f"{text} (validation)" for text in shown]
-
-
-def test_of_pairs_and_of_rewards_the_figures_that_tell_most_are_shown(tmp_path):
-    folder = make_run(tmp_path, task="rm", status="finished", step=4)
-    (folder / "metrics.csv").write_text(HEAD + "4,val/rewards/accuracies,0.5,1\n")
-    write_result(folder, "a", task="preference", loss=0.1, accuracy=0.875, margin=1.5, score_chosen=0.0)
-    assert told(folder).results == ["accuracy 0.875", "margin 1.5"]
-    policy = make_run(tmp_path, 2, task="ppo", status="finished", step=4)
-    write_result(policy, "a", task="reward", score=0.75, win_rate=0.625, kl=2.5, kl_error=0.1, distinct_2=0.5)
-    write_result(policy, "b", task="generate", response_tokens=7.5)
-    assert told(policy).results == ["score 0.75", "win_rate 0.625", "kl 2.5"]
 
 
 STRANGE = {
@@ -297,22 +255,6 @@ def test_links_are_not_followed_and_the_search_ends(tmp_path, monkeypatch):
     assert "3 folders are the limit" in find_past_runs(tmp_path).note
 
 
-def test_a_folder_that_cannot_be_read_is_mentioned(tmp_path, monkeypatch):
-    folder = make_run(tmp_path)
-    real = os.scandir
-
-    def scandir(path: Path):
-        if Path(path).name == "secret":
-            raise PermissionError(13, "no")
-        return real(path)
-
-    (tmp_path / "secret").mkdir()
-    monkeypatch.setattr(os, "scandir", scandir)  # root may read everywhere
-    found = find_past_runs(tmp_path)
-    assert [path for path, _ in found.runs] == [folder]
-    assert found.note == "1 folder could not be read"
-
-
 def test_many_runs_are_cut_and_counted(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number in range(5):
@@ -323,13 +265,6 @@ def test_many_runs_are_cut_and_counted(capsys, tmp_path, monkeypatch):
     assert "`list runs` shows more." in printed
     assert listed(capsys, "runs").count("time-") == 5
     assert listed(capsys, "root_dir=logs").count("time-") == 5
-
-
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_names_the_sections(flag, capsys):
-    printed = listed(capsys, flag)
-    assert all(f"  {name} " in printed for name in SECTIONS)
-    assert "`list runs <folder>`" in printed
 
 
 @pytest.mark.parametrize(

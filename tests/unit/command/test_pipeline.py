@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.command.pipeline_results import Row, figures_of, show_results, write_results
+from sheeprlhf.command.pipeline_results import figures_of, write_results
 from sheeprlhf.command.pipeline_state import differences
 from sheeprlhf.structure.pipeline import Stage
 from tests.support.pipelines import SMALL, Pretended, folders, pipeline, write_recipe
-
-ALL = ["sft", "rm", "dpo", "perplexity"]
 
 
 @pytest.fixture(autouse=True)
@@ -121,16 +119,6 @@ def test_another_recipe_is_refused_with_the_difference(small, pretended, uncheck
     assert pretended.stages() == ["rm", "dpo", "perplexity"]
 
 
-def test_what_is_no_pipeline_is_refused(small, pretended, unchecked, capsys, tmp_path):
-    assert pipeline(*small, f"resume_from={tmp_path}") == 2
-    assert "is no pipeline's folder" in capsys.readouterr().err
-    (tmp_path / "pipeline.json").write_text('{"recipe": []}')
-    assert pipeline(*small, f"resume_from={tmp_path}") == 2
-    assert "pipeline.json" in capsys.readouterr().err
-    assert pipeline(*small, f"resume_from={tmp_path}", "resume=true") == 2
-    assert pretended.commands == []
-
-
 def test_stages_can_be_left_out_and_made_later(small, pretended, unchecked, capsys, tmp_path):
     assert pipeline(*small, "skip=[sft]") == 2
     assert "skip=[sft" in capsys.readouterr().err
@@ -163,16 +151,6 @@ def test_a_recipe_that_is_a_strangers_cannot_add_words(pretended, capsys, tmp_pa
     assert pipeline(write_recipe(tmp_path / "own", content), "experiment=small") == 2
     assert "words is set by a file" in capsys.readouterr().err
     assert pretended.commands == []
-
-
-def test_recipes_are_for_the_command_that_has_them(capsys):
-    from sheeprlhf.cli import run
-
-    with pytest.raises(SystemExit):
-        run(["train", "task=sft", "experiment=quickstart"])
-    assert "write pipeline experiment=quickstart" in capsys.readouterr().err
-    assert pipeline("experiment=sft_docstrings") == 2
-    assert "experiment=sft_docstrings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -226,26 +204,3 @@ def test_the_table_is_what_the_evaluations_found(tmp_path):
     records = json.loads((tmp_path / "results.json").read_text())
     assert records[1] == {"stage": "rm", "pairs_right": 0.9912, "pairs": 1250.0, "seconds": 61.0}
     assert figures_of(tmp_path / "nothing") == {}
-
-
-def test_the_table_fits_a_screen(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Eighty columns, and nothing of it is cut."""
-    monkeypatch.setenv("COLUMNS", "80")
-    figures = dict(zip(("imperative", "reward", "win_rate", "kl"), (0.832, -7.85, 0.848, 5.29), strict=True))
-    figures |= {"rouge_l": 24.3, "perplexity": 26.88, "pairs_right": 0.9984, "pairs": 1250.0, "seconds": 66.0}
-    show_results(tmp_path, [Row("ppo", figures), Row("rule", {"seconds": 24.0})])
-    printed = capsys.readouterr().out
-    for text in (
-        "imperative",
-        "perplexity",
-        "83.2%",
-        "-7.85",
-        "84.8%",
-        "99.84%",
-        "1,250",
-        "rule 24 s, everything 90 s",
-    ):
-        assert text in printed
-    assert "…" not in printed and max(map(len, printed.splitlines())) <= max(80, len(f"saved: {tmp_path}") + 40)

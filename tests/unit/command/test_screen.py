@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
-from sheeprlhf.command.screen import clean, entry, paragraph, print_error, table
+from sheeprlhf.command.screen import clean, print_error
 
 ROOT = Path(__file__).parents[3]
 WRONG = ["train", "task=sft", "optim.lr=abc", "model=optt"]
@@ -58,20 +57,6 @@ def test_an_error_in_a_file_is_plain_and_unbroken(capsys):
     assert capsys.readouterr().err == message.replace("\x1b[31m", "") + "\n"
 
 
-def test_meanings_stand_in_a_column(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
-    lines = entry("name", "word " * 20, width=10).plain.splitlines()
-    assert lines[0].startswith("  name       word")
-    assert all(line.startswith(" " * 13 + "word") for line in lines[1:])
-    assert max(map(len, lines)) <= 60
-    assert entry("a_much_longer_name", "meaning", width=10).plain == "  a_much_longer_name\n" + " " * 13 + "meaning"
-    assert paragraph("a b", indent=2).plain == "  a b"
-
-
-def test_a_table_is_aligned_by_what_the_screen_shows():
-    assert table([["a", "1"], ["\u6f22\u5b57", "22"]], right={1}) == [["a   ", " 1"], ["\u6f22\u5b57", "22"]]
-
-
 def test_text_of_a_file_is_cleaned_and_cut():
     assert clean("a\n b\x1b[2J\tc") == "a b c"
     assert clean("hf_abcdefghijklmnopqrstuvwxyzABCDEFGH") == "<redacted>"
@@ -84,18 +69,3 @@ def test_a_reader_who_leaves_early_is_no_failure():
     command = f"{sys.executable} sheeprlhf.py show train eval sft opt | head -c 10; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_an_encoding_without_the_letters_is_no_failure(tmp_path):
-    folder = tmp_path / "\u6f22\u5b57"
-    folder.mkdir()
-    (folder / "run.json").write_text('{"started": 1, "status": "running"}')
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "sheeprlhf.py"), "list", "runs", "."],
-        cwd=tmp_path,
-        env={"PATH": os.environ["PATH"], "PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "\\u6f22\\u5b57" in done.stdout

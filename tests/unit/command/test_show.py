@@ -35,25 +35,6 @@ def test_a_choice_shows_all_its_options(group, name, capsys):
         assert all(value in printed for value in option.metadata["choices"])
 
 
-def test_an_option_has_its_default_unit_range_and_meaning(capsys):
-    printed = shown(capsys, "task=sft")
-    assert "task.mini_batch_size=32 rows Rows of one optimizer step" in printed
-    assert "task.log_interval=5 optimizer steps Between two lines of metrics. (whole number, 1 or more)" in printed
-    assert (
-        "task.max_num_steps=null Stop after this many. (whole number of optimizer steps, 1 or more, or null)" in printed
-    )
-    assert "task.gradient_clip_val=1.0 Largest gradient norm; null does not clip. (number, above 0, or null)" in printed
-    assert "(number, 0 to 0.99)" in printed
-    assert "(one of auto, packed, padded)" in printed
-    assert "task.use_masked_targets=true" in printed
-    assert printed.index("task.label_smoothing") < printed.index("Options of every train task:")
-    assert printed.index("task.epochs") > printed.index("Options of every train task:")
-    assert "data.train_file must be given" in shown(capsys, "data=local")
-    assert "`train task=sft data=local data.train_file=<value>`" in shown(capsys, "data=local")
-    assert "`eval task=perplexity experiment_dir=<run>`" in shown(capsys, "task=perplexity")
-    assert "optim.betas=[0.9,0.999]" in shown(capsys, "optim=adamw")
-
-
 @pytest.mark.parametrize("verb", ROOTS)
 def test_a_command_shows_its_groups_and_own_options(verb, capsys):
     printed = shown(capsys, verb)
@@ -63,11 +44,6 @@ def test_a_command_shows_its_groups_and_own_options(verb, capsys):
     for option in options(ROOTS[verb]()):
         assert option.key in printed
     assert ("must be given: sft" in printed) == (verb == "train")
-
-
-def test_commands_of_words_show_where_they_are_explained(capsys):
-    assert "`list --help`" in shown(capsys, "list")
-    assert "`show --help`" in shown(capsys, "show")
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -83,25 +59,12 @@ def test_a_recipe_shows_its_choices_and_values(name, capsys):
     assert " optimizer steps (else " in printed  # a unit and a default
 
 
-def test_a_recipe_shows_the_values_of_the_one_that_it_extends(capsys):
-    printed = shown(capsys, "experiment=ppo_docstrings_rm")
-    assert "is `train task=ppo model=tiny data=docstrings reward=model`" in printed
-    assert "task.max_num_steps=120" in printed
-    assert "task.init_kl_coeff=0.12" in printed
-
-
 @pytest.mark.parametrize("name", recipe_names("pipeline"))
 def test_a_pipeline_shows_its_stages(name, capsys):
     printed = shown(capsys, f"experiment={name}")
     content = yaml.safe_load((configs_directory() / "experiment" / f"{name}.yaml").read_text())
     assert f"`pipeline experiment={name}`" in printed
     assert all(f" {stage} {command}".rstrip() in printed for stage, command in content["stages"].items())
-
-
-def test_a_recipe_says_what_it_changes(capsys):
-    printed = shown(capsys, "experiment=sft_smollm2_lora")
-    assert "model.finetune_mode=LORA (else ALL)" in printed
-    assert "model.lora_cfg.rank=16 Rank" in printed  # the default
 
 
 def test_an_option_is_found_by_its_full_and_by_its_last_name(capsys):
@@ -122,10 +85,6 @@ def test_the_options_of_a_part_are_shown(capsys):
     assert shown(capsys, "generation").count("generation.") == len(list(options(GenConfig())))
     assert "model.lora_cfg.rank=16 (with every model)" in shown(capsys, "lora_cfg")
     assert shown(capsys, "model.lora_cfg") == shown(capsys, "lora_cfg")
-
-
-def test_a_value_s_meaning_is_said_once(capsys):
-    assert shown(capsys, "model.lora_cfg.targets").count("Modules that get an adapter") == 1
 
 
 def test_several_words_and_names_alone(capsys):
@@ -176,25 +135,3 @@ def test_an_unknown_word_is_answered_with_the_nearest(words, expected, capsys):
     assert stop.value.code == 2
     assert printed.out == ""
     assert expected in printed.err
-
-
-def test_all_unknown_words_are_named_and_nothing_is_shown(capsys):
-    with pytest.raises(SystemExit):
-        run(["show", "model=optt", "sft", "task=sff"])
-    printed = capsys.readouterr()
-    assert printed.err.count("\n  - ") == 2
-    assert printed.out == ""
-
-
-@pytest.mark.parametrize("columns", [60, 80, 120])
-def test_lines_fit_the_screen(columns, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    run(["show", "task=sft", "model=tiny", "train", "experiment=pretrain_tiny"])
-    meanings = [line for line in capsys.readouterr().out.splitlines() if "=" not in line.split(" ")[2:3]]
-    assert max(len(line) for line in meanings if line.startswith("      ")) <= columns
-
-
-@pytest.mark.parametrize("task", ["rm", "dpo"])
-def test_a_task_that_starts_from_a_run_says_how(task, capsys):
-    assert f"`train task={task} task.sft_experiment_dir=newest`" in shown(capsys, f"task={task}")
-    assert "`train task=sft`" in shown(capsys, "task=sft")

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pyarrow.parquet
 import pytest
 
@@ -67,12 +66,6 @@ def test_each_form_writes_what_its_dataset_has(form, turns, expected):
     assert example.responses[0][-1] == EOS
 
 
-def test_a_control_token_that_is_typed_is_text():
-    example = Asker(FORMS["text"], byte_tokenizer()).example([Turn("user", "a</s>b")])
-    assert EOS not in example.prompt_ids
-    assert len(example.prompt_ids) == len("a</s>b") + 1
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("text", ["", " \n"])
 def test_nothing_is_no_prompt(form, text):
@@ -80,15 +73,6 @@ def test_nothing_is_no_prompt(form, text):
     tokenizer.chat_template = TEMPLATE
     with pytest.raises(DataError, match="the prompt is empty"):
         Asker(FORMS[form], tokenizer).example([Turn("user", text)])
-
-
-def test_what_a_prompt_must_not_have_is_named():
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    with pytest.raises(DataError, match="control tokens"):
-        Asker(FORMS["template"], tokenizer).example([Turn("user", "a</s>b")])
-    with pytest.raises(DataError, match="NUL"):
-        Asker(FORMS["tldr"], tokenizer).example([Turn("user", "a\0b")])
 
 
 def trained_on(data):
@@ -110,12 +94,6 @@ def test_the_form_is_that_of_training(tmp_path):
             json.dumps({"splits": {"train": {"read": 1, "kept": 1, "templated_rows": rows}}})
         )
         assert form_of(trained_on(LocalDataConfig())._replace(run_dir=tmp_path), chatty) == form
-
-
-def test_a_response_of_no_length_limit():
-    example = Asker(FORMS["text"], byte_tokenizer()).example([Turn("user", "p")], "r" * 5000)
-    assert len(example.responses[0]) == 5001
-    assert example.prompt_ids.dtype == np.int32
 
 
 def test_the_date_of_a_prompt_is_that_of_training():

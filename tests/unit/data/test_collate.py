@@ -45,14 +45,6 @@ def test_packed_two_responses_share_their_prompt() -> None:
     assert (batch.layout.max_query, batch.layout.max_key) == (5, 5)
 
 
-def test_all_targets_put_the_prompt_first() -> None:
-    batch = collate_packed([example([1, 2, 3], [4, EOS], [5, EOS])], targets="all")
-    assert batch.head_positions_R.tolist() == [0, 1, 2, 3, 5]
-    assert batch.target_ids_N.tolist() == [2, 3, 4, EOS, 5, EOS]
-    assert batch.logit_index_N.tolist() == [0, 1, 2, 3, 2, 4]
-    assert batch.response_index_N.tolist() == [0, 0, 0, 0, 1, 1]
-
-
 def test_scores_are_read_at_the_tokens_themselves() -> None:
     rows = [example([1, 2], [3, 4, EOS], [5, EOS]), example([6], [7], [8, EOS], [EOS])]
     batch = collate_packed(rows, targets="scores")
@@ -129,10 +121,3 @@ def test_pad_may_be_eos(side: str) -> None:
     assert embedding.weight.grad is not None
     assert embedding.weight.grad[EOS].abs().sum() > 0  # "[EOS]" predicts its EOS
     assert embedding.weight.grad[0].abs().sum() == 0
-
-
-def test_misspelt_choices_are_refused() -> None:
-    with pytest.raises(ValueError, match="targets='respones'"):
-        collate_packed([example([1], [2])], targets="respones")
-    with pytest.raises(ValueError, match="side='top'"):
-        collate_padded([example([1], [2])], pad_id=0, side="top")

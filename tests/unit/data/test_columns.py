@@ -54,12 +54,6 @@ def test_named_columns_come_back_nested_and_null(kind: str, tmp_path: Path) -> N
     assert "meta" not in data.report["columns"]["not_read"]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_every_column(kind: str, tmp_path: Path) -> None:
-    split = prepared(tmp_path, ROWS, KeptColumns(every=True), kind=kind).splits["train"]
-    assert [split.example(index).columns for index in range(6)] == ROWS
-
-
 def test_a_row_without_the_column_has_none_and_nothing_is_kept_unasked(tmp_path: Path) -> None:
     rows = [{"prompt": "a b", "answer": 1}, {"prompt": "c d"}]
     split = prepared(tmp_path, rows, KeptColumns(("answer",))).splits["train"]
@@ -82,13 +76,6 @@ def test_a_column_that_changes_the_meaning_may_be_for_the_reward(tmp_path: Path)
         prepared(tmp_path, rows, KeptColumns())
     split = prepared(tmp_path, rows, KeptColumns(("context",))).splits["train"]
     assert split.example(0).columns == {"context": "c"}
-
-
-def test_a_mapped_column_has_the_files_name(tmp_path: Path) -> None:
-    rows = [{"q": "a b", "response": "c d", "solution": ["x"]}]
-    kept = KeptColumns(("q", "solution"))
-    split = prepared(tmp_path, rows, kept, columns={"prompt": "q", "response": "response"}).splits["train"]
-    assert split.example(0).columns == {"q": "a b", "solution": ["x"]}
 
 
 def test_values_that_json_lacks() -> None:

@@ -166,11 +166,6 @@ def test_ranks_and_scores_order_the_responses(column: str, values: list[Any], or
             run(row | {column: [1, 2, None]}, "preference")
 
 
-def test_unpaired_lists_keep_their_label() -> None:
-    row = run({"prompt": [USER], "response": [ANSWER], "label": False}, "unpaired")
-    assert (row.sizes[0], row.desirable) == (len(byte_tokenizer()(QUESTION)["input_ids"]), (False,))
-
-
 def test_a_list_is_a_prompt_for_tasks_that_sample() -> None:
     assert read({"prompt": [USER], "answer": "4"}, "prompts") == [QUESTION]
     with pytest.raises(DataError, match="no answer"):
@@ -197,12 +192,6 @@ def test_tools_and_calls_reach_the_template(arguments: Any, content: str | None)
     if content is None:
         sharegpt = [{"from": "human", "value": "ask"}, given, {"from": "observation", "value": "3"}, ANSWER]
         assert read({"conversations": sharegpt, "tools": json.dumps(TOOLS)}, template=CHAT)[0] == prompt
-
-
-def test_reasoning_is_learned_as_the_template_writes_it() -> None:
-    row = {"messages": [USER, ANSWER | {"reasoning_content": "hm"}]}
-    assert read(row, template=CHAT) == [QUESTION, f"<think>hm</think>yes{END}"]
-    assert read({"messages": [USER, ANSWER | {"thinking": "hm"}]}, template=CHAT)[1] == f"<think>hm</think>yes{END}"
 
 
 def test_arguments_of_the_template() -> None:
@@ -246,15 +235,6 @@ def test_the_option_of_the_arguments_is_checked(given: Any) -> None:
     [problem] = template_arg_problems(given)
     assert problem.startswith("data.template_args")
     assert not list(template_arg_problems({"x": [1, {"y": None}]}))
-
-
-def test_arguments_of_the_template_are_in_the_fingerprint(tmp_path: Path) -> None:
-    tokenizer, rows = byte_tokenizer(template=CHAT), [{"messages": [USER, ANSWER]}]
-    prints = {
-        prepare(local(tmp_path, rows, template_args=a), tokenizer).fingerprint
-        for a in (None, {"enable_thinking": False})
-    }
-    assert len(prints) == 2
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "loss"])
@@ -379,28 +359,6 @@ def test_what_is_not_used_is_reported(tmp_path: Path) -> None:
     assert part["unused"] == {"messages of role system": 1, "messages.mood": 1}
     assert part["untrained_answers"] == 1
     assert "messages.mood" in render_report(prepared.report)
-
-
-def test_columns_of_other_names_stand_beside_messages(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer(template=TEMPLATE)
-    rows = [{"messages": [USER, ANSWER], "system_prompt": "Be brief.", "ranks": [1]}]
-    with pytest.raises(DataError, match=r"data\.columns"):
-        prepare(local(tmp_path, rows), tokenizer)
-    prepared = prepare(local(tmp_path, rows, columns={"system": "system_prompt"}), tokenizer)
-    assert texts(prepared, tokenizer) == [(SYSTEM, f"yes{END}")]
-    assert prepared.report["columns"]["not_read"] == {"ranks": 1}
-
-
-def test_a_template_that_writes_whole_messages_reads_every_key() -> None:
-    as_json = "{% for m in messages %}{{ m | tojson }}<|im_end|>{% endfor %}"
-    row = {"messages": [USER | {"mood": "glad"}, ANSWER | {"reasoning_content": "hm"}]}
-    assert run(row, template=as_json).unused == ()
-
-
-@pytest.mark.parametrize("text", ["{{ messages[0].content + 1 }}", "{{ messages | nothing }}", "{{ 1 / 0 }}"])
-def test_an_error_of_a_template_is_told(text: str) -> None:
-    with pytest.raises(DataError, match="chat template"):
-        run({"messages": [USER, ANSWER]}, template=text)
 
 
 def test_lists_in_parquet_and_in_csv(tmp_path: Path) -> None:

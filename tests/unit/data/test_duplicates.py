@@ -18,12 +18,3 @@ def test_like_a_set(different: int) -> None:
             expected.append(digest in known)
             known.add(digest)
         assert seen.add(digests).tolist() == expected
-
-
-def test_eight_bytes_a_row_in_few_arrays() -> None:
-    seen = SeenDigests()
-    for start in range(0, 100_000, 1000):
-        assert not seen.add(np.arange(start, start + 1000, dtype=np.uint64)).any()
-    assert sum(len(run) for run in seen._runs) == 100_000
-    assert len(seen._runs) < 10
-    assert all(run.dtype == np.uint64 for run in seen._runs)

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sheeprlhf.data.encoding import PairEncoder, encode, writes_prefix_space
+from sheeprlhf.data.encoding import PairEncoder, encode
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.report import render_report
 from sheeprlhf.data.tokenize import RowTokenizer
@@ -79,12 +79,6 @@ def test_a_response_has_the_ids_behind_its_prompt(prefix: str, template: str) ->
     assert [row.mismatch for row in made] == ["prompt" if prefix != "first" and template == MARKED else "", ""]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_which_tokenizers_write_a_space_before_a_text(family: str) -> None:
-    apart = family in ("sentencepiece, no prefix", "bytes", "bytes without words")
-    assert writes_prefix_space(FAMILIES[family]()) is not apart
-
-
 def test_a_token_over_the_border_is_cut_there() -> None:
     """The prompt keeps its ids, and the response those that it has inside a text."""
     tokenizer = piece_tokenizer("prepend")
@@ -109,12 +103,6 @@ def test_rows_that_do_not_decode_to_their_text_are_counted(tmp_path: Path) -> No
         sum(line.endswith(("  1", "  2")) and "decode" in line for line in render_report(prepared.report).split("\n"))
         == 2
     )
-
-
-def test_a_letter_that_the_tokenizer_lacks_is_counted(tmp_path: Path) -> None:
-    data: list[dict[str, Any]] = [{"prompt": "the cat", "response": " \u00fc"}, {"prompt": "the cat", "response": " a"}]
-    part = prepare(local(tmp_path, data), piece_tokenizer("first")).report["splits"]["train"]
-    assert (part["prompt_mismatch_rows"], part["response_mismatch_rows"]) == (0, 1)
 
 
 def test_a_tokenizer_of_words_is_no_error() -> None:

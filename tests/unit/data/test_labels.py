@@ -14,7 +14,7 @@ from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.report import render_report
 from sheeprlhf.structure.data import DocstringsConfig, HelpfulHarmlessConfig, SummarizationConfig
 from sheeprlhf.utils.errors import DataError
-from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare
+from tests.unit.data.toy import byte_tokenizer, local, prepare
 
 EOS = "<|im_end|>"
 
@@ -80,12 +80,6 @@ def test_nothing_else_is_a_label(label: Any) -> None:
         is_desirable(label)
 
 
-def test_a_misspelt_column_is_named(tmp_path: Path) -> None:
-    rows = [{"prompt": "p", "response": "r", "lable": True}]
-    with pytest.raises(DataError, match=r"it has prompt, response, lable; give 'data.columns={label: lable}'"):
-        prepare(local(tmp_path, rows), byte_tokenizer(), "unpaired")
-
-
 def test_a_pair_becomes_two_examples(tmp_path: Path) -> None:
     rows = [
         {"prompt": "a", "chosen": "good", "rejected": "bad"},
@@ -116,22 +110,6 @@ def test_one_response_with_two_opinions_stays(tmp_path: Path) -> None:
     data = prepare(local(tmp_path, rows), byte_tokenizer(), "unpaired")
     assert [desirable for *_, desirable in read(data)] == [True, False]
     assert data.report["splits"]["train"]["dropped"] == {"duplicate": 1}
-
-
-def test_a_ranking_of_three_has_no_labels(tmp_path: Path) -> None:
-    rows = [{"prompt": "a", "responses": ["x", "y", "z"]}]
-    with pytest.raises(DataError, match="'responses'"):
-        prepare(local(tmp_path, rows), byte_tokenizer(), "unpaired")
-
-
-def test_messages_have_labels_too(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "go away"}]
-    rows = [{"messages": turns, "label": 0}]
-    [(_, prompt, response, desirable)] = read(
-        prepare(local(tmp_path, rows), byte_tokenizer(template=TEMPLATE), "unpaired")
-    )
-    assert prompt.endswith("<|im_start|>assistant\n")
-    assert (response, desirable) == (f"go away{EOS}", False)
 
 
 @pytest.mark.parametrize("config", [DocstringsConfig, SummarizationConfig, HelpfulHarmlessConfig])

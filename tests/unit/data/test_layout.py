@@ -1,6 +1,5 @@
 """Columns of other projects are read as they are meant; those that are not read are counted, or refused with a fix."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -17,7 +16,7 @@ from sheeprlhf.data.rows import COLUMNS
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.data_checks import MAPPED, column_problems
 from sheeprlhf.utils.errors import DataError
-from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts
+from tests.unit.data.toy import byte_tokenizer, local, prepare, texts
 
 END = "<|im_end|>"
 ALPACA = {"instruction": "Write it as a word.", "input": "3", "output": "three"}
@@ -87,14 +86,6 @@ def test_the_advice_is_followed_to_the_letter(
     assert texts(made, tokenizer) == [(expected[0], *(text + END for text in expected[1:]))]
 
 
-@pytest.mark.parametrize(("kind", "told"), [("sft", True), ("prompts", False), ("unpaired", False)])
-def test_responses_that_a_label_marks_as_undesirable_are_told(kind: str, told: bool, tmp_path: Path) -> None:
-    labels = [True, False, 1, 0, "true", "false"]
-    rows = [{"prompt": f"p{n}", "response": "r", "label": label} for n, label in enumerate(labels)]
-    report = prepare(local(tmp_path, rows), byte_tokenizer(), kind).report
-    assert any(note.startswith("3 rows have a label of false or 0") for note in report["notes"]) == told
-
-
 def test_columns_that_are_not_read_are_counted(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{n}", "response": "r", "id": n, "note": "x" if n else None, "label": True} for n in range(3)]
     report = prepare(local(tmp_path, rows), byte_tokenizer()).report
@@ -123,25 +114,6 @@ def test_columns_of_parquet_that_are_not_read_are_counted(tmp_path: Path) -> Non
     assert data.report["columns"]["read_as"] == {"response from answer": 2}
     assert data.report["columns"]["numbers_as_text"] == {"response": 2}
     assert data.report["columns"]["not_read"] == {"a.b": 2, "response": 2, "id": 1}
-
-
-def test_messages_as_json_text_are_read(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer(template=TEMPLATE)
-    turns = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    pq.write_table(pa.table({"messages": [turns]}), tmp_path / "a.parquet")
-    (tmp_path / "a.csv").write_text('messages\n"' + turns.replace('"', '""') + '"\n')
-    for name in ("a.parquet", "a.csv"):
-        data = prepare(local(tmp_path, train_file=str(tmp_path / name)), tokenizer)
-        assert [row[1] for row in texts(data, tokenizer)] == ["b" + END]
-    (tmp_path / "b.csv").write_text("messages\n\"[{'role': 'user'}]\"\n")
-    with pytest.raises(DataError, match=r"b\.csv"):
-        prepare(local(tmp_path, train_file=str(tmp_path / "b.csv")), tokenizer)
-
-
-def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
-    cfg = local(tmp_path, [{"prompt": "a", "response": "b"}], columns={"prompt": ["prompt", "contxt"]})
-    with pytest.raises(DataError, match=r"data\.columns"):
-        prepare(cfg, byte_tokenizer())
 
 
 @pytest.mark.parametrize(

@@ -54,13 +54,3 @@ def test_only_a_few_items_are_loaded_ahead_in_the_right_thread(workers: int) -> 
     count = len(loaded)
     time.sleep(0.05)
     assert len(loaded) <= count + workers  # what was waiting is cancelled
-
-
-def test_two_workers_load_at_once() -> None:
-    together = threading.Barrier(2, timeout=5)  # broken, hence an exception, if one waits alone
-
-    def load(item: int) -> int:
-        together.wait()
-        return item
-
-    assert list(load_ahead(load, range(6), 2)) == list(range(6))

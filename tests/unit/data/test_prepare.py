@@ -14,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from transformers.utils import chat_template_utils
 
@@ -23,7 +22,6 @@ from sheeprlhf.data import progress
 from sheeprlhf.data.prepare import PreparedData, prepare_data
 from sheeprlhf.data.report import render_report
 from sheeprlhf.data.store import SplitWriter
-from sheeprlhf.structure.data import DocstringsConfig
 from sheeprlhf.utils import folders
 from sheeprlhf.utils.errors import DataError
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts, write_jsonl
@@ -80,12 +78,6 @@ def test_duplicates_far_apart_and_in_other_processes_are_removed(tmp_path: Path)
     assert kept.report["splits"]["train"]["duplicates"] == 13
 
 
-def test_equal_responses_stay_if_asked(tmp_path: Path) -> None:
-    data = [{"prompt": "p", "chosen": "same", "rejected": "same"}]
-    kept = prepare(local(tmp_path, data, remove_same_responses=False), byte_tokenizer(), "preference")
-    assert len(kept.splits["train"]) == 1
-
-
 def test_equal_prompts_fall_on_one_side(tmp_path: Path) -> None:
     data = [{"prompt": f"prompt {i % 200}", "response": f"response {i}"} for i in range(1000)]
     options = {"validation_split": 0.2, "test_split": 0.1, "reward_model_split": 0.5}
@@ -134,19 +126,6 @@ def test_nothing_left_shows_the_reasons_and_leaves_no_folder(tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"data\.minimum_response_length=100"):
         prepare(cfg, byte_tokenizer())
     assert not [path for path in (tmp_path / "cache" / "data").iterdir() if not path.name.endswith(".lock")]
-
-
-def test_embedded_data_and_its_report(tmp_path: Path) -> None:
-    cfg = DocstringsConfig(num_samples=300, cache_dir=str(tmp_path))
-    prepared = prepare(cfg, byte_tokenizer(), "preference")
-    assert set(prepared.splits) == {"train", "reward", "validation", "test"}
-    row = prepared.splits["train"].example(0)
-    assert len(row.responses) == 2
-    assert prepared.splits["train"].lengths.dtype == np.int32
-    assert prepared.splits["train"].lengths[0] == row.num_tokens()
-    table = render_report(prepared.report)
-    assert all(line.isascii() for line in table.splitlines())
-    assert "targets with an end token" in table
 
 
 def test_a_second_start_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,13 +289,6 @@ def test_a_damaged_cache_is_prepared_again(name: str, how: str, tmp_path: Path) 
     assert prepare(cfg, tokenizer).report == again.report
 
 
-def test_each_split_and_the_report_have_their_sha256(tmp_path: Path) -> None:
-    folder = prepare(local(tmp_path, rows(30), validation_split=0.3), byte_tokenizer()).folder
-    known = json.loads((folder / "digests.json").read_text())
-    names = ("report.json", "train.arrow", "validation.arrow")
-    assert known == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
-
-
 def test_ids_that_the_tokenizer_lacks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, cfg = byte_tokenizer(), local(tmp_path, rows(3))
     prepared = prepare(cfg, tokenizer)
@@ -361,24 +333,6 @@ def test_a_long_preparation_shows_how_far_it_is(
     shown = capsys.readouterr().err
     parts = ("reading data:", "preparing train:  40%", "| 1000/2500 [", "preparing train: 100%")
     assert [part in shown for part in parts] == [quiet == 0.0] * 4
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    cfg = local(tmp_path, rows(1))
-    monkeypatch.setattr(Path, "open", refuse)  # root may read everything
-    with pytest.raises(DataError, match=r"rows\.jsonl"):
-        prepare(cfg, byte_tokenizer())
-
-
-def test_a_split_that_a_task_needs_must_have_rows(tmp_path: Path) -> None:
-    data = [{"prompt": f"p {i}", "chosen": "good", "rejected": "bad"} for i in range(20)]
-    cfg = local(tmp_path, data, reward_model_split=1.0)
-    assert list(prepare(cfg, byte_tokenizer(), "preference").splits) == ["reward"]
-    with pytest.raises(DataError, match=r"data\.reward_model_split"):
-        prepare(cfg, byte_tokenizer())
 
 
 @pytest.mark.nightly
@@ -484,16 +438,6 @@ def goes_to_test(prompt: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 
 
-@pytest.mark.slow
-def test_rows_are_divided_alike_by_several_processes(tmp_path: Path) -> None:
-    data, tokenizer = same_prompt(30), byte_tokenizer()
-    alone, several = (
-        prepare(local(tmp_path, data, validation_split=0.4, num_proc=n, cache_dir=str(tmp_path / f"{n}")), tokenizer)
-        for n in (1, 2)
-    )
-    assert texts(alone, tokenizer, "validation") == texts(several, tokenizer, "validation") != []
-
-
 @pytest.mark.parametrize(("count", "others"), [(40, 41), (3, 0)])
 def test_rows_of_other_prompts_stay_together(count: int, others: int, tmp_path: Path) -> None:
     data, tokenizer = same_prompt(count, others), byte_tokenizer()
@@ -503,12 +447,6 @@ def test_rows_of_other_prompts_stay_together(count: int, others: int, tmp_path: 
     ]
     assert len(holding) == 1
     assert not any("same prompt" in note for note in prepared.report["notes"])
-
-
-def test_one_prompt_is_told_where_nothing_is_divided(tmp_path: Path) -> None:
-    prepared = prepare(local(tmp_path, same_prompt(20)), byte_tokenizer())
-    assert list(prepared.splits) == ["train"]
-    assert any("all 20 rows have the same prompt" in note for note in prepared.report["notes"])
 
 
 DATED = "[{{ strftime_now('%d %b %Y') }}]"

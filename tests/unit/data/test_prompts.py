@@ -55,17 +55,6 @@ def test_a_conversation_that_ends_with_the_user_is_the_prompt(template: str) -> 
     assert told([USER, ANSWER, AGAIN], "sft") == [first + ASKED, "b<|im_end|>"]  # what follows the answer is not read
 
 
-def test_a_long_prompt_is_cut_and_told_without_a_response() -> None:
-    tokenizer = byte_tokenizer(bos=True)
-    row = run({"prompt": "abcdef"}, tokenizer, max_prompt_length=4, max_length=9)
-    assert tokenizer.decode(row.tokens) == "<s>def"
-    assert row.cut == ("prompt",)
-    limits = {"max_prompt_length": 4, "max_length": 9}
-    assert run({"prompt": "abcdef"}, tokenizer, on_overflow="drop", **limits).dropped == "too_long"
-    with pytest.raises(DataError, match=r"data\.max_prompt_length=4"):
-        run({"prompt": "abcdef"}, tokenizer, on_overflow="error", **limits)
-
-
 REFUSED = {
     "sft": ({"prompt": "p"}, "sft", "a row has prompt and response, or prompt, chosen and rejected"),
     "preference": ({"prompt": "p"}, "preference", "a row has prompt and response, or prompt, chosen and rejected"),
@@ -126,11 +115,3 @@ def test_a_file_of_both(tmp_path: Path) -> None:
     table = [line.split() for line in render_report(prepared.report).splitlines()]
     assert [*"targets with an end token".split(), "100.0%", "-"] in table
     assert [*"rows without a response".split(), "1", "1"] in table
-
-
-def test_the_same_rows_have_another_folder_for_each_kind(tmp_path: Path) -> None:
-    cfg = local(tmp_path, [{"prompt": "hi", "response": "ho"}])
-    folders = {prepare(cfg, byte_tokenizer(), kind).folder for kind in ("sft", "prompts")}
-    assert len(folders) == 2
-    with pytest.raises(DataError, match="no training row is left of 1: 1 empty prompt"):
-        prepare(local(tmp_path, [{"prompt": ""}]), byte_tokenizer(), "prompts")

@@ -4,8 +4,6 @@ import bz2
 import gzip
 import json
 import re
-import socket
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,11 @@ from huggingface_hub import constants
 from sheeprlhf.data import source
 from sheeprlhf.data.compressed import open_data
 from sheeprlhf.data.layout import RowLayout
-from sheeprlhf.data.parquet import read_parquet
-from sheeprlhf.data.read import BATCH_CHARS, count_rows, read_batches
+from sheeprlhf.data.read import BATCH_CHARS, read_batches
 from sheeprlhf.data.report import render_report
 from sheeprlhf.structure.data import DataConfig, SummarizationConfig
 from sheeprlhf.structure.places import data_file_problems
 from sheeprlhf.utils.errors import DataError
-from sheeprlhf.utils.hub import why_offline
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts, write_jsonl
 
 
@@ -140,13 +136,6 @@ def test_readable_files(tmp_path: Path, name: str, content: bytes) -> None:
     assert texts(prepared, tokenizer) == [("p", "r<|im_end|>")]
 
 
-def test_only_the_rows_asked_for_are_read(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(GOOD * 2 + b"not JSON")
-    (tmp_path / "b.jsonl").write_bytes(b"not JSON")
-    found = list(read_batches([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], 2, layout=known_columns()))
-    assert [row.place for batch in found for row in batch] == ["a.jsonl line 1", "a.jsonl line 2"]
-
-
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_dataset_may_read_columns_of_its_own(tmp_path: Path, kind: str) -> None:
     row = {"question": "q", "response": "r", "id": 1}
@@ -163,20 +152,6 @@ def test_a_batch_ends_with_its_rows_or_its_text(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", rows)
     batches = read_batches([tmp_path / "a.jsonl"], None, size=3, layout=known_columns())
     assert [[row.number for row in batch] for batch in batches] == [[0, 1, 2], [3], [4, 5], [6, 7]]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "number"),
-    [("a.jsonl", GOOD * 3, 3), ("a.csv", b"prompt,response\na,b\nc,d\n", 2), ("a.json", b"[]", None)],
-)
-def test_the_number_of_rows_is_known_before_they_are_read(
-    tmp_path: Path, name: str, content: bytes, number: int | None
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    parquet(tmp_path / "b.parquet", prompt=["a"] * 5)
-    assert count_rows([tmp_path / name], None) == number
-    assert count_rows([tmp_path / name], 1) == (number and 1)
-    assert count_rows([tmp_path / "b.parquet", tmp_path / name], None) == (number and number + 5)
 
 
 def test_csv_keeps_line_ends_quotes_and_what_looks_like_a_number_or_nothing(tmp_path: Path) -> None:
@@ -263,27 +238,6 @@ def parquet(file: Path, **columns: Any) -> None:
     pq.write_table(pa.table(columns), file)
 
 
-def test_parquet_schemas(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer(template=TEMPLATE)
-    turns = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]
-    parquet(tmp_path / "m.parquet", messages=turns, other=[1])
-    prepared = prepare(local(tmp_path, train_file=str(tmp_path / "m.parquet")), tokenizer)
-    assert texts(prepared, tokenizer)[0][1] == "b<|im_end|>"
-    no_column = pa.nulls(1)  # what pandas writes for a column of None
-    parquet(tmp_path / "n.parquet", prompt=pa.array(["a"]).dictionary_encode(), response=["b"], chosen=no_column)
-    assert texts(prepare(local(tmp_path, train_file=str(tmp_path / "n.parquet")), tokenizer), tokenizer) == [
-        ("a", "b<|im_end|>")
-    ]
-
-
-def test_parquet_with_a_pattern_in_its_path_and_broken_metadata(tmp_path: Path) -> None:
-    folder = tmp_path / "a [b] *?"
-    columns = pa.table({"prompt": ["a"], "response": pa.array(["b"], pa.large_string())})
-    folder.mkdir()
-    pq.write_table(columns.replace_schema_metadata({"huggingface": "{broken"}), folder / "r[0].parquet")
-    assert [values for _, values in read_parquet(folder / "r[0].parquet")] == [{"prompt": "a", "response": "b"}]
-
-
 def test_a_folder_in_the_hubs_layout(tmp_path: Path) -> None:
     for name, mark in [
         ("train-00000-of-00002", "a"),
@@ -339,30 +293,6 @@ def test_folders_and_names(tmp_path: Path) -> None:
     ]:
         with pytest.raises(DataError, match=message):
             located(name)
-
-
-@pytest.mark.parametrize("offline", [True, False])
-def test_without_a_network_a_hub_name_fails_within_five_seconds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1" if offline else "0")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    start = time.monotonic()
-    with pytest.raises(
-        DataError, match=r"(the hub cannot be reached|HF_HUB_OFFLINE is set).*data.dataset_name=<folder>"
-    ):
-        source.locate(SummarizationConfig())
-    assert time.monotonic() - start < 5
-
-
-def test_the_probe_gives_up_on_a_silent_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        start = time.monotonic()
-        assert why_offline() == "the hub cannot be reached"
-        assert time.monotonic() - start < 10  # three, and what other tests take meanwhile
 
 
 def test_a_cached_hub_dataset_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,15 +37,6 @@ def test_all_tokens_of_a_text_are_learned(kind: str, bos: bool, tmp_path: Path) 
         check_prompts(prepared.report, "rouge")
 
 
-def test_texts_go_to_different_splits(tmp_path: Path) -> None:
-    rows = [{"text": f"text {number}"} for number in range(60)]
-    prepared = prepare(local(tmp_path, rows, validation_split=0.2, test_split=0.2), byte_tokenizer())
-    kept = {split: part["kept"] for split, part in prepared.report["splits"].items()}
-    assert set(kept) == {"train", "validation", "test"}
-    assert min(kept.values()) >= 4
-    assert not any("same prompt" in note for note in prepared.report["notes"])
-
-
 @pytest.mark.parametrize("bos", [False, True])
 def test_all_tokens_of_a_long_text_are_learned_in_parts(bos: bool, tmp_path: Path) -> None:
     long = "abcdefghijklmnopqrstuvwxyz"
@@ -63,12 +54,6 @@ def test_all_tokens_of_a_long_text_are_learned_in_parts(bos: bool, tmp_path: Pat
     assert (part["dropped"], part["further_answers"]) == ({"duplicate": 3}, 0)
     dropped = prepare(local(tmp_path, [{"text": long}, {"text": "xy"}], max_length=10, on_overflow="drop"), tokenizer)
     assert dropped.report["splits"]["train"]["dropped"] == {"too_long": 1}
-
-
-def test_a_text_among_prompts_is_noted(tmp_path: Path) -> None:
-    rows = [{"prompt": "a", "response": "b"}, {"prompt": "", "response": "c"}]
-    prepared = prepare(local(tmp_path, rows), byte_tokenizer())
-    assert any("1 of 2 rows of the train split have an empty prompt" in note for note in prepared.report["notes"])
 
 
 @pytest.mark.parametrize("kind", ["preference", "unpaired", "prompts"])

@@ -36,36 +36,6 @@ def test_one_bos_exactly_where_the_tokenizer_puts_one(bos: bool, template: str) 
         assert response[-1] == tokenizer.eos_token_id
 
 
-def test_bos_that_is_eos_as_in_opt() -> None:
-    tokenizer = byte_tokenizer(bos=True, eos="<s>", pad=None)
-    prompt, response = parts(run({"prompt": "hi", "response": "ho"}, tokenizer))
-    assert [tokenizer.decode(ids) for ids in (prompt, response)] == ["<s>hi", "ho<s>"]
-
-
-def test_template_is_applied_once_and_ends_at_its_first_eos() -> None:
-    tokenizer = byte_tokenizer(template=TEMPLATE)
-    row = {
-        "messages": [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "b"},
-            {"role": "user", "content": "c"},
-            {"role": "assistant", "content": "d"},
-        ]
-    }
-    prompt, response = (tokenizer.decode(ids) for ids in parts(run(row, tokenizer)))
-    turn = "<|im_start|>{}\n{}<|im_end|>\n"
-    start = "<|im_start|>assistant\n"
-    assert prompt == turn.format("user", "a") + turn.format("assistant", "b") + turn.format("user", "c") + start
-    assert response == "d<|im_end|>"
-
-
-def test_no_merge_over_the_boundary() -> None:
-    tokenizer = byte_tokenizer(merges=("y z",))
-    assert len(tokenizer("xyz")["input_ids"]) == 2  # the tokenizer would join what stands on both sides
-    prompt, response = parts(run({"prompt": "xy", "response": "z"}, tokenizer))
-    assert [tokenizer.decode(ids) for ids in (prompt, response)] == ["xy", "z<|im_end|>"]
-
-
 def test_prompt_ids_are_always_a_prefix_that_both_responses_share() -> None:
     tokenizer = byte_tokenizer(bos=True, merges=("a b", "ab a", "b a", "a a", "b b"))
     rng = np.random.default_rng(0)
@@ -137,14 +107,6 @@ def test_a_prompt_that_leaves_no_room_for_a_response_is_dropped() -> None:
     assert run(pair, tokenizer, "preference", **options).dropped == "no_room_for_response"
 
 
-@pytest.mark.parametrize(("num_long", "noted"), [(1, False), (3, True)])
-def test_many_cut_rows_are_told(num_long: int, noted: bool, tmp_path: Path) -> None:
-    data = [{"prompt": f"p{i}", "response": "x" * (30 if i < num_long else 3)} for i in range(40)]
-    prepared = prepare(local(tmp_path, data, max_length=12, max_prompt_length=6), byte_tokenizer())
-    assert prepared.report["splits"]["train"]["rows_cut"] == num_long
-    assert any("data.on_overflow=drop" in note for note in prepared.report["notes"]) is noted
-
-
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -184,6 +146,12 @@ def test_dialogue_ends_in_the_assistants_turn(lead: str) -> None:
     row = {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": f"{lead}yes", "rejected": f"{lead}no"}
     expected = ["\n\nHuman: hi\n\nAssistant:", " yes<|im_end|>", " no<|im_end|>"]
     assert formatted(HelpfulHarmlessConfig(), row) == expected
+
+
+def test_bos_that_is_eos_as_in_opt() -> None:
+    tokenizer = byte_tokenizer(bos=True, eos="<s>", pad=None)
+    prompt, response = parts(run({"prompt": "hi", "response": "ho"}, tokenizer))
+    assert [tokenizer.decode(ids) for ids in (prompt, response)] == ["<s>hi", "ho<s>"]
 
 
 def test_prepared_rows_hold_no_padding(tmp_path: Path) -> None:
