@@ -7,6 +7,7 @@ import functools
 import importlib
 import io
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,22 +16,19 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sheeprlhf.command.help import PLAIN_VERBS, VERBS, print_overview, print_verb_help
 from sheeprlhf.command.screen import print_error
-from sheeprlhf.command.words import PLOT, Words, split_words, verb_problem
+from sheeprlhf.command.words import PLOT, ParsedArgs, parse_args, verb_problem
 from sheeprlhf.utils.errors import ConfigError, Interrupted, MissingRanksError, SheepError
 from sheeprlhf.utils.launchers import (
     OWN_LAUNCHER,
     LauncherError,
     check_alone,
     global_rank,
-    is_one_of_several,
     is_rank_zero,
-    launched,
     leave_to_rank_zero,
     local_rank,
 )
@@ -47,7 +45,7 @@ from sheeprlhf.utils.quiet import silence_libraries
 from sheeprlhf.utils.streams import lasting, lost_output, open_closed_streams, outlives_reader
 
 if TYPE_CHECKING:
-    from sheeprlhf.structure.run import RootConfig
+    from sheeprlhf.structure.compose import Source
 
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
 _LASTING = (["train"], ["pipeline"])  # commands that go on when nobody reads their output any more
@@ -212,21 +210,21 @@ def _dispatch(arguments: list[str]) -> int:
     if verb not in HYDRA_VERBS:
         plain = [word for word in rest if word.casefold() != "debug=true"]
         return importlib.import_module(f"sheeprlhf.command.{verb}").run(plain)
-    words = split_words(["plot=true" if verb == "eval" and word == PLOT.name else word for word in rest])
+    args = parse_args(["plot=true" if verb == "eval" and word == PLOT.name else word for word in rest])
     if verb == "pipeline":
         from sheeprlhf.structure.pipeline import collected
 
-        words = words._replace(overrides=collected(words.overrides))
-    directory = words.values.get("--config-dir")
+        args = args._replace(overrides=collected(args.overrides))
+    directory = args.values.get("--config-dir")
     if directory is not None and not Path(directory).is_dir():
         raise ConfigError(f"--config-dir={directory} is not a directory: give the folder that holds your groups")
-    name = words.values.get("--config-name")
+    name = args.values.get("--config-name")
     if name is not None:
         _check_config_name(name, directory)
-    if "--help" in words.flags:
-        print_verb_help(verb, words.overrides, directory)
+    if "--help" in args.flags:
+        print_verb_help(verb, args.overrides, directory)
         return 0
-    return _with_hydra(verb, words)
+    return _compose_and_launch(verb, args)
 
 
 def _split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -261,50 +259,45 @@ def _check_config_name(name: str, directory: str | None) -> None:
         raise ConfigError(f"--config-name={name} does not exist: {did}")
 
 
-def _with_hydra(verb: str, words: Words) -> int:
-    """Check the command line, then let Hydra run it: once, as a sweep, or showing the configuration."""
-    from hydra import main as hydra_main
+def _compose_and_launch(verb: str, args: ParsedArgs) -> int:
+    """Compose, check and run one job; leave sweeps and what only Hydra can do to Hydra, after the same checks."""
+    from sheeprlhf.structure.compose import Source, check, compose_job, configs_directory
 
-    from sheeprlhf.command.sweep import Sweep, check_sweep_dir, sweep_code, sweep_parent, watched_sweep
-    from sheeprlhf.structure.compose import Source, check, compose_job, configs_directory, saved_overrides
-    from sheeprlhf.structure.config_files import check_sources
-    from sheeprlhf.structure.processes import with_launched_processes
-    from sheeprlhf.structure.registry import register_configs
+    name, directory = args.values.get("--config-name", verb), args.values.get("--config-dir")
+    source = Source(verb, configs_directory(), name, directory)
+    shows = {"--cfg", "--info", "--shell-completion", "--hydra-help", "--version"} & set(args.flags)
+    sweep = "--multirun" in args.flags
+    options_of_hydra = [word for word in args.overrides if re.match(r"[+~]*hydra\b", word)]
+    if not sweep and not shows and all(word.startswith("hydra.run.dir=") for word in options_of_hydra):
+        job = compose_job(source, args.overrides)
+        from sheeprlhf.launch import launch
 
-    sweep = "--multirun" in words.flags
-    shows = {"--cfg", "--info", "--shell-completion", "--hydra-help", "--version"} & set(words.flags)
-    directory = configs_directory()
-    source = Source(verb, directory, words.values.get("--config-name", verb), words.values.get("--config-dir"))
+        return _guarded(lambda: launch(verb, args, job), bool(getattr(job.config, "debug", False)))
     if not shows or "--cfg" in shows:
-        problems = check(source, words.overrides, multirun=sweep, complete=not shows)
+        problems = check(source, args.overrides, multirun=sweep, complete=not shows)
         if problems:
             raise ConfigError(*problems)
-    if sweep and not shows:
-        check_alone("a sweep (-m)")
-        check_sweep_dir(words.overrides)
-    elif verb in ("train", "eval") and not shows and (launched() is not None or is_one_of_several()):
-        with_launched_processes(compose_job(source, words.overrides))  # before Hydra makes a directory
-    own_dir = sweep and "hydra.sweep.dir=" not in str(words)
-    parent = sweep_parent(words.overrides) if own_dir else None
+    if not sweep or shows:
+        return _with_hydra(source, args)
+    return _run_sweep(source, args)
+
+
+def _run_sweep(source: "Source", args: ParsedArgs) -> int:
+    """Let Hydra run every job of a sweep; returns the exit code of the first that failed."""
+    from sheeprlhf.command.sweep import Sweep, check_sweep_dir, sweep_code, sweep_parent, watched_sweep
+
+    check_alone("a sweep (-m)")
+    check_sweep_dir(args.overrides)
+    own_dir = "hydra.sweep.dir=" not in str(args)
+    parent = sweep_parent(args.overrides) if own_dir else None
     sweep_dir = tempfile.mkdtemp(prefix=".sheeprlhf-" if parent else "sheeprlhf-", dir=parent) if own_dir else ""
-    codes: list[int] = []
-    watched, stopped, failed = Sweep(), 0, 0
-    arguments, sys.argv = sys.argv, [sys.argv[0], *words.flags, *words.overrides]
+    watched, code, failed = Sweep(), 0, 0
     try:
-        if sweep_dir:  # for the multirun.yaml that Hydra writes
-            sys.argv.append(f"hydra.sweep.dir={sweep_dir}")
-        register_configs()
-        check_sources()
-        sys.argv += saved_overrides(verb, words.overrides)
-        job = functools.partial(_job, verb, words, bool(sweep_dir), os.getpid(), codes)
-        with watched_sweep(watched, verb) if sweep else nullcontext():
-            hydra_main(config_path=str(directory), config_name=verb, version_base="1.3")(job)()
+        with watched_sweep(watched, source.verb):
+            code = _with_hydra(source, args, sweep_dir)
     except SystemExit as stop:
-        if not sweep:
-            raise
-        stopped = stop.code if isinstance(stop.code, int) else 1
+        code = stop.code if isinstance(stop.code, int) else 1
     finally:
-        sys.argv = arguments
         failed = sweep_code(watched)
         if failed and parent is not None:
             print(f"the launcher's logs: {sweep_dir}", file=sys.stderr)
@@ -312,45 +305,67 @@ def _with_hydra(verb: str, words: Words) -> int:
             shutil.rmtree(sweep_dir, ignore_errors=True)
     if watched.problems:
         raise ConfigError(*watched.problems)
-    if stopped > 128:
-        return stopped
-    return failed or stopped or next((code for code in codes if code), 0)
+    return code if code > 128 else failed or code
 
 
-def _job(verb: str, words: Words, own_sweep_dir: bool, process: int, codes: list[int], composed: Any) -> Any:
+def _with_hydra(source: "Source", args: ParsedArgs, sweep_dir: str = "") -> int:
+    """Call `hydra.main`; returns the exit code of the first job that failed in this process.
+
+    Args:
+        source: where the configuration comes from.
+        args: the command line.
+        sweep_dir: an empty folder for the files that Hydra writes about a sweep.
+    """
+    from hydra import main as hydra_main
+
+    from sheeprlhf.structure.compose import saved_overrides
+    from sheeprlhf.structure.config_files import check_sources
+    from sheeprlhf.structure.registry import register_configs
+
+    codes: list[int] = []
+    arguments, sys.argv = sys.argv, [sys.argv[0], *args.flags, *args.overrides]
+    try:
+        sys.argv += [f"hydra.sweep.dir={sweep_dir}"] if sweep_dir else []
+        register_configs()
+        check_sources()
+        sys.argv += saved_overrides(source.verb, args.overrides)
+        job = functools.partial(_hydra_job, source.verb, args, bool(sweep_dir), os.getpid(), codes)
+        hydra_main(config_path=str(source.directory), config_name=source.verb, version_base="1.3")(job)()
+    finally:
+        sys.argv = arguments
+    return next((code for code in codes if code), 0)
+
+
+def _hydra_job(verb: str, args: ParsedArgs, own_sweep_dir: bool, process: int, codes: list[int], composed: Any) -> Any:
     """Run a job, called by Hydra: in this process, or in another one, where `codes` is a copy.
 
     A signal ends the whole sweep: from another process, by the exit code in what is returned.
     """
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
     from sheeprlhf.command.sweep import outcome
-    from sheeprlhf.launch import Job, launch, settled_words
+    from sheeprlhf.launch import launch
     from sheeprlhf.structure.compose import SAVED_CHOICE, finish
-    from sheeprlhf.structure.earlier import TASKS
 
-    hydra = HydraConfig.get()
-    sweep = "--multirun" in words.flags
-    overrides, given = words.overrides, hydra.run.dir
+    hydra, config = HydraConfig.get(), None
+    sweep, given = "--multirun" in args.flags, hydra.run.dir
     if sweep:
         overrides = [word for word in hydra.overrides.task if not word.endswith(f"={SAVED_CHOICE}")]
+        args = args._replace(flags=[flag for flag in args.flags if flag != "--multirun"], overrides=overrides)
         given = "." if own_sweep_dir else hydra.runtime.output_dir
         print(f"job {hydra.job.num}: {' '.join(overrides)}")
     if verb in ("train", "pipeline"):
         composed.experiment = hydra.runtime.choices.get("experiment")
     if verb == "train":
         composed.run_name = f"{composed.run_name}_{hydra.job.num}" if sweep else composed.run_name
-    flags = [flag for flag in words.flags if flag != "--multirun"]
     given_dir = None if given == "." else str(given)
-    asked = {key: OmegaConf.select(composed, key) for key in TASKS}
     messages: list[str] = []
-    config: RootConfig | None = None
 
     def start() -> int:
         nonlocal config
-        config = finish(composed, given_dir)
-        return launch(config, Job(verb, [*flags, *settled_words(config, overrides, asked)], given_dir, sweep))
+        job = finish(composed, given_dir)
+        config = job.config
+        return launch(verb, args, job, in_sweep=sweep)
 
     code = _guarded(start, bool(composed.debug), messages)
     if sweep and not code and noted_stop():

@@ -5,21 +5,22 @@ import os
 import random
 import sys
 import traceback
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sheeprlhf.command.child import children
+from sheeprlhf.command.words import ParsedArgs
 from sheeprlhf.engine.redact import plain_text, redact_text
 from sheeprlhf.engine.rundir import CONFIG_FILE, check_existing_run, choose_run_dir, discard_unused, is_finished
 from sheeprlhf.engine.runlock import RunLock
 from sheeprlhf.model.locate import locate
 from sheeprlhf.structure.commands import option_word
-from sheeprlhf.structure.earlier import RUN_OPTIONS, is_word
+from sheeprlhf.structure.compose import Job
+from sheeprlhf.structure.earlier import is_word
 from sheeprlhf.structure.processes import with_launched_processes
 from sheeprlhf.structure.registry import config_hash
-from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, PipelineConfig, RootConfig, TrainConfig
+from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, PipelineConfig, TrainConfig
 from sheeprlhf.structure.smaller import advice
 from sheeprlhf.structure.trained import needs_base_model
 from sheeprlhf.structure.validate import parse_devices
@@ -40,47 +41,31 @@ from sheeprlhf.utils.processes import die_with_parent
 from sheeprlhf.utils.quiet import silence_libraries
 
 
-class Job(NamedTuple):
-    """What is needed to start a job again as a process of its own.
-
-    Attributes:
-        verb: train or eval.
-        words: the flags and overrides of this job alone.
-        given_dir: the directory that the user gave for it, if any.
-        in_sweep: it is one of several jobs of this process.
-    """
-
-    verb: str
-    words: list[str]
-    given_dir: str | None
-    in_sweep: bool
-
-
-def settled_words(config: RootConfig, words: list[str], asked: Mapping[str, Any]) -> list[str]:
-    """The words with the runs that `newest` and `auto` have become, so that every process means the same ones.
-
-    Args:
-        config: knows those runs.
-        words: the job's.
-        asked: what the words, a recipe or a default say, by option.
-    """
-    for key in RUN_OPTIONS:
-        said = next((word.partition("=")[2] for word in words if word.startswith(f"{key}=")), asked.get(key))
-        if not isinstance(config, TrainConfig | EvalConfig) or not isinstance(said, str) or not is_word(said):
-            continue
-        found = getattr(config.task if key.startswith("task.") else config, key.removeprefix("task."), None)
-        if found == said:  # another meaning of the word
+def resolve_run_aliases(job: Job, overrides: list[str]) -> list[str]:
+    """Replace `newest` and `auto` in the overrides by the runs that were found, so that every process has the same."""
+    if not isinstance(job.config, TrainConfig | EvalConfig):
+        return overrides
+    for key, asked in job.runs.items():
+        said = next((word.partition("=")[2] for word in overrides if word.startswith(f"{key}=")), asked)
+        found = getattr(job.config.task if key.startswith("task.") else job.config, key.removeprefix("task."), None)
+        if not isinstance(said, str) or not is_word(said) or found == said:  # equal: another meaning of the word
             continue
         if is_rank_zero() and found is not None:
             print(f"{key}={said}: {found}")
-        words = [word for word in words if not word.startswith(f"{key}=")] + [option_word(key, found)]
-    return words
+        overrides = [word for word in overrides if not word.startswith(f"{key}=")] + [option_word(key, found)]
+    return overrides
 
 
-def launch(config: RootConfig, job: Job) -> int:
+def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> int:
     """Run a job to its end in this process and, with several devices, in those that Fabric starts.
 
     A sweep's job on several devices gets a process of its own: Fabric leaves this one's rank in the environment.
+
+    Args:
+        verb: the command.
+        args: flags and overrides of this job alone.
+        job: its configuration.
+        in_sweep: it is one of several jobs of this process.
 
     Returns:
         The exit code.
@@ -88,6 +73,9 @@ def launch(config: RootConfig, job: Job) -> int:
     Raises:
         ConfigError: a library that would be imported must not be.
     """
+    config = job.config
+    args = args._replace(overrides=resolve_run_aliases(job, args.overrides))
+    words = [verb, *args.flags, *args.overrides]
     check_versions()
     if local_rank() > 0:  # before torch is imported, which takes seconds
         launcher = os.environ.get(OWN_LAUNCHER)
@@ -95,7 +83,7 @@ def launch(config: RootConfig, job: Job) -> int:
     if isinstance(config, PipelineConfig):
         check_alone("pipeline")
     given = not isinstance(config, TrainConfig | EvalConfig) or config.fabric.devices is not None
-    config = with_launched_processes(config, alone=job.in_sweep)
+    config = with_launched_processes(config, alone=in_sweep)
     note = stale_note(given)
     if note is not None and is_rank_zero():
         print(note, file=sys.stderr)
@@ -106,15 +94,15 @@ def launch(config: RootConfig, job: Job) -> int:
         silence_libraries()
         if isinstance(config, InspectConfig):
             _find(config)
-        return _entry(config.entry_point)(config)
-    if job.in_sweep and _needs_processes(config):
+        return _entry(config.entry_point)(config, args)
+    if in_sweep and _needs_processes(config):
         with children() as started:
-            code = started.run(_words_alone(config, job))
+            code = started.run(_words_alone(words, config, job.given_dir))
         return code if started.stopped_by is None else 128 + started.stopped_by
     if is_rank_zero() and isinstance(config, TrainConfig):
         _warn_about_restarts(resumes=config.resume or config.resume_from is not None)
     run_dir = None
-    sys.argv = [sys.argv[0], job.verb, *job.words]  # what Fabric starts the other ranks with
+    sys.argv = [sys.argv[0], *words]  # what Fabric starts the other ranks with
     if is_rank_zero():
         _find(config)
         if isinstance(config, TrainConfig):
@@ -198,13 +186,10 @@ def _is_awaited(config: TrainConfig | EvalConfig) -> bool:
     return started and _needs_processes(config)
 
 
-def _words_alone(config: TrainConfig | EvalConfig, job: Job) -> list[str]:
-    words = [job.verb, *job.words]
-    if isinstance(config, TrainConfig):
-        words.append(option_word("run_name", config.run_name))
-    if job.given_dir is not None:
-        words.append(option_word("hydra.run.dir", os.path.abspath(job.given_dir)))
-    return words
+def _words_alone(words: list[str], config: TrainConfig | EvalConfig, given_dir: str | None) -> list[str]:
+    name = [option_word("run_name", config.run_name)] if isinstance(config, TrainConfig) else []
+    folder = [] if given_dir is None else [option_word("hydra.run.dir", os.path.abspath(given_dir))]
+    return [*words, *name, *folder]
 
 
 def _choose_dir(config: TrainConfig, given: str | None) -> Path:

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from hydra.core.hydra_config import HydraConfig
 from rich.text import Text
 
 from sheeprlhf.command.checks import Finding, caches, devices, disk, hub, precision, versions
 from sheeprlhf.command.screen import Screen, paragraph
+from sheeprlhf.command.words import ParsedArgs
 from sheeprlhf.engine.redact import plain_text, redact_command, redact_text
-from sheeprlhf.structure.commands import command, given_words
+from sheeprlhf.structure.commands import command
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.machine import available_memory
 from sheeprlhf.structure.places import data_is_here, model_folder
@@ -31,7 +31,7 @@ _STYLES = {"ok": "good", "warning": "odd", "problem": "bad"}
 _WIDTH = 20  # of level and topic
 
 
-def run(config: DoctorConfig) -> int:
+def run(config: DoctorConfig, args: ParsedArgs) -> int:
     """Print what was found, the memory that a step needs, and the next command.
 
     Returns:
@@ -51,18 +51,17 @@ def run(config: DoctorConfig) -> int:
     screen.print()
     if num_problems:
         count = "one problem" if num_problems == 1 else f"{num_problems} problems"
-        screen.print(f"{count} would stop this run; when mended, look again\nnext: {_command('doctor', config)}")
+        screen.print(f"{count} would stop this run; when mended, look again\nnext: {_command('doctor', config, args)}")
         return 1
-    screen.print(f"this run would work\nnext: {_command('train', config)}")
+    screen.print(f"this run would work\nnext: {_command('train', config, args)}")
     return 0
 
 
-def _command(verb: str, config: DoctorConfig) -> str:
+def _command(verb: str, config: DoctorConfig, args: ParsedArgs) -> str:
     """The same configuration for another command."""
-    given, flags = given_words() if HydraConfig.initialized() else ([], [])
-    named = any(word.startswith(("task=", "experiment=")) for word in given)
+    named = any(word.startswith(("task=", "experiment=")) for word in args.overrides)
     task = [] if named else [f"task={config.task.config_name}"]
-    return plain_text(command([verb, *task, *redact_command(given), *flags]))
+    return plain_text(command([verb, *task, *redact_command(args.overrides), *args.config_dir()]))
 
 
 def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:

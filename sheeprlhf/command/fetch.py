@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from sheeprlhf.command import smollm2
+from sheeprlhf.command.words import ParsedArgs
 from sheeprlhf.engine.manifest import verify_manifest, write_manifest
 from sheeprlhf.model.folder import INDEX, WEIGHTS, check_model, folder_of, pickled_files, safetensors_files
 from sheeprlhf.structure.commands import command, option_word
@@ -20,7 +21,7 @@ _FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]  # never code
 _SAFETENSORS, _PICKLES = ["*.safetensors"], ["pytorch_model*.bin"]  # the latter where there are none of the former
 
 
-def run(config: FetchConfig) -> int:
+def run(config: FetchConfig, args: ParsedArgs | None = None) -> int:
     """Fetch `config.model`, if there is anything to fetch, and say where it is.
 
     Raises:

@@ -8,18 +8,18 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from hydra.core.hydra_config import HydraConfig
 from rich.text import Text
 
 from sheeprlhf.command.example_view import View, Viewer
 from sheeprlhf.command.plots import draw_histograms, lengths_of, text_histogram
 from sheeprlhf.command.screen import Screen, columns, heading, paragraph
 from sheeprlhf.command.tokens import NEWLINE, Piece, lines
+from sheeprlhf.command.words import ParsedArgs
 from sheeprlhf.data.prepare import PreparedData, prepare_data
 from sheeprlhf.data.report import render_report
 from sheeprlhf.engine.redact import plain_text, redact_command, redact_text
 from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.structure.commands import command, given_words
+from sheeprlhf.structure.commands import command
 from sheeprlhf.structure.run import InspectConfig
 from sheeprlhf.structure.task import RMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
@@ -50,7 +50,7 @@ class Marks(NamedTuple):
     bar: str
 
 
-def run(config: InspectConfig) -> int:
+def run(config: InspectConfig, args: ParsedArgs) -> int:
     """Print report, examples and lengths; leave the histograms and the report in `output_dir`.
 
     Raises:
@@ -88,7 +88,7 @@ def run(config: InspectConfig) -> int:
     _say(screen, "")
     for path in files.values():
         _say(screen, f"wrote {path}" + (" (in place of an earlier one)" if path in replaced else ""))
-    _say(screen, f"next: {_next_command(config)}")
+    _say(screen, f"next: {_next_command(config, args)}")
     return 0
 
 
@@ -215,15 +215,11 @@ def _line(screen: Screen, line: list[Piece], marks: Marks) -> Text:
     return text
 
 
-def _next_command(config: InspectConfig) -> str:
+def _next_command(config: InspectConfig, args: ParsedArgs) -> str:
     """Training on the same data: the choices, and the user's own words but those for this command alone."""
     choices = {group: getattr(config, group).config_name for group in ("task", "data", "model")}
-    given: list[str] = []
-    flags: list[str] = []
-    if HydraConfig.initialized():
-        own = {field.name for field in dataclasses.fields(config)} - set(choices)
-        words, flags = given_words()
-        given = [word for word in words if re.split(r"[=@]", word.lstrip("+~"))[0] not in own]
+    own = {field.name for field in dataclasses.fields(config)} - set(choices)
+    given = [word for word in args.overrides if re.split(r"[=@]", word.lstrip("+~"))[0] not in own]
     named = {re.split(r"[=@]", word)[0] for word in given}
     words = [f"{group}={choice}" for group, choice in choices.items() if group not in named]
-    return command(["train", *words, *redact_command(given), *flags])
+    return command(["train", *words, *redact_command(given), *args.config_dir()])

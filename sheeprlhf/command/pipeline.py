@@ -15,11 +15,11 @@ from sheeprlhf.command.child import Children, children
 from sheeprlhf.command.pipeline_results import RESULT_FILES, show_results, write_results
 from sheeprlhf.command.pipeline_state import STATE_FILE, Place, choose_folder, is_done, write_state
 from sheeprlhf.command.screen import Screen
-from sheeprlhf.command.words import split_words
+from sheeprlhf.command.words import ParsedArgs, parse_args
 from sheeprlhf.engine.redact import redact_command
 from sheeprlhf.engine.rundir import RUN_FILE
 from sheeprlhf.engine.runlock import LOCK_FILE, RunLock
-from sheeprlhf.structure.commands import command, given_words, option_word
+from sheeprlhf.structure.commands import command, option_word
 from sheeprlhf.structure.compose import Source, check, compose_job, configs_directory
 from sheeprlhf.structure.pipeline import Stage, stages_of
 from sheeprlhf.structure.registry import config_to_dict
@@ -30,7 +30,7 @@ from sheeprlhf.utils.output import create_file, link_problems, make_folder
 PAGE = "report.html"
 
 
-def run(config: PipelineConfig) -> int:
+def run(config: PipelineConfig, args: ParsedArgs) -> int:
     """Check every stage, run those that are not finished, and show what came of it.
 
     Returns:
@@ -39,7 +39,8 @@ def run(config: PipelineConfig) -> int:
     Raises:
         ConfigError: with every problem of every stage.
     """
-    flags, words = _given(config)
+    flags = args.config_dir()
+    words = [*(word for word in args.overrides if not word.startswith("words=")), *config.words]
     stages = stages_of(config)
     check_stages(stages, flags)
     place = choose_folder(config, stages, ["pipeline", *flags, *words])
@@ -68,12 +69,6 @@ def _check_links(folder: Path, stages: list[Stage]) -> None:
         raise UnsafePathError(*problems)
 
 
-def _given(config: PipelineConfig) -> tuple[list[str], list[str]]:
-    """The flags that stages need too, and the words as they were given."""
-    options, flags = given_words()
-    return flags, [*(word for word in options if not word.startswith("words=")), *config.words]
-
-
 def check_stages(stages: list[Stage], flags: list[str]) -> None:
     """Compose and check the command of every stage; runs that they start from are stood in for by empty ones.
 
@@ -84,16 +79,16 @@ def check_stages(stages: list[Stage], flags: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="sheeprlhf-") as place:
         folders = {stage.name: str(Path(place, stage.name)) for stage in stages}
         for stage in stages:
-            words = split_words([*flags, *stage.placed(folders)[1:]])
-            source = Source(stage.verb, configs_directory(), stage.verb, words.values.get("--config-dir"))
-            sweep = "--multirun" in words.flags
-            problems = check(source, words.overrides, multirun=sweep)
+            args = parse_args([*flags, *stage.placed(folders)[1:]])
+            source = Source(stage.verb, configs_directory(), stage.verb, args.values.get("--config-dir"))
+            sweep = "--multirun" in args.flags
+            problems = check(source, args.overrides, multirun=sweep)
             failed = [folder for folder in folders.values() if not Path(folder).exists()]
             for problem in problems:
                 if not any(folder in problem for folder in failed if folder != folders[stage.name]):
                     having.setdefault(problem, []).append(stage.name)
             if stage.verb == "train" and not problems:
-                _stand_in(Path(folders[stage.name]), compose_job(source, words.overrides))
+                _stand_in(Path(folders[stage.name]), compose_job(source, args.overrides).config)
     if having:
         raise ConfigError(*(f"{', '.join(names)}: {problem}" for problem, names in having.items()))
 

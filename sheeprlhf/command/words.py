@@ -1,5 +1,6 @@
 """The words behind a command: flags and their values, overrides, and the sentence for what is neither."""
 
+import os
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
@@ -45,15 +46,20 @@ _SHELLS = tuple(
 )
 
 
-class Words(NamedTuple):
+class ParsedArgs(NamedTuple):
     """A command line after the verb: Hydra's flags, their values by long name, and the overrides."""
 
     flags: list[str]
     values: dict[str, str]
     overrides: list[str]
 
+    def config_dir(self) -> list[str]:
+        """The flag for the user's folder of groups, for another command; empty if none was given."""
+        folder = self.values.get("--config-dir")
+        return [] if folder is None else [f"--config-dir={os.path.abspath(folder)}"]
 
-def split_words(words: list[str]) -> Words:
+
+def parse_args(words: list[str]) -> ParsedArgs:
     """Separate flags, wherever they stand, from overrides.
 
     Raises:
@@ -89,7 +95,7 @@ def split_words(words: list[str]) -> Words:
     problems += _space_problems(overrides)
     if problems:
         raise ConfigError(*problems)
-    return Words(flags, values, [_with_quoted_items(word) for word in overrides])
+    return ParsedArgs(flags, values, [_with_quoted_items(word) for word in overrides])
 
 
 def _with_quoted_items(word: str) -> str:

@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
@@ -64,13 +63,6 @@ def changed_words(group: str, config: Config, left_out: Iterable[str] = ()) -> I
         if value in (None, usual) or name in (*left_out, "config_name") or (not usual and not value):
             continue
         yield option_word(option.key, value)
-
-
-def given_words() -> tuple[list[str], list[str]]:
-    """Return the options of the running command as they were typed, and its flag for a folder of the user's."""
-    hydra = HydraConfig.get()
-    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    return list(hydra.overrides.task), [f"--config-dir={folder}" for folder in folders]
 
 
 def _text(text: str) -> str:

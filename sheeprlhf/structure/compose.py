@@ -14,6 +14,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -27,7 +28,7 @@ from sheeprlhf.structure.absolute import with_absolute_paths
 from sheeprlhf.structure.catalogue import condensed
 from sheeprlhf.structure.commands import option_word
 from sheeprlhf.structure.config_files import check_sources
-from sheeprlhf.structure.earlier import evaluated_run, is_newest, newest_unfinished, with_start
+from sheeprlhf.structure.earlier import RUN_OPTIONS, evaluated_run, is_newest, newest_unfinished, with_start
 from sheeprlhf.structure.limits import option_problems, sweep_problems
 from sheeprlhf.structure.overrides import Chosen, key_problem, missing_problem, pick_groups, readable, recipe_owner
 from sheeprlhf.structure.places import run_folder_problems
@@ -62,6 +63,20 @@ def configs_directory() -> Path:
     return checkout if (checkout / "train.yaml").is_file() else package / "configs"
 
 
+class Job(NamedTuple):
+    """One valid job.
+
+    Attributes:
+        config: typed and read-only.
+        given_dir: the directory of `hydra.run.dir=...`, if the user gave one.
+        runs: the earlier runs as they were asked for, by option: a directory, `newest` or `auto`.
+    """
+
+    config: RootConfig
+    given_dir: str | None
+    runs: dict[str, Any]
+
+
 def check(source: Source, overrides: list[str], *, multirun: bool = False, complete: bool = True) -> list[str]:
     """Every problem of a command line; of every job, if it is a sweep.
 
@@ -75,8 +90,29 @@ def check(source: Source, overrides: list[str], *, multirun: bool = False, compl
     problems += sweep_problems(parsed) if multirun else []
     with _hydra(source):
         for job in _jobs(parsed) if multirun else [parsed]:
-            problems += _check_job(source, job, complete)
+            try:
+                _compose_job(source, job, complete)
+            except ConfigError as error:
+                problems += error.problems
     return list(dict.fromkeys(problems))
+
+
+def compose_job(source: Source, overrides: list[str]) -> Job:
+    """Compose the command line of one job.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    parsed, problems = readable(overrides)
+    with _hydra(source):
+        try:
+            job = _compose_job(source, parsed, complete=True)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    assert job is not None
+    return job
 
 
 def compose_for_help(source: Source, overrides: list[str]) -> tuple[DictConfig, dict[str, list[str]]]:
@@ -148,8 +184,8 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
         yield from _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
 
 
-def finish(config: DictConfig, given_dir: str | None = None) -> RootConfig:
-    """The typed, valid, read-only configuration of one job.
+def finish(config: DictConfig, given_dir: str | None = None) -> Job:
+    """Make a composed configuration typed, find the runs that it names, and validate it.
 
     Args:
         config: what Hydra composed.
@@ -158,6 +194,7 @@ def finish(config: DictConfig, given_dir: str | None = None) -> RootConfig:
     Raises:
         ConfigError: with every problem.
     """
+    runs = {key: OmegaConf.select(config, key) for key in RUN_OPTIONS}
     if OmegaConf.get_type(config) is EvalConfig and config.experiment_dir is not None:
         task = str(OmegaConf.select(config, "task.config_name"))
         config.experiment_dir = evaluated_run(config.experiment_dir, config.root_dir, task)
@@ -168,13 +205,7 @@ def finish(config: DictConfig, given_dir: str | None = None) -> RootConfig:
     problems = validate(typed)
     if problems:
         raise ConfigError(*problems)
-    return typed
-
-
-def compose_job(source: Source, overrides: list[str]) -> RootConfig:
-    """The typed configuration of a command line of one job in which `check` has found no problem."""
-    with _hydra(source):
-        return finish(compose(source.name, [*overrides, *saved_overrides(source.verb, overrides)]))
+    return Job(typed, given_dir, runs)
 
 
 @contextlib.contextmanager
@@ -194,6 +225,7 @@ def _hydra(source: Source) -> Iterator[None]:
         yield
     finally:
         GlobalHydra.instance().clear()
+        HydraConfig.instance().cfg = None
 
 
 def _group_options(verb: str, *, only_own_recipes: bool = True) -> dict[str, list[str]]:
@@ -233,42 +265,71 @@ def _jobs(parsed: list[Override]) -> Iterator[list[Override]]:
     yield from map(list, itertools.product(*values))
 
 
-def _check_job(source: Source, parsed: list[Override], complete: bool) -> list[str]:
+def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job | None:
+    """The job of these overrides; None unless it has to be complete.
+
+    Raises:
+        ConfigError: with every problem.
+    """
     has_recipe = any(override.key_or_group == "experiment" for override in parsed)
     chosen = pick_groups(source.verb, parsed, _group_options(source.verb, only_own_recipes=has_recipe))
     problems = chosen.problems
-    words = _words(chosen.groups)
     try:
-        words += saved_overrides(source.verb, _words(parsed))
-        base, without = _compose_base(source, chosen, words)
-        problems += without + run_folder_problems(base)
+        saved = saved_overrides(source.verb, _words(parsed))
+        base, without = _compose_base(source, chosen, _words(chosen.groups) + saved)
+        problems += without
     except ConfigError as error:
-        return problems + list(error.problems)
+        raise ConfigError(*problems, *error.problems) from error
+    hydra = base.hydra
     with open_dict(base):
         del base["hydra"]
+        if "experiment" in base:
+            base.experiment = hydra.runtime.choices.get("experiment")
     outside = content_problems(base, parsed)
-    if outside:
-        return problems + outside  # before any value is read, and with it what it refers to
+    if outside:  # before any value is read, and with it what it refers to
+        raise ConfigError(*problems, *outside)
+    settled = {word.partition("=")[0] for word in saved}
     for override in chosen.values:
-        problem = key_problem(source.verb, override, base, chosen)
+        problem = key_problem(source.verb, override, base, chosen) if override.key_or_group not in settled else None
         problems += [problem] if problem else []
     outside = content_problems(base, parsed)
-    return problems + (outside or (_value_problems(base, chosen, source.verb) if complete else []))
+    if outside:
+        raise ConfigError(*problems, *outside)
+    job = None
+    if complete:
+        try:
+            given_dir = _given_dir(base, hydra)
+            problems += [] if given_dir is None else run_folder_problems(given_dir)
+            if OmegaConf.missing_keys(base):
+                problems += _missing_problems(base, chosen)
+            else:
+                job = finish(base, given_dir)
+        except OmegaConfBaseException as error:
+            problems.append(condensed(str(error).splitlines(), source.verb))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+    return job
 
 
-def _value_problems(base: DictConfig, chosen: Chosen, verb: str) -> list[str]:
-    """Missing values; the limits of those that are there; with nothing missing, also what cannot go together."""
-    try:
-        missing = [key for key in sorted(OmegaConf.missing_keys(base)) if key.split(".")[0] not in chosen.failed]
-        if OmegaConf.missing_keys(base):
-            limits = [problem for option in options(base) for problem in option_problems(option)]
-            return [missing_problem(key, base) for key in missing] + limits
-        finish(base)
-    except OmegaConfBaseException as error:
-        return [condensed(str(error).splitlines(), verb)]
-    except ConfigError as error:
-        return list(error.problems)
-    return []
+def _given_dir(base: DictConfig, hydra: DictConfig) -> str | None:
+    """The directory of `hydra.run.dir=...`; None if the user gave none."""
+    if OmegaConf.to_container(hydra.run, resolve=False) == {"dir": "."}:
+        return None
+    with open_dict(base):
+        base.hydra = hydra
+        HydraConfig.instance().set_config(base)  # for ${hydra:...}
+        given = str(base.hydra.run.dir)
+        del base["hydra"]
+    return None if given == "." else given
+
+
+def _missing_problems(base: DictConfig, chosen: Chosen) -> list[str]:
+    """Missing values, and the limits of those that are there."""
+    missing = [key for key in sorted(OmegaConf.missing_keys(base)) if key.split(".")[0] not in chosen.failed]
+    limits = [problem for option in options(base) for problem in option_problems(option)]
+    return [missing_problem(key, base) for key in missing] + limits
 
 
 def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> tuple[DictConfig, list[str]]:

@@ -9,9 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-
 from sheeprlhf.structure.commands import shell_word
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.structure.data_files import data_files, did_you_mean
@@ -171,25 +168,22 @@ def template_problem(choice: str, *, key: str = TEMPLATE_OPTION) -> str | None:
     return None
 
 
-def run_folder_problems(base: DictConfig) -> list[str]:
-    """Hydra makes the folder of hydra.run.dir before anything of ours runs; where it cannot, it shows a traceback."""
-    with suppress(OmegaConfBaseException):  # depends on what only the run knows
-        given = str(base.hydra.run.dir)
-        if given.startswith("~") and not os.path.lexists(given):  # Hydra would make a folder of this very name
-            return [
-                home_problem("hydra.run.dir", given)
-                or f"hydra.run.dir={given} is not expanded: give {expand_home(given)}"
-            ]
-        folder = Path(given).absolute()
-        existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        if not existing.is_dir():
-            return [f"hydra.run.dir={folder}: {existing} is not a directory; choose another place"]
-        if not os.access(existing, os.W_OK | os.X_OK):
-            return [f"hydra.run.dir={folder}: {existing} is not writable; choose another place"]
-        try:
-            os.lstat(folder)
-        except FileNotFoundError:
-            return []
-        except OSError as error:  # the name is too long
-            return [f"hydra.run.dir={folder}: {error.strerror}; choose another place"]
+def run_folder_problems(given: str) -> list[str]:
+    """Problems of the directory that `hydra.run.dir` names."""
+    if given.startswith("~") and not os.path.lexists(given):  # a folder of this very name would be made
+        return [
+            home_problem("hydra.run.dir", given) or f"hydra.run.dir={given} is not expanded: give {expand_home(given)}"
+        ]
+    folder = Path(given).absolute()
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        return [f"hydra.run.dir={folder}: {existing} is not a directory; choose another place"]
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return [f"hydra.run.dir={folder}: {existing} is not writable; choose another place"]
+    try:
+        os.lstat(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:  # the name is too long
+        return [f"hydra.run.dir={folder}: {error.strerror}; choose another place"]
     return []

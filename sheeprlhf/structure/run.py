@@ -77,7 +77,7 @@ class EvalConfig(Config):
 class CommandConfig(Config):
     """Parent of the commands that neither train nor evaluate: one process, no run directory."""
 
-    entry_point: ClassVar[str] = ""  # "module:function", called as function(config); its result is the exit code
+    entry_point: ClassVar[str] = ""  # "module:function", called as function(config, args); its result is the exit code
 
 
 @dataclass(unsafe_hash=True)

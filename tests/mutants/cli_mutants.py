@@ -102,7 +102,7 @@ MUTANTS = [
     Mutant(  # a failed job of a sweep goes unnoticed
         trap="cli",
         file="sheeprlhf/cli.py",
-        old="    return failed or stopped or next((code for code in codes if code), 0)",
+        old="    return code if code > 128 else failed or code",
         new="    return 0",
         tests=f"{RUN}::test_a_failed_job_does_not_end_the_sweep_but_its_exit_code_counts",
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.command.help import PLAIN_VERBS, VERBS
-from sheeprlhf.command.words import split_words
+from sheeprlhf.command.words import parse_args
 from sheeprlhf.structure.catalogue import catalogue
 from sheeprlhf.structure.compose import Source, check, configs_directory
 from sheeprlhf.structure.registry import ROOTS, choices, groups
@@ -49,7 +49,7 @@ def problems_of(verb: str, words: tuple[str, ...]) -> list[str]:
     """What is wrong with a command, whatever runs and files there are."""
     if verb in PLAIN_VERBS or verb not in VERBS or verb == "pipeline":  # it has tests of its own
         return []
-    split = split_words(list(words))
+    split = parse_args(list(words))
     plugins = ("hydra/launcher=", "hydra/sweeper=", "hydra.launcher.", "hydra.sweeper.")
     left_out = ("experiment_dir=", "resume_from=", *plugins)
     overrides = [word for word in split.overrides if not word.startswith(left_out)]

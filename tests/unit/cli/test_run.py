@@ -261,8 +261,8 @@ def test_a_saved_run_cannot_switch_on_remote_code(calls, tmp_path):
 
 @pytest.mark.parametrize("verb", ["train task=sft", "inspect"])
 def test_remote_code_is_announced_before_anything_loads(monkeypatch, capsys, verb):
-    def load(config, job):
-        _find(config)
+    def load(verb, args, job):
+        _find(job.config)
         return 0
 
     monkeypatch.setattr("sheeprlhf.launch.launch", load)

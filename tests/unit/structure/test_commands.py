@@ -10,7 +10,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sheeprlhf.command import fetch
-from sheeprlhf.command.words import split_words
+from sheeprlhf.command.words import parse_args
 from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.structure.commands import changed_words, command, hydra_value, option_word, shell_word
 from sheeprlhf.structure.compose import Source, check, compose_job, configs_directory
@@ -74,7 +74,7 @@ def composed(line: str) -> tuple[str, object]:
     assert (python, program) == ("python", "sheeprlhf.py")
     source = Source(verb, configs_directory(), verb)
     assert check(source, words) == []
-    return verb, compose_job(source, words)
+    return verb, compose_job(source, words).config
 
 
 @pytest.mark.parametrize("odd", FOLDERS, indirect=True)
@@ -179,18 +179,18 @@ LISTS = {  # as typed behind a shell's quotes, and what is meant
 
 @pytest.mark.parametrize("typed", LISTS)
 def test_stop_strings_are_read_as_they_are_typed(typed: str) -> None:
-    words = split_words(["task=grpo", f"generation.stop_strings={typed}"]).overrides
+    words = parse_args(["task=grpo", f"generation.stop_strings={typed}"]).overrides
     assert read(words[1]) == LISTS[typed]
-    assert split_words(words).overrides == words
+    assert parse_args(words).overrides == words
     for printed in changed_words("generation", GenConfig(stop_strings=LISTS[typed])):
         [pasted] = shlex.split(shlex.quote(printed))
-        assert read(*split_words([pasted]).overrides) == LISTS[typed]
+        assert read(*parse_args([pasted]).overrides) == LISTS[typed]
 
 
 def test_other_words_stay_as_they_are() -> None:
     words = ["seed=1", "optim.betas=[0.9,0.95]", "a=[1,2],[3]", "a=[b", "x=[[1],[2]]", "fabric.devices=[0,1]", "k=<a>"]
-    assert split_words(words).overrides == words
-    assert read(*split_words(["optim.betas=[0.9,<a>]"]).overrides) == [0.9, "<a>"]
+    assert parse_args(words).overrides == words
+    assert read(*parse_args(["optim.betas=[0.9,<a>]"]).overrides) == [0.9, "<a>"]
 
 
 def advice_in(message: str) -> str:
@@ -214,10 +214,10 @@ def test_the_advice_about_stop_strings_works(typed: str) -> None:
     """What the message tells to write, read by a shell and then by the command line, has no problem."""
     source = Source("train", configs_directory(), "train")
     rest = ["task=grpo", "data=docstrings", "model=tiny"]
-    [problem] = check(source, split_words([*rest, f"generation.stop_strings={typed}"]).overrides)
+    [problem] = check(source, parse_args([*rest, f"generation.stop_strings={typed}"]).overrides)
     word = advice_in(problem)
     assert read(word) == WRONG[typed]
-    assert check(source, split_words([*rest, word]).overrides) == []
+    assert check(source, parse_args([*rest, word]).overrides) == []
 
 
 @pytest.mark.parametrize("string", ["<end_of_turn>\n", "say <end_of_turn>"])
@@ -228,6 +228,6 @@ def test_a_stop_string_beside_a_special_token(string: str) -> None:
         StopStrings(["it's", string], tokenizer)
     message = str(error.value)
     place = message.rindex("alone, ") + len("alone, ")
-    [word] = split_words(shlex.split(message[place:])).overrides
+    [word] = parse_args(shlex.split(message[place:])).overrides
     assert read(word) == ["it's", "<end_of_turn>"]
     StopStrings(read(word), tokenizer)

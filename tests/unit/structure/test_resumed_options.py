@@ -28,7 +28,7 @@ def write_run(folder: Path, **root: Any) -> Path:
 def test_options_are_those_of_the_run_unless_given(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "run", seed=7, run_name="mine", generation={"temperature": 0.5})
     given = ["reward.path=length", "reward.target_length=9", "task.max_num_steps=5"]
-    config = compose_job(SOURCE, [f"resume_from={run_dir}", *given])
+    config = compose_job(SOURCE, [f"resume_from={run_dir}", *given]).config
     assert isinstance(config, TrainConfig)
     assert (config.task.config_name, config.task.max_num_steps, config.seed, config.run_name) == ("grpo", 5, 7, "mine")
     assert (config.generation.temperature, config.resume_from) == (0.5, str(run_dir))
