@@ -40,6 +40,7 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel, value_head: nn.Linear | None = None) -> None:
         super().__init__()
         self.model, self.value_head = model, value_head
+        self.packed = True  # its batches may be packed
         self.undefined_U: Tensor | None = None  # ids that have probability 0, on the host
 
     def exclude_undefined(self, tokenizer: PreTrainedTokenizerBase) -> None:

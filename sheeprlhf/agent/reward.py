@@ -55,6 +55,7 @@ class RewardModel(nn.Module):
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
         self.model = model
+        self.packed = True  # its batches may be packed
         self.head_bias = 0.0  # of a head that was made elsewhere; `offset` has it with the sign changed
 
     def classifier(self) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from sheeprlhf.structure.registry import ROOTS, choices, groups
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
-FOLDERS = ("docs", "sheeprlhf", "configs", "tests", "benchmarks")
+FOLDERS = ("docs", "sheeprlhf", "configs", "tests", "benchmarks", "examples", "tools")
 GROUPS = {group for verb in ROOTS for group in groups(verb)}
 ENTRIES = list(catalogue())
 KEYS = {entry.option.key for entry in ENTRIES}

@@ -13,7 +13,7 @@ LAYERS = [
     {"task"},
     {"command"},
     {"launch"},
-    {"cli"},
+    {"cli", "api"},
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -43,6 +43,7 @@ LIGHT = [
     "command/show.py",
     "command/words.py",
     "cli.py",
+    "api/jobs.py",
     "launch.py",
     "engine/rundir.py",
     "engine/runlock.py",

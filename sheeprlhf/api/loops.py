@@ -1,0 +1,252 @@
+"""Parts of custom training loops: models, tokenizers, data, batches and samples. See `examples/`.
+
+A model is named like the choices of `model=` ("tiny", "opt"), by a hub id or a folder, or by a run directory.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from sheeprlhf.agent import policy as policies
+from sheeprlhf.agent import reward as rewards
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.agent.reward import RewardModel
+from sheeprlhf.api.jobs import as_words, compose
+from sheeprlhf.data import prepare
+from sheeprlhf.data.collate import collate_packed, collate_padded
+from sheeprlhf.data.encoding import encode
+from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.data.prepare import PreparedData
+from sheeprlhf.data.tokenize import SpecialIds
+from sheeprlhf.engine.redact import plain_text, redact_text
+from sheeprlhf.model import load
+from sheeprlhf.model.sample import sample_responses
+from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.registry import choices
+from sheeprlhf.structure.run import InspectConfig
+from sheeprlhf.structure.saved import saved_group
+from sheeprlhf.structure.trained import with_own_tokenizer
+from sheeprlhf.task.start import load_of_run, load_trained_reward_model
+from sheeprlhf.utils.decoding import ResponseDecoder
+from sheeprlhf.utils.end_tokens import end_token_ids
+from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.lightning import move_data_to_device
+
+_TASKS = {"sft": "sft", "preference": "dpo", "unpaired": "kto", "prompts": "grpo"}
+
+
+class Samples(NamedTuple):
+    """Responses sampled after some prompts.
+
+    Attributes:
+        examples: the prompts with their K sampled responses, for `collate`.
+        texts: K texts for each prompt, without special tokens.
+        logprobs_N: (N,) log-probabilities of all responses' tokens, nats, in the order of a batch of all examples.
+    """
+
+    examples: list[Example]
+    texts: list[list[str]]
+    logprobs_N: Tensor
+
+
+def load_tokenizer(model: str = "tiny", **options: Any) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Args:
+        model: see the module.
+        options: of the group `model`.
+
+    Raises:
+        SheepError: it cannot be loaded.
+    """
+    cfg, run_dir = _model(model, options)
+    return load.load_tokenizer(cfg if run_dir is None else with_own_tokenizer(cfg, run_dir))
+
+
+def load_policy(model: str = "tiny", *, max_length: int = 512, **options: Any) -> Policy:
+    """Load a language model whose forward pass gives the log-probabilities of a batch's targets.
+
+    Ids that the tokenizer does not define have probability 0, in forward passes as in `sample`.
+
+    Args:
+        model: see the module; of a run, its final weights.
+        max_length: tokens of the longest sequence that it will see.
+        options: of the group `model`, such as finetune_mode="LORA" or **{"lora_cfg.rank": 8}; a run has its own.
+
+    Raises:
+        SheepError: it cannot be loaded.
+    """
+    cfg, run_dir = _model(model, options)
+    tokenizer = load_tokenizer(model, **options)
+    how: dict[str, Any] = {"longest": max_length, "batching": "auto", "say": _say}
+    with _no_progress_bar():
+        if run_dir is None:
+            policy, packed = policies.load_policy(cfg, tokenizer, **how)
+        else:
+            policy, packed = load_of_run(cfg, run_dir, "final", tokenizer, **how)
+    policy.packed = packed
+    policy.exclude_undefined(tokenizer)
+    return policy
+
+
+def load_reward_model(model: str, *, max_length: int = 512, **options: Any) -> RewardModel:
+    """Load a reward model: of a run of `task=rm`, or a sequence classification model with one label.
+
+    It scores the targets of `collate(..., targets="last")`.
+
+    Args:
+        model: a run directory, a folder or a hub id.
+        max_length: tokens of the longest sequence that it will see.
+        options: of the group `model`; a run has its own.
+
+    Raises:
+        SheepError: it cannot be loaded.
+    """
+    cfg, run_dir = _model(model, options)
+    tokenizer = load_tokenizer(model, **options)
+    how: dict[str, Any] = {"longest": max_length, "batching": "auto", "say": _say}
+    with _no_progress_bar():
+        if run_dir is None:
+            reward, packed = rewards.load_reward_model(cfg, tokenizer, **how)
+        else:
+            reward, packed = load_trained_reward_model(cfg, run_dir, "final", tokenizer, **how)
+    reward.packed = packed
+    return reward
+
+
+def prepare_data(
+    data: str = "docstrings", tokenizer: PreTrainedTokenizerBase | None = None, *, kind: str = "sft", **options: Any
+) -> PreparedData:
+    """Tokenise a dataset, or find it in the cache.
+
+    Args:
+        data: a choice of `data=`, or a file of rows.
+        tokenizer: the model's; that of the embedded model by default.
+        kind: "sft", "preference", "unpaired" or "prompts", as in `sheeprlhf.data.prepare`.
+        options: of the group `data`, such as max_length=256.
+
+    Returns:
+        Its splits: `splits["train"].examples(range(8))` are the first rows.
+
+    Raises:
+        SheepError: the data cannot be read, or no training row is left.
+    """
+    words = [f"data={data}"] if data in choices("data") else as_words({"data": "local", "data.train_file": data})
+    words += as_words({f"data.{name}": value for name, value in options.items()})
+    config = compose("inspect", [f"task={_TASKS[kind]}", *words])
+    assert isinstance(config, InspectConfig)
+    tokenizer = load_tokenizer() if tokenizer is None else tokenizer
+    return prepare.prepare_data(config.data, tokenizer, kind=kind, say=_say, progress=sys.stderr.isatty())
+
+
+def collate(examples: Sequence[Example], model: Policy | RewardModel, *, targets: str = "response") -> Batch:
+    """Make one batch of examples, on the model's device: packed end to end, or padded if the model needs it.
+
+    Args:
+        examples: at least one, each with a response.
+        model: the model that will read the batch.
+        targets: "response", "all", "scores" or "last", as in `sheeprlhf.data.collate`.
+
+    Raises:
+        DataError: a response is empty.
+    """
+    if model.packed:
+        batch = collate_packed(examples, targets=targets)
+    else:
+        batch = collate_padded(examples, pad_id=0, targets=targets)
+    return cast(Batch, move_data_to_device(batch, next(model.parameters()).device))
+
+
+def sample(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Example | str],
+    *,
+    num_responses: int = 1,
+    max_new_tokens: int = 48,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    token_budget: int = 4096,
+) -> Samples:
+    """Sample responses; the result depends on the weights, the prompts and the seed only.
+
+    Args:
+        policy: the model.
+        tokenizer: its tokenizer.
+        prompts: rows of prepared data, or texts.
+        num_responses: responses to each prompt.
+        max_new_tokens: most tokens of a response.
+        temperature: divides the logits; above 0.
+        top_k: sample from the k likeliest tokens; 0: all.
+        top_p: sample from the fewest likeliest tokens with this probability; 1: all.
+        seed: use another one for each call.
+        token_budget: most tokens of a forward pass over prompts.
+    """
+    rows = [_as_example(number, prompt, tokenizer) for number, prompt in enumerate(prompts)]
+    uniforms = np.random.default_rng(seed).random((len(rows), num_responses, max_new_tokens))
+    with policy.in_use():
+        sampled = sample_responses(
+            policy.causal_lm(),
+            [row.prompt_ids for row in rows],
+            uniforms,
+            temperature=temperature,
+            end_ids=end_token_ids(tokenizer),
+            token_budget=token_budget,
+            packed=policy.packed,
+            top_k=top_k,
+            top_p=top_p,
+            undefined_U=policy.undefined_U,
+        )
+    decode = ResponseDecoder(tokenizer)
+    examples = [row._replace(responses=one.responses) for row, one in zip(rows, sampled, strict=True)]
+    texts = [[decode(ids.tolist()) for ids in one.responses] for one in sampled]
+    logprobs = np.concatenate([values for one in sampled for values in one.logprobs])
+    return Samples(examples, texts, torch.from_numpy(logprobs).to(next(policy.parameters()).device))
+
+
+def _model(model: str, options: dict[str, Any]) -> tuple[ModelConfig, Path | None]:
+    """The configuration of a model, and the run that trained it."""
+    if (Path(model) / "run.json").is_file():
+        if options:
+            raise ConfigError(f"{', '.join(options)}: the run {model} has its own options; leave them out")
+        saved = saved_group(model, "model")
+        assert isinstance(saved, ModelConfig)
+        return saved, Path(model)
+    named = {"model": model} if model in choices("model") else {"model": "auto", "model.repo_name": model}
+    words = as_words(named | {f"model.{name}": value for name, value in options.items()})
+    config = compose("inspect", ["task=sft", *words])
+    assert isinstance(config, InspectConfig)
+    return config.model, None
+
+
+def _as_example(number: int, prompt: Example | str, tokenizer: PreTrainedTokenizerBase) -> Example:
+    if isinstance(prompt, Example):
+        return prompt
+    ids = [*SpecialIds(tokenizer).bos, *encode(tokenizer, [prompt])[0]]
+    return Example(number, np.array(ids, dtype=np.int32), ())
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Hide the bars that transformers shows while it loads weights."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _say(text: str) -> None:
+    print(redact_text(plain_text(text)), file=sys.stderr)

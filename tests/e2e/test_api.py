@@ -1,0 +1,150 @@
+"""The public Python API: jobs with results and exceptions, parts of custom loops, the examples, a Jupyter kernel."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import sheeprlhf
+from sheeprlhf import collate, evaluate, load_policy, load_tokenizer, losses, prepare_data, sample, train
+from sheeprlhf.utils.errors import ConfigError, DataError, SheepError
+from tests.support.runs import train_words, write_pairs, write_rows
+
+ROOT = Path(__file__).parents[2]
+ModelFolder = Callable[..., Path]
+
+
+def words(folder: Path, model: Path, *extra: str) -> list[str]:
+    """Options of a run of two steps."""
+    data = write_rows(folder / "rows.jsonl")
+    start = train_words(model, data, folder)[1:-1]
+    return [*start, f"root_dir={folder / 'runs'}", "task.max_num_steps=2", *extra]
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = "import sys, sheeprlhf; dir(sheeprlhf); print({'torch', 'hydra', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "set()\n"
+    assert set(sheeprlhf.__all__) <= set(dir(sheeprlhf))
+    with pytest.raises(AttributeError):
+        sheeprlhf.nonsense  # noqa: B018
+
+
+def test_jobs_follow_each_other_in_one_process(
+    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)])
+    options = words(tmp_path, model_folder())
+    first = train(options)
+    assert [step for step, _ in first.metrics["train/loss"]] == [1, 2]
+    capsys.readouterr()
+    with pytest.raises(ConfigError) as caught:
+        train([*options, "optim.lr=-1", "task.epochss=3"])
+    assert len(caught.value.problems) == 2
+    (tmp_path / "bad.jsonl").write_text("{]\n")
+    with pytest.raises(DataError):
+        train([*options, f"data.train_file={tmp_path / 'bad.jsonl'}"])
+    assert "bad.jsonl" not in capsys.readouterr().err
+    second = train(options)
+    assert second.directory != first.directory
+    assert second.metrics["train/loss"] == first.metrics["train/loss"]
+    assert (dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]) == before
+    result = evaluate({"task": "perplexity", "experiment_dir": str(second.directory), "task.num_samples": 8})
+    assert result["rows"] == 8
+    assert result["weights"] == "final"
+    policy, tokenizer = load_policy(str(second.directory)), load_tokenizer(str(second.directory))
+    rows = prepare_data(str(tmp_path / "rows.jsonl"), tokenizer, max_length=120, max_prompt_length=70)
+    batch = collate(rows.splits["train"].examples(range(4)), policy)
+    assert policy(batch).target_N.shape == batch.target_ids_N.shape
+    with pytest.raises(ConfigError, match="finetune_mode"):
+        load_policy(str(second.directory), finetune_mode="LORA")
+
+
+def test_a_training_runs_in_another_thread_than_the_main_one(tmp_path: Path, model_folder: ModelFolder) -> None:
+    found = []
+    options = words(tmp_path, model_folder(), "task.max_num_steps=1")
+    thread = threading.Thread(target=lambda: found.append(train(options)))
+    thread.start()
+    thread.join()
+    assert len(found[0].metrics["train/loss"]) == 1
+
+
+def test_a_job_on_several_devices_fails_with_an_exception(tmp_path: Path, model_folder: ModelFolder) -> None:
+    options = words(tmp_path, model_folder(), "fabric.devices=2", "task.sft_experiment_dir=nowhere")
+    with pytest.raises(SheepError):
+        train(options)
+
+
+def test_samples_depend_on_the_seed_and_match_the_policy(model_folder: ModelFolder) -> None:
+    model = str(model_folder())
+    policy, tokenizer = load_policy(model), load_tokenizer(model)
+    how = {"num_responses": 3, "max_new_tokens": 6, "seed": 1}
+    samples = sample(policy, tokenizer, ["hello", "the quick fox"], **how)
+    batch = collate(samples.examples, policy)
+    with torch.no_grad():
+        assert_close(policy.eval()(batch).target_N, samples.logprobs_N, rtol=1e-5, atol=1e-5)
+    assert [len(texts) for texts in samples.texts] == [3, 3]
+    assert sample(policy, tokenizer, ["hello", "the quick fox"], **how).texts == samples.texts
+    assert sample(policy, tokenizer, ["hello", "the quick fox"], **how | {"seed": 2}).texts != samples.texts
+
+
+def test_a_pair_in_a_custom_loop_has_the_loss_of_equal_policies(tmp_path: Path, model_folder: ModelFolder) -> None:
+    model = str(model_folder())
+    policy, tokenizer = load_policy(model), load_tokenizer(model)
+    data = prepare_data(str(write_pairs(tmp_path / "pairs.jsonl")), tokenizer, kind="preference")
+    batch = collate(data.splits["train"].examples([0]), policy)
+    assert batch.pairs_P2.tolist() == [[0, 1]]
+    assert_close(losses.dpo.sigmoid(torch.zeros(1), torch.zeros(1), 0.1), torch.tensor([0.6931472]))
+
+
+@pytest.mark.parametrize("name", ["dpo_loop", "grpo_loop"])
+def test_an_example_learns_in_less_than_forty_lines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 40
+    history = importlib.import_module(name).main(steps=4)
+    if name == "dpo_loop":  # the loss of two equal policies, then less
+        assert_close(history[0], 0.6931472, rtol=1e-5, atol=1e-5)
+        assert history[-1] < history[0]
+    else:
+        assert history[-1] > history[0]
+
+
+@pytest.mark.slow
+def test_a_notebook_trains_reports_errors_and_survives_an_interrupt(tmp_path: Path, model_folder: ModelFolder) -> None:
+    pytest.importorskip("ipykernel")
+    manager = pytest.importorskip("jupyter_client.manager")
+    options = words(tmp_path, model_folder())
+    kernel, client = manager.start_new_kernel(kernel_name="python3", cwd=str(ROOT))
+
+    def cell(code: str, *, interrupt_at: str = "") -> tuple[str, str]:
+        """Everything that a cell prints, and the name of its error."""
+        texts: list[str] = []
+
+        def output(message: dict) -> None:
+            texts.append(message["content"].get("text", ""))
+            if interrupt_at and interrupt_at in texts[-1]:
+                kernel.interrupt_kernel()
+
+        reply = client.execute_interactive(code, timeout=240, output_hook=output)
+        return "".join(texts), reply["content"].get("ename", "")
+
+    try:
+        assert cell(f"from sheeprlhf import train, evaluate\noptions = {options!r}\nrun = train(options)")[1] == ""
+        assert cell("train([*options, 'optim.lr=abc'])") == ("", "ConfigError")
+        printed, error = cell("again = train(options)\nprint(again.metrics['train/loss'] == run.metrics['train/loss'])")
+        assert (printed.splitlines()[-1], error) == ("True", "")
+        assert "\r" not in printed
+        long = "[*options, 'task.max_num_steps=null', 'task.epochs=500', 'resume=true']"
+        assert cell(f"train({long})", interrupt_at="starting at step 0")[1] == "Interrupted"
+        assert cell("print(train(options).directory)")[1] == ""
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
