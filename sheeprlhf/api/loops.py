@@ -71,14 +71,14 @@ def load_tokenizer(model: str = "tiny", **options: Any) -> PreTrainedTokenizerBa
     return load.load_tokenizer(cfg if run_dir is None else with_own_tokenizer(cfg, run_dir))
 
 
-def load_policy(model: str = "tiny", *, max_length: int = 512, **options: Any) -> Policy:
+def load_policy(model: str = "tiny", *, max_length: int | None = None, **options: Any) -> Policy:
     """Load a language model whose forward pass gives the log-probabilities of a batch's targets.
 
     Ids that the tokenizer does not define have probability 0, in forward passes as in `sample`.
 
     Args:
         model: see the module; of a run, its final weights.
-        max_length: tokens of the longest sequence that it will see.
+        max_length: tokens of the longest sequence that it will see; by default 512, or the model's positions if fewer.
         options: of the group `model`, such as finetune_mode="LORA" or **{"lora_cfg.rank": 8}; a run has its own.
 
     Raises:
@@ -86,7 +86,7 @@ def load_policy(model: str = "tiny", *, max_length: int = 512, **options: Any) -
     """
     cfg, run_dir = _model(model, options)
     tokenizer = load_tokenizer(model, **options)
-    how: dict[str, Any] = {"longest": max_length, "batching": "auto", "say": _say}
+    how: dict[str, Any] = {"longest": _longest(cfg, max_length), "batching": "auto", "say": _say}
     with _no_progress_bar():
         if run_dir is None:
             policy, packed = policies.load_policy(cfg, tokenizer, **how)
@@ -97,14 +97,14 @@ def load_policy(model: str = "tiny", *, max_length: int = 512, **options: Any) -
     return policy
 
 
-def load_reward_model(model: str, *, max_length: int = 512, **options: Any) -> RewardModel:
+def load_reward_model(model: str, *, max_length: int | None = None, **options: Any) -> RewardModel:
     """Load a reward model: of a run of `task=rm`, or a sequence classification model with one label.
 
     It scores the targets of `collate(..., targets="last")`.
 
     Args:
         model: a run directory, a folder or a hub id.
-        max_length: tokens of the longest sequence that it will see.
+        max_length: tokens of the longest sequence that it will see; by default 512, or the model's positions if fewer.
         options: of the group `model`; a run has its own.
 
     Raises:
@@ -112,7 +112,7 @@ def load_reward_model(model: str, *, max_length: int = 512, **options: Any) -> R
     """
     cfg, run_dir = _model(model, options)
     tokenizer = load_tokenizer(model, **options)
-    how: dict[str, Any] = {"longest": max_length, "batching": "auto", "say": _say}
+    how: dict[str, Any] = {"longest": _longest(cfg, max_length), "batching": "auto", "say": _say}
     with _no_progress_bar():
         if run_dir is None:
             reward, packed = rewards.load_reward_model(cfg, tokenizer, **how)
@@ -227,6 +227,10 @@ def _model(model: str, options: dict[str, Any]) -> tuple[ModelConfig, Path | Non
     config = compose("inspect", ["task=sft", *words])
     assert isinstance(config, InspectConfig)
     return config.model, None
+
+
+def _longest(cfg: ModelConfig, max_length: int | None) -> int:
+    return max_length or min(512, load.num_positions(cfg) or 512)
 
 
 def _as_example(number: int, prompt: Example | str, tokenizer: PreTrainedTokenizerBase) -> Example:
