@@ -35,11 +35,11 @@ from sheeprlhf.utils.launchers import (
 from sheeprlhf.utils.processes import (
     SAVE_SIGNAL,
     Terminated,
-    heard_interrupts,
     ignore_interrupts,
     ignored,
     just_interrupted,
     noted_stop,
+    reliable_sigint,
 )
 from sheeprlhf.utils.quiet import silence_libraries
 from sheeprlhf.utils.streams import lasting, lost_output, open_closed_streams, outlives_reader
@@ -67,7 +67,7 @@ def run(argv: list[str] | None = None) -> None:
     debug = "debug=true" in [argument.casefold() for argument in arguments]
     if argv is None:  # this is the program itself; else who called has more to do
         atexit.register(ignore_interrupts)  # called after those of the libraries, which are yet to be imported
-    with ignored(SAVE_SIGNAL), heard_interrupts() as interrupts:  # until there is something to save
+    with ignored(SAVE_SIGNAL), reliable_sigint() as interrupts:  # until there is something to save
         code = _guarded(lambda: _flushed(_dispatch(arguments)), debug)
         if argv is None and code == 0:
             code = _report_lost_output()

@@ -89,7 +89,7 @@ def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> 
         print(note, file=sys.stderr)
     found = launched()
     if found is not None and not found.sure and isinstance(config, TrainConfig | EvalConfig):
-        print(f"{found.told}: waiting for the other tasks, which srun before the command starts", file=sys.stderr)
+        print(f"{found.setting}: waiting for the other tasks, which srun before the command starts", file=sys.stderr)
     if isinstance(config, CommandConfig):
         silence_libraries()
         if isinstance(config, InspectConfig):

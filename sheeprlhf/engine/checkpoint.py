@@ -144,7 +144,7 @@ def save_checkpoint(
                 raise CheckpointError(f"{name} is not finite: {target} is not written; lower optim.lr")
             make_folder(run_dir, "checkpoints")
             safe_path(run_dir, f"checkpoints/{target.name}")
-            _write(target, state, files, rounds=_what_rounds(fabric, module), config_hash=config_hash, say=say)
+            _write(target, state, files, rounds=numerics_info(fabric, module), config_hash=config_hash, say=say)
             _prune(target.parent, state, keep, say)
         except (CheckpointError, UnsafePathError) as error:
             problem = str(error)
@@ -156,7 +156,7 @@ def save_checkpoint(
     return target
 
 
-def _what_rounds(fabric: Fabric, module: nn.Module) -> dict[str, Any]:
+def numerics_info(fabric: Fabric, module: nn.Module) -> dict[str, Any]:
     """Facts that decide the order in which sums are added: results with other facts differ in their last bits."""
     return {
         "world_size": fabric.world_size,
@@ -288,7 +288,7 @@ def _load(
     manifest, state = read_manifest(path), read_state(path)
     if manifest["config_hash"] != config_hash:
         raise CheckpointError(f"{path} belongs to another configuration; resume with the options in its config.yaml")
-    for name, value in _what_rounds(fabric, module).items():
+    for name, value in numerics_info(fabric, module).items():
         if manifest.get(name, value) != value:
             say(f"{name} was {manifest[name]} and is {value} now: the run goes on, {NOT_THE_SAME}")
     load_tensors(path / "model.safetensors", saved_tensors(module))

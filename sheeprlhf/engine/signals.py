@@ -1,4 +1,4 @@
-"""Signals to stop or to save: noted when they come, acted on at the end of an optimizer step by all ranks together."""
+"""Signals to stop or to save: recorded by a handler, acted on at the end of an optimizer step by all ranks together."""
 
 import os
 import signal
@@ -9,25 +9,30 @@ from types import FrameType
 import torch
 
 from sheeprlhf.utils.lightning import Fabric
-from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, handled, note_stop, watched_signals
+from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, handled, handles_interrupts, note_stop, watched_signals
 
 _SIGNALS = (*STOP_SIGNALS, SAVE_SIGNAL)  # the order in which they count when several came
 
 
 class SignalFlags:
-    """Signals that came to this process since the run began."""
+    """Signals that this process received since the run began.
 
-    def __init__(self) -> None:
-        """None so far."""
+    Args:
+        exits: a second Ctrl-C ends the process; else, in a notebook for example, it raises KeyboardInterrupt.
+    """
+
+    def __init__(self, *, exits: bool = True) -> None:
         self._pending: set[int] = set()
-        self._interrupts = 0
+        self._interrupts, self._exits = 0, exits
 
     def note(self, signum: int, frame: FrameType | None = None) -> None:
-        """A signal handler."""
+        """Record a signal; a signal handler."""
+        if signum == signal.SIGINT and signum in self._pending and not self._exits:
+            raise KeyboardInterrupt
         self._pending.add(signum)
 
     def agreed(self, fabric: Fabric) -> int | None:
-        """All ranks: the signal to act on, the same on every rank; a save request is told once, a stop stays."""
+        """All ranks: the signal to act on, the same on every rank; a save request is returned once, a stop always."""
         came = [int(signum in self._pending) for signum in _SIGNALS]
         if fabric.world_size > 1:
             counts = torch.tensor(came, device=fabric.device)
@@ -39,13 +44,13 @@ class SignalFlags:
         return signum
 
     def stop_pending(self) -> int:
-        """The signal to stop that came to this process; 0 if none did."""
+        """The stop signal that this process received; 0 if there was none."""
         return next((int(signum) for signum in STOP_SIGNALS if signum in self._pending), 0)
 
     def exit_at_second_interrupt(self, signum: int) -> None:
-        """Called from a thread for each signal: the main thread may be where no handler runs."""
+        """Watch signals from a thread: the main thread may be where no handler runs."""
         self._interrupts += signum == signal.SIGINT
-        if self._interrupts > 1:
+        if self._interrupts > 1 and self._exits:
             os._exit(128 + signal.SIGINT)
         if signum == signal.SIGINT:
             with suppress(OSError):  # the terminal may be gone
@@ -54,19 +59,19 @@ class SignalFlags:
 
 @contextmanager
 def noted_signals(is_rank_zero: bool) -> Iterator[SignalFlags]:
-    """Inside, signals are noted instead of ending the process; the old handlers are back afterwards.
+    """Record signals instead of ending the process; the old handlers are restored afterwards.
 
-    A second Ctrl-C ends the process at once with exit status 130. Ranks above zero ignore Ctrl-C, which a terminal
-    sends to all of them, and follow rank zero. SIGHUP stays ignored under nohup. Off the main thread nothing changes:
-    Python allows no handlers there.
+    A second Ctrl-C ends the process at once with exit status 130, and raises KeyboardInterrupt outside of the command
+    line. Ranks above zero ignore Ctrl-C, which a terminal sends to all of them, and follow rank zero. SIGHUP stays
+    ignored under nohup. Nothing changes in other threads than the main one: Python allows no handlers there.
     """
-    flags = SignalFlags()
-    heard = [signum for signum in _SIGNALS if is_rank_zero or signum != signal.SIGINT]
-    unheard = [] if is_rank_zero else [signal.SIGINT]
+    flags = SignalFlags(exits=handles_interrupts())
+    recorded = [signum for signum in _SIGNALS if is_rank_zero or signum != signal.SIGINT]
+    ignored = [] if is_rank_zero else [signal.SIGINT]
     try:
         with (
-            handled(heard, flags.note),
-            handled(unheard, signal.SIG_IGN),
+            handled(recorded, flags.note),
+            handled(ignored, signal.SIG_IGN),
             watched_signals(flags.exit_at_second_interrupt),
         ):
             yield flags

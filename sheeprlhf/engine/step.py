@@ -137,7 +137,7 @@ def add_gradients(
     return result
 
 
-class _Passes(NamedTuple):
+class _StepSums(NamedTuple):
     """Results of a rank's forward and backward passes: its sums by name; the names and number of items of all ranks."""
 
     micro_batches: list[MicroBatch]
@@ -149,7 +149,7 @@ class _Passes(NamedTuple):
 
 def _passes(
     fabric: Fabric, module: _FabricModule, micro_batches: list[MicroBatch], loss_fn: LossFn, *, weight: float
-) -> _Passes:
+) -> _StepSums:
     """All ranks: add to the gradients, synchronised at the last backward pass."""
     micro_batches = [m for m in micro_batches if m.num_items > 0]
     items_of_rank, num_of_rank = _of_ranks(fabric, sum(m.num_items for m in micro_batches), len(micro_batches))
@@ -157,7 +157,7 @@ def _passes(
     sums: dict[str, Tensor] = {}
     totals: list[Tensor] = []
     if num_items == 0:
-        return _Passes(micro_batches, totals, sums, [], 0)
+        return _StepSums(micro_batches, totals, sums, [], 0)
     scale = weight * fabric.world_size / num_items  # the gradient sync averages over ranks
     sharded = is_sharded(module)
     passes = same_number(fabric, micro_batches, num_of_rank) if sharded else micro_batches
@@ -178,7 +178,7 @@ def _passes(
     names = sorted(sums)
     if 0 in items_of_rank:  # those ranks do not know the names
         names = fabric.broadcast(names, src=next(rank for rank, items in enumerate(items_of_rank) if items))
-    return _Passes(micro_batches, totals, sums, names, num_items)
+    return _StepSums(micro_batches, totals, sums, names, num_items)
 
 
 def evaluate(
@@ -239,7 +239,7 @@ def _reduce(
     return dict(zip(names, reduced, strict=True)), last
 
 
-def _non_finite_message(fabric: Fabric, result: dict[str, float], passes: _Passes) -> str:
+def _non_finite_message(fabric: Fabric, result: dict[str, float], passes: _StepSums) -> str:
     """All ranks: which rows to look at, those of every rank."""
     losses = [total.item() for total in passes.totals]
     suspects = [m for m, loss in zip(passes.micro_batches, losses, strict=True) if not math.isfinite(loss)]

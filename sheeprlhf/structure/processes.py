@@ -70,13 +70,13 @@ def _launched_numbers(fabric: FabricConfig, found: Launched) -> tuple[str, int]:
     problems = []
     if given not in (None, local_size) or local_size * num_nodes != found.size:
         problems.append(
-            f"fabric.devices={fabric.devices}: {found.launcher} has started {found.size} processes ({found.told}), "
+            f"fabric.devices={fabric.devices}: {found.launcher} has started {found.size} processes ({found.setting}), "
             f"{local_size} on each machine; give fabric.devices={local_size}, or leave fabric.devices out"
         )
     if fabric.num_nodes not in (None, num_nodes):
         problems.append(
-            f"fabric.num_nodes={fabric.num_nodes}: {found.launcher} has started {found.size} processes ({found.told}) "
-            f"on {num_nodes} machine{'s' if num_nodes > 1 else ''}; give fabric.num_nodes={num_nodes}, or leave "
+            f"fabric.num_nodes={fabric.num_nodes}: {found.launcher} has started {found.size} processes "
+            f"({found.setting}) on {num_nodes} machine{'s' if num_nodes > 1 else ''}; give fabric.num_nodes={num_nodes}, or leave "
             "fabric.num_nodes out"
         )
     if problems:
@@ -84,7 +84,7 @@ def _launched_numbers(fabric: FabricConfig, found: Launched) -> tuple[str, int]:
     if num_nodes == 1 and found.rank != found.local_rank:
         raise LauncherError(
             f"{found.launcher}: process {found.rank} is number {found.local_rank} of its machine, so the processes "
-            f"({found.told}) are on several: give fabric.num_nodes=<number of machines>"
+            f"({found.setting}) are on several: give fabric.num_nodes=<number of machines>"
         )
     if num_nodes > 1 and not (found.launcher == "srun" and first_set(os.environ, NODE_LISTS)):
         _check_meeting_point(found.launcher)

@@ -95,7 +95,7 @@ class Launched(NamedTuple):
         size: number of all processes.
         local_rank: of this process among those of its machine.
         local_size: number of processes on each machine; None if no variable tells.
-        told: the variable that gave `size`, with its value.
+        setting: the environment variable that gave `size`, with its value.
         job: what this job's processes have in common and other jobs' have not; for a port to meet at.
         sure: false where SLURM's variables could also be those of a batch script that does not use srun.
     """
@@ -105,7 +105,7 @@ class Launched(NamedTuple):
     size: int
     local_rank: int
     local_size: int | None
-    told: str
+    setting: str
     job: str
     sure: bool = True
 
@@ -289,12 +289,12 @@ def check_alone(what: str) -> None:
         return
     found = launched()
     name = found.launcher if found is not None else "a launcher"
-    told = found.told if found is not None else "LOCAL_RANK, NODE_RANK"
+    given = found.setting if found is not None else "LOCAL_RANK, NODE_RANK"
     number = found.local_size or found.size if found is not None else 2
     once = "by srun --ntasks=1" if name == "srun" else f"without {name}"
     raise LauncherError(
-        f"{what} starts the processes of its trainings itself, and {name} has started several ({told}): start it once, "
-        f"{once}, with fabric.devices={number}"
+        f"{what} starts the processes of its trainings itself, and {name} has started several ({given}): start it "
+        f"once, {once}, with fabric.devices={number}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Processes that belong to another, and what a signal does to them."""
+"""Child processes that end with their parent, and signal handling."""
 
 import ctypes
 import math
@@ -20,12 +20,12 @@ _SECONDS_TO_COME_AGAIN = 0.02  # after what was called is left
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """This process is killed when its parent dies, even by kill -9 (Linux; elsewhere nothing).
+    """Let the kernel kill this process when its parent dies, even by kill -9 (Linux only).
 
     Call it early. Ranks above zero need it: a killed rank zero would leave them waiting in a collective.
 
     Args:
-        parent: who started this process, if it is known: it may have died before this call.
+        parent: process id of the parent, if it is known: the parent may have died before this call.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -47,7 +47,7 @@ def seconds_since_start() -> float:
 
 
 class BoundToThis:
-    """Sent to a process that is being spawned, it calls `die_with_parent` there as soon as it is read."""
+    """Object that calls `die_with_parent` in the spawned process that unpickles it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Make unpickling call `die_with_parent`, whose result is None."""
@@ -55,7 +55,7 @@ class BoundToThis:
 
 
 def start_bound(_: BoundToThis | None, start: Callable[..., None], *args: Any) -> None:
-    """The initializer of a pool whose processes end with this one even while they import what `start` needs.
+    """Initializer of a pool whose processes end with this one, even while they still import modules for `start`.
 
     A spawned process reads this function, whose module imports next to nothing, then its arguments in their order.
     """
@@ -76,14 +76,13 @@ class Terminated(SystemExit):
 
 
 class Interrupts:
-    """A handler of the stop signals, which raises KeyboardInterrupt for Ctrl-C and `Terminated` for the others.
+    """Handler of the stop signals: raises KeyboardInterrupt for Ctrl-C and `Terminated` for the others.
 
     Attributes:
-        leaving: the command is done or given up. Ctrl-C ends the process then; its exception would disturb Python's
-            end.
-        waits: nothing is raised now; see `interrupts_wait`.
-        came: the signal that waits to be raised, 0 if none does.
-        noted: a signal to stop that came to a run; 0 if none did.
+        leaving: the command has ended. Ctrl-C ends the process then, without an exception during Python's shutdown.
+        waits: signals are deferred; see `interrupts_wait`.
+        came: the deferred signal, 0 if there is none.
+        noted: the stop signal that a run received, 0 if there was none.
     """
 
     def __init__(self) -> None:
@@ -113,14 +112,14 @@ class Interrupts:
 
 
 def _interrupts() -> Interrupts | None:
-    """The handler that `heard_interrupts` has installed, if one is there."""
+    """The handler that `reliable_sigint` has installed, if one is there."""
     handlers = (signal.getsignal(signum) for signum in STOP_SIGNALS)
     return next((handler for handler in handlers if isinstance(handler, Interrupts)), None)
 
 
 @contextmanager
 def interrupts_wait() -> Iterator[None]:
-    """Inside, stop signals wait until the block ends: it takes moments, and a library would break if it were cut."""
+    """Defer stop signals until the block ends: the block is short, and a library would break if it were interrupted."""
     handler = _interrupts()
     if handler is None:
         yield
@@ -136,20 +135,25 @@ def interrupts_wait() -> Iterator[None]:
 
 
 def ignore_interrupts() -> None:
-    """Ctrl-C does nothing any more: at its very end Python gives handlers back to the kernel, which would kill it."""
+    """Ignore Ctrl-C: at shutdown Python restores the default handlers, and the kernel would kill the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def just_interrupted() -> int:
-    """The signal, if an error of now may be a library's way to pass its exception on: some make it one of their own."""
+    """The signal that came a moment ago: some libraries turn its exception into an error of their own."""
     handler = _interrupts()
     return 0 if handler is None else handler.just_came()
 
 
-def note_stop(signum: int) -> None:
-    """A signal to stop came to a run, which has ended: others that follow it change nothing any more.
+def handles_interrupts() -> bool:
+    """True inside `reliable_sigint`, that is, in a process of the command line."""
+    return _interrupts() is not None
 
-    The run may have had no step left, and be finished: the jobs after it ask with `noted_stop`.
+
+def note_stop(signum: int) -> None:
+    """Record that a run ended because of a stop signal; further signals are ignored.
+
+    The run may have been at its last step, and be finished: the jobs after it call `noted_stop`.
     """
     handler = _interrupts()
     if handler is not None:
@@ -163,24 +167,24 @@ def noted_stop() -> int:
 
 
 @contextmanager
-def heard_interrupts() -> Iterator[Interrupts]:
-    """Inside, signals to stop raise an exception, if they would end the process: an ignored one stays ignored.
+def reliable_sigint() -> Iterator[Interrupts]:
+    """Install handlers of the stop signals that survive `__del__` and weakref callbacks; ignored signals stay ignored.
 
-    They are heard for sure: Python prints and drops an exception that it raises while it calls a `__del__` or a weak
-    reference's callback; here it comes again. A main thread that a signal other than Ctrl-C does not end, because it
-    waits in a library for another process, is ended after some seconds. Off the main thread nothing changes: Python
-    allows no handlers there.
+    The handlers raise an exception. Python prints and drops an exception that is raised while it calls a `__del__` or a
+    weakref callback; it is raised again then. A main thread that a signal other than Ctrl-C does not end, because it
+    waits in a library for another process, is ended after some seconds. Only the main thread is changed: Python allows
+    no handlers elsewhere.
     """
     interrupts = Interrupts()
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
-    usual = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is signal.SIG_DFL]
+    default = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is signal.SIG_DFL]
     mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     hook, main = sys.unraisablehook, threading.get_ident()
     left = threading.Event()
 
-    def heard(of: "sys.UnraisableHookArgs") -> None:
+    def raise_again(of: "sys.UnraisableHookArgs") -> None:
         if isinstance(of.exc_value, KeyboardInterrupt | Terminated):
             interrupts.terminated = False
             signum = of.exc_value.signum if isinstance(of.exc_value, Terminated) else signal.SIGINT
@@ -193,13 +197,13 @@ def heard_interrupts() -> Iterator[Interrupts]:
             if not left.wait(_SECONDS_TO_END):
                 os._exit(128 + signum)
 
-        if signum in usual:
+        if signum in default:
             threading.Thread(target=end, daemon=True).start()
 
-    with watched_signals(end_in_time), handled(usual, interrupts):
+    with watched_signals(end_in_time), handled(default, interrupts):
         if mine:
             signal.signal(signal.SIGINT, interrupts)
-        sys.unraisablehook = heard
+        sys.unraisablehook = raise_again
         try:
             yield interrupts
         finally:
@@ -211,9 +215,9 @@ def heard_interrupts() -> Iterator[Interrupts]:
 
 @contextmanager
 def handled(signums: Iterable[int], handler: Callable[..., None] | signal.Handlers) -> Iterator[None]:
-    """Inside, signals have this handler; SIGHUP only where it is not ignored, as it is under nohup.
+    """Install a handler of some signals for a block; SIGHUP is left alone if it is ignored, as under nohup.
 
-    Off the main thread nothing changes: Python allows no handlers there.
+    Nothing changes in other threads than the main one: Python allows no handlers there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -232,9 +236,9 @@ def handled(signums: Iterable[int], handler: Callable[..., None] | signal.Handle
 
 @contextmanager
 def watched_signals(watch: Callable[[int], None]) -> Iterator[None]:
-    """Inside, a thread calls `watch` with the number of each handled signal.
+    """Call `watch` in a thread with the number of each handled signal.
 
-    The main thread may be in a kernel or a collective, where no handler runs. Off the main thread nothing changes.
+    The main thread may be in a kernel or a collective, where no handler runs. Nothing changes in other threads.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -257,5 +261,5 @@ def watched_signals(watch: Callable[[int], None]) -> Iterator[None]:
 
 
 def ignored(signum: int) -> AbstractContextManager[None]:
-    """Inside, a signal does nothing, in the processes started there neither, unless one asks for it."""
+    """Ignore a signal for a block, also in processes that are started there."""
     return handled([signum], signal.SIG_IGN)

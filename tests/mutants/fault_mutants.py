@@ -15,8 +15,8 @@ MUTANTS = [
     Mutant(
         trap="signals, kills and full disks",
         file="sheeprlhf/cli.py",
-        old="    with ignored(SAVE_SIGNAL), heard_interrupts() as interrupts:",
-        new="    with heard_interrupts() as interrupts:",
+        old="    with ignored(SAVE_SIGNAL), reliable_sigint() as interrupts:",
+        new="    with reliable_sigint() as interrupts:",
         tests="tests/faults/test_signals.py::test_sigusr1_saves_and_goes_on",
     ),
     Mutant(

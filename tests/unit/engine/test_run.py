@@ -26,7 +26,7 @@ from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, Interrupted, RunInUseError
 from sheeprlhf.utils.lightning import DDPStrategy
-from sheeprlhf.utils.processes import STOP_SIGNALS, die_with_parent, heard_interrupts, ignored, noted_stop
+from sheeprlhf.utils.processes import STOP_SIGNALS, die_with_parent, ignored, noted_stop, reliable_sigint
 from tests.unit.engine.toy import Net, forkserver, micro_batch, on_ranks, seed_all, toy_loss
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
@@ -210,7 +210,7 @@ def test_handlers_are_restored(tmp_path, signum):
 def test_a_signal_that_came_too_late_for_a_run_ends_its_sweep(tmp_path):
     fabric = make_fabric(FabricConfig())
     fabric.launch()
-    with heard_interrupts(), ignored(signal.SIGHUP):
+    with reliable_sigint(), ignored(signal.SIGHUP):
         with open_run(fabric, make_cfg(), tmp_path) as run:
             begin(fabric, run)
             os.kill(os.getpid(), signal.SIGHUP)

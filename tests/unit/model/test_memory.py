@@ -37,7 +37,7 @@ from sheeprlhf.model.memory import (
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.structure.task import SFTConfig
-from sheeprlhf.utils.processes import heard_interrupts
+from sheeprlhf.utils.processes import reliable_sigint
 from tests.support.batches import random_examples
 from tests.support.models import ARCHITECTURES
 from tests.support.runs import train_words
@@ -69,7 +69,7 @@ def test_ctrl_c_waits_for_the_end_of_the_plan(model_folder: ModelFolder) -> None
 
     hook = nn.modules.module.register_module_forward_hook(interrupt)
     try:
-        with heard_interrupts(), pytest.raises(KeyboardInterrupt):
+        with reliable_sigint(), pytest.raises(KeyboardInterrupt):
             measure(config_of(model_folder("llama"), "ALL"), "32-true")
     finally:
         hook.remove()

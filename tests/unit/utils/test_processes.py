@@ -13,10 +13,10 @@ from sheeprlhf.utils import processes
 from sheeprlhf.utils.processes import (
     STOP_SIGNALS,
     Terminated,
-    heard_interrupts,
     ignored,
     interrupts_wait,
     just_interrupted,
+    reliable_sigint,
 )
 
 POOL = """
@@ -166,7 +166,7 @@ def test_ctrl_c_at_the_very_end_changes_nothing() -> None:
 
 
 def test_an_error_long_after_ctrl_c_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    with heard_interrupts():
+    with reliable_sigint():
         assert not just_interrupted()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -187,7 +187,7 @@ def test_what_must_not_be_cut_short_ends_before_ctrl_c_is_heard() -> None:
             done.append("whole")
         done.append("never")
 
-    with heard_interrupts():
+    with reliable_sigint():
         with pytest.raises(KeyboardInterrupt):
             interrupted_twice()
         with interrupts_wait():
@@ -201,7 +201,7 @@ def test_what_must_not_be_cut_short_ends_before_ctrl_c_is_heard() -> None:
 def test_a_signal_to_stop_raises_once(signum: int) -> None:
     """A launcher may send it again while what it ended cleans up; the exit code is that of a shell."""
     before = signal.getsignal(signum)
-    with heard_interrupts():
+    with reliable_sigint():
         with pytest.raises(Terminated) as stopped:
             signal.raise_signal(signum)
         assert stopped.value.code == 128 + signum
@@ -210,7 +210,7 @@ def test_a_signal_to_stop_raises_once(signum: int) -> None:
     assert signal.getsignal(signum) == before
     try:
         signal.signal(signum, signal.SIG_IGN)
-        with heard_interrupts():
+        with reliable_sigint():
             assert signal.getsignal(signum) == signal.SIG_IGN
     finally:
         signal.signal(signum, before)
@@ -218,5 +218,5 @@ def test_a_signal_to_stop_raises_once(signum: int) -> None:
 
 def test_who_ignores_ctrl_c_goes_on_to() -> None:
     """As what a shell starts in the background does."""
-    with ignored(signal.SIGINT), heard_interrupts():
+    with ignored(signal.SIGINT), reliable_sigint():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
