@@ -76,8 +76,8 @@ def _launched_numbers(fabric: FabricConfig, found: Launched) -> tuple[str, int]:
     if fabric.num_nodes not in (None, num_nodes):
         problems.append(
             f"fabric.num_nodes={fabric.num_nodes}: {found.launcher} has started {found.size} processes "
-            f"({found.setting}) on {num_nodes} machine{'s' if num_nodes > 1 else ''}; give fabric.num_nodes={num_nodes}, or leave "
-            "fabric.num_nodes out"
+            f"({found.setting}) on {num_nodes} machine{'s' if num_nodes > 1 else ''}; "
+            f"give fabric.num_nodes={num_nodes}, or leave fabric.num_nodes out"
         )
     if problems:
         raise LauncherError(*problems)
