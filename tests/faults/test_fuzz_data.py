@@ -1,7 +1,7 @@
 """Random bytes, values and texts through reader, row formats, tokenizer, collators and masks: 10,000, no crash.
 
 Only a DataError is allowed, on one line and with its place. What holds of every row and batch is checked against the
-text (numbers as in tests/mutants): BOS at most once (3), prompt and response tokenised apart (13), EOS at the end if
+text (numbers as in tests/unit/test_traps.py): BOS at most once (3), prompt and response tokenised apart (13), EOS if
 nothing was cut (1, 15), each response token a target exactly once, predicted by the place before it (4), and the same
 targets packed, padded on either side with any pad, or cut for several ranks (9).
 """

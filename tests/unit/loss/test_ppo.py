@@ -20,7 +20,7 @@ from sheeprlhf.loss.ppo import (
 )
 
 EXACT = dict(rtol=0.0, atol=1e-12)
-NUM_CASES = 200
+NUM_CASES = 50
 
 
 def row(*values: float) -> Tensor:
@@ -38,15 +38,19 @@ NEW = OLD + logs(*RATIOS)
 
 
 def test_policy_losses_by_hand() -> None:
-    losses_N = policy_losses(NEW, OLD, ADVANTAGES, clip_low=0.2, clip_high=0.3)
-    assert_close(losses_N, row(-2.0 * 1.3, 2.0 * 1.5, -2.0 * 0.5, 2.0 * 0.8, -1.1), **EXACT)
+    """Where the clipped ratio counts there is no gradient."""
+    new = NEW.clone().requires_grad_()
+    losses_N = policy_losses(new, OLD, ADVANTAGES, clip_low=0.2, clip_high=0.3)
+    assert_close(losses_N.detach(), row(-2.0 * 1.3, 2.0 * 1.5, -2.0 * 0.5, 2.0 * 0.8, -1.1), **EXACT)
+    losses_N.sum().backward()
+    assert new.grad is not None
+    assert_close(new.grad, row(0.0, 2.0 * 1.5, -2.0 * 0.5, 0.0, -1.1), **EXACT)
 
 
 def test_policy_figures_by_hand() -> None:
-    new = NEW.clone().requires_grad_()
-    figures = ratio_figures(new, OLD, ADVANTAGES, 0.2, 0.3)
+    figures = ratio_figures(NEW.clone().requires_grad_(), OLD, ADVANTAGES, 0.2, 0.3)
     assert_close(figures["ratio"], row(*RATIOS), **EXACT)
-    assert figures["clipfrac"].tolist() == [1, 0, 0, 1, 0]
+    assert_close(figures["clipfrac"], row(1, 0, 0, 1, 0), **EXACT)
     assert_close(figures["approxkl"], row(*(0.5 * math.log(ratio) ** 2 for ratio in RATIOS)), **EXACT)
     assert not any(figure.requires_grad for figure in figures.values())
 
@@ -101,13 +105,6 @@ def test_a_whole_response_has_one_ratio() -> None:
     assert tokens_N.grad is not None and not tokens_N.grad.any()
 
 
-def test_a_clipped_ratio_has_no_gradient() -> None:
-    new = NEW.clone().requires_grad_()
-    policy_losses(new, OLD, ADVANTAGES, clip_low=0.2, clip_high=0.3).sum().backward()
-    assert new.grad is not None
-    assert_close(new.grad, row(0.0, 2.0 * 1.5, -2.0 * 0.5, 0.0, -1.1), **EXACT)
-
-
 def test_no_ratio_overflows() -> None:
     """Between policies that are far apart, in float32: whatever the advantage, no loss and no gradient is NaN."""
     logprobs_N = torch.zeros(3, requires_grad=True)
@@ -121,15 +118,6 @@ def test_no_ratio_overflows() -> None:
     assert ratio_figures(*arguments, 0.2, 0.2)["ratio"].tolist() == [pytest.approx(math.exp(MAX_LOG_RATIO))] * 3
 
 
-def test_value_losses_by_hand() -> None:
-    """Old value 1, clip 0.2, values 1.1, 2, 2 and 0: within, beyond on the wrong and on the right side, below."""
-    values_N, old_N, returns_N = row(1.1, 2.0, 2.0, 0.0), row(1.0, 1.0, 1.0, 1.0), row(3.0, 0.0, 2.5, 0.5)
-    losses_N = value_losses(values_N, old_N, returns_N, clip=0.2)
-    assert_close(losses_N, 0.5 * row(1.9**2, 2.0**2, 1.3**2, 0.5**2), **EXACT)
-    losses_N = value_losses(values_N, old_N, returns_N, clip=None)
-    assert_close(losses_N, 0.5 * row(1.9**2, 2.0**2, 0.5**2, 0.5**2), **EXACT)
-
-
 def test_value_losses_are_the_definition() -> None:
     rng = random.Random(0)
     for _ in range(NUM_CASES):
@@ -138,12 +126,16 @@ def test_value_losses_are_the_definition() -> None:
         for value, before, target in zip(values, old, returns, strict=True):
             cut = min(max(value, before - clip), before + clip)
             expected.append(0.5 * max((value - target) ** 2, (cut - target) ** 2))
-        assert_close(value_losses(row(*values), row(*old), row(*returns), clip=clip), row(*expected), **EXACT)
+        arguments = (row(*values), row(*old), row(*returns))
+        assert_close(value_losses(*arguments, clip=clip), row(*expected), **EXACT)
+        squares = [0.5 * (value - target) ** 2 for value, target in zip(values, returns, strict=True)]
+        assert_close(value_losses(*arguments, clip=None), row(*squares), **EXACT)
 
 
 def test_explained_variance_by_hand() -> None:
     returns = row(1.0, 2.0, 6.0)
-    assert explained_variance(returns, returns) == 1.0
+    found = explained_variance(returns, returns)
+    assert found == 1.0 and isinstance(found, float)
     assert explained_variance(returns + 7.0, returns) == pytest.approx(1.0, abs=1e-12)  # it does not see a shift
     assert explained_variance(row(3.0, 3.0, 3.0), returns) == pytest.approx(0.0, abs=1e-12)
     # errors 1, 1 and 4 vary by 2, returns by 14 / 3
@@ -175,5 +167,5 @@ def test_a_weight_does_not_depend_on_the_company(aggregation: str) -> None:
 
 
 def test_an_unknown_aggregation_is_refused() -> None:
-    with pytest.raises(ValueError, match="'mean'"):
+    with pytest.raises(ValueError, match="mean"):
         token_weights([1], "mean", max_length=1)

@@ -1,0 +1,157 @@
+"""Run the tests of each function with each of its mutants: `python -m tests.mutation.run [module[:function] ...]`.
+
+The process imports the code and its tests once and forks for each mutant, so a mutant costs its tests' time alone.
+A mutant is killed if a test fails, if pytest cannot run, or if it takes many times as long as the unchanged code.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.mutation.mutate import Mutant, mutants_of
+from tests.mutation.targets import EQUIVALENT, TARGETS
+
+ROOT = Path(__file__).parents[2]
+_WORDS = ["-x", "-q", "-m", "", "-o", "addopts=--import-mode=importlib"]
+_WORDS += ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]  # the latter collects garbage
+_IMPORTED_LATE = (  # by tests that import the package before the dot
+    "torch.distributed.tensor",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+)
+_LONGEST = 900  # seconds of a test run by the clock
+
+
+class Coverage:
+    """A pytest plugin that records which functions of a file each test calls, and its CPU time."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.tests: dict[str, dict[str, float]] = {}  # of a function's qualified name
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        names, began = set(), time.process_time()
+        sys.setprofile(lambda frame, *_: names.add(frame.f_code) if frame.f_code.co_filename == self.file else None)
+        try:
+            return (yield)
+        finally:
+            sys.setprofile(None)
+            for name in {code.co_qualname.partition(".<locals>")[0] for code in names}:
+                self.tests.setdefault(name, {})[item.nodeid] = time.process_time() - began
+
+
+def _pytest(tests: Iterable[str], *words: str, plugins: Sequence[object] = ()) -> int:
+    return int(pytest.main([*tests, *_WORDS, *words], plugins))
+
+
+def _start(mutant: Mutant | str, tests: Iterable[str], folder: Path, cpu_seconds: int) -> int:
+    """Fork a process that tests a mutant, or the unchanged code of a file with coverage; return its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        os.setsid()
+        signal.alarm(_LONGEST)
+        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 5))
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        coverage = Coverage(mutant) if isinstance(mutant, str) else None
+        if isinstance(mutant, Mutant):
+            mutant.introduce()
+        code = _pytest(tests, "--basetemp", str(folder / "temporary"), plugins=[coverage] if coverage else [])
+        if coverage:
+            (folder / "coverage").write_text(json.dumps(coverage.tests))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _finish(pid: int) -> int:
+    """Wait for a process, end those that it started, and return the exit code, negative for a signal."""
+    _, status = os.waitpid(pid, 0)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(status)
+
+
+def survivors(module: str, tests: tuple[str, ...], function: str = "", sample: int | None = None) -> dict[str, object]:
+    """Test the mutants of a module.
+
+    Args:
+        module: dotted name.
+        tests: paths and node ids; each mutant meets those that call its function, the quickest first.
+        function: beginning of the qualified names of the functions; "" takes all.
+        sample: number of mutants, spread evenly; None takes all.
+
+    Returns:
+        The numbers of mutants "killed" and "equivalent", the names and lines of "survivors", "seconds".
+    """
+    began = time.monotonic()
+    gc.unfreeze()  # of the module before
+    names = dict.fromkeys(test.partition("::")[0] for test in tests)
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        assert _pytest(names, "--collect-only") == 0, f"{names} cannot be collected"
+    for late in _IMPORTED_LATE:
+        if late.partition(".")[0] in sys.modules:
+            importlib.import_module(late)
+    mutants = list(mutants_of(module, function))
+    assert mutants, f"{module} has no function {function}"
+    mutants = mutants if sample is None else mutants[:: max(1, len(mutants) // sample)][:sample]
+    killed, equivalent, left = 0, 0, []
+    gc.freeze()  # a collection in a forked process would copy every page
+    with tempfile.TemporaryDirectory() as name:
+        code = _finish(_start(str(sys.modules[module].__file__), tests, Path(name), _LONGEST))
+        assert code == 0, f"{module}: pytest's exit code {code} without a mutant\n{Path(name, 'log').read_text()}"
+        coverage = json.loads(Path(name, "coverage").read_text())
+        for mutant in mutants:
+            if mutant.name in EQUIVALENT:
+                equivalent += 1
+                continue
+            seconds = coverage.get(mutant.function, {})
+            code = 0
+            if seconds:
+                limit = int(10 + 5 * sum(seconds.values()))
+                code = _finish(_start(mutant, sorted(seconds, key=seconds.get), Path(name), limit))
+            killed += code != 0
+            left += [] if code else [f"{mutant.name} (line {mutant.line})"]
+    elapsed = round(time.monotonic() - began, 1)
+    return {"module": module, "killed": killed, "equivalent": equivalent, "survivors": left, "seconds": elapsed}
+
+
+def main() -> int:
+    """Test the targets named on the command line, or all; 1 if a mutant survived."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("targets", nargs="*", help="module, or module:beginning of a function's qualified name")
+    parser.add_argument("--tests", nargs="+", help="run these tests instead of the target's own")
+    parser.add_argument("--sample", type=int, help="number of mutants of each target")
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    survived = False
+    for target in arguments.targets or TARGETS:
+        module, _, function = target.partition(":")
+        tests = tuple(arguments.tests or TARGETS[module])
+        result = survivors(module, tests, function, arguments.sample)
+        survived |= bool(result["survivors"])
+        print(json.dumps(result, indent=1), flush=True)
+    return int(survived)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
