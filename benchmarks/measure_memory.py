@@ -14,7 +14,7 @@ from typing import Any
 
 from sheeprlhf.cli import run
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.task.step_memory import step_plan
+from sheeprlhf.task.memory_plan import step_plan
 
 
 def status(name: str) -> int:

@@ -16,22 +16,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from sheeprlhf.agent.batches import Batches, longest_row
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.assets.inflect import style_of
+from sheeprlhf.config.saved_config import read_run_config, saved_group
 from sheeprlhf.data.collate import collate_packed, collate_padded
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
 from sheeprlhf.engine.step import evaluate
-from sheeprlhf.model.generate import generate_ids
 from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.reward.inflect import style_of
+from sheeprlhf.rollout.generate import generate_ids
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.saved import read_run_config, saved_group
-from sheeprlhf.task.batches import Batches, longest_row
+from sheeprlhf.task.initial_policy import load_of_run, load_start
 from sheeprlhf.task.reference import sum_by_response
-from sheeprlhf.task.start import load_of_run, load_start
 from sheeprlhf.task.train.sft import sft_loss
 from sheeprlhf.utils.lightning import Fabric
 

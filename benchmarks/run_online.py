@@ -51,10 +51,10 @@ def main() -> None:
     import torch
 
     import sheeprlhf
+    from sheeprlhf.agent.batches import Batches
     from sheeprlhf.agent.policy import load_policy
     from sheeprlhf.agent.reference import reference_of
     from sheeprlhf.agent.reward import load_reward_model
-    from sheeprlhf.agent.rollout import columns
     from sheeprlhf.data.example import Example
     from sheeprlhf.data.sampler import StepPlan
     from sheeprlhf.engine.fabric import make_fabric
@@ -62,16 +62,16 @@ def main() -> None:
     from sheeprlhf.engine.step import LossFn, update
     from sheeprlhf.loss.advantage import group_advantages
     from sheeprlhf.model.load import load_tokenizer
+    from sheeprlhf.rollout.collector import Collector
+    from sheeprlhf.rollout.rollout import columns
     from sheeprlhf.structure.data import LocalDataConfig
     from sheeprlhf.structure.fabric import FabricConfig
     from sheeprlhf.structure.generation import GenConfig
     from sheeprlhf.structure.model import AutoModelConfig
-    from sheeprlhf.structure.online import GRPOConfig, PPOConfig, RLOOConfig
     from sheeprlhf.structure.optim import AdamWConfig
     from sheeprlhf.structure.reward import ModelRewardConfig
+    from sheeprlhf.structure.rollout import GRPOConfig, PPOConfig, RLOOConfig
     from sheeprlhf.structure.run import TrainConfig
-    from sheeprlhf.task.batches import Batches
-    from sheeprlhf.task.collect import Collector
     from sheeprlhf.task.train.grpo import grpo_loss
     from sheeprlhf.task.train.ppo import policy_loss, set_up, value_loss, with_advantages
     from sheeprlhf.task.train.rloo import leave_one_out_advantages, rloo_loss

@@ -67,6 +67,7 @@ def main() -> None:
     import torch
 
     import sheeprlhf
+    from sheeprlhf.agent.batches import Batches
     from sheeprlhf.agent.policy import load_policy
     from sheeprlhf.agent.reward import load_reward_model
     from sheeprlhf.data.example import Example
@@ -78,7 +79,6 @@ def main() -> None:
     from sheeprlhf.structure.model import ModelConfig
     from sheeprlhf.structure.optim import AdamWConfig
     from sheeprlhf.structure.task import DPOConfig
-    from sheeprlhf.task.batches import Batches
     from sheeprlhf.task.reference import sum_by_response
     from sheeprlhf.task.train.dpo import dpo_loss
     from sheeprlhf.task.train.rm import rm_loss

@@ -25,16 +25,16 @@ from afinn import Afinn
 from measure_preference import logprobs
 
 from sheeprlhf.agent.policy import Policy, load_policy
+from sheeprlhf.config.saved_config import read_run_config, saved_group
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import prepare_data
-from sheeprlhf.model.generate import generate_ids
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.reward.functions import sentiment
+from sheeprlhf.rollout.generate import generate_ids
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.saved import read_run_config, saved_group
-from sheeprlhf.task.start import load_of_run
+from sheeprlhf.task.initial_policy import load_of_run
 
 ROOT = Path(__file__).parents[1]
 SUBJECTS = (

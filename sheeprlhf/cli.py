@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sheeprlhf.command.help import PLAIN_VERBS, VERBS, print_overview, print_verb_help
-from sheeprlhf.command.screen import print_error
-from sheeprlhf.command.words import PLOT, ParsedArgs, parse_args, verb_problem
+from sheeprlhf.apps.arguments import PLOT, ParsedArgs, parse_args, verb_problem
+from sheeprlhf.apps.help import PLAIN_VERBS, VERBS, print_overview, print_verb_help
+from sheeprlhf.apps.terminal import print_error
 from sheeprlhf.utils.errors import ConfigError, Interrupted, MissingRanksError, SheepError
 from sheeprlhf.utils.launchers import (
     OWN_LAUNCHER,
@@ -45,8 +45,9 @@ from sheeprlhf.utils.quiet import silence_libraries
 from sheeprlhf.utils.streams import lasting, lost_output, open_closed_streams, outlives_reader
 
 if TYPE_CHECKING:
-    from sheeprlhf.structure.compose import Source
+    from sheeprlhf.config.compose import Source
 
+_MODULES = {"chat": "serve.chat", "demo": "serve.demo", "export": "export.command", "report": "report.command"}
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
 _LASTING = (["train"], ["pipeline"])  # commands that go on when nobody reads their output any more
 PARALLEL_VERBS = ("train", "eval", "pipeline")
@@ -173,13 +174,13 @@ def _throw_away(stopped: BaseException) -> None:
 
 
 def _shown(text: str) -> str:
-    from sheeprlhf.engine.redact import plain_text, redact_text
+    from sheeprlhf.security.redaction import plain_text, redact_text
 
     return plain_text(redact_text(text))
 
 
 def _message(error: Exception, debug: bool) -> str:
-    from sheeprlhf.engine.redact import redact_text
+    from sheeprlhf.security.redaction import redact_text
 
     rank = global_rank()
     who = "sheeprlhf" if rank == 0 else f"sheeprlhf (process {rank})"
@@ -209,10 +210,10 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if verb not in HYDRA_VERBS:
         plain = [word for word in rest if word.casefold() != "debug=true"]
-        return importlib.import_module(f"sheeprlhf.command.{verb}").run(plain)
+        return importlib.import_module(f"sheeprlhf.apps.{_MODULES.get(verb, verb)}").run(plain)
     args = parse_args(["plot=true" if verb == "eval" and word == PLOT.name else word for word in rest])
     if verb == "pipeline":
-        from sheeprlhf.structure.pipeline import collected
+        from sheeprlhf.config.pipeline import collected
 
         args = args._replace(overrides=collected(args.overrides))
     directory = args.values.get("--config-dir")
@@ -248,8 +249,8 @@ def _split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def _check_config_name(name: str, directory: str | None) -> None:
     """Raises ConfigError if no folder has that file."""
-    from sheeprlhf.structure.compose import configs_directory
-    from sheeprlhf.structure.limits import nearest
+    from sheeprlhf.config.compose import configs_directory
+    from sheeprlhf.config.option_checks import nearest
 
     folders = [Path(directory)] if directory else []
     folders.append(configs_directory())
@@ -261,7 +262,7 @@ def _check_config_name(name: str, directory: str | None) -> None:
 
 def _compose_and_launch(verb: str, args: ParsedArgs) -> int:
     """Compose, check and run one job; leave sweeps and what only Hydra can do to Hydra, after the same checks."""
-    from sheeprlhf.structure.compose import Source, check, compose_job, configs_directory
+    from sheeprlhf.config.compose import Source, check, compose_job, configs_directory
 
     name, directory = args.values.get("--config-name", verb), args.values.get("--config-dir")
     source = Source(verb, configs_directory(), name, directory)
@@ -284,7 +285,7 @@ def _compose_and_launch(verb: str, args: ParsedArgs) -> int:
 
 def _run_sweep(source: "Source", args: ParsedArgs) -> int:
     """Let Hydra run every job of a sweep; returns the exit code of the first that failed."""
-    from sheeprlhf.command.sweep import Sweep, check_sweep_dir, sweep_code, sweep_parent, watched_sweep
+    from sheeprlhf.apps.sweep import Sweep, check_sweep_dir, sweep_code, sweep_parent, watched_sweep
 
     check_alone("a sweep (-m)")
     check_sweep_dir(args.overrides)
@@ -318,9 +319,9 @@ def _with_hydra(source: "Source", args: ParsedArgs, sweep_dir: str = "") -> int:
     """
     from hydra import main as hydra_main
 
-    from sheeprlhf.structure.compose import saved_overrides
-    from sheeprlhf.structure.config_files import check_sources
-    from sheeprlhf.structure.registry import register_configs
+    from sheeprlhf.config.compose import saved_overrides
+    from sheeprlhf.config.config_files import check_sources
+    from sheeprlhf.config.registry import register_configs
 
     codes: list[int] = []
     arguments, sys.argv = sys.argv, [sys.argv[0], *args.flags, *args.overrides]
@@ -343,9 +344,9 @@ def _hydra_job(verb: str, args: ParsedArgs, own_sweep_dir: bool, process: int, c
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from sheeprlhf.command.sweep import outcome
+    from sheeprlhf.apps.sweep import outcome
+    from sheeprlhf.config.compose import SAVED_CHOICE, finish
     from sheeprlhf.launch import launch
-    from sheeprlhf.structure.compose import SAVED_CHOICE, finish
 
     hydra, config = HydraConfig.get(), None
     sweep, given = "--multirun" in args.flags, hydra.run.dir

@@ -9,24 +9,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sheeprlhf.command.child import children
-from sheeprlhf.command.words import ParsedArgs
-from sheeprlhf.engine.redact import plain_text, redact_text
+from sheeprlhf.apps.arguments import ParsedArgs
+from sheeprlhf.apps.child_process import children
+from sheeprlhf.config.compose import Job
+from sheeprlhf.config.memory_advice import advice
+from sheeprlhf.config.model_lookup import needs_base_model
+from sheeprlhf.config.processes import with_launched_processes
+from sheeprlhf.config.registry import config_hash
+from sheeprlhf.config.run_lookup import is_word
+from sheeprlhf.config.shell import option_word
+from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.engine.rundir import CONFIG_FILE, check_existing_run, choose_run_dir, discard_unused, is_finished
 from sheeprlhf.engine.runlock import RunLock
 from sheeprlhf.model.locate import locate
-from sheeprlhf.structure.commands import option_word
-from sheeprlhf.structure.compose import Job
-from sheeprlhf.structure.earlier import is_word
-from sheeprlhf.structure.processes import with_launched_processes
-from sheeprlhf.structure.registry import config_hash
+from sheeprlhf.security.files import disk_full
+from sheeprlhf.security.redaction import plain_text, redact_text
+from sheeprlhf.security.version_guard import check_versions
 from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, PipelineConfig, TrainConfig
-from sheeprlhf.structure.smaller import advice
-from sheeprlhf.structure.trained import needs_base_model
-from sheeprlhf.structure.validate import parse_devices
 from sheeprlhf.utils.errors import ConfigError, MissingRanksError, OutOfMemory, SheepError, UnsafePathError
-from sheeprlhf.utils.files import disk_full
-from sheeprlhf.utils.floors import check_versions
 from sheeprlhf.utils.launchers import (
     OWN_LAUNCHER,
     check_alone,

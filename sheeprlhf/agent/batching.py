@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from sheeprlhf.data.collate import collate_packed, collate_padded
 from sheeprlhf.data.example import Batch, Example
-from sheeprlhf.model.head import TokenLogprobs
+from sheeprlhf.model.lm_head import TokenLogprobs
 from sheeprlhf.model.packing import packing_limit, tolerance
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.lightning import move_data_to_device

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sheeprlhf.agent.batching import choose_packed
 from sheeprlhf.data.example import Batch
 from sheeprlhf.model.attention import placeholder_mask
-from sheeprlhf.model.head import TokenLogprobs, head_logprobs, logprobs_from_logits
+from sheeprlhf.model.last_mlp import last_mlp_at
+from sheeprlhf.model.lm_head import TokenLogprobs, head_logprobs, logprobs_from_logits
 from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm
 from sheeprlhf.model.lora import POLICY, adapter_in_use, add_lora, save_model
 from sheeprlhf.model.padded import accepted, logits_at
 from sheeprlhf.model.router import router_logits_of
 from sheeprlhf.model.scalar import head_scores
-from sheeprlhf.model.trim import last_mlp_at
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.memory import phase

@@ -7,7 +7,7 @@ from torch import nn
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.example import Batch
-from sheeprlhf.model.head import TokenLogprobs
+from sheeprlhf.model.lm_head import TokenLogprobs
 from sheeprlhf.model.lora import adapters_off
 
 

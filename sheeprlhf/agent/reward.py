@@ -15,10 +15,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from sheeprlhf.agent.batching import choose_packed
 from sheeprlhf.agent.policy import Policy, hidden_at_head
 from sheeprlhf.data.example import Batch
-from sheeprlhf.model.folder import read_json
 from sheeprlhf.model.load import load_causal_lm, read_score_bias
 from sheeprlhf.model.lora import add_lora, load_lora, save_model
 from sheeprlhf.model.scalar import HEAD, head_scores, padding_token, scalar_model
+from sheeprlhf.security.model_folder import read_json
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.errors import ModelError

@@ -20,21 +20,21 @@ from sheeprlhf.agent import reward as rewards
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.api.jobs import as_words, compose
+from sheeprlhf.config.model_lookup import with_own_tokenizer
+from sheeprlhf.config.registry import choices
+from sheeprlhf.config.saved_config import saved_group
 from sheeprlhf.data import prepare
 from sheeprlhf.data.collate import collate_packed, collate_padded
 from sheeprlhf.data.encoding import encode
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.tokenize import SpecialIds
-from sheeprlhf.engine.redact import plain_text, redact_text
 from sheeprlhf.model import load
-from sheeprlhf.model.sample import sample_responses
+from sheeprlhf.rollout.sampler import sample_responses
+from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.registry import choices
 from sheeprlhf.structure.run import InspectConfig
-from sheeprlhf.structure.saved import saved_group
-from sheeprlhf.structure.trained import with_own_tokenizer
-from sheeprlhf.task.start import load_of_run, load_trained_reward_model
+from sheeprlhf.task.initial_policy import load_of_run, load_trained_reward_model
 from sheeprlhf.utils.decoding import ResponseDecoder
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError

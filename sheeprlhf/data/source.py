@@ -11,9 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sheeprlhf.data.progress import progress_bar
-from sheeprlhf.structure.data import DataConfig, LocalDataConfig
-from sheeprlhf.structure.data_files import (
+from sheeprlhf.config.data_files import (
     COMPRESSIONS,
     KINDS,
     data_files,
@@ -22,9 +20,11 @@ from sheeprlhf.structure.data_files import (
     split_of_name,
     unread_files,
 )
-from sheeprlhf.structure.places import is_hub_id
+from sheeprlhf.config.path_checks import is_hub_id
+from sheeprlhf.data.progress import progress_bar
+from sheeprlhf.security.files import real_file
+from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
-from sheeprlhf.utils.files import real_file
 from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.hub import EMBEDDED, embedded_folder, why_offline
 

@@ -12,12 +12,12 @@ import pyarrow as pa
 from sheeprlhf.data.columns import decode_columns
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.tokenize import TokenRow
-from sheeprlhf.structure.records import DIGESTS as DIGESTS_SCHEMA
-from sheeprlhf.structure.records import PREPARED
+from sheeprlhf.security.json_records import load_json
+from sheeprlhf.security.record_schemas import DIGESTS as DIGESTS_SCHEMA
+from sheeprlhf.security.record_schemas import PREPARED
 from sheeprlhf.utils import home
 from sheeprlhf.utils.errors import DataError, RecordError
 from sheeprlhf.utils.output import create_file
-from sheeprlhf.utils.records import load_json
 
 REPORT = "report.json"
 DIGESTS = "digests.json"

@@ -40,13 +40,13 @@ from sheeprlhf.engine.tensors import (
     read_tensors,
     saved_tensors,
 )
-from sheeprlhf.structure.records import MANIFEST as MANIFEST_SCHEMA
-from sheeprlhf.structure.records import STATE
+from sheeprlhf.security.json_records import damaged, load_json
+from sheeprlhf.security.record_schemas import MANIFEST as MANIFEST_SCHEMA
+from sheeprlhf.security.record_schemas import STATE
 from sheeprlhf.utils.errors import CheckpointError, RecordError, UnsafePathError
 from sheeprlhf.utils.folders import sweep_scratch
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.output import create_file, make_folder, safe_path
-from sheeprlhf.utils.records import damaged, load_json
 
 Say = Callable[[str], None]
 STATE_FILE = "state.json"

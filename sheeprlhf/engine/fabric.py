@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sheeprlhf.config.processes import LIGHTNING_OPTIONS
+from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.engine.ranks import JoiningDDP
 from sheeprlhf.engine.shard import sharding_strategy
 from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.processes import LIGHTNING_OPTIONS
-from sheeprlhf.structure.validate import parse_devices
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.launchers import Launched, launched, meeting_host, meeting_port
 from sheeprlhf.utils.lightning import (

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sheeprlhf.structure.records import MANIFEST as SCHEMA
+from sheeprlhf.security.json_records import load_json
+from sheeprlhf.security.record_schemas import MANIFEST as SCHEMA
 from sheeprlhf.utils.errors import CheckpointError, RecordError
 from sheeprlhf.utils.filesystem import fsync, make_private, open_file
 from sheeprlhf.utils.folders import scratch_folder
 from sheeprlhf.utils.output import create_file
-from sheeprlhf.utils.records import load_json
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1

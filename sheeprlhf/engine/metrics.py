@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sheeprlhf.engine.redact import code_block, csv_cell, plain_text, redact_text
+from sheeprlhf.security.redaction import code_block, csv_cell, plain_text, redact_text
 from sheeprlhf.utils.output import create_file, make_folder, open_append, safe_path, write_file
 
 CSV_FILE = "metrics.csv"

@@ -12,14 +12,14 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from sheeprlhf.config.registry import CUT_OPTIONS, config_hash, config_to_dict
 from sheeprlhf.engine.checkpoint import NOT_THE_SAME, TrainState, restore_latest, save_checkpoint
 from sheeprlhf.engine.metrics import MetricWriter
 from sheeprlhf.engine.progress import Progress
-from sheeprlhf.engine.redact import plain_text, redact, redact_text
 from sheeprlhf.engine.rundir import CONFIG_FILE, changed_options, discard_unused
 from sheeprlhf.engine.runlock import RunLock
 from sheeprlhf.engine.signals import STOP_SIGNALS, SignalFlags, noted_signals
-from sheeprlhf.structure.registry import CUT_OPTIONS, config_hash, config_to_dict
+from sheeprlhf.security.redaction import plain_text, redact, redact_text
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import USERS_MISTAKE, ConfigError, Interrupted, NonFiniteError, SheepError
 from sheeprlhf.utils.lightning import Fabric

@@ -14,19 +14,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.engine.redact import redact, redact_command
+from sheeprlhf.config.absolute_paths import absolute_words
+from sheeprlhf.config.registry import CUT_OPTIONS, NOT_IN_HASH, choices, config_to_dict
+from sheeprlhf.config.run_lookup import REPORT_FILE, RUN_FILE, START, find_runs, next_order, order_of, read_run
+from sheeprlhf.config.saved_config import read_run_config
+from sheeprlhf.config.shell import command, option_word
 from sheeprlhf.engine.runlock import LOCK_FILE
-from sheeprlhf.structure.absolute import absolute_words
-from sheeprlhf.structure.commands import command, option_word
-from sheeprlhf.structure.earlier import REPORT_FILE, RUN_FILE, START, find_runs, next_order, order_of, read_run
-from sheeprlhf.structure.records import RUN
-from sheeprlhf.structure.registry import CUT_OPTIONS, NOT_IN_HASH, choices, config_to_dict
+from sheeprlhf.security.json_records import damaged
+from sheeprlhf.security.record_schemas import RUN
+from sheeprlhf.security.redaction import redact, redact_command
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.structure.saved import read_run_config
 from sheeprlhf.utils.errors import ConfigError, UnsafePathError
 from sheeprlhf.utils.filesystem import make_private
 from sheeprlhf.utils.output import link_problems, write_file
-from sheeprlhf.utils.records import damaged
 
 CONFIG_FILE = "config.yaml"
 _FILES = (  # that a run writes; besides, TensorBoard's have names of their own

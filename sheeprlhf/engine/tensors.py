@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sheeprlhf.engine.shard import cut_like
+from sheeprlhf.security.safetensors_header import read_header
 from sheeprlhf.utils.errors import CheckpointError
-from sheeprlhf.utils.header import read_header
 from sheeprlhf.utils.lightning import is_wrapped
 
 

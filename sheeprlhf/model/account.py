@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sheeprlhf.utils.header import TensorFacts
+from sheeprlhf.security.safetensors_header import TensorFacts
 
 SCORE = "score"
 SCORE_BIAS = "score.bias"  # transformers' decoders have none; it is added to every score

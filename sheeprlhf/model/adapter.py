@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from sheeprlhf.model.folder import ADAPTER_CONFIG, ADAPTERS, read_json, tensors_of
+from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS, read_json, tensors_of
 from sheeprlhf.utils.errors import ModelError
 
 _NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # PEFT takes some names for patterns: none of these takes long

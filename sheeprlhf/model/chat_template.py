@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from sheeprlhf.model.folder import MAX_TEMPLATE
-from sheeprlhf.structure.limits import nearest
-from sheeprlhf.structure.places import is_template_file
+from sheeprlhf.config.option_checks import nearest
+from sheeprlhf.config.path_checks import is_template_file
+from sheeprlhf.security.files import read_small
+from sheeprlhf.security.model_folder import MAX_TEMPLATE
 from sheeprlhf.utils.chat_templates import FOLDER, OPTION, SUFFIX, built_in_templates, own_templates, template_names
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.files import read_small
 from sheeprlhf.utils.home import expand_home
 
 

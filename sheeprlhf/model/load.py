@@ -22,10 +22,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sheeprlhf.config.prompt_format import read_prompt_form
 from sheeprlhf.model.account import SCORE, SCORE_BIAS, Account, account_for, account_from_headers
 from sheeprlhf.model.attention import PACKED, register
 from sheeprlhf.model.chat_template import choose_template
-from sheeprlhf.model.folder import (
+from sheeprlhf.model.locate import locate
+from sheeprlhf.model.pickled import converted_folder
+from sheeprlhf.model.rms_norm import replace_rms_norms
+from sheeprlhf.model.rotary import use_frequencies_of_rows
+from sheeprlhf.security.chat_templates import check_templates
+from sheeprlhf.security.model_folder import (
+    PICKLED,
+    WEIGHTS_FILES,
     check_model,
     check_sizes,
     check_tokenizer,
@@ -37,17 +45,10 @@ from sheeprlhf.model.folder import (
     tensors_of,
     weights_of,
 )
-from sheeprlhf.model.locate import locate
-from sheeprlhf.model.norm import replace_rms_norms
-from sheeprlhf.model.pickled import converted_folder
-from sheeprlhf.model.rotary import use_frequencies_of_rows
-from sheeprlhf.model.template import check_templates
+from sheeprlhf.security.safetensors_header import TensorFacts
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.places import PICKLED, WEIGHTS_FILES
-from sheeprlhf.structure.prompt_form import read_prompt_form
 from sheeprlhf.utils.end_tokens import set_configured_end_ids
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.header import TensorFacts
 from sheeprlhf.utils.hub import EMBEDDED
 from sheeprlhf.utils.vocabulary import num_rows_needed
 

@@ -6,8 +6,9 @@ Asked before anything heavy is imported, so that a model which cannot be had is 
 from pathlib import Path
 from typing import NamedTuple
 
+from sheeprlhf.config.path_checks import model_folder, model_problem
+from sheeprlhf.security.model_folder import WEIGHTS_FILES
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.places import WEIGHTS_FILES, model_folder, model_problem
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.hub import SMOLLM2, fetched_folder, why_offline
 

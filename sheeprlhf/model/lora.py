@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from sheeprlhf.config.validate import parse_targets
 from sheeprlhf.model.adapter import read_adapter_config
-from sheeprlhf.model.folder import ADAPTERS, tensors_of
 from sheeprlhf.model.outputs import check_difference, compute_outputs, max_difference, probe_rows
 from sheeprlhf.model.pickled import adapter_folder
+from sheeprlhf.security.model_folder import ADAPTERS, tensors_of
 from sheeprlhf.structure.model import LORAConfig
-from sheeprlhf.structure.validate import parse_targets
 from sheeprlhf.utils.errors import ModelError
 
 POLICY = "default"  # PEFT's name for the first adapter of a model: that of the policy

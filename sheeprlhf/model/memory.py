@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from sheeprlhf.model.attention import placeholder_mask
-from sheeprlhf.model.head import MAX_LOGITS
+from sheeprlhf.model.lm_head import MAX_LOGITS
 from sheeprlhf.model.load import backbone_and_head, load_causal_lm
 from sheeprlhf.model.lora import add_lora
 from sheeprlhf.model.packing import packing_limit

@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sheeprlhf.model.folder import (
+from sheeprlhf.security.model_folder import (
     ADAPTER_CONFIG,
     ADAPTERS,
     INDEX,
     PICKLED_ADAPTERS,
+    PICKLED_INDEX,
     SMALL_FILES,
     WEIGHTS,
     check_sizes,
@@ -32,7 +33,6 @@ from sheeprlhf.model.folder import (
     read_json,
     weights_of,
 )
-from sheeprlhf.structure.places import PICKLED_INDEX
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.folders import has_marker, locked, writing_errors, written_folder
 from sheeprlhf.utils.home import cache_root

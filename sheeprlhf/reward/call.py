@@ -13,10 +13,10 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator,
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
+from sheeprlhf.config.reward_checks import source_problems
 from sheeprlhf.reward import functions
+from sheeprlhf.security.user_code import parse_path
 from sheeprlhf.structure.reward import BUILTINS, BuiltinOptionsConfig, RewardSourceConfig
-from sheeprlhf.structure.reward_checks import source_problems
-from sheeprlhf.structure.user_code import parse_path
 from sheeprlhf.utils.errors import ConfigError, RewardError
 
 PROMPTS = "prompts"

@@ -8,7 +8,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from sheeprlhf.assets.inflect import style_of
+from sheeprlhf.reward.inflect import style_of
 
 FEWEST_WORDS = 3  # of a summary: a verb and what it is done to
 MOST_REPEATED = 0.25  # of a summary's runs of three words: "a list of names into a list of ids" repeats one

@@ -15,7 +15,7 @@ from sheeprlhf.structure.option import Config, option
 from sheeprlhf.structure.reward import RewardSourceConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 
-_WEIGHTS_CHECK = "sheeprlhf.task.weights:check_all_weights"  # called as function(config, say) before the task
+_WEIGHTS_CHECK = "sheeprlhf.task.weight_checks:check_all_weights"  # called as function(config, say) before the task
 
 
 @dataclass(unsafe_hash=True)
@@ -84,7 +84,7 @@ class CommandConfig(Config):
 class InspectConfig(CommandConfig):
     """The data as a task would see it."""
 
-    entry_point: ClassVar[str] = "sheeprlhf.command.inspect:run"
+    entry_point: ClassVar[str] = "sheeprlhf.apps.inspect.command:run"
 
     task: TrainTaskConfig = MISSING
     model: ModelConfig = MISSING
@@ -103,14 +103,14 @@ class InspectConfig(CommandConfig):
 class DoctorConfig(CommandConfig, TrainConfig):
     """Whether a training run would work on this machine: takes what `train` takes, and starts nothing."""
 
-    entry_point: ClassVar[str] = "sheeprlhf.command.doctor:run"
+    entry_point: ClassVar[str] = "sheeprlhf.apps.doctor.command:run"
 
 
 @dataclass(unsafe_hash=True)
 class FetchConfig(CommandConfig):
     """A model into the local cache, so that it works without the hub."""
 
-    entry_point: ClassVar[str] = "sheeprlhf.command.fetch:run"
+    entry_point: ClassVar[str] = "sheeprlhf.apps.fetch:run"
 
     model: ModelConfig = MISSING
     cache_dir: Optional[str] = option(
@@ -123,7 +123,7 @@ class FetchConfig(CommandConfig):
 class PipelineConfig(CommandConfig):
     """Trainings and evaluations one after the other; any other word goes to their commands."""
 
-    entry_point: ClassVar[str] = "sheeprlhf.command.pipeline:run"
+    entry_point: ClassVar[str] = "sheeprlhf.apps.pipeline.command:run"
 
     experiment: Any = option(None, "Named recipe of configs/experiment, which has the stages.")
     stages: dict[str, str] = option(

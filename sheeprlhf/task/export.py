@@ -22,8 +22,10 @@ from transformers import (
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import RewardModel
-from sheeprlhf.data.asking import save_form
+from sheeprlhf.config.model_lookup import POLICY, Trained
+from sheeprlhf.config.path_checks import data_is_here
 from sheeprlhf.data.layout import RowLayout
+from sheeprlhf.data.prompt_encoder import save_form
 from sheeprlhf.data.read import read_batches
 from sheeprlhf.data.source import locate
 from sheeprlhf.data.tokenize import RowTokenizer
@@ -32,9 +34,7 @@ from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.model.lora import merge_lora
 from sheeprlhf.model.outputs import check_difference, compute_outputs, max_difference, max_output
 from sheeprlhf.model.scalar import padding_token
-from sheeprlhf.structure.places import data_is_here
-from sheeprlhf.structure.trained import POLICY, Trained
-from sheeprlhf.task.writer import load_trained_policy, load_trained_scorer
+from sheeprlhf.task.text_generator import load_trained_policy, load_trained_scorer
 from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.errors import ConfigError, DataError, ModelError
 from sheeprlhf.utils.output import write_file

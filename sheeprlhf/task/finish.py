@@ -10,8 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from sheeprlhf.data.asking import save_form
+from sheeprlhf.config.model_lookup import Trained
+from sheeprlhf.config.run_lookup import REPORT_FILE, REWARD_MODEL, scores_by_run
+from sheeprlhf.config.shell import changed_words, command, option_word
 from sheeprlhf.data.prepare import PreparedData
+from sheeprlhf.data.prompt_encoder import save_form
 from sheeprlhf.data.report import render_report
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.manifest import write_folder
@@ -19,19 +22,16 @@ from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished, same_data
 from sheeprlhf.engine.shard import assemble
-from sheeprlhf.structure.commands import changed_words, command, option_word
-from sheeprlhf.structure.earlier import REPORT_FILE, REWARD_MODEL, scores_by_run
-from sheeprlhf.structure.online import OnlineTaskConfig
-from sheeprlhf.structure.records import DATA_REPORT
+from sheeprlhf.security.json_records import load_json
+from sheeprlhf.security.record_schemas import DATA_REPORT
 from sheeprlhf.structure.reward import AutoRewardConfig
+from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.structure.trained import Trained
-from sheeprlhf.task.step_memory import step_plan
+from sheeprlhf.task.memory_plan import step_plan
 from sheeprlhf.utils.errors import DataError, ModelError, RecordError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import peak_memory, size_text
 from sheeprlhf.utils.output import safe_path, write_file
-from sheeprlhf.utils.records import load_json
 
 
 class Saved(Protocol):

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from sheeprlhf.agent.batches import Batches, Rows, longest_row
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.prepare import prepare_data
@@ -29,7 +30,6 @@ from sheeprlhf.engine.optim import follow_schedule, set_up
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.step import LossFn, MicroBatch, update
 from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.task.batches import Batches, Rows, longest_row
 from sheeprlhf.task.finish import Saved, finish_run, record_validation, report_data
 from sheeprlhf.task.samples import log_samples
 from sheeprlhf.utils.lightning import Fabric, _FabricModule

@@ -9,19 +9,19 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
+from sheeprlhf.agent.batches import longest_row
 from sheeprlhf.agent.reference import reference_of
 from sheeprlhf.data.prepare import TokenizedSplit
 from sheeprlhf.engine.run import Run
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.reward.score import state_warnings
-from sheeprlhf.structure.online import PPOConfig
-from sheeprlhf.task.agents import Agents, load_agents
-from sheeprlhf.task.batches import longest_row
-from sheeprlhf.task.collect import Collector
-from sheeprlhf.task.exchange import TextExchange
+from sheeprlhf.rollout.collector import Collector
+from sheeprlhf.rollout.text_exchange import TextExchange
+from sheeprlhf.structure.rollout import PPOConfig
 from sheeprlhf.task.finish import report_data
-from sheeprlhf.task.held_out import HeldOut
 from sheeprlhf.task.reward_rows import check_reward_columns, prepare_prompts
+from sheeprlhf.task.rl_models import Agents, load_agents
+from sheeprlhf.task.rollout_validation import HeldOut
 from sheeprlhf.task.turns import Loop
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import Tensor, nn
 
+from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say
@@ -20,7 +21,6 @@ from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.shard import gathered
 from sheeprlhf.engine.step import LossFn, MicroBatch
-from sheeprlhf.task.batches import Batches
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.modes import eval_mode

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from sheeprlhf.agent.rollout import Rollout
+from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.prepare import TokenizedSplit
 from sheeprlhf.data.sampler import RolloutPlan, StepPlan
@@ -21,11 +21,11 @@ from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.optim import follow_schedule
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.step import MicroBatch
-from sheeprlhf.structure.online import OnlineTaskConfig
-from sheeprlhf.task.batches import Batches
-from sheeprlhf.task.collect import Collector, check_sampler
+from sheeprlhf.rollout.collect_steps import refuse_non_finite
+from sheeprlhf.rollout.collector import Collector, check_sampler
+from sheeprlhf.rollout.rollout import Rollout
+from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.task.finish import record_validation
-from sheeprlhf.task.rollouts import refuse_non_finite
 
 
 class Turn:

@@ -14,15 +14,15 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from sheeprlhf.config.registry import to_typed
 from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.launch import _entry, _seed
-from sheeprlhf.structure.registry import to_typed
 from tests.distributed.test_sft import series
 from tests.faults.test_resume import stopped_at, without_time
 from tests.support.models import make_model_folder
 from tests.support.runs import WRITERS, result_of, train_words
+from tests.unit.config.test_registry import composed
 from tests.unit.engine.toy import on_ranks
-from tests.unit.structure.test_registry import composed
 
 PPO = ["reward.path=tests.support.rewards:spread", "reward.normalize=true", "task.sft_experiment_dir=null"]
 TASKS: dict[str, list[str]] = {"sft": [], "rm": [], "dpo": [], "ppo": PPO}

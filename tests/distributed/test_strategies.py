@@ -10,15 +10,15 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from sheeprlhf.config.registry import to_typed
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.launch import _entry, _seed
 from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.registry import to_typed
 from tests.distributed.test_sft import series
 from tests.support.models import make_model_folder
 from tests.support.runs import WRITERS, train_words
+from tests.unit.config.test_registry import composed
 from tests.unit.engine.toy import on_ranks
-from tests.unit.structure.test_registry import composed
 
 TASKS = ("sft", "rm", "dpo")
 ACCUMULATIONS = (1, 4)

@@ -14,15 +14,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import sheeprlhf.command.chat as chat
+import sheeprlhf.apps.serve.chat as chat
 from sheeprlhf.cli import run
-from sheeprlhf.data.asking import Turn
-from sheeprlhf.model.generate import generate_responses
+from sheeprlhf.config.model_lookup import Trained, find_trained
+from sheeprlhf.data.prompt_encoder import Turn
 from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.rollout.generate import generate_responses
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig, TinyConfig
-from sheeprlhf.structure.trained import Trained, find_trained
-from sheeprlhf.task.writer import load_writer
+from sheeprlhf.task.text_generator import load_writer
 from sheeprlhf.utils.errors import DataError
 from tests.support.models import byte_tokenizer, make_model_folder
 from tests.support.runs import train
@@ -130,7 +130,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, capsys, chatty):
         raise KeyboardInterrupt
 
     talk = chat.Talk(load_writer(find_trained(str(chatty)), print), GenConfig(), 0)
-    monkeypatch.setattr("sheeprlhf.task.writer.stream_ids", interrupted)
+    monkeypatch.setattr("sheeprlhf.task.text_generator.stream_ids", interrupted)
     lines = iter(["Hi"])
 
     def read() -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from sheeprlhf.apps.serve.demo import AUTH, open_page, short_names
 from sheeprlhf.cli import run
-from sheeprlhf.command.demo import AUTH, open_page, short_names
-from sheeprlhf.structure.trained import find_trained
+from sheeprlhf.config.model_lookup import find_trained
 from tests.support.browser import find_chromium
 from tests.support.devtools import Page
 from tests.support.talking import says
@@ -30,8 +30,8 @@ def free_port() -> int:
 
 @contextmanager
 def served(folders: dict[str, Path], auth: tuple[str, str] | None = None) -> Iterator[str]:
-    from sheeprlhf.command.compare import ASK, SUMMARISE, Panel
-    from sheeprlhf.task.writer import load_writer
+    from sheeprlhf.apps.serve.compare import ASK, SUMMARISE, Panel
+    from sheeprlhf.task.text_generator import load_writer
 
     writers = [(name, load_writer(find_trained(str(folder)), print)) for name, folder in folders.items()]
     port = free_port()

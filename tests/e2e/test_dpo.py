@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from sheeprlhf.cli import run
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import TinyConfig
-from sheeprlhf.task.start import load_start
+from sheeprlhf.task.initial_policy import load_start
 from sheeprlhf.utils.errors import ConfigError
 from tests.support.runs import train, train_words, write_pairs
 

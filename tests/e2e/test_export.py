@@ -21,9 +21,9 @@ from transformers import (
 
 import sheeprlhf.task.export as export
 from sheeprlhf.cli import run
-from sheeprlhf.data.asking import Turn
-from sheeprlhf.structure.trained import REWARD_MODEL, find_trained
-from sheeprlhf.task.writer import load_scorer
+from sheeprlhf.config.model_lookup import REWARD_MODEL, find_trained
+from sheeprlhf.data.prompt_encoder import Turn
+from sheeprlhf.task.text_generator import load_scorer
 from sheeprlhf.utils.errors import ConfigError
 from tests.support.models import BOS, EOS, PAD, VOCAB
 from tests.support.runs import digests
@@ -231,9 +231,9 @@ def test_without_the_hub_the_folder_stays(reason, runs, tmp_path, monkeypatch, c
     monkeypatch.setenv("HF_HUB_OFFLINE", "1" if reason == "offline" else "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     if reason == "no token":
-        monkeypatch.setattr("sheeprlhf.command.export.why_offline", lambda: "")
+        monkeypatch.setattr("sheeprlhf.apps.export.command.why_offline", lambda: "")
         monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    from sheeprlhf.command.export import _push
+    from sheeprlhf.apps.export.command import _push
     from sheeprlhf.utils.errors import ConfigError
 
     start = time.perf_counter()

@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sheeprlhf.cli import run
-from sheeprlhf.data.asking import Turn
+from sheeprlhf.config.model_lookup import REWARD_MODEL, find_trained
+from sheeprlhf.config.prompt_format import FILE
 from sheeprlhf.data.prepare import prepare_data
+from sheeprlhf.data.prompt_encoder import Turn
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.model import AutoModelConfig
-from sheeprlhf.structure.prompt_form import FILE
-from sheeprlhf.structure.trained import REWARD_MODEL, find_trained
-from sheeprlhf.task.writer import load_scorer, load_writer
+from sheeprlhf.task.text_generator import load_scorer, load_writer
 from sheeprlhf.utils.errors import ModelError
 from tests.support.models import byte_tokenizer, make_model_folder
 from tests.support.runs import train

@@ -45,11 +45,11 @@ def plain_scores(final: Path, base: str) -> list[list[float]]:
 
 def our_scores(run_dir: Path, words: list[str], tmp_path: Path) -> list[float]:
     """The same through our own loader: pairs of one text and a filler, scored one by one."""
+    from sheeprlhf.config.saved_config import saved_group
     from sheeprlhf.data.collate import collate_packed
     from sheeprlhf.data.example import Example
     from sheeprlhf.structure.model import ModelConfig
-    from sheeprlhf.structure.saved import saved_group
-    from sheeprlhf.task.start import load_trained_reward_model
+    from sheeprlhf.task.initial_policy import load_trained_reward_model
 
     cfg = saved_group(str(run_dir), "model")
     assert isinstance(cfg, ModelConfig)

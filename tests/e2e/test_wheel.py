@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 WHERE = """
 import json, sheeprlhf
 from pathlib import Path
-from sheeprlhf.structure.compose import configs_directory
+from sheeprlhf.config.compose import configs_directory
 from sheeprlhf.utils.hub import embedded_folder
 places = Path(sheeprlhf.__file__).parent, configs_directory(), embedded_folder("embedded:tiny")
 print(json.dumps([str(place) for place in places]))

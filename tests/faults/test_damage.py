@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sheeprlhf.config.registry import config_hash
 from sheeprlhf.engine.checkpoint import TrainState, restore_latest, save_checkpoint
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.manifest import MANIFEST
@@ -27,10 +28,9 @@ from sheeprlhf.engine.runlock import RunLock
 from sheeprlhf.engine.step import update
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.optim import AdamWConfig
-from sheeprlhf.structure.registry import config_hash
 from sheeprlhf.utils.errors import ConfigError, RunInUseError
+from tests.unit.config.test_registry import typed
 from tests.unit.engine.toy import Net, micro_batch, toy_loss
-from tests.unit.structure.test_registry import typed
 
 NAMES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", MANIFEST)
 KINDS = ("bit", "bit", "bit", "bit", "bit", "cut", "gone")  # of 7 trials, so many of each

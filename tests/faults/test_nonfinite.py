@@ -20,8 +20,8 @@ import tests.support.rewards as rewards
 from sheeprlhf.agent import policy as policy_module
 from sheeprlhf.agent import reward as reward_module
 from sheeprlhf.engine.manifest import verify_manifest
-from sheeprlhf.model import sample as sample_module
-from sheeprlhf.task.collect import Collector
+from sheeprlhf.rollout import sampler as sample_module
+from sheeprlhf.rollout.collector import Collector
 from sheeprlhf.task.train import dpo, ppo, rm, sft
 from tests.faults.test_resume import stopped_at, without_time
 from tests.support.jobs import ColdJob, site

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 
 from sheeprlhf.cli import run
+from sheeprlhf.config.model_lookup import find_trained
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.store import DIGESTS, REPORT
 from sheeprlhf.engine.checkpoint import read_state
 from sheeprlhf.engine.manifest import MANIFEST, read_manifest, write_manifest
+from sheeprlhf.security.json_records import MAX_DEPTH
 from sheeprlhf.structure.data import LocalDataConfig
-from sheeprlhf.structure.trained import find_trained
 from sheeprlhf.utils.errors import RecordError
-from sheeprlhf.utils.records import MAX_DEPTH
 from tests.support.models import byte_tokenizer
 from tests.support.past_runs import make_past_run, write_evaluation
 from tests.support.pipelines import Pretended, pipeline, write_recipe
@@ -149,7 +149,7 @@ def test_a_run_that_is_resumed(amount, outcome, tmp_path: Path) -> None:
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_a_pipeline_that_is_resumed(amount, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sheeprlhf.command.pipeline.check_stages", lambda *_: None)
+    monkeypatch.setattr("sheeprlhf.apps.pipeline.command.check_stages", lambda *_: None)
     small = [write_recipe(tmp_path / "own"), "experiment=small"]
     pretended = Pretended(monkeypatch)
     pretended.codes["task=rm"] = 1

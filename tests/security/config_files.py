@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sheeprlhf.cli import run
-from sheeprlhf.structure.pipeline import stages_of
+from sheeprlhf.config.pipeline import stages_of
 from sheeprlhf.structure.run import PipelineConfig
 from sheeprlhf.utils.errors import ConfigError
 

@@ -8,8 +8,8 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 
 from sheeprlhf.cli import run
-from sheeprlhf.structure.compose import Source, _hydra, configs_directory
-from sheeprlhf.structure.config_files import CheckedPackage
+from sheeprlhf.config.compose import Source, _hydra, configs_directory
+from sheeprlhf.config.config_files import CheckedPackage
 from sheeprlhf.utils.errors import ConfigError
 from tests.security.config_files import OF_HYDRA, PRIMARY
 
@@ -31,7 +31,7 @@ def test_without_the_checks_hydra_imports_what_a_file_names(payload, tmp_path, m
     with _hydra(Source("train", configs_directory(), "mine", str(tmp_path))):
         pass  # registers the sources
     monkeypatch.setitem(SourcesRegistry.instance().types, "file", FileConfigSource)
-    monkeypatch.setattr("sheeprlhf.structure.compose.check_sources", lambda: None)
+    monkeypatch.setattr("sheeprlhf.config.compose.check_sources", lambda: None)
     with _hydra(Source("train", configs_directory(), "mine", str(tmp_path))):
         compose("mine")
     assert sentinel.exists()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.command import demo_guard
+from sheeprlhf.apps.serve import guard as demo_guard
 from tests.e2e.test_demo import served
 from tests.support.models import byte_tokenizer, make_model_folder
 from tests.support.talking import TEMPLATE
@@ -93,7 +93,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]
         yield from [*prompt_ids.tolist()[1:], end_ids[0]][: cfg.max_new_tokens]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sheeprlhf.task.writer.stream_ids", repeat)
+        patch.setattr("sheeprlhf.task.text_generator.stream_ids", repeat)
         patch.setattr(demo_guard, "BODY_SECONDS", 0.5)
         with served({"one": folder}) as url:
             yield int(url.rpartition(":")[2]), folder

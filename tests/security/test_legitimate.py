@@ -11,12 +11,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from sheeprlhf.model.folder import tensors_of, weights_of
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import load_lora
-from sheeprlhf.model.template import check_templates
+from sheeprlhf.security.chat_templates import check_templates
+from sheeprlhf.security.model_folder import tensors_of, weights_of
+from sheeprlhf.security.safetensors_header import read_header
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.utils.header import read_header
 from tests.security.folders import assert_is, model_of
 
 IDS = torch.arange(9)[None]

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from packaging.requirements import Requirement
 
-from sheeprlhf.utils.floors import version_problem
+from sheeprlhf.security.version_guard import version_problem
 
 CI = Path(__file__).parents[2] / ".ci"
 LINE = re.compile(r"([a-z0-9-]+)==([0-9][\w.]*) --hash=sha256:([0-9a-f]{64})")

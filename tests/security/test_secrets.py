@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
-from sheeprlhf.engine.redact import redact_text
+from sheeprlhf.security.redaction import redact_text
 from tests.support.runs import train_words, write_rows
 
 ENVIRONMENT = {

@@ -7,9 +7,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 
-from sheeprlhf.command.screen import clean, print_error
+from sheeprlhf.apps.terminal import clean, print_error
 from sheeprlhf.engine.metrics import MetricWriter
-from sheeprlhf.engine.redact import csv_cell
+from sheeprlhf.security.redaction import csv_cell
 
 MARKUP = [
     "<script>alert(1)</script>",

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from sheeprlhf.apps.report.command import write_report
 from sheeprlhf.cli import run
-from sheeprlhf.command.report import write_report
 from sheeprlhf.engine.metrics import MetricWriter
 from sheeprlhf.engine.rundir import check_existing_run
 from sheeprlhf.structure.data import DocstringsConfig
@@ -205,7 +205,7 @@ def test_a_pipeline_writes_through_no_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sheeprlhf.command.pipeline.check_stages", lambda *_: None)
+    monkeypatch.setattr("sheeprlhf.apps.pipeline.command.check_stages", lambda *_: None)
     pretended = Pretended(monkeypatch)
     words = [write_recipe(tmp_path / "own", STAGES.replace(",<dpo>", "")), "experiment=small"]
     pretended.codes["task=rm"] = 3

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from sheeprlhf.apps.doctor.machine_checks import versions
 from sheeprlhf.cli import run
-from sheeprlhf.command.checks import versions
+from sheeprlhf.security.version_guard import BANNED, FLOORS, OPTIONAL, check_versions, version_problem
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.floors import BANNED, FLOORS, OPTIONAL, check_versions, version_problem
 
 DENIED = {
     "lightning": ["2.6.2", "2.6.3", "2.6.2+local", "2.6.5", "2.6.1", "2.6.6rc1", "2.6.6.dev20260901", "2.5.0.post0"],
@@ -147,6 +147,6 @@ def test_what_no_command_uses_does_not_stop_it(monkeypatch) -> None:
 
 
 def test_asking_imports_nothing_heavy() -> None:
-    code = "import sys, sheeprlhf.utils.floors as f; f.check_versions(); print(sorted(sys.modules))"
+    code = "import sys, sheeprlhf.security.version_guard as f; f.check_versions(); print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {f"'{name}'" for name in ("torch", "lightning", "packaging", "jinja2")} & set(done.stdout.split(", "))

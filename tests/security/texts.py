@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sheeprlhf.config.saved_config import saved_group
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.read import read_batches
 from sheeprlhf.data.source import locate
 from sheeprlhf.model.adapter import read_adapter_config
-from sheeprlhf.model.template import check_templates
+from sheeprlhf.security.chat_templates import check_templates
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
-from sheeprlhf.structure.saved import saved_group
 from tests.security.folders import safetensors
 from tests.security.guard import pickled
 from tests.security.targets import TARGETS

@@ -28,8 +28,8 @@ _PLACES_OF_TASK = {
         ("reference", "sheeprlhf.task.train.dpo", "reference_logprobs"),
     ],
     "ppo": [
-        ("rollout", "sheeprlhf.task.collect", "Collector.__call__"),
-        ("validation", "sheeprlhf.task.held_out", "HeldOut.__call__"),
+        ("rollout", "sheeprlhf.rollout.collector", "Collector.__call__"),
+        ("validation", "sheeprlhf.task.rollout_validation", "HeldOut.__call__"),
     ],
 }
 

@@ -49,7 +49,7 @@ def says(patch: pytest.MonkeyPatch, *texts: str) -> list[str]:
         ]
         yield from [*ids, end_ids[0]][: cfg.max_new_tokens]
 
-    patch.setattr("sheeprlhf.task.writer.stream_ids", stream)
+    patch.setattr("sheeprlhf.task.text_generator.stream_ids", stream)
     return prompts
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.command.help import PLAIN_VERBS, VERBS
-from sheeprlhf.command.words import parse_args
-from sheeprlhf.structure.catalogue import catalogue
-from sheeprlhf.structure.compose import Source, check, configs_directory
-from sheeprlhf.structure.registry import ROOTS, choices, groups
+from sheeprlhf.apps.arguments import parse_args
+from sheeprlhf.apps.help import PLAIN_VERBS, VERBS
+from sheeprlhf.config.catalogue import catalogue
+from sheeprlhf.config.compose import Source, check, configs_directory
+from sheeprlhf.config.registry import ROOTS, choices, groups
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -19,22 +19,22 @@ TRAPS = {
     "2 padding shifts positions, log-probabilities or scores": """
         tests/unit/data/test_collate.py::test_padded_left_and_right
         tests/unit/data/test_collate.py::test_packed_two_responses_share_their_prompt
-        tests/unit/model/test_generate.py::test_greedy_is_an_argmax_loop_alone_and_left_padded
+        tests/unit/rollout/test_generate.py::test_greedy_is_an_argmax_loop_alone_and_left_padded
         tests/parity/test_packed_equals_padded.py::test_left_padding_changes_nothing
         tests/parity/test_pairs.py::test_a_score_is_the_same_in_any_company""",
     "3 two begin tokens": "tests/unit/data/test_tokenize.py::test_one_bos_exactly_where_the_tokenizer_puts_one",
     "4 the reward or the action mask is one token off": """
         tests/unit/loss/test_advantage.py::test_token_rewards_by_hand
         tests/unit/data/test_collate.py::test_scores_are_read_at_the_tokens_themselves
-        tests/unit/task/test_rollouts.py::test_a_reward_model_scores_the_last_token""",
+        tests/unit/rollout/test_collect_steps.py::test_a_reward_model_scores_the_last_token""",
     "5 log-probabilities at another temperature than the sampler's": """
         tests/unit/task/test_ppo_step.py::test_an_update_is_the_slow_one
-        tests/unit/task/test_rollouts.py::test_each_token_has_the_log_probability_that_a_plain_forward_gives
+        tests/unit/rollout/test_collect_steps.py::test_each_token_has_the_log_probability_that_a_plain_forward_gives
         tests/e2e/test_online.py::test_the_first_update_begins_at_ratio_one""",
     "6 dropout differs between two passes that are compared": """
         tests/parity/test_packed_equals_padded.py::test_no_dropout_anywhere_when_disabled
-        tests/unit/structure/test_online_checks.py::test_it_is_refused_with_the_fix
-        tests/unit/model/test_generate.py::test_training_flags_and_settings_are_restored""",
+        tests/unit/config/test_online_checks.py::test_it_is_refused_with_the_fix
+        tests/unit/rollout/test_generate.py::test_training_flags_and_settings_are_restored""",
     "7 the reference is not the initial policy": """
         tests/unit/model/test_lora.py::test_new_adapters_change_nothing
         tests/unit/agent/test_shared.py::test_without_adapters_it_is_the_base_bit_for_bit
@@ -55,7 +55,7 @@ TRAPS = {
         tests/unit/loss/test_ppo.py::test_a_whole_response_has_one_ratio
         tests/e2e/test_dpo.py::test_the_first_loss_is_that_of_no_difference_and_then_it_falls""",
     "12 log-probabilities and sums in half precision": """
-        tests/unit/model/test_head.py::test_half_precision_logits_are_scored_in_float32
+        tests/unit/model/test_lm_head.py::test_half_precision_logits_are_scored_in_float32
         tests/unit/agent/test_policy.py::test_a_half_precision_model_is_scored_in_float32
         tests/unit/engine/test_step.py::test_sums_are_kept_beyond_float32""",
     "13 tokens merge over the border of prompt and response": """
@@ -65,8 +65,8 @@ TRAPS = {
         tests/unit/loss/test_advantage.py::test_the_mean_of_the_estimates_is_the_kl
         tests/unit/loss/test_advantage.py::test_k3_as_a_loss_has_its_own_gradient""",
     "15 a response that was cut counts as ended": """
-        tests/unit/model/test_sample.py::test_eos_is_part_of_the_response_and_ends_it
-        tests/unit/model/test_generate.py::test_it_stops_at_eos
+        tests/unit/rollout/test_sampler.py::test_eos_is_part_of_the_response_and_ends_it
+        tests/unit/rollout/test_generate.py::test_it_stops_at_eos
         tests/unit/reward/test_functions.py::test_each_penalty""",
     "16 advantages: bootstrapping, padding": """
         tests/unit/loss/test_advantage.py::test_gae_by_hand
@@ -87,7 +87,7 @@ TRAPS = {
         tests/unit/loss/test_reward.py::test_random_pairs_equal_a_loop_and_what_is_not_compared_has_no_gradient
         tests/unit/data/test_prepare.py::test_every_row_is_kept_or_counted
         tests/unit/data/test_tokenize.py::test_overflow_keeps_bos_and_the_prompts_end
-        tests/unit/engine/test_redact.py::test_keys_are_hidden_wherever_they_are
+        tests/unit/security/test_redaction.py::test_keys_are_hidden_wherever_they_are
         tests/unit/loss/test_advantage.py::test_the_kl_coefficient_follows_the_kl
         tests/unit/task/test_rouge_metric.py::test_it_needs_no_network_and_leaves_no_file""",
     "21 several adapters on one base": """
@@ -100,11 +100,11 @@ TRAPS = {
     "23 missing tensors are random": """
         tests/unit/model/test_account.py::test_a_missing_tensor_is_named
         tests/unit/model/test_lora.py::test_every_tensor_of_an_adapter_is_accounted_for
-        tests/unit/task/test_weights.py::test_a_hole_ends_training_before_anything_is_made""",
+        tests/unit/task/test_weight_checks.py::test_a_hole_ends_training_before_anything_is_made""",
     "24 a check is missing in a sibling path": """
         tests/unit/model/test_lora.py::test_a_merge_that_computes_something_else_is_an_error
         tests/e2e/test_export.py::test_a_wrong_merge_is_refused_with_figures
-        tests/unit/structure/test_commands.py::test_no_command_is_put_together_elsewhere
+        tests/unit/config/test_shell.py::test_no_command_is_put_together_elsewhere
         tests/parity/test_packed_equals_padded.py::test_falcon_is_padded_and_packed_is_refused""",
     "25 one end token where a model has several": """
         tests/unit/utils/test_end_tokens.py::test_engines_end_at_the_first_of_the_set

@@ -1,7 +1,7 @@
 """What a model answers to prompts: the same for any batch size and any number of ranks.
 
-Sampled tokens are drawn with numbers that belong to the prompt (`model/sample.py`). Beam search, which draws nothing,
-is transformers'.
+Sampled tokens are drawn with numbers that belong to the prompt (`rollout/sampler.py`). Beam search is that of
+transformers and draws nothing.
 """
 
 from collections.abc import Sequence
@@ -13,19 +13,20 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from sheeprlhf.agent.batches import Batches
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.sampler import cut_micro_batches
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import gather_objects, place
-from sheeprlhf.model.generate import generate_ids
-from sheeprlhf.model.sample import Sampled, sample_responses
-from sheeprlhf.model.stop import StopStrings
 from sheeprlhf.reward.call import Texts
+from sheeprlhf.rollout.collect_steps import as_rollout, as_text, drawn_numbers, read_targets
+from sheeprlhf.rollout.generate import generate_ids
+from sheeprlhf.rollout.rollout import Rollout
+from sheeprlhf.rollout.sampler import Sampled, sample_responses
+from sheeprlhf.rollout.stop import StopStrings
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.eval.load import (
     evaluated_files,
     evaluated_split,
@@ -33,7 +34,6 @@ from sheeprlhf.task.eval.load import (
     load_evaluated_policy,
     longest_with_response,
 )
-from sheeprlhf.task.rollouts import as_rollout, as_text, drawn_numbers, read_targets
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.lightning import Fabric
 

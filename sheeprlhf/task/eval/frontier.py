@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from sheeprlhf.data.example import Example
 from sheeprlhf.engine.checkpoint import Say, saved_steps
 from sheeprlhf.engine.rundir import read_run
+from sheeprlhf.rollout.best_rows import kl_bound
 from sheeprlhf.structure.evaluation import FrontierConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.best_rows import kl_bound
 from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logprobs_of, set_up
 from sheeprlhf.task.eval.interval import interval_of, standard_error
 from sheeprlhf.task.eval.judge import Judge

@@ -4,15 +4,15 @@ from functools import partial
 
 import numpy as np
 
+from sheeprlhf.config.registry import config_to_dict
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.structure.evaluation import GenerateConfig
-from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import answer_split
 from sheeprlhf.task.eval.load import load_evaluated_tokenizer, say_on
 from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import save_result
-from sheeprlhf.task.held_out import distinct_pairs
+from sheeprlhf.task.rollout_validation import distinct_pairs
 from sheeprlhf.utils.lightning import Fabric
 
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sheeprlhf.agent.batches import longest_row
 from sheeprlhf.agent.batching import choose_packed
 from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.data.example import Example
@@ -11,15 +12,14 @@ from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.reward.score import RawScores, build_reward
+from sheeprlhf.rollout.text_exchange import TextExchange, has_same_tokens, longest_of, read_scores
 from sheeprlhf.structure.reward import needs_model, terms_of
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.agents import load_reward_tokenizer, load_separate_reward_model
-from sheeprlhf.task.batches import longest_row
 from sheeprlhf.task.eval.answers import Answers
 from sheeprlhf.task.eval.interval import interval_of
 from sheeprlhf.task.eval.load import evaluated_split, rows_as
 from sheeprlhf.task.eval.preference import pairs_of_rows, scores_of_rows
-from sheeprlhf.task.exchange import TextExchange, has_same_tokens, longest_of, read_scores
+from sheeprlhf.task.rl_models import load_reward_tokenizer, load_separate_reward_model
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 

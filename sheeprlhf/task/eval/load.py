@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy, load_policy
+from sheeprlhf.config.model_lookup import with_own_tokenizer
+from sheeprlhf.config.run_lookup import is_same_model
+from sheeprlhf.config.saved_config import read_run_config, saved_group
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say
-from sheeprlhf.engine.redact import plain_text, redact_text
 from sheeprlhf.model.load import load_tokenizer, num_positions
-from sheeprlhf.structure.earlier import is_same_model
+from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.structure.saved import read_run_config, saved_group
-from sheeprlhf.structure.trained import with_own_tokenizer
+from sheeprlhf.task.initial_policy import load_of_run, load_start
 from sheeprlhf.task.reward_rows import prepare_prompts
-from sheeprlhf.task.start import load_of_run, load_start
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.lightning import Fabric
 

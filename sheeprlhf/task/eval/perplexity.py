@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from sheeprlhf.agent.batches import Batches, longest_row
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
 from sheeprlhf.engine.fabric import gather_objects, place
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.batches import Batches, longest_row
 from sheeprlhf.task.eval.interval import resampled
 from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, load_evaluated_tokenizer, say_on
 from sheeprlhf.task.eval.plots import draw_histogram

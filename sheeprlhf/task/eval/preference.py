@@ -15,16 +15,17 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from sheeprlhf.agent.batches import Batches, BatchOptions, longest_row
+from sheeprlhf.config.run_lookup import task_of_run
+from sheeprlhf.config.saved_config import read_run_config
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import place
-from sheeprlhf.structure.earlier import task_of_run
+from sheeprlhf.rollout.collect_steps import read_targets
 from sheeprlhf.structure.evaluation import PreferenceConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.structure.saved import read_run_config
-from sheeprlhf.task.batches import Batches, BatchOptions, longest_row
 from sheeprlhf.task.eval.interval import interval_of
 from sheeprlhf.task.eval.load import (
     evaluated_split,
@@ -38,8 +39,7 @@ from sheeprlhf.task.eval.load import (
 from sheeprlhf.task.eval.pairs import calibration, calibration_error, pair_figures
 from sheeprlhf.task.eval.plots import draw_calibration
 from sheeprlhf.task.eval.result import save_result
-from sheeprlhf.task.rollouts import read_targets
-from sheeprlhf.task.start import load_trained_reward_model
+from sheeprlhf.task.initial_policy import load_trained_reward_model
 from sheeprlhf.utils.lightning import Fabric
 
 _BETA = 0.1

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 import sheeprlhf
-from sheeprlhf.structure.records import RESULT
+from sheeprlhf.security.json_records import load_json
+from sheeprlhf.security.record_schemas import RESULT
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.output import write_file
-from sheeprlhf.utils.records import load_json
 
 
 def save_result(

@@ -13,15 +13,16 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.data.example import Example
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.model.sample import Sampled
-from sheeprlhf.model.stop import StopStrings
+from sheeprlhf.rollout.collect_steps import as_rollout, as_text
+from sheeprlhf.rollout.sampler import Sampled
+from sheeprlhf.rollout.stop import StopStrings
 from sheeprlhf.structure.evaluation import REFERENCES, START, RewardConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.structure.trained import with_own_tokenizer
 from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logprobs_of, set_up
 from sheeprlhf.task.eval.interval import interval_of, standard_error
 from sheeprlhf.task.eval.judge import Judge, Trust
@@ -41,9 +42,8 @@ from sheeprlhf.task.eval.load import (
 )
 from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import cell, save_result
-from sheeprlhf.task.held_out import distinct_pairs
 from sheeprlhf.task.reward_rows import check_reward_columns, prepare_prompts
-from sheeprlhf.task.rollouts import as_rollout, as_text
+from sheeprlhf.task.rollout_validation import distinct_pairs
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric

@@ -13,10 +13,10 @@ import numpy as np
 from rich.table import Table
 from tqdm import tqdm
 
+from sheeprlhf.config.registry import config_to_dict
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.report import check_prompts
 from sheeprlhf.structure.evaluation import RougeConfig
-from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import answer_split
 from sheeprlhf.task.eval.baselines import baseline_responses

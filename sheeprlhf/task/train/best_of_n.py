@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from sheeprlhf.config.run_lookup import model_options
+from sheeprlhf.config.shell import command, option_word
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import TokenizedSplit
 from sheeprlhf.data.tokenize import SpecialIds
@@ -20,12 +22,10 @@ from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.run import Run, open_run
 from sheeprlhf.engine.rundir import mark_finished
 from sheeprlhf.engine.signals import STOP_SIGNALS
-from sheeprlhf.structure.commands import command, option_word
-from sheeprlhf.structure.earlier import model_options
-from sheeprlhf.structure.online import BestOfNConfig
+from sheeprlhf.rollout.best_rows import Parts, Tally, kl_bound, rows_of, sample_text, tally, tally_table, write_splits
+from sheeprlhf.rollout.collector import Collector, check_sampler
+from sheeprlhf.structure.rollout import BestOfNConfig
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.task.best_rows import Parts, Tally, kl_bound, rows_of, sample_text, tally, tally_table, write_splits
-from sheeprlhf.task.collect import Collector, check_sampler
 from sheeprlhf.task.online import exchange_of, load_parts
 from sheeprlhf.utils.errors import CheckpointError, DataError
 from sheeprlhf.utils.folders import sweep_scratch

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, evaluate
 from sheeprlhf.loss import dpo
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import DPOConfig
-from sheeprlhf.task.batches import Batches
+from sheeprlhf.task.initial_policy import load_start, with_adapters
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.reference import (
     check_reference,
@@ -29,7 +30,6 @@ from sheeprlhf.task.reference import (
     weights_digest,
 )
 from sheeprlhf.task.router import say_router_loss_left_out
-from sheeprlhf.task.start import load_start, with_adapters
 from sheeprlhf.utils.lightning import Fabric
 
 NO_REFERENCE = ("simpo", "orpo")

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sheeprlhf.agent.rollout import columns
+from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, update
 from sheeprlhf.loss.advantage import group_advantages, kl_estimates
 from sheeprlhf.loss.ppo import policy_losses, ratio_figures, token_weights
-from sheeprlhf.structure.online import GRPOConfig
+from sheeprlhf.rollout.rollout import columns
+from sheeprlhf.structure.rollout import GRPOConfig
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.finish import finish_run
 from sheeprlhf.task.online import begin, load_parts
 from sheeprlhf.utils.lightning import Fabric

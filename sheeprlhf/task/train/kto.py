@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.mismatch import MismatchedSplit
 from sheeprlhf.engine.run import open_run
@@ -24,7 +25,7 @@ from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
 from sheeprlhf.loss.dpo import kto
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import KTOConfig
-from sheeprlhf.task.batches import Batches
+from sheeprlhf.task.initial_policy import load_start, with_adapters
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.reference import (
     check_reference,
@@ -34,7 +35,6 @@ from sheeprlhf.task.reference import (
     weights_digest,
 )
 from sheeprlhf.task.router import say_router_loss_left_out
-from sheeprlhf.task.start import load_start, with_adapters
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 

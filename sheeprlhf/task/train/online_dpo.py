@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sheeprlhf.agent.rollout import Rollout, columns
+from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, update
 from sheeprlhf.loss import dpo
-from sheeprlhf.structure.online import OnlineDPOConfig
+from sheeprlhf.rollout.rollout import Rollout, columns
+from sheeprlhf.structure.rollout import OnlineDPOConfig
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.finish import finish_run
 from sheeprlhf.task.online import begin, load_parts
 from sheeprlhf.task.reference import sum_by_response

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sheeprlhf.agent.batches import Batches
+from sheeprlhf.agent.ema import Average
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import RewardModel
-from sheeprlhf.agent.rollout import Rollout, columns
 from sheeprlhf.agent.shared import SharedScore
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.sampler import StepPlan
@@ -25,10 +26,9 @@ from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, add_gradients, update
 from sheeprlhf.loss import ppo
 from sheeprlhf.loss.advantage import by_position, gae, kl_estimates, next_kl_coeff, token_rewards, whiten
-from sheeprlhf.structure.online import PPOConfig
+from sheeprlhf.rollout.rollout import Rollout, columns
+from sheeprlhf.structure.rollout import PPOConfig
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.task.average import Average
-from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.finish import finish_run
 from sheeprlhf.task.online import begin, load_parts
 from sheeprlhf.utils.lightning import Fabric, _FabricModule

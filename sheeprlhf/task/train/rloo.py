@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sheeprlhf.agent.rollout import columns
+from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, update
 from sheeprlhf.loss.advantage import by_position, leave_one_out, moments
 from sheeprlhf.loss.ppo import ratio_figures, sequence_policy_losses
-from sheeprlhf.structure.online import RLOOConfig
+from sheeprlhf.rollout.rollout import columns
+from sheeprlhf.structure.rollout import RLOOConfig
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.finish import finish_run
 from sheeprlhf.task.online import begin, load_parts
 from sheeprlhf.task.reference import sum_by_response

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from sheeprlhf.agent.batches import Batches
 from sheeprlhf.agent.reward import OFFSET, reward_model_of
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
@@ -19,11 +20,10 @@ from sheeprlhf.engine.step import LossOutput, evaluate
 from sheeprlhf.loss.reward import by_response, centering, last_scores, reward_loss
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import RMConfig
-from sheeprlhf.task.batches import Batches
 from sheeprlhf.task.eval.preference import pairs_of_rows, scores_of_rows
+from sheeprlhf.task.initial_policy import load_start
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.router import say_router_loss_left_out
-from sheeprlhf.task.start import load_start
 from sheeprlhf.utils.lightning import Fabric
 
 

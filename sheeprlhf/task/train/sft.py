@@ -10,16 +10,16 @@ from pathlib import Path
 
 from torch import nn
 
+from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, evaluate
 from sheeprlhf.loss.sft import cross_entropy
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
-from sheeprlhf.task.batches import Batches
+from sheeprlhf.task.initial_policy import load_policy_to_train
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.router import StepRouterLoss, router_loss_in_training, router_loss_of_step
-from sheeprlhf.task.start import load_policy_to_train
 from sheeprlhf.utils.lightning import Fabric
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import sheeprlhf.assets
-from sheeprlhf.assets.inflect import style_of
+from sheeprlhf.reward.inflect import style_of
 
 FOLDER = Path(sheeprlhf.assets.__file__).parent / "docstrings"
 SPLITS = ("train", "validation", "test")

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from sheeprlhf.cli import run
-from sheeprlhf.structure import machine, places
+from sheeprlhf.config import path_checks as places
+from sheeprlhf.utils import hardware as machine
 from tests.unit.cli.bad_lines import BAD, Asker
 
 FORTY_DIGITS = "0123456789abcdef0123456789abcdef01234567"

@@ -2,10 +2,10 @@
 
 import pytest
 
+from sheeprlhf.apps.describe import default_choices
+from sheeprlhf.apps.help import VERBS
 from sheeprlhf.cli import run
-from sheeprlhf.command.describe import default_choices
-from sheeprlhf.command.help import VERBS
-from sheeprlhf.structure.registry import ROOTS, choices, groups
+from sheeprlhf.config.registry import ROOTS, choices, groups
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
+from sheeprlhf.config.registry import config_to_dict
 from sheeprlhf.launch import _find
 from sheeprlhf.structure.evaluation import PerplexityConfig
-from sheeprlhf.structure.registry import config_to_dict
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, Interrupted, MissingRanksError, NonFiniteError
 from tests.support.runs import exit_code

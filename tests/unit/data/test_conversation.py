@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sheeprlhf.data.asking import FORMS, Asker, Turn
+from sheeprlhf.config.template_args import read_template_args, template_arg_problems
+from sheeprlhf.data.prompt_encoder import FORMS, Asker, Turn
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.report import render_report
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import LocalDataConfig
-from sheeprlhf.structure.template_args import read_template_args, template_arg_problems
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.rendering import render_chat
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts

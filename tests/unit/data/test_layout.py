@@ -11,10 +11,10 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from sheeprlhf.config.data_checks import MAPPED, column_problems
 from sheeprlhf.data.report import render_report
 from sheeprlhf.data.rows import COLUMNS
 from sheeprlhf.structure.data import LocalDataConfig
-from sheeprlhf.structure.data_checks import MAPPED, column_problems
 from sheeprlhf.utils.errors import DataError
 from tests.unit.data.toy import byte_tokenizer, local, prepare, texts
 

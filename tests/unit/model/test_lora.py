@@ -13,12 +13,13 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from sheeprlhf.agent.policy import Policy
+from sheeprlhf.config.path_checks import model_problem
+from sheeprlhf.config.reward_checks import _folder_problems
 from sheeprlhf.model.load import load_causal_lm
 from sheeprlhf.model.lora import add_lora, load_lora, merge_lora
 from sheeprlhf.model.scalar import HEAD, with_score_head
+from sheeprlhf.security.model_folder import MERGED
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
-from sheeprlhf.structure.places import MERGED, model_problem
-from sheeprlhf.structure.reward_checks import _folder_problems
 from sheeprlhf.utils.errors import ModelError
 from tests.security.guard import Payload
 from tests.support.models import VOCAB, byte_tokenizer

@@ -21,7 +21,7 @@ from sheeprlhf.agent.reward import reward_model_of
 from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.model.attention import placeholder_mask
-from sheeprlhf.model.head import MAX_LOGITS
+from sheeprlhf.model.lm_head import MAX_LOGITS
 from sheeprlhf.model.load import backbone_and_head, load_causal_lm, load_tokenizer
 from sheeprlhf.model.lora import add_lora
 from sheeprlhf.model.memory import (

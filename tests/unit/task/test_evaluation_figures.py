@@ -9,8 +9,8 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.data.example import Example
+from sheeprlhf.rollout.rollout import Rollout
 from sheeprlhf.task.eval.answers import Answers, kl_of_responses
 from sheeprlhf.task.eval.frontier import expected_best
 from sheeprlhf.task.eval.interval import interval_of, mean_and_interval, resampled, standard_error

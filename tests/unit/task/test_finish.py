@@ -16,8 +16,8 @@ from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.structure.data import DocstringsConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig
-from sheeprlhf.structure.online import PPOConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig, ListRewardConfig
+from sheeprlhf.structure.rollout import PPOConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import DPOConfig, SFTConfig
 from sheeprlhf.task import finish

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from sheeprlhf.agent.rollout import Rollout
 from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.data.example import Example
-from sheeprlhf.model.head import TokenLogprobs
-from sheeprlhf.structure.online import GRPOConfig, OnlineDPOConfig, RLOOConfig
+from sheeprlhf.model.lm_head import TokenLogprobs
+from sheeprlhf.rollout.rollout import Rollout
+from sheeprlhf.structure.rollout import GRPOConfig, OnlineDPOConfig, RLOOConfig
 from sheeprlhf.task.train.grpo import grpo_loss
 from sheeprlhf.task.train.online_dpo import online_dpo_loss, ranked_pairs
 from sheeprlhf.task.train.rloo import leave_one_out_advantages, rloo_loss

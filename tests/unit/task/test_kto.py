@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from sheeprlhf.agent.batches import Batches, longest_row
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.mismatch import MismatchedSplit
 from sheeprlhf.data.prepare import PreparedData
@@ -22,7 +23,6 @@ from sheeprlhf.engine.step import evaluate, update
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.task import KTOConfig
-from sheeprlhf.task.batches import Batches, longest_row
 from sheeprlhf.task.reference import reference_logprobs, reference_logprobs_of
 from sheeprlhf.task.train.kto import by_label, estimate_kl, kto_loss, weights_warning
 from sheeprlhf.utils.errors import DataError

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from sheeprlhf.agent.batches import Batches
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import RewardModel
-from sheeprlhf.agent.rollout import Rollout, columns
 from sheeprlhf.data.example import Example
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import build_joint_optimizer
@@ -23,10 +23,10 @@ from sheeprlhf.engine.step import add_gradients, update
 from sheeprlhf.model.attention import PACKED, register
 from sheeprlhf.model.load import backbone_and_head
 from sheeprlhf.model.scalar import HEAD, scalar_model
+from sheeprlhf.rollout.rollout import Rollout, columns
 from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.online import PPOConfig
 from sheeprlhf.structure.optim import AdamWConfig
-from sheeprlhf.task.batches import Batches
+from sheeprlhf.structure.rollout import PPOConfig
 from sheeprlhf.task.train.ppo import policy_loss, ptx_loss, value_loss, with_advantages
 
 ModelFolder = Callable[..., Path]

@@ -18,21 +18,21 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.report import notes_on_ends
 from sheeprlhf.data.tokenize import RowTokenizer
-from sheeprlhf.model.engines import ENGINES
-from sheeprlhf.model.generate import generate_ids, generate_responses
 from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.model.sample import Sampled
-from sheeprlhf.model.stop import StopStrings
-from sheeprlhf.model.stream import stream_ids
+from sheeprlhf.rollout.collect_steps import as_rollout, as_text
+from sheeprlhf.rollout.engines import ENGINES
+from sheeprlhf.rollout.generate import generate_ids, generate_responses
+from sheeprlhf.rollout.sampler import Sampled
+from sheeprlhf.rollout.stop import StopStrings
+from sheeprlhf.rollout.stream import stream_ids
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig
 from sheeprlhf.task.eval.reward import references_of
-from sheeprlhf.task.rollouts import as_rollout, as_text
 from sheeprlhf.utils.end_tokens import add_end_ids, end_tokens, response_end, set_configured_end_ids
 from tests.support.models import BOS, EOS, PAD, byte_tokenizer
-from tests.unit.task.test_rollouts import make_setting, prompts
+from tests.unit.rollout.test_collect_steps import make_setting, prompts
 
 ModelFolder = Callable[..., Path]
 END = 259  # the tiny models have a row for it

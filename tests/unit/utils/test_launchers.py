@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from sheeprlhf.config.processes import with_launched_processes
 from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.structure.processes import with_launched_processes
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.launchers import (

@@ -6,8 +6,8 @@ from datetime import datetime
 import pytest
 from transformers.utils import chat_template_utils
 
+from sheeprlhf.config.validate import _data_problems
 from sheeprlhf.structure.data import DocstringsConfig
-from sheeprlhf.structure.validate import _data_problems
 from sheeprlhf.utils.rendering import fixed_arguments, render_chat
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer
 

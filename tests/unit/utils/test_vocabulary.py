@@ -19,12 +19,12 @@ from sheeprlhf.agent.reference import reference_of
 from sheeprlhf.agent.reward import load_reward_model, reward_model_of
 from sheeprlhf.data.collate import collate_packed, collate_padded
 from sheeprlhf.data.example import Example
-from sheeprlhf.model.engines import ENGINES
-from sheeprlhf.model.generate import generate_ids
-from sheeprlhf.model.head import head_logprobs
+from sheeprlhf.model.lm_head import head_logprobs
 from sheeprlhf.model.load import check_vocabulary, load_tokenizer
-from sheeprlhf.model.sample import sample_responses
-from sheeprlhf.model.stream import stream_ids
+from sheeprlhf.rollout.engines import ENGINES
+from sheeprlhf.rollout.generate import generate_ids
+from sheeprlhf.rollout.sampler import sample_responses
+from sheeprlhf.rollout.stream import stream_ids
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig, TinyConfig
 from sheeprlhf.utils.errors import ModelError

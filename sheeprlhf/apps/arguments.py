@@ -1,0 +1,189 @@
+"""The words behind a command: flags and their values, overrides, and the sentence for what is neither."""
+
+import os
+from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
+
+from sheeprlhf.utils.errors import ConfigError
+
+
+class Flag(NamedTuple):
+    """A flag of Hydra's; `value` names what follows it, and `values` all that may, if they are few."""
+
+    name: str
+    short: str
+    value: str
+    help: str
+    values: tuple[str, ...] = ()
+
+
+_INFO = ("config", "defaults", "defaults-tree", "plugins", "searchpath", "all")
+FLAGS = (
+    Flag("--help", "-h", "", "This text; add choices, as in `train task=sft model=opt --help`, to see their options."),
+    Flag(
+        "--cfg", "-c", "job|hydra|all", "Print the composed configuration and do nothing else.", ("job", "hydra", "all")
+    ),
+    Flag("--resolve", "", "", "With --cfg: resolve interpolations."),
+    Flag("--package", "-p", "key", "With --cfg: print this part alone."),
+    Flag("--multirun", "-m", "", "A sweep: several values, as in seed=1,2,3, make one run each."),
+    Flag("--run", "-r", "", "One run; the default."),
+    Flag("--config-dir", "-cd", "folder", "A folder of your own groups and recipes (model/, data/, experiment/)."),
+    Flag("--config-name", "-cn", "name", "Compose this file of --config-dir instead of the command's own."),
+    Flag("--info", "-i", "what", f"Print what Hydra found: {', '.join(_INFO)}.", _INFO),
+    Flag("--shell-completion", "-sc", "", 'Shell completion: eval "$(sheeprlhf -sc install=bash)".'),
+    Flag("--hydra-help", "", "", "Hydra's own help."),
+    Flag("--version", "", "", "Hydra's version."),
+)
+PLOT = Flag("--plot", "", "", "Draw the result as a PNG too: another way to write plot=true.")  # of eval alone
+_REFUSED = {
+    "--config-path": "give --config-dir=<folder>, which adds yours to those of sheeprlhf",
+    "--experimental-rerun": "it would unpickle a file; repeat the command, or give resume_from=<run>",
+}
+_CREDENTIAL = "credentials never go on the command line; remove it and set HF_TOKEN or run `hf auth login`"
+_HELP = ("--help", "-h")
+_SHELLS = tuple(
+    f"{action}={shell}" for action in ("install", "uninstall", "query") for shell in ("bash", "fish", "zsh")
+)
+
+
+class ParsedArgs(NamedTuple):
+    """A command line after the verb: Hydra's flags, their values by long name, and the overrides."""
+
+    flags: list[str]
+    values: dict[str, str]
+    overrides: list[str]
+
+    def config_dir(self) -> list[str]:
+        """The flag for the user's folder of groups, for another command; empty if none was given."""
+        folder = self.values.get("--config-dir")
+        return [] if folder is None else [f"--config-dir={os.path.abspath(folder)}"]
+
+
+def parse_args(words: list[str]) -> ParsedArgs:
+    """Separate flags, wherever they stand, from overrides.
+
+    Raises:
+        ConfigError: a flag is unknown, or lacks its value, or has an impossible one.
+    """
+    by_name = {name: flag for flag in FLAGS for name in (flag.name, flag.short) if name}
+    flags, values, overrides, problems = [], {}, [], []
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        given, equals, value = word.partition("=")
+        flag = by_name.get(given)
+        if given in _REFUSED or given == "-cp":
+            problems.append(f"{given} is not supported: {_REFUSED.get(given, _REFUSED['--config-path'])}")
+        elif flag is None:
+            if not equals and waiting and not waiting[0].startswith("-") and "=" not in waiting[0]:
+                value = waiting.pop(0)  # `--epochs 3`
+            problems.append(flag_problem(given, value, by_name))
+        elif not flag.value:
+            flags.append(flag.name)
+        elif equals or waiting:
+            values[flag.name] = value if equals else waiting.pop(0)
+            flags += [flag.name, values[flag.name]]
+            problems += _value_problems(given, values[flag.name], flag.values)
+        else:
+            problems.append(f"{given} needs a value: {flag.help}")
+    if "--shell-completion" in flags:
+        asked = next((word for word in overrides if word.startswith(("install", "uninstall", "query"))), "")
+        problems += _value_problems("--shell-completion", asked, _SHELLS)
+    problems += _space_problems(overrides)
+    if problems:
+        raise ConfigError(*problems)
+    return ParsedArgs(flags, values, [_with_quoted_items(word) for word in overrides])
+
+
+def _with_quoted_items(word: str) -> str:
+    if "=[" not in word:
+        return word
+    from sheeprlhf.config.overrides import quote_list_items  # imports Hydra
+
+    return quote_list_items(word)
+
+
+def _space_problems(words: list[str]) -> Iterator[str]:
+    """One sentence for each `key = value`, `key= value` and `key =value`, which the shell has cut into words."""
+    for first, second, third in zip(words, [*words[1:], ""], [*words[2:], "", ""], strict=False):
+        if "=" not in first and second.startswith("="):
+            key, value = first, second[1:] or third
+        elif len(first) > 1 and first.find("=") == len(first) - 1 and second and "=" not in second:
+            key, value = first[:-1], second
+        else:
+            continue
+        yield f"{key}: {_CREDENTIAL}" if _is_secret(key, value) else f"no spaces around =: write {key}={value}"
+
+
+def split_plain_words(verb: str, words: list[str]) -> tuple[list[str], bool]:
+    """The words of a command that takes no options, and whether its help is asked for.
+
+    Raises:
+        ConfigError: there is a flag that it has not.
+    """
+    plain = [word for word in words if not word.startswith("-")]
+    unknown = [word.partition("=")[0] for word in words if word.startswith("-") and word not in _HELP]
+    if unknown:
+        hint = f"its words have no dashes, and `{verb} --help` lists them"
+        raise ConfigError(*(f"`{verb}` has no flag {flag}: {hint}" for flag in unknown))
+    return plain, plain != words
+
+
+def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
+    """The sentence for a first word that is no command."""
+    from sheeprlhf.config.catalogue import choices_like
+    from sheeprlhf.config.option_checks import nearest
+    from sheeprlhf.config.registry import choices
+    from sheeprlhf.security.redaction import is_secret_name
+
+    key, equals, _ = word.partition("=")
+    shown = key if is_secret_name(key) else word
+    evaluates = any(choice == f"task={name}" for choice in choices_like(word) for name in choices("task", "eval"))
+    start = "eval" if evaluates else "train"
+    meant = [f"{start} {'' if choice.startswith('task=') else 'task=sft '}{choice}" for choice in choices_like(word)]
+    if word.startswith("-"):
+        if word.lstrip("-") in verbs:
+            return f"{word} is a command, and commands have no dashes: write `{word.lstrip('-')} ...`"
+        verb = next((other for other in rest if other in verbs), "train")
+        return f"{shown} stands before the command: write `{verb} {key} ...`"
+    near = None if equals or meant else nearest(word, verbs)
+    likely = ["train"] if equals else meant or ([near] if near else [])
+    hint = f"did you mean {' or '.join(f'`{words}`' for words in likely)}? " if likely else ""
+    return f"{shown} is not a command: {hint}The commands are {', '.join(verbs)}"
+
+
+def flag_problem(given: str, value: str, flags: Iterable[str]) -> str:
+    """The sentence for a flag that does not exist; options, which others write as flags, have no dashes here."""
+    from sheeprlhf.config.catalogue import keys_like
+    from sheeprlhf.config.option_checks import nearest
+    from sheeprlhf.config.registry import ROOTS, groups
+
+    name = given.lstrip("-").replace("-", "_")
+    if _is_secret(name, value):
+        return f"{given}: {_CREDENTIAL}"
+    is_group = any(name in groups(verb) for verb in ROOTS) or name == "experiment"
+    options = [name] if is_group else keys_like(name)
+    near = nearest(given, [flag for flag in flags if flag.startswith("--")]) if given.startswith("--") else None
+    if options:
+        written = " or ".join(f"{key}={value or '<value>'}" for key in options[:3])
+        return f"there is no flag {given}: options have no dashes; write {written}"
+    return f"there is no flag {given}" + (f": did you mean {near}?" if near else "; `train --help` lists all")
+
+
+def _is_secret(name: str, value: str) -> bool:
+    from sheeprlhf.security.redaction import is_secret_name, is_secret_value
+
+    return is_secret_name(name) or is_secret_value(value)
+
+
+def _value_problems(given: str, value: str, values: tuple[str, ...]) -> list[str]:
+    from sheeprlhf.config.option_checks import nearest
+
+    if not values or value in values:
+        return []
+    near = nearest(value, values)
+    did = f"did you mean {near}? It" if near else "it"
+    return [f"{given} {value}".rstrip() + f" is not possible: {did} may be {', '.join(values)}"]

@@ -1,0 +1,1 @@
+"""`doctor`: check the machine and the memory plan."""

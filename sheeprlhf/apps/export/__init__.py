@@ -1,0 +1,1 @@
+"""`export`: a model folder for plain transformers."""

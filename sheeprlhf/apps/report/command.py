@@ -1,0 +1,217 @@
+"""`report`: one or several runs as a single page that needs nothing else, neither a network nor this program."""
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sheeprlhf.apps.flags import Flag, print_flags_help, read_flags
+from sheeprlhf.apps.past_runs import Found, find_past_runs
+from sheeprlhf.apps.report.html import MARK
+from sheeprlhf.apps.terminal import Screen, clean, paragraph
+from sheeprlhf.config.option_checks import near_path
+from sheeprlhf.config.path_checks import new_folder_problems
+from sheeprlhf.config.run_lookup import RUN_FILE, is_newest, order_of
+from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.home import expand_home
+from sheeprlhf.utils.output import write_file
+
+OUTPUT_DIR = "logs/report"
+_ENDINGS = (".html", ".htm")
+_PAGE = "report.html"  # in a folder that --to names
+_HEAD = 1_024  # bytes of a file, among which is what made it
+FLAGS = (
+    Flag(
+        "to",
+        f"A name that ends in .html, or a folder, which gets {_PAGE}; without it {OUTPUT_DIR}/<time>.html. An older "
+        "report there is replaced, any other file is not.",
+        value="file or folder",
+    ),
+    Flag("png", "The curves as images too, one for each group of charts, beside the page.", False, bool),
+)
+
+RunInfo = tuple[Path, dict[str, Any]]
+
+
+class Written(NamedTuple):
+    """The page and the images beside it, and what there is to say of the runs."""
+
+    files: list[Path]
+    notes: list[str]
+
+
+def run(arguments: list[str]) -> int:
+    """Write the page and print where it is.
+
+    Raises:
+        ConfigError: a word names no run, or the page cannot be written there.
+    """
+    given = read_flags("report", FLAGS, arguments)
+    if given is None:
+        meaning = (
+            "One HTML page of runs: what they are, results, curves in common charts, samples for the same prompts, "
+            "differences of configuration, data, speed and memory. It needs no network and holds no script."
+        )
+        root = TrainConfig.root_dir
+        which = f"<run> is a run directory, or a folder: all runs in it. Without one: the newest run in {root}."
+        print_flags_help("report [<run> ...]", meaning, FLAGS, which)
+        return 0
+    written = write_report(given.words, to=given.values["to"], png=given.values["png"])
+    screen = Screen()
+    for note in written.notes:
+        screen.print(paragraph(f"note: {note}", style="odd"))
+    for path in written.files:
+        screen.print(f"saved: {clean(path, 4096)}")
+    return 0
+
+
+def write_report(folders: list[str], *, to: str | None = None, png: bool = False) -> Written:
+    """Write the page of these runs.
+
+    Args:
+        folders: run directories, and folders of runs; none: the newest run.
+        to: a file or a folder; None: a new file in `OUTPUT_DIR`.
+        png: write the curves as images too.
+
+    Raises:
+        ConfigError: one is no run, or the page cannot be written there.
+    """
+    runs, notes, problems = _chosen(folders)
+    page = _place(to, problems)
+    if problems:
+        raise ConfigError(*problems)
+
+    from sheeprlhf.apps.report.chart import MOST_RUNS, draw_png
+    from sheeprlhf.apps.report.page import build_page, charts_by_group
+    from sheeprlhf.apps.report.record import read_record
+
+    if len(runs) > MOST_RUNS:
+        notes.append(f"{len(runs):,} runs are too many for one page: these are the newest {MOST_RUNS}")
+        runs = sorted(runs, key=_started)[-MOST_RUNS:]
+    labels = _labels(runs)
+    records = [read_record(folder, info, label) for (folder, info), label in zip(runs, labels, strict=True)]
+    files = {page: build_page(records, notes).encode()}
+    for group, charts in charts_by_group(records) if png else ():
+        path = page.with_name(f"{page.stem}-{_file_name(group.title)}.png")
+        files[path] = draw_png(group.title, charts, labels)
+    _write(files)
+    notes += [f"{record.label} {note}" for record in records for note in record.notes]
+    return Written(list(files), notes)
+
+
+def _chosen(folders: list[str]) -> tuple[list[RunInfo], list[str], list[str]]:
+    """The runs, what there is to say of the search, and what is wrong with the words."""
+    runs: dict[Path, RunInfo] = {}
+    notes, problems = [], []
+    for word in folders or [TrainConfig.root_dir]:
+        newest = not folders or (is_newest(word) and not os.path.isdir(word))
+        folder = expand_home(TrainConfig.root_dir if newest else word)
+        found = find_past_runs(folder) if os.path.isdir(folder) else Found([], "")
+        if not found.runs:
+            problems.append(_none_yet() if newest else _no_run(word, folder))
+        taken = sorted(found.runs, key=_started)
+        if newest and taken:
+            taken = taken[-1:]
+            notes.append(f"{word if folders else 'no run was named'}: this is the newest, {taken[0][0]}")
+        notes += [f"{word}: {found.note}"] if found.note else []
+        for place, info in taken:
+            runs.setdefault(place.resolve(), (place, {} if (place / RUN_FILE).is_symlink() else info))
+    return list(runs.values()), notes, problems
+
+
+def _started(run: RunInfo) -> tuple[float, str]:
+    folder, info = run
+    return order_of(info), str(folder)
+
+
+def _none_yet() -> str:
+    return f"there is no run in {TrainConfig.root_dir} yet: `train task=sft` makes one; or name a run: `report <run>`"
+
+
+def _no_run(word: str, folder: Path) -> str:
+    """Why a word names no run, and what may be meant."""
+    key, equals, value = word.partition("=")
+    if equals and not os.path.lexists(folder):
+        return f"{key}= is no word of report: write `report {value or '<run>'}`; `report --help` lists its words"
+    above = next((parent for parent in folder.absolute().parents if os.path.isfile(parent / RUN_FILE)), None)
+    if os.path.lexists(folder) and above is not None:
+        return f"{word} is a part of a run: did you mean {above}?"
+    if os.path.isdir(folder):
+        return f"{word} holds no run: give a run directory or a folder above some; `list runs` shows which there are"
+    if os.path.lexists(folder):
+        return f"{word} is not a folder: give a run directory; `list runs` shows which there are"
+    near = near_path(str(folder))
+    did = f"did you mean {near}? " if near else ""
+    return f"{word} does not exist: {did}`list runs` shows which runs there are"
+
+
+def _place(to: str | None, problems: list[str]) -> Path:
+    """Where the page goes; adds to the problems if it cannot."""
+    path = expand_home(to or OUTPUT_DIR)
+    named = path.suffix.lower() in _ENDINGS and not os.path.isdir(path)
+    if path.suffix and not named and not os.path.isdir(path):
+        problems.append(f"--to {to} ends in {path.suffix}: give a name that ends in .html, or a folder")
+        return path
+    problems += new_folder_problems("--to", str(path.parent if named else path))
+    if to is None:
+        return _new_file(path, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    path = path if named else path / _PAGE
+    if not _is_free(path):
+        problems.append(f"--to {to}: {path} is there and is no report: give another name")
+    return path
+
+
+def _new_file(folder: Path, name: str) -> Path:
+    """A page that is not there: `name`, else `name-2`, `name-3`, ..."""
+    number, path = 1, folder / f"{name}.html"
+    while os.path.lexists(path):
+        number += 1
+        path = folder / f"{name}-{number}.html"
+    return path
+
+
+def _is_free(path: Path) -> bool:
+    """Whether nothing is there, or what this command has written."""
+    if not os.path.lexists(path):
+        return True
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return False
+    return any(mark.encode() in head for mark in (f'name="generator" content="{MARK}"', f"Software\0{MARK}"))
+
+
+def _write(files: dict[Path, bytes]) -> None:
+    taken = [path for path in files if not _is_free(path)]
+    if taken:
+        raise ConfigError(*(f"{path} is there and is not of a report: give another name with --to" for path in taken))
+    for path, content in files.items():
+        try:
+            write_file(path.parent, path.name, content)
+        except OSError as error:
+            why = error.strerror or error
+            raise ConfigError(f"{path} cannot be written ({why}): give another place with --to") from error
+
+
+def _labels(runs: list[RunInfo]) -> list[str]:
+    """A short name for each run: its task; with its run name, or numbered, where several have the same."""
+    from sheeprlhf.apps.past_runs import past_run
+
+    tasks = [past_run(folder, info).names[2] for folder, info in runs]
+    named = [f"{task} {clean(info.get('run_name', '?'), 24)}" for task, (_, info) in zip(tasks, runs, strict=True)]
+    times, labels = Counter(tasks), []
+    seen: Counter[str] = Counter()
+    for task, name in zip(tasks, named, strict=True):
+        seen[task] += 1
+        own = name if named.count(name) == 1 else f"{task} {seen[task]}"
+        labels.append(task if times[task] == 1 else own)
+    return labels
+
+
+def _file_name(title: str) -> str:
+    return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in title.lower())

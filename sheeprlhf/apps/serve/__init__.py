@@ -1,0 +1,1 @@
+"""`chat` and `demo`: talk to models."""

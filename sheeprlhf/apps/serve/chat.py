@@ -1,0 +1,266 @@
+"""`chat`: talk to a run or a model in the terminal; answers appear as they are written."""
+
+import select
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from sheeprlhf.apps.flags import Flag, print_flags_help, read_flags
+from sheeprlhf.apps.terminal import Screen, clean, paragraph
+from sheeprlhf.config.model_lookup import find_trained
+from sheeprlhf.config.run_lookup import is_newest
+from sheeprlhf.security.redaction import plain_text
+from sheeprlhf.security.version_guard import check_versions
+from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.utils.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from sheeprlhf.task.text_generator import Writer
+
+WEIGHTS = Flag("weights", "Which of a run's weights.", default="final", value="final|best|last|step-<n>")
+TEMPLATE = Flag(
+    "chat-template",
+    "Chat template instead of the model's own: one of its names, a built-in one (chatml, ...) or a .jinja file.",
+    value="name or file",
+)
+TEMPLATE_ARGS = Flag(
+    "template-args",
+    "Variables for the chat template instead of those of the run, such as '{enable_thinking: false}'.",
+    value="{name: value}",
+)
+SAMPLING = (
+    Flag(
+        "temperature",
+        "Divides the logits before sampling; 0 takes the likeliest token.",
+        default=0.7,
+        kind=float,
+        least=0,
+    ),
+    Flag(
+        "top-p", "Sample among the likeliest tokens of this probability.", default=1.0, kind=float, least=0.01, most=1
+    ),
+    Flag("top-k", "Sample among the k likeliest tokens; 0 is all.", default=0, kind=int, least=0),
+    Flag("max-new-tokens", "Longest answer, in tokens.", default=256, kind=int, least=1),
+    Flag("seed", "Seed of the first answer; the next one has the next.", default=42, kind=int, least=0, most=2**62),
+)
+FLAGS = (
+    WEIGHTS,
+    TEMPLATE,
+    TEMPLATE_ARGS,
+    Flag("system", "What the model is told before the conversation; needs a chat template.", value="text"),
+    *SAMPLING,
+)
+_COMMANDS = "/reset forgets the conversation, /help shows this, /quit or Ctrl-D ends; Ctrl-C stops an answer."
+_LONGEST_ESCAPE = 40  # characters
+_MORE_SECONDS = 0.05  # lines that come sooner after another one were pasted with it
+
+
+def weights_of(values: dict[str, str]) -> str | None:
+    """Which weights are asked for; None if nothing was said."""
+    return None if values["weights"] == WEIGHTS.default else values["weights"]
+
+
+def sampling(values: dict[str, float]) -> GenConfig:
+    """What the sampling flags ask for."""
+    temperature = values["temperature"]
+    return GenConfig(
+        max_new_tokens=int(values["max-new-tokens"]),
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_p=values["top-p"],
+        top_k=int(values["top-k"]),
+    )
+
+
+def run(arguments: list[str]) -> int:
+    """Answer what is typed, or what is piped in.
+
+    Raises:
+        SheepError: the words name no model that writes, or a flag is wrong.
+    """
+    given = read_flags("chat", FLAGS, arguments)
+    if given is None:
+        _print_help()
+        return 0
+    if len(given.words) != 1:
+        what = f"{len(given.words)} were given" if given.words else "`list runs` shows the runs"
+        raise ConfigError(f"`chat` takes one run or model: `chat <run>`; {what}")
+    trained = find_trained(
+        given.words[0],
+        weights_of(given.values),
+        chat_template=given.values[TEMPLATE.name],
+        template_args=given.values[TEMPLATE_ARGS.name],
+    )
+    if is_newest(given.words[0]):
+        _note(f"{given.words[0]}: {trained.word}")
+    check_versions()
+    prompt = None if sys.stdin.isatty() else _read_piped()
+
+    from transformers.utils import logging as transformers_logging
+
+    from sheeprlhf.data.prompt_encoder import FORMS
+    from sheeprlhf.task.text_generator import load_writer
+
+    transformers_logging.disable_progress_bar()
+    writer = load_writer(trained, _note)
+    system = given.values["system"]
+    if system is not None and writer.form is not FORMS["template"]:
+        raise ConfigError(f"--system: {trained.word} is asked without a chat template: leave it out")
+    talk = Talk(writer, sampling(given.values), given.values["seed"], system)
+    if prompt is not None:
+        talk.say(prompt)
+        return 0
+    _note(f"This model takes {writer.form.meaning}.")
+    how = "" if writer.form.turns else " Each prompt stands alone: end it with an empty line."
+    _note(f"{_COMMANDS}{how}\n")
+    _loop(talk, _read_message if writer.form.turns else _read_block)
+    return 0
+
+
+def _read_piped() -> str:
+    """All of standard input, as one prompt.
+
+    Raises:
+        ConfigError: it is closed, empty or no text.
+    """
+    advice = "pipe a text (`echo ... | chat <run>`), or run `chat` in a terminal"
+    try:
+        text = sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"standard input cannot be read as text ({error}): {advice}") from error
+    if not text.strip():
+        raise ConfigError(f"the prompt is empty: standard input is closed or holds no text: {advice}")
+    return text
+
+
+def _print_help() -> None:
+    print_flags_help(
+        "chat <run or model> [--flag value ...]",
+        "Talk to a run, a model's folder or a model of `list models`. A model that has a chat template, or was trained "
+        "on dialogues, remembers the conversation; any other one goes on with each prompt as it was trained to.",
+        FLAGS,
+        _COMMANDS,
+        "From a pipe, all of the input is one prompt, and the answer alone is printed: `echo ... | chat <run>`.",
+    )
+
+
+def _note(text: str) -> None:
+    """A line that is not the model's, beside the answers."""
+    Screen(stderr=True).print(paragraph(text), style="faint")
+
+
+class Talk:
+    """A conversation: what was said, and how answers are sampled.
+
+    Args:
+        writer: who answers.
+        cfg: how.
+        seed: of the first answer.
+        system: the first message, if any.
+    """
+
+    def __init__(self, writer: "Writer", cfg: GenConfig, seed: int, system: str | None = None) -> None:
+        self._writer, self._cfg, self._seed, self._system = writer, cfg, seed, system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        from sheeprlhf.data.prompt_encoder import Turn
+
+        self.turns: list[Turn] = [] if self._system is None else [Turn("system", self._system)]
+
+    def say(self, text: str) -> None:
+        """Ask, and print the answer as it is written; Ctrl-C stops it, and what was written counts.
+
+        Raises:
+            DataError: the text cannot be asked; the conversation is as before.
+        """
+        from sheeprlhf.data.prompt_encoder import Turn
+
+        asked = [*self.turns, Turn("user", text)]
+        kept, _ = self._writer.fit(asked)
+        if self._writer.form.turns and len(kept) < len(asked):
+            _note("(the oldest turns have no room any more and were left out)")
+        answer = ""
+        try:
+            answer = print_growing(self._writer.answer(kept, self._cfg, self._seed))
+        except KeyboardInterrupt as stop:
+            answer = str(stop)
+            _note("\n(stopped)")
+        print(flush=True)
+        self._seed += 1
+        if self._writer.form.turns:
+            self.turns = [*kept, Turn("assistant", answer)] if answer.strip() else self.turns
+
+
+def print_growing(texts: Iterator[str]) -> str:
+    """Print a text as it grows, without what a terminal would obey; returns the whole text as it was written.
+
+    Raises:
+        KeyboardInterrupt: with the text so far.
+    """
+    text = shown = ""
+    try:
+        for text in texts:
+            begun = text.rfind("\x1b", -_LONGEST_ESCAPE)  # whose end may still be to come
+            safe = plain_text(text if begun < 0 else text[:begun]).lstrip()
+            if safe.startswith(shown):
+                print(safe[len(shown) :], end="", flush=True)
+                shown = safe
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(text) from None
+    safe = plain_text(text).lstrip()
+    print(safe[len(shown) :] if safe.startswith(shown) else f"\n{safe}", end="", flush=True)
+    return text
+
+
+def _loop(talk: Talk, read: Callable[[], str]) -> None:
+    """Read, answer, until the end of input or /quit."""
+    while True:
+        try:
+            text = read()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            _note("\n(Ctrl-D ends)")
+            continue
+        except UnicodeDecodeError as error:
+            _note(f"this is not text in {error.encoding}: type it again")
+            continue
+        command = text.strip().casefold()
+        if command in ("/quit", "/exit"):
+            return
+        if command == "/reset":
+            talk.reset()
+            _note("(forgotten)")
+        elif command.startswith("/") and "\n" not in command:
+            _note(_COMMANDS if command == "/help" else f"there is no {clean(command)}: {_COMMANDS}")
+        elif command:
+            try:
+                talk.say(text)
+            except DataError as error:
+                _note(str(error))
+
+
+def _read_message() -> str:
+    """One line; and with it those that were pasted with it."""
+    lines = [input("> ")]
+    while select.select([sys.stdin], [], [], _MORE_SECONDS)[0]:
+        lines.append(input())
+    return "\n".join(lines)
+
+
+def _read_block() -> str:
+    """Lines up to an empty one; a command ends at its own line.
+
+    Raises:
+        EOFError: nothing was typed before the end.
+    """
+    lines = [input("> ")]
+    while lines[-1].strip() and not lines[0].startswith("/"):
+        try:
+            lines.append(input("  "))
+        except EOFError:
+            break
+    return "\n".join(lines).rstrip()

@@ -1,0 +1,243 @@
+"""`demo`: runs side by side in the browser, on this machine alone unless a password protects the page."""
+
+import getpass
+import importlib.util
+import ipaddress
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from sheeprlhf.apps.flags import Flag, print_flags_help, read_flags
+from sheeprlhf.apps.serve.chat import TEMPLATE, TEMPLATE_ARGS
+from sheeprlhf.apps.terminal import Screen, clean
+from sheeprlhf.config.model_lookup import REWARD_MODEL, Trained, find_trained
+from sheeprlhf.security.version_guard import check_versions
+from sheeprlhf.utils.errors import ConfigError
+
+AUTH = "SHEEPRLHF_DEMO_AUTH"
+FLAGS = (
+    Flag("weights", "Which weights of the runs.", default="final", value="final|best|last|step-<n>"),
+    TEMPLATE,
+    TEMPLATE_ARGS,
+    Flag("reward", "A run of task=rm, or a reward model's folder: its score stands beside each answer.", value="run"),
+    Flag("port", "Where the page is served.", default=7860, kind=int, least=1, most=65535),
+    Flag("host", "Address to serve it on; one that others can reach needs --auth.", default="127.0.0.1"),
+    Flag("auth", f"Ask visitors for a password: user:password is taken from ${AUTH}, or asked for here.", kind=bool),
+)
+_MOST = 6  # models on one page
+_LEAST_PASSWORD = 8  # characters
+
+
+def run(arguments: list[str]) -> int:
+    """Load the models and serve the page until Ctrl-C.
+
+    Raises:
+        ConfigError: the words name no model, or the page cannot be served as asked; all problems at once.
+    """
+    given = read_flags("demo", FLAGS, _without_secret(arguments))
+    if given is None:
+        _print_help()
+        return 0
+    if importlib.util.find_spec("gradio") is None:
+        raise ConfigError('`demo` needs a package that is not installed (gradio): pip install "sheeprlhf[demo]"')
+    check_versions("gradio")
+    values = given.values
+    problems = list(_place_problems(values["host"], values["port"], protected=values["auth"]))
+    if not 1 <= len(given.words) <= _MOST:
+        what = f"{len(given.words)} were given" if given.words else "`list runs` shows the runs"
+        problems.append(f"`demo` takes one to {_MOST} runs or models: `demo <run> <run>`; {what}")
+    found: list[Trained] = []
+    weights = None if values["weights"] == "final" else values["weights"]
+    for word in given.words[:_MOST]:
+        template = {"chat_template": values[TEMPLATE.name], "template_args": values[TEMPLATE_ARGS.name]}
+        problems += _found(found, word, weights, **template)
+    reward: list[Trained] = []
+    if values["reward"] is not None:
+        problems += [f"--reward: {text}" for text in _found(reward, values["reward"], None, REWARD_MODEL)]
+    if problems:
+        raise ConfigError(*problems)
+    auth = _credentials() if values["auth"] else None
+    _serve(found, reward[0] if reward else None, values["host"], values["port"], auth)
+    return 0
+
+
+def _print_help() -> None:
+    print_flags_help(
+        "demo <run or model> [<run or model> ...] [--flag value ...]",
+        "A page with two tabs, summarise and question answering: one prompt, the answers of all models side by side. "
+        "It is served to this machine alone, asks no other machine for anything, and ends with Ctrl-C.",
+        FLAGS,
+    )
+
+
+def _found(
+    found: list[Trained],
+    word: str,
+    weights: str | None,
+    wanted: str = "policy",
+    *,
+    chat_template: str | None = None,
+    template_args: str | None = None,
+) -> tuple[str, ...]:
+    """Add what a word names, or tell what is wrong with it."""
+    try:
+        found.append(
+            find_trained(word, weights, wanted=wanted, chat_template=chat_template, template_args=template_args)
+        )
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+def _without_secret(arguments: list[str]) -> list[str]:
+    """The arguments; refused, and not shown, if a password stands behind --auth.
+
+    Raises:
+        ConfigError: it does.
+    """
+    for word, following in pairwise([*arguments, ""]):
+        if word.startswith("--auth=") or (word == "--auth" and ":" in following):
+            raise ConfigError(
+                "--auth: a password never goes on the command line, where other users see it; remove it and set "
+                f"{AUTH}, or write --auth alone and type it when asked"
+            )
+    return arguments
+
+
+def _place_problems(host: str, port: int, *, protected: bool) -> Iterator[str]:
+    """Why the page cannot be served there, or must not be."""
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        yield f"--host {clean(host)} is not an address: give 127.0.0.1, which is this machine alone"
+        return
+    if not address.is_loopback and not protected:
+        yield f"--host {host} lets other machines in: add --auth, so that they need a password, or leave --host out"
+    try:
+        with socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((str(address), port))
+    except OSError as error:
+        yield f"--port {port} cannot be used on {host} ({error.strerror}): give another one, as --port {_free(port)}"
+
+
+def _free(port: int) -> int:
+    """A port near this one that nobody listens on."""
+    for other in range(port + 1, min(port + 50, 65536)):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", other)):
+                return other
+    return 0
+
+
+def _credentials() -> tuple[str, str]:
+    """User and password, from the environment or the keyboard.
+
+    Raises:
+        ConfigError: there are none that can be used.
+    """
+    given = os.environ.pop(AUTH, "")  # no child process needs it
+    if not given and sys.stdin.isatty():
+        given = f"{input('user: ').strip()}:{getpass.getpass('password: ')}"
+    user, colon, password = given.partition(":")
+    if not user or not colon or len(password) < _LEAST_PASSWORD:
+        raise ConfigError(
+            f"--auth: set {AUTH} to user:password with {_LEAST_PASSWORD} characters of password or more, or type them "
+            "when asked"
+        )
+    return user, password
+
+
+def _serve(models: list[Trained], reward: Trained | None, host: str, port: int, auth: tuple[str, str] | None) -> None:
+    screen = Screen()
+
+    def say(text: str) -> None:
+        screen.print(clean(text, 400), style="faint")
+
+    _quiet_environment()
+    from transformers.utils import logging as transformers_logging
+
+    from sheeprlhf.apps.serve.compare import ASK, SUMMARISE, Panel
+    from sheeprlhf.task.text_generator import load_scorer, load_writer
+
+    transformers_logging.disable_progress_bar()
+    names = short_names([clean(f"{trained.word}{_of(trained)}", 200) for trained in models])
+    writers = [(name, load_writer(trained, say)) for name, trained in zip(names, models, strict=True)]
+    scorer = load_scorer(reward, say) if reward is not None else None
+    panels = [Panel(kind, writers, scorer) for kind in (SUMMARISE, ASK)]
+    scored = short_names([clean(reward.word, 200)])[0] if reward is not None else None
+    page = open_page(panels, scored, host, port, auth)
+    screen.print(
+        f"serving http://{host}:{port} to {'this machine alone' if auth is None else 'whoever has the password'}"
+    )
+    screen.print("Ctrl-C ends it")
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        screen.print("\nended")
+    finally:
+        page.close(verbose=False)
+
+
+def _of(trained: Trained) -> str:
+    return "" if trained.weights == "final" else f" ({trained.weights})"
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """As many of the last parts of each path as tell them apart, three at most if they already do."""
+    parts = [path.rstrip("/").split("/") for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(set(paths)):
+            break
+    return [name if names.count(name) == 1 else f"{name} #{index + 1}" for index, name in enumerate(names)]
+
+
+def _quiet_environment() -> None:
+    """The web framework takes settings of sharing and of files to serve from the environment too: none apply."""
+    for name in list(os.environ):
+        if name.startswith("GRADIO_"):
+            del os.environ[name]
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def open_page(panels: list[Any], scored: str | None, host: str, port: int, auth: tuple[str, str] | None) -> Any:
+    """Serve the page from threads of its own; returns what can be closed.
+
+    Raises:
+        ConfigError: the port was taken meanwhile.
+    """
+    from starlette.middleware import Middleware
+
+    from sheeprlhf.apps.serve.guard import Guard
+    from sheeprlhf.apps.serve.page import CSS, THEME, build_page
+
+    page = build_page(panels, scored=scored)
+    hosts = ("127.0.0.1", "localhost", "::1", host) if auth is None else ()
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            auth=auth,
+            prevent_thread_lock=True,
+            quiet=True,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            pwa=False,
+            max_file_size=1,
+            state_session_capacity=100,
+            app_kwargs={"middleware": [Middleware(Guard, hosts=hosts)], "docs_url": None, "redoc_url": None},
+            theme=THEME,
+            css=CSS,
+        )
+    except OSError as error:
+        raise ConfigError(f"--port {port}: {clean(error, 200)}: give another one") from error
+    return page

@@ -1,0 +1,258 @@
+"""`show`: every option of a choice, a recipe or a command, or one option wherever it is found."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from rich.text import Text
+
+from sheeprlhf.apps.arguments import split_plain_words
+from sheeprlhf.apps.describe import (
+    allowed,
+    choices_of,
+    default_choices,
+    meaning_of,
+    recipe_content,
+    recipe_meaning,
+    recipe_names,
+    shown,
+    stages_of_recipe,
+)
+from sheeprlhf.apps.help import PLAIN_VERBS, VERBS
+from sheeprlhf.apps.terminal import Screen, clean, entry, heading, paragraph
+from sheeprlhf.config.catalogue import Entry, catalogue, choices_like
+from sheeprlhf.config.option_checks import nearest
+from sheeprlhf.config.registry import ROOTS, Option, choices, groups, options
+from sheeprlhf.config.run_lookup import NEWEST, START, TASKS
+from sheeprlhf.utils.errors import ConfigError
+
+Show = Callable[[Screen], None]
+_NOUNS = {"data": "dataset", "optim": "optimizer"}
+_NO_BREAK = "\xa0"
+_MOST_UNBROKEN = 60  # columns
+
+
+def run(arguments: list[str]) -> int:
+    """Print what each word names.
+
+    Raises:
+        ConfigError: a word names nothing.
+    """
+    words, wants_help = split_plain_words("show", arguments)
+    if wants_help or not words:
+        _print_help()
+        return 0
+    found, problems = [], []
+    for word in words:
+        shows = _named(word)
+        found += shows
+        problems += [] if shows else [_unknown(word)]
+    if problems:
+        raise ConfigError(*problems)
+    screen = Screen()
+    for number, show in enumerate(found):
+        if number:
+            screen.print()
+        show(screen)
+    return 0
+
+
+def _all_groups() -> list[str]:
+    return list(dict.fromkeys(group for verb in ROOTS for group in groups(verb)))
+
+
+def _print_help() -> None:
+    screen = Screen()
+    screen.print(heading("sheeprlhf show", "<what> ..."))
+    screen.print()
+    screen.print(paragraph("Options with their default, unit, allowed values and meaning. What can be shown:"))
+    for group in _all_groups():
+        screen.print(entry(f"{group}=<name>", ", ".join(choices_of(group)), width=18))
+    screen.print(entry("experiment=<name>", ", ".join(recipe_names("")), width=18))
+    screen.print(entry("<command>", ", ".join(VERBS), width=18))
+    screen.print(entry("<option>", "its full or last name: optim.lr, lr, mini_batch_size", width=18))
+    screen.print(entry("<part>", "options under one name: generation, model.lora_cfg", width=18))
+    screen.print()
+    screen.print(paragraph("Names alone will do: `show sft opt` is `show task=sft model=opt`."))
+
+
+def _named(word: str) -> list[Show]:
+    """What a word names: a command, a group, a choice, a recipe, or options; nothing if it is unknown."""
+    key, equals, name = word.partition("=")
+    if equals and key in (*_all_groups(), "experiment"):
+        return _choice(key, name)
+    if word in VERBS:
+        return [lambda screen: _print_verb(screen, word)]
+    if word in (*_all_groups(), "experiment", "experiments"):
+        return [lambda screen: _print_group(screen, word.removesuffix("s") if word == "experiments" else word)]
+    of_choices = [show for same in choices_like(word) for show in _choice(*same.split("="))] + _choice(
+        "experiment", word
+    )
+    return of_choices or _options_named(key)
+
+
+def _choice(group: str, name: str) -> list[Show]:
+    if group == "experiment":
+        if stages_of_recipe(name):
+            return [lambda screen: _print_pipeline(screen, name)]
+        return [lambda screen: _print_recipe(screen, name)] if name in recipe_names() else []
+    if name in choices(group):
+        return [lambda screen: _print_choice(screen, group, name)]
+    tip = f"{group}={name} comes from a file: `train task=sft {group}={name} --help` shows its options."
+    return [lambda screen: screen.print(paragraph(tip))] if name in choices_of(group) else []
+
+
+def _options_named(key: str) -> list[Show]:
+    """The options of that name, else those below it: `lr`, `optim.lr`, `generation`, `lora_cfg`."""
+    entries = list(catalogue())
+    same = [found for found in entries if f".{found.option.key}".endswith(f".{key}")]
+    found = same or [found for found in entries if f".{key}." in f".{found.option.key}"]
+    return [lambda screen: _print_entries(screen, found)] if found and key else []
+
+
+def _unknown(word: str) -> str:
+    key, equals, name = word.partition("=")
+    if equals and key in (*_all_groups(), "experiment"):
+        names = recipe_names("") if key == "experiment" else list(choices_of(key))
+        near = nearest(name, names)
+        listed = f"it may be {', '.join(names)}"
+        return f"there is no {clean(word)}: " + (f"did you mean `show {key}={near}`? I{listed[1:]}" if near else listed)
+    entries = list(catalogue())
+    keys = [found.option.key for found in entries]
+    candidates = {found.choice: f"{found.group}={found.choice}" for found in entries if found.choice}
+    candidates |= {name: f"experiment={name}" for name in recipe_names("")}
+    candidates |= {word: word for word in (*(key.rpartition(".")[2] for key in keys), *keys, *_all_groups(), *VERBS)}
+    candidates |= {known: known for known in candidates.values()}
+    near = nearest(key if equals else word, candidates)
+    did = f"did you mean `show {candidates[near]}`? " if near else ""
+    return f"there is nothing named {clean(word)}: {did}`show` alone lists what can be shown"
+
+
+class _Row(NamedTuple):
+    """An option as it is printed: where it is found, or what it is otherwise, stands in the note."""
+
+    option: Option
+    note: str = ""
+
+
+def _print_rows(screen: Screen, rows: list[_Row]) -> None:
+    """Each option with its value and, below it, its meaning: once, where several values of one option follow."""
+    meanings = [_meaning(row.option) for row in rows]
+    for (option, note), meaning, next_meaning in zip(rows, meanings, [*meanings[1:], None], strict=True):
+        must = option.value == "???"
+        value = ("must be given", "odd") if must else (shown(option.value) or '""', "value")
+        unit = option.metadata.get("unit", "") if isinstance(option.value, int | float) else ""
+        parts = [(option.key, "name"), "  " if must else "=", value, f" {unit}" * bool(unit), (f"  {note}", "faint")]
+        line = Text.assemble("  ", *parts)
+        line.rstrip()
+        screen.print(line)
+        if meaning != next_meaning:
+            screen.print(meaning[1])
+
+
+def _meaning(option: Option) -> tuple[str, Text]:
+    """The key, and what the option means and takes; what it takes stays on one line where it is short."""
+    facts = allowed(option)
+    facts = facts if len(facts) > _MOST_UNBROKEN else facts.replace(" ", _NO_BREAK)
+    text = paragraph(f"{option.metadata.get('help', '')} {f'({facts})' * bool(facts)}", indent=6)
+    text = Text(text.plain.replace(_NO_BREAK, " ").rstrip())
+    text.highlight_regex(r"\([^()]*\)$", "faint")
+    return option.key, text
+
+
+def _print_choice(screen: Screen, group: str, name: str) -> None:
+    cls = choices(group)[name]
+    screen.print(heading(f"{group}={name}"))
+    screen.print(paragraph(meaning_of(cls)))
+    verb = next(verb for verb in ROOTS if group in groups(verb) and name in choices(group, verb))
+    rows = [_Row(option) for option in options(cls(), f"{group}.") if option.key != f"{group}.config_name"]
+    words = [verb if group == "task" else "train task=sft", f"{group}={name}"]
+    words += ["experiment_dir=<run>"] if verb == "eval" else []
+    words += [f"{START}={NEWEST}" for row in rows if row.option.key == START and name != TASKS[START]]
+    words += [f"{row.option.key}=<value>" for row in rows if row.option.value == "???"]
+    screen.print(paragraph(f"`{' '.join(words)}`"))
+    own = set(vars(cls).get("__annotations__", ()))
+    parts = [[row for row in rows if (row.option.key.split(".")[1] in own) == is_own] for is_own in (True, False)]
+    every = f"Options of every {f'{verb} ' * (group == 'task')}{_NOUNS.get(group, group)}:"
+    for title, part in zip(("Its own options:", every), parts, strict=True):
+        if part:
+            screen.print()
+            screen.print(heading(title if all(parts) else "Options:"))
+            _print_rows(screen, part)
+
+
+def _print_group(screen: Screen, group: str) -> None:
+    names = {name: recipe_meaning(name) for name in recipe_names("")} if group == "experiment" else choices_of(group)
+    screen.print(heading(f"{group}=", "one of"))
+    for name, meaning in names.items():
+        screen.print(entry(name, meaning, width=18))
+    screen.print(paragraph(f"`show {group}={next(iter(names), '<name>')}` tells all options of one."))
+
+
+def _print_verb(screen: Screen, verb: str) -> None:
+    screen.print(heading(verb))
+    screen.print(paragraph(VERBS[verb]))
+    if verb in PLAIN_VERBS:
+        screen.print(paragraph(f"`{verb} --help` tells what words it takes."))
+        return
+    screen.print(heading("\nIts groups:"))
+    defaults = default_choices(verb)
+    for group in groups(verb):
+        default = defaults.get(group)
+        names = ", ".join(choices_of(group, verb))
+        screen.print(entry(f"{group}={default or ''}", names if default else f"must be given: {names}", width=18))
+    own = [found.option for found in catalogue([verb]) if not found.group]
+    if any(option.key == "experiment" for option in own):
+        screen.print(entry("experiment=", ", ".join(recipe_names(verb)), width=18))
+    screen.print(heading("\nIts own options:"))
+    own = [option for option in own if option.key != "experiment"]
+    _print_rows(screen, [_Row(option) for option in sorted(own, key=lambda option: "." in option.key)])
+    screen.print(f"\n`{verb} --help` lists the options of its groups too.", style="faint")
+
+
+def _print_recipe(screen: Screen, name: str) -> None:
+    chosen, values = recipe_content(name)
+    screen.print(heading(f"experiment={name}"))
+    screen.print(paragraph(recipe_meaning(name)))
+    words = " ".join(f"{group}={choice}" for group, choice in chosen.items())
+    screen.print(paragraph(f"`train experiment={name}` is `train {words}` with these values:"))
+    screen.print()
+    composed = default_choices("train") | chosen
+    of_choices = [found for found in catalogue(["train"]) if not found.group or found.choice == composed[found.group]]
+    known = {found.option.key: found.option for found in of_choices}
+    rows = []
+    for key, value in values.items():
+        option = known.get(key, Option(key, Any, None, {}))
+        usual = value == "???" or shown(value) == shown(option.value)
+        rows.append(_Row(option._replace(value=value), "" if usual else f"(else {shown(option.value)})"))
+    _print_rows(screen, rows)
+
+
+def _print_pipeline(screen: Screen, name: str) -> None:
+    screen.print(heading(f"experiment={name}"))
+    screen.print(paragraph(f"{recipe_meaning(name)} `pipeline experiment={name}` has these stages:"))
+    for stage, command in stages_of_recipe(name).items():
+        screen.print(entry(stage, command, width=10))
+
+
+def _print_entries(screen: Screen, entries: list[Entry]) -> None:
+    """Options, once for all choices that agree about them."""
+    where: dict[tuple[str, str, str, str], tuple[Option, dict[str, list[str]]]] = {}
+    for verb, group, choice, option in entries:
+        facts = (option.key, shown(option.value), option.metadata.get("help", ""), allowed(option))
+        _, places = where.setdefault(facts, (option, {}))
+        names = places.setdefault(group or "command", [])
+        if (choice or verb) not in names:
+            names.append(choice or verb)
+    rows = []
+    keys = list(dict.fromkeys(option.key for option, _ in where.values()))
+    for option, places in sorted(where.values(), key=lambda found: keys.index(found[0].key)):
+        in_words = "; ".join(_place(group, names) for group, names in places.items())
+        rows.append(_Row(option, f"({in_words})"))
+    _print_rows(screen, rows)
+
+
+def _place(group: str, names: list[str]) -> str:
+    if group == "command":
+        return f"of {', '.join(names)}"
+    everywhere = len(names) > 1 and set(names) == set(choices(group))
+    return f"with every {_NOUNS.get(group, group)}" if everywhere else f"with {group}={', '.join(names)}"

@@ -1,0 +1,224 @@
+"""Sweeps: the outcome of each job, whichever launcher ran it and wherever, and the number that a sweeper optimises."""
+
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import CompactHydraException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+import sheeprlhf
+from sheeprlhf.config.overrides import readable
+from sheeprlhf.config.registry import choices, config_hash
+from sheeprlhf.config.run_lookup import find_runs, read_run
+from sheeprlhf.security.redaction import redact_command
+from sheeprlhf.structure.option import Config
+from sheeprlhf.structure.rollout import OnlineTaskConfig
+from sheeprlhf.structure.run import RootConfig, TrainConfig
+from sheeprlhf.utils.errors import UnsafePathError
+from sheeprlhf.utils.home import known_home
+from sheeprlhf.utils.output import link_problems
+
+_HERE = ("basic", "joblib")  # launchers whose jobs run on this machine and print here
+_BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+
+
+class Outcome(float):
+    """What a job returns to its sweeper: the best validation metric of its run, NaN without one.
+
+    Attributes:
+        code: the job's exit code.
+        text: its error message, if it failed in this program.
+    """
+
+    code: int = 0
+    text: str = ""
+
+
+def outcome(code: int, text: str, config: RootConfig | None, given_dir: str | None) -> Outcome:
+    """Make the outcome of a job that has ended.
+
+    Args:
+        code: its exit code.
+        text: its error message.
+        config: the job's; None if it did not get that far.
+        given_dir: the run directory that was given for it, if any.
+    """
+    metric = None
+    if code == 0 and isinstance(config, TrainConfig):
+        named = given_dir or config.resume_from
+        same = config_hash(config)
+        runs = [read_run(Path(named))] if named else [run.info for run in find_runs(config.root_dir)]
+        metric = next((run.get("best_metric") for run in runs if run.get("config_hash") == same), None)
+    made = Outcome(metric if isinstance(metric, int | float) else math.nan)
+    made.code, made.text = code, text
+    return made
+
+
+@dataclass
+class Sweep:
+    """What is known of a sweep in the process that runs it.
+
+    Attributes:
+        outcomes: of jobs that have ended, with their words, by number.
+        problems: why its sweeper cannot work; it ends with SystemExit then.
+        optimises: its sweeper asks for results.
+        highest: the best result is the highest.
+    """
+
+    outcomes: dict[int, tuple[str, Outcome]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    optimises: bool = False
+    highest: bool = False
+
+
+class SweepLauncher(Launcher):
+    """Runs jobs by a launcher of Hydra's and keeps their outcomes.
+
+    A job that failed does not end a plain sweep. A sweeper that optimises gets it as a failure, and decides.
+    """
+
+    def __init__(self, inner: Launcher, sweep: Sweep) -> None:
+        """Nothing is launched yet."""
+        self._inner, self._sweep = inner, sweep
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Do nothing: the inner launcher is set up already."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run a batch of jobs to their end.
+
+        Raises:
+            SystemExit: a signal has stopped a job, or the launcher has lost one.
+        """
+        words = {n: " ".join(redact_command(list(of))) for n, of in enumerate(job_overrides, initial_job_idx)}
+        try:
+            returns = self._inner.launch(job_overrides, initial_job_idx=initial_job_idx)
+        except Exception as error:  # a job's process was killed, or could not be started
+            lost = Outcome(math.nan)
+            lost.code, lost.text = 1, f"a job was lost: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            self._sweep.outcomes |= {number: (text, lost) for number, text in words.items()}
+            raise SystemExit(1) from error
+        for number, returned in enumerate(returns, initial_job_idx):
+            try:
+                of_job = returned.return_value
+            except Exception as error:  # raised outside of our own code, for example by a callback
+                of_job = Outcome(math.nan)
+                of_job.code, of_job.text = 1, f"{type(error).__name__}: {error}"
+            if self._sweep.optimises and of_job.code == 0 and math.isnan(of_job):
+                of_job.code, of_job.text = 1, "it has no validation result: lower task.eval_interval"
+            self._sweep.outcomes[number] = (words[number], of_job)
+            failed = of_job.code and self._sweep.optimises
+            returned.status = JobStatus.FAILED if failed else JobStatus.COMPLETED
+            returned._return_value = CompactHydraException(f"job {number} failed") if failed else of_job
+        stopped = next((of_job.code for _, of_job in self._sweep.outcomes.values() if of_job.code > 128), 0)
+        if stopped:
+            raise SystemExit(stopped)
+        return returns
+
+
+@contextmanager
+def watched_sweep(sweep: Sweep, verb: str) -> Iterator[None]:
+    """Inside, jobs of a sweep that Hydra runs leave their outcomes in `sweep`.
+
+    Args:
+        sweep: of no outcomes yet.
+        verb: the command of the jobs.
+    """
+    original = Plugins.instantiate_launcher
+
+    def instantiate(self: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> Any:
+        sweep.optimises = OmegaConf.select(config, "hydra.sweeper._target_") != _BASIC_SWEEPER
+        task = choices("task", "train").get(OmegaConf.select(config, "task.config_name", default=""))
+        sweep.highest = task is not None and issubclass(task, OnlineTaskConfig)
+        if sweep.optimises:
+            sweep.problems.extend(_sweeper_problems(config, verb, task, sweep.highest))
+        if sweep.problems:
+            raise SystemExit(2)
+        inner = original(self, hydra_context=hydra_context, task_function=task_function, config=config)
+        return SweepLauncher(inner, sweep)
+
+    package = str(Path(sheeprlhf.__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    before = os.environ.get("PYTHONPATH")
+    setattr(Plugins, "instantiate_launcher", instantiate)  # noqa: B010
+    os.environ["PYTHONPATH"] = path  # for workers that start without this program
+    try:
+        yield
+    finally:
+        setattr(Plugins, "instantiate_launcher", original)  # noqa: B010
+        os.environ.pop("PYTHONPATH")
+        os.environ |= {} if before is None else {"PYTHONPATH": before}
+
+
+def _sweeper_problems(config: DictConfig, verb: str, task: type[Config] | None, highest: bool) -> Iterator[str]:
+    """Yield what keeps a sweeper from optimising the best validation metric of runs."""
+    if verb != "train":
+        yield f"hydra/sweeper: it optimises the validation metric of `train`; `{verb}` has none: use a plain sweep (-m)"
+        return
+    if task is not None and "eval_interval" in getattr(task, "unread", ()):
+        yield f"hydra/sweeper: task={config.task.config_name} has no validation metric: use a plain sweep (-m)"
+        return
+    for key, value in (
+        ("direction", "maximize" if highest else "minimize"),  # Optuna
+        ("ax_config.experiment.minimize", not highest),  # Ax
+        ("optim.maximize", highest),  # Nevergrad
+    ):
+        given = OmegaConf.select(config, f"hydra.sweeper.{key}", default=None)
+        given = getattr(given, "name", given)
+        if given is not None and given != value:
+            metric = "objective is best when highest" if highest else "loss is best when lowest"
+            yield (
+                f"hydra.sweeper.{key}={given}: the validation {metric}; give hydra.sweeper.{key}={str(value).lower()}"
+            )
+
+
+def sweep_parent(overrides: list[str]) -> str | None:
+    """The folder for a sweep's own files; None for the system's, which other machines do not see.
+
+    Args:
+        overrides: the words of the command line.
+    """
+    given = {override.key_or_group: override.value() for override in readable(overrides)[0]}
+    if given.get("hydra/launcher", "basic") in _HERE:
+        return None
+    folder = known_home("root_dir", str(given.get("root_dir", TrainConfig.root_dir))).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
+def check_sweep_dir(overrides: list[str]) -> None:
+    """Raises UnsafePathError if Hydra or a launcher would write through a link in the directory of a sweep."""
+    given = {override.key_or_group: override.value() for override in readable(overrides)[0]}.get("hydra.sweep.dir")
+    problems = [] if given is None else link_problems(Path(str(given)), ("multirun.yaml",), (".submitit",))
+    if problems:
+        raise UnsafePathError(*problems)
+
+
+def sweep_code(sweep: Sweep) -> int:
+    """The exit code of a sweep; prints the results of its jobs if they were asked for, and lists those that failed."""
+    failed = {number: found for number, found in sorted(sweep.outcomes.items()) if found[1].code}
+    done = [
+        (of_job, f"job {number} ({words})") for number, (words, of_job) in sweep.outcomes.items() if not of_job.code
+    ]
+    if sweep.optimises and done:
+        for of_job, name in done:
+            print(f"{name}: {float(of_job):.6g}")
+        best, name = (max if sweep.highest else min)(done)
+        print(f"best: {name}: {float(best):.6g}")
+    if failed:
+        print(f"{len(failed)} of {len(sweep.outcomes)} jobs failed:", file=sys.stderr)
+    for number, (words, of_job) in failed.items():
+        print(f"  job {number} ({words}): exit code {of_job.code}", file=sys.stderr)
+        for line in of_job.text.splitlines():
+            print(f"    {line}", file=sys.stderr)
+    return next((of_job.code for _, of_job in failed.values()), 0)

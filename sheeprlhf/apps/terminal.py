@@ -1,0 +1,113 @@
+"""How text reaches the terminal: colours only where they are seen, lines that fit, nothing that a terminal obeys."""
+
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.text import Text
+from rich.theme import Theme
+
+from sheeprlhf.security.redaction import plain_text, redact_text
+
+_THEME = Theme(
+    {
+        "head": "bold",
+        "name": "cyan",
+        "value": "green",
+        "faint": "dim",
+        "good": "green",
+        "busy": "cyan",
+        "odd": "yellow",
+        "bad": "bold red",
+    }
+)
+_CODE = r"`[^`]+`|(?<=did you mean )[^?]+(?=\?)"
+
+
+class Screen(Console):
+    """Rich's console for texts whose brackets and numbers mean nothing to rich; no colour in a file or with NO_COLOR.
+
+    Args:
+        stderr: print there.
+    """
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, theme=_THEME, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+    def on_broken_pipe(self) -> None:
+        """Who reads has seen enough: the command line ends well."""
+        raise  # the BrokenPipeError that is being handled
+
+
+def columns(at_most: int = 120) -> int:
+    """Width for text: the terminal's, COLUMNS, or 100 in a file; between 60 and `at_most`."""
+    return max(60, min(at_most, shutil.get_terminal_size((100, 20)).columns))
+
+
+def is_for_people() -> bool:
+    """Whether lines should end where a screen does: on a terminal, or where COLUMNS says how wide one is."""
+    return sys.stdout.isatty() or "COLUMNS" in os.environ
+
+
+def heading(text: str, note: str = "", style: str = "faint") -> Text:
+    """A line above others, with a note behind it."""
+    return Text.assemble((text, "head"), (f" {note}" if note else "", style))
+
+
+def entry(name: str, meaning: str, *, width: int) -> Text:
+    """A name and, in a column of its own from `width` on, its meaning; a longer name has the first line alone."""
+    indent = " " * (width + 3)
+    body = textwrap.fill(meaning, columns(), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    alone = len(name) > width
+    start = f"  {name}\n" if alone else f"  {name:<{width}} "
+    return Text.assemble((start, "name"), _coded(body if alone else body[len(indent) :]))
+
+
+def paragraph(text: str, *, indent: int = 0, style: str = "") -> Text:
+    """Text wrapped to the width of the screen."""
+    space = " " * indent
+    wrap = textwrap.TextWrapper(columns(), initial_indent=space, subsequent_indent=space, break_on_hyphens=False)
+    return _coded(wrap.fill(text), style)
+
+
+def _coded(text: str, style: str = "") -> Text:
+    """Text with what stands between backticks, which can be typed, in another colour."""
+    coded = Text(text, style=style)
+    coded.highlight_regex(_CODE, "name")
+    return coded
+
+
+def table(rows: Iterable[Iterable[str]], *, right: Iterable[int] = ()) -> list[list[str]]:
+    """The cells of a table, each padded to the width of its column; the columns `right` to the right."""
+    cells = [list(row) for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+
+    def padded(text: str, number: int) -> str:
+        space = " " * (widths[number] - cell_len(text))
+        return space + text if number in right else text + space
+
+    return [[padded(text, number) for number, text in enumerate(row)] for row in cells]
+
+
+def clean(text: object, limit: int = 60) -> str:
+    """Text of a file or a path on one line: without secrets, control characters and what exceeds `limit` columns."""
+    line = " ".join(redact_text(plain_text(str(text))).split())
+    return line if cell_len(line) <= limit else f"{set_cell_size(line, limit - 3)}..."
+
+
+def print_error(message: str) -> None:
+    """Onto stderr; on a terminal, its first line in colour and long lines wrapped under their beginning."""
+    screen = Screen(stderr=True)
+    first, *rest = plain_text(message).split("\n")
+    if screen.is_terminal:
+        wrap = textwrap.TextWrapper(
+            screen.width - 1, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
+        )
+        first, *rest = [wrap.fill(line) for line in (first, *rest)]
+    head, colon, tail = first.partition(":")
+    body = _coded("\n".join([tail, *rest]))
+    screen.print(Text.assemble((head + colon, "bad"), body))  # in one piece: other processes may print too

@@ -1,0 +1,368 @@
+"""Compose a configuration with Hydra's compose API and say everything that is wrong with it, before Hydra runs."""
+
+import contextlib
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra import compose, version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+import sheeprlhf
+from sheeprlhf.config.absolute_paths import with_absolute_paths
+from sheeprlhf.config.catalogue import condensed
+from sheeprlhf.config.config_files import check_sources
+from sheeprlhf.config.option_checks import option_problems, sweep_problems
+from sheeprlhf.config.overrides import Chosen, key_problem, missing_problem, pick_groups, readable, recipe_owner
+from sheeprlhf.config.path_checks import run_folder_problems
+from sheeprlhf.config.registry import ROOTS, choices, groups, options, register_configs, to_typed
+from sheeprlhf.config.run_lookup import RUN_OPTIONS, evaluated_run, is_newest, newest_unfinished, with_start
+from sheeprlhf.config.saved_config import read_run_config, saved_group
+from sheeprlhf.config.shell import option_word
+from sheeprlhf.config.untrusted_config import content_problems
+from sheeprlhf.config.validate import validate
+from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
+from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.home import known_home
+from sheeprlhf.utils.launchers import is_one_of_several, launched
+
+SAVED_CHOICE = "of_the_run"
+RECIPES = dict.fromkeys(
+    ("train", "doctor", "pipeline"), ("experiment",)
+)  # groups of named values, which have no dataclass
+
+
+class Source(NamedTuple):
+    """Where Hydra looks: the verb, the directory of configs, the file's name, and a directory of the user's."""
+
+    verb: str
+    directory: Path
+    name: str
+    extra: str | None = None
+
+
+def configs_directory() -> Path:
+    """The repository's `configs/`, else the copy inside the installed package; never the working directory's."""
+    package = Path(sheeprlhf.__file__).resolve().parent
+    checkout = package.parent / "configs"
+    return checkout if (checkout / "train.yaml").is_file() else package / "configs"
+
+
+class Job(NamedTuple):
+    """One valid job.
+
+    Attributes:
+        config: typed and read-only.
+        given_dir: the directory of `hydra.run.dir=...`, if the user gave one.
+        runs: the earlier runs as they were asked for, by option: a directory, `newest` or `auto`.
+    """
+
+    config: RootConfig
+    given_dir: str | None
+    runs: dict[str, Any]
+
+
+def check(source: Source, overrides: list[str], *, multirun: bool = False, complete: bool = True) -> list[str]:
+    """Every problem of a command line; of every job, if it is a sweep.
+
+    Args:
+        source: where the configuration comes from.
+        overrides: the command line's `key=value` words.
+        multirun: several values of a key are several jobs.
+        complete: also refuse missing values and impossible combinations (false to show a configuration).
+    """
+    parsed, problems = readable(overrides)
+    problems += sweep_problems(parsed) if multirun else []
+    with _hydra(source):
+        for job in _jobs(parsed) if multirun else [parsed]:
+            try:
+                _compose_job(source, job, complete)
+            except ConfigError as error:
+                problems += error.problems
+    return list(dict.fromkeys(problems))
+
+
+def compose_job(source: Source, overrides: list[str]) -> Job:
+    """Compose the command line of one job.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    parsed, problems = readable(overrides)
+    with _hydra(source):
+        try:
+            job = _compose_job(source, parsed, complete=True)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    assert job is not None
+    return job
+
+
+def compose_for_help(source: Source, overrides: list[str]) -> tuple[DictConfig, dict[str, list[str]]]:
+    """The configuration of the groups chosen so far (`task` may stay missing), and the choices of every group."""
+    parsed, problems = readable(overrides)
+    with _hydra(source):
+        chosen = pick_groups(source.verb, parsed, _group_options(source.verb))
+        config, stand_ins = _compose_base(source, chosen, _words(chosen.groups))
+    if problems or chosen.problems:
+        raise ConfigError(*problems, *chosen.problems)
+    with open_dict(config):
+        del config["hydra"]
+        if stand_ins:
+            config.task = "???"
+    return config, chosen.available
+
+
+def saved_overrides(verb: str, overrides: list[str]) -> list[str]:
+    """For `eval experiment_dir=<run>`: register the run's model and data as choices, and choose those not given.
+
+    So `data.max_length=64` changes the run's data, and `data=local` replaces it. A sweep over experiment_dir is left
+    to `finish`. `train resume_from=<run>` without a task takes all of the run's options.
+    """
+    parsed, _ = readable(overrides)
+    given = {override.key_or_group: override for override in parsed}
+    resumed = given.get("resume_from")
+    if verb == "train" and resumed is not None and not {"task", "experiment"} & given.keys():
+        return [] if resumed.is_sweep_override() or resumed.value() is None else _of_resumed(resumed.value(), given)
+    folder = given.get("experiment_dir")
+    if verb != "eval" or folder is None or folder.is_sweep_override() or folder.value() is None:
+        return []
+    values = {key: str(given[key].value()) for key in ("root_dir", "task") if key in given}
+    of_run = str(folder.value())
+    run_dir = evaluated_run(of_run, values.get("root_dir", EvalConfig.root_dir), values.get("task", ""))
+    added = [group for group in ("model", "data") if group not in given]
+    for group in added:
+        ConfigStore.instance().store(group=group, name=SAVED_CHOICE, node=saved_group(run_dir, group))
+    found = [] if run_dir == of_run else [option_word("experiment_dir", run_dir)]
+    return [*found, *(f"{group}={SAVED_CHOICE}" for group in added)]
+
+
+def _of_resumed(run_dir: Any, given: Mapping[str, Override]) -> list[str]:
+    """The options of a run that goes on, except those that are given: its groups as choices, and words of the others.
+
+    Raises:
+        ConfigError: there is no such run, or its configuration cannot be used.
+    """
+    root = str(given["root_dir"].value()) if "root_dir" in given else TrainConfig.root_dir
+    found = newest_unfinished(root) if is_newest(run_dir) else str(known_home("resume_from", str(run_dir)))
+    saved = read_run_config(found, key="resume_from")
+    words = [option_word("resume_from", found)]
+    for group in groups("train"):
+        if isinstance(saved.get(group), dict) and group not in given:
+            node: Any = saved_group(found, group, key="resume_from")
+            if group == "fabric" and (launched() is not None or is_one_of_several()):
+                node = dataclasses.replace(node, devices=None, num_nodes=None)  # the launcher's, unless given
+            ConfigStore.instance().store(group=group, name=SAVED_CHOICE, node=node)
+            words.append(f"{group}={SAVED_CHOICE}")
+    known = {option.key for option in options(TrainConfig())}
+    left_out = {"experiment", "resume", "resume_from", "debug", "root_dir", *given}
+    for key, value in _leaves({name: value for name, value in saved.items() if name not in groups("train")}):
+        if key in known and key not in left_out:
+            words.append(option_word(key, value))
+    return words
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        yield from _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+
+
+def finish(config: DictConfig, given_dir: str | None = None) -> Job:
+    """Make a composed configuration typed, find the runs that it names, and validate it.
+
+    Args:
+        config: what Hydra composed.
+        given_dir: the directory of `hydra.run.dir=...`, if the user gave one.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    runs = {key: OmegaConf.select(config, key) for key in RUN_OPTIONS}
+    if OmegaConf.get_type(config) is EvalConfig and config.experiment_dir is not None:
+        task = str(OmegaConf.select(config, "task.config_name"))
+        config.experiment_dir = evaluated_run(config.experiment_dir, config.root_dir, task)
+        for group in ("model", "data"):
+            if config[group] is None:
+                config[group] = saved_group(config.experiment_dir, group)
+    typed = with_start(with_absolute_paths(to_typed(config)), given_dir)
+    problems = validate(typed)
+    if problems:
+        raise ConfigError(*problems)
+    return Job(typed, given_dir, runs)
+
+
+@contextlib.contextmanager
+def _hydra(source: Source) -> Iterator[None]:
+    """Hydra's compose API over our configurations, the user's folder and the dataclasses, as `--config-dir` does it."""
+    register_configs()
+    check_sources()
+    path = create_config_search_path(str(source.directory))
+    if source.extra is not None:
+        path.prepend(
+            "command-line", f"file://{Path(source.extra).absolute()}", anchor=SearchPathQuery(provider="schema")
+        )
+    version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2(task_name="sheeprlhf", config_search_path=path)
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+        HydraConfig.instance().cfg = None
+
+
+def _group_options(verb: str, *, only_own_recipes: bool = True) -> dict[str, list[str]]:
+    """The choices of every group, classes and files, without those of other verbs; to tell recipes, all are read."""
+    loader: Any = GlobalHydra.instance().config_loader()
+    files = loader.repository  # the loader's own method copies all of it for every group
+    found = {
+        group: list(files.get_group_options(group, ObjectType.CONFIG))
+        for group in [*groups(verb), *RECIPES.get(verb, ())]
+    }
+    other = set(choices("task")) - set(choices("task", verb))
+    if "task" in found:
+        found["task"] = [name for name in found["task"] if name not in other]
+    for names in found.values():
+        names[:] = [name for name in names if name != SAVED_CHOICE]
+    if "experiment" in found and only_own_recipes:
+        found["experiment"] = [
+            name for name in found["experiment"] if (recipe_owner(name) == "pipeline") == (verb == "pipeline")
+        ]
+    return found
+
+
+def _words(overrides: list[Override]) -> list[str]:
+    return [override.input_line or "" for override in overrides]
+
+
+def _jobs(parsed: list[Override]) -> Iterator[list[Override]]:
+    """The jobs of a sweep; an override whose values only a sweeper knows is left out."""
+    parser = OverridesParser.create()
+    values = []
+    for override in parsed:
+        if not override.is_sweep_override():
+            values.append([override])
+        elif override.is_discrete_sweep():
+            key = override.get_key_element()
+            values.append([parser.parse_override(f"{key}={value}") for value in override.sweep_string_iterator()])
+    yield from map(list, itertools.product(*values))
+
+
+def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job | None:
+    """The job of these overrides; None unless it has to be complete.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    has_recipe = any(override.key_or_group == "experiment" for override in parsed)
+    chosen = pick_groups(source.verb, parsed, _group_options(source.verb, only_own_recipes=has_recipe))
+    problems = chosen.problems
+    try:
+        saved = saved_overrides(source.verb, _words(parsed))
+        base, without = _compose_base(source, chosen, _words(chosen.groups) + saved)
+        problems += without
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from error
+    hydra = base.hydra
+    with open_dict(base):
+        del base["hydra"]
+        if "experiment" in base:
+            base.experiment = hydra.runtime.choices.get("experiment")
+    outside = content_problems(base, parsed)
+    if outside:  # before any value is read, and with it what it refers to
+        raise ConfigError(*problems, *outside)
+    settled = {word.partition("=")[0] for word in saved}
+    for override in chosen.values:
+        problem = key_problem(source.verb, override, base, chosen) if override.key_or_group not in settled else None
+        problems += [problem] if problem else []
+    outside = content_problems(base, parsed)
+    if outside:
+        raise ConfigError(*problems, *outside)
+    job = None
+    if complete:
+        try:
+            given_dir = _given_dir(base, hydra)
+            problems += [] if given_dir is None else run_folder_problems(given_dir)
+            if OmegaConf.missing_keys(base):
+                problems += _missing_problems(base, chosen)
+            else:
+                job = finish(base, given_dir)
+        except OmegaConfBaseException as error:
+            problems.append(condensed(str(error).splitlines(), source.verb))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+    return job
+
+
+def _given_dir(base: DictConfig, hydra: DictConfig) -> str | None:
+    """The directory of `hydra.run.dir=...`; None if the user gave none."""
+    if OmegaConf.to_container(hydra.run, resolve=False) == {"dir": "."}:
+        return None
+    with open_dict(base):
+        base.hydra = hydra
+        HydraConfig.instance().set_config(base)  # for ${hydra:...}
+        given = str(base.hydra.run.dir)
+        del base["hydra"]
+    return None if given == "." else given
+
+
+def _missing_problems(base: DictConfig, chosen: Chosen) -> list[str]:
+    """Missing values, and the limits of those that are there."""
+    missing = [key for key in sorted(OmegaConf.missing_keys(base)) if key.split(".")[0] not in chosen.failed]
+    limits = [problem for option in options(base) for problem in option_problems(option)]
+    return [missing_problem(key, base) for key in missing] + limits
+
+
+def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> tuple[DictConfig, list[str]]:
+    """The configuration of the chosen groups alone; a group that must be chosen and is not: a problem, and a stand-in.
+
+    Raises:
+        ConfigError: Hydra cannot compose it, for example because of a wrong key in a file.
+    """
+    problems: list[str] = []
+    words = [*words, *_words(chosen.hydra)]
+    while True:
+        try:
+            base = compose(source.name, words, return_hydra_config=True)
+            _check_schema(source, base)
+            return base, problems
+        except ConfigError:
+            raise
+        except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            unset = re.match(r"You must specify '(\w+)'", lines[0]) if lines else None
+            if unset is None or len(problems) > len(ROOTS):
+                raise ConfigError(condensed(lines, source.verb)) from error
+            group = unset[1]
+            names = chosen.available[group]
+            if not {group, "experiment"} & chosen.failed:  # a recipe may choose the group
+                problems.append(f"{group} is missing: give {group}=<name>; it may be {', '.join(names)}")
+            words.append(f"{group}={names[0]}")
+
+
+def _check_schema(source: Source, base: DictConfig) -> None:
+    """Raises ConfigError if the primary configuration is not of the command's options: nothing checks its keys then."""
+    if OmegaConf.get_type(base) is not ROOTS[source.verb]:
+        raise ConfigError(
+            f"--config-name={source.name} has no options of `{source.verb}`: begin its defaults with "
+            f"- {source.verb}_schema, as configs/{source.verb}.yaml does"
+        )

@@ -1,0 +1,149 @@
+"""What an evaluation must satisfy before anything is loaded; the sentences of `validate`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sheeprlhf.config.option_checks import nearest
+from sheeprlhf.config.path_checks import is_weights_name, new_folder_problems, weights_problems
+from sheeprlhf.config.registry import choices
+from sheeprlhf.config.run_lookup import start_problems, task_of_run
+from sheeprlhf.config.saved_config import read_run_config, saved_group
+from sheeprlhf.config.shell import shell_word
+from sheeprlhf.config.task_checks import (
+    narrowed,
+    sharding_problems,
+    unread_engine,
+    unread_generation,
+    unread_reward_model,
+)
+from sheeprlhf.structure.evaluation import REFERENCES, START, EvalTaskConfig, FrontierConfig, RewardConfig
+from sheeprlhf.structure.reward import AutoRewardConfig
+from sheeprlhf.structure.run import EvalConfig
+from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.output import link_problems
+
+
+def eval_problems(config: EvalConfig) -> Iterator[str]:
+    """What an evaluation lacks: packages, something to evaluate, weights of that name, somebody who judges."""
+    yield from sharding_problems(config, able=False)
+    yield from _generation_problems(config)
+    yield from _reward_problems(config)
+    if config.experiment_dir is None and isinstance(config.task, FrontierConfig):
+        yield "task=frontier goes over the checkpoints of a run: give experiment_dir=<run directory>"
+    elif config.experiment_dir is None:
+        missing = [name for name in ("model", "data") if getattr(config, name) is None]
+        if missing:
+            give = " and ".join(f"{name}=<{', '.join(choices(name))}>" for name in missing)
+            yield f"nothing to evaluate: give experiment_dir=<run directory>, or {give}"
+        yield from new_folder_problems("output_dir", config.output_dir)
+    if config.task.data_split == "reward" and config.data is not None and config.data.reward_model_split == 0:
+        yield "task.data_split=reward is empty with data.reward_model_split=0: give another split"
+    if isinstance(config.task, FrontierConfig) and config.task.model_name != EvalTaskConfig.model_name:
+        yield f"task.model_name={config.task.model_name} is not read by task=frontier, which takes all: remove it"
+    elif not is_weights_name(config.task.model_name):
+        near = nearest(config.task.model_name, ("final", "best", "last"))
+        did = f"did you mean task.model_name={near}? It may be" if near else "give"
+        yield f"task.model_name={config.task.model_name} is unknown: {did} final, best, last or step-<n>"
+    elif config.experiment_dir is not None:
+        yield from _run_problems(config, config.experiment_dir)
+
+
+def _generation_problems(config: EvalConfig) -> Iterator[str]:
+    """Options of generation that this evaluation does not read."""
+    how, name, writes = config.generation, config.task.config_name, config.task.writes
+    yield from unread_engine(how, name)
+    if not writes:
+        yield from unread_generation(how, name)
+    given = narrowed(how) if writes == "samples" else ""
+    if given:
+        yield (
+            f"{given}: task={name} samples with all probabilities, as training does: remove it, or give "
+            "generation.temperature"
+        )
+
+
+def _reward_problems(config: EvalConfig) -> Iterator[str]:
+    """A reward that nothing reads, or that cannot score; a comparison with nothing."""
+    reward, task = config.reward, config.task
+    if task.writes != "samples":
+        if reward != AutoRewardConfig():
+            yield f"reward={reward.config_name} is not read by task={task.config_name}: remove it"
+        return
+    yield from start_problems(config)
+    yield from unread_reward_model(config)
+    if reward.normalize:
+        yield (
+            "reward.normalize=true: by running moments the scores of different responses could not be compared: give "
+            "reward.normalize=false"
+        )
+    if reward.overlong_cache > config.generation.max_new_tokens:
+        yield (
+            f"reward.overlong_cache={reward.overlong_cache} is more than generation.max_new_tokens="
+            f"{config.generation.max_new_tokens}: give at most that"
+        )
+    if isinstance(task, RewardConfig):
+        yield from _against_problems(config, task.against)
+
+
+def _against_problems(config: EvalConfig, against: str) -> Iterator[str]:
+    """Whether there is something to compare with."""
+    if against.casefold() == REFERENCES:
+        return
+    if against.casefold() == START:
+        if config.experiment_dir is None:
+            yield "task.against=start: a model that no run has trained has no start: give references or a run directory"
+        elif config.model is not None and config.model.random_init:
+            yield (
+                f"task.against=start: the start of {config.experiment_dir} was random weights: give references or "
+                "another run directory"
+            )
+        return
+    try:
+        trained = task_of_run(read_run_config(against, key="task.against"))
+        saved_group(against, "model", key="task.against")
+    except ConfigError as error:
+        yield from (f"{problem}; it may also be {REFERENCES} or {START}" for problem in error.problems)
+        return
+    if trained is not None and trained.trains != "policy":
+        yield f"task.against={against}: this run of task={trained.config_name} trained a {trained.trains}: give another"
+        return
+    yield from weights_problems(against, "final", key="task.against", name_key="task.model_name")
+
+
+def _frontier_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
+    """A frontier begins at a start, and has points."""
+    if config.model is not None and config.model.random_init:
+        yield f"experiment_dir={run_dir}: task=frontier needs a start, and this run began with random weights"
+    if not Path(run_dir, "final").is_dir() and not any(Path(run_dir).glob("checkpoints/step-*")):
+        again = shell_word("resume_from", str(run_dir))
+        yield f"experiment_dir={run_dir}: this run has no checkpoint; go on with it by {again}"
+
+
+def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
+    """Whether a run has what an evaluation asks for, and takes its results."""
+    yield from new_folder_problems("experiment_dir", str(Path(run_dir) / "eval"))
+    yield from link_problems(Path(run_dir), (), ("eval",))
+    saved = read_run_config(run_dir)
+    trained = task_of_run(saved)
+    what, wanted = "policy" if trained is None else trained.trains, config.task.evaluates
+    if what not in wanted:
+        able = [name for name, cls in choices("task", "eval").items() if what in getattr(cls, "evaluates", ())]
+        give = f"task={' or '.join(able)}, or another run" if able else "another run"
+        of = "" if trained is None else f" of task={trained.config_name}"
+        yield (
+            f"experiment_dir={run_dir}: task={config.task.config_name} evaluates a {' or a '.join(wanted)}, and this "
+            f"run{of} trained a {what}: give {give}"
+        )
+        return
+    if isinstance(config.task, FrontierConfig):
+        yield from _frontier_problems(config, run_dir)
+    else:
+        yield from weights_problems(run_dir, config.task.model_name, key="experiment_dir", name_key="task.model_name")
+    task = saved.get("task")
+    start = task.get("sft_experiment_dir") if isinstance(task, dict) else None
+    adapters = config.model is not None and config.model.finetune_mode == "LORA"
+    if isinstance(start, str) and adapters and not Path(start).is_dir():
+        yield (
+            f"experiment_dir={run_dir} has adapters for the model that {start} left, and that is not there any more: "
+            "put it back"
+        )

@@ -1,0 +1,125 @@
+"""Which options make a configuration need less memory, and their next values. Pure functions of the configuration."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from sheeprlhf.config.registry import NOT_IN_HASH
+from sheeprlhf.config.shell import shell_word
+from sheeprlhf.structure.run import EvalConfig, TrainConfig
+from sheeprlhf.structure.task import TrainTaskConfig
+
+Change = dict[str, Any]
+"""Options by their full name and the values to give them, all together."""
+
+
+def smaller(config: TrainConfig | EvalConfig, phase: str = "forward pass") -> list[Change]:
+    """What to change so that `phase` (see `utils.memory`) needs less; the gentlest first, empty if nothing is left."""
+    if isinstance(config, EvalConfig):
+        return list(_smaller_generation(config) if phase == "generation" else _smaller_evaluation(config))
+    if phase == "generation":
+        return list(_smaller_generation(config))
+    changes = [] if phase in ("loading the model", "optimizer step") else list(_smaller_forward(config))
+    return changes + list(_smaller_model(config, phase))
+
+
+def words(change: Change) -> str:
+    """A change as it is typed."""
+    spelled = {key: str(value).lower() if isinstance(value, bool) else value for key, value in change.items()}
+    return " ".join(f"{key}={value}" for key, value in spelled.items())
+
+
+def changed(config: Any, change: Change) -> Any:
+    """A copy of the configuration with the change made."""
+    for key, value in change.items():
+        first, _, rest = key.partition(".")
+        new = changed(getattr(config, first), {rest: value}) if rest else value
+        config = dataclasses.replace(config, **{first: new})
+    return config
+
+
+def advice(config: TrainConfig | EvalConfig, phase: str, place: str | None) -> Iterator[str]:
+    """What to do after memory ran out in `phase`: one sentence each.
+
+    Args:
+        config: the configuration that needed too much.
+        phase: where memory ran out.
+        place: the directory of the run, which can go on; None if there is none.
+    """
+    changes = smaller(config, phase)
+    if place is None:
+        if changes:
+            yield f"give {_alternatives(changes)}"
+    else:
+        kept = [change for change in changes if change.keys() <= NOT_IN_HASH]
+        others = [change for change in changes if change not in kept]
+        again = "resume=true" if isinstance(config, TrainConfig) and config.resume else shell_word("resume_from", place)
+        then = f" and {_alternatives(kept)}" if kept else " when there is more memory"
+        yield f"repeat the command with {again}{then}: the run goes on from its last checkpoint, if it has one"
+        if others:
+            yield f"or start anew with {_alternatives(others)}"
+    if not changes:
+        yield "no option is left that would need less: take a smaller model, or a machine with more memory"
+
+
+def _alternatives(changes: list[Change]) -> str:
+    return ("one of " if len(changes) > 1 else "") + ", ".join(words(change) for change in changes)
+
+
+def _smaller_forward(config: TrainConfig) -> Iterator[Change]:
+    task, data = config.task, config.data
+    row = task.row_tokens(data.max_length)
+    rows = max(1, min(task.micro_batch_size, task.mini_batch_size, task.token_budget // row))
+    if rows > 1:
+        yield _fewer_rows(task, rows // 2, row)
+    if not config.model.gradient_checkpointing:
+        yield {"model.gradient_checkpointing": True}
+    if config.fabric.precision in ("32-true", "64-true"):
+        yield {"fabric.precision": "bf16-mixed"}
+    if rows == 1 and data.max_length >= 64:
+        shorter = data.max_length // 2
+        yield {"data.max_length": shorter, "data.max_prompt_length": min(data.max_prompt_length, shorter * 3 // 4)}
+
+
+def _fewer_rows(task: TrainTaskConfig, rows: int, row: int) -> Change:
+    """The option that limits the rows of a forward pass, so that they become about half."""
+    if task.micro_batch_size * row <= task.token_budget:
+        return {"task.micro_batch_size": rows}
+    return {"task.token_budget": max(row, task.token_budget // 2)}
+
+
+def _smaller_model(config: TrainConfig, phase: str) -> Iterator[Change]:
+    model = config.model
+    if model.finetune_mode == "ALL" and model.lora_cfg is not None:
+        if not model.random_init and not model.freeze_transformer:
+            adapters: Change = {"model.finetune_mode": "LORA"}
+            halved = phase == "loading the model" and model.dtype == "float32"
+            yield adapters | {"model.dtype": "bfloat16"} if halved else adapters
+    elif model.finetune_mode == "LORA" and model.lora_cfg is not None:
+        if model.dtype == "float32":
+            yield {"model.dtype": "bfloat16"}  # the frozen weights; adapters stay float32
+        if phase == "optimizer step" and model.lora_cfg.rank > 1:
+            yield {"model.lora_cfg.rank": model.lora_cfg.rank // 2}
+
+
+def _smaller_generation(config: TrainConfig | EvalConfig) -> Iterator[Change]:
+    generation = config.generation
+    if generation.num_beams > 1:
+        yield {"generation.num_beams": generation.num_beams // 2}
+    if generation.max_new_tokens > 1:
+        yield {"generation.max_new_tokens": generation.max_new_tokens // 2}
+    if isinstance(config, EvalConfig):
+        yield from _smaller_evaluation(config)
+    elif (shown := getattr(config.task, "num_sample_prompts", 0)) > 0:
+        yield {"task.num_sample_prompts": shown // 2}
+
+
+def _smaller_evaluation(config: EvalConfig) -> Iterator[Change]:
+    task = config.task
+    row = config.data.max_length if config.data is not None else 1
+    if task.token_budget // 2 >= row:
+        yield {"task.token_budget": task.token_budget // 2}
+    if task.mini_batch_size > 1:
+        yield {"task.mini_batch_size": task.mini_batch_size // 2}
+    if config.fabric.precision in ("32-true", "64-true"):
+        yield {"fabric.precision": "bf16-mixed"}

@@ -1,0 +1,245 @@
+"""What one word of a command names: the weights of a run, a model's folder, or a name of `list models`. No torch.
+
+Everything that files can tell is checked here, before anything heavy is imported.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sheeprlhf.config.option_checks import near_path
+from sheeprlhf.config.path_checks import is_weights_name, model_problem, template_problem, weights_problems
+from sheeprlhf.config.registry import choices
+from sheeprlhf.config.run_lookup import (
+    REPORT_FILE,
+    is_newest,
+    is_same_model,
+    newest_finished,
+    task_of_run,
+)
+from sheeprlhf.config.saved_config import read_run_config, saved_group
+from sheeprlhf.config.template_args import read_template_args
+from sheeprlhf.security.files import read_small
+from sheeprlhf.security.json_records import load_json
+from sheeprlhf.security.model_folder import merge_advice
+from sheeprlhf.security.record_schemas import DATA_REPORT
+from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.structure.evaluation import FrontierConfig
+from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
+from sheeprlhf.structure.run import EvalConfig, TrainConfig
+from sheeprlhf.structure.task import TrainTaskConfig
+from sheeprlhf.utils.chat_templates import FLAG
+from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.folders import is_scratch
+from sheeprlhf.utils.home import expand_home
+
+POLICY, REWARD_MODEL = "policy", "reward model"  # what a task can train
+WEIGHTS = "--weights"
+_INSTEAD = {
+    POLICY: "give one that writes text, of task=sft, dpo, ppo, ...; `demo <run> --reward <this run>` shows its scores",
+    REWARD_MODEL: "give a run of task=rm",
+}
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_STARTS = 8  # a run that starts from a run that ...
+
+
+class Trained(NamedTuple):
+    """A model that can be loaded as far as files tell.
+
+    Attributes:
+        word: as it was given.
+        trains: POLICY or REWARD_MODEL.
+        model: of the run or the folder.
+        data: what the run was trained on; None for a folder.
+        run_dir: the run; None for a folder.
+        weights: of the run: "final", "best", "last" or "step-<n>".
+        task: of the run.
+        chat_template: chosen instead of the model's own.
+        template_args: variables for the chat template, given instead of those of the run's data.
+    """
+
+    word: str
+    trains: str
+    model: ModelConfig
+    data: DataConfig | None = None
+    run_dir: Path | None = None
+    weights: str = "final"
+    task: str = ""
+    chat_template: str | None = None
+    template_args: dict[str, Any] | None = None
+
+    def is_whole(self) -> bool:
+        """Whether the weights need no others: a folder, or a run's `final/` without adapters."""
+        return self.run_dir is None or _is_whole(self.run_dir, self.weights)
+
+    def templated(self) -> bool:
+        """Whether the chat template, where there is one, wrote rows that it was trained on; assumed of a folder."""
+        report = {} if self.run_dir is None else load_json(self.run_dir / REPORT_FILE, DATA_REPORT)
+        parts = report.get("splits", {}).values()
+        return not parts or any(part.get("templated_rows", 1) for part in parts)
+
+    def with_tokenizer(self) -> ModelConfig:
+        """A model whose files hold the tokenizer: the run's own, if it wrote one."""
+        model = self.model if self.run_dir is None else with_own_tokenizer(self.model, self.run_dir)
+        return model if self.chat_template is None else dataclasses.replace(model, chat_template=self.chat_template)
+
+
+def with_own_tokenizer(model: ModelConfig, run_dir: Path) -> ModelConfig:
+    """The model of a run, with the files of its `final/` where these hold the tokenizer, its chat template included."""
+    final = run_dir / "final"
+    if not all((final / name).is_file() for name in ("config.json", "tokenizer.json")):
+        return model
+    return dataclasses.replace(model, repo_name=str(final), chat_template=None)
+
+
+def _is_whole(run_dir: Path, weights: str) -> bool:
+    return weights == "final" and not (run_dir / "final" / "adapter_config.json").is_file()
+
+
+def needs_base_model(config: EvalConfig) -> bool:
+    """Whether an evaluation reads the model that the run was made of, besides what the run itself has left."""
+    if config.experiment_dir is None or config.model is None:
+        return True
+    run_dir, weights = Path(config.experiment_dir), config.task.model_name
+    try:
+        saved = read_run_config(config.experiment_dir)
+    except ConfigError:  # told by `validate`
+        return True
+    model = saved.get("model")
+    if not isinstance(model, dict) or not is_same_model(model.get("repo_name"), config.model.repo_name):
+        return True
+    own = with_own_tokenizer(config.model, run_dir) is not config.model
+    if not own or not _is_whole(run_dir, weights) or isinstance(config.task, FrontierConfig):
+        return True
+    trained, task = task_of_run(saved), saved.get("task")
+    options = task if isinstance(task, dict) else {}
+    if not config.task.reads_start or config.model.random_init or (trained and trained.trains == REWARD_MODEL):
+        return False
+    start, name = options.get("sft_experiment_dir"), str(options.get("sft_model_name", "final"))
+    return not isinstance(start, str) or not _is_whole(Path(start), name)
+
+
+def find_trained(
+    word: str,
+    weights: str | None = None,
+    *,
+    wanted: str | None = POLICY,
+    chat_template: str | None = None,
+    template_args: str | None = None,
+) -> Trained:
+    """The model that a word names.
+
+    Args:
+        word: a run directory, "newest", a folder in the hub's layout, or a name such as "tiny".
+        weights: which of a run's; None is its final ones.
+        wanted: POLICY or REWARD_MODEL; None takes either.
+        chat_template: instead of the model's own, as `model.chat_template` takes it.
+        template_args: variables for the chat template, as text, instead of those of the run's data.
+
+    Raises:
+        ConfigError: it names nothing, or something that cannot be loaded or is of another kind; all problems at once.
+    """
+    problem = None if chat_template is None else template_problem(chat_template, key=FLAG)
+    if problem:
+        raise ConfigError(problem)
+    variables = None if template_args is None else read_template_args(template_args)
+    if is_newest(word):
+        kinds = (POLICY, REWARD_MODEL) if wanted is None else (wanted,)
+        word = newest_finished(TrainConfig.root_dir, key=word, trains=kinds)
+    return _find(word, weights, wanted)._replace(chat_template=chat_template, template_args=variables)
+
+
+def _find(word: str, weights: str | None, wanted: str | None) -> Trained:
+    folder = expand_home(word)
+    if is_scratch(folder.absolute()):
+        raise ConfigError(f"{word} is what a killed command has left, or one that works now: give what it was to write")
+    if (folder / "config.yaml").is_file():
+        return _of_run(word, folder, weights or "final", wanted, _MAX_STARTS)
+    named = choices("model").get(word)
+    if weights is not None:
+        raise ConfigError(f"{WEIGHTS} {weights}: {word} is no run, so it has no other weights: leave the flag out")
+    if folder.is_dir():
+        return _of_folder(word, folder, wanted)
+    if named is not None and isinstance(named.__dict__.get("repo_name"), str) and wanted != REWARD_MODEL:
+        model = named()
+        assert isinstance(model, ModelConfig)
+        return Trained(word, POLICY, model)
+    near = near_path(word)
+    did = f"did you mean {near}?" if near else "`list runs` shows the runs, `list models` the models that have a name"
+    raise ConfigError(f"{word} is neither a run nor a model's folder: {did}")
+
+
+def _of_folder(word: str, folder: Path, wanted: str | None) -> Trained:
+    if (folder / "adapter_config.json").is_file():
+        if not (folder.parent / "config.yaml").is_file():
+            raise ConfigError(f"{word}: {merge_advice(folder)}")
+        raise ConfigError(
+            f"{word}: this folder has adapters alone, and the run knows what they sit on: give its run, {folder.parent}"
+        )
+    if not (folder / "config.json").is_file():
+        below = sorted(path.parent for path in folder.glob("*/config.yaml"))
+        did = f"did you mean {below[-1]}?" if below else "give a run (it has config.yaml) or a model (config.json)"
+        raise ConfigError(f"{word} is neither a run nor a model's folder: {did}")
+    problem = model_problem(word, weights=True)
+    if problem:
+        raise ConfigError(problem.replace("model.repo_name=", "", 1))
+    trains = REWARD_MODEL if _is_classifier(folder) else POLICY
+    if wanted not in (None, trains):
+        raise ConfigError(f"{word} is a {trains}: {_INSTEAD[wanted or trains]}")
+    return Trained(word, trains, AutoModelConfig(repo_name=str(folder)))
+
+
+def _is_classifier(folder: Path) -> bool:
+    try:
+        names: Any = json.loads(read_small(folder / "config.json", _MAX_CONFIG_BYTES)).get("architectures")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{folder / 'config.json'} cannot be read ({error}): give another folder") from error
+    return isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
+
+
+def _of_run(word: str, run_dir: Path, weights: str, wanted: str | None, starts: int) -> Trained:
+    task = task_of_run(read_run_config(word, key="run"))
+    if task is None or task.trains not in ((POLICY, REWARD_MODEL) if wanted is None else (wanted,)):
+        what = f"a run of task={task.config_name}, which trains a {task.trains}" if task else "a run of no known task"
+        raise ConfigError(f"{word} is {what}: {_INSTEAD[wanted or POLICY]}")
+    problems: list[str] = []
+    if is_weights_name(weights):
+        problems += weights_problems(word, weights, key="run", name_key=WEIGHTS)
+    else:
+        problems.append(f"{WEIGHTS} {weights} is unknown: give final, best, last or step-<n>")
+    found = {}
+    for group in ("model", "data", "task"):
+        try:
+            found[group] = saved_group(word, group, key="run")
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+    model, data, of_task = found["model"], found["data"], found["task"]
+    assert isinstance(model, ModelConfig) and isinstance(data, DataConfig) and isinstance(of_task, TrainTaskConfig)
+    trained = Trained(word, task.trains, model, data, run_dir.absolute(), weights, task.config_name)
+    problems = [] if trained.is_whole() else list(_base_problems(trained, of_task, starts))
+    if problems:
+        raise ConfigError(*problems)
+    return trained
+
+
+def _base_problems(trained: Trained, task: TrainTaskConfig, starts: int) -> Iterator[str]:
+    """What is wrong with the weights that a run's adapters, or its checkpoints, need besides their own."""
+    start = getattr(task, "sft_experiment_dir", None)
+    needs = f"{trained.word}: its {trained.weights} weights need those that it was trained from"
+    if start is None:
+        problem = model_problem(trained.model.repo_name, weights=True)
+        if problem:
+            yield f"{needs}, {trained.model.repo_name}: {problem}"
+    elif not starts:
+        yield f"{needs}, and those are of too many runs, one from the other: {start}"
+    elif not (Path(start) / "config.yaml").is_file():
+        yield f"{needs}, and {start} is not there any more: put that run back, or give another"
+    else:
+        try:
+            _of_run(start, Path(start), getattr(task, "sft_model_name", "final"), POLICY, starts - 1)
+        except ConfigError as error:
+            yield from (f"{needs}: {problem}" for problem in error.problems)

@@ -1,0 +1,82 @@
+"""Checks of one option on its own, and the nearest valid name for a mistyped one."""
+
+import difflib
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+
+from sheeprlhf.config.registry import Option
+from sheeprlhf.security.redaction import is_secret_value
+
+_SAME = {"gpu": "cuda", "deepspeed": "fsdp2"}  # what nobody finds by the letters
+_MOST_NAMES = 1000  # of a folder, that are compared with a mistyped one
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate most like `word` in any letter case, or None if nothing is alike."""
+    by_folded = {candidate.casefold(): candidate for candidate in candidates}
+    folded = word.casefold()
+    matches = [
+        *difflib.get_close_matches(_SAME.get(folded, folded), by_folded, n=1, cutoff=0.5),
+        *difflib.get_close_matches(folded, by_folded, n=1, cutoff=0.5),
+    ]
+    matches = matches or [candidate for candidate in by_folded if folded and candidate.startswith(folded)]
+    return by_folded[matches[0]] if matches else None
+
+
+def near_path(path: str) -> str | None:
+    """The path of an existing neighbour whose name is most like that of `path`; None if nothing is alike."""
+    wrong = Path(path)
+    if os.path.exists(wrong):
+        return None
+    try:
+        names = [child.name for child in itertools.islice(wrong.parent.iterdir(), _MOST_NAMES)]
+    except OSError:
+        return None
+    near = nearest(wrong.name, names) if wrong.name else None
+    return str(wrong.with_name(near)) if near else None
+
+
+def option_problems(option: Option) -> Iterator[str]:
+    """What its own documentation forbids of one option: choices, range, credentials."""
+    key, value, metadata = option.key, option.value, option.metadata
+    if isinstance(value, str) and is_secret_value(value):
+        yield f"{key}: the value looks like a credential; put it into the environment (HF_TOKEN) and remove it here"
+    if isinstance(value, str) and metadata.get("choices") and not _is_choice(value, metadata["choices"]):
+        near = nearest(value, metadata["choices"])
+        did = f"did you mean {key}={near}? It" if near else "it"
+        yield f"{key}={value} is not a choice: {did} may be {', '.join(metadata['choices'])}"
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            yield from _range_problems(key, number, metadata)
+
+
+def _is_choice(value: str, choices: Iterable[str]) -> bool:
+    return value.casefold() in {choice.casefold() for choice in choices}
+
+
+def _range_problems(key: str, number: float, metadata: Any) -> Iterator[str]:
+    low, high, above = metadata.get("minimum"), metadata.get("maximum"), metadata.get("above")
+    unit = f" {metadata['unit']}" if metadata.get("unit") else ""
+    if not math.isfinite(number):
+        yield f"{key}={number} must be a finite number"
+    elif low is not None and number < low:
+        yield f"{key}={number} is too small: give {low:.12g}{unit} or more"
+    elif above is not None and number <= above:
+        yield f"{key}={number} is too small: give more than {above:.12g}{unit}"
+    elif high is not None and number > high:
+        yield f"{key}={number} is too large: give {high:.12g}{unit} or less"
+
+
+def sweep_problems(parsed: list[Override]) -> list[str]:
+    """Hydra composes a sweep once without what is swept, and an option of a task needs one that is chosen then."""
+    swept = [override for override in parsed if override.is_sweep_override() and override.key_or_group == "task"]
+    inner = [override.key_or_group for override in parsed if override.key_or_group.startswith("task.")]
+    if not swept or not inner:
+        return []
+    return [f"{swept[0].input_line} in a sweep does not go with {inner[0]}: give each task a command of its own"]

@@ -1,0 +1,332 @@
+"""What can be wrong with one `key=value` of the command line, and the sentence that says it."""
+
+import contextlib
+import dataclasses
+import typing
+from typing import Any, NamedTuple
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from sheeprlhf.config.catalogue import meant_by, owners_of
+from sheeprlhf.config.option_checks import nearest
+from sheeprlhf.config.registry import ROOTS, choices, groups, options, unwrap_optional
+from sheeprlhf.config.shell import hydra_value, shell_word
+from sheeprlhf.security.redaction import is_secret_name, is_secret_value
+
+_SECRET_FIX = "credentials never go on the command line; remove it and set HF_TOKEN or run `hf auth login`"
+
+
+class Chosen(NamedTuple):
+    """A job's overrides by kind: good choices of groups, Hydra's own, values; and what is wrong with the choices."""
+
+    available: dict[str, list[str]]
+    groups: list[Override]
+    hydra: list[Override]
+    values: list[Override]
+    failed: set[str]  # groups whose choice does not exist: nothing else is said about their options
+    problems: list[str]
+
+
+def readable(words: list[str]) -> tuple[list[Override], list[str]]:
+    """The overrides that can be parsed and carry no credential; a problem for each of the others."""
+    parser = OverridesParser.create()
+    parsed, problems = [], []
+    for word in words:
+        key, _, value = word.partition("=")
+        if not key:
+            problems.append(f"{_short(word)} has no key: write key=value, for example seed=1")
+            continue
+        if is_secret_value(word):
+            problems.append(f"{key if value and not is_secret_value(key) else 'a word'}: {_SECRET_FIX}")
+            continue
+        try:
+            override = parser.parse_override(word)
+        except (HydraException, ValueError):
+            if is_secret_name(key):
+                problems.append(f"{key}: {_SECRET_FIX}")
+            else:
+                problems.append(_unreadable(word, key, value))
+            continue
+        if is_secret_name(override.key_or_group) and not _is_option(override.key_or_group):
+            problems.append(f"{override.key_or_group}: {_SECRET_FIX}")
+        else:
+            parsed.append(override)
+    return parsed, problems
+
+
+def quote_list_items(word: str) -> str:
+    """A word with quotes around the items of its list that Hydra would refuse: `[<end>,a]` becomes `["<end>",a]`.
+
+    In a list of texts, all items without quotes become texts, so that `[10]` stays as it is typed.
+    """
+    key, _, value = word.partition("=")
+    if not value.startswith("[") or not value.endswith("]"):
+        return word
+    items, texts = _split_items(value[1:-1]), _is_list_of_texts(key)
+    if items is None or (not texts and _parsed(word) is not None):
+        return word
+    quoted = [
+        item if _reads_as(item, str if texts else object) else hydra_value(item.replace("\\,", ",")) for item in items
+    ]
+    result = f"{key}=[{','.join(quoted)}]"
+    return word if _parsed(result) is None else result
+
+
+def _split_items(text: str) -> list[str] | None:
+    """The items of a list, at commas outside of quotes and brackets; None if a quote or a bracket stays open."""
+    items, start, quote, depth, place = [], 0, "", 0, 0
+    while place < len(text):
+        letter, before = text[place], text[start:place].strip()
+        if letter == "\\":
+            place += 1
+        elif quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'" and not before:
+            quote = letter
+        elif letter in "[{" and (depth or not before):
+            depth += 1
+        elif letter in "]}" and depth:
+            depth -= 1
+        elif letter == "," and not depth:
+            items.append(text[start:place].strip())
+            start = place + 1
+        place += 1
+    if quote or depth:
+        return None
+    return [*items, text[start:].strip()] if text.strip() else []
+
+
+def _parsed(word: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(word)
+    except (HydraException, ValueError):
+        return None
+
+
+def _reads_as(item: str, kind: type) -> bool:
+    """Whether Hydra reads an item of a list, and as a value of this kind."""
+    found = _parsed(f"key=[{item}]")
+    value = None if found is None else found.value()
+    return isinstance(value, list) and len(value) == 1 and isinstance(value[0], kind)
+
+
+def _is_list_of_texts(key: str) -> bool:
+    """Whether an option with this key takes a list of texts."""
+    first, _, rest = key.partition(".")
+    for verb, root in ROOTS.items():
+        whole = typing.get_type_hints(root)
+        part, _ = unwrap_optional(whole.get(first))
+        members = [*(choices(first, verb).values() if first in groups(verb) else []), part]
+        found = [typing.get_type_hints(cls).get(rest) for cls in members if dataclasses.is_dataclass(cls)]
+        if list[str] in (whole.get(key), *found):
+            return True
+    return False
+
+
+def _unreadable(word: str, key: str, value: str) -> str:
+    if value and (value.startswith("[") or _is_list_of_texts(key)):
+        items = [item.strip().strip("\"'") for item in value.strip("[]").split(",")]
+        return f"{_short(word)} cannot be read: write the list with each text in quotes, {shell_word(key, items)}"
+    if value:
+        return f"{_short(word)} cannot be read: quote what has special characters, \"{key}='...'\""
+    if word in ROOTS:
+        return f"{word} is a command: give one command, at the start"
+    meant = ["--help"] if word == "help" else meant_by(word)
+    if meant:
+        return f"{_short(word)} is not key=value: did you mean {' or '.join(meant)}?"
+    return f"{_short(word)} is not key=value: options are written without dashes and spaces, for example seed=1"
+
+
+def _is_option(key: str) -> bool:
+    """Whether some configuration has this key: an option of ours is no credential."""
+    first, _, rest = key.partition(".")
+    for verb, root in ROOTS.items():
+        if first in groups(verb):
+            if any(rest in {option.key for option in options(cls())} for cls in choices(first, verb).values()):
+                return True
+        elif key in {option.key for option in options(root())}:
+            return True
+    return False
+
+
+def pick_groups(verb: str, parsed: list[Override], available: dict[str, list[str]]) -> Chosen:
+    """Sort a job's overrides by kind and check the choices of groups against those that exist."""
+    chosen = Chosen(available, [], [], [], set(), [])
+    for override in parsed:
+        key = override.key_or_group
+        if key.split(".")[0].split("/")[0].split("@")[0] == "hydra":
+            chosen.hydra.append(override)
+        elif key not in available or override.package is not None:
+            chosen.values.append(override)
+        else:
+            problem = _choice_problem(verb, override, available)
+            if problem is None:
+                chosen.groups.append(override)
+            else:
+                chosen.failed.add(key)
+                chosen.problems.append(problem)
+    return chosen
+
+
+def _choice_problem(verb: str, override: Override, available: dict[str, list[str]]) -> str | None:
+    key, names = override.key_or_group, available[override.key_or_group]
+    listed = f"it may be {', '.join(names) if names else 'nothing here: there are no files for it'}"
+    if override.is_delete():
+        return f"~{key} cannot be removed: {listed}"
+    value = override.value()
+    if override.is_add():
+        return f"+{key}={value}: {key} is there already; write {key}={value}"
+    if override.is_sweep_override():
+        return _sweep_problem(override, is_text=False)
+    if isinstance(value, str) and value in names:
+        return None
+    if key == "task":
+        owner = next((other for other in ROOTS if other != verb and value in choices("task", other)), None)
+        if owner:
+            return f"task={value} belongs to `{owner}`: write {owner} task={value}; here {listed}"
+    owner = recipe_owner(value) if key == "experiment" and isinstance(value, str) else None
+    if owner is not None:
+        return f"experiment={value} belongs to `{owner}`: write {owner} experiment={value}; here {listed}"
+    near = nearest(str(value), names) if isinstance(value, str) else None
+    hint = f"did you mean {key}={near}? " if near else ""
+    return f"{_short(override.input_line)} is not a choice: {hint}{listed.capitalize() if hint else listed}"
+
+
+def recipe_owner(recipe: str) -> str | None:
+    """The command that a recipe is for: `pipeline` if it has stages, else `train`; None if there is no such recipe.
+
+    Ask inside of Hydra's compose API.
+    """
+    loader: Any = GlobalHydra.instance().config_loader()
+    with contextlib.suppress(HydraException, OmegaConfBaseException, YAMLError, ValueError):  # told when it is chosen
+        found = loader.repository.load_config(f"experiment/{recipe}")
+        if found is not None:
+            return "pipeline" if "stages" in found.config else "train"
+    return None
+
+
+def key_problem(verb: str, override: Override, config: DictConfig, chosen: Chosen) -> str | None:
+    """Apply one value to `config`; a sentence if that cannot be done."""
+    key, word = override.key_or_group, _short(override.input_line)
+    if override.package is not None:
+        return f"{word}: groups have no @package here; write {key}=<name>"
+    found = _find(config, key)
+    if found is None:
+        if key.split(".")[0] in chosen.failed and _is_option(key):
+            return None
+        return _unknown_key(verb, key, config, chosen)
+    if isinstance(found, str):
+        return found
+    if override.is_delete():
+        return f"{word}: no option can be removed; give {key}=null where it may be null"
+    if override.is_add() and not override.is_force_add():
+        return f"{word}: {key} is there already; write it without the +"
+    hint, optional = unwrap_optional(found.type)
+    if override.is_sweep_override():
+        return _sweep_problem(override, is_text=hint in (str, Any), may_be_list=hint is Any)
+    value = override.value()
+    try:
+        if isinstance(value, int | float) and isinstance(value, bool) != (hint is bool) and hint in (bool, int, float):
+            raise ValueError(value)  # OmegaConf would take true for 1 and 2 for true
+        OmegaConf.update(config, key, value)
+    except (OmegaConfBaseException, ValueError):
+        if value is None and not optional:
+            return f"{key}=null: a value is needed, {_example(key, found)}"
+        if hint is str and isinstance(value, list):
+            return f"{word}: a text is needed; quote it: \"{key}='{','.join(map(str, value))}'\""
+        if typing.get_origin(hint) is list and isinstance(value, str):
+            return f"{word}: a list is needed; write {shell_word(key, [value])}"
+        return f"{word}: {_needed(hint)} is needed, {_example(key, found)}"
+    return None
+
+
+def _sweep_problem(override: Override, *, is_text: bool, may_be_list: bool = False) -> str:
+    key = override.key_or_group
+    text = (override.input_line or "").partition("=")[2]
+    quoted = f"; for one text, quote it: \"{key}='{text}'\"" if is_text else ""
+    quoted = f"; for a list, write '{key}=[{text}]'" if may_be_list else quoted
+    return f"{_short(override.input_line)}: several values need -m (one run each){quoted}"
+
+
+class _Found(NamedTuple):
+    type: Any
+    default: Any
+
+
+def _find(config: DictConfig, key: str) -> _Found | str | None:
+    """The option's type and present value; a sentence if it lies inside something that is null; None if unknown."""
+    node: Any = config
+    cls: Any = OmegaConf.get_type(config)
+    inside_null = ""
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents, 1):
+        hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+        if part not in hints:
+            return None
+        node = None if node is None or OmegaConf.is_missing(node, part) else node[part]
+        cls = OmegaConf.get_type(node) if isinstance(node, DictConfig) else unwrap_optional(hints[part])[0]
+        if node is None and not inside_null:
+            inside_null = ".".join(parents[:depth])
+    hints = typing.get_type_hints(cls) if dataclasses.is_dataclass(cls) else {}
+    if last not in hints:
+        return None
+    if inside_null:
+        more = f"give {inside_null}=<name>, or experiment_dir" if "." not in inside_null else f"drop {inside_null}=null"
+        return f"{key} cannot be set: {inside_null} is null; {more}"
+    return _Found(hints[last], None if OmegaConf.is_missing(node, last) else node[last])
+
+
+def _unknown_key(verb: str, key: str, config: DictConfig, chosen: Chosen) -> str:
+    group, _, rest = key.partition(".")
+    if group in groups(verb):
+        having = [n for n, cls in choices(group, verb).items() if rest in {o.key for o in options(cls())}]
+        if rest and having:
+            return f"{key} is an option of {group}={' and '.join(having)}: choose that, or remove {key}"
+    keys = [option.key for option in options(config)]
+    last = key.split(".")[-1]
+    same = [k for k in keys if k.split(".")[-1] == last]
+    if not same:
+        near_last = nearest(last, [k.split(".")[-1] for k in keys]) if "." not in key else None
+        near = nearest(key, [*keys, *chosen.available])
+        same = [k for k in keys if k.split(".")[-1] == near_last] if near is None and near_last else []
+        same = same or ([near] if near else [])
+    owners = owners_of(key, verb)  # then the key is no slip of the pen
+    did = f"did you mean {' or '.join(same[:3])}?" if same and not owners else f"`{verb} --help` lists all"
+    return f"there is no option {_short(key)}: {did}{owners}"
+
+
+def missing_problem(key: str, config: DictConfig) -> str:
+    """The sentence for a value that only the user can give."""
+    found = next((option for option in options(config) if option.key == key), None)
+    meaning = f" ({found.metadata['help'].rstrip('.')})" if found is not None and found.metadata.get("help") else ""
+    return f"{key} is missing: give {key}=<value>{meaning}"
+
+
+def _needed(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {len(typing.get_args(hint))} numbers"
+    if typing.get_origin(hint) is list:
+        return "a list"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return names.get(hint, "a group of options")
+
+
+def _example(key: str, found: _Found) -> str:
+    hint, _ = unwrap_optional(found.type)
+    value = OmegaConf.to_container(found.default) if OmegaConf.is_config(found.default) else found.default
+    if value is None or value == [] or isinstance(value, dict):
+        examples = {int: 100, float: 1e-5, bool: True, str: "name", list: "[a,b]"}
+        value = examples.get(typing.get_origin(hint) or hint, "null")
+    shown = str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "").replace("1e-05", "1e-5")
+    return f"for example {key}={shown}"
+
+
+def _short(text: str | None, limit: int = 80) -> str:
+    text = text or ""
+    return text if len(text) <= limit else f"{text[:limit]}..."

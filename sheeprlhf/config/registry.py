@@ -1,0 +1,255 @@
+"""From a name to a config dataclass, and from what Hydra composed to a typed, read-only configuration."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.structure.evaluation import EvalTaskConfig, FrontierConfig
+from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.optim import OptimizerConfig
+from sheeprlhf.structure.option import Config
+from sheeprlhf.structure.reward import RewardSourceConfig
+from sheeprlhf.structure.rollout import OnlineTaskConfig
+from sheeprlhf.structure.run import (
+    CommandConfig,
+    DoctorConfig,
+    EvalConfig,
+    FetchConfig,
+    InspectConfig,
+    PipelineConfig,
+    RootConfig,
+    TrainConfig,
+)
+from sheeprlhf.structure.task import TrainTaskConfig
+from sheeprlhf.utils.errors import ConfigError
+
+ROOTS: dict[str, type[TrainConfig] | type[EvalConfig] | type[CommandConfig]] = {
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "inspect": InspectConfig,
+    "doctor": DoctorConfig,
+    "fetch": FetchConfig,
+    "pipeline": PipelineConfig,
+}
+BASES: dict[str, tuple[type[Config], ...]] = {
+    "task": (TrainTaskConfig, EvalTaskConfig),
+    "model": (ModelConfig,),
+    "data": (DataConfig,),
+    "fabric": (FabricConfig,),
+    "optim": (OptimizerConfig,),
+    "reward": (RewardSourceConfig,),
+}
+_TASKS = {verb: (EvalTaskConfig,) if verb == "eval" else (TrainTaskConfig,) for verb in ROOTS}
+DRY_RUN_STEPS = 2
+DRY_RUN_ROWS = 64
+
+# What names, places or speeds up a run without changing its result (another number of processes only rounds sums
+# differently; a checkpoint announces it). Everything else tells two runs apart.
+CUT_OPTIONS = ("task.token_budget", "task.micro_batch_size", "model.gradient_checkpointing")  # speed and memory alone
+NOT_IN_HASH = frozenset(
+    {
+        *("resume", "resume_from", "debug", "root_dir", "output_dir", "experiment"),
+        *("data.cache_dir", "data.num_proc", "task.num_workers", "task.num_sample_prompts"),
+        "task.max_skipped_steps",  # which without it end the run
+        *CUT_OPTIONS,
+        *("fabric.config_name", "fabric.accelerator", "fabric.devices", "fabric.num_nodes", "fabric.strategy"),
+        "fabric.timeout",
+    }
+)
+
+
+class Option(NamedTuple):
+    """One leaf of a configuration: its dotted key, annotated type, value and documentation."""
+
+    key: str
+    type: Any
+    value: Any
+    metadata: typing.Mapping[str, Any]
+
+
+def choices(group: str, verb: str = "") -> dict[str, type[Config]]:
+    """The dataclasses of a group by `config_name`: every subclass that is defined, so a new one needs no list."""
+    bases = _TASKS.get(verb, BASES["task"]) if group == "task" else BASES[group]
+    found: dict[str, type[Config]] = {}
+    waiting = list(bases)
+    while waiting:
+        cls = waiting.pop(0)
+        name = getattr(cls, "config_name", "???")
+        if name != "???":
+            found[name] = cls
+        waiting.extend(cls.__subclasses__())
+    return found
+
+
+def groups(verb: str) -> list[str]:
+    """The groups that a verb composes, in the order of its dataclass."""
+    return [field.name for field in dataclasses.fields(ROOTS[verb]) if field.name in BASES]
+
+
+def register_configs() -> None:
+    """Everything into Hydra's ConfigStore: the roots as `<verb>_schema`, and the choices of every group."""
+    _register(tuple((group, name, cls) for group in BASES for name, cls in choices(group).items()))
+
+
+@functools.cache
+def _register(found: tuple[tuple[str, str, type[Config]], ...]) -> None:
+    """The same once for the same classes: it takes a tenth of a second."""
+    store = ConfigStore.instance()
+    for verb, root in ROOTS.items():
+        store.store(name=f"{verb}_schema", node=root)
+    for group, name, cls in found:
+        store.store(group=group, name=name, node=cls)
+
+
+def options(node: Config | DictConfig, prefix: str = "") -> Iterator[Option]:
+    """Every leaf of a configuration, typed or as Hydra composed it, in the order of the dataclasses."""
+    cls = OmegaConf.get_type(node) if isinstance(node, DictConfig) else type(node)
+    if cls is None or not dataclasses.is_dataclass(cls):
+        return
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in getattr(cls, "unread", ()):
+            continue
+        key = f"{prefix}{field.name}"
+        missing = isinstance(node, DictConfig) and OmegaConf.is_missing(node, field.name)
+        value = "???" if missing else getattr(node, field.name)
+        if isinstance(value, Config | DictConfig):
+            yield from options(value, f"{key}.")
+        else:
+            yield Option(key, hints[field.name], value, _metadata(cls, field.name))
+
+
+def _metadata(cls: type, name: str) -> typing.Mapping[str, Any]:
+    """The field's own documentation, else its parents': a short subclass may redefine a default alone."""
+    for parent in cls.__mro__:
+        field = getattr(parent, "__dataclass_fields__", {}).get(name)
+        if isinstance(field, dataclasses.Field) and field.metadata:
+            return field.metadata
+    return {}
+
+
+def to_typed(config: DictConfig) -> RootConfig:
+    """The composed configuration as its own dataclasses: choices in their first spelling, dry run applied, read-only.
+
+    Raises:
+        ConfigError: a value is missing or an interpolation does not resolve.
+    """
+    try:
+        typed = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    assert isinstance(typed, RootConfig)
+    _normalise(typed)
+    if isinstance(typed, TrainConfig | EvalConfig) and typed.dry_run:
+        typed = apply_dry_run(typed)
+    typed.lock()
+    return typed
+
+
+def _normalise(config: Config) -> None:
+    """Choices in their first spelling; lists become tuples, which nobody can change."""
+    for field in dataclasses.fields(cast(Any, config)):
+        value = getattr(config, field.name)
+        if isinstance(value, Config):
+            _normalise(value)
+        elif isinstance(value, list):
+            setattr(config, field.name, tuple(value))
+        elif isinstance(value, str):
+            spellings = _metadata(type(config), field.name).get("choices", ())
+            same = [s for s in spellings if s.casefold() == value.casefold()]
+            setattr(config, field.name, same[0] if same else value)
+
+
+def apply_dry_run(config: TrainConfig | EvalConfig) -> TrainConfig | EvalConfig:
+    """A copy that does little of everything: two optimizer steps (or mini-batches), short texts, the same model."""
+    replace = dataclasses.replace
+    data = config.data
+    if data is not None:
+        data = replace(data, num_samples=min(data.num_samples or DRY_RUN_ROWS, DRY_RUN_ROWS))
+    generation = replace(config.generation, max_new_tokens=min(config.generation.max_new_tokens, 8))
+    if isinstance(config, EvalConfig):
+        rows = DRY_RUN_STEPS * config.task.mini_batch_size
+        few: dict[str, Any] = {"num_samples": min(config.task.num_samples or rows, rows)}
+        if isinstance(config.task, FrontierConfig):
+            few["best_of"] = min(config.task.best_of, 4)
+        return replace(config, data=data, generation=generation, task=replace(config.task, **few))
+    task = config.task
+    little = {
+        "max_num_steps": DRY_RUN_STEPS,
+        "epochs": max(task.epochs, DRY_RUN_STEPS),  # the few rows may make one step per epoch
+        "lr_warmup_steps": min(task.lr_warmup_steps, 1),
+        "log_interval": 1,
+        "eval_interval": 1,
+        "save_interval": 1,
+        "eval_iters": 2,
+    }
+    if isinstance(task, OnlineTaskConfig):
+        group = task.num_generations
+        size = max(1, min(task.rollout_size, 16) // group) * group
+        of_step = max(1, min(task.mini_batch_size, size) // group) * group
+        little |= {"rollout_size": size, "mini_batch_size": of_step, "ppo_epochs": 1}
+    task = replace(task, **{name: value for name, value in little.items() if name not in task.unread})
+    cache = min(config.reward.overlong_cache, generation.max_new_tokens)
+    reward = replace(config.reward, overlong_cache=cache)
+    return replace(config, data=data or config.data, generation=generation, task=task, reward=reward)
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Plain dicts, lists and scalars, as saved in `config.yaml`."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(cast(Any, config))}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return config_to_dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def config_hash(config: Config) -> str:
+    """SHA-256 of everything in the configuration that changes the result of the run."""
+    kept = {option.key: _plain(option.value) for option in options(config) if option.key not in NOT_IN_HASH}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def from_dict(kind: str, saved: dict[str, Any]) -> Config:
+    """Rebuild one group's configuration (`kind` is "model", "data", ...) from a saved `config.yaml`.
+
+    The class is looked up by `config_name`; a model that came from a YAML file has every model's options. Values are
+    checked against the dataclass and nothing in them is ever interpolated.
+
+    Raises:
+        ConfigError: the name or a key is unknown, or a value has the wrong type.
+    """
+    name = saved.get("config_name")
+    cls = choices(kind).get(str(name), ModelConfig if kind == "model" else None)
+    if cls is None:
+        raise ConfigError(f"{kind}.config_name={name!r} is unknown; choose {', '.join(choices(kind))}")
+    if "${" in json.dumps(saved, default=str):
+        raise ConfigError(f"{kind}: the saved configuration holds an interpolation '${{...}}'; write the value instead")
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), saved))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{kind}: {str(error).splitlines()[0]}") from error
+    assert isinstance(typed, Config)
+    _normalise(typed)
+    typed.lock()
+    return typed
+
+
+def unwrap_optional(hint: Any) -> tuple[Any, bool]:
+    """`Optional[int]` -> (int, True); `int` -> (int, False)."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        return inner[0], True
+    return hint, hint is Any

@@ -1,0 +1,365 @@
+"""Runs that were made before: how they are found, and whether a task can start from one. Imports no torch."""
+
+import shlex
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sheeprlhf.config.memory_advice import changed
+from sheeprlhf.config.path_checks import is_template_file, is_weights_name, weights_problems
+from sheeprlhf.config.registry import choices, config_hash
+from sheeprlhf.config.saved_config import read_run_config, saved_group
+from sheeprlhf.config.shell import changed_words, command, option_word
+from sheeprlhf.security.json_records import LATEST, load_json
+from sheeprlhf.security.record_schemas import RUN
+from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.reward import needs_model
+from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
+from sheeprlhf.structure.task import TrainTaskConfig
+from sheeprlhf.utils.errors import ConfigError, RecordError
+from sheeprlhf.utils.home import expand_home, known_home
+from sheeprlhf.utils.launchers import is_rank_zero
+
+RUN_FILE = "run.json"
+REPORT_FILE = "data_report.json"
+NEWEST = "newest"  # instead of a directory: the newest finished run of the same model
+AUTO = "auto"  # the same if there is one
+START = "task.sft_experiment_dir"
+REWARD_MODEL = "task.rm_experiment_dir"
+TASKS = {START: "sft", REWARD_MODEL: "rm"}  # which task's runs they are
+RUN_OPTIONS = (*TASKS, "experiment_dir", "resume_from", "task.against")  # all that name a run, or ask for the newest
+_NAMES = {START: "task.sft_model_name", REWARD_MODEL: "task.rm_model_name"}
+_OTHER_REWARD = "reward=function reward.path=<name> for a reward without a model"
+_TICK = 1e-3  # seconds between the order of two runs
+Needy = TrainConfig | EvalConfig  # what may need earlier runs
+
+
+class FoundRun(NamedTuple):
+    """A run directory and the content of its run.json."""
+
+    dir: Path
+    info: dict[str, Any]
+
+
+@lru_cache
+def _warn(text: str) -> None:
+    """Rank zero prints a warning, once."""
+    if is_rank_zero():
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def find_runs(root_dir: str | Path, warn: Callable[[str], object] = _warn) -> list[FoundRun]:
+    """All runs under `root_dir`, newest first; a run whose run.json is damaged is named and left out."""
+    runs = []
+    for path in sorted(Path(root_dir).glob(f"*/*/*/*/*/{RUN_FILE}")):
+        try:
+            runs.append(FoundRun(path.parent, read_run(path.parent)))
+        except RecordError as error:
+            warn(f"skipping a run: {error}")
+    return sorted((run for run in runs if run.info), key=lambda run: (order_of(run.info), run.dir.name), reverse=True)
+
+
+def order_of(info: dict[str, Any]) -> float:
+    """The number by which runs, pipelines and results are sorted: the newest has the largest."""
+    order: float = info.get("order", info.get("started", 0.0))
+    return order
+
+
+def next_order(now: float, orders: Iterable[float]) -> float:
+    """The order of what is made now: `now`, or more than all others if the clock has moved backwards since.
+
+    Args:
+        now: seconds since 1970.
+        orders: of what is there.
+    """
+    return min(max([now, *(order + _TICK for order in orders)]), LATEST)
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """The content of run.json; empty if it is missing.
+
+    Raises:
+        RecordError: it is damaged.
+    """
+    return load_json(run_dir / RUN_FILE, RUN)
+
+
+def task_of_run(saved: dict[str, Any]) -> type[TrainTaskConfig] | None:
+    """What a run trained for, by its saved configuration; None if it does not tell."""
+    task = saved.get("task")
+    cls = choices("task", "train").get(str(task.get("config_name"))) if isinstance(task, dict) else None
+    return cls if cls is not None and issubclass(cls, TrainTaskConfig) else None
+
+
+def links_of(config: RootConfig) -> dict[str, str]:
+    """The earlier runs that a task needs, as they are configured: option and directory, or a word for one."""
+    if not isinstance(config, TrainConfig | EvalConfig):
+        return {}
+    found = {key: getattr(config.task, key.removeprefix("task."), None) for key in TASKS}
+    if not scores_by_run(config):
+        found.pop(REWARD_MODEL)
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def scores_by_run(config: Needy) -> bool:
+    """Whether the reward is a model that a run has left."""
+    return (
+        hasattr(config.task, "rm_experiment_dir")
+        and config.data is not None
+        and needs_model(config.reward, config.data.rule_reward)
+        and getattr(config.reward, "folder", None) is None
+    )
+
+
+def _begins_without(config: Needy) -> bool:
+    """Whether training may start from the model as it is: a rule can teach one that was not fine-tuned."""
+    return links_of(config).get(START, "").casefold() == AUTO and not scores_by_run(config)
+
+
+def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
+    """The configuration with the whole paths of the runs that it needs, also where it said "newest" or "auto".
+
+    A run that is resumed goes on with those that it started from, whatever has been trained since.
+
+    Args:
+        config: typed; returned as it is if there is nothing to find.
+        given_dir: the directory of `hydra.run.dir=...`, if the user gave one.
+    """
+    if not isinstance(config, TrainConfig | EvalConfig) or config.model is None:
+        return config
+    if isinstance(config, TrainConfig) and is_newest(config.resume_from):
+        config = _changed(config, {"resume_from": newest_unfinished(config.root_dir, config)})
+    if isinstance(config, EvalConfig) and is_newest(getattr(config.task, "against", None)):
+        asked = f"task.against={NEWEST}"
+        other = newest_finished(config.root_dir, key=asked, trains=("policy",), other_than=config.experiment_dir)
+        config = _changed(config, {"task.against": other})
+    of_reward = getattr(config.task, "rm_experiment_dir", None)
+    if of_reward is not None and is_word(of_reward) and not scores_by_run(config):
+        config = _changed(config, {REWARD_MODEL: None})
+    links = links_of(config)
+    words = [key for key, value in links.items() if is_word(value)]
+    given = {key: str(expand_home(value).absolute()) for key, value in links.items() if key not in words}
+    if given:
+        config = _changed(config, given)
+    if not words:
+        return _with_template_of_start(config)
+    for run in _resumable(config, given_dir) if isinstance(config, TrainConfig) else ():
+        with suppress(ConfigError):
+            before = read_run_config(str(run.dir)).get("task")
+            if isinstance(before, dict):
+                same = _changed(config, {key: before.get(key.removeprefix("task.")) for key in words})
+                same = _with_template_of_start(same)
+                if config_hash(same) == run.info.get("config_hash"):
+                    return same
+    found = {key: _newest(config, TASKS[key], config.model) for key in words}
+    settled: dict[str, str | None] = {key: str(run.absolute()) for key, run in found.items() if run is not None}
+    if START not in settled and _begins_without(config):
+        settled[START] = None
+    return _with_template_of_start(_changed(config, settled) if settled else config)
+
+
+def _with_template_of_start(config: Needy) -> Needy:
+    """Take over the chat template that was chosen for the run that a training starts from, unless one is given."""
+    start = getattr(config.task, "sft_experiment_dir", None)
+    if not isinstance(config, TrainConfig) or config.model.chat_template is not None or start is None or is_word(start):
+        return config
+    saved: Any = {}
+    with suppress(ConfigError):  # told by `start_problems`
+        saved = read_run_config(start).get("model")
+    chosen = saved.get("chat_template") if isinstance(saved, dict) else None
+    if not isinstance(chosen, str):
+        return config
+    left = Path(start) / "final" / "chat_template.jinja"
+    moved = is_template_file(chosen) and not Path(chosen).is_file() and left.is_file()
+    return _changed(config, {"model.chat_template": str(left) if moved else chosen})
+
+
+def is_newest(word: Any) -> bool:
+    """Whether it asks for the newest run instead of naming one."""
+    return isinstance(word, str) and word.casefold() == NEWEST
+
+
+def newest_finished(root_dir: str, *, key: str, trains: Collection[str], other_than: str | None = None) -> str:
+    """The newest finished run that trained one of these.
+
+    Args:
+        root_dir: of runs.
+        key: what asks for it, for the message.
+        trains: "policy" or "reward model", or both.
+        other_than: a run that is not meant.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    skipped = None if other_than is None else Path(other_than).resolve()
+    for run in find_runs(root_dir):
+        task = choices("task", "train").get(str(run.info.get("task")))
+        left = run.info.get("status") == "finished" and (run.dir / "final").is_dir()
+        if left and getattr(task, "trains", None) in trains and run.dir.resolve() != skipped:
+            return str(run.dir.absolute())
+    raise ConfigError(
+        f"{key}: {Path(root_dir).absolute()} has no finished run that trained a {' or a '.join(trains)}: `list runs` "
+        "shows the runs that there are; give the directory of one"
+    )
+
+
+def evaluated_run(experiment_dir: str, root_dir: str, task: str) -> str:
+    """The run that `experiment_dir` of an evaluation names, also where it says "newest".
+
+    Args:
+        experiment_dir: as it was given.
+        root_dir: of runs.
+        task: name of the evaluation.
+
+    Raises:
+        ConfigError: there is no finished run that it evaluates.
+    """
+    if not is_newest(experiment_dir):
+        return str(known_home("experiment_dir", experiment_dir))
+    trains = getattr(choices("task", "eval").get(task), "evaluates", ("policy",))
+    return newest_finished(root_dir, key=f"experiment_dir={experiment_dir}", trains=trains)
+
+
+def newest_unfinished(root_dir: str, config: TrainConfig | None = None) -> str:
+    """The newest run that has not finished.
+
+    Args:
+        root_dir: of runs.
+        config: only runs of its task and model are meant.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for run in find_runs(root_dir):
+        if run.info.get("status") == "finished":
+            continue
+        if config is None:
+            return str(run.dir.absolute())
+        model: Any = {}
+        with suppress(ConfigError):
+            model = read_run_config(str(run.dir)).get("model")
+        same = isinstance(model, dict) and is_same_model(model.get("repo_name"), config.model.repo_name)
+        if same and run.info.get("task") == config.task.config_name:
+            return str(run.dir.absolute())
+    of = "" if config is None else f" of task={config.task.config_name} with model.repo_name={config.model.repo_name}"
+    raise ConfigError(
+        f"resume_from={NEWEST}: {Path(root_dir).absolute()} has no unfinished run{of}; `list runs` shows the runs that "
+        "there are"
+    )
+
+
+def is_word(start: str) -> bool:
+    """Whether it is a word instead of a directory."""
+    return start.casefold() in (NEWEST, AUTO)
+
+
+def _changed(config: Needy, change: dict[str, Any]) -> Needy:
+    new = changed(config, change)
+    new.lock()
+    return new
+
+
+def _resumable(config: TrainConfig, given_dir: str | None) -> list[FoundRun]:
+    """The runs that this one may go on with."""
+    folder = config.resume_from or (given_dir if config.resume else None)
+    if folder is not None:
+        return [FoundRun(Path(folder), read_run(Path(folder)))]
+    return find_runs(config.root_dir) if config.resume else []
+
+
+def _newest(config: Needy, task: str, wanted: ModelConfig | None) -> Path | None:
+    """The newest finished run of a task on the configured model; a dry run is one for dry runs alone."""
+    for run in find_runs(config.root_dir):
+        if run.info.get("task") != task or run.info.get("status") != "finished" or not (run.dir / "final").is_dir():
+            continue
+        with suppress(ConfigError):
+            saved = read_run_config(str(run.dir))
+            model = saved.get("model")
+            name = model.get("repo_name") if isinstance(model, dict) else None
+            usable = config.dry_run or not saved.get("dry_run")
+            if wanted is not None and usable and is_same_model(name, wanted.repo_name):
+                return run.dir
+    return None
+
+
+def is_same_model(first: Any, second: Any) -> bool:
+    """Whether two values of `model.repo_name` are one hub id or one folder."""
+    if first == second:
+        return True
+    if not isinstance(first, str) or not isinstance(second, str):
+        return False
+    one, other = expand_home(first), expand_home(second)
+    return one.is_dir() and other.is_dir() and one.samefile(other)
+
+
+def start_problems(config: Needy) -> Iterator[str]:
+    """Why a task cannot have the runs that it is told to start from, or to be scored by."""
+    if config.model is None or config.data is None:
+        return  # told already
+    links = links_of(config)
+    missing = {key: value for key, value in links.items() if is_word(value)}
+    if missing and not _begins_without(config):
+        yield _missing(config, missing, config.model, config.data)
+    if REWARD_MODEL not in links and scores_by_run(config):
+        yield f"{REWARD_MODEL} is null and the reward is a model: give a run of task=rm, or {_OTHER_REWARD}"
+    for key, value in links.items():
+        if key not in missing:
+            yield from _link_problems(config, key, value, config.model)
+
+
+def _missing(config: Needy, words: dict[str, str], model: ModelConfig, data: DataConfig) -> str:
+    """There are no such runs: what to train first."""
+    options = [*model_options(model), f"data={data.config_name}", *changed_words("data", data)]
+    first = " and ".join(f"`{command(['train', f'task={TASKS[key]}', *options])}`" for key in words)
+    asked = ", ".join(f"{key}={value}" for key, value in words.items())
+    tasks = " and of ".join(f"task={TASKS[key]}" for key in words)
+    instead = f", or {_OTHER_REWARD}" if REWARD_MODEL in words else ""
+    return (
+        f"{asked}: {config.root_dir} has no finished run of {tasks} with model.repo_name={model.repo_name}: "
+        f"first {first}, or give a run directory{instead}"
+    )
+
+
+def _link_problems(config: Needy, key: str, run_dir: str, model: ModelConfig) -> Iterator[str]:
+    """Whether one earlier run is there, of the right kind and model, and has the weights."""
+    try:
+        saved = read_run_config(run_dir, key=key)
+        theirs = saved_group(run_dir, "model", key=key)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    task, wanted = task_of_run(saved), "reward model" if key == REWARD_MODEL else "policy"
+    if task is None or task.trains != wanted:
+        what = f"a run of task={task.config_name}, which trains a {task.trains}" if task else "a run of no known task"
+        yield f"{key}={run_dir} is {what}: give a run of task={TASKS[key]}; `list runs` shows them"
+        return
+    assert isinstance(theirs, ModelConfig)
+    if key == START and not is_same_model(theirs.repo_name, model.repo_name):
+        yield (
+            f"{key}={run_dir} was trained from model.repo_name={theirs.repo_name}, and this run has "
+            f"{model.repo_name}: give {model_words(theirs)}, or another run"
+        )
+    name_key = _NAMES[key]
+    name = str(getattr(config.task, name_key.removeprefix("task."), "final"))
+    if is_weights_name(name):
+        yield from weights_problems(run_dir, name, key=key, name_key=name_key)
+    else:
+        yield f"{name_key}={name} is unknown: give final, best, last or step-<n>"
+    if key == START and model.random_init:
+        yield f"model.random_init=true and {key}={run_dir} are two beginnings: give one of them"
+
+
+def model_words(model: ModelConfig) -> str:
+    """The words that choose a model, as a shell takes them."""
+    return shlex.join(model_options(model))
+
+
+def model_options(model: ModelConfig) -> list[str]:
+    """The words that choose a model."""
+    usual = getattr(choices("model").get(model.config_name), "repo_name", None)
+    named = [] if model.repo_name == usual else [option_word("model.repo_name", model.repo_name)]
+    return [f"model={model.config_name}", *named]

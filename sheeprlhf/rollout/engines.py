@@ -1,0 +1,314 @@
+"""Sampling engines for rollouts: our own sampler, or one of transformers'. All have the same interface.
+
+Letters: P prompts, K responses of each, N most new tokens, B rows, V vocabulary.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from sheeprlhf.model.load import uses_packed_attention
+from sheeprlhf.model.packing import is_recurrent
+from sheeprlhf.model.padded import no_router_logits
+from sheeprlhf.model.rotary import switch_length
+from sheeprlhf.rollout.generate import Stops, left_padded, own_settings, without_undefined
+from sheeprlhf.rollout.sampler import Sampled, prompt_groups, sample_responses
+from sheeprlhf.utils.errors import ModelError, NonFiniteError
+from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.modes import eval_mode
+
+Stop = Callable[[np.ndarray], bool]
+_PAGES = {"cpu": 32}  # tokens of a page of the cache of continuous batching ...
+_PAGE = 256  # ... elsewhere: what flash attention takes
+
+
+class Engine(Protocol):
+    """Samples K responses after each prompt from softmax(logits / temperature), and from nothing else."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[np.ndarray],
+        uniforms: np.ndarray,
+        *,
+        temperature: float,
+        end_ids: Sequence[int],
+        token_budget: int,
+        stop: Stop | None = None,
+        progress: Callable[[int], None] = lambda _: None,
+        packed: bool = True,
+        undefined_U: Tensor | None = None,
+    ) -> list[Sampled]:
+        """One `Sampled` per prompt, in their order.
+
+        Args:
+            model: the language model, not wrapped; flags, settings and random generators are left as they were.
+            prompts: token ids of each prompt, (P_i,), P_i >= 1.
+            uniforms: (P, K, N) float64 in [0, 1): all chance there is. An engine with a generator of its own seeds it
+                with the first number of the prompts that it samples after at a time.
+            temperature: divides the logits; above 0.
+            end_ids: tokens each of which ends a response; without any, nothing does.
+            token_budget: about the most tokens that are held at a time.
+            stop: called with a response's tokens so far; True ends it.
+            progress: called with the number of responses that have just ended.
+            packed: whether the model computes packed rows as it does padded ones.
+            undefined_U: (U,) int64, ids that are never sampled.
+        """
+
+
+@phase("generation")
+@torch.no_grad()
+def hf_responses(
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    uniforms: np.ndarray,
+    *,
+    temperature: float,
+    end_ids: Sequence[int],
+    token_budget: int,
+    stop: Stop | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+    packed: bool = True,
+    undefined_U: Tensor | None = None,
+) -> list[Sampled]:
+    """`Engine` by transformers' `generate`, on prompts padded on the left."""
+    num_responses, num_new = uniforms.shape[1:]
+    results: dict[int, Sampled] = {}
+    lengths = [len(prompt) for prompt in prompts]
+    settings = _settings(num_responses, num_new, temperature, end_ids)
+    for group in prompt_groups(lengths, num_responses, num_new, token_budget, shared=False):
+        input_ids, attention_mask = left_padded([prompts[index] for index in group], settings.pad_token_id)
+        width, watch = input_ids.shape[1], _Watch(temperature, undefined_U)
+        with eval_mode(model), own_settings(model, settings), _seeded(uniforms[group[0]], model.device):
+            output = cast(Any, model).generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([watch]),
+                stopping_criteria=StoppingCriteriaList([] if stop is None else [Stops(stop, width)]),
+                **no_router_logits(model),
+            )
+        ids_BN, logprobs_BN = output[:, width:].cpu().numpy(), watch.logprobs(output)
+        ended = [_ended(*row, end_ids, stop) for row in zip(ids_BN, logprobs_BN, strict=True)]
+        results |= zip(group, _grouped(ended, num_responses), strict=True)
+        progress(len(ended))
+    return [results[index] for index in range(len(prompts))]
+
+
+@phase("generation")
+@torch.no_grad()
+def continuous_responses(
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    uniforms: np.ndarray,
+    *,
+    temperature: float,
+    end_ids: Sequence[int],
+    token_budget: int,
+    stop: Stop | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+    packed: bool = True,
+    undefined_U: Tensor | None = None,
+) -> list[Sampled]:
+    """`Engine` by transformers' continuous batching, which fills the place of a response that has ended with the next.
+
+    It knows no stop: a response is cut afterwards.
+
+    Raises:
+        ModelError: it does not work for this model.
+        NonFiniteError: logits are not finite. It says no more of them, and without a GPU it fails in drawing.
+    """
+    if not prompts:
+        return []
+    num_responses, num_new = uniforms.shape[1:]
+    settings = _settings(num_responses, num_new, temperature, end_ids)
+    longest = max(map(len, prompts)) + num_new
+    check_engine("continuous", model, longest)
+    at_once = max(1, min(len(prompts) * num_responses, token_budget // longest))
+    page = _PAGES.get(model.device.type, _PAGE)
+    seed = _seed(uniforms[0])
+    how = ContinuousBatchingConfig(
+        page_size=page,
+        num_blocks=at_once * (-(-longest // page) + 1),
+        max_batch_tokens=at_once * longest,
+        max_requests_per_batch=at_once,
+        use_cuda_graph=False,
+        use_async_batching=False,
+        return_logprobs=True,
+        seed=seed,
+    )
+    inputs = [prompt.tolist() for prompt in prompts]
+    seeded = _seeded(uniforms[0], model.device)
+    with (
+        eval_mode(model),
+        own_settings(model, settings),
+        _plain_attention(model),
+        seeded,
+        _unlogged(),
+        _excluded(model, undefined_U),
+    ):
+        found = cast(Any, model).generate_batch(
+            inputs, generation_config=settings, continuous_batching_config=how, warmup=False
+        )
+    outputs = list(found.values())
+    broken = [one.error for one in outputs if one.error is not None or not one.generated_tokens]
+    if broken or len(outputs) != len(prompts) * num_responses:
+        said = next((str(error) for error in broken if error), "responses are missing")
+        if "`nan`" in said:
+            raise NonFiniteError(
+                "the model's logits are not finite while it samples; nothing was learnt from this rollout. Look at the "
+                "model, lower optim.lr, or compute in fabric.precision=32-true; generation.engine=native names the rows"
+            )
+        raise ModelError(f"continuous batching failed ({said[:200]}): give generation.engine=native or hf")
+    ended = [_ended(np.array(one.generated_tokens), np.array(one.logprobs), end_ids, stop) for one in outputs]
+    progress(len(ended))
+    return _grouped(ended, num_responses)
+
+
+def check_engine(name: str, model: PreTrainedModel, longest: int) -> None:
+    """Find out before anything is sampled whether a model can learn from what an engine samples.
+
+    Args:
+        name: of `ENGINES`.
+        model: the language model; tensors without content do.
+        longest: tokens of the longest prompt with its response.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    switch = switch_length(model)
+    if switch is not None and longest > switch:
+        raise ModelError(
+            f"{type(model).__name__} has other rotary embeddings beyond {switch} tokens, so a response that grows "
+            "beyond them has other probabilities in sampling and in learning: data.max_prompt_length and "
+            f"generation.max_new_tokens may be {switch} together, and are {longest}"
+        )
+    if name == "continuous" and (is_recurrent(model) or not uses_packed_attention(model)):
+        what = "keep the state of" if is_recurrent(model) else "replace the attention of"
+        raise ModelError(
+            f"generation.engine=continuous: it cannot {what} {type(model).__name__}: give generation.engine=native"
+        )
+
+
+ENGINES: dict[str, Engine] = {"native": sample_responses, "hf": hf_responses, "continuous": continuous_responses}
+
+
+class _Watch(LogitsProcessor):
+    """Sees the logits of every step, and remembers what they said of the token that was taken.
+
+    It changes nothing but logits of undefined ids, and those that are not finite, from which torch would refuse to
+    draw: what it remembers of them is not finite either, and who asked for the responses looks.
+    """
+
+    def __init__(self, temperature: float, undefined_U: Tensor | None = None) -> None:
+        self._temperature, self._undefined_U = temperature, undefined_U
+        self._newest_BV: Tensor | None = None
+        self._taken: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The (B, V) scores as they are; the newest column of `input_ids` came from those before."""
+        self._note(input_ids[:, -1])
+        scores = without_undefined(scores, self._undefined_U)
+        self._newest_BV = (scores.float() / self._temperature).log_softmax(dim=-1)
+        return without_undefined(torch.nan_to_num(scores), self._undefined_U)
+
+    def logprobs(self, output: Tensor) -> np.ndarray:
+        """(B, N) float32, nats, of every new token of the finished (B, width + N) `output`."""
+        self._note(output[:, -1])
+        return torch.stack(self._taken, dim=1).cpu().numpy()
+
+    def _note(self, taken_B: Tensor) -> None:
+        if self._newest_BV is not None:
+            self._taken.append(self._newest_BV.gather(1, taken_B[:, None])[:, 0])
+
+
+def _settings(num_responses: int, num_new: int, temperature: float, end_ids: Sequence[int]) -> GenerationConfig:
+    """Plain sampling, whole: no other default of transformers or of the model takes part."""
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0; nothing is sampled at 0")
+    return GenerationConfig(
+        max_new_tokens=num_new,
+        num_return_sequences=num_responses,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=list(end_ids) or None,
+        pad_token_id=next(iter(end_ids), 0),
+        use_cache=True,
+    )
+
+
+def _seed(uniforms_KN: np.ndarray) -> int:
+    """32 bits of the first number."""
+    return int(uniforms_KN[0, 0] * 2**32)
+
+
+@contextmanager
+def _seeded(uniforms_KN: np.ndarray, device: torch.device) -> Iterator[None]:
+    """Inside, torch's generators begin with the first number; afterwards they are what they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(_seed(uniforms_KN))
+        yield
+
+
+@contextmanager
+def _excluded(model: PreTrainedModel, undefined_U: Tensor | None) -> Iterator[None]:
+    """Inside, the model's logits of undefined ids are -inf: continuous batching takes no processors of ours."""
+
+    def exclude(_: object, __: object, output: Any) -> Any:
+        output.logits = without_undefined(output.logits, undefined_U)
+        return output
+
+    hook = None if undefined_U is None else model.register_forward_hook(exclude)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
+@contextmanager
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model has an attention that continuous batching knows."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Inside, continuous batching does not log the errors that it returns, nor their tracebacks."""
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _ended(
+    ids: np.ndarray, logprobs: np.ndarray, end_ids: Sequence[int], stop: Stop | None
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """One response up to where an end token or `stop` ended it, with its log-probabilities, and whether one did."""
+    ids, logprobs = ids.astype(np.int32), logprobs.astype(np.float32)
+    for number in range(1, len(ids) + 1):
+        if ids[number - 1] in end_ids or (stop is not None and stop(ids[:number])):
+            return ids[:number], logprobs[:number], True
+    return ids, logprobs, False
+
+
+def _grouped(found: list[tuple[np.ndarray, np.ndarray, bool]], num_responses: int) -> list[Sampled]:
+    """Every K of them are of one prompt."""
+    starts = range(0, len(found), num_responses)
+    return [Sampled(*zip(*found[start : start + num_responses], strict=True)) for start in starts]

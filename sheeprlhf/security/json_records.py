@@ -1,0 +1,202 @@
+"""Read our own JSON files: plain, of bounded size and depth, and validated against a schema. Imports no torch."""
+
+import json
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    Required,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
+
+from sheeprlhf.security.files import read_small, real_path
+from sheeprlhf.utils.errors import RecordError
+
+MAX_DEPTH = 32  # objects and lists inside one another
+MAX_DIGITS = 18  # of an integer, so that it fits into 64 bits and into a float
+_TOO_LARGE = object()  # stands for a number beyond MAX_DIGITS, or beyond the largest float
+
+
+class Range(NamedTuple):
+    """The numbers that a field may have, both ends included: `Annotated[int, Range(0, 10)]`."""
+
+    least: float
+    most: float
+
+
+Count = Annotated[int, Range(0, 10**MAX_DIGITS)]
+LATEST = 1e11  # seconds since 1970: the year 5138
+Time = Annotated[float, Range(0, LATEST)]
+
+
+class Schema(NamedTuple):
+    """Fields of one kind of JSON file.
+
+    Attributes:
+        kind: a TypedDict. Keys that it does not name may hold any JSON.
+        fix: what the user does about a damaged file; "{file}" and "{folder}" stand for its path and its folder's.
+        max_bytes: size of the largest file that is read.
+    """
+
+    kind: Any
+    fix: str
+    max_bytes: int = 1 << 22
+
+
+def load_json(path: Path, schema: Schema, *, root: Path | None = None) -> dict[str, Any]:
+    """The object in one of our JSON files; empty if there is no such file.
+
+    Args:
+        path: the file.
+        schema: types and required fields.
+        root: if given, links may not lead out of this folder.
+
+    Raises:
+        RecordError: the file cannot be read, is too large or nested too deeply, is not JSON, or a field is missing, has
+            another type or is out of range; names file, field and fix.
+    """
+    try:
+        text = read_small(path if root is None else real_path(path, root), schema.max_bytes)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise damaged(path, schema, "", f"cannot be read ({error.strerror or error})") from error
+    return parse_json(text, path, schema)
+
+
+def parse_json(text: bytes, path: Path, schema: Schema) -> dict[str, Any]:
+    """The object in the text of a file, or of one of its lines; see `load_json`."""
+    try:
+        content = json.loads(text, parse_int=_integer, parse_float=_float, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise damaged(path, schema, "", "is nested too deeply") from error
+    except _RepeatedKeyError as error:
+        raise damaged(path, schema, str(error), "is there twice") from error
+    except ValueError as error:  # also bytes that are no text
+        raise damaged(path, schema, "", f"is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise damaged(path, schema, "", "holds no object")
+    for field, problem in _problems(content, schema.kind, "", 0):
+        raise damaged(path, schema, field, problem)
+    return content
+
+
+def damaged(path: Path, schema: Schema, field: str, problem: str) -> RecordError:
+    """The error of a file in which a field has a problem, with the fix of its schema."""
+    return RecordError(str(path), field, problem, schema.fix.format(file=path, folder=path.parent))
+
+
+class _RepeatedKeyError(ValueError):
+    """A key that an object has twice."""
+
+
+def _integer(text: str) -> Any:
+    return int(text) if len(text.lstrip("-")) <= MAX_DIGITS else _TOO_LARGE
+
+
+def _float(text: str) -> Any:
+    number = float(text)
+    return number if math.isfinite(number) else _TOO_LARGE
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(next(name for name in names if names.count(name) > 1))
+    return content
+
+
+def _problems(value: Any, hint: Any, field: str, depth: int) -> Iterator[tuple[str, str]]:
+    """Field and problem of every part of a value that does not have the type of a hint."""
+    kinds = _kinds(hint)
+    if value is _TOO_LARGE:
+        yield field, "is a number that is too large"
+    elif depth > MAX_DEPTH:
+        yield field, "is nested too deeply"
+    elif isinstance(value, dict):
+        typed = next((kind for kind in kinds if is_typeddict(kind)), None)
+        inner = next((get_args(kind)[1] for kind in kinds if get_origin(kind) is dict), Any)
+        if typed is None and not _allows(kinds, dict):
+            yield field, f"is an object instead of {_names(kinds)}"
+            return
+        fields = {} if typed is None else _fields(typed)
+        required = () if typed is None else typed.__required_keys__
+        yield from ((_joined(field, name), "is missing") for name in sorted(required) if name not in value)
+        for name, part in value.items():
+            yield from _problems(part, fields.get(name, inner), _joined(field, name), depth + 1)
+    elif isinstance(value, list):
+        inner = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is list), Any)
+        if not _allows(kinds, list):
+            yield field, f"is a list instead of {_names(kinds)}"
+            return
+        for number, part in enumerate(value):
+            yield from _problems(part, inner, f"{field}[{number}]", depth + 1)
+    elif not any(_fits(value, kind) for kind in kinds):
+        shown = json.dumps(value)
+        yield field, f"is {shown if len(shown) < 40 else f'{shown[:36]}...'} instead of {_names(kinds)}"
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a type hint."""
+    origin = get_origin(hint)
+    if origin in (NotRequired, Required):
+        return _kinds(get_args(hint)[0])
+    if origin in (Union, UnionType):
+        return tuple(kind for part in get_args(hint) for kind in _kinds(part))
+    return (hint,)
+
+
+@lru_cache
+def _fields(typed: Any) -> dict[str, Any]:
+    return get_type_hints(typed, include_extras=True)
+
+
+def _allows(kinds: tuple[Any, ...], container: type) -> bool:
+    return any(kind is Any or get_origin(kind) is container for kind in kinds)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """True if a string, number, bool or null has the type; a bool does not count as a number."""
+    if kind is Any:
+        return True
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is Annotated:
+        base, limits = get_args(kind)[:2]
+        return _fits(value, base) and limits.least <= value <= limits.most
+    if kind in (int, float):
+        numbers = int if kind is int else int | float
+        return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
+    return kind in (str, bool, NoneType) and isinstance(value, kind)
+
+
+def _names(kinds: tuple[Any, ...]) -> str:
+    """The types for people to read."""
+    return " or ".join(_name(kind) for kind in kinds)
+
+
+def _name(kind: Any) -> str:
+    origin = get_origin(kind)
+    if origin is Literal:
+        return " or ".join(map(json.dumps, get_args(kind)))
+    if origin is Annotated:
+        base, limits = get_args(kind)[:2]
+        return f"{_name(base)} from {limits.least:g} to {limits.most:g}"
+    plain = {int: "an integer", float: "a number", str: "a string", bool: "true or false", NoneType: "null"}
+    return "a list" if origin is list else plain.get(kind, "an object")
+
+
+def _joined(field: str, name: str) -> str:
+    return f"{field}.{name}" if field else name

@@ -1,0 +1,212 @@
+"""A trained model that is ready to write text for people, or to score it."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sheeprlhf.agent.policy import Policy, load_policy
+from sheeprlhf.agent.reward import RewardModel, load_reward_model
+from sheeprlhf.config.model_lookup import Trained
+from sheeprlhf.data.collate import collate_padded
+from sheeprlhf.data.example import Example
+from sheeprlhf.data.prompt_encoder import FORMS, Asker, Turn, form_of, template_args_of
+from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.rollout.stop import StopStrings
+from sheeprlhf.rollout.stream import stream_ids
+from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.task.initial_policy import load_of_run, load_trained_reward_model
+from sheeprlhf.utils.end_tokens import end_token_ids
+from sheeprlhf.utils.errors import ConfigError, DataError
+from sheeprlhf.utils.lightning import move_data_to_device
+from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.vocabulary import undefined_ids
+
+_UNFINISHED = "\ufffd"  # how a decoder shows the first bytes of a character whose others are still to come
+
+
+class Writer:
+    """Answers in one form, on the device where its model is.
+
+    Args:
+        model: the language model, not wrapped, in eval mode.
+        tokenizer: its tokenizer.
+        form: a name of `FORMS`.
+        template_args: variables for the chat template.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        form: str,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.form_name, self.form = model, tokenizer, form, FORMS[form]
+        self._template_args = template_args
+        self._asker = Asker(self.form, tokenizer, template_args)
+        undefined = undefined_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
+        self._undefined_U = None if undefined is None else torch.from_numpy(undefined)
+        self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
+
+    def in_form(self, form: str) -> "Writer":
+        """The same model, asked in another form."""
+        return Writer(self.model, self.tokenizer, form, self._template_args)
+
+    def fit(self, turns: Sequence[Turn]) -> tuple[list[Turn], Example]:
+        """The turns that the model has room for, and their prompt: the newest, and a system turn always.
+
+        Raises:
+            DataError: the last turn alone is too long, or cannot be asked.
+        """
+        kept = list(turns) if self.form.turns else list(turns[-1:])
+        while True:
+            example = self._asker.example(kept)
+            num_tokens = len(example.prompt_ids)
+            if self.positions is None or num_tokens < self.positions:
+                return kept, example
+            first = 1 if kept[0].role == "system" else 0
+            if len(kept) - first < 3:
+                raise DataError(
+                    f"the prompt has {num_tokens:,} tokens, and the model reads {self.positions - 1:,} at most: "
+                    "shorten it"
+                )
+            del kept[first : first + 2]  # the oldest question with its answer
+
+    def answer(self, turns: Sequence[Turn], cfg: GenConfig, seed: int) -> Iterator[str]:
+        """The text of the answer so far, again whenever it has grown; the last one is the whole answer.
+
+        Args:
+            turns: the conversation, a user's turn last.
+            cfg: how to sample; one beam.
+            seed: of its random numbers.
+
+        Raises:
+            DataError: see `fit`.
+        """
+        _, example = self.fit(turns)
+        if self.positions is not None:
+            room = self.positions - len(example.prompt_ids)
+            cfg = dataclasses.replace(cfg, max_new_tokens=min(cfg.max_new_tokens, room))
+        stop = StopStrings(self.form.stop, self.tokenizer, as_message=self.form_name == "template")
+        end_ids = end_token_ids(self.tokenizer)
+        ids: list[int] = []
+        text = ""
+        with phase("generation"):
+            for token in stream_ids(
+                self.model, example.prompt_ids, cfg, end_ids=end_ids, seed=seed, undefined_U=self._undefined_U
+            ):
+                ids.append(token)
+                written = np.array(ids)
+                ended = stop(written)
+                grown = stop.text(written)
+                if grown != text and not grown.endswith(_UNFINISHED):
+                    text = grown
+                    yield text
+                if ended:
+                    break
+        whole = stop.text(np.array(ids))
+        if whole != text:
+            yield whole
+
+
+class Scorer:
+    """A reward model that scores answers.
+
+    Args:
+        model: the reward model, in eval mode.
+        tokenizer: its tokenizer.
+        form: in which it was trained, a name of `FORMS`.
+        template_args: variables for the chat template.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        tokenizer: PreTrainedTokenizerBase,
+        form: str,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._template_args = template_args
+        self.model, self.tokenizer, self.form_name = model, tokenizer, form
+
+    @torch.no_grad()
+    def score(self, form: str, turns: Sequence[Turn], answer: str) -> float:
+        """What the answer is worth, read after its end; the offset of the reward model is subtracted.
+
+        Raises:
+            DataError: there is no answer, or one of the two cannot be asked.
+        """
+        if not answer.strip():
+            raise DataError("there is no answer to score")
+        kind = FORMS[form]
+        example = Asker(kind, self.tokenizer, self._template_args).example(turns if kind.turns else turns[-1:], answer)
+        positions = getattr(self.model.classifier().config, "max_position_embeddings", None)
+        if positions is not None and example.num_tokens() > positions:
+            raise DataError(f"prompt and answer are longer than the {positions:,} tokens of the reward model")
+        batch = collate_padded([example], pad_id=0, targets="last")
+        return float(self.model(move_data_to_device(batch, self.model.classifier().device))[0])
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@phase("loading the model")
+def load_trained_policy(trained: Trained, say: Say) -> tuple[Policy, PreTrainedTokenizerBase]:
+    """The policy that a word names, with its adapters beside it if it has some, and its tokenizer; on the host.
+
+    Raises:
+        SheepError: it cannot be loaded.
+    """
+    tokenizer = load_tokenizer(trained.with_tokenizer())
+    if trained.run_dir is None:
+        policy, _ = load_policy(trained.model, tokenizer, longest=1, batching="padded", say=say)
+    else:
+        of = (trained.model, trained.run_dir, trained.weights, tokenizer)
+        policy, _ = load_of_run(*of, longest=1, batching="padded", say=say)
+    return policy.eval(), tokenizer
+
+
+@phase("loading the model")
+def load_trained_scorer(trained: Trained, say: Say) -> tuple[RewardModel, PreTrainedTokenizerBase]:
+    """The reward model that a word names, and its tokenizer; on the host.
+
+    Raises:
+        SheepError: it cannot be loaded.
+    """
+    tokenizer = load_tokenizer(trained.with_tokenizer())
+    if trained.run_dir is None:
+        model, _ = load_reward_model(trained.model, tokenizer, longest=1, batching="padded", say=say)
+    else:
+        of = (trained.model, trained.run_dir, trained.weights, tokenizer)
+        model, _ = load_trained_reward_model(*of, longest=1, batching="padded", say=say)
+    return model.eval(), tokenizer
+
+
+def load_writer(trained: Trained, say: Say) -> Writer:
+    """A policy that answers in the form in which it was trained, on the GPU if there is one.
+
+    Raises:
+        SheepError: it cannot be loaded.
+    """
+    policy, tokenizer = load_trained_policy(trained, say)
+    model = policy.to(_device()).causal_lm()
+    form = form_of(trained, tokenizer)
+    if trained.template_args is not None and form != "template":
+        raise ConfigError(f"--template-args: {trained.word} is asked without a chat template: leave it out")
+    return Writer(model, tokenizer, form, template_args_of(trained))
+
+
+def load_scorer(trained: Trained, say: Say) -> Scorer:
+    """A reward model that scores answers, on the GPU if there is one.
+
+    Raises:
+        SheepError: it cannot be loaded.
+    """
+    model, tokenizer = load_trained_scorer(trained, say)
+    return Scorer(model.to(_device()), tokenizer, form_of(trained, tokenizer), template_args_of(trained))

@@ -1,0 +1,160 @@
+"""The models that a job is going to load, checked before its data is prepared and its run directory is made.
+
+Their weights are accounted for by the headers of their files, and what does not fit a model's architecture is rejected
+by building it of tensors without content.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from sheeprlhf.agent.batching import check_batching
+from sheeprlhf.config.run_lookup import task_of_run
+from sheeprlhf.config.saved_config import read_run_config, saved_group
+from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.engine.rng import isolated_rng
+from sheeprlhf.model.load import check_vocabulary, check_weights, load_tokenizer
+from sheeprlhf.model.lora import check_adapters
+from sheeprlhf.model.memory import build_on_meta
+from sheeprlhf.model.packing import packing_limit
+from sheeprlhf.model.scalar import padding_token, scalar_model
+from sheeprlhf.rollout.engines import check_engine
+from sheeprlhf.structure.evaluation import ScoredConfig
+from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.reward import needs_model
+from sheeprlhf.structure.rollout import OnlineTaskConfig, PPOConfig
+from sheeprlhf.structure.run import EvalConfig, TrainConfig
+from sheeprlhf.task.initial_policy import model_of_start
+from sheeprlhf.task.rl_models import of_reward_folder, reward_model_source
+from sheeprlhf.utils.vocabulary import num_rows_needed
+
+_MAX_STARTS = 8  # a run that starts from a run that ...
+_CODE_THAT_READS = (NotImplementedError, RuntimeError, TypeError)  # of a model whose code reads tensors
+
+
+class Needed(NamedTuple):
+    """A model that a job loads whole.
+
+    Attributes:
+        model: where it is.
+        scores: it is a reward model.
+        new_head: the task replaces its head.
+        is_reward_folder: `reward.folder` names it.
+        adapters: a PEFT folder of a run, whose tensors are accounted for on this model; its own weights are not.
+    """
+
+    model: ModelConfig
+    scores: bool = False
+    new_head: bool = False
+    is_reward_folder: bool = False
+    adapters: Path | None = None
+
+
+def check_all_weights(config: TrainConfig | EvalConfig, say: Say) -> None:
+    """One process: account for the weights of every model that the job loads before its first step.
+
+    Raises:
+        SheepError: a model cannot be found, a parameter would not come from its files, or the model does not fit the
+            tokenizer, its adapters or the options of the task.
+    """
+    for needed in models_of(config):
+        check_needed(needed, say)
+    if isinstance(config, TrainConfig):
+        check_options(config)
+
+
+def check_options(config: TrainConfig) -> None:
+    """One process: reject options of a training that the architecture or the tokenizer of its model excludes.
+
+    Raises:
+        SheepError: naming the option.
+    """
+    task, tokenizer = config.task, load_tokenizer(config.model)
+    start = getattr(task, "sft_experiment_dir", None)
+    if start is not None:
+        model_of_start(config.model, start, tokenizer)
+    scores = task.trains == "reward model"
+    with isolated_rng(), suppress(*_CODE_THAT_READS):
+        causal_lm, _ = build_on_meta(config.model, scores=scores, vocabulary=num_rows_needed(tokenizer))
+        check_batching(task.batching, packing_limit(causal_lm, 0))
+        if isinstance(task, OnlineTaskConfig):
+            longest = config.data.max_prompt_length + config.generation.max_new_tokens
+            check_engine(config.generation.engine, causal_lm, longest)
+        if isinstance(task, PPOConfig):
+            scalar_model(causal_lm, tokenizer)  # the critic
+    if scores:
+        padding_token(tokenizer)
+
+
+def check_needed(needed: Needed, say: Say) -> str:
+    """A line about tensors of this model that will not be read; empty if all are.
+
+    Raises:
+        SheepError: as `check_all_weights`.
+    """
+    if needed.adapters is not None:
+        whole = dataclasses.replace(needed.model, finetune_mode="ALL", freeze_transformer=False)
+        with isolated_rng(), suppress(*_CODE_THAT_READS), torch.device("meta"):
+            _, model = build_on_meta(whole, scores=needed.scores)
+            check_adapters(cast(PreTrainedModel, model), needed.adapters, say)
+        return ""
+    auto: Any = AutoModelForSequenceClassification if needed.scores else AutoModelForCausalLM
+    with of_reward_folder() if needed.is_reward_folder else nullcontext():
+        note = check_weights(needed.model, auto=auto, new_head=needed.new_head, say=say)
+        if needed.scores:
+            check_vocabulary(needed.model)
+        return note
+
+
+def models_of(config: TrainConfig | EvalConfig) -> Iterator[Needed]:
+    """The folders and hub ids that a job loads weights from, for its policy and for its reward."""
+    task = config.task
+    if isinstance(config, TrainConfig):
+        new_head = config.task.trains == "reward model"
+        start = getattr(task, "sft_experiment_dir", None), getattr(task, "sft_model_name", "final")
+        yield from _of_start(config.model, *start, new_head=new_head, starts=_MAX_STARTS)
+    elif config.experiment_dir is not None:
+        yield from _of_run(config.experiment_dir, getattr(task, "model_name", "final"), starts=_MAX_STARTS)
+    elif config.model is not None:
+        yield Needed(config.model)
+    rule = None if config.data is None else config.data.rule_reward
+    if isinstance(task, OnlineTaskConfig | ScoredConfig) and needs_model(config.reward, rule):
+        run_dir, folder, model = reward_model_source(config)
+        if folder is not None:
+            yield Needed(model, scores=True, is_reward_folder=True)
+        elif run_dir is not None:
+            yield from _of_run(run_dir, task.rm_model_name, starts=_MAX_STARTS)
+
+
+def _of_start(
+    model: ModelConfig, run_dir: str | None, weights: str, *, new_head: bool, starts: int
+) -> Iterator[Needed]:
+    """What `load_start` loads."""
+    if run_dir is None:
+        yield Needed(model, new_head=new_head)
+    elif starts:
+        yield from _of_run(run_dir, weights, starts=starts - 1)
+
+
+def _of_run(run_dir: str, weights: str, *, starts: int) -> Iterator[Needed]:
+    """The whole model of a run's `final/`; else that which its adapters or its checkpoints are put on."""
+    model, task = saved_group(run_dir, "model"), task_of_run(read_run_config(run_dir))
+    assert isinstance(model, ModelConfig)
+    scores = task is not None and task.trains == "reward model"
+    final = Path(run_dir) / "final"
+    if weights == "final" and not (final / "adapter_config.json").is_file():
+        if final.is_dir():
+            whole = dataclasses.replace(model, repo_name=str(final), finetune_mode="ALL", random_init=False)
+            yield Needed(whole, scores=scores)
+        return
+    saved = saved_group(run_dir, "task")
+    start = getattr(saved, "sft_experiment_dir", None), getattr(saved, "sft_model_name", "final")
+    needed = list(_of_start(model, *start, new_head=scores, starts=starts))
+    yield from needed
+    if weights == "final" and needed:
+        yield Needed(needed[0].model, scores=scores, adapters=final)

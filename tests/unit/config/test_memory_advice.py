@@ -1,0 +1,90 @@
+"""What is advised when memory is short: options that exist, values that need less, and an end."""
+
+from dataclasses import replace
+
+import pytest
+
+from sheeprlhf.config.memory_advice import advice, changed, smaller, words
+from sheeprlhf.config.validate import validate
+from sheeprlhf.structure.data import LocalDataConfig
+from sheeprlhf.structure.evaluation import PerplexityConfig
+from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.structure.model import ModelConfig, TinyConfig
+from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.reward import AutoRewardConfig
+from sheeprlhf.structure.run import EvalConfig, TrainConfig
+from sheeprlhf.structure.task import SFTConfig
+
+
+def config(model: ModelConfig | None = None, **task: int) -> TrainConfig:
+    return TrainConfig(
+        task=SFTConfig(**task),
+        model=model or TinyConfig(),
+        data=LocalDataConfig(train_file=__file__.replace(".py", ".jsonl"), max_length=100, max_prompt_length=90),
+        fabric=FabricConfig(),
+        optim=AdamWConfig(),
+        reward=AutoRewardConfig(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ({"token_budget": 2048}, {"task.token_budget": 1024}),
+        ({"token_budget": 201}, {"task.token_budget": 100}),  # one row is the least
+        ({"micro_batch_size": 3}, {"task.micro_batch_size": 1}),  # the budget would take 20 rows
+    ],
+)
+def test_the_option_that_limits_a_forward_pass_is_halved(task: dict[str, int], expected: dict[str, int]) -> None:
+    assert smaller(config(**task))[0] == expected
+
+
+def test_a_single_row_gets_shorter() -> None:
+    changes = smaller(config(token_budget=50))
+    assert not any("task." in words(change) for change in changes)
+    assert {"data.max_length": 50, "data.max_prompt_length": 37} in changes  # a prompt leaves room for a response
+
+
+def test_following_the_advice_comes_to_an_end_and_stays_valid() -> None:
+    now, seen = config(), []
+    while changes := smaller(now):
+        now = changed(now, changes[0])
+        seen.append(words(changes[0]))
+        assert [problem for problem in validate(now) if "data.train_file" not in problem] == []
+    assert {"model.gradient_checkpointing=true", "fabric.precision=bf16-mixed", "model.finetune_mode=LORA"} <= {*seen}
+    assert (now.task.token_budget, now.data.max_length) == (64, 50)
+    last = list(advice(now, "forward pass", None))
+    assert last == ["no option is left that would need less: take a smaller model, or a machine with more memory"]
+
+
+def test_what_cannot_have_adapters_is_not_given_any() -> None:
+    for model in (TinyConfig(random_init=True), TinyConfig(freeze_transformer=True), TinyConfig(lora_cfg=None)):
+        assert not any("finetune_mode" in words(change) for change in smaller(config(model)))
+
+
+def test_each_phase_has_its_own_options() -> None:
+    assert smaller(config(), "loading the model") == [{"model.finetune_mode": "LORA", "model.dtype": "bfloat16"}]
+    assert smaller(config(), "optimizer step") == [{"model.finetune_mode": "LORA"}]
+    adapters = config(TinyConfig(finetune_mode="LORA"))
+    assert {"model.lora_cfg.rank": 8} in smaller(adapters, "optimizer step")
+    beams = replace(config(), generation=GenConfig(num_beams=4, max_new_tokens=9))
+    assert smaller(beams, "generation")[:2] == [{"generation.num_beams": 2}, {"generation.max_new_tokens": 4}]
+
+
+def test_an_evaluation_has_other_options() -> None:
+    of_eval = EvalConfig(task=PerplexityConfig(), fabric=FabricConfig(), data=config().data)
+    assert smaller(of_eval, "evaluation")[:2] == [{"task.token_budget": 2048}, {"task.mini_batch_size": 32}]
+    assert {"generation.max_new_tokens": 32} in smaller(of_eval, "generation")
+
+
+def test_a_run_goes_on_or_starts_anew() -> None:
+    first, second = advice(config(), "backward pass", "logs/run")
+    assert first.startswith(
+        "repeat the command with resume_from=logs/run and one of task.token_budget=1024, model.grad"
+    )
+    assert second == "or start anew with one of fabric.precision=bf16-mixed, model.finetune_mode=LORA"
+    resumed, _ = advice(replace(config(), resume=True), "backward pass", "logs/run")
+    assert "with resume=true and" in resumed and "resume_from" not in resumed
+    (only,) = advice(config(), "backward pass", None)
+    assert only.startswith("give one of task.token_budget=1024")

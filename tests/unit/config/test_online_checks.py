@@ -1,0 +1,70 @@
+"""What an online task refuses before anything loads, and what other tasks refuse of its options."""
+
+from pathlib import Path
+
+import pytest
+
+from sheeprlhf.config.run_lookup import REWARD_MODEL, START, links_of, with_start
+from sheeprlhf.config.validate import validate
+from sheeprlhf.structure.rollout import PPOConfig
+from tests.unit.config.test_registry import composed, to_typed
+
+REFUSED = {
+    "task=ppo generation.stop_strings=['']": "generation.stop_strings has an empty text",
+    "task=sft generation.engine=hf": "is not read by task=sft",
+    "task=grpo generation.engine=vllm": "native, hf, continuous",
+    "task=rm generation.stop_strings=[END]": "is not read by task=rm",
+    "task=ppo task.num_generations=3": "task.rollout_size=63",
+    "task=rloo task.mini_batch_size=2": "task.mini_batch_size=4",
+    "task=grpo generation.top_k=5": "generation.top_k",
+    "task=ppo generation.top_p=0.9": "generation.top_p",
+    "task=grpo reward.overlong_cache=65": "generation.max_new_tokens=64",
+    "task=ppo task.share_trunk=true task.critic_warmup_steps=4": "task.share_trunk=false",
+    "task=ppo task.ptx_batch_size=4": "task.ptx_coeff=1",
+    "task=ppo task.ema_decay=0.99 model.dtype=bfloat16": "model.dtype=float32",
+    "task=ppo generation.num_beams=2": "generation.num_beams",
+    "task=ppo model.disable_dropout=false": "model.disable_dropout=true",
+    "task=ppo model.finetune_mode=LORA model.lora_cfg.dropout=0.1": "model.lora_cfg.dropout=0",
+    "task=sft reward=function": "is not read by task=sft",
+    "task=ppo reward=function task.rm_experiment_dir=/some/run": "is not read by reward=function",
+    "task=ppo reward=function reward.path=imperativ": "did you mean reward.path=imperative",
+    "task=rloo reward=model": "train task=rm",
+    "task=rloo reward=model task.rm_experiment_dir=null": "give a run of task=rm",
+    "task=ppo task.sft_experiment_dir=newest": "train task=sft",
+    "task=ppo model.freeze_transformer=true": "model.freeze_transformer=true is not read",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_it_is_refused_with_the_fix(words: str, tmp_path: Path) -> None:
+    config = with_start(to_typed(composed("train", f"root_dir='{tmp_path}'", *words.split())), None)
+    problems = validate(config)
+    assert any(REFUSED[words] in problem for problem in problems), problems
+
+
+def test_alone_it_needs_no_earlier_run(tmp_path: Path) -> None:
+    """`train task=ppo` on the embedded model and data: scored by a rule, from the model as it is."""
+    config = with_start(to_typed(composed("train", f"root_dir='{tmp_path}'", "task=ppo")), None)
+    assert validate(config) == []
+    assert links_of(config) == {}
+    assert isinstance(config.task, PPOConfig)
+    assert config.task.rm_experiment_dir is None
+
+
+def test_the_cards_command_names_both_runs_to_train_first(tmp_path: Path) -> None:
+    words = ["task=ppo", "model=opt", "data=summarization", f"root_dir='{tmp_path}'"]
+    config = with_start(to_typed(composed("train", *words)), None)
+    assert set(links_of(config)) == {START, REWARD_MODEL}
+    [problem] = [problem for problem in validate(config) if "task.rm_experiment_dir" in problem]
+    for part in ("train task=sft model=opt data=summarization", "train task=rm model=opt", "reward=function"):
+        assert part in problem
+
+
+def test_a_dry_run_is_two_steps(tmp_path: Path) -> None:
+    for task in ("ppo", "grpo", "rloo", "online_dpo"):
+        config = with_start(
+            to_typed(composed("train", f"task={task}", "dry_run=true", "reward.overlong_cache=40")), None
+        )
+        assert validate(config) == []
+        assert config.task.rollout_size % config.task.num_generations == 0
+        assert config.task.max_num_steps == 2

@@ -1,0 +1,285 @@
+"""Classes by name, typed and read-only configurations, and the hash that tells runs apart."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from sheeprlhf.apps.pipeline.command import check_stages
+from sheeprlhf.config.compose import configs_directory
+from sheeprlhf.config.pipeline import stages_of
+from sheeprlhf.config.registry import (
+    ROOTS,
+    choices,
+    config_hash,
+    config_to_dict,
+    from_dict,
+    groups,
+    options,
+    register_configs,
+    to_typed,
+)
+from sheeprlhf.config.validate import parse_devices, parse_targets, validate
+from sheeprlhf.structure.run import PipelineConfig, TrainConfig
+
+ROOT = Path(__file__).parents[3]
+
+
+def composed(verb, *overrides):
+    register_configs()
+    with initialize_config_dir(str(configs_directory()), version_base="1.3"):
+        return compose(verb, list(overrides))
+
+
+def typed(*overrides) -> TrainConfig:
+    config = to_typed(composed("train", "task=sft", *overrides))
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def every_choice():
+    """Each choice at least once: groups that do not depend on each other are composed together."""
+    for verb in ROOTS:
+        together = [group for group in groups(verb) if group not in ("task", "reward")]
+        for group in [*(group for group in groups(verb) if group not in together), tuple(together)]:
+            names = {name: list(choices(name, verb)) for name in ([group] if isinstance(group, str) else group)}
+            for index in range(max(map(len, names.values()), default=0)):
+                yield verb, {name: of_name[index % len(of_name)] for name, of_name in names.items()}
+
+
+@pytest.mark.parametrize(("verb", "chosen"), list(every_choice()), ids=str)
+def test_every_choice_composes_and_is_valid(verb, chosen, tmp_path, monkeypatch):
+    monkeypatch.setattr("sheeprlhf.utils.hardware.cuda_device_count", lambda: 8)
+    monkeypatch.setattr("sheeprlhf.utils.hardware.importlib.metadata.version", lambda package: "2.13.0")
+    (tmp_path / "rows.jsonl").write_text("")
+    words = {
+        "task": "perplexity" if verb == "eval" else "sft",
+        "model": "tiny",
+        "data": "docstrings",
+        **chosen,
+    }
+    if "reward" in chosen:
+        words["task"] = "reward" if verb == "eval" else "ppo"
+    words = {key: value for key, value in words.items() if key in groups(verb)}
+    extra = [f"data.train_file='{tmp_path}/rows.jsonl'"] if chosen.get("data") == "local" else []
+    extra += ["model.repo_name=me/mine"] if chosen.get("model") == "auto" else []
+    extra += ["reward.terms=[imperative]"] if chosen.get("reward") == "list" else []
+    extra += ["reward.folder=me/mine"] if chosen.get("reward") == "model" else []
+    if chosen.get("task") == "frontier":
+        (tmp_path / "run" / "final").mkdir(parents=True)
+        (tmp_path / "run" / "config.yaml").write_text("task: {config_name: ppo}")
+        extra.append(f"experiment_dir='{tmp_path}/run'")
+    config = to_typed(composed(verb, *(f"{key}={value}" for key, value in words.items()), *extra))
+    for group, name in chosen.items():
+        assert type(getattr(config, group)) is choices(group, verb)[name]
+    assert validate(config) == []
+
+
+def check_pipeline(name, monkeypatch):
+    """Its stages can be read, and the command of each composes to a valid configuration."""
+    monkeypatch.setattr("sheeprlhf.config.validate.cuda_problem", lambda devices: None)
+    config = to_typed(composed("pipeline", f"experiment={name}"))
+    assert isinstance(config, PipelineConfig)
+    stages = stages_of(config)
+    assert [stage.name for stage in stages] == list(config.stages)
+    check_stages(stages, [])
+
+
+def config_files():
+    """All files of configs/; one pipeline alone without `slow`, since each of its stages is composed too."""
+    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+        slow = "\nstages:" in path.read_text() and path.stem != "quickstart"
+        yield pytest.param(path, id=path.name, marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize("path", list(config_files()))
+def test_every_file_of_configs_composes(path, tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text("")
+    group, name = path.parent.name, path.stem
+    if group == "configs":
+        needed = {"train": ["task=sft"], "eval": ["task=perplexity"]}
+        composed(name, *needed.get(name, []))
+    elif "\nstages:" in path.read_text():
+        check_pipeline(name, monkeypatch)
+    else:
+        extra = [f"data.train_file='{tmp_path}/rows.jsonl'"] if "data: local" in path.read_text() else []
+        config = to_typed(
+            composed(
+                "train",
+                *(["task=sft"] if group != "experiment" else []),
+                f"{group}={name}",
+                f"root_dir='{tmp_path}/runs'",
+                *extra,
+            )
+        )
+        needs = []  # nothing was trained here
+        if "rm_experiment_dir: newest" in path.read_text():
+            needs = ["task.sft_experiment_dir=newest, task.rm_experiment_dir=newest"]
+        elif "sft_experiment_dir: newest" in path.read_text():
+            needs = ["task.sft_experiment_dir=newest"]
+        elif "/reward: model" in path.read_text():
+            needs = ["task.sft_experiment_dir=auto, task.rm_experiment_dir=newest"]
+        assert [problem.partition(":")[0] for problem in validate(config)] == needs
+
+
+def test_the_train_defaults():
+    config = typed()
+    names = [getattr(config, group).config_name for group in groups("train")]
+    assert dict(zip(groups("train"), names, strict=True)) == {
+        "task": "sft",
+        "model": "tiny",
+        "data": "docstrings",
+        "fabric": "cpu",
+        "optim": "adamw",
+        "reward": "auto",
+    }
+
+
+@pytest.mark.parametrize("spelling", ["LORA", "lora", "LoRA"])
+def test_choices_are_taken_in_any_letter_case_and_stored_in_one(spelling):
+    assert typed(f"model.finetune_mode={spelling}").model.finetune_mode == "LORA"
+
+
+def test_a_typed_configuration_is_read_only_and_hashable():
+    config = typed("model.lora_cfg.targets=[q_proj,v_proj]")
+    hash(config)
+    assert config.optim.betas == (0.9, 0.999)
+    for part, name in ((config, "seed"), (config.task, "epochs"), (config.model.lora_cfg, "rank")):
+        with pytest.raises(AttributeError, match="read-only"):
+            setattr(part, name, 1)
+
+
+def test_the_hash_is_the_same_in_every_process_and_letter_case():
+    code = (
+        "from tests.unit.config.test_registry import typed, config_hash; "
+        "print(config_hash(typed('model.finetune_mode=lora', 'seed=3')))"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert seen == {config_hash(typed("model.finetune_mode=LORA", "seed=3"))}
+
+
+def test_what_does_not_change_the_result_does_not_change_the_hash():
+    words = ["resume=true", "resume_from=/x", "debug=true", "root_dir=/x", "fabric.devices=2", "task.num_workers=2"]
+    words += ["task.token_budget=9", "task.micro_batch_size=9", "model.gradient_checkpointing=true"]
+    assert config_hash(typed(*words, "task.num_sample_prompts=0")) == config_hash(typed())
+
+
+def test_what_changes_the_result_changes_the_hash():
+    words = ["model=opt", "model.lora_cfg.rank=2", "optim.betas=[0.9,0.95]"]
+    assert len({config_hash(typed(*given)) for given in ([], *([word] for word in words))}) == 1 + len(words)
+
+
+def test_a_saved_group_comes_back_equal():
+    config = typed("model=opt", "model.lora_cfg.targets=[q_proj]", "data=helpful_harmless")
+    for group in ("model", "data", "task", "fabric", "optim"):
+        part = getattr(config, group)
+        assert from_dict(group, config_to_dict(part)) == part
+
+
+def test_a_model_can_be_added_by_a_file_alone(tmp_path, capsys):
+    from sheeprlhf.config.compose import Source, check
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "pythia.yaml").write_text(
+        "defaults:\n  - auto\n\nconfig_name: pythia\nrepo_name: EleutherAI/pythia-70m\n"
+    )
+    source = Source("train", configs_directory(), "train", str(tmp_path))
+    assert check(source, ["task=sft", "model=pythia", "model.lora_cfg.rank=4"]) == []
+    [problem] = check(source, ["task=sft", "model=pythiaa"])
+    assert "model=pythia?" in problem
+    (tmp_path / "model" / "odd.yaml").write_text("defaults:\n  - auto\n\nrepo_nam: x\n")
+    [problem] = check(source, ["task=sft", "model=odd"])
+    assert "repo_name" in problem
+    saved = {"config_name": "pythia", "repo_name": "EleutherAI/pythia-70m"}
+    assert config_to_dict(from_dict("model", saved))["repo_name"] == "EleutherAI/pythia-70m"
+
+
+SNIPPET_OF_2023 = '''
+from dataclasses import dataclass
+from typing import Optional
+
+from sheeprlhf.structure.model import LORAConfig, ModelConfig
+
+
+@dataclass
+class OPTConfig(ModelConfig):
+    """Configurations for OPT based models."""
+
+    config_name: str = "opt"
+    repo_name: str = "facebook/opt-350m"
+    embedding_dim_name: Optional[str] = "word_embed_proj_dim"
+    lora_cfg: Optional[LORAConfig] = LORAConfig(targets="('q_proj','v_proj')")
+
+from tests.unit.config.test_registry import parse_targets, typed, validate
+config = typed("model=opt", "model.finetune_mode=LORA")
+assert type(config.model) is OPTConfig, type(config.model)
+assert parse_targets(config.model.lora_cfg.targets) == ["q_proj", "v_proj"]
+assert validate(config) == []
+'''
+
+
+def test_the_model_snippet_of_the_2023_readme_still_runs(tmp_path):
+    (tmp_path / "snippet.py").write_text(SNIPPET_OF_2023)  # in a process of its own: it replaces our class
+    done = subprocess.run([sys.executable, "snippet.py"], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "targets"),
+    [
+        ("all-linear", "all-linear"),
+        ("ALL-linear", "all-linear"),
+        ("q_proj,v_proj", ["q_proj", "v_proj"]),
+        ("('q_proj','v_proj')", ["q_proj", "v_proj"]),
+        ("('c_attn',)", ["c_attn"]),
+        ("c_attn", ["c_attn"]),
+        (["a", "b.c"], ["a", "b.c"]),
+        (("a",), ["a"]),
+        ("[q_proj, v_proj]", ["q_proj", "v_proj"]),
+    ],
+)
+def test_targets_may_be_written_in_many_ways(given, targets):
+    assert parse_targets(given) == targets
+
+
+@pytest.mark.parametrize("given", ["", "()", [], None, 3, [1], {"a": 1}, "(1, 2)", "a b", "__import__('os')"])
+def test_targets_that_name_no_modules_are_refused(given):
+    with pytest.raises(ValueError, match=r".*"):
+        parse_targets(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "devices"),
+    [("2", 2), ("auto", "auto"), ("-1", "auto"), ("0,1", [0, 1]), ("[3]", [3]), (" 1 ", 1)],
+)
+def test_devices_may_be_written_in_many_ways(given, devices):
+    assert parse_devices(given) == devices
+
+
+@pytest.mark.parametrize("given", ["0", "two", "", "1,1", "[]", "-2", "0,x"])
+def test_devices_that_cannot_be_read_are_refused(given):
+    with pytest.raises(ValueError, match=r".*"):
+        parse_devices(given)
+
+
+def test_every_option_says_what_it_means():
+    for verb in ROOTS:
+        for group in groups(verb):
+            for cls in choices(group, verb).values():
+                assert all(option.metadata.get("help", "").endswith(".") for option in options(cls()))
+    assert all(
+        option.metadata.get("help") or option.value == "???" for option in options(OmegaConf.structured(TrainConfig))
+    )

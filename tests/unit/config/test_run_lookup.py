@@ -1,0 +1,139 @@
+"""Which earlier run `task.sft_experiment_dir=newest` takes, and that a resumed run keeps the one that it began with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sheeprlhf.config.memory_advice import changed
+from sheeprlhf.config.registry import config_hash
+from sheeprlhf.config.run_lookup import START, find_runs, is_same_model, links_of, start_problems, with_start
+from sheeprlhf.structure.option import Config
+from sheeprlhf.structure.run import TrainConfig
+from tests.unit.config.test_registry import composed, to_typed
+
+
+def sft_start_of(config):
+    return links_of(config).get(START)
+
+
+def config(root: Path, *words: str) -> TrainConfig:
+    typed = to_typed(composed("train", "task=dpo", f"root_dir='{root}'", *words))
+    assert isinstance(typed, TrainConfig)
+    return typed
+
+
+def newest(root: Path, *words: str) -> TrainConfig:
+    return config(root, "task.sft_experiment_dir=newest", *words)
+
+
+def make_run(
+    root: Path,
+    started: float,
+    *,
+    task: str = "sft",
+    model: str = "embedded:tiny",
+    status: str = "finished",
+    final: bool = True,
+    dry_run: bool = False,
+    start: str | None = None,
+    config_hash: str = "",
+) -> Path:
+    folder = root / "docstrings" / "tiny" / task / f"time-{started}" / "default"
+    folder.mkdir(parents=True)
+    info = {"started": started, "status": status, "task": task, "config_hash": config_hash}
+    (folder / "run.json").write_text(json.dumps(info))
+    saved = {"model": {"config_name": "tiny", "repo_name": model}, "dry_run": dry_run}
+    saved["task"] = {"config_name": task, "sft_experiment_dir": start}
+    (folder / "config.yaml").write_text(yaml.safe_dump(saved))
+    if final:
+        (folder / "final").mkdir()
+    return folder
+
+
+def test_the_newest_that_fits_is_taken(tmp_path: Path) -> None:
+    make_run(tmp_path, 1.0)
+    fits = make_run(tmp_path, 2.0)
+    make_run(tmp_path, 3.0, status="running")
+    make_run(tmp_path, 4.0, final=False)
+    make_run(tmp_path, 5.0, task="dpo")
+    make_run(tmp_path, 6.0, task="rm")
+    make_run(tmp_path, 7.0, model="facebook/opt-350m")
+    dry = make_run(tmp_path, 8.0, dry_run=True)
+    torn = make_run(tmp_path, 9.0)
+    (torn / "config.yaml").write_text("model: [")
+    assert sft_start_of(with_start(newest(tmp_path), None)) == str(fits)
+    assert sft_start_of(with_start(newest(tmp_path, "dry_run=true"), None)) == str(dry)
+    assert sft_start_of(with_start(config(tmp_path, "task.sft_experiment_dir=Newest"), None)) == str(fits)
+    assert list(start_problems(with_start(newest(tmp_path), None))) == []
+
+
+def test_what_is_taken_is_a_whole_path_and_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "logs" / "runs", 1.0)
+    monkeypatch.chdir(tmp_path)
+    found = with_start(newest(Path("logs/runs")), None)
+    assert sft_start_of(found) == str(run)
+    assert isinstance(found.task, Config)
+    with pytest.raises(AttributeError, match="read-only"):
+        found.task.epochs = 3
+    given = config(tmp_path, f"task.sft_experiment_dir={run.relative_to(tmp_path)}")
+    assert sft_start_of(with_start(given, None)) == str(run)
+
+
+@pytest.mark.parametrize("way", ["resume", "resume_from", "given"])
+def test_a_resumed_run_keeps_its_start(way: str, tmp_path: Path) -> None:
+    first = make_run(tmp_path, 1.0)
+    words = {"resume": ["resume=true"], "resume_from": [], "given": ["resume=true"]}[way]
+    begun = with_start(newest(tmp_path), None)
+    mine = make_run(
+        tmp_path,
+        2.0,
+        task="dpo",
+        status="running",
+        final=False,
+        start=sft_start_of(begun),
+        config_hash=config_hash(begun),
+    )
+    second = make_run(tmp_path, 3.0)
+    if way == "resume_from":
+        words = [f"resume_from='{mine}'"]
+    again = with_start(newest(tmp_path, *words), str(mine) if way == "given" else None)
+    assert sft_start_of(again) == str(first)
+    assert config_hash(again) == config_hash(begun)
+    assert sft_start_of(with_start(newest(tmp_path, *words, "seed=1"), None)) == str(second)  # that is another run
+    assert sft_start_of(with_start(newest(tmp_path), None)) == str(second)
+
+
+def test_none_found_is_told_with_the_command_to_run(tmp_path: Path) -> None:
+    unresolved = with_start(newest(tmp_path, "model=gpt2", "model.repo_name=me/mine"), None)
+    [problem] = start_problems(unresolved)
+    assert "model.repo_name=me/mine" in problem
+
+
+def test_a_task_without_the_option_is_left_alone(tmp_path: Path) -> None:
+    sft = to_typed(composed("train", "task=sft"))
+    assert with_start(sft, None) is sft
+    plain = config(tmp_path)
+    assert with_start(plain, None) is plain
+    assert list(start_problems(plain)) == []
+
+
+def test_one_folder_by_two_names_is_one_model(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    assert is_same_model(str(tmp_path / "model"), str(tmp_path / "link"))
+    assert is_same_model("me/mine", "me/mine")
+    assert not is_same_model("me/mine", "me/other")
+    assert not is_same_model(str(tmp_path / "model"), str(tmp_path))
+    assert not is_same_model(None, "me/mine")
+    run = make_run(tmp_path / "runs", 1.0, model=str(tmp_path / "model"))
+    asked = newest(tmp_path / "runs", f"model.repo_name={tmp_path / 'link'}")
+    assert sft_start_of(with_start(asked, None)) == str(run)
+
+
+def test_a_policy_of_another_task_may_be_given(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 1.0, task="dpo")
+    assert find_runs(tmp_path)[0].dir == run
+    given = changed(config(tmp_path), {"task.sft_experiment_dir": str(run)})
+    assert list(start_problems(given)) == []

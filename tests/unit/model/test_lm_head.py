@@ -1,0 +1,111 @@
+"""The language head's log-probabilities against torch's own cross-entropy."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import assert_close
+
+from sheeprlhf.model import lm_head as head_module
+from sheeprlhf.model.lm_head import _GatherLogprobs, head_logprobs, logprobs_from_logits
+
+
+def reference(
+    hidden_RC: torch.Tensor, head: nn.Linear, index_N: torch.Tensor, ids_N: torch.Tensor, e: float
+) -> torch.Tensor:
+    return F.cross_entropy(head(hidden_RC)[index_N], ids_N, reduction="none", label_smoothing=e)
+
+
+@pytest.mark.parametrize("chunk", [1 << 18, 35, 1])  # all rows, three at a time, one
+@pytest.mark.parametrize("max_logits", [1 << 20, 50, 11])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_values_and_gradients_equal_cross_entropy(
+    max_logits: int, smoothing: float, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "_CPU_CHUNK", chunk)
+    torch.manual_seed(0)
+    head = nn.Linear(6, 11)
+    index_N = torch.tensor([0, 1, 4, 4, 2, 6, 0])  # rows repeat and rows 3 and 5 predict nothing
+    ids_N = torch.tensor([3, 0, 10, 10, 5, 7, 2])
+    results = []
+    for ours in (True, False):
+        torch.manual_seed(1)
+        hidden_RC = torch.randn(7, 6, requires_grad=True)
+        head.zero_grad()
+        if ours:
+            logprobs = head_logprobs(hidden_RC, head, index_N, ids_N, mean=smoothing > 0, max_logits=max_logits)
+            losses = -(1 - smoothing) * logprobs.target_N
+            if logprobs.mean_N is not None:
+                losses = losses - smoothing * logprobs.mean_N
+        else:
+            losses = reference(hidden_RC, head, index_N, ids_N, smoothing)
+        (losses * torch.arange(1.0, 8.0)).sum().backward()
+        results.append((losses.detach(), hidden_RC.grad, head.weight.grad.clone(), head.bias.grad.clone()))
+    assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_logits", [1 << 20, 11])
+def test_entropy_is_that_of_the_distribution(max_logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "_CPU_CHUNK", 30)
+    torch.manual_seed(0)
+    head, hidden_RC = nn.Linear(6, 11), torch.randn(5, 6)
+    with torch.no_grad():
+        head.bias[3] = -torch.inf  # a probability of 0 adds nothing
+        index_N, ids_N = torch.tensor([4, 0, 0, 2]), torch.tensor([1, 2, 4, 10])
+        found = head_logprobs(hidden_RC, head, index_N, ids_N, mean=False, entropy=True, max_logits=max_logits)
+        probs_RV = head(hidden_RC).double().softmax(-1)
+    expected = torch.stack([-sum(p * p.log() for p in probs_RV[row] if p > 0) for row in index_N])
+    assert_close(found.entropy_N, expected.float(), rtol=0, atol=1e-6)
+    assert found.mean_N is None
+
+
+def test_gradient_equals_finite_differences() -> None:
+    torch.manual_seed(0)
+    logits_RV, weights_N = torch.randn(3, 5, dtype=torch.float64), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    index_N, ids_N = torch.tensor([0, 2, 2]), torch.tensor([1, 4, 0])
+
+    def value(logits: torch.Tensor) -> torch.Tensor:
+        target_N, mean_N = _GatherLogprobs.apply(logits, index_N, ids_N, True)
+        return (weights_N * (target_N + 0.3 * mean_N)).sum()
+
+    leaf = logits_RV.clone().requires_grad_()
+    value(leaf * 1.0).backward()
+    numeric = torch.zeros_like(logits_RV)
+    for place in range(logits_RV.numel()):
+        step = torch.zeros(logits_RV.numel(), dtype=torch.float64)
+        step[place] = 1e-6
+        step = step.view_as(logits_RV)
+        numeric.view(-1)[place] = (value(logits_RV + step) - value(logits_RV - step)) / 2e-6
+    assert_close(leaf.grad, numeric, rtol=1e-6, atol=1e-8)
+
+
+def test_half_precision_logits_are_scored_in_float32() -> None:
+    """Trap 12: 150,000 words, logits in bf16: no NaN, probabilities sum to one, log-probabilities at most 0."""
+    torch.manual_seed(0)
+    logits_RV = (torch.randn(2, 150_000) * 20).bfloat16()
+    ids = torch.arange(150_000)
+    logprobs = logprobs_from_logits(logits_RV, torch.zeros_like(ids), ids, mean=False).target_N
+    assert logprobs.dtype == torch.float32
+    assert bool((logprobs <= 0).all()) and not bool(logprobs.isnan().any())
+    assert_close(logprobs.exp().sum(), torch.tensor(1.0), rtol=0, atol=1e-4)
+    assert_close(logprobs, logits_RV[0].float().log_softmax(-1), rtol=0, atol=1e-5)
+
+
+def test_the_gradient_of_half_precision_logits_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near certainty the gradient is 1 - p: rounding p first would leave nothing of it."""
+    monkeypatch.setattr(head_module, "_CPU_CHUNK", 10)
+    torch.manual_seed(0)
+    leaf = (torch.randn(5, 4) * 6).bfloat16().requires_grad_()
+    index_N, ids_N = torch.tensor([0, 1, 2, 3, 3, 4]), torch.tensor([0, 3, 2, 1, 1, 2])
+    exact = leaf.detach().float().requires_grad_()
+    exact.log_softmax(-1)[index_N, ids_N].sum().backward()
+    logprobs_from_logits(leaf * 1.0, index_N, ids_N, mean=False).target_N.sum().backward()
+    assert leaf.grad.dtype == torch.bfloat16
+    assert_close(leaf.grad, exact.grad.bfloat16(), rtol=8e-3, atol=0)
+
+
+def test_no_gradient_no_saved_logits() -> None:
+    with torch.no_grad():
+        logprobs = logprobs_from_logits(torch.zeros(2, 4), torch.tensor([1]), torch.tensor([3]), mean=True)
+    assert_close(logprobs.target_N, torch.tensor([-1.3862944]))
+    assert_close(logprobs.mean_N, torch.tensor([-1.3862944]))

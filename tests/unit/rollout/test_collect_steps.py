@@ -1,0 +1,213 @@
+"""How a rollout is read and scored: against plain transformers, one response at a time."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from sheeprlhf.agent.policy import load_policy
+from sheeprlhf.agent.reference import reference_of
+from sheeprlhf.agent.reward import reward_model_of
+from sheeprlhf.data.example import Example
+from sheeprlhf.engine.fabric import make_fabric
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.scalar import HEAD
+from sheeprlhf.rollout.collect_steps import drawn_numbers, figures_of, refuse_non_finite
+from sheeprlhf.rollout.collector import Collector, check_sampler
+from sheeprlhf.rollout.rollout import Rollout
+from sheeprlhf.structure.data import LocalDataConfig
+from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.structure.model import AutoModelConfig
+from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.reward import FunctionRewardConfig, ListRewardConfig, ModelRewardConfig
+from sheeprlhf.structure.rollout import RLOOConfig
+from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.task.rollout_validation import distinct_pairs, sample_table
+from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
+from tests.support.models import EOS
+
+ModelFolder = Callable[..., Path]
+TEMPERATURE = 0.7
+
+
+class Setting(SimpleNamespace):
+    """Everything that makes rollouts of a tiny model."""
+
+    cfg: TrainConfig
+    collect: Collector
+    policy: Any
+    reward: Any
+    folder: Path
+
+
+def make_setting(folder: Path, reward: Any, generation: GenConfig | None = None, **options: Any) -> Setting:
+    model = AutoModelConfig(repo_name=str(folder))
+    cfg = TrainConfig(
+        task=RLOOConfig(num_generations=2, rollout_size=8, micro_batch_size=2),
+        model=model,
+        data=LocalDataConfig(train_file="rows.jsonl"),
+        fabric=FabricConfig(config_name="cpu", accelerator="cpu"),
+        optim=AdamWConfig(),
+        reward=reward,
+        generation=generation or GenConfig(max_new_tokens=6, temperature=TEMPERATURE),
+    )
+    tokenizer = load_tokenizer(model)
+    policy, packed = load_policy(model, tokenizer, longest=64, batching="auto")
+    torch.manual_seed(0)
+    scorer = reward_model_of(load_policy(model, tokenizer, longest=64, batching="auto")[0], model, tokenizer)
+    collect = Collector(
+        make_fabric(cfg.fabric), cfg, tokenizer, policy, reference_of(policy), scorer.eval(), packed=packed, **options
+    )
+    return Setting(cfg=cfg, collect=collect, policy=policy, reward=scorer, folder=folder)
+
+
+def prompts() -> list[Example]:
+    rng = np.random.default_rng(1)
+    return [
+        Example(i, rng.integers(0, 250, n).astype(np.int32), (np.array([65, EOS]),)) for i, n in enumerate((5, 1, 9))
+    ]
+
+
+def test_each_token_has_the_log_probability_that_a_plain_forward_gives(model_folder: ModelFolder) -> None:
+    setting = make_setting(model_folder(), FunctionRewardConfig(path="tests.support.rewards:spread"))
+    rollout = setting.collect(prompts(), 0)
+    model = AutoModelForCausalLM.from_pretrained(setting.folder, dtype=torch.float32).eval()
+    for row, found, reference in zip(
+        rollout.rows, rollout.tokens["logprobs"], rollout.tokens["reference"], strict=True
+    ):
+        expected = []
+        for response in row.responses:
+            ids = torch.tensor([[*row.prompt_ids.tolist(), *response.tolist()]])
+            with torch.no_grad():
+                logprobs = (model(ids).logits[0] / TEMPERATURE).log_softmax(-1)
+            first = len(row.prompt_ids)
+            expected += [float(logprobs[first + i - 1, token]) for i, token in enumerate(response.tolist())]
+        assert_close(found, np.array(expected, dtype=np.float32), rtol=0, atol=1e-5)
+        assert_close(reference, np.array(expected, dtype=np.float32), rtol=0, atol=1e-5)
+    figures = figures_of(rollout)
+    assert figures["objective/kl"] == pytest.approx(0.0, abs=1e-5)
+    assert figures["rollout/length"] == np.mean(rollout.response_lengths)
+
+
+def test_a_reward_model_scores_the_last_token(model_folder: ModelFolder) -> None:
+    setting = make_setting(model_folder(), ModelRewardConfig(folder="a/folder"))
+    rollout = setting.collect(prompts(), 0)
+    plain = setting.reward.classifier()
+    backbone = getattr(plain, plain.base_model_prefix)
+    for row, scores in zip(rollout.rows, rollout.scores, strict=True):
+        for response, score in zip(row.responses, scores, strict=True):
+            ids = torch.tensor([[*row.prompt_ids.tolist(), *response.tolist()]])
+            with torch.no_grad():
+                expected = float(getattr(plain, HEAD)(backbone(ids).last_hidden_state[0, -1]))
+            assert score == pytest.approx(expected, abs=1e-5)
+
+
+def test_models_and_functions_add_up(model_folder: ModelFolder) -> None:
+    terms = {
+        "model": ModelRewardConfig(folder="a/folder"),
+        "function": FunctionRewardConfig(path="tests.support.rewards:spread"),
+        "both": ListRewardConfig(terms=["2*model", "-0.5*tests.support.rewards:spread"], folder="a/folder"),
+    }
+    scores = {name: make_setting(model_folder(), reward).collect(prompts(), 0).scores for name, reward in terms.items()}
+    assert_close(scores["both"], 2 * scores["model"] - 0.5 * scores["function"], rtol=0, atol=1e-6)
+
+
+def test_a_reward_that_fails_names_the_prompt(model_folder: ModelFolder) -> None:
+    setting = make_setting(model_folder(), FunctionRewardConfig(path="tests.support.rewards:raises"))
+    with pytest.raises(RewardError, match="no such thing"):
+        setting.collect(prompts(), 0)
+
+
+def test_what_is_sampled_depends_on_seed_and_number_alone(model_folder: ModelFolder) -> None:
+    assert not np.array_equal(drawn_numbers(1, 0, (2, 3, 4)), drawn_numbers(1, 1, (2, 3, 4)))
+    assert not np.array_equal(drawn_numbers(1, 0, (2, 3, 4)), drawn_numbers(2, 0, (2, 3, 4)))
+    setting = make_setting(model_folder(), FunctionRewardConfig(path="tests.support.rewards:spread"))
+    first = setting.collect(prompts(), 7)
+    torch.manual_seed(123)
+    setting.collect(prompts(), 8)
+    again = setting.collect(prompts(), 7)
+    for one, other in zip(first.rows, again.rows, strict=True):
+        assert [r.tolist() for r in one.responses] == [r.tolist() for r in other.responses]
+
+
+def test_a_validation_leaves_no_trace_in_the_running_moments(model_folder: ModelFolder) -> None:
+    reward = FunctionRewardConfig(path="tests.support.rewards:spread", normalize=True)
+    setting = make_setting(model_folder(), reward)
+    setting.collect(prompts(), 0)
+    before = setting.collect.state()
+    assert before["reward_count"] == 6
+    shown = setting.collect(prompts(), 1, group=1, validates=True)
+    assert setting.collect.state() == before
+    assert shown.finished.shape == (3, 1)
+    setting.collect.restore({"kl_coeff": 0.1})
+    assert setting.collect.state() == before
+
+
+def test_the_check_finds_a_reference_that_is_another_model(model_folder: ModelFolder) -> None:
+    setting = make_setting(model_folder(), FunctionRewardConfig(path="tests.support.rewards:spread"))
+    said: list[str] = []
+    run: Any = SimpleNamespace(cfg=setting.cfg, say=said.append)
+    rollout = setting.collect(prompts(), 0)
+    check_sampler(run, setting.collect, rollout)
+
+    def shifted(name: str, by: float) -> Rollout:
+        return rollout.with_tokens(**{name: rollout.flat(name) + by})
+
+    half: Any = SimpleNamespace(cfg=dataclasses.replace(setting.cfg, fabric=FabricConfig(precision="bf16-mixed")))
+    messages = {"sampled": "what was sampled", "logprobs": "what was sampled", "reference": "the reference's"}
+    for name, message in messages.items():
+        for by, job in ((1e-3, run), (0.15 if name == "sampled" else 0.03, half)):
+            with pytest.raises(ModelError, match=message):
+                check_sampler(job, setting.collect, shifted(name, by))
+    check_sampler(half, setting.collect, shifted("sampled", 0.05))  # in bf16 a cache rounds otherwise than a whole pass
+    assert said == []
+
+
+def test_references_are_given_where_every_row_of_the_run_has_one(model_folder: ModelFolder) -> None:
+    """Of some rows or of none: the reward is never given them in one rollout and not in the next."""
+    setting = make_setting(model_folder(), FunctionRewardConfig(path="tests.support.rewards:spread"))
+    answered = prompts()
+    alone = [row._replace(responses=()) for row in answered]
+    tokens = [setting.collect(rows, 0).flat("logprobs") for rows in (answered, alone, [*alone[:1], *answered[1:]])]
+    assert setting.collect.texts.columns == {}
+    assert all(found.equal(tokens[0]) for found in tokens)  # what is sampled does not depend on it
+    setting.collect(answered, 0)
+    assert setting.collect.texts.columns == {"reference": ["b"] * 6}
+    for_all = make_setting(setting.folder, setting.cfg.reward, columns=()).collect
+    rollout = for_all(answered, 0)
+    assert for_all.texts.columns == {}
+    assert "[reference]" not in sample_table(rollout, for_all.texts, 2)
+
+
+def test_what_people_read(model_folder: ModelFolder) -> None:
+    setting = make_setting(model_folder(), FunctionRewardConfig(path="tests.support.rewards:spread"))
+    rollout = setting.collect(prompts(), 0, group=1, validates=True)
+    table = sample_table(rollout, setting.collect.texts, 2)
+    assert table.count("[prompt]") == 2
+    assert f"score {rollout.scores[0, 0]:.3f}, KL 0.00" in table.replace("-0.00", "0.00")
+    assert table.count("[reference]\nb") == 2
+    assert distinct_pairs(["a b c", "a b"]) == 2 / 3
+    assert distinct_pairs(["", "one"]) == 0.0
+
+
+def test_what_is_not_finite_is_refused_where_it_began() -> None:
+    """Of several kinds that one of which the fewest rows are bad: whitening spreads a single number over all."""
+    rows = tuple(Example(30 + i, np.arange(2), (np.arange(3), np.arange(1))) for i in range(3))
+    rollout = Rollout(rows, np.ones((3, 2)), np.ones((3, 2), dtype=bool), {})
+    values, advantages = torch.ones(12), torch.full((12,), torch.nan)
+    refuse_non_finite(rollout.with_tokens(values=values))
+    values[7] = torch.inf  # the last token of the second row's second response
+    with pytest.raises(NonFiniteError, match=r"^values after 1 of 3 prompts .* of the training split \(\[31\]\)"):
+        refuse_non_finite(rollout.with_tokens(advantages=advantages, values=values))
+    scores = np.array([[0.0, 1.0], [0.0, 1.0], [np.nan, 1.0]])
+    bad = dataclasses.replace(rollout.with_tokens(advantages=advantages), scores=scores)
+    with pytest.raises(NonFiniteError, match=r"^scores after 1 of 3 prompts .* of the validation split \(\[32\]\)"):
+        refuse_non_finite(bad, "validation")

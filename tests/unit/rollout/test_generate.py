@@ -1,0 +1,147 @@
+"""Generation against an argmax loop without a cache, and what it must leave alone."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sheeprlhf.model.load import load_causal_lm, load_tokenizer
+from sheeprlhf.rollout.generate import generate_responses
+from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.structure.model import ModelConfig
+from tests.support.models import EOS, VOCAB
+
+ModelFolder = Callable[..., Path]
+PROMPTS = [np.frombuffer(text, dtype=np.uint8).astype(np.int32) for text in (b"a", b"some longer words", b"Hi there")]
+GREEDY = GenConfig(max_new_tokens=12)
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    cfg = ModelConfig(config_name="auto", repo_name=str(folder))
+    return load_causal_lm(cfg, vocabulary=VOCAB, longest=64), load_tokenizer(cfg)
+
+
+def argmax_loop(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, steps: int) -> str:
+    ids = prompt.tolist()
+    for _ in range(steps):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        ids.append(int(logits.argmax()))
+        if ids[-1] == EOS:
+            break
+    return str(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "phi", "falcon", "mistral"])
+def test_greedy_is_an_argmax_loop_alone_and_left_padded(architecture: str, model_folder: ModelFolder) -> None:
+    model, tokenizer = load(model_folder(architecture))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)  # else falcon writes the same after every prompt
+    expected = [argmax_loop(model.eval(), tokenizer, prompt, 12) for prompt in PROMPTS]
+    assert len(set(expected)) > 1  # the model tells prompts apart
+    assert [generate_responses(model, tokenizer, [prompt], GREEDY)[0] for prompt in PROMPTS] == expected
+    assert generate_responses(model, tokenizer, PROMPTS, GREEDY) == expected
+
+
+def test_the_models_own_settings_neither_leak_nor_change(model_folder: ModelFolder) -> None:
+    model, tokenizer = load(model_folder())
+    sampled = GenConfig(max_new_tokens=12, do_sample=True)
+
+    def both() -> list[list[str]]:
+        torch.manual_seed(0)
+        return [generate_responses(model, tokenizer, PROMPTS, cfg) for cfg in (GREEDY, sampled)]
+
+    expected = both()
+    own = GenerationConfig(
+        do_sample=True,
+        temperature=0.1,
+        top_k=2,
+        top_p=0.5,
+        max_length=20,
+        min_length=5,
+        forced_eos_token_id=EOS,
+        forced_bos_token_id=1,
+        repetition_penalty=9.0,
+        no_repeat_ngram_size=1,
+        suppress_tokens=list(range(2, 100)),
+        begin_suppress_tokens=list(range(100, 256)),
+        eos_token_id=3,
+        pad_token_id=7,
+        num_return_sequences=2,
+    )
+    before = own.to_dict()
+    model.generation_config = own
+    assert both() == expected
+    assert model.generation_config is own and own.to_dict() == before
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_training_flags_and_settings_are_restored(
+    fails: bool, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load(model_folder("gpt2"))
+    model.train()
+    model.transformer.h[1].eval()  # a mixed state
+    before = {name: module.training for name, module in model.named_modules()}
+    own = model.generation_config
+    during: list[bool] = []
+
+    def watch(*_: object) -> None:
+        during.extend(module.training for module in model.modules())
+        if fails:
+            raise RuntimeError("broken")
+
+    model.register_forward_pre_hook(watch)
+    if fails:
+        with pytest.raises(RuntimeError, match="broken"):
+            generate_responses(model, tokenizer, PROMPTS, GREEDY)
+    else:
+        generate_responses(model, tokenizer, PROMPTS, GREEDY)
+    assert during and not any(during)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert model.generation_config is own
+
+
+def test_it_stops_at_eos(model_folder: ModelFolder) -> None:
+    """A head that says "a" until the text has 4 tokens and EOS from then on; the shorter prompt writes longer."""
+    model, tokenizer = load(model_folder("phi"))
+    steps: list[int] = []
+
+    def say(module: torch.nn.Module, args: object, kwargs: dict, output: object) -> object:
+        position = kwargs["position_ids"][:, -1]  # of the newest token
+        steps.append(int(position.max()))
+        chosen = torch.where(position >= 3, EOS, ord("a") - 33)  # the byte alphabet begins with "!"
+        output.logits = torch.nn.functional.one_hot(chosen, VOCAB)[:, None].float()
+        return output
+
+    model.register_forward_hook(say, with_kwargs=True)
+    responses = generate_responses(model, tokenizer, [np.array([1]), np.array([1, 2, 3])], GREEDY)
+    assert responses == ["aaa", "a"]
+    assert len(steps) == 4  # of GREEDY's 12
+
+
+def test_sampling_draws_from_torch_alone(model_folder: ModelFolder) -> None:
+    model, tokenizer = load(model_folder())
+    cfg = GenConfig(max_new_tokens=12, do_sample=True, temperature=1.5)
+    random.seed(0)
+    np.random.seed(0)
+    python, numpy = random.getstate(), np.random.get_state()[1].tolist()
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        texts.append(generate_responses(model, tokenizer, PROMPTS, cfg))
+    assert texts[0] == texts[1] != texts[2]
+    assert random.getstate() == python and np.random.get_state()[1].tolist() == numpy
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    generate_responses(model, tokenizer, PROMPTS, GREEDY)
+    assert torch.equal(torch.get_rng_state(), state)
+    narrow = GenConfig(max_new_tokens=12, do_sample=True, top_k=1)
+    assert generate_responses(model, tokenizer, PROMPTS, narrow) == generate_responses(
+        model, tokenizer, PROMPTS, GREEDY
+    )

@@ -1,0 +1,306 @@
+"""Sampling against a loop without cache, batch or padding, and what it must not depend on or change."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+from transformers import GenerationConfig, PreTrainedModel
+
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.data.collate import collate_packed
+from sheeprlhf.data.example import Example
+from sheeprlhf.model.load import load_causal_lm
+from sheeprlhf.model.lora import add_lora
+from sheeprlhf.rollout.sampler import Sampled, draw, prompt_groups, sample_responses
+from sheeprlhf.structure.model import LORAConfig, ModelConfig
+from tests.support.models import ARCHITECTURES, EOS, VOCAB
+
+ModelFolder = Callable[..., Path]
+Stop = Callable[[np.ndarray], bool]
+LENGTHS = (5, 1, 9, 3, 9)
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, 250, length).astype(np.int32) for length in LENGTHS]
+UNIFORMS = RNG.random((len(LENGTHS), 3, 7))
+UNIFORMS[3, 1:] = UNIFORMS[3, 0]  # three equal responses
+
+
+def load(folder: Path, **options: Any) -> PreTrainedModel:
+    """Weights are large enough that a token depends on those before it."""
+    cfg = ModelConfig(config_name="auto", repo_name=str(folder), **options)
+    model = load_causal_lm(cfg, vocabulary=VOCAB, longest=64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    return model
+
+
+def sample(model: PreTrainedModel, indices: Any = slice(None), **options: Any) -> list[Sampled]:
+    prompts = [PROMPTS[index] for index in np.arange(len(PROMPTS))[indices]]
+    settings = dict(prompts=prompts, uniforms=UNIFORMS[indices], temperature=1.0, end_ids=[EOS], token_budget=10**6)
+    return sample_responses(model, **settings | options)
+
+
+@torch.no_grad()
+def assert_by_definition(
+    model: Any,
+    sampled: list[Sampled],
+    *,
+    prompts: list[np.ndarray] = PROMPTS,
+    temperature: float = 1.0,
+    end_ids: Sequence[int] = (EOS,),
+    stop: Stop = lambda _: False,
+) -> None:
+    """Every token against a plain forward pass of its prompt and response alone, in numpy's float64."""
+    model.eval()
+    for prompt, uniforms_KN, found in zip(prompts, UNIFORMS, sampled, strict=True):
+        for uniforms_N, ids, logprobs, finished in zip(uniforms_KN, *found, strict=True):
+            assert ids.dtype == np.int32 and logprobs.dtype == np.float32
+            whole = torch.from_numpy(np.concatenate([prompt, ids]).astype(np.int64))[None]
+            logits = model(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1].double().numpy()
+            weights = np.exp(logits / temperature)
+            probabilities = weights / weights.sum(axis=1, keepdims=True)
+            expected = [
+                np.flatnonzero(row.cumsum() > uniform)[0]
+                for row, uniform in zip(probabilities, uniforms_N, strict=False)
+            ]
+            assert_array_equal(ids, expected)
+            assert_allclose(logprobs, np.log(probabilities[np.arange(len(ids)), ids]), rtol=0, atol=1e-5)
+            ends = [token in end_ids or stop(ids[:number]) for number, token in enumerate(ids, 1)]
+            assert ends == [False] * (len(ids) - 1) + [finished]
+            assert finished or len(ids) == len(uniforms_N)
+
+
+def assert_equal(left: list[Sampled], right: list[Sampled]) -> None:
+    for one, other in zip(left, right, strict=True):
+        for ids, other_ids in zip(one.responses, other.responses, strict=True):
+            assert_array_equal(ids, other_ids)
+        for logprobs, other_logprobs in zip(one.logprobs, other.logprobs, strict=True):
+            assert_allclose(logprobs, other_logprobs, rtol=0, atol=1e-5)
+        assert one.finished == other.finished
+
+
+def ends_sometimes(ids: np.ndarray) -> bool:
+    """After one to nine tokens, as the first one says; there is room for seven."""
+    return len(ids) > ids[0] % 9
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_it_is_a_loop_without_cache_batch_or_padding(
+    architecture: str, packed: bool, model_folder: ModelFolder
+) -> None:
+    """Dropout is configured where the architecture has any, and the model is in training mode."""
+    model = load(model_folder(architecture), disable_dropout=False)
+    for temperature in (0.6, 1.0, 1.4) if packed else (1.4,):
+        sampled = sample(model.train(), temperature=temperature, packed=packed)
+        assert len({tuple(ids) for found in sampled for ids in found.responses}) == 13  # three are one and the same
+        assert_by_definition(model, sampled, temperature=temperature)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_that_end_do_not_disturb_the_others(packed: bool, model_folder: ModelFolder) -> None:
+    """They end one by one, one prompt's all at once, by EOS and by `stop`; an EOS inside a prompt ends nothing."""
+    model = load(model_folder())
+    plain = sample(model, end_ids=[])
+    later = [ids for found in plain[2:] for ids in found.responses if not ends_sometimes(ids[:4])]
+    eos_id = int(later[0][3])  # where `stop` would go on
+    told: list[int] = []
+    prompts = [np.append(prompt, np.int32(eos_id)) for prompt in PROMPTS[:2]] + PROMPTS[2:]
+    options: dict[str, Any] = dict(prompts=prompts, end_ids=[eos_id], stop=ends_sometimes)
+    sampled = sample(model, progress=told.append, packed=packed, **options)
+    assert_by_definition(model, sampled, **options)
+    assert any(ids[-1] == eos_id and not ends_sometimes(ids) for found in sampled for ids in found.responses)
+    ended = [finished for found in sampled for finished in found.finished]
+    assert any(ended) and not all(ended) and len({len(ids) for found in sampled for ids in found.responses}) > 3
+    assert sum(told) == 15 and len(told) > 3
+
+
+def test_eos_is_part_of_the_response_and_ends_it(model_folder: ModelFolder) -> None:
+    model = load(model_folder())
+    plain = sample(model, end_ids=[])
+    assert all(len(ids) == 7 for found in plain for ids in found.responses)
+    assert not any(finished for found in plain for finished in found.finished)
+    eos_id = int(plain[0].responses[1][6])  # the last token that there is room for
+    [found] = sample(model, slice(0, 1), end_ids=[eos_id])
+    assert found.responses[1][-1] == eos_id and found.finished[1]
+    assert found.finished == tuple(eos_id in ids for ids in plain[0].responses)
+    eos_id = int(plain[0].responses[1][0])
+    [found] = sample(model, slice(0, 1), end_ids=[eos_id])
+    assert found.responses[1].tolist() == [eos_id] and found.finished[1]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "falcon"])
+def test_the_batch_its_order_and_its_cut_change_nothing(architecture: str, model_folder: ModelFolder) -> None:
+    model = load(model_folder(architecture))
+    expected = sample(model, stop=ends_sometimes)
+    for token_budget in (1, 4, 9, 20):
+        assert_equal(sample(model, stop=ends_sometimes, token_budget=token_budget), expected)
+    assert_equal(sample(model, slice(None, None, -1), stop=ends_sometimes), expected[::-1])
+    assert_equal(sample(model, slice(2, 3), stop=ends_sometimes), expected[2:3])
+    single = sample(model, stop=ends_sometimes, uniforms=UNIFORMS[:, 1:2])
+    alone = [Sampled(*(values[1:2] for values in found)) for found in expected]
+    assert_equal(single, alone)
+    assert sample_responses(model, [], UNIFORMS[:0], temperature=1.0, end_ids=[EOS], token_budget=1) == []
+
+
+def test_groups_by_hand() -> None:
+    """Shortest first; what is computed of padded prompts and what is held of all are bounded."""
+    # 2 * 5, 3 * 7 and 2 * 9 are computed
+    assert list(prompt_groups([5, 9, 1, 7], 1, 1, 18, shared=False)) == [[2, 0], [3, 1]]
+    assert list(prompt_groups([5, 9, 1, 7], 1, 1, 17, shared=False)) == [[2, 0], [3], [1]]
+    assert list(prompt_groups([5, 9, 1, 7], 1, 1, 21, shared=False)) == [[2, 0, 3], [1]]
+    assert list(prompt_groups([5, 9, 1, 7], 1, 1, 5, shared=True)) == [[2, 0, 3, 1]]  # 4 * (9 + 1) = 8 * 5 are held
+    assert list(prompt_groups([1, 2], 3, 10, 8, shared=True)) == [[0, 1]]  # 2 * (2 + 3 * 10) = 8 * 8 are held
+    assert list(prompt_groups([1, 2], 3, 11, 8, shared=True)) == [[0], [1]]
+    assert list(prompt_groups([1, 2], 3, 10, 9, shared=False)) == [[0, 1]]  # 2 * 3 * (2 + 10) = 8 * 9
+    assert list(prompt_groups([1, 2], 3, 10, 8, shared=False)) == [[0], [1]]
+    assert list(prompt_groups([5, 9], 2, 10, 1, shared=True)) == [[0], [1]]
+    assert list(prompt_groups([], 2, 10, 1, shared=True)) == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_flags_settings_and_generators_are_left_alone(fails: bool, model_folder: ModelFolder) -> None:
+    model = load(model_folder("gpt2"))
+    expected = sample(model)
+    own = GenerationConfig(do_sample=True, temperature=0.1, top_k=2, max_length=3, eos_token_id=3, pad_token_id=7)
+    model.generation_config = own
+    model.train()
+    model.transformer.h[1].eval()  # a mixed state
+    flags = [module.training for module in model.modules()]
+    settings, config, state = own.to_dict(), model.config.to_dict(), torch.get_rng_state()
+    during: list[bool] = []
+    model.transformer.register_forward_hook(lambda *_: during.extend(module.training for module in model.modules()))
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            sample(model, stop=lambda ids: 1 / 0 > 1)
+    else:
+        assert_equal(sample(model), expected)
+    assert during and not any(during)
+    assert [module.training for module in model.modules()] == flags
+    assert model.generation_config is own and own.to_dict() == settings and model.config.to_dict() == config
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None and not parameter.is_inference() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_adapters_are_part_of_the_model(architecture: str, model_folder: ModelFolder) -> None:
+    plain = load(model_folder(architecture))
+    without = sample(plain)
+    torch.manual_seed(0)
+    adapted = add_lora(plain, LORAConfig(rank=4, dropout=0.5))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    sampled = sample(adapted.train().get_base_model())
+    assert_by_definition(adapted, sampled)
+    assert any(
+        not np.array_equal(one.responses[0], two.responses[0]) for one, two in zip(sampled, without, strict=True)
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "falcon"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_half_precision(architecture: str, dtype: str, model_folder: ModelFolder) -> None:
+    """Under autocast, or with weights in bfloat16: log-probabilities are the training forward's but for rounding."""
+    model = load(model_folder(architecture), dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "float32"):
+        sampled = sample(model)
+        model.eval()
+        for prompt, found in zip(PROMPTS, sampled, strict=True):
+            for ids, logprobs in zip(found.responses, found.logprobs, strict=True):
+                assert logprobs.dtype == np.float32 and (logprobs <= 0).all()
+                if architecture != "falcon":
+                    with torch.no_grad():
+                        expected = Policy(model)(collate_packed([Example(0, prompt, (ids,))])).target_N
+                    assert_allclose(logprobs, expected.numpy(), rtol=0, atol=0.1)
+
+
+def test_gradient_checkpointing_does_not_empty_the_cache(model_folder: ModelFolder) -> None:
+    model = load(model_folder(), gradient_checkpointing=True)
+    assert_by_definition(model, sample(model))
+
+
+def test_a_window_that_is_too_short_for_packed_rows(model_folder: ModelFolder) -> None:
+    model = load(model_folder("mistral"))
+    model.config.sliding_window = 6
+    assert_by_definition(model, sample(model))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_temperatures_that_are_refused(temperature: float, model_folder: ModelFolder) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        sample(load(model_folder()), temperature=temperature)
+
+
+def test_draw_takes_each_token_as_often_as_it_is_likely() -> None:
+    """On a grid of numbers every count is right to one; with random ones Pearson's statistic is in its middle 99%."""
+    probabilities_V = np.array([0.1, 0.0, 0.05, 0.4, 0.25, 0.0, 0.2])
+    logits_V = torch.from_numpy(1.7 * np.log(np.maximum(probabilities_V, 1e-300))).float()
+    logits_V[[1, 5]] = -torch.inf
+    num = 20_000
+    for uniforms in (np.arange(num) / num + 0.5 / num, np.random.default_rng(3).random(num)):
+        ids, logprobs = draw(logits_V.expand(num, -1), torch.from_numpy(uniforms), 1.7)
+        counts = np.bincount(ids.numpy(), minlength=7)
+        assert counts[1] == counts[5] == 0
+        likely = probabilities_V > 0
+        expected = num * probabilities_V[likely]
+        statistic = ((counts[likely] - expected) ** 2 / expected).sum()
+        assert statistic < 1e-2 or 0.2 < statistic < 14.9  # of 4 degrees of freedom
+        assert_allclose(logprobs.exp().numpy(), probabilities_V[ids.numpy()], rtol=1e-5)
+    assert statistic > 0.2
+
+
+def test_draw_at_the_ends() -> None:
+    """Never a token of probability 0, which here are the first and the last ones; ids in order of the vocabulary."""
+    logits_V = torch.tensor([-torch.inf, 0.0, -200.0, 1.0, -torch.inf, -torch.inf])
+    uniforms = torch.tensor([0.0, 0.26, 0.27, 1 - 2**-53], dtype=torch.float64)  # 1 / (1 + e) = 0.2689...
+    ids, _ = draw(logits_V.expand(4, -1), uniforms, 1.0)
+    assert ids.tolist() == [1, 1, 3, 3]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (2, 1.0), (0, 0.5)])
+def test_draw_of_logits_that_are_not_finite_gives_a_token_and_says_so(top_k: int, top_p: float) -> None:
+    """On a GPU an id past the vocabulary would end the process; the log-probability has it refused by who reads it."""
+    logits_BV = torch.zeros(3, 5)
+    logits_BV[1, 2], logits_BV[2, 0] = torch.nan, torch.inf
+    ids, logprobs = draw(logits_BV, torch.tensor([0.5, 0.5, 0.9], dtype=torch.float64), 1.0, top_k, top_p)
+    assert ((ids >= 0) & (ids < 5)).all()
+    assert logprobs.isfinite().tolist() == [True, False, False]
+
+
+def test_draw_computes_in_float32() -> None:
+    """Trap 12: from logits in half precision, over a large vocabulary."""
+    logits_BV = torch.randn(3, 150_000, generator=torch.Generator().manual_seed(0)).mul(4).bfloat16()
+    ids, logprobs = draw(logits_BV, torch.tensor([0.1, 0.5, 0.999], dtype=torch.float64), 0.6)
+    expected = (logits_BV.double() / 0.6).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    assert logprobs.dtype == torch.float32
+    assert_allclose(logprobs.numpy(), expected.numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (3, 1.0), (0, 0.7), (4, 0.8), (50, 0.999)])
+def test_draw_among_the_likeliest_alone(top_k: int, top_p: float) -> None:
+    """Against the definition: the k likeliest, of these the fewest that have top_p of their probability together."""
+    rng = np.random.default_rng(top_k)
+    for _ in range(20):
+        logits = rng.normal(0, 2, 9)
+        probs = np.exp(logits / 0.8) / np.exp(logits / 0.8).sum()
+        likeliest = np.argsort(-probs)[: top_k or 9]
+        shares = np.cumsum(probs[likeliest] / probs[likeliest].sum())
+        kept = np.zeros(9)
+        allowed = likeliest[: int(np.searchsorted(shares, top_p)) + 1] if top_p < 1 else likeliest
+        kept[allowed] = probs[allowed] / probs[allowed].sum()
+        uniforms = rng.random(40)
+        ids, logprobs = draw(torch.tensor(logits).expand(40, -1), torch.from_numpy(uniforms), 0.8, top_k, top_p)
+        expected = np.searchsorted(np.cumsum(kept), uniforms * kept.sum(), side="right")
+        assert_array_equal(ids.numpy(), expected)
+        assert_allclose(logprobs.numpy(), np.log(kept[expected]), atol=1e-5)
+
+
+def test_no_more_prompts_at_a_time_than_asked() -> None:
+    groups = prompt_groups([3, 1, 2, 2, 9], 2, 4, 10_000, shared=True, most=2)
+    assert list(groups) == [[1, 2], [3, 0], [4]]

@@ -1,0 +1,261 @@
+"""The builder's pure functions, on small source texts."""
+
+from pathlib import Path
+
+import pytest
+
+from tools.build_docstrings import COLUMNS, is_source, scan, snapshot_row
+from tools.docstring_pairs import Entry, paragraphs, short_function, summary, walk
+from tools.docstring_splits import (
+    Pair,
+    assign_packages,
+    balance,
+    corpus_rows,
+    deduplicate,
+    is_comparable,
+)
+from tools.licences import Distribution, copyright_lines, metadata_agrees, recognise
+
+SOURCE = '''
+def plain(x, *, y=1, z: str = "a") -> int:
+    """Return the sum of both.
+
+    More text.
+    """
+    return x + y
+
+async def waiting(self):
+    """Wait for the other side."""
+
+class Owner(Base, metaclass=Meta):
+    """Keeps all of its children."""
+
+    @property
+    def name(self) -> str:
+        """Return the name of it."""
+        return self._name
+
+    def silent(self): pass
+
+    class Inner:
+        def deep(self):
+            """Return the depth of it."""
+
+def outer():
+    def inner():
+        """Return the inner value here."""
+
+if True:
+    def conditional(): 'Return the only value here.'
+'''
+
+MIT = """The MIT License
+Copyright (c) 2020 Some One
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction.
+The above copyright notice and this permission notice shall be included in all copies."""
+BSD = """Copyright (c) 2019, Somebody. Redistribution and use in source and binary forms, with or without
+modification, are permitted provided that the following conditions are met:
+1. Redistributions of source code must retain the above copyright notice.
+2. Redistributions in binary form must reproduce the above copyright notice."""
+BSD_3 = f"{BSD}\n3. Neither the name of it nor its contributors may be used to endorse or promote products."
+
+
+def pair(response: str, package: str = "a", prompt: str | None = None) -> Pair:
+    return Pair(prompt or f'def {response}():\n    """', response, package, "1", "a.py", "f", "MIT")
+
+
+def test_walk_gives_the_source_form_of_each_documented_definition() -> None:
+    found = {entry.qualname: entry.prompt for entry in walk(SOURCE)}
+    assert found == {
+        "plain": 'def plain(x, *, y=1, z: str=\'a\') -> int:\n    """',
+        "waiting": 'async def waiting(self):\n    """',
+        "Owner": 'class Owner(Base, metaclass=Meta):\n    """',
+        "Owner.name": 'class Owner:\n    def name(self) -> str:\n        """',
+        "Owner.Inner.deep": 'class Inner:\n    def deep(self):\n        """',
+        "outer.inner": 'def inner():\n    """',
+        "conditional": 'def conditional():\n    """',
+    }
+
+
+def test_walk_drops_long_and_non_ascii_signatures() -> None:
+    long = ", ".join(f"argument_{i}" for i in range(30))
+    source = f'def f({long}):\n    """Return it."""\ndef g(x="\u00e9"):\n    """Return it."""\n'
+    assert list(walk(source)) == []
+
+
+def test_walk_refuses_what_is_not_python() -> None:
+    with pytest.raises(SyntaxError):
+        list(walk("def f(:"))
+
+
+@pytest.mark.parametrize(
+    ("docstring", "expected"),
+    [
+        ("Return the sum of both.", "Return the sum of both."),
+        ("\n    Return the sum\n    of both.\n\n    Args:\n        x: One.\n    ", "Return the sum of both."),
+        ("Return the sum of both", None),
+        ("Return it now.", None),
+        ("Return " + "a very " * 10 + "long sum.", None),
+        ("return the sum of both.", None),
+        ("Return the sum. Then return it.", None),
+        ("Return the caf\u00e9 of both.", None),
+        ("Return the ``sum`` of both.", None),
+        ("Return the :class:`sum` of both.", None),
+        ("Return the <b>sum</b> of both.", None),
+        ("Return 50 % of both sums.", None),
+        ("Return the *sum* of both.", None),
+        ("Return the {sum} of both.", None),
+        ("Return https://example.org of both.", None),
+        ("Return the sum of both...", None),
+        (">>> Return the sum of both.", None),
+        ("", None),
+    ],
+)
+def test_summary(docstring: str, expected: str | None) -> None:
+    assert summary(docstring) == expected
+
+
+def test_paragraphs_stop_at_the_first_section() -> None:
+    text = "Return the sum of both.\n\nIt is the sum of the two\nvalues given.\n\nArgs:\n    x: One value of them."
+    assert paragraphs(text) == "Return the sum of both.\n\nIt is the sum of the two\nvalues given."
+    assert paragraphs("Return the sum of both.") is None
+    assert paragraphs("Return the sum of both.\n\n>>> f(1, 2)\n3") is None
+    assert paragraphs("Return the sum of both.\n\nIt is a \u00e9 value here.") is None
+
+
+def test_short_function_is_split_after_its_signature() -> None:
+    entries = {entry.qualname: entry for entry in walk(SOURCE)}
+    head, rest = short_function(entries["Owner.name"]) or ("", "")
+    assert head == "def name(self) -> str:\n"
+    assert rest == '    """Return the name of it."""\n    return self._name'
+    assert short_function(entries["Owner"]) is None
+    assert short_function(Entry("f", "def f():", "x", "def f():\n    '''" + "x" * 1300 + "'''", 1)) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("a/b.py", True),
+        ("a/contest.py", True),
+        ("a/tests/b.py", False),
+        ("a/test_b.py", False),
+        ("a/b_test.py", False),
+        ("a/conftest.py", False),
+        ("pip/_vendor/rich/a.py", False),
+    ],
+)
+def test_is_source(path: str, expected: bool) -> None:
+    assert is_source(path) is expected
+
+
+def test_scan_reads_files_and_passes_over_bad_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(SOURCE, encoding="utf-8")
+    (tmp_path / "bad.py").write_text("def f(:", encoding="utf-8")
+    (tmp_path / "latin.py").write_bytes(b'def f():\n    """Return the caf\xe9 of it."""\n')
+    (tmp_path / "gpl.py").write_text(f"# GNU General Public License\n{SOURCE}", encoding="utf-8")
+    sentinel = tmp_path / "sentinel"
+    (tmp_path / "runs.py").write_text(f"open({str(sentinel)!r}, 'w')\n", encoding="utf-8")
+    files = ("a.py", "bad.py", "gone.py", "gpl.py", "latin.py", "runs.py")
+    found = scan([Distribution("a", "1", files, tmp_path, "MIT", "", (), MIT)])
+    assert {pair.file for pair in found.pairs} == {"a.py"}
+    assert {pair.qualname for pair in found.pairs} >= {"plain", "waiting", "Owner", "Owner.name"}
+    assert not sentinel.exists()
+
+
+def test_snapshot_row_has_both_forms() -> None:
+    row = snapshot_row(pair("Returns the value of it."))
+    assert tuple(row) == COLUMNS
+    assert (row["chosen"], row["rejected"]) == ("Return the value of it.", "Returns the value of it.")
+    assert (row["response"], row["style"]) == ("Returns the value of it.", "third_person")
+    with pytest.raises(ValueError, match="is_comparable"):
+        snapshot_row(pair("Settings of the whole application."))
+
+
+def test_duplicates_of_summary_or_prompt_are_dropped_and_third_person_is_kept() -> None:
+    kept = deduplicate(
+        [
+            pair("Return the value of it.", "a", "def f():"),
+            pair("Returns the value, of it.", "b", "def g():"),
+            pair("Parse the whole of it.", "c", "def g( ):"),
+            pair("Keep the whole of it.", "d", "def h():"),
+        ],
+        seed=1,
+    )
+    assert {entry.package for entry in kept} == {"b", "d"}
+
+
+def test_comparable_pairs_are_functions_with_one_verb() -> None:
+    assert is_comparable(pair("Return the value of it."))
+    assert not is_comparable(pair("Parse the line and return it."))
+    assert not is_comparable(pair("Settings of the whole application."))
+    assert not is_comparable(pair("Return the value of it.", prompt='class Owner:\n    """'))
+
+
+def test_balance_takes_equally_many_and_limits_a_package() -> None:
+    pairs = [pair(f"Return number {i} of it.", prompt=f"def f{i}():") for i in range(10)]
+    pairs += [pair(f"Returns item {i} of it.", "b", f"def g{i}():") for i in range(4)]
+    pairs += [pair(f"Returns thing {i} of it.", "c", f"def h{i}():") for i in range(2)]
+    drawn = balance(pairs, max_rows=100, max_style_rows_per_package=3)
+    assert [entry.prompt for entry in drawn] == [f"def {n}():" for n in ("f0", "f1", "f2", "g0", "g1", "g2")]
+    assert len(balance(pairs, max_rows=4, max_style_rows_per_package=9)) == 4
+
+
+def test_families_stay_together_and_large_packages_are_trained_on() -> None:
+    names = ("lightning", "torchmetrics", "big", "p", "q", "r")
+    counts = {"big": 50, "p": 5, "q": 5, "r": 5, "lightning": 5, "torchmetrics": 5}
+    pairs = [pair(f"Return {n} {i} here.", n) for n in names for i in range(counts[n])]
+    pairs += [pair(f"Returns {n} {i} there.", n) for n in names for i in range(counts[n])]
+    splits = assign_packages(pairs, seed=1, held_out_rows=10, package_rows=(10, 40))
+    assert splits["lightning"] == splits["torchmetrics"]
+    assert splits["big"] == "train"
+    assert set(splits.values()) == {"train", "validation", "test"}
+    assert splits == assign_packages(reversed(pairs), seed=1, held_out_rows=10, package_rows=(10, 40))
+
+
+def test_corpus_keeps_all_pairs_and_fills_up_with_bodies() -> None:
+    pairs = [pair("Return the value of it.", prompt="def f():")]
+    bodies = [("def g():\n", "    return 1"), ("def h():\n", "    return  1"), ("def i():\n", "    return 2")]
+    rows = corpus_rows(pairs, bodies, seed=1, max_chars=1000)
+    assert len(rows) == 3
+    assert {"prompt": "def f():", "response": "Return the value of it."} in rows
+    assert corpus_rows(pairs, bodies, seed=1, max_chars=1) == [
+        {"prompt": "def f():", "response": "Return the value of it."}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (MIT, "MIT"),
+        (BSD, "BSD-2-Clause"),
+        (BSD_3, "BSD-3-Clause"),
+        (f"{MIT}\n\nBundled: GNU General Public License", "MIT"),
+        (f"GNU General Public License\n\n{MIT}", None),
+        (BSD + "\nAll advertising materials must mention it.", None),
+        ("All rights reserved.", None),
+        ("", None),
+    ],
+)
+def test_recognise(text: str, expected: str | None) -> None:
+    assert recognise(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("licence", "declared", "expected"),
+    [
+        ("MIT", "", True),
+        ("MIT", "MIT License", True),
+        ("MIT", "Apache-2.0", False),
+        ("Apache-2.0", "Apache-2.0 AND CNRI-Python", False),
+        ("Apache-2.0", "Apache-2.0 OR GPL-3.0", True),
+        ("BSD-3-Clause", "ZPL-2.1", False),
+    ],
+)
+def test_metadata_is_a_cross_check(licence: str, declared: str, expected: bool) -> None:
+    assert metadata_agrees(licence, declared) is expected
+
+
+def test_copyright_lines_are_ascii_and_no_boilerplate() -> None:
+    text = "Copyright \u00a9 2001 Zo\u00eb\nthe above copyright notice\nCopyright [yyyy] [name of copyright owner]\n"
+    assert copyright_lines(text) == ("Copyright (c) 2001 Zoe",)

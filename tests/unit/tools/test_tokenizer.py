@@ -1,0 +1,94 @@
+"""The shipped tokenizer and configuration, and the training function on a small text."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+import sheeprlhf.assets
+from tools.build_tokenizer import train_tokenizer
+
+FOLDER = Path(sheeprlhf.assets.__file__).parent / "tiny"
+ODD_TEXTS = [
+    "",
+    " ",
+    "a ",
+    "  two  spaces  ",
+    "tab\tand\r\nline\n\n\n  end\n",
+    'class Owner:\n    def name(self, x=12):\n        """',
+    "\u00e9\u00df\u4e2d\u6587\U0001f600\u200b\u00a0x",
+    "\x00\x01\x7f",
+    "1234567890 3.14 0x1F",
+    "don't , . ! ?",
+    "e\u0301 \ufeff",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(FOLDER, local_files_only=True)
+
+
+def test_size_and_special_ids(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert len(tokenizer) == 4096
+    assert sorted(tokenizer.get_vocab().values()) == list(range(4096))
+    assert tokenizer.convert_tokens_to_ids(["<|pad|>", "<|bos|>", "<|eos|>"]) == [0, 1, 2]
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+    assert tokenizer.model_max_length == 512
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_any_text_comes_back(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+
+
+def test_every_byte_has_a_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = "".join(map(chr, range(0x800)))
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_one_bos_first_and_no_eos(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert ids[0] == 1
+    assert ids.count(1) == 1
+    assert 2 not in ids
+    assert 1 not in tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_digits_are_single_and_indentation_is_one_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert len(tokenizer.encode("12345", add_special_tokens=False)) == 5
+    for width in (4, 8, 12):
+        assert len(tokenizer.encode(" " * width + "return", add_special_tokens=False)) == 2
+
+
+def test_prompt_and_response_tokenize_the_same_apart_and_together(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt, response = 'def f(x):\n    """', "Return the value."
+    apart = tokenizer.encode(prompt) + tokenizer.encode(response, add_special_tokens=False)
+    assert tokenizer.encode(prompt + response) == apart
+
+
+def test_padding_uses_the_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    batch = tokenizer(["Return", "Return the value."], padding=True)
+    first, second = batch["input_ids"]
+    assert len(first) == len(second)
+    assert first[-1] == 0
+    assert batch["attention_mask"][0].count(0) == first.count(0)
+
+
+def test_config_matches_the_tokenizer() -> None:
+    config = AutoConfig.from_pretrained(FOLDER, local_files_only=True)
+    assert (config.model_type, config.vocab_size, config.max_position_embeddings) == ("llama", 4096, 512)
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (256, 6, 4)
+    assert (config.num_key_value_heads, config.intermediate_size) == (4, 688)
+    assert config.tie_word_embeddings is True
+    assert config.rope_parameters["rope_theta"] == 10000.0
+
+
+def test_training_keeps_the_ids_and_refuses_too_little_text() -> None:
+    small = train_tokenizer(iter(["Return the value of the thing."] * 4), vocab_size=264)
+    assert [small.token_to_id(token) for token in ("<|pad|>", "<|bos|>", "<|eos|>")] == [0, 1, 2]
+    with pytest.raises(ValueError, match="give more text or fewer tokens"):
+        train_tokenizer(iter(["a"]), vocab_size=4096)
