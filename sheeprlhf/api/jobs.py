@@ -2,21 +2,24 @@
 
 import csv
 import os
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.config.compose import Source, check, compose_job, configs_directory
-from sheeprlhf.config.registry import config_hash
-from sheeprlhf.config.run_lookup import find_runs
-from sheeprlhf.config.shell import option_word
+from sheeprlhf.command.words import ParsedArgs
 from sheeprlhf.engine.rundir import is_finished
-from sheeprlhf.launch import Job, launch, settled_words
-from sheeprlhf.security.json_records import load_json
-from sheeprlhf.security.record_schemas import RESULT
-from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
+from sheeprlhf.launch import launch
+from sheeprlhf.structure.commands import option_word
+from sheeprlhf.structure.compose import Job, Source, compose_job, configs_directory
+from sheeprlhf.structure.earlier import find_runs
+from sheeprlhf.structure.records import RESULT
+from sheeprlhf.structure.registry import config_hash
+from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError, SheepError
+from sheeprlhf.utils.records import load_json
 
 Overrides = Sequence[str] | Mapping[str, Any]
 
@@ -39,8 +42,7 @@ def train(overrides: Overrides = ()) -> TrainingRun:
     """Run the command `train` in this process; with several devices, in processes of their own.
 
     Ctrl-C, or a notebook's interrupt, saves a checkpoint after the current step and raises `Interrupted`; the same call
-    with `resume=true` continues. `hydra.` options are not accepted: name the place of the run with `root_dir` and
-    `run_name`.
+    with `resume=true` continues.
 
     Args:
         overrides: options as on the command line, `["task=sft", "optim.lr=1e-4"]`, or `{"optim.lr": 1e-4}`.
@@ -48,12 +50,13 @@ def train(overrides: Overrides = ()) -> TrainingRun:
     Raises:
         SheepError: `ConfigError`, `DataError` and so on: the same messages as on the command line.
     """
-    config = _run("train", overrides)
+    job = _run("train", overrides)
+    config = job.config
     assert isinstance(config, TrainConfig)
-    same = config_hash(config)
-    runs = [run.dir for run in find_runs(config.root_dir) if run.info.get("config_hash") == same]
-    named = None if config.resume_from is None else Path(config.resume_from)
-    directory = named or next(run_dir for run_dir in runs if is_finished(run_dir))
+    named = config.resume_from or job.given_dir
+    runs = () if named else find_runs(config.root_dir)
+    same = (run.dir for run in runs if run.info.get("config_hash") == config_hash(config) and is_finished(run.dir))
+    directory = Path(named) if named else next(same)
     return TrainingRun(directory, directory / "final", _read_metrics(directory / "metrics.csv"))
 
 
@@ -69,7 +72,7 @@ def evaluate(overrides: Overrides = ()) -> dict[str, Any]:
     Raises:
         SheepError: the same messages as on the command line.
     """
-    config = _run("eval", overrides)
+    config = _run("eval", overrides).config
     assert isinstance(config, EvalConfig)
     folder = Path(config.output_dir) if config.experiment_dir is None else Path(config.experiment_dir, "eval")
     results = [load_json(path, RESULT) for path in folder.glob("*.json")]
@@ -84,41 +87,38 @@ def as_words(overrides: Overrides) -> list[str]:
     return list(overrides)
 
 
-def compose(verb: str, words: list[str]) -> RootConfig:
-    """The typed, valid configuration of a command.
+def compose(verb: str, words: list[str]) -> Job:
+    """Compose and check a command.
 
     Raises:
         ConfigError: with every problem.
     """
-    hydra = [word for word in words if word.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    hydra = [word for word in words if re.match(r"[+~]*hydra\b", word) and not word.startswith("hydra.run.dir=")]
     if hydra:
-        raise ConfigError(f"{hydra[0]}: options of Hydra work on the command line only")
-    source = Source(verb, configs_directory(), verb)
-    problems = check(source, words)
-    if problems:
-        raise ConfigError(*problems)
-    return compose_job(source, words)
+        raise ConfigError(f"{hydra[0]}: options of Hydra other than hydra.run.dir work on the command line only")
+    return compose_job(Source(verb, configs_directory(), verb), words)
 
 
-def _run(verb: str, overrides: Overrides) -> RootConfig:
+def _run(verb: str, overrides: Overrides) -> Job:
     words = as_words(overrides)
-    config = compose(verb, words)
+    job = compose(verb, words)
     with _restored_environment():
-        code = launch(config, Job(verb, settled_words(config, words, {}), None, in_sweep=True))
+        code = launch(verb, ParsedArgs([], {}, words), job, in_sweep=True)
     if code:
         raise SheepError(f"{verb} ended with exit code {code}; its message is above")
-    return config
+    return job
 
 
 @contextmanager
 def _restored_environment() -> Iterator[None]:
-    """Undo a job's changes of environment variables, such as HF_HUB_OFFLINE, for the jobs that follow."""
-    before = dict(os.environ)
+    """Undo a job's changes of `sys.argv` and of environment variables, such as HF_HUB_OFFLINE."""
+    before, arguments = dict(os.environ), sys.argv
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
+        sys.argv = arguments
 
 
 def _read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:

@@ -141,7 +141,7 @@ def prepare_data(
     """
     words = [f"data={data}"] if data in choices("data") else as_words({"data": "local", "data.train_file": data})
     words += as_words({f"data.{name}": value for name, value in options.items()})
-    config = compose("inspect", [f"task={_TASKS[kind]}", *words])
+    config = compose("inspect", [f"task={_TASKS[kind]}", *words]).config
     assert isinstance(config, InspectConfig)
     tokenizer = load_tokenizer() if tokenizer is None else tokenizer
     return prepare.prepare_data(config.data, tokenizer, kind=kind, say=_say, progress=sys.stderr.isatty())
@@ -224,7 +224,7 @@ def _model(model: str, options: dict[str, Any]) -> tuple[ModelConfig, Path | Non
         return saved, Path(model)
     named = {"model": model} if model in choices("model") else {"model": "auto", "model.repo_name": model}
     words = as_words(named | {f"model.{name}": value for name, value in options.items()})
-    config = compose("inspect", ["task=sft", *words])
+    config = compose("inspect", ["task=sft", *words]).config
     assert isinstance(config, InspectConfig)
     return config.model, None
 

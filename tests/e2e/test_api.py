@@ -41,7 +41,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_jobs_follow_each_other_in_one_process(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)])
+    before = (dict(os.environ), list(sys.argv), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)])
     options = words(tmp_path, model_folder())
     first = train(options)
     assert [step for step, _ in first.metrics["train/loss"]] == [1, 2]
@@ -56,7 +56,7 @@ def test_jobs_follow_each_other_in_one_process(
     second = train(options)
     assert second.directory != first.directory
     assert second.metrics["train/loss"] == first.metrics["train/loss"]
-    assert (dict(os.environ), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]) == before
+    assert (dict(os.environ), sys.argv, [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]) == before
     result = evaluate({"task": "perplexity", "experiment_dir": str(second.directory), "task.num_samples": 8})
     assert result["rows"] == 8
     assert result["weights"] == "final"
