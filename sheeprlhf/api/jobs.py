@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.command.words import ParsedArgs
+from sheeprlhf.apps.arguments import ParsedArgs
+from sheeprlhf.config.compose import Job, Source, compose_job, configs_directory
+from sheeprlhf.config.registry import config_hash
+from sheeprlhf.config.run_lookup import find_runs
+from sheeprlhf.config.shell import option_word
 from sheeprlhf.engine.rundir import is_finished
 from sheeprlhf.launch import launch
-from sheeprlhf.structure.commands import option_word
-from sheeprlhf.structure.compose import Job, Source, compose_job, configs_directory
-from sheeprlhf.structure.earlier import find_runs
-from sheeprlhf.structure.records import RESULT
-from sheeprlhf.structure.registry import config_hash
+from sheeprlhf.security.json_records import load_json
+from sheeprlhf.security.record_schemas import RESULT
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError, SheepError
-from sheeprlhf.utils.records import load_json
 
 Overrides = Sequence[str] | Mapping[str, Any]
 
