@@ -34,20 +34,6 @@ def test_a_command_shows_its_groups_choices_and_options(verb, capsys):
     assert "--multirun, -m" in printed
 
 
-def test_help_of_a_command_can_be_asked_for_in_three_ways(capsys):
-    printed = []
-    for words in (["eval", "--help"], ["help", "eval"], ["--help", "eval"]):
-        run(words)
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1] == printed[2]
-
-
-def test_options_fit_a_narrow_screen(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    run(["train", "--help"])
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
-
-
 def test_choices_given_with_help_show_their_own_options(capsys):
     run(["train", "task=sft", "data=local", "optim=sgd", "--help"])
     printed = capsys.readouterr().out
@@ -56,18 +42,7 @@ def test_choices_given_with_help_show_their_own_options(capsys):
     assert "optim.betas" not in printed
 
 
-def test_help_of_an_unknown_choice_names_the_nearest(capsys):
-    with pytest.raises(SystemExit):
-        run(["train", "model=optt", "--help"])
-    assert "model=opt?" in capsys.readouterr().err
-
-
 def test_the_shell_completes_behind_the_command(capsys, monkeypatch):
     monkeypatch.setenv("COMP_LINE", "sheeprlhf train task=sft model=sm")
     run(["-sc", "query=bash"])
     assert "model=smollm2" in capsys.readouterr().out
-
-
-def test_hydra_shows_the_job_configuration(capsys):
-    run(["train", "--cfg", "job", "task=sft", "-p", "optim"])
-    assert "config_name: adamw" in capsys.readouterr().out

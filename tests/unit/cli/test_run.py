@@ -63,12 +63,6 @@ def test_a_recipe_overrides_groups_and_the_command_line_overrides_it(calls):
     assert config.experiment == "sft_smollm2_lora"
 
 
-def test_the_users_directory_is_obeyed(calls, tmp_path):
-    run(["train", "task=sft", f"hydra.run.dir={tmp_path}/mine"])
-    assert calls[0][1] == tmp_path / "mine"
-    assert calls[0][1].stat().st_mode & 0o777 == 0o700
-
-
 def test_a_dry_run_is_two_steps_of_the_same_model(calls):
     run(["train", "task=sft", "dry_run=true", "model=phi"])
     [(config, _, _)] = calls
@@ -179,12 +173,6 @@ def test_an_unexpected_error_leaves_its_traceback_in_the_run_directory(calls, ca
     assert "sk-abc" not in log.read_text()
 
 
-def test_debug_shows_the_traceback(calls, capsys):
-    fail_with(NonFiniteError("rows 3"))
-    assert exit_code("train task=sft debug=true") == 1
-    assert "Traceback" in capsys.readouterr().err
-
-
 def test_a_signal_ends_the_whole_sweep(calls):
     seeds = []
 
@@ -234,19 +222,6 @@ def test_eval_takes_model_and_data_from_the_run(calls, tmp_path):
     assert config.model.finetune_mode == "LORA"
     assert type(config.data).__name__ == "DocstringsConfig"
     assert (config.data.max_length, config.data.num_samples) == (100, 5)
-
-
-def test_eval_replaces_the_runs_data_by_a_choice_given(calls, tmp_path):
-    run_dir = saved_run(tmp_path, calls)
-    run(["eval", "task=perplexity", f"experiment_dir={run_dir}", "data=summarization"])
-    assert calls[0][0].data.config_name == "summarization"
-    assert calls[0][0].model.config_name == "tiny"
-
-
-def test_eval_sweeps_over_runs(calls, tmp_path):
-    runs = [saved_run(tmp_path, calls, f"model={name}") for name in ("opt", "tiny")]
-    run(["eval", "-m", "task=perplexity", f"experiment_dir={runs[0]},{runs[1]}"])
-    assert [config.model.config_name for config, _, _ in calls] == ["opt", "tiny"]
 
 
 def test_a_saved_run_cannot_switch_on_remote_code(calls, tmp_path):

@@ -77,9 +77,7 @@ def test_two_processes_share_directory_and_seed(how, tmp_path):
     assert done.stdout.count("run directory") == 1
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param("script", marks=pytest.mark.slow), pytest.param("module", marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("how", [pytest.param(how, marks=pytest.mark.nightly) for how in ("script", "module")])
 def test_a_sweep_runs_each_job_on_two_processes(how, tmp_path):
     done, records = start(tmp_path, how, "-m", "fabric.devices=2", "seed=5,6")
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,6 @@ import pytest
 from sheeprlhf.config.memory_advice import advice, changed, smaller, words
 from sheeprlhf.config.validate import validate
 from sheeprlhf.structure.data import LocalDataConfig
-from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig, TinyConfig
@@ -58,11 +57,6 @@ def test_following_the_advice_comes_to_an_end_and_stays_valid() -> None:
     assert last == ["no option is left that would need less: take a smaller model, or a machine with more memory"]
 
 
-def test_what_cannot_have_adapters_is_not_given_any() -> None:
-    for model in (TinyConfig(random_init=True), TinyConfig(freeze_transformer=True), TinyConfig(lora_cfg=None)):
-        assert not any("finetune_mode" in words(change) for change in smaller(config(model)))
-
-
 def test_each_phase_has_its_own_options() -> None:
     assert smaller(config(), "loading the model") == [{"model.finetune_mode": "LORA", "model.dtype": "bfloat16"}]
     assert smaller(config(), "optimizer step") == [{"model.finetune_mode": "LORA"}]
@@ -70,12 +64,6 @@ def test_each_phase_has_its_own_options() -> None:
     assert {"model.lora_cfg.rank": 8} in smaller(adapters, "optimizer step")
     beams = replace(config(), generation=GenConfig(num_beams=4, max_new_tokens=9))
     assert smaller(beams, "generation")[:2] == [{"generation.num_beams": 2}, {"generation.max_new_tokens": 4}]
-
-
-def test_an_evaluation_has_other_options() -> None:
-    of_eval = EvalConfig(task=PerplexityConfig(), fabric=FabricConfig(), data=config().data)
-    assert smaller(of_eval, "evaluation")[:2] == [{"task.token_budget": 2048}, {"task.mini_batch_size": 32}]
-    assert {"generation.max_new_tokens": 32} in smaller(of_eval, "generation")
 
 
 def test_a_run_goes_on_or_starts_anew() -> None:

@@ -46,12 +46,6 @@ def test_a_run_is_found_with_what_it_was_made_of(tmp_path):
     assert find_trained(str(of_rm), wanted=REWARD_MODEL).task == "rm"
 
 
-def test_a_name_and_a_folder_are_found_too(tmp_path, model_folder):
-    assert find_trained("tiny").model.repo_name == "embedded:tiny"
-    assert find_trained(str(model_folder("gpt2"))).model.repo_name == str(model_folder("gpt2"))
-    assert find_trained("tiny").run_dir is None
-
-
 def test_what_is_no_run_is_answered_with_the_nearest_that_is(tmp_path):
     make_run(tmp_path / "first" / "run")
     assert "did you mean" in problems(tmp_path / "fisrt")

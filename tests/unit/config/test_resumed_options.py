@@ -40,8 +40,3 @@ def test_the_file_names_no_code_and_reads_nothing_else(seed: Any, tmp_path: Path
     problems = check(SOURCE, [f"resume_from={run_dir}"])
     assert any("reward.path" in problem for problem in problems)
     assert any("seed" in problem for problem in problems) == (seed != 7)
-
-
-def test_what_is_no_run_is_told_without_another_task(tmp_path: Path) -> None:
-    [problem] = check(SOURCE, [f"resume_from={tmp_path / 'nowhere'}", "task.max_num_steps=4"])
-    assert "resume_from=" in problem and "best_of_n" not in problem

@@ -105,20 +105,6 @@ def test_a_resumed_run_keeps_its_start(way: str, tmp_path: Path) -> None:
     assert sft_start_of(with_start(newest(tmp_path), None)) == str(second)
 
 
-def test_none_found_is_told_with_the_command_to_run(tmp_path: Path) -> None:
-    unresolved = with_start(newest(tmp_path, "model=gpt2", "model.repo_name=me/mine"), None)
-    [problem] = start_problems(unresolved)
-    assert "model.repo_name=me/mine" in problem
-
-
-def test_a_task_without_the_option_is_left_alone(tmp_path: Path) -> None:
-    sft = to_typed(composed("train", "task=sft"))
-    assert with_start(sft, None) is sft
-    plain = config(tmp_path)
-    assert with_start(plain, None) is plain
-    assert list(start_problems(plain)) == []
-
-
 def test_one_folder_by_two_names_is_one_model(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "model")
@@ -130,10 +116,3 @@ def test_one_folder_by_two_names_is_one_model(tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs", 1.0, model=str(tmp_path / "model"))
     asked = newest(tmp_path / "runs", f"model.repo_name={tmp_path / 'link'}")
     assert sft_start_of(with_start(asked, None)) == str(run)
-
-
-def test_a_policy_of_another_task_may_be_given(tmp_path: Path) -> None:
-    run = make_run(tmp_path, 1.0, task="dpo")
-    assert find_runs(tmp_path)[0].dir == run
-    given = changed(config(tmp_path), {"task.sft_experiment_dir": str(run)})
-    assert list(start_problems(given)) == []

@@ -37,14 +37,3 @@ def test_a_bad_file_is_refused_quickly(kind, tmp_path, monkeypatch):
     assert len(str(caught.value)) < 500
     assert kind != "anchors" or "alias" in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"}
-
-
-def test_no_file_says_where_to_look(tmp_path):
-    with pytest.raises(ConfigError, match=r"config\.yaml"):
-        saved_group(str(tmp_path), "model")
-
-
-def test_a_dataset_of_unknown_name_lists_the_known_ones(tmp_path):
-    (tmp_path / "config.yaml").write_text("data: {config_name: mine}\n")
-    with pytest.raises(ConfigError, match="docstrings, summarization"):
-        saved_group(str(tmp_path), "data")

@@ -56,11 +56,6 @@ def test_other_values() -> None:
     ]
 
 
-def test_options_that_differ_from_their_defaults() -> None:
-    cfg = LocalDataConfig(train_file="/a b,c.jsonl", max_length=9)
-    assert list(changed_words("data", cfg)) == ["data.max_length=9", 'data.train_file="/a b,c.jsonl"']
-
-
 @pytest.fixture
 def odd(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path / request.param
@@ -135,18 +130,6 @@ def test_the_training_that_has_to_come_first(odd: Path) -> None:
         verb, found = composed(line)
         assert verb == "train" and isinstance(found, TrainConfig) and found.task.config_name == task
         assert (found.model.repo_name, found.data.train_file) == (str(model), str(rows))  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("odd", FOLDERS, indirect=True)
-def test_the_training_after_a_fetch(
-    odd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = make_model_folder(odd / "model")
-    monkeypatch.setattr(fetch, "fetch_smollm2", lambda cache_dir: folder)
-    fetch.run(FetchConfig(model=SmolLM2Config(), cache_dir=str(odd)))
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next: "))
-    _, found = composed(f"{line.removeprefix('next: ')} data=docstrings")
-    assert isinstance(found, TrainConfig) and found.model.repo_name == str(folder)
 
 
 def test_no_command_is_put_together_elsewhere() -> None:

@@ -31,11 +31,3 @@ def test_a_strangers_recipe_runs_nothing(kind, tmp_path, monkeypatch, capsys):
     assert "experiment=shared is not a choice" not in printed.err
     assert "canary" not in printed.err + printed.out
     assert {path.name for path in tmp_path.iterdir()} == {"theirs"}
-
-
-def test_a_typo_in_a_file_names_the_nearest_option(tmp_path, capsys):
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntask: {epoch: 3}\n")
-    with pytest.raises(SystemExit):
-        run(["train", "task=sft", f"--config-dir={tmp_path}", "experiment=mine", "--cfg", "job"])
-    assert "did you mean epochs?" in capsys.readouterr().err

@@ -32,10 +32,3 @@ def test_a_message_has_no_space_that_the_template_writes() -> None:
     tokenizer = piece_tokenizer("prepend")
     [pair] = PairEncoder(tokenizer)(["ask"], [[" the cat"]], control_tokens=False)
     assert StopStrings([], tokenizer, as_message=True).text(np.array(pair.responses[0])) == "the cat"
-
-
-def test_bytes_are_decoded_alone() -> None:
-    """Nothing stands before them, so an unfinished letter stays what it was."""
-    tokenizer = byte_tokenizer()
-    ids = tokenizer("\u00e9", add_special_tokens=False)["input_ids"]
-    assert ResponseDecoder(tokenizer)(ids[1:]) == tokenizer.decode(ids[1:])

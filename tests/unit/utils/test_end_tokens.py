@@ -122,14 +122,6 @@ def test_a_response_ends_in_what_the_template_writes(mark: str, learned: str, sp
     assert row_of(tokenizer, {"prompt": "hi", "response": "ho"}) == ("<s>hi", "ho</s>")
 
 
-@pytest.mark.parametrize("special", [True, False])
-def test_a_message_with_an_end_token_in_it_is_dropped(special: bool) -> None:
-    tokenizer = turn_tokenizer(special=special)
-    talk = [TALK[0], {"role": "assistant", "content": "ho<end>ho"}]
-    [made] = RowTokenizer(LocalDataConfig(), tokenizer, "sft")([Row(0, "line 1", {"messages": talk})])
-    assert made.dropped == "special_tokens_in_messages"
-
-
 def test_texts_and_counts_are_without_the_end_token() -> None:
     """Whichever it is, and where it is no special token too; a response that was cut keeps its last token."""
     tokenizer = turn_tokenizer(special=False)
@@ -229,15 +221,6 @@ def test_saved_folders_list_all_of_them(model_folder: ModelFolder, tmp_path: Pat
     saved = json.loads((tmp_path / "reward" / "config.json").read_text())
     assert saved["eos_token_id"] == [EOS, END]
     assert saved["pad_token_id"] not in (EOS, END)
-
-
-def test_an_end_id_that_is_there_stays() -> None:
-    config = GenerationConfig(eos_token_id=7)
-    add_end_ids(config, turn_tokenizer())
-    assert config.eos_token_id == [7, EOS, END]
-    config = GenerationConfig()
-    add_end_ids(config, byte_tokenizer())
-    assert config.eos_token_id == EOS
 
 
 def test_the_end_of_a_response_to_a_prompt() -> None:

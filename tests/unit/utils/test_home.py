@@ -12,7 +12,7 @@ import pytest
 
 import sheeprlhf
 from sheeprlhf.cli import run
-from sheeprlhf.utils.home import cache_place, expand_home, home_problem, set_missing_variables
+from sheeprlhf.utils.home import cache_place, expand_home, home_problem
 from tests.support.runs import write_rows
 
 PACKAGE = Path(sheeprlhf.__file__).parent
@@ -61,7 +61,7 @@ def test_homes_that_are_none(home: str, nobody: Path, monkeypatch, capsys) -> No
 
 @pytest.mark.parametrize(
     "key",
-    ["root_dir", "data.cache_dir", "hydra.run.dir", "resume_from", "model.repo_name", "task.sft_experiment_dir"],
+    ["root_dir", "hydra.run.dir", "task.sft_experiment_dir"],
 )
 def test_a_home_of_nobody_is_named_with_its_option(key: str, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
@@ -96,18 +96,6 @@ def test_the_order_of_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_place(None) == ("XDG_CACHE_HOME", "/all/sheeprlhf")
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     assert cache_place(None).path == "~/.cache/sheeprlhf"
-
-
-def test_libraries_get_folders_that_can_be_made(nobody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SHEEPRLHF_CACHE", str(nobody / "cache"))
-    set_missing_variables()
-    assert os.environ["HF_HOME"] == str(nobody / "cache" / "huggingface")
-    assert os.environ["MPLCONFIGDIR"] == str(nobody / "cache" / "matplotlib")
-    assert "HF_DATASETS_CACHE" not in os.environ
-    monkeypatch.setenv("HF_HOME", "/dev/null/hub")  # one that others filled, and that cannot be written
-    set_missing_variables()
-    assert os.environ["HF_HOME"] == "/dev/null/hub"
-    assert os.environ["HF_DATASETS_CACHE"] == str(nobody / "cache" / "datasets")
 
 
 def test_one_module_asks_for_the_home_directory() -> None:

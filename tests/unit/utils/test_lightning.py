@@ -55,12 +55,6 @@ def test_fabric_comes_alone_and_lightning_is_whole_for_who_asks() -> None:
     assert answers == {"alone": "[]"} | dict.fromkeys(AFTERWARDS, "True Trainer")
 
 
-@pytest.mark.slow
-def test_lightning_imported_first_is_left_alone() -> None:
-    program = "import lightning; whole = lightning.fabric.Fabric\n" + ALONE + "print(whole is Fabric)"
-    assert output(program)[-1] == "True"
-
-
 def test_nobody_imports_lightning_past_it() -> None:
     for path in PACKAGE.rglob("*.py"):
         if path != PACKAGE / "utils/lightning.py":

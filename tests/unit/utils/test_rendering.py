@@ -47,12 +47,6 @@ def test_a_template_may_be_given_its_date_by_its_own_variable() -> None:
     assert render_chat(tokenizer, [USER], {"date_string": "today"}).startswith("[today]")
 
 
-def test_two_dates_in_turn() -> None:
-    tokenizer = byte_tokenizer(template=DATED)
-    shown = [render_chat(tokenizer, [USER], {"strftime_now": date})[:13] for date in ("2025-03-01", "2025-04-02")]
-    assert [*shown, render_chat(tokenizer, [USER])[:13]] == ["[01 Mar 2025]", "[02 Apr 2025]", "[26 Jul 2024]"]
-
-
 def test_random_choices_are_fixed_and_the_generator_goes_on() -> None:
     tokenizer = byte_tokenizer(template="{{ range(100000) | random }}" + TEMPLATE)
     random.seed(5)
@@ -61,12 +55,6 @@ def test_random_choices_are_fixed_and_the_generator_goes_on() -> None:
     texts = {render_chat(tokenizer, [USER]) for _ in range(3)}
     assert len(texts) == 1
     assert random.random() == expected
-
-
-def test_a_template_without_a_date_has_no_fixed_argument() -> None:
-    assert fixed_arguments(byte_tokenizer(template=TEMPLATE), None) == {}
-    assert fixed_arguments(byte_tokenizer(), None) == {}
-    assert fixed_arguments(byte_tokenizer(template=TEMPLATE), {"a": 1}) == {"a": 1}
 
 
 @pytest.mark.parametrize("date", ["tomorrow", "2025-3-1", "2025-02-30", 20250301])

@@ -58,11 +58,6 @@ def test_a_reader_that_has_ended_can_be_an_error() -> None:
     os.close(writer)
 
 
-def test_a_stream_without_a_file_stays() -> None:
-    stream = io.StringIO()
-    assert lasting(stream) is stream
-
-
 @pytest.mark.parametrize(("needs_reader", "code"), [(False, 1), (True, None)])
 def test_a_broken_pipe_of_another_kind_is_an_error(
     needs_reader: bool, code: int | None, monkeypatch: pytest.MonkeyPatch

@@ -26,7 +26,7 @@ from sheeprlhf.rollout.generate import generate_ids
 from sheeprlhf.rollout.sampler import sample_responses
 from sheeprlhf.rollout.stream import stream_ids
 from sheeprlhf.structure.generation import GenConfig
-from sheeprlhf.structure.model import AutoModelConfig, TinyConfig
+from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.vocabulary import defined_ids, num_rows_needed, undefined_ids
 from tests.support.models import VOCAB, byte_tokenizer
@@ -78,15 +78,6 @@ def test_ids_without_a_token_are_found() -> None:
     ids = [byte_tokenizer().convert_tokens_to_ids(letter) for letter in "z{"]
     assert num_rows_needed(holes) == 271 and len(holes) < 271
     assert undefined_ids(holes, 272).tolist() == [*sorted(ids), *range(259, 270), 271]
-
-
-def test_the_embedded_model_has_none() -> None:
-    cfg = TinyConfig()
-    tokenizer = load_tokenizer(cfg)
-    assert undefined_ids(tokenizer, 4096) is None
-    policy, _ = load_policy(cfg, tokenizer, longest=64, batching="auto")
-    policy.exclude_undefined(tokenizer)
-    assert policy.undefined_U is None
 
 
 @pytest.mark.parametrize("name", ENGINES)
