@@ -27,8 +27,10 @@ VARIANTS: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=pytest.mark.nightly if v in ("ppo", "rloo") else pytest.mark.slow) for v in VARIANTS],
+)
 def test_two_processes_equal_one(variant: str, server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
     """Seven prompts a rollout and three a step, so that the ranks never have equal shares.
 

@@ -91,13 +91,6 @@ def test_two_processes_equal_one(server: JobServer, tmp_path: Path, model_folder
     assert abs(ours["nll"] - expected["nll"]) <= 1e-6
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one_without_accumulation(
-    server: JobServer, tmp_path: Path, model_folder: ModelFolder
-) -> None:
-    assert_equal_runs(*both(server, tmp_path, model_folder(), "task.micro_batch_size=6"), 18)
-
-
 class Whole(NamedTuple):
     """The command but for its directory, its run that nothing disturbed, and where its processes left records."""
 
@@ -143,17 +136,15 @@ def assert_resumed_like(whole: Whole, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_job(rank: int, whole: Whole, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_job(whole: Whole, tmp_path: Path) -> None:
     job = in_training(whole, tmp_path)
-    job.kill() if rank == 0 else os.kill(next(pid for pid in job.group() if pid != job.pid), signal.SIGKILL)
+    os.kill(next(pid for pid in job.group() if pid != job.pid), signal.SIGKILL)
     assert job.wait(60) != 0
     job.assert_all_gone()
-    if rank == 1:
-        assert_resumed_like(whole, tmp_path)
+    assert_resumed_like(whole, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # one process saves on a signal in every run, and ranks agree on it in tests/unit/engine
 def test_a_signal_saves_on_both(whole: Whole, tmp_path: Path) -> None:
     """A terminal that is closed, and a batch system, send it to all processes."""
     job = in_training(whole, tmp_path)
@@ -171,6 +162,6 @@ def test_a_mistake_is_told_once(tmp_path: Path, model_folder: ModelFolder) -> No
     data.write_text('{"prompt": "a", "response": [3]}\n')
     job = start(train_words(model_folder(), data, tmp_path / "run"), tmp_path / "log")
     assert job.wait(100) == 2, job.text()
-    assert job.text().count("bad.jsonl line 1: column 'response' holds list") == 1
+    assert job.text().count("bad.jsonl line 1: column 'response'") == 1
     assert "Traceback" not in job.text()
     job.assert_all_gone()

@@ -60,25 +60,12 @@ def test_from_a_pipe_the_answer_is_what_generate_writes(monkeypatch, capsys):
     assert printed == f"{expected[0].strip()}\n"
 
 
-def test_seeds_and_sampling_are_obeyed(monkeypatch, capsys, chatty):
-    def answer(*flags: str) -> str:
-        return piped(monkeypatch, capsys, "hello", chatty, "--max-new-tokens", "8", *flags)
-
-    assert answer("--seed", "1") == answer("--seed", "1") != answer("--seed", "2")
-    assert answer("--seed", "1", "--top-k", "1") == answer("--seed", "2", "--temperature", "0")
-
-
 def test_nothing_that_a_terminal_obeys_is_printed(monkeypatch, capsys, chatty):
     evil = "a\x1b[31mred\x1b]0;title\x07b\x9b2J\u202e\x08<b>\r\n\tok\x1b["
     says(monkeypatch, evil)
     printed = piped(monkeypatch, capsys, "hello", chatty)
     assert not set("\x1b\x07\x9b\u202e\x08\r") & set(printed)
     assert printed == "aredb2J<b>\n\tok\n"
-
-
-def test_characters_of_several_tokens_appear_whole(monkeypatch, capsys, chatty):
-    says(monkeypatch, "na\u00efve \U0001f411 end")
-    assert piped(monkeypatch, capsys, "hello", chatty) == "na\u00efve \U0001f411 end\n"
 
 
 def test_a_conversation_is_remembered_and_forgotten(monkeypatch, capsys, chatty):
@@ -161,13 +148,6 @@ def test_a_mistake_is_one_message(words, message, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert stop.value.code == 2 and printed.out == ""
     assert message in printed.err and "Traceback" not in printed.err
-
-
-def test_an_empty_pipe_is_no_prompt(monkeypatch, capsys, model_folder):
-    with pytest.raises(SystemExit) as stop:
-        piped(monkeypatch, capsys, " \n", model_folder("llama"))
-    assert stop.value.code == 2
-    assert "the prompt is empty" in capsys.readouterr().err
 
 
 def test_the_form_of_a_run_is_that_of_its_data(model_folder):

@@ -185,19 +185,6 @@ def test_nothing_of_the_user_is_overwritten(runs, tmp_path, capsys):
     assert (empty / "model.safetensors").is_file()
 
 
-def test_a_file_that_appears_meanwhile_is_kept(runs, tmp_path, monkeypatch, capsys):
-    save = export._save
-
-    def slow(model, tokenizer, folder, **how):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "mine.txt").write_text("mine")
-        save(model, tokenizer, folder, **how)
-
-    monkeypatch.setattr(export, "_save", slow)
-    assert "is not an empty folder" in refused(capsys, runs["sft"], "--to", tmp_path / "out")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
-
-
 def test_a_killed_export_is_swept_and_never_taken_for_a_model(runs, tmp_path, monkeypatch):
     target = tmp_path / "out"
     process = os.fork()
@@ -265,9 +252,3 @@ def test_the_card_tells_how_it_was_made(runs, tmp_path):
         assert wrong not in card
     for heading in ("Data", "Recipe", "Results", "Checks of this folder", "Limits", "Licence", "Versions"):
         assert f"\n## {heading}\n" in card
-
-
-def test_help_names_the_flags(capsys):
-    run(["export", "--help"])
-    printed = capsys.readouterr().out
-    assert all(f"--{name}" in printed for name in ("to", "weights", "dtype", "push-to-hub"))

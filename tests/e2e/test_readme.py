@@ -89,7 +89,7 @@ def test_every_other_command_works(
         assert len(finals) == seen.count(word)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # CI itself installs into a clean environment
 def test_install_and_train_in_a_fresh_clone_and_environment(tmp_path: Path) -> None:
     """The first command; the environment borrows this one's packages instead of fetching them again."""
     clone = tmp_path / "clone"

@@ -67,13 +67,6 @@ def test_odd_names_of_run_directories(name: str, tmp_path: Path, model_folder: M
     run(["eval", "task=perplexity", f"experiment_dir='{str(found[0].parent).replace(chr(39), chr(92) + chr(39))}'"])
 
 
-def test_an_odd_name_given_to_hydra(tmp_path: Path, model_folder: ModelFolder) -> None:
-    folder = tmp_path / "a = b, c"
-    words = train_words(model_folder(), write_rows(tmp_path / "rows.jsonl", 12), tmp_path, "task.max_num_steps=1")
-    run([*(word for word in words if not word.startswith("hydra.run.dir")), f"hydra.run.dir='{folder}'"])
-    assert (folder / "final" / "model.safetensors").is_file()
-
-
 @pytest.mark.parametrize("key", ["root_dir", "hydra.run.dir"])
 def test_a_place_that_cannot_be_written_is_refused_before_the_model_loads(
     key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -78,23 +78,6 @@ def test_a_run_on_a_disk_that_became_read_only(
             assert f"{place}" in refused(*words)
 
 
-def test_a_link_that_leads_nowhere(tmp_path: Path, refused: Callable[..., str]) -> None:
-    link = tmp_path / "link"
-    link.symlink_to(tmp_path / "nowhere")
-    for key in ("hydra.run.dir", "root_dir"):
-        assert f"{link}" in refused(f"{key}={link}")
-
-
-@pytest.mark.parametrize("name", ["x" * 300, "a\nb"])
-def test_a_name_that_no_folder_can_have(name: str, tmp_path: Path, refused: Callable[..., str]) -> None:
-    assert "run_name" in refused(f"root_dir={tmp_path}", f"run_name='{name}'")
-
-
-def test_a_folder_whose_name_is_too_long(tmp_path: Path, refused: Callable[..., str]) -> None:
-    for key in ("hydra.run.dir", "root_dir"):
-        assert "File name too long" in refused(f"{key}={tmp_path / ('x' * 300)}")
-
-
 def test_a_working_directory_that_is_gone(
     tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,10 +97,3 @@ def test_places_that_work(place: str, tmp_path: Path, model_folder: ModelFolder)
     [final] = [path for path in tmp_path.rglob("final") if "link" not in path.parts]
     assert (final / "model.safetensors").is_file()
     assert os.path.islink(tmp_path / "link")
-
-
-@pytest.mark.slow
-def test_a_folder_whose_name_has_a_line_break(tmp_path: Path, model_folder: ModelFolder) -> None:
-    folder = tmp_path / "a\nb"
-    run(words_of(model_folder(), tmp_path, f"hydra.run.dir='{folder}'"))
-    assert (folder / "final" / "model.safetensors").is_file()

@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -166,30 +165,6 @@ def test_a_pipeline_that_is_resumed(amount, tmp_path: Path, monkeypatch, capsys)
             kind,
             printed,
         )
-
-
-@pytest.mark.parametrize("amount", AMOUNTS)
-def test_the_report_that_tells_how_prompts_were_written(amount, tmp_path: Path) -> None:
-    folder = make_past_run(tmp_path / "run")
-    text = (folder / "data_report.json").read_text()
-    groups = ("model: {config_name: tiny}", "task: {config_name: sft}", "data: {config_name: docstrings}\n")
-    (folder / "config.yaml").write_text("\n".join(groups))
-    (folder / "final").mkdir()
-    shutil.copy(Path(__file__).parents[2] / "sheeprlhf/assets/tiny/config.json", folder / "final")
-    (folder / "final" / "model.safetensors").touch()
-    trained = find_trained(str(folder))
-    assert trained.templated()
-    for _, mutated in chosen(text, amount):
-        write(folder / "data_report.json", mutated)
-        with suppress(RecordError):  # and nothing else; a field that may be missing may be removed
-            trained.templated()
-    for odd in ('{"splits": {"train": {"read": 1, "kept": "x"}}}', "[]", '{"splits": {"train": {"kept": 1}}}'):
-        write(folder / "data_report.json", odd)
-        with pytest.raises(RecordError) as caught:
-            trained.templated()
-        assert caught.value.file == str(folder / "data_report.json") and "delete" in caught.value.fix
-    (folder / "data_report.json").unlink()  # the fix
-    assert trained.templated()
 
 
 def rehash(folder: Path) -> None:

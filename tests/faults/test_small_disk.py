@@ -4,7 +4,6 @@ Twenty more sizes, where no file may grow beyond one, are in tests/unit/engine/t
 """
 
 import tempfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -21,32 +20,11 @@ from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.utils.errors import CheckpointError
-from tests.support.jobs import JobServer
-from tests.support.mounts import fill, resize, small_disk
-from tests.support.runs import result_of, train, train_words, write_rows
+from tests.support.mounts import fill, small_disk
 
-ModelFolder = Callable[..., Path]
 STEP = 64 << 10
 TOO_SMALL = range(-20, 0)  # steps below what two checkpoints need
 ENOUGH = range(1, 4)
-FILLED = """
-import sheeprlhf.task.loop as loop
-from pathlib import Path
-from tests.support.mounts import fill
-update, steps = loop.update, iter(range(1000))
-def filled(*words, **options):
-    if next(steps) == 5:
-        fill(Path({folder!r}))
-    return update(*words, **options)
-loop.update = filled
-"""
-NO_TEMPORARY_FILES = """
-import tempfile
-def refuse(*words, **options):
-    raise OSError(28, "no temporary file in this test")
-for name in ("mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryFile", "SpooledTemporaryFile", "TemporaryDirectory"):
-    setattr(tempfile, name, refuse)
-"""
 
 
 @cache
@@ -101,40 +79,3 @@ def test_a_checkpoint_needs_no_temporary_folder(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setenv("TMPDIR", str(full))
         (tmp_path / "run").mkdir()
         assert "model.safetensors" in verify_manifest(save(tmp_path / "run", 1))["files"]
-
-
-@pytest.mark.nightly
-def test_a_run_with_a_full_temporary_folder(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
-    """From the data to the last checkpoint: without a temporary file anywhere."""
-    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
-    with small_disk(tmp_path / "full", 64 << 10) as full:
-        fill(full)
-        words = train_words(model, data, tmp_path / "run")
-        cache = str(tmp_path / "cache")
-        job = server.start(words, tmp_path / "log", NO_TEMPORARY_FILES, TMPDIR=str(full), SHEEPRLHF_CACHE=cache)
-        assert job.wait() == 0, job.text()
-    assert result_of(tmp_path / "run") == result_of(train(model, data, tmp_path / "whole"))
-
-
-@pytest.mark.parametrize(
-    "save_interval", [pytest.param(8, marks=pytest.mark.slow), pytest.param(24, marks=pytest.mark.nightly)]
-)
-def test_a_run_whose_disk_is_full(
-    save_interval: int, server: JobServer, tmp_path: Path, model_folder: ModelFolder
-) -> None:
-    """From the sixth step on, by another's file: a save, or before it the records of a step, find no room."""
-    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
-    with small_disk(tmp_path / "disk", 16 << 20) as disk:
-        run_dir = disk / "run"
-        words = train_words(model, data, run_dir, "task.eval_interval=4", f"task.save_interval={save_interval}")
-        job = server.start(words, tmp_path / "log", FILLED.format(folder=str(disk)))
-        assert job.wait() == 1, job.text()
-        text = job.text()
-        assert f"cannot write {run_dir}" in text and "are free" in text and "Traceback" not in text
-        assert f"resume_from={run_dir}" in text or "resume=true" in text
-        assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-4"]
-        assert not [path for path in run_dir.rglob("*") if ".tmp" in path.name]
-        verify_manifest(run_dir / "checkpoints" / "step-4")
-        resize(disk, 64 << 20)
-        assert server.start([*words, "resume=true"], tmp_path / "log").wait() == 0
-        assert result_of(run_dir) == result_of(train(model, data, tmp_path / "whole", "task.eval_interval=4"))

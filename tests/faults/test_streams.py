@@ -51,16 +51,6 @@ def test_closed_streams() -> None:
     assert silent.returncode == 2 and silent.stderr == silent.stdout == b""
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("streams", ["> /dev/full", ">&- 2>&- <&-", "2> /dev/full"])
-def test_a_training_ends_well_whatever_its_streams(streams: str, tmp_path: Path) -> None:
-    """No file of the run gets the descriptor of a closed stream."""
-    words = f"model=tiny data=docstrings data.num_samples=200 dry_run=true hydra.run.dir={tmp_path}/run"
-    done = shell(f"$S train task=sft {words} {streams}")
-    assert (tmp_path / "run" / "final" / "model.safetensors").is_file(), done.stderr
-    assert done.returncode == ("full" in streams)
-
-
 @pytest.mark.parametrize("environment", [ASCII, pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.nightly)])
 def test_other_letters_are_printed_where_only_ascii_can_be(environment: dict[str, str], tmp_path: Path) -> None:
     folder = make_past_run(tmp_path / "läufe", model="größe")
@@ -70,14 +60,3 @@ def test_other_letters_are_printed_where_only_ascii_can_be(environment: dict[str
     assert "größe" in (folder / "seite-ü.html").read_text(encoding="utf-8")
     wrong = shell("$S list 'größe'", **environment)
     assert wrong.returncode == 2 and wrong.stderr
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("environment", [ASCII, {"PYTHONIOENCODING": "ascii"}])
-def test_other_letters_are_read_where_only_ascii_can_be(environment: dict[str, str]) -> None:
-    usual = shell("echo 'def größe():' | $S chat tiny --temperature 0 --max-new-tokens 8", PYTHONUTF8="1")
-    other = shell("echo 'def größe():' | $S chat tiny --temperature 0 --max-new-tokens 8", **environment)
-    assert usual.returncode == other.returncode == 0 and other.stdout.isascii()
-    assert other.stdout.decode("unicode_escape").encode("latin-1", "ignore").strip()[:8] == usual.stdout.strip()[:8]
-    wrong = shell("printf '\\xff\\xfe' | $S chat tiny", **environment)
-    assert wrong.returncode == 2 and b"cannot be read as text" in wrong.stderr

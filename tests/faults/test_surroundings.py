@@ -65,10 +65,7 @@ def test_nothing_around_a_run_changes_its_weights(
     data = write_rows(tmp_path / "rows.jsonl")
     expected = result_of(train(model_folder(), data, tmp_path / "first", *SHORT, *LORA), 8)
     variants = {
-        "again": [],
         "workers": ["task.num_workers=2"],
-        "no workers": ["task.num_workers=0"],
-        "logged less": ["task.log_interval=5"],
         "validated more": ["task.eval_interval=1"],
         "saved more": ["task.save_interval=1"],
     }
@@ -76,7 +73,7 @@ def test_nothing_around_a_run_changes_its_weights(
     monkeypatch.chdir(tmp_path / "elsewhere")
     for name, words in variants.items():
         assert result_of(train(model_folder(), data, tmp_path / name, *SHORT, *LORA, *words), 8) == expected, name
-    for seed in ("0", "12345"):
+    for seed in ("12345",):
         words = train_words(model_folder(), data, tmp_path / seed, *SHORT, *LORA)
         assert ColdJob(words, tmp_path / f"log-{seed}", PYTHONHASHSEED=seed, OMP_NUM_THREADS="1").wait(400) == 0
         assert result_of(tmp_path / seed, 8) == expected

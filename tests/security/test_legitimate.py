@@ -55,16 +55,6 @@ def test_a_snapshot_in_the_hubs_cache(tmp_path: Path, model_folder) -> None:
     assert_is(model_of(tmp_path / "mine"), model_folder())
 
 
-def test_shards_as_transformers_saves_them(tmp_path: Path, model_folder) -> None:
-    whole = AutoModelForCausalLM.from_pretrained(model_folder())
-    shutil.copytree(model_folder(), tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
-    whole.save_pretrained(tmp_path / "model", max_shard_size="5KB")
-    assert len(list((tmp_path / "model").glob("model-*-of-*.safetensors"))) > 1
-    model_of(tmp_path / "model")
-    names = {name for name in whole.state_dict() if name != "lm_head.weight"}  # tied
-    assert weights_of(tmp_path / "model").keys() == names
-
-
 def test_a_header_is_what_the_file_has(tmp_path: Path) -> None:
     formats = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn)
     tensors = {f"a.{i}": torch.zeros(i, 3, dtype=dtype) for i, dtype in enumerate(formats)}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.agent.reward import RewardModel, load_reward_model
@@ -29,8 +29,6 @@ from sheeprlhf.utils.errors import ModelError
 from tests.support.models import EXPERTS, UNPACKED, make_model_folder
 
 ModelFolder = Callable[..., Path]
-EAGER = ("gemma2", "gpt_neo", "bloom")
-RECURRENT = ("qwen3_5_text", "mamba", "lfm2")
 SCORED = ("gemma3_text", "qwen3_5_text", "gpt_neo", "bloom", "phi3")  # those that transformers has with a score head
 
 
@@ -148,15 +146,6 @@ def test_dynamic_rotary_embeddings_are_the_same_for_all_rows_that_a_model_reads(
         policy_of(folder, longest=41)
 
 
-def test_convolutions_and_states_are_recurrent(model_folder: ModelFolder) -> None:
-    for architecture in (*RECURRENT, "llama", "gpt2", "gemma3_text", "gpt_neo"):
-        model = policy_of(model_folder(architecture), longest=4)[0].causal_lm()
-        assert is_recurrent(model) == (architecture in RECURRENT), architecture
-    policy, _ = policy_of(model_folder("gpt2"))
-    policy.causal_lm().add_module("mixer", nn.Conv1d(4, 4, 3))
-    assert is_recurrent(policy.causal_lm()) and packing_limit(policy.causal_lm(), 4)
-
-
 @pytest.mark.parametrize("architecture", [*UNPACKED, *EXPERTS])
 def test_what_is_written_is_what_generate_writes(architecture: str, model_folder: ModelFolder) -> None:
     """Greedy, by every way to write; prompts of different lengths, responses beyond all windows."""
@@ -223,22 +212,6 @@ def test_log_probabilities_of_the_engine_of_transformers(architecture: str, mode
         rtol=0,
         atol=1e-4,
     )
-
-
-def test_continuous_batching_of_recurrent_models_is_rejected(model_folder: ModelFolder) -> None:
-    def model(architecture: str) -> PreTrainedModel:
-        return policy_of(model_folder(architecture))[0].causal_lm()
-
-    for architecture in ("qwen3_5_text", "gemma2", "falcon"):
-        with pytest.raises(ModelError, match=r"generation\.engine=continuous.*generation\.engine=native"):
-            check_engine("continuous", model(architecture), 64)
-    check_engine("continuous", model("phi3"), 16)
-    with pytest.raises(
-        ModelError, match=r"generation\.max_new_tokens"
-    ):  # sampled by some frequencies, learned by others
-        check_engine("native", model("phi3"), 17)
-    for engine, architecture in (("continuous", "llama"), ("native", "qwen3_5_text"), ("hf", "qwen3_5_text")):
-        check_engine(engine, model(architecture), 64)
 
 
 def test_an_architecture_without_score_heads_is_rejected_before_data_is_prepared(model_folder: ModelFolder) -> None:

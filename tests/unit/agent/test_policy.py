@@ -10,7 +10,6 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.agent import batching as batching_module
-from sheeprlhf.agent import policy as policy_module
 from sheeprlhf.agent.batching import packing_problem
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.collate import collate_packed
@@ -65,17 +64,6 @@ def test_a_model_that_is_wrong_on_packed_rows_is_found_out(
     assert not load(model_folder("gpt2"))[1]
     with pytest.raises(ModelError, match=r"task\.batching=packed"):
         load(model_folder("gpt2"), batching="packed")
-
-
-def test_a_model_that_takes_no_layout_is_padded(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def picky(backbone: Any, *, input_ids: Any, attention_mask: Any, position_ids: Any) -> Any:
-        raise AssertionError("not reached")
-
-    monkeypatch.setattr(policy_module, "hidden_states", picky)
-    policy, packed = load(model_folder("llama"))
-    assert not packed
-    assert "layout" in packing_problem(policy, policy.causal_lm(), 64)
-    assert all(module.training for module in policy.modules())
 
 
 def test_the_check_consumes_no_random_number(model_folder: ModelFolder) -> None:
@@ -142,12 +130,3 @@ def test_a_half_precision_model_is_scored_in_float32(grad: bool, model_folder: M
     assert logits.dtype == torch.bfloat16 and target_N.dtype == torch.float32
     expected = logits.float().log_softmax(-1).gather(1, batch.target_ids_N[:, None])[:, 0]
     assert_close(target_N, expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(("batching", "said"), [("auto", True), ("padded", False)])
-def test_padding_that_nobody_asked_for_is_said(batching: str, said: bool, model_folder: ModelFolder) -> None:
-    cfg = ModelConfig(config_name="auto", repo_name=str(model_folder("falcon")))
-    lines: list[str] = []
-    _, packed = load_policy(cfg, load_tokenizer(cfg), longest=16, batching=batching, say=lines.append)
-    assert not packed
-    assert [line.startswith("batches are padded, not packed: ") for line in lines] == [True] * said

@@ -76,14 +76,6 @@ def test_texts_are_clean(rows: Rows) -> None:
             assert len(row["prompt"]) <= 200
 
 
-def test_files_are_relative(rows: Rows) -> None:
-    for split in SPLITS:
-        for row in rows[split]:
-            assert row["file"].endswith(".py")
-            assert not row["file"].startswith("/")
-            assert ".." not in row["file"].split("/")
-
-
 def test_notice_names_every_package_with_its_licence(rows: Rows) -> None:
     text = (FOLDER / "NOTICE").read_text(encoding="ascii")
     counts = Counter((r["package"], r["version"], r["licence"]) for split in SPLITS for r in rows[split])
@@ -92,11 +84,3 @@ def test_notice_names_every_package_with_its_licence(rows: Rows) -> None:
         assert f"\n{package} {version} | {licence} | {count} rows\n    " in text
     for licence in {licence for _, _, licence in counts}:
         assert f"\n==================== {licence}, as " in text
-
-
-def test_card_gives_the_counts(rows: Rows) -> None:
-    text = (FOLDER / "README.md").read_text(encoding="ascii")
-    for split in SPLITS:
-        half = len(rows[split]) // 2
-        packages = len({row["package"] for row in rows[split]})
-        assert f"| {split} | {len(rows[split])} | {half} | {half} | {packages} |" in text

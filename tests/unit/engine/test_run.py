@@ -1,7 +1,6 @@
 """A run as a task uses it, in processes that get signals."""
 
 import dataclasses
-import hashlib
 import os
 import signal
 import sys
@@ -16,7 +15,6 @@ from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.run import open_run
-from sheeprlhf.engine.runlock import RunLock
 from sheeprlhf.engine.step import update
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.fabric import FabricConfig
@@ -24,7 +22,7 @@ from sheeprlhf.structure.model import TinyConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
-from sheeprlhf.utils.errors import ConfigError, Interrupted, RunInUseError
+from sheeprlhf.utils.errors import ConfigError, Interrupted
 from sheeprlhf.utils.lightning import DDPStrategy
 from sheeprlhf.utils.processes import STOP_SIGNALS, die_with_parent, ignored, noted_stop, reliable_sigint
 from tests.unit.engine.toy import Net, forkserver, micro_batch, on_ranks, seed_all, toy_loss
@@ -122,15 +120,6 @@ def test_a_whole_run(tmp_path, capsys):
     assert "step 3/3  loss" in errors
 
 
-def test_the_directory_is_locked_meanwhile(tmp_path):
-    fabric = make_fabric(FabricConfig())
-    fabric.launch()
-    with open_run(fabric, make_cfg(), tmp_path), pytest.raises(RunInUseError):
-        open_run(fabric, make_cfg(), tmp_path).__enter__()
-    with RunLock(tmp_path):
-        pass
-
-
 def test_say_shows_no_secret_and_no_control_characters(tmp_path, capsys):
     fabric = make_fabric(FabricConfig())
     fabric.launch()
@@ -165,29 +154,6 @@ def test_sigusr1_saves_and_goes_on(tmp_path):
     process.join(20)
     assert process.exitcode == 0
     assert saved_steps(tmp_path)[-1] == 60
-
-
-def stuck_in_native_code(run_dir):
-    fabric = make_fabric(FabricConfig())
-    fabric.launch()
-    with open_run(fabric, make_cfg(), run_dir) as run:
-        begin(fabric, run)
-        (run_dir / "ready").touch()
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes, and no Python handler runs meanwhile
-
-
-def test_a_second_interrupt_exits_at_once(tmp_path):
-    process = forkserver().Process(target=stuck_in_native_code, args=(tmp_path,), daemon=True)
-    process.start()
-    wait_for((tmp_path / "ready").exists)
-    os.kill(process.pid, signal.SIGINT)
-    time.sleep(0.3)
-    assert process.is_alive()
-    began = time.monotonic()
-    os.kill(process.pid, signal.SIGINT)
-    process.join(10)
-    assert process.exitcode == 130
-    assert time.monotonic() - began < 6  # other tests run meanwhile
 
 
 @pytest.mark.parametrize("signum", STOP_SIGNALS)

@@ -82,12 +82,6 @@ class OwnModel(LlamaForCausalLM):
         super().__init__(config)
         self.gate = torch.nn.Linear(config.hidden_size, 1)
 """
-READS = """
-    @classmethod
-    def from_pretrained(cls, folder, *args, **options):
-        folder.startswith("/")
-        return super().from_pretrained(folder, *args, **options)
-"""
 
 
 def own_folder(folder: Path, target: Path, *, drop: str = "") -> Path:
@@ -114,19 +108,6 @@ def test_weights_of_a_model_with_its_own_code_are_accounted_for_by_the_headers(
         check_weights(cfg)
 
 
-def test_own_code_that_reads_tensors_is_told(
-    tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = own_folder(model_folder(), tmp_path / "reads")
-    (folder / "own.py").write_text((folder / "own.py").read_text() + READS)
-    library = HuggingFaceConfig(trust_remote_code=True, revision="0" * 40)
-    said: list[str] = []
-    cfg = ModelConfig(config_name="auto", repo_name=str(folder), library_cfg=library)
-    assert check_weights(cfg, say=said.append) == ""
-    assert len(said) == 1 and "AttributeError" in said[0]
-
-
 def test_a_head_that_the_task_replaces_may_be_missing(tmp_path: Path, model_folder: ModelFolder) -> None:
     assert messages(spoilt(model_folder("qwen3"), tmp_path / "a", drop="lm_head.weight"), new_head=True) == []
     assert messages(spoilt(model_folder("gpt_neox"), tmp_path / "b", drop="lm_head.weight"), new_head=True) == []
@@ -144,21 +125,6 @@ def test_a_tensor_of_a_layer_without_a_place_for_it_is_named(
     """The configuration is not that of the weights: they would compute something else."""
     found = messages(spoilt(model_folder(), tmp_path / "model", add={name: torch.ones(16)}))
     assert len(found) == 2 and all(name in text for text in found)
-
-
-def test_names_with_a_prefix_are_told(tmp_path: Path, model_folder: ModelFolder) -> None:
-    folder = Path(shutil.copytree(model_folder(), tmp_path / "model"))
-    tensors = {f"_orig_mod.{name}": tensor for name, tensor in load_file(folder / WEIGHTS).items()}
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    found = messages(folder)
-    assert len(found) == 2 and all("begin with _orig_mod.:" in text for text in found)
-
-
-def test_another_shape_is_named_with_both(tmp_path: Path, model_folder: ModelFolder) -> None:
-    found = messages(spoilt(model_folder(), tmp_path / "model", intermediate_size=24))
-    assert len(found) == 2
-    for text in found:
-        assert "model.layers.0.mlp.up_proj.weight" in text and "(32, 16)" in text and "(24, 16)" in text
 
 
 @pytest.mark.parametrize("name", ["w1", "w2"])
@@ -286,12 +252,3 @@ def test_what_is_no_reward_model_is_rejected_by_name(
 ) -> None:
     found = messages(spoilt(reward_folder, tmp_path / "model", **change), AutoModelForSequenceClassification)
     assert len(found) == 2 and all(name in text for text in found for name in named)
-
-
-def test_an_encoder_is_no_reward_model(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = AutoConfig.for_model("bert", vocab_size=VOCAB, num_labels=1, pad_token_id=PAD, **sizes)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    found = messages(tmp_path, AutoModelForSequenceClassification)
-    assert len(found) == 2 and all("BertForSequenceClassification" in text and "encoder" in text for text in found)

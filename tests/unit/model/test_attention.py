@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 from torch.testing import assert_close
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sheeprlhf.data.collate import collate_packed
-from sheeprlhf.model.attention import _varlen_attention, kernel_dtype, packed_attention, placeholder_mask
+from sheeprlhf.model.attention import _varlen_attention, kernel_dtype, packed_attention
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.layout import Layout
 from tests.support.batches import random_examples
@@ -137,25 +136,8 @@ def test_a_gpu_computes_in_autocasts_format(monkeypatch: pytest.MonkeyPatch) -> 
     assert kernel_dtype("cpu", torch.float32) == torch.float32
 
 
-def test_without_a_layout_it_is_transformers_own() -> None:
-    _, (query, key, value) = case(1, 2, torch.float32)
-    MODULE.num_key_value_groups = 2  # type: ignore[assignment]
-    MODULE.is_causal = True  # type: ignore[assignment]
-    mask = torch.ones(1, 1, query.shape[2], query.shape[2], dtype=torch.bool).tril().clone()
-    mask[..., 2:, 0] = False  # some padding
-    for attention_mask in (None, mask):
-        ours, _ = packed_attention(MODULE, query, key, value, attention_mask, scaling=0.3)
-        theirs, _ = sdpa_attention_forward(MODULE, query, key, value, attention_mask, scaling=0.3)
-        assert torch.equal(ours, theirs)
-
-
 def test_dropout_is_applied_to_packed_rows() -> None:
     layout, inputs = case(2, 4, torch.float32)
     torch.manual_seed(0)
     outputs = [packed_attention(MODULE, *inputs, None, dropout=0.3, layout=layout)[0] for _ in range(2)]
     assert not torch.equal(*outputs)
-
-
-def test_the_placeholder_is_tiny_and_on_the_ids_device() -> None:
-    mask = placeholder_mask(torch.zeros(1, 9, dtype=torch.long))
-    assert mask.shape == (1, 1, 1, 1) and mask.dtype == torch.bool

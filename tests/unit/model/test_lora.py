@@ -211,14 +211,6 @@ def test_adapters_on_a_tied_weight_are_rejected(
         adapted(model_folder(architecture), targets if isinstance(targets, list) else targets.format(layer=layer))
 
 
-def test_a_reward_model_of_a_tied_model_takes_all_layers(model_folder: ModelFolder) -> None:
-    """Its language head is gone, so nothing shares a weight; the merged model gives the scores of the adapters."""
-    model = add_lora(with_score_head(loaded(model_folder()), 0), LORAConfig(), head=HEAD).eval()
-    perturb(model)
-    expected = model(input_ids=IDS).logits
-    assert_close(merge_lora(model).model(input_ids=IDS).logits, expected, rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_on_a_tied_weight_made_elsewhere_are_not_merged(
@@ -234,23 +226,6 @@ def test_adapters_on_a_tied_weight_made_elsewhere_are_not_merged(
     assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=0, atol=1e-5 if "32" in dtype else 0.1)
     with pytest.raises(ModelError, match=rf"outputs differ.*|{target} shares its weight.*model.lora_cfg.targets"):
         merge_lora(ours)
-
-
-def test_a_head_that_came_with_the_adapters_stays_untied(model_folder: ModelFolder, tmp_path: Path) -> None:
-    theirs = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32),
-        LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"]),
-    ).eval()
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    expected = theirs(input_ids=IDS).logits
-    theirs.save_pretrained(tmp_path / "adapters")
-    merged = merge_lora(load_lora(loaded(model_folder()), tmp_path / "adapters")).model
-    merged.save_pretrained(tmp_path / "whole")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32).eval()
-    assert_close(plain(input_ids=IDS).logits, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("scores", [False, True])

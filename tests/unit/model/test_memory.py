@@ -28,15 +28,12 @@ from sheeprlhf.model.memory import (
     LIBRARIES,
     NO_HOLES,
     ModelSize,
-    allocator_share,
     measure,
     optimizer_bytes,
     plan,
-    tokens_of_forward,
 )
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig
-from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.processes import reliable_sigint
 from tests.support.batches import random_examples
 from tests.support.models import ARCHITECTURES
@@ -194,21 +191,6 @@ def test_the_plan_by_hand() -> None:
     assert few[:6] == (400, 200, 0, 10 + 20 * 3, 20 * 50 * 2, 0)
     many = plan(size._replace(vocabulary=MAX_LOGITS), SGDConfig(), tokens=20, checkpointing=True, allocator_share=0.0)
     assert many.logits == MAX_LOGITS * 4
-
-
-def test_tokens_are_whole_rows() -> None:
-    task = SFTConfig(token_budget=1000, micro_batch_size=8, mini_batch_size=4)
-    assert tokens_of_forward(task, 300) == 900  # the budget
-    assert tokens_of_forward(task, 100) == 400  # a step has no more rows
-    assert tokens_of_forward(dataclasses.replace(task, micro_batch_size=2), 100) == 200
-    assert tokens_of_forward(task, 3000) == 3000  # a row beyond the budget is computed alone
-
-
-def test_where_no_holes_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(NO_HOLES, raising=False)
-    assert allocator_share("cpu", "ALL") > 0 and allocator_share("cuda", "ALL") == 0
-    monkeypatch.setenv(NO_HOLES, "1048576")
-    assert allocator_share("cpu", "LORA") == 0
 
 
 TASKS = ("sft", "rm", "dpo")

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sheeprlhf.model.load import check_weights, load_causal_lm
-from sheeprlhf.model.pickled import read_pickled
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.support.models import VOCAB
@@ -120,13 +119,6 @@ def test_what_is_missing_is_named_before_the_weights_are_loaded(tmp_path: Path, 
         check_weights(ModelConfig(config_name="auto", repo_name=str(folder)))
 
 
-def test_safetensors_come_first(tmp_path: Path, model_folder: ModelFolder, cache: Path) -> None:
-    folder = Path(shutil.copytree(model_folder(), tmp_path / "model"))
-    (folder / PICKLED).write_bytes(b"never opened")
-    assert_same(load(folder), model_folder())
-    assert not cache.exists()
-
-
 def compressed(path: Path) -> None:
     torch.save({"w": torch.zeros(10_000)}, path)
     with zipfile.ZipFile(path) as archive:
@@ -155,12 +147,3 @@ def test_what_is_no_file_of_weights_is_rejected(said: str, tmp_path: Path, model
     BAD[said](folder / PICKLED)
     with pytest.raises(ModelError, match=f"{PICKLED}.*{said}"):
         load(folder)
-
-
-def test_a_cut_file_is_rejected(tmp_path: Path) -> None:
-    torch.save({"w": torch.ones(1000)}, tmp_path / "whole", _use_new_zipfile_serialization=False)
-    content = (tmp_path / "whole").read_bytes()
-    for size in (len(content) - 1, len(content) // 2, 30):
-        (tmp_path / "cut").write_bytes(content[:size])
-        with pytest.raises(ModelError, match="damaged"):
-            read_pickled(tmp_path / "cut")

@@ -46,11 +46,6 @@ def sample(name: str, model: PreTrainedModel, **given: Any) -> list[Sampled]:
     return ENGINES[name](model, **settings | given)
 
 
-def test_every_choice_is_an_engine() -> None:
-    [choices] = [option.metadata["choices"] for option in options(GenConfig()) if option.key == "engine"]
-    assert set(choices) == set(ENGINES)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", ENGINES)
 def test_log_probabilities_are_those_of_the_training_forward(
@@ -115,7 +110,7 @@ def test_each_token_comes_as_often_as_it_is_likely(name: str, model_folder: Mode
     assert abs(deviation(0.7)) < 4 < deviation(1.0)
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", THEIRS[:1])
 def test_the_numbers_decide(name: str, model_folder: ModelFolder) -> None:
     model = load(model_folder())
 

@@ -220,17 +220,6 @@ def test_half_precision(architecture: str, dtype: str, model_folder: ModelFolder
                     assert_allclose(logprobs, expected.numpy(), rtol=0, atol=0.1)
 
 
-def test_gradient_checkpointing_does_not_empty_the_cache(model_folder: ModelFolder) -> None:
-    model = load(model_folder(), gradient_checkpointing=True)
-    assert_by_definition(model, sample(model))
-
-
-def test_a_window_that_is_too_short_for_packed_rows(model_folder: ModelFolder) -> None:
-    model = load(model_folder("mistral"))
-    model.config.sliding_window = 6
-    assert_by_definition(model, sample(model))
-
-
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_temperatures_that_are_refused(temperature: float, model_folder: ModelFolder) -> None:
     with pytest.raises(ValueError, match="temperature"):
@@ -273,15 +262,6 @@ def test_draw_of_logits_that_are_not_finite_gives_a_token_and_says_so(top_k: int
     assert logprobs.isfinite().tolist() == [True, False, False]
 
 
-def test_draw_computes_in_float32() -> None:
-    """Trap 12: from logits in half precision, over a large vocabulary."""
-    logits_BV = torch.randn(3, 150_000, generator=torch.Generator().manual_seed(0)).mul(4).bfloat16()
-    ids, logprobs = draw(logits_BV, torch.tensor([0.1, 0.5, 0.999], dtype=torch.float64), 0.6)
-    expected = (logits_BV.double() / 0.6).log_softmax(-1).gather(1, ids[:, None])[:, 0]
-    assert logprobs.dtype == torch.float32
-    assert_allclose(logprobs.numpy(), expected.numpy(), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (3, 1.0), (0, 0.7), (4, 0.8), (50, 0.999)])
 def test_draw_among_the_likeliest_alone(top_k: int, top_p: float) -> None:
     """Against the definition: the k likeliest, of these the fewest that have top_p of their probability together."""
@@ -299,8 +279,3 @@ def test_draw_among_the_likeliest_alone(top_k: int, top_p: float) -> None:
         expected = np.searchsorted(np.cumsum(kept), uniforms * kept.sum(), side="right")
         assert_array_equal(ids.numpy(), expected)
         assert_allclose(logprobs.numpy(), np.log(kept[expected]), atol=1e-5)
-
-
-def test_no_more_prompts_at_a_time_than_asked() -> None:
-    groups = prompt_groups([3, 1, 2, 2, 9], 2, 4, 10_000, shared=True, most=2)
-    assert list(groups) == [[1, 2], [3, 0], [4]]

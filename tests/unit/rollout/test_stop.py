@@ -57,7 +57,7 @@ def test_it_ends_where_the_whole_text_first_has_a_string(name: str) -> None:
     rng = random.Random(0)
     special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
     texts = [tokenizer(TEXT, add_special_tokens=False)["input_ids"]]
-    for _ in range(30):
+    for _ in range(8):
         texts.append([rng.randrange(len(tokenizer)) for _ in range(40)])
         mixed = list(texts[0])
         for _ in range(12):
@@ -72,7 +72,7 @@ def test_it_ends_where_the_whole_text_first_has_a_string(name: str) -> None:
             found = next((number for number in range(1, len(ids) + 1) if stop(ids[:number])), 0)
             assert found == ends_by_definition(tokenizer, ids, strings), (name, strings)
             ended += found > 0
-    assert ended > 60
+    assert ended > 20
 
 
 def test_only_the_end_is_decoded_until_it_has_a_string(monkeypatch: pytest.MonkeyPatch) -> None:

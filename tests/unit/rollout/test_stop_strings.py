@@ -44,17 +44,15 @@ def test_tokens_stay_and_the_text_is_cut(model_folder: ModelFolder) -> None:
     assert string not in "".join(part.split("\n", 1)[1].split("[reference]")[0] for part in shown.split("[model]")[1:])
 
 
-@pytest.mark.parametrize("task", ["grpo", "dpo"])
-def test_as_a_user_gives_them(task: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+def test_as_a_user_gives_them(tmp_path: Path, model_folder: ModelFolder) -> None:
     """Every character of one byte ends a response: all are finished at once, and nothing of them is shown."""
-    data = (write_rows if task == "grpo" else write_pairs)(tmp_path / "rows.jsonl")
+    data = write_rows(tmp_path / "rows.jsonl")
     strings = ",".join(f'"{letter}"' for letter in "abcdefghijklmnopqrstuvwxyz") + ',"\n","\ufffd"'
     words = [f"generation.stop_strings=[{strings}]", "task.max_num_steps=8", "generation.max_new_tokens=40"]
-    run_dir = train(model_folder(), data, tmp_path / "run", *words, task=task)
+    run_dir = train(model_folder(), data, tmp_path / "run", *words, task="grpo")
     [table] = [path.read_text() for path in (run_dir / "samples").glob("step-8.txt")]
     written = table.split("[model]")[1].split("[reference]")[0].partition("\n")[2]
     assert not any(letter in written for letter in "abcdefghijklmnopqrstuvwxyz")
-    if task == "grpo":
-        found = figures(run_dir)
-        assert found["rollout/finished"] == [1.0, 1.0]
-        assert found["objective/scores"] == [0.0, 0.0]  # the share of small letters in what was left
+    found = figures(run_dir)
+    assert found["rollout/finished"] == [1.0, 1.0]
+    assert found["objective/scores"] == [0.0, 0.0]  # the share of small letters in what was left

