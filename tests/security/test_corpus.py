@@ -11,7 +11,8 @@ from tests.security.guard import Payload, pickled, watched
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind.startswith("configuration files") else ()) for kind in KINDS]
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow if kind.startswith("configuration files") else ()) for kind in KINDS],
 )
 def test_every_file_of_the_corpus_is_refused_and_runs_nothing(kind: str, tmp_path: Path) -> None:
     tally = try_all(kind, tmp_path)
