@@ -16,14 +16,12 @@ from typing import Any
 import pytest
 
 from sheeprlhf.cli import run
-from sheeprlhf.config.model_lookup import find_trained
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.store import DIGESTS, REPORT
 from sheeprlhf.engine.checkpoint import read_state
 from sheeprlhf.engine.manifest import MANIFEST, read_manifest, write_manifest
 from sheeprlhf.security.json_records import MAX_DEPTH
 from sheeprlhf.structure.data import LocalDataConfig
-from sheeprlhf.utils.errors import RecordError
 from tests.support.models import byte_tokenizer
 from tests.support.past_runs import make_past_run, write_evaluation
 from tests.support.pipelines import Pretended, pipeline, write_recipe

@@ -17,9 +17,9 @@ from sheeprlhf.agent.reward import RewardModel, load_reward_model
 from sheeprlhf.data.collate import collate_packed, collate_padded
 from sheeprlhf.data.example import Example
 from sheeprlhf.model.load import check_weights, load_tokenizer
-from sheeprlhf.model.packing import is_recurrent, packing_limit
+from sheeprlhf.model.packing import packing_limit
 from sheeprlhf.rollout.decoders import PaddedRows, RecomputedRows, unpacked_rows
-from sheeprlhf.rollout.engines import check_engine, hf_responses
+from sheeprlhf.rollout.engines import hf_responses
 from sheeprlhf.rollout.generate import generate_ids
 from sheeprlhf.rollout.sampler import sample_responses
 from sheeprlhf.rollout.stream import stream_ids

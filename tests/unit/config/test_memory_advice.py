@@ -12,7 +12,7 @@ from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig, TinyConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.reward import AutoRewardConfig
-from sheeprlhf.structure.run import EvalConfig, TrainConfig
+from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 
 

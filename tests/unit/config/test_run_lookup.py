@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sheeprlhf.config.memory_advice import changed
 from sheeprlhf.config.registry import config_hash
-from sheeprlhf.config.run_lookup import START, find_runs, is_same_model, links_of, start_problems, with_start
+from sheeprlhf.config.run_lookup import START, is_same_model, links_of, start_problems, with_start
 from sheeprlhf.structure.option import Config
 from sheeprlhf.structure.run import TrainConfig
 from tests.unit.config.test_registry import composed, to_typed

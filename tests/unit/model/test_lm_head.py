@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from sheeprlhf.model import lm_head as head_module
-from sheeprlhf.model.lm_head import _GatherLogprobs, head_logprobs, logprobs_from_logits
+from sheeprlhf.model.lm_head import head_logprobs, logprobs_from_logits
 
 
 def reference(

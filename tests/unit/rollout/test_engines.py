@@ -13,14 +13,12 @@ from numpy.testing import assert_allclose
 from transformers import PreTrainedModel
 
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.config.registry import options
 from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.data.example import Example
 from sheeprlhf.model.load import load_causal_lm
 from sheeprlhf.rollout import engines
 from sheeprlhf.rollout.engines import ENGINES
 from sheeprlhf.rollout.sampler import Sampled
-from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError, NonFiniteError
 from tests.support.models import EOS, VOCAB

@@ -12,13 +12,6 @@ import pytest
 from torch.testing import assert_close
 
 from sheeprlhf.engine.checkpoint import TrainState
-from sheeprlhf.structure.data import DocstringsConfig
-from sheeprlhf.structure.generation import GenConfig
-from sheeprlhf.structure.model import AutoModelConfig
-from sheeprlhf.structure.reward import FunctionRewardConfig, ListRewardConfig
-from sheeprlhf.structure.rollout import PPOConfig
-from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.structure.task import DPOConfig, SFTConfig
 from sheeprlhf.task import finish
 from sheeprlhf.task.finish import finish_run, record_validation
 from sheeprlhf.utils.errors import ModelError

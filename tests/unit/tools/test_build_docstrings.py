@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.build_docstrings import COLUMNS, is_source, scan, snapshot_row
-from tools.docstring_pairs import Entry, paragraphs, short_function, summary, walk
+from tools.build_docstrings import is_source, scan
+from tools.docstring_pairs import summary, walk
 from tools.docstring_splits import (
     Pair,
     assign_packages,
@@ -14,7 +14,7 @@ from tools.docstring_splits import (
     deduplicate,
     is_comparable,
 )
-from tools.licences import Distribution, copyright_lines, metadata_agrees, recognise
+from tools.licences import Distribution, recognise
 
 SOURCE = '''
 def plain(x, *, y=1, z: str = "a") -> int:

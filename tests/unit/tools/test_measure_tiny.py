@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sheeprlhf.utils.hub import embedded_folder
 from tools import build_tiny, measure_tiny
-from tools.english import WORD_LIST, english_words, jargon, unknown_words, words_of
-from tools.measure_tiny import Sampled, Seed, gates, known_share, measure
+from tools.english import unknown_words, words_of
+from tools.measure_tiny import Sampled, Seed, gates, measure
 
 WARM = Sampled(1.0, 0.96, 0.97, 9000, ["sometric", "gle"])
 COOL = Sampled(0.7, 0.98, 0.99, 8000, ["gle"])

@@ -6,7 +6,6 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import sheeprlhf.assets
-from tools.build_tokenizer import train_tokenizer
 
 FOLDER = Path(sheeprlhf.assets.__file__).parent / "tiny"
 ODD_TEXTS = [

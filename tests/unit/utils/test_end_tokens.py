@@ -30,7 +30,7 @@ from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig
 from sheeprlhf.task.eval.reward import references_of
-from sheeprlhf.utils.end_tokens import add_end_ids, end_tokens, response_end, set_configured_end_ids
+from sheeprlhf.utils.end_tokens import end_tokens, response_end, set_configured_end_ids
 from tests.support.models import BOS, EOS, PAD, byte_tokenizer
 from tests.unit.rollout.test_collect_steps import make_setting, prompts
 
