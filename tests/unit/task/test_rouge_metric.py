@@ -1,7 +1,11 @@
 """ROUGE against numbers worked out by hand and rouge-score itself; without a network or a file; its intervals."""
 
 import random
+import socket
+import tempfile
+from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
@@ -63,3 +67,16 @@ def test_columns_are_drawn_together() -> None:
     result = mean_and_interval(np.stack([values_N, values_N + 1], axis=1), seed=0)
     assert np.abs(result[:, 1] - result[:, 0] - 1).max() < 1e-12
     assert mean_and_interval(np.array([[3.0]]), seed=0).tolist() == [[3.0], [3.0], [3.0]]
+
+
+def test_it_needs_no_network_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*words: object, **options: object) -> None:
+        raise AssertionError(f"asks the network: {words}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "metrics"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert Rouge().compute(predictions=["a b"], references=["b a"])["rouge1"] == 1.0
+    assert list(tmp_path.iterdir()) == []
