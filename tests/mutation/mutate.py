@@ -46,15 +46,15 @@ class Mutant(NamedTuple):
     """One change.
 
     Attributes:
-        name: "module.qualified_function: before -> after", with " #2" for the second such change in the function.
         function: the function's qualified name in its module.
+        change: "before -> after", with " #2" for the second such change in the function.
         line: line of the change in the module's file.
         functions: function objects that get the code.
         code: the changed code.
     """
 
-    name: str
     function: str
+    change: str
     line: int
     functions: tuple[types.FunctionType, ...]
     code: types.CodeType
@@ -83,13 +83,13 @@ def mutants_of(module_name: str, only: str = "") -> Iterator[Mutant]:
         seen: Counter[str] = Counter()
         for old, new in [pair for node in _walk(definition) for pair in _changes(node, module)]:
             ast.fix_missing_locations(ast.copy_location(new, old))
-            change = f"{module_name}.{name}: {_text(old)} -> {_text(new)}"
+            change = f"{_text(old)} -> {_text(new)}"
             seen[change] += 1
             _Replace(old, new).visit(tree)
             code = _find(compile(tree, file, "exec"), name)
             _Replace(new, old).visit(tree)
             number = f" #{seen[change]}" if seen[change] > 1 else ""
-            yield Mutant(change + number, name, getattr(old, "lineno", definition.lineno), functions, code)
+            yield Mutant(name, change + number, getattr(old, "lineno", definition.lineno), functions, code)
 
 
 class _Replace(ast.NodeTransformer):
@@ -130,7 +130,9 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
         children: list[ast.AST] = [*node.body]
     elif isinstance(node, ast.AnnAssign):
         children = [node.value] if node.value else []
-    elif isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr):
+    elif (
+        isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr) or getattr(node, "arg", "") in _KEYWORDS_WITHOUT_EFFECT
+    ):
         children = []
     else:
         children = list(ast.iter_child_nodes(node))

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -73,6 +74,8 @@ def _start(mutant: Mutant | str, tests: Iterable[str], folder: Path, cpu_seconds
         coverage = Coverage(mutant) if isinstance(mutant, str) else None
         if isinstance(mutant, Mutant):
             mutant.introduce()
+            fork = multiprocessing.get_context("fork")  # processes of tests inherit the mutant
+            multiprocessing.get_context = lambda _=None: fork  # type: ignore[assignment]
         code = _pytest(tests, "--basetemp", str(folder / "temporary"), plugins=[coverage] if coverage else [])
         if coverage:
             (folder / "coverage").write_text(json.dumps(coverage.tests))
@@ -95,7 +98,8 @@ def survivors(module: str, tests: tuple[str, ...], function: str = "", sample: i
 
     Args:
         module: dotted name.
-        tests: paths and node ids; each mutant meets those that call its function, the quickest first.
+        tests: paths and node ids; each mutant meets those that call its function, the quickest first, and then all of
+            tests/distributed, whose processes are not looked into.
         function: beginning of the qualified names of the functions; "" takes all.
         sample: number of mutants, spread evenly; None takes all.
 
@@ -105,6 +109,8 @@ def survivors(module: str, tests: tuple[str, ...], function: str = "", sample: i
     began = time.monotonic()
     gc.unfreeze()  # of the module before
     names = dict.fromkeys(test.partition("::")[0] for test in tests)
+    of_processes = [test for test in tests if test.startswith("tests/distributed/")]
+    tests = tuple(test for test in tests if test not in of_processes)
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
         assert _pytest(names, "--collect-only") == 0, f"{names} cannot be collected"
     for late in _IMPORTED_LATE:
@@ -120,16 +126,15 @@ def survivors(module: str, tests: tuple[str, ...], function: str = "", sample: i
         assert code == 0, f"{module}: pytest's exit code {code} without a mutant\n{Path(name, 'log').read_text()}"
         coverage = json.loads(Path(name, "coverage").read_text())
         for mutant in mutants:
-            if mutant.name in EQUIVALENT:
+            if any(mutant.change in changes for changes in EQUIVALENT.get(f"{module}.{mutant.function}", {}).values()):
                 equivalent += 1
                 continue
             seconds = coverage.get(mutant.function, {})
-            code = 0
-            if seconds:
-                limit = int(10 + 5 * sum(seconds.values()))
-                code = _finish(_start(mutant, sorted(seconds, key=seconds.get), Path(name), limit))
+            nodes = [*sorted(seconds, key=seconds.get), *of_processes]
+            limit = int(10 + 5 * sum(seconds.values()))
+            code = _finish(_start(mutant, nodes, Path(name), limit)) if nodes else 0
             killed += code != 0
-            left += [] if code else [f"{mutant.name} (line {mutant.line})"]
+            left += [] if code else [f"{mutant.function}: {mutant.change} (line {mutant.line})"]
     elapsed = round(time.monotonic() - began, 1)
     return {"module": module, "killed": killed, "equivalent": equivalent, "survivors": left, "seconds": elapsed}
 

@@ -1,12 +1,14 @@
 """The modules that are mutated, with the tests that must notice, and the mutants that change nothing."""
 
+_RANKS = ("tests/distributed/test_update.py", "tests/distributed/test_uneven.py")
+
 TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.loss.advantage": ("tests/unit/loss/test_advantage.py",),
     "sheeprlhf.loss.dpo": ("tests/unit/loss/test_dpo.py",),
     "sheeprlhf.loss.ppo": ("tests/unit/loss/test_ppo.py",),
     "sheeprlhf.loss.reward": ("tests/unit/loss/test_reward.py",),
     "sheeprlhf.loss.sft": ("tests/unit/loss/test_sft.py",),
-    "sheeprlhf.engine.step": ("tests/unit/engine/test_step.py",),
+    "sheeprlhf.engine.step": ("tests/unit/engine/test_step.py", *_RANKS),
     "sheeprlhf.engine.optim": ("tests/unit/engine/test_optim.py",),
     "sheeprlhf.data.collate": ("tests/unit/data/test_collate.py",),
     "sheeprlhf.data.labels": ("tests/unit/data/test_labels.py",),
@@ -32,24 +34,64 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.task.train.rloo": ("tests/unit/task/test_group_losses.py",),
 }
 
-_ORDER = "subtracted one after the other"
-_PROMOTED = "float64 minus float32 is float64"
-
-EQUIVALENT: dict[str, str] = {  # and why
-    "sheeprlhf.loss.ppo.value_losses: torch.clamp(values_N, old_N - clip, old_N + clip) "
-    "-> torch.clamp(old_N - clip, values_N, old_N + clip)": "the middle one of three either way",
-    "sheeprlhf.loss.ppo.explained_variance: returns.double() -> returns": _PROMOTED,
-    "sheeprlhf.loss.ppo.explained_variance: values.double() -> values": _PROMOTED,
-    "sheeprlhf.loss.advantage.group_advantages: scores_PG.double() -> scores_PG": _PROMOTED,
-    "sheeprlhf.loss.advantage.gae: torch.zeros_like(deltas_ST) -> deltas_ST": "a column is read before it is written",
-    "sheeprlhf.loss.advantage.by_position: torch.tensor(lengths, dtype=torch.long, device=values_N.device) "
-    "-> torch.tensor(lengths, device=values_N.device)": "the type of integers, and of no value any will do",
-    "sheeprlhf.loss.reward.reward_loss: bradley_terry(last_scores(chosen), last_scores(rejected), margin_P) "
-    "-> bradley_terry(last_scores(chosen), margin_P, last_scores(rejected))": _ORDER,
-    "sheeprlhf.loss.reward.reward_loss: bradley_terry(chosen_P, rejected_P, margin_P) "
-    "-> bradley_terry(chosen_P, margin_P, rejected_P)": _ORDER,
-    "sheeprlhf.loss.reward.reward_loss: bradley_terry(chosen.values_SL, rejected.values_SL, margin_P[:, None]) "
-    "-> bradley_terry(chosen.values_SL, margin_P[:, None], rejected.values_SL)": _ORDER,
-    "sheeprlhf.loss.reward.reward_loss: _first_difference(chosen, rejected, shorter_P) "
-    "-> _first_difference(rejected, chosen, shorter_P)": "of either it is the same place",
+EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reason, and the changes
+    "sheeprlhf.loss.advantage.by_position": {
+        "any type of integers will do": (
+            "torch.tensor(lengths, dtype=torch.long, device=values_N.device)"
+            " -> torch.tensor(lengths, device=values_N.device)",
+        ),
+    },
+    "sheeprlhf.loss.advantage.gae": {
+        "a column is read before it is written": ("torch.zeros_like(deltas_ST) -> deltas_ST",),
+    },
+    "sheeprlhf.loss.advantage.group_advantages": {
+        "float32 minus float64 is float64": ("scores_PG.double() -> scores_PG",),
+    },
+    "sheeprlhf.loss.dpo._log_odds": {
+        "equal on the border": tuple(f"m > -math.log(2.0) -> m >= -math.log(2.0){n}" for n in ("", " #2", " #3")),
+        "the first branch has a finite gradient everywhere": (
+            "torch.where(m > -math.log(2.0), m, -1.0) -> m",
+            "math.log(2.0) -> 2.0",
+            "2.0 -> 3.0",
+        ),
+        "the gradient of a constant is dropped": ("-1.0 -> 1.0", "1.0 -> 2.0", "-1.0 -> 1.0 #2", "1.0 -> 2.0 #2"),
+    },
+    "sheeprlhf.loss.ppo.explained_variance": {
+        "float64 minus float32 is float64": ("returns.double() -> returns", "values.double() -> values"),
+    },
+    "sheeprlhf.loss.ppo.value_losses": {
+        "the middle one of three": (
+            "torch.clamp(values_N, old_N - clip, old_N + clip) -> torch.clamp(old_N - clip, values_N, old_N + clip)",
+        ),
+    },
+    "sheeprlhf.loss.reward.reward_loss": {
+        "both are subtracted": (
+            "bradley_terry(last_scores(chosen), last_scores(rejected), margin_P)"
+            " -> bradley_terry(last_scores(chosen), margin_P, last_scores(rejected))",
+            "bradley_terry(chosen_P, rejected_P, margin_P) -> bradley_terry(chosen_P, margin_P, rejected_P)",
+            "bradley_terry(chosen.values_SL, rejected.values_SL, margin_P[:, None])"
+            " -> bradley_terry(chosen.values_SL, margin_P[:, None], rejected.values_SL)",
+        ),
+        "the first difference is at the same place in both": (
+            "_first_difference(chosen, rejected, shorter_P) -> _first_difference(rejected, chosen, shorter_P)",
+        ),
+    },
+    "sheeprlhf.engine.step._passes": {
+        "without items nothing else is read": (
+            "_Passes(micro_batches, totals, sums, [], 0) -> _Passes(totals, micro_batches, sums, [], 0)",
+            "_Passes(micro_batches, totals, sums, [], 0) -> _Passes(micro_batches, sums, totals, [], 0)",
+            "_Passes(micro_batches, totals, sums, [], 0) -> _Passes(micro_batches, totals, [], sums, 0)",
+        ),
+        "the backward pass has freed what the graph holds": ("output.total.detach() -> output.total",),
+    },
+    "sheeprlhf.engine.step._accumulate": {
+        "the backward pass has freed what the graph holds": ("output.total.detach() -> output.total",),
+    },
+    "sheeprlhf.engine.step._reduce": {
+        "a sum over one rank": ("fabric.world_size > 1 -> fabric.world_size >= 1",),
+        "float32 beside float64 becomes float64": ("same_on_all.double() -> same_on_all",),
+    },
+    "sheeprlhf.engine.step._non_finite_message": {
+        "isfinite takes a tensor of one number": ("total.item() -> total",),
+    },
 }

@@ -86,39 +86,75 @@ def test_every_call_is_one_optimizer_step():
 def test_a_step_without_items_changes_nothing(micro_batches):
     fabric, module, optimizer = set_up()
     before = weights(module)
+    module.module.second.weight.grad = torch.ones_like(module.module.second.weight)  # of `add_gradients`
+    assert add_gradients(fabric, module, micro_batches, toy_loss, weight=0.5) == {"loss": 0.0, "items": 0.0}
     metrics = update(fabric, module, optimizer, micro_batches, toy_loss, max_grad_norm=1.0)
     assert metrics == {"loss": 0.0, "grad_norm": 0.0, "items": 0.0}
     assert all(torch.equal(value, before[name]) for name, value in weights(module).items())
+    assert all(p.grad is None for p in module.parameters())
 
 
 def test_a_micro_batch_without_items_cannot_spoil_the_step():
     loss, _, _ = one_big_batch()
     fabric, module, optimizer = set_up()
     without = MicroBatch(torch.full((2, 4), float("nan")), 0, (9,))
+    found = evaluate(fabric, module, [micro_batch(0), without], toy_loss)
+    assert found["items"] == 1 and np.isfinite(found["loss"])
     metrics = update(fabric, module, optimizer, [without, micro_batch(0, 1, 2, 3)], toy_loss, max_grad_norm=1.0)
     assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
-    assert evaluate(fabric, module, [micro_batch(0), without], toy_loss)["items"] == 1
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_loss_changes_nothing_and_names_the_rows(bad):
+def test_gradients_of_another_loss_are_added_with_their_weight():
+    _, _, once = one_big_batch()
     fabric, module, optimizer = set_up()
     before = weights(module)
-    broken = micro_batch(2)._replace(batch=torch.full((1, 4), bad), num_items=1, row_ids=(77, 78))
-    with pytest.raises(NonFiniteError, match=r"rank 0: rows \[77, 78\]\)"):
-        update(fabric, module, optimizer, [micro_batch(0), broken, micro_batch(1)], toy_loss, max_grad_norm=1.0)
+    for cut, weight in ((CUTS[1], 0.5), ([(0,)], 0.0)):
+        metrics = add_gradients(fabric, module, [micro_batch(*rows) for rows in cut], toy_loss, weight=weight)
+        alone = evaluate(fabric, module, [micro_batch(*rows) for rows in cut], toy_loss)
+        assert metrics == pytest.approx(alone, rel=1e-6)
+    update(fabric, module, optimizer, [micro_batch(*rows) for rows in CUTS[2]], toy_loss, max_grad_norm=None)
+    for name, value in weights(module).items():
+        expected = before[name] + 1.5 * (once[name] - before[name])
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
+
+
+def refuse(error: NonFiniteError) -> None:
+    raise error
+
+
+def infinite_loss(module: nn.Module, x: torch.Tensor) -> LossOutput:
+    return LossOutput(module(x).sum() + float("inf"), {})  # of a finite gradient
+
+
+def infinite_gradient(module: nn.Module, x: torch.Tensor) -> LossOutput:
+    value = module(x).sum()
+    return LossOutput(torch.sqrt((value - value.detach()) ** 2) + 1.0, {})  # sqrt'(0) * 0 = nan
+
+
+NAN, INF = (MicroBatch(torch.full((1, 4), float(bad)), 1, (77, 78)) for bad in ("nan", "inf"))
+NOT_FINITE = [  # the loss, the batch that spoils it, the rows to look at
+    (toy_loss, NAN, "[77, 78]"),
+    (toy_loss, INF, "[77, 78]"),
+    (infinite_loss, micro_batch(2), "[0, 2, 1]"),
+    (infinite_gradient, micro_batch(2), "[0, 2, 1]"),
+]
+
+
+@pytest.mark.parametrize("skip", [None, refuse])
+@pytest.mark.parametrize(("loss", "bad", "rows"), NOT_FINITE)
+def test_non_finite_loss_changes_nothing_and_names_the_rows(loss, bad, rows, skip):
+    fabric, module, optimizer = set_up()
+    before = weights(module)
+    micros = [micro_batch(0), bad, micro_batch(1)]
+    with pytest.raises(NonFiniteError) as refused:
+        update(fabric, module, optimizer, micros, loss, max_grad_norm=1.0, skip=skip)
+    assert f"rank 0: rows {rows})" in str(refused.value)
     assert all(torch.equal(value, before[name]) for name, value in weights(module).items())
     assert all(p.grad is None for p in module.parameters())
-
-
-def test_non_finite_gradient_of_a_finite_loss_is_refused():
-    def loss(module: nn.Module, x: torch.Tensor) -> LossOutput:
-        value = module(x).sum()
-        return LossOutput(torch.sqrt((value - value.detach()) ** 2) + 1.0, {})  # sqrt'(0) * 0 = nan
-
-    fabric, module, optimizer = set_up()
-    with pytest.raises(NonFiniteError, match=r"loss is 1\.0 .* rows \[0, 1\]"):
-        update(fabric, module, optimizer, [MicroBatch(torch.ones(1, 4), 1, (0, 1))], loss, max_grad_norm=None)
+    if loss is not infinite_gradient:
+        with pytest.raises(NonFiniteError) as refused:
+            add_gradients(fabric, module, micros, loss, weight=0.5)
+        assert f"rank 0: rows {rows})" in str(refused.value)
 
 
 def test_a_step_is_left_out_as_if_it_had_not_been():
@@ -142,23 +178,6 @@ def test_a_step_is_left_out_as_if_it_had_not_been():
     assert [metrics[0], metrics[2]] == without and nothing == []
     assert metrics[1]["items"] == 0 and not np.isfinite(metrics[1]["loss"])
     assert ["rows [77])" in str(error) for error in told] == [True]
-
-
-def test_a_step_that_is_not_allowed_to_be_left_out_ends_the_run():
-    def refuse(error: NonFiniteError) -> None:
-        raise error
-
-    fabric, module, optimizer = set_up()
-    bad = micro_batch(2)._replace(batch=torch.full((1, 4), float("nan")), num_items=1)
-    with pytest.raises(NonFiniteError):
-        update(fabric, module, optimizer, [bad], toy_loss, max_grad_norm=1.0, skip=refuse)
-
-
-def test_gradients_beside_are_refused_with_their_own_rows():
-    fabric, module, _ = set_up()
-    bad = micro_batch(2)._replace(batch=torch.full((1, 4), float("nan")), num_items=1, row_ids=(99,))
-    with pytest.raises(NonFiniteError, match=r"rank 0: rows \[99\]"):
-        add_gradients(fabric, module, [micro_batch(0), bad], toy_loss, weight=0.5)
 
 
 def test_the_check_waits_for_the_device_once_a_step_however_it_is_cut(monkeypatch):
@@ -201,8 +220,12 @@ def test_sums_are_kept_beyond_float32():
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_evaluation_is_the_same_for_any_cut(cut):
+    def loss_fn(module: nn.Module, x: torch.Tensor) -> LossOutput:
+        assert not torch.is_grad_enabled()
+        return toy_loss(module, x)
+
     fabric, module, _ = set_up(dropout=0.5)
-    metrics = evaluate(fabric, module, (micro_batch(*rows) for rows in cut), toy_loss)
+    metrics = evaluate(fabric, module, (micro_batch(*rows) for rows in cut), loss_fn)
     loss, _, _ = one_big_batch()
     assert metrics["loss"] == pytest.approx(loss, rel=1e-6)
     assert metrics["items"] == 85
