@@ -1,4 +1,4 @@
-"""Columns of the source files that are stored beside the tokens, for reward functions: any value, as JSON text."""
+"""Columns of the source files that are stored with the tokens, for reward functions: any value, as JSON text."""
 
 import base64
 import json

@@ -347,7 +347,7 @@ def _dialogue(messages: tuple[Message, ...], column: str, *, as_prompt: bool) ->
 
 
 def _answers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a row that hold answers, beside a prompt or a conversation."""
+    """The columns of a row that hold answers, next to a prompt or a conversation."""
     names = ("chosen", "rejected", "responses", "rejected_response", "response")
     return {name: row[name] for name in names if row.get(name) is not None}
 

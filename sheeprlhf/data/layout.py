@@ -128,7 +128,7 @@ class RowLayout:
         return row, unread
 
     def kept_of(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns of one row that are stored beside the tokens, as the file has them."""
+        """The columns of one row that are stored with the tokens, as the file has them."""
         if self.kept.every:
             return dict(values)
         return {name: values[name] for name in self.kept.names if name in values}

@@ -394,6 +394,6 @@ def _start_worker(tokenize: RowTokenizer, stop: Event) -> None:
 
 
 def _work(batch: list[Row]) -> list[TokenRow]:
-    """Tokenise one batch in a pool's process; after `stop`, nobody waits for what is still in the queue."""
+    """Tokenise one batch in a pool's process; after `stop`, the rest of the queue is skipped."""
     [(tokenize, stop)] = _worker
     return [] if stop.is_set() else tokenize(batch)

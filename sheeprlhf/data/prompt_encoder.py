@@ -146,7 +146,7 @@ def template_args_of(trained: Trained) -> dict[str, Any] | None:
 
 
 def save_form(folder: Path, trained: Trained, tokenizer: Any) -> None:
-    """Write how prompts are written beside a tokenizer with a chat template, for a folder that leaves its run."""
+    """Save the prompt format with a tokenizer that has a chat template, for a folder that leaves its run."""
     if getattr(tokenizer, "chat_template", None):
         form = form_of(trained, tokenizer)
         is_templated = form == "template"

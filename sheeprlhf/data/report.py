@@ -142,7 +142,7 @@ def check_refused(counts: Mapping[str, SplitCount], at_least: int = 1) -> None:
 
 
 def check_targets(name: str, split: TokenizedSplit, cfg: DataConfig) -> None:
-    """Refuse a split with a row of which nothing would be learnt: its loss is a division by zero, or is not its own.
+    """Reject a split that has a row without targets: its loss would be a division by zero, or another row's.
 
     Args:
         name: of the split.

@@ -220,7 +220,7 @@ def mapping_text(sources: Mapping[str, Iterable[str]]) -> str:
 
 
 def printable(names: Iterable[str]) -> str:
-    """Names out of a stranger's file, for a message: a dozen at most, cut to 40 characters, controls escaped."""
+    """Names from an untrusted file for a message: at most a dozen, cut to 40 characters, control characters escaped."""
     shown = []
     for name in names:
         short = name[:40]

@@ -59,7 +59,7 @@ def locate(cfg: DataConfig) -> Files:
 
 
 def _inside(folder: Path, files: Files) -> Files:
-    """The files, none of which is a link out of the folder: a stranger's could bring another file into training."""
+    """Files of an untrusted folder; links out of it are rejected: they could bring another file into training."""
     for file in itertools.chain.from_iterable(files.values()):
         try:
             real_file(file, folder)

@@ -75,7 +75,7 @@ def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
 
 
 def _texts(rows: Sequence[TokenRow]) -> pa.StringArray:
-    """The columns that are stored beside the tokens, JSON text."""
+    """The columns that are stored with the tokens, JSON text."""
     texts = [row.columns.encode() for row in rows]
     offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
     return pa.StringArray.from_buffers(len(texts), pa.py_buffer(offsets), pa.py_buffer(b"".join(texts)))

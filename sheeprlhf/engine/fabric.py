@@ -34,7 +34,7 @@ class LaunchedEnvironment(ClusterEnvironment):
     creates_processes_externally = True
 
     def __init__(self, found: Launched) -> None:
-        """Nothing is read from the environment but where processes meet."""
+        """Read only the meeting address from the environment."""
         self._found = found
 
     @staticmethod

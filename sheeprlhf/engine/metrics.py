@@ -57,7 +57,7 @@ class MetricWriter:
         self._events.flush()
 
     def close(self) -> None:
-        """Nothing can be logged afterwards."""
+        """Close the files."""
         self._file.close()
         self._events.close()
 
@@ -98,7 +98,7 @@ class EventFile:
         self._records.flush()
 
     def close(self) -> None:
-        """Nothing can be appended afterwards; a full disk was reported by `flush`."""
+        """Close the file; `flush` has reported a full disk."""
         with suppress(OSError):
             self._file.close()
 

@@ -1,4 +1,4 @@
-"""Processes of one run find each other before the first collective, and find out who is missing when one fails.
+"""Roll call of a run's processes: they meet before the first collective, and name missing ranks when one fails.
 
 A failed collective says that a connection broke or that time is up, not which rank is gone. So each rank has a thread
 that answers the others, whatever its main thread waits for. The addresses are exchanged through torch's store.
@@ -54,7 +54,7 @@ class RollCall:
     """
 
     def __init__(self, rank: int, *, local: bool) -> None:
-        """Listen at a free port; with `local`, this machine's processes alone are heard."""
+        """Listen at a free port; with `local`, only to processes of this machine."""
         everywhere = not local and socket.has_dualstack_ipv6()
         self._server = socket.create_server(
             ("127.0.0.1" if local else "", 0),
@@ -74,7 +74,7 @@ class RollCall:
         threading.Thread(target=self._serve, name="roll-call", daemon=True).start()
 
     def close(self) -> None:
-        """Answer nobody any more."""
+        """Stop answering."""
         with suppress(OSError):
             self._server.shutdown(socket.SHUT_RDWR)
         self._server.close()
@@ -84,7 +84,7 @@ class RollCall:
                 self._last_call.cancel()
 
     def explain(self, error: BaseException, timeout: float) -> str:
-        """Describe a failed collective: which ranks are missing, asked now or told by the first that noticed."""
+        """Describe a failed collective: the missing ranks, found now or reported by the first rank that noticed."""
         if not self._verdict:
             others = [rank for rank in range(len(self.peers)) if rank != self._rank]
             with ThreadPoolExecutor(min(len(others), 256)) as pool:
@@ -207,7 +207,7 @@ class JoiningModelParallel(_Joining, ModelParallelStrategy):
 
 @contextmanager
 def missing_ranks_named(fabric: Fabric) -> Iterator[None]:
-    """All ranks, around all that they do together: a failed collective becomes an error that names who is missing.
+    """All ranks, around all collectives: turn a failed collective into an error that names the missing ranks.
 
     Raises:
         MissingRanksError: one failed.

@@ -42,7 +42,7 @@ class Run:
     """
 
     def __init__(self, fabric: Fabric, cfg: TrainConfig, run_dir: Path, stack: ExitStack) -> None:
-        """Nothing is written yet; `stack` ends with the run."""
+        """Set up the run without writing; `stack` ends with it."""
         self.dir, self.cfg = run_dir, cfg
         self.planned_memory: int | None = None
         self._fabric = fabric

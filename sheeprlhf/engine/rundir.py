@@ -205,9 +205,9 @@ def _resume(folder: Path, cfg: TrainConfig, config_hash: str, *, key: str) -> Ru
 def _finished_problem(folder: Path, info: dict[str, Any], cfg: TrainConfig, key: str) -> str:
     """The reason that a finished run cannot continue with other options, and the command that trains its policy on."""
     changed = changed_options(cfg, folder)
-    told = [f"{name} was {was} and is {now}" for name, was, now in changed[:_SHOWN]]
+    shown = [f"{name} was {was} and is {now}" for name, was, now in changed[:_SHOWN]]
     more = [f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
-    which = "; ".join([*told, *more]) or "those of another version of this program"
+    which = "; ".join([*shown, *more]) or "those of another version of this program"
     problem = f"{key}={folder} is finished and does not go on with other options ({which})"
     task = choices("task", "train").get(str(info.get("task")))
     if getattr(task, "trains", None) != "policy" or not hasattr(task, "sft_experiment_dir"):
@@ -238,7 +238,7 @@ def _start(folder: Path, cfg: TrainConfig, config_hash: str, note: str) -> RunPl
 
 
 def make_unique_dir(parent: Path, name: str) -> Path:
-    """A directory that nobody else has: `name`, else `name-2`, `name-3`, ..."""
+    """Make a new directory: `name`, else `name-2`, `name-3`, ..."""
     number = 1
     while True:
         folder = parent / (name if number == 1 else f"{name}-{number}")

@@ -45,13 +45,13 @@ def _lock_for_good(descriptor: int, path: Path) -> None:
 
 
 class RunLock:
-    """Rank zero only, a `with` block: this process works in the run directory and nobody else does.
+    """Rank zero only: hold the run directory for this process while the `with` block runs.
 
     The kernel frees the lock however the process dies, so no stale lock exists.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        """Nothing is locked yet."""
+        """Prepare the lock without taking it."""
         self._path = run_dir / LOCK_FILE
         self._descriptor: int | None = None
 

@@ -125,7 +125,7 @@ def account_for(model: PreTrainedModel, info: Mapping[str, Any], *, new_head: bo
 def account_from_headers(
     model_class: type[PreTrainedModel], config: Any, tensors: Mapping[str, TensorFacts], *, new_head: bool = False
 ) -> Account:
-    """The same from the headers of the files alone: transformers maps tensors that have shapes and no content.
+    """Account for the weights from the headers of the files only: transformers maps tensors with shapes and no content.
 
     Args:
         model_class: what is going to be loaded.

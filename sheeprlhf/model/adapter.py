@@ -1,4 +1,4 @@
-"""The configuration of adapters that PEFT has saved, which may be a stranger's, as the few settings that are ours.
+"""The few supported settings of an untrusted adapter configuration that PEFT has saved.
 
 PEFT's own reader would import a library that the file names. Here a setting is known and of its type, or is off, or the
 file is refused.

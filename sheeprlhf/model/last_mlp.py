@@ -1,4 +1,4 @@
-"""Leave out what nobody reads: the last block's MLP at the positions where the language head does not run.
+"""Skip unused outputs: the last block's MLP at the positions where the language head does not run.
 
 Attention before it needs every position's keys and values; behind it there is only the norm, position by position.
 Letters: T packed positions, R of them where the head runs, C hidden width.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def last_mlp_at(backbone: nn.Module, positions_R: Tensor, num_positions: int) -> Iterator[None]:
-    """Inside, the last block's MLP computes these positions alone; the others' outputs are zero.
+    """Compute the last block's MLP only at these positions; its outputs elsewhere are zero.
 
     Nothing changes for a model whose last MLP is not found, and under gradient checkpointing, which computes the block
     again after this has ended.

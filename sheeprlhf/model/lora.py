@@ -130,7 +130,7 @@ def check_adapters(model: PreTrainedModel, folder: Path, say: Callable[[str], No
 
 
 def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None) -> PeftModel:
-    """Freeze the model and put trainable adapters (float32) beside the target modules.
+    """Freeze the model and add trainable adapters (float32) to the target modules.
 
     Args:
         model: a causal language model, or a classification model.
@@ -205,7 +205,7 @@ def lora_config(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = N
 
 
 def merge_lora(model: PeftModel, rows: Sequence[Sequence[int]] | None = None) -> Merged:
-    """Merge the adapters into the weights, and verify that the model computes what it computed with them beside.
+    """Merge the adapters into the weights, and verify that the model's outputs are unchanged.
 
     Args:
         model: the model with its adapters, which is used up.
@@ -260,7 +260,7 @@ def save_model(model: PreTrainedModel | PeftModel, folder: Path) -> bool:
 
 @contextmanager
 def adapter_in_use(model: PeftModel, name: str) -> Iterator[None]:
-    """Inside, this adapter alone computes, and of the model's weights it alone can get gradients.
+    """Activate one adapter: only it computes, and only its weights can get gradients.
 
     Backward passes belong inside too: gradient checkpointing computes the forward pass again, with what is in use then.
     Afterwards everything is as it was before, also after an error.
@@ -280,7 +280,7 @@ def adapter_in_use(model: PeftModel, name: str) -> Iterator[None]:
 
 @contextmanager
 def adapters_off(model: PeftModel) -> Iterator[None]:
-    """Inside, the model computes without adapters; afterwards everything is as it was before, also after an error."""
+    """Compute without adapters; the previous state is restored afterwards, also after an error."""
     with _flags_kept(model), model.disable_adapter():
         yield
 
@@ -317,7 +317,7 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
 def load_score_adapter(
     model: PeftModel, folder: Path, name: str, say: Callable[[str], None] = lambda _: None
 ) -> Tensor:
-    """Put the adapters of a reward model's PEFT folder beside the others, frozen.
+    """Add the adapters of a reward model's PEFT folder to the others, frozen.
 
     Args:
         model: of the architecture and weights that they were trained on.

@@ -103,7 +103,7 @@ def _of_function(function: types.FunctionType, seen: set[int]) -> Iterator[str]:
 
 
 def _of_code(function: types.FunctionType, seen: set[int]) -> Iterator[str]:
-    """What the code stores outside of a call, and which random numbers it draws."""
+    """State that the code stores outside of a call, and random numbers that it draws."""
     steps = list(_steps(function.__code__))
     names = {str(step.argval) for step in steps}
     free = set(function.__code__.co_freevars)
@@ -146,7 +146,7 @@ def _written_into(steps: list[dis.Instruction]) -> set[str]:
 
 
 def _draws(value: Any, attribute: str) -> bool:
-    """Whether a global, or its attribute, gives random numbers."""
+    """True if a global, or its attribute, gives random numbers."""
     module = value.__name__ if isinstance(value, types.ModuleType) else ""
     if module in _RANDOM_MODULES or (module == "numpy" and attribute == "random"):
         return attribute not in _SEEDED
@@ -159,7 +159,7 @@ def _draws(value: Any, attribute: str) -> bool:
 
 
 def _can_change(value: Any) -> bool:
-    """Whether a value may be different after a call."""
+    """True if a value may change during a call."""
     if isinstance(value, tuple):
         return any(_can_change(part) for part in value)
     return not isinstance(value, _FIXED)

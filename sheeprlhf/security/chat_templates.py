@@ -1,4 +1,4 @@
-"""Chat templates, which may be a stranger's: programs in Jinja, tried out under limits before they are used.
+"""Checks of untrusted chat templates: Jinja programs, run under limits before they are used.
 
 transformers renders them in a sandbox, from which they reach no Python; but a sandbox bounds neither time nor memory.
 """

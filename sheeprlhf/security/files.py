@@ -1,4 +1,4 @@
-"""Files read that may be a stranger's, plain and of bounded size; errors of a full disk."""
+"""Reading of untrusted files: plain files of bounded size; errors of a full disk."""
 
 import errno
 import os

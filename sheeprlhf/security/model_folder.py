@@ -1,4 +1,4 @@
-"""A folder of a model or of adapters, which may be a stranger's: looked at before a library opens any of its files.
+"""Checks of an untrusted folder of a model or of adapters, before a library opens any of its files.
 
 Its files are plain ones inside it, of bounded size; weights are safetensors that say what they are, or
 pytorch_model.bin (of adapters, adapter_model.bin), which `model.pickled` converts without running code; its JSON asks

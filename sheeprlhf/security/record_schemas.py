@@ -29,7 +29,7 @@ class RunRecord(TypedDict):
 
 
 class StageRecord(TypedDict):
-    """What pipeline.json says of one stage."""
+    """One stage in pipeline.json."""
 
     seconds: _Positive
     status: NotRequired[Literal["running", "finished", "failed", "stopped"]]
@@ -51,7 +51,7 @@ class PipelineRecord(TypedDict):
 
 
 class FileRecord(TypedDict):
-    """What MANIFEST.json says of one file."""
+    """One file in MANIFEST.json."""
 
     size: Count
     sha256: str
@@ -72,7 +72,7 @@ class ManifestRecord(TypedDict):
 
 
 class ExtraRecord(TypedDict):
-    """What tasks add to state.json; see `TrainState.extra`."""
+    """Additional state of tasks in state.json; see `TrainState.extra`."""
 
     kl_coeff: NotRequired[_Positive]
     reward_count: NotRequired[Count]
@@ -92,7 +92,7 @@ class StateRecord(TypedDict):
 
 
 class SplitRecord(TypedDict):
-    """What a data report says of one split; the rest of it is counts, too."""
+    """One split in a data report; all other fields are counts, too."""
 
     read: Count
     kept: Count
@@ -109,7 +109,7 @@ class SplitRecord(TypedDict):
 
 
 class DataRecord(TypedDict):
-    """What both reports of data hold."""
+    """Fields of both data reports."""
 
     splits: dict[str, SplitRecord]
     columns: NotRequired[dict[str, dict[str, Any]]]

@@ -41,7 +41,7 @@ _MOST_STARTS = 32
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether an option of this name would carry a credential: `hf_token`, `api_key`; not `token_budget`."""
+    """True if an option of this name would carry a credential: `hf_token`, `api_key`; not `token_budget`."""
     return any(_SECRET_NAME.search(part) for part in name.split("."))
 
 

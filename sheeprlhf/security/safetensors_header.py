@@ -1,4 +1,4 @@
-"""The header of a safetensors file, which may be a stranger's: read with limits before a library opens the file.
+"""Header of an untrusted safetensors file, read with limits before a library opens the file.
 
 Imports no torch.
 """

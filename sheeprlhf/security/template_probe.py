@@ -54,7 +54,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 def _problem(text: str) -> str:
-    """A template may refuse a conversation, and a mistake in it is told when it is used: neither is a problem here."""
+    """Ignore a template's rejection of a conversation and its mistakes, which are reported when it is used."""
     try:
         template = _environment().from_string(text)
     except jinja2.TemplateSyntaxError:

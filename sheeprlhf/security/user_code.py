@@ -36,7 +36,7 @@ def parse_path(text: str) -> DottedPath:
 
 
 def find_module(module: str) -> ModuleSpec | None:
-    """Where a module is, as `import` would find it; None if nowhere. Unlike importlib's, it does not import parents."""
+    """Locate a module as `import` would; None if there is none. Unlike importlib, it does not import parents."""
     loaded = getattr(sys.modules.get(module), "__spec__", None)
     if isinstance(loaded, ModuleSpec):
         return loaded  # such as os.path, which is in no package
@@ -68,7 +68,7 @@ def hidden_by_installed(module: str) -> str | None:
 
 
 def names_of(file: str) -> set[str] | None:
-    """What a source file may define, of any depth; None if that cannot be said.
+    """Names that a source file may define, at any depth; None if they cannot be determined.
 
     Raises:
         SyntaxError: it is not Python; its `lineno` says where.

@@ -21,7 +21,7 @@ _BEFORE = re.compile(r"\d\W?(a|b|c|rc|alpha|beta|pre|preview|dev)\W?\d*", flags=
 
 
 def check_versions(*used: str) -> None:
-    """Refuse to go on with such a version; an absent library is told by who needs it.
+    """Reject versions that must not run; a missing library is reported where it is needed.
 
     Args:
         used: those of `OPTIONAL` that are going to be imported.

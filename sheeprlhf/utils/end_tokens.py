@@ -62,7 +62,7 @@ def set_configured_end_ids(tokenizer: Any, configs: Sequence[Mapping[str, Any]])
 
 
 def add_end_ids(config: Any, tokenizer: Any) -> None:
-    """Complete the `eos_token_id` of a configuration that is going to be saved beside the tokenizer.
+    """Complete the `eos_token_id` of a configuration that is going to be saved with the tokenizer.
 
     Args:
         config: a model's configuration or its generation configuration; ids that it lists stay.

@@ -40,7 +40,7 @@ def _lock_file(folder: Path) -> Path:
 
 @contextmanager
 def written_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place when the block ends well. Call it under `locked`."""
+    """Make a new folder next to `folder` that replaces it when the block ends without error. Call it under `locked`."""
     sweep(folder)
     temporary = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
@@ -65,7 +65,7 @@ def written_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_errors(what: str, advice: str) -> Iterator[None]:
-    """Inside, an error of the disk becomes a ModelError with advice; safetensors has a class of its own for a full one.
+    """Turn an error of the disk into a ModelError with advice; safetensors has its own class for a full disk.
 
     Args:
         what: what cannot be made, and where.
@@ -106,7 +106,7 @@ def discard(folder: Path) -> None:
 
 @contextmanager
 def scratch_folder(target: Path) -> Iterator[Path]:
-    """A new marked folder beside `target`, which goes with all that is in it when the block ends."""
+    """Make a marked temporary folder next to `target`, which is removed with its content when the block ends."""
     scratch = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.tmp.{os.getpid()}")
     scratch.mkdir()
     try:

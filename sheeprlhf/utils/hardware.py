@@ -1,4 +1,4 @@
-"""What this machine has, asked without importing torch."""
+"""Hardware of this machine, found without importing torch."""
 
 import ctypes
 import importlib.metadata
@@ -27,7 +27,7 @@ def cuda_device_count() -> int:
 
 
 def cuda_problem(devices: int | str | list[int] | None) -> str | None:
-    """Why `fabric.accelerator=cuda` cannot work here with these devices; None if it can."""
+    """The reason that `fabric.accelerator=cuda` cannot work with these devices; None if it can."""
     count = cuda_device_count()
     if count == 0:
         return "fabric.accelerator=cuda: this machine has no usable CUDA device; give fabric=cpu"
@@ -40,7 +40,7 @@ def cuda_problem(devices: int | str | list[int] | None) -> str | None:
 
 
 def available_memory() -> int | None:
-    """Bytes of main memory that a new process could have, its container's limit respected; None where nobody tells."""
+    """Bytes of main memory available to a new process, within its container's limit; None if unknown."""
     room = [_field("/proc/meminfo", "MemAvailable:", 1024)]
     for limit, used, statistics, cache in (
         ("memory.max", "memory.current", "memory.stat", "inactive_file"),

@@ -87,7 +87,7 @@ _PMIX = "PMIX_RANK"  # comes without the number of processes
 
 
 class Launched(NamedTuple):
-    """This process among those that a launcher has started.
+    """Position of this process among those that a launcher has started.
 
     Attributes:
         launcher: its name.

@@ -1,4 +1,4 @@
-"""Memory: sizes for people, a process's peak, and running out of it, told by what was computed. Imports no torch."""
+"""Memory: readable sizes, a process's peak, and out-of-memory errors that name the phase. Imports no torch."""
 
 import re
 from collections.abc import Iterator

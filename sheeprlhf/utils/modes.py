@@ -20,7 +20,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def forward_of_zero(original: nn.Module) -> Iterator[None]:
-    """Inside, the module's forward is 0 * every trainable parameter, so that a wrapper's gradient hooks all fire."""
+    """Replace the module's forward by 0 * every trainable parameter, so that all gradient hooks of a wrapper fire."""
     own_forward = vars(original).get("forward")
     original.forward = lambda _: sum(p.sum() * 0 for p in original.parameters() if p.requires_grad)
     try:

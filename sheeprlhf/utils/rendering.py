@@ -88,7 +88,7 @@ def _template_failure(tokenizer: Any, error: Exception) -> DataError:
 
 @contextmanager
 def _fixed_environment(text: str, date: str) -> Iterator[None]:
-    """Inside, a chat template writes this date as today's, and draws the same at random.
+    """Make chat templates write this date as today's and draw the same random numbers.
 
     A date cannot be given as a variable: transformers lets no function through to a template.
     """
