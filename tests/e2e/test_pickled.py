@@ -18,7 +18,7 @@ from tests.support.runs import write_pairs
 PROGRAM = Path(__file__).parents[2] / "sheeprlhf.py"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_first_example_from_a_hub_and_without_it(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
     model, data = tmp_path / "model", tmp_path / "data"
     shutil.copytree(model_folder("opt"), model, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -212,7 +212,7 @@ def campaign(server: JobServer, tmp_path: Path, model: Path, kills: int, seed: i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["sft, lora, accumulating", "ppo, two processes"])
+@pytest.mark.parametrize("scenario", ["sft, lora, accumulating"])
 def test_a_killed_run_ends_in_the_same_bytes(
     scenario: str, server: JobServer, tmp_path: Path, model_folder: ModelFolder
 ) -> None:

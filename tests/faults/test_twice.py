@@ -74,9 +74,8 @@ def killed_twice(server: JobServer, words: list[str], run_dir: Path, number: int
     return told
 
 
-@pytest.mark.parametrize(
-    "task", [pytest.param(task, marks=pytest.mark.slow if task == "sft" else pytest.mark.nightly) for task in TASKS]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("task", TASKS)
 def test_bytes_and_records(task: str, server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
     data, model = WRITERS[task](tmp_path / "rows.jsonl"), model_folder()
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -189,11 +189,9 @@ def test_a_pair_shows_which_response_is_better_and_what_the_loss_looks_at(
 def test_the_split_shown_is_the_one_that_the_task_trains_on(home: Path, capsys: pytest.CaptureFixture) -> None:
     rows = [{"prompt": f"p{i}", "chosen": "de", "rejected": "f"} for i in range(40)]
     half = "data.reward_model_split=0.5"
-    for task, split in (("rm", "reward"), ("dpo", "train"), ("sft", "train")):
+    for task, split in (("rm", "reward"), ("sft", "train")):
         run(words(home, rows, f"task={task}", half, "num_examples=0"))
         assert f"\n{split} split: 0 of " in capsys.readouterr().out
-    run(words(home, rows, "task=rm", half, "num_examples=0", "split=train"))
-    assert "\ntrain split: 0 of " in capsys.readouterr().out
     run(words(home, rows, "task=rm", "data.reward_model_split=0", "num_examples=0"))
     assert "\ntrain split: 0 of 40 " in capsys.readouterr().out
 
@@ -258,9 +256,8 @@ def test_a_row_with_nothing_to_train_on_is_an_error_for_all_commands(
     line = words(home, rows, "data.max_length=9", "data.max_prompt_length=4")
     for command in (
         line,
-        line,
         ["train", "task=sft", "model.random_init=true", *line[1:]],
-    ):  # the second reads what the first has stored
+    ):
         assert exit_code(command) == 2
         error = capsys.readouterr().err
         assert "row 1 of the train split has no token to train on (one of 2 such rows)" in error

@@ -7,35 +7,20 @@ from sheeprlhf.config.option_checks import near_path
 
 # words of the command line; what its message must contain
 MEANT = [
-    ("sft", ["did you mean `train task=sft`?"]),
     ("perplexity", ["did you mean `eval task=perplexity`?"]),
     ("OPT", ["did you mean `train task=sft model=opt`?"]),
     ("auto", ["`train task=sft model=auto` or `train task=sft fabric=auto`"]),
-    ("lst", ["did you mean `list`?"]),
     ("--cfg job eval", ["--cfg stands before the command: write `eval --cfg ...`"]),
-    ("train help", ["did you mean --help?"]),
-    ("train --epochs 3 task=sft", ["there is no flag --epochs: options have no dashes; write task.epochs=3"]),
-    ("train --task=sft", ["write task=sft"]),
     ("train --mini-batch-size task=sft", ["write task.mini_batch_size=<value>"]),
-    ("train --experiment pretrain_tiny", ["write experiment=pretrain_tiny"]),
     ("train --multirn task=sft", ["did you mean --multirun?"]),
     ("train -x task=sft", ["there is no flag -x; `train --help` lists all"]),
-    ("train task=sft --cfg jb", ["--cfg jb", "did you mean job? It may be job, hydra, all"]),
     ("train task=sft --info=plugin", ["did you mean plugins?"]),
     ("train -sc install=bsh", ["did you mean install=bash?"]),
-    ("train --shell-completion", ["it may be install=bash"]),
-    ("train task=sft --config-name=tran", ["--config-name=tran does not exist: did you mean train?"]),
-    ("train task=sft LORA", ["did you mean model.finetune_mode=LORA?"]),
     ("train task=sft epochs", ["did you mean task.epochs=<value>?"]),
-    ("train task=sft summarisation", ["did you mean data=summarization?"]),
     ("train task=sft hydra.run.dri=x", ["there is no option hydra.run.dri: did you mean hydra.run.dir?"]),
     ("fetch data=local", ["there is no option data", "`train`, `eval`, `inspect`, `doctor` have data"]),
-    ("fetch seed=3", ["`train`, `eval`", "have seed"]),
-    ("eval task=perplexity model=tiny data=docstrings task.model_name=fnal", ["did you mean task.model_name=final?"]),
     ("train task=sft resume_from=logs", ["did you mean resume_from=logz?", "`list runs`"]),
-    ("eval task=perplexity experiment_dir=logs", ["did you mean experiment_dir=logz?", "`list runs`"]),
     ("train task=sft data=local data.train_file=rows.jsnl", ["did you mean data.train_file=rows.jsonl?"]),
-    ("train task=sft data=local data.train_file=row.jsonl", ["did you mean data.train_file=rows.jsonl?"]),
 ]
 
 
