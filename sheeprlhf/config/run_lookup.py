@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.config.memory_advice import changed
-from sheeprlhf.config.path_checks import is_template_file, is_weights_name, weights_problems
+from sheeprlhf.config.path_checks import is_weights_name, weights_problems
 from sheeprlhf.config.registry import choices, config_hash
 from sheeprlhf.config.saved_config import read_run_config, saved_group
 from sheeprlhf.config.shell import changed_words, command, option_word
@@ -50,6 +50,13 @@ def _warn(text: str) -> None:
     """Rank zero prints a warning, once."""
     if is_rank_zero():
         print(f"warning: {text}", file=sys.stderr)
+
+
+@lru_cache
+def _report(text: str) -> None:
+    """Rank zero prints a line, once."""
+    if is_rank_zero():
+        print(text)
 
 
 def find_runs(root_dir: str | Path, warn: Callable[[str], object] = _warn) -> list[FoundRun]:
@@ -146,36 +153,47 @@ def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
     if given:
         config = _changed(config, given)
     if not words:
-        return _with_template_of_start(config)
+        return _with_options_of_start(config)
     for run in _resumable(config, given_dir) if isinstance(config, TrainConfig) else ():
         with suppress(ConfigError):
             before = read_run_config(str(run.dir)).get("task")
             if isinstance(before, dict):
                 same = _changed(config, {key: before.get(key.removeprefix("task.")) for key in words})
-                same = _with_template_of_start(same)
+                same = _with_options_of_start(same)
                 if config_hash(same) == run.info.get("config_hash"):
                     return same
     found = {key: _newest(config, TASKS[key], config.model) for key in words}
     settled: dict[str, str | None] = {key: str(run.absolute()) for key, run in found.items() if run is not None}
     if START not in settled and _begins_without(config):
         settled[START] = None
-    return _with_template_of_start(_changed(config, settled) if settled else config)
+    return _with_options_of_start(_changed(config, settled) if settled else config)
 
 
-def _with_template_of_start(config: Needy) -> Needy:
-    """Take over the chat template that was chosen for the run that a training starts from, unless one is given."""
+def _with_options_of_start(config: Needy) -> Needy:
+    """Take over how the run that a training starts from writes its prompts, unless the option is given.
+
+    These are its chat template, the variables of that, and the tokens that it has added.
+    """
     start = getattr(config.task, "sft_experiment_dir", None)
-    if not isinstance(config, TrainConfig) or config.model.chat_template is not None or start is None or is_word(start):
+    if not isinstance(config, TrainConfig) or start is None or is_word(start):
         return config
-    saved: Any = {}
-    with suppress(ConfigError):  # told by `start_problems`
-        saved = read_run_config(start).get("model")
-    chosen = saved.get("chat_template") if isinstance(saved, dict) else None
-    if not isinstance(chosen, str):
+    try:
+        model, data = saved_group(start, "model"), saved_group(start, "data")
+    except ConfigError:  # reported by `start_problems`
         return config
-    left = Path(start) / "final" / "chat_template.jinja"
-    moved = is_template_file(chosen) and not Path(chosen).is_file() and left.is_file()
-    return _changed(config, {"model.chat_template": str(left) if moved else chosen})
+    assert isinstance(model, ModelConfig) and isinstance(data, DataConfig)
+    change: dict[str, Any] = {
+        f"model.{name}": getattr(model, name)
+        for name in ("chat_template", "resize_embeddings", "extra_vocabulary")
+        if getattr(model, name) and not getattr(config.model, name)
+    }
+    theirs, given = data.template_args, config.data.template_args
+    if theirs and given is None:
+        change["data.template_args"] = theirs
+        _report(f"data.template_args={theirs}: of {start}")
+    elif theirs and given != theirs:
+        _warn(f"data.template_args={given}, and {start}, which training starts from, has {theirs}")
+    return _changed(config, change) if change else config
 
 
 def is_newest(word: Any) -> bool:
@@ -343,6 +361,9 @@ def _link_problems(config: Needy, key: str, run_dir: str, model: ModelConfig) ->
             f"{key}={run_dir} was trained from model.repo_name={theirs.repo_name}, and this run has "
             f"{model.repo_name}: give {model_words(theirs)}, or another run"
         )
+    given, added = list(model.extra_vocabulary), list(theirs.extra_vocabulary)
+    if key == START and given and given != added:
+        yield f"model.extra_vocabulary={given} is not that of {key}={run_dir}, {added}: leave the option out"
     name_key = _NAMES[key]
     name = str(getattr(config.task, name_key.removeprefix("task."), "final"))
     if is_weights_name(name):

@@ -8,6 +8,7 @@ import yaml
 from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.config.registry import from_dict
 from sheeprlhf.structure.option import Config
+from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.utils.errors import ConfigError
 
 MAX_BYTES = 1_000_000
@@ -61,6 +62,9 @@ def saved_group(experiment_dir: str, group: str, *, key: str = "experiment_dir")
     saved = read_run_config(experiment_dir, key=key).get(group)
     if not isinstance(saved, dict):
         raise ConfigError(f"{Path(experiment_dir) / 'config.yaml'} has no {group}: give {group}=<choice>")
+    chosen, left = saved.get("chat_template"), Path(experiment_dir) / "final" / "chat_template.jinja"
+    if isinstance(chosen, str) and is_template_file(chosen) and not Path(chosen).is_file() and left.is_file():
+        saved["chat_template"] = str(left)  # the user's file has moved
     if isinstance(saved.get("library_cfg"), dict):
         saved["library_cfg"]["trust_remote_code"] = False
     try:

@@ -71,6 +71,11 @@ def sharding_problems(config: TrainConfig | EvalConfig, *, able: bool) -> Iterat
             f"fabric.strategy=fsdp2 trains task={tasks} alone, not task={config.task.config_name}: "
             "give fabric.strategy=ddp"
         )
+    if config.model is not None and config.model.finetune_mode == "LORA" and config.model.resize_embeddings:
+        yield (
+            "fabric.strategy=fsdp2 cannot train rows of model.resize_embeddings=true beside adapters: give "
+            "model.finetune_mode=ALL, or fabric.strategy=ddp"
+        )
     if config.fabric.precision == "64-true":
         yield "fabric.precision=64-true is not supported by fabric.strategy=fsdp2: give fabric.precision=32-true"
 

@@ -176,11 +176,30 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
             yield "model.freeze_transformer=true leaves no layer for adapters: give model.finetune_mode=ALL"
         if model.random_init:
             yield "model.random_init=true has nothing for adapters to adapt: give model.finetune_mode=ALL"
+    yield from _new_token_problems(model)
     library = model.library_cfg
     if library.trust_remote_code and not _COMMIT.fullmatch(library.revision or ""):
         yield (
             "model.library_cfg.trust_remote_code=true runs Python code of the model's authors on this machine: "
             "pin what you have read with model.library_cfg.revision=<40-digit commit>"
+        )
+
+
+def _new_token_problems(model: ModelConfig) -> Iterator[str]:
+    wrong = [text for text in model.extra_vocabulary if not text.strip() or text != text.strip() or len(text) > 100]
+    if wrong:
+        yield (
+            f"model.extra_vocabulary has {wrong[0][:40]!r}: give texts of at most 100 characters, without spaces at "
+            "their ends"
+        )
+    if len(set(model.extra_vocabulary)) < len(model.extra_vocabulary):
+        yield "model.extra_vocabulary has a text twice: give each once"
+    if model.extra_vocabulary and not model.resize_embeddings:
+        yield "model.extra_vocabulary needs rows in the model: give model.resize_embeddings=true"
+    if model.resize_embeddings and model.freeze_transformer:
+        yield (
+            "model.freeze_transformer=true leaves the rows of new tokens untrained: give "
+            "model.freeze_transformer=false, or model.resize_embeddings=false"
         )
 
 

@@ -44,6 +44,7 @@ from sheeprlhf.data.report import (
     notes_on_cuts,
     notes_on_ends,
     notes_on_labels,
+    notes_on_missing_tokens,
     notes_on_texts,
     rows_kept,
     why_none_left,
@@ -236,6 +237,7 @@ def _build(
             *frequent.notes(divided=divides),
             *notes_on_conversations(report, cfg),
             *notes_on_ends(tokenize.tokenizer),
+            *notes_on_missing_tokens(tokenize.tokenizer),
             *notes_on_labels(report, layout.undesirable),
         ]
         if not any(rows_kept(report, split) for split in TRAINING_SPLITS[tokenize.kind]):

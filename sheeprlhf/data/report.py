@@ -13,6 +13,7 @@ from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.utils.end_tokens import end_tokens
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.rendering import CLOCK
+from sheeprlhf.utils.vocabulary import missing_tokens
 
 SPLITS = ("train", "reward", "validation", "test")
 PERCENTILES = {"p5": 5, "p50": 50, "p95": 95, "max": 100}
@@ -416,4 +417,15 @@ def notes_on_ends(tokenizer: Any) -> list[str]:
     return [
         f"eos_token_id {number} of the model's configuration ends no response: it is no control token of the tokenizer"
         for number in end_tokens(tokenizer).ignored
+    ]
+
+
+def notes_on_missing_tokens(tokenizer: Any) -> list[str]:
+    """Control tokens of the chosen chat template that the tokenizer does not define, and the option that adds them."""
+    missing = missing_tokens(tokenizer)
+    if not missing:
+        return []
+    return [
+        f"model.chat_template writes {', '.join(missing[:6])}, which the tokenizer does not define: each is encoded as "
+        "plain text; model.resize_embeddings=true adds a token for each and trains it"
     ]

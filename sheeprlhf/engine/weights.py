@@ -44,7 +44,7 @@ def load_weights(path: Path, module: nn.Module, part: str = "") -> None:
     everything = dict(module.named_parameters()) | dict(module.named_buffers())
     tensors = read_tensors(path / "model.safetensors")
     if part:
-        own = [name for name in tensors if name.startswith(part) and f".{CRITIC}." not in name]
+        own = [name for name in tensors if name.startswith(part) and f".{CRITIC}." not in f"{name}."]
         tensors = {name.removeprefix(part): tensors[name] for name in own}
     names = tensors.keys() | saved_tensors(module).keys()
     copy_tensors(path / "model.safetensors", tensors, {name: everything[name] for name in names if name in everything})

@@ -16,6 +16,7 @@ from sheeprlhf.utils.errors import ModelError
 
 _NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # PEFT takes some names for patterns: none of these takes long
 _MAX_NAMES = 10_000
+_MAX_ROWS = 1_000_000
 _OFF: tuple[Any, ...] = (False, "", [], {})
 _HARMLESS = ("base_model_name_or_path", "revision", "peft_version", "inference_mode", "runtime_config")
 _USUAL: dict[str, tuple[Any, ...]] = {  # what PEFT writes into every file
@@ -58,6 +59,17 @@ def _are_layers(value: Any) -> bool:
     return len(layers) <= _MAX_NAMES and all(_is_number(layer) and isinstance(layer, int) for layer in layers)
 
 
+def _are_rows(value: Any) -> bool:
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    names = list(value) if isinstance(value, dict) else []
+    return (
+        len(lists) <= _MAX_NAMES
+        and all(map(_is_name, names))
+        and all(isinstance(rows, list) and len(rows) <= _MAX_ROWS for rows in lists)
+        and all(_is_number(row) and isinstance(row, int) for rows in lists for row in rows)
+    )
+
+
 _KNOWN = {
     "r": _is_rank,
     "lora_alpha": _is_number,
@@ -65,6 +77,7 @@ _KNOWN = {
     "target_modules": _are_names,
     "exclude_modules": _are_names,
     "modules_to_save": _are_names,
+    "trainable_token_indices": _are_rows,
     "task_type": lambda value: value in ("CAUSAL_LM", "SEQ_CLS"),
     "bias": lambda value: value in ("none", "all", "lora_only"),
     "fan_in_fan_out": lambda value: isinstance(value, bool),

@@ -46,11 +46,12 @@ from sheeprlhf.security.model_folder import (
     weights_of,
 )
 from sheeprlhf.security.safetensors_header import TensorFacts
+from sheeprlhf.model.new_tokens import add_rows
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import set_configured_end_ids
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.hub import EMBEDDED
-from sheeprlhf.utils.vocabulary import num_rows_needed
+from sheeprlhf.utils.vocabulary import add_special_tokens, num_rows_needed, template_tokens
 
 Say = Callable[[str], None]
 RESIZED = "resized_model"  # a folder, in messages
@@ -151,6 +152,8 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     choose_template(tokenizer, cfg.chat_template)
     whose = f"repo_name={cfg.repo_name}" if cfg.chat_template is None else f"chat_template={cfg.chat_template}"
     check_templates(tokenizer, f"model.{whose}")
+    of_template = [] if cfg.chat_template is None else template_tokens(tokenizer)
+    add_special_tokens(tokenizer, [*cfg.extra_vocabulary, *of_template], missing=not cfg.resize_embeddings)
     configs = [read_json(files.folder, name) for name in _END_ID_FILES if (files.folder / name).is_file()]
     set_configured_end_ids(tokenizer, configs)
     if cfg.chat_template is None:
@@ -361,6 +364,9 @@ def load_causal_lm(
             model_class = _class_of(cfg, config, auto)
             _check_account(cfg, account_from_headers(model_class, config, files.tensors, new_head=new_head))
         raise
+    if cfg.resize_embeddings:
+        own_tokenizer = load_tokenizer(cfg)
+        add_rows(model, own_tokenizer, cfg, max(vocabulary, num_rows_needed(own_tokenizer)))
     rows = model.get_input_embeddings().weight.shape[0]
     if vocabulary > rows:
         raise ModelError(_too_few_rows(cfg, vocabulary, rows, auto))
@@ -383,6 +389,8 @@ def check_vocabulary(cfg: ModelConfig) -> None:
     Raises:
         ModelError: the model has no row for the largest id of the tokenizer.
     """
+    if cfg.resize_embeddings:
+        return
     needed = num_rows_needed(load_tokenizer(cfg))
     config = AutoConfig.from_pretrained(_files(cfg).source, **_files(cfg).options)
     rows = getattr(config.get_text_config(), "vocab_size", None)
@@ -391,12 +399,14 @@ def check_vocabulary(cfg: ModelConfig) -> None:
 
 
 def _too_few_rows(cfg: ModelConfig, needed: int, rows: int, auto: Any) -> str:
-    return (
+    fact = (
         f"model.repo_name={cfg.repo_name}: its tokenizer has ids up to {needed - 1}, and the model's embedding has "
-        f"{rows} rows; make a folder with a row for each, `{_resize_command(str(cfg.repo_name), auto)}`, give "
-        f"model.repo_name={RESIZED}, and train the new rows with model.finetune_mode=ALL (adapters leave them as "
-        "they are)"
+        f"{rows} rows"
     )
+    if auto is AutoModelForCausalLM:
+        return f"{fact}: model.resize_embeddings=true adds a row for each and trains them, also beside adapters"
+    command = _resize_command(str(cfg.repo_name), auto)
+    return f"{fact}; make a folder with a row for each, `{command}`, and give model.repo_name={RESIZED}"
 
 
 def _tell_of_weights(cfg: ModelConfig, files: _Files, account: Account, say: Say, *, is_policy: bool) -> None:

@@ -18,6 +18,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -27,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sheeprlhf.config.validate import parse_targets
 from sheeprlhf.model.adapter import read_adapter_config
+from sheeprlhf.model.new_tokens import base_of, trained_rows
 from sheeprlhf.model.outputs import check_difference, compute_outputs, max_difference, probe_rows
 from sheeprlhf.model.pickled import adapter_folder
 from sheeprlhf.security.model_folder import ADAPTERS, tensors_of
@@ -74,7 +76,7 @@ def load_lora(model: PreTrainedModel, folder: Path, say: Callable[[str], None] =
         return adapted
     except ModelError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, IndexError) as error:
         raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
 
 
@@ -152,6 +154,13 @@ def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None
                 f"model.lora_cfg.targets: no linear layer is named {', '.join(missing)}{hint} "
                 f"This model has {', '.join(known)}; 'all-linear' takes all but the head."
             )
+    rows = _rows_of_adapters(model)
+    both = [] if isinstance(targets, str) else [name for name in rows if name.split(".")[-1] in targets]
+    if both:
+        raise ModelError(
+            f"model.lora_cfg.targets: {both[0]} can have no adapter, since model.resize_embeddings=true trains rows of "
+            "it: leave it out, or give all-linear"
+        )
     with _peft_warnings_ignored():
         adapted = get_peft_model(model, lora_config(model, cfg, head=head))
     shared = shared_targets(adapted)
@@ -178,7 +187,7 @@ def shared_targets(model: PeftModel) -> dict[str, list[str]]:
             users[id(weight)].append(name)
     shared = {}
     for name, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             layer: nn.Module = module.get_base_layer()
             used = [user for weight in layer.parameters(recurse=False) for user in users[id(weight)]]
             others = [user for user in used if user != name and not user.startswith(f"{name}.")]
@@ -191,17 +200,55 @@ def _describe_shared(shared: dict[str, list[str]]) -> str:
     return ", ".join(f"{name} shares its weight with {' and '.join(users)}" for name, users in shared.items())
 
 
-def lora_config(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None) -> LoraConfig:
-    """The adapters in PEFT's words; arguments as of `add_lora`."""
+def lora_config(
+    model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None, language_head: bool = True
+) -> LoraConfig:
+    """PEFT's configuration of the adapters; arguments as of `add_lora`.
+
+    Args:
+        model: the model.
+        cfg: the adapters.
+        head: as of `add_lora`.
+        language_head: the language head is used, and rows of it train where those of the embedding do.
+    """
+    rows = _rows_of_adapters(model, language_head=language_head)
+    whole = [name for name, numbers in rows.items() if not numbers] + ([] if head is None else [head])
     return LoraConfig(
         task_type="CAUSAL_LM" if head is None else "SEQ_CLS",
-        modules_to_save=None if head is None else [head],
+        modules_to_save=whole or None,
+        trainable_token_indices=cast(Any, {name: numbers for name, numbers in rows.items() if numbers} or None),
         r=cfg.rank,
         lora_alpha=cast(Any, cfg.alpha),  # PEFT says int, and takes any number
         lora_dropout=cfg.dropout,
         target_modules=parse_targets(cfg.targets),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
+
+
+def _rows_of_adapters(model: PreTrainedModel, *, language_head: bool = True) -> dict[str, list[int]]:
+    """The modules of which rows train beside adapters, each with its rows; no rows stand for the whole module.
+
+    A tied head follows the embedding. PEFT computes rows of a head without its bias, so a head with one trains whole.
+
+    Raises:
+        ModelError: the head is tied to the embedding and has a bias.
+    """
+    rows = trained_rows(model)
+    if not rows:
+        return {}
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    found = {names[id(embedding)]: rows}
+    if head is not None and language_head:
+        has_bias = getattr(base_of(head), "bias", None) is not None
+        if base_of(head).weight is not base_of(embedding).weight:
+            found[names[id(head)]] = [] if has_bias else rows
+        elif has_bias:
+            raise ModelError(
+                f"model.resize_embeddings=true: the head of {type(model).__name__} has a bias and the weights of the "
+                "embedding, and PEFT cannot train rows of it: give model.finetune_mode=ALL"
+            )
+    return found
 
 
 def merge_lora(model: PeftModel, rows: Sequence[Sequence[int]] | None = None) -> Merged:
@@ -254,7 +301,9 @@ def save_model(model: PreTrainedModel | PeftModel, folder: Path) -> bool:
             for field in ("target_modules", "modules_to_save"):
                 names = getattr(config, field)
                 setattr(config, field, sorted(names) if isinstance(names, set) else names)
-    model.save_pretrained(str(folder), selected_adapters=[POLICY])
+    # The rows of new tokens are among the adapters; "auto" would write the whole resized embedding too.
+    embeddings: Any = False if trained_rows(model) else "auto"
+    model.save_pretrained(str(folder), selected_adapters=[POLICY], save_embedding_layers=embeddings)
     return True
 
 
@@ -267,7 +316,7 @@ def adapter_in_use(model: PeftModel, name: str) -> Iterator[None]:
     """
     before = list(model.active_adapters)
     with _flags_kept(model):
-        trains = [weight for key, weight in model.named_parameters() if f".{name}." in key and weight.requires_grad]
+        trains = [weight for key, weight in model.named_parameters() if _belongs_to(key, name) and weight.requires_grad]
         cast(LoraModel, model.base_model).set_adapter(name)
         model.requires_grad_(False)
         for weight in trains:
@@ -276,6 +325,11 @@ def adapter_in_use(model: PeftModel, name: str) -> Iterator[None]:
             yield
         finally:
             cast(LoraModel, model.base_model).set_adapter(before)
+
+
+def _belongs_to(key: str, name: str) -> bool:
+    """Whether a parameter's key is of the adapter with this name."""
+    return f".{name}." in f"{key}."
 
 
 @contextmanager
@@ -301,7 +355,7 @@ def add_second_adapter(model: PeftModel, name: str, config: LoraConfig, *, train
     with _flags_kept(model), _peft_warnings_ignored():
         model.add_adapter(name, config)
     for key, weight in model.named_parameters():
-        if f".{name}." in key:
+        if _belongs_to(key, name):
             weight.requires_grad_(trains)
 
 
@@ -310,8 +364,8 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for key, weight in weights.items():
-            if f".{target}." in key:
-                weight.copy_(weights[key.replace(f".{target}.", f".{source}.")])
+            if _belongs_to(key, target):
+                weight.copy_(weights[f"{key}.".replace(f".{target}.", f".{source}.")[:-1]])
 
 
 def load_score_adapter(
@@ -336,7 +390,7 @@ def load_score_adapter(
     try:
         config.modules_to_save, config.task_type = None, "CAUSAL_LM"
         weights = load_file(folder / ADAPTERS)
-        [head] = [key for key in weights if "lora_" not in key]
+        [head] = [key for key in weights if "lora_" not in key and ".token_adapter." not in key]
         score = weights.pop(head)
         add_second_adapter(model, name, config, trains=False)
         result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
@@ -346,7 +400,7 @@ def load_score_adapter(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
     for key, weight in model.named_parameters():
-        if f".{name}." in key:
+        if _belongs_to(key, name):
             weight.requires_grad_(False)
     return score
 

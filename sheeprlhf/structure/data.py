@@ -59,8 +59,8 @@ class DataConfig(Config):
     )
     template_args: Any = option(
         None,
-        "Variables for the model's chat template, such as {enable_thinking: false}; null takes those of the model's "
-        "training, as far as its folder tells.",
+        "Variables for the model's chat template, such as {enable_thinking: false}; null takes those of the run "
+        "that training starts from, or of the model's training as far as its folder tells.",
     )
     num_proc: int = option(1, "Processes that tokenise.", minimum=1)
     cache_dir: Optional[str] = option(

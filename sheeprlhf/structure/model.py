@@ -44,6 +44,16 @@ class ModelConfig(Config):
         "Chat template: a name of the tokenizer's own, a built-in one (chatml, gemma, llama3, mistral, phi3, vicuna, "
         "zephyr) or a .jinja file; null takes the tokenizer's, or that of the run that training starts from.",
     )
+    resize_embeddings: bool = option(
+        False,
+        "Add an embedding row for each token of the tokenizer that the model has none for, and first the control "
+        "tokens of model.chat_template to the tokenizer; LoRA trains the new rows too.",
+    )
+    extra_vocabulary: list[str] = option(
+        help="Special tokens to add to the tokenizer (needs resize_embeddings=true). In the text of rows they are read "
+        "with data.control_tokens=true. LoRA trains the rows of those that exist already too.",
+        factory=list,
+    )
     embedding_dim_name: Optional[str] = option(
         None, "Name, in the model's config, of the width of the vectors that its head reads; null finds it."
     )

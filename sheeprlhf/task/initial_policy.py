@@ -110,7 +110,8 @@ def model_of_start(cfg: ModelConfig, run_dir: str, tokenizer: PreTrainedTokenize
     """
     of_run = saved_group(run_dir, "model")
     assert isinstance(of_run, ModelConfig)
-    theirs = load_tokenizer(dataclasses.replace(with_own_tokenizer(of_run, Path(run_dir)), chat_template=None))
+    own = with_own_tokenizer(of_run, Path(run_dir))
+    theirs = load_tokenizer(own if own.resize_embeddings else dataclasses.replace(own, chat_template=None))
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"task.sft_experiment_dir={run_dir} was trained with the tokenizer of {of_run.repo_name}, which is not "
@@ -169,7 +170,9 @@ def _whole_final(cfg: ModelConfig, run_dir: Path, weights: str) -> ModelConfig |
         raise ConfigError(
             f"{run_dir}: this run has no final/ yet; finish it with {shell_word('resume_from', str(run_dir))}"
         )
-    return dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False)
+    whole = dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False)
+    whole.chat_template = None  # the tokenizer in the folder has it
+    return whole
 
 
 def load_trained_reward_model(

@@ -120,7 +120,7 @@ def _make_critic(
         head.load_state_dict(reward.head.state_dict())
         return SharedScore(model, CRITIC, head, reward.offset)
     assert cfg.model.lora_cfg is not None
-    add_second_adapter(model, CRITIC, lora_config(base, cfg.model.lora_cfg), trains=True)
+    add_second_adapter(model, CRITIC, lora_config(base, cfg.model.lora_cfg, language_head=False), trains=True)
     return SharedScore(model, CRITIC, head)
 
 

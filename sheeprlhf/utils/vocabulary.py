@@ -1,8 +1,19 @@
 """Token ids that a tokenizer defines. A model may have more rows than that: padding, and holes that no token has."""
 
+import re
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+
+from sheeprlhf.utils.chat_templates import own_templates
+from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.rendering import render_chat
+
+_NEW, _MISSING = "sheeprlhf_new_ids", "sheeprlhf_missing_tokens"  # attributes of a tokenizer
+_CONTROL = re.compile(r"<[|\uff5c][^<>|\uff5c\s]{1,60}[|\uff5c]>|<(?:start|end)_of_\w{1,60}>")
+_CHAT = ({"role": "system", "content": "A"}, {"role": "user", "content": "B"}, {"role": "assistant", "content": "C"})
 
 
 def defined_ids(tokenizer: Any) -> np.ndarray:
@@ -26,3 +37,40 @@ def undefined_ids(tokenizer: Any, num_rows: int) -> np.ndarray | None:
     """
     missing = np.setdiff1d(np.arange(num_rows, dtype=np.int64), defined_ids(tokenizer), assume_unique=True)
     return missing if len(missing) else None
+
+
+def template_tokens(tokenizer: Any) -> list[str]:
+    """Texts in the form of control tokens, such as <|im_start|>, that the tokenizer's chat template writes."""
+    text = str(own_templates(tokenizer).get("default", ""))
+    for chat in (_CHAT, _CHAT[1:]):  # some templates reject a system message
+        with suppress(DataError):
+            text += render_chat(tokenizer, chat)
+            break
+    return list(dict.fromkeys(_CONTROL.findall(text)))
+
+
+def add_special_tokens(tokenizer: Any, tokens: Sequence[str], *, missing: bool = False) -> None:
+    """Add those that the tokenizer does not define as special tokens; `new_ids` then has their ids.
+
+    Args:
+        tokenizer: of transformers.
+        tokens: their texts.
+        missing: add none; `missing_tokens` then has their texts.
+    """
+    vocabulary = tokenizer.get_vocab()
+    new = [token for token in dict.fromkeys(tokens) if token not in vocabulary]
+    if missing:
+        setattr(tokenizer, _MISSING, new)
+    else:
+        tokenizer.add_tokens(new, special_tokens=True)
+        setattr(tokenizer, _NEW, tokenizer.convert_tokens_to_ids(new))
+
+
+def new_ids(tokenizer: Any) -> list[int]:
+    """Ids of the tokens that `add_special_tokens` has added."""
+    return list(getattr(tokenizer, _NEW, ()))
+
+
+def missing_tokens(tokenizer: Any) -> list[str]:
+    """Control tokens that the chosen chat template writes and the tokenizer does not define."""
+    return list(getattr(tokenizer, _MISSING, ()))

@@ -115,3 +115,26 @@ def test_one_folder_by_two_names_is_one_model(tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs", 1.0, model=str(tmp_path / "model"))
     asked = newest(tmp_path / "runs", f"model.repo_name={tmp_path / 'link'}")
     assert sft_start_of(with_start(asked, None)) == str(run)
+
+
+@pytest.mark.parametrize("task", ["rm", "dpo", "kto", "grpo", "ppo"])
+def test_prompts_are_written_as_the_start_wrote_them(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, 1.0)
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    saved["model"] |= {"chat_template": "chatml", "resize_embeddings": True, "extra_vocabulary": ["<a>"]}
+    saved["data"] = {"config_name": "docstrings", "template_args": {"enable_thinking": False}}
+    (run / "config.yaml").write_text(yaml.safe_dump(saved))
+    start = [f"task={task}", f"task.sft_experiment_dir='{run}'"]
+    found = with_start(config(tmp_path, *start), None)
+    assert isinstance(found, TrainConfig) and found.data.template_args == {"enable_thinking": False}
+    assert (found.model.chat_template, found.model.resize_embeddings) == ("chatml", True)
+    assert list(found.model.extra_vocabulary) == ["<a>"]
+    given = with_start(config(tmp_path, *start, "data.template_args={enable_thinking: true}"), None)
+    assert isinstance(given, TrainConfig) and given.data.template_args == {"enable_thinking": True}
+    printed = capsys.readouterr()
+    assert "data.template_args=" in printed.out and f"{run}" in printed.out
+    assert "data.template_args=" in printed.err and f"{run}" in printed.err
+    added = with_start(config(tmp_path, *start, "model.extra_vocabulary=[b]"), None)
+    assert any("model.extra_vocabulary" in problem for problem in start_problems(added))

@@ -59,22 +59,27 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path: Path, model_folder: ModelF
         load_tokenizer(config(folder))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_the_command_that_enlarges_a_model_is_true(
-    architecture: str, tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+def test_the_command_that_enlarges_a_reward_model_is_true(
+    tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = copy_of(model_folder(architecture), tmp_path / "small")
+    folder = tmp_path / "small"
+    AutoModelForSequenceClassification.from_pretrained(model_folder(), num_labels=1).save_pretrained(folder)
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<|new|>", "<|newer|>"])
     tokenizer.save_pretrained(folder)
     monkeypatch.chdir(tmp_path)
+
+    def scorer(name: Path, vocabulary: int) -> PreTrainedModel:
+        auto = AutoModelForSequenceClassification
+        return load_causal_lm(config(name), vocabulary=vocabulary, longest=64, auto=auto)
+
     with pytest.raises(ModelError, match=r"model\.repo_name=resized_model") as refused:
-        load(folder, vocabulary=len(tokenizer))
+        scorer(folder, len(tokenizer))
     program, flag, script = shlex.split(str(refused.value).split("`")[1])
     assert (program, flag) == ("python", "-c")
     exec(script, {})
-    enlarged = load(tmp_path / "resized_model", vocabulary=len(tokenizer))
-    old, new = (model.get_input_embeddings().weight.detach() for model in (load(folder), enlarged))
+    enlarged = scorer(tmp_path / "resized_model", len(tokenizer))
+    old, new = (model.get_input_embeddings().weight.detach() for model in (scorer(folder, VOCAB), enlarged))
     assert len(new) == len(tokenizer)
     assert torch.equal(new[: len(old)], old)
 
