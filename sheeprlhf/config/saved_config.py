@@ -6,9 +6,9 @@ from typing import Any
 import yaml
 
 from sheeprlhf.config.option_checks import near_path
+from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.config.registry import from_dict
 from sheeprlhf.structure.option import Config
-from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.utils.errors import ConfigError
 
 MAX_BYTES = 1_000_000

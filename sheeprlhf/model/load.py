@@ -27,6 +27,7 @@ from sheeprlhf.model.account import SCORE, SCORE_BIAS, Account, account_for, acc
 from sheeprlhf.model.attention import PACKED, register
 from sheeprlhf.model.chat_template import choose_template
 from sheeprlhf.model.locate import locate
+from sheeprlhf.model.new_tokens import add_rows
 from sheeprlhf.model.pickled import converted_folder
 from sheeprlhf.model.rms_norm import replace_rms_norms
 from sheeprlhf.model.rotary import use_frequencies_of_rows
@@ -46,7 +47,6 @@ from sheeprlhf.security.model_folder import (
     weights_of,
 )
 from sheeprlhf.security.safetensors_header import TensorFacts
-from sheeprlhf.model.new_tokens import add_rows
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import set_configured_end_ids
 from sheeprlhf.utils.errors import ModelError

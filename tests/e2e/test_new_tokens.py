@@ -11,9 +11,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.cli import run
-from sheeprlhf.structure.saved import read_run_config
-from sheeprlhf.structure.trained import find_trained
-from sheeprlhf.task.writer import load_trained_policy
+from sheeprlhf.config.model_lookup import find_trained
+from sheeprlhf.config.saved_config import read_run_config
+from sheeprlhf.task.text_generator import load_trained_policy
 from tests.support.models import make_model_folder
 from tests.support.runs import digests, exit_code, result_of, train, train_words, write_pairs, write_rows
 
