@@ -25,7 +25,7 @@ from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
 from sheeprlhf.engine.step import evaluate
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.reward.inflect import style_of
-from sheeprlhf.rollout.generate import generate_ids
+from sheeprlhf.rollout.engines import generate_ids
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.generation import GenConfig

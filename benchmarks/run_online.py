@@ -62,8 +62,7 @@ def main() -> None:
     from sheeprlhf.engine.step import LossFn, update
     from sheeprlhf.loss.advantage import group_advantages
     from sheeprlhf.model.load import load_tokenizer
-    from sheeprlhf.rollout.collector import Collector
-    from sheeprlhf.rollout.rollout import columns
+    from sheeprlhf.rollout.rollout import RolloutCollector, token_values
     from sheeprlhf.structure.data import LocalDataConfig
     from sheeprlhf.structure.fabric import FabricConfig
     from sheeprlhf.structure.generation import GenConfig
@@ -120,8 +119,10 @@ def main() -> None:
         module, critic_module, optimizer = set_up(fabric, cfg, policy, critic)
     else:
         module, optimizer = fabric.setup(policy, build_optimizer(cfg.optim, policy, cfg.peak_lr()))
-    collect = Collector(fabric, cfg, tokenizer, policy, reference_of(policy), reward, packed=packed)
-    per_token = partial(columns, names=("logprobs", "reference", "advantages", *(["values", "returns"] * bool(critic))))
+    collect = RolloutCollector(fabric, cfg, tokenizer, policy, reference_of(policy), reward, packed=packed)
+    per_token = partial(
+        token_values, names=("logprobs", "reference", "advantages", *(["values", "returns"] * bool(critic)))
+    )
     cut = partial(Batches, fabric, task, packed=packed, targets="response", beside=per_token)
     batches = cut() if critic else cut(num_items=lambda batch: len(batch.response_lengths))
     of_policies: dict[str, LossFn] = {
@@ -157,13 +158,11 @@ def main() -> None:
         if critic:
             rollout = with_advantages(rollout, task, 0.05, None)
         else:
-            of_tokens = rollout.flat("logprobs"), rollout.flat("reference")
-            lengths = rollout.response_lengths
             advantages_PG = group_advantages(torch.from_numpy(rollout.scores), scale=True)
             if args.task == "rloo":
-                _, advantages_PG = leave_one_out_advantages(*of_tokens, rollout.scores, lengths, kl_coeff=0.05)
-            of_each_N = advantages_PG.flatten().repeat_interleave(torch.tensor(lengths))
-            rollout = rollout.with_tokens(advantages=of_each_N)
+                logprobs, lengths = (rollout.flat("logprobs"), rollout.flat("reference")), rollout.response_lengths
+                _, advantages_PG = leave_one_out_advantages(*logprobs, rollout.scores, lengths, kl_coeff=0.05)
+            rollout = rollout.with_advantages(advantages_PG)
         plan = StepPlan(len(rollout), per_rollout, args.ppo_epochs, seed=k)
         how = {"max_grad_norm": 1.0}
         profiled = args.profile is not None and k + 1 == args.warmup + args.updates

@@ -30,7 +30,7 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.reward.functions import sentiment
-from sheeprlhf.rollout.generate import generate_ids
+from sheeprlhf.rollout.engines import generate_ids
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig

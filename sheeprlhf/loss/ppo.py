@@ -76,7 +76,7 @@ def value_losses(values_N: Tensor, old_N: Tensor, returns_N: Tensor, *, clip: fl
 
 
 @torch.no_grad()
-def ratio_figures(
+def ratio_metrics(
     logprobs_N: Tensor, old_N: Tensor, advantages_N: Tensor, clip_low: float, clip_high: float
 ) -> dict[str, Tensor]:
     """Metrics of an update for each token, without gradient; arguments as in `policy_losses`.

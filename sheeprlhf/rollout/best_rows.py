@@ -1,4 +1,4 @@
-"""Of n sampled responses the best one: which it is, the row it becomes, and files of rows that survive a kill."""
+"""The best of n sampled responses as a row of a dataset, and files of rows that survive a kill."""
 
 import json
 import math
@@ -19,11 +19,11 @@ from sheeprlhf.utils.output import create_file, write_file
 COLUMNS = ("prompt", "response", "score", "n", "mean_score", "first_score")  # of the dataset
 
 
-class Tally(NamedTuple):
-    """What became of the prompts; scores are means over all of them, kept or not.
+class SelectionStats(NamedTuple):
+    """Counts and scores of the prompts; scores are means over all of them, kept or not.
 
     Attributes:
-        prompts: how many there were.
+        prompts: their number.
         kept: rows of the dataset.
         cut: dropped, because no response of theirs ended.
         low: dropped, because the best score was below `task.min_score`.
@@ -42,13 +42,13 @@ class Tally(NamedTuple):
 
 
 def best_of(scores: np.ndarray, finished: np.ndarray, min_score: float | None) -> tuple[int | None, str]:
-    """Which of the responses to one prompt is kept, or why none is.
+    """Choose the response to one prompt that is kept.
 
-    A response that was cut takes no part: who learns from it learns to end in the middle. Of equal scores the first
+    A response that was cut is never chosen: training on it teaches to end in the middle. Of equal scores the first
     counts.
 
     Args:
-        scores: (K,) what each response is worth.
+        scores: (K,) the reward of each response.
         finished: (K,) bool, whether it ended.
         min_score: the least that is kept; None keeps all.
 
@@ -61,8 +61,8 @@ def best_of(scores: np.ndarray, finished: np.ndarray, min_score: float | None) -
     return (None, "low") if min_score is not None and scores[best] < min_score else (best, "kept")
 
 
-def rows_of(rollout: Rollout, texts: Texts, min_score: float | None) -> list[dict[str, Any]]:
-    """A row for each prompt of a rollout, also of a dropped one: "fate" says which, as `best_of` does."""
+def select_rows(rollout: Rollout, texts: Texts, min_score: float | None) -> list[dict[str, Any]]:
+    """Return a row for each prompt of a rollout, also of a dropped one; "fate" is the reason, as of `best_of`."""
     num_responses, rows = rollout.scores.shape[1], []
     for number, (scores, finished) in enumerate(zip(rollout.scores, rollout.finished, strict=True)):
         best, fate = best_of(scores, finished, min_score)
@@ -87,14 +87,14 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def tally(rows: Sequence[dict[str, Any]]) -> Tally:
-    """What became of the prompts of a split, one or more."""
+def selection_stats(rows: Sequence[dict[str, Any]]) -> SelectionStats:
+    """Count the prompts of a split, one or more."""
     fates = [row["fate"] for row in rows]
     means = [math.fsum(row[name] for row in rows) / len(rows) for name in ("first_score", "score", "mean_score")]
-    return Tally(len(rows), *(fates.count(fate) for fate in ("kept", "cut", "low")), *means)
+    return SelectionStats(len(rows), *(fates.count(fate) for fate in ("kept", "cut", "low")), *means)
 
 
-class Parts:
+class RowWriter:
     """The rows of each rollout in a file of its own, there whole or not at all. Rank zero only.
 
     Args:
@@ -105,7 +105,7 @@ class Parts:
         self._folder = folder
 
     def has(self, split: str, number: int, num_prompts: int, say: Callable[[str], None]) -> bool:
-        """Whether a rollout of so many prompts is done; a damaged file is named and does not count."""
+        """Return whether a rollout of so many prompts is complete; a damaged file is reported and does not count."""
         path = self._path(split, number)
         try:
             rows = self._rows(path) if path.is_file() else []
@@ -117,12 +117,12 @@ class Parts:
         return len(rows) == num_prompts
 
     def write(self, split: str, number: int, rows: Sequence[dict[str, Any]]) -> None:
-        """The rows of one rollout."""
+        """Write the rows of one rollout."""
         name = f"{self._folder.name}/{self._path(split, number).name}"
         write_file(self._folder.parent, name, _lines(rows))
 
     def read(self, split: str, count: int) -> list[dict[str, Any]]:
-        """The rows of all `count` rollouts of a split, in their order."""
+        """Read the rows of all `count` rollouts of a split, in their order."""
         return [row for number in range(count) for row in self._rows(self._path(split, number))]
 
     @staticmethod
@@ -141,7 +141,7 @@ class Parts:
 
 
 def write_splits(folder: Path, splits: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-    """The dataset: of each split the rows that were kept, as `data=local` reads them."""
+    """Write the dataset: the kept rows of each split, as `data=local` reads them."""
     for split, rows in splits.items():
         kept = ({name: row[name] for name in COLUMNS} for row in rows if row["fate"] == "kept")
         create_file(folder, f"{split}.jsonl", _lines(kept))
@@ -151,15 +151,15 @@ def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def tally_table(tallies: Mapping[str, Tally], n: int) -> str:
-    """A line a split for people to read, and what the selection costs."""
+def selection_table(stats: Mapping[str, SelectionStats], n: int) -> str:
+    """Format a line for each split, and the KL bound of the selection."""
     head = ("", "prompts", "kept", "dropped", "none ended", "below min_score", "first", "mean", f"best of {n}")
     lines = [
         (
-            *(split, str(of.prompts), str(of.kept), f"{1 - of.kept / of.prompts:.1%}", str(of.cut), str(of.low)),
-            *(f"{score:.4f}" for score in (of.first, of.mean, of.best)),
+            *(split, str(one.prompts), str(one.kept), f"{1 - one.kept / one.prompts:.1%}", str(one.cut), str(one.low)),
+            *(f"{score:.4f}" for score in (one.first, one.mean, one.best)),
         )
-        for split, of in tallies.items()
+        for split, one in stats.items()
     ]
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     shown = ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in (head, *lines)]
@@ -168,7 +168,7 @@ def tally_table(tallies: Mapping[str, Tally], n: int) -> str:
 
 
 def sample_text(rollout: Rollout, texts: Texts, num_rows: int) -> str:
-    """The best and the worst response to the first prompts, for people to read."""
+    """Format the best and the worst response to the first prompts."""
     blocks = []
     for number, scores in enumerate(rollout.scores[:num_rows]):
         first = number * len(scores)

@@ -1,4 +1,7 @@
-"""Sampling engines for rollouts: our own sampler, or one of transformers'. All have the same interface.
+"""Sampling engines: our own sampler or one of transformers', with equal arguments; and generation by transformers.
+
+Every engine samples K responses after each prompt from softmax(logits / temperature). An engine with a random generator
+of its own seeds it with the first number of the prompts that it samples at a time.
 
 Letters: P prompts, K responses of each, N most new tokens, B rows, V vocabulary.
 """
@@ -6,61 +9,44 @@ Letters: P prompts, K responses of each, N most new tokens, B rows, V vocabulary
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from sheeprlhf.model.load import uses_packed_attention
 from sheeprlhf.model.packing import is_recurrent
 from sheeprlhf.model.padded import no_router_logits
-from sheeprlhf.model.rotary import switch_length
-from sheeprlhf.rollout.generate import Stops, left_padded, own_settings, without_undefined
-from sheeprlhf.rollout.sampler import Sampled, prompt_groups, sample_responses
+from sheeprlhf.model.rotary import outgrows_cache, switch_length
+from sheeprlhf.rollout.sampler import Sampled, prompt_groups, sample_responses, unpacked_decoder
+from sheeprlhf.rollout.stop import StopStrings
+from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ModelError, NonFiniteError
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
+from sheeprlhf.utils.vocabulary import undefined_ids
 
 Stop = Callable[[np.ndarray], bool]
 _PAGES = {"cpu": 32}  # tokens of a page of the cache of continuous batching ...
 _PAGE = 256  # ... elsewhere: what flash attention takes
 
 
-class Engine(Protocol):
-    """Samples K responses after each prompt from softmax(logits / temperature), and from nothing else."""
-
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        prompts: Sequence[np.ndarray],
-        uniforms: np.ndarray,
-        *,
-        temperature: float,
-        end_ids: Sequence[int],
-        token_budget: int,
-        stop: Stop | None = None,
-        progress: Callable[[int], None] = lambda _: None,
-        packed: bool = True,
-        undefined_U: Tensor | None = None,
-    ) -> list[Sampled]:
-        """One `Sampled` per prompt, in their order.
-
-        Args:
-            model: the language model, not wrapped; flags, settings and random generators are left as they were.
-            prompts: token ids of each prompt, (P_i,), P_i >= 1.
-            uniforms: (P, K, N) float64 in [0, 1): all chance there is. An engine with a generator of its own seeds it
-                with the first number of the prompts that it samples after at a time.
-            temperature: divides the logits; above 0.
-            end_ids: tokens each of which ends a response; without any, nothing does.
-            token_budget: about the most tokens that are held at a time.
-            stop: called with a response's tokens so far; True ends it.
-            progress: called with the number of responses that have just ended.
-            packed: whether the model computes packed rows as it does padded ones.
-            undefined_U: (U,) int64, ids that are never sampled.
-        """
+Engine = Callable[..., list[Sampled]]  # arguments as of `sample_responses`, without top_k, top_p and max_prompts
 
 
 @phase("generation")
@@ -85,7 +71,7 @@ def hf_responses(
     settings = _settings(num_responses, num_new, temperature, end_ids)
     for group in prompt_groups(lengths, num_responses, num_new, token_budget, shared=False):
         input_ids, attention_mask = left_padded([prompts[index] for index in group], settings.pad_token_id)
-        width, watch = input_ids.shape[1], _Watch(temperature, undefined_U)
+        width, watch = input_ids.shape[1], LogprobRecorder(temperature, undefined_U)
         with eval_mode(model), own_settings(model, settings), _seeded(uniforms[group[0]], model.device):
             output = cast(Any, model).generate(
                 input_ids=input_ids.to(model.device),
@@ -200,7 +186,7 @@ def check_engine(name: str, model: PreTrainedModel, longest: int) -> None:
 ENGINES: dict[str, Engine] = {"native": sample_responses, "hf": hf_responses, "continuous": continuous_responses}
 
 
-class _Watch(LogitsProcessor):
+class LogprobRecorder(LogitsProcessor):
     """Sees the logits of every step, and remembers what they said of the token that was taken.
 
     It changes nothing but logits of undefined ids, and those that are not finite, from which torch would refuse to
@@ -312,3 +298,152 @@ def _grouped(found: list[tuple[np.ndarray, np.ndarray, bool]], num_responses: in
     """Every K of them are of one prompt."""
     starts = range(0, len(found), num_responses)
     return [Sampled(*zip(*found[start : start + num_responses], strict=True)) for start in starts]
+
+
+def generation_config(cfg: GenConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """A complete GenerationConfig, so that nothing is taken from the model's own defaults."""
+    end_ids = end_token_ids(tokenizer)
+    sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k} if cfg.do_sample else {}
+    return GenerationConfig(
+        max_new_tokens=cfg.max_new_tokens,
+        num_beams=cfg.num_beams,
+        do_sample=cfg.do_sample,
+        eos_token_id=list(end_ids),
+        pad_token_id=end_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        use_cache=True,
+        **sampling,
+    )
+
+
+def generate_responses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], cfg: GenConfig
+) -> list[str]:
+    """The text that the model writes after each prompt, up to a stop string; arguments as in `generate_ids`."""
+    stop = StopStrings(cfg.stop_strings, tokenizer)
+    return [stop.text(row) for row in generate_ids(model, tokenizer, prompts, cfg, stop)]
+
+
+@phase("generation")
+@torch.no_grad()
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    cfg: GenConfig,
+    stop: StopStrings | None = None,
+) -> list[np.ndarray]:
+    """The tokens that the model writes after each prompt, up to and including an end token, or `cfg.max_new_tokens`.
+
+    Where a stop string ended one, special tokens may follow until the others have ended.
+
+    Args:
+        model: the language model, not wrapped; its training flags are restored.
+        tokenizer: its tokenizer.
+        prompts: token ids of each prompt, (P_i,).
+        cfg: how to sample; the random numbers are torch's, the caller isolates them.
+        stop: the stop strings of `cfg`, if it has any.
+    """
+    settings = generation_config(cfg, tokenizer)
+    undefined = undefined_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
+    settings.use_cache = not outgrows_cache(model, map(len, prompts), cfg.max_new_tokens)
+    settings.suppress_tokens = None if undefined is None else undefined.tolist()
+    input_ids, attention_mask = left_padded(prompts, settings.pad_token_id)
+    width = input_ids.shape[1]
+    with eval_mode(model), own_settings(model, settings):
+        output = cast(Any, model).generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=settings,
+            synced_gpus=False,  # one rank may generate alone, under fsdp2 too: all weights are on each then
+            stopping_criteria=StoppingCriteriaList([Stops(stop, width)] if stop else []),
+            **no_router_logits(model),
+        )
+    return [_to_end(row, settings.eos_token_id) for row in output[:, width:].cpu().numpy()]
+
+
+def without_undefined(logits: Tensor, undefined_U: Tensor | None) -> Tensor:
+    """(..., V) logits in which the ids of `undefined_U` have probability 0; a copy if there are any."""
+    return logits if undefined_U is None else logits.index_fill(-1, undefined_U.to(logits.device), -torch.inf)
+
+
+def left_padded(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(P, W) prompts, which end in the last column, from where generation goes on, and the mask of what is theirs."""
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), int(pad_id))
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt.tolist())
+        attention_mask[row, width - len(prompt) :] = 1
+    return input_ids, attention_mask
+
+
+@contextmanager
+def own_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Inside, the model's own generation settings are ours: transformers takes from them what ours leave open."""
+    own_defaults, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own_defaults
+
+
+class Stops(StoppingCriteria):
+    """Stop strings as transformers asks for them, of rows whose prompts end before column `width`."""
+
+    def __init__(self, stop: Callable[[np.ndarray], bool], width: int) -> None:
+        self._stop, self._width = stop, width
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        """(rows,) whether each row ends with its newest token."""
+        ended = [self._stop(row) for row in input_ids[:, self._width :].cpu().numpy()]
+        return torch.tensor(ended, device=input_ids.device)
+
+
+def _to_end(ids: np.ndarray, end_ids: Sequence[int]) -> np.ndarray:
+    """The tokens up to the first end token, which stays."""
+    found = np.flatnonzero(np.isin(ids, end_ids))
+    return ids[: found[0] + 1] if len(found) else ids
+
+
+@torch.no_grad()
+def stream_ids(
+    model: PreTrainedModel,
+    prompt_ids: np.ndarray,
+    cfg: GenConfig,
+    *,
+    end_ids: Sequence[int],
+    seed: int,
+    undefined_U: Tensor | None = None,
+) -> Iterator[int]:
+    """The tokens that `generate` would write after this prompt, each as soon as it is chosen; an end token is the last.
+
+    Args:
+        model: the language model, not wrapped, in eval mode.
+        prompt_ids: (P,), P >= 1.
+        cfg: how to sample; one beam.
+        end_ids: each ends the response; without any, `cfg.max_new_tokens` alone does.
+        seed: of random numbers of its own, so that nothing that runs beside changes the response.
+        undefined_U: (U,) int64, ids that are never written.
+    """
+    rng = torch.Generator(model.device).manual_seed(seed)
+    warp = LogitsProcessorList()
+    if cfg.do_sample:  # in the order of `generate`
+        warp.append(TemperatureLogitsWarper(cfg.temperature))
+        if cfg.top_k:
+            warp.append(TopKLogitsWarper(cfg.top_k))
+        if cfg.top_p < 1:
+            warp.append(TopPLogitsWarper(cfg.top_p))
+    none: Any = torch.empty(1, 0, dtype=torch.long, device=model.device)  # these do not look at the tokens so far
+    decoder = unpacked_decoder(model, [len(prompt_ids)], cfg.max_new_tokens)
+    logits_1V = decoder.prefill([prompt_ids], 1, cfg.max_new_tokens)
+    for left in reversed(range(cfg.max_new_tokens)):
+        scores_1V = warp(none, cast(Any, without_undefined(logits_1V.float(), undefined_U)))
+        if cfg.do_sample:
+            token_1 = torch.multinomial(scores_1V.softmax(-1), 1, generator=rng)[:, 0]
+        else:
+            token_1 = scores_1V.argmax(-1)
+        yield int(token_1)
+        if int(token_1) in end_ids:
+            return
+        if left:
+            logits_1V = decoder.step(token_1)

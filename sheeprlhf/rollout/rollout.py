@@ -1,35 +1,73 @@
-"""A rollout: prompts, the responses that the policy sampled after them, and what was found out about each token.
+"""From prompts to a scored rollout: sample responses, score them, and compute what every model predicts for each token.
 
 ```
              prompt         response (its end token is one)
 tokens       p  p  p        a  b  EOS
 head reads         ^        ^  ^           the place before each token: there the policy predicts it and the critic
-                                           says what is still to come
+                                           estimates the remaining reward
 logprobs                    0  1  2        of the response's tokens; reference, values, advantages and returns alike
 rewards                     .  .  score    the score lands on the last token, an end token or the one it was cut at
 ```
 
-Arrays of tokens have one number for each token of a row's responses, response after response, as the targets of a
-batch of those rows have them. No padding is stored, and what is not a token of a response has no place.
+Every rank samples and reads its share of the rows; afterwards all ranks have the whole rollout. The sampled responses
+are a function of the weights, the seed and the rollout's number: they do not depend on ranks, batches or a resume.
+
+Letters: S responses, N tokens of all responses laid end to end.
 """
 
+import copy
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from sheeprlhf.data.example import Example
+from sheeprlhf.agent.batches import Batches, BatchOptions, Rows
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.agent.reward import RewardModel
+from sheeprlhf.agent.shared import SharedScore
+from sheeprlhf.data.encoding import PairEncoder, decode, encode
+from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.data.tokenize import SpecialIds
+from sheeprlhf.engine.checkpoint import Say
+from sheeprlhf.engine.fabric import gather_objects
+from sheeprlhf.engine.rng import isolated_rng
+from sheeprlhf.engine.run import Run
+from sheeprlhf.engine.shard import gathered
+from sheeprlhf.reward.call import Texts
+from sheeprlhf.reward.score import RawScores, RunningMoments, build_reward
+from sheeprlhf.rollout.engines import ENGINES
+from sheeprlhf.rollout.sampler import Sampled
+from sheeprlhf.rollout.stop import StopStrings
+from sheeprlhf.structure.rollout import OnlineTaskConfig
+from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.utils.end_tokens import control_tokens, end_token_ids, response_end
+from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
+from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.modes import eval_mode
+
+_MAX_SHOWN_ROWS = 20
+_HALF_PRECISION_ERROR = 0.1  # nats a token: bf16 rounds logits of 20 to eighths, in another order with a cache
+_NEW_LINE = "\n"  # in place of a prompt whose ids are known
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Immutable; `with_tokens` gives a new one. The same on all ranks.
+    """Prompts, their sampled responses, and numbers of each token. Immutable; the same on all ranks.
+
+    Arrays of tokens have one number for each token of a row's responses, response after response, like the targets of
+    a batch of those rows. There is no padding.
 
     Attributes:
         rows: a prompt with its sampled responses each.
-        scores: (rows, K) float64, what each response is worth.
+        scores: (rows, K) float64, the reward of each response.
         finished: (rows, K) bool, whether an end token or a stop string ended it; else it was cut.
         tokens: by name, for each row the numbers of its responses' tokens, float32.
     """
@@ -50,11 +88,11 @@ class Rollout:
         return [len(response) for row in self.rows for response in row.responses]
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return len(self.rows)
 
     def examples(self, indices: Sequence[int]) -> list[Example]:
-        """Some rows, as a batch is made of them."""
+        """Return some rows, for a batch."""
         return [self.rows[index] for index in indices]
 
     def flat(self, name: str) -> Tensor:
@@ -62,14 +100,449 @@ class Rollout:
         return torch.from_numpy(np.concatenate(self.tokens[name]))
 
     def with_tokens(self, **values_N: Tensor) -> "Rollout":
-        """The rollout with more numbers for each token, given end to end."""
+        """Return the rollout with more numbers for each token, given end to end."""
         borders = np.cumsum([sum(map(len, row.responses)) for row in self.rows])[:-1]
         new = {
             name: tuple(np.split(values.detach().float().cpu().numpy(), borders)) for name, values in values_N.items()
         }
         return dataclasses.replace(self, tokens=self.tokens | new)
 
+    def with_advantages(self, advantages_PG: Tensor) -> "Rollout":
+        """Return the rollout with an advantage of each response as "advantages" of all of its tokens."""
+        lengths_S = torch.tensor(self.response_lengths)
+        return self.with_tokens(advantages=advantages_PG.flatten().repeat_interleave(lengths_S))
 
-def columns(rollout: Rollout, part: list[int], names: Sequence[str]) -> dict[str, Tensor]:
+
+def token_values(rollout: Rollout, part: list[int], names: Sequence[str]) -> dict[str, Tensor]:
     """(N,) numbers of some rows' tokens by name, in the order of the targets of a batch of those rows."""
     return {name: torch.from_numpy(np.concatenate([rollout.tokens[name][i] for i in part])) for name in names}
+
+
+def sampling_uniforms(seed: int, number: int, shape: tuple[int, int, int]) -> np.ndarray:
+    """(prompts, K, tokens) uniform numbers that decide what a rollout samples: a function of seed and number."""
+    return np.random.default_rng([seed, number]).random(shape)
+
+
+def to_rollout(prompts: Sequence[Example], sampled: Sequence[Sampled]) -> Rollout:
+    """Return sampled responses as a rollout with the sampler's log-probabilities ("sampled") and no score yet."""
+    rows = tuple(
+        prompt._replace(responses=one.responses, margin=0.0, desirable=True)
+        for prompt, one in zip(prompts, sampled, strict=True)
+    )
+    finished = np.array([one.finished for one in sampled])
+    logprobs = tuple(np.concatenate(one.logprobs) for one in sampled)
+    return Rollout(rows, np.zeros(finished.shape), finished, {"sampled": logprobs})
+
+
+def decode_rollout(
+    rollout: Rollout, prompts: Sequence[Example], tokenizer: PreTrainedTokenizerBase, stop: StopStrings
+) -> Texts:
+    """Decode the responses, each with its prompt.
+
+    The dataset's own responses are the column "reference" if every one of `prompts` has one and the rows bring no
+    column of this name. The other columns are those of the rows, copied for each response. End tokens are neither
+    written nor counted. Sampled responses are cut before a stop string, whose tokens count.
+    """
+
+    def text(ids: np.ndarray) -> str:
+        return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
+
+    group, end_ids, whole = rollout.finished.shape[1], end_token_ids(tokenizer), StopStrings((), tokenizer)
+    responses = [response for row in rollout.rows for response in row.responses]
+    columns: dict[str, list[Any]] = {
+        name: [copy.deepcopy((prompt.columns or {}).get(name)) for prompt in prompts for _ in range(group)]
+        for name in dict.fromkeys(name for prompt in prompts for name in prompt.columns or ())
+    }
+    if "reference" not in columns and all(prompt.responses for prompt in prompts):
+        columns["reference"] = [one for prompt in prompts for one in [whole.text(prompt.responses[0])] * group]
+    return Texts(
+        prompts=[one for prompt in prompts for one in [text(prompt.prompt_ids)] * group],
+        responses=[stop.text(response) for response in responses],
+        finished=rollout.finished.reshape(-1).tolist(),
+        num_tokens=[len(response) - int(response[-1] in end_ids) for response in responses],
+        columns=columns,
+    )
+
+
+def predict_targets(
+    fabric: Fabric,
+    module: nn.Module,
+    call: Callable[[Batch], Tensor],
+    batches: Batches,
+    rows: Rows,
+    label: str,
+    num_rows: int | None = None,
+) -> Tensor:
+    """All ranks: return a number for each target of the rows, end to end in their order, float32 on the host.
+
+    Args:
+        fabric: where it runs.
+        module: the module in `call`; in eval mode meanwhile, without gradient.
+        call: a forward pass.
+        batches: cuts the rows; decides whether each token or each response is a target.
+        rows: a rollout, or a split of a dataset.
+        label: text of the progress bar.
+        num_rows: read the first rows only.
+    """
+    mine: list[tuple[int, np.ndarray]] = []
+    count = min(len(rows), num_rows or len(rows))
+    with phase("evaluation"), isolated_rng(), gathered(module), eval_mode(module), torch.no_grad(), fabric.autocast():
+        for part, micro in batches.numbered(rows, np.arange(count), label):
+            values_N = call(fabric.to_device(micro.batch)).float().cpu().numpy()
+            sizes = [sum(map(len, row.responses)) for row in rows.examples(part)]
+            if len(values_N) != sum(sizes):  # one for each response instead of each token
+                sizes = [len(row.responses) for row in rows.examples(part)]
+            mine += zip(part, np.split(values_N, np.cumsum(sizes)[:-1]), strict=True)
+    found: dict[int, np.ndarray] = dict(pair for rank in gather_objects(fabric, mine) for pair in rank)
+    return torch.from_numpy(np.concatenate([found[row] for row in range(count)]))
+
+
+def check_finite(rollout: Rollout, split: str = "training") -> None:
+    """Check that the scores and all numbers of tokens are finite; all ranks alike, since all have the whole rollout.
+
+    Raises:
+        NonFiniteError: names the kind of number that is not finite in the fewest rows, which is where it began, and
+            these rows of the split.
+    """
+    odd = {
+        name: [row.row_id for row, values in zip(rollout.rows, of_rows, strict=True) if not np.isfinite(values).all()]
+        for name, of_rows in {"scores": tuple(rollout.scores), **rollout.tokens}.items()
+    }
+    odd = {name: rows for name, rows in odd.items() if rows}
+    if odd:
+        name, rows = min(odd.items(), key=lambda kind: len(kind[1]))
+        more = len(rows) - _MAX_SHOWN_ROWS
+        shown = rows if more <= 0 else f"{rows[:_MAX_SHOWN_ROWS]}, and {more} more"
+        raise NonFiniteError(
+            f"{name} after {len(rows)} of {len(rollout)} prompts are not finite; nothing was learnt from this rollout. "
+            f"Look at the models and these rows of the {split} split ({shown}), or lower optim.lr, or compute in "
+            "fabric.precision=32-true"
+        )
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """Return the metrics of a rollout; KL and entropy are of a response, nats summed over its tokens."""
+    num_responses = rollout.finished.size
+    logprobs_N, reference_N = rollout.flat("logprobs").double(), rollout.flat("reference").double()
+    return {
+        "objective/scores": float(rollout.scores.mean()),
+        "objective/kl": float((logprobs_N - reference_N).sum() / num_responses),
+        "objective/entropy": float(-logprobs_N.sum() / num_responses),
+        "rollout/length": len(logprobs_N) / num_responses,
+        "rollout/finished": float(rollout.finished.mean()),
+    }
+
+
+def distinct_bigrams(texts: list[str]) -> float:
+    """Return the share of different ones among all pairs of neighbouring words; 0.0 if there is none."""
+    pairs = [pair for text in texts for words in [text.split()] for pair in pairwise(words)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+class RolloutCollector:
+    """Makes rollouts: the policy samples, the reward scores, the reference computes its log-probabilities.
+
+    Args:
+        fabric: where it runs.
+        cfg: the run's.
+        tokenizer: the policy's.
+        policy: the sampled model.
+        reference: the policy before training.
+        reward: the reward model, if the reward has one.
+        packed: lay rows end to end; else pad them.
+        columns: columns of the texts that the reward gets; the same in every rollout.
+        exchange: encodes texts for a reward model with another tokenizer.
+
+    Attributes:
+        policy: the sampled model.
+        token_batches: cuts a rollout into batches whose targets are the responses' tokens.
+        last_token_batches: cuts it into batches whose targets are the last tokens.
+        metrics: numbers of the newest rollout, for the log.
+        texts: its text.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        cfg: TrainConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        policy: Policy,
+        reference: nn.Module,
+        reward: RewardModel | SharedScore | None,
+        *,
+        packed: bool,
+        columns: Collection[str] = ("reference",),
+        exchange: "TextExchange | None" = None,
+    ) -> None:
+        self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
+        self.policy, self._reference, self._reward_model, self._packed = policy, reference, reward, packed
+        self._columns, self._exchange = columns, exchange
+        self._stop = StopStrings(cfg.generation.stop_strings, tokenizer)
+        self._model_scores: list[float] = []
+        model_scores = None if reward is None else lambda *_: self._model_scores
+        self._reward = build_reward(
+            cfg.reward, model_scores, default=cfg.data.rule_reward, max_tokens=cfg.generation.max_new_tokens
+        )
+        self.token_batches = Batches(fabric, cfg.task, packed=packed, targets="response")
+        self.last_token_batches = Batches(fabric, cfg.task, packed=packed, targets="last")
+        self.metrics: dict[str, float] = {}
+        self.texts = Texts([], [], [], [], {})
+
+    def __call__(
+        self, prompts: list[Example], number: int, *, group: int | None = None, validates: bool = False
+    ) -> Rollout:
+        """All ranks: return the rollout with scores, and "sampled", "logprobs" and "reference" of each token.
+
+        "sampled" are the sampler's log-probabilities; "logprobs" those at which the ratio of an update is 1.
+
+        Args:
+            prompts: rows whose prompts are answered.
+            number: number of the rollout in the run; it decides what is sampled.
+            group: responses to each prompt; None takes the task's.
+            validates: scores are comparable over the whole run, and do not change its state.
+
+        Raises:
+            NonFiniteError: a model's log-probabilities are not finite.
+            RewardError: the reward fails; on all ranks.
+        """
+        # 1. sample
+        rollout = to_rollout(prompts, self._sample(prompts, number, group))
+        # 2. log-probabilities of the policy and the reference
+        old_N = rollout.flat("sampled")
+        if self._cfg.fabric.precision != "32-true":  # there the sampler's differ from those that the update computes
+            old_N = self.logprobs(self.policy, rollout, "log-probabilities")
+        rollout = rollout.with_tokens(logprobs=old_N, reference=self.logprobs(self._reference, rollout, "reference"))
+        check_finite(rollout, "validation" if validates else "training")
+        # 3. decode and score
+        texts = decode_rollout(rollout, prompts, self._tokenizer, self._stop)
+        columns = {name: values for name, values in texts.columns.items() if name in self._columns}
+        self.texts, self.metrics = texts._replace(columns=columns), {}
+        scores = np.array(self._scores(rollout, validates), dtype=np.float64)
+        rollout = dataclasses.replace(rollout, scores=scores.reshape(rollout.finished.shape))
+        self.metrics |= rollout_metrics(rollout)
+        return rollout
+
+    def _sample(self, prompts: list[Example], number: int, group: int | None) -> list[Sampled]:
+        """All ranks: sample responses to every prompt; each rank samples its share."""
+        fabric, cfg, task = self._fabric, self._cfg.generation, self._cfg.task
+        assert isinstance(task, OnlineTaskConfig)
+        shape = (len(prompts), group or task.num_generations, cfg.max_new_tokens)
+        uniforms = sampling_uniforms(self._cfg.seed, number, shape)
+        mine = list(range(fabric.global_rank, len(prompts), fabric.world_size))
+        hidden = None if fabric.is_global_zero else True  # None: shown in a terminal only
+        with fabric.autocast(), tqdm(total=len(mine) * shape[1], desc="sampling", leave=False, disable=hidden) as bar:
+            sampled = ENGINES[cfg.engine](
+                self.policy.causal_lm(),
+                [prompts[row].prompt_ids for row in mine],
+                uniforms[mine],
+                temperature=cfg.temperature,
+                end_ids=end_token_ids(self._tokenizer),
+                token_budget=task.token_budget,
+                stop=self._stop if self._stop else None,
+                progress=bar.update,
+                packed=self._packed,
+                undefined_U=self.policy.undefined_U,
+            )
+        found = dict(pair for part in gather_objects(fabric, list(zip(mine, sampled, strict=True))) for pair in part)
+        return [found[row] for row in range(len(prompts))]
+
+    def _scores(self, rollout: Rollout, validates: bool) -> list[float]:
+        if isinstance(self._reward_model, RewardModel) and self._exchange is not None:
+            encoded = self._exchange(rollout, self.texts)  # of any length: padded, which every model can read
+            options = self._cfg.task
+            self._model_scores = predict_scores(
+                self._fabric, options, self._reward_model, encoded, packed=False
+            ).tolist()
+        elif self._reward_model is not None:
+            self._model_scores = self.scores_of(self._reward_model, rollout, "scoring", at_end=True).tolist()
+        # Rank zero alone calls the user's functions, which may answer the same question differently.
+        raw: RawScores | RewardError = RawScores([], {})
+        if self._fabric.is_global_zero:
+            try:
+                raw = self._reward.raw(self.texts)
+            except RewardError as error:
+                raw = error
+        raw = self._fabric.broadcast(raw)
+        if isinstance(raw, RewardError):  # on all ranks: none waits for the others
+            raise raw
+        if len(raw.by_term) > 1:
+            self.metrics = {f"objective/scores/{name}": sum(of) / len(of) for name, of in raw.by_term.items()}
+        return raw.total if validates else self._reward.shape(raw.total, self.texts)
+
+    def logprobs(
+        self,
+        module: nn.Module,
+        rows: Rows,
+        label: str,
+        *,
+        temperature: float | None = None,
+        num_rows: int | None = None,
+    ) -> Tensor:
+        """All ranks: (N,) log-probabilities of the responses' tokens, by default at the sampling temperature."""
+        temperature = self._cfg.generation.temperature if temperature is None else temperature
+
+        def call(batch: Batch) -> Tensor:
+            return module(batch, temperature=temperature).target_N
+
+        return predict_targets(self._fabric, self.policy, call, self.token_batches, rows, label, num_rows)
+
+    def scores_of(
+        self, model: RewardModel | SharedScore, rollout: Rollout, label: str, *, at_end: bool = False
+    ) -> Tensor:
+        """All ranks: (N,) scores of a model with a score head before each token; at the end: (S,) after the last."""
+        batches = self.last_token_batches if at_end else self.token_batches
+        with model.in_use():
+            return predict_targets(self._fabric, model, model, batches, rollout, label)
+
+    def perplexity(self, rows: Rows, num_rows: int) -> float:
+        """All ranks: return the policy's perplexity on the dataset's own responses in the first rows."""
+        logprobs_N = self.logprobs(self.policy, rows, "validating", temperature=1.0, num_rows=num_rows)
+        return math.exp(min(-float(logprobs_N.double().mean()), 700.0))
+
+    def state(self) -> dict[str, float]:
+        """Return the state for a checkpoint: the running moments of the scores."""
+        return {f"reward_{name}": value for name, value in self._reward.moments.to_dict().items()}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Restore the result of `state`, if it is there: a new run has none."""
+        moments = {name.removeprefix("reward_"): value for name, value in saved.items() if name.startswith("reward_")}
+        if moments:
+            self._reward.moments = RunningMoments(**moments)
+
+
+def check_sampler(run: Run, collect: RolloutCollector, rollout: Rollout) -> None:
+    """All ranks, before the first step: check that sampler, training forward and reference agree on each token.
+
+    The ratio of new to old probability is 1 then, and the KL to the reference 0.
+
+    Raises:
+        ModelError: they differ by more than rounding, and `task.self_check` is "error".
+    """
+    task, precision = run.cfg.task, run.cfg.fabric.precision
+    assert isinstance(task, OnlineTaskConfig)
+    tolerance = 1e-5 if precision == "32-true" else 2e-2
+    sampler_tolerance = 1e-5 if precision == "32-true" else _HALF_PRECISION_ERROR
+    sampled_N = rollout.flat("sampled")
+    trained_N = collect.logprobs(collect.policy, rollout, "self-check")
+    others = (rollout.flat(name) for name in ("sampled", "logprobs", "reference"))
+    sampler, ratio, kl = (float((trained_N - other_N).abs().mean()) for other_N in others)
+    problem = ""
+    if not sampler <= sampler_tolerance or not ratio <= tolerance:
+        limit = sampler_tolerance if sampler > sampler_tolerance else tolerance
+        problem = (
+            f"what was sampled has log-probabilities {max(sampler, ratio):.2g} nats a token from those that training "
+            f"computes, more than {limit:g}: something besides weights and tokens changes them (random numbers in the "
+            "model's code, positions, a cache), and a ratio of new to old probability means nothing"
+        )
+    elif not kl <= tolerance:
+        problem = (
+            f"before the first step the policy's log-probabilities are {kl:.2g} nats a token from the reference's, "
+            f"more than {tolerance:g}: the reference is not what training starts from"
+        )
+    elif not float(-sampled_N.mean()) > 0:
+        problem = "the policy has no entropy: every token is certain, so nothing else is ever tried"
+    if problem and task.self_check == "error":
+        raise ModelError(f"{problem}; or give task.self_check=warn")
+    if problem:
+        run.say(f"warning: {problem}")
+
+
+def has_same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Return whether ids of one tokenizer mean the same to the other."""
+    return bool(first.get_vocab() == second.get_vocab())
+
+
+class TextExchange:
+    """Encodes prompts and responses with the tokenizer of a reward model that has another one than the policy.
+
+    Args:
+        policy: the policy's tokenizer.
+        reward: the reward model's.
+        say: prints a line for the user.
+    """
+
+    def __init__(self, policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase, say: Say) -> None:
+        self._policy, self._reward, self._say = policy, reward, say
+        self._policy_bos, self._reward_bos = SpecialIds(policy).bos, SpecialIds(reward).bos
+        self._encode = PairEncoder(reward)
+        self._control, self._known = control_tokens(policy), set(control_tokens(reward).values())
+        self._warned = False
+
+    def __call__(self, rollout: Rollout, texts: Texts, prompts: Sequence[Example] | None = None) -> Rollout:
+        """Return the rollout in the reward model's tokens; a response that ended has the reward model's end token.
+
+        Args:
+            rollout: in the policy's tokens.
+            texts: of the rollout.
+            prompts: the rows as the reward model's own chat template renders them; None encodes the policy's prompts.
+        """
+        group, rows = rollout.finished.shape[1], []
+        for number, row in enumerate(rollout.rows):
+            part = slice(number * group, (number + 1) * group)
+            written = texts.responses[part]
+            if prompts is None:
+                prompt_ids, ids = self._encode_pair(row.prompt_ids, written)
+            else:
+                prompt_ids, ids = prompts[number].prompt_ids, self._encode_responses(written)
+            end = response_end(self._reward, prompt_ids)
+            responses = tuple(
+                np.array([*response, end] if ended or not response else response, dtype=np.int32)
+                for response, ended in zip(ids, texts.finished[part], strict=True)
+            )
+            rows.append(row._replace(prompt_ids=prompt_ids, responses=responses))
+        return dataclasses.replace(rollout, rows=tuple(rows), tokens={})
+
+    def _encode_pair(self, prompt_ids: np.ndarray, responses: list[str]) -> tuple[np.ndarray, list[list[int]]]:
+        """Ids of a prompt of the policy's and of its responses; control tokens of a chat template stay such tokens."""
+        bos, ids = self._policy_bos, prompt_ids.tolist()
+        ids = ids[len(bos) :] if ids[: len(bos)] == bos else ids
+        [prompt] = decode(self._policy, [ids])
+        control = {self._control[token] for token in ids if token in self._control}
+        self._warn(control)
+        if control:
+            [head] = encode(self._reward, [prompt], control_tokens=True)
+            response_ids = self._encode_responses(responses)
+        else:
+            [(head, response_ids, _)] = self._encode([prompt], [responses], control_tokens=False)
+        own = self._reward_bos
+        head = head if control and head[: len(own)] == own else [*own, *head]
+        return np.array(head, dtype=np.int32), response_ids
+
+    def _encode_responses(self, responses: list[str]) -> list[list[int]]:
+        [pair] = self._encode([_NEW_LINE], [responses], control_tokens=False)
+        return pair.responses
+
+    def _warn(self, control: set[str]) -> None:
+        """Warn once that control tokens of the policy's template mean nothing to the reward model."""
+        unknown = sorted(control - self._known)
+        if unknown and not self._warned:
+            self._warned = True
+            self._say(
+                f"warning: the reward model's tokenizer lacks control tokens of the prompts ({', '.join(unknown[:4])}) "
+                "and reads them as plain text; give a reward model with the policy's chat template, or rows with a "
+                "prompt instead of messages"
+            )
+
+
+def predict_scores(
+    fabric: Fabric, options: BatchOptions, model: RewardModel, rollout: Rollout, *, packed: bool, label: str = "scoring"
+) -> Tensor:
+    """All ranks: (S,) the score after the last token of each response, which is in the reward model's own tokens.
+
+    Raises:
+        RewardError: a prompt with its response has more tokens than the reward model has positions.
+    """
+    positions = getattr(model.classifier().config, "max_position_embeddings", None)
+    longest = longest_of(rollout)
+    if isinstance(positions, int) and longest > positions:
+        raise RewardError(
+            f"a prompt with its response has {longest} tokens of the reward model, which has {positions} positions: "
+            "lower generation.max_new_tokens or data.max_prompt_length"
+        )
+    batches = Batches(fabric, options, packed=packed, targets="last")
+    return predict_targets(fabric, model, model, batches, rollout, label)
+
+
+def longest_of(rollout: Rollout) -> int:
+    """Return the tokens of the longest prompt with one of its responses."""
+    return max(len(row.prompt_ids) + max(map(len, row.responses)) for row in rollout.rows)

@@ -12,7 +12,10 @@ loop.finish(policy)  # final/
 ```
 """
 
+import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,17 +25,34 @@ from torch.optim import Optimizer
 
 from sheeprlhf.agent.batches import Batches, Rows, longest_row
 from sheeprlhf.agent.policy import Policy
+from sheeprlhf.agent.reference import reference_of
+from sheeprlhf.data.example import Batch
 from sheeprlhf.data.loader import load_ahead
-from sheeprlhf.data.prepare import prepare_data
-from sheeprlhf.data.sampler import StepPlan
+from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
+from sheeprlhf.data.sampler import RolloutPlan, StepPlan
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.optim import follow_schedule, set_up
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.step import LossFn, MicroBatch, update
 from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.reward.call import Texts
+from sheeprlhf.rollout.rollout import (
+    Rollout,
+    RolloutCollector,
+    check_finite,
+    check_sampler,
+    distinct_bigrams,
+    token_values,
+)
+from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.task.finish import Saved, finish_run, record_validation, report_data
+from sheeprlhf.task.rl_models import build_collector, load_online_setup
 from sheeprlhf.task.samples import log_samples
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
+
+VALIDATION = (1 << 32) - 1  # number of the validation's rollout: it samples with numbers that no training rollout has
+_MIN_KL = -1.0  # nats a response, which sampling alone does not reach
+_MAX_PERPLEXITY_GROWTH = 1.5  # over the first perplexity of the data's own responses, before a warning
 
 
 class TrainLoop:
@@ -187,3 +207,262 @@ class Step:
     def record(self, result: dict[str, float]) -> None:
         """All ranks: log a validation, and remember the step if its loss is the lowest so far."""
         record_validation(self._loop.run, self._loop.state, result)
+
+
+class RolloutLoop:
+    """The iterations of an RL run. Every method is called on all ranks.
+
+    An iteration is one rollout and the optimizer steps on it. Checkpoints are written between iterations only, so that
+    a resumed run samples the same rollouts again. `state.step` counts optimizer steps, also those that an iteration
+    skips (`task.max_kl`, prompts without a pair). The last iteration ends within its rollout if `task.max_num_steps`
+    says so.
+
+    ```python
+    loop = RolloutLoop(fabric, run)  # data, models
+    loop.begin(*set_up(fabric, cfg.optim, loop.models.policy, cfg.peak_lr()))  # reference, seed, newest checkpoint
+    batches = loop.batches("logprobs", "advantages")
+    for iteration in loop:  # samples and scores a rollout; afterwards: log, validation, checkpoint, signals
+        rollout = iteration.rollout.with_tokens(advantages=...)
+        for _, micro_batches in iteration.steps(rollout, batches):  # learning rate
+            iteration.update(micro_batches, loss_fn)
+    loop.finish()  # final/
+    ```
+
+    Attributes:
+        tokenizer: the policy's.
+        rows: rows whose prompts are answered; an epoch is a pass over them.
+        models: policy, and critic and reward model if the task has them.
+        module: the policy as wrapped by Fabric; set by `begin`, like those below.
+        optimizer: of all trained parameters.
+        collect: samples and scores.
+        state: the progress of the run.
+    """
+
+    module: _FabricModule
+    optimizer: Optimizer
+    collect: RolloutCollector
+    state: TrainState
+
+    def __init__(self, fabric: Fabric, run: Run) -> None:
+        """Prepare the data and load the models.
+
+        Raises:
+            SheepError: something cannot be loaded, or rows lack a response that the task or the reward reads.
+        """
+        self.fabric, self.run = fabric, run
+        self._setup = load_online_setup(fabric, run)
+        self.tokenizer, self.rows, self.models = self._setup.tokenizer, self._setup.rows, self._setup.models
+
+    def begin(
+        self,
+        module: _FabricModule,
+        optimizer: Optimizer,
+        learners: nn.Module | None = None,
+        eval_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Take the policy as the reference, seed the random generators, restore the newest checkpoint if there is one.
+
+        Args:
+            module: the policy, set up.
+            optimizer: of all that trains, set up.
+            learners: all that trains and is saved; None is the policy alone.
+            eval_weights: within this block the policy has the weights that are validated and exported.
+
+        Raises:
+            SheepError: the reward's functions cannot be imported, or the checkpoint does not fit.
+        """
+        fabric, run = self.fabric, self.run
+        self.module, self.optimizer, self._eval_weights = module, optimizer, eval_weights
+        self._learners = module if learners is None else learners
+        self.collect = build_collector(fabric, run, self._setup, reference_of(self.models.policy))
+        torch.manual_seed(run.cfg.seed + fabric.global_rank)  # equal weights on all ranks, other dropout
+        self.state = run.restore(self._learners, optimizer)
+        self.collect.restore(self.state.extra)
+        held_out = self._setup.held_out
+        self._validate = None if held_out is None else RolloutValidator(run, self.collect, held_out)
+
+    def batches(self, *names: str, num_items: Callable[[Batch], int] | None = None) -> Batches:
+        """Cut rows into batches whose targets are the tokens of the responses.
+
+        Args:
+            names: values of each token, put beside a batch of a rollout.
+            num_items: number of items that the loss of a step is divided by; None is the number of targets.
+        """
+        values = partial(token_values, names=names) if names else None
+        options = {} if num_items is None else {"num_items": num_items}
+        packed = self.models.packed
+        return Batches(self.fabric, self.run.cfg.task, packed=packed, targets="response", beside=values, **options)
+
+    def update(self, module: _FabricModule, micro_batches: list[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
+        """Take an optimizer step as `engine.step.update`; return its metrics, none if the step was skipped."""
+        limits: dict[str, Any] = {"max_grad_norm": self.run.cfg.task.gradient_clip_val, "skip": self.run.skip_step}
+        metrics = update(self.fabric, module, self.optimizer, micro_batches, loss_fn, **limits)
+        return metrics if metrics["items"] else {}
+
+    def __iter__(self) -> Iterator["Iteration"]:
+        """Yield the remaining iterations. After each: log, validate, save a checkpoint, act on signals."""
+        run, state, task = self.run, self.state, self.run.cfg.task
+        assert isinstance(task, OnlineTaskConfig)
+        prompts = StepPlan(len(self.rows), task.prompts_per_rollout(), task.epochs, run.cfg.seed)
+        plan = RolloutPlan(prompts, task.prompts_per_step(), task.ppo_epochs, task.max_num_steps)
+        run.begin_progress(state, plan.num_steps())
+        for number in range(plan.rollout_after(state.step), plan.rollout_after(plan.num_steps())):
+            began = time.perf_counter()
+            rollout = self.collect(self.rows.examples(prompts.rows_of_step(number).tolist()), number)
+            iteration = Iteration(self, number, plan, rollout)
+            iteration.log(iteration.metrics | {"time/rollout": time.perf_counter() - began})
+            if number == 0 and task.self_check != "off":
+                check_sampler(run, self.collect, rollout)
+            began = time.perf_counter()
+            yield iteration
+            lr = self.optimizer.param_groups[0]["lr"]
+            iteration.log({"time/update": time.perf_counter() - began, "train/lr": lr})
+            self._end(iteration, plan)
+
+    def _end(self, iteration: "Iteration", plan: RolloutPlan) -> None:
+        run, state, task, num_steps = self.run, self.state, self.run.cfg.task, plan.num_steps()
+        before, state.step = state.step, min(plan.steps_before(iteration.number + 1), num_steps)
+        last = state.step == num_steps
+        num_tokens = sum(iteration.rollout.response_lengths)
+        state.items_seen += num_tokens
+        state.extra = iteration.extra_state | self.collect.state()
+        means = iteration.means()
+        scores, kl = means["objective/scores"], means["objective/kl"]
+        run.show_progress(state, num_steps, f"score {scores:.3f}, KL {kl:.2f}", num_tokens)
+
+        def due(interval: int) -> bool:
+            return last or state.step // interval > before // interval
+
+        if due(task.log_interval):
+            run.log(means, state.step)
+        if self._validate is not None and due(task.eval_interval):
+            with self._eval_weights():
+                result = self._validate(state.step)
+            record_validation(run, state, result, "objective", highest=True)
+        run.end_step(state, self._learners, self.optimizer, save=due(task.save_interval), last=last)
+
+    def finish(self) -> None:
+        """Write `final/` and mark the run finished."""
+        with self._eval_weights():
+            finish_run(self.fabric, self.run, self.models.policy, self.tokenizer, self.state)
+
+
+class Iteration:
+    """One rollout of a `RolloutLoop` and the optimizer steps on it.
+
+    Attributes:
+        number: counted from 0.
+        rollout: the sampled and scored responses.
+        metrics: numbers of the rollout.
+        extra_state: small numbers that the task gets back in the next iteration, also after a resume.
+    """
+
+    def __init__(self, loop: RolloutLoop, number: int, plan: RolloutPlan, rollout: Rollout) -> None:
+        self.number, self.rollout, self.metrics = number, rollout, loop.collect.metrics
+        self.extra_state: dict[str, Any] = dict(loop.state.extra)
+        self._loop, self._plan = loop, plan
+        self._values: dict[str, list[float]] = {}
+
+    def steps(self, rollout: Rollout, batches: Batches) -> Iterator[tuple[int, list[MicroBatch]]]:
+        """Yield the number of each optimizer step on the rollout and this rank's micro-batches; set the learning rate.
+
+        Every pass over the rollout has an order of its own.
+
+        Raises:
+            NonFiniteError: something in the rollout is not finite.
+        """
+        check_finite(rollout)
+        loop, cfg, task = self._loop, self._loop.run.cfg, self._loop.run.cfg.task
+        assert isinstance(task, OnlineTaskConfig)
+        plan = StepPlan(len(rollout), task.prompts_per_step(), task.ppo_epochs, cfg.seed + self.number)
+        num_steps, first = self._plan.num_steps(), self._plan.steps_before(self.number)
+        steps = range(min(plan.num_steps(), num_steps - first))
+        loaded = load_ahead(lambda index: batches.of(rollout, plan.rows_of_step(index)), steps, task.num_workers)
+        for step, micro_batches in enumerate(loaded, first):
+            follow_schedule(loop.optimizer, cfg.optim, step, warmup=task.lr_warmup_steps, total=num_steps)
+            yield step, micro_batches
+
+    def update(self, micro_batches: list[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
+        """All ranks: take an optimizer step of the policy and log it; return its metrics, none if it was skipped."""
+        metrics = self._loop.update(self._loop.module, micro_batches, loss_fn)
+        if metrics:
+            loss = metrics.pop("loss")  # with a value loss: the sum of the two
+            self.log(
+                {"policy": loss} | {name: metrics.pop(name) for name in ("policy", "value") if name in metrics}, "loss/"
+            )
+            self.log(metrics, "policy/")
+        return metrics
+
+    def log(self, metrics: dict[str, float], prefix: str = "") -> None:
+        """Add numbers of an optimizer step, or of the whole iteration; their means are logged at its end."""
+        for name, value in metrics.items():
+            self._values.setdefault(f"{prefix}{name}", []).append(value)
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of every number that was added."""
+        return {name: sum(values) / len(values) for name, values in self._values.items()}
+
+
+class RolloutValidator:
+    """Answers the same held-out prompts with the same random numbers at every validation.
+
+    Args:
+        run: the run.
+        collect: samples and scores.
+        rows: the prompts, with the dataset's own responses if it has some.
+    """
+
+    def __init__(self, run: Run, collect: RolloutCollector, rows: TokenizedSplit) -> None:
+        task = run.cfg.task
+        assert isinstance(task, OnlineTaskConfig)
+        self._run, self._collect, self._rows, self._task = run, collect, rows, task
+        self._count = min(len(rows), (task.eval_iters or len(rows)) * task.mini_batch_size)
+        self._first: dict[str, float] = {}
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """All ranks: return the metrics, and log a table of samples.
+
+        "objective" is what training maximises, score - price * KL; "perplexity" is that of the dataset's own
+        responses, if every row has one; "distinct_2" is the share of different word pairs among all that were written.
+        """
+        rollout = self._collect(self._rows.examples(range(self._count)), VALIDATION, group=1, validates=True)
+        result = {name.partition("/")[2]: value for name, value in self._collect.metrics.items()}
+        result["objective"] = result["scores"] - self._task.kl_price() * result["kl"]
+        texts = self._collect.texts
+        result["distinct_2"] = distinct_bigrams(texts.responses)
+        if not self._rows.unanswered:
+            result["perplexity"] = self._collect.perplexity(self._rows, self._count)
+        if self._task.num_sample_prompts:
+            self._run.log_text("samples", sample_table(rollout, texts, self._task.num_sample_prompts), step)
+        self._warn(result)
+        return result
+
+    def _warn(self, result: dict[str, float]) -> None:
+        """Warn of implausible metrics, with their usual cause."""
+        self._first = self._first or result
+        if result["kl"] < _MIN_KL:
+            self._run.say(
+                f"warning: the KL divergence is estimated as {result['kl']:.1f} nats a response, and it is never "
+                "negative: responses were not sampled from the policy alone (generation.*, a bug in the model's cache)"
+            )
+        first, perplexity = (metrics.get("perplexity", 0.0) for metrics in (self._first, result))
+        if result["scores"] > self._first["scores"] and perplexity > _MAX_PERPLEXITY_GROWTH * first:
+            self._run.say(
+                f"warning: scores rise and the data's own responses become unlikely (perplexity {first:.1f} -> "
+                f"{perplexity:.1f}): the policy may be finding what the reward overlooks; look at samples/, raise "
+                "task.init_kl_coeff (task.beta) or lower the learning rate"
+            )
+
+
+def sample_table(rollout: Rollout, texts: Texts, num_rows: int) -> str:
+    """Format prompt, response, score and KL of the first rows, and the dataset's own responses if there are any."""
+    references = texts.columns.get("reference")
+    blocks = []
+    for row in range(min(num_rows, len(rollout))):
+        kl = float((rollout.tokens["logprobs"][row] - rollout.tokens["reference"][row]).sum())
+        cut = "" if texts.finished[row] else ", cut"
+        blocks.append(
+            f"[prompt]\n{texts.prompts[row]}\n[model] score {rollout.scores[row, 0]:.3f}, KL {kl:.2f}{cut}\n"
+            f"{texts.responses[row]}\n" + ("" if references is None else f"[reference]\n{references[row]}\n")
+        )
+    return "\n".join(blocks)

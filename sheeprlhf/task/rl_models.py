@@ -1,8 +1,8 @@
-"""The models of an online task: the policy, and the critic and the reward model where it has them."""
+"""Set-up of an RL task: prompts with the columns of the reward, policy, critic and reward model, rollout collector."""
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -11,12 +11,14 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from sheeprlhf.agent.batches import longest_row
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import RewardModel, load_reward_model, offset_of, reward_model_of
 from sheeprlhf.agent.shared import SharedScore
 from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.config.run_lookup import is_same_model
 from sheeprlhf.config.saved_config import saved_group
+from sheeprlhf.data.prepare import PreparedData, TokenizedSplit, available_columns, prepare_data
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.run import Run
 from sheeprlhf.model.load import load_tokenizer
@@ -30,27 +32,32 @@ from sheeprlhf.model.lora import (
     lora_config,
 )
 from sheeprlhf.model.scalar import HEAD, scalar_model
-from sheeprlhf.rollout.text_exchange import has_same_tokens
+from sheeprlhf.reward.score import check_columns, state_warnings, wanted_columns
+from sheeprlhf.rollout.rollout import RolloutCollector, TextExchange, has_same_tokens
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
 from sheeprlhf.structure.reward import needs_model
 from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import RMConfig
+from sheeprlhf.task.finish import report_data
 from sheeprlhf.task.initial_policy import load_start, load_trained_reward_model, with_adapters
 from sheeprlhf.task.router import say_router_loss_left_out
-from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.errors import DataError, ModelError
+from sheeprlhf.utils.lightning import Fabric
+
+REFERENCE = "reference"  # the dataset's own response, as a column
 
 
-class Agents(NamedTuple):
-    """The models of an online task besides the reference.
+class RLModels(NamedTuple):
+    """The models of an RL task besides the reference.
 
     Attributes:
-        policy: writes and learns.
-        critic: says what a response is still going to earn, and learns; None if the task has none.
-        reward: scores; None where the reward is a function.
+        policy: samples, and is trained.
+        critic: estimates the remaining reward, and is trained; None if the task has none.
+        reward: scores; None if the reward is a function.
         packed: batches are packed.
-        reward_tokenizer: the reward model's, where it is not the policy's; texts are exchanged then.
+        reward_tokenizer: the reward model's if it is not the policy's: the reward model then reads decoded texts.
     """
 
     policy: Policy
@@ -60,8 +67,121 @@ class Agents(NamedTuple):
     reward_tokenizer: PreTrainedTokenizerBase | None = None
 
 
-def load_agents(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -> Agents:
-    """The models, on the host and not wrapped yet.
+class OnlineSetup(NamedTuple):
+    """Data and models of an RL task before Fabric wraps anything.
+
+    Attributes:
+        tokenizer: the policy's.
+        rows: rows whose prompts are answered.
+        held_out: those of validation; None if there are none.
+        models: the models.
+        columns: names of the columns of each row that the reward gets.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: TokenizedSplit
+    held_out: TokenizedSplit | None
+    models: RLModels
+    columns: list[str]
+
+
+def load_online_setup(fabric: Fabric, run: Run) -> OnlineSetup:
+    """All ranks: prepare and report the data, load the models onto the host.
+
+    Raises:
+        SheepError: something cannot be loaded, or rows lack the response that the task or the reward reads; see its
+            message.
+    """
+    cfg = run.cfg
+    if cfg.generation.engine != "native":
+        run.say(
+            f"generation.engine={cfg.generation.engine} draws from torch's generator: a run that is resumed with as "
+            "many processes and the same task.token_budget samples the same responses, any other run does not"
+        )
+    tokenizer = load_tokenizer(cfg.model)
+    data = prepare_prompts(cfg, tokenizer, say=run.say, progress=fabric.is_global_zero)
+    report_data(fabric, run, data)
+    rows, held_out = data.splits["train"], data.splits.get("validation")
+    used = {"": rows} if held_out is None else {"": rows, "validation": held_out}
+    if isinstance(cfg.task, PPOConfig) and cfg.task.ptx_coeff and rows.unanswered:
+        raise DataError(
+            f"task.ptx_coeff={cfg.task.ptx_coeff:g} learns from the dataset's own responses, and {rows.unanswered} of "
+            f"{len(rows)} training rows have none: give each of them one, or task.ptx_coeff=0"
+        )
+    columns = check_reward_columns(cfg, data, {name or "train": not split.unanswered for name, split in used.items()})
+    for line in state_warnings(cfg.reward, default=cfg.data.rule_reward):
+        run.say(line)
+    sampled = max(int(split.sizes[:, 0].max()) for split in used.values()) + cfg.generation.max_new_tokens
+    models = load_rl_models(run, tokenizer, longest=max(longest_row(used), sampled))
+    return OnlineSetup(tokenizer, rows, held_out, models, columns)
+
+
+def build_collector(fabric: Fabric, run: Run, setup: OnlineSetup, reference: nn.Module) -> RolloutCollector:
+    """All ranks: move the reward model to the device and make the object that samples and scores.
+
+    Args:
+        fabric: where it runs.
+        run: the run.
+        setup: data and models, the policy set up.
+        reference: the policy before training.
+
+    Raises:
+        SheepError: the reward's functions cannot be imported.
+    """
+    models, exchange = setup.models, None
+    if models.reward_tokenizer is not None:
+        exchange = TextExchange(setup.tokenizer, models.reward_tokenizer, run.say)
+    return RolloutCollector(
+        fabric,
+        run.cfg,
+        setup.tokenizer,
+        models.policy,
+        reference,
+        None if models.reward is None else models.reward.to(fabric.device),
+        packed=models.packed,
+        columns=setup.columns,
+        exchange=exchange,
+    )
+
+
+def prepare_prompts(
+    cfg: TrainConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, *, say: Say, progress: bool
+) -> PreparedData:
+    """Check the signatures of the reward functions, then prepare the prompts of a run or of an evaluation.
+
+    Raises:
+        ConfigError: a reward function cannot be imported or called.
+        DataError: as `prepare_data` does.
+    """
+    assert cfg.data is not None
+    kept = wanted_columns(cfg.reward, default=cfg.data.rule_reward)
+    return prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=progress, kept=kept)
+
+
+def check_reward_columns(cfg: TrainConfig | EvalConfig, data: PreparedData, answered: Mapping[str, bool]) -> list[str]:
+    """Return the names of the columns that the reward gets: those that the rows of all used splits have.
+
+    Args:
+        cfg: has the reward.
+        data: of `prepare_prompts`.
+        answered: the splits that are used, each with whether all of its rows have a response.
+
+    Raises:
+        ConfigError: a function needs a column that a split lacks; names those that it has.
+    """
+    assert cfg.data is not None
+    names: list[str] | None = None
+    for split, has_reference in answered.items():
+        own = [REFERENCE] if has_reference else []
+        available = dict.fromkeys([*available_columns(data.report, split), *own])
+        check_columns(cfg.reward, available, default=cfg.data.rule_reward, rows=f"the {split} rows")
+        kept = dict.fromkeys([*data.splits[split].columns, *own])
+        names = [name for name in kept if names is None or name in names]
+    return names or []
+
+
+def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -> RLModels:
+    """Load the models onto the host, not wrapped yet.
 
     Raises:
         SheepError: one cannot be loaded.
@@ -91,15 +211,15 @@ def load_agents(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -
         if other is not None and task.init_critic_with_reward and not task.share_trunk:
             run.say("the critic begins as the policy with a new head: the reward model has another tokenizer")
         critic = _make_critic(run, tokenizer, policy, reward if other is None else None)
-    return Agents(policy, critic, reward, packed, other)
+    return RLModels(policy, critic, reward, packed, other)
 
 
 def _make_critic(
     run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, reward: RewardModel | SharedScore | None
 ) -> RewardModel | SharedScore:
-    """The policy itself if asked, else of the reward model if asked and possible, else of the policy with a new head.
+    """Make the critic: the policy itself if asked, else of the reward model if asked and possible, else a new head.
 
-    With adapters, it is one more on the policy's base.
+    With adapters, it is one more adapter on the policy's base.
     """
     cfg, task = run.cfg, run.cfg.task
     assert isinstance(task, PPOConfig)
@@ -136,13 +256,13 @@ def _share_trunk(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> RewardMo
 def _load_reward(
     run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, *, longest: int
 ) -> tuple[RewardModel | SharedScore, bool]:
-    """The reward model of the configured folder or run, on the policy's base where that can be."""
+    """Load the reward model of the configured folder or run, on the policy's base if possible."""
     task = run.cfg.task
     assert isinstance(task, OnlineTaskConfig)
-    of_run, folder, cfg = reward_model_source(run.cfg)
-    if folder is None and isinstance(policy.model, PeftModel) and _same_base(run, cfg, str(of_run)):
-        run.say(f"reward model: the {task.rm_model_name} weights of {of_run}")
-        final = Path(str(of_run)) / "final"
+    run_dir, folder, cfg = reward_model_source(run.cfg)
+    if folder is None and isinstance(policy.model, PeftModel) and _same_base(run, cfg, str(run_dir)):
+        run.say(f"reward model: the {task.rm_model_name} weights of {run_dir}")
+        final = Path(str(run_dir)) / "final"
         head = nn.Linear(1, 1, bias=False)
         head.weight = nn.Parameter(load_score_adapter(policy.model, final, REWARD, run.say).float())
         offset = offset_of(final)
@@ -152,19 +272,19 @@ def _load_reward(
 
 
 def reward_model_source(cfg: TrainConfig | EvalConfig) -> tuple[str | None, str | None, ModelConfig]:
-    """The run or the folder that the reward model is in, and its model's configuration."""
-    folder, of_run = getattr(cfg.reward, "folder", None), getattr(cfg.task, "rm_experiment_dir", None)
+    """Return the run or the folder that the reward model is in, and its model's configuration."""
+    folder, run_dir = getattr(cfg.reward, "folder", None), getattr(cfg.task, "rm_experiment_dir", None)
     if folder is not None:
         return None, folder, AutoModelConfig(repo_name=folder, disable_dropout=True)
-    assert of_run is not None  # the command line asks for one
-    saved = saved_group(of_run, "model")
+    assert run_dir is not None  # the command line asks for one
+    saved = saved_group(run_dir, "model")
     assert isinstance(saved, ModelConfig)
-    return of_run, None, saved
+    return run_dir, None, saved
 
 
 @contextmanager
-def of_reward_folder() -> Iterator[None]:
-    """A block whose errors name `reward.folder` instead of `model.repo_name`."""
+def reward_folder_errors() -> Iterator[None]:
+    """Let the errors of a block name `reward.folder` instead of `model.repo_name`."""
     try:
         yield
     except ModelError as error:
@@ -172,39 +292,39 @@ def of_reward_folder() -> Iterator[None]:
 
 
 def load_reward_tokenizer(cfg: TrainConfig | EvalConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the configured reward model; of a run, that which it has left.
+    """Load the tokenizer of the configured reward model; of a run, the one in its folder.
 
     Raises:
         ModelError: it cannot be loaded.
     """
-    of_run, folder, model = reward_model_source(cfg)
-    with of_reward_folder() if folder is not None else nullcontext():
-        return load_tokenizer(model if of_run is None else with_own_tokenizer(model, Path(of_run)))
+    run_dir, folder, model = reward_model_source(cfg)
+    with reward_folder_errors() if folder is not None else nullcontext():
+        return load_tokenizer(model if run_dir is None else with_own_tokenizer(model, Path(run_dir)))
 
 
 def load_separate_reward_model(
     cfg: TrainConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Say
 ) -> tuple[RewardModel, bool]:
-    """The configured reward model, on a base of its own, and whether its batches are packed.
+    """Load the configured reward model on a base of its own; return it and whether its batches are packed.
 
     Raises:
         SheepError: it cannot be loaded.
     """
     task = cfg.task
     assert isinstance(task, OnlineTaskConfig | ScoredConfig)
-    of_run, folder, model = reward_model_source(cfg)
+    run_dir, folder, model = reward_model_source(cfg)
     if folder is not None:
         say(f"reward model: {folder}")
-        with of_reward_folder():
+        with reward_folder_errors():
             return load_reward_model(model, tokenizer, longest=longest, batching=task.batching, say=say)
-    say(f"reward model: the {task.rm_model_name} weights of {of_run}")
+    say(f"reward model: the {task.rm_model_name} weights of {run_dir}")
     model = dataclasses.replace(model, disable_dropout=True, gradient_checkpointing=False)
-    of = (model, Path(str(of_run)), task.rm_model_name, tokenizer)
+    of = (model, Path(str(run_dir)), task.rm_model_name, tokenizer)
     return load_trained_reward_model(*of, longest=longest, batching=task.batching, say=say)
 
 
 def _same_base(run: Run, cfg: ModelConfig, rm_dir: str) -> bool:
-    """Whether a run's reward model is adapters on the very weights that the policy starts from."""
+    """Return whether a run's reward model is adapters on the very weights that the policy starts from."""
     task, theirs = run.cfg.task, saved_group(rm_dir, "task")
     assert isinstance(task, OnlineTaskConfig)
     return (

@@ -7,7 +7,7 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.shard import gathered
-from sheeprlhf.rollout.generate import generate_responses
+from sheeprlhf.rollout.engines import generate_responses
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.utils.lightning import Fabric
 

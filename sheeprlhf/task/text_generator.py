@@ -16,8 +16,8 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.prompt_encoder import FORMS, Asker, Turn, form_of, template_args_of
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.rollout.engines import stream_ids
 from sheeprlhf.rollout.stop import StopStrings
-from sheeprlhf.rollout.stream import stream_ids
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.task.initial_policy import load_of_run, load_trained_reward_model
 from sheeprlhf.utils.end_tokens import end_token_ids

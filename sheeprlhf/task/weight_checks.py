@@ -30,7 +30,7 @@ from sheeprlhf.structure.reward import needs_model
 from sheeprlhf.structure.rollout import OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.task.initial_policy import model_of_start
-from sheeprlhf.task.rl_models import of_reward_folder, reward_model_source
+from sheeprlhf.task.rl_models import reward_folder_errors, reward_model_source
 from sheeprlhf.utils.vocabulary import num_rows_needed
 
 _MAX_STARTS = 8  # a run that starts from a run that ...
@@ -104,7 +104,7 @@ def check_needed(needed: Needed, say: Say) -> str:
             check_adapters(cast(PreTrainedModel, model), needed.adapters, say)
         return ""
     auto: Any = AutoModelForSequenceClassification if needed.scores else AutoModelForCausalLM
-    with of_reward_folder() if needed.is_reward_folder else nullcontext():
+    with reward_folder_errors() if needed.is_reward_folder else nullcontext():
         note = check_weights(needed.model, auto=auto, new_head=needed.new_head, say=say)
         if needed.scores:
             check_vocabulary(needed.model)

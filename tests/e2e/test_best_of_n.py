@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
-from sheeprlhf.rollout.best_rows import Parts
+from sheeprlhf.rollout.best_rows import RowWriter
 from tests.distributed.test_sft import start
 from tests.support.runs import digests, write_rows
 
@@ -74,9 +74,9 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(
     prompts = [row["prompt"] for row in rows(data)]
     kept = [row["prompt"] for row in rows(tmp_path / "whole" / "dataset" / "train.jsonl")]
     assert kept == [prompt for prompt in prompts if prompt in kept]  # in order, none twice
-    plain, calls = Parts.write, []
+    plain, calls = RowWriter.write, []
 
-    def stopped(self: Parts, split: str, number: int, rows: list) -> None:
+    def stopped(self: RowWriter, split: str, number: int, rows: list) -> None:
         """By a signal after the second rollout, by an exception inside the fifth."""
         calls.append((split, number))
         if len(calls) == 5:
@@ -85,7 +85,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Parts, "write", stopped)
+    monkeypatch.setattr(RowWriter, "write", stopped)
     for _ in range(2):
         with pytest.raises((SystemExit, KeyboardInterrupt)):
             run(words(model_folder(), data, tmp_path / "stopped", "resume=true"))

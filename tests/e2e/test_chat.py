@@ -19,7 +19,7 @@ from sheeprlhf.cli import run
 from sheeprlhf.config.model_lookup import Trained, find_trained
 from sheeprlhf.data.prompt_encoder import Turn
 from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.rollout.generate import generate_responses
+from sheeprlhf.rollout.engines import generate_responses
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig, TinyConfig
 from sheeprlhf.task.text_generator import load_writer

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sheeprlhf.cli import run
-from sheeprlhf.task import turns
+from sheeprlhf.task import loop
 from tests.support.runs import train, train_words, write_pairs, write_rows
 
 ModelFolder = Callable[..., Path]
@@ -59,8 +59,8 @@ def test_a_run_ends_after_exactly_so_many_steps(
 ) -> None:
     """Rollouts of 4 steps, of which the second is left after one: the rates of five steps, and step 5 is saved."""
     rates: list[int] = []
-    follow = turns.follow_schedule
-    monkeypatch.setattr(turns, "follow_schedule", lambda *a, **k: (rates.append(a[2]), follow(*a, **k))[1])
+    follow = loop.follow_schedule
+    monkeypatch.setattr(loop, "follow_schedule", lambda *a, **k: (rates.append(a[2]), follow(*a, **k))[1])
     words = ["task.max_num_steps=5", "task.save_interval=99"]
     run_dir = train(model_folder(), write_rows(tmp_path / "r.jsonl"), tmp_path / "run", *words, task="grpo")
     assert rates == [0, 1, 2, 3, 4]
@@ -91,7 +91,7 @@ def test_half_precision(task: str, tmp_path: Path, model_folder: ModelFolder) ->
 def test_the_self_check_can_be_off(tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then nothing is computed for it."""
     asked: list[int] = []
-    monkeypatch.setattr("sheeprlhf.task.turns.check_sampler", lambda *_: asked.append(1))
+    monkeypatch.setattr("sheeprlhf.task.loop.check_sampler", lambda *_: asked.append(1))
     model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
     for mode, calls in (("off", 0), ("error", 1)):
         words = [f"task.self_check={mode}", "task.max_num_steps=4"]

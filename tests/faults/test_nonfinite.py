@@ -21,7 +21,7 @@ from sheeprlhf.agent import policy as policy_module
 from sheeprlhf.agent import reward as reward_module
 from sheeprlhf.engine.manifest import verify_manifest
 from sheeprlhf.rollout import sampler as sample_module
-from sheeprlhf.rollout.collector import Collector
+from sheeprlhf.rollout.rollout import RolloutCollector
 from sheeprlhf.task.train import dpo, ppo, rm, sft
 from tests.faults.test_resume import stopped_at, without_time
 from tests.support.jobs import ColdJob, site
@@ -166,7 +166,7 @@ KINDS = {
     ),
     "ppo: value NaN": Kind(
         "ppo",
-        at_call(Collector, "scores_of", lambda *given: given[-1] == "values", 3, 7),
+        at_call(RolloutCollector, "scores_of", lambda *given: given[-1] == "values", 3, 7),
         lambda x: x * NAN,
         f"values{OF_ROLLOUT}",
         1,

@@ -20,7 +20,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.model.lm_head": ("tests/unit/model/test_lm_head.py", "tests/unit/agent/test_policy.py"),
     "sheeprlhf.model.attention": ("tests/unit/model/test_attention.py",),
     "sheeprlhf.model.cache": ("tests/unit/rollout/test_sampler.py",),
-    "sheeprlhf.rollout.decoders": ("tests/unit/rollout/test_sampler.py",),
+    "sheeprlhf.rollout.sampler": ("tests/unit/rollout/test_sampler.py",),
     "sheeprlhf.rollout.sampler": ("tests/unit/rollout/test_sampler.py",),
     "sheeprlhf.rollout.stop": ("tests/unit/rollout/test_stop.py",),
     "sheeprlhf.agent.batching": ("tests/unit/agent/test_policy.py",),

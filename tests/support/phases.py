@@ -28,8 +28,8 @@ _PLACES_OF_TASK = {
         ("reference", "sheeprlhf.task.train.dpo", "reference_logprobs"),
     ],
     "ppo": [
-        ("rollout", "sheeprlhf.rollout.collector", "Collector.__call__"),
-        ("validation", "sheeprlhf.task.rollout_validation", "HeldOut.__call__"),
+        ("rollout", "sheeprlhf.rollout.rollout", "RolloutCollector.__call__"),
+        ("validation", "sheeprlhf.task.loop", "RolloutValidator.__call__"),
     ],
 }
 

@@ -1,4 +1,4 @@
-"""What a model answers to prompts: the same for any batch size and any number of ranks.
+"""Responses of a model to prompts: the same for any batch size and any number of ranks.
 
 Sampled tokens are drawn with numbers that belong to the prompt (`rollout/sampler.py`). Beam search is that of
 transformers and draws nothing.
@@ -21,9 +21,8 @@ from sheeprlhf.data.sampler import cut_micro_batches
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import gather_objects, place
 from sheeprlhf.reward.call import Texts
-from sheeprlhf.rollout.collect_steps import as_rollout, as_text, drawn_numbers, read_targets
-from sheeprlhf.rollout.generate import generate_ids
-from sheeprlhf.rollout.rollout import Rollout
+from sheeprlhf.rollout.engines import generate_ids
+from sheeprlhf.rollout.rollout import Rollout, decode_rollout, predict_targets, sampling_uniforms, to_rollout
 from sheeprlhf.rollout.sampler import Sampled, sample_responses
 from sheeprlhf.rollout.stop import StopStrings
 from sheeprlhf.structure.run import EvalConfig
@@ -103,7 +102,7 @@ def answer(
         group: responses to each.
         samples: sample with all probabilities, as a rollout; else as `generation.do_sample` says.
     """
-    uniforms = drawn_numbers(cfg.seed, NUMBER, (len(prompts), group, cfg.generation.max_new_tokens))
+    uniforms = sampling_uniforms(cfg.seed, NUMBER, (len(prompts), group, cfg.generation.max_new_tokens))
     mine = list(range(fabric.global_rank, len(prompts), fabric.world_size))
     stop = StopStrings(cfg.generation.stop_strings, writer.tokenizer)
     hidden = None if fabric.is_global_zero else True  # None: shown in a terminal only
@@ -114,8 +113,8 @@ def answer(
         else:
             written = _by_sampler(cfg, writer, part, uniforms[mine], stop, bar, samples=samples)
     found = dict(pair for rank in gather_objects(fabric, list(zip(mine, written, strict=True))) for pair in rank)
-    rollout = as_rollout(prompts, [found[row] for row in range(len(prompts))])
-    return Answers(rollout, as_text(rollout, prompts, writer.tokenizer, stop), writer.tokenizer)
+    rollout = to_rollout(prompts, [found[row] for row in range(len(prompts))])
+    return Answers(rollout, decode_rollout(rollout, prompts, writer.tokenizer, stop), writer.tokenizer)
 
 
 def _by_sampler(
@@ -190,7 +189,7 @@ def logprobs_of(fabric: Fabric, cfg: EvalConfig, writer: Writer, answers: Answer
         return writer.policy(batch, temperature=cfg.generation.temperature).target_N
 
     batches = Batches(fabric, cfg.task, packed=writer.packed, targets="response")
-    return read_targets(fabric, writer.policy, call, batches, answers.rollout, label)
+    return predict_targets(fabric, writer.policy, call, batches, answers.rollout, label)
 
 
 def kl_of_responses(answers: Answers, logprobs_N: Tensor, start_N: Tensor) -> np.ndarray:

@@ -38,7 +38,7 @@ from sheeprlhf.task.eval.load import (
 )
 from sheeprlhf.task.eval.plots import draw_frontier
 from sheeprlhf.task.eval.result import save_result
-from sheeprlhf.task.reward_rows import check_reward_columns, prepare_prompts
+from sheeprlhf.task.rl_models import check_reward_columns, prepare_prompts
 from sheeprlhf.utils.lightning import Fabric
 
 COLUMNS = ("what", "n", "score", "score_low", "score_high", "kl", "kl_error", "rougeL", "response_tokens")

@@ -12,7 +12,7 @@ from sheeprlhf.task.eval.answers import answer_split
 from sheeprlhf.task.eval.load import load_evaluated_tokenizer, say_on
 from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import save_result
-from sheeprlhf.task.rollout_validation import distinct_pairs
+from sheeprlhf.task.loop import distinct_bigrams
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -44,7 +44,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
         "rows": len(rows),
         "response_tokens": float(np.mean(texts.num_tokens)),
         "finished": float(np.mean(texts.finished)),
-        "distinct_2": distinct_pairs(texts.responses),
+        "distinct_2": distinct_bigrams(texts.responses),
         "seed": cfg.seed,
         "generation": config_to_dict(cfg.generation),
     }

@@ -12,7 +12,7 @@ from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.reward.score import RawScores, build_reward
-from sheeprlhf.rollout.text_exchange import TextExchange, has_same_tokens, longest_of, read_scores
+from sheeprlhf.rollout.rollout import TextExchange, has_same_tokens, longest_of, predict_scores
 from sheeprlhf.structure.reward import needs_model, terms_of
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import Answers
@@ -120,7 +120,7 @@ class Judge:
                 self._own_prompts = rows_as(self._fabric, self._cfg, tokenizer, rollout.rows, self._say)
             rollout = TextExchange(answers.tokenizer, tokenizer, self._say)(rollout, answers.texts, self._own_prompts)
         model, packed = self._model(max(self._longest, longest_of(rollout)))
-        return read_scores(self._fabric, self._cfg.task, model, rollout, packed=packed).double().tolist()
+        return predict_scores(self._fabric, self._cfg.task, model, rollout, packed=packed).double().tolist()
 
     def _model(self, longest: int) -> tuple[RewardModel, bool]:
         """The reward model, and whether rows of this length are packed; longer ones than before decide anew."""

@@ -20,7 +20,7 @@ from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.initial_policy import load_of_run, load_start
-from sheeprlhf.task.reward_rows import prepare_prompts
+from sheeprlhf.task.rl_models import prepare_prompts
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.lightning import Fabric
 

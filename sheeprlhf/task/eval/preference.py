@@ -23,7 +23,7 @@ from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import place
-from sheeprlhf.rollout.collect_steps import read_targets
+from sheeprlhf.rollout.rollout import predict_targets
 from sheeprlhf.structure.evaluation import PreferenceConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.interval import interval_of
@@ -101,7 +101,7 @@ def scores_of_rows(
         label: what the progress bar says.
     """
     batches = Batches(fabric, options, packed=packed, targets="last")
-    return read_targets(fabric, model, model, batches, split, label, num_rows).double().numpy()
+    return predict_targets(fabric, model, model, batches, split, label, num_rows).double().numpy()
 
 
 def _implicit_rewards(
@@ -121,7 +121,7 @@ def _implicit_rewards(
         def call(batch: Batch) -> torch.Tensor:
             return policy(batch).target_N
 
-        logprobs_N = read_targets(fabric, policy, call, batches, split, label, num_rows).double().numpy()
+        logprobs_N = predict_targets(fabric, policy, call, batches, split, label, num_rows).double().numpy()
         return np.add.reduceat(logprobs_N, np.cumsum([0, *lengths_S[:-1]]))
 
     start, beta = start_of(cfg), task.beta or _beta_of_run(cfg)

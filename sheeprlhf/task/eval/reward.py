@@ -17,7 +17,7 @@ from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.data.example import Example
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.rollout.collect_steps import as_rollout, as_text
+from sheeprlhf.rollout.rollout import decode_rollout, to_rollout
 from sheeprlhf.rollout.sampler import Sampled
 from sheeprlhf.rollout.stop import StopStrings
 from sheeprlhf.structure.evaluation import REFERENCES, START, RewardConfig
@@ -42,8 +42,8 @@ from sheeprlhf.task.eval.load import (
 )
 from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import cell, save_result
-from sheeprlhf.task.reward_rows import check_reward_columns, prepare_prompts
-from sheeprlhf.task.rollout_validation import distinct_pairs
+from sheeprlhf.task.loop import distinct_bigrams
+from sheeprlhf.task.rl_models import check_reward_columns, prepare_prompts
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
@@ -170,8 +170,8 @@ def references_of(rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> An
     end_ids = end_token_ids(tokenizer)
     ids = [row.responses[0] for row in rows]
     own = [Sampled((part,), (np.zeros(len(part), np.float32),), (bool(part[-1] in end_ids),)) for part in ids]
-    rollout = as_rollout(rows, own)
-    return Answers(rollout, as_text(rollout, rows, tokenizer, StopStrings((), tokenizer)), tokenizer)
+    rollout = to_rollout(rows, own)
+    return Answers(rollout, decode_rollout(rollout, rows, tokenizer, StopStrings((), tokenizer)), tokenizer)
 
 
 def _figures(
@@ -192,7 +192,7 @@ def _figures(
         "kl": None if kl_N is None else float(kl_N.mean()),
         "kl_error": None if kl_N is None else standard_error(kl_N),
         "response_tokens": float(np.mean(texts.num_tokens)),
-        "distinct_2": distinct_pairs(texts.responses),
+        "distinct_2": distinct_bigrams(texts.responses),
         "rm_accuracy": None if trust is None else trust.accuracy,
         "rm_pairs": None if trust is None else trust.pairs,
     }

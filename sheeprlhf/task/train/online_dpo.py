@@ -11,23 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
-from sheeprlhf.engine.optim import build_optimizer
+from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.run import open_run
-from sheeprlhf.engine.step import LossOutput, update
+from sheeprlhf.engine.step import LossOutput
 from sheeprlhf.loss import dpo
-from sheeprlhf.rollout.rollout import Rollout, columns
+from sheeprlhf.rollout.rollout import Rollout
 from sheeprlhf.structure.rollout import OnlineDPOConfig
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.task.finish import finish_run
-from sheeprlhf.task.online import begin, load_parts
+from sheeprlhf.task.loop import RolloutLoop
 from sheeprlhf.task.reference import sum_by_response
 from sheeprlhf.utils.lightning import Fabric
 
 
 def ranked_pairs(rollout: Rollout) -> Rollout | None:
-    """The best and the worst response of every prompt whose scores differ, best first; None if there is no such prompt.
+    """Return the best and the worst response of every prompt whose scores differ, best first; None if there is none.
 
     Of responses with equal scores the first counts. Two that are the same text never have different scores, unless the
     reward is random: then they are no pair either.
@@ -39,9 +37,9 @@ def ranked_pairs(rollout: Rollout) -> Rollout | None:
         if np.array_equal(best, worst):  # where all scores are equal, both are the first
             continue
         borders = np.cumsum([len(response) for response in row.responses])[:-1]
-        of_row = np.split(rollout.tokens["reference"][number], borders)
+        by_response = np.split(rollout.tokens["reference"][number], borders)
         rows.append(row._replace(responses=(best, worst)))
-        tokens.append(np.concatenate([of_row[index] for index in pair]))
+        tokens.append(np.concatenate([by_response[index] for index in pair]))
     if not rows:
         return None
     shape = (len(rows), 2)
@@ -68,37 +66,27 @@ def online_dpo_loss(
         case _:
             raise ValueError(f"loss_type={task.loss_type!r}")
     margins_P = task.beta * (h_S[w] - h_S[r]).detach()
-    told = {"rewards/margins": margins_P.sum(), "rewards/accuracies": (margins_P > 0).float().sum()}
-    return LossOutput(losses_P.sum(), told)
+    metrics = {"rewards/margins": margins_P.sum(), "rewards/accuracies": (margins_P > 0).float().sum()}
+    return LossOutput(losses_P.sum(), metrics)
 
 
 def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     """All ranks: sample, learn, validate, save, and leave `final/` in the run directory.
 
     Raises:
-        SheepError: something that the user can mend; see its message.
+        SheepError: something that the user can fix; see its message.
     """
-    task, temperature = cfg.task, cfg.generation.temperature
+    task = cfg.task
     assert isinstance(task, OnlineDPOConfig)
     with open_run(fabric, cfg, run_dir) as run:
-        parts = load_parts(fabric, run)
-        policy, packed = parts.agents.policy, parts.agents.packed
-        optimizer = build_optimizer(cfg.optim, policy, cfg.peak_lr())
-        module, optimizer = fabric.setup(policy, optimizer)
-        loop = begin(fabric, run, parts, module, optimizer)
-        cut = partial(Batches, fabric, task, packed=packed, targets="response")
-        batches = cut(num_items=lambda batch: len(batch.row_ids), beside=partial(columns, names=("reference",)))
-        loss_fn = partial(online_dpo_loss, task=task, temperature=temperature)
-        take_step = partial(update, max_grad_norm=task.gradient_clip_val, skip=run.skip_step)
-        for turn in loop:
-            pairs = ranked_pairs(turn.rollout)
-            turn.note({"rollout/pairs": 0.0 if pairs is None else len(pairs) / len(turn.rollout)})
-            if pairs is None:
-                continue
-            for _, micro_batches in turn.passes(pairs, batches):
-                moved = take_step(fabric, module, optimizer, micro_batches, loss_fn)
-                if not moved["items"]:  # left out
-                    continue
-                turn.note({"loss/policy": moved.pop("loss")})
-                turn.note(moved, "policy/")
-        finish_run(fabric, run, policy, parts.tokenizer, loop.state)
+        loop = RolloutLoop(fabric, run)
+        loop.begin(*set_up(fabric, cfg.optim, loop.models.policy, cfg.peak_lr()))
+        batches = loop.batches("reference", num_items=lambda batch: len(batch.row_ids))
+        loss_fn = partial(online_dpo_loss, task=task, temperature=cfg.generation.temperature)
+        for iteration in loop:
+            pairs = ranked_pairs(iteration.rollout)
+            iteration.log({"rollout/pairs": 0.0 if pairs is None else len(pairs) / len(iteration.rollout)})
+            if pairs is not None:
+                for _, micro_batches in iteration.steps(pairs, batches):
+                    iteration.update(micro_batches, loss_fn)
+        loop.finish()

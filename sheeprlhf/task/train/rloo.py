@@ -4,6 +4,7 @@ Its reward is its score less the KL divergence from the reference, its baseline 
 to the same prompt. No critic. Further passes over a rollout weigh a response by its probability ratio, clipped.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,18 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
-from sheeprlhf.engine.optim import build_optimizer
+from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.run import open_run
-from sheeprlhf.engine.step import LossOutput, update
+from sheeprlhf.engine.step import LossOutput
 from sheeprlhf.loss.advantage import by_position, leave_one_out, moments
-from sheeprlhf.loss.ppo import ratio_figures, sequence_policy_losses
-from sheeprlhf.rollout.rollout import columns
+from sheeprlhf.loss.ppo import ratio_metrics, sequence_policy_losses
 from sheeprlhf.structure.rollout import RLOOConfig
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.task.finish import finish_run
-from sheeprlhf.task.online import begin, load_parts
+from sheeprlhf.task.loop import RolloutLoop
 from sheeprlhf.task.reference import sum_by_response
 from sheeprlhf.utils.lightning import Fabric
 
@@ -34,7 +32,7 @@ def rloo_loss(
     """The losses of whole responses.
 
     Args:
-        policy: what trains.
+        policy: the trained model.
         content: a batch, and of each of its tokens "logprobs" and the "advantages" of its response.
         task: the options.
         temperature: of the sampling.
@@ -46,14 +44,14 @@ def rloo_loss(
     lengths_S = torch.tensor(lengths, device=sums_S.device)
     advantages_S = sum_by_response(sampled["advantages"], index_N, len(lengths)) / lengths_S
     losses_S = sequence_policy_losses(sums_S, old_S, advantages_S, clip=task.clip_coeff)
-    told = ratio_figures(sums_S, old_S, advantages_S, task.clip_coeff, task.clip_coeff)
-    return LossOutput(losses_S.sum(), {name: values_S.sum() for name, values_S in told.items()})
+    metrics = ratio_metrics(sums_S, old_S, advantages_S, task.clip_coeff, task.clip_coeff)
+    return LossOutput(losses_S.sum(), {name: values_S.sum() for name, values_S in metrics.items()})
 
 
 def leave_one_out_advantages(
     logprobs_N: Tensor, reference_N: Tensor, scores_PG: np.ndarray, lengths: Sequence[int], *, kl_coeff: float
 ) -> tuple[Tensor, Tensor]:
-    """(P, G) rewards, score less KL, and what each is above the mean of the others of its prompt.
+    """(P, G) rewards, score less KL, and their differences from the mean of the prompt's other responses.
 
     Args:
         logprobs_N: of the sampled tokens, by the policy that sampled them.
@@ -71,39 +69,28 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     """All ranks: sample, learn, validate, save, and leave `final/` in the run directory.
 
     Raises:
-        SheepError: something that the user can mend; see its message.
+        SheepError: something that the user can fix; see its message.
     """
     task = cfg.task
     assert isinstance(task, RLOOConfig)
     with open_run(fabric, cfg, run_dir) as run:
-        parts = load_parts(fabric, run)
-        policy, packed = parts.agents.policy, parts.agents.packed
-        optimizer = build_optimizer(cfg.optim, policy, cfg.peak_lr())
-        module, optimizer = fabric.setup(policy, optimizer)
-        loop = begin(fabric, run, parts, module, optimizer)
-        per_token = partial(columns, names=("logprobs", "advantages"))
-        cut = partial(Batches, fabric, task, packed=packed, targets="response", beside=per_token)
-        batches = cut(num_items=lambda batch: len(batch.response_lengths))
+        loop = RolloutLoop(fabric, run)
+        loop.begin(*set_up(fabric, cfg.optim, loop.models.policy, cfg.peak_lr()))
+        batches = loop.batches("logprobs", "advantages", num_items=lambda batch: len(batch.response_lengths))
         loss_fn = partial(rloo_loss, task=task, temperature=cfg.generation.temperature)
-        take_step = partial(update, max_grad_norm=task.gradient_clip_val, skip=run.skip_step)
-        for turn in loop:
-            rollout = turn.rollout
-            lengths, of_tokens = rollout.response_lengths, (rollout.flat("logprobs"), rollout.flat("reference"))
-            rewards_PG, advantages_PG = leave_one_out_advantages(
-                *of_tokens, rollout.scores, lengths, kl_coeff=task.init_kl_coeff
-            )
+        max_kl = math.inf if task.max_kl is None else task.max_kl
+
+        for iteration in loop:
+            rollout, kl_coeff = iteration.rollout, task.init_kl_coeff
+            logprobs = rollout.flat("logprobs"), rollout.flat("reference")
+            lengths = rollout.response_lengths
+            rewards_PG, advantages_PG = leave_one_out_advantages(*logprobs, rollout.scores, lengths, kl_coeff=kl_coeff)
             if task.normalize_advantages:
                 mean, variance = moments(advantages_PG)
                 advantages_PG = (advantages_PG - mean) * torch.rsqrt(variance + 1e-8)
-            of_tokens_N = advantages_PG.flatten().repeat_interleave(torch.tensor(lengths))
-            rollout = rollout.with_tokens(advantages=of_tokens_N)
-            turn.note({"objective/rlhf_reward": float(rewards_PG.mean())})
-            for _, micro_batches in turn.passes(rollout, batches):
-                moved = take_step(fabric, module, optimizer, micro_batches, loss_fn)
-                if not moved["items"]:  # left out
-                    continue
-                turn.note({"loss/policy": moved.pop("loss")})
-                turn.note(moved, "policy/")
-                if task.max_kl is not None and moved["approxkl"] > task.max_kl:
+            iteration.log({"objective/rlhf_reward": float(rewards_PG.mean())})
+            for _, micro_batches in iteration.steps(rollout.with_advantages(advantages_PG), batches):
+                metrics = iteration.update(micro_batches, loss_fn)
+                if metrics.get("approxkl", 0.0) > max_kl:
                     break
-        finish_run(fabric, run, policy, parts.tokenizer, loop.state)
+        loop.finish()

@@ -18,11 +18,8 @@ from sheeprlhf.data.collate import collate_packed, collate_padded
 from sheeprlhf.data.example import Example
 from sheeprlhf.model.load import check_weights, load_tokenizer
 from sheeprlhf.model.packing import packing_limit
-from sheeprlhf.rollout.decoders import PaddedRows, RecomputedRows, unpacked_rows
-from sheeprlhf.rollout.engines import hf_responses
-from sheeprlhf.rollout.generate import generate_ids
-from sheeprlhf.rollout.sampler import sample_responses
-from sheeprlhf.rollout.stream import stream_ids
+from sheeprlhf.rollout.engines import generate_ids, hf_responses, stream_ids
+from sheeprlhf.rollout.sampler import PaddedDecoder, RecomputedDecoder, sample_responses, unpacked_decoder
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
@@ -189,12 +186,12 @@ def _greedy(model: Any, prompt: np.ndarray, count: int) -> list[int]:
 
 def test_a_cache_that_is_wrong_is_not_used(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def rows(architecture: str) -> Any:
-        return unpacked_rows(policy_of(model_folder(architecture))[0].causal_lm().eval())
+        return unpacked_decoder(policy_of(model_folder(architecture))[0].causal_lm().eval())
 
-    assert isinstance(rows("qwen3_5_text"), PaddedRows)
-    assert isinstance(rows("llama"), PaddedRows)
-    monkeypatch.setattr(PaddedRows, "_select", lambda *_: None)
-    assert isinstance(rows("qwen3_5_text"), RecomputedRows)
+    assert isinstance(rows("qwen3_5_text"), PaddedDecoder)
+    assert isinstance(rows("llama"), PaddedDecoder)
+    monkeypatch.setattr(PaddedDecoder, "_select", lambda *_: None)
+    assert isinstance(rows("qwen3_5_text"), RecomputedDecoder)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_5_text", "gemma3_text", "mixtral"])

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from sheeprlhf.agent.ema import Average
+from sheeprlhf.agent.ema import EMA
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.engine.tensors import saved_tensors
 from sheeprlhf.model.lora import add_lora
@@ -22,7 +22,7 @@ def test_it_is_the_weighted_sum_of_all_steps(lora: bool, model_folder: ModelFold
     """After n steps: decay^n of the start and (1 - decay) * decay^(n-k) of the k-th."""
     model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
     policy = Policy(add_lora(model, LORAConfig(rank=2)) if lora else model)
-    average = Average(policy, 0.75)
+    average = EMA(policy, 0.75)
     names = saved_tensors(policy.model).keys()
     assert saved_tensors(average).keys() == {f"model.{name}" for name in names}
     assert lora == all("lora_" in name for name in names)
@@ -35,14 +35,14 @@ def test_it_is_the_weighted_sum_of_all_steps(lora: bool, model_folder: ModelFold
             for tensor in saved_tensors(policy.model).values():
                 tensor.add_(torch.randn_like(tensor))
         history.append({name: tensor.detach().clone() for name, tensor in saved_tensors(policy.model).items()})
-        average.follow()
+        average.update()
     factors = [0.75**3, 0.25 * 0.75**2, 0.25 * 0.75, 0.25]
     expected = {name: sum(f * of[name] for f, of in zip(factors, history, strict=True)) for name in names}
     held = {name: tensor.clone() for name, tensor in saved_tensors(average).items()}
     for name in names:
         assert_close(held[f"model.{name}"], expected[name], rtol=0, atol=1e-6)
 
-    with average.in_place():
+    with average.swap_in():
         inside = saved_tensors(policy.model)
         assert all(torch.equal(inside[name], held[f"model.{name}"]) for name in names)
     assert all(torch.equal(tensor, history[-1][name]) for name, tensor in saved_tensors(policy.model).items())

@@ -13,7 +13,7 @@ from sheeprlhf.loss.ppo import (
     MAX_LOG_RATIO,
     explained_variance,
     policy_losses,
-    ratio_figures,
+    ratio_metrics,
     sequence_policy_losses,
     token_weights,
     value_losses,
@@ -48,7 +48,7 @@ def test_policy_losses_by_hand() -> None:
 
 
 def test_policy_figures_by_hand() -> None:
-    figures = ratio_figures(NEW.clone().requires_grad_(), OLD, ADVANTAGES, 0.2, 0.3)
+    figures = ratio_metrics(NEW.clone().requires_grad_(), OLD, ADVANTAGES, 0.2, 0.3)
     assert_close(figures["ratio"], row(*RATIOS), **EXACT)
     assert_close(figures["clipfrac"], row(1, 0, 0, 1, 0), **EXACT)
     assert_close(figures["approxkl"], row(*(0.5 * math.log(ratio) ** 2 for ratio in RATIOS)), **EXACT)
@@ -68,7 +68,7 @@ def test_policy_losses_are_the_definition() -> None:
             clipped.append(float((a > 0 and ratio > 1 + high) or (a < 0 and ratio < 1 - low)))
         arguments = (row(*new), row(*old), row(*advantages))
         assert_close(policy_losses(*arguments, clip_low=low, clip_high=high), row(*expected), **EXACT)
-        assert ratio_figures(*arguments, low, high)["clipfrac"].tolist() == clipped
+        assert ratio_metrics(*arguments, low, high)["clipfrac"].tolist() == clipped
         for clip in (None, low):
             losses_S = sequence_policy_losses(*arguments, clip=clip)
             whole = [-a * math.exp(n - o) for n, o, a in zip(new, old, advantages, strict=True)]
@@ -90,7 +90,7 @@ def test_at_ratio_one_the_gradient_is_reinforces() -> None:
         [gradient_N] = torch.autograd.grad(losses_N.sum(), logprobs_N)
         assert_close(gradient_N, -advantages_N, rtol=0, atol=0)
         assert_close(losses_N.detach(), -advantages_N, rtol=0, atol=0)
-    figures = ratio_figures(logprobs_N, old_N, advantages_N, 0.2, 0.2)
+    figures = ratio_metrics(logprobs_N, old_N, advantages_N, 0.2, 0.2)
     assert not figures["approxkl"].any() and not figures["clipfrac"].any() and figures["ratio"].eq(1).all()
 
 
@@ -115,7 +115,7 @@ def test_no_ratio_overflows() -> None:
     ):
         [gradient_N] = torch.autograd.grad(losses_N.sum(), logprobs_N)
         assert losses_N.isfinite().all() and gradient_N.isfinite().all()
-    assert ratio_figures(*arguments, 0.2, 0.2)["ratio"].tolist() == [pytest.approx(math.exp(MAX_LOG_RATIO))] * 3
+    assert ratio_metrics(*arguments, 0.2, 0.2)["ratio"].tolist() == [pytest.approx(math.exp(MAX_LOG_RATIO))] * 3
 
 
 def test_value_losses_are_the_definition() -> None:

@@ -11,7 +11,16 @@ from sheeprlhf.config.run_lookup import with_start
 from sheeprlhf.config.validate import validate
 from sheeprlhf.data.example import Example
 from sheeprlhf.reward.call import Texts
-from sheeprlhf.rollout.best_rows import Parts, Tally, best_of, kl_bound, rows_of, tally, tally_table, write_splits
+from sheeprlhf.rollout.best_rows import (
+    RowWriter,
+    SelectionStats,
+    best_of,
+    kl_bound,
+    select_rows,
+    selection_stats,
+    selection_table,
+    write_splits,
+)
 from sheeprlhf.rollout.rollout import Rollout
 from tests.unit.config.test_registry import composed, to_typed
 
@@ -41,23 +50,23 @@ def example_rows() -> list[dict]:
     scores = np.array([[1.0, 3.0], [5.0, 4.0], [0.0, -1.0]])
     finished = np.array([[True, True], [False, True], [False, False]])
     texts = Texts(["p0", "p0", "p1", "p1", "p2", "p2"], ["a", "b", "c", "d", "e", "f"], [True] * 6, [1] * 6, {})
-    return rows_of(Rollout(rows, scores, finished, {}), texts, 4.0)
+    return select_rows(Rollout(rows, scores, finished, {}), texts, 4.0)
 
 
 def test_a_row_is_its_prompt_with_its_best_response(tmp_path: Path) -> None:
     rows = example_rows()
     assert [row["fate"] for row in rows] == ["low", "kept", "cut"]
-    assert tally(rows) == Tally(3, 1, 1, 1, first=2.0, best=7 / 3, mean=2.0)
+    assert selection_stats(rows) == SelectionStats(3, 1, 1, 1, first=2.0, best=7 / 3, mean=2.0)
     write_splits(tmp_path, {"train": rows})
     [line] = (tmp_path / "train.jsonl").read_text().splitlines()
     expected = {"prompt": "p1", "response": "d", "score": 4.0, "n": 2, "mean_score": 4.5, "first_score": 5.0}
     assert json.loads(line) == expected
-    table = tally_table({"train": tally(rows)}, 2)
+    table = selection_table({"train": selection_stats(rows)}, 2)
     assert "66.7%" in table and "2.0000" in table and "2.3333" in table and f"{math.log(2) - 0.5:.3f}" in table
 
 
 def test_parts_are_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, rows = Parts(tmp_path / "parts"), example_rows()
+    parts, rows = RowWriter(tmp_path / "parts"), example_rows()
     told: list[str] = []
     assert not parts.has("train", 0, 3, told.append)
     parts.write("train", 0, rows)

@@ -19,9 +19,14 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.scalar import HEAD
-from sheeprlhf.rollout.collect_steps import drawn_numbers, figures_of, refuse_non_finite
-from sheeprlhf.rollout.collector import Collector, check_sampler
-from sheeprlhf.rollout.rollout import Rollout
+from sheeprlhf.rollout.rollout import (
+    Rollout,
+    RolloutCollector,
+    check_finite,
+    check_sampler,
+    rollout_metrics,
+    sampling_uniforms,
+)
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
@@ -30,7 +35,7 @@ from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig, ListRewardConfig, ModelRewardConfig
 from sheeprlhf.structure.rollout import RLOOConfig
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.task.rollout_validation import distinct_pairs, sample_table
+from sheeprlhf.task.loop import distinct_bigrams, sample_table
 from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
 from tests.support.models import EOS
 
@@ -42,7 +47,7 @@ class Setting(SimpleNamespace):
     """Everything that makes rollouts of a tiny model."""
 
     cfg: TrainConfig
-    collect: Collector
+    collect: RolloutCollector
     policy: Any
     reward: Any
     folder: Path
@@ -63,7 +68,7 @@ def make_setting(folder: Path, reward: Any, generation: GenConfig | None = None,
     policy, packed = load_policy(model, tokenizer, longest=64, batching="auto")
     torch.manual_seed(0)
     scorer = reward_model_of(load_policy(model, tokenizer, longest=64, batching="auto")[0], model, tokenizer)
-    collect = Collector(
+    collect = RolloutCollector(
         make_fabric(cfg.fabric), cfg, tokenizer, policy, reference_of(policy), scorer.eval(), packed=packed, **options
     )
     return Setting(cfg=cfg, collect=collect, policy=policy, reward=scorer, folder=folder)
@@ -92,7 +97,7 @@ def test_each_token_has_the_log_probability_that_a_plain_forward_gives(model_fol
             expected += [float(logprobs[first + i - 1, token]) for i, token in enumerate(response.tolist())]
         assert_close(found, np.array(expected, dtype=np.float32), rtol=0, atol=1e-5)
         assert_close(reference, np.array(expected, dtype=np.float32), rtol=0, atol=1e-5)
-    figures = figures_of(rollout)
+    figures = rollout_metrics(rollout)
     assert figures["objective/kl"] == pytest.approx(0.0, abs=1e-5)
     assert figures["rollout/length"] == np.mean(rollout.response_lengths)
 
@@ -127,8 +132,8 @@ def test_a_reward_that_fails_names_the_prompt(model_folder: ModelFolder) -> None
 
 
 def test_what_is_sampled_depends_on_seed_and_number_alone(model_folder: ModelFolder) -> None:
-    assert not np.array_equal(drawn_numbers(1, 0, (2, 3, 4)), drawn_numbers(1, 1, (2, 3, 4)))
-    assert not np.array_equal(drawn_numbers(1, 0, (2, 3, 4)), drawn_numbers(2, 0, (2, 3, 4)))
+    assert not np.array_equal(sampling_uniforms(1, 0, (2, 3, 4)), sampling_uniforms(1, 1, (2, 3, 4)))
+    assert not np.array_equal(sampling_uniforms(1, 0, (2, 3, 4)), sampling_uniforms(2, 0, (2, 3, 4)))
     setting = make_setting(model_folder(), FunctionRewardConfig(path="tests.support.rewards:spread"))
     first = setting.collect(prompts(), 7)
     torch.manual_seed(123)
@@ -194,8 +199,8 @@ def test_what_people_read(model_folder: ModelFolder) -> None:
     assert table.count("[prompt]") == 2
     assert f"score {rollout.scores[0, 0]:.3f}, KL 0.00" in table.replace("-0.00", "0.00")
     assert table.count("[reference]\nb") == 2
-    assert distinct_pairs(["a b c", "a b"]) == 2 / 3
-    assert distinct_pairs(["", "one"]) == 0.0
+    assert distinct_bigrams(["a b c", "a b"]) == 2 / 3
+    assert distinct_bigrams(["", "one"]) == 0.0
 
 
 def test_what_is_not_finite_is_refused_where_it_began() -> None:
@@ -203,11 +208,11 @@ def test_what_is_not_finite_is_refused_where_it_began() -> None:
     rows = tuple(Example(30 + i, np.arange(2), (np.arange(3), np.arange(1))) for i in range(3))
     rollout = Rollout(rows, np.ones((3, 2)), np.ones((3, 2), dtype=bool), {})
     values, advantages = torch.ones(12), torch.full((12,), torch.nan)
-    refuse_non_finite(rollout.with_tokens(values=values))
+    check_finite(rollout.with_tokens(values=values))
     values[7] = torch.inf  # the last token of the second row's second response
     with pytest.raises(NonFiniteError, match=r"^values after 1 of 3 prompts .* of the training split \(\[31\]\)"):
-        refuse_non_finite(rollout.with_tokens(advantages=advantages, values=values))
+        check_finite(rollout.with_tokens(advantages=advantages, values=values))
     scores = np.array([[0.0, 1.0], [0.0, 1.0], [np.nan, 1.0]])
     bad = dataclasses.replace(rollout.with_tokens(advantages=advantages), scores=scores)
     with pytest.raises(NonFiniteError, match=r"^scores after 1 of 3 prompts .* of the validation split \(\[32\]\)"):
-        refuse_non_finite(bad, "validation")
+        check_finite(bad, "validation")

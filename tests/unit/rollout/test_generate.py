@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.model.load import load_causal_lm, load_tokenizer
-from sheeprlhf.rollout.generate import generate_responses
+from sheeprlhf.rollout.engines import generate_responses
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
 from tests.support.models import EOS, VOCAB

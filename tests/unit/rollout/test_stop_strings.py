@@ -8,7 +8,7 @@ import pytest
 
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig
-from sheeprlhf.task.rollout_validation import sample_table
+from sheeprlhf.task.loop import sample_table
 from tests.e2e.test_online import figures
 from tests.support.models import EOS
 from tests.support.runs import train, write_rows

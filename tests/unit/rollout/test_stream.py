@@ -6,8 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sheeprlhf.model.load import load_causal_lm
-from sheeprlhf.rollout.generate import generate_ids
-from sheeprlhf.rollout.stream import stream_ids
+from sheeprlhf.rollout.engines import generate_ids, stream_ids
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from tests.support.models import EOS, VOCAB, byte_tokenizer

@@ -16,8 +16,7 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.reward.call import Texts
-from sheeprlhf.rollout.rollout import Rollout
-from sheeprlhf.rollout.text_exchange import TextExchange, read_scores
+from sheeprlhf.rollout.rollout import Rollout, TextExchange, predict_scores
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.rollout import RLOOConfig
@@ -96,7 +95,7 @@ def test_scores_are_those_of_the_text(judge: Path) -> None:
     assert int(read.rows[0].responses[0][-1]) == 0  # its own end token
     assert int(read.rows[0].responses[1][-1]) != 0  # this one was cut
     fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
-    found = read_scores(fabric, RLOOConfig(), model.eval(), read, packed=False)
+    found = predict_scores(fabric, RLOOConfig(), model.eval(), read, packed=False)
     expected = [
         plain_score(judge, PROMPTS[number // 2], text, ended)
         for number, (text, ended) in enumerate(zip(RESPONSES, FINISHED, strict=True))
@@ -112,7 +111,7 @@ def test_what_is_longer_than_the_reward_model_reads(judge: Path) -> None:
     read = TextExchange(byte_tokenizer(), reader, print)(rollout, texts)
     fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
     with pytest.raises(RewardError, match="102 tokens of the reward model, which has 96 positions"):
-        read_scores(fabric, RLOOConfig(), model, read, packed=False)
+        predict_scores(fabric, RLOOConfig(), model, read, packed=False)
 
 
 def test_control_tokens_stay_control_tokens_and_strange_ones_are_told(judge: Path) -> None:

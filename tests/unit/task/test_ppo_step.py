@@ -23,7 +23,7 @@ from sheeprlhf.engine.step import add_gradients, update
 from sheeprlhf.model.attention import PACKED, register
 from sheeprlhf.model.load import backbone_and_head
 from sheeprlhf.model.scalar import HEAD, scalar_model
-from sheeprlhf.rollout.rollout import Rollout, columns
+from sheeprlhf.rollout.rollout import Rollout, token_values
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.rollout import PPOConfig
@@ -178,7 +178,7 @@ def fast_update(setting: Setting) -> dict[str, float]:
     groups = [(policy.parameters(), ACTOR_LR), (critic.parameters(), CRITIC_LR)]
     optimizer: Any = fabric.setup_optimizers(build_joint_optimizer(AdamWConfig(eps=1e-5), groups))
     rollout = with_advantages(setting.rollout, setting.task, KL_COEFF, setting.after)
-    beside = partial(columns, names=("logprobs", "advantages", "values", "returns"))
+    beside = partial(token_values, names=("logprobs", "advantages", "values", "returns"))
     batches = Batches(fabric, setting.task, packed=True, targets="response", beside=beside)
     micro_batches = batches.of(rollout, np.array([2, 0, 3, 1]))
     assert len(micro_batches) > 1
@@ -249,7 +249,7 @@ def test_a_shared_trunk_learns_the_datasets_texts_beside(
     optimizer: Any = fabric.setup_optimizers(build_joint_optimizer(AdamWConfig(eps=1e-5), groups))
     module = fabric.setup_module(policy)
     rollout = with_advantages(ours.rollout, task, KL_COEFF, None)
-    beside = partial(columns, names=("logprobs", "advantages", "values", "returns"))
+    beside = partial(token_values, names=("logprobs", "advantages", "values", "returns"))
     cut = partial(Batches, fabric, task, packed=packed, targets="response")
     told = add_gradients(fabric, module, cut().of(texts, np.arange(3)), ptx_loss, weight=task.ptx_coeff)
     told |= update(

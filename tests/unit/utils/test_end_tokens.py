@@ -19,12 +19,10 @@ from sheeprlhf.data.read import Row
 from sheeprlhf.data.report import notes_on_ends
 from sheeprlhf.data.tokenize import RowTokenizer
 from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.rollout.collect_steps import as_rollout, as_text
-from sheeprlhf.rollout.engines import ENGINES
-from sheeprlhf.rollout.generate import generate_ids, generate_responses
+from sheeprlhf.rollout.engines import ENGINES, generate_ids, generate_responses, stream_ids
+from sheeprlhf.rollout.rollout import decode_rollout, to_rollout
 from sheeprlhf.rollout.sampler import Sampled
 from sheeprlhf.rollout.stop import StopStrings
-from sheeprlhf.rollout.stream import stream_ids
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig
@@ -129,7 +127,7 @@ def test_texts_and_counts_are_without_the_end_token() -> None:
     responses = tuple(np.array([*letters, *end], dtype=np.int32) for end in ([END], [EOS], []))
     row = Example(0, np.array([BOS, 70], dtype=np.int32), (responses[0],))
     sampled = Sampled(responses, tuple(np.zeros(len(ids), np.float32) for ids in responses), (True, True, False))
-    texts = as_text(as_rollout([row], [sampled]), [row], tokenizer, StopStrings((), tokenizer))
+    texts = decode_rollout(to_rollout([row], [sampled]), [row], tokenizer, StopStrings((), tokenizer))
     text = tokenizer.decode(letters)
     assert texts.responses == [text] * 3 and texts.num_tokens == [3, 3, 3]
     assert texts.columns["reference"] == [text] * 3

@@ -21,10 +21,8 @@ from sheeprlhf.data.collate import collate_packed, collate_padded
 from sheeprlhf.data.example import Example
 from sheeprlhf.model.lm_head import head_logprobs
 from sheeprlhf.model.load import check_vocabulary, load_tokenizer
-from sheeprlhf.rollout.engines import ENGINES
-from sheeprlhf.rollout.generate import generate_ids
+from sheeprlhf.rollout.engines import ENGINES, generate_ids, stream_ids
 from sheeprlhf.rollout.sampler import sample_responses
-from sheeprlhf.rollout.stream import stream_ids
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.utils.errors import ModelError
