@@ -21,7 +21,6 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.model.attention": ("tests/unit/model/test_attention.py",),
     "sheeprlhf.model.cache": ("tests/unit/rollout/test_sampler.py",),
     "sheeprlhf.rollout.sampler": ("tests/unit/rollout/test_sampler.py",),
-    "sheeprlhf.rollout.sampler": ("tests/unit/rollout/test_sampler.py",),
     "sheeprlhf.rollout.stop": ("tests/unit/rollout/test_stop.py",),
     "sheeprlhf.agent.batching": ("tests/unit/agent/test_policy.py",),
     "sheeprlhf.agent.policy": ("tests/unit/agent/test_policy.py", "tests/parity/test_packed_equals_padded.py"),
