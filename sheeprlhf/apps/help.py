@@ -16,7 +16,7 @@ VERBS = {
     "show": "Every option of a choice, its default and meaning: `show model=opt`.",
     "report": "Runs as one page to look at: `report <run> <run>`, `report <folder of runs>`.",
     "doctor": "Check this machine, plan a run's memory: `doctor task=sft model=opt`.",
-    "fetch": "Get a model into the local cache: `fetch model=smollm2` needs no hub.",
+    "fetch": "Get a model of the hub into the local cache.",
     "chat": "Talk to a run or a model in the terminal: `chat <run>`.",
     "demo": "The same in the browser, several runs side by side: `demo <run> <run>`.",
     "export": "A run as a folder for plain transformers: `export <run> --to <folder>`.",

@@ -10,7 +10,7 @@ from sheeprlhf.config.path_checks import model_folder, model_problem
 from sheeprlhf.security.model_folder import WEIGHTS_FILES
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.hub import SMOLLM2, fetched_folder, why_offline
+from sheeprlhf.utils.hub import SMOLLM2, WITHOUT_HUB, fetched_folder, why_offline
 
 
 class Located(NamedTuple):
@@ -44,14 +44,14 @@ def locate(cfg: ModelConfig) -> Located:
         return Located(str(folder), local_only=True)
     fetched = fetched_folder(name)
     if library.revision is None and (fetched / "config.json").is_file() and not _in_hub_cache(cfg, weights=True):
-        return Located(str(fetched), True, f"model.repo_name={name}: using what `fetch` made, {fetched}")
+        return Located(str(fetched), True, f"model.repo_name={name}: using {fetched}")
     offline = "model.library_cfg.local_files_only is set" if library.local_files_only else why_offline()
     if not offline:
         return Located(name, local_only=False)
     if _in_hub_cache(cfg, weights=False):
         note = f"model.repo_name={name}: {offline}; using the copy in the hub's cache"
         return Located(name, True, note, no_hub=not library.local_files_only)
-    makes = "`python sheeprlhf.py fetch model=smollm2` makes it without the hub; or " if name == SMOLLM2 else ""
+    makes = f"{WITHOUT_HUB}; or " if name == SMOLLM2 else ""
     raise ModelError(
         f"model.repo_name={name}: {offline} and this model is not in the local cache; {makes}connect, give a "
         "local folder in the hub's layout (model.repo_name=<folder>), or use model=tiny, which needs no network"

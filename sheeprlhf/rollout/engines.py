@@ -316,11 +316,22 @@ def generation_config(cfg: GenConfig, tokenizer: PreTrainedTokenizerBase) -> Gen
 
 
 def generate_responses(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[np.ndarray], cfg: GenConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    cfg: GenConfig,
+    *,
+    with_end_token: bool = False,
 ) -> list[str]:
-    """The text that the model writes after each prompt, up to a stop string; arguments as in `generate_ids`."""
+    """The text that the model generates after each prompt, up to a stop string; arguments as in `generate_ids`.
+
+    `with_end_token` keeps the end token of a text that has one; with stop strings none does.
+    """
     stop = StopStrings(cfg.stop_strings, tokenizer)
-    return [stop.text(row) for row in generate_ids(model, tokenizer, prompts, cfg, stop)]
+    rows = generate_ids(model, tokenizer, prompts, cfg, stop)
+    end_ids = end_token_ids(tokenizer) if with_end_token and not stop else ()
+    ends = [tokenizer.decode([int(row[-1])]) if len(row) and int(row[-1]) in end_ids else "" for row in rows]
+    return [f"{stop.text(row)}{end}" for row, end in zip(rows, ends, strict=True)]
 
 
 @phase("generation")

@@ -130,7 +130,7 @@ class FalconConfig(ModelConfig):
 
 @dataclass(unsafe_hash=True)
 class SmolLM2Config(ModelConfig):
-    """SmolLM2 135M Instruct (HuggingFaceTB/SmolLM2-135M-Instruct); without the hub, after `fetch model=smollm2`."""
+    """SmolLM2 135M Instruct (HuggingFaceTB/SmolLM2-135M-Instruct); without the hub, after `tools/fetch_smollm2.py`."""
 
     config_name: str = option("smollm2", "Name of this choice.")
     repo_name: Optional[str] = option(

@@ -1,4 +1,4 @@
-"""What the model writes for a few held-out prompts, for people to read."""
+"""Responses of the model to a few held-out prompts, for people to read."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +23,8 @@ def log_samples(
 ) -> None:
     """All ranks; rank zero generates for the examples' prompts and logs prompt, response and reference.
 
+    Both texts end with their end token, unless they were cut.
+
     The random numbers of training are untouched.
     """
     if not examples:
@@ -30,7 +32,8 @@ def log_samples(
     with gathered(policy), isolated_rng():
         if not fabric.is_global_zero:
             return
-        responses = generate_responses(policy.causal_lm(), tokenizer, [e.prompt_ids for e in examples], cfg)
+        prompts = [example.prompt_ids for example in examples]
+        responses = generate_responses(policy.causal_lm(), tokenizer, prompts, cfg, with_end_token=True)
     blocks = []
     for example, response in zip(examples, responses, strict=True):
         prompt, reference = (tokenizer.decode(ids.tolist()) for ids in (example.prompt_ids, example.responses[0]))

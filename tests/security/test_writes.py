@@ -17,11 +17,8 @@ REVIEWED = {
     "cli.py:_run_sweep:rmtree": "that folder",
     "apps/pipeline/command.py:check_stages:TemporaryDirectory": "a new folder of the system's",
     "task/eval/rouge_metric.py:__init__:TemporaryDirectory": "a new folder of the system's",
-    "apps/fetch.py:fetch_smollm2:unlink": "the wheel in a new folder that is filled",
     "apps/fetch.py:fetch_from_hub:snapshot_download": "the hub's own cache",
     "apps/sweep.py:sweep_parent:mkdir": "root_dir itself, which several users may share",
-    "apps/smollm2.py:_write_weights:save_file": "fills a new folder",
-    "apps/smollm2.py:_write_tokenizer:save": "fills a new folder",
     "data/prepare.py:_build:unlink": "the first pass in a new folder that is filled",
     "data/store.py:__init__:OSFile": "fills a new folder",
     "data/source.py:snapshot:snapshot_download": "the hub's own cache",
@@ -50,6 +47,7 @@ REVIEWED = {
     "task/eval/plots.py:_drawing:savefig": "into memory",
     "apps/inspect/plots.py:draw_histograms:savefig": "into memory",
     "apps/report/chart.py:draw_png:savefig": "into memory",
+    "apps/report/chart.py:_svg:savefig": "into memory",
 }
 WRITERS = {
     *("write_text", "write_bytes", "touch", "mkdir", "makedirs", "mkfifo", "mknod", "symlink", "symlink_to", "link"),

@@ -29,7 +29,7 @@ def make_past_run(folder: Path, number: int = 0, *, task: str = "sft", **info: o
     (folder / "metrics.csv").write_text("\r\n".join(["step,tag,value,wall_time", *rows, ""]))
     for step in (2, 4):
         (folder / "samples" / f"step-{step}.txt").write_text(
-            f"--- samples\n[prompt]\n<|bos|>Say hello.\n[model] score 0.{step}\n{task} says {step}\n"
+            f"--- samples\n[prompt]\n<|bos|>Say hello.\n[model] score 0.{step}\n{task} says {step}<|eos|>\n"
             "[reference]\n Hello!<|eos|>\n\n"
         )
     split = {"read": 9, "kept": 7, "dropped": {"too_long": 2}, "trained_tokens": 70, "tokens": {"total": {"p50": 11}}}

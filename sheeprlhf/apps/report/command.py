@@ -1,4 +1,4 @@
-"""`report`: one or several runs as a single page that needs nothing else, neither a network nor this program."""
+"""`report`: one or several runs as a single HTML page without scripts or external files."""
 
 import os
 import time
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.apps.flags import Flag, print_flags_help, read_flags
-from sheeprlhf.apps.past_runs import Found, find_past_runs
-from sheeprlhf.apps.report.html import MARK
+from sheeprlhf.apps.past_runs import Found, find_past_runs, past_run
+from sheeprlhf.apps.pipeline.results import Row
+from sheeprlhf.apps.report.record import MARK, read_pipeline, read_record
 from sheeprlhf.apps.terminal import Screen, clean, paragraph
 from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.config.path_checks import new_folder_problems
@@ -19,9 +20,9 @@ from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.output import write_file
 
 OUTPUT_DIR = "logs/report"
-_ENDINGS = (".html", ".htm")
+_SUFFIXES = (".html", ".htm")
 _PAGE = "report.html"  # in a folder that --to names
-_HEAD = 1_024  # bytes of a file, among which is what made it
+_HEAD = 1_024  # bytes at a file's start that contain the mark
 FLAGS = (
     Flag(
         "to",
@@ -29,17 +30,26 @@ FLAGS = (
         "report there is replaced, any other file is not.",
         value="file or folder",
     ),
-    Flag("png", "The curves as images too, one for each group of charts, beside the page.", False, bool),
+    Flag("png", "The curves as images too, one for each group of charts, next to the page.", False, bool),
 )
 
 RunInfo = tuple[Path, dict[str, Any]]
 
 
 class Written(NamedTuple):
-    """The page and the images beside it, and what there is to say of the runs."""
+    """The written files, and remarks on the runs."""
 
     files: list[Path]
     notes: list[str]
+
+
+class Chosen(NamedTuple):
+    """The runs of a page, the stages of its pipelines by folder, remarks on the search, and problems."""
+
+    runs: list[RunInfo]
+    pipelines: dict[str, list[Row]]
+    notes: list[str]
+    problems: list[str]
 
 
 def run(arguments: list[str]) -> int:
@@ -51,11 +61,14 @@ def run(arguments: list[str]) -> int:
     given = read_flags("report", FLAGS, arguments)
     if given is None:
         meaning = (
-            "One HTML page of runs: what they are, results, curves in common charts, samples for the same prompts, "
-            "differences of configuration, data, speed and memory. It needs no network and holds no script."
+            "One HTML page of runs: their options and results, curves in common charts, samples for the same prompts, "
+            "differences of configuration, data, speed and memory. It needs no network and has no script."
         )
         root = TrainConfig.root_dir
-        which = f"<run> is a run directory, or a folder: all runs in it. Without one: the newest run in {root}."
+        which = (
+            "<run> is a run directory, or a folder: all runs in it; a pipeline's folder adds its summary. Without one: "
+            f"the newest run in {root}."
+        )
         print_flags_help("report [<run> ...]", meaning, FLAGS, which)
         return 0
     written = write_report(given.words, to=given.values["to"], png=given.values["png"])
@@ -78,47 +91,49 @@ def write_report(folders: list[str], *, to: str | None = None, png: bool = False
     Raises:
         ConfigError: one is no run, or the page cannot be written there.
     """
-    runs, notes, problems = _chosen(folders)
-    page = _place(to, problems)
+    runs, pipelines, notes, problems = _choose_runs(folders)
+    page = _output_path(to, problems)
     if problems:
         raise ConfigError(*problems)
 
-    from sheeprlhf.apps.report.chart import MOST_RUNS, draw_png
+    from sheeprlhf.apps.report.chart import MAX_RUNS, draw_png  # imports matplotlib
     from sheeprlhf.apps.report.page import build_page, charts_by_group
-    from sheeprlhf.apps.report.record import read_record
 
-    if len(runs) > MOST_RUNS:
-        notes.append(f"{len(runs):,} runs are too many for one page: these are the newest {MOST_RUNS}")
-        runs = sorted(runs, key=_started)[-MOST_RUNS:]
+    if len(runs) > MAX_RUNS:
+        notes.append(f"{len(runs):,} runs are too many for one page: these are the newest {MAX_RUNS}")
+        runs = sorted(runs, key=_started)[-MAX_RUNS:]
     labels = _labels(runs)
     records = [read_record(folder, info, label) for (folder, info), label in zip(runs, labels, strict=True)]
-    files = {page: build_page(records, notes).encode()}
+    files = {page: build_page(records, pipelines, notes).encode()}
     for group, charts in charts_by_group(records) if png else ():
-        path = page.with_name(f"{page.stem}-{_file_name(group.title)}.png")
-        files[path] = draw_png(group.title, charts, labels)
+        name = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in group.title.lower())
+        files[page.with_name(f"{page.stem}-{name}.png")] = draw_png(group.title, charts, labels)
     _write(files)
     notes += [f"{record.label} {note}" for record in records for note in record.notes]
     return Written(list(files), notes)
 
 
-def _chosen(folders: list[str]) -> tuple[list[RunInfo], list[str], list[str]]:
-    """The runs, what there is to say of the search, and what is wrong with the words."""
+def _choose_runs(folders: list[str]) -> Chosen:
     runs: dict[Path, RunInfo] = {}
-    notes, problems = [], []
+    pipelines: dict[str, list[Row]] = {}
+    notes: list[str] = []
+    problems: list[str] = []
     for word in folders or [TrainConfig.root_dir]:
         newest = not folders or (is_newest(word) and not os.path.isdir(word))
         folder = expand_home(TrainConfig.root_dir if newest else word)
         found = find_past_runs(folder) if os.path.isdir(folder) else Found([], "")
         if not found.runs:
-            problems.append(_none_yet() if newest else _no_run(word, folder))
+            problems.append(_no_run_yet() if newest else _no_run(word, folder))
         taken = sorted(found.runs, key=_started)
         if newest and taken:
             taken = taken[-1:]
             notes.append(f"{word if folders else 'no run was named'}: this is the newest, {taken[0][0]}")
         notes += [f"{word}: {found.note}"] if found.note else []
-        for place, info in taken:
-            runs.setdefault(place.resolve(), (place, {} if (place / RUN_FILE).is_symlink() else info))
-    return list(runs.values()), notes, problems
+        for path, info in taken:
+            runs.setdefault(path.resolve(), (path, {} if (path / RUN_FILE).is_symlink() else info))
+        if not newest and (stages := read_pipeline(folder, notes)):
+            pipelines[clean(folder, 200)] = stages
+    return Chosen(list(runs.values()), pipelines, notes, problems)
 
 
 def _started(run: RunInfo) -> tuple[float, str]:
@@ -126,12 +141,12 @@ def _started(run: RunInfo) -> tuple[float, str]:
     return order_of(info), str(folder)
 
 
-def _none_yet() -> str:
+def _no_run_yet() -> str:
     return f"there is no run in {TrainConfig.root_dir} yet: `train task=sft` makes one; or name a run: `report <run>`"
 
 
 def _no_run(word: str, folder: Path) -> str:
-    """Why a word names no run, and what may be meant."""
+    """The problem of a word that names no run, and the likely fix."""
     key, equals, value = word.partition("=")
     if equals and not os.path.lexists(folder):
         return f"{key}= is no word of report: write `report {value or '<run>'}`; `report --help` lists its words"
@@ -147,10 +162,10 @@ def _no_run(word: str, folder: Path) -> str:
     return f"{word} does not exist: {did}`list runs` shows which runs there are"
 
 
-def _place(to: str | None, problems: list[str]) -> Path:
-    """Where the page goes; adds to the problems if it cannot."""
+def _output_path(to: str | None, problems: list[str]) -> Path:
+    """The path of the page; adds to the problems if it cannot be written."""
     path = expand_home(to or OUTPUT_DIR)
-    named = path.suffix.lower() in _ENDINGS and not os.path.isdir(path)
+    named = path.suffix.lower() in _SUFFIXES and not os.path.isdir(path)
     if path.suffix and not named and not os.path.isdir(path):
         problems.append(f"--to {to} ends in {path.suffix}: give a name that ends in .html, or a folder")
         return path
@@ -164,7 +179,7 @@ def _place(to: str | None, problems: list[str]) -> Path:
 
 
 def _new_file(folder: Path, name: str) -> Path:
-    """A page that is not there: `name`, else `name-2`, `name-3`, ..."""
+    """A path that does not exist yet: `name`, else `name-2`, `name-3`, ..."""
     number, path = 1, folder / f"{name}.html"
     while os.path.lexists(path):
         number += 1
@@ -173,7 +188,7 @@ def _new_file(folder: Path, name: str) -> Path:
 
 
 def _is_free(path: Path) -> bool:
-    """Whether nothing is there, or what this command has written."""
+    """True if the path does not exist, or is a file that this command has written."""
     if not os.path.lexists(path):
         return True
     if path.is_symlink() or not path.is_file():
@@ -200,18 +215,12 @@ def _write(files: dict[Path, bytes]) -> None:
 
 def _labels(runs: list[RunInfo]) -> list[str]:
     """A short name for each run: its task; with its run name, or numbered, where several have the same."""
-    from sheeprlhf.apps.past_runs import past_run
-
     tasks = [past_run(folder, info).names[2] for folder, info in runs]
     named = [f"{task} {clean(info.get('run_name', '?'), 24)}" for task, (_, info) in zip(tasks, runs, strict=True)]
-    times, labels = Counter(tasks), []
+    counts, labels = Counter(tasks), []
     seen: Counter[str] = Counter()
     for task, name in zip(tasks, named, strict=True):
         seen[task] += 1
-        own = name if named.count(name) == 1 else f"{task} {seen[task]}"
-        labels.append(task if times[task] == 1 else own)
+        unique = name if named.count(name) == 1 else f"{task} {seen[task]}"
+        labels.append(task if counts[task] == 1 else unique)
     return labels
-
-
-def _file_name(title: str) -> str:
-    return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in title.lower())

@@ -1,153 +1,351 @@
-"""The page: its sections from the records of the runs."""
+"""The page of the report: tables and texts from the records of runs, put into `assets/report.html.jinja`.
+
+Every string that reaches the template loses secrets and control characters, and is escaped; only the SVG of charts and
+our own style sheet are markup.
+"""
 
 import base64
+import math
+import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 import sheeprlhf
-from sheeprlhf.apps.report.chart import Curves, Group, charts_of, draw_svg, group_tags, name_of, sign_style
-from sheeprlhf.apps.report.html import MARK, Html, details, element, join, table
-from sheeprlhf.apps.report.record import Record
-from sheeprlhf.apps.report.results import Evaluation, number_cell, point_rows
-from sheeprlhf.apps.report.tables import config_tables, data_tables, overview, speed_table
-from sheeprlhf.apps.report.texts import Answer, Exchange
+from sheeprlhf.apps.describe import shown
+from sheeprlhf.apps.pipeline.results import Row, cells, used_columns
+from sheeprlhf.apps.report.chart import (
+    MIN_POINTS,
+    Curves,
+    Group,
+    calibration_bins,
+    charts_of,
+    draw_calibration,
+    draw_curves,
+    group_tags,
+    run_colors,
+    run_style,
+)
+from sheeprlhf.apps.report.record import MARK, Answer, Curve, Evaluation, Exchange, Record
+from sheeprlhf.apps.terminal import clean
+from sheeprlhf.config.shell import command
+from sheeprlhf.security.redaction import plain_text, redact_text
+from sheeprlhf.utils.home import expand_home
+from sheeprlhf.utils.memory import size_text
 
-STYLE = Path(sheeprlhf.__file__).parent / "assets" / "report.css"
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # no script, no request, whatever slips in
-_FEW_NUMBERS = 8  # of an evaluation, before the rest is folded away
-_MOST_NAMED = 5  # runs in the title
+NONE = "-"
+_ASSETS = Path(sheeprlhf.__file__).parent / "assets"
+_SECTIONS = ("Runs", "Results", "Curves", "Samples", "Configuration", "Data", "Speed and memory")
+_UNLISTED = {  # options that are no cause of a result
+    *("root_dir", "run_name", "resume", "resume_from", "debug", "experiment", "data.cache_dir"),
+}
+_LINKS = {"task.sft_experiment_dir": "starts from", "task.rm_experiment_dir": "judged by"}
+_HEADLINES = ("perplexity", "rougeL", "accuracy", "score", "win rate", "rm accuracy")
+_MAX_NUMBERS = 8  # of an evaluation, before the rest is folded
+_MAX_NAMED = 5  # runs in the title
 _MAX_PROMPTS = 6
-_MAX_EARLIER = 6
+_MAX_EARLIER = 6  # answers of one prompt
+_MAX_SPLITS = 8
+_MAX_COLUMNS = 12  # of a list of points
 
 
-def build_page(records: list[Record], notes: list[str]) -> str:
-    """The whole page.
+class Cell(NamedTuple):
+    """A cell of a table that is more than text; `kind` is a macro of the template or a CSS class."""
+
+    text: str
+    note: str = ""
+    kind: str = ""
+    run: int = 0
+
+
+class Table(NamedTuple):
+    """A table: the cells of its head, and of its rows; each row's first cell is its name."""
+
+    head: Sequence[str | Cell]
+    rows: Sequence[Sequence[str | Cell]]
+    numbers: bool = True
+    summary: str | Cell = ""  # of what is folded
+    class_: str = ""
+
+
+def build_page(records: list[Record], pipelines: Mapping[str, list[Row]], notes: list[str]) -> str:
+    """Render the page.
 
     Args:
         records: the runs, in the order of the page.
-        notes: what there is to say besides.
+        pipelines: the stages of each pipeline by its folder.
+        notes: further remarks.
     """
-    sections: dict[str, Callable[[list[Record]], Iterable[Html]]] = {
-        "Runs": overview,
-        "Results": _results,
-        "Curves": _curves,
-        "Samples": _samples,
-        "Configuration": config_tables,
-        "Data": data_tables,
-        "Speed and memory": speed_table,
-    }
-    body = []
-    for title, write in sections.items():
-        anchor = title.partition(" ")[0].lower()
-        body.append(element("section", element("h2", title), *write(records), id=anchor))
-    links = [element("a", title, href=f"#{title.partition(' ')[0].lower()}") for title in sections]
     many = _counted(len(records), "run")
-    names = ", ".join(record.label for record in records) if len(records) <= _MOST_NAMED else many
-    told = f"{many}, {time.strftime('%Y-%m-%d %H:%M')}, sheeprlhf {sheeprlhf.__version__}"
-    header = element("header", element("h1", names), element("p", told), element("nav", *links))
-    said = [*notes, *(f"{record.label} {note}" for record in records for note in record.notes)]
-    if said:
-        header = join([header, element("ul", *(element("li", line) for line in said), class_="notes")])
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="generator", content=MARK),
-        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="referrer", content="no-referrer"),
-        element("title", f"{names} - SheepRLHF"),
-        element("style", Html(STYLE.read_text(encoding="utf-8") + sign_style())),
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_without_secrets,
     )
-    return f"<!doctype html>\n{element('html', head, element('body', header, element('main', *body)), lang='en')}\n"
+    template = environment.from_string((_ASSETS / "report.html.jinja").read_text(encoding="utf-8"))
+    return template.render(
+        mark=MARK,
+        style=Markup((_ASSETS / "report.css").read_text(encoding="utf-8")) + run_colors(),
+        names=", ".join(record.label for record in records) if len(records) <= _MAX_NAMED else many,
+        about=f"{many}, {time.strftime('%Y-%m-%d %H:%M')}, sheeprlhf {sheeprlhf.__version__}",
+        notes=[*notes, *(f"{record.label} {note}" for record in records for note in record.notes)],
+        sections=[*(["Pipeline"] if pipelines else []), *_SECTIONS],
+        labels=[record.label for record in records],
+        run_style=run_style,
+        pipelines=[(name, _pipeline_table(rows)) for name, rows in pipelines.items()],
+        overview=Table(_heads(records), list(_overview_rows(records)), numbers=False),
+        results=list(_results(records)),
+        images=[
+            (name, number, base64.b64encode(content).decode())
+            for number, record in enumerate(records)
+            for name, content in record.images.items()
+        ],
+        groups=list(_groups(records)),
+        short_curves=_short_curves(records),
+        min_points=MIN_POINTS,
+        samples=list(_samples(records)),
+        configuration=_configuration(records),
+        data=list(_data(records)),
+        speed=Table(_heads(records), list(_speed_rows(records))),
+    )
 
 
-def _name(records: list[Record], number: int, note: str = "") -> Html:
-    return name_of(number, records[number].label, note)
+def _without_secrets(value: Any) -> Any:
+    """Every expression of the template passes here before it is escaped."""
+    return redact_text(plain_text(value)) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number > 1)}"
 
 
-def _none(words: str) -> list[Html]:
-    return [element("p", words, class_="none")]
+def figure_text(value: float | None) -> str:
+    """A number with four significant digits; whole numbers whole, a dash for None."""
+    if value is None:
+        return NONE
+    if isinstance(value, int) or (value.is_integer() and abs(value) < 1e15):
+        return f"{int(value):,}"
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if size >= 10_000:
+        return f"{value:,.0f}" if size < 1e9 else f"{value:.3g}"
+    if size >= 1_000:
+        return f"{value:,.1f}"
+    return f"{value:#.4g}".rstrip(".") if size >= 1e-3 else f"{value:.2e}"
 
 
-def _results(records: list[Record]) -> Iterable[Html]:
-    """One table for each thing that was measured; a column for each run and its weights."""
+def duration_text(seconds: float | None) -> str:
+    """A duration: "42 s", "3 min 20 s", "2 h 05 min"."""
+    if seconds is None:
+        return NONE
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def _run_cell(records: list[Record], number: int, note: str = "") -> Cell:
+    return Cell(records[number].label, note, "run", number)
+
+
+def _heads(records: list[Record]) -> list[str | Cell]:
+    return ["", *(_run_cell(records, number) for number in range(len(records)))]
+
+
+def _pipeline_table(rows: list[Row]) -> Table:
+    columns = used_columns(rows)
+    lines = [[clean(name, 40), *(cell or NONE for cell in line)] for name, *line in cells(rows, columns)]
+    return Table(["stage", *(column.heading for column in columns)], lines)
+
+
+def _overview_rows(records: list[Record]) -> Iterator[list[str | Cell]]:
+    def row(name: str, cells: Iterable[str | Cell]) -> list[str | Cell]:
+        return [name, *cells]
+
+    pasts = [record.past for record in records]
+    yield row("task", (past.names[2] for past in pasts))
+    yield row("model", (past.names[1] for past in pasts))
+    yield row("data", (past.names[0] for past in pasts))
+    for key, name in _LINKS.items():
+        values = [_option(record, key, records) for record in records]
+        if any(value not in (NONE, "null") for value in values):
+            yield row(name, (NONE if value == "null" else value for value in values))
+    yield row("trains", (_trains(record) for record in records))
+    yield row("state", (Cell(past.state, kind=f"state {past.state}") for past in pasts))
+    yield row("steps", (figure_text(past.step) for past in pasts))
+    yield row("best validation", (figure_text(past.best) for past in pasts))
+    for title in sorted({evaluation.title for record in records for evaluation in record.evaluations}):
+        values = [_headline(record, title) for record in records]
+        if any(value != NONE for value in values):
+            yield row(title, values)
+    yield row("started", (past.started or "?" for past in pasts))
+    yield row("took", (duration_text(_seconds(record)) for record in records))
+    yield row("seed", (_option(record, "seed", records) for record in records))
+    yield row("directory", (Cell(clean(past.dir, 300), kind="code") for past in pasts))
+    yield row("command", (_command(record) for record in records))
+
+
+def _headline(record: Record, title: str) -> str:
+    """The most informative numbers of an evaluation of the final weights."""
+    found = next((e for e in record.evaluations if e.title == title and e.weights == "final"), None)
+    names = [] if found is None else [name for name in _HEADLINES if name in found.numbers]
+    return ", ".join(f"{name} {figure_text(found.numbers[name][0])}" for name in names if found) or NONE
+
+
+def _trains(record: Record) -> str:
+    if record.config.get("model.finetune_mode") == "LORA":
+        return f"LoRA, rank {clean(record.config.get('model.lora_cfg.rank', '?'), 10)}"
+    return "all weights" if record.config.get("model.finetune_mode") == "ALL" else "?"
+
+
+def _command(record: Record) -> str | Cell:
+    words = record.info.get("command")
+    if not isinstance(words, list) or not words:
+        return NONE
+    return Cell(clean(command(map(str, words)), 2_000), kind="command")
+
+
+def _seconds(record: Record) -> float | None:
+    """Seconds from the start to the end, or to the last row of metrics.csv."""
+    began, ended = record.info.get("started"), record.info.get("finished")
+    times = [curve.times[-1] for curve in record.curves.values()]
+    last = ended if isinstance(ended, int | float) else max(times, default=0.0)
+    took = last - began if isinstance(began, int | float) else -1
+    return float(took) if 0 <= took < 1e9 else None
+
+
+def _option(record: Record, key: str, records: list[Record]) -> str:
+    """An option as the command line takes it; a run of this page by its label."""
+    if key not in record.config:
+        return NONE
+    value = record.config[key]
+    if key in _LINKS and isinstance(value, str):
+        labels = {_resolved(other.past.dir): other.label for other in records}
+        return labels.get(_resolved(Path(value)), clean(value, 200))
+    return clean(shown(value), 200)
+
+
+def _resolved(path: Path) -> Path:
+    return expand_home(path).absolute()
+
+
+def _results(records: list[Record]) -> Iterator[dict[str, Any]]:
+    """One entry per evaluation: its table with a column for each run and weights, points, and calibrations."""
     titles: dict[str, list[tuple[int, Evaluation]]] = {}
     for number, record in enumerate(records):
-        for found in record.evaluations:
-            titles.setdefault(found.title, []).append((number, found))
-    if not titles:
-        yield from _none("No evaluation yet: python sheeprlhf.py eval task=perplexity experiment_dir=<run>")
-    tables = []
+        for evaluation in record.evaluations:
+            titles.setdefault(evaluation.title, []).append((number, evaluation))
     for title, columns in sorted(titles.items()):
         columns.sort(key=lambda column: (column[0], column[1].weights != "final", column[1].weights))
-        heads = [_name(records, number, "" if e.weights == "final" else e.weights) for number, e in columns]
-        names = list(dict.fromkeys(name for _, found in columns for name in found.numbers))
-        rows = [[name, *(number_cell(found.numbers.get(name)) for _, found in columns)] for name in names]
-        parts = [element("h3", title), *([table(["", *heads], rows[:_FEW_NUMBERS])] if rows else [])]
-        if rows[_FEW_NUMBERS:]:
-            parts.append(
-                details(_counted(len(rows) - _FEW_NUMBERS, "more number"), table(["", *heads], rows[_FEW_NUMBERS:]))
-            )
-        for head, (_, found) in zip(heads, columns, strict=True):
-            for name, points in found.lists.items():
-                first, *others = point_rows(points)
-                parts.append(details(join([name, " of ", head]), table(first, others)))
-        tables.append(element("div", *parts))
-    yield element("div", *tables, class_="tables")
-    images = [
-        element(
-            "figure",
-            element("figcaption", element("b", name), _name(records, number)),
-            element("img", src=f"data:image/png;base64,{base64.b64encode(content).decode()}", alt=name, loading="lazy"),
-        )
-        for number, record in enumerate(records)
-        for name, content in record.images.items()
+        heads = [_run_cell(records, number, "" if e.weights == "final" else e.weights) for number, e in columns]
+        names = list(dict.fromkeys(name for _, evaluation in columns for name in evaluation.numbers))
+        rows = [[name, *(_number_cell(e.numbers.get(name)) for _, e in columns)] for name in names]
+        tables = [Table(["", *heads], rows[:_MAX_NUMBERS])] if rows else []
+        if rows[_MAX_NUMBERS:]:
+            more = _counted(len(rows) - _MAX_NUMBERS, "more number")
+            tables.append(Table(["", *heads], rows[_MAX_NUMBERS:], summary=more))
+        calibrations = []
+        for head, (number, evaluation) in zip(heads, columns, strict=True):
+            for name, points in evaluation.lists.items():
+                tables.append(point_table(points)._replace(summary=head._replace(text=f"{name} of {head.text}")))
+                bins = calibration_bins(points) if name == "calibration" else []
+                if bins:
+                    label = "; ".join(f"{_percent(b.predicted)} predicted, {_percent(b.right)} right" for b in bins)
+                    calibrations.append((head, label, draw_calibration(bins, number)))
+        yield {"title": title, "tables": tables, "calibrations": calibrations}
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}"
+
+
+def _number_cell(values: tuple[float, ...] | None) -> str | Cell:
+    """A number, a number with its interval, or an interval."""
+    if values is None:
+        return NONE
+    if len(values) == 1:
+        return figure_text(values[0])
+    *mean, low, high = map(figure_text, values)
+    return Cell("".join(mean), f"{low} to {high}", "number")
+
+
+def point_table(points: list[dict[str, Any]]) -> Table:
+    """Points as a table; columns without a value are left out."""
+    keys = [
+        key
+        for key in dict.fromkeys(k for point in points for k in point)
+        if any(p.get(key) is not None for p in points)
     ]
-    if images:
-        yield element("div", *images, class_="charts")
+    keys = keys[:_MAX_COLUMNS]
+    rows = [[_point_text(point.get(key)) for key in keys] for point in points]
+    return Table([clean(key.replace("_", " "), 30) for key in keys], rows)
+
+
+def _point_text(value: Any) -> str:
+    if value is None:
+        return NONE
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return figure_text(value) if number else clean(value, 40)
 
 
 def charts_by_group(records: list[Record]) -> Iterator[tuple[Group, Mapping[str, Curves]]]:
-    """Every curve of the runs, once."""
+    """All charts of the runs."""
     tasks = [record.past.names[2] for record in records]
     curves = [record.curves for record in records]
     for group in group_tags(list(dict.fromkeys(tag for found in curves for tag in found))):
-        yield group, charts_of(group.tags, tasks, curves)
+        charts = charts_of(group.tags, tasks, curves)
+        if charts:
+            yield group, charts
 
 
-def _curves(records: list[Record]) -> Iterable[Html]:
-    if not any(record.curves for record in records):
-        yield from _none("No run has a row in its metrics.csv.")
-        return
-    for group, curves_of in charts_by_group(records):
-        charts = [
-            element(
-                "figure",
-                element("figcaption", element("b", title), *(_name(records, number) for number in curves)),
-                draw_svg(title, curves, [record.label for record in records]),
-            )
-            for title, curves in curves_of.items()
+def _groups(records: list[Record]) -> Iterator[dict[str, Any]]:
+    for group, charts in charts_by_group(records):
+        drawn = [
+            {
+                "title": title,
+                "runs": [_run_cell(records, number) for number in curves],
+                "label": f"{title}: " + "; ".join(f"{records[n].label} {_summary(c)}" for n, c in curves.items()),
+                "svg": svg,
+            }
+            for (title, curves), svg in zip(charts.items(), draw_curves(charts.values()), strict=True)
         ]
-        grid = element("div", *charts, class_="charts")
-        title = join([group.title, element("small", f"{len(charts)}")])
-        yield element("details", element("summary", title), grid, open="" if group.open else None, class_="group")
-    yield element(
-        "p",
-        "The horizontal axis counts optimizer steps. A long curve is the mean of neighbouring points; where a chart "
-        "has few curves, in a band from the lowest to the highest of them.",
-        class_="none",
-    )
+        yield {"title": group.title, "open": group.open, "charts": drawn}
 
 
-def _samples(records: list[Record]) -> Iterable[Html]:
-    """What the runs wrote for the same prompts: while they trained, and in each evaluation that kept its texts."""
+def _summary(curve: Curve) -> str:
+    first, last, low, high = map(figure_text, (curve.values[0], curve.values[-1], min(curve.values), max(curve.values)))
+    return f"{first} at step {curve.steps[0]:,}, {last} at step {curve.steps[-1]:,}; from {low} to {high}"
+
+
+def _short_curves(records: list[Record]) -> Table | None:
+    """The values that are too few for a curve."""
+    rows: list[list[str | Cell]] = []
+    for tag in dict.fromkeys(tag for record in records for tag in record.curves):
+        found = [record.curves.get(tag, Curve([], [], [])) for record in records]
+        values = [
+            ", ".join(f"{figure_text(v)} at step {s:,}" for s, v in zip(curve.steps, curve.values, strict=True))
+            if len(curve.steps) < MIN_POINTS
+            else NONE
+            for curve in found
+        ]
+        if any(value not in ("", NONE) for value in values):
+            rows.append([tag, *(value or NONE for value in values)])
+    summary = _counted(len(rows), "more number")
+    return Table(_heads(records), rows, numbers=False, summary=summary) if rows else None
+
+
+def _samples(records: list[Record]) -> Iterator[dict[str, Any]]:
+    """Texts of the runs for the same prompts: from training, and from each evaluation that kept its texts."""
     sources: dict[str, dict[int, dict[str, Exchange]]] = {}
     for number, record in enumerate(records):
         if record.samples:
@@ -155,43 +353,131 @@ def _samples(records: list[Record]) -> Iterable[Html]:
         for name, rows in record.generations.items():
             if rows:
                 sources.setdefault(f"From eval/{name}", {})[number] = rows
-    if not sources:
-        yield from _none("No run has left texts: task.num_sample_prompts, and eval task=rouge, make some.")
-    for title, of_runs in sources.items():
-        shared = Counter(key for exchanges in of_runs.values() for key in exchanges)
-        keys = [key for key, _ in shared.most_common(_MAX_PROMPTS)]  # the first ones, of those equally often there
+    for title, runs in sources.items():
+        shared = Counter(key for exchanges in runs.values() for key in exchanges)
+        keys = [key for key, _ in shared.most_common(_MAX_PROMPTS)]  # prompts of most runs first
         many = _counted(len(shared), "prompt")
-        few = f"the first {len(keys)} of {many}" if len(shared) > len(keys) else many
-        yield element("h3", title, element("small", few))
+        yield {
+            "title": title,
+            "count": f"the first {len(keys)} of {many}" if len(shared) > len(keys) else many,
+            "exchanges": [
+                _exchange(records, {number: found[key] for number, found in runs.items() if key in found})
+                for key in keys
+            ],
+        }
+
+
+def _exchange(records: list[Record], runs: dict[int, Exchange]) -> dict[str, Any]:
+    """One prompt, the dataset's response, and the newest and some earlier answers of each run."""
+    first = next(iter(runs.values()))
+    answers = []
+    for number, exchange in runs.items():
+        *earlier, last = exchange.answers or [Answer(None, "", "", "")]
+        stride = -(-len(earlier) // _MAX_EARLIER) or 1
+        answers.append((_run_cell(records, number, last.label()), last, earlier[::stride]))
+    return {"prompt": first.prompt, "references": first.references[:1], "answers": answers}
+
+
+def _configuration(records: list[Record]) -> dict[str, Any]:
+    """The options that differ, those that only some runs have, and all."""
+    keys = list(dict.fromkeys(key for record in records for key in record.config if key not in _UNLISTED))
+    rows: list[list[str]] = [[key, *(_option(record, key, records) for record in records)] for key in keys]
+    values = [{cell for cell in cells if cell != NONE} for _, *cells in rows]
+    differing = [row for row, found in zip(rows, values, strict=True) if len(found) > 1]
+    partial = [row for row, found in zip(rows, values, strict=True) if len(found) <= 1 and NONE in row[1:]]
+    heads = _heads(records)
+    folded = [Table(heads, rows, numbers=False, summary=f"all {len(rows)} options", class_="all")] if rows else []
+    if partial:
+        summary = f"{_counted(len(partial), 'option')} that only some of the runs have"
+        folded.insert(0, Table(heads, partial, numbers=False, summary=summary))
+    return {"differing": Table(heads, differing, numbers=False) if differing else None, "folded": folded}
+
+
+def _data(records: list[Record]) -> Iterator[dict[str, Any]]:
+    """The summary of each dataset, once for all runs that used it."""
+    found: list[tuple[dict[str, Any], list[str]]] = []
+    for record in records:
+        same = next((labels for report, labels in found if report == record.data), None)
+        if same is not None:
+            same.append(record.label)
+        elif record.data:
+            found.append((record.data, [record.label]))
+    for report, labels in found:
+        splits = report.get("splits")
+        named = splits.items() if isinstance(splits, dict) else ()
+        parts = {clean(name, 20): part for name, part in islice(named, _MAX_SPLITS) if isinstance(part, dict)}
+        notes = report.get("notes")
+        yield {
+            "title": f"{clean(report.get('name', '?'))}, as {clean(report.get('kind', '?'))} rows",
+            "runs": f"of {', '.join(labels)}",
+            "table": Table(["", *parts], list(_data_rows(list(parts.values())))),
+            "notes": [clean(note, 400) for note in (notes[:20] if isinstance(notes, list) else [])],
+        }
+
+
+def _data_rows(parts: list[dict[str, Any]]) -> Iterator[list[str]]:
+    def inner(part: dict[str, Any], *keys: str) -> Any:
+        value: Any = part
         for key in keys:
-            yield _exchange(records, {number: found[key] for number, found in of_runs.items() if key in found})
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def counts(name: str, *keys: str, always: bool = False) -> Iterator[list[str]]:
+        values = [inner(part, *keys) for part in parts]
+        values = [value if isinstance(value, int) else None for value in values]
+        if always or any(values):
+            yield [name, *map(figure_text, values)]
+
+    yield from counts("rows read", "read", always=True)
+    yield from counts("rows kept", "kept", always=True)
+    dropped = [inner(part, "dropped") for part in parts]
+    for reason in sorted({str(key) for reasons in dropped if isinstance(reasons, dict) for key in reasons})[:30]:
+        yield from counts(f"dropped: {clean(reason.replace('_', ' '))}", "dropped", reason)
+    yield from counts("prompts cut", "truncated", "prompt")
+    yield from counts("responses cut", "truncated", "response")
+    yield from counts("duplicate rows", "duplicates")
+    yield from counts("rows with text of special tokens", "special_token_rows")
+    yield from counts("pairs", "pairs")
+    yield from counts("rows with a margin", "rows_with_margin")
+    yield from counts("tokens to learn", "trained_tokens", always=True)
+    for part in ("prompt", "response", "total"):
+        for key, name in {"p50": "median", "p95": "95 % up to", "max": "longest"}.items():
+            yield from counts(f"{part} tokens, {name}", "tokens", part, key)
 
 
-def _exchange(records: list[Record], of_runs: dict[int, Exchange]) -> Html:
-    """One prompt and the answers of the runs, side by side where there is room."""
-    first = next(iter(of_runs.values()))
-    cells = [element("div", element("h4", "dataset"), element("pre", text)) for text in first.references[:1]]
-    for number, exchange in of_runs.items():
-        *earlier, last = exchange.answers or [Answer(None, "", "")]
-        cells.append(
-            element(
-                "div",
-                element("h4", _name(records, number, _told(last))),
-                element("pre", last.text),
-                *([_earlier(earlier)] if earlier else []),
-            )
-        )
-    return element("article", element("pre", first.prompt, class_="prompt"), element("div", *cells, class_="answers"))
+def _speed_rows(records: list[Record]) -> Iterator[list[str]]:
+    paces = [_pace(record) for record in records]
+    items = [_items(record) for record in records]
+    yield ["whole run", *(duration_text(_seconds(record)) for record in records)]
+    yield ["one step", *(duration_text(pace) for pace in paces)]
+    yield ["items of a step", *map(figure_text, items)]
+    rates = [amount / pace if amount and pace else None for amount, pace in zip(items, paces, strict=True)]
+    yield ["items a second", *map(figure_text, rates)]
+    tags = dict.fromkeys(tag for record in records for tag in record.curves if tag.startswith(("time/", "memory/")))
+    for tag in tags:
+        curves = [record.curves.get(tag) for record in records]
+        show = duration_text if tag.startswith("time/") else figure_text
+        yield [tag, *(show(statistics.median(curve.values)) if curve else NONE for curve in curves)]
+    peaks = [record.info.get("peak_memory") for record in records]
+    yield ["peak memory", *(size_text(peak) if isinstance(peak, int) else NONE for peak in peaks)]
+    options = {"fabric.accelerator": "device", "fabric.devices": "devices", "fabric.precision": "precision"}
+    for key, name in options.items():
+        yield [name, *(_option(record, key, records) for record in records)]
 
 
-def _earlier(answers: list[Answer]) -> Html:
-    """What was written before, at some of the steps."""
-    stride = -(-len(answers) // _MAX_EARLIER)
-    shown = answers[::stride]
-    parts = [part for answer in shown for part in (element("h5", _told(answer)), element("pre", answer.text))]
-    return details("earlier", *parts)
+def _pace(record: Record) -> float | None:
+    """Median seconds of an optimizer step, from the times of the rows."""
+    times = {
+        step: time for curve in record.curves.values() for step, time in zip(curve.steps, curve.times, strict=True)
+    }
+    paces = [
+        (later - sooner) / (after - before)
+        for (before, sooner), (after, later) in pairwise(sorted(times.items()))
+        if later >= sooner  # else the clock was set back
+    ]
+    return statistics.median(paces) if paces else None
 
 
-def _told(answer: Answer) -> str:
-    step = "" if answer.step is None else f"step {answer.step:,}"
-    return ", ".join(filter(None, (step, answer.note)))
+def _items(record: Record) -> float | None:
+    curve = record.curves.get("train/items") or record.curves.get("policy/items")
+    return statistics.median(curve.values) if curve else None

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.apps.report import record as report_record
-from sheeprlhf.apps.report.chart import MOST_RUNS
+from sheeprlhf.apps.report.chart import MAX_RUNS
 from sheeprlhf.apps.report.command import write_report
-from sheeprlhf.apps.report.results import parse_evaluation, point_rows
+from sheeprlhf.apps.report.page import point_table
+from sheeprlhf.apps.report.record import parse_evaluation
 from sheeprlhf.cli import run
 from sheeprlhf.engine.runlock import RunLock
 from tests.support.browser import dump_dom, find_chromium
@@ -22,7 +23,8 @@ from tests.support.past_runs import make_past_run, write_evaluation
 SECTIONS = ["runs", "results", "curves", "samples", "configuration", "data", "speed"]
 ELEMENTS = set(
     "html head meta title style body header main section nav a h1 h2 h3 h4 h5 p small b span ul li div table thead "
-    "tbody tr th td details summary code pre article figure figcaption img svg g path text".split()
+    "tbody tr th td details summary code pre article figure figcaption img "
+    "svg g path text defs clippath rect use".split()
 )
 EVIL = "<script>document.title='ran'</script><img src=x onerror=alert(1)>[x](javascript:alert(1))\"' onload=y <b>"
 SECRET = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
@@ -46,7 +48,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
-        if tag in ("meta", "img"):
+        if tag in ("meta", "img", "path", "use", "rect"):
             return
         self._open.append(tag)
         if tag in ("h2", "h3", "summary") and "table" not in self._open:
@@ -57,6 +59,9 @@ class Page(HTMLParser):
             self._rows[-1].append("")
         elif tag == "pre":
             self.pres.append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self._open.pop() == tag
@@ -119,7 +124,8 @@ def test_a_page_tells_what_the_files_say(tmp_path, page_of):
     assert page.row("Speed and memory", "one step") == ["2.0 s", "2.0 s"]
     assert page.row("Speed and memory", "items a second") == ["25", "25"]
     assert page.row("Speed and memory", "peak memory") == ["-", "1.5 GB"]
-    assert page.pres[:6] == ["Say hello.", "Hello!", "sft says 4", "sft says 2", "dpo says 4", "dpo says 2"]
+    said = ["sft says 4<|eos|>", "sft says 2<|eos|>", "dpo says 4<|eos|>", "dpo says 2<|eos|>"]
+    assert page.pres[:6] == ["Say hello.", "Hello!<|eos|>", *said]
     assert page.pres[6:] == ["Q?", "The answer.", "An answer."]
     titles = [attributes["aria-label"] for tag, attributes in page.elements if attributes.get("class") == "chart"]
     assert "train/loss of sft: sft 4 at step 1, 1 at step 4; from 1 to 4" in titles  # dpo's loss is another thing
@@ -139,10 +145,9 @@ def test_every_kind_of_result_is_read():
         "range": (1, 2),
         "rm accuracy": (0.875,),
     }
-    assert found.headline() == "score 0.5000, win rate 0.6250, rm accuracy 0.8750"
-    head, *rows = point_rows(found.lists["points"])
-    assert head == ["what", "n", "score"]  # kl has no value
-    assert rows == [["best of 1", "1", "0.2500"], ["final", "-", "0.5000"]]
+    table = point_table(found.lists["points"])
+    assert table.head == ["what", "n", "score"]  # kl has no value
+    assert table.rows == [["best of 1", "1", "0.2500"], ["final", "-", "0.5000"]]
     assert (
         parse_evaluation("rouge-test-final", {"task": "rouge", "split": "test", "weights": "final"}).title
         == "rouge on ?/test"
@@ -172,6 +177,7 @@ def test_nothing_that_a_file_says_is_obeyed(tmp_path, page_of):
     for tag, attributes in page.elements:
         assert not [name for name in attributes if name.startswith("on")], tag
         assert (attributes.get("href") or "#").startswith("#")
+        assert (attributes.get("xlink:href") or "#").startswith("#")
         assert (attributes.get("src") or "data:image/png;").startswith("data:image/png;")
     assert page.pres.count(EVIL) == 6  # shown as it is: prompt, reference and answer, of a sample and of an evaluation
     policy = [attributes for tag, attributes in page.elements if "http-equiv" in attributes]
@@ -225,7 +231,7 @@ def test_what_is_damaged_or_missing_is_said_and_the_rest_shown(name, content, tm
     page = page_of(folder)
     assert DAMAGED[name][1] in page.text
     assert name.endswith("json") <= (content is None or page.text.count(f"{name} is damaged") == 1)
-    assert "sft says 4" in page.pres
+    assert "sft says 4<|eos|>" in page.pres
     assert [attributes["id"] for tag, attributes in page.elements if tag == "section"] == SECTIONS
 
 
@@ -269,7 +275,7 @@ def test_of_large_records_the_newest_part_is_shown(tmp_path, page_of, monkeypatc
     labels = [attributes["aria-label"] for _, attributes in page.elements if attributes.get("class") == "chart"]
     assert labels == ["train/loss: sft 998.5 at step 998, 1,000.5 at step 1,000; from 998.5 to 1,000.5"]
     assert "metrics.csv is large" in page.text
-    assert page.pres[1] == "answer 119" and "sft says 4" not in page.pres
+    assert page.pres[1] == "answer 119" and "sft says 4<|eos|>" not in page.pres
 
 
 def test_runs_with_one_task_get_names_of_their_own(tmp_path, page_of):
@@ -280,12 +286,12 @@ def test_runs_with_one_task_get_names_of_their_own(tmp_path, page_of):
 
 
 def test_no_more_runs_than_can_be_told_apart(tmp_path, page_of):
-    for number in range(MOST_RUNS + 2):
+    for number in range(MAX_RUNS + 2):
         make_past_run(tmp_path / "runs" / f"{number:02}", number)
     page = page_of(tmp_path / "runs")
-    assert len(page.tables["Runs"][0]) == 1 + MOST_RUNS
-    assert page.row("Configuration", "task.epochs") == [str(number + 1) for number in range(2, MOST_RUNS + 2)]
-    assert f"these are the newest {MOST_RUNS}" in page.text
+    assert len(page.tables["Runs"][0]) == 1 + MAX_RUNS
+    assert page.row("Configuration", "task.epochs") == [str(number + 1) for number in range(2, MAX_RUNS + 2)]
+    assert f"these are the newest {MAX_RUNS}" in page.text
 
 
 def test_without_words_the_newest_run_goes_into_a_new_file(tmp_path, monkeypatch, capsys):
@@ -364,11 +370,58 @@ def test_nothing_heavy_is_imported(tmp_path):
     make_past_run(tmp_path / "run")
     code = (
         "import sys; from sheeprlhf.cli import run; run(sys.argv[1:]); "
-        "print([name for name in ('torch', 'transformers', 'datasets', 'matplotlib') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )
     words = ["report", str(tmp_path / "run"), "--to", str(tmp_path / "page.html")]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_summary_of_a_pipeline_comes_first(tmp_path, page_of):
+    make_past_run(tmp_path / "chain" / "sft")
+    results = [{"stage": "sft", "perplexity": 12.5, "seconds": 65.4, "odd": EVIL}, {"stage": EVIL, "seconds": 3}]
+    (tmp_path / "chain" / "results.json").write_text(json.dumps(results))
+    page = page_of(tmp_path / "chain")
+    assert [attributes["id"] for tag, attributes in page.elements if tag == "section"] == ["pipeline", *SECTIONS]
+    assert page.tables["Pipeline"][:2] == [["stage", "perplexity", "s"], ["sft", "12.50", "65"]]
+    assert {tag for tag, _ in page.elements} <= ELEMENTS
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '[{"stage": 1}]', "[" * 100_000, None])
+def test_a_damaged_summary_is_left_out(content, tmp_path, page_of):
+    make_past_run(tmp_path / "chain" / "sft")
+    if content is None:
+        (tmp_path / "away").write_text('[{"stage": "LEAKED", "seconds": 1}]')
+        (tmp_path / "chain" / "results.json").symlink_to(tmp_path / "away")
+    else:
+        (tmp_path / "chain" / "results.json").write_text(content)
+    page = page_of(tmp_path / "chain")
+    assert "Pipeline" not in page.tables and "LEAKED" not in page.text
+
+
+def test_few_values_are_a_table_instead_of_a_curve(tmp_path, page_of):
+    folder = make_past_run(tmp_path / "run")
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("2,val/loss,2.5,1.0\r\n4,val/loss,2.25,1.0\r\n")
+    page = page_of(folder)
+    labels = [attributes["aria-label"] for _, attributes in page.elements if attributes.get("class") == "chart"]
+    assert [label.partition(":")[0] for label in labels] == ["train/loss", "train/items"]
+    assert page.row("1 more number", "val/loss") == ["2.500 at step 2, 2.250 at step 4"]
+
+
+def test_calibrations_are_drawn_from_their_numbers(tmp_path, page_of):
+    folder = make_past_run(tmp_path / "run", task="rm")
+    good = {"predicted": 0.55, "right": 0.5, "pairs": 40}
+    bad = [
+        {"predicted": EVIL},
+        {"predicted": 2.0, "right": 0.5, "pairs": 1},
+        {"predicted": 0.5, "right": 0.5, "pairs": 0},
+    ]
+    write_evaluation(folder, "preference-test-final", task="preference", accuracy=0.5, calibration=[good, *bad])
+    page = page_of(folder)
+    labels = [attributes["aria-label"] for _, attributes in page.elements if attributes.get("class") == "chart"]
+    assert labels[0] == "55% predicted, 50% right"
+    assert {tag for tag, _ in page.elements} <= ELEMENTS
 
 
 @pytest.mark.browser

@@ -1,4 +1,4 @@
-"""Charts of the report: where points fall, what thinning keeps, which curves share a chart."""
+"""Charts of the report: coordinates, what thinning keeps, which curves share a chart."""
 
 import math
 import random
@@ -6,8 +6,20 @@ import re
 
 import pytest
 
-from sheeprlhf.apps.report.chart import DASHES, LIGHT, charts_of, draw_svg, group_tags, style_of, thin, ticks
-from sheeprlhf.apps.report.html import duration_text, element, figure_text, text
+from sheeprlhf.apps.report.chart import (
+    DASHES,
+    LIGHT,
+    calibration_bins,
+    charts_of,
+    draw_calibration,
+    draw_curves,
+    draw_png,
+    group_tags,
+    run_style,
+    thin,
+    wilson,
+)
+from sheeprlhf.apps.report.page import duration_text, figure_text
 from sheeprlhf.apps.report.record import Curve
 
 
@@ -15,39 +27,26 @@ def curve(values: list[float], first: int = 0) -> Curve:
     return Curve([first + number for number in range(len(values))], values, [0.0] * len(values))
 
 
-def test_points_are_drawn_where_they_belong():
-    svg = draw_svg("loss", {0: curve([0.0, 1.0, 4.0])}, ["a"])
-    path = re.search(r'<path d="M([^"]*)" class="line"', svg)
-    # the plot is 302 wide from 46 on, and 174 tall from 10 down; the axes go from 0 to 2 and from 0 to 4
-    assert path is not None and path[1] == "46.0,184.0L197.0,140.5L348.0,10.0"
-    assert 'transform="translate(348.0,10.0)"' in svg
-    assert "<title>a: 0 at step 0, 4 at step 2; from 0 to 4</title>" in svg
+def points_of(svg: str) -> list[tuple[float, float]]:
+    """The points of the first run's line."""
+    path = re.search(r'd="(M[^"]*)" style="fill: none; stroke: var\(--run0\)', svg)
+    assert path is not None
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path[1])]
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (0, 4, [0, 1, 2, 3, 4]),
-        (0.0, 1.0, [0, 0.5, 1]),
-        (-3, 17, [-5, 0, 5, 10, 15, 20]),
-        (2.31, 2.79, [2.2, 2.4, 2.6, 2.8]),
-    ],
-)
-def test_ticks_are_round_and_enclose(low, high, expected):
-    assert ticks(low, high, most=4) == pytest.approx(expected, abs=1e-12)
+def test_points_are_drawn_to_scale():
+    [svg] = draw_curves([{0: curve([0.0, 1.0, 4.0])}])
+    (x0, y0), (x1, y1), (x2, y2) = points_of(svg)
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=1e-3)
+    assert (y0 - y2) == pytest.approx(4 * (y0 - y1), abs=1e-3)
 
 
-def test_ticks_of_any_range():
-    rng = random.Random(0)
-    for _ in range(500):
-        low = rng.uniform(-1, 1) * 10 ** rng.randint(-8, 8)
-        high = low + 10 ** rng.uniform(-3, 3) * max(abs(low), 1e-9)
-        found = ticks(low, high, most=4)
-        step = found[1] - found[0]
-        assert found[0] <= low + 1e-6 * step and found[-1] >= high - 1e-6 * step
-        assert 2 <= len(found) <= 6
-        digits = step / 10 ** math.floor(math.log10(step) + 1e-6)
-        assert min(abs(digits - round_one) for round_one in (1, 2, 5, 10)) < 1e-4
+def test_a_chart_takes_its_colours_from_the_page():
+    runs = {number: curve([1.0, 2.0, 0.5]) for number in range(9)}
+    svg = "".join([*draw_curves([runs, {0: curve([1.0] * 500)}]), draw_calibration(calibration_bins([BIN]), 3)])
+    assert set(re.findall(r"var\(--run(\d)\)", svg)) == set("01234567")
+    assert not re.search(r"#[0-9a-f]{6}\b", re.sub(r'(xlink:href="|url\()#\w+', "", svg))
+    assert "font-family" not in svg and "<style" not in svg and "http" not in re.sub(r'xmlns[^ ]*"', "", svg)
 
 
 def test_thinning_loses_no_extreme_and_no_mean():
@@ -60,21 +59,41 @@ def test_thinning_loses_no_extreme_and_no_mean():
     counts = [6] * 166 + [4]
     assert math.fsum(m * n for m, n in zip(line.means, counts, strict=True)) == pytest.approx(math.fsum(values))
     assert all(low <= mean <= high for low, mean, high in zip(line.lows, line.means, line.highs, strict=True))
-    assert 'class="band"' in draw_svg("x", {0: curve(values)}, ["a"])
     few = thin(curve(values[:180]))
     assert few.means == few.lows == few.highs == values[:180]
 
 
-@pytest.mark.parametrize("value", [0.0, 3.5, -1e-12, 1e12])
-def test_a_flat_or_single_curve_has_a_chart(value):
-    for values in ([value], [value] * 3):
-        assert "nan" not in draw_svg("x", {0: curve(values)}, ["a"]).lower()
+@pytest.mark.parametrize("values", [[0.0] * 3, [3.5] * 3, [-1e-12] * 3, [1e12] * 3, [1e299, -1e299, 0.0]])
+def test_flat_and_huge_curves_have_a_chart(values):
+    [svg] = draw_curves([{0: curve(values)}])
+    assert "nan" not in svg.lower() and "inf" not in svg.lower()
 
 
 def test_flat_is_shown_flat():
-    svg = draw_svg("x", {0: curve([3.0870, 3.0866])}, ["a"])
-    first, last = re.findall(r"[ML][\d.]+,([\d.]+)", re.search(r'd="(M[^"]*)" class="line"', svg)[1])
-    assert abs(float(first) - float(last)) < 5  # of 174
+    [svg] = draw_curves([{0: curve([3.0870, 3.0868, 3.0866])}])
+    points = points_of(svg)
+    assert abs(points[0][1] - points[-1][1]) < 5  # of 163
+
+
+def test_images_hold_all_charts_of_a_group():
+    assert draw_png("Loss $x", {"a $b": {0: curve([1.0, 2.0, 3.0])}}, ["<run>"]).startswith(b"\x89PNG")
+
+
+BIN = {"predicted": 0.75, "right": 0.5, "pairs": 100}
+
+
+@pytest.mark.parametrize(
+    ("right", "pairs", "expected"),
+    [(0.5, 100, (0.4038, 0.5962)), (1.0, 10, (0.7225, 1.0)), (0.0, 1, (0.0, 0.7935))],  # statsmodels, method="wilson"
+)
+def test_intervals_of_shares(right, pairs, expected):
+    assert wilson(right, pairs) == pytest.approx(expected, abs=1e-4)
+
+
+def test_only_valid_rows_of_a_calibration_are_used():
+    odd = [{"predicted": "x"}, BIN | {"right": 1.5}, BIN | {"pairs": 0}, BIN | {"pairs": 0.5}, BIN | {"right": None}]
+    [row] = calibration_bins([*odd, BIN])
+    assert (row.predicted, row.right, row.pairs) == (0.75, 0.5, 100)
 
 
 def test_tags_are_grouped_what_tells_most_first():
@@ -97,8 +116,8 @@ def test_tags_are_grouped_what_tells_most_first():
 
 
 def test_losses_of_different_tasks_have_charts_of_their_own():
-    a, b = curve([1.0]), curve([2.0])
-    runs = [{"train/loss": a, "val/kl": a}, {"train/loss": b, "val/kl": b}, {"train/loss": a}]
+    a, b = curve([1.0] * 3), curve([2.0] * 3)
+    runs = [{"train/loss": a, "val/kl": a}, {"train/loss": b, "val/kl": b}, {"train/loss": a, "val/kl": curve([1, 2])}]
     assert charts_of(["train/loss", "val/kl"], ["sft", "dpo", "sft"], runs) == {
         "train/loss of sft": {0: a, 2: a},
         "train/loss of dpo": {1: b},
@@ -108,7 +127,7 @@ def test_losses_of_different_tasks_have_charts_of_their_own():
 
 
 def test_every_run_of_a_page_looks_different():
-    styles = [style_of(number) for number in range(len(LIGHT) * len(DASHES))]
+    styles = [run_style(number) for number in range(len(LIGHT) * len(DASHES))]
     assert len(set(styles)) == len(styles)
 
 
@@ -140,9 +159,3 @@ def test_numbers_for_people(value, expected):
 )
 def test_times_for_people(seconds, expected):
     assert duration_text(seconds) == expected
-
-
-def test_plain_strings_are_always_escaped():
-    assert text("<a>&\"'") == "&lt;a&gt;&amp;&quot;&#x27;"
-    assert element("b", element("i", "<"), ">", title='"') == '<b title="&quot;"><i>&lt;</i>&gt;</b>'
-    assert element("b", title=element("i", "x")) == '<b title="&lt;i&gt;x&lt;/i&gt;"></b>'

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.model.load import load_causal_lm, load_tokenizer
+from sheeprlhf.rollout import engines
 from sheeprlhf.rollout.engines import generate_responses
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
@@ -145,3 +146,13 @@ def test_sampling_draws_from_torch_alone(model_folder: ModelFolder) -> None:
     assert generate_responses(model, tokenizer, PROMPTS, narrow) == generate_responses(
         model, tokenizer, PROMPTS, GREEDY
     )
+
+
+def test_an_end_token_is_kept_on_request(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load(model_folder("llama"))
+    written = tokenizer("hi", add_special_tokens=False).input_ids
+    rows = [np.array([*written, EOS]), np.array(written)]
+    monkeypatch.setattr(engines, "generate_ids", lambda *arguments: rows)
+    assert generate_responses(model, tokenizer, PROMPTS[:2], GREEDY) == ["hi", "hi"]
+    kept = [f"hi{tokenizer.decode([EOS])}", "hi"]
+    assert generate_responses(model, tokenizer, PROMPTS[:2], GREEDY, with_end_token=True) == kept
