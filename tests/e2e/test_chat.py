@@ -79,7 +79,7 @@ def test_a_conversation_is_remembered_and_forgotten(monkeypatch, capsys, chatty)
     assert prompts[2] == f"{start}New[assistant]"
     printed = capsys.readouterr()
     assert printed.out == "yes\nno\nyes\n"
-    assert "there is no /nonsense" in printed.err and "(forgotten)" in printed.err
+    assert "/nonsense" in printed.err and "(forgotten)" in printed.err
 
 
 def test_the_oldest_turns_make_room(monkeypatch, chatty, capsys):
@@ -91,7 +91,7 @@ def test_the_oldest_turns_make_room(monkeypatch, chatty, capsys):
     assert "0" * 20 not in prompts[-1] and "3" * 20 in prompts[-1] and "[system]sys" in prompts[-1]
     assert "were left out" in capsys.readouterr().err
     before = list(talk.turns)
-    with pytest.raises(DataError, match="the model reads 127 at most"):
+    with pytest.raises(DataError, match="127"):
         talk.say("x" * 200)
     assert talk.turns == before
 
@@ -168,7 +168,7 @@ def test_a_chat_model_is_asked_as_its_rows_were_written(form, asked, chatty, tmp
         with file.open("a") as lines:
             lines.write(f"{json.dumps(row)}\n")
     trained = train(chatty, file, tmp_path / "run", "dry_run=true")
-    assert ("rows in the chat template" in capsys.readouterr().err) == (form == "template")
+    assert ("chat template" in capsys.readouterr().err) == (form == "template")
     writer = load_writer(find_trained(str(trained)), print)
     assert writer.form_name == form
     _, example = writer.fit([Turn("user", "hello")])

@@ -262,7 +262,7 @@ def test_many_runs_are_cut_and_counted(capsys, tmp_path, monkeypatch):
     printed = listed(capsys)
     assert "(the newest 3 of 5)" in printed
     assert [f"time-{number}" in printed for number in range(5)] == [False, False, True, True, True]
-    assert "`list runs` shows more." in printed
+    assert "`list runs`" in printed
     assert listed(capsys, "runs").count("time-") == 5
     assert listed(capsys, "root_dir=logs").count("time-") == 5
 

@@ -251,8 +251,8 @@ def test_a_run_in_progress_is_shown_and_said(tmp_path, page_of, capsys):
         page = Page(tmp_path / "page.html")
     assert page.row("Runs", "state") == ["running"]
     assert page.row("Runs", "took") == ["8.0 s"]  # until its last row
-    assert "sft is running: this is how far it was" in page.text
-    assert capsys.readouterr().out.splitlines()[0] == "note: sft is running: this is how far it was"
+    assert "sft is running" in page.text
+    assert capsys.readouterr().out.splitlines()[0].startswith("note: sft is running")
 
 
 def test_a_half_written_row_of_a_run_in_progress_is_not_shown(tmp_path, page_of):

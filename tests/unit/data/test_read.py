@@ -69,11 +69,11 @@ def test_a_missing_file_and_messages_without_a_template(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.train_file=nowhere"):
         prepare(local(tmp_path, train_file="nowhere.jsonl"), byte_tokenizer())
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
-    with pytest.raises(DataError, match="needs a chat template and this model has none"):
+    with pytest.raises(DataError, match="chat template"):
         prepare(local(tmp_path, rows), byte_tokenizer())
-    with pytest.raises(DataError, match="refuses the conversation: no"):
+    with pytest.raises(DataError, match="conversation: no"):
         prepare(local(tmp_path, rows), byte_tokenizer(template="{{ raise_exception('no') }}"))
-    with pytest.raises(DataError, match="needs the columns chosen and rejected"):
+    with pytest.raises(DataError, match="chosen and rejected"):
         prepare(local(tmp_path, [{"prompt": "a", "response": "b"}]), byte_tokenizer(), "preference")
 
 
@@ -266,7 +266,7 @@ def test_a_folder_in_the_hubs_layout(tmp_path: Path) -> None:
         "test": [f"POST: c{ending}"],
     }
     (tmp_path / "set" / "data" / "train-00001-of-00002.parquet").unlink()
-    with pytest.raises(DataError, match="1 of the 2 files train"):
+    with pytest.raises(DataError, match="1 of the 2 files"):
         prepare(cfg, tokenizer, "preference")
 
 

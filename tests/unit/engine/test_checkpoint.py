@@ -249,7 +249,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
 def test_an_extra_file_or_a_renamed_folder_is_refused(tmp_path):
     folder = save(tmp_path, 3)
     (folder / "extra").touch()
-    with pytest.raises(CheckpointError, match="extra is not part of the checkpoint"):
+    with pytest.raises(CheckpointError, match="extra"):
         verify_manifest(folder)
     (folder / "extra").unlink()
     renamed = folder.rename(folder.with_name("step-4"))

@@ -121,7 +121,7 @@ def test_saved_adapters_are_read_back_frozen(tmp_path: Path, model_folder: Model
     assert not any(parameter.requires_grad for parameter in again.parameters())
     other = load_causal_lm(ModelConfig(config_name="auto", repo_name=str(model_folder())), vocabulary=VOCAB, longest=64)
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ModelError, match="these adapters cannot be loaded"):
+        with pytest.raises(ModelError, match="adapters"):
             load_lora(other, folder)
 
 

@@ -33,5 +33,5 @@ def test_tensors_lie_end_to_end(places: tuple[list[int], list[int]], tmp_path: P
     header = {name: {"dtype": "F32", "shape": [2], "data_offsets": at} for name, at in zip("ab", places, strict=True)}
     text = json.dumps(header).encode()
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(places[1][1]))
-    with pytest.raises(ValueError, match="its tensors overlap or leave gaps"):
+    with pytest.raises(ValueError, match="overlap"):
         read_header(tmp_path / "x.safetensors")
