@@ -67,8 +67,6 @@ def signalled(server: JobServer, whole: Whole, tmp_path: Path, signum: int, step
         (signal.SIGTERM, 143),
         (signal.SIGINT, 130),
         pytest.param(signal.SIGQUIT, 131, marks=pytest.mark.slow),
-        pytest.param(signal.SIGXCPU, 152, marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR2, 140, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_saves_and_stops(signum: int, code: int, server: JobServer, whole: Whole, tmp_path: Path) -> None:
@@ -203,20 +201,13 @@ def test_interrupt_while_data_is_prepared(server: JobServer, whole: Whole, tmp_p
     assert server.start(small, tmp_path / "log", SHEEPRLHF_CACHE=str(cache)).wait() == 0
 
 
-@pytest.mark.parametrize(
-    "signum",
-    [
-        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, marks=pytest.mark.nightly),
-        pytest.param(signal.SIGTERM, marks=pytest.mark.nightly),
-    ],
-)
-def test_a_signal_reaches_the_tokenising_processes_too(signum: int, whole: Whole, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_signal_reaches_the_tokenising_processes_too(whole: Whole, tmp_path: Path) -> None:
     """A terminal sends it to every process of the group."""
     data = big_file(tmp_path / "big.jsonl", 400_000)
     words = [*whole.in_dir(tmp_path / "run"), f"data.train_file={data}", "data.num_proc=2"]
     job = ColdJob(words, tmp_path / "log", SHEEPRLHF_CACHE=str(tmp_path / "cache"))
-    interrupted_preparation(job, tmp_path / "cache", lambda: os.killpg(job.pid, signum), signum)
+    interrupted_preparation(job, tmp_path / "cache", lambda: os.killpg(job.pid, signal.SIGHUP), signal.SIGHUP)
     job.assert_all_gone()
 
 
