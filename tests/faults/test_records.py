@@ -103,7 +103,7 @@ def outcome(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]
     return call
 
 
-AMOUNTS = [5, pytest.param(None, marks=pytest.mark.nightly)]
+AMOUNTS = [3, pytest.param(None, marks=pytest.mark.nightly)]
 FILES = ("run.json", "data_report.json", "eval/perplexity-test-final.json", "checkpoints/step-4/state.json")
 
 
