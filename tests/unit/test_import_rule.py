@@ -80,6 +80,8 @@ def wrong_imports(path):
     for module in imports(ast.parse(path.read_text()), nested=True):
         first, _, rest = module.partition(".")
         other = rest.partition(".")[0]
+        if first == "lightning" and path != PACKAGE / "utils" / "lightning.py":
+            yield f"{path.name} imports {module}, not sheeprlhf.utils.lightning"
         if first != "sheeprlhf" or other in ("", room, "__version__"):
             continue
         if room in ALONE and other not in ALONE[room]:

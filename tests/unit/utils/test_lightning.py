@@ -53,9 +53,3 @@ def output(program: str, *words: str) -> list[str]:
 def test_fabric_comes_alone_and_lightning_is_whole_for_who_asks() -> None:
     answers = dict(zip(("alone", *AFTERWARDS), output(ALONE + FORKS, json.dumps([*AFTERWARDS.values()])), strict=True))
     assert answers == {"alone": "[]"} | dict.fromkeys(AFTERWARDS, "True Trainer")
-
-
-def test_nobody_imports_lightning_past_it() -> None:
-    for path in PACKAGE.rglob("*.py"):
-        if path != PACKAGE / "utils/lightning.py":
-            assert "from lightning" not in path.read_text() and "import lightning" not in path.read_text(), path
