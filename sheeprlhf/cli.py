@@ -152,7 +152,7 @@ def _guarded(action: Callable[[], int], debug: bool, messages: list[str] | None 
 
 
 def _reported_by_another(error: Exception) -> bool:
-    """Whether an error of this rank, which is not the first, is that of another: of all, or of its machine's first."""
+    """True if another rank reports this error: it is the same on all ranks, or on the first of this machine."""
     begun = "torch" in sys.modules or OWN_LAUNCHER in os.environ
     return isinstance(error, LauncherError) or (isinstance(error, ConfigError) and not begun and local_rank() > 0)
 
@@ -167,7 +167,7 @@ def _stopped(signum: int, other_rank: bool) -> int:
 
 
 def _throw_away(stopped: BaseException) -> None:
-    """What was interrupted in its making, a progress bar for one, may complain when it goes: nobody needs to hear."""
+    """Suppress errors of half-constructed objects, such as a progress bar, that Ctrl-C interrupted."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     traceback.clear_frames(stopped.__traceback__)
     sys.unraisablehook = hook

@@ -181,7 +181,7 @@ def _needs_processes(config: TrainConfig | EvalConfig) -> bool:
 
 
 def _is_awaited(config: TrainConfig | EvalConfig) -> bool:
-    """Whether other processes, which this one does not start, wait for it."""
+    """True if processes that this one did not start wait for it."""
     started = launched() is not None or "LOCAL_RANK" in os.environ or (config.fabric.num_nodes or 1) > 1
     return started and _needs_processes(config)
 

@@ -1,1 +1,1 @@
-"""Who trains, who is frozen, and their forward passes."""
+"""Policy, reward model, critic and reference: models and their forward passes."""

@@ -23,7 +23,7 @@ class BatchOptions(Protocol):
 
 
 class Rows(Protocol):
-    """What is cut: a split of a dataset, or a rollout."""
+    """Rows that can be cut into batches: a split of a dataset, or a rollout."""
 
     @property
     def lengths(self) -> np.ndarray:

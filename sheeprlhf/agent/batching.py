@@ -25,7 +25,7 @@ def choose_packed(
     batching: str,
     say: Callable[[str], None] = lambda _: None,
 ) -> bool:
-    """Whether batches are packed. Packed and padded numbers have to be equal.
+    """Decide whether batches are packed: packed and padded numbers have to be equal.
 
     Args:
         scored: a `Policy` or a `RewardModel`.
@@ -53,7 +53,7 @@ def check_batching(batching: str, problem: str) -> None:
 
 
 def packing_problem(scored: nn.Module, model: PreTrainedModel, longest: int) -> str:
-    """Why this model cannot compute packed batches of sequences up to `longest` tokens; empty if it can.
+    """The reason that this model cannot compute packed batches of up to `longest` tokens; empty if it can.
 
     Arguments as of `choose_packed`.
     """
@@ -70,12 +70,12 @@ def packing_problem(scored: nn.Module, model: PreTrainedModel, longest: int) -> 
 
 
 def packing_tolerance(scored: nn.Module) -> float:
-    """How far packed and padded results may be apart, nats or units of the score, in the weights' number format."""
+    """Tolerance between packed and padded results, nats or units of the score, in the weights' number format."""
     return tolerance(next(scored.parameters()))
 
 
 def packing_difference(scored: nn.Module) -> float:
-    """How far packed and padded results of two short examples are apart, nats or units of the score.
+    """Difference between packed and padded results of two short examples, nats or units of the score.
 
     Raises:
         TypeError, ValueError, LookupError: the model's code refuses what packed batches need.

@@ -118,7 +118,7 @@ class Policy(nn.Module):
 
 @contextmanager
 def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What a module is called with inside."""
+    """Record the inputs of a module during the block."""
     inputs: list[Tensor] = []
     hook = module.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     try:

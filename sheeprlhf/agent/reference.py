@@ -12,7 +12,7 @@ from sheeprlhf.model.lora import adapters_off
 
 
 class AdaptersOff(nn.Module):
-    """What the policy was before its adapters learnt anything; holds no weights of its own.
+    """Reference of a policy with adapters: the base model without them; holds no weights of its own.
 
     Args:
         policy: a policy with adapters.

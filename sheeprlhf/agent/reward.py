@@ -69,7 +69,7 @@ class RewardModel(nn.Module):
 
     @property
     def offset(self) -> float:
-        """What is subtracted from the head's score, so that demonstrations score 0 on average."""
+        """Offset that is subtracted from the head's score, so that demonstrations score 0 on average."""
         return float(getattr(self.classifier().config, OFFSET, 0.0))
 
     @offset.setter

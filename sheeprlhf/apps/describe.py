@@ -1,4 +1,4 @@
-"""What the configuration knows about itself, in words: choices, defaults, types, ranges and recipes."""
+"""Descriptions of the configuration as text: choices, defaults, types, ranges and recipes."""
 
 import typing
 from typing import Any
@@ -25,7 +25,7 @@ def choices_of(group: str, verb: str = "") -> dict[str, str]:
 
 
 def default_choices(verb: str) -> dict[str, str | None]:
-    """What a command composes when nothing is said: choice by group; None where nothing is chosen."""
+    """Default choices of a command by group; None where nothing is chosen."""
     content = yaml.safe_load((configs_directory() / f"{verb}.yaml").read_text(encoding="utf-8"))
     pairs = [pair for line in content["defaults"] if isinstance(line, dict) for pair in line.items()]
     return {group: None if name == "???" else name for group, name in pairs if " " not in group}
@@ -54,7 +54,7 @@ def recipe_meaning(name: str) -> str:
 
 
 def recipe_content(name: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """What a recipe chooses, by group, and the values that it sets, by key: those of a recipe that it extends too."""
+    """Choices of a recipe by group, and its values by key, including those of a recipe that it extends."""
     content = yaml.safe_load((configs_directory() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")) or {}
     chosen: dict[str, str] = {}
     values: dict[str, Any] = {}
@@ -89,7 +89,7 @@ def type_name(hint: Any) -> str:
 
 
 def allowed(option: Option) -> str:
-    """What the value may be: type and range, or the values of which it is one."""
+    """Allowed values: type and range, or the list of choices."""
     metadata = option.metadata
     low, high, above = metadata.get("minimum"), metadata.get("maximum"), metadata.get("above")
     if metadata.get("choices"):

@@ -37,7 +37,7 @@ class Flag(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What a command line gave: words that are no flags, and the value of every flag by name."""
+    """Parsed command line: words that are no flags, and the value of every flag by name."""
 
     words: list[str]
     values: dict[str, Any]

@@ -120,7 +120,7 @@ def _read(path: Path, schema: Schema, problems: list[str]) -> dict[str, Any]:
 
 
 def past_run(folder: Path, info: dict[str, Any]) -> PastRun:
-    """What there is to tell of a run.
+    """Summary of a run.
 
     Args:
         folder: its directory.
@@ -168,7 +168,7 @@ def _names(folder: Path, info: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _newest_state(folder: Path, problems: list[str]) -> dict[str, Any]:
-    """Where the newest checkpoint stands that can be read; empty if there is none."""
+    """State of the newest readable checkpoint; empty if there is none."""
     try:
         with os.scandir(folder / "checkpoints") as entries:
             names = [entry.name for entry in islice(entries, _MAX_NAMES)]
@@ -196,7 +196,7 @@ def _last_step(lines: list[str]) -> int | None:
 
 
 def _validated(lines: list[str]) -> list[str]:
-    """What the newest validation told of pairs."""
+    """Results of the newest validation on pairs."""
     newest: dict[str, str] = {}
     for line in lines:
         _, _, rest = line.partition(",")

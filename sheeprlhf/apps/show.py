@@ -76,7 +76,7 @@ def _print_help() -> None:
 
 
 def _named(word: str) -> list[Show]:
-    """What a word names: a command, a group, a choice, a recipe, or options; nothing if it is unknown."""
+    """Resolve a name: a command, a group, a choice, a recipe, or options; empty if it is unknown."""
     key, equals, name = word.partition("=")
     if equals and key in (*_all_groups(), "experiment"):
         return _choice(key, name)

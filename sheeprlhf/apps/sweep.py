@@ -33,7 +33,7 @@ _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
 class Outcome(float):
-    """What a job returns to its sweeper: the best validation metric of its run, NaN without one.
+    """Result of a job for its sweeper: the best validation metric of its run, NaN without one.
 
     Attributes:
         code: the job's exit code.
@@ -66,7 +66,7 @@ def outcome(code: int, text: str, config: RootConfig | None, given_dir: str | No
 
 @dataclass
 class Sweep:
-    """What is known of a sweep in the process that runs it.
+    """State of a sweep in the process that runs it.
 
     Attributes:
         outcomes: of jobs that have ended, with their words, by number.

@@ -1,4 +1,4 @@
-"""How text reaches the terminal: colours only where they are seen, lines that fit, nothing that a terminal obeys."""
+"""Terminal output: colours only on terminals, wrapped lines, no control sequences from data."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ class Screen(Console):
         super().__init__(stderr=stderr, theme=_THEME, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def on_broken_pipe(self) -> None:
-        """Who reads has seen enough: the command line ends well."""
+        """End the command without an error when the reader closes the pipe."""
         raise  # the BrokenPipeError that is being handled
 
 
@@ -49,7 +49,7 @@ def columns(at_most: int = 120) -> int:
 
 
 def is_for_people() -> bool:
-    """Whether lines should end where a screen does: on a terminal, or where COLUMNS says how wide one is."""
+    """True if lines should be wrapped: on a terminal, or if COLUMNS gives a width."""
     return sys.stdout.isatty() or "COLUMNS" in os.environ
 
 

@@ -56,7 +56,7 @@ def choices_like(word: str) -> list[str]:
 
 
 def meant_by(word: str) -> list[str]:
-    """What a word without `=` may have meant: a choice, an option's value, an option; else the nearest of them."""
+    """Possible meanings of a word without `=`: a choice, an option's value, an option; else the nearest of them."""
     folded = word.casefold()
     entries = list(catalogue())
     values = {f"{e.option.key}={value}": value for e in entries for value in e.option.metadata.get("choices", ())}

@@ -48,7 +48,7 @@ RECIPES = dict.fromkeys(
 
 
 class Source(NamedTuple):
-    """Where Hydra looks: the verb, the directory of configs, the file's name, and a directory of the user's."""
+    """Sources of a configuration: the verb, the directory of configs, the file's name, and the user's directory."""
 
     verb: str
     directory: Path

@@ -107,7 +107,7 @@ def _checked(source: ConfigSource, name: str, config_path: str, text: str) -> Co
 
 
 def _node_problems(root: yaml.Node | None) -> Iterator[str]:
-    """What is no plain value, or asks for something outside of the file; and whether it is too large."""
+    """Problems of values that are not plain, refer to something outside of the file, or are too large."""
     waiting, count = [] if root is None else [root], 0
     while waiting:
         node, count = waiting.pop(), count + 1
@@ -136,7 +136,7 @@ def _key_problems(key: yaml.Node) -> Iterator[str]:
 
 
 def _header_problems(config_path: str, header: dict[str, str | None]) -> Iterator[str]:
-    """Whether the file would become a part of Hydra's own configuration."""
+    """Problem of a file that would become a part of Hydra's own configuration."""
     if config_path.strip("./").split("/")[0] == "hydra":
         yield "the folder hydra/ is of Hydra alone, and what it sets could run code: remove it"
     for key, value in header.items():
@@ -145,7 +145,7 @@ def _header_problems(config_path: str, header: dict[str, str | None]) -> Iterato
 
 
 def _tree_problems(tree: Any) -> Iterator[str]:
-    """What only the command line may set, and defaults that are no names of our groups."""
+    """Keys that only the command line may set, and defaults that are not our groups."""
     if not isinstance(tree, dict):
         yield "it has no keys: write option: value"
         return

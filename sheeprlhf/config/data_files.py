@@ -132,7 +132,7 @@ def _fixed_parts(parts: Sequence[str]) -> Iterator[str]:
 
 
 def _file_problem(key: str, name: str, file: Path) -> str | None:
-    """What is wrong with one file."""
+    """Problem of one file."""
     did = did_you_mean(key, str(file))
     parts = name.split(",")
     if not os.path.lexists(file) and len(parts) > 1 and all(expand_home(part).exists() for part in parts):

@@ -1,4 +1,4 @@
-"""What an evaluation must satisfy before anything is loaded; the sentences of `validate`."""
+"""Checks of an evaluation before anything is loaded; messages of `validate`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ from sheeprlhf.utils.output import link_problems
 
 
 def eval_problems(config: EvalConfig) -> Iterator[str]:
-    """What an evaluation lacks: packages, something to evaluate, weights of that name, somebody who judges."""
+    """Problems of an evaluation: missing packages, model or run, weights, or reward."""
     yield from sharding_problems(config, able=False)
     yield from _generation_problems(config)
     yield from _reward_problems(config)
@@ -86,7 +86,7 @@ def _reward_problems(config: EvalConfig) -> Iterator[str]:
 
 
 def _against_problems(config: EvalConfig, against: str) -> Iterator[str]:
-    """Whether there is something to compare with."""
+    """Problems of the responses to compare with."""
     if against.casefold() == REFERENCES:
         return
     if against.casefold() == START:
@@ -120,7 +120,7 @@ def _frontier_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
 
 
 def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
-    """Whether a run has what an evaluation asks for, and takes its results."""
+    """Problems of the run that is evaluated: missing weights, or a folder that is not writable."""
     yield from new_folder_problems("experiment_dir", str(Path(run_dir) / "eval"))
     yield from link_problems(Path(run_dir), (), ("eval",))
     saved = read_run_config(run_dir)

@@ -1,4 +1,4 @@
-"""Which options make a configuration need less memory, and their next values. Pure functions of the configuration."""
+"""Advice on options that reduce memory, with their next values. Pure functions of the configuration."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ Change = dict[str, Any]
 
 
 def smaller(config: TrainConfig | EvalConfig, phase: str = "forward pass") -> list[Change]:
-    """What to change so that `phase` (see `utils.memory`) needs less; the gentlest first, empty if nothing is left."""
+    """Changes that reduce the memory of `phase` (see `utils.memory`); the mildest first, empty if none is left."""
     if isinstance(config, EvalConfig):
         return list(_smaller_generation(config) if phase == "generation" else _smaller_evaluation(config))
     if phase == "generation":
@@ -39,7 +39,7 @@ def changed(config: Any, change: Change) -> Any:
 
 
 def advice(config: TrainConfig | EvalConfig, phase: str, place: str | None) -> Iterator[str]:
-    """What to do after memory ran out in `phase`: one sentence each.
+    """Advice after memory ran out in `phase`: one sentence each.
 
     Args:
         config: the configuration that needed too much.

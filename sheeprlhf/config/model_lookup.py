@@ -1,4 +1,4 @@
-"""What one word of a command names: the weights of a run, a model's folder, or a name of `list models`. No torch.
+"""Lookup of a model by one word: the weights of a run, a model's folder, or a name of `list models`. No torch.
 
 Everything that files can tell is checked here, before anything heavy is imported.
 """
@@ -71,11 +71,11 @@ class Trained(NamedTuple):
     template_args: dict[str, Any] | None = None
 
     def is_whole(self) -> bool:
-        """Whether the weights need no others: a folder, or a run's `final/` without adapters."""
+        """True if the weights need no base model: a folder, or a run's `final/` without adapters."""
         return self.run_dir is None or _is_whole(self.run_dir, self.weights)
 
     def templated(self) -> bool:
-        """Whether the chat template, where there is one, wrote rows that it was trained on; assumed of a folder."""
+        """True if the model was trained on rows written by its chat template; assumed for a folder."""
         report = {} if self.run_dir is None else load_json(self.run_dir / REPORT_FILE, DATA_REPORT)
         parts = report.get("splits", {}).values()
         return not parts or any(part.get("templated_rows", 1) for part in parts)
@@ -99,7 +99,7 @@ def _is_whole(run_dir: Path, weights: str) -> bool:
 
 
 def needs_base_model(config: EvalConfig) -> bool:
-    """Whether an evaluation reads the model that the run was made of, besides what the run itself has left."""
+    """True if an evaluation reads the run's initial model, besides the run's own files."""
     if config.experiment_dir is None or config.model is None:
         return True
     run_dir, weights = Path(config.experiment_dir), config.task.model_name
@@ -227,7 +227,7 @@ def _of_run(word: str, run_dir: Path, weights: str, wanted: str | None, starts: 
 
 
 def _base_problems(trained: Trained, task: TrainTaskConfig, starts: int) -> Iterator[str]:
-    """What is wrong with the weights that a run's adapters, or its checkpoints, need besides their own."""
+    """Problems of the base weights that a run's adapters or checkpoints need."""
     start = getattr(task, "sft_experiment_dir", None)
     needs = f"{trained.word}: its {trained.weights} weights need those that it was trained from"
     if start is None:

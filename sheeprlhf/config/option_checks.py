@@ -43,7 +43,7 @@ def near_path(path: str) -> str | None:
 
 
 def option_problems(option: Option) -> Iterator[str]:
-    """What its own documentation forbids of one option: choices, range, credentials."""
+    """Violations of one option's declared choices or range, and credentials in its value."""
     key, value, metadata = option.key, option.value, option.metadata
     if isinstance(value, str) and is_secret_value(value):
         yield f"{key}: the value looks like a credential; put it into the environment (HF_TOKEN) and remove it here"

@@ -1,4 +1,4 @@
-"""What can be wrong with one `key=value` of the command line, and the sentence that says it."""
+"""Checks of one `key=value` of the command line, with their messages."""
 
 import contextlib
 import dataclasses
@@ -110,14 +110,14 @@ def _parsed(word: str) -> Override | None:
 
 
 def _reads_as(item: str, kind: type) -> bool:
-    """Whether Hydra reads an item of a list, and as a value of this kind."""
+    """True if Hydra reads an item of a list as a value of this kind."""
     found = _parsed(f"key=[{item}]")
     value = None if found is None else found.value()
     return isinstance(value, list) and len(value) == 1 and isinstance(value[0], kind)
 
 
 def _is_list_of_texts(key: str) -> bool:
-    """Whether an option with this key takes a list of texts."""
+    """True if an option with this key takes a list of texts."""
     first, _, rest = key.partition(".")
     for verb, root in ROOTS.items():
         whole = typing.get_type_hints(root)
@@ -144,7 +144,7 @@ def _unreadable(word: str, key: str, value: str) -> str:
 
 
 def _is_option(key: str) -> bool:
-    """Whether some configuration has this key: an option of ours is no credential."""
+    """True if some configuration has this key: an option of this program is no credential."""
     first, _, rest = key.partition(".")
     for verb, root in ROOTS.items():
         if first in groups(verb):

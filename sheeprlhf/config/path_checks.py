@@ -23,7 +23,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
 def data_file_problems(key: str, value: Any) -> Iterator[str]:
-    """What is wrong with the files of rows that an option names."""
+    """Problems of the data files that an option names."""
     try:
         data_files(key, value)
     except ConfigError as error:
@@ -31,13 +31,13 @@ def data_file_problems(key: str, value: Any) -> Iterator[str]:
 
 
 def data_is_here(data: DataConfig) -> bool:
-    """Whether a dataset's files are this machine's own: embedded, or named by the user; the hub is not asked."""
+    """True if a dataset's files are local: embedded, or named by the user; the hub is not contacted."""
     name = str(data.dataset_name)
     return isinstance(data, LocalDataConfig) or name.startswith(EMBEDDED) or os.path.isdir(expand_home(name))
 
 
 def new_folder_problems(key: str, path: str) -> Iterator[str]:
-    """What stands in the way of making this folder, or of writing into it."""
+    """Problems of creating this folder or writing into it."""
     unknown = home_problem(key, path)
     if unknown:
         yield unknown
@@ -52,12 +52,12 @@ def new_folder_problems(key: str, path: str) -> Iterator[str]:
 
 
 def is_weights_name(name: str) -> bool:
-    """Whether it can name weights of a run."""
+    """True if the text can name weights of a run."""
     return re.fullmatch(r"final|best|last|step-\d+", name) is not None
 
 
 def weights_problems(run_dir: str, name: str, *, key: str, name_key: str) -> Iterator[str]:
-    """Whether a run has the weights of this name.
+    """Problems of the weights of this name in a run.
 
     Args:
         run_dir: the run.
@@ -78,7 +78,7 @@ def weights_problems(run_dir: str, name: str, *, key: str, name_key: str) -> Ite
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the hub could have a repository of this name."""
+    """True if the text is a possible repository name of the hub."""
     return _HUB_ID.fullmatch(name) is not None
 
 
@@ -89,7 +89,7 @@ def model_folder(name: str) -> Path | None:
 
 
 def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
-    """Why `model.repo_name` cannot be loaded, as far as files here tell; the hub is not asked.
+    """The reason that `model.repo_name` cannot be loaded, from local files only; the hub is not contacted.
 
     Args:
         repo_name: a folder, a hub id or an embedded model.
@@ -119,12 +119,12 @@ def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
 
 
 def is_template_file(choice: str) -> bool:
-    """Whether `model.chat_template` is a path, not a name."""
+    """True if `model.chat_template` is a path, not a name."""
     return "/" in choice or choice.endswith(TEMPLATE_SUFFIX)
 
 
 def template_problem(choice: str, *, key: str = TEMPLATE_OPTION) -> str | None:
-    """Why a chat template cannot be chosen by this word, as far as can be said without the tokenizer."""
+    """The reason that this word selects no chat template, as far as is known without the tokenizer."""
     if not is_template_file(choice):
         if _TEMPLATE_NAME.fullmatch(choice):
             return None

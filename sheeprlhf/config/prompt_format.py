@@ -1,4 +1,4 @@
-"""How the prompts of a trained model are written, in a small file of its folder.
+"""Prompt format of a trained model, in a small file of its folder.
 
 The tokenizer's files have the chat template. They have neither the variables that it was rendered with, nor whether it
 wrote the prompts at all.

@@ -1,4 +1,4 @@
-"""What is wrong with the choice of a reward, found before anything is loaded and without running the user's code."""
+"""Checks of the reward, before anything is loaded and without running the user's code."""
 
 import os
 import re
@@ -92,7 +92,7 @@ def _terms_problems(sources: list[str]) -> Iterator[str]:
 
 
 def source_problems(given: str, source: str) -> Iterator[str]:
-    """What is wrong with one function.
+    """Problems of one reward function.
 
     Args:
         given: the beginning of the sentence: the option that names it.
@@ -172,7 +172,7 @@ def _option_problems(cfg: BuiltinOptionsConfig, sources: list[str]) -> Iterator[
 
 
 def _folder_problems(folder: str) -> Iterator[str]:
-    """Why a reward model cannot be loaded from there, as far as files here tell; the hub is not asked."""
+    """Reasons that a reward model cannot be loaded from a folder or hub id, from local files only."""
     given, place = f"reward.folder={folder}", expand_home(folder)
     if place.is_dir():
         if (place / "adapter_config.json").is_file():

@@ -96,7 +96,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
 
 
 def task_of_run(saved: dict[str, Any]) -> type[TrainTaskConfig] | None:
-    """What a run trained for, by its saved configuration; None if it does not tell."""
+    """Task of a run, from its saved configuration; None if it is unknown."""
     task = saved.get("task")
     cls = choices("task", "train").get(str(task.get("config_name"))) if isinstance(task, dict) else None
     return cls if cls is not None and issubclass(cls, TrainTaskConfig) else None
@@ -113,7 +113,7 @@ def links_of(config: RootConfig) -> dict[str, str]:
 
 
 def scores_by_run(config: Needy) -> bool:
-    """Whether the reward is a model that a run has left."""
+    """True if the reward is the model of a run."""
     return (
         hasattr(config.task, "rm_experiment_dir")
         and config.data is not None
@@ -123,7 +123,7 @@ def scores_by_run(config: Needy) -> bool:
 
 
 def _begins_without(config: Needy) -> bool:
-    """Whether training may start from the model as it is: a rule can teach one that was not fine-tuned."""
+    """True if training may start from the configured model: a rule can train one that was not fine-tuned."""
     return links_of(config).get(START, "").casefold() == AUTO and not scores_by_run(config)
 
 
@@ -197,7 +197,7 @@ def _with_options_of_start(config: Needy) -> Needy:
 
 
 def is_newest(word: Any) -> bool:
-    """Whether it asks for the newest run instead of naming one."""
+    """True if the value asks for the newest run instead of naming one."""
     return isinstance(word, str) and word.casefold() == NEWEST
 
 
@@ -271,7 +271,7 @@ def newest_unfinished(root_dir: str, config: TrainConfig | None = None) -> str:
 
 
 def is_word(start: str) -> bool:
-    """Whether it is a word instead of a directory."""
+    """True if the value is an alias of a run instead of a directory."""
     return start.casefold() in (NEWEST, AUTO)
 
 
@@ -305,7 +305,7 @@ def _newest(config: Needy, task: str, wanted: ModelConfig | None) -> Path | None
 
 
 def is_same_model(first: Any, second: Any) -> bool:
-    """Whether two values of `model.repo_name` are one hub id or one folder."""
+    """True if two values of `model.repo_name` are the same hub id or the same folder."""
     if first == second:
         return True
     if not isinstance(first, str) or not isinstance(second, str):
@@ -315,7 +315,7 @@ def is_same_model(first: Any, second: Any) -> bool:
 
 
 def start_problems(config: Needy) -> Iterator[str]:
-    """Why a task cannot have the runs that it is told to start from, or to be scored by."""
+    """Problems of the runs that a task starts from or is scored by."""
     if config.model is None or config.data is None:
         return  # told already
     links = links_of(config)
@@ -343,7 +343,7 @@ def _missing(config: Needy, words: dict[str, str], model: ModelConfig, data: Dat
 
 
 def _link_problems(config: Needy, key: str, run_dir: str, model: ModelConfig) -> Iterator[str]:
-    """Whether one earlier run is there, of the right kind and model, and has the weights."""
+    """Problems of one earlier run: missing, of another kind or model, or without the weights."""
     try:
         saved = read_run_config(run_dir, key=key)
         theirs = saved_group(run_dir, "model", key=key)

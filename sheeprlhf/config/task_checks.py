@@ -1,4 +1,4 @@
-"""What a training must satisfy as a whole, and each task alone; the sentences of `validate`."""
+"""Checks of a training as a whole and of each task; messages of `validate`."""
 
 import re
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
 
 
 def train_problems(config: TrainConfig) -> Iterator[str]:
-    """What a training cannot begin with: options against each other, runs and places."""
+    """Problems of a training: contradictory options, runs and folders."""
     name, starts_elsewhere = config.task.config_name, hasattr(config.task, "sft_experiment_dir")
     if isinstance(config.task, SFTConfig):  # without a run to start from, it trains the head alone
         starts_elsewhere = config.task.sft_experiment_dir is not None
@@ -62,7 +62,7 @@ def train_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def sharding_problems(config: TrainConfig | EvalConfig, *, able: bool) -> Iterator[str]:
-    """Where weights cannot be cut into parts."""
+    """Problems of options that exclude sharded weights."""
     if config.fabric.strategy != "fsdp2":
         return
     if not able:
@@ -81,7 +81,7 @@ def sharding_problems(config: TrainConfig | EvalConfig, *, able: bool) -> Iterat
 
 
 def online_problems(config: TrainConfig) -> Iterator[str]:
-    """What sampling and scoring need; for other tasks, a reward that nothing would read."""
+    """Problems of sampling and scoring; for other tasks, a reward that is not used."""
     task, model, how = config.task, config.model, config.generation
     if task.trains == "reward model":
         yield from unread_generation(how, task.config_name)
@@ -141,7 +141,7 @@ def _ppo_problems(task: PPOConfig, dtype: str) -> Iterator[str]:
 
 
 def _best_of_n_problems(config: TrainConfig) -> Iterator[str]:
-    """What a task that only samples does not read."""
+    """Options that a task without training does not use."""
     for group, value, default in (("optim", config.optim, AdamWConfig()), ("task", config.task, BestOfNConfig())):
         names = config.task.unread if group == "task" else vars(default)
         if type(value) is not type(default):
@@ -159,13 +159,13 @@ def _best_of_n_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def unread_engine(how: GenConfig, task: str) -> Iterator[str]:
-    """What a task without rollouts does not read."""
+    """Options that a task without rollouts does not use."""
     if how.engine != GenConfig.engine:
         yield f"generation.engine={how.engine} is not read by task={task}, which samples no rollouts: remove it"
 
 
 def unread_generation(how: GenConfig, task: str) -> Iterator[str]:
-    """What a task that writes no text does not read."""
+    """Options that a task without generation does not use."""
     if how.stop_strings:
         yield f"generation.stop_strings={list(how.stop_strings)} is not read by task={task}: remove it"
 

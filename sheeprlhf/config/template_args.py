@@ -62,7 +62,7 @@ def read_template_args(text: str) -> dict[str, Any]:
 
 
 def _is_date(value: Any) -> bool:
-    """Whether a text is a date such as 2025-03-01."""
+    """True if a text is a date such as 2025-03-01."""
     try:
         return isinstance(value, str) and str(date.fromisoformat(value)) == value
     except ValueError:
@@ -70,7 +70,7 @@ def _is_date(value: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON can hold a value."""
+    """True if JSON can represent a value."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
     if isinstance(value, list | tuple):

@@ -21,7 +21,7 @@ _RESOLVER = re.compile(r"\$\{\s*(?!now\b)[\w.]+\s*:")
 
 
 def content_problems(base: DictConfig, parsed: list[Override]) -> list[str]:
-    """What a file may not say: run a model's code or a function of somebody's, or read the environment."""
+    """Forbidden content of configuration files: model code, user functions, or values from the environment."""
     problems = []
     given = {override.key_or_group for override in parsed}
     if OmegaConf.select(base, "words", default=None) and "words" not in given:

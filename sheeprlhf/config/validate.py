@@ -1,4 +1,4 @@
-"""What a configuration must satisfy before anything heavy starts: every problem at once, as key, value and fix."""
+"""Validation of a configuration before any slow work: reports all problems together, with key, value and fix."""
 
 import ast
 import re

@@ -328,7 +328,7 @@ def adapter_in_use(model: PeftModel, name: str) -> Iterator[None]:
 
 
 def _belongs_to(key: str, name: str) -> bool:
-    """Whether a parameter's key is of the adapter with this name."""
+    """True if a parameter's key belongs to the adapter with this name."""
     return f".{name}." in f"{key}."
 
 

@@ -20,7 +20,7 @@ class KeptColumns(NamedTuple):
 
 @dataclass(unsafe_hash=True)
 class DataConfig(Config):
-    """What every dataset has. `row_format` names the function that turns a raw row into an example."""
+    """Options of every dataset. `row_format` names the function that turns a raw row into an example."""
 
     row_format: ClassVar[str] = ""  # "module:function"; a constant, never read from a file
     read_columns: ClassVar[tuple[str, ...]] = ()  # columns that it reads besides data.rows.COLUMNS

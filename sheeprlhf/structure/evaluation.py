@@ -10,7 +10,7 @@ REFERENCES, START = "references", "start"  # what responses are compared with, b
 
 @dataclass(unsafe_hash=True)
 class EvalTaskConfig(Config):
-    """What every evaluation has."""
+    """Options of every evaluation."""
 
     entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config)
     evaluates: ClassVar[tuple[str, ...]] = ("policy",)  # what a training task must have left (its `trains`)
@@ -66,7 +66,7 @@ class GenerateConfig(EvalTaskConfig):
 
 @dataclass(unsafe_hash=True)
 class PreferenceConfig(EvalTaskConfig):
-    """How often the better of two responses is preferred: by a reward model, or by a policy's implicit reward."""
+    """Accuracy on pairs of responses: of a reward model, or of a policy's implicit reward."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.eval.preference:evaluate"
     evaluates: ClassVar[tuple[str, ...]] = ("policy", "reward model")
@@ -83,7 +83,7 @@ class PreferenceConfig(EvalTaskConfig):
 
 @dataclass(unsafe_hash=True)
 class ScoredConfig(EvalTaskConfig):
-    """What evaluations that sample and score have; `reward` says by what."""
+    """Options of evaluations that sample and score; `reward` selects the reward."""
 
     reads_start: ClassVar[bool] = True
     writes: ClassVar[str] = "samples"
@@ -99,7 +99,7 @@ class ScoredConfig(EvalTaskConfig):
 
 @dataclass(unsafe_hash=True)
 class RewardConfig(ScoredConfig):
-    """What sampled responses score, how often they beat others, and how far the policy is from its start."""
+    """Scores of sampled responses, their win rate, and the KL of the policy from its start."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.eval.reward:evaluate"
 

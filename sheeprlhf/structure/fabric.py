@@ -1,4 +1,4 @@
-"""Where a run computes: the arguments of Lightning Fabric."""
+"""Devices of a run: the arguments of Lightning Fabric."""
 
 from dataclasses import dataclass
 from typing import Optional

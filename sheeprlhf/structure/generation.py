@@ -1,4 +1,4 @@
-"""How text is sampled."""
+"""Sampling options."""
 
 from dataclasses import dataclass
 

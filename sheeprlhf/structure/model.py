@@ -8,7 +8,7 @@ from sheeprlhf.structure.option import Config, option
 
 @dataclass(unsafe_hash=True)
 class HuggingFaceConfig(Config):
-    """How the weights are found."""
+    """Options of loading the weights."""
 
     revision: Optional[str] = option(None, "Commit, tag or branch of the hub repository.")
     trust_remote_code: bool = option(

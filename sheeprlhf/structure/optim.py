@@ -8,7 +8,7 @@ from sheeprlhf.structure.option import Config, option
 
 @dataclass(unsafe_hash=True)
 class OptimizerConfig(Config):
-    """What every optimizer has."""
+    """Options of every optimizer."""
 
     torch_name: ClassVar[str] = ""  # class in torch.optim
 

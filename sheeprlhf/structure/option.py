@@ -1,4 +1,4 @@
-"""What one configuration option is: a dataclass field that carries its meaning, unit, choices and range.
+"""Definition of a configuration option: a dataclass field with its meaning, unit, choices and range.
 
 `--help`, `show`, the validation and the documentation all read this metadata, so each fact is written once.
 """

@@ -1,4 +1,4 @@
-"""Where the rewards of reinforcement learning come from: one dataclass a source, and the names of the built-ins."""
+"""Sources of rewards for reinforcement learning: one dataclass per source, and the names of the built-ins."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ MODEL = "model"  # the term that is a reward model's score
 
 @dataclass(unsafe_hash=True)
 class RewardSourceConfig(Config):
-    """What every source has. The scores are normalised, then clipped, and the penalties are subtracted last."""
+    """Options of every source. Scores are normalised, then clipped; penalties are subtracted last."""
 
     config_name: str = option("???", "Name of this choice.")
     normalize: bool = option(
@@ -54,7 +54,7 @@ class AutoRewardConfig(RewardSourceConfig):
 
 @dataclass(unsafe_hash=True)
 class BuiltinOptionsConfig(RewardSourceConfig):
-    """What the built-in functions read; setting one that no chosen function reads is refused."""
+    """Options of the built-in functions; one that no chosen function reads is rejected."""
 
     target_length: Optional[int] = option(None, "Length that scores 1 (length).", minimum=1)
     length_unit: str = option("words", "What target_length counts (length).", choices=("words", "characters"))
@@ -97,7 +97,7 @@ class ListRewardConfig(BuiltinOptionsConfig):
 
 
 class Builtin(NamedTuple):
-    """What a function of sheeprlhf.reward.functions asks for.
+    """Requirements of a function of sheeprlhf.reward.functions.
 
     Attributes:
         reads: the options that it reads.
@@ -158,10 +158,10 @@ def terms_of(cfg: RewardSourceConfig, default: str | None) -> tuple[Term, ...]:
 
 
 def needs_model(cfg: RewardSourceConfig, default: str | None) -> bool:
-    """Whether a reward model has to be loaded; `default` as in `terms_of`."""
+    """True if a reward model has to be loaded; `default` as in `terms_of`."""
     return any(term.source == MODEL for term in terms_of(cfg, default))
 
 
 def is_users_own(source: str) -> bool:
-    """Whether a source means Python code that is no part of this package, or `${...}`, which may become that."""
+    """True if a source names Python code outside of this package, or `${...}`, which may resolve to such code."""
     return any(sign in source for sign in ".:$")

@@ -9,7 +9,7 @@ from sheeprlhf.structure.task import TrainTaskConfig
 
 @dataclass(unsafe_hash=True)
 class OnlineTaskConfig(TrainTaskConfig):
-    """What all of them have. An epoch is a pass over the prompts; generation.* says how responses are sampled."""
+    """Options of every RL task. An epoch is a pass over the prompts; generation.* controls the sampling."""
 
     data_kind: ClassVar[str] = "prompts"
 
@@ -58,7 +58,7 @@ class OnlineTaskConfig(TrainTaskConfig):
         return self.num_generations * max_length
 
     def kl_price(self) -> float:
-        """What a nat of KL costs in the objective by which the best checkpoint is chosen."""
+        """Weight of the KL in the objective that selects the best checkpoint, per nat."""
         return 0.0
 
 

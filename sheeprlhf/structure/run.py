@@ -101,7 +101,7 @@ class InspectConfig(CommandConfig):
 
 @dataclass(unsafe_hash=True)
 class DoctorConfig(CommandConfig, TrainConfig):
-    """Whether a training run would work on this machine: takes what `train` takes, and starts nothing."""
+    """Check that a training run would work on this machine: takes the options of `train`, and starts nothing."""
 
     entry_point: ClassVar[str] = "sheeprlhf.apps.doctor.command:run"
 

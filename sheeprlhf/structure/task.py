@@ -8,7 +8,7 @@ from sheeprlhf.structure.option import Config, option
 
 @dataclass(unsafe_hash=True)
 class TrainTaskConfig(Config):
-    """What every training task has. All intervals count optimizer steps."""
+    """Options of every training task. All intervals count optimizer steps."""
 
     entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config, run_dir)
     data_kind: ClassVar[str] = "sft"  # what it takes from a row, one of data.tokenize.KINDS (see data.prepare)
@@ -49,7 +49,7 @@ class TrainTaskConfig(Config):
     keep_checkpoints: int = option(2, "Newest checkpoints kept (the best one is kept besides).", minimum=1)
 
     def policy_part(self) -> str:
-        """What the names of the policy's weights begin with in a checkpoint."""
+        """Prefix of the names of the policy's weights in a checkpoint."""
         return ""
 
     def row_tokens(self, max_length: int) -> int:

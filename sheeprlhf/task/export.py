@@ -49,7 +49,7 @@ _ROWS = 4
 
 
 class Checks(NamedTuple):
-    """How far logits were apart, at most, on real rows.
+    """Largest differences of logits on real rows.
 
     Attributes:
         rows: how many.

@@ -1,4 +1,4 @@
-"""What every training task does before its first step, at each validation and after its last step."""
+"""Shared steps of every training task: before its first step, at each validation and after its last step."""
 
 import json
 import math
@@ -35,7 +35,7 @@ from sheeprlhf.utils.output import safe_path, write_file
 
 
 class Saved(Protocol):
-    """What a run trains: it knows how to write itself for `from_pretrained`."""
+    """Model of a run that can save itself for `from_pretrained`."""
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write the model and its tokenizer into an empty folder."""
@@ -76,7 +76,7 @@ def _peak_memory(fabric: Fabric) -> int | None:
 
 
 def _say_peak_memory(fabric: Fabric, run: Run) -> None:
-    """What was needed in fact, beside what was planned."""
+    """Report the measured peak memory with the planned one."""
     on_cuda, peak = fabric.device.type == "cuda", _peak_memory(fabric)
     if peak is not None:
         planned = "" if run.planned_memory is None else f" (planned: up to {size_text(run.planned_memory)})"

@@ -201,7 +201,7 @@ class Step:
 
     @property
     def validates(self) -> bool:
-        """Whether a validation follows the update."""
+        """True if a validation follows the update."""
         return self._loop.held_out is not None and self._loop.due(self._loop.run.cfg.task.eval_interval)
 
     def record(self, result: dict[str, float]) -> None:

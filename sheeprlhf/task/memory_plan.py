@@ -12,7 +12,7 @@ from sheeprlhf.structure.run import TrainConfig
 def step_plan(
     config: TrainConfig, *, device: str, size_of: Callable[..., ModelSize] = measure, holes: bool = True
 ) -> MemoryPlan:
-    """What one process needs for a step.
+    """Memory that one process needs for a step.
 
     Args:
         config: what would be trained, and how.
@@ -56,6 +56,6 @@ def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
 
 
 def rows_of_forward(config: TrainConfig, size: ModelSize) -> tuple[int, int]:
-    """How many rows a forward pass has at most, if all are as long as can be, and how long that is, in tokens."""
+    """Largest number of rows of a forward pass if all have the maximum length, and that length, in tokens."""
     row = config.task.row_tokens(min(config.data.max_length, size.positions or config.data.max_length))
     return tokens_of_forward(config.task, row) // row, row

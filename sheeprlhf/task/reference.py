@@ -154,7 +154,7 @@ def _by_row(values_S: np.ndarray, rows: TokenizedSplit, part: list[int]) -> np.n
 
 
 def _read(path: Path, shape: tuple[int, ...], read: np.ndarray) -> np.ndarray | None:
-    """What was kept; None if nothing was, or if it is damaged."""
+    """Read the stored log-probabilities; None if there are none, or if they are damaged."""
     try:
         sums = load(path.read_bytes())["logprobs"]
     except (OSError, KeyError, SafetensorError):

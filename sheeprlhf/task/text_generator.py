@@ -136,7 +136,7 @@ class Scorer:
 
     @torch.no_grad()
     def score(self, form: str, turns: Sequence[Turn], answer: str) -> float:
-        """What the answer is worth, read after its end; the offset of the reward model is subtracted.
+        """Score of the answer, read after its end; the offset of the reward model is subtracted.
 
         Raises:
             DataError: there is no answer, or one of the two cannot be asked.

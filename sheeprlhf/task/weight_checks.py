@@ -134,7 +134,7 @@ def models_of(config: TrainConfig | EvalConfig) -> Iterator[Needed]:
 def _of_start(
     model: ModelConfig, run_dir: str | None, weights: str, *, new_head: bool, starts: int
 ) -> Iterator[Needed]:
-    """What `load_start` loads."""
+    """Files that `load_start` loads."""
     if run_dir is None:
         yield Needed(model, new_head=new_head)
     elif starts:

@@ -106,7 +106,7 @@ def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
 
 
 def _data(data: DataConfig, offline: str) -> Finding:
-    """Whether the rows are to be had; a dataset of the hub is not downloaded for it."""
+    """Check that the rows are available; a dataset of the hub is not downloaded for it."""
     from sheeprlhf.data import source
 
     if not offline and not data_is_here(data):
@@ -119,7 +119,7 @@ def _data(data: DataConfig, offline: str) -> Finding:
 
 
 def _weights(config: DoctorConfig) -> Iterator[Finding]:
-    """Whether the files here have every parameter, by their headers; nothing is downloaded, and nothing is loaded."""
+    """Check by their headers that the local files have every parameter; nothing is downloaded or loaded."""
     from sheeprlhf.model.locate import locate
     from sheeprlhf.task.weight_checks import check_needed, models_of
 
@@ -144,7 +144,7 @@ def _weights(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def _options(config: DoctorConfig) -> Iterator[Finding]:
-    """Whether the model's architecture and tokenizer allow the options of the task, as a run checks them first."""
+    """Check that the model's architecture and tokenizer allow the options of the task, as a run does first."""
     from sheeprlhf.model.locate import locate
     from sheeprlhf.task.weight_checks import check_options
 
@@ -156,7 +156,7 @@ def _options(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def _model(config: DoctorConfig, size: "ModelSize | None", room: int | None) -> Iterator[Finding]:
-    """Whether the model can be loaded, and whether its batches can be packed."""
+    """Check that the model can be loaded, and whether its batches can be packed."""
     from sheeprlhf.agent.batching import packing_difference, packing_problem, packing_tolerance
     from sheeprlhf.agent.policy import load_policy
     from sheeprlhf.model.load import load_tokenizer
@@ -203,7 +203,7 @@ def _model(config: DoctorConfig, size: "ModelSize | None", room: int | None) -> 
 
 
 def _reward_model(config: DoctorConfig, size: "ModelSize") -> Iterator[Finding]:
-    """Whether the batches of the reward model of an online task can be packed, by the rule for policies."""
+    """Check whether the batches of the reward model of an RL task can be packed, by the rule for policies."""
     from sheeprlhf.model.locate import locate
     from sheeprlhf.structure.reward import needs_model
     from sheeprlhf.structure.rollout import OnlineTaskConfig

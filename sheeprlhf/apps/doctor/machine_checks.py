@@ -1,4 +1,4 @@
-"""What `doctor` finds out about the machine, whatever the model: versions, devices, precision, the hub and folders."""
+"""Checks of the machine by `doctor`, independent of the model: versions, devices, precision, the hub and folders."""
 
 import importlib.metadata
 import os
@@ -42,7 +42,7 @@ class Finding(NamedTuple):
 
 
 def versions() -> Iterator[Finding]:
-    """Whether Python and every package that this one needs are within their bounds."""
+    """Check that Python and all required packages are within their version bounds."""
     python, requirements = _required()
     shown, problems = [f"python {platform.python_version()}"], []
     if not SpecifierSet(python).contains(platform.python_version(), prereleases=True):
@@ -85,7 +85,7 @@ def _required() -> tuple[str, list[Requirement]]:
 
 
 def devices(cfg: FabricConfig) -> Iterator[Finding]:
-    """What computes here, and whether the choice of `fabric` fits."""
+    """Describe the devices, and check that the choice of `fabric` fits."""
     import torch
 
     from sheeprlhf.engine.fabric import make_fabric
@@ -113,7 +113,7 @@ def _count(number: int, name: str) -> str:
 
 
 def precision(cfg: FabricConfig, *, on_cuda: bool) -> Finding:
-    """Whether the hardware multiplies in bfloat16, and what that advises."""
+    """Report whether the hardware multiplies in bfloat16, with the advice that follows."""
     import torch
 
     if on_cuda:
@@ -132,7 +132,7 @@ def precision(cfg: FabricConfig, *, on_cuda: bool) -> Finding:
 
 
 def hub(why_not: str, *, needed: bool) -> Finding:
-    """What `why_offline` said."""
+    """Report the result of `why_offline`."""
     if not why_not:
         return Finding("ok", "hub", "it answers")
     if not needed:
@@ -141,7 +141,7 @@ def hub(why_not: str, *, needed: bool) -> Finding:
 
 
 def caches(data_cache: str | None) -> Iterator[Finding]:
-    """Where models and prepared data are kept, how much that is, and whether more can be."""
+    """Report the folders of models and prepared data, their sizes, and whether they are writable."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     texts, levels = [], {"ok"}
@@ -185,13 +185,13 @@ def _existing(path: Path) -> Path:
 
 
 def _is_writable(path: Path) -> bool:
-    """Whether files can be made in a folder, which need not be there yet."""
+    """True if files can be made in a folder, which need not exist yet."""
     place = _existing(path)
     return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
 
 
 def disk(root_dir: str, *, checkpoint: int, kept: int, final: int) -> Finding:
-    """Whether the checkpoints of a run find room.
+    """Check that the disk has space for the checkpoints of a run.
 
     Args:
         root_dir: where runs are made.

@@ -78,7 +78,7 @@ def _has_reference(config: TrainConfig) -> bool:
 
 
 def _advice(config: TrainConfig, room: float, need: Callable[[TrainConfig], int]) -> list[str]:
-    """What each change alone would make of it, and which together fit into `room` bytes."""
+    """Memory after each single change, and the changes that together fit into `room` bytes."""
     lines = ["what would be needed with", *_each(config, need)]
     together: Change = {}
     while need(config) > room and (changes := smaller(config)):

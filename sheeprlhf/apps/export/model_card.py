@@ -139,7 +139,7 @@ def check_records(trained: Trained) -> None:
 
 
 def _lacks_bos(trained: Trained, tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a BOS before texts that the chat template does not write itself."""
+    """True if the tokenizer adds a BOS that the chat template does not write itself."""
     from sheeprlhf.data.prompt_encoder import template_args_of
     from sheeprlhf.data.tokenize import SpecialIds
     from sheeprlhf.utils.rendering import render_chat
@@ -160,7 +160,7 @@ def _end_text(trained: Trained, form: str, tokenizer: Any) -> tuple[str, bool]:
 
 
 def _front(trained: Trained) -> Iterator[str]:
-    """What the hub reads; ids of the hub alone, no folders of this machine."""
+    """Metadata for the hub: only ids of the hub, no folders of this machine."""
     yield "---"
     yield "library_name: transformers"
     yield f"pipeline_tag: {'text-generation' if trained.trains == POLICY else 'text-classification'}"

@@ -42,7 +42,7 @@ _SPECIAL_STYLES = {True: "bold #7a0073", False: "bold #ff9df5"}
 
 
 class Marks(NamedTuple):
-    """What is written for things that have no letter of their own."""
+    """Marks for characters that have no visible form."""
 
     newline: str
     border: str
@@ -148,7 +148,7 @@ def _is_colored(screen: Screen) -> bool:
 
 
 def _targets(task: TrainTaskConfig) -> str:
-    """What the task's loss looks at, as `collate_packed` takes it."""
+    """Targets of the task's loss, as `collate_packed` takes them."""
     if isinstance(task, RMConfig):
         return "last" if task.loss_type == "last_token" else "scores"
     return "all" if isinstance(task, SFTConfig) and not task.use_masked_targets else "response"
@@ -157,7 +157,7 @@ def _targets(task: TrainTaskConfig) -> str:
 def _print_head(
     screen: Screen, config: InspectConfig, data: PreparedData, split: str, targets: str, marks: Marks
 ) -> None:
-    """Which examples follow, what is trained on, and how that is shown."""
+    """Print a heading: the examples, the trained tokens, and their marks."""
     share = data.report["splits"][split]["eos_share"]
     count = len(data.splits[split])
     _say(screen, f"\n{split} split: {min(config.num_examples, count)} of {count:,} examples")

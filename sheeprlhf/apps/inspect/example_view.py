@@ -52,7 +52,7 @@ def _letter(rank: int) -> str:
 
 
 def trained_tokens(batch: Batch, *, scored: bool = False) -> Tensor:
-    """Which tokens the loss counts, read off the batch that training makes of one example.
+    """Tokens that the loss counts, taken from the batch that training makes of one example.
 
     A target stands one place after the one that predicts it; each response's first is predicted at the prompt's end.
 

@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text of those before it; all together are the decoded text.
+    """Text that each token adds to those before it; all together are the decoded text.
 
     A character can be several tokens: the last one adds it and the others nothing. Every token is decoded after the
     one before it, because some decoders drop the space that a text begins with.

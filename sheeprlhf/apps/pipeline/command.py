@@ -94,7 +94,7 @@ def check_stages(stages: list[Stage], flags: list[str]) -> None:
 
 
 def _stand_in(folder: Path, config: RootConfig) -> None:
-    """What checks look at of a finished run."""
+    """Attributes of a finished run that the checks read."""
     make_folder(folder, "final")
     create_file(folder, "config.yaml", yaml.safe_dump(config_to_dict(config)).encode())
 

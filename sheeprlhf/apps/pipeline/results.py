@@ -1,4 +1,4 @@
-"""What a pipeline came to: a table of its stages, from the results that evaluations have left beside their runs."""
+"""Results of a pipeline: a table of its stages, from the evaluations stored with their runs."""
 
 import csv
 import io

@@ -28,7 +28,7 @@ Recipe = Mapping[str, list[str]]  # of each stage the words of its command, wher
 
 
 class Place(NamedTuple):
-    """Where a pipeline lives.
+    """Directory of a pipeline.
 
     Attributes:
         dir: its folder, absolute; it exists.
@@ -42,7 +42,7 @@ class Place(NamedTuple):
 
 
 def recipe_of(stages: list[Stage]) -> dict[str, list[str]]:
-    """What makes two pipelines the same, without secrets."""
+    """Identity of a pipeline's recipe, without secrets."""
     return {stage.name: redact_command([stage.verb, *stage.flags, *stage.words]) for stage in stages}
 
 
@@ -126,7 +126,7 @@ def _refuse_changes(what: str, state: dict[str, Any], recipe: Recipe) -> None:
 
 
 def differences(before: Mapping[str, Any], now: Recipe) -> Iterator[str]:
-    """What tells two recipes apart; what only says where and in which portions it is computed does not count."""
+    """Differences between two recipes, without options that only choose devices and batch sizes."""
     for name in before.keys() - now.keys():
         yield f"stage {name} is gone"
     for name, words in now.items():
@@ -149,7 +149,7 @@ def _by_key(words: Any) -> dict[str, str]:
 
 
 def is_done(folder: Path, state: dict[str, Any], stage: Stage, command: list[str]) -> bool:
-    """Whether nothing is left to do of a stage: its run is finished, or its evaluation was of the same runs."""
+    """True if a stage is done: its run is finished, or its evaluation was of the same runs."""
     if stage.verb == "train":
         return is_finished(folder / stage.name)
     record = state["stages"].get(stage.name, {})

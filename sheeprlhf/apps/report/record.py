@@ -367,7 +367,7 @@ def _numbers(tree: dict[str, Any], prefix: str, depth: int = 0) -> Iterator[tupl
 
 
 def _is_interval(key: str, tree: dict[str, Any]) -> bool:
-    """Whether it is the interval of another number."""
+    """True if this is the interval of another number."""
     return key.endswith(_INTERVAL) and key.removesuffix(_INTERVAL) in tree
 
 

@@ -56,12 +56,12 @@ _MORE_SECONDS = 0.05  # lines that come sooner after another one were pasted wit
 
 
 def weights_of(values: dict[str, str]) -> str | None:
-    """Which weights are asked for; None if nothing was said."""
+    """Requested weights; None if no flag was given."""
     return None if values["weights"] == WEIGHTS.default else values["weights"]
 
 
 def sampling(values: dict[str, float]) -> GenConfig:
-    """What the sampling flags ask for."""
+    """Settings of the sampling flags."""
     temperature = values["temperature"]
     return GenConfig(
         max_new_tokens=int(values["max-new-tokens"]),

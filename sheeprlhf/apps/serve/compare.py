@@ -21,7 +21,7 @@ History = list[Turn]
 
 
 class Settings(NamedTuple):
-    """What a page may ask for; checked here, since a request need not come from the page."""
+    """Settings of a request; checked here, since a request need not come from the page."""
 
     temperature: float
     top_p: float
@@ -30,7 +30,7 @@ class Settings(NamedTuple):
     seed: int
 
     def config(self) -> GenConfig:
-        """How to sample.
+        """Sampling settings.
 
         Raises:
             DataError: a value is out of its range.
@@ -55,7 +55,7 @@ class Settings(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a page shows. Not changed any more once it is shown.
+    """State of a page; not changed after it is shown.
 
     Attributes:
         status: a line about the whole.
@@ -139,7 +139,7 @@ class Panel:
         return f"{self._scorer.score(form, [*earlier, Turn('user', prompt)], answer):.3f}"
 
     def _summary(self, scores: Sequence[str]) -> str:
-        """Which answer the reward model likes best, where there are several."""
+        """Name the answer with the highest reward, if there are several."""
         found = [(float(score), name) for score, name in zip(scores, self.names, strict=True) if score]
         best = [name for score, name in found if score == max(found)[0]]
         return f"done; highest score: {best[0]}" if len(best) == 1 < len(found) else "done"

@@ -109,7 +109,7 @@ def _without_secret(arguments: list[str]) -> list[str]:
 
 
 def _place_problems(host: str, port: int, *, protected: bool) -> Iterator[str]:
-    """Why the page cannot be served there, or must not be."""
+    """Problems with the address at which the page is to be served."""
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What stands between the network and the demo's web framework: only what the page needs gets through."""
+"""Request filter between the network and the demo's web framework: passes only requests that the page needs."""
 
 import asyncio
 import re

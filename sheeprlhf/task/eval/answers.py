@@ -151,7 +151,7 @@ def _by_sampler(
 def _by_beams(
     cfg: EvalConfig, writer: Writer, prompts: Sequence[Example], stop: StopStrings, bar: Any
 ) -> list[Sampled]:
-    """What transformers' beam search finds."""
+    """Responses of transformers' beam search."""
     lengths = np.array([len(row.prompt_ids) for row in prompts], dtype=np.int64)
     parts = cut_micro_batches(
         np.arange(len(prompts)),

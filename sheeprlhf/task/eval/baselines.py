@@ -1,4 +1,4 @@
-"""What trivial answers would get: a model that does not beat them has learnt nothing that ROUGE can see."""
+"""Trivial baselines: ROUGE shows no progress of a model that does not beat them."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a policy has paid for its score: score against KL over a run's checkpoints, beside the best of n of its start.
+"""Frontier: score against KL for a run's checkpoints, compared with the best of n of its initial model.
 
 Every point is made of the same prompts with the same numbers. The best of n costs no training, so a policy that is
 below its curve has paid more than it had to (arXiv 2009.01325, 2204.05862, 2210.10760).

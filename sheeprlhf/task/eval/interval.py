@@ -1,4 +1,4 @@
-"""How far a mean over rows may be believed: the one bootstrap of all evaluations.
+"""Confidence intervals of means over rows: the bootstrap of all evaluations.
 
 Letters: N rows, M columns.
 """

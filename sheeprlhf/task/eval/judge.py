@@ -1,4 +1,4 @@
-"""Who says what a response is worth: `reward=`, and how far a reward model among it may be believed."""
+"""Judge of responses: `reward=`, and the accuracy of a reward model in it."""
 
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from sheeprlhf.utils.lightning import Fabric
 
 
 class Trust(NamedTuple):
-    """How often a reward model prefers the better response of a held-out pair.
+    """Accuracy of a reward model on held-out pairs.
 
     Attributes:
         accuracy: the share of pairs.
@@ -38,11 +38,11 @@ class Trust(NamedTuple):
     pairs: int
 
     def at_chance(self) -> bool:
-        """Whether as much could come from a coin."""
+        """True if the accuracy is compatible with chance."""
         return self.interval[0] <= 0.5 <= self.interval[1]
 
     def warning(self) -> str:
-        """What to say then."""
+        """Warning text for such a reward model."""
         low, high = self.interval
         return (
             f"warning: the reward model is right in {self.accuracy:.1%} of {self.pairs:,} held-out pairs ({low:.1%} to "
@@ -69,7 +69,7 @@ class Judge:
         self._own_prompts: list[Example] | None = None
 
     def name(self) -> str:
-        """How its scores are called: the one source that they have, or `list`."""
+        """Name of the scores: their only source, or `list`."""
         terms = terms_of(self._cfg.reward, self._rule)
         source = terms[0].source if len(terms) == 1 else self._cfg.reward.config_name
         return source.replace(":", ".")

@@ -1,4 +1,4 @@
-"""What an evaluation reads: rows of a split, and the weights of a run, of what it started from, or of a model."""
+"""Inputs of an evaluation: rows of a split, and the weights of a run, of its initial model, or of a model."""
 
 import dataclasses
 import sys
@@ -26,7 +26,7 @@ from sheeprlhf.utils.lightning import Fabric
 
 
 class Start(NamedTuple):
-    """What a run's training began with.
+    """Initial model of a run's training.
 
     Attributes:
         run_dir: the run whose weights it took; None: the model as it was.
@@ -143,7 +143,7 @@ def task_options(cfg: EvalConfig) -> dict[str, Any]:
 
 
 def start_of(cfg: EvalConfig) -> Start | None:
-    """What the evaluated run started from; None for a model that no run has trained, and if it was random weights."""
+    """Initial model of the evaluated run; None for a model without a run, and for random weights."""
     assert cfg.model is not None
     if cfg.experiment_dir is None or cfg.model.random_init:
         return None

@@ -1,4 +1,4 @@
-"""What the scores of pairs tell about a reward model. Pure functions of arrays.
+"""Metrics of a reward model from its scores of pairs. Pure functions of arrays.
 
 Letters: P pairs, the better response of each first.
 """
@@ -51,7 +51,7 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def calibration(margin_P: np.ndarray, bins: int = BINS) -> list[dict[str, float]]:
-    """How often the model is right where it is how sure: a row for each part of [0.5, 1] that has pairs.
+    """Accuracy by confidence: a row for each part of [0.5, 1] that has pairs.
 
     The model calls the response with the higher score better, with probability sigmoid(|margin|).
 

@@ -1,4 +1,4 @@
-"""Where the numbers of an evaluation go: to the screen, and into a JSON file beside the run."""
+"""Output of an evaluation: a table on the screen, and a JSON file in the run."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""What a policy's responses score, how often they beat others, and how far the policy has gone for it.
+"""Reward evaluation: scores of a policy's responses, their win rate, and the policy's KL.
 
 The responses are sampled as those of a rollout are: with all probabilities, at `generation.temperature`. At no time is
 more than one model in memory.
@@ -50,7 +50,7 @@ from sheeprlhf.utils.lightning import Fabric
 
 
 class Written(NamedTuple):
-    """What was sampled, all ranks alike.
+    """Sampled responses, the same on all ranks.
 
     Attributes:
         own: the evaluated policy's answers.
@@ -108,7 +108,7 @@ def longest_sequence(cfg: EvalConfig, model: ModelConfig, rows: list[Example]) -
 
 
 def _opponent(cfg: EvalConfig, rows: list[Example], say: Say) -> str:
-    """What responses have to beat: `task.against`, or the start where rows have no responses of their own.
+    """Opponent of the win rate: `task.against`, or the initial model if rows have no responses.
 
     Raises:
         DataError: there is neither.

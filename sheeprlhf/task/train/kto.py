@@ -96,7 +96,7 @@ def by_label(means: dict[str, float]) -> dict[str, float]:
 
 
 def weights_warning(num_desirable: int, num_undesirable: int, task: KTOConfig) -> str | None:
-    """What to say about weights that let one of the labels rule; None if they are balanced as the paper advises.
+    """Warning about weights that favour one of the labels; None if they are balanced as the paper advises.
 
     Raises:
         DataError: there is only one label, so that nothing tells good from bad.
