@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sheeprlhf.config.memory_advice import changed
 from sheeprlhf.config.path_checks import is_weights_name, weights_problems
@@ -18,7 +18,7 @@ from sheeprlhf.security.record_schemas import RUN
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.reward import needs_model
-from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
+from sheeprlhf.structure.run import EvalConfig, InspectConfig, RootConfig, TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError
 from sheeprlhf.utils.home import expand_home, known_home
@@ -36,6 +36,7 @@ _NAMES = {START: "task.sft_model_name", REWARD_MODEL: "task.rm_model_name"}
 _OTHER_REWARD = "reward=function reward.path=<name> for a reward without a model"
 _TICK = 1e-3  # seconds between the order of two runs
 Needy = TrainConfig | EvalConfig  # what may need earlier runs
+Startable = TypeVar("Startable", bound=TrainConfig | EvalConfig | InspectConfig)
 
 
 class FoundRun(NamedTuple):
@@ -136,6 +137,8 @@ def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
         config: typed; returned as it is if there is nothing to find.
         given_dir: the directory of `hydra.run.dir=...`, if the user gave one.
     """
+    if isinstance(config, InspectConfig):
+        return _with_options_of_start(config)
     if not isinstance(config, TrainConfig | EvalConfig) or config.model is None:
         return config
     if isinstance(config, TrainConfig) and is_newest(config.resume_from):
@@ -169,13 +172,13 @@ def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
     return _with_options_of_start(_changed(config, settled) if settled else config)
 
 
-def _with_options_of_start(config: Needy) -> Needy:
+def _with_options_of_start(config: Startable) -> Startable:
     """Take over how the run that a training starts from writes its prompts, unless the option is given.
 
     These are its chat template, the variables of that, and the tokens that it has added.
     """
     start = getattr(config.task, "sft_experiment_dir", None)
-    if not isinstance(config, TrainConfig) or start is None or is_word(start):
+    if isinstance(config, EvalConfig) or start is None or is_word(start):
         return config
     try:
         model, data = saved_group(start, "model"), saved_group(start, "data")
@@ -275,8 +278,8 @@ def is_word(start: str) -> bool:
     return start.casefold() in (NEWEST, AUTO)
 
 
-def _changed(config: Needy, change: dict[str, Any]) -> Needy:
-    new = changed(config, change)
+def _changed(config: Startable, change: dict[str, Any]) -> Startable:
+    new: Startable = changed(config, change)
     new.lock()
     return new
 

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sheeprlhf.agent.batching import check_batching
 from sheeprlhf.config.run_lookup import task_of_run
@@ -29,8 +34,10 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.reward import needs_model
 from sheeprlhf.structure.rollout import OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
+from sheeprlhf.task.eval.load import load_evaluated_tokenizer
 from sheeprlhf.task.initial_policy import model_of_start
 from sheeprlhf.task.rl_models import reward_folder_errors, reward_model_source
+from sheeprlhf.utils.rendering import check_template_args
 from sheeprlhf.utils.vocabulary import num_rows_needed
 
 _MAX_STARTS = 8  # a run that starts from a run that ...
@@ -64,17 +71,31 @@ def check_all_weights(config: TrainConfig | EvalConfig, say: Say) -> None:
     """
     for needed in models_of(config):
         check_needed(needed, say)
-    if isinstance(config, TrainConfig):
-        check_options(config)
+    check_options(config)
 
 
-def check_options(config: TrainConfig) -> None:
-    """One process: reject options of a training that the architecture or the tokenizer of its model excludes.
+def check_options(config: TrainConfig | EvalConfig) -> None:
+    """One process: reject options that the architecture or the tokenizer of the job's model excludes.
 
     Raises:
         SheepError: naming the option.
     """
-    task, tokenizer = config.task, load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model) if isinstance(config, TrainConfig) else load_evaluated_tokenizer(config)
+    if config.data is not None:
+        check_template_args(tokenizer, config.data.template_args)
+    if isinstance(config, TrainConfig):
+        _check_training(config, tokenizer)
+        return
+    evaluated = next(models_of(config), None)
+    if evaluated is not None and not evaluated.scores:
+        whole = dataclasses.replace(evaluated.model, finetune_mode="ALL", freeze_transformer=False)
+        with isolated_rng(), suppress(*_CODE_THAT_READS):
+            causal_lm, _ = build_on_meta(whole, scores=False, vocabulary=num_rows_needed(tokenizer))
+            check_batching(config.task.batching, packing_limit(causal_lm, 0))
+
+
+def _check_training(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    task = config.task
     start = getattr(task, "sft_experiment_dir", None)
     if start is not None:
         model_of_start(config.model, start, tokenizer)

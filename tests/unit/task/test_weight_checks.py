@@ -144,3 +144,31 @@ def test_options_that_the_architecture_excludes_end_training_before_anything_is_
     message = refused(train_words(model_folder(architecture), data, tmp_path / "run", *words, task=task), capsys)
     assert said in message
     assert not (tmp_path / "cache").exists() and not list((tmp_path / "run").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("task.batching=packed", "task.batching=packed"),
+        ("model.chat_template=nothing", "model.chat_template=nothing"),
+        ("data.template_args={enable_thinking:false}", "data.template_args"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["eval task=perplexity", "train task=sft"])
+def test_evaluations_and_trainings_reject_the_same_options_before_data_is_prepared(
+    verb: str,
+    words: str,
+    said: str,
+    tmp_path: Path,
+    model_folder: ModelFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SHEEPRLHF_CACHE", str(tmp_path / "cache"))
+    data = WRITERS["sft"](tmp_path / "rows.jsonl")
+    files = [f"data.{split}_file={data}" for split in ("train", "test")]
+    model = ["model=auto", f"model.repo_name={model_folder('falcon')}"]
+    places = [f"output_dir={tmp_path / 'out'}"] if verb.startswith("eval") else [f"root_dir={tmp_path / 'out'}"]
+    message = refused([*verb.split(), "data=local", *files, *model, words, *places], capsys)
+    assert said in message
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
