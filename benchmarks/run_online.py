@@ -90,10 +90,10 @@ def main() -> None:
     task = kind(
         **sizes,
         num_generations=group,
-        ppo_epochs=args.ppo_epochs,
+        num_iterations=args.num_iterations,
         token_budget=args.token_budget,
         init_kl_coeff=0.05,
-        gradient_clip_val=1.0,
+        max_grad_norm=1.0,
     )
     cfg = TrainConfig(
         task=task,
@@ -163,7 +163,7 @@ def main() -> None:
                 logprobs, lengths = (rollout.flat("logprobs"), rollout.flat("reference")), rollout.response_lengths
                 _, advantages_PG = leave_one_out_advantages(*logprobs, rollout.scores, lengths, kl_coeff=0.05)
             rollout = rollout.with_advantages(advantages_PG)
-        plan = StepPlan(len(rollout), per_rollout, args.ppo_epochs, seed=k)
+        plan = StepPlan(len(rollout), per_rollout, args.num_iterations, seed=k)
         how = {"max_grad_norm": 1.0}
         profiled = args.profile is not None and k + 1 == args.warmup + args.updates
         with profiler if profiled else nullcontext():

@@ -322,9 +322,10 @@ def _with_hydra(source: "Source", args: ParsedArgs, sweep_dir: str = "") -> int:
     from sheeprlhf.config.compose import saved_overrides
     from sheeprlhf.config.config_files import check_sources
     from sheeprlhf.config.registry import register_configs
+    from sheeprlhf.config.renames import current_word
 
     codes: list[int] = []
-    arguments, sys.argv = sys.argv, [sys.argv[0], *args.flags, *args.overrides]
+    arguments, sys.argv = sys.argv, [sys.argv[0], *args.flags, *map(current_word, args.overrides)]
     try:
         sys.argv += [f"hydra.sweep.dir={sweep_dir}"] if sweep_dir else []
         register_configs()

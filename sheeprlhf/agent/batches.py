@@ -58,8 +58,9 @@ class Batches:
         num_items: Callable[[Batch], int] = lambda batch: len(batch.target_ids_N),
         beside: Callable[[Any, list[int]], Any] | None = None,
     ) -> None:
+        most = getattr(options, "micro_batch_size", options.mini_batch_size)
         self._cut: dict[str, Any] = {
-            "max_rows": getattr(options, "micro_batch_size", options.mini_batch_size),
+            "max_rows": max(1, most // getattr(options, "num_generations", 1)),
             "token_budget": options.token_budget,
             "rank": fabric.global_rank,
             "world_size": fabric.world_size,

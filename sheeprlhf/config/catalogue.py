@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.registry import ROOTS, Option, choices, groups, options
+from sheeprlhf.config.renames import RENAMED
 
 _HYDRA_KEYS = [
     f"hydra{key}"
@@ -46,7 +47,8 @@ def catalogue(verbs: Iterable[str] = ROOTS) -> Iterator[Entry]:
 def keys_like(name: str, verbs: Iterable[str] = ROOTS) -> list[str]:
     """The keys that `name` is, or is the last part of: `lr` is `optim.lr`, `model.lr` and `model.lora_cfg.lr`."""
     keys = dict.fromkeys(entry.option.key for entry in catalogue(verbs))
-    return [name] if name in keys else [key for key in keys if key.endswith(f".{name}")]
+    found = [name] if name in keys else [key for key in keys if key.endswith(f".{name}")]
+    return found or [new for old, new in RENAMED.items() if new in keys and name in (old, old.partition(".")[2])]
 
 
 def choices_like(word: str) -> list[str]:

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from sheeprlhf.config.registry import BASES
+from sheeprlhf.config.renames import rename_keys
 from sheeprlhf.security.files import read_small, real_file
 from sheeprlhf.utils.errors import ConfigError
 
@@ -97,6 +98,7 @@ def _checked(source: ConfigSource, name: str, config_path: str, text: str) -> Co
         problems = list(_node_problems(node)) or list(_header_problems(config_path, header))
         tree = {} if node is None or problems else loader.construct_document(node)
         problems = problems or list(_tree_problems(tree))
+        problems = problems or rename_keys(tree, _group_of(config_path), deprecate=True)
         config = OmegaConf.create({} if problems else tree)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:4])
@@ -104,6 +106,12 @@ def _checked(source: ConfigSource, name: str, config_path: str, text: str) -> Co
     if problems:
         raise ConfigError(*dict.fromkeys(f"{name}: {problem}" for problem in problems))
     return ConfigResult(provider=source.provider, path=source.full_path(), config=config, header=header)
+
+
+def _group_of(config_path: str) -> str:
+    """The group of options that a file is a choice of; empty for a whole configuration, such as a recipe."""
+    folder = config_path.strip("./").rpartition("/")[0]
+    return folder if folder in BASES else ""
 
 
 def _node_problems(root: yaml.Node | None) -> Iterator[str]:

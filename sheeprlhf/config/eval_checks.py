@@ -76,9 +76,9 @@ def _reward_problems(config: EvalConfig) -> Iterator[str]:
             "reward.normalize=true: by running moments the scores of different responses could not be compared: give "
             "reward.normalize=false"
         )
-    if reward.overlong_cache > config.generation.max_new_tokens:
+    if reward.overlong_buffer > config.generation.max_new_tokens:
         yield (
-            f"reward.overlong_cache={reward.overlong_cache} is more than generation.max_new_tokens="
+            f"reward.overlong_buffer={reward.overlong_buffer} is more than generation.max_new_tokens="
             f"{config.generation.max_new_tokens}: give at most that"
         )
     if isinstance(task, RewardConfig):

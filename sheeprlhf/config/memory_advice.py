@@ -69,7 +69,8 @@ def _alternatives(changes: list[Change]) -> str:
 def _smaller_forward(config: TrainConfig) -> Iterator[Change]:
     task, data = config.task, config.data
     row = task.row_tokens(data.max_length)
-    rows = max(1, min(task.micro_batch_size, task.mini_batch_size, task.token_budget // row))
+    group = getattr(task, "num_generations", 1)
+    rows = max(1, min(task.micro_batch_size // group, task.mini_batch_size // group, task.token_budget // row))
     if rows > 1:
         yield _fewer_rows(task, rows // 2, row)
     if not config.model.gradient_checkpointing:
@@ -83,8 +84,9 @@ def _smaller_forward(config: TrainConfig) -> Iterator[Change]:
 
 def _fewer_rows(task: TrainTaskConfig, rows: int, row: int) -> Change:
     """The option that limits the rows of a forward pass, so that they become about half."""
-    if task.micro_batch_size * row <= task.token_budget:
-        return {"task.micro_batch_size": rows}
+    group = getattr(task, "num_generations", 1)
+    if task.micro_batch_size // group * row <= task.token_budget:
+        return {"task.micro_batch_size": rows * group}
     return {"task.token_budget": max(row, task.token_budget // 2)}
 
 

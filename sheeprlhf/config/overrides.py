@@ -16,6 +16,7 @@ from yaml import YAMLError
 from sheeprlhf.config.catalogue import meant_by, owners_of
 from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.registry import ROOTS, choices, groups, options, unwrap_optional
+from sheeprlhf.config.renames import current_word, twice_given
 from sheeprlhf.config.shell import hydra_value, shell_word
 from sheeprlhf.security.redaction import is_secret_name, is_secret_value
 
@@ -36,8 +37,8 @@ class Chosen(NamedTuple):
 def readable(words: list[str]) -> tuple[list[Override], list[str]]:
     """The overrides that can be parsed and carry no credential; a problem for each of the others."""
     parser = OverridesParser.create()
-    parsed, problems = [], []
-    for word in words:
+    parsed, problems = [], list(twice_given([word.partition("=")[0].lstrip("+~") for word in words]))
+    for word in map(current_word, words):
         key, _, value = word.partition("=")
         if not key:
             problems.append(f"{_short(word)} has no key: write key=value, for example seed=1")

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from sheeprlhf.config.option_checks import nearest
+from sheeprlhf.config.renames import current_word
 from sheeprlhf.config.shell import hydra_value
 from sheeprlhf.config.untrusted_config import word_problem
 from sheeprlhf.structure.run import PipelineConfig, TrainConfig
@@ -98,6 +99,7 @@ def stages_of(config: PipelineConfig) -> list[Stage]:
         given = [f"seed={config.seed}", *(["dry_run=true"] if config.dry_run else [])]
         by_key: dict[str, str] = {}
         for word in [*_split(config.common.get(verb, "")), *own, *given, *shared, *alone]:
+            word = current_word(word)
             by_key[word.partition("=")[0]] = word
         flags = tuple(word for word in by_key.values() if word.startswith("-"))
         words = tuple(word for word in by_key.values() if not word.startswith("-"))

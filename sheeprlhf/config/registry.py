@@ -13,6 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sheeprlhf.config.renames import original
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.evaluation import EvalTaskConfig, FrontierConfig
 from sheeprlhf.structure.fabric import FabricConfig
@@ -192,16 +193,16 @@ def apply_dry_run(config: TrainConfig | EvalConfig) -> TrainConfig | EvalConfig:
         "log_interval": 1,
         "eval_interval": 1,
         "save_interval": 1,
-        "eval_iters": 2,
+        "max_eval_batches": 2,
     }
     if isinstance(task, OnlineTaskConfig):
         group = task.num_generations
         size = max(1, min(task.rollout_size, 16) // group) * group
         of_step = max(1, min(task.mini_batch_size, size) // group) * group
-        little |= {"rollout_size": size, "mini_batch_size": of_step, "ppo_epochs": 1}
+        little |= {"rollout_size": size, "mini_batch_size": of_step, "num_iterations": 1}
     task = replace(task, **{name: value for name, value in little.items() if name not in task.unread})
-    cache = min(config.reward.overlong_cache, generation.max_new_tokens)
-    reward = replace(config.reward, overlong_cache=cache)
+    cache = min(config.reward.overlong_buffer, generation.max_new_tokens)
+    reward = replace(config.reward, overlong_buffer=cache)
     return replace(config, data=data or config.data, generation=generation, task=task, reward=reward)
 
 
@@ -217,8 +218,11 @@ def _plain(value: Any) -> Any:
 
 
 def config_hash(config: Config) -> str:
-    """SHA-256 of everything in the configuration that changes the result of the run."""
-    kept = {option.key: _plain(option.value) for option in options(config) if option.key not in NOT_IN_HASH}
+    """SHA-256 of everything in the configuration that changes the result of the run.
+
+    Renamed options count by their old names, so that a run that was made before goes on.
+    """
+    kept = dict(original(o.key, _plain(o.value)) for o in options(config) if o.key not in NOT_IN_HASH)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

@@ -8,6 +8,7 @@ import yaml
 from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.config.registry import from_dict
+from sheeprlhf.config.renames import rename_keys
 from sheeprlhf.structure.option import Config
 from sheeprlhf.utils.errors import ConfigError
 
@@ -48,6 +49,9 @@ def read_run_config(experiment_dir: str, *, key: str = "experiment_dir") -> dict
         raise ConfigError(f"{path} cannot be read ({reason}): give another {key}") from error
     if not isinstance(saved, dict):
         raise ConfigError(f"{path} is not a configuration of ours: it holds no keys")
+    problems = rename_keys(saved)
+    if problems:
+        raise ConfigError(*(f"{path}: {problem}" for problem in problems))
     return saved
 
 

@@ -97,9 +97,9 @@ def online_problems(config: TrainConfig) -> Iterator[str]:
         if size % group:
             near = max(group, size - size % group)
             yield f"task.{key}={size} does not divide by task.num_generations={group}: give task.{key}={near}"
-    if config.reward.overlong_cache > how.max_new_tokens:
+    if config.reward.overlong_buffer > how.max_new_tokens:
         yield (
-            f"reward.overlong_cache={config.reward.overlong_cache} is more than generation.max_new_tokens="
+            f"reward.overlong_buffer={config.reward.overlong_buffer} is more than generation.max_new_tokens="
             f"{how.max_new_tokens}: give at most that"
         )
     given = narrowed(how)

@@ -226,7 +226,8 @@ def optimizer_bytes(cfg: OptimizerConfig, size: ModelSize) -> int:
 
 def tokens_of_forward(task: TrainTaskConfig, row: int) -> int:
     """Most tokens of one forward pass over rows of `row` tokens: whole rows, at least one."""
-    return row * max(1, min(task.micro_batch_size, task.mini_batch_size, task.token_budget // row))
+    most = min(task.micro_batch_size, task.mini_batch_size) // getattr(task, "num_generations", 1)
+    return row * max(1, min(most, task.token_budget // row))
 
 
 def allocator_share(device: str, finetune_mode: str) -> float:

@@ -147,10 +147,10 @@ def penalty(cfg: RewardSourceConfig, response: str, *, finished: bool, num_token
     total = 0.0 if finished else cfg.missing_eos_penalty
     if num_tokens < cfg.min_response_length:
         total += cfg.short_penalty
-    if cfg.overlong_cache:
-        total += overlong_penalty(num_tokens, max_tokens, cfg.overlong_cache)
-    if cfg.repetition_penalty:
-        total += cfg.repetition_penalty * repeated_share(response)
+    if cfg.overlong_buffer:
+        total += overlong_penalty(num_tokens, max_tokens, cfg.overlong_buffer)
+    if cfg.ngram_repetition_penalty:
+        total += cfg.ngram_repetition_penalty * repeated_share(response)
     return total
 
 

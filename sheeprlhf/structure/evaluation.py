@@ -40,7 +40,7 @@ class PerplexityConfig(EvalTaskConfig):
     entry_point: ClassVar[str] = "sheeprlhf.task.eval.perplexity:evaluate"
 
     config_name: str = option("perplexity", "Name of this choice.")
-    use_masked_targets: bool = option(True, "Count the response's tokens alone; false counts the prompt's too.")
+    completion_only_loss: bool = option(True, "Count the response's tokens alone; false counts the prompt's too.")
 
 
 @dataclass(unsafe_hash=True)

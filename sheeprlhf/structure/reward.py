@@ -31,14 +31,14 @@ class RewardSourceConfig(Config):
     short_penalty: float = option(
         1.0, "Subtracted from the score of a response below reward.min_response_length.", minimum=0.0
     )
-    overlong_cache: int = option(
+    overlong_buffer: int = option(
         0,
         "The last so many tokens before generation.max_new_tokens cost ever more, up to 1 (DAPO, arXiv 2503.14476, "
         "eq. 13; end token not counted); 0: nothing.",
         unit="tokens",
         minimum=0,
     )
-    repetition_penalty: float = option(
+    ngram_repetition_penalty: float = option(
         0.0,
         "Times the share of runs of three words in a response that repeat earlier ones: subtracted from its score.",
         minimum=0.0,

@@ -16,11 +16,16 @@ class OnlineTaskConfig(TrainTaskConfig):
     config_name: str = option("???", "Name of this choice.")
     rollout_size: int = option(64, "Responses sampled before they are learnt from, all devices.", minimum=1)
     num_generations: int = option(1, "Responses sampled for each prompt.", minimum=1)
-    mini_batch_size: int = option(32, "Responses of one optimizer step, all devices together.", minimum=1)
-    micro_batch_size: int = option(
-        32, "Most prompts in one forward pass; the token budget cuts further.", unit="prompts", minimum=1
+    mini_batch_size: int = option(
+        32, "Responses of one optimizer step, all devices together.", unit="responses", minimum=1
     )
-    ppo_epochs: int = option(1, "Passes over the responses of a rollout.", minimum=1)
+    micro_batch_size: int = option(
+        256,
+        "Most responses in one forward pass, at least those of one prompt; the token budget cuts further.",
+        unit="responses",
+        minimum=1,
+    )
+    num_iterations: int = option(1, "Passes over the responses of a rollout.", minimum=1)
     self_check: str = option(
         "error",
         "Before the first step the policy has to be its own reference: stop, warn, or do not look.",
@@ -39,7 +44,7 @@ class OnlineTaskConfig(TrainTaskConfig):
     )
     rm_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
     num_sample_prompts: int = option(3, "Validation prompts whose responses are shown at every validation.", minimum=0)
-    eval_iters: Optional[int] = option(
+    max_eval_batches: Optional[int] = option(
         4, "Validate on this many mini-batches of prompts; null takes all.", unit="mini-batches", minimum=1
     )
     eval_interval: int = option(20, "Between two validations, after a rollout.", unit="optimizer steps", minimum=1)
@@ -68,7 +73,7 @@ class RatioTaskConfig(OnlineTaskConfig):
 
     init_kl_coeff: float = option(0.05, "Weight of the KL divergence from the reference.", minimum=0.0)
     clip_coeff: float = option(0.2, "How far the ratio of new to old probability may leave 1.", above=0.0, maximum=1.0)
-    max_kl: Optional[float] = option(
+    early_stop_kl: Optional[float] = option(
         None, "End the passes over a rollout when the policy is this far from the sampler.", unit="nats", above=0.0
     )
 
@@ -83,21 +88,19 @@ class PPOConfig(RatioTaskConfig):
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.ppo:train"
     config_name: str = option("ppo", "Name of this choice.")
-    ppo_epochs: int = option(4, "Passes over the responses of a rollout.", minimum=1)
+    num_iterations: int = option(4, "Passes over the responses of a rollout.", minimum=1)
     kl_estimator: str = option(
         "k1", "Of each token's KL in the reward: k1 is unbiased, k3 never negative.", choices=("k1", "k3")
     )
-    adaptive_kl_coeff: bool = option(False, "Move the weight of the KL so that it comes to target_kl_coeff.")
-    target_kl_coeff: float = option(6.0, "KL that adaptive_kl_coeff aims at.", unit="nats a response", above=0.0)
+    adaptive_kl_coeff: bool = option(False, "Move the weight of the KL so that it comes to target_kl.")
+    target_kl: float = option(6.0, "KL that adaptive_kl_coeff aims at.", unit="nats a response", above=0.0)
     kl_horizon: int = option(10_000, "How slowly it moves.", unit="responses", minimum=1)
     normalize_rewards: bool = option(False, "Divide a rollout's rewards by their standard deviation; their mean stays.")
     normalize_advantages: bool = option(True, "Advantages of a rollout get mean 0 and standard deviation 1.")
     gae_gamma: float = option(1.0, "Discount of a token.", minimum=0.0, maximum=1.0)
     gae_lambda: float = option(0.95, "Lambda of generalised advantage estimation.", minimum=0.0, maximum=1.0)
-    truncated_value: str = option(
-        "terminal",
-        "What follows a response that was cut: nothing, or what the critic expects.",
-        choices=("terminal", "bootstrap"),
+    bootstrap_truncated: bool = option(
+        False, "After a response that was cut comes what the critic expects; false: nothing."
     )
     value_clip_coeff: Optional[float] = option(
         0.2, "How far a value may leave the rollout's in one update; null does not clip.", above=0.0
@@ -192,9 +195,9 @@ class BestOfNConfig(OnlineTaskConfig):
     trains: ClassVar[str] = "dataset"
     unread: ClassVar[frozenset[str]] = frozenset(
         {
-            *("epochs", "max_num_steps", "mini_batch_size", "ppo_epochs", "gradient_clip_val", "lr_warmup_steps"),
+            *("epochs", "max_num_steps", "mini_batch_size", "num_iterations", "max_grad_norm", "lr_warmup_steps"),
             "max_skipped_steps",
-            *("log_interval", "eval_interval", "eval_iters", "save_interval", "keep_checkpoints", "num_workers"),
+            *("log_interval", "eval_interval", "max_eval_batches", "save_interval", "keep_checkpoints", "num_workers"),
         }
     )
 

@@ -31,7 +31,7 @@ class TrainTaskConfig(Config):
         choices=("auto", "packed", "padded"),
     )
     num_workers: int = option(0, "Threads that collate batches ahead; 0 collates in the training thread.", minimum=0)
-    gradient_clip_val: Optional[float] = option(1.0, "Largest gradient norm; null does not clip.", above=0.0)
+    max_grad_norm: Optional[float] = option(1.0, "Largest gradient norm; null does not clip.", above=0.0)
     max_skipped_steps: int = option(
         0,
         "Leave out so many steps of a run whose loss or gradient is not finite; one more, or a rollout that is not, "
@@ -42,7 +42,7 @@ class TrainTaskConfig(Config):
     lr_warmup_steps: int = option(0, "Linear rise of the learning rate.", unit="optimizer steps", minimum=0)
     log_interval: int = option(5, "Between two lines of metrics.", unit="optimizer steps", minimum=1)
     eval_interval: int = option(100, "Between two validations.", unit="optimizer steps", minimum=1)
-    eval_iters: Optional[int] = option(
+    max_eval_batches: Optional[int] = option(
         None, "Validate on this many mini-batches; null takes all.", unit="mini-batches", minimum=1
     )
     save_interval: int = option(100, "Between two checkpoints.", unit="optimizer steps", minimum=1)
@@ -65,7 +65,7 @@ class SFTConfig(TrainTaskConfig):
     shards: ClassVar[bool] = True
 
     config_name: str = option("sft", "Name of this choice.")
-    use_masked_targets: bool = option(True, "Train on the response alone; false trains on the prompt too.")
+    completion_only_loss: bool = option(True, "Train on the response alone; false trains on the prompt too.")
     label_smoothing: float = option(
         0.0, "Share of the target probability spread over the vocabulary.", minimum=0.0, maximum=0.99
     )

@@ -94,7 +94,7 @@ class TrainLoop:
         report_data(fabric, run, self.data)
         self.split = next(name for name in task.train_splits if name in self.data.splits)
         self.rows, self.held_out = self.data.splits[self.split], self.data.splits.get("validation") or None
-        num_held_out = None if task.eval_iters is None else task.eval_iters * task.mini_batch_size
+        num_held_out = None if task.max_eval_batches is None else task.max_eval_batches * task.mini_batch_size
         self.held_out_rows = np.arange(len(self.held_out or ()))[:num_held_out]
         self.longest = longest_row(self.data.splits)
         self.plan = StepPlan(len(self.rows), task.mini_batch_size, task.epochs, cfg.seed)
@@ -190,7 +190,7 @@ class Step:
             loop.optimizer,
             self.batches if micro_batches is None else micro_batches,
             loss_fn,
-            max_grad_norm=run.cfg.task.gradient_clip_val,
+            max_grad_norm=run.cfg.task.max_grad_norm,
             skip=run.skip_step,
         )
         state.step = self._number + 1
@@ -214,8 +214,8 @@ class RolloutLoop:
 
     An iteration is one rollout and the optimizer steps on it. Checkpoints are written between iterations only, so that
     a resumed run samples the same rollouts again. `state.step` counts optimizer steps, also those that an iteration
-    skips (`task.max_kl`, prompts without a pair). The last iteration ends within its rollout if `task.max_num_steps`
-    says so.
+    skips (`task.early_stop_kl`, prompts without a pair). The last iteration ends within its rollout if
+    `task.max_num_steps` says so.
 
     ```python
     loop = RolloutLoop(fabric, run)  # data, models
@@ -295,7 +295,7 @@ class RolloutLoop:
 
     def update(self, module: _FabricModule, micro_batches: list[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
         """Take an optimizer step as `engine.step.update`; return its metrics, none if the step was skipped."""
-        limits: dict[str, Any] = {"max_grad_norm": self.run.cfg.task.gradient_clip_val, "skip": self.run.skip_step}
+        limits: dict[str, Any] = {"max_grad_norm": self.run.cfg.task.max_grad_norm, "skip": self.run.skip_step}
         metrics = update(self.fabric, module, self.optimizer, micro_batches, loss_fn, **limits)
         return metrics if metrics["items"] else {}
 
@@ -304,7 +304,7 @@ class RolloutLoop:
         run, state, task = self.run, self.state, self.run.cfg.task
         assert isinstance(task, OnlineTaskConfig)
         prompts = StepPlan(len(self.rows), task.prompts_per_rollout(), task.epochs, run.cfg.seed)
-        plan = RolloutPlan(prompts, task.prompts_per_step(), task.ppo_epochs, task.max_num_steps)
+        plan = RolloutPlan(prompts, task.prompts_per_step(), task.num_iterations, task.max_num_steps)
         run.begin_progress(state, plan.num_steps())
         for number in range(plan.rollout_after(state.step), plan.rollout_after(plan.num_steps())):
             began = time.perf_counter()
@@ -374,7 +374,7 @@ class Iteration:
         check_finite(rollout)
         loop, cfg, task = self._loop, self._loop.run.cfg, self._loop.run.cfg.task
         assert isinstance(task, OnlineTaskConfig)
-        plan = StepPlan(len(rollout), task.prompts_per_step(), task.ppo_epochs, cfg.seed + self.number)
+        plan = StepPlan(len(rollout), task.prompts_per_step(), task.num_iterations, cfg.seed + self.number)
         num_steps, first = self._plan.num_steps(), self._plan.steps_before(self.number)
         steps = range(min(plan.num_steps(), num_steps - first))
         loaded = load_ahead(lambda index: batches.of(rollout, plan.rows_of_step(index)), steps, task.num_workers)
@@ -416,7 +416,7 @@ class RolloutValidator:
         task = run.cfg.task
         assert isinstance(task, OnlineTaskConfig)
         self._run, self._collect, self._rows, self._task = run, collect, rows, task
-        self._count = min(len(rows), (task.eval_iters or len(rows)) * task.mini_batch_size)
+        self._count = min(len(rows), (task.max_eval_batches or len(rows)) * task.mini_batch_size)
         self._first: dict[str, float] = {}
 
     def __call__(self, step: int) -> dict[str, float]:

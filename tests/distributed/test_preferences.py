@@ -23,7 +23,7 @@ TAGS = {
 def test_two_processes_equal_one(task: str, server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
     """Each epoch of 49 rows ends in a step of a single row, so that one process has none."""
     data = write_pairs(tmp_path / "rows.jsonl", 49)
-    words = ["task.epochs=2", "task.micro_batch_size=1", "task.eval_iters=null"]
+    words = ["task.epochs=2", "task.micro_batch_size=1", "task.max_eval_batches=null"]
     cache = f"data.cache_dir={tmp_path / 'cache'}"  # its own, so that two processes compute the reference together
     two_words = train_words(model_folder(), data, tmp_path / "two", *words, cache, task=task)
     job = server.start_ranks(two_words, tmp_path / "log", 2)

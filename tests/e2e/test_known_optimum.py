@@ -11,7 +11,7 @@ from tests.support.runs import train, write_rows
 ModelFolder = Callable[..., Path]
 SHORT = {"bandit": "generation.max_new_tokens=1", "letters": "generation.max_new_tokens=4"}
 OF_TASK = {
-    "ppo": ["task.ppo_epochs=2", "task.critic_learning_rate=1e-2", "task.num_generations=1", "task.init_kl_coeff=0"],
+    "ppo": ["task.num_iterations=2", "task.critic_learning_rate=1e-2", "task.init_kl_coeff=0"],
     "grpo": ["task.num_generations=8", "task.init_kl_coeff=0"],
     "rloo": ["task.num_generations=4", "task.init_kl_coeff=0"],
     "online_dpo": ["task.num_generations=8", "task.beta=0.1"],
@@ -40,7 +40,7 @@ def test_it_is_found(task: str, reward: str, tmp_path: Path, model_folder: Model
         "task.epochs=200",
         "task.eval_interval=160",
         "task.save_interval=160",
-        "task.eval_iters=null",
+        "task.max_eval_batches=null",
         "optim.lr=5e-3",
         "optim.schedule=constant",
         *OF_TASK[task],

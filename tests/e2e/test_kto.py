@@ -39,8 +39,8 @@ def test_it_begins_at_half_the_weight_and_learns_the_labels(
     options: list[str], tmp_path: Path, model_folder: ModelFolder
 ) -> None:
     data = write_labelled(tmp_path / "rows.jsonl")
-    words = ["task.desirable_weight=1.2", "task.lr_warmup_steps=0", "task.eval_iters=null", "optim.lr=3e-3", *options]
-    run_dir = train(model_folder(), data, tmp_path / "run", *words, task="kto")
+    words = ["task.desirable_weight=1.2", "task.lr_warmup_steps=0", "task.max_eval_batches=null", *options]
+    run_dir = train(model_folder(), data, tmp_path / "run", "optim.lr=3e-3", *words, task="kto")
     share = series(run_dir, "train/share/chosen")[0]
     assert series(run_dir, "train/loss")[0] == pytest.approx(0.5 * (1.2 * share + (1 - share)), abs=1e-5)
     assert series(run_dir, "train/kl")[0] == pytest.approx(0.0, abs=1e-4)

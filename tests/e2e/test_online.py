@@ -170,7 +170,7 @@ def test_the_weight_of_the_datasets_texts_is_read(tmp_path: Path, model_folder: 
     model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
     found = {}
     for weight in ("0.001", "100"):
-        words = [f"task.ptx_coeff={weight}", "task.max_num_steps=24", "task.gradient_clip_val=null"]
+        words = [f"task.ptx_coeff={weight}", "task.max_num_steps=24", "task.max_grad_norm=null"]
         found[weight] = figures(train(model, data, tmp_path / weight, *words, task="ppo"))["loss/ptx"]
     assert found["100"][-1] < found["0.001"][-1] - 0.05
 

@@ -70,7 +70,7 @@ def plain_loop_nll(model: torch.nn.Module, tokenizer: object, data: Path) -> tup
 
 def test_perplexity_equals_a_plain_loop_for_any_batching(tmp_path: Path, model_folder: ModelFolder) -> None:
     data = write_rows(tmp_path / "rows.jsonl", 20)
-    run_dir = train(model_folder(), data, tmp_path / "run", "task.max_num_steps=2", "task.eval_iters=null")
+    run_dir = train(model_folder(), data, tmp_path / "run", "task.max_num_steps=2", "task.max_eval_batches=null")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "final", dtype=torch.float32)
     total, count = plain_loop_nll(model, AutoTokenizer.from_pretrained(run_dir / "final"), data)
     validated = csv_values(run_dir)

@@ -94,7 +94,7 @@ MISMATCHES = {  # an override, and how the message tells it
     "model=gpt2": "model.config_name",
     "fabric.precision=bf16-mixed": "fabric.precision was 32-true and is bf16-mixed",
     "optim.lr=3e-4": "optim.lr was None and is 0.0003",
-    "task.gradient_clip_val=null": "task.gradient_clip_val was 1.0 and is None",
+    "task.max_grad_norm=null": "task.max_grad_norm was 1.0 and is None",
 }
 
 

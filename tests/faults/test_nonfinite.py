@@ -144,7 +144,7 @@ OF_ROLLOUT = r" after \d+ of 12 prompts .* rows of the training split \(\[([\d, 
 BLOWN_UP = (
     "optim=sgd",
     "optim.lr=1e20",
-    "task.gradient_clip_val=null",
+    "task.max_grad_norm=null",
     "task.save_interval=1",
     "task.lr_warmup_steps=0",
 )
@@ -176,7 +176,7 @@ KINDS = {
     ),
     "ppo: logits of the sampler NaN": Kind("ppo", in_sampler, lambda x: x * NAN, f"sampled{OF_ROLLOUT}", 1),
     "ppo: gradient NaN": Kind(
-        "ppo", in_loss(ppo, "policy_loss", 1), hurt, f"gradient norm nan.*{OF_STEP}", 6, ("task.ppo_epochs=1",)
+        "ppo", in_loss(ppo, "policy_loss", 1), hurt, f"gradient norm nan.*{OF_STEP}", 6, ("task.num_iterations=1",)
     ),
 }
 IN_EVERY_RUN = ("sft: loss NaN", "sft: learning rate 1e20")

@@ -59,7 +59,7 @@ ONLINE = [  # 6 rollouts of 12 prompts, 4 optimizer steps on each
     "task.rollout_size=24",
     "task.num_generations=2",
     "task.max_num_steps=24",
-    "task.ppo_epochs=1",
+    "task.num_iterations=1",
     "reward=function",
     "reward.path=tests.support.rewards:letters",
 ]
@@ -83,7 +83,7 @@ def train_words(model: Path, data: Path, run_dir: Path, *extra: str, task: str =
         "task.micro_batch_size=3",
         "task.log_interval=1",
         "task.eval_interval=8",
-        "task.eval_iters=1",
+        "task.max_eval_batches=1",
         "task.save_interval=4",
         *([] if task == "rm" else ["task.num_sample_prompts=1"]),
         "task.lr_warmup_steps=3",

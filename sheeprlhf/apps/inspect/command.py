@@ -33,7 +33,7 @@ _STYLES = {  # two shades of each, taken in turn, show where a token ends
 }
 _LOOKS_AT = {  # by targets
     "response": "counts responses alone",
-    "all": "counts prompts and responses (task.use_masked_targets=false)",
+    "all": "counts prompts and responses (task.completion_only_loss=false)",
     "last": "compares the scores after the last token of each response",
     "scores": "compares the scores after the tokens of the responses, from the first that differs on",
 }
@@ -151,7 +151,7 @@ def _targets(task: TrainTaskConfig) -> str:
     """Targets of the task's loss, as `collate_packed` takes them."""
     if isinstance(task, RMConfig):
         return "last" if task.loss_type == "last_token" else "scores"
-    return "all" if isinstance(task, SFTConfig) and not task.use_masked_targets else "response"
+    return "all" if isinstance(task, SFTConfig) and not task.completion_only_loss else "response"
 
 
 def _print_head(

@@ -56,7 +56,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
         "tokens": int(tokens_R.sum()),
         "rows": num_rows,
     }
-    if task.use_masked_targets and fabric.is_global_zero:
+    if task.completion_only_loss and fabric.is_global_zero:
         ids = [example.responses[0].tolist() for example in split.examples(range(num_rows))]
         numbers["characters"] = sum(map(len, map(ResponseDecoder(tokenizer), ids)))
         bits = float(nll_R.sum()) / math.log(2)
@@ -69,7 +69,7 @@ def nll_of_rows(
     fabric: Fabric, policy: Policy, task: PerplexityConfig, split: TokenizedSplit, num_rows: int, *, packed: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """All ranks: (R,) float64, nats: the negative log-likelihood of each of the first rows; and (R,) its tokens."""
-    targets = "response" if task.use_masked_targets else "all"
+    targets = "response" if task.completion_only_loss else "all"
     batches = Batches(fabric, task, packed=packed, targets=targets)
     mine: list[tuple[int, float, int]] = []
     with phase("evaluation"), eval_mode(policy), torch.no_grad(), fabric.autocast():

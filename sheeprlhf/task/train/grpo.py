@@ -68,7 +68,10 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         loop.begin(*set_up(fabric, cfg.optim, loop.models.policy, cfg.peak_lr()))
         num_items = None if task.loss_type == "dapo" else lambda batch: len(batch.response_lengths)
         batches = loop.batches("logprobs", "reference", "advantages", num_items=num_items)
-        max_length, max_kl = cfg.generation.max_new_tokens, math.inf if task.max_kl is None else task.max_kl
+        max_length, early_stop_kl = (
+            cfg.generation.max_new_tokens,
+            math.inf if task.early_stop_kl is None else task.early_stop_kl,
+        )
         loss_fn = partial(grpo_loss, task=task, temperature=cfg.generation.temperature, max_length=max_length)
 
         for iteration in loop:
@@ -78,6 +81,6 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             rollout = iteration.rollout.with_advantages(advantages_PG)
             for _, micro_batches in iteration.steps(rollout, batches):
                 metrics = iteration.update(micro_batches, loss_fn)
-                if metrics.get("approxkl", 0.0) > max_kl:
+                if metrics.get("approxkl", 0.0) > early_stop_kl:
                     break
         loop.finish()

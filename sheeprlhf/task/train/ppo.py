@@ -1,7 +1,7 @@
 """Proximal policy optimisation of a language model (arXiv 1707.06347, 2203.02155, details of 2403.17031).
 
 In each iteration the policy answers prompts and a reward scores the responses. The KL divergence from the reference is
-subtracted, the critic's values turn the rewards into advantages, and both are trained for `task.ppo_epochs` passes. The
+subtracted, the critic's values turn the rewards into advantages, and both are trained for `task.num_iterations` passes. The
 loss of an optimizer step is the mean over its response tokens, of all rows of the step and all devices.
 """
 
@@ -136,14 +136,14 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         ptx_plan = StepPlan(len(loop.rows), task.ptx_batch_size, epochs=1, seed=cfg.seed)
         policy_fn = partial(policy_loss, task=task, temperature=cfg.generation.temperature)
         critic_fn = partial(value_loss, task=task)
-        max_kl = math.inf if task.max_kl is None else task.max_kl
+        early_stop_kl = math.inf if task.early_stop_kl is None else task.early_stop_kl
 
         for iteration in loop:
             rollout, kl_coeff = iteration.rollout, iteration.extra_state.get("kl_coeff", task.init_kl_coeff)
             values_N = loop.collect.scores_of(critic, rollout, "values")
             rollout = rollout.with_tokens(values=values_N)
             last_values_S = None
-            if task.truncated_value == "bootstrap":
+            if task.bootstrap_truncated:
                 last_values_S = loop.collect.scores_of(critic, rollout, "values", at_end=True)
                 last_values_S[torch.from_numpy(rollout.finished.flatten())] = 0.0
             rollout = with_advantages(rollout, task, kl_coeff, last_values_S)
@@ -164,7 +164,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                     metrics = iteration.update(micro_batches, policy_fn)
                 if metrics and ema is not None:
                     ema.update()
-                if metrics.get("approxkl", 0.0) > max_kl:
+                if metrics.get("approxkl", 0.0) > early_stop_kl:
                     break
 
             kl, score = iteration.metrics["objective/kl"], iteration.metrics["objective/scores"]
@@ -177,7 +177,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 }
             )
             if task.adaptive_kl_coeff:
-                target, num_responses = task.target_kl_coeff, rollout.finished.size
+                target, num_responses = task.target_kl, rollout.finished.size
                 iteration.extra_state["kl_coeff"] = next_kl_coeff(
                     kl_coeff, kl, target=target, horizon=task.kl_horizon, num_responses=num_responses
                 )

@@ -78,7 +78,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         loop.begin(*set_up(fabric, cfg.optim, loop.models.policy, cfg.peak_lr()))
         batches = loop.batches("logprobs", "advantages", num_items=lambda batch: len(batch.response_lengths))
         loss_fn = partial(rloo_loss, task=task, temperature=cfg.generation.temperature)
-        max_kl = math.inf if task.max_kl is None else task.max_kl
+        early_stop_kl = math.inf if task.early_stop_kl is None else task.early_stop_kl
 
         for iteration in loop:
             rollout, kl_coeff = iteration.rollout, task.init_kl_coeff
@@ -91,6 +91,6 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             iteration.log({"objective/rlhf_reward": float(rewards_PG.mean())})
             for _, micro_batches in iteration.steps(rollout.with_advantages(advantages_PG), batches):
                 metrics = iteration.update(micro_batches, loss_fn)
-                if metrics.get("approxkl", 0.0) > max_kl:
+                if metrics.get("approxkl", 0.0) > early_stop_kl:
                     break
         loop.finish()

@@ -55,7 +55,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         )
         router = router_loss_in_training(policy.causal_lm(), run.say)
         module = loop.set_up(policy)
-        batches = Batches(fabric, task, packed=packed, targets="response" if task.use_masked_targets else "all")
+        batches = Batches(fabric, task, packed=packed, targets="response" if task.completion_only_loss else "all")
         loop.begin(partial(batches.of, loop.rows))
 
         for step in loop:

@@ -79,12 +79,12 @@ def test_prompt_and_response_stand_apart_token_by_token(home: Path, capsys: pyte
 
 
 def test_the_prompt_counts_if_the_task_says_so(home: Path, capsys: pytest.CaptureFixture) -> None:
-    run(words(home, [{"prompt": "ab", "response": "de"}], "task.use_masked_targets=false"))
+    run(words(home, [{"prompt": "ab", "response": "de"}], "task.completion_only_loss=false"))
     printed = capsys.readouterr().out
     lines = shown(printed)
     assert lines[1].startswith("prompt 3 + response 3 = 6 tokens, 5 trained on")
     assert lines[3:5] == ["  <s>", "+ a\u00a6b"]  # nothing predicts the first token
-    assert "task.use_masked_targets=false" in printed
+    assert "task.completion_only_loss=false" in printed
 
 
 @pytest.mark.parametrize("num_responses", [1, 2, 3])

@@ -194,7 +194,7 @@ BAD = [
     ("eval task=reward model=tiny data=docstrings task.against=refrences", ["task.against=refrences"]),
     ("eval task=reward model=tiny data=docstrings task.against=@/rm_run", ["task=rm"]),
     ("eval task=reward model=tiny data=docstrings reward.normalize=true", ["reward.normalize=false"]),
-    ("eval task=reward model=tiny data=docstrings reward.overlong_cache=99", ["generation.max_new_tokens"]),
+    ("eval task=reward model=tiny data=docstrings reward.overlong_buffer=99", ["generation.max_new_tokens"]),
     (
         "eval task=reward model=tiny data=docstrings generation.top_p=0.9",
         ["generation.top_p", "generation.temperature"],

@@ -14,7 +14,7 @@ REFUSED = {
     "task=sft generation.engine=hf": "is not read by task=sft",
     "task=ppo task.num_generations=3": "task.rollout_size=63",
     "task=grpo generation.top_k=5": "generation.top_k",
-    "task=grpo reward.overlong_cache=65": "generation.max_new_tokens=64",
+    "task=grpo reward.overlong_buffer=65": "generation.max_new_tokens=64",
     "task=ppo task.share_trunk=true task.critic_warmup_steps=4": "task.share_trunk=false",
     "task=ppo task.ema_decay=0.99 model.dtype=bfloat16": "model.dtype=float32",
     "task=ppo model.disable_dropout=false": "model.disable_dropout=true",
@@ -53,7 +53,7 @@ def test_the_cards_command_names_both_runs_to_train_first(tmp_path: Path) -> Non
 def test_a_dry_run_is_two_steps(tmp_path: Path) -> None:
     for task in ("ppo", "grpo", "rloo", "online_dpo"):
         config = with_start(
-            to_typed(composed("train", f"task={task}", "dry_run=true", "reward.overlong_cache=40")), None
+            to_typed(composed("train", f"task={task}", "dry_run=true", "reward.overlong_buffer=40")), None
         )
         assert validate(config) == []
         assert config.task.rollout_size % config.task.num_generations == 0

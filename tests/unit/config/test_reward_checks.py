@@ -250,8 +250,10 @@ def test_a_file_names_no_function_of_anybodys(node, named):
 def test_limits_of_numbers():
     from sheeprlhf.config.option_checks import option_problems
 
-    cfg = AutoRewardConfig(clip=0.0, missing_eos_penalty=-1.0, repetition_penalty=math.inf, min_response_length=-1)
+    cfg = AutoRewardConfig(
+        clip=0.0, missing_eos_penalty=-1.0, ngram_repetition_penalty=math.inf, min_response_length=-1
+    )
     found = [problem for option in options(cfg, "reward.") for problem in option_problems(option)]
     assert [problem.partition("=")[0] for problem in found] == [
-        *("reward.clip", "reward.missing_eos_penalty", "reward.min_response_length", "reward.repetition_penalty")
+        *("reward.clip", "reward.missing_eos_penalty", "reward.min_response_length", "reward.ngram_repetition_penalty")
     ]

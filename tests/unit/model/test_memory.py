@@ -211,7 +211,7 @@ def test_a_real_run_takes_what_was_planned(task: str, mode: str, tmp_path: Path)
     text = " the value of this list, or none if it is empty" * 20
     both = {"chosen": text, "rejected": " returns a mapping of names and their numbers, else nothing" * 20}
     rows.write_text("".join(json.dumps({"prompt": f"{n}?", **both}) + "\n" for n in range(40)))
-    more = ["task.max_num_steps=2", "task.epochs=1", "task.eval_iters=1"]
+    more = ["task.max_num_steps=2", "task.epochs=1", "task.max_eval_batches=1"]
     words = train_words(Path(), rows, tmp_path / "run", *more, task=task)
     words = [word for word in words if not word.startswith(("model", "data.max", "task.mi", "task.num_sample"))]
     words += ["model=tiny", f"model.finetune_mode={mode}", "data.max_length=128", "data.max_prompt_length=64"]

@@ -125,15 +125,15 @@ def test_the_share_of_repeated_runs_of_three_words(text, share):
         ({"min_response_length": 3}, "a", True, 2, 1.0),
         ({"min_response_length": 3, "short_penalty": 0.5}, "a", True, 2, 0.5),
         ({"min_response_length": 3, "short_penalty": 0.5}, "a", True, 3, 0.0),
-        ({"overlong_cache": 4}, "a", True, 16, 0.0),  # at most 20 tokens: nothing up to 16, then a quarter for each
-        ({"overlong_cache": 4}, "a", True, 3, 0.0),
-        ({"overlong_cache": 4}, "a", True, 17, 0.25),
-        ({"overlong_cache": 4}, "a", True, 19, 0.75),
-        ({"overlong_cache": 4}, "a", False, 20, 1.0),
-        ({"repetition_penalty": 2.0}, "a b c a b c", True, 9, 0.5),
-        ({"repetition_penalty": 2.0}, "a b c d", True, 9, 0.0),
+        ({"overlong_buffer": 4}, "a", True, 16, 0.0),  # at most 20 tokens: nothing up to 16, then a quarter for each
+        ({"overlong_buffer": 4}, "a", True, 3, 0.0),
+        ({"overlong_buffer": 4}, "a", True, 17, 0.25),
+        ({"overlong_buffer": 4}, "a", True, 19, 0.75),
+        ({"overlong_buffer": 4}, "a", False, 20, 1.0),
+        ({"ngram_repetition_penalty": 2.0}, "a b c a b c", True, 9, 0.5),
+        ({"ngram_repetition_penalty": 2.0}, "a b c d", True, 9, 0.0),
         (
-            {"missing_eos_penalty": 1.0, "min_response_length": 9, "repetition_penalty": 2.0},
+            {"missing_eos_penalty": 1.0, "min_response_length": 9, "ngram_repetition_penalty": 2.0},
             *("a b c a b c", False, 6, 1.0 + 1.0 + 0.5),
         ),
     ],

@@ -73,8 +73,8 @@ def make_setting(folder: Path, task: PPOConfig) -> Setting:
     }
     scores, finished = rng.standard_normal((4, 2)), rng.random((4, 2)) < 0.6
     after = torch.from_numpy(np.where(finished, 0.0, rng.standard_normal((4, 2))).astype(np.float32)).flatten()
-    bootstrap = task.truncated_value == "bootstrap"
-    return Setting(policy, critic, Rollout(rows, scores, finished, tokens), task, after if bootstrap else None)
+    rollout = Rollout(rows, scores, finished, tokens)
+    return Setting(policy, critic, rollout, task, after if task.bootstrap_truncated else None)
 
 
 def padded(prompt: np.ndarray, response: np.ndarray, pad: int) -> dict[str, Tensor]:
@@ -200,7 +200,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "normalize_advantages": False,
         "gae_gamma": 0.9,
         "gae_lambda": 0.7,
-        "truncated_value": "bootstrap",
+        "bootstrap_truncated": True,
         "value_clip_coeff": None,
         "vf_coeff": 1.3,
         "clip_coeff": 0.1,
