@@ -68,10 +68,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         loop.begin(*set_up(fabric, cfg.optim, loop.models.policy, cfg.peak_lr()))
         num_items = None if task.loss_type == "dapo" else lambda batch: len(batch.response_lengths)
         batches = loop.batches("logprobs", "reference", "advantages", num_items=num_items)
-        max_length, early_stop_kl = (
-            cfg.generation.max_new_tokens,
-            math.inf if task.early_stop_kl is None else task.early_stop_kl,
-        )
+        max_length = cfg.generation.max_new_tokens
+        early_stop_kl = math.inf if task.early_stop_kl is None else task.early_stop_kl
         loss_fn = partial(grpo_loss, task=task, temperature=cfg.generation.temperature, max_length=max_length)
 
         for iteration in loop:

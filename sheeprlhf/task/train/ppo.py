@@ -1,8 +1,8 @@
 """Proximal policy optimisation of a language model (arXiv 1707.06347, 2203.02155, details of 2403.17031).
 
 In each iteration the policy answers prompts and a reward scores the responses. The KL divergence from the reference is
-subtracted, the critic's values turn the rewards into advantages, and both are trained for `task.num_iterations` passes. The
-loss of an optimizer step is the mean over its response tokens, of all rows of the step and all devices.
+subtracted, the critic's values turn the rewards into advantages, and both are trained for `task.num_iterations` passes.
+The loss of an optimizer step is the mean over its response tokens, of all rows of the step and all devices.
 """
 
 import math
