@@ -386,11 +386,11 @@ class Iteration:
         """All ranks: take an optimizer step of the policy and log it; return its metrics, none if it was skipped."""
         metrics = self._loop.update(self._loop.module, micro_batches, loss_fn)
         if metrics:
-            loss = metrics.pop("loss")  # with a value loss: the sum of the two
-            self.log(
-                {"policy": loss} | {name: metrics.pop(name) for name in ("policy", "value") if name in metrics}, "loss/"
-            )
-            self.log(metrics, "policy/")
+            losses = {"policy": metrics.pop("loss")}  # the sum, where the loss function reports both parts
+            losses |= {name: metrics.pop(name) for name in ("policy", "value") if name in metrics}
+            self.log(losses, "loss/")
+            for name, value in metrics.items():  # rewards/* are named as in tasks that learn from pairs
+                self.log({name: value}, "train/" if "/" in name else "policy/")
         return metrics
 
     def log(self, metrics: dict[str, float], prefix: str = "") -> None:

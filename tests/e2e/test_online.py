@@ -39,8 +39,9 @@ def test_a_run_leaves_what_others_leave(task: str, tmp_path: Path, model_folder:
     assert abs(found["objective/kl"][0]) < 1e-4  # the policy begins as its reference
     assert found["objective/kl"][-1] != 0.0
     assert found["val/perplexity"][0] > 1
+    own = {"ppo": "critic/explained_variance", "grpo": "frac_reward_zero_std", "online_dpo": "train/rewards/margins"}
+    assert len(found["train/lr"]) == len(found[own.get(task, "objective/rlhf_reward")]) == 6
     if task == "ppo":
-        assert len(found["critic/explained_variance"]) == 6
         assert max(found["loss/value"]) > 0
     table = (run_dir / "samples" / "step-24.txt").read_text()
     assert "[prompt]" in table

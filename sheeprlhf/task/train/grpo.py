@@ -1,7 +1,7 @@
 """Group relative policy optimisation (arXiv 2402.03300), with DAPO's (2503.14476) and Dr. GRPO's (2503.20783) changes.
 
-No critic: a response is worth what its score is above those of the other responses to its prompt, and every token of it
-the same. The KL divergence from the reference is part of the loss (k3), not of the reward.
+No critic: the advantage of a response is its score less the mean score of the responses to its prompt, and the same for
+all of its tokens. The KL divergence from the reference is part of the loss (k3), not of the reward.
 """
 
 import math
@@ -22,7 +22,7 @@ from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.loop import RolloutLoop
 from sheeprlhf.utils.lightning import Fabric
 
-AVERAGES = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}  # how the losses of tokens are added up
+AVERAGES = {"grpo": "sequence", "dapo": "token", "dr_grpo": "constant"}  # of the losses of tokens
 
 
 def grpo_loss(
@@ -33,24 +33,19 @@ def grpo_loss(
     temperature: float,
     max_length: int,
 ) -> LossOutput:
-    """The clipped losses of the tokens and their KL, weighted as `task.loss_type` says.
+    """Clipped losses of the tokens and their KL, weighted as `task.loss_type` says; dr_grpo reads `max_length`.
 
-    Args:
-        policy: the trained model.
-        content: a batch, and of each of its tokens "logprobs", "reference" and "advantages".
-        task: the options.
-        temperature: of the sampling.
-        max_length: the most tokens that a response may have (dr_grpo).
+    `content` is a batch, and of each of its tokens "logprobs", "reference" and "advantages".
     """
     batch, sampled = content
     logprobs_N = policy(batch, temperature=temperature).target_N
     clip = (task.clip_coeff, task.clip_coeff if task.clip_high is None else task.clip_high)
-    of_tokens = (logprobs_N, sampled["logprobs"], sampled["advantages"])
-    losses_N = policy_losses(*of_tokens, clip_low=clip[0], clip_high=clip[1])
+    ratio_args = (logprobs_N, sampled["logprobs"], sampled["advantages"])
+    losses_N = policy_losses(*ratio_args, clip_low=clip[0], clip_high=clip[1])
     kl_N = kl_estimates(logprobs_N, sampled["reference"], "k3")
     weights_N = token_weights(batch.response_lengths, AVERAGES[task.loss_type], max_length=max_length)
     weights_N = weights_N.to(losses_N.device)
-    metrics = ratio_metrics(*of_tokens, *clip) | {"kl": kl_N.detach()}
+    metrics = ratio_metrics(*ratio_args, *clip) | {"kl": kl_N.detach()}
     total = (weights_N * (losses_N + task.init_kl_coeff * kl_N)).sum()
     return LossOutput(total, {name: (weights_N * values_N).sum() for name, values_N in metrics.items()})
 

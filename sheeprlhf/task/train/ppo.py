@@ -39,9 +39,9 @@ def policy_loss(
     """Clipped losses of the tokens; plus the losses of the values if the policy's trunk is the critic, too."""
     batch, sampled = content
     output = policy(batch, temperature=temperature)
-    ratio_of = (output.target_N, sampled["logprobs"], sampled["advantages"])
-    losses_N = ppo.policy_losses(*ratio_of, clip_low=task.clip_coeff, clip_high=task.clip_coeff)
-    metrics = ppo.ratio_metrics(*ratio_of, task.clip_coeff, task.clip_coeff) | {"policy": losses_N.detach()}
+    ratio_args = (output.target_N, sampled["logprobs"], sampled["advantages"])
+    losses_N = ppo.policy_losses(*ratio_args, clip_low=task.clip_coeff, clip_high=task.clip_coeff)
+    metrics = ppo.ratio_metrics(*ratio_args, task.clip_coeff, task.clip_coeff) | {"policy": losses_N.detach()}
     if output.value_N is not None:
         errors_N = ppo.value_losses(output.value_N, sampled["values"], sampled["returns"], clip=task.value_clip_coeff)
         losses_N = losses_N + task.vf_coeff * errors_N

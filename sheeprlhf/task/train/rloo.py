@@ -29,14 +29,7 @@ from sheeprlhf.utils.lightning import Fabric
 def rloo_loss(
     policy: nn.Module, content: tuple[Batch, dict[str, Tensor]], *, task: RLOOConfig, temperature: float
 ) -> LossOutput:
-    """The losses of whole responses.
-
-    Args:
-        policy: the trained model.
-        content: a batch, and of each of its tokens "logprobs" and the "advantages" of its response.
-        task: the options.
-        temperature: of the sampling.
-    """
+    """Losses of whole responses; of each token `content` has "logprobs" and the "advantages" of its response."""
     batch, sampled = content
     index_N, lengths = batch.response_index_N, batch.response_lengths
     sums_S = sum_by_response(policy(batch, temperature=temperature).target_N, index_N, len(lengths))
@@ -54,11 +47,11 @@ def leave_one_out_advantages(
     """(P, G) rewards, score less KL, and their differences from the mean of the prompt's other responses.
 
     Args:
-        logprobs_N: of the sampled tokens, by the policy that sampled them.
-        reference_N: by the reference.
+        logprobs_N: of the sampled tokens, nats, by the policy that sampled them.
+        reference_N: those by the reference.
         scores_PG: of each prompt's responses.
         lengths: tokens of each response.
-        kl_coeff: price of a nat.
+        kl_coeff: reward units per nat.
     """
     kl_ST, _ = by_position(logprobs_N - reference_N, lengths)
     rewards_PG = torch.from_numpy(scores_PG) - kl_coeff * kl_ST.double().sum(dim=1).view(scores_PG.shape)
