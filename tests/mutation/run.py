@@ -58,11 +58,25 @@ def _pytest(tests: Iterable[str], *words: str, plugins: Sequence[object] = ()) -
     return int(pytest.main([*tests, *_WORDS, *words], plugins))
 
 
-def _start(mutant: Mutant | str, tests: Iterable[str], folder: Path, cpu_seconds: int) -> int:
-    """Fork a process that tests a mutant, or the unchanged code of a file with coverage; return its id."""
+def _run(mutant: Mutant | None, tests: Iterable[str], folder: Path, cpu_seconds: int, cover: str = "") -> int:
+    """Fork a process that runs tests, and wait for it.
+
+    Args:
+        mutant: what to introduce; None leaves the code as it is.
+        tests: paths and node ids.
+        folder: gets the tests' output in "log", and in "coverage" which of the tests call which function.
+        cpu_seconds: limit of each process.
+        cover: file whose functions are looked for; "" for none.
+
+    Returns:
+        pytest's exit code, or minus the number of the signal that ended it.
+    """
     pid = os.fork()
     if pid:
-        return pid
+        _, status = os.waitpid(pid, 0)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)  # processes that the tests left
+        return os.waitstatus_to_exitcode(status)
     code = 70
     try:
         os.setsid()
@@ -71,26 +85,17 @@ def _start(mutant: Mutant | str, tests: Iterable[str], folder: Path, cpu_seconds
         log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        coverage = Coverage(mutant) if isinstance(mutant, str) else None
-        if isinstance(mutant, Mutant):
+        fork = multiprocessing.get_context("fork")  # processes of tests inherit the mutant
+        multiprocessing.get_context = lambda _=None: fork  # type: ignore[assignment]
+        if mutant is not None:
             mutant.introduce()
-            fork = multiprocessing.get_context("fork")  # processes of tests inherit the mutant
-            multiprocessing.get_context = lambda _=None: fork  # type: ignore[assignment]
-        code = _pytest(tests, "--basetemp", str(folder / "temporary"), plugins=[coverage] if coverage else [])
-        if coverage:
-            (folder / "coverage").write_text(json.dumps(coverage.tests))
+        coverage = Coverage(cover)
+        code = _pytest(tests, "--basetemp", str(folder / "temporary"), plugins=[coverage] if cover else [])
+        (folder / "coverage").write_text(json.dumps(coverage.tests))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _finish(pid: int) -> int:
-    """Wait for a process, end those that it started, and return the exit code, negative for a signal."""
-    _, status = os.waitpid(pid, 0)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(status)
 
 
 def survivors(module: str, tests: tuple[str, ...], function: str = "", sample: int | None = None) -> dict[str, object]:
@@ -122,17 +127,19 @@ def survivors(module: str, tests: tuple[str, ...], function: str = "", sample: i
     killed, equivalent, left = 0, 0, []
     gc.freeze()  # a collection in a forked process would copy every page
     with tempfile.TemporaryDirectory() as name:
-        code = _finish(_start(str(sys.modules[module].__file__), tests, Path(name), _LONGEST))
-        assert code == 0, f"{module}: pytest's exit code {code} without a mutant\n{Path(name, 'log').read_text()}"
+        for group in filter(None, (of_processes, tests)):
+            code = _run(None, group, Path(name), _LONGEST, str(sys.modules[module].__file__))
+            assert code == 0, f"{module}: pytest's exit code {code} without a mutant\n{Path(name, 'log').read_text()}"
         coverage = json.loads(Path(name, "coverage").read_text())
         for mutant in mutants:
             if any(mutant.change in changes for changes in EQUIVALENT.get(f"{module}.{mutant.function}", {}).values()):
                 equivalent += 1
                 continue
             seconds = coverage.get(mutant.function, {})
-            nodes = [*sorted(seconds, key=seconds.get), *of_processes]
             limit = int(10 + 5 * sum(seconds.values()))
-            code = _finish(_start(mutant, nodes, Path(name), limit)) if nodes else 0
+            code = _run(mutant, sorted(seconds, key=seconds.get), Path(name), limit) if seconds else 0
+            if not code and of_processes:
+                code = _run(mutant, of_processes, Path(name), _LONGEST)
             killed += code != 0
             left += [] if code else [f"{mutant.function}: {mutant.change} (line {mutant.line})"]
     elapsed = round(time.monotonic() - began, 1)

@@ -1,14 +1,12 @@
 """The modules that are mutated, with the tests that must notice, and the mutants that change nothing."""
 
-_RANKS = ("tests/distributed/test_update.py", "tests/distributed/test_uneven.py")
-
 TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.loss.advantage": ("tests/unit/loss/test_advantage.py",),
     "sheeprlhf.loss.dpo": ("tests/unit/loss/test_dpo.py",),
     "sheeprlhf.loss.ppo": ("tests/unit/loss/test_ppo.py",),
     "sheeprlhf.loss.reward": ("tests/unit/loss/test_reward.py",),
     "sheeprlhf.loss.sft": ("tests/unit/loss/test_sft.py",),
-    "sheeprlhf.engine.step": ("tests/unit/engine/test_step.py", *_RANKS),
+    "sheeprlhf.engine.step": ("tests/unit/engine/test_step.py", "tests/distributed/test_update.py"),
     "sheeprlhf.engine.optim": ("tests/unit/engine/test_optim.py",),
     "sheeprlhf.data.collate": ("tests/unit/data/test_collate.py",),
     "sheeprlhf.data.labels": ("tests/unit/data/test_labels.py",),
