@@ -1,8 +1,10 @@
 """From the same token ids and weights, the same losses and gradients as TRL's trainers (benchmarks/golden_trl.py).
 
-The whole way: our loader, packed batches with shared prompts and padded ones, the tasks' own loss functions.
+The whole way: our loader, packed batches with shared prompts and padded ones, the tasks' own loss functions. Where we
+mean something else than TRL, the difference is stated and the rest is compared.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,22 +15,41 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from sheeprlhf.agent.policy import Policy, load_policy
+from sheeprlhf.agent.policy import load_policy
 from sheeprlhf.agent.reward import load_reward_model
 from sheeprlhf.data.collate import collate_packed, collate_padded
 from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.loss.reward import LOSS_TYPES
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.task import DPOConfig, KTOConfig
 from sheeprlhf.task.reference import sum_by_response
-from sheeprlhf.task.train.dpo import dpo_loss
+from sheeprlhf.task.train.dpo import NO_REFERENCE, dpo_loss
 from sheeprlhf.task.train.kto import kto_loss, log_ratios
 from sheeprlhf.task.train.rm import rm_loss
-from tests.support.golden import golden_folder, load_golden
+from tests.support.golden import CONFIG, SEEDS, golden_folder, golden_pairs, load_golden
 from tests.support.models import PAD
-from tests.unit.loss.test_golden_trl import OURS, SORTED_OVER_THE_BATCH, case_of
 
 GOLDEN = load_golden()
+CHOICES = next(field for field in dataclasses.fields(DPOConfig) if field.name == "loss_type").metadata["choices"]
+# TRL's case: the options with which our loss is the same. ORPO is compared part by part below.
+OURS: dict[str, dict[str, Any]] = {
+    "sigmoid": dict(loss_type="sigmoid", beta=0.1),
+    "sigmoid, beta 0.5": dict(loss_type="sigmoid", beta=0.5),
+    # its DPOTrainer takes label_smoothing and does not read it for sigmoid; ours is Mitchell's eq. 3, as its `aot` is
+    "sigmoid, label smoothing ignored": dict(loss_type="sigmoid", beta=0.1, label_smoothing=0.0),
+    "aot, label smoothing": dict(loss_type="sigmoid", beta=0.1, label_smoothing=0.2),
+    "hinge": dict(loss_type="hinge", beta=0.1),
+    "ipo": dict(loss_type="ipo", beta=0.1),
+    "robust": dict(loss_type="robust", beta=0.1, label_smoothing=0.2),
+    "apo_zero": dict(loss_type="apo_zero", beta=0.1),
+    "simpo": dict(loss_type="simpo", beta=2.0, simpo_gamma=1.0),
+    # CPO without its NLL is DPO without a reference
+    "cpo sigmoid": dict(loss_type="sigmoid", beta=0.1, reference_free=True),
+    "cpo sigmoid, label smoothing": dict(loss_type="sigmoid", beta=0.1, label_smoothing=0.2, reference_free=True),
+    "cpo hinge": dict(loss_type="hinge", beta=0.1, reference_free=True),
+}
+SORTED_OVER_THE_BATCH = "aot, label smoothing"  # with more than one pair it is another loss
 EXAMPLES = [
     Example(
         row,
@@ -39,6 +60,31 @@ EXAMPLES = [
 ]
 BATCHINGS = pytest.mark.parametrize("batching", ["packed", "padded"])
 Load = Callable[[str, str], nn.Module]
+
+
+def case_of(kind: str, name: str) -> dict[str, Any]:
+    return next(case for case in GOLDEN[kind] if case["name"] == name)
+
+
+def test_every_loss_type_is_compared() -> None:
+    assert {options["loss_type"] for options in OURS.values()} | {"orpo"} == set(CHOICES)
+    assert {case["name"] for case in GOLDEN["preference"]} == OURS.keys() | {"orpo"}
+    compared_without = {
+        options["loss_type"] for name, options in OURS.items() if case_of("preference", name)["trainer"] == "CPOTrainer"
+    }
+    assert {*compared_without, "orpo"} >= set(NO_REFERENCE)
+    assert {case["name"].partition(",")[0] for case in GOLDEN["kto"]} == {"kto"}
+    # TRL has no loss of scores between a response's tokens
+    assert {case["name"].partition(",")[0] for case in GOLDEN["reward"]} == set(LOSS_TYPES) - {"average", "per_sample"}
+
+
+def test_the_file_is_of_these_models_and_pairs() -> None:
+    assert GOLDEN["versions"]["trl"] == "1.16.0"
+    assert GOLDEN["model"] == CONFIG
+    assert GOLDEN["seeds"] == SEEDS
+    for stored, pair in zip(GOLDEN["pairs"], golden_pairs(), strict=True):
+        assert stored == pair | {"margin": pytest.approx(pair["margin"])}
+    assert {case["kl"] > 0 for case in GOLDEN["kto"]} == {True, False}
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +146,21 @@ def test_preference_losses(load: Load, name: str, batching: str) -> None:
     assert_like_trl(policy, loss_of, case_of("preference", name))
 
 
-def test_trls_nll_of_orpo_covers_the_prompt(load: Load) -> None:
-    policy = load("policy", "packed")
-    assert isinstance(policy, Policy)
-    chosen = [example._replace(responses=example.responses[:1]) for example in EXAMPLES]
-    nll = [-policy(collated([example], "packed", "all")).target_N.mean().item() for example in chosen]
-    assert nll == pytest.approx(case_of("preference", "orpo")["nll_with_prompt"], rel=1e-5, abs=1e-5)
+def test_orpo_is_trls_but_for_the_prompt_in_its_nll(load: Load) -> None:
+    """TRL's NLL is the mean over prompt and response of all rows together; ours, as the paper's, of each response."""
+    policy, case = load("policy", "packed"), case_of("preference", "orpo")
+    task = DPOConfig(loss_type="orpo", beta=case["options"]["beta"])
+    for number, example in enumerate(EXAMPLES):
+        chosen = [example._replace(responses=example.responses[:1])]
+        with torch.no_grad():
+            loss = dpo_loss(policy, (collated([example], "packed"), torch.zeros(2)), task=task).total.item()
+            nll, with_prompt = (
+                -policy(collated(chosen, "packed", t)).target_N.mean().item() for t in ("response", "all")
+            )
+        assert loss - nll == pytest.approx(-task.beta * case["log_sigmoid_of_odds_ratio"][number], abs=1e-5)
+        assert with_prompt == pytest.approx(case["nll_with_prompt"][number], abs=1e-5)
+        assert with_prompt + loss - nll == pytest.approx(case["each"][number], abs=1e-5)
+        assert (abs(with_prompt - nll) > 0.01) == (len(example.prompt_ids) > 1)  # a first token has no NLL
 
 
 @BATCHINGS

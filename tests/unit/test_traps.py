@@ -20,7 +20,7 @@ TRAPS = {
         tests/unit/data/test_collate.py::test_padded_left_and_right
         tests/unit/data/test_collate.py::test_packed_two_responses_share_their_prompt
         tests/unit/rollout/test_generate.py::test_greedy_is_an_argmax_loop_alone_and_left_padded
-        tests/parity/test_packed_equals_padded.py::test_left_padding_changes_nothing
+        tests/parity/test_packed_equals_padded.py::test_packed_equals_padded
         tests/parity/test_pairs.py::test_a_score_is_the_same_in_any_company""",
     "3 two begin tokens": "tests/unit/data/test_tokenize.py::test_one_bos_exactly_where_the_tokenizer_puts_one",
     "4 the reward or the action mask is one token off": """
