@@ -7,17 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from sheeprlhf.apps.inspect import command as inspect
 from sheeprlhf.apps.inspect.example_view import Viewer, trained_tokens
-from sheeprlhf.apps.inspect.plots import draw_histograms, lengths_of, text_histogram
+from sheeprlhf.apps.inspect.plots import draw_histograms, text_histogram
 from sheeprlhf.apps.inspect.tokens import token_texts
 from sheeprlhf.cli import run
 from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.data.encoding import encode
-from sheeprlhf.data.report import check_targets
 from sheeprlhf.data.store import SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import LocalDataConfig
@@ -130,14 +127,6 @@ def test_a_template_applied_to_its_own_output_is_a_warning() -> None:
     assert "opens 2 answers and leaves 1 without text" in views[2].warnings[0]
 
 
-def test_pairs_show_both_responses() -> None:
-    tokenizer = byte_tokenizer()
-    view = Viewer(tokenizer, targets="response").view(example([1, 2], [3, tokenizer.eos_token_id], [4]))
-    assert list(view.parts) == ["prompt", "chosen", "rejected"]
-    assert "chosen ends in EOS" in view.facts
-    assert "data.max_length" in view.facts
-
-
 PAIRS = [{"prompt": "ab", "chosen": "de", "rejected": "d", "margin": 0.5}]
 
 
@@ -196,20 +185,6 @@ def test_the_split_shown_is_the_one_that_the_task_trains_on(home: Path, capsys: 
     assert "\ntrain split: 0 of 40 " in capsys.readouterr().out
 
 
-def test_lengths_of_pairs_tell_better_from_worse(tmp_path: Path) -> None:
-    writer = SplitWriter(tmp_path / "train.arrow")
-    sizes = [(2, 3, 4), (2, 5, 1, 6)]
-    writer.write([TokenRow(i, (0, 0), tokens=np.arange(sum(s), dtype=np.int32), sizes=s) for i, s in enumerate(sizes)])
-    writer.close()
-    found = lengths_of(TokenizedSplit(tmp_path / "train.arrow"))
-    assert {kind: values.tolist() for kind, values in found.items()} == {
-        "prompt": [2, 2],
-        "better": [3, 5],
-        "worse": [4, 1, 6],
-        "total": [9, 14],
-    }
-
-
 def test_nothing_hidden_reaches_the_terminal(home: Path, capsys: pytest.CaptureFixture) -> None:
     rows = [{"prompt": "a\x1b[31mb\r\u202e\t hf_abcdefghijklmnopqrstuvwxyzABCDEFGH end", "response": "[bold]**[/bold]"}]
     run(words(home, rows))
@@ -235,13 +210,6 @@ def test_texts_of_tokens_are_the_decoded_text() -> None:
     assert token_texts(tokenizer, ids[:-1]) == ["a", ""]  # cut inside a character
 
 
-def test_a_decoder_that_drops_the_first_space_does_not_hide_the_others() -> None:
-    backend = Tokenizer(models.WordLevel({"\u2581a": 0, "\u2581b": 1}, unk_token=None))
-    backend.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert token_texts(tokenizer, [0, 1, 1]) == ["a", " b", " b"]
-
-
 def test_a_row_with_nothing_to_train_on_is_an_error_for_all_commands(
     home: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,15 +230,6 @@ def test_a_row_with_nothing_to_train_on_is_an_error_for_all_commands(
         error = capsys.readouterr().err
         assert "row 1 of the train split" in error
         assert "data.max_length=9" in error
-
-
-def test_a_prompt_that_fills_everything_is_named(tmp_path: Path) -> None:
-    writer = SplitWriter(tmp_path / "train.arrow")
-    tokens = np.arange(8, dtype=np.int32)
-    writer.write([TokenRow(7, (0, 0), tokens=tokens, sizes=(8, 0))])
-    writer.close()
-    with pytest.raises(DataError, match=r"data\.max_length=8"):
-        check_targets("train", TokenizedSplit(tmp_path / "train.arrow"), LocalDataConfig(max_length=8))
 
 
 @pytest.mark.parametrize("targets", ["response", "all"])

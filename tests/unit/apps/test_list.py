@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.apps.list import SECTIONS
 from sheeprlhf.apps.past_runs import find_past_runs, past_run
 from sheeprlhf.cli import run
 from sheeprlhf.config.registry import choices
@@ -55,24 +54,6 @@ def test_without_words_everything_is_listed(capsys, monkeypatch, tmp_path):
     assert "model=<name> (default tiny)" in printed
     assert max(map(len, printed.splitlines())) <= 120
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("section", SECTIONS)
-def test_a_section_is_listed_alone(section, capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    marks = {
-        "tasks": "perplexity",
-        "models": "falcon",
-        "data": "helpful_harmless",
-        "fabric": "auto_cuda",
-        "optim": "sgd",
-        "experiments": "pretrain_tiny",
-        "pipelines": "tldr_opt",
-        "runs": "Runs in",
-    }
-    printed = listed(capsys, section)
-    assert [name for name, mark in marks.items() if mark in printed] == [section]
-    assert listed(capsys, section, section) == printed
 
 
 def test_runs_are_listed_newest_first_with_all_that_is_known(capsys, tmp_path, monkeypatch):
@@ -229,22 +210,6 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
     os.mkfifo(folder / "run.json")
     assert told(folder).state == "unreadable"
     assert time.perf_counter() - start < 5
-
-
-def test_any_directory_with_a_run_s_files_counts(tmp_path):
-    mine = tmp_path / "mine"
-    (mine / "checkpoints").mkdir(parents=True)
-    (mine / "metrics.csv").write_text("step,tag,value,wall_time\n7,train/loss,1,1\n")
-    deep = make_run(tmp_path / "a" / "b")
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "config.yaml").write_text("a: 1\n")
-    (tmp_path / ".hidden").mkdir()
-    (tmp_path / ".hidden" / "run.json").write_text('{"started": 1, "status": "running"}')
-    found = find_past_runs(tmp_path)
-    assert [folder for folder, _ in found.runs] == [deep, mine]
-    assert found.note == ""
-    run_ = past_run(*found.runs[1])
-    assert (run_.state, run_.step, run_.names) == ("unknown", 7, ("?", "?", "?"))
 
 
 def test_links_are_not_followed_and_the_search_ends(tmp_path, monkeypatch):

@@ -362,18 +362,6 @@ def long_answers(batch: list[dict[str, str]]) -> list[list[int]]:
     return [list(range(1000)) for _ in batch]
 
 
-@pytest.mark.nightly
-def test_an_interrupt_ends_the_tokenising_processes_whatever_they_do() -> None:
-    """A process killed while it answers would leave its pool waiting for the rest of the answer, for ever."""
-    for _ in range(4):
-        rows = prepare_module._tokenized(long_answers, iter([[{"prompt": "x" * 90}] * 1000] * 100), num_proc=2)
-        assert next(rows)
-        before = len(multiprocessing.active_children())
-        rows.close()
-        assert before == 2
-        assert multiprocessing.active_children() == []
-
-
 def tokenise_without_end(pids: Any) -> None:
     """In a process that will be killed."""
     rows = prepare_module._tokenized(long_answers, itertools.repeat([{"prompt": "x"}] * 100), num_proc=2)

@@ -23,7 +23,6 @@ from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, Interrupted
-from sheeprlhf.utils.lightning import DDPStrategy
 from sheeprlhf.utils.processes import STOP_SIGNALS, die_with_parent, ignored, noted_stop, reliable_sigint
 from tests.unit.engine.toy import Net, forkserver, micro_batch, on_ranks, seed_all, toy_loss
 
@@ -208,37 +207,11 @@ def test_ranks_agree_on_a_signal_and_only_rank_zero_reports_it(tmp_path):
     assert on_ranks(2, stop_on_ranks, tmp_path) == [(found, "Interrupted"), (found, "SystemExit")]
 
 
-def sleep_until_parent_dies(path):
-    pid = os.fork()
-    if pid == 0:
-        die_with_parent()
-        Path(path).write_text(str(os.getpid()))
-        time.sleep(60)
-        os._exit(0)
-    time.sleep(60)
-
-
 def test_who_was_started_by_a_process_that_is_gone_ends_too():
     process = forkserver().Process(target=die_with_parent, args=(os.getpid(),), daemon=True)
     process.start()  # by the fork server, not by this process
     process.join()
     assert process.exitcode == -signal.SIGKILL
-
-
-def test_children_die_with_a_killed_parent(tmp_path):
-    process = forkserver().Process(target=sleep_until_parent_dies, args=(tmp_path / "pid",), daemon=True)
-    process.start()
-    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-    child = int((tmp_path / "pid").read_text())
-    process.kill()
-    process.join()
-
-    def gone():
-        stat = Path(f"/proc/{child}/stat")
-        return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
-
-    wait_for(gone, 5)
-    assert gone()
 
 
 @pytest.mark.parametrize(
@@ -258,14 +231,6 @@ def test_fabrics_that_cannot_be(options, message):
 def test_fabrics_that_can(precision):
     fabric = make_fabric(FabricConfig(accelerator="auto", devices="auto", precision=precision))
     assert fabric.world_size == 1 or torch.cuda.is_available()
-
-
-def is_ddp(fabric):
-    return isinstance(make_fabric(FabricConfig(devices="2")).strategy, DDPStrategy)
-
-
-def test_two_cpu_devices_are_ddp():
-    assert on_ranks(1, is_ddp) == [True]
 
 
 @pytest.mark.parametrize("begun_by", ["begin", "begin_progress"])

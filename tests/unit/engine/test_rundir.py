@@ -217,10 +217,3 @@ def test_a_directory_with_anything_else_stays_as_it_is(more, tmp_path):
         (tmp_path / name).touch()
     assert not discard_unused(tmp_path, tmp_path.parent)
     assert all((tmp_path / name).is_file() for name in (*STARTED, more))
-
-
-def test_a_directory_that_the_user_named_stays_empty(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "run.json").touch()
-    assert discard_unused(tmp_path / "mine", tmp_path / "runs")
-    assert list(tmp_path.iterdir()) == [tmp_path / "mine"] and not any((tmp_path / "mine").iterdir())

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from sheeprlhf.agent.reward import load_reward_model
 from sheeprlhf.data.collate import collate_padded
 from sheeprlhf.data.example import Example
-from sheeprlhf.model.account import torn_groups
 from sheeprlhf.model.load import check_weights, load_causal_lm, load_tokenizer
 from sheeprlhf.structure.model import HuggingFaceConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
@@ -141,16 +140,6 @@ def test_a_missing_expert_is_named(name: str, tmp_path: Path, model_folder: Mode
     assert len(found) == 2 and expert in found[0]
 
 
-def test_which_numbers_a_group_lacks() -> None:
-    names = [f"h.{layer}.experts.{i}.{part}" for layer in range(2) for i in range(3) for part in ("up", "down")]
-    assert torn_groups(names) == []
-    assert torn_groups(set(names) - {"h.1.experts.2.up"}) == ["h.1.experts.2.up"]
-    assert torn_groups(set(names) - {"h.0.experts.1.up", "h.1.experts.1.up"}) == [
-        "h.0.experts.1.up",
-        "h.1.experts.1.up",
-    ]
-
-
 def test_what_is_not_read_is_told_once_and_changes_nothing(tmp_path: Path, model_folder: ModelFolder) -> None:
     add = {"score.weight": torch.ones(1, 16), "vision.patch.weight": torch.ones(2)}
     add |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(2)}  # as of old
@@ -208,15 +197,6 @@ def expected(reward_folder: Path) -> torch.Tensor:
     with torch.no_grad():
         found = [model(torch.tensor([ids])).logits[0, 0] for ids in ([1, 2, 3], [4, 5, 6, 7])]
     return torch.stack(found)
-
-
-def test_a_reward_model_without_a_label_count_has_one(
-    reward_folder: Path, expected: torch.Tensor, tmp_path: Path
-) -> None:
-    labels = {"num_labels": None, "id2label": None, "label2id": None}
-    folder = spoilt(reward_folder, tmp_path / "model", **labels)
-    torch.testing.assert_close(scores(folder), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(scores(reward_folder), expected, rtol=0, atol=1e-5)
 
 
 def test_a_bias_of_the_head_is_added(reward_folder: Path, expected: torch.Tensor, tmp_path: Path) -> None:
