@@ -26,7 +26,7 @@ def status(name: str) -> int:
 def main() -> None:
     """Run the training, then print one line of JSON, in megabytes."""
     task: Any = importlib.import_module(f"sheeprlhf.task.train.{sys.argv[1].removeprefix('task=')}")
-    loader = "load_policy_to_train" if hasattr(task, "load_policy_to_train") else "load_start"
+    loader = "load_policy_to_train" if hasattr(task, "load_policy_to_train") else "load_initial_policy"
     load, train = getattr(task, loader), task.train
     before: list[int] = []
     configs: list[TrainConfig] = []

@@ -30,7 +30,7 @@ from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.task.initial_policy import load_of_run, load_start
+from sheeprlhf.task.initial_policy import load_initial_policy, load_policy_from_run
 from sheeprlhf.task.reference import sum_by_response
 from sheeprlhf.task.train.sft import sft_loss
 from sheeprlhf.utils.lightning import Fabric
@@ -60,8 +60,8 @@ def measure(run: str, num_rows: int, temperature: float) -> dict[str, object]:
     rows = prepare_data(data, tokenizer, kind="sft", say=lambda _: None, progress=False).splits["test"]
     of = {"longest": longest_row({"": rows}) + 64, "batching": "auto", "say": lambda _: None}
     start_dir, start_weights = task["sft_experiment_dir"], task["sft_model_name"]
-    start, packed = load_start(model, start_dir, start_weights, tokenizer, **of)
-    policy, _ = load_of_run(model, Path(run), "final", tokenizer, **of)
+    start, packed = load_initial_policy(model, start_dir, start_weights, tokenizer, **of)
+    policy, _ = load_policy_from_run(model, Path(run), "final", tokenizer, **of)
     examples = rows.examples(range(min(num_rows, len(rows))))
     settings = GenConfig(max_new_tokens=48, do_sample=True, temperature=temperature)
     result: dict[str, object] = {"run": run, "prompts": len(examples), "temperature": temperature}

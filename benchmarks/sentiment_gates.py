@@ -34,7 +34,7 @@ from sheeprlhf.rollout.engines import generate_ids
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.task.initial_policy import load_of_run
+from sheeprlhf.task.initial_policy import load_policy_from_run
 
 ROOT = Path(__file__).parents[1]
 SUBJECTS = (
@@ -99,7 +99,7 @@ def judge(run_dir: Path, seed: int) -> dict[str, list[str]]:
         max_new_tokens=generation["max_new_tokens"], temperature=generation["temperature"], do_sample=True
     )
     start, packed = load_policy(model, tokenizer, **of)
-    trained, _ = load_of_run(model, run_dir, "final", tokenizer, **of)
+    trained, _ = load_policy_from_run(model, run_dir, "final", tokenizer, **of)
     by_start = answers(start, tokenizer, examples, settings, seed)
     scores = sentiment([], [tokenizer.decode(ids, skip_special_tokens=True) for ids in by_start])
     places = [max(range(at, at + ANSWERS), key=scores.__getitem__) for at in range(0, len(examples), ANSWERS)]

@@ -34,7 +34,7 @@ from sheeprlhf.rollout.sampler import sample_responses
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import InspectConfig
-from sheeprlhf.task.initial_policy import load_of_run, load_trained_reward_model
+from sheeprlhf.task.initial_policy import load_policy_from_run, load_trained_reward_model
 from sheeprlhf.utils.decoding import ResponseDecoder
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError
@@ -91,7 +91,7 @@ def load_policy(model: str = "tiny", *, max_length: int | None = None, **options
         if run_dir is None:
             policy, packed = policies.load_policy(cfg, tokenizer, **how)
         else:
-            policy, packed = load_of_run(cfg, run_dir, "final", tokenizer, **how)
+            policy, packed = load_policy_from_run(cfg, run_dir, "final", tokenizer, **how)
     policy.packed = packed
     policy.exclude_undefined(tokenizer)
     return policy

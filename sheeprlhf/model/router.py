@@ -8,7 +8,7 @@ so with the f_e of the whole step the rest is a sum over tokens, and the cut int
 Letters: T tokens, E experts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -116,3 +116,49 @@ def router_loss_of(model: PreTrainedModel) -> RouterLoss | None:
             return None
     same = abs(float(ours) - theirs) <= _RELATIVE.get(model.dtype, 1e-4) * abs(theirs)
     return loss._replace(coefficient=configured_router_loss(model)) if same else None
+
+
+class StepRouterLoss(NamedTuple):
+    """The router's loss of one step, of which each micro-batch computes its share.
+
+    Attributes:
+        loss: the model's.
+        counts_E: (E,) picks of each expert, over the step's tokens of all ranks.
+        num_rows: tokens times layers, of all ranks.
+        num_items: what the step divides its sums by.
+    """
+
+    loss: RouterLoss
+    counts_E: Tensor
+    num_rows: float
+    num_items: float
+
+    def share(self, router_logits: tuple[Tensor, ...]) -> Tensor:
+        """() a micro-batch's part of the step's loss, times the items that the step divides by."""
+        return self.loss.value(self.counts_E, probability_sums(router_logits), self.num_rows) * self.num_items
+
+
+def router_loss_in_training(model: PreTrainedModel, say: Callable[[str], None]) -> RouterLoss | None:
+    """The loss that the model's configuration asks for; a line says that it counts, or that it cannot."""
+    coefficient = configured_router_loss(model)
+    if not coefficient:
+        return None
+    found = router_loss_of(model)
+    if found is None:
+        _say_left_out(coefficient, f"that of {type(model).__name__} is not computed here", say)
+    else:
+        say(f"the training loss includes the router's loss of the model's config, router_aux_loss_coef={coefficient:g}")
+    return found
+
+
+def say_router_loss_left_out(model: PreTrainedModel, task: str, say: Callable[[str], None]) -> None:
+    """Report once that a task does not train with the router's loss although the model's configuration asks for it."""
+    if coefficient := configured_router_loss(model):
+        _say_left_out(coefficient, f"task={task} trains without it", say)
+
+
+def _say_left_out(coefficient: float, why: str, say: Callable[[str], None]) -> None:
+    say(
+        f"the model's config asks for the router's loss (output_router_logits, router_aux_loss_coef={coefficient:g}): "
+        f"{why}"
+    )

@@ -21,7 +21,7 @@ from sheeprlhf.structure.task import RMConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError
 
 
-def load_of_run(
+def load_policy_from_run(
     cfg: ModelConfig,
     run_dir: Path,
     weights: str,
@@ -53,7 +53,7 @@ def load_of_run(
     checkpoint = None if weights == "final" else find_checkpoint(run_dir, weights, say)
     task = saved_group(str(run_dir), "task")
     start = (getattr(task, "sft_experiment_dir", None), getattr(task, "sft_model_name", "final"))
-    policy, packed = load_start(cfg, *start, tokenizer, **of)
+    policy, packed = load_initial_policy(cfg, *start, tokenizer, **of)
     if checkpoint is None:
         return Policy(load_lora(policy.causal_lm(), run_dir / "final", say)), packed
     policy = with_adapters(policy, cfg)
@@ -62,7 +62,7 @@ def load_of_run(
     return policy, packed
 
 
-def load_start(
+def load_initial_policy(
     cfg: ModelConfig,
     run_dir: str | None,
     weights: str,
@@ -89,21 +89,23 @@ def load_start(
         ConfigError: the run has another tokenizer.
         SheepError: the weights cannot be loaded.
     """
-    whole = dataclasses.replace(cfg, finetune_mode="ALL", freeze_transformer=False)
+    whole = dataclasses.replace(cfg, finetune_mode="ALL", freeze_transformer=cfg.freeze_transformer and not new_head)
     if run_dir is None:
         return load_policy(whole, tokenizer, longest=longest, batching=batching, say=say, new_head=new_head)
     of_run = model_of_start(cfg, run_dir, tokenizer)
     say(f"starting from the {weights} weights of {run_dir}")
     kept = {name: getattr(cfg, name) for name in ("dtype", "disable_dropout", "gradient_checkpointing", "library_cfg")}
     of_run = dataclasses.replace(of_run, **kept, freeze_transformer=False, random_init=False)
-    policy, packed = load_of_run(of_run, Path(run_dir), weights, tokenizer, longest=longest, batching=batching, say=say)
+    policy, packed = load_policy_from_run(
+        of_run, Path(run_dir), weights, tokenizer, longest=longest, batching=batching, say=say
+    )
     if isinstance(policy.model, PeftModel):
         policy = Policy(merge_lora(policy.model).model)
     return policy, packed
 
 
 def model_of_start(cfg: ModelConfig, run_dir: str, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
-    """The model of the run that a training starts from; arguments as of `load_start`.
+    """The model of the run that a training starts from; arguments as of `load_initial_policy`.
 
     Raises:
         ConfigError: the run has another tokenizer.
@@ -118,36 +120,6 @@ def model_of_start(cfg: ModelConfig, run_dir: str, tokenizer: PreTrainedTokenize
             f"that of {cfg.repo_name}: give model={of_run.config_name} model.repo_name={of_run.repo_name}"
         )
     return of_run
-
-
-def load_policy_to_train(
-    cfg: ModelConfig,
-    run_dir: str | None,
-    weights: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    longest: int,
-    batching: str,
-    say: Say,
-) -> tuple[Policy, bool]:
-    """The model that a fine-tuning trains, with new adapters if asked, and whether its batches are packed.
-
-    Args:
-        cfg: the task's model.
-        run_dir: the run whose policy is trained further; None takes `cfg` as it is.
-        weights: which of the run's.
-        tokenizer: the model's.
-        longest: tokens of the longest sequence that it will see.
-        batching: as in `load_policy`.
-        say: prints a line for the user.
-
-    Raises:
-        SheepError: the weights cannot be loaded.
-    """
-    if run_dir is None:
-        return load_policy(cfg, tokenizer, longest=longest, batching=batching, say=say)
-    policy, packed = load_start(cfg, run_dir, weights, tokenizer, longest=longest, batching=batching, say=say)
-    return with_adapters(policy, cfg), packed
 
 
 def with_adapters(policy: Policy, cfg: ModelConfig) -> Policy:
@@ -206,7 +178,7 @@ def load_trained_reward_model(
     assert isinstance(task, RMConfig)
     start = (task.sft_experiment_dir, task.sft_model_name)
     how: dict[str, Any] = {"longest": longest, "batching": batching, "say": say}
-    policy, packed = load_start(cfg, *start, tokenizer, **how, new_head=True)
+    policy, packed = load_initial_policy(cfg, *start, tokenizer, **how, new_head=True)
     if weights == "final":
         return reward_model_of(policy, cfg, tokenizer, adapter=run_dir / "final", say=say), packed
     model = reward_model_of(policy, cfg, tokenizer)

@@ -2,6 +2,7 @@
 
 ```python
 loop = TrainLoop(fabric, run)  # data, order of the rows, number of steps
+policy, packed = loop.load_policy()  # model, or the run to start from
 module = loop.set_up(policy)  # optimizer; wrapped by Fabric
 loop.begin(partial(batches.of, loop.rows))  # seed; the newest checkpoint if there is one
 for step in loop:  # learning rate, log, checkpoints, signals
@@ -46,6 +47,7 @@ from sheeprlhf.rollout.rollout import (
 )
 from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.task.finish import Saved, finish_run, record_validation, report_data
+from sheeprlhf.task.initial_policy import load_initial_policy
 from sheeprlhf.task.rl_models import build_collector, load_online_setup
 from sheeprlhf.task.samples import log_samples
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
@@ -99,6 +101,27 @@ class TrainLoop:
         self.longest = longest_row(self.data.splits)
         self.plan = StepPlan(len(self.rows), task.mini_batch_size, task.epochs, cfg.seed)
         self.num_steps = min(self.plan.num_steps(), task.max_num_steps or self.plan.num_steps())
+
+    def load_policy(self, *, new_head: bool = False) -> tuple[Policy, bool]:
+        """Load the whole model that training starts from; the second result tells whether its batches are packed.
+
+        Args:
+            new_head: the task replaces the language head, which the model's files need not have.
+
+        Raises:
+            SheepError: the weights cannot be loaded.
+        """
+        cfg, task = self.run.cfg, self.run.cfg.task
+        return load_initial_policy(
+            cfg.model,
+            getattr(task, "sft_experiment_dir", None),
+            getattr(task, "sft_model_name", "final"),
+            self.tokenizer,
+            longest=self.longest,
+            batching=task.batching,
+            say=self.run.say,
+            new_head=new_head,
+        )
 
     def set_up(self, model: nn.Module) -> _FabricModule:
         """Make the optimizer of the model's trainable parameters, and wrap both with Fabric.

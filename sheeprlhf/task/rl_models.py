@@ -31,6 +31,7 @@ from sheeprlhf.model.lora import (
     load_score_adapter,
     lora_config,
 )
+from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.model.scalar import HEAD, scalar_model
 from sheeprlhf.reward.score import check_columns, state_warnings, wanted_columns
 from sheeprlhf.rollout.rollout import RolloutCollector, TextExchange, has_same_tokens
@@ -41,8 +42,7 @@ from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConf
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.task.finish import report_data
-from sheeprlhf.task.initial_policy import load_start, load_trained_reward_model, with_adapters
-from sheeprlhf.task.router import say_router_loss_left_out
+from sheeprlhf.task.initial_policy import load_initial_policy, load_trained_reward_model, with_adapters
 from sheeprlhf.utils.errors import DataError, ModelError
 from sheeprlhf.utils.lightning import Fabric
 
@@ -189,7 +189,9 @@ def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int
     cfg, task = run.cfg, run.cfg.task
     assert isinstance(task, OnlineTaskConfig)
     start = (task.sft_experiment_dir, task.sft_model_name)
-    policy, packed = load_start(cfg.model, *start, tokenizer, longest=longest, batching=task.batching, say=run.say)
+    policy, packed = load_initial_policy(
+        cfg.model, *start, tokenizer, longest=longest, batching=task.batching, say=run.say
+    )
     policy = with_adapters(policy, cfg.model)
     policy.exclude_undefined(tokenizer)
     if not isinstance(task, BestOfNConfig):  # it learns nothing

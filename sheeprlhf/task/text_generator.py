@@ -19,7 +19,7 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.rollout.engines import stream_ids
 from sheeprlhf.rollout.stop import StopStrings
 from sheeprlhf.structure.generation import GenConfig
-from sheeprlhf.task.initial_policy import load_of_run, load_trained_reward_model
+from sheeprlhf.task.initial_policy import load_policy_from_run, load_trained_reward_model
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.lightning import move_data_to_device
@@ -168,7 +168,7 @@ def load_trained_policy(trained: Trained, say: Say) -> tuple[Policy, PreTrainedT
         policy, _ = load_policy(trained.model, tokenizer, longest=1, batching="padded", say=say)
     else:
         of = (trained.model, trained.run_dir, trained.weights, tokenizer)
-        policy, _ = load_of_run(*of, longest=1, batching="padded", say=say)
+        policy, _ = load_policy_from_run(*of, longest=1, batching="padded", say=say)
     return policy.eval(), tokenizer
 
 

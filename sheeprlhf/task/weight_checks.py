@@ -155,7 +155,7 @@ def models_of(config: TrainConfig | EvalConfig) -> Iterator[Needed]:
 def _of_start(
     model: ModelConfig, run_dir: str | None, weights: str, *, new_head: bool, starts: int
 ) -> Iterator[Needed]:
-    """Files that `load_start` loads."""
+    """Files that `load_initial_policy` loads."""
     if run_dir is None:
         yield Needed(model, new_head=new_head)
     elif starts:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sheeprlhf.config.saved_config import saved_group
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.task.initial_policy import load_of_run, load_trained_reward_model
-from tests.support.runs import digests, train, write_pairs
+from sheeprlhf.task.initial_policy import load_policy_from_run, load_trained_reward_model
+from tests.support.runs import train, write_pairs
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
@@ -78,7 +78,7 @@ def test_every_form_of_a_chained_run_is_the_same_model(
         named = json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"]
         assert Path(named).resolve() == (sft / "final").resolve()
     ids = torch.tensor([tokenizer("0 the quick brown fox? well, seven wizards.")["input_ids"]])
-    load = load_trained_reward_model if task == "rm" else load_of_run
+    load = load_trained_reward_model if task == "rm" else load_policy_from_run
     outputs = []
     for weights in ("final", "last"):
         ours, _ = load(cfg, run_dir, weights, tokenizer, longest=100, batching="padded", say=lambda line: None)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from sheeprlhf.cli import run
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import TinyConfig
-from sheeprlhf.task.initial_policy import load_start
+from sheeprlhf.task.initial_policy import load_initial_policy
 from sheeprlhf.utils.errors import ConfigError
 from tests.support.runs import train, train_words, write_pairs
 
@@ -96,7 +96,7 @@ def test_a_run_with_another_tokenizer_is_refused(tmp_path: Path, model_folder: M
     tiny = TinyConfig()
     of = {"longest": 8, "batching": "auto", "say": print}
     with pytest.raises(ConfigError, match="embedded:tiny"):
-        load_start(tiny, str(sft), "final", load_tokenizer(tiny), **of)
+        load_initial_policy(tiny, str(sft), "final", load_tokenizer(tiny), **of)
 
 
 @pytest.mark.slow

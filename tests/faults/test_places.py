@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
-from sheeprlhf.task.train import sft
 from tests.support.mounts import read_only
 from tests.support.runs import train_words, write_rows
 
@@ -32,7 +31,7 @@ def refused(
     def no_model(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(sft, "load_policy_to_train", no_model)
+    monkeypatch.setattr(TrainLoop, "load_policy", no_model)
 
     def message(*place: str) -> str:
         capsys.readouterr()  # what came before

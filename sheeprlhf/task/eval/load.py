@@ -19,7 +19,7 @@ from sheeprlhf.model.load import load_tokenizer, num_positions
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.initial_policy import load_of_run, load_start
+from sheeprlhf.task.initial_policy import load_initial_policy, load_policy_from_run
 from sheeprlhf.task.rl_models import prepare_prompts
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.lightning import Fabric
@@ -133,7 +133,7 @@ def load_evaluated_policy(
     if cfg.experiment_dir is None:
         return load_policy(model, tokenizer, longest=longest, batching=batching, say=say)
     run_dir, weights = Path(cfg.experiment_dir), cfg.task.model_name
-    return load_of_run(model, run_dir, weights, tokenizer, longest=longest, batching=batching, say=say)
+    return load_policy_from_run(model, run_dir, weights, tokenizer, longest=longest, batching=batching, say=say)
 
 
 def task_options(cfg: EvalConfig) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def load_start_of(
     """
     assert cfg.model is not None
     of = (cfg.model, start.run_dir, start.weights, tokenizer)
-    return load_start(*of, longest=longest, batching=cfg.task.batching, say=say)
+    return load_initial_policy(*of, longest=longest, batching=cfg.task.batching, say=say)
 
 
 def load_final(
@@ -177,7 +177,7 @@ def load_final(
         SheepError: it cannot be loaded.
     """
     of = (model, Path(run_dir), "final", tokenizer)
-    return load_of_run(*of, longest=longest, batching=cfg.task.batching, say=say)
+    return load_policy_from_run(*of, longest=longest, batching=cfg.task.batching, say=say)
 
 
 def model_of_run(run_dir: str, key: str) -> ModelConfig:

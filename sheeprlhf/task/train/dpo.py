@@ -7,7 +7,6 @@ log-probabilities are computed once and kept beside the data.
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +17,10 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, evaluate
 from sheeprlhf.loss import dpo
+from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import DPOConfig
-from sheeprlhf.task.initial_policy import load_start, with_adapters
+from sheeprlhf.task.initial_policy import with_adapters
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.reference import (
     check_reference,
@@ -29,7 +29,6 @@ from sheeprlhf.task.reference import (
     sum_by_response,
     weights_digest,
 )
-from sheeprlhf.task.router import say_router_loss_left_out
 from sheeprlhf.utils.lightning import Fabric
 
 NO_REFERENCE = ("simpo", "orpo")
@@ -108,9 +107,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     assert isinstance(task, DPOConfig)
     with open_run(fabric, cfg, run_dir) as run:
         loop = TrainLoop(fabric, run)
-        start = (task.sft_experiment_dir, task.sft_model_name)
-        how: dict[str, Any] = {"longest": loop.longest, "batching": task.batching, "say": run.say}
-        policy, packed = load_start(cfg.model, *start, loop.tokenizer, **how)
+        policy, packed = loop.load_policy()
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
         key = f"{weights_digest(policy)}-{cfg.fabric.precision}-{packed}"
         policy = with_adapters(policy, cfg.model)

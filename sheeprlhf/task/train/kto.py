@@ -23,9 +23,10 @@ from sheeprlhf.data.mismatch import MismatchedSplit
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
 from sheeprlhf.loss.dpo import kto
+from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import KTOConfig
-from sheeprlhf.task.initial_policy import load_start, with_adapters
+from sheeprlhf.task.initial_policy import with_adapters
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.reference import (
     check_reference,
@@ -34,7 +35,6 @@ from sheeprlhf.task.reference import (
     sum_by_response,
     weights_digest,
 )
-from sheeprlhf.task.router import say_router_loss_left_out
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 
@@ -135,9 +135,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         warning = weights_warning(num_desirable, len(loop.rows) - num_desirable, task)
         if warning:
             run.say(warning)
-        start = (task.sft_experiment_dir, task.sft_model_name)
-        how: dict[str, Any] = {"longest": loop.longest, "batching": task.batching, "say": run.say}
-        policy, packed = load_start(cfg.model, *start, loop.tokenizer, **how)
+        policy, packed = loop.load_policy()
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
         key = f"{weights_digest(policy)}-{cfg.fabric.precision}-{packed}"
         policy = with_adapters(policy, cfg.model)
@@ -165,7 +163,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
 
         loop.begin(load)
         if task.self_check != "off" and loop.state.step == 0:
-            how = {"mode": task.self_check, "precision": cfg.fabric.precision, "say": run.say}
+            how: dict[str, Any] = {"mode": task.self_check, "precision": cfg.fabric.precision, "say": run.say}
             mismatched_batches, batches = load(loop.plan.rows_of_step(0))
             check_reference(fabric, module, mismatched_batches, mismatched_loss, lambda batch: 0.0, **how)
             loss_fn = partial(kto_loss, task=task, kl=0.0)

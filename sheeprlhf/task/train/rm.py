@@ -7,8 +7,8 @@ its last token.
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from torch import nn
 
 from sheeprlhf.agent.batches import Batches
@@ -18,12 +18,10 @@ from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.rundir import is_finished
 from sheeprlhf.engine.step import LossOutput, evaluate
 from sheeprlhf.loss.reward import by_response, centering, last_scores, reward_loss
+from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import RMConfig
-from sheeprlhf.task.eval.preference import pairs_of_rows, scores_of_rows
-from sheeprlhf.task.initial_policy import load_start
 from sheeprlhf.task.loop import TrainLoop
-from sheeprlhf.task.router import say_router_loss_left_out
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -45,6 +43,11 @@ def rm_loss(model: nn.Module, batch: Batch, *, loss_type: str, center: float = 0
     return LossOutput((losses_P * weights_P).sum(), {k: (v.detach() * weights_P).sum() for k, v in metrics_P.items()})
 
 
+def chosen_scores(model: nn.Module, batch: Batch) -> LossOutput:
+    """The scores of the better responses of all pairs, summed."""
+    return LossOutput(model(batch)[batch.pairs_P2[:, 0]].double().sum(), {})
+
+
 def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     """All ranks: prepare the data, train, validate, save, and leave `final/` in the run directory.
 
@@ -55,9 +58,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     assert isinstance(task, RMConfig)
     with open_run(fabric, cfg, run_dir) as run:
         loop = TrainLoop(fabric, run)
-        start = (task.sft_experiment_dir, task.sft_model_name)
-        how: dict[str, Any] = {"longest": loop.longest, "batching": task.batching, "say": run.say}
-        policy, packed = load_start(cfg.model, *start, loop.tokenizer, **how, new_head=True)
+        policy, packed = loop.load_policy(new_head=True)
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
         model = reward_model_of(policy, cfg.model, loop.tokenizer)
         module = loop.set_up(model)
@@ -71,7 +72,9 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             if step.validates:
                 step.record(evaluate(fabric, module, loop.validation_batches(batches), loss_fn))
         if task.normalize_on == "demonstrations" and not is_finished(run.dir):
-            scores_S = scores_of_rows(fabric, model, task, loop.rows, packed=packed, label="normalising")
-            model.offset = float(pairs_of_rows(scores_S, loop.rows.sizes[:, 1:])[0].mean())
+            pairs = Batches(fabric, task, packed=packed, targets="last", num_items=lambda batch: len(batch.pairs_P2))
+            rows = np.arange(len(loop.rows))
+            micro_batches = (micro for _, micro in pairs.numbered(loop.rows, rows, "normalising"))
+            model.offset = evaluate(fabric, module, micro_batches, chosen_scores)["loss"]
             run.say(f"the preferred responses of the training rows score {model.offset:.4f}: {OFFSET} in config.json")
         loop.finish(model)

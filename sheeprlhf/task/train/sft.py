@@ -8,19 +8,23 @@ import math
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
+from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import open_run
-from sheeprlhf.engine.step import LossOutput, evaluate
+from sheeprlhf.engine.shard import gathered
+from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
 from sheeprlhf.loss.sft import cross_entropy
+from sheeprlhf.model.router import RouterLoss, StepRouterLoss, expert_counts, router_loss_in_training
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
-from sheeprlhf.task.initial_policy import load_policy_to_train
+from sheeprlhf.task.initial_policy import with_adapters
 from sheeprlhf.task.loop import TrainLoop
-from sheeprlhf.task.router import StepRouterLoss, router_loss_in_training, router_loss_of_step
-from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.lightning import Fabric, _FabricModule
+from sheeprlhf.utils.memory import phase
 
 
 def sft_loss(
@@ -39,6 +43,27 @@ def sft_loss(
     return LossOutput(total, metrics)
 
 
+@torch.no_grad()
+def router_loss_of_step(
+    fabric: Fabric, module: _FabricModule, micro_batches: list[MicroBatch], loss: RouterLoss
+) -> StepRouterLoss:
+    """All ranks: count the picks of each expert over the whole step, in forward passes without gradients.
+
+    They draw the random numbers that training draws next, so dropout is the same in both.
+    """
+    counts = torch.zeros(loss.num_experts + 2, dtype=torch.float64, device=fabric.device)
+    with isolated_rng(), gathered(module), phase("forward pass"):
+        for micro in micro_batches:
+            if micro.num_items:
+                router_logits = module(fabric.to_device(micro.batch), router=True).router_logits
+                rows = torch.tensor([sum(map(len, router_logits)), micro.num_items], device=fabric.device)
+                counts += torch.cat([expert_counts(router_logits, loss.top_k), rows.double()])
+    if fabric.world_size > 1:
+        fabric.all_reduce(counts, reduce_op="sum")
+    *_, num_rows, num_items = counts.tolist()
+    return StepRouterLoss(loss, counts[:-2].float(), max(1.0, num_rows), num_items)
+
+
 def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     """All ranks: prepare the data, train, validate, save, and leave `final/` in the run directory.
 
@@ -49,11 +74,9 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     assert isinstance(task, SFTConfig)
     with open_run(fabric, cfg, run_dir) as run:
         loop = TrainLoop(fabric, run)
-        start = (task.sft_experiment_dir, task.sft_model_name)
-        policy, packed = load_policy_to_train(
-            cfg.model, *start, loop.tokenizer, longest=loop.longest, batching=task.batching, say=run.say
-        )
+        policy, packed = loop.load_policy()
         router = router_loss_in_training(policy.causal_lm(), run.say)
+        policy = with_adapters(policy, cfg.model)
         module = loop.set_up(policy)
         batches = Batches(fabric, task, packed=packed, targets="response" if task.completion_only_loss else "all")
         loop.begin(partial(batches.of, loop.rows))

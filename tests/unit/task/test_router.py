@@ -17,11 +17,17 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.step import MicroBatch, update
 from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.model.router import RouterLoss, expert_counts, probability_sums, router_loss_of
+from sheeprlhf.model.router import (
+    RouterLoss,
+    expert_counts,
+    probability_sums,
+    router_loss_in_training,
+    router_loss_of,
+    say_router_loss_left_out,
+)
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.task.router import router_loss_in_training, router_loss_of_step, say_router_loss_left_out
-from sheeprlhf.task.train.sft import sft_loss
+from sheeprlhf.task.train.sft import router_loss_of_step, sft_loss
 from tests.support.batches import random_examples
 from tests.support.models import EXPERTS
 
