@@ -13,16 +13,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sheeprlhf.agent.batching import choose_packed
+from sheeprlhf.agent.batches import choose_packed
 from sheeprlhf.data.example import Batch
-from sheeprlhf.model.attention import placeholder_mask
-from sheeprlhf.model.last_mlp import last_mlp_at
-from sheeprlhf.model.lm_head import TokenLogprobs, head_logprobs, logprobs_from_logits
+from sheeprlhf.model.attention import accepted, logits_at, placeholder_mask
+from sheeprlhf.model.layers import sparse_last_mlp
+from sheeprlhf.model.lm_head import TokenLogprobs, head_logprobs, head_scores, logprobs_from_logits
 from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm
 from sheeprlhf.model.lora import POLICY, adapter_in_use, add_lora, save_model
-from sheeprlhf.model.padded import accepted, logits_at
 from sheeprlhf.model.router import router_logits_of
-from sheeprlhf.model.scalar import head_scores
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.memory import phase
@@ -145,7 +143,7 @@ def hidden_at_head(backbone: nn.Module, batch: Batch) -> Tensor:
             ),
         )
     else:
-        with last_mlp_at(backbone, batch.head_positions_R, batch.input_ids_BT.shape[1]):
+        with sparse_last_mlp(backbone, batch.head_positions_R, batch.input_ids_BT.shape[1]):
             hidden_BTC = hidden_states(
                 backbone,
                 input_ids=batch.input_ids_BT,

@@ -1,4 +1,4 @@
-"""The reward model: a score after each token that a batch asks for.
+"""Models that score: the reward model, and scores by an adapter of the policy's own base.
 
 Letters: N tokens that are scored.
 """
@@ -12,12 +12,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from sheeprlhf.agent.batching import choose_packed
+from sheeprlhf.agent.batches import choose_packed
 from sheeprlhf.agent.policy import Policy, hidden_at_head
 from sheeprlhf.data.example import Batch
-from sheeprlhf.model.load import load_causal_lm, read_score_bias
-from sheeprlhf.model.lora import add_lora, load_lora, save_model
-from sheeprlhf.model.scalar import HEAD, head_scores, padding_token, scalar_model
+from sheeprlhf.model.lm_head import HEAD, head_scores, padding_token, scalar_model
+from sheeprlhf.model.load import backbone_and_head, load_causal_lm, read_score_bias
+from sheeprlhf.model.lora import adapter_in_use, add_lora, load_lora, save_model
 from sheeprlhf.security.model_folder import read_json
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import add_end_ids
@@ -164,3 +164,27 @@ def reward_model_of(
     if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
         return RewardModel(add_lora(model, cfg.lora_cfg, head=HEAD))
     return RewardModel(model)
+
+
+class AdapterValueModel(nn.Module):
+    """A score head on one adapter of a model that others use too. Call it inside `in_use()`.
+
+    Args:
+        model: the model with all its adapters.
+        adapter: the name of this one's.
+        head: (C -> 1) its own.
+        offset: what is subtracted from the head's score.
+    """
+
+    def __init__(self, model: PeftModel, adapter: str, head: nn.Linear, offset: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.adapter, self.head, self.offset = model, adapter, head, offset
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Inside, the model computes with this adapter, and it and the head alone can get gradients."""
+        return adapter_in_use(self.model, self.adapter)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """As `RewardModel.forward`: (N,) float32 scores at the targets of a batch."""
+        backbone, _ = backbone_and_head(cast(PreTrainedModel, self.model.get_base_model()))
+        return head_scores(hidden_at_head(backbone, batch), self.head)[batch.logit_index_N] - self.offset

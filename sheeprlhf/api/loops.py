@@ -24,9 +24,8 @@ from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.config.registry import choices
 from sheeprlhf.config.saved_config import saved_group
 from sheeprlhf.data import prepare
-from sheeprlhf.data.collate import collate_packed, collate_padded
 from sheeprlhf.data.encoding import encode
-from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.data.example import Batch, Example, collate_packed, collate_padded
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.tokenize import SpecialIds
 from sheeprlhf.model import load
@@ -153,7 +152,7 @@ def collate(examples: Sequence[Example], model: Policy | RewardModel, *, targets
     Args:
         examples: at least one, each with a response.
         model: the model that will read the batch.
-        targets: "response", "all", "scores" or "last", as in `sheeprlhf.data.collate`.
+        targets: "response", "all", "scores" or "last", as in `sheeprlhf.data.example`.
 
     Raises:
         DataError: a response is empty.

@@ -59,7 +59,7 @@ def _convert(model: ModelConfig, folder: Path, cache_dir: str | None) -> list[st
         words.append(option_word("model.library_cfg.revision", model.library_cfg.revision))
     check_model(folder)
     if pickled_files(folder):
-        from sheeprlhf.model.pickled import converted_folder  # imports torch
+        from sheeprlhf.security.pickled_weights import converted_folder  # imports torch
 
         converted = converted_folder(folder, name, _say, cache_dir)
         print(f"its weights are in {converted}, as safetensors")

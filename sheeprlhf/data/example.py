@@ -1,17 +1,23 @@
-"""The typed data that training passes around: text example, tokenised example, batch.
+"""Tokenised rows, and batches of them: the tensors of one forward pass, packed end to end or padded.
 
 Letters of tensor names: B rows, T positions of a row, R positions where a head runs, N targets (tokens that those
 positions have to predict, or to score), S responses, P pairs of responses.
 A *segment* is one prompt with K >= 1 responses; the prompt is stored and computed once. A row that is a prompt alone
 (K = 0) becomes a segment when its responses are sampled.
+
+Both collate functions give the same targets in the same order, so a loss does not see which one made its batch.
+Everything is computed from lengths; no token id is ever compared with the pad id, so pad and EOS may be the same token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, combinations
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.layout import Layout
 
 
@@ -104,3 +110,203 @@ class Batch(NamedTuple):
     margins_P: Tensor
     desirable_S: Tensor
     row_ids: tuple[int, ...]
+
+
+TARGETS = ("response", "all", "scores", "last")
+SIDES = ("right", "left")
+
+
+def collate_packed(examples: Sequence[Example], *, targets: str = "response") -> Batch:
+    """Lay rows end to end, each `[prompt | response 1 | ... | response K]`, in one row of T tokens.
+
+    Args:
+        examples: the rows, at least one.
+        targets: "response": the response's tokens are predicted; "all": the prompt's too (from its second on);
+            "scores": a score is read at each of the response's tokens; "last": at the last one alone.
+
+    Returns:
+        A batch with `layout`, input_ids (1, T).
+
+    Raises:
+        DataError: a response is empty.
+    """
+    _check("targets", targets, TARGETS)
+    ids, positions, prompt_at, response_at = [], [], [], []
+    start = 0
+    for example in examples:
+        num_prompt = len(example.prompt_ids)
+        ids.append(example.prompt_ids)
+        positions.append(np.arange(num_prompt))
+        response_start = start + num_prompt
+        for response in example.responses:
+            ids.append(response)
+            positions.append(np.arange(num_prompt, num_prompt + len(response)))
+            prompt_at.append(start)
+            response_at.append(response_start)
+            response_start += len(response)
+        start = response_start
+    return _batch(
+        examples,
+        input_ids=np.concatenate(ids)[None],
+        position_ids=np.concatenate(positions)[None],
+        attention_mask=None,
+        layout=_layout(examples),
+        prompt_at=prompt_at,
+        response_at=response_at,
+        targets=targets,
+    )
+
+
+def collate_padded(
+    examples: Sequence[Example], *, pad_id: int, side: str = "right", targets: str = "response"
+) -> Batch:
+    """Give every response a row of its own, led by its prompt and padded to the longest.
+
+    Args:
+        examples: the rows, at least one; K responses become K rows.
+        pad_id: any id of the vocabulary; the mask, made from lengths, hides it.
+        side: where the padding goes, "right" or "left".
+        targets: as in `collate_packed`; a prompt's own targets are in its first row only.
+
+    Returns:
+        A batch with `attention_mask_BT`, input_ids (B, T).
+
+    Raises:
+        DataError: a response is empty.
+    """
+    _check("targets", targets, TARGETS)
+    _check("side", side, SIDES)
+    rows = [(example.prompt_ids, response) for example in examples for response in example.responses]
+    lengths = np.array([len(prompt) + len(response) for prompt, response in rows])
+    width = int(lengths.max())
+    first = width - lengths if side == "left" else np.zeros_like(lengths)
+    columns = np.arange(width) - first[:, None]  # a token's position; negative or >= length on pads
+    mask = (columns >= 0) & (columns < lengths[:, None])
+    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    input_ids[mask] = np.concatenate([part for row in rows for part in row])
+    prompt_at = np.arange(len(rows)) * width + first
+    return _batch(
+        examples,
+        input_ids=input_ids,
+        position_ids=np.where(mask, columns, 0),
+        attention_mask=mask,
+        layout=None,
+        prompt_at=prompt_at.tolist(),
+        response_at=[at + len(prompt) for at, (prompt, _) in zip(prompt_at.tolist(), rows, strict=True)],
+        targets=targets,
+    )
+
+
+def _batch(
+    examples: Sequence[Example],
+    *,
+    input_ids: np.ndarray,
+    position_ids: np.ndarray,
+    attention_mask: np.ndarray | None,
+    layout: Layout | None,
+    prompt_at: list[int],
+    response_at: list[int],
+    targets: str,
+) -> Batch:
+    """Find where each target is predicted or scored and build the tensors.
+
+    `prompt_at` and `response_at` say, per response of the batch, at which place of the flattened (B*T,) ids its prompt
+    and it begin. The first token of a response is predicted at its prompt's last place, every other one place before.
+    """
+    scored = targets in ("scores", "last")
+    sources: list[np.ndarray] = []
+    target_ids: list[np.ndarray] = []
+    owners: list[int] = []  # the response that each piece of `target_ids` belongs to
+    index = 0
+    for example in examples:
+        num_prompt = len(example.prompt_ids)
+        if targets == "all":
+            sources.append(prompt_at[index] + np.arange(num_prompt - 1))
+            target_ids.append(example.prompt_ids[1:])
+            owners.append(index)
+        for response in example.responses:
+            if not len(response):  # its place would shift the targets of the rows behind it
+                raise DataError(f"row {example.row_id} has no token to train on: its response is empty; drop the row")
+            own = response_at[index] + np.arange(len(response))
+            sources.append(own if scored else np.array([prompt_at[index] + num_prompt - 1, *own[:-1]]))
+            target_ids.append(response)
+            if targets == "last":
+                sources[-1], target_ids[-1] = own[-1:], response[-1:]
+            owners.append(index)
+            index += 1
+    pairs, weights, margins = _pairs(examples)
+    source_N = np.concatenate(sources)
+    head_positions_R, logit_index_N = np.unique(source_N, return_inverse=True)
+    return Batch(
+        input_ids_BT=_int64(input_ids),
+        position_ids_BT=_int64(position_ids),
+        attention_mask_BT=None if attention_mask is None else torch.from_numpy(attention_mask),
+        layout=layout,
+        head_positions_R=_int64(head_positions_R),
+        logit_index_N=_int64(logit_index_N),
+        target_ids_N=_int64(np.concatenate(target_ids)),
+        response_index_N=_int64(np.repeat(owners, [len(piece) for piece in target_ids])),
+        response_lengths=tuple(len(response) for example in examples for response in example.responses),
+        pairs_P2=_int64(pairs),
+        pair_weights_P=torch.tensor(weights),
+        margins_P=torch.tensor(margins),
+        desirable_S=torch.tensor([example.desirable for example in examples for _ in example.responses]),
+        row_ids=tuple(example.row_id for example in examples),
+    )
+
+
+def _pairs(examples: Sequence[Example]) -> tuple[np.ndarray, list[float], list[float]]:
+    """All (better, worse) pairs of each row's responses, which come best first.
+
+    Returns:
+        Pairs, 1 / number of pairs of the row, and margins: the row's for neighbours, twice that two ranks apart.
+    """
+    pairs: list[tuple[int, int]] = []
+    weights: list[float] = []
+    margins: list[float] = []
+    first = 0
+    for example in examples:
+        size = len(example.responses)
+        of_row = list(combinations(range(first, first + size), 2))
+        pairs += of_row
+        weights += [1.0 / len(of_row) for _ in of_row]
+        margins += [example.margin * (worse - better) for better, worse in of_row]
+        first += size
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2), weights, margins
+
+
+def _layout(examples: Sequence[Example]) -> Layout:
+    """The attention sequences of a packed row: prompt with response 1, then each further response with its prompt."""
+    segments = tuple((len(e.prompt_ids), tuple(len(r) for r in e.responses)) for e in examples)
+    queries: list[int] = []
+    keys: list[int] = []
+    key_pieces: list[np.ndarray] = []
+    start = 0
+    for num_prompt, responses in segments:
+        prompt = np.arange(start, start + num_prompt)
+        start += num_prompt
+        for number, num_response in enumerate(responses):
+            queries.append(num_response + (num_prompt if number == 0 else 0))
+            keys.append(num_prompt + num_response)
+            key_pieces += [prompt, np.arange(start, start + num_response)]
+            start += num_response
+    shared = any(len(responses) > 1 for _, responses in segments)
+    return Layout(
+        segments=segments,
+        query_starts=torch.tensor([0, *accumulate(queries)], dtype=torch.int32),
+        key_starts=torch.tensor([0, *accumulate(keys)], dtype=torch.int32),
+        key_index=_int64(np.concatenate(key_pieces)) if shared else None,
+        max_query=max(queries),
+        max_key=max(keys),
+    )
+
+
+def _int64(values: np.ndarray) -> Tensor:
+    """A tensor of token ids or places."""
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a misspelt choice, which would silently mean another one."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}")

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sheeprlhf.engine.fabric import gather_objects
-from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.shard import gathered, is_sharded, same_number, whole
 from sheeprlhf.utils.errors import DataError, NonFiniteError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 from sheeprlhf.utils.memory import phase
-from sheeprlhf.utils.modes import eval_mode, forward_of_zero
+from sheeprlhf.utils.modes import eval_mode, forward_of_zero, isolated_rng
 
 
 class LossOutput(NamedTuple):

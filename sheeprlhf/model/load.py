@@ -22,17 +22,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sheeprlhf.config.option_checks import nearest
+from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.config.prompt_format import read_prompt_form
 from sheeprlhf.model.account import SCORE, SCORE_BIAS, Account, account_for, account_from_headers
 from sheeprlhf.model.attention import PACKED, register
-from sheeprlhf.model.chat_template import choose_template
+from sheeprlhf.model.layers import replace_rms_norms, use_frequencies_of_rows
 from sheeprlhf.model.locate import locate
 from sheeprlhf.model.new_tokens import add_rows
-from sheeprlhf.model.pickled import converted_folder
-from sheeprlhf.model.rms_norm import replace_rms_norms
-from sheeprlhf.model.rotary import use_frequencies_of_rows
 from sheeprlhf.security.chat_templates import check_templates
+from sheeprlhf.security.files import read_small
 from sheeprlhf.security.model_folder import (
+    MAX_TEMPLATE,
     PICKLED,
     WEIGHTS_FILES,
     check_model,
@@ -46,10 +47,13 @@ from sheeprlhf.security.model_folder import (
     tensors_of,
     weights_of,
 )
+from sheeprlhf.security.pickled_weights import converted_folder
 from sheeprlhf.security.safetensors_header import TensorFacts
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.utils.chat_templates import FOLDER, OPTION, SUFFIX, built_in_templates, own_templates, template_names
 from sheeprlhf.utils.end_tokens import set_configured_end_ids
 from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.hub import EMBEDDED
 from sheeprlhf.utils.vocabulary import add_special_tokens, num_rows_needed, template_tokens
 
@@ -500,11 +504,40 @@ def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     return getattr(model, model.base_model_prefix), model.get_output_embeddings()
 
 
-def uses_packed_attention(model: PreTrainedModel) -> bool:
-    """True if the model's attention goes through `packed_attention` (falcon's, for example, does not)."""
-    return bool(model.config._attn_implementation == PACKED)
-
-
 def hidden_states(backbone: nn.Module, **inputs: Any) -> Tensor:
     """(B, T, C) last hidden states of a backbone."""
     return backbone(use_cache=False, **inputs).last_hidden_state
+
+
+def choose_template(tokenizer: Any, choice: str | None) -> None:
+    """Make the chosen chat template the only one of a tokenizer, so that it goes wherever the tokenizer goes.
+
+    Args:
+        tokenizer: of transformers.
+        choice: `model.chat_template`: a name of the tokenizer's own templates, of `built_in_templates`, or a file; None
+            leaves the tokenizer as it is.
+
+    Raises:
+        ModelError: there is no such template, or the file cannot be read.
+    """
+    if choice is None:
+        return
+    own = own_templates(tokenizer)
+    if choice in own:
+        tokenizer.chat_template = own[choice]
+    elif is_template_file(choice):
+        tokenizer.chat_template = _read(expand_home(choice), choice)
+    elif choice in built_in_templates():
+        tokenizer.chat_template = _read(FOLDER / f"{choice}{SUFFIX}", choice)
+    else:
+        near = nearest(choice, [*own, *built_in_templates()])
+        did = f"did you mean {OPTION}={near}? It may be" if near else "it may be"
+        raise ModelError(f"{OPTION}={choice} is unknown: {did} {template_names(tokenizer)}")
+
+
+def _read(path: Path, choice: str) -> str:
+    try:
+        return read_small(path, MAX_TEMPLATE).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise ModelError(f"{OPTION}={choice} cannot be read: {reason}; give another file") from error

@@ -33,12 +33,10 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from sheeprlhf.model.attention import placeholder_mask
-from sheeprlhf.model.lm_head import MAX_LOGITS
+from sheeprlhf.model.attention import packing_limit, placeholder_mask
+from sheeprlhf.model.lm_head import HEAD, MAX_LOGITS, with_score_head
 from sheeprlhf.model.load import backbone_and_head, load_causal_lm
 from sheeprlhf.model.lora import add_lora
-from sheeprlhf.model.packing import packing_limit
-from sheeprlhf.model.scalar import HEAD, with_score_head
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig, SGDConfig
 from sheeprlhf.structure.task import TrainTaskConfig

@@ -28,10 +28,8 @@ from transformers import (
 )
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from sheeprlhf.model.load import uses_packed_attention
-from sheeprlhf.model.packing import is_recurrent
-from sheeprlhf.model.padded import no_router_logits
-from sheeprlhf.model.rotary import outgrows_cache, switch_length
+from sheeprlhf.model.attention import is_recurrent, no_router_logits, uses_packed_attention
+from sheeprlhf.model.layers import outgrows_cache, switch_length
 from sheeprlhf.rollout.sampler import Sampled, prompt_groups, sample_responses, unpacked_decoder
 from sheeprlhf.rollout.stop import StopStrings
 from sheeprlhf.structure.generation import GenConfig

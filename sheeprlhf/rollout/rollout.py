@@ -30,14 +30,12 @@ from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.batches import Batches, BatchOptions, Rows
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.agent.reward import RewardModel
-from sheeprlhf.agent.shared import SharedScore
+from sheeprlhf.agent.reward import AdapterValueModel, RewardModel
 from sheeprlhf.data.encoding import PairEncoder, decode, encode
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.tokenize import SpecialIds
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import gather_objects
-from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.shard import gathered
 from sheeprlhf.reward.call import Texts
@@ -51,7 +49,7 @@ from sheeprlhf.utils.end_tokens import control_tokens, end_token_ids, response_e
 from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import phase
-from sheeprlhf.utils.modes import eval_mode
+from sheeprlhf.utils.modes import eval_mode, isolated_rng
 
 _MAX_SHOWN_ROWS = 20
 _HALF_PRECISION_ERROR = 0.1  # nats a token: bf16 rounds logits of 20 to eighths, in another order with a cache
@@ -268,7 +266,7 @@ class RolloutCollector:
         tokenizer: PreTrainedTokenizerBase,
         policy: Policy,
         reference: nn.Module,
-        reward: RewardModel | SharedScore | None,
+        reward: RewardModel | AdapterValueModel | None,
         *,
         packed: bool,
         columns: Collection[str] = ("reference",),
@@ -387,7 +385,7 @@ class RolloutCollector:
         return predict_targets(self._fabric, self.policy, call, self.token_batches, rows, label, num_rows)
 
     def scores_of(
-        self, model: RewardModel | SharedScore, rollout: Rollout, label: str, *, at_end: bool = False
+        self, model: RewardModel | AdapterValueModel, rollout: Rollout, label: str, *, at_end: bool = False
     ) -> Tensor:
         """All ranks: (N,) scores of a model with a score head before each token; at the end: (S,) after the last."""
         batches = self.last_token_batches if at_end else self.token_batches

@@ -18,13 +18,18 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from sheeprlhf.model.attention import kernel_dtype, placeholder_mask
-from sheeprlhf.model.cache import SharedCache, compact
-from sheeprlhf.model.last_mlp import last_mlp_at
+from sheeprlhf.model.attention import (
+    SharedCache,
+    compact,
+    kernel_dtype,
+    logits_at,
+    no_router_logits,
+    packing_limit,
+    placeholder_mask,
+    tolerance,
+)
+from sheeprlhf.model.layers import outgrows_cache, sparse_last_mlp
 from sheeprlhf.model.load import backbone_and_head
-from sheeprlhf.model.packing import packing_limit, tolerance
-from sheeprlhf.model.padded import logits_at, no_router_logits
-from sheeprlhf.model.rotary import outgrows_cache
 from sheeprlhf.utils.layout import Layout
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
@@ -252,7 +257,7 @@ class PackedDecoder:
         ends_P = torch.tensor(lengths, device=device).cumsum(0)
         input_ids_1T = torch.from_numpy(np.concatenate(prompts).astype(np.int64))[None].to(device)
         position_ids_1T = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
-        with last_mlp_at(self._backbone, ends_P - 1, input_ids_1T.shape[1]):
+        with sparse_last_mlp(self._backbone, ends_P - 1, input_ids_1T.shape[1]):
             hidden_1TC = self._backbone(
                 input_ids=input_ids_1T,
                 attention_mask=placeholder_mask(input_ids_1T),

@@ -31,9 +31,8 @@ from sheeprlhf.data.source import locate
 from sheeprlhf.data.tokenize import RowTokenizer
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.manifest import write_folder
-from sheeprlhf.model.lora import merge_lora
-from sheeprlhf.model.outputs import check_difference, compute_outputs, max_difference, max_output
-from sheeprlhf.model.scalar import padding_token
+from sheeprlhf.model.lm_head import padding_token
+from sheeprlhf.model.lora import check_difference, compute_outputs, max_difference, max_output, merge_lora
 from sheeprlhf.task.text_generator import load_trained_policy, load_trained_scorer
 from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.errors import ConfigError, DataError, ModelError

@@ -1,4 +1,4 @@
-"""Shared steps of every training task: before its first step, at each validation and after its last step."""
+"""Common parts of every training task: the report of the data, validations, samples, and the end of a run."""
 
 import json
 import math
@@ -10,20 +10,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from sheeprlhf.agent.policy import Policy
 from sheeprlhf.config.model_lookup import Trained
 from sheeprlhf.config.run_lookup import REPORT_FILE, REWARD_MODEL, scores_by_run
 from sheeprlhf.config.shell import changed_words, command, option_word
+from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.prompt_encoder import save_form
 from sheeprlhf.data.report import render_report
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.manifest import write_folder
-from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished, same_data
-from sheeprlhf.engine.shard import assemble
+from sheeprlhf.engine.shard import assemble, gathered
+from sheeprlhf.rollout.engines import generate_responses
 from sheeprlhf.security.json_records import load_json
 from sheeprlhf.security.record_schemas import DATA_REPORT
+from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
@@ -31,6 +34,7 @@ from sheeprlhf.task.memory_plan import step_plan
 from sheeprlhf.utils.errors import DataError, ModelError, RecordError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import peak_memory, size_text
+from sheeprlhf.utils.modes import isolated_rng
 from sheeprlhf.utils.output import safe_path, write_file
 
 
@@ -153,3 +157,32 @@ def _evaluated_split(run_dir: Path) -> str | None:
         splits = load_json(run_dir / REPORT_FILE, DATA_REPORT).get("splits", {})
     kept = [name for name, part in splits.items() if part["kept"]]
     return next((name for name in ("validation", "train") if name in kept), None) if "test" not in kept else None
+
+
+def log_samples(
+    fabric: Fabric,
+    run: Run,
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    cfg: GenConfig,
+    step: int,
+) -> None:
+    """All ranks; rank zero generates for the examples' prompts and logs prompt, response and reference.
+
+    Both texts end with their end token, unless they were cut.
+
+    The random numbers of training are untouched.
+    """
+    if not examples:
+        return
+    with gathered(policy), isolated_rng():
+        if not fabric.is_global_zero:
+            return
+        prompts = [example.prompt_ids for example in examples]
+        responses = generate_responses(policy.causal_lm(), tokenizer, prompts, cfg, with_end_token=True)
+    blocks = []
+    for example, response in zip(examples, responses, strict=True):
+        prompt, reference = (tokenizer.decode(ids.tolist()) for ids in (example.prompt_ids, example.responses[0]))
+        blocks.append(f"[prompt]\n{prompt}\n[model]\n{response}\n[reference]\n{reference}\n")
+    run.log_text("samples", "\n".join(blocks), step)

@@ -12,8 +12,7 @@ from sheeprlhf.agent.reward import RewardModel, load_reward_model, reward_model_
 from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.config.saved_config import saved_group
 from sheeprlhf.config.shell import shell_word
-from sheeprlhf.engine.checkpoint import Say
-from sheeprlhf.engine.weights import find_checkpoint, load_weights
+from sheeprlhf.engine.checkpoint import Say, find_checkpoint, load_weights
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import add_lora, load_lora, merge_lora
 from sheeprlhf.structure.model import ModelConfig

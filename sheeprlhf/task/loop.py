@@ -28,9 +28,8 @@ from sheeprlhf.agent.batches import Batches, Rows, longest_row
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reference import reference_of
 from sheeprlhf.data.example import Batch
-from sheeprlhf.data.loader import load_ahead
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
-from sheeprlhf.data.sampler import RolloutPlan, StepPlan
+from sheeprlhf.data.sampler import RolloutPlan, StepPlan, load_ahead
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.optim import follow_schedule, set_up
 from sheeprlhf.engine.run import Run
@@ -46,10 +45,9 @@ from sheeprlhf.rollout.rollout import (
     token_values,
 )
 from sheeprlhf.structure.rollout import OnlineTaskConfig
-from sheeprlhf.task.finish import Saved, finish_run, record_validation, report_data
+from sheeprlhf.task.finish import Saved, finish_run, log_samples, record_validation, report_data
 from sheeprlhf.task.initial_policy import load_initial_policy
 from sheeprlhf.task.rl_models import build_collector, load_online_setup
-from sheeprlhf.task.samples import log_samples
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 
 VALIDATION = (1 << 32) - 1  # number of the validation's rollout: it samples with numbers that no training rollout has

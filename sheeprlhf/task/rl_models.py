@@ -13,14 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.batches import longest_row
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.agent.reward import RewardModel, load_reward_model, offset_of, reward_model_of
-from sheeprlhf.agent.shared import SharedScore
+from sheeprlhf.agent.reward import AdapterValueModel, RewardModel, load_reward_model, offset_of, reward_model_of
 from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.config.run_lookup import is_same_model
 from sheeprlhf.config.saved_config import saved_group
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit, available_columns, prepare_data
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.run import Run
+from sheeprlhf.model.lm_head import HEAD, scalar_model
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import (
     CRITIC,
@@ -32,7 +32,6 @@ from sheeprlhf.model.lora import (
     lora_config,
 )
 from sheeprlhf.model.router import say_router_loss_left_out
-from sheeprlhf.model.scalar import HEAD, scalar_model
 from sheeprlhf.reward.score import check_columns, state_warnings, wanted_columns
 from sheeprlhf.rollout.rollout import RolloutCollector, TextExchange, has_same_tokens
 from sheeprlhf.structure.evaluation import ScoredConfig
@@ -61,8 +60,8 @@ class RLModels(NamedTuple):
     """
 
     policy: Policy
-    critic: RewardModel | SharedScore | None
-    reward: RewardModel | SharedScore | None
+    critic: RewardModel | AdapterValueModel | None
+    reward: RewardModel | AdapterValueModel | None
     packed: bool
     reward_tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -217,8 +216,8 @@ def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int
 
 
 def _make_critic(
-    run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, reward: RewardModel | SharedScore | None
-) -> RewardModel | SharedScore:
+    run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, reward: RewardModel | AdapterValueModel | None
+) -> RewardModel | AdapterValueModel:
     """Make the critic: the policy itself if asked, else of the reward model if asked and possible, else a new head.
 
     With adapters, it is one more adapter on the policy's base.
@@ -236,28 +235,28 @@ def _make_critic(
         return reward_model_of(copy.deepcopy(policy), cfg.model, tokenizer)
     model, base = policy.model, policy.causal_lm()
     head = cast(nn.Linear, getattr(scalar_model(base, tokenizer), HEAD))
-    if isinstance(reward, SharedScore) and of_reward:
+    if isinstance(reward, AdapterValueModel) and of_reward:
         add_second_adapter(model, CRITIC, cast(LoraConfig, model.peft_config[REWARD]), trains=True)
         copy_adapter(model, REWARD, CRITIC)
         head.load_state_dict(reward.head.state_dict())
-        return SharedScore(model, CRITIC, head, reward.offset)
+        return AdapterValueModel(model, CRITIC, head, reward.offset)
     assert cfg.model.lora_cfg is not None
     add_second_adapter(model, CRITIC, lora_config(base, cfg.model.lora_cfg, language_head=False), trains=True)
-    return SharedScore(model, CRITIC, head)
+    return AdapterValueModel(model, CRITIC, head)
 
 
-def _share_trunk(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> RewardModel | SharedScore:
+def _share_trunk(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> RewardModel | AdapterValueModel:
     """Give the policy a value head; the critic is a view of the same weights."""
     scalar = scalar_model(policy.causal_lm(), tokenizer)
     policy.value_head = cast(nn.Linear, getattr(scalar, HEAD))
     if isinstance(policy.model, PeftModel):
-        return SharedScore(policy.model, POLICY, policy.value_head)
+        return AdapterValueModel(policy.model, POLICY, policy.value_head)
     return RewardModel(scalar)
 
 
 def _load_reward(
     run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, *, longest: int
-) -> tuple[RewardModel | SharedScore, bool]:
+) -> tuple[RewardModel | AdapterValueModel, bool]:
     """Load the reward model of the configured folder or run, on the policy's base if possible."""
     task = run.cfg.task
     assert isinstance(task, OnlineTaskConfig)
@@ -269,7 +268,7 @@ def _load_reward(
         head.weight = nn.Parameter(load_score_adapter(policy.model, final, REWARD, run.say).float())
         offset = offset_of(final)
         run.say("reward, critic and reference share the policy's base")
-        return SharedScore(policy.model, REWARD, head, offset), True
+        return AdapterValueModel(policy.model, REWARD, head, offset), True
     return load_separate_reward_model(run.cfg, tokenizer, longest=longest, say=run.say)
 
 

@@ -11,8 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.agent.reward import RewardModel, load_reward_model
 from sheeprlhf.config.model_lookup import Trained
-from sheeprlhf.data.collate import collate_padded
-from sheeprlhf.data.example import Example
+from sheeprlhf.data.example import Example, collate_padded
 from sheeprlhf.data.prompt_encoder import FORMS, Asker, Turn, form_of, template_args_of
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.model.load import load_tokenizer

@@ -18,16 +18,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sheeprlhf.agent.batching import check_batching
+from sheeprlhf.agent.batches import check_batching
 from sheeprlhf.config.run_lookup import task_of_run
 from sheeprlhf.config.saved_config import read_run_config, saved_group
 from sheeprlhf.engine.checkpoint import Say
-from sheeprlhf.engine.rng import isolated_rng
+from sheeprlhf.model.attention import packing_limit
+from sheeprlhf.model.lm_head import padding_token, scalar_model
 from sheeprlhf.model.load import check_vocabulary, check_weights, load_tokenizer
 from sheeprlhf.model.lora import check_adapters
 from sheeprlhf.model.memory import build_on_meta
-from sheeprlhf.model.packing import packing_limit
-from sheeprlhf.model.scalar import padding_token, scalar_model
 from sheeprlhf.rollout.engines import check_engine
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import ModelConfig
@@ -37,6 +36,7 @@ from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.task.eval.load import load_evaluated_tokenizer
 from sheeprlhf.task.initial_policy import model_of_start
 from sheeprlhf.task.rl_models import reward_folder_errors, reward_model_source
+from sheeprlhf.utils.modes import isolated_rng
 from sheeprlhf.utils.rendering import check_template_args
 from sheeprlhf.utils.vocabulary import num_rows_needed
 

@@ -1,9 +1,12 @@
-"""Training and evaluation mode of modules."""
+"""Training mode of modules and state of random generators, restored after a block."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -29,3 +32,41 @@ def forward_of_zero(original: nn.Module) -> Iterator[None]:
         del original.forward
         if own_forward is not None:
             original.forward = own_forward
+
+
+def rng_state() -> dict[str, Tensor]:
+    """The state of every generator, as tensors that restore it exactly."""
+    _, words, gauss = random.getstate()
+    numpy = np.random.get_state(legacy=False)
+    words_of_numpy = [*numpy["state"]["key"].tolist(), numpy["state"]["pos"], numpy["has_gauss"]]
+    state = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor(words_of_numpy, dtype=torch.int64),
+        "numpy_gauss": torch.tensor(numpy["gauss"], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Tensor]) -> None:
+    """Restore what `rng_state` returned. A CUDA state is left out where there is no CUDA device."""
+    gauss = state["python_gauss"].tolist()
+    random.setstate((3, tuple(state["python"].tolist()), gauss[0] if gauss else None))
+    *keys, position, has_gauss = state["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, state["numpy_gauss"].item()))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Whatever is drawn inside, the generators are as before afterwards."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)

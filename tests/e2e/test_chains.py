@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from sheeprlhf.config.saved_config import saved_group
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.task.initial_policy import load_policy_from_run, load_trained_reward_model
-from tests.support.runs import train, write_pairs
+from tests.support.runs import digests, train, write_pairs
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from sheeprlhf import cli
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.data.collate import collate_padded
+from sheeprlhf.data.example import collate_padded
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.report import render_report
 from sheeprlhf.structure.task import DPOConfig

@@ -19,8 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sheeprlhf.data.collate import collate_packed, collate_padded
-from sheeprlhf.data.example import Example
+from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.read import Row, read_batches
 from sheeprlhf.data.rows import COLUMNS, has_value

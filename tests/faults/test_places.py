@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
+from sheeprlhf.task.loop import TrainLoop
 from tests.support.mounts import read_only
 from tests.support.runs import train_words, write_rows
 

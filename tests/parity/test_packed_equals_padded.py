@@ -10,8 +10,7 @@ from lightning.fabric import Fabric
 from torch.testing import assert_close
 
 from sheeprlhf.agent.policy import Policy, load_policy
-from sheeprlhf.data.collate import collate_packed, collate_padded
-from sheeprlhf.data.example import Batch
+from sheeprlhf.data.example import Batch, collate_packed, collate_padded
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from tests.support.batches import random_examples

@@ -17,8 +17,7 @@ from torch.testing import assert_close
 
 from sheeprlhf.agent.policy import load_policy
 from sheeprlhf.agent.reward import load_reward_model
-from sheeprlhf.data.collate import collate_packed, collate_padded
-from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.data.example import Batch, Example, collate_packed, collate_padded
 from sheeprlhf.loss.reward import LOSS_TYPES
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig

@@ -25,7 +25,7 @@ REVIEWED = {
     "security/model_folder.py:download_weights:hf_hub_download": "the hub's own cache",
     "security/model_folder.py:folder_of:snapshot_download": "the hub's own cache",
     "model/lora.py:save_model:save_pretrained": "fills a new folder",
-    "model/pickled.py:_convert:save_file": "fills a new folder",
+    "security/pickled_weights.py:_convert:save_file": "fills a new folder",
     "agent/policy.py:save:save_model": "fills a new folder",
     "agent/reward.py:save:save_model": "fills a new folder",
     "agent/policy.py:save:save_pretrained": "fills a new folder",

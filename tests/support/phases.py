@@ -15,7 +15,7 @@ START, TRAINING = "start", "training"  # outside of all others, before and after
 BEFORE = (START, "data preparation", "reference")  # nothing can be saved yet
 _PLACES = [  # where each begins and ends; inside one, no other is told
     ("data preparation", "sheeprlhf.data.prepare", "_build"),
-    ("samples", "sheeprlhf.task.samples", "generate_responses"),
+    ("samples", "sheeprlhf.task.finish", "generate_responses"),
     ("save", "sheeprlhf.engine.run", "Run.save"),
     ("final folder", "sheeprlhf.task.finish", "write_folder"),
     ("all-reduce", "sheeprlhf.engine.step", "_of_ranks"),

@@ -101,3 +101,24 @@ def test_what_answers_at_once_imports_nothing_heavy():
 def test_the_command_line_names_no_task():
     for module in imports(ast.parse((PACKAGE / "launch.py").read_text()), nested=True):
         assert not module.startswith("sheeprlhf.task")
+
+
+def test_every_imported_name_exists():
+    """Find a stale import, also one inside a function."""
+    trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    names = {}
+    for path, tree in trees.items():
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        names[module] = {getattr(node, "name", getattr(node, "id", "")) for node in ast.walk(tree)}
+        names[module] |= {alias.asname or alias.name for alias in aliases(tree)}
+    trees |= {path: ast.parse(path.read_text()) for path in Path(__file__).parents[1].rglob("*.py")}
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "sheeprlhf":
+                there = names.get(node.module, set())
+                missing = {a.name for a in node.names if f"{node.module}.{a.name}" not in names} - there
+                assert not missing or "__getattr__" in there, f"{path}: {node.module} has no {missing}"
+
+
+def aliases(tree):
+    return [alias for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names]

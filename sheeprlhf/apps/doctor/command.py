@@ -157,7 +157,7 @@ def _options(config: DoctorConfig) -> Iterator[Finding]:
 
 def _model(config: DoctorConfig, size: "ModelSize | None", room: int | None) -> Iterator[Finding]:
     """Check that the model can be loaded, and whether its batches can be packed."""
-    from sheeprlhf.agent.batching import packing_difference, packing_problem, packing_tolerance
+    from sheeprlhf.agent.batches import packing_difference, packing_problem, packing_tolerance
     from sheeprlhf.agent.policy import load_policy
     from sheeprlhf.model.load import load_tokenizer
     from sheeprlhf.model.locate import locate

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from sheeprlhf.apps.inspect.tokens import Token, token_texts, without_secrets
-from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.data.encoding import encode
-from sheeprlhf.data.example import Batch, Example
+from sheeprlhf.data.example import Batch, Example, collate_packed
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.rendering import render_chat

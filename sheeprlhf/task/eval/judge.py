@@ -4,8 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sheeprlhf.agent.batches import longest_row
-from sheeprlhf.agent.batching import choose_packed
+from sheeprlhf.agent.batches import choose_packed, longest_row
 from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import prepare_data

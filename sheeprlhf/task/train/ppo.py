@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sheeprlhf.agent.ema import EMA
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.agent.reward import RewardModel
-from sheeprlhf.agent.shared import SharedScore
+from sheeprlhf.agent.reference import EMA
+from sheeprlhf.agent.reward import AdapterValueModel, RewardModel
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.sampler import StepPlan
 from sheeprlhf.engine.optim import build_joint_optimizer
@@ -91,7 +90,7 @@ def ptx_loss(policy: nn.Module, batch: Batch) -> LossOutput:
 
 
 def set_up(
-    fabric: Fabric, cfg: TrainConfig, policy: Policy, critic: RewardModel | SharedScore
+    fabric: Fabric, cfg: TrainConfig, policy: Policy, critic: RewardModel | AdapterValueModel
 ) -> tuple[_FabricModule, _FabricModule | None, Optimizer]:
     """All ranks: wrap policy and critic, make one optimizer for both; the critic is None if it is the policy itself."""
     task = cfg.task

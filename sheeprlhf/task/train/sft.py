@@ -13,7 +13,6 @@ from torch import nn
 
 from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
-from sheeprlhf.engine.rng import isolated_rng
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.shard import gathered
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
@@ -25,6 +24,7 @@ from sheeprlhf.task.initial_policy import with_adapters
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 from sheeprlhf.utils.memory import phase
+from sheeprlhf.utils.modes import isolated_rng
 
 
 def sft_loss(

@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.agent.reward import RewardModel, load_reward_model
-from sheeprlhf.data.collate import collate_packed, collate_padded
-from sheeprlhf.data.example import Example
+from sheeprlhf.data.example import Example, collate_packed, collate_padded
+from sheeprlhf.model.attention import packing_limit
 from sheeprlhf.model.load import check_weights, load_tokenizer
-from sheeprlhf.model.packing import packing_limit
 from sheeprlhf.rollout.engines import generate_ids, hf_responses, stream_ids
 from sheeprlhf.rollout.sampler import PaddedDecoder, RecomputedDecoder, sample_responses, unpacked_decoder
 from sheeprlhf.structure.generation import GenConfig

@@ -9,10 +9,10 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sheeprlhf.agent import batching as batching_module
-from sheeprlhf.agent.batching import packing_problem
+from sheeprlhf.agent import batches as batching_module
+from sheeprlhf.agent.batches import packing_problem
 from sheeprlhf.agent.policy import Policy, load_policy
-from sheeprlhf.data.collate import collate_packed
+from sheeprlhf.data.example import collate_packed
 from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import LORAConfig, ModelConfig

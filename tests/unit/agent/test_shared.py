@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.agent.reference import AdaptersOff, reference_of
-from sheeprlhf.agent.reward import reward_model_of
-from sheeprlhf.agent.shared import SharedScore
-from sheeprlhf.data.collate import collate_packed
+from sheeprlhf.agent.reference import BaseModelReference, reference_of
+from sheeprlhf.agent.reward import AdapterValueModel, reward_model_of
+from sheeprlhf.data.example import collate_packed
 from sheeprlhf.model.load import load_causal_lm, load_tokenizer
 from sheeprlhf.model.lora import add_lora, add_second_adapter, copy_adapter, load_score_adapter, lora_config, save_model
 from sheeprlhf.structure.model import AutoModelConfig, LORAConfig
@@ -30,7 +29,7 @@ class Shared(NamedTuple):
     """A policy and a critic on one base, and that base alone."""
 
     policy: Policy
-    critic: SharedScore
+    critic: AdapterValueModel
     base: Policy
     config: AutoModelConfig
 
@@ -53,7 +52,7 @@ def shared(request: pytest.FixtureRequest, model_folder: ModelFolder) -> Shared:
     assert isinstance(policy.model, PeftModel)
     add_second_adapter(policy.model, "critic", lora_config(model, ADAPTERS), trains=True)
     torch.manual_seed(0)
-    critic = SharedScore(policy.model, "critic", nn.Linear(16, 1, bias=False))
+    critic = AdapterValueModel(policy.model, "critic", nn.Linear(16, 1, bias=False))
     randomise(policy.model, "default")
     randomise(policy.model, "critic")
     return Shared(policy, critic, base, config)
@@ -63,7 +62,7 @@ def flags(model: nn.Module) -> dict[str, bool]:
     return {name: weight.requires_grad for name, weight in model.named_parameters()}
 
 
-def gradients(module: Policy | SharedScore) -> dict[str, Tensor]:
+def gradients(module: Policy | AdapterValueModel) -> dict[str, Tensor]:
     """Those of a forward and a backward pass in eval mode, where adapters drop nothing."""
     with module.in_use():
         output = module(BATCH)
@@ -76,7 +75,7 @@ def gradients(module: Policy | SharedScore) -> dict[str, Tensor]:
 def test_without_adapters_it_is_the_base_bit_for_bit(shared: Shared) -> None:
     """Also in training mode, with dropout in the adapters; and afterwards they compute again."""
     reference = reference_of(shared.policy)
-    assert isinstance(reference, AdaptersOff)
+    assert isinstance(reference, BaseModelReference)
     assert list(reference.parameters()) == []
     shared.policy.train()
     before = flags(shared.policy)
@@ -91,7 +90,7 @@ def test_an_error_leaves_nothing_switched(shared: Shared) -> None:
     shared.policy.eval()
     before, flags_before = shared.policy(BATCH).target_N.detach(), flags(shared.critic)
     with pytest.raises(AttributeError):
-        AdaptersOff(shared.policy)("no batch")  # type: ignore[arg-type]
+        BaseModelReference(shared.policy)("no batch")  # type: ignore[arg-type]
     with pytest.raises(AttributeError), shared.critic.in_use():
         shared.critic("no batch")
     assert torch.equal(shared.policy(BATCH).target_N.detach(), before)
@@ -135,7 +134,7 @@ def test_a_reward_models_adapters_fit_beside_the_policys(shared: Shared, tmp_pat
     assert isinstance(model, PeftModel)
     head = nn.Linear(1, 1, bias=False)
     head.weight = nn.Parameter(load_score_adapter(model, tmp_path / "final", "reward"))
-    reward = SharedScore(model, "reward", head)
+    reward = AdapterValueModel(model, "reward", head)
     assert not any(weight.requires_grad for name, weight in model.named_parameters() if ".reward." in name)
     assert any(weight.requires_grad for name, weight in model.named_parameters() if ".default." in name)
     own.eval(), model.eval()
@@ -143,6 +142,6 @@ def test_a_reward_models_adapters_fit_beside_the_policys(shared: Shared, tmp_pat
         assert_close(reward(BATCH), own(BATCH), rtol=0, atol=1e-6)
         assert not any(weight.requires_grad for name, weight in model.named_parameters())  # it is frozen in use too
     copy_adapter(model, "reward", "critic")
-    critic = SharedScore(model, "critic", head)
+    critic = AdapterValueModel(model, "critic", head)
     with torch.no_grad(), critic.in_use():
         assert_close(critic(BATCH), own(BATCH), rtol=0, atol=1e-6)

@@ -13,8 +13,8 @@ from sheeprlhf.apps.inspect.example_view import Viewer, trained_tokens
 from sheeprlhf.apps.inspect.plots import draw_histograms, text_histogram
 from sheeprlhf.apps.inspect.tokens import token_texts
 from sheeprlhf.cli import run
-from sheeprlhf.data.collate import collate_packed
 from sheeprlhf.data.encoding import encode
+from sheeprlhf.data.example import collate_packed
 from sheeprlhf.data.store import SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import LocalDataConfig

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sheeprlhf.data.collate import collate_packed, collate_padded
-from sheeprlhf.data.example import Example
+from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from tests.support.batches import as_read, by_definition
 from tests.unit.data.toy import example
 

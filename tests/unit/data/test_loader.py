@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from sheeprlhf.data.loader import load_ahead
+from sheeprlhf.data.sampler import load_ahead
 
 WORKERS = pytest.mark.parametrize("workers", [0, 1, 2, 5])
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from sheeprlhf.engine.checkpoint import (
     TrainState,
+    find_checkpoint,
     latest_checkpoint,
     load_checkpoint,
     read_state,
@@ -25,7 +26,6 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.manifest import MANIFEST, read_manifest, verify_manifest, write_folder, write_manifest
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.engine.step import update
-from sheeprlhf.engine.weights import find_checkpoint
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.utils.errors import CheckpointError, UnsafePathError

@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from sheeprlhf.engine.fabric import make_fabric
-from sheeprlhf.engine.rng import isolated_rng, rng_state
 from sheeprlhf.engine.step import LossOutput, MicroBatch, add_gradients, evaluate, update
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.utils.errors import DataError, NonFiniteError
-from sheeprlhf.utils.modes import eval_mode
+from sheeprlhf.utils.modes import eval_mode, isolated_rng, rng_state
 from tests.unit.engine.toy import Net, micro_batch, noisy_loss, toy_loss
 
 CUTS = [

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sheeprlhf.agent.reward import load_reward_model
-from sheeprlhf.data.collate import collate_padded
-from sheeprlhf.data.example import Example
+from sheeprlhf.data.example import Example, collate_padded
 from sheeprlhf.model.load import check_weights, load_causal_lm, load_tokenizer
 from sheeprlhf.structure.model import HuggingFaceConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.data.collate import collate_packed
-from sheeprlhf.model import last_mlp as trim
+from sheeprlhf.data.example import collate_packed
+from sheeprlhf.model import layers as trim
 from sheeprlhf.model.load import backbone_and_head, load_causal_lm
 from sheeprlhf.structure.model import ModelConfig
 from tests.support.batches import random_examples
@@ -84,7 +84,7 @@ def test_afterwards_and_for_other_kinds_of_layer_nothing_is_left() -> None:
         backbone.layers = nn.ModuleList([nn.Module()])
         backbone.layers[0].mlp = mlp
         hidden = torch.arange(5.0).view(1, 5, 1)
-        with trim.last_mlp_at(backbone, torch.tensor([1, 3]), 5):
+        with trim.sparse_last_mlp(backbone, torch.tensor([1, 3]), 5):
             inside = mlp(hidden)
         if rows == 2:
             assert_close(inside, torch.tensor([0.0, 1, 0, 3, 0]).view(1, 5, 1))

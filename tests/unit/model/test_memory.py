@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import reward_model_of
-from sheeprlhf.data.collate import collate_packed
+from sheeprlhf.data.example import collate_packed
 from sheeprlhf.engine.optim import build_optimizer
 from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.lm_head import MAX_LOGITS

@@ -10,9 +10,9 @@ from torch.testing import assert_close
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from sheeprlhf.model import rms_norm as norm_module
+from sheeprlhf.model import layers as norm_module
+from sheeprlhf.model.layers import RMSNorm, replace_rms_norms
 from sheeprlhf.model.load import load_causal_lm
-from sheeprlhf.model.rms_norm import RMSNorm, replace_rms_norms
 from sheeprlhf.structure.model import ModelConfig
 from tests.support.models import VOCAB
 
@@ -41,7 +41,7 @@ def test_off_the_cpu_it_is_torchs_own() -> None:
     """What a GPU computes, computed here."""
     hidden, weight = case(torch.float32)
     expected = with_gradients(RMSNorm(weight, 0.3)(hidden), hidden, weight)
-    found = with_gradients(RMSNorm(weight, 0.3).elsewhere(hidden), hidden, weight)
+    found = with_gradients(RMSNorm(weight, 0.3).forward_fused(hidden), hidden, weight)
     assert_close(found, expected, rtol=0, atol=1e-5)
 
 

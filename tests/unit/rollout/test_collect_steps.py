@@ -17,8 +17,8 @@ from sheeprlhf.agent.reference import reference_of
 from sheeprlhf.agent.reward import reward_model_of
 from sheeprlhf.data.example import Example
 from sheeprlhf.engine.fabric import make_fabric
+from sheeprlhf.model.lm_head import HEAD
 from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.model.scalar import HEAD
 from sheeprlhf.rollout.rollout import (
     Rollout,
     RolloutCollector,

@@ -13,8 +13,7 @@ from numpy.testing import assert_allclose
 from transformers import PreTrainedModel
 
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.data.collate import collate_packed
-from sheeprlhf.data.example import Example
+from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.model.load import load_causal_lm
 from sheeprlhf.rollout import engines
 from sheeprlhf.rollout.engines import ENGINES

@@ -11,8 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from transformers import GenerationConfig, PreTrainedModel
 
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.data.collate import collate_packed
-from sheeprlhf.data.example import Example
+from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.model.load import load_causal_lm
 from sheeprlhf.model.lora import add_lora
 from sheeprlhf.rollout.sampler import Sampled, draw, prompt_groups, sample_responses

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from sheeprlhf.data.collate import collate_packed
-from sheeprlhf.data.example import Example
+from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.model.lm_head import TokenLogprobs
 from sheeprlhf.rollout.rollout import Rollout
 from sheeprlhf.structure.rollout import GRPOConfig, OnlineDPOConfig, RLOOConfig

@@ -21,8 +21,8 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import build_joint_optimizer
 from sheeprlhf.engine.step import add_gradients, update
 from sheeprlhf.model.attention import PACKED, register
+from sheeprlhf.model.lm_head import HEAD, scalar_model
 from sheeprlhf.model.load import backbone_and_head
-from sheeprlhf.model.scalar import HEAD, scalar_model
 from sheeprlhf.rollout.rollout import Rollout, token_values
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.optim import AdamWConfig

@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from sheeprlhf.agent.policy import Policy, load_policy
-from sheeprlhf.data.collate import collate_packed
+from sheeprlhf.data.example import collate_packed
 from sheeprlhf.engine.step import LossOutput, MicroBatch
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import LORAConfig, ModelConfig

@@ -12,8 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from sheeprlhf.agent.policy import Policy, load_policy
-from sheeprlhf.data.collate import collate_packed, collate_padded
-from sheeprlhf.data.example import Example
+from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.step import MicroBatch, update
 from sheeprlhf.model.load import load_tokenizer

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.agent.reference import reference_of
 from sheeprlhf.agent.reward import load_reward_model, reward_model_of
-from sheeprlhf.data.collate import collate_packed, collate_padded
-from sheeprlhf.data.example import Example
+from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.model.lm_head import head_logprobs
 from sheeprlhf.model.load import check_vocabulary, load_tokenizer
 from sheeprlhf.rollout.engines import ENGINES, generate_ids, stream_ids

@@ -13,11 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from sheeprlhf.security.model_folder import (
     ADAPTER_CONFIG,
@@ -38,6 +34,9 @@ from sheeprlhf.utils.folders import has_marker, locked, writing_errors, written_
 from sheeprlhf.utils.home import cache_root
 from sheeprlhf.utils.memory import size_text
 from sheeprlhf.utils.output import create_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FORMAT = 1  # of the converted folders
 _MAX_PICKLE = 64 << 20  # bytes of the pickle in a zip file; the tensors' bytes are separate entries
@@ -130,6 +129,8 @@ def _converted(
 
 def _convert(files: list[Path], target: Path, one: str) -> None:
     """Write each pickled file as one of safetensors: `one`, or shards with an index if there are several."""
+    from safetensors.torch import save_file
+
     where: dict[str, str] = {}
     written = 0
     for number, file in enumerate(files, 1):
@@ -148,7 +149,7 @@ def _convert(files: list[Path], target: Path, one: str) -> None:
         create_file(target, INDEX, json.dumps(index).encode())
 
 
-def read_pickled(file: Path) -> dict[str, Tensor]:
+def read_pickled(file: Path) -> dict[str, "Tensor"]:
     """The tensors of one pickled file, contiguous or views of each other; no code of the file is run.
 
     Args:
@@ -157,6 +158,8 @@ def read_pickled(file: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: it asks for code, is damaged, or holds something else than named tensors.
     """
+    import torch
+
     is_zip = zipfile.is_zipfile(file)
     try:
         if is_zip:
@@ -193,8 +196,11 @@ def _check_zip(file: Path) -> None:
         raise ModelError(f"{file}: it is no file that torch.save has written: its parts are compressed or too large")
 
 
-def _checked(file: Path, content: Any) -> dict[str, Tensor]:
+def _checked(file: Path, content: Any) -> dict[str, "Tensor"]:
     """The content as named tensors that are no larger than the memory behind them."""
+    import torch
+    from torch import Tensor, nn
+
     if not isinstance(content, dict) or not content:
         raise ModelError(f"{file}: it holds no named tensors: a state_dict of a model is read, nothing else")
     if len(content) > _MAX_TENSORS:
