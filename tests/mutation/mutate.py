@@ -39,7 +39,7 @@ _BINARY = {
 }
 _COMMUTATIVE = {"maximum", "minimum", "max", "min", "equal", "array_equal", "allclose"}
 _KEYWORDS_WITHOUT_EFFECT = {"device", "strict", "non_blocking", "set_to_none"}  # on the CPU, or for correct callers
-_CALLS_WITHOUT_EFFECT = {"phase", "cast", "super", "print", "warn"}  # labels of errors and progress
+_CALLS_WITHOUT_EFFECT = {"phase", "cast", "super", "print", "warn", "tqdm"}  # messages and progress
 
 
 class Mutant(NamedTuple):

@@ -29,6 +29,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.task.train.rloo": ("tests/unit/task/test_group_losses.py",),
 }
 
+WITHOUT_SURVIVORS = [name for name in TARGETS if name.startswith("sheeprlhf.loss.")] + ["sheeprlhf.data.sampler"]
+
 EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reason, and the changes
     "sheeprlhf.loss.advantage.by_position": {
         "any type of integers will do": (
@@ -70,6 +72,26 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reas
         "the first difference is at the same place in both": (
             "_first_difference(chosen, rejected, shorter_P) -> _first_difference(rejected, chosen, shorter_P)",
         ),
+    },
+    "sheeprlhf.data.sampler.StepPlan.rows_until": {
+        "all steps of an epoch read all rows": (
+            "num_steps >= self.steps_per_epoch() -> num_steps > self.steps_per_epoch()",
+        ),
+        "np.unique joins what is of one length": (
+            "np.concatenate([self.rows_of_step(step) for step in range(num_steps)])"
+            " -> [self.rows_of_step(step) for step in range(num_steps)]",
+        ),
+    },
+    "sheeprlhf.data.sampler.cut_micro_batches": {
+        "of arrays, and of types that numpy takes": (
+            "np.asarray(rows, dtype=np.int64) -> np.asarray(rows)",
+            "np.asarray(lengths) -> lengths",
+            "tokens.astype(np.int64) -> tokens",
+            "indices[by_length].tolist() -> indices[by_length]",
+            "tokens[by_length].tolist() -> tokens[by_length]",
+        ),
+        "the loads differ by the same number": ("0 -> 1",),
+        "the first row begins a batch anyway": ("0 -> 1 #2",),
     },
     "sheeprlhf.engine.step._passes": {
         "without items nothing else is read": (
