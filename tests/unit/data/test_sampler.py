@@ -67,7 +67,7 @@ def test_steps_of_rollouts_are_counted_exactly(num_rows: int, per_rollout: int, 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("seed", range(10))
 def test_ranks_share_the_rows_of_a_step(world_size: int, seed: int) -> None:
-    """By a slow loop: the longest row goes first, to the rank with the fewest tokens; of equal ones the first counts."""
+    """By a slow loop: the longest row goes first to the rank with the fewest tokens; of equal ones the first."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 60, 100)
     rows = rng.permutation(100)[: int(rng.integers(1, 40))].tolist()
