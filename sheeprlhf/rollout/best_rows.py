@@ -95,7 +95,7 @@ def selection_stats(rows: Sequence[dict[str, Any]]) -> SelectionStats:
 
 
 class RowWriter:
-    """The rows of each rollout in a file of its own, there whole or not at all. Rank zero only.
+    """Writes the rows of each rollout to a file of its own, which is complete if it exists. Rank zero only.
 
     Args:
         folder: where they are.

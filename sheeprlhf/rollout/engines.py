@@ -42,8 +42,6 @@ from sheeprlhf.utils.vocabulary import undefined_ids
 Stop = Callable[[np.ndarray], bool]
 _PAGES = {"cpu": 32}  # tokens of a page of the cache of continuous batching ...
 _PAGE = 256  # ... elsewhere: what flash attention takes
-
-
 Engine = Callable[..., list[Sampled]]  # arguments as of `sample_responses`, without top_k, top_p and max_prompts
 
 
@@ -147,7 +145,7 @@ def continuous_responses(
         said = next((str(error) for error in broken if error), "responses are missing")
         if "`nan`" in said:
             raise NonFiniteError(
-                "the model's logits are not finite while it samples; nothing was learnt from this rollout. Look at the "
+                "the model's logits are not finite while it samples; the weights were not changed. Look at the "
                 "model, lower optim.lr, or compute in fabric.precision=32-true; generation.engine=native names the rows"
             )
         raise ModelError(f"continuous batching failed ({said[:200]}): give generation.engine=native or hf")
@@ -157,7 +155,7 @@ def continuous_responses(
 
 
 def check_engine(name: str, model: PreTrainedModel, longest: int) -> None:
-    """Find out before anything is sampled whether a model can learn from what an engine samples.
+    """Check before sampling that a model can be trained on the samples of an engine.
 
     Args:
         name: of `ENGINES`.
@@ -185,10 +183,10 @@ ENGINES: dict[str, Engine] = {"native": sample_responses, "hf": hf_responses, "c
 
 
 class LogprobRecorder(LogitsProcessor):
-    """Sees the logits of every step, and remembers what they said of the token that was taken.
+    """Records the log-probability of every sampled token from the logits of its step.
 
     It changes nothing but logits of undefined ids, and those that are not finite, from which torch would refuse to
-    draw: what it remembers of them is not finite either, and who asked for the responses looks.
+    draw: their recorded log-probabilities are not finite either, which the caller checks.
     """
 
     def __init__(self, temperature: float, undefined_U: Tensor | None = None) -> None:
@@ -214,7 +212,7 @@ class LogprobRecorder(LogitsProcessor):
 
 
 def _settings(num_responses: int, num_new: int, temperature: float, end_ids: Sequence[int]) -> GenerationConfig:
-    """Plain sampling, whole: no other default of transformers or of the model takes part."""
+    """Make complete settings of plain sampling: no default of transformers or of the model is used."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0; nothing is sampled at 0")
     return GenerationConfig(
@@ -237,7 +235,7 @@ def _seed(uniforms_KN: np.ndarray) -> int:
 
 @contextmanager
 def _seeded(uniforms_KN: np.ndarray, device: torch.device) -> Iterator[None]:
-    """Inside, torch's generators begin with the first number; afterwards they are what they were."""
+    """Seed torch's generators with the first number within the block; restore them afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(_seed(uniforms_KN))
         yield
@@ -245,7 +243,7 @@ def _seeded(uniforms_KN: np.ndarray, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _excluded(model: PreTrainedModel, undefined_U: Tensor | None) -> Iterator[None]:
-    """Inside, the model's logits of undefined ids are -inf: continuous batching takes no processors of ours."""
+    """Set the model's logits of undefined ids to -inf within the block, without a logits processor."""
 
     def exclude(_: object, __: object, output: Any) -> Any:
         output.logits = without_undefined(output.logits, undefined_U)
@@ -261,7 +259,7 @@ def _excluded(model: PreTrainedModel, undefined_U: Tensor | None) -> Iterator[No
 
 @contextmanager
 def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model has an attention that continuous batching knows."""
+    """Give the model an attention that continuous batching supports within the block."""
     before = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     try:
@@ -272,7 +270,7 @@ def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _unlogged() -> Iterator[None]:
-    """Inside, continuous batching does not log the errors that it returns, nor their tracebacks."""
+    """Keep continuous batching from logging the errors that it returns."""
     logger = logging.getLogger("ContinuousBatchingLogger")
     before, logger.disabled = logger.disabled, True
     try:
@@ -284,7 +282,7 @@ def _unlogged() -> Iterator[None]:
 def _ended(
     ids: np.ndarray, logprobs: np.ndarray, end_ids: Sequence[int], stop: Stop | None
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """One response up to where an end token or `stop` ended it, with its log-probabilities, and whether one did."""
+    """Return a response up to where an end token or `stop` ended it, its log-probabilities, and whether one did."""
     ids, logprobs = ids.astype(np.int32), logprobs.astype(np.float32)
     for number in range(1, len(ids) + 1):
         if ids[number - 1] in end_ids or (stop is not None and stop(ids[:number])):
@@ -292,14 +290,14 @@ def _ended(
     return ids, logprobs, False
 
 
-def _grouped(found: list[tuple[np.ndarray, np.ndarray, bool]], num_responses: int) -> list[Sampled]:
-    """Every K of them are of one prompt."""
-    starts = range(0, len(found), num_responses)
-    return [Sampled(*zip(*found[start : start + num_responses], strict=True)) for start in starts]
+def _grouped(responses: list[tuple[np.ndarray, np.ndarray, bool]], num_responses: int) -> list[Sampled]:
+    """Group the responses: every K of them belong to one prompt."""
+    starts = range(0, len(responses), num_responses)
+    return [Sampled(*zip(*responses[start : start + num_responses], strict=True)) for start in starts]
 
 
 def generation_config(cfg: GenConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """A complete GenerationConfig, so that nothing is taken from the model's own defaults."""
+    """Make a complete GenerationConfig: no default of the model is used."""
     end_ids = end_token_ids(tokenizer)
     sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": cfg.top_k} if cfg.do_sample else {}
     return GenerationConfig(
@@ -341,7 +339,7 @@ def generate_ids(
     cfg: GenConfig,
     stop: StopStrings | None = None,
 ) -> list[np.ndarray]:
-    """The tokens that the model writes after each prompt, up to and including an end token, or `cfg.max_new_tokens`.
+    """Generate tokens after each prompt, up to and including an end token, or `cfg.max_new_tokens`.
 
     Where a stop string ended one, special tokens may follow until the others have ended.
 
@@ -388,7 +386,7 @@ def left_padded(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Ten
 
 @contextmanager
 def own_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Inside, the model's own generation settings are ours: transformers takes from them what ours leave open."""
+    """Replace the model's own generation settings within the block: transformers reads unset values from them."""
     own_defaults, model.generation_config = model.generation_config, settings
     try:
         yield
@@ -409,9 +407,9 @@ class Stops(StoppingCriteria):
 
 
 def _to_end(ids: np.ndarray, end_ids: Sequence[int]) -> np.ndarray:
-    """The tokens up to the first end token, which stays."""
-    found = np.flatnonzero(np.isin(ids, end_ids))
-    return ids[: found[0] + 1] if len(found) else ids
+    """Return the tokens up to and including the first end token."""
+    ends = np.flatnonzero(np.isin(ids, end_ids))
+    return ids[: ends[0] + 1] if len(ends) else ids
 
 
 @torch.no_grad()
@@ -424,14 +422,14 @@ def stream_ids(
     seed: int,
     undefined_U: Tensor | None = None,
 ) -> Iterator[int]:
-    """The tokens that `generate` would write after this prompt, each as soon as it is chosen; an end token is the last.
+    """Yield the tokens that `generate` would write after this prompt, each as soon as it is chosen, up to an end token.
 
     Args:
         model: the language model, not wrapped, in eval mode.
         prompt_ids: (P,), P >= 1.
         cfg: how to sample; one beam.
         end_ids: each ends the response; without any, `cfg.max_new_tokens` alone does.
-        seed: of random numbers of its own, so that nothing that runs beside changes the response.
+        seed: of random numbers of its own, so that concurrent work does not change the response.
         undefined_U: (U,) int64, ids that are never written.
     """
     rng = torch.Generator(model.device).manual_seed(seed)

@@ -212,7 +212,7 @@ def check_finite(rollout: Rollout, split: str = "training") -> None:
         more = len(rows) - _MAX_SHOWN_ROWS
         shown = rows if more <= 0 else f"{rows[:_MAX_SHOWN_ROWS]}, and {more} more"
         raise NonFiniteError(
-            f"{name} after {len(rows)} of {len(rollout)} prompts are not finite; nothing was learnt from this rollout. "
+            f"{name} after {len(rows)} of {len(rollout)} prompts are not finite; the weights were not changed. "
             f"Look at the models and these rows of the {split} split ({shown}), or lower optim.lr, or compute in "
             "fabric.precision=32-true"
         )

@@ -71,8 +71,8 @@ def sample_responses(
 ) -> list[Sampled]:
     """Sample K responses after each prompt, from softmax(logits / temperature), or from its likeliest tokens alone.
 
-    What is sampled is a function of the weights, the prompt and its numbers alone: not of the other prompts, their
-    order, the rank, or any random generator. The model's own generation settings are not read.
+    A sample is a function of the weights, the prompt and its numbers: not of the other prompts, their order, the rank,
+    or any random generator. The model's own generation settings are not read.
 
     Args:
         model: the language model, not wrapped; its training flags are restored.
@@ -347,7 +347,7 @@ class PaddedDecoder:
 
 
 class RecomputedDecoder:
-    """Rows of a model whose cache does not give what the model gives: each token computes its whole row again.
+    """Rows of a model whose cache changes its outputs: each token computes its whole row again.
 
     Rows are padded on the right, as in training, so no layer of a causal model reads the padding.
 
@@ -397,7 +397,7 @@ class RecomputedDecoder:
 def unpacked_decoder(
     model: PreTrainedModel, lengths: Sequence[int] = (), num_new: int = 0
 ) -> PaddedDecoder | RecomputedDecoder:
-    """Rows for a model that does not pack: with transformers' cache where that gives what the model gives without.
+    """Return a decoder for a model without packed rows: with transformers' cache if that does not change its outputs.
 
     Only models with plain attention are known to; others are tried on two short prompts.
 
@@ -428,7 +428,7 @@ def _cache_is_right(model: PreTrainedModel) -> bool:
         apart = (logprobs(PaddedDecoder(model)) - expected).abs().max()
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):  # its code knows no such cache
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):  # its code does not support such a cache
         return False
     return bool(apart <= tolerance(next(model.parameters())))
 
@@ -439,7 +439,7 @@ def _cache_name(model: nn.Module) -> str:
 
 
 def _parts(prompts: Sequence[np.ndarray], token_budget: int) -> list[list[np.ndarray]]:
-    """Prompts that are computed together, in their order, at least one each time."""
+    """Divide prompts into parts that are computed together, in their order, at least one in each."""
     parts: list[list[np.ndarray]] = [[]]
     for prompt in prompts:
         if parts[-1] and sum(map(len, parts[-1])) + len(prompt) > token_budget:
@@ -449,7 +449,7 @@ def _parts(prompts: Sequence[np.ndarray], token_budget: int) -> list[list[np.nda
 
 
 def _layout(lengths: list[int], device: torch.device) -> Layout:
-    """Of prompts laid end to end."""
+    """Return the layout of prompts laid end to end."""
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     segments = tuple((length, (0,)) for length in lengths)
     return Layout(segments, starts, starts, None, max(lengths), max(lengths))

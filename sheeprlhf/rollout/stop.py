@@ -1,4 +1,4 @@
-"""Strings that end a response: whether a text that is being written has come to one, and the text before it."""
+"""Strings that end a response: detect one in a growing text, and cut the text before it."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -66,7 +66,7 @@ class StopStrings:
         return self._found(self._decode(written[-self._tail :])) >= 0 and self._found(self._decode(written)) >= 0
 
     def text(self, ids: np.ndarray) -> str:
-        """The text of (R,) tokens without special ones and the end token, up to the first string, which is left out."""
+        """Decode (R,) tokens without special ones and the end token, up to the first stop string, which is left out."""
         ended = len(ids) > 0 and int(ids[-1]) in self._end_ids  # it need not be a special token
         written = ids[:-1] if ended else ids
         text = self._decode(written)

@@ -1,4 +1,4 @@
-"""The training loop of tasks that learn from a dataset: everything around an optimizer step except its loss.
+"""Training loops of tasks with a fixed dataset (`TrainLoop`) and of RL tasks (`RolloutLoop`), without the losses.
 
 ```python
 loop = TrainLoop(fabric, run)  # data, order of the rows, number of steps

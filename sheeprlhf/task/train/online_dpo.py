@@ -49,7 +49,7 @@ def ranked_pairs(rollout: Rollout) -> Rollout | None:
 def online_dpo_loss(
     policy: nn.Module, content: tuple[Batch, dict[str, Tensor]], *, task: OnlineDPOConfig, temperature: float
 ) -> LossOutput:
-    """The losses of the pairs, and the implicit rewards beta * (policy - reference) behind them."""
+    """Losses of the pairs, and the implicit rewards beta * (policy - reference) behind them."""
     batch, sampled = content
     index_N, num_responses = batch.response_index_N, len(batch.response_lengths)
     sums_S = sum_by_response(policy(batch, temperature=temperature).target_N, index_N, num_responses)
