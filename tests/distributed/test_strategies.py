@@ -23,19 +23,19 @@ from tests.unit.engine.toy import on_ranks
 TASKS = ("sft", "rm", "dpo")
 ACCUMULATIONS = (1, 4)
 STRATEGIES = ("ddp", "fsdp2")
-STEPS = 20
+STEPS = 10
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4"]
 TIMEOUT = 900  # seconds; on an idle machine about 40
 
 
 def train_in(fabric: Any, folder: Path, task: str, name: str, *extra: str) -> None:
-    """One run of 20 steps in `folder/name`; every 5th step has a single row, so that one of two processes has none."""
+    """One run of 10 steps in `folder/name`; every 5th step has a single row, so that one of two processes has none."""
     words = train_words(folder / "model", folder / f"{task}.jsonl", folder / name, *extra, task=task)
     words += [
         "task.mini_batch_size=8",
-        "task.epochs=4",
-        "task.eval_interval=20",
-        "task.save_interval=20",
+        "task.epochs=2",
+        f"task.eval_interval={STEPS}",
+        f"task.save_interval={STEPS}",
         f"data.cache_dir={folder / 'cache'}",
         "resume=true",
     ]
