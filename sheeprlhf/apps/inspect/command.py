@@ -11,9 +11,8 @@ from typing import NamedTuple
 from rich.text import Text
 
 from sheeprlhf.apps.arguments import ParsedArgs
-from sheeprlhf.apps.inspect.example_view import View, Viewer
 from sheeprlhf.apps.inspect.plots import draw_histograms, lengths_of, text_histogram
-from sheeprlhf.apps.inspect.tokens import NEWLINE, Piece, lines
+from sheeprlhf.apps.inspect.tokens import NEWLINE, Piece, View, Viewer, lines
 from sheeprlhf.apps.terminal import Screen, columns, heading, paragraph
 from sheeprlhf.config.shell import command
 from sheeprlhf.data.prepare import PreparedData, prepare_data

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from sheeprlhf.apps.inspect import command as inspect
-from sheeprlhf.apps.inspect.example_view import Viewer, trained_tokens
 from sheeprlhf.apps.inspect.plots import draw_histograms, text_histogram
-from sheeprlhf.apps.inspect.tokens import token_texts
+from sheeprlhf.apps.inspect.tokens import Viewer, token_texts, trained_tokens
 from sheeprlhf.cli import run
 from sheeprlhf.data.encoding import encode
 from sheeprlhf.data.example import collate_packed

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from sheeprlhf.apps.pipeline.command import differences
 from sheeprlhf.apps.pipeline.results import figures_of, write_results
-from sheeprlhf.apps.pipeline.state import differences
 from sheeprlhf.config.pipeline import Stage
 from tests.support.pipelines import SMALL, Pretended, folders, pipeline, write_recipe
 
