@@ -46,7 +46,7 @@ SKIPPED_FOLDERS = frozenset(_SKIPPED.split())
 
 @dataclass
 class Scan:
-    """What was found in all distributions.
+    """Result of the search in all distributions.
 
     Attributes:
         pairs: Clean pairs, in no particular order.

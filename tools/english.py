@@ -1,4 +1,4 @@
-"""Which words of a generated docstring are words: of an English list, of its signature, or jargon of many packages."""
+"""Classify the words of a generated docstring: from an English list, from its signature, or jargon of many packages."""
 
 import lzma
 import re

@@ -195,7 +195,7 @@ def fetch_smollm2(cache_dir: str | None) -> Path:
 
 
 def _is_there(folder: Path) -> bool:
-    """Whether the folder is there and every file in it is as it was written; a damaged one is removed."""
+    """True if the folder exists and its files are unchanged; a damaged folder is removed."""
     if not folder.exists():
         return False
     if not has_marker(folder):

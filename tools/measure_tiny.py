@@ -53,7 +53,7 @@ class Sampled(NamedTuple):
 
 
 class Seed(NamedTuple):
-    """What one fine-tuned model scores.
+    """Score of one fine-tuned model.
 
     Attributes:
         bits_per_character: of the summaries given the signature.

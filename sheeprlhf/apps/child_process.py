@@ -76,7 +76,7 @@ def _begin() -> None:
 
 @contextmanager
 def children() -> Iterator[Children]:
-    """Inside, signals to stop or to save are for the command that runs, each as often as it comes.
+    """Forward signals to stop or to save to the running command, each as often as it arrives.
 
     This process waits for it, however long its save takes.
     """

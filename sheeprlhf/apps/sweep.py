@@ -88,7 +88,7 @@ class SweepLauncher(Launcher):
     """
 
     def __init__(self, inner: Launcher, sweep: Sweep) -> None:
-        """Nothing is launched yet."""
+        """Start without launched jobs."""
         self._inner, self._sweep = inner, sweep
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -128,7 +128,7 @@ class SweepLauncher(Launcher):
 
 @contextmanager
 def watched_sweep(sweep: Sweep, verb: str) -> Iterator[None]:
-    """Inside, jobs of a sweep that Hydra runs leave their outcomes in `sweep`.
+    """Collect the outcomes of a sweep's jobs, which Hydra runs, in `sweep`.
 
     Args:
         sweep: of no outcomes yet.

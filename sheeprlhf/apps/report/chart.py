@@ -252,7 +252,7 @@ def _is_share(value: Any) -> TypeGuard[float]:
 
 
 def draw_calibration(bins: Sequence[Bin], number: int) -> Markup:
-    """How often a model is right against the probability that it gives, above the number of pairs, as SVG.
+    """Plot the share of correct predictions against the predicted probability, and the number of pairs, as SVG.
 
     Args:
         bins: at least one.

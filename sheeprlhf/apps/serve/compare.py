@@ -83,7 +83,7 @@ class Panel:
         self.writers = [writer.in_form(_form(kind, writer.form_name, writer)) for _, writer in writers]
 
     def start(self) -> State:
-        """Nothing was said yet."""
+        """Start without messages."""
         return State("", [[] for _ in self.writers], [""] * len(self.writers))
 
     def answer(self, prompt: str, before: Sequence[History], settings: Settings) -> Iterator[State]:
