@@ -18,7 +18,7 @@ import torch
 
 from sheeprlhf.agent.batches import Batches, longest_row
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.config.saved_config import read_run_config, saved_group
+from sheeprlhf.config.run_lookup import read_run_config, saved_group
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
 from sheeprlhf.engine.step import evaluate

@@ -25,7 +25,7 @@ from afinn import Afinn
 from measure_preference import logprobs
 
 from sheeprlhf.agent.policy import Policy, load_policy
-from sheeprlhf.config.saved_config import read_run_config, saved_group
+from sheeprlhf.config.run_lookup import read_run_config, saved_group
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.model.load import load_tokenizer

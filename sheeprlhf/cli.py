@@ -320,9 +320,9 @@ def _with_hydra(source: "Source", args: ParsedArgs, sweep_dir: str = "") -> int:
     from hydra import main as hydra_main
 
     from sheeprlhf.config.compose import saved_overrides
-    from sheeprlhf.config.config_files import check_sources
     from sheeprlhf.config.registry import register_configs
     from sheeprlhf.config.renames import current_word
+    from sheeprlhf.config.untrusted_config import check_sources
 
     codes: list[int] = []
     arguments, sys.argv = sys.argv, [sys.argv[0], *args.flags, *map(current_word, args.overrides)]

@@ -22,7 +22,7 @@ from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.api.jobs import as_words, compose
 from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.config.registry import choices
-from sheeprlhf.config.saved_config import saved_group
+from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.data import prepare
 from sheeprlhf.data.encoding import encode
 from sheeprlhf.data.example import Batch, Example, collate_packed, collate_padded

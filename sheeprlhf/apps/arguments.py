@@ -134,8 +134,8 @@ def split_plain_words(verb: str, words: list[str]) -> tuple[list[str], bool]:
 
 def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
     """The sentence for a first word that is no command."""
-    from sheeprlhf.config.catalogue import choices_like
     from sheeprlhf.config.option_checks import nearest
+    from sheeprlhf.config.overrides import choices_like
     from sheeprlhf.config.registry import choices
     from sheeprlhf.security.redaction import is_secret_name
 
@@ -157,8 +157,8 @@ def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
 
 def flag_problem(given: str, value: str, flags: Iterable[str]) -> str:
     """The sentence for a flag that does not exist; options, which others write as flags, have no dashes here."""
-    from sheeprlhf.config.catalogue import keys_like
     from sheeprlhf.config.option_checks import nearest
+    from sheeprlhf.config.overrides import keys_like
     from sheeprlhf.config.registry import ROOTS, groups
 
     name = given.lstrip("-").replace("-", "_")

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.apps.terminal import clean
-from sheeprlhf.config.run_lookup import order_of
-from sheeprlhf.config.saved_config import read_run_config
+from sheeprlhf.config.run_lookup import order_of, read_run_config
 from sheeprlhf.engine.rundir import RUN_FILE, read_run
 from sheeprlhf.engine.runlock import is_locked
 from sheeprlhf.security.files import read_tail

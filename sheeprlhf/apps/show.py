@@ -19,8 +19,8 @@ from sheeprlhf.apps.describe import (
 )
 from sheeprlhf.apps.help import PLAIN_VERBS, VERBS
 from sheeprlhf.apps.terminal import Screen, clean, entry, heading, paragraph
-from sheeprlhf.config.catalogue import Entry, catalogue, choices_like
 from sheeprlhf.config.option_checks import nearest
+from sheeprlhf.config.overrides import Entry, catalogue, choices_like
 from sheeprlhf.config.registry import ROOTS, Option, choices, groups, options
 from sheeprlhf.config.run_lookup import NEWEST, START, TASKS
 from sheeprlhf.utils.errors import ConfigError

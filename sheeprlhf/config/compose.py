@@ -24,17 +24,29 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 import sheeprlhf
-from sheeprlhf.config.absolute_paths import with_absolute_paths
-from sheeprlhf.config.catalogue import condensed
-from sheeprlhf.config.config_files import check_sources
 from sheeprlhf.config.option_checks import option_problems, sweep_problems
-from sheeprlhf.config.overrides import Chosen, key_problem, missing_problem, pick_groups, readable, recipe_owner
-from sheeprlhf.config.path_checks import run_folder_problems
+from sheeprlhf.config.overrides import (
+    Chosen,
+    condensed,
+    key_problem,
+    missing_problem,
+    pick_groups,
+    readable,
+    recipe_owner,
+)
+from sheeprlhf.config.path_checks import run_folder_problems, with_absolute_paths
 from sheeprlhf.config.registry import ROOTS, choices, groups, options, register_configs, to_typed
-from sheeprlhf.config.run_lookup import RUN_OPTIONS, evaluated_run, is_newest, newest_unfinished, with_start
-from sheeprlhf.config.saved_config import read_run_config, saved_group
+from sheeprlhf.config.run_lookup import (
+    RUN_OPTIONS,
+    evaluated_run,
+    is_newest,
+    newest_unfinished,
+    read_run_config,
+    saved_group,
+    with_start,
+)
 from sheeprlhf.config.shell import option_word
-from sheeprlhf.config.untrusted_config import content_problems
+from sheeprlhf.config.untrusted_config import check_sources, content_problems
 from sheeprlhf.config.validate import validate
 from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError

@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.config.path_checks import is_weights_name, model_problem, template_problem, weights_problems
+from sheeprlhf.config.prompt_format import read_template_args
 from sheeprlhf.config.registry import choices
 from sheeprlhf.config.run_lookup import (
     REPORT_FILE,
     is_newest,
     is_same_model,
     newest_finished,
+    read_run_config,
+    saved_group,
     task_of_run,
 )
-from sheeprlhf.config.saved_config import read_run_config, saved_group
-from sheeprlhf.config.template_args import read_template_args
 from sheeprlhf.security.files import read_small
 from sheeprlhf.security.json_records import load_json
 from sheeprlhf.security.model_folder import merge_advice

@@ -1,17 +1,17 @@
-"""Prompt format of a trained model, in a small file of its folder.
-
-The tokenizer's files have the chat template. They have neither the variables that it was rendered with, nor whether it
-wrote the prompts at all.
-"""
+"""Describe how the prompts of a trained model are written, and check variables for its chat template."""
 
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from sheeprlhf.config.template_args import template_arg_problems
+from yaml import YAMLError, safe_load
+
 from sheeprlhf.security.files import read_small
-from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.errors import ConfigError, ModelError
 from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.rendering import set_stored_arguments
 
@@ -54,3 +54,71 @@ def read_prompt_form(folder: Path, tokenizer: Any) -> None:
 def stored_form(tokenizer: Any) -> str:
     """The name of the form in which the prompts of the tokenizer's model are written; empty if no file says it."""
     return str(getattr(tokenizer, _FORM, ""))
+
+
+OPTION, FLAG = "data.template_args", "--template-args"
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_TAKEN = {  # given to every chat template, or to the function of transformers that renders one
+    "messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "sanitize_control_tokens", "tokenizer_kwargs", "raise_exception",
+}  # fmt: skip
+
+
+def template_arg_problems(given: Any, key: str = OPTION) -> Iterator[str]:
+    """Problems of variables for a chat template.
+
+    Args:
+        given: a mapping of names to values; None gives none.
+        key: the option or the flag, for messages.
+    """
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        example = f"{key}={{enable_thinking: false}}" if key == OPTION else f"{key} {{enable_thinking: false}}"
+        yield f"{key}={str(given)[:40]} is no mapping of names to values: give for example '{example}'"
+        return
+    for name, value in given.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            yield f"{key}: {str(name)[:40]!r} is not a variable's name: use letters, digits and _"
+        elif name in _TAKEN or name.endswith("_token"):
+            yield f"{key}: {name} cannot be given: it is set for every conversation; remove it"
+        elif name == "strftime_now" and not _is_date(value):
+            yield f"{key}: strftime_now={str(value)[:40]} is no date: give it as 2025-03-01"
+        elif not _is_plain(value):
+            yield f"{key}: {name}={str(value)[:40]} cannot be read: give text, a number, true or false"
+
+
+def read_template_args(text: str) -> dict[str, Any]:
+    """The variables that a flag gives, written as `{enable_thinking: false}`.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        given = safe_load(text)
+    except YAMLError:
+        given = text
+    if isinstance(given, dict):
+        given = {name: str(value) if isinstance(value, date) else value for name, value in given.items()}
+    problems = list(template_arg_problems(text if given is None else given, FLAG))
+    if problems:
+        raise ConfigError(*problems)
+    return dict(given)
+
+
+def _is_date(value: Any) -> bool:
+    """True if a text is a date such as 2025-03-01."""
+    try:
+        return isinstance(value, str) and str(date.fromisoformat(value)) == value
+    except ValueError:
+        return False
+
+
+def _is_plain(value: Any) -> bool:
+    """True if JSON can represent a value."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))

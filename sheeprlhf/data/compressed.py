@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 
-from sheeprlhf.config.data_files import file_kind
+from sheeprlhf.config.path_checks import file_kind
 from sheeprlhf.utils.errors import DataError
 
 FREE_UNPACKED = 64 * 2**20  # bytes that any file may unpack to

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.config.data_files import KINDS, TEXT, file_kind
+from sheeprlhf.config.path_checks import KINDS, TEXT, file_kind
 from sheeprlhf.data.compressed import is_compressed
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.parquet import count_values, open_parquet, read_parquet

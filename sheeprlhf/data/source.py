@@ -11,16 +11,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sheeprlhf.config.data_files import (
+from sheeprlhf.config.path_checks import (
     COMPRESSIONS,
     KINDS,
     data_files,
     file_kind,
     files_below,
+    is_hub_id,
     split_of_name,
     unread_files,
 )
-from sheeprlhf.config.path_checks import is_hub_id
 from sheeprlhf.data.progress import progress_bar
 from sheeprlhf.security.files import real_file
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig

@@ -14,10 +14,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.config.absolute_paths import absolute_words
+from sheeprlhf.config.path_checks import absolute_words
 from sheeprlhf.config.registry import CUT_OPTIONS, NOT_IN_HASH, choices, config_to_dict
-from sheeprlhf.config.run_lookup import REPORT_FILE, RUN_FILE, START, find_runs, next_order, order_of, read_run
-from sheeprlhf.config.saved_config import read_run_config
+from sheeprlhf.config.run_lookup import (
+    REPORT_FILE,
+    RUN_FILE,
+    START,
+    find_runs,
+    next_order,
+    order_of,
+    read_run,
+    read_run_config,
+)
 from sheeprlhf.config.shell import command, option_word
 from sheeprlhf.engine.runlock import LOCK_FILE
 from sheeprlhf.security.json_records import damaged

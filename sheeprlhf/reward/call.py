@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator,
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
-from sheeprlhf.config.reward_checks import source_problems
+from sheeprlhf.config.validate import source_problems
 from sheeprlhf.reward import functions
 from sheeprlhf.security.user_code import parse_path
 from sheeprlhf.structure.reward import BUILTINS, BuiltinOptionsConfig, RewardSourceConfig

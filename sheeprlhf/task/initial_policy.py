@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.agent.reward import RewardModel, load_reward_model, reward_model_of
 from sheeprlhf.config.model_lookup import with_own_tokenizer
-from sheeprlhf.config.saved_config import saved_group
+from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.config.shell import shell_word
 from sheeprlhf.engine.checkpoint import Say, find_checkpoint, load_weights
 from sheeprlhf.model.load import load_tokenizer

@@ -15,8 +15,7 @@ from sheeprlhf.agent.batches import longest_row
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import AdapterValueModel, RewardModel, load_reward_model, offset_of, reward_model_of
 from sheeprlhf.config.model_lookup import with_own_tokenizer
-from sheeprlhf.config.run_lookup import is_same_model
-from sheeprlhf.config.saved_config import saved_group
+from sheeprlhf.config.run_lookup import is_same_model, saved_group
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit, available_columns, prepare_data
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.run import Run

@@ -19,8 +19,7 @@ from transformers import (
 )
 
 from sheeprlhf.agent.batches import check_batching
-from sheeprlhf.config.run_lookup import task_of_run
-from sheeprlhf.config.saved_config import read_run_config, saved_group
+from sheeprlhf.config.run_lookup import read_run_config, saved_group, task_of_run
 from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.model.attention import packing_limit
 from sheeprlhf.model.lm_head import padding_token, scalar_model

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from sheeprlhf.config.saved_config import saved_group
+from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.task.initial_policy import load_policy_from_run, load_trained_reward_model
 from tests.support.runs import digests, train, write_pairs

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from sheeprlhf.cli import run
-from sheeprlhf.config.saved_config import read_run_config
+from sheeprlhf.config.run_lookup import read_run_config
 from tests.support.models import make_model_folder
 from tests.support.runs import train
 from tests.support.talking import LORA, says

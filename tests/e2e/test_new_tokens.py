@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.cli import run
 from sheeprlhf.config.model_lookup import find_trained
-from sheeprlhf.config.saved_config import read_run_config
+from sheeprlhf.config.run_lookup import read_run_config
 from sheeprlhf.task.text_generator import load_trained_policy
 from tests.support.models import make_model_folder
 from tests.support.runs import digests, exit_code, result_of, train, train_words, write_pairs, write_rows

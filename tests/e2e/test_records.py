@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from sheeprlhf.cli import run
 from sheeprlhf.config.model_lookup import POLICY, REWARD_MODEL, find_trained
-from sheeprlhf.config.run_lookup import newest_finished, newest_unfinished
-from sheeprlhf.config.saved_config import read_run_config
+from sheeprlhf.config.run_lookup import newest_finished, newest_unfinished, read_run_config
 from sheeprlhf.utils.errors import ConfigError
 from tests.support.models import make_model_folder
 from tests.support.runs import write_pairs, write_rows

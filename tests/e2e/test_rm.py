@@ -45,7 +45,7 @@ def plain_scores(final: Path, base: str) -> list[list[float]]:
 
 def our_scores(run_dir: Path, words: list[str], tmp_path: Path) -> list[float]:
     """The same through our own loader: pairs of one text and a filler, scored one by one."""
-    from sheeprlhf.config.saved_config import saved_group
+    from sheeprlhf.config.run_lookup import saved_group
     from sheeprlhf.data.example import Example, collate_packed
     from sheeprlhf.structure.model import ModelConfig
     from sheeprlhf.task.initial_policy import load_trained_reward_model

@@ -9,7 +9,7 @@ from hydra._internal.sources_registry import SourcesRegistry
 
 from sheeprlhf.cli import run
 from sheeprlhf.config.compose import Source, _hydra, configs_directory
-from sheeprlhf.config.config_files import CheckedPackage
+from sheeprlhf.config.untrusted_config import CheckedPackage
 from sheeprlhf.utils.errors import ConfigError
 from tests.security.config_files import OF_HYDRA, PRIMARY
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sheeprlhf.config.saved_config import saved_group
+from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.read import read_batches
 from sheeprlhf.data.source import locate

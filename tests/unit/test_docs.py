@@ -9,8 +9,8 @@ import pytest
 
 from sheeprlhf.apps.arguments import parse_args
 from sheeprlhf.apps.help import PLAIN_VERBS, VERBS
-from sheeprlhf.config.catalogue import catalogue
 from sheeprlhf.config.compose import Source, check, configs_directory
+from sheeprlhf.config.overrides import catalogue
 from sheeprlhf.config.registry import ROOTS, choices, groups
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,7 @@ from sheeprlhf.apps.terminal import clean
 from sheeprlhf.config.model_lookup import POLICY, Trained
 from sheeprlhf.config.path_checks import data_is_here, model_folder
 from sheeprlhf.config.registry import choices
-from sheeprlhf.config.run_lookup import REPORT_FILE, read_run
-from sheeprlhf.config.saved_config import read_run_config, saved_group
+from sheeprlhf.config.run_lookup import REPORT_FILE, read_run, read_run_config, saved_group
 from sheeprlhf.config.shell import command
 from sheeprlhf.security.json_records import load_json
 from sheeprlhf.security.record_schemas import DATA_REPORT, RESULT

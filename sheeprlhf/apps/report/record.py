@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from sheeprlhf.apps.past_runs import PastRun, past_run
 from sheeprlhf.apps.pipeline.results import COLUMNS, RESULT_FILES, Row
 from sheeprlhf.apps.terminal import clean
-from sheeprlhf.config.run_lookup import REPORT_FILE
-from sheeprlhf.config.saved_config import read_run_config
+from sheeprlhf.config.run_lookup import REPORT_FILE, read_run_config
 from sheeprlhf.security.files import read_small, read_tail, real_path
 from sheeprlhf.security.json_records import Schema, load_json
 from sheeprlhf.security.record_schemas import DATA_REPORT, RESULT

@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.config.model_lookup import with_own_tokenizer
-from sheeprlhf.config.run_lookup import is_same_model
-from sheeprlhf.config.saved_config import read_run_config, saved_group
+from sheeprlhf.config.run_lookup import is_same_model, read_run_config, saved_group
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say

@@ -16,8 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from sheeprlhf.agent.batches import Batches, BatchOptions, longest_row
-from sheeprlhf.config.run_lookup import task_of_run
-from sheeprlhf.config.saved_config import read_run_config
+from sheeprlhf.config.run_lookup import read_run_config, task_of_run
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.store import TokenizedSplit

@@ -15,7 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 
 from sheeprlhf.apps.sweep import Outcome, Sweep, SweepLauncher, sweep_code
-from sheeprlhf.config.config_files import CheckedFolder, check_sources
+from sheeprlhf.config.untrusted_config import CheckedFolder, check_sources
 from sheeprlhf.structure.task import SFTConfig
 from tests.support.runs import exit_code
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.config.absolute_paths import absolute_value, absolute_words
+from sheeprlhf.config.path_checks import absolute_value, absolute_words
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import yaml
 from sheeprlhf.config.compose import Source, check, compose_job, configs_directory
 from sheeprlhf.config.registry import config_hash, config_to_dict, options
 from sheeprlhf.config.renames import RENAMED, _deprecate, current_word
-from sheeprlhf.config.saved_config import read_run_config
+from sheeprlhf.config.run_lookup import read_run_config
 
 SOURCE = Source("train", configs_directory(), "train")
 START = ["task=ppo", "task.sft_experiment_dir=null"]

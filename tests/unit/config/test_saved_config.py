@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from sheeprlhf.config.saved_config import saved_group
+from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.utils.errors import ConfigError
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(

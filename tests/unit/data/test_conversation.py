@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sheeprlhf.config.template_args import read_template_args, template_arg_problems
+from sheeprlhf.config.prompt_format import read_template_args, template_arg_problems
 from sheeprlhf.data.prompt_encoder import FORMS, Asker, Turn
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.report import render_report

@@ -11,7 +11,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from sheeprlhf.config.data_checks import MAPPED, column_problems
+from sheeprlhf.config.validate import MAPPED, column_problems
 from sheeprlhf.data.report import render_report
 from sheeprlhf.data.rows import COLUMNS
 from sheeprlhf.structure.data import LocalDataConfig
