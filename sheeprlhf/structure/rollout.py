@@ -6,6 +6,8 @@ from typing import ClassVar, Optional
 from sheeprlhf.structure.option import option
 from sheeprlhf.structure.task import TrainTaskConfig
 
+_MICRO_BATCH = "Most responses in one forward pass, at least those of one prompt; the token budget cuts further."
+
 
 @dataclass(unsafe_hash=True)
 class OnlineTaskConfig(TrainTaskConfig):
@@ -19,12 +21,7 @@ class OnlineTaskConfig(TrainTaskConfig):
     mini_batch_size: int = option(
         32, "Responses of one optimizer step, all devices together.", unit="responses", minimum=1
     )
-    micro_batch_size: int = option(
-        256,
-        "Most responses in one forward pass, at least those of one prompt; the token budget cuts further.",
-        unit="responses",
-        minimum=1,
-    )
+    micro_batch_size: int = option(32, _MICRO_BATCH, unit="responses", minimum=1)
     num_iterations: int = option(1, "Passes over the responses of a rollout.", minimum=1)
     self_check: str = option(
         "error",
@@ -147,6 +144,7 @@ class GRPOConfig(RatioTaskConfig):
 
     config_name: str = option("grpo", "Name of this choice.")
     num_generations: int = option(8, "Responses sampled for each prompt.", minimum=2)
+    micro_batch_size: int = option(256, _MICRO_BATCH, unit="responses", minimum=1)
     init_kl_coeff: float = option(0.04, "Weight of the KL divergence from the reference in the loss (k3).", minimum=0.0)
     clip_high: Optional[float] = option(
         None, "How far the ratio may rise above 1; null takes clip_coeff (DAPO: 0.28).", above=0.0
@@ -168,6 +166,7 @@ class RLOOConfig(RatioTaskConfig):
 
     config_name: str = option("rloo", "Name of this choice.")
     num_generations: int = option(4, "Responses sampled for each prompt.", minimum=2)
+    micro_batch_size: int = option(128, _MICRO_BATCH, unit="responses", minimum=1)
     normalize_advantages: bool = option(False, "Advantages of a rollout get mean 0 and standard deviation 1.")
 
 
@@ -179,6 +178,7 @@ class OnlineDPOConfig(OnlineTaskConfig):
 
     config_name: str = option("online_dpo", "Name of this choice.")
     num_generations: int = option(2, "Responses sampled for each prompt.", minimum=2)
+    micro_batch_size: int = option(64, _MICRO_BATCH, unit="responses", minimum=1)
     loss_type: str = option("sigmoid", "Which loss of a pair.", choices=("sigmoid", "hinge", "ipo"))
     beta: float = option(0.1, "Pull towards the reference.", above=0.0)
 
@@ -203,6 +203,7 @@ class BestOfNConfig(OnlineTaskConfig):
 
     config_name: str = option("best_of_n", "Name of this choice.")
     num_generations: int = option(8, "Responses sampled for each prompt, of which the best is kept.", minimum=1)
+    micro_batch_size: int = option(256, _MICRO_BATCH, unit="responses", minimum=1)
     rollout_size: int = option(256, "Responses sampled before the best of them are written, all devices.", minimum=1)
     min_score: Optional[float] = option(
         None, "Keep the best response to a prompt only if it scores this much; null keeps all."
