@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.manifest import (
     MANIFEST,
     is_ours,
@@ -47,7 +46,7 @@ from sheeprlhf.security.record_schemas import MANIFEST as MANIFEST_SCHEMA
 from sheeprlhf.security.record_schemas import STATE
 from sheeprlhf.utils.errors import CheckpointError, RecordError, UnsafePathError
 from sheeprlhf.utils.folders import sweep_scratch
-from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.modes import rng_state, set_rng_state
 from sheeprlhf.utils.output import create_file, make_folder, safe_path
 

@@ -127,12 +127,3 @@ def place(fabric: Fabric, module: nn.Module) -> None:
     Wrapped for several processes, it would get buckets for gradients, and adapters that are all frozen are refused.
     """
     fabric.strategy.precision.convert_module(module).to(fabric.device)
-
-
-def gather_objects(fabric: Fabric, item: T) -> list[T]:
-    """All ranks: every rank's small object, in rank order."""
-    if fabric.world_size == 1:
-        return [item]
-    items: list[T | None] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(items, item)
-    return [gathered for gathered in items if gathered is not None]

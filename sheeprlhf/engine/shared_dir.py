@@ -8,10 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from sheeprlhf.engine.checkpoint import saved_steps
-from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.manifest import MANIFEST
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.output import write_file
 
 _SECONDS_TO_APPEAR = 3.0  # network file systems may be late

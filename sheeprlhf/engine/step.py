@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.shard import gathered, is_sharded, same_number, whole
 from sheeprlhf.utils.errors import DataError, NonFiniteError
-from sheeprlhf.utils.lightning import Fabric, _FabricModule
+from sheeprlhf.utils.lightning import Fabric, _FabricModule, gather_objects
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode, forward_of_zero, isolated_rng
 

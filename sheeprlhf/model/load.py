@@ -4,8 +4,8 @@ import json
 import math
 import re
 import shlex
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,6 @@ from transformers import (
 from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.config.prompt_format import read_prompt_form
-from sheeprlhf.model.account import SCORE, SCORE_BIAS, Account, account_for, account_from_headers
 from sheeprlhf.model.attention import PACKED, register
 from sheeprlhf.model.layers import replace_rms_norms, use_frequencies_of_rows
 from sheeprlhf.model.locate import locate
@@ -64,6 +63,204 @@ _CLASSES = ("ForSequenceClassification", "ForCausalLM", "LMHeadModel", "Model") 
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
 _END_ID_FILES = ("generation_config.json", "config.json")
 _DROPOUT_KEY = re.compile(r"(drop|_pdrop$)")
+
+
+SCORE = "score"
+SCORE_BIAS = "score.bias"  # transformers' decoders have none; it is added to every score
+_HEAD_NAME = re.compile(
+    r"(?:^|[._])(?:\w*head\d*|scores?|classifier|regression\w*|reward\w*|value|summary|embed_out|logits_proj)(?:[._]|$)"
+)
+_LANGUAGE_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_SHOWN, _NAME_LENGTH = 4, 80
+
+
+class Account(NamedTuple):
+    """Tensors of the files compared with the parameters of a model.
+
+    Attributes:
+        model: name of the model's class.
+        missing: parameters without a tensor, those of heads that the task makes left out.
+        misplaced: tensors of layers that the model has, and that have no place in them: `q_proj.bias`, a third layer.
+        unread: the other tensors without a place.
+        mismatched: parameters with another shape in the files: name, shape in the files, shape in the model.
+        torn: tensors of a group that the model joins into one, such as experts, whose other tensors are there.
+    """
+
+    model: str
+    missing: list[str]
+    misplaced: list[str]
+    unread: list[str]
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+    torn: list[str]
+
+    def heads(self) -> list[str]:
+        """The unread tensors that look like a head."""
+        return [name for name in self.unread if _HEAD_NAME.search(name)]
+
+    def problem(self) -> str:
+        """The reason that the loaded model would differ from the saved one, and the fix; empty if there is none."""
+        if not (self.missing or self.misplaced or self.mismatched or self.torn):
+            return ""
+        shapes = [f"{name} {_shape(files)} instead of {_shape(own)}" for name, files, own in self.mismatched]
+        parts = [
+            _part("missing", [*self.missing, *self.torn]),
+            _part("of another shape", shapes),
+            _part("without a place in a layer that the model has", self.misplaced),
+            _part("there instead", self.heads() or self.unread) if self.missing else _part("not read", self.heads()),
+        ]
+        return f"its weights do not fit {self.model}: {'; '.join(filter(None, parts))}. {self._remedy()}"
+
+    def _remedy(self) -> str:
+        pairs = ((name, key) for name in self.unread for key in self.missing[:8] if name.endswith(f".{key}"))
+        prefix = next((name.removesuffix(key) for name, key in pairs), "")
+        if prefix:
+            return f"In the files their names begin with {prefix[:_NAME_LENGTH]}: save them without it"
+        if f"{SCORE}.weight" in self.missing:
+            others = [name for name in self.heads() or self.unread if not _LANGUAGE_HEAD.search(name)]
+            if others:
+                return (
+                    f"The head of a reward model is {SCORE}.weight: if {others[0][:_NAME_LENGTH]} is all of its head "
+                    f"and of shape (1, hidden size), save it as {SCORE}.weight; else choose another model"
+                )
+            if any(map(_LANGUAGE_HEAD.search, self.unread)):
+                return "This is a language model, not a reward model: train it as one with task=rm, or choose another"
+            return "It was saved without its head: save it again with it, or train a reward model with task=rm"
+        if all(map(_LANGUAGE_HEAD.search, self.missing)) and not (self.misplaced or self.mismatched or self.torn):
+            if self.heads():
+                return "This is no language model but one with another head: choose the model that it was made of"
+            return (
+                "It was saved without its head: save it again as a causal language model; if its head shares the input "
+                "embeddings, set tie_word_embeddings to true in its config.json"
+            )
+        if self.mismatched or self.misplaced:
+            return "Its config.json is that of another model, or the files are: get both from one place"
+        return "The files are incomplete: save or download the model again"
+
+    def note(self) -> str:
+        """One line about tensors that are not read and change nothing; empty if there are none."""
+        return _part("not read", self.unread) and f"{_part('not read', self.unread)}: {self.model} has no such tensor"
+
+
+def account_for(model: PreTrainedModel, info: Mapping[str, Any], *, new_head: bool = False) -> Account:
+    """Compare what transformers has loaded with what it was given.
+
+    Args:
+        model: loaded.
+        info: of `from_pretrained(output_loading_info=True)`; tied parameters are left out there already.
+        new_head: the task replaces the language head, which needs no tensor.
+    """
+    owned = {_pattern(name.rpartition(".")[0]) for name, _ in model.named_parameters(remove_duplicate=False)}
+    expected = {_pattern(name) for name in model.state_dict()}
+    unexpected = sorted(info["unexpected_keys"], key=_by_number)
+    misplaced = [
+        name
+        for name in unexpected
+        if _pattern(name) in expected or (_pattern(name.rpartition(".")[0]) in owned and not _is_read_bias(model, name))
+    ]
+    head = model.get_output_embeddings() if new_head else None
+    of_new_head = tuple(f"{name}." for name, module in model.named_modules() if head is not None and module is head)
+    missing = [name for name in info["missing_keys"] if not name.startswith(of_new_head)]
+    mismatched = [
+        (name, tuple(files), tuple(own))
+        for name, files, own in info["mismatched_keys"]
+        if not name.startswith(of_new_head)
+    ]
+    return Account(
+        model=type(model).__name__,
+        missing=sorted(missing, key=_by_number),
+        misplaced=[name for name in misplaced if not name.startswith(of_new_head)],
+        unread=[name for name in unexpected if name not in misplaced and not _is_read_bias(model, name)],
+        mismatched=sorted(mismatched, key=lambda entry: _by_number(entry[0])),
+        torn=[],
+    )
+
+
+def account_from_headers(
+    model_class: type[PreTrainedModel], config: Any, tensors: Mapping[str, TensorFacts], *, new_head: bool = False
+) -> Account:
+    """Account for the weights from the headers of the files only: transformers maps tensors with shapes and no content.
+
+    Args:
+        model_class: what is going to be loaded.
+        config: its configuration.
+        tensors: what the files declare.
+        new_head: as in `account_for`.
+    """
+    empty = {name: torch.empty(facts.shape, device="meta") for name, facts in tensors.items()}
+    loader: Any = model_class  # its annotation knows no second result
+    try:
+        model, info = loader.from_pretrained(
+            None,
+            config=config,
+            state_dict=empty,
+            dtype=torch.float32,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except RuntimeError:  # tensors that the model joins do not fit each other
+        torn = torn_groups(tensors) or ["a tensor of a group that the model joins into one"]
+        return Account(model_class.__name__, [], [], [], [], torn)
+    found = account_for(model, info, new_head=new_head)
+    return found if not found.mismatched else found._replace(torn=torn_groups(tensors))
+
+
+def torn_groups(names: Iterable[str]) -> list[str]:
+    """Names that a numbered group lacks, where other groups of the same form have them: one expert of a layer."""
+    numbers: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        found = list(_NUMBER.finditer(name))
+        if len(found) > 1:
+            last = found[-1]
+            group = f"{name[: last.start()]}*{name[last.end() :]}"
+            numbers[_pattern(name)][group].add(int(last.group()))
+    lacking = []
+    for groups in numbers.values():
+        whole = set().union(*groups.values())
+        for group, present in groups.items():
+            lacking += [group.replace("*", str(number)) for number in whole - present]
+    for group_of_layer in _siblings(numbers):
+        whole = set().union(*group_of_layer.values())
+        for group, present in group_of_layer.items():
+            lacking += [group.replace("*", str(number)) for number in whole - present]
+    return sorted(set(lacking), key=_by_number)
+
+
+def _siblings(numbers: Mapping[str, Mapping[str, set[int]]]) -> Iterable[dict[str, set[int]]]:
+    """Groups that differ in what follows the number alone: gate, up and down of the same experts."""
+    found: dict[str, dict[str, set[int]]] = defaultdict(dict)
+    for groups in numbers.values():
+        for group, present in groups.items():
+            found[group.partition("*")[0]][group] = present
+    return found.values()
+
+
+def _is_read_bias(model: PreTrainedModel, name: str) -> bool:
+    """A single score's bias is read: the reward model adds it."""
+    head = getattr(model, SCORE, None)
+    return name == SCORE_BIAS and isinstance(head, nn.Linear) and head.bias is None and head.out_features == 1
+
+
+def _pattern(name: str) -> str:
+    return _NUMBER.sub("*", name)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _shape(sizes: tuple[int, ...]) -> str:
+    return f"({', '.join(map(str, sizes))})"
+
+
+def _part(what: str, names: list[str]) -> str:
+    """Names of a kind, the first ones in full."""
+    if not names:
+        return ""
+    shown = [name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}..." for name in names[:_SHOWN]]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(shown)}{more} {'is' if len(names) == 1 else 'are'} {what}"
 
 
 class _Files(NamedTuple):

@@ -35,7 +35,6 @@ from sheeprlhf.data.encoding import PairEncoder, decode, encode
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.tokenize import SpecialIds
 from sheeprlhf.engine.checkpoint import Say
-from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.shard import gathered
 from sheeprlhf.reward.call import Texts
@@ -47,7 +46,7 @@ from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.end_tokens import control_tokens, end_token_ids, response_end
 from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
-from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode, isolated_rng
 

@@ -17,11 +17,10 @@ from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.engine.checkpoint import Say
-from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.engine.shard import gathered
 from sheeprlhf.engine.step import LossFn, MicroBatch
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.modes import eval_mode, isolated_rng
 from sheeprlhf.utils.output import write_file
 

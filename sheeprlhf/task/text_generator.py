@@ -28,7 +28,7 @@ from sheeprlhf.utils.vocabulary import undefined_ids
 _UNFINISHED = "\ufffd"  # how a decoder shows the first bytes of a character whose others are still to come
 
 
-class Writer:
+class TextGenerator:
     """Answers in one form, on the device where its model is.
 
     Args:
@@ -52,9 +52,9 @@ class Writer:
         self._undefined_U = None if undefined is None else torch.from_numpy(undefined)
         self.positions: int | None = getattr(model.config, "max_position_embeddings", None)
 
-    def in_form(self, form: str) -> "Writer":
+    def in_form(self, form: str) -> "TextGenerator":
         """The same model, asked in another form."""
-        return Writer(self.model, self.tokenizer, form, self._template_args)
+        return TextGenerator(self.model, self.tokenizer, form, self._template_args)
 
     def fit(self, turns: Sequence[Turn]) -> tuple[list[Turn], Example]:
         """The turns that the model has room for, and their prompt: the newest, and a system turn always.
@@ -113,7 +113,7 @@ class Writer:
             yield whole
 
 
-class Scorer:
+class RewardScorer:
     """A reward model that scores answers.
 
     Args:
@@ -187,7 +187,7 @@ def load_trained_scorer(trained: Trained, say: Say) -> tuple[RewardModel, PreTra
     return model.eval(), tokenizer
 
 
-def load_writer(trained: Trained, say: Say) -> Writer:
+def load_text_generator(trained: Trained, say: Say) -> TextGenerator:
     """A policy that answers in the form in which it was trained, on the GPU if there is one.
 
     Raises:
@@ -198,14 +198,14 @@ def load_writer(trained: Trained, say: Say) -> Writer:
     form = form_of(trained, tokenizer)
     if trained.template_args is not None and form != "template":
         raise ConfigError(f"--template-args: {trained.word} is asked without a chat template: leave it out")
-    return Writer(model, tokenizer, form, template_args_of(trained))
+    return TextGenerator(model, tokenizer, form, template_args_of(trained))
 
 
-def load_scorer(trained: Trained, say: Say) -> Scorer:
+def load_reward_scorer(trained: Trained, say: Say) -> RewardScorer:
     """A reward model that scores answers, on the GPU if there is one.
 
     Raises:
         SheepError: it cannot be loaded.
     """
     model, tokenizer = load_trained_scorer(trained, say)
-    return Scorer(model.to(_device()), tokenizer, form_of(trained, tokenizer), template_args_of(trained))
+    return RewardScorer(model.to(_device()), tokenizer, form_of(trained, tokenizer), template_args_of(trained))

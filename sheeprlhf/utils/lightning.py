@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import cast
+from typing import TypeVar, cast
+
+import torch
 
 __all__ = [
     "ChildProcessObserver",
@@ -23,6 +25,7 @@ __all__ = [
     "MisconfigurationException",
     "ModelParallelStrategy",
     "_FabricModule",
+    "gather_objects",
     "is_wrapped",
     "move_data_to_device",
 ]
@@ -55,3 +58,14 @@ with _fabric_alone():
     from lightning.fabric.utilities import move_data_to_device
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.fabric.wrappers import _FabricModule, is_wrapped
+
+T = TypeVar("T")
+
+
+def gather_objects(fabric: Fabric, item: T) -> list[T]:
+    """All ranks: every rank's small object, in rank order."""
+    if fabric.world_size == 1:
+        return [item]
+    items: list[T | None] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(items, item)
+    return [gathered for gathered in items if gathered is not None]

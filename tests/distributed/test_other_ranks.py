@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from sheeprlhf.config.registry import to_typed
-from sheeprlhf.engine.fabric import gather_objects
 from sheeprlhf.launch import _entry, _seed
+from sheeprlhf.utils.lightning import gather_objects
 from tests.distributed.test_sft import series
 from tests.faults.test_resume import stopped_at, without_time
 from tests.support.models import make_model_folder

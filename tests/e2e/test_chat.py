@@ -22,7 +22,7 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.rollout.engines import generate_responses
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig, TinyConfig
-from sheeprlhf.task.text_generator import load_writer
+from sheeprlhf.task.text_generator import load_text_generator
 from sheeprlhf.utils.errors import DataError
 from tests.support.models import byte_tokenizer, make_model_folder
 from tests.support.runs import train
@@ -71,7 +71,7 @@ def test_nothing_that_a_terminal_obeys_is_printed(monkeypatch, capsys, chatty):
 def test_a_conversation_is_remembered_and_forgotten(monkeypatch, capsys, chatty):
     prompts = says(monkeypatch, "yes", "no")
     lines = iter(["Hi", "Why?", "/reset", "New", "/nonsense", "/help", "/quit"])
-    talk = chat.Talk(load_writer(find_trained(str(chatty)), print), GenConfig(), 0, "Be kind.")
+    talk = chat.Talk(load_text_generator(find_trained(str(chatty)), print), GenConfig(), 0, "Be kind.")
     chat._loop(talk, lambda: next(lines))
     start = "<s>[system]Be kind.[user]"
     assert prompts[0] == f"{start}Hi[assistant]"
@@ -84,7 +84,7 @@ def test_a_conversation_is_remembered_and_forgotten(monkeypatch, capsys, chatty)
 
 def test_the_oldest_turns_make_room(monkeypatch, chatty, capsys):
     prompts = says(monkeypatch, "y" * 20)
-    talk = chat.Talk(load_writer(find_trained(str(chatty)), print), GenConfig(), 0, "sys")
+    talk = chat.Talk(load_text_generator(find_trained(str(chatty)), print), GenConfig(), 0, "sys")
     for number in range(4):
         talk.say(f"{number}" * 20)
     assert all(len(prompt) < 128 for prompt in prompts)
@@ -97,7 +97,7 @@ def test_the_oldest_turns_make_room(monkeypatch, chatty, capsys):
 
 
 def test_the_answer_ends_where_the_model_ends(chatty):
-    writer = load_writer(find_trained(str(chatty)), print)
+    writer = load_text_generator(find_trained(str(chatty)), print)
     prompt = [Turn("user", "x" * 90)]
     _, example = writer.fit(prompt)
     cfg = GenConfig(max_new_tokens=500)
@@ -107,7 +107,7 @@ def test_the_answer_ends_where_the_model_ends(chatty):
 
 def test_a_model_of_dialogues_stops_before_it_speaks_for_the_human(monkeypatch, model_folder):
     says(monkeypatch, " Sure.\n\nHuman: thanks")
-    writer = load_writer(find_trained(str(model_folder("llama"))), print).in_form("dialogue")
+    writer = load_text_generator(find_trained(str(model_folder("llama"))), print).in_form("dialogue")
     assert list(writer.answer([Turn("user", "Hi")], GenConfig(), 0))[-1] == " Sure."
 
 
@@ -116,7 +116,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, capsys, chatty):
         yield from byte_tokenizer()("half", add_special_tokens=False)["input_ids"]
         raise KeyboardInterrupt
 
-    talk = chat.Talk(load_writer(find_trained(str(chatty)), print), GenConfig(), 0)
+    talk = chat.Talk(load_text_generator(find_trained(str(chatty)), print), GenConfig(), 0)
     monkeypatch.setattr("sheeprlhf.task.text_generator.stream_ids", interrupted)
     lines = iter(["Hi"])
 
@@ -154,7 +154,7 @@ def test_the_form_of_a_run_is_that_of_its_data(model_folder):
     from sheeprlhf.structure.data import SummarizationConfig
 
     trained = Trained("x", "policy", AutoModelConfig(repo_name=str(model_folder("llama"))), SummarizationConfig())
-    assert load_writer(trained, print).form_name == "tldr"
+    assert load_text_generator(trained, print).form_name == "tldr"
 
 
 @pytest.mark.parametrize(("form", "asked"), [("text", "hello"), ("template", "[user]hello[assistant]")])
@@ -169,7 +169,7 @@ def test_a_chat_model_is_asked_as_its_rows_were_written(form, asked, chatty, tmp
             lines.write(f"{json.dumps(row)}\n")
     trained = train(chatty, file, tmp_path / "run", "dry_run=true")
     assert ("chat template" in capsys.readouterr().err) == (form == "template")
-    writer = load_writer(find_trained(str(trained)), print)
+    writer = load_text_generator(find_trained(str(trained)), print)
     assert writer.form_name == form
     _, example = writer.fit([Turn("user", "hello")])
     assert writer.tokenizer.decode(example.prompt_ids, skip_special_tokens=True) == asked

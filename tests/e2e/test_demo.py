@@ -31,9 +31,9 @@ def free_port() -> int:
 @contextmanager
 def served(folders: dict[str, Path], auth: tuple[str, str] | None = None) -> Iterator[str]:
     from sheeprlhf.apps.serve.compare import ASK, SUMMARISE, Panel
-    from sheeprlhf.task.text_generator import load_writer
+    from sheeprlhf.task.text_generator import load_text_generator
 
-    writers = [(name, load_writer(find_trained(str(folder)), print)) for name, folder in folders.items()]
+    writers = [(name, load_text_generator(find_trained(str(folder)), print)) for name, folder in folders.items()]
     port = free_port()
     page = open_page([Panel(kind, writers, None) for kind in (SUMMARISE, ASK)], None, "127.0.0.1", port, auth)
     try:

@@ -23,7 +23,7 @@ import sheeprlhf.task.export as export
 from sheeprlhf.cli import run
 from sheeprlhf.config.model_lookup import REWARD_MODEL, find_trained
 from sheeprlhf.data.prompt_encoder import Turn
-from sheeprlhf.task.text_generator import load_scorer
+from sheeprlhf.task.text_generator import load_reward_scorer
 from sheeprlhf.utils.errors import ConfigError
 from tests.support.models import BOS, EOS, PAD, VOCAB
 from tests.support.runs import digests
@@ -97,7 +97,7 @@ def test_another_number_format_is_the_rounded_weights(runs, tmp_path):
 def test_a_reward_model_scores_as_it_did(runs, tmp_path):
     folder = exported(runs["rm"], tmp_path / "out")
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    scorer = load_scorer(find_trained(str(runs["rm"]), wanted=REWARD_MODEL), print)
+    scorer = load_reward_scorer(find_trained(str(runs["rm"]), wanted=REWARD_MODEL), print)
     expected = scorer.score("text", [Turn("user", "5 the quick brown fox?")], " lazy dog.")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with torch.no_grad():

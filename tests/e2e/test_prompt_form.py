@@ -18,7 +18,7 @@ from sheeprlhf.data.prompt_encoder import Turn
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.model import AutoModelConfig
-from sheeprlhf.task.text_generator import load_scorer, load_writer
+from sheeprlhf.task.text_generator import load_reward_scorer, load_text_generator
 from sheeprlhf.utils.errors import ModelError
 from tests.support.models import byte_tokenizer, make_model_folder
 from tests.support.runs import train
@@ -64,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def prompt_of(word: Path, **given: Any) -> str:
-    writer = load_writer(find_trained(str(word), **given), print)
+    writer = load_text_generator(find_trained(str(word), **given), print)
     _, example = writer.fit([Turn("user", "5 times")])
     return str(writer.tokenizer.decode(example.prompt_ids))
 
@@ -104,13 +104,13 @@ def test_the_card_of_a_reward_model_scores_with_the_end_token_of_its_training(
 ) -> None:
     run(["export", str(runs[name]), "--to", str(tmp_path / "out")])
     card = (tmp_path / "out" / "README.md").read_text()
-    scorer = load_scorer(find_trained(str(runs[name]), wanted=REWARD_MODEL), print)
+    scorer = load_reward_scorer(find_trained(str(runs[name]), wanted=REWARD_MODEL), print)
     turns = [Turn("user", "5 times")]
     expected = scorer.score("template", turns, "word 5")
     assert "<|end|>" in card and "eos_token" not in card and "2019-03-01" in card
     stored = json.loads((tmp_path / "out" / FILE).read_text())
     assert stored == {"form": "template", "template_args": {"mood": "kind", "strftime_now": "2019-03-01"}}
-    exported = load_scorer(find_trained(str(tmp_path / "out"), wanted=REWARD_MODEL), print)
+    exported = load_reward_scorer(find_trained(str(tmp_path / "out"), wanted=REWARD_MODEL), print)
     assert exported.score("template", turns, "word 5") == pytest.approx(expected, abs=1e-5)
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", _Then)
     assert float(executed(card, tmp_path / "out")) == pytest.approx(expected, abs=1e-5)

@@ -15,7 +15,7 @@ from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from sheeprlhf.task.text_generator import Writer
+    from sheeprlhf.task.text_generator import TextGenerator
 
 WEIGHTS = Flag("weights", "Which of a run's weights.", default="final", value="final|best|last|step-<n>")
 TEMPLATE = Flag(
@@ -99,10 +99,10 @@ def run(arguments: list[str]) -> int:
     from transformers.utils import logging as transformers_logging
 
     from sheeprlhf.data.prompt_encoder import FORMS
-    from sheeprlhf.task.text_generator import load_writer
+    from sheeprlhf.task.text_generator import load_text_generator
 
     transformers_logging.disable_progress_bar()
-    writer = load_writer(trained, _note)
+    writer = load_text_generator(trained, _note)
     system = given.values["system"]
     if system is not None and writer.form is not FORMS["template"]:
         raise ConfigError(f"--system: {trained.word} is asked without a chat template: leave it out")
@@ -159,7 +159,7 @@ class Talk:
         system: the first message, if any.
     """
 
-    def __init__(self, writer: "Writer", cfg: GenConfig, seed: int, system: str | None = None) -> None:
+    def __init__(self, writer: "TextGenerator", cfg: GenConfig, seed: int, system: str | None = None) -> None:
         self._writer, self._cfg, self._seed, self._system = writer, cfg, seed, system
         self.reset()
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sheeprlhf.data.prompt_encoder import Turn
 from sheeprlhf.security.redaction import plain_text
 from sheeprlhf.structure.generation import GenConfig
-from sheeprlhf.task.text_generator import Scorer, Writer
+from sheeprlhf.task.text_generator import RewardScorer, TextGenerator
 from sheeprlhf.utils.errors import DataError
 
 MAX_CHARS = 20_000  # of a prompt
@@ -77,7 +77,7 @@ class Panel:
         scorer: who scores; None: nobody.
     """
 
-    def __init__(self, kind: str, writers: Sequence[tuple[str, Writer]], scorer: Scorer | None) -> None:
+    def __init__(self, kind: str, writers: Sequence[tuple[str, TextGenerator]], scorer: RewardScorer | None) -> None:
         self.kind, self._scorer = kind, scorer
         self.names = [name for name, _ in writers]
         self.writers = [writer.in_form(_form(kind, writer.form_name, writer)) for _, writer in writers]
@@ -128,7 +128,7 @@ class Panel:
             yield shown(f"{name} is done")
         yield shown("; ".join(notes) or self._summary(scores))
 
-    def _asked(self, writer: Writer, prompt: str) -> Turn:
+    def _asked(self, writer: TextGenerator, prompt: str) -> Turn:
         instruct = self.kind == SUMMARISE and writer.form_name == "template"
         return Turn("user", f"{_INSTRUCTION if instruct else ''}{prompt}")
 
@@ -145,7 +145,7 @@ class Panel:
         return f"done; highest score: {best[0]}" if len(best) == 1 < len(found) else "done"
 
 
-def _form(kind: str, own: str, model: Writer | Scorer) -> str:
+def _form(kind: str, own: str, model: TextGenerator | RewardScorer) -> str:
     """The form of a task for a model that was trained in the form `own`."""
     if own in (("docstring", "tldr") if kind == SUMMARISE else ("dialogue", "template")):
         return own

@@ -162,12 +162,12 @@ def _serve(models: list[Trained], reward: Trained | None, host: str, port: int, 
     from transformers.utils import logging as transformers_logging
 
     from sheeprlhf.apps.serve.compare import ASK, SUMMARISE, Panel
-    from sheeprlhf.task.text_generator import load_scorer, load_writer
+    from sheeprlhf.task.text_generator import load_reward_scorer, load_text_generator
 
     transformers_logging.disable_progress_bar()
     names = short_names([clean(f"{trained.word}{_of(trained)}", 200) for trained in models])
-    writers = [(name, load_writer(trained, say)) for name, trained in zip(names, models, strict=True)]
-    scorer = load_scorer(reward, say) if reward is not None else None
+    writers = [(name, load_text_generator(trained, say)) for name, trained in zip(names, models, strict=True)]
+    scorer = load_reward_scorer(reward, say) if reward is not None else None
     panels = [Panel(kind, writers, scorer) for kind in (SUMMARISE, ASK)]
     scored = short_names([clean(reward.word, 200)])[0] if reward is not None else None
     page = open_page(panels, scored, host, port, auth)

@@ -19,7 +19,7 @@ from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.sampler import cut_micro_batches
 from sheeprlhf.engine.checkpoint import Say
-from sheeprlhf.engine.fabric import gather_objects, place
+from sheeprlhf.engine.fabric import place
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.rollout.engines import generate_ids
 from sheeprlhf.rollout.rollout import Rollout, decode_rollout, predict_targets, sampling_uniforms, to_rollout
@@ -34,12 +34,12 @@ from sheeprlhf.task.eval.load import (
     longest_with_response,
 )
 from sheeprlhf.utils.end_tokens import end_token_ids
-from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.lightning import Fabric, gather_objects
 
 NUMBER = (1 << 32) - 2  # of an evaluation's draws: no rollout and no validation of training samples with these
 
 
-class Writer(NamedTuple):
+class EvalPolicy(NamedTuple):
     """A policy that answers, on its device.
 
     Attributes:
@@ -67,12 +67,12 @@ class Answers(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def set_up(fabric: Fabric, loaded: tuple[Policy, bool], tokenizer: PreTrainedTokenizerBase) -> Writer:
+def set_up(fabric: Fabric, loaded: tuple[Policy, bool], tokenizer: PreTrainedTokenizerBase) -> EvalPolicy:
     """A loaded policy on the device, in the precision asked for."""
     policy, packed = loaded
     policy.exclude_undefined(tokenizer)
     place(fabric, policy)
-    return Writer(policy, tokenizer, packed)
+    return EvalPolicy(policy, tokenizer, packed)
 
 
 def answer_split(
@@ -90,7 +90,7 @@ def answer_split(
 
 
 def answer(
-    fabric: Fabric, cfg: EvalConfig, writer: Writer, prompts: Sequence[Example], *, group: int = 1, samples: bool
+    fabric: Fabric, cfg: EvalConfig, writer: EvalPolicy, prompts: Sequence[Example], *, group: int = 1, samples: bool
 ) -> Answers:
     """All ranks: responses to every prompt; each rank writes its share, in batches of prompts of about one length.
 
@@ -119,7 +119,7 @@ def answer(
 
 def _by_sampler(
     cfg: EvalConfig,
-    writer: Writer,
+    writer: EvalPolicy,
     prompts: Sequence[Example],
     uniforms: np.ndarray,
     stop: StopStrings,
@@ -149,7 +149,7 @@ def _by_sampler(
 
 
 def _by_beams(
-    cfg: EvalConfig, writer: Writer, prompts: Sequence[Example], stop: StopStrings, bar: Any
+    cfg: EvalConfig, writer: EvalPolicy, prompts: Sequence[Example], stop: StopStrings, bar: Any
 ) -> list[Sampled]:
     """Responses of transformers' beam search."""
     lengths = np.array([len(row.prompt_ids) for row in prompts], dtype=np.int64)
@@ -174,7 +174,7 @@ def _by_beams(
 
 
 @torch.no_grad()
-def logprobs_of(fabric: Fabric, cfg: EvalConfig, writer: Writer, answers: Answers, label: str) -> Tensor:
+def logprobs_of(fabric: Fabric, cfg: EvalConfig, writer: EvalPolicy, answers: Answers, label: str) -> Tensor:
     """All ranks: (N,) what a policy says of each token, nats, at the temperature that they were sampled with.
 
     Args:

@@ -23,7 +23,7 @@ from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 
 
-class Trust(NamedTuple):
+class RewardModelAccuracy(NamedTuple):
     """Accuracy of a reward model on held-out pairs.
 
     Attributes:
@@ -91,7 +91,7 @@ class Judge:
         total, _ = self._fabric.broadcast(asked)
         return np.array(scorer.shape(total, answers.texts), dtype=np.float64)
 
-    def trust(self) -> Trust | None:
+    def trust(self) -> RewardModelAccuracy | None:
         """All ranks: the reward model's accuracy on the pairs of the split; None without a model, or without pairs."""
         if not self.has_model:
             return None
@@ -110,7 +110,7 @@ class Judge:
         scores_S = scores_of_rows(self._fabric, model, task, split, packed=packed, num_rows=task.num_samples)
         chosen_P, rejected_P, _ = pairs_of_rows(scores_S, split.sizes[:, 1:], task.num_samples)
         right_P = (chosen_P > rejected_P) + 0.5 * (chosen_P == rejected_P)
-        return Trust(*interval_of(right_P, seed=cfg.seed), len(right_P))
+        return RewardModelAccuracy(*interval_of(right_P, seed=cfg.seed), len(right_P))
 
     def _scores_of_model(self, answers: Answers) -> list[float]:
         rollout, tokenizer = answers.rollout, load_reward_tokenizer(self._cfg)

@@ -15,7 +15,7 @@ import torch
 from sheeprlhf.agent.batches import Batches, longest_row
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
-from sheeprlhf.engine.fabric import gather_objects, place
+from sheeprlhf.engine.fabric import place
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.interval import resampled
@@ -23,7 +23,7 @@ from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, loa
 from sheeprlhf.task.eval.plots import draw_histogram
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.utils.decoding import ResponseDecoder
-from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
 

@@ -25,7 +25,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logprobs_of, set_up
 from sheeprlhf.task.eval.interval import interval_of, standard_error
-from sheeprlhf.task.eval.judge import Judge, Trust
+from sheeprlhf.task.eval.judge import Judge, RewardModelAccuracy
 from sheeprlhf.task.eval.load import (
     evaluated_files,
     evaluated_split,
@@ -175,7 +175,12 @@ def references_of(rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> An
 
 
 def _figures(
-    cfg: EvalConfig, against: str, written: Written, scores_N: np.ndarray, others_N: np.ndarray, trust: Trust | None
+    cfg: EvalConfig,
+    against: str,
+    written: Written,
+    scores_N: np.ndarray,
+    others_N: np.ndarray,
+    trust: RewardModelAccuracy | None,
 ) -> dict[str, Any]:
     """The numbers of the result."""
     texts, kl_N = written.own.texts, written.kl_N
@@ -198,7 +203,7 @@ def _figures(
     }
 
 
-def _table(numbers: dict[str, Any], judge: str, others: float, trust: Trust | None) -> Table:
+def _table(numbers: dict[str, Any], judge: str, others: float, trust: RewardModelAccuracy | None) -> Table:
     """One figure a line, each with what it needs beside it."""
     table = Table("metric", "value")
     table.add_row(f"score ({judge})", f"{numbers['score']:.4f} ({cell(numbers['score_interval'])})")

@@ -5,7 +5,7 @@ import pytest
 from sheeprlhf.apps.serve.compare import ASK, MAX_CHARS, SUMMARISE, Panel, Settings, transcript
 from sheeprlhf.config.model_lookup import find_trained
 from sheeprlhf.data.prompt_encoder import Turn
-from sheeprlhf.task.text_generator import load_writer
+from sheeprlhf.task.text_generator import load_text_generator
 from tests.support.models import byte_tokenizer, make_model_folder
 from tests.support.talking import TEMPLATE, says
 
@@ -29,7 +29,7 @@ def writers(model_folder, tmp_path):
     folder = make_model_folder(tmp_path / "chatty")
     tokenizer.save_pretrained(folder)
     words = {"plain": model_folder("llama"), "chatty": folder}
-    return [(name, load_writer(find_trained(str(word)), print)) for name, word in words.items()]
+    return [(name, load_text_generator(find_trained(str(word)), print)) for name, word in words.items()]
 
 
 def test_each_model_is_asked_in_its_form_and_scored(writers, monkeypatch):

@@ -14,7 +14,7 @@ from sheeprlhf.rollout.rollout import Rollout
 from sheeprlhf.task.eval.answers import Answers, kl_of_responses
 from sheeprlhf.task.eval.frontier import expected_best
 from sheeprlhf.task.eval.interval import interval_of, mean_and_interval, resampled, standard_error
-from sheeprlhf.task.eval.judge import Trust
+from sheeprlhf.task.eval.judge import RewardModelAccuracy
 from sheeprlhf.task.eval.preference import pairs_of_rows
 
 RNG = np.random.default_rng(0)
@@ -67,4 +67,4 @@ def test_one_helper_makes_all_intervals() -> None:
 
 @pytest.mark.parametrize(("interval", "chance"), [([0.4, 0.6], True), ([0.5, 0.7], True), ([0.51, 0.7], False)])
 def test_a_judge_that_a_coin_equals_is_known(interval: list[float], chance: bool) -> None:
-    assert Trust(0.55, interval, 40).at_chance() is chance
+    assert RewardModelAccuracy(0.55, interval, 40).at_chance() is chance
