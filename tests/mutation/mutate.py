@@ -14,29 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-_COMPARE = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-}
-_BINARY = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.Mult,
-    ast.Pow: ast.Mult,
-    ast.BitAnd: ast.BitOr,
-    ast.BitOr: ast.BitAnd,
-}
+_COMPARISONS = ((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot), (ast.In, ast.NotIn))
+_COMPARE: dict[type, type] = {a: b for pair in _COMPARISONS for a, b in (pair, pair[::-1])}
+_ARITHMETIC = ((ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.BitAnd, ast.BitOr))
+_BINARY: dict[type, type] = {a: b for pair in _ARITHMETIC for a, b in (pair, pair[::-1])}
+_BINARY |= dict.fromkeys((ast.FloorDiv, ast.Mod, ast.Pow), ast.Mult)
 _COMMUTATIVE = {"maximum", "minimum", "max", "min", "equal", "array_equal", "allclose"}
 _KEYWORDS_WITHOUT_EFFECT = {"device", "strict", "non_blocking", "set_to_none"}  # on the CPU, or for correct callers
 _CALLS_WITHOUT_EFFECT = {"phase", "cast", "super", "print", "warn", "tqdm"}  # messages and progress

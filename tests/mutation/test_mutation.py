@@ -104,7 +104,7 @@ def test_survivors_are_reported() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("module", WITHOUT_SURVIVORS)
-def test_every_mutant_is_killed(module: str) -> None:
-    _, result = run(module)
+@pytest.mark.parametrize("target", WITHOUT_SURVIVORS)
+def test_every_mutant_is_killed(target: str) -> None:
+    _, result = run(target)
     assert result["survivors"] == []

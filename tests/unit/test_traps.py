@@ -25,7 +25,7 @@ TRAPS = {
     "3 two begin tokens": "tests/unit/data/test_tokenize.py::test_one_bos_exactly_where_the_tokenizer_puts_one",
     "4 the reward or the action mask is one token off": """
         tests/unit/loss/test_advantage.py::test_token_rewards_by_hand
-        tests/unit/data/test_collate.py::test_scores_are_read_at_the_tokens_themselves
+        tests/unit/model/test_scalar.py::test_plain_transformers_gives_the_same_scores
         tests/unit/rollout/test_collect_steps.py::test_a_reward_model_scores_the_last_token""",
     "5 log-probabilities at another temperature than the sampler's": """
         tests/unit/task/test_ppo_step.py::test_an_update_is_the_slow_one
