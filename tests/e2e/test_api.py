@@ -77,8 +77,12 @@ def test_a_training_runs_in_another_thread_than_the_main_one(tmp_path: Path, mod
     assert len(found[0].metrics["train/loss"]) == 1
 
 
-def test_a_job_on_several_devices_fails_with_an_exception(tmp_path: Path, model_folder: ModelFolder) -> None:
-    options = words(tmp_path, model_folder(), "fabric.devices=2", "task.sft_experiment_dir=nowhere")
+@pytest.mark.slow
+def test_a_job_on_several_devices_has_processes_of_its_own(tmp_path: Path, model_folder: ModelFolder) -> None:
+    options = words(tmp_path, model_folder(), "fabric.devices=2")
+    run = train(options)
+    assert [step for step, _ in run.metrics["train/loss"]] == [1, 2]
+    (tmp_path / "rows.jsonl").write_text("{]\n")
     with pytest.raises(SheepError):
         train(options)
 
