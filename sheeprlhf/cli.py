@@ -123,7 +123,7 @@ def _guarded(action: Callable[[], int], debug: bool, messages: list[str] | None 
     try:
         return action()
     except (KeyboardInterrupt, Terminated) as stopped:
-        _throw_away(stopped)
+        _suppress_unraisable(stopped)
         return _stopped(stopped.signum if isinstance(stopped, Terminated) else signal.SIGINT, other_rank)
     except Interrupted as error:
         # All ranks stop together. A failing child would make Fabric kill rank zero, which may still be saving.
@@ -166,7 +166,7 @@ def _stopped(signum: int, other_rank: bool) -> int:
     return 128 + signum
 
 
-def _throw_away(stopped: BaseException) -> None:
+def _suppress_unraisable(stopped: BaseException) -> None:
     """Suppress errors of half-constructed objects, such as a progress bar, that Ctrl-C interrupted."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     traceback.clear_frames(stopped.__traceback__)

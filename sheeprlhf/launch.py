@@ -16,7 +16,7 @@ from sheeprlhf.config.memory_advice import advice
 from sheeprlhf.config.model_lookup import needs_base_model
 from sheeprlhf.config.processes import with_launched_processes
 from sheeprlhf.config.registry import config_hash
-from sheeprlhf.config.run_lookup import is_word
+from sheeprlhf.config.run_lookup import is_run_alias
 from sheeprlhf.config.shell import option_word
 from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.engine.rundir import CONFIG_FILE, check_existing_run, choose_run_dir, discard_unused, is_finished
@@ -48,7 +48,7 @@ def resolve_run_aliases(job: Job, overrides: list[str]) -> list[str]:
     for key, asked in job.runs.items():
         said = next((word.partition("=")[2] for word in overrides if word.startswith(f"{key}=")), asked)
         found = getattr(job.config.task if key.startswith("task.") else job.config, key.removeprefix("task."), None)
-        if not isinstance(said, str) or not is_word(said) or found == said:  # equal: another meaning of the word
+        if not isinstance(said, str) or not is_run_alias(said) or found == said:  # equal: another meaning of the word
             continue
         if is_rank_zero() and found is not None:
             print(f"{key}={said}: {found}")
@@ -93,18 +93,18 @@ def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> 
     if isinstance(config, CommandConfig):
         silence_libraries()
         if isinstance(config, InspectConfig):
-            _find(config)
+            check_inputs_exist(config)
         return _entry(config.entry_point)(config, args)
     if in_sweep and _needs_processes(config):
         with children() as started:
-            code = started.run(_words_alone(words, config, job.given_dir))
+            code = started.run(_standalone_overrides(words, config, job.given_dir))
         return code if started.stopped_by is None else 128 + started.stopped_by
     if is_rank_zero() and isinstance(config, TrainConfig):
         _warn_about_restarts(resumes=config.resume or config.resume_from is not None)
     run_dir = None
     sys.argv = [sys.argv[0], *words]  # what Fabric starts the other ranks with
     if is_rank_zero():
-        _find(config)
+        check_inputs_exist(config)
         if isinstance(config, TrainConfig):
             check_existing_run(config, config_hash(config), job.given_dir)
         _check_weights(config)
@@ -132,7 +132,7 @@ def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> 
     return 0
 
 
-def _find(config: TrainConfig | EvalConfig | InspectConfig) -> None:
+def check_inputs_exist(config: TrainConfig | EvalConfig | InspectConfig) -> None:
     """Rank zero only: if model or data are not to be had, fail before a directory is made and torch is imported."""
     silence_libraries()
     reads_model = not isinstance(config, EvalConfig) or needs_base_model(config)
@@ -186,7 +186,7 @@ def _is_awaited(config: TrainConfig | EvalConfig) -> bool:
     return started and _needs_processes(config)
 
 
-def _words_alone(words: list[str], config: TrainConfig | EvalConfig, given_dir: str | None) -> list[str]:
+def _standalone_overrides(words: list[str], config: TrainConfig | EvalConfig, given_dir: str | None) -> list[str]:
     name = [option_word("run_name", config.run_name)] if isinstance(config, TrainConfig) else []
     folder = [] if given_dir is None else [option_word("hydra.run.dir", os.path.abspath(given_dir))]
     return [*words, *name, *folder]

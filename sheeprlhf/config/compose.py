@@ -42,8 +42,8 @@ from sheeprlhf.config.run_lookup import (
     is_newest,
     newest_unfinished,
     read_run_config,
+    resolve_runs,
     saved_group,
-    with_start,
 )
 from sheeprlhf.config.shell import option_word
 from sheeprlhf.config.untrusted_config import check_sources, content_problems
@@ -213,7 +213,7 @@ def finish(config: DictConfig, given_dir: str | None = None) -> Job:
         for group in ("model", "data"):
             if config[group] is None:
                 config[group] = saved_group(config.experiment_dir, group)
-    typed = with_start(with_absolute_paths(to_typed(config)), given_dir)
+    typed = resolve_runs(with_absolute_paths(to_typed(config)), given_dir)
     problems = validate(typed)
     if problems:
         raise ConfigError(*problems)

@@ -13,7 +13,7 @@ Change = dict[str, Any]
 """Options by their full name and the values to give them, all together."""
 
 
-def smaller(config: TrainConfig | EvalConfig, phase: str = "forward pass") -> list[Change]:
+def memory_reductions(config: TrainConfig | EvalConfig, phase: str = "forward pass") -> list[Change]:
     """Changes that reduce the memory of `phase` (see `utils.memory`); the mildest first, empty if none is left."""
     if isinstance(config, EvalConfig):
         return list(_smaller_generation(config) if phase == "generation" else _smaller_evaluation(config))
@@ -29,11 +29,11 @@ def words(change: Change) -> str:
     return " ".join(f"{key}={value}" for key, value in spelled.items())
 
 
-def changed(config: Any, change: Change) -> Any:
+def replace_options(config: Any, change: Change) -> Any:
     """A copy of the configuration with the change made."""
     for key, value in change.items():
         first, _, rest = key.partition(".")
-        new = changed(getattr(config, first), {rest: value}) if rest else value
+        new = replace_options(getattr(config, first), {rest: value}) if rest else value
         config = dataclasses.replace(config, **{first: new})
     return config
 
@@ -46,7 +46,7 @@ def advice(config: TrainConfig | EvalConfig, phase: str, place: str | None) -> I
         phase: where memory ran out.
         place: the directory of the run, which can go on; None if there is none.
     """
-    changes = smaller(config, phase)
+    changes = memory_reductions(config, phase)
     if place is None:
         if changes:
             yield f"give {_alternatives(changes)}"

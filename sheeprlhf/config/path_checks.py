@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sheeprlhf.config.memory_advice import changed
+from sheeprlhf.config.memory_advice import replace_options
 from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.config.registry import options
 from sheeprlhf.config.shell import shell_word
@@ -382,7 +382,7 @@ def with_absolute_paths(config: RootConfig) -> RootConfig:
     change = {key: value for key, value in change.items() if value != found[key]}
     if not change:
         return config
-    new: RootConfig = changed(config, change)
+    new: RootConfig = replace_options(config, change)
     new.lock()
     return new
 

@@ -57,13 +57,17 @@ DRY_RUN_ROWS = 64
 
 # What names, places or speeds up a run without changing its result (another number of processes only rounds sums
 # differently; a checkpoint announces it). Everything else tells two runs apart.
-CUT_OPTIONS = ("task.token_budget", "task.micro_batch_size", "model.gradient_checkpointing")  # speed and memory alone
+PERFORMANCE_ONLY_OPTIONS = (
+    "task.token_budget",
+    "task.micro_batch_size",
+    "model.gradient_checkpointing",
+)  # speed and memory alone
 NOT_IN_HASH = frozenset(
     {
         *("resume", "resume_from", "debug", "root_dir", "output_dir", "experiment"),
         *("data.cache_dir", "data.num_proc", "task.num_workers", "task.num_sample_prompts"),
         "task.max_skipped_steps",  # which without it end the run
-        *CUT_OPTIONS,
+        *PERFORMANCE_ONLY_OPTIONS,
         *("fabric.config_name", "fabric.accelerator", "fabric.devices", "fabric.num_nodes", "fabric.strategy"),
         "fabric.timeout",
     }

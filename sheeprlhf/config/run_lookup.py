@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from sheeprlhf.config.memory_advice import changed
+from sheeprlhf.config.memory_advice import replace_options
 from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.config.path_checks import is_template_file, is_weights_name, weights_problems
 from sheeprlhf.config.registry import choices, config_hash, from_dict
@@ -132,7 +132,7 @@ def _begins_without(config: Needy) -> bool:
     return links_of(config).get(START, "").casefold() == AUTO and not scores_by_run(config)
 
 
-def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
+def resolve_runs(config: RootConfig, given_dir: str | None) -> RootConfig:
     """The configuration with the whole paths of the runs that it needs, also where it said "newest" or "auto".
 
     A run that is resumed goes on with those that it started from, whatever has been trained since.
@@ -152,10 +152,10 @@ def with_start(config: RootConfig, given_dir: str | None) -> RootConfig:
         other = newest_finished(config.root_dir, key=asked, trains=("policy",), other_than=config.experiment_dir)
         config = _changed(config, {"task.against": other})
     of_reward = getattr(config.task, "rm_experiment_dir", None)
-    if of_reward is not None and is_word(of_reward) and not scores_by_run(config):
+    if of_reward is not None and is_run_alias(of_reward) and not scores_by_run(config):
         config = _changed(config, {REWARD_MODEL: None})
     links = links_of(config)
-    words = [key for key, value in links.items() if is_word(value)]
+    words = [key for key, value in links.items() if is_run_alias(value)]
     given = {key: str(expand_home(value).absolute()) for key, value in links.items() if key not in words}
     if given:
         config = _changed(config, given)
@@ -182,7 +182,7 @@ def _with_options_of_start(config: Startable) -> Startable:
     These are its chat template, the variables of that, and the tokens that it has added.
     """
     start = getattr(config.task, "sft_experiment_dir", None)
-    if isinstance(config, EvalConfig) or start is None or is_word(start):
+    if isinstance(config, EvalConfig) or start is None or is_run_alias(start):
         return config
     try:
         model, data = saved_group(start, "model"), saved_group(start, "data")
@@ -277,13 +277,13 @@ def newest_unfinished(root_dir: str, config: TrainConfig | None = None) -> str:
     )
 
 
-def is_word(start: str) -> bool:
+def is_run_alias(start: str) -> bool:
     """True if the value is an alias of a run instead of a directory."""
     return start.casefold() in (NEWEST, AUTO)
 
 
 def _changed(config: Startable, change: dict[str, Any]) -> Startable:
-    new: Startable = changed(config, change)
+    new: Startable = replace_options(config, change)
     new.lock()
     return new
 
@@ -326,7 +326,7 @@ def start_problems(config: Needy) -> Iterator[str]:
     if config.model is None or config.data is None:
         return  # told already
     links = links_of(config)
-    missing = {key: value for key, value in links.items() if is_word(value)}
+    missing = {key: value for key, value in links.items() if is_run_alias(value)}
     if missing and not _begins_without(config):
         yield _missing(config, missing, config.model, config.data)
     if REWARD_MODEL not in links and scores_by_run(config):

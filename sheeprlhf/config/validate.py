@@ -21,7 +21,7 @@ from sheeprlhf.config.path_checks import (
 from sheeprlhf.config.prompt_format import template_arg_problems
 from sheeprlhf.config.registry import choices, options
 from sheeprlhf.config.run_lookup import (
-    is_word,
+    is_run_alias,
     read_run_config,
     saved_group,
     scores_by_run,
@@ -422,7 +422,7 @@ def unread_generation(how: GenConfig, task: str) -> Iterator[str]:
 def unread_reward_model(config: TrainConfig | EvalConfig) -> Iterator[str]:
     """A reward model that was given and that the reward does not ask."""
     of_reward = getattr(config.task, "rm_experiment_dir", None)
-    if of_reward is not None and not is_word(of_reward) and not scores_by_run(config):
+    if of_reward is not None and not is_run_alias(of_reward) and not scores_by_run(config):
         yield (
             f"task.rm_experiment_dir={of_reward} is not read by reward={config.reward.config_name}: remove it, or give "
             "reward=model"

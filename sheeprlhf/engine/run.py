@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from sheeprlhf.config.registry import CUT_OPTIONS, config_hash, config_to_dict
+from sheeprlhf.config.registry import PERFORMANCE_ONLY_OPTIONS, config_hash, config_to_dict
 from sheeprlhf.engine.checkpoint import NOT_THE_SAME, TrainState, restore_latest, save_checkpoint
 from sheeprlhf.engine.metrics import MetricWriter
 from sheeprlhf.engine.progress import Progress
@@ -195,7 +195,7 @@ def open_run(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> Iterator[Run]:
         stack.callback(run.close)
         if fabric.is_global_zero:
             for key, was, now in changed_options(cfg, run_dir):
-                if key in CUT_OPTIONS:
+                if key in PERFORMANCE_ONLY_OPTIONS:
                     run.say(f"{key} was {was} and is {now} now: the run goes on, {NOT_THE_SAME}")
             if fabric.device.type == "cuda" and not cfg.torch_deterministic:
                 run.say(ON_CUDA)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.config.path_checks import absolute_words
-from sheeprlhf.config.registry import CUT_OPTIONS, NOT_IN_HASH, choices, config_to_dict
+from sheeprlhf.config.registry import NOT_IN_HASH, PERFORMANCE_ONLY_OPTIONS, choices, config_to_dict
 from sheeprlhf.config.run_lookup import (
     REPORT_FILE,
     RUN_FILE,
@@ -169,7 +169,7 @@ def changed_options(cfg: TrainConfig, run_dir: Path) -> list[tuple[str, Any, Any
     with suppress(ConfigError):
         saved = dict(_leaves(read_run_config(str(run_dir))))
     now = dict(_leaves(redact(config_to_dict(cfg))))
-    compared = [key for key in now if key in saved and (key not in NOT_IN_HASH or key in CUT_OPTIONS)]
+    compared = [key for key in now if key in saved and (key not in NOT_IN_HASH or key in PERFORMANCE_ONLY_OPTIONS)]
     return [(key, saved[key], now[key]) for key in compared if saved[key] != now[key]]
 
 

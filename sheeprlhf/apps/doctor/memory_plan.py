@@ -5,7 +5,7 @@ from functools import cache, partial
 
 from sheeprlhf.apps.doctor.machine_checks import Finding
 from sheeprlhf.apps.terminal import table
-from sheeprlhf.config.memory_advice import Change, changed, smaller, words
+from sheeprlhf.config.memory_advice import Change, memory_reductions, replace_options, words
 from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.model.memory import NO_HOLES, MemoryPlan, ModelSize, measure
 from sheeprlhf.structure.run import TrainConfig
@@ -81,13 +81,13 @@ def _advice(config: TrainConfig, room: float, need: Callable[[TrainConfig], int]
     """Memory after each single change, and the changes that together fit into `room` bytes."""
     lines = ["what would be needed with", *_each(config, need)]
     together: Change = {}
-    while need(config) > room and (changes := smaller(config)):
-        config, together = changed(config, changes[0]), together | changes[0]
+    while need(config) > room and (changes := memory_reductions(config)):
+        config, together = replace_options(config, changes[0]), together | changes[0]
     if need(config) > room:
         return [*lines, "all of them together are not enough: take a smaller model, or a machine with more memory"]
     return [*lines, f"{size_text(need(config))} would fit: {words(together)}"]
 
 
 def _each(config: TrainConfig, need: Callable[[TrainConfig], int]) -> list[str]:
-    cells = [(words(change), size_text(need(changed(config, change)))) for change in smaller(config)]
+    cells = [(words(change), size_text(need(replace_options(config, change)))) for change in memory_reductions(config)]
     return ["  " + "  ".join(line) for line in table(cells, right={1})] if cells else []

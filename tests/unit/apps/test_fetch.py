@@ -171,6 +171,6 @@ def test_nobody_asks_a_silent_hub_again(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     silent: Any = types.SimpleNamespace(model=SmolLM2Config(), data=None)
     monkeypatch.setattr(launch, "locate", lambda cfg: Located(SMOLLM2, True, "using the copy", no_hub=True))
-    launch._find(silent)
+    launch.check_inputs_exist(silent)
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     assert capsys.readouterr().err == "using the copy\n"

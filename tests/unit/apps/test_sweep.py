@@ -53,7 +53,7 @@ def home(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.delitem(sys.modules, "stub_of_sweeps", raising=False)
     monkeypatch.setattr(SFTConfig, "entry_point", "stub_of_sweeps:train")
-    for check in ("_find", "_check_weights"):
+    for check in ("check_inputs_exist", "_check_weights"):
         monkeypatch.setattr(f"sheeprlhf.launch.{check}", lambda config: None)
     monkeypatch.chdir(tmp_path / "home")
     return tmp_path

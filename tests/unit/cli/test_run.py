@@ -9,7 +9,7 @@ import pytest
 
 from sheeprlhf.cli import run
 from sheeprlhf.config.registry import config_to_dict
-from sheeprlhf.launch import _find
+from sheeprlhf.launch import check_inputs_exist
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, Interrupted, MissingRanksError, NonFiniteError
@@ -26,7 +26,7 @@ def calls(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "stub_task", stub)
     monkeypatch.setattr(SFTConfig, "entry_point", "stub_task:train")
     monkeypatch.setattr(PerplexityConfig, "entry_point", "stub_task:evaluate")
-    for check in ("_find", "_check_weights"):  # the stub needs no model of the hub
+    for check in ("check_inputs_exist", "_check_weights"):  # the stub needs no model of the hub
         monkeypatch.setattr(f"sheeprlhf.launch.{check}", lambda config: None)
     monkeypatch.chdir(tmp_path)
     return recorded
@@ -237,7 +237,7 @@ def test_a_saved_run_cannot_switch_on_remote_code(calls, tmp_path):
 @pytest.mark.parametrize("verb", ["train task=sft", "inspect"])
 def test_remote_code_is_announced_before_anything_loads(monkeypatch, capsys, verb):
     def load(verb, args, job):
-        _find(job.config)
+        check_inputs_exist(job.config)
         return 0
 
     monkeypatch.setattr("sheeprlhf.launch.launch", load)

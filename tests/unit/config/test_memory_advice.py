@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from sheeprlhf.config.memory_advice import advice, changed, smaller, words
+from sheeprlhf.config.memory_advice import advice, memory_reductions, replace_options, words
 from sheeprlhf.config.validate import validate
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.fabric import FabricConfig
@@ -36,19 +36,19 @@ def config(model: ModelConfig | None = None, **task: int) -> TrainConfig:
     ],
 )
 def test_the_option_that_limits_a_forward_pass_is_halved(task: dict[str, int], expected: dict[str, int]) -> None:
-    assert smaller(config(**task))[0] == expected
+    assert memory_reductions(config(**task))[0] == expected
 
 
 def test_a_single_row_gets_shorter() -> None:
-    changes = smaller(config(token_budget=50))
+    changes = memory_reductions(config(token_budget=50))
     assert not any("task." in words(change) for change in changes)
     assert {"data.max_length": 50, "data.max_prompt_length": 37} in changes  # a prompt leaves room for a response
 
 
 def test_following_the_advice_comes_to_an_end_and_stays_valid() -> None:
     now, seen = config(), []
-    while changes := smaller(now):
-        now = changed(now, changes[0])
+    while changes := memory_reductions(now):
+        now = replace_options(now, changes[0])
         seen.append(words(changes[0]))
         assert [problem for problem in validate(now) if "data.train_file" not in problem] == []
     assert {"model.gradient_checkpointing=true", "fabric.precision=bf16-mixed", "model.finetune_mode=LORA"} <= {*seen}
@@ -58,12 +58,14 @@ def test_following_the_advice_comes_to_an_end_and_stays_valid() -> None:
 
 
 def test_each_phase_has_its_own_options() -> None:
-    assert smaller(config(), "loading the model") == [{"model.finetune_mode": "LORA", "model.dtype": "bfloat16"}]
-    assert smaller(config(), "optimizer step") == [{"model.finetune_mode": "LORA"}]
+    assert memory_reductions(config(), "loading the model") == [
+        {"model.finetune_mode": "LORA", "model.dtype": "bfloat16"}
+    ]
+    assert memory_reductions(config(), "optimizer step") == [{"model.finetune_mode": "LORA"}]
     adapters = config(TinyConfig(finetune_mode="LORA"))
-    assert {"model.lora_cfg.rank": 8} in smaller(adapters, "optimizer step")
+    assert {"model.lora_cfg.rank": 8} in memory_reductions(adapters, "optimizer step")
     beams = replace(config(), generation=GenConfig(num_beams=4, max_new_tokens=9))
-    assert smaller(beams, "generation")[:2] == [{"generation.num_beams": 2}, {"generation.max_new_tokens": 4}]
+    assert memory_reductions(beams, "generation")[:2] == [{"generation.num_beams": 2}, {"generation.max_new_tokens": 4}]
 
 
 def test_a_run_goes_on_or_starts_anew() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.config.run_lookup import REWARD_MODEL, START, links_of, with_start
+from sheeprlhf.config.run_lookup import REWARD_MODEL, START, links_of, resolve_runs
 from sheeprlhf.config.validate import validate
 from sheeprlhf.structure.rollout import PPOConfig
 from tests.unit.config.test_registry import composed, to_typed
@@ -27,14 +27,14 @@ REFUSED = {
 
 @pytest.mark.parametrize("words", REFUSED)
 def test_it_is_refused_with_the_fix(words: str, tmp_path: Path) -> None:
-    config = with_start(to_typed(composed("train", f"root_dir='{tmp_path}'", *words.split())), None)
+    config = resolve_runs(to_typed(composed("train", f"root_dir='{tmp_path}'", *words.split())), None)
     problems = validate(config)
     assert any(REFUSED[words] in problem for problem in problems), problems
 
 
 def test_alone_it_needs_no_earlier_run(tmp_path: Path) -> None:
     """`train task=ppo` on the embedded model and data: scored by a rule, from the model as it is."""
-    config = with_start(to_typed(composed("train", f"root_dir='{tmp_path}'", "task=ppo")), None)
+    config = resolve_runs(to_typed(composed("train", f"root_dir='{tmp_path}'", "task=ppo")), None)
     assert validate(config) == []
     assert links_of(config) == {}
     assert isinstance(config.task, PPOConfig)
@@ -43,7 +43,7 @@ def test_alone_it_needs_no_earlier_run(tmp_path: Path) -> None:
 
 def test_the_cards_command_names_both_runs_to_train_first(tmp_path: Path) -> None:
     words = ["task=ppo", "model=opt", "data=summarization", f"root_dir='{tmp_path}'"]
-    config = with_start(to_typed(composed("train", *words)), None)
+    config = resolve_runs(to_typed(composed("train", *words)), None)
     assert set(links_of(config)) == {START, REWARD_MODEL}
     [problem] = [problem for problem in validate(config) if "task.rm_experiment_dir" in problem]
     for part in ("train task=sft model=opt data=summarization", "train task=rm model=opt", "reward=function"):
@@ -52,7 +52,7 @@ def test_the_cards_command_names_both_runs_to_train_first(tmp_path: Path) -> Non
 
 def test_a_dry_run_is_two_steps(tmp_path: Path) -> None:
     for task in ("ppo", "grpo", "rloo", "online_dpo"):
-        config = with_start(
+        config = resolve_runs(
             to_typed(composed("train", f"task={task}", "dry_run=true", "reward.overlong_buffer=40")), None
         )
         assert validate(config) == []

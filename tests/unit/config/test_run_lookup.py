@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from sheeprlhf.config.registry import config_hash
-from sheeprlhf.config.run_lookup import START, is_same_model, links_of, start_problems, with_start
+from sheeprlhf.config.run_lookup import START, is_same_model, links_of, resolve_runs, start_problems
 from sheeprlhf.structure.option import Config
 from sheeprlhf.structure.run import TrainConfig
 from tests.unit.config.test_registry import composed, to_typed
@@ -62,29 +62,29 @@ def test_the_newest_that_fits_is_taken(tmp_path: Path) -> None:
     dry = make_run(tmp_path, 8.0, dry_run=True)
     torn = make_run(tmp_path, 9.0)
     (torn / "config.yaml").write_text("model: [")
-    assert sft_start_of(with_start(newest(tmp_path), None)) == str(fits)
-    assert sft_start_of(with_start(newest(tmp_path, "dry_run=true"), None)) == str(dry)
-    assert sft_start_of(with_start(config(tmp_path, "task.sft_experiment_dir=Newest"), None)) == str(fits)
-    assert list(start_problems(with_start(newest(tmp_path), None))) == []
+    assert sft_start_of(resolve_runs(newest(tmp_path), None)) == str(fits)
+    assert sft_start_of(resolve_runs(newest(tmp_path, "dry_run=true"), None)) == str(dry)
+    assert sft_start_of(resolve_runs(config(tmp_path, "task.sft_experiment_dir=Newest"), None)) == str(fits)
+    assert list(start_problems(resolve_runs(newest(tmp_path), None))) == []
 
 
 def test_what_is_taken_is_a_whole_path_and_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "logs" / "runs", 1.0)
     monkeypatch.chdir(tmp_path)
-    found = with_start(newest(Path("logs/runs")), None)
+    found = resolve_runs(newest(Path("logs/runs")), None)
     assert sft_start_of(found) == str(run)
     assert isinstance(found.task, Config)
     with pytest.raises(AttributeError, match="read-only"):
         found.task.epochs = 3
     given = config(tmp_path, f"task.sft_experiment_dir={run.relative_to(tmp_path)}")
-    assert sft_start_of(with_start(given, None)) == str(run)
+    assert sft_start_of(resolve_runs(given, None)) == str(run)
 
 
 @pytest.mark.parametrize("way", ["resume", "resume_from", "given"])
 def test_a_resumed_run_keeps_its_start(way: str, tmp_path: Path) -> None:
     first = make_run(tmp_path, 1.0)
     words = {"resume": ["resume=true"], "resume_from": [], "given": ["resume=true"]}[way]
-    begun = with_start(newest(tmp_path), None)
+    begun = resolve_runs(newest(tmp_path), None)
     mine = make_run(
         tmp_path,
         2.0,
@@ -97,11 +97,11 @@ def test_a_resumed_run_keeps_its_start(way: str, tmp_path: Path) -> None:
     second = make_run(tmp_path, 3.0)
     if way == "resume_from":
         words = [f"resume_from='{mine}'"]
-    again = with_start(newest(tmp_path, *words), str(mine) if way == "given" else None)
+    again = resolve_runs(newest(tmp_path, *words), str(mine) if way == "given" else None)
     assert sft_start_of(again) == str(first)
     assert config_hash(again) == config_hash(begun)
-    assert sft_start_of(with_start(newest(tmp_path, *words, "seed=1"), None)) == str(second)  # that is another run
-    assert sft_start_of(with_start(newest(tmp_path), None)) == str(second)
+    assert sft_start_of(resolve_runs(newest(tmp_path, *words, "seed=1"), None)) == str(second)  # that is another run
+    assert sft_start_of(resolve_runs(newest(tmp_path), None)) == str(second)
 
 
 def test_one_folder_by_two_names_is_one_model(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_one_folder_by_two_names_is_one_model(tmp_path: Path) -> None:
     assert not is_same_model(None, "me/mine")
     run = make_run(tmp_path / "runs", 1.0, model=str(tmp_path / "model"))
     asked = newest(tmp_path / "runs", f"model.repo_name={tmp_path / 'link'}")
-    assert sft_start_of(with_start(asked, None)) == str(run)
+    assert sft_start_of(resolve_runs(asked, None)) == str(run)
 
 
 @pytest.mark.parametrize("task", ["rm", "dpo", "kto", "grpo", "ppo"])
@@ -127,14 +127,14 @@ def test_prompts_are_written_as_the_start_wrote_them(
     saved["data"] = {"config_name": "docstrings", "template_args": {"enable_thinking": False}}
     (run / "config.yaml").write_text(yaml.safe_dump(saved))
     start = [f"task={task}", f"task.sft_experiment_dir='{run}'"]
-    found = with_start(config(tmp_path, *start), None)
+    found = resolve_runs(config(tmp_path, *start), None)
     assert isinstance(found, TrainConfig) and found.data.template_args == {"enable_thinking": False}
     assert (found.model.chat_template, found.model.resize_embeddings) == ("chatml", True)
     assert list(found.model.extra_vocabulary) == ["<a>"]
-    given = with_start(config(tmp_path, *start, "data.template_args={enable_thinking: true}"), None)
+    given = resolve_runs(config(tmp_path, *start, "data.template_args={enable_thinking: true}"), None)
     assert isinstance(given, TrainConfig) and given.data.template_args == {"enable_thinking": True}
     printed = capsys.readouterr()
     assert "data.template_args=" in printed.out and f"{run}" in printed.out
     assert "data.template_args=" in printed.err and f"{run}" in printed.err
-    added = with_start(config(tmp_path, *start, "model.extra_vocabulary=[b]"), None)
+    added = resolve_runs(config(tmp_path, *start, "model.extra_vocabulary=[b]"), None)
     assert any("model.extra_vocabulary" in problem for problem in start_problems(added))

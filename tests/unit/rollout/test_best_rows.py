@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sheeprlhf.config.run_lookup import with_start
+from sheeprlhf.config.run_lookup import resolve_runs
 from sheeprlhf.config.validate import validate
 from sheeprlhf.data.example import Example
 from sheeprlhf.reward.call import Texts
@@ -105,10 +105,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("word", REFUSED)
 def test_what_it_does_not_read_is_refused(word: str) -> None:
-    problems = validate(with_start(to_typed(composed("train", "task=best_of_n", word)), None))
+    problems = validate(resolve_runs(to_typed(composed("train", "task=best_of_n", word)), None))
     assert len(problems) == 1 and REFUSED[word] in problems[0], problems
 
 
 def test_alone_and_as_a_dry_run_it_is_complete() -> None:
     for words in ([], ["dry_run=true"], ["dry_run=true", "task.num_generations=5", "task.rollout_size=100"]):
-        assert validate(with_start(to_typed(composed("train", "task=best_of_n", *words)), None)) == []
+        assert validate(resolve_runs(to_typed(composed("train", "task=best_of_n", *words)), None)) == []
