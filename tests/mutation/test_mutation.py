@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.mutation.mutate import mutants_of
-from tests.mutation.targets import WITHOUT_SURVIVORS
+from tests.mutation.targets import TARGETS, WITHOUT_SURVIVORS
 
 ROOT = Path(__file__).parents[2]
 SOURCE = """
@@ -80,6 +80,11 @@ def test_a_mutant_changes_a_decorated_function_and_a_method_in_use(example: None
     assert clip(7.0) == 1.5
     sums.add(9, 2, 3)
     assert sums.total == 5
+
+
+def test_targets_and_their_tests_are_there() -> None:
+    for module, tests in TARGETS.items():
+        assert [file for file in (module.replace(".", "/") + ".py", *tests) if not (ROOT / file).is_file()] == []
 
 
 def run(*words: str) -> tuple[int, dict[str, object]]:
