@@ -29,7 +29,6 @@ LIGHT = [
     "reward",
     "apps/serve/chat.py",
     "apps/serve/demo.py",
-    "apps/serve/guard.py",
     "apps/describe.py",
     "apps/export/command.py",
     "apps/report",

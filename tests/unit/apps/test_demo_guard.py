@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from sheeprlhf.apps.serve.guard import MAX_BODY, Guard
+from sheeprlhf.apps.serve.demo import MAX_BODY, Guard
 
 
 def answered(method: str, path: str, **headers: str) -> tuple[int, dict[str, str], bool]:
