@@ -99,11 +99,12 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reas
     },
     "sheeprlhf.engine.step._passes": {
         "without items nothing else is read": (
-            "_Passes(micro_batches, totals, sums, [], 0) -> _Passes(totals, micro_batches, sums, [], 0)",
-            "_Passes(micro_batches, totals, sums, [], 0) -> _Passes(micro_batches, sums, totals, [], 0)",
-            "_Passes(micro_batches, totals, sums, [], 0) -> _Passes(micro_batches, totals, [], sums, 0)",
+            "_StepSums(micro_batches, totals, sums, [], 0) -> _StepSums(totals, micro_batches, sums, [], 0)",
+            "_StepSums(micro_batches, totals, sums, [], 0) -> _StepSums(micro_batches, sums, totals, [], 0)",
+            "_StepSums(micro_batches, totals, sums, [], 0) -> _StepSums(micro_batches, totals, [], sums, 0)",
         ),
         "the backward pass has freed what the graph holds": ("output.total.detach() -> output.total",),
+        "forward_of_zero reads no input": ("torch.zeros((), device=fabric.device) -> ()",),
     },
     "sheeprlhf.engine.step._accumulate": {
         "the backward pass has freed what the graph holds": ("output.total.detach() -> output.total",),
