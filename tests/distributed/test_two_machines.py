@@ -14,7 +14,7 @@ ModelFolder = Callable[..., Path]
 TIMEOUT = 20  # seconds; the machine that tests run on may be busy
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_a_cut_link_ends_both_and_names_the_missing(tmp_path: Path, model_folder: ModelFolder) -> None:
     """The second machine has run directories of its own, so the first one says what that means."""
     runs = tmp_path / "runs"
