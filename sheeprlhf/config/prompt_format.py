@@ -25,7 +25,7 @@ def write_prompt_form(folder: Path, form: str, template_args: Mapping[str, Any])
 
     Args:
         folder: has the tokenizer.
-        form: a name of `data.asking.FORMS`.
+        form: a name of `data.prompt_encoder.FORMS`.
         template_args: variables that the chat template was rendered with, the date included.
     """
     content = {"form": form, "template_args": dict(template_args)}

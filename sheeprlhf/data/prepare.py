@@ -125,7 +125,7 @@ def prepare_data(
                     _build(cfg, tokenize, files, folder, progress, kept)
         except OSError as error:
             raise DataError(
-                f"{folder} cannot be made: {error}; free space, mend permissions or set data.cache_dir"
+                f"{folder} cannot be made: {error}; free space, fix permissions or set data.cache_dir"
             ) from None
     report = store.read_report(folder)
     splits = {

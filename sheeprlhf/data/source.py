@@ -86,7 +86,7 @@ def content_hash(files: Files, *, progress: bool = False) -> str:
                             digest.update(part)
                             bar.update(len(part))
                 except OSError as error:
-                    raise DataError(f"{file} cannot be read: {error.strerror}; mend it or give another file") from None
+                    raise DataError(f"{file} cannot be read: {error.strerror}; fix it or give another file") from None
                 total.update(f"{split}{''.join(file_kind(file) or ())}{digest.hexdigest()}".encode())
     return total.hexdigest()
 

@@ -143,7 +143,7 @@ def read_csv(file: Path, *, separator: str = ",") -> PlacedRows:
                 yield f"line {begin}", dict(zip(header, values, strict=True))
             begin = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{file} line {begin}: malformed {kind}: {error}; mend the row that begins there") from None
+        raise DataError(f"{file} line {begin}: malformed {kind}: {error}; fix the row that begins there") from None
 
 
 def count_lines(file: Path) -> int:
@@ -196,9 +196,9 @@ def _placed(place: str) -> Iterator[None]:
         yield
     except json.JSONDecodeError as error:
         line = f" of line {error.lineno}" if error.lineno > 1 else ""
-        raise DataError(f"{place}: malformed JSON at character {error.colno}{line}: {error.msg}; mend it") from None
+        raise DataError(f"{place}: malformed JSON at character {error.colno}{line}: {error.msg}; fix it") from None
     except RecursionError:
-        raise DataError(f"{place}: JSON nested too deeply; mend it") from None
+        raise DataError(f"{place}: JSON nested too deeply; fix it") from None
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
     except ValueError:  # Python refuses to read a number of more than 4,300 digits

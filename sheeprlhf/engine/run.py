@@ -179,7 +179,7 @@ def open_run(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> Iterator[Run]:
     """All ranks: the run is this job's until the block ends.
 
     Rank zero locks the directory and saves the configuration. A new run that is refused before it has recorded anything
-    takes its directory with it, so that the same command can be given again with the mistake mended.
+    takes its directory with it, so that the same command can be given again with the mistake fixed.
 
     Raises:
         RunInUseError: another process works in this directory.

@@ -78,7 +78,7 @@ FILES = {  # nothing, or not what the file's name says
         one("jsonl", LINE + b"1" * 5000, "@ line 2: ", note="long number"),
         one("jsonl", b"[1]\n", "@ line 1: ", note="array"),
         one("jsonl", json.dumps([GOOD], indent=1).encode(), "@ line 1: ", note="lines"),
-        one("json", b'[{"prompt": "p",\n"a": 1},\n oops]', "@ item 2: malformed JSON", "mend it"),
+        one("json", b'[{"prompt": "p",\n"a": 1},\n oops]', "@ item 2: malformed JSON", "fix it"),
         one("json", b"[{}, 3]", "@ item 2: ", note="number"),
         one("json", b"[{} {}]", "@ item 2: malformed JSON", note="no comma"),
         one("json", b"[{}, {}]\n]", "@ item 3: malformed JSON", note="more"),

@@ -152,7 +152,7 @@ def caches(data_cache: str | None) -> Iterator[Finding]:
         text = f"{name} {folder}, {_folder_size(folder)}"
         if not _is_writable(folder):
             levels.add("problem" if key == "data.cache_dir" else "warning")
-            text += f" (not writable: mend its permissions, or set {key}=<folder>)"
+            text += f" (not writable: fix its permissions, or set {key}=<folder>)"
         texts.append(text)
     level = next(level for level in ("problem", "warning", "ok") if level in levels)
     yield Finding(level, "caches", "; ".join(texts))

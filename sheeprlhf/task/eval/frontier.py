@@ -48,7 +48,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     """All ranks: sample from the start and from every checkpoint, score, and save the curve as JSON, CSV and PNG.
 
     Raises:
-        SheepError: something that the user can mend; see its message.
+        SheepError: an error that the user can fix; its message says how.
     """
     task = cfg.task
     assert isinstance(task, FrontierConfig) and cfg.model is not None and cfg.data is not None

@@ -20,7 +20,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     """All ranks: write a response to each prompt; the rows, and figures of their lengths, go into files.
 
     Raises:
-        SheepError: something that the user can mend; see its message.
+        SheepError: an error that the user can fix; its message says how.
     """
     task = cfg.task
     assert isinstance(task, GenerateConfig) and cfg.model is not None and cfg.data is not None

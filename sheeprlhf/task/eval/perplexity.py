@@ -34,7 +34,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     """All ranks: print the perplexity and save it as JSON.
 
     Raises:
-        SheepError: something that the user can mend; see its message.
+        SheepError: an error that the user can fix; its message says how.
     """
     task = cfg.task
     assert isinstance(task, PerplexityConfig) and cfg.model is not None and cfg.data is not None

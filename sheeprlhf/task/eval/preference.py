@@ -48,7 +48,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     """All ranks: print the figures and save them as JSON, with their calibration as a plot.
 
     Raises:
-        SheepError: something that the user can mend; see its message.
+        SheepError: an error that the user can fix; its message says how.
     """
     task = cfg.task
     assert isinstance(task, PreferenceConfig) and cfg.model is not None and cfg.data is not None

@@ -67,7 +67,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     """All ranks: sample, score, compare, print the figures and save them as JSON, each response with its score beside.
 
     Raises:
-        SheepError: something that the user can mend; see its message.
+        SheepError: an error that the user can fix; its message says how.
     """
     task = cfg.task
     assert isinstance(task, RewardConfig) and cfg.model is not None and cfg.data is not None

@@ -33,7 +33,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     """All ranks: generate, score, print the scores and save them as JSON, with the generations beside it.
 
     Raises:
-        SheepError: something that the user can mend; see its message.
+        SheepError: an error that the user can fix; its message says how.
     """
     task = cfg.task
     assert isinstance(task, RougeConfig) and cfg.model is not None and cfg.data is not None

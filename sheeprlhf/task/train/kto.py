@@ -125,7 +125,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     """All ranks: prepare the data and the reference, train, validate, save, and leave `final/` in the run directory.
 
     Raises:
-        SheepError: something that the user can mend; see its message.
+        SheepError: an error that the user can fix; its message says how.
     """
     task = cfg.task
     assert isinstance(task, KTOConfig)
