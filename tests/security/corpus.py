@@ -18,7 +18,7 @@ from tests.support.models import make_model_folder
 
 Attempt = Callable[[], object]
 KINDS: dict[str, Callable[[Path, Path], Iterator[tuple[str, Attempt]]]] = {
-    "spoilt model folders": lambda place, sentinels: folders.spoilt_models(_good(place), place, sentinels),
+    "damaged model folders": lambda place, sentinels: folders.spoilt_models(_good(place), place, sentinels),
     "pickles": lambda place, sentinels: folders.pickles(_good(place), place, sentinels),
     "chat templates": texts.templates,
     "adapter configurations": texts.adapters,

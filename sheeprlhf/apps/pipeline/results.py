@@ -75,7 +75,7 @@ def show_results(folder: Path, rows: list[Row]) -> None:
     """Print the table of the stages that train, 80 columns wide, how long the others took, and where all is kept."""
     trained = [row for row in rows if len(row.figures) > 1]
     columns = used_columns(trained)
-    table = Table("stage", title="what the stages came to", box=None, padding=(0, 1, 0, 0))
+    table = Table("stage", title="results of the stages", box=None, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column.heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for line in cells(trained, columns):
