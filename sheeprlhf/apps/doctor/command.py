@@ -51,9 +51,7 @@ def run(config: DoctorConfig, args: ParsedArgs) -> int:
     screen.print()
     if num_problems:
         count = "one problem" if num_problems == 1 else f"{num_problems} problems"
-        screen.print(
-            f"{count} would stop this run; after the fix, run it again\nnext: {_command('doctor', config, args)}"
-        )
+        screen.print(f"{count} would stop this run; fix and run again\nnext: {_command('doctor', config, args)}")
         return 1
     screen.print(f"this run would work\nnext: {_command('train', config, args)}")
     return 0
