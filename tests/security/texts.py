@@ -57,7 +57,7 @@ ADAPTERS = {
     "copies of layers": {"layer_replication": [[0, 10**9]]},
     "arrow": {"arrow_config": {"top_k": 1}},
     "parameters by name": {"target_parameters": ["a.b"]},
-    "tokens": {"trainable_token_indices": list(range(10))},
+    "tokens": {"trainable_token_indices": [-1]},
     "a pattern without end": {"target_modules": "(a+)+$"},
     "a name that is a pattern": {"target_modules": ["(a|a)*$"]},
     "a pattern of ranks": {"rank_pattern": {"(a+)+$": 4}},
