@@ -189,7 +189,7 @@ def _message(error: Exception, debug: bool) -> str:
     if rank > 0 and local_rank() == 0 and isinstance(error, ConfigError):
         notes.append(f"this is {socket.gethostname()}: every machine needs the same files at the same places")
     if isinstance(error, SheepError):
-        return redact_text("\n".join([f"{who} cannot go on:", *(f"  - {line}" for line in lines), *notes]))
+        return redact_text("\n".join([f"{who} cannot continue:", *(f"  - {line}" for line in lines), *notes]))
     if isinstance(error, UnicodeEncodeError) and sys.getfilesystemencoding() != "utf-8":
         notes = ["the locale has only ASCII, and a path has other characters: set PYTHONUTF8=1"]
     advice = notes or ([] if debug else ["debug=true shows where"])

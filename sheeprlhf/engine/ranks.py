@@ -144,7 +144,7 @@ def _end_after(seconds: float, text: str) -> threading.Timer:
     """End this process with exit code 1, wherever its main thread is stuck then, unless the timer is cancelled."""
 
     def end() -> None:
-        os.write(2, f"sheeprlhf cannot go on:\n  - {text}\n".encode(errors="replace"))
+        os.write(2, f"sheeprlhf cannot continue:\n  - {text}\n".encode(errors="replace"))
         os._exit(1)
 
     timer = threading.Timer(seconds, end)
@@ -388,5 +388,5 @@ def _end_with_children(observer: Any) -> None:
     time.sleep(_ANSWER_SECONDS)
     for child in children:
         child.kill()
-    os.write(2, f"sheeprlhf cannot go on:\n  - local {_listed(ended)} ended, see its own output\n".encode())
+    os.write(2, f"sheeprlhf cannot continue:\n  - local {_listed(ended)} ended, see its own output\n".encode())
     os._exit(1)

@@ -44,7 +44,7 @@ def problem_told(capsys: pytest.CaptureFixture[str], action: Callable[[], object
     capsys.readouterr()
     assert cli._guarded(lambda: bool(action()) and 0, debug=False) == 2
     told = capsys.readouterr().err
-    assert told.startswith("sheeprlhf cannot go on:\n  - ")
+    assert told.startswith("sheeprlhf cannot continue:\n  - ")
     assert len(told.splitlines()) <= 5
     assert "Traceback" not in told
     return told
@@ -129,7 +129,7 @@ def test_bad_data_by_the_whole_command_line(
     told = capsys.readouterr().err
     assert stop.value.code == 2
     assert says in told
-    assert told.startswith("sheeprlhf cannot go on:\n  - ")
+    assert told.startswith("sheeprlhf cannot continue:\n  - ")
     assert len(told.splitlines()) <= 5
 
 

@@ -94,7 +94,7 @@ def message_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert stopped.value.code == 1
     text = capsys.readouterr().err
     assert "Traceback" not in text
-    return text[text.index("sheeprlhf cannot go on:") :]
+    return text[text.index("sheeprlhf cannot continue:") :]
 
 
 @pytest.mark.parametrize(("phase", "fail"), [*zip(BREAK, cycle(AMOUNT), strict=False)])

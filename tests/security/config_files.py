@@ -239,7 +239,7 @@ def _run(folder: Path, words: list[str]) -> None:
             run(arguments)
     except SystemExit as stop:
         text = printed.getvalue()
-        if stop.code != 2 or "cannot go on:" not in text or "Traceback" in text or "canary" in text:
+        if stop.code != 2 or "cannot continue:" not in text or "Traceback" in text or "canary" in text:
             raise AssertionError(text[-2000:]) from stop
         raise ConfigError("refused with exit code 2") from stop
     finally:

@@ -46,7 +46,7 @@ def test_colours_on_a_terminal_unless_they_are_not_wanted(words, monkeypatch):
 def test_a_long_error_is_wrapped_on_a_terminal_under_its_beginning(monkeypatch):
     lines = re.sub(r"\x1b\[[0-9;]*m", "", on_a_terminal(WRONG, monkeypatch)).splitlines()
     assert max(map(len, lines)) <= 60
-    assert lines[0] == "sheeprlhf cannot go on:"
+    assert lines[0] == "sheeprlhf cannot continue:"
     assert all(line.startswith(("  - ", "    ")) for line in lines[1:])
     assert any(line.startswith("    ") for line in lines)
 

@@ -19,7 +19,7 @@ def test_a_missing_package_is_one_line_with_its_extra(
         run(WORDS)
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines() == [
-        "sheeprlhf cannot go on:",
+        "sheeprlhf cannot continue:",
         "  - reward.path=sentiment needs packages that are not installed (vaderSentiment): "
         'pip install "sheeprlhf[sentiment]"',
     ]
