@@ -14,6 +14,7 @@ from typing import Any
 
 from sheeprlhf.cli import run
 from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.task import loop, rl_models
 from sheeprlhf.task.memory_plan import step_plan
 
 
@@ -26,8 +27,7 @@ def status(name: str) -> int:
 def main() -> None:
     """Run the training, then print one line of JSON, in megabytes."""
     task: Any = importlib.import_module(f"sheeprlhf.task.train.{sys.argv[1].removeprefix('task=')}")
-    loader = "load_policy_to_train" if hasattr(task, "load_policy_to_train") else "load_initial_policy"
-    load, train = getattr(task, loader), task.train
+    load, train = loop.load_initial_policy, task.train
     before: list[int] = []
     configs: list[TrainConfig] = []
 
@@ -40,7 +40,7 @@ def main() -> None:
         configs.append(cfg)
         train(fabric, cfg, run_dir)
 
-    setattr(task, loader, noted_load)
+    loop.load_initial_policy = rl_models.load_initial_policy = noted_load
     task.train = noted_train
     run(["train", *sys.argv[1:]])
     measured = status("VmHWM") - before[0]

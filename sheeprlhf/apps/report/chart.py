@@ -44,6 +44,7 @@ _LOOK: dict[str, Any] = {
     "axes.labelcolor": _FAINT,
     "text.color": _FAINT,
     "svg.fonttype": "none",
+    "svg.hashsalt": "",  # equal runs give equal bytes
     "text.parse_math": False,
 }
 _OPEN = ("Loss", "Objective", "Rewards")  # groups that are not folded
