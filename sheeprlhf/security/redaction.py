@@ -8,6 +8,7 @@ from typing import Any
 from sheeprlhf.utils.home import expand_home
 
 HIDDEN = "<redacted>"
+_LITERALS = ("true", "false", "null")
 _SHORTEST = 10  # characters; a shorter value may be a word of any text
 _SECRET_KEY = re.compile(r"token|secret|password|passwd|credential|key$", re.IGNORECASE)
 _ASSIGNMENT = re.compile(r"(?P<key>[\w.+~-]*)=(?P<value>.*)", re.DOTALL)
@@ -125,14 +126,14 @@ def redact(value: Any, key: str = "") -> Any:
 
 
 def redact_command(arguments: list[str]) -> list[str]:
-    """Command-line arguments `key=value` with secrets replaced."""
+    """Return command-line arguments `key=value` with secrets replaced; numbers, true, false and null are none."""
     redacted = []
     for argument in arguments:
         match = _ASSIGNMENT.fullmatch(argument)
         if match:
             key = match["key"].rpartition(".")[2]
-            is_number = match["value"].replace(".", "", 1).isdigit()
-            value = match["value"] if is_number else redact(match["value"], key)
+            is_plain = match["value"].replace(".", "", 1).isdigit() or match["value"].casefold() in _LITERALS
+            value = match["value"] if is_plain else redact(match["value"], key)
             redacted.append(f"{match['key']}={value}")
         else:
             redacted.append(redact_text(argument))

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from tensorboard.plugin_util import markdown_to_safe_html
 
+from sheeprlhf.config.overrides import catalogue
 from sheeprlhf.security.redaction import code_block, is_secret_value, plain_text, redact, redact_command, redact_text
 
 LETTERS = f"{ascii_letters}{digits}"
@@ -98,6 +99,13 @@ def test_options_are_not_secrets():
     command = ["train", "task.token_budget=2048", "generation.max_new_tokens=6", "-m", "data=local", "optim.lr=1e-3"]
     assert redact_command(command) == command
     assert redact(("a", 1)) == ["a", 1]
+
+
+def test_no_option_of_a_command_is_hidden():
+    values = {entry.option.key: entry.option.value for entry in catalogue()}
+    words = [f"{key}={str(value).lower() if isinstance(value, int | float) else 'x'}" for key, value in values.items()]
+    assert "data.control_tokens=false" in words
+    assert redact_command(words) == words
 
 
 MARKUP = [
