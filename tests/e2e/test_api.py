@@ -12,9 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification
 
 import sheeprlhf
-from sheeprlhf import collate, evaluate, load_policy, load_tokenizer, losses, prepare_data, sample, train
+from sheeprlhf import (
+    collate,
+    evaluate,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    losses,
+    prepare_data,
+    sample,
+    train,
+)
 from sheeprlhf.utils.errors import ConfigError, DataError, SheepError
 from tests.support.runs import train_words, write_pairs, write_rows
 
@@ -107,6 +118,21 @@ def test_a_pair_in_a_custom_loop_has_the_loss_of_equal_policies(tmp_path: Path, 
     batch = collate(data.splits["train"].examples([0]), policy)
     assert batch.pairs_P2.tolist() == [[0, 1]]
     assert_close(losses.dpo.sigmoid(torch.zeros(1), torch.zeros(1), 0.1), torch.tensor([0.6931472]))
+
+
+def test_a_reward_model_scores_as_in_plain_transformers(tmp_path: Path, model_folder: ModelFolder) -> None:
+    folder, tokenizer = tmp_path / "rm", load_tokenizer(str(model_folder()))
+    plain = AutoModelForSequenceClassification.from_pretrained(model_folder(), num_labels=1, pad_token_id=0)
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    reward = load_reward_model(str(folder))
+    data = prepare_data(str(write_rows(tmp_path / "rows.jsonl")), tokenizer)
+    examples = data.splits["train"].examples([0, 1])
+    with torch.no_grad():
+        scores = reward(collate(examples, reward, targets="last"))
+        for score, example in zip(scores, examples, strict=True):
+            ids = torch.tensor([[*example.prompt_ids, *example.responses[0]]])
+            assert_close(score, plain.model(ids).last_hidden_state[0, -1] @ plain.score.weight[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dpo_loop", "grpo_loop"])
