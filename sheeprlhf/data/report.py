@@ -251,7 +251,7 @@ def render_report(report: Report) -> str:
     for kind in ("prompt", "response"):
         if any(part["truncated"][kind] for part in parts):
             line(f"  {kind} cut", [part["truncated"][kind] for part in parts])
-    told = {
+    labels = {
         "prompts_alone": "rows without a response",
         "pairs": "pairs of a better and a worse response",
         "rows_with_margin": "rows with a margin (task=rm reads it)",
@@ -265,7 +265,7 @@ def render_report(report: Report) -> str:
         "prompt_mismatch_rows": "rows whose prompt is not what its tokens decode to",
         "response_mismatch_rows": "rows whose response is not what its tokens decode to",
     }
-    for key, label in told.items():
+    for key, label in labels.items():
         if any(part.get(key) for part in parts):
             line(label, [part.get(key, 0) for part in parts])
     for name in sorted({name for part in parts for name in part.get("unused", {})}):

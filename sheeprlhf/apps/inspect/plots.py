@@ -50,15 +50,15 @@ def text_histogram(lengths: Lengths, *, bar: str, longest_bar: int) -> list[str]
     first = max(map(len, [*labels, "tokens"]))
     digits = {kind: len(f"{count.max():,}") for kind, count in counts.items()}
     head = "  ".join(f"{kind:<{longest_bar + digits[kind] + 1}}" for kind in counts)
-    told = [f"{'tokens':>{first}}  {head}".rstrip()]
+    lines = [f"{'tokens':>{first}}  {head}".rstrip()]
     for number, label in enumerate(labels):
         cells = []
         for kind, count in counts.items():
             size = math.ceil(longest_bar * count[number] / count.max())  # one row in a thousand still shows
-            told_count = f"{count[number]:,}" if count[number] else ""
-            cells.append(f"{bar * size:<{longest_bar}} {told_count:>{digits[kind]}}")
-        told.append(f"{label:>{first}}  {'  '.join(cells)}".rstrip())
-    return told
+            count_text = f"{count[number]:,}" if count[number] else ""
+            cells.append(f"{bar * size:<{longest_bar}} {count_text:>{digits[kind]}}")
+        lines.append(f"{label:>{first}}  {'  '.join(cells)}".rstrip())
+    return lines
 
 
 def _step(longest: int) -> int:
