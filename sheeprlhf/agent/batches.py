@@ -16,7 +16,7 @@ from sheeprlhf.data.sampler import cut_micro_batches
 from sheeprlhf.engine.step import MicroBatch
 from sheeprlhf.model.attention import packing_limit, tolerance
 from sheeprlhf.model.lm_head import TokenLogprobs
-from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.lightning import Fabric, move_data_to_device
 from sheeprlhf.utils.modes import eval_mode
 
@@ -113,7 +113,7 @@ def choose_packed(
     *,
     longest: int,
     batching: str,
-    say: Callable[[str], None] = lambda _: None,
+    say: Notify = lambda _: None,
 ) -> bool:
     """Decide whether batches are packed: packed and padded numbers have to be equal.
 

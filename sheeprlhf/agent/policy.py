@@ -3,7 +3,7 @@
 Letters: B rows, T positions, R positions where the head runs, N targets, C hidden width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from sheeprlhf.model.lora import POLICY, adapter_in_use, add_lora, save_model
 from sheeprlhf.model.router import router_logits_of
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import add_end_ids
+from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.vocabulary import num_rows_needed, undefined_ids
 
@@ -161,7 +162,7 @@ def load_policy(
     *,
     longest: int,
     batching: str,
-    say: Callable[[str], None] = lambda _: None,
+    say: Notify = lambda _: None,
     new_head: bool = False,
 ) -> tuple[Policy, bool]:
     """Load the model, add adapters if asked, and choose packed or padded batches.

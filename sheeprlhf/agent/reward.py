@@ -3,7 +3,6 @@
 Letters: N tokens that are scored.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +20,7 @@ from sheeprlhf.model.lora import adapter_in_use, add_lora, load_lora, save_model
 from sheeprlhf.security.model_folder import read_json
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import add_end_ids
-from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.vocabulary import num_rows_needed
@@ -114,7 +113,7 @@ def load_reward_model(
     *,
     longest: int,
     batching: str,
-    say: Callable[[str], None] = lambda _: None,
+    say: Notify = lambda _: None,
 ) -> tuple[RewardModel, bool]:
     """A reward model that is a whole folder, and whether its batches are packed.
 
@@ -139,7 +138,7 @@ def reward_model_of(
     tokenizer: PreTrainedTokenizerBase,
     *,
     adapter: Path | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    say: Notify = lambda _: None,
 ) -> RewardModel:
     """The language model with a score head instead of its own, and adapters if asked.
 

@@ -13,7 +13,7 @@ import re
 import signal
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
@@ -52,7 +52,7 @@ from sheeprlhf.data.report import (
 from sheeprlhf.data.store import SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import DataConfig, KeptColumns
-from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.errors import DataError, Notify
 from sheeprlhf.utils.folders import discard, locked, written_folder
 from sheeprlhf.utils.output import create_file
 from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, BoundToThis, start_bound
@@ -92,7 +92,7 @@ def prepare_data(
     tokenizer: Any,
     *,
     kind: str,
-    say: Callable[[str], None],
+    say: Notify,
     progress: bool,
     kept: KeptColumns = _NOTHING_KEPT,
 ) -> PreparedData:
@@ -141,7 +141,7 @@ def prepare_data(
     return PreparedData(splits, report, print_of_data, folder)
 
 
-def _is_whole(folder: Path, say: Callable[[str], None]) -> bool:
+def _is_whole(folder: Path, say: Notify) -> bool:
     """True if a folder is prepared and undamaged; removes and reports a damaged one. Call it under the folder's lock.
 
     Raises:

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,12 @@ from sheeprlhf.model.lora import CRITIC
 from sheeprlhf.security.json_records import damaged, load_json
 from sheeprlhf.security.record_schemas import MANIFEST as MANIFEST_SCHEMA
 from sheeprlhf.security.record_schemas import STATE
-from sheeprlhf.utils.errors import CheckpointError, RecordError, UnsafePathError
+from sheeprlhf.utils.errors import CheckpointError, Notify, RecordError, UnsafePathError
 from sheeprlhf.utils.folders import sweep_scratch
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.modes import rng_state, set_rng_state
 from sheeprlhf.utils.output import create_file, make_folder, safe_path
 
-Say = Callable[[str], None]
 STATE_FILE = "state.json"
 NOT_THE_SAME = "but not bit for bit the same (in float32 and without dropout, losses agree to about 1e-5 a step)"
 STEP_FOLDER = re.compile(r"step-(\d{1,12})")
@@ -118,7 +116,7 @@ def save_checkpoint(
     *,
     config_hash: str,
     keep: int,
-    say: Say = print,
+    say: Notify = print,
 ) -> Path:
     """All ranks: rank zero writes `checkpoints/step-<state.step>/` and removes old ones.
 
@@ -175,7 +173,7 @@ def _write(
     *,
     rounds: dict[str, Any],
     config_hash: str,
-    say: Say,
+    say: Notify,
 ) -> None:
     """Rank zero only."""
     if target.exists():
@@ -204,7 +202,7 @@ def _write(
     write_folder(target, writer, num_bytes=sum(t.nbytes for tensors in files.values() for t in tensors.values()))
 
 
-def _set_aside(folder: Path, say: Say) -> None:
+def _set_aside(folder: Path, say: Notify) -> None:
     """Rename a folder that is not ours to delete."""
     number = 1
     while os.path.lexists(aside := folder.with_name(f"{folder.name}.kept-{number}")):
@@ -213,7 +211,7 @@ def _set_aside(folder: Path, say: Say) -> None:
     say(f"{folder} is damaged, or not of this program: it is not deleted, and is called {aside.name} now")
 
 
-def _prune(checkpoints: Path, state: TrainState, keep: int, say: Say) -> None:
+def _prune(checkpoints: Path, state: TrainState, keep: int, say: Notify) -> None:
     """Remove all but the newest `keep` up to this step, and the best. Later steps are damaged leftovers: they go."""
     steps = []
     for step in saved_steps(checkpoints):
@@ -233,7 +231,7 @@ def saved_steps(checkpoints: Path) -> list[int]:
     return sorted((int(match[1]) for name in names if (match := STEP_FOLDER.fullmatch(name))), reverse=True)
 
 
-def latest_checkpoint(run_dir: Path, say: Say) -> Path | None:
+def latest_checkpoint(run_dir: Path, say: Notify) -> Path | None:
     """One process: the newest checkpoint whose files all verify; damaged ones are named through `say`."""
     for step in saved_steps(run_dir / "checkpoints"):
         folder = run_dir / "checkpoints" / f"step-{step}"
@@ -248,7 +246,7 @@ def latest_checkpoint(run_dir: Path, say: Say) -> Path | None:
 
 
 def restore_latest(
-    fabric: Fabric, run_dir: Path, module: nn.Module, optimizer: Optimizer, *, config_hash: str, say: Say
+    fabric: Fabric, run_dir: Path, module: nn.Module, optimizer: Optimizer, *, config_hash: str, say: Notify
 ) -> TrainState | None:
     """All ranks: load the newest good checkpoint and clear away what killed processes left; None if there is none."""
     path = None
@@ -263,7 +261,7 @@ def restore_latest(
 
 
 def load_checkpoint(
-    fabric: Fabric, path: Path, module: nn.Module, optimizer: Optimizer, *, config_hash: str, say: Say
+    fabric: Fabric, path: Path, module: nn.Module, optimizer: Optimizer, *, config_hash: str, say: Notify
 ) -> TrainState:
     """All ranks: verify, then restore weights, optimizer and this rank's random number generators.
 
@@ -285,7 +283,7 @@ def load_checkpoint(
 
 
 def _load(
-    fabric: Fabric, path: Path, module: nn.Module, optimizer: Optimizer, *, config_hash: str, say: Say
+    fabric: Fabric, path: Path, module: nn.Module, optimizer: Optimizer, *, config_hash: str, say: Notify
 ) -> TrainState:
     manifest, state = read_manifest(path), read_state(path)
     if manifest["config_hash"] != config_hash:
@@ -302,7 +300,7 @@ def _load(
     return state
 
 
-def find_checkpoint(run_dir: Path, name: str, say: Say) -> Path:
+def find_checkpoint(run_dir: Path, name: str, say: Notify) -> Path:
     """One process: the folder of "last", "best" or "step-<n>".
 
     Raises:

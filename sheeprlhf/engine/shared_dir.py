@@ -3,20 +3,19 @@
 import hashlib
 import secrets
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from sheeprlhf.engine.checkpoint import saved_steps
 from sheeprlhf.engine.manifest import MANIFEST
-from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.errors import ConfigError, Notify
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.output import write_file
 
 _SECONDS_TO_APPEAR = 3.0  # network file systems may be late
 
 
-def check_shared(fabric: Fabric, run_dir: Path, say: Callable[[str], None]) -> None:
+def check_shared(fabric: Fabric, run_dir: Path, say: Notify) -> None:
     """All ranks: find the machines that do not see rank zero's run directory, by a file that it makes for a moment.
 
     One without checkpoints works all the same; `say` tells then that going on will need them on every machine.

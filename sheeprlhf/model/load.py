@@ -5,7 +5,7 @@ import math
 import re
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,12 +51,11 @@ from sheeprlhf.security.safetensors_header import TensorFacts
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.chat_templates import FOLDER, OPTION, SUFFIX, built_in_templates, own_templates, template_names
 from sheeprlhf.utils.end_tokens import set_configured_end_ids
-from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.hub import EMBEDDED
 from sheeprlhf.utils.vocabulary import add_special_tokens, num_rows_needed, template_tokens
 
-Say = Callable[[str], None]
 RESIZED = "resized_model"  # a folder, in messages
 _HALF = {"F16": "float16", "BF16": "bfloat16"}  # number formats in the headers
 _CLASSES = ("ForSequenceClassification", "ForCausalLM", "LMHeadModel", "Model")  # what may have a score head
@@ -296,7 +295,7 @@ def _files(cfg: ModelConfig) -> _Files:
     return _Files(found.source, options | {"local_files_only": found.local_only}, folder, {}, found.source)
 
 
-def _files_with_weights(cfg: ModelConfig, say: Say) -> _Files:
+def _files_with_weights(cfg: ModelConfig, say: Notify) -> _Files:
     """The files of a model, looked at, with its weights as safetensors unless they are to be random.
 
     Raises:
@@ -379,7 +378,7 @@ def num_positions(cfg: ModelConfig) -> int | None:
 
 
 def check_weights(
-    cfg: ModelConfig, *, auto: Any = AutoModelForCausalLM, new_head: bool = False, say: Say = lambda _: None
+    cfg: ModelConfig, *, auto: Any = AutoModelForCausalLM, new_head: bool = False, say: Notify = lambda _: None
 ) -> str:
     """Account for the weights of a model by the headers of its files, before anything is loaded.
 
@@ -511,7 +510,7 @@ def load_causal_lm(
     longest: int,
     auto: Any = AutoModelForCausalLM,
     new_head: bool = False,
-    say: Say = lambda _: None,
+    say: Notify = lambda _: None,
 ) -> PreTrainedModel:
     """The language model in `cfg.dtype`, in training mode, with packed attention where its code allows.
 
@@ -610,7 +609,7 @@ def _too_few_rows(cfg: ModelConfig, needed: int, rows: int, auto: Any) -> str:
     return f"{fact}; make a folder with a row for each, `{command}`, and give model.repo_name={RESIZED}"
 
 
-def _tell_of_weights(cfg: ModelConfig, files: _Files, account: Account, say: Say, *, is_policy: bool) -> None:
+def _tell_of_weights(cfg: ModelConfig, files: _Files, account: Account, say: Notify, *, is_policy: bool) -> None:
     """Print what is in the files and not in the model, and that the weights are changed to another number format."""
     note = account.note()
     if note:

@@ -4,7 +4,7 @@ import difflib
 import shlex
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -32,7 +32,7 @@ from sheeprlhf.model.new_tokens import base_of, trained_rows
 from sheeprlhf.security.model_folder import ADAPTERS, tensors_of
 from sheeprlhf.security.pickled_weights import adapter_folder
 from sheeprlhf.structure.model import LORAConfig
-from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.modes import eval_mode
 
 POLICY = "default"  # PEFT's name for the first adapter of a model: that of the policy
@@ -56,7 +56,7 @@ class Merged(NamedTuple):
     difference: float
 
 
-def load_lora(model: PreTrainedModel, folder: Path, say: Callable[[str], None] = lambda _: None) -> PeftModel:
+def load_lora(model: PreTrainedModel, folder: Path, say: Notify = lambda _: None) -> PeftModel:
     """Put the adapters of a PEFT folder on the model, frozen.
 
     Args:
@@ -109,7 +109,7 @@ def check_tensors(model: PeftModel, name: str, tensors: Mapping[str, Any]) -> No
         raise ValueError("; ".join(problems))
 
 
-def check_adapters(model: PreTrainedModel, folder: Path, say: Callable[[str], None]) -> None:
+def check_adapters(model: PreTrainedModel, folder: Path, say: Notify) -> None:
     """Account for the tensors of a PEFT folder by the header of its file.
 
     Args:
@@ -368,9 +368,7 @@ def copy_adapter(model: PeftModel, source: str, target: str) -> None:
                 weight.copy_(weights[f"{key}.".replace(f".{target}.", f".{source}.")[:-1]])
 
 
-def load_score_adapter(
-    model: PeftModel, folder: Path, name: str, say: Callable[[str], None] = lambda _: None
-) -> Tensor:
+def load_score_adapter(model: PeftModel, folder: Path, name: str, say: Notify = lambda _: None) -> Tensor:
     """Add the adapters of a reward model's PEFT folder to the others, frozen.
 
     Args:

@@ -8,7 +8,7 @@ so with the f_e of the whole step the rest is a sum over tokens, and the cut int
 Letters: T tokens, E experts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.modes import eval_mode
 
 _RELATIVE = {torch.bfloat16: 0.1, torch.float16: 0.02}  # transformers rounds probabilities to the weights' format
@@ -138,7 +139,7 @@ class StepRouterLoss(NamedTuple):
         return self.loss.value(self.counts_E, probability_sums(router_logits), self.num_rows) * self.num_items
 
 
-def router_loss_in_training(model: PreTrainedModel, say: Callable[[str], None]) -> RouterLoss | None:
+def router_loss_in_training(model: PreTrainedModel, say: Notify) -> RouterLoss | None:
     """The loss that the model's configuration asks for; a line says that it counts, or that it cannot."""
     coefficient = configured_router_loss(model)
     if not coefficient:
@@ -151,13 +152,13 @@ def router_loss_in_training(model: PreTrainedModel, say: Callable[[str], None]) 
     return found
 
 
-def say_router_loss_left_out(model: PreTrainedModel, task: str, say: Callable[[str], None]) -> None:
+def say_router_loss_left_out(model: PreTrainedModel, task: str, say: Notify) -> None:
     """Report once that a task does not train with the router's loss although the model's configuration asks for it."""
     if coefficient := configured_router_loss(model):
         _say_left_out(coefficient, f"task={task} trains without it", say)
 
 
-def _say_left_out(coefficient: float, why: str, say: Callable[[str], None]) -> None:
+def _say_left_out(coefficient: float, why: str, say: Notify) -> None:
     say(
         f"the model's config asks for the router's loss (output_router_logits, router_aux_loss_coef={coefficient:g}): "
         f"{why}"

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from sheeprlhf.reward.call import Texts
 from sheeprlhf.rollout.rollout import Rollout
 from sheeprlhf.security.json_records import parse_json
 from sheeprlhf.security.record_schemas import BEST_ROW
-from sheeprlhf.utils.errors import RecordError
+from sheeprlhf.utils.errors import Notify, RecordError
 from sheeprlhf.utils.output import create_file, write_file
 
 COLUMNS = ("prompt", "response", "score", "n", "mean_score", "first_score")  # of the dataset
@@ -104,7 +104,7 @@ class RowWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def has(self, split: str, number: int, num_prompts: int, say: Callable[[str], None]) -> bool:
+    def has(self, split: str, number: int, num_prompts: int, say: Notify) -> bool:
         """Return whether a rollout of so many prompts is complete; a damaged file is reported and does not count."""
         path = self._path(split, number)
         try:

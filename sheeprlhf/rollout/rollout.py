@@ -34,7 +34,6 @@ from sheeprlhf.agent.reward import AdapterValueModel, RewardModel
 from sheeprlhf.data.encoding import PairEncoder, decode, encode
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.tokenize import SpecialIds
-from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.shard import gathered
 from sheeprlhf.reward.call import Texts
@@ -45,7 +44,7 @@ from sheeprlhf.rollout.stop import StopStrings
 from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.end_tokens import control_tokens, end_token_ids, response_end
-from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
+from sheeprlhf.utils.errors import ModelError, NonFiniteError, Notify, RewardError
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode, isolated_rng
@@ -458,7 +457,7 @@ class TextExchange:
         say: prints a line for the user.
     """
 
-    def __init__(self, policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase, say: Say) -> None:
+    def __init__(self, policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase, say: Notify) -> None:
         self._policy, self._reward, self._say = policy, reward, say
         self._policy_bos, self._reward_bos = SpecialIds(policy).bos, SpecialIds(reward).bos
         self._encode = PairEncoder(reward)

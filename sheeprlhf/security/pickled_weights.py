@@ -29,7 +29,7 @@ from sheeprlhf.security.model_folder import (
     read_json,
     weights_of,
 )
-from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.folders import has_marker, locked, writing_errors, written_folder
 from sheeprlhf.utils.home import cache_root
 from sheeprlhf.utils.memory import size_text
@@ -48,7 +48,7 @@ _FOLDER_NAME = re.compile(r"[^\w.-]+", re.ASCII)
 _GLOBAL = re.compile(r"GLOBAL ([\w.]{1,100})")
 
 
-def converted_folder(folder: Path, name: str, say: Callable[[str], None], cache_dir: str | None = None) -> Path:
+def converted_folder(folder: Path, name: str, say: Notify, cache_dir: str | None = None) -> Path:
     """The folder in our cache with the same model as safetensors; made if it is missing, by one process at a time.
 
     It is known by place, size and time of the pickled files, so that it is found again without the hub.
@@ -74,7 +74,7 @@ def converted_folder(folder: Path, name: str, say: Callable[[str], None], cache_
     return _converted(folder, pickled_files(folder), fill, name, say, cache_dir)
 
 
-def adapter_folder(folder: Path, say: Callable[[str], None]) -> Path:
+def adapter_folder(folder: Path, say: Notify) -> Path:
     """The folder with the adapters as safetensors: itself, or a conversion in our cache if it has a pickle alone.
 
     Args:
@@ -100,7 +100,7 @@ def _converted(
     names: list[str],
     fill: Callable[[list[Path], Path], None],
     name: str,
-    say: Callable[[str], None],
+    say: Notify,
     cache_dir: str | None,
 ) -> Path:
     """The folder in our cache that `fill` writes from the pickled files of these names."""

@@ -29,13 +29,12 @@ from sheeprlhf.data.prompt_encoder import save_form
 from sheeprlhf.data.read import read_batches
 from sheeprlhf.data.source import locate
 from sheeprlhf.data.tokenize import RowTokenizer
-from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.model.lm_head import padding_token
 from sheeprlhf.model.lora import check_difference, compute_outputs, max_difference, max_output, merge_lora
 from sheeprlhf.task.text_generator import load_trained_policy, load_trained_scorer
 from sheeprlhf.utils.end_tokens import add_end_ids
-from sheeprlhf.utils.errors import ConfigError, DataError, ModelError
+from sheeprlhf.utils.errors import ConfigError, DataError, ModelError, Notify
 from sheeprlhf.utils.output import write_file
 
 LOADED = 1e-5  # of 1 + the largest logit, all in float32
@@ -70,7 +69,7 @@ class Checks(NamedTuple):
 Card = Callable[[Checks, PreTrainedModel, PreTrainedTokenizerBase], str]
 
 
-def export_model(trained: Trained, target: Path, dtype: str, card: Card, say: Say) -> Checks:
+def export_model(trained: Trained, target: Path, dtype: str, card: Card, say: Notify) -> Checks:
     """Write the folder; it is there whole and checked, or not at all.
 
     Args:
@@ -126,7 +125,7 @@ def check_target(target: Path) -> None:
         raise ConfigError(f"--to {target} is there already and is not an empty folder: give a new one")
 
 
-def _load(trained: Trained, say: Say) -> tuple[Policy | RewardModel, PreTrainedTokenizerBase]:
+def _load(trained: Trained, say: Notify) -> tuple[Policy | RewardModel, PreTrainedTokenizerBase]:
     """In the run's own number format first, as it was trained, and then exactly in float32."""
     load: Any = load_trained_policy if trained.trains == POLICY else load_trained_scorer
     model, tokenizer = load(trained, say)

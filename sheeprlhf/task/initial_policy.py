@@ -12,12 +12,12 @@ from sheeprlhf.agent.reward import RewardModel, load_reward_model, reward_model_
 from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.config.shell import shell_word
-from sheeprlhf.engine.checkpoint import Say, find_checkpoint, load_weights
+from sheeprlhf.engine.checkpoint import find_checkpoint, load_weights
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import add_lora, load_lora, merge_lora
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.task import RMConfig, TrainTaskConfig
-from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.errors import ConfigError, Notify
 
 
 def load_policy_from_run(
@@ -28,7 +28,7 @@ def load_policy_from_run(
     *,
     longest: int,
     batching: str,
-    say: Say,
+    say: Notify,
 ) -> tuple[Policy, bool]:
     """The policy that a run trained, with its adapters beside it if it has some, and whether its batches are packed.
 
@@ -69,7 +69,7 @@ def load_initial_policy(
     *,
     longest: int,
     batching: str,
-    say: Say,
+    say: Notify,
     new_head: bool = False,
 ) -> tuple[Policy, bool]:
     """The whole model that training starts from, a run's adapters merged into it, and whether its batches are packed.
@@ -154,7 +154,7 @@ def load_trained_reward_model(
     *,
     longest: int,
     batching: str,
-    say: Say,
+    say: Notify,
 ) -> tuple[RewardModel, bool]:
     """The reward model that a run trained, its offset included, and whether its batches are packed.
 

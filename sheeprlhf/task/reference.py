@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
-from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.shard import gathered
 from sheeprlhf.engine.step import LossFn, MicroBatch
-from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.modes import eval_mode, isolated_rng
 from sheeprlhf.utils.output import write_file
@@ -89,7 +88,7 @@ def check_reference(
     initial_loss: Callable[[Batch], float],
     mode: str,
     precision: str,
-    say: Say,
+    say: Notify,
 ) -> None:
     """All ranks, before the first step: the policy has to be its own reference, dropout off.
 

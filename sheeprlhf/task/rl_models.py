@@ -17,7 +17,6 @@ from sheeprlhf.agent.reward import AdapterValueModel, RewardModel, load_reward_m
 from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.config.run_lookup import is_same_model, saved_group
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit, available_columns, prepare_data
-from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.run import Run
 from sheeprlhf.model.lm_head import HEAD, scalar_model
 from sheeprlhf.model.load import load_tokenizer
@@ -41,7 +40,7 @@ from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.task.finish import report_data
 from sheeprlhf.task.initial_policy import load_initial_policy, load_trained_reward_model, with_adapters
-from sheeprlhf.utils.errors import DataError, ModelError
+from sheeprlhf.utils.errors import DataError, ModelError, Notify
 from sheeprlhf.utils.lightning import Fabric
 
 REFERENCE = "reference"  # the dataset's own response, as a column
@@ -143,7 +142,7 @@ def build_collector(fabric: Fabric, run: Run, setup: OnlineSetup, reference: nn.
 
 
 def prepare_prompts(
-    cfg: TrainConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, *, say: Say, progress: bool
+    cfg: TrainConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, *, say: Notify, progress: bool
 ) -> PreparedData:
     """Check the signatures of the reward functions, then prepare the prompts of a run or of an evaluation.
 
@@ -303,7 +302,7 @@ def load_reward_tokenizer(cfg: TrainConfig | EvalConfig) -> PreTrainedTokenizerB
 
 
 def load_separate_reward_model(
-    cfg: TrainConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Say
+    cfg: TrainConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Notify
 ) -> tuple[RewardModel, bool]:
     """Load the configured reward model on a base of its own; return it and whether its batches are packed.
 

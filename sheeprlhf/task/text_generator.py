@@ -13,14 +13,13 @@ from sheeprlhf.agent.reward import RewardModel, load_reward_model
 from sheeprlhf.config.model_lookup import Trained
 from sheeprlhf.data.example import Example, collate_padded
 from sheeprlhf.data.prompt_encoder import FORMS, Asker, Turn, form_of, template_args_of
-from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.rollout.engines import stream_ids
 from sheeprlhf.rollout.stop import StopStrings
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.task.initial_policy import load_policy_from_run, load_trained_reward_model
 from sheeprlhf.utils.end_tokens import end_token_ids
-from sheeprlhf.utils.errors import ConfigError, DataError
+from sheeprlhf.utils.errors import ConfigError, DataError, Notify
 from sheeprlhf.utils.lightning import move_data_to_device
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.vocabulary import undefined_ids
@@ -156,7 +155,7 @@ def _device() -> torch.device:
 
 
 @phase("loading the model")
-def load_trained_policy(trained: Trained, say: Say) -> tuple[Policy, PreTrainedTokenizerBase]:
+def load_trained_policy(trained: Trained, say: Notify) -> tuple[Policy, PreTrainedTokenizerBase]:
     """The policy that a word names, with its adapters beside it if it has some, and its tokenizer; on the host.
 
     Raises:
@@ -172,7 +171,7 @@ def load_trained_policy(trained: Trained, say: Say) -> tuple[Policy, PreTrainedT
 
 
 @phase("loading the model")
-def load_trained_scorer(trained: Trained, say: Say) -> tuple[RewardModel, PreTrainedTokenizerBase]:
+def load_trained_scorer(trained: Trained, say: Notify) -> tuple[RewardModel, PreTrainedTokenizerBase]:
     """The reward model that a word names, and its tokenizer; on the host.
 
     Raises:
@@ -187,7 +186,7 @@ def load_trained_scorer(trained: Trained, say: Say) -> tuple[RewardModel, PreTra
     return model.eval(), tokenizer
 
 
-def load_text_generator(trained: Trained, say: Say) -> TextGenerator:
+def load_text_generator(trained: Trained, say: Notify) -> TextGenerator:
     """A policy that answers in the form in which it was trained, on the GPU if there is one.
 
     Raises:
@@ -201,7 +200,7 @@ def load_text_generator(trained: Trained, say: Say) -> TextGenerator:
     return TextGenerator(model, tokenizer, form, template_args_of(trained))
 
 
-def load_reward_scorer(trained: Trained, say: Say) -> RewardScorer:
+def load_reward_scorer(trained: Trained, say: Notify) -> RewardScorer:
     """A reward model that scores answers, on the GPU if there is one.
 
     Raises:

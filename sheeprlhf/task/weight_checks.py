@@ -20,7 +20,6 @@ from transformers import (
 
 from sheeprlhf.agent.batches import check_batching
 from sheeprlhf.config.run_lookup import read_run_config, saved_group, task_of_run
-from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.model.attention import packing_limit
 from sheeprlhf.model.lm_head import padding_token, scalar_model
 from sheeprlhf.model.load import check_vocabulary, check_weights, load_tokenizer
@@ -35,6 +34,7 @@ from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.task.eval.load import load_evaluated_tokenizer
 from sheeprlhf.task.initial_policy import model_of_start
 from sheeprlhf.task.rl_models import reward_folder_errors, reward_model_source
+from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.modes import isolated_rng
 from sheeprlhf.utils.rendering import check_template_args
 from sheeprlhf.utils.vocabulary import num_rows_needed
@@ -61,7 +61,7 @@ class Needed(NamedTuple):
     adapters: Path | None = None
 
 
-def check_all_weights(config: TrainConfig | EvalConfig, say: Say) -> None:
+def check_all_weights(config: TrainConfig | EvalConfig, say: Notify) -> None:
     """One process: account for the weights of every model that the job loads before its first step.
 
     Raises:
@@ -111,7 +111,7 @@ def _check_training(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> 
         padding_token(tokenizer)
 
 
-def check_needed(needed: Needed, say: Say) -> str:
+def check_needed(needed: Needed, say: Notify) -> str:
     """A line about tensors of this model that will not be read; empty if all are.
 
     Raises:

@@ -4,6 +4,10 @@ The command line prints the message of a `SheepError` and no traceback (`debug=t
 standard-library parent, so that library users can catch what they expect, and survives pickling between processes.
 """
 
+from collections.abc import Callable
+
+Notify = Callable[[str], None]  # shows the user one line that is no error
+
 USERS_MISTAKE = 2  # an exit code, that of argparse and of shells: nothing was begun
 
 

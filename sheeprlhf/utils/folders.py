@@ -5,11 +5,11 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sheeprlhf.utils.errors import ModelError, SheepError
+from sheeprlhf.utils.errors import ModelError, Notify, SheepError
 from sheeprlhf.utils.filesystem import fsync, has_locks, lock, make_private
 from sheeprlhf.utils.output import create_file, make_folders, open_lock_file
 
@@ -18,7 +18,7 @@ _SCRATCH = re.compile(r".+\.[0-9a-f]{8}\.tmp\.(\d{1,9})")
 
 
 @contextmanager
-def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def locked(folder: Path, say: Notify) -> Iterator[None]:
     """Hold the lock of a cached folder; the system frees it when a process dies, however it dies."""
     make_folders(folder.parent)
     path = _lock_file(folder)

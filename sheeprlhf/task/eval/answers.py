@@ -18,7 +18,6 @@ from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.sampler import cut_micro_batches
-from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.rollout.engines import generate_ids
@@ -34,6 +33,7 @@ from sheeprlhf.task.eval.load import (
     longest_with_response,
 )
 from sheeprlhf.utils.end_tokens import end_token_ids
+from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 
 NUMBER = (1 << 32) - 2  # of an evaluation's draws: no rollout and no validation of training samples with these
@@ -76,7 +76,7 @@ def set_up(fabric: Fabric, loaded: tuple[Policy, bool], tokenizer: PreTrainedTok
 
 
 def answer_split(
-    fabric: Fabric, cfg: EvalConfig, data: PreparedData, tokenizer: PreTrainedTokenizerBase, *, say: Say
+    fabric: Fabric, cfg: EvalConfig, data: PreparedData, tokenizer: PreTrainedTokenizerBase, *, say: Notify
 ) -> tuple[list[Example], Texts]:
     """All ranks: the rows that are evaluated, and what the evaluated policy answers to each, as `cfg.generation` says.
 

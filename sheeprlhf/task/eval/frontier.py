@@ -17,7 +17,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.data.example import Example
-from sheeprlhf.engine.checkpoint import Say, saved_steps
+from sheeprlhf.engine.checkpoint import saved_steps
 from sheeprlhf.engine.rundir import read_run
 from sheeprlhf.rollout.best_rows import kl_bound
 from sheeprlhf.structure.evaluation import FrontierConfig
@@ -39,6 +39,7 @@ from sheeprlhf.task.eval.load import (
 from sheeprlhf.task.eval.plots import draw_frontier
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.task.rl_models import check_reward_columns, prepare_prompts
+from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.lightning import Fabric
 
 COLUMNS = ("what", "n", "score", "score_low", "score_high", "kl", "kl_error", "rougeL", "response_tokens")
@@ -89,7 +90,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
 
 
 def _write(
-    fabric: Fabric, cfg: EvalConfig, rows: list[Example], tokenizer: PreTrainedTokenizerBase, longest: int, say: Say
+    fabric: Fabric, cfg: EvalConfig, rows: list[Example], tokenizer: PreTrainedTokenizerBase, longest: int, say: Notify
 ) -> tuple[Answers, dict[str, tuple[Answers, np.ndarray]]]:
     """The start's pool of answers, and each checkpoint's answers with the KL of each; one model after the other."""
     task, start = cfg.task, start_of(cfg)

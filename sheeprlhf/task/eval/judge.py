@@ -8,7 +8,6 @@ from sheeprlhf.agent.batches import choose_packed, longest_row
 from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import prepare_data
-from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.reward.score import RawScores, build_reward
 from sheeprlhf.rollout.rollout import TextExchange, has_same_tokens, longest_of, predict_scores
@@ -19,7 +18,7 @@ from sheeprlhf.task.eval.interval import interval_of
 from sheeprlhf.task.eval.load import evaluated_split, rows_as
 from sheeprlhf.task.eval.preference import pairs_of_rows, scores_of_rows
 from sheeprlhf.task.rl_models import load_reward_tokenizer, load_separate_reward_model
-from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.errors import DataError, Notify
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -59,7 +58,7 @@ class Judge:
         say: prints a line for the user.
     """
 
-    def __init__(self, fabric: Fabric, cfg: EvalConfig, *, longest: int, say: Say) -> None:
+    def __init__(self, fabric: Fabric, cfg: EvalConfig, *, longest: int, say: Notify) -> None:
         assert cfg.data is not None
         self._fabric, self._cfg, self._longest, self._say = fabric, cfg, longest, say
         self._rule = cfg.data.rule_reward

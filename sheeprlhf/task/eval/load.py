@@ -13,14 +13,13 @@ from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.config.run_lookup import is_same_model, read_run_config, saved_group
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
-from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.model.load import load_tokenizer, num_positions
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.initial_policy import load_initial_policy, load_policy_from_run
 from sheeprlhf.task.rl_models import prepare_prompts
-from sheeprlhf.utils.errors import ConfigError, DataError
+from sheeprlhf.utils.errors import ConfigError, DataError, Notify
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -73,7 +72,7 @@ def longest_with_response(cfg: EvalConfig, model: ModelConfig, rows: Sequence[Ex
 
 
 def rows_as(
-    fabric: Fabric, cfg: EvalConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], say: Say
+    fabric: Fabric, cfg: EvalConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], say: Notify
 ) -> list[Example]:
     """The same rows as another tokenizer has them.
 
@@ -119,7 +118,7 @@ def load_evaluated_tokenizer(cfg: EvalConfig) -> PreTrainedTokenizerBase:
 
 
 def load_evaluated_policy(
-    cfg: EvalConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Say
+    cfg: EvalConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Notify
 ) -> tuple[Policy, bool]:
     """The policy that `cfg.experiment_dir` and `cfg.task.model_name` name, or `cfg.model` itself, and if it packs.
 
@@ -155,7 +154,7 @@ def start_of(cfg: EvalConfig) -> Start | None:
 
 
 def load_start_of(
-    cfg: EvalConfig, start: Start, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Say
+    cfg: EvalConfig, start: Start, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Notify
 ) -> tuple[Policy, bool]:
     """That model, and whether its batches are packed.
 
@@ -168,7 +167,7 @@ def load_start_of(
 
 
 def load_final(
-    cfg: EvalConfig, model: ModelConfig, run_dir: str, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Say
+    cfg: EvalConfig, model: ModelConfig, run_dir: str, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Notify
 ) -> tuple[Policy, bool]:
     """The final policy of another run, and whether its batches are packed.
 

@@ -20,7 +20,6 @@ from sheeprlhf.config.run_lookup import read_run_config, task_of_run
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.store import TokenizedSplit
-from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.rollout.rollout import predict_targets
 from sheeprlhf.structure.evaluation import PreferenceConfig
@@ -39,6 +38,7 @@ from sheeprlhf.task.eval.pairs import calibration, calibration_error, pair_figur
 from sheeprlhf.task.eval.plots import draw_calibration
 from sheeprlhf.task.eval.result import save_result
 from sheeprlhf.task.initial_policy import load_trained_reward_model
+from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.lightning import Fabric
 
 _BETA = 0.1
@@ -104,7 +104,7 @@ def scores_of_rows(
 
 
 def _implicit_rewards(
-    fabric: Fabric, cfg: EvalConfig, tokenizer: Any, split: TokenizedSplit, say: Say
+    fabric: Fabric, cfg: EvalConfig, tokenizer: Any, split: TokenizedSplit, say: Notify
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """All ranks: (S,) the policy's rewards of all responses, nats * beta, and what they were made with."""
     task, longest = cfg.task, longest_row({"": split})

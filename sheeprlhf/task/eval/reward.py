@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.data.example import Example
-from sheeprlhf.engine.checkpoint import Say
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.rollout.rollout import decode_rollout, to_rollout
 from sheeprlhf.rollout.sampler import Sampled
@@ -45,7 +44,7 @@ from sheeprlhf.task.eval.result import cell, save_result
 from sheeprlhf.task.loop import distinct_bigrams
 from sheeprlhf.task.rl_models import check_reward_columns, prepare_prompts
 from sheeprlhf.utils.end_tokens import end_token_ids
-from sheeprlhf.utils.errors import DataError
+from sheeprlhf.utils.errors import DataError, Notify
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -107,7 +106,7 @@ def longest_sequence(cfg: EvalConfig, model: ModelConfig, rows: list[Example]) -
     return max(own, longest_with_response(cfg, model, rows))
 
 
-def _opponent(cfg: EvalConfig, rows: list[Example], say: Say) -> str:
+def _opponent(cfg: EvalConfig, rows: list[Example], say: Notify) -> str:
     """Opponent of the win rate: `task.against`, or the initial model if rows have no responses.
 
     Raises:
@@ -132,7 +131,7 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
     against: str,
-    say: Say,
+    say: Notify,
 ) -> Written:
     """All that models have to do before the judge, one model after the other."""
     start = start_of(cfg)
@@ -153,7 +152,7 @@ def _write(
 
 
 def _of_run(
-    fabric: Fabric, cfg: EvalConfig, run_dir: str, rows: list[Example], tokenizer: PreTrainedTokenizerBase, say: Say
+    fabric: Fabric, cfg: EvalConfig, run_dir: str, rows: list[Example], tokenizer: PreTrainedTokenizerBase, say: Notify
 ) -> Answers:
     """Another run's answers to the same rows, with the same numbers; its tokenizer may be another."""
     model = model_of_run(run_dir, "task.against")
