@@ -15,12 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from sheeprlhf.agent import policy as policies
-from sheeprlhf.agent import reward as rewards
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.api.jobs import as_words, compose
-from sheeprlhf.config.model_lookup import with_own_tokenizer
+from sheeprlhf.config.model_lookup import POLICY, REWARD_MODEL, Trained
 from sheeprlhf.config.registry import choices
 from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.data import prepare
@@ -33,7 +31,7 @@ from sheeprlhf.rollout.sampler import sample_responses
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import InspectConfig
-from sheeprlhf.task.initial_policy import load_policy_from_run, load_trained_reward_model
+from sheeprlhf.task.initial_policy import load_trained
 from sheeprlhf.utils.decoding import ResponseDecoder
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError
@@ -66,8 +64,7 @@ def load_tokenizer(model: str = "tiny", **options: Any) -> PreTrainedTokenizerBa
     Raises:
         SheepError: it cannot be loaded.
     """
-    cfg, run_dir = _model(model, options)
-    return load.load_tokenizer(cfg if run_dir is None else with_own_tokenizer(cfg, run_dir))
+    return load.load_tokenizer(_trained(POLICY, model, options).with_tokenizer())
 
 
 def load_policy(model: str = "tiny", *, max_length: int | None = None, **options: Any) -> Policy:
@@ -83,15 +80,8 @@ def load_policy(model: str = "tiny", *, max_length: int | None = None, **options
     Raises:
         SheepError: it cannot be loaded.
     """
-    cfg, run_dir = _model(model, options)
-    tokenizer = load_tokenizer(model, **options)
-    how: dict[str, Any] = {"longest": _longest(cfg, max_length), "batching": "auto", "say": _say}
-    with _no_progress_bar():
-        if run_dir is None:
-            policy, packed = policies.load_policy(cfg, tokenizer, **how)
-        else:
-            policy, packed = load_policy_from_run(cfg, run_dir, "final", tokenizer, **how)
-    policy.packed = packed
+    policy, tokenizer = _load(POLICY, model, max_length, options)
+    assert isinstance(policy, Policy)
     policy.exclude_undefined(tokenizer)
     return policy
 
@@ -109,15 +99,8 @@ def load_reward_model(model: str, *, max_length: int | None = None, **options: A
     Raises:
         SheepError: it cannot be loaded.
     """
-    cfg, run_dir = _model(model, options)
-    tokenizer = load_tokenizer(model, **options)
-    how: dict[str, Any] = {"longest": _longest(cfg, max_length), "batching": "auto", "say": _say}
-    with _no_progress_bar():
-        if run_dir is None:
-            reward, packed = rewards.load_reward_model(cfg, tokenizer, **how)
-        else:
-            reward, packed = load_trained_reward_model(cfg, run_dir, "final", tokenizer, **how)
-    reward.packed = packed
+    reward, _ = _load(REWARD_MODEL, model, max_length, options)
+    assert isinstance(reward, RewardModel)
     return reward
 
 
@@ -213,23 +196,30 @@ def sample(
     return Samples(examples, texts, torch.from_numpy(logprobs).to(next(policy.parameters()).device))
 
 
-def _model(model: str, options: dict[str, Any]) -> tuple[ModelConfig, Path | None]:
+def _load(
+    kind: str, model: str, max_length: int | None, options: dict[str, Any]
+) -> tuple[Policy | RewardModel, PreTrainedTokenizerBase]:
+    trained = _trained(kind, model, options)
+    longest = max_length or min(512, load.num_positions(trained.model) or 512)
+    with _no_progress_bar():
+        loaded, tokenizer, packed = load_trained(trained, _say, longest=longest, batching="auto")
+    loaded.packed = packed
+    return loaded, tokenizer
+
+
+def _trained(kind: str, model: str, options: dict[str, Any]) -> Trained:
     """The configuration of a model, and the run that trained it."""
     if (Path(model) / "run.json").is_file():
         if options:
             raise ConfigError(f"{', '.join(options)}: the run {model} has its own options; leave them out")
         saved = saved_group(model, "model")
         assert isinstance(saved, ModelConfig)
-        return saved, Path(model)
+        return Trained(model, kind, saved, run_dir=Path(model))
     named = {"model": model} if model in choices("model") else {"model": "auto", "model.repo_name": model}
     words = as_words(named | {f"model.{name}": value for name, value in options.items()})
     config = compose("inspect", ["task=sft", *words]).config
     assert isinstance(config, InspectConfig)
-    return config.model, None
-
-
-def _longest(cfg: ModelConfig, max_length: int | None) -> int:
-    return max_length or min(512, load.num_positions(cfg) or 512)
+    return Trained(model, kind, config.model)
 
 
 def _as_example(number: int, prompt: Example | str, tokenizer: PreTrainedTokenizerBase) -> Example:

@@ -32,7 +32,7 @@ from sheeprlhf.data.tokenize import RowTokenizer
 from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.model.lm_head import padding_token
 from sheeprlhf.model.lora import check_difference, compute_outputs, max_difference, max_output, merge_lora
-from sheeprlhf.task.text_generator import load_trained_policy, load_trained_scorer
+from sheeprlhf.task.initial_policy import load_trained
 from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.errors import ConfigError, DataError, ModelError, Notify
 from sheeprlhf.utils.output import write_file
@@ -127,9 +127,8 @@ def check_target(target: Path) -> None:
 
 def _load(trained: Trained, say: Notify) -> tuple[Policy | RewardModel, PreTrainedTokenizerBase]:
     """In the run's own number format first, as it was trained, and then exactly in float32."""
-    load: Any = load_trained_policy if trained.trains == POLICY else load_trained_scorer
-    model, tokenizer = load(trained, say)
-    return model.float(), tokenizer
+    model, tokenizer, _ = load_trained(trained, say)
+    return model.eval().float(), tokenizer
 
 
 def _inner(model: Policy | RewardModel) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.agent.reward import RewardModel, load_reward_model, reward_model_of
-from sheeprlhf.config.model_lookup import with_own_tokenizer
+from sheeprlhf.config.model_lookup import POLICY, Trained, with_own_tokenizer
 from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.config.shell import shell_word
 from sheeprlhf.engine.checkpoint import find_checkpoint, load_weights
@@ -18,11 +18,37 @@ from sheeprlhf.model.lora import add_lora, load_lora, merge_lora
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.task import RMConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError, Notify
+from sheeprlhf.utils.memory import phase
+
+
+@phase("loading the model")
+def load_trained(
+    trained: Trained, say: Notify, *, longest: int = 1, batching: str = "padded"
+) -> tuple[Policy | RewardModel, PreTrainedTokenizerBase, bool]:
+    """The policy or reward model of a run, a folder or a configuration, on the host.
+
+    Args:
+        trained: names it.
+        say: prints a line for the user.
+        longest: tokens of the longest sequence that it will see.
+        batching: as in `load_policy`.
+
+    Returns:
+        The model, with separate adapters if it has some; its tokenizer; and whether its batches are packed.
+
+    Raises:
+        SheepError: it cannot be loaded.
+    """
+    tokenizer = load_tokenizer(trained.with_tokenizer())
+    load: Any = load_policy_from_run if trained.trains == POLICY else load_trained_reward_model
+    of = (trained.model, trained.run_dir, trained.weights, tokenizer)
+    model, packed = load(*of, longest=longest, batching=batching, say=say)
+    return model, tokenizer, packed
 
 
 def load_policy_from_run(
     cfg: ModelConfig,
-    run_dir: Path,
+    run_dir: Path | None,
     weights: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -34,7 +60,7 @@ def load_policy_from_run(
 
     Args:
         cfg: the run's model.
-        run_dir: the run.
+        run_dir: the run; None loads `cfg` as it is.
         weights: "final", "best", "last" or "step-<n>".
         tokenizer: the model's.
         longest: tokens of the longest sequence that it will see.
@@ -46,9 +72,10 @@ def load_policy_from_run(
         CheckpointError: it has no such checkpoint.
     """
     of: dict[str, Any] = {"longest": longest, "batching": batching, "say": say}
-    whole = _whole_final(cfg, run_dir, weights)
+    whole = _whole_model(cfg, run_dir, weights)
     if whole is not None:
         return load_policy(whole, tokenizer, **of)
+    assert run_dir is not None
     checkpoint = None if weights == "final" else find_checkpoint(run_dir, weights, say)
     task = saved_group(str(run_dir), "task")
     start = (getattr(task, "sft_experiment_dir", None), getattr(task, "sft_model_name", "final"))
@@ -128,12 +155,14 @@ def with_adapters(policy: Policy, cfg: ModelConfig) -> Policy:
     return Policy(add_lora(policy.causal_lm(), cfg.lora_cfg))
 
 
-def _whole_final(cfg: ModelConfig, run_dir: Path, weights: str) -> ModelConfig | None:
-    """The model that a run's `final/` holds whole; None for adapters, or for weights of a checkpoint.
+def _whole_model(cfg: ModelConfig, run_dir: Path | None, weights: str) -> ModelConfig | None:
+    """The model that `cfg` or a run's `final/` holds whole; None for adapters, or for weights of a checkpoint.
 
     Raises:
         ConfigError: the run has no `final/` yet.
     """
+    if run_dir is None:
+        return cfg
     final = run_dir / "final"
     if weights != "final" or (final / "adapter_config.json").is_file():
         return None
@@ -148,7 +177,7 @@ def _whole_final(cfg: ModelConfig, run_dir: Path, weights: str) -> ModelConfig |
 
 def load_trained_reward_model(
     cfg: ModelConfig,
-    run_dir: Path,
+    run_dir: Path | None,
     weights: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -160,7 +189,7 @@ def load_trained_reward_model(
 
     Args:
         cfg: the run's model.
-        run_dir: the run.
+        run_dir: the run; None loads the folder that `cfg` names.
         weights: "final", "best", "last" or "step-<n>".
         tokenizer: the model's.
         longest: tokens of the longest sequence that it will see.
@@ -170,9 +199,10 @@ def load_trained_reward_model(
     Raises:
         SheepError: it cannot be loaded.
     """
-    whole = _whole_final(cfg, run_dir, weights)
+    whole = _whole_model(cfg, run_dir, weights)
     if whole is not None:
         return load_reward_model(whole, tokenizer, longest=longest, batching=batching, say=say)
+    assert run_dir is not None
     task = saved_group(str(run_dir), "task")
     assert isinstance(task, RMConfig)
     start = (task.sft_experiment_dir, task.sft_model_name)

@@ -8,16 +8,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sheeprlhf.agent.policy import Policy, load_policy
-from sheeprlhf.agent.reward import RewardModel, load_reward_model
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.config.model_lookup import Trained
 from sheeprlhf.data.example import Example, collate_padded
 from sheeprlhf.data.prompt_encoder import FORMS, Asker, Turn, form_of, template_args_of
-from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.rollout.engines import stream_ids
 from sheeprlhf.rollout.stop import StopStrings
 from sheeprlhf.structure.generation import GenConfig
-from sheeprlhf.task.initial_policy import load_policy_from_run, load_trained_reward_model
+from sheeprlhf.task.initial_policy import load_trained
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError, DataError, Notify
 from sheeprlhf.utils.lightning import move_data_to_device
@@ -154,46 +153,15 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@phase("loading the model")
-def load_trained_policy(trained: Trained, say: Notify) -> tuple[Policy, PreTrainedTokenizerBase]:
-    """The policy that a word names, with its adapters beside it if it has some, and its tokenizer; on the host.
-
-    Raises:
-        SheepError: it cannot be loaded.
-    """
-    tokenizer = load_tokenizer(trained.with_tokenizer())
-    if trained.run_dir is None:
-        policy, _ = load_policy(trained.model, tokenizer, longest=1, batching="padded", say=say)
-    else:
-        of = (trained.model, trained.run_dir, trained.weights, tokenizer)
-        policy, _ = load_policy_from_run(*of, longest=1, batching="padded", say=say)
-    return policy.eval(), tokenizer
-
-
-@phase("loading the model")
-def load_trained_scorer(trained: Trained, say: Notify) -> tuple[RewardModel, PreTrainedTokenizerBase]:
-    """The reward model that a word names, and its tokenizer; on the host.
-
-    Raises:
-        SheepError: it cannot be loaded.
-    """
-    tokenizer = load_tokenizer(trained.with_tokenizer())
-    if trained.run_dir is None:
-        model, _ = load_reward_model(trained.model, tokenizer, longest=1, batching="padded", say=say)
-    else:
-        of = (trained.model, trained.run_dir, trained.weights, tokenizer)
-        model, _ = load_trained_reward_model(*of, longest=1, batching="padded", say=say)
-    return model.eval(), tokenizer
-
-
 def load_text_generator(trained: Trained, say: Notify) -> TextGenerator:
     """A policy that answers in the form in which it was trained, on the GPU if there is one.
 
     Raises:
         SheepError: it cannot be loaded.
     """
-    policy, tokenizer = load_trained_policy(trained, say)
-    model = policy.to(_device()).causal_lm()
+    policy, tokenizer, _ = load_trained(trained, say)
+    assert isinstance(policy, Policy)
+    model = policy.eval().to(_device()).causal_lm()
     form = form_of(trained, tokenizer)
     if trained.template_args is not None and form != "template":
         raise ConfigError(f"--template-args: {trained.word} is asked without a chat template: leave it out")
@@ -206,5 +174,6 @@ def load_reward_scorer(trained: Trained, say: Notify) -> RewardScorer:
     Raises:
         SheepError: it cannot be loaded.
     """
-    model, tokenizer = load_trained_scorer(trained, say)
-    return RewardScorer(model.to(_device()), tokenizer, form_of(trained, tokenizer), template_args_of(trained))
+    model, tokenizer, _ = load_trained(trained, say)
+    assert isinstance(model, RewardModel)
+    return RewardScorer(model.eval().to(_device()), tokenizer, form_of(trained, tokenizer), template_args_of(trained))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sheeprlhf.cli import run
 from sheeprlhf.config.model_lookup import find_trained
 from sheeprlhf.config.run_lookup import read_run_config
-from sheeprlhf.task.text_generator import load_trained_policy
+from sheeprlhf.task.initial_policy import load_trained
 from tests.support.models import make_model_folder
 from tests.support.runs import digests, exit_code, result_of, train, train_words, write_pairs, write_rows
 
@@ -29,8 +29,8 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def own_logits(run_dir: Path) -> torch.Tensor:
-    policy, _ = load_trained_policy(find_trained(str(run_dir)), print)
-    return logits(policy.model.cpu())
+    policy, _, _ = load_trained(find_trained(str(run_dir)), print)
+    return logits(policy.eval().model.cpu())
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from sheeprlhf.agent.policy import Policy, load_policy
+from sheeprlhf.agent.policy import Policy
 from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.config.run_lookup import is_same_model, read_run_config, saved_group
 from sheeprlhf.data.example import Example
@@ -128,9 +128,7 @@ def load_evaluated_policy(
     """
     model, batching = cfg.model, cfg.task.batching
     assert model is not None  # the command line composes it, from the run if need be
-    if cfg.experiment_dir is None:
-        return load_policy(model, tokenizer, longest=longest, batching=batching, say=say)
-    run_dir, weights = Path(cfg.experiment_dir), cfg.task.model_name
+    run_dir, weights = None if cfg.experiment_dir is None else Path(cfg.experiment_dir), cfg.task.model_name
     return load_policy_from_run(model, run_dir, weights, tokenizer, longest=longest, batching=batching, say=say)
 
 
