@@ -29,7 +29,7 @@ from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.task.initial_policy import load_initial_policy, load_policy_from_run
+from sheeprlhf.task.models import load_initial_policy, load_policy_from_run
 from sheeprlhf.task.reference import sum_by_response
 from sheeprlhf.task.train.sft import sft_loss
 from sheeprlhf.utils.lightning import Fabric

@@ -52,8 +52,7 @@ def main() -> None:
 
     import sheeprlhf
     from sheeprlhf.agent.batches import Batches
-    from sheeprlhf.agent.policy import load_policy
-    from sheeprlhf.agent.reference import reference_of
+    from sheeprlhf.agent.policy import load_policy, reference_of
     from sheeprlhf.agent.reward import load_reward_model
     from sheeprlhf.data.example import Example
     from sheeprlhf.data.sampler import StepPlan

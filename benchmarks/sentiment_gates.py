@@ -34,7 +34,7 @@ from sheeprlhf.rollout.engines import generate_ids
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.task.initial_policy import load_policy_from_run
+from sheeprlhf.task.models import load_policy_from_run
 
 ROOT = Path(__file__).parents[1]
 SUBJECTS = (

@@ -19,8 +19,14 @@ from sheeprlhf.config.registry import config_hash
 from sheeprlhf.config.run_lookup import is_run_alias
 from sheeprlhf.config.shell import option_word
 from sheeprlhf.config.validate import parse_devices
-from sheeprlhf.engine.rundir import CONFIG_FILE, check_existing_run, choose_run_dir, discard_unused, is_finished
-from sheeprlhf.engine.runlock import RunLock
+from sheeprlhf.engine.rundir import (
+    CONFIG_FILE,
+    RunLock,
+    check_existing_run,
+    choose_run_dir,
+    discard_unused,
+    is_finished,
+)
 from sheeprlhf.model.locate import locate
 from sheeprlhf.security.files import disk_full
 from sheeprlhf.security.redaction import plain_text, redact_text
@@ -216,7 +222,7 @@ def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
 
     from sheeprlhf.engine.fabric import make_fabric
     from sheeprlhf.engine.ranks import missing_ranks_named
-    from sheeprlhf.engine.shared_dir import check_shared
+    from sheeprlhf.engine.run import check_shared
 
     transformers_logging.disable_progress_bar()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pyarrow import parquet
 
-from sheeprlhf.task.eval.baselines import split_name
+from sheeprlhf.task.eval.rouge import split_name
 from sheeprlhf.utils.hub import embedded_folder
 
 WORD_LIST = Path(__file__).parent / "words" / "american-english.txt.xz"

@@ -1,8 +1,9 @@
-"""The language model that is trained: from a batch to the log-probabilities of its targets.
+"""The language model that is trained, from a batch to the log-probabilities of its targets; its reference and average.
 
 Letters: B rows, T positions, R positions where the head runs, N targets, C hidden width.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -15,11 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.agent.batches import choose_packed
 from sheeprlhf.data.example import Batch
+from sheeprlhf.engine.checkpoint import saved_tensors
 from sheeprlhf.model.attention import accepted, logits_at, placeholder_mask
 from sheeprlhf.model.layers import sparse_last_mlp
 from sheeprlhf.model.lm_head import TokenLogprobs, head_logprobs, head_scores, logprobs_from_logits
 from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm
-from sheeprlhf.model.lora import POLICY, adapter_in_use, add_lora, save_model
+from sheeprlhf.model.lora import POLICY, adapter_in_use, adapters_off, add_lora, save_model
 from sheeprlhf.model.router import router_logits_of
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import add_end_ids
@@ -188,3 +190,80 @@ def load_policy(
         policy = Policy(model)
     causal_lm = policy.causal_lm()
     return policy, choose_packed(policy, causal_lm, longest=longest, batching=batching, say=say)
+
+
+class BaseModelReference(nn.Module):
+    """Reference of a policy with adapters: the base model without them; holds no weights of its own.
+
+    Args:
+        policy: a policy with adapters.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self._policy = (policy,)  # hidden from torch: its weights are not this module's
+
+    def forward(self, batch: Batch, temperature: float = 1.0) -> TokenLogprobs:
+        """As `Policy.forward`; also after an error the adapters are on again."""
+        [policy] = self._policy
+        assert isinstance(policy.model, PeftModel)
+        with adapters_off(policy.model):
+            return policy(batch, temperature=temperature)
+
+
+def reference_of(policy: Policy) -> Policy | BaseModelReference:
+    """The policy as it is now, for later, when it has moved; before training and before a checkpoint is restored."""
+    if isinstance(policy.model, PeftModel):
+        return BaseModelReference(policy)
+    reference = copy.deepcopy(policy).eval()
+    reference.requires_grad_(False)
+    return reference
+
+
+class EMA(nn.Module):
+    """Exponential moving average of the trained weights: average <- decay * average + (1 - decay) * weight.
+
+    It starts as a copy of the policy. Its weights have the policy's names, so that a checkpoint's load into a policy.
+
+    Args:
+        policy: only its trained weights are held a second time. Made inside `policy.in_use()`.
+        decay: between 0 and 1.
+    """
+
+    def __init__(self, policy: Policy, decay: float) -> None:
+        super().__init__()
+        self._decay = decay
+        self._averages: list[Tensor] = []
+        self._weights: list[Tensor] = []  # a list: these weights are not this module's
+        for name, tensor in saved_tensors(policy.model).items():
+            *path, leaf = f"model.{name}".split(".")
+            module: nn.Module = self
+            for part in path:
+                if not hasattr(module, part):
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            module.register_buffer(leaf, tensor.detach().clone())
+            if tensor.is_floating_point():
+                self._averages.append(getattr(module, leaf))
+                self._weights.append(tensor)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Add the weights after an optimizer step."""
+        torch._foreach_lerp_(self._averages, self._weights, 1.0 - self._decay)
+
+    @contextmanager
+    def swap_in(self) -> Iterator[None]:
+        """Give the policy the averaged weights within the block."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for average, weight in zip(self._averages, self._weights, strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)

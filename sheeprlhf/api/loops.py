@@ -31,7 +31,7 @@ from sheeprlhf.rollout.sampler import sample_responses
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import InspectConfig
-from sheeprlhf.task.initial_policy import load_trained
+from sheeprlhf.task.models import load_trained
 from sheeprlhf.utils.decoding import ResponseDecoder
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError

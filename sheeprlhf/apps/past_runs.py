@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.apps.terminal import clean
 from sheeprlhf.config.run_lookup import order_of, read_run_config
-from sheeprlhf.engine.rundir import RUN_FILE, read_run
-from sheeprlhf.engine.runlock import is_locked
+from sheeprlhf.engine.rundir import RUN_FILE, is_locked, read_run
 from sheeprlhf.security.files import read_tail
 from sheeprlhf.security.json_records import Schema, load_json
 from sheeprlhf.security.record_schemas import RESULT, STATE

@@ -1,35 +1,50 @@
-"""A training run in its directory: lock, saved configuration, records, messages, signals and checkpoints."""
+"""A training run in its directory: saved configuration, records, progress, signals and checkpoints, on all machines."""
 
+import hashlib
+import os
+import secrets
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
+import torch
 import yaml
 from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from sheeprlhf.config.registry import PERFORMANCE_ONLY_OPTIONS, config_hash, config_to_dict
-from sheeprlhf.engine.checkpoint import NOT_THE_SAME, TrainState, restore_latest, save_checkpoint
+from sheeprlhf.engine.checkpoint import NOT_THE_SAME, TrainState, restore_latest, save_checkpoint, saved_steps
+from sheeprlhf.engine.manifest import MANIFEST
 from sheeprlhf.engine.metrics import MetricWriter
-from sheeprlhf.engine.progress import Progress
-from sheeprlhf.engine.rundir import CONFIG_FILE, changed_options, discard_unused
-from sheeprlhf.engine.runlock import RunLock
-from sheeprlhf.engine.signals import STOP_SIGNALS, SignalFlags, noted_signals
+from sheeprlhf.engine.rundir import CONFIG_FILE, RunLock, changed_options, discard_unused
 from sheeprlhf.security.redaction import plain_text, redact, redact_text
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.utils.errors import USERS_MISTAKE, ConfigError, Interrupted, NonFiniteError, SheepError
-from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.errors import USERS_MISTAKE, ConfigError, Interrupted, NonFiniteError, Notify, SheepError
+from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.output import write_file
-from sheeprlhf.utils.processes import die_with_parent
+from sheeprlhf.utils.processes import (
+    SAVE_SIGNAL,
+    STOP_SIGNALS,
+    die_with_parent,
+    handled,
+    handles_interrupts,
+    note_stop,
+    watched_signals,
+)
 
 ON_CUDA = (
     "on CUDA some sums are added in an order that varies: the same run again, or resumed, comes out alike, but not bit "
     "for bit the same; torch_deterministic=true makes it so, and slower"
 )
+_SECONDS_BETWEEN_LINES = 10.0
+_SIGNALS = (*STOP_SIGNALS, SAVE_SIGNAL)  # the order in which they count when several came
+_SECONDS_TO_APPEAR = 3.0  # network file systems may be late
 
 
 class Run:
@@ -218,3 +233,170 @@ def _save_config(cfg: TrainConfig, run_dir: Path) -> bool:
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; choose another place with root_dir=") from error
     return True
+
+
+class Progress:
+    """Rank zero only: steps done, what came of them, speed and time left."""
+
+    def __init__(self, total: int, start: int, unit: str, *, began: float | None = None) -> None:
+        """Begin at step `start` of `total`; speed is counted in `unit` per second since `began`, or since now."""
+        self._total, self._start, self._unit = total, start, unit
+        self._began = time.monotonic() if began is None else began
+        self._amount = 0.0
+        self._next_line = self._began + _SECONDS_BETWEEN_LINES
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, leave=True)
+
+    def show(self, step: int, what: str, amount: float) -> None:
+        """Step `step` is done, counted from 1, after `amount` more units (tokens, ...); `what`: "loss 0.1234"."""
+        self._amount += amount
+        now = time.monotonic()
+        speed = self._amount / max(now - self._began, 1e-9)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{what}, {speed:,.0f} {self._unit}/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif now >= self._next_line or step == self._total:
+            self._next_line = now + _SECONDS_BETWEEN_LINES
+            left = (self._total - step) * (now - self._began) / max(step - self._start, 1)
+            self.say(
+                f"step {step}/{self._total}  {what}  {speed:,.0f} {self._unit}/s  "
+                f"{int(left // 60)}:{int(left % 60):02d} left"
+            )
+
+    def say(self, line: str) -> None:
+        """Print a line without breaking the bar."""
+        tqdm.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class SignalFlags:
+    """Signals that this process received since the run began.
+
+    Args:
+        exits: a second Ctrl-C ends the process; else, in a notebook for example, it raises KeyboardInterrupt.
+    """
+
+    def __init__(self, *, exits: bool = True) -> None:
+        self._pending: set[int] = set()
+        self._interrupts, self._exits = 0, exits
+
+    def note(self, signum: int, frame: FrameType | None = None) -> None:
+        """Record a signal; a signal handler."""
+        if signum == signal.SIGINT and signum in self._pending and not self._exits:
+            raise KeyboardInterrupt
+        self._pending.add(signum)
+
+    def agreed(self, fabric: Fabric) -> int | None:
+        """All ranks: the signal to act on, the same on every rank; a save request is returned once, a stop always."""
+        came = [int(signum in self._pending) for signum in _SIGNALS]
+        if fabric.world_size > 1:
+            counts = torch.tensor(came, device=fabric.device)
+            fabric.all_reduce(counts, reduce_op="sum")
+            came = counts.tolist()
+        signum = next((int(signum) for signum, count in zip(_SIGNALS, came, strict=True) if count), None)
+        if signum == SAVE_SIGNAL:
+            self._pending.discard(SAVE_SIGNAL)
+        return signum
+
+    def stop_pending(self) -> int:
+        """The stop signal that this process received; 0 if there was none."""
+        return next((int(signum) for signum in STOP_SIGNALS if signum in self._pending), 0)
+
+    def exit_at_second_interrupt(self, signum: int) -> None:
+        """Watch signals from a thread: the main thread may be where no handler runs."""
+        self._interrupts += signum == signal.SIGINT
+        if self._interrupts > 1 and self._exits:
+            os._exit(128 + signal.SIGINT)
+        if signum == signal.SIGINT:
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nstopping after this step; press Ctrl-C again to exit at once without saving\n")
+
+
+@contextmanager
+def noted_signals(is_rank_zero: bool) -> Iterator[SignalFlags]:
+    """Record signals instead of ending the process; the old handlers are restored afterwards.
+
+    A second Ctrl-C ends the process at once with exit status 130, and raises KeyboardInterrupt outside of the command
+    line. Ranks above zero ignore Ctrl-C, which a terminal sends to all of them, and follow rank zero. SIGHUP stays
+    ignored under nohup. Nothing changes in other threads than the main one: Python allows no handlers there.
+    """
+    flags = SignalFlags(exits=handles_interrupts())
+    recorded = [signum for signum in _SIGNALS if is_rank_zero or signum != signal.SIGINT]
+    ignored = [] if is_rank_zero else [signal.SIGINT]
+    try:
+        with (
+            handled(recorded, flags.note),
+            handled(ignored, signal.SIG_IGN),
+            watched_signals(flags.exit_at_second_interrupt),
+        ):
+            yield flags
+    finally:
+        if flags.stop_pending():
+            note_stop(flags.stop_pending())
+
+
+def check_shared(fabric: Fabric, run_dir: Path, say: Notify) -> None:
+    """All ranks: find the machines that do not see rank zero's run directory, by a file that it makes for a moment.
+
+    One without checkpoints works all the same; `say` tells then that going on will need them on every machine.
+
+    Raises:
+        ConfigError: on all ranks, if a machine lacks the run's checkpoints, or has others.
+    """
+    if getattr(fabric.strategy, "num_nodes", 1) == 1:
+        return
+    name = fabric.broadcast(f".seen-{secrets.token_hex(8)}")
+    sign = run_dir / name
+    try:
+        if fabric.is_global_zero:
+            write_file(run_dir, name, b"")
+        fabric.barrier()
+        views = gather_objects(fabric, (fabric.node_rank, _appears(sign), _checkpoints(run_dir)))
+    finally:
+        if fabric.is_global_zero:
+            with suppress(OSError):
+                sign.unlink()
+    expected = views[0][2]
+    blind = sorted({node for node, sees, _ in views if not sees})
+    lacking = sorted({node for node, sees, checkpoints in views if not sees and checkpoints != expected})
+    if expected and lacking:
+        raise ConfigError(
+            f"{_nodes(lacking)} not see the run directory {run_dir} of node 0. Every machine reads the checkpoint to "
+            "go on, and there is none or another one: copy the directory to the same place on all machines, or move it "
+            "to a file system that they share and give resume_from=<folder>"
+        )
+    if blind:
+        say(
+            f"{_nodes(blind)} not see the run directory {run_dir} of node 0: checkpoints are written on node 0 alone. "
+            "To go on after a stop, first copy the directory to the same place on all machines; with root_dir=<folder "
+            "of a shared file system> that is not needed"
+        )
+
+
+def _nodes(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers))
+    return f"nodes {shown} do" if len(numbers) > 1 else f"node {shown} does"
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + _SECONDS_TO_APPEAR
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _checkpoints(run_dir: Path) -> str:
+    """A digest of the manifests of all checkpoints; empty if there are none."""
+    digest = hashlib.sha256()
+    steps = saved_steps(run_dir / "checkpoints")
+    for step in steps:
+        with suppress(OSError):
+            digest.update((run_dir / "checkpoints" / f"step-{step}" / MANIFEST).read_bytes())
+    return digest.hexdigest() if steps else ""

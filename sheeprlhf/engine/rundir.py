@@ -1,17 +1,20 @@
-"""The directory of a run: where it is, whose it is, and whether it is finished. Imports no torch.
+"""The directory of a run: its place, owner, lock and status. Imports no torch.
 
 `<root_dir>/<data>/<model>/<task>/<time>/<run_name>/run.json` says what the run is: status, configuration hash, names,
 times and command.
 """
 
+import fcntl
 import json
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from sheeprlhf.config.path_checks import absolute_words
@@ -27,21 +30,22 @@ from sheeprlhf.config.run_lookup import (
     read_run_config,
 )
 from sheeprlhf.config.shell import command, option_word
-from sheeprlhf.engine.runlock import LOCK_FILE
 from sheeprlhf.security.json_records import damaged
 from sheeprlhf.security.record_schemas import RUN
 from sheeprlhf.security.redaction import redact, redact_command
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.utils.errors import ConfigError, UnsafePathError
-from sheeprlhf.utils.filesystem import make_private
-from sheeprlhf.utils.output import link_problems, write_file
+from sheeprlhf.utils.errors import ConfigError, RunInUseError, UnsafePathError
+from sheeprlhf.utils.filesystem import lock, make_private, open_file
+from sheeprlhf.utils.output import link_problems, open_lock_file, write_file
 
 CONFIG_FILE = "config.yaml"
+LOCK_FILE = ".lock"
 _FILES = (  # that a run writes; besides, TensorBoard's have names of their own
     *(RUN_FILE, CONFIG_FILE, REPORT_FILE, LOCK_FILE, "metrics.csv", "error.log", "best_of_n.json", "final", "dataset"),
 )
 _FOLDERS = ("checkpoints", "samples", "parts")  # in which it replaces and deletes
 _SHOWN = 8  # changed options in a message
+_WAITS = (0.01, 0.02, 0.04, 0.08)  # seconds; who only looks needs microseconds
 _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 
 
@@ -308,3 +312,80 @@ def mark_finished(run_dir: Path, **facts: Any) -> None:
 def is_finished(run_dir: Path) -> bool:
     """True if the run is complete: its final weights are written."""
     return read_run(run_dir).get("status") == "finished"
+
+
+def is_locked(run_dir: Path) -> bool:
+    """True if another process holds the run directory's lock, as far as this user may know.
+
+    The look takes a lock for some microseconds, shared with others that look; `RunLock` waits for it.
+    """
+    try:
+        descriptor = open_file(run_dir / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        lock(descriptor, run_dir / LOCK_FILE, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _lock_for_good(descriptor: int, path: Path) -> None:
+    """Take the lock alone, if need be after those that only look."""
+    for seconds in _WAITS:
+        try:
+            lock(descriptor, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(seconds)
+    lock(descriptor, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class RunLock:
+    """Rank zero only: hold the run directory for this process while the `with` block runs.
+
+    The kernel frees the lock however the process dies, so no stale lock exists.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        """Prepare the lock without taking it."""
+        self._path = run_dir / LOCK_FILE
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> "RunLock":
+        """Take the lock.
+
+        Raises:
+            RunInUseError: another process holds it; the message names that process.
+        """
+        try:
+            descriptor = open_lock_file(self._path.parent, self._path.name)
+        except OSError as error:
+            raise ConfigError(f"cannot lock the run directory {self._path.parent}: {error.strerror}") from error
+        try:
+            _lock_for_good(descriptor, self._path)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise RunInUseError(
+                f"{self._path.parent} is in use by {holder}; wait for it, or start another run without resume"
+            ) from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._descriptor = descriptor
+        # A forked worker that outlives us must not keep the lock.
+        os.register_at_fork(after_in_child=self._close)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Free the lock."""
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

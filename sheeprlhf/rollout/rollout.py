@@ -38,9 +38,8 @@ from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.shard import gathered
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.score import RawScores, RunningMoments, build_reward
-from sheeprlhf.rollout.engines import ENGINES
+from sheeprlhf.rollout.engines import ENGINES, StopStrings
 from sheeprlhf.rollout.sampler import Sampled
-from sheeprlhf.rollout.stop import StopStrings
 from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.end_tokens import control_tokens, end_token_ids, response_end
@@ -233,6 +232,11 @@ def distinct_bigrams(texts: list[str]) -> float:
     """Return the share of different ones among all pairs of neighbouring words; 0.0 if there is none."""
     pairs = [pair for text in texts for words in [text.split()] for pair in pairwise(words)]
     return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def kl_bound(n: int) -> float:
+    """Nats from the sampler to its best of n at most, log n - (n-1)/n (arXiv 2009.01325; as a bound: 2401.01879)."""
+    return math.log(n) - (n - 1) / n
 
 
 class RolloutCollector:

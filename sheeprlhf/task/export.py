@@ -32,7 +32,7 @@ from sheeprlhf.data.tokenize import RowTokenizer
 from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.model.lm_head import padding_token
 from sheeprlhf.model.lora import check_difference, compute_outputs, max_difference, max_output, merge_lora
-from sheeprlhf.task.initial_policy import load_trained
+from sheeprlhf.task.models import load_trained
 from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.errors import ConfigError, DataError, ModelError, Notify
 from sheeprlhf.utils.output import write_file

@@ -25,8 +25,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sheeprlhf.agent.batches import Batches, Rows, longest_row
-from sheeprlhf.agent.policy import Policy
-from sheeprlhf.agent.reference import reference_of
+from sheeprlhf.agent.policy import Policy, reference_of
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
 from sheeprlhf.data.sampler import RolloutPlan, StepPlan, load_ahead
@@ -46,8 +45,7 @@ from sheeprlhf.rollout.rollout import (
 )
 from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.task.finish import Saved, finish_run, log_samples, record_validation, report_data
-from sheeprlhf.task.initial_policy import load_initial_policy
-from sheeprlhf.task.rl_models import build_collector, load_online_setup
+from sheeprlhf.task.models import build_collector, load_initial_policy, load_online_setup
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 
 VALIDATION = (1 << 32) - 1  # number of the validation's rollout: it samples with numbers that no training rollout has

@@ -32,8 +32,7 @@ from sheeprlhf.structure.reward import needs_model
 from sheeprlhf.structure.rollout import OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.task.eval.load import load_evaluated_tokenizer
-from sheeprlhf.task.initial_policy import model_of_start
-from sheeprlhf.task.rl_models import reward_folder_errors, reward_model_source
+from sheeprlhf.task.models import model_of_start, reward_folder_errors, reward_model_source
 from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.modes import isolated_rng
 from sheeprlhf.utils.rendering import check_template_args

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
-from sheeprlhf.rollout.best_rows import RowWriter
+from sheeprlhf.task.train.best_of_n import RowWriter
 from tests.distributed.test_sft import start
 from tests.support.runs import digests, write_rows
 

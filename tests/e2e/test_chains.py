@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.task.initial_policy import load_policy_from_run, load_trained_reward_model
+from sheeprlhf.task.models import load_policy_from_run, load_trained_reward_model
 from tests.support.runs import digests, train, write_pairs
 
 ModelFolder = Callable[..., Path]

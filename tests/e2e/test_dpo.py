@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from sheeprlhf.cli import run
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import TinyConfig
-from sheeprlhf.task.initial_policy import load_initial_policy
+from sheeprlhf.task.models import load_initial_policy
 from sheeprlhf.utils.errors import ConfigError
 from tests.support.runs import train, train_words, write_pairs
 

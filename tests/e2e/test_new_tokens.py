@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sheeprlhf.cli import run
 from sheeprlhf.config.model_lookup import find_trained
 from sheeprlhf.config.run_lookup import read_run_config
-from sheeprlhf.task.initial_policy import load_trained
+from sheeprlhf.task.models import load_trained
 from tests.support.models import make_model_folder
 from tests.support.runs import digests, exit_code, result_of, train, train_words, write_pairs, write_rows
 

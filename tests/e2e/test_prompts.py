@@ -73,7 +73,7 @@ def test_what_reads_responses_is_refused(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("nothing was to be loaded")
 
-    monkeypatch.setattr("sheeprlhf.task.rl_models.load_rl_models", load)
+    monkeypatch.setattr("sheeprlhf.task.models.load_rl_models", load)
     model = model_folder()
     for number, answered in enumerate([(False, False), (True, False)]):
         (tmp_path / f"{number}").mkdir()

@@ -58,7 +58,7 @@ def test_a_column_that_is_missing_is_refused_before_anything_is_loaded(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("nothing was to be loaded")
 
-    monkeypatch.setattr("sheeprlhf.task.rl_models.load_rl_models", load)
+    monkeypatch.setattr("sheeprlhf.task.models.load_rl_models", load)
     whole = rows_with_answers(tmp_path / "whole.jsonl", "answer", "meta")
     part = rows_with_answers(tmp_path / "part.jsonl", "answer")
     data = [f"data.{split}_file={part if split == lacks else whole}" for split in ("train", "validation")]

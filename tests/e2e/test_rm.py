@@ -48,7 +48,7 @@ def our_scores(run_dir: Path, words: list[str], tmp_path: Path) -> list[float]:
     from sheeprlhf.config.run_lookup import saved_group
     from sheeprlhf.data.example import Example, collate_packed
     from sheeprlhf.structure.model import ModelConfig
-    from sheeprlhf.task.initial_policy import load_trained_reward_model
+    from sheeprlhf.task.models import load_trained_reward_model
 
     cfg = saved_group(str(run_dir), "model")
     assert isinstance(cfg, ModelConfig)

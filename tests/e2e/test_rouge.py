@@ -12,7 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.cli import run
-from sheeprlhf.task.eval.rouge_metric import ROUGE_TYPES
+from sheeprlhf.task.eval.rouge import ROUGE_TYPES
 from tests.support.runs import train, write_rows
 
 ModelFolder = Callable[..., Path]

@@ -23,8 +23,7 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.manifest import MANIFEST
 from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.run import open_run
-from sheeprlhf.engine.rundir import choose_run_dir
-from sheeprlhf.engine.runlock import RunLock
+from sheeprlhf.engine.rundir import RunLock, choose_run_dir
 from sheeprlhf.engine.step import update
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.optim import AdamWConfig

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from sheeprlhf.engine.checkpoint import read_tensors
 from sheeprlhf.engine.manifest import verify_manifest
-from sheeprlhf.engine.tensors import read_tensors
 from sheeprlhf.model.adapter import read_adapter_config
 from sheeprlhf.model.load import load_causal_lm, load_tokenizer
 from sheeprlhf.structure.model import ModelConfig

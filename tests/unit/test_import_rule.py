@@ -43,7 +43,6 @@ LIGHT = [
     "api/jobs.py",
     "launch.py",
     "engine/rundir.py",
-    "engine/runlock.py",
     "utils/errors.py",
 ]
 ALONE = {  # narrower than the layers allow

@@ -207,7 +207,7 @@ def _reward_model(config: DoctorConfig, size: "ModelSize") -> Iterator[Finding]:
     from sheeprlhf.model.locate import locate
     from sheeprlhf.structure.reward import needs_model
     from sheeprlhf.structure.rollout import OnlineTaskConfig
-    from sheeprlhf.task.rl_models import load_reward_tokenizer, load_separate_reward_model, reward_model_source
+    from sheeprlhf.task.models import load_reward_tokenizer, load_separate_reward_model, reward_model_source
 
     if not isinstance(config.task, OnlineTaskConfig) or not needs_model(config.reward, config.data.rule_reward):
         return

@@ -20,10 +20,9 @@ from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.sampler import cut_micro_batches
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.reward.call import Texts
-from sheeprlhf.rollout.engines import generate_ids
+from sheeprlhf.rollout.engines import StopStrings, generate_ids
 from sheeprlhf.rollout.rollout import Rollout, decode_rollout, predict_targets, sampling_uniforms, to_rollout
 from sheeprlhf.rollout.sampler import Sampled, sample_responses
-from sheeprlhf.rollout.stop import StopStrings
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.load import (
     evaluated_files,

@@ -19,11 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from sheeprlhf.data.example import Example
 from sheeprlhf.engine.checkpoint import saved_steps
 from sheeprlhf.engine.rundir import read_run
-from sheeprlhf.rollout.best_rows import kl_bound
+from sheeprlhf.rollout.rollout import kl_bound
 from sheeprlhf.structure.evaluation import FrontierConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logprobs_of, set_up
-from sheeprlhf.task.eval.interval import interval_of, standard_error
 from sheeprlhf.task.eval.judge import Judge
 from sheeprlhf.task.eval.load import (
     evaluated_files,
@@ -36,9 +35,9 @@ from sheeprlhf.task.eval.load import (
     say_on,
     start_of,
 )
-from sheeprlhf.task.eval.plots import draw_frontier
-from sheeprlhf.task.eval.result import save_result
-from sheeprlhf.task.rl_models import check_reward_columns, prepare_prompts
+from sheeprlhf.task.eval.result import draw_frontier, save_result
+from sheeprlhf.task.eval.statistics import interval_of, standard_error
+from sheeprlhf.task.models import check_reward_columns, prepare_prompts
 from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.lightning import Fabric
 

@@ -10,8 +10,7 @@ from sheeprlhf.structure.evaluation import GenerateConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import answer_split
 from sheeprlhf.task.eval.load import load_evaluated_tokenizer, say_on
-from sheeprlhf.task.eval.plots import draw_histogram
-from sheeprlhf.task.eval.result import save_result
+from sheeprlhf.task.eval.result import draw_histogram, save_result
 from sheeprlhf.task.loop import distinct_bigrams
 from sheeprlhf.utils.lightning import Fabric
 

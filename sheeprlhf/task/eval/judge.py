@@ -14,10 +14,10 @@ from sheeprlhf.rollout.rollout import TextExchange, has_same_tokens, longest_of,
 from sheeprlhf.structure.reward import needs_model, terms_of
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import Answers
-from sheeprlhf.task.eval.interval import interval_of
 from sheeprlhf.task.eval.load import evaluated_split, rows_as
 from sheeprlhf.task.eval.preference import pairs_of_rows, scores_of_rows
-from sheeprlhf.task.rl_models import load_reward_tokenizer, load_separate_reward_model
+from sheeprlhf.task.eval.statistics import interval_of
+from sheeprlhf.task.models import load_reward_tokenizer, load_separate_reward_model
 from sheeprlhf.utils.errors import DataError, Notify
 from sheeprlhf.utils.lightning import Fabric
 

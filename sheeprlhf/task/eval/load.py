@@ -17,8 +17,7 @@ from sheeprlhf.model.load import load_tokenizer, num_positions
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.initial_policy import load_initial_policy, load_policy_from_run
-from sheeprlhf.task.rl_models import prepare_prompts
+from sheeprlhf.task.models import load_initial_policy, load_policy_from_run, prepare_prompts
 from sheeprlhf.utils.errors import ConfigError, DataError, Notify
 from sheeprlhf.utils.lightning import Fabric
 

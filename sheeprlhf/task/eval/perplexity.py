@@ -18,10 +18,9 @@ from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.eval.interval import resampled
 from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, load_evaluated_tokenizer, say_on
-from sheeprlhf.task.eval.plots import draw_histogram
-from sheeprlhf.task.eval.result import save_result
+from sheeprlhf.task.eval.result import draw_histogram, save_result
+from sheeprlhf.task.eval.statistics import resampled
 from sheeprlhf.utils.decoding import ResponseDecoder
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.memory import phase

@@ -24,7 +24,6 @@ from sheeprlhf.engine.fabric import place
 from sheeprlhf.rollout.rollout import predict_targets
 from sheeprlhf.structure.evaluation import PreferenceConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.eval.interval import interval_of
 from sheeprlhf.task.eval.load import (
     evaluated_split,
     load_evaluated_policy,
@@ -34,10 +33,9 @@ from sheeprlhf.task.eval.load import (
     start_of,
     task_options,
 )
-from sheeprlhf.task.eval.pairs import calibration, calibration_error, pair_figures
-from sheeprlhf.task.eval.plots import draw_calibration
-from sheeprlhf.task.eval.result import save_result
-from sheeprlhf.task.initial_policy import load_trained_reward_model
+from sheeprlhf.task.eval.result import draw_calibration, save_result
+from sheeprlhf.task.eval.statistics import calibration, calibration_error, interval_of, pair_figures
+from sheeprlhf.task.models import load_trained_reward_model
 from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.lightning import Fabric
 

@@ -16,14 +16,13 @@ from transformers import PreTrainedTokenizerBase
 from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.data.example import Example
 from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.rollout.rollout import decode_rollout, to_rollout
 from sheeprlhf.rollout.sampler import Sampled
-from sheeprlhf.rollout.stop import StopStrings
 from sheeprlhf.structure.evaluation import REFERENCES, START, RewardConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logprobs_of, set_up
-from sheeprlhf.task.eval.interval import interval_of, standard_error
 from sheeprlhf.task.eval.judge import Judge, RewardModelAccuracy
 from sheeprlhf.task.eval.load import (
     evaluated_files,
@@ -39,10 +38,10 @@ from sheeprlhf.task.eval.load import (
     say_on,
     start_of,
 )
-from sheeprlhf.task.eval.plots import draw_histogram
-from sheeprlhf.task.eval.result import cell, save_result
+from sheeprlhf.task.eval.result import cell, draw_histogram, save_result
+from sheeprlhf.task.eval.statistics import interval_of, standard_error
 from sheeprlhf.task.loop import distinct_bigrams
-from sheeprlhf.task.rl_models import check_reward_columns, prepare_prompts
+from sheeprlhf.task.models import check_reward_columns, prepare_prompts
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import DataError, Notify
 from sheeprlhf.utils.lightning import Fabric

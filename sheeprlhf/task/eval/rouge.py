@@ -6,11 +6,16 @@ with 95 % bootstrap intervals.
 """
 
 import re
+import tempfile
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import datasets
 import numpy as np
+from evaluate import Metric, MetricInfo
 from rich.table import Table
+from rouge_score.rouge_scorer import RougeScorer
 from tqdm import tqdm
 
 from sheeprlhf.config.registry import config_to_dict
@@ -19,14 +24,15 @@ from sheeprlhf.data.report import check_prompts
 from sheeprlhf.structure.evaluation import RougeConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import answer_split
-from sheeprlhf.task.eval.baselines import baseline_responses
-from sheeprlhf.task.eval.interval import mean_and_interval
 from sheeprlhf.task.eval.load import load_evaluated_tokenizer, say_on
-from sheeprlhf.task.eval.plots import draw_bars
-from sheeprlhf.task.eval.result import save_result
-from sheeprlhf.task.eval.rouge_metric import ROUGE_TYPES, Rouge
+from sheeprlhf.task.eval.result import draw_bars, save_result
+from sheeprlhf.task.eval.statistics import mean_and_interval
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.lightning import Fabric
+
+_DEFINED = re.compile(r"^\s*(?:async\s+)?(?:class|def)\s+(\w+)", re.MULTILINE)
+_PART = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
@@ -110,3 +116,62 @@ def _table(numbers: dict[str, Any]) -> Table:
         f"ROUGE-L ahead of `{best}`: {mean:+.1f} ({low:+.1f} to {high:+.1f})"
     )
     return table
+
+
+def baseline_responses(prompts: Sequence[str], references: Sequence[str]) -> dict[str, list[str]]:
+    """The answers of each baseline to the prompts, by the baseline's name.
+
+    Args:
+        prompts: the prompts' texts.
+        references: the references' texts; only their mean length in words is used.
+
+    Returns:
+        `lead`: the prompt's first words, as many as the references have on average; `copy`: the prompt; and, where most
+        prompts define a Python function or class, `names`: the words of the names that they define.
+    """
+    num_words = max(1, round(sum(len(text.split()) for text in references) / len(references)))
+    answers = {"lead": [" ".join(prompt.split()[:num_words]) for prompt in prompts], "copy": list(prompts)}
+    if 2 * sum(_DEFINED.search(prompt) is not None for prompt in prompts) > len(prompts):
+        answers["names"] = [" ".join(name_words(prompt)) for prompt in prompts]
+    return answers
+
+
+def name_words(prompt: str) -> list[str]:
+    """The words of the names that a text's `class` and `def` lines define, in order: `def to_JSON(x)` -> to JSON."""
+    return [word for name in _DEFINED.findall(prompt) for word in split_name(name)]
+
+
+def split_name(name: str) -> list[str]:
+    """The words of an identifier: `_read_HTTPHeader2` -> read HTTP Header 2."""
+    return _PART.findall(name)
+
+
+class Rouge(Metric):
+    """F-measures of ROUGE-1, -2, -L and -Lsum (Lin 2004) by rouge-score, what papers report; nothing is downloaded.
+
+    Words are runs of a-z and 0-9 in lower case; ROUGE-Lsum takes the lines of a text as its sentences.
+
+    `compute(predictions=..., references=..., use_stemmer=False, use_aggregator=True)` returns the mean of each
+    measure in [0, 1]; without the aggregator, its list of one value a row.
+    """
+
+    def __init__(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:  # the parent makes a cache folder that rows in memory never use
+            super().__init__(cache_dir=folder, keep_in_memory=True)
+
+    def _info(self) -> MetricInfo:
+        text = datasets.Value("string")
+        return MetricInfo(
+            description=type(self).__doc__,
+            citation="Lin, C.-Y. (2004). ROUGE: A Package for Automatic Evaluation of Summaries.",
+            inputs_description="predictions: generated texts. references: one text for each.",
+            features=datasets.Features({"predictions": text, "references": text}),
+        )
+
+    def _compute(
+        self, predictions: list[str], references: list[str], use_stemmer: bool = False, use_aggregator: bool = True
+    ) -> dict[str, float] | dict[str, list[float]]:
+        scorer = RougeScorer(list(ROUGE_TYPES), use_stemmer=use_stemmer)
+        scored = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
+        rows = {name: [float(scores[name].fmeasure) for scores in scored] for name in ROUGE_TYPES}
+        return {name: float(np.mean(values)) for name, values in rows.items()} if use_aggregator else rows

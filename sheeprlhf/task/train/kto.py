@@ -26,8 +26,8 @@ from sheeprlhf.loss.dpo import kto
 from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import KTOConfig
-from sheeprlhf.task.initial_policy import with_adapters
 from sheeprlhf.task.loop import TrainLoop
+from sheeprlhf.task.models import with_adapters
 from sheeprlhf.task.reference import (
     check_reference,
     reference_logprobs,

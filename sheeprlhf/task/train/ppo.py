@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sheeprlhf.agent.policy import Policy
-from sheeprlhf.agent.reference import EMA
+from sheeprlhf.agent.policy import EMA, Policy
 from sheeprlhf.agent.reward import AdapterValueModel, RewardModel
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.sampler import StepPlan

@@ -20,8 +20,8 @@ from sheeprlhf.loss.sft import cross_entropy
 from sheeprlhf.model.router import RouterLoss, StepRouterLoss, expert_counts, router_loss_in_training
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
-from sheeprlhf.task.initial_policy import with_adapters
 from sheeprlhf.task.loop import TrainLoop
+from sheeprlhf.task.models import with_adapters
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import isolated_rng

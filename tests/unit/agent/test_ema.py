@@ -8,9 +8,8 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from sheeprlhf.agent.policy import Policy
-from sheeprlhf.agent.reference import EMA
-from sheeprlhf.engine.tensors import saved_tensors
+from sheeprlhf.agent.policy import EMA, Policy
+from sheeprlhf.engine.checkpoint import saved_tensors
 from sheeprlhf.model.lora import add_lora
 from sheeprlhf.structure.model import LORAConfig
 

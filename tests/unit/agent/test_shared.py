@@ -11,8 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from sheeprlhf.agent.policy import Policy
-from sheeprlhf.agent.reference import BaseModelReference, reference_of
+from sheeprlhf.agent.policy import BaseModelReference, Policy, reference_of
 from sheeprlhf.agent.reward import AdapterValueModel, reward_model_of
 from sheeprlhf.data.example import collate_packed
 from sheeprlhf.model.load import load_causal_lm, load_tokenizer

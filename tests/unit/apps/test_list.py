@@ -12,7 +12,7 @@ import pytest
 from sheeprlhf.apps.past_runs import find_past_runs, past_run
 from sheeprlhf.cli import run
 from sheeprlhf.config.registry import choices
-from sheeprlhf.engine.runlock import RunLock, is_locked
+from sheeprlhf.engine.rundir import RunLock, is_locked
 
 STARTED = 1_700_000_000.0
 

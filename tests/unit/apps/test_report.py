@@ -16,7 +16,7 @@ from sheeprlhf.apps.report.command import write_report
 from sheeprlhf.apps.report.page import point_table
 from sheeprlhf.apps.report.record import parse_evaluation
 from sheeprlhf.cli import run
-from sheeprlhf.engine.runlock import RunLock
+from sheeprlhf.engine.rundir import RunLock
 from tests.support.browser import dump_dom, find_chromium
 from tests.support.past_runs import make_past_run, write_evaluation
 

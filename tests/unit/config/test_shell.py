@@ -13,7 +13,7 @@ from sheeprlhf.apps.arguments import parse_args
 from sheeprlhf.config.compose import Source, check, compose_job, configs_directory
 from sheeprlhf.config.registry import config_to_dict
 from sheeprlhf.config.shell import changed_words, command, hydra_value, option_word, shell_word
-from sheeprlhf.rollout.stop import StopStrings
+from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.structure.data import DocstringsConfig, LocalDataConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig

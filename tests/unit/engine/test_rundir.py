@@ -9,8 +9,15 @@ import time
 import pytest
 
 from sheeprlhf.engine import rundir
-from sheeprlhf.engine.rundir import choose_run_dir, discard_unused, find_runs, is_finished, mark_finished, read_run
-from sheeprlhf.engine.runlock import RunLock
+from sheeprlhf.engine.rundir import (
+    RunLock,
+    choose_run_dir,
+    discard_unused,
+    find_runs,
+    is_finished,
+    mark_finished,
+    read_run,
+)
 from sheeprlhf.structure.data import DocstringsConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import TinyConfig

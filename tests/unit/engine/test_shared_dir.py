@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-import sheeprlhf.engine.shared_dir as shared_dir
-from sheeprlhf.engine.shared_dir import check_shared
+from sheeprlhf.engine import run as run_module
+from sheeprlhf.engine.run import check_shared
 from sheeprlhf.utils.errors import ConfigError
 
 
@@ -16,14 +16,14 @@ class Machines:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folders: list[Path]) -> None:
         self._folders, self._views = folders, list[Any]()
-        monkeypatch.setattr(shared_dir, "_SECONDS_TO_APPEAR", 0.0)
-        monkeypatch.setattr(shared_dir, "gather_objects", self._gather)
+        monkeypatch.setattr(run_module, "_SECONDS_TO_APPEAR", 0.0)
+        monkeypatch.setattr(run_module, "gather_objects", self._gather)
 
     def _gather(self, fabric: Any, view: Any) -> list[Any]:
         if fabric.is_global_zero:
             other = self._folders[1]
             sign = next(path for path in self._folders[0].iterdir() if path.name.startswith(".seen-"))
-            return [view, (1, shared_dir._appears(other / sign.name), shared_dir._checkpoints(other))]
+            return [view, (1, run_module._appears(other / sign.name), run_module._checkpoints(other))]
         raise AssertionError
 
     def check(self) -> list[str]:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from sheeprlhf.engine.signals import noted_signals
+from sheeprlhf.engine.run import noted_signals
 
 
 def test_a_second_interrupt_outside_of_the_command_line_raises_and_keeps_the_process() -> None:

@@ -12,8 +12,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from sheeprlhf.agent.policy import load_policy
-from sheeprlhf.agent.reference import reference_of
+from sheeprlhf.agent.policy import load_policy, reference_of
 from sheeprlhf.agent.reward import reward_model_of
 from sheeprlhf.data.example import Example
 from sheeprlhf.engine.fabric import make_fabric

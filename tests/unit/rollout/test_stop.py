@@ -11,8 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sheeprlhf.model.load import load_causal_lm, load_tokenizer
-from sheeprlhf.rollout.engines import generate_responses
-from sheeprlhf.rollout.stop import StopStrings
+from sheeprlhf.rollout.engines import StopStrings, generate_responses
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig, TinyConfig
 from sheeprlhf.utils.errors import ConfigError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sheeprlhf.task.eval.baselines import baseline_responses, name_words
+from sheeprlhf.task.eval.rouge import baseline_responses, name_words
 
 METHOD = 'class HTTPServer(Base):\n    async def get_maxSize2(self, file_name=1) -> int:\n        """'
 

@@ -13,9 +13,9 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.rollout.rollout import Rollout
 from sheeprlhf.task.eval.answers import Answers, kl_of_responses
 from sheeprlhf.task.eval.frontier import expected_best
-from sheeprlhf.task.eval.interval import interval_of, mean_and_interval, resampled, standard_error
 from sheeprlhf.task.eval.judge import RewardModelAccuracy
 from sheeprlhf.task.eval.preference import pairs_of_rows
+from sheeprlhf.task.eval.statistics import interval_of, mean_and_interval, resampled, standard_error
 
 RNG = np.random.default_rng(0)
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sheeprlhf.task.eval.pairs import calibration, calibration_error, correlation, pair_figures
+from sheeprlhf.task.eval.statistics import calibration, calibration_error, correlation, pair_figures
 
 
 def test_figures_by_hand() -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from sheeprlhf.task.eval.interval import mean_and_interval
-from sheeprlhf.task.eval.rouge_metric import ROUGE_TYPES, Rouge
+from sheeprlhf.task.eval.rouge import ROUGE_TYPES, Rouge
+from sheeprlhf.task.eval.statistics import mean_and_interval
 
 BY_HAND = [  # prediction, reference, F-measures of ROUGE-1, -2, -L, -Lsum
     # the, cat, on, mat are shared (4 of 6 and 6); of 5 and 5 pairs, "the cat"; in order: the cat on mat

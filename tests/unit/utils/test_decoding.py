@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sheeprlhf.data.encoding import PairEncoder
-from sheeprlhf.rollout.stop import StopStrings
+from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.utils.decoding import ResponseDecoder
 from tests.unit.data.toy import byte_tokenizer, piece_tokenizer
 

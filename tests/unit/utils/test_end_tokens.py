@@ -19,10 +19,9 @@ from sheeprlhf.data.read import Row
 from sheeprlhf.data.report import notes_on_ends
 from sheeprlhf.data.tokenize import RowTokenizer
 from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.rollout.engines import ENGINES, generate_ids, generate_responses, stream_ids
+from sheeprlhf.rollout.engines import ENGINES, StopStrings, generate_ids, generate_responses, stream_ids
 from sheeprlhf.rollout.rollout import decode_rollout, to_rollout
 from sheeprlhf.rollout.sampler import Sampled
-from sheeprlhf.rollout.stop import StopStrings
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig

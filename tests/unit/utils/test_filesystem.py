@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.engine.manifest import verify_manifest, write_folder, write_manifest
-from sheeprlhf.engine.runlock import RunLock, is_locked
+from sheeprlhf.engine.rundir import RunLock, is_locked
 from sheeprlhf.utils import filesystem
 from sheeprlhf.utils.errors import RunInUseError
 from sheeprlhf.utils.filesystem import fsync, make_private, open_file, replace

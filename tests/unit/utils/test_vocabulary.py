@@ -14,8 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from sheeprlhf.agent.policy import Policy, load_policy
-from sheeprlhf.agent.reference import reference_of
+from sheeprlhf.agent.policy import Policy, load_policy, reference_of
 from sheeprlhf.agent.reward import load_reward_model, reward_model_of
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.model.lm_head import head_logprobs

@@ -11,7 +11,8 @@ from sheeprlhf.config.run_lookup import resolve_runs
 from sheeprlhf.config.validate import validate
 from sheeprlhf.data.example import Example
 from sheeprlhf.reward.call import Texts
-from sheeprlhf.rollout.best_rows import (
+from sheeprlhf.rollout.rollout import Rollout
+from sheeprlhf.task.train.best_of_n import (
     RowWriter,
     SelectionStats,
     best_of,
@@ -21,7 +22,6 @@ from sheeprlhf.rollout.best_rows import (
     selection_table,
     write_splits,
 )
-from sheeprlhf.rollout.rollout import Rollout
 from tests.unit.config.test_registry import composed, to_typed
 
 
