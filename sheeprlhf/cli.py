@@ -273,7 +273,7 @@ def _compose_and_launch(verb: str, args: ParsedArgs) -> int:
         job = compose_job(source, args.overrides)
         from sheeprlhf.launch import launch
 
-        return _guarded(lambda: launch(verb, args, job), bool(getattr(job.config, "debug", False)))
+        return _guarded(lambda: launch(verb, args, job).code, bool(getattr(job.config, "debug", False)))
     if not shows or "--cfg" in shows:
         problems = check(source, args.overrides, multirun=sweep, complete=not shows)
         if problems:
@@ -349,7 +349,8 @@ def _hydra_job(verb: str, args: ParsedArgs, own_sweep_dir: bool, process: int, c
     from sheeprlhf.config.compose import SAVED_CHOICE, finish
     from sheeprlhf.launch import launch
 
-    hydra, config = HydraConfig.get(), None
+    hydra = HydraConfig.get()
+    run_dir: Path | None = None
     sweep, given = "--multirun" in args.flags, hydra.run.dir
     if sweep:
         overrides = [word for word in hydra.overrides.task if not word.endswith(f"={SAVED_CHOICE}")]
@@ -364,10 +365,10 @@ def _hydra_job(verb: str, args: ParsedArgs, own_sweep_dir: bool, process: int, c
     messages: list[str] = []
 
     def start() -> int:
-        nonlocal config
-        job = finish(composed, given_dir)
-        config = job.config
-        return launch(verb, args, job, in_sweep=sweep)
+        nonlocal run_dir
+        code, output = launch(verb, args, finish(composed, given_dir), in_sweep=sweep)
+        run_dir = output if verb == "train" else None
+        return code
 
     code = _guarded(start, bool(composed.debug), messages)
     if sweep and not code and noted_stop():
@@ -375,4 +376,4 @@ def _hydra_job(verb: str, args: ParsedArgs, own_sweep_dir: bool, process: int, c
     codes.append(code)
     if code > 128 and os.getpid() == process:
         raise SystemExit(code)
-    return outcome(code, "\n".join(messages), config, given_dir) if sweep else None
+    return outcome(code, "\n".join(messages), run_dir) if sweep else None

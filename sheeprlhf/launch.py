@@ -4,13 +4,14 @@ import importlib
 import os
 import random
 import sys
+import tempfile
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sheeprlhf.apps.arguments import ParsedArgs
-from sheeprlhf.apps.child_process import children
+from sheeprlhf.apps.child_process import OUTPUT_FILE, children
 from sheeprlhf.config.compose import Job
 from sheeprlhf.config.memory_advice import advice
 from sheeprlhf.config.model_lookup import needs_base_model
@@ -62,7 +63,19 @@ def resolve_run_aliases(job: Job, overrides: list[str]) -> list[str]:
     return overrides
 
 
-def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> int:
+class Finished(NamedTuple):
+    """A job that has ended.
+
+    Attributes:
+        code: its exit code.
+        output: run directory of a training, result file of an evaluation; None on other ranks and of other commands.
+    """
+
+    code: int
+    output: Path | None = None
+
+
+def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> Finished:
     """Run a job to its end in this process and, with several devices, in those that Fabric starts.
 
     A sweep's job on several devices gets a process of its own: Fabric leaves this one's rank in the environment.
@@ -72,9 +85,6 @@ def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> 
         args: flags and overrides of this job alone.
         job: its configuration.
         in_sweep: it is one of several jobs of this process.
-
-    Returns:
-        The exit code.
 
     Raises:
         ConfigError: a library that would be imported must not be.
@@ -100,27 +110,40 @@ def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> 
         silence_libraries()
         if isinstance(config, InspectConfig):
             check_inputs_exist(config)
-        return _entry(config.entry_point)(config, args)
+        return Finished(_entry(config.entry_point)(config, args))
     if in_sweep and _needs_processes(config):
-        with children() as started:
-            code = started.run(_standalone_overrides(words, config, job.given_dir))
-        return code if started.stopped_by is None else 128 + started.stopped_by
+        with tempfile.TemporaryDirectory() as folder, children() as started:
+            output = Path(folder, "output")
+            code = started.run(_standalone_overrides(words, config, job.given_dir), output)
+            found_output = Path(output.read_text()) if output.exists() else None
+        return Finished(code if started.stopped_by is None else 128 + started.stopped_by, found_output)
+    arguments, sys.argv = sys.argv, [sys.argv[0], *words]  # what Fabric starts the other ranks with
+    try:
+        finished = Finished(0, _launch_here(config, job.given_dir))
+    finally:
+        sys.argv = arguments
+    if finished.output is not None and (name := os.environ.get(OUTPUT_FILE)):
+        write_file(Path(name).parent, Path(name).name, str(finished.output).encode())
+    return finished
+
+
+def _launch_here(config: TrainConfig | EvalConfig, given_dir: str | None) -> Path | None:
+    """Run a training or an evaluation in this process; returns its output as in `Finished`."""
     if is_rank_zero() and isinstance(config, TrainConfig):
         _warn_about_restarts(resumes=config.resume or config.resume_from is not None)
     run_dir = None
-    sys.argv = [sys.argv[0], *words]  # what Fabric starts the other ranks with
     if is_rank_zero():
         check_inputs_exist(config)
         if isinstance(config, TrainConfig):
-            check_existing_run(config, config_hash(config), job.given_dir)
+            check_existing_run(config, config_hash(config), given_dir)
         _check_weights(config)
     if isinstance(config, TrainConfig) and is_rank_zero():
-        run_dir = _choose_dir(config, job.given_dir)
+        run_dir = _choose_dir(config, given_dir)
         if is_finished(run_dir) and not _is_awaited(config):
-            return 0
+            return run_dir
     try:
         with phase("the rest of the run"):
-            _run_task(config, run_dir)
+            result = _run_task(config, run_dir)
     except OutOfMemory as error:
         place = None if run_dir is None else str(run_dir)
         raise OutOfMemory(error.phase, error.facts, *advice(config, error.phase, place)) from error
@@ -135,7 +158,7 @@ def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> 
                 path = write_file(run_dir, "error.log", redact_text(traceback.format_exc()).encode(errors="replace"))
                 error.add_note(f"its traceback is in {path}")
         raise
-    return 0
+    return run_dir or result
 
 
 def check_inputs_exist(config: TrainConfig | EvalConfig | InspectConfig) -> None:
@@ -214,8 +237,8 @@ def _take_back(config: TrainConfig | EvalConfig, run_dir: Path | None) -> bool:
     return False
 
 
-def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
-    """All ranks: one process becomes all of them here."""
+def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> Path | None:
+    """All ranks: one process becomes all of them here. Returns the result file of an evaluation, on rank zero."""
     silence_libraries()
     import torch
     from transformers.utils import logging as transformers_logging
@@ -229,7 +252,7 @@ def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
     _forget_hydra()
     if launched() is None and "LOCAL_RANK" not in os.environ and _needs_processes(config):
         os.environ[OWN_LAUNCHER] = str(os.getpid())
-    fabric = make_fabric(config.fabric)
+    fabric, result = make_fabric(config.fabric), None
     with missing_ranks_named(fabric):
         fabric.launch()
         folder = fabric.broadcast(None if run_dir is None else str(run_dir))
@@ -243,9 +266,13 @@ def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> None:
                 check_shared(fabric, Path(str(folder)), fabric.print)
             _seed(config, on_cuda=fabric.device.type == "cuda")
             task = _entry(config.task.entry_point)
-            task(fabric, config, Path(str(folder))) if isinstance(config, TrainConfig) else task(fabric, config)
+            if isinstance(config, TrainConfig):
+                task(fabric, config, Path(str(folder)))
+            else:
+                result = task(fabric, config)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    return result
 
 
 def _entry(point: str) -> Any:

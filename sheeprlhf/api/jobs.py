@@ -3,7 +3,6 @@
 import csv
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +10,10 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.apps.arguments import ParsedArgs
 from sheeprlhf.config.compose import Job, Source, compose_job, configs_directory
-from sheeprlhf.config.registry import config_hash
-from sheeprlhf.config.run_lookup import find_runs
 from sheeprlhf.config.shell import option_word
-from sheeprlhf.engine.rundir import is_finished
 from sheeprlhf.launch import launch
 from sheeprlhf.security.json_records import load_json
 from sheeprlhf.security.record_schemas import RESULT
-from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError, SheepError
 
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -50,13 +45,7 @@ def train(overrides: Overrides = ()) -> TrainingRun:
     Raises:
         SheepError: `ConfigError`, `DataError` and so on: the same messages as on the command line.
     """
-    job = _run("train", overrides)
-    config = job.config
-    assert isinstance(config, TrainConfig)
-    named = config.resume_from or job.given_dir
-    runs = () if named else find_runs(config.root_dir)
-    same = (run.dir for run in runs if run.info.get("config_hash") == config_hash(config) and is_finished(run.dir))
-    directory = Path(named) if named else next(same)
+    directory = _run("train", overrides)
     return TrainingRun(directory, directory / "final", _read_metrics(directory / "metrics.csv"))
 
 
@@ -72,12 +61,7 @@ def evaluate(overrides: Overrides = ()) -> dict[str, Any]:
     Raises:
         SheepError: the same messages as on the command line.
     """
-    config = _run("eval", overrides).config
-    assert isinstance(config, EvalConfig)
-    folder = Path(config.output_dir) if config.experiment_dir is None else Path(config.experiment_dir, "eval")
-    results = [load_json(path, RESULT) for path in folder.glob("*.json")]
-    of_task = [result for result in results if result.get("task") == config.task.config_name]
-    return max(of_task, key=lambda result: str(result["time"]))
+    return load_json(_run("eval", overrides), RESULT)
 
 
 def as_words(overrides: Overrides) -> list[str]:
@@ -99,26 +83,26 @@ def compose(verb: str, words: list[str]) -> Job:
     return compose_job(Source(verb, configs_directory(), verb), words)
 
 
-def _run(verb: str, overrides: Overrides) -> Job:
+def _run(verb: str, overrides: Overrides) -> Path:
+    """Run a job; returns the run directory of a training, or the result file of an evaluation."""
     words = as_words(overrides)
     job = compose(verb, words)
     with _restored_environment():
-        code = launch(verb, ParsedArgs([], {}, words), job, in_sweep=True)
-    if code:
-        raise SheepError(f"{verb} ended with exit code {code}; its message is above")
-    return job
+        code, output = launch(verb, ParsedArgs([], {}, words), job, in_sweep=True)
+    if code or output is None:
+        raise SheepError(f"{verb} ended without a result, with exit code {code}; its message is above")
+    return output
 
 
 @contextmanager
 def _restored_environment() -> Iterator[None]:
-    """Undo a job's changes of `sys.argv` and of environment variables, such as HF_HUB_OFFLINE."""
-    before, arguments = dict(os.environ), sys.argv
+    """Undo a job's changes of environment variables, such as HF_HUB_OFFLINE."""
+    before = dict(os.environ)
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
-        sys.argv = arguments
 
 
 def _read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:

@@ -13,6 +13,7 @@ import sheeprlhf
 from sheeprlhf.utils.launchers import child_environment
 from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, die_with_parent, handled, watched_signals
 
+OUTPUT_FILE = "SHEEPRLHF_OUTPUT_FILE"  # variable: a file that gets the path of the job's output
 _PASSED = (*STOP_SIGNALS, SAVE_SIGNAL)
 
 
@@ -28,13 +29,14 @@ class Children:
         self.stopped_by: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
-    def run(self, words: list[str]) -> int:
+    def run(self, words: list[str], output: Path | None = None) -> int:
         """Run a command to its end; it prints where this process prints, and is killed if this process dies.
 
         It has a session of its own, so that a terminal's Ctrl-C does not reach it twice.
 
         Args:
             words: verb, flags and options.
+            output: a file that gets the path of the job's run directory or result.
 
         Returns:
             Its exit code; 128 + n if signal n killed it, or stopped this process before it.
@@ -49,7 +51,7 @@ class Children:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "sheeprlhf", *words],
                 stdin=subprocess.DEVNULL,
-                env={**child_environment(), "PYTHONPATH": path},
+                env={**child_environment(), "PYTHONPATH": path, OUTPUT_FILE: "" if output is None else str(output)},
                 start_new_session=True,
                 preexec_fn=_begin,
             )

@@ -18,12 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 
 import sheeprlhf
 from sheeprlhf.config.overrides import readable
-from sheeprlhf.config.registry import choices, config_hash
-from sheeprlhf.config.run_lookup import find_runs, read_run
+from sheeprlhf.config.registry import choices
+from sheeprlhf.config.run_lookup import read_run
 from sheeprlhf.security.redaction import redact_command
 from sheeprlhf.structure.option import Config
 from sheeprlhf.structure.rollout import OnlineTaskConfig
-from sheeprlhf.structure.run import RootConfig, TrainConfig
+from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import UnsafePathError
 from sheeprlhf.utils.home import known_home
 from sheeprlhf.utils.output import link_problems
@@ -44,21 +44,15 @@ class Outcome(float):
     text: str = ""
 
 
-def outcome(code: int, text: str, config: RootConfig | None, given_dir: str | None) -> Outcome:
+def outcome(code: int, text: str, run_dir: Path | None) -> Outcome:
     """Make the outcome of a job that has ended.
 
     Args:
         code: its exit code.
         text: its error message.
-        config: the job's; None if it did not get that far.
-        given_dir: the run directory that was given for it, if any.
+        run_dir: its run; None if it did not get that far, or is no training.
     """
-    metric = None
-    if code == 0 and isinstance(config, TrainConfig):
-        named = given_dir or config.resume_from
-        same = config_hash(config)
-        runs = [read_run(Path(named))] if named else [run.info for run in find_runs(config.root_dir)]
-        metric = next((run.get("best_metric") for run in runs if run.get("config_hash") == same), None)
+    metric = None if code or run_dir is None else read_run(run_dir).get("best_metric")
     made = Outcome(metric if isinstance(metric, int | float) else math.nan)
     made.code, made.text = code, text
     return made

@@ -1,13 +1,16 @@
 """The public Python API: jobs with results and exceptions, parts of custom loops, the examples, a Jupyter kernel."""
 
 import importlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ import sheeprlhf
 from sheeprlhf import (
     collate,
     evaluate,
+    launch,
     load_policy,
     load_reward_model,
     load_tokenizer,
@@ -26,6 +30,7 @@ from sheeprlhf import (
     sample,
     train,
 )
+from sheeprlhf.engine.rundir import is_finished
 from sheeprlhf.utils.errors import ConfigError, DataError, SheepError
 from tests.support.runs import train_words, write_pairs, write_rows
 
@@ -77,6 +82,25 @@ def test_jobs_follow_each_other_in_one_process(
     assert policy(batch).target_N.shape == batch.target_ids_N.shape
     with pytest.raises(ConfigError, match="finetune_mode"):
         load_policy(str(second.directory), finetune_mode="LORA")
+
+
+def test_a_newer_run_of_the_same_configuration_is_not_returned(
+    tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_task, copies = launch._run_task, []
+
+    def run_beside_another(config: Any, directory: Path) -> None:
+        run_task(config, directory)
+        info = json.loads((directory / "run.json").read_text())
+        copies.append(shutil.copytree(directory, directory.parent / "newer"))
+        (copies[0] / "run.json").write_text(json.dumps(info | {"order": info["order"] + 60}))
+
+    monkeypatch.setattr(launch, "_run_task", run_beside_another)
+    arguments = list(sys.argv)
+    run = train(words(tmp_path, model_folder(), "task.max_num_steps=1"))
+    assert is_finished(copies[0])
+    assert (run.directory.name, run.directory.parent) == ("default", copies[0].parent)
+    assert sys.argv == arguments
 
 
 def test_a_training_runs_in_another_thread_than_the_main_one(tmp_path: Path, model_folder: ModelFolder) -> None:

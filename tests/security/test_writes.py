@@ -15,6 +15,7 @@ REVIEWED = {
     "utils/streams.py:open_closed_streams:fdopen": "the null device",
     "cli.py:_run_sweep:mkdtemp": "a new folder of the system's",
     "cli.py:_run_sweep:rmtree": "that folder",
+    "launch.py:launch:TemporaryDirectory": "a new folder of the system's",
     "apps/pipeline/command.py:check_stages:TemporaryDirectory": "a new folder of the system's",
     "task/eval/rouge.py:__init__:TemporaryDirectory": "a new folder of the system's",
     "apps/fetch.py:fetch_from_hub:snapshot_download": "the hub's own cache",

@@ -44,7 +44,7 @@ from sheeprlhf.utils.lightning import Fabric
 COLUMNS = ("what", "n", "score", "score_low", "score_high", "kl", "kl_error", "rougeL", "response_tokens")
 
 
-def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
+def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     """All ranks: sample from the start and from every checkpoint, score, and save the curve as JSON, CSV and PNG.
 
     Raises:
@@ -75,7 +75,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
         "rm_pairs": None if trust is None else trust.pairs,
     }
     name, table = judge.name(), _table(points, judge.name())
-    save_result(
+    return save_result(
         fabric,
         cfg,
         f"frontier-{name}-{task.data_split}",

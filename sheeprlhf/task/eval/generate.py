@@ -1,6 +1,7 @@
 """Responses to the prompts of a split, as a file of rows: what other tools read, or people."""
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from sheeprlhf.task.loop import distinct_bigrams
 from sheeprlhf.utils.lightning import Fabric
 
 
-def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
+def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     """All ranks: write a response to each prompt; the rows, and figures of their lengths, go into files.
 
     Raises:
@@ -49,4 +50,4 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     }
     shown = {key: numbers[key] for key in ("rows", "response_tokens", "finished", "distinct_2")}
     draw = partial(draw_histogram, {"responses": np.array(texts.num_tokens)}, "tokens of a response")
-    save_result(fabric, cfg, f"generate-{task.data_split}", numbers, shown=shown, rows=kept, draw=draw)
+    return save_result(fabric, cfg, f"generate-{task.data_split}", numbers, shown=shown, rows=kept, draw=draw)

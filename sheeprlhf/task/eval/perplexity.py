@@ -7,6 +7,7 @@ characters of the responses' texts.
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from sheeprlhf.utils.modes import eval_mode
 _HIGHEST = 700.0  # nats, whose exp is a number
 
 
-def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
+def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     """All ranks: print the perplexity and save it as JSON.
 
     Raises:
@@ -61,7 +62,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
         bits = float(nll_R.sum()) / math.log(2)
         numbers["bits_per_character"] = bits / max(1, numbers["characters"])
     draw = partial(draw_histogram, {"rows": nll_R / tokens_R}, "negative log-likelihood, nats a token")
-    save_result(fabric, cfg, f"perplexity-{task.data_split}", numbers, draw=draw)
+    return save_result(fabric, cfg, f"perplexity-{task.data_split}", numbers, draw=draw)
 
 
 def nll_of_rows(

@@ -42,7 +42,7 @@ from sheeprlhf.utils.lightning import Fabric
 _BETA = 0.1
 
 
-def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
+def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     """All ranks: print the figures and save them as JSON, with their calibration as a plot.
 
     Raises:
@@ -73,7 +73,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     numbers |= {"rows": min(len(split), task.num_samples or len(split)), "calibration": calibrated}
     numbers["calibration_error"] = calibration_error(calibrated)
     name, draw = f"preference-{task.data_split}", partial(draw_calibration, calibrated)
-    save_result(fabric, cfg, name, numbers, table=_table(numbers), draw=draw, always_draw=True)
+    return save_result(fabric, cfg, name, numbers, table=_table(numbers), draw=draw, always_draw=True)
 
 
 def scores_of_rows(

@@ -40,7 +40,7 @@ def save_result(
     more: Mapping[str, Callable[[], bytes]] = MappingProxyType({}),
     draw: Callable[[], bytes],
     always_draw: bool = False,
-) -> None:
+) -> Path | None:
     """All ranks; rank zero prints the numbers and writes `<name>-<weights>.json`, newest over older.
 
     Args:
@@ -56,11 +56,14 @@ def save_result(
         draw: makes `<name>-<weights>.png`, if asked for one.
         always_draw: also if not asked.
 
+    Returns:
+        The JSON file, which the task returns too; None on other ranks.
+
     Raises:
         ConfigError: the folder cannot be written.
     """
     if not fabric.is_global_zero:
-        return
+        return None
     assert cfg.model is not None and cfg.data is not None
     if cfg.experiment_dir is not None:
         root, usual = Path(cfg.experiment_dir), cfg.task.model_name
@@ -85,16 +88,18 @@ def save_result(
     files |= {folder / f"{name}-{weights}.{ending}": make() for ending, make in more.items()}
     if cfg.plot or always_draw:
         files[folder / f"{name}-{weights}.png"] = draw()
-    files[folder / f"{name}-{weights}.json"] = json.dumps(record, indent=1).encode()  # last: the rest is there then
-    for path, content in files.items():
-        _write(root, path, content)
+    path = folder / f"{name}-{weights}.json"
+    files[path] = json.dumps(record, indent=1).encode()  # last: the rest is there then
+    for file, content in files.items():
+        _write(root, file, content)
     if table is None:
         table = Table("metric", "value")
         for key, value in (numbers if shown is None else shown).items():
             table.add_row(key, cell(value))
     table.title = f"{cfg.task.config_name} of {weights} on {cfg.data.config_name}/{cfg.task.data_split}"
     Console().print(table)
-    print("\n".join(f"saved: {path}" for path in files))
+    print("\n".join(f"saved: {file}" for file in files))
+    return path
 
 
 def _times(folder: Path) -> Iterator[float]:

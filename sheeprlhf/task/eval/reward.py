@@ -61,7 +61,7 @@ class Written(NamedTuple):
     kl_N: np.ndarray | None
 
 
-def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
+def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     """All ranks: sample, score, compare, print the figures and save them as JSON, each response with its score beside.
 
     Raises:
@@ -96,7 +96,8 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
         say(trust.warning())
     draw = partial(draw_histogram, {"model": scores_N, Path(against).name: others_N}, f"score ({judge.name()})")
     table = _table(numbers, judge.name(), float(others_N.mean()), trust)
-    save_result(fabric, cfg, f"reward-{judge.name()}-{task.data_split}", numbers, table=table, rows=kept, draw=draw)
+    name = f"reward-{judge.name()}-{task.data_split}"
+    return save_result(fabric, cfg, name, numbers, table=table, rows=kept, draw=draw)
 
 
 def longest_sequence(cfg: EvalConfig, model: ModelConfig, rows: list[Example]) -> int:

@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -35,7 +36,7 @@ _PART = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+")
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
-def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
+def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     """All ranks: generate, score, print the scores and save them as JSON, with the generations beside it.
 
     Raises:
@@ -70,7 +71,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> None:
     ]
     bars = {system: tuple(scores["rougeL"]) for system, scores in numbers["mean_low_high"].items()}
     draw = partial(draw_bars, bars, "ROUGE-L, F-measure x 100, and its 95 % interval")
-    save_result(fabric, cfg, f"rouge-{task.data_split}", numbers, table=_table(numbers), rows=rows, draw=draw)
+    return save_result(fabric, cfg, f"rouge-{task.data_split}", numbers, table=_table(numbers), rows=rows, draw=draw)
 
 
 def _score(

@@ -14,7 +14,7 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
 
-from sheeprlhf.apps.sweep import Outcome, Sweep, SweepLauncher, sweep_code
+from sheeprlhf.apps.sweep import Outcome, Sweep, SweepLauncher, outcome, sweep_code
 from sheeprlhf.config.untrusted_config import CheckedFolder, check_sources
 from sheeprlhf.structure.task import SFTConfig
 from tests.support.runs import exit_code
@@ -101,6 +101,12 @@ def test_a_sweeper_gets_results_and_failures(capsys):
             _ = failed.return_value
     assert sweep_code(sweep) == 1
     assert "best: job 0" in capsys.readouterr().out
+
+
+def test_the_result_of_a_job_is_that_of_its_own_run(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"started": 1.0, "status": "finished", "best_metric": 2.5}))
+    assert outcome(0, "", tmp_path) == 2.5
+    assert [math.isnan(outcome(*job)) for job in [(1, "no", tmp_path), (0, "", None)]] == [True, True]
 
 
 @pytest.mark.parametrize(("highest", "best"), [(False, "job 1"), (True, "job 2")])
