@@ -261,13 +261,20 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
 def _optim_problems(optim: OptimizerConfig) -> Iterator[str]:
     if isinstance(optim, SGDConfig) and optim.nesterov and optim.momentum == 0:
         yield "optim.nesterov=true needs momentum: give optim.momentum=0.9 or optim.nesterov=false"
+    if optim.decay_ratio != OptimizerConfig.decay_ratio and optim.schedule != "wsd":
+        yield (
+            f"optim.decay_ratio={optim.decay_ratio:g} is not read by optim.schedule={optim.schedule}: remove it, or "
+            "give optim.schedule=wsd"
+        )
     betas = getattr(optim, "betas", (0.0, 0.0))
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optim.betas={list(betas)} must be two numbers in [0, 1): give for example optim.betas=[0.9,0.999]"
 
 
 def task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
-    """Options that were set and that nothing would read."""
+    """Options that were set and that nothing would read, or that exclude each other."""
+    if isinstance(task, TrainTaskConfig) and task.config_name != BestOfNConfig.config_name:
+        yield from _training_problems(task)
     if isinstance(task, DPOConfig):
         smoothed = ("sigmoid", "robust")
         if task.label_smoothing > 0 and task.loss_type not in smoothed:
@@ -282,6 +289,29 @@ def task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
             )
 
 
+def _training_problems(task: TrainTaskConfig) -> Iterator[str]:
+    if task.lr_warmup_steps and task.lr_warmup_ratio:
+        yield (
+            f"task.lr_warmup_steps={task.lr_warmup_steps} and task.lr_warmup_ratio={task.lr_warmup_ratio:g} both give "
+            "the warm-up: remove one of them"
+        )
+    metric = task.early_stopping_metric
+    if metric is None:
+        for name in ("early_stopping_patience", "early_stopping_direction"):
+            if getattr(task, name) != getattr(TrainTaskConfig, name):
+                yield (
+                    f"task.{name}={getattr(task, name)} is not read without task.early_stopping_metric: remove it, or "
+                    f"give for example task.early_stopping_metric={task.val_metrics[0]}"
+                )
+    elif metric not in task.val_metrics and not (metric.startswith("scores/") and isinstance(task, OnlineTaskConfig)):
+        near = nearest(metric.removeprefix("val/"), task.val_metrics)
+        did = f"did you mean task.early_stopping_metric={near}? It" if near else "it"
+        yield (
+            f"task.early_stopping_metric={metric} is not measured by task={task.config_name}: {did} may be "
+            f"{', '.join(task.val_metrics)}"
+        )
+
+
 def train_problems(config: TrainConfig) -> Iterator[str]:
     """Problems of a training: contradictory options, runs and folders."""
     name, starts_elsewhere = config.task.config_name, hasattr(config.task, "sft_experiment_dir")
@@ -291,6 +321,12 @@ def train_problems(config: TrainConfig) -> Iterator[str]:
         yield (
             f"model.freeze_transformer=true is not read by task={name}: remove it, or train less by "
             "model.finetune_mode=LORA"
+        )
+    optim, warmup = config.optim, config.task.lr_warmup_ratio
+    if optim.schedule == "wsd" and warmup + optim.decay_ratio > 1:
+        yield (
+            f"task.lr_warmup_ratio={warmup:g} and optim.decay_ratio={optim.decay_ratio:g} are more than the whole run: "
+            "their sum must be at most 1"
         )
     yield from sharding_problems(config, able=config.task.shards)
     yield from start_problems(config)

@@ -68,7 +68,10 @@ TRAINING_SPLITS = {
     "unpaired": _PREFERENCES,
     "prompts": ("train",),
 }  # one must have rows
-NOT_IN_FINGERPRINT = ("cache_dir", "num_proc", "dataset_name", "revision", "train_file", "validation_file", "test_file")
+NOT_IN_FINGERPRINT = (
+    *("cache_dir", "num_proc", "shuffle", "dataset_name", "revision"),
+    *("train_file", "validation_file", "test_file"),
+)
 
 
 class PreparedData(NamedTuple):

@@ -16,19 +16,21 @@ from sheeprlhf.utils.errors import DataError
 
 
 class StepPlan(NamedTuple):
-    """The order of a run: every epoch is a permutation of the rows of its own, cut into steps.
+    """The order of a run: the rows of an epoch, in a permutation of its own unless `shuffle` is False, cut into steps.
 
     Attributes:
         num_rows: rows of the split, N >= 1.
         rows_per_step: rows of one optimizer step over all ranks, G >= 1; the last step of an epoch may have fewer.
         epochs: passes over the rows.
         seed: the run's seed.
+        shuffle: False keeps the order of the rows in every epoch.
     """
 
     num_rows: int
     rows_per_step: int
     epochs: int
     seed: int
+    shuffle: bool = True
 
     def steps_per_epoch(self) -> int:
         """ceil(N / G) optimizer steps.
@@ -51,7 +53,7 @@ class StepPlan(NamedTuple):
     def rows_of_step(self, step: int) -> np.ndarray:
         """The (<= G,) row indices of optimizer step `step`, all ranks together; never empty."""
         epoch, number = divmod(step, self.steps_per_epoch())
-        order = _permutation(self.num_rows, self.seed, epoch)
+        order = _permutation(self.num_rows, self.seed, epoch) if self.shuffle else np.arange(self.num_rows)
         return order[number * self.rows_per_step : (number + 1) * self.rows_per_step]
 
     def rows_until(self, num_steps: int) -> np.ndarray:

@@ -53,10 +53,11 @@ class TrainState:
     Attributes:
         step: optimizer steps done.
         items_seen: items (target tokens, pairs, ...) trained on, all ranks.
-        best_metric: best validation result so far; None before the first validation.
+        best_metric: best validation result so far; None before the first validation that counts.
         best_step: the step that had it.
         extra: numbers that a task carries besides (a KL coefficient, ...); `ExtraRecord` names them.
         skipped_steps: optimizer steps that were left out because their loss or gradient was not finite.
+        stale_validations: validations since the best one.
     """
 
     step: int = 0
@@ -65,6 +66,7 @@ class TrainState:
     best_step: int | None = None
     extra: dict[str, int | float] = dataclasses.field(default_factory=dict)
     skipped_steps: int = 0
+    stale_validations: int = 0
 
     def to_json(self) -> str:
         """JSON that `read_state` reads back exactly."""

@@ -72,29 +72,42 @@ def _optimizer_of(cfg: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.o
     return optimizer_class(groups, lr=lr, betas=tuple(cfg.betas), eps=cfg.eps, fused=cfg.fused)
 
 
-def lr_factor(schedule: str, step: int, *, warmup: int, total: int, min_ratio: float) -> float:
+def lr_factor(
+    schedule: str, step: int, *, warmup: int, total: int, min_ratio: float, decay_ratio: float = 0.1
+) -> float:
     """Factor of the peak learning rate at one optimizer step.
 
+    With step s, W = `warmup`, T = `total`, m = `min_ratio`, and (s + 1) / W while s < W; afterwards:
+
+        constant: 1
+        linear:   m + (1 - m) * (1 - p),                     p = (s - W) / (T - W)
+        cosine:   m + (1 - m) * (1 + cos(pi * p)) / 2,       p = (s - W) / (T - W)
+        wsd:      m + (1 - m) * (1 - p),                     p = max(0, s - (T - D)) / D, D = ceil(decay_ratio * T)
+
+    The last, warm-up, stable, decay, is of arXiv 2404.06395. D is T - W at most.
+
     Args:
-        schedule: shape after the warm-up: "cosine", "linear" or "constant".
+        schedule: shape after the warm-up: "cosine", "linear", "constant" or "wsd".
         step: the optimizer step, counted from 0.
         warmup: optimizer steps of linear rise; step `warmup - 1` has the peak.
-        total: optimizer steps of the run; the fall from step `warmup` would reach `min_ratio` at step `total`.
+        total: optimizer steps of the run; the fall would reach `min_ratio` at step `total`.
         min_ratio: the lowest factor of the fall.
+        decay_ratio: share of the steps in which wsd falls.
 
     Raises:
         ConfigError: unknown schedule.
     """
     if step < warmup:
         return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    first = max(warmup, total - math.ceil(decay_ratio * total)) if schedule == "wsd" else warmup  # of the fall
+    progress = min(1.0, max(0, step - first) / max(1, total - first))
     if schedule == "constant":
         return 1.0
-    if schedule == "linear":
+    if schedule in ("linear", "wsd"):
         return min_ratio + (1 - min_ratio) * (1 - progress)
     if schedule == "cosine":
         return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-    raise ConfigError(f"optim.schedule={schedule} is unknown; use cosine, linear or constant")
+    raise ConfigError(f"optim.schedule={schedule} is unknown; use cosine, linear, constant or wsd")
 
 
 def follow_schedule(
@@ -112,7 +125,9 @@ def follow_schedule(
     Returns:
         The learning rate of the first group.
     """
-    factor = lr_factor(cfg.schedule, step, warmup=warmup, total=total, min_ratio=cfg.min_lr_ratio)
+    factor = lr_factor(
+        cfg.schedule, step, warmup=warmup, total=total, min_ratio=cfg.min_lr_ratio, decay_ratio=cfg.decay_ratio
+    )
     for group in optimizer.param_groups:
         group["lr"] = factor * group["peak_lr"]
     return float(optimizer.param_groups[0]["lr"])

@@ -25,6 +25,7 @@ class RunRecord(TypedDict):
     step: NotRequired[Step]
     best_metric: NotRequired[float | None]
     best_step: NotRequired[Step | None]
+    stopped_early: NotRequired[bool]
     peak_memory: NotRequired[Count | None]
 
 
@@ -88,7 +89,8 @@ class StateRecord(TypedDict):
     best_metric: float | None
     best_step: Step | None
     extra: ExtraRecord
-    skipped_steps: NotRequired[Step]  # older checkpoints lack it
+    skipped_steps: NotRequired[Step]  # older checkpoints lack these
+    stale_validations: NotRequired[Count]
 
 
 class SplitRecord(TypedDict):

@@ -48,6 +48,9 @@ class DataConfig(Config):
     reward_model_split: float = option(
         0.5, "Share of the training rows kept for the reward model; the rest fine-tunes.", minimum=0.0, maximum=1.0
     )
+    shuffle: bool = option(
+        True, "Train on the rows of each epoch in a random order; false keeps the order of the files."
+    )
     split_seed: int = option(0, "Seed of the splits; apart from the run's seed, so that seeds share a test set.")
     minimum_response_length: int = option(2, "Shorter responses are dropped.", unit="tokens", minimum=1)
     remove_same_inputs: bool = option(True, "Keep the first of the rows that have the same prompt and response.")

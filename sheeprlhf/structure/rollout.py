@@ -14,6 +14,10 @@ class OnlineTaskConfig(TrainTaskConfig):
     """Options of every RL task. An epoch is a pass over the prompts; generation.* controls the sampling."""
 
     data_kind: ClassVar[str] = "prompts"
+    val_metrics: ClassVar[tuple[str, ...]] = (
+        *("objective", "scores", "kl", "entropy"),
+        *("length", "finished", "distinct_2", "perplexity"),
+    )
 
     config_name: str = option("???", "Name of this choice.")
     rollout_size: int = option(64, "Responses sampled before they are learnt from, all devices.", minimum=1)
@@ -196,7 +200,8 @@ class BestOfNConfig(OnlineTaskConfig):
     unread: ClassVar[frozenset[str]] = frozenset(
         {
             *("epochs", "max_num_steps", "mini_batch_size", "num_iterations", "max_grad_norm", "lr_warmup_steps"),
-            "max_skipped_steps",
+            *("lr_warmup_ratio", "max_skipped_steps", "eval_at_start"),
+            *("early_stopping_metric", "early_stopping_patience", "early_stopping_direction"),
             *("log_interval", "eval_interval", "max_eval_batches", "save_interval", "keep_checkpoints", "num_workers"),
         }
     )

@@ -1,9 +1,13 @@
 """Tasks: one dataclass each, which names its entry point."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Optional
 
 from sheeprlhf.structure.option import Config, option
+
+_PAIR_METRICS = tuple(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies"))
+_HIGHER_IS_BETTER = ("rewards/chosen", "rewards/margins", "rewards/accuracies", "scores", "objective", "logps", "share")
 
 
 @dataclass(unsafe_hash=True)
@@ -16,6 +20,7 @@ class TrainTaskConfig(Config):
     shards: ClassVar[bool] = False  # fabric.strategy=fsdp2 can run it
     trains: ClassVar[str] = "policy"  # what its run leaves: "policy" writes text, "reward model" gives a score
     unread: ClassVar[frozenset[str]] = frozenset()  # inherited options that it does not have: not shown, not taken
+    val_metrics: ClassVar[tuple[str, ...]] = ("loss",)  # what a validation measures, for task.early_stopping_metric
 
     config_name: str = option("???", "Name of this choice.")
     epochs: int = option(1, "Passes over the training rows.", minimum=1)
@@ -40,8 +45,29 @@ class TrainTaskConfig(Config):
         minimum=0,
     )
     lr_warmup_steps: int = option(0, "Linear rise of the learning rate.", unit="optimizer steps", minimum=0)
+    lr_warmup_ratio: float = option(
+        0.0,
+        "Linear rise of the learning rate as a share of the run's steps, rounded up; instead of lr_warmup_steps.",
+        minimum=0.0,
+        maximum=1.0,
+    )
     log_interval: int = option(5, "Between two lines of metrics.", unit="optimizer steps", minimum=1)
     eval_interval: int = option(100, "Between two validations.", unit="optimizer steps", minimum=1)
+    eval_at_start: bool = option(False, "Validate also before the first step, logged as step 0.")
+    early_stopping_metric: Optional[str] = option(
+        None,
+        "End the run when this metric of the validation (val/<metric>) stops improving; it also selects the best step. "
+        "null trains to the end.",
+    )
+    early_stopping_patience: int = option(
+        3, "End after so many validations in a row without a new best value.", unit="validations", minimum=1
+    )
+    early_stopping_direction: str = option(
+        "auto",
+        "Values of that metric that are better; auto: highest for rewards, scores, objective, logps and share, lowest "
+        "for all others.",
+        choices=("auto", "lowest", "highest"),
+    )
     max_eval_batches: Optional[int] = option(
         None, "Validate on this many mini-batches; null takes all.", unit="mini-batches", minimum=1
     )
@@ -51,6 +77,20 @@ class TrainTaskConfig(Config):
     def policy_part(self) -> str:
         """Prefix of the names of the policy's weights in a checkpoint."""
         return ""
+
+    def num_warmup_steps(self, num_steps: int) -> int:
+        """Optimizer steps of the warm-up in a run of `num_steps`."""
+        return self.lr_warmup_steps or math.ceil(self.lr_warmup_ratio * num_steps)
+
+    def stops_at_highest(self) -> bool:
+        """Return True if the highest values of `early_stopping_metric` are the best."""
+        if self.early_stopping_direction == "auto":
+            return str(self.early_stopping_metric).startswith(_HIGHER_IS_BETTER)
+        return self.early_stopping_direction == "highest"
+
+    def stops_early(self, stale_validations: int) -> bool:
+        """Return True if the run ends after so many validations in a row without a new best value."""
+        return self.early_stopping_metric is not None and stale_validations >= self.early_stopping_patience
 
     def row_tokens(self, max_length: int) -> int:
         """Tokens of a row at most, if `max_length` are those of a prompt with one response; of a pair, nearly twice."""
@@ -63,6 +103,7 @@ class SFTConfig(TrainTaskConfig):
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.sft:train"
     shards: ClassVar[bool] = True
+    val_metrics: ClassVar[tuple[str, ...]] = ("loss", "nll", "perplexity")
 
     config_name: str = option("sft", "Name of this choice.")
     completion_only_loss: bool = option(True, "Train on the response alone; false trains on the prompt too.")
@@ -89,6 +130,7 @@ class RMConfig(TrainTaskConfig):
     data_kind: ClassVar[str] = "preference"
     train_splits: ClassVar[tuple[str, ...]] = ("reward", "train")
     trains: ClassVar[str] = "reward model"
+    val_metrics: ClassVar[tuple[str, ...]] = ("loss", *_PAIR_METRICS)
 
     config_name: str = option("rm", "Name of this choice.")
     loss_type: str = option(
@@ -120,6 +162,10 @@ class DPOConfig(TrainTaskConfig):
     shards: ClassVar[bool] = True
     data_kind: ClassVar[str] = "preference"
     train_splits: ClassVar[tuple[str, ...]] = ("train", "reward")
+    val_metrics: ClassVar[tuple[str, ...]] = (
+        *("loss", *_PAIR_METRICS),
+        *("logps/chosen", "logps/rejected", "kl/chosen", "entropy"),
+    )
 
     config_name: str = option("dpo", "Name of this choice.")
     loss_type: str = option(
@@ -159,6 +205,10 @@ class KTOConfig(TrainTaskConfig):
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.kto:train"
     data_kind: ClassVar[str] = "unpaired"
+    val_metrics: ClassVar[tuple[str, ...]] = (
+        *("loss", *_PAIR_METRICS[:3]),
+        *("logps/chosen", "logps/rejected", "kl"),
+    )
     train_splits: ClassVar[tuple[str, ...]] = ("train", "reward")
 
     config_name: str = option("kto", "Name of this choice.")

@@ -15,7 +15,7 @@ from sheeprlhf.config.model_lookup import Trained
 from sheeprlhf.config.run_lookup import REPORT_FILE, REWARD_MODEL, scores_by_run
 from sheeprlhf.config.shell import changed_words, command, option_word
 from sheeprlhf.data.example import Example
-from sheeprlhf.data.prepare import PreparedData
+from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.data.prompt_encoder import save_form
 from sheeprlhf.data.report import render_report
 from sheeprlhf.engine.checkpoint import TrainState
@@ -30,8 +30,9 @@ from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.task.memory_plan import step_plan
-from sheeprlhf.utils.errors import DataError, ModelError, RecordError
+from sheeprlhf.utils.errors import ConfigError, DataError, ModelError, RecordError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import peak_memory, size_text
 from sheeprlhf.utils.modes import isolated_rng
@@ -92,14 +93,44 @@ def record_validation(
 ) -> None:
     """Log a validation, and remember the step if it is the best so far: lowest `metric`, or highest if asked.
 
-    What is not finite is never the best: nothing would be better afterwards.
+    `task.early_stopping_metric` replaces the metric. What is not finite is never the best: nothing would be better
+    afterwards. Neither is step 0, of which there is no checkpoint.
+
+    Raises:
+        ConfigError: this validation does not measure `task.early_stopping_metric`.
     """
+    task = run.cfg.task
     run.log({f"val/{name}": value for name, value in result.items()}, state.step)
     run.say(f"step {state.step}  " + "  ".join(f"val/{name} {value:.4f}" for name, value in result.items()))
+    if task.early_stopping_metric is not None:
+        metric, highest = task.early_stopping_metric, task.stops_at_highest()
+        if metric not in result:
+            raise ConfigError(
+                f"task.early_stopping_metric={metric} is not measured in this run: give one of {', '.join(result)}"
+            )
+    if state.step == 0:
+        return
     sign = -1.0 if highest else 1.0
     best = math.inf if state.best_metric is None else sign * state.best_metric
     if math.isfinite(result[metric]) and sign * result[metric] < best:
-        state.best_metric, state.best_step = result[metric], state.step
+        state.best_metric, state.best_step, state.stale_validations = result[metric], state.step, 0
+    else:
+        state.stale_validations += 1
+    if task.stops_early(state.stale_validations):
+        run.say(
+            f"early stopping after step {state.step}: val/{metric} has not improved in {state.stale_validations} "
+            f"validations; the best weights are those of step {state.best_step}"
+        )
+
+
+def check_validation_rows(task: TrainTaskConfig, rows: TokenizedSplit | None) -> None:
+    """Raises DataError if there are no validation rows although an option needs them."""
+    name = "early_stopping_metric" if task.early_stopping_metric is not None else "eval_at_start"
+    if rows is None and getattr(task, name):
+        raise DataError(
+            f"task.{name}={getattr(task, name)} needs validation rows, and this data has none: give for example "
+            "data.validation_split=0.1, or remove it"
+        )
 
 
 def finish_run(
@@ -116,8 +147,9 @@ def finish_run(
         final = safe_path(run.dir, "final")
         if not final.exists():  # complete whenever it is there: it is renamed into place
             write_folder(final, lambda folder: _save(folder, run, trained, tokenizer))
-        best = {"best_metric": state.best_metric, "best_step": state.best_step}
-        mark_finished(run.dir, step=state.step, **best, peak_memory=_peak_memory(fabric))
+        facts = {"best_metric": state.best_metric, "best_step": state.best_step}
+        facts["stopped_early"] = run.cfg.task.stops_early(state.stale_validations)
+        mark_finished(run.dir, step=state.step, **facts, peak_memory=_peak_memory(fabric))
     fabric.barrier()
     _say_peak_memory(fabric, run)
     run.say(f"finished: {run.dir}\nnext: {evaluation_of(run.cfg, run.dir)}")

@@ -8,7 +8,7 @@ loop.begin(partial(batches.of, loop.rows))  # seed; the newest checkpoint if the
 for step in loop:  # learning rate, log, checkpoints, signals
     step.update(loss_fn)
     if step.validates:
-        step.record(evaluate(fabric, module, loop.validation_batches(batches), loss_fn))
+        loop.record(evaluate(fabric, module, loop.validation_batches(batches), loss_fn))
 loop.finish(policy)  # final/
 ```
 """
@@ -44,7 +44,14 @@ from sheeprlhf.rollout.rollout import (
     token_values,
 )
 from sheeprlhf.structure.rollout import OnlineTaskConfig
-from sheeprlhf.task.finish import Saved, finish_run, log_samples, record_validation, report_data
+from sheeprlhf.task.finish import (
+    Saved,
+    check_validation_rows,
+    finish_run,
+    log_samples,
+    record_validation,
+    report_data,
+)
 from sheeprlhf.task.models import build_collector, load_initial_policy, load_online_setup
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 
@@ -95,7 +102,8 @@ class TrainLoop:
         num_held_out = None if task.max_eval_batches is None else task.max_eval_batches * task.mini_batch_size
         self.held_out_rows = np.arange(len(self.held_out or ()))[:num_held_out]
         self.longest = longest_row(self.data.splits)
-        self.plan = StepPlan(len(self.rows), task.mini_batch_size, task.epochs, cfg.seed)
+        check_validation_rows(task, self.held_out)
+        self.plan = StepPlan(len(self.rows), task.mini_batch_size, task.epochs, cfg.seed, cfg.data.shuffle)
         self.num_steps = min(self.plan.num_steps(), task.max_num_steps or self.plan.num_steps())
 
     def load_policy(self, *, new_head: bool = False) -> tuple[Policy, bool]:
@@ -141,23 +149,34 @@ class TrainLoop:
     def __iter__(self) -> Iterator["Step"]:
         """Yield the remaining steps. After each: log its metrics, save a checkpoint, act on signals."""
         run, state, task = self.run, self.state, self.run.cfg.task
-        numbers = range(state.step, self.num_steps)
+        numbers = range(state.step, state.step if task.stops_early(state.stale_validations) else self.num_steps)
         loaded = load_ahead(lambda number: self.load(self.plan.rows_of_step(number)), numbers, task.num_workers)
         run.begin_progress(state, self.num_steps)
         for number, batches in zip(numbers, loaded, strict=True):
-            lr = follow_schedule(
-                self.optimizer, run.cfg.optim, number, warmup=task.lr_warmup_steps, total=self.num_steps
-            )
+            warmup = task.num_warmup_steps(self.num_steps)
+            lr = follow_schedule(self.optimizer, run.cfg.optim, number, warmup=warmup, total=self.num_steps)
             step = Step(self, number, batches)
             yield step
             if self.due(task.log_interval):
                 run.log({f"train/{name}": value for name, value in step.metrics.items()} | {"train/lr": lr}, state.step)
-            last = state.step == self.num_steps
-            run.end_step(state, self.module, self.optimizer, save=self.due(task.save_interval), last=last)
+            run.end_step(state, self.module, self.optimizer, save=self.due(task.save_interval), last=self.is_last)
+            if self.is_last:
+                return
+
+    @property
+    def is_last(self) -> bool:
+        """True after the last update: the planned one, or that whose validation ends the run."""
+        state = self.state
+        return state.step == self.num_steps or self.run.cfg.task.stops_early(state.stale_validations)
 
     def due(self, interval: int) -> bool:
         """Return whether something that happens every `interval` steps follows the newest update."""
-        return self.state.step == self.num_steps or self.state.step % interval == 0
+        return self.is_last or self.state.step % interval == 0
+
+    @property
+    def validates_at_start(self) -> bool:
+        """True before the first update if a validation precedes it."""
+        return self.run.cfg.task.eval_at_start and self.state.step == 0
 
     def validation_batches(self, batches: Batches, rows: Rows | None = None) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of the held-out rows.
@@ -169,6 +188,10 @@ class TrainLoop:
         rows = self.held_out if rows is None else rows
         assert rows is not None
         return (micro for _, micro in batches.numbered(rows, self.held_out_rows, "validating"))
+
+    def record(self, result: dict[str, float]) -> None:
+        """Log a validation, and remember the step if it is the best so far."""
+        record_validation(self.run, self.state, result)
 
     def log_samples(self, policy: Policy, rows: list[int] | None = None) -> None:
         """Log responses of the policy to a few held-out prompts.
@@ -222,10 +245,6 @@ class Step:
     def validates(self) -> bool:
         """True if a validation follows the update."""
         return self._loop.held_out is not None and self._loop.due(self._loop.run.cfg.task.eval_interval)
-
-    def record(self, result: dict[str, float]) -> None:
-        """All ranks: log a validation, and remember the step if its loss is the lowest so far."""
-        record_validation(self._loop.run, self._loop.state, result)
 
 
 class RolloutLoop:
@@ -322,10 +341,15 @@ class RolloutLoop:
         """Yield the remaining iterations. After each: log, validate, save a checkpoint, act on signals."""
         run, state, task = self.run, self.state, self.run.cfg.task
         assert isinstance(task, OnlineTaskConfig)
-        prompts = StepPlan(len(self.rows), task.prompts_per_rollout(), task.epochs, run.cfg.seed)
+        shuffle = run.cfg.data.shuffle
+        prompts = StepPlan(len(self.rows), task.prompts_per_rollout(), task.epochs, run.cfg.seed, shuffle)
         plan = RolloutPlan(prompts, task.prompts_per_step(), task.num_iterations, task.max_num_steps)
+        if task.eval_at_start and state.step == 0:
+            self._record_validation()
         run.begin_progress(state, plan.num_steps())
         for number in range(plan.rollout_after(state.step), plan.rollout_after(plan.num_steps())):
+            if task.stops_early(state.stale_validations):
+                return
             began = time.perf_counter()
             rollout = self.collect(self.rows.examples(prompts.rows_of_step(number).tolist()), number)
             iteration = Iteration(self, number, plan, rollout)
@@ -355,10 +379,15 @@ class RolloutLoop:
         if due(task.log_interval):
             run.log(means, state.step)
         if self._validate is not None and due(task.eval_interval):
-            with self._eval_weights():
-                result = self._validate(state.step)
-            record_validation(run, state, result, "objective", highest=True)
+            self._record_validation()
+        last = last or task.stops_early(state.stale_validations)
         run.end_step(state, self._learners, self.optimizer, save=due(task.save_interval), last=last)
+
+    def _record_validation(self) -> None:
+        assert self._validate is not None
+        with self._eval_weights():
+            result = self._validate(self.state.step)
+        record_validation(self.run, self.state, result, "objective", highest=True)
 
     def finish(self) -> None:
         """Write `final/` and mark the run finished."""
@@ -398,7 +427,7 @@ class Iteration:
         steps = range(min(plan.num_steps(), num_steps - first))
         loaded = load_ahead(lambda index: batches.of(rollout, plan.rows_of_step(index)), steps, task.num_workers)
         for step, micro_batches in enumerate(loaded, first):
-            follow_schedule(loop.optimizer, cfg.optim, step, warmup=task.lr_warmup_steps, total=num_steps)
+            follow_schedule(loop.optimizer, cfg.optim, step, warmup=task.num_warmup_steps(num_steps), total=num_steps)
             yield step, micro_batches
 
     def update(self, micro_batches: list[MicroBatch], loss_fn: LossFn) -> dict[str, float]:

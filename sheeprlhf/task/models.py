@@ -43,7 +43,7 @@ from sheeprlhf.structure.reward import needs_model
 from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import RMConfig, TrainTaskConfig
-from sheeprlhf.task.finish import report_data
+from sheeprlhf.task.finish import check_validation_rows, report_data
 from sheeprlhf.utils.errors import ConfigError, DataError, ModelError, Notify
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import phase
@@ -104,6 +104,7 @@ def load_online_setup(fabric: Fabric, run: Run) -> OnlineSetup:
     data = prepare_prompts(cfg, tokenizer, say=run.say, progress=fabric.is_global_zero)
     report_data(fabric, run, data)
     rows, held_out = data.splits["train"], data.splits.get("validation")
+    check_validation_rows(cfg.task, held_out)
     used = {"": rows} if held_out is None else {"": rows, "validation": held_out}
     if isinstance(cfg.task, PPOConfig) and cfg.task.ptx_coeff and rows.unanswered:
         raise DataError(

@@ -130,15 +130,21 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 check_reference(fabric, module, first, loss_fn, initial, task.self_check, cfg.fabric.precision, run.say)
             else:
                 run.say("no self-check: this loss has no reference")
+
+        def validate() -> None:
+            result = evaluate(fabric, module, loop.validation_batches(held_out), loss_fn)
+            loop.record(result)
+            if has_reference and result["kl/chosen"] > _MAX_KL_PER_TOKEN * result["tokens/chosen"]:
+                run.say(
+                    f"warning: the better responses have lost {result['kl/chosen']:.0f} nats since the start: the "
+                    "policy leaves the data; raise task.beta or lower optim.lr"
+                )
+            loop.log_samples(policy)
+
+        if loop.validates_at_start:
+            validate()
         for step in loop:
             step.update(loss_fn)
             if step.validates:
-                result = evaluate(fabric, module, loop.validation_batches(held_out), loss_fn)
-                step.record(result)
-                if has_reference and result["kl/chosen"] > _MAX_KL_PER_TOKEN * result["tokens/chosen"]:
-                    run.say(
-                        f"warning: the better responses have lost {result['kl/chosen']:.0f} nats since the start: the "
-                        "policy leaves the data; raise task.beta or lower optim.lr"
-                    )
-                loop.log_samples(policy)
+                validate()
         loop.finish(policy)

@@ -168,16 +168,22 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             check_reference(fabric, module, mismatched_batches, mismatched_loss, lambda batch: 0.0, **how)
             loss_fn = partial(kto_loss, task=task, kl=0.0)
             check_reference(fabric, module, batches, loss_fn, partial(initial_loss, task=task), **how)
+
+        def validate() -> None:
+            pairs = loop.validation_batches(mismatched["validation"], others["validation"])
+            kl = estimate_kl(fabric, module, pairs)
+            held_out = loop.validation_batches(own["validation"])
+            result = evaluate(fabric, module, held_out, partial(kto_loss, task=task, kl=kl))
+            loop.record(by_label(result) | {"kl": kl})
+            loop.log_samples(policy, desirable_first)
+
+        if loop.validates_at_start:
+            validate()
         for step in loop:
             mismatched_batches, batches = step.batches
             kl = estimate_kl(fabric, module, mismatched_batches)
             metrics = step.update(partial(kto_loss, task=task, kl=kl), batches)
             step.metrics = by_label(metrics) | {"kl": kl}
             if step.validates:
-                pairs = loop.validation_batches(mismatched["validation"], others["validation"])
-                kl = estimate_kl(fabric, module, pairs)
-                held_out = loop.validation_batches(own["validation"])
-                result = evaluate(fabric, module, held_out, partial(kto_loss, task=task, kl=kl))
-                step.record(by_label(result) | {"kl": kl})
-                loop.log_samples(policy, desirable_first)
+                validate()
         loop.finish(policy)

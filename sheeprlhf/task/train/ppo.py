@@ -131,7 +131,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 ema = learners["average"] = EMA(policy, task.ema_decay)
         loop.begin(actor_module, optimizer, learners, nullcontext if ema is None else ema.swap_in)
         batches, ptx_batches = loop.batches("logprobs", "advantages", "values", "returns"), loop.batches()
-        ptx_plan = StepPlan(len(loop.rows), task.ptx_batch_size, epochs=1, seed=cfg.seed)
+        ptx_plan = StepPlan(len(loop.rows), task.ptx_batch_size, epochs=1, seed=cfg.seed, shuffle=cfg.data.shuffle)
         policy_fn = partial(policy_loss, task=task, temperature=cfg.generation.temperature)
         critic_fn = partial(value_loss, task=task)
         early_stop_kl = math.inf if task.early_stop_kl is None else task.early_stop_kl

@@ -67,10 +67,16 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         loop.begin(partial(batches.of, loop.rows))
 
         loss_fn = partial(rm_loss, loss_type=task.loss_type, center=task.center_rewards_coefficient)
+
+        def validate() -> None:
+            loop.record(evaluate(fabric, module, loop.validation_batches(batches), loss_fn))
+
+        if loop.validates_at_start:
+            validate()
         for step in loop:
             step.update(loss_fn)
             if step.validates:
-                step.record(evaluate(fabric, module, loop.validation_batches(batches), loss_fn))
+                validate()
         if task.normalize_on == "demonstrations" and not is_finished(run.dir):
             pairs = Batches(fabric, task, packed=packed, targets="last", num_items=lambda batch: len(batch.pairs_P2))
             rows = np.arange(len(loop.rows))

@@ -81,13 +81,18 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         batches = Batches(fabric, task, packed=packed, targets="response" if task.completion_only_loss else "all")
         loop.begin(partial(batches.of, loop.rows))
 
+        def validate() -> None:
+            result = evaluate(fabric, module, loop.validation_batches(batches), sft_loss)
+            loop.record(result | {"perplexity": math.exp(min(result["nll"], 700.0))})
+            loop.log_samples(policy)
+
+        if loop.validates_at_start:
+            validate()
         for step in loop:
             loss_fn = partial(sft_loss, label_smoothing=task.label_smoothing)
             if router is not None:
                 loss_fn = partial(loss_fn, router=router_loss_of_step(fabric, module, step.batches, router))
             step.update(loss_fn)
             if step.validates:
-                result = evaluate(fabric, module, loop.validation_batches(batches), sft_loss)
-                step.record(result | {"perplexity": math.exp(min(result["nll"], 700.0))})
-                loop.log_samples(policy)
+                validate()
         loop.finish(policy)

@@ -29,6 +29,12 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
         StepPlan(50, 50, 3, 0).rows_of_step(0)[0] = 1
 
 
+def test_without_shuffling_every_epoch_has_the_order_of_the_rows() -> None:
+    plan = StepPlan(7, 3, epochs=2, seed=0, shuffle=False)
+    assert [plan.rows_of_step(step).tolist() for step in range(6)] == [[0, 1, 2], [3, 4, 5], [6]] * 2
+    assert plan.rows_until(2).tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_no_rows_is_an_error() -> None:
     with pytest.raises(DataError):
         StepPlan(0, 1, 1, seed=0).num_steps()

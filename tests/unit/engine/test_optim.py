@@ -2,9 +2,11 @@ import math
 
 import pytest
 import torch
+from transformers import TrainingArguments, get_wsd_schedule
 
 from sheeprlhf.engine.optim import build_optimizer, follow_schedule, lr_factor
 from sheeprlhf.structure.optim import AdamConfig, AdamWConfig, SGDConfig
+from sheeprlhf.structure.task import SFTConfig
 from tests.unit.engine.toy import Net
 
 
@@ -33,6 +35,27 @@ def test_lr_factor_without_warmup_and_with_warmup_longer_than_the_run():
     assert lr_factor("cosine", 1, warmup=10, total=2, min_ratio=0.0) == 0.2
     assert lr_factor("linear", 5, warmup=5, total=5, min_ratio=0.0) == 1.0
     assert math.isclose(lr_factor("cosine", 5, warmup=0, total=10, min_ratio=0.0), 0.5)
+
+
+@pytest.mark.parametrize(("warmup", "total", "decay_ratio"), [(4, 20, 0.25), (0, 7, 0.5), (3, 10, 0.0), (2, 10, 1.0)])
+def test_wsd_is_that_of_transformers_with_a_linear_fall(warmup, total, decay_ratio):
+    num_decay = min(math.ceil(decay_ratio * total), total - warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    expected = get_wsd_schedule(optimizer, warmup, num_decay, total, decay_type="linear", min_lr_ratio=0.1)
+    for step in range(total):
+        factor = lr_factor("wsd", step, warmup=warmup, total=total, min_ratio=0.1, decay_ratio=decay_ratio)
+        if step >= warmup:  # there the first step has a rate of 0, here 1 / warmup
+            assert factor == pytest.approx(expected.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        expected.step()
+
+
+@pytest.mark.parametrize(("ratio", "total", "expected"), [(0.0, 50, 0), (0.1, 50, 5), (0.1, 51, 6), (1.0, 3, 3)])
+def test_warmup_as_a_share_is_that_of_transformers(ratio, total, expected):
+    assert SFTConfig(lr_warmup_ratio=ratio).num_warmup_steps(total) == expected
+    if ratio < 1:  # there 1.0 is one step
+        assert TrainingArguments(warmup_steps=ratio, use_cpu=True).get_warmup_steps(total) == expected
+    assert SFTConfig(lr_warmup_steps=7).num_warmup_steps(total) == 7
 
 
 @pytest.mark.parametrize(

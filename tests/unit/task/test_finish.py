@@ -12,6 +12,7 @@ import pytest
 from torch.testing import assert_close
 
 from sheeprlhf.engine.checkpoint import TrainState
+from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.task import finish
 from sheeprlhf.task.finish import finish_run, record_validation
 from sheeprlhf.utils.errors import ModelError
@@ -19,7 +20,8 @@ from tests.support.runs import train, write_pairs, write_rows
 
 
 def silent_run(folder: Path) -> Any:
-    return cast(Any, SimpleNamespace(dir=folder, say=lambda text: None, log=lambda metrics, step: None))
+    cfg = SimpleNamespace(task=TrainTaskConfig())
+    return cast(Any, SimpleNamespace(dir=folder, cfg=cfg, say=lambda text: None, log=lambda metrics, step: None))
 
 
 def test_the_lowest_validation_loss_is_the_best(tmp_path: Path) -> None:
@@ -31,6 +33,30 @@ def test_the_lowest_validation_loss_is_the_best(tmp_path: Path) -> None:
             result = {"loss": loss if loss is odd else sign * loss}
             record_validation(silent_run(tmp_path), state, result, highest=sign < 0)
         assert (state.best_step, state.best_metric) == (3, sign * 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "values", "best", "stops"),
+    [
+        ({"early_stopping_metric": "rewards/accuracies"}, [0.5, 0.7, 0.6, 0.8], (4, 0.8), False),
+        ({"early_stopping_metric": "rewards/accuracies"}, [0.5, 0.7, 0.6, 0.7], (2, 0.7), True),
+        ({"early_stopping_metric": "kl"}, [0.5, 0.7, float("nan")], (1, 0.5), True),
+        ({"early_stopping_metric": "kl", "early_stopping_direction": "highest"}, [0.5, 0.7, 0.6], (2, 0.7), False),
+        ({}, [0.5, 0.7, 0.6], (1, 3.0), False),
+    ],
+)
+def test_the_metric_of_early_stopping_selects_the_best_step(
+    options: dict[str, str], values: list[float], best: tuple[int, float], stops: bool, tmp_path: Path
+) -> None:
+    run, state = silent_run(tmp_path), TrainState()
+    task = run.cfg.task = TrainTaskConfig(early_stopping_patience=2, **options)
+    name = task.early_stopping_metric or "loss"
+    for step, value in enumerate([values[0] + 9, *values]):  # step 0 does not count
+        state.step = step
+        assert not task.stops_early(state.stale_validations)
+        record_validation(run, state, {"loss": 3.0, name: 3.0 if name == "loss" else value})
+    assert (state.best_step, state.best_metric) == best
+    assert task.stops_early(state.stale_validations) is stops
 
 
 def test_final_is_there_whole_or_not_at_all(tmp_path: Path) -> None:

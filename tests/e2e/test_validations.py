@@ -1,0 +1,118 @@
+"""Early stopping, validation before the first step and fixed order of the data, on short real runs."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch.testing import assert_close
+
+from sheeprlhf.config.registry import choices
+from tests.support.runs import WRITERS, digests, exit_code, result_of, train, train_words, write_rows
+
+ModelFolder = Callable[..., Path]
+STOP = ["task.early_stopping_metric=nll", "task.early_stopping_patience=2", "task.eval_interval=2"]
+STILL = ["optim.lr=1e-30", "optim.weight_decay=0"]  # no weight changes
+
+
+def values_of(run_dir: Path) -> dict[tuple[str, int], float]:
+    with (run_dir / "metrics.csv").open() as file:
+        return {(row["tag"], int(row["step"])): float(row["value"]) for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("task", ["sft", "grpo"])
+def test_a_run_that_no_longer_improves_stops_and_is_finished(
+    task: str, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    metric = ["task.early_stopping_metric=kl", "task.eval_interval=4"] if task == "grpo" else STOP[::2]
+    words = [*metric, STOP[1], *STILL]
+    run_dir = train(model_folder(), write_rows(tmp_path / "rows.jsonl"), tmp_path / "run", *words, task=task)
+    interval = 4 if task == "grpo" else 2
+    info = json.loads((run_dir / "run.json").read_text())
+    assert (info["status"], info["step"], info["best_step"]) == ("finished", 3 * interval, interval)
+    assert info["stopped_early"] is True
+    assert max(step for _, step in values_of(run_dir)) == 3 * interval
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} >= {f"step-{3 * interval}", f"step-{interval}"}
+    shutil.rmtree(run_dir / "final")  # as if it had died before it wrote the model
+    (run_dir / "run.json").write_text(json.dumps(info | {"status": "running"}))
+    before = result_of(run_dir, 3 * interval)
+    train(model_folder(), tmp_path / "rows.jsonl", run_dir, *words, task=task)
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
+    assert {name: digest for name, digest in result_of(run_dir, 3 * interval).items() if name in before} == before
+    assert (run_dir / "final" / "model.safetensors").is_file()
+
+
+def test_a_resumed_run_stops_where_the_whole_one_does(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """The validations without a new best value are counted across the resume."""
+    data = write_rows(tmp_path / "rows.jsonl")
+    whole = train(model_folder(), data, tmp_path / "whole", *STOP, *STILL, "task.keep_checkpoints=9")
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "final")
+    shutil.rmtree(part / "checkpoints" / "step-6")
+    info = json.loads((part / "run.json").read_text())
+    (part / "run.json").write_text(json.dumps(info | {"status": "running"}))
+    assert json.loads((part / "checkpoints" / "step-4" / "state.json").read_text())["stale_validations"] == 1
+    train(model_folder(), data, part, *STOP, *STILL, "task.keep_checkpoints=9")
+    assert json.loads((part / "run.json").read_text())["step"] == 6
+    assert result_of(part, 6) == result_of(whole, 6)
+
+
+@pytest.mark.parametrize("task", ["sft", "rm", "dpo", "kto", "ppo"])
+def test_validation_before_the_first_step_changes_nothing_else(
+    task: str, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    """The weights stay the same, the metrics are those that may be named, and training starts from the same model."""
+    data = WRITERS[task](tmp_path / "rows.jsonl", 24)
+    words = ["task.max_num_steps=4", "task.eval_interval=4"]
+    plain = train(model_folder(), data, tmp_path / "plain", *words, task=task)
+    first = train(model_folder(), data, tmp_path / "first", *words, "task.eval_at_start=true", task=task)
+    assert result_of(first, 4) == result_of(plain, 4)
+    assert json.loads((first / "run.json").read_text())["best_step"] == 4
+    without, values = values_of(plain), values_of(first)
+    assert {key: value for key, value in values.items() if key[1] and not key[0].startswith("time/")} == {
+        key: value for key, value in without.items() if not key[0].startswith("time/")
+    }
+    measured = {tag.removeprefix("val/") for tag, step in values if step == 0}
+    assert measured == {tag.removeprefix("val/") for tag, step in values if step == 4 and tag.startswith("val/")}
+    named = set(choices("task", "train")[task].val_metrics)
+    assert named <= measured
+    assert measured - named <= {"items", "tokens/chosen", "share/chosen"}
+    if task in ("dpo", "kto"):
+        assert_close(values["val/rewards/margins", 0], 0.0, rtol=0, atol=1e-5)
+
+
+def test_without_validation_rows_both_are_refused(tmp_path: Path, model_folder: ModelFolder) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", 12)
+    for option in (STOP[0], "task.eval_at_start=true"):
+        words = train_words(model_folder(), data, tmp_path / "run", option, "data.validation_split=0")
+        assert exit_code(" ".join(word for word in words if not word.startswith("data.validation_file"))) == 2
+        assert not (tmp_path / "run").exists()
+
+
+def test_rows_in_the_order_of_the_file(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Twice the same two rows in turn: in a fixed order both steps of an epoch learn from the same rows."""
+    lines = write_rows(tmp_path / "two.jsonl", 12).read_text().splitlines()
+    order = [*lines[:6], *lines[6:]]
+    losses = {}
+    for name, rows in (("forth", order), ("back", order[::-1])):
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text("\n".join(rows) + "\n")
+        words = ["task.epochs=2", "data.shuffle=false", *STILL]
+        values = values_of(train(model_folder(), data, tmp_path / name, *words))
+        losses[name] = [values["train/loss", step] for step in range(1, 5)]
+    first, second = losses["forth"][:2]
+    assert abs(first - second) > 1e-3
+    assert_close(losses["forth"], [first, second, first, second], rtol=1e-6, atol=0)
+    assert_close(losses["back"], [second, first, second, first], rtol=1e-6, atol=0)
+
+
+def test_the_order_does_not_prepare_the_data_again(tmp_path: Path, model_folder: ModelFolder) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", 12)
+    words = ["task.max_num_steps=1", f"data.cache_dir={tmp_path / 'cache'}"]
+    train(model_folder(), data, tmp_path / "one", *words)
+    folders = digests(tmp_path / "cache")
+    train(model_folder(), data, tmp_path / "two", *words, "data.shuffle=false")
+    assert digests(tmp_path / "cache") == folders
