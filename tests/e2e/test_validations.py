@@ -35,13 +35,12 @@ def test_a_run_that_no_longer_improves_stops_and_is_finished(
     assert info["stopped_early"] is True
     assert max(step for _, step in values_of(run_dir)) == 3 * interval
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} >= {f"step-{3 * interval}", f"step-{interval}"}
+    before = result_of(run_dir, 3 * interval)
     shutil.rmtree(run_dir / "final")  # as if it had died before it wrote the model
     (run_dir / "run.json").write_text(json.dumps(info | {"status": "running"}))
-    before = result_of(run_dir, 3 * interval)
-    train(model_folder(), tmp_path / "rows.jsonl", run_dir, *words, task=task)
+    train(model_folder(), tmp_path / "rows.jsonl", run_dir, *words, "resume=true", task=task)
     assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
-    assert {name: digest for name, digest in result_of(run_dir, 3 * interval).items() if name in before} == before
-    assert (run_dir / "final" / "model.safetensors").is_file()
+    assert result_of(run_dir, 3 * interval) == before
 
 
 def test_a_resumed_run_stops_where_the_whole_one_does(tmp_path: Path, model_folder: ModelFolder) -> None:
@@ -55,12 +54,14 @@ def test_a_resumed_run_stops_where_the_whole_one_does(tmp_path: Path, model_fold
     info = json.loads((part / "run.json").read_text())
     (part / "run.json").write_text(json.dumps(info | {"status": "running"}))
     assert json.loads((part / "checkpoints" / "step-4" / "state.json").read_text())["stale_validations"] == 1
-    train(model_folder(), data, part, *STOP, *STILL, "task.keep_checkpoints=9")
+    train(model_folder(), data, part, *STOP, *STILL, "task.keep_checkpoints=9", "resume=true")
     assert json.loads((part / "run.json").read_text())["step"] == 6
     assert result_of(part, 6) == result_of(whole, 6)
 
 
-@pytest.mark.parametrize("task", ["sft", "rm", "dpo", "kto", "ppo"])
+@pytest.mark.parametrize(
+    "task", ["sft", "dpo", "ppo", *(pytest.param(task, marks=pytest.mark.slow) for task in ("rm", "kto"))]
+)
 def test_validation_before_the_first_step_changes_nothing_else(
     task: str, tmp_path: Path, model_folder: ModelFolder
 ) -> None:
@@ -89,7 +90,7 @@ def test_without_validation_rows_both_are_refused(tmp_path: Path, model_folder: 
     for option in (STOP[0], "task.eval_at_start=true"):
         words = train_words(model_folder(), data, tmp_path / "run", option, "data.validation_split=0")
         assert exit_code(" ".join(word for word in words if not word.startswith("data.validation_file"))) == 2
-        assert not (tmp_path / "run").exists()
+        assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_rows_in_the_order_of_the_file(tmp_path: Path, model_folder: ModelFolder) -> None:
