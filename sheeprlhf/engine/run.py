@@ -27,6 +27,7 @@ from sheeprlhf.security.redaction import plain_text, redact, redact_text
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import USERS_MISTAKE, ConfigError, Interrupted, NonFiniteError, Notify, SheepError
 from sheeprlhf.utils.lightning import Fabric, gather_objects
+from sheeprlhf.utils.memory import peak_memory
 from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.processes import (
     SAVE_SIGNAL,
@@ -70,6 +71,7 @@ class Run:
         self._began, self._began_at_step = time.monotonic(), 0
         self._state = TrainState()
         self._said: set[str] = set()
+        self._tokens, self._tokens_since = 0.0, time.monotonic()
         self._counted_at = 0  # the step with which the number of skipped steps was last logged
 
     def say(self, text: str) -> None:
@@ -143,6 +145,7 @@ class Run:
 
     def begin_progress(self, state: TrainState, total: int) -> None:
         """Begin to measure the steps from `state.step` to `total`: call it right before the first of them."""
+        self._tokens, self._tokens_since = 0.0, time.monotonic()
         if self._fabric.is_global_zero:
             self._progress = Progress(total, state.step, "tokens")
 
@@ -151,10 +154,23 @@ class Run:
 
         Without `begin_progress`, time is measured from `restore` on.
         """
+        self._tokens += amount
         if self._fabric.is_global_zero:
             if self._progress is None:
                 self._progress = Progress(total, self._began_at_step, "tokens", began=self._began)
             self._progress.show(state.step, what, amount)
+
+    def peak_memory(self) -> int | None:
+        """Bytes that this process has needed at most; on CUDA, of the GPU."""
+        device = self._fabric.device
+        return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory()
+
+    def usage(self) -> dict[str, float]:
+        """Return tokens per second of all ranks since the last call, pauses included, and rank zero's peak memory."""
+        now, peak = time.monotonic(), self.peak_memory()
+        speed = self._tokens / max(now - self._tokens_since, 1e-9)
+        self._tokens, self._tokens_since = 0.0, now
+        return {"time/tokens_per_second": speed} | ({} if peak is None else {"memory/peak_gb": peak / 1e9})
 
     def stop_signal(self) -> int | None:
         """All ranks, after each step: SIGTERM or SIGINT: save and `stop`; SIGUSR1: save and go on; else None."""

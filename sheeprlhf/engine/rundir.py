@@ -43,7 +43,7 @@ LOCK_FILE = ".lock"
 _FILES = (  # that a run writes; besides, TensorBoard's have names of their own
     *(RUN_FILE, CONFIG_FILE, REPORT_FILE, LOCK_FILE, "metrics.csv", "error.log", "best_of_n.json", "final", "dataset"),
 )
-_FOLDERS = ("checkpoints", "samples", "parts")  # in which it replaces and deletes
+_FOLDERS = ("checkpoints", "samples", "parts", "rollouts")  # in which it replaces and deletes
 _SHOWN = 8  # changed options in a message
 _WAITS = (0.01, 0.02, 0.04, 0.08)  # seconds; who only looks needs microseconds
 _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")

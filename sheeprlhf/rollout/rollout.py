@@ -259,6 +259,7 @@ class RolloutCollector:
         last_token_batches: cuts it into batches whose targets are the last tokens.
         metrics: numbers of the newest rollout, for the log.
         texts: its text.
+        raw: its scores before normalisation and penalties, by term.
     """
 
     def __init__(
@@ -286,7 +287,7 @@ class RolloutCollector:
         self.token_batches = Batches(fabric, cfg.task, packed=packed, targets="response")
         self.last_token_batches = Batches(fabric, cfg.task, packed=packed, targets="last")
         self.metrics: dict[str, float] = {}
-        self.texts = Texts([], [], [], [], {})
+        self.texts, self.raw = Texts([], [], [], [], {}), RawScores([], {})
 
     def __call__(
         self, prompts: list[Example], number: int, *, group: int | None = None, validates: bool = False
@@ -365,6 +366,7 @@ class RolloutCollector:
         raw = self._fabric.broadcast(raw)
         if isinstance(raw, RewardError):  # on all ranks: none waits for the others
             raise raw
+        self.raw = raw
         if len(raw.by_term) > 1:
             self.metrics = {f"objective/scores/{name}": sum(of) / len(of) for name, of in raw.by_term.items()}
         return raw.total if validates else self._reward.shape(raw.total, self.texts)

@@ -51,6 +51,14 @@ class OnlineTaskConfig(TrainTaskConfig):
     eval_interval: int = option(20, "Between two validations, after a rollout.", unit="optimizer steps", minimum=1)
     save_interval: int = option(20, "Between two checkpoints, after a rollout.", unit="optimizer steps", minimum=1)
 
+    save_rollouts: int = option(
+        0,
+        "Rollouts of the run that are saved as rollouts/rollout-<number>.parquet, a row for each response; the first, "
+        "the last and others evenly between them. 0: none.",
+        unit="rollouts",
+        minimum=0,
+    )
+
     def prompts_per_rollout(self) -> int:
         """Prompts of a rollout, all devices together."""
         return self.rollout_size // self.num_generations
@@ -203,6 +211,7 @@ class BestOfNConfig(OnlineTaskConfig):
             *("lr_warmup_ratio", "max_skipped_steps", "eval_at_start"),
             *("early_stopping_metric", "early_stopping_patience", "early_stopping_direction"),
             *("log_interval", "eval_interval", "max_eval_batches", "save_interval", "keep_checkpoints", "num_workers"),
+            "save_rollouts",
         }
     )
 

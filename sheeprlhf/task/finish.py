@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -34,7 +33,7 @@ from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.task.memory_plan import step_plan
 from sheeprlhf.utils.errors import ConfigError, DataError, ModelError, RecordError
 from sheeprlhf.utils.lightning import Fabric
-from sheeprlhf.utils.memory import peak_memory, size_text
+from sheeprlhf.utils.memory import size_text
 from sheeprlhf.utils.modes import isolated_rng
 from sheeprlhf.utils.output import safe_path, write_file
 
@@ -75,14 +74,9 @@ def _planned_memory(run: Run, device: str) -> int | None:
     return None
 
 
-def _peak_memory(fabric: Fabric) -> int | None:
-    """Bytes that this process has needed at most; on CUDA, of the GPU."""
-    return torch.cuda.max_memory_reserved(fabric.device) if fabric.device.type == "cuda" else peak_memory()
-
-
 def _say_peak_memory(fabric: Fabric, run: Run) -> None:
     """Report the measured peak memory with the planned one."""
-    on_cuda, peak = fabric.device.type == "cuda", _peak_memory(fabric)
+    on_cuda, peak = fabric.device.type == "cuda", run.peak_memory()
     if peak is not None:
         planned = "" if run.planned_memory is None else f" (planned: up to {size_text(run.planned_memory)})"
         run.say(f"peak memory {'on the GPU' if on_cuda else 'of this process'}: {size_text(peak)}{planned}")
@@ -149,7 +143,7 @@ def finish_run(
             write_folder(final, lambda folder: _save(folder, run, trained, tokenizer))
         facts = {"best_metric": state.best_metric, "best_step": state.best_step}
         facts["stopped_early"] = run.cfg.task.stops_early(state.stale_validations)
-        mark_finished(run.dir, step=state.step, **facts, peak_memory=_peak_memory(fabric))
+        mark_finished(run.dir, step=state.step, **facts, peak_memory=run.peak_memory())
     fabric.barrier()
     _say_peak_memory(fabric, run)
     run.say(f"finished: {run.dir}\nnext: {evaluation_of(run.cfg, run.dir)}")

@@ -43,6 +43,7 @@ from sheeprlhf.rollout.rollout import (
     distinct_bigrams,
     token_values,
 )
+from sheeprlhf.rollout.saved import saved_rollouts, write_rollout
 from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.task.finish import (
     Saved,
@@ -158,7 +159,8 @@ class TrainLoop:
             step = Step(self, number, batches)
             yield step
             if self.due(task.log_interval):
-                run.log({f"train/{name}": value for name, value in step.metrics.items()} | {"train/lr": lr}, state.step)
+                metrics = step.metrics | {"lr": lr, "epoch": state.step / self.plan.steps_per_epoch()}
+                run.log({f"train/{name}": value for name, value in metrics.items()} | run.usage(), state.step)
             run.end_step(state, self.module, self.optimizer, save=self.due(task.save_interval), last=self.is_last)
             if self.is_last:
                 return
@@ -347,7 +349,9 @@ class RolloutLoop:
         if task.eval_at_start and state.step == 0:
             self._record_validation()
         run.begin_progress(state, plan.num_steps())
-        for number in range(plan.rollout_after(state.step), plan.rollout_after(plan.num_steps())):
+        num_rollouts = plan.rollout_after(plan.num_steps())
+        saved = saved_rollouts(num_rollouts, task.save_rollouts)
+        for number in range(plan.rollout_after(state.step), num_rollouts):
             if task.stops_early(state.stale_validations):
                 return
             began = time.perf_counter()
@@ -360,6 +364,8 @@ class RolloutLoop:
             yield iteration
             lr = self.optimizer.param_groups[0]["lr"]
             iteration.log({"time/update": time.perf_counter() - began, "train/lr": lr})
+            if number in saved and self.fabric.is_global_zero:
+                write_rollout(run.dir, iteration.rollout, self.collect.texts, self.collect.raw, number, state.step)
             self._end(iteration, plan)
 
     def _end(self, iteration: "Iteration", plan: RolloutPlan) -> None:
@@ -377,7 +383,7 @@ class RolloutLoop:
             return last or state.step // interval > before // interval
 
         if due(task.log_interval):
-            run.log(means, state.step)
+            run.log(means | {"train/epoch": plan.epochs_before(iteration.number + 1)} | run.usage(), state.step)
         if self._validate is not None and due(task.eval_interval):
             self._record_validation()
         last = last or task.stops_early(state.stale_validations)
@@ -400,7 +406,7 @@ class Iteration:
 
     Attributes:
         number: counted from 0.
-        rollout: the sampled and scored responses.
+        rollout: the sampled and scored responses; from `steps` on with the advantages of their tokens.
         metrics: numbers of the rollout.
         extra_state: small numbers that the task gets back in the next iteration, also after a resume.
     """
@@ -420,6 +426,8 @@ class Iteration:
             NonFiniteError: something in the rollout is not finite.
         """
         check_finite(rollout)
+        if "advantages" in rollout.tokens:  # the same rows; not the pairs of online DPO
+            self.rollout = rollout
         loop, cfg, task = self._loop, self._loop.run.cfg, self._loop.run.cfg.task
         assert isinstance(task, OnlineTaskConfig)
         plan = StepPlan(len(rollout), task.prompts_per_step(), task.num_iterations, cfg.seed + self.number)

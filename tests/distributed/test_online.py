@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -40,6 +43,7 @@ def test_two_processes_equal_one(variant: str, server: JobServer, tmp_path: Path
     data = write_rows(tmp_path / "rows.jsonl", 21)
     words = ["task.rollout_size=14", "task.mini_batch_size=6", "task.micro_batch_size=1", "task.max_num_steps=18"]
     words += ["task.epochs=2", "reward.normalize=true", "reward.path=tests.support.rewards:spread", *options]
+    words += ["task.save_rollouts=2"]
     two_words = train_words(model_folder(), data, tmp_path / "two", *words, task=task)
     job = server.start_ranks(two_words, tmp_path / "log", 2)
     train(model_folder(), data, tmp_path / "one", *words, task=task)
@@ -48,6 +52,14 @@ def test_two_processes_equal_one(variant: str, server: JobServer, tmp_path: Path
         two, one = series(tmp_path / "two", tag), series(tmp_path / "one", tag)
         assert len(one) >= 2, tag
         assert_close(two, one, rtol=0, atol=1e-5)
+    for path in sorted((tmp_path / "one" / "rollouts").iterdir()):
+        two, one = (pq.read_table(folder / path.name) for folder in (tmp_path / "two" / "rollouts", path.parent))
+        for name in one.column_names:
+            values = [np.concatenate([np.atleast_1d(row) for row in table[name].to_pylist()]) for table in (two, one)]
+            if values[1].dtype.kind == "f":
+                assert_close(*map(torch.from_numpy, values), rtol=0, atol=1e-5)
+            else:
+                assert values[0].tolist() == values[1].tolist(), name
     [ours, expected] = (
         load_file(max((tmp_path / name / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime) / MODEL)
         for name in ("two", "one")

@@ -143,7 +143,7 @@ def files_of(run_dir: Path) -> dict[str, bytes]:
     paths += [path for path in (run_dir / "final").iterdir() if path.suffix != ".md"]
     paths += (run_dir / "samples").glob("*")
     files = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in paths}
-    rows = [row for row in (run_dir / "metrics.csv").read_text().splitlines() if ",time/" not in row]
+    rows = [row for row in (run_dir / "metrics.csv").read_text().splitlines() if not re.search(",(time|memory)/", row)]
     return files | {"metrics.csv": "\n".join(row.rsplit(",", 1)[0] for row in rows).encode()}
 
 

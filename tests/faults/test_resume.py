@@ -1,5 +1,6 @@
 """A run stopped at any step and resumed ends in the same bytes as one that was never stopped."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -47,7 +48,7 @@ def stopped_at(whole: Path, step: int, folder: Path) -> Path:
 
 def without_time(path: Path) -> list[str]:
     """The lines of metrics.csv but for what a clock said."""
-    return [line.rsplit(",", 1)[0] for line in path.read_text().splitlines() if ",time/" not in line]
+    return [line.rsplit(",", 1)[0] for line in path.read_text().splitlines() if not re.search(",(time|memory)/", line)]
 
 
 def check_resume_at(steps: Iterable[int], variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:

@@ -50,7 +50,9 @@ def shown(run_dir: Path) -> Points:
     found: Points = defaultdict(list)
     for tag in events.Tags()[TENSORS]:
         for event in events.Tensors(tag):
-            found[tag, event.step].append(b"" if "time/" in tag else event.tensor_proto.SerializeToString())
+            found[tag, event.step].append(
+                b"" if tag.startswith(("time/", "memory/")) else event.tensor_proto.SerializeToString()
+            )
     return dict(found)
 
 

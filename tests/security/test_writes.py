@@ -45,6 +45,7 @@ REVIEWED = {
     "engine/run.py:check_shared:unlink": "an empty file that it has just made, under a random name",
     "task/train/best_of_n.py:remove:unlink": "the rows of one rollout, after a check of the folders above it",
     "task/train/best_of_n.py:remove:rmdir": "an empty folder",
+    "rollout/saved.py:write_rollout:write_table": "into memory",
     "task/eval/result.py:_drawing:savefig": "into memory",
     "apps/inspect/plots.py:draw_histograms:savefig": "into memory",
     "apps/report/chart.py:draw_png:savefig": "into memory",

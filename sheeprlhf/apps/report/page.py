@@ -350,6 +350,8 @@ def _samples(records: list[Record]) -> Iterator[dict[str, Any]]:
     for number, record in enumerate(records):
         if record.samples:
             sources.setdefault("While training", {})[number] = record.samples
+        if record.rollouts:
+            sources.setdefault("Saved rollouts", {})[number] = record.rollouts
         for name, rows in record.generations.items():
             if rows:
                 sources.setdefault(f"From eval/{name}", {})[number] = rows
@@ -456,7 +458,7 @@ def _speed_rows(records: list[Record]) -> Iterator[list[str]]:
     tags = dict.fromkeys(tag for record in records for tag in record.curves if tag.startswith(("time/", "memory/")))
     for tag in tags:
         curves = [record.curves.get(tag) for record in records]
-        show = duration_text if tag.startswith("time/") else figure_text
+        show = figure_text if tag.endswith("_per_second") or tag.startswith("memory/") else duration_text
         yield [tag, *(show(statistics.median(curve.values)) if curve else NONE for curve in curves)]
     peaks = [record.info.get("peak_memory") for record in records]
     yield ["peak memory", *(size_text(peak) if isinstance(peak, int) else NONE for peak in peaks)]

@@ -17,7 +17,7 @@ from sheeprlhf.security.files import read_small, read_tail, real_path
 from sheeprlhf.security.json_records import Schema, load_json
 from sheeprlhf.security.record_schemas import DATA_REPORT, RESULT
 from sheeprlhf.security.redaction import redact
-from sheeprlhf.utils.errors import ConfigError, RecordError
+from sheeprlhf.utils.errors import ConfigError, DataError, RecordError
 
 MARK = "sheeprlhf report"  # in every file that the report writes; only files with it are overwritten
 _METRICS_BYTES = 32 << 20
@@ -32,6 +32,9 @@ _MAX_NUMBERS = 60  # of an evaluation
 _MAX_POINTS = 80
 _MAX_EXCHANGES = 2_000
 _MAX_TEXT = 3_000  # characters
+_MAX_ROLLOUTS = 20
+_MAX_ROLLOUT_ROWS, _MAX_ROLLOUT_COLUMNS = 64, 20
+_ROLLOUT_BYTES = 256 << 20
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 _HEADER = re.compile(r"\[(prompt|model|best|worst|reference)\](.*)")
@@ -106,6 +109,7 @@ class Record(NamedTuple):
     evaluations: list[Evaluation]
     samples: dict[str, Exchange]
     generations: dict[str, dict[str, Exchange]]
+    rollouts: dict[str, Exchange]
     data: dict[str, Any]
     images: dict[str, bytes]
     notes: list[str]
@@ -146,6 +150,7 @@ def read_record(folder: Path, info: dict[str, Any], label: str) -> Record:
         evaluations,
         parse_samples(samples),
         rows,
+        _read_rollouts(folder, notes),
         _read_object(folder, REPORT_FILE, DATA_REPORT, notes),
         dict(_read_images(folder)),
         notes,
@@ -314,6 +319,51 @@ def parse_rows(content: str) -> dict[str, Exchange]:
             note = ", ".join(f"{key} {value:.4g}" for key, value in scores.items())
             exchange.answers.append(_answer(None, note, row["response"]))
     return exchanges
+
+
+def _read_rollouts(folder: Path, notes: list[str]) -> dict[str, Exchange]:
+    """Exchanges in the first rows of the newest saved rollouts, each answer with its scores."""
+    exchanges: dict[str, Exchange] = {}
+    for name in _names(folder, "rollouts", ".parquet")[-_MAX_ROLLOUTS:]:
+        try:
+            rows = _first_rows(real_path(folder / "rollouts" / name, folder))
+        except (DataError, OSError) as error:
+            notes.append(f"rollouts/{clean(name)} cannot be read: left out ({clean(error)})")
+            continue
+        for row in rows:
+            scores = {key: value for key, value in row.items() if key.startswith(("score", "reward/"))}
+            note = ", ".join(f"{key.removeprefix('reward/')} {value:.4g}" for key, value in scores.items())
+            answer = _answer(row["step"], note if row["finished"] else f"{note}, cut", row["response"])
+            _exchange(exchanges, row["prompt"]).answers.append(answer)
+    return exchanges
+
+
+def _first_rows(path: Path) -> list[dict[str, Any]]:
+    """The texts and scores in the first rows of a saved rollout.
+
+    Raises:
+        DataError: it is damaged, far larger than a rollout, or not one.
+        OSError: it cannot be read.
+    """
+    import pyarrow as pa  # slow to import, and needed for a run with saved rollouts only
+
+    from sheeprlhf.data.parquet import open_parquet
+
+    if not path.is_file() or path.stat().st_size > _ROLLOUT_BYTES:
+        raise DataError(f"no plain file of at most {_ROLLOUT_BYTES >> 20} MB")
+    file = open_parquet(path)
+    kinds = {"prompt": pa.string(), "response": pa.string(), "step": pa.int64(), "finished": pa.bool_()}
+    kinds |= {"score": pa.float64()}
+    kinds |= {name: pa.float64() for name in file.schema_arrow.names if name.startswith("reward/")}
+    schema = {field.name: field.type for field in file.schema_arrow}
+    if any(schema.get(name) != kind for name, kind in kinds.items()):
+        raise DataError("it has not the columns of a rollout")
+    try:
+        batch = next(file.iter_batches(_MAX_ROLLOUT_ROWS, columns=list(islice(kinds, _MAX_ROLLOUT_COLUMNS))), None)
+        rows: list[dict[str, Any]] = [] if batch is None else batch.to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(str(error)) from error
+    return [row for row in rows if None not in row.values()]
 
 
 def _exchange(exchanges: dict[str, Exchange], prompt: str) -> Exchange:

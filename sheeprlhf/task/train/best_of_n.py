@@ -235,9 +235,10 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 run.say(shown)
             stats = selection_stats(rows)
             kept = stats.kept / stats.prompts
-            run.log({"best/first": stats.first, "best/scores": stats.best, "best/kept": kept}, state.step)
+            found = {"best/first": stats.first, "best/scores": stats.best, "best/kept": kept}
             scores = f"score {stats.first:.3f}, best {stats.best:.3f}"
             run.show_progress(state, len(todo), scores, sum(rollout.response_lengths))
+            run.log(found | run.usage(), state.step)
             signum = run.stop_signal()
             if signum in STOP_SIGNALS and state.step < len(todo):
                 run.stop(signum)

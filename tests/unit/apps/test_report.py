@@ -8,6 +8,8 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sheeprlhf.apps.report import record as report_record
@@ -233,6 +235,22 @@ def test_what_is_damaged_or_missing_is_said_and_the_rest_shown(name, content, tm
     assert name.endswith("json") <= (content is None or page.text.count(f"{name} is damaged") == 1)
     assert "sft says 4<|eos|>" in page.pres
     assert [attributes["id"] for tag, attributes in page.elements if tag == "section"] == SECTIONS
+
+
+def test_saved_rollouts_are_shown_with_their_scores(tmp_path, page_of):
+    """Of three files one is damaged, and one is the table of another program."""
+    folder = make_past_run(tmp_path / "run", task="grpo")
+    (folder / "rollouts").mkdir()
+    rows = {"prompt": [EVIL, "Q?"], "response": ["One", f"{SECRET}"], "step": [3, 3], "finished": [True, False]}
+    table = pa.table(rows | {"score": [0.25, 1.0], "reward/length": [0.5, 2.0], "ids": [[1], [2]]})
+    for number, content in enumerate((table, table.drop_columns("step"))):
+        pq.write_table(content, folder / "rollouts" / f"rollout-{number:06d}.parquet")
+    (folder / "rollouts" / "rollout-000002.parquet").write_bytes(b"PAR1 and nothing more PAR1")
+    page = page_of(folder)
+    assert "step 3, score 0.25, length 0.5" in page.text and "step 3, score 1, length 2, cut" in page.text
+    assert EVIL in page.pres and SECRET not in page.text
+    assert "rollout-000001.parquet" in page.text and "rollout-000002.parquet" in page.text
+    assert {tag for tag, _ in page.elements} <= ELEMENTS
 
 
 def test_odd_shapes_of_json_are_shown_as_far_as_they_go(tmp_path, page_of):
