@@ -7,8 +7,9 @@ Letters: P prompts, K responses of each, N most new tokens, B rows, V vocabulary
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from typing import Any, cast
 
@@ -45,6 +46,7 @@ Stop = Callable[[np.ndarray], bool]
 _MARGIN = 8  # tokens before the tail: a decoder may drop the first one's space, or begin inside a character
 _PAGES = {"cpu": 32}  # tokens of a page of the cache of continuous batching ...
 _PAGE = 256  # ... elsewhere: what flash attention takes
+_Generated = Iterator[tuple[list[int], Iterable[np.ndarray], Iterable[np.ndarray]]]  # prompts, tokens, logprobs
 Engine = Callable[..., list[Sampled]]  # arguments as of `sample_responses`, without top_k, top_p and max_prompts
 
 
@@ -119,7 +121,8 @@ class StopStrings:
 
 @phase("generation")
 @torch.no_grad()
-def hf_responses(
+def transformers_responses(
+    generate: Callable[..., _Generated],
     model: PreTrainedModel,
     prompts: Sequence[np.ndarray],
     uniforms: np.ndarray,
@@ -132,62 +135,72 @@ def hf_responses(
     packed: bool = True,
     undefined_U: Tensor | None = None,
 ) -> list[Sampled]:
-    """`Engine` by transformers' `generate`, on prompts padded on the left."""
+    """`Engine` by transformers, whose responses are cut where they ended.
+
+    Raises:
+        ModelError: the engine does not work for this model.
+        NonFiniteError: logits are not finite.
+    """
     num_responses, num_new = uniforms.shape[1:]
-    results: dict[int, Sampled] = {}
-    lengths = [len(prompt) for prompt in prompts]
     settings = _settings(num_responses, num_new, temperature, end_ids)
+    results: dict[int, Sampled] = {}
+    with eval_mode(model), own_settings(model, settings):
+        for group, ids, logprobs in generate(model, prompts, uniforms, settings, token_budget, stop, undefined_U):
+            ended = [_ended(*row, end_ids, stop) for row in zip(ids, logprobs, strict=True)]
+            starts = range(0, len(ended), num_responses)
+            sampled = [Sampled(*zip(*ended[start : start + num_responses], strict=True)) for start in starts]
+            results |= zip(group, sampled, strict=True)
+            progress(len(ended))
+    return [results[index] for index in range(len(prompts))]
+
+
+def _generate(
+    model: PreTrainedModel,
+    prompts: Sequence[np.ndarray],
+    uniforms: np.ndarray,
+    settings: GenerationConfig,
+    token_budget: int,
+    stop: Stop | None,
+    undefined_U: Tensor | None,
+) -> _Generated:
+    """Call transformers' `generate` on prompts padded on the left, group by group."""
+    num_responses, num_new = uniforms.shape[1:]
+    lengths = [len(prompt) for prompt in prompts]
     for group in prompt_groups(lengths, num_responses, num_new, token_budget, shared=False):
         input_ids, attention_mask = left_padded([prompts[index] for index in group], settings.pad_token_id)
-        width, watch = input_ids.shape[1], LogprobRecorder(temperature, undefined_U)
-        with eval_mode(model), own_settings(model, settings), _seeded(uniforms[group[0]], model.device):
+        width, recorder = input_ids.shape[1], LogprobRecorder(settings.temperature, undefined_U)
+        with _seeded(uniforms[group[0]], model.device):
             output = cast(Any, model).generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
                 generation_config=settings,
-                logits_processor=LogitsProcessorList([watch]),
+                logits_processor=LogitsProcessorList([recorder]),
                 stopping_criteria=StoppingCriteriaList([] if stop is None else [Stops(stop, width)]),
                 **no_router_logits(model),
             )
-        ids_BN, logprobs_BN = output[:, width:].cpu().numpy(), watch.logprobs(output)
-        ended = [_ended(*row, end_ids, stop) for row in zip(ids_BN, logprobs_BN, strict=True)]
-        results |= zip(group, _grouped(ended, num_responses), strict=True)
-        progress(len(ended))
-    return [results[index] for index in range(len(prompts))]
+        yield group, output[:, width:].cpu().numpy(), recorder.logprobs(output)
 
 
-@phase("generation")
-@torch.no_grad()
-def continuous_responses(
+def _generate_continuously(
     model: PreTrainedModel,
     prompts: Sequence[np.ndarray],
     uniforms: np.ndarray,
-    *,
-    temperature: float,
-    end_ids: Sequence[int],
+    settings: GenerationConfig,
     token_budget: int,
-    stop: Stop | None = None,
-    progress: Callable[[int], None] = lambda _: None,
-    packed: bool = True,
-    undefined_U: Tensor | None = None,
-) -> list[Sampled]:
-    """`Engine` by transformers' continuous batching, which fills the place of a response that has ended with the next.
+    stop: Stop | None,
+    undefined_U: Tensor | None,
+) -> _Generated:
+    """Use continuous batching, which replaces a response that has ended by the next, and knows no stop strings.
 
-    It knows no stop: a response is cut afterwards.
-
-    Raises:
-        ModelError: it does not work for this model.
-        NonFiniteError: logits are not finite. It says no more of them, and without a GPU it fails in drawing.
+    Of logits that are not finite it reports no more, and without a GPU it fails in sampling.
     """
     if not prompts:
-        return []
+        return
     num_responses, num_new = uniforms.shape[1:]
-    settings = _settings(num_responses, num_new, temperature, end_ids)
     longest = max(map(len, prompts)) + num_new
     check_engine("continuous", model, longest)
     at_once = max(1, min(len(prompts) * num_responses, token_budget // longest))
     page = _PAGES.get(model.device.type, _PAGE)
-    seed = _seed(uniforms[0])
     how = ContinuousBatchingConfig(
         page_size=page,
         num_blocks=at_once * (-(-longest // page) + 1),
@@ -196,18 +209,10 @@ def continuous_responses(
         use_cuda_graph=False,
         use_async_batching=False,
         return_logprobs=True,
-        seed=seed,
+        seed=_seed(uniforms[0]),
     )
     inputs = [prompt.tolist() for prompt in prompts]
-    seeded = _seeded(uniforms[0], model.device)
-    with (
-        eval_mode(model),
-        own_settings(model, settings),
-        _plain_attention(model),
-        seeded,
-        _unlogged(),
-        _excluded(model, undefined_U),
-    ):
+    with _plain_attention(model), _seeded(uniforms[0], model.device), _unlogged(), _excluded(model, undefined_U):
         found = cast(Any, model).generate_batch(
             inputs, generation_config=settings, continuous_batching_config=how, warmup=False
         )
@@ -221,9 +226,8 @@ def continuous_responses(
                 "model, lower optim.lr, or compute in fabric.precision=32-true; generation.engine=native names the rows"
             )
         raise ModelError(f"continuous batching failed ({said[:200]}): give generation.engine=native or hf")
-    ended = [_ended(np.array(one.generated_tokens), np.array(one.logprobs), end_ids, stop) for one in outputs]
-    progress(len(ended))
-    return _grouped(ended, num_responses)
+    ids, logprobs = ([np.array(getattr(one, key)) for one in outputs] for key in ("generated_tokens", "logprobs"))
+    yield list(range(len(prompts))), ids, logprobs
 
 
 def check_engine(name: str, model: PreTrainedModel, longest: int) -> None:
@@ -251,7 +255,11 @@ def check_engine(name: str, model: PreTrainedModel, longest: int) -> None:
         )
 
 
-ENGINES: dict[str, Engine] = {"native": sample_responses, "hf": hf_responses, "continuous": continuous_responses}
+ENGINES: dict[str, Engine] = {
+    "native": sample_responses,
+    "hf": partial(transformers_responses, _generate),
+    "continuous": partial(transformers_responses, _generate_continuously),
+}
 
 
 class LogprobRecorder(LogitsProcessor):
@@ -360,12 +368,6 @@ def _ended(
         if ids[number - 1] in end_ids or (stop is not None and stop(ids[:number])):
             return ids[:number], logprobs[:number], True
     return ids, logprobs, False
-
-
-def _grouped(responses: list[tuple[np.ndarray, np.ndarray, bool]], num_responses: int) -> list[Sampled]:
-    """Group the responses: every K of them belong to one prompt."""
-    starts = range(0, len(responses), num_responses)
-    return [Sampled(*zip(*responses[start : start + num_responses], strict=True)) for start in starts]
 
 
 def generation_config(cfg: GenConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

@@ -13,6 +13,7 @@ loop.finish(policy)  # final/
 ```
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -53,7 +54,7 @@ from sheeprlhf.task.finish import (
     record_validation,
     report_data,
 )
-from sheeprlhf.task.models import build_collector, load_initial_policy, load_online_setup
+from sheeprlhf.task.models import build_collector, initial_run, load_initial_policy, load_online_setup
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 
 VALIDATION = (1 << 32) - 1  # number of the validation's rollout: it samples with numbers that no training rollout has
@@ -65,19 +66,11 @@ class TrainLoop:
     """The optimizer steps of one run. Every method is called on all ranks.
 
     Attributes:
-        tokenizer: the model's.
-        data: the prepared dataset.
-        split: name of the split that the task trains on: the first of `task.train_splits` that has rows.
-        rows: that split.
-        held_out: the validation split; None if it has no rows.
-        held_out_rows: the rows of it that every validation reads.
+        split: name of the split that the task trains on, `rows`: the first of `task.train_splits` that has rows.
+        held_out: the validation split, None if it has no rows; every validation reads `held_out_rows` of it.
         longest: tokens of the longest sequence in any split.
-        plan: the rows of each step.
-        num_steps: optimizer steps of the whole run.
-        module: the trained model as wrapped by Fabric; set by `set_up`.
-        optimizer: its optimizer; set by `set_up`.
-        load: called with the rows of a step, returns this rank's batches of them; set by `begin`.
-        state: the progress of the run; set by `begin`.
+        module: the trained model as wrapped by Fabric, set by `set_up` like its optimizer.
+        load: returns this rank's batches of a step's rows; set by `begin` like `state`, the progress of the run.
     """
 
     module: _FabricModule
@@ -108,19 +101,11 @@ class TrainLoop:
         self.num_steps = min(self.plan.num_steps(), task.max_num_steps or self.plan.num_steps())
 
     def load_policy(self, *, new_head: bool = False) -> tuple[Policy, bool]:
-        """Load the whole model that training starts from; the second result tells whether its batches are packed.
-
-        Args:
-            new_head: the task replaces the language head, which the model's files need not have.
-
-        Raises:
-            SheepError: the weights cannot be loaded.
-        """
+        """Load the model that training starts from, and whether its batches are packed; see `load_initial_policy`."""
         cfg, task = self.run.cfg, self.run.cfg.task
         return load_initial_policy(
             cfg.model,
-            getattr(task, "sft_experiment_dir", None),
-            getattr(task, "sft_model_name", "final"),
+            *initial_run(task),
             self.tokenizer,
             longest=self.longest,
             batching=task.batching,
@@ -129,20 +114,12 @@ class TrainLoop:
         )
 
     def set_up(self, model: nn.Module) -> _FabricModule:
-        """Make the optimizer of the model's trainable parameters, and wrap both with Fabric.
-
-        Raises:
-            ConfigError: nothing is trainable.
-        """
+        """Make the optimizer of the model's trainable parameters, and wrap both with Fabric."""
         self.module, self.optimizer = set_up(self.fabric, self.run.cfg.optim, model, self.run.cfg.peak_lr())
         return self.module
 
     def begin(self, load: Callable[[np.ndarray], Any]) -> None:
-        """Seed the random generators and restore the newest checkpoint, if there is one.
-
-        Args:
-            load: called with the rows of a step, returns this rank's batches of them.
-        """
+        """Seed the random generators, restore the newest checkpoint if there is one; `load` as in `Attributes`."""
         self.load = load
         torch.manual_seed(self.run.cfg.seed + self.fabric.global_rank)  # equal weights on all ranks, other dropout
         self.state = self.run.restore(self.module, self.optimizer)
@@ -181,12 +158,7 @@ class TrainLoop:
         return self.run.cfg.task.eval_at_start and self.state.step == 0
 
     def validation_batches(self, batches: Batches, rows: Rows | None = None) -> Iterator[MicroBatch]:
-        """Yield this rank's micro-batches of the held-out rows.
-
-        Args:
-            batches: cuts and collates them.
-            rows: another split with the same number of rows; None is the validation split.
-        """
+        """Yield this rank's micro-batches of the held-out rows, or of the same rows of another split."""
         rows = self.held_out if rows is None else rows
         assert rows is not None
         return (micro for _, micro in batches.numbered(rows, self.held_out_rows, "validating"))
@@ -196,12 +168,7 @@ class TrainLoop:
         record_validation(self.run, self.state, result)
 
     def log_samples(self, policy: Policy, rows: list[int] | None = None) -> None:
-        """Log responses of the policy to a few held-out prompts.
-
-        Args:
-            policy: the model that writes.
-            rows: held-out rows in the order of preference; None is their own order.
-        """
+        """Log the policy's responses to a few held-out prompts, the first ones or the first of `rows`."""
         run, num_samples = self.run, getattr(self.run.cfg.task, "num_sample_prompts", 0)
         assert self.held_out is not None
         examples = self.held_out.examples((list(range(len(self.held_out))) if rows is None else rows)[:num_samples])
@@ -213,12 +180,7 @@ class TrainLoop:
 
 
 class Step:
-    """One optimizer step of a `TrainLoop`, at its learning rate.
-
-    Attributes:
-        batches: the result of the loop's `load` for this step.
-        metrics: numbers of the update, which the loop logs; a task may replace them.
-    """
+    """One optimizer step of a `TrainLoop` on `batches`; the loop logs `metrics`, which a task may replace."""
 
     def __init__(self, loop: TrainLoop, number: int, batches: Any) -> None:
         self.batches = batches
@@ -259,7 +221,7 @@ class RolloutLoop:
 
     ```python
     loop = RolloutLoop(fabric, run)  # data, models
-    loop.begin(*set_up(fabric, cfg.optim, loop.models.policy, cfg.peak_lr()))  # reference, seed, newest checkpoint
+    loop.begin()  # optimizer, reference, seed, newest checkpoint
     batches = loop.batches("logprobs", "advantages")
     for iteration in loop:  # samples and scores a rollout; afterwards: log, validation, checkpoint, signals
         rollout = iteration.rollout.with_tokens(advantages=...)
@@ -269,7 +231,6 @@ class RolloutLoop:
     ```
 
     Attributes:
-        tokenizer: the policy's.
         rows: rows whose prompts are answered; an epoch is a pass over them.
         models: policy, and critic and reward model if the task has them.
         module: the policy as wrapped by Fabric; set by `begin`, like those below.
@@ -295,38 +256,35 @@ class RolloutLoop:
 
     def begin(
         self,
-        module: _FabricModule,
-        optimizer: Optimizer,
+        trained: tuple[_FabricModule, Optimizer] | None = None,
         learners: nn.Module | None = None,
         eval_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Take the policy as the reference, seed the random generators, restore the newest checkpoint if there is one.
 
         Args:
-            module: the policy, set up.
-            optimizer: of all that trains, set up.
-            learners: all that trains and is saved; None is the policy alone.
+            trained: the policy as wrapped by Fabric, and the optimizer of everything that trains; None makes both.
+            learners: everything that trains and is saved; None is the policy alone.
             eval_weights: within this block the policy has the weights that are validated and exported.
 
         Raises:
             SheepError: the reward's functions cannot be imported, or the checkpoint does not fit.
         """
         fabric, run = self.fabric, self.run
-        self.module, self.optimizer, self._eval_weights = module, optimizer, eval_weights
-        self._learners = module if learners is None else learners
+        self.module, self.optimizer = trained or set_up(fabric, run.cfg.optim, self.models.policy, run.cfg.peak_lr())
+        self._learners = self.module if learners is None else learners
+        self._eval_weights = eval_weights
         self.collect = build_collector(fabric, run, self._setup, reference_of(self.models.policy))
         torch.manual_seed(run.cfg.seed + fabric.global_rank)  # equal weights on all ranks, other dropout
-        self.state = run.restore(self._learners, optimizer)
+        self.state = run.restore(self._learners, self.optimizer)
         self.collect.restore(self.state.extra)
         held_out = self._setup.held_out
         self._validate = None if held_out is None else RolloutValidator(run, self.collect, held_out)
 
     def batches(self, *names: str, num_items: Callable[[Batch], int] | None = None) -> Batches:
-        """Cut rows into batches whose targets are the tokens of the responses.
+        """Cut rows into batches whose targets are the responses' tokens, with the values of these names beside them.
 
-        Args:
-            names: values of each token, put beside a batch of a rollout.
-            num_items: number of items that the loss of a step is divided by; None is the number of targets.
+        A step's loss is divided by `num_items`, by default the number of targets.
         """
         values = partial(token_values, names=names) if names else None
         options = {} if num_items is None else {"num_items": num_items}
@@ -416,11 +374,13 @@ class Iteration:
         self.extra_state: dict[str, Any] = dict(loop.state.extra)
         self._loop, self._plan = loop, plan
         self._values: dict[str, list[float]] = {}
+        self._approxkl = 0.0  # of the newest update
 
     def steps(self, rollout: Rollout, batches: Batches) -> Iterator[tuple[int, list[MicroBatch]]]:
         """Yield the number of each optimizer step on the rollout and this rank's micro-batches; set the learning rate.
 
-        Every pass over the rollout has an order of its own.
+        Every pass over the rollout has an order of its own. No step follows an update whose approximate KL divergence
+        exceeds `task.early_stop_kl`.
 
         Raises:
             NonFiniteError: something in the rollout is not finite.
@@ -437,10 +397,13 @@ class Iteration:
         for step, micro_batches in enumerate(loaded, first):
             follow_schedule(loop.optimizer, cfg.optim, step, warmup=task.num_warmup_steps(num_steps), total=num_steps)
             yield step, micro_batches
+            if self._approxkl > (getattr(task, "early_stop_kl", None) or math.inf):
+                return
 
     def update(self, micro_batches: list[MicroBatch], loss_fn: LossFn) -> dict[str, float]:
         """All ranks: take an optimizer step of the policy and log it; return its metrics, none if it was skipped."""
         metrics = self._loop.update(self._loop.module, micro_batches, loss_fn)
+        self._approxkl = metrics.get("approxkl", 0.0)
         if metrics:
             losses = {"policy": metrics.pop("loss")}  # the sum, where the loss function reports both parts
             losses |= {name: metrics.pop(name) for name in ("policy", "value") if name in metrics}
@@ -460,13 +423,7 @@ class Iteration:
 
 
 class RolloutValidator:
-    """Answers the same held-out prompts with the same random numbers at every validation.
-
-    Args:
-        run: the run.
-        collect: samples and scores.
-        rows: the prompts, with the dataset's own responses if it has some.
-    """
+    """Answers the same held-out prompts with the same random numbers at every validation."""
 
     def __init__(self, run: Run, collect: RolloutCollector, rows: TokenizedSplit) -> None:
         task = run.cfg.task

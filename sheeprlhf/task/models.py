@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
 from peft import LoraConfig, PeftModel
 from torch import nn
@@ -51,6 +51,14 @@ from sheeprlhf.utils.memory import phase
 REFERENCE = "reference"  # the dataset's own response, as a column
 
 
+class LoadOptions(TypedDict):
+    """Tokens of the longest sequence that a model will see, `task.batching`, and a function that prints a line."""
+
+    longest: int
+    batching: str
+    say: Notify
+
+
 class RLModels(NamedTuple):
     """The models of an RL task besides the reference.
 
@@ -70,15 +78,7 @@ class RLModels(NamedTuple):
 
 
 class OnlineSetup(NamedTuple):
-    """Data and models of an RL task before Fabric wraps anything.
-
-    Attributes:
-        tokenizer: the policy's.
-        rows: rows whose prompts are answered.
-        held_out: those of validation; None if there are none.
-        models: the models.
-        columns: names of the columns of each row that the reward gets.
-    """
+    """Data and models of an RL task before Fabric wraps anything; the reward gets these columns of each row."""
 
     tokenizer: PreTrainedTokenizerBase
     rows: TokenizedSplit
@@ -91,8 +91,7 @@ def load_online_setup(fabric: Fabric, run: Run) -> OnlineSetup:
     """All ranks: prepare and report the data, load the models onto the host.
 
     Raises:
-        SheepError: something cannot be loaded, or rows lack the response that the task or the reward reads; see its
-            message.
+        SheepError: something cannot be loaded, or rows lack the response that the task or the reward reads.
     """
     cfg = run.cfg
     if cfg.generation.engine != "native":
@@ -121,12 +120,6 @@ def load_online_setup(fabric: Fabric, run: Run) -> OnlineSetup:
 
 def build_collector(fabric: Fabric, run: Run, setup: OnlineSetup, reference: nn.Module) -> RolloutCollector:
     """All ranks: move the reward model to the device and make the object that samples and scores.
-
-    Args:
-        fabric: where it runs.
-        run: the run.
-        setup: data and models, the policy set up.
-        reference: the policy before training.
 
     Raises:
         SheepError: the reward's functions cannot be imported.
@@ -164,10 +157,7 @@ def prepare_prompts(
 def check_reward_columns(cfg: TrainConfig | EvalConfig, data: PreparedData, answered: Mapping[str, bool]) -> list[str]:
     """Return the names of the columns that the reward gets: those that the rows of all used splits have.
 
-    Args:
-        cfg: has the reward.
-        data: of `prepare_prompts`.
-        answered: the splits that are used, each with whether all of its rows have a response.
+    `answered` names these splits, each with whether all of its rows have a response.
 
     Raises:
         ConfigError: a function needs a column that a split lacks; names those that it has.
@@ -184,17 +174,11 @@ def check_reward_columns(cfg: TrainConfig | EvalConfig, data: PreparedData, answ
 
 
 def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -> RLModels:
-    """Load the models onto the host, not wrapped yet.
-
-    Raises:
-        SheepError: one cannot be loaded.
-    """
+    """Load the models onto the host, not wrapped yet."""
     cfg, task = run.cfg, run.cfg.task
     assert isinstance(task, OnlineTaskConfig)
-    start = (task.sft_experiment_dir, task.sft_model_name)
-    policy, packed = load_initial_policy(
-        cfg.model, *start, tokenizer, longest=longest, batching=task.batching, say=run.say
-    )
+    how: LoadOptions = {"longest": longest, "batching": task.batching, "say": run.say}
+    policy, packed = load_initial_policy(cfg.model, *initial_run(task), tokenizer, **how)
     policy = with_adapters(policy, cfg.model)
     policy.exclude_undefined(tokenizer)
     if not isinstance(task, BestOfNConfig):  # it learns nothing
@@ -262,17 +246,14 @@ def _load_reward(
     run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, *, longest: int
 ) -> tuple[RewardModel | AdapterValueModel, bool]:
     """Load the reward model of the configured folder or run, on the policy's base if possible."""
-    task = run.cfg.task
-    assert isinstance(task, OnlineTaskConfig)
     run_dir, folder, cfg = reward_model_source(run.cfg)
     if folder is None and isinstance(policy.model, PeftModel) and _same_base(run, cfg, str(run_dir)):
-        run.say(f"reward model: the {task.rm_model_name} weights of {run_dir}")
         final = Path(str(run_dir)) / "final"
+        run.say(f"reward model: the final weights of {run_dir}")
         head = nn.Linear(1, 1, bias=False)
         head.weight = nn.Parameter(load_score_adapter(policy.model, final, REWARD, run.say).float())
-        offset = offset_of(final)
         run.say("reward, critic and reference share the policy's base")
-        return AdapterValueModel(policy.model, REWARD, head, offset), True
+        return AdapterValueModel(policy.model, REWARD, head, offset_of(final)), True
     return load_separate_reward_model(run.cfg, tokenizer, longest=longest, say=run.say)
 
 
@@ -297,11 +278,7 @@ def reward_folder_errors() -> Iterator[None]:
 
 
 def load_reward_tokenizer(cfg: TrainConfig | EvalConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the configured reward model; of a run, the one in its folder.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
+    """Load the tokenizer of the configured reward model; of a run, the one in its folder."""
     run_dir, folder, model = reward_model_source(cfg)
     with reward_folder_errors() if folder is not None else nullcontext():
         return load_tokenizer(model if run_dir is None else with_own_tokenizer(model, Path(run_dir)))
@@ -310,22 +287,18 @@ def load_reward_tokenizer(cfg: TrainConfig | EvalConfig) -> PreTrainedTokenizerB
 def load_separate_reward_model(
     cfg: TrainConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Notify
 ) -> tuple[RewardModel, bool]:
-    """Load the configured reward model on a base of its own; return it and whether its batches are packed.
-
-    Raises:
-        SheepError: it cannot be loaded.
-    """
+    """Load the configured reward model on a base of its own; return it and whether its batches are packed."""
     task = cfg.task
     assert isinstance(task, OnlineTaskConfig | ScoredConfig)
+    how: LoadOptions = {"longest": longest, "batching": task.batching, "say": say}
     run_dir, folder, model = reward_model_source(cfg)
     if folder is not None:
         say(f"reward model: {folder}")
         with reward_folder_errors():
-            return load_reward_model(model, tokenizer, longest=longest, batching=task.batching, say=say)
+            return load_reward_model(model, tokenizer, **how)
     say(f"reward model: the {task.rm_model_name} weights of {run_dir}")
     model = dataclasses.replace(model, disable_dropout=True, gradient_checkpointing=False)
-    of = (model, Path(str(run_dir)), task.rm_model_name, tokenizer)
-    return load_trained_reward_model(*of, longest=longest, batching=task.batching, say=say)
+    return load_trained_reward_model(model, Path(str(run_dir)), task.rm_model_name, tokenizer, **how)
 
 
 def _same_base(run: Run, cfg: ModelConfig, rm_dir: str) -> bool:
@@ -337,7 +310,7 @@ def _same_base(run: Run, cfg: ModelConfig, rm_dir: str) -> bool:
         and task.rm_model_name == "final"
         and (Path(rm_dir) / "final" / "adapter_config.json").is_file()
         and isinstance(theirs, RMConfig)
-        and (theirs.sft_experiment_dir, theirs.sft_model_name) == (task.sft_experiment_dir, task.sft_model_name)
+        and initial_run(theirs) == initial_run(task)
         and is_same_model(cfg.repo_name, run.cfg.model.repo_name)
     )
 
@@ -346,19 +319,10 @@ def _same_base(run: Run, cfg: ModelConfig, rm_dir: str) -> bool:
 def load_trained(
     trained: Trained, say: Notify, *, longest: int = 1, batching: str = "padded"
 ) -> tuple[Policy | RewardModel, PreTrainedTokenizerBase, bool]:
-    """The policy or reward model of a run, a folder or a configuration, on the host.
-
-    Args:
-        trained: names it.
-        say: prints a line for the user.
-        longest: tokens of the longest sequence that it will see.
-        batching: as in `load_policy`.
+    """Load the policy or reward model of a run, a folder or a configuration onto the host.
 
     Returns:
         The model, with separate adapters if it has some; its tokenizer; and whether its batches are packed.
-
-    Raises:
-        SheepError: it cannot be loaded.
     """
     tokenizer = load_tokenizer(trained.with_tokenizer())
     load: Any = load_trained_reward_model if trained.trains == REWARD_MODEL else load_policy_from_run
@@ -372,37 +336,25 @@ def load_policy_from_run(
     run_dir: Path | None,
     weights: str,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    longest: int,
-    batching: str,
-    say: Notify,
+    **how: Unpack[LoadOptions],
 ) -> tuple[Policy, bool]:
-    """The policy that a run trained, with its adapters beside it if it has some, and whether its batches are packed.
+    """Load the policy that a run trained, adapters kept separate, and tell whether its batches are packed.
 
-    Args:
-        cfg: the run's model.
-        run_dir: the run; None loads `cfg` as it is.
-        weights: "final", "best", "last" or "step-<n>".
-        tokenizer: the model's.
-        longest: tokens of the longest sequence that it will see.
-        batching: as in `load_policy`.
-        say: prints a line for the user.
+    `cfg` is the run's model; without a run it is loaded as it is. `weights` is "final", "best", "last" or "step-<n>".
 
     Raises:
         ConfigError: the run has no `final/` yet.
         CheckpointError: it has no such checkpoint.
     """
-    of: dict[str, Any] = {"longest": longest, "batching": batching, "say": say}
     whole = _whole_model(cfg, run_dir, weights)
     if whole is not None:
-        return load_policy(whole, tokenizer, **of)
+        return load_policy(whole, tokenizer, **how)
     assert run_dir is not None
-    checkpoint = None if weights == "final" else find_checkpoint(run_dir, weights, say)
+    checkpoint = None if weights == "final" else find_checkpoint(run_dir, weights, how["say"])
     task = saved_group(str(run_dir), "task")
-    start = (getattr(task, "sft_experiment_dir", None), getattr(task, "sft_model_name", "final"))
-    policy, packed = load_initial_policy(cfg, *start, tokenizer, **of)
+    policy, packed = load_initial_policy(cfg, *initial_run(task), tokenizer, **how)
     if checkpoint is None:
-        return Policy(load_lora(policy.causal_lm(), run_dir / "final", say)), packed
+        return Policy(load_lora(policy.causal_lm(), run_dir / "final", how["say"])), packed
     policy = with_adapters(policy, cfg)
     part = task.policy_part() if isinstance(task, TrainTaskConfig) else ""
     load_weights(checkpoint, policy.model, f"{part}model.")
@@ -415,22 +367,13 @@ def load_initial_policy(
     weights: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    longest: int,
-    batching: str,
-    say: Notify,
     new_head: bool = False,
+    **how: Unpack[LoadOptions],
 ) -> tuple[Policy, bool]:
-    """The whole model that training starts from, a run's adapters merged into it, and whether its batches are packed.
+    """Load the model that training starts from, with a run's adapters merged; tell whether its batches are packed.
 
-    Args:
-        cfg: the task's model; of a run with adapters, the model that they sit in.
-        run_dir: the fine-tuning to start from; None starts from `cfg` as it is.
-        weights: which of the run's.
-        tokenizer: the model's.
-        longest: tokens of the longest sequence that it will see.
-        batching: as in `load_policy`.
-        say: prints a line for the user.
-        new_head: the task replaces the language head, which `cfg`'s files need not have.
+    Training starts from `cfg` as it is, or from these weights of a run. With `new_head`, the task replaces the language
+    head, which the files need not have.
 
     Raises:
         ConfigError: the run has another tokenizer.
@@ -438,21 +381,24 @@ def load_initial_policy(
     """
     whole = dataclasses.replace(cfg, finetune_mode="ALL", freeze_transformer=cfg.freeze_transformer and not new_head)
     if run_dir is None:
-        return load_policy(whole, tokenizer, longest=longest, batching=batching, say=say, new_head=new_head)
+        return load_policy(whole, tokenizer, **how, new_head=new_head)
     of_run = model_of_start(cfg, run_dir, tokenizer)
-    say(f"starting from the {weights} weights of {run_dir}")
+    how["say"](f"starting from the {weights} weights of {run_dir}")
     kept = {name: getattr(cfg, name) for name in ("dtype", "disable_dropout", "gradient_checkpointing", "library_cfg")}
     of_run = dataclasses.replace(of_run, **kept, freeze_transformer=False, random_init=False)
-    policy, packed = load_policy_from_run(
-        of_run, Path(run_dir), weights, tokenizer, longest=longest, batching=batching, say=say
-    )
+    policy, packed = load_policy_from_run(of_run, Path(run_dir), weights, tokenizer, **how)
     if isinstance(policy.model, PeftModel):
         policy = Policy(merge_lora(policy.model).model)
     return policy, packed
 
 
+def initial_run(task: object) -> tuple[str | None, str]:
+    """Return the run that a task starts from, if it starts from one, and which of its weights."""
+    return getattr(task, "sft_experiment_dir", None), getattr(task, "sft_model_name", "final")
+
+
 def model_of_start(cfg: ModelConfig, run_dir: str, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
-    """The model of the run that a training starts from; arguments as of `load_initial_policy`.
+    """Return the model of the run that a training starts from; arguments as of `load_initial_policy`.
 
     Raises:
         ConfigError: the run has another tokenizer.
@@ -501,36 +447,17 @@ def load_trained_reward_model(
     run_dir: Path | None,
     weights: str,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    longest: int,
-    batching: str,
-    say: Notify,
+    **how: Unpack[LoadOptions],
 ) -> tuple[RewardModel, bool]:
-    """The reward model that a run trained, its offset included, and whether its batches are packed.
-
-    Args:
-        cfg: the run's model.
-        run_dir: the run; None loads the folder that `cfg` names.
-        weights: "final", "best", "last" or "step-<n>".
-        tokenizer: the model's.
-        longest: tokens of the longest sequence that it will see.
-        batching: as in `load_policy`.
-        say: prints a line for the user.
-
-    Raises:
-        SheepError: it cannot be loaded.
-    """
+    """Load the reward model that a run trained, with its offset; results and arguments as of `load_policy_from_run`."""
     whole = _whole_model(cfg, run_dir, weights)
     if whole is not None:
-        return load_reward_model(whole, tokenizer, longest=longest, batching=batching, say=say)
+        return load_reward_model(whole, tokenizer, **how)
     assert run_dir is not None
     task = saved_group(str(run_dir), "task")
-    assert isinstance(task, RMConfig)
-    start = (task.sft_experiment_dir, task.sft_model_name)
-    how: dict[str, Any] = {"longest": longest, "batching": batching, "say": say}
-    policy, packed = load_initial_policy(cfg, *start, tokenizer, **how, new_head=True)
+    policy, packed = load_initial_policy(cfg, *initial_run(task), tokenizer, **how, new_head=True)
     if weights == "final":
-        return reward_model_of(policy, cfg, tokenizer, adapter=run_dir / "final", say=say), packed
+        return reward_model_of(policy, cfg, tokenizer, adapter=run_dir / "final", say=how["say"]), packed
     model = reward_model_of(policy, cfg, tokenizer)
-    load_weights(find_checkpoint(run_dir, weights, say), model)
+    load_weights(find_checkpoint(run_dir, weights, how["say"]), model)
     return model, packed

@@ -32,7 +32,7 @@ from sheeprlhf.structure.reward import needs_model
 from sheeprlhf.structure.rollout import OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.task.eval.load import load_evaluated_tokenizer
-from sheeprlhf.task.models import model_of_start, reward_folder_errors, reward_model_source
+from sheeprlhf.task.models import initial_run, model_of_start, reward_folder_errors, reward_model_source
 from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.modes import isolated_rng
 from sheeprlhf.utils.rendering import check_template_args
@@ -135,8 +135,7 @@ def models_of(config: TrainConfig | EvalConfig) -> Iterator[Needed]:
     task = config.task
     if isinstance(config, TrainConfig):
         new_head = config.task.trains == "reward model"
-        start = getattr(task, "sft_experiment_dir", None), getattr(task, "sft_model_name", "final")
-        yield from _of_start(config.model, *start, new_head=new_head, starts=_MAX_STARTS)
+        yield from _of_start(config.model, *initial_run(task), new_head=new_head, starts=_MAX_STARTS)
     elif config.experiment_dir is not None:
         yield from _of_run(config.experiment_dir, getattr(task, "model_name", "final"), starts=_MAX_STARTS)
     elif config.model is not None:
@@ -171,8 +170,7 @@ def _of_run(run_dir: str, weights: str, *, starts: int) -> Iterator[Needed]:
             whole = dataclasses.replace(model, repo_name=str(final), finetune_mode="ALL", random_init=False)
             yield Needed(whole, scores=scores)
         return
-    saved = saved_group(run_dir, "task")
-    start = getattr(saved, "sft_experiment_dir", None), getattr(saved, "sft_model_name", "final")
+    start = initial_run(saved_group(run_dir, "task"))
     needed = list(_of_start(model, *start, new_head=scores, starts=starts))
     yield from needed
     if weights == "final" and needed:

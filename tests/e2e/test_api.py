@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import sheeprlhf
 from sheeprlhf import (
@@ -135,13 +136,29 @@ def test_samples_depend_on_the_seed_and_match_the_policy(model_folder: ModelFold
     assert sample(policy, tokenizer, ["hello", "the quick fox"], **how | {"seed": 2}).texts != samples.texts
 
 
-def test_a_pair_in_a_custom_loop_has_the_loss_of_equal_policies(tmp_path: Path, model_folder: ModelFolder) -> None:
-    model = str(model_folder())
-    policy, tokenizer = load_policy(model), load_tokenizer(model)
+def test_a_pair_in_a_custom_loop_has_the_loss_of_plain_transformers(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Of a policy and a reference with other weights; computed response by response."""
+    folders = model_folder(), model_folder("gpt2")
+    tokenizer = load_tokenizer(str(folders[0]))
     data = prepare_data(str(write_pairs(tmp_path / "pairs.jsonl")), tokenizer, kind="preference")
-    batch = collate(data.splits["train"].examples([0]), policy)
-    assert batch.pairs_P2.tolist() == [[0, 1]]
-    assert_close(losses.dpo.sigmoid(torch.zeros(1), torch.zeros(1), 0.1), torch.tensor([0.6931472]))
+    [example] = data.splits["train"].examples([0])
+    found, expected = [], []
+    for folder in folders:
+        policy, plain = load_policy(str(folder)), AutoModelForCausalLM.from_pretrained(folder).eval()
+        batch = collate([example], policy)
+        with torch.no_grad():
+            found.append(torch.zeros(2).index_add(0, batch.response_index_N, policy.eval()(batch).target_N))
+            for response in example.responses:
+                ids = torch.tensor([*example.prompt_ids, *response])
+                logits_TV = plain(ids[None]).logits[0, :, : len(tokenizer)]  # no other ids are ever written
+                logprobs_TV = logits_TV.log_softmax(-1)[len(example.prompt_ids) - 1 : -1]
+                expected.append(float(logprobs_TV.gather(1, ids[len(example.prompt_ids) :, None]).sum()))
+    assert_close(torch.stack(found).flatten(), torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    margin = (expected[0] - expected[2]) - (expected[1] - expected[3])
+    [chosen, rejected] = batch.pairs_P2[0].tolist()
+    h_S = found[0] - found[1]
+    loss_P = losses.dpo.sigmoid(h_S[[chosen]], h_S[[rejected]], 0.1)
+    assert_close(loss_P, torch.tensor([math.log1p(math.exp(-0.1 * margin))]), rtol=1e-5, atol=1e-5)
 
 
 def test_a_reward_model_scores_as_in_plain_transformers(tmp_path: Path, model_folder: ModelFolder) -> None:

@@ -335,6 +335,7 @@ def test_one_process_stops_both(name: str, rank: int | None, tmp_path: Path, mod
     text = job.text()
     assert code == 1, text
     assert "Traceback" not in text
+    assert "sheeprlhf cannot continue" in text and "(process 1)" not in text  # rank zero alone reports it
     if kind.task != "ppo" and "gradient" not in name:
         assert re.search(rf"rank [01]: rows \[.*\b{BAD}\b", text)
         assert len(re.findall(r"rank [01]: rows", text)) == 1  # that rank's rows alone, said once

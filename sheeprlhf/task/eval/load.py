@@ -17,19 +17,13 @@ from sheeprlhf.model.load import load_tokenizer, num_positions
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.models import load_initial_policy, load_policy_from_run, prepare_prompts
+from sheeprlhf.task.models import LoadOptions, load_initial_policy, load_policy_from_run, prepare_prompts
 from sheeprlhf.utils.errors import ConfigError, DataError, Notify
 from sheeprlhf.utils.lightning import Fabric
 
 
 class Start(NamedTuple):
-    """Initial model of a run's training.
-
-    Attributes:
-        run_dir: the run whose weights it took; None: the model as it was.
-        weights: which of that run's.
-        name: how to call it.
-    """
+    """Initial model of a run's training: these weights of another run, or without one the model as it was."""
 
     run_dir: str | None
     weights: str
@@ -108,27 +102,18 @@ def evaluated_files(cfg: EvalConfig) -> ModelConfig:
 
 
 def load_evaluated_tokenizer(cfg: EvalConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that the evaluated run has left, with its chat template, or that of the model.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
+    """Load the tokenizer that the evaluated run has left, with its chat template, or that of the model."""
     return load_tokenizer(evaluated_files(cfg))
 
 
 def load_evaluated_policy(
     cfg: EvalConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Notify
 ) -> tuple[Policy, bool]:
-    """The policy that `cfg.experiment_dir` and `cfg.task.model_name` name, or `cfg.model` itself, and if it packs.
-
-    Raises:
-        ConfigError: the run has no `final/` yet.
-        CheckpointError: it has no such checkpoint.
-    """
-    model, batching = cfg.model, cfg.task.batching
-    assert model is not None  # the command line composes it, from the run if need be
-    run_dir, weights = None if cfg.experiment_dir is None else Path(cfg.experiment_dir), cfg.task.model_name
-    return load_policy_from_run(model, run_dir, weights, tokenizer, longest=longest, batching=batching, say=say)
+    """Load the policy that `experiment_dir` and `task.model_name` name, or `model`; tell if its batches are packed."""
+    assert cfg.model is not None  # the command line composes it, from the run if need be
+    run_dir = None if cfg.experiment_dir is None else Path(cfg.experiment_dir)
+    how: LoadOptions = {"longest": longest, "batching": cfg.task.batching, "say": say}
+    return load_policy_from_run(cfg.model, run_dir, cfg.task.model_name, tokenizer, **how)
 
 
 def task_options(cfg: EvalConfig) -> dict[str, Any]:
@@ -153,26 +138,10 @@ def start_of(cfg: EvalConfig) -> Start | None:
 def load_start_of(
     cfg: EvalConfig, start: Start, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Notify
 ) -> tuple[Policy, bool]:
-    """That model, and whether its batches are packed.
-
-    Raises:
-        SheepError: it cannot be loaded.
-    """
+    """Load that model, and tell whether its batches are packed."""
     assert cfg.model is not None
-    of = (cfg.model, start.run_dir, start.weights, tokenizer)
-    return load_initial_policy(*of, longest=longest, batching=cfg.task.batching, say=say)
-
-
-def load_final(
-    cfg: EvalConfig, model: ModelConfig, run_dir: str, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Notify
-) -> tuple[Policy, bool]:
-    """The final policy of another run, and whether its batches are packed.
-
-    Raises:
-        SheepError: it cannot be loaded.
-    """
-    of = (model, Path(run_dir), "final", tokenizer)
-    return load_policy_from_run(*of, longest=longest, batching=cfg.task.batching, say=say)
+    how: LoadOptions = {"longest": longest, "batching": cfg.task.batching, "say": say}
+    return load_initial_policy(cfg.model, start.run_dir, start.weights, tokenizer, **how)
 
 
 def model_of_run(run_dir: str, key: str) -> ModelConfig:

@@ -30,7 +30,6 @@ from sheeprlhf.task.eval.load import (
     first_rows,
     load_evaluated_policy,
     load_evaluated_tokenizer,
-    load_final,
     load_start_of,
     longest_with_response,
     model_of_run,
@@ -41,7 +40,7 @@ from sheeprlhf.task.eval.load import (
 from sheeprlhf.task.eval.result import cell, draw_histogram, save_result
 from sheeprlhf.task.eval.statistics import interval_of, standard_error
 from sheeprlhf.task.loop import distinct_bigrams
-from sheeprlhf.task.models import check_reward_columns, prepare_prompts
+from sheeprlhf.task.models import LoadOptions, check_reward_columns, load_policy_from_run, prepare_prompts
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import DataError, Notify
 from sheeprlhf.utils.lightning import Fabric
@@ -160,7 +159,8 @@ def _of_run(
     theirs = load_tokenizer(files)
     if theirs.get_vocab() != tokenizer.get_vocab():
         rows = rows_as(fabric, cfg, theirs, rows, say)
-    loaded = load_final(cfg, model, run_dir, theirs, longest=longest_sequence(cfg, files, rows), say=say)
+    how: LoadOptions = {"longest": longest_sequence(cfg, files, rows), "batching": cfg.task.batching, "say": say}
+    loaded = load_policy_from_run(model, Path(run_dir), "final", theirs, **how)
     return answer(fabric, cfg, set_up(fabric, loaded, theirs), rows, samples=True)
 
 

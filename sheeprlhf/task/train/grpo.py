@@ -4,7 +4,6 @@ No critic: the advantage of a response is its score less the mean score of the r
 all of its tokens. The KL divergence from the reference is part of the loss (k3), not of the reward.
 """
 
-import math
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from sheeprlhf.data.example import Batch
-from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput
 from sheeprlhf.loss.advantage import group_advantages, kl_estimates
@@ -60,11 +58,10 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     assert isinstance(task, GRPOConfig)
     with open_run(fabric, cfg, run_dir) as run:
         loop = RolloutLoop(fabric, run)
-        loop.begin(*set_up(fabric, cfg.optim, loop.models.policy, cfg.peak_lr()))
+        loop.begin()
         num_items = None if task.loss_type == "dapo" else lambda batch: len(batch.response_lengths)
         batches = loop.batches("logprobs", "reference", "advantages", num_items=num_items)
         max_length = cfg.generation.max_new_tokens
-        early_stop_kl = math.inf if task.early_stop_kl is None else task.early_stop_kl
         loss_fn = partial(grpo_loss, task=task, temperature=cfg.generation.temperature, max_length=max_length)
 
         for iteration in loop:
@@ -73,7 +70,5 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             iteration.log({"frac_reward_zero_std": float((advantages_PG == 0).all(dim=1).float().mean())})
             rollout = iteration.rollout.with_advantages(advantages_PG)
             for _, micro_batches in iteration.steps(rollout, batches):
-                metrics = iteration.update(micro_batches, loss_fn)
-                if metrics.get("approxkl", 0.0) > early_stop_kl:
-                    break
+                iteration.update(micro_batches, loss_fn)
         loop.finish()

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from sheeprlhf.data.example import Batch
-from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput
 from sheeprlhf.loss import dpo
@@ -80,7 +79,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     assert isinstance(task, OnlineDPOConfig)
     with open_run(fabric, cfg, run_dir) as run:
         loop = RolloutLoop(fabric, run)
-        loop.begin(*set_up(fabric, cfg.optim, loop.models.policy, cfg.peak_lr()))
+        loop.begin()
         batches = loop.batches("reference", num_items=lambda batch: len(batch.row_ids))
         loss_fn = partial(online_dpo_loss, task=task, temperature=cfg.generation.temperature)
         for iteration in loop:

@@ -5,7 +5,6 @@ subtracted, the critic's values turn the rewards into advantages, and both are t
 The loss of an optimizer step is the mean over its response tokens, of all rows of the step and all devices.
 """
 
-import math
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -129,12 +128,11 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         if task.ema_decay is not None:
             with policy.in_use():
                 ema = learners["average"] = EMA(policy, task.ema_decay)
-        loop.begin(actor_module, optimizer, learners, nullcontext if ema is None else ema.swap_in)
+        loop.begin((actor_module, optimizer), learners, nullcontext if ema is None else ema.swap_in)
         batches, ptx_batches = loop.batches("logprobs", "advantages", "values", "returns"), loop.batches()
         ptx_plan = StepPlan(len(loop.rows), task.ptx_batch_size, epochs=1, seed=cfg.seed, shuffle=cfg.data.shuffle)
         policy_fn = partial(policy_loss, task=task, temperature=cfg.generation.temperature)
         critic_fn = partial(value_loss, task=task)
-        early_stop_kl = math.inf if task.early_stop_kl is None else task.early_stop_kl
 
         for iteration in loop:
             rollout, kl_coeff = iteration.rollout, iteration.extra_state.get("kl_coeff", task.init_kl_coeff)
@@ -162,8 +160,6 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                     metrics = iteration.update(micro_batches, policy_fn)
                 if metrics and ema is not None:
                     ema.update()
-                if metrics.get("approxkl", 0.0) > early_stop_kl:
-                    break
 
             kl, score = iteration.metrics["objective/kl"], iteration.metrics["objective/scores"]
             iteration.log(

@@ -4,7 +4,6 @@ Its reward is its score less the KL divergence from the reference, its baseline 
 to the same prompt. No critic. Further passes over a rollout weigh a response by its probability ratio, clipped.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from sheeprlhf.data.example import Batch
-from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput
 from sheeprlhf.loss.advantage import by_position, leave_one_out, moments
@@ -68,10 +66,9 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     assert isinstance(task, RLOOConfig)
     with open_run(fabric, cfg, run_dir) as run:
         loop = RolloutLoop(fabric, run)
-        loop.begin(*set_up(fabric, cfg.optim, loop.models.policy, cfg.peak_lr()))
+        loop.begin()
         batches = loop.batches("logprobs", "advantages", num_items=lambda batch: len(batch.response_lengths))
         loss_fn = partial(rloo_loss, task=task, temperature=cfg.generation.temperature)
-        early_stop_kl = math.inf if task.early_stop_kl is None else task.early_stop_kl
 
         for iteration in loop:
             rollout, kl_coeff = iteration.rollout, task.init_kl_coeff
@@ -83,7 +80,5 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 advantages_PG = (advantages_PG - mean) * torch.rsqrt(variance + 1e-8)
             iteration.log({"objective/rlhf_reward": float(rewards_PG.mean())})
             for _, micro_batches in iteration.steps(rollout.with_advantages(advantages_PG), batches):
-                metrics = iteration.update(micro_batches, loss_fn)
-                if metrics.get("approxkl", 0.0) > early_stop_kl:
-                    break
+                iteration.update(micro_batches, loss_fn)
         loop.finish()

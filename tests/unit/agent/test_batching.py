@@ -17,7 +17,7 @@ from sheeprlhf.agent.reward import RewardModel, load_reward_model
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.model.attention import packing_limit
 from sheeprlhf.model.load import check_weights, load_tokenizer
-from sheeprlhf.rollout.engines import generate_ids, hf_responses, stream_ids
+from sheeprlhf.rollout.engines import ENGINES, generate_ids, stream_ids
 from sheeprlhf.rollout.sampler import PaddedDecoder, RecomputedDecoder, sample_responses, unpacked_decoder
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
@@ -198,7 +198,7 @@ def test_log_probabilities_of_the_engine_of_transformers(architecture: str, mode
     policy, _ = policy_of(model_folder(architecture))
     prompts = [row.prompt_ids for row in examples()]
     uniforms = np.random.default_rng(0).random((len(prompts), 2, 10))
-    sampled = hf_responses(policy.causal_lm(), prompts, uniforms, temperature=1.0, end_ids=[], token_budget=1000)
+    sampled = ENGINES["hf"](policy.causal_lm(), prompts, uniforms, temperature=1.0, end_ids=[], token_budget=1000)
     rows = [Example(0, prompt, one.responses) for prompt, one in zip(prompts, sampled, strict=True)]
     with torch.no_grad():
         trained_N = policy.eval()(collate_padded(rows, pad_id=0)).target_N

@@ -1,7 +1,9 @@
 """Losses of GRPO, RLOO and online DPO by loops over responses; RLOO's rewards and the pairs by their definition."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ from torch.testing import assert_close
 from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.model.lm_head import TokenLogprobs
 from sheeprlhf.rollout.rollout import Rollout
+from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.rollout import GRPOConfig, OnlineDPOConfig, RLOOConfig
+from sheeprlhf.task.train import grpo
 from sheeprlhf.task.train.grpo import grpo_loss
 from sheeprlhf.task.train.online_dpo import online_dpo_loss, ranked_pairs
 from sheeprlhf.task.train.rloo import leave_one_out_advantages, rloo_loss
@@ -65,6 +69,32 @@ def test_grpo_by_a_loop(loss_type: str) -> None:
         total += {"grpo": sum(terms) / length, "dapo": sum(terms), "dr_grpo": sum(terms) / 20}[loss_type]
         place += length
     assert float(found.total) == pytest.approx(total, abs=1e-5)
+
+
+def test_grpo_logs_the_share_of_prompts_whose_scores_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their advantages are 0; those of the others are the distances from the mean, in standard deviations."""
+    scores_PG = np.array([[1.0, 1.0], [0.0, 2.0], [3.0, 3.0]])
+    logged: dict[str, float] = {}
+    trained: list[Rollout] = []
+
+    class Loop:
+        def __init__(self, *_: object) -> None:
+            self.begin = self.finish = lambda: None
+
+        def batches(self, *_: object, **__: object) -> None:
+            return None
+
+        def __iter__(self) -> Iterator[SimpleNamespace]:
+            rollout = Rollout(tuple(EXAMPLES), scores_PG, scores_PG > -1, {})
+            yield SimpleNamespace(rollout=rollout, log=logged.update, steps=lambda *a: trained.append(a[0]) or [])
+
+    monkeypatch.setattr(grpo, "open_run", lambda *_: nullcontext())
+    monkeypatch.setattr(grpo, "RolloutLoop", Loop)
+    cfg: Any = SimpleNamespace(task=GRPOConfig(), generation=GenConfig())
+    grpo.train(None, cfg, Path())  # type: ignore[arg-type]
+    assert logged == {"frac_reward_zero_std": pytest.approx(2 / 3, abs=1e-6)}
+    signs = torch.tensor([0.0, 0.0, -1.0, 1.0, 0.0, 0.0]).repeat_interleave(torch.tensor(LENGTHS))
+    assert_close(trained[0].flat("advantages").sign(), signs)
 
 
 def test_rloo_by_a_loop() -> None:
