@@ -16,6 +16,8 @@ from sheeprlhf.security.version_guard import version_problem
 CI = Path(__file__).parents[2] / ".ci"
 LINE = re.compile(r"([a-z0-9-]+)==([0-9][\w.]*) --hash=sha256:([0-9a-f]{64})")
 
+CONSTRAINT = re.compile(r"([a-z0-9-]+)==([0-9][\w.]*)")
+
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
@@ -57,6 +59,19 @@ def test_it_is_within_the_bounds_and_above_the_floors(script: ModuleType, locked
     for requirement in asked:
         assert requirement.specifier.contains(locked[named(requirement)][0]), requirement
     assert [problem for name, (version, _) in locked.items() if (problem := version_problem(name, version))] == []
+
+
+def test_constraints_are_within_the_bounds_and_agree_with_the_lock(
+    script: ModuleType, locked: dict[str, tuple[str, str]]
+) -> None:
+    lines = (CI / "constraints.txt").read_text().splitlines()[1:]
+    versions = {str(found[1]): str(found[2]) for line in lines if (found := CONSTRAINT.fullmatch(line))}
+    assert len(versions) == len(lines) and list(versions) == sorted(versions)
+    asked = [Requirement(line) for line in script.requirements((*script.EXTRAS, "dev"))]
+    assert {"torch", "gradio", "ruff", "pytest"} <= {named(requirement) for requirement in asked}
+    for requirement in asked:
+        assert requirement.specifier.contains(versions[named(requirement)]), requirement
+    assert {name: version for name, (version, _) in locked.items()}.items() <= versions.items()
 
 
 def test_it_is_complete(locked: dict[str, tuple[str, str]]) -> None:
