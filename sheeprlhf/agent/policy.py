@@ -5,7 +5,7 @@ Letters: B rows, T positions, R positions where the head runs, N targets, C hidd
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,6 +43,7 @@ class Policy(nn.Module):
         self.model, self.value_head = model, value_head
         self.packed = True  # its batches may be packed
         self.undefined_U: Tensor | None = None  # ids that have probability 0, on the host
+        self.neftune_alpha: float | None = None  # of the noise on embeddings in training mode; see `noisy_embeddings`
 
     def exclude_undefined(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """From now on, ids that the tokenizer does not define have probability 0, as in sampling.
@@ -78,14 +79,20 @@ class Policy(nn.Module):
             temperature: of the distribution that they are of.
             router: also the logits of a mixture of experts' routers, of all tokens but padding.
         """
-        if router:
-            backbone, _ = backbone_and_head(self.causal_lm())
-            with router_logits_of(backbone, batch.attention_mask_BT) as found:
-                logprobs = self(batch, mean, entropy, temperature)
-            return logprobs._replace(router_logits=tuple(found))
+        model, found = self.causal_lm(), None
+        with ExitStack() as stack:
+            if self.training and self.neftune_alpha is not None:
+                stack.enter_context(noisy_embeddings(model.get_input_embeddings(), batch, self.neftune_alpha))
+            if router:
+                backbone, _ = backbone_and_head(model)
+                found = stack.enter_context(router_logits_of(backbone, batch.attention_mask_BT))
+            logprobs = self._logprobs(
+                batch, mean=mean, entropy=entropy, temperature=temperature, undefined_U=self.undefined_U
+            )
+        return logprobs if found is None else logprobs._replace(router_logits=tuple(found))
+
+    def _logprobs(self, batch: Batch, **how: Any) -> TokenLogprobs:
         model = self.causal_lm()
-        how: dict[str, Any] = {"mean": mean, "entropy": entropy, "temperature": temperature}
-        how["undefined_U"] = self.undefined_U
         if batch.layout is None:
             head_mask_BT = torch.zeros_like(batch.input_ids_BT, dtype=torch.bool)
             head_mask_BT.view(-1)[batch.head_positions_R] = True
@@ -115,6 +122,37 @@ class Policy(nn.Module):
         add_end_ids(self.causal_lm().generation_config, tokenizer)
         save_model(self.model, folder)
         tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def noisy_embeddings(embedding: nn.Module, batch: Batch, alpha: float) -> Iterator[None]:
+    """Add NEFTune's noise to the embeddings of a batch during the block (arXiv 2310.05914, algorithm 1).
+
+    Each number e of an embedding becomes e + alpha / sqrt(L * C) * u with u ~ Uniform(-1, 1), where L is the number of
+    tokens of the row that the token belongs to, its prompt and response, however the batch is laid out.
+
+    Args:
+        embedding: token ids (B, T) -> embeddings (B, T, C).
+        batch: packed or padded.
+        alpha: scale of the noise.
+    """
+    if batch.layout is None:
+        assert batch.attention_mask_BT is not None
+        lengths_BT = batch.attention_mask_BT.sum(dim=1, keepdim=True)
+    else:
+        sizes = torch.tensor([num_prompt + sum(responses) for num_prompt, responses in batch.layout.segments])
+        lengths_BT = sizes.repeat_interleave(sizes)[None].to(batch.input_ids_BT.device)
+
+    def add_noise(_: nn.Module, __: Any, embeddings_BTC: Tensor) -> Tensor:
+        scale_BT = alpha / (lengths_BT * embeddings_BTC.shape[-1]).sqrt()
+        noise_BTC = torch.empty_like(embeddings_BTC).uniform_(-1.0, 1.0)
+        return embeddings_BTC + noise_BTC * scale_BT[..., None].to(noise_BTC.dtype)
+
+    hook = embedding.register_forward_hook(add_noise)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -322,6 +322,8 @@ def train_problems(config: TrainConfig) -> Iterator[str]:
             f"model.freeze_transformer=true is not read by task={name}: remove it, or train less by "
             "model.finetune_mode=LORA"
         )
+    if config.model.neftune_alpha is not None and not isinstance(config.task, SFTConfig):
+        yield f"model.neftune_alpha={config.model.neftune_alpha:g} is not read by task={name}: remove it"
     optim, warmup = config.optim, config.task.lr_warmup_ratio
     if optim.schedule == "wsd" and warmup + optim.decay_ratio > 1:
         yield (

@@ -62,6 +62,12 @@ class ModelConfig(Config):
     )
     disable_dropout: bool = option(True, "Switch off every dropout of the base model (a LoRA adapter keeps its own).")
     freeze_transformer: bool = option(False, "Train the language model's head alone.")
+    neftune_alpha: Optional[float] = option(
+        None,
+        "Scale of the uniform noise on the embeddings in training (NEFTune, arXiv 2310.05914; 5 is usual); read by "
+        "task=sft. null: none.",
+        above=0.0,
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
     lr: float = option(1e-5, "Learning rate of all weights when optim.lr is null.", minimum=0.0)
     random_init: bool = option(False, "Start from random weights of the model's shape (pretraining).")

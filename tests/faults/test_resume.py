@@ -14,6 +14,7 @@ LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dro
 VARIANTS = {
     "full": ("sft", []),
     "lora with dropout": ("sft", LORA),
+    "noise on embeddings": ("sft", ["model.neftune_alpha=50"]),
     "model dropout": ("sft", ["model.disable_dropout=false"]),
     "reward model": ("rm", ["task.loss_type=per_sample"]),
     "reward model, lora with dropout": ("rm", LORA),

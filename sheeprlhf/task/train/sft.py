@@ -77,6 +77,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         policy, packed = loop.load_policy()
         router = router_loss_in_training(policy.causal_lm(), run.say)
         policy = with_adapters(policy, cfg.model)
+        policy.neftune_alpha = cfg.model.neftune_alpha
         module = loop.set_up(policy)
         batches = Batches(fabric, task, packed=packed, targets="response" if task.completion_only_loss else "all")
         loop.begin(partial(batches.of, loop.rows))

@@ -1,9 +1,11 @@
 """Which models compute packed rows, and what a saved policy holds."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sheeprlhf.agent import batches as batching_module
 from sheeprlhf.agent.batches import packing_problem
 from sheeprlhf.agent.policy import Policy, load_policy
-from sheeprlhf.data.example import collate_packed
+from sheeprlhf.data.example import collate_packed, collate_padded
 from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
@@ -130,3 +132,32 @@ def test_a_half_precision_model_is_scored_in_float32(grad: bool, model_folder: M
     assert logits.dtype == torch.bfloat16 and target_N.dtype == torch.float32
     expected = logits.float().log_softmax(-1).gather(1, batch.target_ids_N[:, None])[:, 0]
     assert_close(target_N, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_noise_is_scaled_by_the_length_of_each_row(packed: bool, model_folder: ModelFolder) -> None:
+    """NEFTune against plain transformers, one row at a time, with the same random numbers (arXiv 2310.05914)."""
+    policy, alpha = load(model_folder())[0], 30.0
+    examples = random_examples(5)
+    batch = collate_packed(examples) if packed else collate_padded(examples, pad_id=0)
+    clean_N = policy(batch).target_N
+    policy.neftune_alpha = alpha
+    torch.manual_seed(3)
+    noisy_N = policy(batch).target_N
+    torch.manual_seed(3)
+    model, width = policy.causal_lm(), policy.causal_lm().config.hidden_size
+    noise_BTC = torch.rand(*batch.input_ids_BT.shape, width) * 2 - 1
+    rows = noise_BTC.flatten(0, 1).split([e.num_tokens() for e in examples]) if packed else noise_BTC
+    expected = []
+    for example, noise_TC in zip(examples, rows, strict=True):
+        ids_T = torch.from_numpy(np.concatenate([example.prompt_ids, *example.responses]).astype(np.int64))
+        scaled_TC = noise_TC[: len(ids_T)] * alpha / math.sqrt(len(ids_T) * width)
+        embeddings_TC = model.get_input_embeddings()(ids_T) + scaled_TC
+        logprobs_TV = model(inputs_embeds=embeddings_TC[None]).logits[0].log_softmax(dim=-1)
+        first = len(example.prompt_ids)
+        expected.append(logprobs_TV[first - 1 : -1].gather(1, ids_T[first:, None])[:, 0])
+    assert_close(noisy_N, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    assert (noisy_N - clean_N).abs().max() > 0.01
+    noisy_N.sum().backward()
+    assert model.get_input_embeddings().weight.grad is not None
+    assert torch.equal(policy.eval()(batch).target_N, clean_N)  # a validation has none

@@ -14,6 +14,8 @@ REFUSED = {
     "task=dpo task.early_stopping_metric=perplexity": "rewards/accuracies",
     "task=grpo task.early_stopping_metric=loss": "objective",
     "task=rm task.early_stopping_patience=2": "task.early_stopping_metric",
+    "task=dpo model.neftune_alpha=5": "task=dpo",
+    "task=sft model.neftune_alpha=0": "model.neftune_alpha",
     "task=rm task.early_stopping_direction=lowest": "task.early_stopping_metric",
 }
 
