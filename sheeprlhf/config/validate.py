@@ -35,7 +35,7 @@ from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.structure.evaluation import REFERENCES, START, EvalTaskConfig, FrontierConfig, RewardConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
-from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.structure.reward import (
     BUILTINS,
@@ -169,13 +169,15 @@ def _generation_problems(generation: GenConfig) -> Iterator[str]:
 
 
 def parse_targets(value: Any) -> str | list[str]:
-    """`lora_cfg.targets` as PEFT takes it: "all-linear", or a list of module names.
+    """`lora_cfg.targets`: "all-linear", or a list of module names and of regular expressions (`is_pattern`).
 
     A list may also be written as `a,b` or as Python's `"('a','b')"`.
 
     Raises:
         ValueError: it is none of these, or empty.
     """
+    if isinstance(value, str) and is_pattern(value):
+        value = [value]
     if isinstance(value, str):
         text = value.strip()
         if text.casefold() == "all-linear":
@@ -189,21 +191,61 @@ def parse_targets(value: Any) -> str | list[str]:
             value = [part.strip() for part in value.split(",") if part.strip()]
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(value)
-    if not all(isinstance(name, str) and re.fullmatch(r"[\w.]+", name) for name in value):
+    if not all(isinstance(name, str) and (re.fullmatch(r"[\w.]+", name) or is_pattern(name)) for name in value):
         raise ValueError(value)
     return list(value)
+
+
+def is_pattern(text: str) -> bool:
+    """True for a regular expression of module names, which no name is; one that may take long to match is none."""
+    if not re.search(r"[\\*+?|^$]", text) or len(text) > 200 or len(re.findall(r"[*+{]", text)) > 3:
+        return False
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return re.search(r"\)[*+{]", text) is None  # a repeated group
+
+
+_UNSAFE_INITS = {
+    **dict.fromkeys(
+        ("pissa", "olora"),
+        "changes the weights of the base model, so that neither the reference nor a saved adapter fits the model",
+    ),
+    **dict.fromkeys(("eva", "corda", "lora_ga"), "needs data before training"),
+    "loftq": "needs a quantised model",
+    "mica": "freezes one of the two matrices",
+}
+_INITS = ("default", "gaussian", "orthogonal")
+
+
+def _lora_problems(lora: LORAConfig) -> Iterator[str]:
+    try:
+        parse_targets(lora.targets)
+    except ValueError:
+        yield (
+            f"model.lora_cfg.targets={lora.targets} cannot be read: give all-linear, "
+            "names such as model.lora_cfg.targets=[q_proj,v_proj], or a regular expression of at most 200 characters "
+            "with at most three repetitions and no repeated group"
+        )
+    reason = next((why for name, why in _UNSAFE_INITS.items() if lora.init.casefold().startswith(name)), None)
+    if reason:
+        yield f"model.lora_cfg.init={lora.init} {reason}: give {', '.join(_INITS)}"
+    elif lora.init not in _INITS:
+        yield f"model.lora_cfg.init={lora.init} is not a choice: it may be {', '.join(_INITS)}"
+    if lora.init == "orthogonal" and lora.rank % 2:
+        yield f"model.lora_cfg.init=orthogonal needs an even rank: give model.lora_cfg.rank={lora.rank + 1}"
+    if any(layer < 0 for layer in lora.layers_to_transform):
+        yield f"model.lora_cfg.layers_to_transform={lora.layers_to_transform}: layers are counted from 0"
+    unnamed = [name for name in lora.modules_to_save if not re.fullmatch(r"[\w.]+", name)]
+    if unnamed:
+        yield f"model.lora_cfg.modules_to_save: {unnamed[0]!r} is no name of a module: give for example [lm_head]"
 
 
 def _model_problems(model: ModelConfig) -> Iterator[str]:
     lora = model.lora_cfg
     if lora is not None:
-        try:
-            parse_targets(lora.targets)
-        except ValueError:
-            yield (
-                f"model.lora_cfg.targets={lora.targets} cannot be read: give all-linear, "
-                "or names such as model.lora_cfg.targets=[q_proj,v_proj]"
-            )
+        yield from _lora_problems(lora)
     if model.finetune_mode == "LORA":
         if lora is None:
             yield "model.finetune_mode=LORA needs model.lora_cfg: remove model.lora_cfg=null or give finetune_mode=ALL"

@@ -22,7 +22,7 @@ _HARMLESS = ("base_model_name_or_path", "revision", "peft_version", "inference_m
 _USUAL: dict[str, tuple[Any, ...]] = {  # what PEFT writes into every file
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
-    "init_lora_weights": (True, "gaussian"),
+    "init_lora_weights": (True, "gaussian", "orthogonal"),  # pissa and olora change the base model
     "peft_type": ("LORA",),
 }
 

@@ -7,6 +7,9 @@ when its forward gets `layout=`, and plain `sdpa` attention otherwise, so the sa
 and generates. A packed forward also gets `attention_mask=placeholder_mask(...)`: a 4-D mask passes through
 transformers untouched, so no T x T mask is ever built.
 
+Layers with sliding windows, soft caps of the scores (Gemma 2) and attention sinks (gpt-oss) are computed too, soft caps
+and sinks without a fused kernel. Without a layout, a model that has only eager attention keeps it (`PACKED_EAGER`).
+
 `packing_limit` tells which models compute packed rows, from their code and configuration alone. Numbers decide too
 (`agent/batches.py`), but two short examples show neither a window that is longer than they are nor, in half precision,
 how much of one row reaches the next.
@@ -17,8 +20,10 @@ the longest prompt, N columns of a response.
 """
 
 import inspect
-from collections.abc import Iterable, Iterator
-from typing import Any, cast
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,20 +32,67 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from sheeprlhf.model.layers import switch_length
 from sheeprlhf.utils.errors import ModelError
 
 PACKED = "sheeprlhf_packed"
+PACKED_EAGER = "sheeprlhf_packed_eager"  # of models that have no sdpa attention
 _HALF = (torch.bfloat16, torch.float16)
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")  # extras of some models' attention that change the result
+_UNSUPPORTED = ("position_bias",)  # extras of some models' attention that change the result
+
+
+class Variant(NamedTuple):
+    """Differences of a layer's attention from plain causal attention.
+
+    Attributes:
+        window: tokens that a token sees, itself included; None is all.
+        softcap: scores become softcap * tanh(score / softcap); None leaves them.
+        sinks_H: a score for each head that takes part in the softmax and has no value; None for none.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks_H: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """True for plain causal attention."""
+        return self.window is None and self.softcap is None and self.sinks_H is None
+
+    def limited(self, num_keys: int) -> "Variant":
+        """The same without a window that so many keys do not reach."""
+        return self._replace(window=None) if self.window is not None and self.window >= num_keys else self
+
+    def softmax(self, scores_BHTM: Tensor, mask: Tensor) -> Tensor:
+        """(B, H, T, M) weights of the keys, float32 or wider.
+
+        Args:
+            scores_BHTM: scaled scores.
+            mask: 0 where a key is seen, -inf elsewhere.
+        """
+        scores_BHTM = scores_BHTM.to(torch.promote_types(scores_BHTM.dtype, torch.float32))
+        if self.softcap is not None:
+            scores_BHTM = self.softcap * torch.tanh(scores_BHTM / self.softcap)
+        scores_BHTM = scores_BHTM + mask
+        if self.sinks_H is None:
+            return scores_BHTM.softmax(dim=-1)
+        sinks_BHT1 = self.sinks_H.to(scores_BHTM.dtype).view(1, -1, 1, 1).expand(*scores_BHTM.shape[:3], 1)
+        return torch.cat([scores_BHTM, sinks_BHT1], dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def register() -> None:
-    """Make `attn_implementation=PACKED` known to transformers (again is harmless)."""
-    AttentionInterface.register(PACKED, packed_attention)
-    AttentionMaskInterface.register(PACKED, sdpa_mask)
+    """Make both implementations known to transformers (again is harmless)."""
+    for name, mask in ((PACKED, sdpa_mask), (PACKED_EAGER, eager_mask)):
+        AttentionInterface.register(name, packed_attention)
+        AttentionMaskInterface.register(name, mask)
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Give the model `packed_attention` if its code permits that."""
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(PACKED if model._supports_sdpa else PACKED_EAGER)
 
 
 def placeholder_mask(input_ids_BT: Tensor) -> Tensor:
@@ -79,25 +131,27 @@ def packed_attention(
         ModelError: the model's attention does something that packed rows do not support.
     """
     if layout is None:
-        return sdpa_attention_forward(
+        plain = sdpa_attention_forward
+        if cast(Any, module.config)._attn_implementation == PACKED_EAGER:
+            plain = sys.modules[type(module).__module__].eager_attention_forward
+        output, _ = plain(
             module, query_BHTD, key_BGTD, value_BGTD, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+        return output, None
+    variant = Variant(kwargs.get("sliding_window"), kwargs.get("softcap"), kwargs.get("s_aux")).limited(layout.max_key)
     extra = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    window = kwargs.get("sliding_window")
-    if window is not None and layout.max_key > window:
-        extra.append(f"sliding_window={window}")
     if extra:
         raise ModelError(f"packed attention does not support {', '.join(extra)}; set task.batching=padded")
     device = query_BHTD.device.type
     if isinstance(layout, SharedCache):
         with torch.autocast(device, enabled=False):
-            return layout.attend(cast(int, module.layer_idx), query_BHTD, scaling), None
+            return layout.attend(cast(int, module.layer_idx), query_BHTD, scaling, variant), None
     dtype = kernel_dtype(device, query_BHTD.dtype)
     query, key, value = (x.to(dtype) for x in (query_BHTD, key_BGTD, value_BGTD))
-    if device == "cuda" and dtype in _HALF and dropout == 0.0:
-        return _varlen_attention(query, key, value, scaling, layout), None
+    if device == "cuda" and dtype in _HALF and dropout == 0.0 and variant._replace(window=None).is_plain:
+        return _varlen_attention(query, key, value, scaling, layout, variant.window), None
     with torch.autocast(device, enabled=False):  # it would cast float32 inputs back
-        return _loop_attention(query, key, value, dropout, scaling, layout).to(query_BHTD.dtype), None
+        return _loop_attention(query, key, value, dropout, scaling, layout, variant).to(query_BHTD.dtype), None
 
 
 def kernel_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
@@ -111,12 +165,26 @@ def kernel_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def _loop_attention(
-    query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, dropout: float, scaling: float | None, layout: Any
+    query_BHTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    dropout: float,
+    scaling: float | None,
+    layout: Any,
+    variant: Variant,
 ) -> Tensor:
     """One dense call per attention sequence: causal for a prompt with its first response, masked for the others."""
     grouped = query_BHTD.shape[1] != key_BGTD.shape[1]
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(1, T, H, D): the queries are those of the last T keys."""
+        own = variant.limited(key.shape[2])
+        mask = None
+        if query.shape[2] != key.shape[2] or not own.is_plain:
+            mask = _causal_mask(query.shape[2], key.shape[2], own.window, key.device)
+        if own.softcap is not None or own.sinks_H is not None:
+            assert mask is not None
+            return _manual_attention(query, key, value, mask, dropout, scaling, own).transpose(1, 2)
         output_BHTD = F.scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
@@ -128,18 +196,42 @@ def _loop_attention(
     outputs = []
     for prompt_length, response_lengths in layout.segments:
         query, key, value = next(sequences)
-        outputs.append(attend(query, key, value, None))
+        outputs.append(attend(query, key, value))
         prompt = [x[:, :, :prompt_length] for x in (key, value)]
-        for length in response_lengths[1:]:
+        for _ in response_lengths[1:]:
             query, *response = next(sequences)
             key, value = (torch.cat(parts, dim=2) for parts in zip(prompt, response, strict=True))
-            mask = torch.ones(length, prompt_length + length, dtype=torch.bool, device=key.device).tril(prompt_length)
-            outputs.append(attend(query, key, value, mask))
+            outputs.append(attend(query, key, value))
     return torch.cat(outputs, dim=1)
 
 
+def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(T, M) bool, True where a query sees a key; the queries are those of the last T keys."""
+    diagonal = num_keys - num_queries
+    mask_TM = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(diagonal)
+    return mask_TM if window is None else mask_TM.triu(diagonal - window + 1)
+
+
+def _manual_attention(
+    query_BHTD: Tensor,
+    key_BGMD: Tensor,
+    value_BGMD: Tensor,
+    mask_TM: Tensor,
+    dropout: float,
+    scaling: float | None,
+    variant: Variant,
+) -> Tensor:
+    """(1, H, T, D): attention with a soft cap or sinks, which torch's kernel has not."""
+    repeats = query_BHTD.shape[1] // key_BGMD.shape[1]
+    key_BHMD, value_BHMD = (x.repeat_interleave(repeats, dim=1) for x in (key_BGMD, value_BGMD))
+    scores_BHTM = query_BHTD @ key_BHMD.mT * (query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling)
+    added_TM = torch.zeros_like(mask_TM, dtype=scores_BHTM.dtype).masked_fill(~mask_TM, -math.inf)
+    weights_BHTM = variant.softmax(scores_BHTM, added_TM).to(value_BHMD.dtype)
+    return F.dropout(weights_BHTM, dropout) @ value_BHMD
+
+
 def _varlen_attention(
-    query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, scaling: float | None, layout: Any
+    query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, scaling: float | None, layout: Any, window: int | None
 ) -> Tensor:
     """Variable-length flash attention (CUDA, half precision); causal, aligned to each sequence's last key."""
     from torch.nn.attention import varlen  # imported here: torch builds without CUDA may lack it
@@ -151,7 +243,11 @@ def _varlen_attention(
     if repeats > 1:
         key_MGD, value_MGD = (x.repeat_interleave(repeats, dim=1) for x in (key_MGD, value_MGD))
     names = varlen.varlen_attn.__code__.co_varnames
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
+    causal: dict[str, Any] = {"is_causal": True}
+    if "window_size" in names:
+        causal = {"window_size": (-1 if window is None else window - 1, 0)}
+    elif window is not None:
+        raise ModelError("this version of torch computes no windows in packed rows: set task.batching=padded")
     output_THD: Any = varlen.varlen_attn(
         query_THD.contiguous(),
         key_MGD.contiguous(),
@@ -186,7 +282,7 @@ _PACKABLE = ("full_attention", *_WINDOWS)
 
 def uses_packed_attention(model: PreTrainedModel) -> bool:
     """True if the model's attention goes through `packed_attention` (falcon's, for example, does not)."""
-    return bool(model.config._attn_implementation == PACKED)
+    return model.config._attn_implementation in (PACKED, PACKED_EAGER)
 
 
 def packing_limit(model: PreTrainedModel, longest: int) -> str:
@@ -203,15 +299,27 @@ def packing_limit(model: PreTrainedModel, longest: int) -> str:
         return f"{name} has layers of {', '.join(others)}, in which packed rows would read each other"
     if is_recurrent(model):
         return f"{name} has recurrent or convolutional layers, in which packed rows would read each other"
-    if not model._supports_sdpa:
-        return f"{name} has eager attention alone"
     if not uses_packed_attention(model):
+        if model._can_set_attn_implementation():
+            return f"model.attn_implementation={config._attn_implementation} computes padded batches"
         return f"the attention of {name} cannot be replaced"
     switch = switch_length(model)
     if switch is not None and longest > switch:
         return f"{name} has other rotary embeddings beyond {switch} tokens, the data is up to {longest} long"
-    window = min(_windows(config, kinds), default=longest)
+    computed = ("sliding_attention",) if _passes_window(model) else ()
+    window = min(_windows(config, kinds, computed), default=longest)
     return f"{name} sees {window} tokens back, the data is up to {longest} long" if window < longest else ""
+
+
+def _passes_window(model: PreTrainedModel) -> bool:
+    """True if every attention of the model tells `packed_attention` its window, by the source of its code."""
+    sources = set()
+    for kind in {type(module) for module in model.modules()}:
+        try:
+            sources.add(inspect.getsource(kind.forward))
+        except (OSError, TypeError):  # no source: unknown
+            return False
+    return all("sliding_window=" in source for source in sources if "attention_interface(" in source)
 
 
 def tolerance(weight: Tensor) -> float:
@@ -236,12 +344,15 @@ def _is_convolution(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1
 
 
-def _windows(config: Any, kinds: set[str]) -> Iterator[int]:
-    """The tokens that each layer with a window sees; a config that does not list its layers has them everywhere."""
+def _windows(config: Any, kinds: set[str], computed: Sequence[str]) -> Iterator[int]:
+    """The tokens that each layer with a window sees, of kinds of windows that are not computed in packed rows.
+
+    A config that does not list its layers has windows everywhere.
+    """
     if not getattr(config, "use_sliding_window", True):
         kinds = kinds & {"chunked_attention"} or {"full_attention"}
     for kind, keys in _WINDOWS.items():
-        if not kinds or kind in kinds:
+        if kind not in computed and (not kinds or kind in kinds):
             for key in keys:
                 yield from _numbers(getattr(config, key, None))
 
@@ -345,13 +456,14 @@ class SharedCache(Cache):
         self._num_responses = num_responses
         self._place(np.arange(rows))
 
-    def attend(self, layer: int, query_BH1D: Tensor, scaling: float | None) -> Tensor:
+    def attend(self, layer: int, query_BH1D: Tensor, scaling: float | None, variant: Variant) -> Tensor:
         """Attention of the newest token of each live response: to its prompt, and to the response up to itself.
 
         Args:
             layer: number of the layer.
             query_BH1D: queries.
             scaling: factor of the scores; None is D ** -0.5.
+            variant: of the layer's attention.
 
         Returns:
             (B, 1, H, D), in the query's number format.
@@ -362,12 +474,28 @@ class SharedCache(Cache):
         scale = query_BH1D.shape[-1] ** -0.5 if scaling is None else scaling
         query_BGED = (query_BH1D * scale).to(keys_PGWD.dtype).unflatten(1, (keys_PGWD.shape[1], -1))[:, :, :, 0]
 
-        scores_BGEW = self._by_response(self._by_prompt(query_BGED) @ keys_PGWD.mT + self._mask_P11W)
-        scores = torch.cat([scores_BGEW, query_BGED @ keys_BGND.mT], dim=-1)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(values_PGWD.dtype)
+        scores_PGMW, scores_BGEN = self._by_prompt(query_BGED) @ keys_PGWD.mT, query_BGED @ keys_BGND.mT
+        if variant.is_plain:
+            scores_BGEW = self._by_response(scores_PGMW + self._mask_P11W)
+            weights = torch.cat([scores_BGEW, scores_BGEN], dim=-1).softmax(dim=-1, dtype=torch.float32)
+        else:
+            weights = self._weights(torch.cat([self._by_response(scores_PGMW), scores_BGEN], dim=-1), variant)
+        weights = weights.to(values_PGWD.dtype)
         weights_BGEW, weights_BGEN = weights.split([keys_PGWD.shape[2], columns], dim=-1)
         output_BGED = self._by_response(self._by_prompt(weights_BGEW) @ values_PGWD) + weights_BGEN @ values_BGND
         return output_BGED.flatten(1, 2)[:, None].to(query_BH1D.dtype)
+
+    def _weights(self, scores_BGEM: Tensor, variant: Variant) -> Tensor:
+        """(B, G, E, M) weights of a prompt's keys, followed by those of the response."""
+        prompts_B = self._slot_index_B // self._num_responses
+        columns, mask_BW = self._num_columns + 1, self._mask_P11W[prompts_B, 0, 0]
+        mask_BM = F.pad(mask_BW, (0, columns))
+        if variant.window is not None:
+            lengths_B1 = (mask_BW == 0).sum(dim=-1, keepdim=True)
+            of_prompt_W, of_response_N = (torch.arange(n, device=mask_BM.device) for n in (mask_BW.shape[-1], columns))
+            positions_BM = torch.cat([of_prompt_W.expand_as(mask_BW), lengths_B1 + of_response_N], dim=-1)
+            mask_BM = mask_BM.masked_fill(positions_BM <= positions_BM[:, -1:] - variant.window, -math.inf)
+        return variant.softmax(scores_BGEM.flatten(1, 2)[:, :, None], mask_BM[:, None, None]).view_as(scores_BGEM)
 
     def next_token(self) -> None:
         """Every layer has taken a token of each live response."""

@@ -218,4 +218,4 @@ def _last_mlp(backbone: nn.Module) -> nn.Module | None:
     """The dense MLP of the last block; None for other kinds (experts, a block that holds its layers itself)."""
     blocks = getattr(backbone, "layers", None) or getattr(backbone, "h", None)
     mlp = getattr(blocks[-1], "mlp", None) if isinstance(blocks, nn.ModuleList) else None
-    return mlp if type(mlp).__name__.endswith("MLP") else None
+    return mlp if type(mlp).__name__.endswith("MLP") and not hasattr(mlp, "experts") else None

@@ -7,7 +7,7 @@ import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -25,7 +25,7 @@ from transformers import (
 from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.config.prompt_format import read_prompt_form
-from sheeprlhf.model.attention import PACKED, register
+from sheeprlhf.model.attention import register, use_packed_attention
 from sheeprlhf.model.layers import replace_rms_norms, use_frequencies_of_rows
 from sheeprlhf.model.locate import locate
 from sheeprlhf.model.new_tokens import add_rows
@@ -61,6 +61,7 @@ _HALF = {"F16": "float16", "BF16": "bfloat16"}  # number formats in the headers
 _CLASSES = ("ForSequenceClassification", "ForCausalLM", "LMHeadModel", "Model")  # what may have a score head
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
 _END_ID_FILES = ("generation_config.json", "config.json")
+_SAVED_DTYPE = "sheeprlhf_saved_dtype"  # attribute of a backbone
 _DROPOUT_KEY = re.compile(r"(drop|_pdrop$)")
 
 
@@ -534,7 +535,7 @@ def load_causal_lm(
     if cfg.disable_dropout:
         _zero_dropout(config)
     config.use_cache = False
-    config._attn_implementation = None  # sdpa, or eager for a model without
+    config._attn_implementation = cfg.attn_implementation  # null: sdpa, or eager for a model without
     try:
         if cfg.random_init:
             trust = files.options["trust_remote_code"]
@@ -555,6 +556,7 @@ def load_causal_lm(
             _check_account(cfg, account)
             _tell_of_weights(cfg, files, account, say, is_policy=auto is AutoModelForCausalLM)
             model.name_or_path = model.config._name_or_path = files.origin  # what adapters are saved for
+            _set_saved_dtype(model, cfg, files)
     except ModelError:  # a ValueError too, and complete as it is
         raise
     except _LOADING_ERRORS as error:
@@ -572,8 +574,8 @@ def load_causal_lm(
         raise ModelError(_too_few_rows(cfg, vocabulary, rows, auto))
     replace_rms_norms(model)
     use_frequencies_of_rows(model)
-    if model._supports_sdpa and model._can_set_attn_implementation():  # else it has what sdpa lacks, as a soft cap
-        model.set_attn_implementation(PACKED)
+    if cfg.attn_implementation is None:
+        use_packed_attention(model)
     if cfg.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if cfg.freeze_transformer:
@@ -614,15 +616,32 @@ def _tell_of_weights(cfg: ModelConfig, files: _Files, account: Account, say: Not
     note = account.note()
     if note:
         say(f"model.repo_name={cfg.repo_name}: {note}")
-    sizes: Counter[str] = Counter()
-    for facts in files.tensors.values():
-        sizes[facts.dtype] += math.prod(facts.shape)
-    of_files = _HALF.get(max(sizes, key=lambda name: sizes[name]))
+    of_files = _half_of(files)
     if is_policy and of_files and cfg.dtype == "float32" and not str(cfg.repo_name).startswith(EMBEDDED):
         say(
             f"model.repo_name={cfg.repo_name}: its weights are {of_files} and are loaded as float32, which takes twice "
             f"the memory; model.dtype={of_files} keeps their number format"
         )
+
+
+def _half_of(files: _Files) -> str | None:
+    """The half precision format that most of the weights in the files have; None for another format."""
+    sizes: Counter[str] = Counter()
+    for facts in files.tensors.values():
+        sizes[facts.dtype] += math.prod(facts.shape)
+    return _HALF.get(max(sizes, key=lambda name: sizes[name]))
+
+
+def _set_saved_dtype(model: PreTrainedModel, cfg: ModelConfig, files: _Files) -> None:
+    """Note the number format for `final/` on the backbone, which a score head is put on too."""
+    is_kept = cfg.dtype == "float32" and not str(cfg.repo_name).startswith(EMBEDDED)
+    wanted = cfg.save_dtype or (_half_of(files) if is_kept else None) or cfg.dtype
+    setattr(model.base_model, _SAVED_DTYPE, None if wanted == cfg.dtype else getattr(torch, wanted))
+
+
+def saved_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    """The number format that the model's weights are saved in; None is that which they have."""
+    return getattr(model.base_model, _SAVED_DTYPE, None)
 
 
 def read_score_bias(cfg: ModelConfig) -> float:
@@ -697,7 +716,29 @@ def _first_line(error: BaseException) -> str:
 
 def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     """The part of a causal language model that makes hidden states, and its language head."""
-    return getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    backbone, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return backbone, head if scale == 1 and softcap is None else _AdjustedHead(head, scale, softcap)
+
+
+class _AdjustedHead(nn.Module):
+    """A language head whose logits are scaled (Granite, Cohere) or soft-capped (Gemma 2) afterwards."""
+
+    def __init__(self, head: nn.Module, scale: float, softcap: float | None) -> None:
+        super().__init__()
+        self.head, self.scale, self.softcap = head, scale, softcap
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, C) of the head."""
+        return cast(Tensor, self.head.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states."""
+        logits: Tensor = self.head(hidden) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def hidden_states(backbone: nn.Module, **inputs: Any) -> Tensor:

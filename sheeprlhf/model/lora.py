@@ -1,6 +1,7 @@
 """Low-rank adapters on a frozen language model, through PEFT."""
 
 import difflib
+import re
 import shlex
 import warnings
 from collections import defaultdict
@@ -26,8 +27,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sheeprlhf.config.validate import parse_targets
+from sheeprlhf.config.validate import is_pattern, parse_targets
 from sheeprlhf.model.adapter import read_adapter_config
+from sheeprlhf.model.lm_head import HEAD
+from sheeprlhf.model.load import saved_dtype
 from sheeprlhf.model.new_tokens import base_of, trained_rows
 from sheeprlhf.security.model_folder import ADAPTERS, tensors_of
 from sheeprlhf.security.pickled_weights import adapter_folder
@@ -142,11 +145,11 @@ def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None
     Raises:
         ModelError: a target names no module of the model, or one whose weight another module uses too.
     """
-    targets = parse_targets(cfg.targets)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    targets, linear = parse_targets(cfg.targets), _linear_names(model)
+    _check_modules_to_save(model, cfg)
     if not isinstance(targets, str):
         known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        missing = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linear)]
+        missing = [target for target in targets if not _matching(target, linear)]
         if missing:
             near = difflib.get_close_matches(missing[0], known, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
@@ -155,14 +158,18 @@ def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None
                 f"This model has {', '.join(known)}; 'all-linear' takes all but the head."
             )
     rows = _rows_of_adapters(model)
-    both = [] if isinstance(targets, str) else [name for name in rows if name.split(".")[-1] in targets]
+    both = [] if isinstance(targets, str) else [name for name in rows for t in targets if _matching(t, [name])]
     if both:
         raise ModelError(
             f"model.lora_cfg.targets: {both[0]} can have no adapter, since model.resize_embeddings=true trains rows of "
             "it: leave it out, or give all-linear"
         )
-    with _peft_warnings_ignored():
-        adapted = get_peft_model(model, lora_config(model, cfg, head=head))
+    try:
+        with _peft_warnings_ignored():
+            adapted = get_peft_model(model, lora_config(model, cfg, head=head))
+    except ValueError as error:
+        raise ModelError(f"model.lora_cfg: these adapters cannot be made: {error}") from error
+    _check_layers(adapted, cfg)
     shared = shared_targets(adapted)
     if shared:
         names = {name.rsplit(".", 1)[-1] for name in shared}
@@ -173,6 +180,69 @@ def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None
             f"give {shlex.quote(f'model.lora_cfg.targets={fix}')}"
         )
     return adapted
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """Names of the linear layers, with or without adapters."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return [name.removesuffix(".base_layer") for name in names if ".lora_" not in name]
+
+
+def _matching(target: str, names: Sequence[str]) -> list[str]:
+    """The names of modules that a target selects: by their last parts, or by a regular expression of the whole."""
+    if is_pattern(target):
+        return [name for name in names if re.fullmatch(target, name)]
+    return [name for name in names if f".{name}".endswith(f".{target}")]
+
+
+def _target_modules(model: nn.Module, cfg: LORAConfig) -> str | list[str]:
+    """The targets as PEFT takes them: regular expressions become names, so that a saved adapter has none."""
+    targets, names = parse_targets(cfg.targets), _linear_names(model)
+    if isinstance(targets, str):  # PEFT takes it for all layers alone
+        return sorted({name.rsplit(".", 1)[-1] for name in names}) if cfg.layers_to_transform else targets
+    return sorted(
+        {name for target in targets for name in (_matching(target, names) if is_pattern(target) else [target])}
+    )
+
+
+def _check_modules_to_save(model: PreTrainedModel, cfg: LORAConfig) -> None:
+    """Raises ModelError for a module that is missing, is adapted too, or shares its weights with another one."""
+    modules = dict(model.named_modules())
+    targets = parse_targets(cfg.targets)
+    for wanted in cfg.modules_to_save:
+        key = f"model.lora_cfg.modules_to_save: {wanted}"
+        found = _matching(wanted, list(modules))
+        if not found:
+            near = difflib.get_close_matches(wanted, {name.rsplit(".", 1)[-1] for name in modules}, n=1)
+            raise ModelError(f"{key} is no module of this model{f'; did you mean {near[0]}?' if near else ''}")
+        own = {id(weight) for name in found for weight in modules[name].parameters()}
+        users = [name for name, module in modules.items() for w in module.parameters(recurse=False) if id(w) in own]
+        others = [user for user in users if not any(user == name or user.startswith(f"{name}.") for name in found)]
+        if others:
+            raise ModelError(f"{key} shares its weight with {others[0]}, which would not be trained: leave it out")
+        linear = [name for name in _linear_names(model) if any(f"{name}.".startswith(f"{one}.") for one in found)]
+        head = model.get_output_embeddings()
+        of_all = targets == "all-linear" and any(modules[name] is not head for name in linear)
+        adapted = [] if isinstance(targets, str) else [name for t in targets for name in _matching(t, linear)]
+        if of_all or adapted:
+            raise ModelError(f"{key} is trained as a whole and is among model.lora_cfg.targets: give it in one of them")
+
+
+def _check_layers(model: PeftModel, cfg: LORAConfig) -> None:
+    """Raises ModelError for a number of model.lora_cfg.layers_to_transform that no adapter is in."""
+    numbers = {
+        int(part)
+        for name, _ in model.named_parameters()
+        if ".lora_" in name
+        for part in name.split(".")
+        if part.isdigit()
+    }
+    missing = sorted(set(cfg.layers_to_transform) - numbers)
+    if missing:
+        raise ModelError(
+            f"model.lora_cfg.layers_to_transform: no target is in layer {missing[0]}: the model has the layers 0 to "
+            f"{getattr(model.config, 'num_hidden_layers', 1) - 1}"
+        )
 
 
 def shared_targets(model: PeftModel) -> dict[str, list[str]]:
@@ -212,7 +282,9 @@ def lora_config(
         language_head: the language head is used, and rows of it train where those of the embedding do.
     """
     rows = _rows_of_adapters(model, language_head=language_head)
-    whole = [name for name, numbers in rows.items() if not numbers] + ([] if head is None else [head])
+    whole = [*cfg.modules_to_save, *(name for name, numbers in rows.items() if not numbers)]
+    if head is not None:
+        whole.append(head)
     return LoraConfig(
         task_type="CAUSAL_LM" if head is None else "SEQ_CLS",
         modules_to_save=whole or None,
@@ -220,7 +292,11 @@ def lora_config(
         r=cfg.rank,
         lora_alpha=cast(Any, cfg.alpha),  # PEFT says int, and takes any number
         lora_dropout=cfg.dropout,
-        target_modules=parse_targets(cfg.targets),
+        use_rslora=cfg.use_rslora,
+        use_dora=cfg.use_dora,
+        init_lora_weights=True if cfg.init == "default" else cast(Any, cfg.init),
+        layers_to_transform=list(cfg.layers_to_transform) or None,
+        target_modules=_target_modules(model, cfg),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
 
@@ -294,7 +370,8 @@ def save_model(model: PreTrainedModel | PeftModel, folder: Path) -> bool:
     if isinstance(model, PeftModel) and not model.get_base_model().name_or_path:
         model = merge_lora(model).model
     if not isinstance(model, PeftModel):
-        model.save_pretrained(str(folder))
+        with _in_saved_dtype(model):
+            model.save_pretrained(str(folder))
         return False
     for config in model.peft_config.values():
         if isinstance(config, LoraConfig):
@@ -305,6 +382,20 @@ def save_model(model: PreTrainedModel | PeftModel, folder: Path) -> bool:
     embeddings: Any = False if trained_rows(model) else "auto"
     model.save_pretrained(str(folder), selected_adapters=[POLICY], save_embedding_layers=embeddings)
     return True
+
+
+@contextmanager
+def _in_saved_dtype(model: PreTrainedModel) -> Iterator[None]:
+    """Give the weights the number format of `saved_dtype` within the block."""
+    dtype = saved_dtype(model)
+    weights = [] if dtype is None else [(weight, weight.data) for weight in model.parameters()]
+    try:
+        for weight, data in weights:
+            weight.data = data.to(dtype)
+        yield
+    finally:
+        for weight, data in weights:
+            weight.data = data
 
 
 @contextmanager
@@ -386,9 +477,10 @@ def load_score_adapter(model: PeftModel, folder: Path, name: str, say: Notify = 
     folder = adapter_folder(folder, say)
     config = read_adapter_config(folder)
     try:
-        config.modules_to_save, config.task_type = None, "CAUSAL_LM"
+        others = [name for name in config.modules_to_save or () if name != HEAD]
+        config.modules_to_save, config.task_type = others or None, "CAUSAL_LM"
         weights = load_file(folder / ADAPTERS)
-        [head] = [key for key in weights if "lora_" not in key and ".token_adapter." not in key]
+        [head] = [key for key in weights if key.endswith(f".{HEAD}.weight")]
         score = weights.pop(head)
         add_second_adapter(model, name, config, trains=False)
         result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)

@@ -31,7 +31,7 @@ from transformers import (
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from sheeprlhf.config.shell import shell_word
-from sheeprlhf.model.attention import is_recurrent, no_router_logits, uses_packed_attention
+from sheeprlhf.model.attention import PACKED, is_recurrent, no_router_logits
 from sheeprlhf.model.layers import outgrows_cache, switch_length
 from sheeprlhf.rollout.sampler import Sampled, prompt_groups, sample_responses, unpacked_decoder
 from sheeprlhf.structure.generation import GenConfig
@@ -248,7 +248,7 @@ def check_engine(name: str, model: PreTrainedModel, longest: int) -> None:
             "beyond them has other probabilities in sampling and in learning: data.max_prompt_length and "
             f"generation.max_new_tokens may be {switch} together, and are {longest}"
         )
-    if name == "continuous" and (is_recurrent(model) or not uses_packed_attention(model)):
+    if name == "continuous" and (is_recurrent(model) or model.config._attn_implementation != PACKED):
         what = "keep the state of" if is_recurrent(model) else "replace the attention of"
         raise ModelError(
             f"generation.engine=continuous: it cannot {what} {type(model).__name__}: give generation.engine=native"

@@ -22,11 +22,24 @@ class LORAConfig(Config):
     """Low-rank adapters (Hu et al., 2021)."""
 
     targets: Any = option(
-        "all-linear", "Modules that get an adapter: 'all-linear', or a list of names such as [q_proj,v_proj]."
+        "all-linear",
+        "Linear layers that get an adapter: 'all-linear', or a list of names such as [q_proj,v_proj] and of regular "
+        r"expressions of whole names such as '.*\.[qv]_proj'.",
     )
     rank: int = option(16, "Rank of the update matrices.", minimum=1)
     alpha: float = option(32.0, "The update is scaled by alpha / rank.", above=0.0)
     dropout: float = option(0.0, "Dropout before the adapter.", minimum=0.0, maximum=0.99)
+    use_rslora: bool = option(False, "Scale the update by alpha / sqrt(rank) (rsLoRA; Kalajdzievski, 2023).")
+    use_dora: bool = option(False, "Train the length of each weight vector apart from its direction (DoRA; Liu, 2024).")
+    init: str = option(
+        "default", "First values of the matrices: default, gaussian or orthogonal; the update begins at 0."
+    )
+    layers_to_transform: list[int] = option(
+        help="Numbers of the layers, from 0, that get adapters; empty: all layers.", factory=list
+    )
+    modules_to_save: list[str] = option(
+        help="Names of modules that train as a whole and are saved with the adapters.", factory=list
+    )
     lr: float = option(2e-4, "Learning rate of adapters when optim.lr is null.", minimum=0.0)
 
 
@@ -59,6 +72,16 @@ class ModelConfig(Config):
     )
     dtype: str = option(
         "float32", "Number format that the weights are loaded in.", choices=("float32", "bfloat16", "float16")
+    )
+    save_dtype: Optional[str] = option(
+        None,
+        "Number format of the whole model in final/; null keeps that of the model's files (float32 for model=tiny).",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    attn_implementation: Optional[str] = option(
+        None,
+        "Attention of transformers, on padded batches; null takes packed attention where the model permits it.",
+        choices=("sdpa", "eager", "flash_attention_2", "flex_attention"),
     )
     disable_dropout: bool = option(True, "Switch off every dropout of the base model (a LoRA adapter keeps its own).")
     freeze_transformer: bool = option(False, "Train the language model's head alone.")

@@ -49,6 +49,9 @@ from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import phase
 
 REFERENCE = "reference"  # the dataset's own response, as a column
+_OWN_OPTIONS = (  # that a training does not take from the run that it starts from
+    *("dtype", "save_dtype", "attn_implementation", "disable_dropout", "gradient_checkpointing", "library_cfg"),
+)
 
 
 class LoadOptions(TypedDict):
@@ -384,7 +387,7 @@ def load_initial_policy(
         return load_policy(whole, tokenizer, **how, new_head=new_head)
     of_run = model_of_start(cfg, run_dir, tokenizer)
     how["say"](f"starting from the {weights} weights of {run_dir}")
-    kept = {name: getattr(cfg, name) for name in ("dtype", "disable_dropout", "gradient_checkpointing", "library_cfg")}
+    kept = {name: getattr(cfg, name) for name in _OWN_OPTIONS}
     of_run = dataclasses.replace(of_run, **kept, freeze_transformer=False, random_init=False)
     policy, packed = load_policy_from_run(of_run, Path(run_dir), weights, tokenizer, **how)
     if isinstance(policy.model, PeftModel):

@@ -62,8 +62,24 @@ ARCHITECTURES = {
     ),
 }
 _GEMMA = _LLAMA | dict(head_dim=8, query_pre_attn_scalar=8)
-UNPACKED = {  # architectures whose batches are padded: eager attention, windows, recurrent layers
-    "gemma2": _GEMMA | dict(sliding_window=64, attn_logit_softcapping=2.0, final_logit_softcapping=1.0),
+FAMILIES = {  # more that are packed: windows, soft caps, attention sinks, scaled logits
+    "qwen2": _LLAMA,
+    "olmo2": _LLAMA,
+    "phi3": _LLAMA,
+    "granite": _LLAMA | dict(logits_scaling=3.0, residual_multiplier=0.5, embedding_multiplier=2.0),
+    "gemma2": _GEMMA | dict(sliding_window=16, attn_logit_softcapping=2.0, final_logit_softcapping=1.0),
+    "gemma3_text": _GEMMA | dict(layer_types=["sliding_attention", "full_attention"], sliding_window=16),
+    "gpt_oss": _LLAMA
+    | dict(
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=16,
+    ),
+    "mistral (window)": _LLAMA | dict(sliding_window=16),
+}
+UNPACKED = {  # architectures whose batches are padded: attention that cannot be replaced, recurrent layers
     "gpt_neo": dict(
         hidden_size=16,
         intermediate_size=32,
@@ -74,7 +90,6 @@ UNPACKED = {  # architectures whose batches are padded: eager attention, windows
         max_position_embeddings=128,
     ),
     "bloom": dict(hidden_size=16, n_layer=2, n_head=4),
-    "gemma3_text": _GEMMA | dict(layer_types=["sliding_attention", "full_attention"], sliding_window=16),
     "qwen3_5_text": _LLAMA
     | dict(
         head_dim=8,
@@ -84,7 +99,7 @@ UNPACKED = {  # architectures whose batches are padded: eager attention, windows
         linear_value_head_dim=8,
         layer_types=["linear_attention", "full_attention"],
     ),
-    "phi3": _LLAMA  # rows of more than 16 tokens have other rotary embeddings
+    "phi3 (longrope)": _LLAMA  # rows of more than 16 tokens have other rotary embeddings
     | dict(
         original_max_position_embeddings=16,
         rope_parameters=dict(
@@ -136,14 +151,15 @@ def make_model_folder(
 
     Args:
         folder: where it is saved.
-        architecture: a name of `ARCHITECTURES`, `UNPACKED` or `EXPERTS`.
+        architecture: a name of `ARCHITECTURES`, `FAMILIES`, `UNPACKED` or `EXPERTS`; words behind the first are no part
+            of the model's type.
         seed: of its weights.
         bos: the tokenizer prepends BOS.
         scores: it is a reward model.
     """
     torch.manual_seed(seed)
-    options = (ARCHITECTURES | UNPACKED | EXPERTS)[architecture]
-    config = AutoConfig.for_model(architecture, **_COMMON | options, **({"num_labels": 1} if scores else {}))
+    options = (ARCHITECTURES | FAMILIES | UNPACKED | EXPERTS)[architecture]
+    config = AutoConfig.for_model(architecture.split()[0], **_COMMON | options, **({"num_labels": 1} if scores else {}))
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -22,10 +22,16 @@ from sheeprlhf.rollout.sampler import PaddedDecoder, RecomputedDecoder, sample_r
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
-from tests.support.models import EXPERTS, UNPACKED, make_model_folder
+from tests.support.models import EXPERTS, FAMILIES, UNPACKED, make_model_folder
 
 ModelFolder = Callable[..., Path]
-SCORED = ("gemma3_text", "qwen3_5_text", "gpt_neo", "bloom", "phi3")  # those that transformers has with a score head
+SCORED = (
+    "gemma3_text",
+    "qwen3_5_text",
+    "gpt_neo",
+    "bloom",
+    "phi3 (longrope)",
+)  # those that transformers has with a score head
 
 
 def examples() -> list[Example]:
@@ -48,21 +54,41 @@ def reward_of(folder: Path, say: Callable[[str], None] = print, **options: Any) 
     return load_reward_model(cfg, load_tokenizer(cfg), **{"longest": 64, "batching": "auto"} | options, say=say)
 
 
-@pytest.mark.parametrize("architecture", UNPACKED)
+@pytest.mark.parametrize("architecture", [*FAMILIES, *UNPACKED])
 def test_log_probabilities_equal_those_of_rows_alone(architecture: str, model_folder: ModelFolder) -> None:
+    """Packed where the model can be; also of padded batches."""
     lines: list[str] = []
     policy, packed = policy_of(model_folder(architecture), lines.append)
-    assert not packed and len(lines) == 1 and lines[0].startswith("batches are padded, not packed: ")
+    assert packed == (architecture in FAMILIES) and len(lines) == (not packed)
+    assert packed or lines[0].startswith("batches are padded, not packed: ")
     rows = examples()
     with torch.no_grad():
-        target_N = policy.eval()(collate_padded(rows, pad_id=0)).target_N
+        batches = [collate_padded(rows, pad_id=0), *([collate_packed(rows)] if packed else [])]
+        found = [policy.eval()(batch).target_N for batch in batches]
         plain = AutoModelForCausalLM.from_pretrained(
             model_folder(architecture), dtype=torch.float32, attn_implementation="eager"
         ).eval()
         expected = [_logprobs(plain, row.prompt_ids, response) for row in rows for response in row.responses]
-    assert_close(target_N, torch.cat(expected), rtol=0, atol=1e-5)
-    with pytest.raises(ModelError, match=r"task\.batching=packed: .*task\.batching=padded"):
-        policy_of(model_folder(architecture), batching="packed")
+    for target_N in found:
+        assert_close(target_N, torch.cat(expected), rtol=0, atol=1e-5)
+    if not packed:
+        with pytest.raises(ModelError, match=r"task\.batching=packed: .*task\.batching=padded"):
+            policy_of(model_folder(architecture), batching="packed")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_attention_by_choice_is_padded(attention: str, model_folder: ModelFolder) -> None:
+    cfg = ModelConfig(config_name="auto", repo_name=str(model_folder()), attn_implementation=attention)
+    lines: list[str] = []
+    how: dict[str, Any] = {"longest": 64, "batching": "auto", "say": lines.append}
+    policy, packed = load_policy(cfg, load_tokenizer(cfg), **how)
+    assert policy.causal_lm().config._attn_implementation == attention
+    assert not packed and f"model.attn_implementation={attention}" in lines[0]
+    plain = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        found = policy.eval()(collate_padded(examples(), pad_id=0)).target_N
+        expected = [_logprobs(plain, row.prompt_ids, response) for row in examples() for response in row.responses]
+    assert_close(found, torch.cat(expected), rtol=0, atol=1e-5)
 
 
 def _logprobs(model: nn.Module, prompt: np.ndarray, response: np.ndarray) -> Tensor:
@@ -76,26 +102,18 @@ def test_scores_equal_those_of_rows_alone(architecture: str, tmp_path: Path) -> 
     folder = make_model_folder(tmp_path / "model", architecture, scores=True)
     lines: list[str] = []
     reward, packed = reward_of(folder, lines.append)
-    assert not packed and len(lines) == 1
+    assert packed == (architecture not in UNPACKED) and len(lines) == (not packed)
     rows = examples()
     plain = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     texts = [[*row.prompt_ids.tolist(), *response.tolist()] for row in rows for response in row.responses]
     with torch.no_grad():
-        scores_N = reward.eval()(collate_padded(rows, pad_id=0, targets="last"))
+        batch = collate_packed(rows, targets="last") if packed else collate_padded(rows, pad_id=0, targets="last")
+        scores_N = reward.eval()(batch)
         expected_N = torch.stack([plain(input_ids=torch.tensor([ids])).logits[0, 0] for ids in texts])
     assert_close(scores_N, expected_N, rtol=0, atol=1e-5)
-    with pytest.raises(ModelError, match=r"task\.batching=packed: .*task\.batching=padded"):
-        reward_of(folder, batching="packed")
-
-
-def test_a_window_counts_for_rows_beyond_it_alone(tmp_path: Path) -> None:
-    folder = make_model_folder(tmp_path / "model", "gemma3_text", scores=True)
-    reward, packed = reward_of(folder, longest=16)
-    assert packed and not reward_of(folder, longest=17)[1]
-    short = [row for row in examples() if sum(map(len, (row.prompt_ids, *row.responses))) <= 10][:1]
-    with torch.no_grad():
-        scores = [reward.eval()(batch) for batch in (collate_packed(short), collate_padded(short, pad_id=0))]
-    assert_close(scores[0], scores[1], rtol=0, atol=1e-5)
+    if not packed:
+        with pytest.raises(ModelError, match=r"task\.batching=packed: .*task\.batching=padded"):
+            reward_of(folder, batching="packed")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +160,7 @@ def test_dynamic_rotary_embeddings_are_the_same_for_all_rows_that_a_model_reads(
         policy_of(folder, longest=41)
 
 
-@pytest.mark.parametrize("architecture", [*UNPACKED, *EXPERTS])
+@pytest.mark.parametrize("architecture", [*UNPACKED, *EXPERTS, "gemma2", "gemma3_text", "gpt_oss"])
 def test_what_is_written_is_what_generate_writes(architecture: str, model_folder: ModelFolder) -> None:
     """Greedy, by every way to write; prompts of different lengths, responses beyond all windows."""
     folder = model_folder(architecture)

@@ -15,7 +15,7 @@ from sheeprlhf.agent import batches as batching_module
 from sheeprlhf.agent.batches import packing_problem
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.example import collate_packed, collate_padded
-from sheeprlhf.model.attention import placeholder_mask
+from sheeprlhf.model.attention import packing_limit, placeholder_mask
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
@@ -42,17 +42,14 @@ def test_all_but_falcon_pack_in_every_number_format(architecture: str, dtype: st
     assert all(module.training for module in policy.modules())
 
 
-def test_a_window_shorter_than_the_data_cannot_be_packed(model_folder: ModelFolder) -> None:
-    policy, packed = load(model_folder("mistral"))
-    assert packed
-    policy.causal_lm().config.sliding_window = 16
-    assert packing_problem(policy, policy.causal_lm(), 16) == ""
-    assert (
-        packing_problem(policy, policy.causal_lm(), 17)
-        == "MistralForCausalLM sees 16 tokens back, the data is up to 17 long"
-    )
-    policy.causal_lm().config.use_sliding_window = False  # as in Qwen's configurations
-    assert packing_problem(policy, policy.causal_lm(), 17) == ""
+def test_a_window_that_an_attention_does_not_get_limits_packed_rows(model_folder: ModelFolder) -> None:
+    for name in ("llama", "mistral"):
+        model = load(model_folder(name))[0].causal_lm()
+        model.config.sliding_window = 16
+        assert packing_limit(model, 16) == ""
+        assert ("16" in packing_limit(model, 17)) == (name == "llama")
+    model.config.use_sliding_window = False  # as in Qwen's configurations
+    assert packing_limit(model, 17) == ""
 
 
 def test_a_model_that_is_wrong_on_packed_rows_is_found_out(

@@ -22,6 +22,16 @@ REFUSED = {
     "task=rloo reward=model": "train task=rm",
     "task=ppo task.sft_experiment_dir=newest": "train task=sft",
     "task=ppo model.freeze_transformer=true": "model.freeze_transformer=true is not read",
+    "task=sft model.lora_cfg.init=pissa_niter_4": "changes the weights of the base model",
+    "task=sft model.lora_cfg.init=eva": "needs data",
+    "task=sft model.lora_cfg.init=xavier": "gaussian",
+    "task=sft model.lora_cfg.init=orthogonal model.lora_cfg.rank=3": "model.lora_cfg.rank=4",
+    "task=sft model.lora_cfg.targets='(a+)+b'": "regular expression",
+    "task=sft model.lora_cfg.targets='q_proj|('": "regular expression",
+    "task=sft model.lora_cfg.layers_to_transform=[-1]": "counted from 0",
+    "task=sft model.lora_cfg.modules_to_save=['a*']": "model.lora_cfg.modules_to_save",
+    "task=sft model.attn_implementation=eagr": "model.attn_implementation=eager",
+    "task=sft model.save_dtype=int8": "model.save_dtype",
 }
 
 

@@ -29,6 +29,15 @@ def who_sees_whom(layout: Layout) -> Tensor:
     )
 
 
+def in_window(layout: Layout, window: int | None) -> Tensor:
+    """(T, T) bool: the same within a distance, which is counted along a row."""
+    numbers: list[int] = []
+    for prompt, responses in layout.segments:
+        numbers += [*range(prompt), *(prompt + n for length in responses for n in range(length))]
+    places = torch.tensor(numbers)
+    return who_sees_whom(layout) & (places[:, None] - places[None] < (window or len(numbers)))
+
+
 def case(num_responses: int, groups: int, dtype: torch.dtype = torch.float64) -> tuple[Layout, list[Tensor]]:
     layout = collate_packed(random_examples(4, num_responses, seed=num_responses, longest=6)).layout
     assert layout is not None
@@ -37,9 +46,11 @@ def case(num_responses: int, groups: int, dtype: torch.dtype = torch.float64) ->
     return layout, [torch.randn(1, heads, length, 8, dtype=dtype, requires_grad=True) for heads in (4, groups, groups)]
 
 
-def brute_force(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
+def brute_force(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None = None
+) -> Tensor:
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~who_sees_whom(layout), float("-inf"))
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~in_window(layout, window), float("-inf"))
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
@@ -60,7 +71,13 @@ def test_values_and_gradients(num_responses: int, groups: int, scaling: float | 
 
 
 def reference_varlen(
-    query: Tensor, key: Tensor, value: Tensor, query_starts: Tensor, key_starts: Tensor, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_starts: Tensor,
+    key_starts: Tensor,
+    scale: float | None,
+    earlier: int = -1,
 ) -> Tensor:
     """What torch documents: one sequence after another, causal from the last key backwards."""
     outputs = []
@@ -68,6 +85,7 @@ def reference_varlen(
         q = query[query_starts[number] : query_starts[number + 1]]
         k, v = (x[key_starts[number] : key_starts[number + 1]] for x in (key, value))
         mask = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        mask = mask if earlier < 0 else mask.triu(len(k) - len(q) - earlier)
         scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
         outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v))
     return torch.cat(outputs)
@@ -76,8 +94,8 @@ def reference_varlen(
 def new_varlen(
     q: Any, k: Any, v: Any, qs: Any, ks: Any, max_q: Any, max_k: Any, *, scale: Any, window_size: Any
 ) -> Any:
-    assert window_size == (-1, 0) and max_q == int(qs.diff().max()) and max_k == int(ks.diff().max())
-    return reference_varlen(q, k, v, qs, ks, scale)
+    assert window_size[1] == 0 and max_q == int(qs.diff().max()) and max_k == int(ks.diff().max())
+    return reference_varlen(q, k, v, qs, ks, scale, window_size[0])
 
 
 def old_varlen(q: Any, k: Any, v: Any, qs: Any, ks: Any, max_q: Any, max_k: Any, *, scale: Any, is_causal: Any) -> Any:
@@ -85,30 +103,50 @@ def old_varlen(q: Any, k: Any, v: Any, qs: Any, ks: Any, max_q: Any, max_k: Any,
     return reference_varlen(q, k, v, qs, ks, scale)
 
 
-@pytest.mark.parametrize("kernel", [new_varlen, old_varlen])
+@pytest.mark.parametrize(("kernel", "window"), [(new_varlen, None), (new_varlen, 3), (old_varlen, None)])
 @pytest.mark.parametrize("groups", [4, 2])
 @pytest.mark.parametrize("num_responses", [1, 3])
 def test_what_the_gpu_kernel_is_given(
-    num_responses: int, groups: int, kernel: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+    num_responses: int,
+    groups: int,
+    kernel: Callable[..., Tensor],
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The kernel needs CUDA; its definition in its place shows that its arguments are right."""
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     layout, inputs = case(num_responses, groups)
-    output = _varlen_attention(*inputs, 0.5, layout)
-    expected = brute_force(*inputs, layout, 0.5)
+    output = _varlen_attention(*inputs, 0.5, layout, window)
+    expected = brute_force(*inputs, layout, 0.5, window)
     assert_close(with_gradients(output, inputs), with_gradients(expected, inputs), rtol=0, atol=1e-12)
 
 
-def test_what_packed_rows_cannot_do_is_refused() -> None:
+def test_an_attention_bias_is_refused() -> None:
     layout, inputs = case(2, 4)
-    for name in ("softcap", "s_aux", "position_bias"):
-        packed_attention(MODULE, *inputs, None, layout=layout, **{name: None})
-        with pytest.raises(ModelError, match=rf"does not support {name}; set task\.batching=padded"):
-            packed_attention(MODULE, *inputs, None, layout=layout, **{name: 30.0})
-    longest = max(prompt + max(responses) for prompt, responses in layout.segments)
-    packed_attention(MODULE, *inputs, None, layout=layout, sliding_window=longest)
-    with pytest.raises(ModelError, match=f"sliding_window={longest - 1}"):
-        packed_attention(MODULE, *inputs, None, layout=layout, sliding_window=longest - 1)
+    packed_attention(MODULE, *inputs, None, layout=layout, position_bias=None)
+    with pytest.raises(ModelError, match=r"position_bias.*task\.batching=padded"):
+        packed_attention(MODULE, *inputs, None, layout=layout, position_bias=30.0)
+
+
+@pytest.mark.parametrize(("window", "softcap", "sinks"), [(3, None, 0), (None, 1.5, 0), (None, None, 4), (3, 1.5, 4)])
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("num_responses", [1, 3])
+def test_windows_soft_caps_and_sinks(
+    num_responses: int, groups: int, window: int | None, softcap: float | None, sinks: int
+) -> None:
+    """Against the definitions of Gemma 2 and gpt-oss over a mask that is written out."""
+    layout, inputs = case(num_responses, groups)
+    sinks_H = torch.linspace(-1, 2, sinks, dtype=torch.float64, requires_grad=True) if sinks else None
+    how = {"sliding_window": window, "softcap": softcap, "s_aux": sinks_H}
+    output, _ = packed_attention(MODULE, *inputs, None, layout=layout, **how)
+    query, key, value = (x.repeat_interleave(4 // x.shape[1], dim=1) for x in inputs)
+    scores = query @ key.transpose(2, 3) * 8**-0.5
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    weights = scores.exp() * in_window(layout, window)
+    total = weights.sum(-1, keepdim=True) + (0 if sinks_H is None else sinks_H.exp().view(1, -1, 1, 1))
+    expected = ((weights / total) @ value).transpose(1, 2)
+    wanted = [*inputs, *([] if sinks_H is None else [sinks_H])]
+    assert_close(with_gradients(output, wanted), with_gradients(expected, wanted), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("num_responses", [1, 3])

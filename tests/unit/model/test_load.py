@@ -10,9 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, dynamic_module_utils
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    dynamic_module_utils,
+)
 
-from sheeprlhf.agent.policy import Policy
+from sheeprlhf.agent.policy import Policy, load_policy
+from sheeprlhf.agent.reward import reward_model_of
 from sheeprlhf.model.load import load_causal_lm, load_tokenizer
 from sheeprlhf.structure.model import HuggingFaceConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
@@ -211,3 +217,38 @@ def test_pickles_run_nothing(name: str, said: str, tmp_path: Path, model_folder:
         load(folder)
     load_tokenizer(config(folder))
     assert not (tmp_path / "sentinel").exists()
+
+
+@pytest.mark.parametrize("scores", [False, True])
+@pytest.mark.parametrize(
+    ("files", "options", "saved"),
+    [
+        ("bfloat16", {}, "bfloat16"),
+        ("bfloat16", {"save_dtype": "float32"}, "float32"),
+        ("bfloat16", {"dtype": "bfloat16"}, "bfloat16"),
+        ("float32", {}, "float32"),
+        ("float32", {"save_dtype": "float16"}, "float16"),
+    ],
+)
+def test_a_whole_model_is_saved_in_the_number_format_of_its_files(
+    files: str, options: dict[str, str], saved: str, scores: bool, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    """Rounded once when it is saved; plain transformers reads the same numbers, and the trained weights stay."""
+    AutoModelForCausalLM.from_pretrained(model_folder(), dtype=getattr(torch, files)).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    cfg = ModelConfig(config_name="auto", repo_name=str(tmp_path / "base"), **options)
+    tokenizer = load_tokenizer(cfg)
+    policy, _ = load_policy(cfg, tokenizer, longest=64, batching="auto")
+    trained = reward_model_of(policy, cfg, tokenizer) if scores else policy
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight.add_(torch.randn_like(weight) * 0.01)
+    before = {name: weight.clone() for name, weight in trained.model.named_parameters()}
+    trained.save(tmp_path / "final", tokenizer)
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    again = auto.from_pretrained(tmp_path / "final", dtype="auto")
+    assert str(again.dtype) == f"torch.{saved}"
+    for name, weight in again.named_parameters():
+        assert torch.equal(weight, before[name].to(weight.dtype)), name
+        assert weight.dtype == getattr(torch, saved) or options.get("dtype")
+    assert all(torch.equal(weight, before[name]) for name, weight in trained.model.named_parameters())

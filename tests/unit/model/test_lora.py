@@ -48,6 +48,8 @@ def adapted_layers(model: PeftModel) -> set[str]:
         ("('q_proj','v_proj')", {"q_proj", "v_proj"}),
         ("q_proj, up_proj", {"q_proj", "up_proj"}),
         (["self_attn.k_proj"], {"k_proj"}),
+        (r".*\.[kv]_proj", {"k_proj", "v_proj"}),
+        (["q_proj", r".*mlp\.(up|down)_proj"], {"q_proj", "up_proj", "down_proj"}),
     ],
 )
 def test_targets(targets: Any, layers: set[str], model_folder: ModelFolder) -> None:
@@ -64,6 +66,7 @@ def test_targets(targets: Any, layers: set[str], model_folder: ModelFolder) -> N
         (["q_proj", "zzz"], r"is named zzz\. This model"),
         (["proj"], r"is named proj[.;]"),  # a part of a name is no name
         (["embed_tokens"], r"is named embed_tokens[.;]"),
+        ([r".*\.xyz$"], r"is named \.\*.*xyz"),
     ],
 )
 def test_unknown_targets_are_named(targets: list[str], message: str, model_folder: ModelFolder) -> None:
@@ -238,6 +241,66 @@ def test_a_merge_that_computes_something_else_is_an_error(
     monkeypatch.setattr(LoraModel, "merge_and_unload", LoraModel.unload)  # without the adapters
     with pytest.raises(ModelError, match="outputs differ by"):
         merge_lora(model)
+
+
+OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (dict(use_rslora=True, rank=4), dict(use_rslora=True, r=4)),
+    (dict(use_dora=True), dict(use_dora=True)),
+    (dict(init="gaussian"), dict(init_lora_weights="gaussian")),
+    (dict(init="orthogonal"), dict(init_lora_weights="orthogonal")),
+    (dict(targets=["q_proj"], layers_to_transform=[1]), dict(target_modules=["q_proj"], layers_to_transform=[1])),
+    (dict(targets=r".*1\.mlp\.\w+_proj"), dict(target_modules=r".*1\.mlp\.\w+_proj")),
+    (dict(modules_to_save=["embed_tokens"]), dict(modules_to_save=["embed_tokens"])),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), OPTIONS)
+def test_options_compute_save_and_merge_as_plain_peft_does(
+    ours: dict[str, Any], theirs: dict[str, Any], tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    """The saved adapters give plain PEFT, our reader and the merged model the outputs that were trained."""
+    folder = model_folder("qwen2")
+    torch.manual_seed(0)
+    expected = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        LoraConfig(task_type="CAUSAL_LM", **{"r": 16, "lora_alpha": 32, "target_modules": "all-linear"} | theirs),
+    ).eval()
+    torch.manual_seed(0)
+    model = adapted(folder, ours.get("targets", "all-linear"), **{k: v for k, v in ours.items() if k != "targets"})
+    by_name = dict(model.named_parameters())
+    for name, weight in expected.named_parameters():
+        assert by_name[name].requires_grad == weight.requires_grad
+        assert_close(by_name[name], weight, rtol=0, atol=0)
+    base = loaded(folder)(input_ids=IDS).logits
+    assert_close(model.eval()(input_ids=IDS).logits, base, rtol=0, atol=1e-5)
+    for changed in (model, expected):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for weight in changed.parameters():
+                if weight.requires_grad:
+                    weight.add_(torch.randn_like(weight) * 0.05)
+    trained = expected(input_ids=IDS).logits
+    assert float((trained - base).detach().abs().max()) > 0.01
+    assert_close(model(input_ids=IDS).logits, trained, rtol=0, atol=1e-5)
+    Policy(model).save(tmp_path, byte_tokenizer())
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path)
+    for again in (plain.eval(), load_lora(loaded(folder), tmp_path), merge_lora(model).model):
+        assert_close(again(input_ids=IDS).logits, trained, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(modules_to_save=["norn"]), "norm"),
+        (dict(modules_to_save=["lm_head"]), "embed_tokens"),
+        (dict(modules_to_save=["mlp"]), "model.lora_cfg.targets"),
+        (dict(targets=["q_proj"], modules_to_save=["self_attn"]), "model.lora_cfg.targets"),
+        (dict(layers_to_transform=[1, 2]), "0 to 1"),
+    ],
+)
+def test_options_that_the_model_excludes(options: dict[str, Any], named: str, model_folder: ModelFolder) -> None:
+    with pytest.raises(ModelError, match=named):
+        adapted(model_folder(), **options)
 
 
 @pytest.mark.parametrize("change", ["missing", "misplaced"])

@@ -145,7 +145,7 @@ def test_continuous_batching_that_fails_is_told(model_folder: ModelFolder, monke
     monkeypatch.setattr(type(model), "generate_batch", lambda *_, **__: {})
     with pytest.raises(ModelError, match="responses are missing"):
         sample("continuous", model)
-    assert engines.uses_packed_attention(model)
+    assert model.config._attn_implementation == engines.PACKED
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -123,7 +123,13 @@ def test_adapters_are_accounted_for_by_the_header(change: str, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("architecture", "task", "words", "said"),
     [
-        ("gemma2", "sft", ["task.batching=packed"], "task.batching=packed"),
+        ("gpt_neo", "sft", ["task.batching=packed"], "task.batching=packed"),
+        (
+            "llama",
+            "sft",
+            ["task.batching=packed", "model.attn_implementation=eager"],
+            "model.attn_implementation=eager",
+        ),
         ("llama", "sft", ["model.freeze_transformer=true"], "model.freeze_transformer=true"),
         ("llama", "sft", ["model.finetune_mode=LORA", "model.lora_cfg.targets=[lm_head]"], "model.lora_cfg.targets"),
         ("mamba", "ppo", [], "critic"),
