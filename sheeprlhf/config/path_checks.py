@@ -249,7 +249,7 @@ def data_files(key: str, value: Any) -> list[Path]:
 
 def unread_files(value: Any) -> list[Path]:
     """Files in the folders of an option that are not read."""
-    folders = [expand_home(name) for name in (value if isinstance(value, list | tuple) else [value])]
+    folders = [expand_home(name) for name in (value if isinstance(value, list | tuple) else [value] if value else [])]
     files = {folder: files_below(folder) for folder in folders if folder.is_dir()}
     return [file for found in files.values() for file in found if file not in readable_files(found)]
 

@@ -31,7 +31,7 @@ from sheeprlhf.config.run_lookup import (
 from sheeprlhf.config.shell import shell_word
 from sheeprlhf.security.model_folder import merge_advice
 from sheeprlhf.security.user_code import find_module, hidden_by_installed, names_of, parse_path
-from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.structure.data import DataConfig, LayoutDataConfig, LocalDataConfig
 from sheeprlhf.structure.evaluation import REFERENCES, START, EvalTaskConfig, FrontierConfig, RewardConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
@@ -297,6 +297,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
             path = getattr(data, key)
             if path is not None:
                 yield from data_file_problems(f"data.{key}", path)
+    if isinstance(data, LayoutDataConfig):
         yield from column_problems(data)
 
 
@@ -645,7 +646,7 @@ MAPPED = ("prompt", "response", "chosen", "rejected", "responses", "margin", "me
 EXTRAS = ("system", "tools")  # data.rows.CONVERSATION_EXTRAS
 
 
-def column_problems(data: LocalDataConfig) -> Iterator[str]:
+def column_problems(data: LayoutDataConfig) -> Iterator[str]:
     """Problems of `data.columns` and `data.ignore_columns`."""
     ignored = set(data.ignore_columns)
     users: dict[str, str] = {}

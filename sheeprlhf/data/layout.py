@@ -8,6 +8,7 @@ that is not read is counted for the data report; one that changes what a row mea
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from sheeprlhf.data.rows import (
@@ -21,7 +22,7 @@ from sheeprlhf.data.rows import (
     mapping_text,
     printable,
 )
-from sheeprlhf.structure.data import DataConfig, KeptColumns, LocalDataConfig
+from sheeprlhf.structure.data import DataConfig, KeptColumns, LayoutDataConfig
 from sheeprlhf.utils.errors import DataError
 
 PAIRS = {  # prompt column -> response column, of plain rows made for other projects
@@ -41,6 +42,7 @@ MESSAGE_KEY = "messages."  # begins a name of data.ignore_columns that means a k
 _MESSAGE_EXTRAS = {"system_prompt": "system", "system_message": "system", "functions": "tools"}
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # counted in parquet files, never read
 
+INSTRUCTION, HISTORY = "instruction", "history"  # the layout of Alpaca; its earlier questions, each with an answer
 _NOTHING_KEPT = KeptColumns()
 
 Sources = dict[str, tuple[str, ...]]
@@ -54,6 +56,7 @@ class RowLayout:
         kept: columns that are stored beside the tokens.
         available: names of all columns of the rows so far; whoever wants those of one split clears it before.
         unread: rows that have a value in a column that is not read, by the column's name.
+        layouts: rows of each layout, by what they hold and the columns that hold it.
         sources: rows in which a text was made of columns of other names, by a description.
         numbers: rows in which a whole number was read as text, by column.
     """
@@ -67,13 +70,13 @@ class RowLayout:
             more: names of columns to read besides those of the row formats.
             kept: columns that are stored beside the tokens, under the names that the files have.
         """
-        self._own_files, self._kind = isinstance(cfg, LocalDataConfig), kind
+        self._own_files, self._kind = isinstance(cfg, LayoutDataConfig), kind
         self._more = (*cfg.read_columns, *more)
         self._given: Sources = {}
         self._ignored: frozenset[str] = frozenset()
         self._ignored_keys: frozenset[str] = frozenset()
         names = [*COLUMNS, *CONVERSATION_COLUMNS, *CONVERSATION_EXTRAS, *self._more]
-        if isinstance(cfg, LocalDataConfig):
+        if isinstance(cfg, LayoutDataConfig):
             self._given = {
                 str(name): (of,) if isinstance(of, str) else tuple(of) for name, of in (cfg.columns or {}).items()
             }
@@ -88,6 +91,7 @@ class RowLayout:
         self.available: dict[str, None] = {}
         self.unread: Counter[str] = Counter()
         self.undesirable = 0
+        self.layouts: Counter[str] = Counter()
         self.sources: Counter[str] = Counter()
         self.numbers: Counter[str] = Counter()
         self._seen: set[str] = set()
@@ -116,12 +120,16 @@ class RowLayout:
                 row[name] = _joined(values, of)
         if sources.get("response") == (TEXT,) and "prompt" not in sources and not self._given:
             row["prompt"] = ""
+        if sources.get("prompt", ("",))[0] == INSTRUCTION and not self._given:
+            used |= _ask_as_conversation(row, values)
         used_up = as_named | used | set(self.kept.names)
         unread = tuple(name for name, value in values.items() if name not in used_up and has_value(value))
         if self._own_files and any(row.get(name) is not None for name in ("prompt", *CONVERSATION_COLUMNS)):
             self._check_meaning(unread, row, sources)  # a row without either is an error of its own
         if self._own_files:
             self._convert(row)
+            read = [name for name, value in values.items() if name in as_named | used and value is not None]
+            self.layouts[_layout_of(row, read)] += 1
         if self._ignored_keys:
             row = {name: _without_keys(value, self._ignored_keys) for name, value in row.items()}
         self._count(row, values, unread, sources)
@@ -257,6 +265,45 @@ class RowLayout:
             of = tuple(column for column in of if has_value(values.get(column)))
             if of and of != (name,):
                 self.sources[f"{name} from {printable([' + '.join(of)])}"] += 1
+
+
+def _ask_as_conversation(row: dict[str, Any], values: Mapping[str, Any]) -> set[str]:
+    """Make messages of an Alpaca row with a system text or earlier questions; the names of these columns.
+
+    Raises:
+        DataError: column 'history' has something else than questions with their answers.
+    """
+    read = {name for name in ("system", HISTORY) if has_value(values.get(name))}
+    if not read or not isinstance(row.get("prompt"), str):
+        return read
+    history = values.get(HISTORY) or []
+    if isinstance(history, str):
+        with suppress(ValueError, RecursionError):
+            history = json.loads(history)
+    if not isinstance(history, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in history):
+        raise DataError(f"column '{HISTORY}' must be a list of pairs, [question, answer]; write it so")
+    roles = ("user", "assistant")
+    turns = [{"role": role, "content": text} for turn in history for role, text in zip(roles, turn, strict=True)]
+    row |= {"prompt": [*turns, {"role": "user", "content": row["prompt"]}], "system": values.get("system")}
+    return read
+
+
+def _layout_of(row: Mapping[str, Any], columns: Sequence[str]) -> str:
+    """The layout of a row: what it holds, and the columns that hold it."""
+    has = {name for name, value in row.items() if value is not None}
+    if has & {"chosen", "rejected", "rejected_response"}:
+        kind = "preference" if has & {"prompt", *CONVERSATION_COLUMNS} else "preference, implicit prompt"
+    elif "responses" in has:
+        kind = "ranked responses"
+    elif "label" in has:
+        kind = "response with a label"
+    elif has & set(CONVERSATION_COLUMNS):
+        kind = "conversation"
+    elif row.get("prompt") == "" and "response" in has:
+        kind = "text"
+    else:
+        kind = "prompt and response" if "response" in has else "prompt"
+    return f"{kind}: {printable(columns)}"
 
 
 def _is_conversation(values: Mapping[str, Any], sources: Sources) -> bool:

@@ -45,6 +45,7 @@ from sheeprlhf.data.report import (
     notes_on_ends,
     notes_on_labels,
     notes_on_missing_tokens,
+    notes_on_reserved_rows,
     notes_on_texts,
     rows_kept,
     why_none_left,
@@ -58,7 +59,7 @@ from sheeprlhf.utils.output import create_file
 from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, BoundToThis, start_bound
 from sheeprlhf.utils.rendering import fixed_arguments
 
-FORMAT_VERSION = 11  # raise it whenever the code makes other rows, or another report, of the same input
+FORMAT_VERSION = 12  # raise it whenever the code makes other rows, or another report, of the same input
 _ROWS_TO_JUDGE = 1_000  # before preparing ends early since the chat template refuses most of them
 _NOTHING_KEPT = KeptColumns()
 _PREFERENCES = ("train", "reward")
@@ -69,7 +70,7 @@ TRAINING_SPLITS = {
     "prompts": ("train",),
 }  # one must have rows
 NOT_IN_FINGERPRINT = (
-    *("cache_dir", "num_proc", "shuffle", "dataset_name", "revision"),
+    *("cache_dir", "num_proc", "shuffle", "dataset_name", "revision", "subset", "split"),
     *("train_file", "validation_file", "test_file"),
 )
 
@@ -139,7 +140,7 @@ def prepare_data(
         check_targets(split, rows, cfg)
         check_ids(split, rows, largest_id)
         rows.columns = tuple(name for name in available_columns(report, split) if kept.every or name in kept.names)
-    if note := source.left_out_note(cfg):  # of this folder: the prepared rows may be those of another one
+    if note := source.left_out_note(cfg, files):  # of this folder: the prepared rows may be those of another one
         report = {**report, "notes": [*report["notes"], note]}
     return PreparedData(splits, report, print_of_data, folder)
 
@@ -224,6 +225,7 @@ def _build(
         }
         report: Report = {"name": cfg.config_name, "kind": tokenize.kind, "splits": parts, "notes": []}
         report["columns"] = {
+            "layouts": dict(layout.layouts.most_common()),
             "read_as": dict(layout.sources.most_common()),
             "numbers_as_text": dict(layout.numbers.most_common()),
             "not_read": dict(layout.unread.most_common()),
@@ -237,6 +239,7 @@ def _build(
             *notes_on_cuts(report, cfg),
             *notes_on_control_tokens(report, cfg),
             *notes_on_texts(report),
+            *notes_on_reserved_rows(report, cfg),
             *frequent.notes(divided=divides),
             *notes_on_conversations(report, cfg),
             *notes_on_ends(tokenize.tokenizer),

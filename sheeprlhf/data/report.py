@@ -9,7 +9,7 @@ import numpy as np
 from sheeprlhf.data.rows import printable
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.data.tokenize import REFUSED, TokenRow
-from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.structure.data import DataConfig, LayoutDataConfig
 from sheeprlhf.utils.end_tokens import end_tokens
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.rendering import CLOCK
@@ -303,6 +303,7 @@ def _dropped_lines(parts: list[Report]) -> list[str]:
 def _column_lines(report: Report) -> list[str]:
     """Columns that were read under other names, and those that were not read, each with its rows."""
     labels = {
+        "layouts": "layout",
         "read_as": "columns read",
         "numbers_as_text": "whole numbers read as text",
         "not_read": "columns that are not read",
@@ -310,7 +311,10 @@ def _column_lines(report: Report) -> list[str]:
     lines = []
     for key, label in labels.items():
         counts = report.get("columns", {}).get(key, {})
-        parts = [f"{name if key == 'read_as' else printable([name])} ({rows:,} rows)" for name, rows in counts.items()]
+        parts = [
+            f"{name if key in ('layouts', 'read_as') else printable([name])} ({rows:,} rows)"
+            for name, rows in counts.items()
+        ]
         lines += [f"{label}: {', '.join(parts)}"] if parts else []
     return lines
 
@@ -358,6 +362,17 @@ def notes_on(report: Report) -> list[str]:
     return notes
 
 
+def notes_on_reserved_rows(report: Report, cfg: DataConfig) -> list[str]:
+    """Tell that the rows of the reward model's split are not learned, of tasks that have no use for them."""
+    rows = rows_kept(report, "reward")
+    if not rows or not rows_kept(report, "train"):
+        return []
+    return [
+        f"{rows:,} training rows are reserved for the reward model, and only task=rm trains on them "
+        f"(data.reward_model_split={cfg.reward_model_split:g}; 0 reserves none)"
+    ]
+
+
 def notes_on_texts(report: Report) -> list[str]:
     """The splits of which some rows are texts without a prompt, and others are not."""
     rows = {
@@ -382,7 +397,7 @@ def check_prompts(report: Report, task: str) -> None:
 
 def notes_on_control_tokens(report: Report, cfg: DataConfig) -> list[str]:
     """The splits of which most rows have the text of control tokens, and what to do about it."""
-    if not isinstance(cfg, LocalDataConfig):
+    if not isinstance(cfg, LayoutDataConfig):
         return []
     rows = {
         name: f"{part['special_token_rows']:,} of {part['kept']:,} rows of the {name} split"

@@ -4,16 +4,20 @@ A hub dataset is first a folder of files (its snapshot at one commit), then goes
 taken by a list of allowed endings: no script, no archive, no guessing by a library.
 """
 
+import glob
 import hashlib
 import itertools
 import os
 import re
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePath
 from typing import Any
 
 from sheeprlhf.config.path_checks import (
     COMPRESSIONS,
     KINDS,
+    SPLIT_WORDS,
+    TEXT,
     data_files,
     file_kind,
     files_below,
@@ -22,13 +26,15 @@ from sheeprlhf.config.path_checks import (
     unread_files,
 )
 from sheeprlhf.data.progress import progress_bar
-from sheeprlhf.security.files import real_file
-from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.security.files import read_small, real_file
+from sheeprlhf.structure.data import DataConfig, HubDataConfig, LocalDataConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.hub import EMBEDDED, embedded_folder, why_offline
 
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.\w+")
+CARD = "README.md"  # begins with the subsets of a dataset and their files
+MAX_CARD = 4 * 2**20  # bytes
 
 Files = dict[str, list[Path]]
 
@@ -42,20 +48,134 @@ def locate(cfg: DataConfig) -> Files:
     if isinstance(cfg, LocalDataConfig):
         named = {"train": cfg.train_file, "validation": cfg.validation_file, "test": cfg.test_file}
         return {split: _own_files(split, name) for split, name in named.items() if name is not None}
+    folder = _folder(cfg)
+    if isinstance(cfg, HubDataConfig):
+        return choose_splits(_inside(folder, splits_of_subset(folder, cfg.subset)), cfg.split)
+    return _inside(folder, files_of_folder(folder))
+
+
+def _folder(cfg: DataConfig, *, cached: bool = False) -> Path:
+    """The folder of `data.dataset_name`; of a hub dataset the snapshot, fetched if need be.
+
+    Args:
+        cfg: the data options.
+        cached: the hub is not asked: it was fetched before.
+
+    Raises:
+        DataError: there is none.
+    """
     name = cfg.dataset_name
     if not name:
         raise DataError("data.dataset_name is null; give a hub id (owner/name) or a local folder")
     if name.startswith(EMBEDDED):
-        return files_of_folder(embedded_folder(name))
+        return embedded_folder(name)
     folder = expand_home(name)
     if os.path.isfile(folder):
         raise DataError(f"data.dataset_name={name} is a file; use data=local data.train_file={name}")
     if os.path.isdir(folder):
-        return _inside(folder, files_of_folder(folder))
+        return folder
     if "/" not in name or not is_hub_id(name):
         raise DataError(f"data.dataset_name={name} is neither a folder nor a hub id (owner/name): give one of them")
-    folder = snapshot(name, cfg.revision)
-    return _inside(folder, files_of_folder(folder))
+    patterns = [f"*{kind}{end}" for kind in _kinds(cfg) for end in ("", *COMPRESSIONS)]
+    if isinstance(cfg, HubDataConfig):  # only its subset: all files may be larger than the disk
+        inside, of_splits = _subset(snapshot(name, cfg.revision, [CARD], cached=cached), cfg.subset)
+        named = [str(PurePath(inside, pattern)) for of_split in of_splits.values() for pattern in of_split]
+        named += [pattern.replace("**/", "") for pattern in named] or ([f"{inside}/*"] if inside else [])
+        patterns = [CARD, *(named or patterns)]
+    return snapshot(name, cfg.revision, patterns, cached=cached)
+
+
+def _kinds(cfg: DataConfig) -> tuple[str, ...]:
+    """The kinds of files in a folder of the hub's layout that are read."""
+    return (*KINDS, TEXT) if isinstance(cfg, HubDataConfig) else KINDS
+
+
+def splits_of_subset(folder: Path, subset: str | None) -> Files:
+    """The files of all splits of a subset, found as `datasets.load_dataset` finds them.
+
+    The card of the dataset names them; without a card, names of files and folders do.
+
+    Raises:
+        DataError: the subset does not exist, or it has no file that can be read.
+    """
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    inside, patterns = _subset(folder, subset)
+    base = glob.escape(str((folder / inside).absolute()))
+    try:
+        patterns = patterns or get_data_patterns(base)
+        found = DataFilesDict.from_patterns(patterns, base_path=base, allowed_extensions=[*KINDS, TEXT])
+    except (OSError, ValueError):
+        found = DataFilesDict()
+    kinds = {file: kind[0] for files in found.values() for file in files if (kind := file_kind(Path(file)))}
+    if not kinds:
+        raise DataError(
+            f"{folder / inside}: no file that ends in {', '.join((*KINDS, TEXT))}; check data.dataset_name and "
+            "data.subset; if Python code makes the dataset, data.revision=refs/convert/parquet may have its rows"
+        )
+    [(usual, _)] = Counter(kinds.values()).most_common(1)
+    splits = {split: [Path(file) for file in files if kinds.get(file) == usual] for split, files in found.items()}
+    splits = {split: files for split, files in splits.items() if files}
+    for files in splits.values():
+        _check_shards(files)
+    return splits
+
+
+def choose_splits(splits: Files, name: str | None) -> Files:
+    """The files to train on, and those of the splits for validation and tests that belong to them.
+
+    Args:
+        splits: of a subset.
+        name: the split to train on; None for "train", or the only split.
+
+    Raises:
+        DataError: there is no such split.
+    """
+    chosen = name or ("train" if len(splits) > 1 else next(iter(splits)))
+    if chosen not in splits:
+        raise DataError(f"data.split={name or 'null'}: there is no split {chosen}; give one of {', '.join(splits)}")
+    files = {"train": splits[chosen]}
+    for other, of_other in splits.items():
+        role = split_of_name(Path(other), Path())
+        if other != chosen and role in ("validation", "test") and _without_role(other) == _without_role(chosen):
+            files.setdefault(role, of_other)
+    return files
+
+
+def _without_role(split: str) -> list[str]:
+    """The words of a split's name, without the one that names its use: sft of train_sft and test_sft."""
+    return [word for word in re.split(r"[^a-z0-9]+", split.lower()) if word not in SPLIT_WORDS]
+
+
+def _subset(folder: Path, subset: str | None) -> tuple[str, dict[str, list[str]]]:
+    """A subset's folder below that of the dataset, and the patterns of the files of its splits, if the card has them.
+
+    Raises:
+        DataError: the subset does not exist, or one has to be chosen; the card is damaged.
+    """
+    from datasets.data_files import sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
+
+    from sheeprlhf.data.rows import printable  # imports torch
+
+    try:
+        text = read_small(real_file(folder / CARD, folder), MAX_CARD).decode() if (folder / CARD).exists() else ""
+        subsets = MetadataConfigs.from_dataset_card_data(DatasetCard(text, ignore_metadata_errors=True).data)
+        name = subset or subsets.get_default_config_name() or ""
+        config = subsets.get(name, {})
+        inside = str(config.get("data_dir") or (subset if subset and not subsets else ""))
+        patterns = sanitize_patterns(config["data_files"]) if config.get("data_files") else {}
+    except Exception as error:  # of YAML, of the type of a field
+        raise DataError(f"{folder / CARD} cannot be read ({str(error)[:200]}); fix it or remove it") from None
+    if subsets and name not in subsets:
+        raise DataError(
+            f"data.subset={subset or 'null'}: the dataset has several subsets; give one of {printable(subsets)}"
+        )
+    for pattern in (inside, *itertools.chain.from_iterable(patterns.values())):
+        if PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts or "::" in pattern or "://" in pattern:
+            raise DataError(f"{folder / CARD}: {printable([pattern])} lies outside of the dataset; remove it there")
+    return inside, patterns
 
 
 def _inside(folder: Path, files: Files) -> Files:
@@ -101,15 +221,26 @@ def _own_files(split: str, value: Any) -> list[Path]:
     return files
 
 
-def left_out_note(cfg: DataConfig) -> str | None:
-    """A sentence about files of the dataset's folders that are not read; None if there are none."""
-    left: list[Path] = []
+def left_out_note(cfg: DataConfig, files: Files) -> str | None:
+    """A sentence about splits and files of the dataset's folders that are not read; None if there are none.
+
+    Args:
+        cfg: the data options.
+        files: of `locate`.
+    """
+    read = {file for of_split in files.values() for file in of_split}
     if isinstance(cfg, LocalDataConfig):
-        for value in (cfg.train_file, cfg.validation_file, cfg.test_file):
-            left += [] if value is None else unread_files(value)
+        left = [file for value in (cfg.train_file, cfg.validation_file, cfg.test_file) for file in unread_files(value)]
+    elif isinstance(cfg, HubDataConfig):
+        from sheeprlhf.data.rows import printable  # imports torch
+
+        splits = splits_of_subset(_folder(cfg, cached=True), cfg.subset)
+        left_splits = [split for split, of_split in splits.items() if not read.issuperset(of_split)]
+        return f"splits that are not read: {printable(left_splits)}; data.split chooses one" if left_splits else None
     elif os.path.isdir(folder := expand_home(str(cfg.dataset_name))):
-        read = {file for files in files_of_folder(folder).values() for file in files}
-        left += [file for file in files_below(folder) if (file_kind(file) or ("",))[0] in KINDS and file not in read]
+        left = [file for file in files_below(folder) if (file_kind(file) or ("",))[0] in KINDS and file not in read]
+    else:
+        return None
     if not left:
         return None
     names = ", ".join(file.name for file in left[:5]) + (", ..." if len(left) > 5 else "")
@@ -159,8 +290,14 @@ def _check_shards(files: list[Path]) -> None:
             raise DataError(f"{parent}: {count} of the {expected} files {name}-*-of-* are there; fetch the others")
 
 
-def snapshot(name: str, revision: str | None) -> Path:
-    """The folder of a hub dataset in the hub's cache, fetched if need be.
+def snapshot(name: str, revision: str | None, patterns: list[str], *, cached: bool = False) -> Path:
+    """The folder of a hub dataset in the hub's cache, its files fetched if need be.
+
+    Args:
+        name: id of the dataset.
+        revision: commit, tag or branch; None for the main branch.
+        patterns: the files to fetch.
+        cached: they were fetched before.
 
     Raises:
         DataError: within five seconds if it is not cached and the hub cannot be reached.
@@ -168,12 +305,15 @@ def snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [f"*{kind}{end}" for kind in KINDS for end in ("", *COMPRESSIONS)]
-    offline = why_offline()
+    offline = "" if cached else why_offline()
     try:
         return Path(
             snapshot_download(
-                name, repo_type="dataset", revision=revision, allow_patterns=patterns, local_files_only=bool(offline)
+                name,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=patterns,
+                local_files_only=cached or bool(offline),
             )
         )
     except LocalEntryNotFoundError:

@@ -15,7 +15,7 @@ from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.data.labels import labelled
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, column_advice
-from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.structure.data import DataConfig, LayoutDataConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.rendering import RefusedByTemplateError, check_template_args
@@ -150,7 +150,7 @@ class RowTokenizer:
         self.ids = SpecialIds(tokenizer)
         self._encode = PairEncoder(tokenizer)
         self._control_tokens: bool = getattr(cfg, "control_tokens", False)
-        self._learns_texts = kind == "sft" and isinstance(cfg, LocalDataConfig)
+        self._learns_texts = kind == "sft" and isinstance(cfg, LayoutDataConfig)
 
     def __call__(self, rows: Sequence[Row]) -> list[TokenRow]:
         """Format, tokenise and cut the rows of a batch."""

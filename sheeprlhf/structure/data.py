@@ -46,7 +46,7 @@ class DataConfig(Config):
         0.1, "Share of the training rows kept for tests, if the dataset has no such split.", minimum=0.0, maximum=0.9
     )
     reward_model_split: float = option(
-        0.5, "Share of the training rows kept for the reward model; the rest fine-tunes.", minimum=0.0, maximum=1.0
+        0.0, "Share of the training rows kept for the reward model; the rest fine-tunes.", minimum=0.0, maximum=1.0
     )
     shuffle: bool = option(
         True, "Train on the rows of each epoch in a random order; false keeps the order of the files."
@@ -87,6 +87,9 @@ class DocstringsConfig(DataConfig):
     )
     max_length: int = option(128, "Longest prompt plus response.", unit="tokens", minimum=2)
     max_prompt_length: int = option(96, "Longest prompt; the response gets the rest.", unit="tokens", minimum=1)
+    reward_model_split: float = option(
+        0.5, "Share of the training rows kept for the reward model; the rest fine-tunes.", minimum=0.0, maximum=1.0
+    )
 
 
 @dataclass(unsafe_hash=True)
@@ -114,8 +117,8 @@ class HelpfulHarmlessConfig(DataConfig):
 
 
 @dataclass(unsafe_hash=True)
-class LocalDataConfig(DataConfig):
-    """Your own files: prompt with response (+ label), a pair, responses or none; or messages."""
+class LayoutDataConfig(DataConfig):
+    """Parent of the datasets whose columns are found by the layouts that `data.layout` knows."""
 
     row_format: ClassVar[str] = "sheeprlhf.data.local:format_row"
     prompt_format: ClassVar[Optional[str]] = "sheeprlhf.data.local:format_prompt"
@@ -124,15 +127,6 @@ class LocalDataConfig(DataConfig):
         *("ranks", "scores"),
     )
 
-    config_name: str = option("local", "Name of this choice.")
-    dataset_name: Optional[str] = option(None, "Not used: give data.train_file.")
-    train_file: Any = option(
-        "???",
-        "Training rows: a file (.jsonl, .ndjson, .json, .csv, .tsv, .txt or .parquet; all but the last also as .gz, "
-        ".bz2 or .zst), a folder, a pattern in quotes, or a list.",
-    )
-    validation_file: Any = option(None, "Validation rows, likewise; null cuts them from the training rows.")
-    test_file: Any = option(None, "Test rows, likewise; null cuts them from the training rows.")
     columns: Any = option(
         None,
         "Columns of other names, such as {prompt: question, response: answer}; a list of names is joined by blank "
@@ -148,6 +142,34 @@ class LocalDataConfig(DataConfig):
         "name: for rows that a chat template wrote. Whoever wrote the rows can then end a turn.",
     )
     minimum_response_length: int = option(1, "Shorter responses are dropped.", unit="tokens", minimum=1)
-    reward_model_split: float = option(
-        0.0, "Share of the training rows kept for the reward model; the rest fine-tunes.", minimum=0.0, maximum=1.0
+
+
+@dataclass(unsafe_hash=True)
+class LocalDataConfig(LayoutDataConfig):
+    """Your own files: prompt with response (+ label), a pair, responses or none; or messages."""
+
+    config_name: str = option("local", "Name of this choice.")
+    dataset_name: Optional[str] = option(None, "Not used: give data.train_file.")
+    train_file: Any = option(
+        "???",
+        "Training rows: a file (.jsonl, .ndjson, .json, .csv, .tsv, .txt or .parquet; all but the last also as .gz, "
+        ".bz2 or .zst), a folder, a pattern in quotes, or a list.",
+    )
+    validation_file: Any = option(None, "Validation rows, likewise; null cuts them from the training rows.")
+    test_file: Any = option(None, "Test rows, likewise; null cuts them from the training rows.")
+
+
+@dataclass(unsafe_hash=True)
+class HubDataConfig(LayoutDataConfig):
+    """Any dataset of the hub: prompt with response (+ label), a pair, responses or none; messages; or text."""
+
+    config_name: str = option("hub", "Name of this choice.")
+    dataset_name: Optional[str] = option("???", "Hub id (owner/name) or local folder in the hub's layout.")
+    subset: Optional[str] = option(
+        None, "Subset (configuration) of the dataset, or a folder in it; null takes its default."
+    )
+    split: Optional[str] = option(
+        None,
+        "Split to train on, such as train_sft; null takes train, or the only one. Splits of the same name with "
+        "validation or test in place of train are used as such.",
     )

@@ -151,6 +151,9 @@ BAD = [
     ("train task=sft data=summarization data.dataset_name=@/empty", ["no file that ends in .parquet"]),
     ("train task=sft data=summarization data.dataset_name=@/notes.txt", ["data.train_file"]),
     ("train task=sft data=summarization data.dataset_name=a--b/c", ["give one"]),
+    ("train task=sft data=hub", ["data.dataset_name"]),
+    ("train task=sft data=hub data.dataset_name=me/set", ["HF_HUB_OFFLINE", "data.dataset_name=<folder>"]),
+    ("train task=sft data=hub data.dataset_name=@/empty data.columns={promt:a}", ["data.columns.promt"]),
     # places
     ("train task=sft root_dir=/dev/null/runs", ["root_dir=/dev/null/runs"]),
     ("train task=sft hydra.run.dir=@/notes.txt", ["notes.txt", "another place"]),

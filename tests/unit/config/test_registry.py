@@ -64,7 +64,8 @@ def test_every_choice_composes_and_is_valid(verb, chosen, tmp_path, monkeypatch)
     if "reward" in chosen:
         words["task"] = "reward" if verb == "eval" else "ppo"
     words = {key: value for key, value in words.items() if key in groups(verb)}
-    extra = [f"data.train_file='{tmp_path}/rows.jsonl'"] if chosen.get("data") == "local" else []
+    needed = {"local": [f"data.train_file='{tmp_path}/rows.jsonl'"], "hub": ["data.dataset_name=owner/name"]}
+    extra = needed.get(chosen.get("data", ""), [])
     extra += ["model.repo_name=me/mine"] if chosen.get("model") == "auto" else []
     extra += ["reward.terms=[imperative]"] if chosen.get("reward") == "list" else []
     extra += ["reward.folder=me/mine"] if chosen.get("reward") == "model" else []

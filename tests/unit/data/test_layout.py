@@ -16,7 +16,7 @@ from sheeprlhf.data.report import render_report
 from sheeprlhf.data.rows import COLUMNS
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.utils.errors import DataError
-from tests.unit.data.toy import byte_tokenizer, local, prepare, texts
+from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts
 
 END = "<|im_end|>"
 ALPACA = {"instruction": "Write it as a word.", "input": "3", "output": "three"}
@@ -46,11 +46,6 @@ def test_known_layouts(tmp_path: Path, row: dict[str, Any], kind: str, expected:
 REFUSED = {  # a row, the kind of the task, and the options of which the message names one that is then followed
     "input": ({"prompt": "Say", "input": "x", "response": "b"}, "sft", ("Say\n\nx", "b")),
     "context": ({"prompt": "Say", "context": "x", "response": "b"}, "sft", ("x\n\nSay", "b")),
-    "system beside alpaca": (
-        ALPACA | {"system": "Be brief."},
-        "sft",
-        ("Be brief.\n\nWrite it as a word.\n\n3", "three"),
-    ),
     "context of prompts": ({"prompt": "Say", "context": "x"}, "prompts", ("x\n\nSay",)),
     "context of pairs": (
         {"prompt": "q", "context": "x", "chosen": "b", "rejected": "c"},
@@ -60,7 +55,7 @@ REFUSED = {  # a row, the kind of the task, and the options of which the message
     "tools": ({"prompt": "Say", "tools": [{"name": "f"}], "response": "b"}, "sft", ("Say", "b")),
     "weight": ({"prompt": "Say", "weight": 0, "response": "b"}, "sft", ("Say", "b")),
     "train": ({"prompt": "Say", "train": False, "response": "b"}, "sft", ("Say", "b")),
-    "history": (ALPACA | {"history": [["a", "b"]]}, "sft", ("Write it as a word.\n\n3", "three")),
+    "history beside a prompt": ({"prompt": "Say", "history": [["a", "b"]], "response": "b"}, "sft", ("Say", "b")),
     "reasoning_content": ({"prompt": "Say", "reasoning_content": "hm", "response": "b"}, "sft", ("Say", "b")),
     "two prompts": ({"question": "Say", "answer": "b", "problem": "x", "solution": "y"}, "sft", ("Say", "b")),
     "instructions with an input": ({"instructions": "Say", "input": "x", "output": "b"}, "sft", ("Say\n\nx", "b")),
@@ -84,6 +79,22 @@ def test_the_advice_is_followed_to_the_letter(
     given = OmegaConf.to_object(OmegaConf.create(given))
     made = prepare(local(tmp_path, [row], **given), tokenizer, kind)
     assert texts(made, tokenizer) == [(expected[0], *(text + END for text in expected[1:]))]
+
+
+@pytest.mark.parametrize("history", [[["a", "b"]], '[["a", "b"]]', None])
+def test_alpaca_with_a_system_text_and_earlier_questions_is_a_conversation(history: Any, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    data = prepare(local(tmp_path, [ALPACA | {"system": "Be brief.", "history": history}]), tokenizer)
+    earlier = [("user", "a"), ("assistant", "b")] if history else []
+    turns = [("system", "Be brief."), *earlier, ("user", "Write it as a word.\n\n3")]
+    prompt = "".join(f"<|im_start|>{role}\n{text}{END}\n" for role, text in turns) + "<|im_start|>assistant\n"
+    assert texts(data, tokenizer) == [(prompt, "three" + END)]
+    assert data.report["columns"]["not_read"] == {}
+    for wrong in ("a", [["a"]], [["a", 3]]):
+        with pytest.raises(DataError, match=r"history|prompt"):
+            prepare(local(tmp_path, [ALPACA | {"history": wrong}]), tokenizer)
+    with pytest.raises(DataError, match=r"model\.chat_template"):
+        prepare(local(tmp_path, [ALPACA | {"history": [["a", "b"]]}]), byte_tokenizer())
 
 
 def test_columns_that_are_not_read_are_counted(tmp_path: Path) -> None:

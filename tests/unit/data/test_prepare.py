@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from transformers.utils import chat_template_utils
 
+from sheeprlhf.config.registry import choices
 from sheeprlhf.data import prepare as prepare_module
 from sheeprlhf.data import progress
 from sheeprlhf.data.prepare import PreparedData, prepare_data
@@ -502,3 +503,18 @@ def test_answers_to_one_question_stay_in_one_split(tmp_path: Path) -> None:
     prepared = prepare(local(tmp_path, data, validation_split=0.4), byte_tokenizer(template=TEMPLATE))
     for numbers in rows_of_splits(prepared).values():
         assert numbers and all((number ^ 1) in numbers for number in numbers)
+
+
+def test_rows_are_reserved_for_a_reward_model_where_asked(tmp_path: Path) -> None:
+    """Every dataset but the embedded one is learned as a whole; reserved rows are reported."""
+    rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(40)]
+    reserving = [name for name, cls in choices("data").items() if vars(cls())["reward_model_split"] > 0]
+    assert reserving == ["docstrings"]
+    for kind in ("sft", "preference"):
+        whole = prepare(local(tmp_path, rows), byte_tokenizer(), kind)
+        assert len(whole.splits["train"]) == 40
+        assert not [note for note in whole.report["notes"] if "data.reward_model_split" in note]
+        half = prepare(local(tmp_path, rows, reward_model_split=0.5), byte_tokenizer(), kind)
+        assert len(half.splits["train"]) + len(half.splits["reward"]) == 40
+        [note] = [note for note in half.report["notes"] if "data.reward_model_split=0.5" in note]
+        assert note.startswith(f"{len(half.splits['reward'])} training rows are reserved")

@@ -1,0 +1,175 @@
+"""Any dataset of the hub: its subsets and splits are those of `load_dataset`, and only the chosen one is fetched."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import constants
+
+from sheeprlhf.data import source
+from sheeprlhf.data.layout import RowLayout
+from sheeprlhf.data.read import read_batches
+from sheeprlhf.structure.data import HubDataConfig
+from sheeprlhf.utils.errors import DataError
+from tests.support.hub import serve
+from tests.unit.data.toy import byte_tokenizer, prepare, texts
+
+CARD = """---
+configs:
+- config_name: pairs
+  default: true
+  data_files:
+  - split: train_sft
+    path: pairs/train_sft-*.jsonl
+  - split: test_sft
+    path: [pairs/test_sft.jsonl]
+  - split: train_gen
+    path: pairs/gen.jsonl
+- config_name: other
+  data_files: other/*.jsonl
+- config_name: folder
+  data_dir: deep
+---
+# A dataset
+"""
+LINE = '{"prompt": "%s", "response": "r"}\n'
+
+
+def row_file(file: Path, mark: str) -> None:
+    """Two rows in a file of the kind that its name has."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": f"{mark}{n}", "response": "r"} for n in range(2)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if file.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif file.suffix == ".gz":
+        file.write_bytes(gzip.compress(lines.encode()))
+    elif file.suffix == ".csv":
+        file.write_text("prompt,response\n" + "".join(f"{row['prompt']},r\n" for row in rows))
+    else:
+        file.write_text(lines)
+
+
+REPOSITORIES: dict[str, tuple[list[str], str, list[str | None]]] = {  # files, card, subsets
+    "card": (
+        [
+            *("pairs/train_sft-0.jsonl", "pairs/train_sft-1.jsonl", "pairs/test_sft.jsonl", "pairs/gen.jsonl"),
+            *("other/a.jsonl", "deep/train.jsonl", "deep/dev.jsonl", "unlisted.jsonl"),
+        ],
+        CARD,
+        [None, "pairs", "other", "folder"],
+    ),
+    "shards": (["data/train-00000-of-00001.parquet", "data/test_x-00000-of-00001.parquet"], "", [None]),
+    "folders": (["train/a.csv", "train/b.csv", "validation/c.csv"], "# Text alone\n", [None]),
+    "names": (["my-train.jsonl.gz", "my-eval.jsonl.gz", "script.py"], "", [None]),
+    "one file": (["rows.jsonl"], "", [None]),
+}
+
+
+def repository(folder: Path, name: str) -> Path:
+    """The files of a dataset in the hub's layout."""
+    files, card, _ = REPOSITORIES[name]
+    for file in files:
+        row_file(folder / file, f"{Path(file).stem}-")
+    if card:
+        (folder / "README.md").write_text(card)
+    return folder
+
+
+@pytest.mark.parametrize("name", REPOSITORIES)
+def test_subsets_and_splits_are_those_of_load_dataset(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = repository(tmp_path / "set", name)
+    for subset in REPOSITORIES[name][2]:
+        expected = datasets.load_dataset(str(folder), subset, cache_dir=str(tmp_path / "cache"))
+        found = source.splits_of_subset(folder, subset)
+        assert list(found) == list(expected)
+        for split, files in found.items():
+            layout = RowLayout(HubDataConfig(), "sft")
+            prompts = [row.values["prompt"] for rows in read_batches(files, None, layout=layout) for row in rows]
+            assert prompts == expected[split]["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("split", "used"),
+    [
+        ("train_sft", {"train": "train_sft", "test": "test_sft"}),
+        ("train_gen", {"train": "train_gen"}),
+        ("test_sft", {"train": "test_sft"}),
+        (None, None),
+    ],
+)
+def test_the_split_to_train_on_is_chosen(split: str | None, used: dict[str, str] | None, tmp_path: Path) -> None:
+    folder = repository(tmp_path / "set", "card")
+    splits = source.splits_of_subset(folder, None)
+    if used is None:
+        with pytest.raises(DataError, match=r"data\.split=null.*train_sft, test_sft, train_gen"):
+            source.choose_splits(splits, split)
+        return
+    assert source.choose_splits(splits, split) == {role: splits[name] for role, name in used.items()}
+    only = source.choose_splits({"everything": splits["train_gen"]}, None)
+    assert only == {"train": splits["train_gen"]}
+
+
+def hub_data(folder: Path, name: str, **options: Any) -> HubDataConfig:
+    return HubDataConfig(dataset_name=name, cache_dir=str(folder / "cache"), validation_split=0.0, **options)
+
+
+def test_rows_are_read_by_their_layout_and_what_is_left_is_reported(tmp_path: Path) -> None:
+    folder = repository(tmp_path / "set", "card")
+    tokenizer = byte_tokenizer()
+    prepared = prepare(hub_data(tmp_path, str(folder), split="train_sft"), tokenizer)
+    assert [prompt for prompt, _ in texts(prepared, tokenizer)] == [f"train_sft-{a}-{b}" for a in "01" for b in "01"]
+    assert [prompt for prompt, _ in texts(prepared, tokenizer, "test")] == ["test_sft-0", "test_sft-1"]
+    assert prepared.report["columns"]["layouts"] == {"prompt and response: prompt, response": 6}
+    [note] = [note for note in prepared.report["notes"] if "data.split" in note]
+    assert "train_gen" in note and "test_sft" not in note
+
+
+BAD = {
+    "unknown subset": (CARD, {"subset": "pears"}, r"data\.subset=pears.*pairs, other, folder"),
+    "no default": (CARD.replace("  default: true\n", ""), {}, r"data\.subset=null.*pairs, other, folder"),
+    "unknown split": (CARD, {"split": "train"}, r"data\.split=train"),
+    "outside": (CARD.replace("pairs/gen", "../set/pairs/gen"), {"split": "train_sft"}, r"README\.md.*outside"),
+    "web address": (CARD.replace("pairs/gen", "http://127.0.0.1:9/gen"), {"split": "train_sft"}, r"README\.md"),
+    "no files": (CARD.replace("other/*", "others/*"), {"subset": "other"}, r"data\.dataset_name"),
+    "damaged card": ("---\nconfigs: {a: [\n---\n", {}, r"README\.md"),
+    "no subset in a card": (CARD.replace("config_name: pairs", "name: pairs"), {}, r"README\.md"),
+    "no such folder": ("", {"subset": "nothing"}, r"data\.subset"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_chosen_is_refused(name: str, tmp_path: Path) -> None:
+    card, options, message = BAD[name]
+    folder = repository(tmp_path / "set", "card")
+    (folder / "README.md").write_text(card)
+    with pytest.raises(DataError, match=message):
+        source.locate(hub_data(tmp_path, str(folder), **options))
+
+
+def test_only_the_files_of_the_subset_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = repository(tmp_path / "set", "card")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with serve({"datasets/me/set": folder}) as hub:
+        template = hub.endpoint + constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        cfg = hub_data(tmp_path, "me/set", split="train_sft")
+        files = source.locate(cfg)
+        fetched = {path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path}
+    names = {split: [file.name for file in found] for split, found in files.items()}
+    assert names == {"train": ["train_sft-0.jsonl", "train_sft-1.jsonl"], "test": ["test_sft.jsonl"]}
+    assert fetched == {"README.md", *names["train"], *names["test"], "gen.jsonl"}
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert source.locate(cfg) == files
+    assert "train_gen" in str(source.left_out_note(cfg, files))
