@@ -32,6 +32,7 @@ from sheeprlhf.model.locate import locate
 from sheeprlhf.security.files import disk_full
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.security.version_guard import check_versions
+from sheeprlhf.structure.reward import uses_judge
 from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, PipelineConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError, MissingRanksError, OutOfMemory, SheepError, UnsafePathError
 from sheeprlhf.utils.launchers import (
@@ -179,6 +180,10 @@ def check_inputs_exist(config: TrainConfig | EvalConfig | InspectConfig) -> None
         from sheeprlhf.data import source
 
         source.locate(config.data)
+    if isinstance(config, TrainConfig | EvalConfig) and uses_judge(config.reward):
+        from sheeprlhf.reward.judge import check_server
+
+        check_server(config.reward)
 
 
 def _check_weights(config: TrainConfig | EvalConfig) -> None:

@@ -26,6 +26,7 @@ from sheeprlhf.structure.reward import is_users_own
 from sheeprlhf.utils.errors import ConfigError
 
 _FUNCTIONS = ("reward.path", "reward.terms")
+_RECEIVERS = ("reward.url", "reward.api_key_variable")  # of texts and of a key
 _TRUST = "model.library_cfg.trust_remote_code"
 _RESOLVER = re.compile(r"\$\{\s*(?!now\b)[\w.]+\s*:")
 
@@ -44,6 +45,8 @@ def content_problems(base: DictConfig, parsed: list[Override]) -> list[str]:
             continue
         if key in _FUNCTIONS and key not in given and is_users_own(text.rpartition("*")[2]):
             problems.append(f"{key} names the function {text} in a file: only the command line may; give it there")
+        if key in _RECEIVERS and key not in given:
+            problems.append(f"{key}={text} is set by a file: only the command line may; give it there")
         if _RESOLVER.search(text):
             problems.append(f"{key}={text} asks for something outside the configuration: write the value instead")
     return problems
@@ -65,7 +68,7 @@ def word_problem(word: str) -> str | None:
         return f"{key} is set by a file: only the command line may set it"
     for inner, leaf in _leaves(value, key):
         text = str(leaf)
-        if inner == _TRUST:
+        if inner == _TRUST or inner in _RECEIVERS:
             return f"{inner} is set by a file: only the command line may set it"
         if inner in _FUNCTIONS and is_users_own(text.rpartition("*")[2]):
             return f"{inner} names the function {text} in a file: only the command line may; give it there"

@@ -1,11 +1,13 @@
 """Check a whole configuration before anything heavy starts: every problem at once, as key, value and fix."""
 
 import ast
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sheeprlhf.config.model_lookup import needs_base_model
 from sheeprlhf.config.option_checks import near_path, nearest, option_problems
@@ -19,7 +21,7 @@ from sheeprlhf.config.path_checks import (
     weights_problems,
 )
 from sheeprlhf.config.prompt_format import template_arg_problems
-from sheeprlhf.config.registry import choices, options
+from sheeprlhf.config.registry import choices, config_to_dict, options
 from sheeprlhf.config.run_lookup import (
     is_run_alias,
     read_run_config,
@@ -39,15 +41,20 @@ from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.structure.reward import (
     BUILTINS,
+    JUDGE,
     MODEL,
     AutoRewardConfig,
     BuiltinOptionsConfig,
+    CallOptionsConfig,
     FunctionRewardConfig,
+    JudgeOptionsConfig,
+    JudgeRewardConfig,
     ListRewardConfig,
     ModelRewardConfig,
     RewardSourceConfig,
     Term,
     is_users_own,
+    judge_fields,
     parse_term,
 )
 from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig
@@ -686,8 +693,8 @@ def reward_problems(cfg: RewardSourceConfig) -> Iterator[str]:
     sources: list[str] = []
     if isinstance(cfg, FunctionRewardConfig):
         sources = [cfg.path]
-        if cfg.path == MODEL:
-            yield "reward.path=model names no function: give reward=model"
+        if cfg.path in (MODEL, JUDGE):
+            yield f"reward.path={cfg.path} names no function: give reward={cfg.path}"
         else:
             yield from source_problems("reward.path=", cfg.path)
     elif isinstance(cfg, ListRewardConfig):
@@ -695,6 +702,14 @@ def reward_problems(cfg: RewardSourceConfig) -> Iterator[str]:
         sources = [term.source for term in terms if isinstance(term, Term)]
         yield from (problem for problem in terms if isinstance(problem, str))
         yield from _terms_problems(sources)
+    elif isinstance(cfg, JudgeRewardConfig):
+        sources = [JUDGE]
+    if isinstance(cfg, CallOptionsConfig) and not any(source == JUDGE or is_users_own(source) for source in sources):
+        for name in ("num_workers", "timeout"):
+            if getattr(cfg, name) != getattr(CallOptionsConfig, name):
+                yield f"reward.{name}={getattr(cfg, name)} is read by functions of yours and the judge alone: remove it"
+    if isinstance(cfg, JudgeOptionsConfig):
+        yield from _judge_problems(cfg) if JUDGE in sources else _unread_judge_problems(cfg)
     if isinstance(cfg, BuiltinOptionsConfig):
         yield from _option_problems(cfg, sources)
     if isinstance(cfg, ModelRewardConfig | ListRewardConfig) and cfg.folder is not None:
@@ -733,7 +748,7 @@ def _readable_terms(texts: list[str]) -> Iterator[Term | str]:
 
 def _terms_problems(sources: list[str]) -> Iterator[str]:
     for source in dict.fromkeys(sources):
-        if source != MODEL:
+        if source not in (MODEL, JUDGE):
             yield from source_problems("reward.terms: ", source)
         if sources.count(source) > 1:
             yield f"reward.terms: {source} is there more than once: give it once, with the sum of the weights"
@@ -757,7 +772,7 @@ def source_problems(given: str, source: str) -> Iterator[str]:
         dotted = module.removeprefix("./").removesuffix(".py").replace("/", ".")
         yield f"{given}{source} is a file: give its dotted path, {given}{dotted}:{function or '<function>'}"
     elif not is_users_own(source):
-        known = list(BUILTINS) if given.endswith("=") else [MODEL, *BUILTINS]
+        known = list(BUILTINS) if given.endswith("=") else [MODEL, JUDGE, *BUILTINS]
         near = nearest(source, known)
         did = f"did you mean {given if given.endswith('=') else ''}{near}? It" if near else "it"
         yield (
@@ -800,6 +815,59 @@ def _users_own_problems(given: str, source: str) -> Iterator[str]:
         if hidden is not None:
             did = f"it comes before your {hidden}: rename that"
         yield f"{given}{source}: {spec.origin} has no {function}: {did}"
+
+
+def _unread_judge_problems(cfg: JudgeOptionsConfig) -> Iterator[str]:
+    given, shared = config_to_dict(cfg), config_to_dict(CallOptionsConfig())
+    for name, value in config_to_dict(JudgeOptionsConfig()).items():
+        if name not in shared and given[name] != value:
+            yield f"reward.{name} is read by no term: remove it, or add the term judge"
+
+
+def _judge_problems(cfg: JudgeOptionsConfig) -> Iterator[str]:
+    """Options of a judge that are missing or cannot be read; no value that may be a secret is repeated."""
+    yield from _url_problems(cfg.url)
+    if not cfg.judge_model:
+        yield "reward.judge_model is missing: give the name of the server's model"
+    try:
+        if "response" not in judge_fields(cfg.judge_prompt):
+            yield "reward.judge_prompt does not contain {response}: add it"
+    except ValueError as error:
+        yield f"reward.judge_prompt cannot be read ({error}): write {{name}} for a field and {{{{ }}}} for braces"
+    try:
+        re.compile(cfg.judge_pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        yield f"reward.judge_pattern={cfg.judge_pattern} is not a regular expression: {error}; quote and escape it"
+    limits = cfg.judge_range
+    if len(limits) != 2 or not (math.isfinite(sum(limits)) and limits[0] < limits[1]):
+        yield f"reward.judge_range={list(limits)} must be the lowest and the highest score: give for example [0,10]"
+    if cfg.judge_failure_score is not None and not math.isfinite(cfg.judge_failure_score):
+        yield f"reward.judge_failure_score={cfg.judge_failure_score} must be a finite number"
+    variable = cfg.api_key_variable
+    if variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", variable):
+        yield "reward.api_key_variable is no name of an environment variable: give the name, never the key itself"
+    elif variable is not None and not re.fullmatch(r"[\x21-\x7e]+", os.environ.get(variable, "").strip()):
+        yield f"reward.api_key_variable={variable}: the environment variable is empty or no key: export it"
+
+
+def _url_problems(url: str | None) -> Iterator[str]:
+    example = "give for example reward.url=http://127.0.0.1:8000/v1"
+    if not url:
+        yield f"reward.url is missing: {example}"
+        return
+    try:
+        parts = urlsplit(url)
+        ok = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        ok = False
+    if not ok or not url.isprintable() or " " in url:
+        yield f"reward.url is not an address of http or https: {example}"
+    elif "@" in parts.netloc:
+        yield "reward.url contains a user name or password: remove it, and give reward.api_key_variable=<variable>"
+    elif parts.query or parts.fragment:
+        yield f"reward.url has a part behind ? or #, which is not supported: {example}"
+    elif parts.path.rstrip("/").endswith("/chat/completions"):
+        yield f"reward.url={url}: /chat/completions is appended: give the address up to /v1"
 
 
 def _option_problems(cfg: BuiltinOptionsConfig, sources: list[str]) -> Iterator[str]:

@@ -6,19 +6,33 @@ import importlib
 import inspect
 import math
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 from sheeprlhf.config.validate import source_problems
 from sheeprlhf.reward import functions
+from sheeprlhf.reward.judge import Judge
 from sheeprlhf.security.user_code import parse_path
-from sheeprlhf.structure.reward import BUILTINS, BuiltinOptionsConfig, RewardSourceConfig
+from sheeprlhf.structure.reward import (
+    BUILTINS,
+    JUDGE,
+    BuiltinOptionsConfig,
+    JudgeOptionsConfig,
+    RewardSourceConfig,
+)
 from sheeprlhf.utils.errors import ConfigError, RewardError
+from sheeprlhf.utils.processes import BoundToThis, ignore_interrupts, start_bound
 
+Arguments = tuple[list[Any], dict[str, Any]]  # of a call, by position and by name
 PROMPTS = "prompts"
 RESPONSES = ("responses", "completions")  # two names of the same texts
 TEXTS = (PROMPTS, *RESPONSES)
@@ -71,9 +85,7 @@ class Signature(NamedTuple):
         """Return the first required column that is not available; None if all are."""
         return next((name for name, required in self.columns.items() if required and name not in available), None)
 
-    def arguments(
-        self, prompts: list[str], responses: list[str], columns: Mapping[str, list[Any]]
-    ) -> tuple[list[Any], dict[str, Any]]:
+    def arguments(self, prompts: list[str], responses: list[str], columns: Mapping[str, list[Any]]) -> Arguments:
         """Return the positional and the keyword arguments of a call; each list is a copy.
 
         Args:
@@ -151,6 +163,9 @@ class RewardFunction:
             columns; an awaitable that it returns is awaited.
         context: entered for the time of each call.
         guarded: turn its exceptions into `RewardError`; not for a model, whose errors have advice of their own.
+        num_workers: calls at once, each with one response: tasks for an async function, else processes, which import
+            the function by its name; 0: one call with all responses.
+        timeout: seconds of an asynchronous call, or of a call in a process; None: no limit.
 
     Attributes:
         signature: its parameters.
@@ -166,9 +181,13 @@ class RewardFunction:
         *,
         context: Callable[[], AbstractContextManager[object]] = nullcontext,
         guarded: bool = True,
+        num_workers: int = 0,
+        timeout: float | None = None,
     ) -> None:
         self.name, self.function = name, function
         self._context, self._guarded = context, guarded
+        self._num_workers, self._timeout = num_workers, timeout
+        self._pool: ProcessPoolExecutor | None = None
         self.signature = signature_of(name, function)
         self._runner: asyncio.Runner | None = None
 
@@ -196,8 +215,12 @@ class RewardFunction:
         missing = self.missing_column(texts.columns)
         if missing is not None:
             raise RewardError(missing)
+        if self._num_workers:
+            return self._scores_of_each(texts)
         try:
             returned = self._call(texts.prompts, texts.responses, texts.columns)
+        except _TimedOutError as error:
+            raise RewardError(f"reward {self.name} took longer than reward.timeout={self._timeout:g} s") from error
         except (Exception, asyncio.CancelledError) as error:
             if not self._guarded:
                 raise
@@ -210,10 +233,63 @@ class RewardFunction:
         with self._context():
             returned = self.function(*positional, **by_name)
             if inspect.isawaitable(returned):
-                if self._runner is None:  # one event loop for all calls: clients that the function keeps belong to it
-                    self._runner = asyncio.Runner()
-                return self._runner.run(_await(returned))
+                return self._run(_await(returned, self._timeout))
         return returned
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        if self._runner is None:  # one event loop for all calls: clients that the function keeps belong to it
+            self._runner = asyncio.Runner()
+        return self._runner.run(coroutine)
+
+    def _scores_of_each(self, texts: Texts) -> list[float]:
+        """Call the function with one response at a time, several at once; scores are in the order of the responses."""
+        rows = [
+            texts._replace(
+                prompts=[texts.prompts[row]],
+                responses=[texts.responses[row]],
+                columns={name: [values[row]] for name, values in texts.columns.items()},
+            )
+            for row in range(len(texts.responses))
+        ]
+        arguments = [self.signature.arguments(row.prompts, row.responses, row.columns) for row in rows]
+        with self._context():
+            results = self._in_tasks(arguments) if is_async(self.function) else self._in_processes(arguments)
+            scores: list[float] = []
+            for number, (row, result) in enumerate(zip(rows, results, strict=True), 1):
+                if isinstance(result, _Raised):
+                    place = f"for response {number} of {len(rows)}"
+                    raise RewardError(f"reward {self.name} {result.message}, {place}\n{_show(row, 0)}")
+                scores += self._check_scores(result, row)
+        return scores
+
+    def _in_tasks(self, arguments: list[Arguments]) -> list[Any]:
+        """Return the results of an asynchronous function, or `_Raised`."""
+        limit = asyncio.Semaphore(self._num_workers)
+
+        async def call(positional: list[Any], by_name: dict[str, Any]) -> Any:
+            async with limit:
+                try:
+                    return await _await(self.function(*positional, **by_name), self._timeout)
+                except Exception as error:
+                    return _Raised.of(error, self._timeout)
+
+        async def call_all() -> list[Any]:
+            return await asyncio.gather(*(call(*one) for one in arguments))
+
+        return list(self._run(call_all()))
+
+    def _in_processes(self, arguments: list[Arguments]) -> Iterator[Any]:
+        """Yield the results of a function in its processes, or `_Raised`; without the rest after the first of these."""
+        if self._pool is None:
+            bound = (BoundToThis(), ignore_interrupts)
+            self._pool = ProcessPoolExecutor(self._num_workers, get_context("spawn"), start_bound, bound)
+        try:
+            yield from self._pool.map(partial(_call_in_process, self.name, os.getcwd(), self._timeout), arguments)
+        except BrokenProcessPool:
+            raise RewardError(
+                f"reward {self.name}: a process of reward.num_workers ended (killed, out of memory, or its code ended "
+                "it): give fewer"
+            ) from None
 
     def _check_scores(self, returned: Any, texts: Texts) -> list[float]:
         count = len(texts.responses)
@@ -280,12 +356,22 @@ def load_function(source: str, cfg: RewardSourceConfig) -> RewardFunction:
     Raises:
         ConfigError: there is no such function, or its module cannot be imported.
     """
-    problems = list(source_problems("reward: ", source))
+    problems = [] if source == JUDGE else list(source_problems("reward: ", source))
     if problems:
         raise ConfigError(*problems)
+    if source == JUDGE:
+        assert isinstance(cfg, JudgeOptionsConfig)
+        return RewardFunction(JUDGE, Judge(cfg), guarded=False)
     if source not in BUILTINS:
-        folder = os.getcwd()
-        return RewardFunction(source, _import(source, folder), context=lambda: importable_from(folder))
+        folder, num_workers = os.getcwd(), getattr(cfg, "num_workers", 0)
+        own, timeout = _import(source, folder), getattr(cfg, "timeout", None)
+        if timeout is not None and not num_workers and not is_async(own):
+            raise ConfigError(
+                f"reward.timeout={timeout:g} cannot stop {source}, a plain function in the training process: give "
+                "reward.num_workers=1 or more"
+            )
+        context = partial(importable_from, folder)
+        return RewardFunction(source, own, context=context, num_workers=num_workers, timeout=timeout)
     function: Callable[..., Any] = getattr(functions, source)
     if source in ("length", "regex"):
         assert isinstance(cfg, BuiltinOptionsConfig)
@@ -321,9 +407,70 @@ def _import(source: str, folder: str) -> Callable[..., Any]:
     return function
 
 
-async def _await(returned: Awaitable[Any]) -> Any:
-    """Make a coroutine of any awaitable."""
-    return await returned
+def is_async(function: Callable[..., Any]) -> bool:
+    """True for an `async def` function, and for an object or a decorated function that calls one."""
+    plain = inspect.unwrap(function)
+    return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(type(plain).__call__)
+
+
+async def _await(returned: Awaitable[Any], timeout: float | None) -> Any:
+    """Await within a number of seconds.
+
+    Raises:
+        _TimedOutError: it took longer.
+    """
+    limit = asyncio.timeout(timeout)
+    try:
+        async with limit:
+            return await returned
+    except TimeoutError:
+        if limit.expired():
+            raise _TimedOutError from None
+        raise
+
+
+class _TimedOutError(Exception):
+    """A call took longer than `reward.timeout`."""
+
+
+class _Raised(NamedTuple):
+    """Message about an exception of one call."""
+
+    message: str
+
+    @classmethod
+    def of(cls, error: BaseException, timeout: float | None) -> "_Raised":
+        """Describe an exception."""
+        if isinstance(error, _TimedOutError):
+            return cls(f"took longer than reward.timeout={timeout:g} s")
+        frames = traceback.extract_tb(error.__traceback__)
+        return cls(f"raised {describe_exception(error)} ({frames[-1].filename}, line {frames[-1].lineno})")
+
+
+def _call_in_process(name: str, folder: str, timeout: float | None, arguments: Arguments) -> Any:
+    """Call a function of the user in a process of a pool, and return its result as plain numbers, or `_Raised`."""
+
+    def stop(*_: object) -> None:
+        raise _TimedOutError
+
+    signal.signal(signal.SIGALRM, stop)
+    try:
+        with importable_from(folder):
+            function = _import(name, folder)
+            signal.setitimer(signal.ITIMER_REAL, timeout or 0.0)
+            try:
+                positional, by_name = arguments
+                returned = function(*positional, **by_name)
+                if inspect.isawaitable(returned):
+                    returned = asyncio.run(_await(returned, None))
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+        if hasattr(returned, "tolist"):
+            returned = returned.tolist()
+        is_list = isinstance(returned, Iterable) and not isinstance(returned, str | bytes | Mapping)
+        return [one.item() if hasattr(one, "item") else one for one in returned] if is_list else returned
+    except BaseException as error:
+        return _Raised.of(error, timeout)
 
 
 def _as_float(value: Any) -> float | None:

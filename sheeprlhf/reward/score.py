@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.reward.call import RewardFunction, Texts, load_function
 from sheeprlhf.reward.functions import repeated_share
+from sheeprlhf.reward.judge import Judge
 from sheeprlhf.reward.state import state_warning
 from sheeprlhf.structure.data import KeptColumns
-from sheeprlhf.structure.reward import BUILTINS, MODEL, RewardSourceConfig, terms_of
+from sheeprlhf.structure.reward import BUILTINS, JUDGE, MODEL, RewardSourceConfig, terms_of
 from sheeprlhf.utils.errors import ConfigError
 
 ModelScores = Callable[[list[str], list[str]], list[float]]
@@ -21,10 +22,12 @@ class RawScores(NamedTuple):
     Attributes:
         total: the weighted sum, one for each response.
         by_term: the unweighted scores of each source by its name.
+        failures: responses that the judge gave no score; None without a judge.
     """
 
     total: list[float]
     by_term: dict[str, list[float]]
+    failures: int | None = None
 
 
 class RunningMoments:
@@ -99,7 +102,8 @@ class CombinedReward:
         weights = [weight for weight, _ in self._terms]
         rows = zip(*by_term.values(), strict=True)
         total = [math.fsum(weight * score for weight, score in zip(weights, row, strict=True)) for row in rows]
-        return RawScores(total, by_term)
+        judges = [function.function for _, function in self._terms if isinstance(function.function, Judge)]
+        return RawScores(total, by_term, sum(judge.failures for judge in judges) if judges else None)
 
     def shape(self, total: list[float], texts: Texts) -> list[float]:
         """Return the final scores of weighted sums: normalised, then clipped, then less the penalties.
@@ -171,7 +175,7 @@ def wanted_columns(cfg: RewardSourceConfig, *, default: str | None) -> KeptColum
 
 def state_warnings(cfg: RewardSourceConfig, *, default: str | None) -> list[str]:
     """Return one line for each function of the user that seems to keep state between calls; arguments as above."""
-    own = [function for function in _functions(cfg, default) if function.name not in BUILTINS]
+    own = [function for function in _functions(cfg, default) if function.name not in (*BUILTINS, JUDGE)]
     return [line for function in own if (line := state_warning(function.name, function.function)) is not None]
 
 

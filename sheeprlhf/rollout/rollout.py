@@ -48,6 +48,7 @@ from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode, isolated_rng
 
+JUDGE_FAILURES = "objective/judge_failures"  # responses of a rollout that the judge gave no score
 _MAX_SHOWN_ROWS = 20
 _HALF_PRECISION_ERROR = 0.1  # nats a token: bf16 rounds logits of 20 to eighths, in another order with a cache
 _NEW_LINE = "\n"  # in place of a prompt whose ids are known
@@ -369,6 +370,8 @@ class RolloutCollector:
         self.raw = raw
         if len(raw.by_term) > 1:
             self.metrics = {f"objective/scores/{name}": sum(of) / len(of) for name, of in raw.by_term.items()}
+        if raw.failures is not None:
+            self.metrics[JUDGE_FAILURES] = float(raw.failures)
         return raw.total if validates else self._reward.shape(raw.total, self.texts)
 
     def logprobs(

@@ -1,14 +1,22 @@
 """Sources of rewards for reinforcement learning: one dataclass per source, and the names of the built-ins."""
 
 import math
+import string
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, TypeGuard
 
 from omegaconf import MISSING
 
 from sheeprlhf.structure.option import Config, option
 
 MODEL = "model"  # the term that is a reward model's score
+JUDGE = "judge"  # the term that is the score of a language model at a server
+JUDGE_CALLS = 8  # requests at once unless reward.num_workers says otherwise
+JUDGE_TIMEOUT = 60.0  # seconds of a request unless reward.timeout says otherwise
+JUDGE_PROMPT = (
+    "Rate the response to the prompt from 0 (useless) to 10 (perfect). Answer with the number alone.\n\n"
+    "Prompt:\n{prompt}\n\nResponse:\n{response}"
+)
 
 
 @dataclass(unsafe_hash=True)
@@ -53,7 +61,58 @@ class AutoRewardConfig(RewardSourceConfig):
 
 
 @dataclass(unsafe_hash=True)
-class BuiltinOptionsConfig(RewardSourceConfig):
+class CallOptionsConfig(RewardSourceConfig):
+    """Options of calls of your own functions and of requests to a judge."""
+
+    num_workers: int = option(
+        0,
+        "Calls at once, each with one response: processes for a plain function of yours, tasks for an async one, "
+        f"requests to a judge. 0: one call with all responses, and {JUDGE_CALLS} requests.",
+        minimum=0,
+    )
+    timeout: Optional[float] = option(
+        None,
+        "Longest time of a call of an async function, of a call in a process (reward.num_workers), or of a request; "
+        f"null: no limit, and {JUDGE_TIMEOUT:g} for a request.",
+        unit="seconds",
+        above=0.0,
+    )
+
+
+@dataclass(unsafe_hash=True)
+class JudgeOptionsConfig(CallOptionsConfig):
+    """Options of the term judge."""
+
+    url: Optional[str] = option(
+        None,
+        "Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1; it gets prompts and responses.",
+    )
+    judge_model: Optional[str] = option(None, "Name of the server's model that scores.")
+    judge_prompt: str = option(
+        JUDGE_PROMPT, "What the judge is asked; {prompt}, {response} and the names of columns are replaced."
+    )
+    judge_pattern: str = option(
+        r"(-?\d+(?:\.\d+)?)(?:\s*/\s*10\b)?",
+        "Regular expression of the score in the judge's answer, its last group if it has groups. An answer with "
+        "several different numbers, or none, is a failure.",
+    )
+    judge_range: list[float] = option(
+        help="Lowest and highest score; an answer outside is a failure.", factory=lambda: [0.0, 10.0]
+    )
+    judge_max_tokens: int = option(256, "Longest answer of the judge.", unit="tokens", minimum=1)
+    judge_retries: int = option(
+        3, "Further attempts after no answer, a status 408, 425, 429 or 5xx, or a malformed answer.", minimum=0
+    )
+    judge_failure_score: Optional[float] = option(
+        None, "Score of a response whose request failed; null: a failure ends the run."
+    )
+    api_key_variable: Optional[str] = option(
+        None, "Environment variable with the key that is sent to the server; null sends none."
+    )
+
+
+@dataclass(unsafe_hash=True)
+class BuiltinOptionsConfig(CallOptionsConfig):
     """Options of the built-in functions; one that no chosen function reads is rejected."""
 
     target_length: Optional[int] = option(None, "Length that scores 1 (length).", minimum=1)
@@ -83,13 +142,21 @@ class ModelRewardConfig(RewardSourceConfig):
 
 
 @dataclass(unsafe_hash=True)
-class ListRewardConfig(BuiltinOptionsConfig):
+class JudgeRewardConfig(JudgeOptionsConfig):
+    """A language model at an OpenAI-compatible server."""
+
+    config_name: str = option(JUDGE, "Name of this choice.")
+
+
+@dataclass(unsafe_hash=True)
+class ListRewardConfig(BuiltinOptionsConfig, JudgeOptionsConfig):
     """A weighted sum of sources."""
 
     config_name: str = option("list", "Name of this choice.")
     terms: list[str] = option(
         MISSING,
-        "Sources and their weights, such as [model,0.5*length,-1*my_rewards:toxicity]; model is a reward model.",
+        "Sources and their weights, such as [model,0.5*length,-1*my_rewards:toxicity,0.1*judge]; model is a reward "
+        "model, judge a language model at reward.url.",
     )
     folder: Optional[str] = option(
         None, "Folder or hub id of the term model; null takes the run task.rm_experiment_dir."
@@ -124,7 +191,7 @@ BUILTINS = {
 
 
 class Term(NamedTuple):
-    """One summand of the score: `model`, a built-in's name or the dotted path of a function, times its weight."""
+    """One summand of the score: `model`, `judge`, a built-in or the dotted path of a function, times its weight."""
 
     weight: float
     source: str
@@ -154,12 +221,34 @@ def terms_of(cfg: RewardSourceConfig, default: str | None) -> tuple[Term, ...]:
         return (Term(1.0, cfg.path),)
     if isinstance(cfg, ListRewardConfig):
         return tuple(parse_term(text) for text in cfg.terms)
+    if isinstance(cfg, JudgeRewardConfig):
+        return (Term(1.0, JUDGE),)
     return (Term(1.0, MODEL if isinstance(cfg, ModelRewardConfig) or default is None else default),)
 
 
 def needs_model(cfg: RewardSourceConfig, default: str | None) -> bool:
     """True if a reward model has to be loaded; `default` as in `terms_of`."""
     return any(term.source == MODEL for term in terms_of(cfg, default))
+
+
+def judge_fields(template: str) -> list[str]:
+    """Return the names in braces of a judge's prompt, each once.
+
+    Raises:
+        ValueError: a brace is not closed, or a field is more than a name.
+    """
+    fields: dict[str, None] = {}
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is not None:
+            if not name.isidentifier() or spec or conversion:
+                raise ValueError(f"the field {{{name}}} is not a name")
+            fields[name] = None
+    return list(fields)
+
+
+def uses_judge(cfg: RewardSourceConfig) -> TypeGuard[JudgeOptionsConfig]:
+    """True if a server scores."""
+    return isinstance(cfg, JudgeOptionsConfig) and any(term.source == JUDGE for term in terms_of(cfg, None))
 
 
 def is_users_own(source: str) -> bool:

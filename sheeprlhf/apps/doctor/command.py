@@ -18,6 +18,7 @@ from sheeprlhf.config.path_checks import data_is_here, model_folder
 from sheeprlhf.config.shell import command
 from sheeprlhf.security.redaction import plain_text, redact_command, redact_text
 from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.structure.reward import uses_judge
 from sheeprlhf.structure.run import DoctorConfig
 from sheeprlhf.utils.errors import ModelError, SheepError
 from sheeprlhf.utils.hardware import available_memory
@@ -146,6 +147,7 @@ def _weights(config: DoctorConfig) -> Iterator[Finding]:
 def _options(config: DoctorConfig) -> Iterator[Finding]:
     """Check that the model's architecture and tokenizer allow the options of the task, as a run does first."""
     from sheeprlhf.model.locate import locate
+    from sheeprlhf.reward.judge import check_server
     from sheeprlhf.task.weight_checks import check_options
 
     try:
@@ -153,6 +155,12 @@ def _options(config: DoctorConfig) -> Iterator[Finding]:
             check_options(config)
     except SheepError as error:
         yield Finding("problem", "options", str(error))
+    if uses_judge(config.reward):
+        try:
+            check_server(config.reward)
+            yield Finding("ok", "judge", f"{config.reward.url} answers")
+        except SheepError as error:
+            yield Finding("problem", "judge", str(error))
 
 
 def _model(config: DoctorConfig, size: "ModelSize | None", room: int | None) -> Iterator[Finding]:

@@ -87,7 +87,7 @@ class Judge:
         )
         # Rank zero alone asks the user's functions, which may answer the same question differently.
         asked = scorer.raw(answers.texts) if self._fabric.is_global_zero else RawScores([], {})
-        total, _ = self._fabric.broadcast(asked)
+        total = self._fabric.broadcast(asked).total
         return np.array(scorer.shape(total, answers.texts), dtype=np.float64)
 
     def trust(self) -> RewardModelAccuracy | None:

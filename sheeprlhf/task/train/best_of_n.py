@@ -25,7 +25,7 @@ from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.run import STOP_SIGNALS, Run, open_run
 from sheeprlhf.engine.rundir import mark_finished
 from sheeprlhf.reward.call import Texts
-from sheeprlhf.rollout.rollout import Rollout, check_sampler, kl_bound
+from sheeprlhf.rollout.rollout import JUDGE_FAILURES, Rollout, check_sampler, kl_bound
 from sheeprlhf.security.json_records import parse_json
 from sheeprlhf.security.record_schemas import BEST_ROW
 from sheeprlhf.structure.rollout import BestOfNConfig
@@ -238,6 +238,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             found = {"best/first": stats.first, "best/scores": stats.best, "best/kept": kept}
             scores = f"score {stats.first:.3f}, best {stats.best:.3f}"
             run.show_progress(state, len(todo), scores, sum(rollout.response_lengths))
+            found |= {name: value for name, value in collect.metrics.items() if name == JUDGE_FAILURES}
             run.log(found | run.usage(), state.step)
             signum = run.stop_signal()
             if signum in STOP_SIGNALS and state.step < len(todo):

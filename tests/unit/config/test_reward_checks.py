@@ -54,7 +54,7 @@ def problems(cfg: RewardSourceConfig) -> list[str]:
 
 
 def test_every_choice_is_there_and_comes_back_from_a_saved_file():
-    assert list(choices("reward")) == ["auto", "model", "function", "list"]
+    assert set(choices("reward")) == {"auto", "model", "function", "judge", "list"}
     cfg = from_dict("reward", {"config_name": "list", "terms": ["model", "0.5*length"], "target_length": 3})
     assert cfg == from_dict("reward", config_to_dict(cfg)) and hash(cfg) and cfg.terms == ("model", "0.5*length")
     assert problems(cfg) == problems(AutoRewardConfig()) == problems(ModelRewardConfig()) == []

@@ -1,0 +1,278 @@
+"""Scores by a language model at an OpenAI-compatible server: prompts, requests with retries, and numbers in answers.
+
+Each request holds the filled `reward.judge_prompt`, the model's name and the sampling options, and nothing else. The
+key is read from the environment for each call; no message and no file contains it.
+"""
+
+import asyncio
+import inspect
+import math
+import os
+import re
+import sys
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from tqdm import tqdm
+
+from sheeprlhf.config.option_checks import nearest
+from sheeprlhf.security.redaction import HIDDEN, plain_text
+from sheeprlhf.structure.reward import JUDGE_CALLS, JUDGE_TIMEOUT, JudgeOptionsConfig, judge_fields
+from sheeprlhf.utils.errors import ConfigError, RewardError
+
+_TRANSIENT = (408, 425, 429)  # and 500 to 599
+_MISCONFIGURED = (401, 403, 404, 405)  # no request will succeed
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a retry, doubled each time
+_SECONDS_OF_CHECK = 4.0
+_MAX_ANSWER_BYTES = 1 << 20
+_SHOWN = 200  # characters of a server's message
+
+
+class _FailedRequestError(Exception):
+    """A request without a score, after its retries; the message is the reason."""
+
+
+class Judge:
+    """A reward function that asks a server. Its parameters are the fields of the prompt template.
+
+    Args:
+        cfg: valid; has the server and its options.
+
+    Attributes:
+        failures: responses of the newest call that got `reward.judge_failure_score`.
+    """
+
+    def __init__(self, cfg: JudgeOptionsConfig) -> None:
+        assert cfg.url is not None
+        self._cfg, self.failures = cfg, 0
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        columns = [name for name in judge_fields(cfg.judge_prompt) if name not in ("prompt", "response")]
+        self.__signature__ = inspect.Signature(
+            [inspect.Parameter(name, keyword) for name in ("prompts", "responses", *columns)]
+        )
+
+    def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> list[float]:
+        """Return a score for each response; the requests are concurrent, the order is that of the responses.
+
+        Raises:
+            RewardError: a request has failed and there is no `reward.judge_failure_score`, or all have.
+        """
+        fields = [
+            {"prompt": prompt, "response": response} | {name: values[row] for name, values in columns.items()}
+            for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        ]
+        results = asyncio.run(self._scores([self._cfg.judge_prompt.format(**one) for one in fields]))
+        failed = [(row, result) for row, result in enumerate(results) if isinstance(result, _FailedRequestError)]
+        self.failures = len(failed)
+        fallback = self._cfg.judge_failure_score
+        if failed:
+            row, reason = failed[0]
+            problem = f"the judge at {self._cfg.url} gave no score for response {row + 1} of {len(results)}: {reason}"
+            if fallback is None or len(failed) == len(results):
+                fix = "; reward.judge_failure_score=<number> scores such responses instead" if fallback is None else ""
+                raise RewardError(f"{problem}{fix}")
+            count = f"{len(failed)} of {len(results)} responses get reward.judge_failure_score={fallback:g}"
+            tqdm.write(plain_text(f"warning: {count}: {problem}"), file=sys.stderr)
+        return [result if isinstance(result, float) else float(fallback or 0.0) for result in results]
+
+    async def _scores(self, questions: list[str]) -> list[float | _FailedRequestError]:
+        """Ask all questions, at most `reward.num_workers` at a time; without a fallback the first failure ends it."""
+        limit = asyncio.Semaphore(self._cfg.num_workers or JUDGE_CALLS)
+
+        async def ask(client: httpx.AsyncClient, question: str) -> float | _FailedRequestError | RewardError:
+            async with limit:
+                try:
+                    return await self._score(client, question)
+                except (_FailedRequestError, RewardError) as error:
+                    return error
+
+        async with _client(self._cfg) as client:
+            tasks = [asyncio.ensure_future(ask(client, question)) for question in questions]
+            results: list[float | _FailedRequestError] = []
+            try:
+                for task in tasks:
+                    result = await task
+                    if isinstance(result, RewardError):
+                        raise result
+                    results.append(result)
+                    if isinstance(result, _FailedRequestError) and self._cfg.judge_failure_score is None:
+                        return [*results, *[0.0] * (len(tasks) - len(results))]
+                return results
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _score(self, client: httpx.AsyncClient, question: str) -> float:
+        """Ask one question.
+
+        Raises:
+            _FailedRequestError: no answer after all retries, or no score in it.
+            RewardError: the server rejects every request.
+        """
+        cfg, reason, wait = self._cfg, "", 0.0
+        body = {
+            "model": cfg.judge_model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": cfg.judge_max_tokens,
+        }
+        for attempt in range(cfg.judge_retries + 1):
+            if attempt:
+                await asyncio.sleep(max(wait, min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT)))
+            try:
+                async with asyncio.timeout(cfg.timeout or JUDGE_TIMEOUT):
+                    status, headers, content = await _post(client, f"{_base(cfg)}/chat/completions", body)
+            except TimeoutError:
+                reason = f"no answer within reward.timeout={cfg.timeout or JUDGE_TIMEOUT:g} s"
+                continue
+            except httpx.TransportError as error:
+                reason = _describe(error)
+                continue
+            if status == 200:
+                try:
+                    return parse_score(_message(content), cfg)
+                except KeyError as error:  # malformed: another answer may be better
+                    reason = str(error.args[0])
+                    continue
+                except ValueError as error:
+                    raise _FailedRequestError(str(error)) from None
+            reason = f"the server answered {status}: {self._shown(content)}"
+            if status in _MISCONFIGURED or 300 <= status < 400:
+                raise RewardError(f"the judge at {cfg.url}: {reason}; {_advice(cfg, status)}")
+            if status not in _TRANSIENT and status < 500:
+                raise _FailedRequestError(reason)
+            wait = _retry_after(headers)
+        raise _FailedRequestError(f"{reason} ({cfg.judge_retries + 1} attempts)")
+
+    def _shown(self, content: bytes) -> str:
+        """Return the beginning of a server's message, without the key if it repeats it."""
+        text = " ".join(plain_text(content[: 4 * _SHOWN].decode(errors="replace")).split())
+        key = _key(self._cfg)
+        return (text.replace(key, HIDDEN) if key else text)[:_SHOWN] or "nothing"
+
+
+def parse_score(answer: str, cfg: JudgeOptionsConfig) -> float:
+    """Return the number that `reward.judge_pattern` finds behind the reasoning of an answer.
+
+    Raises:
+        ValueError: there is none, several different ones, or one outside of `reward.judge_range`.
+    """
+    text = answer.rpartition("</think>")[2]
+    found = {match[match.re.groups] for match in re.finditer(cfg.judge_pattern, text)}
+    shown = repr(" ".join(plain_text(text).split())[-_SHOWN:])
+    try:
+        scores = {float(number) for number in found}
+    except (TypeError, ValueError):
+        raise ValueError(f"reward.judge_pattern finds {sorted(map(str, found))[:3]} in {shown}, not a number") from None
+    if len(scores) != 1:
+        raise ValueError(f"reward.judge_pattern finds {len(scores) or 'no'} numbers in {shown} instead of one")
+    score, (low, high) = scores.pop(), cfg.judge_range
+    if not math.isfinite(score) or not low <= score <= high:
+        raise ValueError(f"{score:g} is outside of reward.judge_range=[{low:g},{high:g}]")
+    return score
+
+
+def check_server(cfg: JudgeOptionsConfig) -> None:
+    """Check before a model is loaded that the server answers, accepts the key and has the model. Sends no text.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    try:
+        status, content = asyncio.run(_list_models(cfg))
+    except (TimeoutError, httpx.TransportError) as error:
+        reason = _describe(error) if isinstance(error, httpx.TransportError) else f"in {_SECONDS_OF_CHECK:g} s"
+        raise ConfigError(
+            f"reward.url={cfg.url}: no server answers ({reason}): start it, or correct the address"
+        ) from None
+    if status in (401, 403) or 300 <= status < 400 or status >= 500:
+        raise ConfigError(f"reward.url={cfg.url}: the server answered {status}: {_advice(cfg, status)}")
+    try:
+        names = [str(model["id"]) for model in _json(content)["data"]] if status == 200 else []
+    except (KeyError, TypeError):
+        return  # a server without a list of its models
+    if names and cfg.judge_model not in names:
+        near = nearest(str(cfg.judge_model), names) or names[0]
+        raise ConfigError(
+            f"reward.judge_model={cfg.judge_model}: the server at {cfg.url} has no such model: did you mean "
+            f"reward.judge_model={plain_text(near)[:_SHOWN]}?"
+        )
+
+
+async def _list_models(cfg: JudgeOptionsConfig) -> tuple[int, bytes]:
+    address = f"{_base(cfg)}/models"
+    async with asyncio.timeout(_SECONDS_OF_CHECK), _client(cfg) as client, client.stream("GET", address) as response:
+        return response.status_code, await _content(response)
+
+
+def _client(cfg: JudgeOptionsConfig) -> httpx.AsyncClient:
+    """Return a client that follows no redirect, and uses no proxy to reach this machine."""
+    key, host = _key(cfg), urlsplit(str(cfg.url)).hostname
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    local = host in ("localhost", "127.0.0.1", "::1")
+    return httpx.AsyncClient(headers=headers, timeout=cfg.timeout or JUDGE_TIMEOUT, trust_env=not local)
+
+
+async def _post(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:
+    async with client.stream("POST", url, json=body) as response:
+        return response.status_code, response.headers, await _content(response)
+
+
+async def _content(response: httpx.Response) -> bytes:
+    """Return the body up to a limit."""
+    content = b""
+    async for part in response.aiter_bytes():
+        content += part
+        if len(content) > _MAX_ANSWER_BYTES:
+            break
+    return content[:_MAX_ANSWER_BYTES]
+
+
+def _message(content: bytes) -> str:
+    """Return the text of a chat completion.
+
+    Raises:
+        KeyError: it is malformed.
+    """
+    try:
+        text = _json(content)["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise KeyError("the answer is no chat completion")
+    return text
+
+
+def _json(content: bytes) -> Any:
+    try:
+        return httpx.Response(200, content=content).json()
+    except (ValueError, RecursionError):
+        return None
+
+
+def _retry_after(headers: httpx.Headers) -> float:
+    text = headers.get("retry-after", "")
+    return min(float(text), _LONGEST_WAIT) if text.isdecimal() else 0.0
+
+
+def _base(cfg: JudgeOptionsConfig) -> str:
+    return str(cfg.url).rstrip("/")
+
+
+def _key(cfg: JudgeOptionsConfig) -> str:
+    return os.environ.get(cfg.api_key_variable, "").strip() if cfg.api_key_variable else ""
+
+
+def _describe(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:_SHOWN]
+
+
+def _advice(cfg: JudgeOptionsConfig, status: int) -> str:
+    if status in (401, 403):
+        variable = cfg.api_key_variable
+        return f"check the key in {variable}" if variable else "give reward.api_key_variable=<environment variable>"
+    if status < 400:
+        return "give the address that it redirects to"
+    return "give the address up to /v1" if status < 500 else "start it again, or wait until it is ready"
