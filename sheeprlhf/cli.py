@@ -3,30 +3,24 @@
 import atexit
 import codecs
 import errno
-import functools
 import importlib
 import io
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sheeprlhf.apps.arguments import PLOT, ParsedArgs, parse_args, verb_problem
-from sheeprlhf.apps.help import PLAIN_VERBS, VERBS, print_overview, print_verb_help
-from sheeprlhf.apps.terminal import print_error
+from sheeprlhf.apps.arguments import PLAIN_VERBS, PLOT, VERBS, ParsedArgs, parse_args, verb_problem
 from sheeprlhf.utils.errors import ConfigError, Interrupted, MissingRanksError, SheepError
 from sheeprlhf.utils.launchers import (
     OWN_LAUNCHER,
     LauncherError,
-    check_alone,
     global_rank,
     is_rank_zero,
     leave_to_rank_zero,
@@ -38,14 +32,14 @@ from sheeprlhf.utils.processes import (
     ignore_interrupts,
     ignored,
     just_interrupted,
-    noted_stop,
     reliable_sigint,
 )
 from sheeprlhf.utils.quiet import silence_libraries
 from sheeprlhf.utils.streams import lasting, lost_output, open_closed_streams, outlives_reader
 
 if TYPE_CHECKING:
-    from sheeprlhf.config.compose import Source
+    from sheeprlhf.config.compose import Job
+    from sheeprlhf.launch import Finished
 
 _MODULES = {"chat": "serve.chat", "demo": "serve.demo", "export": "export.command", "report": "report.command"}
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
@@ -144,6 +138,8 @@ def _guarded(action: Callable[[], int], debug: bool, messages: list[str] | None 
                 return error.exit_code if isinstance(error, SheepError) else 1
         if debug:
             print(_shown(traceback.format_exc()), file=sys.stderr)
+        from sheeprlhf.apps.terminal import print_error
+
         message = _message(error, debug)
         print_error(message)
         if messages is not None:
@@ -203,6 +199,8 @@ def _dispatch(arguments: list[str]) -> int:
     except FileNotFoundError:
         raise ConfigError("the working directory has been removed: change to another one (cd <folder>)") from None
     if verb is None:
+        from sheeprlhf.apps.help import print_overview
+
         print_overview()
         return 0
     silence_libraries()
@@ -223,6 +221,8 @@ def _dispatch(arguments: list[str]) -> int:
     if name is not None:
         _check_config_name(name, directory)
     if "--help" in args.flags:
+        from sheeprlhf.apps.help import print_verb_help
+
         print_verb_help(verb, args.overrides, directory)
         return 0
     return _compose_and_launch(verb, args)
@@ -271,109 +271,34 @@ def _compose_and_launch(verb: str, args: ParsedArgs) -> int:
     options_of_hydra = [word for word in args.overrides if re.match(r"[+~]*hydra\b", word)]
     if not sweep and not shows and all(word.startswith("hydra.run.dir=") for word in options_of_hydra):
         job = compose_job(source, args.overrides)
-        from sheeprlhf.launch import launch
-
-        return _guarded(lambda: launch(verb, args, job).code, bool(getattr(job.config, "debug", False)))
+        return _run_job(verb, args, lambda: job, bool(getattr(job.config, "debug", False))).code
     if not shows or "--cfg" in shows:
         problems = check(source, args.overrides, multirun=sweep, complete=not shows)
         if problems:
             raise ConfigError(*problems)
-    if not sweep or shows:
-        return _with_hydra(source, args)
-    return _run_sweep(source, args)
+    from sheeprlhf.apps.sweep import HydraJobs, run_sweep
+
+    jobs = HydraJobs(source, args, _run_job)
+    return run_sweep(jobs) if sweep and not shows else jobs.run()
 
 
-def _run_sweep(source: "Source", args: ParsedArgs) -> int:
-    """Let Hydra run every job of a sweep; returns the exit code of the first that failed."""
-    from sheeprlhf.apps.sweep import Sweep, check_sweep_dir, sweep_code, sweep_parent, watched_sweep
+def _run_job(
+    verb: str,
+    args: ParsedArgs,
+    finish: Callable[[], "Job"],
+    debug: bool,
+    messages: list[str] | None = None,
+    *,
+    in_sweep: bool = False,
+) -> "Finished":
+    """Launch a job; an error, also of `finish`, which gives its configuration, becomes a message and an exit code."""
+    from sheeprlhf.launch import Finished, launch
 
-    check_alone("a sweep (-m)")
-    check_sweep_dir(args.overrides)
-    own_dir = "hydra.sweep.dir=" not in str(args)
-    parent = sweep_parent(args.overrides) if own_dir else None
-    sweep_dir = tempfile.mkdtemp(prefix=".sheeprlhf-" if parent else "sheeprlhf-", dir=parent) if own_dir else ""
-    watched, code, failed = Sweep(), 0, 0
-    try:
-        with watched_sweep(watched, source.verb):
-            code = _with_hydra(source, args, sweep_dir)
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-    finally:
-        failed = sweep_code(watched)
-        if failed and parent is not None:
-            print(f"the launcher's logs: {sweep_dir}", file=sys.stderr)
-        else:
-            shutil.rmtree(sweep_dir, ignore_errors=True)
-    if watched.problems:
-        raise ConfigError(*watched.problems)
-    return code if code > 128 else failed or code
-
-
-def _with_hydra(source: "Source", args: ParsedArgs, sweep_dir: str = "") -> int:
-    """Call `hydra.main`; returns the exit code of the first job that failed in this process.
-
-    Args:
-        source: where the configuration comes from.
-        args: the command line.
-        sweep_dir: an empty folder for the files that Hydra writes about a sweep.
-    """
-    from hydra import main as hydra_main
-
-    from sheeprlhf.config.compose import saved_overrides
-    from sheeprlhf.config.registry import register_configs
-    from sheeprlhf.config.renames import current_word
-    from sheeprlhf.config.untrusted_config import check_sources
-
-    codes: list[int] = []
-    arguments, sys.argv = sys.argv, [sys.argv[0], *args.flags, *map(current_word, args.overrides)]
-    try:
-        sys.argv += [f"hydra.sweep.dir={sweep_dir}"] if sweep_dir else []
-        register_configs()
-        check_sources()
-        sys.argv += saved_overrides(source.verb, args.overrides)
-        job = functools.partial(_hydra_job, source.verb, args, bool(sweep_dir), os.getpid(), codes)
-        hydra_main(config_path=str(source.directory), config_name=source.verb, version_base="1.3")(job)()
-    finally:
-        sys.argv = arguments
-    return next((code for code in codes if code), 0)
-
-
-def _hydra_job(verb: str, args: ParsedArgs, own_sweep_dir: bool, process: int, codes: list[int], composed: Any) -> Any:
-    """Run a job, called by Hydra: in this process, or in another one, where `codes` is a copy.
-
-    A signal ends the whole sweep: from another process, by the exit code in what is returned.
-    """
-    from hydra.core.hydra_config import HydraConfig
-
-    from sheeprlhf.apps.sweep import outcome
-    from sheeprlhf.config.compose import SAVED_CHOICE, finish
-    from sheeprlhf.launch import launch
-
-    hydra = HydraConfig.get()
-    run_dir: Path | None = None
-    sweep, given = "--multirun" in args.flags, hydra.run.dir
-    if sweep:
-        overrides = [word for word in hydra.overrides.task if not word.endswith(f"={SAVED_CHOICE}")]
-        args = args._replace(flags=[flag for flag in args.flags if flag != "--multirun"], overrides=overrides)
-        given = "." if own_sweep_dir else hydra.runtime.output_dir
-        print(f"job {hydra.job.num}: {' '.join(overrides)}")
-    if verb in ("train", "pipeline"):
-        composed.experiment = hydra.runtime.choices.get("experiment")
-    if verb == "train":
-        composed.run_name = f"{composed.run_name}_{hydra.job.num}" if sweep else composed.run_name
-    given_dir = None if given == "." else str(given)
-    messages: list[str] = []
+    output = None
 
     def start() -> int:
-        nonlocal run_dir
-        code, output = launch(verb, args, finish(composed, given_dir), in_sweep=sweep)
-        run_dir = output if verb == "train" else None
+        nonlocal output
+        code, output = launch(verb, args, finish(), in_sweep=in_sweep)
         return code
 
-    code = _guarded(start, bool(composed.debug), messages)
-    if sweep and not code and noted_stop():
-        code = 128 + noted_stop()
-    codes.append(code)
-    if code > 128 and os.getpid() == process:
-        raise SystemExit(code)
-    return outcome(code, "\n".join(messages), run_dir) if sweep else None
+    return Finished(_guarded(start, debug, messages), output)

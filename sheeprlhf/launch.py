@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.apps.arguments import ParsedArgs
-from sheeprlhf.apps.child_process import OUTPUT_FILE, children
 from sheeprlhf.config.compose import Job
-from sheeprlhf.config.memory_advice import advice
-from sheeprlhf.config.model_lookup import needs_base_model
 from sheeprlhf.config.processes import with_launched_processes
 from sheeprlhf.config.registry import config_hash
 from sheeprlhf.config.run_lookup import is_run_alias
@@ -36,6 +33,7 @@ from sheeprlhf.structure.reward import uses_judge
 from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, PipelineConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError, MissingRanksError, OutOfMemory, SheepError, UnsafePathError
 from sheeprlhf.utils.launchers import (
+    OUTPUT_FILE,
     OWN_LAUNCHER,
     check_alone,
     is_rank_zero,
@@ -113,6 +111,8 @@ def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> 
             check_inputs_exist(config)
         return Finished(_entry(config.entry_point)(config, args))
     if in_sweep and _needs_processes(config):
+        from sheeprlhf.apps.child_process import children
+
         with tempfile.TemporaryDirectory() as folder, children() as started:
             output = Path(folder, "output")
             code = started.run(_standalone_overrides(words, config, job.given_dir), output)
@@ -146,6 +146,8 @@ def _launch_here(config: TrainConfig | EvalConfig, given_dir: str | None) -> Pat
         with phase("the rest of the run"):
             result = _run_task(config, run_dir)
     except OutOfMemory as error:
+        from sheeprlhf.config.memory_advice import advice
+
         place = None if run_dir is None else str(run_dir)
         raise OutOfMemory(error.phase, error.facts, *advice(config, error.phase, place)) from error
     except Exception as error:
@@ -165,7 +167,11 @@ def _launch_here(config: TrainConfig | EvalConfig, given_dir: str | None) -> Pat
 def check_inputs_exist(config: TrainConfig | EvalConfig | InspectConfig) -> None:
     """Rank zero only: if model or data are not to be had, fail before a directory is made and torch is imported."""
     silence_libraries()
-    reads_model = not isinstance(config, EvalConfig) or needs_base_model(config)
+    reads_model = True
+    if isinstance(config, EvalConfig):
+        from sheeprlhf.config.model_lookup import needs_base_model
+
+        reads_model = needs_base_model(config)
     if config.model is not None and reads_model:
         found = locate(config.model)
         if found.note:

@@ -17,6 +17,21 @@ class Flag(NamedTuple):
     values: tuple[str, ...] = ()
 
 
+VERBS = {
+    "train": "Train a model: `train task=sft` works offline on a CPU.",
+    "eval": "Evaluate a run or model: `eval task=perplexity experiment_dir=<run>`.",
+    "inspect": "Look at the data as training sees it: `inspect data=summarization`.",
+    "pipeline": "All stages in one command: `pipeline experiment=quickstart`.",
+    "list": "What there is to choose, and past runs: `list models`, `list runs`.",
+    "show": "Every option of a choice, its default and meaning: `show model=opt`.",
+    "report": "Runs as one page to look at: `report <run> <run>`, `report <folder of runs>`.",
+    "doctor": "Check this machine, plan a run's memory: `doctor task=sft model=opt`.",
+    "fetch": "Get a model of the hub into the local cache.",
+    "chat": "Talk to a run or a model in the terminal: `chat <run>`.",
+    "demo": "The same in the browser, several runs side by side: `demo <run> <run>`.",
+    "export": "A run as a folder for plain transformers: `export <run> --to <folder>`.",
+}
+PLAIN_VERBS = ("list", "show", "report", "chat", "demo", "export")  # they take words; the others take options
 _INFO = ("config", "defaults", "defaults-tree", "plugins", "searchpath", "all")
 FLAGS = (
     Flag("--help", "-h", "", "This text; add choices, as in `train task=sft model=opt --help`, to see their options."),
@@ -135,7 +150,7 @@ def split_plain_words(verb: str, words: list[str]) -> tuple[list[str], bool]:
 def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
     """The sentence for a first word that is no command."""
     from sheeprlhf.config.option_checks import nearest
-    from sheeprlhf.config.overrides import choices_like
+    from sheeprlhf.config.option_search import choices_like
     from sheeprlhf.config.registry import choices
     from sheeprlhf.security.redaction import is_secret_name
 
@@ -158,7 +173,7 @@ def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
 def flag_problem(given: str, value: str, flags: Iterable[str]) -> str:
     """The sentence for a flag that does not exist; options, which others write as flags, have no dashes here."""
     from sheeprlhf.config.option_checks import nearest
-    from sheeprlhf.config.overrides import keys_like
+    from sheeprlhf.config.option_search import keys_like
     from sheeprlhf.config.registry import ROOTS, groups
 
     name = given.lstrip("-").replace("-", "_")

@@ -10,10 +10,9 @@ from pathlib import Path
 from types import FrameType
 
 import sheeprlhf
-from sheeprlhf.utils.launchers import child_environment
+from sheeprlhf.utils.launchers import OUTPUT_FILE, child_environment
 from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, die_with_parent, handled, watched_signals
 
-OUTPUT_FILE = "SHEEPRLHF_OUTPUT_FILE"  # variable: a file that gets the path of the job's output
 _PASSED = (*STOP_SIGNALS, SAVE_SIGNAL)
 
 

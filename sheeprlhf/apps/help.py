@@ -4,24 +4,9 @@ from typing import Any
 
 from rich.text import Text
 
-from sheeprlhf.apps.arguments import FLAGS, PLOT
+from sheeprlhf.apps.arguments import FLAGS, PLOT, VERBS
 from sheeprlhf.apps.terminal import Screen, columns, entry, heading, paragraph
 
-VERBS = {
-    "train": "Train a model: `train task=sft` works offline on a CPU.",
-    "eval": "Evaluate a run or model: `eval task=perplexity experiment_dir=<run>`.",
-    "inspect": "Look at the data as training sees it: `inspect data=summarization`.",
-    "pipeline": "All stages in one command: `pipeline experiment=quickstart`.",
-    "list": "What there is to choose, and past runs: `list models`, `list runs`.",
-    "show": "Every option of a choice, its default and meaning: `show model=opt`.",
-    "report": "Runs as one page to look at: `report <run> <run>`, `report <folder of runs>`.",
-    "doctor": "Check this machine, plan a run's memory: `doctor task=sft model=opt`.",
-    "fetch": "Get a model of the hub into the local cache.",
-    "chat": "Talk to a run or a model in the terminal: `chat <run>`.",
-    "demo": "The same in the browser, several runs side by side: `demo <run> <run>`.",
-    "export": "A run as a folder for plain transformers: `export <run> --to <folder>`.",
-}
-PLAIN_VERBS = ("list", "show", "report", "chat", "demo", "export")  # they take words; the others take options
 _FACTS = (
     r"\[[^\[\]]*(\[[^\[\]]*\])?\](?=$|\s+One of)"  # of an option: type, unit and default, at the end of its meaning
 )

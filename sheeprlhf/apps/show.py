@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from rich.text import Text
 
-from sheeprlhf.apps.arguments import split_plain_words
+from sheeprlhf.apps.arguments import PLAIN_VERBS, VERBS, split_plain_words
 from sheeprlhf.apps.describe import (
     allowed,
     choices_of,
@@ -17,10 +17,9 @@ from sheeprlhf.apps.describe import (
     shown,
     stages_of_recipe,
 )
-from sheeprlhf.apps.help import PLAIN_VERBS, VERBS
 from sheeprlhf.apps.terminal import Screen, clean, entry, heading, paragraph
 from sheeprlhf.config.option_checks import nearest
-from sheeprlhf.config.overrides import Entry, catalogue, choices_like
+from sheeprlhf.config.option_search import Entry, catalogue, choices_like
 from sheeprlhf.config.registry import ROOTS, Option, choices, groups, options
 from sheeprlhf.config.run_lookup import NEWEST, START, TASKS
 from sheeprlhf.utils.errors import ConfigError

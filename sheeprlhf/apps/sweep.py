@@ -1,14 +1,19 @@
 """Sweeps: the outcome of each job, whichever launcher ran it and wherever, and the number that a sweeper optimises."""
 
+import functools
 import math
 import os
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from hydra import main as hydra_main
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import CompactHydraException
@@ -17,16 +22,22 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 import sheeprlhf
+from sheeprlhf.apps.arguments import ParsedArgs
+from sheeprlhf.config.compose import SAVED_CHOICE, Source, finish, saved_overrides
 from sheeprlhf.config.overrides import readable
-from sheeprlhf.config.registry import choices
+from sheeprlhf.config.registry import choices, register_configs
+from sheeprlhf.config.renames import current_word
 from sheeprlhf.config.run_lookup import read_run
+from sheeprlhf.config.untrusted_config import check_sources
 from sheeprlhf.security.redaction import redact_command
 from sheeprlhf.structure.option import Config
 from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.utils.errors import UnsafePathError
+from sheeprlhf.utils.errors import ConfigError, UnsafePathError
 from sheeprlhf.utils.home import known_home
+from sheeprlhf.utils.launchers import check_alone
 from sheeprlhf.utils.output import link_problems
+from sheeprlhf.utils.processes import noted_stop
 
 _HERE = ("basic", "joblib")  # launchers whose jobs run on this machine and print here
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -216,3 +227,90 @@ def sweep_code(sweep: Sweep) -> int:
         for line in of_job.text.splitlines():
             print(f"    {line}", file=sys.stderr)
     return next((of_job.code for _, of_job in failed.values()), 0)
+
+
+class HydraJobs(NamedTuple):
+    """Jobs that Hydra composes and starts: those of a sweep, or what one of Hydra's own flags asks for.
+
+    Attributes:
+        source: where the configuration comes from.
+        args: the command line.
+        launch: runs one job and reports its errors: (verb, args, finish, debug, messages, in_sweep) -> `Finished`.
+    """
+
+    source: Source
+    args: ParsedArgs
+    launch: Callable[..., tuple[int, Path | None]]
+
+    def run(self, sweep_dir: str = "") -> int:
+        """Call `hydra.main`; returns the exit code of the first job that failed in this process.
+
+        Args:
+            sweep_dir: an empty folder for the files that Hydra writes about a sweep.
+        """
+        source, args, codes = self.source, self.args, list[int]()
+        arguments, sys.argv = sys.argv, [sys.argv[0], *args.flags, *map(current_word, args.overrides)]
+        try:
+            sys.argv += [f"hydra.sweep.dir={sweep_dir}"] if sweep_dir else []
+            register_configs()
+            check_sources()
+            sys.argv += saved_overrides(source.verb, args.overrides)
+            job = functools.partial(_run_composed, self, bool(sweep_dir), os.getpid(), codes)
+            hydra_main(config_path=str(source.directory), config_name=source.verb, version_base="1.3")(job)()
+        finally:
+            sys.argv = arguments
+        return next((code for code in codes if code), 0)
+
+
+def _run_composed(jobs: HydraJobs, own_sweep_dir: bool, process: int, codes: list[int], composed: Any) -> Any:
+    """Run a job, called by Hydra: in this process, or in another one, where `codes` is a copy.
+
+    A signal ends the whole sweep: from another process, by the exit code in what is returned.
+    """
+    verb, args, hydra = jobs.source.verb, jobs.args, HydraConfig.get()
+    sweep, given = "--multirun" in args.flags, hydra.run.dir
+    if sweep:
+        overrides = [word for word in hydra.overrides.task if not word.endswith(f"={SAVED_CHOICE}")]
+        args = args._replace(flags=[flag for flag in args.flags if flag != "--multirun"], overrides=overrides)
+        given = "." if own_sweep_dir else hydra.runtime.output_dir
+        print(f"job {hydra.job.num}: {' '.join(overrides)}")
+    if verb in ("train", "pipeline"):
+        composed.experiment = hydra.runtime.choices.get("experiment")
+    if verb == "train":
+        composed.run_name = f"{composed.run_name}_{hydra.job.num}" if sweep else composed.run_name
+    given_dir = None if given == "." else str(given)
+    messages: list[str] = []
+    code, output = jobs.launch(
+        verb, args, lambda: finish(composed, given_dir), bool(composed.debug), messages, in_sweep=sweep
+    )
+    if sweep and not code and noted_stop():
+        code = 128 + noted_stop()
+    codes.append(code)
+    if code > 128 and os.getpid() == process:
+        raise SystemExit(code)
+    return outcome(code, "\n".join(messages), output if verb == "train" else None) if sweep else None
+
+
+def run_sweep(jobs: HydraJobs) -> int:
+    """Let Hydra run every job of a sweep; returns the exit code of the first that failed."""
+    overrides = jobs.args.overrides
+    check_alone("a sweep (-m)")
+    check_sweep_dir(overrides)
+    own_dir = "hydra.sweep.dir=" not in str(jobs.args)
+    parent = sweep_parent(overrides) if own_dir else None
+    sweep_dir = tempfile.mkdtemp(prefix=".sheeprlhf-" if parent else "sheeprlhf-", dir=parent) if own_dir else ""
+    watched, code, failed = Sweep(), 0, 0
+    try:
+        with watched_sweep(watched, jobs.source.verb):
+            code = jobs.run(sweep_dir)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    finally:
+        failed = sweep_code(watched)
+        if failed and parent is not None:
+            print(f"the launcher's logs: {sweep_dir}", file=sys.stderr)
+        else:
+            shutil.rmtree(sweep_dir, ignore_errors=True)
+    if watched.problems:
+        raise ConfigError(*watched.problems)
+    return code if code > 128 else failed or code

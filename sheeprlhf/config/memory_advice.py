@@ -1,6 +1,5 @@
 """Advice on options that reduce memory, with their next values. Pure functions of the configuration."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,15 +26,6 @@ def words(change: Change) -> str:
     """A change as it is typed."""
     spelled = {key: str(value).lower() if isinstance(value, bool) else value for key, value in change.items()}
     return " ".join(f"{key}={value}" for key, value in spelled.items())
-
-
-def replace_options(config: Any, change: Change) -> Any:
-    """A copy of the configuration with the change made."""
-    for key, value in change.items():
-        first, _, rest = key.partition(".")
-        new = replace_options(getattr(config, first), {rest: value}) if rest else value
-        config = dataclasses.replace(config, **{first: new})
-    return config
 
 
 def advice(config: TrainConfig | EvalConfig, phase: str, place: str | None) -> Iterator[str]:

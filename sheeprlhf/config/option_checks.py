@@ -29,6 +29,31 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
     return by_folded[matches[0]] if matches else None
 
 
+def did_you_mean(word: str, candidates: Iterable[str], otherwise: str, *, key: str = "", end: str = "") -> str:
+    """A question about the candidate most like `word`, and the beginning of the next sentence.
+
+    Args:
+        word: as it was given.
+        candidates: what it may be.
+        otherwise: begins the next sentence, or this one if nothing is alike.
+        key: stands before the candidate.
+        end: stands behind the candidate.
+    """
+    near = nearest(word, candidates)
+    return f"did you mean {key}{near}{end}? {otherwise.capitalize()}" if near else otherwise
+
+
+def unread(given: str, reader: str, instead: str = "") -> str:
+    """The sentence for an option that another choice leaves without effect.
+
+    Args:
+        given: the option with its value.
+        reader: the choice that does not read it.
+        instead: a choice that reads it.
+    """
+    return f"{given} is not read by {reader}: remove it" + (f", or give {instead}" if instead else "")
+
+
 def near_path(path: str) -> str | None:
     """The path of an existing neighbour whose name is most like that of `path`; None if nothing is alike."""
     wrong = Path(path)
@@ -48,8 +73,7 @@ def option_problems(option: Option) -> Iterator[str]:
     if isinstance(value, str) and is_secret_value(value):
         yield f"{key}: the value looks like a credential; put it into the environment (HF_TOKEN) and remove it here"
     if isinstance(value, str) and metadata.get("choices") and not _is_choice(value, metadata["choices"]):
-        near = nearest(value, metadata["choices"])
-        did = f"did you mean {key}={near}? It" if near else "it"
+        did = did_you_mean(value, metadata["choices"], "it", key=f"{key}=")
         yield f"{key}={value} is not a choice: {did} may be {', '.join(metadata['choices'])}"
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int | float) and not isinstance(number, bool):

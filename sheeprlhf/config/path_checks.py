@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sheeprlhf.config.memory_advice import replace_options
 from sheeprlhf.config.option_checks import near_path
-from sheeprlhf.config.registry import options
+from sheeprlhf.config.registry import options, replace_options
 from sheeprlhf.config.shell import shell_word
 from sheeprlhf.security.files import real_file
-from sheeprlhf.security.model_folder import PICKLED, WEIGHTS_FILES, merge_advice
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from sheeprlhf.structure.run import RootConfig
 from sheeprlhf.utils.chat_templates import OPTION as TEMPLATE_OPTION
@@ -111,10 +109,14 @@ def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
         return None
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
+            from sheeprlhf.security.model_folder import merge_advice
+
             return f"{given}: {merge_advice(folder)}"
         return f"{given}: this folder has no config.json; give one in the hub's layout"
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return f"{given}: this folder has no tokenizer ({_TOKENIZER_FILES[0]}): copy the model's into it"
+    from sheeprlhf.security.model_folder import PICKLED, WEIGHTS_FILES
+
     if weights and not any((folder / file).is_file() for file in WEIGHTS_FILES):
         return (
             f"{given}: this folder has no weights, neither {WEIGHTS_FILES[0]} nor {PICKLED}, in one file or in shards "
@@ -140,7 +142,7 @@ def template_problem(choice: str, *, key: str = TEMPLATE_OPTION) -> str | None:
     if not choice.endswith(TEMPLATE_SUFFIX):
         return f"{key}={choice} has an unknown ending: give a file that ends in {TEMPLATE_SUFFIX}"
     if not os.path.isfile(path):
-        did = did_you_mean(key, path)
+        did = near_file(key, path)
         return f"{key}={choice} is not a file: {did}give the path of an existing one (from {Path.cwd()})"
     if not os.access(path, os.R_OK):
         return f"{key}={choice} cannot be read: change its permissions or give another file"
@@ -288,7 +290,7 @@ def _fixed_parts(parts: Sequence[str]) -> Iterator[str]:
 
 def _file_problem(key: str, name: str, file: Path) -> str | None:
     """Problem of one file."""
-    did = did_you_mean(key, str(file))
+    did = near_file(key, str(file))
     parts = name.split(",")
     if not os.path.lexists(file) and len(parts) > 1 and all(expand_home(part).exists() for part in parts):
         return f"{key}={name} is not a file: give a list, {shell_word(key, parts)}"
@@ -307,7 +309,7 @@ def _file_problem(key: str, name: str, file: Path) -> str | None:
     return None
 
 
-def did_you_mean(key: str, file: str) -> str:
+def near_file(key: str, file: str) -> str:
     """The beginning of a message about a missing file that has a near name; empty if none has."""
     near = None if os.path.lexists(file) else near_path(file)
     return f"did you mean {key}={near}? Else " if near else ""

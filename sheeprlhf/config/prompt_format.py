@@ -13,7 +13,6 @@ from yaml import YAMLError, safe_load
 from sheeprlhf.security.files import read_small
 from sheeprlhf.utils.errors import ConfigError, ModelError
 from sheeprlhf.utils.output import write_file
-from sheeprlhf.utils.rendering import set_stored_arguments
 
 FILE = "sheeprlhf.json"
 _MAX_BYTES = 1 << 20
@@ -47,6 +46,8 @@ def read_prompt_form(folder: Path, tokenizer: Any) -> None:
         raise ModelError(f"{folder / FILE} cannot be read ({type(error).__name__}): remove it") from error
     for problem in template_arg_problems(template_args, "template_args"):
         raise ModelError(f"{folder / FILE}: {problem}, or remove the file")
+    from sheeprlhf.utils.rendering import set_stored_arguments
+
     set_stored_arguments(tokenizer, template_args or {})
     setattr(tokenizer, _FORM, form if isinstance(form, str) else "")
 

@@ -211,6 +211,15 @@ def apply_dry_run(config: TrainConfig | EvalConfig) -> TrainConfig | EvalConfig:
     return replace(config, data=data or config.data, generation=generation, task=task, reward=reward)
 
 
+def replace_options(config: Any, change: dict[str, Any]) -> Any:
+    """A copy of the configuration with the change made."""
+    for key, value in change.items():
+        first, _, rest = key.partition(".")
+        new = replace_options(getattr(config, first), {rest: value}) if rest else value
+        config = dataclasses.replace(config, **{first: new})
+    return config
+
+
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain dicts, lists and scalars, as saved in `config.yaml`."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(cast(Any, config))}

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
-from sheeprlhf.config.memory_advice import replace_options
 from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.config.path_checks import is_template_file, is_weights_name, weights_problems
-from sheeprlhf.config.registry import choices, config_hash, from_dict
+from sheeprlhf.config.registry import choices, config_hash, from_dict, replace_options
 from sheeprlhf.config.renames import rename_keys
 from sheeprlhf.config.shell import changed_words, command, option_word
 from sheeprlhf.security.json_records import LATEST, load_json

@@ -1,69 +1,29 @@
 """Check a whole configuration before anything heavy starts: every problem at once, as key, value and fix."""
 
 import ast
-import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sheeprlhf.config.model_lookup import needs_base_model
-from sheeprlhf.config.option_checks import near_path, nearest, option_problems
-from sheeprlhf.config.path_checks import (
-    data_file_problems,
-    is_hub_id,
-    is_weights_name,
-    model_problem,
-    new_folder_problems,
-    template_problem,
-    weights_problems,
-)
+from sheeprlhf.config.option_checks import did_you_mean, near_path, option_problems, unread
+from sheeprlhf.config.path_checks import data_file_problems, model_problem, new_folder_problems, template_problem
 from sheeprlhf.config.prompt_format import template_arg_problems
-from sheeprlhf.config.registry import choices, config_to_dict, options
-from sheeprlhf.config.run_lookup import (
-    is_run_alias,
-    read_run_config,
-    saved_group,
-    scores_by_run,
-    start_problems,
-    task_of_run,
-)
-from sheeprlhf.config.shell import shell_word
-from sheeprlhf.security.model_folder import merge_advice
-from sheeprlhf.security.user_code import find_module, hidden_by_installed, names_of, parse_path
+from sheeprlhf.config.registry import choices, options
+from sheeprlhf.config.run_lookup import is_run_alias, scores_by_run, start_problems
 from sheeprlhf.structure.data import DataConfig, LayoutDataConfig, LocalDataConfig
-from sheeprlhf.structure.evaluation import REFERENCES, START, EvalTaskConfig, FrontierConfig, RewardConfig
+from sheeprlhf.structure.evaluation import EvalTaskConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamWConfig, OptimizerConfig, SGDConfig
-from sheeprlhf.structure.reward import (
-    BUILTINS,
-    JUDGE,
-    MODEL,
-    AutoRewardConfig,
-    BuiltinOptionsConfig,
-    CallOptionsConfig,
-    FunctionRewardConfig,
-    JudgeOptionsConfig,
-    JudgeRewardConfig,
-    ListRewardConfig,
-    ModelRewardConfig,
-    RewardSourceConfig,
-    Term,
-    is_users_own,
-    judge_fields,
-    parse_term,
-)
+from sheeprlhf.structure.reward import AutoRewardConfig, RewardSourceConfig
 from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.run import EvalConfig, FetchConfig, InspectConfig, RootConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, SFTConfig, TrainTaskConfig
-from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.hardware import cuda_problem, missing_modules
-from sheeprlhf.utils.home import cache_place, expand_home
-from sheeprlhf.utils.output import link_problems
+from sheeprlhf.utils.hardware import cuda_problem
+from sheeprlhf.utils.home import cache_place
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -83,8 +43,10 @@ def _problems(config: RootConfig) -> Iterator[str]:
             yield from problems(getattr(config, group))
     yield from _repo_problems(config)
     if isinstance(config, TrainConfig):
-        yield from train_problems(config)
+        yield from _train_problems(config)
     elif isinstance(config, EvalConfig):
+        from sheeprlhf.config.eval_checks import eval_problems
+
         yield from eval_problems(config)
     elif isinstance(config, InspectConfig):
         yield from new_folder_problems("output_dir", config.output_dir)
@@ -102,20 +64,23 @@ def _cache_problems(key: str, cache_dir: str | None) -> Iterator[str]:
 
 def _repo_problems(config: RootConfig) -> Iterator[str]:
     model: ModelConfig | None = getattr(config, "model", None)
-    if model is not None:
-        if isinstance(config, EvalConfig) and not needs_base_model(config):
+    of_run = ""
+    if isinstance(config, EvalConfig):
+        from sheeprlhf.config.model_lookup import needs_base_model
+
+        if not needs_base_model(config):
             return
-        from_run = isinstance(config, EvalConfig) and config.experiment_dir is not None
-        reads_weights = isinstance(config, TrainConfig | EvalConfig) and not from_run
-        problem = model_problem(model.repo_name, weights=reads_weights and not model.random_init)
-        if problem and isinstance(config, EvalConfig) and from_run:
-            problem += f" (task={config.task.config_name} reads the model that the run was trained from)"
-        if problem:
-            yield problem
-        if model.chat_template is not None:
-            problem = template_problem(model.chat_template)
-            if problem:
-                yield problem
+        if config.experiment_dir is not None:
+            of_run = f" (task={config.task.config_name} reads the model that the run was trained from)"
+    if model is None:
+        return
+    reads_weights = isinstance(config, TrainConfig | EvalConfig) and not of_run
+    problem = model_problem(model.repo_name, weights=reads_weights and not model.random_init)
+    if problem:
+        yield problem + of_run
+    problem = None if model.chat_template is None else template_problem(model.chat_template)
+    if problem:
+        yield problem
 
 
 def _name_problems(group: str, config: Any) -> Iterator[str]:
@@ -321,22 +286,16 @@ def _optim_problems(optim: OptimizerConfig) -> Iterator[str]:
         yield f"optim.betas={list(betas)} must be two numbers in [0, 1): give for example optim.betas=[0.9,0.999]"
 
 
-def task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
+def _task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
     """Options that were set and that nothing would read, or that exclude each other."""
     if isinstance(task, TrainTaskConfig) and task.config_name != BestOfNConfig.config_name:
         yield from _training_problems(task)
     if isinstance(task, DPOConfig):
-        smoothed = ("sigmoid", "robust")
-        if task.label_smoothing > 0 and task.loss_type not in smoothed:
-            yield (
-                f"task.label_smoothing={task.label_smoothing} is not read by task.loss_type={task.loss_type}: "
-                f"remove it, or give task.loss_type={' or '.join(smoothed)}"
-            )
+        loss = f"task.loss_type={task.loss_type}"
+        if task.label_smoothing > 0 and task.loss_type not in ("sigmoid", "robust"):
+            yield unread(f"task.label_smoothing={task.label_smoothing}", loss, "task.loss_type=sigmoid or robust")
         if task.simpo_gamma != DPOConfig.simpo_gamma and task.loss_type != "simpo":
-            yield (
-                f"task.simpo_gamma={task.simpo_gamma} is not read by task.loss_type={task.loss_type}: "
-                "remove it, or give task.loss_type=simpo"
-            )
+            yield unread(f"task.simpo_gamma={task.simpo_gamma}", loss, "task.loss_type=simpo")
 
 
 def _training_problems(task: TrainTaskConfig) -> Iterator[str]:
@@ -349,31 +308,26 @@ def _training_problems(task: TrainTaskConfig) -> Iterator[str]:
     if metric is None:
         for name in ("early_stopping_patience", "early_stopping_direction"):
             if getattr(task, name) != getattr(TrainTaskConfig, name):
-                yield (
-                    f"task.{name}={getattr(task, name)} is not read without task.early_stopping_metric: remove it, or "
-                    f"give for example task.early_stopping_metric={task.val_metrics[0]}"
-                )
+                instead = f"for example task.early_stopping_metric={task.val_metrics[0]}"
+                yield unread(f"task.{name}={getattr(task, name)}", "task.early_stopping_metric=null", instead)
     elif metric not in task.val_metrics and not (metric.startswith("scores/") and isinstance(task, OnlineTaskConfig)):
-        near = nearest(metric.removeprefix("val/"), task.val_metrics)
-        did = f"did you mean task.early_stopping_metric={near}? It" if near else "it"
+        key = "task.early_stopping_metric="
+        did = did_you_mean(metric.removeprefix("val/"), task.val_metrics, "it", key=key)
         yield (
             f"task.early_stopping_metric={metric} is not measured by task={task.config_name}: {did} may be "
             f"{', '.join(task.val_metrics)}"
         )
 
 
-def train_problems(config: TrainConfig) -> Iterator[str]:
+def _train_problems(config: TrainConfig) -> Iterator[str]:
     """Problems of a training: contradictory options, runs and folders."""
     name, starts_elsewhere = config.task.config_name, hasattr(config.task, "sft_experiment_dir")
     if isinstance(config.task, SFTConfig):  # without a run to start from, it trains the head alone
         starts_elsewhere = config.task.sft_experiment_dir is not None
     if config.model.freeze_transformer and starts_elsewhere and config.task.trains != "reward model":
-        yield (
-            f"model.freeze_transformer=true is not read by task={name}: remove it, or train less by "
-            "model.finetune_mode=LORA"
-        )
+        yield unread("model.freeze_transformer=true", f"task={name}", "model.finetune_mode=LORA")
     if config.model.neftune_alpha is not None and not isinstance(config.task, SFTConfig):
-        yield f"model.neftune_alpha={config.model.neftune_alpha:g} is not read by task={name}: remove it"
+        yield unread(f"model.neftune_alpha={config.model.neftune_alpha:g}", f"task={name}")
     optim, warmup = config.optim, config.task.lr_warmup_ratio
     if optim.schedule == "wsd" and warmup + optim.decay_ratio > 1:
         yield (
@@ -382,7 +336,7 @@ def train_problems(config: TrainConfig) -> Iterator[str]:
         )
     yield from sharding_problems(config, able=config.task.shards)
     yield from start_problems(config)
-    yield from online_problems(config)
+    yield from _online_problems(config)
     if isinstance(config.task, BestOfNConfig):
         yield from _best_of_n_problems(config)
     if config.task.config_name == "sft" and config.data.reward_model_split == 1:
@@ -417,15 +371,14 @@ def sharding_problems(config: TrainConfig | EvalConfig, *, able: bool) -> Iterat
         yield "fabric.precision=64-true is not supported by fabric.strategy=fsdp2: give fabric.precision=32-true"
 
 
-def online_problems(config: TrainConfig) -> Iterator[str]:
-    """Problems of sampling and scoring; for other tasks, a reward that is not used."""
-    task, model, how = config.task, config.model, config.generation
+def _online_problems(config: TrainConfig) -> Iterator[str]:
+    """Problems of sampling and scoring; for other tasks, options of these that are not used."""
+    task, model = config.task, config.model
     if task.trains == "reward model":
-        yield from unread_generation(how, task.config_name)
+        yield from unread_stop_strings(config)
     if not isinstance(task, OnlineTaskConfig):
-        yield from unread_engine(how, task.config_name)
-        if config.reward != AutoRewardConfig():
-            yield f"reward={config.reward.config_name} is not read by task={task.config_name}: remove it"
+        yield from unread_engine(config)
+        yield from unread_reward(config)
         return
     yield from unread_reward_model(config)
     group = task.num_generations
@@ -434,12 +387,8 @@ def online_problems(config: TrainConfig) -> Iterator[str]:
         if size % group:
             near = max(group, size - size % group)
             yield f"task.{key}={size} does not divide by task.num_generations={group}: give task.{key}={near}"
-    if config.reward.overlong_buffer > how.max_new_tokens:
-        yield (
-            f"reward.overlong_buffer={config.reward.overlong_buffer} is more than generation.max_new_tokens="
-            f"{how.max_new_tokens}: give at most that"
-        )
-    given = narrowed(how)
+    yield from overlong_problems(config)
+    given = narrowing_options(config.generation)
     if given:
         yield (
             f"{given}: a policy learns from what it samples with all its probabilities: remove it, or give "
@@ -447,16 +396,11 @@ def online_problems(config: TrainConfig) -> Iterator[str]:
         )
     if isinstance(task, PPOConfig):
         yield from _ppo_problems(task, model.dtype)
+    compares = f"task={task.config_name} compares probabilities of different passes"
     if model.finetune_mode == "LORA" and model.lora_cfg is not None and model.lora_cfg.dropout > 0:
-        yield (
-            f"model.lora_cfg.dropout={model.lora_cfg.dropout}: task={task.config_name} compares probabilities of "
-            "different passes: give model.lora_cfg.dropout=0"
-        )
+        yield f"model.lora_cfg.dropout={model.lora_cfg.dropout}: {compares}: give model.lora_cfg.dropout=0"
     if not model.disable_dropout:
-        yield (
-            f"model.disable_dropout=false: task={task.config_name} compares probabilities of different passes: "
-            "give model.disable_dropout=true"
-        )
+        yield f"model.disable_dropout=false: {compares}: give model.disable_dropout=true"
 
 
 def _ppo_problems(task: PPOConfig, dtype: str) -> Iterator[str]:
@@ -466,10 +410,7 @@ def _ppo_problems(task: PPOConfig, dtype: str) -> Iterator[str]:
             "task.share_trunk=false"
         )
     if task.ptx_batch_size != PPOConfig.ptx_batch_size and not task.ptx_coeff:
-        yield (
-            f"task.ptx_batch_size={task.ptx_batch_size} is not read with task.ptx_coeff=0: remove it, or give for "
-            "example task.ptx_coeff=1"
-        )
+        yield unread(f"task.ptx_batch_size={task.ptx_batch_size}", "task.ptx_coeff=0", "for example task.ptx_coeff=1")
     if task.ema_decay is not None and dtype != "float32":
         yield (
             f"task.ema_decay={task.ema_decay:g} is lost in the rounding of model.dtype={dtype}: give "
@@ -481,172 +422,61 @@ def _best_of_n_problems(config: TrainConfig) -> Iterator[str]:
     """Options that a task without training does not use."""
     for group, value, default in (("optim", config.optim, AdamWConfig()), ("task", config.task, BestOfNConfig())):
         names = config.task.unread if group == "task" else vars(default)
-        if type(value) is not type(default):
-            yield f"{group}={value.config_name} is not read by task=best_of_n, which learns nothing: remove it"
-            continue
-        for name in sorted(name for name in names if getattr(value, name) != getattr(default, name)):
-            yield (
-                f"{group}.{name}={getattr(value, name)} is not read by task=best_of_n, which learns nothing: remove it"
-            )
+        changed = {f"{group}.{name}": getattr(value, name, None) for name in sorted(names)}
+        changed = {key: now for key, now in changed.items() if now != getattr(default, key.partition(".")[2])}
+        for key, now in changed.items() if type(value) is type(default) else [(group, value.config_name)]:
+            yield unread(f"{key}={now}", "task=best_of_n, which learns nothing")
     if config.reward.normalize:
+        yield NORMALIZED
+
+
+NORMALIZED = (
+    "reward.normalize=true: by running moments the scores of different responses could not be compared: give "
+    "reward.normalize=false"
+)
+
+
+def overlong_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
+    """A length penalty that begins before the response."""
+    most = config.generation.max_new_tokens
+    if config.reward.overlong_buffer > most:
         yield (
-            "reward.normalize=true: by running moments the scores of different prompts could not be compared: give "
-            "reward.normalize=false"
+            f"reward.overlong_buffer={config.reward.overlong_buffer} is more than generation.max_new_tokens={most}: "
+            "give at most that"
         )
 
 
-def unread_engine(how: GenConfig, task: str) -> Iterator[str]:
-    """Options that a task without rollouts does not use."""
-    if how.engine != GenConfig.engine:
-        yield f"generation.engine={how.engine} is not read by task={task}, which samples no rollouts: remove it"
+def unread_engine(config: TrainConfig | EvalConfig) -> Iterator[str]:
+    """An engine where no rollouts are sampled."""
+    if config.generation.engine != GenConfig.engine:
+        reader = f"task={config.task.config_name}, which samples no rollouts"
+        yield unread(f"generation.engine={config.generation.engine}", reader)
 
 
-def unread_generation(how: GenConfig, task: str) -> Iterator[str]:
-    """Options that a task without generation does not use."""
-    if how.stop_strings:
-        yield f"generation.stop_strings={list(how.stop_strings)} is not read by task={task}: remove it"
+def unread_stop_strings(config: TrainConfig | EvalConfig) -> Iterator[str]:
+    """Ends of responses where none are generated."""
+    if config.generation.stop_strings:
+        given = f"generation.stop_strings={list(config.generation.stop_strings)}"
+        yield unread(given, f"task={config.task.config_name}")
+
+
+def unread_reward(config: TrainConfig | EvalConfig) -> Iterator[str]:
+    """A reward where nothing is scored."""
+    if config.reward != AutoRewardConfig():
+        yield unread(f"reward={config.reward.config_name}", f"task={config.task.config_name}")
 
 
 def unread_reward_model(config: TrainConfig | EvalConfig) -> Iterator[str]:
     """A reward model that was given and that the reward does not ask."""
-    of_reward = getattr(config.task, "rm_experiment_dir", None)
-    if of_reward is not None and not is_run_alias(of_reward) and not scores_by_run(config):
-        yield (
-            f"task.rm_experiment_dir={of_reward} is not read by reward={config.reward.config_name}: remove it, or give "
-            "reward=model"
-        )
+    run = getattr(config.task, "rm_experiment_dir", None)
+    if run is not None and not is_run_alias(run) and not scores_by_run(config):
+        yield unread(f"task.rm_experiment_dir={run}", f"reward={config.reward.config_name}", "reward=model")
 
 
-def narrowed(how: GenConfig) -> str:
+def narrowing_options(generation: GenConfig) -> str:
     """The options that keep a sampler from using all probabilities, as they are typed; empty if there are none."""
     usual = (("top_k", 0), ("top_p", 1.0), ("num_beams", 1))
-    return ", ".join(f"generation.{name}" for name, off in usual if getattr(how, name) != off)
-
-
-def eval_problems(config: EvalConfig) -> Iterator[str]:
-    """Problems of an evaluation: missing packages, model or run, weights, or reward."""
-    yield from sharding_problems(config, able=False)
-    yield from _unread_options_of_generation(config)
-    yield from _reward_problems(config)
-    if config.experiment_dir is None and isinstance(config.task, FrontierConfig):
-        yield "task=frontier goes over the checkpoints of a run: give experiment_dir=<run directory>"
-    elif config.experiment_dir is None:
-        missing = [name for name in ("model", "data") if getattr(config, name) is None]
-        if missing:
-            give = " and ".join(f"{name}=<{', '.join(choices(name))}>" for name in missing)
-            yield f"nothing to evaluate: give experiment_dir=<run directory>, or {give}"
-        yield from new_folder_problems("output_dir", config.output_dir)
-    if config.task.data_split == "reward" and config.data is not None and config.data.reward_model_split == 0:
-        yield "task.data_split=reward is empty with data.reward_model_split=0: give another split"
-    if isinstance(config.task, FrontierConfig) and config.task.model_name != EvalTaskConfig.model_name:
-        yield f"task.model_name={config.task.model_name} is not read by task=frontier, which takes all: remove it"
-    elif not is_weights_name(config.task.model_name):
-        near = nearest(config.task.model_name, ("final", "best", "last"))
-        did = f"did you mean task.model_name={near}? It may be" if near else "give"
-        yield f"task.model_name={config.task.model_name} is unknown: {did} final, best, last or step-<n>"
-    elif config.experiment_dir is not None:
-        yield from _run_problems(config, config.experiment_dir)
-
-
-def _unread_options_of_generation(config: EvalConfig) -> Iterator[str]:
-    """Options of generation that this evaluation does not read."""
-    how, name, writes = config.generation, config.task.config_name, config.task.writes
-    yield from unread_engine(how, name)
-    if not writes:
-        yield from unread_generation(how, name)
-    given = narrowed(how) if writes == "samples" else ""
-    if given:
-        yield (
-            f"{given}: task={name} samples with all probabilities, as training does: remove it, or give "
-            "generation.temperature"
-        )
-
-
-def _reward_problems(config: EvalConfig) -> Iterator[str]:
-    """A reward that nothing reads, or that cannot score; a comparison with nothing."""
-    reward, task = config.reward, config.task
-    if task.writes != "samples":
-        if reward != AutoRewardConfig():
-            yield f"reward={reward.config_name} is not read by task={task.config_name}: remove it"
-        return
-    yield from start_problems(config)
-    yield from unread_reward_model(config)
-    if reward.normalize:
-        yield (
-            "reward.normalize=true: by running moments the scores of different responses could not be compared: give "
-            "reward.normalize=false"
-        )
-    if reward.overlong_buffer > config.generation.max_new_tokens:
-        yield (
-            f"reward.overlong_buffer={reward.overlong_buffer} is more than generation.max_new_tokens="
-            f"{config.generation.max_new_tokens}: give at most that"
-        )
-    if isinstance(task, RewardConfig):
-        yield from _against_problems(config, task.against)
-
-
-def _against_problems(config: EvalConfig, against: str) -> Iterator[str]:
-    """Problems of the responses to compare with."""
-    if against.casefold() == REFERENCES:
-        return
-    if against.casefold() == START:
-        if config.experiment_dir is None:
-            yield "task.against=start: a model that no run has trained has no start: give references or a run directory"
-        elif config.model is not None and config.model.random_init:
-            yield (
-                f"task.against=start: the start of {config.experiment_dir} was random weights: give references or "
-                "another run directory"
-            )
-        return
-    try:
-        trained = task_of_run(read_run_config(against, key="task.against"))
-        saved_group(against, "model", key="task.against")
-    except ConfigError as error:
-        yield from (f"{problem}; it may also be {REFERENCES} or {START}" for problem in error.problems)
-        return
-    if trained is not None and trained.trains != "policy":
-        yield f"task.against={against}: this run of task={trained.config_name} trained a {trained.trains}: give another"
-        return
-    yield from weights_problems(against, "final", key="task.against", name_key="task.model_name")
-
-
-def _frontier_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
-    """A frontier begins at a start, and has points."""
-    if config.model is not None and config.model.random_init:
-        yield f"experiment_dir={run_dir}: task=frontier needs a start, and this run began with random weights"
-    if not Path(run_dir, "final").is_dir() and not any(Path(run_dir).glob("checkpoints/step-*")):
-        again = shell_word("resume_from", str(run_dir))
-        yield f"experiment_dir={run_dir}: this run has no checkpoint; go on with it by {again}"
-
-
-def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
-    """Problems of the run that is evaluated: missing weights, or a folder that is not writable."""
-    yield from new_folder_problems("experiment_dir", str(Path(run_dir) / "eval"))
-    yield from link_problems(Path(run_dir), (), ("eval",))
-    saved = read_run_config(run_dir)
-    trained = task_of_run(saved)
-    what, wanted = "policy" if trained is None else trained.trains, config.task.evaluates
-    if what not in wanted:
-        able = [name for name, cls in choices("task", "eval").items() if what in getattr(cls, "evaluates", ())]
-        give = f"task={' or '.join(able)}, or another run" if able else "another run"
-        of = "" if trained is None else f" of task={trained.config_name}"
-        yield (
-            f"experiment_dir={run_dir}: task={config.task.config_name} evaluates a {' or a '.join(wanted)}, and this "
-            f"run{of} trained a {what}: give {give}"
-        )
-        return
-    if isinstance(config.task, FrontierConfig):
-        yield from _frontier_problems(config, run_dir)
-    else:
-        yield from weights_problems(run_dir, config.task.model_name, key="experiment_dir", name_key="task.model_name")
-    task = saved.get("task")
-    start = task.get("sft_experiment_dir") if isinstance(task, dict) else None
-    adapters = config.model is not None and config.model.finetune_mode == "LORA"
-    if isinstance(start, str) and adapters and not Path(start).is_dir():
-        yield (
-            f"experiment_dir={run_dir} has adapters for the model that {start} left, and that is not there any more: "
-            "put it back"
-        )
+    return ", ".join(f"generation.{name}" for name, off in usual if getattr(generation, name) != off)
 
 
 MAPPED = ("prompt", "response", "chosen", "rejected", "responses", "margin", "messages", "label")  # data.rows.COLUMNS
@@ -680,253 +510,19 @@ def column_problems(data: LayoutDataConfig) -> Iterator[str]:
         yield "data.ignore_columns has an empty name: remove it"
 
 
-_READERS = {
-    option: [name for name, builtin in BUILTINS.items() if option in builtin.reads]
-    for option in dict.fromkeys(option for builtin in BUILTINS.values() for option in builtin.reads)
-}
-_EXAMPLES = {"target_length": "12", "pattern": r"'^Return\b'"}
+def _reward_problems(reward: RewardSourceConfig) -> Iterator[str]:
+    if reward != AutoRewardConfig():
+        from sheeprlhf.config.reward_checks import reward_problems
 
-
-def reward_problems(cfg: RewardSourceConfig) -> Iterator[str]:
-    """Every problem of a source of rewards: its functions, their options, penalties without effect."""
-    yield from _penalty_problems(cfg)
-    sources: list[str] = []
-    if isinstance(cfg, FunctionRewardConfig):
-        sources = [cfg.path]
-        if cfg.path in (MODEL, JUDGE):
-            yield f"reward.path={cfg.path} names no function: give reward={cfg.path}"
-        else:
-            yield from source_problems("reward.path=", cfg.path)
-    elif isinstance(cfg, ListRewardConfig):
-        terms = list(_readable_terms(cfg.terms))
-        sources = [term.source for term in terms if isinstance(term, Term)]
-        yield from (problem for problem in terms if isinstance(problem, str))
-        yield from _terms_problems(sources)
-    elif isinstance(cfg, JudgeRewardConfig):
-        sources = [JUDGE]
-    if isinstance(cfg, CallOptionsConfig) and not any(source == JUDGE or is_users_own(source) for source in sources):
-        for name in ("num_workers", "timeout"):
-            if getattr(cfg, name) != getattr(CallOptionsConfig, name):
-                yield f"reward.{name}={getattr(cfg, name)} is read by functions of yours and the judge alone: remove it"
-    if isinstance(cfg, JudgeOptionsConfig):
-        yield from _judge_problems(cfg) if JUDGE in sources else _unread_judge_problems(cfg)
-    if isinstance(cfg, BuiltinOptionsConfig):
-        yield from _option_problems(cfg, sources)
-    if isinstance(cfg, ModelRewardConfig | ListRewardConfig) and cfg.folder is not None:
-        if isinstance(cfg, ListRewardConfig) and MODEL not in sources:
-            yield f"reward.folder={cfg.folder} is read by no term: remove it, or add the term model"
-        else:
-            yield from _folder_problems(cfg.folder)
-
-
-def _penalty_problems(cfg: RewardSourceConfig) -> Iterator[str]:
-    if cfg.short_penalty != RewardSourceConfig.short_penalty and cfg.min_response_length == 0:
-        yield (
-            f"reward.short_penalty={cfg.short_penalty:g} is not read with reward.min_response_length=0: "
-            "remove it, or give for example reward.min_response_length=4"
-        )
-    elif cfg.short_penalty == 0:
-        yield (
-            f"reward.min_response_length={cfg.min_response_length} does nothing with reward.short_penalty=0: "
-            "remove both, or give for example reward.short_penalty=1"
-        )
-
-
-def _readable_terms(texts: list[str]) -> Iterator[Term | str]:
-    """Each term, or what is wrong with it."""
-    if not texts:
-        yield "reward.terms=[] has nothing to add up: give for example reward.terms=[model,0.5*length]"
-    for text in texts:
-        try:
-            yield parse_term(text)
-        except ValueError:
-            yield (
-                f"reward.terms: {text or 'an empty text'} is not a term: give a source, or weight*source with a finite "
-                "weight other than 0, for example 0.5*length"
-            )
-
-
-def _terms_problems(sources: list[str]) -> Iterator[str]:
-    for source in dict.fromkeys(sources):
-        if source not in (MODEL, JUDGE):
-            yield from source_problems("reward.terms: ", source)
-        if sources.count(source) > 1:
-            yield f"reward.terms: {source} is there more than once: give it once, with the sum of the weights"
-
-
-def source_problems(given: str, source: str) -> Iterator[str]:
-    """Problems of one reward function.
-
-    Args:
-        given: the beginning of the sentence: the option that names it.
-        source: a built-in's name or a dotted path.
-    """
-    if source in BUILTINS:
-        builtin = BUILTINS[source]
-        missing = missing_modules(builtin.requires)
-        if missing:
-            install = f'pip install "sheeprlhf[{builtin.extra}]"'
-            yield f"{given}{source} needs packages that are not installed ({', '.join(missing)}): {install}"
-    elif source.endswith(".py") or "/" in source or ".py:" in source:
-        module, _, function = source.partition(":")
-        dotted = module.removeprefix("./").removesuffix(".py").replace("/", ".")
-        yield f"{given}{source} is a file: give its dotted path, {given}{dotted}:{function or '<function>'}"
-    elif not is_users_own(source):
-        known = list(BUILTINS) if given.endswith("=") else [MODEL, JUDGE, *BUILTINS]
-        near = nearest(source, known)
-        did = f"did you mean {given if given.endswith('=') else ''}{near}? It" if near else "it"
-        yield (
-            f"{given}{source} is unknown: {did} may be {', '.join(known)}, or a function of yours as "
-            "package.module:function"
-        )
-    else:
-        yield from _users_own_problems(given, source)
-
-
-def _users_own_problems(given: str, source: str) -> Iterator[str]:
-    try:
-        module, function = parse_path(source)
-    except ValueError:
-        yield f"{given}{source} cannot be read: give package.module:function, for example {given}my_rewards:brevity"
-        return
-    spec = find_module(module)
-    if spec is None:
-        files = [path.stem for path in Path.cwd().glob("*.py")]
-        near = nearest(module, files) if "." not in module else None
-        did = f"did you mean {given}{near}:{function}? It" if near else "it"
-        yield (
-            f"{given}{source}: there is no module {module}: {did} has to be installed, on PYTHONPATH or in the current "
-            f"directory ({Path.cwd()})"
-        )
-        return
-    if spec.origin is None or not spec.origin.endswith(".py"):
-        return  # compiled, or built in: importing it will tell
-    try:
-        names = names_of(spec.origin)
-    except SyntaxError as error:
-        yield f"{given}{source}: {spec.origin}, line {error.lineno}, is not Python: {error.msg}"
-        return
-    except OSError as error:
-        yield f"{given}{source}: {spec.origin} cannot be read: {error.strerror}"
-        return
-    if names is not None and function not in names:
-        near, hidden = nearest(function, names), hidden_by_installed(module)
-        did = f"did you mean {given}{module}:{near}?" if near else "give the name of one that it has"
-        if hidden is not None:
-            did = f"it comes before your {hidden}: rename that"
-        yield f"{given}{source}: {spec.origin} has no {function}: {did}"
-
-
-def _unread_judge_problems(cfg: JudgeOptionsConfig) -> Iterator[str]:
-    given, shared = config_to_dict(cfg), config_to_dict(CallOptionsConfig())
-    for name, value in config_to_dict(JudgeOptionsConfig()).items():
-        if name not in shared and given[name] != value:
-            yield f"reward.{name} is read by no term: remove it, or add the term judge"
-
-
-def _judge_problems(cfg: JudgeOptionsConfig) -> Iterator[str]:
-    """Options of a judge that are missing or cannot be read; no value that may be a secret is repeated."""
-    yield from _url_problems(cfg.url)
-    if not cfg.judge_model:
-        yield "reward.judge_model is missing: give the name of the server's model"
-    try:
-        if "response" not in judge_fields(cfg.judge_prompt):
-            yield "reward.judge_prompt does not contain {response}: add it"
-    except ValueError as error:
-        yield f"reward.judge_prompt cannot be read ({error}): write {{name}} for a field and {{{{ }}}} for braces"
-    try:
-        re.compile(cfg.judge_pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        yield f"reward.judge_pattern={cfg.judge_pattern} is not a regular expression: {error}; quote and escape it"
-    limits = cfg.judge_range
-    if len(limits) != 2 or not (math.isfinite(sum(limits)) and limits[0] < limits[1]):
-        yield f"reward.judge_range={list(limits)} must be the lowest and the highest score: give for example [0,10]"
-    if cfg.judge_failure_score is not None and not math.isfinite(cfg.judge_failure_score):
-        yield f"reward.judge_failure_score={cfg.judge_failure_score} must be a finite number"
-    variable = cfg.api_key_variable
-    if variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", variable):
-        yield "reward.api_key_variable is no name of an environment variable: give the name, never the key itself"
-    elif variable is not None and not re.fullmatch(r"[\x21-\x7e]+", os.environ.get(variable, "").strip()):
-        yield f"reward.api_key_variable={variable}: the environment variable is empty or no key: export it"
-
-
-def _url_problems(url: str | None) -> Iterator[str]:
-    example = "give for example reward.url=http://127.0.0.1:8000/v1"
-    if not url:
-        yield f"reward.url is missing: {example}"
-        return
-    try:
-        parts = urlsplit(url)
-        ok = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        ok = False
-    if not ok or not url.isprintable() or " " in url:
-        yield f"reward.url is not an address of http or https: {example}"
-    elif "@" in parts.netloc:
-        yield "reward.url contains a user name or password: remove it, and give reward.api_key_variable=<variable>"
-    elif parts.query or parts.fragment:
-        yield f"reward.url has a part behind ? or #, which is not supported: {example}"
-    elif parts.path.rstrip("/").endswith("/chat/completions"):
-        yield f"reward.url={url}: /chat/completions is appended: give the address up to /v1"
-
-
-def _option_problems(cfg: BuiltinOptionsConfig, sources: list[str]) -> Iterator[str]:
-    """Options of built-ins: what is set and not read, what is needed and missing, what cannot be read."""
-    values = {"target_length": cfg.target_length, "length_unit": cfg.length_unit, "pattern": cfg.pattern}
-    for name, value in values.items():
-        readers = _READERS[name]
-        reading = [source for source in sources if source in readers]
-        if value != getattr(BuiltinOptionsConfig, name) and not reading:
-            yield f"reward.{name}={value} is read by {' and '.join(readers)} alone: remove it, or choose that function"
-        elif value is None and any(name in BUILTINS[source].needs for source in reading):
-            yield f"reward.{name} is missing: {reading[0]} needs it, for example reward.{name}={_EXAMPLES[name]}"
-    if cfg.pattern is not None:
-        try:
-            re.compile(cfg.pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            yield f"reward.pattern={cfg.pattern} is not a regular expression: {error}; quote and escape it"
-
-
-def _folder_problems(folder: str) -> Iterator[str]:
-    """Reasons that a reward model cannot be loaded from a folder or hub id, from local files only."""
-    given, place = f"reward.folder={folder}", expand_home(folder)
-    if place.is_dir():
-        if (place / "adapter_config.json").is_file():
-            run = place.resolve().parent
-            if (run / "config.yaml").is_file():
-                yield (
-                    f"{given}: these are adapters of a run, which knows their base model: give "
-                    f"task.rm_experiment_dir={run} and leave reward.folder out"
-                )
-            else:
-                yield f"{given}: {merge_advice(place)}"
-            return
-        if (place / "config.json").is_file():
-            problem = model_problem(folder, weights=True)
-            if problem:
-                yield problem.replace("model.repo_name=", "reward.folder=", 1)
-            return
-        inside = place / "final"
-        did = "give a folder that from_pretrained loads"
-        if (inside / "adapter_config.json").is_file():
-            did = f"did you mean {shell_word('task.rm_experiment_dir', str(place.resolve()))}?"
-        elif (inside / "config.json").is_file():
-            did = f"did you mean reward.folder={inside}?"
-        yield f"{given}: this folder has no config.json: {did}"
-    elif os.path.exists(place):
-        yield f"{given} is a file: give the folder that has config.json, or a hub id (owner/name)"
-    elif not is_hub_id(folder):
-        near = near_path(folder)
-        did = f"did you mean reward.folder={near}? Else " if near else ""
-        yield f"{given} is neither a folder nor a hub id (owner/name): {did}give one of them"
+        yield from reward_problems(reward)
 
 
 _OF_GROUP: dict[str, Callable[[Any], Iterator[str]]] = {
-    "task": task_problems,
+    "task": _task_problems,
     "fabric": _fabric_problems,
     "generation": _generation_problems,
     "model": _model_problems,
     "data": _data_problems,
     "optim": _optim_problems,
-    "reward": reward_problems,
+    "reward": _reward_problems,
 }

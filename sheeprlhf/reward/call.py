@@ -18,7 +18,7 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
-from sheeprlhf.config.validate import source_problems
+from sheeprlhf.config.reward_checks import source_problems
 from sheeprlhf.reward import functions
 from sheeprlhf.reward.judge import Judge
 from sheeprlhf.security.user_code import parse_path

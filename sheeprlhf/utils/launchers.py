@@ -14,6 +14,7 @@ from typing import NamedTuple
 from sheeprlhf.utils.errors import ConfigError
 
 OWN_LAUNCHER = "SHEEPRLHF_LAUNCHER"  # the process id of the rank that started this one through Fabric
+OUTPUT_FILE = "SHEEPRLHF_OUTPUT_FILE"  # a file that gets the path of the job's run directory or result
 _SHELLS = ("bash", "interactive")  # names of SLURM jobs that are a user's shell
 NODE_LISTS = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
 _LIGHTNING = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")

@@ -5,7 +5,8 @@ from functools import cache, partial
 
 from sheeprlhf.apps.doctor.machine_checks import Finding
 from sheeprlhf.apps.terminal import table
-from sheeprlhf.config.memory_advice import Change, memory_reductions, replace_options, words
+from sheeprlhf.config.memory_advice import Change, memory_reductions, words
+from sheeprlhf.config.registry import replace_options
 from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.model.memory import NO_HOLES, MemoryPlan, ModelSize, measure
 from sheeprlhf.structure.run import TrainConfig

@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
+from sheeprlhf.apps.arguments import VERBS
 from sheeprlhf.apps.describe import recipe_names
-from sheeprlhf.apps.help import VERBS
 from sheeprlhf.cli import run
 from sheeprlhf.config.compose import configs_directory
 from sheeprlhf.config.registry import ROOTS, choices, groups, options

@@ -2,8 +2,8 @@
 
 import pytest
 
+from sheeprlhf.apps.arguments import VERBS
 from sheeprlhf.apps.describe import default_choices
-from sheeprlhf.apps.help import VERBS
 from sheeprlhf.cli import run
 from sheeprlhf.config.registry import ROOTS, choices, groups
 

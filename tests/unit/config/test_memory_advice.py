@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from sheeprlhf.config.memory_advice import advice, memory_reductions, replace_options, words
+from sheeprlhf.config.memory_advice import advice, memory_reductions, words
+from sheeprlhf.config.registry import replace_options
 from sheeprlhf.config.validate import validate
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.fabric import FabricConfig

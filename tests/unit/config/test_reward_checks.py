@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from sheeprlhf.apps.describe import type_name
 from sheeprlhf.config.overrides import readable
 from sheeprlhf.config.registry import choices, config_to_dict, from_dict, options
+from sheeprlhf.config.reward_checks import reward_problems
 from sheeprlhf.config.untrusted_config import content_problems
-from sheeprlhf.config.validate import reward_problems
 from sheeprlhf.reward import functions
 from sheeprlhf.structure.reward import (
     BUILTINS,

@@ -1,0 +1,269 @@
+"""Checks of a source of rewards: its functions, which are found without importing them, and their options."""
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from sheeprlhf.config.option_checks import did_you_mean, nearest, unread
+from sheeprlhf.config.path_checks import is_hub_id, model_problem, near_file
+from sheeprlhf.config.registry import config_to_dict
+from sheeprlhf.config.shell import shell_word
+from sheeprlhf.security.model_folder import merge_advice
+from sheeprlhf.security.user_code import find_module, hidden_by_installed, names_of, parse_path
+from sheeprlhf.structure.reward import (
+    BUILTINS,
+    JUDGE,
+    MODEL,
+    BuiltinOptionsConfig,
+    CallOptionsConfig,
+    FunctionRewardConfig,
+    JudgeOptionsConfig,
+    JudgeRewardConfig,
+    ListRewardConfig,
+    ModelRewardConfig,
+    RewardSourceConfig,
+    Term,
+    is_users_own,
+    judge_fields,
+    parse_term,
+)
+from sheeprlhf.utils.hardware import missing_modules
+from sheeprlhf.utils.home import expand_home
+
+_READERS = {
+    option: [name for name, builtin in BUILTINS.items() if option in builtin.reads]
+    for option in dict.fromkeys(option for builtin in BUILTINS.values() for option in builtin.reads)
+}
+_EXAMPLES = {"target_length": "12", "pattern": r"'^Return\b'"}
+
+
+def reward_problems(cfg: RewardSourceConfig) -> Iterator[str]:
+    """Every problem of a source of rewards: its functions, their options, penalties without effect."""
+    yield from _penalty_problems(cfg)
+    sources: list[str] = []
+    if isinstance(cfg, FunctionRewardConfig):
+        sources = [cfg.path]
+        if cfg.path in (MODEL, JUDGE):
+            yield f"reward.path={cfg.path} names no function: give reward={cfg.path}"
+        else:
+            yield from source_problems("reward.path=", cfg.path)
+    elif isinstance(cfg, ListRewardConfig):
+        terms = list(_readable_terms(cfg.terms))
+        sources = [term.source for term in terms if isinstance(term, Term)]
+        yield from (problem for problem in terms if isinstance(problem, str))
+        yield from _terms_problems(sources)
+    elif isinstance(cfg, JudgeRewardConfig):
+        sources = [JUDGE]
+    if isinstance(cfg, CallOptionsConfig) and not any(source == JUDGE or is_users_own(source) for source in sources):
+        for name in ("num_workers", "timeout"):
+            if getattr(cfg, name) != getattr(CallOptionsConfig, name):
+                yield f"reward.{name}={getattr(cfg, name)} is read by functions of yours and the judge alone: remove it"
+    if isinstance(cfg, JudgeOptionsConfig):
+        yield from _judge_problems(cfg) if JUDGE in sources else _unread_judge_problems(cfg)
+    if isinstance(cfg, BuiltinOptionsConfig):
+        yield from _option_problems(cfg, sources)
+    if isinstance(cfg, ModelRewardConfig | ListRewardConfig) and cfg.folder is not None:
+        if isinstance(cfg, ListRewardConfig) and MODEL not in sources:
+            yield f"reward.folder={cfg.folder} is read by no term: remove it, or add the term model"
+        else:
+            yield from _folder_problems(cfg.folder)
+
+
+def _penalty_problems(cfg: RewardSourceConfig) -> Iterator[str]:
+    if cfg.short_penalty != RewardSourceConfig.short_penalty and cfg.min_response_length == 0:
+        given = f"reward.short_penalty={cfg.short_penalty:g}"
+        yield unread(given, "reward.min_response_length=0", "for example reward.min_response_length=4")
+    elif cfg.short_penalty == 0:
+        yield (
+            f"reward.min_response_length={cfg.min_response_length} does nothing with reward.short_penalty=0: "
+            "remove both, or give for example reward.short_penalty=1"
+        )
+
+
+def _readable_terms(texts: list[str]) -> Iterator[Term | str]:
+    """Each term, or what is wrong with it."""
+    if not texts:
+        yield "reward.terms=[] has nothing to add up: give for example reward.terms=[model,0.5*length]"
+    for text in texts:
+        try:
+            yield parse_term(text)
+        except ValueError:
+            yield (
+                f"reward.terms: {text or 'an empty text'} is not a term: give a source, or weight*source with a finite "
+                "weight other than 0, for example 0.5*length"
+            )
+
+
+def _terms_problems(sources: list[str]) -> Iterator[str]:
+    for source in dict.fromkeys(sources):
+        if source not in (MODEL, JUDGE):
+            yield from source_problems("reward.terms: ", source)
+        if sources.count(source) > 1:
+            yield f"reward.terms: {source} is there more than once: give it once, with the sum of the weights"
+
+
+def source_problems(given: str, source: str) -> Iterator[str]:
+    """Problems of one reward function.
+
+    Args:
+        given: the beginning of the sentence: the option that names it.
+        source: a built-in's name or a dotted path.
+    """
+    if source in BUILTINS:
+        builtin = BUILTINS[source]
+        missing = missing_modules(builtin.requires)
+        if missing:
+            install = f'pip install "sheeprlhf[{builtin.extra}]"'
+            yield f"{given}{source} needs packages that are not installed ({', '.join(missing)}): {install}"
+    elif source.endswith(".py") or "/" in source or ".py:" in source:
+        module, _, function = source.partition(":")
+        dotted = module.removeprefix("./").removesuffix(".py").replace("/", ".")
+        yield f"{given}{source} is a file: give its dotted path, {given}{dotted}:{function or '<function>'}"
+    elif not is_users_own(source):
+        known = list(BUILTINS) if given.endswith("=") else [MODEL, JUDGE, *BUILTINS]
+        did = did_you_mean(source, known, "it", key=given if given.endswith("=") else "")
+        yield (
+            f"{given}{source} is unknown: {did} may be {', '.join(known)}, or a function of yours as "
+            "package.module:function"
+        )
+    else:
+        yield from _users_own_problems(given, source)
+
+
+def _users_own_problems(given: str, source: str) -> Iterator[str]:
+    try:
+        module, function = parse_path(source)
+    except ValueError:
+        yield f"{given}{source} cannot be read: give package.module:function, for example {given}my_rewards:brevity"
+        return
+    spec = find_module(module)
+    if spec is None:
+        files = [path.stem for path in Path.cwd().glob("*.py")]
+        did = did_you_mean(module, files if "." not in module else (), "it", key=given, end=f":{function}")
+        yield (
+            f"{given}{source}: there is no module {module}: {did} has to be installed, on PYTHONPATH or in the current "
+            f"directory ({Path.cwd()})"
+        )
+        return
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return  # compiled, or built in: importing it will tell
+    try:
+        names = names_of(spec.origin)
+    except SyntaxError as error:
+        yield f"{given}{source}: {spec.origin}, line {error.lineno}, is not Python: {error.msg}"
+        return
+    except OSError as error:
+        yield f"{given}{source}: {spec.origin} cannot be read: {error.strerror}"
+        return
+    if names is not None and function not in names:
+        near, hidden = nearest(function, names), hidden_by_installed(module)
+        did = f"did you mean {given}{module}:{near}?" if near else "give the name of one that it has"
+        if hidden is not None:
+            did = f"it comes before your {hidden}: rename that"
+        yield f"{given}{source}: {spec.origin} has no {function}: {did}"
+
+
+def _unread_judge_problems(cfg: JudgeOptionsConfig) -> Iterator[str]:
+    given, shared = config_to_dict(cfg), config_to_dict(CallOptionsConfig())
+    for name, value in config_to_dict(JudgeOptionsConfig()).items():
+        if name not in shared and given[name] != value:
+            yield f"reward.{name} is read by no term: remove it, or add the term judge"
+
+
+def _judge_problems(cfg: JudgeOptionsConfig) -> Iterator[str]:
+    """Options of a judge that are missing or cannot be read; no value that may be a secret is repeated."""
+    yield from _url_problems(cfg.url)
+    if not cfg.judge_model:
+        yield "reward.judge_model is missing: give the name of the server's model"
+    try:
+        if "response" not in judge_fields(cfg.judge_prompt):
+            yield "reward.judge_prompt does not contain {response}: add it"
+    except ValueError as error:
+        yield f"reward.judge_prompt cannot be read ({error}): write {{name}} for a field and {{{{ }}}} for braces"
+    try:
+        re.compile(cfg.judge_pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        yield f"reward.judge_pattern={cfg.judge_pattern} is not a regular expression: {error}; quote and escape it"
+    limits = cfg.judge_range
+    if len(limits) != 2 or not (math.isfinite(sum(limits)) and limits[0] < limits[1]):
+        yield f"reward.judge_range={list(limits)} must be the lowest and the highest score: give for example [0,10]"
+    if cfg.judge_failure_score is not None and not math.isfinite(cfg.judge_failure_score):
+        yield f"reward.judge_failure_score={cfg.judge_failure_score} must be a finite number"
+    variable = cfg.api_key_variable
+    if variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", variable):
+        yield "reward.api_key_variable is no name of an environment variable: give the name, never the key itself"
+    elif variable is not None and not re.fullmatch(r"[\x21-\x7e]+", os.environ.get(variable, "").strip()):
+        yield f"reward.api_key_variable={variable}: the environment variable is empty or no key: export it"
+
+
+def _url_problems(url: str | None) -> Iterator[str]:
+    example = "give for example reward.url=http://127.0.0.1:8000/v1"
+    if not url:
+        yield f"reward.url is missing: {example}"
+        return
+    try:
+        parts = urlsplit(url)
+        ok = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        ok = False
+    if not ok or not url.isprintable() or " " in url:
+        yield f"reward.url is not an address of http or https: {example}"
+    elif "@" in parts.netloc:
+        yield "reward.url contains a user name or password: remove it, and give reward.api_key_variable=<variable>"
+    elif parts.query or parts.fragment:
+        yield f"reward.url has a part behind ? or #, which is not supported: {example}"
+    elif parts.path.rstrip("/").endswith("/chat/completions"):
+        yield f"reward.url={url}: /chat/completions is appended: give the address up to /v1"
+
+
+def _option_problems(cfg: BuiltinOptionsConfig, sources: list[str]) -> Iterator[str]:
+    """Options of built-ins: what is set and not read, what is needed and missing, what cannot be read."""
+    values = {"target_length": cfg.target_length, "length_unit": cfg.length_unit, "pattern": cfg.pattern}
+    for name, value in values.items():
+        readers = _READERS[name]
+        reading = [source for source in sources if source in readers]
+        if value != getattr(BuiltinOptionsConfig, name) and not reading:
+            yield f"reward.{name}={value} is read by {' and '.join(readers)} alone: remove it, or choose that function"
+        elif value is None and any(name in BUILTINS[source].needs for source in reading):
+            yield f"reward.{name} is missing: {reading[0]} needs it, for example reward.{name}={_EXAMPLES[name]}"
+    if cfg.pattern is not None:
+        try:
+            re.compile(cfg.pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            yield f"reward.pattern={cfg.pattern} is not a regular expression: {error}; quote and escape it"
+
+
+def _folder_problems(folder: str) -> Iterator[str]:
+    """Reasons that a reward model cannot be loaded from a folder or hub id, from local files only."""
+    given, place = f"reward.folder={folder}", expand_home(folder)
+    if place.is_dir():
+        if (place / "adapter_config.json").is_file():
+            run = place.resolve().parent
+            if (run / "config.yaml").is_file():
+                yield (
+                    f"{given}: these are adapters of a run, which knows their base model: give "
+                    f"task.rm_experiment_dir={run} and leave reward.folder out"
+                )
+            else:
+                yield f"{given}: {merge_advice(place)}"
+            return
+        if (place / "config.json").is_file():
+            problem = model_problem(folder, weights=True)
+            if problem:
+                yield problem.replace("model.repo_name=", "reward.folder=", 1)
+            return
+        inside = place / "final"
+        did = "give a folder that from_pretrained loads"
+        if (inside / "adapter_config.json").is_file():
+            did = f"did you mean {shell_word('task.rm_experiment_dir', str(place.resolve()))}?"
+        elif (inside / "config.json").is_file():
+            did = f"did you mean reward.folder={inside}?"
+        yield f"{given}: this folder has no config.json: {did}"
+    elif os.path.exists(place):
+        yield f"{given} is a file: give the folder that has config.json, or a hub id (owner/name)"
+    elif not is_hub_id(folder):
+        did = near_file("reward.folder", folder)
+        yield f"{given} is neither a folder nor a hub id (owner/name): {did}give one of them"
