@@ -40,7 +40,7 @@ def eval_problems(config: EvalConfig) -> Iterator[str]:
     if config.task.data_split == "reward" and config.data is not None and config.data.reward_model_split == 0:
         yield "task.data_split=reward is empty with data.reward_model_split=0: give another split"
     if isinstance(config.task, FrontierConfig) and config.task.model_name != EvalTaskConfig.model_name:
-        yield unread(f"task.model_name={config.task.model_name}", "task=frontier, which takes all")
+        yield unread(f"task.model_name={config.task.model_name}", "by task=frontier, which takes all")
     elif not is_weights_name(config.task.model_name):
         did = did_you_mean(config.task.model_name, ("final", "best", "last"), "it", key="task.model_name=")
         yield f"task.model_name={config.task.model_name} is unknown: {did} may be final, best, last or step-<n>"

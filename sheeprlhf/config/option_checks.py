@@ -43,15 +43,15 @@ def did_you_mean(word: str, candidates: Iterable[str], otherwise: str, *, key: s
     return f"did you mean {key}{near}{end}? {otherwise.capitalize()}" if near else otherwise
 
 
-def unread(given: str, reader: str, instead: str = "") -> str:
+def unread(given: str, where: str, instead: str = "") -> str:
     """The sentence for an option that another choice leaves without effect.
 
     Args:
         given: the option with its value.
-        reader: the choice that does not read it.
+        where: the choice that does not read it: "by task=sft".
         instead: a choice that reads it.
     """
-    return f"{given} is not read by {reader}: remove it" + (f", or give {instead}" if instead else "")
+    return f"{given} is not read {where}: remove it" + (f", or give {instead}" if instead else "")
 
 
 def near_path(path: str) -> str | None:

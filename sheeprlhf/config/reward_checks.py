@@ -75,7 +75,7 @@ def reward_problems(cfg: RewardSourceConfig) -> Iterator[str]:
 def _penalty_problems(cfg: RewardSourceConfig) -> Iterator[str]:
     if cfg.short_penalty != RewardSourceConfig.short_penalty and cfg.min_response_length == 0:
         given = f"reward.short_penalty={cfg.short_penalty:g}"
-        yield unread(given, "reward.min_response_length=0", "for example reward.min_response_length=4")
+        yield unread(given, "with reward.min_response_length=0", "for example reward.min_response_length=4")
     elif cfg.short_penalty == 0:
         yield (
             f"reward.min_response_length={cfg.min_response_length} does nothing with reward.short_penalty=0: "

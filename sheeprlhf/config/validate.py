@@ -291,7 +291,7 @@ def _task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
     if isinstance(task, TrainTaskConfig) and task.config_name != BestOfNConfig.config_name:
         yield from _training_problems(task)
     if isinstance(task, DPOConfig):
-        loss = f"task.loss_type={task.loss_type}"
+        loss = f"by task.loss_type={task.loss_type}"
         if task.label_smoothing > 0 and task.loss_type not in ("sigmoid", "robust"):
             yield unread(f"task.label_smoothing={task.label_smoothing}", loss, "task.loss_type=sigmoid or robust")
         if task.simpo_gamma != DPOConfig.simpo_gamma and task.loss_type != "simpo":
@@ -309,7 +309,7 @@ def _training_problems(task: TrainTaskConfig) -> Iterator[str]:
         for name in ("early_stopping_patience", "early_stopping_direction"):
             if getattr(task, name) != getattr(TrainTaskConfig, name):
                 instead = f"for example task.early_stopping_metric={task.val_metrics[0]}"
-                yield unread(f"task.{name}={getattr(task, name)}", "task.early_stopping_metric=null", instead)
+                yield unread(f"task.{name}={getattr(task, name)}", "with task.early_stopping_metric=null", instead)
     elif metric not in task.val_metrics and not (metric.startswith("scores/") and isinstance(task, OnlineTaskConfig)):
         key = "task.early_stopping_metric="
         did = did_you_mean(metric.removeprefix("val/"), task.val_metrics, "it", key=key)
@@ -325,9 +325,9 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
     if isinstance(config.task, SFTConfig):  # without a run to start from, it trains the head alone
         starts_elsewhere = config.task.sft_experiment_dir is not None
     if config.model.freeze_transformer and starts_elsewhere and config.task.trains != "reward model":
-        yield unread("model.freeze_transformer=true", f"task={name}", "model.finetune_mode=LORA")
+        yield unread("model.freeze_transformer=true", f"by task={name}", "model.finetune_mode=LORA")
     if config.model.neftune_alpha is not None and not isinstance(config.task, SFTConfig):
-        yield unread(f"model.neftune_alpha={config.model.neftune_alpha:g}", f"task={name}")
+        yield unread(f"model.neftune_alpha={config.model.neftune_alpha:g}", f"by task={name}")
     optim, warmup = config.optim, config.task.lr_warmup_ratio
     if optim.schedule == "wsd" and warmup + optim.decay_ratio > 1:
         yield (
@@ -410,7 +410,9 @@ def _ppo_problems(task: PPOConfig, dtype: str) -> Iterator[str]:
             "task.share_trunk=false"
         )
     if task.ptx_batch_size != PPOConfig.ptx_batch_size and not task.ptx_coeff:
-        yield unread(f"task.ptx_batch_size={task.ptx_batch_size}", "task.ptx_coeff=0", "for example task.ptx_coeff=1")
+        yield unread(
+            f"task.ptx_batch_size={task.ptx_batch_size}", "with task.ptx_coeff=0", "for example task.ptx_coeff=1"
+        )
     if task.ema_decay is not None and dtype != "float32":
         yield (
             f"task.ema_decay={task.ema_decay:g} is lost in the rounding of model.dtype={dtype}: give "
@@ -425,7 +427,7 @@ def _best_of_n_problems(config: TrainConfig) -> Iterator[str]:
         changed = {f"{group}.{name}": getattr(value, name, None) for name in sorted(names)}
         changed = {key: now for key, now in changed.items() if now != getattr(default, key.partition(".")[2])}
         for key, now in changed.items() if type(value) is type(default) else [(group, value.config_name)]:
-            yield unread(f"{key}={now}", "task=best_of_n, which learns nothing")
+            yield unread(f"{key}={now}", "by task=best_of_n, which learns nothing")
     if config.reward.normalize:
         yield NORMALIZED
 
@@ -449,7 +451,7 @@ def overlong_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
 def unread_engine(config: TrainConfig | EvalConfig) -> Iterator[str]:
     """An engine where no rollouts are sampled."""
     if config.generation.engine != GenConfig.engine:
-        reader = f"task={config.task.config_name}, which samples no rollouts"
+        reader = f"by task={config.task.config_name}, which samples no rollouts"
         yield unread(f"generation.engine={config.generation.engine}", reader)
 
 
@@ -457,20 +459,20 @@ def unread_stop_strings(config: TrainConfig | EvalConfig) -> Iterator[str]:
     """Ends of responses where none are generated."""
     if config.generation.stop_strings:
         given = f"generation.stop_strings={list(config.generation.stop_strings)}"
-        yield unread(given, f"task={config.task.config_name}")
+        yield unread(given, f"by task={config.task.config_name}")
 
 
 def unread_reward(config: TrainConfig | EvalConfig) -> Iterator[str]:
     """A reward where nothing is scored."""
     if config.reward != AutoRewardConfig():
-        yield unread(f"reward={config.reward.config_name}", f"task={config.task.config_name}")
+        yield unread(f"reward={config.reward.config_name}", f"by task={config.task.config_name}")
 
 
 def unread_reward_model(config: TrainConfig | EvalConfig) -> Iterator[str]:
     """A reward model that was given and that the reward does not ask."""
     run = getattr(config.task, "rm_experiment_dir", None)
     if run is not None and not is_run_alias(run) and not scores_by_run(config):
-        yield unread(f"task.rm_experiment_dir={run}", f"reward={config.reward.config_name}", "reward=model")
+        yield unread(f"task.rm_experiment_dir={run}", f"by reward={config.reward.config_name}", "reward=model")
 
 
 def narrowing_options(generation: GenConfig) -> str:

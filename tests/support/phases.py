@@ -60,9 +60,9 @@ class Recorder:
     def launched(self, launch: Any) -> Any:
         """Around the product's `launch`: before it, the program is not ours yet."""
 
-        def telling(*words: Any) -> Any:
+        def telling(*words: Any, **options: Any) -> Any:
             self.open()
-            return launch(*words)
+            return launch(*words, **options)
 
         return telling
 

@@ -9,7 +9,7 @@ import pytest
 
 from sheeprlhf.cli import run
 from sheeprlhf.config.registry import config_to_dict
-from sheeprlhf.launch import check_inputs_exist
+from sheeprlhf.launch import Finished, check_inputs_exist
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, Interrupted, MissingRanksError, NonFiniteError
@@ -236,9 +236,9 @@ def test_a_saved_run_cannot_switch_on_remote_code(calls, tmp_path):
 
 @pytest.mark.parametrize("verb", ["train task=sft", "inspect"])
 def test_remote_code_is_announced_before_anything_loads(monkeypatch, capsys, verb):
-    def load(verb, args, job):
+    def load(verb, args, job, **_):
         check_inputs_exist(job.config)
-        return 0
+        return Finished(0)
 
     monkeypatch.setattr("sheeprlhf.launch.launch", load)
     monkeypatch.setattr("sheeprlhf.launch.locate", lambda model: types.SimpleNamespace(note="", no_hub=False))
