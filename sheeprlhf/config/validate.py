@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from sheeprlhf.config.option_checks import did_you_mean, near_path, option_problems, unread
 from sheeprlhf.config.path_checks import data_file_problems, model_problem, new_folder_problems, template_problem
