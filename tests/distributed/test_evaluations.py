@@ -1,4 +1,4 @@
-"""Evaluations that sample, on two processes by the real command, against one: the same texts, scores and numbers."""
+"""Evaluations on two processes, by the real command, against one: the same texts, scores and numbers."""
 
 import json
 from collections.abc import Callable
@@ -28,17 +28,22 @@ def test_two_processes_equal_one(server: JobServer, tmp_path: Path, model_folder
     rm = train(model_folder(), data, tmp_path / "rm", "task.max_num_steps=8", "optim.lr=5e-3", task="rm")
     adapters = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "task.max_num_steps=4", "optim.lr=0.05"]
     policy = train(model_folder(), data, tmp_path / "dpo", *adapters, task="dpo")
-    short = f"experiment_dir={policy} generation.max_new_tokens=6"
+    of_run = f"experiment_dir={policy}"
+    short = f"{of_run} generation.max_new_tokens=6"
     for words in (
         f"task=reward {short} reward=model task.rm_experiment_dir={rm} task.against=start",
         f"task=generate {short} generation.do_sample=true generation.top_p=0.9 task.mini_batch_size=2",
+        f"task=rouge {of_run} generation.max_new_tokens=24 task.mini_batch_size=4",
+        f"task=rouge {short} task.num_samples=1",  # a process without a row
+        f"task=perplexity {of_run}",
     ):
         run(["eval", *words.split()])
         expected = results_of(policy)
         job = server.start_ranks(["eval", *words.split()], tmp_path / "log", 2)
         assert job.wait(400) == 0, job.text()
         found = results_of(policy)
-        assert found.keys() == expected.keys() and len(found) == 2
+        assert found.keys() == expected.keys()
+        assert job.texts().count("saved: ") == len(found)  # by one process
         for name, result in expected.items():
             if name.endswith(".jsonl"):
                 assert [row["response"] for row in found[name]] == [row["response"] for row in result]

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from sheeprlhf.config.registry import to_typed
 from sheeprlhf.launch import _entry, _seed
 from sheeprlhf.utils.lightning import gather_objects
-from tests.distributed.test_sft import series
 from tests.faults.test_resume import stopped_at, without_time
 from tests.support.models import make_model_folder
-from tests.support.runs import WRITERS, result_of, train_words
+from tests.support.runs import WRITERS, figures, result_of, train_words
 from tests.unit.config.test_registry import composed
 from tests.unit.engine.toy import on_ranks
 
@@ -115,7 +115,7 @@ def test_gone_on_with(task: str, move: str, runs: tuple[Path, dict[str, Found]])
         assert without_time(ours / "metrics.csv") == without_time(expected / "metrics.csv")
         return
     for tag in TAGS[task]:
-        one, other = series(ours, tag), series(expected, tag)
+        one, other = (torch.tensor(figures(run)[tag]).double() for run in (ours, expected))
         assert len(other) == (6 if task == "ppo" else LAST)
         assert_close(one, other, rtol=0, atol=1e-5, msg=lambda text, tag=tag: f"{tag}: {text}")
         print(f"{task} {move} {tag}: at most {float((one - other).abs().max()):.1g}")

@@ -1,6 +1,5 @@
-"""Supervised fine-tuning and perplexity on two processes, by the real command, against one process."""
+"""A job of two processes: seeds, the end of one process and what is resumed then, signals, and mistakes."""
 
-import csv
 import json
 import os
 import signal
@@ -9,13 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from torch.testing import assert_close
 
-from sheeprlhf.cli import run
 from tests.support.jobs import ColdJob, JobServer, site
-from tests.support.runs import result_of, train, train_words, write_rows
+from tests.support.runs import result_of, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
 TWO = "fabric.devices=2"
@@ -48,49 +43,6 @@ def start(words: list[str], log: Path, **environment: str) -> ColdJob:
     return ColdJob([*words, TWO], log, OMP_NUM_THREADS="1", **environment)
 
 
-def series(run_dir: Path, tag: str) -> torch.Tensor:
-    with (run_dir / "metrics.csv").open() as file:
-        return torch.tensor([float(row["value"]) for row in csv.DictReader(file) if row["tag"] == tag]).double()
-
-
-def assert_equal_runs(two: Path, one: Path, num_steps: int) -> None:
-    for tag in ("train/loss", "train/grad_norm", "val/nll"):
-        ours, expected = series(two, tag), series(one, tag)
-        assert len(expected) == num_steps or tag == "val/nll"
-        assert_close(ours, expected, rtol=0, atol=1e-5)
-        assert abs(float((ours - expected).mean())) <= 1e-6, tag  # no drift to one side
-    assert series(two, "train/items").tolist() == series(one, "train/items").tolist()
-    ours, expected = (load_file(folder / "final" / "model.safetensors") for folder in (two, one))
-    assert_close(ours, expected, rtol=0, atol=1e-5)
-
-
-def both(server: JobServer, tmp_path: Path, model: Path, *extra: str) -> tuple[Path, Path]:
-    """Two epochs of 49 rows: each ends in a step of a single row, so that one process has none."""
-    data = write_rows(tmp_path / "rows.jsonl", 49)
-    words = ["task.epochs=2", *extra]
-    job = server.start_ranks(train_words(model, data, tmp_path / "two", *words), tmp_path / "log", 2)
-    train(model, data, tmp_path / "one", *words)
-    assert job.wait(150) == 0, job.text()
-    return tmp_path / "two", tmp_path / "one"
-
-
-def perplexity(run_dir: Path) -> dict[str, float]:
-    return json.loads((run_dir / "eval" / "perplexity-test-final.json").read_text())
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
-    two, one = both(server, tmp_path, model_folder(), "task.micro_batch_size=1")
-    assert_equal_runs(two, one, 18)
-    job = server.start_ranks(["eval", "task=perplexity", f"experiment_dir={one}"], tmp_path / "eval", 2)
-    assert job.wait(150) == 0, job.text()
-    ours = perplexity(one)
-    run(["eval", "task=perplexity", f"experiment_dir={one}"])
-    expected = perplexity(one)
-    assert ours["tokens"] == expected["tokens"] and ours["rows"] == expected["rows"] == 49
-    assert abs(ours["nll"] - expected["nll"]) <= 1e-6
-
-
 class Whole(NamedTuple):
     """The command but for its directory, its run that nothing disturbed, and where its processes left records."""
 
@@ -101,13 +53,13 @@ class Whole(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Whole:
+def whole(server: JobServer, tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     words = train_words(model_folder(), write_rows(folder / "rows.jsonl"), folder / "run", *LORA)
-    path = site(folder / "site", RECORDING)
-    job = start(words, folder / "log", RECORDS=str(folder), PYTHONPATH=path, SHEEPRLHF_CACHE=str(folder / "cache"))
+    job = server.start_ranks(words, folder / "log", 2, RECORDING, RECORDS=str(folder))
     assert job.wait(150) == 0, job.text()
-    return Whole([word for word in words if not word.startswith("hydra.run.dir")], folder / "run", folder, path)
+    words = [word for word in words if not word.startswith("hydra.run.dir")]
+    return Whole(words, folder / "run", folder, site(folder / "site", RECORDING))
 
 
 @pytest.mark.slow
@@ -127,32 +79,32 @@ def in_training(whole: Whole, tmp_path: Path) -> ColdJob:
     return job
 
 
-def assert_resumed_like(whole: Whole, tmp_path: Path) -> None:
+def assert_resumed_like(whole: Whole, server: JobServer, tmp_path: Path) -> None:
     words = [*whole.words, f"hydra.run.dir={tmp_path / 'run'}", "resume=true"]
-    job = start(words, tmp_path / "log")
+    job = server.start_ranks(words, tmp_path / "log", 2)
     assert job.wait(150) == 0, job.text()
     assert "going on after step" in job.text() and "not bit for bit" not in job.text()
     assert result_of(tmp_path / "run") == result_of(whole.dir)
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_job(whole: Whole, tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_job(whole: Whole, server: JobServer, tmp_path: Path) -> None:
     job = in_training(whole, tmp_path)
     os.kill(next(pid for pid in job.group() if pid != job.pid), signal.SIGKILL)
     assert job.wait(60) != 0
     job.assert_all_gone()
-    assert_resumed_like(whole, tmp_path)
+    assert_resumed_like(whole, server, tmp_path)
 
 
 @pytest.mark.nightly  # one process saves on a signal in every run, and ranks agree on it in tests/unit/engine
-def test_a_signal_saves_on_both(whole: Whole, tmp_path: Path) -> None:
+def test_a_signal_saves_on_both(whole: Whole, server: JobServer, tmp_path: Path) -> None:
     """A terminal that is closed, and a batch system, send it to all processes."""
     job = in_training(whole, tmp_path)
     os.killpg(job.pid, signal.SIGHUP)
     assert job.wait(60) == 129
     assert "the state is saved" in job.text() and "Traceback" not in job.text()
     job.assert_all_gone()
-    assert_resumed_like(whole, tmp_path)
+    assert_resumed_like(whole, server, tmp_path)
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def rows(path: Path) -> list[dict]:
 @pytest.mark.slow
 def test_fine_tuning_on_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The embedded model and its rule; then the command that the run says comes next."""
-    options = ["data.num_samples=60", "task.num_generations=4", "task.rollout_size=64", "generation.max_new_tokens=24"]
+    options = ["data.num_samples=40", "task.num_generations=4", "task.rollout_size=64", "generation.max_new_tokens=12"]
     run(["train", "task=best_of_n", *options, f"hydra.run.dir={tmp_path / 'best'}", "task.min_score=0.5"])
     told = capsys.readouterr().err
     kept = rows(tmp_path / "best" / "dataset" / "train.jsonl")

@@ -28,7 +28,8 @@ def fine_tuned(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFold
     """A function (mode) -> a fine-tuning, made once; a learning rate that moves the weights visibly."""
     folder = tmp_path_factory.mktemp("fine-tuned")
     data = write_pairs(folder / "rows.jsonl")
-    return functools.cache(lambda mode: train(model_folder(), data, folder / mode, "optim.lr=1e-2", *MODES[mode]))
+    words = ["optim.lr=1e-2", "task.max_num_steps=8", "task.num_sample_prompts=0"]
+    return functools.cache(lambda mode: train(model_folder(), data, folder / mode, *words, *MODES[mode]))
 
 
 def chain(

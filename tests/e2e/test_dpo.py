@@ -1,6 +1,5 @@
 """Preference optimisation by the command line: where it starts, what it learns, and where its reference comes from."""
 
-import csv
 import json
 import math
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import TinyConfig
 from sheeprlhf.task.models import load_initial_policy
 from sheeprlhf.utils.errors import ConfigError
-from tests.support.runs import train, train_words, write_pairs
+from tests.support.runs import figures, train, train_words, write_pairs
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.0"]
@@ -27,11 +26,6 @@ AT_ZERO = {  # the loss of a pair that policy and reference like alike, beta 0.1
 }
 
 
-def series(run_dir: Path, tag: str) -> list[float]:
-    with (run_dir / "metrics.csv").open() as file:
-        return [float(row["value"]) for row in csv.DictReader(file) if row["tag"] == tag]
-
-
 @pytest.mark.parametrize("loss_type", AT_ZERO)
 def test_the_first_loss_is_that_of_no_difference_and_then_it_falls(
     loss_type: str, tmp_path: Path, model_folder: ModelFolder
@@ -39,23 +33,23 @@ def test_the_first_loss_is_that_of_no_difference_and_then_it_falls(
     data = write_pairs(tmp_path / "rows.jsonl")
     words = [f"task.loss_type={loss_type}", "task.max_num_steps=8", "task.lr_warmup_steps=0", *LORA]
     run_dir = train(model_folder(), data, tmp_path / "run", *words, task="dpo")
-    losses = series(run_dir, "train/loss")
+    found = figures(run_dir)
+    losses, margins = found["train/loss"], found["train/rewards/margins"]
     assert losses[0] == pytest.approx(AT_ZERO[loss_type], abs=1e-5)
     assert losses[-1] < losses[0]
-    assert series(run_dir, "train/rewards/margins")[0] == pytest.approx(0.0, abs=1e-5)
-    assert series(run_dir, "train/rewards/margins")[-1] > 0
-    with (run_dir / "metrics.csv").open() as file:
-        tags = {row["tag"] for row in csv.DictReader(file)}
+    assert margins[0] == pytest.approx(0.0, abs=1e-5)
+    assert margins[-1] > 0
     names = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
     names += ["logps/chosen", "logps/rejected", "kl/chosen", "loss"]
-    assert {f"{part}/{name}" for part in ("train", "val") for name in names} <= tags
-    assert 0 < series(run_dir, "val/entropy")[-1] < math.log(260)  # nats a token, of 260 tokens
+    assert {f"{part}/{name}" for part in ("train", "val") for name in names} <= found.keys()
+    assert 0 < found["val/entropy"][-1] < math.log(260)  # nats a token, of 260 tokens
 
 
 def test_without_a_reference(tmp_path: Path, model_folder: ModelFolder) -> None:
     data = write_pairs(tmp_path / "rows.jsonl")
     run_dir = train(model_folder(), data, tmp_path / "run", "task.loss_type=orpo", task="dpo")
-    assert series(run_dir, "train/loss")[-1] < series(run_dir, "train/loss")[0]
+    losses = figures(run_dir)["train/loss"]
+    assert losses[-1] < losses[0]
     assert not list((tmp_path / "run").rglob("reference*"))
 
 
@@ -86,7 +80,7 @@ def test_a_policy_that_leaves_the_data_is_told(
         run_dir = train(model_folder(), data, tmp_path / name, *words, task="dpo")
         told = "the policy leaves the data; raise task.beta or lower optim.lr" in capsys.readouterr().err
         assert told == (name == "fast")
-        lost = [kl / n for kl, n in zip(*(series(run_dir, f"val/{x}/chosen") for x in ("kl", "tokens")), strict=True)]
+        lost = [kl / n for kl, n in zip(*(figures(run_dir)[f"val/{x}/chosen"] for x in ("kl", "tokens")), strict=True)]
         assert (max(lost) > 0.5) == (name == "fast")  # nats a token, at any of the validations
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_online import figures
-from tests.support.runs import train, write_rows
+from tests.support.runs import figures, train, write_rows
 
 ModelFolder = Callable[..., Path]
 

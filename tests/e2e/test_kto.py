@@ -1,6 +1,5 @@
 """KTO by the command line: what it learns, what it logs, what it refuses, and where its reference comes from."""
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from sheeprlhf.cli import run
-from tests.support.runs import train, train_words, write_labelled, write_pairs
+from tests.support.runs import figures, train, train_words, write_labelled, write_pairs
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.0"]
@@ -24,16 +23,6 @@ NAMES = {
 }
 
 
-def series(run_dir: Path, tag: str) -> list[float]:
-    with (run_dir / "metrics.csv").open() as file:
-        return [float(row["value"]) for row in csv.DictReader(file) if row["tag"] == tag]
-
-
-def tags(run_dir: Path) -> set[str]:
-    with (run_dir / "metrics.csv").open() as file:
-        return {row["tag"] for row in csv.DictReader(file)}
-
-
 @pytest.mark.parametrize("options", [[], [*LORA, "task.batching=padded"]], ids=["all", "lora, padded"])
 def test_it_begins_at_half_the_weight_and_learns_the_labels(
     options: list[str], tmp_path: Path, model_folder: ModelFolder
@@ -41,14 +30,14 @@ def test_it_begins_at_half_the_weight_and_learns_the_labels(
     data = write_labelled(tmp_path / "rows.jsonl")
     words = ["task.desirable_weight=1.2", "task.lr_warmup_steps=0", "task.max_eval_batches=null", *options]
     run_dir = train(model_folder(), data, tmp_path / "run", "optim.lr=3e-3", *words, task="kto")
-    share = series(run_dir, "train/share/chosen")[0]
-    assert series(run_dir, "train/loss")[0] == pytest.approx(0.5 * (1.2 * share + (1 - share)), abs=1e-5)
-    assert series(run_dir, "train/kl")[0] == pytest.approx(0.0, abs=1e-4)
-    losses, margins = series(run_dir, "val/loss"), series(run_dir, "val/rewards/margins")
+    share = figures(run_dir)["train/share/chosen"][0]
+    assert figures(run_dir)["train/loss"][0] == pytest.approx(0.5 * (1.2 * share + (1 - share)), abs=1e-5)
+    assert figures(run_dir)["train/kl"][0] == pytest.approx(0.0, abs=1e-4)
+    losses, margins = figures(run_dir)["val/loss"], figures(run_dir)["val/rewards/margins"]
     assert len(losses) == 3 and losses[2] < losses[1] < losses[0] < 0.55
     assert margins[2] > margins[1] > margins[0] > 0
-    assert {f"{split}/{name}" for split in ("train", "val") for name in NAMES} <= tags(run_dir)
-    assert series(run_dir, "val/share/chosen") == [0.5] * 3
+    assert {f"{split}/{name}" for split in ("train", "val") for name in NAMES} <= figures(run_dir).keys()
+    assert figures(run_dir)["val/share/chosen"] == [0.5] * 3
     assert len(list((run_dir / "samples").iterdir())) == 3  # one at each validation
 
 
@@ -66,7 +55,7 @@ def test_pairs_are_taken_and_both_references_are_computed_once(tmp_path: Path, m
     assert all(load_file(path)["logprobs"].shape == (24, 1) for path in files)
     train(model_folder(), data, tmp_path / "two", *words, task="kto")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("reference-*.safetensors")} == files
-    assert series(one, "train/loss") == series(tmp_path / "two", "train/loss")
+    assert figures(one)["train/loss"] == figures(tmp_path / "two")["train/loss"]
 
 
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -105,8 +94,8 @@ def test_rows_of_one_prompt_are_refused_and_a_lonely_validation_row_is_not(
     lonely.write_text(json.dumps(rows[0]) + "\n")
     words = [f"data.validation_file={lonely}", "task.max_num_steps=1"]
     run_dir = train(model_folder(), data, tmp_path / "two", *words, task="kto")
-    assert "val/rewards/rejected" in tags(run_dir)
-    assert "val/rewards/chosen" not in tags(run_dir)
+    assert "val/rewards/rejected" in figures(run_dir)
+    assert "val/rewards/chosen" not in figures(run_dir)
 
 
 def test_unbalanced_labels_are_told(

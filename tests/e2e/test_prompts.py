@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
-from tests.e2e.test_online import figures
-from tests.support.runs import train_words, write_rows
+from tests.support.runs import figures, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
 LENGTH = ("reward.path=length", "reward.target_length=3")

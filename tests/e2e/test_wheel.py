@@ -85,7 +85,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_installed_it_trains_evaluates_and_lists_from_anywhere(wheel: Path, tmp_path: Path) -> None:
+def test_installed_it_trains_and_lists_from_anywhere(wheel: Path, tmp_path: Path) -> None:
     programs, elsewhere = install(wheel, tmp_path / "venv"), tmp_path / "elsewhere"
     elsewhere.mkdir()
 
@@ -104,9 +104,6 @@ def test_installed_it_trains_evaluates_and_lists_from_anywhere(wheel: Path, tmp_
     call(sheeprlhf, "train", "task=sft", "dry_run=true")
     [run_dir] = elsewhere.glob("logs/runs/docstrings/tiny/sft/*/default")
     assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
-    call(sheeprlhf, "eval", "task=perplexity", f"experiment_dir={run_dir}", "dry_run=true")
-    [result] = (run_dir / "eval").glob("perplexity*.json")
-    assert json.loads(result.read_text())["perplexity"] > 1
     listed = call(sheeprlhf, "list")
     for name in ("sft", "smollm2", "docstrings", "pretrain_tiny"):
         assert name in listed

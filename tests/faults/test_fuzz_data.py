@@ -37,7 +37,7 @@ from tests.support.batches import as_read, by_definition
 from tests.unit.data.toy import BOS_TEMPLATE, byte_tokenizer
 
 FEW = 170  # of each of the three sources
-MANY = pytest.param(1_000, marks=pytest.mark.slow)
+MANY = pytest.param(400, marks=pytest.mark.slow)
 ALL = pytest.param(3_334, marks=pytest.mark.nightly)
 FORMATS = (LocalDataConfig, DocstringsConfig, SummarizationConfig, HelpfulHarmlessConfig)
 TOKENIZERS = [

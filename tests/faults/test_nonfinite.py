@@ -24,7 +24,7 @@ from sheeprlhf.rollout import sampler as sample_module
 from sheeprlhf.rollout.rollout import RolloutCollector
 from sheeprlhf.task.train import dpo, ppo, rm, sft
 from tests.faults.test_resume import stopped_at, without_time
-from tests.support.jobs import ColdJob, site
+from tests.support.jobs import JobServer
 from tests.support.runs import WRITERS, digests, result_of, train, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
@@ -325,22 +325,23 @@ ON_ONE_RANK = (  # a row is one rank's: the fault is installed on both; another 
         for case in ON_ONE_RANK
     ],
 )
-def test_one_process_stops_both(name: str, rank: int | None, tmp_path: Path, model_folder: ModelFolder) -> None:
+def test_one_process_stops_both(
+    name: str, rank: int | None, server: JobServer, tmp_path: Path, model_folder: ModelFolder
+) -> None:
     kind = KINDS[name]
     data = WRITERS[kind.task](tmp_path / "rows.jsonl")
-    path = site(tmp_path / "site", PATCH.replace("NAME", repr(name)).replace("RANK", repr(rank)))
-    words = train_words(model_folder(), data, tmp_path / "run", *SAVES, *kind.words, "fabric.devices=2", task=kind.task)
-    job = ColdJob(words, tmp_path / "log", PYTHONPATH=path, OMP_NUM_THREADS="1")
-    code = job.wait(240)
-    text = job.text()
-    assert code == 1, text
+    words = train_words(model_folder(), data, tmp_path / "run", *SAVES, *kind.words, task=kind.task)
+    patch = PATCH.replace("NAME", repr(name)).replace("RANK", repr(rank))
+    job = server.start_ranks(words, tmp_path / "log", 2, patch)
+    codes = [process.wait(240) for process in job.ranks]
+    text = job.texts()
+    assert codes == [1, 1], text
     assert "Traceback" not in text
     assert "sheeprlhf cannot continue" in text and "(process 1)" not in text  # rank zero alone reports it
     if kind.task != "ppo" and "gradient" not in name:
-        assert re.search(rf"rank [01]: rows \[.*\b{BAD}\b", text)
-        assert len(re.findall(r"rank [01]: rows", text)) == 1  # that rank's rows alone, said once
+        assert re.search(rf"rank [01]: rows \[.*\b{BAD}\b", job.text())
+        assert len(re.findall(r"rank [01]: rows", job.text())) == 1  # that rank's rows alone, said once by each
     else:
-        assert len(re.findall(r"not finite, for response|its gradient norm nan", text)) == 1
-    job.assert_all_gone()
+        assert len(re.findall(r"not finite, for response|its gradient norm nan", job.text())) == 1
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         verify_manifest(checkpoint)

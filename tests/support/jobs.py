@@ -133,14 +133,21 @@ class WarmJob(Job):
 class RanksJob(Job):
     """One job of several processes, started as by a launcher; `poll` and `log` tell of rank zero."""
 
-    def __init__(self, server: "JobServer", words: list[str], log: Path, processes: int) -> None:
+    def __init__(
+        self, server: "JobServer", words: list[str], log: Path, processes: int, setup: str, **environment: str
+    ) -> None:
         words = [*words, f"fabric.devices={processes}"]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         self.ranks = [
             server.start(
-                words, log if not rank else log.with_name(f"{log.name}.{rank}"), "", LOCAL_RANK=str(rank), **where
+                words,
+                log if not rank else log.with_name(f"{log.name}.{rank}"),
+                setup,
+                LOCAL_RANK=str(rank),
+                **where,
+                **environment,
             )
             for rank in range(processes)
         ]
@@ -156,6 +163,10 @@ class RanksJob(Job):
         for rank in self.ranks:
             if rank.poll() is None:
                 rank.kill(signum)
+
+    def texts(self) -> str:
+        """The output of all ranks."""
+        return "".join(rank.text() for rank in self.ranks)
 
     def strike(self, rng: random.Random, *, at_once: bool) -> bool:
         """Kill -9 all at once, or one process, and soon the others, as launchers do; False if they ended before."""
@@ -201,9 +212,9 @@ class JobServer:
         assert pid is not None
         return WarmJob(self, pid, log)
 
-    def start_ranks(self, words: list[str], log: Path, processes: int) -> RanksJob:
-        """Run a command line on several processes."""
-        return RanksJob(self, words, log, processes)
+    def start_ranks(self, words: list[str], log: Path, processes: int, setup: str = "", **environment: str) -> RanksJob:
+        """Run a command line on several processes; further arguments as of `start`."""
+        return RanksJob(self, words, log, processes, setup, **environment)
 
 
 def serve() -> None:

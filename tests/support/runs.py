@@ -1,5 +1,6 @@
 """Short real runs on a tiny model and a small file, through the command line's own code."""
 
+import csv
 import hashlib
 import json
 import random
@@ -99,6 +100,15 @@ def train(model: Path, data: Path, run_dir: Path, *extra: str, task: str = "sft"
     """Run it in this process."""
     run(train_words(model, data, run_dir, *extra, task=task))
     return run_dir
+
+
+def figures(run_dir: Path) -> dict[str, list[float]]:
+    """The values in metrics.csv by their tag, in the order of the steps."""
+    found: dict[str, list[float]] = {}
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["tag"], []).append(float(row["value"]))
+    return found
 
 
 def digests(folder: Path) -> dict[str, str]:

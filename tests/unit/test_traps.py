@@ -75,7 +75,7 @@ TRAPS = {
     "17 whitening with the moments of a row, a rank or the padding": """
         tests/unit/loss/test_advantage.py::test_whitening_is_the_definition
         tests/unit/loss/test_advantage.py::test_whitening_of_one_token_and_of_none
-        tests/distributed/test_online.py::test_two_processes_equal_one""",
+        tests/distributed/test_tasks.py::test_two_processes_equal_one""",
     "18 epochs, resumed runs and ranks share random numbers": """
         tests/unit/data/test_sampler.py::test_epochs_and_seeds_differ_and_repeat
         tests/unit/engine/test_resume.py::test_two_ranks_resume_bit_for_bit
