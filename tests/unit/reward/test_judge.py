@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sheeprlhf.config.validate import reward_problems
+from sheeprlhf.config.reward_checks import reward_problems
 from sheeprlhf.reward import judge
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.judge import check_server, parse_score

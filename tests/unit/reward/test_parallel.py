@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.config.validate import reward_problems
+from sheeprlhf.config.reward_checks import reward_problems
 from sheeprlhf.reward.call import RewardFunction, Texts, load_function
 from sheeprlhf.structure.reward import FunctionRewardConfig
 from sheeprlhf.utils.errors import ConfigError, RewardError
