@@ -115,14 +115,14 @@ def choose_packed(
     batching: str,
     say: Notify = lambda _: None,
 ) -> bool:
-    """Decide whether batches are packed: packed and padded numbers have to be equal.
+    """Decide whether batches of a `Policy` or `RewardModel` are packed: packed and padded numbers have to be equal.
 
     Args:
-        scored: a `Policy` or a `RewardModel`.
-        model: the Hugging Face model in it.
+        scored: contains the Hugging Face model.
+        model: that model.
         longest: tokens of the longest sequence that it will see.
         batching: "packed", "padded", or "auto": packed if `packing_problem` finds none.
-        say: prints a line for the user: why batches are padded although `batching` is auto.
+        say: prints the reason if batches are padded although `batching` is auto.
 
     Raises:
         ModelError: batching=packed and the model cannot do it.
@@ -143,10 +143,7 @@ def check_batching(batching: str, problem: str) -> None:
 
 
 def packing_problem(scored: nn.Module, model: PreTrainedModel, longest: int) -> str:
-    """The reason that this model cannot compute packed batches of up to `longest` tokens; empty if it can.
-
-    Arguments as of `choose_packed`.
-    """
+    """The reason that this model cannot compute packed batches of up to `longest` tokens; empty if it can."""
     problem = packing_limit(model, longest)
     if problem:
         return problem

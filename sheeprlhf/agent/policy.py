@@ -167,12 +167,7 @@ def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def hidden_at_head(backbone: nn.Module, batch: Batch) -> Tensor:
-    """(R, C) last hidden states where the batch's head runs.
-
-    Args:
-        backbone: a model without its head.
-        batch: packed or padded.
-    """
+    """(R, C) last hidden states of a model without its head, where the batch's head runs."""
     if batch.layout is None:
         hidden_BTC = hidden_states(
             backbone,
@@ -205,18 +200,9 @@ def load_policy(
     say: Notify = lambda _: None,
     new_head: bool = False,
 ) -> tuple[Policy, bool]:
-    """Load the model, add adapters if asked, and choose packed or padded batches.
+    """Load the model, with adapters if asked, and decide whether its batches are packed; see `choose_packed`.
 
-    Args:
-        cfg: the model's configuration.
-        tokenizer: its tokenizer.
-        longest: tokens of the longest sequence that it will see.
-        batching: as in `choose_packed`.
-        say: prints a line for the user: why batches are padded although `batching` is auto.
-        new_head: the task replaces the language head, which need not be in the files.
-
-    Returns:
-        The policy, and whether its batches are packed.
+    With `new_head`, the task replaces the language head, which the files need not have.
 
     Raises:
         ModelError: the model cannot be loaded, is too small for the data, or batching=packed and it cannot do it.
@@ -231,11 +217,7 @@ def load_policy(
 
 
 class BaseModelReference(nn.Module):
-    """Reference of a policy with adapters: the base model without them; holds no weights of its own.
-
-    Args:
-        policy: a policy with adapters.
-    """
+    """Reference of a policy with adapters: the base model without them; holds no weights of its own."""
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()

@@ -45,11 +45,7 @@ _LOAD_ADAPTERS = (
 
 
 class RewardModel(nn.Module):
-    """A language model with a score head, whole or with adapters.
-
-    Args:
-        model: a classification model with one label, or a PEFT model around it.
-    """
+    """A classification model with one label, or a PEFT model around it."""
 
     def __init__(self, model: PreTrainedModel | PeftModel) -> None:
         super().__init__()
@@ -140,14 +136,9 @@ def reward_model_of(
     adapter: Path | None = None,
     say: Notify = lambda _: None,
 ) -> RewardModel:
-    """The language model with a score head instead of its own, and adapters if asked.
+    """The language model with a score head instead of its own, and adapters if asked: new ones or those of a folder.
 
-    Args:
-        policy: the whole language model; its backbone is used, not copied.
-        cfg: says what trains.
-        tokenizer: the model's.
-        adapter: folder of trained adapters and head to put on it instead of new ones.
-        say: prints a line for the user.
+    The policy's backbone is used, not copied.
 
     Raises:
         ModelError: the model cannot have a score head, or the folder's adapters do not fit.
@@ -166,13 +157,9 @@ def reward_model_of(
 
 
 class AdapterValueModel(nn.Module):
-    """A score head on one adapter of a model that others use too. Call it inside `in_use()`.
+    """A score head (C -> 1) on one adapter of a model that others use too. Call it inside `in_use()`.
 
-    Args:
-        model: the model with all its adapters.
-        adapter: the name of this one's.
-        head: (C -> 1) its own.
-        offset: what is subtracted from the head's score.
+    The offset is subtracted from the head's score.
     """
 
     def __init__(self, model: PeftModel, adapter: str, head: nn.Linear, offset: float = 0.0) -> None:

@@ -231,12 +231,9 @@ def _generate_continuously(
 
 
 def check_engine(name: str, model: PreTrainedModel, longest: int) -> None:
-    """Check before sampling that a model can be trained on the samples of an engine.
+    """Check before sampling that a model, real or on the meta device, can be trained on the samples of an engine.
 
-    Args:
-        name: of `ENGINES`.
-        model: the language model; tensors without content do.
-        longest: tokens of the longest prompt with its response.
+    `longest` is the number of tokens of the longest prompt with its response.
 
     Raises:
         ModelError: it cannot.
@@ -413,16 +410,10 @@ def generate_ids(
     cfg: GenConfig,
     stop: StopStrings | None = None,
 ) -> list[np.ndarray]:
-    """Generate tokens after each prompt, up to and including an end token, or `cfg.max_new_tokens`.
+    """Generate tokens after each prompt (P_i,), up to and including an end token, or `cfg.max_new_tokens`.
 
-    Where a stop string ended one, special tokens may follow until the others have ended.
-
-    Args:
-        model: the language model, not wrapped; its training flags are restored.
-        tokenizer: its tokenizer.
-        prompts: token ids of each prompt, (P_i,).
-        cfg: how to sample; the random numbers are torch's, the caller isolates them.
-        stop: the stop strings of `cfg`, if it has any.
+    Where one of the stop strings ended one, special tokens may follow until the others have ended. The random numbers
+    are torch's; the caller isolates them.
     """
     settings = generation_config(cfg, tokenizer)
     undefined = undefined_ids(tokenizer, model.get_output_embeddings().weight.shape[0])
@@ -501,8 +492,8 @@ def stream_ids(
     Args:
         model: the language model, not wrapped, in eval mode.
         prompt_ids: (P,), P >= 1.
-        cfg: how to sample; one beam.
-        end_ids: each ends the response; without any, `cfg.max_new_tokens` alone does.
+        cfg: one beam.
+        end_ids: each ends the response.
         seed: of random numbers of its own, so that concurrent work does not change the response.
         undefined_U: (U,) int64, ids that are never written.
     """

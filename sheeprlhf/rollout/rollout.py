@@ -175,7 +175,7 @@ def predict_targets(
         fabric: where it runs.
         module: the module in `call`; in eval mode meanwhile, without gradient.
         call: a forward pass.
-        batches: cuts the rows; decides whether each token or each response is a target.
+        batches: decides whether each token or each response is a target.
         rows: a rollout, or a split of a dataset.
         label: text of the progress bar.
         num_rows: read the first rows only.
@@ -243,19 +243,9 @@ def kl_bound(n: int) -> float:
 class RolloutCollector:
     """Makes rollouts: the policy samples, the reward scores, the reference computes its log-probabilities.
 
-    Args:
-        fabric: where it runs.
-        cfg: the run's.
-        tokenizer: the policy's.
-        policy: the sampled model.
-        reference: the policy before training.
-        reward: the reward model, if the reward has one.
-        packed: lay rows end to end; else pad them.
-        columns: columns of the texts that the reward gets; the same in every rollout.
-        exchange: encodes texts for a reward model with another tokenizer.
+    The reward gets `columns` of the texts; `exchange` encodes them for a reward model with another tokenizer.
 
     Attributes:
-        policy: the sampled model.
         token_batches: cuts a rollout into batches whose targets are the responses' tokens.
         last_token_batches: cuts it into batches whose targets are the last tokens.
         metrics: numbers of the newest rollout, for the log.
@@ -458,13 +448,7 @@ def has_same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerB
 
 
 class TextExchange:
-    """Encodes prompts and responses with the tokenizer of a reward model that has another one than the policy.
-
-    Args:
-        policy: the policy's tokenizer.
-        reward: the reward model's.
-        say: prints a line for the user.
-    """
+    """Encodes prompts and responses with the tokenizer of a reward model that has another one than the policy."""
 
     def __init__(self, policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase, say: Notify) -> None:
         self._policy, self._reward, self._say = policy, reward, say

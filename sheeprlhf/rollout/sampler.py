@@ -85,7 +85,7 @@ def sample_responses(
         stop: called with a response's tokens so far, after each one; True ends it.
         progress: called with the number of responses that have just ended.
         packed: whether the model computes packed rows as it does padded ones; prompts are padded if it does not.
-        top_k: as in `draw`; with 1 the numbers do not matter.
+        top_k: as in `draw`, like top_p; with 1 the numbers do not matter.
         top_p: as in `draw`.
         max_prompts: most prompts that are sampled after at a time.
         undefined_U: (U,) int64, ids that are never sampled.
@@ -232,9 +232,7 @@ def _likeliest(logprobs_BV: Tensor, top_k: int, top_p: float) -> Tensor:
 class PackedDecoder:
     """Rows of a model with packed attention: prompts are computed once, unpadded; then a static cache.
 
-    Args:
-        model: the language model, in eval mode.
-        token_budget: most tokens of prompts in a forward pass, beyond one prompt's.
+    A forward pass has at most `token_budget` tokens of prompts, or one prompt.
     """
 
     def __init__(self, model: PreTrainedModel, token_budget: int) -> None:
@@ -289,11 +287,7 @@ class PackedDecoder:
 
 
 class PaddedDecoder:
-    """Rows of any other model: prompts padded on the left, and transformers' own cache and masks.
-
-    Args:
-        model: the language model, in eval mode.
-    """
+    """Rows of any other model: prompts padded on the left, and transformers' own cache and masks."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -350,9 +344,6 @@ class RecomputedDecoder:
     """Rows of a model whose cache changes its outputs: each token computes its whole row again.
 
     Rows are padded on the right, as in training, so no layer of a causal model reads the padding.
-
-    Args:
-        model: the language model, in eval mode.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -399,12 +390,7 @@ def unpacked_decoder(
 ) -> PaddedDecoder | RecomputedDecoder:
     """Return a decoder for a model without packed rows: with transformers' cache if that does not change its outputs.
 
-    Only models with plain attention are known to; others are tried on two short prompts.
-
-    Args:
-        model: the language model, in eval mode.
-        lengths: of the prompts, in tokens.
-        num_new: most new tokens of each.
+    Models with plain attention are known not to; others are tried on two short prompts. `lengths` are the prompts'.
     """
     if outgrows_cache(model, lengths, num_new):
         return RecomputedDecoder(model)

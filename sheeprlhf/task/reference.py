@@ -41,15 +41,15 @@ def sum_by_response(values_N: Tensor, response_index_N: Tensor, num_responses: i
 def reference_logprobs(
     fabric: Fabric, module: nn.Module, batches: Batches, data: PreparedData, split: str, key: str, read: np.ndarray
 ) -> np.ndarray:
-    """All ranks: the summed log-probability of every response of the rows that are read, before training.
+    """All ranks: the summed log-probability of every response of the rows that are read, before the first step.
 
     Args:
         fabric: where it runs.
-        module: the policy, set up, before its first step.
+        module: the policy, set up.
         batches: cuts the rows.
-        data: the split's rows; what is computed is kept in its folder.
+        data: has the split; its folder stores the results.
         split: name of the split.
-        key: tells these weights and this way to compute from others.
+        key: identifies these weights and this computation.
         read: the rows that the run reads, ascending.
 
     Returns:

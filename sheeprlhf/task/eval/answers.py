@@ -24,16 +24,9 @@ from sheeprlhf.rollout.engines import StopStrings, generate_ids
 from sheeprlhf.rollout.rollout import Rollout, decode_rollout, predict_targets, sampling_uniforms, to_rollout
 from sheeprlhf.rollout.sampler import Sampled, sample_responses
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.eval.load import (
-    evaluated_files,
-    evaluated_split,
-    first_rows,
-    load_evaluated_policy,
-    longest_with_response,
-)
+from sheeprlhf.task.eval.load import Evaluation, evaluated_files, longest_with_response
 from sheeprlhf.utils.end_tokens import end_token_ids
-from sheeprlhf.utils.errors import Notify
-from sheeprlhf.utils.lightning import Fabric, gather_objects
+from sheeprlhf.utils.lightning import gather_objects
 
 NUMBER = (1 << 32) - 2  # of an evaluation's draws: no rollout and no validation of training samples with these
 
@@ -66,41 +59,37 @@ class Answers(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-def set_up(fabric: Fabric, loaded: tuple[Policy, bool], tokenizer: PreTrainedTokenizerBase) -> EvalPolicy:
-    """A loaded policy on the device, in the precision asked for."""
+def set_up(
+    job: Evaluation, loaded: tuple[Policy, bool], tokenizer: PreTrainedTokenizerBase | None = None
+) -> EvalPolicy:
+    """A loaded policy on the device, in the precision asked for; by default with the evaluated model's tokenizer."""
     policy, packed = loaded
+    tokenizer = tokenizer or job.tokenizer
     policy.exclude_undefined(tokenizer)
-    place(fabric, policy)
+    place(job.fabric, policy)
     return EvalPolicy(policy, tokenizer, packed)
 
 
-def answer_split(
-    fabric: Fabric, cfg: EvalConfig, data: PreparedData, tokenizer: PreTrainedTokenizerBase, *, say: Notify
-) -> tuple[list[Example], Texts]:
-    """All ranks: the rows that are evaluated, and what the evaluated policy answers to each, as `cfg.generation` says.
-
-    Raises:
-        SheepError: the split has no rows, or the policy cannot be loaded.
-    """
-    rows = first_rows(evaluated_split(data, cfg.task.data_split), cfg.task.num_samples)
-    longest = longest_with_response(cfg, evaluated_files(cfg), rows)
-    writer = set_up(fabric, load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), tokenizer)
-    return rows, answer(fabric, cfg, writer, rows, samples=False).texts
+def answer_split(job: Evaluation, data: PreparedData, num_rows: int | None) -> tuple[list[Example], Texts]:
+    """All ranks: the rows that are evaluated, and the evaluated policy's answer to each, as `cfg.generation` says."""
+    rows = job.rows(data, num_rows)
+    longest = longest_with_response(job.cfg, evaluated_files(job.cfg), rows)
+    return rows, answer(job, set_up(job, job.load_policy(longest)), rows, samples=False).texts
 
 
 def answer(
-    fabric: Fabric, cfg: EvalConfig, writer: EvalPolicy, prompts: Sequence[Example], *, group: int = 1, samples: bool
+    job: Evaluation, writer: EvalPolicy, prompts: Sequence[Example], *, group: int = 1, samples: bool
 ) -> Answers:
     """All ranks: responses to every prompt; each rank writes its share, in batches of prompts of about one length.
 
     Args:
-        fabric: where it runs.
-        cfg: says how to write, and the seed.
-        writer: who writes.
+        job: says how to write, and the seed.
+        writer: the policy that answers.
         prompts: rows; their prompts are read, and their first response as the reference.
         group: responses to each.
         samples: sample with all probabilities, as a rollout; else as `generation.do_sample` says.
     """
+    fabric, cfg = job.fabric, job.cfg
     uniforms = sampling_uniforms(cfg.seed, NUMBER, (len(prompts), group, cfg.generation.max_new_tokens))
     mine = list(range(fabric.global_rank, len(prompts), fabric.world_size))
     stop = StopStrings(cfg.generation.stop_strings, writer.tokenizer)
@@ -173,22 +162,17 @@ def _by_beams(
 
 
 @torch.no_grad()
-def logprobs_of(fabric: Fabric, cfg: EvalConfig, writer: EvalPolicy, answers: Answers, label: str) -> Tensor:
-    """All ranks: (N,) what a policy says of each token, nats, at the temperature that they were sampled with.
+def logprobs_of(job: Evaluation, policy: EvalPolicy, answers: Answers, label: str) -> Tensor:
+    """All ranks: (N,) log-probability of each token by a policy, nats, at the temperature that sampled them.
 
-    Args:
-        fabric: where it runs.
-        cfg: has the temperature.
-        writer: who is asked; its tokenizer is that of the answers.
-        answers: anybody's.
-        label: what the progress bar says.
+    The policy's tokenizer is that of the answers; `label` is shown by the progress bar.
     """
 
     def call(batch: Batch) -> Tensor:
-        return writer.policy(batch, temperature=cfg.generation.temperature).target_N
+        return policy.policy(batch, temperature=job.cfg.generation.temperature).target_N
 
-    batches = Batches(fabric, cfg.task, packed=writer.packed, targets="response")
-    return predict_targets(fabric, writer.policy, call, batches, answers.rollout, label)
+    batches = Batches(job.fabric, job.cfg.task, packed=policy.packed, targets="response")
+    return predict_targets(job.fabric, policy.policy, call, batches, answers.rollout, label)
 
 
 def kl_of_responses(answers: Answers, logprobs_N: Tensor, start_N: Tensor) -> np.ndarray:

@@ -5,7 +5,6 @@ below its curve has paid more than it had to (arXiv 2009.01325, 2204.05862, 2210
 """
 
 import csv
-import dataclasses
 import io
 import math
 from functools import partial
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.data.example import Example
 from sheeprlhf.engine.checkpoint import saved_steps
@@ -24,42 +22,26 @@ from sheeprlhf.structure.evaluation import FrontierConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logprobs_of, set_up
 from sheeprlhf.task.eval.judge import Judge
-from sheeprlhf.task.eval.load import (
-    evaluated_files,
-    evaluated_split,
-    first_rows,
-    load_evaluated_policy,
-    load_evaluated_tokenizer,
-    load_start_of,
-    longest_with_response,
-    say_on,
-    start_of,
-)
+from sheeprlhf.task.eval.load import Evaluation, evaluated_files, longest_with_response, start_of
 from sheeprlhf.task.eval.result import draw_frontier, save_result
 from sheeprlhf.task.eval.statistics import interval_of, standard_error
-from sheeprlhf.task.models import check_reward_columns, prepare_prompts
-from sheeprlhf.utils.errors import Notify
+from sheeprlhf.task.models import check_reward_columns
 from sheeprlhf.utils.lightning import Fabric
 
 COLUMNS = ("what", "n", "score", "score_low", "score_high", "kl", "kl_error", "rougeL", "response_tokens")
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
-    """All ranks: sample from the start and from every checkpoint, score, and save the curve as JSON, CSV and PNG.
-
-    Raises:
-        SheepError: an error that the user can fix; its message says how.
-    """
+    """All ranks: sample from the start and from every checkpoint, score, and save the curve as JSON, CSV and PNG."""
     task = cfg.task
-    assert isinstance(task, FrontierConfig) and cfg.model is not None and cfg.data is not None
-    say = partial(say_on, fabric)
-    tokenizer = load_evaluated_tokenizer(cfg)
-    data = prepare_prompts(cfg, tokenizer, say=say, progress=fabric.is_global_zero)
-    rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
+    assert isinstance(task, FrontierConfig)
+    job = Evaluation(fabric, cfg)
+    data = job.prepare_scored()
+    rows = job.rows(data, task.num_samples)
     check_reward_columns(cfg, data, {task.data_split: all(row.responses for row in rows)})
     longest = longest_with_response(cfg, evaluated_files(cfg), rows)
-    pool, written = _write(fabric, cfg, rows, tokenizer, longest, say)
-    judge = Judge(fabric, cfg, longest=longest, say=say)
+    pool, written = _write(job, rows, longest)
+    judge = Judge(job, longest)
     trust = judge.trust()
     pool_PK = judge.scores(pool).reshape(len(rows), task.best_of)
     points = [_best_of_point(pool_PK, n, pool, cfg.seed) for n in _powers(task.best_of)]
@@ -67,7 +49,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
         _point(what, answers, judge.scores(answers), kl_N, cfg.seed) for what, (answers, kl_N) in written.items()
     ]
     if trust is not None and trust.at_chance():
-        say(trust.warning())
+        job.say(trust.warning())
     numbers = {
         "points": points,
         "rows": len(rows),
@@ -88,24 +70,21 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     )
 
 
-def _write(
-    fabric: Fabric, cfg: EvalConfig, rows: list[Example], tokenizer: PreTrainedTokenizerBase, longest: int, say: Notify
-) -> tuple[Answers, dict[str, tuple[Answers, np.ndarray]]]:
+def _write(job: Evaluation, rows: list[Example], longest: int) -> tuple[Answers, dict[str, tuple[Answers, np.ndarray]]]:
     """The start's pool of answers, and each checkpoint's answers with the KL of each; one model after the other."""
-    task, start = cfg.task, start_of(cfg)
+    cfg, task, start = job.cfg, job.cfg.task, start_of(job.cfg)
     assert isinstance(task, FrontierConfig) and cfg.experiment_dir is not None and start is not None
-    say(f"start: {start.name}")
+    job.say(f"start: {start.name}")
     written: dict[str, tuple[Answers, Any]] = {}
     for weights in checkpoints_of(Path(cfg.experiment_dir)):
-        of_step = dataclasses.replace(cfg, task=dataclasses.replace(task, model_name=weights))
-        writer = set_up(fabric, load_evaluated_policy(of_step, tokenizer, longest=longest, say=say), tokenizer)
-        own = answer(fabric, cfg, writer, rows, samples=True)
-        written[weights] = own, logprobs_of(fabric, cfg, writer, own, weights)
+        writer = set_up(job, job.load_policy(longest, weights))
+        own = answer(job, writer, rows, samples=True)
+        written[weights] = own, logprobs_of(job, writer, own, weights)
         del writer
-    begun = set_up(fabric, load_start_of(cfg, start, tokenizer, longest=longest, say=say), tokenizer)
-    pool = answer(fabric, cfg, begun, rows, group=task.best_of, samples=True)
+    begun = set_up(job, job.load_start(start, longest))
+    pool = answer(job, begun, rows, group=task.best_of, samples=True)
     return pool, {
-        weights: (own, kl_of_responses(own, logprobs_N, logprobs_of(fabric, cfg, begun, own, f"start of {weights}")))
+        weights: (own, kl_of_responses(own, logprobs_N, logprobs_of(job, begun, own, f"start of {weights}")))
         for weights, (own, logprobs_N) in written.items()
     }
 

@@ -6,28 +6,21 @@ from pathlib import Path
 import numpy as np
 
 from sheeprlhf.config.registry import config_to_dict
-from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.structure.evaluation import GenerateConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import answer_split
-from sheeprlhf.task.eval.load import load_evaluated_tokenizer, say_on
+from sheeprlhf.task.eval.load import Evaluation
 from sheeprlhf.task.eval.result import draw_histogram, save_result
 from sheeprlhf.task.loop import distinct_bigrams
 from sheeprlhf.utils.lightning import Fabric
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
-    """All ranks: write a response to each prompt; the rows, and figures of their lengths, go into files.
-
-    Raises:
-        SheepError: an error that the user can fix; its message says how.
-    """
+    """All ranks: write a response to each prompt; the rows, and figures of their lengths, go into files."""
     task = cfg.task
-    assert isinstance(task, GenerateConfig) and cfg.model is not None and cfg.data is not None
-    say = partial(say_on, fabric)
-    tokenizer = load_evaluated_tokenizer(cfg)
-    data = prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=fabric.is_global_zero)
-    rows, texts = answer_split(fabric, cfg, data, tokenizer, say=say)
+    assert isinstance(task, GenerateConfig)
+    job = Evaluation(fabric, cfg)
+    rows, texts = answer_split(job, job.prepare("prompts"), task.num_samples)
     references = texts.columns.get("reference", [None] * len(rows))
     kept = [
         {

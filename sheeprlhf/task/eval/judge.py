@@ -1,25 +1,22 @@
 """Judge of responses: `reward=`, and the accuracy of a reward model in it."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from sheeprlhf.agent.batches import choose_packed, longest_row
 from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.data.example import Example
-from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.reward.score import RawScores, build_reward
 from sheeprlhf.rollout.rollout import TextExchange, has_same_tokens, longest_of, predict_scores
 from sheeprlhf.structure.reward import needs_model, terms_of
-from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import Answers
-from sheeprlhf.task.eval.load import evaluated_split, rows_as
+from sheeprlhf.task.eval.load import Evaluation
 from sheeprlhf.task.eval.preference import pairs_of_rows, scores_of_rows
 from sheeprlhf.task.eval.statistics import interval_of
 from sheeprlhf.task.models import load_reward_tokenizer, load_separate_reward_model
-from sheeprlhf.utils.errors import DataError, Notify
-from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.errors import DataError
 
 
 class RewardModelAccuracy(NamedTuple):
@@ -52,17 +49,14 @@ class Judge:
     """Scores responses by `reward=`. A reward model is loaded when it is first needed, and kept; ask for `trust` first.
 
     Args:
-        fabric: where it runs.
-        cfg: the evaluation.
+        job: the evaluation.
         longest: tokens of the longest prompt with a response.
-        say: prints a line for the user.
     """
 
-    def __init__(self, fabric: Fabric, cfg: EvalConfig, *, longest: int, say: Notify) -> None:
-        assert cfg.data is not None
-        self._fabric, self._cfg, self._longest, self._say = fabric, cfg, longest, say
-        self._rule = cfg.data.rule_reward
-        self.has_model = needs_model(cfg.reward, self._rule)
+    def __init__(self, job: Evaluation, longest: int) -> None:
+        self._job, self._fabric, self._cfg, self._longest = job, job.fabric, job.cfg, longest
+        self._rule = job.data.rule_reward
+        self.has_model = needs_model(job.cfg.reward, self._rule)
         self._loaded: tuple[RewardModel, bool, int] | None = None
         self._own_prompts: list[Example] | None = None
 
@@ -95,15 +89,10 @@ class Judge:
         if not self.has_model:
             return None
         cfg, task = self._cfg, self._cfg.task
-        assert cfg.data is not None
-        tokenizer = load_reward_tokenizer(cfg)
         try:
-            data = prepare_data(
-                cfg.data, tokenizer, kind="preference", say=self._say, progress=self._fabric.is_global_zero
-            )
-            split = evaluated_split(data, task.data_split)
+            split = self._job.split(self._job.prepare("preference", load_reward_tokenizer(cfg)))
         except DataError as error:
-            self._say(f"the reward model's accuracy is unknown, as there are no pairs to ask it about: {error}")
+            self._job.say(f"the reward model's accuracy is unknown, as there are no pairs to ask it about: {error}")
             return None
         model, packed = self._model(max(self._longest, longest_row({"": split})))
         scores_S = scores_of_rows(self._fabric, model, task, split, packed=packed, num_rows=task.num_samples)
@@ -115,8 +104,10 @@ class Judge:
         rollout, tokenizer = answers.rollout, load_reward_tokenizer(self._cfg)
         if not has_same_tokens(answers.tokenizer, tokenizer):
             if self._own_prompts is None:
-                self._own_prompts = rows_as(self._fabric, self._cfg, tokenizer, rollout.rows, self._say)
-            rollout = TextExchange(answers.tokenizer, tokenizer, self._say)(rollout, answers.texts, self._own_prompts)
+                self._own_prompts = self._job.rows_as(tokenizer, rollout.rows)
+            rollout = TextExchange(answers.tokenizer, tokenizer, self._job.say)(
+                rollout, answers.texts, self._own_prompts
+            )
         model, packed = self._model(max(self._longest, longest_of(rollout)))
         return predict_scores(self._fabric, self._cfg.task, model, rollout, packed=packed).double().tolist()
 
@@ -124,12 +115,11 @@ class Judge:
         """The reward model, and whether rows of this length are packed; longer ones than before decide anew."""
         if self._loaded is None:
             tokenizer = load_reward_tokenizer(self._cfg)
-            model, packed = load_separate_reward_model(self._cfg, tokenizer, longest=longest, say=self._say)
+            model, packed = load_separate_reward_model(self._cfg, tokenizer, longest=longest, say=self._job.say)
             place(self._fabric, model)  # onto the device, in the precision asked for
             self._loaded = model, packed, longest
         model, packed, before = self._loaded
         if longest > before:
-            how: dict[str, Any] = {"batching": self._cfg.task.batching, "say": self._say}
-            packed = packed and choose_packed(model, model.classifier(), longest=longest, **how)
+            packed = packed and choose_packed(model, model.classifier(), **self._job.options(longest))
             self._loaded = model, packed, longest
         return model, packed

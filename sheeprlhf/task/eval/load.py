@@ -12,13 +12,13 @@ from sheeprlhf.agent.policy import Policy
 from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.config.run_lookup import is_same_model, read_run_config, saved_group
 from sheeprlhf.data.example import Example
-from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
+from sheeprlhf.data.prepare import PreparedData, TokenizedSplit, prepare_data
 from sheeprlhf.model.load import load_tokenizer, num_positions
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.models import LoadOptions, load_initial_policy, load_policy_from_run, prepare_prompts
-from sheeprlhf.utils.errors import ConfigError, DataError, Notify
+from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -30,22 +30,76 @@ class Start(NamedTuple):
     name: str
 
 
-def evaluated_split(data: PreparedData, name: str) -> TokenizedSplit:
-    """The split that `task.data_split` names.
+class Evaluation:
+    """An evaluation task: where it runs, its configuration, its inputs, and the tokenizer of the evaluated model."""
 
-    Raises:
-        DataError: it has no rows.
-    """
-    split = data.splits.get(name)
-    if split is None or len(split) == 0:
-        there = ", ".join(name for name, rows in data.splits.items() if len(rows))
-        raise DataError(f"task.data_split={name}: the dataset has no such rows; it has {there}")
-    return split
+    def __init__(self, fabric: Fabric, cfg: EvalConfig) -> None:
+        assert cfg.model is not None and cfg.data is not None  # the command line composes both
+        self.fabric, self.cfg, self.model, self.data = fabric, cfg, cfg.model, cfg.data
+        self.tokenizer = load_evaluated_tokenizer(cfg)
 
+    def say(self, text: str) -> None:
+        """Print a line on rank zero, on standard error: results are on standard output."""
+        if self.fabric.is_global_zero:
+            print(redact_text(plain_text(text)), file=sys.stderr)
 
-def first_rows(split: TokenizedSplit, num_samples: int | None) -> list[Example]:
-    """The rows that are evaluated."""
-    return split.examples(range(min(len(split), num_samples or len(split))))
+    def prepare(self, kind: str, tokenizer: PreTrainedTokenizerBase | None = None) -> PreparedData:
+        """Prepare the data, by default with the evaluated model's tokenizer."""
+        progress = self.fabric.is_global_zero
+        return prepare_data(self.data, tokenizer or self.tokenizer, kind=kind, say=self.say, progress=progress)
+
+    def prepare_scored(self, tokenizer: PreTrainedTokenizerBase | None = None) -> PreparedData:
+        """Prepare prompts with the columns that the reward reads."""
+        progress = self.fabric.is_global_zero
+        return prepare_prompts(self.cfg, tokenizer or self.tokenizer, say=self.say, progress=progress)
+
+    def split(self, data: PreparedData) -> TokenizedSplit:
+        """Return the split that `task.data_split` names.
+
+        Raises:
+            DataError: it has no rows.
+        """
+        name = self.cfg.task.data_split
+        split = data.splits.get(name)
+        if split is None or len(split) == 0:
+            there = ", ".join(name for name, rows in data.splits.items() if len(rows))
+            raise DataError(f"task.data_split={name}: the dataset has no such rows; it has {there}")
+        return split
+
+    def rows(self, data: PreparedData, num_rows: int | None) -> list[Example]:
+        """Return the first rows of that split, or all."""
+        split = self.split(data)
+        return split.examples(range(min(len(split), num_rows or len(split))))
+
+    def rows_as(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> list[Example]:
+        """Return the same rows as another tokenizer has them.
+
+        Raises:
+            DataError: it has left one of them out.
+        """
+        split = self.split(self.prepare_scored(tokenizer))
+        found = {row.row_id: row for row in split.examples(range(len(split)))}
+        lost = [row.row_id for row in rows if row.row_id not in found]
+        if lost:
+            raise DataError(
+                f"row {lost[0]} of task.data_split={self.cfg.task.data_split} is there for one of the two tokenizers "
+                "alone: give data.on_overflow=truncate_prompt data.minimum_response_length=1"
+            )
+        return [found[row.row_id] for row in rows]
+
+    def options(self, longest: int) -> LoadOptions:
+        """Options of the functions that load a model, for sequences of up to `longest` tokens."""
+        return {"longest": longest, "batching": self.cfg.task.batching, "say": self.say}
+
+    def load_policy(self, longest: int, weights: str | None = None) -> tuple[Policy, bool]:
+        """Load the evaluated policy, by default its `task.model_name` weights; tell whether its batches are packed."""
+        run_dir = None if self.cfg.experiment_dir is None else Path(self.cfg.experiment_dir)
+        weights = self.cfg.task.model_name if weights is None else weights
+        return load_policy_from_run(self.model, run_dir, weights, self.tokenizer, **self.options(longest))
+
+    def load_start(self, start: "Start", longest: int) -> tuple[Policy, bool]:
+        """Load the policy that its training started from; tell whether its batches are packed."""
+        return load_initial_policy(self.model, start.run_dir, start.weights, self.tokenizer, **self.options(longest))
 
 
 def longest_with_response(cfg: EvalConfig, model: ModelConfig, rows: Sequence[Example]) -> int:
@@ -62,27 +116,6 @@ def longest_with_response(cfg: EvalConfig, model: ModelConfig, rows: Sequence[Ex
             f"positions; give generation.max_new_tokens={max(1, positions - prompt)}"
         )
     return prompt + new
-
-
-def rows_as(
-    fabric: Fabric, cfg: EvalConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], say: Notify
-) -> list[Example]:
-    """The same rows as another tokenizer has them.
-
-    Raises:
-        DataError: it has left one of them out.
-    """
-    assert cfg.data is not None
-    data = prepare_prompts(cfg, tokenizer, say=say, progress=fabric.is_global_zero)
-    split = evaluated_split(data, cfg.task.data_split)
-    found = {row.row_id: row for row in split.examples(range(len(split)))}
-    lost = [row.row_id for row in rows if row.row_id not in found]
-    if lost:
-        raise DataError(
-            f"row {lost[0]} of task.data_split={cfg.task.data_split} is there for one of the two tokenizers alone: "
-            "give data.on_overflow=truncate_prompt data.minimum_response_length=1"
-        )
-    return [found[row.row_id] for row in rows]
 
 
 def evaluated_files(cfg: EvalConfig) -> ModelConfig:
@@ -106,16 +139,6 @@ def load_evaluated_tokenizer(cfg: EvalConfig) -> PreTrainedTokenizerBase:
     return load_tokenizer(evaluated_files(cfg))
 
 
-def load_evaluated_policy(
-    cfg: EvalConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Notify
-) -> tuple[Policy, bool]:
-    """Load the policy that `experiment_dir` and `task.model_name` name, or `model`; tell if its batches are packed."""
-    assert cfg.model is not None  # the command line composes it, from the run if need be
-    run_dir = None if cfg.experiment_dir is None else Path(cfg.experiment_dir)
-    how: LoadOptions = {"longest": longest, "batching": cfg.task.batching, "say": say}
-    return load_policy_from_run(cfg.model, run_dir, cfg.task.model_name, tokenizer, **how)
-
-
 def task_options(cfg: EvalConfig) -> dict[str, Any]:
     """The options of the task that the evaluated run had, as its file has them; none without a run."""
     task = None if cfg.experiment_dir is None else read_run_config(cfg.experiment_dir).get("task")
@@ -135,23 +158,8 @@ def start_of(cfg: EvalConfig) -> Start | None:
     )
 
 
-def load_start_of(
-    cfg: EvalConfig, start: Start, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Notify
-) -> tuple[Policy, bool]:
-    """Load that model, and tell whether its batches are packed."""
-    assert cfg.model is not None
-    how: LoadOptions = {"longest": longest, "batching": cfg.task.batching, "say": say}
-    return load_initial_policy(cfg.model, start.run_dir, start.weights, tokenizer, **how)
-
-
 def model_of_run(run_dir: str, key: str) -> ModelConfig:
     """The model of a run that an option names."""
     model = saved_group(run_dir, "model", key=key)
     assert isinstance(model, ModelConfig)
     return model
-
-
-def say_on(fabric: Fabric, text: str) -> None:
-    """Print a line on rank zero, beside the results on standard output."""
-    if fabric.is_global_zero:
-        print(redact_text(plain_text(text)), file=sys.stderr)

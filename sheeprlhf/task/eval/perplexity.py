@@ -15,11 +15,11 @@ import torch
 
 from sheeprlhf.agent.batches import Batches, longest_row
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
+from sheeprlhf.data.prepare import TokenizedSplit
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.eval.load import evaluated_split, load_evaluated_policy, load_evaluated_tokenizer, say_on
+from sheeprlhf.task.eval.load import Evaluation
 from sheeprlhf.task.eval.result import draw_histogram, save_result
 from sheeprlhf.task.eval.statistics import resampled
 from sheeprlhf.utils.decoding import ResponseDecoder
@@ -31,18 +31,12 @@ _HIGHEST = 700.0  # nats, whose exp is a number
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
-    """All ranks: print the perplexity and save it as JSON.
-
-    Raises:
-        SheepError: an error that the user can fix; its message says how.
-    """
+    """All ranks: print the perplexity and save it as JSON."""
     task = cfg.task
-    assert isinstance(task, PerplexityConfig) and cfg.model is not None and cfg.data is not None
-    say = partial(say_on, fabric)
-    tokenizer = load_evaluated_tokenizer(cfg)
-    data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
-    split = evaluated_split(data, task.data_split)
-    policy, packed = load_evaluated_policy(cfg, tokenizer, longest=longest_row({"": split}), say=say)
+    assert isinstance(task, PerplexityConfig)
+    job = Evaluation(fabric, cfg)
+    split = job.split(job.prepare("sft"))
+    policy, packed = job.load_policy(longest_row({"": split}))
     place(fabric, policy)  # onto the device, in the precision asked for
     num_rows = min(len(split), task.num_samples or len(split))
     nll_R, tokens_R = nll_of_rows(fabric, policy, task, split, num_rows, packed=packed)
@@ -58,7 +52,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     }
     if task.completion_only_loss and fabric.is_global_zero:
         ids = [example.responses[0].tolist() for example in split.examples(range(num_rows))]
-        numbers["characters"] = sum(map(len, map(ResponseDecoder(tokenizer), ids)))
+        numbers["characters"] = sum(map(len, map(ResponseDecoder(job.tokenizer), ids)))
         bits = float(nll_R.sum()) / math.log(2)
         numbers["bits_per_character"] = bits / max(1, numbers["characters"])
     draw = partial(draw_histogram, {"rows": nll_R / tokens_R}, "negative log-likelihood, nats a token")

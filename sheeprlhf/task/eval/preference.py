@@ -18,53 +18,36 @@ from torch import nn
 from sheeprlhf.agent.batches import Batches, BatchOptions, longest_row
 from sheeprlhf.config.run_lookup import read_run_config, task_of_run
 from sheeprlhf.data.example import Batch
-from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.rollout.rollout import predict_targets
 from sheeprlhf.structure.evaluation import PreferenceConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.eval.load import (
-    evaluated_split,
-    load_evaluated_policy,
-    load_evaluated_tokenizer,
-    load_start_of,
-    say_on,
-    start_of,
-    task_options,
-)
+from sheeprlhf.task.eval.load import Evaluation, start_of, task_options
 from sheeprlhf.task.eval.result import draw_calibration, save_result
 from sheeprlhf.task.eval.statistics import calibration, calibration_error, interval_of, pair_figures
 from sheeprlhf.task.models import load_trained_reward_model
-from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.lightning import Fabric
 
 _BETA = 0.1
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
-    """All ranks: print the figures and save them as JSON, with their calibration as a plot.
-
-    Raises:
-        SheepError: an error that the user can fix; its message says how.
-    """
+    """All ranks: print the figures and save them as JSON, with their calibration as a plot."""
     task = cfg.task
-    assert isinstance(task, PreferenceConfig) and cfg.model is not None and cfg.data is not None
-    say = partial(say_on, fabric)
-    tokenizer = load_evaluated_tokenizer(cfg)
-    data = prepare_data(cfg.data, tokenizer, kind="preference", say=say, progress=fabric.is_global_zero)
-    split = evaluated_split(data, task.data_split)
+    assert isinstance(task, PreferenceConfig)
+    job = Evaluation(fabric, cfg)
+    split = job.split(job.prepare("preference"))
     trained = None if cfg.experiment_dir is None else task_of_run(read_run_config(cfg.experiment_dir))
     numbers: dict[str, Any] = {}
     if trained is not None and trained.trains == "reward model":
         assert cfg.experiment_dir is not None
-        of = (cfg.model, Path(cfg.experiment_dir), task.model_name, tokenizer)
-        how: dict[str, Any] = {"longest": longest_row({"": split}), "batching": task.batching, "say": say}
-        model, packed = load_trained_reward_model(*of, **how)
+        of = (job.model, Path(cfg.experiment_dir), task.model_name, job.tokenizer)
+        model, packed = load_trained_reward_model(*of, **job.options(longest_row({"": split})))
         place(fabric, model)  # onto the device, in the precision asked for
         scores_S = scores_of_rows(fabric, model, task, split, packed=packed, num_rows=task.num_samples)
     else:
-        scores_S, numbers = _implicit_rewards(fabric, cfg, tokenizer, split, say)
+        scores_S, numbers = _implicit_rewards(job, split)
     chosen_P, rejected_P, longer_P = pairs_of_rows(scores_S, split.sizes[:, 1:], task.num_samples)
     calibrated = calibration(chosen_P - rejected_P)
     numbers = pair_figures(chosen_P, rejected_P, longer_P) | numbers
@@ -101,11 +84,9 @@ def scores_of_rows(
     return predict_targets(fabric, model, model, batches, split, label, num_rows).double().numpy()
 
 
-def _implicit_rewards(
-    fabric: Fabric, cfg: EvalConfig, tokenizer: Any, split: TokenizedSplit, say: Notify
-) -> tuple[np.ndarray, dict[str, Any]]:
+def _implicit_rewards(job: Evaluation, split: TokenizedSplit) -> tuple[np.ndarray, dict[str, Any]]:
     """All ranks: (S,) the policy's rewards of all responses, nats * beta, and what they were made with."""
-    task, longest = cfg.task, longest_row({"": split})
+    fabric, cfg, task, longest = job.fabric, job.cfg, job.cfg.task, longest_row({"": split})
     assert isinstance(task, PreferenceConfig)
     num_rows = min(len(split), task.num_samples or len(split))
     sizes = split.sizes[:num_rows, 1:]
@@ -122,12 +103,12 @@ def _implicit_rewards(
         return np.add.reduceat(logprobs_N, np.cumsum([0, *lengths_S[:-1]]))
 
     start, beta = start_of(cfg), task.beta or _beta_of_run(cfg)
-    rewards_S = sums_of(*load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), "evaluating")
+    rewards_S = sums_of(*job.load_policy(longest), "evaluating")
     if start is None:
-        say("no run has trained this model, so it has no reference: its log-probabilities alone are compared")
+        job.say("no run has trained this model, so it has no reference: its log-probabilities alone are compared")
     else:
-        say(f"reference: {start.name}")
-        rewards_S = rewards_S - sums_of(*load_start_of(cfg, start, tokenizer, longest=longest, say=say), "reference")
+        job.say(f"reference: {start.name}")
+        rewards_S = rewards_S - sums_of(*job.load_start(start, longest), "reference")
     return beta * rewards_S, {"beta": beta, "reference": None if start is None else start.name}
 
 

@@ -24,25 +24,13 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logprobs_of, set_up
 from sheeprlhf.task.eval.judge import Judge, RewardModelAccuracy
-from sheeprlhf.task.eval.load import (
-    evaluated_files,
-    evaluated_split,
-    first_rows,
-    load_evaluated_policy,
-    load_evaluated_tokenizer,
-    load_start_of,
-    longest_with_response,
-    model_of_run,
-    rows_as,
-    say_on,
-    start_of,
-)
+from sheeprlhf.task.eval.load import Evaluation, evaluated_files, longest_with_response, model_of_run, start_of
 from sheeprlhf.task.eval.result import cell, draw_histogram, save_result
 from sheeprlhf.task.eval.statistics import interval_of, standard_error
 from sheeprlhf.task.loop import distinct_bigrams
-from sheeprlhf.task.models import LoadOptions, check_reward_columns, load_policy_from_run, prepare_prompts
+from sheeprlhf.task.models import check_reward_columns, load_policy_from_run
 from sheeprlhf.utils.end_tokens import end_token_ids
-from sheeprlhf.utils.errors import DataError, Notify
+from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -61,21 +49,16 @@ class Written(NamedTuple):
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
-    """All ranks: sample, score, compare, print the figures and save them as JSON, each response with its score beside.
-
-    Raises:
-        SheepError: an error that the user can fix; its message says how.
-    """
+    """All ranks: sample, score, compare, print the figures and save them as JSON, with each response and its score."""
     task = cfg.task
-    assert isinstance(task, RewardConfig) and cfg.model is not None and cfg.data is not None
-    say = partial(say_on, fabric)
-    tokenizer = load_evaluated_tokenizer(cfg)
-    data = prepare_prompts(cfg, tokenizer, say=say, progress=fabric.is_global_zero)
-    rows = first_rows(evaluated_split(data, task.data_split), task.num_samples)
+    assert isinstance(task, RewardConfig)
+    job = Evaluation(fabric, cfg)
+    data = job.prepare_scored()
+    rows = job.rows(data, task.num_samples)
     check_reward_columns(cfg, data, {task.data_split: all(row.responses for row in rows)})
-    longest, against = longest_sequence(cfg, evaluated_files(cfg), rows), _opponent(cfg, rows, say)
-    written = _write(fabric, cfg, rows, tokenizer, longest, against, say)
-    judge = Judge(fabric, cfg, longest=longest, say=say)
+    longest, against = longest_sequence(cfg, evaluated_files(cfg), rows), _opponent(job, rows)
+    written = _write(job, rows, longest, against)
+    judge = Judge(job, longest)
     trust = judge.trust()
     scores_N, others_N = judge.scores(written.own), judge.scores(written.other)
     numbers = _figures(cfg, against, written, scores_N, others_N, trust)
@@ -92,7 +75,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
         for number, row in enumerate(rows)
     ]
     if trust is not None and trust.at_chance():
-        say(trust.warning())
+        job.say(trust.warning())
     draw = partial(draw_histogram, {"model": scores_N, Path(against).name: others_N}, f"score ({judge.name()})")
     table = _table(numbers, judge.name(), float(others_N.mean()), trust)
     name = f"reward-{judge.name()}-{task.data_split}"
@@ -105,63 +88,53 @@ def longest_sequence(cfg: EvalConfig, model: ModelConfig, rows: list[Example]) -
     return max(own, longest_with_response(cfg, model, rows))
 
 
-def _opponent(cfg: EvalConfig, rows: list[Example], say: Notify) -> str:
+def _opponent(job: Evaluation, rows: list[Example]) -> str:
     """Opponent of the win rate: `task.against`, or the initial model if rows have no responses.
 
     Raises:
         DataError: there is neither.
     """
-    assert isinstance(cfg.task, RewardConfig)
-    against = cfg.task.against
+    assert isinstance(job.cfg.task, RewardConfig)
+    against = job.cfg.task.against
     if against.casefold() in (REFERENCES, START):
         against = against.casefold()
     if against == REFERENCES and not all(row.responses for row in rows):
-        if start_of(cfg) is None:
+        if start_of(job.cfg) is None:
             raise DataError("rows have no responses to compare with, and the model no start: give task.against=<run>")
-        say("rows have no responses of their own: compared with what the run started from (task.against=start)")
+        job.say("rows have no responses of their own: compared with what the run started from (task.against=start)")
         return START
     return against
 
 
-def _write(
-    fabric: Fabric,
-    cfg: EvalConfig,
-    rows: list[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    longest: int,
-    against: str,
-    say: Notify,
-) -> Written:
-    """All that models have to do before the judge, one model after the other."""
-    start = start_of(cfg)
-    writer = set_up(fabric, load_evaluated_policy(cfg, tokenizer, longest=longest, say=say), tokenizer)
-    own = answer(fabric, cfg, writer, rows, samples=True)
-    logprobs_N = logprobs_of(fabric, cfg, writer, own, "log-probabilities") if start is not None else None
+def _write(job: Evaluation, rows: list[Example], longest: int, against: str) -> Written:
+    """Compute everything that the judge needs, one model after the other."""
+    start = start_of(job.cfg)
+    writer = set_up(job, job.load_policy(longest))
+    own = answer(job, writer, rows, samples=True)
+    logprobs_N = logprobs_of(job, writer, own, "log-probabilities") if start is not None else None
     del writer
-    other, kl_N = references_of(rows, tokenizer) if against == REFERENCES else own, None
+    other, kl_N = references_of(rows, job.tokenizer) if against == REFERENCES else own, None
     if start is not None and logprobs_N is not None:
-        begun = set_up(fabric, load_start_of(cfg, start, tokenizer, longest=longest, say=say), tokenizer)
-        kl_N = kl_of_responses(own, logprobs_N, logprobs_of(fabric, cfg, begun, own, "start"))
+        begun = set_up(job, job.load_start(start, longest))
+        kl_N = kl_of_responses(own, logprobs_N, logprobs_of(job, begun, own, "start"))
         if against == START:
-            other = answer(fabric, cfg, begun, rows, samples=True)
+            other = answer(job, begun, rows, samples=True)
         del begun
     if against not in (REFERENCES, START):
-        other = _of_run(fabric, cfg, against, rows, tokenizer, say)
+        other = _of_run(job, against, rows)
     return Written(own, other, kl_N)
 
 
-def _of_run(
-    fabric: Fabric, cfg: EvalConfig, run_dir: str, rows: list[Example], tokenizer: PreTrainedTokenizerBase, say: Notify
-) -> Answers:
+def _of_run(job: Evaluation, run_dir: str, rows: list[Example]) -> Answers:
     """Another run's answers to the same rows, with the same numbers; its tokenizer may be another."""
     model = model_of_run(run_dir, "task.against")
     files = with_own_tokenizer(model, Path(run_dir))
     theirs = load_tokenizer(files)
-    if theirs.get_vocab() != tokenizer.get_vocab():
-        rows = rows_as(fabric, cfg, theirs, rows, say)
-    how: LoadOptions = {"longest": longest_sequence(cfg, files, rows), "batching": cfg.task.batching, "say": say}
+    if theirs.get_vocab() != job.tokenizer.get_vocab():
+        rows = job.rows_as(theirs, rows)
+    how = job.options(longest_sequence(job.cfg, files, rows))
     loaded = load_policy_from_run(model, Path(run_dir), "final", theirs, **how)
-    return answer(fabric, cfg, set_up(fabric, loaded, theirs), rows, samples=True)
+    return answer(job, set_up(job, loaded, theirs), rows, samples=True)
 
 
 def references_of(rows: list[Example], tokenizer: PreTrainedTokenizerBase) -> Answers:

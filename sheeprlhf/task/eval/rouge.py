@@ -20,12 +20,11 @@ from rouge_score.rouge_scorer import RougeScorer
 from tqdm import tqdm
 
 from sheeprlhf.config.registry import config_to_dict
-from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.report import check_prompts
 from sheeprlhf.structure.evaluation import RougeConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import answer_split
-from sheeprlhf.task.eval.load import load_evaluated_tokenizer, say_on
+from sheeprlhf.task.eval.load import Evaluation
 from sheeprlhf.task.eval.result import draw_bars, save_result
 from sheeprlhf.task.eval.statistics import mean_and_interval
 from sheeprlhf.utils.end_tokens import end_token_ids
@@ -37,28 +36,23 @@ ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
-    """All ranks: generate, score, print the scores and save them as JSON, with the generations beside it.
-
-    Raises:
-        SheepError: an error that the user can fix; its message says how.
-    """
+    """All ranks: generate, score, print the scores and save them as JSON, with the generations beside it."""
     task = cfg.task
-    assert isinstance(task, RougeConfig) and cfg.model is not None and cfg.data is not None
-    say = partial(say_on, fabric)
-    tokenizer = load_evaluated_tokenizer(cfg)
-    data = prepare_data(cfg.data, tokenizer, kind="sft", say=say, progress=fabric.is_global_zero)
+    assert isinstance(task, RougeConfig)
+    job = Evaluation(fabric, cfg)
+    data = job.prepare("sft")
     check_prompts(data.report, task.config_name)
-    examples, texts = answer_split(fabric, cfg, data, tokenizer, say=say)
+    examples, texts = answer_split(job, data, task.num_samples)
     if not fabric.is_global_zero:
-        return
+        return None
     prompts, responses, references = texts.prompts, texts.responses, texts.columns["reference"]
-    end_ids = end_token_ids(tokenizer)
+    end_ids = end_token_ids(job.tokenizer)
     num_cut = sum(int(example.responses[0][-1] not in end_ids) for example in examples)
     if num_cut:
-        say(f"{num_cut} references were cut at data.max_length={cfg.data.max_length}: only what is left counts")
+        job.say(f"{num_cut} references were cut at data.max_length={job.data.max_length}: only what is left counts")
     num_wordless = sum(re.search("[a-z0-9]", text.lower()) is None for text in references)
     if num_wordless:
-        say(f"{num_wordless} references have no word of a-z and 0-9, and ROUGE sees no others: they score 0")
+        job.say(f"{num_wordless} references have no word of a-z and 0-9, and ROUGE sees no others: they score 0")
 
     systems = {"model": responses, **baseline_responses(prompts, references)}
     numbers, rouge_l = _score(systems, references, use_stemmer=task.use_stemmer, seed=cfg.seed)

@@ -69,9 +69,9 @@ def best_of(scores: np.ndarray, finished: np.ndarray, min_score: float | None) -
     counts.
 
     Args:
-        scores: (K,) the reward of each response.
-        finished: (K,) bool, whether it ended.
-        min_score: the least that is kept; None keeps all.
+        scores: (K,) rewards.
+        finished: (K,) bool, whether the response ended.
+        min_score: the lowest score that is kept; None keeps all.
 
     Returns:
         Its number and "kept"; or None and "cut" (none of them ended) or "low".
@@ -111,11 +111,7 @@ def selection_stats(rows: Sequence[dict[str, Any]]) -> SelectionStats:
 
 
 class RowWriter:
-    """Writes the rows of each rollout to a file of its own, which is complete if it exists. Rank zero only.
-
-    Args:
-        folder: where they are.
-    """
+    """Writes the rows of each rollout to a file of its own in a folder; it is complete if it exists. Rank zero only."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -196,11 +192,7 @@ def sample_text(rollout: Rollout, texts: Texts, num_rows: int) -> str:
 
 
 def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
-    """All ranks: sample, score, keep the best, and leave `dataset/` in the run directory.
-
-    Raises:
-        SheepError: something that the user can fix; see its message.
-    """
+    """All ranks: sample, score, keep the best, and leave `dataset/` in the run directory."""
     task = cfg.task
     assert isinstance(task, BestOfNConfig)
     with open_run(fabric, cfg, run_dir) as run:

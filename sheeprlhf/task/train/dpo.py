@@ -98,11 +98,7 @@ def dpo_loss(policy: nn.Module, content: tuple[Batch, Tensor], *, task: DPOConfi
 
 
 def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
-    """All ranks: prepare the data and the reference, train, validate, save, and leave `final/` in the run directory.
-
-    Raises:
-        SheepError: an error that the user can fix; its message says how.
-    """
+    """All ranks: prepare the data and the reference, train, validate, save, and leave `final/` in the run directory."""
     task = cfg.task
     assert isinstance(task, DPOConfig)
     with open_run(fabric, cfg, run_dir) as run:

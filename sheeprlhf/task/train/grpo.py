@@ -49,11 +49,7 @@ def grpo_loss(
 
 
 def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
-    """All ranks: sample, learn, validate, save, and leave `final/` in the run directory.
-
-    Raises:
-        SheepError: something that the user can fix; see its message.
-    """
+    """All ranks: sample, learn, validate, save, and leave `final/` in the run directory."""
     task = cfg.task
     assert isinstance(task, GRPOConfig)
     with open_run(fabric, cfg, run_dir) as run:

@@ -79,11 +79,7 @@ def initial_loss(batch: Batch, *, task: KTOConfig) -> float:
 
 
 def by_label(means: dict[str, float]) -> dict[str, float]:
-    """Means over all examples as means over those of their label; a label without examples has none.
-
-    Args:
-        means: what `update` or `evaluate` made of `kto_loss`.
-    """
+    """Means over all examples, of `kto_loss`, as means over those of their label; a label without examples has none."""
     shares = {label: means[f"share/{label}"] for label in ("chosen", "rejected")}
     metrics = {name: value for name, value in means.items() if not name.endswith(tuple(shares))}
     for label, share in shares.items():
@@ -122,11 +118,7 @@ def weights_warning(num_desirable: int, num_undesirable: int, task: KTOConfig) -
 
 
 def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
-    """All ranks: prepare the data and the reference, train, validate, save, and leave `final/` in the run directory.
-
-    Raises:
-        SheepError: an error that the user can fix; its message says how.
-    """
+    """All ranks: prepare the data and the reference, train, validate, save, and leave `final/` in the run directory."""
     task = cfg.task
     assert isinstance(task, KTOConfig)
     with open_run(fabric, cfg, run_dir) as run:

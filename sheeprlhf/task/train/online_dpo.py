@@ -70,11 +70,7 @@ def online_dpo_loss(
 
 
 def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
-    """All ranks: sample, learn, validate, save, and leave `final/` in the run directory.
-
-    Raises:
-        SheepError: something that the user can fix; see its message.
-    """
+    """All ranks: sample, learn, validate, save, and leave `final/` in the run directory."""
     task = cfg.task
     assert isinstance(task, OnlineDPOConfig)
     with open_run(fabric, cfg, run_dir) as run:

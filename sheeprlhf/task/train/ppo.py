@@ -55,13 +55,9 @@ def value_loss(critic: nn.Module, content: tuple[Batch, dict[str, Tensor]], *, t
 
 
 def with_advantages(rollout: Rollout, task: PPOConfig, kl_coeff: float, last_values_S: Tensor | None) -> Rollout:
-    """Return the rollout with the advantage and the return of each token.
+    """Return the rollout with the advantage and the return of each token, from "logprobs", "reference" and "values".
 
-    Args:
-        rollout: with "logprobs", "reference" and "values".
-        task: how rewards are shaped.
-        kl_coeff: price of a nat of KL.
-        last_values_S: (S,) the critic's value after the last token of responses that were cut; None: nothing follows.
+    `last_values_S` is the critic's value after the last token of responses that were cut; None: nothing follows.
     """
     lengths = rollout.response_lengths
     kl_N = kl_estimates(rollout.flat("logprobs"), rollout.flat("reference"), task.kl_estimator)
@@ -112,11 +108,7 @@ def set_up(
 
 
 def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
-    """All ranks: sample, learn, validate, save, and leave `final/` in the run directory.
-
-    Raises:
-        SheepError: something that the user can fix; see its message.
-    """
+    """All ranks: sample, learn, validate, save, and leave `final/` in the run directory."""
     task = cfg.task
     assert isinstance(task, PPOConfig)
     with open_run(fabric, cfg, run_dir) as run:

@@ -44,12 +44,7 @@ def leave_one_out_advantages(
 ) -> tuple[Tensor, Tensor]:
     """(P, G) rewards, score less KL, and their differences from the mean of the prompt's other responses.
 
-    Args:
-        logprobs_N: of the sampled tokens, nats, by the policy that sampled them.
-        reference_N: those by the reference.
-        scores_PG: of each prompt's responses.
-        lengths: tokens of each response.
-        kl_coeff: reward units per nat.
+    The log-probabilities are of the sampled tokens, in nats; `kl_coeff` is in reward units per nat.
     """
     kl_ST, _ = by_position(logprobs_N - reference_N, lengths)
     rewards_PG = torch.from_numpy(scores_PG) - kl_coeff * kl_ST.double().sum(dim=1).view(scores_PG.shape)
@@ -57,11 +52,7 @@ def leave_one_out_advantages(
 
 
 def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
-    """All ranks: sample, learn, validate, save, and leave `final/` in the run directory.
-
-    Raises:
-        SheepError: something that the user can fix; see its message.
-    """
+    """All ranks: sample, learn, validate, save, and leave `final/` in the run directory."""
     task = cfg.task
     assert isinstance(task, RLOOConfig)
     with open_run(fabric, cfg, run_dir) as run:

@@ -49,11 +49,7 @@ def chosen_scores(model: nn.Module, batch: Batch) -> LossOutput:
 
 
 def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
-    """All ranks: prepare the data, train, validate, save, and leave `final/` in the run directory.
-
-    Raises:
-        SheepError: an error that the user can fix; its message says how.
-    """
+    """All ranks: prepare the data, train, validate, save, and leave `final/` in the run directory."""
     task = cfg.task
     assert isinstance(task, RMConfig)
     with open_run(fabric, cfg, run_dir) as run:

@@ -65,11 +65,7 @@ def router_loss_of_step(
 
 
 def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
-    """All ranks: prepare the data, train, validate, save, and leave `final/` in the run directory.
-
-    Raises:
-        SheepError: an error that the user can fix; its message says how.
-    """
+    """All ranks: prepare the data, train, validate, save, and leave `final/` in the run directory."""
     task = cfg.task
     assert isinstance(task, SFTConfig)
     with open_run(fabric, cfg, run_dir) as run:
