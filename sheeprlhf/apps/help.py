@@ -52,7 +52,7 @@ def _usage(verb: str) -> Text:
 def _print_group(screen: Screen, verb: str, group: str, names: list[str], config: Any) -> None:
     from omegaconf import OmegaConf
 
-    from sheeprlhf.apps.describe import meaning_of, recipe_meaning
+    from sheeprlhf.apps.show import meaning_of, recipe_meaning
     from sheeprlhf.config.registry import choices
 
     classes = choices(group, verb) if group != "experiment" else {}
@@ -84,7 +84,7 @@ def _print_options(screen: Screen, verb: str, config: Any) -> None:
 
 
 def _print_option(screen: Screen, option: Any) -> None:
-    from sheeprlhf.apps.describe import shown, type_name
+    from sheeprlhf.apps.show import shown, type_name
 
     if option.key.endswith("config_name"):
         return

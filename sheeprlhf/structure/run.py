@@ -84,7 +84,7 @@ class CommandConfig(Config):
 class InspectConfig(CommandConfig):
     """The data as a task would see it."""
 
-    entry_point: ClassVar[str] = "sheeprlhf.apps.inspect.command:run"
+    entry_point: ClassVar[str] = "sheeprlhf.apps.inspect:run"
 
     task: TrainTaskConfig = MISSING
     model: ModelConfig = MISSING
@@ -103,7 +103,7 @@ class InspectConfig(CommandConfig):
 class DoctorConfig(CommandConfig, TrainConfig):
     """Check that a training run would work on this machine: takes the options of `train`, and starts nothing."""
 
-    entry_point: ClassVar[str] = "sheeprlhf.apps.doctor.command:run"
+    entry_point: ClassVar[str] = "sheeprlhf.apps.doctor:run"
 
 
 @dataclass(unsafe_hash=True)
@@ -123,7 +123,7 @@ class FetchConfig(CommandConfig):
 class PipelineConfig(CommandConfig):
     """Trainings and evaluations one after the other; any other word goes to their commands."""
 
-    entry_point: ClassVar[str] = "sheeprlhf.apps.pipeline.command:run"
+    entry_point: ClassVar[str] = "sheeprlhf.apps.pipeline:run"
 
     experiment: Any = option(None, "Named recipe of configs/experiment, which has the stages.")
     stages: dict[str, str] = option(

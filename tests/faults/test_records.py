@@ -146,7 +146,7 @@ def test_a_run_that_is_resumed(amount, outcome, tmp_path: Path) -> None:
 @pytest.mark.parametrize("amount", AMOUNTS)
 def test_a_pipeline_that_is_resumed(amount, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sheeprlhf.apps.pipeline.command.check_stages", lambda *_: None)
+    monkeypatch.setattr("sheeprlhf.apps.pipeline.check_stages", lambda *_: None)
     small = [write_recipe(tmp_path / "own"), "experiment=small"]
     pretended = Pretended(monkeypatch)
     pretended.codes["task=rm"] = 1

@@ -205,7 +205,7 @@ def test_a_pipeline_writes_through_no_link(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sheeprlhf.apps.pipeline.command.check_stages", lambda *_: None)
+    monkeypatch.setattr("sheeprlhf.apps.pipeline.check_stages", lambda *_: None)
     pretended = Pretended(monkeypatch)
     words = [write_recipe(tmp_path / "own", STAGES.replace(",<dpo>", "")), "experiment=small"]
     pretended.codes["task=rm"] = 3

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from sheeprlhf.apps.doctor.machine_checks import versions
+from sheeprlhf.apps.doctor import versions
 from sheeprlhf.cli import run
 from sheeprlhf.security.version_guard import BANNED, FLOORS, OPTIONAL, check_versions, version_problem
 from sheeprlhf.utils.errors import ConfigError

@@ -16,7 +16,7 @@ REVIEWED = {
     "apps/sweep.py:run_sweep:mkdtemp": "a new folder of the system's",
     "apps/sweep.py:run_sweep:rmtree": "that folder",
     "launch.py:launch:TemporaryDirectory": "a new folder of the system's",
-    "apps/pipeline/command.py:check_stages:TemporaryDirectory": "a new folder of the system's",
+    "apps/pipeline.py:check_stages:TemporaryDirectory": "a new folder of the system's",
     "task/eval/rouge.py:__init__:TemporaryDirectory": "a new folder of the system's",
     "apps/fetch.py:fetch_from_hub:snapshot_download": "the hub's own cache",
     "apps/sweep.py:sweep_parent:mkdir": "root_dir itself, which several users may share",
@@ -47,7 +47,7 @@ REVIEWED = {
     "task/train/best_of_n.py:remove:rmdir": "an empty folder",
     "rollout/saved.py:write_rollout:write_table": "into memory",
     "task/eval/result.py:_drawing:savefig": "into memory",
-    "apps/inspect/plots.py:draw_histograms:savefig": "into memory",
+    "apps/inspect.py:draw_histograms:savefig": "into memory",
     "apps/report/chart.py:draw_png:savefig": "into memory",
     "apps/report/chart.py:_svg:savefig": "into memory",
 }

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.apps.flags import Flag, print_flags_help, read_flags
-from sheeprlhf.apps.past_runs import Found, find_past_runs, past_run
-from sheeprlhf.apps.pipeline.results import Row
+from sheeprlhf.apps.list import Found, find_past_runs, past_run
+from sheeprlhf.apps.pipeline import Row
 from sheeprlhf.apps.report.record import MARK, read_pipeline, read_record
 from sheeprlhf.apps.terminal import Screen, clean, paragraph
 from sheeprlhf.config.option_checks import near_path

@@ -18,8 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 import sheeprlhf
-from sheeprlhf.apps.describe import shown
-from sheeprlhf.apps.pipeline.results import Row, cells, used_columns
+from sheeprlhf.apps.pipeline import Row, cells, used_columns
 from sheeprlhf.apps.report.chart import (
     MIN_POINTS,
     Curves,
@@ -33,6 +32,7 @@ from sheeprlhf.apps.report.chart import (
     run_style,
 )
 from sheeprlhf.apps.report.record import MARK, Answer, Curve, Evaluation, Exchange, Record
+from sheeprlhf.apps.show import shown
 from sheeprlhf.apps.terminal import clean
 from sheeprlhf.config.shell import command
 from sheeprlhf.security.redaction import plain_text, redact_text

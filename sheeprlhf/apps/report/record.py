@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.apps.past_runs import PastRun, past_run
-from sheeprlhf.apps.pipeline.results import COLUMNS, RESULT_FILES, Row
+from sheeprlhf.apps.list import PastRun, past_run
+from sheeprlhf.apps.pipeline import COLUMNS, RESULT_FILES, Row
 from sheeprlhf.apps.terminal import clean
 from sheeprlhf.config.run_lookup import REPORT_FILE, read_run_config
 from sheeprlhf.security.files import read_small, read_tail, real_path

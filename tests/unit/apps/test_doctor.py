@@ -12,8 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sheeprlhf.apps.doctor import command as doctor
-from sheeprlhf.apps.doctor import machine_checks as checks
+from sheeprlhf.apps import doctor
 from sheeprlhf.cli import run
 from sheeprlhf.structure.fabric import FabricConfig
 from tests.support.runs import write_rows
@@ -167,7 +166,7 @@ def test_a_version_outside_of_its_bounds(
     report: Callable[..., Report], words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.metadata.version
-    monkeypatch.setattr(checks.importlib.metadata, "version", lambda name: "0.20.0" if name == "peft" else real(name))
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.20.0" if name == "peft" else real(name))
     found = report(*words)
     assert found.code == 1
     assert re.search(r"^problem  versions   peft 0\.20\.0 is outside of its bounds: pip install 'p", found.text, re.M)
@@ -184,7 +183,7 @@ def test_a_package_that_is_not_installed(
             raise importlib.metadata.PackageNotFoundError(name)
         return real(name)
 
-    monkeypatch.setattr(checks.importlib.metadata, "version", version)
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
     found = report(*words)
     assert (found.code, found.topics) == (1, ["versions"]) and "pip install 'peft" in found.text
 
@@ -193,7 +192,7 @@ def test_a_cache_that_cannot_be_written(
     report: Callable[..., Report], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(checks, "cache_root", lambda _: tmp_path / "file" / "below")
+    monkeypatch.setattr(doctor, "cache_root", lambda _: tmp_path / "file" / "below")
     found = report(*words)
     assert (found.code, found.level["caches"]) == (1, "problem") and "data.cache_dir=<folder>" in found.said["caches"]
 
@@ -201,7 +200,7 @@ def test_a_cache_that_cannot_be_written(
 def test_a_disk_that_is_too_small(
     report: Callable[..., Report], words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     found = report(*words)
     assert (found.code, found.level["disk"]) == (1, "problem") and "task.keep_checkpoints=1" in found.said["disk"]
 
@@ -217,6 +216,6 @@ def test_a_disk_that_is_too_small(
 )
 def test_precision(able: bool, chosen: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able, "avx2": True}, raising=False)
-    found = checks.precision(FabricConfig(precision=chosen), on_cuda=False)
+    found = doctor.precision(FabricConfig(precision=chosen), on_cuda=False)
     assert found.level == level
     assert ("bf16-mixed needs less" in found.text) == (able and chosen == "32-true")

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sheeprlhf.apps.inspect import command as inspect
-from sheeprlhf.apps.inspect.plots import draw_histograms, text_histogram
-from sheeprlhf.apps.inspect.tokens import Viewer, token_texts, trained_tokens
+from sheeprlhf.apps import inspect
+from sheeprlhf.apps.inspect import Viewer, draw_histograms, text_histogram, token_texts, trained_tokens
 from sheeprlhf.cli import run
 from sheeprlhf.data.encoding import encode
 from sheeprlhf.data.example import collate_packed

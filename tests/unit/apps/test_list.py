@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.apps.past_runs import find_past_runs, past_run
+from sheeprlhf.apps.list import find_past_runs, past_run
 from sheeprlhf.cli import run
 from sheeprlhf.config.registry import choices
 from sheeprlhf.engine.rundir import RunLock, is_locked
@@ -216,7 +216,7 @@ def test_links_are_not_followed_and_the_search_ends(tmp_path, monkeypatch):
     folder = make_run(tmp_path)
     os.symlink(tmp_path, tmp_path / "docstrings" / "loop")
     assert [found for found, _ in find_past_runs(tmp_path).runs] == [folder]
-    monkeypatch.setattr("sheeprlhf.apps.past_runs.MAX_FOLDERS", 3)
+    monkeypatch.setattr("sheeprlhf.apps.list.MAX_FOLDERS", 3)
     assert "3 folders are the limit" in find_past_runs(tmp_path).note
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.apps.pipeline.command import differences
-from sheeprlhf.apps.pipeline.results import figures_of, write_results
+from sheeprlhf.apps.pipeline import differences, figures_of, write_results
 from sheeprlhf.config.pipeline import Stage
 from tests.support.pipelines import SMALL, Pretended, folders, pipeline, write_recipe
 
@@ -24,7 +23,7 @@ def pretended(monkeypatch):
 @pytest.fixture
 def unchecked(monkeypatch):
     """For what comes after the check of the stages, which takes seconds."""
-    monkeypatch.setattr("sheeprlhf.apps.pipeline.command.check_stages", lambda stages, flags: None)
+    monkeypatch.setattr("sheeprlhf.apps.pipeline.check_stages", lambda stages, flags: None)
 
 
 @pytest.fixture

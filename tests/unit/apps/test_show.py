@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from sheeprlhf.apps.arguments import VERBS
-from sheeprlhf.apps.describe import recipe_names
+from sheeprlhf.apps.show import recipe_names
 from sheeprlhf.cli import run
 from sheeprlhf.config.compose import configs_directory
 from sheeprlhf.config.registry import ROOTS, choices, groups, options
@@ -99,7 +99,7 @@ def test_several_words_and_names_alone(capsys):
 def test_a_choice_of_a_file_says_where_its_options_are(capsys, monkeypatch, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("repo_name: me/mine\n")
-    monkeypatch.setattr("sheeprlhf.apps.describe.configs_directory", lambda: tmp_path)
+    monkeypatch.setattr("sheeprlhf.apps.show.configs_directory", lambda: tmp_path)
     assert "`train task=sft model=mine --help`" in shown(capsys, "model=mine")
 
 

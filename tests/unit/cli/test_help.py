@@ -3,7 +3,7 @@
 import pytest
 
 from sheeprlhf.apps.arguments import VERBS
-from sheeprlhf.apps.describe import default_choices
+from sheeprlhf.apps.show import default_choices
 from sheeprlhf.cli import run
 from sheeprlhf.config.registry import ROOTS, choices, groups
 

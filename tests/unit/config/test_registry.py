@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from sheeprlhf.apps.pipeline.command import check_stages
+from sheeprlhf.apps.pipeline import check_stages
 from sheeprlhf.config.compose import configs_directory
 from sheeprlhf.config.pipeline import stages_of
 from sheeprlhf.config.registry import (

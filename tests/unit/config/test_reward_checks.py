@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from sheeprlhf.apps.describe import type_name
+from sheeprlhf.apps.show import type_name
 from sheeprlhf.config.overrides import readable
 from sheeprlhf.config.registry import choices, config_to_dict, from_dict, options
 from sheeprlhf.config.reward_checks import reward_problems

@@ -1,0 +1,531 @@
+"""`doctor`: would this training run work on this machine, and how much memory would it take?
+
+Exit code 0 if nothing stands in its way, 1 if something does. A configuration that cannot work anywhere is refused
+before, with exit code 2, like that of every command.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shutil
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from rich.text import Text
+
+import sheeprlhf
+from sheeprlhf.apps.arguments import ParsedArgs
+from sheeprlhf.apps.terminal import Screen, paragraph, table
+from sheeprlhf.config.memory_advice import Change, memory_reductions, words
+from sheeprlhf.config.path_checks import data_is_here, model_folder
+from sheeprlhf.config.registry import replace_options
+from sheeprlhf.config.shell import command
+from sheeprlhf.config.validate import parse_devices
+from sheeprlhf.security.redaction import plain_text, redact_command, redact_text
+from sheeprlhf.security.version_guard import OPTIONAL, version_problem
+from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.reward import uses_judge
+from sheeprlhf.structure.run import DoctorConfig, TrainConfig
+from sheeprlhf.structure.task import DPOConfig, KTOConfig
+from sheeprlhf.utils.errors import ConfigError, ModelError, SheepError
+from sheeprlhf.utils.hardware import available_memory
+from sheeprlhf.utils.home import cache_root, expand_home
+from sheeprlhf.utils.hub import why_offline
+from sheeprlhf.utils.memory import size_text
+
+if TYPE_CHECKING:
+    from sheeprlhf.model.memory import MemoryPlan, ModelSize
+
+SHOWN = ("torch", "lightning", "transformers", "datasets", "peft", "hydra-core", "safetensors", "numpy")
+_SECONDS = 1.0  # for adding up the sizes of the files in one cache
+
+
+class Finding(NamedTuple):
+    """One line of the report.
+
+    Attributes:
+        level: "ok"; "warning": a run works, not at its best; "problem": it would not work.
+        topic: what was looked at.
+        text: what was found, and for a problem what to do.
+        details: lines below it.
+    """
+
+    level: str
+    topic: str
+    text: str
+    details: tuple[str, ...] = ()
+
+
+def versions() -> Iterator[Finding]:
+    """Check that Python and all required packages are within their version bounds."""
+    python, requirements = _required()
+    shown, problems = [f"python {platform.python_version()}"], []
+    if not SpecifierSet(python).contains(platform.python_version(), prereleases=True):
+        problems.append(f"python {platform.python_version()} is not {python}: make an environment with one that is")
+    for requirement in requirements:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue  # of an extra
+        bound = f"'{requirement.name}{requirement.specifier}'"
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            problems.append(f"{requirement.name} is not installed: pip install {bound}")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            problems.append(f"{requirement.name} {version} is outside of its bounds: pip install {bound}")
+        if requirement.name in SHOWN:
+            shown.append(f"{requirement.name} {version}")
+    for problem in problems:
+        yield Finding("problem", "versions", problem)
+    for name in sorted(OPTIONAL):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            if problem := version_problem(name, importlib.metadata.version(name)):
+                yield Finding("warning", "versions", f"{problem}; until then `demo` does not start")
+    if not requirements:
+        yield Finding("warning", "versions", "sheeprlhf is not installed, so its bounds are unknown: pip install -e .")
+    elif not problems:
+        yield Finding("ok", "versions", ", ".join(shown))
+
+
+def _required() -> tuple[str, list[Requirement]]:
+    """The bounds of Python and of packages: those of the installed package, else of the checkout; else none."""
+    try:
+        metadata = importlib.metadata.metadata("sheeprlhf")
+        python, names = metadata["Requires-Python"] or "", importlib.metadata.requires("sheeprlhf") or []
+    except importlib.metadata.PackageNotFoundError:
+        file = Path(sheeprlhf.__file__).parents[1] / "pyproject.toml"
+        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"] if file.is_file() else {}
+        python, names = project.get("requires-python", ""), project.get("dependencies", [])
+    return python, [Requirement(name) for name in names]
+
+
+def devices(cfg: FabricConfig) -> Iterator[Finding]:
+    """Describe the devices, and check that the choice of `fabric` fits."""
+    import torch
+
+    from sheeprlhf.engine.fabric import make_fabric
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    texts = [f"{_count(cores, 'CPU core')}, {_count(torch.get_num_threads(), 'thread')}"]
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        texts.append(f"CUDA {index}: {torch.cuda.get_device_name(index)}, {size_text(free)} of {size_text(total)} free")
+    if torch.cuda.device_count() == 0:
+        texts.append("no CUDA device")
+    try:
+        fabric = make_fabric(cfg)
+    except ConfigError as error:
+        yield Finding("problem", "device", str(error))
+        return
+    processes = f"{_count(fabric.world_size, 'process')} on {fabric.device.type}"
+    yield Finding("ok", "device", f"{'; '.join(texts)}; fabric={cfg.config_name} starts {processes}")
+    if fabric.device.type == "cpu" and torch.cuda.device_count() > 0:
+        yield Finding("warning", "device", "the run would not use the CUDA device: give fabric=auto_cuda")
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" + ("" if number == 1 else "es" if name.endswith("s") else "s")
+
+
+def precision(cfg: FabricConfig, *, on_cuda: bool) -> Finding:
+    """Report whether the hardware multiplies in bfloat16, with the advice that follows."""
+    import torch
+
+    if on_cuda:
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        abilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+        supported = any(able for name, able in abilities.items() if name.endswith("bf16"))
+    chosen = f"fabric.precision={cfg.precision}"
+    if not supported:
+        text = f"{chosen}; this device has no bfloat16 arithmetic, so 32-true is fastest"
+        return Finding("warning" if cfg.precision.startswith("bf16") else "ok", "precision", text)
+    if cfg.precision.startswith("bf16"):
+        return Finding("ok", "precision", f"{chosen}, which this device has arithmetic for")
+    advice = "this device has bfloat16 arithmetic: fabric.precision=bf16-mixed needs less memory and may be faster"
+    return Finding("ok", "precision", f"{chosen}; {advice}")
+
+
+def hub(why_not: str, *, needed: bool) -> Finding:
+    """Report the result of `why_offline`."""
+    if not why_not:
+        return Finding("ok", "hub", "it answers")
+    if not needed:
+        return Finding("ok", "hub", f"{why_not}; this model and this data do not need it")
+    return Finding("warning", "hub", f"{why_not}: only what lies in folders and caches can be used")
+
+
+def caches(data_cache: str | None) -> Iterator[Finding]:
+    """Report the folders of models and prepared data, their sizes, and whether they are writable."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    texts, levels = [], {"ok"}
+    for name, folder, key in (
+        ("of the hub", Path(HF_HUB_CACHE), "HF_HOME"),
+        ("of sheeprlhf", cache_root(data_cache), "data.cache_dir"),
+    ):
+        text = f"{name} {folder}, {_folder_size(folder)}"
+        if not _is_writable(folder):
+            levels.add("problem" if key == "data.cache_dir" else "warning")
+            text += f" (not writable: fix its permissions, or set {key}=<folder>)"
+        texts.append(text)
+    level = next(level for level in ("problem", "warning", "ok") if level in levels)
+    yield Finding(level, "caches", "; ".join(texts))
+
+
+def _folder_size(folder: Path) -> str:
+    """The size of all files below, links not followed; "more than" what was counted when time is up."""
+    deadline, total, waiting = time.monotonic() + _SECONDS, 0, [folder]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(Path(entry.path))
+                    elif entry.is_file(follow_symlinks=False):
+                        total += entry.stat().st_size
+        except OSError:  # gone, or not for us to read
+            continue
+        if time.monotonic() > deadline:
+            return f"more than {size_text(total)}"
+    return size_text(total) if folder.is_dir() else "not there yet"
+
+
+def _existing(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
+    path = expand_home(path).absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _is_writable(path: Path) -> bool:
+    """True if files can be made in a folder, which need not exist yet."""
+    place = _existing(path)
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+
+
+def disk(root_dir: str, *, checkpoint: int, kept: int, final: int) -> Finding:
+    """Check that the disk has space for the checkpoints of a run.
+
+    Args:
+        root_dir: where runs are made.
+        checkpoint: bytes of one.
+        kept: `task.keep_checkpoints`; the best one and the one that is being written come on top.
+        final: bytes of `final/`.
+    """
+    free, needed = shutil.disk_usage(_existing(Path(root_dir))).free, (kept + 2) * checkpoint + final
+    what = (
+        f"{size_text(free)} free in {root_dir}; a run writes up to {size_text(needed)}: {kept + 2} checkpoints of "
+        f"{size_text(checkpoint)} and final/ of {size_text(final)}"
+    )
+    if needed > free:
+        return Finding("problem", "disk", f"{what}: give root_dir=<folder on another disk> or task.keep_checkpoints=1")
+    return Finding("warning" if needed > free / 2 else "ok", "disk", what)
+
+
+_TIGHT = 0.8  # of what is available: the plan is not that exact
+_THRESHOLD = 1 << 20  # bytes; a smaller one costs more time
+
+
+def _memory(config: TrainConfig, size: "ModelSize", room: int | None, device: str) -> Finding:
+    """The plan of a step beside the memory that there is.
+
+    Args:
+        config: what would be trained, and how.
+        size: its model's.
+        room: bytes that are available; None where nobody tells.
+        device: "cuda", or "cpu", whose processes share one memory.
+    """
+    from sheeprlhf.model.memory import NO_HOLES, measure
+    from sheeprlhf.task.memory_plan import step_plan
+
+    need = partial(step_plan, size_of=cache(measure), device=device)
+    asked = parse_devices(config.fabric.devices)
+    processes = asked if device == "cpu" and isinstance(asked, int) else 1
+    parts = need(config)
+    needed = processes * parts.total()
+    text = f"a step of task={config.task.config_name} needs about {size_text(needed)} at its worst moment"
+    details = _memory_table(config, size, parts)
+    details += [f"and that {processes} times, once in each process"] if processes > 1 else []
+    if room is None:
+        return Finding("ok", "memory", f"{text}; how much there is, is not known", tuple(details))
+    text += f"; {size_text(room)} of {'GPU' if device == 'cuda' else 'main'} memory are available"
+    if needed <= _TIGHT * room:
+        return Finding("ok", "memory", text, tuple(details))
+    details += _advice(config, _TIGHT * room / processes, lambda config: need(config).total())
+    if parts.allocator:
+        without = size_text(need(config, holes=False).total())
+        details.append(f"{NO_HOLES}={_THRESHOLD} in the environment: {without}, slower")
+    return Finding("problem" if needed > room else "warning", "memory", text, tuple(details))
+
+
+def _memory_table(config: TrainConfig, size: "ModelSize", parts: "MemoryPlan") -> list[str]:
+    """One line a part, and their sum."""
+    from sheeprlhf.task.memory_plan import rows_of_forward
+
+    rows, row = rows_of_forward(config, size)
+    recomputed = ", recomputed but for the inputs of layers" if config.model.gradient_checkpointing else ""
+    kind = "pairs" if config.task.data_kind == "preference" else "rows"
+    notes = {
+        "weights": f"{size.parameters:,} parameters",
+        "gradients": "of what trains",
+        "optimizer": f"optim={config.optim.config_name}",
+        "activations": f"{rows * row:,} tokens: {rows} {kind} of {row}{recomputed}",
+        "logits": f"{size.vocabulary:,} numbers a target",
+        "allocator": "what freed tensors leave unused in the heap",
+        "libraries": "of the process, before there is a model",
+        "others": "reference, critic and reward model, as far as the task has them",
+    }
+    lines = [(name, size_text(value), notes[name]) for name, value in parts._asdict().items() if value]
+    if _has_reference(config):
+        lines.append(("reference", "0 MB", "no second model: its log-probabilities are kept on the disk"))
+    lines.append(("sum", size_text(parts.total()), ""))
+    return ["  ".join(line).rstrip() for line in table(lines, right={1})]
+
+
+def _has_reference(config: TrainConfig) -> bool:
+    from sheeprlhf.task.train.dpo import NO_REFERENCE
+
+    task = config.task
+    if isinstance(task, KTOConfig):
+        return True
+    return isinstance(task, DPOConfig) and task.loss_type not in NO_REFERENCE and not task.reference_free
+
+
+def _advice(config: TrainConfig, room: float, need: Callable[[TrainConfig], int]) -> list[str]:
+    """Memory after each single change, and the changes that together fit into `room` bytes."""
+    lines = ["what would be needed with", *_each(config, need)]
+    together: Change = {}
+    while need(config) > room and (changes := memory_reductions(config)):
+        config, together = replace_options(config, changes[0]), together | changes[0]
+    if need(config) > room:
+        return [*lines, "all of them together are not enough: take a smaller model, or a machine with more memory"]
+    return [*lines, f"{size_text(need(config))} would fit: {words(together)}"]
+
+
+def _each(config: TrainConfig, need: Callable[[TrainConfig], int]) -> list[str]:
+    cells = [(words(change), size_text(need(replace_options(config, change)))) for change in memory_reductions(config)]
+    return ["  " + "  ".join(line) for line in table(cells, right={1})] if cells else []
+
+
+_STYLES = {"ok": "good", "warning": "odd", "problem": "bad"}
+_WIDTH = 20  # of level and topic
+
+
+def run(config: DoctorConfig, args: ParsedArgs) -> int:
+    """Print what was found, the memory that a step needs, and the next command.
+
+    Returns:
+        0 if a run would work, 1 if something would stop it.
+    """
+    screen = Screen()
+    num_problems = 0
+    with ThreadPoolExecutor(1) as pool:  # the hub may take seconds not to answer, and so may the imports
+        for finding in _findings(config, pool.submit(why_offline)):
+            num_problems += finding.level == "problem"
+            text = paragraph(redact_text(plain_text(finding.text)), indent=_WIDTH)[_WIDTH:]
+            screen.print(
+                Text.assemble((f"{finding.level:<8} ", _STYLES[finding.level]), (f"{finding.topic:<10} ", "name"), text)
+            )
+            for line in finding.details:
+                screen.print(paragraph(line, indent=_WIDTH))
+    screen.print()
+    if num_problems:
+        count = "one problem" if num_problems == 1 else f"{num_problems} problems"
+        screen.print(f"{count} would stop this run; fix and run again\nnext: {_command('doctor', config, args)}")
+        return 1
+    screen.print(f"this run would work\nnext: {_command('train', config, args)}")
+    return 0
+
+
+def _command(verb: str, config: DoctorConfig, args: ParsedArgs) -> str:
+    """The same configuration for another command."""
+    named = any(word.startswith(("task=", "experiment=")) for word in args.overrides)
+    task = [] if named else [f"task={config.task.config_name}"]
+    return plain_text(command([verb, *task, *redact_command(args.overrides), *args.config_dir()]))
+
+
+def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
+    room = available_memory()
+    of_versions = list(versions())
+    yield from of_versions
+    if any("is not installed:" in finding.text for finding in of_versions):
+        return
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from sheeprlhf.model.memory import measure
+
+    transformers_logging.disable_progress_bar()
+    on_cuda = config.fabric.accelerator != "cpu" and torch.cuda.is_available()
+    yield from devices(config.fabric)
+    yield precision(config.fabric, on_cuda=on_cuda)
+    all_here = model_folder(str(config.model.repo_name)) is not None and data_is_here(config.data)
+    yield hub(offline.result(), needed=not all_here)
+    yield from caches(config.data.cache_dir)
+    yield _data(config.data, offline.result())
+    of_weights = list(_weights(config))
+    yield from of_weights
+    reported = {finding.text for finding in of_weights}
+    try:
+        size = measure(config.model, config.fabric.precision, config.task.trains == "reward model")
+    except SheepError as error:
+        of_model = list(_model(config, None, room))
+        yield from (finding for finding in of_model if finding.text not in reported)
+        why = "the model is not to be had" if of_model[-1].level == "problem" else str(error).splitlines()[0]
+        yield Finding("warning", "memory", f"not planned: {why}")
+        return
+    for finding in (*_model(config, size, room), *_reward_model(config, size), *_options(config)):
+        if finding.text not in reported:
+            reported.add(finding.text)
+            yield finding
+    yield _disk(config, size)
+    if on_cuda:
+        room = torch.cuda.mem_get_info()[0]
+    yield _memory(config, size, room, "cuda" if on_cuda else "cpu")
+
+
+def _data(data: DataConfig, offline: str) -> Finding:
+    """Check that the rows are available; a dataset of the hub is not downloaded for it."""
+    from sheeprlhf.data import source
+
+    if not offline and not data_is_here(data):
+        return Finding("ok", "data", f"{data.dataset_name} is on the hub; the first run downloads it")
+    try:
+        files = source.locate(data)
+    except SheepError as error:
+        return Finding("problem", "data", str(error))
+    return Finding("ok", "data", f"data={data.config_name}: {', '.join(files)}")
+
+
+def _weights(config: DoctorConfig) -> Iterator[Finding]:
+    """Check by their headers that the local files have every parameter; nothing is downloaded or loaded."""
+    from sheeprlhf.model.locate import locate
+    from sheeprlhf.task.weight_checks import check_needed, models_of
+
+    notes: list[str] = []
+    try:
+        for needed in models_of(config):
+            try:
+                here = locate(needed.model).local_only
+            except SheepError:
+                if needed.is_reward_folder:
+                    raise
+                continue  # the topic "model" tells
+            if not here:
+                continue  # on the hub
+            note = check_needed(needed, notes.append)
+            given = "reward.folder" if needed.is_reward_folder else "model.repo_name"
+            notes += [f"{given}={needed.model.repo_name}: {note}"] if note else []
+    except SheepError as error:
+        yield Finding("problem", "weights", str(error))
+    for note in notes:
+        yield Finding("warning", "weights", note)
+
+
+def _options(config: DoctorConfig) -> Iterator[Finding]:
+    """Check that the model's architecture and tokenizer allow the options of the task, as a run does first."""
+    from sheeprlhf.model.locate import locate
+    from sheeprlhf.reward.judge import check_server
+    from sheeprlhf.task.weight_checks import check_options
+
+    try:
+        if locate(config.model).local_only:
+            check_options(config)
+    except SheepError as error:
+        yield Finding("problem", "options", str(error))
+    if uses_judge(config.reward):
+        try:
+            check_server(config.reward)
+            yield Finding("ok", "judge", f"{config.reward.url} answers")
+        except SheepError as error:
+            yield Finding("problem", "judge", str(error))
+
+
+def _model(config: DoctorConfig, size: "ModelSize | None", room: int | None) -> Iterator[Finding]:
+    """Check that the model can be loaded, and whether its batches can be packed."""
+    from sheeprlhf.agent.batches import packing_difference, packing_problem, packing_tolerance
+    from sheeprlhf.agent.policy import load_policy
+    from sheeprlhf.model.load import load_tokenizer
+    from sheeprlhf.model.locate import locate
+
+    model, task, longest = config.model, config.task, config.data.max_length
+    name = f"model={model.config_name} ({model.repo_name})"
+    if size is not None:
+        name += f": {size.parameters / 1e6:,.1f}M parameters, {size.trainable / size.weights:.1%} of them train"
+        if size.positions is not None and longest > size.positions:
+            yield Finding(
+                "warning",
+                "model",
+                f"data.max_length={longest} is more than its {size.positions} positions, and a row that long stops "
+                f"the run: give data.max_length={size.positions}",
+            )
+            longest = size.positions
+        if room is not None and size.weights > room:
+            yield Finding("problem", "model", f"{name}: its weights of {size_text(size.weights)} exceed the memory")
+            return
+    local_only = True
+    try:
+        local_only = locate(model).local_only
+        here = dataclasses.replace(model.library_cfg, local_files_only=True)
+        model = dataclasses.replace(model, library_cfg=here)  # nothing is downloaded
+        new_head, tokenizer = task.trains == "reward model", load_tokenizer(model)
+        policy, _ = load_policy(model, tokenizer, longest=longest, batching="padded", new_head=new_head)
+    except SheepError as error:
+        if isinstance(error, ModelError) and not local_only:
+            yield Finding("ok", "model", f"{name}; it is on the hub: the first run, or `fetch`, downloads it")
+        else:
+            yield Finding("problem", "model", str(error))
+        return
+    yield Finding("ok", "model", f"{name}; it is here and loads")
+    problem = packing_problem(policy, policy.causal_lm(), longest)
+    if problem and task.batching == "packed":
+        yield Finding("problem", "attention", f"task.batching=packed: {problem}; set task.batching=padded")
+    elif problem or task.batching == "padded":
+        yield Finding("ok", "attention", f"{problem or 'task.batching=padded'}: batches are padded")
+    else:
+        found, most = packing_difference(policy), packing_tolerance(policy)
+        what = f"packed and padded log-probabilities differ by {found:.1e} nats, at most {most:g}"
+        yield Finding("ok", "attention", f"{what}: batches are packed")
+
+
+def _reward_model(config: DoctorConfig, size: "ModelSize") -> Iterator[Finding]:
+    """Check whether the batches of the reward model of an RL task can be packed, by the rule for policies."""
+    from sheeprlhf.model.locate import locate
+    from sheeprlhf.structure.reward import needs_model
+    from sheeprlhf.structure.rollout import OnlineTaskConfig
+    from sheeprlhf.task.models import load_reward_tokenizer, load_separate_reward_model, reward_model_source
+
+    if not isinstance(config.task, OnlineTaskConfig) or not needs_model(config.reward, config.data.rule_reward):
+        return
+    lines: list[str] = []
+    longest = min(config.data.max_length, size.positions or config.data.max_length)
+    try:
+        model = reward_model_source(config)[2]
+        if not locate(model).local_only:
+            return  # on the hub
+        _, packed = load_separate_reward_model(config, load_reward_tokenizer(config), longest=longest, say=lines.append)
+    except SheepError as error:
+        yield Finding("problem", "reward", str(error))
+        return
+    padded = [line for line in lines if line.startswith("batches are padded")]
+    text = "its batches are packed" if packed else (padded or ["its batches are padded: task.batching=padded"])[0]
+    yield Finding("ok", "reward", f"{lines[0]} loads; {text}")
+
+
+def _disk(config: DoctorConfig, size: "ModelSize") -> Finding:
+    from sheeprlhf.model.memory import optimizer_bytes
+
+    checkpoint = size.trainable + optimizer_bytes(config.optim, size)
+    return disk(config.root_dir, checkpoint=checkpoint, kept=config.task.keep_checkpoints, final=size.saved)

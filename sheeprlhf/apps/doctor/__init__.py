@@ -1,1 +1,0 @@
-"""`doctor`: check the machine and the memory plan."""

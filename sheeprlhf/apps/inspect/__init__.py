@@ -1,1 +1,0 @@
-"""`inspect`: the data as training sees it."""

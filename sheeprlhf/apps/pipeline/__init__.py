@@ -1,1 +1,0 @@
-"""`pipeline`: trainings and evaluations in sequence."""
