@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from sheeprlhf.apps.arguments import ParsedArgs
 from sheeprlhf.config.compose import Job
 from sheeprlhf.config.processes import with_launched_processes
-from sheeprlhf.config.registry import config_hash
+from sheeprlhf.config.registry import config_hash, datasets_of
 from sheeprlhf.config.run_lookup import is_run_alias
 from sheeprlhf.config.shell import option_word
 from sheeprlhf.config.validate import parse_devices
@@ -185,7 +185,8 @@ def check_inputs_exist(config: TrainConfig | EvalConfig | InspectConfig) -> None
     if config.data is not None:
         from sheeprlhf.data import source
 
-        source.locate(config.data)
+        for data in datasets_of(config.data):
+            source.locate(data)
     if isinstance(config, TrainConfig | EvalConfig) and uses_judge(config.reward):
         from sheeprlhf.reward.judge import check_server
 

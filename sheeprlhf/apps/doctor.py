@@ -27,7 +27,7 @@ from sheeprlhf.apps.arguments import ParsedArgs
 from sheeprlhf.apps.terminal import Screen, paragraph, table
 from sheeprlhf.config.memory_advice import Change, memory_reductions, words
 from sheeprlhf.config.path_checks import data_is_here, model_folder
-from sheeprlhf.config.registry import replace_options
+from sheeprlhf.config.registry import datasets_of, replace_options
 from sheeprlhf.config.shell import command
 from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.security.redaction import plain_text, redact_command, redact_text
@@ -401,9 +401,10 @@ def _data(data: DataConfig, offline: str) -> Finding:
     from sheeprlhf.data import source
 
     if not offline and not data_is_here(data):
-        return Finding("ok", "data", f"{data.dataset_name} is on the hub; the first run downloads it")
+        names = ", ".join(str(of.dataset_name) for of in datasets_of(data) if not data_is_here(of))
+        return Finding("ok", "data", f"{names} is on the hub; the first run downloads it")
     try:
-        files = source.locate(data)
+        files = {split: None for of in datasets_of(data) for split in source.locate(of)}
     except SheepError as error:
         return Finding("problem", "data", str(error))
     return Finding("ok", "data", f"data={data.config_name}: {', '.join(files)}")

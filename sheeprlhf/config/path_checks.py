@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sheeprlhf.config.option_checks import near_path
-from sheeprlhf.config.registry import options, replace_options
+from sheeprlhf.config.registry import datasets_of, options, replace_options
 from sheeprlhf.config.shell import shell_word
 from sheeprlhf.security.files import real_file
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
@@ -35,8 +35,8 @@ def data_file_problems(key: str, value: Any) -> Iterator[str]:
 
 def data_is_here(data: DataConfig) -> bool:
     """True if a dataset's files are local: embedded, or named by the user; the hub is not contacted."""
-    name = str(data.dataset_name)
-    return isinstance(data, LocalDataConfig) or name.startswith(EMBEDDED) or os.path.isdir(expand_home(name))
+    names = [str(of.dataset_name) for of in datasets_of(data) if not isinstance(of, LocalDataConfig)]
+    return all(name.startswith(EMBEDDED) or os.path.isdir(expand_home(name)) for name in names)
 
 
 def new_folder_problems(key: str, path: str) -> Iterator[str]:
@@ -350,6 +350,7 @@ _KINDS: dict[str, Callable[[str], bool]] = {
     ),  # else a word
     **dict.fromkeys(("experiment_dir", "resume_from"), os.path.isdir),
     **dict.fromkeys(("data.train_file", "data.validation_file", "data.test_file"), _is_data),
+    "data.mix": lambda _: False,  # its datasets have options with paths
     "model.chat_template": lambda path: is_template_file(path) and os.path.isfile(path),
     **dict.fromkeys(("data.cache_dir", "root_dir"), lambda _: True),  # made where they are missing
 }
@@ -362,8 +363,10 @@ def absolute_value(key: str, value: Any) -> Any:
         key: dotted name of the option.
         value: as it was given.
     """
-    if isinstance(value, list):
-        return [absolute_value(key, entry) for entry in value]
+    if isinstance(value, list | tuple):
+        return type(value)(absolute_value(key, entry) for entry in value)
+    if isinstance(value, dict) and key == "data.mix":
+        return {name: absolute_value(f"data.{name}", entry) for name, entry in value.items()}
     if key not in _KINDS or not isinstance(value, str) or not value:
         return value
     path = expand_home(value)
@@ -390,7 +393,11 @@ def with_absolute_paths(config: RootConfig) -> RootConfig:
 
 
 def _paths(value: Any) -> list[str]:
-    return [path for path in (value if isinstance(value, list) else [value]) if isinstance(path, str)]
+    if isinstance(value, dict):  # of data.mix
+        value = [entry for name, entry in value.items() if f"data.{name}" in _KINDS]
+    if isinstance(value, list | tuple):
+        return [path for entry in value for path in _paths(entry)]
+    return [value] if isinstance(value, str) else []
 
 
 def absolute_words(words: list[str]) -> list[str]:

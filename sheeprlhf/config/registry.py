@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sheeprlhf.config.renames import original
-from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.structure.data import DataConfig, MixDataConfig
 from sheeprlhf.structure.evaluation import EvalTaskConfig, FrontierConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import ModelConfig
@@ -258,11 +258,37 @@ def from_dict(kind: str, saved: dict[str, Any]) -> Config:
     try:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), saved))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{kind}: {str(error).splitlines()[0]}") from error
+        key = f"{kind}.{error.full_key}" if error.full_key else kind
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error
     assert isinstance(typed, Config)
     _normalise(typed)
     typed.lock()
     return typed
+
+
+OF_A_MIXTURE = ("config_name", "dataset_name", "revision", "num_samples")  # options that its datasets do not share
+
+
+def datasets_of(data: DataConfig) -> list[DataConfig]:
+    """The datasets of a mixture, each with the options that all share; any other dataset itself.
+
+    Raises:
+        ConfigError: an option of one is unknown or has another type.
+    """
+    if not isinstance(data, MixDataConfig):
+        return [data]
+    shared = {name: value for name, value in config_to_dict(data).items() if name not in (*OF_A_MIXTURE, "mix")}
+    shared = {name: value for name, value in shared.items() if name in DataConfig.__dataclass_fields__}
+    found = []
+    for given in data.mix:
+        own = {name: value for name, value in given.items() if name not in ("data", "weight")}
+        limits = [limit for limit in (data.num_samples, own.get("num_samples")) if limit is not None]
+        own |= {"num_samples": min(limits)} if limits else {}
+        name = given.get("data", "local" if "train_file" in given else "hub")
+        typed = from_dict("data", {**shared, **own, "config_name": name})
+        assert isinstance(typed, DataConfig)
+        found.append(typed)
+    return found
 
 
 def unwrap_optional(hint: Any) -> tuple[Any, bool]:

@@ -1,6 +1,7 @@
 """Check a whole configuration before anything heavy starts: every problem at once, as key, value and fix."""
 
 import ast
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 from sheeprlhf.config.option_checks import did_you_mean, near_path, option_problems, unread
 from sheeprlhf.config.path_checks import data_file_problems, model_problem, new_folder_problems, template_problem
 from sheeprlhf.config.prompt_format import template_arg_problems
-from sheeprlhf.config.registry import choices, options
+from sheeprlhf.config.registry import OF_A_MIXTURE, choices, datasets_of, options
 from sheeprlhf.config.run_lookup import is_run_alias, scores_by_run, start_problems
-from sheeprlhf.structure.data import DataConfig, LayoutDataConfig, LocalDataConfig
+from sheeprlhf.structure.data import DataConfig, LayoutDataConfig, LocalDataConfig, MixDataConfig
 from sheeprlhf.structure.evaluation import EvalTaskConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
@@ -21,6 +22,7 @@ from sheeprlhf.structure.reward import AutoRewardConfig, RewardSourceConfig
 from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.run import EvalConfig, FetchConfig, InspectConfig, RootConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, SFTConfig, TrainTaskConfig
+from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.hardware import cuda_problem
 from sheeprlhf.utils.home import cache_place
 
@@ -270,6 +272,53 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
                 yield from data_file_problems(f"data.{key}", path)
     if isinstance(data, LayoutDataConfig):
         yield from column_problems(data)
+    if isinstance(data, MixDataConfig):
+        yield from mix_problems(data)
+
+
+def mix_problems(data: MixDataConfig) -> Iterator[str]:
+    """Problems of the datasets of a mixture."""
+    example = "'data.mix=[{train_file: a.jsonl, weight: 3}, {dataset_name: owner/name, weight: 1}]'"
+    if not isinstance(data.mix, list | tuple) or not data.mix or not all(isinstance(given, dict) for given in data.mix):
+        yield f"data.mix={data.mix} is no list of datasets: give for example {example}"
+        return
+    problems = []
+    for number, given in enumerate(data.mix, 1):
+        name = given.get("data", "local" if "train_file" in given else "hub")
+        cls = choices("data").get(str(name))
+        if cls is None or cls is MixDataConfig:
+            others = ", ".join(name for name, of in choices("data").items() if of is not MixDataConfig)
+            problems.append(f"data.mix, dataset {number}: data={name} is no dataset: give one of {others}")
+            continue
+        if not {"train_file", "dataset_name", "data"} & set(given):
+            problems.append(f"data.mix, dataset {number} has no rows: give train_file, dataset_name or data")
+        own = {
+            "data",
+            "weight",
+            *OF_A_MIXTURE[1:],
+            *(set(cls.__dataclass_fields__) - set(DataConfig.__dataclass_fields__)),
+        }
+        for key in sorted(set(given) - own):
+            fix = did_you_mean(str(key), own, f"give data.{key} for all")
+            problems.append(f"data.mix, dataset {number}: {key} is no option of one dataset: {fix}")
+        weight = given.get("weight", 1)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            problems.append(f"data.mix, dataset {number}: weight={weight} must be a positive number")
+    if 0 < sum("weight" in given for given in data.mix) < len(data.mix):
+        problems.append("data.mix has datasets with and without weight: give each a weight, or none")
+    yield from problems
+    if problems:
+        return
+    try:
+        parts = datasets_of(data)
+    except ConfigError as error:
+        yield f"data.mix: {error}"
+        return
+    own_problems = [problem for option in options(data, "data.") for problem in option_problems(option)]
+    for number, part in enumerate(parts, 1):
+        found = [problem for option in options(part, "data.") for problem in option_problems(option)]
+        found += [problem for problem in _data_problems(part) if not problem.startswith("data.max_prompt_length")]
+        yield from (f"data.mix, dataset {number}: {problem}" for problem in found if problem not in own_problems)
 
 
 def _optim_problems(optim: OptimizerConfig) -> Iterator[str]:

@@ -13,9 +13,10 @@ import re
 import signal
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.synchronize import Event
@@ -24,10 +25,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sheeprlhf.config.registry import datasets_of
 from sheeprlhf.data import source, store
 from sheeprlhf.data.duplicates import SeenDigests
 from sheeprlhf.data.frequent import FEWEST_FREQUENT, FrequentPrompts
 from sheeprlhf.data.layout import RowLayout
+from sheeprlhf.data.mixture import name_in_mixture, numbered_parts, write_mixture
 from sheeprlhf.data.progress import progress_bar
 from sheeprlhf.data.read import Row, count_rows, read_batches
 from sheeprlhf.data.report import (
@@ -35,6 +38,7 @@ from sheeprlhf.data.report import (
     SPLITS,
     Report,
     SplitCount,
+    available_columns,
     check_ids,
     check_refused,
     check_targets,
@@ -52,7 +56,7 @@ from sheeprlhf.data.report import (
 )
 from sheeprlhf.data.store import SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
-from sheeprlhf.structure.data import DataConfig, KeptColumns
+from sheeprlhf.structure.data import DataConfig, KeptColumns, MixDataConfig
 from sheeprlhf.utils.errors import DataError, Notify
 from sheeprlhf.utils.folders import discard, locked, written_folder
 from sheeprlhf.utils.output import create_file
@@ -117,16 +121,32 @@ def prepare_data(
     Raises:
         DataError: if the data cannot be read, or no training row is left.
     """
-    files = source.locate(cfg)
-    tokenize = RowTokenizer(cfg, tokenizer, kind)
-    print_of_data = fingerprint(cfg, tokenize, source.content_hash(files, progress=progress), kept)
+    build: Callable[[Path], None]
+    note = None
+    if isinstance(cfg, MixDataConfig):
+        parts = [
+            prepare_data(part, tokenizer, kind=kind, say=say, progress=progress, kept=kept) for part in datasets_of(cfg)
+        ]
+        weights = [given.get("weight") for given in cfg.mix]
+        of_parts = [*weights, *(part.fingerprint for part in parts)]
+        print_of_data = hashlib.sha256(json.dumps([FORMAT_VERSION, of_parts]).encode()).hexdigest()
+        pairs = [(weight, part.splits, part.report) for weight, part in zip(weights, parts, strict=True)]
+        build = partial(write_mixture, numbered_parts(pairs), name=cfg.config_name, kind=kind, kept=kept)
+    else:
+        files = source.locate(cfg)
+        tokenize = RowTokenizer(cfg, tokenizer, kind)
+        print_of_data = fingerprint(cfg, tokenize, source.content_hash(files, progress=progress), kept)
+        build = partial(_build, cfg, tokenize, files, progress, kept)
+        note = source.left_out_note(cfg, files)  # of this folder: the prepared rows may be those of another one
     name = re.sub(r"[^A-Za-z0-9_-]", "_", cfg.config_name)
     folder = store.cache_root(cfg.cache_dir) / f"{name}-{print_of_data[:16]}"
     if not folder.exists() or store.find_damage(folder):
         try:
             with locked(folder, say):
                 if not _is_whole(folder, say):  # another process may have made it while this one waited
-                    _build(cfg, tokenize, files, folder, progress, kept)
+                    with written_folder(folder) as temporary:  # the folder appears when it is complete
+                        build(temporary)
+                        store.write_digests(temporary)
         except OSError as error:
             raise DataError(
                 f"{folder} cannot be made: {error}; free space, fix permissions or set data.cache_dir"
@@ -140,7 +160,10 @@ def prepare_data(
         check_targets(split, rows, cfg)
         check_ids(split, rows, largest_id)
         rows.columns = tuple(name for name in available_columns(report, split) if kept.every or name in kept.names)
-    if note := source.left_out_note(cfg, files):  # of this folder: the prepared rows may be those of another one
+    if isinstance(cfg, MixDataConfig):
+        names = [{"name": name_in_mixture(given)} for given in cfg.mix]
+        report = report | {"mix": [part | name for part, name in zip(report["mix"], names, strict=True)]}
+    if note:
         report = {**report, "notes": [*report["notes"], note]}
     return PreparedData(splits, report, print_of_data, folder)
 
@@ -164,12 +187,6 @@ def _is_whole(folder: Path, say: Notify) -> bool:
         ) from None
     say(f"prepared data {folder}: {damage}; preparing it again")
     return False
-
-
-def available_columns(report: Report, split: str) -> list[str]:
-    """Names of all columns that the source files of a split have."""
-    of_files: dict[str, list[str]] = report["available_columns"]
-    return of_files.get(split, of_files["train"])
 
 
 def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str, kept: KeptColumns = _NOTHING_KEPT) -> str:
@@ -204,52 +221,50 @@ def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str, kept: Kep
 
 
 def _build(
-    cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder: Path, progress: bool, kept: KeptColumns
+    cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, progress: bool, kept: KeptColumns, folder: Path
 ) -> None:
-    """Read, tokenise and write all splits; the folder appears when they are complete."""
-    with written_folder(folder) as temporary:
-        written = _write_splits(cfg, tokenize, files, temporary, progress, kept)
-        frequent = written.frequent_prompts()
-        if frequent.shares and _cuts_training_rows(cfg, set(files)):
-            for file in temporary.glob("*.arrow"):
-                file.unlink()
-            divided = copy.copy(tokenize)
-            divided.divided = frequent.shares
-            written = _write_splits(cfg, divided, files, temporary, progress, kept)
-        counts, layout = written.counts, written.layout
-        arrow = {split: temporary / f"{split}.arrow" for split in counts}
-        parts = {
-            split: counts[split].report(TokenizedSplit(arrow[split]) if arrow[split].exists() else None)
-            for split in SPLITS
-            if split in counts
-        }
-        report: Report = {"name": cfg.config_name, "kind": tokenize.kind, "splits": parts, "notes": []}
-        report["columns"] = {
-            "layouts": dict(layout.layouts.most_common()),
-            "read_as": dict(layout.sources.most_common()),
-            "numbers_as_text": dict(layout.numbers.most_common()),
-            "not_read": dict(layout.unread.most_common()),
-        }
-        report["available_columns"] = written.available
-        if any(part["templated_rows"] for part in parts.values()):
-            report["template_args"] = fixed_arguments(tokenize.tokenizer, cfg.template_args)
-        divides = _cuts_training_rows(cfg, set(files))
-        report["notes"] = [
-            *notes_on(report),
-            *notes_on_cuts(report, cfg),
-            *notes_on_control_tokens(report, cfg),
-            *notes_on_texts(report),
-            *notes_on_reserved_rows(report, cfg),
-            *frequent.notes(divided=divides),
-            *notes_on_conversations(report, cfg),
-            *notes_on_ends(tokenize.tokenizer),
-            *notes_on_missing_tokens(tokenize.tokenizer),
-            *notes_on_labels(report, layout.undesirable),
-        ]
-        if not any(rows_kept(report, split) for split in TRAINING_SPLITS[tokenize.kind]):
-            raise DataError(why_none_left(report, set(files), cfg))
-        create_file(temporary, store.REPORT, json.dumps(report, indent=1).encode())
-        store.write_digests(temporary)
+    """Read, tokenise and write all splits and their report into an empty folder."""
+    written = _write_splits(cfg, tokenize, files, folder, progress, kept)
+    frequent = written.frequent_prompts()
+    if frequent.shares and _cuts_training_rows(cfg, set(files)):
+        for file in folder.glob("*.arrow"):
+            file.unlink()
+        divided = copy.copy(tokenize)
+        divided.divided = frequent.shares
+        written = _write_splits(cfg, divided, files, folder, progress, kept)
+    counts, layout = written.counts, written.layout
+    arrow = {split: folder / f"{split}.arrow" for split in counts}
+    parts = {
+        split: counts[split].report(TokenizedSplit(arrow[split]) if arrow[split].exists() else None)
+        for split in SPLITS
+        if split in counts
+    }
+    report: Report = {"name": cfg.config_name, "kind": tokenize.kind, "splits": parts, "notes": []}
+    report["columns"] = {
+        "layouts": dict(layout.layouts.most_common()),
+        "read_as": dict(layout.sources.most_common()),
+        "numbers_as_text": dict(layout.numbers.most_common()),
+        "not_read": dict(layout.unread.most_common()),
+    }
+    report["available_columns"] = written.available
+    if any(part["templated_rows"] for part in parts.values()):
+        report["template_args"] = fixed_arguments(tokenize.tokenizer, cfg.template_args)
+    divides = _cuts_training_rows(cfg, set(files))
+    report["notes"] = [
+        *notes_on(report),
+        *notes_on_cuts(report, cfg),
+        *notes_on_control_tokens(report, cfg),
+        *notes_on_texts(report),
+        *notes_on_reserved_rows(report, cfg),
+        *frequent.notes(divided=divides),
+        *notes_on_conversations(report, cfg),
+        *notes_on_ends(tokenize.tokenizer),
+        *notes_on_missing_tokens(tokenize.tokenizer),
+        *notes_on_labels(report, layout.undesirable),
+    ]
+    if not any(rows_kept(report, split) for split in TRAINING_SPLITS[tokenize.kind]):
+        raise DataError(why_none_left(report, set(files), cfg))
+    create_file(folder, store.REPORT, json.dumps(report, indent=1).encode())
 
 
 class _Written(NamedTuple):

@@ -94,8 +94,9 @@ class SplitCount:
             "rows_cut": self.rows_cut,
             "duplicates": self.duplicates,
             "special_token_rows": self.special_text,
+            "responses": self.responses,
+            "ended_responses": self.with_eos,
             "eos_share": self.with_eos / self.responses if self.responses else None,
-            "pairs": 0,
             "rows_with_margin": self.with_margin,
             "templated_rows": self.templated,
             "text_rows": self.texts,
@@ -105,24 +106,28 @@ class SplitCount:
             "untrained_answers": self.untrained,
             "further_answers": self.further - self.further_texts,
             "unused": dict(sorted(self.unused.items())),
-            "trained_tokens": 0,
-            "tokens": {},
         }
-        if split is not None and split.unanswered:
-            part["prompts_alone"] = split.unanswered
         if any(self.labels.values()):
             part["labels"] = {name: self.labels[name] for name in ("desirable", "undesirable", "pairs")}
-        if split is not None:
-            there = split.sizes[:, 1:] >= 0
-            responses, of_row = split.sizes[:, 1:][there], there.sum(axis=1, dtype=np.int64)
-            part["pairs"] = int((of_row * (of_row - 1) // 2).sum())
-            part["trained_tokens"] = int(responses.sum(dtype=np.int64))
-            part["tokens"] = {
-                "prompt": _percentiles(split.sizes[:, 0]),
-                **({"response": _percentiles(responses)} if len(responses) else {}),
-                "total": _percentiles(split.lengths),
-            }
-        return part
+        return part | measure(split)
+
+
+def measure(split: TokenizedSplit | None) -> Report:
+    """The part of a split's report that its stored rows tell; None is a split without rows."""
+    if split is None:
+        return {"pairs": 0, "trained_tokens": 0, "tokens": {}}
+    there = split.sizes[:, 1:] >= 0
+    responses, of_row = split.sizes[:, 1:][there], there.sum(axis=1, dtype=np.int64)
+    return {
+        "pairs": int((of_row * (of_row - 1) // 2).sum()),
+        "trained_tokens": int(responses.sum(dtype=np.int64)),
+        "tokens": {
+            "prompt": _percentiles(split.sizes[:, 0]),
+            **({"response": _percentiles(responses)} if len(responses) else {}),
+            "total": _percentiles(split.lengths),
+        },
+        **({"prompts_alone": split.unanswered} if split.unanswered else {}),
+    }
 
 
 def check_refused(counts: Mapping[str, SplitCount], at_least: int = 1) -> None:
@@ -246,6 +251,8 @@ def render_report(report: Report) -> str:
     parts = list(splits.values())
     line("rows read", [part["read"] for part in parts])
     line("rows kept", [part["kept"] for part in parts])
+    if "mix" in report:
+        line("rows of the mixture", [part["mixed_rows"] for part in parts])
     for reason in sorted({reason for part in parts for reason in part["dropped"]}):
         line(f"  dropped: {reason.replace('_', ' ')}", [part["dropped"].get(reason, 0) for part in parts])
     for kind in ("prompt", "response"):
@@ -288,7 +295,8 @@ def render_report(report: Report) -> str:
         f"{label:<{first}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
         for label, cells in rows
     ]
-    lines = [*(t.rstrip() for t in table), *_dropped_lines(parts), *_column_lines(report), *report["notes"]]
+    lines = [*(t.rstrip() for t in table), *_dropped_lines(parts), *_mix_lines(report), *_column_lines(report)]
+    lines += report["notes"]
     return "\n".join([f"data: {report['name']} ({report['kind']})", *lines])
 
 
@@ -298,6 +306,21 @@ def _dropped_lines(parts: list[Report]) -> list[str]:
     for part in parts:
         first = part.get("first_dropped", {}) | first
     return [f"first row dropped as {reason.replace('_', ' ')}: {first[reason]}" for reason in sorted(first)]
+
+
+def _mix_lines(report: Report) -> list[str]:
+    """The datasets of a mixture, each with the rows that it gives and its columns."""
+    lines = []
+    for number, part in enumerate(report.get("mix", []), 1):
+        weight = "" if part["weight"] is None else f", weight {part['weight']:g}"
+        name = printable([part["name"][-40:]])
+        lines.append(f"dataset {number}: {name}{weight}, its rows have the numbers from {part['first_row']:,}")
+        for split, used in part["used"].items():
+            kept, share = part["kept"][split], used / max(1, report["splits"][split]["mixed_rows"])
+            times = "" if used == kept else f", each {used / kept:.2f} times on average"
+            lines.append(f"  {split}: {used:,} rows of {kept:,}{times}: {share:.1%} of the mixture")
+        lines += [f"  {line}" for line in _column_lines(part)]
+    return lines
 
 
 def _column_lines(report: Report) -> list[str]:
@@ -337,6 +360,12 @@ def notes_on_labels(report: Report, undesirable: int) -> list[str]:
         f"{undesirable} rows have a label of false or 0, and their responses are learned like the others: where it "
         "marks them as undesirable, leave these rows out, or give task=kto, which reads it"
     ]
+
+
+def available_columns(report: Report, split: str) -> list[str]:
+    """Names of all columns that the source files of a split have."""
+    of_files: dict[str, list[str]] = report["available_columns"]
+    return of_files.get(split, of_files["train"])
 
 
 def rows_kept(report: Report, split: str) -> int:

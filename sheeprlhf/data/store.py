@@ -132,10 +132,7 @@ class TokenizedSplit:
 
     def example(self, index: int) -> Example:
         """Row `index`; its arrays are views of the file."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of a split of {len(self)} rows")
-        chunk = int(np.searchsorted(self._first_rows, index, side="right")) - 1
-        row = index - self._first_rows[chunk]
+        chunk, row = self._place(index)
         start = self._offsets[chunk][row]
         parts = []
         for size in self._stored_sizes[index].tolist():
@@ -146,8 +143,29 @@ class TokenizedSplit:
         example = Example(number, parts[0], tuple(parts[1:]), margin, bool(self.desirable[index]))
         if not self.columns:
             return example
-        stored = decode_columns(self._columns[chunk][int(row)].as_py())
+        stored = decode_columns(self._columns[chunk][row].as_py())
         return example._replace(columns={name: stored.get(name) for name in self.columns})
+
+    def token_row(self, index: int) -> TokenRow:
+        """Row `index` as `SplitWriter` takes it."""
+        chunk, row = self._place(index)
+        example = self.example(index)
+        return TokenRow(
+            number=example.row_id,
+            shares=(0.0, 0.0),
+            tokens=np.concatenate([example.prompt_ids, *example.responses]),
+            sizes=(len(example.prompt_ids), *map(len, example.responses)),
+            margin=example.margin,
+            desirable=(example.desirable,),
+            columns=self._columns[chunk][row].as_py(),
+        )
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The chunk of row `index`, and its place in the chunk."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a split of {len(self)} rows")
+        chunk = int(np.searchsorted(self._first_rows, index, side="right")) - 1
+        return chunk, index - int(self._first_rows[chunk])
 
     def examples(self, indices: Sequence[int]) -> list[Example]:
         """Rows by index, in the order asked for."""

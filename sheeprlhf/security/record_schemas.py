@@ -115,6 +115,7 @@ class DataRecord(TypedDict):
 
     splits: dict[str, SplitRecord]
     columns: NotRequired[dict[str, dict[str, Any]]]
+    mix: NotRequired[list[dict[str, Any]]]
 
 
 class DataReportRecord(DataRecord):

@@ -145,6 +145,21 @@ class LayoutDataConfig(DataConfig):
 
 
 @dataclass(unsafe_hash=True)
+class MixDataConfig(DataConfig):
+    """Several datasets together, each with its own layout and its share of the training rows."""
+
+    config_name: str = option("mix", "Name of this choice.")
+    dataset_name: Optional[str] = option(None, "Not used: give data.mix.")
+    mix: Any = option(
+        "???",
+        "The datasets, such as [{train_file: a.jsonl, weight: 3}, {dataset_name: owner/name, weight: 1}]: each with "
+        "options of data=local, data=hub or another {data: <name>}, and its share of the training rows of an epoch as "
+        "weight; without weights every row counts once.",
+    )
+    minimum_response_length: int = option(1, "Shorter responses are dropped.", unit="tokens", minimum=1)
+
+
+@dataclass(unsafe_hash=True)
 class LocalDataConfig(LayoutDataConfig):
     """Your own files: prompt with response (+ label), a pair, responses or none; or messages."""
 

@@ -17,7 +17,8 @@ from sheeprlhf.agent.reward import AdapterValueModel, RewardModel, load_reward_m
 from sheeprlhf.config.model_lookup import REWARD_MODEL, Trained, with_own_tokenizer
 from sheeprlhf.config.run_lookup import is_same_model, saved_group
 from sheeprlhf.config.shell import shell_word
-from sheeprlhf.data.prepare import PreparedData, TokenizedSplit, available_columns, prepare_data
+from sheeprlhf.data.prepare import PreparedData, TokenizedSplit, prepare_data
+from sheeprlhf.data.report import available_columns
 from sheeprlhf.engine.checkpoint import find_checkpoint, load_weights
 from sheeprlhf.engine.run import Run
 from sheeprlhf.model.lm_head import HEAD, scalar_model

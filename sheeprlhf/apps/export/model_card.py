@@ -13,7 +13,7 @@ import sheeprlhf
 from sheeprlhf.apps.terminal import clean
 from sheeprlhf.config.model_lookup import POLICY, Trained
 from sheeprlhf.config.path_checks import data_is_here, model_folder
-from sheeprlhf.config.registry import choices
+from sheeprlhf.config.registry import choices, datasets_of
 from sheeprlhf.config.run_lookup import REPORT_FILE, read_run, read_run_config, saved_group
 from sheeprlhf.config.shell import command
 from sheeprlhf.security.json_records import load_json
@@ -158,6 +158,11 @@ def _end_text(trained: Trained, form: str, tokenizer: Any) -> tuple[str, bool]:
     return str(tokenizer.convert_ids_to_tokens(end)), end == end_tokens(tokenizer).closing
 
 
+def _hub_datasets(data: DataConfig) -> list[str]:
+    """Ids of the datasets that are on the hub alone."""
+    return [str(part.dataset_name) for part in datasets_of(data) if not data_is_here(part)]
+
+
 def _front(trained: Trained) -> Iterator[str]:
     """Metadata for the hub: only ids of the hub, no folders of this machine."""
     yield "---"
@@ -166,8 +171,8 @@ def _front(trained: Trained) -> Iterator[str]:
     base = str(trained.model.repo_name)
     if model_folder(base) is None:
         yield f"base_model: {json.dumps(base)}"
-    if trained.data is not None and not data_is_here(trained.data):
-        yield f"datasets: [{json.dumps(str(trained.data.dataset_name))}]"
+    if trained.data is not None and (names := _hub_datasets(trained.data)):
+        yield f"datasets: {json.dumps(names)}"
     yield "tags: [sheeprlhf]"
     yield "---"
 
@@ -184,8 +189,9 @@ def _what(trained: Trained) -> str:
 def _data(trained: Trained) -> Iterator[str]:
     data, run_dir = trained.data, trained.run_dir
     assert data is not None and run_dir is not None
-    source = getattr(data, "train_file", None) or data.dataset_name
-    yield f"{_code(_home(str(source)))}: {(type(data).__doc__ or '').splitlines()[0]}"
+    for part in datasets_of(data):
+        source = getattr(part, "train_file", None) or part.dataset_name
+        yield f"{_code(_home(str(source)))}: {(type(part).__doc__ or '').splitlines()[0]}"
     splits = load_json(run_dir / REPORT_FILE, DATA_REPORT).get("splits", {})
     rows = [f"| {_cell(name)} | {split['read']} | {split['kept']} |" for name, split in splits.items()]
     yield from ["", "| split | rows read | rows kept |", "| --- | --- | --- |", *rows] if rows else []
@@ -267,8 +273,9 @@ def _licence(trained: Trained) -> Iterator[str]:
     if isinstance(trained.data, DocstringsConfig):
         yield "- Data: one-line summaries and signatures of open-source packages, each under its own licence; "
         yield "  `assets/docstrings/NOTICE` of SheepRLHF lists them."
-    elif isinstance(trained.data, DataConfig) and not data_is_here(trained.data):
-        yield f"- Data: as the hub's page of {_code(str(trained.data.dataset_name))} says; read it before you publish."
+    elif trained.data is not None and (names := _hub_datasets(trained.data)):
+        pages = ", ".join(map(_code, names))
+        yield f"- Data: as the hub's page of {pages} says; read it before you publish."
     elif trained.data is not None:
         yield "- Data: your own files; whether the model may be published depends on them."
 

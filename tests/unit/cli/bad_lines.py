@@ -152,6 +152,8 @@ BAD = [
     ("train task=sft data=summarization data.dataset_name=@/notes.txt", ["data.train_file"]),
     ("train task=sft data=summarization data.dataset_name=a--b/c", ["give one"]),
     ("train task=sft data=hub", ["data.dataset_name"]),
+    ("train task=sft data=mix", ["data.mix is missing"]),
+    ("train task=sft data=mix data.mix=[{train_file:@/row.jsonl,weight:1}]", ["dataset 1", "rows.jsonl?"]),
     ("train task=sft data=hub data.dataset_name=me/set", ["HF_HUB_OFFLINE", "data.dataset_name=<folder>"]),
     ("train task=sft data=hub data.dataset_name=@/empty data.columns={promt:a}", ["data.columns.promt"]),
     # places

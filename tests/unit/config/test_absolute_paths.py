@@ -58,6 +58,9 @@ def test_patterns_and_lists_of_data_files(here: Path) -> None:
     assert absolute_value("data.train_file", "x*.jsonl") == "x*.jsonl"
     given = ["rows.jsonl", "owner", "missing.jsonl"]
     assert absolute_value("data.test_file", given) == [str(here / "rows.jsonl"), str(here / "owner"), "missing.jsonl"]
+    mix = [{"train_file": "rows.jsonl", "columns": {"prompt": "rows.jsonl"}}, {"dataset_name": "you/name"}]
+    expected = [{**mix[0], "train_file": str(here / "rows.jsonl")}, mix[1]]
+    assert absolute_value("data.mix", mix) == expected
 
 
 def test_a_folder_below_the_home_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,7 @@ def test_every_choice_composes_and_is_valid(verb, chosen, tmp_path, monkeypatch)
         words["task"] = "reward" if verb == "eval" else "ppo"
     words = {key: value for key, value in words.items() if key in groups(verb)}
     needed = {"local": [f"data.train_file='{tmp_path}/rows.jsonl'"], "hub": ["data.dataset_name=owner/name"]}
+    needed["mix"] = ["data.mix=[{data:docstrings},{dataset_name:owner/name}]"]
     extra = needed.get(chosen.get("data", ""), [])
     extra += ["model.repo_name=me/mine"] if chosen.get("model") == "auto" else []
     extra += ["reward.terms=[imperative]"] if chosen.get("reward") == "list" else []
