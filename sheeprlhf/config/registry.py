@@ -64,7 +64,7 @@ PERFORMANCE_ONLY_OPTIONS = (
 )  # speed and memory alone
 NOT_IN_HASH = frozenset(
     {
-        *("resume", "resume_from", "debug", "root_dir", "output_dir", "experiment"),
+        *("resume", "resume_from", "debug", "root_dir", "output_dir", "experiment", "log", "log_project"),
         *("data.cache_dir", "data.num_proc", "task.num_workers", "task.num_sample_prompts"),
         *("task.save_rollouts", "reward.num_workers", "reward.timeout"),
         "task.max_skipped_steps",  # which without it end the run

@@ -2,10 +2,13 @@
 
 import ast
 import math
+import netrc
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from sheeprlhf.config.option_checks import did_you_mean, near_path, option_problems, unread
 from sheeprlhf.config.path_checks import data_file_problems, model_problem, new_folder_problems, template_problem
@@ -20,10 +23,10 @@ from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.structure.reward import AutoRewardConfig, RewardSourceConfig
 from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig
-from sheeprlhf.structure.run import EvalConfig, FetchConfig, InspectConfig, RootConfig, TrainConfig
+from sheeprlhf.structure.run import TRACKER_MODULES, EvalConfig, FetchConfig, InspectConfig, RootConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.hardware import cuda_problem
+from sheeprlhf.utils.hardware import cuda_problem, missing_modules
 from sheeprlhf.utils.home import cache_place
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -398,6 +401,43 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
     if not re.fullmatch(r"[^/\\\0]+", config.run_name) or config.run_name in (".", ".."):
         yield f"run_name={config.run_name} cannot name a directory: give a name without slashes"
     yield from new_folder_problems("root_dir", config.root_dir)
+    yield from _log_problems(config)
+
+
+def _log_problems(config: TrainConfig) -> Iterator[str]:
+    """Problems of experiment trackers: unknown, not installed, or without a login that they would ask for."""
+    known = ("tensorboard", *TRACKER_MODULES)
+    for name in config.log:
+        if name not in known:
+            did = did_you_mean(name, known, "it", key="log=[", end="]")
+            yield f"log=[{name}] is unknown: {did} may have {', '.join(known)}"
+        elif config.log.count(name) > 1:
+            yield f"log has {name} more than once: give it once"
+            return
+        elif missing := missing_modules(TRACKER_MODULES.get(name, ())):
+            yield (
+                f"log=[{name}] needs packages that are not installed ({', '.join(missing)}): "
+                f'pip install "sheeprlhf[{name}]"'
+            )
+        elif name == "wandb" and not _has_wandb_login():
+            yield "log=[wandb] has no API key: run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline"
+    if config.log_project is not None and not set(config.log) & set(TRACKER_MODULES):
+        where = f"by log=[{','.join(config.log)}]"
+        yield unread(f"log_project={config.log_project}", where, "for example log=[tensorboard,wandb]")
+
+
+def _has_wandb_login() -> bool:
+    """Return True if wandb would not ask for a key: offline, or with one in the environment or in netrc."""
+    environment = os.environ
+    if environment.get("WANDB_MODE", "online").casefold() not in ("online", "run", "shared"):
+        return True
+    if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(environment.get("WANDB_BASE_URL") or "https://api.wandb.ai").netloc
+    try:
+        return netrc.netrc(environment.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def sharding_problems(config: TrainConfig | EvalConfig, *, able: bool) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Records of a run: metrics.csv, TensorBoard events and sample texts. Only rank zero writes.
+"""Records of a run: metrics.csv, TensorBoard events, sample texts and experiment trackers. Only rank zero writes.
 
 After a resume everything beyond the checkpoint's step is taken back, so that each (tag, step) is there once.
 """
@@ -9,11 +9,15 @@ import os
 import re
 import socket
 import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from sheeprlhf.engine.trackers import Tracker
 from sheeprlhf.security.redaction import code_block, csv_cell, plain_text, redact_text
+from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.output import create_file, make_folder, open_append, safe_path, write_file
 
 CSV_FILE = "metrics.csv"
@@ -24,42 +28,76 @@ _SAMPLE_FILE = re.compile(r"step-(\d+)\.txt")
 
 
 class MetricWriter:
-    """Rank zero only: appends to the run's records; what a call wrote survives a kill after it."""
+    """Rank zero only: appends to the run's records; what a call wrote survives a kill after it.
 
-    def __init__(self, run_dir: Path, start_step: int = 0) -> None:
-        """Open the records of `run_dir`. Entries beyond `start_step` (0: all) are a killed process's: they go."""
+    Args:
+        run_dir: the run.
+        start_step: entries beyond it (0: all) are a killed process's: they go. Trackers have them already.
+        tensorboard: also write events for TensorBoard.
+        trackers: experiment trackers by name.
+        say: prints a line for the user.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        start_step: int = 0,
+        *,
+        tensorboard: bool = True,
+        trackers: Mapping[str, Tracker] = MappingProxyType({}),
+        say: Notify = print,
+    ) -> None:
         self._run_dir, samples = run_dir, safe_path(run_dir, "samples")
+        self._trackers, self._say = dict(trackers), say
         last_step = start_step if start_step > 0 else -1
-        _truncate_csv(run_dir, last_step)
+        self._sent = _truncate_csv(run_dir, last_step)
         for path in samples.iterdir() if samples.is_dir() else ():
             match = _SAMPLE_FILE.fullmatch(path.name)
             if match and int(match[1]) > last_step and _is_sample(path):
                 path.unlink()
         self._file = open_append(run_dir, CSV_FILE)
         self._csv = csv.writer(self._file)
-        self._events = EventFile(run_dir, purge_step=last_step + 1)
+        self._events = EventFile(run_dir, purge_step=last_step + 1) if tensorboard else None
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """One row and one point per metric."""
         now = time.time()
         for tag, value in metrics.items():
             self._csv.writerow((step, csv_cell(tag), repr(float(value)), f"{now:.3f}"))
-            self._events.add_scalar(tag, value, step, now)
+            if self._events is not None:
+                self._events.add_scalar(tag, value, step, now)
         self._file.flush()
-        self._events.flush()
+        if self._events is not None:
+            self._events.flush()
+        new = {tag: float(value) for tag, value in metrics.items() if (str(step), csv_cell(tag)) not in self._sent}
+        if new:
+            self._send(lambda tracker: tracker.log(new, step))
 
     def log_text(self, tag: str, text: str, step: int) -> None:
         """A sample: in TensorBoard as a block that no markup leaves, and as plain text in samples/step-<n>.txt."""
         make_folder(self._run_dir, "samples")
         with open_append(self._run_dir, f"samples/step-{step}.txt") as file:
             file.write(f"{_SAMPLE_HEAD}{tag}\n{redact_text(plain_text(text))}\n")
-        self._events.add_text(tag, code_block(redact_text(text)), step, time.time())
-        self._events.flush()
+        if self._events is not None:
+            self._events.add_text(tag, code_block(redact_text(text)), step, time.time())
+            self._events.flush()
+        self._send(lambda tracker: tracker.log_text(tag, redact_text(plain_text(text)), step))
 
-    def close(self) -> None:
-        """Close the files."""
+    def close(self, finished: bool = True) -> None:
+        """Close the files and trackers; `finished` is False for a run that was stopped."""
         self._file.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
+        self._send(lambda tracker: tracker.close(finished))
+
+    def _send(self, send: Callable[[Tracker], None]) -> None:
+        """Call every tracker; one that fails is reported, and left out from now on."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                send(tracker)
+            except Exception as error:
+                del self._trackers[name]
+                self._say(f"warning: log={name} failed, and training goes on without it: {error}")
 
 
 class EventFile:
@@ -122,8 +160,8 @@ def _is_sample(path: Path) -> bool:
         return file.read(len(_SAMPLE_HEAD)) == _SAMPLE_HEAD.encode()
 
 
-def _truncate_csv(run_dir: Path, last_step: int) -> None:
-    """Keep the complete rows up to a step; a new file gets its header."""
+def _truncate_csv(run_dir: Path, last_step: int) -> set[tuple[str, str]]:
+    """Keep the complete rows up to a step; a new file gets its header. Returns step and tag of the rows removed."""
     rows, path = [], safe_path(run_dir, CSV_FILE)
     if path.is_file():
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
@@ -131,3 +169,4 @@ def _truncate_csv(run_dir: Path, last_step: int) -> None:
     text = io.StringIO(newline="")
     csv.writer(text).writerows([_COLUMNS, *(row for row in rows if int(row[0]) <= last_step)])
     write_file(run_dir, CSV_FILE, text.getvalue().encode(errors="replace"))
+    return {(row[0], row[1]) for row in rows if int(row[0]) > last_step}

@@ -23,6 +23,7 @@ from sheeprlhf.engine.checkpoint import NOT_THE_SAME, TrainState, restore_latest
 from sheeprlhf.engine.manifest import MANIFEST
 from sheeprlhf.engine.metrics import MetricWriter
 from sheeprlhf.engine.rundir import CONFIG_FILE, RunLock, changed_options, discard_unused
+from sheeprlhf.engine.trackers import open_trackers
 from sheeprlhf.security.redaction import plain_text, redact, redact_text
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import USERS_MISTAKE, ConfigError, Interrupted, NonFiniteError, Notify, SheepError
@@ -99,7 +100,8 @@ class Run:
         self._began, self._began_at_step = time.monotonic(), step
         self.say(f"going on after step {step}" if step else "starting at step 0")
         if self._fabric.is_global_zero:
-            self._writer = MetricWriter(self.dir, step)
+            trackers, events = open_trackers(self.cfg, self.dir, self.say), "tensorboard" in self.cfg.log
+            self._writer = MetricWriter(self.dir, step, tensorboard=events, trackers=trackers, say=self.say)
         self._signals = self._stack.enter_context(noted_signals(self._fabric.is_global_zero))
 
     def skip_step(self, error: NonFiniteError) -> None:
@@ -197,12 +199,12 @@ class Run:
         if signum in STOP_SIGNALS and not last:
             self.stop(signum)
 
-    def close(self) -> None:
-        """End the bar and the records."""
+    def close(self, finished: bool = True) -> None:
+        """End the bar and the records; `finished` is False if an error or a signal ends the run."""
         if self._progress is not None:
             self._progress.close()
         if self._writer is not None:
-            self._writer.close()
+            self._writer.close(finished)
 
 
 @contextmanager
@@ -223,7 +225,7 @@ def open_run(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> Iterator[Run]:
         elif fabric.local_rank > 0:
             die_with_parent()
         run = Run(fabric, cfg, run_dir, stack)
-        stack.callback(run.close)
+        stack.push(lambda kind, *_: run.close(finished=kind is None))
         if fabric.is_global_zero:
             for key, was, now in changed_options(cfg, run_dir):
                 if key in PERFORMANCE_ONLY_OPTIONS:

@@ -171,22 +171,23 @@ def changed_options(cfg: TrainConfig, run_dir: Path) -> list[tuple[str, Any, Any
     """
     saved: dict[str, Any] = {}
     with suppress(ConfigError):
-        saved = dict(_leaves(read_run_config(str(run_dir))))
-    now = dict(_leaves(redact(config_to_dict(cfg))))
+        saved = dict(leaves(read_run_config(str(run_dir))))
+    now = dict(leaves(redact(config_to_dict(cfg))))
     compared = [key for key in now if key in saved and (key not in NOT_IN_HASH or key in PERFORMANCE_ONLY_OPTIONS)]
     return [(key, saved[key], now[key]) for key in compared if saved[key] != now[key]]
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the options of a nested configuration by their dotted keys."""
     for name, value in tree.items():
-        yield from _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+        yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
 
 
 def same_data(run_dir: Path, fingerprint: str) -> bool:
     """Rank zero only: whether the run trained on this data until now; of a new run it is noted."""
     info = read_run(run_dir)
     if "data_fingerprint" not in info:
-        _write_run(run_dir, info | {"data_fingerprint": fingerprint})
+        add_to_run(run_dir, data_fingerprint=fingerprint)
         return True
     return bool(info["data_fingerprint"] == fingerprint)
 
@@ -304,9 +305,14 @@ def _write_run(run_dir: Path, info: dict[str, Any]) -> None:
     write_file(run_dir, RUN_FILE, json.dumps(info, indent=1).encode())
 
 
+def add_to_run(run_dir: Path, **facts: Any) -> None:
+    """Rank zero only: keep facts in run.json."""
+    _write_run(run_dir, read_run(run_dir) | facts)
+
+
 def mark_finished(run_dir: Path, **facts: Any) -> None:
     """Rank zero only: the run is complete; `facts` (results, ...) are kept in run.json."""
-    _write_run(run_dir, read_run(run_dir) | facts | {"status": "finished", "finished": time.time()})
+    add_to_run(run_dir, **facts, status="finished", finished=time.time())
 
 
 def is_finished(run_dir: Path) -> bool:

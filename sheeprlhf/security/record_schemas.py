@@ -26,6 +26,7 @@ class RunRecord(TypedDict):
     best_metric: NotRequired[float | None]
     best_step: NotRequired[Step | None]
     stopped_early: NotRequired[bool]
+    trackers: NotRequired[dict[str, str]]
     peak_memory: NotRequired[Count | None]
 
 

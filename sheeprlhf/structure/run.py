@@ -15,6 +15,11 @@ from sheeprlhf.structure.option import Config, option
 from sheeprlhf.structure.reward import RewardSourceConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 
+TRACKER_MODULES = {  # what each tracker of `log` needs, of the extra with its name
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
+    "trackio": ("trackio",),
+}
 _WEIGHTS_CHECK = "sheeprlhf.task.weight_checks:check_all_weights"  # called as function(config, say) before the task
 
 
@@ -38,6 +43,15 @@ class TrainConfig(Config):
     root_dir: str = option("logs/runs", "Where run directories are made.")
     resume: bool = option(False, "Go on with the newest unfinished run of the same configuration.")
     resume_from: Optional[str] = option(None, "Go on with the run in this directory.")
+    log: list[str] = option(
+        help="Where metrics and samples go besides metrics.csv and samples/: tensorboard, wandb, mlflow, trackio.",
+        factory=lambda: ["tensorboard"],
+    )
+    log_project: Optional[str] = option(
+        None,
+        "Project (wandb, trackio) or experiment (mlflow) of log; null takes WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or "
+        "TRACKIO_PROJECT of the environment, else sheeprlhf.",
+    )
     torch_deterministic: bool = option(
         False, "Deterministic kernels on CUDA (slower). The CPU is always deterministic."
     )

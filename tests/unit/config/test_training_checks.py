@@ -1,5 +1,7 @@
 """What options of training refuse before anything loads."""
 
+from pathlib import Path
+
 import pytest
 
 from sheeprlhf.config.validate import validate
@@ -16,6 +18,9 @@ REFUSED = {
     "task=rm task.early_stopping_patience=2": "task.early_stopping_metric",
     "task=dpo model.neftune_alpha=5": "task=dpo",
     "task=sft model.neftune_alpha=0": "model.neftune_alpha",
+    "task=sft log=[tensorbord]": "log=[tensorboard]",
+    "task=sft log=[tensorboard,tensorboard]": "more than once",
+    "task=sft log_project=mine": "log_project=mine",
     "task=rm task.early_stopping_direction=lowest": "task.early_stopping_metric",
 }
 
@@ -25,6 +30,32 @@ def test_it_is_refused_with_the_fix(words: str) -> None:
     problems = validate(to_typed(composed("train", *words.split())))
     assert len(problems) == 1
     assert REFUSED[words] in problems[0]
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
+def test_a_tracker_that_is_not_installed_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sheeprlhf.config.validate.missing_modules", lambda modules: list(modules))
+    [problem] = validate(to_typed(composed("train", "task=sft", f"log=[tensorboard,{name}]")))
+    assert f"sheeprlhf[{name}]" in problem
+
+
+def test_wandb_needs_a_login_or_its_offline_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sheeprlhf.config.validate.missing_modules", lambda modules: [])
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    config = to_typed(composed("train", "task=sft", "log=[wandb]", "log_project=mine"))
+    [problem] = validate(config)
+    assert "WANDB_MODE=offline" in problem
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_API_KEY", "x" * 40)):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert validate(config) == []
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert validate(config) == []
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert len(validate(config)) == 1
 
 
 @pytest.mark.parametrize(

@@ -77,3 +77,49 @@ def test_values_are_exact_and_odd_ones_stay_readable(tmp_path):
     assert rows(tmp_path) == [(1, "a", 0.1 + 0.2), (1, "b", float("inf"))]
     assert (tmp_path / "samples/step-1.txt").read_text() == "--- t\nlone ? surrogate\n--- t2\nsecond\n"
     writer.close()
+
+
+class Recorder:
+    """A tracker that keeps what it gets, and fails from one step on."""
+
+    run_id = "id"
+
+    def __init__(self, fails_at: int = 99) -> None:
+        self.fails_at, self.points, self.texts, self.ended = fails_at, [], [], None
+
+    def log(self, metrics, step):
+        if step >= self.fails_at:
+            raise RuntimeError("gone")
+        self.points += [(step, tag, value) for tag, value in metrics.items()]
+
+    def log_text(self, tag, text, step):
+        self.texts.append((step, tag, text))
+
+    def close(self, finished):
+        self.ended = finished
+
+
+def test_a_tracker_that_fails_is_left_out_with_one_warning(tmp_path):
+    said, good, bad = [], Recorder(), Recorder(fails_at=2)
+    writer = MetricWriter(tmp_path, tensorboard=False, trackers={"bad": bad, "good": good}, say=said.append)
+    for step in (1, 2, 3):
+        writer.log({"train/loss": 10.0 + step, "val/loss": 0.1 * step}, step)
+    writer.close(finished=False)
+    assert good.points == rows(tmp_path) == expected_rows((1, 2, 3))
+    assert bad.points == expected_rows([1])
+    assert (good.ended, bad.ended) == (False, None)
+    assert len(said) == 1 and "log=bad" in said[0]
+    assert not list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_a_resumed_run_sends_no_point_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "a-secret-of-mine")
+    tracker = Recorder()
+    for start, steps in ((0, range(1, 7)), (4, range(5, 9))):  # killed after step 6; the checkpoint is of step 4
+        writer = MetricWriter(tmp_path, start, trackers={"one": tracker})
+        for step in steps:
+            writer.log({"train/loss": 10.0 + step, "val/loss": 0.1 * step}, step)
+    writer.log_text("samples", "it is a-secret-of-mine", 8)
+    assert tracker.points == rows(tmp_path) == expected_rows(range(1, 9))
+    [(_, _, text)] = tracker.texts
+    assert "a-secret-of-mine" not in text and text.startswith("it is ")
