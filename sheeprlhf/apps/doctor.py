@@ -413,6 +413,7 @@ def _data(data: DataConfig, offline: str) -> Finding:
 def _weights(config: DoctorConfig) -> Iterator[Finding]:
     """Check by their headers that the local files have every parameter; nothing is downloaded or loaded."""
     from sheeprlhf.model.locate import locate
+    from sheeprlhf.task.models import folder_option
     from sheeprlhf.task.weight_checks import check_needed, models_of
 
     notes: list[str] = []
@@ -421,13 +422,13 @@ def _weights(config: DoctorConfig) -> Iterator[Finding]:
             try:
                 here = locate(needed.model).local_only
             except SheepError:
-                if needed.is_reward_folder:
+                if needed.reward_term is not None:
                     raise
                 continue  # the topic "model" tells
             if not here:
                 continue  # on the hub
             note = check_needed(needed, notes.append)
-            given = "reward.folder" if needed.is_reward_folder else "model.repo_name"
+            given = "model.repo_name" if needed.reward_term is None else folder_option(needed.reward_term).rstrip("=: ")
             notes += [f"{given}={needed.model.repo_name}: {note}"] if note else []
     except SheepError as error:
         yield Finding("problem", "weights", str(error))
@@ -504,25 +505,27 @@ def _model(config: DoctorConfig, size: "ModelSize | None", room: int | None) -> 
 def _reward_model(config: DoctorConfig, size: "ModelSize") -> Iterator[Finding]:
     """Check whether the batches of the reward model of an RL task can be packed, by the rule for policies."""
     from sheeprlhf.model.locate import locate
-    from sheeprlhf.structure.reward import needs_model
+    from sheeprlhf.structure.reward import model_sources
     from sheeprlhf.structure.rollout import OnlineTaskConfig
     from sheeprlhf.task.models import load_reward_tokenizer, load_separate_reward_model, reward_model_source
 
-    if not isinstance(config.task, OnlineTaskConfig) or not needs_model(config.reward, config.data.rule_reward):
+    if not isinstance(config.task, OnlineTaskConfig):
         return
-    lines: list[str] = []
     longest = min(config.data.max_length, size.positions or config.data.max_length)
-    try:
-        model = reward_model_source(config)[2]
-        if not locate(model).local_only:
-            return  # on the hub
-        _, packed = load_separate_reward_model(config, load_reward_tokenizer(config), longest=longest, say=lines.append)
-    except SheepError as error:
-        yield Finding("problem", "reward", str(error))
-        return
-    padded = [line for line in lines if line.startswith("batches are padded")]
-    text = "its batches are packed" if packed else (padded or ["its batches are padded: task.batching=padded"])[0]
-    yield Finding("ok", "reward", f"{lines[0]} loads; {text}")
+    for term in model_sources(config.reward, config.data.rule_reward):
+        lines: list[str] = []
+        try:
+            model = reward_model_source(config, term)[2]
+            if not locate(model).local_only:
+                continue  # on the hub
+            tokenizer = load_reward_tokenizer(config, term)
+            _, packed = load_separate_reward_model(config, tokenizer, term, longest=longest, say=lines.append)
+        except SheepError as error:
+            yield Finding("problem", "reward", str(error))
+            continue
+        padded = [line for line in lines if line.startswith("batches are padded")]
+        text = "its batches are packed" if packed else (padded or ["its batches are padded: task.batching=padded"])[0]
+        yield Finding("ok", "reward", f"{lines[0]} loads; {text}")
 
 
 def _disk(config: DoctorConfig, size: "ModelSize") -> Finding:

@@ -12,6 +12,7 @@ from sheeprlhf.config.registry import datasets_of, options, replace_options
 from sheeprlhf.config.shell import shell_word
 from sheeprlhf.security.files import real_file
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from sheeprlhf.structure.reward import term_folder
 from sheeprlhf.structure.run import RootConfig
 from sheeprlhf.utils.chat_templates import OPTION as TEMPLATE_OPTION
 from sheeprlhf.utils.chat_templates import SUFFIX as TEMPLATE_SUFFIX
@@ -356,6 +357,9 @@ _KINDS: dict[str, Callable[[str], bool]] = {
 }
 
 
+_TERMS = "reward.terms"  # of which some name a folder
+
+
 def absolute_value(key: str, value: Any) -> Any:
     """The value of an option; an absolute path if the option names a file or folder that is here.
 
@@ -367,6 +371,10 @@ def absolute_value(key: str, value: Any) -> Any:
         return type(value)(absolute_value(key, entry) for entry in value)
     if isinstance(value, dict) and key == "data.mix":
         return {name: absolute_value(f"data.{name}", entry) for name, entry in value.items()}
+    if key == _TERMS and isinstance(value, str):
+        weight, star, source = value.rpartition("*")
+        folder = term_folder(source.strip())
+        return value if not folder else f"{weight}{star}model:{absolute_value('reward.folder', folder)}"
     if key not in _KINDS or not isinstance(value, str) or not value:
         return value
     path = expand_home(value)
@@ -379,7 +387,7 @@ def with_absolute_paths(config: RootConfig) -> RootConfig:
     Raises:
         ConfigError: some lie in home directories that are not known.
     """
-    found = {option.key: option.value for option in options(config) if option.key in _KINDS}
+    found = {option.key: option.value for option in options(config) if option.key in (*_KINDS, _TERMS)}
     problems = [home_problem(key, path) for key, value in found.items() for path in _paths(value)]
     if any(problems):
         raise ConfigError(*filter(None, problems))

@@ -26,9 +26,11 @@ from sheeprlhf.structure.reward import (
     ModelRewardConfig,
     RewardSourceConfig,
     Term,
+    is_model,
     is_users_own,
     judge_fields,
     parse_term,
+    term_folder,
 )
 from sheeprlhf.utils.hardware import missing_modules
 from sheeprlhf.utils.home import expand_home
@@ -65,6 +67,8 @@ def reward_problems(cfg: RewardSourceConfig) -> Iterator[str]:
         yield from _judge_problems(cfg) if JUDGE in sources else _unread_judge_problems(cfg)
     if isinstance(cfg, BuiltinOptionsConfig):
         yield from _option_problems(cfg, sources)
+    if isinstance(cfg, ListRewardConfig) and cfg.template != "plain" and not any(map(is_model, sources)):
+        yield f"reward.template={cfg.template} is read by reward models alone: remove it, or add the term model"
     if isinstance(cfg, ModelRewardConfig | ListRewardConfig) and cfg.folder is not None:
         if isinstance(cfg, ListRewardConfig) and MODEL not in sources:
             yield f"reward.folder={cfg.folder} is read by no term: remove it, or add the term model"
@@ -99,7 +103,11 @@ def _readable_terms(texts: list[str]) -> Iterator[Term | str]:
 
 def _terms_problems(sources: list[str]) -> Iterator[str]:
     for source in dict.fromkeys(sources):
-        if source not in (MODEL, JUDGE):
+        folder = term_folder(source)
+        if folder is not None:
+            key = "reward.terms: model:"
+            yield from (problem.replace("reward.folder=", key) for problem in _folder_problems(folder))
+        elif source not in (MODEL, JUDGE):
             yield from source_problems("reward.terms: ", source)
         if sources.count(source) > 1:
             yield f"reward.terms: {source} is there more than once: give it once, with the sum of the weights"

@@ -1,7 +1,7 @@
 """The score of a response: a weighted sum of functions and models, normalised, clipped, less its penalties."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from sheeprlhf.reward.call import RewardFunction, Texts, load_function
@@ -9,7 +9,15 @@ from sheeprlhf.reward.functions import repeated_share
 from sheeprlhf.reward.judge import Judge
 from sheeprlhf.reward.state import state_warning
 from sheeprlhf.structure.data import KeptColumns
-from sheeprlhf.structure.reward import BUILTINS, JUDGE, MODEL, RewardSourceConfig, terms_of
+from sheeprlhf.structure.reward import (
+    BUILTINS,
+    JUDGE,
+    MODEL,
+    RewardSourceConfig,
+    is_model,
+    model_sources,
+    terms_of,
+)
 from sheeprlhf.utils.errors import ConfigError
 
 ModelScores = Callable[[list[str], list[str]], list[float]]
@@ -199,39 +207,37 @@ def check_columns(
 
 
 def _functions(cfg: RewardSourceConfig, default: str | None) -> list[RewardFunction]:
-    return [load_function(source, cfg) for _, source in terms_of(cfg, default) if source != MODEL]
+    return [load_function(source, cfg) for _, source in terms_of(cfg, default) if not is_model(source)]
 
 
 def build_reward(
-    cfg: RewardSourceConfig, model_scores: ModelScores | None, *, default: str | None, max_tokens: int
+    cfg: RewardSourceConfig, model_scores: Mapping[str, ModelScores] | None, *, default: str | None, max_tokens: int
 ) -> CombinedReward:
     """Build the reward of a configuration.
 
     Args:
         cfg: valid.
-        model_scores: a reward model as `scores = model_scores(prompts, responses)`; None where `needs_model` says no.
+        model_scores: by each source of `model_sources` a reward model as `scores = f(prompts, responses)`.
         default: the dataset's own rule, which `reward=auto` takes: a built-in without options; None if it has none.
         max_tokens: the most that a response may have.
 
     Raises:
         ConfigError: a function cannot be imported, or a model is needed and there is none.
     """
-
-    def model(prompts: list[str], responses: list[str]) -> list[float]:
-        assert model_scores is not None
-        return model_scores(prompts, responses)
-
-    terms = terms_of(cfg, default)
-    if model_scores is None and any(source == MODEL for _, source in terms):
+    terms, models = terms_of(cfg, default), dict(model_scores or {})
+    if MODEL in model_sources(cfg, default) and MODEL not in models:
         raise ConfigError(
             f"reward={cfg.config_name} needs a reward model: give task.rm_experiment_dir=<run of task=rm>, "
             "reward.folder=<folder>, or a function: reward=function reward.path=<name>"
         )
-    return CombinedReward(
-        cfg,
-        [
-            (weight, RewardFunction(MODEL, model, guarded=False) if source == MODEL else load_function(source, cfg))
-            for weight, source in terms
-        ],
-        max_tokens,
-    )
+
+    def load(source: str) -> RewardFunction:
+        if not is_model(source):
+            return load_function(source, cfg)
+
+        def model(prompts: list[str], responses: list[str]) -> list[float]:
+            return models[source](prompts, responses)
+
+        return RewardFunction(source, model, guarded=False)
+
+    return CombinedReward(cfg, [(weight, load(source)) for weight, source in terms], max_tokens)

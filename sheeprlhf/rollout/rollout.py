@@ -20,7 +20,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from sheeprlhf.utils.errors import ModelError, NonFiniteError, Notify, RewardErr
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode, isolated_rng
+from sheeprlhf.utils.rendering import render_chat
 
 JUDGE_FAILURES = "objective/judge_failures"  # responses of a rollout that the judge gave no score
 _MAX_SHOWN_ROWS = 20
@@ -243,7 +244,7 @@ def kl_bound(n: int) -> float:
 class RolloutCollector:
     """Makes rollouts: the policy samples, the reward scores, the reference computes its log-probabilities.
 
-    The reward gets `columns` of the texts; `exchange` encodes them for a reward model with another tokenizer.
+    The reward gets `columns` of the texts; `rewards` are its reward models by their terms.
 
     Attributes:
         token_batches: cuts a rollout into batches whose targets are the responses' tokens.
@@ -260,18 +261,17 @@ class RolloutCollector:
         tokenizer: PreTrainedTokenizerBase,
         policy: Policy,
         reference: nn.Module,
-        reward: RewardModel | AdapterValueModel | None,
+        rewards: "Mapping[str, TermModel]",
         *,
         packed: bool,
         columns: Collection[str] = ("reference",),
-        exchange: "TextExchange | None" = None,
     ) -> None:
         self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
-        self.policy, self._reference, self._reward_model, self._packed = policy, reference, reward, packed
-        self._columns, self._exchange = columns, exchange
+        self.policy, self._reference, self._reward_models, self._packed = policy, reference, rewards, packed
+        self._columns = columns
         self._stop = StopStrings(cfg.generation.stop_strings, tokenizer)
-        self._model_scores: list[float] = []
-        model_scores = None if reward is None else lambda *_: self._model_scores
+        self._model_scores: dict[str, list[float]] = {}
+        model_scores = {source: lambda *_, source=source: self._model_scores[source] for source in rewards}
         self._reward = build_reward(
             cfg.reward, model_scores, default=cfg.data.rule_reward, max_tokens=cfg.generation.max_new_tokens
         )
@@ -339,14 +339,13 @@ class RolloutCollector:
         return [found[row] for row in range(len(prompts))]
 
     def _scores(self, rollout: Rollout, validates: bool) -> list[float]:
-        if isinstance(self._reward_model, RewardModel) and self._exchange is not None:
-            encoded = self._exchange(rollout, self.texts)  # of any length: padded, which every model can read
-            options = self._cfg.task
-            self._model_scores = predict_scores(
-                self._fabric, options, self._reward_model, encoded, packed=False
-            ).tolist()
-        elif self._reward_model is not None:
-            self._model_scores = self.scores_of(self._reward_model, rollout, "scoring", at_end=True).tolist()
+        for source, (model, exchange) in self._reward_models.items():
+            if isinstance(model, RewardModel) and exchange is not None:
+                encoded = exchange(rollout, self.texts)  # of any length: padded, which every model can read
+                scores_S = predict_scores(self._fabric, self._cfg.task, model, encoded, packed=False)
+            else:
+                scores_S = self.scores_of(model, rollout, "scoring", at_end=True)
+            self._model_scores[source] = scores_S.tolist()
         # Rank zero alone calls the user's functions, which may answer the same question differently.
         raw: RawScores | RewardError = RawScores([], {})
         if self._fabric.is_global_zero:
@@ -448,10 +447,31 @@ def has_same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerB
 
 
 class TextExchange:
-    """Encodes prompts and responses with the tokenizer of a reward model that has another one than the policy."""
+    """Encodes prompts and responses for a reward model that reads other tokens than the policy.
 
-    def __init__(self, policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase, say: Notify) -> None:
-        self._policy, self._reward, self._say = policy, reward, say
+    Args:
+        policy: the policy's tokenizer.
+        reward: the reward model's.
+        say: prints a line for the user.
+        chat: write a prompt and its response as two turns of the reward model's chat template.
+        own_prompts: by the bytes of a prompt's ids in the policy's tokens, its ids as the reward model's chat template
+            renders the messages of its row; for rows of messages.
+
+    Raises:
+        ModelError: the tokenizer of the reward model has no chat template.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedTokenizerBase,
+        reward: PreTrainedTokenizerBase,
+        say: Notify,
+        *,
+        chat: bool = False,
+        own_prompts: Mapping[bytes, np.ndarray] | None = None,
+    ) -> None:
+        self._policy, self._reward, self._say, self._own_prompts = policy, reward, say, own_prompts or {}
+        self._turns = turn_texts(reward) if chat else None
         self._policy_bos, self._reward_bos = SpecialIds(policy).bos, SpecialIds(reward).bos
         self._encode = PairEncoder(reward)
         self._control, self._known = control_tokens(policy), set(control_tokens(reward).values())
@@ -469,6 +489,9 @@ class TextExchange:
         for number, row in enumerate(rollout.rows):
             part = slice(number * group, (number + 1) * group)
             written = texts.responses[part]
+            if self._turns is not None:
+                rows.append(self._chat_row(row, texts.prompts[part.start], written))
+                continue
             if prompts is None:
                 prompt_ids, ids = self._encode_pair(row.prompt_ids, written)
             else:
@@ -497,6 +520,30 @@ class TextExchange:
         head = head if control and head[: len(own)] == own else [*own, *head]
         return np.array(head, dtype=np.int32), response_ids
 
+    def _chat_row(self, row: Example, prompt: str, responses: list[str]) -> Example:
+        """Return a row in the chat template; the text of a control token stays plain text."""
+        assert self._turns is not None
+        before, between, after = (encode(self._reward, [text], control_tokens=True)[0] for text in self._turns)
+        if self._own_prompts:
+            own = self._own_prompts[row.prompt_ids.tobytes()]
+            return row._replace(prompt_ids=own, responses=self._arrays(self._encode_responses(responses), after))
+        if any(token in text for text in (prompt, *responses) for token in self._known):
+            [prompt_ids, *ids] = encode(self._reward, [prompt, *responses])
+            head = np.array([*before, *prompt_ids, *between], dtype=np.int32)
+            return row._replace(prompt_ids=head, responses=self._arrays(ids, after))
+        asked = {"role": "user", "content": prompt}
+        whole = [render_chat(self._reward, [asked, {"role": "assistant", "content": text}]) for text in responses]
+        ids = encode(self._reward, whole, control_tokens=True)
+        shortest = min(map(len, ids)) - 1
+        shared = next((i for i, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1), shortest)
+        shared = min(shared, shortest)
+        head = np.array(ids[0][:shared], dtype=np.int32)
+        return row._replace(prompt_ids=head, responses=self._arrays([one[shared:] for one in ids], []))
+
+    @staticmethod
+    def _arrays(responses: list[list[int]], end: list[int]) -> tuple[np.ndarray, ...]:
+        return tuple(np.array([*response, *end], dtype=np.int32) for response in responses)
+
     def _encode_responses(self, responses: list[str]) -> list[list[int]]:
         [pair] = self._encode([_NEW_LINE], [responses], control_tokens=False)
         return pair.responses
@@ -511,6 +558,32 @@ class TextExchange:
                 "and reads them as plain text; give a reward model with the policy's chat template, or rows with a "
                 "prompt instead of messages"
             )
+
+
+def turn_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """Return the texts that a chat template writes before a user's message, between it and the answer, and after it.
+
+    Raises:
+        ModelError: there is no template, or it does not write both as they are.
+    """
+    asked, answered = "a question", "an answer"
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "reward.template=chat: the reward model's tokenizer has no chat template: give reward.template=plain"
+        )
+    text = render_chat(tokenizer, [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}])
+    before, found, rest = text.partition(asked)
+    between, also_found, after = rest.partition(answered)
+    if not (found and also_found):
+        raise ModelError("reward.template=chat: the reward model's chat template does not write the texts as they are")
+    return before, between, after
+
+
+class TermModel(NamedTuple):
+    """A reward model, and the encoder of its texts; None if it reads the policy's tokens."""
+
+    model: RewardModel | AdapterValueModel
+    exchange: TextExchange | None = None
 
 
 def predict_scores(

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from sheeprlhf.structure.option import Config, option
 
 MODEL = "model"  # the term that is a reward model's score
+_MODEL_PREFIX = "model:"  # of a term that is a further reward model: model:<folder or hub id>
 JUDGE = "judge"  # the term that is the score of a language model at a server
 JUDGE_CALLS = 8  # requests at once unless reward.num_workers says otherwise
 JUDGE_TIMEOUT = 60.0  # seconds of a request unless reward.timeout says otherwise
@@ -132,7 +133,19 @@ class FunctionRewardConfig(BuiltinOptionsConfig):
 
 
 @dataclass(unsafe_hash=True)
-class ModelRewardConfig(RewardSourceConfig):
+class ModelOptionsConfig(RewardSourceConfig):
+    """Options of reward models."""
+
+    template: str = option(
+        "plain",
+        "Text that a reward model scores: the prompt as the policy reads it and the response, or both in the reward "
+        "model's own chat template.",
+        choices=("plain", "chat"),
+    )
+
+
+@dataclass(unsafe_hash=True)
+class ModelRewardConfig(ModelOptionsConfig):
     """A reward model."""
 
     config_name: str = option("model", "Name of this choice.")
@@ -149,14 +162,14 @@ class JudgeRewardConfig(JudgeOptionsConfig):
 
 
 @dataclass(unsafe_hash=True)
-class ListRewardConfig(BuiltinOptionsConfig, JudgeOptionsConfig):
+class ListRewardConfig(BuiltinOptionsConfig, JudgeOptionsConfig, ModelOptionsConfig):
     """A weighted sum of sources."""
 
     config_name: str = option("list", "Name of this choice.")
     terms: list[str] = option(
         MISSING,
         "Sources and their weights, such as [model,0.5*length,-1*my_rewards:toxicity,0.1*judge]; model is a reward "
-        "model, judge a language model at reward.url.",
+        "model, model:<folder or hub id> a further one, judge a language model at reward.url.",
     )
     folder: Optional[str] = option(
         None, "Folder or hub id of the term model; null takes the run task.rm_experiment_dir."
@@ -227,8 +240,23 @@ def terms_of(cfg: RewardSourceConfig, default: str | None) -> tuple[Term, ...]:
 
 
 def needs_model(cfg: RewardSourceConfig, default: str | None) -> bool:
-    """True if a reward model has to be loaded; `default` as in `terms_of`."""
-    return any(term.source == MODEL for term in terms_of(cfg, default))
+    """True if the reward model of `reward.folder` or of a run has to be loaded; `default` as in `terms_of`."""
+    return MODEL in model_sources(cfg, default)
+
+
+def model_sources(cfg: RewardSourceConfig, default: str | None) -> list[str]:
+    """The terms that are reward models: `model` and `model:<folder or hub id>`; `default` as in `terms_of`."""
+    return [term.source for term in terms_of(cfg, default) if is_model(term.source)]
+
+
+def is_model(source: str) -> bool:
+    """True if a source is a reward model."""
+    return source == MODEL or source.startswith(_MODEL_PREFIX)
+
+
+def term_folder(source: str) -> str | None:
+    """Folder or hub id of the source `model:<folder or hub id>`; None for `model`."""
+    return source.removeprefix(_MODEL_PREFIX) if source.startswith(_MODEL_PREFIX) else None
 
 
 def judge_fields(template: str) -> list[str]:
@@ -253,4 +281,4 @@ def uses_judge(cfg: RewardSourceConfig) -> TypeGuard[JudgeOptionsConfig]:
 
 def is_users_own(source: str) -> bool:
     """True if a source names Python code outside of this package, or `${...}`, which may resolve to such code."""
-    return any(sign in source for sign in ".:$")
+    return "$" in source or (not is_model(source) and any(sign in source for sign in ".:"))

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from sheeprlhf.model.memory import MemoryPlan, ModelSize, allocator_share, measure, plan, tokens_of_forward
-from sheeprlhf.structure.reward import needs_model
+from sheeprlhf.structure.reward import model_sources
 from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.run import TrainConfig
 
@@ -46,7 +46,7 @@ def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
     task = config.task
     if not isinstance(task, OnlineTaskConfig):
         return 0
-    scored = needs_model(config.reward, config.data.rule_reward)
+    scored = len(model_sources(config.reward, config.data.rule_reward))
     critic = isinstance(task, PPOConfig) and not task.share_trunk
     average = isinstance(task, PPOConfig) and task.ema_decay is not None
     if config.model.finetune_mode == "LORA":

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack, cast
 
+import numpy as np
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -37,10 +38,10 @@ from sheeprlhf.model.lora import (
 )
 from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.reward.score import check_columns, state_warnings, wanted_columns
-from sheeprlhf.rollout.rollout import RolloutCollector, TextExchange, has_same_tokens
+from sheeprlhf.rollout.rollout import RolloutCollector, TermModel, TextExchange, has_same_tokens
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
-from sheeprlhf.structure.reward import needs_model
+from sheeprlhf.structure.reward import MODEL, model_sources, term_folder
 from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import RMConfig, TrainTaskConfig
@@ -69,16 +70,14 @@ class RLModels(NamedTuple):
     Attributes:
         policy: samples, and is trained.
         critic: estimates the remaining reward, and is trained; None if the task has none.
-        reward: scores; None if the reward is a function.
+        rewards: the reward models by their terms; empty if the reward has none.
         packed: batches are packed.
-        reward_tokenizer: the reward model's if it is not the policy's: the reward model then reads decoded texts.
     """
 
     policy: Policy
     critic: RewardModel | AdapterValueModel | None
-    reward: RewardModel | AdapterValueModel | None
+    rewards: dict[str, TermModel]
     packed: bool
-    reward_tokenizer: PreTrainedTokenizerBase | None = None
 
 
 class OnlineSetup(NamedTuple):
@@ -118,7 +117,7 @@ def load_online_setup(fabric: Fabric, run: Run) -> OnlineSetup:
     for line in state_warnings(cfg.reward, default=cfg.data.rule_reward):
         run.say(line)
     sampled = max(int(split.sizes[:, 0].max()) for split in used.values()) + cfg.generation.max_new_tokens
-    models = load_rl_models(run, tokenizer, longest=max(longest_row(used), sampled))
+    models = load_rl_models(run, tokenizer, longest=max(longest_row(used), sampled), data=data)
     return OnlineSetup(tokenizer, rows, held_out, models, columns)
 
 
@@ -128,19 +127,16 @@ def build_collector(fabric: Fabric, run: Run, setup: OnlineSetup, reference: nn.
     Raises:
         SheepError: the reward's functions cannot be imported.
     """
-    models, exchange = setup.models, None
-    if models.reward_tokenizer is not None:
-        exchange = TextExchange(setup.tokenizer, models.reward_tokenizer, run.say)
+    models = setup.models
     return RolloutCollector(
         fabric,
         run.cfg,
         setup.tokenizer,
         models.policy,
         reference,
-        None if models.reward is None else models.reward.to(fabric.device),
+        {term: one._replace(model=one.model.to(fabric.device)) for term, one in models.rewards.items()},
         packed=models.packed,
         columns=setup.columns,
-        exchange=exchange,
     )
 
 
@@ -177,7 +173,7 @@ def check_reward_columns(cfg: TrainConfig | EvalConfig, data: PreparedData, answ
     return names or []
 
 
-def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int) -> RLModels:
+def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int, data: PreparedData) -> RLModels:
     """Load the models onto the host, not wrapped yet."""
     cfg, task = run.cfg, run.cfg.task
     assert isinstance(task, OnlineTaskConfig)
@@ -187,24 +183,67 @@ def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int
     policy.exclude_undefined(tokenizer)
     if not isinstance(task, BestOfNConfig):  # it learns nothing
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
-    reward, other = None, None
-    if needs_model(cfg.reward, cfg.data.rule_reward):
-        own = load_reward_tokenizer(cfg)
-        if has_same_tokens(own, tokenizer):
-            reward, reward_packed = _load_reward(run, tokenizer, policy, longest=longest)
-            packed = packed and reward_packed
+    rewards: dict[str, TermModel] = {}
+    for term in model_sources(cfg.reward, cfg.data.rule_reward):
+        own, exchange = load_reward_tokenizer(cfg, term), None
+        reward: RewardModel | AdapterValueModel
+        if reads_chat(cfg) or not has_same_tokens(own, tokenizer):
+            prompts = own_prompts(cfg, own, data, say=run.say) if reads_chat(cfg) else None
+            exchange = TextExchange(tokenizer, own, run.say, chat=reads_chat(cfg), own_prompts=prompts)
+            reward, _ = load_separate_reward_model(cfg, own, term, longest=longest, say=run.say)
+            why = "is asked in its own chat template" if reads_chat(cfg) else "has another tokenizer"
+            run.say(f"the reward model {why}: it reads prompts and responses as text")
         else:
-            other = own
-            reward, _ = load_separate_reward_model(cfg, own, longest=longest, say=run.say)
-            run.say("the reward model has another tokenizer: it reads prompts and responses as text")
+            reward, reward_packed = _load_reward(run, tokenizer, policy, term, longest=longest)
+            packed = packed and reward_packed
         reward.requires_grad_(False) if isinstance(reward, RewardModel) else reward.head.requires_grad_(False)
-        reward.eval()
+        rewards[term] = TermModel(reward.eval(), exchange)
     critic = None
     if isinstance(task, PPOConfig):
-        if other is not None and task.init_critic_with_reward and not task.share_trunk:
-            run.say("the critic begins as the policy with a new head: the reward model has another tokenizer")
-        critic = _make_critic(run, tokenizer, policy, reward if other is None else None)
-    return RLModels(policy, critic, reward, packed, other)
+        first = next(iter(rewards.values()), None)
+        fits = first is not None and len(rewards) == 1 and has_same_tokens(load_reward_tokenizer(cfg, term), tokenizer)
+        if rewards and not fits and task.init_critic_with_reward and not task.share_trunk:
+            why = "there are several reward models" if len(rewards) > 1 else "the reward model has another tokenizer"
+            run.say(f"the critic begins as the policy with a new head: {why}")
+        critic = _make_critic(run, tokenizer, policy, first.model if first is not None and fits else None)
+    return RLModels(policy, critic, rewards, packed)
+
+
+def reads_chat(cfg: TrainConfig | EvalConfig) -> bool:
+    """True if reward models read prompt and response in their own chat template."""
+    return getattr(cfg.reward, "template", "plain") == "chat"
+
+
+def own_prompts(
+    cfg: TrainConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, data: PreparedData, *, say: Notify
+) -> dict[bytes, np.ndarray] | None:
+    """Map prompts in the policy's tokens to those in the tokens and the chat template of a reward model.
+
+    Returns:
+        The ids by the bytes of the policy's ids; None if the rows have texts as prompts, which need no map.
+
+    Raises:
+        DataError: only some of the rows have messages, or a row is there for one of the tokenizers alone.
+    """
+    reports = [data.report["splits"][name] for name in data.splits]
+    templated = sum(report["templated_rows"] for report in reports)
+    if not templated:
+        return None
+    if templated < sum(report["kept"] for report in reports):
+        raise DataError("reward.template=chat: some rows have messages and others text: give rows of one kind")
+    theirs = prepare_prompts(cfg, tokenizer, say=say, progress=False)
+    found = {}
+    for name, rows in data.splits.items():
+        other = theirs.splits.get(name)
+        by_id = {} if other is None else {row.row_id: row.prompt_ids for row in other.examples(range(len(other)))}
+        for row in rows.examples(range(len(rows))):
+            if row.row_id not in by_id:
+                raise DataError(
+                    f"row {row.row_id} of the {name} split is there for the policy's tokenizer alone, not for the "
+                    "reward model's: give data.on_overflow=truncate_prompt data.minimum_response_length=1"
+                )
+            found[row.prompt_ids.tobytes()] = by_id[row.row_id]
+    return found
 
 
 def _make_critic(
@@ -247,10 +286,10 @@ def _share_trunk(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> RewardMo
 
 
 def _load_reward(
-    run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, *, longest: int
+    run: Run, tokenizer: PreTrainedTokenizerBase, policy: Policy, term: str, *, longest: int
 ) -> tuple[RewardModel | AdapterValueModel, bool]:
-    """Load the reward model of the configured folder or run, on the policy's base if possible."""
-    run_dir, folder, cfg = reward_model_source(run.cfg)
+    """Load the reward model of a term, on the policy's base if possible."""
+    run_dir, folder, cfg = reward_model_source(run.cfg, term)
     if folder is None and isinstance(policy.model, PeftModel) and _same_base(run, cfg, str(run_dir)):
         final = Path(str(run_dir)) / "final"
         run.say(f"reward model: the final weights of {run_dir}")
@@ -258,12 +297,13 @@ def _load_reward(
         head.weight = nn.Parameter(load_score_adapter(policy.model, final, REWARD, run.say).float())
         run.say("reward, critic and reference share the policy's base")
         return AdapterValueModel(policy.model, REWARD, head, offset_of(final)), True
-    return load_separate_reward_model(run.cfg, tokenizer, longest=longest, say=run.say)
+    return load_separate_reward_model(run.cfg, tokenizer, term, longest=longest, say=run.say)
 
 
-def reward_model_source(cfg: TrainConfig | EvalConfig) -> tuple[str | None, str | None, ModelConfig]:
-    """Return the run or the folder that the reward model is in, and its model's configuration."""
-    folder, run_dir = getattr(cfg.reward, "folder", None), getattr(cfg.task, "rm_experiment_dir", None)
+def reward_model_source(cfg: TrainConfig | EvalConfig, term: str = MODEL) -> tuple[str | None, str | None, ModelConfig]:
+    """Return the run or the folder that the reward model of a term is in, and its model's configuration."""
+    folder, run_dir = term_folder(term), getattr(cfg.task, "rm_experiment_dir", None)
+    folder = getattr(cfg.reward, "folder", None) if folder is None else folder
     if folder is not None:
         return None, folder, AutoModelConfig(repo_name=folder, disable_dropout=True)
     assert run_dir is not None  # the command line asks for one
@@ -273,32 +313,37 @@ def reward_model_source(cfg: TrainConfig | EvalConfig) -> tuple[str | None, str 
 
 
 @contextmanager
-def reward_folder_errors() -> Iterator[None]:
-    """Let the errors of a block name `reward.folder` instead of `model.repo_name`."""
+def reward_folder_errors(term: str = MODEL) -> Iterator[None]:
+    """Let the errors of a block name the option of a term's folder instead of `model.repo_name`."""
     try:
         yield
     except ModelError as error:
-        raise ModelError(str(error).replace("model.repo_name=", "reward.folder=")) from error
+        raise ModelError(str(error).replace("model.repo_name=", folder_option(term))) from error
 
 
-def load_reward_tokenizer(cfg: TrainConfig | EvalConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of the configured reward model; of a run, the one in its folder."""
-    run_dir, folder, model = reward_model_source(cfg)
-    with reward_folder_errors() if folder is not None else nullcontext():
+def folder_option(term: str) -> str:
+    """The option that names the folder of a term's reward model, up to the folder."""
+    return "reward.folder=" if term == MODEL else "reward.terms: model:"
+
+
+def load_reward_tokenizer(cfg: TrainConfig | EvalConfig, term: str = MODEL) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a term's reward model; of a run, the one in its folder."""
+    run_dir, folder, model = reward_model_source(cfg, term)
+    with reward_folder_errors(term) if folder is not None else nullcontext():
         return load_tokenizer(model if run_dir is None else with_own_tokenizer(model, Path(run_dir)))
 
 
 def load_separate_reward_model(
-    cfg: TrainConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, *, longest: int, say: Notify
+    cfg: TrainConfig | EvalConfig, tokenizer: PreTrainedTokenizerBase, term: str = MODEL, *, longest: int, say: Notify
 ) -> tuple[RewardModel, bool]:
-    """Load the configured reward model on a base of its own; return it and whether its batches are packed."""
+    """Load the reward model of a term on a base of its own; return it and whether its batches are packed."""
     task = cfg.task
     assert isinstance(task, OnlineTaskConfig | ScoredConfig)
     how: LoadOptions = {"longest": longest, "batching": task.batching, "say": say}
-    run_dir, folder, model = reward_model_source(cfg)
+    run_dir, folder, model = reward_model_source(cfg, term)
     if folder is not None:
         say(f"reward model: {folder}")
-        with reward_folder_errors():
+        with reward_folder_errors(term):
             return load_reward_model(model, tokenizer, **how)
     say(f"reward model: the {task.rm_model_name} weights of {run_dir}")
     model = dataclasses.replace(model, disable_dropout=True, gradient_checkpointing=False)

@@ -26,13 +26,21 @@ from sheeprlhf.model.load import check_vocabulary, check_weights, load_tokenizer
 from sheeprlhf.model.lora import check_adapters
 from sheeprlhf.model.memory import build_on_meta
 from sheeprlhf.rollout.engines import check_engine
+from sheeprlhf.rollout.rollout import turn_texts
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.reward import needs_model
+from sheeprlhf.structure.reward import model_sources
 from sheeprlhf.structure.rollout import OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.task.eval.load import load_evaluated_tokenizer
-from sheeprlhf.task.models import initial_run, model_of_start, reward_folder_errors, reward_model_source
+from sheeprlhf.task.models import (
+    initial_run,
+    load_reward_tokenizer,
+    model_of_start,
+    reads_chat,
+    reward_folder_errors,
+    reward_model_source,
+)
 from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.modes import isolated_rng
 from sheeprlhf.utils.rendering import check_template_args
@@ -49,14 +57,14 @@ class Needed(NamedTuple):
         model: where it is.
         scores: it is a reward model.
         new_head: the task replaces its head.
-        is_reward_folder: `reward.folder` names it.
+        reward_term: the term of the reward of which it is the folder.
         adapters: a PEFT folder of a run, whose tensors are accounted for on this model; its own weights are not.
     """
 
     model: ModelConfig
     scores: bool = False
     new_head: bool = False
-    is_reward_folder: bool = False
+    reward_term: str | None = None
     adapters: Path | None = None
 
 
@@ -69,6 +77,8 @@ def check_all_weights(config: TrainConfig | EvalConfig, say: Notify) -> None:
     """
     for needed in models_of(config):
         check_needed(needed, say)
+        if needed.reward_term is not None and reads_chat(config):
+            turn_texts(load_reward_tokenizer(config, needed.reward_term))
     check_options(config)
 
 
@@ -123,7 +133,7 @@ def check_needed(needed: Needed, say: Notify) -> str:
             check_adapters(cast(PreTrainedModel, model), needed.adapters, say)
         return ""
     auto: Any = AutoModelForSequenceClassification if needed.scores else AutoModelForCausalLM
-    with reward_folder_errors() if needed.is_reward_folder else nullcontext():
+    with nullcontext() if needed.reward_term is None else reward_folder_errors(needed.reward_term):
         note = check_weights(needed.model, auto=auto, new_head=needed.new_head, say=say)
         if needed.scores:
             check_vocabulary(needed.model)
@@ -141,12 +151,13 @@ def models_of(config: TrainConfig | EvalConfig) -> Iterator[Needed]:
     elif config.model is not None:
         yield Needed(config.model)
     rule = None if config.data is None else config.data.rule_reward
-    if isinstance(task, OnlineTaskConfig | ScoredConfig) and needs_model(config.reward, rule):
-        run_dir, folder, model = reward_model_source(config)
+    terms = model_sources(config.reward, rule) if isinstance(task, OnlineTaskConfig | ScoredConfig) else []
+    for term in terms:
+        run_dir, folder, model = reward_model_source(config, term)
         if folder is not None:
-            yield Needed(model, scores=True, is_reward_folder=True)
+            yield Needed(model, scores=True, reward_term=term)
         elif run_dir is not None:
-            yield from _of_run(run_dir, task.rm_model_name, starts=_MAX_STARTS)
+            yield from _of_run(run_dir, getattr(task, "rm_model_name", "final"), starts=_MAX_STARTS)
 
 
 def _of_start(

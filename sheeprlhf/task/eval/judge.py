@@ -10,12 +10,12 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.reward.score import RawScores, build_reward
 from sheeprlhf.rollout.rollout import TextExchange, has_same_tokens, longest_of, predict_scores
-from sheeprlhf.structure.reward import needs_model, terms_of
+from sheeprlhf.structure.reward import model_sources, terms_of
 from sheeprlhf.task.eval.answers import Answers
 from sheeprlhf.task.eval.load import Evaluation
 from sheeprlhf.task.eval.preference import pairs_of_rows, scores_of_rows
 from sheeprlhf.task.eval.statistics import interval_of
-from sheeprlhf.task.models import load_reward_tokenizer, load_separate_reward_model
+from sheeprlhf.task.models import load_reward_tokenizer, load_separate_reward_model, own_prompts, reads_chat
 from sheeprlhf.utils.errors import DataError
 
 
@@ -46,7 +46,7 @@ class RewardModelAccuracy(NamedTuple):
 
 
 class Judge:
-    """Scores responses by `reward=`. A reward model is loaded when it is first needed, and kept; ask for `trust` first.
+    """Scores responses by `reward=`. Reward models are loaded when they are first needed; ask for `trust` first.
 
     Args:
         job: the evaluation.
@@ -56,9 +56,9 @@ class Judge:
     def __init__(self, job: Evaluation, longest: int) -> None:
         self._job, self._fabric, self._cfg, self._longest = job, job.fabric, job.cfg, longest
         self._rule = job.data.rule_reward
-        self.has_model = needs_model(job.cfg.reward, self._rule)
-        self._loaded: tuple[RewardModel, bool, int] | None = None
-        self._own_prompts: list[Example] | None = None
+        self._terms = model_sources(job.cfg.reward, self._rule)
+        self._loaded: dict[str, tuple[RewardModel, bool, int]] = {}
+        self._own_prompts: dict[str, list[Example]] = {}
 
     def name(self) -> str:
         """Name of the scores: their only source, or `list`."""
@@ -72,10 +72,10 @@ class Judge:
         Raises:
             SheepError: the reward model cannot be loaded, or a function fails.
         """
-        of_model: list[float] = self._scores_of_model(answers) if self.has_model else []
+        of_models = {term: self._scores_of_model(answers, term) for term in self._terms}
         scorer = build_reward(
             self._cfg.reward,
-            (lambda *_: of_model) if self.has_model else None,
+            {term: lambda *_, scores=scores: scores for term, scores in of_models.items()},
             default=self._rule,
             max_tokens=self._cfg.generation.max_new_tokens,
         )
@@ -86,40 +86,47 @@ class Judge:
 
     def trust(self) -> RewardModelAccuracy | None:
         """All ranks: the reward model's accuracy on the pairs of the split; None without a model, or without pairs."""
-        if not self.has_model:
+        if not self._terms:
             return None
-        cfg, task = self._cfg, self._cfg.task
+        if len(self._terms) > 1 or reads_chat(self._cfg):
+            self._job.say("the accuracy on pairs is measured for one reward model with reward.template=plain alone")
+            return None
+        cfg, task, [term] = self._cfg, self._cfg.task, self._terms
         try:
-            split = self._job.split(self._job.prepare("preference", load_reward_tokenizer(cfg)))
+            split = self._job.split(self._job.prepare("preference", load_reward_tokenizer(cfg, term)))
         except DataError as error:
             self._job.say(f"the reward model's accuracy is unknown, as there are no pairs to ask it about: {error}")
             return None
-        model, packed = self._model(max(self._longest, longest_row({"": split})))
+        model, packed = self._model(term, max(self._longest, longest_row({"": split})))
         scores_S = scores_of_rows(self._fabric, model, task, split, packed=packed, num_rows=task.num_samples)
         chosen_P, rejected_P, _ = pairs_of_rows(scores_S, split.sizes[:, 1:], task.num_samples)
         right_P = (chosen_P > rejected_P) + 0.5 * (chosen_P == rejected_P)
         return RewardModelAccuracy(*interval_of(right_P, seed=cfg.seed), len(right_P))
 
-    def _scores_of_model(self, answers: Answers) -> list[float]:
-        rollout, tokenizer = answers.rollout, load_reward_tokenizer(self._cfg)
-        if not has_same_tokens(answers.tokenizer, tokenizer):
-            if self._own_prompts is None:
-                self._own_prompts = self._job.rows_as(tokenizer, rollout.rows)
-            rollout = TextExchange(answers.tokenizer, tokenizer, self._job.say)(
-                rollout, answers.texts, self._own_prompts
+    def _scores_of_model(self, answers: Answers, term: str) -> list[float]:
+        rollout, tokenizer, job = answers.rollout, load_reward_tokenizer(self._cfg, term), self._job
+        if reads_chat(self._cfg):
+            prompts = own_prompts(self._cfg, tokenizer, job.prepare_scored(answers.tokenizer), say=job.say)
+            rollout = TextExchange(answers.tokenizer, tokenizer, job.say, chat=True, own_prompts=prompts)(
+                rollout, answers.texts
             )
-        model, packed = self._model(max(self._longest, longest_of(rollout)))
+        elif not has_same_tokens(answers.tokenizer, tokenizer):
+            if term not in self._own_prompts:
+                self._own_prompts[term] = job.rows_as(tokenizer, rollout.rows)
+            exchange = TextExchange(answers.tokenizer, tokenizer, job.say)
+            rollout = exchange(rollout, answers.texts, self._own_prompts[term])
+        model, packed = self._model(term, max(self._longest, longest_of(rollout)))
         return predict_scores(self._fabric, self._cfg.task, model, rollout, packed=packed).double().tolist()
 
-    def _model(self, longest: int) -> tuple[RewardModel, bool]:
+    def _model(self, term: str, longest: int) -> tuple[RewardModel, bool]:
         """The reward model, and whether rows of this length are packed; longer ones than before decide anew."""
-        if self._loaded is None:
-            tokenizer = load_reward_tokenizer(self._cfg)
-            model, packed = load_separate_reward_model(self._cfg, tokenizer, longest=longest, say=self._job.say)
+        if term not in self._loaded:
+            tokenizer = load_reward_tokenizer(self._cfg, term)
+            model, packed = load_separate_reward_model(self._cfg, tokenizer, term, longest=longest, say=self._job.say)
             place(self._fabric, model)  # onto the device, in the precision asked for
-            self._loaded = model, packed, longest
-        model, packed, before = self._loaded
+            self._loaded[term] = model, packed, longest
+        model, packed, before = self._loaded[term]
         if longest > before:
             packed = packed and choose_packed(model, model.classifier(), **self._job.options(longest))
-            self._loaded = model, packed, longest
+            self._loaded[term] = model, packed, longest
         return model, packed

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from sheeprlhf.apps.show import type_name
 from sheeprlhf.config.overrides import readable
+from sheeprlhf.config.path_checks import absolute_value
 from sheeprlhf.config.registry import choices, config_to_dict, from_dict, options
 from sheeprlhf.config.reward_checks import reward_problems
 from sheeprlhf.config.untrusted_config import content_problems
@@ -21,6 +22,7 @@ from sheeprlhf.structure.reward import (
     ModelRewardConfig,
     RewardSourceConfig,
     Term,
+    model_sources,
     needs_model,
     parse_term,
     terms_of,
@@ -186,6 +188,9 @@ def test_a_missing_package_is_named_with_its_extra(name, monkeypatch):
         (ListRewardConfig(terms=["imperativ"]), "reward.terms: imperativ"),
         (ListRewardConfig(terms=["2*modl"]), "reward.terms: modl"),
         (ListRewardConfig(terms=["imperative"], folder="me/mine"), "reward.folder=me/mine"),
+        (ListRewardConfig(terms=["imperative"], template="chat"), "reward.template=chat"),
+        (ListRewardConfig(terms=["model", "2*model:/no/such/folder"]), "reward.terms: model:/no/such/folder"),
+        (ListRewardConfig(terms=["model:me/mine", "0.5*model:me/mine"]), "model:me/mine is there more than once"),
         (AutoRewardConfig(short_penalty=2.0), "short_penalty=2"),
         (AutoRewardConfig(short_penalty=0.0), "short_penalty=0"),
         (AutoRewardConfig(short_penalty=0.0, min_response_length=2), "reward.short_penalty=0"),
@@ -227,6 +232,15 @@ def test_the_folder_of_a_model(tmp_path):
     assert f"did you mean reward.folder={tmp_path}/empty?" in said("emptyy")[0]
 
 
+def test_further_reward_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "second").mkdir()
+    cfg = ListRewardConfig(terms=["imperative", "0.5*model:second"])
+    assert model_sources(cfg, None) == ["model:second"] and not needs_model(cfg, None)
+    terms = [absolute_value("reward.terms", term) for term in ("model", "0.5*model:second", "model:me/mine", "a.b:c")]
+    assert terms == ["model", f"0.5*model:{tmp_path}/second", "model:me/mine", "a.b:c"]
+
+
 @pytest.mark.parametrize(
     ("node", "named"),
     [
@@ -235,7 +249,10 @@ def test_the_folder_of_a_model(tmp_path):
         ({"path": "${task.name}"}, True),
         ({"terms": ["imperative", "0.5*os.system"]}, True),
         ({"path": "imperative"}, False),
-        ({"terms": ["model", "0.5*length"]}, False),
+        ({"terms": ["model", "0.5*length", "2*model:a/b.c"]}, False),
+        ({"terms": ["model:${task.name}"]}, True),
+        ({"url": "http://127.0.0.1:9/v1"}, True),
+        ({"api_key_variable": "HF_TOKEN"}, True),
     ],
 )
 def test_a_file_names_no_function_of_anybodys(node, named):

@@ -216,9 +216,9 @@ def test_a_models_own_errors_pass_and_its_scores_are_checked():
         raise MemoryError("out")
 
     with pytest.raises(MemoryError):
-        build_reward(AutoRewardConfig(), out_of_memory, default=None, max_tokens=64)(TEXTS)
+        build_reward(AutoRewardConfig(), {"model": out_of_memory}, default=None, max_tokens=64)(TEXTS)
     with pytest.raises(RewardError, match="nan"):
-        build_reward(AutoRewardConfig(), lambda p, r: [float("nan")] * 3, default=None, max_tokens=64)(TEXTS)
+        build_reward(AutoRewardConfig(), {"model": lambda p, r: [float("nan")] * 3}, default=None, max_tokens=64)(TEXTS)
 
 
 def test_a_built_in_without_its_column():

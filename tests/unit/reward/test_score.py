@@ -27,14 +27,17 @@ def lengths(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(len(response)) for response in responses]
 
 
+MODELS = {"model": lengths}
+
+
 def scored(cfg: RewardSourceConfig, texts: Texts, default: str | None = None) -> list[float]:
-    return build_reward(cfg, lengths, default=default, max_tokens=64)(texts)
+    return build_reward(cfg, MODELS, default=default, max_tokens=64)(texts)
 
 
 def test_a_weighted_sum():
     cfg = ListRewardConfig(terms=["model", "0.5*length", "-2*regex"], target_length=4, pattern="b")
     texts = texts_of("a b c d", "a c", "")
-    scorer = build_reward(cfg, lengths, default=None, max_tokens=64)
+    scorer = build_reward(cfg, MODELS, default=None, max_tokens=64)
     # 7 + 0.5 * 1 - 2 * 1; 3 + 0.5 * 2 / 4 - 0; 0
     assert scorer(texts) == pytest.approx([5.5, 3.25, 0.0], abs=1e-12)
     raw = scorer.raw(texts)
@@ -80,7 +83,7 @@ def test_clipping_comes_after_normalising():
 def test_running_moments_are_numpys_over_all_batches():
     rng = np.random.default_rng(0)
     cfg = ModelRewardConfig(normalize=True)
-    scorer = build_reward(cfg, lambda prompts, responses: given, default=None, max_tokens=64)
+    scorer = build_reward(cfg, {"model": lambda prompts, responses: given}, default=None, max_tokens=64)
     seen: list[float] = []
     for size in (1, 7, 2, 40, 3):
         given = (1e3 + 5 * rng.standard_normal(size)).tolist()
@@ -98,11 +101,14 @@ def test_a_resumed_run_has_the_same_bits():
     batches = [rng.standard_normal(9).tolist() for _ in range(6)]
 
     def run(split: int | None) -> list[list[float]]:
-        scorer, out = build_reward(ModelRewardConfig(normalize=True), lengths, default=None, max_tokens=64), []
+        scorer, out = (
+            build_reward(ModelRewardConfig(normalize=True), MODELS, default=None, max_tokens=64),
+            [],
+        )
         for step, batch in enumerate(batches):
             if step == split:
                 saved = json.loads(json.dumps(scorer.moments.to_dict()))
-                scorer = build_reward(ModelRewardConfig(normalize=True), lengths, default=None, max_tokens=64)
+                scorer = build_reward(ModelRewardConfig(normalize=True), MODELS, default=None, max_tokens=64)
                 scorer.moments = RunningMoments(**saved)
             out.append(scorer.shape(batch, texts_of(*"x" * 9)))
         return out
@@ -111,14 +117,14 @@ def test_a_resumed_run_has_the_same_bits():
 
 
 def test_equal_scores_and_no_scores():
-    scorer = build_reward(ModelRewardConfig(normalize=True), lengths, default=None, max_tokens=64)
+    scorer = build_reward(ModelRewardConfig(normalize=True), MODELS, default=None, max_tokens=64)
     assert scorer(texts_of()) == [] and scorer.moments.count == 0
     assert scorer(texts_of("abc", "abc")) == [0.0, 0.0]
-    assert build_reward(ModelRewardConfig(), lengths, default=None, max_tokens=64)(texts_of()) == []
+    assert build_reward(ModelRewardConfig(), MODELS, default=None, max_tokens=64)(texts_of()) == []
 
 
 def test_asking_alone_teaches_the_moments_nothing():
-    scorer = build_reward(ModelRewardConfig(normalize=True), lengths, default=None, max_tokens=64)
+    scorer = build_reward(ModelRewardConfig(normalize=True), MODELS, default=None, max_tokens=64)
     texts = texts_of("a", "abc")
     scorer(texts)
     before = scorer.moments.to_dict()
@@ -128,7 +134,7 @@ def test_asking_alone_teaches_the_moments_nothing():
 
 def test_one_rank_may_score_for_all():
     cfg = ModelRewardConfig(normalize=True, missing_eos_penalty=1.0)
-    first, other = (build_reward(cfg, lengths, default=None, max_tokens=64) for _ in range(2))
+    first, other = (build_reward(cfg, MODELS, default=None, max_tokens=64) for _ in range(2))
     texts = texts_of("a", "abc", finished=False)
     assert first(texts) == other.shape(first.raw(texts).total, texts)
     assert first.moments.to_dict() == other.moments.to_dict()

@@ -21,6 +21,7 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.rollout.rollout import (
     Rollout,
     RolloutCollector,
+    TermModel,
     check_finite,
     check_sampler,
     rollout_metrics,
@@ -67,8 +68,9 @@ def make_setting(folder: Path, reward: Any, generation: GenConfig | None = None,
     policy, packed = load_policy(model, tokenizer, longest=64, batching="auto")
     torch.manual_seed(0)
     scorer = reward_model_of(load_policy(model, tokenizer, longest=64, batching="auto")[0], model, tokenizer)
+    rewards = {"model": TermModel(scorer.eval())}
     collect = RolloutCollector(
-        make_fabric(cfg.fabric), cfg, tokenizer, policy, reference_of(policy), scorer.eval(), packed=packed, **options
+        make_fabric(cfg.fabric), cfg, tokenizer, policy, reference_of(policy), rewards, packed=packed, **options
     )
     return Setting(cfg=cfg, collect=collect, policy=policy, reward=scorer, folder=folder)
 

@@ -1,10 +1,12 @@
 """A reward model with another tokenizer reads text: its scores are those of plain transformers on that text."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -20,8 +22,8 @@ from sheeprlhf.rollout.rollout import Rollout, TextExchange, predict_scores
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.rollout import RLOOConfig
-from sheeprlhf.utils.errors import RewardError
-from tests.support.models import BOS, EOS, byte_tokenizer
+from sheeprlhf.utils.errors import ModelError, RewardError
+from tests.support.models import BOS, EOS, byte_tokenizer, make_model_folder
 from tests.support.runs import train_words, write_rows
 
 ModelFolder = Callable[..., Path]
@@ -146,3 +148,93 @@ def test_a_run_and_its_evaluation(
         row = json.loads(line)
         against = plain_score(judge, row["prompt"], row["against"], True)
         assert row["against_score"] == pytest.approx(against, abs=1e-5)
+
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|user|>{{ m['role'] }}: {{ m['content'] | trim }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|user|>assistant: {% endif %}"
+)
+
+
+def with_template(folder: Path, target: Path) -> Path:
+    """The same reward model with a chat template."""
+    shutil.copytree(folder, target)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def chat_score(folder: Path, messages: list[dict[str, str]]) -> float:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits.item()
+
+
+def turns(prompt: str, response: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def model_folder_with_head(tmp_path: Path) -> Path:
+    """A reward model with the policy's tokenizer."""
+    return make_model_folder(tmp_path / "scores", seed=5, scores=True)
+
+
+def test_scores_in_the_chat_template(judge: Path, tmp_path: Path) -> None:
+    """A response with the text of a control token is scored as that text, without the token."""
+    folder = with_template(judge, tmp_path / "chat")
+    cfg = AutoModelConfig(repo_name=str(folder))
+    reader = load_tokenizer(cfg)
+    model, _ = load_reward_model(cfg, reader, longest=96, batching="padded", say=print)
+    texts_of_turns = (*RESPONSES[:3], " at <end> at")
+    rollout, texts = rollout_of(PROMPTS, texts_of_turns, FINISHED)
+    read = TextExchange(byte_tokenizer(), reader, print, chat=True)(rollout, texts)
+    fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
+    found = predict_scores(fabric, RLOOConfig(), model.eval(), read, packed=False).tolist()
+    assert found[:2] == pytest.approx([chat_score(folder, turns(PROMPTS[0], text)) for text in RESPONSES[:2]], abs=1e-5)
+    ids = [*read.rows[1].prompt_ids, *read.rows[1].responses[1]]
+    assert ids.count(0) == 2  # the ends of the two turns, id 0
+    assert reader.decode(ids).endswith(" at <end> at<end>\n")
+    with pytest.raises(ModelError, match=r"reward\.template=plain"):
+        TextExchange(byte_tokenizer(), load_tokenizer(AutoModelConfig(repo_name=str(judge))), print, chat=True)
+
+
+@pytest.mark.parametrize("kind", ["text", pytest.param("messages", marks=pytest.mark.slow)])
+def test_a_sum_of_two_reward_models_in_their_templates(
+    kind: str, judge: Path, tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PPO, whose critic then begins as the policy; each term is that of plain transformers on the conversation."""
+    data, first = tmp_path / "rows.jsonl", with_template(judge, tmp_path / "first")
+    second = with_template(model_folder_with_head(tmp_path), tmp_path / "second")
+    prompts = [f"{number} at" for number in range(4)]
+    rows = [turns(prompt, " yes") for prompt in prompts]
+    as_text = [{"prompt": prompt, "response": " yes"} for prompt in prompts]
+    lines = as_text if kind == "text" else [{"messages": row} for row in rows]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = [w for w in train_words(model_folder(), data, tmp_path / "run", task="ppo") if not w.startswith("reward")]
+    template = tmp_path / "policy.jinja"
+    template.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    more = [f"model.chat_template={template}"] if kind == "messages" else []
+    more += ["task.rollout_size=8", "task.mini_batch_size=8", "task.max_num_steps=1", "task.save_rollouts=1"]
+    terms = ["model", f"0.5*model:{second}"]
+    reward = ["reward=list", f"reward.terms=[{','.join(terms)}]", f"reward.folder={first}", "reward.template=chat"]
+    run([*words, *more, *reward, "task.sft_experiment_dir=null"])
+    assert "several reward models" in capsys.readouterr().err
+    found = pq.read_table(next((tmp_path / "run" / "rollouts").iterdir())).to_pylist()
+    assert len(found) == 8
+    num_compared = 0
+    for row in found:
+        if any(control in row["response"] for control in ("<end>", "<|user|>")):
+            continue
+        dialogue = turns(prompts[row["row_id"]], row["response"])
+        if kind == "messages":  # the prompt with the generation prompt, and the response behind it
+            dialogue[1]["content"] = row["response"] or "-"
+        scores = [chat_score(folder, dialogue) for folder in (first, second)]
+        stripped = row["response"].strip() == row["response"] and bool(row["response"])
+        if kind == "text" or stripped:
+            num_compared += 1
+            assert [row["reward/model"], row[f"reward/model:{second}"]] == pytest.approx(scores, abs=1e-5)
+        assert row["score"] == pytest.approx(row["reward/model"] + 0.5 * row[f"reward/model:{second}"], abs=1e-6)
+    assert num_compared > 2
