@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.fabric import Fabric
 from torch.testing import assert_close
+from transformers import AutoTokenizer
 
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.example import Batch, collate_packed, collate_padded
+from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from tests.support.batches import random_examples
 from tests.support.models import ARCHITECTURES, EOS, PAD
@@ -70,6 +74,29 @@ def test_batch_equals_one_plain_forward_a_sequence(architecture: str, model_fold
             expected += [logprobs[t - 1, ids[0, t]] for t in range(start, ids.shape[1])]
     for batch in batches:
         assert_close(policy(batch).target_N, torch.stack(expected), rtol=0, atol=1e-5)
+
+
+def test_texts_cost_what_plain_transformers_computes_for_their_pieces(
+    model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    """Continued pretraining: long texts in pieces, all packed in one row; no text sees another."""
+    folder, most = model_folder(), 24
+    texts = ["a short one", "x" * 60, "exactly as long as one", "the last " * 5]
+    (tmp_path / "rows.txt").write_text("".join(f"{text}\n" for text in texts))
+    options = {"validation_split": 0.0, "test_split": 0.0, "max_length": most, "cache_dir": str(tmp_path / "cache")}
+    cfg = LocalDataConfig(train_file=str(tmp_path / "rows.txt"), **options)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    split = prepare_data(cfg, tokenizer, kind="sft", say=print, progress=False).splits["train"]
+    policy = policy_of(folder)
+    model, expected = policy.causal_lm(), []
+    for text in texts:
+        ids = torch.tensor([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
+        for start in range(0, len(ids) - 1, most - 1):  # a piece begins with the last token of the one before
+            piece = ids[None, start : start + most]
+            expected.append(F.cross_entropy(model(piece).logits[0, :-1], piece[0, 1:], reduction="sum"))
+    batch = collate_packed(split.examples(range(len(split))))
+    assert len(batch.target_ids_N) == sum(len(tokenizer(text)["input_ids"]) for text in texts)  # without BOS, with EOS
+    assert_close(-policy(batch).target_N.sum(), torch.stack(expected).sum(), rtol=1e-6, atol=1e-5)
 
 
 def test_falcon_is_padded_and_packed_is_refused(model_folder: ModelFolder) -> None:
