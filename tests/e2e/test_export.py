@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,13 @@ from sheeprlhf.config.model_lookup import REWARD_MODEL, find_trained
 from sheeprlhf.data.prompt_encoder import Turn
 from sheeprlhf.task.text_generator import load_reward_scorer
 from sheeprlhf.utils.errors import ConfigError
+from tests.support.hub import UploadHub, serve_uploads
 from tests.support.models import BOS, EOS, PAD, VOCAB
 from tests.support.runs import digests
 from tests.support.talking import TEMPLATE, make_runs, write_result
 
 IDS = torch.tensor([[257, *b"5 the quick brown fox?", *b" lazy dog.", 258]])
+TOKEN = "hf_" + "aB3dE6gH9j" * 4
 VLLM = {"LlamaForCausalLM", "OPTForCausalLM", "GPT2LMHeadModel", "PhiForCausalLM", "Qwen3ForCausalLM"}  # a few of its
 
 
@@ -207,28 +210,85 @@ def test_all_mistakes_are_told_at_once(tmp_path, capsys):
     printed = refused(capsys, "--dtype", "bf16", "--too", "x")
     assert "bfloat16" in printed
     assert "--to" in printed
-    printed = refused(capsys, "--push-to-hub", "a b")
+    assert "--private" in refused(capsys, "tiny", "--to", tmp_path / "x", "--private")
+    two = refused(capsys, "tiny", "--to", tmp_path / "x", "--push", "me/one", "--push-to-hub", "me/two")
+    assert "--push-to-hub" in two
+    printed = refused(capsys, "--push", "a b")
     assert "takes one run or model" in printed and "--to is missing" in printed and "give owner/name" in printed
-    printed = refused(capsys, "tiny", "--to", tmp_path / "x", "--push-to-hub", "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH")
+    printed = refused(capsys, "tiny", "--to", tmp_path / "x", "--push", "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH")
     assert "credential" in printed and "hf_abc" not in printed
 
 
-@pytest.mark.parametrize("reason", ["offline", "no token", "no answer"])
-def test_without_the_hub_the_folder_stays(reason, runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1" if reason == "offline" else "0")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    if reason == "no token":
-        monkeypatch.setattr("sheeprlhf.apps.export.command.why_offline", lambda: "")
-        monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    from sheeprlhf.apps.export.command import _push
-    from sheeprlhf.utils.errors import ConfigError
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
+    """A hub on the loopback interface, which the exports of a test reach with its token."""
+    with serve_uploads(TOKEN) as running:
+        monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        yield running
 
+
+@pytest.mark.parametrize(
+    ("flags", "visibility"), [(["--push"], None), (["--private", "--push"], "private"), (["--push-to-hub"], "private")]
+)
+def test_an_export_is_uploaded_with_its_card(flags, visibility, runs, tmp_path, hub, capfd, caplog):
+    folder = exported(runs["sft"], tmp_path / "out", *flags, "me/fox")
+    printed = capfd.readouterr()
+    assert hub.repositories == {"me/fox": visibility}
+    uploaded = {name.removeprefix("me/fox/"): content for name, content in hub.files.items()}
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {name: uploaded[name] for name in written} == written
+    assert uploaded.keys() - written.keys() <= {".gitattributes"}
+    assert b'from_pretrained("me/fox")' in uploaded["README.md"] and b"<folder>" not in uploaded["README.md"]
+    assert f"{hub.endpoint}/me/fox" in printed.out
+    everything = [printed.out, printed.err, caplog.text, *(content.decode("latin-1") for content in written.values())]
+    assert not any(TOKEN in text for text in everything)
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(runs, tmp_path, hub, capsys):
+    hub.repositories["me/fox"] = "public"
+    assert "--private" in refused(capsys, runs["sft"], "--to", tmp_path / "out", "--push", "me/fox", "--private")
+    assert not (tmp_path / "out").exists()
+    assert hub.files == {}
+
+
+@pytest.mark.parametrize("reason", ["offline", "no token", "no answer", "wrong token"])
+def test_nothing_is_exported_if_it_could_not_be_uploaded(reason, runs, tmp_path, hub, monkeypatch, capsys):
+    if reason == "offline":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    elif reason == "no token":
+        monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    elif reason == "no answer":
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    else:
+        monkeypatch.setenv("HF_TOKEN", TOKEN[::-1])
     start = time.perf_counter()
-    with pytest.raises(ConfigError, match="the folder stays; later: hf upload me/model") as error:
-        _push(tmp_path, "me/model")
+    printed = refused(capsys, runs["sft"], "--to", tmp_path / "out", "--push", "me/fox")
     assert time.perf_counter() - start < 5
-    told = {"offline": "HF_HUB_OFFLINE is set", "no token": "no token of the hub", "no answer": "cannot be reached"}
-    assert told[reason] in str(error.value)
+    word = {
+        "offline": "HF_HUB_OFFLINE",
+        "no token": "HF_TOKEN",
+        "no answer": "cannot be reached",
+        "wrong token": "401",
+    }
+    assert word[reason] in printed
+    assert TOKEN not in printed and TOKEN[::-1] not in printed
+    assert list(tmp_path.iterdir()) == []
+    assert not any(line.startswith(("POST", "PUT")) for line in hub.asked)
+
+
+def test_the_folder_stays_if_the_upload_fails(runs, tmp_path, hub, monkeypatch, capsys):
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(f"no route to the hub for {TOKEN}")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", fails)
+    printed = refused(capsys, runs["sft"], "--to", tmp_path / "out", "--push", "me/fox")
+    assert f"hf upload me/fox {tmp_path / 'out'}" in printed
+    assert TOKEN not in printed
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_the_card_tells_how_it_was_made(runs, tmp_path):

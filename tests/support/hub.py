@@ -1,5 +1,6 @@
 """A hub on the loopback interface: folders of models and datasets, by the few addresses that a download asks for."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -76,6 +77,117 @@ def serve(repositories: dict[str, Path]) -> Iterator[Hub]:
         thread.start()
         try:
             yield Hub(f"http://127.0.0.1:{server.server_port}", asked)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class UploadHub(NamedTuple):
+    """A running hub that takes uploads.
+
+    Attributes:
+        endpoint: its address for HF_ENDPOINT.
+        repositories: visibility by "<owner>/<name>"; None if the request left it to the hub.
+        files: contents by "<owner>/<name>/<path>".
+        asked: method and path of each request.
+    """
+
+    endpoint: str
+    repositories: dict[str, str | None]
+    files: dict[str, bytes]
+    asked: list[str]
+
+
+@contextmanager
+def serve_uploads(token: str) -> Iterator[UploadHub]:
+    """Take commits of whoever has the token: small files in the commit, weights as large files before it."""
+    repositories: dict[str, str | None] = {}
+    files: dict[str, bytes] = {}
+    large: dict[str, bytes] = {}
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            """Nothing is printed."""
+
+        def do_HEAD(self) -> None:
+            self.answer()
+
+        def do_GET(self) -> None:
+            self.answer()
+
+        def do_POST(self) -> None:
+            self.answer()
+
+        def do_PUT(self) -> None:
+            self.answer()
+
+        def answer(self) -> None:
+            path = unquote(urlsplit(self.path).path).strip("/")
+            asked.append(f"{self.command} {path}")
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if path.startswith("large/"):  # signed addresses, without a token
+                large[path.removeprefix("large/")] = body
+                return self.send({})
+            if path and self.headers.get("Authorization") != f"Bearer {token}":
+                return self.send({"error": "Invalid credentials"}, 401)
+            words = path.split("/")
+            if path == "api/whoami-v2":
+                return self.send({"type": "user", "name": "me"})
+            if path == "api/repos/create":
+                asks = json.loads(body)
+                name = f"{asks['organization']}/{asks['name']}"
+                repositories[name] = asks.get("visibility")
+                return self.send({"url": f"http://{self.headers['Host']}/{name}", "name": name})
+            if path == "api/validate-yaml":
+                return self.send({"errors": [], "warnings": []})
+            if path.endswith(".git/info/lfs/objects/batch"):
+                address = f"http://{self.headers['Host']}/large/"
+                objects = [
+                    one | {"actions": {"upload": {"href": address + one["oid"]}}} for one in json.loads(body)["objects"]
+                ]
+                return self.send({"transfer": "basic", "objects": objects})
+            name = "/".join(words[2:4])
+            if len(words) > 4 and words[4] == "preupload":
+                modes = [
+                    {"path": one["path"], "shouldIgnore": False, "uploadMode": self.mode(one["path"])}
+                    for one in json.loads(body)["files"]
+                ]
+                return self.send({"files": modes})
+            if len(words) > 4 and words[4] == "commit":
+                for line in map(json.loads, body.splitlines()):
+                    value = line["value"]
+                    if line["key"] == "file":
+                        files[f"{name}/{value['path']}"] = base64.b64decode(value["content"])
+                    elif line["key"] == "lfsFile":
+                        files[f"{name}/{value['path']}"] = large[value["oid"]]
+                return self.send(
+                    {"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
+                )
+            if path.startswith("api/models/") and name in repositories:
+                private = repositories[name] == "private"
+                return self.send({"id": name, "sha": COMMIT, "private": private, "siblings": []})
+            return self.send({"error": "Repository not found"}, 404 if path else 200, {"X-Error-Code": "RepoNotFound"})
+
+        def mode(self, path: str) -> str:
+            return "lfs" if path.endswith(".safetensors") else "regular"
+
+        def send(self, content: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield UploadHub(f"http://127.0.0.1:{server.server_port}", repositories, files, asked)
         finally:
             server.shutdown()
             thread.join()

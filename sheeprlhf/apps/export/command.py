@@ -21,6 +21,7 @@ from sheeprlhf.utils.hub import why_offline
 from sheeprlhf.utils.output import make_folders
 
 if TYPE_CHECKING:
+    from huggingface_hub import HfApi
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sheeprlhf.task.export import Checks
@@ -34,11 +35,9 @@ FLAGS = (
         "Number format of the written weights; by default that which the run was trained in (model.dtype).",
         values=("float32", "bfloat16", "float16"),
     ),
-    Flag(
-        "push-to-hub",
-        "Then also upload the folder to this repository of the hub (owner/name; a new one is private).",
-        value="name",
-    ),
+    Flag("push", "Then also upload the folder to this repository of the hub (needs HF_TOKEN).", value="owner/name"),
+    Flag("private", "With --push: nobody else sees the repository. Without it, a new one is public.", False, bool),
+    Flag("push-to-hub", "The same as --push <owner/name> --private.", value="owner/name"),
 )
 
 
@@ -53,7 +52,8 @@ def run(arguments: list[str]) -> int:
         _print_help()
         return 0
     problems = []
-    target, name = given.values["to"], given.values["push-to-hub"]
+    target, name = given.values["to"], given.values["push"] or given.values["push-to-hub"]
+    private = given.values["private"] or given.values["push-to-hub"] is not None
     if len(given.words) != 1:
         what = f"{len(given.words)} were given" if given.words else "`list runs` shows the runs"
         problems.append(f"`export` takes one run or model: `export <run> --to <folder>`; {what}")
@@ -61,13 +61,19 @@ def run(arguments: list[str]) -> int:
         problems.append("--to is missing: give the folder to write, --to <folder>")
     else:
         problems += list(_target_problems(target))
-    if name is not None and not is_hub_id(name):
-        problems.append(f"--push-to-hub {clean(name)} cannot be a repository of the hub: give owner/name")
+    if given.values["push"] and given.values["push-to-hub"]:
+        problems.append("--push and --push-to-hub name two repositories: give one of them")
+    elif name is None and private:
+        problems.append("--private is not read without --push <owner/name>: remove it, or give both")
+    elif name is not None and not is_hub_id(name):
+        problems.append(f"--push {clean(name)} cannot be a repository of the hub: give owner/name")
     if problems:
         raise ConfigError(*problems)
     trained = find_trained(
         given.words[0], weights_of(given.values), wanted=None, chat_template=given.values[TEMPLATE.name]
     )
+    if name is not None:
+        _check_hub(name, private)
     check_versions()
 
     from transformers.utils import logging as transformers_logging
@@ -83,7 +89,9 @@ def run(arguments: list[str]) -> int:
 
     def card(checks: "Checks", model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> str:
         offset = None if trained.trains == POLICY else float(getattr(model.config, "reward_offset", 0.0))
-        return card_text(trained, checks, dtype, offset=offset, form=form_of(trained, tokenizer), tokenizer=tokenizer)
+        form = form_of(trained, tokenizer)
+        text = card_text(trained, checks, dtype, offset=offset, form=form, tokenizer=tokenizer)
+        return text if name is None else text.replace('"<folder>"', f'"{name}"')
 
     screen = Screen()
     if is_newest(given.words[0]):
@@ -104,8 +112,7 @@ def run(arguments: list[str]) -> int:
         )
     screen.print(f"exported: {folder} ({dtype}, {size / 1e6:,.1f} MB)")
     if name is not None:
-        _push(folder, name)
-        screen.print(f"uploaded: {name}")
+        screen.print(f"uploaded: {_push(folder, name, private)}")
     if trained.trains == POLICY:
         screen.print(f"next: {command(['chat', str(folder)])}")
     return 0
@@ -128,24 +135,48 @@ def _target_problems(target: str) -> Iterator[str]:
         yield from new_folder_problems("--to", target)
 
 
-def _push(folder: Path, name: str) -> None:
-    """Upload the folder; a repository that is not there yet becomes a private one.
+def _check_hub(name: str, private: bool) -> None:
+    """Raises ConfigError if the folder could not be uploaded, or --private is given and the repository is public."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-    Raises:
-        ConfigError: the hub does not answer or refuses; the folder stays.
-    """
-    from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError
-
-    later = f"the folder stays; later: hf upload {name} {shlex.quote(str(folder))}"
     reason = why_offline()
     if not reason and get_token() is None:
         reason = "no token of the hub is set (HF_TOKEN, or `hf auth login`)"
     if reason:
-        raise ConfigError(f"--push-to-hub {name}: {reason}; {later}")
-    api = HfApi()
+        raise ConfigError(f"--push {name}: {reason}; nothing was exported: without --push, only the folder is written")
+    api = _hub()
     try:
-        api.create_repo(name, private=True, exist_ok=True)
+        api.whoami()
+        if private and not api.model_info(name).private:
+            raise ConfigError(f"--private: {name} exists and is public; change that on its page, or give another name")
+    except RepositoryNotFoundError:
+        return
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ConfigError(f"--push {name}: the hub does not accept the token: {clean(error, 200)}") from error
+
+
+def _push(folder: Path, name: str, private: bool) -> str:
+    """Upload the folder, and make the repository if there is none of that name. Returns its address.
+
+    Raises:
+        ConfigError: the hub does not answer or refuses; the folder stays.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    api = _hub()
+    try:
+        address = api.create_repo(name, private=True if private else None, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by SheepRLHF")
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ConfigError(f"--push-to-hub {name}: {clean(error, 200)}; {later}") from error
+        later = f"the folder stays; later: hf upload {name} {shlex.quote(str(folder))}"
+        raise ConfigError(f"--push {name}: {clean(error, 200)}; {later}") from error
+    return str(address)
+
+
+def _hub() -> "HfApi":
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
