@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from sheeprlhf.apps.arguments import PLAIN_VERBS, PLOT, VERBS, ParsedArgs, parse_args, verb_problem
 from sheeprlhf.utils.errors import ConfigError, Interrupted, MissingRanksError, SheepError
+from sheeprlhf.utils.home import silence_libraries
 from sheeprlhf.utils.launchers import (
     OWN_LAUNCHER,
     LauncherError,
@@ -34,7 +35,6 @@ from sheeprlhf.utils.processes import (
     just_interrupted,
     reliable_sigint,
 )
-from sheeprlhf.utils.quiet import silence_libraries
 from sheeprlhf.utils.streams import lasting, lost_output, open_closed_streams, outlives_reader
 
 if TYPE_CHECKING:

@@ -32,6 +32,7 @@ from sheeprlhf.security.version_guard import check_versions
 from sheeprlhf.structure.reward import uses_judge
 from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, PipelineConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError, MissingRanksError, OutOfMemory, SheepError, UnsafePathError
+from sheeprlhf.utils.home import silence_libraries
 from sheeprlhf.utils.launchers import (
     OUTPUT_FILE,
     OWN_LAUNCHER,
@@ -44,7 +45,6 @@ from sheeprlhf.utils.launchers import (
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.processes import die_with_parent
-from sheeprlhf.utils.quiet import silence_libraries
 
 
 def resolve_run_aliases(job: Job, overrides: list[str]) -> list[str]:

@@ -32,10 +32,10 @@ from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import InspectConfig
 from sheeprlhf.task.models import load_trained
-from sheeprlhf.utils.decoding import ResponseDecoder
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.lightning import move_data_to_device
+from sheeprlhf.utils.vocabulary import ResponseDecoder
 
 _TASKS = {"sft": "sft", "preference": "dpo", "unpaired": "kto", "prompts": "grpo"}
 

@@ -8,9 +8,7 @@ from sheeprlhf.config.registry import choices
 from sheeprlhf.config.shell import command, option_word
 from sheeprlhf.security.model_folder import (
     INDEX,
-    PICKLED,
     WEIGHTS,
-    WEIGHTS_FILES,
     check_model,
     folder_of,
     pickled_files,
@@ -20,7 +18,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import FetchConfig
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.home import expand_home
-from sheeprlhf.utils.hub import EMBEDDED, SMOLLM2, WITHOUT_HUB, fetched_folder, why_offline
+from sheeprlhf.utils.hub import EMBEDDED, PICKLED, SMOLLM2, WEIGHTS_FILES, WITHOUT_HUB, fetched_folder, why_offline
 
 _FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]  # never code
 _SAFETENSORS, _PICKLES = ["*.safetensors"], ["pytorch_model*.bin"]  # the latter where there are none of the former

@@ -33,7 +33,7 @@ from sheeprlhf.config.overrides import (
     readable,
     recipe_owner,
 )
-from sheeprlhf.config.path_checks import run_folder_problems, with_absolute_paths
+from sheeprlhf.config.path_checks import new_folder_problems, with_absolute_paths
 from sheeprlhf.config.registry import ROOTS, choices, groups, options, register_configs, to_typed
 from sheeprlhf.config.run_lookup import (
     RUN_OPTIONS,
@@ -310,7 +310,8 @@ def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job 
     if complete:
         try:
             given_dir = _given_dir(base, hydra)
-            problems += [] if given_dir is None else run_folder_problems(given_dir)
+            if given_dir is not None:
+                problems += new_folder_problems("hydra.run.dir", given_dir, expands=False)
             if OmegaConf.missing_keys(base):
                 problems += _missing_problems(base, chosen)
             else:

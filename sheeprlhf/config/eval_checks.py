@@ -3,21 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from sheeprlhf.config.option_checks import did_you_mean, unread
+from sheeprlhf.config.option_checks import unread
 from sheeprlhf.config.path_checks import is_weights_name, new_folder_problems, weights_problems
 from sheeprlhf.config.registry import choices
+from sheeprlhf.config.reward_checks import NORMALIZED, narrowing_options, overlong_problems, unread_reward_model
 from sheeprlhf.config.run_lookup import read_run_config, saved_group, start_problems, task_of_run
 from sheeprlhf.config.shell import shell_word
-from sheeprlhf.config.validate import (
-    NORMALIZED,
-    narrowing_options,
-    overlong_problems,
-    sharding_problems,
-    unread_engine,
-    unread_reward,
-    unread_reward_model,
-    unread_stop_strings,
-)
+from sheeprlhf.config.validate import sharding_problems, unread_options
 from sheeprlhf.structure.evaluation import REFERENCES, START, EvalTaskConfig, FrontierConfig, RewardConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.utils.errors import ConfigError
@@ -42,8 +34,7 @@ def eval_problems(config: EvalConfig) -> Iterator[str]:
     if isinstance(config.task, FrontierConfig) and config.task.model_name != EvalTaskConfig.model_name:
         yield unread(f"task.model_name={config.task.model_name}", "by task=frontier, which takes all")
     elif not is_weights_name(config.task.model_name):
-        did = did_you_mean(config.task.model_name, ("final", "best", "last"), "it", key="task.model_name=")
-        yield f"task.model_name={config.task.model_name} is unknown: {did} may be final, best, last or step-<n>"
+        yield from weights_problems("", config.task.model_name, key="", name_key="task.model_name")
     elif config.experiment_dir is not None:
         yield from _run_problems(config, config.experiment_dir)
 
@@ -51,9 +42,7 @@ def eval_problems(config: EvalConfig) -> Iterator[str]:
 def _unread_options_of_generation(config: EvalConfig) -> Iterator[str]:
     """Options of generation that this evaluation does not read."""
     name, writes = config.task.config_name, config.task.writes
-    yield from unread_engine(config)
-    if not writes:
-        yield from unread_stop_strings(config)
+    yield from unread_options(config, "generation.engine", *(() if writes else ("generation.stop_strings",)))
     given = narrowing_options(config.generation) if writes == "samples" else ""
     if given:
         yield (
@@ -66,7 +55,7 @@ def _reward_problems(config: EvalConfig) -> Iterator[str]:
     """A reward that nothing reads, or that cannot score; a comparison with nothing."""
     reward, task = config.reward, config.task
     if task.writes != "samples":
-        yield from unread_reward(config)
+        yield from unread_options(config, "reward")
         return
     yield from start_problems(config)
     yield from unread_reward_model(config)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.config.option_checks import near_path
-from sheeprlhf.config.path_checks import is_weights_name, model_problem, template_problem, weights_problems
+from sheeprlhf.config.path_checks import model_problem, template_problem, weights_problems
 from sheeprlhf.config.prompt_format import read_template_args
 from sheeprlhf.config.registry import choices
 from sheeprlhf.config.run_lookup import (
     REPORT_FILE,
     is_newest,
     is_same_model,
+    kind_of_run,
     newest_finished,
     read_run_config,
     saved_group,
@@ -203,13 +204,8 @@ def _is_classifier(folder: Path) -> bool:
 def _of_run(word: str, run_dir: Path, weights: str, wanted: str | None, starts: int) -> Trained:
     task = task_of_run(read_run_config(word, key="run"))
     if task is None or task.trains not in ((POLICY, REWARD_MODEL) if wanted is None else (wanted,)):
-        what = f"a run of task={task.config_name}, which trains a {task.trains}" if task else "a run of no known task"
-        raise ConfigError(f"{word} is {what}: {_INSTEAD[wanted or POLICY]}")
-    problems: list[str] = []
-    if is_weights_name(weights):
-        problems += weights_problems(word, weights, key="run", name_key=WEIGHTS)
-    else:
-        problems.append(f"{WEIGHTS} {weights} is unknown: give final, best, last or step-<n>")
+        raise ConfigError(f"{word} is {kind_of_run(task)}: {_INSTEAD[wanted or POLICY]}")
+    problems = list(weights_problems(word, weights, key="run", name_key=WEIGHTS))
     found = {}
     for group in ("model", "data", "task"):
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sheeprlhf.config.option_checks import near_path
+from sheeprlhf.config.option_checks import did_you_mean, near_path
 from sheeprlhf.config.registry import datasets_of, options, replace_options
 from sheeprlhf.config.shell import shell_word
 from sheeprlhf.security.files import real_file
@@ -19,7 +19,7 @@ from sheeprlhf.utils.chat_templates import SUFFIX as TEMPLATE_SUFFIX
 from sheeprlhf.utils.chat_templates import built_in_templates
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.home import expand_home, home_problem
-from sheeprlhf.utils.hub import EMBEDDED, embedded_folder
+from sheeprlhf.utils.hub import EMBEDDED, PICKLED, WEIGHTS_FILES, embedded_folder
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -40,19 +40,33 @@ def data_is_here(data: DataConfig) -> bool:
     return all(name.startswith(EMBEDDED) or os.path.isdir(expand_home(name)) for name in names)
 
 
-def new_folder_problems(key: str, path: str) -> Iterator[str]:
-    """Problems of creating this folder or writing into it."""
-    unknown = home_problem(key, path)
-    if unknown:
-        yield unknown
+def new_folder_problems(key: str, path: str, *, expands: bool = True) -> Iterator[str]:
+    """Problems of creating this folder or writing into it.
+
+    Args:
+        key: the option that names it.
+        path: its value.
+        expands: `~` stands for a home directory; otherwise a folder of this very name would be made.
+    """
+    problem = home_problem(key, path)
+    if problem is None and not expands and path.startswith("~") and not os.path.lexists(path):
+        problem = f"{key}={path} is not expanded: give {expand_home(path)}"
+    if problem:
+        yield problem
         return
     folder = expand_home(path).absolute()
-    while not os.path.lexists(folder) and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir():
-        yield f"{key}={path} cannot be made: {folder} is not a folder; give another {key}"
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        yield f"{key}={path} cannot be written: {folder} does not permit it; give another {key}"
+    existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not existing.is_dir():
+        yield f"{key}={path} cannot be made: {existing} is not a folder; give another {key}"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield f"{key}={path} cannot be written: {existing} does not permit it; give another {key}"
+    else:
+        try:
+            os.lstat(folder)
+        except FileNotFoundError:
+            return
+        except OSError as error:  # the name is too long
+            yield f"{key}={path} cannot be made: {error.strerror}; give another {key}"
 
 
 def is_weights_name(name: str) -> bool:
@@ -65,14 +79,18 @@ def weights_problems(run_dir: str, name: str, *, key: str, name_key: str) -> Ite
 
     Args:
         run_dir: the run.
-        name: "final", "best", "last" or "step-<n>".
+        name: as it was given; "final", "best", "last" and "step-<n>" are known.
         key: the option that names the run.
         name_key: the option that names the weights.
     """
     again = shell_word("resume_from", run_dir)
+    if not is_weights_name(name):
+        did = did_you_mean(name, ("final", "best", "last"), "it", key=f"{name_key}=")
+        yield f"{name_key}={name} is unknown: {did} may be final, best, last or step-<n>"
+        return
     if name == "final":
         if not Path(run_dir, "final").is_dir():
-            yield (f"{key}={run_dir}: this run has no final/ yet; finish it with {again}, or give {name_key}=last")
+            yield f"{key}={run_dir}: this run has no final/ yet; finish it with {again}, or give {name_key}=last"
         return
     there = sorted(path.name for path in Path(run_dir).glob("checkpoints/step-*") if path.name[5:].isdigit())
     if not there:
@@ -116,8 +134,6 @@ def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
         return f"{given}: this folder has no config.json; give one in the hub's layout"
     if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return f"{given}: this folder has no tokenizer ({_TOKENIZER_FILES[0]}): copy the model's into it"
-    from sheeprlhf.security.model_folder import PICKLED, WEIGHTS_FILES
-
     if weights and not any((folder / file).is_file() for file in WEIGHTS_FILES):
         return (
             f"{given}: this folder has no weights, neither {WEIGHTS_FILES[0]} nor {PICKLED}, in one file or in shards "
@@ -148,27 +164,6 @@ def template_problem(choice: str, *, key: str = TEMPLATE_OPTION) -> str | None:
     if not os.access(path, os.R_OK):
         return f"{key}={choice} cannot be read: change its permissions or give another file"
     return None
-
-
-def run_folder_problems(given: str) -> list[str]:
-    """Problems of the directory that `hydra.run.dir` names."""
-    if given.startswith("~") and not os.path.lexists(given):  # a folder of this very name would be made
-        return [
-            home_problem("hydra.run.dir", given) or f"hydra.run.dir={given} is not expanded: give {expand_home(given)}"
-        ]
-    folder = Path(given).absolute()
-    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        return [f"hydra.run.dir={folder}: {existing} is not a directory; choose another place"]
-    if not os.access(existing, os.W_OK | os.X_OK):
-        return [f"hydra.run.dir={folder}: {existing} is not writable; choose another place"]
-    try:
-        os.lstat(folder)
-    except FileNotFoundError:
-        return []
-    except OSError as error:  # the name is too long
-        return [f"hydra.run.dir={folder}: {error.strerror}; choose another place"]
-    return []
 
 
 KINDS = (

@@ -1,4 +1,4 @@
-"""Checks of a source of rewards: its functions, which are found without importing them, and their options."""
+"""Checks of sampling and scoring: RL tasks, and sources of rewards, whose functions are found without an import."""
 
 import math
 import os
@@ -10,9 +10,12 @@ from urllib.parse import urlsplit
 from sheeprlhf.config.option_checks import did_you_mean, nearest, unread
 from sheeprlhf.config.path_checks import is_hub_id, model_problem, near_file
 from sheeprlhf.config.registry import config_to_dict
+from sheeprlhf.config.run_lookup import is_run_alias, scores_by_run
 from sheeprlhf.config.shell import shell_word
 from sheeprlhf.security.model_folder import merge_advice
 from sheeprlhf.security.user_code import find_module, hidden_by_installed, names_of, parse_path
+from sheeprlhf.structure.generation import GenConfig
+from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.reward import (
     BUILTINS,
     JUDGE,
@@ -32,6 +35,8 @@ from sheeprlhf.structure.reward import (
     parse_term,
     term_folder,
 )
+from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig
+from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.utils.hardware import missing_modules
 from sheeprlhf.utils.home import expand_home
 
@@ -275,3 +280,89 @@ def _folder_problems(folder: str) -> Iterator[str]:
     elif not is_hub_id(folder):
         did = near_file("reward.folder", folder)
         yield f"{given} is neither a folder nor a hub id (owner/name): {did}give one of them"
+
+
+def online_problems(config: TrainConfig, task: OnlineTaskConfig) -> Iterator[str]:
+    """Problems of an RL task."""
+    model = config.model
+    yield from unread_reward_model(config)
+    group = task.num_generations
+    for key in (key for key in ("rollout_size", "mini_batch_size") if key not in task.unread):
+        size = getattr(task, key)
+        if size % group:
+            near = max(group, size - size % group)
+            yield f"task.{key}={size} does not divide by task.num_generations={group}: give task.{key}={near}"
+    yield from overlong_problems(config)
+    given = narrowing_options(config.generation)
+    if given:
+        yield (
+            f"{given}: a policy learns from what it samples with all its probabilities: remove it, or give "
+            "generation.temperature"
+        )
+    if isinstance(task, PPOConfig):
+        yield from _ppo_problems(task, model.dtype)
+    compares = f"task={task.config_name} compares probabilities of different passes"
+    if model.finetune_mode == "LORA" and model.lora_cfg is not None and model.lora_cfg.dropout > 0:
+        yield f"model.lora_cfg.dropout={model.lora_cfg.dropout}: {compares}: give model.lora_cfg.dropout=0"
+    if not model.disable_dropout:
+        yield f"model.disable_dropout=false: {compares}: give model.disable_dropout=true"
+    if isinstance(task, BestOfNConfig):
+        yield from _best_of_n_problems(config)
+
+
+def _ppo_problems(task: PPOConfig, dtype: str) -> Iterator[str]:
+    if task.share_trunk and task.critic_warmup_steps:
+        yield (
+            f"task.critic_warmup_steps={task.critic_warmup_steps} needs a critic of its own: remove it, or give "
+            "task.share_trunk=false"
+        )
+    if task.ptx_batch_size != PPOConfig.ptx_batch_size and not task.ptx_coeff:
+        yield unread(
+            f"task.ptx_batch_size={task.ptx_batch_size}", "with task.ptx_coeff=0", "for example task.ptx_coeff=1"
+        )
+    if task.ema_decay is not None and dtype != "float32":
+        yield (
+            f"task.ema_decay={task.ema_decay:g} is lost in the rounding of model.dtype={dtype}: give "
+            "model.dtype=float32 fabric.precision=bf16-mixed"
+        )
+
+
+def _best_of_n_problems(config: TrainConfig) -> Iterator[str]:
+    """Options that a task without training does not use."""
+    for group, value, default in (("optim", config.optim, AdamWConfig()), ("task", config.task, BestOfNConfig())):
+        names = config.task.unread if group == "task" else vars(default)
+        changed = {f"{group}.{name}": getattr(value, name, None) for name in sorted(names)}
+        changed = {key: now for key, now in changed.items() if now != getattr(default, key.partition(".")[2])}
+        for key, now in changed.items() if type(value) is type(default) else [(group, value.config_name)]:
+            yield unread(f"{key}={now}", "by task=best_of_n, which learns nothing")
+    if config.reward.normalize:
+        yield NORMALIZED
+
+
+NORMALIZED = (
+    "reward.normalize=true: by running moments the scores of different responses could not be compared: give "
+    "reward.normalize=false"
+)
+
+
+def overlong_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
+    """A length penalty that begins before the response."""
+    most = config.generation.max_new_tokens
+    if config.reward.overlong_buffer > most:
+        yield (
+            f"reward.overlong_buffer={config.reward.overlong_buffer} is more than generation.max_new_tokens={most}: "
+            "give at most that"
+        )
+
+
+def unread_reward_model(config: TrainConfig | EvalConfig) -> Iterator[str]:
+    """A reward model that was given and that the reward does not ask."""
+    run = getattr(config.task, "rm_experiment_dir", None)
+    if run is not None and not is_run_alias(run) and not scores_by_run(config):
+        yield unread(f"task.rm_experiment_dir={run}", f"by reward={config.reward.config_name}", "reward=model")
+
+
+def narrowing_options(generation: GenConfig) -> str:
+    """The options that keep a sampler from using all probabilities, as they are typed; empty if there are none."""
+    usual = (("top_k", 0), ("top_p", 1.0), ("num_beams", 1))
+    return ", ".join(f"generation.{name}" for name, off in usual if getattr(generation, name) != off)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 from sheeprlhf.config.option_checks import near_path
-from sheeprlhf.config.path_checks import is_template_file, is_weights_name, weights_problems
+from sheeprlhf.config.path_checks import is_template_file, weights_problems
 from sheeprlhf.config.registry import choices, config_hash, from_dict, replace_options
 from sheeprlhf.config.renames import rename_keys
 from sheeprlhf.config.shell import changed_words, command, option_word
@@ -104,6 +104,11 @@ def task_of_run(saved: dict[str, Any]) -> type[TrainTaskConfig] | None:
     task = saved.get("task")
     cls = choices("task", "train").get(str(task.get("config_name"))) if isinstance(task, dict) else None
     return cls if cls is not None and issubclass(cls, TrainTaskConfig) else None
+
+
+def kind_of_run(task: type[TrainTaskConfig] | None) -> str:
+    """A run of this task in words, for messages."""
+    return f"a run of task={task.config_name}, which trains a {task.trains}" if task else "a run of no known task"
 
 
 def links_of(config: RootConfig) -> dict[str, str]:
@@ -358,8 +363,7 @@ def _link_problems(config: Needy, key: str, run_dir: str, model: ModelConfig) ->
         return
     task, wanted = task_of_run(saved), "reward model" if key == REWARD_MODEL else "policy"
     if task is None or task.trains != wanted:
-        what = f"a run of task={task.config_name}, which trains a {task.trains}" if task else "a run of no known task"
-        yield f"{key}={run_dir} is {what}: give a run of task={TASKS[key]}; `list runs` shows them"
+        yield f"{key}={run_dir} is {kind_of_run(task)}: give a run of task={TASKS[key]}; `list runs` shows them"
         return
     assert isinstance(theirs, ModelConfig)
     if key == START and not is_same_model(theirs.repo_name, model.repo_name):
@@ -372,10 +376,7 @@ def _link_problems(config: Needy, key: str, run_dir: str, model: ModelConfig) ->
         yield f"model.extra_vocabulary={given} is not that of {key}={run_dir}, {added}: leave the option out"
     name_key = _NAMES[key]
     name = str(getattr(config.task, name_key.removeprefix("task."), "final"))
-    if is_weights_name(name):
-        yield from weights_problems(run_dir, name, key=key, name_key=name_key)
-    else:
-        yield f"{name_key}={name} is unknown: give final, best, last or step-<n>"
+    yield from weights_problems(run_dir, name, key=key, name_key=name_key)
     if key == START and model.random_init:
         yield f"model.random_init=true and {key}={run_dir} are two beginnings: give one of them"
 

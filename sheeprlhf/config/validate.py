@@ -12,17 +12,16 @@ from urllib.parse import urlsplit
 
 from sheeprlhf.config.option_checks import did_you_mean, near_path, option_problems, unread
 from sheeprlhf.config.path_checks import data_file_problems, model_problem, new_folder_problems, template_problem
-from sheeprlhf.config.prompt_format import template_arg_problems
 from sheeprlhf.config.registry import OF_A_MIXTURE, choices, datasets_of, options
-from sheeprlhf.config.run_lookup import is_run_alias, scores_by_run, start_problems
+from sheeprlhf.config.run_lookup import start_problems
 from sheeprlhf.structure.data import DataConfig, LayoutDataConfig, LocalDataConfig, MixDataConfig
 from sheeprlhf.structure.evaluation import EvalTaskConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
-from sheeprlhf.structure.optim import AdamWConfig, OptimizerConfig, SGDConfig
+from sheeprlhf.structure.optim import OptimizerConfig, SGDConfig
 from sheeprlhf.structure.reward import AutoRewardConfig, RewardSourceConfig
-from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig
+from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig
 from sheeprlhf.structure.run import TRACKER_MODULES, EvalConfig, FetchConfig, InspectConfig, RootConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError
@@ -267,7 +266,10 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
             f"data.validation_split={data.validation_split} and data.test_split={data.test_split} leave no row to "
             "train on: their sum must be below 1"
         )
-    yield from template_arg_problems(data.template_args)
+    if data.template_args is not None:
+        from sheeprlhf.config.prompt_format import template_arg_problems
+
+        yield from template_arg_problems(data.template_args)
     if isinstance(data, LocalDataConfig):
         for key in ("train_file", "validation_file", "test_file"):
             path = getattr(data, key)
@@ -387,9 +389,14 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         )
     yield from sharding_problems(config, able=config.task.shards)
     yield from start_problems(config)
-    yield from _online_problems(config)
-    if isinstance(config.task, BestOfNConfig):
-        yield from _best_of_n_problems(config)
+    if config.task.trains == "reward model":
+        yield from unread_options(config, "generation.stop_strings")
+    if isinstance(config.task, OnlineTaskConfig):
+        from sheeprlhf.config.reward_checks import online_problems
+
+        yield from online_problems(config, config.task)
+    else:
+        yield from unread_options(config, "generation.engine", "reward")
     if config.task.config_name == "sft" and config.data.reward_model_split == 1:
         yield "data.reward_model_split=1 leaves no row to fine-tune on: give for example data.reward_model_split=0.5"
     if config.resume and config.resume_from is not None:
@@ -459,114 +466,21 @@ def sharding_problems(config: TrainConfig | EvalConfig, *, able: bool) -> Iterat
         yield "fabric.precision=64-true is not supported by fabric.strategy=fsdp2: give fabric.precision=32-true"
 
 
-def _online_problems(config: TrainConfig) -> Iterator[str]:
-    """Problems of sampling and scoring; for other tasks, options of these that are not used."""
-    task, model = config.task, config.model
-    if task.trains == "reward model":
-        yield from unread_stop_strings(config)
-    if not isinstance(task, OnlineTaskConfig):
-        yield from unread_engine(config)
-        yield from unread_reward(config)
-        return
-    yield from unread_reward_model(config)
-    group = task.num_generations
-    for key in (key for key in ("rollout_size", "mini_batch_size") if key not in task.unread):
-        size = getattr(task, key)
-        if size % group:
-            near = max(group, size - size % group)
-            yield f"task.{key}={size} does not divide by task.num_generations={group}: give task.{key}={near}"
-    yield from overlong_problems(config)
-    given = narrowing_options(config.generation)
-    if given:
-        yield (
-            f"{given}: a policy learns from what it samples with all its probabilities: remove it, or give "
-            "generation.temperature"
-        )
-    if isinstance(task, PPOConfig):
-        yield from _ppo_problems(task, model.dtype)
-    compares = f"task={task.config_name} compares probabilities of different passes"
-    if model.finetune_mode == "LORA" and model.lora_cfg is not None and model.lora_cfg.dropout > 0:
-        yield f"model.lora_cfg.dropout={model.lora_cfg.dropout}: {compares}: give model.lora_cfg.dropout=0"
-    if not model.disable_dropout:
-        yield f"model.disable_dropout=false: {compares}: give model.disable_dropout=true"
+def unread_options(config: TrainConfig | EvalConfig, *keys: str) -> Iterator[str]:
+    """Those of `generation.engine`, `generation.stop_strings` and `reward` that are set and that a task does not read.
 
-
-def _ppo_problems(task: PPOConfig, dtype: str) -> Iterator[str]:
-    if task.share_trunk and task.critic_warmup_steps:
-        yield (
-            f"task.critic_warmup_steps={task.critic_warmup_steps} needs a critic of its own: remove it, or give "
-            "task.share_trunk=false"
-        )
-    if task.ptx_batch_size != PPOConfig.ptx_batch_size and not task.ptx_coeff:
-        yield unread(
-            f"task.ptx_batch_size={task.ptx_batch_size}", "with task.ptx_coeff=0", "for example task.ptx_coeff=1"
-        )
-    if task.ema_decay is not None and dtype != "float32":
-        yield (
-            f"task.ema_decay={task.ema_decay:g} is lost in the rounding of model.dtype={dtype}: give "
-            "model.dtype=float32 fabric.precision=bf16-mixed"
-        )
-
-
-def _best_of_n_problems(config: TrainConfig) -> Iterator[str]:
-    """Options that a task without training does not use."""
-    for group, value, default in (("optim", config.optim, AdamWConfig()), ("task", config.task, BestOfNConfig())):
-        names = config.task.unread if group == "task" else vars(default)
-        changed = {f"{group}.{name}": getattr(value, name, None) for name in sorted(names)}
-        changed = {key: now for key, now in changed.items() if now != getattr(default, key.partition(".")[2])}
-        for key, now in changed.items() if type(value) is type(default) else [(group, value.config_name)]:
-            yield unread(f"{key}={now}", "by task=best_of_n, which learns nothing")
-    if config.reward.normalize:
-        yield NORMALIZED
-
-
-NORMALIZED = (
-    "reward.normalize=true: by running moments the scores of different responses could not be compared: give "
-    "reward.normalize=false"
-)
-
-
-def overlong_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
-    """A length penalty that begins before the response."""
-    most = config.generation.max_new_tokens
-    if config.reward.overlong_buffer > most:
-        yield (
-            f"reward.overlong_buffer={config.reward.overlong_buffer} is more than generation.max_new_tokens={most}: "
-            "give at most that"
-        )
-
-
-def unread_engine(config: TrainConfig | EvalConfig) -> Iterator[str]:
-    """An engine where no rollouts are sampled."""
-    if config.generation.engine != GenConfig.engine:
-        reader = f"by task={config.task.config_name}, which samples no rollouts"
-        yield unread(f"generation.engine={config.generation.engine}", reader)
-
-
-def unread_stop_strings(config: TrainConfig | EvalConfig) -> Iterator[str]:
-    """Ends of responses where none are generated."""
-    if config.generation.stop_strings:
-        given = f"generation.stop_strings={list(config.generation.stop_strings)}"
-        yield unread(given, f"by task={config.task.config_name}")
-
-
-def unread_reward(config: TrainConfig | EvalConfig) -> Iterator[str]:
-    """A reward where nothing is scored."""
-    if config.reward != AutoRewardConfig():
-        yield unread(f"reward={config.reward.config_name}", f"by task={config.task.config_name}")
-
-
-def unread_reward_model(config: TrainConfig | EvalConfig) -> Iterator[str]:
-    """A reward model that was given and that the reward does not ask."""
-    run = getattr(config.task, "rm_experiment_dir", None)
-    if run is not None and not is_run_alias(run) and not scores_by_run(config):
-        yield unread(f"task.rm_experiment_dir={run}", f"by reward={config.reward.config_name}", "reward=model")
-
-
-def narrowing_options(generation: GenConfig) -> str:
-    """The options that keep a sampler from using all probabilities, as they are typed; empty if there are none."""
-    usual = (("top_k", 0), ("top_p", 1.0), ("num_beams", 1))
-    return ", ".join(f"generation.{name}" for name, off in usual if getattr(generation, name) != off)
+    Args:
+        config: of the task.
+        keys: which it does not read.
+    """
+    given = {
+        "generation.engine": config.generation.engine if config.generation.engine != GenConfig.engine else None,
+        "generation.stop_strings": list(config.generation.stop_strings),
+        "reward": config.reward.config_name if config.reward != AutoRewardConfig() else None,
+    }
+    for key in keys:
+        if given[key]:
+            yield unread(f"{key}={given[key]}", f"by task={config.task.config_name}")
 
 
 MAPPED = ("prompt", "response", "chosen", "rejected", "responses", "margin", "messages", "label")  # data.rows.COLUMNS

@@ -33,8 +33,6 @@ from sheeprlhf.security.chat_templates import check_templates
 from sheeprlhf.security.files import read_small
 from sheeprlhf.security.model_folder import (
     MAX_TEMPLATE,
-    PICKLED,
-    WEIGHTS_FILES,
     check_model,
     check_sizes,
     check_tokenizer,
@@ -53,7 +51,7 @@ from sheeprlhf.utils.chat_templates import FOLDER, OPTION, SUFFIX, built_in_temp
 from sheeprlhf.utils.end_tokens import set_configured_end_ids
 from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.home import expand_home
-from sheeprlhf.utils.hub import EMBEDDED
+from sheeprlhf.utils.hub import EMBEDDED, PICKLED, WEIGHTS_FILES
 from sheeprlhf.utils.vocabulary import add_special_tokens, num_rows_needed, template_tokens
 
 RESIZED = "resized_model"  # a folder, in messages

@@ -35,12 +35,11 @@ from sheeprlhf.model.attention import PACKED, is_recurrent, no_router_logits
 from sheeprlhf.model.layers import outgrows_cache, switch_length
 from sheeprlhf.rollout.sampler import Sampled, prompt_groups, sample_responses, unpacked_decoder
 from sheeprlhf.structure.generation import GenConfig
-from sheeprlhf.utils.decoding import ResponseDecoder
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError, ModelError, NonFiniteError
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
-from sheeprlhf.utils.vocabulary import undefined_ids
+from sheeprlhf.utils.vocabulary import ResponseDecoder, undefined_ids
 
 Stop = Callable[[np.ndarray], bool]
 _MARGIN = 8  # tokens before the tail: a decoder may drop the first one's space, or begin inside a character

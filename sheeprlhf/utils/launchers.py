@@ -48,32 +48,20 @@ _SRUN = _Variables(
     ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"),
     ("SLURM_JOB_ID", "SLURM_STEP_ID"),
 )
+
+
+def _of_prefix(launcher: str, prefix: str, job: tuple[str, ...] = ()) -> _Variables:
+    """The variables of a launcher whose names differ in their end alone."""
+    rank, size, local_rank, local_size = (f"{prefix}_{end}" for end in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    return _Variables(launcher, rank, (size,), local_rank, (local_size,), job=job)
+
+
 _LAUNCHERS = (  # those that run inside of others' allocations come first
     _TORCH,
-    _Variables(
-        "mpirun",
-        "OMPI_COMM_WORLD_RANK",
-        ("OMPI_COMM_WORLD_SIZE",),
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
-        job=("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
-    ),
-    _Variables(
-        "mpirun",
-        "MV2_COMM_WORLD_RANK",
-        ("MV2_COMM_WORLD_SIZE",),
-        "MV2_COMM_WORLD_LOCAL_RANK",
-        ("MV2_COMM_WORLD_LOCAL_SIZE",),
-    ),
+    _of_prefix("mpirun", "OMPI_COMM_WORLD", ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")),
+    _of_prefix("mpirun", "MV2_COMM_WORLD"),
     _Variables("mpiexec", "PMI_RANK", ("PMI_SIZE",), "MPI_LOCALRANKID", ("MPI_LOCALNRANKS",), job=("PMI_JOBID",)),
-    _Variables(
-        "jsrun",
-        "JSM_NAMESPACE_RANK",
-        ("JSM_NAMESPACE_SIZE",),
-        "JSM_NAMESPACE_LOCAL_RANK",
-        ("JSM_NAMESPACE_LOCAL_SIZE",),
-        job=("LSB_JOBID",),
-    ),
+    _of_prefix("jsrun", "JSM_NAMESPACE", ("LSB_JOBID",)),
     _SRUN,
     _Variables(
         "submitit",

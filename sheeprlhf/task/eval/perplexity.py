@@ -22,10 +22,10 @@ from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.load import Evaluation
 from sheeprlhf.task.eval.result import draw_histogram, save_result
 from sheeprlhf.task.eval.statistics import resampled
-from sheeprlhf.utils.decoding import ResponseDecoder
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
+from sheeprlhf.utils.vocabulary import ResponseDecoder
 
 _HIGHEST = 700.0  # nats, whose exp is a number
 

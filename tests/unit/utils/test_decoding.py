@@ -7,7 +7,7 @@ import pytest
 
 from sheeprlhf.data.encoding import PairEncoder
 from sheeprlhf.rollout.engines import StopStrings
-from sheeprlhf.utils.decoding import ResponseDecoder
+from sheeprlhf.utils.vocabulary import ResponseDecoder
 from tests.unit.data.toy import byte_tokenizer, piece_tokenizer
 
 FAMILIES = {
