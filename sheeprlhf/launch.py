@@ -139,7 +139,9 @@ def _launch_here(config: TrainConfig | EvalConfig, given_dir: str | None) -> Pat
             check_existing_run(config, config_hash(config), given_dir)
         _check_weights(config)
     if isinstance(config, TrainConfig) and is_rank_zero():
-        run_dir = _choose_dir(config, given_dir)
+        place = choose_run_dir(config, config_hash(config), given=given_dir)
+        print(place.note)
+        run_dir = place.dir.absolute()
         if is_finished(run_dir) and not _is_awaited(config):
             return run_dir
     try:
@@ -231,13 +233,6 @@ def _standalone_overrides(words: list[str], config: TrainConfig | EvalConfig, gi
     name = [option_word("run_name", config.run_name)] if isinstance(config, TrainConfig) else []
     folder = [] if given_dir is None else [option_word("hydra.run.dir", os.path.abspath(given_dir))]
     return [*words, *name, *folder]
-
-
-def _choose_dir(config: TrainConfig, given: str | None) -> Path:
-    """Rank zero only."""
-    place = choose_run_dir(config, config_hash(config), given=given)
-    print(place.note)
-    return place.dir.absolute()
 
 
 def _take_back(config: TrainConfig | EvalConfig, run_dir: Path | None) -> bool:

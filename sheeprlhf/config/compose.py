@@ -53,9 +53,7 @@ from sheeprlhf.utils.home import known_home
 from sheeprlhf.utils.launchers import is_one_of_several, launched
 
 SAVED_CHOICE = "of_the_run"
-RECIPES = dict.fromkeys(
-    ("train", "doctor", "pipeline"), ("experiment",)
-)  # groups of named values, which have no dataclass
+_WITH_RECIPES = ("train", "doctor", "pipeline")  # commands with the group `experiment`, which has no dataclass
 
 
 class Source(NamedTuple):
@@ -97,15 +95,7 @@ def check(source: Source, overrides: list[str], *, multirun: bool = False, compl
         multirun: several values of a key are several jobs.
         complete: also refuse missing values and impossible combinations (false to show a configuration).
     """
-    parsed, problems = readable(overrides)
-    problems += sweep_problems(parsed) if multirun else []
-    with _hydra(source):
-        for job in _jobs(parsed) if multirun else [parsed]:
-            try:
-                _compose_job(source, job, complete)
-            except ConfigError as error:
-                problems += error.problems
-    return list(dict.fromkeys(problems))
+    return _compose_jobs(source, overrides, multirun, complete)[1]
 
 
 def compose_job(source: Source, overrides: list[str]) -> Job:
@@ -114,16 +104,24 @@ def compose_job(source: Source, overrides: list[str]) -> Job:
     Raises:
         ConfigError: with every problem.
     """
-    parsed, problems = readable(overrides)
-    with _hydra(source):
-        try:
-            job = _compose_job(source, parsed, complete=True)
-        except ConfigError as error:
-            problems += error.problems
+    jobs, problems = _compose_jobs(source, overrides, multirun=False, complete=True)
     if problems:
-        raise ConfigError(*dict.fromkeys(problems))
-    assert job is not None
-    return job
+        raise ConfigError(*problems)
+    return jobs[0]
+
+
+def _compose_jobs(source: Source, overrides: list[str], multirun: bool, complete: bool) -> tuple[list[Job], list[str]]:
+    parsed, problems = readable(overrides)
+    problems += sweep_problems(parsed) if multirun else []
+    jobs = []
+    with _hydra(source):
+        for words in _jobs(parsed) if multirun else [parsed]:
+            try:
+                job = _compose_job(source, words, complete)
+                jobs += [] if job is None else [job]
+            except ConfigError as error:
+                problems += error.problems
+    return jobs, list(dict.fromkeys(problems))
 
 
 def compose_for_help(source: Source, overrides: list[str]) -> tuple[DictConfig, dict[str, list[str]]]:
@@ -243,19 +241,15 @@ def _group_options(verb: str, *, only_own_recipes: bool = True) -> dict[str, lis
     """The choices of every group, classes and files, without those of other verbs; to tell recipes, all are read."""
     loader: Any = GlobalHydra.instance().config_loader()
     files = loader.repository  # the loader's own method copies all of it for every group
-    found = {
-        group: list(files.get_group_options(group, ObjectType.CONFIG))
-        for group in [*groups(verb), *RECIPES.get(verb, ())]
-    }
-    other = set(choices("task")) - set(choices("task", verb))
-    if "task" in found:
-        found["task"] = [name for name in found["task"] if name not in other]
-    for names in found.values():
-        names[:] = [name for name in names if name != SAVED_CHOICE]
+    hidden = {SAVED_CHOICE, *choices("task")} - set(choices("task", verb))
+    recipes = ["experiment"] if verb in _WITH_RECIPES else []
+    found = {}
+    for group in [*groups(verb), *recipes]:
+        names = files.get_group_options(group, ObjectType.CONFIG)
+        found[group] = [name for name in names if name not in (hidden if group == "task" else {SAVED_CHOICE})]
     if "experiment" in found and only_own_recipes:
-        found["experiment"] = [
-            name for name in found["experiment"] if (recipe_owner(name) == "pipeline") == (verb == "pipeline")
-        ]
+        of_pipeline = verb == "pipeline"
+        found["experiment"] = [n for n in found["experiment"] if (recipe_owner(n) == "pipeline") == of_pipeline]
     return found
 
 
@@ -313,7 +307,9 @@ def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job 
             if given_dir is not None:
                 problems += new_folder_problems("hydra.run.dir", given_dir, expands=False)
             if OmegaConf.missing_keys(base):
-                problems += _missing_problems(base, chosen)
+                missing = sorted(OmegaConf.missing_keys(base))
+                problems += [missing_problem(key, base) for key in missing if key.split(".")[0] not in chosen.failed]
+                problems += [problem for option in options(base) for problem in option_problems(option)]
             else:
                 job = finish(base, given_dir)
         except OmegaConfBaseException as error:
@@ -337,13 +333,6 @@ def _given_dir(base: DictConfig, hydra: DictConfig) -> str | None:
         given = str(base.hydra.run.dir)
         del base["hydra"]
     return None if given == "." else given
-
-
-def _missing_problems(base: DictConfig, chosen: Chosen) -> list[str]:
-    """Missing values, and the limits of those that are there."""
-    missing = [key for key in sorted(OmegaConf.missing_keys(base)) if key.split(".")[0] not in chosen.failed]
-    limits = [problem for option in options(base) for problem in option_problems(option)]
-    return [missing_problem(key, base) for key in missing] + limits
 
 
 def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> tuple[DictConfig, list[str]]:

@@ -4,7 +4,6 @@ Everything that files can tell is checked here, before anything heavy is importe
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +22,8 @@ from sheeprlhf.config.run_lookup import (
     saved_group,
     task_of_run,
 )
-from sheeprlhf.security.files import read_small
 from sheeprlhf.security.json_records import load_json
-from sheeprlhf.security.model_folder import merge_advice
+from sheeprlhf.security.model_folder import merge_advice, read_json
 from sheeprlhf.security.record_schemas import DATA_REPORT
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.evaluation import FrontierConfig
@@ -43,7 +41,6 @@ _INSTEAD = {
     POLICY: "give one that writes text, of task=sft, dpo, ppo, ...; `demo <run> --reward <this run>` shows its scores",
     REWARD_MODEL: "give a run of task=rm",
 }
-_MAX_CONFIG_BYTES = 1 << 20
 _MAX_STARTS = 8  # a run that starts from a run that ...
 
 
@@ -194,10 +191,7 @@ def _of_folder(word: str, folder: Path, wanted: str | None) -> Trained:
 
 
 def _is_classifier(folder: Path) -> bool:
-    try:
-        names: Any = json.loads(read_small(folder / "config.json", _MAX_CONFIG_BYTES)).get("architectures")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{folder / 'config.json'} cannot be read ({error}): give another folder") from error
+    names = read_json(folder, "config.json").get("architectures")
     return isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
 
 

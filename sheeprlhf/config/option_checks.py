@@ -72,16 +72,13 @@ def option_problems(option: Option) -> Iterator[str]:
     key, value, metadata = option.key, option.value, option.metadata
     if isinstance(value, str) and is_secret_value(value):
         yield f"{key}: the value looks like a credential; put it into the environment (HF_TOKEN) and remove it here"
-    if isinstance(value, str) and metadata.get("choices") and not _is_choice(value, metadata["choices"]):
+    known = [choice.casefold() for choice in metadata.get("choices", ())]
+    if isinstance(value, str) and known and value.casefold() not in known:
         did = did_you_mean(value, metadata["choices"], "it", key=f"{key}=")
         yield f"{key}={value} is not a choice: {did} may be {', '.join(metadata['choices'])}"
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, int | float) and not isinstance(number, bool):
             yield from _range_problems(key, number, metadata)
-
-
-def _is_choice(value: str, choices: Iterable[str]) -> bool:
-    return value.casefold() in {choice.casefold() for choice in choices}
 
 
 def _range_problems(key: str, number: float, metadata: Any) -> Iterator[str]:

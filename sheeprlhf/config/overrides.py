@@ -35,7 +35,6 @@ class Chosen(NamedTuple):
 
 def readable(words: list[str]) -> tuple[list[Override], list[str]]:
     """The overrides that can be parsed and carry no credential; a problem for each of the others."""
-    parser = OverridesParser.create()
     parsed, problems = [], list(twice_given([word.partition("=")[0].lstrip("+~") for word in words]))
     for word in map(current_word, words):
         key, _, value = word.partition("=")
@@ -45,16 +44,12 @@ def readable(words: list[str]) -> tuple[list[Override], list[str]]:
         if is_secret_value(word):
             problems.append(f"{key if value and not is_secret_value(key) else 'a word'}: {_SECRET_FIX}")
             continue
-        try:
-            override = parser.parse_override(word)
-        except (HydraException, ValueError):
-            if is_secret_name(key):
-                problems.append(f"{key}: {_SECRET_FIX}")
-            else:
-                problems.append(_unreadable(word, key, value))
-            continue
-        if is_secret_name(override.key_or_group) and not _is_option(override.key_or_group):
-            problems.append(f"{override.key_or_group}: {_SECRET_FIX}")
+        override = _parsed(word)
+        name = key if override is None else override.key_or_group
+        if is_secret_name(name) and (override is None or not _is_option(name)):
+            problems.append(f"{name}: {_SECRET_FIX}")
+        elif override is None:
+            problems.append(_unreadable(word, key, value))
         else:
             parsed.append(override)
     return parsed, problems

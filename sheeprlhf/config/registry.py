@@ -105,11 +105,11 @@ def groups(verb: str) -> list[str]:
 
 def register_configs() -> None:
     """Everything into Hydra's ConfigStore: the roots as `<verb>_schema`, and the choices of every group."""
-    _register(tuple((group, name, cls) for group in BASES for name, cls in choices(group).items()))
+    _register(*((group, name, cls) for group in BASES for name, cls in choices(group).items()))
 
 
 @functools.cache
-def _register(found: tuple[tuple[str, str, type[Config]], ...]) -> None:
+def _register(*found: tuple[str, str, type[Config]]) -> None:
     """The same once for the same classes: it takes a tenth of a second."""
     store = ConfigStore.instance()
     for verb, root in ROOTS.items():

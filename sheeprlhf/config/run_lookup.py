@@ -50,17 +50,14 @@ class FoundRun(NamedTuple):
 
 
 @lru_cache
+def _print_once(text: str, stream: str) -> None:
+    """Print a line on rank zero."""
+    if is_rank_zero():
+        print(text, file=getattr(sys, stream))
+
+
 def _warn(text: str) -> None:
-    """Rank zero prints a warning, once."""
-    if is_rank_zero():
-        print(f"warning: {text}", file=sys.stderr)
-
-
-@lru_cache
-def _report(text: str) -> None:
-    """Rank zero prints a line, once."""
-    if is_rank_zero():
-        print(text)
+    _print_once(f"warning: {text}", "stderr")
 
 
 def find_runs(root_dir: str | Path, warn: Callable[[str], object] = _warn) -> list[FoundRun]:
@@ -201,7 +198,7 @@ def _with_options_of_start(config: Startable) -> Startable:
     theirs, given = data.template_args, config.data.template_args
     if theirs and given is None:
         change["data.template_args"] = theirs
-        _report(f"data.template_args={theirs}: of {start}")
+        _print_once(f"data.template_args={theirs}: of {start}", "stdout")
     elif theirs and given != theirs:
         _warn(f"data.template_args={given}, and {start}, which training starts from, has {theirs}")
     return _changed(config, change) if change else config
@@ -369,7 +366,7 @@ def _link_problems(config: Needy, key: str, run_dir: str, model: ModelConfig) ->
     if key == START and not is_same_model(theirs.repo_name, model.repo_name):
         yield (
             f"{key}={run_dir} was trained from model.repo_name={theirs.repo_name}, and this run has "
-            f"{model.repo_name}: give {model_words(theirs)}, or another run"
+            f"{model.repo_name}: give {shlex.join(model_options(theirs))}, or another run"
         )
     given, added = list(model.extra_vocabulary), list(theirs.extra_vocabulary)
     if key == START and given and given != added:
@@ -379,11 +376,6 @@ def _link_problems(config: Needy, key: str, run_dir: str, model: ModelConfig) ->
     yield from weights_problems(run_dir, name, key=key, name_key=name_key)
     if key == START and model.random_init:
         yield f"model.random_init=true and {key}={run_dir} are two beginnings: give one of them"
-
-
-def model_words(model: ModelConfig) -> str:
-    """The words that choose a model, as a shell takes them."""
-    return shlex.join(model_options(model))
 
 
 def model_options(model: ModelConfig) -> list[str]:

@@ -109,10 +109,7 @@ def silence_libraries() -> None:
             os.environ.setdefault("HF_HOME", str(own / "huggingface"))
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     of_hub = os.environ.get("HF_HOME") or os.path.join(base, "huggingface")
-    if not _can_be_made(expand_home(os.environ.get("HF_DATASETS_CACHE") or os.path.join(of_hub, "datasets"))):
+    datasets = expand_home(os.environ.get("HF_DATASETS_CACHE") or os.path.join(of_hub, "datasets")).absolute()
+    existing = next(path for path in (datasets, *datasets.parents) if os.path.lexists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         os.environ["HF_DATASETS_CACHE"] = str(own / "datasets")  # the library locks a file there to read one
-
-
-def _can_be_made(folder: Path) -> bool:
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
-    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
