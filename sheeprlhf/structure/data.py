@@ -78,18 +78,14 @@ class DocstringsConfig(DataConfig):
     row_format: ClassVar[str] = "sheeprlhf.data.docstrings:format_row"
     rule_reward: ClassVar[Optional[str]] = "imperative"
 
-    config_name: str = option("docstrings", "Name of this choice.")
-    dataset_name: Optional[str] = option(
-        "embedded:docstrings", "Hub id (owner/name) or local folder in the hub's layout."
-    )
+    config_name: str = "docstrings"
+    dataset_name: Optional[str] = "embedded:docstrings"
     num_samples: Optional[int] = option(
         6_000, "Use only the first rows of each split; null takes all 20,000.", unit="rows", minimum=1
     )
-    max_length: int = option(128, "Longest prompt plus response.", unit="tokens", minimum=2)
-    max_prompt_length: int = option(96, "Longest prompt; the response gets the rest.", unit="tokens", minimum=1)
-    reward_model_split: float = option(
-        0.5, "Share of the training rows kept for the reward model; the rest fine-tunes.", minimum=0.0, maximum=1.0
-    )
+    max_length: int = 128
+    max_prompt_length: int = 96
+    reward_model_split: float = 0.5
 
 
 @dataclass(unsafe_hash=True)
@@ -98,10 +94,8 @@ class SummarizationConfig(DataConfig):
 
     row_format: ClassVar[str] = "sheeprlhf.data.summarization:format_row"
 
-    config_name: str = option("summarization", "Name of this choice.")
-    dataset_name: Optional[str] = option(
-        "CarperAI/openai_summarize_comparisons", "Hub id (owner/name) or local folder in the hub's layout."
-    )
+    config_name: str = "summarization"
+    dataset_name: Optional[str] = "CarperAI/openai_summarize_comparisons"
 
 
 @dataclass(unsafe_hash=True)
@@ -110,10 +104,8 @@ class HelpfulHarmlessConfig(DataConfig):
 
     row_format: ClassVar[str] = "sheeprlhf.data.helpful_harmless:format_row"
 
-    config_name: str = option("helpful_harmless", "Name of this choice.")
-    dataset_name: Optional[str] = option(
-        "Dahoas/full-hh-rlhf", "Hub id (owner/name) or local folder in the hub's layout."
-    )
+    config_name: str = "helpful_harmless"
+    dataset_name: Optional[str] = "Dahoas/full-hh-rlhf"
 
 
 @dataclass(unsafe_hash=True)
@@ -141,7 +133,7 @@ class LayoutDataConfig(DataConfig):
         "Encode control tokens in the text of prompts and responses, such as <|im_start|>, as the tokens that they "
         "name: for rows that a chat template wrote. Whoever wrote the rows can then end a turn.",
     )
-    minimum_response_length: int = option(1, "Shorter responses are dropped.", unit="tokens", minimum=1)
+    minimum_response_length: int = 1
 
 
 @dataclass(unsafe_hash=True)
@@ -163,7 +155,7 @@ class MixDataConfig(DataConfig):
 class LocalDataConfig(LayoutDataConfig):
     """Your own files: prompt with response (+ label), a pair, responses or none; or messages."""
 
-    config_name: str = option("local", "Name of this choice.")
+    config_name: str = "local"
     dataset_name: Optional[str] = option(None, "Not used: give data.train_file.")
     train_file: Any = option(
         "???",
@@ -178,8 +170,8 @@ class LocalDataConfig(LayoutDataConfig):
 class HubDataConfig(LayoutDataConfig):
     """Any dataset of the hub: prompt with response (+ label), a pair, responses or none; messages; or text."""
 
-    config_name: str = option("hub", "Name of this choice.")
-    dataset_name: Optional[str] = option("???", "Hub id (owner/name) or local folder in the hub's layout.")
+    config_name: str = "hub"
+    dataset_name: Optional[str] = "???"
     subset: Optional[str] = option(
         None, "Subset (configuration) of the dataset, or a folder in it; null takes its default."
     )

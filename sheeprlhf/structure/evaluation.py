@@ -39,7 +39,7 @@ class PerplexityConfig(EvalTaskConfig):
 
     entry_point: ClassVar[str] = "sheeprlhf.task.eval.perplexity:evaluate"
 
-    config_name: str = option("perplexity", "Name of this choice.")
+    config_name: str = "perplexity"
     completion_only_loss: bool = option(True, "Count the response's tokens alone; false counts the prompt's too.")
 
 
@@ -50,7 +50,7 @@ class RougeConfig(EvalTaskConfig):
     entry_point: ClassVar[str] = "sheeprlhf.task.eval.rouge:evaluate"
     writes: ClassVar[str] = "text"
 
-    config_name: str = option("rouge", "Name of this choice.")
+    config_name: str = "rouge"
     use_stemmer: bool = option(False, "Compare the stems of English words, so that `returns` equals `return`.")
 
 
@@ -61,7 +61,7 @@ class GenerateConfig(EvalTaskConfig):
     entry_point: ClassVar[str] = "sheeprlhf.task.eval.generate:evaluate"
     writes: ClassVar[str] = "text"
 
-    config_name: str = option("generate", "Name of this choice.")
+    config_name: str = "generate"
 
 
 @dataclass(unsafe_hash=True)
@@ -72,7 +72,7 @@ class PreferenceConfig(EvalTaskConfig):
     evaluates: ClassVar[tuple[str, ...]] = ("policy", "reward model")
     reads_start: ClassVar[bool] = True
 
-    config_name: str = option("preference", "Name of this choice.")
+    config_name: str = "preference"
     beta: Optional[float] = option(
         None,
         "Scale of a policy's implicit reward, beta * (its log-probability - its start's); null takes that of the run, "
@@ -88,7 +88,6 @@ class ScoredConfig(EvalTaskConfig):
     reads_start: ClassVar[bool] = True
     writes: ClassVar[str] = "samples"
 
-    config_name: str = option("???", "Name of this choice.")
     rm_experiment_dir: Optional[str] = option(
         "newest",
         "Run directory of a reward model, or newest: the newest finished one of this model under root_dir. Read where "
@@ -103,7 +102,7 @@ class RewardConfig(ScoredConfig):
 
     entry_point: ClassVar[str] = "sheeprlhf.task.eval.reward:evaluate"
 
-    config_name: str = option("reward", "Name of this choice.")
+    config_name: str = "reward"
     against: str = option(
         REFERENCES,
         "What responses have to beat: references (the dataset's own), start (what the run started from), or those of "
@@ -118,6 +117,6 @@ class FrontierConfig(ScoredConfig):
     entry_point: ClassVar[str] = "sheeprlhf.task.eval.frontier:evaluate"
     unread: ClassVar[frozenset[str]] = frozenset({"model_name"})
 
-    config_name: str = option("frontier", "Name of this choice.")
+    config_name: str = "frontier"
     num_samples: Optional[int] = option(128, "Prompts: the first rows of the split; null takes all.", minimum=1)
     best_of: int = option(64, "Best of n for n = 1, 2, 4, ... up to this many; 1 leaves it out.", minimum=1)

@@ -39,16 +39,14 @@ class FabricConfig(Config):
 class AutoCudaConfig(FabricConfig):
     """On one CUDA device, in bf16-mixed precision."""
 
-    config_name: str = option("auto_cuda", "Name of this choice.")
-    accelerator: str = option("cuda", "Kind of device.", choices=("cpu", "cuda", "auto"))
-    precision: str = option(
-        "bf16-mixed", "Number format: weights stay float32 under the mixed ones.", choices=PRECISIONS
-    )
+    config_name: str = "auto_cuda"
+    accelerator: str = "cuda"
+    precision: str = "bf16-mixed"
 
 
 @dataclass(unsafe_hash=True)
 class AutoConfig(FabricConfig):
     """On a CUDA device if there is one, else on the CPU."""
 
-    config_name: str = option("auto", "Name of this choice.")
-    accelerator: str = option("auto", "Kind of device.", choices=("cpu", "cuda", "auto"))
+    config_name: str = "auto"
+    accelerator: str = "auto"

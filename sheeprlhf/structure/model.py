@@ -100,25 +100,25 @@ class ModelConfig(Config):
 class TinyConfig(ModelConfig):
     """The embedded model: 5.8M parameters, made by this framework; offline, on a CPU."""
 
-    config_name: str = option("tiny", "Name of this choice.")
-    repo_name: Optional[str] = option("embedded:tiny", "Hub id (owner/name) or local folder in the hub's layout.")
+    config_name: str = "tiny"
+    repo_name: Optional[str] = "embedded:tiny"
     lora_cfg: Optional[LORAConfig] = LORAConfig(lr=2e-3)
-    lr: float = option(5e-5, "Learning rate of all weights when optim.lr is null.", minimum=0.0)
+    lr: float = 5e-5
 
 
 @dataclass(unsafe_hash=True)
 class AutoModelConfig(ModelConfig):
     """A causal language model of your choice: give model.repo_name=<hub id or folder>."""
 
-    config_name: str = option("auto", "Name of this choice.")
+    config_name: str = "auto"
 
 
 @dataclass(unsafe_hash=True)
 class OPTConfig(ModelConfig):
     """OPT 350M (facebook/opt-350m)."""
 
-    config_name: str = option("opt", "Name of this choice.")
-    repo_name: Optional[str] = option("facebook/opt-350m", "Hub id (owner/name) or local folder in the hub's layout.")
+    config_name: str = "opt"
+    repo_name: Optional[str] = "facebook/opt-350m"
     embedding_dim_name: Optional[str] = option(
         "word_embed_proj_dim", "Name, in the model's config, of the width of the vectors that its head reads."
     )
@@ -129,10 +129,8 @@ class OPTConfig(ModelConfig):
 class GPT2Config(ModelConfig):
     """GPT-2 124M (openai-community/gpt2); medium with model.repo_name=openai-community/gpt2-medium."""
 
-    config_name: str = option("gpt2", "Name of this choice.")
-    repo_name: Optional[str] = option(
-        "openai-community/gpt2", "Hub id (owner/name) or local folder in the hub's layout."
-    )
+    config_name: str = "gpt2"
+    repo_name: Optional[str] = "openai-community/gpt2"
     embedding_dim_name: Optional[str] = option(
         "n_embd", "Name, in the model's config, of the width of the vectors that its head reads."
     )
@@ -143,8 +141,8 @@ class GPT2Config(ModelConfig):
 class PhiConfig(ModelConfig):
     """Phi-1.5 1.3B (microsoft/phi-1_5)."""
 
-    config_name: str = option("phi", "Name of this choice.")
-    repo_name: Optional[str] = option("microsoft/phi-1_5", "Hub id (owner/name) or local folder in the hub's layout.")
+    config_name: str = "phi"
+    repo_name: Optional[str] = "microsoft/phi-1_5"
     lora_cfg: Optional[LORAConfig] = LORAConfig(targets="('q_proj','k_proj','v_proj','dense')")
 
 
@@ -152,8 +150,8 @@ class PhiConfig(ModelConfig):
 class FalconConfig(ModelConfig):
     """Falcon 7B (tiiuae/falcon-7b); runs on padded batches."""
 
-    config_name: str = option("falcon", "Name of this choice.")
-    repo_name: Optional[str] = option("tiiuae/falcon-7b", "Hub id (owner/name) or local folder in the hub's layout.")
+    config_name: str = "falcon"
+    repo_name: Optional[str] = "tiiuae/falcon-7b"
     lora_cfg: Optional[LORAConfig] = LORAConfig(targets="('query_key_value',)")
 
 
@@ -161,7 +159,5 @@ class FalconConfig(ModelConfig):
 class SmolLM2Config(ModelConfig):
     """SmolLM2 135M Instruct (HuggingFaceTB/SmolLM2-135M-Instruct); without the hub, after `tools/fetch_smollm2.py`."""
 
-    config_name: str = option("smollm2", "Name of this choice.")
-    repo_name: Optional[str] = option(
-        "HuggingFaceTB/SmolLM2-135M-Instruct", "Hub id (owner/name) or local folder in the hub's layout."
-    )
+    config_name: str = "smollm2"
+    repo_name: Optional[str] = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -34,7 +34,7 @@ class AdamWConfig(OptimizerConfig):
 
     torch_name: ClassVar[str] = "AdamW"
 
-    config_name: str = option("adamw", "Name of this choice.")
+    config_name: str = "adamw"
     betas: tuple[float, float] = option((0.9, 0.999), "Decay of the two moment averages.")
     eps: float = option(1e-8, "Added to the denominator.", above=0.0)
     fused: bool = option(True, "Use torch's fused kernel.")
@@ -46,7 +46,7 @@ class AdamConfig(OptimizerConfig):
 
     torch_name: ClassVar[str] = "Adam"
 
-    config_name: str = option("adam", "Name of this choice.")
+    config_name: str = "adam"
     betas: tuple[float, float] = option((0.9, 0.999), "Decay of the two moment averages.")
     eps: float = option(1e-8, "Added to the denominator.", above=0.0)
     fused: bool = option(True, "Use torch's fused kernel.")
@@ -58,7 +58,7 @@ class SGDConfig(OptimizerConfig):
 
     torch_name: ClassVar[str] = "SGD"
 
-    config_name: str = option("sgd", "Name of this choice.")
+    config_name: str = "sgd"
     lr: Optional[float] = option(1e-2, "Peak learning rate.", minimum=0.0)
     momentum: float = option(0.0, "Momentum.", minimum=0.0, maximum=1.0)
     nesterov: bool = option(False, "Nesterov's momentum; needs momentum above 0.")

@@ -58,7 +58,7 @@ class RewardSourceConfig(Config):
 class AutoRewardConfig(RewardSourceConfig):
     """The dataset's own rule where it has one, else a reward model."""
 
-    config_name: str = option("auto", "Name of this choice.")
+    config_name: str = "auto"
 
 
 @dataclass(unsafe_hash=True)
@@ -125,7 +125,7 @@ class BuiltinOptionsConfig(CallOptionsConfig):
 class FunctionRewardConfig(BuiltinOptionsConfig):
     """A Python function: a built-in or your own."""
 
-    config_name: str = option("function", "Name of this choice.")
+    config_name: str = "function"
     path: str = option(
         "imperative",
         "imperative, length, regex, rouge, sentiment, or a function of yours as package.module:function.",
@@ -148,7 +148,7 @@ class ModelOptionsConfig(RewardSourceConfig):
 class ModelRewardConfig(ModelOptionsConfig):
     """A reward model."""
 
-    config_name: str = option("model", "Name of this choice.")
+    config_name: str = "model"
     folder: Optional[str] = option(
         None, "Sequence-classification folder or hub id; null takes the run task.rm_experiment_dir."
     )
@@ -158,14 +158,14 @@ class ModelRewardConfig(ModelOptionsConfig):
 class JudgeRewardConfig(JudgeOptionsConfig):
     """A language model at an OpenAI-compatible server."""
 
-    config_name: str = option(JUDGE, "Name of this choice.")
+    config_name: str = JUDGE
 
 
 @dataclass(unsafe_hash=True)
 class ListRewardConfig(BuiltinOptionsConfig, JudgeOptionsConfig, ModelOptionsConfig):
     """A weighted sum of sources."""
 
-    config_name: str = option("list", "Name of this choice.")
+    config_name: str = "list"
     terms: list[str] = option(
         MISSING,
         "Sources and their weights, such as [model,0.5*length,-1*my_rewards:toxicity,0.1*judge]; model is a reward "

@@ -19,7 +19,6 @@ class OnlineTaskConfig(TrainTaskConfig):
         *("length", "finished", "distinct_2", "perplexity"),
     )
 
-    config_name: str = option("???", "Name of this choice.")
     rollout_size: int = option(64, "Responses sampled before they are learnt from, all devices.", minimum=1)
     num_generations: int = option(1, "Responses sampled for each prompt.", minimum=1)
     mini_batch_size: int = option(
@@ -96,8 +95,8 @@ class PPOConfig(RatioTaskConfig):
     """Proximal policy optimisation: a critic tells each token's share of the reward (arXiv 1707.06347, 2203.02155)."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.ppo:train"
-    config_name: str = option("ppo", "Name of this choice.")
-    num_iterations: int = option(4, "Passes over the responses of a rollout.", minimum=1)
+    config_name: str = "ppo"
+    num_iterations: int = 4
     kl_estimator: str = option(
         "k1", "Of each token's KL in the reward: k1 is unbiased, k3 never negative.", choices=("k1", "k3")
     )
@@ -154,9 +153,9 @@ class GRPOConfig(RatioTaskConfig):
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.grpo:train"
 
-    config_name: str = option("grpo", "Name of this choice.")
+    config_name: str = "grpo"
     num_generations: int = option(8, "Responses sampled for each prompt.", minimum=2)
-    micro_batch_size: int = option(256, _MICRO_BATCH, unit="responses", minimum=1)
+    micro_batch_size: int = 256
     init_kl_coeff: float = option(0.04, "Weight of the KL divergence from the reference in the loss (k3).", minimum=0.0)
     clip_high: Optional[float] = option(
         None, "How far the ratio may rise above 1; null takes clip_coeff (DAPO: 0.28).", above=0.0
@@ -176,9 +175,9 @@ class RLOOConfig(RatioTaskConfig):
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.rloo:train"
 
-    config_name: str = option("rloo", "Name of this choice.")
+    config_name: str = "rloo"
     num_generations: int = option(4, "Responses sampled for each prompt.", minimum=2)
-    micro_batch_size: int = option(128, _MICRO_BATCH, unit="responses", minimum=1)
+    micro_batch_size: int = 128
     normalize_advantages: bool = option(False, "Advantages of a rollout get mean 0 and standard deviation 1.")
 
 
@@ -188,9 +187,9 @@ class OnlineDPOConfig(OnlineTaskConfig):
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.online_dpo:train"
 
-    config_name: str = option("online_dpo", "Name of this choice.")
+    config_name: str = "online_dpo"
     num_generations: int = option(2, "Responses sampled for each prompt.", minimum=2)
-    micro_batch_size: int = option(64, _MICRO_BATCH, unit="responses", minimum=1)
+    micro_batch_size: int = 64
     loss_type: str = option("sigmoid", "Which loss of a pair.", choices=("sigmoid", "hinge", "ipo"))
     beta: float = option(0.1, "Pull towards the reference.", above=0.0)
 
@@ -215,9 +214,9 @@ class BestOfNConfig(OnlineTaskConfig):
         }
     )
 
-    config_name: str = option("best_of_n", "Name of this choice.")
+    config_name: str = "best_of_n"
     num_generations: int = option(8, "Responses sampled for each prompt, of which the best is kept.", minimum=1)
-    micro_batch_size: int = option(256, _MICRO_BATCH, unit="responses", minimum=1)
+    micro_batch_size: int = 256
     rollout_size: int = option(256, "Responses sampled before the best of them are written, all devices.", minimum=1)
     min_score: Optional[float] = option(
         None, "Keep the best response to a prompt only if it scores this much; null keeps all."

@@ -105,7 +105,7 @@ class SFTConfig(TrainTaskConfig):
     shards: ClassVar[bool] = True
     val_metrics: ClassVar[tuple[str, ...]] = ("loss", "nll", "perplexity")
 
-    config_name: str = option("sft", "Name of this choice.")
+    config_name: str = "sft"
     completion_only_loss: bool = option(True, "Train on the response alone; false trains on the prompt too.")
     label_smoothing: float = option(
         0.0, "Share of the target probability spread over the vocabulary.", minimum=0.0, maximum=0.99
@@ -132,7 +132,7 @@ class RMConfig(TrainTaskConfig):
     trains: ClassVar[str] = "reward model"
     val_metrics: ClassVar[tuple[str, ...]] = ("loss", *_PAIR_METRICS)
 
-    config_name: str = option("rm", "Name of this choice.")
+    config_name: str = "rm"
     loss_type: str = option(
         "last_token",
         "Scores that are compared: after the last token, averaged over the tokens that differ, or token by token.",
@@ -167,7 +167,7 @@ class DPOConfig(TrainTaskConfig):
         *("logps/chosen", "logps/rejected", "kl/chosen", "entropy"),
     )
 
-    config_name: str = option("dpo", "Name of this choice.")
+    config_name: str = "dpo"
     loss_type: str = option(
         "sigmoid",
         "Which paper's loss; simpo and orpo have no reference.",
@@ -211,7 +211,7 @@ class KTOConfig(TrainTaskConfig):
     )
     train_splits: ClassVar[tuple[str, ...]] = ("train", "reward")
 
-    config_name: str = option("kto", "Name of this choice.")
+    config_name: str = "kto"
     beta: float = option(0.1, "Pull towards the reference.", above=0.0)
     desirable_weight: float = option(1.0, "Weight of the losses of desirable responses.", above=0.0)
     undesirable_weight: float = option(1.0, "Weight of the losses of undesirable responses.", above=0.0)
