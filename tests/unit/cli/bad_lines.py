@@ -158,7 +158,7 @@ BAD = [
     ("train task=sft data=hub data.dataset_name=@/empty data.columns={promt:a}", ["data.columns.promt"]),
     # places
     ("train task=sft root_dir=/dev/null/runs", ["root_dir=/dev/null/runs"]),
-    ("train task=sft hydra.run.dir=@/notes.txt", ["notes.txt", "another place"]),
+    ("train task=sft hydra.run.dir=@/notes.txt", ["notes.txt", "hydra.run.dir"]),
     ("train task=sft hydra.run.dir=@/run", ["resume=true"]),
     ("train task=sft run_name=a/b", ["run_name=a/b"]),
     ("train task=sft run_name=", ["run_name"]),
