@@ -70,6 +70,7 @@ def test_every_choice_composes_and_is_valid(verb, chosen, tmp_path, monkeypatch)
     extra += ["model.repo_name=me/mine"] if chosen.get("model") == "auto" else []
     extra += ["reward.terms=[imperative]"] if chosen.get("reward") == "list" else []
     extra += ["reward.folder=me/mine"] if chosen.get("reward") == "model" else []
+    extra += ["reward.url=http://127.0.0.1:8000/v1", "reward.judge_model=m"] if chosen.get("reward") == "judge" else []
     if chosen.get("task") == "frontier":
         (tmp_path / "run" / "final").mkdir(parents=True)
         (tmp_path / "run" / "config.yaml").write_text("task: {config_name: ppo}")
