@@ -139,9 +139,9 @@ def _launch_here(config: TrainConfig | EvalConfig, given_dir: str | None) -> Pat
             check_existing_run(config, config_hash(config), given_dir)
         _check_weights(config)
     if isinstance(config, TrainConfig) and is_rank_zero():
-        place = choose_run_dir(config, config_hash(config), given=given_dir)
-        print(place.note)
-        run_dir = place.dir.absolute()
+        chosen = choose_run_dir(config, config_hash(config), given=given_dir)
+        print(chosen.note)
+        run_dir = chosen.dir.absolute()
         if is_finished(run_dir) and not _is_awaited(config):
             return run_dir
     try:

@@ -297,12 +297,7 @@ def mix_problems(data: MixDataConfig) -> Iterator[str]:
             continue
         if not {"train_file", "dataset_name", "data"} & set(given):
             problems.append(f"data.mix, dataset {number} has no rows: give train_file, dataset_name or data")
-        own = {
-            "data",
-            "weight",
-            *OF_A_MIXTURE[1:],
-            *(set(cls.__dataclass_fields__) - set(DataConfig.__dataclass_fields__)),
-        }
+        own = {"data", "weight", *OF_A_MIXTURE[1:], *(set(vars(cls())) - set(vars(DataConfig())))}
         for key in sorted(set(given) - own):
             fix = did_you_mean(str(key), own, f"give data.{key} for all")
             problems.append(f"data.mix, dataset {number}: {key} is no option of one dataset: {fix}")
