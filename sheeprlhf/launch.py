@@ -190,9 +190,10 @@ def check_inputs_exist(config: TrainConfig | EvalConfig | InspectConfig) -> None
         for data in datasets_of(config.data):
             source.locate(data)
     if isinstance(config, TrainConfig | EvalConfig) and uses_judge(config.reward):
-        from sheeprlhf.reward.judge import check_server
+        from sheeprlhf.reward.judge import check_server, receiver_notice
 
         check_server(config.reward)
+        print(plain_text(redact_text(receiver_notice(config.reward))), file=sys.stderr)
 
 
 def _check_weights(config: TrainConfig | EvalConfig) -> None:

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.config.reward_checks import source_problems
 from sheeprlhf.reward import functions
-from sheeprlhf.reward.judge import Judge
 from sheeprlhf.security.user_code import parse_path
 from sheeprlhf.structure.reward import (
     BUILTINS,
@@ -191,6 +190,11 @@ class RewardFunction:
         self.signature = signature_of(name, function)
         self._runner: asyncio.Runner | None = None
 
+    @property
+    def failures(self) -> int | None:
+        """Responses of the newest call that a judge gave no score; None for another function."""
+        return getattr(self.function, "failures", None) if self.name == JUDGE else None
+
     def missing_column(self, columns: Collection[str], rows: str = "the data") -> str | None:
         """Return a message about a required column that is not among these; None if the function can be called.
 
@@ -360,6 +364,8 @@ def load_function(source: str, cfg: RewardSourceConfig) -> RewardFunction:
     if problems:
         raise ConfigError(*problems)
     if source == JUDGE:
+        from sheeprlhf.reward.judge import Judge  # slow to import, and needed for a judge only
+
         assert isinstance(cfg, JudgeOptionsConfig)
         return RewardFunction(JUDGE, Judge(cfg), guarded=False)
     if source not in BUILTINS:

@@ -127,7 +127,7 @@ class Judge:
             except TimeoutError:
                 reason = f"no answer within reward.timeout={cfg.timeout or JUDGE_TIMEOUT:g} s"
                 continue
-            except httpx.TransportError as error:
+            except httpx.HTTPError as error:
                 reason = _describe(error)
                 continue
             if status == 200:
@@ -182,8 +182,8 @@ def check_server(cfg: JudgeOptionsConfig) -> None:
     """
     try:
         status, content = asyncio.run(_list_models(cfg))
-    except (TimeoutError, httpx.TransportError) as error:
-        reason = _describe(error) if isinstance(error, httpx.TransportError) else f"in {_SECONDS_OF_CHECK:g} s"
+    except (TimeoutError, httpx.HTTPError, httpx.InvalidURL) as error:
+        reason = f"in {_SECONDS_OF_CHECK:g} s" if isinstance(error, TimeoutError) else _describe(error)
         raise ConfigError(
             f"reward.url={cfg.url}: no server answers ({reason}): start it, or correct the address"
         ) from None
@@ -201,6 +201,15 @@ def check_server(cfg: JudgeOptionsConfig) -> None:
         )
 
 
+def receiver_notice(cfg: JudgeOptionsConfig) -> str:
+    """Return a line that tells which texts a run sends, and where."""
+    columns = [name for name in judge_fields(cfg.judge_prompt) if name not in ("prompt", "response")]
+    what = " and ".join(["prompts and responses", *(f"the column {name}" for name in columns)])
+    plain = cfg.api_key_variable is not None and urlsplit(str(cfg.url)).scheme == "http" and not _is_local(cfg)
+    key = f"; warning: http sends the key in {cfg.api_key_variable} unencrypted" if plain else ""
+    return f"reward.url={cfg.url} receives {what}; its scores may differ from call to call{key}"
+
+
 async def _list_models(cfg: JudgeOptionsConfig) -> tuple[int, bytes]:
     address = f"{_base(cfg)}/models"
     async with asyncio.timeout(_SECONDS_OF_CHECK), _client(cfg) as client, client.stream("GET", address) as response:
@@ -209,10 +218,13 @@ async def _list_models(cfg: JudgeOptionsConfig) -> tuple[int, bytes]:
 
 def _client(cfg: JudgeOptionsConfig) -> httpx.AsyncClient:
     """Return a client that follows no redirect, and uses no proxy to reach this machine."""
-    key, host = _key(cfg), urlsplit(str(cfg.url)).hostname
+    key = _key(cfg)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    local = host in ("localhost", "127.0.0.1", "::1")
-    return httpx.AsyncClient(headers=headers, timeout=cfg.timeout or JUDGE_TIMEOUT, trust_env=not local)
+    return httpx.AsyncClient(headers=headers, timeout=cfg.timeout or JUDGE_TIMEOUT, trust_env=not _is_local(cfg))
+
+
+def _is_local(cfg: JudgeOptionsConfig) -> bool:
+    return urlsplit(str(cfg.url)).hostname in ("localhost", "127.0.0.1", "::1")
 
 
 async def _post(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.reward.call import RewardFunction, Texts, load_function
 from sheeprlhf.reward.functions import repeated_share
-from sheeprlhf.reward.judge import Judge
 from sheeprlhf.reward.state import state_warning
 from sheeprlhf.structure.data import KeptColumns
 from sheeprlhf.structure.reward import (
@@ -110,8 +109,8 @@ class CombinedReward:
         weights = [weight for weight, _ in self._terms]
         rows = zip(*by_term.values(), strict=True)
         total = [math.fsum(weight * score for weight, score in zip(weights, row, strict=True)) for row in rows]
-        judges = [function.function for _, function in self._terms if isinstance(function.function, Judge)]
-        return RawScores(total, by_term, sum(judge.failures for judge in judges) if judges else None)
+        failures = [function.failures for _, function in self._terms if function.failures is not None]
+        return RawScores(total, by_term, sum(failures) if failures else None)
 
     def shape(self, total: list[float], texts: Texts) -> list[float]:
         """Return the final scores of weighted sums: normalised, then clipped, then less the penalties.

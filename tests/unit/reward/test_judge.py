@@ -10,7 +10,7 @@ import pytest
 from sheeprlhf.config.reward_checks import reward_problems
 from sheeprlhf.reward import judge
 from sheeprlhf.reward.call import Texts
-from sheeprlhf.reward.judge import check_server, parse_score
+from sheeprlhf.reward.judge import check_server, parse_score, receiver_notice
 from sheeprlhf.reward.score import RawScores, build_reward, check_columns, wanted_columns
 from sheeprlhf.structure.reward import JudgeRewardConfig, ListRewardConfig
 from sheeprlhf.utils.errors import ConfigError, RewardError
@@ -68,7 +68,15 @@ def test_columns_fill_the_prompt_and_braces_in_texts_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    "first", [(429, {}, {"Retry-After": "1"}), (500, {}), (503, {}), (200, b"{"), (200, {"choices": []})]
+    "first",
+    [
+        (429, {}, {"Retry-After": "1"}),
+        (500, {}),
+        (503, {}),
+        (200, b"{"),
+        (200, {"choices": []}),
+        (200, b"text", {"Content-Encoding": "gzip"}),
+    ],
 )
 def test_passing_faults_are_retried(first: Any) -> None:
     with judge_server(lambda _, attempt: first if attempt < 3 else (200, "Score: 4/10")) as server:
@@ -175,6 +183,15 @@ def test_the_server_is_checked_before_training() -> None:
         server.models = (404, {})  # a server without a list
         check_server(cfg)
         assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("host", "warns"), [("http://127.0.0.1", False), ("https://host", False), ("http://host", True)]
+)
+def test_the_notice_names_the_receiver_and_what_it_gets(host: str, warns: bool) -> None:
+    cfg = JudgeRewardConfig(url=f"{host}/v1", judge_prompt="{response} {answer}", api_key_variable="JUDGE_ACCESS")
+    notice = receiver_notice(cfg)
+    assert f"{host}/v1" in notice and "answer" in notice and ("JUDGE_ACCESS" in notice) is warns
 
 
 def test_a_silent_address_is_reported_within_five_seconds() -> None:

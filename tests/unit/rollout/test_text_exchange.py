@@ -238,3 +238,10 @@ def test_a_sum_of_two_reward_models_in_their_templates(
             assert [row["reward/model"], row[f"reward/model:{second}"]] == pytest.approx(scores, abs=1e-5)
         assert row["score"] == pytest.approx(row["reward/model"] + 0.5 * row[f"reward/model:{second}"], abs=1e-6)
     assert num_compared > 2
+    if kind == "text":
+        run(["eval", "task=reward", f"experiment_dir={tmp_path / 'run'}", *reward, "generation.max_new_tokens=4"])
+        [file] = (tmp_path / "run" / "eval").glob("reward-list-*.jsonl")
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            one, two = (chat_score(folder, turns(row["prompt"], row["against"])) for folder in (first, second))
+            assert row["against_score"] == pytest.approx(one + 0.5 * two, abs=1e-5)
