@@ -130,7 +130,7 @@ def transformers_responses(
     end_ids: Sequence[int],
     token_budget: int,
     stop: Stop | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
     packed: bool = True,
     undefined_U: Tensor | None = None,
 ) -> list[Sampled]:

@@ -120,6 +120,22 @@ def sampling_uniforms(seed: int, number: int, shape: tuple[int, int, int]) -> np
     return np.random.default_rng([seed, number]).random(shape)
 
 
+def sample_on_all_ranks(
+    fabric: Fabric,
+    sample: Callable[[list[int], Callable[[int], object]], list[Sampled]],
+    num_prompts: int,
+    num_responses: int,
+    label: str,
+) -> list[Sampled]:
+    """All ranks: the responses to every prompt; each rank samples its share by `sample(prompts, progress)`."""
+    mine = list(range(fabric.global_rank, num_prompts, fabric.world_size))
+    hidden = None if fabric.is_global_zero else True  # None: shown in a terminal only
+    with fabric.autocast(), tqdm(total=len(mine) * num_responses, desc=label, leave=False, disable=hidden) as bar:
+        sampled = sample(mine, bar.update)
+    found = dict(pair for part in gather_objects(fabric, list(zip(mine, sampled, strict=True))) for pair in part)
+    return [found[number] for number in range(num_prompts)]
+
+
 def to_rollout(prompts: Sequence[Example], sampled: Sequence[Sampled]) -> Rollout:
     """Return sampled responses as a rollout with the sampler's log-probabilities ("sampled") and no score yet."""
     rows = tuple(
@@ -320,10 +336,9 @@ class RolloutCollector:
         assert isinstance(task, OnlineTaskConfig)
         shape = (len(prompts), group or task.num_generations, cfg.max_new_tokens)
         uniforms = sampling_uniforms(self._cfg.seed, number, shape)
-        mine = list(range(fabric.global_rank, len(prompts), fabric.world_size))
-        hidden = None if fabric.is_global_zero else True  # None: shown in a terminal only
-        with fabric.autocast(), tqdm(total=len(mine) * shape[1], desc="sampling", leave=False, disable=hidden) as bar:
-            sampled = ENGINES[cfg.engine](
+
+        def sample(mine: list[int], progress: Callable[[int], object]) -> list[Sampled]:
+            return ENGINES[cfg.engine](
                 self.policy.causal_lm(),
                 [prompts[row].prompt_ids for row in mine],
                 uniforms[mine],
@@ -331,12 +346,12 @@ class RolloutCollector:
                 end_ids=end_token_ids(self._tokenizer),
                 token_budget=task.token_budget,
                 stop=self._stop if self._stop else None,
-                progress=bar.update,
+                progress=progress,
                 packed=self._packed,
                 undefined_U=self.policy.undefined_U,
             )
-        found = dict(pair for part in gather_objects(fabric, list(zip(mine, sampled, strict=True))) for pair in part)
-        return [found[row] for row in range(len(prompts))]
+
+        return sample_on_all_ranks(fabric, sample, *shape[:2], "sampling")
 
     def _scores(self, rollout: Rollout, validates: bool) -> list[float]:
         for source, (model, exchange) in self._reward_models.items():

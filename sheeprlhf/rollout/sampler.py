@@ -62,7 +62,7 @@ def sample_responses(
     end_ids: Sequence[int],
     token_budget: int,
     stop: Callable[[np.ndarray], bool] | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], object] = lambda _: None,
     packed: bool = True,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -148,7 +148,7 @@ def _sample_group(
     draw_next: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     end_ids: Sequence[int],
     stop: Callable[[np.ndarray], bool] | None,
-    progress: Callable[[int], None],
+    progress: Callable[[int], object],
 ) -> list[Sampled]:
     """Sample after all prompts of a group at once. Row R = P * K holds a prompt's response; the first B are live."""
     num_responses, num_new = uniforms_PKN.shape[1:]

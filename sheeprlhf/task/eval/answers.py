@@ -4,13 +4,12 @@ Sampled tokens are drawn with numbers that belong to the prompt (`rollout/sample
 transformers and draws nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.batches import Batches
@@ -21,12 +20,18 @@ from sheeprlhf.data.sampler import cut_micro_batches
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.rollout.engines import StopStrings, generate_ids
-from sheeprlhf.rollout.rollout import Rollout, decode_rollout, predict_targets, sampling_uniforms, to_rollout
+from sheeprlhf.rollout.rollout import (
+    Rollout,
+    decode_rollout,
+    predict_targets,
+    sample_on_all_ranks,
+    sampling_uniforms,
+    to_rollout,
+)
 from sheeprlhf.rollout.sampler import Sampled, sample_responses
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.load import Evaluation, evaluated_files, longest_with_response
 from sheeprlhf.utils.end_tokens import end_token_ids
-from sheeprlhf.utils.lightning import gather_objects
 
 NUMBER = (1 << 32) - 2  # of an evaluation's draws: no rollout and no validation of training samples with these
 
@@ -89,19 +94,17 @@ def answer(
         group: responses to each.
         samples: sample with all probabilities, as a rollout; else as `generation.do_sample` says.
     """
-    fabric, cfg = job.fabric, job.cfg
+    cfg = job.cfg
     uniforms = sampling_uniforms(cfg.seed, NUMBER, (len(prompts), group, cfg.generation.max_new_tokens))
-    mine = list(range(fabric.global_rank, len(prompts), fabric.world_size))
     stop = StopStrings(cfg.generation.stop_strings, writer.tokenizer)
-    hidden = None if fabric.is_global_zero else True  # None: shown in a terminal only
-    with fabric.autocast(), tqdm(total=len(mine) * group, desc="answering", leave=False, disable=hidden) as bar:
+
+    def sample(mine: list[int], progress: Callable[[int], object]) -> list[Sampled]:
         part = [prompts[row] for row in mine]
         if cfg.generation.num_beams > 1 and not samples:
-            written = _by_beams(cfg, writer, part, stop, bar)
-        else:
-            written = _by_sampler(cfg, writer, part, uniforms[mine], stop, bar, samples=samples)
-    found = dict(pair for rank in gather_objects(fabric, list(zip(mine, written, strict=True))) for pair in rank)
-    rollout = to_rollout(prompts, [found[row] for row in range(len(prompts))])
+            return _by_beams(cfg, writer, part, stop, progress)
+        return _by_sampler(cfg, writer, part, uniforms[mine], stop, progress, samples=samples)
+
+    rollout = to_rollout(prompts, sample_on_all_ranks(job.fabric, sample, len(prompts), group, "answering"))
     return Answers(rollout, decode_rollout(rollout, prompts, writer.tokenizer, stop), writer.tokenizer)
 
 
@@ -111,7 +114,7 @@ def _by_sampler(
     prompts: Sequence[Example],
     uniforms: np.ndarray,
     stop: StopStrings,
-    bar: Any,
+    progress: Callable[[int], object],
     *,
     samples: bool,
 ) -> list[Sampled]:
@@ -128,7 +131,7 @@ def _by_sampler(
         end_ids=end_token_ids(writer.tokenizer),
         token_budget=cfg.task.token_budget,
         stop=stop if stop else None,
-        progress=bar.update,
+        progress=progress,
         packed=writer.packed,
         undefined_U=writer.policy.undefined_U,
         max_prompts=max(1, cfg.task.mini_batch_size // uniforms.shape[1]),
@@ -137,7 +140,11 @@ def _by_sampler(
 
 
 def _by_beams(
-    cfg: EvalConfig, writer: EvalPolicy, prompts: Sequence[Example], stop: StopStrings, bar: Any
+    cfg: EvalConfig,
+    writer: EvalPolicy,
+    prompts: Sequence[Example],
+    stop: StopStrings,
+    progress: Callable[[int], object],
 ) -> list[Sampled]:
     """Responses of transformers' beam search."""
     lengths = np.array([len(row.prompt_ids) for row in prompts], dtype=np.int64)
@@ -157,7 +164,7 @@ def _by_beams(
         for row, response in zip(part, written, strict=True):
             ended = response[-1] in end_ids or (bool(stop) and stop(response))
             found[row] = Sampled((response.astype(np.int32),), (np.zeros(len(response), np.float32),), (bool(ended),))
-        bar.update(len(part))
+        progress(len(part))
     return [found[row] for row in range(len(prompts))]
 
 

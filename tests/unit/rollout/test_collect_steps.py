@@ -1,6 +1,7 @@
 """How a rollout is read and scored: against plain transformers, one response at a time."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,3 +218,14 @@ def test_what_is_not_finite_is_refused_where_it_began() -> None:
     bad = dataclasses.replace(rollout.with_tokens(advantages=advantages), scores=scores)
     with pytest.raises(NonFiniteError, match=r"^scores after 1 of 3 prompts .* of the validation split \(\[32\]\)"):
         check_finite(bad, "validation")
+
+
+@pytest.mark.parametrize(("num_rows", "num_shown"), [(20, 20), (21, 20)])
+def test_at_most_twenty_rows_are_named(num_rows: int, num_shown: int) -> None:
+    rows = tuple(Example(100 + i, np.arange(2), (np.arange(1),)) for i in range(num_rows))
+    bad = Rollout(rows, np.full((num_rows, 1), np.nan), np.ones((num_rows, 1), dtype=bool), {})
+    with pytest.raises(NonFiniteError) as caught:
+        check_finite(bad)
+    assert len(re.findall(r"\b1\d\d\b", str(caught.value))) == num_shown
+    assert ("and 1 more" in str(caught.value)) == (num_rows > num_shown)
+    assert "and 0 more" not in str(caught.value)
