@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.rollout.saved import saved_rollouts
 from sheeprlhf.task import loop
-from tests.e2e.test_online import figures
 from tests.support.rewards import letters
-from tests.support.runs import train, write_pairs, write_rows
+from tests.support.runs import figures, train, write_pairs, write_rows
 
 ModelFolder = Callable[..., Path]
 SHORT = ["task.max_num_steps=12", "task.save_interval=4"]  # three rollouts of 12 prompts with 2 responses each

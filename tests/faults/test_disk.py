@@ -29,7 +29,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(server: JobServer, tmp_path: Pat
     """A file may not grow beyond 60,000 bytes from the sixth step on: the save at the next one fails."""
     data, model = write_rows(tmp_path / "rows.jsonl"), model_folder()
     run_dir = tmp_path / "run"
-    words = train_words(model, data, run_dir)
+    words = train_words(model, data, run_dir, "task.max_num_steps=12")
     job = server.start(words, tmp_path / "log", LIMIT.format(size=60_000))
     assert job.wait() == 1, job.text()
     text = job.text()
@@ -38,8 +38,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(server: JobServer, tmp_path: Pat
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-4"]
     verify_manifest(run_dir / "checkpoints" / "step-4")
     assert server.start([*words, "resume=true"], tmp_path / "log").wait() == 0  # there is space again
-    whole = train(model, data, tmp_path / "whole")
-    assert result_of(run_dir) == result_of(whole)
+    whole = train(model, data, tmp_path / "whole", "task.max_num_steps=12")
+    assert result_of(run_dir, 12) == result_of(whole, 12)
 
 
 def test_records_that_find_no_room_are_named(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:

@@ -26,6 +26,7 @@ def pausing(*words, **options):
     return update(*words, **options)
 loop.update = pausing
 """
+LAST = 12  # steps, in two epochs
 HANGING = PAUSE.format(step=2, seconds=60)
 
 
@@ -44,7 +45,7 @@ def whole(server: JobServer, tmp_path_factory: pytest.TempPathFactory, model_fol
     folder = tmp_path_factory.mktemp("whole")
     words = train_words(model_folder(), write_rows(folder / "rows.jsonl"), folder / "run")
     words += ["task.save_interval=5", "task.keep_checkpoints=99", "model.finetune_mode=LORA", "model.lora_cfg.rank=4"]
-    words += ["model.lora_cfg.dropout=0.1"]
+    words += ["model.lora_cfg.dropout=0.1", f"task.max_num_steps={LAST}"]
     assert server.start(words, folder / "log").wait() == 0
     return Whole([word for word in words if not word.startswith("hydra.run.dir")], folder / "run")
 
@@ -78,7 +79,7 @@ def test_a_signal_saves_and_stops(signum: int, code: int, server: JobServer, who
     resumed = server.start(whole.in_dir(tmp_path / "run", "resume=true"), tmp_path / "log")
     assert resumed.wait() == 0
     assert "going on after step 7" in resumed.text()
-    assert result_of(tmp_path / "run") == result_of(whole.dir)
+    assert result_of(tmp_path / "run", LAST) == result_of(whole.dir, LAST)
 
 
 CLOSING = """
@@ -99,7 +100,7 @@ loop.update = closing
 """
 
 
-@pytest.mark.parametrize(("disposition", "code", "last"), [("SIG_DFL", 129, 7), ("SIG_IGN", 0, 24)])
+@pytest.mark.parametrize(("disposition", "code", "last"), [("SIG_DFL", 129, 7), ("SIG_IGN", 0, LAST)])
 def test_a_closed_terminal_stops_no_save(
     disposition: str, code: int, last: int, server: JobServer, whole: Whole, tmp_path: Path
 ) -> None:
@@ -108,7 +109,7 @@ def test_a_closed_terminal_stops_no_save(
     assert job.wait() == code
     assert steps_of(tmp_path / "run")[-1] == last
     if code == 0:
-        assert result_of(tmp_path / "run") == result_of(whole.dir)
+        assert result_of(tmp_path / "run", LAST) == result_of(whole.dir, LAST)
 
 
 def test_sigusr1_saves_and_goes_on(server: JobServer, whole: Whole, tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_sigusr1_saves_and_goes_on(server: JobServer, whole: Whole, tmp_path: Pa
     job.kill(signal.SIGUSR1)
     assert job.wait() == 0
     assert set(steps_of(tmp_path / "run")) - set(steps_of(whole.dir)) == {7}
-    assert result_of(tmp_path / "run") == result_of(whole.dir)
+    assert result_of(tmp_path / "run", LAST) == result_of(whole.dir, LAST)
 
 
 def test_a_second_interrupt_exits_at_once(server: JobServer, whole: Whole, tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_one_process_at_a_time_works_in_a_run(server: JobServer, whole: Whole, t
     assert holder.wait() == -9
     third = server.start(whole.in_dir(tmp_path / "run", "resume=true"), tmp_path / "log")
     assert third.wait() == 0  # the dead process's lock is gone
-    assert result_of(tmp_path / "run") == result_of(whole.dir)
+    assert result_of(tmp_path / "run", LAST) == result_of(whole.dir, LAST)
 
 
 def test_a_finished_run_is_left_as_it_is(server: JobServer, whole: Whole, tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(server: JobServer, whole:
     assert resumed.wait() == 0
     assert f"skipping a damaged checkpoint: {path}" in resumed.text()
     assert "going on after step 5" in resumed.text()
-    assert result_of(tmp_path / "run") == result_of(whole.dir)
+    assert result_of(tmp_path / "run", LAST) == result_of(whole.dir, LAST)
 
 
 def big_file(path: Path, num_rows: int) -> Path:

@@ -1,5 +1,6 @@
 """Classes by name, typed and read-only configurations, and the hash that tells runs apart."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from sheeprlhf.structure.run import PipelineConfig, TrainConfig
 ROOT = Path(__file__).parents[3]
 
 
+@functools.cache
 def composed(verb, *overrides):
     register_configs()
     with initialize_config_dir(str(configs_directory()), version_base="1.3"):
@@ -41,10 +43,14 @@ def typed(*overrides) -> TrainConfig:
 
 
 def every_choice():
-    """Each choice at least once: groups that do not depend on each other are composed together."""
+    """Each choice at least once: groups that do not depend on each other are composed together.
+
+    Tasks and rewards of `inspect` and `doctor` are those of `train`.
+    """
     for verb in ROOTS:
+        alone = [group for group in groups(verb) if group in ("task", "reward") and verb in ("train", "eval")]
         together = [group for group in groups(verb) if group not in ("task", "reward")]
-        for group in [*(group for group in groups(verb) if group not in together), tuple(together)]:
+        for group in [*alone, tuple(together)]:
             names = {name: list(choices(name, verb)) for name in ([group] if isinstance(group, str) else group)}
             for index in range(max(map(len, names.values()), default=0)):
                 yield verb, {name: of_name[index % len(of_name)] for name, of_name in names.items()}

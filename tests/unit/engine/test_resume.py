@@ -83,7 +83,7 @@ def kill_campaign(run_dir, steps, kills, seed):
     return hits
 
 
-@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("kills", [6, pytest.param(200, marks=pytest.mark.nightly)])
 def test_killed_at_any_moment_nothing_is_lost(tmp_path, kills):
     steps = kills * 8
     whole, killed = tmp_path / "whole", tmp_path / "killed"

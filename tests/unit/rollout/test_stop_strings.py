@@ -9,9 +9,8 @@ import pytest
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig
 from sheeprlhf.task.loop import sample_table
-from tests.e2e.test_online import figures
 from tests.support.models import EOS
-from tests.support.runs import train, write_rows
+from tests.support.runs import figures, train, write_rows
 from tests.unit.rollout.test_collect_steps import make_setting, prompts
 
 ModelFolder = Callable[..., Path]
