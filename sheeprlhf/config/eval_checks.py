@@ -10,7 +10,7 @@ from sheeprlhf.config.reward_checks import NORMALIZED, narrowing_options, overlo
 from sheeprlhf.config.run_lookup import read_run_config, saved_group, start_problems, task_of_run
 from sheeprlhf.config.shell import shell_word
 from sheeprlhf.config.validate import sharding_problems, unread_options
-from sheeprlhf.structure.evaluation import REFERENCES, START, EvalTaskConfig, FrontierConfig, RewardConfig
+from sheeprlhf.structure.evaluation import NOTHING, REFERENCES, START, EvalTaskConfig, FrontierConfig, RewardConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.output import link_problems
@@ -68,7 +68,7 @@ def _reward_problems(config: EvalConfig) -> Iterator[str]:
 
 def _against_problems(config: EvalConfig, against: str) -> Iterator[str]:
     """Problems of the responses to compare with."""
-    if against.casefold() == REFERENCES:
+    if against.casefold() in (REFERENCES, NOTHING):
         return
     if against.casefold() == START:
         if config.experiment_dir is None:
@@ -83,7 +83,7 @@ def _against_problems(config: EvalConfig, against: str) -> Iterator[str]:
         trained = task_of_run(read_run_config(against, key="task.against"))
         saved_group(against, "model", key="task.against")
     except ConfigError as error:
-        yield from (f"{problem}; it may also be {REFERENCES} or {START}" for problem in error.problems)
+        yield from (f"{problem}; it may also be {REFERENCES}, {START} or {NOTHING}" for problem in error.problems)
         return
     if trained is not None and trained.trains != "policy":
         yield f"task.against={against}: this run of task={trained.config_name} trained a {trained.trains}: give another"

@@ -5,7 +5,7 @@ from typing import ClassVar, Optional
 
 from sheeprlhf.structure.option import Config, option
 
-REFERENCES, START = "references", "start"  # what responses are compared with, besides those of a run
+REFERENCES, START, NOTHING = "references", "start", "none"  # values of task.against that name no run
 
 
 @dataclass(unsafe_hash=True)
@@ -105,7 +105,7 @@ class RewardConfig(ScoredConfig):
     config_name: str = "reward"
     against: str = option(
         REFERENCES,
-        "What responses have to beat: references (the dataset's own), start (what the run started from), or those of "
+        "Responses to compare with: references (the dataset's own), start (of the initial model), none, or those of "
         "another run, by its directory.",
     )
 

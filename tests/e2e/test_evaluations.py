@@ -26,7 +26,7 @@ LETTERS = ["reward=function", "reward.path=tests.support.rewards:letters", "gene
 NAME = "reward-tests.support.rewards.letters-test"
 KEYS = {
     *("score", "score_interval", "win_rate", "win_rate_interval", "against", "rows", "kl", "kl_error"),
-    *("response_tokens", "distinct_2", "rm_accuracy", "rm_pairs"),
+    *("response_tokens", "distinct_2", "rm_accuracy", "rm_pairs", "against_score"),
 }
 ALWAYS = {"task", "split", "data", "model", "weights", "experiment_dir", "time", "version"}  # in every result
 
@@ -153,6 +153,20 @@ def test_scores_win_rate_and_kl_are_those_of_plain_loops(made: Made, monkeypatch
     assert_allclose(result["kl_error"], np.std(expected, ddof=1) / 12**0.5, atol=1e-5)
     assert result["response_tokens"] == np.mean([len(one) - (one[-1] == 258) for _, one in ids])
     assert (made.dpo / "eval" / f"{NAME}-final.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_prompts_alone_are_scored_without_a_comparison(made: Made, tmp_path: Path) -> None:
+    rows = [json.loads(line)["prompt"] for line in made.data.read_text().splitlines()]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in rows))
+    words = ["data=local", *(f"data.{split}_file={prompts}" for split in ("train", "test"))]
+    model = ["model=auto", f"model.repo_name={made.base}", f"output_dir={tmp_path}", f"data.cache_dir={tmp_path / 'c'}"]
+    run(["eval", "task=reward", *model, *words, *LETTERS])
+    result = json.loads((tmp_path / f"{NAME}-auto.json").read_text())
+    scored = [json.loads(line) for line in (tmp_path / f"{NAME}-auto.jsonl").read_text().splitlines()]
+    assert [set(row) for row in scored] == [{"row", "prompt", "response", "score"}] * len(rows)
+    assert_allclose(result["score"], np.mean(letters([], [row["response"] for row in scored])), atol=1e-12)
+    assert (result["against"], result["win_rate"], result["against_score"], result["kl"]) == ("none", None, None, None)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.rollout.rollout import decode_rollout, to_rollout
 from sheeprlhf.rollout.sampler import Sampled
-from sheeprlhf.structure.evaluation import REFERENCES, START, RewardConfig
+from sheeprlhf.structure.evaluation import NOTHING, REFERENCES, START, RewardConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logprobs_of, set_up
@@ -30,7 +30,6 @@ from sheeprlhf.task.eval.statistics import interval_of, standard_error
 from sheeprlhf.task.loop import distinct_bigrams
 from sheeprlhf.task.models import check_reward_columns, load_policy_from_run
 from sheeprlhf.utils.end_tokens import end_token_ids
-from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 
 
@@ -39,12 +38,12 @@ class Written(NamedTuple):
 
     Attributes:
         own: the evaluated policy's answers.
-        other: what they have to beat.
+        other: the answers to compare with; None compares with nothing.
         kl_N: (P,) nats of each response; None without a start.
     """
 
     own: Answers
-    other: Answers
+    other: Answers | None
     kl_N: np.ndarray | None
 
 
@@ -60,24 +59,28 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     written = _write(job, rows, longest, against)
     judge = Judge(job, longest)
     trust = judge.trust()
-    scores_N, others_N = judge.scores(written.own), judge.scores(written.other)
+    scores_N = judge.scores(written.own)
+    others_N = None if written.other is None else judge.scores(written.other)
     numbers = _figures(cfg, against, written, scores_N, others_N, trust)
-    texts, others = written.own.texts, written.other.texts
-    kept = [
+    texts = written.own.texts
+    kept: list[dict[str, Any]] = [
         {
             "row": row.row_id,
             "prompt": texts.prompts[number],
             "response": texts.responses[number],
             "score": float(scores_N[number]),
-            "against": others.responses[number],
-            "against_score": float(others_N[number]),
         }
         for number, row in enumerate(rows)
     ]
+    shown = {"model": scores_N}
+    if written.other is not None and others_N is not None:
+        shown[Path(against).name] = others_N
+        for record, response, score in zip(kept, written.other.texts.responses, others_N, strict=True):
+            record |= {"against": response, "against_score": float(score)}
     if trust is not None and trust.at_chance():
         job.say(trust.warning())
-    draw = partial(draw_histogram, {"model": scores_N, Path(against).name: others_N}, f"score ({judge.name()})")
-    table = _table(numbers, judge.name(), float(others_N.mean()), trust)
+    draw = partial(draw_histogram, shown, f"score ({judge.name()})")
+    table = _table(numbers, judge.name(), trust)
     name = f"reward-{judge.name()}-{task.data_split}"
     return save_result(fabric, cfg, name, numbers, table=table, rows=kept, draw=draw)
 
@@ -89,20 +92,14 @@ def longest_sequence(cfg: EvalConfig, model: ModelConfig, rows: list[Example]) -
 
 
 def _opponent(job: Evaluation, rows: list[Example]) -> str:
-    """Opponent of the win rate: `task.against`, or the initial model if rows have no responses.
-
-    Raises:
-        DataError: there is neither.
-    """
+    """Opponent of the win rate: `task.against`, or the initial model or nothing if the rows have no responses."""
     assert isinstance(job.cfg.task, RewardConfig)
     against = job.cfg.task.against
-    if against.casefold() in (REFERENCES, START):
+    if against.casefold() in (REFERENCES, START, NOTHING):
         against = against.casefold()
     if against == REFERENCES and not all(row.responses for row in rows):
-        if start_of(job.cfg) is None:
-            raise DataError("rows have no responses to compare with, and the model no start: give task.against=<run>")
-        job.say("rows have no responses of their own: compared with what the run started from (task.against=start)")
-        return START
+        against = NOTHING if start_of(job.cfg) is None else START
+        job.say(f"rows have no responses to compare with: task.against={against} is used")
     return against
 
 
@@ -113,14 +110,14 @@ def _write(job: Evaluation, rows: list[Example], longest: int, against: str) -> 
     own = answer(job, writer, rows, samples=True)
     logprobs_N = logprobs_of(job, writer, own, "log-probabilities") if start is not None else None
     del writer
-    other, kl_N = references_of(rows, job.tokenizer) if against == REFERENCES else own, None
+    other, kl_N = references_of(rows, job.tokenizer) if against == REFERENCES else None, None
     if start is not None and logprobs_N is not None:
         begun = set_up(job, job.load_start(start, longest))
         kl_N = kl_of_responses(own, logprobs_N, logprobs_of(job, begun, own, "start"))
         if against == START:
             other = answer(job, begun, rows, samples=True)
         del begun
-    if against not in (REFERENCES, START):
+    if against not in (REFERENCES, START, NOTHING):
         other = _of_run(job, against, rows)
     return Written(own, other, kl_N)
 
@@ -151,20 +148,23 @@ def _figures(
     against: str,
     written: Written,
     scores_N: np.ndarray,
-    others_N: np.ndarray,
+    others_N: np.ndarray | None,
     trust: RewardModelAccuracy | None,
 ) -> dict[str, Any]:
     """The numbers of the result."""
     texts, kl_N = written.own.texts, written.kl_N
-    won_N = (scores_N > others_N) + 0.5 * (scores_N == others_N)
     score, score_interval = interval_of(scores_N, seed=cfg.seed)
-    win_rate, win_rate_interval = interval_of(won_N, seed=cfg.seed)
+    win_rate, win_rate_interval = None, None
+    if others_N is not None:
+        won_N = (scores_N > others_N) + 0.5 * (scores_N == others_N)
+        win_rate, win_rate_interval = interval_of(won_N, seed=cfg.seed)
     return {
         "score": score,
         "score_interval": score_interval,
         "win_rate": win_rate,
         "win_rate_interval": win_rate_interval,
         "against": against,
+        "against_score": None if others_N is None else float(others_N.mean()),
         "rows": len(scores_N),
         "kl": None if kl_N is None else float(kl_N.mean()),
         "kl_error": None if kl_N is None else standard_error(kl_N),
@@ -175,17 +175,17 @@ def _figures(
     }
 
 
-def _table(numbers: dict[str, Any], judge: str, others: float, trust: RewardModelAccuracy | None) -> Table:
-    """One figure a line, each with what it needs beside it."""
+def _table(numbers: dict[str, Any], judge: str, trust: RewardModelAccuracy | None) -> Table:
+    """Table of the result, one metric per row."""
     table = Table("metric", "value")
     table.add_row(f"score ({judge})", f"{numbers['score']:.4f} ({cell(numbers['score_interval'])})")
-    against = escape(numbers["against"])
-    table.add_row(f"score of {against}", f"{others:.4f}")
-    rate = f"{numbers['win_rate']:.1%}"
-    low, high = numbers["win_rate_interval"]
-    table.add_row(f"win rate against {against}", f"{rate} ({low:.1%} to {high:.1%}) of {numbers['rows']:,}")
+    if numbers["against_score"] is not None:
+        against, (low, high) = escape(numbers["against"]), numbers["win_rate_interval"]
+        table.add_row(f"score of {against}", f"{numbers['against_score']:.4f}")
+        rate = f"{numbers['win_rate']:.1%} ({low:.1%} to {high:.1%})"
+        table.add_row(f"win rate against {against}", f"{rate} of {numbers['rows']:,}")
     if trust is not None:
-        chance = ", as a coin may be" if trust.at_chance() else ""
+        chance = " (not better than chance)" if trust.at_chance() else ""
         right = f"{trust.accuracy:.1%} of {trust.pairs:,} held-out pairs{chance}"
         table.add_row("the reward model is right in", right, style="bold red" if chance else "")
     if numbers["kl"] is not None:

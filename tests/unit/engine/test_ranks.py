@@ -16,6 +16,7 @@ from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.ranks import Peer, RollCall, join_ranks, missing_ranks_named
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.utils.errors import ConfigError, MissingRanksError
+from tests.unit.engine.toy import NEEDS_FSDP2
 
 BROKEN = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 
@@ -123,7 +124,7 @@ def test_a_batch_script_without_srun_does_not_wait_long(monkeypatch: pytest.Monk
     assert ("srun" in str(error)) == (not in_step) and "rank 1 of 2" in str(error)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=NEEDS_FSDP2)])
 def test_the_time_limit_reaches_the_strategy(strategy: str) -> None:
     fabric = make_fabric(FabricConfig(devices="2", strategy=strategy, timeout=77))
     assert fabric.strategy._timeout == timedelta(seconds=77)

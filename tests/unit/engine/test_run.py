@@ -24,7 +24,7 @@ from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.utils.errors import ConfigError, Interrupted
 from sheeprlhf.utils.processes import STOP_SIGNALS, die_with_parent, ignored, noted_stop, reliable_sigint
-from tests.unit.engine.toy import Net, forkserver, micro_batch, on_ranks, seed_all, toy_loss
+from tests.unit.engine.toy import NEEDS_FSDP2, Net, forkserver, micro_batch, on_ranks, seed_all, toy_loss
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
 
@@ -217,7 +217,7 @@ def test_who_was_started_by_a_process_that_is_gone_ends_too():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "fsdp2", "precision": "64-true"}, "does not work here"),
+        pytest.param({"strategy": "fsdp2", "precision": "64-true"}, "does not work here", marks=NEEDS_FSDP2),
         ({"strategy": "nonsense"}, "does not work here"),
         ({"accelerator": "cuda", "devices": "64"}, "does not work here"),
     ],

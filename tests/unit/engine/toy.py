@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from lightning.fabric import Fabric
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from sheeprlhf.engine.checkpoint import TrainState, restore_latest, save_checkpoint
 from sheeprlhf.engine.fabric import make_fabric
@@ -22,6 +24,7 @@ from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate, update
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.optim import AdamWConfig
 
+NEEDS_FSDP2 = pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="fsdp2 needs torch 2.13")
 HASH = "toy"
 LENGTHS = (1, 3, 17, 64)
 
