@@ -250,13 +250,13 @@ def _split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
 def _check_config_name(name: str, directory: str | None) -> None:
     """Raises ConfigError if no folder has that file."""
     from sheeprlhf.config.compose import configs_directory
-    from sheeprlhf.config.option_checks import nearest
+    from sheeprlhf.config.option_checks import did_you_mean
 
     folders = [Path(directory)] if directory else []
     folders.append(configs_directory())
     if not any((folder / f"{name.removesuffix('.yaml')}.yaml").is_file() for folder in folders):
-        near = nearest(name, [path.stem for folder in folders for path in folder.glob("*.yaml") if path.is_file()])
-        did = f"did you mean {near}?" if near else "give the name of a file of --config-dir, without its ending"
+        there = [path.stem for folder in folders for path in folder.glob("*.yaml") if path.is_file()]
+        did = did_you_mean(name, there, "give the name of a file of --config-dir, without its ending")
         raise ConfigError(f"--config-name={name} does not exist: {did}")
 
 

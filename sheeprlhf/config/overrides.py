@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from sheeprlhf.config.option_checks import nearest
+from sheeprlhf.config.option_checks import did_you_mean
 from sheeprlhf.config.registry import ROOTS, choices, options, unwrap_optional
 from sheeprlhf.config.renames import current_word, twice_given
 from sheeprlhf.config.shell import hydra_value, shell_word
@@ -178,9 +178,8 @@ def _choice_problem(verb: str, override: Override, available: dict[str, list[str
     owner = recipe_owner(value) if key == "experiment" and isinstance(value, str) else None
     if owner is not None:
         return f"experiment={value} belongs to `{owner}`: write {owner} experiment={value}; here {listed}"
-    near = nearest(str(value), names) if isinstance(value, str) else None
-    hint = f"did you mean {key}={near}? " if near else ""
-    return f"{_short(override.input_line)} is not a choice: {hint}{listed.capitalize() if hint else listed}"
+    did = did_you_mean(value if isinstance(value, str) else "", names, listed, key=f"{key}=")
+    return f"{_short(override.input_line)} is not a choice: {did}"
 
 
 def recipe_owner(recipe: str) -> str | None:

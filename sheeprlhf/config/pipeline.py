@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from sheeprlhf.config.option_checks import nearest
+from sheeprlhf.config.option_checks import did_you_mean
 from sheeprlhf.config.renames import current_word
 from sheeprlhf.config.shell import hydra_value
 from sheeprlhf.config.untrusted_config import word_problem
@@ -146,12 +146,9 @@ def _word_problems(config: PipelineConfig) -> Iterator[str]:
     for word in config.words:
         first = _first(word)
         if first not in config.stages and first not in known:
-            near = nearest(first, [*config.stages, *own, *known])
             key = word.partition("=")[0]
-            did = f"did you mean {near}{key[len(first) :]}? " if near else ""
-            yield f"there is no stage and no option {key}: {did}{names.capitalize() if did else names}"
+            did = did_you_mean(first, [*config.stages, *own, *known], names, end=key[len(first) :])
+            yield f"there is no stage and no option {key}: {did}"
     for name in config.skip:
         if name not in config.stages:
-            near = nearest(name, config.stages)
-            did = f"did you mean skip=[{near}]? " if near else ""
-            yield f"skip={name} is no stage: {did}{names.capitalize() if did else names}"
+            yield f"skip={name} is no stage: {did_you_mean(name, config.stages, names, key='skip=[', end=']')}"

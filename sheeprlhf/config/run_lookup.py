@@ -222,10 +222,9 @@ def newest_finished(root_dir: str, *, key: str, trains: Collection[str], other_t
         ConfigError: there is none.
     """
     skipped = None if other_than is None else Path(other_than).resolve()
-    for run in find_runs(root_dir):
+    for run in _runs(root_dir, finished=True):
         task = choices("task", "train").get(str(run.info.get("task")))
-        left = run.info.get("status") == "finished" and (run.dir / "final").is_dir()
-        if left and getattr(task, "trains", None) in trains and run.dir.resolve() != skipped:
+        if getattr(task, "trains", None) in trains and run.dir.resolve() != skipped:
             return str(run.dir.absolute())
     raise ConfigError(
         f"{key}: {Path(root_dir).absolute()} has no finished run that trained a {' or a '.join(trains)}: `list runs` "
@@ -260,16 +259,9 @@ def newest_unfinished(root_dir: str, config: TrainConfig | None = None) -> str:
     Raises:
         ConfigError: there is none.
     """
-    for run in find_runs(root_dir):
-        if run.info.get("status") == "finished":
-            continue
-        if config is None:
-            return str(run.dir.absolute())
-        model: Any = {}
-        with suppress(ConfigError):
-            model = read_run_config(str(run.dir)).get("model")
-        same = isinstance(model, dict) and is_same_model(model.get("repo_name"), config.model.repo_name)
-        if same and run.info.get("task") == config.task.config_name:
+    for run in _runs(root_dir, finished=False):
+        same_task = config is None or run.info.get("task") == config.task.config_name
+        if same_task and (config is None or _has_model(run, config.model.repo_name)):
             return str(run.dir.absolute())
     of = "" if config is None else f" of task={config.task.config_name} with model.repo_name={config.model.repo_name}"
     raise ConfigError(
@@ -299,17 +291,28 @@ def _resumable(config: TrainConfig, given_dir: str | None) -> list[FoundRun]:
 
 def _newest(config: Needy, task: str, wanted: ModelConfig | None) -> Path | None:
     """The newest finished run of a task on the configured model; a dry run is one for dry runs alone."""
-    for run in find_runs(config.root_dir):
-        if run.info.get("task") != task or run.info.get("status") != "finished" or not (run.dir / "final").is_dir():
-            continue
-        with suppress(ConfigError):
-            saved = read_run_config(str(run.dir))
-            model = saved.get("model")
-            name = model.get("repo_name") if isinstance(model, dict) else None
-            usable = config.dry_run or not saved.get("dry_run")
-            if wanted is not None and usable and is_same_model(name, wanted.repo_name):
-                return run.dir
+    for run in _runs(config.root_dir, finished=True):
+        same_task = wanted is not None and run.info.get("task") == task
+        if same_task and _has_model(run, wanted.repo_name, dry_run=config.dry_run):
+            return run.dir
     return None
+
+
+def _runs(root_dir: str, *, finished: bool) -> Iterator[FoundRun]:
+    """The runs, newest first, that have finished and have their weights, or those that have not finished."""
+    for run in find_runs(root_dir):
+        if finished == (run.info.get("status") == "finished") and (not finished or (run.dir / "final").is_dir()):
+            yield run
+
+
+def _has_model(run: FoundRun, repo_name: str | None, *, dry_run: bool = True) -> bool:
+    """True if a run was trained from this model and, unless `dry_run`, is no dry run."""
+    with suppress(ConfigError):
+        saved = read_run_config(str(run.dir))
+        model = saved.get("model")
+        same = isinstance(model, dict) and is_same_model(model.get("repo_name"), repo_name)
+        return same and (dry_run or not saved.get("dry_run"))
+    return False
 
 
 def is_same_model(first: Any, second: Any) -> bool:
