@@ -292,8 +292,9 @@ def _resumable(config: TrainConfig, given_dir: str | None) -> list[FoundRun]:
 def _newest(config: Needy, task: str, wanted: ModelConfig | None) -> Path | None:
     """The newest finished run of a task on the configured model; a dry run is one for dry runs alone."""
     for run in _runs(config.root_dir, finished=True):
-        same_task = wanted is not None and run.info.get("task") == task
-        if same_task and _has_model(run, wanted.repo_name, dry_run=config.dry_run):
+        if run.info.get("task") != task or wanted is None:
+            continue
+        if _has_model(run, wanted.repo_name, dry_run=config.dry_run):
             return run.dir
     return None
 
