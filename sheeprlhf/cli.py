@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from sheeprlhf.config.compose import Job
     from sheeprlhf.launch import Finished
 
-_MODULES = {"chat": "serve.chat", "demo": "serve.demo", "export": "export.command", "report": "report.command"}
+_MODULES = {"chat": "serve.chat", "demo": "serve.demo", "report": "report.command"}
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
 _LASTING = (["train"], ["pipeline"])  # commands that go on when nobody reads their output any more
 PARALLEL_VERBS = ("train", "eval", "pipeline")

@@ -30,7 +30,7 @@ LIGHT = [
     "apps/serve/chat.py",
     "apps/serve/demo.py",
     "apps/show.py",
-    "apps/export/command.py",
+    "apps/export.py",
     "apps/report",
     "apps/flags.py",
     "apps/help.py",

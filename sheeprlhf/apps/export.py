@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> int:
 
     from transformers.utils import logging as transformers_logging
 
-    from sheeprlhf.apps.export.model_card import card_text, check_records
+    from sheeprlhf.apps.model_card import card_text, check_records
     from sheeprlhf.data.prompt_encoder import form_of
     from sheeprlhf.task.export import export_model
 

@@ -1,1 +1,0 @@
-"""`export`: a model folder for plain transformers."""
