@@ -10,18 +10,30 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.agent.batches import choose_packed
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.checkpoint import saved_tensors
+from sheeprlhf.model.adapter import locate_adapter
 from sheeprlhf.model.attention import accepted, logits_at, placeholder_mask
 from sheeprlhf.model.layers import sparse_last_mlp
 from sheeprlhf.model.lm_head import TokenLogprobs, head_logprobs, head_scores, logprobs_from_logits
 from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm
-from sheeprlhf.model.lora import POLICY, adapter_in_use, adapters_off, add_lora, save_model
+from sheeprlhf.model.lora import (
+    POLICY,
+    REFERENCE,
+    adapter_in_use,
+    adapters_off,
+    add_second_adapter,
+    copy_adapter,
+    load_lora,
+    merge_lora,
+    save_model,
+    with_adapter,
+)
 from sheeprlhf.model.router import router_logits_of
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import add_end_ids
@@ -209,32 +221,51 @@ def load_policy(
     """
     model = load_causal_lm(cfg, vocabulary=num_rows_needed(tokenizer), longest=longest, new_head=new_head, say=say)
     if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
-        policy = Policy(add_lora(model, cfg.lora_cfg))
+        policy = Policy(with_adapter(model, cfg, say))
+    elif cfg.adapter is not None:
+        say(f"model.adapter={cfg.adapter} is merged into the weights")
+        policy = Policy(merge_lora(load_lora(model, locate_adapter(cfg.adapter), say)).model)
     else:
         policy = Policy(model)
     causal_lm = policy.causal_lm()
     return policy, choose_packed(policy, causal_lm, longest=longest, batching=batching, say=say)
 
 
-class BaseModelReference(nn.Module):
-    """Reference of a policy with adapters: the base model without them; holds no weights of its own."""
+class SharedReference(nn.Module):
+    """Reference of a policy with adapters, on its base: without them, or with a copy of those that it started from.
 
-    def __init__(self, policy: Policy) -> None:
+    Args:
+        policy: a policy with adapters.
+        adapter: name of the adapter that holds the copy; None computes without adapters.
+    """
+
+    def __init__(self, policy: Policy, adapter: str | None = None) -> None:
         super().__init__()
         self._policy = (policy,)  # hidden from torch: its weights are not this module's
+        self._adapter = adapter
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> TokenLogprobs:
         """As `Policy.forward`; also after an error the adapters are on again."""
         [policy] = self._policy
         assert isinstance(policy.model, PeftModel)
-        with adapters_off(policy.model):
+        with adapters_off(policy.model) if self._adapter is None else adapter_in_use(policy.model, self._adapter):
             return policy(batch, temperature=temperature)
 
 
-def reference_of(policy: Policy) -> Policy | BaseModelReference:
-    """The policy as it is now, for later, when it has moved; before training and before a checkpoint is restored."""
+def reference_of(policy: Policy, *, new_adapter: bool = True) -> Policy | SharedReference:
+    """The policy as it is now, for later, when it has moved; before training and before a checkpoint is restored.
+
+    Args:
+        policy: the policy.
+        new_adapter: its adapters, if it has some, are new: they change nothing yet.
+    """
     if isinstance(policy.model, PeftModel):
-        return BaseModelReference(policy)
+        if new_adapter:
+            return SharedReference(policy)
+        config = cast(LoraConfig, copy.deepcopy(policy.model.peft_config[POLICY]))
+        add_second_adapter(policy.model, REFERENCE, config, trains=False)
+        copy_adapter(policy.model, POLICY, REFERENCE)
+        return SharedReference(policy, REFERENCE)
     reference = copy.deepcopy(policy).eval()
     reference.requires_grad_(False)
     return reference

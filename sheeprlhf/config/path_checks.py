@@ -23,6 +23,7 @@ from sheeprlhf.utils.hub import EMBEDDED, PICKLED, WEIGHTS_FILES, embedded_folde
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_ADAPTER_CONFIG = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
@@ -127,7 +128,7 @@ def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
             return f"{given} is neither a folder nor a hub id (owner/name): give one of them"
         return None
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
+        if (folder / _ADAPTER_CONFIG).is_file():
             from sheeprlhf.security.model_folder import merge_advice
 
             return f"{given}: {merge_advice(folder)}"
@@ -140,6 +141,21 @@ def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
             "with an index: give a folder that has them (model.random_init=true trains random weights instead)"
         )
     return None
+
+
+def adapter_problem(adapter: str) -> str | None:
+    """The reason that `model.adapter` cannot be loaded, from local files only; the hub is not contacted."""
+    given, folder = f"model.adapter={adapter}", expand_home(adapter)
+    if not folder.is_dir():
+        if os.path.lexists(folder) or not is_hub_id(adapter):
+            did = near_file("model.adapter", str(folder))
+            return f"{given} is neither a folder nor a hub id (owner/name): {did}give one of them"
+        return None
+    if (folder / _ADAPTER_CONFIG).is_file():
+        return None
+    final = folder / "final"
+    fix = f"model.adapter={final}" if (final / _ADAPTER_CONFIG).is_file() else "a folder of PEFT's save_pretrained"
+    return f"{given}: this folder has no {_ADAPTER_CONFIG}: give {fix}"
 
 
 def is_template_file(choice: str) -> bool:
@@ -340,7 +356,9 @@ def _is_data(path: str) -> bool:
 
 
 _KINDS: dict[str, Callable[[str], bool]] = {
-    **dict.fromkeys(("model.repo_name", "data.dataset_name", "reward.folder"), os.path.isdir),  # else a hub id
+    **dict.fromkeys(
+        ("model.repo_name", "model.adapter", "data.dataset_name", "reward.folder"), os.path.isdir
+    ),  # else a hub id
     **dict.fromkeys(
         ("task.sft_experiment_dir", "task.rm_experiment_dir", "task.against"), os.path.isdir
     ),  # else a word

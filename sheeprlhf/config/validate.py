@@ -11,7 +11,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from sheeprlhf.config.option_checks import did_you_mean, near_path, option_problems, unread
-from sheeprlhf.config.path_checks import data_file_problems, model_problem, new_folder_problems, template_problem
+from sheeprlhf.config.path_checks import (
+    adapter_problem,
+    data_file_problems,
+    model_problem,
+    new_folder_problems,
+    template_problem,
+)
 from sheeprlhf.config.registry import OF_A_MIXTURE, choices, datasets_of, options
 from sheeprlhf.config.run_lookup import start_problems
 from sheeprlhf.structure.data import DataConfig, LayoutDataConfig, LocalDataConfig, MixDataConfig
@@ -228,12 +234,28 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
             yield "model.freeze_transformer=true leaves no layer for adapters: give model.finetune_mode=ALL"
         if model.random_init:
             yield "model.random_init=true has nothing for adapters to adapt: give model.finetune_mode=ALL"
+    yield from _adapter_problems(model)
     yield from _new_token_problems(model)
     library = model.library_cfg
     if library.trust_remote_code and not _COMMIT.fullmatch(library.revision or ""):
         yield (
             "model.library_cfg.trust_remote_code=true runs Python code of the model's authors on this machine: "
             "pin what you have read with model.library_cfg.revision=<40-digit commit>"
+        )
+
+
+def _adapter_problems(model: ModelConfig) -> Iterator[str]:
+    if model.adapter is None:
+        return
+    problem = adapter_problem(model.adapter)
+    if problem:
+        yield problem
+    if model.random_init:
+        yield f"model.random_init=true has nothing that model.adapter={model.adapter} fits: remove one of them"
+    if model.resize_embeddings and model.finetune_mode == "LORA":
+        yield (
+            f"model.resize_embeddings=true trains rows that model.adapter={model.adapter} does not have: remove one of "
+            "them, or give model.finetune_mode=ALL"
         )
 
 
@@ -384,6 +406,9 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         )
     yield from sharding_problems(config, able=config.task.shards)
     yield from start_problems(config)
+    start = getattr(config.task, "sft_experiment_dir", None)
+    if start is not None and config.model.adapter is not None:
+        yield f"model.adapter={config.model.adapter} and task.sft_experiment_dir={start} are two starts: give one"
     if config.task.trains == "reward model":
         yield from unread_options(config, "generation.stop_strings")
     if isinstance(config.task, OnlineTaskConfig):

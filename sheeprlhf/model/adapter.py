@@ -11,8 +11,11 @@ from typing import Any
 
 from peft import LoraConfig
 
-from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS, read_json, tensors_of
+from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS, PICKLED_ADAPTERS, read_json, tensors_of
+from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.home import expand_home
+from sheeprlhf.utils.hub import why_offline
 
 _NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # PEFT takes some names for patterns: none of these takes long
 _MAX_NAMES = 10_000
@@ -91,6 +94,26 @@ _KNOWN = {
 }
 
 
+def locate_adapter(adapter: str) -> Path:
+    """The folder of `model.adapter`: itself, or a hub id's in the hub's cache.
+
+    Raises:
+        ModelError: the hub has no such adapter, or does not answer and the cache lacks it.
+    """
+    folder = expand_home(adapter)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    offline = why_offline()
+    names = [ADAPTER_CONFIG, ADAPTERS, PICKLED_ADAPTERS]
+    try:
+        return Path(snapshot_download(adapter, local_files_only=bool(offline), allow_patterns=names))
+    except OSError as error:
+        reason = f"{offline} and it is not in the local cache" if offline else str(error).strip().splitlines()[0]
+        raise ModelError(f"model.adapter={adapter} cannot be loaded: {reason}; give a folder") from error
+
+
 def read_adapter_config(folder: Path) -> LoraConfig:
     """The adapters of a PEFT folder, for loading: its weights have been looked at too.
 
@@ -126,3 +149,35 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
             yield f"{key[:60]} is not one of the settings that are read; only plain LoRA is: set it to null"
         if key in _KNOWN and not _KNOWN[key](value):
             yield f"{key}={str(value)[:60]} is not a value that it may have"
+
+
+def conflicting_options(cfg: ModelConfig, config: LoraConfig) -> list[str]:
+    """Options of `model.lora_cfg` that were given and that an adapter has otherwise, each with the adapter's value.
+
+    Args:
+        cfg: an option counts as given if its value is not the default of this model.
+        config: of the adapter.
+    """
+    default, given = type(cfg)().lora_cfg or LORAConfig(), cfg.lora_cfg or LORAConfig()
+    theirs: dict[str, Any] = {
+        "rank": config.r,
+        "alpha": config.lora_alpha,
+        "dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "targets": config.target_modules,
+        "layers_to_transform": config.layers_to_transform or [],
+        "modules_to_save": config.modules_to_save or [],
+        "init": "that of the file",
+    }
+    found = {key: _plain(getattr(given, key)) for key in theirs}
+    changed = [key for key in theirs if found[key] != _plain(getattr(default, key))]
+    return [
+        f"model.lora_cfg.{key}={found[key]}: the adapter has {_plain(theirs[key])}"
+        for key in changed
+        if found[key] != _plain(theirs[key])
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list | tuple | set) else value

@@ -21,6 +21,7 @@ from peft import (
 )
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,18 +29,18 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sheeprlhf.config.validate import is_pattern, parse_targets
-from sheeprlhf.model.adapter import read_adapter_config
+from sheeprlhf.model.adapter import locate_adapter, read_adapter_config
 from sheeprlhf.model.lm_head import HEAD
 from sheeprlhf.model.load import saved_dtype
 from sheeprlhf.model.new_tokens import base_of, trained_rows
 from sheeprlhf.security.model_folder import ADAPTERS, tensors_of
 from sheeprlhf.security.pickled_weights import adapter_folder
-from sheeprlhf.structure.model import LORAConfig
+from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.modes import eval_mode
 
 POLICY = "default"  # PEFT's name for the first adapter of a model: that of the policy
-CRITIC, REWARD = "critic", "reward"  # further ones on the same base
+CRITIC, REWARD, REFERENCE = "critic", "reward", "reference"  # further ones on the same base
 # Of 1 + the largest output. Merging adds W + BA first instead of Wx + BAx: sums in another order, and rounded weights.
 _MERGE_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
 _FLOAT32_MERGE_TOLERANCE = 1e-4
@@ -59,22 +60,24 @@ class Merged(NamedTuple):
     difference: float
 
 
-def load_lora(model: PreTrainedModel, folder: Path, say: Notify = lambda _: None) -> PeftModel:
-    """Put the adapters of a PEFT folder on the model, frozen.
+def load_lora(model: PreTrainedModel, folder: Path, say: Notify = lambda _: None, *, trains: bool = False) -> PeftModel:
+    """Put the adapters of a PEFT folder on the model.
 
     Args:
         model: the model that they were trained on.
         folder: has them as safetensors, or as a pickle, which is converted.
         say: prints a line for the user.
+        trains: the adapters train; else they are frozen.
 
     Raises:
         ModelError: the folder holds no adapters that fit the model.
     """
     folder = adapter_folder(folder, say)
     config = read_adapter_config(folder)
+    config.base_model_name_or_path = model.name_or_path or config.base_model_name_or_path
     try:
         with _peft_warnings_ignored():
-            adapted = PeftModel.from_pretrained(model, folder, config=config)
+            adapted = PeftModel.from_pretrained(model, folder, config=config, is_trainable=trains)
         check_tensors(adapted, POLICY, tensors_of(folder, ADAPTERS))
         return adapted
     except ModelError:
@@ -132,6 +135,24 @@ def check_adapters(model: PreTrainedModel, folder: Path, say: Notify) -> None:
         raise
     except ValueError as error:
         raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
+
+
+def with_adapter(model: PreTrainedModel, cfg: ModelConfig, say: Notify = lambda _: None) -> PeftModel:
+    """The language model with adapters that train: new ones, or those of `model.adapter`.
+
+    Raises:
+        ModelError: they do not fit the model.
+    """
+    if cfg.adapter is None:
+        assert cfg.lora_cfg is not None
+        return add_lora(model, cfg.lora_cfg)
+    folder = locate_adapter(cfg.adapter)
+    if model.device.type != "meta":
+        return load_lora(model, folder, say, trains=True)
+    config = read_adapter_config(adapter_folder(folder, say))
+    config.inference_mode = False
+    with _peft_warnings_ignored():
+        return cast(PeftModel, get_peft_model(model, config))
 
 
 def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None) -> PeftModel:
@@ -282,9 +303,10 @@ def lora_config(
         language_head: the language head is used, and rows of it train where those of the embedding do.
     """
     rows = _rows_of_adapters(model, language_head=language_head)
-    whole = [*cfg.modules_to_save, *(name for name, numbers in rows.items() if not numbers)]
-    if head is not None:
-        whole.append(head)
+    whole = [name for name, numbers in rows.items() if not numbers] + ([] if head is None else [head])
+    if language_head:  # a critic's adapter leaves modules that the policy trains as they were
+        whole = [*cfg.modules_to_save, *whole]
+    copies = any(isinstance(module, ModulesToSaveWrapper) for module in model.modules())
     return LoraConfig(
         task_type="CAUSAL_LM" if head is None else "SEQ_CLS",
         modules_to_save=whole or None,
@@ -297,6 +319,7 @@ def lora_config(
         init_lora_weights=True if cfg.init == "default" else cast(Any, cfg.init),
         layers_to_transform=list(cfg.layers_to_transform) or None,
         target_modules=_target_modules(model, cfg),
+        exclude_modules=r"(.*\.)?(original_module|modules_to_save)(\..*)?" if copies else None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
 

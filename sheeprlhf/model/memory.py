@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 from sheeprlhf.model.attention import packing_limit, placeholder_mask
 from sheeprlhf.model.lm_head import HEAD, MAX_LOGITS, with_score_head
 from sheeprlhf.model.load import backbone_and_head, load_causal_lm
-from sheeprlhf.model.lora import add_lora
+from sheeprlhf.model.lora import add_lora, with_adapter
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig, SGDConfig
 from sheeprlhf.structure.task import TrainTaskConfig
@@ -122,7 +122,7 @@ def build_on_meta(cfg: ModelConfig, *, scores: bool, vocabulary: int = 0) -> tup
             whole.requires_grad_(False)
             getattr(whole, HEAD).requires_grad_(True)
         if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
-            return causal_lm, add_lora(whole, cfg.lora_cfg, head=HEAD if scores else None)
+            return causal_lm, add_lora(whole, cfg.lora_cfg, head=HEAD) if scores else with_adapter(causal_lm, cfg)
     return causal_lm, whole
 
 

@@ -51,6 +51,11 @@ class ModelConfig(Config):
     repo_name: Optional[str] = option("???", "Hub id (owner/name) or local folder in the hub's layout.")
     finetune_mode: str = option("ALL", "What trains: all weights, or LoRA adapters.", choices=("ALL", "LORA"))
     lora_cfg: Optional[LORAConfig] = LORAConfig()
+    adapter: Optional[str] = option(
+        None,
+        "LoRA adapter of PEFT to start from, folder or hub id: trained further with finetune_mode=LORA (its own rank, "
+        "alpha, ... apply), else merged into the weights first.",
+    )
     library_cfg: HuggingFaceConfig = HuggingFaceConfig()
     chat_template: Optional[str] = option(
         None,

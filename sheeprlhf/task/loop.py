@@ -274,7 +274,8 @@ class RolloutLoop:
         self.module, self.optimizer = trained or set_up(fabric, run.cfg.optim, self.models.policy, run.cfg.peak_lr())
         self._learners = self.module if learners is None else learners
         self._eval_weights = eval_weights
-        self.collect = build_collector(fabric, run, self._setup, reference_of(self.models.policy))
+        reference = reference_of(self.models.policy, new_adapter=run.cfg.model.adapter is None)
+        self.collect = build_collector(fabric, run, self._setup, reference)
         torch.manual_seed(run.cfg.seed + fabric.global_rank)  # equal weights on all ranks, other dropout
         self.state = run.restore(self._learners, self.optimizer)
         self.collect.restore(self.state.extra)

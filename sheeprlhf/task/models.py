@@ -28,13 +28,13 @@ from sheeprlhf.model.lora import (
     CRITIC,
     POLICY,
     REWARD,
-    add_lora,
     add_second_adapter,
     copy_adapter,
     load_lora,
     load_score_adapter,
     lora_config,
     merge_lora,
+    with_adapter,
 )
 from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.reward.score import check_columns, state_warnings, wanted_columns
@@ -429,6 +429,8 @@ def load_initial_policy(
         SheepError: the weights cannot be loaded.
     """
     whole = dataclasses.replace(cfg, finetune_mode="ALL", freeze_transformer=cfg.freeze_transformer and not new_head)
+    if cfg.finetune_mode == "LORA" and not new_head:
+        whole.adapter = None  # it trains, beside the weights
     if run_dir is None:
         return load_policy(whole, tokenizer, **how, new_head=new_head)
     of_run = model_of_start(cfg, run_dir, tokenizer)
@@ -465,10 +467,10 @@ def model_of_start(cfg: ModelConfig, run_dir: str, tokenizer: PreTrainedTokenize
 
 
 def with_adapters(policy: Policy, cfg: ModelConfig) -> Policy:
-    """The policy with new adapters on its model if the configuration asks for them."""
+    """The policy with adapters that train if the configuration asks for them: new ones or those of `model.adapter`."""
     if cfg.finetune_mode != "LORA" or cfg.lora_cfg is None:
         return policy
-    return Policy(add_lora(policy.causal_lm(), cfg.lora_cfg))
+    return Policy(with_adapter(policy.causal_lm(), cfg))
 
 
 def _whole_model(cfg: ModelConfig, run_dir: Path | None, weights: str) -> ModelConfig | None:
@@ -487,6 +489,7 @@ def _whole_model(cfg: ModelConfig, run_dir: Path | None, weights: str) -> ModelC
             f"{run_dir}: this run has no final/ yet; finish it with {shell_word('resume_from', str(run_dir))}"
         )
     whole = dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False)
+    whole.adapter = None
     whole.chat_template = None  # the tokenizer in the folder has it
     return whole
 

@@ -20,6 +20,7 @@ from transformers import (
 
 from sheeprlhf.agent.batches import check_batching
 from sheeprlhf.config.run_lookup import read_run_config, saved_group, task_of_run
+from sheeprlhf.model.adapter import conflicting_options, locate_adapter, read_adapter_config
 from sheeprlhf.model.attention import packing_limit
 from sheeprlhf.model.lm_head import padding_token, scalar_model
 from sheeprlhf.model.load import check_vocabulary, check_weights, load_tokenizer
@@ -27,6 +28,7 @@ from sheeprlhf.model.lora import check_adapters
 from sheeprlhf.model.memory import build_on_meta
 from sheeprlhf.rollout.engines import check_engine
 from sheeprlhf.rollout.rollout import turn_texts
+from sheeprlhf.security.pickled_weights import adapter_folder
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.reward import model_sources
@@ -41,7 +43,7 @@ from sheeprlhf.task.models import (
     reward_folder_errors,
     reward_model_source,
 )
-from sheeprlhf.utils.errors import Notify
+from sheeprlhf.utils.errors import ConfigError, Notify
 from sheeprlhf.utils.modes import isolated_rng
 from sheeprlhf.utils.rendering import check_template_args
 from sheeprlhf.utils.vocabulary import num_rows_needed
@@ -108,6 +110,8 @@ def _check_training(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> 
     if start is not None:
         model_of_start(config.model, start, tokenizer)
     scores = task.trains == "reward model"
+    if config.model.adapter is not None and config.model.finetune_mode == "LORA" and not scores:
+        _check_continued_adapter(config, config.model.adapter)
     with isolated_rng(), suppress(*_CODE_THAT_READS):
         causal_lm, _ = build_on_meta(config.model, scores=scores, vocabulary=num_rows_needed(tokenizer))
         check_batching(task.batching, packing_limit(causal_lm, 0))
@@ -118,6 +122,19 @@ def _check_training(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> 
             scalar_model(causal_lm, tokenizer)  # the critic
     if scores:
         padding_token(tokenizer)
+
+
+def _check_continued_adapter(config: TrainConfig, adapter: str) -> None:
+    """Raise ConfigError for options that the adapter, which goes on training, has otherwise or excludes."""
+    found = read_adapter_config(adapter_folder(locate_adapter(adapter), lambda _: None))
+    problems = [f"{conflict}: leave the option out" for conflict in conflicting_options(config.model, found)]
+    if isinstance(config.task, OnlineTaskConfig) and found.lora_dropout:
+        problems.append(
+            f"model.adapter={adapter} has lora_dropout={found.lora_dropout}: task={config.task.config_name} compares "
+            "probabilities of different passes: set it to 0 in its adapter_config.json"
+        )
+    if problems:
+        raise ConfigError(*problems)
 
 
 def check_needed(needed: Needed, say: Notify) -> str:
@@ -149,7 +166,7 @@ def models_of(config: TrainConfig | EvalConfig) -> Iterator[Needed]:
     elif config.experiment_dir is not None:
         yield from _of_run(config.experiment_dir, getattr(task, "model_name", "final"), starts=_MAX_STARTS)
     elif config.model is not None:
-        yield Needed(config.model)
+        yield from _of_start(config.model, None, "", new_head=False, starts=0)
     rule = None if config.data is None else config.data.rule_reward
     terms = model_sources(config.reward, rule) if isinstance(task, OnlineTaskConfig | ScoredConfig) else []
     for term in terms:
@@ -166,6 +183,8 @@ def _of_start(
     """Files that `load_initial_policy` loads."""
     if run_dir is None:
         yield Needed(model, new_head=new_head)
+        if model.adapter is not None:
+            yield Needed(model, adapters=locate_adapter(model.adapter))
     elif starts:
         yield from _of_run(run_dir, weights, starts=starts - 1)
 
@@ -182,6 +201,8 @@ def _of_run(run_dir: str, weights: str, *, starts: int) -> Iterator[Needed]:
             yield Needed(whole, scores=scores)
         return
     start = initial_run(saved_group(run_dir, "task"))
+    if weights == "final" and not scores:  # it has the adapter that `model.adapter` has become
+        model = dataclasses.replace(model, adapter=None)
     needed = list(_of_start(model, *start, new_head=scores, starts=starts))
     yield from needed
     if weights == "final" and needed:

@@ -99,7 +99,8 @@ class Evaluation:
 
     def load_start(self, start: "Start", longest: int) -> tuple[Policy, bool]:
         """Load the policy that its training started from; tell whether its batches are packed."""
-        return load_initial_policy(self.model, start.run_dir, start.weights, self.tokenizer, **self.options(longest))
+        whole = dataclasses.replace(self.model, finetune_mode="ALL")  # with model.adapter merged, if there is one
+        return load_initial_policy(whole, start.run_dir, start.weights, self.tokenizer, **self.options(longest))
 
 
 def longest_with_response(cfg: EvalConfig, model: ModelConfig, rows: Sequence[Example]) -> int:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from sheeprlhf.agent.policy import BaseModelReference, Policy, reference_of
+from sheeprlhf.agent.policy import Policy, SharedReference, reference_of
 from sheeprlhf.agent.reward import AdapterValueModel, reward_model_of
 from sheeprlhf.data.example import collate_packed
 from sheeprlhf.model.load import load_causal_lm, load_tokenizer
@@ -74,7 +74,7 @@ def gradients(module: Policy | AdapterValueModel) -> dict[str, Tensor]:
 def test_without_adapters_it_is_the_base_bit_for_bit(shared: Shared) -> None:
     """Also in training mode, with dropout in the adapters; and afterwards they compute again."""
     reference = reference_of(shared.policy)
-    assert isinstance(reference, BaseModelReference)
+    assert isinstance(reference, SharedReference)
     assert list(reference.parameters()) == []
     shared.policy.train()
     before = flags(shared.policy)
@@ -89,7 +89,7 @@ def test_an_error_leaves_nothing_switched(shared: Shared) -> None:
     shared.policy.eval()
     before, flags_before = shared.policy(BATCH).target_N.detach(), flags(shared.critic)
     with pytest.raises(AttributeError):
-        BaseModelReference(shared.policy)("no batch")  # type: ignore[arg-type]
+        SharedReference(shared.policy)("no batch")  # type: ignore[arg-type]
     with pytest.raises(AttributeError), shared.critic.in_use():
         shared.critic("no batch")
     assert torch.equal(shared.policy(BATCH).target_N.detach(), before)
