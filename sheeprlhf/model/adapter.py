@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS, PICKLED_ADAPTERS, read_json, tensors_of
+from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS, adapter_folder_of, read_json, tensors_of
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.home import expand_home
@@ -103,12 +103,9 @@ def locate_adapter(adapter: str) -> Path:
     folder = expand_home(adapter)
     if folder.is_dir():
         return folder
-    from huggingface_hub import snapshot_download
-
     offline = why_offline()
-    names = [ADAPTER_CONFIG, ADAPTERS, PICKLED_ADAPTERS]
     try:
-        return Path(snapshot_download(adapter, local_files_only=bool(offline), allow_patterns=names))
+        return adapter_folder_of(adapter, local_only=bool(offline))
     except OSError as error:
         reason = f"{offline} and it is not in the local cache" if offline else str(error).strip().splitlines()[0]
         raise ModelError(f"model.adapter={adapter} cannot be loaded: {reason}; give a folder") from error

@@ -90,6 +90,18 @@ def folder_of(source: str, revision: str | None, *, local_only: bool) -> Path:
     )
 
 
+def adapter_folder_of(source: str, *, local_only: bool) -> Path:
+    """The folder of a hub id's adapters in the hub's cache, where its files are brought first.
+
+    Raises:
+        OSError: it is in no cache, or the hub refuses.
+    """
+    from huggingface_hub import snapshot_download
+
+    names = [ADAPTER_CONFIG, ADAPTERS, PICKLED_ADAPTERS]
+    return Path(snapshot_download(source, local_files_only=local_only, allow_patterns=names))
+
+
 def download_weights(source: str, folder: Path) -> None:
     """Bring the weights of a hub's model into its folder in the hub's cache, safetensors if it has some.
 
