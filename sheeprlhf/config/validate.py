@@ -309,6 +309,7 @@ def mix_problems(data: MixDataConfig) -> Iterator[str]:
     if not isinstance(data.mix, list | tuple) or not data.mix or not all(isinstance(given, dict) for given in data.mix):
         yield f"data.mix={data.mix} is no list of datasets: give for example {example}"
         return
+    shared = {option.key for option in options(DataConfig())} - set(OF_A_MIXTURE[1:])
     problems = []
     for number, given in enumerate(data.mix, 1):
         name = given.get("data", "local" if "train_file" in given else "hub")
@@ -319,9 +320,9 @@ def mix_problems(data: MixDataConfig) -> Iterator[str]:
             continue
         if not {"train_file", "dataset_name", "data"} & set(given):
             problems.append(f"data.mix, dataset {number} has no rows: give train_file, dataset_name or data")
-        own = {"data", "weight", *OF_A_MIXTURE[1:], *(set(vars(cls())) - set(vars(DataConfig())))}
-        for key in sorted(set(given) - own):
-            fix = did_you_mean(str(key), own, f"give data.{key} for all")
+        own = {"data", "weight", *(option.key for option in options(cls()))} - shared
+        for key in sorted(str(key) for key in given if key not in own):
+            fix = did_you_mean(key, own, f"give data.{key} for all")
             problems.append(f"data.mix, dataset {number}: {key} is no option of one dataset: {fix}")
         weight = given.get("weight", 1)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:

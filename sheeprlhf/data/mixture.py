@@ -88,8 +88,9 @@ def write_mixture(parts: Sequence[Part], folder: Path, *, name: str, kind: str, 
         mixed = _write_split(parts, split, rows, folder / f"{split}.arrow") if any(map(len, rows)) else None
         report["splits"][split] = _added(reports) | measure(mixed) | {"mixed_rows": len(mixed) if mixed else 0}
         columns = [set(available_columns(part.report, split)) for part in parts]
-        report["available_columns"][split] = sorted(set.intersection(*columns))
-        lost |= set.union(*columns) - set.intersection(*columns)
+        of_all = columns[0].intersection(*columns)
+        report["available_columns"][split] = sorted(of_all)
+        lost |= columns[0].union(*columns) - of_all
     given = [part.report["template_args"] for part in parts if "template_args" in part.report]
     report |= {"template_args": given[0]} if given else {}
     report["notes"] = [*notes_on(report), *_notes_of(parts)]

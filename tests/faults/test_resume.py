@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import WRITERS, digests, result_of, train
+from sheeprlhf.cli import run
+from tests.support.runs import WRITERS, digests, result_of, train, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
@@ -79,6 +80,22 @@ def check_resume_at(
 )
 def test_resume_at_chosen_steps_is_bit_identical(variant: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     check_resume_at((10,), variant, tmp_path, model_folder, last=16, interval=2)
+
+
+def test_a_mixture_of_datasets_is_resumed(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Rows that are repeated and left out are the same after a resume, also if their prepared files were deleted."""
+    few, many = write_rows(tmp_path / "few.jsonl", 12), write_rows(tmp_path / "many.jsonl", 30, seed=1)
+    own = ("data=local", "data.train_file", "data.validation_file", "data.test_file", "hydra.run.dir")
+    words = [word for word in train_words(model_folder(), few, tmp_path) if not word.startswith(own)]
+    words += ["data=mix", f"data.mix=[{{train_file:{few},weight:2}},{{train_file:{many},weight:1}}]"]
+    words += ["task.max_num_steps=8", "task.save_interval=1", "task.keep_checkpoints=99", "task.eval_interval=4"]
+    whole, cache = tmp_path / "whole", tmp_path / "cache"
+    run([*words, f"data.cache_dir={cache}", f"hydra.run.dir={whole}"])
+    resumed = stopped_at(whole, 3, tmp_path / "resumed")
+    shutil.rmtree(cache)
+    run([*words, f"data.cache_dir={cache}", f"hydra.run.dir={resumed}", "resume=true"])
+    assert result_of(resumed, 8) == result_of(whole, 8)
+    assert without_time(resumed / "metrics.csv") == without_time(whole / "metrics.csv")
 
 
 @pytest.mark.nightly

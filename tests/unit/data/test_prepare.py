@@ -132,7 +132,7 @@ def test_nothing_left_shows_the_reasons_and_leaves_no_folder(tmp_path: Path) -> 
 def test_a_second_start_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, cfg = byte_tokenizer(), local(tmp_path, rows(30))
     first = prepare(cfg, tokenizer)
-    monkeypatch.setattr(prepare_module, "_build", None)
+    monkeypatch.setattr(prepare_module, "_build", lambda *args: pytest.fail("prepared again"))
     tokenizer("x", padding=True, truncation=True, max_length=4)  # state that calls leave in a tokenizer
     second = prepare(cfg, tokenizer)
     assert (second.folder, second.report) == (first.folder, first.report)
