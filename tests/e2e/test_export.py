@@ -272,7 +272,7 @@ def test_nothing_is_exported_if_it_could_not_be_uploaded(reason, runs, tmp_path,
         "offline": "HF_HUB_OFFLINE",
         "no token": "HF_TOKEN",
         "no answer": "cannot be reached",
-        "wrong token": "401",
+        "wrong token": "does not accept",
     }
     assert word[reason] in printed
     assert TOKEN not in printed and TOKEN[::-1] not in printed
