@@ -25,7 +25,7 @@ from sheeprlhf.structure.evaluation import EvalTaskConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
-from sheeprlhf.structure.optim import OptimizerConfig, SGDConfig
+from sheeprlhf.structure.optim import AdamW8bitConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.structure.reward import AutoRewardConfig, RewardSourceConfig
 from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig
 from sheeprlhf.structure.run import TRACKER_MODULES, EvalConfig, FetchConfig, InspectConfig, RootConfig, TrainConfig
@@ -345,6 +345,8 @@ def mix_problems(data: MixDataConfig) -> Iterator[str]:
 
 
 def _optim_problems(optim: OptimizerConfig) -> Iterator[str]:
+    if isinstance(optim, AdamW8bitConfig) and missing_modules(["bitsandbytes"]):
+        yield 'optim=adamw_8bit needs a package that is not installed (bitsandbytes): pip install "sheeprlhf[8bit]"'
     if isinstance(optim, SGDConfig) and optim.nesterov and optim.momentum == 0:
         yield "optim.nesterov=true needs momentum: give optim.momentum=0.9 or optim.nesterov=false"
     if optim.decay_ratio != OptimizerConfig.decay_ratio and optim.schedule != "wsd":
@@ -483,6 +485,8 @@ def sharding_problems(config: TrainConfig | EvalConfig, *, able: bool) -> Iterat
             "fabric.strategy=fsdp2 cannot train rows of model.resize_embeddings=true beside adapters: give "
             "model.finetune_mode=ALL, or fabric.strategy=ddp"
         )
+    if isinstance(config, TrainConfig) and isinstance(config.optim, AdamW8bitConfig):
+        yield "optim=adamw_8bit is not supported by fabric.strategy=fsdp2: give optim=adamw, or fabric.strategy=ddp"
     if config.fabric.precision == "64-true":
         yield "fabric.precision=64-true is not supported by fabric.strategy=fsdp2: give fabric.precision=32-true"
 

@@ -43,6 +43,7 @@ from sheeprlhf.utils.output import create_file, make_folder, safe_path
 
 STATE_FILE = "state.json"
 NOT_THE_SAME = "but not bit for bit the same (in float32 and without dropout, losses agree to about 1e-5 a step)"
+_8BIT_TABLES = ("qmap1", "qmap2", "absmax1", "absmax2")  # of bitsandbytes: 256 values of a byte; scales of 256 numbers
 STEP_FOLDER = re.compile(r"step-(\d{1,12})")
 
 
@@ -360,10 +361,13 @@ def not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 
 def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as "<state>/<parameter>", for example "exp_avg/head.weight"."""
+    """The optimizer's state as "<state>/<parameter>", for example "exp_avg/head.weight".
+
+    bitsandbytes counts steps by an int, and its parameters share the tables of their formats ("qmap1", "qmap2").
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in unwrapped(module).named_parameters()}
     return {
-        f"{key}/{names[parameter]}": value
+        f"{key}/{names[parameter]}": value.clone() if key in _8BIT_TABLES else torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if value is not None
@@ -392,6 +396,13 @@ def copy_tensors(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tens
             target.copy_(cut_like(tensors[name], target))
 
 
+def _state_shape(key: str, parameter: Tensor) -> torch.Size:
+    """The shape of a state of a parameter: its own, but for the tables and scales of 8-bit moments."""
+    if key not in _8BIT_TABLES:
+        return parameter.shape
+    return torch.Size([256 if key.startswith("qmap") else -(-parameter.numel() // 256)])
+
+
 def load_optimizer(path: Path, module: nn.Module, optimizer: Optimizer) -> None:
     """Restore what `optimizer_tensors` gave; learning rates and other settings stay as they are.
 
@@ -400,16 +411,20 @@ def load_optimizer(path: Path, module: nn.Module, optimizer: Optimizer) -> None:
     """
     parameters = dict(unwrapped(module).named_parameters())
     positions = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for full_name, tensor in read_tensors(path).items():
         key, _, name = full_name.partition("/")
         parameter = parameters.get(name)
         if parameter is None or parameter not in positions:
             raise CheckpointError(f"{path}: {full_name} is of a parameter that this run does not train")
-        if tensor.ndim and tensor.shape != parameter.shape:
-            raise CheckpointError(f"{path}: {full_name} has shape {tuple(tensor.shape)}, not {tuple(parameter.shape)}")
-        kept = cut_like(tensor, parameter) if tensor.ndim else tensor
-        state.setdefault(positions[parameter], {})[key] = kept.clone()  # not the file's memory
+        shape = _state_shape(key, parameter)
+        if tensor.ndim and tensor.shape != shape:
+            raise CheckpointError(f"{path}: {full_name} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+        if key in _8BIT_TABLES and tensor.dtype != torch.float32:  # it is read by native code
+            raise CheckpointError(f"{path}: {full_name} is {_kind(tensor.dtype, tensor.shape)}, not float32")
+        kept = cut_like(tensor, parameter) if tensor.ndim and shape == parameter.shape else tensor
+        is_count = not tensor.ndim and not tensor.is_floating_point()
+        state.setdefault(positions[parameter], {})[key] = tensor.item() if is_count else kept.clone()  # not the file's
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

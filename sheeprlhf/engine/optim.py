@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from sheeprlhf.structure.optim import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig
+from sheeprlhf.structure.optim import AdamConfig, AdamW8bitConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy, _FabricModule
 
@@ -64,6 +64,10 @@ def _groups(cfg: OptimizerConfig, parameters: Iterable[nn.Parameter], lr: float)
 
 def _optimizer_of(cfg: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     lr = groups[0]["lr"]
+    if isinstance(cfg, AdamW8bitConfig):
+        import bitsandbytes  # optional, and slow to import
+
+        return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=tuple(cfg.betas), eps=cfg.eps)
     optimizer_class = getattr(torch.optim, cfg.torch_name)
     if isinstance(cfg, SGDConfig):
         return optimizer_class(groups, lr=lr, momentum=cfg.momentum, nesterov=cfg.nesterov)

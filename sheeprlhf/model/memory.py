@@ -6,7 +6,8 @@ vocabulary, the bytes of
 
     weights      size(P), and buffers
     gradients    size(Q)
-    optimizer    2 size(Q) + 4 per tensor for Adam and AdamW; size(Q) for SGD with momentum, else nothing
+    optimizer    2 size(Q) + 4 per tensor for Adam and AdamW; size(Q) for SGD with momentum, else nothing;
+                 (1/2 + 1/128) size(Q) for adamw_8bit
     activations  fixed + N * per_token: what autograd keeps in all layers from the forward to the backward pass, and as
                  much as it keeps in one layer for the gradients inside one; with gradient checkpointing fixed + N *
                  checkpointed: the inputs of all layers, and one layer with its gradients
@@ -38,7 +39,7 @@ from sheeprlhf.model.lm_head import HEAD, MAX_LOGITS, with_score_head
 from sheeprlhf.model.load import backbone_and_head, load_causal_lm
 from sheeprlhf.model.lora import add_lora, with_adapter
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.optim import OptimizerConfig, SGDConfig
+from sheeprlhf.structure.optim import AdamW8bitConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.processes import interrupts_wait
@@ -219,6 +220,8 @@ def optimizer_bytes(cfg: OptimizerConfig, size: ModelSize) -> int:
     """Bytes of the optimizer's state after its first step."""
     if isinstance(cfg, SGDConfig):
         return size.trainable if cfg.momentum else 0
+    if isinstance(cfg, AdamW8bitConfig):  # two moments of a byte, with a scale for every 256 numbers
+        return size.trainable // 2 + size.trainable // 128
     return 2 * size.trainable + 4 * size.trainable_tensors  # two moments, and a count of steps per tensor
 
 

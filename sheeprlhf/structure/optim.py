@@ -53,6 +53,17 @@ class AdamConfig(OptimizerConfig):
 
 
 @dataclass(unsafe_hash=True)
+class AdamW8bitConfig(OptimizerConfig):
+    """AdamW with moments of 8 bits (Dettmers et al., 2022), by bitsandbytes; tensors below 4,096 numbers have 32."""
+
+    torch_name: ClassVar[str] = "AdamW8bit"  # class in bitsandbytes.optim
+
+    config_name: str = option("adamw_8bit", "Name of this choice.")
+    betas: tuple[float, float] = option((0.9, 0.999), "Decay of the two moment averages.")
+    eps: float = option(1e-8, "Added to the denominator.", above=0.0)
+
+
+@dataclass(unsafe_hash=True)
 class SGDConfig(OptimizerConfig):
     """Stochastic gradient descent."""
 

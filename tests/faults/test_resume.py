@@ -16,6 +16,7 @@ VARIANTS = {
     "full": ("sft", []),
     "lora with dropout": ("sft", LORA),
     "noise on embeddings": ("sft", ["model.neftune_alpha=50"]),
+    "8-bit moments": ("sft", ["optim=adamw_8bit"]),
     "model dropout": ("sft", ["model.disable_dropout=false"]),
     "reward model": ("rm", ["task.loss_type=per_sample"]),
     "reward model, lora with dropout": ("rm", LORA),
@@ -57,6 +58,8 @@ def check_resume_at(
     steps: Iterable[int], variant: str, tmp_path: Path, model_folder: ModelFolder, *, last: int = 24, interval: int = 1
 ) -> None:
     task, options = VARIANTS[variant]
+    if variant == "8-bit moments":
+        pytest.importorskip("bitsandbytes")
     data = WRITERS[task](tmp_path / "rows.jsonl")
     words = [*options, f"task.save_interval={interval}", "task.keep_checkpoints=99", f"task.max_num_steps={last}"]
     model = model_folder("gpt2" if variant == "model dropout" else "llama")

@@ -32,6 +32,16 @@ def test_it_is_refused_with_the_fix(words: str) -> None:
     assert REFUSED[words] in problems[0]
 
 
+def test_8bit_moments_need_their_package_and_whole_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["task=sft", "optim=adamw_8bit", "fabric.devices=2", "fabric.strategy=fsdp2"]
+    monkeypatch.setattr("sheeprlhf.config.validate.missing_modules", lambda modules: list(modules))
+    problems = validate(to_typed(composed("train", *words)))
+    assert len(problems) == 2
+    assert "sheeprlhf[8bit]" in problems[0] and "fabric.strategy=ddp" in problems[1]
+    monkeypatch.setattr("sheeprlhf.config.validate.missing_modules", lambda modules: [])
+    assert validate(to_typed(composed("train", *words[:2]))) == []
+
+
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
 def test_a_tracker_that_is_not_installed_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sheeprlhf.config.validate.missing_modules", lambda modules: list(modules))

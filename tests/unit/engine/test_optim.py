@@ -2,11 +2,14 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import TrainingArguments, get_wsd_schedule
 
+from sheeprlhf.engine.checkpoint import load_optimizer, optimizer_tensors
 from sheeprlhf.engine.optim import build_optimizer, follow_schedule, lr_factor
-from sheeprlhf.structure.optim import AdamConfig, AdamWConfig, SGDConfig
+from sheeprlhf.structure.optim import AdamConfig, AdamW8bitConfig, AdamWConfig, SGDConfig
 from sheeprlhf.structure.task import SFTConfig
+from sheeprlhf.utils.errors import CheckpointError
 from tests.unit.engine.toy import Net
 
 
@@ -96,3 +99,44 @@ def test_fused_equals_plain():
         nets.append(net)
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("size", "tolerance"), [(50, 1e-6), (80, 0.05)])
+def test_8bit_adamw_is_adamw_up_to_its_rounding(size, tolerance):
+    """Moments of small tensors have 32 bits: there it is torch's AdamW."""
+    pytest.importorskip("bitsandbytes")
+    changes = []
+    for cfg in (AdamWConfig(weight_decay=0.1), AdamW8bitConfig(weight_decay=0.1)):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(size, size)
+        first = net.weight.detach().clone()
+        optimizer = build_optimizer(cfg, net, 1e-2)
+        for _ in range(5):
+            (net(torch.randn(16, size)) ** 2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        changes.append(net.weight.detach() - first)
+    assert float((changes[1] - changes[0]).norm() / changes[0].norm()) < tolerance
+    assert optimizer.state[net.weight]["state1"].dtype == (torch.float32 if size == 50 else torch.uint8)
+
+
+def test_8bit_state_of_another_size_or_format_is_refused(tmp_path):
+    """Native code reads the tables without a check of their sizes."""
+    pytest.importorskip("bitsandbytes")
+    net = torch.nn.Linear(80, 80)
+    optimizer = build_optimizer(AdamW8bitConfig(), net, 1e-2)
+    net(torch.ones(1, 80)).sum().backward()
+    optimizer.step()
+    tensors = optimizer_tensors(net, optimizer)
+    assert tensors["absmax1/weight"].shape == (25,)  # of 6,400 numbers
+    save_file(tensors, tmp_path / "whole")
+    load_optimizer(tmp_path / "whole", net, optimizer)
+    assert optimizer.state[net.weight]["step"] == 1
+    for key, wrong in (
+        ("absmax1", torch.zeros(24)),
+        ("qmap2", torch.zeros(256).half()),
+        ("state1", torch.zeros(80).byte()),
+    ):
+        save_file(tensors | {f"{key}/weight": wrong}, tmp_path / key)
+        with pytest.raises(CheckpointError, match=f"{key}/weight"):
+            load_optimizer(tmp_path / key, net, optimizer)
