@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sheeprlhf.utils.errors import ConfigError
 
 
-class Flag(NamedTuple):
+class HydraFlag(NamedTuple):
     """A flag of Hydra's; `value` names what follows it, and `values` all that may, if they are few."""
 
     name: str
@@ -34,28 +34,27 @@ VERBS = {
 PLAIN_VERBS = ("list", "show", "report", "chat", "demo", "export")  # they take words; the others take options
 _INFO = ("config", "defaults", "defaults-tree", "plugins", "searchpath", "all")
 FLAGS = (
-    Flag("--help", "-h", "", "This text; add choices, as in `train task=sft model=opt --help`, to see their options."),
-    Flag(
+    HydraFlag("--help", "-h", "", "This text; `train task=sft model=opt --help` has the options of these choices."),
+    HydraFlag(
         "--cfg", "-c", "job|hydra|all", "Print the composed configuration and do nothing else.", ("job", "hydra", "all")
     ),
-    Flag("--resolve", "", "", "With --cfg: resolve interpolations."),
-    Flag("--package", "-p", "key", "With --cfg: print this part alone."),
-    Flag("--multirun", "-m", "", "A sweep: several values, as in seed=1,2,3, make one run each."),
-    Flag("--run", "-r", "", "One run; the default."),
-    Flag("--config-dir", "-cd", "folder", "A folder of your own groups and recipes (model/, data/, experiment/)."),
-    Flag("--config-name", "-cn", "name", "Compose this file of --config-dir instead of the command's own."),
-    Flag("--info", "-i", "what", f"Print what Hydra found: {', '.join(_INFO)}.", _INFO),
-    Flag("--shell-completion", "-sc", "", 'Shell completion: eval "$(sheeprlhf -sc install=bash)".'),
-    Flag("--hydra-help", "", "", "Hydra's own help."),
-    Flag("--version", "", "", "Hydra's version."),
+    HydraFlag("--resolve", "", "", "With --cfg: resolve interpolations."),
+    HydraFlag("--package", "-p", "key", "With --cfg: print this part alone."),
+    HydraFlag("--multirun", "-m", "", "A sweep: several values, as in seed=1,2,3, make one run each."),
+    HydraFlag("--run", "-r", "", "One run; the default."),
+    HydraFlag("--config-dir", "-cd", "folder", "A folder of your own groups and recipes (model/, data/, experiment/)."),
+    HydraFlag("--config-name", "-cn", "name", "Compose this file of --config-dir instead of the command's own."),
+    HydraFlag("--info", "-i", "what", f"Print what Hydra found: {', '.join(_INFO)}.", _INFO),
+    HydraFlag("--shell-completion", "-sc", "", 'Shell completion: eval "$(sheeprlhf -sc install=bash)".'),
+    HydraFlag("--hydra-help", "", "", "Hydra's own help."),
+    HydraFlag("--version", "", "", "Hydra's version."),
 )
-PLOT = Flag("--plot", "", "", "Draw the result as a PNG too: another way to write plot=true.")  # of eval alone
+PLOT = HydraFlag("--plot", "", "", "Draw the result as a PNG too: another way to write plot=true.")  # of eval alone
 _REFUSED = {
     "--config-path": "give --config-dir=<folder>, which adds yours to those of sheeprlhf",
     "--experimental-rerun": "it would unpickle a file; repeat the command, or give resume_from=<run>",
 }
-_CREDENTIAL = "credentials never go on the command line; remove it and set HF_TOKEN or run `hf auth login`"
-_HELP = ("--help", "-h")
+CREDENTIAL = "credentials never go on the command line; remove it and set HF_TOKEN or run `hf auth login`"
 _SHELLS = tuple(
     f"{action}={shell}" for action in ("install", "uninstall", "query") for shell in ("bash", "fish", "zsh")
 )
@@ -101,12 +100,12 @@ def parse_args(words: list[str]) -> ParsedArgs:
         elif equals or waiting:
             values[flag.name] = value if equals else waiting.pop(0)
             flags += [flag.name, values[flag.name]]
-            problems += _value_problems(given, values[flag.name], flag.values)
+            problems += value_problems(given, values[flag.name], flag.values)
         else:
             problems.append(f"{given} needs a value: {flag.help}")
     if "--shell-completion" in flags:
         asked = next((word for word in overrides if word.startswith(("install", "uninstall", "query"))), "")
-        problems += _value_problems("--shell-completion", asked, _SHELLS)
+        problems += value_problems("--shell-completion", asked, _SHELLS)
     problems += _space_problems(overrides)
     if problems:
         raise ConfigError(*problems)
@@ -130,21 +129,7 @@ def _space_problems(words: list[str]) -> Iterator[str]:
             key, value = first[:-1], second
         else:
             continue
-        yield f"{key}: {_CREDENTIAL}" if _is_secret(key, value) else f"no spaces around =: write {key}={value}"
-
-
-def split_plain_words(verb: str, words: list[str]) -> tuple[list[str], bool]:
-    """The words of a command that takes no options, and whether its help is asked for.
-
-    Raises:
-        ConfigError: there is a flag that it has not.
-    """
-    plain = [word for word in words if not word.startswith("-")]
-    unknown = [word.partition("=")[0] for word in words if word.startswith("-") and word not in _HELP]
-    if unknown:
-        hint = f"its words have no dashes, and `{verb} --help` lists them"
-        raise ConfigError(*(f"`{verb}` has no flag {flag}: {hint}" for flag in unknown))
-    return plain, plain != words
+        yield f"{key}: {CREDENTIAL}" if _is_secret(key, value) else f"no spaces around =: write {key}={value}"
 
 
 def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
@@ -178,7 +163,7 @@ def flag_problem(given: str, value: str, flags: Iterable[str]) -> str:
 
     name = given.lstrip("-").replace("-", "_")
     if _is_secret(name, value):
-        return f"{given}: {_CREDENTIAL}"
+        return f"{given}: {CREDENTIAL}"
     is_group = any(name in groups(verb) for verb in ROOTS) or name == "experiment"
     options = [name] if is_group else keys_like(name)
     near = nearest(given, [flag for flag in flags if flag.startswith("--")]) if given.startswith("--") else None
@@ -194,7 +179,8 @@ def _is_secret(name: str, value: str) -> bool:
     return is_secret_name(name) or is_secret_value(value)
 
 
-def _value_problems(given: str, value: str, values: tuple[str, ...]) -> list[str]:
+def value_problems(given: str, value: str, values: tuple[str, ...]) -> list[str]:
+    """The sentence for a value that a flag cannot have; none where any value will do."""
     from sheeprlhf.config.option_checks import nearest
 
     if not values or value in values:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sheeprlhf.apps.flags import Flag, print_flags_help, read_flags
+from sheeprlhf.apps.flags import Flag, number_problems, print_flags_help, read_flags
 from sheeprlhf.apps.serve.chat import TEMPLATE, WEIGHTS, weights_of
 from sheeprlhf.apps.terminal import Screen, clean
 from sheeprlhf.config.model_lookup import POLICY, find_trained
@@ -51,12 +51,9 @@ def run(arguments: list[str]) -> int:
     if given is None:
         _print_help()
         return 0
-    problems = []
+    problems = number_problems("export <run> --to <folder>", given.words)
     target, name = given.values["to"], given.values["push"] or given.values["push-to-hub"]
     private = given.values["private"] or given.values["push-to-hub"] is not None
-    if len(given.words) != 1:
-        what = f"{len(given.words)} were given" if given.words else "`list runs` shows the runs"
-        problems.append(f"`export` takes one run or model: `export <run> --to <folder>`; {what}")
     if target is None:
         problems.append("--to is missing: give the folder to write, --to <folder>")
     else:

@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from sheeprlhf.apps.arguments import CREDENTIAL, value_problems
 from sheeprlhf.apps.terminal import Screen, clean, entry, heading, paragraph
 from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.security.redaction import is_secret_name, is_secret_value
 from sheeprlhf.utils.errors import ConfigError
 
 _HELP = ("--help", "-h")
-_CREDENTIAL = "credentials never go on the command line; remove it and set HF_TOKEN or run `hf auth login`"
 
 
 class Flag(NamedTuple):
@@ -41,6 +41,15 @@ class Given(NamedTuple):
 
     words: list[str]
     values: dict[str, Any]
+
+
+def number_problems(usage: str, words: Sequence[str], most: int = 1) -> list[str]:
+    """The sentence for another number of runs or models than from one to `most`."""
+    if 1 <= len(words) <= most:
+        return []
+    number = "one run or model" if most == 1 else f"one to {most} runs or models"
+    what = f"{len(words)} were given" if words else "`list runs` shows the runs"
+    return [f"`{usage.partition(' ')[0]}` takes {number}: `{usage}`; {what}"]
 
 
 def print_flags_help(usage: str, meaning: str, flags: Sequence[Flag], *more: str) -> None:
@@ -76,7 +85,7 @@ def read_flags(verb: str, flags: Sequence[Flag], arguments: Sequence[str]) -> Gi
         given, equals, value = word.partition("=")
         flag = by_name.get(given if given.startswith("--") else f"--{given.replace('_', '-')}" if equals else "")
         if is_secret_name(given.lstrip("-").replace("-", "_")) or is_secret_value(word):
-            problems.append(f"{clean(given)}: {_CREDENTIAL}")
+            problems.append(f"{clean(given)}: {CREDENTIAL}")
         elif flag is None and not word.startswith("-"):
             words.append(word)
         elif flag is None:
@@ -107,11 +116,9 @@ def _unknown(verb: str, given: str, flags: dict[str, Flag]) -> str:
 def _value_problems(flag: Flag, text: str) -> Iterator[str]:
     shown = f"--{flag.name} {clean(text)}"
     if is_secret_value(text):
-        yield f"--{flag.name}: {_CREDENTIAL}"
+        yield f"--{flag.name}: {CREDENTIAL}"
     elif flag.values and text not in flag.values:
-        near = nearest(text, flag.values)
-        did = f"did you mean {near}? It" if near else "it"
-        yield f"{shown} is not possible: {did} may be {', '.join(flag.values)}"
+        yield from value_problems(f"--{flag.name}", clean(text), flag.values)
     elif flag.kind in (int, float):
         try:
             number = flag.kind(text)

@@ -3,7 +3,6 @@
 The files of runs may be untrusted, half written or of any size.
 """
 
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,13 +14,13 @@ from typing import Any, NamedTuple
 
 from rich.text import Text
 
-from sheeprlhf.apps.arguments import split_plain_words
-from sheeprlhf.apps.terminal import Screen, clean, entry, heading, is_for_people, paragraph, table
+from sheeprlhf.apps.flags import read_flags
+from sheeprlhf.apps.terminal import Screen, clean, entry, heading, is_for_people, is_number, paragraph, table
 from sheeprlhf.config.run_lookup import order_of, read_run_config
-from sheeprlhf.engine.rundir import RUN_FILE, is_locked, read_run
+from sheeprlhf.engine.rundir import RUN_FILE, is_locked
 from sheeprlhf.security.files import read_tail
 from sheeprlhf.security.json_records import Schema, load_json
-from sheeprlhf.security.record_schemas import RESULT, STATE
+from sheeprlhf.security.record_schemas import RESULT, RUN, STATE
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError
 from sheeprlhf.utils.home import expand_home
@@ -93,7 +92,7 @@ def find_past_runs(root: Path) -> Found:
             unreadable += 1
             continue
         if RUN_FILE in names or len(_MARKS & set(names)) > 1:
-            runs.append((folder, _read_run(folder, [])))
+            runs.append((folder, _read(folder / RUN_FILE, RUN, [])))
         elif depth < MAX_DEPTH:
             below = sorted((name for name, is_dir in names.items() if is_dir and name[0] != "."), reverse=True)
             waiting.extend((folder / name, depth + 1) for name in below)
@@ -107,17 +106,8 @@ def _when(run: tuple[Path, dict[str, Any]]) -> tuple[float, str]:
     return order_of(info), str(folder)
 
 
-def _read_run(folder: Path, problems: list[str]) -> dict[str, Any]:
-    """The content of run.json; empty, and a problem, if it is damaged."""
-    try:
-        return read_run(folder)
-    except RecordError as error:
-        problems.append(str(error))
-        return {}
-
-
 def _read(path: Path, schema: Schema, problems: list[str]) -> dict[str, Any]:
-    """The content of another file of a run; empty, and a problem, if it is damaged."""
+    """The content of a file of a run; empty, and a problem, if it is damaged."""
     try:
         return load_json(path, schema)
     except RecordError as error:
@@ -134,7 +124,7 @@ def past_run(folder: Path, info: dict[str, Any]) -> PastRun:
     """
     problems: list[str] = []
     if not info:
-        _read_run(folder, problems)
+        _read(folder / RUN_FILE, RUN, problems)
     names, finished = _names(folder, info), info.get("status") == "finished"
     progress = info if finished else _newest_state(folder, problems)
     logged = _logged(folder)
@@ -209,8 +199,8 @@ def _validated(lines: list[str]) -> list[str]:
         tag, _, rest = rest.partition(",")
         if tag in _VALIDATED:
             with suppress(ValueError):
-                number = _finite(float(rest.partition(",")[0]))
-                if number is not None:
+                number = float(rest.partition(",")[0])
+                if is_number(number):
                     newest[_VALIDATED[tag]] = f"{_VALIDATED[tag]} {number:.4g} (validation)"
     return list(newest.values())
 
@@ -226,9 +216,8 @@ def _results(folder: Path, data: str, problems: list[str]) -> list[str]:
         when, task = _time_of(record.get("time")), record.get("task", "")
         shown = _SHOWN.get(task, tuple(record))
         for key in shown:
-            value = record.get(key)
-            number = _finite(value) if isinstance(value, float) else None
-            if number is not None and when >= newest.get(key, (0.0, ""))[0]:
+            number = record.get(key)
+            if isinstance(number, float) and is_number(number) and when >= newest.get(key, (0.0, ""))[0]:
                 newest[key] = when, f"{clean(key, _NAME)} {number:.4g}" + (f" ({', '.join(odd)})" if odd else "")
     return [text for _, text in newest.values()]
 
@@ -256,12 +245,6 @@ def _time_of(text: Any) -> float:
         return 0.0
 
 
-def _finite(value: Any) -> float | None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e300 or not math.isfinite(value):
-        return None
-    return float(value)
-
-
 SECTIONS = {
     "tasks": "What a model can be trained for, and how it can be evaluated.",
     "models": "Models that have a name here; any other by `model=auto model.repo_name=<hub id or folder>`.",
@@ -286,11 +269,11 @@ def run(arguments: list[str]) -> int:
     Raises:
         ConfigError: a word is no section, or a folder of runs is none.
     """
-    words, wants_help = split_plain_words("list", arguments)
-    if wants_help:
+    given = read_flags("list", (), arguments)
+    if given is None:
         _print_help()
         return 0
-    sections, root = _parse_words(words)
+    sections, root = _parse_words(given.words)
     screen = Screen()
     for number, section in enumerate(sections or SECTIONS):
         if number:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, StrictUndefined
 
 import sheeprlhf
-from sheeprlhf.apps.terminal import clean
+from sheeprlhf.apps.terminal import clean, is_number
 from sheeprlhf.config.model_lookup import Trained
 from sheeprlhf.config.path_checks import data_is_here, model_folder
 from sheeprlhf.config.registry import choices, datasets_of
@@ -188,7 +188,7 @@ def _results(run_dir: Path) -> list[tuple[list[str], str, float]]:
         ([record.get(key, "?") for key in _FACTS], key, value)
         for record in records
         for key, value in record.items()
-        if key not in _NO_RESULTS and isinstance(value, int | float) and not isinstance(value, bool)
+        if key not in _NO_RESULTS and is_number(value)
     ]
 
 

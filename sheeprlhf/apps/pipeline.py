@@ -7,7 +7,6 @@ or has failed goes on where it was. The results are a table of its stages, from 
 import csv
 import io
 import json
-import math
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from rich.text import Text
 import sheeprlhf
 from sheeprlhf.apps.arguments import ParsedArgs, parse_args
 from sheeprlhf.apps.child_process import Children, children
-from sheeprlhf.apps.terminal import Screen
+from sheeprlhf.apps.terminal import Screen, is_number
 from sheeprlhf.config.compose import Source, check, compose_job, configs_directory
 from sheeprlhf.config.pipeline import Stage, stages_of
 from sheeprlhf.config.registry import NOT_IN_HASH, config_to_dict
@@ -134,7 +133,7 @@ def figures_of(run_dir: Path) -> dict[str, float]:
             continue
         if record.get("weights") == "final" and record.get("split") == "test":
             found |= _figures(path.stem, record)
-    return {name: float(value) for name, value in found.items() if _is_number(value)}
+    return {name: float(value) for name, value in found.items() if is_number(value)}
 
 
 def _figures(stem: str, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,10 +150,6 @@ def _figures(stem: str, record: Mapping[str, Any]) -> dict[str, Any]:
             return {"imperative": record.get("score"), "kl": record.get("kl")}
         return {"reward": record.get("score"), "win_rate": record.get("win_rate"), "kl": record.get("kl")}
     return {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 STATE_FILE = "pipeline.json"

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import yaml
 from rich.text import Text
 
-from sheeprlhf.apps.arguments import PLAIN_VERBS, VERBS, split_plain_words
+from sheeprlhf.apps.arguments import PLAIN_VERBS, VERBS
+from sheeprlhf.apps.flags import read_flags
 from sheeprlhf.apps.terminal import Screen, clean, entry, heading, paragraph
 from sheeprlhf.config.compose import configs_directory
 from sheeprlhf.config.option_checks import nearest
@@ -138,12 +139,12 @@ def run(arguments: list[str]) -> int:
     Raises:
         ConfigError: a word names nothing.
     """
-    words, wants_help = split_plain_words("show", arguments)
-    if wants_help or not words:
+    given = read_flags("show", (), arguments)
+    if given is None or not given.words:
         _print_help()
         return 0
     found, problems = [], []
-    for word in words:
+    for word in given.words:
         shows = _named(word)
         found += shows
         problems += [] if shows else [_unknown(word)]

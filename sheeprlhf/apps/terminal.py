@@ -5,6 +5,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable
+from typing import TypeGuard
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -97,6 +98,11 @@ def clean(text: object, limit: int = 60) -> str:
     """Text of a file or a path on one line: without secrets, control characters and what exceeds `limit` columns."""
     line = " ".join(redact_text(plain_text(str(text))).split())
     return line if cell_len(line) <= limit else f"{set_cell_size(line, limit - 3)}..."
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """True for a number of a file that can be shown: finite, not huge, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def print_error(message: str) -> None:

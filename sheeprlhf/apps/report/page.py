@@ -33,7 +33,7 @@ from sheeprlhf.apps.report.chart import (
 )
 from sheeprlhf.apps.report.record import MARK, Answer, Curve, Evaluation, Exchange, Record
 from sheeprlhf.apps.show import shown
-from sheeprlhf.apps.terminal import clean
+from sheeprlhf.apps.terminal import clean, is_number
 from sheeprlhf.config.shell import command
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.utils.home import expand_home
@@ -294,8 +294,7 @@ def point_table(points: list[dict[str, Any]]) -> Table:
 def _point_text(value: Any) -> str:
     if value is None:
         return NONE
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-    return figure_text(value) if number else clean(value, 40)
+    return figure_text(value) if is_number(value) else clean(value, 40)
 
 
 def charts_by_group(records: list[Record]) -> Iterator[tuple[Group, Mapping[str, Curves]]]:

@@ -1,7 +1,6 @@
 """The content of a run's files as the report shows it. They may be untrusted, half written or of any size."""
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.apps.list import PastRun, past_run
 from sheeprlhf.apps.pipeline import COLUMNS, RESULT_FILES, Row
-from sheeprlhf.apps.terminal import clean
+from sheeprlhf.apps.terminal import clean, is_number
 from sheeprlhf.config.run_lookup import REPORT_FILE, read_run_config
 from sheeprlhf.security.files import read_small, read_tail, real_path
 from sheeprlhf.security.json_records import Schema, load_json
@@ -170,7 +169,7 @@ def read_pipeline(folder: Path, notes: list[str]) -> list[Row]:
         return []
     names = [column.name for column in COLUMNS]
     return [
-        Row(stage["stage"], {key: value for key, value in stage.items() if key in names and _is_number(value)})
+        Row(stage["stage"], {key: value for key, value in stage.items() if key in names and is_number(value)})
         for stage in stages
     ]
 
@@ -231,7 +230,7 @@ def _parse_number(text: str) -> float | None:
         number = float(text)
     except ValueError:
         return None
-    return number if math.isfinite(number) and abs(number) < 1e300 else None
+    return number if is_number(number) else None
 
 
 def _read_images(folder: Path) -> Iterator[tuple[str, bytes]]:
@@ -409,7 +408,7 @@ def _numbers(tree: dict[str, Any], prefix: str, depth: int = 0) -> Iterator[tupl
         if isinstance(value, dict) and depth < 3:
             inner = prefix if key in ("mean_low_high", "model") else f"{prefix}{key} "
             yield from _numbers(value, inner, depth + 1)
-        elif _is_number(value):
+        elif is_number(value):
             yield name, (value, *(interval if interval is not None and _are_numbers(interval, 2) else ()))
         elif _are_numbers(value, 3) or (_are_numbers(value, 2) and not _is_interval(key, tree)):
             yield name, tuple(value)
@@ -421,11 +420,7 @@ def _is_interval(key: str, tree: dict[str, Any]) -> bool:
 
 
 def _are_numbers(value: Any, size: int) -> bool:
-    return isinstance(value, list) and len(value) == size and all(map(_is_number, value))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return isinstance(value, list) and len(value) == size and all(map(is_number, value))
 
 
 def _is_points(value: Any) -> bool:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from sheeprlhf.apps.flags import Flag, print_flags_help, read_flags
+from sheeprlhf.apps.flags import Flag, number_problems, print_flags_help, read_flags
 from sheeprlhf.apps.terminal import Screen, clean, paragraph
 from sheeprlhf.config.model_lookup import find_trained
 from sheeprlhf.config.run_lookup import is_newest
@@ -82,9 +82,8 @@ def run(arguments: list[str]) -> int:
     if given is None:
         _print_help()
         return 0
-    if len(given.words) != 1:
-        what = f"{len(given.words)} were given" if given.words else "`list runs` shows the runs"
-        raise ConfigError(f"`chat` takes one run or model: `chat <run>`; {what}")
+    if problems := number_problems("chat <run>", given.words):
+        raise ConfigError(*problems)
     trained = find_trained(
         given.words[0],
         weights_of(given.values),

@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from itertools import pairwise
 from typing import Any
 
-from sheeprlhf.apps.flags import Flag, print_flags_help, read_flags
-from sheeprlhf.apps.serve.chat import TEMPLATE, TEMPLATE_ARGS
+from sheeprlhf.apps.flags import Flag, number_problems, print_flags_help, read_flags
+from sheeprlhf.apps.serve.chat import TEMPLATE, TEMPLATE_ARGS, WEIGHTS, weights_of
 from sheeprlhf.apps.terminal import Screen, clean
 from sheeprlhf.config.model_lookup import REWARD_MODEL, Trained, find_trained
 from sheeprlhf.security.version_guard import check_versions
@@ -145,7 +145,7 @@ async def _refuse(send: Send, status: int) -> None:
 
 AUTH = "SHEEPRLHF_DEMO_AUTH"
 FLAGS = (
-    Flag("weights", "Which weights of the runs.", default="final", value="final|best|last|step-<n>"),
+    WEIGHTS,
     TEMPLATE,
     TEMPLATE_ARGS,
     Flag("reward", "A run of task=rm, or a reward model's folder: its score stands beside each answer.", value="run"),
@@ -172,11 +172,9 @@ def run(arguments: list[str]) -> int:
     check_versions("gradio")
     values = given.values
     problems = list(_place_problems(values["host"], values["port"], protected=values["auth"]))
-    if not 1 <= len(given.words) <= _MOST:
-        what = f"{len(given.words)} were given" if given.words else "`list runs` shows the runs"
-        problems.append(f"`demo` takes one to {_MOST} runs or models: `demo <run> <run>`; {what}")
+    problems += number_problems("demo <run> <run>", given.words, _MOST)
     found: list[Trained] = []
-    weights = None if values["weights"] == "final" else values["weights"]
+    weights = weights_of(values)
     for word in given.words[:_MOST]:
         template = {"chat_template": values[TEMPLATE.name], "template_args": values[TEMPLATE_ARGS.name]}
         problems += _found(found, word, weights, **template)
