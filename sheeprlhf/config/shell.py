@@ -58,8 +58,10 @@ def changed_words(group: str, config: Config, left_out: Iterable[str] = ()) -> I
     """
     default = type(config)()
     for option in options(config, f"{group}."):
-        name, value = option.key.rpartition(".")[2], option.value
-        usual = getattr(default, name, None)
+        name = option.key.rpartition(".")[2]
+        value, usual = (
+            tuple(of) if isinstance(of, list) else of for of in (option.value, getattr(default, name, None))
+        )
         if value in (None, usual) or name in (*left_out, "config_name") or (not usual and not value):
             continue
         yield option_word(option.key, value)

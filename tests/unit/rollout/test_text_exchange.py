@@ -150,6 +150,28 @@ def test_a_run_and_its_evaluation(
         assert row["against_score"] == pytest.approx(against, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("task", "kind"), [("online_dpo", "tokenizer"), pytest.param("rloo", "architecture", marks=pytest.mark.slow)]
+)
+def test_other_tasks_with_another_tokenizer_or_architecture(
+    task: str, kind: str, judge: Path, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    """A GPT-2 with the tokens of the policy, a llama, reads ids; the scores are those of plain transformers."""
+    folder = judge if kind == "tokenizer" else make_model_folder(tmp_path / "gpt2", "gpt2", seed=5, scores=True)
+    data, run_dir = write_rows(tmp_path / "rows.jsonl", 4), tmp_path / "run"
+    words = [w for w in train_words(model_folder(), data, run_dir, task=task) if not w.startswith("reward")]
+    more = ["task.max_num_steps=1", "task.save_rollouts=1", "task.rollout_size=8", "task.sft_experiment_dir=null"]
+    run([*words, *more, "reward=model", f"reward.folder={folder}"])
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    for row in pq.read_table(next((run_dir / "rollouts").iterdir())).to_pylist():
+        if kind == "tokenizer":
+            expected = plain_score(folder, row["prompt"], row["response"], row["finished"])
+        else:
+            with torch.no_grad():
+                expected = model(input_ids=torch.tensor([row["prompt_ids"] + row["response_ids"]])).logits.item()
+        assert row["reward/model"] == row["score"] == pytest.approx(expected, abs=1e-5)
+
+
 CHAT = (
     "{{ bos_token }}{% for m in messages %}<|user|>{{ m['role'] }}: {{ m['content'] | trim }}<end>\n{% endfor %}"
     "{% if add_generation_prompt %}<|user|>assistant: {% endif %}"
