@@ -25,8 +25,7 @@ import sheeprlhf
 from sheeprlhf.apps.arguments import ParsedArgs
 from sheeprlhf.config.compose import SAVED_CHOICE, Source, finish, saved_overrides
 from sheeprlhf.config.overrides import readable
-from sheeprlhf.config.registry import choices, register_configs
-from sheeprlhf.config.renames import current_word
+from sheeprlhf.config.registry import choices, current_word, register_configs
 from sheeprlhf.config.run_lookup import read_run
 from sheeprlhf.config.untrusted_config import check_sources
 from sheeprlhf.security.redaction import redact_command

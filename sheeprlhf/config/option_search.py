@@ -7,8 +7,7 @@ from typing import NamedTuple
 from omegaconf import DictConfig
 
 from sheeprlhf.config.option_checks import nearest
-from sheeprlhf.config.registry import ROOTS, Option, choices, groups, options
-from sheeprlhf.config.renames import RENAMED
+from sheeprlhf.config.registry import RENAMED, ROOTS, Option, choices, groups, options
 
 
 class Entry(NamedTuple):

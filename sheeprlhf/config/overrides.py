@@ -14,8 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sheeprlhf.config.option_checks import did_you_mean
-from sheeprlhf.config.registry import ROOTS, choices, options, unwrap_optional
-from sheeprlhf.config.renames import current_word, twice_given
+from sheeprlhf.config.registry import ROOTS, choices, current_word, options, twice_given, unwrap_optional
 from sheeprlhf.config.shell import hydra_value, shell_word
 from sheeprlhf.security.redaction import is_secret_name, is_secret_value
 

@@ -12,8 +12,7 @@ import yaml
 
 from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.config.path_checks import is_template_file, weights_problems
-from sheeprlhf.config.registry import choices, config_hash, from_dict, replace_options
-from sheeprlhf.config.renames import rename_keys
+from sheeprlhf.config.registry import choices, config_hash, from_dict, rename_keys, replace_options
 from sheeprlhf.config.shell import changed_words, command, option_word
 from sheeprlhf.security.json_records import LATEST, load_json
 from sheeprlhf.security.record_schemas import RUN

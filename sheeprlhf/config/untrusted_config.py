@@ -19,8 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from sheeprlhf.config.overrides import quote_list_items
-from sheeprlhf.config.registry import BASES
-from sheeprlhf.config.renames import rename_keys
+from sheeprlhf.config.registry import BASES, rename_keys
 from sheeprlhf.security.files import read_small, real_file
 from sheeprlhf.structure.reward import is_users_own
 from sheeprlhf.utils.errors import ConfigError

@@ -17,9 +17,8 @@ from typing import Any
 from sheeprlhf.security.json_records import load_json
 from sheeprlhf.security.record_schemas import MANIFEST as SCHEMA
 from sheeprlhf.utils.errors import CheckpointError, RecordError
-from sheeprlhf.utils.filesystem import fsync, make_private, open_file
 from sheeprlhf.utils.folders import scratch_folder
-from sheeprlhf.utils.output import create_file
+from sheeprlhf.utils.output import create_file, fsync, make_private, open_file
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1

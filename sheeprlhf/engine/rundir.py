@@ -35,8 +35,7 @@ from sheeprlhf.security.record_schemas import RUN
 from sheeprlhf.security.redaction import redact, redact_command
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError, RunInUseError, UnsafePathError
-from sheeprlhf.utils.filesystem import lock, make_private, open_file
-from sheeprlhf.utils.output import link_problems, open_lock_file, write_file
+from sheeprlhf.utils.output import link_problems, lock, make_private, open_file, open_lock_file, write_file
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"

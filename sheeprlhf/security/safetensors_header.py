@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.utils.filesystem import open_file
+from sheeprlhf.utils.output import open_file
 
 MAX_HEADER = 10_000_000  # bytes; of 100,000 tensors it has about as many
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}

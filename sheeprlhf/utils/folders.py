@@ -10,8 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sheeprlhf.utils.errors import ModelError, Notify, SheepError
-from sheeprlhf.utils.filesystem import fsync, has_locks, lock, make_private
-from sheeprlhf.utils.output import create_file, make_folders, open_lock_file
+from sheeprlhf.utils.output import create_file, fsync, has_locks, lock, make_folders, make_private, open_lock_file
 
 MARKER = "MADE_BY_SHEEPRLHF"  # a folder without this file is not ours to delete
 _SCRATCH = re.compile(r".+\.[0-9a-f]{8}\.tmp\.(\d{1,9})")

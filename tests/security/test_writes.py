@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "sheeprlhf"
-HELPERS = ("utils/output.py", "utils/folders.py", "utils/filesystem.py")
+HELPERS = ("utils/output.py", "utils/folders.py")
 DEVELOPERS = "assets/"  # scripts that build what the package ships; no command reaches them
 REVIEWED = {
     "cli.py:_guarded:os.open": "the null device",

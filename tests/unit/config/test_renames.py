@@ -7,8 +7,7 @@ import pytest
 import yaml
 
 from sheeprlhf.config.compose import Source, check, compose_job, configs_directory
-from sheeprlhf.config.registry import config_hash, config_to_dict, options
-from sheeprlhf.config.renames import RENAMED, _deprecate, current_word
+from sheeprlhf.config.registry import RENAMED, _deprecate, config_hash, config_to_dict, current_word, options
 from sheeprlhf.config.run_lookup import read_run_config
 
 SOURCE = Source("train", configs_directory(), "train")

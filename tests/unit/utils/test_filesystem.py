@@ -13,11 +13,10 @@ import pytest
 
 from sheeprlhf.engine.manifest import verify_manifest, write_folder, write_manifest
 from sheeprlhf.engine.rundir import RunLock, is_locked
-from sheeprlhf.utils import filesystem
+from sheeprlhf.utils import output as filesystem
 from sheeprlhf.utils.errors import RunInUseError
-from sheeprlhf.utils.filesystem import fsync, make_private, open_file, replace
 from sheeprlhf.utils.folders import MARKER, locked, written_folder
-from sheeprlhf.utils.output import write_file
+from sheeprlhf.utils.output import fsync, make_private, open_file, replace, write_file
 
 Patch = pytest.MonkeyPatch
 Printed = pytest.CaptureFixture[str]
