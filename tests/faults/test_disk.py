@@ -1,14 +1,31 @@
-"""Full disks, odd names and places that cannot be written."""
+"""Full, small and read-only disks, odd names, and places that a run cannot use: refused before a model loads.
+
+Twenty more sizes, where no file may grow beyond one, are in tests/unit/engine/test_checkpoint.py.
+"""
 
 import os
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+from torch.optim import Optimizer
 
 from sheeprlhf.cli import run
+from sheeprlhf.engine.checkpoint import TrainState, save_checkpoint
+from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.manifest import verify_manifest
+from sheeprlhf.engine.optim import build_optimizer
+from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.task.loop import TrainLoop
+from sheeprlhf.utils.errors import CheckpointError
 from tests.support.jobs import JobServer
+from tests.support.mounts import fill, read_only, small_disk
 from tests.support.runs import result_of, train, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
@@ -87,3 +104,146 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_model_loads(
         message = capsys.readouterr().err
         assert f"{key}={place}" in message and "Traceback" not in message
         assert "no model" in message
+
+
+SHORT = ["task.max_num_steps=1", "task.num_sample_prompts=0", "task.epochs=1"]
+
+
+def words_of(model: Path, folder: Path, *place: str) -> list[str]:
+    words = train_words(model, write_rows(folder / "rows.jsonl", 12), folder, *SHORT)
+    return [*(word for word in words if not word.startswith("hydra.run.dir=")), *place]
+
+
+@pytest.fixture
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_folder: ModelFolder, tmp_path: Path
+) -> Callable[..., str]:
+    """A function (words about places) -> the message with which a run is refused before its model loads."""
+
+    def no_model(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(TrainLoop, "load_policy", no_model)
+
+    def message(*place: str) -> str:
+        capsys.readouterr()  # what came before
+        with pytest.raises(SystemExit) as stopped:
+            run(words_of(model_folder(), tmp_path, *place))
+        assert stopped.value.code == 2
+        told = capsys.readouterr().err
+        assert "Traceback" not in told and len(told.splitlines()) <= 5
+        return told
+
+    return message
+
+
+@pytest.mark.parametrize("key", ["root_dir", "hydra.run.dir", "data.cache_dir"])
+def test_a_read_only_place(key: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+    place = tmp_path / "read-only"
+    place.mkdir()
+    more = [f"hydra.run.dir={tmp_path / 'run'}"] if key == "data.cache_dir" else []
+    with read_only(place):
+        assert f"{key}={place}" in refused(f"{key}={place}", *more)
+
+
+def test_a_cache_of_the_environment_that_cannot_be_written(
+    tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("SHEEPRLHF_CACHE", str(tmp_path / "cache"))
+    with read_only(tmp_path / "cache"):
+        message = refused(f"hydra.run.dir={tmp_path / 'run'}")
+        assert f"{tmp_path / 'cache'}" in message and "data.cache_dir" in message
+    monkeypatch.setenv("SHEEPRLHF_CACHE", str(tmp_path / "rows.jsonl"))
+    assert "data.cache_dir" in refused(f"hydra.run.dir={tmp_path / 'other'}")
+
+
+def test_a_run_on_a_disk_that_became_read_only(
+    tmp_path: Path, refused: Callable[..., str], model_folder: ModelFolder
+) -> None:
+    place = tmp_path / "run"
+    with pytest.raises(SystemExit):  # by the model that does not load in this test
+        run(words_of(model_folder(), tmp_path, f"hydra.run.dir={place}"))
+    with read_only(place):
+        for words in ([f"hydra.run.dir={place}", "resume=true"], [f"resume_from={place}"]):
+            assert f"{place}" in refused(*words)
+
+
+def test_a_working_directory_that_is_gone(
+    tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "working directory" in refused(f"hydra.run.dir={tmp_path / 'run'}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["hydra.run.dir={}/not/there/yet", "root_dir={}/a/b/c", "hydra.run.dir={}/link"])
+def test_places_that_work(place: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Parents that are missing, and a link to a folder elsewhere."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    run(words_of(model_folder(), tmp_path, place.format(tmp_path)))
+    [final] = [path for path in tmp_path.rglob("final") if "link" not in path.parts]
+    assert (final / "model.safetensors").is_file()
+    assert os.path.islink(tmp_path / "link")
+
+
+STEP = 64 << 10
+TOO_SMALL = range(-20, 0)  # steps below what two checkpoints need
+ENOUGH = range(1, 4)
+
+
+@cache
+def trained() -> tuple[Fabric, nn.Module, Optimizer]:
+    """One step of a model whose checkpoint has about 1.6 MB."""
+    fabric = make_fabric(FabricConfig())
+    fabric.launch()
+    net = nn.Linear(370, 370)
+    module, optimizer = fabric.setup(net, build_optimizer(AdamWConfig(), net, 1e-3))
+    fabric.backward(module(torch.ones(1, 370)).square().sum())
+    optimizer.step()
+    return fabric, module, optimizer
+
+
+def save(run_dir: Path, step: int) -> Path:
+    fabric, module, optimizer = trained()
+    state = TrainState(step=step)
+    return save_checkpoint(fabric, run_dir, state, module, optimizer, config_hash="h", keep=9)
+
+
+def pages(folder: Path) -> int:
+    """Bytes that a folder's files take on a file system of pages."""
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("steps", [*TOO_SMALL, *ENOUGH])
+def test_a_disk_that_is_too_small_or_just_enough(steps: int, tmp_path: Path) -> None:
+    (tmp_path / "measured").mkdir()
+    needed = pages(save(tmp_path / "measured", 1))
+    assert needed > len(TOO_SMALL) * STEP  # the first one always fits
+    with small_disk(tmp_path / "disk", 2 * needed + steps * STEP) as run_dir:
+        first = save(run_dir, 1)
+        if steps > 0:
+            verify_manifest(save(run_dir, 2))
+        else:
+            expected = r"cannot write .*disk/checkpoints/step-2: .*: about [\d,]+ bytes are needed, [\d,]+ are free"
+            with pytest.raises(CheckpointError, match=expected.replace(": about", "; about")) as raised:
+                save(run_dir, 2)
+            assert raised.value.exit_code == 1
+            assert [path.name for path in first.parent.iterdir()] == ["step-1"]
+        verify_manifest(first)
+
+
+def test_a_checkpoint_needs_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a temporary file")
+
+    for name in ("mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryFile", "TemporaryDirectory"):
+        monkeypatch.setattr(tempfile, name, refuse)
+    with small_disk(tmp_path / "full", 64 << 10) as full:
+        fill(full)
+        monkeypatch.setenv("TMPDIR", str(full))
+        (tmp_path / "run").mkdir()
+        assert "model.safetensors" in verify_manifest(save(tmp_path / "run", 1))["files"]

@@ -18,9 +18,9 @@ from sheeprlhf.data.source import locate
 from sheeprlhf.model.adapter import read_adapter_config
 from sheeprlhf.security.chat_templates import check_templates
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
+from tests.security.config_files import TARGETS
 from tests.security.folders import safetensors
 from tests.security.guard import pickled
-from tests.security.targets import TARGETS
 
 Attempt = Callable[[], object]
 TEMPLATES = {  # SENTINEL is the path of a file that must not appear

@@ -1,6 +1,8 @@
 """Wrong command lines: one short message that names the key and the fix, exit code 2, nothing started or written."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +84,22 @@ def test_a_cuda_machine_is_asked_for_the_number_of_devices(monkeypatch):
 def test_an_unwritable_folder_is_found_before_anything_starts(monkeypatch, tmp_path):
     monkeypatch.setattr(places.os, "access", lambda path, mode: False)
     assert "does not permit it" in next(places.new_folder_problems("root_dir", str(tmp_path / "runs")))
+
+
+WORDS = ["train", "task=ppo", "reward=function", "reward.path=sentiment"]
+
+
+def test_a_missing_package_is_one_line_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "vaderSentiment", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(WORDS)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "sheeprlhf cannot continue:",
+        "  - reward.path=sentiment needs packages that are not installed (vaderSentiment): "
+        'pip install "sheeprlhf[sentiment]"',
+    ]
+    assert list(tmp_path.iterdir()) == []

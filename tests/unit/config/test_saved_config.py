@@ -1,10 +1,19 @@
-"""A stranger's `config.yaml` is read as plain data of bounded size."""
+"""Saved configurations: read from earlier runs and from strangers, and options given to a resumed run."""
 
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from sheeprlhf.cli import run
+from sheeprlhf.config.compose import Source, check, compose_job, configs_directory
+from sheeprlhf.config.registry import choices, config_to_dict
 from sheeprlhf.config.run_lookup import saved_group
+from sheeprlhf.structure.data import DocstringsConfig
+from sheeprlhf.structure.model import TinyConfig
+from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -37,3 +46,62 @@ def test_a_bad_file_is_refused_quickly(kind, tmp_path, monkeypatch):
     assert len(str(caught.value)) < 500
     assert kind != "anchors" or "alias" in str(caught.value)
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"}
+
+
+RECIPES = {
+    "callback": "hydra:\n  callbacks:\n    mine: {_target_: builtins.open, file: SENTINEL, mode: w}\n",
+    "target": "task: {_target_: builtins.open, file: SENTINEL, mode: w}\n",
+    "entry_point": "task: {entry_point: 'os:mkdir'}\n",
+    "new_group": "mine: {_target_: builtins.open, file: SENTINEL, mode: w}\n",
+    "remote_code": f"model: {{library_cfg: {{trust_remote_code: true, revision: '{'0' * 40}'}}}}\n",
+    "torn": "task: {epochs: [1\n",
+    "unknown_key": "task: {epoch: 3}\n",
+}
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_a_strangers_recipe_runs_nothing(kind, tmp_path, monkeypatch, capsys):
+    sentinel = tmp_path / "sentinel"
+    folder = tmp_path / "theirs" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "shared.yaml").write_text(f"# @package _global_\n{RECIPES[kind].replace('SENTINEL', str(sentinel))}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", "canary-of-the-environment")
+    with pytest.raises(SystemExit) as stop:
+        run(["train", "task=sft", f"--config-dir={tmp_path}/theirs", "experiment=shared"])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert "Traceback" not in printed.err
+    assert "experiment=shared is not a choice" not in printed.err
+    assert "canary" not in printed.err + printed.out
+    assert {path.name for path in tmp_path.iterdir()} == {"theirs"}
+
+
+SOURCE = Source("train", configs_directory(), "train")
+
+
+def write_run(folder: Path, **root: Any) -> Path:
+    reward = choices("reward")["function"](path="os:getcwd")  # type: ignore[call-arg]
+    task = choices("task", "train")["grpo"](sft_experiment_dir=None, max_num_steps=3)  # type: ignore[call-arg]
+    parts = {"model": TinyConfig(), "data": DocstringsConfig(), "task": task, "reward": reward}
+    saved = {group: config_to_dict(config) for group, config in parts.items()} | root
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(saved))
+    return folder
+
+
+def test_options_are_those_of_the_run_unless_given(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", seed=7, run_name="mine", generation={"temperature": 0.5})
+    given = ["reward.path=length", "reward.target_length=9", "task.max_num_steps=5"]
+    config = compose_job(SOURCE, [f"resume_from={run_dir}", *given]).config
+    assert isinstance(config, TrainConfig)
+    assert (config.task.config_name, config.task.max_num_steps, config.seed, config.run_name) == ("grpo", 5, 7, "mine")
+    assert (config.generation.temperature, config.resume_from) == (0.5, str(run_dir))
+
+
+@pytest.mark.parametrize("seed", [7, "${oc.env:HOME}"])
+def test_the_file_names_no_code_and_reads_nothing_else(seed: Any, tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", seed=seed)
+    problems = check(SOURCE, [f"resume_from={run_dir}"])
+    assert any("reward.path" in problem for problem in problems)
+    assert any("seed" in problem for problem in problems) == (seed != 7)

@@ -14,12 +14,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers.utils import chat_template_utils
 
 from sheeprlhf.config.registry import choices
 from sheeprlhf.data import prepare as prepare_module
 from sheeprlhf.data import progress
+from sheeprlhf.data.duplicates import SeenDigests
 from sheeprlhf.data.prepare import PreparedData, prepare_data
 from sheeprlhf.data.report import render_report
 from sheeprlhf.data.store import SplitWriter
@@ -518,3 +520,17 @@ def test_rows_are_reserved_for_a_reward_model_where_asked(tmp_path: Path) -> Non
         assert len(half.splits["train"]) + len(half.splits["reward"]) == 40
         [note] = [note for note in half.report["notes"] if "data.reward_model_split=0.5" in note]
         assert note.startswith(f"{len(half.splits['reward'])} training rows are reserved")
+
+
+@pytest.mark.parametrize("different", [1, 50, 5_000])
+def test_like_a_set(different: int) -> None:
+    rng = np.random.default_rng(different)
+    seen, known = SeenDigests(), set()
+    values = rng.integers(0, 2**64, different, np.uint64)
+    for _ in range(200):
+        digests = rng.choice(values, int(rng.integers(0, 40)))
+        expected = []
+        for digest in digests.tolist():
+            expected.append(digest in known)
+            known.add(digest)
+        assert seen.add(digests).tolist() == expected

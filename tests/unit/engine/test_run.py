@@ -14,7 +14,7 @@ import yaml
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import build_optimizer
-from sheeprlhf.engine.run import open_run
+from sheeprlhf.engine.run import noted_signals, open_run
 from sheeprlhf.engine.step import update
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.fabric import FabricConfig
@@ -255,3 +255,26 @@ def test_speed_and_time_left_count_the_first_step(
             run.show_progress(state, 5, "loss 0.1", 600)
     line = next(line for line in capfd.readouterr().err.splitlines() if line.startswith("step 3/5"))
     assert "100 tokens/s" in line and "0:12 left" in line
+
+
+def test_a_second_interrupt_outside_of_the_command_line_raises_and_keeps_the_process() -> None:
+    with noted_signals(is_rank_zero=True) as flags:
+        signal.raise_signal(signal.SIGINT)
+        assert flags.stop_pending() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(0.2)  # a thread watches the signals too
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+CAPACITY = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+
+
+def test_few_compiled_kernels_are_kept_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed rows come in hundreds of lengths, and oneDNN keeps kernels for each: gigabytes in a long bf16 run."""
+    monkeypatch.setenv(CAPACITY, "7")
+    make_fabric(FabricConfig())
+    assert os.environ[CAPACITY] == "7"
+    monkeypatch.delenv(CAPACITY)
+    make_fabric(FabricConfig())
+    assert 0 < int(os.environ[CAPACITY]) < 1024

