@@ -106,13 +106,7 @@ def _report_lost_output() -> int:
 
 
 def _guarded(action: Callable[[], int], debug: bool, messages: list[str] | None = None) -> int:
-    """Run `action`; an exception becomes a message and an exit code. With `debug`, its traceback is shown too.
-
-    Args:
-        action: returns an exit code.
-        debug: show tracebacks.
-        messages: a list that gets the message too.
-    """
+    """Run `action`; an exception becomes an exit code and a message (also in `messages`; with `debug`, a traceback)."""
     other_rank = not is_rank_zero()
     try:
         return action()

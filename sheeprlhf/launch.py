@@ -77,13 +77,7 @@ class Finished(NamedTuple):
 def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> Finished:
     """Run a job to its end in this process and, with several devices, in those that Fabric starts.
 
-    A sweep's job on several devices gets a process of its own: Fabric leaves this one's rank in the environment.
-
-    Args:
-        verb: the command.
-        args: flags and overrides of this job alone.
-        job: its configuration.
-        in_sweep: it is one of several jobs of this process.
+    A job of a sweep on several devices gets a process of its own: Fabric leaves this one's rank in the environment.
 
     Raises:
         ConfigError: a library that would be imported must not be.

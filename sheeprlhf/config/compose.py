@@ -87,13 +87,9 @@ class Job(NamedTuple):
 
 
 def check(source: Source, overrides: list[str], *, multirun: bool = False, complete: bool = True) -> list[str]:
-    """Every problem of a command line; of every job, if it is a sweep.
+    """Every problem of a command line, of every job if it is a sweep.
 
-    Args:
-        source: where the configuration comes from.
-        overrides: the command line's `key=value` words.
-        multirun: several values of a key are several jobs.
-        complete: also refuse missing values and impossible combinations (false to show a configuration).
+    With `complete=False`, to show a configuration, values may be missing and combinations impossible.
     """
     return _compose_jobs(source, overrides, multirun, complete)[1]
 
@@ -194,11 +190,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def finish(config: DictConfig, given_dir: str | None = None) -> Job:
-    """Make a composed configuration typed, find the runs that it names, and validate it.
-
-    Args:
-        config: what Hydra composed.
-        given_dir: the directory of `hydra.run.dir=...`, if the user gave one.
+    """Make a composed configuration typed, find its runs, and validate it; `given_dir` is `hydra.run.dir`.
 
     Raises:
         ConfigError: with every problem.

@@ -29,13 +29,7 @@ def words(change: Change) -> str:
 
 
 def advice(config: TrainConfig | EvalConfig, phase: str, place: str | None) -> Iterator[str]:
-    """Advice after memory ran out in `phase`: one sentence each.
-
-    Args:
-        config: the configuration that needed too much.
-        phase: where memory ran out.
-        place: the directory of the run, which can go on; None if there is none.
-    """
+    """Advice after memory ran out in `phase`, one sentence each; the run in `place`, if there is one, can go on."""
     changes = memory_reductions(config, phase)
     if place is None:
         if changes:

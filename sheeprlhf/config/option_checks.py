@@ -30,27 +30,13 @@ def nearest(word: str, candidates: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, candidates: Iterable[str], otherwise: str, *, key: str = "", end: str = "") -> str:
-    """A question about the candidate most like `word`, and the beginning of the next sentence.
-
-    Args:
-        word: as it was given.
-        candidates: what it may be.
-        otherwise: begins the next sentence, or this one if nothing is alike.
-        key: stands before the candidate.
-        end: stands behind the candidate.
-    """
+    """Begin a sentence: "did you mean <key><candidate><end>?" if a candidate is like `word`, then `otherwise`."""
     near = nearest(word, candidates)
     return f"did you mean {key}{near}{end}? {otherwise.capitalize()}" if near else otherwise
 
 
 def unread(given: str, where: str, instead: str = "") -> str:
-    """The sentence for an option that another choice leaves without effect.
-
-    Args:
-        given: the option with its value.
-        where: the choice that does not read it: "by task=sft".
-        instead: a choice that reads it.
-    """
+    """The sentence for an option that has no effect, for example "by task=sft"; `instead` is a choice that reads it."""
     return f"{given} is not read {where}: remove it" + (f", or give {instead}" if instead else "")
 
 

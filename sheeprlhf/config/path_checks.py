@@ -42,12 +42,9 @@ def data_is_here(data: DataConfig) -> bool:
 
 
 def new_folder_problems(key: str, path: str, *, expands: bool = True) -> Iterator[str]:
-    """Problems of creating this folder or writing into it.
+    """Problems of creating the folder that an option names, or of writing into it.
 
-    Args:
-        key: the option that names it.
-        path: its value.
-        expands: `~` stands for a home directory; otherwise a folder of this very name would be made.
+    Without `expands`, `~` does not stand for a home directory, and a folder of this very name would be made.
     """
     problem = home_problem(key, path)
     if problem is None and not expands and path.startswith("~") and not os.path.lexists(path):
@@ -76,14 +73,7 @@ def is_weights_name(name: str) -> bool:
 
 
 def weights_problems(run_dir: str, name: str, *, key: str, name_key: str) -> Iterator[str]:
-    """Problems of the weights of this name in a run.
-
-    Args:
-        run_dir: the run.
-        name: as it was given; "final", "best", "last" and "step-<n>" are known.
-        key: the option that names the run.
-        name_key: the option that names the weights.
-    """
+    """Problems of the weights final, best, last or step-<n> of a run; the keys are the options that name both."""
     again = shell_word("resume_from", run_dir)
     if not is_weights_name(name):
         did = did_you_mean(name, ("final", "best", "last"), "it", key=f"{name_key}=")
@@ -114,9 +104,7 @@ def model_folder(name: str) -> Path | None:
 def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
     """The reason that `model.repo_name` cannot be loaded, from local files only; the hub is not contacted.
 
-    Args:
-        repo_name: a folder, a hub id or an embedded model.
-        weights: a folder needs them; they are not read when they are random or a run's.
+    A folder needs weights, unless they are random or of a run (`weights=False`).
     """
     name = "null" if repo_name is None else repo_name
     given = f"model.repo_name={name}"
@@ -237,13 +225,7 @@ def readable_files(files: Sequence[Path]) -> list[Path]:
 
 
 def data_files(key: str, value: Any) -> list[Path]:
-    """The files that an option names, in order.
-
-    A folder gives all files in it that can be read, a pattern those that match.
-
-    Args:
-        key: the option, for messages.
-        value: a path or a pattern, or a list of these.
+    """The files that paths and patterns name, in order; a folder gives all its files that can be read.
 
     Raises:
         ConfigError: a file is missing or cannot be read, or a folder or a pattern mixes splits.
@@ -374,12 +356,7 @@ _TERMS = "reward.terms"  # of which some name a folder
 
 
 def absolute_value(key: str, value: Any) -> Any:
-    """The value of an option; an absolute path if the option names a file or folder that is here.
-
-    Args:
-        key: dotted name of the option.
-        value: as it was given.
-    """
+    """The value of an option; an absolute path if the option names a file or folder that is here."""
     if isinstance(value, list | tuple):
         return type(value)(absolute_value(key, entry) for entry in value)
     if isinstance(value, dict) and key == "data.mix":

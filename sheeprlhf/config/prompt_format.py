@@ -67,12 +67,7 @@ _TAKEN = {  # given to every chat template, or to the function of transformers t
 
 
 def template_arg_problems(given: Any, key: str = OPTION) -> Iterator[str]:
-    """Problems of variables for a chat template.
-
-    Args:
-        given: a mapping of names to values; None gives none.
-        key: the option or the flag, for messages.
-    """
+    """Problems of variables for a chat template; `key` is the option or the flag that gives them."""
     if given is None:
         return
     if not isinstance(given, dict):

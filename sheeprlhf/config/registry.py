@@ -347,15 +347,9 @@ def twice_given(keys: list[str]) -> Iterator[str]:
 
 
 def rename_keys(tree: dict[str, Any], group: str = "", *, deprecate: bool = False) -> list[str]:
-    """Replace old names in a configuration, in place.
+    """Replace old names in a configuration or one group, in place; returns a problem for each option with both names.
 
-    Args:
-        tree: a whole configuration, or one group of it.
-        group: the group; empty for a whole configuration.
-        deprecate: print a line for each deprecated name.
-
-    Returns:
-        Problems: options that are there by both names.
+    With `deprecate`, print a line for each name that will go.
     """
     if not group:
         parts = [(name, tree[name]) for name in ("task", "reward") if isinstance(tree.get(name), dict)]

@@ -119,12 +119,7 @@ def _terms_problems(sources: list[str]) -> Iterator[str]:
 
 
 def source_problems(given: str, source: str) -> Iterator[str]:
-    """Problems of one reward function.
-
-    Args:
-        given: the beginning of the sentence: the option that names it.
-        source: a built-in's name or a dotted path.
-    """
+    """Problems of a built-in reward function or a dotted path; `given` is the option, which begins each sentence."""
     if source in BUILTINS:
         builtin = BUILTINS[source]
         missing = missing_modules(builtin.requires)

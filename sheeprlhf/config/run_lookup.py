@@ -77,12 +77,7 @@ def order_of(info: dict[str, Any]) -> float:
 
 
 def next_order(now: float, orders: Iterable[float]) -> float:
-    """The order of what is made now: `now`, or more than all others if the clock has moved backwards since.
-
-    Args:
-        now: seconds since 1970.
-        orders: of what is there.
-    """
+    """The order of what is made `now`: these seconds, or more than all others if the clock has moved backwards."""
     return min(max([now, *(order + _TICK for order in orders)]), LATEST)
 
 
@@ -135,11 +130,8 @@ def _begins_without(config: Needy) -> bool:
 def resolve_runs(config: RootConfig, given_dir: str | None) -> RootConfig:
     """The configuration with the whole paths of the runs that it needs, also where it said "newest" or "auto".
 
-    A run that is resumed goes on with those that it started from, whatever has been trained since.
-
-    Args:
-        config: typed; returned as it is if there is nothing to find.
-        given_dir: the directory of `hydra.run.dir=...`, if the user gave one.
+    A run that is resumed, in `given_dir` (`hydra.run.dir`) if there is one, goes on with those that it started from,
+    whatever has been trained since.
     """
     if isinstance(config, InspectConfig):
         return _with_options_of_start(config)
@@ -212,13 +204,7 @@ def is_newest(word: Any) -> bool:
 
 
 def newest_finished(root_dir: str, *, key: str, trains: Collection[str], other_than: str | None = None) -> str:
-    """The newest finished run that trained one of these.
-
-    Args:
-        root_dir: of runs.
-        key: what asks for it, for the message.
-        trains: "policy" or "reward model", or both.
-        other_than: a run that is not meant.
+    """The newest finished run, other than `other_than`, that trained one of these; `key` asks for it.
 
     Raises:
         ConfigError: there is none.
@@ -237,11 +223,6 @@ def newest_finished(root_dir: str, *, key: str, trains: Collection[str], other_t
 def evaluated_run(experiment_dir: str, root_dir: str, task: str) -> str:
     """The run that `experiment_dir` of an evaluation names, also where it says "newest".
 
-    Args:
-        experiment_dir: as it was given.
-        root_dir: of runs.
-        task: name of the evaluation.
-
     Raises:
         ConfigError: there is no finished run that it evaluates.
     """
@@ -252,11 +233,7 @@ def evaluated_run(experiment_dir: str, root_dir: str, task: str) -> str:
 
 
 def newest_unfinished(root_dir: str, config: TrainConfig | None = None) -> str:
-    """The newest run that has not finished.
-
-    Args:
-        root_dir: of runs.
-        config: only runs of its task and model are meant.
+    """The newest run that has not finished; with a configuration, of its task and model.
 
     Raises:
         ConfigError: there is none.
@@ -404,11 +381,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_run_config(experiment_dir: str, *, key: str = "experiment_dir") -> dict[str, Any]:
-    """The saved configuration of a run.
-
-    Args:
-        experiment_dir: the run.
-        key: the option that names it, for messages.
+    """The saved configuration of a run that the option `key` names.
 
     Raises:
         ConfigError: there is none, or it is not plain YAML below `MAX_BYTES`.

@@ -19,11 +19,7 @@ PROGRAM = ("python", "sheeprlhf.py")
 
 
 def command(words: Iterable[str]) -> str:
-    """Return a command line that can be pasted into a shell.
-
-    Args:
-        words: the verb, and what follows it; options by `option_word`, or as a user has typed them.
-    """
+    """Return a command line for a shell; its options are words of `option_word`, or as a user typed them."""
     return shlex.join([*PROGRAM, *words])
 
 

@@ -492,12 +492,7 @@ def sharding_problems(config: TrainConfig | EvalConfig, *, able: bool) -> Iterat
 
 
 def unread_options(config: TrainConfig | EvalConfig, *keys: str) -> Iterator[str]:
-    """Those of `generation.engine`, `generation.stop_strings` and `reward` that are set and that a task does not read.
-
-    Args:
-        config: of the task.
-        keys: which it does not read.
-    """
+    """Those of `keys` (the engine, stop strings, the reward) that are set, though the task does not read them."""
     given = {
         "generation.engine": config.generation.engine if config.generation.engine != GenConfig.engine else None,
         "generation.stop_strings": list(config.generation.stop_strings),

@@ -46,12 +46,7 @@ def end_token_ids(tokenizer: Any) -> tuple[int, ...]:
 
 
 def set_configured_end_ids(tokenizer: Any, configs: Sequence[Mapping[str, Any]]) -> None:
-    """Note on a tokenizer the `eos_token_id` of its model's configuration files, each a number or a list of numbers.
-
-    Args:
-        tokenizer: of the model.
-        configs: contents of generation_config.json and config.json, as far as there are such files.
-    """
+    """Note on a tokenizer the `eos_token_id` of its model's configuration files, a number or a list of numbers."""
     found: list[int] = []
     for config in configs:
         for part in (config, config.get("text_config")):  # the language part of a model that also sees images
@@ -62,12 +57,7 @@ def set_configured_end_ids(tokenizer: Any, configs: Sequence[Mapping[str, Any]])
 
 
 def add_end_ids(config: Any, tokenizer: Any) -> None:
-    """Complete the `eos_token_id` of a configuration that is going to be saved with the tokenizer.
-
-    Args:
-        config: a model's configuration or its generation configuration; ids that it lists stay.
-        tokenizer: of the model.
-    """
+    """Complete the `eos_token_id` of a (generation) configuration that is going to be saved; ids that it lists stay."""
     present = getattr(config, "eos_token_id", None)
     listed = [*present] if isinstance(present, list | tuple) else [] if present is None else [present]
     missing = [number for number in end_token_ids(tokenizer) if number not in listed]
@@ -103,12 +93,7 @@ def end_texts(tokenizer: Any) -> list[str]:
 
 
 def first_end(text: str, texts: Sequence[str]) -> str | None:
-    """The end token that comes first in a rendered response; None if it has none.
-
-    Args:
-        text: what a chat template wrote.
-        texts: of `end_texts`.
-    """
+    """The end token of `end_texts` that comes first in a rendered response; None if it has none."""
     places = [(place, -len(end), end) for end in texts if end and (place := text.find(end)) >= 0]
     return min(places)[2] if places else None
 
@@ -117,10 +102,7 @@ def first_end(text: str, texts: Sequence[str]) -> str | None:
 def _closing_token(tokenizer: Any, template: str, num_tokens: int) -> int | None:
     """The token after an answer, found by rendering one; white space around it does not count.
 
-    Args:
-        tokenizer: whose template renders.
-        template: its text; it and the number of tokens are here for the cache, which every row of a dataset asks.
-        num_tokens: of the tokenizer.
+    Template and number of tokens are arguments for the cache, which every row of a dataset asks.
     """
     if not template:
         return None

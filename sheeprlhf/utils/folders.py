@@ -64,12 +64,7 @@ def written_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_errors(what: str, advice: str) -> Iterator[None]:
-    """Turn an error of the disk into a ModelError with advice; safetensors has its own class for a full disk.
-
-    Args:
-        what: what cannot be made, and where.
-        advice: how to make room.
-    """
+    """Turn an error of the disk into a ModelError with advice; safetensors has its own class for a full disk."""
     try:
         yield
     except SheepError:
@@ -117,12 +112,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 
 def sweep_scratch(folder: Path, prefix: str = "") -> None:
-    """Remove the scratch folders that killed processes left in `folder`; those of living processes stay.
-
-    Args:
-        folder: in which they are.
-        prefix: their names begin with it.
-    """
+    """Remove the scratch folders with this prefix that killed processes left; those of living processes stay."""
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _SCRATCH.fullmatch(path.name)
         if match and path.name.startswith(prefix) and (int(match[1]) == os.getpid() or not _is_alive(int(match[1]))):

@@ -22,12 +22,7 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
 
 
 def home_problem(key: str, path: str) -> str | None:
-    """The reason that a path beginning with `~` cannot be expanded; an existing file of exactly this name is used.
-
-    Args:
-        key: the option, flag or variable that names it.
-        path: its value.
-    """
+    """The reason that a path beginning with `~` cannot be expanded; an existing file of exactly this name is used."""
     if os.path.lexists(path) or not _home_of_nobody(path):
         return None
     user = path.partition("/")[0].removeprefix("~")
@@ -58,12 +53,7 @@ def _home_of_nobody(path: str) -> bool:
 
 
 def cache_place(cache_dir: str | None, key: str = "data.cache_dir") -> CachePlace:
-    """The option, else $SHEEPRLHF_CACHE, else $XDG_CACHE_HOME/sheeprlhf, else ~/.cache/sheeprlhf.
-
-    Args:
-        cache_dir: the option's value, if it has one.
-        key: the option.
-    """
+    """The option, else $SHEEPRLHF_CACHE, else $XDG_CACHE_HOME/sheeprlhf, else ~/.cache/sheeprlhf."""
     if cache_dir:
         return CachePlace(key, cache_dir)
     for variable, folder in (("SHEEPRLHF_CACHE", ""), ("XDG_CACHE_HOME", "sheeprlhf")):

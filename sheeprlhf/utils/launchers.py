@@ -268,9 +268,6 @@ def is_one_of_several() -> bool:
 def check_alone(what: str) -> None:
     """Reject a command that starts the processes of its parts itself where a launcher has started several.
 
-    Args:
-        what: the command.
-
     Raises:
         LauncherError: with the command to give instead.
     """
@@ -288,11 +285,7 @@ def check_alone(what: str) -> None:
 
 
 def stale_note(given: bool) -> str | None:
-    """A sentence about variables that belong to a launcher which has not started this process; None without such.
-
-    Args:
-        given: the user chose the number of processes.
-    """
+    """A sentence about variables of a launcher that did not start this process; None if a number is `given`."""
     env = os.environ
     if OWN_LAUNCHER in env or launched() is not None or given:
         return None

@@ -202,15 +202,10 @@ def open_file(path: Path, flags: int, mode: int = 0o600) -> int:
 
 
 def lock(descriptor: int, path: Path, operation: int) -> bool:
-    """Take a lock of `fcntl.flock`; False if the file system has none.
-
-    Args:
-        descriptor: an open file.
-        path: the file.
-        operation: LOCK_EX or LOCK_SH, with LOCK_NB if another holder is an error.
+    """Take a lock of `fcntl.flock` on an open file; False if the file system has none.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds it, and the operation includes LOCK_NB.
     """
     try:
         fcntl.flock(descriptor, operation)

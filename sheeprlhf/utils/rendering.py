@@ -112,10 +112,7 @@ def _fixed_environment(text: str, date: str) -> Iterator[None]:
 def fixed_arguments(tokenizer: Any, template_args: Mapping[str, Any] | None) -> dict[str, Any]:
     """The variables with which a tokenizer's chat templates render, the date of those that write one included.
 
-    Args:
-        tokenizer: of transformers.
-        template_args: what the user gives, `data.template_args`; None takes those that the model was trained with, as
-            far as its folder tells.
+    `template_args=None` takes those that the model was trained with, as far as its folder tells.
     """
     given = getattr(tokenizer, _STORED, None) if template_args is None else template_args
     has_clock = any(CLOCK in str(text) for text in own_templates(tokenizer).values())

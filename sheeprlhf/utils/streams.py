@@ -41,8 +41,7 @@ class _LastingFile(io.FileIO):
 def open_closed_streams(*, needs_output: bool) -> None:
     """Open the null device for standard streams that the caller has closed, so that no file gets their descriptors.
 
-    Args:
-        needs_output: writing to a closed standard output is an error.
+    With `needs_output`, writing to a closed standard output is an error.
     """
     read, write = os.O_RDONLY, os.O_WRONLY
     modes = (("stdin", read, "r"), ("stdout", read if needs_output else write, "w"), ("stderr", write, "w"))
@@ -70,11 +69,8 @@ def outlives_reader(stream: TextIO) -> bool:
 def lasting(stream: TextIO, *, needs_reader: bool = False) -> TextIO:
     """The stream of the same file, on which writing goes on when the terminal or the reader is gone or the disk full.
 
-    Streams of another kind, as in notebooks and tests, are returned as they are.
-
-    Args:
-        stream: standard output or standard error.
-        needs_reader: a pipe whose reader has ended still raises BrokenPipeError.
+    With `needs_reader`, a pipe whose reader has ended still raises BrokenPipeError. Streams of another kind, as in
+    notebooks and tests, are returned as they are.
     """
     if not isinstance(stream, io.TextIOWrapper):
         return stream

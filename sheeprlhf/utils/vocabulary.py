@@ -29,12 +29,7 @@ def num_rows_needed(tokenizer: Any) -> int:
 
 
 def undefined_ids(tokenizer: Any, num_rows: int) -> np.ndarray | None:
-    """(U,) int64, ascending: ids below `num_rows` that stand for no token; None if there are none.
-
-    Args:
-        tokenizer: of transformers.
-        num_rows: of the model's language head.
-    """
+    """(U,) int64, ascending: ids below `num_rows` of the head that stand for no token; None if there are none."""
     missing = np.setdiff1d(np.arange(num_rows, dtype=np.int64), defined_ids(tokenizer), assume_unique=True)
     return missing if len(missing) else None
 
@@ -52,10 +47,7 @@ def template_tokens(tokenizer: Any) -> list[str]:
 def add_special_tokens(tokenizer: Any, tokens: Sequence[str], *, missing: bool = False) -> None:
     """Add those that the tokenizer does not define as special tokens; `new_ids` then has their ids.
 
-    Args:
-        tokenizer: of transformers.
-        tokens: their texts.
-        missing: add none; `missing_tokens` then has their texts.
+    With `missing`, add none; `missing_tokens` then has their texts.
     """
     vocabulary = tokenizer.get_vocab()
     new = [token for token in dict.fromkeys(tokens) if token not in vocabulary]
