@@ -50,7 +50,7 @@ FLAGS = (
     HydraFlag("--version", "", "", "Hydra's version."),
 )
 PLOT = HydraFlag("--plot", "", "", "Draw the result as a PNG too: another way to write plot=true.")  # of eval alone
-_REFUSED = {
+_REJECTED_FLAGS = {
     "--config-path": "give --config-dir=<folder>, which adds yours to those of sheeprlhf",
     "--experimental-rerun": "it would unpickle a file; repeat the command, or give resume_from=<run>",
 }
@@ -89,8 +89,8 @@ def parse_args(words: list[str]) -> ParsedArgs:
             continue
         given, equals, value = word.partition("=")
         flag = by_name.get(given)
-        if given in _REFUSED or given == "-cp":
-            problems.append(f"{given} is not supported: {_REFUSED.get(given, _REFUSED['--config-path'])}")
+        if given in _REJECTED_FLAGS or given == "-cp":
+            problems.append(f"{given} is not supported: {_REJECTED_FLAGS.get(given, _REJECTED_FLAGS['--config-path'])}")
         elif flag is None:
             if not equals and waiting and not waiting[0].startswith("-") and "=" not in waiting[0]:
                 value = waiting.pop(0)  # `--epochs 3`

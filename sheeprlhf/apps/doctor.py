@@ -234,17 +234,17 @@ def disk(root_dir: str, *, checkpoint: int, kept: int, final: int) -> Finding:
     return Finding("warning" if needed > free / 2 else "ok", "disk", what)
 
 
-_TIGHT = 0.8  # of what is available: the plan is not that exact
+_MAX_SHARE = 0.8  # of what is available: the plan is not that exact
 _THRESHOLD = 1 << 20  # bytes; a smaller one costs more time
 
 
-def _memory(config: TrainConfig, size: "ModelSize", room: int | None, device: str) -> Finding:
+def _memory(config: TrainConfig, size: "ModelSize", available: int | None, device: str) -> Finding:
     """The plan of a step beside the memory that there is.
 
     Args:
         config: what would be trained, and how.
         size: its model's.
-        room: bytes that are available; None where nobody tells.
+        available: bytes; None if unknown.
         device: "cuda", or "cpu", whose processes share one memory.
     """
     from sheeprlhf.model.memory import NO_HOLES, measure
@@ -258,16 +258,16 @@ def _memory(config: TrainConfig, size: "ModelSize", room: int | None, device: st
     text = f"a step of task={config.task.config_name} needs about {size_text(needed)} at its worst moment"
     details = _memory_table(config, size, parts)
     details += [f"and that {processes} times, once in each process"] if processes > 1 else []
-    if room is None:
+    if available is None:
         return Finding("ok", "memory", f"{text}; how much there is, is not known", tuple(details))
-    text += f"; {size_text(room)} of {'GPU' if device == 'cuda' else 'main'} memory are available"
-    if needed <= _TIGHT * room:
+    text += f"; {size_text(available)} of {'GPU' if device == 'cuda' else 'main'} memory are available"
+    if needed <= _MAX_SHARE * available:
         return Finding("ok", "memory", text, tuple(details))
-    details += _advice(config, _TIGHT * room / processes, lambda config: need(config).total())
+    details += _advice(config, _MAX_SHARE * available / processes, lambda config: need(config).total())
     if parts.allocator:
         without = size_text(need(config, holes=False).total())
         details.append(f"{NO_HOLES}={_THRESHOLD} in the environment: {without}, slower")
-    return Finding("problem" if needed > room else "warning", "memory", text, tuple(details))
+    return Finding("problem" if needed > available else "warning", "memory", text, tuple(details))
 
 
 def _memory_table(config: TrainConfig, size: "ModelSize", parts: "MemoryPlan") -> list[str]:
@@ -303,18 +303,18 @@ def _has_reference(config: TrainConfig) -> bool:
     return isinstance(task, DPOConfig) and task.loss_type not in NO_REFERENCE and not task.reference_free
 
 
-def _advice(config: TrainConfig, room: float, need: Callable[[TrainConfig], int]) -> list[str]:
-    """Memory after each single change, and the changes that together fit into `room` bytes."""
-    lines = ["what would be needed with", *_each(config, need)]
+def _advice(config: TrainConfig, available: float, need: Callable[[TrainConfig], int]) -> list[str]:
+    """Memory after each single change, and the changes that together fit into `available` bytes."""
+    lines = ["what would be needed with", *_single_changes(config, need)]
     together: Change = {}
-    while need(config) > room and (changes := memory_reductions(config)):
+    while need(config) > available and (changes := memory_reductions(config)):
         config, together = replace_options(config, changes[0]), together | changes[0]
-    if need(config) > room:
+    if need(config) > available:
         return [*lines, "all of them together are not enough: take a smaller model, or a machine with more memory"]
     return [*lines, f"{size_text(need(config))} would fit: {words(together)}"]
 
 
-def _each(config: TrainConfig, need: Callable[[TrainConfig], int]) -> list[str]:
+def _single_changes(config: TrainConfig, need: Callable[[TrainConfig], int]) -> list[str]:
     cells = [(words(change), size_text(need(replace_options(config, change)))) for change in memory_reductions(config)]
     return ["  " + "  ".join(line) for line in table(cells, right={1})] if cells else []
 
@@ -350,14 +350,14 @@ def run(config: DoctorConfig, args: ParsedArgs) -> int:
 
 
 def _command(verb: str, config: DoctorConfig, args: ParsedArgs) -> str:
-    """The same configuration for another command."""
+    """A command with the same configuration."""
     named = any(word.startswith(("task=", "experiment=")) for word in args.overrides)
     task = [] if named else [f"task={config.task.config_name}"]
     return plain_text(command([verb, *task, *redact_command(args.overrides), *args.config_dir()]))
 
 
 def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
-    room = available_memory()
+    available = available_memory()
     of_versions = list(versions())
     yield from of_versions
     if any("is not installed:" in finding.text for finding in of_versions):
@@ -381,19 +381,19 @@ def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
     try:
         size = measure(config.model, config.fabric.precision, config.task.trains == "reward model")
     except SheepError as error:
-        of_model = list(_model(config, None, room))
+        of_model = list(_model(config, None, available))
         yield from (finding for finding in of_model if finding.text not in reported)
         why = "the model is not to be had" if of_model[-1].level == "problem" else str(error).splitlines()[0]
         yield Finding("warning", "memory", f"not planned: {why}")
         return
-    for finding in (*_model(config, size, room), *_reward_model(config, size), *_options(config)):
+    for finding in (*_model(config, size, available), *_reward_model(config, size), *_options(config)):
         if finding.text not in reported:
             reported.add(finding.text)
             yield finding
     yield _disk(config, size)
     if on_cuda:
-        room = torch.cuda.mem_get_info()[0]
-    yield _memory(config, size, room, "cuda" if on_cuda else "cpu")
+        available = torch.cuda.mem_get_info()[0]
+    yield _memory(config, size, available, "cuda" if on_cuda else "cpu")
 
 
 def _data(data: DataConfig, offline: str) -> Finding:
@@ -455,7 +455,7 @@ def _options(config: DoctorConfig) -> Iterator[Finding]:
             yield Finding("problem", "judge", str(error))
 
 
-def _model(config: DoctorConfig, size: "ModelSize | None", room: int | None) -> Iterator[Finding]:
+def _model(config: DoctorConfig, size: "ModelSize | None", available: int | None) -> Iterator[Finding]:
     """Check that the model can be loaded, and whether its batches can be packed."""
     from sheeprlhf.agent.batches import packing_difference, packing_problem, packing_tolerance
     from sheeprlhf.agent.policy import load_policy
@@ -474,7 +474,7 @@ def _model(config: DoctorConfig, size: "ModelSize | None", room: int | None) -> 
                 f"the run: give data.max_length={size.positions}",
             )
             longest = size.positions
-        if room is not None and size.weights > room:
+        if available is not None and size.weights > available:
             yield Finding("problem", "model", f"{name}: its weights of {size_text(size.weights)} exceed the memory")
             return
     local_only = True

@@ -235,7 +235,7 @@ class Viewer:
         facts = [f"{sizes} = {len(trained)} tokens", f"{sum(trained)} {'scored' if self._scored else 'trained on'}"]
         if not responses:
             facts = [f"prompt {len(prompt)} tokens", "no response: the model writes it"]
-        self._look_at_start(prompt, facts, warnings)
+        self._check_start(prompt, facts, warnings)
         end_ids = end_token_ids(self._tokenizer)
         ended = {name: ids[-1] in end_ids for name, ids in responses.items()}
         if len(ended) > 2 and all(ended.values()):
@@ -245,7 +245,7 @@ class Viewer:
                 f"{name} {f'ends in {self._end_name(responses[name][-1])}' if end else _CUT}"
                 for name, end in ended.items()
             ]
-        self._look_at_template(prompt, facts, warnings)
+        self._check_template(prompt, facts, warnings)
         ranks = {name: rank for name, rank in names.items() if rank}
         if ranks and example.margin:
             facts.append(f"margin {example.margin:g}")
@@ -254,7 +254,7 @@ class Viewer:
     def _end_name(self, number: int) -> str:
         return "EOS" if number == self._tokenizer.eos_token_id else str(self._tokenizer.convert_ids_to_tokens(number))
 
-    def _look_at_start(self, prompt: Sequence[int], facts: list[str], warnings: list[str]) -> None:
+    def _check_start(self, prompt: Sequence[int], facts: list[str], warnings: list[str]) -> None:
         bos = self._tokenizer.bos_token_id
         number = next((place for place, token in enumerate(prompt) if token != bos), len(prompt))
         facts.append(f"BOS: {number}" + ("" if number else " (the tokenizer adds none)"))
@@ -266,7 +266,7 @@ class Viewer:
         if number == len(prompt) or list(prompt) == [self._tokenizer.eos_token_id]:
             facts.append("no prompt: it is a text of which all tokens are learned, or data.max_prompt_length cut it")
 
-    def _look_at_template(self, prompt: Sequence[int], facts: list[str], warnings: list[str]) -> None:
+    def _check_template(self, prompt: Sequence[int], facts: list[str], warnings: list[str]) -> None:
         """A template that is applied to its own output opens an answer and leaves it empty."""
         size = len(self._opening)
         if not size or list(prompt[-size:]) != self._opening:
@@ -305,9 +305,9 @@ _COLORS = {
 }
 _LIMIT_COLOR = "#c8412b"
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
-_MOST_BARS = 40
-_MOST_LINES = 10
-_FAR = 2.5  # a limit this many times as long as the longest row would leave no room for the bars
+_MAX_BARS = 40
+_MAX_LINES = 10
+_FAR_LIMIT = 2.5  # a limit this many times as long as the longest row would leave no room for the bars
 
 
 def lengths_of(split: TokenizedSplit) -> Lengths:
@@ -347,7 +347,7 @@ def text_histogram(lengths: Lengths, *, bar: str, longest_bar: int) -> list[str]
 
 def _step(longest: int) -> int:
     """The width of a bar, so that ten at most reach to the longest: a round number if it is more than a few."""
-    step = math.ceil(longest / _MOST_LINES)
+    step = math.ceil(longest / _MAX_LINES)
     unit = 1 if step <= 5 else 5 if step <= 50 else 50
     return math.ceil(step / unit) * unit
 
@@ -375,7 +375,7 @@ def draw_histograms(splits: Mapping[str, TokenizedSplit], cfg: DataConfig, title
         grid = figure.subplots(len(splits), len(kinds), sharex="col", squeeze=False)
         for column, kind in enumerate(kinds):
             longest = int(max(of_split[kind].max() for of_split in lengths.values() if kind in of_split))
-            step = math.ceil(longest / _MOST_BARS)
+            step = math.ceil(longest / _MAX_BARS)
             edges = np.arange(1, longest + step + 1, step) - 0.5
             for axes, (name, values) in zip(grid[:, column], lengths.items(), strict=True):
                 if kind in values:
@@ -387,9 +387,9 @@ def draw_histograms(splits: Mapping[str, TokenizedSplit], cfg: DataConfig, title
                     axes.set_ylabel(f"{name}: {len(splits[name]):,} rows")
             grid[-1, column].set_xlabel("tokens")
             key, limit = limits.get(kind, ("", 0))
-            far = limit > _FAR * longest
+            far = limit > _FAR_LIMIT * longest
             grid[0, column].set_xlim(0, 1.04 * max(edges[-1], 0 if far else limit))
-            _head(grid[0, column], 1.36, f"{kind} length", fontsize=11)
+            _add_title(grid[0, column], 1.36, f"{kind} length", fontsize=11)
             if key:
                 _draw_limit(list(grid[:, column]), key, limit, far=far)
         image = io.BytesIO()
@@ -407,13 +407,15 @@ def _draw_one(axes: Any, values: np.ndarray, edges: np.ndarray, color: str) -> N
 
 def _draw_limit(column: Sequence[Any], key: str, limit: int, *, far: bool) -> None:
     """A limit of the configuration: a line in each histogram of a column, or a note that it is beyond all of them."""
-    _head(column[0], 1.2, f"{key} = {limit}" + (", far to the right" if far else ""), fontsize=8, color=_LIMIT_COLOR)
+    _add_title(
+        column[0], 1.2, f"{key} = {limit}" + (", far to the right" if far else ""), fontsize=8, color=_LIMIT_COLOR
+    )
     if not far:
         for axes in column:
             axes.axvline(limit + 0.5, color=_LIMIT_COLOR, linestyle="--", linewidth=1.2)
 
 
-def _head(axes: Any, height: float, text: str, **style: Any) -> None:
+def _add_title(axes: Any, height: float, text: str, **style: Any) -> None:
     """A line above a column."""
     axes.text(0.5, height, text, transform=axes.transAxes, ha="center", **style)
 
@@ -424,13 +426,13 @@ _STYLES = {  # two shades of each, taken in turn, show where a token ends
     True: ("black on #a6e3a1", "black on #7cc97a"),
     False: ("#d0d3d9 on #3b3f46", "#d0d3d9 on #50555e"),
 }
-_LOOKS_AT = {  # by targets
+_LOSS_MEANINGS = {  # by targets
     "response": "counts responses alone",
     "all": "counts prompts and responses (task.completion_only_loss=false)",
     "last": "compares the scores after the last token of each response",
     "scores": "compares the scores after the tokens of the responses, from the first that differs on",
 }
-_COMPARES = "compares the log-probabilities of whole responses"
+_PAIR_LOSS_MEANING = "compares the log-probabilities of whole responses"
 _SPECIAL_STYLES = {True: "bold #7a0073", False: "bold #ff9df5"}
 
 
@@ -456,7 +458,7 @@ def run(config: InspectConfig, args: ParsedArgs) -> int:
     tokenizer = load_tokenizer(config.model)
     kind = config.task.data_kind
     data = prepare_data(config.data, tokenizer, kind=kind, say=print, progress=sys.stderr.isatty())
-    _say(screen, render_report(data.report))
+    _print(screen, render_report(data.report))
     first, *_ = [name for name in config.task.train_splits if name in data.splits] or config.task.train_splits
     split = config.split or first
     _check_split(split, data)
@@ -471,17 +473,17 @@ def run(config: InspectConfig, args: ParsedArgs) -> int:
         _print_example(screen, f"example {number + 1}: row {example.row_id}", viewer.view(example), marks)
 
     lengths = lengths_of(rows)
-    _say(screen, f"\nlengths of the {split} split, {'responses' if 'better' in lengths else 'rows'} of each:")
+    _print(screen, f"\nlengths of the {split} split, {'responses' if 'better' in lengths else 'rows'} of each:")
     longest_bar = min((columns() - 12 * len(lengths)) // len(lengths), 20)
-    _say(screen, "\n".join(text_histogram(lengths, bar=marks.bar, longest_bar=longest_bar)))
+    _print(screen, "\n".join(text_histogram(lengths, bar=marks.bar, longest_bar=longest_bar)))
     title = f"Token lengths of data={config.data.config_name} with the tokenizer of model={config.model.config_name}"
     report = {"made_by": SIGNATURE, **data.report}
     _write(files["lengths.png"], draw_histograms(data.splits, config.data, title, SIGNATURE))
     _write(files["data_report.json"], json.dumps(report, indent=1).encode())
-    _say(screen, "")
+    _print(screen, "")
     for path in files.values():
-        _say(screen, f"wrote {path}" + (" (in place of an earlier one)" if path in replaced else ""))
-    _say(screen, f"next: {_next_command(config, args)}")
+        _print(screen, f"wrote {path}" + (" (in place of an earlier one)" if path in replaced else ""))
+    _print(screen, f"next: {_next_command(config, args)}")
     return 0
 
 
@@ -492,7 +494,7 @@ def _check_files(paths: list[Path]) -> set[Path]:
         ConfigError: one is not.
     """
     there = {path for path in paths if os.path.lexists(path)}
-    foreign = [path for path in sorted(there) if not _is_ours(path)]
+    foreign = [path for path in sorted(there) if not _is_own_file(path)]
     if foreign:
         names = " and ".join(str(path) for path in foreign)
         raise ConfigError(
@@ -501,7 +503,7 @@ def _check_files(paths: list[Path]) -> set[Path]:
     return there
 
 
-def _is_ours(path: Path) -> bool:
+def _is_own_file(path: Path) -> bool:
     if not path.is_file() or path.is_symlink():
         return False
     try:
@@ -526,7 +528,7 @@ def _check_split(split: str, data: PreparedData) -> None:
         raise DataError(f"split={split} has no rows; those with rows are {full}: give split={next(iter(data.splits))}")
 
 
-def _say(screen: Screen, text: str) -> None:
+def _print(screen: Screen, text: str) -> None:
     screen.print(plain_text(redact_text(text)))
 
 
@@ -553,14 +555,18 @@ def _print_head(
     """Print a heading: the examples, the trained tokens, and their marks."""
     share = data.report["splits"][split]["eos_share"]
     count = len(data.splits[split])
-    _say(screen, f"\n{split} split: {min(config.num_examples, count)} of {count:,} examples")
-    looks_at = _COMPARES if targets == "response" and config.task.data_kind == "preference" else _LOOKS_AT[targets]
+    _print(screen, f"\n{split} split: {min(config.num_examples, count)} of {count:,} examples")
+    meaning_of_loss = (
+        _PAIR_LOSS_MEANING
+        if targets == "response" and config.task.data_kind == "preference"
+        else _LOSS_MEANINGS[targets]
+    )
     ends = (
         "these rows have none: the model writes them"
         if share is None
         else f"{share:.1%} of the responses end in an end token"
     )
-    _say(screen, f"the loss {looks_at}; {ends}")
+    _print(screen, f"the loss {meaning_of_loss}; {ends}")
     if not config.num_examples:
         return
     what = "scored" if targets in ("last", "scores") else "trained on"

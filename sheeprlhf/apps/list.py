@@ -47,7 +47,7 @@ _VALIDATED = {  # tags of a validation that tell more than its loss
 _GROUPS = ("data", "model", "task")
 
 
-class Found(NamedTuple):
+class FoundRuns(NamedTuple):
     """Run directories, newest first, and what kept the search from being complete, if anything."""
 
     runs: list[tuple[Path, dict[str, Any]]]
@@ -78,7 +78,7 @@ class PastRun(NamedTuple):
     problems: list[str]
 
 
-def find_past_runs(root: Path) -> Found:
+def find_past_runs(root: Path) -> FoundRuns:
     """Every run directory at or below `root`, except below links, and what its run.json says."""
     runs, unreadable, seen = [], 0, 0
     waiting = deque([(root, 0)])
@@ -98,7 +98,7 @@ def find_past_runs(root: Path) -> Found:
             waiting.extend((folder / name, depth + 1) for name in below)
     notes = [f"not all was searched: {MAX_FOLDERS:,} folders are the limit"] if waiting else []
     notes += [f"{unreadable} folder{'s' * (unreadable > 1)} could not be read"] if unreadable else []
-    return Found(sorted(runs, key=_when, reverse=True), "; ".join(notes))
+    return FoundRuns(sorted(runs, key=_when, reverse=True), "; ".join(notes))
 
 
 def _when(run: tuple[Path, dict[str, Any]]) -> tuple[float, str]:
@@ -150,7 +150,7 @@ def _state(folder: Path, info: dict[str, Any]) -> str:
 
 
 def _names(folder: Path, info: dict[str, Any]) -> tuple[str, str, str]:
-    """Of data, model and task, from run.json, else from the saved configuration."""
+    """Names of data, model and task, from run.json, else from the saved configuration."""
     found = info
     if not info:
         try:
@@ -158,7 +158,7 @@ def _names(folder: Path, info: dict[str, Any]) -> tuple[str, str, str]:
                 saved = read_run_config(str(folder))
                 found = {key: value.get("config_name") for key, value in saved.items() if isinstance(value, dict)}
         except (ConfigError, OSError):
-            found = {}  # a stranger's: shown as unknown
+            found = {}  # damaged or untrusted: shown as unknown
     data, model, task = (clean(found[key], _NAME) if isinstance(found.get(key), str) else _UNKNOWN for key in _GROUPS)
     return data, model, task
 
@@ -257,9 +257,9 @@ SECTIONS = {
 }
 _ALIASES = {"task": "tasks", "model": "models", "experiment": "experiments", "recipes": "experiments", "run": "runs"}
 _ALIASES |= {"pipeline": "pipelines"}
-_FEW = 3  # runs that `list` alone shows
-_MANY = 100
-_MOST_PROBLEMS = 20
+_SHORT_LIST = 3  # runs that `list` alone shows
+_LONG_LIST = 100
+_MAX_PROBLEMS = 20
 _STATES = {"finished": "good", "running": "busy", "unfinished": "odd"}
 
 
@@ -279,7 +279,7 @@ def run(arguments: list[str]) -> int:
         if number:
             screen.print()
         if section == "runs":
-            _print_runs(screen, root, _MANY if sections else _FEW)
+            _print_runs(screen, root, _LONG_LIST if sections else _SHORT_LIST)
         else:
             _PRINTERS[section](screen)
     if not sections:
@@ -390,13 +390,13 @@ def _print_runs(screen: Screen, root: Path, most: int) -> None:
         runs = [past_run(folder, info) for folder, info in found.runs[:most]]
         _print_table(screen, runs)
         problems = [problem for run in runs for problem in run.problems]
-        problems[_MOST_PROBLEMS:] = [f"and {len(problems) - _MOST_PROBLEMS:,} more"] * (len(problems) > _MOST_PROBLEMS)
+        problems[_MAX_PROBLEMS:] = [f"and {len(problems) - _MAX_PROBLEMS:,} more"] * (len(problems) > _MAX_PROBLEMS)
         for problem in problems:
             screen.print(paragraph(clean(problem, 4096), indent=2, style="bad"))
     if found and found.note:
         screen.print(paragraph(found.note, indent=2, style="odd"))
     if count > most:
-        more = "`list runs`" if most == _FEW else "`list runs <folder>`, with a folder below this one,"
+        more = "`list runs`" if most == _SHORT_LIST else "`list runs <folder>`, with a folder below this one,"
         screen.print(paragraph(f"{more} shows more.", indent=2))
 
 

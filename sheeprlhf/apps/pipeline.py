@@ -156,7 +156,7 @@ STATE_FILE = "pipeline.json"
 Recipe = Mapping[str, list[str]]  # of each stage the words of its command, where it runs left open
 
 
-class Place(NamedTuple):
+class PipelineFolder(NamedTuple):
     """Directory of a pipeline.
 
     Attributes:
@@ -189,7 +189,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     write_file(folder, STATE_FILE, json.dumps(state, indent=1).encode())
 
 
-def choose_folder(config: PipelineConfig, stages: list[Stage], command: list[str]) -> Place:
+def choose_folder(config: PipelineConfig, stages: list[Stage], command: list[str]) -> PipelineFolder:
     """Find the pipeline to go on with, or make a new folder.
 
     Raises:
@@ -206,17 +206,17 @@ def choose_folder(config: PipelineConfig, stages: list[Stage], command: list[str
                 f"resume_from={config.resume_from} is no pipeline's folder: it has no {STATE_FILE}; "
                 f"{config.root_dir} has those that were made"
             )
-        _refuse_changes(f"resume_from={config.resume_from}", state, recipe)
-        return Place(folder, state, f"going on with {folder}")
-    made = _made_pipelines(Path(config.root_dir).absolute())
+        _reject_changes(f"resume_from={config.resume_from}", state, recipe)
+        return PipelineFolder(folder, state, f"going on with {folder}")
+    made = _find_pipelines(Path(config.root_dir).absolute())
     if config.resume:
         same = [(folder, state) for folder, state in made if state.get("experiment") == config.experiment]
         for folder, state in same:
             if not list(differences(state["recipe"], recipe)):
-                return Place(folder, state, f"going on with {folder}")
+                return PipelineFolder(folder, state, f"going on with {folder}")
         for folder, state in same:
             if "finished" not in state:
-                _refuse_changes(f"resume=true: {folder}", state, recipe)
+                _reject_changes(f"resume=true: {folder}", state, recipe)
     name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{config.experiment}"
     folder = make_unique_dir(Path(config.root_dir).absolute(), name)
     now = time.time()
@@ -231,10 +231,10 @@ def choose_folder(config: PipelineConfig, stages: list[Stage], command: list[str
     }
     write_state(folder, state)
     fresh = f"resume=true found no pipeline of this recipe under {config.root_dir}: a fresh start in"
-    return Place(folder, state, f"{fresh if config.resume else 'folder:'} {folder}")
+    return PipelineFolder(folder, state, f"{fresh if config.resume else 'folder:'} {folder}")
 
 
-def _made_pipelines(root_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
+def _find_pipelines(root_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Folder and state of every pipeline, newest first; one whose pipeline.json is damaged is named and left out."""
     made = []
     for path in root_dir.glob(f"*/{STATE_FILE}"):
@@ -245,7 +245,7 @@ def _made_pipelines(root_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
     return sorted(made, key=lambda found: (order_of(found[1]), found[0].name), reverse=True)
 
 
-def _refuse_changes(what: str, state: dict[str, Any], recipe: Recipe) -> None:
+def _reject_changes(what: str, state: dict[str, Any], recipe: Recipe) -> None:
     changes = list(differences(state["recipe"], recipe))
     if changes:
         raise ConfigError(
@@ -262,7 +262,7 @@ def differences(before: Mapping[str, Any], now: Recipe) -> Iterator[str]:
         if name not in before:
             yield f"stage {name} is new"
             continue
-        old, new = _by_key(before[name]), _by_key(words)
+        old, new = _values_by_key(before[name]), _values_by_key(words)
         for key in dict.fromkeys([*old, *new]):
             if old.get(key) != new.get(key):
                 yield f"{name}: {key} was {old.get(key, 'not given')} and is {new.get(key, 'not given')}"
@@ -270,7 +270,7 @@ def differences(before: Mapping[str, Any], now: Recipe) -> Iterator[str]:
         yield f"the order was {', '.join(before)} and is {', '.join(now)}"
 
 
-def _by_key(words: Any) -> dict[str, str]:
+def _values_by_key(words: Any) -> dict[str, str]:
     """Value by option; a verb and flags are their own."""
     texts = [str(word) for word in words] if isinstance(words, list) else []
     pairs = {key: value if equals else "given" for key, equals, value in (text.partition("=") for text in texts)}
@@ -346,18 +346,20 @@ def check_stages(stages: list[Stage], flags: list[str]) -> None:
                 if not any(folder in problem for folder in failed if folder != folders[stage.name]):
                     having.setdefault(problem, []).append(stage.name)
             if stage.verb == "train" and not problems:
-                _stand_in(Path(folders[stage.name]), compose_job(source, args.overrides).config)
+                _write_placeholder_run(Path(folders[stage.name]), compose_job(source, args.overrides).config)
     if having:
         raise ConfigError(*(f"{', '.join(names)}: {problem}" for problem, names in having.items()))
 
 
-def _stand_in(folder: Path, config: RootConfig) -> None:
+def _write_placeholder_run(folder: Path, config: RootConfig) -> None:
     """Attributes of a finished run that the checks read."""
     make_folder(folder, "final")
     create_file(folder, "config.yaml", yaml.safe_dump(config_to_dict(config)).encode())
 
 
-def _run_stages(config: PipelineConfig, stages: list[Stage], flags: list[str], place: Place, started: Children) -> int:
+def _run_stages(
+    config: PipelineConfig, stages: list[Stage], flags: list[str], place: PipelineFolder, started: Children
+) -> int:
     """Run what is not finished; the exit code of the stage that fails, else 0."""
     screen = Screen()
     folders = {stage.name: str(place.dir / stage.name) for stage in stages if stage.verb == "train"}
@@ -365,7 +367,7 @@ def _run_stages(config: PipelineConfig, stages: list[Stage], flags: list[str], p
         stage.name for stage in stages if stage.name in config.skip and not is_done(place.dir, place.state, stage, [])
     }
     wanted = [stage.without(absent) for stage in stages if stage.name not in config.skip]
-    _refuse_absent(wanted, absent)
+    _reject_missing_stages(wanted, absent)
     for number, stage in enumerate(wanted, 1):
         head = f"[{number}/{len(wanted)}] {stage.name}:"
         words = [*stage.placed(folders)[:1], *flags, *stage.placed(folders)[1:]]
@@ -397,7 +399,7 @@ def _run_stages(config: PipelineConfig, stages: list[Stage], flags: list[str], p
     return 0
 
 
-def _refuse_absent(wanted: list[Stage], absent: set[str]) -> None:
+def _reject_missing_stages(wanted: list[Stage], absent: set[str]) -> None:
     """Raises ConfigError if a stage needs one that is left out."""
     needed = {stage.name: sorted(stage.links() & absent) for stage in wanted}
     lacking = {name: names for name, names in needed.items() if names}

@@ -71,8 +71,8 @@ def test_nothing_that_a_terminal_obeys_is_printed(monkeypatch, capsys, chatty):
 def test_a_conversation_is_remembered_and_forgotten(monkeypatch, capsys, chatty):
     prompts = says(monkeypatch, "yes", "no")
     lines = iter(["Hi", "Why?", "/reset", "New", "/nonsense", "/help", "/quit"])
-    talk = chat.Talk(load_text_generator(find_trained(str(chatty)), print), GenConfig(), 0, "Be kind.")
-    chat._loop(talk, lambda: next(lines))
+    conversation = chat.Conversation(load_text_generator(find_trained(str(chatty)), print), GenConfig(), 0, "Be kind.")
+    chat._loop(conversation, lambda: next(lines))
     start = "<s>[system]Be kind.[user]"
     assert prompts[0] == f"{start}Hi[assistant]"
     assert prompts[1] == f"{start}Hi[assistant]yes</s>[user]Why?[assistant]"
@@ -84,16 +84,16 @@ def test_a_conversation_is_remembered_and_forgotten(monkeypatch, capsys, chatty)
 
 def test_the_oldest_turns_make_room(monkeypatch, chatty, capsys):
     prompts = says(monkeypatch, "y" * 20)
-    talk = chat.Talk(load_text_generator(find_trained(str(chatty)), print), GenConfig(), 0, "sys")
+    conversation = chat.Conversation(load_text_generator(find_trained(str(chatty)), print), GenConfig(), 0, "sys")
     for number in range(4):
-        talk.say(f"{number}" * 20)
+        conversation.say(f"{number}" * 20)
     assert all(len(prompt) < 128 for prompt in prompts)
     assert "0" * 20 not in prompts[-1] and "3" * 20 in prompts[-1] and "[system]sys" in prompts[-1]
     assert "were left out" in capsys.readouterr().err
-    before = list(talk.turns)
+    before = list(conversation.turns)
     with pytest.raises(DataError, match="127"):
-        talk.say("x" * 200)
-    assert talk.turns == before
+        conversation.say("x" * 200)
+    assert conversation.turns == before
 
 
 def test_the_answer_ends_where_the_model_ends(chatty):
@@ -116,7 +116,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, capsys, chatty):
         yield from byte_tokenizer()("half", add_special_tokens=False)["input_ids"]
         raise KeyboardInterrupt
 
-    talk = chat.Talk(load_text_generator(find_trained(str(chatty)), print), GenConfig(), 0)
+    conversation = chat.Conversation(load_text_generator(find_trained(str(chatty)), print), GenConfig(), 0)
     monkeypatch.setattr("sheeprlhf.task.text_generator.stream_ids", interrupted)
     lines = iter(["Hi"])
 
@@ -125,8 +125,8 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(monkeypatch, capsys, chatty):
             return line
         raise EOFError
 
-    chat._loop(talk, read)
-    assert talk.turns == [Turn("user", "Hi"), Turn("assistant", "half")]
+    chat._loop(conversation, read)
+    assert conversation.turns == [Turn("user", "Hi"), Turn("assistant", "half")]
     printed = capsys.readouterr()
     assert printed.out == "half\n\n" and "(stopped)" in printed.err
 

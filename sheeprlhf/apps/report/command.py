@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.apps.flags import Flag, print_flags_help, read_flags
-from sheeprlhf.apps.list import Found, find_past_runs, past_run
+from sheeprlhf.apps.list import FoundRuns, find_past_runs, past_run
 from sheeprlhf.apps.pipeline import Row
 from sheeprlhf.apps.report.record import MARK, read_pipeline, read_record
 from sheeprlhf.apps.terminal import Screen, clean, paragraph
@@ -22,7 +22,7 @@ from sheeprlhf.utils.output import write_file
 OUTPUT_DIR = "logs/report"
 _SUFFIXES = (".html", ".htm")
 _PAGE = "report.html"  # in a folder that --to names
-_HEAD = 1_024  # bytes at a file's start that contain the mark
+_HEAD_BYTES = 1_024  # bytes at a file's start that contain the mark
 FLAGS = (
     Flag(
         "to",
@@ -36,14 +36,14 @@ FLAGS = (
 RunInfo = tuple[Path, dict[str, Any]]
 
 
-class Written(NamedTuple):
+class WrittenReport(NamedTuple):
     """The written files, and remarks on the runs."""
 
     files: list[Path]
     notes: list[str]
 
 
-class Chosen(NamedTuple):
+class ChosenRuns(NamedTuple):
     """The runs of a page, the stages of its pipelines by folder, remarks on the search, and problems."""
 
     runs: list[RunInfo]
@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
-def write_report(folders: list[str], *, to: str | None = None, png: bool = False) -> Written:
+def write_report(folders: list[str], *, to: str | None = None, png: bool = False) -> WrittenReport:
     """Write the page of these runs.
 
     Args:
@@ -110,10 +110,10 @@ def write_report(folders: list[str], *, to: str | None = None, png: bool = False
         files[page.with_name(f"{page.stem}-{name}.png")] = draw_png(group.title, charts, labels)
     _write(files)
     notes += [f"{record.label} {note}" for record in records for note in record.notes]
-    return Written(list(files), notes)
+    return WrittenReport(list(files), notes)
 
 
-def _choose_runs(folders: list[str]) -> Chosen:
+def _choose_runs(folders: list[str]) -> ChosenRuns:
     runs: dict[Path, RunInfo] = {}
     pipelines: dict[str, list[Row]] = {}
     notes: list[str] = []
@@ -121,7 +121,7 @@ def _choose_runs(folders: list[str]) -> Chosen:
     for word in folders or [TrainConfig.root_dir]:
         newest = not folders or (is_newest(word) and not os.path.isdir(word))
         folder = expand_home(TrainConfig.root_dir if newest else word)
-        found = find_past_runs(folder) if os.path.isdir(folder) else Found([], "")
+        found = find_past_runs(folder) if os.path.isdir(folder) else FoundRuns([], "")
         if not found.runs:
             problems.append(_no_run_yet() if newest else _no_run(word, folder))
         taken = sorted(found.runs, key=_started)
@@ -133,7 +133,7 @@ def _choose_runs(folders: list[str]) -> Chosen:
             runs.setdefault(path.resolve(), (path, {} if (path / RUN_FILE).is_symlink() else info))
         if not newest and (stages := read_pipeline(folder, notes)):
             pipelines[clean(folder, 200)] = stages
-    return Chosen(list(runs.values()), pipelines, notes, problems)
+    return ChosenRuns(list(runs.values()), pipelines, notes, problems)
 
 
 def _started(run: RunInfo) -> tuple[float, str]:
@@ -195,7 +195,7 @@ def _is_free(path: Path) -> bool:
         return False
     try:
         with open(path, "rb") as file:
-            head = file.read(_HEAD)
+            head = file.read(_HEAD_BYTES)
     except OSError:
         return False
     return any(mark.encode() in head for mark in (f'name="generator" content="{MARK}"', f"Software\0{MARK}"))

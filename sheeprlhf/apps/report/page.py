@@ -42,7 +42,7 @@ from sheeprlhf.utils.memory import size_text
 NONE = "-"
 _ASSETS = Path(sheeprlhf.__file__).parent / "assets"
 _SECTIONS = ("Runs", "Results", "Curves", "Samples", "Configuration", "Data", "Speed and memory")
-_UNLISTED = {  # options that are no cause of a result
+_HIDDEN_OPTIONS = {  # options that are no cause of a result
     *("root_dir", "run_name", "resume", "resume_from", "debug", "experiment", "data.cache_dir"),
 }
 _LINKS = {"task.sft_experiment_dir": "starts from", "task.rm_experiment_dir": "judged by"}
@@ -50,7 +50,7 @@ _HEADLINES = ("perplexity", "rougeL", "accuracy", "score", "win rate", "rm accur
 _MAX_NUMBERS = 8  # of an evaluation, before the rest is folded
 _MAX_NAMED = 5  # runs in the title
 _MAX_PROMPTS = 6
-_MAX_EARLIER = 6  # answers of one prompt
+_MAX_EARLIER_ANSWERS = 6  # answers of one prompt
 _MAX_SPLITS = 8
 _MAX_COLUMNS = 12  # of a list of points
 
@@ -82,7 +82,7 @@ def build_page(records: list[Record], pipelines: Mapping[str, list[Row]], notes:
         pipelines: the stages of each pipeline by its folder.
         notes: further remarks.
     """
-    many = _counted(len(records), "run")
+    many = _count(len(records), "run")
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -123,7 +123,7 @@ def _without_secrets(value: Any) -> Any:
     return redact_text(plain_text(value)) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _counted(number: int, what: str) -> str:
+def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number > 1)}"
 
 
@@ -252,7 +252,7 @@ def _results(records: list[Record]) -> Iterator[dict[str, Any]]:
         rows = [[name, *(_number_cell(e.numbers.get(name)) for _, e in columns)] for name in names]
         tables = [Table(["", *heads], rows[:_MAX_NUMBERS])] if rows else []
         if rows[_MAX_NUMBERS:]:
-            more = _counted(len(rows) - _MAX_NUMBERS, "more number")
+            more = _count(len(rows) - _MAX_NUMBERS, "more number")
             tables.append(Table(["", *heads], rows[_MAX_NUMBERS:], summary=more))
         calibrations = []
         for head, (number, evaluation) in zip(heads, columns, strict=True):
@@ -339,7 +339,7 @@ def _short_curves(records: list[Record]) -> Table | None:
         ]
         if any(value not in ("", NONE) for value in values):
             rows.append([tag, *(value or NONE for value in values)])
-    summary = _counted(len(rows), "more number")
+    summary = _count(len(rows), "more number")
     return Table(_heads(records), rows, numbers=False, summary=summary) if rows else None
 
 
@@ -357,7 +357,7 @@ def _samples(records: list[Record]) -> Iterator[dict[str, Any]]:
     for title, runs in sources.items():
         shared = Counter(key for exchanges in runs.values() for key in exchanges)
         keys = [key for key, _ in shared.most_common(_MAX_PROMPTS)]  # prompts of most runs first
-        many = _counted(len(shared), "prompt")
+        many = _count(len(shared), "prompt")
         yield {
             "title": title,
             "count": f"the first {len(keys)} of {many}" if len(shared) > len(keys) else many,
@@ -374,14 +374,14 @@ def _exchange(records: list[Record], runs: dict[int, Exchange]) -> dict[str, Any
     answers = []
     for number, exchange in runs.items():
         *earlier, last = exchange.answers or [Answer(None, "", "", "")]
-        stride = -(-len(earlier) // _MAX_EARLIER) or 1
+        stride = -(-len(earlier) // _MAX_EARLIER_ANSWERS) or 1
         answers.append((_run_cell(records, number, last.label()), last, earlier[::stride]))
     return {"prompt": first.prompt, "references": first.references[:1], "answers": answers}
 
 
 def _configuration(records: list[Record]) -> dict[str, Any]:
     """The options that differ, those that only some runs have, and all."""
-    keys = list(dict.fromkeys(key for record in records for key in record.config if key not in _UNLISTED))
+    keys = list(dict.fromkeys(key for record in records for key in record.config if key not in _HIDDEN_OPTIONS))
     rows: list[list[str]] = [[key, *(_option(record, key, records) for record in records)] for key in keys]
     values = [{cell for cell in cells if cell != NONE} for _, *cells in rows]
     differing = [row for row, found in zip(rows, values, strict=True) if len(found) > 1]
@@ -389,7 +389,7 @@ def _configuration(records: list[Record]) -> dict[str, Any]:
     heads = _heads(records)
     folded = [Table(heads, rows, numbers=False, summary=f"all {len(rows)} options", class_="all")] if rows else []
     if partial:
-        summary = f"{_counted(len(partial), 'option')} that only some of the runs have"
+        summary = f"{_count(len(partial), 'option')} that only some of the runs have"
         folded.insert(0, Table(heads, partial, numbers=False, summary=summary))
     return {"differing": Table(heads, differing, numbers=False) if differing else None, "folded": folded}
 

@@ -101,18 +101,18 @@ def run(arguments: list[str]) -> int:
     from sheeprlhf.task.text_generator import load_text_generator
 
     transformers_logging.disable_progress_bar()
-    writer = load_text_generator(trained, _note)
+    generator = load_text_generator(trained, _note)
     system = given.values["system"]
-    if system is not None and writer.form is not FORMS["template"]:
+    if system is not None and generator.form is not FORMS["template"]:
         raise ConfigError(f"--system: {trained.word} is asked without a chat template: leave it out")
-    talk = Talk(writer, sampling(given.values), given.values["seed"], system)
+    conversation = Conversation(generator, sampling(given.values), given.values["seed"], system)
     if prompt is not None:
-        talk.say(prompt)
+        conversation.say(prompt)
         return 0
-    _note(f"This model takes {writer.form.meaning}.")
-    how = "" if writer.form.turns else " Each prompt stands alone: end it with an empty line."
+    _note(f"This model takes {generator.form.meaning}.")
+    how = "" if generator.form.turns else " Each prompt stands alone: end it with an empty line."
     _note(f"{_COMMANDS}{how}\n")
-    _loop(talk, _read_message if writer.form.turns else _read_block)
+    _loop(conversation, _read_message if generator.form.turns else _read_block)
     return 0
 
 
@@ -148,18 +148,18 @@ def _note(text: str) -> None:
     Screen(stderr=True).print(paragraph(text), style="faint")
 
 
-class Talk:
+class Conversation:
     """A conversation: what was said, and how answers are sampled.
 
     Args:
-        writer: who answers.
-        cfg: how.
+        generator: writes the answers.
+        cfg: how it samples.
         seed: of the first answer.
         system: the first message, if any.
     """
 
-    def __init__(self, writer: "TextGenerator", cfg: GenConfig, seed: int, system: str | None = None) -> None:
-        self._writer, self._cfg, self._seed, self._system = writer, cfg, seed, system
+    def __init__(self, generator: "TextGenerator", cfg: GenConfig, seed: int, system: str | None = None) -> None:
+        self._generator, self._cfg, self._seed, self._system = generator, cfg, seed, system
         self.reset()
 
     def reset(self) -> None:
@@ -177,18 +177,18 @@ class Talk:
         from sheeprlhf.data.prompt_encoder import Turn
 
         asked = [*self.turns, Turn("user", text)]
-        kept, _ = self._writer.fit(asked)
-        if self._writer.form.turns and len(kept) < len(asked):
+        kept, _ = self._generator.fit(asked)
+        if self._generator.form.turns and len(kept) < len(asked):
             _note("(the oldest turns have no room any more and were left out)")
         answer = ""
         try:
-            answer = print_growing(self._writer.answer(kept, self._cfg, self._seed))
+            answer = print_growing(self._generator.answer(kept, self._cfg, self._seed))
         except KeyboardInterrupt as stop:
             answer = str(stop)
             _note("\n(stopped)")
         print(flush=True)
         self._seed += 1
-        if self._writer.form.turns:
+        if self._generator.form.turns:
             self.turns = [*kept, Turn("assistant", answer)] if answer.strip() else self.turns
 
 
@@ -213,7 +213,7 @@ def print_growing(texts: Iterator[str]) -> str:
     return text
 
 
-def _loop(talk: Talk, read: Callable[[], str]) -> None:
+def _loop(conversation: Conversation, read: Callable[[], str]) -> None:
     """Read, answer, until the end of input or /quit."""
     while True:
         try:
@@ -231,13 +231,13 @@ def _loop(talk: Talk, read: Callable[[], str]) -> None:
         if command in ("/quit", "/exit"):
             return
         if command == "/reset":
-            talk.reset()
+            conversation.reset()
             _note("(forgotten)")
         elif command.startswith("/") and "\n" not in command:
             _note(_COMMANDS if command == "/help" else f"there is no {clean(command)}: {_COMMANDS}")
         elif command:
             try:
-                talk.say(text)
+                conversation.say(text)
             except DataError as error:
                 _note(str(error))
 

@@ -73,18 +73,20 @@ class Panel:
 
     Args:
         kind: SUMMARISE or ASK.
-        writers: who answers, by name.
-        scorer: who scores; None: nobody.
+        generators: the models by name.
+        scorer: scores the answers; None: no scores.
     """
 
-    def __init__(self, kind: str, writers: Sequence[tuple[str, TextGenerator]], scorer: RewardScorer | None) -> None:
+    def __init__(self, kind: str, generators: Sequence[tuple[str, TextGenerator]], scorer: RewardScorer | None) -> None:
         self.kind, self._scorer = kind, scorer
-        self.names = [name for name, _ in writers]
-        self.writers = [writer.in_form(_form(kind, writer.form_name, writer)) for _, writer in writers]
+        self.names = [name for name, _ in generators]
+        self.generators = [
+            generator.in_form(_form(kind, generator.form_name, generator)) for _, generator in generators
+        ]
 
     def start(self) -> State:
         """Start without messages."""
-        return State("", [[] for _ in self.writers], [""] * len(self.writers))
+        return State("", [[] for _ in self.generators], [""] * len(self.generators))
 
     def answer(self, prompt: str, before: Sequence[History], settings: Settings) -> Iterator[State]:
         """Ask all models, one after the other; the states that a page shows in turn.
@@ -111,12 +113,12 @@ class Panel:
             yield shown(str(error))
             return
         notes: list[str] = []
-        for index, (name, writer) in enumerate(zip(self.names, self.writers, strict=True)):
-            earlier = histories[index][-MAX_TURNS:] if self.kind == ASK and writer.form.turns else []
+        for index, (name, generator) in enumerate(zip(self.names, self.generators, strict=True)):
+            earlier = histories[index][-MAX_TURNS:] if self.kind == ASK and generator.form.turns else []
             question = Turn("user", prompt)
             answer, last = "", 0.0
             try:
-                for answer in writer.answer([*earlier, self._asked(writer, prompt)], cfg, settings.seed):
+                for answer in generator.answer([*earlier, self._asked(generator, prompt)], cfg, settings.seed):
                     if time.monotonic() - last > _PAUSE:
                         histories[index] = [*earlier, question, Turn("assistant", answer)]
                         yield shown(f"{name} is writing ...")
@@ -128,8 +130,8 @@ class Panel:
             yield shown(f"{name} is done")
         yield shown("; ".join(notes) or self._summary(scores))
 
-    def _asked(self, writer: TextGenerator, prompt: str) -> Turn:
-        instruct = self.kind == SUMMARISE and writer.form_name == "template"
+    def _asked(self, generator: TextGenerator, prompt: str) -> Turn:
+        instruct = self.kind == SUMMARISE and generator.form_name == "template"
         return Turn("user", f"{_INSTRUCTION if instruct else ''}{prompt}")
 
     def _score(self, earlier: History, prompt: str, answer: str) -> str:

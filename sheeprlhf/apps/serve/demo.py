@@ -27,8 +27,8 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MAX_BODY = 1_000_000  # bytes of a request
 BODY_SECONDS = 20.0  # in which they have to arrive
-_ONCE = ("host", "origin", "content-length", "transfer-encoding")
-_OF_PROXIES = (b"x-forwarded-", b"forwarded", b"x-gradio-")  # with which a request could change the page's addresses
+_SINGLE_HEADERS = ("host", "origin", "content-length", "transfer-encoding")
+_PROXY_HEADERS = (b"x-forwarded-", b"forwarded", b"x-gradio-")  # with which a request could change the page's addresses
 _PATHS = {
     "GET": re.compile(
         r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/(?:static|assets|svelte)/[\w./-]+|/login_check/?|/logout"
@@ -74,7 +74,7 @@ class Guard:
         if isinstance(body, int):
             await _refuse(send, body)
             return
-        kept = [(name, value) for name, value in scope["headers"] if not name.startswith(_OF_PROXIES)]
+        kept = [(name, value) for name, value in scope["headers"] if not name.startswith(_PROXY_HEADERS)]
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
         started = False
 
@@ -104,7 +104,7 @@ class Guard:
         allowed = _PATHS.get("GET" if method == "HEAD" else method)
         if allowed is None or not allowed.fullmatch(path) or ".." in path or "//" in path:
             return 404
-        if any(names.count(name) > 1 for name in _ONCE) or "transfer-encoding" in headers:
+        if any(names.count(name) > 1 for name in _SINGLE_HEADERS) or "transfer-encoding" in headers:
             return 400  # two readers of the request could disagree on its length, or on who asks
         host = headers.get("host", "")
         if self._hosts and re.sub(r":\d{1,5}$", "", host).strip("[]") not in self._hosts:
@@ -153,8 +153,8 @@ FLAGS = (
     Flag("host", "Address to serve it on; one that others can reach needs --auth.", default="127.0.0.1"),
     Flag("auth", f"Ask visitors for a password: user:password is taken from ${AUTH}, or asked for here.", kind=bool),
 )
-_MOST = 6  # models on one page
-_LEAST_PASSWORD = 8  # characters
+_MAX_MODELS = 6  # models on one page
+_MIN_PASSWORD = 8  # characters
 
 
 def run(arguments: list[str]) -> int:
@@ -171,16 +171,16 @@ def run(arguments: list[str]) -> int:
         raise ConfigError('`demo` needs a package that is not installed (gradio): pip install "sheeprlhf[demo]"')
     check_versions("gradio")
     values = given.values
-    problems = list(_place_problems(values["host"], values["port"], protected=values["auth"]))
-    problems += number_problems("demo <run> <run>", given.words, _MOST)
+    problems = list(_address_problems(values["host"], values["port"], protected=values["auth"]))
+    problems += number_problems("demo <run> <run>", given.words, _MAX_MODELS)
     found: list[Trained] = []
     weights = weights_of(values)
-    for word in given.words[:_MOST]:
+    for word in given.words[:_MAX_MODELS]:
         template = {"chat_template": values[TEMPLATE.name], "template_args": values[TEMPLATE_ARGS.name]}
-        problems += _found(found, word, weights, **template)
+        problems += _find(found, word, weights, **template)
     reward: list[Trained] = []
     if values["reward"] is not None:
-        problems += [f"--reward: {text}" for text in _found(reward, values["reward"], None, REWARD_MODEL)]
+        problems += [f"--reward: {text}" for text in _find(reward, values["reward"], None, REWARD_MODEL)]
     if problems:
         raise ConfigError(*problems)
     auth = _credentials() if values["auth"] else None
@@ -197,7 +197,7 @@ def _print_help() -> None:
     )
 
 
-def _found(
+def _find(
     found: list[Trained],
     word: str,
     weights: str | None,
@@ -231,7 +231,7 @@ def _without_secret(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _place_problems(host: str, port: int, *, protected: bool) -> Iterator[str]:
+def _address_problems(host: str, port: int, *, protected: bool) -> Iterator[str]:
     """Problems with the address at which the page is to be served."""
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
@@ -245,10 +245,11 @@ def _place_problems(host: str, port: int, *, protected: bool) -> Iterator[str]:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((str(address), port))
     except OSError as error:
-        yield f"--port {port} cannot be used on {host} ({error.strerror}): give another one, as --port {_free(port)}"
+        free = _free_port(port)
+        yield f"--port {port} cannot be used on {host} ({error.strerror}): give another one, as --port {free}"
 
 
-def _free(port: int) -> int:
+def _free_port(port: int) -> int:
     """A port near this one that nobody listens on."""
     for other in range(port + 1, min(port + 50, 65536)):
         with socket.socket() as probe:
@@ -267,9 +268,9 @@ def _credentials() -> tuple[str, str]:
     if not given and sys.stdin.isatty():
         given = f"{input('user: ').strip()}:{getpass.getpass('password: ')}"
     user, colon, password = given.partition(":")
-    if not user or not colon or len(password) < _LEAST_PASSWORD:
+    if not user or not colon or len(password) < _MIN_PASSWORD:
         raise ConfigError(
-            f"--auth: set {AUTH} to user:password with {_LEAST_PASSWORD} characters of password or more, or type them "
+            f"--auth: set {AUTH} to user:password with {_MIN_PASSWORD} characters of password or more, or type them "
             "when asked"
         )
     return user, password
@@ -281,17 +282,17 @@ def _serve(models: list[Trained], reward: Trained | None, host: str, port: int, 
     def say(text: str) -> None:
         screen.print(clean(text, 400), style="faint")
 
-    _quiet_environment()
+    _clean_environment()
     from transformers.utils import logging as transformers_logging
 
     from sheeprlhf.apps.serve.compare import ASK, SUMMARISE, Panel
     from sheeprlhf.task.text_generator import load_reward_scorer, load_text_generator
 
     transformers_logging.disable_progress_bar()
-    names = short_names([clean(f"{trained.word}{_of(trained)}", 200) for trained in models])
-    writers = [(name, load_text_generator(trained, say)) for name, trained in zip(names, models, strict=True)]
+    names = short_names([clean(f"{trained.word}{_weights_note(trained)}", 200) for trained in models])
+    generators = [(name, load_text_generator(trained, say)) for name, trained in zip(names, models, strict=True)]
     scorer = load_reward_scorer(reward, say) if reward is not None else None
-    panels = [Panel(kind, writers, scorer) for kind in (SUMMARISE, ASK)]
+    panels = [Panel(kind, generators, scorer) for kind in (SUMMARISE, ASK)]
     scored = short_names([clean(reward.word, 200)])[0] if reward is not None else None
     page = open_page(panels, scored, host, port, auth)
     screen.print(
@@ -306,7 +307,7 @@ def _serve(models: list[Trained], reward: Trained | None, host: str, port: int, 
         page.close(verbose=False)
 
 
-def _of(trained: Trained) -> str:
+def _weights_note(trained: Trained) -> str:
     return "" if trained.weights == "final" else f" ({trained.weights})"
 
 
@@ -320,7 +321,7 @@ def short_names(paths: list[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} #{index + 1}" for index, name in enumerate(names)]
 
 
-def _quiet_environment() -> None:
+def _clean_environment() -> None:
     """The web framework takes settings of sharing and of files to serve from the environment too: none apply."""
     for name in list(os.environ):
         if name.startswith("GRADIO_"):

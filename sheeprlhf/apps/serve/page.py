@@ -83,7 +83,7 @@ def _tab(panel: Panel, settings: list[gr.Component], scored: str | None) -> None
         lines=5 if panel.kind == SUMMARISE else 2,
         max_lines=14,
         max_length=MAX_CHARS,
-        placeholder=panel.writers[0].form.example,
+        placeholder=panel.generators[0].form.example,
         elem_id=f"{panel.kind}-prompt",
     )
     with gr.Row():
@@ -97,12 +97,12 @@ def _tab(panel: Panel, settings: list[gr.Component], scored: str | None) -> None
     )
     answers, scores = [], []
     with gr.Row(elem_classes=["answers"], equal_height=True):
-        for index, (name, writer) in enumerate(zip(panel.names, panel.writers, strict=True)):
+        for index, (name, generator) in enumerate(zip(panel.names, panel.generators, strict=True)):
             with gr.Column(min_width=280):
                 answers.append(
                     gr.Textbox(
                         label=name,
-                        info=f"takes {writer.form.meaning}",
+                        info=f"takes {generator.form.meaning}",
                         lines=6,
                         max_lines=24,
                         interactive=False,
@@ -123,7 +123,7 @@ def _tab(panel: Panel, settings: list[gr.Component], scored: str | None) -> None
     outputs = [status, histories, *answers, *scores]
     asked = go.click(_answers(panel), [prompt, histories, *settings], outputs, show_progress="hidden", **_PRIVATE)
     stop.click(None, cancels=[asked], **_PRIVATE)
-    example.click(lambda: panel.writers[0].form.example, outputs=prompt, **_PRIVATE)
+    example.click(lambda: panel.generators[0].form.example, outputs=prompt, **_PRIVATE)
     new.click(lambda: _shown(panel, panel.start()), outputs=outputs, **_PRIVATE)
 
 
@@ -137,7 +137,7 @@ def _answers(panel: Panel) -> Callable[..., Iterator[list[Any]]]:
 
 def _shown(panel: Panel, state: State) -> list[Any]:
     texts = [
-        transcript(history, turns=panel.kind == ASK and writer.form.turns)
-        for history, writer in zip(state.histories, panel.writers, strict=True)
+        transcript(history, turns=panel.kind == ASK and generator.form.turns)
+        for history, generator in zip(state.histories, panel.generators, strict=True)
     ]
     return [state.status, state.histories, *texts, *state.scores]

@@ -129,7 +129,7 @@ PAIRS = [{"prompt": "ab", "chosen": "de", "rejected": "d", "margin": 0.5}]
 
 
 @pytest.mark.parametrize(
-    ("words_of_task", "looks_at", "scored", "chosen", "rejected"),
+    ("words_of_task", "meaning_of_loss", "scored", "chosen", "rejected"),
     [
         (
             ["task=dpo"],
@@ -152,14 +152,14 @@ def test_a_pair_shows_which_response_is_better_and_what_the_loss_looks_at(
     home: Path,
     capsys: pytest.CaptureFixture,
     words_of_task: list[str],
-    looks_at: str,
+    meaning_of_loss: str,
     scored: str,
     chosen: list[str] | None,
     rejected: list[str] | None,
 ) -> None:
     run(words(home, PAIRS, *words_of_task))
     printed = capsys.readouterr().out
-    assert looks_at in printed
+    assert meaning_of_loss in printed
     lines = shown(printed)
     facts = " ".join(lines[1 : lines.index("prompt:")])
     assert facts.startswith(f"prompt 3 + chosen 3 + rejected 2 = 8 tokens, {scored}, BOS: 1, ")
@@ -311,7 +311,7 @@ def test_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = draw_histograms({"train": TokenizedSplit(tmp_path / "train.arrow")}, cfg, "title", inspect.SIGNATURE)
     (tmp_path / "image.png").write_bytes(image)
     assert image.startswith(b"\x89PNG")
-    assert inspect._is_ours(tmp_path / "image.png")
+    assert inspect._is_own_file(tmp_path / "image.png")
     prompt, response, total = drawn[0].axes
     assert [(p.get_x() + 0.5, p.get_height()) for p in prompt.patches if p.get_height()] == [(3, 2), (20, 1)]
     assert [sum(p.get_height() for p in axes.patches) for axes in (response, total)] == [3, 3]
