@@ -21,33 +21,33 @@ ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
 MODES = {"ALL": [], "LORA": LORA}
 CHAINS = [("ALL", "LORA"), ("LORA", "LORA")]
+Chain = Callable[[str, tuple[str, str]], tuple[Path, Path]]
 
 
 @pytest.fixture(scope="module")
-def fine_tuned(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Callable[[str], Path]:
-    """A function (mode) -> a fine-tuning, made once; a learning rate that moves the weights visibly."""
-    folder = tmp_path_factory.mktemp("fine-tuned")
-    data = write_pairs(folder / "rows.jsonl")
-    words = ["optim.lr=1e-2", "task.max_num_steps=8", "task.num_sample_prompts=0"]
-    return functools.cache(lambda mode: train(model_folder(), data, folder / mode, *words, *MODES[mode]))
+def chain(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Chain:
+    """A function (task, modes) -> a fine-tuning and a run of the task that starts from it, each made once.
 
+    The learning rate moves the weights visibly. The second run has its own cache below its directory's folder.
+    """
+    folder, base = tmp_path_factory.mktemp("chains"), model_folder()
+    data, short = write_pairs(folder / "rows.jsonl"), ["optim.lr=1e-2", "task.num_sample_prompts=0"]
 
-def chain(
-    task: str,
-    modes: tuple[str, str],
-    tmp_path: Path,
-    model_folder: ModelFolder,
-    fine_tuned: Callable[[str], Path],
-    *extra: str,
-) -> tuple[Path, Path]:
-    """A fine-tuning and a run of `task` that starts from it."""
-    base, data = model_folder(), write_pairs(tmp_path / "rows.jsonl")
-    sft = fine_tuned(modes[0])
-    before = digests(sft)
-    words = [f"task.sft_experiment_dir={sft}", "task.max_num_steps=6", "optim.lr=1e-2", *MODES[modes[1]], *extra]
-    run_dir = train(base, data, tmp_path / task, *words, task=task)
-    assert digests(sft) == before
-    return sft, run_dir
+    @functools.cache
+    def fine_tuned(mode: str) -> Path:
+        return train(base, data, folder / mode, "task.max_num_steps=8", *short, *MODES[mode])
+
+    @functools.cache
+    def make(task: str, modes: tuple[str, str]) -> tuple[Path, Path]:
+        sft, place = fine_tuned(modes[0]), folder / "-".join((task, *modes))
+        before = digests(sft)
+        words = [f"task.sft_experiment_dir={sft}", "task.max_num_steps=6", f"data.cache_dir={place / 'cache'}"]
+        words += short[: 1 if task == "rm" else 2]
+        run_dir = train(base, data, place / "run", *words, *MODES[modes[1]], task=task)
+        assert digests(sft) == before
+        return sft, run_dir
+
+    return make
 
 
 def plain(final: Path, adapters: bool, task: str) -> PreTrainedModel:
@@ -67,9 +67,9 @@ def plain(final: Path, adapters: bool, task: str) -> PreTrainedModel:
     ids="-".join,
 )
 def test_every_form_of_a_chained_run_is_the_same_model(
-    modes: tuple[str, str], task: str, tmp_path: Path, model_folder: ModelFolder, fine_tuned: Callable[[str], Path]
+    modes: tuple[str, str], task: str, model_folder: ModelFolder, chain: Chain
 ) -> None:
-    sft, run_dir = chain(task, modes, tmp_path, model_folder, fine_tuned)
+    sft, run_dir = chain(task, modes)
     final = run_dir / "final"
     cfg, tokenizer = saved_group(str(run_dir), "model"), AutoTokenizer.from_pretrained(final)
     assert isinstance(cfg, ModelConfig)
@@ -91,18 +91,16 @@ def test_every_form_of_a_chained_run_is_the_same_model(
     assert task == "rm" or float((start - outputs[0]).detach().abs().max()) > 0.1
 
 
-def test_the_reference_is_the_fine_tuned_model(
-    tmp_path: Path, model_folder: ModelFolder, fine_tuned: Callable[[str], Path]
-) -> None:
+def test_the_reference_is_the_fine_tuned_model(chain: Chain) -> None:
     """Trap 7: with dropout in the adapters, and a fine-tuning whose own adapters must not be lost."""
-    cache = tmp_path / "cache"
-    sft, _ = chain("dpo", ("LORA", "LORA"), tmp_path, model_folder, fine_tuned, f"data.cache_dir={cache}")
-    (stored,) = (load_file(path)["logprobs"] for path in cache.rglob("reference-train-*.safetensors"))
+    sft, run_dir = chain("dpo", ("LORA", "LORA"))
+    files = (run_dir.parent / "cache").rglob("reference-train-*.safetensors")
+    (stored,) = (load_file(path)["logprobs"] for path in files)
     cfg = saved_group(str(sft), "model")
     assert isinstance(cfg, ModelConfig)
     model = AutoPeftModelForCausalLM.from_pretrained(sft / "final").eval()
     tokenizer = AutoTokenizer.from_pretrained(sft / "final")
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (sft.parent / "rows.jsonl").read_text().splitlines()]
     expected = []
     for row in rows:
         prompt = tokenizer(row["prompt"])["input_ids"]
@@ -118,10 +116,8 @@ def test_the_reference_is_the_fine_tuned_model(
     assert_close(stored[read], torch.tensor(expected)[read], rtol=0, atol=2e-4)  # sums of about 30 tokens
 
 
-def test_an_offset_comes_back_with_the_adapters(
-    tmp_path: Path, model_folder: ModelFolder, fine_tuned: Callable[[str], Path]
-) -> None:
-    _, run_dir = chain("rm", ("ALL", "LORA"), tmp_path, model_folder, fine_tuned)
+def test_an_offset_comes_back_with_the_adapters(chain: Chain) -> None:
+    _, run_dir = chain("rm", ("ALL", "LORA"))
     cfg, tokenizer = saved_group(str(run_dir), "model"), AutoTokenizer.from_pretrained(run_dir / "final")
     assert isinstance(cfg, ModelConfig)
     model, _ = load_trained_reward_model(
