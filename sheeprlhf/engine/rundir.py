@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import sys
 import time
@@ -30,12 +31,14 @@ from sheeprlhf.config.run_lookup import (
     read_run_config,
 )
 from sheeprlhf.config.shell import command, option_word
-from sheeprlhf.security.json_records import damaged
-from sheeprlhf.security.record_schemas import RUN
+from sheeprlhf.engine.manifest import verify_manifest, write_folder, write_manifest
+from sheeprlhf.security.files import real_file
+from sheeprlhf.security.json_records import damaged, load_json
+from sheeprlhf.security.record_schemas import RUN, STATE
 from sheeprlhf.security.redaction import redact, redact_command
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError, RunInUseError, UnsafePathError
-from sheeprlhf.utils.output import link_problems, lock, make_private, open_file, open_lock_file, write_file
+from sheeprlhf.utils.output import link_problems, lock, make_folder, make_private, open_file, open_lock_file, write_file
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
@@ -43,6 +46,7 @@ _FILES = (  # that a run writes; besides, TensorBoard's have names of their own
     *(RUN_FILE, CONFIG_FILE, REPORT_FILE, LOCK_FILE, "metrics.csv", "error.log", "best_of_n.json", "final", "dataset"),
 )
 _FOLDERS = ("checkpoints", "samples", "parts", "rollouts")  # in which it replaces and deletes
+_LENGTH = {"task.max_num_steps", "task.epochs"}  # options that extend a finished run
 _SHOWN = 8  # changed options in a message
 _WAITS = (0.01, 0.02, 0.04, 0.08)  # seconds; who only looks needs microseconds
 _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
@@ -79,13 +83,64 @@ def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = No
     if given is not None:
         folder = Path(given)
         _make_dir(folder, "hydra.run.dir", exist_ok=True)
-        return _start(
-            folder, cfg, config_hash, "resume=true found no run there: a fresh start in" if cfg.resume else ""
-        )
-    note = f"resume=true found no unfinished run of this configuration under {cfg.root_dir}: a fresh start in"
-    *groups, run_name = _folder_names(cfg)
-    parent = Path(cfg.root_dir, *groups, time.strftime("%Y-%m-%d_%H-%M-%S"))
-    return _start(make_unique_dir(parent, run_name), cfg, config_hash, note if cfg.resume else "")
+        note = "resume=true found no run there: a fresh start in" if cfg.resume else ""
+    else:
+        *groups, run_name = _folder_names(cfg)
+        folder = make_unique_dir(Path(cfg.root_dir, *groups, time.strftime("%Y-%m-%d_%H-%M-%S")), run_name)
+        note = f"resume=true found no unfinished run of this configuration under {cfg.root_dir}: a fresh start in"
+        note = note if cfg.resume else ""
+    earlier = _extended_run(cfg, config_hash)
+    if earlier is None:
+        return _start(folder, cfg, config_hash, note)
+    step = _take_checkpoints(earlier, folder, config_hash)
+    fixed = cfg.optim.schedule == "constant" and not cfg.task.lr_warmup_ratio
+    plan = "" if fixed else f" (optim.schedule={cfg.optim.schedule}: from there on that of the longer run)"
+    place = _start(folder, cfg, config_hash, f"going on after step {step} of {earlier}{plan} in")
+    fingerprint = read_run(earlier).get("data_fingerprint")
+    if fingerprint is not None:
+        add_to_run(folder, data_fingerprint=fingerprint)
+    return place
+
+
+def _extended_run(cfg: TrainConfig, config_hash: str) -> Path | None:
+    """The finished run of `resume_from`, if this job differs from it by more steps or epochs alone; else None."""
+    folder = Path(cfg.resume_from or "")
+    info = {} if cfg.resume_from is None else read_run(folder)
+    if info.get("status") != "finished" or info.get("config_hash") == config_hash:
+        return None
+    changed = {key: (was, now) for key, was, now in changed_options(cfg, folder) if key not in PERFORMANCE_ONLY_OPTIONS}
+    most, (before, epochs) = cfg.task.max_num_steps, changed.get("task.epochs", (1, 1))
+    longer = not info.get("stopped_early") and (most is None or most > info.get("step", 0)) and epochs >= before
+    return folder if changed and changed.keys() <= _LENGTH and longer else None
+
+
+def _take_checkpoints(earlier: Path, folder: Path, config_hash: str) -> int:
+    """Copy the newest and the best checkpoint and the metrics of a run into a new one; return the newest step.
+
+    Raises:
+        ConfigError: the run has no checkpoint any more.
+        CheckpointError: one is damaged, or cannot be written.
+    """
+    there = {int(path.name[5:]): path for path in (earlier / "checkpoints").glob("step-*") if path.name[5:].isdigit()}
+    if not there:
+        raise ConfigError(f"resume_from={earlier} has no checkpoint to go on from: start another run")
+    newest = max(there)
+    best = load_json(there[newest] / "state.json", STATE).get("best_step")
+    make_folder(folder, "checkpoints")
+    for source in (there[step] for step in {newest, best} & there.keys()):
+        manifest = verify_manifest(source)
+
+        def fill(scratch: Path, source: Path = source, manifest: dict[str, Any] = manifest) -> None:
+            for name in manifest["files"]:
+                shutil.copyfile(source / name, scratch / name)
+            facts = {key: value for key, value in manifest.items() if key not in ("format", "files")}
+            write_manifest(scratch, facts | {"config_hash": config_hash})
+
+        write_folder(folder / "checkpoints" / source.name, fill)
+    metrics = earlier / "metrics.csv"
+    if metrics.is_file():
+        write_file(folder, metrics.name, real_file(metrics, earlier).read_bytes())
+    return newest
 
 
 def check_existing_run(cfg: TrainConfig, config_hash: str, given: str | None) -> None:
@@ -114,7 +169,7 @@ def _folder_names(cfg: TrainConfig) -> list[str]:
 
 def _existing_run(cfg: TrainConfig, config_hash: str, given: str | None) -> RunPlace | None:
     """The run that the command line names, if there is one. Arguments as of `choose_run_dir`."""
-    if cfg.resume_from is not None:
+    if cfg.resume_from is not None and _extended_run(cfg, config_hash) is None:
         return _resume(Path(cfg.resume_from), cfg, config_hash, key="resume_from")
     if given is None:
         return _unfinished_run(cfg, config_hash) if cfg.resume else None

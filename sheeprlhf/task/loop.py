@@ -55,6 +55,7 @@ from sheeprlhf.task.finish import (
     report_data,
 )
 from sheeprlhf.task.models import build_collector, initial_run, load_initial_policy, load_online_setup
+from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 
 VALIDATION = (1 << 32) - 1  # number of the validation's rollout: it samples with numbers that no training rollout has
@@ -307,6 +308,11 @@ class RolloutLoop:
         plan = RolloutPlan(prompts, task.prompts_per_step(), task.num_iterations, task.max_num_steps)
         if task.eval_at_start and state.step == 0:
             self._record_validation()
+        if state.step < plan.num_steps() and plan.steps_before(plan.rollout_after(state.step)) != state.step:
+            raise ConfigError(
+                f"resume_from={run.cfg.resume_from} ended after step {state.step}, within a rollout, and cannot go on: "
+                "extend a run whose task.max_num_steps is a whole number of rollouts"
+            )
         run.begin_progress(state, plan.num_steps())
         num_rollouts = plan.rollout_after(plan.num_steps())
         saved = saved_rollouts(num_rollouts, task.save_rollouts)

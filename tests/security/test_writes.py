@@ -23,6 +23,7 @@ REVIEWED = {
     "data/prepare.py:_build:unlink": "the first pass in a new folder that is filled",
     "data/store.py:__init__:OSFile": "fills a new folder",
     "data/source.py:snapshot:snapshot_download": "the hub's own cache",
+    "engine/rundir.py:fill:copyfile": "the scratch folder of `write_folder`",
     "security/model_folder.py:adapter_folder_of:snapshot_download": "the hub's own cache",
     "security/model_folder.py:download_weights:hf_hub_download": "the hub's own cache",
     "security/model_folder.py:folder_of:snapshot_download": "the hub's own cache",
