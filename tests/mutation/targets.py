@@ -25,6 +25,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "sheeprlhf.reward.functions": ("tests/unit/reward/test_functions.py",),
     "sheeprlhf.reward.score": ("tests/unit/reward/test_score.py",),
+    "sheeprlhf.task.loop": ("tests/unit/task/test_loop.py",),
     "sheeprlhf.task.train.grpo": ("tests/unit/task/test_group_losses.py",),
     "sheeprlhf.task.train.kto": ("tests/unit/task/test_kto.py",),
     "sheeprlhf.task.train.online_dpo": ("tests/unit/task/test_group_losses.py",),
@@ -36,6 +37,7 @@ WITHOUT_SURVIVORS = [name for name in TARGETS if name.startswith("sheeprlhf.loss
     "sheeprlhf.data.sampler:StepPlan",
     "sheeprlhf.data.sampler:RolloutPlan",
     "sheeprlhf.data.sampler:cut_micro_batches",
+    "sheeprlhf.task.loop:Iteration",
 ]
 
 EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reason, and the changes
