@@ -1,5 +1,6 @@
 """`reward=judge` on the command line, with a real server on loopback."""
 
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -55,6 +56,9 @@ def test_a_server_that_is_not_there_is_reported_before_anything_is_made(
     assert time.monotonic() - began < 5
     assert info.value.code == 2 and f"reward.url={url}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit) as info:
+        run(["doctor", *(word for word in words[1:] if not word.startswith("hydra."))])
+    assert info.value.code == 1 and re.search(rf"problem +judge +reward\.url={re.escape(url)}", capsys.readouterr().out)
 
 
 def test_a_file_names_no_receiver_of_texts_or_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
