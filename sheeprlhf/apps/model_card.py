@@ -34,7 +34,10 @@ _FACTS = ("task", "data", "split", "weights")  # of an evaluation, in the order 
 _NO_RESULTS = frozenset({*_FACTS, "model", "time", "version", "experiment_dir", "seed"})
 _OPTIONS = {  # what tells most of a recipe
     "model": ("repo_name", "finetune_mode", "dtype"),
-    "data": ("dataset_name", "train_file", "revision", "num_samples", "max_length", "max_prompt_length"),
+    "data": (
+        *("dataset_name", "revision", "subset", "split", "train_file", "mix"),
+        *("num_samples", "max_length", "max_prompt_length"),
+    ),
     "task": ("epochs", "max_num_steps", "mini_batch_size", "loss_type", "beta", "init_kl_coeff", "lr_warmup_steps"),
     "optim": ("config_name", "lr", "weight_decay"),
     "fabric": ("precision",),

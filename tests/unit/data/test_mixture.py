@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from sheeprlhf.config.validate import mix_problems
-from sheeprlhf.data.prepare import PreparedData
+from sheeprlhf.data.prepare import PreparedData, prepare_data
 from sheeprlhf.data.report import render_report
-from sheeprlhf.structure.data import MixDataConfig
+from sheeprlhf.structure.data import KeptColumns, MixDataConfig
 from tests.unit.data.toy import byte_tokenizer, local, prepare, texts, write_jsonl
 
 
@@ -98,6 +98,19 @@ def test_a_change_of_weights_or_rows_is_another_fingerprint(tmp_path: Path) -> N
     found = {mixture(tmp_path, *weights).fingerprint for weights in ((), (1, 3), (3, 1))}
     assert len({*found, mixture(tmp_path, num_samples=5).fingerprint}) == 4
     assert Counter(prompt[0] for prompt in prompts(mixture(tmp_path, num_samples=5))) == {"a": 5, "b": 5}
+
+
+def test_reward_functions_get_the_columns_that_all_datasets_have(tmp_path: Path) -> None:
+    rows = [[{"prompt": f"a{n}", "answer": n, "level": 1} for n in range(4)], [{"prompt": "b", "answer": [2]}]]
+    mix = [{"train_file": write_jsonl(tmp_path / f"{n}.jsonl", of_file)} for n, of_file in enumerate(rows)]
+    options = {"validation_split": 0.0, "test_split": 0.0, "cache_dir": str(tmp_path / "cache")}
+    kept = KeptColumns(("answer", "level"))
+    cfg = MixDataConfig(mix=mix, **options)
+    data = prepare_data(cfg, byte_tokenizer(), kind="prompts", say=print, progress=False, kept=kept)
+    columns = [row.columns for row in data.splits["train"].examples(range(5))]
+    assert sorted(str(one) for one in columns) == sorted(str({"answer": n}) for n in (0, 1, 2, 3, [2]))
+    [note] = [note for note in data.report["notes"] if "level" in note]
+    assert "answer" not in note
 
 
 BAD: dict[str, tuple[Any, tuple[str, ...]]] = {
