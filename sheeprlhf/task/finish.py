@@ -110,11 +110,6 @@ def record_validation(
         state.best_metric, state.best_step, state.stale_validations = result[metric], state.step, 0
     else:
         state.stale_validations += 1
-    if task.stops_early(state.stale_validations):
-        run.say(
-            f"early stopping after step {state.step}: val/{metric} has not improved in {state.stale_validations} "
-            f"validations; the best weights are those of step {state.best_step}"
-        )
 
 
 def check_validation_rows(task: TrainTaskConfig, rows: TokenizedSplit | None) -> None:
@@ -146,6 +141,12 @@ def finish_run(
         mark_finished(run.dir, step=state.step, **facts, peak_memory=run.peak_memory())
     fabric.barrier()
     _say_peak_memory(fabric, run)
+    if run.cfg.task.stops_early(state.stale_validations):
+        run.say(
+            f"early stopping after step {state.step}: val/{run.cfg.task.early_stopping_metric} has not improved in "
+            f"{state.stale_validations} validations; its best value, {state.best_metric}, is that of step "
+            f"{state.best_step}"
+        )
     run.say(f"finished: {run.dir}\nnext: {evaluation_of(run.cfg, run.dir)}")
 
 

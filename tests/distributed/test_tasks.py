@@ -1,5 +1,6 @@
 """Training on two processes, by the real command, against one: the same losses, gradients, figures and weights."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -34,8 +35,11 @@ ONLINE = ["task.rollout_size=14", "task.max_num_steps=18", "reward.normalize=tru
 ONLINE += ["reward.path=tests.support.rewards:spread", "task.save_rollouts=2"]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4"]
 EVERYTHING = ["task.share_trunk=true", "task.ptx_coeff=0.5", "task.ptx_batch_size=3", "task.ema_decay=0.8"]
+STOPS = ["task.early_stopping_metric=nll", "task.early_stopping_patience=1", "task.eval_interval=2", "optim.lr=1e-30"]
+STOPS += ["optim.weight_decay=0", "task.eval_at_start=true", "data.shuffle=false"]  # at step 4: no weight changes
 CASES = {
     "sft": Case("sft", ["task.epochs=2"], (*STEP, "train/items", "val/nll")),
+    "sft, early stopping": Case("sft", STOPS, (*STEP, "val/nll")),
     "rm": Case("rm", [WHOLE], (*STEP, "train/rewards/accuracies", "train/rewards/margins", "val/loss")),
     "dpo": Case("dpo", [WHOLE], (*STEP, "train/rewards/margins", "train/kl/chosen", "val/loss")),
     "kto": Case("kto", ["task.epochs=2", "optim.lr=3e-3"], tuple(f"train/{name}" for name in KTO)),
@@ -78,6 +82,8 @@ def test_two_processes_equal_one(
                 assert_close(*map(torch.from_numpy, values), rtol=0, atol=1e-5)
             else:
                 assert values[0].tolist() == values[1].tolist(), column
+    ended = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert ended["stopped_early"] is (case.words is STOPS) and (not ended["stopped_early"] or ended["step"] == 4)
     saved = ["final" if case.num_rows == 49 else "checkpoints/step-18", "model.safetensors"]
     weights = (load_file((tmp_path / name).joinpath(*saved)) for name in ("two", "one"))
     assert_close(*weights, rtol=0, atol=1e-5)
