@@ -23,6 +23,7 @@ from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.rollout import RLOOConfig
 from sheeprlhf.utils.errors import ModelError, RewardError
+from tests.e2e.test_best_of_n import words as best_of_n_words
 from tests.support.models import BOS, EOS, byte_tokenizer, make_model_folder
 from tests.support.runs import train_words, write_rows
 
@@ -170,6 +171,19 @@ def test_other_tasks_with_another_tokenizer_or_architecture(
             with torch.no_grad():
                 expected = model(input_ids=torch.tensor([row["prompt_ids"] + row["response_ids"]])).logits.item()
         assert row["reward/model"] == row["score"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_best_of_n_by_a_reward_model_with_another_tokenizer(
+    judge: Path, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    data, run_dir = write_rows(tmp_path / "rows.jsonl", 12), tmp_path / "run"
+    words = [word for word in best_of_n_words(model_folder(), data, run_dir) if not word.startswith("reward")]
+    run([*words, "reward=model", f"reward.folder={judge}"])
+    rows = [json.loads(line) for line in (run_dir / "dataset" / "train.jsonl").read_text().splitlines()]
+    assert len(rows) > 5
+    for row in rows:
+        assert row["score"] == pytest.approx(plain_score(judge, row["prompt"], row["response"], True), abs=1e-5)
 
 
 CHAT = (
