@@ -13,7 +13,7 @@ import sheeprlhf
 from sheeprlhf.utils.launchers import OUTPUT_FILE, child_environment
 from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, die_with_parent, handled, watched_signals
 
-_PASSED = (*STOP_SIGNALS, SAVE_SIGNAL)
+_FORWARDED_SIGNALS = (*STOP_SIGNALS, SAVE_SIGNAL)
 
 
 class Children:
@@ -43,7 +43,7 @@ class Children:
         package = Path(sheeprlhf.__file__).resolve().parent.parent
         path = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
         sys.stdout.flush()
-        signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED)  # none is lost or passed twice while it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)  # none is lost or passed twice while it starts
         try:
             if self.stopped_by is not None:
                 return 128 + self.stopped_by
@@ -52,15 +52,15 @@ class Children:
                 stdin=subprocess.DEVNULL,
                 env={**child_environment(), "PYTHONPATH": path, OUTPUT_FILE: "" if output is None else str(output)},
                 start_new_session=True,
-                preexec_fn=_begin,
+                preexec_fn=_prepare_child,
             )
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED_SIGNALS)
         code = self._process.wait()
         self._process = None
         return 128 - code if code < 0 else code
 
-    def pass_on(self, signum: int, frame: FrameType | None = None) -> None:
+    def forward_signal(self, signum: int, frame: FrameType | None = None) -> None:
         """A signal handler."""
         if signum != SAVE_SIGNAL and self.stopped_by is None:
             self.stopped_by = signum
@@ -68,10 +68,10 @@ class Children:
             self._process.send_signal(signum)
 
 
-def _begin() -> None:
+def _prepare_child() -> None:
     """In the new process, before the command: where nothing can be saved yet, or ever, SIGUSR1 does nothing."""
     signal.signal(SAVE_SIGNAL, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED_SIGNALS)
     die_with_parent()
 
 
@@ -82,5 +82,5 @@ def children() -> Iterator[Children]:
     This process waits for it, however long its save takes.
     """
     started = Children()
-    with watched_signals(lambda _: None), handled(_PASSED, started.pass_on):
+    with watched_signals(lambda _: None), handled(_FORWARDED_SIGNALS, started.forward_signal):
         yield started

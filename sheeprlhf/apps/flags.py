@@ -21,7 +21,7 @@ class Flag(NamedTuple):
         help: its meaning.
         default: the value when it is not given.
         kind: int, float or str; bool for a flag without a value.
-        least, most: of a number.
+        minimum, maximum: of a number.
         values: all that it may be, if they are few.
         value: what its value is called in the help.
     """
@@ -30,8 +30,8 @@ class Flag(NamedTuple):
     help: str
     default: Any = None
     kind: type = str
-    least: float = -math.inf
-    most: float = math.inf
+    minimum: float = -math.inf
+    maximum: float = math.inf
     values: tuple[str, ...] = ()
     value: str = ""
 
@@ -125,7 +125,7 @@ def _value_problems(flag: Flag, text: str) -> Iterator[str]:
         except ValueError:
             yield f"{shown} is not a {'whole ' if flag.kind is int else ''}number: {flag.help}"
             return
-        if not math.isfinite(number) or number < flag.least:
-            yield f"{shown} is too small or no number: give {flag.least:g} or more"
-        elif number > flag.most:
-            yield f"{shown} is too large: give {flag.most:.12g} or less"
+        if not math.isfinite(number) or number < flag.minimum:
+            yield f"{shown} is too small or no number: give {flag.minimum:g} or more"
+        elif number > flag.maximum:
+            yield f"{shown} is too large: give {flag.maximum:.12g} or less"

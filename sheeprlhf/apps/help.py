@@ -7,10 +7,10 @@ from rich.text import Text
 from sheeprlhf.apps.arguments import FLAGS, PLOT, VERBS
 from sheeprlhf.apps.terminal import Screen, columns, entry, heading, paragraph
 
-_FACTS = (
+_OPTION_FACTS = (
     r"\[[^\[\]]*(\[[^\[\]]*\])?\](?=$|\s+One of)"  # of an option: type, unit and default, at the end of its meaning
 )
-_WIDE = 100  # columns from which on options have their meaning beside them
+_WIDE_SCREEN = 100  # columns from which on options have their meaning beside them
 
 
 def print_overview() -> None:
@@ -94,6 +94,6 @@ def _print_option(screen: Screen, option: Any) -> None:
     meaning = f"{option.metadata.get('help', '')} [{', '.join(fact for fact in facts if fact)}]"
     if option.metadata.get("choices"):
         meaning += f" One of {', '.join(option.metadata['choices'])}."
-    text = entry(option.key, meaning, width=36 if columns() >= _WIDE else 4)
-    text.highlight_regex(_FACTS, "faint")
+    text = entry(option.key, meaning, width=36 if columns() >= _WIDE_SCREEN else 4)
+    text.highlight_regex(_OPTION_FACTS, "faint")
     screen.print(text)

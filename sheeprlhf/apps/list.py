@@ -30,17 +30,17 @@ MAX_FOLDERS = 20_000
 _MAX_NAMES = 5_000  # in one folder
 _MAX_JSON = 100_000  # bytes
 _MAX_RESULTS = 200  # files of one run
-_TAIL = 65_536  # bytes of metrics.csv: many rows
-_NAME = 16  # columns of a name: helpful_harmless
+_TAIL_BYTES = 65_536  # bytes of metrics.csv: many rows
+_NAME_COLUMNS = 16  # columns of a name: helpful_harmless
 _UNKNOWN = "?"
-_MARKS = {RUN_FILE, "config.yaml", "metrics.csv", "checkpoints", "final"}
-_SHOWN = {  # of the numbers of an evaluation; of another one, all
+_RUN_FILES = {RUN_FILE, "config.yaml", "metrics.csv", "checkpoints", "final"}
+_MAIN_NUMBERS = {  # of the numbers of an evaluation; of another one, all
     "preference": ("accuracy", "margin"),
     "reward": ("score", "win_rate", "kl"),
     "generate": (),
     "frontier": (),
 }
-_VALIDATED = {  # tags of a validation that tell more than its loss
+_VALIDATION_TAGS = {  # tags of a validation that tell more than its loss
     "val/rewards/accuracies": "accuracy",
     "val/rewards/margins": "margin",
 }
@@ -91,17 +91,17 @@ def find_past_runs(root: Path) -> FoundRuns:
         except OSError:
             unreadable += 1
             continue
-        if RUN_FILE in names or len(_MARKS & set(names)) > 1:
+        if RUN_FILE in names or len(_RUN_FILES & set(names)) > 1:
             runs.append((folder, _read(folder / RUN_FILE, RUN, [])))
         elif depth < MAX_DEPTH:
             below = sorted((name for name, is_dir in names.items() if is_dir and name[0] != "."), reverse=True)
             waiting.extend((folder / name, depth + 1) for name in below)
     notes = [f"not all was searched: {MAX_FOLDERS:,} folders are the limit"] if waiting else []
     notes += [f"{unreadable} folder{'s' * (unreadable > 1)} could not be read"] if unreadable else []
-    return FoundRuns(sorted(runs, key=_when, reverse=True), "; ".join(notes))
+    return FoundRuns(sorted(runs, key=_order, reverse=True), "; ".join(notes))
 
 
-def _when(run: tuple[Path, dict[str, Any]]) -> tuple[float, str]:
+def _order(run: tuple[Path, dict[str, Any]]) -> tuple[float, str]:
     folder, info = run
     return order_of(info), str(folder)
 
@@ -127,7 +127,7 @@ def past_run(folder: Path, info: dict[str, Any]) -> PastRun:
         _read(folder / RUN_FILE, RUN, problems)
     names, finished = _names(folder, info), info.get("status") == "finished"
     progress = info if finished else _newest_state(folder, problems)
-    logged = _logged(folder)
+    logged = _last_rows(folder)
     steps = [step for step in (progress.get("step"), None if finished else _last_step(logged)) if step]
     return PastRun(
         folder,
@@ -136,7 +136,7 @@ def past_run(folder: Path, info: dict[str, Any]) -> PastRun:
         _state(folder, info),
         max(steps, default=0 if info else None),
         progress.get("best_metric"),
-        _results(folder, names[0], problems) or _validated(logged),
+        _results(folder, names[0], problems) or _validation_results(logged),
         problems,
     )
 
@@ -159,7 +159,9 @@ def _names(folder: Path, info: dict[str, Any]) -> tuple[str, str, str]:
                 found = {key: value.get("config_name") for key, value in saved.items() if isinstance(value, dict)}
         except (ConfigError, OSError):
             found = {}  # damaged or untrusted: shown as unknown
-    data, model, task = (clean(found[key], _NAME) if isinstance(found.get(key), str) else _UNKNOWN for key in _GROUPS)
+    data, model, task = (
+        clean(found[key], _NAME_COLUMNS) if isinstance(found.get(key), str) else _UNKNOWN for key in _GROUPS
+    )
     return data, model, task
 
 
@@ -177,10 +179,10 @@ def _newest_state(folder: Path, problems: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _logged(folder: Path) -> list[str]:
+def _last_rows(folder: Path) -> list[str]:
     """The last complete rows of metrics.csv."""
     try:
-        return read_tail(folder / "metrics.csv", _TAIL).decode(errors="replace").split("\n")[:-1]
+        return read_tail(folder / "metrics.csv", _TAIL_BYTES).decode(errors="replace").split("\n")[:-1]
     except OSError:
         return []
 
@@ -191,17 +193,17 @@ def _last_step(lines: list[str]) -> int | None:
     return int(first) if first.isdecimal() and len(first) <= 12 else None
 
 
-def _validated(lines: list[str]) -> list[str]:
+def _validation_results(lines: list[str]) -> list[str]:
     """Results of the newest validation on pairs."""
     newest: dict[str, str] = {}
     for line in lines:
         _, _, rest = line.partition(",")
         tag, _, rest = rest.partition(",")
-        if tag in _VALIDATED:
+        if tag in _VALIDATION_TAGS:
             with suppress(ValueError):
                 number = float(rest.partition(",")[0])
                 if is_number(number):
-                    newest[_VALIDATED[tag]] = f"{_VALIDATED[tag]} {number:.4g} (validation)"
+                    newest[_VALIDATION_TAGS[tag]] = f"{_VALIDATION_TAGS[tag]} {number:.4g} (validation)"
     return list(newest.values())
 
 
@@ -211,14 +213,17 @@ def _results(folder: Path, data: str, problems: list[str]) -> list[str]:
     for path in islice(_result_files(folder / "eval"), _MAX_RESULTS):
         record = _read(path, RESULT, problems)
         usual = {"weights": "final", "split": "test"} | ({"data": data} if data != _UNKNOWN else {})
-        said = {key: clean(record.get(key, value), _NAME) for key, value in usual.items()}
+        said = {key: clean(record.get(key, value), _NAME_COLUMNS) for key, value in usual.items()}
         odd = [said[key] for key, value in usual.items() if said[key] != value]
         when, task = _time_of(record.get("time")), record.get("task", "")
-        shown = _SHOWN.get(task, tuple(record))
+        shown = _MAIN_NUMBERS.get(task, tuple(record))
         for key in shown:
             number = record.get(key)
             if isinstance(number, float) and is_number(number) and when >= newest.get(key, (0.0, ""))[0]:
-                newest[key] = when, f"{clean(key, _NAME)} {number:.4g}" + (f" ({', '.join(odd)})" if odd else "")
+                newest[key] = (
+                    when,
+                    f"{clean(key, _NAME_COLUMNS)} {number:.4g}" + (f" ({', '.join(odd)})" if odd else ""),
+                )
     return [text for _, text in newest.values()]
 
 

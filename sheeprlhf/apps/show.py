@@ -17,7 +17,7 @@ from sheeprlhf.config.registry import ROOTS, Option, choices, groups, options, u
 from sheeprlhf.config.run_lookup import NEWEST, START, TASKS
 from sheeprlhf.utils.errors import ConfigError
 
-_NAMES = {int: "whole number", float: "number", bool: "true|false", str: "text"}
+_TYPE_NAMES = {int: "whole number", float: "number", bool: "true|false", str: "text"}
 
 
 def meaning_of(cls: type) -> str:
@@ -74,13 +74,14 @@ def recipe_content(name: str) -> tuple[dict[str, str], dict[str, Any]]:
             extended = recipe_content(line)
             chosen |= extended[0]
             values |= extended[1]
-    return chosen, values | dict(_leaves(content, ""))
+    return chosen, values | dict(flatten(content))
 
 
-def _leaves(node: dict[str, Any], prefix: str) -> typing.Iterator[tuple[str, Any]]:
+def flatten(node: dict[str, Any], prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+    """The values of nested dicts by dotted key."""
     for key, value in node.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -94,7 +95,7 @@ def type_name(hint: Any) -> str:
         return "texts"
     if plain is Any:
         return ""
-    return _NAMES.get(plain, "group") + (" or null" if optional else "")
+    return _TYPE_NAMES.get(plain, "group") + (" or null" if optional else "")
 
 
 def allowed(option: Option) -> str:
@@ -128,9 +129,9 @@ def shown(value: Any) -> str:
 
 
 Show = Callable[[Screen], None]
-_NOUNS = {"data": "dataset", "optim": "optimizer"}
+_GROUP_NAMES = {"data": "dataset", "optim": "optimizer"}
 _NO_BREAK = "\xa0"
-_MOST_UNBROKEN = 60  # columns
+_MAX_UNBROKEN = 60  # columns
 
 
 def run(arguments: list[str]) -> int:
@@ -145,9 +146,9 @@ def run(arguments: list[str]) -> int:
         return 0
     found, problems = [], []
     for word in given.words:
-        shows = _named(word)
+        shows = _find_shows(word)
         found += shows
-        problems += [] if shows else [_unknown(word)]
+        problems += [] if shows else [_unknown_problem(word)]
     if problems:
         raise ConfigError(*problems)
     screen = Screen()
@@ -177,7 +178,7 @@ def _print_help() -> None:
     screen.print(paragraph("Names alone will do: `show sft opt` is `show task=sft model=opt`."))
 
 
-def _named(word: str) -> list[Show]:
+def _find_shows(word: str) -> list[Show]:
     """Resolve a name: a command, a group, a choice, a recipe, or options; empty if it is unknown."""
     key, equals, name = word.partition("=")
     if equals and key in (*_all_groups(), "experiment"):
@@ -211,7 +212,7 @@ def _options_named(key: str) -> list[Show]:
     return [lambda screen: _print_entries(screen, found)] if found and key else []
 
 
-def _unknown(word: str) -> str:
+def _unknown_problem(word: str) -> str:
     key, equals, name = word.partition("=")
     if equals and key in (*_all_groups(), "experiment"):
         names = recipe_names("") if key == "experiment" else list(choices_of(key))
@@ -254,7 +255,7 @@ def _print_rows(screen: Screen, rows: list[_Row]) -> None:
 def _meaning(option: Option) -> tuple[str, Text]:
     """The key, and what the option means and takes; what it takes stays on one line where it is short."""
     facts = allowed(option)
-    facts = facts if len(facts) > _MOST_UNBROKEN else facts.replace(" ", _NO_BREAK)
+    facts = facts if len(facts) > _MAX_UNBROKEN else facts.replace(" ", _NO_BREAK)
     text = paragraph(f"{option.metadata.get('help', '')} {f'({facts})' * bool(facts)}", indent=6)
     text = Text(text.plain.replace(_NO_BREAK, " ").rstrip())
     text.highlight_regex(r"\([^()]*\)$", "faint")
@@ -274,7 +275,7 @@ def _print_choice(screen: Screen, group: str, name: str) -> None:
     screen.print(paragraph(f"`{' '.join(words)}`"))
     own = set(vars(cls).get("__annotations__", ()))
     parts = [[row for row in rows if (row.option.key.split(".")[1] in own) == is_own] for is_own in (True, False)]
-    every = f"Options of every {f'{verb} ' * (group == 'task')}{_NOUNS.get(group, group)}:"
+    every = f"Options of every {f'{verb} ' * (group == 'task')}{_GROUP_NAMES.get(group, group)}:"
     for title, part in zip(("Its own options:", every), parts, strict=True):
         if part:
             screen.print()
@@ -348,13 +349,13 @@ def _print_entries(screen: Screen, entries: list[Entry]) -> None:
     rows = []
     keys = list(dict.fromkeys(option.key for option, _ in where.values()))
     for option, places in sorted(where.values(), key=lambda found: keys.index(found[0].key)):
-        in_words = "; ".join(_place(group, names) for group, names in places.items())
+        in_words = "; ".join(_location(group, names) for group, names in places.items())
         rows.append(_Row(option, f"({in_words})"))
     _print_rows(screen, rows)
 
 
-def _place(group: str, names: list[str]) -> str:
+def _location(group: str, names: list[str]) -> str:
     if group == "command":
         return f"of {', '.join(names)}"
     everywhere = len(names) > 1 and set(names) == set(choices(group))
-    return f"with every {_NOUNS.get(group, group)}" if everywhere else f"with {group}={', '.join(names)}"
+    return f"with every {_GROUP_NAMES.get(group, group)}" if everywhere else f"with {group}={', '.join(names)}"

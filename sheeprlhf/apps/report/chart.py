@@ -29,12 +29,12 @@ _OUTLINES = (  # of the markers, for the legend
     "M0,-4.6L4.4,3.4H-4.4z",
     "M0,-5L5,0L0,5L-5,0z",
 )
-_RULE, _FAINT, _BACK = "#d9dde3", "#5b6470", "#ffffff"  # grid, numbers, outlines of markers
+_RULE, _FAINT, _BACKGROUND = "#d9dde3", "#5b6470", "#ffffff"  # grid, numbers, outlines of markers
 _VARIABLES = {
     **{color: f"var(--run{number})" for number, color in enumerate(LIGHT)},
-    **{_RULE: "var(--rule)", _FAINT: "var(--faint)", _BACK: "var(--back)"},
+    **{_RULE: "var(--rule)", _FAINT: "var(--faint)", _BACKGROUND: "var(--back)"},
 }
-_LOOK: dict[str, Any] = {
+_STYLE: dict[str, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -47,11 +47,11 @@ _LOOK: dict[str, Any] = {
     "svg.hashsalt": "",  # equal runs give equal bytes
     "text.parse_math": False,
 }
-_OPEN = ("Loss", "Objective", "Rewards")  # groups that are not folded
-_PER_TASK = ("loss", "items")  # tags that mean something else in another task
+_OPEN_GROUPS = ("Loss", "Objective", "Rewards")  # groups that are not folded
+_TASK_SPECIFIC = ("loss", "items")  # tags that mean something else in another task
 _MAX_BANDS = 3  # in one chart; more would hide each other
 _MAX_POINTS = 180  # of a line
-_Z = 1.959964  # of a 95 % interval
+_Z_95 = 1.959964  # of a 95 % interval
 
 Curves = Mapping[int, Curve]  # by number of the run
 
@@ -85,10 +85,10 @@ class Bin(NamedTuple):
 
 def group_tags(tags: Sequence[str]) -> list[Group]:
     """Distribute tags over groups, the most informative group first."""
-    groups: dict[str, list[str]] = {name: [] for name in (*_OPEN, "Validation")}
+    groups: dict[str, list[str]] = {name: [] for name in (*_OPEN_GROUPS, "Validation")}
     for tag in tags:
         groups.setdefault(_group_of(tag), []).append(tag)
-    return [Group(name, found, name in _OPEN) for name, found in groups.items() if found]
+    return [Group(name, found, name in _OPEN_GROUPS) for name, found in groups.items() if found]
 
 
 def _group_of(tag: str) -> str:
@@ -114,14 +114,14 @@ def charts_of(tags: Sequence[str], tasks: Sequence[str], curves: Sequence[Mappin
     charts: dict[str, dict[int, Curve]] = {}
     for tag in tags:
         numbers = [n for n, found in enumerate(curves) if tag in found and len(found[tag].steps) >= MIN_POINTS]
-        several = len({tasks[number] for number in numbers}) > 1 and tag.rpartition("/")[2] in _PER_TASK
+        several = len({tasks[number] for number in numbers}) > 1 and tag.rpartition("/")[2] in _TASK_SPECIFIC
         for number in numbers:
             title = f"{tag} of {tasks[number]}" if several else tag
             charts.setdefault(title, {})[number] = curves[number][tag]
     return charts
 
 
-def thin(curve: Curve) -> Line:
+def downsample(curve: Curve) -> Line:
     """Reduce a curve to at most 180 points: means of neighbours, and their extremes as a band."""
     size = math.ceil(len(curve.steps) / _MAX_POINTS)
     line = Line([], [], [], [])
@@ -151,7 +151,7 @@ def _plot(axes: Any, curves: Curves, labels: Sequence[str] = ()) -> None:
     """Draw curves; `labels` of the runs are for a legend."""
     lows, highs = [], []
     for number, curve in curves.items():
-        line, color = thin(curve), LIGHT[number % len(LIGHT)]
+        line, color = downsample(curve), LIGHT[number % len(LIGHT)]
         dashes = [float(part) for part in DASHES[number // len(LIGHT) % len(DASHES)].split()]
         lows.append(min(line.lows))
         highs.append(max(line.highs))
@@ -162,7 +162,13 @@ def _plot(axes: Any, curves: Curves, labels: Sequence[str] = ()) -> None:
             drawn.set_dashes(dashes)
         marker = _MARKERS[number % len(_MARKERS)]
         axes.plot(
-            line.steps[-1:], line.means[-1:], marker, color=color, markeredgecolor=_BACK, markersize=6, clip_on=False
+            line.steps[-1:],
+            line.means[-1:],
+            marker,
+            color=color,
+            markeredgecolor=_BACKGROUND,
+            markersize=6,
+            clip_on=False,
         )
         if labels:
             axes.plot([], [], color=color, marker=marker, label=labels[number])
@@ -186,7 +192,7 @@ def draw_curves(charts: Iterable[Curves]) -> list[Markup]:
         charts: curves by number of the run; none is empty.
     """
     drawn = []
-    with style.context(["default", _LOOK]):
+    with style.context(["default", _STYLE]):
         figure = Figure(figsize=(5, 2.9))
         axes = figure.add_axes((0.13, 0.13, 0.82, 0.78))  # one for all: most of the time goes into making axes
         axes.grid(axis="y", color=_RULE, linewidth=0.6, clip_on=False)
@@ -208,7 +214,7 @@ def draw_png(title: str, charts: Mapping[str, Curves], labels: Sequence[str]) ->
     """
     columns = min(3, len(charts))
     rows = math.ceil(len(charts) / columns)
-    with style.context(["default", _LOOK]):
+    with style.context(["default", _STYLE]):
         figure = Figure(figsize=(4.2 * columns, 0.8 + 2.7 * rows), layout="constrained")
         figure.suptitle(title, fontsize=11)
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -232,9 +238,9 @@ def wilson(right: float, pairs: int) -> tuple[float, float]:
         right: the share, 0 to 1.
         pairs: how many it is of, at least 1.
     """
-    shrink = 1 + _Z**2 / pairs
-    middle = (right + _Z**2 / (2 * pairs)) / shrink
-    half = _Z / shrink * math.sqrt(right * (1 - right) / pairs + _Z**2 / (4 * pairs**2))
+    shrink = 1 + _Z_95**2 / pairs
+    middle = (right + _Z_95**2 / (2 * pairs)) / shrink
+    half = _Z_95 / shrink * math.sqrt(right * (1 - right) / pairs + _Z_95**2 / (4 * pairs**2))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -261,7 +267,7 @@ def draw_calibration(bins: Sequence[Bin], number: int) -> Markup:
     """
     color = LIGHT[number % len(LIGHT)]
     predicted = [row.predicted for row in bins]
-    with style.context(["default", _LOOK]):
+    with style.context(["default", _STYLE]):
         figure = Figure(figsize=(5, 3.6))
         upper, lower = figure.add_axes((0.13, 0.39, 0.82, 0.57)), figure.add_axes((0.13, 0.12, 0.82, 0.19))
         upper.plot([0.5, 1], [0.5, 1], color=_FAINT, linestyle="--", linewidth=1)

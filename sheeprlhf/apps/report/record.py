@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.apps.list import PastRun, past_run
 from sheeprlhf.apps.pipeline import COLUMNS, RESULT_FILES, Row
+from sheeprlhf.apps.show import flatten
 from sheeprlhf.apps.terminal import clean, is_number
 from sheeprlhf.config.run_lookup import REPORT_FILE, read_run_config
 from sheeprlhf.security.files import read_small, read_tail, real_path
@@ -182,15 +183,7 @@ def _read_config(folder: Path, notes: list[str]) -> dict[str, Any]:
     except (ConfigError, OSError) as error:
         notes.append(f"its configuration cannot be read: {error}")
         return {}
-    return dict(_flat(saved))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}".removesuffix(".config_name"), value
+    return {key.removesuffix(".config_name"): value for key, value in flatten(saved)}
 
 
 def _read_curves(folder: Path, notes: list[str]) -> dict[str, Curve]:

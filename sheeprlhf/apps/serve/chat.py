@@ -34,14 +34,21 @@ SAMPLING = (
         "Divides the logits before sampling; 0 takes the likeliest token.",
         default=0.7,
         kind=float,
-        least=0,
+        minimum=0,
     ),
     Flag(
-        "top-p", "Sample among the likeliest tokens of this probability.", default=1.0, kind=float, least=0.01, most=1
+        "top-p",
+        "Sample among the likeliest tokens of this probability.",
+        default=1.0,
+        kind=float,
+        minimum=0.01,
+        maximum=1,
     ),
-    Flag("top-k", "Sample among the k likeliest tokens; 0 is all.", default=0, kind=int, least=0),
-    Flag("max-new-tokens", "Longest answer, in tokens.", default=256, kind=int, least=1),
-    Flag("seed", "Seed of the first answer; the next one has the next.", default=42, kind=int, least=0, most=2**62),
+    Flag("top-k", "Sample among the k likeliest tokens; 0 is all.", default=0, kind=int, minimum=0),
+    Flag("max-new-tokens", "Longest answer, in tokens.", default=256, kind=int, minimum=1),
+    Flag(
+        "seed", "Seed of the first answer; the next one has the next.", default=42, kind=int, minimum=0, maximum=2**62
+    ),
 )
 FLAGS = (
     WEIGHTS,

@@ -15,7 +15,7 @@ MAX_NEW_TOKENS = 512
 MAX_TURNS = 40  # of a conversation, questions and answers
 SUMMARISE, ASK = "summarise", "ask"
 _INSTRUCTION = "Summarise this text in one or two sentences:\n\n"
-_PAUSE = 0.05  # seconds between two states of one answer
+_MIN_INTERVAL = 0.05  # seconds between two states of one answer
 
 History = list[Turn]
 
@@ -118,8 +118,8 @@ class Panel:
             question = Turn("user", prompt)
             answer, last = "", 0.0
             try:
-                for answer in generator.answer([*earlier, self._asked(generator, prompt)], cfg, settings.seed):
-                    if time.monotonic() - last > _PAUSE:
+                for answer in generator.answer([*earlier, self._question(generator, prompt)], cfg, settings.seed):
+                    if time.monotonic() - last > _MIN_INTERVAL:
                         histories[index] = [*earlier, question, Turn("assistant", answer)]
                         yield shown(f"{name} is writing ...")
                         last = time.monotonic()
@@ -130,7 +130,7 @@ class Panel:
             yield shown(f"{name} is done")
         yield shown("; ".join(notes) or self._summary(scores))
 
-    def _asked(self, generator: TextGenerator, prompt: str) -> Turn:
+    def _question(self, generator: TextGenerator, prompt: str) -> Turn:
         instruct = self.kind == SUMMARISE and generator.form_name == "template"
         return Turn("user", f"{_INSTRUCTION if instruct else ''}{prompt}")
 

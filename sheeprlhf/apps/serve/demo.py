@@ -149,7 +149,7 @@ FLAGS = (
     TEMPLATE,
     TEMPLATE_ARGS,
     Flag("reward", "A run of task=rm, or a reward model's folder: its score stands beside each answer.", value="run"),
-    Flag("port", "Where the page is served.", default=7860, kind=int, least=1, most=65535),
+    Flag("port", "Where the page is served.", default=7860, kind=int, minimum=1, maximum=65535),
     Flag("host", "Address to serve it on; one that others can reach needs --auth.", default="127.0.0.1"),
     Flag("auth", f"Ask visitors for a password: user:password is taken from ${AUTH}, or asked for here.", kind=bool),
 )

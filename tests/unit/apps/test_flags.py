@@ -7,8 +7,8 @@ from sheeprlhf.utils.errors import ConfigError
 
 FLAGS = (
     Flag("to", "Where to."),
-    Flag("top-p", "Share.", default=1.0, kind=float, least=0.1, most=1),
-    Flag("seed", "Seed.", default=42, kind=int, least=0),
+    Flag("top-p", "Share.", default=1.0, kind=float, minimum=0.1, maximum=1),
+    Flag("seed", "Seed.", default=42, kind=int, minimum=0),
     Flag("auth", "Ask.", kind=bool),
     Flag("dtype", "Format.", values=("float32", "bfloat16")),
 )

@@ -93,7 +93,7 @@ def test_a_failing_stage_ends_it_and_the_command_goes_on_there(small, pretended,
 
 def test_a_stopped_stage_tells_the_command_and_its_signal(small, unchecked, monkeypatch, capsys):
     def stopped(children, words):
-        children.pass_on(15)
+        children.forward_signal(15)
         return 0  # it had just finished
 
     monkeypatch.setattr("sheeprlhf.apps.child_process.Children.run", stopped)

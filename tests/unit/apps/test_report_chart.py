@@ -11,12 +11,12 @@ from sheeprlhf.apps.report.chart import (
     LIGHT,
     calibration_bins,
     charts_of,
+    downsample,
     draw_calibration,
     draw_curves,
     draw_png,
     group_tags,
     run_style,
-    thin,
     wilson,
 )
 from sheeprlhf.apps.report.page import duration_text, figure_text
@@ -53,13 +53,13 @@ def test_thinning_loses_no_extreme_and_no_mean():
     rng = random.Random(1)
     values = [rng.gauss(0, 1) for _ in range(1_000)]
     values[503] = 99.0
-    line = thin(curve(values))
+    line = downsample(curve(values))
     assert len(line.means) == 167  # six points each, four in the last
     assert max(line.highs) == 99.0 and min(line.lows) == min(values)
     counts = [6] * 166 + [4]
     assert math.fsum(m * n for m, n in zip(line.means, counts, strict=True)) == pytest.approx(math.fsum(values))
     assert all(low <= mean <= high for low, mean, high in zip(line.lows, line.means, line.highs, strict=True))
-    few = thin(curve(values[:180]))
+    few = downsample(curve(values[:180]))
     assert few.means == few.lows == few.highs == values[:180]
 
 
