@@ -53,7 +53,7 @@ def test_a_server_that_is_not_there_is_reported_before_anything_is_made(
     began = time.monotonic()
     with pytest.raises(SystemExit) as info:
         run(words)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # about 1; this machine may be busy with other tests
     assert info.value.code == 2 and f"reward.url={url}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     with pytest.raises(SystemExit) as info:

@@ -53,7 +53,7 @@ def test_another_model_needs_the_hub_and_its_absence_is_said_at_once(
     start, used = time.monotonic(), time.process_time()
     assert refused("model=gpt2") == 2
     assert time.process_time() - used < 2  # beside the 3.5 seconds that the hub is given to answer
-    assert time.monotonic() - start < 20  # this machine may be busy with other tests
+    assert time.monotonic() - start < 60  # this machine may be busy with other tests
     message = capsys.readouterr().err
     assert ("HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached") in message
     assert refused("model=smollm2") == 2
