@@ -34,12 +34,12 @@ def write_folder(
 ) -> None:
     """One process: make folder `target` by `writer(temporary folder)`; it appears whole or not at all.
 
-    What is there already is replaced if it is an empty folder, or one that `remove_folder` removes.
+    An empty folder that is there, or one that `remove_folder` removes, is replaced.
 
     Args:
         target: the folder's place; its parent exists.
         writer: fills the temporary folder; files and folders in it are as it leaves them.
-        num_bytes: about what will be written, for the message when the disk is full.
+        num_bytes: approximate size, for the message when the disk is full.
         advice: ends that message.
 
     Raises:

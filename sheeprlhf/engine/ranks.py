@@ -236,11 +236,7 @@ def _is_of_collective(error: BaseException | None) -> bool:
 
 
 def join_ranks(strategy: Any, timeout: float) -> tuple[RollCall, Store]:
-    """All ranks: wait until each is there, and exchange addresses.
-
-    Args:
-        strategy: Fabric's, which knows rank, world and the address of rank zero.
-        timeout: seconds to wait.
+    """All ranks: wait at most `timeout` seconds until each is there, and exchange addresses.
 
     Raises:
         MissingRanksError: some did not come.

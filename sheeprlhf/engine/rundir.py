@@ -69,10 +69,7 @@ class RunPlace(NamedTuple):
 def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = None) -> RunPlace:
     """Rank zero only, before the launch: find the run to go on with, or make a new directory.
 
-    Args:
-        cfg: the run's configuration.
-        config_hash: tells runs of different configurations apart.
-        given: the directory of `hydra.run.dir=...`, if the user gave one.
+    The hash tells runs of different configurations apart; `given` is the directory of `hydra.run.dir=...`, if any.
 
     Raises:
         ConfigError: the directory cannot be used, or is of another configuration.

@@ -110,14 +110,7 @@ def update(
 def add_gradients(
     fabric: Fabric, module: _FabricModule, micro_batches: list[MicroBatch], loss_fn: LossFn, *, weight: float
 ) -> dict[str, float]:
-    """All ranks: the gradient of another mean loss times a weight, for the `update` that follows.
-
-    Args:
-        fabric: where it runs.
-        module: the trained module, set up by `fabric`.
-        micro_batches: this rank's share.
-        loss_fn: as that of `update`.
-        weight: what the mean over the items of all ranks is multiplied by.
+    """All ranks: add the gradient of another mean loss times a weight, before an `update`, whose arguments these are.
 
     Returns:
         loss, without the weight, and the loss function's metrics per item, "items" of all ranks.

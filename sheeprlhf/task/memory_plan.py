@@ -12,13 +12,9 @@ from sheeprlhf.structure.run import TrainConfig
 def step_plan(
     config: TrainConfig, *, device: str, size_of: Callable[..., ModelSize] = measure, holes: bool = True
 ) -> MemoryPlan:
-    """Memory that one process needs for a step.
+    """Memory that one process needs for a step on a device, "cpu" or "cuda".
 
-    Args:
-        config: what would be trained, and how.
-        device: "cpu" or "cuda".
-        size_of: `measure`, or what remembers its results.
-        holes: count those that the allocator leaves.
+    `size_of` is `measure`, or remembers its results; `holes` counts those that the allocator leaves.
 
     Raises:
         ModelError: the model cannot be measured.

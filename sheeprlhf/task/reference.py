@@ -43,14 +43,7 @@ def reference_logprobs(
 ) -> np.ndarray:
     """All ranks: the summed log-probability of every response of the rows that are read, before the first step.
 
-    Args:
-        fabric: where it runs.
-        module: the policy, set up.
-        batches: cuts the rows.
-        data: has the split; its folder stores the results.
-        split: name of the split.
-        key: identifies these weights and this computation.
-        read: the rows that the run reads, ascending.
+    The results are stored in the data's folder; `key` identifies the weights and the computation, `read` is ascending.
 
     Returns:
         (rows, K) float32 nats, 0 where a row has fewer responses, NaN in rows that are not read.
@@ -90,20 +83,13 @@ def check_reference(
     precision: str,
     say: Notify,
 ) -> None:
-    """All ranks, before the first step: the policy has to be its own reference, dropout off.
+    """All ranks, before the first step: check that the policy is its own reference, dropout off.
 
-    Args:
-        fabric: where it runs.
-        module: the policy, set up.
-        micro_batches: this rank's of the first step; the content of each is a batch and its reference.
-        loss_fn: the task's.
-        initial_loss: returns the total loss of a batch if policy and reference are equal.
-        mode: "error" or "warn".
-        precision: of the run: 1e-5 nats a token are allowed in float32, else 2e-2; ten times that for the loss.
-        say: prints a line for the user.
+    Log-probabilities may differ by 1e-5 nats a token in float32, else by 2e-2; the loss by ten times that from
+    `initial_loss`, the total loss of a batch if policy and reference are equal.
 
     Raises:
-        ModelError: they are further apart, and `mode` is "error".
+        ModelError: they differ by more, and `mode` is "error" instead of "warn".
     """
     tolerance = 1e-5 if precision == "32-true" else 2e-2
     apart, tokens, loss, expected = 0.0, 1, 0.0, 0.0

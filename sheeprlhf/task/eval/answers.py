@@ -183,14 +183,10 @@ def logprobs_of(job: Evaluation, policy: EvalPolicy, answers: Answers, label: st
 
 
 def kl_of_responses(answers: Answers, logprobs_N: Tensor, start_N: Tensor) -> np.ndarray:
-    """(P * K,) float64, nats: how much likelier each response is to its writer than to the start.
+    """(P * K,) float64, nats: log-probability of each response by the policy that sampled it, less that by its start.
 
-    Their mean estimates the KL divergence of the policy from its start without bias; one of them may be negative.
-
-    Args:
-        answers: sampled by the policy.
-        logprobs_N: of each token, by the policy.
-        start_N: the same by its start.
+    Their mean estimates the KL divergence of the policy from its start without bias; one of them may be negative. The
+    log-probabilities are of each token.
     """
     apart_N = (logprobs_N.double() - start_N.double()).numpy()
     starts = np.cumsum([0, *answers.rollout.response_lengths[:-1]])

@@ -69,17 +69,7 @@ def scores_of_rows(
     num_rows: int | None = None,
     label: str = "evaluating",
 ) -> np.ndarray:
-    """All ranks: (S,) float64, what a reward model gives each response of the first rows, row after row.
-
-    Args:
-        fabric: where it runs.
-        model: the reward model, on the device.
-        options: cut the rows.
-        split: the rows.
-        packed: how batches are laid out.
-        num_rows: how many; None: all.
-        label: what the progress bar says.
-    """
+    """All ranks: (S,) float64, the score of each response of the first `num_rows` rows (None: all), row after row."""
     batches = Batches(fabric, options, packed=packed, targets="last")
     return predict_targets(fabric, model, model, batches, split, label, num_rows).double().numpy()
 
@@ -121,12 +111,12 @@ def _beta_of_run(cfg: EvalConfig) -> float:
 def pairs_of_rows(
     scores_S: np.ndarray, sizes: np.ndarray, num_rows: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The score of the better and of the worse response of every pair of a row, and how much longer the better one is.
+    """Scores of the better and the worse response of every pair of a row, and the better one's length less the other's.
 
     Args:
         scores_S: of every response, row after row, best response first.
         sizes: (rows, K) tokens of each response, -1 where a row has fewer.
-        num_rows: the rows that have scores, the first ones; None: all.
+        num_rows: the first rows, which have scores; None: all.
 
     Returns:
         Three (P,) arrays.

@@ -13,14 +13,9 @@ BINS = 10
 
 
 def mean_and_interval(values_NM: np.ndarray, *, seed: int) -> np.ndarray:
-    """Means over rows and their 95 % intervals, by a percentile bootstrap that draws the same rows for all columns.
+    """(3, M) means over N >= 1 rows and their 95 % intervals: mean, lower and upper end.
 
-    Args:
-        values_NM: (N, M) one value a row and column, N >= 1.
-        seed: of the draws.
-
-    Returns:
-        (3, M): mean, lower and upper end.
+    By a percentile bootstrap that draws the same rows for all columns.
     """
     means = resampled(values_NM, seed=seed)
     return np.vstack([values_NM.mean(axis=0), np.percentile(means, [2.5, 97.5], axis=0)])

@@ -63,18 +63,10 @@ class SelectionStats(NamedTuple):
 
 
 def best_of(scores: np.ndarray, finished: np.ndarray, min_score: float | None) -> tuple[int | None, str]:
-    """Choose the response to one prompt that is kept.
+    """Choose the response to one prompt that is kept: its number and "kept"; or None and "cut" (none ended) or "low".
 
     A response that was cut is never chosen: training on it teaches to end in the middle. Of equal scores the first
-    counts.
-
-    Args:
-        scores: (K,) rewards.
-        finished: (K,) bool, whether the response ended.
-        min_score: the lowest score that is kept; None keeps all.
-
-    Returns:
-        Its number and "kept"; or None and "cut" (none of them ended) or "low".
+    counts. A score below `min_score` is low.
     """
     if not finished.any():
         return None, "cut"
