@@ -244,7 +244,7 @@ BAD = [
     ("fetch model=auto", ["model.repo_name"]),
     ("fetch task=sft", ["`fetch --help`"]),
     ("list modles", ["modles", "`list models`"]),
-    ("list --runs", ["--runs", "no dashes"]),
+    ("list --runs", ["--runs"]),
     ("show model=optt", ["model=optt", "model=opt"]),
     ("show optim.lrr", ["optim.lrr", "optim.lr"]),
 ]
