@@ -69,7 +69,7 @@ def test_a_pipeline_shows_its_stages(name, capsys):
 
 def test_an_option_is_found_by_its_full_and_by_its_last_name(capsys):
     printed = shown(capsys, "optim.lr")
-    assert printed.startswith("optim.lr=null (with optim=adamw, adam) Peak learning rate; null takes model.lr")
+    assert printed.startswith("optim.lr=null (with optim=adamw, adam")
     assert "optim.lr=0.01 (with optim=sgd) Peak learning rate. (number, 0 or more, or null)" in printed
     assert "model.lr" not in printed.split("(with optim=sgd)")[1]
     assert shown(capsys, "optim.lr=3") == printed
