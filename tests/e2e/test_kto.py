@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from sheeprlhf.cli import run
-from tests.support.runs import figures, train, train_words, write_labelled, write_pairs
+from tests.support.runs import figures, rejected, train, train_words, write_labelled, write_pairs
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.0"]
@@ -58,14 +57,6 @@ def test_pairs_are_taken_and_both_references_are_computed_once(tmp_path: Path, m
     assert figures(one)["train/loss"] == figures(tmp_path / "two")["train/loss"]
 
 
-def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run(words)
-    told = capsys.readouterr().err
-    assert stop.value.code == 2 and "Traceback" not in told
-    return told
-
-
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
@@ -79,7 +70,7 @@ def test_labels_that_teach_nothing(
     data = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"p{i}", "response": "a word or two", "label": label} for i, label in enumerate(labels)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = refused(train_words(model_folder(), data, tmp_path / "run", task="kto"), capsys)
+    told = rejected(train_words(model_folder(), data, tmp_path / "run", task="kto"), capsys)
     assert says in " ".join(told.split())
 
 
@@ -89,7 +80,7 @@ def test_rows_of_one_prompt_are_refused_and_a_lonely_validation_row_is_not(
     rows = [{"prompt": "p", "response": f"{i} words", "label": i % 2} for i in range(4)]
     lonely, data = tmp_path / "lonely.jsonl", write_labelled(tmp_path / "rows.jsonl", 8)
     lonely.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = refused(train_words(model_folder(), lonely, tmp_path / "one", task="kto"), capsys)
+    told = rejected(train_words(model_folder(), lonely, tmp_path / "one", task="kto"), capsys)
     assert "same prompt" in " ".join(told.split())
     lonely.write_text(json.dumps(rows[0]) + "\n")
     words = [f"data.validation_file={lonely}", "task.max_num_steps=1"]

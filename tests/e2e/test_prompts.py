@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
-from tests.support.runs import figures, train_words, write_rows
+from tests.support.runs import figures, rejected, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
 LENGTH = ("reward.path=length", "reward.target_length=3")
@@ -29,14 +29,6 @@ def words(model: Path, data: tuple[Path, Path], run_dir: Path, *extra: str, task
     return [*train_words(model, data[0], run_dir, "task.max_num_steps=2", *held_out, task=task), *extra]
 
 
-def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_info:
-        run(command)
-    assert exit_info.value.code == 2
-    return capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_two_steps_on_prompts(tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]) -> None:
     data, run_dir = files(tmp_path, False, False), tmp_path / "run"
@@ -55,7 +47,7 @@ def test_two_steps_on_prompts(tmp_path: Path, model_folder: ModelFolder, capsys:
     run(["eval", "task=generate", f"experiment_dir={run_dir}", "generation.max_new_tokens=4"])
     written = (run_dir / "eval" / "generate-test-final.jsonl").read_text().splitlines()
     assert len(written) == 16 and json.loads(written[0])["reference"] is None
-    assert "response" in refused(["eval", "task=perplexity", f"experiment_dir={run_dir}"], capsys)
+    assert "response" in rejected(["eval", "task=perplexity", f"experiment_dir={run_dir}"], capsys)
 
 
 def test_held_out_responses_of_prompts_alone_have_a_perplexity(tmp_path: Path, model_folder: ModelFolder) -> None:
@@ -77,11 +69,11 @@ def test_what_reads_responses_is_refused(
     for number, answered in enumerate([(False, False), (True, False)]):
         (tmp_path / f"{number}").mkdir()
         data = files(tmp_path / f"{number}", *answered)
-        told = refused(words(model, data, tmp_path / f"rouge-{number}", "reward.path=rouge"), capsys)
+        told = rejected(words(model, data, tmp_path / f"rouge-{number}", "reward.path=rouge"), capsys)
         split = "validation" if answered[0] else "train"
         assert f"reward rouge needs a column 'reference' of the {split} rows; there is prompt: it is the row's" in told
     data = files(tmp_path / "0", False, True)
-    told = refused(words(model, data, tmp_path / "ptx", *LENGTH, "task.ptx_coeff=0.5", task="ppo"), capsys)
+    told = rejected(words(model, data, tmp_path / "ptx", *LENGTH, "task.ptx_coeff=0.5", task="ppo"), capsys)
     assert "task.ptx_coeff=0.5" in told
 
 

@@ -28,7 +28,7 @@ from sheeprlhf.utils.errors import ConfigError, UnsafePathError
 from sheeprlhf.utils.output import create_file, make_folder, open_append, open_lock_file, safe_path, write_file
 from tests.support.past_runs import make_past_run
 from tests.support.pipelines import STAGES, Pretended, folders, pipeline, write_recipe
-from tests.support.runs import train_words, write_rows
+from tests.support.runs import exit_code, train_words, write_rows
 
 PRECIOUS = "of the user"
 
@@ -40,14 +40,6 @@ def umask(mask: int) -> Iterator[None]:
         yield
     finally:
         os.umask(before)
-
-
-def exit_code(words: list[str]) -> int:
-    try:
-        run(words)
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
 
 
 def modes(folder: Path) -> set[str]:

@@ -6,6 +6,8 @@ import json
 import random
 from pathlib import Path
 
+import pytest
+
 from sheeprlhf.cli import run
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew strange potions".split()
@@ -44,13 +46,21 @@ def write_labelled(path: Path, num_rows: int = 48, *, seed: int = 0) -> Path:
     return path
 
 
-def exit_code(line: str) -> object:
-    """Run a command line without quotes in this process; its exit code."""
+def exit_code(line: str | list[str]) -> int:
+    """Run a command line, words or a text without quotes, in this process; its exit code."""
     try:
-        run(line.split())
+        run(line.split() if isinstance(line, str) else line)
     except SystemExit as stop:
-        return stop.code
+        return int(stop.code or 0)
     return 0
+
+
+def rejected(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command line that has to fail with exit code 2; what it printed as its error, which is no traceback."""
+    capsys.readouterr()
+    code, error = exit_code(words), capsys.readouterr().err
+    assert code == 2 and "Traceback" not in error, error
+    return error
 
 
 WRITERS = {"sft": write_rows, "rm": write_pairs, "dpo": write_pairs, "kto": write_labelled}

@@ -18,6 +18,7 @@ from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.utils.errors import DataError
 from tests.support.batches import random_examples
+from tests.support.runs import exit_code
 from tests.unit.data.toy import BOS_TEMPLATE, TEMPLATE, byte_tokenizer, example
 
 FAKE_IMAGE = b"made by sheeprlhf inspect"
@@ -52,12 +53,6 @@ def words(home: Path, rows: list[dict], *extra: str, **options: object) -> list[
 def shown(printed: str, number: int = 1) -> list[str]:
     """The lines of one example."""
     return printed.split(f"example {number}: ")[1].split("\n\n")[0].splitlines()
-
-
-def exit_code(line: list[str]) -> int:
-    with pytest.raises(SystemExit) as stop:
-        run(line)
-    return stop.value.code
 
 
 def test_prompt_and_response_stand_apart_token_by_token(home: Path, capsys: pytest.CaptureFixture) -> None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sheeprlhf.cli import run
 from sheeprlhf.model.load import load_causal_lm
 from sheeprlhf.model.lora import add_lora
 from sheeprlhf.structure.model import AutoModelConfig
@@ -18,16 +17,9 @@ from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, RMConfig
 from sheeprlhf.task.weight_checks import Needed, check_needed, models_of
 from sheeprlhf.utils.errors import ModelError
-from tests.support.runs import WRITERS, train_words
+from tests.support.runs import WRITERS, rejected, train_words
 
 ModelFolder = Callable[..., Path]
-
-
-def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run(words)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", ["dpo", "rm", "ppo"])
@@ -44,7 +36,7 @@ def test_a_hole_ends_training_before_anything_is_made(
     del tensors["model.layers.0.mlp.down_proj.weight"]
     save_file(tensors, folder / "model.safetensors")
     data = WRITERS[task](tmp_path / "rows.jsonl")
-    message = refused(train_words(folder, data, tmp_path / "run", task=task), capsys)
+    message = rejected(train_words(folder, data, tmp_path / "run", task=task), capsys)
     assert "model.layers.0.mlp.down_proj.weight" in message and f"model.repo_name={folder}" in message
     assert not (tmp_path / "cache").exists() and not list((tmp_path / "run").glob("*"))
 
@@ -62,7 +54,7 @@ def test_a_language_model_as_reward_folder(
             *(f"data.train_file={data}", f"reward.folder={folder}", f"output_dir={tmp_path}/eval"),
         ],
     ):
-        message = refused(words, capsys)
+        message = rejected(words, capsys)
         assert f"reward.folder={folder}" in message and "score.weight" in message and "model.repo_name" not in message
     assert not (tmp_path / "cache").exists() and not list((tmp_path / "run").glob("*"))
 
@@ -152,5 +144,5 @@ def test_options_that_the_model_excludes_are_rejected_before_anything_is_made(
         command += ["data=local", f"data.train_file={data}", f"data.test_file={data}", f"output_dir={out}"]
     else:
         command = train_words(model_folder(architecture), data, out, task=task)
-    assert said in refused([*command, *words.split()], capsys)
+    assert said in rejected([*command, *words.split()], capsys)
     assert not (tmp_path / "cache").exists() and not list(out.glob("*"))
