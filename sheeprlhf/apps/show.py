@@ -89,10 +89,8 @@ def flatten(node: dict[str, Any], prefix: str = "") -> typing.Iterator[tuple[str
 def type_name(hint: Any) -> str:
     """The kind of value, in a word or two; empty where anything is taken."""
     plain, optional = unwrap_optional(hint)
-    if typing.get_origin(plain) is tuple:
-        return "numbers"
-    if typing.get_origin(plain) is list:
-        return "texts"
+    if typing.get_origin(plain) in (tuple, list):
+        return "numbers" if typing.get_args(plain)[0] in (int, float) else "texts"
     if plain is Any:
         return ""
     return _TYPE_NAMES.get(plain, "group") + (" or null" if optional else "")

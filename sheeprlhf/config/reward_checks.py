@@ -187,7 +187,7 @@ def _judge_problems(cfg: JudgeOptionsConfig) -> Iterator[str]:
     if not cfg.judge_model:
         yield "reward.judge_model is missing: give the name of the server's model"
     try:
-        if "response" not in judge_fields(cfg.judge_prompt):
+        if "response" not in judge_fields(cfg.question()):
             yield "reward.judge_prompt does not contain {response}: add it"
     except ValueError as error:
         yield f"reward.judge_prompt cannot be read ({error}): write {{name}} for a field and {{{{ }}}} for braces"

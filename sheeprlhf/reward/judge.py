@@ -47,7 +47,7 @@ class Judge:
         assert cfg.url is not None
         self._cfg, self.failures = cfg, 0
         keyword = inspect.Parameter.KEYWORD_ONLY
-        columns = [name for name in judge_fields(cfg.judge_prompt) if name not in ("prompt", "response")]
+        columns = [name for name in judge_fields(cfg.question()) if name not in ("prompt", "response")]
         self.__signature__ = inspect.Signature(
             [inspect.Parameter(name, keyword) for name in ("prompts", "responses", *columns)]
         )
@@ -62,7 +62,7 @@ class Judge:
             {"prompt": prompt, "response": response} | {name: values[row] for name, values in columns.items()}
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         ]
-        results = asyncio.run(self._scores([self._cfg.judge_prompt.format(**one) for one in fields]))
+        results = asyncio.run(self._scores([self._cfg.question().format(**one) for one in fields]))
         failed = [(row, result) for row, result in enumerate(results) if isinstance(result, _FailedRequestError)]
         self.failures = len(failed)
         fallback = self._cfg.judge_failure_score
@@ -203,7 +203,7 @@ def check_server(cfg: JudgeOptionsConfig) -> None:
 
 def receiver_notice(cfg: JudgeOptionsConfig) -> str:
     """Return a line that tells which texts a run sends, and where."""
-    columns = [name for name in judge_fields(cfg.judge_prompt) if name not in ("prompt", "response")]
+    columns = [name for name in judge_fields(cfg.question()) if name not in ("prompt", "response")]
     what = " and ".join(["prompts and responses", *(f"the column {name}" for name in columns)])
     plain = cfg.api_key_variable is not None and urlsplit(str(cfg.url)).scheme == "http" and not _is_local(cfg)
     key = f"; warning: http sends the key in {cfg.api_key_variable} unencrypted" if plain else ""

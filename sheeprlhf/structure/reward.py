@@ -89,8 +89,10 @@ class JudgeOptionsConfig(CallOptionsConfig):
         "Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1; it gets prompts and responses.",
     )
     judge_model: Optional[str] = option(None, "Name of the server's model that scores.")
-    judge_prompt: str = option(
-        JUDGE_PROMPT, "What the judge is asked; {prompt}, {response} and the names of columns are replaced."
+    judge_prompt: Optional[str] = option(
+        None,
+        "What the judge is asked; {prompt}, {response} and the names of columns are replaced. null asks for a number "
+        "from 0 to 10.",
     )
     judge_pattern: str = option(
         r"(-?\d+(?:\.\d+)?)(?:\s*/\s*10\b)?",
@@ -110,6 +112,10 @@ class JudgeOptionsConfig(CallOptionsConfig):
     api_key_variable: Optional[str] = option(
         None, "Environment variable with the key that is sent to the server; null sends none."
     )
+
+    def question(self) -> str:
+        """The template of what the judge is asked."""
+        return JUDGE_PROMPT if self.judge_prompt is None else self.judge_prompt
 
 
 @dataclass(unsafe_hash=True)
