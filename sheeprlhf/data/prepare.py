@@ -27,8 +27,7 @@ import numpy as np
 
 from sheeprlhf.config.registry import datasets_of
 from sheeprlhf.data import source, store
-from sheeprlhf.data.duplicates import SeenDigests
-from sheeprlhf.data.frequent import FEWEST_FREQUENT, FrequentPrompts
+from sheeprlhf.data.duplicates import FEWEST_FREQUENT, FrequentPrompts, SeenDigests
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.mixture import name_in_mixture, numbered_parts, write_mixture
 from sheeprlhf.data.progress import progress_bar

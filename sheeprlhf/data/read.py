@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.config.path_checks import KINDS, TEXT, file_kind
-from sheeprlhf.data.compressed import is_compressed
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.parquet import count_values, open_parquet, read_parquet
-from sheeprlhf.data.textfile import PlacedRows, count_lines, read_csv, read_json, read_jsonl, read_text
+from sheeprlhf.data.textfile import PlacedRows, count_lines, is_compressed, read_csv, read_json, read_jsonl, read_text
 from sheeprlhf.utils.errors import DataError
 
 BATCH_ROWS = 1000

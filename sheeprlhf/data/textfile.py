@@ -1,24 +1,33 @@
 """Rows of jsonl, json and csv files, streamed; every error names the file and the line or item.
 
 They are read here and not by a library: only a reader that sees the lines can name the bad one, a type guessed from the
-first chunk cannot reject a later row, and no second copy is written.
+first chunk cannot reject a later row, and no second copy is written. Compressed files are unpacked while they are read,
+with a bound on what they unpack to.
 """
 
+import bz2
 import csv
+import gzip
+import io
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
-from sheeprlhf.data.compressed import open_data
+import pyarrow as pa
+
+from sheeprlhf.config.path_checks import file_kind
 from sheeprlhf.data.rows import COLUMNS, CONVERSATION_COLUMNS, printable
 from sheeprlhf.utils.errors import DataError
 
 MAX_LINE = 16 * 2**20  # bytes; a longer line is a damaged file, or one that is not made of lines
+FREE_UNPACKED = 64 * 2**20  # bytes that any file may unpack to
+MAX_UNPACKED = 200  # for each byte of the file: text does not shrink to a two-hundredth
 MAX_JSON = 512 * 2**20  # bytes; the text of a JSON array is read at once
 ROW_COLUMNS = {*COLUMNS, *CONVERSATION_COLUMNS, "conversations", "completion", "instruction", "question", "text"}
 _MARKS = {",": "commas", "\t": "tabs"}
@@ -248,3 +257,60 @@ def _header(names: list[str], place: str, separator: str) -> list[str]:
             f"{place}: the columns are separated by {other!r}; separate them by {_MARKS[separator]}{ending}"
         )
     return names
+
+
+def open_data(file: Path) -> BinaryIO:
+    """The bytes of a file, unpacked if its name ends in .gz, .bz2 or .zst."""
+    kind = file_kind(file)
+    if kind is None or not kind[1]:
+        return file.open("rb")
+    return cast(BinaryIO, io.BufferedReader(_Unpacked(file, kind[1]), 2**16))
+
+
+def is_compressed(file: Path) -> bool:
+    """True if a file is decompressed while it is read."""
+    kind = file_kind(file)
+    return kind is not None and bool(kind[1])
+
+
+class _Unpacked(io.RawIOBase):
+    """Decompressed bytes of a file.
+
+    Raises:
+        DataError: while reading, if the file is damaged, or holds far more than its size.
+    """
+
+    def __init__(self, file: Path, compression: str) -> None:
+        super().__init__()
+        self._file = file
+        self._left = max(FREE_UNPACKED, MAX_UNPACKED * file.stat().st_size)
+        self._stream: Any
+        if compression == ".gz":
+            self._stream = gzip.GzipFile(file)
+        elif compression == ".bz2":
+            self._stream = bz2.BZ2File(file)
+        else:
+            self._stream = pa.CompressedInputStream(pa.OSFile(str(file)), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._stream.read(len(buffer))
+        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+            raise DataError(
+                f"{self._file}: damaged, or not compressed as its name says ({error}); fetch or write it again"
+            ) from None
+        self._left -= len(data)
+        if self._left < 0:
+            raise DataError(
+                f"{self._file}: unpacks to more than {MAX_UNPACKED} times its size: this is no text; give another file"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._stream.close()
+        super().close()
