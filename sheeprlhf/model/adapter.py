@@ -128,6 +128,11 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     return LoraConfig(**known, base_model_name_or_path=_base(content), inference_mode=True)
 
 
+def _names_transformers(value: Any) -> bool:
+    library = value.get("parent_library") if isinstance(value, dict) else None
+    return isinstance(library, str) and re.fullmatch(r"transformers(\.\w{1,60}){0,4}", library, re.ASCII) is not None
+
+
 def _base(content: dict[str, Any]) -> str | None:
     base = content.get("base_model_name_or_path")
     return base if isinstance(base, str) else None
@@ -141,6 +146,8 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
             yield f"{key} is missing"
     for key, value in content.items():
         if value is None or key in _HARMLESS or value in _USUAL.get(key, ()):
+            continue
+        if key == "auto_mapping" and _names_transformers(value):  # PEFT writes it without a task_type; it is not read
             continue
         if key not in _KNOWN and value not in _OFF:
             yield f"{key[:60]} is not one of the settings that are read; only plain LoRA is: set it to null"

@@ -15,6 +15,7 @@ from peft import (
     LoraConfig,
     LoraModel,
     PeftModel,
+    TaskType,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -75,6 +76,8 @@ def load_lora(model: PreTrainedModel, folder: Path, say: Notify = lambda _: None
     folder = adapter_folder(folder, say)
     config = read_adapter_config(folder)
     config.base_model_name_or_path = model.name_or_path or config.base_model_name_or_path
+    if config.task_type is None and not hasattr(model, HEAD):
+        config.task_type = TaskType.CAUSAL_LM
     try:
         with _peft_warnings_ignored():
             adapted = PeftModel.from_pretrained(model, folder, config=config, is_trainable=trains)

@@ -4,6 +4,7 @@ The reference is the policy before its first step, so the policy itself computes
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,16 @@ from safetensors.numpy import load, save
 from torch import Tensor, nn
 
 from sheeprlhf.agent.batches import Batches
+from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.engine.shard import gathered
 from sheeprlhf.engine.step import LossFn, MicroBatch
+from sheeprlhf.model.adapter import locate_adapter
+from sheeprlhf.security.files import real_file
+from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS
+from sheeprlhf.security.pickled_weights import adapter_folder
+from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.modes import eval_mode, isolated_rng
@@ -31,6 +38,24 @@ def weights_digest(module: nn.Module) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+def reference_key(policy: Policy, cfg: TrainConfig, *, packed: bool) -> str:
+    """A text that differs for references with other log-probabilities; called before adapters are added.
+
+    Args:
+        policy: the weights that training starts from, without `model.adapter` if it trains further.
+        cfg: the run's configuration.
+        packed: batches are packed.
+    """
+    settings = policy.causal_lm().config.to_dict()
+    settings = {key: value for key, value in settings.items() if key not in ("_name_or_path", "transformers_version")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    if cfg.model.adapter is not None and cfg.model.finetune_mode == "LORA":
+        folder = adapter_folder(locate_adapter(cfg.model.adapter), lambda _: None)
+        for name in (ADAPTER_CONFIG, ADAPTERS):
+            digest.update(real_file(folder / name, folder).read_bytes())
+    return f"{weights_digest(policy)}-{digest.hexdigest()}-{cfg.fabric.precision}-{packed}"
 
 
 def sum_by_response(values_N: Tensor, response_index_N: Tensor, num_responses: int) -> Tensor:

@@ -33,8 +33,7 @@ def adapter(tmp_path: Path, model_folder: ModelFolder) -> Path:
     """Made with plain PEFT: unusual options, weights that change the model visibly."""
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(model_folder("qwen2"), dtype=torch.float32),
-        LoraConfig(
-            task_type="CAUSAL_LM",
+        LoraConfig(  # without a task_type, PEFT adds auto_mapping
             r=3,
             lora_alpha=5,
             use_rslora=True,

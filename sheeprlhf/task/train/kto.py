@@ -30,10 +30,10 @@ from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.models import with_adapters
 from sheeprlhf.task.reference import (
     check_reference,
+    reference_key,
     reference_logprobs,
     reference_logprobs_of,
     sum_by_response,
-    weights_digest,
 )
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
@@ -129,7 +129,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             run.say(warning)
         policy, packed = loop.load_policy()
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
-        key = f"{weights_digest(policy)}-{cfg.fabric.precision}-{packed}"
+        key = reference_key(policy, cfg, packed=packed)
         policy = with_adapters(policy, cfg.model)
         module = loop.set_up(policy)
 

@@ -2,21 +2,24 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.numpy import save
 from torch import nn
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.example import collate_packed
 from sheeprlhf.engine.step import LossOutput, MicroBatch
 from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.structure.model import LORAConfig, ModelConfig
-from sheeprlhf.task.reference import check_reference, reference_logprobs, sum_by_response, weights_digest
+from sheeprlhf.structure.model import AutoModelConfig, LORAConfig, ModelConfig
+from sheeprlhf.task.reference import check_reference, reference_key, reference_logprobs, sum_by_response, weights_digest
 from sheeprlhf.utils.errors import ModelError
 from sheeprlhf.utils.lightning import Fabric
 from tests.support.batches import random_examples
@@ -156,3 +159,29 @@ def test_the_check_finds_what_is_apart(mode: str, nats: float, loss_apart: float
     else:
         check_reference(*arguments)
         assert [reason in line for line in said] == ([True] if reason else [])
+
+
+def test_the_key_tells_architectures_and_adapters_apart(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Equal weights compute other log-probabilities with another window, and with an adapter beside them."""
+    folder = model_folder("mistral")
+    cfg: Any = SimpleNamespace(
+        model=AutoModelConfig(repo_name=str(folder)), fabric=SimpleNamespace(precision="32-true")
+    )
+
+    def key(**options: Any) -> str:
+        policy, packed = load_policy(cfg.model, load_tokenizer(cfg.model), longest=64, batching="auto")
+        for name, value in options.items():
+            setattr(policy.causal_lm().config, name, value)
+        return reference_key(policy, cfg, packed=packed)
+
+    keys = [key(), key(sliding_window=8)]
+    assert key() == keys[0]
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        get_peft_model(model, LoraConfig(init_lora_weights=False, target_modules=["q_proj"])).save_pretrained(
+            tmp_path / str(seed)
+        )
+        cfg.model = AutoModelConfig(repo_name=str(folder), adapter=str(tmp_path / str(seed)), finetune_mode="LORA")
+        keys.append(key())
+    assert len(set(keys)) == 4
