@@ -6,6 +6,7 @@ import netrc
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -292,6 +293,13 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         from sheeprlhf.config.prompt_format import template_arg_problems
 
         yield from template_arg_problems(data.template_args)
+    yield from _dataset_problems(data)
+    if isinstance(data, MixDataConfig):
+        yield from mix_problems(data)
+
+
+def _dataset_problems(data: DataConfig) -> Iterator[str]:
+    """Problems of the files and columns of one dataset."""
     if isinstance(data, LocalDataConfig):
         for key in ("train_file", "validation_file", "test_file"):
             path = getattr(data, key)
@@ -299,8 +307,6 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
                 yield from data_file_problems(f"data.{key}", path)
     if isinstance(data, LayoutDataConfig):
         yield from column_problems(data)
-    if isinstance(data, MixDataConfig):
-        yield from mix_problems(data)
 
 
 def mix_problems(data: MixDataConfig) -> Iterator[str]:
@@ -309,39 +315,43 @@ def mix_problems(data: MixDataConfig) -> Iterator[str]:
     if not isinstance(data.mix, list | tuple) or not data.mix or not all(isinstance(given, dict) for given in data.mix):
         yield f"data.mix={data.mix} is no list of datasets: give for example {example}"
         return
-    shared = {option.key for option in options(DataConfig())} - set(OF_A_MIXTURE[1:])
-    problems = []
     for number, given in enumerate(data.mix, 1):
-        name = given.get("data", "local" if "train_file" in given else "hub")
-        cls = choices("data").get(str(name))
-        if cls is None or cls is MixDataConfig:
-            others = ", ".join(name for name, of in choices("data").items() if of is not MixDataConfig)
-            problems.append(f"data.mix, dataset {number}: data={name} is no dataset: give one of {others}")
-            continue
-        if not {"train_file", "dataset_name", "data"} & set(given):
-            problems.append(f"data.mix, dataset {number} has no rows: give train_file, dataset_name or data")
-        own = {"data", "weight", *(option.key for option in options(cls()))} - shared
-        for key in sorted(str(key) for key in given if key not in own):
-            fix = did_you_mean(key, own, f"give data.{key} for all")
-            problems.append(f"data.mix, dataset {number}: {key} is no option of one dataset: {fix}")
-        weight = given.get("weight", 1)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            problems.append(f"data.mix, dataset {number}: weight={weight} must be a positive number")
+        yield from (f"data.mix, dataset {number}: {problem}" for problem in _part_problems(data, given))
     if 0 < sum("weight" in given for given in data.mix) < len(data.mix):
-        problems.append("data.mix has datasets with and without weight: give each a weight, or none")
-    yield from problems
-    if problems:
+        yield "data.mix has datasets with and without weight: give each a weight, or none"
+
+
+def _part_problems(data: MixDataConfig, given: dict[str, Any]) -> Iterator[str]:
+    """Problems of one dataset of a mixture; `given` has its options."""
+    name = given.get("data", "local" if "train_file" in given else "hub")
+    cls = choices("data").get(str(name))
+    if cls is None or cls is MixDataConfig:
+        others = ", ".join(name for name, of in choices("data").items() if of is not MixDataConfig)
+        yield f"data={name} is no dataset: give one of {others}"
+        return
+    if not {"train_file", "dataset_name", "data"} & set(given):
+        yield "it has no rows: give train_file, dataset_name or data"
+        return
+    shared = {option.key for option in options(DataConfig())} - set(OF_A_MIXTURE[1:])
+    own = {"data", "weight", *(option.key for option in options(cls()))} - shared
+    unknown = sorted(str(key) for key in given if key not in own)
+    for key in unknown:
+        fix = did_you_mean(key, own, f"give data.{key} for all" if key in shared else "remove it")
+        yield f"{key} is no option of one dataset: {fix}"
+    weight = given.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        yield f"weight={weight} must be a positive number"
+    if unknown:
         return
     try:
-        parts = datasets_of(data)
+        [part] = datasets_of(replace(data, mix=(given,)))
     except ConfigError as error:
-        yield f"data.mix: {error}"
+        yield str(error)
         return
-    own_problems = [problem for option in options(data, "data.") for problem in option_problems(option)]
-    for number, part in enumerate(parts, 1):
-        found = [problem for option in options(part, "data.") for problem in option_problems(option)]
-        found += [problem for problem in _data_problems(part) if not problem.startswith("data.max_prompt_length")]
-        yield from (f"data.mix, dataset {number}: {problem}" for problem in found if problem not in own_problems)
+    for option in options(part, "data."):
+        if option.key.partition(".")[2] not in shared:
+            yield from option_problems(option)
+    yield from _dataset_problems(part)
 
 
 def _optim_problems(optim: OptimizerConfig) -> Iterator[str]:

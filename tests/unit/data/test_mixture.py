@@ -128,6 +128,10 @@ BAD: dict[str, tuple[Any, tuple[str, ...]]] = {
     "wrong type": ([{"dataset_name": "me/set", "subset": [1]}], ("data.mix", "subset")),
     "wrong columns": ([{"dataset_name": "me/set", "columns": {"promt": "a"}}], ("dataset 1", "data.columns.promt")),
     "in itself": ([{"data": "mix", "mix": []}], ("data=mix", "docstrings")),
+    "all at once": (
+        [{"train_file": "{few}", "wieght": 1}, {"train_file": "x.jsonl"}, {"data": "nope"}],
+        ("dataset 1: wieght", "did you mean weight?", "dataset 2: data.train_file=x.jsonl", "dataset 3: data=nope"),
+    ),
     "range": ([{"train_file": "{few}", "num_samples": 0}], ("dataset 1", "data.num_samples=0")),
 }
 
