@@ -147,7 +147,11 @@ def resolve_runs(config: RootConfig, given_dir: str | None) -> RootConfig:
     if of_reward is not None and is_run_alias(of_reward) and not scores_by_run(config):
         config = _changed(config, {REWARD_MODEL: None})
     start = getattr(config.task, "sft_experiment_dir", None)
-    if config.model.adapter is not None and start == getattr(type(config.task)(), "sft_experiment_dir", None):
+    if (
+        config.model is not None
+        and config.model.adapter is not None
+        and start == getattr(type(config.task)(), "sft_experiment_dir", None)
+    ):
         config = config if start is None else _changed(config, {START: None})  # the adapter is the start
     links = links_of(config)
     words = [key for key, value in links.items() if is_run_alias(value)]

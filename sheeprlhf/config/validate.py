@@ -497,6 +497,13 @@ def sharding_problems(config: TrainConfig | EvalConfig, *, able: bool) -> Iterat
         )
     if isinstance(config, TrainConfig) and isinstance(config.optim, AdamW8bitConfig):
         yield "optim=adamw_8bit is not supported by fabric.strategy=fsdp2: give optim=adamw, or fabric.strategy=ddp"
+    lora = None if config.model is None or config.model.finetune_mode != "LORA" else config.model.lora_cfg
+    for name in ("use_dora", "modules_to_save"):
+        if lora is not None and getattr(lora, name):
+            yield (
+                f"model.lora_cfg.{name}={getattr(lora, name)} has not been tested with fabric.strategy=fsdp2: give "
+                "fabric.strategy=ddp"
+            )
     if config.fabric.precision == "64-true":
         yield "fabric.precision=64-true is not supported by fabric.strategy=fsdp2: give fabric.precision=32-true"
 

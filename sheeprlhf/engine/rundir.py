@@ -124,7 +124,7 @@ def _take_checkpoints(earlier: Path, folder: Path, config_hash: str) -> int:
     newest = max(there)
     best = load_json(there[newest] / "state.json", STATE).get("best_step")
     make_folder(folder, "checkpoints")
-    for source in (there[step] for step in {newest, best} & there.keys()):
+    for source in (path for step, path in there.items() if step in (newest, best)):
         manifest = verify_manifest(source)
 
         def fill(scratch: Path, source: Path = source, manifest: dict[str, Any] = manifest) -> None:

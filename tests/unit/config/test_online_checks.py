@@ -30,6 +30,7 @@ REFUSED = {
     "task=sft model.lora_cfg.targets='q_proj|('": "regular expression",
     "task=sft model.lora_cfg.layers_to_transform=[-1]": "counted from 0",
     "task=sft model.lora_cfg.modules_to_save=['a*']": "model.lora_cfg.modules_to_save",
+    "task=sft model.finetune_mode=LORA model.lora_cfg.use_dora=true fabric.strategy=fsdp2": "fabric.strategy=ddp",
     "task=sft model.attn_implementation=eagr": "model.attn_implementation=eager",
     "task=sft model.save_dtype=int8": "model.save_dtype",
 }
