@@ -189,6 +189,7 @@ def interrupted_preparation(job: Job, cache: Path, interrupt: Callable[[], None]
     assert [path.name for path in (cache / "data").iterdir() if not path.name.endswith(".lock")] == []
 
 
+@pytest.mark.slow
 def test_interrupt_while_data_is_prepared(server: JobServer, whole: Whole, tmp_path: Path) -> None:
     data = big_file(tmp_path / "big.jsonl", 200_000)
     words = [*whole.in_dir(tmp_path / "run"), f"data.train_file={data}"]

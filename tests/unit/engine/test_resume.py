@@ -46,6 +46,7 @@ def stop_at_3(fabric, run_dir, steps):
     train_toy_on(fabric, run_dir, steps, stop_at=3)
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_bit_for_bit(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
