@@ -14,7 +14,7 @@ from typing import Any
 
 from sheeprlhf.cli import run
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.task import loop, rl_models
+from sheeprlhf.task import loop, models
 from sheeprlhf.task.memory_plan import step_plan
 
 
@@ -36,11 +36,11 @@ def main() -> None:
         before.append(status("VmRSS"))
         return load(*words, **options)
 
-    def noted_train(fabric: Any, cfg: TrainConfig, run_dir: Path) -> None:
+    def noted_train(fabric: Any, cfg: TrainConfig, run_dir: Path) -> Any:
         configs.append(cfg)
-        train(fabric, cfg, run_dir)
+        return train(fabric, cfg, run_dir)
 
-    loop.load_initial_policy = rl_models.load_initial_policy = noted_load
+    loop.load_initial_policy = models.load_initial_policy = noted_load
     task.train = noted_train
     run(["train", *sys.argv[1:]])
     measured = status("VmHWM") - before[0]

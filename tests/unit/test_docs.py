@@ -1,6 +1,7 @@
 """What the README and docs/ name is there: files, headings, options, choices, commands; and each task has its page."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -39,8 +40,7 @@ def commands(page: Path) -> Iterator[list[str]]:
         for line in block.replace("\\\n", " ").splitlines():
             found = re.search(r"(?:^|&& )python sheeprlhf\.py (.*)", line.removeprefix("$ ").partition("  #")[0])
             if found:
-                quoted = re.sub(r"<[^>]*>", "<>", found[1]).split()
-                yield [word.strip('"') for word in quoted if "<" not in word]
+                yield [word for word in shlex.split(re.sub(r"<[^>]*>", "<>", found[1])) if "<" not in word]
 
 
 @cache
