@@ -17,7 +17,7 @@ OF_TASK = {
 }
 
 
-IN_CI = {("ppo", "letters"), ("grpo", "letters")}
+IN_CI = {("ppo", "letters")}
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def our_scores(run_dir: Path, words: list[str], tmp_path: Path) -> list[float]:
     ("architecture", "mode"),
     [
         ("llama", "LORA"),
-        pytest.param("gpt2", "ALL", marks=pytest.mark.slow),
+        pytest.param("gpt2", "ALL", marks=pytest.mark.nightly),
     ],
 )
 def test_plain_transformers_gives_our_scores_in_a_fresh_process(
