@@ -21,6 +21,46 @@ class Hub(NamedTuple):
     asked: list[str]
 
 
+class _Handler(BaseHTTPRequestHandler):
+    """Answer every method by `answer`, and print nothing."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self) -> None:
+        raise NotImplementedError
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    do_GET = do_POST = do_PUT = do_HEAD
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is printed."""
+
+    def send(self, content: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        """Send bytes as they are, anything else as JSON."""
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+@contextmanager
+def _running(handler: type[_Handler]) -> Iterator[str]:
+    """Serve on the loopback interface, and give the address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @contextmanager
 def serve(repositories: dict[str, Path]) -> Iterator[Hub]:
     """Serve folders at one commit.
@@ -30,18 +70,7 @@ def serve(repositories: dict[str, Path]) -> Iterator[Hub]:
     """
     asked: list[str] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_HEAD(self) -> None:
-            self.answer()
-
-        def do_GET(self) -> None:
-            self.answer()
-
-        def log_message(self, *_: object) -> None:
-            """Nothing is printed."""
-
+    class Handler(_Handler):
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path).strip("/")
             asked.append(path)
@@ -56,30 +85,16 @@ def serve(repositories: dict[str, Path]) -> Iterator[Hub]:
                     start = f"{name.removeprefix('models/')}/resolve/{revision}/"
                     file = folder / path.removeprefix(start)
                     if path.startswith(start) and file.is_file():
-                        return self.send(file.read_bytes(), {"ETag": f'"{self.entry(folder, file)["oid"]}"'})
-            return self.send({}, {"X-Error-Code": "EntryNotFound"}, status=404 if path else 200)
+                        tag = f'"{self.entry(folder, file)["oid"]}"'
+                        return self.send(file.read_bytes(), headers={"ETag": tag, "X-Repo-Commit": COMMIT})
+            return self.send({}, 404 if path else 200, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
 
         def entry(self, folder: Path, file: Path) -> dict[str, object]:
             oid = hashlib.sha1(file.read_bytes(), usedforsecurity=False).hexdigest()
             return {"type": "file", "path": str(file.relative_to(folder)), "size": file.stat().st_size, "oid": oid}
 
-        def send(self, content: object, headers: dict[str, str] | None = None, status: int = 200) -> None:
-            body = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_response(status)
-            for key, value in {"X-Repo-Commit": COMMIT, "Content-Length": str(len(body)), **(headers or {})}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield Hub(f"http://127.0.0.1:{server.server_port}", asked)
-        finally:
-            server.shutdown()
-            thread.join()
+    with _running(Handler) as address:
+        yield Hub(address, asked)
 
 
 class UploadHub(NamedTuple):
@@ -106,24 +121,7 @@ def serve_uploads(token: str) -> Iterator[UploadHub]:
     large: dict[str, bytes] = {}
     asked: list[str] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: object) -> None:
-            """Nothing is printed."""
-
-        def do_HEAD(self) -> None:
-            self.answer()
-
-        def do_GET(self) -> None:
-            self.answer()
-
-        def do_POST(self) -> None:
-            self.answer()
-
-        def do_PUT(self) -> None:
-            self.answer()
-
+    class Handler(_Handler):
         def answer(self) -> None:
             path = unquote(urlsplit(self.path).path).strip("/")
             asked.append(f"{self.command} {path}")
@@ -174,20 +172,5 @@ def serve_uploads(token: str) -> Iterator[UploadHub]:
         def mode(self, path: str) -> str:
             return "lfs" if path.endswith(".safetensors") else "regular"
 
-        def send(self, content: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
-            body = json.dumps(content).encode()
-            self.send_response(status)
-            for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield UploadHub(f"http://127.0.0.1:{server.server_port}", repositories, files, asked)
-        finally:
-            server.shutdown()
-            thread.join()
+    with _running(Handler) as address:
+        yield UploadHub(address, repositories, files, asked)
