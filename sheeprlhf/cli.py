@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _MODULES = {"chat": "serve.chat", "demo": "serve.demo", "report": "report.command"}
 HYDRA_VERBS = tuple(verb for verb in VERBS if verb not in PLAIN_VERBS)
-_LASTING = (["train"], ["pipeline"])  # commands that go on when nobody reads their output any more
+_LASTING = (["train"], ["pipeline"])  # commands that continue after their output is closed
 PARALLEL_VERBS = ("train", "eval", "pipeline")
 _SHOWING = {"-h", "--help", "-c", "--cfg", "-i", "--info", "--hydra-help", "--version"}  # flags that only print
 _SECONDS_FOR_RANK_ZERO = 8.0
@@ -125,7 +125,7 @@ def _guarded(action: Callable[[], int], debug: bool, messages: list[str] | None 
             return 0
         if just_interrupted():
             return _stopped(just_interrupted(), other_rank)
-        # Rank zero tells what it fails with too, and this process ends with it, before it fails alone.
+        # Rank zero reports the same error, and this process ends with it.
         if other_rank and not isinstance(error, MissingRanksError):
             time.sleep(_SECONDS_FOR_RANK_ZERO)
             if _reported_by_another(error):

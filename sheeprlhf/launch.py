@@ -173,7 +173,7 @@ def check_inputs_exist(config: TrainConfig | EvalConfig | InspectConfig) -> None
         if found.note:
             print(plain_text(redact_text(found.note)), file=sys.stderr)
         if found.no_hub:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # nobody has to find out again, here or in the other processes
+            os.environ["HF_HUB_OFFLINE"] = "1"  # so that no process determines it again
         library = config.model.library_cfg
         if library.trust_remote_code:
             name = plain_text(str(config.model.repo_name))
@@ -209,7 +209,7 @@ def _warn_about_restarts(*, resumes: bool) -> None:
             file=sys.stderr,
         )
     if not resumes:
-        print("torchrun restarts killed ranks, and they would not go on: give resume=true too", file=sys.stderr)
+        print("torchrun restarts killed ranks, and they would not continue: give resume=true too", file=sys.stderr)
 
 
 def _needs_processes(config: TrainConfig | EvalConfig) -> bool:

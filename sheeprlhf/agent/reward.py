@@ -91,7 +91,7 @@ class RewardModel(nn.Module):
 
 
 def offset_of(folder: Path) -> float:
-    """The offset in the config.json that `RewardModel.save` has put beside adapters."""
+    """The offset in the config.json that `RewardModel.save` has put next to adapters."""
     return _checked_offset(read_json(folder, "config.json").get(OFFSET, 0.0), folder)
 
 

@@ -39,7 +39,7 @@ FLAGS = (
         "--cfg", "-c", "job|hydra|all", "Print the composed configuration and do nothing else.", ("job", "hydra", "all")
     ),
     HydraFlag("--resolve", "", "", "With --cfg: resolve interpolations."),
-    HydraFlag("--package", "-p", "key", "With --cfg: print this part alone."),
+    HydraFlag("--package", "-p", "key", "With --cfg: print this part only."),
     HydraFlag("--multirun", "-m", "", "A sweep: several values, as in seed=1,2,3, make one run each."),
     HydraFlag("--run", "-r", "", "One run; the default."),
     HydraFlag("--config-dir", "-cd", "folder", "A folder of your own groups and recipes (model/, data/, experiment/)."),
@@ -49,12 +49,12 @@ FLAGS = (
     HydraFlag("--hydra-help", "", "", "Hydra's own help."),
     HydraFlag("--version", "", "", "Hydra's version."),
 )
-PLOT = HydraFlag("--plot", "", "", "Draw the result as a PNG too: another way to write plot=true.")  # of eval alone
+PLOT = HydraFlag("--plot", "", "", "Draw the result as a PNG too: another way to write plot=true.")  # of eval only
 _REJECTED_FLAGS = {
     "--config-path": "give --config-dir=<folder>, which adds yours to those of sheeprlhf",
     "--experimental-rerun": "it would unpickle a file; repeat the command, or give resume_from=<run>",
 }
-CREDENTIAL = "credentials never go on the command line; remove it and set HF_TOKEN or run `hf auth login`"
+CREDENTIAL = "credentials do not belong on the command line; remove it and set HF_TOKEN or run `hf auth login`"
 _SHELLS = tuple(
     f"{action}={shell}" for action in ("install", "uninstall", "query") for shell in ("bash", "fish", "zsh")
 )
@@ -74,7 +74,7 @@ class ParsedArgs(NamedTuple):
 
 
 def parse_args(words: list[str]) -> ParsedArgs:
-    """Separate flags, wherever they stand, from overrides.
+    """Separate flags, wherever they are, from overrides.
 
     Raises:
         ConfigError: a flag is unknown, or lacks its value, or has an impossible one.
@@ -133,7 +133,7 @@ def _space_problems(words: list[str]) -> Iterator[str]:
 
 
 def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
-    """The sentence for a first word that is no command."""
+    """The sentence for a first word that is not a command."""
     from sheeprlhf.config.option_checks import nearest
     from sheeprlhf.config.option_search import choices_like
     from sheeprlhf.config.registry import choices
@@ -148,7 +148,7 @@ def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
         if word.lstrip("-") in verbs:
             return f"{word} is a command, and commands have no dashes: write `{word.lstrip('-')} ...`"
         verb = next((other for other in rest if other in verbs), "train")
-        return f"{shown} stands before the command: write `{verb} {key} ...`"
+        return f"{shown} comes before the command: write `{verb} {key} ...`"
     near = None if equals or meant else nearest(word, verbs)
     likely = ["train"] if equals else meant or ([near] if near else [])
     hint = f"did you mean {' or '.join(f'`{words}`' for words in likely)}? " if likely else ""

@@ -1,6 +1,6 @@
 """`doctor`: would this training run work on this machine, and how much memory would it take?
 
-Exit code 0 if nothing stands in its way, 1 if something does. A configuration that cannot work anywhere is refused
+Exit code 0 if no problem is found, else 1. A configuration that cannot work anywhere is refused
 before, with exit code 2, like that of every command.
 """
 
@@ -239,7 +239,7 @@ _THRESHOLD = 1 << 20  # bytes; a smaller one costs more time
 
 
 def _memory(config: TrainConfig, size: "ModelSize", available: int | None, device: str) -> Finding:
-    """The plan of a step beside the memory that there is.
+    """The plan of a step next to the memory that there is.
 
     Args:
         config: what would be trained, and how.
@@ -275,7 +275,7 @@ def _memory_table(config: TrainConfig, size: "ModelSize", parts: "MemoryPlan") -
     from sheeprlhf.task.memory_plan import rows_of_forward
 
     rows, row = rows_of_forward(config, size)
-    recomputed = ", recomputed but for the inputs of layers" if config.model.gradient_checkpointing else ""
+    recomputed = ", recomputed except for the inputs of layers" if config.model.gradient_checkpointing else ""
     kind = "pairs" if config.task.data_kind == "preference" else "rows"
     notes = {
         "weights": f"{size.parameters:,} parameters",

@@ -37,7 +37,7 @@ class Flag(NamedTuple):
 
 
 class Given(NamedTuple):
-    """Parsed command line: words that are no flags, and the value of every flag by name."""
+    """Parsed command line: words that are not flags, and the value of every flag by name."""
 
     words: list[str]
     values: dict[str, Any]
@@ -68,7 +68,7 @@ def print_flags_help(usage: str, meaning: str, flags: Sequence[Flag], *more: str
 
 
 def read_flags(verb: str, flags: Sequence[Flag], arguments: Sequence[str]) -> Given | None:
-    """Separate flags, wherever they stand, from other words; None if help is asked for.
+    """Separate flags, wherever they are, from other words; None if help is asked for.
 
     Raises:
         ConfigError: a flag is unknown, lacks its value or has an impossible one; all problems at once.

@@ -10,7 +10,7 @@ from sheeprlhf.apps.terminal import Screen, columns, entry, heading, paragraph
 _OPTION_FACTS = (
     r"\[[^\[\]]*(\[[^\[\]]*\])?\](?=$|\s+One of)"  # of an option: type, unit and default, at the end of its meaning
 )
-_WIDE_SCREEN = 100  # columns from which on options have their meaning beside them
+_WIDE_SCREEN = 100  # columns from which on options have their meaning next to them
 
 
 def print_overview() -> None:

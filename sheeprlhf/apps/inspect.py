@@ -40,7 +40,7 @@ from sheeprlhf.utils.output import write_file
 from sheeprlhf.utils.rendering import render_chat
 
 NEWLINE = "\n"
-_UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character yet
+_UNFINISHED = "\ufffd"  # what decoders write for bytes that are not yet a character
 
 
 class Token(NamedTuple):
@@ -58,7 +58,7 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A token, or what of it stands in one line.
+    """A token, or the part of it in one line.
 
     Attributes:
         number: the token's, counted from the part's first.
@@ -114,7 +114,7 @@ def printable(text: str) -> str:
 def lines(tokens: Sequence[Token], width: int) -> Iterator[list[Piece]]:
     """Lines of at most `width` columns, each all trained on or all not; a newline in the text ends one too.
 
-    A token is divided at its newlines alone, so one that is wider than a line stands out.
+    A token is divided at its newlines only, so one that is wider than a line extends beyond it.
     """
     line: list[Piece] = []
     used = 0
@@ -142,7 +142,7 @@ class View(NamedTuple):
 
     Attributes:
         parts: the tokens of the prompt and of each response, by name.
-        ranks: what a response is among the others, by name; empty where there is one alone.
+        ranks: what a response is among the others, by name; empty where there is only one.
         facts: what was counted.
         warnings: what is wrong with it.
     """
@@ -170,11 +170,11 @@ def _letter(rank: int) -> str:
 def trained_tokens(batch: Batch, *, scored: bool = False) -> Tensor:
     """Tokens that the loss counts, taken from the batch that training makes of one example.
 
-    A target stands one place after the one that predicts it; each response's first is predicted at the prompt's end.
+    A target is one place after the token that predicts it; each response's first is predicted at the prompt's end.
 
     Args:
         batch: the example's.
-        scored: it was made with `targets="scores"` or "last": a target stands where it is read.
+        scored: it was made with `targets="scores"` or "last": a target is at the place where it is read.
 
     Returns:
         (T,) bool.
@@ -427,7 +427,7 @@ _STYLES = {  # two shades of each, taken in turn, show where a token ends
     False: ("#d0d3d9 on #3b3f46", "#d0d3d9 on #50555e"),
 }
 _LOSS_MEANINGS = {  # by targets
-    "response": "counts responses alone",
+    "response": "counts responses only",
     "all": "counts prompts and responses (task.completion_only_loss=false)",
     "last": "compares the scores after the last token of each response",
     "scores": "compares the scores after the tokens of the responses, from the first that differs on",
@@ -597,7 +597,7 @@ def _print_example(screen: Screen, title: str, view: View, marks: Marks) -> None
 
 
 def _line(screen: Screen, line: list[Piece], marks: Marks) -> Text:
-    """Trained tokens stand on green behind a plus sign; without colour a mark stands between two tokens."""
+    """Print trained tokens on green after a plus sign; without colour, a mark separates two tokens."""
     colored = _is_colored(screen)
     trained = line[0].token.trained
     text = Text(_GUTTER[trained])
@@ -615,7 +615,7 @@ def _line(screen: Screen, line: list[Piece], marks: Marks) -> Text:
 
 
 def _next_command(config: InspectConfig, args: ParsedArgs) -> str:
-    """Training on the same data: the choices, and the user's own words but those for this command alone."""
+    """Training on the same data: the choices, and the user's own words except those for this command."""
     choices = {group: getattr(config, group).config_name for group in ("task", "data", "model")}
     own = {field.name for field in dataclasses.fields(config)} - set(choices)
     given = [word for word in args.overrides if re.split(r"[=@]", word.lstrip("+~"))[0] not in own]

@@ -272,7 +272,7 @@ def run(arguments: list[str]) -> int:
     """Print the sections that the words name; all, if there are none.
 
     Raises:
-        ConfigError: a word is no section, or a folder of runs is none.
+        ConfigError: a word is not a section, or a folder of runs is none.
     """
     given = read_flags("list", (), arguments)
     if given is None:
@@ -307,7 +307,7 @@ def _print_help() -> None:
 
 
 def _parse_words(words: list[str]) -> tuple[list[str], Path]:
-    """The sections, and where to look for runs: what follows `runs` and is no section.
+    """The sections, and where to look for runs: what follows `runs` and is not a section.
 
     Raises:
         ConfigError: something else is among the words.

@@ -1,7 +1,8 @@
 """`pipeline`: trainings and evaluations one after the other, each an ordinary command in a process of its own.
 
-All their words are checked before the first begins. What is finished is never done again: a pipeline that was stopped
-or has failed goes on where it was. The results are a table of its stages, from the evaluations stored with their runs.
+All command lines are checked before the first stage begins. Finished stages are not repeated: a pipeline that was
+stopped or has failed continues where it was. The results are a table of the stages, from the evaluations stored with
+their runs.
 """
 
 import csv
@@ -190,10 +191,10 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def choose_folder(config: PipelineConfig, stages: list[Stage], command: list[str]) -> PipelineFolder:
-    """Find the pipeline to go on with, or make a new folder.
+    """Find the pipeline to continue with, or make a new folder.
 
     Raises:
-        ConfigError: there is none to go on with, or it has another recipe.
+        ConfigError: there is none to continue with, or it has another recipe.
     """
     recipe = recipe_of(stages)
     if config.resume and config.resume_from is not None:
@@ -203,7 +204,7 @@ def choose_folder(config: PipelineConfig, stages: list[Stage], command: list[str
         state = read_state(folder)
         if not state:
             raise ConfigError(
-                f"resume_from={config.resume_from} is no pipeline's folder: it has no {STATE_FILE}; "
+                f"resume_from={config.resume_from} is not a pipeline's folder: it has no {STATE_FILE}; "
                 f"{config.root_dir} has those that were made"
             )
         _reject_changes(f"resume_from={config.resume_from}", state, recipe)
@@ -309,7 +310,7 @@ def run(config: PipelineConfig, args: ParsedArgs) -> int:
         if code:
             again = [word for word in words if word.partition("=")[0] not in ("resume", "resume_from")]
             following = ["pipeline", *flags, *redact_command(again), option_word("resume_from", str(place.dir))]
-            print(f"to go on: {command(following)}")
+            print(f"to continue: {command(following)}")
             return code
         place.state["finished"] = time.time()
         write_state(place.dir, place.state)

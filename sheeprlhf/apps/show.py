@@ -1,4 +1,4 @@
-"""`show`: every option of a choice, a recipe or a command, or one option wherever it is found."""
+"""`show`: every option of a choice, a recipe or a command, or one option of any of them."""
 
 import typing
 from collections.abc import Callable
@@ -229,7 +229,7 @@ def _unknown_problem(word: str) -> str:
 
 
 class _Row(NamedTuple):
-    """An option as it is printed: where it is found, or what it is otherwise, stands in the note."""
+    """An option as it is printed: where it is found, or what it is otherwise, is in the note."""
 
     option: Option
     note: str = ""

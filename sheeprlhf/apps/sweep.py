@@ -1,4 +1,4 @@
-"""Sweeps: the outcome of each job, whichever launcher ran it and wherever, and the number that a sweeper optimises."""
+"""Sweeps: the outcome of each job, for every launcher, and the number that a sweeper optimises."""
 
 import functools
 import math
@@ -60,7 +60,7 @@ def outcome(code: int, text: str, run_dir: Path | None) -> Outcome:
     Args:
         code: its exit code.
         text: its error message.
-        run_dir: its run; None if it did not get that far, or is no training.
+        run_dir: its run; None if it did not get that far, or is not a training.
     """
     metric = None if code or run_dir is None else read_run(run_dir).get("best_metric")
     made = Outcome(metric if isinstance(metric, int | float) else math.nan)

@@ -60,7 +60,7 @@ def heading(text: str, note: str = "", style: str = "faint") -> Text:
 
 
 def entry(name: str, meaning: str, *, width: int) -> Text:
-    """A name and, in a column of its own from `width` on, its meaning; a longer name has the first line alone."""
+    """A name and, in a column of its own from `width` on, its meaning; a longer name has the first line only."""
     indent = " " * (width + 3)
     body = textwrap.fill(meaning, columns(), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     alone = len(name) > width
@@ -76,7 +76,7 @@ def paragraph(text: str, *, indent: int = 0, style: str = "") -> Text:
 
 
 def _coded(text: str, style: str = "") -> Text:
-    """Text with what stands between backticks, which can be typed, in another colour."""
+    """Text in which the parts between backticks, which can be typed, have another colour."""
     coded = Text(text, style=style)
     coded.highlight_regex(_CODE, "name")
     return coded

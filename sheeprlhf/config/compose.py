@@ -160,7 +160,7 @@ def saved_overrides(verb: str, overrides: list[str]) -> list[str]:
 
 
 def _of_resumed(run_dir: Any, given: Mapping[str, Override]) -> list[str]:
-    """The options of a run that goes on, except those that are given: its groups as choices, and words of the others.
+    """The options of a run that continues, except those that are given: its groups as choices, and words of the others.
 
     Raises:
         ConfigError: there is no such run, or its configuration cannot be used.
@@ -328,7 +328,7 @@ def _given_dir(base: DictConfig, hydra: DictConfig) -> str | None:
 
 
 def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> tuple[DictConfig, list[str]]:
-    """The configuration of the chosen groups alone; a group that must be chosen and is not: a problem, and a stand-in.
+    """The configuration of the chosen groups only; a required group without a choice gives a problem and a placeholder.
 
     Raises:
         ConfigError: Hydra cannot compose it, for example because of a wrong key in a file.

@@ -97,7 +97,7 @@ def _frontier_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
         yield f"experiment_dir={run_dir}: task=frontier needs a start, and this run began with random weights"
     if not Path(run_dir, "final").is_dir() and not any(Path(run_dir).glob("checkpoints/step-*")):
         again = shell_word("resume_from", str(run_dir))
-        yield f"experiment_dir={run_dir}: this run has no checkpoint; go on with it by {again}"
+        yield f"experiment_dir={run_dir}: this run has no checkpoint; continue it by {again}"
 
 
 def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:

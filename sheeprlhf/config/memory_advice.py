@@ -29,7 +29,7 @@ def words(change: Change) -> str:
 
 
 def advice(config: TrainConfig | EvalConfig, phase: str, place: str | None) -> Iterator[str]:
-    """Advice after memory ran out in `phase`, one sentence each; the run in `place`, if there is one, can go on."""
+    """Advice after memory ran out in `phase`, one sentence each; the run in `place`, if there is one, can continue."""
     changes = memory_reductions(config, phase)
     if place is None:
         if changes:
@@ -39,7 +39,7 @@ def advice(config: TrainConfig | EvalConfig, phase: str, place: str | None) -> I
         others = [change for change in changes if change not in kept]
         again = "resume=true" if isinstance(config, TrainConfig) and config.resume else shell_word("resume_from", place)
         then = f" and {_alternatives(kept)}" if kept else " when there is more memory"
-        yield f"repeat the command with {again}{then}: the run goes on from its last checkpoint, if it has one"
+        yield f"repeat the command with {again}{then}: the run continues from its last checkpoint, if it has one"
         if others:
             yield f"or start anew with {_alternatives(others)}"
     if not changes:

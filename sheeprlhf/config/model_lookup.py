@@ -45,7 +45,7 @@ _MAX_STARTS = 8  # a run that starts from a run that ...
 
 
 class Trained(NamedTuple):
-    """A model that can be loaded as far as files tell.
+    """A model that its files allow to load.
 
     Attributes:
         word: as it was given.
@@ -158,7 +158,7 @@ def _find(word: str, weights: str | None, wanted: str | None) -> Trained:
         return _of_run(word, folder, weights or "final", wanted, _MAX_STARTS)
     named = choices("model").get(word)
     if weights is not None:
-        raise ConfigError(f"{WEIGHTS} {weights}: {word} is no run, so it has no other weights: leave the flag out")
+        raise ConfigError(f"{WEIGHTS} {weights}: {word} is not a run, so it has no other weights: leave the flag out")
     if folder.is_dir():
         return _of_folder(word, folder, wanted)
     if named is not None and isinstance(named.__dict__.get("repo_name"), str) and wanted != REWARD_MODEL:
@@ -175,7 +175,7 @@ def _of_folder(word: str, folder: Path, wanted: str | None) -> Trained:
         if not (folder.parent / "config.yaml").is_file():
             raise ConfigError(f"{word}: {merge_advice(folder)}")
         raise ConfigError(
-            f"{word}: this folder has adapters alone, and the run knows what they sit on: give its run, {folder.parent}"
+            f"{word}: this folder has adapters only, and the run knows what they sit on: give its run, {folder.parent}"
         )
     if not (folder / "config.json").is_file():
         below = sorted(path.parent for path in folder.glob("*/config.yaml"))

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 from sheeprlhf.config.registry import Option
 from sheeprlhf.security.redaction import is_secret_value
 
-_SAME = {"gpu": "cuda", "deepspeed": "fsdp2"}  # what nobody finds by the letters
+_SAME = {"gpu": "cuda", "deepspeed": "fsdp2"}  # pairs without similar spelling
 _MOST_NAMES = 1000  # of a folder, that are compared with a mistyped one
 
 

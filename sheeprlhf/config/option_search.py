@@ -96,7 +96,7 @@ def unknown_key(verb: str, key: str, config: DictConfig, names: Iterable[str]) -
         near = nearest(key, [*keys, *names])
         same = [k for k in keys if k.split(".")[-1] == near_last] if near is None and near_last else []
         same = same or ([near] if near else [])
-    owners = owners_of(key, verb)  # then the key is no slip of the pen
+    owners = owners_of(key, verb)  # then the key is probably not mistyped
     did = f"did you mean {' or '.join(same[:3])}?" if same and not owners else f"`{verb} --help` lists all"
     return f"there is no option {key[:80]}: {did}{owners}"
 

@@ -18,7 +18,7 @@ from sheeprlhf.config.registry import ROOTS, choices, current_word, options, twi
 from sheeprlhf.config.shell import hydra_value, shell_word
 from sheeprlhf.security.redaction import is_secret_name, is_secret_value
 
-_SECRET_FIX = "credentials never go on the command line; remove it and set HF_TOKEN or run `hf auth login`"
+_SECRET_FIX = "credentials do not belong on the command line; remove it and set HF_TOKEN or run `hf auth login`"
 
 
 class Chosen(NamedTuple):
@@ -55,7 +55,7 @@ def readable(words: list[str]) -> tuple[list[Override], list[str]]:
 
 
 def _is_option(key: str) -> bool:
-    """True if some configuration has this key: an option of this program is no credential."""
+    """True if some configuration has this key: an option of this program is not a credential."""
     from sheeprlhf.config.option_search import catalogue
 
     return key.endswith(".config_name") or any(entry.option.key == key for entry in catalogue())

@@ -44,7 +44,7 @@ def data_is_here(data: DataConfig) -> bool:
 def new_folder_problems(key: str, path: str, *, expands: bool = True) -> Iterator[str]:
     """Problems of creating the folder that an option names, or of writing into it.
 
-    Without `expands`, `~` does not stand for a home directory, and a folder of this very name would be made.
+    Without `expands`, `~` does not mean a home directory, and a folder of this very name would be made.
     """
     problem = home_problem(key, path)
     if problem is None and not expands and path.startswith("~") and not os.path.lexists(path):
@@ -85,7 +85,7 @@ def weights_problems(run_dir: str, name: str, *, key: str, name_key: str) -> Ite
         return
     there = sorted(path.name for path in Path(run_dir).glob("checkpoints/step-*") if path.name[5:].isdigit())
     if not there:
-        yield f"{key}={run_dir}: this run has no checkpoint; go on with it by {again}"
+        yield f"{key}={run_dir}: this run has no checkpoint; continue it by {again}"
     elif name.startswith("step-") and name not in there:
         yield f"{name_key}={name}: {run_dir} has no such checkpoint; it has {', '.join(there)}"
 
@@ -156,9 +156,7 @@ def template_problem(choice: str, *, key: str = TEMPLATE_OPTION) -> str | None:
     if not is_template_file(choice):
         if _TEMPLATE_NAME.fullmatch(choice):
             return None
-        return (
-            f"{key}={choice} is no name: give {', '.join(built_in_templates())}, a name of the model's own, or a file"
-        )
+        return f"{key}={choice} is not a name: give {', '.join(built_in_templates())}, a name from the model, or a file"
     path = str(expand_home(choice))
     if not choice.endswith(TEMPLATE_SUFFIX):
         return f"{key}={choice} has an unknown ending: give a file that ends in {TEMPLATE_SUFFIX}"
@@ -178,7 +176,7 @@ KINDS = (
     ".csv",
     ".tsv",
 )  # of several kinds in a hub folder, the first is read
-TEXT = ".txt"  # of the user's own files alone; in a folder beside files of rows, it is a note about them
+TEXT = ".txt"  # only of the user's own files; in a folder with files of rows, it is a note about them
 COMPRESSIONS = (".gz", ".bz2", ".zst")  # of one file of text, not archives
 SPLIT_WORDS = {
     "train": "train",
@@ -192,7 +190,7 @@ SPLIT_WORDS = {
     "testing": "test",
     "eval": "test",
 }
-_ENDINGS = f"{', '.join((*KINDS, TEXT))} (but for .parquet also with {', '.join(COMPRESSIONS)} behind)"
+_ENDINGS = f"{', '.join((*KINDS, TEXT))} (except for .parquet also with {', '.join(COMPRESSIONS)} behind)"
 
 
 def file_kind(file: Path) -> tuple[str, str] | None:
@@ -399,7 +397,7 @@ def _paths(value: Any) -> list[str]:
 
 
 def absolute_words(words: list[str]) -> list[str]:
-    """Words of a command line, `key=value`, with all paths absolute that stand there without quotes."""
+    """Words of a command line, `key=value`, with all unquoted paths absolute."""
     found = []
     for word in words:
         key, equals, value = word.partition("=")

@@ -66,7 +66,7 @@ class Stage(NamedTuple):
 
 
 def collected(words: list[str]) -> list[str]:
-    """The command line as Hydra takes it: what is no option of the pipeline is collected in `words=[...]`."""
+    """The command line as Hydra takes it: what is not an option of the pipeline is collected in `words=[...]`."""
     own = {field.name for field in dataclasses.fields(PipelineConfig)}
     of_stages = [word for word in words if "=" in word and _first(word) not in own | {"", "hydra"}]
     if not of_stages:
@@ -121,7 +121,7 @@ def _recipe_problems(config: PipelineConfig) -> Iterator[str]:
     taken = {field.name for cls in (TrainConfig, PipelineConfig) for field in dataclasses.fields(cls)}
     for verb in config.common:
         if verb not in VERBS:
-            yield f"common.{verb} is no command: give {' or '.join(VERBS)}"
+            yield f"common.{verb} is not a command: give {' or '.join(VERBS)}"
     before: set[str] = set()
     for name, command in config.stages.items():
         if not _NAME.fullmatch(name) or name in taken:
@@ -135,7 +135,7 @@ def _recipe_problems(config: PipelineConfig) -> Iterator[str]:
                 yield f"stages.{name}: {problem}"
         for link in sorted(set(_LINK.findall(command)) - before):
             earlier = f"those before it are {', '.join(before)}" if before else "there is none before it"
-            yield f"stages.{name}: <{link}> is no earlier stage; {earlier}"
+            yield f"stages.{name}: <{link}> is not an earlier stage; {earlier}"
         before.add(name)
 
 
@@ -151,4 +151,4 @@ def _word_problems(config: PipelineConfig) -> Iterator[str]:
             yield f"there is no stage and no option {key}: {did}"
     for name in config.skip:
         if name not in config.stages:
-            yield f"skip={name} is no stage: {did_you_mean(name, config.stages, names, key='skip=[', end=']')}"
+            yield f"skip={name} is not a stage: {did_you_mean(name, config.stages, names, key='skip=[', end=']')}"

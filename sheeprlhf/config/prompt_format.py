@@ -20,7 +20,7 @@ _FORM = "sheeprlhf_form"  # attribute of a tokenizer
 
 
 def write_prompt_form(folder: Path, form: str, template_args: Mapping[str, Any]) -> None:
-    """Write the file beside a tokenizer that has a chat template.
+    """Write the file next to a tokenizer that has a chat template.
 
     Args:
         folder: has the tokenizer.
@@ -72,7 +72,7 @@ def template_arg_problems(given: Any, key: str = OPTION) -> Iterator[str]:
         return
     if not isinstance(given, dict):
         example = f"{key}={{enable_thinking: false}}" if key == OPTION else f"{key} {{enable_thinking: false}}"
-        yield f"{key}={str(given)[:40]} is no mapping of names to values: give for example '{example}'"
+        yield f"{key}={str(given)[:40]} is not a mapping of names to values: give for example '{example}'"
         return
     for name, value in given.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -80,7 +80,7 @@ def template_arg_problems(given: Any, key: str = OPTION) -> Iterator[str]:
         elif name in _TAKEN or name.endswith("_token"):
             yield f"{key}: {name} cannot be given: it is set for every conversation; remove it"
         elif name == "strftime_now" and not _is_date(value):
-            yield f"{key}: strftime_now={str(value)[:40]} is no date: give it as 2025-03-01"
+            yield f"{key}: strftime_now={str(value)[:40]} is not a date: give it as 2025-03-01"
         elif not _is_plain(value):
             yield f"{key}: {name}={str(value)[:40]} cannot be read: give text, a number, true or false"
 

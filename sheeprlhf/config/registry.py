@@ -66,7 +66,7 @@ PERFORMANCE_ONLY_OPTIONS = (
     "task.token_budget",
     "task.micro_batch_size",
     "model.gradient_checkpointing",
-)  # speed and memory alone
+)  # speed and memory only
 NOT_IN_HASH = frozenset(
     {
         *("resume", "resume_from", "debug", "root_dir", "output_dir", "experiment", "log", "log_project"),
@@ -142,7 +142,7 @@ def options(node: Config | DictConfig, prefix: str = "") -> Iterator[Option]:
 
 
 def _metadata(cls: type, name: str) -> typing.Mapping[str, Any]:
-    """The field's own documentation, else its parents': a short subclass may redefine a default alone."""
+    """The field's own documentation, else its parents': a short subclass may redefine a default only."""
     for parent in cls.__mro__:
         field = getattr(parent, "__dataclass_fields__", {}).get(name)
         if isinstance(field, dataclasses.Field) and field.metadata:
@@ -169,7 +169,7 @@ def to_typed(config: DictConfig) -> RootConfig:
 
 
 def _normalise(config: Config) -> None:
-    """Choices in their first spelling; lists become tuples, which nobody can change."""
+    """Choices in their first spelling; lists become tuples, which cannot be changed."""
     for field in dataclasses.fields(cast(Any, config)):
         value = getattr(config, field.name)
         if isinstance(value, Config):
@@ -239,7 +239,7 @@ def _plain(value: Any) -> Any:
 def config_hash(config: Config) -> str:
     """SHA-256 of everything in the configuration that changes the result of the run.
 
-    Renamed options count by their old names, so that a run that was made before goes on.
+    Renamed options count by their old names, so that a run that was made before continues.
     """
     kept = dict(original(o.key, _plain(o.value)) for o in options(config) if o.key not in NOT_IN_HASH)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -67,13 +67,13 @@ def reward_problems(cfg: RewardSourceConfig) -> Iterator[str]:
     if isinstance(cfg, CallOptionsConfig) and not any(source == JUDGE or is_users_own(source) for source in sources):
         for name in ("num_workers", "timeout"):
             if getattr(cfg, name) != getattr(CallOptionsConfig, name):
-                yield f"reward.{name}={getattr(cfg, name)} is read by functions of yours and the judge alone: remove it"
+                yield f"reward.{name}={getattr(cfg, name)} is read by functions of yours and the judge only: remove it"
     if isinstance(cfg, JudgeOptionsConfig):
         yield from _judge_problems(cfg) if JUDGE in sources else _unread_judge_problems(cfg)
     if isinstance(cfg, BuiltinOptionsConfig):
         yield from _option_problems(cfg, sources)
     if isinstance(cfg, ListRewardConfig) and cfg.template != "plain" and not any(map(is_model, sources)):
-        yield f"reward.template={cfg.template} is read by reward models alone: remove it, or add the term model"
+        yield f"reward.template={cfg.template} is read by reward models only: remove it, or add the term model"
     if isinstance(cfg, ModelRewardConfig | ListRewardConfig) and cfg.folder is not None:
         if isinstance(cfg, ListRewardConfig) and MODEL not in sources:
             yield f"reward.folder={cfg.folder} is read by no term: remove it, or add the term model"
@@ -202,7 +202,7 @@ def _judge_problems(cfg: JudgeOptionsConfig) -> Iterator[str]:
         yield f"reward.judge_failure_score={cfg.judge_failure_score} must be a finite number"
     variable = cfg.api_key_variable
     if variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", variable):
-        yield "reward.api_key_variable is no name of an environment variable: give the name, never the key itself"
+        yield "reward.api_key_variable is not the name of an environment variable: give the name, never the key itself"
     elif variable is not None and not re.fullmatch(r"[\x21-\x7e]+", os.environ.get(variable, "").strip()):
         yield f"reward.api_key_variable={variable}: the environment variable is empty or no key: export it"
 
@@ -234,7 +234,7 @@ def _option_problems(cfg: BuiltinOptionsConfig, sources: list[str]) -> Iterator[
         readers = _READERS[name]
         reading = [source for source in sources if source in readers]
         if value != getattr(BuiltinOptionsConfig, name) and not reading:
-            yield f"reward.{name}={value} is read by {' and '.join(readers)} alone: remove it, or choose that function"
+            yield f"reward.{name}={value} is read by {' and '.join(readers)} only: remove it, or choose that function"
         elif value is None and any(name in BUILTINS[source].needs for source in reading):
             yield f"reward.{name} is missing: {reading[0]} needs it, for example reward.{name}={_EXAMPLES[name]}"
     if cfg.pattern is not None:

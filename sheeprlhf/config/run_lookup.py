@@ -130,7 +130,7 @@ def _begins_without(config: Needy) -> bool:
 def resolve_runs(config: RootConfig, given_dir: str | None) -> RootConfig:
     """The configuration with the whole paths of the runs that it needs, also where it said "newest" or "auto".
 
-    A run that is resumed, in `given_dir` (`hydra.run.dir`) if there is one, goes on with those that it started from,
+    A run that is resumed, in `given_dir` (`hydra.run.dir`) if there is one, continues with those that it started from,
     whatever has been trained since.
     """
     if isinstance(config, InspectConfig):
@@ -265,7 +265,7 @@ def _changed(config: Startable, change: dict[str, Any]) -> Startable:
 
 
 def _resumable(config: TrainConfig, given_dir: str | None) -> list[FoundRun]:
-    """The runs that this one may go on with."""
+    """The runs that this one may continue with."""
     folder = config.resume_from or (given_dir if config.resume else None)
     if folder is not None:
         return [FoundRun(Path(folder), read_run(Path(folder)))]
@@ -290,7 +290,7 @@ def _runs(root_dir: str, *, finished: bool) -> Iterator[FoundRun]:
 
 
 def _has_model(run: FoundRun, repo_name: str | None, *, dry_run: bool = True) -> bool:
-    """True if a run was trained from this model and, unless `dry_run`, is no dry run."""
+    """True if a run was trained from this model and, unless `dry_run`, is not a dry run."""
     with suppress(ConfigError):
         saved = read_run_config(str(run.dir))
         model = saved.get("model")
@@ -392,7 +392,7 @@ def read_run_config(experiment_dir: str, *, key: str = "experiment_dir") -> dict
     """
     path = Path(experiment_dir) / "config.yaml"
     if not path.is_file():
-        what = "is not a directory" if not path.parent.is_dir() else "is no run directory: it has no config.yaml"
+        what = "is not a directory" if not path.parent.is_dir() else "is not a run directory: it has no config.yaml"
         near = None if path.parent.is_dir() else near_path(experiment_dir)
         did = f"did you mean {key}={near}? `list runs` shows all" if near else "`list runs` shows which there are"
         raise ConfigError(f"{key}={experiment_dir} {what}: {did}")

@@ -117,7 +117,7 @@ class CheckedFolder(FileConfigSource):
         """Load one file.
 
         Raises:
-            ConfigError: it is no plain file of this folder, or says what a configuration file may not say.
+            ConfigError: it is not a plain file of this folder, or says what a configuration file may not say.
         """
         path = Path(self.path, self._normalize_file_name(config_path))
         try:
@@ -201,7 +201,7 @@ def _node_problems(root: yaml.Node | None) -> Iterator[str]:
 def _key_problems(key: yaml.Node) -> Iterator[str]:
     line = f"line {key.start_mark.line + 1}"
     if key.tag != "tag:yaml.org,2002:str":
-        yield f"{line} has a key that is no text: put it in quotes, or remove it"
+        yield f"{line} has a key that is not text: put it in quotes, or remove it"
     elif "${" in key.value or (key.value.startswith("_") and key.value.endswith("_")):
         yield f"{line} has the key {key.value[:40]!r}, which could call something: {_ONLY_COMMAND_LINE}"
 
@@ -209,7 +209,7 @@ def _key_problems(key: yaml.Node) -> Iterator[str]:
 def _header_problems(config_path: str, header: dict[str, str | None]) -> Iterator[str]:
     """Problem of a file that would become a part of Hydra's own configuration."""
     if config_path.strip("./").split("/")[0] == "hydra":
-        yield "the folder hydra/ is of Hydra alone, and what it sets could run code: remove it"
+        yield "the folder hydra/ is of Hydra only, and what it sets could run code: remove it"
     for key, value in header.items():
         if key != "package" or value not in _PACKAGES:
             yield f"# @{key} {value} is not possible: write # @package _global_, or nothing in a group's file"
@@ -222,7 +222,7 @@ def _tree_problems(tree: Any) -> Iterator[str]:
         return
     hydra = tree.get("hydra", {})
     if not isinstance(hydra, dict):
-        yield f"hydra is no list of options: {_ONLY_COMMAND_LINE}"
+        yield f"hydra is not a list of options: {_ONLY_COMMAND_LINE}"
     else:
         for key, value in hydra.items():
             if key not in _OF_HYDRA or value != _OF_HYDRA[key]:

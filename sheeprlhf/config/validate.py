@@ -114,7 +114,7 @@ def _fabric_problems(fabric: FabricConfig) -> Iterator[str]:
         if fabric.precision == "16-true":
             yield "fabric.precision=16-true needs a CUDA device: give fabric.precision=bf16-mixed"
         if isinstance(devices, list):
-            yield f"fabric.devices={fabric.devices} names devices, which a CPU has not: give a number of processes"
+            yield f"fabric.devices={fabric.devices} names CUDA devices: on a CPU, give a number of processes"
     if fabric.precision == "16-mixed":  # its loss scale begins too high on purpose: the first steps are not finite
         yield "fabric.precision=16-mixed is not supported: give fabric.precision=bf16-mixed or 32-true"
 
@@ -221,7 +221,7 @@ def _lora_problems(lora: LORAConfig) -> Iterator[str]:
         yield f"model.lora_cfg.layers_to_transform={lora.layers_to_transform}: layers are counted from 0"
     unnamed = [name for name in lora.modules_to_save if not re.fullmatch(r"[\w.]+", name)]
     if unnamed:
-        yield f"model.lora_cfg.modules_to_save: {unnamed[0]!r} is no name of a module: give for example [lm_head]"
+        yield f"model.lora_cfg.modules_to_save: {unnamed[0]!r} is not the name of a module: give for example [lm_head]"
 
 
 def _model_problems(model: ModelConfig) -> Iterator[str]:
@@ -313,7 +313,7 @@ def mix_problems(data: MixDataConfig) -> Iterator[str]:
     """Problems of the datasets of a mixture."""
     example = "'data.mix=[{train_file: a.jsonl, weight: 3}, {dataset_name: owner/name, weight: 1}]'"
     if not isinstance(data.mix, list | tuple) or not data.mix or not all(isinstance(given, dict) for given in data.mix):
-        yield f"data.mix={data.mix} is no list of datasets: give for example {example}"
+        yield f"data.mix={data.mix} is not a list of datasets: give for example {example}"
         return
     for number, given in enumerate(data.mix, 1):
         yield from (f"data.mix, dataset {number}: {problem}" for problem in _part_problems(data, given))
@@ -327,7 +327,7 @@ def _part_problems(data: MixDataConfig, given: dict[str, Any]) -> Iterator[str]:
     cls = choices("data").get(str(name))
     if cls is None or cls is MixDataConfig:
         others = ", ".join(name for name, of in choices("data").items() if of is not MixDataConfig)
-        yield f"data={name} is no dataset: give one of {others}"
+        yield f"data={name} is not a dataset: give one of {others}"
         return
     if not {"train_file", "dataset_name", "data"} & set(given):
         yield "it has no rows: give train_file, dataset_name or data"
@@ -337,7 +337,7 @@ def _part_problems(data: MixDataConfig, given: dict[str, Any]) -> Iterator[str]:
     unknown = sorted(str(key) for key in given if key not in own)
     for key in unknown:
         fix = did_you_mean(key, own, f"give data.{key} for all" if key in shared else "remove it")
-        yield f"{key} is no option of one dataset: {fix}"
+        yield f"{key} is not an option of one dataset: {fix}"
     weight = given.get("weight", 1)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         yield f"weight={weight} must be a positive number"
@@ -405,7 +405,7 @@ def _training_problems(task: TrainTaskConfig) -> Iterator[str]:
 def _train_problems(config: TrainConfig) -> Iterator[str]:
     """Problems of a training: contradictory options, runs and folders."""
     name, starts_elsewhere = config.task.config_name, hasattr(config.task, "sft_experiment_dir")
-    if isinstance(config.task, SFTConfig):  # without a run to start from, it trains the head alone
+    if isinstance(config.task, SFTConfig):  # without a run to start from, it trains the head only
         starts_elsewhere = config.task.sft_experiment_dir is not None
     if config.model.freeze_transformer and starts_elsewhere and config.task.trains != "reward model":
         yield unread("model.freeze_transformer=true", f"by task={name}", "model.finetune_mode=LORA")
@@ -487,12 +487,12 @@ def sharding_problems(config: TrainConfig | EvalConfig, *, able: bool) -> Iterat
     if not able:
         tasks = ", ".join(name for name, task in choices("task", "train").items() if getattr(task, "shards", False))
         yield (
-            f"fabric.strategy=fsdp2 trains task={tasks} alone, not task={config.task.config_name}: "
+            f"fabric.strategy=fsdp2 trains task={tasks} only, not task={config.task.config_name}: "
             "give fabric.strategy=ddp"
         )
     if config.model is not None and config.model.finetune_mode == "LORA" and config.model.resize_embeddings:
         yield (
-            "fabric.strategy=fsdp2 cannot train rows of model.resize_embeddings=true beside adapters: give "
+            "fabric.strategy=fsdp2 cannot train rows of model.resize_embeddings=true next to adapters: give "
             "model.finetune_mode=ALL, or fabric.strategy=ddp"
         )
     if isinstance(config, TrainConfig) and isinstance(config.optim, AdamW8bitConfig):
@@ -529,12 +529,12 @@ def column_problems(data: LayoutDataConfig) -> Iterator[str]:
     ignored = set(data.ignore_columns)
     users: dict[str, str] = {}
     if not isinstance(data.columns, dict | None):
-        yield f"data.columns={data.columns} is no mapping: give for example 'data.columns={{prompt: question}}'"
+        yield f"data.columns={data.columns} is not a mapping: give for example 'data.columns={{prompt: question}}'"
     for name, value in data.columns.items() if isinstance(data.columns, dict) else ():
         columns = [value] if isinstance(value, str) else value
         if name not in (*MAPPED, *EXTRAS):
             names = ", ".join((*MAPPED, *EXTRAS))
-            yield f"data.columns.{name} is no column that is read: give one or more of {names}"
+            yield f"data.columns.{name} is not a column that is read: give one or more of {names}"
             continue
         if not isinstance(columns, list) or not columns or not all(isinstance(c, str) and c for c in columns):
             yield f"data.columns.{name}={value} must be the name of a column, or a list of names to join"

@@ -115,7 +115,7 @@ def read_conversation(row: Mapping[str, Any], *, as_prompt: bool = False) -> Con
 
 
 def each_answer(example: ConversationExample) -> list[ConversationExample]:
-    """An example for each answer to learn of a conversation, in their order; the example itself if there is one alone.
+    """An example for each answer to learn of a conversation, in their order; the example itself if there is only one.
 
     Each has the messages before its answer as context, and those behind it as `following`.
     """
@@ -324,7 +324,7 @@ def _is_message_list(value: Any) -> bool:
 
 
 def _dialogue(messages: tuple[Message, ...], column: str, *, as_prompt: bool) -> ConversationExample:
-    """The last answer that is to be learned, with what stands before it."""
+    """The last answer to be learned, with the messages before it."""
     if as_prompt and _asks(messages):
         return ConversationExample(messages)
     answers = [index for index, message in enumerate(messages) if index and is_answer(message)]

@@ -1,14 +1,14 @@
 """Token ids of prompts and of the responses behind them, such that both together decode to the text.
 
 A tokenizer of the sentencepiece family writes a space before a text, so a response that is encoded as a text of its own
-begins with a space that nobody wrote. Its responses are encoded behind their prompts. All other tokenizers encode
+begins with a space that the text does not have. It encodes responses behind their prompts. All other tokenizers encode
 prompt and response apart: no merge crosses the border, and what is sampled after a prompt has the prompt's own ids.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-# Texts that may stand before a response. The first whose ids stay as they are is taken, and cut off again.
+# Texts to put before a response. The first one whose ids do not change is used, and cut off again.
 SENTINELS = ("\n", "a", ".", "0", "|")
 _FIRST, _SECOND = "b", ("a", " a", "\na", "1")  # a text, and texts that may follow it
 
@@ -60,7 +60,7 @@ class PairEncoder:
     """Encodes prompts with the responses behind them."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Try out whether the tokenizer encodes a text the same wherever it stands."""
+        """Test whether the tokenizer encodes a text the same at every position."""
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.items()
         self._special = {number: token.content for number, token in added if token.special}
@@ -95,7 +95,7 @@ class PairEncoder:
     ) -> tuple[list[list[int]], list[list[list[int]]]]:
         """Ids of prompts, and of responses as they follow them.
 
-        Where a token crosses the border, so that the prompt's ids do not begin those of both, a sentinel stands in the
+        Where a token crosses the border, so that the prompt's ids do not begin those of both, a sentinel replaces the
         prompt's place; where every sentinel merges with the response too, the response is encoded as it is.
         """
         prompt_ids = encode(self._tokenizer, prompts, control_tokens=control_tokens)

@@ -81,7 +81,7 @@ class Batch(NamedTuple):
 
     Attributes:
         input_ids_BT: (B, T) int64.
-        position_ids_BT: (B, T) int64; response k's positions go on from the prompt's.
+        position_ids_BT: (B, T) int64; response k's positions continue from the prompt's.
         attention_mask_BT: (B, T) bool, True = a real token; None when packed.
         layout: who sees whom in a packed row; None when padded.
         head_positions_R: (R,) int64, ascending places in the flattened (B*T,) rows where the head runs.
@@ -122,7 +122,7 @@ def collate_packed(examples: Sequence[Example], *, targets: str = "response") ->
     Args:
         examples: the rows, at least one.
         targets: "response": the response's tokens are predicted; "all": the prompt's too (from its second on);
-            "scores": a score is read at each of the response's tokens; "last": at the last one alone.
+            "scores": a score is read at each of the response's tokens; "last": at the last one only.
 
     Returns:
         A batch with `layout`, input_ids (1, T).

@@ -6,14 +6,14 @@ from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.data.rows import MissingColumnError
 from sheeprlhf.utils.errors import DataError
 
-_SPELLINGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # csv has text alone
+_SPELLINGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # csv has text only
 
 
 def labelled(example: PreferenceExample) -> tuple[tuple[str, ...], tuple[bool, ...]]:
     """The responses of a row and which of them are desirable: one with its label, or both of a pair.
 
     Raises:
-        MissingColumnError: the row has neither; DataError: its label is no yes or no, or it ranks more than two.
+        MissingColumnError: the row has neither; DataError: its label is not a yes or no, or it ranks more than two.
     """
     if example.response is not None and example.label is not None:
         return (example.response,), (is_desirable(example.label),)

@@ -33,7 +33,7 @@ PAIRS = {  # prompt column -> response column, of plain rows made for other proj
     "problem": "solution",
 }
 TEXT = "text"  # alone: a text without a prompt
-INPUT = "input"  # beside an instruction: the second paragraph of its prompt
+INPUT = "input"  # next to an instruction: the second paragraph of its prompt
 JOINT = "\n\n"  # between the columns of one text
 _RESPONSES = ("response", "chosen", "rejected", "responses")
 _LISTS = (*CONVERSATION_COLUMNS, "responses", *RANKINGS)  # csv and parquet may hold them as JSON text
@@ -53,8 +53,8 @@ class RowLayout:
 
     Attributes:
         columns: names of all columns that may be read.
-        kept: columns that are stored beside the tokens.
-        available: names of all columns of the rows so far; whoever wants those of one split clears it before.
+        kept: columns that are stored with the tokens.
+        available: names of all columns of the rows so far; clear it before reading to get those of one split.
         unread: rows that have a value in a column that is not read, by the column's name.
         layouts: rows of each layout, by what they hold and the columns that hold it.
         sources: rows in which a text was made of columns of other names, by a description.
@@ -68,7 +68,7 @@ class RowLayout:
             cfg: the data options.
             kind: as for `prepare_data`.
             more: names of columns to read besides those of the row formats.
-            kept: columns that are stored beside the tokens, under the names that the files have.
+            kept: columns that are stored with the tokens, under the names that the files have.
         """
         self._own_files, self._kind = isinstance(cfg, LayoutDataConfig), kind
         self._more = (*cfg.read_columns, *more)
@@ -232,7 +232,7 @@ class RowLayout:
     def _convert(self, row: dict[str, Any]) -> None:
         """Read whole numbers as text where text is expected, and lists that a file can hold only as JSON text."""
         for name in TEXT_COLUMNS:
-            if type(row.get(name)) is int:  # a bool is no number here
+            if type(row.get(name)) is int:  # a bool is not a number here
                 row[name] = str(row[name])
                 self.numbers[name] += 1
             elif messages := _messages_in_text(row.get(name)):

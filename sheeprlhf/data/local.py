@@ -1,6 +1,6 @@
 """Your own files: `prompt` + `response`, `prompt` + `chosen` + `rejected`, `prompt` + `responses`, or `messages`.
 
-A `label` beside a response says whether it is desirable; tasks of unpaired data need it. Tasks that sample their
+A `label` next to a response says whether it is desirable; tasks of unpaired data need it. Tasks that sample their
 responses take rows with a prompt alone too.
 """
 
@@ -76,7 +76,9 @@ def _named(row: Mapping[str, Any]) -> Mapping[str, Any]:
     row = dict(row)
     for name in CONVERSATION_EXTRAS:
         if has_value(row.get(name)):
-            raise DataError(f"column '{name}' is read beside messages, and this row has none; write its prompt as such")
+            raise DataError(
+                f"column '{name}' is read next to messages, and this row has none; write its prompt as such"
+            )
     if row.get("chosen") is None and row.get("rejected") is None and row.get("rejected_response") is not None:
         row |= {"chosen": row.get("response"), "rejected": row["rejected_response"]}
     chosen, rejected = row.get("chosen"), row.get("rejected")

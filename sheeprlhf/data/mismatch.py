@@ -13,7 +13,7 @@ from sheeprlhf.data.store import TokenizedSplit
 class MismatchedSplit(TokenizedSplit):
     """The rows of a split of unpaired data, each with the response of another row, cut to the room behind its prompt.
 
-    Who goes with whom depends on the rows and their order alone, never on a step or a rank, so that the reference's
+    Who goes with whom depends on the rows and their order only, never on a step or a rank, so that the reference's
     log-probabilities of these pairs are computed once.
 
     Attributes:

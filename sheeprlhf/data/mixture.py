@@ -64,7 +64,7 @@ def write_mixture(parts: Sequence[Part], folder: Path, *, name: str, kind: str, 
         folder: of the mixture, empty.
         name: of the mixture.
         kind: as for `prepare_data`.
-        kept: columns that are stored beside the tokens.
+        kept: columns that are stored with the tokens.
     """
     report: Report = {"name": name, "kind": kind, "splits": {}, "columns": {}, "available_columns": {}}
     report["mix"] = [

@@ -125,7 +125,7 @@ def _check_ratio(file: Path, facts: pq.FileMetaData) -> None:
     for what, number, free, ratio in limits:
         if number > max(free, ratio * size):
             raise DataError(
-                f"{file}: {number:,} {what} in a file of {size:,} bytes: this is no text; give another file"
+                f"{file}: {number:,} {what} in a file of {size:,} bytes: this is not text; give another file"
             )
 
 

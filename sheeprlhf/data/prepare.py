@@ -115,7 +115,7 @@ def prepare_data(
             row without a response is kept.
         say: prints a line for the user.
         progress: show a bar (rank zero).
-        kept: columns of the files to store beside the tokens, for reward functions; those that the files have.
+        kept: columns of the files to store with the tokens, for reward functions; those that the files have.
 
     Raises:
         DataError: if the data cannot be read, or no training row is left.
@@ -192,10 +192,10 @@ def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str, kept: Kep
     """Digest of everything that the prepared rows depend on.
 
     Args:
-        cfg: the data options; paths and names of files count by their content alone.
+        cfg: the data options; paths and names of files count by their content only.
         tokenize: carries tokenizer and kind.
         content: digest of the source files.
-        kept: columns that are stored beside the tokens.
+        kept: columns that are stored with the tokens.
     """
     tokenizer = tokenize.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)

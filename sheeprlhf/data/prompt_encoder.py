@@ -116,7 +116,7 @@ FORMS = {
         turns=True,
         example="How do I keep bread fresh for a week?",
     ),
-    "text": Form("a text, which the model goes on with as it is", LocalDataConfig, _last, example="Once upon a time"),
+    "text": Form("a text, which the model continues with as it is", LocalDataConfig, _last, example="Once upon a time"),
 }
 
 

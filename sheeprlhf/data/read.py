@@ -28,10 +28,10 @@ class Row(NamedTuple):
 
     Attributes:
         number: the row's number in its split, from 0.
-        place: where it stands, for messages: "pairs.jsonl line 3".
+        place: its position, for messages: "pairs.jsonl line 3".
         values: those of its columns that are read.
         others: names of its other columns that have a value.
-        kept: columns that are stored beside the tokens.
+        kept: columns that are stored with the tokens.
     """
 
     number: int

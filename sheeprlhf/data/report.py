@@ -223,7 +223,7 @@ def why_none_left(report: Report, native: set[str], cfg: DataConfig) -> str:
         "nul_character": "remove the NUL characters",
         "no_trained_message": "mark an assistant message as one to learn: weight 1 or train true",
         "equal_ranks": "rank the responses without ties",
-        "more_than_one_answer": "chosen and rejected may differ in the last message alone",
+        "more_than_one_answer": "chosen and rejected may differ in the last message only",
         "special_tokens_in_messages": "take the markers of the chat template out of the messages",
     }
     went = [
@@ -384,7 +384,7 @@ def notes_on(report: Report) -> list[str]:
     given = report.get("template_args")
     if given:
         values = ", ".join(f"{name}={printable([str(value)])}" for name, value in given.items())
-        date = f" ({CLOCK} stands for today's date; data.template_args gives another)" if CLOCK in given else ""
+        date = f" ({CLOCK} means today's date; data.template_args gives another)" if CLOCK in given else ""
         notes.insert(0, f"the chat template renders with {values}{date}")
     if any(part.get("labels", {}).get("pairs") for part in report["splits"].values()):
         notes.insert(0, "each pair became two examples: the chosen response desirable, the rejected one undesirable")
@@ -459,7 +459,7 @@ def notes_on_cuts(report: Report, cfg: DataConfig) -> list[str]:
 def notes_on_ends(tokenizer: Any) -> list[str]:
     """Notes on end tokens of the model's configuration that are not used."""
     return [
-        f"eos_token_id {number} of the model's configuration ends no response: it is no control token of the tokenizer"
+        f"eos_token_id {number} of the model's configuration ends no response: the tokenizer has no such control token"
         for number in end_tokens(tokenizer).ignored
     ]
 

@@ -68,7 +68,7 @@ class DropRowError(Exception):
 
 
 class MissingColumnError(DataError):
-    """The row lacks a column; whoever knows the file's other columns adds which one may be meant."""
+    """The row lacks a column; code that knows the file's other columns adds the probable one."""
 
 
 class TemplatedExample(PreferenceExample):
@@ -204,7 +204,7 @@ def column_advice(present: Iterable[str], others: Iterable[str]) -> str:
 
 
 def mapping_text(sources: Mapping[str, Iterable[str]]) -> str:
-    """`data.columns` as it is written on a command line; words instead where a name cannot stand there.
+    """`data.columns` as it is written on a command line; a description where a name cannot be written like that.
 
     Args:
         sources: for each text of a row, the columns that it is made of.

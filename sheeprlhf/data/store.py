@@ -95,7 +95,7 @@ class TokenizedSplit:
         sizes: (rows, 1 + K) int32, tokens of the prompt and of each response; -1 for those that a row has fewer.
         desirable: (rows,) bool, False for unpaired data whose response is to become less likely.
         unanswered: how many rows have no response.
-        columns: names of the columns that each row has beside its tokens.
+        columns: names of the columns that each row has next to its tokens.
     """
 
     def __init__(self, file: Path) -> None:

@@ -305,7 +305,7 @@ class _Unpacked(io.RawIOBase):
         self._left -= len(data)
         if self._left < 0:
             raise DataError(
-                f"{self._file}: unpacks to more than {MAX_UNPACKED} times its size: this is no text; give another file"
+                f"{self._file}: unpacks to more than {MAX_UNPACKED} times its size: this is not text; give another file"
             )
         buffer[: len(data)] = data
         return len(data)

@@ -31,7 +31,7 @@ class TokenRow(NamedTuple):
         number: the row's number in its split's source.
         shares: two numbers in [0, 1) made from the prompt alone, before a chat template; they decide the row's split
             (see `RowTokenizer`).
-        dropped: why the row is left out, None if it is kept; the fields below are empty then, but for `detail`.
+        dropped: why the row is left out, None if it is kept; the fields below are empty then, except for `detail`.
         tokens: (L,) int32, prompt and responses laid end to end.
         sizes: lengths of the prompt and of each response; that of the prompt alone if the row has no response.
         digest: 64 bits that equal rows share, made before a chat template.
@@ -47,7 +47,7 @@ class TokenRow(NamedTuple):
         untrained: answers of earlier turns, which are not learned.
         is_further: the row has another answer before this one, which is an example of its own, or another part of its
             text.
-        columns: columns that are stored beside the tokens, as JSON text; empty if there are none.
+        columns: columns that are stored with the tokens, as JSON text; empty if there are none.
         detail: of a row that is left out, its place and what is said of it.
     """
 
@@ -379,5 +379,5 @@ def raw_text(values: Mapping[str, Any]) -> str:
 
 
 def _digest(text: str) -> bytes:
-    """16 bytes that stand for a text."""
+    """16 bytes that identify a text."""
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()

@@ -285,7 +285,7 @@ def _load(
         raise CheckpointError(f"{path} belongs to another configuration; resume with the options in its config.yaml")
     for name, value in numerics_info(fabric, module).items():
         if manifest.get(name, value) != value:
-            say(f"{name} was {manifest[name]} and is {value} now: the run goes on, {NOT_THE_SAME}")
+            say(f"{name} was {manifest[name]} and is {value} now: the run continues, {NOT_THE_SAME}")
     load_tensors(path / "model.safetensors", saved_tensors(module))
     load_optimizer(path / "optimizer.safetensors", module, optimizer)
     prefix = f"{fabric.global_rank}/"
@@ -318,7 +318,7 @@ def load_weights(path: Path, module: nn.Module, part: str = "") -> None:
         path: the checkpoint.
         module: has those weights, and no others that were trained.
         part: of a checkpoint of several modules, which one's weights ("actor."); those of the others are left out, and
-            so is the critic's adapter, which stands among the policy's where both have one base.
+            so is the critic's adapter, which is stored with the policy's if both share one base.
 
     Raises:
         CheckpointError: damaged; or a tensor is unknown to the module, missing, or of another shape or number format.
@@ -397,7 +397,7 @@ def copy_tensors(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tens
 
 
 def _state_shape(key: str, parameter: Tensor) -> torch.Size:
-    """The shape of a state of a parameter: its own, but for the tables and scales of 8-bit moments."""
+    """The shape of a state of a parameter: its own, except for the tables and scales of 8-bit moments."""
     if key not in _8BIT_TABLES:
         return parameter.shape
     return torch.Size([256 if key.startswith("qmap") else -(-parameter.numel() // 256)])

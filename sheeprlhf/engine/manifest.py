@@ -1,6 +1,6 @@
 """Folders that are there whole or not at all, and the manifest that proves it. Imports no torch.
 
-A folder is filled in a scratch folder beside its place, forced to disk file by file, and renamed: a process killed at
+A folder is filled in a scratch folder next to its place, forced to disk file by file, and renamed: a process killed at
 any moment leaves either the whole folder or something named `<name>.<random>.tmp.<pid>`, which the next start removes.
 """
 
@@ -30,7 +30,7 @@ def write_folder(
     writer: Callable[[Path], None],
     *,
     num_bytes: int = 0,
-    advice: str = "Free space or choose another disk with root_dir=<folder>, then go on with resume=true",
+    advice: str = "Free space or choose another disk with root_dir=<folder>, then continue with resume=true",
 ) -> None:
     """One process: make folder `target` by `writer(temporary folder)`; it appears whole or not at all.
 
@@ -60,7 +60,7 @@ def write_folder(
             os.rename(new, target)
             fsync(target.parent)
     except BaseException as error:
-        # safetensors reports a full disk as its own class of error, which is no OSError
+        # safetensors reports a full disk as its own class of error, which is not an OSError
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             free = shutil.disk_usage(target.parent).free if target.parent.is_dir() else 0
             raise CheckpointError(
@@ -122,7 +122,7 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest alone, checked against its own SHA-256; the files are not looked at."""
+    """The manifest only, checked against its own SHA-256; the files are not looked at."""
     path = folder / MANIFEST
     if not os.path.lexists(path) or folder.is_symlink():
         raise CheckpointError(f"{folder} is not a checkpoint: no {MANIFEST}")

@@ -97,7 +97,7 @@ class MetricWriter:
                 send(tracker)
             except Exception as error:
                 del self._trackers[name]
-                self._say(f"warning: log={name} failed, and training goes on without it: {error}")
+                self._say(f"warning: log={name} failed, and training continues without it: {error}")
 
 
 class EventFile:

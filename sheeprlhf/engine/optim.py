@@ -15,7 +15,7 @@ from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy, _FabricModu
 def build_optimizer(cfg: OptimizerConfig, module: nn.Module, lr: float) -> torch.optim.Optimizer:
     """The configured optimizer over the module's trainable parameters, in the module's order.
 
-    Weight decay applies to matrices (two or more dimensions) alone: biases, norms and gains have none.
+    Weight decay applies to matrices (two or more dimensions) only: biases, norms and gains have none.
 
     Raises:
         ConfigError: nothing is trainable.

@@ -69,7 +69,7 @@ class RollCall:
         self._last_call: threading.Timer | None = None
 
     def begin(self, peers: list[Peer], token: str) -> None:
-        """Answer from now on whoever knows the run's token."""
+        """Start answering every process that knows the run's token."""
         self.peers, self._token = peers, token
         threading.Thread(target=self._serve, name="roll-call", daemon=True).start()
 
@@ -141,7 +141,7 @@ class RollCall:
 
 
 def _end_after(seconds: float, text: str) -> threading.Timer:
-    """End this process with exit code 1, wherever its main thread is stuck then, unless the timer is cancelled."""
+    """End this process with exit code 1, even if its main thread is blocked, unless the timer is cancelled."""
 
     def end() -> None:
         os.write(2, f"sheeprlhf cannot continue:\n  - {text}\n".encode(errors="replace"))
@@ -292,7 +292,7 @@ def _open_store(host: str, port: int, rank: int, limit: float) -> Store:
             except OSError as error:
                 if time.monotonic() > deadline:
                     raise MissingRanksError(
-                        f"rank 0 is missing: nobody listens at {host}, port {port}, after {limit:g} s ({error}): "
+                        f"rank 0 is missing: no process listens at {host}, port {port}, after {limit:g} s ({error}): "
                         "start it, or check MASTER_ADDR, MASTER_PORT and the network"
                     ) from None
                 time.sleep(0.1)

@@ -55,7 +55,7 @@ class Run:
     Attributes:
         dir: the run directory.
         cfg: the run's configuration.
-        planned_memory: bytes that a step needs at most by plan, None if nobody planned.
+        planned_memory: bytes that a step needs at most by plan, None without a plan.
     """
 
     def __init__(self, fabric: Fabric, cfg: TrainConfig, run_dir: Path, stack: ExitStack) -> None:
@@ -96,7 +96,7 @@ class Run:
         return self._state
 
     def begin(self, step: int) -> None:
-        """All ranks, instead of `restore`, for a run without checkpoints: go on after `step`, 0 for a new run."""
+        """All ranks, instead of `restore`, for a run without checkpoints: continue after `step`, 0 for a new run."""
         self._began, self._began_at_step = time.monotonic(), step
         self.say(f"going on after step {step}" if step else "starting at step 0")
         if self._fabric.is_global_zero:
@@ -132,7 +132,7 @@ class Run:
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Numbers of one step: to metrics.csv and TensorBoard, on rank zero.
 
-        From the first skipped step on, their number is beside them, once a step.
+        From the first skipped step on, their number is next to them, once a step.
         """
         if self._state.skipped_steps and self._counted_at != step:
             metrics = metrics | {"train/skipped_steps": float(self._state.skipped_steps)}
@@ -175,7 +175,7 @@ class Run:
         return {"time/tokens_per_second": speed} | ({} if peak is None else {"memory/peak_gb": peak / 1e9})
 
     def stop_signal(self) -> int | None:
-        """All ranks, after each step: SIGTERM or SIGINT: save and `stop`; SIGUSR1: save and go on; else None."""
+        """All ranks, after each step: SIGTERM or SIGINT: save and `stop`; SIGUSR1: save and continue; else None."""
         return self._signals.agreed(self._fabric) if self._signals is not None else None
 
     def stop(self, signum: int) -> NoReturn:
@@ -229,7 +229,7 @@ def open_run(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> Iterator[Run]:
         if fabric.is_global_zero:
             for key, was, now in changed_options(cfg, run_dir):
                 if key in PERFORMANCE_ONLY_OPTIONS:
-                    run.say(f"{key} was {was} and is {now} now: the run goes on, {NOT_THE_SAME}")
+                    run.say(f"{key} was {was} and is {now} now: the run continues, {NOT_THE_SAME}")
             if fabric.device.type == "cuda" and not cfg.torch_deterministic:
                 run.say(ON_CUDA)
         try:
@@ -385,14 +385,14 @@ def check_shared(fabric: Fabric, run_dir: Path, say: Notify) -> None:
     if expected and lacking:
         raise ConfigError(
             f"{_nodes(lacking)} not see the run directory {run_dir} of node 0. Every machine reads the checkpoint to "
-            "go on, and there is none or another one: copy the directory to the same place on all machines, or move it "
-            "to a file system that they share and give resume_from=<folder>"
+            "continue, and there is none or another one: copy the directory to the same place on all machines, or move "
+            "it to a file system that they share and give resume_from=<folder>"
         )
     if blind:
         say(
-            f"{_nodes(blind)} not see the run directory {run_dir} of node 0: checkpoints are written on node 0 alone. "
-            "To go on after a stop, first copy the directory to the same place on all machines; with root_dir=<folder "
-            "of a shared file system> that is not needed"
+            f"{_nodes(blind)} not see the run directory {run_dir} of node 0: checkpoints are written on node 0 only. "
+            "To continue after a stop, first copy the directory to the same place on all machines; with root_dir="
+            "<folder of a shared file system> that is not needed"
         )
 
 

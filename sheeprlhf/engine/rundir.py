@@ -57,7 +57,7 @@ class RunPlace(NamedTuple):
 
     Attributes:
         dir: the run directory; it exists.
-        resumed: it was there before: training goes on from its newest checkpoint, if it has one.
+        resumed: it was there before: training continues from its newest checkpoint, if it has one.
         note: one line for the user.
     """
 
@@ -67,7 +67,7 @@ class RunPlace(NamedTuple):
 
 
 def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = None) -> RunPlace:
-    """Rank zero only, before the launch: find the run to go on with, or make a new directory.
+    """Rank zero only, before the launch: find the run to continue with, or make a new directory.
 
     The hash tells runs of different configurations apart; `given` is the directory of `hydra.run.dir=...`, if any.
 
@@ -100,7 +100,7 @@ def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = No
 
 
 def _extended_run(cfg: TrainConfig, config_hash: str) -> Path | None:
-    """The finished run of `resume_from`, if this job differs from it by more steps or epochs alone; else None."""
+    """The finished run of `resume_from`, if this job differs from it by more steps or epochs only; else None."""
     folder = Path(cfg.resume_from or "")
     info = {} if cfg.resume_from is None else read_run(folder)
     if info.get("status") != "finished" or info.get("config_hash") == config_hash:
@@ -120,7 +120,7 @@ def _take_checkpoints(earlier: Path, folder: Path, config_hash: str) -> int:
     """
     there = {int(path.name[5:]): path for path in (earlier / "checkpoints").glob("step-*") if path.name[5:].isdigit()}
     if not there:
-        raise ConfigError(f"resume_from={earlier} has no checkpoint to go on from: start another run")
+        raise ConfigError(f"resume_from={earlier} has no checkpoint to continue from: start another run")
     newest = max(there)
     best = load_json(there[newest] / "state.json", STATE).get("best_step")
     make_folder(folder, "checkpoints")
@@ -207,7 +207,7 @@ def _check_unused(folder: Path) -> None:
     if not used:
         return
     try:
-        read_run_config(str(folder))  # a run without its run.json goes on
+        read_run_config(str(folder))  # a run without its run.json continues
     except ConfigError:
         raise ConfigError(
             f"hydra.run.dir={folder} has {', '.join(used)}, which a run would replace, and no {CONFIG_FILE} of a run: "
@@ -272,7 +272,7 @@ def _finished_problem(folder: Path, info: dict[str, Any], cfg: TrainConfig, key:
     shown = [f"{name} was {was} and is {now}" for name, was, now in changed[:_SHOWN]]
     more = [f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
     which = "; ".join([*shown, *more]) or "those of another version of this program"
-    problem = f"{key}={folder} is finished and does not go on with other options ({which})"
+    problem = f"{key}={folder} is finished and does not continue with other options ({which})"
     task = choices("task", "train").get(str(info.get("task")))
     if getattr(task, "trains", None) != "policy" or not hasattr(task, "sft_experiment_dir"):
         return f"{problem}: start another run, without {key}"
@@ -334,7 +334,7 @@ def discard_unused(run_dir: Path, root_dir: Path) -> bool:
 
 
 def _make_dir(folder: Path, key: str, *, exist_ok: bool) -> bool:
-    """Make a directory for this user alone; False if it was there and must not be."""
+    """Make a directory for this user only; False if it was there and must not be."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=exist_ok)
@@ -390,7 +390,7 @@ def is_locked(run_dir: Path) -> bool:
 
 
 def _lock_for_good(descriptor: int, path: Path) -> None:
-    """Take the lock alone, if need be after those that only look."""
+    """Take the lock only, if need be after those that only look."""
     for seconds in _WAITS:
         try:
             lock(descriptor, path, fcntl.LOCK_EX | fcntl.LOCK_NB)

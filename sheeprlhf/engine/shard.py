@@ -1,8 +1,8 @@
 """`fabric.strategy=fsdp2`: weights, gradients and optimizer state are cut into one part per process.
 
 Torch's `fully_shard` changes a module in place: its parameters become parts (`DTensor`), and are whole from a block's
-forward to its end, and again in its backward. Each of these is work of all ranks together, so all have to run the same
-passes, and whoever wants whole weights at another time asks here. Without fsdp2 these functions do nothing.
+forward to its end, and again in its backward. All ranks take part in each of these, so all have to run the same passes.
+Code that needs whole weights at another time calls these functions. Without fsdp2 they do nothing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -68,7 +68,7 @@ def update(
     Args:
         fabric: where it runs.
         module: the trained module, set up by `fabric`.
-        optimizer: steps once; its gradients are empty before, but for those of `add_gradients`, and after.
+        optimizer: steps once; its gradients are empty before, except for those of `add_gradients`, and after.
         micro_batches: this rank's share of the step.
         loss_fn: called as `loss_fn(module, batch)`, with the batch on the device.
         max_grad_norm: gradients are scaled down to this norm; None only measures it.

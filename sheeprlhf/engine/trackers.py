@@ -152,7 +152,7 @@ def open_trackers(cfg: TrainConfig, run_dir: Path, say: Notify) -> dict[str, Tra
                 opened[tracker] = TRACKERS[tracker](project, title, config, ids.get(tracker))
             ids[tracker] = opened[tracker].run_id
         except Exception as error:
-            say(f"warning: log={tracker} cannot be opened, and training goes on without it: {error}")
+            say(f"warning: log={tracker} cannot be opened, and training continues without it: {error}")
     if opened:
         add_to_run(run_dir, trackers=ids)
     return opened

@@ -115,7 +115,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     """The adapters of a PEFT folder, for loading: its weights have been looked at too.
 
     Raises:
-        ModelError: they are no LoRA, ask for something that is not ours, or the weights are not safetensors.
+        ModelError: they are not LoRA, ask for something that is not ours, or the weights are not safetensors.
     """
     try:
         content = read_json(folder, ADAPTER_CONFIG)

@@ -10,7 +10,7 @@ transformers untouched, so no T x T mask is ever built.
 Layers with sliding windows, soft caps of the scores (Gemma 2) and attention sinks (gpt-oss) are computed too, soft caps
 and sinks without a fused kernel. Without a layout, a model that has only eager attention keeps it (`PACKED_EAGER`).
 
-`packing_limit` tells which models compute packed rows, from their code and configuration alone. Numbers decide too
+`packing_limit` tells which models compute packed rows, from their code and configuration only. Numbers decide too
 (`agent/batches.py`), but two short examples show neither a window that is longer than they are nor, in half precision,
 how much of one row reaches the next.
 
@@ -221,7 +221,7 @@ def _manual_attention(
     scaling: float | None,
     variant: Variant,
 ) -> Tensor:
-    """(1, H, T, D): attention with a soft cap or sinks, which torch's kernel has not."""
+    """(1, H, T, D): attention with a soft cap or sinks, which torch's kernel does not support."""
     repeats = query_BHTD.shape[1] // key_BGMD.shape[1]
     key_BHMD, value_BHMD = (x.repeat_interleave(repeats, dim=1) for x in (key_BGMD, value_BGMD))
     scores_BHTM = query_BHTD @ key_BHMD.mT * (query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -530,7 +530,7 @@ class SharedCache(Cache):
                 tensor[targets, :, :columns] = tensor[order[targets], :, :columns]
 
     def _by_prompt(self, x_BGEX: Tensor) -> Tensor:
-        """(P, G, K * E, X): the responses' rows beside each other; zero where a response has ended."""
+        """(P, G, K * E, X): the responses' rows next to each other; zero where a response has ended."""
         prompts, responses = len(self._mask_P11W), self._num_responses
         x_SGEX = x_BGEX.new_zeros(prompts * responses, *x_BGEX.shape[1:]).index_copy_(0, self._slot_index_B, x_BGEX)
         return x_SGEX.unflatten(0, (prompts, responses)).transpose(1, 2).flatten(2, 3)

@@ -126,7 +126,7 @@ class Account(NamedTuple):
             return "It was saved without its head: save it again with it, or train a reward model with task=rm"
         if all(map(_LANGUAGE_HEAD.search, self.missing)) and not (self.misplaced or self.mismatched or self.torn):
             if self.heads():
-                return "This is no language model but one with another head: choose the model that it was made of"
+                return "This is not a language model but one with another head: choose the model that it was made of"
             return (
                 "It was saved without its head: save it again as a causal language model; if its head shares the input "
                 "embeddings, set tie_word_embeddings to true in its config.json"
@@ -226,7 +226,7 @@ def torn_groups(names: Iterable[str]) -> list[str]:
 
 
 def _siblings(numbers: Mapping[str, Mapping[str, set[int]]]) -> Iterable[dict[str, set[int]]]:
-    """Groups that differ in what follows the number alone: gate, up and down of the same experts."""
+    """Groups that differ in what follows the number only: gate, up and down of the same experts."""
     found: dict[str, dict[str, set[int]]] = defaultdict(dict)
     for groups in numbers.values():
         for group, present in groups.items():
@@ -461,7 +461,7 @@ def _class_of(cfg: ModelConfig, config: Any, auto: Any) -> type[PreTrainedModel]
         raise _unloadable(cfg, error) from error
     if auto is AutoModelForSequenceClassification and not isinstance(getattr(model, SCORE, None), nn.Linear):
         raise ModelError(
-            f"model.repo_name={cfg.repo_name}: {type(model).__name__} is no decoder with a linear layer {SCORE} "
+            f"model.repo_name={cfg.repo_name}: {type(model).__name__} is not a decoder with a linear layer {SCORE} "
             "(encoders are not supported): give a reward model that was made from a causal language model"
         )
     return type(model)
@@ -604,7 +604,7 @@ def _too_few_rows(cfg: ModelConfig, needed: int, rows: int, auto: Any) -> str:
         f"{rows} rows"
     )
     if auto is AutoModelForCausalLM:
-        return f"{fact}: model.resize_embeddings=true adds a row for each and trains them, also beside adapters"
+        return f"{fact}: model.resize_embeddings=true adds a row for each and trains them, also next to adapters"
     command = _resize_command(str(cfg.repo_name), auto)
     return f"{fact}; make a folder with a row for each, `{command}`, and give model.repo_name={RESIZED}"
 
@@ -671,7 +671,7 @@ def _zero_dropout(config: Any) -> None:
     """Every dropout probability of a model's config to 0, nested configs included.
 
     Done before the model is built, since modules copy their probability from the config (GPT-2's `*_pdrop`,
-    attention dropout that is no module at all, layer drop).
+    attention dropout that is not a module at all, layer drop).
     """
     for key, value in vars(config).items():
         if _DROPOUT_KEY.search(key) and isinstance(value, float | int) and not isinstance(value, bool):
@@ -745,7 +745,7 @@ def hidden_states(backbone: nn.Module, **inputs: Any) -> Tensor:
 
 
 def choose_template(tokenizer: Any, choice: str | None) -> None:
-    """Make the chosen chat template the only one of a tokenizer, so that it goes wherever the tokenizer goes.
+    """Make the chosen chat template the only one of a tokenizer, so that it is saved and loaded with the tokenizer.
 
     Args:
         tokenizer: of transformers.

@@ -222,7 +222,7 @@ def _matching(target: str, names: Sequence[str]) -> list[str]:
 def _target_modules(model: nn.Module, cfg: LORAConfig) -> str | list[str]:
     """The targets as PEFT takes them: regular expressions become names, so that a saved adapter has none."""
     targets, names = parse_targets(cfg.targets), _linear_names(model)
-    if isinstance(targets, str):  # PEFT takes it for all layers alone
+    if isinstance(targets, str):  # PEFT takes it for all layers only
         return sorted({name.rsplit(".", 1)[-1] for name in names}) if cfg.layers_to_transform else targets
     return sorted(
         {name for target in targets for name in (_matching(target, names) if is_pattern(target) else [target])}
@@ -238,7 +238,7 @@ def _check_modules_to_save(model: PreTrainedModel, cfg: LORAConfig) -> None:
         found = _matching(wanted, list(modules))
         if not found:
             near = difflib.get_close_matches(wanted, {name.rsplit(".", 1)[-1] for name in modules}, n=1)
-            raise ModelError(f"{key} is no module of this model{f'; did you mean {near[0]}?' if near else ''}")
+            raise ModelError(f"{key} is not a module of this model{f'; did you mean {near[0]}?' if near else ''}")
         own = {id(weight) for name in found for weight in modules[name].parameters()}
         users = [name for name, module in modules.items() for w in module.parameters(recurse=False) if id(w) in own]
         others = [user for user in users if not any(user == name or user.startswith(f"{name}.") for name in found)]
@@ -328,7 +328,7 @@ def lora_config(
 
 
 def _rows_of_adapters(model: PreTrainedModel, *, language_head: bool = True) -> dict[str, list[int]]:
-    """The modules of which rows train beside adapters, each with its rows; no rows stand for the whole module.
+    """The modules of which rows train next to adapters, each with its rows; no rows stand for the whole module.
 
     A tied head follows the embedding. PEFT computes rows of a head without its bias, so a head with one trains whole.
 

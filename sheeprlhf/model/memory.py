@@ -15,7 +15,7 @@ vocabulary, the bytes of
     allocator    holes that freed tensors leave in the heap of the C library: a share of activations and logits
     libraries    the process before it has a model
 
-The first three are exact. The sum stands for the worst moment of a step, the end of the forward pass of its last
+The first three are exact. The sum is the peak of a step, the end of the forward pass of its last
 micro-batch, with rows as long as the data allows and a target at every token. A pair of responses is one row: of
 preference tasks, N is that of both. Their reference is no second model, but numbers on the disk.
 """
@@ -60,7 +60,7 @@ class ModelSize(NamedTuple):
         weights: all parameters and buffers.
         trainable: the parameters that train.
         trainable_tensors: how many tensors these are.
-        saved: what `final/` holds: the model, or its adapters alone.
+        saved: what `final/` holds: the model, or its adapters only.
         fixed: kept for the backward pass whatever the number of tokens.
         per_token: needed for each token.
         checkpointed: needed for each token with gradient checkpointing.
@@ -83,7 +83,7 @@ class ModelSize(NamedTuple):
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes that one process needs at the worst moment of a step; `others`: of models besides the one that learns."""
+    """Peak bytes of one process in a step; `others`: of models besides the one that learns."""
 
     weights: int
     gradients: int
@@ -202,7 +202,7 @@ def _kept_bytes(model: Any, mixed: torch.dtype | None) -> tuple[int, int, Tensor
 class _GroupedProducts(TorchFunctionMode):
     """Computes products of a mixture of experts with one of their matrices, which gives tensors of the same shapes.
 
-    torch has shapes for its own function in bfloat16 alone. For tensors without content in another number format it
+    torch has shapes for its own function in bfloat16 only. For tensors without content in another number format it
     prints a traceback, although it computes such products of real ones. Both keep the rows for the backward pass.
     """
 

@@ -1,4 +1,4 @@
-"""Embedding rows for new tokens: how they begin, and which of them train beside adapters."""
+"""Embedding rows for new tokens: how they begin, and which of them train next to adapters."""
 
 from typing import Any, cast
 
@@ -10,11 +10,11 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.chat_templates import own_templates
 from sheeprlhf.utils.vocabulary import new_ids
 
-_TRAINED_ROWS = "sheeprlhf_trained_rows"  # attribute of an input embedding: rows that train beside adapters
+_TRAINED_ROWS = "sheeprlhf_trained_rows"  # attribute of an input embedding: rows that train next to adapters
 
 
 def add_rows(model: PreTrainedModel, tokenizer: Any, cfg: ModelConfig, num_rows: int) -> None:
-    """Extend the embedding and the language head, and note the rows that train beside adapters.
+    """Extend the embedding and the language head, and note the rows that train next to adapters.
 
     A new row is the mean of the other rows. The rows that train are the new ones, those of `model.extra_vocabulary`,
     and those of tokens that were added to the tokenizer together with tokens that the model has no row for.
@@ -60,7 +60,7 @@ def _last_added(tokenizer: Any) -> list[int]:
 
 
 def trained_rows(model: nn.Module) -> list[int]:
-    """The rows of the embedding and of the language head that train beside adapters; empty if there are none."""
+    """The rows of the embedding and of the language head that train next to adapters; empty if there are none."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return list(getattr(base_of(embedding), _TRAINED_ROWS, ()))
 

@@ -70,7 +70,7 @@ def router_logits_of(backbone: nn.Module, real_BT: Tensor | None) -> Iterator[li
 
     Args:
         backbone: the model without its head.
-        real_BT: (B, T) bool, the tokens that are no padding; None: all.
+        real_BT: (B, T) bool, the tokens that are not padding; None: all.
     """
     found: list[Tensor] = []
 

@@ -311,7 +311,7 @@ class RewardFunction:
         for row, value in enumerate(values):
             score = _as_float(value)
             if score is None or not math.isfinite(score):
-                reason = "which is no number" if score is None else "which is not finite"
+                reason = "which is not a number" if score is None else "which is not finite"
                 if value is None:
                     reason += " (give one to each response, for example 0.0 where the function does not apply)"
                 raise RewardError(
@@ -409,7 +409,7 @@ def _import(source: str, folder: str) -> Callable[..., Any]:
     except Exception as error:
         raise ConfigError(f"reward: {source} cannot be imported: {describe_exception(error)}") from error
     if not callable(function):
-        raise ConfigError(f"reward: {source} is no function ({type(function).__name__}): give the name of one")
+        raise ConfigError(f"reward: {source} is not a function ({type(function).__name__}): give the name of one")
     return function
 
 

@@ -97,7 +97,7 @@ def style_of(sentence: str) -> Style:
 
     Returns:
         ``imperative`` ("Return the value."), ``third_person`` ("Returns the value.") or ``other`` when the first word
-        is no verb of the list, or is a noun there.
+        is not a verb of the list, or is a noun there.
     """
     return _first_verb(sentence)[0]
 

@@ -253,7 +253,7 @@ def _message(content: bytes) -> str:
     except (KeyError, IndexError, TypeError):
         text = None
     if not isinstance(text, str):
-        raise KeyError("the answer is no chat completion")
+        raise KeyError("the answer is not a chat completion")
     return text
 
 

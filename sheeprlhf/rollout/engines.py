@@ -72,7 +72,7 @@ class StopStrings:
                 shown = dict.fromkeys(content if one == string else one for one in strings)
                 raise ConfigError(
                     f"generation.stop_strings: {string!r} is more than the special token {content!r}, which no text "
-                    f"shows: give {content!r} alone, {shell_word('generation.stop_strings', list(shown))}"
+                    f"shows: give {content!r} only, {shell_word('generation.stop_strings', list(shown))}"
                 )
         self._end_ids = end_token_ids(tokenizer)
         self._tokenizer = tokenizer
@@ -438,7 +438,7 @@ def without_undefined(logits: Tensor, undefined_U: Tensor | None) -> Tensor:
 
 
 def left_padded(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(P, W) prompts, which end in the last column, from where generation goes on, and the mask of what is theirs."""
+    """(P, W) prompts, which end in the last column, from where generation continues, and the mask of what is theirs."""
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), width), int(pad_id))
     attention_mask = torch.zeros_like(input_ids)

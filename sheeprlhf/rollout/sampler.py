@@ -34,7 +34,7 @@ from sheeprlhf.utils.layout import Layout
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
 
-HELD = 8  # times the tokens of a forward pass may be in the cache: keys and values are small beside activations
+HELD = 8  # times the tokens of a forward pass may be in the cache: keys and values are small compared with activations
 
 
 class Sampled(NamedTuple):
@@ -69,7 +69,7 @@ def sample_responses(
     max_prompts: int | None = None,
     undefined_U: Tensor | None = None,
 ) -> list[Sampled]:
-    """Sample K responses after each prompt, from softmax(logits / temperature), or from its likeliest tokens alone.
+    """Sample K responses after each prompt, from softmax(logits / temperature), or from its likeliest tokens only.
 
     A sample is a function of the weights, the prompt and its numbers: not of the other prompts, their order, the rank,
     or any random generator. The model's own generation settings are not read.
@@ -213,7 +213,7 @@ def draw(
     if top_k or top_p < 1.0:
         logprobs_BV = _likeliest(logprobs_BV, top_k, top_p).log_softmax(dim=-1)
     cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
-    # The last sum is 1 but for rounding; a product with less than 1 is below it, so that some sum exceeds it.
+    # The last sum is 1 except for rounding; a product with less than 1 is below it, so that some sum exceeds it.
     limit_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     ids_B1 = torch.searchsorted(cumulative_BV, limit_B1, right=True)
     ids_B1 = ids_B1.clamp(max=logits_BV.shape[1] - 1)  # past the end where a logit is NaN, as logprobs are

@@ -41,7 +41,7 @@ def check_templates(tokenizer: Any, where: str) -> None:
                 f"{where}: a chat template is named {str(name)[:60]!r}: letters, digits, - and _ are allowed"
             )
         if not isinstance(text, str):
-            raise ModelError(f"{where}: its chat template {name!r} is no text")
+            raise ModelError(f"{where}: its chat template {name!r} is not text")
         if len(text.encode("utf-8", "replace")) > MAX_TEMPLATE:
             raise ModelError(f"{where}: its chat template {name!r} has more than {MAX_TEMPLATE} bytes")
         problem = _problem(text)

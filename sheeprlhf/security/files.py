@@ -41,7 +41,7 @@ def read_tail(path: Path, num_bytes: int) -> bytes:
 def real_path(path: Path, root: Path) -> Path:
     """The file or folder that `path` is or leads to; links may not lead out of `root`.
 
-    A snapshot in the hub's cache is links into `blobs` beside it, which counts as inside.
+    A snapshot in the hub's cache is links into `blobs` next to it, which counts as inside.
 
     Raises:
         OSError: it is missing, or leads elsewhere: that could be any file of the user's.
@@ -61,7 +61,7 @@ def real_file(path: Path, root: Path) -> Path:
     """`real_path` of a plain file.
 
     Raises:
-        OSError: the same, or it is no plain file (a pipe would never end).
+        OSError: the same, or it is not a plain file (a pipe would never end).
     """
     real = real_path(path, root)
     if not stat.S_ISREG(os.lstat(real).st_mode):
@@ -76,6 +76,6 @@ def disk_full(error: OSError, folder: Path) -> DiskFullError | None:
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder
     free = shutil.disk_usage(path.parent if path.parent.is_dir() else folder).free
     return DiskFullError(
-        f"cannot write {path}: {error.strerror}; {free:,} bytes are free there. Free space, then go on with "
+        f"cannot write {path}: {error.strerror}; {free:,} bytes are free there. Free space, then continue with "
         f"resume_from={folder}"
     )

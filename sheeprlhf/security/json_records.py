@@ -25,7 +25,7 @@ from sheeprlhf.utils.errors import RecordError
 
 MAX_DEPTH = 32  # objects and lists inside one another
 MAX_DIGITS = 18  # of an integer, so that it fits into 64 bits and into a float
-_TOO_LARGE = object()  # stands for a number beyond MAX_DIGITS, or beyond the largest float
+_TOO_LARGE = object()  # replaces a number beyond MAX_DIGITS, or beyond the largest float
 
 
 class Range(NamedTuple):
@@ -45,7 +45,7 @@ class Schema(NamedTuple):
 
     Attributes:
         kind: a TypedDict. Keys that it does not name may hold any JSON.
-        fix: what the user does about a damaged file; "{file}" and "{folder}" stand for its path and its folder's.
+        fix: what the user does about a damaged file; "{file}" and "{folder}" are replaced by its path and its folder's.
         max_bytes: size of the largest file that is read.
     """
 
@@ -83,7 +83,7 @@ def parse_json(text: bytes, path: Path, schema: Schema) -> dict[str, Any]:
         raise damaged(path, schema, "", "is nested too deeply") from error
     except _RepeatedKeyError as error:
         raise damaged(path, schema, str(error), "is there twice") from error
-    except ValueError as error:  # also bytes that are no text
+    except ValueError as error:  # also bytes that are not text
         raise damaged(path, schema, "", f"is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise damaged(path, schema, "", "holds no object")

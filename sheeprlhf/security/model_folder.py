@@ -140,7 +140,7 @@ def check_model(folder: Path) -> None:
     if (folder / ADAPTER_CONFIG).exists():  # transformers would load the model that it names
         if not (folder / "config.json").exists():
             raise ModelError(f"{folder}: {merge_advice(folder)}")
-        raise ModelError(f"{folder} has a model and adapters in one folder: give a folder that has the model alone")
+        raise ModelError(f"{folder} has a model and adapters in one folder: give a folder that has the model only")
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -164,7 +164,7 @@ def _check_files(folder: Path) -> None:
             continue  # only those that the weights are in are opened: `weights_of` looks at them
         _real(folder, path, _LIMITS[path.suffix])
         if path.parent != folder and not _TEMPLATE_FILE.fullmatch(path.name):
-            raise ModelError(f"{path}: a chat template may be named by letters, digits, - and _ alone")
+            raise ModelError(f"{path}: a chat template may be named by letters, digits, - and _ only")
     for name in _CONFIGS:
         if name in names:
             _check_config(folder / name, read_json(folder, name))
@@ -200,7 +200,7 @@ def read_json(folder: Path, name: str, limit: int = _MAX_CONFIG) -> dict[str, An
     """The object in a JSON file of a folder.
 
     Raises:
-        ModelError: it is missing, leads out of the folder, is too large or too deep, or is no object of JSON.
+        ModelError: it is missing, leads out of the folder, is too large or too deep, or is not an object of JSON.
     """
     path = folder / name
     try:
@@ -227,9 +227,9 @@ def _check_config(path: Path, content: dict[str, Any]) -> None:
                 if isinstance(choice, str) and not _ATTENTION.fullmatch(choice):
                     raise ModelError(f"{path}: {key} names code from elsewhere ({choice[:60]!r}): remove it")
         if key in ("dtype", "torch_dtype") and text is not None and not _DTYPE.fullmatch(text):
-            raise ModelError(f"{path}: {key}={text[:60]!r} is no number format")
+            raise ModelError(f"{path}: {key}={text[:60]!r} is not a number format")
         if key == "tokenizer_class" and text is not None and not _TOKENIZER_CLASS.fullmatch(text):
-            raise ModelError(f"{path}: {key}={text[:60]!r} is no tokenizer")
+            raise ModelError(f"{path}: {key}={text[:60]!r} is not a tokenizer")
         names_file = key.endswith(("_file", "_files")) and key != "special_tokens_map_file"  # that one is never opened
         if path.name != "config.json" and names_file and value:
             raise ModelError(f"{path}: {key} names a file: remove it, files are found by their usual names")
@@ -297,7 +297,7 @@ def _weights_files(folder: Path, one: str, index: str, shard: re.Pattern[str]) -
         if not shard.fullmatch(name) or ".." in name:
             ending = "." + shard.pattern.rpartition(".")[2]
             raise ModelError(
-                f"{folder / index} names the shard {name[:80]!r}, which is no plain name that ends in {ending}"
+                f"{folder / index} names the shard {name[:80]!r}, which is not a plain name that ends in {ending}"
             )
     return names
 
@@ -314,7 +314,7 @@ def plain_file(folder: Path, name: str) -> Path:
     """The file that a name of a folder is or leads to, plain and not empty.
 
     Raises:
-        ModelError: it is missing, leads out of the folder, is no plain file or has no content.
+        ModelError: it is missing, leads out of the folder, is not a plain file or has no content.
     """
     path = folder / name
     try:

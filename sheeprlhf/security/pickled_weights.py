@@ -75,7 +75,7 @@ def converted_folder(folder: Path, name: str, say: Notify, cache_dir: str | None
 
 
 def adapter_folder(folder: Path, say: Notify) -> Path:
-    """The folder with the adapters as safetensors: itself, or a conversion in our cache if it has a pickle alone.
+    """The folder with the adapters as safetensors: itself, or a conversion in our cache if it has a pickle only.
 
     Args:
         folder: what PEFT's `save_pretrained` has written.
@@ -179,7 +179,7 @@ def _reason(error: Exception) -> str:
     asked = _GLOBAL.search(str(error))
     if asked is not None:
         return (
-            f"it asks for {asked[1]}, which is no tensor: code from a file is never run. Convert it to "
+            f"it asks for {asked[1]}, which is not a tensor: code from a file is never run. Convert it to "
             "model.safetensors where you trust it, or choose another model"
         )
     return f"it is not a file of weights, or damaged ({type(error).__name__})"
@@ -193,7 +193,7 @@ def _check_zip(file: Path) -> None:
     total = sum(entry.file_size for entry in entries)
     pickles = sum(entry.file_size for entry in entries if entry.filename.endswith(".pkl"))
     if packed or len(entries) > _MAX_ENTRIES or total > file.stat().st_size or pickles > _MAX_PICKLE:
-        raise ModelError(f"{file}: it is no file that torch.save has written: its parts are compressed or too large")
+        raise ModelError(f"{file}: it is not a file that torch.save has written: its parts are compressed or too large")
 
 
 def _checked(file: Path, content: Any) -> dict[str, "Tensor"]:
@@ -210,8 +210,8 @@ def _checked(file: Path, content: Any) -> dict[str, "Tensor"]:
             raise ModelError(f"{file}: a tensor is named {str(name)[:80]!r}")
         if type(tensor) not in (Tensor, nn.Parameter):
             raise ModelError(
-                f"{file}: its entry {name[:80]} is no tensor but {type(tensor).__name__}: a state_dict of a model is "
-                "read, nothing else"
+                f"{file}: its entry {name[:80]} is not a tensor but {type(tensor).__name__}: only a state_dict of a "
+                "model is read"
             )
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

@@ -17,7 +17,7 @@ _ESCAPE_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _SECRET_NAME = re.compile(r"(token|secrets?|passwords?|passwd|api_?keys?|private_?key|secret_?key|credentials?)$", re.I)
 # Formats of credentials: prefix, alphabet and length, as the services issue them. Those without a prefix (AWS secret
-# keys, W&B keys of 40 hexadecimal digits) are known by the name of their option or environment variable alone.
+# keys, W&B keys of 40 hexadecimal digits) are known by the name of their option or environment variable only.
 _TOKENS = (
     r"hf_[A-Za-z0-9]{34,}|api_org_[A-Za-z0-9]{34,}|hf_(?:oauth|jwt)_[\w.-]{30,}",  # Hugging Face
     r"sk-[A-Za-z0-9]{32,}|sk-or-v1-[0-9a-f]{64}",  # OpenAI and OpenRouter

@@ -7,7 +7,7 @@ from sheeprlhf.structure.option import Config, option
 
 
 class KeptColumns(NamedTuple):
-    """Columns of the source files that are stored beside the tokens, for reward functions.
+    """Columns of the source files that are stored with the tokens, for reward functions.
 
     Attributes:
         names: columns that a function names.

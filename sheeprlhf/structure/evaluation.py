@@ -28,7 +28,7 @@ class EvalTaskConfig(Config):
     token_budget: int = option(4096, "Most tokens in one forward pass.", unit="tokens", minimum=1)
     batching: str = option(
         "auto",
-        "Rows of a forward pass laid end to end, or padded; auto packs wherever the model can.",
+        "Rows of a forward pass laid end to end, or padded; auto packs if the model supports it.",
         choices=("auto", "packed", "padded"),
     )
 
@@ -40,12 +40,12 @@ class PerplexityConfig(EvalTaskConfig):
     entry_point: ClassVar[str] = "sheeprlhf.task.eval.perplexity:evaluate"
 
     config_name: str = "perplexity"
-    completion_only_loss: bool = option(True, "Count the response's tokens alone; false counts the prompt's too.")
+    completion_only_loss: bool = option(True, "Count the response's tokens only; false counts the prompt's too.")
 
 
 @dataclass(unsafe_hash=True)
 class RougeConfig(EvalTaskConfig):
-    """Wording that generated responses share with the references (ROUGE), beside what trivial answers get."""
+    """Wording that generated responses share with the references (ROUGE), next to what trivial answers get."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.eval.rouge:evaluate"
     writes: ClassVar[str] = "text"
@@ -112,7 +112,7 @@ class RewardConfig(ScoredConfig):
 
 @dataclass(unsafe_hash=True)
 class FrontierConfig(ScoredConfig):
-    """Score against KL over the checkpoints of a run, beside the best of n responses of its start."""
+    """Score against KL over the checkpoints of a run, next to the best of n responses of its start."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.eval.frontier:evaluate"
     unread: ClassVar[frozenset[str]] = frozenset({"model_name"})

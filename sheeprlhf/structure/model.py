@@ -14,7 +14,7 @@ class HuggingFaceConfig(Config):
     trust_remote_code: bool = option(
         False, "Run Python code that comes with the model. Needs library_cfg.revision=<40-digit commit>."
     )
-    local_files_only: bool = option(False, "Never ask the hub; use the local cache alone.")
+    local_files_only: bool = option(False, "Never ask the hub; use the local cache only.")
 
 
 @dataclass(unsafe_hash=True)
@@ -89,7 +89,7 @@ class ModelConfig(Config):
         choices=("sdpa", "eager", "flash_attention_2", "flex_attention"),
     )
     disable_dropout: bool = option(True, "Switch off every dropout of the base model (a LoRA adapter keeps its own).")
-    freeze_transformer: bool = option(False, "Train the language model's head alone.")
+    freeze_transformer: bool = option(False, "Train the language model's head only.")
     neftune_alpha: Optional[float] = option(
         None,
         "Scale of the uniform noise on the embeddings in training (NEFTune, arXiv 2310.05914; 5 is usual); read by "

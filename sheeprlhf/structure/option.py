@@ -41,7 +41,7 @@ class Config:
     """Parent of every configuration dataclass: attributes can be set until `lock` is called, then never.
 
     Hydra cannot merge into dataclasses that are `frozen=True`, hence this. The dataclasses below are
-    `unsafe_hash=True` so that an instance may stand as another dataclass's default value on Python 3.11.
+    `unsafe_hash=True` so that an instance can be another dataclass's default value on Python 3.11.
     """
 
     _locked: ClassVar[bool] = False

@@ -220,7 +220,7 @@ def parse_term(text: str) -> Term:
     """`0.5*length` -> (0.5, "length"); without a weight it is 1.
 
     Raises:
-        ValueError: the weight is no finite number other than 0, or there is no source.
+        ValueError: the weight is not a finite number other than 0, or there is no source.
     """
     weight, star, source = text.rpartition("*")
     term = Term(float(weight) if star else 1.0, source.strip())

@@ -19,7 +19,7 @@ class OnlineTaskConfig(TrainTaskConfig):
         *("length", "finished", "distinct_2", "perplexity"),
     )
 
-    rollout_size: int = option(64, "Responses sampled before they are learnt from, all devices.", minimum=1)
+    rollout_size: int = option(64, "Responses sampled before they are learned from, all devices.", minimum=1)
     num_generations: int = option(1, "Responses sampled for each prompt.", minimum=1)
     mini_batch_size: int = option(
         32, "Responses of one optimizer step, all devices together.", unit="responses", minimum=1

@@ -81,7 +81,7 @@ class EvalConfig(Config):
     experiment_dir: Optional[str] = option(None, "Run directory to evaluate; results go into its eval/ folder.")
     output_dir: str = option("logs/eval", "Where results go when there is no experiment_dir.")
     root_dir: str = option("logs/runs", "Where `newest` looks for runs.")
-    plot: bool = option(False, "Draw the result as a PNG beside its JSON; the flag --plot says the same.")
+    plot: bool = option(False, "Draw the result as a PNG next to its JSON; the flag --plot says the same.")
     seed: int = option(42, "Seed of everything random.", minimum=0, maximum=2**32 - 1)
     dry_run: bool = option(False, "Evaluate on two mini-batches.")
     debug: bool = option(False, "Show the traceback of an error.")

@@ -32,7 +32,7 @@ class TrainTaskConfig(Config):
     token_budget: int = option(2048, "Most tokens in one forward pass.", unit="tokens", minimum=1)
     batching: str = option(
         "auto",
-        "Rows of a forward pass laid end to end, or padded; auto packs wherever the model can.",
+        "Rows of a forward pass laid end to end, or padded; auto packs if the model supports it.",
         choices=("auto", "packed", "padded"),
     )
     num_workers: int = option(0, "Threads that collate batches ahead; 0 collates in the training thread.", minimum=0)
@@ -72,7 +72,7 @@ class TrainTaskConfig(Config):
         None, "Validate on this many mini-batches; null takes all.", unit="mini-batches", minimum=1
     )
     save_interval: int = option(100, "Between two checkpoints.", unit="optimizer steps", minimum=1)
-    keep_checkpoints: int = option(2, "Newest checkpoints kept (the best one is kept besides).", minimum=1)
+    keep_checkpoints: int = option(2, "Newest checkpoints kept (in addition to the best one).", minimum=1)
 
     def policy_part(self) -> str:
         """Prefix of the names of the policy's weights in a checkpoint."""

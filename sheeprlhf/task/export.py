@@ -52,7 +52,7 @@ class Checks(NamedTuple):
     Attributes:
         rows: how many.
         largest: the largest logit.
-        merged: with adapters beside the weights and in them; None without adapters.
+        merged: with adapters next to the weights and in them; None without adapters.
         rounded: in float32 and in the number format of the folder.
         loaded: in memory and loaded from the folder; its weights, computed in float32.
         head_bias: of a reward model that was made elsewhere, part of its `reward_offset`; the folder's weights lack it.

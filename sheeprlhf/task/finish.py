@@ -158,7 +158,7 @@ def _save(folder: Path, run: Run, trained: Saved, tokenizer: PreTrainedTokenizer
 
 
 def evaluation_of(cfg: TrainConfig, run_dir: Path) -> str:
-    """The command that measures what a run has learnt: texts, pairs, or what its reward says of its samples."""
+    """The command that measures what a run has learned: texts, pairs, or what its reward says of its samples."""
     task, words = cfg.task, ["task=perplexity"]
     if task.data_kind == "preference":
         words = ["task=preference"]

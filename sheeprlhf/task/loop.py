@@ -265,7 +265,7 @@ class RolloutLoop:
 
         Args:
             trained: the policy as wrapped by Fabric, and the optimizer of everything that trains; None makes both.
-            learners: everything that trains and is saved; None is the policy alone.
+            learners: everything that trains and is saved; None is the policy only.
             eval_weights: within this block the policy has the weights that are validated and exported.
 
         Raises:
@@ -284,7 +284,7 @@ class RolloutLoop:
         self._validate = None if held_out is None else RolloutValidator(run, self.collect, held_out)
 
     def batches(self, *names: str, num_items: Callable[[Batch], int] | None = None) -> Batches:
-        """Cut rows into batches whose targets are the responses' tokens, with the values of these names beside them.
+        """Cut rows into batches whose targets are the responses' tokens, with the values of these names next to them.
 
         A step's loss is divided by `num_items`, by default the number of targets.
         """

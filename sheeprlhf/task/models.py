@@ -223,7 +223,7 @@ def own_prompts(
         The ids by the bytes of the policy's ids; None if the rows have texts as prompts, which need no map.
 
     Raises:
-        DataError: only some of the rows have messages, or a row is there for one of the tokenizers alone.
+        DataError: only some of the rows have messages, or a row is there for one of the tokenizers only.
     """
     reports = [data.report["splits"][name] for name in data.splits]
     templated = sum(report["templated_rows"] for report in reports)
@@ -239,7 +239,7 @@ def own_prompts(
         for row in rows.examples(range(len(rows))):
             if row.row_id not in by_id:
                 raise DataError(
-                    f"row {row.row_id} of the {name} split is there for the policy's tokenizer alone, not for the "
+                    f"row {row.row_id} of the {name} split is there for the policy's tokenizer only, not for the "
                     "reward model's: give data.on_overflow=truncate_prompt data.minimum_response_length=1"
                 )
             found[row.prompt_ids.tobytes()] = by_id[row.row_id]
@@ -430,7 +430,7 @@ def load_initial_policy(
     """
     whole = dataclasses.replace(cfg, finetune_mode="ALL", freeze_transformer=cfg.freeze_transformer and not new_head)
     if cfg.finetune_mode == "LORA" and not new_head:
-        whole.adapter = None  # it trains, beside the weights
+        whole.adapter = None  # it trains, next to the weights
     if run_dir is None:
         return load_policy(whole, tokenizer, **how, new_head=new_head)
     of_run = model_of_start(cfg, run_dir, tokenizer)

@@ -1,4 +1,4 @@
-"""Log-probabilities of the reference model, computed once and kept beside the data: no second model stays in memory.
+"""Log-probabilities of the reference model, computed once and kept with the data: no second model stays in memory.
 
 The reference is the policy before its first step, so the policy itself computes them.
 """
@@ -132,7 +132,7 @@ def check_reference(
         problem = (
             f"before the first step the policy's log-probabilities are {logprobs_apart:.2g} nats a token from its "
             f"reference's, more than {tolerance:g}: something besides training changes them (random numbers in the "
-            "model's code, weights that were changed on disk); delete the reference-*.safetensors files beside the "
+            "model's code, weights that were changed on disk); delete the reference-*.safetensors files next to the "
             "prepared data, or give task.self_check=warn"
         )
     elif not loss_apart <= 10 * tolerance * max(1.0, expected):

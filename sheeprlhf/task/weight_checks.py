@@ -125,7 +125,7 @@ def _check_training(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _check_continued_adapter(config: TrainConfig, adapter: str) -> None:
-    """Raise ConfigError for options that the adapter, which goes on training, has otherwise or excludes."""
+    """Raise ConfigError for options that the adapter, which continues training, has otherwise or excludes."""
     found = read_adapter_config(adapter_folder(locate_adapter(adapter), lambda _: None))
     problems = [f"{conflict}: leave the option out" for conflict in conflicting_options(config.model, found)]
     if isinstance(config.task, OnlineTaskConfig) and found.lora_dropout:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import dropwhile
 from typing import Any, NamedTuple
 
-_CONFIGURED = "sheeprlhf_configured_end_ids"  # attribute of a tokenizer: what the files beside it say
+_CONFIGURED = "sheeprlhf_configured_end_ids"  # attribute of a tokenizer: what the files next to it say
 _QUESTION, _ANSWER = "Is it warm?", "Yes, it is warm."
 
 
@@ -20,7 +20,7 @@ class EndTokens(NamedTuple):
     Attributes:
         ids: all of them, the tokenizer's EOS first; empty if there is none.
         closing: the one with which the chat template closes an assistant turn; None if it writes no single token.
-        ignored: ids that the configuration lists and that end nothing, since they are no control tokens of the
+        ignored: ids that the configuration lists and that end nothing, since they are not control tokens of the
             tokenizer: a text may contain them, or they are undefined.
     """
 

@@ -6,7 +6,7 @@ standard-library parent, so that library users can catch what they expect, and s
 
 from collections.abc import Callable
 
-Notify = Callable[[str], None]  # shows the user one line that is no error
+Notify = Callable[[str], None]  # shows the user one line that is not an error
 
 USERS_MISTAKE = 2  # an exit code, that of argparse and of shells: nothing was begun
 

@@ -49,7 +49,7 @@ def why_offline() -> str:
         answered.set()
 
     if not endpoint.startswith(("https://", "http://")):
-        return f"HF_ENDPOINT={endpoint} is no web address"
+        return f"HF_ENDPOINT={endpoint} is not a web address"
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS + 0.5)

@@ -38,7 +38,7 @@ class _Variables(NamedTuple):
 
 _TORCH = _Variables(
     "torchrun", "RANK", ("WORLD_SIZE",), "LOCAL_RANK", ("LOCAL_WORLD_SIZE",), ("GROUP_WORLD_SIZE",)
-)  # and whoever sets the variables of torch.distributed
+)  # and programs that set the variables of torch.distributed
 _SRUN = _Variables(
     "srun",
     "SLURM_PROCID",
@@ -51,7 +51,7 @@ _SRUN = _Variables(
 
 
 def _of_prefix(launcher: str, prefix: str, job: tuple[str, ...] = ()) -> _Variables:
-    """The variables of a launcher whose names differ in their end alone."""
+    """The variables of a launcher whose names differ in their end only."""
     rank, size, local_rank, local_size = (f"{prefix}_{end}" for end in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
     return _Variables(launcher, rank, (size,), local_rank, (local_size,), job=job)
 
@@ -85,7 +85,7 @@ class Launched(NamedTuple):
         local_rank: of this process among those of its machine.
         local_size: number of processes on each machine; None if no variable tells.
         setting: the environment variable that gave `size`, with its value.
-        job: what this job's processes have in common and other jobs' have not; for a port to meet at.
+        job: an identifier of the job, from which its processes derive a common port.
         sure: false where SLURM's variables could also be those of a batch script that does not use srun.
     """
 

@@ -45,7 +45,7 @@ def _fabric_alone() -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules["lightning"]  # whoever imports it from now on gets it whole, with this same Fabric
+        del sys.modules["lightning"]  # later imports get the whole package, with this same Fabric
         if absent:
             del sys.modules["torchmetrics"]
 

@@ -1,10 +1,10 @@
 """Write below a folder without following symbolic links. Every module of the package writes through these functions.
 
 The folder itself is chosen by the user and may be a link. Below it no component may be one: the folder may be an
-untrusted run, and its links could lead to any file of the user. Files and folders are created for this user alone.
+untrusted run, and its links could lead to any file of the user. Files and folders are created for this user only.
 
 Lustre without `flock`, NFS, CIFS, vfat and FUSE lack locks, fsync, permissions or renames over a file: the functions at
-the end of this module go on with one warning about each.
+the end of this module continue with one warning about each.
 """
 
 import errno
@@ -64,7 +64,7 @@ def _link_problem(path: Path) -> str:
 
 
 def make_folders(folder: Path) -> None:
-    """Create a folder and the missing ones above it, for this user alone; one that exists stays as it is."""
+    """Create a folder and the missing ones above it, for this user only; one that exists stays as it is."""
     for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
         try:
             path.mkdir()
@@ -245,7 +245,7 @@ def fsync(path: Path) -> None:
 
 
 def make_private(path: Path) -> None:
-    """Give a file or folder of ours to its owner alone, whatever the umask."""
+    """Give a file or folder of ours to its owner only, whatever the umask."""
     mode = 0o700 if path.is_dir() else 0o600
     if stat.S_IMODE(path.stat().st_mode) == mode:
         return

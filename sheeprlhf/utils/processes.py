@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, signal.SIGUSR2)
-SAVE_SIGNAL = signal.SIGUSR1  # save now and go on
+SAVE_SIGNAL = signal.SIGUSR1  # save now and continue
 _SECONDS_TO_PASS_ON = 1.0
 _SECONDS_TO_END = 10.0
 _SECONDS_TO_COME_AGAIN = 0.02  # after what was called is left

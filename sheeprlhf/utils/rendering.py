@@ -47,7 +47,7 @@ def render_chat(
         tokenizer: of transformers, with a chat template.
         messages: role, content and whatever else the template reads.
         template_args: further variables of the template, as in `fixed_arguments`; "strftime_now" is the date that
-            stands for today.
+            means today.
         tools: JSON schemas of functions.
         ask: add the generation prompt, which opens the assistant's turn.
 
@@ -189,7 +189,7 @@ def check_template_args(tokenizer: Any, template_args: Mapping[str, Any] | None)
 
 def _parsed(text: str) -> nodes.Template | None:
     """The syntax tree of a template; None if its syntax is wrong."""
-    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)  # a tag of transformers alone
+    plain = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", text)  # a tag of transformers only
     try:
         return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
     except TemplateSyntaxError:

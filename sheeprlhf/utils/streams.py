@@ -67,7 +67,7 @@ def outlives_reader(stream: TextIO) -> bool:
 
 
 def lasting(stream: TextIO, *, needs_reader: bool = False) -> TextIO:
-    """The stream of the same file, on which writing goes on when the terminal or the reader is gone or the disk full.
+    """The stream of the same file, on which writing continues when the terminal or the reader is gone or the disk full.
 
     With `needs_reader`, a pipe whose reader has ended still raises BrokenPipeError. Streams of another kind, as in
     notebooks and tests, are returned as they are.

@@ -17,7 +17,7 @@ _CHAT = ({"role": "system", "content": "A"}, {"role": "user", "content": "B"}, {
 
 
 def defined_ids(tokenizer: Any) -> np.ndarray:
-    """(D,) int64, ascending: the ids that stand for a token."""
+    """(D,) int64, ascending: the ids of tokens."""
     ids = {*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder}
     return np.array(sorted(map(int, ids)), dtype=np.int64)
 
@@ -29,7 +29,7 @@ def num_rows_needed(tokenizer: Any) -> int:
 
 
 def undefined_ids(tokenizer: Any, num_rows: int) -> np.ndarray | None:
-    """(U,) int64, ascending: ids below `num_rows` of the head that stand for no token; None if there are none."""
+    """(U,) int64, ascending: ids below `num_rows` of the head without a token; None if there are none."""
     missing = np.setdiff1d(np.arange(num_rows, dtype=np.int64), defined_ids(tokenizer), assume_unique=True)
     return missing if len(missing) else None
 
@@ -71,7 +71,7 @@ def missing_tokens(tokenizer: Any) -> list[str]:
 class ResponseDecoder:
     """Decodes responses, without special tokens.
 
-    A decoder of the sentencepiece family drops the space that a text begins with. A response is no text of its own, so
+    A decoder of the sentencepiece family drops the space that a text begins with. A response is not text of its own, so
     it is decoded behind another token, whose text is cut off. Any other tokenizer decodes it as it is.
     """
 

@@ -89,7 +89,7 @@ def write_report(folders: list[str], *, to: str | None = None, png: bool = False
         png: write the curves as images too.
 
     Raises:
-        ConfigError: one is no run, or the page cannot be written there.
+        ConfigError: one is not a run, or the page cannot be written there.
     """
     runs, pipelines, notes, problems = _choose_runs(folders)
     page = _output_path(to, problems)
@@ -149,7 +149,7 @@ def _no_run(word: str, folder: Path) -> str:
     """The problem of a word that names no run, and the likely fix."""
     key, equals, value = word.partition("=")
     if equals and not os.path.lexists(folder):
-        return f"{key}= is no word of report: write `report {value or '<run>'}`; `report --help` lists its words"
+        return f"{key}= is not a word of report: write `report {value or '<run>'}`; `report --help` lists its words"
     above = next((parent for parent in folder.absolute().parents if os.path.isfile(parent / RUN_FILE)), None)
     if os.path.lexists(folder) and above is not None:
         return f"{word} is a part of a run: did you mean {above}?"
@@ -174,7 +174,7 @@ def _output_path(to: str | None, problems: list[str]) -> Path:
         return _new_file(path, time.strftime("%Y-%m-%d_%H-%M-%S"))
     path = path if named else path / _PAGE
     if not _is_free(path):
-        problems.append(f"--to {to}: {path} is there and is no report: give another name")
+        problems.append(f"--to {to}: {path} is there and is not a report: give another name")
     return path
 
 

@@ -42,7 +42,7 @@ from sheeprlhf.utils.memory import size_text
 NONE = "-"
 _ASSETS = Path(sheeprlhf.__file__).parent / "assets"
 _SECTIONS = ("Runs", "Results", "Curves", "Samples", "Configuration", "Data", "Speed and memory")
-_HIDDEN_OPTIONS = {  # options that are no cause of a result
+_HIDDEN_OPTIONS = {  # options that do not affect a result
     *("root_dir", "run_name", "resume", "resume_from", "debug", "experiment", "data.cache_dir"),
 }
 _LINKS = {"task.sft_experiment_dir": "starts from", "task.rm_experiment_dir": "judged by"}

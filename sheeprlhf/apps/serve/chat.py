@@ -117,7 +117,7 @@ def run(arguments: list[str]) -> int:
         conversation.say(prompt)
         return 0
     _note(f"This model takes {generator.form.meaning}.")
-    how = "" if generator.form.turns else " Each prompt stands alone: end it with an empty line."
+    how = "" if generator.form.turns else " Each prompt is a conversation of its own: end it with an empty line."
     _note(f"{_COMMANDS}{how}\n")
     _loop(conversation, _read_message if generator.form.turns else _read_block)
     return 0
@@ -143,7 +143,7 @@ def _print_help() -> None:
     print_flags_help(
         "chat <run or model> [--flag value ...]",
         "Talk to a run, a model's folder or a model of `list models`. A model that has a chat template, or was trained "
-        "on dialogues, remembers the conversation; any other one goes on with each prompt as it was trained to.",
+        "on dialogues, remembers the conversation; any other one continues with each prompt as it was trained to.",
         FLAGS,
         _COMMANDS,
         "From a pipe, all of the input is one prompt, and the answer alone is printed: `echo ... | chat <run>`.",
@@ -151,7 +151,7 @@ def _print_help() -> None:
 
 
 def _note(text: str) -> None:
-    """A line that is not the model's, beside the answers."""
+    """A line that is not the model's, next to the answers."""
     Screen(stderr=True).print(paragraph(text), style="faint")
 
 

@@ -157,7 +157,7 @@ def _form(kind: str, own: str, model: TextGenerator | RewardScorer) -> str:
 
 
 def transcript(history: History, *, turns: bool) -> str:
-    """A conversation as plain text; without turns, the newest answer alone."""
+    """A conversation as plain text; without turns, the newest answer only."""
     if not turns:
         return plain_text(history[-1].text).strip() if history else ""
     who = {"user": "You", "assistant": "Model"}

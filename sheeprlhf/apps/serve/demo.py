@@ -148,7 +148,9 @@ FLAGS = (
     WEIGHTS,
     TEMPLATE,
     TEMPLATE_ARGS,
-    Flag("reward", "A run of task=rm, or a reward model's folder: its score stands beside each answer.", value="run"),
+    Flag(
+        "reward", "A run of task=rm, or a reward model's folder: its score is shown next to each answer.", value="run"
+    ),
     Flag("port", "Where the page is served.", default=7860, kind=int, minimum=1, maximum=65535),
     Flag("host", "Address to serve it on; one that others can reach needs --auth.", default="127.0.0.1"),
     Flag("auth", f"Ask visitors for a password: user:password is taken from ${AUTH}, or asked for here.", kind=bool),
@@ -192,7 +194,7 @@ def _print_help() -> None:
     print_flags_help(
         "demo <run or model> [<run or model> ...] [--flag value ...]",
         "A page with two tabs, summarise and question answering: one prompt, the answers of all models side by side. "
-        "It is served to this machine alone, asks no other machine for anything, and ends with Ctrl-C.",
+        "It is served to this machine only, connects to no other machine, and ends with Ctrl-C.",
         FLAGS,
     )
 
@@ -217,7 +219,7 @@ def _find(
 
 
 def _without_secret(arguments: list[str]) -> list[str]:
-    """The arguments; refused, and not shown, if a password stands behind --auth.
+    """The arguments; rejected, and not shown, if a password follows --auth.
 
     Raises:
         ConfigError: it does.
@@ -236,7 +238,7 @@ def _address_problems(host: str, port: int, *, protected: bool) -> Iterator[str]
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
-        yield f"--host {clean(host)} is not an address: give 127.0.0.1, which is this machine alone"
+        yield f"--host {clean(host)} is not an address: give 127.0.0.1, which is this machine only"
         return
     if not address.is_loopback and not protected:
         yield f"--host {host} lets other machines in: add --auth, so that they need a password, or leave --host out"
@@ -250,7 +252,7 @@ def _address_problems(host: str, port: int, *, protected: bool) -> Iterator[str]
 
 
 def _free_port(port: int) -> int:
-    """A port near this one that nobody listens on."""
+    """A free port near this one."""
     for other in range(port + 1, min(port + 50, 65536)):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", other)):
@@ -296,7 +298,7 @@ def _serve(models: list[Trained], reward: Trained | None, host: str, port: int, 
     scored = short_names([clean(reward.word, 200)])[0] if reward is not None else None
     page = open_page(panels, scored, host, port, auth)
     screen.print(
-        f"serving http://{host}:{port} to {'this machine alone' if auth is None else 'whoever has the password'}"
+        f"serving http://{host}:{port} to {'this machine only' if auth is None else 'everyone who has the password'}"
     )
     screen.print("Ctrl-C ends it")
     try:

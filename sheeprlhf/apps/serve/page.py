@@ -1,4 +1,4 @@
-"""The page of `demo`: two tabs, the models' answers side by side. All that models write stands in plain text boxes."""
+"""The page of `demo`: two tabs, the models' answers side by side. All text of models is shown in plain text boxes."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -48,7 +48,7 @@ def build_page(panels: list[Panel], *, scored: str | None, max_new_tokens: int =
     Args:
         panels: one a tab, of the same models.
         scored: name of the reward model, if there is one.
-        max_new_tokens: where the slider stands.
+        max_new_tokens: initial value of the slider.
     """
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=False) as page:
         gr.HTML(_ABOUT, elem_id="title")

@@ -41,7 +41,7 @@ class RewardModelAccuracy(NamedTuple):
         low, high = self.interval
         return (
             f"warning: the reward model is right in {self.accuracy:.1%} of {self.pairs:,} held-out pairs ({low:.1%} to "
-            f"{high:.1%}), as a coin may be: scores and win rates that it gives mean nothing"
+            f"{high:.1%}), no better than chance: its scores and win rates mean nothing"
         )
 
 
@@ -89,7 +89,7 @@ class Judge:
         if not self._terms:
             return None
         if len(self._terms) > 1 or reads_chat(self._cfg):
-            self._job.say("the accuracy on pairs is measured for one reward model with reward.template=plain alone")
+            self._job.say("the accuracy on pairs is measured for one reward model with reward.template=plain only")
             return None
         cfg, task, [term] = self._cfg, self._cfg.task, self._terms
         try:

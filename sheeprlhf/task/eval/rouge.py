@@ -1,4 +1,4 @@
-"""ROUGE: how much wording generated responses share with the references, beside what trivial answers get.
+"""ROUGE: how much wording generated responses share with the references, next to what trivial answers get.
 
 Every row's response is written once, in batches of prompts of similar length that are dealt to all devices; the text
 depends neither on the batches nor on the devices. Scores are means over rows of rouge-score's F-measures, times 100,
@@ -36,7 +36,7 @@ ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
-    """All ranks: generate, score, print the scores and save them as JSON, with the generations beside it."""
+    """All ranks: generate, score, print the scores and save them as JSON, with the generations next to it."""
     task = cfg.task
     assert isinstance(task, RougeConfig)
     job = Evaluation(fabric, cfg)

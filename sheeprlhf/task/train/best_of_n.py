@@ -1,7 +1,7 @@
 """Rejection sampling (arXiv 2112.09332, 2203.02155; Llama 2, 2307.09288, sec. 3.2): of n responses the best one.
 
 No model is trained: the best response to each prompt becomes a row of a dataset for `task=sft`. The dataset is a
-function of weights, data, reward and seed: a run that was killed goes on after its last rollout and ends in the same
+function of weights, data, reward and seed: a run that was killed continues after its last rollout and ends in the same
 bytes.
 """
 
@@ -266,7 +266,7 @@ def _write(writer: RowWriter, split: str, number: int, rows: list[dict[str, Any]
         writer.write(split, number, rows)
     except OSError as error:
         raise CheckpointError(
-            f"the best responses cannot be written: {error}; free space, then go on with resume=true"
+            f"the best responses cannot be written: {error}; free space, then continue with resume=true"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 The loss of an optimizer step is the mean over its prompts, of all rows of the step and all devices; a prompt with more
 than two ranked responses gives the mean over its pairs. The reference is the policy before its first step: its
-log-probabilities are computed once and kept beside the data.
+log-probabilities are computed once and kept with the data.
 """
 
 from functools import partial

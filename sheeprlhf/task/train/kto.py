@@ -5,7 +5,7 @@ judged against what the policy has moved on average: the KL estimate z0 of eq. 7
 other rows. Here z0 is the mean over the same rows, of all devices, computed by the policy as it is before the step and
 without dropout, so that neither micro-batches nor the number of devices change it. Which row lends its response is
 fixed (see `data.mismatch`). The reference is the policy before its first step: its log-probabilities of both kinds of
-pairs are computed once and kept beside the data.
+pairs are computed once and kept with the data.
 """
 
 from collections.abc import Iterable

@@ -27,7 +27,7 @@ def ranked_pairs(rollout: Rollout) -> Rollout | None:
     """Return the best and the worst response of every prompt whose scores differ, best first; None if there is none.
 
     Of responses with equal scores the first counts. Two that are the same text never have different scores, unless the
-    reward is random: then they are no pair either.
+    reward is random: then they do not form a pair.
     """
     rows, tokens = [], []
     for number, (row, scores) in enumerate(zip(rollout.rows, rollout.scores, strict=True)):

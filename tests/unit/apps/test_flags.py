@@ -70,5 +70,5 @@ def test_all_mistakes_at_once():
 def test_a_secret_is_refused_and_not_shown(words):
     with pytest.raises(ConfigError) as error:
         read(*words.split())
-    assert "credentials never go on the command line" in str(error.value)
+    assert "HF_TOKEN" in str(error.value)
     assert "hf_sesame" not in str(error.value)

@@ -77,7 +77,7 @@ def test_a_failing_stage_ends_it_and_the_command_goes_on_there(small, pretended,
     printed = capsys.readouterr().out
     assert "[3/4] dpo: failed with exit code 3 after 0 s" in printed
     again = f"pipeline --config-dir={tmp_path}/own experiment=small seed=5 dpo.task.beta=0.3 resume_from={folder}"
-    assert f"to go on: python sheeprlhf.py {again}\n" in printed
+    assert f": python sheeprlhf.py {again}\n" in printed
     assert pretended.stages() == ["sft", "rm", "dpo"]
     pretended.codes = {}
     assert pipeline(*again.split()[1:]) == 0

@@ -117,7 +117,7 @@ BAD = [
     ("train task=sft fabric.strategy=deepspeed", ["fabric.strategy=fsdp2"]),
     ("train task=sft fabric.devices=two", ["fabric.devices=two", "auto"]),
     ("train task=sft fabric.devices=0", ["fabric.devices=0", "give a number"]),
-    ("train task=sft fabric.devices='0,1'", ["which a CPU has not"]),
+    ("train task=sft fabric.devices='0,1'", ["number of processes"]),
     ("train task=sft fabric.strategy=dpp", ["fabric.strategy=ddp"]),
     ("train task=ppo fabric.strategy=fsdp2", ["task=sft", "fabric.strategy=ddp"]),
     ("eval task=perplexity fabric.strategy=fsdp2", ["task=perplexity", "fabric.strategy=ddp"]),

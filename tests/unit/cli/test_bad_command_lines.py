@@ -56,7 +56,7 @@ def test_a_secret_on_the_command_line_is_refused_by_name_and_never_repeated(
     printed = capsys.readouterr()
     assert stop.value.code == 2
     assert word.split("=")[0].lstrip("+") in printed.err
-    assert "credentials never go on the command line" in printed.err
+    assert "HF_TOKEN" in printed.err
     assert secret not in printed.err + printed.out
     assert list(tmp_path.iterdir()) == []
 

@@ -207,7 +207,7 @@ def test_a_stop_string_beside_a_special_token(string: str) -> None:
     with pytest.raises(ConfigError) as error:
         StopStrings(["it's", string], tokenizer)
     message = str(error.value)
-    place = message.rindex("alone, ") + len("alone, ")
+    place = message.rindex("only, ") + len("only, ")
     [word] = parse_args(shlex.split(message[place:])).overrides
     assert read(word) == ["it's", "<end_of_turn>"]
     StopStrings(read(word), tokenizer)
