@@ -24,7 +24,7 @@ import sheeprlhf
 from sheeprlhf.apps.arguments import ParsedArgs, parse_args
 from sheeprlhf.apps.child_process import Children, children
 from sheeprlhf.apps.terminal import Screen, is_number
-from sheeprlhf.config.compose import Source, check, compose_job, configs_directory
+from sheeprlhf.config.compose import Source, compose_jobs, configs_directory
 from sheeprlhf.config.pipeline import Stage, stages_of
 from sheeprlhf.config.registry import NOT_IN_HASH, config_to_dict
 from sheeprlhf.config.run_lookup import next_order, order_of
@@ -340,14 +340,13 @@ def check_stages(stages: list[Stage], flags: list[str]) -> None:
         for stage in stages:
             args = parse_args([*flags, *stage.placed(folders)[1:]])
             source = Source(stage.verb, configs_directory(), stage.verb, args.values.get("--config-dir"))
-            sweep = "--multirun" in args.flags
-            problems = check(source, args.overrides, multirun=sweep)
+            jobs, problems = compose_jobs(source, args.overrides, multirun="--multirun" in args.flags)
             failed = [folder for folder in folders.values() if not Path(folder).exists()]
             for problem in problems:
                 if not any(folder in problem for folder in failed if folder != folders[stage.name]):
                     having.setdefault(problem, []).append(stage.name)
             if stage.verb == "train" and not problems:
-                _write_placeholder_run(Path(folders[stage.name]), compose_job(source, args.overrides).config)
+                _write_placeholder_run(Path(folders[stage.name]), jobs[0].config)
     if having:
         raise ConfigError(*(f"{', '.join(names)}: {problem}" for problem, names in having.items()))
 

@@ -91,7 +91,7 @@ def check(source: Source, overrides: list[str], *, multirun: bool = False, compl
 
     With `complete=False`, to show a configuration, values may be missing and combinations impossible.
     """
-    return _compose_jobs(source, overrides, multirun, complete)[1]
+    return compose_jobs(source, overrides, multirun=multirun, complete=complete)[1]
 
 
 def compose_job(source: Source, overrides: list[str]) -> Job:
@@ -100,13 +100,16 @@ def compose_job(source: Source, overrides: list[str]) -> Job:
     Raises:
         ConfigError: with every problem.
     """
-    jobs, problems = _compose_jobs(source, overrides, multirun=False, complete=True)
+    jobs, problems = compose_jobs(source, overrides)
     if problems:
         raise ConfigError(*problems)
     return jobs[0]
 
 
-def _compose_jobs(source: Source, overrides: list[str], multirun: bool, complete: bool) -> tuple[list[Job], list[str]]:
+def compose_jobs(
+    source: Source, overrides: list[str], *, multirun: bool = False, complete: bool = True
+) -> tuple[list[Job], list[str]]:
+    """The valid jobs of a command line, several if it is a sweep, and the problems that `check` returns."""
     parsed, problems = readable(overrides)
     problems += sweep_problems(parsed) if multirun else []
     jobs = []

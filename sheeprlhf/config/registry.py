@@ -117,6 +117,7 @@ def register_configs() -> None:
 def _register(*found: tuple[str, str, type[Config]]) -> None:
     """The same once for the same classes: it takes a tenth of a second."""
     store = ConfigStore.instance()
+    setattr(ConfigStore, "__deepcopy__", lambda store, memo: store)  # noqa: B010  # for each composition Hydra copies all
     for verb, root in ROOTS.items():
         store.store(name=f"{verb}_schema", node=root)
     for group, name, cls in found:

@@ -14,7 +14,7 @@ ModelFolder = Callable[..., Path]
 TIMEOUT = 20  # seconds; the machine that tests run on may be busy
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # test_sft.py has an end of one of two processes, tests/unit/engine/test_ranks.py what is reported
 def test_a_cut_link_ends_both_and_names_the_missing(tmp_path: Path, model_folder: ModelFolder) -> None:
     """The second machine has run directories of its own, so the first one says what that means."""
     runs = tmp_path / "runs"

@@ -31,6 +31,7 @@ from sheeprlhf import (
     sample,
     train,
 )
+from sheeprlhf.apps.child_process import Children
 from sheeprlhf.engine.rundir import is_finished
 from sheeprlhf.utils.errors import ConfigError, DataError, SheepError
 from tests.support.runs import train_words, write_pairs, write_rows
@@ -118,9 +119,15 @@ def test_a_job_on_several_devices_has_processes_of_its_own(tmp_path: Path, model
     options = words(tmp_path, model_folder(), "fabric.devices=2")
     run = train(options)
     assert [step for step, _ in run.metrics["train/loss"]] == [1, 2]
-    (tmp_path / "rows.jsonl").write_text("{]\n")
-    with pytest.raises(SheepError):
-        train(options)
+
+
+def test_a_job_whose_processes_fail_is_an_error(
+    tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`test_two_processes.py` tests the exit code of the processes."""
+    monkeypatch.setattr(Children, "run", lambda self, words, output=None: 2)
+    with pytest.raises(SheepError, match="exit code 2"):
+        train(words(tmp_path, model_folder(), "fabric.devices=2"))
 
 
 def test_samples_depend_on_the_seed_and_match_the_policy(model_folder: ModelFolder) -> None:

@@ -49,9 +49,12 @@ def install(wheel: Path, folder: Path) -> Path:
     return folder / "bin"
 
 
+KEPT = ("HOME", "TMPDIR", "LANG", "OMP_NUM_THREADS", "PYTHONPYCACHEPREFIX")
+
+
 def clean_environment(folder: Path) -> dict[str, str]:
     """Of the tests' own environment, nothing that leads to the checkout."""
-    kept = {name: os.environ[name] for name in ("HOME", "TMPDIR", "LANG", "OMP_NUM_THREADS") if name in os.environ}
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
     path = os.pathsep.join([str(folder / "bin"), "/usr/bin", "/bin"])
     return kept | {"PATH": path, "HF_HUB_OFFLINE": "1", "SHEEPRLHF_CACHE": str(folder / "cache")}
 

@@ -32,8 +32,8 @@ VARIANTS = {
     "labels, lora with dropout": ("kto", LORA),
 }
 
-PLAIN = ("full", "ppo, lora")
-NIGHTLY = ("lora with dropout", "reward model", "preferences", "rloo", "labels")
+PLAIN = ("full", "ppo")
+NIGHTLY = ("lora with dropout", "reward model", "preferences", "ppo, lora", "grpo, lora", "rloo", "labels")
 KL = ",objective/kl_coeff,"
 
 

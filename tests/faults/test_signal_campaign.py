@@ -37,7 +37,6 @@ KINDS = {
     "SIGXCPU": signal.SIGXCPU,
     "SIGUSR2": signal.SIGUSR2,
 }
-SAMPLE = 4  # kinds in the slow test
 SCENARIOS = {  # the task's more words, and the optimizer steps between moments at which it can be saved
     "sft": (LORA, 1),
     "dpo": (["model.finetune_mode=ALL"], 1),
@@ -250,14 +249,6 @@ def campaign(server: JobServer, tmp_path: Path, model: Path, numbers: range, see
         parts[task].run(block)
         print(f"{task}, up to signal {first + BLOCK}, seed {seed}: {tally}", flush=True)
     return tally
-
-
-@pytest.mark.slow
-def test_signals_at_random_moments(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
-    seed = int(os.environ.get("SEED", "7"))
-    tally = campaign(server, tmp_path, model_folder(), range(SAMPLE), seed)
-    assert tally.kinds == dict.fromkeys(list(KINDS)[:SAMPLE], 1)
-    assert tally.faults() == (0, 0, 0, 0)
 
 
 @pytest.mark.nightly

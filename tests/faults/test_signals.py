@@ -67,7 +67,7 @@ def signalled(server: JobServer, whole: Whole, tmp_path: Path, signum: int, step
     [
         (signal.SIGTERM, 143),
         (signal.SIGINT, 130),
-        pytest.param(signal.SIGQUIT, 131, marks=pytest.mark.slow),
+        pytest.param(signal.SIGQUIT, 131, marks=pytest.mark.nightly),
     ],
 )
 def test_a_signal_saves_and_stops(signum: int, code: int, server: JobServer, whole: Whole, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_log_probabilities_equal_those_of_rows_alone(architecture: str, model_fo
             policy_of(model_folder(architecture), batching="packed")
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.nightly)])
 def test_attention_by_choice_is_padded(attention: str, model_folder: ModelFolder) -> None:
     cfg = ModelConfig(config_name="auto", repo_name=str(model_folder()), attn_implementation=attention)
     lines: list[str] = []

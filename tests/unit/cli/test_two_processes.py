@@ -135,18 +135,18 @@ def test_processes_of_a_launcher_train_together(launcher, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_finished_ends_on_all_ranks(tmp_path, monkeypatch):
+def test_a_run_that_is_finished_ends_on_all_ranks(tmp_path, monkeypatch, server):
     """Rank one must not wait for the first, which has nothing to do."""
     words = ["task=sft", f"hydra.run.dir={tmp_path}/it"]
-    prepare(tmp_path)
     monkeypatch.setattr(SFTConfig, "entry_point", "stub_task:train")
     monkeypatch.setitem(sys.modules, "stub_task", SimpleNamespace(train=lambda fabric, config, run_dir: None))
     run(["train", *words])
     info = json.loads((tmp_path / "it" / "run.json").read_text())
     (tmp_path / "it" / "run.json").write_text(json.dumps(info | {"status": "finished"}))
-    codes, outputs = launch(tmp_path, "srun", "train", *words, "resume=true")
-    assert codes == [0, 0], outputs
-    assert recorded(tmp_path) == []
+    job = server.start_ranks(["train", *words, "resume=true"], tmp_path / "log", 2)
+    assert job.wait() == 0, job.texts()
+    assert [rank.poll() for rank in job.ranks] == [0, 0]
+    assert "starting at step" not in job.texts()
 
 
 REJECTED = (

@@ -201,7 +201,7 @@ def die_at(call: int) -> None:
 
 @pytest.mark.slow
 def test_a_kill_at_any_step_leaves_no_torn_cache(tmp_path: Path) -> None:
-    tokenizer, cfg = byte_tokenizer(), local(tmp_path, rows(2100), validation_split=0.1)
+    tokenizer, cfg = byte_tokenizer(), local(tmp_path, rows(1100), validation_split=0.1)
     reference = prepare(local(tmp_path, validation_split=0.1, train_file=cfg.train_file), tokenizer)
     expected = {path.name: path.read_bytes() for path in reference.folder.iterdir()}
     parent = tmp_path / "killed" / "data"

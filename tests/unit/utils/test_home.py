@@ -131,6 +131,7 @@ def test_a_user_without_a_name_trains(tmp_path: Path) -> None:
                 "PATH": os.environ["PATH"],
                 "PYTHONPATH": str(PACKAGE.parent),
                 "SHEEPRLHF_CACHE": str(place / "cache"),
+                "PYTHONPYCACHEPREFIX": os.environ.get("PYTHONPYCACHEPREFIX", ""),
             },
             cwd=place,
             capture_output=True,

@@ -16,7 +16,6 @@ print([name for name in ("lightning.pytorch", "torchmetrics", "matplotlib") if n
 """
 AFTERWARDS = (
     "import lightning as l; print(l.__version__[0] == '2' and l.Fabric is Fabric, l.Trainer.__name__)",
-    "from lightning import Trainer, fabric; print(fabric.Fabric is Fabric, Trainer.__name__)",
     "import lightning.pytorch as p; print(p.utilities.rank_zero_only.rank == 0, p.Trainer.__name__)",
     "import torchmetrics; print(torchmetrics.MeanMetric is not None, 'Trainer')",
 )
