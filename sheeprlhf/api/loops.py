@@ -190,7 +190,7 @@ def sample(
             undefined_U=policy.undefined_U,
         )
     decode = ResponseDecoder(tokenizer)
-    examples = [row._replace(responses=one.responses) for row, one in zip(rows, sampled, strict=True)]
+    examples = [row._replace(responses=one.responses, trained=None) for row, one in zip(rows, sampled, strict=True)]
     texts = [[decode(ids.tolist()) for ids in one.responses] for one in sampled]
     logprobs = np.concatenate([values for one in sampled for values in one.logprobs])
     return Samples(examples, texts, torch.from_numpy(logprobs).to(next(policy.parameters()).device))

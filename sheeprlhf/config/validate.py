@@ -409,6 +409,10 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         starts_elsewhere = config.task.sft_experiment_dir is not None
     if config.model.freeze_transformer and starts_elsewhere and config.task.trains != "reward model":
         yield unread("model.freeze_transformer=true", f"by task={name}", "model.finetune_mode=LORA")
+    if config.data.reasoning == "mask" and config.task.trains == "reward model":
+        yield unread("data.reasoning=mask", f"by task={name}, which scores whole responses", "data.reasoning=remove")
+    if config.data.reasoning == "mask" and not getattr(config.task, "completion_only_loss", True):
+        yield "data.reasoning=mask and task.completion_only_loss=false, which learns all tokens, contradict: give one"
     if config.model.neftune_alpha is not None and not isinstance(config.task, SFTConfig):
         yield unread(f"model.neftune_alpha={config.model.neftune_alpha:g}", f"by task={name}")
     optim, warmup = config.optim, config.task.lr_warmup_ratio

@@ -8,7 +8,7 @@ conversation with the tokenizer's own chat template, and compared with the rende
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from os.path import commonprefix
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.data.messages import (
@@ -20,8 +20,11 @@ from sheeprlhf.data.messages import (
     plain_message,
     read_messages,
     read_tools,
+    reasoning_spans,
     same_message,
     strings_of,
+    without_reasoning,
+    without_reasoning_of,
 )
 from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, number, printable
 from sheeprlhf.utils.chat_templates import check_has_template
@@ -60,6 +63,9 @@ class ConversationExample(NamedTuple):
     label: Any = None
     unused: tuple[str, ...] = ()
     own_turns: int = 0
+
+
+AnyExample = TypeVar("AnyExample", PreferenceExample, ConversationExample)
 
 
 def has_messages(row: Mapping[str, Any]) -> bool:
@@ -114,32 +120,66 @@ def read_conversation(row: Mapping[str, Any], *, as_prompt: bool = False) -> Con
     return example._replace(context=context, tools=tools, label=row.get("label"), margin=margin, unused=tuple(unused))
 
 
-def each_answer(example: ConversationExample) -> list[ConversationExample]:
+def each_answer(example: ConversationExample, *, marked: bool) -> list[ConversationExample]:
     """An example for each answer to learn of a conversation, in their order; the example itself if there is only one.
 
     Each has the messages before its answer as context, and those behind it as `following`.
+
+    Args:
+        example: the conversation.
+        marked: learn the answers that the row marks as ones to learn; else all that it does not mark otherwise.
+
+    Raises:
+        DropRowError: no answer is marked.
     """
     if example.response is None or example.chosen is not None or example.ranked is not None:
         return [example]
     messages = (*example.context, example.response, *example.following)
-    first, last = len(example.context) - example.own_turns, len(example.context)
-    earlier = [
-        example._replace(
-            context=messages[:index], response=messages[index], following=messages[index + 1 :], unused=(), own_turns=0
-        )
-        for index in range(max(first, 1), last)
-        if is_answer(messages[index]) and is_trained(messages[index]) is not False
+    last = len(example.context)
+    chosen = [
+        index
+        for index in range(max(last - example.own_turns, 1), last + 1)
+        if is_answer(messages[index]) and is_trained(messages[index]) in ((True,) if marked else (True, None))
     ]
-    return [*earlier, example]
+    if not chosen:
+        raise DropRowError("no_trained_message")
+    return [
+        example._replace(
+            context=messages[:index], response=messages[index], following=messages[index + 1 :], own_turns=0
+        )
+        for index in chosen
+    ]
+
+
+def remove_reasoning(example: AnyExample) -> AnyExample:
+    """An example without the reasoning of its answers; those in the context of a conversation included."""
+    answers: dict[str, Any] = {}
+    for name in ("response", "chosen", "rejected", "ranked", "context", "following"):
+        value = getattr(example, name, None)
+        if isinstance(value, str):
+            answers[name] = without_reasoning(value)
+        elif isinstance(value, dict):
+            answers[name] = without_reasoning_of(value)
+        elif isinstance(value, tuple):
+            answers[name] = tuple(
+                without_reasoning(one) if isinstance(one, str) else without_reasoning_of(one) for one in value
+            )
+    return example._replace(**answers)
 
 
 def render_example(
-    example: ConversationExample, tokenizer: Any, template_args: Mapping[str, Any] | None
+    example: ConversationExample, tokenizer: Any, template_args: Mapping[str, Any] | None, *, masked: bool = False
 ) -> TemplatedExample:
     """The texts of a conversation, written by the model's chat template.
 
     The prompt is the rendering of the context with the generation prompt. An answer is the part behind it in the
     rendering of context and answer, its end token included.
+
+    Args:
+        example: the conversation.
+        tokenizer: has the template.
+        template_args: variables of the template.
+        masked: the reasoning of answers will be looked for in their texts.
 
     Raises:
         DataError: the model has no template; the template rewrites what it wrote before, or does not write a part that
@@ -158,7 +198,16 @@ def render_example(
     unused += tuple(render.unwritten(example.context, prompt))
 
     def answer(message: Message | None, following: Sequence[Message] = ()) -> str | None:
-        return None if message is None else render.answer(example.context, message, following, prompt)
+        if message is None:
+            return None
+        written = render.answer(example.context, message, following, prompt)
+        keys = [key for key in REASONING_KEYS if message.get(key) and message[key].strip() in written]
+        if masked and keys and not reasoning_spans(written):
+            raise DataError(
+                f"the model's chat template does not write key '{keys[0]}' of a message between <think> and </think>, "
+                "where data.reasoning=mask looks for it; give data.reasoning=train or remove"
+            )
+        return written
 
     earlier = sum(is_answer(message) and is_trained(message) is not False for message in example.context)
     return TemplatedExample(

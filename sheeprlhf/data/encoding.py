@@ -5,6 +5,7 @@ begins with a space that the text does not have. It encodes responses behind the
 prompt and response apart: no merge crosses the border, and what is sampled after a prompt has the prompt's own ids.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -48,6 +49,24 @@ def decode(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[str]:
     if backend is not None:
         return backend.decode_batch([list(row) for row in ids], skip_special_tokens=False)
     return tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def token_index(tokenizer: Any, before: Sequence[int], ids: Sequence[int], place: int) -> int:
+    """The first of the tokens `ids` that begins at character `place` of their text or later.
+
+    Args:
+        tokenizer: made the ids.
+        before: tokens in front of them, which decide whether a decoder writes a space.
+        ids: tokens. All tokens of one character begin with it.
+        place: in the text that `ids` add to `before`.
+    """
+    context = list(before[-8:])
+
+    def begin(number: int) -> int:
+        return len(decode(tokenizer, [[*context, *ids[:number]]])[0].rstrip("\ufffd")) - start
+
+    start = len(decode(tokenizer, [context])[0])
+    return bisect_left(range(len(ids)), place, key=begin)
 
 
 def writes_prefix_space(tokenizer: Any) -> bool:

@@ -34,6 +34,7 @@ class PreferenceExample(NamedTuple):
         label: whether `response` is desirable, as the row's column has it; only tasks of unpaired data look at it.
         unused: names of the parts of the row that nothing reads.
         untrained: answers of earlier turns, which are part of the prompt.
+        turns: of a conversation, what follows `response`: text that is not learned and an answer to learn, in turn.
     """
 
     prompt: str
@@ -45,6 +46,7 @@ class PreferenceExample(NamedTuple):
     label: Any = None
     unused: tuple[str, ...] = ()
     untrained: int = 0
+    turns: tuple[str, ...] = ()
 
 
 class Example(NamedTuple):
@@ -58,6 +60,7 @@ class Example(NamedTuple):
         margin: how far apart the scores of two neighbours should be at least.
         desirable: False for a response of unpaired data that is to become less likely.
         columns: columns of the row's file that reward functions get; None if they get none.
+        trained: (R_1 + ... + R_K,) bool, the tokens of the responses that count in a loss over tokens; None: all.
     """
 
     row_id: int
@@ -66,10 +69,17 @@ class Example(NamedTuple):
     margin: float = 0.0
     desirable: bool = True
     columns: Mapping[str, Any] | None = None
+    trained: np.ndarray | None = None
 
     def num_tokens(self) -> int:
         """Tokens computed for this row when the prompt is shared."""
         return len(self.prompt_ids) + sum(len(r) for r in self.responses)
+
+    def masks(self) -> list[np.ndarray]:
+        """(R_k,) bool for each response: the tokens that count in a loss over tokens."""
+        if self.trained is None:
+            return [np.ones(len(r), dtype=bool) for r in self.responses]
+        return np.split(self.trained, np.cumsum([len(r) for r in self.responses])[:-1])
 
 
 class Batch(NamedTuple):
@@ -88,7 +98,7 @@ class Batch(NamedTuple):
         logit_index_N: (N,) int64, which of the R head outputs is target n's.
         target_ids_N: (N,) int64.
         response_index_N: (N,) int64, which response target n belongs to, counted over the whole batch.
-        response_lengths: tokens of each of the S responses, on the host.
+        response_lengths: tokens of each of the S responses that are predicted or can be scored, on the host.
         pairs_P2: (P, 2) int64, the (better, worse) responses of all pairs of a row, which has its responses best first.
         pair_weights_P: (P,) float32, 1 / number of pairs of the row.
         margins_P: (P,) float32, how far apart the scores of the two should be at least.
@@ -121,8 +131,9 @@ def collate_packed(examples: Sequence[Example], *, targets: str = "response") ->
 
     Args:
         examples: the rows, at least one.
-        targets: "response": the response's tokens are predicted; "all": the prompt's too (from its second on);
-            "scores": a score is read at each of the response's tokens; "last": at the last one only.
+        targets: "response": the response's tokens are predicted, as far as `Example.trained` says; "all": all tokens
+            of the row (from the second on); "scores": a score is read at each of the response's tokens; "last": at the
+            last one only.
 
     Returns:
         A batch with `layout`, input_ids (1, T).
@@ -217,6 +228,7 @@ def _batch(
     sources: list[np.ndarray] = []
     target_ids: list[np.ndarray] = []
     owners: list[int] = []  # the response that each piece of `target_ids` belongs to
+    lengths: list[int] = []
     index = 0
     for example in examples:
         num_prompt = len(example.prompt_ids)
@@ -224,7 +236,7 @@ def _batch(
             sources.append(prompt_at[index] + np.arange(num_prompt - 1))
             target_ids.append(example.prompt_ids[1:])
             owners.append(index)
-        for response in example.responses:
+        for response, trained in zip(example.responses, example.masks(), strict=True):
             if not len(response):  # its place would shift the targets of the rows behind it
                 raise DataError(f"row {example.row_id} has no token to train on: its response is empty; drop the row")
             own = response_at[index] + np.arange(len(response))
@@ -232,6 +244,9 @@ def _batch(
             target_ids.append(response)
             if targets == "last":
                 sources[-1], target_ids[-1] = own[-1:], response[-1:]
+            elif targets == "response":
+                sources[-1], target_ids[-1] = sources[-1][trained], response[trained]
+            lengths.append(int(trained.sum()) if targets == "response" else len(response))
             owners.append(index)
             index += 1
     pairs, weights, margins = _pairs(examples)
@@ -246,7 +261,7 @@ def _batch(
         logit_index_N=_int64(logit_index_N),
         target_ids_N=_int64(np.concatenate(target_ids)),
         response_index_N=_int64(np.repeat(owners, [len(piece) for piece in target_ids])),
-        response_lengths=tuple(len(response) for example in examples for response in example.responses),
+        response_lengths=tuple(lengths),
         pairs_P2=_int64(pairs),
         pair_weights_P=torch.tensor(weights),
         margins_P=torch.tensor(margins),

@@ -23,6 +23,7 @@ ROLES = {  # other names, in any letter case -> the role that chat templates kno
     **dict.fromkeys(("gpt", "chatgpt", "bot", "ai", "model", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response", "ipython"), "tool"),
 }
+_REASONING = re.compile(r"<think>.*?(?:</think>\s*|\Z)|\A(?:(?!<think>).)*?</think>\s*", re.DOTALL)
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")
 _MARKS = ("weight", "train", "loss")  # whether a message is learned
 _UNKNOWN_MARKS = ("train_detail", "mask", "masked", "loss_mask", "loss_weight", "trainable", "training")
@@ -95,6 +96,30 @@ def plain_message(message: Message) -> Message:
 def same_message(first: Message, second: Message) -> bool:
     """True if two messages have the same content."""
     return plain_message(first) == plain_message(second)
+
+
+def reasoning_spans(text: str) -> list[tuple[int, int]]:
+    """Start and end of each block of reasoning in a text, its tags and the white space behind it included.
+
+    A block without its end goes on to the end of the text; one without its start begins with the text, as a chat
+    template may have written `<think>` at the end of the prompt.
+    """
+    return [match.span() for match in _REASONING.finditer(text)]
+
+
+def without_reasoning(text: str) -> str:
+    """The text without its blocks of reasoning."""
+    return _REASONING.sub("", text)
+
+
+def without_reasoning_of(message: Message) -> Message:
+    """A message of the assistant without its reasoning; any other as it is."""
+    if not is_answer(message):
+        return message
+    kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+    if "content" not in kept and "tool_calls" in kept:
+        return kept
+    return kept | {"content": without_reasoning(kept.get("content", ""))}
 
 
 def strings_of(value: Any) -> Iterator[str]:

@@ -43,8 +43,9 @@ class MismatchedSplit(TokenizedSplit):
     def example(self, index: int) -> Example:
         """Row `index` with the response of its partner; its label stays its own."""
         own = super().example(index)
-        [response] = super().example(int(self.partners[index])).responses
-        return own._replace(responses=(response[: self.sizes[index, 1]],))
+        partner, length = super().example(int(self.partners[index])), self.sizes[index, 1]
+        trained = None if partner.trained is None else partner.trained[:length]
+        return own._replace(responses=(partner.responses[0][:length],), trained=trained)
 
 
 def mismatched_rows(prompts_N: np.ndarray) -> np.ndarray:

@@ -48,6 +48,7 @@ class SplitCount:
         self.unused: Counter[str] = Counter()
         self.untrained = 0
         self.further = 0
+        self.joined = 0
 
     def add(self, row: TokenRow, dropped: str | None, duplicate: bool) -> None:
         """Count one row; `dropped` is the reason why it is left out."""
@@ -75,6 +76,7 @@ class SplitCount:
         self.mismatches[row.mismatch] += 1
         self.unused.update(row.unused)
         self.untrained += row.untrained
+        self.joined += row.num_joined
 
     def report(self, split: TokenizedSplit | None) -> Report:
         """The split's part of the report.
@@ -105,6 +107,7 @@ class SplitCount:
             "response_mismatch_rows": self.mismatches["response"],
             "untrained_answers": self.untrained,
             "further_answers": self.further - self.further_texts,
+            "joined_answers": self.joined,
             "unused": dict(sorted(self.unused.items())),
         }
         if any(self.labels.values()):
@@ -120,7 +123,7 @@ def measure(split: TokenizedSplit | None) -> Report:
     responses, of_row = split.sizes[:, 1:][there], there.sum(axis=1, dtype=np.int64)
     return {
         "pairs": int((of_row * (of_row - 1) // 2).sum()),
-        "trained_tokens": int(responses.sum(dtype=np.int64)),
+        "trained_tokens": int(responses.sum(dtype=np.int64)) - split.num_untrained(),
         "tokens": {
             "prompt": _percentiles(split.sizes[:, 0]),
             **({"response": _percentiles(responses)} if len(responses) else {}),
@@ -222,6 +225,7 @@ def why_none_left(report: Report, native: set[str], cfg: DataConfig) -> str:
         "same_responses": f"give pairs that differ in their first data.max_length={cfg.max_length} tokens",
         "nul_character": "remove the NUL characters",
         "no_trained_message": "mark an assistant message as one to learn: weight 1 or train true",
+        "reasoning_alone": "set data.reasoning=train, or raise data.max_length",
         "equal_ranks": "rank the responses without ties",
         "more_than_one_answer": "chosen and rejected may differ in the last message only",
         "special_tokens_in_messages": "take the markers of the chat template out of the messages",
@@ -265,8 +269,9 @@ def render_report(report: Report) -> str:
         "templated_rows": "rows in the chat template",
         "text_rows": "texts without a prompt (all tokens are learned)",
         "text_parts": "further parts of longer texts (data.max_length)",
-        "untrained_answers": "assistant messages before the last (not trained on)",
-        "further_answers": "further answers of these rows, each an example (data.train_on=all)",
+        "untrained_answers": "assistant messages that are not trained on (data.train_on)",
+        "joined_answers": "further answers of these rows, in the same example",
+        "further_answers": "further answers of these rows, each an example of its own",
         "duplicates": "duplicate rows",
         "special_token_rows": "rows with special-token text",
         "prompt_mismatch_rows": "rows whose prompt is not what its tokens decode to",
@@ -345,8 +350,14 @@ def _column_lines(report: Report) -> list[str]:
 def notes_on_conversations(report: Report, cfg: DataConfig) -> list[str]:
     """Options for conversations that this data or this kind of task makes no use of."""
     notes = []
-    if cfg.train_on == "all" and report["kind"] != "sft":
-        notes.append("data.train_on=all is for task=sft; this task reads the last answer of a conversation")
+    if cfg.train_on != "last" and report["kind"] != "sft":
+        notes.append(f"data.train_on={cfg.train_on} is for task=sft; this task reads the last answer of a conversation")
+    if cfg.reasoning == "mask" and report["kind"] == "prompts":
+        notes.append("data.reasoning=mask is not used: the task samples its own responses")
+    elif cfg.reasoning == "mask":
+        notes.append("reasoning is part of the context and does not count in the loss (data.reasoning=mask)")
+    elif cfg.reasoning == "remove":
+        notes.append("reasoning is removed from all assistant messages and responses (data.reasoning=remove)")
     if cfg.template_args and not any(part["templated_rows"] for part in report["splits"].values()):
         notes.append("data.template_args is not used: no row went through the chat template")
     return notes

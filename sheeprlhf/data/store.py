@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
         ("margin", pa.float32()),
         ("desirable", pa.int8()),
         ("columns", pa.string()),
+        ("runs", pa.list_(pa.int32())),  # lengths of the runs of trained and untrained response tokens; empty: all
     ]
 )
 
@@ -49,6 +50,7 @@ class SplitWriter:
         margins = _column(np.array([row.margin for row in rows], np.float32), pa.float32())
         desirable = _column(np.array([all(row.desirable) for row in rows], np.int8), pa.int8())
         columns = [_column(numbers, pa.int64()), _lists(tokens), _lists(sizes), margins, desirable, _texts(rows)]
+        columns.append(_lists([_runs(row.trained) for row in rows]))
         self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
 
     def close(self) -> None:
@@ -62,10 +64,23 @@ def _singles(row: TokenRow) -> list[TokenRow]:
     if len(row.desirable) < 2:
         return [row]
     prompt, *responses = np.split(row.tokens, np.cumsum(row.sizes)[:-1])
+    masks = [None] * len(responses) if row.trained is None else np.split(row.trained, np.cumsum(row.sizes[1:])[:-1])
     return [
-        row._replace(tokens=np.concatenate([prompt, response]), sizes=(len(prompt), len(response)), desirable=(label,))
-        for response, label in zip(responses, row.desirable, strict=True)
+        row._replace(
+            tokens=np.concatenate([prompt, response]),
+            sizes=(len(prompt), len(response)),
+            desirable=(label,),
+            trained=trained,
+        )
+        for response, label, trained in zip(responses, row.desirable, masks, strict=True)
     ]
+
+
+def _runs(trained: np.ndarray | None) -> np.ndarray:
+    """Lengths of the runs of True and False in turn, the first of True; empty if there is no False."""
+    if trained is None or trained.all():
+        return np.empty(0, np.int32)
+    return np.diff(np.flatnonzero(np.diff(trained, prepend=True, append=not trained[-1])), prepend=0).astype(np.int32)
 
 
 def _lists(arrays: Sequence[np.ndarray]) -> pa.ListArray:
@@ -116,6 +131,8 @@ class TokenizedSplit:
         self._row_ids = [np.from_dlpack(chunk) for chunk in table["row_id"].chunks]
         self._margins = [np.from_dlpack(chunk) for chunk in table["margin"].chunks]
         self._columns = table["columns"].chunks
+        self._runs = [np.from_dlpack(chunk.values) for chunk in table["runs"].chunks]
+        self._run_offsets = [np.from_dlpack(chunk.offsets) for chunk in table["runs"].chunks]
         self.columns: tuple[str, ...] = ()
         self.desirable = np.concatenate([np.from_dlpack(chunk).astype(bool) for chunk in table["desirable"].chunks])
         self.sizes = self._stored_sizes = _matrix(table["sizes"], len(table))
@@ -125,6 +142,16 @@ class TokenizedSplit:
     def largest_id(self) -> int:
         """The largest token id; a negative one, as no tokenizer makes it, counts as the largest of 32 bits."""
         return max(int(tokens.view(np.uint32).max(initial=0)) for tokens in self._tokens)
+
+    def num_untrained(self) -> int:
+        """Tokens of all responses that count in no loss over tokens."""
+        total = 0
+        for runs, offsets in zip(self._runs, self._run_offsets, strict=True):
+            place = np.arange(len(runs)) - np.repeat(
+                offsets[:-1], np.diff(offsets).astype(np.int64)
+            )  # in the runs of its row
+            total += int(runs[place % 2 == 1].sum())
+        return total
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -140,7 +167,9 @@ class TokenizedSplit:
                 parts.append(self._tokens[chunk][start : start + size])
                 start += size
         number, margin = int(self._row_ids[chunk][row]), float(self._margins[chunk][row])
-        example = Example(number, parts[0], tuple(parts[1:]), margin, bool(self.desirable[index]))
+        runs = self._runs[chunk][self._run_offsets[chunk][row] : self._run_offsets[chunk][row + 1]]
+        trained = np.repeat(np.arange(len(runs)) % 2 == 0, runs) if len(runs) else None
+        example = Example(number, parts[0], tuple(parts[1:]), margin, bool(self.desirable[index]), trained=trained)
         if not self.columns:
             return example
         stored = decode_columns(self._columns[chunk][row].as_py())
@@ -158,6 +187,7 @@ class TokenizedSplit:
             margin=example.margin,
             desirable=(example.desirable,),
             columns=self._columns[chunk][row].as_py(),
+            trained=example.trained,
         )
 
     def _place(self, index: int) -> tuple[int, int]:

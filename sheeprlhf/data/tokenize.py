@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sheeprlhf.data.columns import encode_columns
-from sheeprlhf.data.conversation import ConversationExample, each_answer, raw_example, render_example
-from sheeprlhf.data.encoding import EncodedPair, PairEncoder, encode
+from sheeprlhf.data.conversation import ConversationExample, each_answer, raw_example, remove_reasoning, render_example
+from sheeprlhf.data.encoding import EncodedPair, PairEncoder, encode, token_index
 from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.data.labels import labelled
+from sheeprlhf.data.messages import is_answer, is_trained, reasoning_spans
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, column_advice
 from sheeprlhf.structure.data import DataConfig, LayoutDataConfig
-from sheeprlhf.utils.end_tokens import end_token_ids
+from sheeprlhf.utils.end_tokens import end_texts, end_token_ids
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.rendering import RefusedByTemplateError, check_template_args
 
@@ -47,6 +48,8 @@ class TokenRow(NamedTuple):
         untrained: answers of earlier turns, which are not learned.
         is_further: the row has another answer before this one, which is an example of its own, or another part of its
             text.
+        num_joined: answers to learn behind the first that are in the same response.
+        trained: as `Example.trained`.
         columns: columns that are stored with the tokens, as JSON text; empty if there are none.
         detail: of a row that is left out, its place and what is said of it.
     """
@@ -68,6 +71,8 @@ class TokenRow(NamedTuple):
     unused: tuple[str, ...] = ()
     untrained: int = 0
     is_further: bool = False
+    num_joined: int = 0
+    trained: np.ndarray | None = None
     columns: str = ""
     detail: str = ""
 
@@ -87,6 +92,7 @@ class _Pieces(NamedTuple):
     same: tuple[Any, ...]  # what equal rows have in common, before a chat template
     prompt: str
     responses: tuple[str, ...]
+    turns: tuple[str, ...]  # as `PreferenceExample.turns`
     templated: bool
     margin: float
     desirable: tuple[bool, ...]
@@ -150,6 +156,7 @@ class RowTokenizer:
         self.ids = SpecialIds(tokenizer)
         self._encode = PairEncoder(tokenizer)
         self._control_tokens: bool = getattr(cfg, "control_tokens", False)
+        self._end_texts = tuple(end_texts(tokenizer))
         self._learns_texts = kind == "sft" and isinstance(cfg, LayoutDataConfig)
 
     def __call__(self, rows: Sequence[Row]) -> list[TokenRow]:
@@ -161,7 +168,12 @@ class RowTokenizer:
             of = [piece for piece in kept if piece.templated is templated]
             texts = [piece.prompt for piece in of], [piece.responses for piece in of]
             encoded[templated] = iter(self._encode(*texts, control_tokens=templated or self._control_tokens))
-        made = [self._finish(p, next(encoded[p.templated])) if isinstance(p, _Pieces) else p for p in formatted]
+        made: list[TokenRow] = []
+        for p in formatted:
+            if isinstance(p, TokenRow):
+                made.append(p)
+            else:
+                made += self._finish_all(p, next(encoded[p.templated]))
         return [part for row in made for part in self._parts(row)]
 
     def _format(self, row: Row) -> list[_Pieces | TokenRow]:
@@ -191,13 +203,29 @@ class RowTokenizer:
     def _examples(self, row: Row) -> list[_Identified]:
         """The examples of a row: one, or none if it is not wanted, or one for each answer of a conversation."""
         example = self.format_row(row.values, self.tokenizer)
+        removes = self.cfg.reasoning == "remove"
         if not isinstance(example, ConversationExample):
-            return [] if example is None else [_Identified(example, example)]
-        every = self.kind == "sft" and self.cfg.train_on == "all"
-        wanted = each_answer(example) if every else [example]
-        rendered = [render_example(one, self.tokenizer, self.cfg.template_args) for one in wanted]
-        rendered = [one._replace(untrained=0) if every else one for one in rendered]
-        return [_Identified(raw_example(one), text) for one, text in zip(wanted, rendered, strict=True)]
+            return [] if example is None else [_Identified(example, remove_reasoning(example) if removes else example)]
+        several = self.kind == "sft" and self.cfg.train_on != "last"
+        identified = []
+        for one in each_answer(example, marked=self.cfg.train_on == "weights") if several else [example]:
+            text = render_example(
+                remove_reasoning(one) if removes else one,
+                self.tokenizer,
+                self.cfg.template_args,
+                masked=self.cfg.reasoning == "mask",
+            )
+            identified.append(_Identified(raw_example(one), text))
+        if not several:
+            return identified
+        answers = [one for one in (*example.context, example.response) if one is not None and is_answer(one)]
+        unmarked = sum(is_trained(one) is None for one in answers) if self.cfg.train_on == "weights" else 0
+        joined = _join_answers(identified, self._end_texts)
+        counts = [unmarked, *[0] * (len(joined) - 1)]
+        return [
+            one._replace(example=one.example._replace(untrained=count))
+            for one, count in zip(joined, counts, strict=True)
+        ]
 
     def _is_text(self, example: PreferenceExample) -> bool:
         """True if an example is a text without a prompt, which the task learns as a whole."""
@@ -220,6 +248,7 @@ class RowTokenizer:
             same=(raw.prompt, raw_responses, *desirable),
             prompt=example.prompt,
             responses=responses,
+            turns=example.turns,
             templated=isinstance(example, TemplatedExample),
             margin=example.margin,
             desirable=desirable,
@@ -252,8 +281,42 @@ class RowTokenizer:
         """True if two responses are the same text; a pair without a difference teaches nothing."""
         return self.cfg.remove_same_responses and len(set(responses)) < len(responses)
 
-    def _finish(self, pieces: _Pieces, ids: EncodedPair) -> TokenRow:
-        """Add BOS and the end token, cut what is too long and drop what is too short."""
+    def _finish_all(self, pieces: _Pieces, ids: EncodedPair) -> list[TokenRow]:
+        """The row of an example; that of a conversation is divided at its answers if it is too long."""
+        if not pieces.turns:
+            return [self._finish(pieces, ids)]
+        texts = [*pieces.responses, *pieces.turns]
+        behind = self._encode(texts[:-1], [[text] for text in texts[1:]], control_tokens=True)
+        parts = [*ids.responses, *(pair.responses[0] for pair in behind)]
+        mismatch = ids.mismatch or ("response" if any(pair.mismatch == "response" for pair in behind) else "")
+        whole = EncodedPair(ids.prompt, [[token for part in parts for token in part]], mismatch)
+        num_prompt, num_added = len(self.ids.bos) + len(ids.prompt), parts[-1][-1] not in self.ids.ends
+        room = self.cfg.max_length - num_prompt - num_added
+        if num_prompt <= self.cfg.max_prompt_length and len(whole.responses[0]) <= room:
+            return [self._finish(pieces, whole, tuple(map(len, parts)))]
+        rows = []
+        for number in range(0, len(parts), 2):
+            before = [token for part in (ids.prompt, *parts[:number]) for token in part]
+            one = pieces._replace(
+                prompt=pieces.prompt + "".join(texts[:number]),
+                responses=(texts[number],),
+                turns=(),
+                same=(*pieces.same, number),
+                is_further=pieces.is_further or number > 0,
+                unused=() if number else pieces.unused,
+                untrained=0 if number else pieces.untrained,
+            )
+            rows.append(self._finish(one, EncodedPair(before, [parts[number]], mismatch)))
+        return rows
+
+    def _finish(self, pieces: _Pieces, ids: EncodedPair, turns: tuple[int, ...] = ()) -> TokenRow:
+        """Add BOS and the end token, cut what is too long and drop what is too short.
+
+        Args:
+            pieces: the texts.
+            ids: their tokens.
+            turns: of a conversation with several answers, the tokens of each part of its response.
+        """
         row, shares = pieces.row, pieces.shares
         prompt, responses, mismatch = ids
         ends = [self.ids.eos] * len(responses)
@@ -284,6 +347,9 @@ class RowTokenizer:
             return pieces.dropped("too_short")
         if self._same([tuple(r) for r in cut_responses]):
             return pieces.dropped("same_responses")
+        masks = self._masks(pieces, prompt, cut_responses, turns)
+        if not all(mask.any() for mask in masks):
+            return pieces.dropped("reasoning_alone")
         try:
             columns = encode_columns(row.kept) if row.kept else ""
         except DataError as error:
@@ -308,8 +374,28 @@ class RowTokenizer:
             unused=pieces.unused,
             untrained=pieces.untrained,
             is_further=pieces.is_further,
+            num_joined=len(turns) // 2,
+            trained=np.concatenate(masks) if masks else None,
             columns=columns,
         )
+
+    def _masks(
+        self, pieces: _Pieces, prompt: list[int], responses: list[list[int]], turns: tuple[int, ...]
+    ) -> list[np.ndarray]:
+        """(R_k,) bool for each response: its tokens that count in the loss."""
+        masks = [np.ones(len(ids), dtype=bool) for ids in responses]
+        if turns:
+            masks[0][: sum(turns)] = np.repeat(np.arange(len(turns)) % 2 == 0, turns)
+        if self.cfg.reasoning != "mask" or self.kind == "prompts":
+            return masks
+        for mask, text, ids in zip(masks, pieces.responses, responses, strict=True):
+            starts = np.cumsum([0, *turns])[::2].tolist()
+            for start, answer in zip(starts, (text, *pieces.turns[1::2]), strict=False):
+                before, own = [*prompt, *ids[:start]], ids[start:]
+                for first, last in reasoning_spans(answer):
+                    begin = token_index(self.tokenizer, before, own, first)
+                    mask[start + begin : start + token_index(self.tokenizer, before, own, last)] = False
+        return masks
 
     def _parts(self, row: TokenRow) -> list[TokenRow]:
         """A text that is too long as several rows, each but the first behind the last token of the one before."""
@@ -364,6 +450,27 @@ class RowTokenizer:
             responses = [r[:room] for r in responses]
             cut.append("response")
         return prompt, responses, tuple(cut)
+
+
+def _join_answers(answers: Sequence[_Identified], ends: tuple[str, ...]) -> list[_Identified]:
+    """One example for the answers of a conversation that follow each other in the same text.
+
+    An answer is joined to the one before it if its prompt begins with that one's prompt and answer, and the template
+    ends that answer with one of the end tokens `ends`; otherwise it begins an example of its own.
+    """
+    joined: list[_Identified] = []
+    for one in answers:
+        if joined:
+            raw, example = joined[-1]
+            texts = (str(example.response), *example.turns)
+            written = example.prompt + "".join(texts)
+            if one.example.prompt.startswith(written) and texts[-1].endswith(ends):
+                turns = (*example.turns, one.example.prompt[len(written) :], str(one.example.response))
+                raw = raw._replace(response=f"{raw.response}{one.raw.prompt}{one.raw.response}")
+                joined[-1] = _Identified(raw, example._replace(turns=turns))
+                continue
+        joined.append(one)
+    return joined
 
 
 def split_shares(seed: int, prompt: str) -> tuple[float, float]:

@@ -139,7 +139,7 @@ def sample_on_all_ranks(
 def to_rollout(prompts: Sequence[Example], sampled: Sequence[Sampled]) -> Rollout:
     """Return sampled responses as a rollout with the sampler's log-probabilities ("sampled") and no score yet."""
     rows = tuple(
-        prompt._replace(responses=one.responses, margin=0.0, desirable=True)
+        prompt._replace(responses=one.responses, margin=0.0, desirable=True, trained=None)
         for prompt, one in zip(prompts, sampled, strict=True)
     )
     finished = np.array([one.finished for one in sampled])

@@ -57,8 +57,15 @@ class DataConfig(Config):
     remove_same_responses: bool = option(True, "Drop pairs whose chosen and rejected responses are equal.")
     train_on: str = option(
         "last",
-        "Answers of a conversation that task=sft learns: the last, or all. None that is marked with weight 0 counts.",
-        choices=("last", "all"),
+        "Answers of a conversation that task=sft learns: the last, all, or only those marked with weight 1. None that "
+        "is marked with weight 0 counts.",
+        choices=("last", "all", "weights"),
+    )
+    reasoning: str = option(
+        "train",
+        "Reasoning of answers (reasoning_content, or text between <think> and </think>): learn it, mask it (context "
+        "that does not count in the loss), or remove it.",
+        choices=("train", "mask", "remove"),
     )
     template_args: Any = option(
         None,

@@ -51,7 +51,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
         "rows": num_rows,
     }
     if task.completion_only_loss and fabric.is_global_zero:
-        ids = [example.responses[0].tolist() for example in split.examples(range(num_rows))]
+        ids = [example.responses[0][example.masks()[0]].tolist() for example in split.examples(range(num_rows))]
         numbers["characters"] = sum(map(len, map(ResponseDecoder(job.tokenizer), ids)))
         bits = float(nll_R.sum()) / math.log(2)
         numbers["bits_per_character"] = bits / max(1, numbers["characters"])

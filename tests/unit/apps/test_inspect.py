@@ -92,6 +92,15 @@ def test_the_mask_is_that_of_the_batch(num_responses: int) -> None:
         assert np.flatnonzero(last).tolist() == ends.tolist()
 
 
+@pytest.mark.parametrize("num_responses", [1, 2])
+def test_tokens_that_the_example_masks_are_not_marked(num_responses: int) -> None:
+    rng = np.random.default_rng(0)
+    for one in random_examples(20, num_responses):
+        mask = np.concatenate([np.append(rng.random(len(ids) - 1) < 0.5, True) for ids in one.responses])
+        marked = trained_tokens(collate_packed([one._replace(trained=mask)])).numpy()
+        assert marked.tolist() == [False] * len(one.prompt_ids) + mask.tolist()
+
+
 def test_a_mask_that_does_not_fit_its_tokens_is_a_bug() -> None:
     batch = collate_packed([example([1, 2, 3], [4, 5])])
     with pytest.raises(AssertionError, match="not the token at its place"):

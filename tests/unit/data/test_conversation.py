@@ -259,14 +259,57 @@ def test_all_answers_of_a_conversation(tmp_path: Path) -> None:
     prepared = prepare(local(tmp_path, rows, train_on="all", validation_split=0.5, split_seed=1), tokenizer)
     first = turn("user", "ask") + turn("assistant", "yes") + turn("user", "more")
     second = first + turn("assistant", "no") + turn("user", "more") + ASKED
-    whole = [(QUESTION, f"yes{END}"), (first + ASKED, f"no{END}"), (second, f"<think></think>well{END}")]
-    marked = [(first + ASKED, f"<think></think>no{END}")]
+    answers = [f"yes{END}", f"no{END}", f"<think></think>well{END}"]
+    whole = (QUESTION, (second + answers[2]).removeprefix(QUESTION))  # one example, as its text grows turn by turn
+    marked = (first + ASKED, f"<think></think>no{END}")
     by_split = [texts(prepared, tokenizer, split) for split in ("train", "validation")]
-    assert sorted([*by_split[0], *by_split[1]]) == sorted(whole + marked)
-    assert any(set(whole) <= set(found) for found in by_split)  # one row, one split
+    assert sorted([*by_split[0], *by_split[1]]) == sorted([whole, marked])
+    examples = [rows.example(number) for rows in prepared.splits.values() for number in range(len(rows))]
+    learned = {tokenizer.decode(one.responses[0][one.masks()[0]]) for one in examples}
+    assert learned == {"".join(answers), marked[1]}
     parts = prepared.report["splits"].values()
-    counts = {key: sum(part[key] for part in parts) for key in ("read", "kept", "further_answers", "untrained_answers")}
-    assert counts == {"read": 2, "kept": 4, "further_answers": 2, "untrained_answers": 0}
+    keys = ("read", "kept", "joined_answers", "further_answers", "untrained_answers", "trained_tokens")
+    counts = {key: sum(part[key] for part in parts) for key in keys}
+    num_learned = sum(len(tokenizer.encode(text)) for text in learned)
+    assert counts == dict(zip(keys, (2, 2, 2, 0, 0, num_learned), strict=True))
+
+
+def test_a_conversation_that_is_too_long_is_divided_at_its_answers() -> None:
+    more = USER | {"content": "more"}
+    messages = [USER, ANSWER, more, OTHER]
+    whole = turn("user", "ask") + turn("assistant", "yes") + turn("user", "more") + turn("assistant", "no")
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    size = len(tokenizer.encode(whole)) - 1  # without the newline behind it
+    for max_length, num_rows in ((size, 1), (size - 1, 2)):
+        cfg = LocalDataConfig(
+            train_on="all", minimum_response_length=1, max_length=max_length, max_prompt_length=size - 4
+        )
+        made = RowTokenizer(cfg, tokenizer, "sft")([Row(0, "f line 1", {"messages": messages})])
+        assert [one.dropped for one in made] == [None] * num_rows
+        assert [one.num_joined for one in made] == [2 - num_rows] * num_rows
+        learned = [tokenizer.decode(one.tokens[one.sizes[0] :][one.trained]) for one in made]
+        assert "".join(learned) == f"yes{END}no{END}"
+    prompt = tokenizer.decode(made[1].tokens[: made[1].sizes[0]])  # with the turns before it, cut at its start
+    assert len(made[1].tokens) == size - 1 and whole.startswith(prompt, whole.index(prompt)) and prompt.endswith(ASKED)
+    assert made[0].digest != made[1].digest
+
+
+@pytest.mark.parametrize("marks", [(None, True, None), (True, None, True), (False, True, False), (None, None, False)])
+def test_marked_answers_alone_are_learned(marks: tuple[bool | None, ...]) -> None:
+    messages: list[dict[str, Any]] = []
+    for number, mark in enumerate(marks):
+        answer = {"role": "assistant", "content": f"answer {number}"}
+        messages += [USER, answer if mark is None else answer | {"weight": int(mark)}]
+    tokenizer = byte_tokenizer(template=TEMPLATE)
+    cfg = LocalDataConfig(train_on="weights", minimum_response_length=1, max_length=2048, max_prompt_length=2000)
+    [made] = RowTokenizer(cfg, tokenizer, "sft")([Row(0, "f line 1", {"messages": messages})])
+    if True not in marks:
+        assert made.dropped == "no_trained_message"
+        return
+    learned = "".join(f"answer {number}{END}" for number, mark in enumerate(marks) if mark)
+    assert tokenizer.decode(made.tokens[made.sizes[0] :][made.trained]) == learned
+    assert made.untrained == marks.count(None)
+    assert tokenizer.decode(made.tokens).endswith(f"answer {max(n for n, mark in enumerate(marks) if mark)}{END}")
 
 
 def test_answers_in_a_given_prompt_are_never_learned() -> None:
@@ -274,7 +317,7 @@ def test_answers_in_a_given_prompt_are_never_learned() -> None:
     tokenizer = byte_tokenizer(template=TEMPLATE)
     limits = {"minimum_response_length": 1, "max_length": 2048, "max_prompt_length": 2000}
     made = RowTokenizer(LocalDataConfig(train_on="all", **limits), tokenizer, "sft")([Row(0, "f line 1", row)])
-    assert [tokenizer.decode(one.tokens[one.sizes[0] :]) for one in made] == [f"no{END}", f"yes{END}"]
+    assert [tokenizer.decode(one.tokens[one.sizes[0] :][one.trained]) for one in made] == [f"no{END}yes{END}"]
 
 
 def test_a_template_that_writes_earlier_answers_in_another_way_is_followed_turn_by_turn() -> None:
