@@ -222,6 +222,8 @@ def load_policy(
     model = load_causal_lm(cfg, vocabulary=num_rows_needed(tokenizer), longest=longest, new_head=new_head, say=say)
     if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
         policy = Policy(with_adapter(model, cfg, say))
+    elif cfg.adapter is not None and cfg.quantization is not None:
+        policy = Policy(load_lora(model, locate_adapter(cfg.adapter), say))
     elif cfg.adapter is not None:
         say(f"model.adapter={cfg.adapter} is merged into the weights")
         policy = Policy(merge_lora(load_lora(model, locate_adapter(cfg.adapter), say)).model)

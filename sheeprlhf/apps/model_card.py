@@ -33,7 +33,7 @@ _MAX_STAGES = 8
 _FACTS = ("task", "data", "split", "weights")  # of an evaluation, in the order of the table
 _NO_RESULTS = frozenset({*_FACTS, "model", "time", "version", "experiment_dir", "seed"})
 _OPTIONS = {  # what tells most of a recipe
-    "model": ("repo_name", "finetune_mode", "dtype"),
+    "model": ("repo_name", "finetune_mode", "dtype", "quantization"),
     "data": (
         *("dataset_name", "revision", "subset", "split", "train_file", "mix"),
         *("num_samples", "max_length", "max_prompt_length"),

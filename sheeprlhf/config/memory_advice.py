@@ -7,6 +7,7 @@ from sheeprlhf.config.registry import NOT_IN_HASH
 from sheeprlhf.config.shell import shell_word
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig
+from sheeprlhf.utils.hardware import missing_modules
 
 Change = dict[str, Any]
 """Options by their full name and the values to give them, all together."""
@@ -84,6 +85,8 @@ def _smaller_model(config: TrainConfig, phase: str) -> Iterator[Change]:
     elif model.finetune_mode == "LORA" and model.lora_cfg is not None:
         if model.dtype == "float32":
             yield {"model.dtype": "bfloat16"}  # the frozen weights; adapters stay float32
+        elif model.quantization is None and config.fabric.strategy != "fsdp2" and not missing_modules(["bitsandbytes"]):
+            yield {"model.quantization": "nf4"}
         if phase == "optimizer step" and model.lora_cfg.rank > 1:
             yield {"model.lora_cfg.rank": model.lora_cfg.rank // 2}
 

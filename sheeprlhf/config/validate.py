@@ -235,6 +235,14 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
             yield "model.freeze_transformer=true leaves no layer for adapters: give model.finetune_mode=ALL"
         if model.random_init:
             yield "model.random_init=true has nothing for adapters to adapt: give model.finetune_mode=ALL"
+    if model.quantization is not None:
+        if missing_modules(["bitsandbytes"]):
+            yield (
+                f"model.quantization={model.quantization} needs a package that is not installed (bitsandbytes): "
+                'pip install "sheeprlhf[quantization]"'
+            )
+        if model.random_init:
+            yield f"model.quantization={model.quantization} needs weights of files: give model.random_init=false"
     yield from _adapter_problems(model)
     yield from _new_token_problems(model)
     library = model.library_cfg
@@ -413,6 +421,11 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield unread("data.reasoning=mask", f"by task={name}, which scores whole responses", "data.reasoning=remove")
     if config.data.reasoning == "mask" and not getattr(config.task, "completion_only_loss", True):
         yield "data.reasoning=mask and task.completion_only_loss=false, which learns all tokens, contradict: give one"
+    if config.model.quantization is not None and config.model.finetune_mode != "LORA":
+        yield (
+            f"model.quantization={config.model.quantization} keeps weights that cannot be trained: give "
+            "model.finetune_mode=LORA"
+        )
     if config.model.neftune_alpha is not None and not isinstance(config.task, SFTConfig):
         yield unread(f"model.neftune_alpha={config.model.neftune_alpha:g}", f"by task={name}")
     optim, warmup = config.optim, config.task.lr_warmup_ratio
@@ -486,8 +499,19 @@ def _has_wandb_login() -> bool:
 
 def sharding_problems(config: TrainConfig | EvalConfig, *, able: bool) -> Iterator[str]:
     """Problems of options that exclude sharded weights."""
+    quantization = None if config.model is None else config.model.quantization
+    if quantization is not None and config.fabric.precision == "64-true":
+        yield (
+            f"model.quantization={quantization} is not supported with fabric.precision=64-true: give "
+            "fabric.precision=32-true"
+        )
     if config.fabric.strategy != "fsdp2":
         return
+    if quantization is not None:
+        yield (
+            f"model.quantization={quantization} is not supported by fabric.strategy=fsdp2, whose shards lose "
+            "the scales of the weights: give fabric.strategy=ddp"
+        )
     if not able:
         tasks = ", ".join(name for name, task in choices("task", "train").items() if getattr(task, "shards", False))
         yield (

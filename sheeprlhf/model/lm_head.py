@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.model.load import backbone_and_head
+from sheeprlhf.model.quantize import keep_quantization
 from sheeprlhf.utils.end_tokens import end_texts, end_tokens
 from sheeprlhf.utils.errors import ModelError
 
@@ -219,6 +220,7 @@ def with_score_head(causal_lm: PreTrainedModel, padding_id: int) -> PreTrainedMo
     new = nn.Linear(head.in_features, 1, bias=False, device=causal_lm.device)
     nn.init.normal_(new.weight, std=1 / math.sqrt(head.in_features + 1))
     setattr(model, HEAD, new)
+    keep_quantization(model, causal_lm)
     return model.train(causal_lm.training)
 
 

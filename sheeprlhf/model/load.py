@@ -29,6 +29,7 @@ from sheeprlhf.model.attention import register, use_packed_attention
 from sheeprlhf.model.layers import replace_rms_norms, use_frequencies_of_rows
 from sheeprlhf.model.locate import locate
 from sheeprlhf.model.new_tokens import add_rows
+from sheeprlhf.model.quantize import loading_options, use_own_layers
 from sheeprlhf.security.chat_templates import check_templates
 from sheeprlhf.security.files import read_small
 from sheeprlhf.security.model_folder import (
@@ -549,7 +550,9 @@ def load_causal_lm(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **files.options,
+                **loading_options(cfg),
             )
+            use_own_layers(model, cfg)
             account = account_for(model, info, new_head=new_head)
             _check_account(cfg, account)
             _tell_of_weights(cfg, files, account, say, is_policy=auto is AutoModelForCausalLM)
@@ -614,7 +617,7 @@ def _tell_of_weights(cfg: ModelConfig, files: _Files, account: Account, say: Not
     note = account.note()
     if note:
         say(f"model.repo_name={cfg.repo_name}: {note}")
-    of_files = _half_of(files)
+    of_files = _half_of(files) if cfg.quantization is None else None
     if is_policy and of_files and cfg.dtype == "float32" and not str(cfg.repo_name).startswith(EMBEDDED):
         say(
             f"model.repo_name={cfg.repo_name}: its weights are {of_files} and are loaded as float32, which takes twice "

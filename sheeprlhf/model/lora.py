@@ -34,6 +34,7 @@ from sheeprlhf.model.adapter import locate_adapter, read_adapter_config
 from sheeprlhf.model.lm_head import HEAD
 from sheeprlhf.model.load import saved_dtype
 from sheeprlhf.model.new_tokens import base_of, trained_rows
+from sheeprlhf.model.quantize import dequantize, quantization_of
 from sheeprlhf.security.model_folder import ADAPTERS, tensors_of
 from sheeprlhf.security.pickled_weights import adapter_folder
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
@@ -356,6 +357,8 @@ def _rows_of_adapters(model: PreTrainedModel, *, language_head: bool = True) -> 
 def merge_lora(model: PeftModel, rows: Sequence[Sequence[int]] | None = None) -> Merged:
     """Merge the adapters into the weights, and verify that the model's outputs are unchanged.
 
+    Quantised weights are dequantised first: merged into them, adapters would be rounded to their few bits.
+
     Args:
         model: the model with its adapters, which is used up.
         rows: token ids of the rows that logits or scores are compared on; a few of the whole vocabulary by default.
@@ -363,6 +366,8 @@ def merge_lora(model: PeftModel, rows: Sequence[Sequence[int]] | None = None) ->
     Raises:
         ModelError: the merged model computes something else.
     """
+    if quantization_of(model.get_base_model()):
+        model = _on_dequantized_base(model)
     base = cast(PreTrainedModel, model.get_base_model())
     rows = probe_rows(base) if rows is None else rows
     before, shared = compute_outputs(base, rows), shared_targets(model)
@@ -379,6 +384,17 @@ def merge_lora(model: PeftModel, rows: Sequence[Sequence[int]] | None = None) ->
         share = _FLOAT32_MERGE_TOLERANCE
     check_difference(difference, after, share, what)
     return Merged(merged, after, difference)
+
+
+def _on_dequantized_base(model: PeftModel) -> PeftModel:
+    """Move the policy's adapter to usual linear layers with the weights that the quantised ones stand for."""
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
+    base, config = cast(PreTrainedModel, cast(Any, model).unload()), model.peft_config[POLICY]
+    dequantize(base)
+    with _peft_warnings_ignored():
+        adapted = cast(PeftModel, get_peft_model(base, config))
+        set_peft_model_state_dict(adapted, weights)
+    return adapted
 
 
 def save_model(model: PreTrainedModel | PeftModel, folder: Path) -> bool:

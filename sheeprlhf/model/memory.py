@@ -4,7 +4,7 @@
 `plan` is arithmetic on those counts. With P parameters of which Q train, N tokens in a forward pass and V in the
 vocabulary, the bytes of
 
-    weights      size(P), and buffers
+    weights      size(P), and buffers; of quantised layers 4.5 bits (nf4) or 8 bits (int8) for each weight
     gradients    size(Q)
     optimizer    2 size(Q) + 4 per tensor for Adam and AdamW; size(Q) for SGD with momentum, else nothing;
                  (1/2 + 1/128) size(Q) for adamw_8bit
@@ -38,6 +38,7 @@ from sheeprlhf.model.attention import packing_limit, placeholder_mask
 from sheeprlhf.model.lm_head import HEAD, MAX_LOGITS, with_score_head
 from sheeprlhf.model.load import backbone_and_head, load_causal_lm
 from sheeprlhf.model.lora import add_lora, with_adapter
+from sheeprlhf.model.quantize import check_quantizable, quantized_savings
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import AdamW8bitConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.structure.task import TrainTaskConfig
@@ -111,13 +112,16 @@ def build_on_meta(cfg: ModelConfig, *, scores: bool, vocabulary: int = 0) -> tup
         The causal language model, and the model that trains, with its adapters or its score head.
 
     Raises:
-        ModelError: its config.json cannot be found or read, or its adapters or the tokenizer do not fit it.
+        ModelError: its config.json cannot be found or read, its adapters or the tokenizer do not fit it, or it cannot
+            be quantised as asked.
     """
-    plain = dataclasses.replace(cfg, random_init=True, gradient_checkpointing=False)
+    plain = dataclasses.replace(cfg, random_init=True, gradient_checkpointing=False, quantization=None)
     if scores:
         plain = dataclasses.replace(plain, freeze_transformer=False)
     with torch.device("meta"):
         causal_lm = load_causal_lm(plain, vocabulary=vocabulary, longest=0)
+        if cfg.quantization is not None:
+            check_quantizable(causal_lm, cfg)
         whole = with_score_head(causal_lm, 0) if scores else causal_lm
         if scores and cfg.freeze_transformer:
             whole.requires_grad_(False)
@@ -151,7 +155,7 @@ def measure(cfg: ModelConfig, precision: str, scores: bool = False) -> ModelSize
     vocabulary = 0 if scores else cast(Tensor, backbone_and_head(causal_lm)[1].weight).shape[0]
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weights=_size([*model.parameters(), *model.buffers()]),
+        weights=_size([*model.parameters(), *model.buffers()]) - quantized_savings(causal_lm, cfg.quantization),
         trainable=_size(trainable),
         trainable_tensors=len(trainable),
         saved=_size(trainable if adapted else model.parameters()),

@@ -78,6 +78,12 @@ class ModelConfig(Config):
     dtype: str = option(
         "float32", "Number format that the weights are loaded in.", choices=("float32", "bfloat16", "float16")
     )
+    quantization: Optional[str] = option(
+        None,
+        "Format of the linear layers of the frozen base model (QLoRA; training needs model.finetune_mode=LORA, and "
+        "bitsandbytes): nf4 takes 4.5 bits for each weight, int8 8; null keeps model.dtype.",
+        choices=("nf4", "int8"),
+    )
     save_dtype: Optional[str] = option(
         None,
         "Number format of the whole model in final/; null keeps that of the model's files (float32 for model=tiny).",

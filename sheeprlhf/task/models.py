@@ -36,6 +36,7 @@ from sheeprlhf.model.lora import (
     merge_lora,
     with_adapter,
 )
+from sheeprlhf.model.quantize import quantize
 from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.reward.score import check_columns, state_warnings, wanted_columns
 from sheeprlhf.rollout.rollout import RolloutCollector, TermModel, TextExchange, has_same_tokens
@@ -361,6 +362,7 @@ def _same_base(run: Run, cfg: ModelConfig, rm_dir: str) -> bool:
         and isinstance(theirs, RMConfig)
         and initial_run(theirs) == initial_run(task)
         and is_same_model(cfg.repo_name, run.cfg.model.repo_name)
+        and cfg.quantization == run.cfg.model.quantization
     )
 
 
@@ -421,8 +423,8 @@ def load_initial_policy(
 ) -> tuple[Policy, bool]:
     """Load the model that training starts from, with a run's adapters merged; tell whether its batches are packed.
 
-    Training starts from `cfg` as it is, or from these weights of a run. With `new_head`, the task replaces the language
-    head, which the files need not have.
+    Training starts from `cfg` as it is, or from these weights of a run. Quantisation comes after the merge. With
+    `new_head`, the task replaces the language head, which the files need not have.
 
     Raises:
         ConfigError: the run has another tokenizer.
@@ -432,14 +434,16 @@ def load_initial_policy(
     if cfg.finetune_mode == "LORA" and not new_head:
         whole.adapter = None  # it trains, next to the weights
     if run_dir is None:
-        return load_policy(whole, tokenizer, **how, new_head=new_head)
-    of_run = model_of_start(cfg, run_dir, tokenizer)
-    how["say"](f"starting from the {weights} weights of {run_dir}")
-    kept = {name: getattr(cfg, name) for name in _OWN_OPTIONS}
-    of_run = dataclasses.replace(of_run, **kept, freeze_transformer=False, random_init=False)
-    policy, packed = load_policy_from_run(of_run, Path(run_dir), weights, tokenizer, **how)
+        policy, packed = load_policy(whole, tokenizer, **how, new_head=new_head)
+    else:
+        of_run = model_of_start(cfg, run_dir, tokenizer)
+        how["say"](f"starting from the {weights} weights of {run_dir}")
+        kept = {name: getattr(cfg, name) for name in _OWN_OPTIONS}
+        of_run = dataclasses.replace(of_run, **kept, freeze_transformer=False, random_init=False)
+        policy, packed = load_policy_from_run(of_run, Path(run_dir), weights, tokenizer, **how)
     if isinstance(policy.model, PeftModel):
         policy = Policy(merge_lora(policy.model).model)
+    quantize(policy.causal_lm(), cfg.quantization)
     return policy, packed
 
 
@@ -488,7 +492,7 @@ def _whole_model(cfg: ModelConfig, run_dir: Path | None, weights: str) -> ModelC
         raise ConfigError(
             f"{run_dir}: this run has no final/ yet; finish it with {shell_word('resume_from', str(run_dir))}"
         )
-    whole = dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False)
+    whole = dataclasses.replace(cfg, repo_name=str(final), finetune_mode="ALL", random_init=False, quantization=None)
     whole.adapter = None
     whole.chat_template = None  # the tokenizer in the folder has it
     return whole

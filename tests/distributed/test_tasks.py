@@ -39,6 +39,7 @@ STOPS = ["task.early_stopping_metric=nll", "task.early_stopping_patience=1", "ta
 STOPS += ["optim.weight_decay=0", "task.eval_at_start=true", "data.shuffle=false"]  # at step 4: no weight changes
 CASES = {
     "sft": Case("sft", ["task.epochs=2"], (*STEP, "train/items", "val/nll")),
+    "sft, quantised": Case("sft", [*LORA, "model.quantization=nf4"], (*STEP, "val/nll")),
     "sft, early stopping": Case("sft", STOPS, (*STEP, "val/nll")),
     "rm": Case("rm", [WHOLE], (*STEP, "train/rewards/accuracies", "train/rewards/margins", "val/loss")),
     "dpo": Case("dpo", [WHOLE], (*STEP, "train/rewards/margins", "train/kl/chosen", "val/loss")),
@@ -49,7 +50,7 @@ CASES = {
     "grpo": Case("grpo", ONLINE, ("objective/scores", "objective/kl", "loss/policy", "policy/kl", "val/scores"), 21),
     "rloo": Case("rloo", ONLINE, ("objective/scores", "objective/rlhf_reward", "loss/policy", "val/scores"), 21),
 }
-NIGHTLY = ("ppo", "rloo")
+NIGHTLY = ("ppo", "rloo", "sft, quantised")
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,8 @@ def test_two_processes_equal_one(
     name: str, server: JobServer, tmp_path: Path, model_folder: Callable[..., Path]
 ) -> None:
     case = CASES[name]
+    if "quantised" in name:
+        pytest.importorskip("bitsandbytes")
     data = WRITERS[case.task](tmp_path / "rows.jsonl", case.num_rows)
     words = ["task.epochs=1", "task.mini_batch_size=6", "task.micro_batch_size=1"]
     words += case.words
@@ -85,5 +88,7 @@ def test_two_processes_equal_one(
     ended = json.loads((tmp_path / "two" / "run.json").read_text())
     assert ended["stopped_early"] is (case.words is STOPS) and (not ended["stopped_early"] or ended["step"] == 4)
     saved = ["final" if case.num_rows == 49 else "checkpoints/step-12", "model.safetensors"]
+    if "quantised" in name:
+        saved = ["final", "adapter_model.safetensors"]
     weights = (load_file((tmp_path / name).joinpath(*saved)) for name in ("two", "one"))
     assert_close(*weights, rtol=0, atol=1e-5)

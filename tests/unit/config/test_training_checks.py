@@ -46,6 +46,19 @@ def test_8bit_moments_need_their_package_and_whole_weights(monkeypatch: pytest.M
     assert validate(to_typed(composed("train", *words[:2]))) == []
 
 
+def test_quantisation_needs_its_package_adapters_and_whole_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["task=sft", "model.quantization=nf4", "model.finetune_mode=LORA"]
+    monkeypatch.setattr("sheeprlhf.config.validate.missing_modules", lambda modules: list(modules))
+    [problem] = validate(to_typed(composed("train", *words)))
+    assert "sheeprlhf[quantization]" in problem
+    monkeypatch.setattr("sheeprlhf.config.validate.missing_modules", lambda modules: [])
+    assert validate(to_typed(composed("train", *words))) == []
+    wrong = ["fabric.devices=2", "fabric.strategy=fsdp2", "fabric.precision=64-true", "model.random_init=true"]
+    problems = validate(to_typed(composed("train", *words[:2], *wrong)))
+    for fix in ("finetune_mode=LORA", "strategy=ddp", "precision=32-true", "random_init=false"):
+        assert any("model.quantization=nf4" in problem and fix in problem for problem in problems), fix
+
+
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
 def test_a_tracker_that_is_not_installed_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sheeprlhf.config.validate.missing_modules", lambda modules: list(modules))
