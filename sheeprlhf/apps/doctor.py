@@ -1,5 +1,6 @@
 """`doctor`: would this training run work on this machine, and how much memory would it take?
 
+With `fabric.num_nodes` above 1 or `cluster.memory` it plans for other machines, from the model's config.json alone.
 Exit code 0 if no problem is found, else 1. A configuration that cannot work anywhere is refused
 before, with exit code 2, like that of every command.
 """
@@ -234,6 +235,8 @@ def disk(root_dir: str, *, checkpoint: int, kept: int, final: int) -> Finding:
     return Finding("warning" if needed > free / 2 else "ok", "disk", what)
 
 
+_MAX_EXCESS = 1.1  # of the dry step over the plan
+_DEVICE_GB = 80.0
 _MAX_SHARE = 0.8  # of what is available: the plan is not that exact
 _THRESHOLD = 1 << 20  # bytes; a smaller one costs more time
 
@@ -264,15 +267,31 @@ def _memory(config: TrainConfig, size: "ModelSize", available: int | None, devic
     if needed <= _MAX_SHARE * available:
         return Finding("ok", "memory", text, tuple(details))
     details += _advice(config, _MAX_SHARE * available / processes, lambda config: need(config).total())
+    details += (
+        _more_ranks(config, _MAX_SHARE * available, lambda config: need(config).total()) if processes == 1 else []
+    )
     if parts.allocator:
         without = size_text(need(config, holes=False).total())
         details.append(f"{NO_HOLES}={_THRESHOLD} in the environment: {without}, slower")
     return Finding("problem" if needed > available else "warning", "memory", text, tuple(details))
 
 
+def _more_ranks(config: TrainConfig, available: float, need: Callable[[TrainConfig], int]) -> Iterator[str]:
+    """Memory of a process if the weights are sharded, and over how many machines they would fit."""
+    sharded: TrainConfig = replace_options(config, {"fabric.strategy": "fsdp2"})
+    num_nodes = config.fabric.num_nodes or 1
+    if config.fabric.strategy != "fsdp2" and need(sharded) < need(config):
+        yield f"with fabric.strategy=fsdp2: {size_text(need(sharded))}"
+    for factor in (2**power for power in range(1, 11)):
+        more: TrainConfig = replace_options(sharded, {"fabric.num_nodes": num_nodes * factor})
+        if config.fabric.num_nodes and need(more) <= available < need(sharded):
+            yield f"with fabric.strategy=fsdp2 fabric.num_nodes={num_nodes * factor}: {size_text(need(more))}"
+            return
+
+
 def _memory_table(config: TrainConfig, size: "ModelSize", parts: "MemoryPlan") -> list[str]:
     """One line a part, and their sum."""
-    from sheeprlhf.task.memory_plan import rows_of_forward
+    from sheeprlhf.task.memory_plan import ranks_of, rows_of_forward
 
     rows, row = rows_of_forward(config, size)
     recomputed = ", recomputed except for the inputs of layers" if config.model.gradient_checkpointing else ""
@@ -286,7 +305,12 @@ def _memory_table(config: TrainConfig, size: "ModelSize", parts: "MemoryPlan") -
         "allocator": "what freed tensors leave unused in the heap",
         "libraries": "of the process, before there is a model",
         "others": "reference, critic and reward model, as far as the task has them",
+        "gathered": "weights and gradients that are whole for a moment",
     }
+    if (shards := ranks_of(config.fabric).shards) > 1:
+        notes |= {
+            name: f"{notes[name]}, 1/{shards:,} of them" for name in ("weights", "gradients", "optimizer", "others")
+        }
     lines = [(name, size_text(value), notes[name]) for name, value in parts._asdict().items() if value]
     if _has_reference(config):
         lines.append(("reference", "0 MB", "no second model: its log-probabilities are kept on the disk"))
@@ -319,6 +343,68 @@ def _single_changes(config: TrainConfig, need: Callable[[TrainConfig], int]) -> 
     return ["  " + "  ".join(line) for line in table(cells, right={1})] if cells else []
 
 
+def _step(config: DoctorConfig, size: "ModelSize") -> Finding:
+    """Traffic and time of an optimizer step on several devices, computed from `cluster`."""
+    from sheeprlhf.task.memory_plan import passes_of_rank, ranks_of
+    from sheeprlhf.task.scale_plan import step_time, traffic
+
+    cluster, task, ranks = config.cluster, config.task, ranks_of(config.fabric)
+    rows, passes = passes_of_rank(config, size)
+    moved, spent = traffic(config, size, passes=passes), step_time(config, size, cluster)
+    times = sorted((spent.communication, spent.computation))
+    text = (
+        f"an optimizer step of {ranks.total} x {spent.tokens:,} tokens takes {times[1]:.2g} s if computation hides "
+        f"communication, {sum(times):.2g} s if it does not; a device moves {size_text(moved.total())}"
+    )
+    notes = {"gather": f"weights, {passes} x forward and backward", "reduce": "gradients", "all_reduce": "gradients"}
+    lines = [(name, size_text(value), notes[name]) for name, value in moved._asdict().items() if value]
+    speed = f"cluster.tflops={cluster.tflops:g} cluster.mfu={cluster.mfu:g}"
+    lines += [
+        ("communication", f"{spent.communication:.2g} s", f"assumed: cluster.bandwidth={cluster.bandwidth:g}"),
+        ("computation", f"{spent.computation:.2g} s", f"assumed: {speed}"),
+        ("checkpoint", size_text(_checkpoint_bytes(config, size)), f"final/: {size_text(size.saved)}"),
+    ]
+    details = ["  ".join(line).rstrip() for line in table(lines, right={1})]
+    if rows * ranks.total > task.mini_batch_size // getattr(task, "num_generations", 1):
+        advice = f"give a multiple of {ranks.total * getattr(task, 'num_generations', 1):,}"
+        details.append(f"task.mini_batch_size={task.mini_batch_size} leaves some devices with less work: {advice}")
+    if spent.communication > spent.computation:
+        details.append(
+            "communication takes longer than computation: raise task.mini_batch_size, or use fewer devices"
+            + (f"; {passes} passes gather the weights {passes} times: raise task.token_budget" if passes > 1 else "")
+        )
+    return Finding("ok" if len(details) == len(lines) else "warning", "step", text, tuple(details))
+
+
+def _dry_step(config: DoctorConfig, size: "ModelSize") -> Finding:
+    """A step of one rank on tensors without content, compared with the plan."""
+    from sheeprlhf.task.memory_plan import ranks_of
+    from sheeprlhf.task.scale_plan import dry_step, traffic
+
+    try:
+        seen = dry_step(config)
+    except ImportError as error:
+        return Finding(
+            "warning", "sharding", f"the plan is not checked: this torch has no fake process group ({error})"
+        )
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        return Finding("warning", "sharding", f"the plan is not checked: {str(error).splitlines()[0]}")
+    ranks, planned = ranks_of(config.fabric), traffic(config, size, passes=1).total()
+    share = size.parameters / ranks.shards
+    text = (
+        f"a step on tensors without content, over a process group of {ranks.total:,} ranks that moves nothing: a rank "
+        f"holds {seen.parameters:,} parameters (1/{ranks.shards:,} are {share:,.0f}) and {seen.state:,} numbers of the "
+        f"optimizer, and moves {size_text(seen.traffic.total())} "
+        f"(planned: {size_text(planned)}) in {sum(seen.collectives.values())} collectives; {seen.seconds:.0f} s"
+    )
+    problems = [f"{name} is not sharded" for name in seen.unsharded[:4]]
+    if seen.parameters > _MAX_EXCESS * share:
+        problems.append("a rank holds more than its share: there are more ranks than rows of the weights")
+    if not planned / _MAX_EXCESS <= seen.traffic.total() <= planned * _MAX_EXCESS:
+        problems.append("the traffic is not that of the plan")
+    return Finding("warning" if problems else "ok", "sharding", text, tuple(problems))
+
+
 _STYLES = {"ok": "good", "warning": "odd", "problem": "bad"}
 _WIDTH = 20  # of level and topic
 
@@ -345,15 +431,18 @@ def run(config: DoctorConfig, args: ParsedArgs) -> int:
         count = "one problem" if num_problems == 1 else f"{num_problems} problems"
         screen.print(f"{count} would stop this run; fix and run again\nnext: {_command('doctor', config, args)}")
         return 1
-    screen.print(f"this run would work\nnext: {_command('train', config, args)}")
+    result = "this run would fit" if config.plans_other_machines() else "this run would work"
+    screen.print(f"{result}\nnext: {_command('train', config, args)}")
     return 0
 
 
 def _command(verb: str, config: DoctorConfig, args: ParsedArgs) -> str:
-    """A command with the same configuration."""
+    """A command with the same configuration, without the options of `doctor` alone for another one."""
     named = any(word.startswith(("task=", "experiment=")) for word in args.overrides)
     task = [] if named else [f"task={config.task.config_name}"]
-    return plain_text(command([verb, *task, *redact_command(args.overrides), *args.config_dir()]))
+    own = () if verb == "doctor" else ("cluster.", "dry_step=")
+    overrides = [word for word in args.overrides if not word.lstrip("+").startswith(own)]
+    return plain_text(command([verb, *task, *redact_command(overrides), *args.config_dir()]))
 
 
 def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
@@ -368,6 +457,9 @@ def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
     from sheeprlhf.model.memory import measure
 
     transformers_logging.disable_progress_bar()
+    if config.plans_other_machines():
+        yield from _plan(config, offline.result())
+        return
     on_cuda = config.fabric.accelerator != "cpu" and torch.cuda.is_available()
     yield from devices(config.fabric)
     yield precision(config.fabric, on_cuda=on_cuda)
@@ -394,6 +486,30 @@ def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
     if on_cuda:
         available = torch.cuda.mem_get_info()[0]
     yield _memory(config, size, available, "cuda" if on_cuda else "cpu")
+    if config.fabric.strategy == "fsdp2" and config.dry_step:
+        yield _dry_step(config, size)
+
+
+def _plan(config: DoctorConfig, offline: str) -> Iterator[Finding]:
+    """The plan for other machines; of this one only the model's config.json is read."""
+    from sheeprlhf.model.memory import measure
+    from sheeprlhf.task.memory_plan import ranks_of
+
+    fabric, model, ranks = config.fabric, config.model, ranks_of(config.fabric)
+    text = f"{_count(fabric.num_nodes or 1, 'machine')}, {_count(ranks.total, 'process')}, strategy {fabric.strategy}"
+    yield Finding("ok", "device", f"{text}; this machine is not checked, nor are the weights and the data")
+    yield hub(offline, needed=model_folder(str(model.repo_name)) is None)
+    try:
+        size = measure(model, fabric.precision, config.task.trains == "reward model")
+    except SheepError as error:
+        yield Finding("problem", "model", str(error))
+        return
+    yield Finding("ok", "model", _model_text(config, size))
+    yield _memory(config, size, round(1e9 * (config.cluster.memory or _DEVICE_GB)), "cuda")
+    if ranks.total > 1:
+        yield _step(config, size)
+    if fabric.strategy == "fsdp2" and config.dry_step:
+        yield _dry_step(config, size)
 
 
 def _data(data: DataConfig, offline: str) -> Finding:
@@ -455,6 +571,13 @@ def _options(config: DoctorConfig) -> Iterator[Finding]:
             yield Finding("problem", "judge", str(error))
 
 
+def _model_text(config: DoctorConfig, size: "ModelSize | None") -> str:
+    name = f"model={config.model.config_name} ({config.model.repo_name})"
+    if size is None:
+        return name
+    return f"{name}: {size.parameters / 1e6:,.1f}M parameters, {size.trainable / size.weights:.1%} of them train"
+
+
 def _model(config: DoctorConfig, size: "ModelSize | None", available: int | None) -> Iterator[Finding]:
     """Check that the model can be loaded, and whether its batches can be packed."""
     from sheeprlhf.agent.batches import packing_difference, packing_problem, packing_tolerance
@@ -463,9 +586,8 @@ def _model(config: DoctorConfig, size: "ModelSize | None", available: int | None
     from sheeprlhf.model.locate import locate
 
     model, task, longest = config.model, config.task, config.data.max_length
-    name = f"model={model.config_name} ({model.repo_name})"
+    name = _model_text(config, size)
     if size is not None:
-        name += f": {size.parameters / 1e6:,.1f}M parameters, {size.trainable / size.weights:.1%} of them train"
         if size.positions is not None and longest > size.positions:
             yield Finding(
                 "warning",
@@ -528,8 +650,12 @@ def _reward_model(config: DoctorConfig, size: "ModelSize") -> Iterator[Finding]:
         yield Finding("ok", "reward", f"{lines[0]} loads; {text}")
 
 
-def _disk(config: DoctorConfig, size: "ModelSize") -> Finding:
+def _checkpoint_bytes(config: DoctorConfig, size: "ModelSize") -> int:
     from sheeprlhf.model.memory import optimizer_bytes
 
-    checkpoint = size.trainable + optimizer_bytes(config.optim, size)
+    return size.trainable + optimizer_bytes(config.optim, size)
+
+
+def _disk(config: DoctorConfig, size: "ModelSize") -> Finding:
+    checkpoint = _checkpoint_bytes(config, size)
     return disk(config.root_dir, checkpoint=checkpoint, kept=config.task.keep_checkpoints, final=size.saved)

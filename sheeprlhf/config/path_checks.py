@@ -101,10 +101,11 @@ def model_folder(name: str) -> Path | None:
     return folder if os.path.isdir(folder) else None
 
 
-def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
+def model_problem(repo_name: str | None, *, weights: bool, tokenizer: bool = True) -> str | None:
     """The reason that `model.repo_name` cannot be loaded, from local files only; the hub is not contacted.
 
-    A folder needs weights, unless they are random or of a run (`weights=False`).
+    A folder needs weights, unless they are random or of a run (`weights=False`), and a tokenizer, unless only the size
+    of the model is wanted (`tokenizer=False`).
     """
     name = "null" if repo_name is None else repo_name
     given = f"model.repo_name={name}"
@@ -121,7 +122,7 @@ def model_problem(repo_name: str | None, *, weights: bool) -> str | None:
 
             return f"{given}: {merge_advice(folder)}"
         return f"{given}: this folder has no config.json; give one in the hub's layout"
-    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+    if tokenizer and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         return f"{given}: this folder has no tokenizer ({_TOKENIZER_FILES[0]}): copy the model's into it"
     if weights and not any((folder / file).is_file() for file in WEIGHTS_FILES):
         return (

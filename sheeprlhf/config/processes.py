@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from sheeprlhf.config.validate import parse_devices
+from sheeprlhf.config.validate import is_plan, parse_devices
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.run import EvalConfig, RootConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError
@@ -30,7 +30,7 @@ def with_launched_processes(config: RootConfig, *, alone: bool = False) -> RootC
         LauncherError: the launcher has started other numbers than were given.
         ConfigError: the variables of the environment are not enough, or contradict each other.
     """
-    if not isinstance(config, TrainConfig | EvalConfig):
+    if not isinstance(config, TrainConfig | EvalConfig) or is_plan(config):
         return config
     found, fabric = launched(), config.fabric
     if found is not None and alone and found.size == 1:

@@ -29,7 +29,15 @@ from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamW8bitConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.structure.reward import AutoRewardConfig, RewardSourceConfig
 from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig
-from sheeprlhf.structure.run import TRACKER_MODULES, EvalConfig, FetchConfig, InspectConfig, RootConfig, TrainConfig
+from sheeprlhf.structure.run import (
+    TRACKER_MODULES,
+    DoctorConfig,
+    EvalConfig,
+    FetchConfig,
+    InspectConfig,
+    RootConfig,
+    TrainConfig,
+)
 from sheeprlhf.structure.task import DPOConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.hardware import cuda_problem, missing_modules
@@ -51,6 +59,8 @@ def _problems(config: RootConfig) -> Iterator[str]:
     for group, problems in _OF_GROUP.items():
         if getattr(config, group, None) is not None:
             yield from problems(getattr(config, group))
+    if isinstance(config, TrainConfig | EvalConfig):
+        yield from _fabric_problems(config.fabric, here=not is_plan(config))
     yield from _repo_problems(config)
     if isinstance(config, TrainConfig):
         yield from _train_problems(config)
@@ -85,7 +95,9 @@ def _repo_problems(config: RootConfig) -> Iterator[str]:
     if model is None:
         return
     reads_weights = isinstance(config, TrainConfig | EvalConfig) and not of_run
-    problem = model_problem(model.repo_name, weights=reads_weights and not model.random_init)
+    planned = is_plan(config)
+    weights = reads_weights and not (model.random_init or planned)
+    problem = model_problem(model.repo_name, weights=weights, tokenizer=not planned)
     if problem:
         yield problem + of_run
     problem = None if model.chat_template is None else template_problem(model.chat_template)
@@ -100,17 +112,22 @@ def _name_problems(group: str, config: Any) -> Iterator[str]:
         yield f"{group}.config_name={config.config_name} cannot be changed: leave {group}.config_name={own}"
 
 
-def _fabric_problems(fabric: FabricConfig) -> Iterator[str]:
+def is_plan(config: RootConfig) -> bool:
+    """True for a `doctor` of other machines than this one."""
+    return isinstance(config, DoctorConfig) and config.plans_other_machines()
+
+
+def _fabric_problems(fabric: FabricConfig, *, here: bool) -> Iterator[str]:
     try:
         devices = parse_devices(fabric.devices)
     except ValueError:
         devices = None
         yield f"fabric.devices={fabric.devices} cannot be read: give a number, auto, or a list such as '0,1'"
-    if fabric.accelerator == "cuda":
+    if fabric.accelerator == "cuda" and here:
         problem = cuda_problem(devices)
         if problem:
             yield problem
-    if fabric.accelerator == "cpu" or (fabric.accelerator == "auto" and cuda_problem(devices)):
+    if here and (fabric.accelerator == "cpu" or (fabric.accelerator == "auto" and cuda_problem(devices))):
         if fabric.precision == "16-true":
             yield "fabric.precision=16-true needs a CUDA device: give fabric.precision=bf16-mixed"
         if isinstance(devices, list):
@@ -588,7 +605,6 @@ def _reward_problems(reward: RewardSourceConfig) -> Iterator[str]:
 
 _OF_GROUP: dict[str, Callable[[Any], Iterator[str]]] = {
     "task": _task_problems,
-    "fabric": _fabric_problems,
     "generation": _generation_problems,
     "model": _model_problems,
     "data": _data_problems,

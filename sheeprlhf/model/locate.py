@@ -34,7 +34,7 @@ def locate(cfg: ModelConfig) -> Located:
     Raises:
         ModelError: there is no such folder or embedded model, or the hub does not answer and the cache lacks the model.
     """
-    problem = model_problem(cfg.repo_name, weights=False)
+    problem = model_problem(cfg.repo_name, weights=False, tokenizer=False)
     if problem:
         raise ModelError(problem)
     name, library = str(cfg.repo_name), cfg.library_cfg

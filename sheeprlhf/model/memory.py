@@ -49,7 +49,7 @@ LIBRARIES = 520_000_000  # of a process that has imported torch, transformers an
 HOLES = {"ALL": 0.8, "LORA": 1.4}  # measured with glibc: docs/performance.md
 NO_HOLES = "MALLOC_MMAP_THRESHOLD_"  # environment variable of glibc: larger tensors than that are given back when freed
 _TOKENS = 251  # a prime: a tensor has one dimension for tokens exactly if its size is a multiple
-_MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
 
@@ -68,6 +68,9 @@ class ModelSize(NamedTuple):
         vocabulary: V, a number; 0 for a model whose head gives a score.
         half: the head computes in half precision.
         positions: the longest row that it can read, in tokens; None where nothing limits it.
+        trainable_numbers: Q.
+        block: parameters of the largest decoder block, a number.
+        outside: parameters around the decoder blocks, a number.
     """
 
     parameters: int
@@ -81,10 +84,16 @@ class ModelSize(NamedTuple):
     vocabulary: int
     half: bool
     positions: int | None
+    trainable_numbers: int = 0
+    block: int = 0
+    outside: int = 0
 
 
 class MemoryPlan(NamedTuple):
-    """Peak bytes of one process in a step; `others`: of models besides the one that learns."""
+    """Peak bytes of one process in a step.
+
+    `others`: of models besides the one that learns; `gathered`: whole weights and gradients of sharded blocks.
+    """
 
     weights: int
     gradients: int
@@ -94,6 +103,7 @@ class MemoryPlan(NamedTuple):
     allocator: int
     libraries: int
     others: int = 0
+    gathered: int = 0
 
     def total(self) -> int:
         """All of them together."""
@@ -147,14 +157,16 @@ def measure(cfg: ModelConfig, precision: str, scores: bool = False) -> ModelSize
     if precision in _TRUE:
         model = model.to(_TRUE[precision])
     try:
-        fixed, per_token, hidden = _kept_bytes(causal_lm, _MIXED.get(precision))
+        fixed, per_token, hidden = _kept_bytes(causal_lm, MIXED.get(precision))
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # a way that needs the tensors' content
         raise ModelError(f"{type(causal_lm).__name__} cannot be run on tensors without content: {error}") from error
     layers = int(getattr(causal_lm.config, "num_hidden_layers", 1))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    blocks = [sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     vocabulary = 0 if scores else cast(Tensor, backbone_and_head(causal_lm)[1].weight).shape[0]
     return ModelSize(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=parameters,
         weights=_size([*model.parameters(), *model.buffers()]) - quantized_savings(causal_lm, cfg.quantization),
         trainable=_size(trainable),
         trainable_tensors=len(trainable),
@@ -163,9 +175,17 @@ def measure(cfg: ModelConfig, precision: str, scores: bool = False) -> ModelSize
         per_token=per_token + per_token // layers,
         checkpointed=layers * hidden.shape[-1] * hidden.itemsize + 2 * per_token // layers,
         vocabulary=vocabulary,
-        half=precision in _MIXED or next(backbone_and_head(causal_lm)[0].parameters()).itemsize == 2,
+        half=precision in MIXED or next(backbone_and_head(causal_lm)[0].parameters()).itemsize == 2,
         positions=getattr(causal_lm.config, "max_position_embeddings", None),
+        trainable_numbers=sum(parameter.numel() for parameter in trainable),
+        block=max(blocks, default=0),
+        outside=parameters - sum(blocks),
     )
+
+
+def decoder_blocks(model: nn.Module) -> Iterable[nn.Module]:
+    """The layers of a model, which are sharded one by one."""
+    return next((part for part in model.modules() if isinstance(part, nn.ModuleList)), ())
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

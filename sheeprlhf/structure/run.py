@@ -114,10 +114,35 @@ class InspectConfig(CommandConfig):
 
 
 @dataclass(unsafe_hash=True)
+class ClusterConfig(Config):
+    """Machines to plan for, other than this one; the defaults are an H100 with 400 Gb/s of network for each device."""
+
+    memory: Optional[float] = option(
+        None,
+        "Memory of a device. Giving it plans for other machines than this one; so does fabric.num_nodes above 1, "
+        "with 80.",
+        unit="GB",
+        above=0.0,
+    )
+    bandwidth: float = option(50.0, "Speed at which a device sends and receives at once.", unit="GB/s", above=0.0)
+    tflops: float = option(989.0, "Peak speed of a device in the precision of the run.", unit="TFLOP/s", above=0.0)
+    mfu: float = option(0.4, "Share of the peak that training reaches.", above=0.0, maximum=1.0)
+
+
+@dataclass(unsafe_hash=True)
 class DoctorConfig(CommandConfig, TrainConfig):
     """Check that a training run would work on this machine: takes the options of `train`, and starts nothing."""
 
     entry_point: ClassVar[str] = "sheeprlhf.apps.doctor:run"
+
+    cluster: ClusterConfig = ClusterConfig()
+    dry_step: bool = option(
+        True, "With fabric.strategy=fsdp2, run a step of one process on tensors without content, to check the plan."
+    )
+
+    def plans_other_machines(self) -> bool:
+        """True if nothing of this machine is checked, and the model needs no files but its config.json."""
+        return self.cluster.memory is not None or (self.fabric.num_nodes or 1) > 1
 
 
 @dataclass(unsafe_hash=True)

@@ -1,9 +1,13 @@
 """The memory plan of a task's step: how large its forward passes are, and what kind of model they need."""
 
 import dataclasses
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
+from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.model.memory import MemoryPlan, ModelSize, allocator_share, measure, plan, tokens_of_forward
+from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.reward import model_sources
 from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.run import TrainConfig
@@ -31,7 +35,7 @@ def step_plan(
     )
     if isinstance(config.task, BestOfNConfig):  # it only computes forward
         parts = parts._replace(gradients=0, optimizer=0)
-    return parts._replace(others=_others(config, size, parts.optimizer))
+    return _sharded(parts._replace(others=_others(config, size, parts.optimizer)), config, size)
 
 
 def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
@@ -49,6 +53,56 @@ def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
         return size.trainable * (scored + critic + average) + optimizer * critic
     reference = not isinstance(task, BestOfNConfig)
     return size.weights * (reference + scored + critic + average) + optimizer * critic
+
+
+class Ranks(NamedTuple):
+    """How the processes of a run share its weights.
+
+    Attributes:
+        total: all processes.
+        shards: processes that hold one copy of the weights together; 1 without fsdp2.
+        gather_bytes: of a gathered number.
+        reduce_bytes: of a number of a reduced gradient.
+    """
+
+    total: int
+    shards: int
+    gather_bytes: int
+    reduce_bytes: int
+
+
+def ranks_of(fabric: FabricConfig) -> Ranks:
+    """The processes that a configuration asks for; `fabric.devices=auto` counts as one on each machine."""
+    devices = parse_devices(fabric.devices)
+    total = (fabric.num_nodes or 1) * (
+        len(devices) if isinstance(devices, list) else devices if devices != "auto" else 1
+    )
+    width = 2 if fabric.precision.endswith("16-true") else 4
+    return Ranks(total, total if fabric.strategy == "fsdp2" else 1, width, width)
+
+
+def passes_of_rank(config: TrainConfig, size: ModelSize) -> tuple[int, int]:
+    """Rows of a rank in an optimizer step, at most, and the forward and backward passes that they take."""
+    step = config.task.mini_batch_size // getattr(config.task, "num_generations", 1)
+    rows = math.ceil(step / ranks_of(config.fabric).total)
+    return rows, math.ceil(rows / rows_of_forward(config, size)[0])
+
+
+def _sharded(parts: MemoryPlan, config: TrainConfig, size: ModelSize) -> MemoryPlan:
+    """The plan of one of several processes that share one copy of the weights.
+
+    Whole at the worst moment: the weights around the blocks, those of two blocks, the second being fetched ahead, and
+    the gradients of one; with several passes in a step the gradients of all, which are reduced after the last pass.
+    """
+    ranks = ranks_of(config.fabric)
+    if ranks.shards == 1:
+        return parts
+    whole = size.outside + 2 * size.block
+    gradients = (
+        size.trainable_numbers if passes_of_rank(config, size)[1] > 1 else min(size.block, size.trainable_numbers)
+    )
+    held = {name: -(-getattr(parts, name) // ranks.shards) for name in ("weights", "gradients", "optimizer", "others")}
+    return parts._replace(**held, gathered=whole * ranks.gather_bytes + gradients * ranks.reduce_bytes)
 
 
 def rows_of_forward(config: TrainConfig, size: ModelSize) -> tuple[int, int]:

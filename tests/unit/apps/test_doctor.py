@@ -77,6 +77,26 @@ def test_all_is_well(report: Callable[..., Report], words: list[str], tmp_path: 
     assert time.process_time() - started < 30 and not (tmp_path / "runs").exists()
 
 
+def test_a_plan_for_other_machines(report: Callable[..., Report], model_folder: ModelFolder, tmp_path: Path) -> None:
+    """Of this machine, only config.json is read: no launcher, device, weights or tokenizer is needed."""
+    (tmp_path / "shape").mkdir()
+    shutil.copy(model_folder() / "config.json", tmp_path / "shape")
+    plan = ["model=auto", f"model.repo_name={tmp_path / 'shape'}", "data.max_length=120", "data.max_prompt_length=70"]
+    plan += ["fabric=auto_cuda", "fabric.num_nodes=2", "fabric.devices=2", "fabric.strategy=fsdp2"]
+    found = report(*plan, "task.mini_batch_size=33", "cluster.bandwidth=1e-9")
+    assert (found.code, found.topics) == (0, ["versions", "device", "hub", "model", "memory", "step", "sharding"])
+    assert {topic for topic, level in found.level.items() if level != "ok"} == {"step"}, found.text
+    assert "1/4 of them" in found.said["memory"] and "gathered" in found.said["memory"]
+    assert "task.mini_batch_size=33" in found.said["step"] and "communication takes longer" in found.said["step"]
+    assert "2,212 parameters" in found.said["sharding"]  # of 8,848
+    assert found.text.splitlines()[-1].startswith("next: python sheeprlhf.py train task=sft model=auto")
+    assert "cluster" not in found.text.splitlines()[-1]
+
+    small = report(*plan[:-1], "cluster.memory=0.01", "dry_step=false")
+    assert (small.code, small.level["memory"], "sharding" in small.topics) == (1, "problem", False)
+    assert "fabric.strategy=fsdp2" in small.said["memory"]
+
+
 def test_preferences_need_no_second_model(report: Callable[..., Report], words: list[str]) -> None:
     """Nor has a reward model logits; a loss without a reference says nothing of one."""
     said = {name: report(*words, *more.split()).said["memory"] for name, more in PREFERENCE_WORDS.items()}

@@ -185,7 +185,7 @@ def test_the_plan_by_hand() -> None:
     parts = plan(size, AdamWConfig(), tokens=20, checkpointing=False, allocator_share=0.5)
     activations, logits = 10 + 20 * 7, 20 * 50 * 4
     allocator = (activations + logits) // 2
-    assert parts == (400, 200, 2 * 200 + 4 * 5, activations, logits, allocator, LIBRARIES, 0)
+    assert parts == (400, 200, 2 * 200 + 4 * 5, activations, logits, allocator, LIBRARIES, 0, 0)
     assert parts.total() == 400 + 200 + 420 + activations + logits + allocator + LIBRARIES
     few = plan(size._replace(half=True), SGDConfig(), tokens=20, checkpointing=True, allocator_share=0.0)
     assert few[:6] == (400, 200, 0, 10 + 20 * 3, 20 * 50 * 2, 0)

@@ -1,0 +1,285 @@
+"""How speed changes with ranks, rows, lengths, groups, data and the size of the model: markdown tables, on the CPU.
+
+    python benchmarks/scale.py [--quick] [ranks] [rows] [data] [startup]
+
+`ranks`: SFT of model=tiny over 1, 2 and 4 processes of one thread. Weak scaling keeps the rows of a process, strong
+scaling those of a step. The split of a step comes from a second measurement in which each collective begins with a
+barrier and is waited for: `wait` is the time in barriers, that is for slower ranks; `gather` and `reduce` are in
+collectives; `compute` is the rest. `rows`: tokens a second of one process. `data`: `benchmarks/prepare_rows.py`.
+`startup`: reading a model's weights. `--quick` measures little, to see that everything runs.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+TOKEN_BUDGET, LENGTH, ROWS = 2048, 128, 8
+PARTS = ("gather", "reduce", "wait")
+
+
+class Case(NamedTuple):
+    """Work of a rank in a step: `rows` prompts of a quarter of `length`, each with `group` responses of the rest."""
+
+    rows: int
+    length: int = LENGTH
+    group: int = 1
+
+    def num_tokens(self) -> int:
+        """Tokens if every response has a prompt of its own."""
+        return self.rows * self.group * self.length
+
+
+class Speed(NamedTuple):
+    """Median seconds of a step, and of its parts in the measurement with barriers."""
+
+    step: float
+    parts: dict[str, float]
+
+
+def measure(fabric: Any, cases: list[Case], steps: int) -> list[Speed]:
+    """All ranks: train the embedded model on random tokens."""
+    import numpy as np
+
+    from sheeprlhf.agent.policy import load_policy
+    from sheeprlhf.data.example import Example, collate_packed
+    from sheeprlhf.engine.optim import set_up
+    from sheeprlhf.engine.step import MicroBatch, update
+    from sheeprlhf.model.load import load_tokenizer
+    from sheeprlhf.structure.model import TinyConfig
+    from sheeprlhf.structure.optim import AdamWConfig
+    from sheeprlhf.task.train.sft import sft_loss
+
+    model = TinyConfig()
+    policy, _ = load_policy(model, load_tokenizer(model), longest=512, batching="packed")
+    module, optimizer = set_up(fabric, AdamWConfig(), policy, 1e-5)
+    rng, found = np.random.default_rng(fabric.global_rank), []
+    for case in cases:
+        prompt = case.length // 4
+        ids = lambda length: rng.integers(3, 4096, length).astype(np.int32)  # noqa: E731
+        examples = [
+            Example(row, ids(prompt), tuple(ids(case.length - prompt) for _ in range(case.group)))
+            for row in range(case.rows)
+        ]
+        size = max(1, TOKEN_BUDGET // examples[0].num_tokens())
+        micro_batches = []
+        for first in range(0, case.rows, size):
+            batch = collate_packed(examples[first : first + size])
+            micro_batches.append(MicroBatch(batch, len(batch.target_ids_N), tuple(range(size))))
+
+        def seconds(micro_batches: list[Any] = micro_batches) -> float:
+            start = time.perf_counter()
+            update(fabric, module, optimizer, micro_batches, sft_loss, max_grad_norm=1.0)
+            return time.perf_counter() - start
+
+        seconds()  # not counted
+        step = median(seconds() for _ in range(steps))
+        splits = []
+        for _ in range(steps if fabric.world_size > 1 else 0):
+            with timed_collectives(module) as spent:
+                whole = seconds()
+            splits.append({**spent, "compute": whole - sum(spent.values()), "step": whole})
+        names = ("compute", *PARTS, "step")
+        found.append(Speed(step, {name: median(split.get(name, 0.0) for split in splits) for name in names if splits}))
+    return found
+
+
+@contextmanager
+def timed_collectives(module: Any) -> Iterator[Counter[str]]:
+    """All ranks: inside, collectives are waited for one after the other, and their seconds are counted by kind."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    spent: Counter[str] = Counter()
+
+    def timed(kind: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            dist.barrier()
+            begun = time.perf_counter()
+            work = collective(*args, **kwargs)
+            if work is not None:
+                work.wait()
+            spent["wait"] += begun - start
+            spent[kind] += time.perf_counter() - begun
+            return work
+
+        return run
+
+    kinds = {"all_gather_single": "gather", "reduce_scatter_single": "reduce", "all_reduce": "reduce"}
+    real = {name: getattr(dist, name) for name in kinds}
+    for name, kind in kinds.items():
+        setattr(dist, name, timed(kind, real[name]))
+    wrapped = next((part for part in module.modules() if isinstance(part, DistributedDataParallel)), None)
+    try:
+        if wrapped is not None and not hasattr(wrapped, "timed_hook"):
+            wrapped.timed_hook = True  # stays registered: the plain steps come first
+            wrapped.register_comm_hook(None, _hook)
+        yield spent
+    finally:
+        for name, collective in real.items():
+            setattr(dist, name, collective)
+
+
+def _hook(_: None, bucket: Any) -> Any:
+    """The mean of a bucket of gradients over ranks, by the function that is timed."""
+    import torch
+    import torch.distributed as dist
+
+    dist.all_reduce(bucket.buffer())
+    future: torch.futures.Future[Any] = torch.futures.Future()
+    future.set_result(bucket.buffer().div_(dist.get_world_size()))
+    return future
+
+
+def worker(strategy: str, cases: list[Case], steps: int) -> None:
+    """One rank of a launch."""
+    import torch
+
+    from sheeprlhf.engine.fabric import make_fabric
+    from sheeprlhf.structure.fabric import FabricConfig
+
+    torch.set_num_threads(1)
+    fabric = make_fabric(FabricConfig(strategy=strategy, devices=os.environ.get("WORLD_SIZE", "1")))
+    fabric.launch()
+    found = measure(fabric, cases, steps)
+    if fabric.is_global_zero:
+        print("RESULT " + json.dumps(found), flush=True)
+
+
+def launch(ranks: int, strategy: str, cases: list[Case], steps: int) -> list[Speed]:
+    """Measure in processes of their own."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    work = json.dumps([strategy, cases, steps])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    command = [sys.executable, *torchrun, str(HERE / "scale.py"), "--worker", work]
+    output = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
+    return [Speed(*speed) for speed in json.loads(output.partition("RESULT ")[2].splitlines()[0])]
+
+
+def table(title: str, header: list[str], lines: list[list[Any]]) -> None:
+    """Print a table as markdown."""
+    print(f"\n### {title}\n| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+    for line in lines:
+        cells = [
+            f"{cell:,.3f}"
+            if isinstance(cell, float) and cell < 10
+            else f"{cell:,.0f}"
+            if isinstance(cell, float)
+            else str(cell)
+            for cell in line
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def of_ranks(quick: bool) -> None:
+    """Weak and strong scaling."""
+    numbers, rows, steps = ((1, 2), 2, 1) if quick else ((1, 2, 4), ROWS, 5)
+    [alone] = launch(1, "auto", [Case(rows)], steps)
+    lines: dict[str, list[list[Any]]] = {"weak": [], "strong": []}
+    for strategy in ("ddp", "fsdp2"):
+        for ranks in numbers:
+            speeds = [alone] * 2 if ranks == 1 else launch(ranks, strategy, [Case(rows), Case(rows // ranks)], steps)
+            for kind, speed, work in zip(lines, speeds, (ranks, 1), strict=True):
+                tokens = Case(rows).num_tokens() * work
+                parts = [round(1000 * speed.parts[name]) if speed.parts else "" for name in ("compute", *PARTS, "step")]
+                ideal = (1 if kind == "weak" else ranks) * speed.step / alone.step
+                lines[kind].append(
+                    [strategy, ranks, tokens, round(1000 * speed.step), tokens / speed.step, f"{1 / ideal:.0%}", *parts]
+                )
+    header = ["strategy", "ranks", "tokens of a step", "step ms", "tokens/s", "efficiency", "compute", *PARTS, "sum ms"]
+    for kind, found in lines.items():
+        table(f"{kind.capitalize()} scaling", header, found)
+
+
+def of_rows(quick: bool) -> None:
+    """Tokens a second of one process against rows, length and group size."""
+    steps = 1 if quick else 5
+    cases = {
+        "Rows of a step": [Case(rows) for rows in ((1, 2) if quick else (1, 2, 4, 8, 16, 32, 64))],
+        "Length of a row, 4,096 tokens a step": [
+            Case(4096 // length, length) for length in ((256, 512) if quick else (32, 64, 128, 256, 512))
+        ],
+        "Responses of a prompt, 32 a step": [
+            Case(32 // group, LENGTH, group) for group in ((1, 2) if quick else (1, 2, 4, 8, 16))
+        ],
+    }
+    speeds = iter(launch(1, "auto", [case for some in cases.values() for case in some], steps))
+    for title, some in cases.items():
+        lines = []
+        for case in some:
+            step = next(speeds).step
+            lines.append([*case, round(1000 * step), case.num_tokens() / step])
+        table(title, ["prompts", "tokens of a row", "responses", "step ms", "tokens/s"], lines)
+
+
+def of_data(quick: bool) -> None:
+    """Preparation of data against rows."""
+    rows = ["200", "400"] if quick else ["1000", "10000", "100000", "400000"]
+    command = [sys.executable, str(HERE / "prepare_rows.py"), "--rows", *rows]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    names = ["rows", "file_mb", "seconds", "cpu_seconds", "rows_per_cpu_s", "peak_mb"]
+    results = [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT ")]
+    table("Preparation of data", names, [[result[name] for name in names] for result in results])
+
+
+def of_startup(quick: bool) -> None:
+    """Seconds to import the libraries, and to load a model of random weights."""
+    import shutil
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sheeprlhf.agent.policy import load_policy
+    from sheeprlhf.model.load import load_tokenizer
+    from sheeprlhf.structure.model import AutoModelConfig
+    from sheeprlhf.utils.hub import embedded_folder
+
+    lines = []
+    for hidden, layers in ((64, 2), (128, 2)) if quick else ((256, 6), (512, 8), (768, 12), (1024, 20)):
+        with tempfile.TemporaryDirectory() as folder:
+            shape = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 11 * hidden // 4}
+            config = LlamaConfig(vocab_size=4096, num_attention_heads=hidden // 64, **shape)
+            model = LlamaForCausalLM(config)
+            model.save_pretrained(folder)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(embedded_folder("embedded:tiny") / name, folder)
+            cfg, parameters = AutoModelConfig(repo_name=folder), model.num_parameters()
+            del model
+            wall, cpu = time.perf_counter(), time.process_time()
+            load_policy(cfg, load_tokenizer(cfg), longest=512, batching="packed")
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            lines.append([f"{parameters / 1e6:.1f}M", wall, cpu, 4 * parameters / 1e6 / wall])
+    table("Start-up", ["parameters", "seconds", "CPU seconds", "MB/s"], lines)
+
+
+TABLES = {"ranks": of_ranks, "rows": of_rows, "data": of_data, "startup": of_startup}
+
+
+def main() -> None:
+    """Print the tables that were asked for, all by default."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", choices=[*TABLES, []])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        strategy, cases, steps = json.loads(args.worker)
+        worker(strategy, [Case(*case) for case in cases], steps)
+        return
+    for name in args.tables or TABLES:
+        TABLES[name](args.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The plan of an optimizer step over many devices: traffic and time by arithmetic, and a dry run that checks both.
+
+With P parameters of which Q train, B parameters in the blocks of the decoder, s ranks that share one copy of the
+weights, r such groups and m forward and backward passes of a rank, a rank receives or sends in a step
+
+    gather       m (P + B) (s - 1) / s numbers: a block's weights before its forward and again before its backward pass,
+                 the weights around the blocks once
+    reduce       Q (s - 1) / s numbers: gradients, after the last pass
+    all-reduce   2 (Q / s) (r - 1) / r numbers: gradients between the groups; without fsdp2, s = 1
+
+and computes 2 P operations a token forward, 2 P for the gradients of activations, 2 Q for those of weights, and 2 P
+where gradient checkpointing repeats the forward pass; attention scores are left out. Only the policy's optimizer step
+is counted: no sampling, no scores, no validation, no checkpoint.
+"""
+
+import time
+from collections import Counter
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sheeprlhf.engine.optim import build_optimizer
+from sheeprlhf.engine.shard import _shard
+from sheeprlhf.model.memory import MIXED, ModelSize, build_on_meta
+from sheeprlhf.structure.rollout import BestOfNConfig
+from sheeprlhf.structure.run import ClusterConfig, DoctorConfig, TrainConfig
+from sheeprlhf.task.memory_plan import Ranks, passes_of_rank, ranks_of, rows_of_forward
+from sheeprlhf.utils.processes import interrupts_wait
+
+_TOKENS = 8  # of the dry run: traffic and state do not depend on them
+_KINDS = {"_allgather_base_": "gather", "_reduce_scatter_base_": "reduce", "allreduce_": "all_reduce"}
+
+
+class Traffic(NamedTuple):
+    """Bytes that a rank receives or sends in an optimizer step."""
+
+    gather: int
+    reduce: int
+    all_reduce: int
+
+    def total(self) -> int:
+        """All of them together."""
+        return sum(self)
+
+
+class StepTime(NamedTuple):
+    """Seconds of a step without waiting: `communication` and `computation` overlap in part, or not at all."""
+
+    tokens: int  # of one rank
+    communication: float
+    computation: float
+
+
+def traffic(config: TrainConfig, size: ModelSize, *, passes: int) -> Traffic:
+    """The traffic of a rank in a step of `passes` forward and backward passes."""
+    ranks, train = ranks_of(config.fabric), size.trainable_numbers
+    if isinstance(config.task, BestOfNConfig):
+        train = 0
+    s, r = ranks.shards, ranks.total // ranks.shards
+    gathered = 0 if s == 1 else passes * (2 * size.parameters - size.outside) * (s - 1) / s
+    return Traffic(
+        gather=round(gathered * ranks.gather_bytes),
+        reduce=round(train * (s - 1) / s * ranks.reduce_bytes),
+        all_reduce=round(2 * train / s * (r - 1) / r * ranks.reduce_bytes),
+    )
+
+
+def step_time(config: TrainConfig, size: ModelSize, cluster: ClusterConfig) -> StepTime:
+    """The time of a step of the longest rows."""
+    rows, passes = passes_of_rank(config, size)
+    tokens = rows * rows_of_forward(config, size)[1]
+    if isinstance(config.task, BestOfNConfig):
+        operations = 2 * size.parameters
+    else:
+        repeated = config.model.gradient_checkpointing
+        operations = (4 + 2 * repeated) * size.parameters + 2 * size.trainable_numbers
+    return StepTime(
+        tokens=tokens,
+        communication=traffic(config, size, passes=passes).total() / (cluster.bandwidth * 1e9),
+        computation=operations * tokens / (cluster.tflops * 1e12 * cluster.mfu),
+    )
+
+
+class DryStep(NamedTuple):
+    """Observations of `dry_step`, on its rank.
+
+    Attributes:
+        parameters: numbers that the rank holds.
+        unsharded: names of parameters that every rank holds as a whole.
+        state: numbers of the optimizer's state.
+        traffic: bytes that went through the process group.
+        collectives: how many there were, by their name.
+        seconds: of this processor.
+    """
+
+    parameters: int
+    unsharded: list[str]
+    state: int
+    traffic: Traffic
+    collectives: dict[str, int]
+    seconds: float
+
+
+def dry_step(config: DoctorConfig) -> DryStep:
+    """Shard the model over all ranks and run a step, as rank zero, on tensors without content.
+
+    The process group is torch's own for tests: it has any number of ranks, and its collectives do nothing.
+
+    Raises:
+        ImportError: this torch has no such group.
+        RuntimeError, TypeError, ValueError, AttributeError: the model's code reads the tensors' content.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # private
+
+    start, ranks = time.process_time(), ranks_of(config.fabric)
+    module = build_on_meta(config.model, scores=config.task.trains == "reward model")[1]
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks.total)
+    try:
+        names = ("data_parallel", "tensor_parallel")
+        mesh = torch.distributed.init_device_mesh("cpu", (ranks.shards, 1), mesh_dim_names=names)
+        with interrupts_wait(), FakeTensorMode(allow_non_fake_inputs=True):  # cut short, it would end the process
+            return _dry_step(config, module, ranks, mesh, start)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _dry_step(config: DoctorConfig, module: nn.Module, ranks: Ranks, mesh: DeviceMesh, start: float) -> DryStep:
+    _to_fake(module)
+    _shard(module, mesh)
+    optimizer = build_optimizer(config.optim, module, config.peak_lr())
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long)
+    mixed = MIXED.get(config.fabric.precision)
+    recorder = _Collectives(ranks)
+    with recorder, nullcontext() if mixed is None else torch.autocast("cpu", mixed):
+        output = module(input_ids=ids, use_cache=False)
+        output.logits.float().sum().backward()
+    optimizer.step()
+    parameters = dict(module.named_parameters())
+    state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
+    return DryStep(
+        parameters=sum(_local(parameter).numel() for parameter in parameters.values()),
+        unsharded=[name for name, parameter in parameters.items() if not isinstance(parameter, DTensor)],
+        state=sum(_local(value).numel() for value in state),
+        traffic=Traffic(*(recorder.bytes[name] for name in Traffic._fields)),
+        collectives=dict(recorder.counts),
+        seconds=time.process_time() - start,
+    )
+
+
+def _to_fake(module: nn.Module) -> None:
+    """Turn tensors of the meta device into tensors without content of the CPU; what modules share stays shared."""
+    made: dict[torch.Tensor, Any] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor not in made:
+                    fake = torch.empty_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[tensor] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                if tensor is not None:
+                    tensors[name] = made[tensor]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class _Collectives(TorchDispatchMode):
+    """Counts the collectives of a rank, and the bytes that they move."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__()
+        self._ranks = ranks
+        self.counts: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation."""
+        kind = _KINDS.get(func.__name__.partition(".")[0]) if func.namespace == "c10d" else None
+        if kind is not None:
+            received, sent = args[:2]  # of an all-reduce: the tensors, and the group
+            self.counts[kind] += 1
+            if kind == "all_reduce":
+                replicas = self._ranks.total // self._ranks.shards
+                self.bytes[kind] += sum(2 * tensor.nbytes * (replicas - 1) // replicas for tensor in received)
+            else:
+                self.bytes[kind] += abs(received.nbytes - sent.nbytes)
+        return func(*args, **(kwargs or {}))

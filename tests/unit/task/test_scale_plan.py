@@ -1,0 +1,130 @@
+"""The plan of a step over many ranks: arithmetic by hand, and a dry step whose counted traffic agrees with it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sheeprlhf.model.memory import ModelSize, measure
+from sheeprlhf.structure.data import LocalDataConfig
+from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.model import AutoModelConfig, LORAConfig, ModelConfig
+from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.rollout import GRPOConfig
+from sheeprlhf.structure.run import ClusterConfig, DoctorConfig
+from sheeprlhf.structure.task import RMConfig, SFTConfig, TrainTaskConfig
+from sheeprlhf.task.memory_plan import passes_of_rank, step_plan
+from sheeprlhf.task.scale_plan import dry_step, step_time, traffic
+
+ModelFolder = Callable[..., Path]
+SHAPES = {  # hidden size, inner size, layers, size of keys, vocabulary
+    "embedded:llama-7b": (4096, 11008, 32, 4096, 32000),
+    "embedded:llama-70b": (8192, 28672, 80, 1024, 128256),
+}
+
+
+def size_by_hand(name: str) -> ModelSize:
+    """The parameters of a Llama: four projections, three matrices of the MLP and two norms a layer; two embeddings."""
+    hidden, inner, layers, keys, vocabulary = SHAPES[name]
+    block = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * inner + 2 * hidden
+    outside = 2 * vocabulary * hidden + hidden
+    number = layers * block + outside
+    kept = {"fixed": 0, "per_token": 10**5, "checkpointed": 10**4, "half": True, "positions": 4096}
+    return ModelSize(
+        number, 4 * number, 4 * number, 9 * layers + 3, 4 * number, vocabulary=vocabulary, **kept,
+        trainable_numbers=number, block=block, outside=outside,
+    )  # fmt: skip
+
+
+def config_of(model: ModelConfig, ranks: int, task: TrainTaskConfig | None = None, **options: Any) -> DoctorConfig:
+    data = LocalDataConfig(train_file="rows.jsonl", max_length=4096)
+    fabric = FabricConfig(**{"strategy": "fsdp2", "devices": "8", "num_nodes": ranks // 8} | options)
+    task = task or SFTConfig(mini_batch_size=4 * ranks, token_budget=16384)
+    return DoctorConfig(task=task, model=model, data=data, fabric=fabric, optim=AdamWConfig())
+
+
+def test_the_embedded_shapes_have_the_parameters_of_their_names() -> None:
+    size = measure(AutoModelConfig(repo_name="embedded:llama-7b"), "32-true")
+    by_hand = size_by_hand("embedded:llama-7b")
+    for name in ("parameters", "trainable", "trainable_tensors", "trainable_numbers", "block", "outside", "saved"):
+        assert getattr(size, name) == getattr(by_hand, name)
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "state", "gather", "reduce", "computation"),
+    [  # per GPU: GB of weights, gradients and moments; GB of gathered weights and reduced gradients; seconds
+        ("embedded:llama-7b", 8, 13.5, 46.3, 23.6, 2.23),
+        ("embedded:llama-7b", 64, 1.7, 52.0, 26.5, 2.23),
+        ("embedded:llama-7b", 1024, 0.1, 52.8, 26.9, 2.23),
+        ("embedded:llama-70b", 8, 141.1, 486.5, 246.9, 23.4),
+        ("embedded:llama-70b", 64, 17.6, 547.3, 277.8, 23.4),
+        ("embedded:llama-70b", 1024, 1.1, 555.5, 281.9, 23.4),
+    ],
+)
+def test_a_step_on_h100s(
+    model: str, ranks: int, state: float, gather: float, reduce: float, computation: float
+) -> None:
+    """16 bytes of state a parameter, 16k tokens on each GPU, 400 Gb/s, 40 % of 989 TFLOP/s, a recomputed forward."""
+    config = config_of(AutoModelConfig(repo_name=model, gradient_checkpointing=True), ranks)
+    size = size_by_hand(model)
+    parts = step_plan(config, device="cuda", size_of=lambda *_: size)
+    assert (parts.weights + parts.gradients + parts.optimizer) / 1e9 == pytest.approx(state, abs=0.051)
+    moved, spent = traffic(config, size, passes=1), step_time(config, size, ClusterConfig())
+    assert (moved.gather / 1e9, moved.reduce / 1e9, moved.all_reduce) == pytest.approx((gather, reduce, 0), abs=0.051)
+    assert spent.tokens == 16384
+    assert spent.communication == pytest.approx((moved.gather + moved.reduce) / 50e9)
+    assert spent.computation == pytest.approx(computation, abs=0.006 * computation)
+
+
+def test_ddp_holds_everything_and_reduces_twice_its_gradients() -> None:
+    size = size_by_hand("embedded:llama-7b")
+    config = config_of(AutoModelConfig(), 64, strategy="auto")
+    parts = step_plan(config, device="cuda", size_of=lambda *_: size)
+    assert (parts.weights, parts.gradients, parts.gathered) == (4 * size.parameters, 4 * size.parameters, 0)
+    assert traffic(config, size, passes=3) == (0, 0, round(2 * 4 * size.parameters * 63 / 64))
+
+
+def test_several_passes_keep_whole_gradients_and_gather_again() -> None:
+    """One pass of 16,384 tokens, or four of 4,096; a group is one row."""
+    size = size_by_hand("embedded:llama-7b")
+    gathered = []
+    for budget in (16384, 4096):
+        config = config_of(AutoModelConfig(), 8, SFTConfig(mini_batch_size=29, token_budget=budget))
+        passes = passes_of_rank(config, size)
+        assert passes == (4, 16384 // budget)
+        gathered.append(step_plan(config, device="cuda", size_of=lambda *_: size).gathered)
+        assert traffic(config, size, passes=passes[1]).gather == pytest.approx(46.25e9 * passes[1], rel=1e-3)
+    assert gathered[1] - gathered[0] == 4 * (size.parameters - size.block)
+    groups = GRPOConfig(num_generations=8, mini_batch_size=128, micro_batch_size=8, token_budget=10**6)
+    assert passes_of_rank(config_of(AutoModelConfig(), 8, groups), size) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("task", "mode", "precision"),
+    [(SFTConfig(), "ALL", "32-true"), (SFTConfig(), "LORA", "32-true"), (RMConfig(), "ALL", "bf16-mixed")],
+)
+def test_a_dry_step_moves_the_planned_bytes(
+    task: TrainTaskConfig, mode: str, precision: str, model_folder: ModelFolder
+) -> None:
+    model = AutoModelConfig(repo_name=str(model_folder()), finetune_mode=mode, lora_cfg=LORAConfig(rank=4))
+    config = config_of(model, 8, task, devices="2", precision=precision)
+    size, seen = measure(model, precision, task.trains == "reward model"), dry_step(config)
+    assert seen.unsharded == []
+    assert seen.parameters == pytest.approx(size.parameters / 2, abs=1)  # the bias of a score head is one number
+    assert seen.state == pytest.approx(size.trainable_numbers + size.trainable_tensors, abs=2)
+    assert seen.traffic == traffic(config, size, passes=1)
+    assert seen.traffic.reduce < seen.traffic.gather
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("name", "ranks"), [("embedded:llama-7b", 8), ("embedded:llama-70b", 1024)])
+def test_a_dry_step_of_a_large_model(name: str, ranks: int) -> None:
+    config, size = config_of(AutoModelConfig(repo_name=name), ranks), size_by_hand(name)
+    seen = dry_step(config)
+    assert (seen.unsharded, seen.collectives) == (
+        [],
+        {"gather": 2 * SHAPES[name][2] + 1, "reduce": SHAPES[name][2] + 1},
+    )
+    assert seen.parameters == pytest.approx(size.parameters / ranks, rel=0.01)  # 128,256 rows are no multiple of 1,024
+    assert seen.traffic.total() == pytest.approx(traffic(config, size, passes=1).total(), rel=0.01)
