@@ -43,12 +43,22 @@ DPO_CASES: list[tuple[str, dict[str, Any]]] = [
     ("ipo", {"loss_type": "ipo", "beta": 0.1}),
     ("robust", {"loss_type": "robust", "beta": 0.1, "label_smoothing": 0.2}),
     ("apo_zero", {"loss_type": "apo_zero", "beta": 0.1}),
+    ("sigmoid_norm", {"loss_type": "sigmoid_norm", "beta": 0.5}),
+    ("exo", {"loss_type": "exo_pair", "beta": 0.1, "label_smoothing": 0.2}),
+    ("nca", {"loss_type": "nca_pair", "beta": 0.1}),
+    ("sppo", {"loss_type": "sppo_hard", "beta": 0.1}),
+    ("discopop", {"loss_type": "discopop", "beta": 0.1}),
+    *(
+        (f"sigmoid, {name}", {"loss_type": "sigmoid", "beta": 0.1, "f_divergence_type": name})
+        for name in ("forward_kl", "js_divergence", "alpha_divergence")
+    ),
 ]
 CPO_CASES: list[tuple[str, dict[str, Any]]] = [
     ("simpo", {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0}),
     ("cpo sigmoid", {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 0.0}),
     ("cpo sigmoid, label smoothing", {"loss_type": "sigmoid", "beta": 0.1, "label_smoothing": 0.2, "cpo_alpha": 0.0}),
     ("cpo hinge", {"loss_type": "hinge", "beta": 0.1, "cpo_alpha": 0.0}),
+    ("cpo", {"loss_type": "sigmoid", "beta": 0.1, "cpo_alpha": 1.0}),
 ]
 ORPO_CASES: list[tuple[str, dict[str, Any]]] = [("orpo", {"beta": 0.25})]
 KTO_CASES: list[tuple[str, str, str, dict[str, Any]]] = [

@@ -35,7 +35,7 @@ from sheeprlhf.structure.reward import (
     parse_term,
     term_folder,
 )
-from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig
+from sheeprlhf.structure.rollout import BestOfNConfig, GRPOConfig, OnlineTaskConfig, PPOConfig, ReinforcePPConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.utils.hardware import missing_modules
 from sheeprlhf.utils.home import expand_home
@@ -296,6 +296,10 @@ def online_problems(config: TrainConfig, task: OnlineTaskConfig) -> Iterator[str
         )
     if isinstance(task, PPOConfig):
         yield from _ppo_problems(task, model.dtype)
+    if isinstance(task, GRPOConfig):
+        yield from _grpo_problems(task)
+    if isinstance(task, ReinforcePPConfig) and task.group_baseline and task.num_generations == 1:
+        yield "task.group_baseline=true compares the responses to a prompt: give for example task.num_generations=4"
     compares = f"task={task.config_name} compares probabilities of different passes"
     if model.finetune_mode == "LORA" and model.lora_cfg is not None and model.lora_cfg.dropout > 0:
         yield f"model.lora_cfg.dropout={model.lora_cfg.dropout}: {compares}: give model.lora_cfg.dropout=0"
@@ -303,6 +307,16 @@ def online_problems(config: TrainConfig, task: OnlineTaskConfig) -> Iterator[str
         yield f"model.disable_dropout=false: {compares}: give model.disable_dropout=true"
     if isinstance(task, BestOfNConfig):
         yield from _best_of_n_problems(config)
+
+
+def _grpo_problems(task: GRPOConfig) -> Iterator[str]:
+    high = 1.0 + (task.clip_coeff if task.clip_high is None else task.clip_high)
+    if task.loss_type == "cispo":
+        for name in ("clip_coeff", "max_ratio"):
+            if getattr(task, name) != getattr(GRPOConfig, name):
+                yield unread(f"task.{name}={getattr(task, name)}", "by task.loss_type=cispo", "task.clip_high")
+    elif task.max_ratio is not None and task.max_ratio <= high:
+        yield f"task.max_ratio={task.max_ratio:g} is not above the clipped ratio {high:g}: give for example 4"
 
 
 def _ppo_problems(task: PPOConfig, dtype: str) -> Iterator[str]:

@@ -399,11 +399,25 @@ def _task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
     if isinstance(task, TrainTaskConfig) and task.config_name != BestOfNConfig.config_name:
         yield from _training_problems(task)
     if isinstance(task, DPOConfig):
-        loss = f"by task.loss_type={task.loss_type}"
-        if task.label_smoothing > 0 and task.loss_type not in ("sigmoid", "robust"):
-            yield unread(f"task.label_smoothing={task.label_smoothing}", loss, "task.loss_type=sigmoid or robust")
-        if task.simpo_gamma != DPOConfig.simpo_gamma and task.loss_type != "simpo":
-            yield unread(f"task.simpo_gamma={task.simpo_gamma}", loss, "task.loss_type=simpo")
+        yield from _dpo_problems(task)
+
+
+def _dpo_problems(task: DPOConfig) -> Iterator[str]:
+    readers = {  # option: the losses that read it
+        "label_smoothing": ("sigmoid", "robust", "exo"),
+        "simpo_gamma": ("simpo",),
+        "discopop_tau": ("discopop",),
+        "f_divergence": ("sigmoid", "sigmoid_norm", "robust", "exo", "hinge", "discopop"),  # losses of d = h_w - h_l
+    }
+    for name, losses in readers.items():
+        if getattr(task, name) != getattr(DPOConfig, name) and task.loss_type not in losses:
+            choices_of = f"task.loss_type={' or '.join(losses)}"
+            yield unread(f"task.{name}={getattr(task, name)}", f"by task.loss_type={task.loss_type}", choices_of)
+    if task.f_alpha != DPOConfig.f_alpha and task.f_divergence != "alpha":
+        by = f"by task.f_divergence={task.f_divergence}"
+        yield unread(f"task.f_alpha={task.f_alpha}", by, "task.f_divergence=alpha")
+    if task.loss_type == "exo" and task.label_smoothing == 0:
+        yield "task.loss_type=exo needs labels that can be wrong: give for example task.label_smoothing=0.001"
 
 
 def _training_problems(task: TrainTaskConfig) -> Iterator[str]:

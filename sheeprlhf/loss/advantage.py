@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-KL_KINDS = ("k1", "k3")
+KL_KINDS = ("k1", "k2", "k3")
 
 
 def by_position(values_N: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -38,8 +38,9 @@ def by_position(values_N: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tenso
 def kl_estimates(logprobs_N: Tensor, reference_N: Tensor, kind: str) -> Tensor:
     """Estimates of KL(policy, reference) from tokens that the policy sampled (Schulman, "Approximating KL divergence").
 
-    With u = log reference - log policy: k1 = -u, unbiased, of either sign; k3 = exp(u) - 1 - u, unbiased (GRPO,
-    arXiv 2402.03300, eq. 4) and never negative. Both are exactly 0 where the two agree.
+    With u = log reference - log policy: k1 = -u, unbiased, of either sign; k2 = u^2 / 2, biased, whose gradient as a
+    loss is that of the KL on the policy's own samples; k3 = exp(u) - 1 - u, unbiased (GRPO, arXiv 2402.03300, eq. 4)
+    and never negative, whose gradient is that of KL(reference, policy). All are 0 where the two agree.
 
     Args:
         logprobs_N: (N,) log-probabilities of the tokens by the policy, nats.
@@ -55,6 +56,8 @@ def kl_estimates(logprobs_N: Tensor, reference_N: Tensor, kind: str) -> Tensor:
     u_N = reference_N - logprobs_N
     if kind == "k1":
         return -u_N
+    if kind == "k2":
+        return 0.5 * u_N.square()
     if kind == "k3":
         return torch.expm1(u_N) - u_N
     raise ValueError(f"kind={kind!r} is none of {', '.join(KL_KINDS)}")

@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its kin: losses of pairs of responses from the policy's own log-probabilities.
+"""Direct preference optimisation and its variants: losses of pairs from the log-probabilities of the policy.
 
 Letters: P pairs, E examples. For a response y, lp(y) is the SUM of its tokens' log-probabilities, EOS included, nats,
 and h = lp(y) - lp_ref(y); w is the chosen response of a pair, l the rejected one; d = h_w - h_l; |y| counts tokens.
@@ -10,6 +10,9 @@ import math
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+MAX_EXPONENT = 20.0  # exp() of float32 overflows at 88
 
 
 def sigmoid(h_w_P: Tensor, h_l_P: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -46,6 +49,60 @@ def ipo(h_w_P: Tensor, h_l_P: Tensor, length_w_P: Tensor, length_l_P: Tensor, be
 def apo_zero(h_w_P: Tensor, h_l_P: Tensor, beta: float) -> Tensor:
     """APO-zero (arXiv 2408.06266) eq. 7: 1 - sigmoid(beta h_w) + sigmoid(beta h_l), chosen up and rejected down."""
     return 1.0 - torch.sigmoid(beta * h_w_P) + torch.sigmoid(beta * h_l_P)
+
+
+def sigmoid_norm(h_w_P: Tensor, h_l_P: Tensor, length_w_P: Tensor, length_l_P: Tensor, beta: float) -> Tensor:
+    """DPO of log-ratios per token (Tulu 3, arXiv 2411.15124): -log sigmoid(beta (h_w / |w| - h_l / |l|))."""
+    return sigmoid(h_w_P / length_w_P, h_l_P / length_l_P, beta)
+
+
+def exo(h_w_P: Tensor, h_l_P: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """EXO of pairs (arXiv 2402.00856): KL(model, labels), where labels are wrong with probability e > 0.
+
+    sigmoid(x) (log sigmoid(x) - log(1 - e)) + sigmoid(-x) (log sigmoid(-x) - log e), x = beta d; 0 at x = logit(1 - e).
+    """
+    x_P, e = beta * (h_w_P - h_l_P), label_smoothing
+    better_P = torch.sigmoid(x_P) * (logsigmoid(x_P) - math.log1p(-e))
+    return better_P + torch.sigmoid(-x_P) * (logsigmoid(-x_P) - math.log(e))
+
+
+def nca(h_w_P: Tensor, h_l_P: Tensor, beta: float) -> Tensor:
+    """NCA of pairs (arXiv 2402.05369): -log sigmoid(a) - log sigmoid(-a) / 2 - log sigmoid(-b) / 2 of a, b = beta h."""
+    a_P, b_P = beta * h_w_P, beta * h_l_P
+    return -logsigmoid(a_P) - 0.5 * logsigmoid(-a_P) - 0.5 * logsigmoid(-b_P)
+
+
+def sppo(h_w_P: Tensor, h_l_P: Tensor, beta: float) -> Tensor:
+    """SPPO with certain labels (arXiv 2405.00675): (h_w - 1 / (2 beta))^2 + (h_l + 1 / (2 beta))^2."""
+    target = 0.5 / beta
+    return (h_w_P - target).square() + (h_l_P + target).square()
+
+
+def discopop(h_w_P: Tensor, h_l_P: Tensor, beta: float, tau: float) -> Tensor:
+    """DiscoPOP (arXiv 2406.08414): (1 - m) (-log sigmoid(x)) + m exp(-x), x = beta d, m = sigmoid(x / tau)."""
+    x_P = beta * (h_w_P - h_l_P)
+    m_P = torch.sigmoid(x_P / tau)
+    return (m_P - 1.0) * logsigmoid(x_P) + m_P * torch.exp((-x_P).clamp(max=MAX_EXPONENT))
+
+
+def f_derivative(h: Tensor, divergence: str, alpha: float) -> Tensor:
+    """f'(exp(h)) of f-DPO (arXiv 2309.16240), which replaces h in losses of d; all have slope > 0.
+
+    reverse_kl: h; forward_kl: -exp(-h); js: log sigmoid(h); alpha: (exp((alpha - 1) h) - 1) / (alpha - 1), alpha < 1.
+    Exponents are cut at MAX_EXPONENT.
+
+    Raises:
+        ValueError: the divergence is unknown.
+    """
+    if divergence == "reverse_kl":
+        return h
+    if divergence == "forward_kl":
+        return -torch.exp((-h).clamp(max=MAX_EXPONENT))
+    if divergence == "js":
+        return logsigmoid(h)
+    if divergence == "alpha":
+        return torch.expm1(((alpha - 1.0) * h).clamp(max=MAX_EXPONENT)) / (alpha - 1.0)
+    raise ValueError(f"divergence={divergence!r} is not one of {', '.join(DIVERGENCES)}")
 
 
 def simpo(lp_w_P: Tensor, lp_l_P: Tensor, length_w_P: Tensor, length_l_P: Tensor, beta: float, gamma: float) -> Tensor:

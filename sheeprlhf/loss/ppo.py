@@ -1,4 +1,4 @@
-"""Losses of policy-gradient training: PPO's policy and value, RLOO's whole responses, and how GRPO's kin average.
+"""Losses of policy-gradient training: PPO's policy and value, RLOO's whole responses, and GRPO's averages.
 
 Letters: S responses, N tokens of all responses laid end to end (response by response). Losses are unreduced.
 """
@@ -15,11 +15,18 @@ MAX_LOG_RATIO = 20.0  # exp() of float32 overflows at 88, and 0 * inf, an advant
 
 
 def policy_losses(
-    logprobs_N: Tensor, old_N: Tensor, advantages_N: Tensor, *, clip_low: float, clip_high: float
+    logprobs_N: Tensor,
+    old_N: Tensor,
+    advantages_N: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    max_ratio: float | None = None,
 ) -> Tensor:
     """PPO's clipped loss (arXiv 1707.06347, eq. 7): max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)).
 
-    r = exp(logprobs - old), at most exp(MAX_LOG_RATIO). DAPO (arXiv 2503.14476, eq. 8) has clip_high > clip_low.
+    r = exp(logprobs - old), at most exp(MAX_LOG_RATIO). DAPO (arXiv 2503.14476, eq. 8) has clip_high > clip_low. With
+    `max_ratio` the first r is at most that (two-sided clipping, arXiv 2505.07291, which limits the loss where A < 0).
 
     Args:
         logprobs_N: (N,) log-probabilities of the tokens by the policy, nats, with their gradient.
@@ -27,12 +34,45 @@ def policy_losses(
         advantages_N: (N,) advantages, without.
         clip_low: how far the ratio may fall below 1.
         clip_high: how far it may rise above.
+        max_ratio: the largest ratio of the unclipped term, above 1 + clip_high; None does not limit it.
 
     Returns:
         (N,) losses.
     """
     ratio_N = _ratio(logprobs_N, old_N)
-    return torch.maximum(-advantages_N * ratio_N, -advantages_N * ratio_N.clamp(1.0 - clip_low, 1.0 + clip_high))
+    clipped_N = ratio_N.clamp(1.0 - clip_low, 1.0 + clip_high)
+    limited_N = ratio_N if max_ratio is None else ratio_N.clamp(max=max_ratio)
+    return torch.maximum(-advantages_N * limited_N, -advantages_N * clipped_N)
+
+
+def cispo_losses(logprobs_N: Tensor, old_N: Tensor, advantages_N: Tensor, *, clip_high: float) -> Tensor:
+    """CISPO (MiniMax-M1, arXiv 2506.13585, eqs. 4 and 5): -A min(r, 1 + clip_high) logprobs, no gradient through r.
+
+    Every token keeps a gradient, whatever its ratio. Arguments as in `policy_losses`.
+    """
+    weights_N = _ratio(logprobs_N, old_N).clamp(max=1.0 + clip_high).detach()
+    return -advantages_N * weights_N * logprobs_N
+
+
+def with_mean_ratio(logprobs_N: Tensor, old_N: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Log-probabilities whose ratio to `old_N` is GSPO's (arXiv 2507.18071, eqs. 7 and 13), one for each response.
+
+    log s = mean over the response's tokens of logprobs - old. Token t gets logprobs_t - sg(logprobs_t) + old_t + sg(log
+    s): with one advantage for all tokens of a response, the mean of their losses has GSPO's value and gradient.
+
+    Args:
+        logprobs_N: (N,) log-probabilities of the tokens by the policy, nats, with their gradient.
+        old_N: (N,) those by the policy that sampled them.
+        lengths: tokens of each of the S responses.
+
+    Returns:
+        (N,) nats.
+    """
+    lengths_S = torch.tensor(lengths, device=logprobs_N.device)
+    index_N = torch.arange(len(lengths), device=logprobs_N.device).repeat_interleave(lengths_S)
+    log_ratio_N = (logprobs_N - old_N).detach()
+    mean_S = log_ratio_N.new_zeros(len(lengths)).index_add(0, index_N, log_ratio_N) / lengths_S
+    return logprobs_N - logprobs_N.detach() + old_N + mean_S[index_N]
 
 
 def sequence_policy_losses(sums_S: Tensor, old_S: Tensor, advantages_S: Tensor, *, clip: float | None) -> Tensor:

@@ -160,12 +160,37 @@ class GRPOConfig(RatioTaskConfig):
     clip_high: Optional[float] = option(
         None, "How far the ratio may rise above 1; null takes clip_coeff (DAPO: 0.28).", above=0.0
     )
+    max_ratio: Optional[float] = option(
+        None, "Largest ratio that a loss may have where the advantage is negative; null: no limit.", above=1.0
+    )
+    kl_estimator: str = option(
+        "k3", "Of each token's KL in the loss: k2 has the gradient of the KL, k3 is GRPO's.", choices=("k2", "k3")
+    )
     scale_rewards: bool = option(True, "Divide by the standard deviation of the prompt's scores (Dr. GRPO does not).")
+    max_advantage: Optional[float] = option(None, "Cut advantages to this in both directions; null: no cut.", above=0.0)
+    mask_truncated: bool = option(
+        False, "Responses that were cut get the advantage 0; they count in the statistics of their prompt."
+    )
     loss_type: str = option(
         "grpo",
         "Mean over the tokens of each response, then over responses (grpo); over all tokens (dapo); sum of tokens by "
-        "generation.max_new_tokens (dr_grpo).",
-        choices=("grpo", "dapo", "dr_grpo"),
+        "generation.max_new_tokens (dr_grpo); one ratio for a response (gspo); clipped weights instead of clipped "
+        "losses (cispo).",
+        choices=("grpo", "dapo", "dr_grpo", "gspo", "cispo"),
+    )
+
+
+@dataclass(unsafe_hash=True)
+class ReinforcePPConfig(RatioTaskConfig):
+    """REINFORCE++: PPO's clipped loss without a critic, advantages whitened over the rollout (arXiv 2501.03262)."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.train.reinforce_pp:train"
+
+    config_name: str = "reinforce_pp"
+    gamma: float = option(1.0, "Discount of a token.", minimum=0.0, maximum=1.0)
+    group_baseline: bool = option(
+        False,
+        "Subtract the mean score of the prompt's responses, and put the KL into the loss (k2) instead of the reward.",
     )
 
 

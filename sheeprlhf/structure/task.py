@@ -171,18 +171,33 @@ class DPOConfig(TrainTaskConfig):
     loss_type: str = option(
         "sigmoid",
         "Which paper's loss; simpo and orpo have no reference.",
-        choices=("sigmoid", "hinge", "ipo", "robust", "apo_zero", "simpo", "orpo"),
+        choices=(
+            *("sigmoid", "hinge", "ipo", "robust", "apo_zero", "simpo", "orpo"),
+            *("sigmoid_norm", "exo", "nca", "sppo", "discopop"),
+        ),
     )
     beta: float = option(
         0.1, "Pull towards the reference; the scale of simpo (2 is usual) and orpo's weight.", above=0.0
     )
     label_smoothing: float = option(
-        0.0, "Share of pairs taken to be the wrong way round (sigmoid, robust).", minimum=0.0, maximum=0.49
+        0.0, "Share of pairs taken to be the wrong way round (sigmoid, robust, exo).", minimum=0.0, maximum=0.49
     )
     reference_free: bool = option(False, "Take a reference that likes all responses alike.")
     simpo_gamma: float = option(
         1.0, "How much likelier the better response has to be (simpo).", unit="nats", minimum=0.0
     )
+    discopop_tau: float = option(0.05, "Temperature of the mix of two losses (discopop).", above=0.0)
+    sft_coeff: float = option(
+        0.0,
+        "Weight of the negative log-likelihood of the better response, nats a token, added to the loss.",
+        minimum=0.0,
+    )
+    f_divergence: str = option(
+        "reverse_kl",
+        "Divergence from the reference that the policy's optimum is penalised by (f-DPO).",
+        choices=("reverse_kl", "forward_kl", "js", "alpha"),
+    )
+    f_alpha: float = option(0.5, "Order of f_divergence=alpha.", minimum=0.0, maximum=0.99)
     self_check: str = option(
         "error",
         "Before the first step the policy has to be its own reference: stop, warn, or do not look.",

@@ -27,13 +27,23 @@ VARIANTS = {
     "grpo, lora": ("grpo", LORA[:2]),
     "ppo, everything": ("ppo", ["task.share_trunk=true", "task.ptx_coeff=0.5", "task.ema_decay=0.8"]),
     "rloo": ("rloo", ["task.num_iterations=2"]),
+    "reinforce_pp": ("reinforce_pp", ["task.num_iterations=2"]),
     "online dpo": ("online_dpo", []),
     "labels": ("kto", []),
     "labels, lora with dropout": ("kto", LORA),
 }
 
 PLAIN = ("full", "ppo")
-NIGHTLY = ("lora with dropout", "reward model", "preferences", "ppo, lora", "grpo, lora", "rloo", "labels")
+NIGHTLY = (
+    "lora with dropout",
+    "reward model",
+    "preferences",
+    "ppo, lora",
+    "grpo, lora",
+    "rloo",
+    "reinforce_pp",
+    "labels",
+)
 KL = ",objective/kl_coeff,"
 
 

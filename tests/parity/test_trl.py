@@ -42,13 +42,23 @@ OURS: dict[str, dict[str, Any]] = {
     "ipo": dict(loss_type="ipo", beta=0.1),
     "robust": dict(loss_type="robust", beta=0.1, label_smoothing=0.2),
     "apo_zero": dict(loss_type="apo_zero", beta=0.1),
+    "sigmoid_norm": dict(loss_type="sigmoid_norm", beta=0.5),
+    "exo": dict(loss_type="exo", beta=0.1, label_smoothing=0.2),
+    "nca": dict(loss_type="nca", beta=0.1),
+    "sppo": dict(loss_type="sppo", beta=0.1),
+    "discopop": dict(loss_type="discopop", beta=0.1),
+    "sigmoid, forward_kl": dict(loss_type="sigmoid", beta=0.1, f_divergence="forward_kl"),
+    "sigmoid, js_divergence": dict(loss_type="sigmoid", beta=0.1, f_divergence="js"),
+    "sigmoid, alpha_divergence": dict(loss_type="sigmoid", beta=0.1, f_divergence="alpha"),
     "simpo": dict(loss_type="simpo", beta=2.0, simpo_gamma=1.0),
     # CPO without its NLL is DPO without a reference
     "cpo sigmoid": dict(loss_type="sigmoid", beta=0.1, reference_free=True),
     "cpo sigmoid, label smoothing": dict(loss_type="sigmoid", beta=0.1, label_smoothing=0.2, reference_free=True),
     "cpo hinge": dict(loss_type="hinge", beta=0.1, reference_free=True),
+    "cpo": dict(loss_type="sigmoid", beta=0.1, reference_free=True, sft_coeff=1.0),
 }
-SORTED_OVER_THE_BATCH = "aot, label smoothing"  # with more than one pair it is another loss
+# With more than one pair these are other losses: sorted over the batch; NLL averaged over the tokens of all responses.
+OF_ONE_PAIR = ("aot, label smoothing", "cpo")
 EXAMPLES = [
     Example(
         row,
@@ -114,7 +124,7 @@ def assert_like_trl(module: nn.Module, loss_of: Callable[[list[Example]], Tensor
     """Each pair alone, all together, and the gradient of all together."""
     each = torch.stack([loss_of([example]) for example in EXAMPLES]).detach()
     assert_close(each, torch.tensor(case["each"]), rtol=1e-5, atol=1e-5)
-    if case["name"] == SORTED_OVER_THE_BATCH:
+    if case["name"] in OF_ONE_PAIR:
         return
     module.zero_grad()
     loss = loss_of(EXAMPLES) / len(EXAMPLES)  # a task's loss is a sum over the rows

@@ -64,7 +64,7 @@ def rejected(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 WRITERS = {"sft": write_rows, "rm": write_pairs, "dpo": write_pairs, "kto": write_labelled}
-ONLINE_TASKS = ("ppo", "grpo", "rloo", "online_dpo")
+ONLINE_TASKS = ("ppo", "grpo", "rloo", "reinforce_pp", "online_dpo")
 WRITERS |= dict.fromkeys(ONLINE_TASKS, write_rows)
 ONLINE = [  # 6 rollouts of 12 prompts, 4 optimizer steps on each
     "task.rollout_size=24",

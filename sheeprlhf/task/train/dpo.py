@@ -39,22 +39,41 @@ def pair_losses(task: DPOConfig, sums_S: Tensor, reference_S: Tensor, lengths_S:
     """(P,) losses of pairs, from the summed log-probabilities of responses and their numbers of tokens."""
     w, r = pairs_P2.unbind(1)  # winner, rejected
     h_S = sums_S if task.reference_free else sums_S - reference_S
+    h_S = dpo.f_derivative(h_S, task.f_divergence, task.f_alpha)
     lengths = (lengths_S[w], lengths_S[r])
+    losses_P = _losses_by_type(task, h_S[w], h_S[r], sums_S[w], sums_S[r], lengths)
+    return losses_P if task.sft_coeff == 0 else losses_P - task.sft_coeff * sums_S[w] / lengths_S[w]
+
+
+def _losses_by_type(
+    task: DPOConfig, h_w_P: Tensor, h_l_P: Tensor, lp_w_P: Tensor, lp_l_P: Tensor, lengths: tuple[Tensor, Tensor]
+) -> Tensor:
+    """(P,) losses of `task.loss_type`; letters as in loss/dpo.py."""
     match task.loss_type:
         case "sigmoid":
-            return dpo.sigmoid(h_S[w], h_S[r], task.beta, task.label_smoothing)
+            return dpo.sigmoid(h_w_P, h_l_P, task.beta, task.label_smoothing)
+        case "sigmoid_norm":
+            return dpo.sigmoid_norm(h_w_P, h_l_P, *lengths, task.beta)
         case "robust":
-            return dpo.robust(h_S[w], h_S[r], task.beta, task.label_smoothing)
+            return dpo.robust(h_w_P, h_l_P, task.beta, task.label_smoothing)
+        case "exo":
+            return dpo.exo(h_w_P, h_l_P, task.beta, task.label_smoothing)
         case "hinge":
-            return dpo.hinge(h_S[w], h_S[r], task.beta)
+            return dpo.hinge(h_w_P, h_l_P, task.beta)
         case "ipo":
-            return dpo.ipo(h_S[w], h_S[r], *lengths, task.beta)
+            return dpo.ipo(h_w_P, h_l_P, *lengths, task.beta)
+        case "discopop":
+            return dpo.discopop(h_w_P, h_l_P, task.beta, task.discopop_tau)
+        case "nca":
+            return dpo.nca(h_w_P, h_l_P, task.beta)
+        case "sppo":
+            return dpo.sppo(h_w_P, h_l_P, task.beta)
         case "apo_zero":
-            return dpo.apo_zero(h_S[w], h_S[r], task.beta)
+            return dpo.apo_zero(h_w_P, h_l_P, task.beta)
         case "simpo":
-            return dpo.simpo(sums_S[w], sums_S[r], *lengths, task.beta, task.simpo_gamma)
+            return dpo.simpo(lp_w_P, lp_l_P, *lengths, task.beta, task.simpo_gamma)
         case "orpo":
-            return dpo.orpo(sums_S[w], sums_S[r], *lengths, task.beta)
+            return dpo.orpo(lp_w_P, lp_l_P, *lengths, task.beta)
     raise ValueError(f"loss_type={task.loss_type!r}")
 
 

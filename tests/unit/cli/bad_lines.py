@@ -229,6 +229,12 @@ BAD = [
     ("train task=dpo task.label_smoothing=0.5", ["task.label_smoothing=0.5", "0.49 or less"]),
     ("train task=dpo task.loss_type=ipo task.label_smoothing=0.1", ["task.loss_type=ipo"]),
     ("train task=dpo task.simpo_gamma=0.5", ["task.loss_type=sigmoid", "task.loss_type=simpo"]),
+    ("train task=grpo task.loss_type=cispo task.max_ratio=4", ["task.max_ratio=4", "task.clip_high"]),
+    ("train task=grpo task.max_ratio=1.1", ["task.max_ratio=1.1", "1.2"]),
+    ("train task=reinforce_pp task.group_baseline=true", ["task.num_generations=4"]),
+    ("train task=dpo task.loss_type=exo", ["task.label_smoothing=0.001"]),
+    ("train task=dpo task.loss_type=ipo task.f_divergence=js", ["task.f_divergence=js", "discopop"]),
+    ("train task=dpo task.f_alpha=0.3", ["task.f_divergence=alpha"]),
     ("train task=dpo model.freeze_transformer=true", ["task=dpo", "model.finetune_mode=LORA"]),
     ("train task=rm model.finetune_mode=LORA model.freeze_transformer=true", ["leaves no layer for adapters"]),
     # sweeps and recipes

@@ -42,6 +42,26 @@ CASES: dict[str, tuple[Callable[[], Tensor], float]] = {
         lambda: dpo.orpo(LP_W, LP_L, *LENGTHS, 0.1),
         2.0 - 0.1 * math.log(sig(log_odds(math.exp(-2)) - log_odds(math.exp(-4)))),
     ),
+    # 0.1 * (1 / 3 + 0.25)
+    "sigmoid_norm": (lambda: dpo.sigmoid_norm(H_W, H_L, *LENGTHS, 0.1), -math.log(sig(0.1 * (1 / 3 + 0.25)))),
+    "exo": (
+        lambda: dpo.exo(H_W, H_L, 0.1, 0.2),
+        sig(0.15) * math.log(sig(0.15) / 0.8) + sig(-0.15) * math.log(sig(-0.15) / 0.2),
+    ),
+    "exo at its optimum": (lambda: dpo.exo(H_W * math.log(4) / 1.5, H_L * math.log(4) / 1.5, 1.0, 0.2), 0.0),
+    "nca": (
+        lambda: dpo.nca(H_W, H_L, 0.1),
+        -math.log(sig(0.1)) - 0.5 * math.log(sig(-0.1)) - 0.5 * math.log(sig(0.05)),
+    ),
+    "sppo": (lambda: dpo.sppo(H_W, H_L, 0.1), (1.0 - 5.0) ** 2 + (-0.5 + 5.0) ** 2),
+    # m = sig(0.15 / 0.05)
+    "discopop": (
+        lambda: dpo.discopop(H_W, H_L, 0.1, 0.05),
+        -(1 - sig(3.0)) * math.log(sig(0.15)) + sig(3.0) * math.exp(-0.15),
+    ),
+    "forward_kl": (lambda: dpo.f_derivative(H_L, "forward_kl", 0.5), -math.exp(0.5)),
+    "js": (lambda: dpo.f_derivative(H_L, "js", 0.5), math.log(sig(-0.5))),
+    "alpha": (lambda: dpo.f_derivative(H_L, "alpha", 0.5), (math.exp(-0.5) ** -0.5 - 1) / -0.5),
 }
 
 
@@ -68,6 +88,32 @@ def test_at_zero_margin() -> None:
     assert_close(dpo.robust(zero, zero, 0.1, 0.3), torch.tensor([math.log(2)]))
     assert dpo.hinge(zero, zero, 0.1).item() == dpo.apo_zero(zero, zero, 0.1).item() == 1.0
     assert_close(dpo.ipo(zero, zero, torch.ones(1), torch.ones(1), 0.1), torch.tensor([25.0]))
+
+
+# values of the papers' and TRL's formulas where policy and reference agree
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (lambda h: dpo.exo(h, h, 0.1, 1e-3), 2.7612),
+        (lambda h: dpo.nca(h, h, 0.01), 1.3863),
+        (lambda h: dpo.sppo(h, h, 0.001), 500_000.0),
+        (lambda h: dpo.discopop(h, h, 0.05, 0.05), 0.8466),
+    ],
+)
+def test_published_values_at_zero_margin(loss: Callable[[Tensor], Tensor], expected: float) -> None:
+    assert_close(loss(torch.zeros(1, dtype=torch.float64)).item(), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("divergence", "slope"), [("reverse_kl", 1), ("forward_kl", 1), ("js", 0.5), ("alpha", 1)])
+def test_divergences_at_the_reference_and_far_from_it(divergence: str, slope: float) -> None:
+    """f'' at 1 by the definition, and finite values and gradients 1,000 nats away."""
+    h = torch.tensor([0.0, -1000.0, 1000.0], requires_grad=True)
+    values = dpo.f_derivative(h, divergence, 0.5)
+    values.sum().backward()
+    assert h.grad is not None
+    assert_close(h.grad[0].item(), float(slope))
+    assert torch.isfinite(values).all()
+    assert torch.isfinite(h.grad).all()
 
 
 @pytest.mark.parametrize("mean", [0.0, -1e-30, -1e-7, -0.01, -0.6931, -0.6932, -5.0, -80.0])

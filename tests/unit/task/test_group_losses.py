@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from sheeprlhf.data.example import Example, collate_packed
+from sheeprlhf.loss.ppo import cispo_losses, policy_losses, with_mean_ratio
 from sheeprlhf.model.lm_head import TokenLogprobs
 from sheeprlhf.rollout.rollout import Rollout
 from sheeprlhf.structure.generation import GenConfig
-from sheeprlhf.structure.rollout import GRPOConfig, OnlineDPOConfig, RLOOConfig
-from sheeprlhf.task.train import grpo
+from sheeprlhf.structure.rollout import GRPOConfig, OnlineDPOConfig, ReinforcePPConfig, RLOOConfig
+from sheeprlhf.task.train import grpo, reinforce_pp
 from sheeprlhf.task.train.grpo import grpo_loss
 from sheeprlhf.task.train.online_dpo import online_dpo_loss, ranked_pairs
 from sheeprlhf.task.train.rloo import leave_one_out_advantages, rloo_loss
@@ -69,6 +70,105 @@ def test_grpo_by_a_loop(loss_type: str) -> None:
         total += {"grpo": sum(terms) / length, "dapo": sum(terms), "dr_grpo": sum(terms) / 20}[loss_type]
         place += length
     assert float(found.total) == pytest.approx(total, abs=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_gspo_by_a_loop(estimator: str) -> None:
+    """Value and gradient of one ratio for each response, the geometric mean of its tokens' ratios."""
+    task = GRPOConfig(loss_type="gspo", init_kl_coeff=0.3, clip_coeff=0.02, clip_high=0.04, kl_estimator=estimator)
+    given = numbers()
+    new = given["new"].clone().requires_grad_()
+    found = grpo_loss(Said(new), (BATCH, given), task=task, temperature=0.7, max_length=20)
+    found.total.backward()
+    exact = given["new"].clone().requires_grad_()
+    total, place = torch.zeros(()), 0
+    for length in LENGTHS:
+        part = slice(place, place + length)
+        ratio = (exact[part] - given["logprobs"][part]).mean().exp()
+        a, u = given["advantages"][place], given["reference"][part] - exact[part]
+        kl = 0.5 * u**2 if estimator == "k2" else u.exp() - 1 - u
+        total = total + torch.maximum(-a * ratio, -a * ratio.clamp(0.98, 1.04)) + 0.3 * kl.mean()
+        place += length
+    total.backward()
+    assert_close(found.total, total.detach(), rtol=1e-5, atol=1e-5)
+    assert_close(new.grad, exact.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_gspos_ratio() -> None:
+    old = torch.tensor([-1.0, -2.0, -0.5])
+    ratio = (with_mean_ratio(old + torch.tensor([0.1, -0.1, 0.3]), old, [3]) - old).exp()
+    assert_close(ratio, torch.full((3,), 1.1052), rtol=0, atol=1e-4)
+
+
+def test_cispo_keeps_a_gradient_beyond_the_clip() -> None:
+    """-A min(r, 1 + clip_high) logprobs, with the ratio as a constant."""
+    new, old = torch.tensor([-1.0, -1.0, -3.0], requires_grad=True), torch.tensor([-2.0, -1.1, -1.0])
+    advantages = torch.tensor([0.5, -2.0, 1.0])
+    losses = cispo_losses(new, old, advantages, clip_high=0.28)
+    losses.sum().backward()
+    weights = torch.tensor([1.28, float(np.exp(0.1)), float(np.exp(-2.0))])
+    assert_close(losses.detach(), -advantages * weights * new.detach())
+    assert_close(new.grad, -advantages * weights)
+
+
+def test_two_sided_clipping() -> None:
+    """At ratio 10 and advantage -1 a limit of 4 gives the loss 4; a positive advantage is clipped as ever."""
+    new, old = torch.tensor([0.0, 0.0]), torch.tensor([-np.log(10.0), -np.log(10.0)], dtype=torch.float32)
+    losses = policy_losses(new, old, torch.tensor([-1.0, 1.0]), clip_low=0.2, clip_high=0.2, max_ratio=4.0)
+    assert_close(losses, torch.tensor([4.0, -1.2]))
+
+
+@pytest.mark.parametrize("group_baseline", [False, True])
+def test_reinforce_pp_by_a_loop(group_baseline: bool) -> None:
+    """Rewards to go, whitened over the rollout's tokens; or scores less their group's mean, and the KL in the loss."""
+    given, scores_PG = numbers(), np.array([[1.0, 0.0], [0.5, 0.25], [0.0, 3.0]])
+    task = ReinforcePPConfig(init_kl_coeff=0.1, gamma=0.5, group_baseline=group_baseline, num_generations=2)
+    rollout = Rollout(tuple(EXAMPLES), scores_PG, scores_PG > -1, {})
+    rollout = rollout.with_tokens(logprobs=given["logprobs"], reference=given["reference"])
+    scores = (scores_PG - scores_PG.mean(axis=1, keepdims=True) if group_baseline else scores_PG).flatten()
+    kl = (given["logprobs"] - given["reference"]).double().numpy() * (0.0 if group_baseline else 0.1)
+    returns, place = [], 0
+    for length, score in zip(LENGTHS, scores, strict=True):
+        for t in range(length):
+            rest = [-kl[place + k] * 0.5 ** (k - t) for k in range(t, length)]
+            returns.append(sum(rest) + score * 0.5 ** (length - 1 - t))
+        place += length
+    whitened = (np.array(returns) - np.mean(returns)) / np.std(returns)
+    found = reinforce_pp.with_advantages(rollout, task).flat("advantages")
+    assert_close(found.double(), torch.from_numpy(whitened), rtol=1e-5, atol=1e-5)
+
+    content = (BATCH, given | {"advantages": found})
+    loss = reinforce_pp.reinforce_pp_loss(Said(given["new"]), content, task=task, temperature=0.7).total
+    ratio = (given["new"] - given["logprobs"]).exp()
+    expected = torch.maximum(-found * ratio, -found * ratio.clamp(0.8, 1.2)).sum()
+    if group_baseline:
+        expected = expected + 0.1 * 0.5 * (given["reference"] - given["new"]).square().sum()
+    assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_grpo_cuts_advantages_after_the_statistics_of_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A response that was cut counts in its group's mean and deviation, and gets the advantage 0."""
+    scores_PG = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+    finished = np.array([[True, True], [True, False], [True, True]])
+    trained: list[Rollout] = []
+
+    class Loop:
+        def __init__(self, *_: object) -> None:
+            self.begin = self.finish = lambda: None
+
+        def batches(self, *_: object, **__: object) -> None:
+            return None
+
+        def __iter__(self) -> Iterator[SimpleNamespace]:
+            rollout = Rollout(tuple(EXAMPLES), scores_PG, finished, {})
+            yield SimpleNamespace(rollout=rollout, log=lambda _: None, steps=lambda *a: trained.append(a[0]) or [])
+
+    monkeypatch.setattr(grpo, "open_run", lambda *_: nullcontext())
+    monkeypatch.setattr(grpo, "RolloutLoop", Loop)
+    cfg: Any = SimpleNamespace(task=GRPOConfig(mask_truncated=True, max_advantage=0.5), generation=GenConfig())
+    grpo.train(None, cfg, Path())  # type: ignore[arg-type]
+    expected = torch.tensor([0.5, -0.5, -0.5, 0.0, 0.5, -0.5]).repeat_interleave(torch.tensor(LENGTHS))
+    assert_close(trained[0].flat("advantages"), expected)
 
 
 def test_grpo_logs_the_share_of_prompts_whose_scores_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
