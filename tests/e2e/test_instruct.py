@@ -1,0 +1,55 @@
+"""`benchmarks/instruct.py` on the embedded model: trainings, and comparisons with plain transformers and PEFT."""
+
+import random
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import instruct
+    import instruct_data
+
+    return instruct, instruct_data
+
+
+@pytest.mark.nightly
+def test_every_experiment_runs(scripts: tuple[ModuleType, ModuleType], tmp_path: Path) -> None:
+    """The script itself compares log-probabilities to 1e-4 and the loss of PEFT's adapter to 1e-5."""
+    instruct, data = scripts
+    embedded = ROOT / "sheeprlhf" / "assets" / "tiny"
+    AutoModelForCausalLM.from_pretrained(embedded).float().save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(embedded)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "model")
+    data.write(tmp_path / "data")
+    bench = instruct.Bench(tmp_path, str(tmp_path / "model"), quick=True)
+    tables = {name: run(bench) for name, run in instruct.EXPERIMENTS.items()}
+    peft, ours, _ = tables["adapter"]
+    assert float(ours[1]) == pytest.approx(float(peft[2]), abs=1e-5) and float(ours[2]) < float(ours[1])
+    assert all((tmp_path / run / "final").is_dir() for run in ("grpo", "sft", "rm", "dpo", "adapter"))
+
+
+def test_word_problems_have_the_right_answer(scripts: tuple[ModuleType, ModuleType]) -> None:
+    _, data = scripts
+    signs = dict.fromkeys(("gets", "buys", "finds"), 1) | dict.fromkeys(("gives", "loses", "sells"), -1)
+    for seed in range(50):
+        row = data.problem(random.Random(seed), 2)
+        words = row["prompt"][-1]["content"].replace(",", "").replace(".", "").split()
+        total = int(words[2])
+        for number, word in enumerate(words):
+            if word in signs:
+                total += signs[word] * int(next(w for w in words[number:] if w.isdigit()))
+        assert row["answer"] == total >= 0
+    assert data.correct(["3 + 4 = 7", "7 + 1", "none"], [7, 7, 7]) == [1.0, 0.0, 0.0]
