@@ -50,6 +50,8 @@ class Policy(nn.Module):
         value_head: (C -> 1) makes the trunk a critic too.
     """
 
+    forward_methods = ("hidden_at_head",)  # further entries, for fsdp2
+
     def __init__(self, model: PreTrainedModel | PeftModel, value_head: nn.Linear | None = None) -> None:
         super().__init__()
         self.model, self.value_head = model, value_head
@@ -123,6 +125,10 @@ class Policy(nn.Module):
         hidden_RC = hidden_at_head(backbone, batch)
         logprobs = head_logprobs(hidden_RC, head, batch.logit_index_N, batch.target_ids_N, **how)
         return self._with_value(logprobs, hidden_RC, batch)
+
+    def hidden_at_head(self, batch: Batch) -> Tensor:
+        """(R, C) last hidden states where the batch's head runs, for another head than the policy's."""
+        return hidden_at_head(backbone_and_head(self.causal_lm())[0], batch)
 
     def _with_value(self, logprobs: TokenLogprobs, hidden_RC: Tensor, batch: Batch) -> TokenLogprobs:
         if self.value_head is None:

@@ -15,7 +15,7 @@ from sheeprlhf.agent.batches import choose_packed
 from sheeprlhf.agent.policy import Policy, hidden_at_head
 from sheeprlhf.data.example import Batch
 from sheeprlhf.model.lm_head import HEAD, head_scores, padding_token, scalar_model
-from sheeprlhf.model.load import backbone_and_head, load_causal_lm, read_score_bias
+from sheeprlhf.model.load import load_causal_lm, read_score_bias
 from sheeprlhf.model.lora import adapter_in_use, add_lora, load_lora, save_model
 from sheeprlhf.security.model_folder import read_json
 from sheeprlhf.structure.model import ModelConfig
@@ -157,20 +157,21 @@ def reward_model_of(
 
 
 class AdapterValueModel(nn.Module):
-    """A score head (C -> 1) on one adapter of a model that others use too. Call it inside `in_use()`.
+    """A score head (C -> 1) on the policy's model, with an adapter of its own if that has some. Call it in `in_use()`.
 
     The offset is subtracted from the head's score.
     """
 
-    def __init__(self, model: PeftModel, adapter: str, head: nn.Linear, offset: float = 0.0) -> None:
+    def __init__(self, policy: Policy, adapter: str | None, head: nn.Linear, offset: float = 0.0) -> None:
         super().__init__()
-        self.model, self.adapter, self.head, self.offset = model, adapter, head, offset
+        self.policy, self.adapter, self.head, self.offset = policy, adapter, head, offset
 
     def in_use(self) -> AbstractContextManager[None]:
         """Inside, the model computes with this adapter, and it and the head alone can get gradients."""
-        return adapter_in_use(self.model, self.adapter)
+        if self.adapter is None:
+            return nullcontext()
+        return adapter_in_use(cast(PeftModel, self.policy.model), self.adapter)
 
     def forward(self, batch: Batch) -> Tensor:
         """As `RewardModel.forward`: (N,) float32 scores at the targets of a batch."""
-        backbone, _ = backbone_and_head(cast(PreTrainedModel, self.model.get_base_model()))
-        return head_scores(hidden_at_head(backbone, batch), self.head)[batch.logit_index_N] - self.offset
+        return head_scores(self.policy.hidden_at_head(batch), self.head)[batch.logit_index_N] - self.offset

@@ -18,7 +18,7 @@ from sheeprlhf.utils.output import link_problems
 
 def eval_problems(config: EvalConfig) -> Iterator[str]:
     """Problems of an evaluation: missing packages, model or run, weights, or reward."""
-    yield from sharding_problems(config, able=False)
+    yield from sharding_problems(config)
     yield from _unread_options_of_generation(config)
     yield from _reward_problems(config)
     if config.experiment_dir is None and isinstance(config.task, FrontierConfig):

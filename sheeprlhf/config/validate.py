@@ -465,7 +465,7 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
             f"task.lr_warmup_ratio={warmup:g} and optim.decay_ratio={optim.decay_ratio:g} are more than the whole run: "
             "their sum must be at most 1"
         )
-    yield from sharding_problems(config, able=config.task.shards)
+    yield from sharding_problems(config)
     yield from start_problems(config)
     start = getattr(config.task, "sft_experiment_dir", None)
     if start is not None and config.model.adapter is not None:
@@ -528,7 +528,7 @@ def _has_wandb_login() -> bool:
         return False
 
 
-def sharding_problems(config: TrainConfig | EvalConfig, *, able: bool) -> Iterator[str]:
+def sharding_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
     """Problems of options that exclude sharded weights."""
     quantization = None if config.model is None else config.model.quantization
     if quantization is not None and config.fabric.precision == "64-true":
@@ -542,12 +542,6 @@ def sharding_problems(config: TrainConfig | EvalConfig, *, able: bool) -> Iterat
         yield (
             f"model.quantization={quantization} is not supported by fabric.strategy=fsdp2, whose shards lose "
             "the scales of the weights: give fabric.strategy=ddp"
-        )
-    if not able:
-        tasks = ", ".join(name for name, task in choices("task", "train").items() if getattr(task, "shards", False))
-        yield (
-            f"fabric.strategy=fsdp2 trains task={tasks} only, not task={config.task.config_name}: "
-            "give fabric.strategy=ddp"
         )
     if config.model is not None and config.model.finetune_mode == "LORA" and config.model.resize_embeddings:
         yield (

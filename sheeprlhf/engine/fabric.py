@@ -122,8 +122,16 @@ def make_fabric(cfg: FabricConfig) -> Fabric:
 
 
 def place(fabric: Fabric, module: nn.Module) -> None:
-    """All ranks: a module that is only read goes onto the device, in the precision asked for, and nothing is wrapped.
+    """All ranks: a module that is only read goes onto the device, in the precision asked for; fsdp2 shards it.
 
-    Wrapped for several processes, it would get buckets for gradients, and adapters that are all frozen are refused.
+    It is not wrapped for several processes: it would get buckets for gradients, and frozen adapters are refused.
     """
-    fabric.strategy.precision.convert_module(module).to(fabric.device)
+    to_device(fabric, fabric.strategy.precision.convert_module(module))
+
+
+def to_device(fabric: Fabric, module: nn.Module) -> None:
+    """All ranks: `place` in the precision that the module has."""
+    if isinstance(fabric.strategy, ModelParallelStrategy):
+        fabric.strategy.setup_module(module)
+    else:
+        module.to(fabric.device)

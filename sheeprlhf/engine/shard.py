@@ -1,23 +1,27 @@
 """`fabric.strategy=fsdp2`: weights, gradients and optimizer state are cut into one part per process.
 
 Torch's `fully_shard` changes a module in place: its parameters become parts (`DTensor`), and are whole from a block's
-forward to its end, and again in its backward. All ranks take part in each of these, so all have to run the same passes.
-Code that needs whole weights at another time calls these functions. Without fsdp2 they do nothing.
+forward to its end, and again in its backward. All ranks take part in each of these, so all have to run the same passes
+(`same_number` in training, `equal_passes` without gradients). Code that needs whole weights at another time calls these
+functions. Without fsdp2 they do nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from itertools import chain, repeat
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sheeprlhf.engine.ranks import JoiningModelParallel
 from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.hardware import available_memory
 from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy
+from sheeprlhf.utils.memory import size_text
 
 T = TypeVar("T")
 
@@ -36,12 +40,22 @@ def sharding_strategy(num_processes: int, timeout: timedelta) -> ModelParallelSt
 
 
 def _shard(module: nn.Module, mesh: Any) -> nn.Module:
-    """Every block for itself, and what is around them together: weights are whole one block at a time."""
+    """Every block for itself, and what is around them together: weights are whole one block at a time.
+
+    A module around sharded weights of another one (an adapter's score head) shards its own layers only.
+    """
     of_data = mesh["data_parallel"]
+    if is_sharded(module):
+        for layer in module.children():
+            if not is_sharded(layer):
+                fully_shard(layer, mesh=of_data)
+        return module
     blocks = next((part for part in module.modules() if isinstance(part, nn.ModuleList)), ())
     for block in blocks:
         fully_shard(block, mesh=of_data)
     fully_shard(module, mesh=of_data)
+    for name in getattr(module, "forward_methods", ()):
+        register_fsdp_forward_method(module, name)
     return module
 
 
@@ -50,21 +64,98 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
+def _roots(module: nn.Module) -> list[FSDPModule]:
+    """The sharded modules that are in no other sharded module: passes begin there."""
+    if isinstance(module, FSDPModule):
+        module._get_fsdp_state()._lazy_init()  # else the first block that runs alone would count as the root
+        return [module]
+    return [root for child in module.children() for root in _roots(child)]
+
+
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """All ranks: inside, each has all weights, and may run other forward passes than the rest; no backward pass."""
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    for part in parts:
+def gathered(fabric: Fabric, module: nn.Module) -> Iterator[None]:
+    """All ranks: inside, each has all weights, and may run other forward passes than the rest; no backward pass.
+
+    Raises:
+        ConfigError: they do not fit beside what a device holds.
+    """
+    roots = _roots(module)
+    if roots:
+        _check_room(fabric, module)
+    parts = [(root, part) for root in roots for part in cast(nn.Module, root).modules() if isinstance(part, FSDPModule)]
+    for _, part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
         yield
     finally:
-        for part in parts:
-            part.reshard()
-            part.set_reshard_after_forward(part is not parts[0], recurse=False)  # the outermost one is needed next
-        for root in parts[:1]:
-            root.reset_iter_state()  # forward passes without a backward would make ranks fetch weights in other orders
+        for root, part in parts:
+            part.set_reshard_after_forward(part is not root, recurse=False)  # the outermost one is needed next
+        _forget_passes(roots)
+
+
+def _check_room(fabric: Fabric, module: nn.Module) -> None:
+    """All ranks: compare the whole weights with the free memory of the device, or of a CPU's share of the machine."""
+    missing = sum(
+        weight.numel() * weight.element_size() - weight.to_local().nbytes
+        for weight in module.parameters()
+        if isinstance(weight, DTensor)
+    )
+    if fabric.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(fabric.device) - torch.cuda.memory_allocated(fabric.device)
+        room = torch.cuda.mem_get_info(fabric.device)[0] + unused
+    else:
+        room = (available_memory() or missing) // fabric.strategy.num_processes  # type: ignore[attr-defined]
+    missing_of, room_of = of_ranks(fabric, missing, room)
+    short = [rank for rank in range(fabric.world_size) if missing_of[rank] > room_of[rank]]
+    if short:
+        rank = short[0]
+        raise ConfigError(
+            f"fabric.strategy=fsdp2: sampling needs the whole policy on each device, {size_text(missing_of[rank])} more "
+            f"than its part, and rank {rank} has {size_text(room_of[rank])} free: give a rollout server (rollout=vllm), "
+            "or a smaller model; a training that only shows samples does without by task.num_sample_prompts=0"
+        )
+
+
+def _forget_passes(roots: list[FSDPModule]) -> None:
+    """Weights are parts again; passes without a backward would make ranks fetch weights in other orders."""
+    for root in roots:
+        root.reset_iter_state()
+
+
+def of_ranks(fabric: Fabric, *numbers: int) -> list[list[int]]:
+    """All ranks: every rank's numbers, a list for each."""
+    if fabric.world_size == 1:
+        return [[number] for number in numbers]
+    counts = torch.zeros(len(numbers), fabric.world_size, dtype=torch.int64, device=fabric.device)
+    counts[:, fabric.global_rank] = torch.tensor(numbers)
+    fabric.all_reduce(counts, reduce_op="sum")
+    return counts.tolist()
+
+
+def equal_passes(fabric: Fabric, module: nn.Module, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
+    """All ranks: what this rank's forward passes without gradients compute, each with True.
+
+    With sharded weights, a rank that has no more gets an earlier item, or one of another rank, with False, until all
+    ranks have had the same number.
+    """
+    roots = _roots(module)
+    if not roots:
+        yield from ((item, True) for item in items)
+        return
+    latest: list[T] = []
+    try:
+        for number, item in enumerate(chain(((one,) for one in items), repeat(()))):
+            [there] = of_ranks(fabric, len(item))
+            if not any(there):
+                return
+            latest = list(item) or latest
+            if number == 0 and 0 in there:
+                given = fabric.broadcast(latest, src=there.index(1))
+                latest = latest or given
+            yield latest[0], bool(item)
+    finally:
+        _forget_passes(roots)
 
 
 def same_number(fabric: Fabric, passes: Sequence[T], num_of_rank: Sequence[int]) -> list[T]:

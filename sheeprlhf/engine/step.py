@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sheeprlhf.engine.shard import gathered, is_sharded, same_number, whole
+from sheeprlhf.engine.shard import equal_passes, is_sharded, of_ranks, same_number, whole
 from sheeprlhf.utils.errors import DataError, NonFiniteError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule, gather_objects
 from sheeprlhf.utils.memory import phase
@@ -143,7 +143,7 @@ def _passes(
 ) -> _StepSums:
     """All ranks: add to the gradients, synchronised at the last backward pass."""
     micro_batches = [m for m in micro_batches if m.num_items > 0]
-    items_of_rank, num_of_rank = _of_ranks(fabric, sum(m.num_items for m in micro_batches), len(micro_batches))
+    items_of_rank, num_of_rank = of_ranks(fabric, sum(m.num_items for m in micro_batches), len(micro_batches))
     num_items = sum(items_of_rank)
     sums: dict[str, Tensor] = {}
     totals: list[Tensor] = []
@@ -188,28 +188,18 @@ def evaluate(
     """
     sums: dict[str, Tensor] = {}
     num_local = 0
-    with phase("evaluation"), isolated_rng(), gathered(module), eval_mode(module), torch.no_grad():
-        for micro in micro_batches:
-            if micro.num_items == 0:
-                continue
-            _accumulate(sums, loss_fn(module, fabric.to_device(micro.batch)))
-            num_local += micro.num_items
-    num_items = sum(_of_ranks(fabric, num_local)[0])
+    with phase("evaluation"), isolated_rng(), eval_mode(module), torch.no_grad():
+        for micro, counts in equal_passes(fabric, module, (micro for micro in micro_batches if micro.num_items)):
+            output = loss_fn(module, fabric.to_device(micro.batch))
+            if counts:
+                _accumulate(sums, output)
+                num_local += micro.num_items
+    num_items = sum(of_ranks(fabric, num_local)[0])
     if num_items == 0:
         raise DataError("nothing to evaluate: no row has a target token; check data.* and the split's size")
     names = next(names for names in gather_objects(fabric, sorted(sums)) if names)
     means, _ = _reduce(fabric, sums, names, torch.zeros((), device=fabric.device))
     return {name: value / num_items for name, value in means.items()} | {"items": float(num_items)}
-
-
-def _of_ranks(fabric: Fabric, *numbers: int) -> list[list[int]]:
-    """All ranks: every rank's numbers, a list for each."""
-    if fabric.world_size == 1:
-        return [[number] for number in numbers]
-    counts = torch.zeros(len(numbers), fabric.world_size, dtype=torch.int64, device=fabric.device)
-    counts[:, fabric.global_rank] = torch.tensor(numbers)
-    fabric.all_reduce(counts, reduce_op="sum")
-    return counts.tolist()
 
 
 def _accumulate(sums: dict[str, Tensor], output: LossOutput) -> None:

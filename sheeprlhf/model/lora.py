@@ -474,13 +474,16 @@ def adapters_off(model: PeftModel) -> Iterator[None]:
 
 @contextmanager
 def _flags_kept(model: PeftModel) -> Iterator[None]:
-    """PEFT decides anew what trains whenever adapters are switched: afterwards it is what it was before."""
-    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
+    """PEFT decides anew what trains whenever adapters are switched: afterwards it is what it was before.
+
+    By name, since fsdp2 may replace the parameters in the block.
+    """
+    flags = {name: weight.requires_grad for name, weight in model.named_parameters()}
     try:
         yield
     finally:
-        for weight, flag in flags:
-            weight.requires_grad_(flag)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(flags.get(name, weight.requires_grad))
 
 
 def add_second_adapter(model: PeftModel, name: str, config: LoraConfig, *, trains: bool) -> None:

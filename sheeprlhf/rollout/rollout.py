@@ -35,7 +35,7 @@ from sheeprlhf.data.encoding import PairEncoder, decode, encode
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.tokenize import SpecialIds
 from sheeprlhf.engine.run import Run
-from sheeprlhf.engine.shard import gathered
+from sheeprlhf.engine.shard import equal_passes, gathered
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.score import RawScores, RunningMoments, build_reward
 from sheeprlhf.rollout.engines import ENGINES, StopStrings
@@ -122,15 +122,17 @@ def sampling_uniforms(seed: int, number: int, shape: tuple[int, int, int]) -> np
 
 def sample_on_all_ranks(
     fabric: Fabric,
+    policy: Policy,
     sample: Callable[[list[int], Callable[[int], object]], list[Sampled]],
     num_prompts: int,
     num_responses: int,
     label: str,
 ) -> list[Sampled]:
-    """All ranks: the responses to every prompt; each rank samples its share by `sample(prompts, progress)`."""
+    """All ranks: the policy's responses to every prompt; each rank samples its share by `sample(prompts, progress)`."""
     mine = list(range(fabric.global_rank, num_prompts, fabric.world_size))
     hidden = None if fabric.is_global_zero else True  # None: shown in a terminal only
-    with fabric.autocast(), tqdm(total=len(mine) * num_responses, desc=label, leave=False, disable=hidden) as bar:
+    bar = tqdm(total=len(mine) * num_responses, desc=label, leave=False, disable=hidden)
+    with gathered(fabric, policy), fabric.autocast(), bar:
         sampled = sample(mine, bar.update)
     found = dict(pair for part in gather_objects(fabric, list(zip(mine, sampled, strict=True))) for pair in part)
     return [found[number] for number in range(num_prompts)]
@@ -199,8 +201,9 @@ def predict_targets(
     """
     mine: list[tuple[int, np.ndarray]] = []
     count = min(len(rows), num_rows or len(rows))
-    with phase("evaluation"), isolated_rng(), gathered(module), eval_mode(module), torch.no_grad(), fabric.autocast():
-        for part, micro in batches.numbered(rows, np.arange(count), label):
+    passes = equal_passes(fabric, module, batches.numbered(rows, np.arange(count), label))
+    with phase("evaluation"), isolated_rng(), eval_mode(module), torch.no_grad(), fabric.autocast():
+        for (part, micro), _ in passes:  # what a rank computes twice has the same numbers
             values_N = call(fabric.to_device(micro.batch)).float().cpu().numpy()
             sizes = [sum(map(len, row.responses)) for row in rows.examples(part)]
             if len(values_N) != sum(sizes):  # one for each response instead of each token
@@ -351,7 +354,7 @@ class RolloutCollector:
                 undefined_U=self.policy.undefined_U,
             )
 
-        return sample_on_all_ranks(fabric, sample, *shape[:2], "sampling")
+        return sample_on_all_ranks(fabric, self.policy, sample, *shape[:2], "sampling")
 
     def _scores(self, rollout: Rollout, validates: bool) -> list[float]:
         for source, (model, exchange) in self._reward_models.items():
@@ -393,7 +396,8 @@ class RolloutCollector:
         def call(batch: Batch) -> Tensor:
             return module(batch, temperature=temperature).target_N
 
-        return predict_targets(self._fabric, self.policy, call, self.token_batches, rows, label, num_rows)
+        read = module if isinstance(module, Policy) else self.policy
+        return predict_targets(self._fabric, read, call, self.token_batches, rows, label, num_rows)
 
     def scores_of(
         self, model: RewardModel | AdapterValueModel, rollout: Rollout, label: str, *, at_end: bool = False

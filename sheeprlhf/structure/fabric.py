@@ -24,7 +24,7 @@ class FabricConfig(Config):
         None, "Number of machines; null is what the launcher has started on, else 1.", minimum=1
     )
     strategy: str = option(
-        "auto", "How several devices share the work; fsdp2 (sft, rm, dpo) cuts the weights up too.", choices=STRATEGIES
+        "auto", "How several devices share the work; fsdp2 cuts the weights up too.", choices=STRATEGIES
     )
     timeout: int = option(
         1800,

@@ -17,7 +17,6 @@ class TrainTaskConfig(Config):
     entry_point: ClassVar[str] = ""  # "module:function", called as function(fabric, config, run_dir)
     data_kind: ClassVar[str] = "sft"  # what it takes from a row, one of data.tokenize.KINDS (see data.prepare)
     train_splits: ClassVar[tuple[str, ...]] = ("train",)  # it trains on the first of these that has rows
-    shards: ClassVar[bool] = False  # fabric.strategy=fsdp2 can run it
     trains: ClassVar[str] = "policy"  # what its run leaves: "policy" writes text, "reward model" gives a score
     unread: ClassVar[frozenset[str]] = frozenset()  # inherited options that it does not have: not shown, not taken
     val_metrics: ClassVar[tuple[str, ...]] = ("loss",)  # what a validation measures, for task.early_stopping_metric
@@ -102,7 +101,6 @@ class SFTConfig(TrainTaskConfig):
     """Supervised fine-tuning: learn to write the response, given the prompt."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.sft:train"
-    shards: ClassVar[bool] = True
     val_metrics: ClassVar[tuple[str, ...]] = ("loss", "nll", "perplexity")
 
     config_name: str = "sft"
@@ -126,7 +124,6 @@ class RMConfig(TrainTaskConfig):
     """Reward modelling: the better of two or more responses gets the higher score."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.rm:train"
-    shards: ClassVar[bool] = True
     data_kind: ClassVar[str] = "preference"
     train_splits: ClassVar[tuple[str, ...]] = ("reward", "train")
     trains: ClassVar[str] = "reward model"
@@ -159,7 +156,6 @@ class DPOConfig(TrainTaskConfig):
     """Direct preference optimisation: the better response becomes the likelier one; no reward model."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.dpo:train"
-    shards: ClassVar[bool] = True
     data_kind: ClassVar[str] = "preference"
     train_splits: ClassVar[tuple[str, ...]] = ("train", "reward")
     val_metrics: ClassVar[tuple[str, ...]] = (

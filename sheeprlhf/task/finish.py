@@ -203,7 +203,7 @@ def log_samples(
     """
     if not examples:
         return
-    with gathered(policy), isolated_rng():
+    with gathered(fabric, policy), isolated_rng():
         if not fabric.is_global_zero:
             return
         prompts = [example.prompt_ids for example in examples]

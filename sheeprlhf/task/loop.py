@@ -31,6 +31,7 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
 from sheeprlhf.data.sampler import RolloutPlan, StepPlan, load_ahead
 from sheeprlhf.engine.checkpoint import TrainState
+from sheeprlhf.engine.fabric import place
 from sheeprlhf.engine.optim import follow_schedule, set_up
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.step import LossFn, MicroBatch, update
@@ -246,7 +247,7 @@ class RolloutLoop:
     state: TrainState
 
     def __init__(self, fabric: Fabric, run: Run) -> None:
-        """Prepare the data and load the models.
+        """Prepare the data, load the models, take the policy as the reference.
 
         Raises:
             SheepError: something cannot be loaded, or rows lack a response that the task or the reward reads.
@@ -254,6 +255,7 @@ class RolloutLoop:
         self.fabric, self.run = fabric, run
         self._setup = load_online_setup(fabric, run)
         self.tokenizer, self.rows, self.models = self._setup.tokenizer, self._setup.rows, self._setup.models
+        self._reference = reference_of(self.models.policy, new_adapter=run.cfg.model.adapter is None)
 
     def begin(
         self,
@@ -261,7 +263,7 @@ class RolloutLoop:
         learners: nn.Module | None = None,
         eval_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Take the policy as the reference, seed the random generators, restore the newest checkpoint if there is one.
+        """Place the models, seed the random generators, restore the newest checkpoint if there is one.
 
         Args:
             trained: the policy as wrapped by Fabric, and the optimizer of everything that trains; None makes both.
@@ -275,8 +277,9 @@ class RolloutLoop:
         self.module, self.optimizer = trained or set_up(fabric, run.cfg.optim, self.models.policy, run.cfg.peak_lr())
         self._learners = self.module if learners is None else learners
         self._eval_weights = eval_weights
-        reference = reference_of(self.models.policy, new_adapter=run.cfg.model.adapter is None)
-        self.collect = build_collector(fabric, run, self._setup, reference)
+        if isinstance(self._reference, Policy):  # else it is on the policy's base
+            place(fabric, self._reference)
+        self.collect = build_collector(fabric, run, self._setup, self._reference)
         torch.manual_seed(run.cfg.seed + fabric.global_rank)  # equal weights on all ranks, other dropout
         self.state = run.restore(self._learners, self.optimizer)
         self.collect.restore(self.state.extra)

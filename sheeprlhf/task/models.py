@@ -21,6 +21,7 @@ from sheeprlhf.config.shell import shell_word
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit, prepare_data
 from sheeprlhf.data.report import available_columns
 from sheeprlhf.engine.checkpoint import find_checkpoint, load_weights
+from sheeprlhf.engine.fabric import to_device
 from sheeprlhf.engine.run import Run
 from sheeprlhf.model.lm_head import HEAD, scalar_model
 from sheeprlhf.model.load import load_tokenizer
@@ -123,19 +124,21 @@ def load_online_setup(fabric: Fabric, run: Run) -> OnlineSetup:
 
 
 def build_collector(fabric: Fabric, run: Run, setup: OnlineSetup, reference: nn.Module) -> RolloutCollector:
-    """All ranks: move the reward model to the device and make the object that samples and scores.
+    """All ranks: move the reward models to the device and make the object that samples and scores.
 
     Raises:
         SheepError: the reward's functions cannot be imported.
     """
     models = setup.models
+    for term in models.rewards.values():
+        to_device(fabric, term.model)
     return RolloutCollector(
         fabric,
         run.cfg,
         setup.tokenizer,
         models.policy,
         reference,
-        {term: one._replace(model=one.model.to(fabric.device)) for term, one in models.rewards.items()},
+        models.rewards,
         packed=models.packed,
         columns=setup.columns,
     )
@@ -271,19 +274,16 @@ def _make_critic(
         add_second_adapter(model, CRITIC, cast(LoraConfig, model.peft_config[REWARD]), trains=True)
         copy_adapter(model, REWARD, CRITIC)
         head.load_state_dict(reward.head.state_dict())
-        return AdapterValueModel(model, CRITIC, head, reward.offset)
+        return AdapterValueModel(policy, CRITIC, head, reward.offset)
     assert cfg.model.lora_cfg is not None
     add_second_adapter(model, CRITIC, lora_config(base, cfg.model.lora_cfg, language_head=False), trains=True)
-    return AdapterValueModel(model, CRITIC, head)
+    return AdapterValueModel(policy, CRITIC, head)
 
 
-def _share_trunk(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> RewardModel | AdapterValueModel:
+def _share_trunk(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> AdapterValueModel:
     """Give the policy a value head; the critic is a view of the same weights."""
-    scalar = scalar_model(policy.causal_lm(), tokenizer)
-    policy.value_head = cast(nn.Linear, getattr(scalar, HEAD))
-    if isinstance(policy.model, PeftModel):
-        return AdapterValueModel(policy.model, POLICY, policy.value_head)
-    return RewardModel(scalar)
+    policy.value_head = cast(nn.Linear, getattr(scalar_model(policy.causal_lm(), tokenizer), HEAD))
+    return AdapterValueModel(policy, POLICY if isinstance(policy.model, PeftModel) else None, policy.value_head)
 
 
 def _load_reward(
@@ -297,7 +297,7 @@ def _load_reward(
         head = nn.Linear(1, 1, bias=False)
         head.weight = nn.Parameter(load_score_adapter(policy.model, final, REWARD, run.say).float())
         run.say("reward, critic and reference share the policy's base")
-        return AdapterValueModel(policy.model, REWARD, head, offset_of(final)), True
+        return AdapterValueModel(policy, REWARD, head, offset_of(final)), True
     return load_separate_reward_model(run.cfg, tokenizer, term, longest=longest, say=run.say)
 
 

@@ -18,7 +18,7 @@ from sheeprlhf.agent.batches import Batches
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
-from sheeprlhf.engine.shard import gathered
+from sheeprlhf.engine.shard import equal_passes
 from sheeprlhf.engine.step import LossFn, MicroBatch
 from sheeprlhf.model.adapter import locate_adapter
 from sheeprlhf.security.files import real_file
@@ -81,12 +81,14 @@ def reference_logprobs(
     stored = fabric.broadcast(_read(path, sums.shape, read) if fabric.is_global_zero else None)
     if stored is not None:
         return stored
-    with isolated_rng(), gathered(module), eval_mode(module), torch.no_grad():
-        for part, micro in batches.numbered(rows, read, f"reference, {split}"):
+    passes = equal_passes(fabric, module, batches.numbered(rows, read, f"reference, {split}"))
+    with isolated_rng(), eval_mode(module), torch.no_grad():
+        for (part, micro), counts in passes:
             batch = fabric.to_device(micro.batch)
             logprobs_N = module(batch).target_N
             sums_S = sum_by_response(logprobs_N, batch.response_index_N, len(batch.response_lengths))
-            sums[part] = _by_row(sums_S.float().cpu().numpy(), rows, part)
+            if counts:
+                sums[part] = _by_row(sums_S.float().cpu().numpy(), rows, part)
     if fabric.world_size > 1:  # every rank had other rows, and zeros in these
         total = fabric.all_reduce(torch.from_numpy(sums), reduce_op="sum")
         assert isinstance(total, Tensor)
@@ -118,8 +120,8 @@ def check_reference(
     """
     tolerance = 1e-5 if precision == "32-true" else 2e-2
     apart, tokens, loss, expected = 0.0, 1, 0.0, 0.0
-    with isolated_rng(), gathered(module), eval_mode(module), torch.no_grad():
-        for micro in micro_batches[:1]:
+    with isolated_rng(), eval_mode(module), torch.no_grad():
+        for micro, _ in equal_passes(fabric, module, micro_batches[:1]):
             batch, reference_S = content = fabric.to_device(micro.batch)
             sums_S = sum_by_response(module(batch).target_N, batch.response_index_N, len(batch.response_lengths))
             apart, tokens = float((sums_S - reference_S).abs().sum()), sum(batch.response_lengths)

@@ -1,75 +1,194 @@
-"""FSDP2, and DDP with adapters, on two gloo processes against one: losses, gradient norms, weights and optimizer.
+"""FSDP2, and DDP with adapters, on two gloo processes against one: every task and evaluation.
 
-One launch trains everything: the tasks' own `train` functions, on two Fabrics that share the processes. DDP of whole
+A launch trains everything of a group: the tasks' own functions, on Fabrics that share the processes. DDP of whole
 models is compared in test_tasks.py.
 """
 
+import json
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from sheeprlhf.config.registry import to_typed
+from sheeprlhf.api.jobs import compose
+from sheeprlhf.cli import run
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.launch import _entry, _seed
-from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.rollout import BestOfNConfig
+from tests.distributed.test_evaluations import results_of
 from tests.support.models import make_model_folder
-from tests.support.runs import WRITERS, figures, train, train_words
-from tests.unit.config.test_registry import composed
+from tests.support.runs import ONLINE_TASKS, WRITERS, figures, train_words, write_rows
 from tests.unit.engine.toy import on_ranks
 
-STEPS = 5  # the last one has a single row, so that one of two processes has none
-LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4"]
-RUNS: dict[str, tuple[str, str, int, list[str]]] = {  # task, strategy, rows of a forward pass, more words
-    "sft fsdp2": ("sft", "fsdp2", 4, []),
-    "sft fsdp2 accumulating": ("sft", "fsdp2", 1, []),
-    "rm fsdp2 accumulating": ("rm", "fsdp2", 1, []),
-    "dpo fsdp2 accumulating": ("dpo", "fsdp2", 1, []),
-    "dpo fsdp2 lora": ("dpo", "fsdp2", 4, LORA),
-    "dpo ddp lora": ("dpo", "ddp", 4, LORA),
+LORA = ("model.finetune_mode=LORA", "model.lora_cfg.rank=4")
+FSDP2 = ("fabric.strategy=fsdp2", "fabric.devices=2")
+SPREAD = "reward.path=tests.support.rewards:spread"
+ONE_ROW = ("task.micro_batch_size=1",)  # ranks have different numbers of forward passes
+EVERYTHING = ("task.share_trunk=true", "task.ptx_coeff=0.5", "task.ptx_batch_size=3", "task.ema_decay=0.8")
+
+
+class Case(NamedTuple):
+    """A task, options of both runs, those of the run on two processes, its reward model's run, and the tolerance."""
+
+    task: str
+    words: tuple[str, ...] = ()
+    own: tuple[str, ...] = FSDP2
+    reward: str = ""
+    tolerance: float = 1e-5
+
+
+CASES = {
+    "sft": Case("sft", own=(*FSDP2, *ONE_ROW)),
+    "rm": Case("rm", own=(*FSDP2, *ONE_ROW)),
+    "rm lora": Case("rm", LORA),
+    "dpo": Case("dpo", own=(*FSDP2, *ONE_ROW)),
+    "dpo lora": Case("dpo", LORA),
+    "dpo lora, ddp": Case("dpo", LORA, ("fabric.strategy=ddp", "fabric.devices=2")),
+    "kto": Case("kto", own=(*FSDP2, *ONE_ROW)),
+    "kto lora": Case("kto", LORA),
+    "grpo": Case("grpo", own=(*FSDP2, *ONE_ROW)),
+    "grpo lora": Case("grpo", LORA, reward="rm lora"),
+    "rloo": Case("rloo", reward="rm"),
+    "online_dpo": Case("online_dpo"),
+    "best_of_n": Case("best_of_n", reward="rm"),
+    "ppo": Case("ppo", own=(*FSDP2, *ONE_ROW), reward="rm"),
+    "ppo lora": Case("ppo", LORA, reward="rm lora"),
+    "ppo, everything": Case("ppo", EVERYTHING),
+    "ppo lora, everything": Case("ppo", (*LORA, *EVERYTHING), reward="rm lora"),
 }
-SAME = ["task.mini_batch_size=8", "task.epochs=1", f"task.eval_interval={STEPS}", f"task.save_interval={STEPS}"]
+EVALUATIONS = {  # of the run of a case
+    "perplexity": ("sft", "task=perplexity"),
+    "rouge": ("sft", "task=rouge generation.max_new_tokens=6 task.num_samples=1"),  # a process without a row
+    "generate": ("sft", "task=generate generation.max_new_tokens=6 generation.do_sample=true"),
+    "preference of a reward model": ("rm", "task=preference"),
+    "preference of adapters": ("dpo lora", "task=preference"),
+    "reward": ("dpo lora", "task=reward generation.max_new_tokens=6 reward=model task.against=start"),
+    "frontier": (
+        "grpo",
+        f"task=frontier generation.max_new_tokens=6 task.best_of=2 {SPREAD}",
+    ),
+}
+IN_CI = ("sft", "rm lora", "dpo lora", "grpo lora", "ppo lora", "preference of adapters")
+# The last step of a task with a dataset has a single row, so that one of two processes has none.
+LENGTH = {
+    False: ("task.mini_batch_size=8", "task.epochs=1", "task.eval_interval=5", "task.save_interval=5"),
+    True: ("task.rollout_size=14", "task.epochs=1", "task.max_num_steps=6", "task.eval_interval=6"),
+}
+NOT_OF_BEST_OF_N = tuple(f"task.{name}=" for name in sorted(BestOfNConfig.unread))
 
 
-def train_all(_: Any, folder: Path) -> None:
-    """Both ranks: every run, in the folder of its name."""
-    for name, (task, strategy, rows, extra) in RUNS.items():
-        fabric = make_fabric(FabricConfig(devices="2", strategy=strategy))
+def words_of(name: str, folder: Path, target: Path) -> list[str]:
+    """The command of a case or an evaluation, but for the strategy."""
+    if name in EVALUATIONS:
+        words = EVALUATIONS[name][1].split()
+        scores = [f"task.rm_experiment_dir={folder / 'one' / 'rm'}"] if "reward=model" in words else []
+        return ["eval", *words, f"experiment_dir={target}", *scores]
+    task, extra, _, reward = CASES[name][:4]
+    sampled, data = task in (*ONLINE_TASKS, "best_of_n"), folder / f"{task}.jsonl"
+    words = train_words(folder / "model", data, target, *LENGTH[sampled], task=task)
+    if task == "best_of_n":
+        words = [word for word in words if not word.startswith(NOT_OF_BEST_OF_N)]
+        words += ["task.rollout_size=21", "task.num_generations=3", "data.test_split=0"]
+    if reward:
+        words = [word for word in words if not word.startswith("reward")]
+        words += ["reward=model", f"task.rm_experiment_dir={folder / 'one' / reward}"]
+    elif sampled:
+        words.append(SPREAD)
+    return [*words, *extra]
+
+
+def run_two(_: Any, folder: Path, names: list[str]) -> None:
+    """Both ranks: every case and evaluation."""
+    for name in names:
+        target = folder / "two" / name
+        verb, *words = words_of(name, folder, target)
+        words += CASES[name].own if name in CASES else FSDP2
+        config = compose(verb, words + [f"data.cache_dir={folder / 'cache'}"] * (verb == "train")).config
+        fabric = make_fabric(config.fabric)
         fabric.launch()
-        words = train_words(folder / "model", folder / f"{task}.jsonl", folder / name, *SAME, *extra, task=task)
-        words += [f"task.micro_batch_size={rows}", f"data.cache_dir={folder / 'cache'}", "resume=true"]
-        config = to_typed(composed("train", *(word for word in words[1:] if not word.startswith("hydra.run.dir"))))
-        (folder / name).mkdir(exist_ok=True)
-        (folder / name / "run.json").write_text('{"status": "running", "started": 0.0}')
+        if verb == "train" and fabric.is_global_zero:
+            target.mkdir(parents=True)
+            (target / "run.json").write_text('{"status": "running", "started": 0.0}')
         fabric.barrier()
         _seed(config, on_cuda=False)
-        _entry(config.task.entry_point)(fabric, config, folder / name)
+        _entry(config.task.entry_point)(fabric, config, *([target] if verb == "train" else []))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("strategies")
-    make_model_folder(folder / "model", "llama")
-    for task in ("sft", "rm", "dpo"):
-        data = WRITERS[task](folder / f"{task}.jsonl", 33)
-        train(folder / "model", data, folder / task, *SAME, "task.micro_batch_size=8", task=task)
-    train(folder / "model", data, folder / "dpo lora", *SAME, "task.micro_batch_size=8", *LORA, task="dpo")
-    on_ranks(2, train_all, folder, timeout=900)  # on an idle machine about 20 seconds
-    return folder
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a name's group, which is run when it is first asked for."""
+    done: dict[bool, Path] = {}
+
+    def get(name: str) -> Path:
+        group = name in IN_CI
+        if group not in done:
+            done[group] = folder = tmp_path_factory.mktemp("strategies")
+            names = [one for one in (*CASES, *EVALUATIONS) if (one in IN_CI) is group]
+            make_model_folder(folder / "model", "llama")
+            for task in {case.task for case in CASES.values()}:
+                rows = 14 if task in (*ONLINE_TASKS, "best_of_n") else 33
+                WRITERS.get(task, write_rows)(folder / f"{task}.jsonl", rows)
+            needed = {"rm"} | {CASES[one].reward for one in names if one in CASES}
+            needed |= {EVALUATIONS[one][0] for one in names if one in EVALUATIONS}
+            for one in (one for one in CASES if one in names or one in needed):
+                run(words_of(one, folder, folder / "one" / one))
+            for one in (one for one in names if one in EVALUATIONS):
+                for place in ("two", "evaluated"):
+                    shutil.copytree(folder / "one" / EVALUATIONS[one][0], folder / place / one)
+                run(words_of(one, folder, folder / "evaluated" / one))
+            on_ranks(2, run_two, folder, names, timeout=1800)
+        return done[group]
+
+    return get
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_equal_one(name: str, folder: Path) -> None:
-    task, *_, extra = RUNS[name]
-    ours, expected = folder / name, folder / (f"{task} lora" if extra else task)
-    for tag in ("train/loss", "train/grad_norm"):
-        found, wanted = figures(ours)[tag], figures(expected)[tag]
-        assert len(wanted) == STEPS
-        assert_close(found, wanted, rtol=0, atol=1e-5)
-    [final] = (expected / "final").glob("*model.safetensors")
-    assert_close(load_file(ours / "final" / final.name), load_file(final), rtol=0, atol=1e-5)
-    states = (load_file(run / "checkpoints" / f"step-{STEPS}" / "optimizer.safetensors") for run in (ours, expected))
-    assert_close(*states, rtol=0, atol=1e-5)
+def marked(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow if name in IN_CI else pytest.mark.nightly) for name in names]
+
+
+@pytest.mark.parametrize("name", marked(CASES))
+def test_two_processes_train_like_one(name: str, folder_of: Callable[[str], Path]) -> None:
+    folder, tolerance = folder_of(name), CASES[name].tolerance
+    ours, expected = folder / "two" / name, folder / "one" / name
+    found, wanted = (
+        {tag: values for tag, values in figures(run_dir).items() if not tag.startswith(("time/", "memory/"))}
+        for run_dir in (ours, expected)
+    )
+    assert found.keys() == wanted.keys() and len(wanted) > 3
+    for tag, values in wanted.items():
+        assert_close(found[tag], values, rtol=tolerance, atol=tolerance, msg=lambda text, tag=tag: f"{tag}: {text}")
+    files = [path.relative_to(expected) for path in expected.rglob("*model.safetensors")]
+    files += [path.relative_to(expected) for path in expected.rglob("optimizer.safetensors")]
+    assert files or CASES[name].task == "best_of_n"
+    largest = max(abs(a - b) / max(1.0, abs(b)) for tag in wanted for a, b in zip(found[tag], wanted[tag], strict=True))
+    weights = 0.0
+    for path in files:
+        tensors = load_file(ours / path), load_file(expected / path)
+        assert_close(*tensors, rtol=0, atol=tolerance)
+        weights = max(weights, *(float((tensors[0][key] - tensors[1][key]).abs().max()) for key in tensors[1]))
+    print(f"{name}: figures {largest:.1g}, tensors {weights:.1g}")
+    for path in expected.glob("dataset/*"):
+        rows = ([json.loads(line) for line in (place / path.name).open()] for place in (ours / "dataset", path.parent))
+        assert near(*rows)
+
+
+@pytest.mark.parametrize("name", marked(EVALUATIONS))
+def test_two_processes_evaluate_like_one(name: str, folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of(name)
+    ours, expected = (results_of(folder / place / name) for place in ("two", "evaluated"))
+    assert ours.keys() == expected.keys() and expected
+    for file, result in expected.items():
+        assert near(ours[file], result), file
+
+
+def near(ours: Any, expected: Any) -> bool:
+    """Equal, numbers to 1e-5."""
+    if isinstance(expected, dict):
+        return ours.keys() == expected.keys() and all(near(ours[key], value) for key, value in expected.items())
+    if isinstance(expected, list):
+        return len(ours) == len(expected) and all(map(near, ours, expected))
+    return ours == pytest.approx(expected, rel=1e-5, abs=1e-5) if isinstance(expected, float) else ours == expected

@@ -104,7 +104,8 @@ def answer(
             return _by_beams(cfg, writer, part, stop, progress)
         return _by_sampler(cfg, writer, part, uniforms[mine], stop, progress, samples=samples)
 
-    rollout = to_rollout(prompts, sample_on_all_ranks(job.fabric, sample, len(prompts), group, "answering"))
+    sampled = sample_on_all_ranks(job.fabric, writer.policy, sample, len(prompts), group, "answering")
+    rollout = to_rollout(prompts, sampled)
     return Answers(rollout, decode_rollout(rollout, prompts, writer.tokenizer, stop), writer.tokenizer)
 
 

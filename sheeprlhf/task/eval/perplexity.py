@@ -17,6 +17,7 @@ from sheeprlhf.agent.batches import Batches, longest_row
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.prepare import TokenizedSplit
 from sheeprlhf.engine.fabric import place
+from sheeprlhf.engine.shard import equal_passes
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.load import Evaluation
@@ -67,11 +68,13 @@ def nll_of_rows(
     batches = Batches(fabric, task, packed=packed, targets=targets)
     mine: list[tuple[int, float, int]] = []
     with phase("evaluation"), eval_mode(policy), torch.no_grad(), fabric.autocast():
-        for part, micro in batches.numbered(split, np.arange(num_rows), "evaluating"):
+        parts = batches.numbered(split, np.arange(num_rows), "evaluating")
+        for (part, micro), counted in equal_passes(fabric, policy, parts):
             batch = fabric.to_device(micro.batch)
             row_N = batch.response_index_N.cpu().numpy()  # a row has one response
             logprobs_N = policy(batch).target_N.double().cpu().numpy()
             sums, counts = np.bincount(row_N, -logprobs_N, len(part)), np.bincount(row_N, minlength=len(part))
-            mine += zip(part, sums.tolist(), counts.tolist(), strict=True)
+            if counted:
+                mine += zip(part, sums.tolist(), counts.tolist(), strict=True)
     found = sorted(row for rank in gather_objects(fabric, mine) for row in rank)
     return np.array([nll for _, nll, _ in found]), np.array([count for _, _, count in found])

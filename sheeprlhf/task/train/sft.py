@@ -14,7 +14,7 @@ from torch import nn
 from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
-from sheeprlhf.engine.shard import gathered
+from sheeprlhf.engine.shard import equal_passes
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
 from sheeprlhf.loss.sft import cross_entropy
 from sheeprlhf.model.router import RouterLoss, StepRouterLoss, expert_counts, router_loss_in_training
@@ -52,10 +52,10 @@ def router_loss_of_step(
     They draw the random numbers that training draws next, so dropout is the same in both.
     """
     counts = torch.zeros(loss.num_experts + 2, dtype=torch.float64, device=fabric.device)
-    with isolated_rng(), gathered(module), phase("forward pass"):
-        for micro in micro_batches:
-            if micro.num_items:
-                router_logits = module(fabric.to_device(micro.batch), router=True).router_logits
+    with isolated_rng(), phase("forward pass"):
+        for micro, counts_here in equal_passes(fabric, module, (micro for micro in micro_batches if micro.num_items)):
+            router_logits = module(fabric.to_device(micro.batch), router=True).router_logits
+            if counts_here:
                 rows = torch.tensor([sum(map(len, router_logits)), micro.num_items], device=fabric.device)
                 counts += torch.cat([expert_counts(router_logits, loss.top_k), rows.double()])
     if fabric.world_size > 1:

@@ -51,7 +51,7 @@ def shared(request: pytest.FixtureRequest, model_folder: ModelFolder) -> Shared:
     assert isinstance(policy.model, PeftModel)
     add_second_adapter(policy.model, "critic", lora_config(model, ADAPTERS), trains=True)
     torch.manual_seed(0)
-    critic = AdapterValueModel(policy.model, "critic", nn.Linear(16, 1, bias=False))
+    critic = AdapterValueModel(policy, "critic", nn.Linear(16, 1, bias=False))
     randomise(policy.model, "default")
     randomise(policy.model, "critic")
     return Shared(policy, critic, base, config)
@@ -133,7 +133,7 @@ def test_a_reward_models_adapters_fit_beside_the_policys(shared: Shared, tmp_pat
     assert isinstance(model, PeftModel)
     head = nn.Linear(1, 1, bias=False)
     head.weight = nn.Parameter(load_score_adapter(model, tmp_path / "final", "reward"))
-    reward = AdapterValueModel(model, "reward", head)
+    reward = AdapterValueModel(shared.policy, "reward", head)
     assert not any(weight.requires_grad for name, weight in model.named_parameters() if ".reward." in name)
     assert any(weight.requires_grad for name, weight in model.named_parameters() if ".default." in name)
     own.eval(), model.eval()
@@ -141,6 +141,6 @@ def test_a_reward_models_adapters_fit_beside_the_policys(shared: Shared, tmp_pat
         assert_close(reward(BATCH), own(BATCH), rtol=0, atol=1e-6)
         assert not any(weight.requires_grad for name, weight in model.named_parameters())  # it is frozen in use too
     copy_adapter(model, "reward", "critic")
-    critic = AdapterValueModel(model, "critic", head)
+    critic = AdapterValueModel(shared.policy, "critic", head)
     with torch.no_grad(), critic.in_use():
         assert_close(critic(BATCH), own(BATCH), rtol=0, atol=1e-6)

@@ -119,8 +119,6 @@ BAD = [
     ("train task=sft fabric.devices=0", ["fabric.devices=0", "give a number"]),
     ("train task=sft fabric.devices='0,1'", ["number of processes"]),
     ("train task=sft fabric.strategy=dpp", ["fabric.strategy=ddp"]),
-    ("train task=ppo fabric.strategy=fsdp2", ["task=sft", "fabric.strategy=ddp"]),
-    ("eval task=perplexity fabric.strategy=fsdp2", ["task=perplexity", "fabric.strategy=ddp"]),
     ("train task=sft fabric.strategy=fsdp2 fabric.precision=64-true", ["fabric.precision=32-true"]),
     ("train task=sft fabric.precision=16-true", ["fabric.precision=16-true", "bf16-mixed"]),
     ("train task=sft fabric=auto fabric.precision=16-true", ["bf16-mixed"]),
