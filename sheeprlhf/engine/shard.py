@@ -111,9 +111,9 @@ def _check_room(fabric: Fabric, module: nn.Module) -> None:
     if short:
         rank = short[0]
         raise ConfigError(
-            f"fabric.strategy=fsdp2: sampling needs the whole policy on each device, {size_text(missing_of[rank])} more "
-            f"than its part, and rank {rank} has {size_text(room_of[rank])} free: give a rollout server (rollout=vllm), "
-            "or a smaller model; a training that only shows samples does without by task.num_sample_prompts=0"
+            f"fabric.strategy=fsdp2: sampling needs the whole policy on each device, {size_text(missing_of[rank])} "
+            f"more than its part, and rank {rank} has {size_text(room_of[rank])} free: give rollout=vllm, "
+            "or a smaller model; training that only shows samples needs none with task.num_sample_prompts=0"
         )
 
 
