@@ -529,7 +529,7 @@ def _has_wandb_login() -> bool:
 
 
 def sharding_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
-    """Problems of options that exclude sharded weights."""
+    """Problems of options that exclude sharded weights, or that only these have."""
     quantization = None if config.model is None else config.model.quantization
     if quantization is not None and config.fabric.precision == "64-true":
         yield (
@@ -537,6 +537,11 @@ def sharding_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
             "fabric.precision=32-true"
         )
     if config.fabric.strategy != "fsdp2":
+        for name in ("replicas", "offload"):
+            if (value := getattr(config.fabric, name)) != getattr(FabricConfig, name):
+                yield unread(
+                    f"fabric.{name}={value}", f"by fabric.strategy={config.fabric.strategy}", "fabric.strategy=fsdp2"
+                )
         return
     if quantization is not None:
         yield (

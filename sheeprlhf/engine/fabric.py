@@ -96,7 +96,7 @@ def make_fabric(cfg: FabricConfig) -> Fabric:
     timeout = timedelta(seconds=cfg.timeout)
     strategy: str | DDPStrategy | ModelParallelStrategy = cfg.strategy
     if cfg.strategy == "fsdp2":
-        strategy = sharding_strategy(num_processes, timeout)
+        strategy = sharding_strategy(cfg, num_processes, timeout)
     elif cfg.strategy == "ddp" or (cfg.strategy == "auto" and num_processes > 1):
         # No buffers are broadcast: ours are constants, and ranks may run different numbers of forward passes.
         options: dict[str, Any] = {"gradient_as_bucket_view": True, "timeout": timeout}

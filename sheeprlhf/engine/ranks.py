@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch.distributed.device_mesh import init_device_mesh
 
 from sheeprlhf.utils.errors import ConfigError, MissingRanksError
 from sheeprlhf.utils.launchers import launched
@@ -195,11 +196,16 @@ class JoiningDDP(_Joining, DDPStrategy):
 
 
 class JoiningModelParallel(_Joining, ModelParallelStrategy):
-    """FSDP2 whose ranks know each other."""
+    """FSDP2 whose ranks know each other; with several `replicas`, weights are cut up within each of these groups."""
+
+    replicas = 1
 
     def setup_environment(self) -> None:
         """All ranks: called by Fabric in `launch`; torch gives the mesh's groups a time limit of their own."""
         super().setup_environment()
+        if self.replicas > 1:
+            shape = (self.replicas, self.world_size // self.replicas)
+            self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
         set_timeout = torch.distributed.distributed_c10d._set_pg_timeout
         for name in self.device_mesh.mesh_dim_names or ():
             set_timeout(cast(timedelta, self._timeout), self.device_mesh.get_group(name))

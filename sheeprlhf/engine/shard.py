@@ -9,15 +9,23 @@ functions. Without fsdp2 they do nothing.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import chain, repeat
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sheeprlhf.engine.ranks import JoiningModelParallel
+from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.hardware import available_memory
 from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy
@@ -26,34 +34,55 @@ from sheeprlhf.utils.memory import size_text
 T = TypeVar("T")
 
 
-def sharding_strategy(num_processes: int, timeout: timedelta) -> ModelParallelStrategy:
+def sharding_strategy(cfg: FabricConfig, num_processes: int, timeout: timedelta) -> ModelParallelStrategy:
     """Fabric's strategy of fsdp2 over all processes, which wait for each other at most for `timeout`.
 
+    In bf16-mixed, weights are gathered and computed with in bfloat16; parts, gradient sums and optimizer are float32.
+
     Raises:
-        ConfigError: this torch is too old.
+        ConfigError: this torch is too old, or `fabric.replicas` does not divide the processes.
     """
     if not hasattr(FSDPModule, "reset_iter_state"):
         raise ConfigError(
             "fabric.strategy=fsdp2 needs torch 2.13 or newer: pip install -U torch, or give fabric.strategy=ddp"
         )
-    return JoiningModelParallel(_shard, data_parallel_size=num_processes, tensor_parallel_size=1, timeout=timeout)
+    if num_processes % cfg.replicas:
+        raise ConfigError(f"fabric.replicas={cfg.replicas} does not divide the number of processes, {num_processes}")
+    on_cpu, backend = cfg.accelerator == "cpu" or not torch.cuda.is_available(), None
+    how: dict[str, Any] = {}
+    if cfg.precision == "bf16-mixed":
+        how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    if cfg.offload == "cpu":
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=not on_cpu)
+        backend = None if on_cpu else "cpu:gloo,cuda:nccl"  # the norm of gradients is a sum over parts on the host
+    strategy = JoiningModelParallel(
+        partial(_shard, how=how),
+        data_parallel_size=num_processes,
+        tensor_parallel_size=1,
+        process_group_backend=backend,
+        timeout=timeout,
+    )
+    strategy.replicas = cfg.replicas
+    return strategy
 
 
-def _shard(module: nn.Module, mesh: Any) -> nn.Module:
+def _shard(module: nn.Module, mesh: Any, *, how: dict[str, Any]) -> nn.Module:
     """Every block for itself, and what is around them together: weights are whole one block at a time.
 
-    A module around sharded weights of another one (an adapter's score head) shards its own layers only.
+    Heads that give a score compute in float32. A module around sharded weights of another one (an adapter's score
+    head) shards its own layers only.
     """
-    of_data = mesh["data_parallel"]
-    if is_sharded(module):
-        for layer in module.children():
-            if not is_sharded(layer):
-                fully_shard(layer, mesh=of_data)
+    of_data, is_around = mesh if "replicate" in mesh.mesh_dim_names else mesh["data_parallel"], is_sharded(module)
+    of_heads = {name: policy for name, policy in how.items() if name != "mp_policy"}
+    for head in [part for part in module.modules() if isinstance(part, nn.Linear) and part.out_features == 1]:
+        if not is_sharded(head):
+            fully_shard(head, mesh=of_data, **of_heads)
+    if is_around:
         return module
     blocks = next((part for part in module.modules() if isinstance(part, nn.ModuleList)), ())
     for block in blocks:
-        fully_shard(block, mesh=of_data)
-    fully_shard(module, mesh=of_data)
+        fully_shard(block, mesh=of_data, **how)
+    fully_shard(module, mesh=of_data, **how)
     for name in getattr(module, "forward_methods", ()):
         register_fsdp_forward_method(module, name)
     return module
@@ -67,8 +96,9 @@ def is_sharded(module: nn.Module) -> bool:
 def _roots(module: nn.Module) -> list[FSDPModule]:
     """The sharded modules that are in no other sharded module: passes begin there."""
     if isinstance(module, FSDPModule):
-        module._get_fsdp_state()._lazy_init()  # else the first block that runs alone would count as the root
-        return [module]
+        state = module._get_fsdp_state()
+        state._lazy_init()  # else the first block that runs alone would count as the root
+        return [module] if state._is_root else []  # else a root that came before has it
     return [root for child in module.children() for root in _roots(child)]
 
 
@@ -81,7 +111,7 @@ def gathered(fabric: Fabric, module: nn.Module) -> Iterator[None]:
     """
     roots = _roots(module)
     if roots:
-        _check_room(fabric, module)
+        _check_room(fabric, module, roots[0]._get_fsdp_state()._mp_policy.param_dtype)
     parts = [(root, part) for root in roots for part in cast(nn.Module, root).modules() if isinstance(part, FSDPModule)]
     for _, part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -94,10 +124,10 @@ def gathered(fabric: Fabric, module: nn.Module) -> Iterator[None]:
         _forget_passes(roots)
 
 
-def _check_room(fabric: Fabric, module: nn.Module) -> None:
+def _check_room(fabric: Fabric, module: nn.Module, dtype: torch.dtype | None) -> None:
     """All ranks: compare the whole weights with the free memory of the device, or of a CPU's share of the machine."""
     missing = sum(
-        weight.numel() * weight.element_size() - weight.to_local().nbytes
+        weight.numel() * (dtype or weight.dtype).itemsize
         for weight in module.parameters()
         if isinstance(weight, DTensor)
     )
@@ -111,9 +141,9 @@ def _check_room(fabric: Fabric, module: nn.Module) -> None:
     if short:
         rank = short[0]
         raise ConfigError(
-            f"fabric.strategy=fsdp2: sampling needs the whole policy on each device, {size_text(missing_of[rank])} "
-            f"more than its part, and rank {rank} has {size_text(room_of[rank])} free: give rollout=vllm, "
-            "or a smaller model; training that only shows samples needs none with task.num_sample_prompts=0"
+            f"fabric.strategy=fsdp2: sampling needs the whole policy on each device, {size_text(missing_of[rank])}, "
+            f"and rank {rank} has {size_text(room_of[rank])} free: give rollout=vllm, or a smaller model; training "
+            "that only shows samples needs none with task.num_sample_prompts=0"
         )
 
 

@@ -216,7 +216,7 @@ def _reduce(
     values = torch.stack([sums.get(name, zero) for name in names])
     if fabric.world_size > 1:
         fabric.all_reduce(values, reduce_op="sum")
-    *reduced, last = torch.cat([values, same_on_all.double().reshape(1)]).tolist()
+    *reduced, last = torch.cat([values, same_on_all.double().reshape(1).to(values.device)]).tolist()
     return dict(zip(names, reduced, strict=True)), last
 
 

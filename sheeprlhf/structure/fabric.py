@@ -26,6 +26,15 @@ class FabricConfig(Config):
     strategy: str = option(
         "auto", "How several devices share the work; fsdp2 cuts the weights up too.", choices=STRATEGIES
     )
+    replicas: int = option(
+        1,
+        "Groups of devices that each hold all weights, cut up within the group; fsdp2. As many as machines keep the "
+        "gathering inside a machine.",
+        minimum=1,
+    )
+    offload: str = option(
+        "none", "Place of the parts of weights, gradients and optimizer between passes; fsdp2.", choices=("none", "cpu")
+    )
     timeout: int = option(
         1800,
         "Longest wait of a process for the others, at the start and in each collective; then the run ends.",

@@ -55,7 +55,8 @@ def reference_key(policy: Policy, cfg: TrainConfig, *, packed: bool) -> str:
         folder = adapter_folder(locate_adapter(cfg.model.adapter), lambda _: None)
         for name in (ADAPTER_CONFIG, ADAPTERS):
             digest.update(real_file(folder / name, folder).read_bytes())
-    return f"{weights_digest(policy)}-{digest.hexdigest()}-{cfg.fabric.precision}-{packed}"
+    rounded = "-fsdp2" if cfg.fabric.strategy == "fsdp2" and cfg.fabric.precision == "bf16-mixed" else ""
+    return f"{weights_digest(policy)}-{digest.hexdigest()}-{cfg.fabric.precision}{rounded}-{packed}"
 
 
 def sum_by_response(values_N: Tensor, response_index_N: Tensor, num_responses: int) -> Tensor:

@@ -48,6 +48,10 @@ CASES = {
     "dpo": Case("dpo", own=(*FSDP2, *ONE_ROW)),
     "dpo lora": Case("dpo", LORA),
     "dpo lora, ddp": Case("dpo", LORA, ("fabric.strategy=ddp", "fabric.devices=2")),
+    "dpo, bf16": Case("dpo", own=(*FSDP2, "fabric.precision=bf16-mixed"), tolerance=0.05),
+    "dpo, offload": Case("dpo", own=(*FSDP2, "fabric.offload=cpu")),
+    "dpo, replicas": Case("dpo", own=(*FSDP2, "fabric.replicas=2")),
+    "sft, checkpointing": Case("sft", ("model.gradient_checkpointing=true",)),
     "kto": Case("kto", own=(*FSDP2, *ONE_ROW)),
     "kto lora": Case("kto", LORA),
     "grpo": Case("grpo", own=(*FSDP2, *ONE_ROW)),
@@ -76,7 +80,7 @@ IN_CI = ("sft", "rm lora", "dpo lora", "grpo lora", "ppo lora", "preference of a
 # The last step of a task with a dataset has a single row, so that one of two processes has none.
 LENGTH = {
     False: ("task.mini_batch_size=8", "task.epochs=1", "task.eval_interval=5", "task.save_interval=5"),
-    True: ("task.rollout_size=14", "task.epochs=1", "task.max_num_steps=6", "task.eval_interval=6"),
+    True: ("task.rollout_size=14", "task.epochs=1", "task.max_num_steps=6", "task.sft_experiment_dir=null"),
 }
 NOT_OF_BEST_OF_N = tuple(f"task.{name}=" for name in sorted(BestOfNConfig.unread))
 
