@@ -56,7 +56,7 @@ def sharding_strategy(cfg: FabricConfig, num_processes: int, timeout: timedelta)
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=not on_cpu)
         backend = None if on_cpu else "cpu:gloo,cuda:nccl"  # the norm of gradients is a sum over parts on the host
     strategy = JoiningModelParallel(
-        partial(_shard, how=how),
+        partial(_shard, **how),
         data_parallel_size=num_processes,
         tensor_parallel_size=1,
         process_group_backend=backend,
@@ -66,7 +66,7 @@ def sharding_strategy(cfg: FabricConfig, num_processes: int, timeout: timedelta)
     return strategy
 
 
-def _shard(module: nn.Module, mesh: Any, *, how: dict[str, Any]) -> nn.Module:
+def _shard(module: nn.Module, mesh: Any, **how: Any) -> nn.Module:
     """Every block for itself, and what is around them together: weights are whole one block at a time.
 
     Heads that give a score compute in float32. A module around sharded weights of another one (an adapter's score
