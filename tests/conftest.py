@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: no network, one thread, a cache of one's own, tiny model folders made once."""
 
+import gc
 import os
 import signal
 
@@ -30,6 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that have slow tests: the quick ones fill up the time of the other processes."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Take the imported modules out of garbage collection, which takes a tenth of the time otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -61,7 +61,7 @@ def plain(model_folder: ModelFolder, adapter: Path) -> PeftModel:
         ("dpo", "LORA"),
         ("ppo", "LORA"),
         ("sft", "ALL"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sft", "LORA"), ("grpo", "LORA"), ("dpo", "ALL"))),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("grpo", "LORA"), ("dpo", "ALL"))),
         pytest.param("ppo", "ALL", marks=pytest.mark.slow),
     ],
 )

@@ -1,46 +1,38 @@
 """Reward models by the command line: what is saved, plain transformers' scores of it, and every shape of rows."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sheeprlhf.cli import run
 from tests.support.runs import train, write_pairs
 
 ModelFolder = Callable[..., Path]
 TEXTS = ["0 the quick brown fox? well, seven wizards.", "1 lazy dog? strange potions brew.", "2 a?"]
-PLAIN = """
-import json, sys, torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-folder, base, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-tokenizer = AutoTokenizer.from_pretrained(folder)
-batch = tokenizer([text + tokenizer.eos_token for text in texts], padding=True, return_tensors="pt")
-for seed in range(2):
-    torch.manual_seed(seed)  # weights that were not saved would differ
-    pad = int(sys.argv[4])
-    model = AutoModelForSequenceClassification.from_pretrained(base or folder, num_labels=1, pad_token_id=pad)
-    if base:
-        from peft import PeftModel
-        model = PeftModel.from_pretrained(model, folder)
-    with torch.no_grad():
-        print(json.dumps(model.eval()(**batch).logits[:, 0].tolist()))
-"""
 
 
 def plain_scores(final: Path, base: str) -> list[list[float]]:
-    """The scores of TEXTS in a fresh process, by transformers (and PEFT) alone, from two states of the generators."""
-    pad = AutoConfig.from_pretrained(final).pad_token_id
-    words = [sys.executable, "-c", PLAIN, str(final), base, json.dumps(TEXTS), str(pad)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=final.parent)
-    return [json.loads(line) for line in done.stdout.splitlines()[-2:]]
+    """The scores of TEXTS by transformers (and PEFT) alone, from two states of the generators."""
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    batch = tokenizer([text + tokenizer.eos_token for text in TEXTS], padding=True, return_tensors="pt")
+    scores = []
+    for seed in range(2):
+        torch.manual_seed(seed)  # weights that were not saved would differ
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base or final, num_labels=1, pad_token_id=tokenizer.pad_token_id
+        )
+        if base:
+            model = PeftModel.from_pretrained(model, final)
+        with torch.no_grad():
+            scores.append(model.eval()(**batch).logits[:, 0].tolist())
+    return scores
 
 
 def our_scores(run_dir: Path, words: list[str], tmp_path: Path) -> list[float]:
@@ -71,7 +63,7 @@ def our_scores(run_dir: Path, words: list[str], tmp_path: Path) -> list[float]:
         pytest.param("gpt2", "ALL", marks=pytest.mark.nightly),
     ],
 )
-def test_plain_transformers_gives_our_scores_in_a_fresh_process(
+def test_plain_transformers_gives_our_scores(
     mode: str, architecture: str, tmp_path: Path, model_folder: ModelFolder
 ) -> None:
     base = model_folder(architecture)

@@ -81,7 +81,7 @@ TRAPS = {
         tests/unit/engine/test_resume.py::test_two_ranks_resume_bit_for_bit
         tests/distributed/test_sft.py::test_processes_begin_alike_and_drop_differently""",
     "19 the head of a reward model is lost on the way to disk": """
-        tests/e2e/test_rm.py::test_plain_transformers_gives_our_scores_in_a_fresh_process
+        tests/e2e/test_rm.py::test_plain_transformers_gives_our_scores
         tests/e2e/test_chains.py::test_an_offset_comes_back_with_the_adapters""",
     "20 mistakes of the code of 2023": """
         tests/unit/loss/test_reward.py::test_random_pairs_equal_a_loop_and_what_is_not_compared_has_no_gradient
