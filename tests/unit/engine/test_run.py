@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def begin(fabric, run):
     return run.restore(*fabric.setup(net, build_optimizer(AdamWConfig(), net, 1e-2)))
 
 
-def train(fabric, run_dir, steps, pause=0.0):
+def train(fabric, run_dir, steps):
     """The loop of a task, as its author writes it."""
     seed_all(0)
     net = Net(dropout=0.2)
@@ -54,52 +53,21 @@ def train(fabric, run_dir, steps, pause=0.0):
     with open_run(fabric, make_cfg(), run_dir) as run:
         state = run.restore(module, optimizer)
         while state.step < steps:
-            ranks = [micro_batch(4 * state.step, 4 * state.step + 1), micro_batch(4 * state.step + 2)]
-            micros = ranks[fabric.global_rank :: fabric.world_size]
+            micros = [micro_batch(4 * state.step, 4 * state.step + 1), micro_batch(4 * state.step + 2)]
             metrics = update(fabric, module, optimizer, micros, toy_loss, max_grad_norm=1.0)
             state.step += 1
             run.log(metrics, state.step)
             run.log_text("sample", f"{SECRET} at {state.step}", state.step)
             run.show_progress(state, steps, f"loss {metrics['loss']:.4f}", metrics["items"])
-            signum = run.stop_signal()
-            if signum or state.step == steps:
+            if state.step == steps:
                 run.save(state, module, optimizer)
-            if signum in (signal.SIGTERM, signal.SIGINT):
-                run.stop(signum)
-            time.sleep(pause)
     return state.step
 
 
-def single(run_dir, steps, pause=0.0):
+def test_a_whole_run(tmp_path, capsys):
     fabric = make_fabric(FabricConfig())
     fabric.launch()
-    try:
-        return train(fabric, run_dir, steps, pause)
-    except Interrupted as error:
-        sys.exit(error.exit_code)
-
-
-def start(run_dir, steps, pause):
-    process = forkserver().Process(target=single, args=(run_dir, steps, pause), daemon=True)
-    process.start()
-    wait_for(lambda: (run_dir / "metrics.csv").exists() and (run_dir / "metrics.csv").read_text().count("\n") > 3)
-    return process
-
-
-def wait_for(condition, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def saved_steps(run_dir):
-    names = [path.name.removeprefix("step-") for path in run_dir.glob("checkpoints/step-*")]
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def test_a_whole_run(tmp_path, capsys):
-    assert single(tmp_path, 3) == 3
+    assert train(fabric, tmp_path, 3) == 3
     assert {path.name for path in tmp_path.iterdir() if not path.name.startswith("events")} == {
         ".lock",
         "config.yaml",
@@ -125,34 +93,6 @@ def test_say_shows_no_secret_and_no_control_characters(tmp_path, capsys):
     with open_run(fabric, make_cfg(), tmp_path) as run:
         run.say(f"token {SECRET}\x1b[31m")
     assert capsys.readouterr().err == "token <redacted>\n"
-
-
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_stops_and_the_rest_is_the_same(tmp_path, signum, status):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir(), parts.mkdir()
-    single(whole, 30)
-    process = start(parts, 30, pause=0.02)
-    os.kill(process.pid, signum)
-    process.join(20)
-    assert process.exitcode == status
-    assert saved_steps(parts)[0] < 30
-    single(parts, 30)
-    for name in ("model", "optimizer", "rng"):
-        files = [folder / f"checkpoints/step-30/{name}.safetensors" for folder in (whole, parts)]
-        assert files[0].read_bytes() == files[1].read_bytes()
-    values = [[line.rsplit(",", 1)[0] for line in (f / "metrics.csv").read_text().splitlines()] for f in (whole, parts)]
-    assert values[0] == values[1]
-
-
-def test_sigusr1_saves_and_goes_on(tmp_path):
-    process = start(tmp_path, 60, pause=0.02)
-    os.kill(process.pid, signal.SIGUSR1)
-    wait_for(lambda: saved_steps(tmp_path))
-    assert saved_steps(tmp_path)[0] < 60
-    process.join(20)
-    assert process.exitcode == 0
-    assert saved_steps(tmp_path)[-1] == 60
 
 
 @pytest.mark.parametrize("signum", STOP_SIGNALS)
