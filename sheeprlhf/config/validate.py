@@ -358,7 +358,7 @@ def _part_problems(data: MixDataConfig, given: dict[str, Any]) -> Iterator[str]:
         yield "it has no rows: give train_file, dataset_name or data"
         return
     shared = {option.key for option in options(DataConfig())} - set(OF_A_MIXTURE[1:])
-    own = {"data", "weight", *(option.key for option in options(cls()))} - shared
+    own = {"data", "weight", *(option.key for option in options(cls()))} - shared - {"streaming", "keep_shards"}
     unknown = sorted(str(key) for key in given if key not in own)
     for key in unknown:
         fix = did_you_mean(key, own, f"give data.{key} for all" if key in shared else "remove it")
@@ -448,6 +448,8 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         starts_elsewhere = config.task.sft_experiment_dir is not None
     if config.model.freeze_transformer and starts_elsewhere and config.task.trains != "reward model":
         yield unread("model.freeze_transformer=true", f"by task={name}", "model.finetune_mode=LORA")
+    if isinstance(config.data, LayoutDataConfig) and config.data.streaming:
+        yield from _streaming_problems(config.task)
     if config.data.reasoning == "mask" and config.task.trains == "reward model":
         yield unread("data.reasoning=mask", f"by task={name}, which scores whole responses", "data.reasoning=remove")
     if config.data.reasoning == "mask" and not getattr(config.task, "completion_only_loss", True):
@@ -490,6 +492,17 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield f"run_name={config.run_name} cannot name a directory: give a name without slashes"
     yield from new_folder_problems("root_dir", config.root_dir)
     yield from _log_problems(config)
+
+
+def _streaming_problems(task: TrainTaskConfig) -> Iterator[str]:
+    """Problems of a task whose training rows are prepared during training."""
+    if not isinstance(task, SFTConfig):
+        yield unread("data.streaming=true", f"by task={task.config_name}", "task=sft")
+        return
+    if task.max_num_steps is None:
+        yield "data.streaming=true needs task.max_num_steps, as the number of rows is unknown: give it"
+    if task.epochs != SFTConfig.epochs:
+        yield unread(f"task.epochs={task.epochs}", "with data.streaming=true", "task.max_num_steps")
 
 
 def _log_problems(config: TrainConfig) -> Iterator[str]:

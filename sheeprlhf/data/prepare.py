@@ -55,7 +55,7 @@ from sheeprlhf.data.report import (
 )
 from sheeprlhf.data.store import SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
-from sheeprlhf.structure.data import DataConfig, KeptColumns, MixDataConfig
+from sheeprlhf.structure.data import DataConfig, KeptColumns, LayoutDataConfig, MixDataConfig
 from sheeprlhf.utils.errors import DataError, Notify
 from sheeprlhf.utils.folders import discard, locked, written_folder
 from sheeprlhf.utils.output import create_file
@@ -74,7 +74,7 @@ TRAINING_SPLITS = {
 }  # one must have rows
 NOT_IN_FINGERPRINT = (
     *("cache_dir", "num_proc", "shuffle", "dataset_name", "revision", "subset", "split"),
-    *("train_file", "validation_file", "test_file"),
+    *("train_file", "validation_file", "test_file", "streaming", "keep_shards"),
 )
 
 
@@ -102,6 +102,7 @@ def prepare_data(
     say: Notify,
     progress: bool,
     kept: KeptColumns = _NOTHING_KEPT,
+    shard: int = 0,
 ) -> PreparedData:
     """Any rank, any number of processes at once: the first prepares, the others wait and read what it made.
 
@@ -116,12 +117,13 @@ def prepare_data(
         say: prints a line for the user.
         progress: show a bar (rank zero).
         kept: columns of the files to store with the tokens, for reward functions; those that the files have.
+        shard: with `data.streaming`, the file of the training rows to prepare: see `data.stream`.
 
     Raises:
         DataError: if the data cannot be read, or no training row is left.
     """
     build: Callable[[Path], None]
-    note = None
+    notes: list[str | None] = []
     if isinstance(cfg, MixDataConfig):
         parts = [
             prepare_data(part, tokenizer, kind=kind, say=say, progress=progress, kept=kept) for part in datasets_of(cfg)
@@ -133,10 +135,13 @@ def prepare_data(
         build = partial(write_mixture, numbered_parts(pairs), name=cfg.config_name, kind=kind, kept=kept)
     else:
         files = source.locate(cfg)
+        notes.append(source.left_out_note(cfg, files))  # of this folder: the prepared rows may be those of another one
+        if isinstance(cfg, LayoutDataConfig) and cfg.streaming:
+            notes.append(source.streaming_note(files))
+            cfg, files = source.shard_of(cfg, files, shard)
         tokenize = RowTokenizer(cfg, tokenizer, kind)
         print_of_data = fingerprint(cfg, tokenize, source.content_hash(files, progress=progress), kept)
         build = partial(_build, cfg, tokenize, files, progress, kept)
-        note = source.left_out_note(cfg, files)  # of this folder: the prepared rows may be those of another one
     name = re.sub(r"[^A-Za-z0-9_-]", "_", cfg.config_name)
     folder = store.cache_root(cfg.cache_dir) / f"{name}-{print_of_data[:16]}"
     if not folder.exists() or store.find_damage(folder):
@@ -162,8 +167,7 @@ def prepare_data(
     if isinstance(cfg, MixDataConfig):
         names = [{"name": name_in_mixture(given)} for given in cfg.mix]
         report = report | {"mix": [part | name for part, name in zip(report["mix"], names, strict=True)]}
-    if note:
-        report = {**report, "notes": [*report["notes"], note]}
+    report = {**report, "notes": [*report["notes"], *filter(None, notes)]}
     return PreparedData(splits, report, print_of_data, folder)
 
 
@@ -374,13 +378,13 @@ def _tokenized(tokenize: RowTokenizer, batches: Iterator[list[Row]], num_proc: i
         yield from map(tokenize, batches)
         return
     context = get_context("spawn")
-    with _signals_held_back():
+    with signals_held_back():
         stop = context.Event()  # starts a process that keeps account of such things
     pool = ProcessPoolExecutor(num_proc, context, start_bound, (BoundToThis(), _start_worker, tokenize, stop))
     try:
         waiting: deque[Future[list[TokenRow]]] = deque()
         for batch in batches:
-            with _signals_held_back():
+            with signals_held_back():
                 waiting.append(pool.submit(_work, batch))
             if len(waiting) > 2 * num_proc:
                 yield waiting.popleft().result()
@@ -392,7 +396,7 @@ def _tokenized(tokenize: RowTokenizer, batches: Iterator[list[Row]], num_proc: i
 
 
 @contextmanager
-def _signals_held_back() -> Iterator[None]:
+def signals_held_back() -> Iterator[None]:
     """Processes started inside never see what a terminal or a batch system sends to all: this one ends them.
 
     They see SIGTERM, with which the pool ends its processes when one has died.

@@ -24,6 +24,8 @@ class StepPlan(NamedTuple):
         epochs: passes over the rows.
         seed: the run's seed.
         shuffle: False keeps the order of the rows in every epoch.
+        first_step: optimizer step with which the plan begins.
+        first_epoch: number of its first epoch, which chooses the permutation.
     """
 
     num_rows: int
@@ -31,6 +33,8 @@ class StepPlan(NamedTuple):
     epochs: int
     seed: int
     shuffle: bool = True
+    first_step: int = 0
+    first_epoch: int = 0
 
     def steps_per_epoch(self) -> int:
         """ceil(N / G) optimizer steps.
@@ -48,11 +52,15 @@ class StepPlan(NamedTuple):
 
     def epoch_of(self, step: int) -> int:
         """The epoch, counted from 0, that optimizer step `step` (from 0) belongs to."""
-        return step // self.steps_per_epoch()
+        return self.first_epoch + (step - self.first_step) // self.steps_per_epoch()
+
+    def epochs_before(self, step: int) -> float:
+        """Passes over the rows before optimizer step `step`."""
+        return self.first_epoch + (step - self.first_step) / self.steps_per_epoch()
 
     def rows_of_step(self, step: int) -> np.ndarray:
         """The (<= G,) row indices of optimizer step `step`, all ranks together; never empty."""
-        epoch, number = divmod(step, self.steps_per_epoch())
+        epoch, number = self.epoch_of(step), (step - self.first_step) % self.steps_per_epoch()
         order = _permutation(self.num_rows, self.seed, epoch) if self.shuffle else np.arange(self.num_rows)
         return order[number * self.rows_per_step : (number + 1) * self.rows_per_step]
 

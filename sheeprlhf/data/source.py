@@ -10,6 +10,7 @@ import itertools
 import os
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -27,7 +28,7 @@ from sheeprlhf.config.path_checks import (
 )
 from sheeprlhf.data.progress import progress_bar
 from sheeprlhf.security.files import read_small, real_file
-from sheeprlhf.structure.data import DataConfig, HubDataConfig, LocalDataConfig
+from sheeprlhf.structure.data import DataConfig, HubDataConfig, LayoutDataConfig, LocalDataConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.hub import EMBEDDED, embedded_folder, why_offline
@@ -52,6 +53,33 @@ def locate(cfg: DataConfig) -> Files:
     if isinstance(cfg, HubDataConfig):
         return choose_splits(_inside(folder, splits_of_subset(folder, cfg.subset)), cfg.split)
     return _inside(folder, files_of_folder(folder))
+
+
+def shard_of(cfg: LayoutDataConfig, files: Files, number: int) -> tuple[LayoutDataConfig, Files]:
+    """Options and files of one file of the training rows; the first one brings the other splits of the dataset.
+
+    A split that is cut from the training rows is cut from each file, so that its prompts are in no other split.
+
+    Args:
+        cfg: the data options.
+        files: of `locate`.
+        number: of the file, counted from 0 and on from the last to the first.
+    """
+    number %= len(files["train"])
+    train = {"train": files["train"][number : number + 1]}
+    if not number:
+        return cfg, files | train
+    validation = 0.0 if "validation" in files else cfg.validation_split
+    test = 0.0 if "test" in files else cfg.test_split
+    return replace(cfg, validation_split=validation, test_split=test), train
+
+
+def streaming_note(files: Files) -> str:
+    """A sentence for the data report, which is of the first file."""
+    first, *others = files["train"]
+    return (
+        f"this report is of {first.name} alone: data.streaming=true prepares {len(others)} more files during training"
+    )
 
 
 def _folder(cfg: DataConfig, *, cached: bool = False) -> Path:

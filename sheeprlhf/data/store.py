@@ -131,8 +131,8 @@ class TokenizedSplit:
         self._row_ids = [np.from_dlpack(chunk) for chunk in table["row_id"].chunks]
         self._margins = [np.from_dlpack(chunk) for chunk in table["margin"].chunks]
         self._columns = table["columns"].chunks
-        self._runs = [np.from_dlpack(chunk.values) for chunk in table["runs"].chunks]
-        self._run_offsets = [np.from_dlpack(chunk.offsets) for chunk in table["runs"].chunks]
+        self._runs: list[np.ndarray] = [np.from_dlpack(chunk.values) for chunk in table["runs"].chunks]
+        self._run_offsets: list[np.ndarray] = [np.from_dlpack(chunk.offsets) for chunk in table["runs"].chunks]
         self.columns: tuple[str, ...] = ()
         self.desirable = np.concatenate([np.from_dlpack(chunk).astype(bool) for chunk in table["desirable"].chunks])
         self.sizes = self._stored_sizes = _matrix(table["sizes"], len(table))

@@ -80,6 +80,9 @@ class ExtraRecord(TypedDict):
     reward_count: NotRequired[Count]
     reward_mean: NotRequired[float]
     reward_m2: NotRequired[_Positive]
+    shard: NotRequired[Step]
+    shard_step: NotRequired[Step]
+    shard_digest: NotRequired[Annotated[int, Range(0, 2**48)]]
 
 
 class StateRecord(TypedDict):

@@ -140,6 +140,12 @@ class LayoutDataConfig(DataConfig):
         "Encode control tokens in the text of prompts and responses, such as <|im_start|>, as the tokens that they "
         "name: for rows that a chat template wrote. Whoever wrote the rows can then end a turn.",
     )
+    streaming: bool = option(
+        False, "Prepare the files of the training rows one by one during training (task=sft), not all before it."
+    )
+    keep_shards: Optional[int] = option(
+        2, "With streaming: prepared files kept besides the first; null keeps all.", unit="files", minimum=2
+    )
     minimum_response_length: int = 1
 
 

@@ -16,7 +16,7 @@ loop.finish(policy)  # final/
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from sheeprlhf.agent.policy import Policy, reference_of
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
 from sheeprlhf.data.sampler import RolloutPlan, StepPlan, load_ahead
+from sheeprlhf.data.stream import Stream
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.engine.optim import follow_schedule, set_up
@@ -46,6 +47,7 @@ from sheeprlhf.rollout.rollout import (
     token_values,
 )
 from sheeprlhf.rollout.saved import saved_rollouts, write_rollout
+from sheeprlhf.structure.data import LayoutDataConfig
 from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.task.finish import (
     Saved,
@@ -56,7 +58,7 @@ from sheeprlhf.task.finish import (
     report_data,
 )
 from sheeprlhf.task.models import build_collector, initial_run, load_initial_policy, load_online_setup
-from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 
 VALIDATION = (1 << 32) - 1  # number of the validation's rollout: it samples with numbers that no training rollout has
@@ -68,7 +70,8 @@ class TrainLoop:
     """The optimizer steps of one run. Every method is called on all ranks.
 
     Attributes:
-        split: name of the split that the task trains on, `rows`: the first of `task.train_splits` that has rows.
+        split: name of the split that the task trains on, `rows`: the first of `task.train_splits` that has rows. With
+            `data.streaming`, `rows` and `plan` are those of the file that is trained on.
         held_out: the validation split, None if it has no rows; every validation reads `held_out_rows` of it.
         longest: tokens of the longest sequence in any split.
         module: the trained model as wrapped by Fabric, set by `set_up` like its optimizer.
@@ -92,15 +95,22 @@ class TrainLoop:
         self.data = prepare_data(
             cfg.data, self.tokenizer, kind=task.data_kind, say=run.say, progress=fabric.is_global_zero
         )
+        self.stream = None
+        if isinstance(cfg.data, LayoutDataConfig) and cfg.data.streaming:
+            leads = fabric.local_rank == 0
+            self.stream = Stream(cfg.data, self.tokenizer, kind=task.data_kind, say=run.say, leads=leads)
+            self.data = self.data._replace(fingerprint=self.stream.fingerprint(self.data))
         report_data(fabric, run, self.data)
         self.split = next(name for name in task.train_splits if name in self.data.splits)
         self.rows, self.held_out = self.data.splits[self.split], self.data.splits.get("validation") or None
         num_held_out = None if task.max_eval_batches is None else task.max_eval_batches * task.mini_batch_size
         self.held_out_rows = np.arange(len(self.held_out or ()))[:num_held_out]
-        self.longest = longest_row(self.data.splits)
+        self.longest = cfg.data.max_length if self.stream else longest_row(self.data.splits)
         check_validation_rows(task, self.held_out)
         self.plan = StepPlan(len(self.rows), task.mini_batch_size, task.epochs, cfg.seed, cfg.data.shuffle)
         self.num_steps = min(self.plan.num_steps(), task.max_num_steps or self.plan.num_steps())
+        if self.stream is not None:
+            self.num_steps = task.max_num_steps or 0
 
     def load_policy(self, *, new_head: bool = False) -> tuple[Policy, bool]:
         """Load the model that training starts from, and whether its batches are packed; see `load_initial_policy`."""
@@ -130,19 +140,62 @@ class TrainLoop:
         """Yield the remaining steps. After each: log its metrics, save a checkpoint, act on signals."""
         run, state, task = self.run, self.state, self.run.cfg.task
         numbers = range(state.step, state.step if task.stops_early(state.stale_validations) else self.num_steps)
-        loaded = load_ahead(lambda number: self.load(self.plan.rows_of_step(number)), numbers, task.num_workers)
         run.begin_progress(state, self.num_steps)
-        for number, batches in zip(numbers, loaded, strict=True):
+        for number, batches in self._loaded(numbers):
             warmup = task.num_warmup_steps(self.num_steps)
             lr = follow_schedule(self.optimizer, run.cfg.optim, number, warmup=warmup, total=self.num_steps)
             step = Step(self, number, batches)
             yield step
             if self.due(task.log_interval):
-                metrics = step.metrics | {"lr": lr, "epoch": state.step / self.plan.steps_per_epoch()}
+                metrics = step.metrics | {
+                    "lr": lr,
+                    "epoch": self.plan.epochs_before(state.step) / (1 if self.stream is None else len(self.stream)),
+                }
                 run.log({f"train/{name}": value for name, value in metrics.items()} | run.usage(), state.step)
             run.end_step(state, self.module, self.optimizer, save=self.due(task.save_interval), last=self.is_last)
             if self.is_last:
                 return
+
+    def _loaded(self, numbers: range) -> Iterator[tuple[int, Any]]:
+        """Yield the numbers of steps with their batches; with `data.streaming`, open one file after the other."""
+        num_workers = self.run.cfg.task.num_workers
+
+        def load(part: range) -> Iterator[tuple[int, Any]]:
+            batches = load_ahead(lambda number: self.load(self.plan.rows_of_step(number)), part, num_workers)
+            return zip(part, batches, strict=True)
+
+        if self.stream is None:
+            yield from load(numbers)
+            return
+        extra = self.state.extra
+        shard, step = int(extra.get("shard", 0)), int(extra.get("shard_step", 0))
+        with closing(self.stream):
+            while step < numbers.stop:
+                end = self._open_shard(shard, step)
+                if end < numbers.stop:
+                    self.stream.prepare_ahead(shard + 1)
+                yield from load(range(max(step, numbers.start), min(end, numbers.stop)))
+                shard, step = shard + 1, end
+
+    def _open_shard(self, number: int, first_step: int) -> int:
+        """Train on file `number` of the stream from `first_step` on; return the step after its last.
+
+        Raises:
+            DataError: the file is not that of the checkpoint.
+        """
+        assert self.stream is not None
+        cfg, extra, data = self.run.cfg, self.state.extra, self.stream.prepare(number)
+        digest = int(data.fingerprint[:12], 16)
+        if extra.get("shard") == number and extra["shard_digest"] != digest:
+            raise DataError(
+                f"file {number % len(self.stream) + 1} of the training rows is not that of the checkpoint: put it back"
+            )
+        extra |= {"shard": number, "shard_step": first_step, "shard_digest": digest}
+        self.rows = data.splits[self.split]
+        self.plan = StepPlan(
+            len(self.rows), cfg.task.mini_batch_size, 1, cfg.seed, cfg.data.shuffle, first_step, first_epoch=number
+        )
+        return first_step + self.plan.steps_per_epoch()
 
     @property
     def is_last(self) -> bool:

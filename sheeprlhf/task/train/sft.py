@@ -76,7 +76,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         policy.neftune_alpha = cfg.model.neftune_alpha
         module = loop.set_up(policy)
         batches = Batches(fabric, task, packed=packed, targets="response" if task.completion_only_loss else "all")
-        loop.begin(partial(batches.of, loop.rows))
+        loop.begin(lambda rows: batches.of(loop.rows, rows))
 
         def validate() -> None:
             result = evaluate(fabric, module, loop.validation_batches(batches), sft_loss)
