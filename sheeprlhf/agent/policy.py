@@ -217,15 +217,17 @@ def load_policy(
     batching: str,
     say: Notify = lambda _: None,
     new_head: bool = False,
+    in_files: bool = False,
 ) -> tuple[Policy, bool]:
     """Load the model, with adapters if asked, and decide whether its batches are packed; see `choose_packed`.
 
-    With `new_head`, the task replaces the language head, which the files need not have.
+    `new_head` and `in_files` are those of `load_causal_lm`.
 
     Raises:
         ModelError: the model cannot be loaded, is too small for the data, or batching=packed and it cannot do it.
     """
-    model = load_causal_lm(cfg, vocabulary=num_rows_needed(tokenizer), longest=longest, new_head=new_head, say=say)
+    rows = num_rows_needed(tokenizer)
+    model = load_causal_lm(cfg, vocabulary=rows, longest=longest, new_head=new_head, in_files=in_files, say=say)
     if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
         policy = Policy(with_adapter(model, cfg, say))
     elif cfg.adapter is not None and cfg.quantization is not None:

@@ -110,6 +110,7 @@ def load_reward_model(
     longest: int,
     batching: str,
     say: Notify = lambda _: None,
+    in_files: bool = False,
 ) -> tuple[RewardModel, bool]:
     """A reward model that is a whole folder, and whether its batches are packed.
 
@@ -117,7 +118,8 @@ def load_reward_model(
         ModelError: it cannot be loaded, or batching=packed and it cannot do that.
     """
     auto = AutoModelForSequenceClassification
-    model = load_causal_lm(cfg, vocabulary=num_rows_needed(tokenizer), longest=longest, auto=auto, say=say)
+    rows = num_rows_needed(tokenizer)
+    model = load_causal_lm(cfg, vocabulary=rows, longest=longest, auto=auto, in_files=in_files, say=say)
     _checked_offset(getattr(model.config, OFFSET, 0.0), cfg.repo_name)
     reward = RewardModel(model)
     bias = read_score_bias(cfg)

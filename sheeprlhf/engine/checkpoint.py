@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sheeprlhf.engine.manifest import (
@@ -26,10 +27,10 @@ from sheeprlhf.engine.manifest import (
     read_manifest,
     remove_folder,
     verify_manifest,
-    write_folder,
     write_manifest,
 )
-from sheeprlhf.engine.shard import cut_like, is_sharded, whole_tensors
+from sheeprlhf.engine.parts import create_tensor_file, write_rows, write_together
+from sheeprlhf.engine.shard import cut_like, is_sharded
 from sheeprlhf.model.lora import CRITIC
 from sheeprlhf.security.json_records import damaged, load_json
 from sheeprlhf.security.record_schemas import MANIFEST as MANIFEST_SCHEMA
@@ -113,7 +114,9 @@ def save_checkpoint(
     keep: int,
     say: Notify = print,
 ) -> Path:
-    """All ranks: rank zero writes `checkpoints/step-<state.step>/` and removes old ones.
+    """All ranks write `checkpoints/step-<state.step>/`: sharded tensors each its part, rank zero the rest.
+
+    Rank zero removes old ones.
 
     Kept are the newest `keep`, the best (`state.best_step`), and every folder that this program did not write, or that
     has a damaged manifest; the latter are named through `say`. Where this step is saved already and intact, nothing is
@@ -126,24 +129,34 @@ def save_checkpoint(
     rngs = gather_objects(fabric, rng_state())
     saved = saved_tensors(module)
     files = {
-        "model.safetensors": whole_tensors(fabric, saved),
-        "optimizer.safetensors": whole_tensors(fabric, optimizer_tensors(module, optimizer)),
+        "model.safetensors": saved,
+        "optimizer.safetensors": optimizer_tensors(module, optimizer),
         "rng.safetensors": {f"{rank}/{name}": t for rank, rng in enumerate(rngs) for name, t in rng.items()},
     }
     target = run_dir / "checkpoints" / f"step-{state.step}"
-    problem = None
+    weights = {name: tensor for name, tensor in saved.items() if isinstance(tensor, nn.Parameter)}
+    name = next(filter(None, gather_objects(fabric, not_finite(weights | files["optimizer.safetensors"]))), None)
+    problem, is_saved = None, False
     if fabric.is_global_zero:
-        weights = {n: t for n, t in files["model.safetensors"].items() if isinstance(saved[n], nn.Parameter)}
         try:
-            if name := not_finite(weights | files["optimizer.safetensors"]):
+            if name is not None:
                 raise CheckpointError(f"{name} is not finite: {target} is not written; lower optim.lr")
             make_folder(run_dir, "checkpoints")
             safe_path(run_dir, f"checkpoints/{target.name}")
-            _write(target, state, files, rounds=numerics_info(fabric, module), config_hash=config_hash, say=say)
-            _prune(target.parent, state, keep, say)
+            is_saved = _is_saved(target, config_hash, say)
         except (CheckpointError, UnsafePathError) as error:
             problem = str(error)
         except OSError as error:
+            problem = f"cannot write {target}: {error}"
+    problem, is_saved = fabric.broadcast((problem, is_saved))
+    if problem is not None:
+        raise CheckpointError(problem)
+    if not is_saved:
+        _write(fabric, target, state, files, rounds=numerics_info(fabric, module), config_hash=config_hash)
+    if fabric.is_global_zero:
+        try:
+            _prune(target.parent, state, keep, say)
+        except (CheckpointError, UnsafePathError, OSError) as error:
             problem = f"cannot write {target}: {error}"
     problem = fabric.broadcast(problem)
     if problem is not None:
@@ -161,24 +174,30 @@ def numerics_info(fabric: Fabric, module: nn.Module) -> dict[str, Any]:
     }
 
 
+def _is_saved(target: Path, config_hash: str, say: Notify) -> bool:
+    """Rank zero only: True if the step is saved and intact; a damaged folder makes room."""
+    if not target.exists():
+        return False
+    try:
+        manifest, _ = verify_manifest(target), read_state(target)
+        if manifest["config_hash"] == config_hash:
+            return True
+    except (CheckpointError, OSError):  # damaged: a resumed run has reached its step again
+        if not remove_folder(target):
+            _set_aside(target, say)
+    return False
+
+
 def _write(
+    fabric: Fabric,
     target: Path,
     state: TrainState,
     files: dict[str, dict[str, Tensor]],
     *,
     rounds: dict[str, Any],
     config_hash: str,
-    say: Notify,
 ) -> None:
-    """Rank zero only."""
-    if target.exists():
-        try:
-            manifest, _ = verify_manifest(target), read_state(target)
-            if manifest["config_hash"] == config_hash:
-                return
-        except (CheckpointError, OSError):  # damaged: a resumed run has reached its step again
-            if not remove_folder(target):
-                _set_aside(target, say)
+    """All ranks: each writes its parts of sharded tensors; rank zero the rest."""
     facts = {
         "config_hash": config_hash,
         "step": state.step,
@@ -187,14 +206,25 @@ def _write(
         "torch": torch.__version__,
         "lightning": version("lightning"),
     }
+    sharded = [name for name, tensors in files.items() if any(isinstance(t, DTensor) for t in tensors.values())]
 
-    def writer(folder: Path) -> None:
+    def create(folder: Path) -> None:
         for name, tensors in files.items():
-            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / name)
+            if name in sharded:
+                create_tensor_file(folder, name, tensors)
+            else:
+                save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, folder / name)
+
+    def fill(folder: Path, seen: bool) -> None:
+        for name in sharded:
+            write_rows(fabric, folder / name, files[name], files[name], seen=seen)
+
+    def finish(folder: Path) -> None:
         create_file(folder, STATE_FILE, state.to_json().encode())
         write_manifest(folder, facts)
 
-    write_folder(target, writer, num_bytes=sum(t.nbytes for tensors in files.values() for t in tensors.values()))
+    num_bytes = sum(t.nbytes for tensors in files.values() for t in tensors.values())
+    write_together(fabric, target, create, fill, finish, num_bytes=num_bytes)
 
 
 def _set_aside(folder: Path, say: Notify) -> None:
@@ -353,8 +383,9 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """The name of a tensor with a number that is not finite; None if there is none."""
-    for name, tensor in tensors.items():
+    """The name of a tensor with a number that is not finite in this rank's part; None if there is none."""
+    for name, value in tensors.items():
+        tensor = value.to_local() if isinstance(value, DTensor) else value
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             return name
     return None

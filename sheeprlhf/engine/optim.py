@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from sheeprlhf.model.file_weights import drop_placeholders
 from sheeprlhf.structure.optim import AdamConfig, AdamW8bitConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy, _FabricModule
@@ -32,6 +33,7 @@ def set_up(
         ConfigError: nothing is trainable.
     """
     if isinstance(fabric.strategy, ModelParallelStrategy):  # it puts other parameters in the place of the module's
+        drop_placeholders(module)
         wrapped = fabric.setup_module(module)
         return wrapped, cast(torch.optim.Optimizer, fabric.setup_optimizers(build_optimizer(cfg, module, lr)))
     return fabric.setup(module, build_optimizer(cfg, module, lr))

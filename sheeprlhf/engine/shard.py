@@ -6,7 +6,7 @@ forward to its end, and again in its backward. All ranks take part in each of th
 functions. Without fsdp2 they do nothing.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -22,9 +22,10 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from sheeprlhf.engine.ranks import JoiningModelParallel
+from sheeprlhf.model.file_weights import drop_placeholders
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.hardware import available_memory
@@ -56,7 +57,7 @@ def sharding_strategy(cfg: FabricConfig, num_processes: int, timeout: timedelta)
         how["offload_policy"] = CPUOffloadPolicy(pin_memory=not on_cpu)
         backend = None if on_cpu else "cpu:gloo,cuda:nccl"  # the norm of gradients is a sum over parts on the host
     strategy = JoiningModelParallel(
-        partial(_shard, **how),
+        partial(_shard_from_files, **how),
         data_parallel_size=num_processes,
         tensor_parallel_size=1,
         process_group_backend=backend,
@@ -64,6 +65,27 @@ def sharding_strategy(cfg: FabricConfig, num_processes: int, timeout: timedelta)
     )
     strategy.replicas = cfg.replicas
     return strategy
+
+
+def _shard_from_files(module: nn.Module, mesh: Any, **how: Any) -> nn.Module:
+    """Shard a module; each rank reads its rows of weights that are still in their files."""
+    sources = drop_placeholders(module)
+    _shard(module, mesh, **how)
+    if not sources:
+        return module
+    device = "cpu" if "offload_policy" in how else mesh.device_type
+    module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name not in sources or not isinstance(parameter, DTensor):
+                continue
+            part = rows_of(parameter)
+            if part is None:
+                parameter.copy_(cut_like(sources[name].read().to(parameter.dtype), parameter))
+            elif part[1].numel():
+                first, local, _ = part
+                local.copy_(sources[name].read(first, len(local) if local.ndim else None))
+    return module
 
 
 def _shard(module: nn.Module, mesh: Any, **how: Any) -> nn.Module:
@@ -208,33 +230,54 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_tensors(fabric: Fabric, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All ranks: whole tensors, those of parts on the host of rank zero only."""
-    found = {}
-    for name, tensor in tensors.items():
-        full = whole(tensor)
-        if full is tensor or fabric.is_global_zero:
-            found[name] = tensor if full is tensor else full.cpu()
-    return found
+def rows_of(tensor: DTensor) -> tuple[int, Tensor, bool] | None:
+    """This rank's part of a tensor if it is a run of rows: the first row, the rows, and whether this rank writes them.
+
+    Of ranks with the same rows, the first one writes them. None if the part is no run of rows.
+    """
+    mesh, first, owns = tensor.device_mesh, 0, True
+    local = tensor.detach().to_local()
+    sharded = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    if len(sharded) > 1 or any(type(tensor.placements[dim]) is not Shard or not tensor.ndim for dim in sharded):
+        return None
+    for dim, placement in enumerate(tensor.placements):
+        if dim not in sharded:
+            owns = owns and mesh.get_local_rank(dim) == 0
+        elif placement != Shard(0):
+            return None
+        else:
+            first = min(mesh.get_local_rank(dim) * -(-tensor.shape[0] // mesh.size(dim)), tensor.shape[0])
+    return first, local, owns
 
 
 def cut_like(tensor: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor that every rank has, cut as the target is; as it is for a whole target."""
+    """A whole tensor that every rank has, cut as the target is; as it is for a whole target.
+
+    Of a tensor in the memory of a file, only this rank's rows are read.
+    """
     if not isinstance(target, DTensor):
         return tensor
-    on_device = tensor.to(target.device)
-    return distribute_tensor(on_device, target.device_mesh, target.placements, src_data_rank=None)
+    part = rows_of(target)
+    if part is None:
+        on_device = tensor.to(target.device)
+        return distribute_tensor(on_device, target.device_mesh, target.placements, src_data_rank=None)
+    first, local, _ = part
+    rows = (tensor[first : first + len(local)] if local.ndim else tensor).to(local.device)
+    shape = {"shape": target.shape, "stride": target.stride()}
+    return DTensor.from_local(rows, target.device_mesh, target.placements, run_check=False, **shape)
 
 
-def assemble(fabric: Fabric, module: nn.Module) -> None:
+def assemble(fabric: Fabric, module: nn.Module, *, adapters: bool = False) -> None:
     """All ranks, after the last step: rank zero's module gets whole weights on the host, to be written; no more passes.
 
-    Weights that several modules share stay shared.
+    Weights that several modules share stay shared. With `adapters`, only those of adapters become whole, and what
+    trains with them.
     """
     made: dict[Tensor, nn.Parameter] = {}
-    for part in module.modules():
+    for path, part in module.named_modules():
         for name, parameter in part.named_parameters(recurse=False):
-            if not isinstance(parameter, DTensor):
+            is_base = not (parameter.requires_grad or ".lora_" in path or ".modules_to_save." in path)
+            if not isinstance(parameter, DTensor) or (adapters and is_base):
                 continue
             if parameter not in made:
                 full = whole(parameter.detach())

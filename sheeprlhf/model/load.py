@@ -26,6 +26,7 @@ from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.config.prompt_format import read_prompt_form
 from sheeprlhf.model.attention import register, use_packed_attention
+from sheeprlhf.model.file_weights import Source, keep_in_files, placeholders
 from sheeprlhf.model.layers import replace_rms_norms, use_frequencies_of_rows
 from sheeprlhf.model.locate import locate
 from sheeprlhf.model.new_tokens import add_rows
@@ -510,6 +511,7 @@ def load_causal_lm(
     longest: int,
     auto: Any = AutoModelForCausalLM,
     new_head: bool = False,
+    in_files: bool = False,
     say: Notify = lambda _: None,
 ) -> PreTrainedModel:
     """The language model in `cfg.dtype`, in training mode, with packed attention where its code allows.
@@ -520,6 +522,7 @@ def load_causal_lm(
         longest: tokens of the longest sequence, checked against the model's positions.
         auto: transformers' class for the kind of model: the same with another head.
         new_head: the task replaces the language head, which need not be in the files.
+        in_files: weights stay in their files (`FileParameter`) where the configuration and the model allow it.
         say: prints a line for the user: tensors that are not read, another number format than that of the files.
 
     Raises:
@@ -542,7 +545,8 @@ def load_causal_lm(
         else:
             if auto is AutoModelForSequenceClassification:
                 _class_of(cfg, config, auto)  # it has to have the head
-            model, info = auto.from_pretrained(
+            loaded = _load_in_files(cfg, files, config, auto, say) if in_files else None
+            model, info = loaded or auto.from_pretrained(
                 files.source,
                 config=config,
                 dtype=dtype,
@@ -584,6 +588,45 @@ def load_causal_lm(
     if cfg.embedding_dim_name is not None:
         _check_width(model, cfg)
     return model.train()
+
+
+def _load_in_files(
+    cfg: ModelConfig, files: _Files, config: Any, auto: Any, say: Notify
+) -> tuple[PreTrainedModel, dict[str, Any]] | None:
+    """The model with its weights in their files, and transformers' loading info.
+
+    None if the weights are needed before they are sharded: they are changed or computed from several tensors, or
+    initialise adapters.
+    """
+    is_merged = cfg.adapter is not None and cfg.finetune_mode != "LORA"
+    reads_base = cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None and cfg.lora_cfg.use_dora
+    if cfg.resize_embeddings or cfg.library_cfg.trust_remote_code or is_merged or reads_base:
+        say("model: every rank loads all weights before they are sharded, since its options read or change them")
+        return None
+    names = [(file, name) for file in safetensors_files(files.folder) for name in tensors_of(files.folder, file)]
+    sources = {name: Source(files.folder / file, name) for file, name in names if name in files.tensors}
+    stand_ins = placeholders(sources.values(), getattr(torch, cfg.dtype))
+    loader: Any = _class_of(cfg, config, auto)  # its annotation knows no second result
+    try:
+        model, info = loader.from_pretrained(
+            None,
+            config=config,
+            state_dict=stand_ins,
+            dtype=getattr(torch, cfg.dtype),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except RuntimeError:  # tensors that the model joins do not fit each other: loading them says which
+        return None
+    new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    if computed := set(keep_in_files(model, stand_ins, sources)) - new:
+        say(f"model: every rank loads all weights before they are sharded: {min(computed)} is computed from them")
+        return None
+    if model.can_generate():
+        options = dict.fromkeys(("from_auto_class", "from_pipeline", "cache_dir", "proxies", "token"))
+        options |= {"force_download": False, "subfolder": ""} | files.options
+        model.adjust_generation_fn(None, pretrained_model_name_or_path=files.source, **options)
+    return model, info
 
 
 def check_vocabulary(cfg: ModelConfig) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.config.model_lookup import Trained
@@ -19,9 +21,10 @@ from sheeprlhf.data.prompt_encoder import save_form
 from sheeprlhf.data.report import render_report
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.manifest import write_folder
+from sheeprlhf.engine.parts import keeps_parameters, write_model
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished, same_data
-from sheeprlhf.engine.shard import assemble, gathered
+from sheeprlhf.engine.shard import assemble, gathered, is_sharded
 from sheeprlhf.rollout.engines import generate_responses
 from sheeprlhf.security.json_records import load_json
 from sheeprlhf.security.record_schemas import DATA_REPORT
@@ -129,13 +132,11 @@ def finish_run(
     tokenizer: PreTrainedTokenizerBase,
     state: TrainState,
 ) -> None:
-    """All ranks; rank zero writes `final/` for `from_pretrained`, marks the run finished and says what measures it."""
-    if isinstance(trained, nn.Module):
-        assemble(fabric, trained)
+    """All ranks: write `final/` for `from_pretrained`; rank zero marks the run finished and says what measures it."""
+    final = safe_path(run.dir, "final")
+    if not fabric.broadcast(final.exists()):  # complete whenever it is there: it is renamed into place
+        _write_final(fabric, final, trained, lambda folder: _save(folder, run, trained, tokenizer))
     if fabric.is_global_zero:
-        final = safe_path(run.dir, "final")
-        if not final.exists():  # complete whenever it is there: it is renamed into place
-            write_folder(final, lambda folder: _save(folder, run, trained, tokenizer))
         facts = {"best_metric": state.best_metric, "best_step": state.best_step}
         facts["stopped_early"] = run.cfg.task.stops_early(state.stale_validations)
         mark_finished(run.dir, step=state.step, **facts, peak_memory=run.peak_memory())
@@ -148,6 +149,19 @@ def finish_run(
             f"{state.best_step}"
         )
     run.say(f"finished: {run.dir}\nnext: {evaluation_of(run.cfg, run.dir)}")
+
+
+def _write_final(fabric: Fabric, final: Path, trained: Saved, save: Callable[[Path], None]) -> None:
+    """All ranks: write the folder; of sharded weights, only adapters and weights that are computed become whole."""
+    model = getattr(trained, "model", None)
+    if isinstance(trained, nn.Module) and is_sharded(trained):
+        if isinstance(model, PreTrainedModel) and keeps_parameters(model):
+            write_model(fabric, final, trained, save)
+            return
+        on_base = isinstance(model, PeftModel) and bool(model.get_base_model().name_or_path)
+        assemble(fabric, trained, adapters=on_base)
+    if fabric.is_global_zero:
+        write_folder(final, save)
 
 
 def _save(folder: Path, run: Run, trained: Saved, tokenizer: PreTrainedTokenizerBase) -> None:

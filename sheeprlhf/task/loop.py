@@ -123,6 +123,7 @@ class TrainLoop:
             batching=task.batching,
             say=self.run.say,
             new_head=new_head,
+            in_files=cfg.fabric.strategy == "fsdp2",
         )
 
     def set_up(self, model: nn.Module) -> _FabricModule:

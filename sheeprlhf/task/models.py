@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, Unpack, cast
+from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack, cast
 
 import numpy as np
 from peft import LoraConfig, PeftModel
@@ -59,11 +59,19 @@ _OWN_OPTIONS = (  # that a training does not take from the run that it starts fr
 
 
 class LoadOptions(TypedDict):
-    """Tokens of the longest sequence that a model will see, `task.batching`, and a function that prints a line."""
+    """Options of loading a model.
+
+    Attributes:
+        longest: tokens of the longest sequence that it will see.
+        batching: `task.batching`.
+        say: prints a line.
+        in_files: its weights stay in their files until they are sharded; see `load_causal_lm`.
+    """
 
     longest: int
     batching: str
     say: Notify
+    in_files: NotRequired[bool]
 
 
 class RLModels(NamedTuple):
@@ -402,6 +410,8 @@ def load_policy_from_run(
         return load_policy(whole, tokenizer, **how)
     assert run_dir is not None
     checkpoint = None if weights == "final" else find_checkpoint(run_dir, weights, how["say"])
+    if checkpoint is not None:  # its weights are copied over those of the files
+        how["in_files"] = False
     task = saved_group(str(run_dir), "task")
     policy, packed = load_initial_policy(cfg, *initial_run(task), tokenizer, **how)
     if checkpoint is None:
@@ -440,6 +450,10 @@ def load_initial_policy(
         how["say"](f"starting from the {weights} weights of {run_dir}")
         kept = {name: getattr(cfg, name) for name in _OWN_OPTIONS}
         of_run = dataclasses.replace(of_run, **kept, freeze_transformer=False, random_init=False)
+        if (
+            _whole_model(of_run, Path(run_dir), weights) is None
+        ):  # adapters are merged, or weights of a checkpoint copied
+            how["in_files"] = False
         policy, packed = load_policy_from_run(of_run, Path(run_dir), weights, tokenizer, **how)
     if isinstance(policy.model, PeftModel):
         policy = Policy(merge_lora(policy.model).model)
@@ -510,6 +524,8 @@ def load_trained_reward_model(
     if whole is not None:
         return load_reward_model(whole, tokenizer, **how)
     assert run_dir is not None
+    if weights != "final":
+        how["in_files"] = False
     task = saved_group(str(run_dir), "task")
     policy, packed = load_initial_policy(cfg, *initial_run(task), tokenizer, **how, new_head=True)
     if weights == "final":

@@ -21,6 +21,7 @@ from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.engine.shard import equal_passes
 from sheeprlhf.engine.step import LossFn, MicroBatch
 from sheeprlhf.model.adapter import locate_adapter
+from sheeprlhf.model.file_weights import content
 from sheeprlhf.security.files import real_file
 from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS
 from sheeprlhf.security.pickled_weights import adapter_folder
@@ -34,9 +35,9 @@ from sheeprlhf.utils.output import write_file
 def weights_digest(module: nn.Module) -> str:
     """SHA-256 of all weights, by name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+        digest.update(content(tensor).cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
 
 
