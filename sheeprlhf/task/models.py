@@ -450,9 +450,7 @@ def load_initial_policy(
         how["say"](f"starting from the {weights} weights of {run_dir}")
         kept = {name: getattr(cfg, name) for name in _OWN_OPTIONS}
         of_run = dataclasses.replace(of_run, **kept, freeze_transformer=False, random_init=False)
-        if (
-            _whole_model(of_run, Path(run_dir), weights) is None
-        ):  # adapters are merged, or weights of a checkpoint copied
+        if _whole_model(of_run, Path(run_dir), weights) is None:  # weights change before they are sharded
             how["in_files"] = False
         policy, packed = load_policy_from_run(of_run, Path(run_dir), weights, tokenizer, **how)
     if isinstance(policy.model, PeftModel):
