@@ -94,7 +94,7 @@ def test_ppo_shares_one_quantised_base(
     capsys.readouterr()
     command = train_words(model_folder(), rows, ppo, *NF4, *words, task="ppo")
     run([word for word in command if word not in ("reward=function", "reward.path=tests.support.rewards:letters")])
-    assert "share the policy's base" in capsys.readouterr().out
+    assert "share the policy's base" in capsys.readouterr().err
     found = figures(ppo)
     assert abs(found["objective/kl"][0]) < 1e-5 and abs(found["policy/approxkl"][0]) < 1e-6
     assert max(found["policy/approxkl"][1:]) > 1e-5
