@@ -86,16 +86,16 @@ def test_a_run_starts_from_quantised_adapters(tmp_path: Path, model_folder: Mode
 def test_ppo_shares_one_quantised_base(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rollouts, training passes and reference agree before the first step: they read the same weights alike."""
+    """With one step a rollout, sampling and training compute the same; the reference is the base that they share."""
     rows, pairs = write_rows(tmp_path / "rows.jsonl"), write_pairs(tmp_path / "pairs.jsonl")
     rm = train(model_folder(), pairs, tmp_path / "rm", *NF4, "task.max_num_steps=2", task="rm")
     ppo = tmp_path / "ppo"
     words = ["reward=model", "task.sft_experiment_dir=null", f"task.rm_experiment_dir={rm}", "task.max_num_steps=4"]
     capsys.readouterr()
-    command = train_words(model_folder(), rows, ppo, *NF4, *words, task="ppo")
+    command = train_words(model_folder(), rows, ppo, *NF4, *words, "task.mini_batch_size=24", task="ppo")
     run([word for word in command if word not in ("reward=function", "reward.path=tests.support.rewards:letters")])
     assert "share the policy's base" in capsys.readouterr().err
     found = figures(ppo)
-    assert abs(found["objective/kl"][0]) < 1e-5 and abs(found["policy/approxkl"][0]) < 1e-6
-    assert max(found["policy/approxkl"][1:]) > 1e-5
+    assert abs(found["objective/kl"][0]) < 1e-5 and max(found["objective/kl"][1:]) > 1e-3
+    assert len(found["policy/approxkl"]) == 4 and max(map(abs, found["policy/approxkl"])) < 1e-6
     PeftModel.from_pretrained(plain(model_folder()), ppo / "final")
