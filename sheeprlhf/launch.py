@@ -30,6 +30,7 @@ from sheeprlhf.security.files import disk_full
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.security.version_guard import check_versions
 from sheeprlhf.structure.reward import uses_judge
+from sheeprlhf.structure.rollout import VLLMRolloutConfig
 from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, PipelineConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError, MissingRanksError, OutOfMemory, SheepError, UnsafePathError
 from sheeprlhf.utils.home import silence_libraries
@@ -188,6 +189,10 @@ def check_inputs_exist(config: TrainConfig | EvalConfig | InspectConfig) -> None
 
         check_server(config.reward)
         print(plain_text(redact_text(receiver_notice(config.reward))), file=sys.stderr)
+    if isinstance(config, TrainConfig) and isinstance(config.rollout, VLLMRolloutConfig):
+        from sheeprlhf.rollout.vllm_api import check_servers
+
+        check_servers(config.rollout)
 
 
 def _check_weights(config: TrainConfig | EvalConfig) -> None:

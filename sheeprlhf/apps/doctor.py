@@ -36,6 +36,7 @@ from sheeprlhf.security.version_guard import OPTIONAL, version_problem
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.reward import uses_judge
+from sheeprlhf.structure.rollout import VLLMRolloutConfig
 from sheeprlhf.structure.run import DoctorConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, KTOConfig
 from sheeprlhf.utils.errors import ConfigError, ModelError, SheepError
@@ -569,6 +570,14 @@ def _options(config: DoctorConfig) -> Iterator[Finding]:
             yield Finding("ok", "judge", f"{config.reward.url} answers")
         except SheepError as error:
             yield Finding("problem", "judge", str(error))
+    if isinstance(config.rollout, VLLMRolloutConfig):
+        from sheeprlhf.rollout.vllm_api import check_servers
+
+        try:
+            check_servers(config.rollout)
+            yield Finding("ok", "rollout", f"{', '.join(config.rollout.urls)}: servers of vLLM answer")
+        except SheepError as error:
+            yield Finding("problem", "rollout", str(error))
 
 
 def _model_text(config: DoctorConfig, size: "ModelSize | None") -> str:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hydra.core.override_parser.types import Override
 
@@ -38,6 +39,24 @@ def did_you_mean(word: str, candidates: Iterable[str], otherwise: str, *, key: s
 def unread(given: str, where: str, instead: str = "") -> str:
     """The sentence for an option that has no effect, for example "by task=sft"; `instead` is a choice that reads it."""
     return f"{given} is not read {where}: remove it" + (f", or give {instead}" if instead else "")
+
+
+def url_problem(key: str, url: str | None, example: str) -> str | None:
+    """Return what is wrong with an address; a value that may be a secret is not repeated."""
+    if not url:
+        return f"{key} is missing: {example}"
+    try:
+        parts = urlsplit(url)
+        ok = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        ok = False
+    if not ok or not url.isprintable() or " " in url:
+        return f"{key} is not an address of http or https: {example}"
+    if "@" in parts.netloc:
+        return f"{key} contains a user name or password: remove it"
+    if parts.query or parts.fragment:
+        return f"{key} has a part behind ? or #, which is not supported: {example}"
+    return None
 
 
 def near_path(path: str) -> str | None:

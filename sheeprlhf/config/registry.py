@@ -25,7 +25,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig
 from sheeprlhf.structure.option import Config
 from sheeprlhf.structure.reward import RewardSourceConfig
-from sheeprlhf.structure.rollout import OnlineTaskConfig
+from sheeprlhf.structure.rollout import OnlineTaskConfig, RolloutSourceConfig
 from sheeprlhf.structure.run import (
     CommandConfig,
     DoctorConfig,
@@ -55,6 +55,7 @@ BASES: dict[str, tuple[type[Config], ...]] = {
     "fabric": (FabricConfig,),
     "optim": (OptimizerConfig,),
     "reward": (RewardSourceConfig,),
+    "rollout": (RolloutSourceConfig,),
 }
 _TASKS = {verb: (EvalTaskConfig,) if verb == "eval" else (TrainTaskConfig,) for verb in ROOTS}
 DRY_RUN_STEPS = 2
@@ -76,6 +77,7 @@ NOT_IN_HASH = frozenset(
         *PERFORMANCE_ONLY_OPTIONS,
         *("fabric.config_name", "fabric.accelerator", "fabric.devices", "fabric.num_nodes", "fabric.strategy"),
         "fabric.timeout",
+        *("rollout.urls", "rollout.sync", "rollout.sync_dir", "rollout.timeout", "rollout.tolerance"),
     }
 )
 
@@ -240,9 +242,11 @@ def _plain(value: Any) -> Any:
 def config_hash(config: Config) -> str:
     """SHA-256 of everything in the configuration that changes the result of the run.
 
-    Renamed options count by their old names, so that a run that was made before continues.
+    Renamed options count by their old names and `rollout=local` does not, so that a run that was made before continues.
     """
     kept = dict(original(o.key, _plain(o.value)) for o in options(config) if o.key not in NOT_IN_HASH)
+    if kept.get("rollout.config_name") == "local":
+        del kept["rollout.config_name"]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

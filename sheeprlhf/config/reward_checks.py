@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sheeprlhf.config.option_checks import did_you_mean, nearest, unread
-from sheeprlhf.config.path_checks import is_hub_id, model_problem, near_file
+from sheeprlhf.config.option_checks import did_you_mean, nearest, unread, url_problem
+from sheeprlhf.config.path_checks import is_hub_id, model_problem, near_file, new_folder_problems
 from sheeprlhf.config.registry import config_to_dict
 from sheeprlhf.config.run_lookup import is_run_alias, scores_by_run
 from sheeprlhf.config.shell import shell_word
@@ -35,7 +35,14 @@ from sheeprlhf.structure.reward import (
     parse_term,
     term_folder,
 )
-from sheeprlhf.structure.rollout import BestOfNConfig, GRPOConfig, OnlineTaskConfig, PPOConfig, ReinforcePPConfig
+from sheeprlhf.structure.rollout import (
+    BestOfNConfig,
+    GRPOConfig,
+    OnlineTaskConfig,
+    PPOConfig,
+    ReinforcePPConfig,
+    VLLMRolloutConfig,
+)
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.utils.hardware import missing_modules
 from sheeprlhf.utils.home import expand_home
@@ -208,22 +215,10 @@ def _judge_problems(cfg: JudgeOptionsConfig) -> Iterator[str]:
 
 
 def _url_problems(url: str | None) -> Iterator[str]:
-    example = "give for example reward.url=http://127.0.0.1:8000/v1"
-    if not url:
-        yield f"reward.url is missing: {example}"
-        return
-    try:
-        parts = urlsplit(url)
-        ok = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        ok = False
-    if not ok or not url.isprintable() or " " in url:
-        yield f"reward.url is not an address of http or https: {example}"
-    elif "@" in parts.netloc:
-        yield "reward.url contains a user name or password: remove it, and give reward.api_key_variable=<variable>"
-    elif parts.query or parts.fragment:
-        yield f"reward.url has a part behind ? or #, which is not supported: {example}"
-    elif parts.path.rstrip("/").endswith("/chat/completions"):
+    problem = url_problem("reward.url", url, "give for example reward.url=http://127.0.0.1:8000/v1")
+    if problem:
+        yield problem
+    elif urlsplit(str(url)).path.rstrip("/").endswith("/chat/completions"):
         yield f"reward.url={url}: /chat/completions is appended: give the address up to /v1"
 
 
@@ -307,6 +302,34 @@ def online_problems(config: TrainConfig, task: OnlineTaskConfig) -> Iterator[str
         yield f"model.disable_dropout=false: {compares}: give model.disable_dropout=true"
     if isinstance(task, BestOfNConfig):
         yield from _best_of_n_problems(config)
+    if isinstance(config.rollout, VLLMRolloutConfig):
+        yield from _server_problems(config, config.rollout)
+
+
+def _server_problems(config: TrainConfig, rollout: VLLMRolloutConfig) -> Iterator[str]:
+    """Problems of rollout servers, and of options that they do not support."""
+    example = "give for example rollout.urls=[http://127.0.0.1:8000]"
+    for url in rollout.urls or (None,):
+        problem = url_problem("rollout.urls", url, example)
+        if problem:
+            yield problem
+    if len({url.rstrip("/") for url in rollout.urls}) < len(rollout.urls):
+        yield "rollout.urls has an address twice: give each server once"
+    model, has_adapter = config.model, config.model.finetune_mode == "LORA"
+    if rollout.sync not in (None, "adapter" if has_adapter else "folder"):
+        needed = "adapter" if has_adapter else "folder"
+        yield f"rollout.sync={rollout.sync} does not fit model.finetune_mode={model.finetune_mode}: give {needed}"
+    lora = model.lora_cfg if has_adapter else None
+    own = {"use_dora": "use_dora=false", "modules_to_save": "modules_to_save=[]"}
+    for name, fix in own.items():
+        if lora is not None and getattr(lora, name):
+            yield f"model.lora_cfg.{name} is not supported by the adapters of vLLM: give model.lora_cfg.{fix}"
+    if has_adapter and model.resize_embeddings:
+        yield "model.resize_embeddings=true is not supported by the adapters of vLLM: give model.finetune_mode=ALL"
+    if config.generation.engine != GenConfig.engine:
+        yield unread(f"generation.engine={config.generation.engine}", "with rollout=vllm")
+    if rollout.sync_dir is not None:
+        yield from new_folder_problems("rollout.sync_dir", rollout.sync_dir)
 
 
 def _grpo_problems(task: GRPOConfig) -> Iterator[str]:

@@ -25,7 +25,7 @@ from sheeprlhf.structure.reward import is_users_own
 from sheeprlhf.utils.errors import ConfigError
 
 _FUNCTIONS = ("reward.path", "reward.terms")
-_RECEIVERS = ("reward.url", "reward.api_key_variable")  # of texts and of a key
+_RECEIVERS = ("reward.url", "reward.api_key_variable", "rollout.urls")  # of texts, of a key and of prompts
 _TRUST = "model.library_cfg.trust_remote_code"
 _RESOLVER = re.compile(r"\$\{\s*(?!now\b)[\w.]+\s*:")
 

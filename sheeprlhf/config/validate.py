@@ -28,7 +28,7 @@ from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamW8bitConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.structure.reward import AutoRewardConfig, RewardSourceConfig
-from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig
+from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import (
     TRACKER_MODULES,
     DoctorConfig,
@@ -54,7 +54,7 @@ def validate(config: RootConfig) -> list[str]:
 def _problems(config: RootConfig) -> Iterator[str]:
     for option in options(config):
         yield from option_problems(option)
-    for group in ("task", "data", "fabric", "optim", "reward"):
+    for group in ("task", "data", "fabric", "optim", "reward", "rollout"):
         yield from _name_problems(group, getattr(config, group, None))
     for group, problems in _OF_GROUP.items():
         if getattr(config, group, None) is not None:
@@ -480,6 +480,8 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield from online_problems(config, config.task)
     else:
         yield from unread_options(config, "generation.engine", "reward")
+        if isinstance(config.rollout, VLLMRolloutConfig):
+            yield unread(f"rollout={config.rollout.config_name}", f"by task={name}")
     if config.task.config_name == "sft" and config.data.reward_model_split == 1:
         yield "data.reward_model_split=1 leaves no row to fine-tune on: give for example data.reward_model_split=0.5"
     if config.resume and config.resume_from is not None:

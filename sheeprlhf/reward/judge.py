@@ -20,13 +20,11 @@ from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.security.redaction import HIDDEN, plain_text
 from sheeprlhf.structure.reward import JUDGE_CALLS, JUDGE_TIMEOUT, JudgeOptionsConfig, judge_fields
 from sheeprlhf.utils.errors import ConfigError, RewardError
+from sheeprlhf.utils.http import SHOWN, client, describe, is_local, is_transient, parse_answer, request
 
-_TRANSIENT = (408, 425, 429)  # and 500 to 599
 _MISCONFIGURED = (401, 403, 404, 405)  # no request will succeed
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a retry, doubled each time
 _SECONDS_OF_CHECK = 4.0
-_MAX_ANSWER_BYTES = 1 << 20
-_SHOWN = 200  # characters of a server's message
 
 
 class _FailedRequestError(Exception):
@@ -80,15 +78,15 @@ class Judge:
         """Ask all questions, at most `reward.num_workers` at a time; without a fallback the first failure ends it."""
         limit = asyncio.Semaphore(self._cfg.num_workers or JUDGE_CALLS)
 
-        async def ask(client: httpx.AsyncClient, question: str) -> float | _FailedRequestError | RewardError:
+        async def ask(server: httpx.AsyncClient, question: str) -> float | _FailedRequestError | RewardError:
             async with limit:
                 try:
-                    return await self._score(client, question)
+                    return await self._score(server, question)
                 except (_FailedRequestError, RewardError) as error:
                     return error
 
-        async with _client(self._cfg) as client:
-            tasks = [asyncio.ensure_future(ask(client, question)) for question in questions]
+        async with _client(self._cfg) as server:
+            tasks = [asyncio.ensure_future(ask(server, question)) for question in questions]
             results: list[float | _FailedRequestError] = []
             try:
                 for task in tasks:
@@ -104,7 +102,7 @@ class Judge:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _score(self, client: httpx.AsyncClient, question: str) -> float:
+    async def _score(self, server: httpx.AsyncClient, question: str) -> float:
         """Ask one question.
 
         Raises:
@@ -123,12 +121,12 @@ class Judge:
                 await asyncio.sleep(max(wait, min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT)))
             try:
                 async with asyncio.timeout(cfg.timeout or JUDGE_TIMEOUT):
-                    status, headers, content = await _post(client, f"{_base(cfg)}/chat/completions", body)
+                    status, headers, content = await request(server, "POST", f"{_base(cfg)}/chat/completions", body)
             except TimeoutError:
                 reason = f"no answer within reward.timeout={cfg.timeout or JUDGE_TIMEOUT:g} s"
                 continue
             except httpx.HTTPError as error:
-                reason = _describe(error)
+                reason = describe(error)
                 continue
             if status == 200:
                 try:
@@ -141,16 +139,16 @@ class Judge:
             reason = f"the server answered {status}: {self._shown(content)}"
             if status in _MISCONFIGURED or 300 <= status < 400:
                 raise RewardError(f"the judge at {cfg.url}: {reason}; {_advice(cfg, status)}")
-            if status not in _TRANSIENT and status < 500:
+            if not is_transient(status):
                 raise _FailedRequestError(reason)
             wait = _retry_after(headers)
         raise _FailedRequestError(f"{reason} ({cfg.judge_retries + 1} attempts)")
 
     def _shown(self, content: bytes) -> str:
         """Return the beginning of a server's message, without the key if it repeats it."""
-        text = " ".join(plain_text(content[: 4 * _SHOWN].decode(errors="replace")).split())
+        text = " ".join(plain_text(content[: 4 * SHOWN].decode(errors="replace")).split())
         key = _key(self._cfg)
-        return (text.replace(key, HIDDEN) if key else text)[:_SHOWN] or "nothing"
+        return (text.replace(key, HIDDEN) if key else text)[:SHOWN] or "nothing"
 
 
 def parse_score(answer: str, cfg: JudgeOptionsConfig) -> float:
@@ -161,7 +159,7 @@ def parse_score(answer: str, cfg: JudgeOptionsConfig) -> float:
     """
     text = answer.rpartition("</think>")[2]
     found = {match[match.re.groups] for match in re.finditer(cfg.judge_pattern, text)}
-    shown = repr(" ".join(plain_text(text).split())[-_SHOWN:])
+    shown = repr(" ".join(plain_text(text).split())[-SHOWN:])
     try:
         scores = {float(number) for number in found}
     except (TypeError, ValueError):
@@ -183,21 +181,21 @@ def check_server(cfg: JudgeOptionsConfig) -> None:
     try:
         status, content = asyncio.run(_list_models(cfg))
     except (TimeoutError, httpx.HTTPError, httpx.InvalidURL) as error:
-        reason = f"in {_SECONDS_OF_CHECK:g} s" if isinstance(error, TimeoutError) else _describe(error)
+        reason = f"in {_SECONDS_OF_CHECK:g} s" if isinstance(error, TimeoutError) else describe(error)
         raise ConfigError(
             f"reward.url={cfg.url}: no server answers ({reason}): start it, or correct the address"
         ) from None
     if status in (401, 403) or 300 <= status < 400 or status >= 500:
         raise ConfigError(f"reward.url={cfg.url}: the server answered {status}: {_advice(cfg, status)}")
     try:
-        names = [str(model["id"]) for model in _json(content)["data"]] if status == 200 else []
+        names = [str(model["id"]) for model in parse_answer(content)["data"]] if status == 200 else []
     except (KeyError, TypeError):
         return  # a server without a list of its models
     if names and cfg.judge_model not in names:
         near = nearest(str(cfg.judge_model), names) or names[0]
         raise ConfigError(
             f"reward.judge_model={cfg.judge_model}: the server at {cfg.url} has no such model: did you mean "
-            f"reward.judge_model={plain_text(near)[:_SHOWN]}?"
+            f"reward.judge_model={plain_text(near)[:SHOWN]}?"
         )
 
 
@@ -205,41 +203,21 @@ def receiver_notice(cfg: JudgeOptionsConfig) -> str:
     """Return a line that tells which texts a run sends, and where."""
     columns = [name for name in judge_fields(cfg.question()) if name not in ("prompt", "response")]
     what = " and ".join(["prompts and responses", *(f"the column {name}" for name in columns)])
-    plain = cfg.api_key_variable is not None and urlsplit(str(cfg.url)).scheme == "http" and not _is_local(cfg)
+    plain = cfg.api_key_variable is not None and urlsplit(str(cfg.url)).scheme == "http" and not is_local(str(cfg.url))
     key = f"; warning: http sends the key in {cfg.api_key_variable} unencrypted" if plain else ""
     return f"reward.url={cfg.url} receives {what}; its scores may differ from call to call{key}"
 
 
 async def _list_models(cfg: JudgeOptionsConfig) -> tuple[int, bytes]:
     address = f"{_base(cfg)}/models"
-    async with asyncio.timeout(_SECONDS_OF_CHECK), _client(cfg) as client, client.stream("GET", address) as response:
-        return response.status_code, await _content(response)
+    async with asyncio.timeout(_SECONDS_OF_CHECK), _client(cfg) as server:
+        status, _, content = await request(server, "GET", address)
+        return status, content
 
 
 def _client(cfg: JudgeOptionsConfig) -> httpx.AsyncClient:
-    """Return a client that follows no redirect, and uses no proxy to reach this machine."""
     key = _key(cfg)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.AsyncClient(headers=headers, timeout=cfg.timeout or JUDGE_TIMEOUT, trust_env=not _is_local(cfg))
-
-
-def _is_local(cfg: JudgeOptionsConfig) -> bool:
-    return urlsplit(str(cfg.url)).hostname in ("localhost", "127.0.0.1", "::1")
-
-
-async def _post(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> tuple[int, httpx.Headers, bytes]:
-    async with client.stream("POST", url, json=body) as response:
-        return response.status_code, response.headers, await _content(response)
-
-
-async def _content(response: httpx.Response) -> bytes:
-    """Return the body up to a limit."""
-    content = b""
-    async for part in response.aiter_bytes():
-        content += part
-        if len(content) > _MAX_ANSWER_BYTES:
-            break
-    return content[:_MAX_ANSWER_BYTES]
+    return client(str(cfg.url), cfg.timeout or JUDGE_TIMEOUT, {"Authorization": f"Bearer {key}"} if key else None)
 
 
 def _message(content: bytes) -> str:
@@ -249,19 +227,12 @@ def _message(content: bytes) -> str:
         KeyError: it is malformed.
     """
     try:
-        text = _json(content)["choices"][0]["message"]["content"]
+        text = parse_answer(content)["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
         text = None
     if not isinstance(text, str):
         raise KeyError("the answer is not a chat completion")
     return text
-
-
-def _json(content: bytes) -> Any:
-    try:
-        return httpx.Response(200, content=content).json()
-    except (ValueError, RecursionError):
-        return None
 
 
 def _retry_after(headers: httpx.Headers) -> float:
@@ -275,10 +246,6 @@ def _base(cfg: JudgeOptionsConfig) -> str:
 
 def _key(cfg: JudgeOptionsConfig) -> str:
     return os.environ.get(cfg.api_key_variable, "").strip() if cfg.api_key_variable else ""
-
-
-def _describe(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:_SHOWN]
 
 
 def _advice(cfg: JudgeOptionsConfig, status: int) -> str:

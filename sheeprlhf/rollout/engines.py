@@ -61,6 +61,10 @@ class StopStrings:
         tokenizer: of the tokens.
         as_message: the text is the content of a message, to which the chat template adds a space where it wants one.
 
+    Attributes:
+        strings: the strings.
+        token_ids: the special tokens among them.
+
     Raises:
         ConfigError: one of them is more than a special token's text, so that no text has it.
     """
@@ -78,15 +82,15 @@ class StopStrings:
         self._tokenizer = tokenizer
         self._response_text = None if as_message else ResponseDecoder(tokenizer)
         self._special = np.array(list(special), dtype=np.int64)
-        self._ids = frozenset(i for i, content in special.items() if content in strings)
-        self._strings = tuple(strings)
+        self.token_ids = frozenset(i for i, content in special.items() if content in strings)
+        self.strings = tuple(strings)
         # The newest token completed the string, and each of the others has at least a byte of it. Twice as many are
         # looked at, because some decoders write less than the tokens hold (" ." becomes ".").
         self._tail = 2 * max((len(string.encode()) for string in strings), default=0) + _MARGIN
 
     def __bool__(self) -> bool:
         """True if there are any."""
-        return bool(self._strings)
+        return bool(self.strings)
 
     def __call__(self, ids: np.ndarray) -> bool:
         """True if a response ends here.
@@ -94,8 +98,8 @@ class StopStrings:
         Args:
             ids: (R,) its tokens so far, R >= 1; without those before the newest one it has not ended.
         """
-        if not self._strings or int(ids[-1]) in self._ids:
-            return bool(self._strings)
+        if not self.strings or int(ids[-1]) in self.token_ids:
+            return bool(self.strings)
         written = ids[~np.isin(ids, self._special)]
         # The end alone is cheap to decode; where it seems to have a string, the whole text decides.
         return self._found(self._decode(written[-self._tail :])) >= 0 and self._found(self._decode(written)) >= 0
@@ -112,7 +116,7 @@ class StopStrings:
 
     def _found(self, text: str) -> int:
         """Position of the first of the strings; -1 if there is none."""
-        return min((place for string in self._strings if (place := text.find(string)) >= 0), default=-1)
+        return min((place for string in self.strings if (place := text.find(string)) >= 0), default=-1)
 
     def _decode(self, ids: np.ndarray) -> str:
         return str(self._tokenizer.decode(ids.tolist(), skip_special_tokens=True))
@@ -145,7 +149,7 @@ def transformers_responses(
     results: dict[int, Sampled] = {}
     with eval_mode(model), own_settings(model, settings):
         for group, ids, logprobs in generate(model, prompts, uniforms, settings, token_budget, stop, undefined_U):
-            ended = [_ended(*row, end_ids, stop) for row in zip(ids, logprobs, strict=True)]
+            ended = [cut_at_end(*row, end_ids, stop) for row in zip(ids, logprobs, strict=True)]
             starts = range(0, len(ended), num_responses)
             sampled = [Sampled(*zip(*ended[start : start + num_responses], strict=True)) for start in starts]
             results |= zip(group, sampled, strict=True)
@@ -208,7 +212,7 @@ def _generate_continuously(
         use_cuda_graph=False,
         use_async_batching=False,
         return_logprobs=True,
-        seed=_seed(uniforms[0]),
+        seed=first_seed(uniforms[0]),
     )
     inputs = [prompt.tolist() for prompt in prompts]
     with _plain_attention(model), _seeded(uniforms[0], model.device), _unlogged(), _excluded(model, undefined_U):
@@ -304,7 +308,7 @@ def _settings(num_responses: int, num_new: int, temperature: float, end_ids: Seq
     )
 
 
-def _seed(uniforms_KN: np.ndarray) -> int:
+def first_seed(uniforms_KN: np.ndarray) -> int:
     """32 bits of the first number."""
     return int(uniforms_KN[0, 0] * 2**32)
 
@@ -313,7 +317,7 @@ def _seed(uniforms_KN: np.ndarray) -> int:
 def _seeded(uniforms_KN: np.ndarray, device: torch.device) -> Iterator[None]:
     """Seed torch's generators with the first number within the block; restore them afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(_seed(uniforms_KN))
+        torch.manual_seed(first_seed(uniforms_KN))
         yield
 
 
@@ -355,7 +359,7 @@ def _unlogged() -> Iterator[None]:
         logger.disabled = before
 
 
-def _ended(
+def cut_at_end(
     ids: np.ndarray, logprobs: np.ndarray, end_ids: Sequence[int], stop: Stop | None
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Return a response up to where an end token or `stop` ended it, its log-probabilities, and whether one did."""

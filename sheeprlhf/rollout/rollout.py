@@ -40,6 +40,7 @@ from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.score import RawScores, RunningMoments, build_reward
 from sheeprlhf.rollout.engines import ENGINES, StopStrings
 from sheeprlhf.rollout.sampler import Sampled
+from sheeprlhf.rollout.server import RolloutServers
 from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.end_tokens import control_tokens, end_token_ids, response_end
@@ -263,7 +264,7 @@ def kl_bound(n: int) -> float:
 class RolloutCollector:
     """Makes rollouts: the policy samples, the reward scores, the reference computes its log-probabilities.
 
-    The reward gets `columns` of the texts; `rewards` are its reward models by their terms.
+    The reward gets `columns` of the texts; `rewards` are its reward models by their terms. `servers` sample if given.
 
     Attributes:
         token_batches: cuts a rollout into batches whose targets are the responses' tokens.
@@ -284,10 +285,11 @@ class RolloutCollector:
         *,
         packed: bool,
         columns: Collection[str] = ("reference",),
+        servers: RolloutServers | None = None,
     ) -> None:
         self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
         self.policy, self._reference, self._reward_models, self._packed = policy, reference, rewards, packed
-        self._columns = columns
+        self._columns, self.servers = columns, servers
         self._stop = StopStrings(cfg.generation.stop_strings, tokenizer)
         self._model_scores: dict[str, list[float]] = {}
         model_scores = {source: lambda *_, source=source: self._model_scores[source] for source in rewards}
@@ -315,22 +317,28 @@ class RolloutCollector:
         Raises:
             NonFiniteError: a model's log-probabilities are not finite.
             RewardError: the reward fails; on all ranks.
+            RolloutServerError: the servers fail; on all ranks.
         """
         # 1. sample
         rollout = to_rollout(prompts, self._sample(prompts, number, group))
         # 2. log-probabilities of the policy and the reference
         old_N = rollout.flat("sampled")
-        if self._cfg.fabric.precision != "32-true":  # there the sampler's differ from those that the update computes
+        if (
+            self._cfg.fabric.precision != "32-true" or self.servers is not None
+        ):  # the sampler's differ from the update's
             old_N = self.logprobs(self.policy, rollout, "log-probabilities")
         rollout = rollout.with_tokens(logprobs=old_N, reference=self.logprobs(self._reference, rollout, "reference"))
         check_finite(rollout, "validation" if validates else "training")
+        found = (
+            {} if self.servers is None else self.servers.check(rollout.tokens["sampled"], rollout.tokens["logprobs"])
+        )
         # 3. decode and score
         texts = decode_rollout(rollout, prompts, self._tokenizer, self._stop)
         columns = {name: values for name, values in texts.columns.items() if name in self._columns}
         self.texts, self.metrics = texts._replace(columns=columns), {}
         scores = np.array(self._scores(rollout, validates), dtype=np.float64)
         rollout = dataclasses.replace(rollout, scores=scores.reshape(rollout.finished.shape))
-        self.metrics |= rollout_metrics(rollout)
+        self.metrics |= rollout_metrics(rollout) | found
         return rollout
 
     def _sample(self, prompts: list[Example], number: int, group: int | None) -> list[Sampled]:
@@ -339,6 +347,9 @@ class RolloutCollector:
         assert isinstance(task, OnlineTaskConfig)
         shape = (len(prompts), group or task.num_generations, cfg.max_new_tokens)
         uniforms = sampling_uniforms(self._cfg.seed, number, shape)
+        if self.servers is not None:
+            self.servers.write_weights()
+            return self.servers.sample([prompt.prompt_ids for prompt in prompts], uniforms)
 
         def sample(mine: list[int], progress: Callable[[int], object]) -> list[Sampled]:
             return ENGINES[cfg.engine](
@@ -435,6 +446,8 @@ def check_sampler(run: Run, collect: RolloutCollector, rollout: Rollout) -> None
     assert isinstance(task, OnlineTaskConfig)
     tolerance = 1e-5 if precision == "32-true" else 2e-2
     sampler_tolerance = 1e-5 if precision == "32-true" else _HALF_PRECISION_ERROR
+    if collect.servers is not None:  # every rollout is compared with rollout.tolerance
+        sampler_tolerance = math.inf
     sampled_N = rollout.flat("sampled")
     trained_N = collect.logprobs(collect.policy, rollout, "self-check")
     others = (rollout.flat(name) for name in ("sampled", "logprobs", "reference"))

@@ -1,9 +1,11 @@
-"""Tasks that learn from responses which the model itself samples, scored by a reward: one dataclass each."""
+"""Tasks that learn from responses which the model itself samples, one dataclass each; the programs that sample."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Optional
 
-from sheeprlhf.structure.option import option
+from omegaconf import MISSING
+
+from sheeprlhf.structure.option import Config, option
 from sheeprlhf.structure.task import TrainTaskConfig
 
 _MICRO_BATCH = "Most responses in one forward pass, at least those of one prompt; the token budget cuts further."
@@ -247,3 +249,52 @@ class BestOfNConfig(OnlineTaskConfig):
         None, "Keep the best response to a prompt only if it scores this much; null keeps all."
     )
     num_sample_prompts: int = option(3, "Prompts whose best and worst responses are shown.", minimum=0)
+
+
+@dataclass(unsafe_hash=True)
+class RolloutSourceConfig(Config):
+    """Program that samples the responses of a rollout."""
+
+    config_name: str = MISSING
+
+
+@dataclass(unsafe_hash=True)
+class LocalRolloutConfig(RolloutSourceConfig):
+    """The training processes sample, as `generation.engine` says."""
+
+    config_name: str = "local"
+
+
+@dataclass(unsafe_hash=True)
+class VLLMRolloutConfig(RolloutSourceConfig):
+    """Servers of vLLM sample; they get the weights before each rollout."""
+
+    config_name: str = "vllm"
+    urls: list[str] = option(
+        help="Addresses of the servers, such as http://127.0.0.1:8000. They share the prompts.", factory=list
+    )
+    sync: Optional[str] = option(
+        None,
+        "The servers read all weights, or the adapter alone, from rollout.sync_dir; null: the adapter if only it "
+        "trains.",
+        choices=("folder", "adapter"),
+    )
+    sync_dir: Optional[str] = option(
+        None,
+        "Folder for the weights, at the same path on the machines of all servers; null: rollout_weights/ in the run "
+        "directory.",
+    )
+    timeout: float = option(
+        600.0, "Longest wait for an answer, and for a server that has failed.", unit="seconds", above=0.0
+    )
+    tolerance: Optional[float] = option(
+        None,
+        "Largest mean difference between the log-probabilities of a response by a server and by the trainer; null: "
+        "0.001 in fabric.precision=32-true, else 0.2.",
+        unit="nats a token",
+        above=0.0,
+    )
+
+    def max_difference(self, precision: str) -> float:
+        """The tolerance, in nats a token."""
+        return self.tolerance or (1e-3 if precision == "32-true" else 0.2)

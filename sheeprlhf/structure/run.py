@@ -13,6 +13,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig
 from sheeprlhf.structure.option import Config, option
 from sheeprlhf.structure.reward import RewardSourceConfig
+from sheeprlhf.structure.rollout import RolloutSourceConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 
 TRACKER_MODULES = {  # what each tracker of `log` needs, of the extra with its name
@@ -35,6 +36,7 @@ class TrainConfig(Config):
     fabric: FabricConfig = MISSING
     optim: OptimizerConfig = MISSING
     reward: RewardSourceConfig = MISSING
+    rollout: RolloutSourceConfig = MISSING
     generation: GenConfig = GenConfig()
     experiment: Any = option(None, "Named recipe of configs/experiment.")
     seed: int = option(42, "Seed of everything random in the run.", minimum=0, maximum=2**32 - 1)

@@ -16,7 +16,7 @@ loop.finish(policy)  # final/
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -58,7 +58,7 @@ from sheeprlhf.task.finish import (
     report_data,
 )
 from sheeprlhf.task.models import build_collector, initial_run, load_initial_policy, load_online_setup
-from sheeprlhf.utils.errors import ConfigError, DataError
+from sheeprlhf.utils.errors import ConfigError, DataError, RolloutServerError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 
 VALIDATION = (1 << 32) - 1  # number of the validation's rollout: it samples with numbers that no training rollout has
@@ -377,7 +377,8 @@ class RolloutLoop:
             if task.stops_early(state.stale_validations):
                 return
             began = time.perf_counter()
-            rollout = self.collect(self.rows.examples(prompts.rows_of_step(number).tolist()), number)
+            with self._saved_at_server_errors():
+                rollout = self.collect(self.rows.examples(prompts.rows_of_step(number).tolist()), number)
             iteration = Iteration(self, number, plan, rollout)
             iteration.log(iteration.metrics | {"time/rollout": time.perf_counter() - began})
             if number == 0 and task.self_check != "off":
@@ -411,9 +412,19 @@ class RolloutLoop:
         last = last or task.stops_early(state.stale_validations)
         run.end_step(state, self._learners, self.optimizer, save=due(task.save_interval), last=last)
 
+    @contextmanager
+    def _saved_at_server_errors(self) -> Iterator[None]:
+        """Save the state if rollout servers fail: it is that after a whole iteration."""
+        try:
+            yield
+        except RolloutServerError:
+            if self.state.step:
+                self.run.save(self.state, self._learners, self.optimizer)
+            raise
+
     def _record_validation(self) -> None:
         assert self._validate is not None
-        with self._eval_weights():
+        with self._saved_at_server_errors(), self._eval_weights():
             result = self._validate(self.state.step)
         record_validation(self.run, self.state, result, "objective", highest=True)
 
@@ -421,6 +432,8 @@ class RolloutLoop:
         """Write `final/` and mark the run finished."""
         with self._eval_weights():
             finish_run(self.fabric, self.run, self.models.policy, self.tokenizer, self.state)
+        if self.collect.servers is not None:
+            self.collect.servers.remove_weights()
 
 
 class Iteration:

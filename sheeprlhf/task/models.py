@@ -40,11 +40,13 @@ from sheeprlhf.model.lora import (
 from sheeprlhf.model.quantize import quantize
 from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.reward.score import check_columns, state_warnings, wanted_columns
+from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.rollout.rollout import RolloutCollector, TermModel, TextExchange, has_same_tokens
+from sheeprlhf.rollout.server import RolloutServers
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
 from sheeprlhf.structure.reward import MODEL, model_sources, term_folder
-from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig
+from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import RMConfig, TrainTaskConfig
 from sheeprlhf.task.finish import check_validation_rows, report_data
@@ -137,18 +139,22 @@ def build_collector(fabric: Fabric, run: Run, setup: OnlineSetup, reference: nn.
     Raises:
         SheepError: the reward's functions cannot be imported.
     """
-    models = setup.models
+    models, cfg, servers = setup.models, run.cfg, None
+    if isinstance(cfg.rollout, VLLMRolloutConfig):
+        stop = StopStrings(cfg.generation.stop_strings, setup.tokenizer)
+        servers = RolloutServers(fabric, cfg, models.policy, setup.tokenizer, stop, run.dir, run.say)
     for term in models.rewards.values():
         to_device(fabric, term.model)
     return RolloutCollector(
         fabric,
-        run.cfg,
+        cfg,
         setup.tokenizer,
         models.policy,
         reference,
         models.rewards,
         packed=models.packed,
         columns=setup.columns,
+        servers=servers,
     )
 
 

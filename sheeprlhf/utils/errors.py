@@ -103,6 +103,16 @@ class RewardError(SheepError, RuntimeError):
     """A reward function raised, or did not return one finite number a response: names the function and the text."""
 
 
+class RolloutServerError(SheepError, RuntimeError):
+    """A rollout server fails; the weights are as they were after the last step."""
+
+
+class RolloutMismatchError(RolloutServerError):
+    """A rollout server computes other log-probabilities than the trainer."""
+
+    exit_code = USERS_MISTAKE
+
+
 class OutOfMemory(SheepError, MemoryError):
     """Memory ran out. Checkpoints are as they were; the advice names options and values that need less.
 

@@ -233,6 +233,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             following = _finish(run, rows_of_split, state, longest=longest)
             writer.remove(todo)
             run.say(f"finished: {run.dir}\nnext: {following}")
+        if collect.servers is not None:
+            collect.servers.remove_weights()
         fabric.barrier()
 
 

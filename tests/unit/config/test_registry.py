@@ -68,7 +68,7 @@ def test_every_choice_composes_and_is_valid(verb, chosen, tmp_path, monkeypatch)
         "data": "docstrings",
         **chosen,
     }
-    if "reward" in chosen:
+    if "reward" in chosen or chosen.get("rollout") == "vllm":
         words["task"] = "reward" if verb == "eval" else "ppo"
     words = {key: value for key, value in words.items() if key in groups(verb)}
     needed = {"local": [f"data.train_file='{tmp_path}/rows.jsonl'"], "hub": ["data.dataset_name=owner/name"]}
@@ -78,6 +78,7 @@ def test_every_choice_composes_and_is_valid(verb, chosen, tmp_path, monkeypatch)
     extra += ["reward.terms=[imperative]"] if chosen.get("reward") == "list" else []
     extra += ["reward.folder=me/mine"] if chosen.get("reward") == "model" else []
     extra += ["reward.url=http://127.0.0.1:8000/v1", "reward.judge_model=m"] if chosen.get("reward") == "judge" else []
+    extra += ["rollout.urls=[http://127.0.0.1:8000]"] if chosen.get("rollout") == "vllm" else []
     if chosen.get("task") == "frontier":
         (tmp_path / "run" / "final").mkdir(parents=True)
         (tmp_path / "run" / "config.yaml").write_text("task: {config_name: ppo}")

@@ -1,0 +1,387 @@
+"""Rollouts by servers of vLLM: the policy's weights go to them, sampled responses come back, and both are verified.
+
+A server is an unmodified `vllm serve` in development mode. Before a rollout, rank zero writes the weights, or the
+adapter alone, into a folder that the servers read, and gives the weights a version. Every response names the version
+that it was sampled with. A server that was restarted, or got other weights, has another version: it gets the weights
+again and is asked again. Prompts of a server that fails go to the others; rank zero waits, with growing pauses, until
+one answers.
+
+A response is a function of the weights, the prompt and its seed, up to rounding; which server answers has no influence.
+"""
+
+import asyncio
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sheeprlhf.agent.policy import Policy
+from sheeprlhf.engine.shard import whole_tensors
+from sheeprlhf.model.lora import POLICY
+from sheeprlhf.rollout.engines import StopStrings, cut_at_end, first_seed
+from sheeprlhf.rollout.sampler import Sampled
+from sheeprlhf.rollout.vllm_api import SECONDS_OF_CHECK, START, UnavailableError, call
+from sheeprlhf.security.files import read_small
+from sheeprlhf.structure.rollout import BestOfNConfig, VLLMRolloutConfig
+from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.utils.end_tokens import end_token_ids
+from sheeprlhf.utils.errors import Notify, RolloutMismatchError, RolloutServerError
+from sheeprlhf.utils.folders import discard, remove_marked, writing_errors, written_folder
+from sheeprlhf.utils.home import expand_home
+from sheeprlhf.utils.http import client, describe
+from sheeprlhf.utils.lightning import Fabric
+from sheeprlhf.utils.output import make_folders
+
+ADAPTER = "sheeprlhf-policy"  # name of the policy's adapter on the servers
+_IN_FLIGHT = 64  # prompts that a server answers at a time
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 15.0  # seconds before servers are asked again, doubled each time
+_MAX_FAILED_LOADS = 3  # a server that cannot load the weights so many times has another model
+_NO_BIAS = -100.0  # the lowest that vLLM takes: a probability below 1e-43
+_BYTES_PER_TOKEN = 256  # of an answer
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+class RolloutServers:
+    """All ranks make it and call its methods; rank zero alone writes the weights and asks the servers.
+
+    Args:
+        fabric: where the run runs.
+        cfg: has `rollout=vllm`.
+        policy: its weights are sampled with.
+        tokenizer: of the policy.
+        stop: the stop strings.
+        run_dir: names the folder of the weights, or has it.
+        say: prints a line for the user.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        cfg: TrainConfig,
+        policy: Policy,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: StopStrings,
+        run_dir: Path,
+        say: Notify,
+    ) -> None:
+        assert isinstance(cfg.rollout, VLLMRolloutConfig)
+        self._fabric, self._cfg, self._options, self._policy, self._say = fabric, cfg, cfg.rollout, policy, say
+        self._tokenizer, self._stop, self._end_ids = tokenizer, stop, end_token_ids(tokenizer)
+        folder = self._options.sync_dir
+        name = f"rollout-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]}"
+        self._folder = run_dir.resolve() / "rollout_weights" if folder is None else expand_home(folder).resolve() / name
+        self._urls = [url.rstrip("/") for url in self._options.urls]
+        self._run, self._number = secrets.token_hex(4), 0
+        self._failed_loads = dict.fromkeys(self._urls, 0)
+        self._answered: list[str] = []  # the server of each prompt of the newest rollout
+        undefined = [] if policy.undefined_U is None else policy.undefined_U.tolist()
+        self._sampling = {  # every number whose default a server may take from a model's files
+            "temperature": cfg.generation.temperature,
+            "logprobs": 0,
+            "ignore_eos": True,  # the end tokens are ours, not those of the server's files
+            "stop_token_ids": [*self._end_ids, *stop.token_ids],
+            "stop": list(stop.strings),
+            "include_stop_str_in_output": True,
+            "logit_bias": {str(token): _NO_BIAS for token in undefined} or None,
+            **{"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0},
+        }
+
+    @property
+    def _version(self) -> str:
+        return f"{self._run}-{self._number}"
+
+    def write_weights(self) -> None:
+        """All ranks: write the weights that the next rollout is sampled with, as a new version.
+
+        Raises:
+            ModelError: the folder cannot be written.
+        """
+        if self._number and isinstance(self._cfg.task, BestOfNConfig):  # which trains nothing
+            return
+        self._number += 1
+        model, base = self._policy.model, self._policy.causal_lm()
+        if not isinstance(model, PeftModel) or self._number == 1:
+            state = whole_tensors(self._fabric, _base_tensors(base))
+            self._write("policy", lambda folder: _save_untied(base, state, folder, self._tokenizer))
+        if isinstance(model, PeftModel):
+            adapter = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+            state = whole_tensors(self._fabric, adapter)
+            options: dict[str, Any] = {"selected_adapters": [POLICY], "save_embedding_layers": False}
+            self._write("adapter", lambda folder: model.save_pretrained(str(folder), state_dict=state, **options))
+
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        if not self._fabric.is_global_zero:
+            return
+        folder = self._folder / name
+        with writing_errors(f"the weights for rollout servers cannot be written to {folder}", "free space there"):
+            make_folders(folder.parent)
+            with written_folder(folder) as new:
+                write(new)
+                if folder.exists():
+                    discard(folder)
+
+    def remove_weights(self) -> None:
+        """All ranks, after the last rollout: remove what was written for the servers."""
+        if self._fabric.is_global_zero:
+            for name in ("policy", "adapter"):
+                remove_marked(self._folder / name)
+            remove_marked(self._folder)
+
+    def sample(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray) -> list[Sampled]:
+        """All ranks: return the responses to every prompt, sampled with the newest weights that were written.
+
+        The first of a prompt's (K, most new tokens) uniform numbers is its seed.
+
+        Raises:
+            RolloutServerError: no server has answered for `rollout.timeout` seconds, or one cannot do what is asked.
+        """
+        found: tuple[list[Sampled], list[str]] | RolloutServerError = ([], [])
+        if self._fabric.is_global_zero:
+            try:
+                found = asyncio.run(self._sample(prompts, uniforms))
+            except RolloutServerError as error:
+                found = error
+        found = self._fabric.broadcast(found)
+        if isinstance(found, RolloutServerError):  # on all ranks: none waits for the others
+            raise found
+        sampled, self._answered = found
+        return sampled
+
+    def check(self, sampled_S: Sequence[np.ndarray], trained_S: Sequence[np.ndarray]) -> dict[str, float]:
+        """Compare log-probabilities by servers and trainer, an array for each prompt of the newest rollout.
+
+        Returns:
+            Metrics: the largest mean difference of a prompt's responses, and the largest of a token.
+
+        Raises:
+            RolloutMismatchError: the first is more than `rollout.tolerance`.
+        """
+        apart = [np.abs(one - other) for one, other in zip(sampled_S, trained_S, strict=True)]
+        means = [float(one.mean()) for one in apart]
+        worst, limit = int(np.argmax(means)), self._options.max_difference(self._cfg.fabric.precision)
+        if not means[worst] <= limit:
+            raise RolloutMismatchError(
+                f"the server {self._answered[worst]} computes log-probabilities {means[worst]:.2g} nats a token from "
+                f"the trainer's ({len(means)} prompts: mean {np.mean(means):.2g}), more than rollout.tolerance="
+                f"{limit:g}: it does not sample from the policy. Start it with --model {self._folder / 'policy'}, "
+                "--logprobs-mode processed_logprobs and the number format of the trainer"
+            )
+        return {
+            "rollout/server_difference": means[worst],
+            "rollout/server_difference_max": float(max(map(np.max, apart))),
+        }
+
+    async def _sample(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray) -> tuple[list[Sampled], list[str]]:
+        found: dict[int, tuple[Sampled, str]] = {}
+        failed: dict[str, str] = {}  # the newest reason of each server that has failed
+        wait, limit, since = _FIRST_WAIT, self._options.timeout, time.monotonic()
+        with tqdm(total=uniforms[..., 0].size, desc="sampling", leave=False, disable=None) as bar:
+
+            async def ask(url: str, rows: list[int]) -> None:
+                gate = asyncio.Semaphore(_IN_FLIGHT)
+
+                async def one(server: httpx.AsyncClient, row: int) -> None:
+                    async with gate:
+                        if url in failed:
+                            return
+                        try:
+                            found[row] = await self._ask(server, url, prompts[row], uniforms[row]), url
+                            bar.update(uniforms.shape[1])
+                        except UnavailableError as error:
+                            failed[url] = str(error)
+
+                async with client(url, limit) as server, asyncio.TaskGroup() as group:
+                    for row in rows:
+                        group.create_task(one(server, row))
+
+            while len(found) < len(prompts):
+                states = await asyncio.gather(*map(self._prepare, self._urls))
+                ready = [url for url, reason in zip(self._urls, states, strict=True) if reason is None]
+                ready = [url for url in ready if url not in failed] or ready
+                failed = {url: reason for url, reason in zip(self._urls, states, strict=True) if reason is not None}
+                todo, before = [row for row in range(len(prompts)) if row not in found], len(found)
+                try:
+                    await asyncio.gather(*(ask(url, todo[start :: len(ready)]) for start, url in enumerate(ready)))
+                except BaseExceptionGroup as errors:
+                    raise _first(errors) from None
+                if len(found) == len(prompts):
+                    break
+                problem = "; ".join(f"{url}: {reason}" for url, reason in failed.items())
+                if len(found) > before:
+                    since, wait = time.monotonic(), _FIRST_WAIT
+                elif time.monotonic() - since + wait > limit:
+                    raise RolloutServerError(
+                        f"rollout.urls: no server has answered for rollout.timeout={limit:g} s ({problem}): start the "
+                        "servers again, then go on with resume=true"
+                    )
+                self._say(f"warning: rollout server {problem}: asking again")
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, _LONGEST_WAIT)
+        return [found[row][0] for row in range(len(prompts))], [found[row][1] for row in range(len(prompts))]
+
+    async def _prepare(self, url: str) -> str | None:
+        """Give a server the newest weights unless it has them; return why it cannot answer now, None if it can."""
+        try:
+            async with client(url, self._options.timeout) as server:
+                info = await call(server, "GET", f"{url}/weight_info", seconds=self._check_seconds)
+                if info.get("weight_version") != self._version:
+                    await self._load(server, url)
+        except UnavailableError as error:
+            return str(error)
+        self._failed_loads[url] = 0
+        return None
+
+    @property
+    def _check_seconds(self) -> float:
+        return min(SECONDS_OF_CHECK, self._options.timeout)
+
+    async def _load(self, server: httpx.AsyncClient, url: str) -> None:
+        """Let a server load the newest weights, then name their version."""
+
+        async def post(path: str, body: dict[str, Any] | None = None) -> None:
+            await call(server, "POST", f"{url}{path}", body, seconds=self._options.timeout)
+
+        if not self._of_adapter and self._policy.causal_lm().config.get_text_config().tie_word_embeddings:
+            await self._check_head(server, url)
+        await post("/pause?mode=abort")
+        try:
+            if not self._of_adapter or not await self._has_base(server, url):
+                weights = {"weights_path": str(self._folder / "policy")}
+                await post("/collective_rpc", {"method": "reload_weights", "kwargs": weights})
+            if self._of_adapter:
+                path = str(self._folder / "adapter")
+                await post("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": path, "load_inplace": True})
+        except UnavailableError as error:
+            self._failed_loads[url] += 1
+            if self._failed_loads[url] == _MAX_FAILED_LOADS:
+                raise RolloutServerError(
+                    f"the server {url} cannot load the weights in {self._folder} ({error}): give it the policy's "
+                    "model, and the same path to that folder (rollout.sync_dir)"
+                ) from None
+            raise
+        await post("/reset_prefix_cache")
+        await post("/resume")
+        await post("/update_weight_version", {"new_version": self._version})
+
+    @property
+    def _of_adapter(self) -> bool:
+        return isinstance(self._policy.model, PeftModel)
+
+    async def _check_head(self, server: httpx.AsyncClient, url: str) -> None:
+        """Check that a server's head is not tied to its embeddings: vLLM would keep the old head in every reload.
+
+        Raises:
+            RolloutMismatchError: its model is tied, or its folder cannot be read here.
+        """
+        models = await call(server, "GET", f"{url}/v1/models", seconds=self._check_seconds)
+        try:
+            config = json.loads(read_small(Path(models["data"][0]["root"], "config.json"), _MAX_CONFIG_BYTES))
+            tied = bool(config.get("text_config", config).get("tie_word_embeddings", True))
+        except (OSError, KeyError, IndexError, TypeError, AttributeError, ValueError):
+            tied = True
+        if tied:
+            raise RolloutMismatchError(
+                f"the server {url} has the model's head tied to its embeddings, and would keep the old head: start it "
+                f"with --model {self._folder / 'policy'}, where both are separate, then go on with resume=true"
+            )
+
+    async def _has_base(self, server: httpx.AsyncClient, url: str) -> bool:
+        """Return whether a server has had the base of this process's adapters."""
+        info = await call(server, "GET", f"{url}/weight_info", seconds=self._check_seconds)
+        return str(info.get("weight_version")).startswith(f"{self._run}-")
+
+    async def _ask(
+        self, server: httpx.AsyncClient, url: str, prompt_ids: np.ndarray, uniforms_KN: np.ndarray
+    ) -> Sampled:
+        """Ask for the K responses to one prompt.
+
+        Raises:
+            UnavailableError: the server fails, or the responses are not of the newest weights.
+            RolloutServerError: the server rejects the request, or is another program.
+        """
+        num_responses, num_new = uniforms_KN.shape
+        numbers = {"n": num_responses, "max_tokens": num_new, "seed": first_seed(uniforms_KN)}
+        body = {"token_ids": prompt_ids.tolist(), "sampling_params": self._sampling | numbers}
+        body |= {"model": ADAPTER} if self._of_adapter else {}
+        limit = (1 << 20) + _BYTES_PER_TOKEN * uniforms_KN.size
+        path = f"{url}/inference/v1/generate"
+        answer = await call(server, "POST", path, body, seconds=self._options.timeout, limit=limit, lost=True)
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
+            versions = {str(span["version"]) for choice in choices for span in choice["weight_versions"] or ()}
+            if versions - {self._version} or any(choice["finish_reason"] == "abort" for choice in choices):
+                raise UnavailableError(f"its responses are of weights {sorted(versions)}, not {self._version}")
+            rows = [self._response(choice, num_new) for choice in choices]
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise RolloutServerError(
+                f"the server {url} gives malformed responses ({describe(error)}): {START}"
+            ) from None
+        if len(rows) != num_responses or not all(len(ids) for ids, _, _ in rows):
+            raise RolloutServerError(f"the server {url} gives {len(rows)} responses instead of {num_responses}")
+        if any(len(ids) < num_new and not finished for ids, _, finished in rows):
+            raise RolloutServerError(
+                f"the server {url} has cut a response before generation.max_new_tokens={num_new}: start it with "
+                f"--max-model-len {self._cfg.data.max_prompt_length + num_new} or more"
+            )
+        return Sampled(*zip(*rows, strict=True))
+
+    def _response(self, choice: dict[str, Any], num_new: int) -> tuple[np.ndarray, np.ndarray, bool]:
+        """Return tokens, log-probabilities and whether the response ended, by our own end tokens and stop strings."""
+        ids = np.array(choice["token_ids"][:num_new], dtype=np.int32)
+        logprobs = np.array([token["logprob"] for token in choice["logprobs"]["content"][:num_new]], dtype=np.float32)
+        if len(ids) != len(logprobs):
+            raise ValueError(f"{len(ids)} tokens have {len(logprobs)} log-probabilities")
+        ids, logprobs, finished = cut_at_end(ids, logprobs, self._end_ids, self._stop or None)
+        return ids, logprobs, finished or choice["finish_reason"] == "stop"
+
+
+def _base_tensors(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the tensors of a model by their names, without those of adapters; tied ones are separate."""
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if "lora_" not in name:
+            is_tied = id(tensor) in seen
+            found[name.replace(".base_layer.", ".")] = tensor.detach().clone() if is_tied else tensor.detach()
+            seen.add(id(tensor))
+    return found
+
+
+def _save_untied(
+    model: PreTrainedModel, state: dict[str, Any], folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write what a server loads; its head is its own: vLLM does not reload a head that is tied to the embeddings."""
+    with _untied(model):
+        model.save_pretrained(str(folder), state_dict=state)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _untied(model: PreTrainedModel) -> Iterator[None]:
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    before = [getattr(config, "tie_word_embeddings", False) for config in configs]
+    try:
+        for config in configs:
+            config.tie_word_embeddings = False
+        yield
+    finally:
+        for config, tied in zip(configs, before, strict=True):
+            config.tie_word_embeddings = tied
+
+
+def _first(errors: BaseExceptionGroup) -> BaseException:
+    """Return the first error of nested groups."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,193 @@
+"""RL runs that sample at servers: against a small server with vLLM's routes, and, nightly, against vLLM itself."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sheeprlhf.assets
+from sheeprlhf.rollout.server import RolloutServers
+from tests.support.runs import digests, exit_code, figures, rejected, train, train_words, write_rows
+from tests.support.vllm_server import vllm_server
+
+ModelFolder = Callable[..., Path]
+GENERATE = "/inference/v1/generate"
+LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4"]
+ASSETS = Path(sheeprlhf.assets.__file__).parent
+
+
+def words(url: str, *extra: str) -> list[str]:
+    return ["rollout=vllm", f"rollout.urls=[{url}]", "task.max_num_steps=12", "task.save_interval=99", *extra]
+
+
+def test_a_run_stops_without_a_server_and_goes_on_where_it_was(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """The second of three rollouts fails; the state after the first is saved, and the end is that of a whole run."""
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    with vllm_server(model) as server:
+        whole = train(model, data, tmp_path / "whole", *words(server.url), task="grpo")
+        found = figures(whole)
+        assert len(found["rollout/server_difference"]) == 3
+        assert max(found["rollout/server_difference_max"]) < 1e-5
+        assert found["policy/ratio"][0] == pytest.approx(1.0, abs=2e-2)
+        assert not (whole / "rollout_weights").exists()
+        asked = server.requests.count(GENERATE)
+        server.restart()
+        server.requests.clear()
+        server.fault = lambda path, number: 500 if path == GENERATE and number > asked // 3 else None
+        line = train_words(model, data, tmp_path / "run", *words(server.url, "rollout.timeout=0.6"), task="grpo")
+        assert exit_code(line) == 1
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-4"]
+        server.fault = lambda path, number: None
+        train(model, data, tmp_path / "run", *words(server.url, "resume=true"), task="grpo")
+        assert digests(tmp_path / "run" / "final") == digests(whole / "final")
+
+
+def test_problems_are_found_before_a_model_is_loaded(
+    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+
+    def problems(*extra: str, task: str = "grpo") -> str:
+        return rejected(train_words(model, data, tmp_path / "run", *extra, task=task), capsys)
+
+    assert "rollout.urls is missing" in problems("rollout=vllm")
+    found = problems(
+        *("rollout=vllm", "rollout.urls=['http://me:secret@127.0.0.1',http://127.0.0.1:9,http://127.0.0.1:9/]"),
+        *("rollout.sync=adapter", "generation.engine=hf", f"rollout.sync_dir={data}", "rollout.timeout=0"),
+    )
+    for key in ("rollout.urls", "rollout.sync=", "generation.engine=hf", "rollout.sync_dir", "rollout.timeout=0"):
+        assert key in found, key
+    assert "secret" not in found and "twice" in found
+    found = problems(
+        *("rollout=vllm", "rollout.urls=[http://127.0.0.1:9]", "model.finetune_mode=LORA", "rollout.sync=folder"),
+        *("model.lora_cfg.use_dora=true", "model.lora_cfg.modules_to_save=[lm_head]"),
+    )
+    for key in ("rollout.sync=folder", "model.lora_cfg.use_dora", "model.lora_cfg.modules_to_save"):
+        assert key in found, key
+    assert "rollout=vllm" in problems("rollout=vllm", "rollout.urls=[http://127.0.0.1:9]", task="sft")
+    assert "http://127.0.0.1:9:" in problems("rollout=vllm", "rollout.urls=[http://127.0.0.1:9]")
+    with vllm_server(model) as server:
+        server.fault = lambda path, number: 403 if path == GENERATE else None
+        assert "--enable-scale-out" in problems(*words(server.url))
+    assert not (tmp_path / "run").exists()
+
+
+PYTHON = os.environ.get("VLLM_PYTHON")  # of an environment with vLLM
+
+
+class RealServer:
+    """vLLM on a free port of loopback, started again after every kill."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url, self._log = f"http://127.0.0.1:{port}", log
+        options = ["--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+        options += ["--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "16", "--enable-lora"]
+        options += ["--logprobs-mode", "processed_logprobs", "--enable-scale-out"]
+        module = "vllm.entrypoints.openai.api_server"
+        self._command = [str(PYTHON), "-m", module, "--model", str(folder), *options]
+        self.start()
+
+    def start(self) -> None:
+        own = {"HOME": str(self._log.parent), "PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+        own |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1"}
+        own |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(self._command, env=own, stdout=log, stderr=log, start_new_session=True)
+
+    def kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def ready(self) -> bool:
+        with suppress(httpx.HTTPError):
+            return httpx.get(f"{self.url}/weight_info", timeout=5, trust_env=False).status_code == 200
+        return False
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, RealServer]]:
+    """The embedded model with a head of its own, and vLLM that serves it."""
+    if PYTHON is None:
+        pytest.skip("VLLM_PYTHON is not set: the path of Python in an environment with vLLM")
+    folder, embedded = tmp_path_factory.mktemp("untied"), ASSETS / "tiny"
+    model = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32)
+    model.lm_head.weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(embedded).save_pretrained(folder)
+    server = RealServer(folder, tmp_path_factory.mktemp("vllm") / "log.txt")
+    try:
+        until = time.monotonic() + 600
+        while not server.ready():
+            assert time.monotonic() < until, "vLLM does not start"
+            time.sleep(2)
+        yield folder, server
+    finally:
+        server.kill()
+
+
+PHASES = {"sync": "_load", "sampling": "_ask", "training": "write_weights"}  # what is called in it
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("task", "phase", "lora"),
+    [
+        ("grpo", "sampling", []),
+        ("ppo", "sync", []),
+        ("rloo", "training", []),
+        ("grpo", "sampling", LORA),
+        ("ppo", "training", LORA),
+        ("rloo", "sync", LORA),
+    ],
+)
+def test_vllm_is_killed_in_each_phase(
+    task: str,
+    phase: str,
+    lora: list[str],
+    real: tuple[Path, RealServer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server starts again with the weights of its folder; every rollout is of the trainer's weights."""
+    folder, server = real
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> None:
+        own = getattr(RolloutServers, name)
+
+        def call(*given: Any) -> Any:
+            calls[name] += 1
+            if name == PHASES[phase] and calls[name] == 2:
+                server.kill()
+                server.start()
+            return own(*given)
+
+        monkeypatch.setattr(RolloutServers, name, call)
+
+    for name in PHASES.values():
+        counted(name)
+    data = write_rows(tmp_path / "rows.jsonl", 24)
+    run_dir = train(
+        folder, data, tmp_path / "run", *words(server.url, *lora, "generation.max_new_tokens=12"), task=task
+    )
+    found = figures(run_dir)
+    worst = max(found["rollout/server_difference_max"] + found["val/server_difference_max"])
+    print(f"\n{task} {'LoRA' if lora else 'full'} killed in {phase}: {calls['_load']} syncs, difference {worst:.1e}")
+    assert len(found["rollout/server_difference"]) == 3
+    assert worst < 1e-4
+    assert (run_dir / "final").is_dir()

@@ -1,0 +1,190 @@
+"""A server on loopback with vLLM's routes: it samples with plain transformers from the weights that it is given."""
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Fault = Callable[[str, int], int | str | None]  # path and number of the request -> status, "close", "hang" or None
+
+LOADING = threading.Lock()  # transformers changes its classes while it loads
+
+
+def _load(folder: Path | str) -> Any:
+    with LOADING:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+class VLLMServer(ThreadingHTTPServer):
+    """Begins with the model of a folder.
+
+    Attributes:
+        requests: the path of each request.
+        fault: decides what goes wrong.
+        keeps_head: a reload does not change the head, as vLLM's of a tied model.
+        raw_logprobs: log-probabilities are those before the temperature, vLLM's default.
+        tied: the server reports a folder whose head is tied.
+        longest: tokens of a prompt with its response, as --max-model-len.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.folder, self.lock, self.released = folder, threading.RLock(), threading.Event()
+        self.requests: list[str] = []
+        self.fault: Fault = lambda path, number: None
+        self.keeps_head = self.raw_logprobs = self.tied = False
+        self.root = tempfile.TemporaryDirectory()
+        self.longest = 10**6
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget weights, adapter and version."""
+        with self.lock:
+            self.model = _load(self.folder)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+            self.version, self.adapters, self.paused = "default", {}, False
+
+    def reload(self, folder: str) -> None:
+        new = _load(folder)
+        if [p.shape for p in new.get_input_embeddings().parameters()] != [
+            p.shape for p in self.model.get_input_embeddings().parameters()
+        ]:
+            raise ValueError("shapes differ")
+        if self.keeps_head:
+            new.lm_head.weight = self.model.lm_head.weight
+        self.model, self.adapters = new, {}
+
+    def generate(self, body: dict[str, Any]) -> dict[str, Any]:
+        how, model = body["sampling_params"], self.model
+        if body.get("model"):
+            model = self.adapters[body["model"]]
+        generator = torch.Generator().manual_seed(how["seed"])
+        prompt = torch.tensor([body["token_ids"]] * how["n"])
+        ids, bias_V = prompt, torch.zeros(model.config.vocab_size)
+        for token, value in (how["logit_bias"] or {}).items():
+            bias_V[int(token)] = value
+        logprobs: list[torch.Tensor] = []
+        num_new = min(how["max_tokens"], self.longest - prompt.shape[1])
+        with torch.no_grad():
+            for _ in range(num_new):
+                logits = model(ids).logits[:, -1].float() + bias_V
+                scaled = (logits / how["temperature"]).log_softmax(-1)
+                token = torch.multinomial(scaled.exp(), 1, generator=generator)
+                reported = logits.log_softmax(-1) if self.raw_logprobs else scaled
+                logprobs.append(reported.gather(1, token)[:, 0])
+                ids = torch.cat([ids, token], dim=1)
+        choices = []
+        for index, row in enumerate(ids[:, prompt.shape[1] :].tolist()):
+            length, reason = self._end(row, how)
+            content = [{"token_id": row[i], "logprob": float(logprobs[i][index])} for i in range(length)]
+            span = {"version": self.version, "start": 0, "end": length}
+            choices.append(
+                {
+                    "index": index,
+                    "finish_reason": reason,
+                    "token_ids": row[:length],
+                    "logprobs": {"content": content},
+                    "weight_versions": [span],
+                }
+            )
+        return {"choices": choices}
+
+    def _end(self, row: list[int], how: dict[str, Any]) -> tuple[int, str]:
+        for length in range(1, len(row) + 1):
+            text = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+            if row[length - 1] in how["stop_token_ids"] or any(stop in text for stop in how["stop"]):
+                return length, "stop"
+        return len(row), "length"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: VLLMServer
+
+    def do_GET(self) -> None:
+        self._answer({})
+
+    def do_POST(self) -> None:
+        self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}"))
+
+    def _answer(self, body: dict[str, Any]) -> None:
+        server, path = self.server, urlsplit(self.path).path
+        with server.lock:
+            server.requests.append(path)
+            number = server.requests.count(path)
+        fault = server.fault(path, number)
+        if fault == "hang":
+            server.released.wait(30)
+        if fault in ("hang", "close"):
+            self.close_connection = True
+            return
+        status, content = (fault, {"error": "made up"}) if isinstance(fault, int) else self._route(path, body)
+        data = json.dumps(content).encode()
+        try:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+        except OSError:  # the client has left
+            pass
+
+    def _route(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        server = self.server
+        with server.lock:
+            if path == "/weight_info":
+                return 200, {"weight_version": server.version}
+            if path == "/v1/models":
+                Path(server.root.name, "config.json").write_text(json.dumps({"tie_word_embeddings": server.tied}))
+                return 200, {"data": [{"id": "policy", "root": server.root.name}]}
+            if path in ("/pause", "/resume"):
+                server.paused = path == "/pause"
+            elif path == "/collective_rpc":
+                try:
+                    server.reload(body["kwargs"]["weights_path"])
+                except (ValueError, OSError) as error:
+                    return 500, {"error": str(error)}
+            elif path == "/v1/load_lora_adapter":
+                base = _load(server.folder)
+                base.load_state_dict(server.model.state_dict())
+                server.adapters[body["lora_name"]] = PeftModel.from_pretrained(base, body["lora_path"]).eval()
+            elif path == "/update_weight_version":
+                server.version = body["new_version"]
+            elif path == "/inference/v1/generate":
+                if not body:
+                    return 400, {"error": "no prompt"}
+                if body.get("model") and body["model"] not in server.adapters:
+                    return 404, {"error": "no such model"}
+                return (503, {"error": "paused"}) if server.paused else (200, server.generate(body))
+            elif path != "/reset_prefix_cache":
+                return 404, {"error": path}
+        return 200, {}
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def vllm_server(folder: Path, port: int = 0) -> Iterator[VLLMServer]:
+    """Serve until the block ends."""
+    server = VLLMServer(folder, port)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.released.set()
+        server.shutdown()
+        server.server_close()
+        server.root.cleanup()
+        thread.join()
