@@ -45,11 +45,13 @@ def typed(*overrides) -> TrainConfig:
 def every_choice():
     """Each choice at least once: groups that do not depend on each other are composed together.
 
-    Tasks and rewards of `inspect` and `doctor` are those of `train`.
+    Tasks, rewards and rollouts of `inspect` and `doctor` are those of `train`.
     """
     for verb in ROOTS:
-        alone = [group for group in groups(verb) if group in ("task", "reward") and verb in ("train", "eval")]
-        together = [group for group in groups(verb) if group not in ("task", "reward")]
+        alone = [
+            group for group in groups(verb) if group in ("task", "reward", "rollout") and verb in ("train", "eval")
+        ]
+        together = [group for group in groups(verb) if group not in ("task", "reward", "rollout")]
         for group in [*alone, tuple(together)]:
             names = {name: list(choices(name, verb)) for name in ([group] if isinstance(group, str) else group)}
             for index in range(max(map(len, names.values()), default=0)):
