@@ -326,6 +326,8 @@ def _server_problems(config: TrainConfig, rollout: VLLMRolloutConfig) -> Iterato
             yield f"model.lora_cfg.{name} is not supported by the adapters of vLLM: give model.lora_cfg.{fix}"
     if has_adapter and model.resize_embeddings:
         yield "model.resize_embeddings=true is not supported by the adapters of vLLM: give model.finetune_mode=ALL"
+    if model.quantization is not None:
+        yield f"model.quantization={model.quantization} is not supported by rollout=vllm: remove it"
     if config.generation.engine != GenConfig.engine:
         yield unread(f"generation.engine={config.generation.engine}", "with rollout=vllm")
     if rollout.sync_dir is not None:
