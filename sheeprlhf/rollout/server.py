@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy
-from sheeprlhf.engine.shard import whole_tensors
+from sheeprlhf.engine.shard import whole
 from sheeprlhf.model.lora import POLICY
 from sheeprlhf.rollout.engines import StopStrings, cut_at_end, first_seed
 from sheeprlhf.rollout.sampler import Sampled
@@ -111,11 +111,11 @@ class RolloutServers:
         self._number += 1
         model, base = self._policy.model, self._policy.causal_lm()
         if not isinstance(model, PeftModel) or self._number == 1:
-            state = whole_tensors(self._fabric, _base_tensors(base))
+            state = _whole_tensors(self._fabric, _base_tensors(base))
             self._write("policy", lambda folder: _save_untied(base, state, folder, self._tokenizer))
         if isinstance(model, PeftModel):
             adapter = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
-            state = whole_tensors(self._fabric, adapter)
+            state = _whole_tensors(self._fabric, adapter)
             options: dict[str, Any] = {"selected_adapters": [POLICY], "save_embedding_layers": False}
             self._write("adapter", lambda folder: model.save_pretrained(str(folder), state_dict=state, **options))
 
@@ -354,6 +354,16 @@ def _base_tensors(model: PreTrainedModel) -> dict[str, Any]:
             is_tied = id(tensor) in seen
             found[name.replace(".base_layer.", ".")] = tensor.detach().clone() if is_tied else tensor.detach()
             seen.add(id(tensor))
+    return found
+
+
+def _whole_tensors(fabric: Fabric, tensors: dict[str, Any]) -> dict[str, Any]:
+    """All ranks: return whole tensors on rank zero, one after the other; those of parts are on its host."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if fabric.is_global_zero:
+            found[name] = tensor if full is tensor else full.cpu()
     return found
 
 
