@@ -415,11 +415,12 @@ class RolloutLoop:
     @contextmanager
     def _saved_at_server_errors(self) -> Iterator[None]:
         """Save the state if rollout servers fail: it is that after a whole iteration."""
+        run, state = self.run, self.state
         try:
             yield
         except RolloutServerError:
-            if self.state.step:
-                self.run.save(self.state, self._learners, self.optimizer)
+            if state.step:
+                run.save(state, self._learners, self.optimizer)
             raise
 
     def _record_validation(self) -> None:

@@ -50,6 +50,8 @@ REVIEWED = {
     "engine/run.py:check_shared:unlink": "an empty file that it has just made, under a random name",
     "task/train/best_of_n.py:remove:unlink": "the rows of one rollout, after a check of the folders above it",
     "task/train/best_of_n.py:remove:rmdir": "an empty folder",
+    "rollout/server.py:_save_untied:save_pretrained": "fills a new folder",
+    "rollout/server.py:write_weights:save_pretrained": "fills a new folder",
     "rollout/saved.py:write_rollout:write_table": "into memory",
     "task/eval/result.py:_drawing:savefig": "into memory",
     "apps/inspect.py:draw_histograms:savefig": "into memory",
