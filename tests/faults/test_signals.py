@@ -66,7 +66,7 @@ def signalled(server: JobServer, whole: Whole, tmp_path: Path, signum: int, step
     ("signum", "code"),
     [
         (signal.SIGTERM, 143),
-        (signal.SIGINT, 130),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
         pytest.param(signal.SIGQUIT, 131, marks=pytest.mark.nightly),
     ],
 )
@@ -135,6 +135,7 @@ def test_a_second_interrupt_exits_at_once(server: JobServer, whole: Whole, tmp_p
     assert "Traceback" not in job.text()
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_works_in_a_run(server: JobServer, whole: Whole, tmp_path: Path) -> None:
     holder = server.start(whole.in_dir(tmp_path / "run"), tmp_path / "holder", HANGING)
     holder.wait_for("pausing in step 2")
@@ -159,6 +160,7 @@ def test_a_finished_run_is_left_as_it_is(server: JobServer, whole: Whole, tmp_pa
         assert digests(whole.dir) == before
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_passed_over(server: JobServer, whole: Whole, tmp_path: Path) -> None:
     """And resume_from names the run."""
     assert signalled(server, whole, tmp_path, signal.SIGTERM, 7).wait() == 143

@@ -26,7 +26,7 @@ ModelFolder = Callable[..., Path]
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 250, length).astype(np.int32) for length in (5, 1, 9)]
 UNIFORMS = RNG.random((3, 4, 7))
-THEIRS = ("hf", "continuous")
+EACH = [pytest.param(name, marks=pytest.mark.slow if name == "continuous" else ()) for name in ENGINES]
 
 
 def load(folder: Path) -> PreTrainedModel:
@@ -44,7 +44,7 @@ def sample(name: str, model: PreTrainedModel, **given: Any) -> list[Sampled]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", EACH)
 def test_log_probabilities_are_those_of_the_training_forward(
     name: str, architecture: str, model_folder: ModelFolder
 ) -> None:
@@ -69,7 +69,7 @@ def test_log_probabilities_are_those_of_the_training_forward(
             assert_allclose(logprobs, expected.numpy(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", EACH)
 def test_the_models_own_settings_do_not_leak(name: str, model_folder: ModelFolder, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model_folder(), folder)
@@ -85,7 +85,7 @@ def test_the_models_own_settings_do_not_leak(name: str, model_folder: ModelFolde
         assert [ids.tolist() for ids in one.responses] == [ids.tolist() for ids in other.responses]
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", EACH)
 def test_each_token_comes_as_often_as_it_is_likely(name: str, model_folder: ModelFolder) -> None:
     """Pearson's statistic of 4,000 first tokens, in the middle 99.99 % of its distribution; others are far outside."""
     model, num = load(model_folder()).eval(), 4000
@@ -107,19 +107,18 @@ def test_each_token_comes_as_often_as_it_is_likely(name: str, model_folder: Mode
     assert abs(deviation(0.7)) < 4 < deviation(1.0)
 
 
-@pytest.mark.parametrize("name", THEIRS[:1])
-def test_the_numbers_decide(name: str, model_folder: ModelFolder) -> None:
+def test_the_numbers_decide(model_folder: ModelFolder) -> None:
     model = load(model_folder())
 
     def ids(uniforms: np.ndarray) -> list[list[int]]:
         torch.manual_seed(int(uniforms.sum() * 1000) % 7)
-        return [ids.tolist() for one in sample(name, model, uniforms=uniforms) for ids in one.responses]
+        return [ids.tolist() for one in sample("hf", model, uniforms=uniforms) for ids in one.responses]
 
     assert ids(UNIFORMS) == ids(UNIFORMS)
     assert ids(UNIFORMS) != ids(UNIFORMS / 2)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_stop_ends_a_response(name: str, model_folder: ModelFolder) -> None:
     """At the first token for which it says so, as EOS does; the others go on."""
     model = load(model_folder())
@@ -148,7 +147,7 @@ def test_continuous_batching_that_fails_is_told(model_folder: ModelFolder, monke
     assert model.config._attn_implementation == engines.PACKED
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", EACH)
 def test_logits_that_are_not_finite_are_not_taken_for_responses(
     name: str, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
