@@ -141,8 +141,8 @@ def last_number(text: str) -> str:
 def sft(bench: Bench) -> list[Row]:
     """Conversations of three answers, all of which are trained on."""
     words = ["task=sft", *bench.data("recall-train", "recall-test"), "data.train_on=all", "task.eval_at_start=true"]
-    words += ["task.mini_batch_size=24", "model.lora_cfg.targets=all-linear", "model.lora_cfg.lr=5e-4"]
-    metrics = bench.train("sft", 14, *words)
+    words += ["task.mini_batch_size=24", "model.lora_cfg.targets=all-linear", "model.lora_cfg.lr=1e-3"]
+    metrics = bench.train("sft", 10, *words)
     table = [(f"held-out {name}", *ends(metrics[f"val/{name}"])) for name in ("loss", "perplexity")]
     talks = [row["messages"] for row in bench.rows("recall-test")]
     for turn in range(3):  # one file for each: the messages up to this answer, which is not part of the prompt
@@ -160,10 +160,10 @@ def preferences(bench: Bench) -> list[Row]:
     """A reward model and DPO on the same pairs of conversations."""
     kinds = ("preference-wrong", "preference-unhelpful")
     words = [*bench.data("preference-train", *kinds), "task.mini_batch_size=16", "task.eval_at_start=true"]
-    words += ["model.lora_cfg.targets=all-linear", "model.lora_cfg.lr=5e-4"]
+    words += ["model.lora_cfg.targets=all-linear"]
     table = []
-    for task in ("rm", "dpo"):
-        metrics = bench.train(task, 10, f"task={task}", *words)
+    for task, rate in (("rm", "1e-3"), ("dpo", "5e-4")):
+        metrics = bench.train(task, 8, f"task={task}", f"model.lora_cfg.lr={rate}", *words)
         for name in ("rewards/accuracies", "rewards/margins"):
             table.append((f"{task}, held-out {name}", *ends(metrics[f"val/{name}"])))
         for kind in kinds:
@@ -215,7 +215,7 @@ def adapter(bench: Bench) -> list[Row]:
 
     with torch.no_grad():
         before = loss(held_out).item()
-    for step in range(2 if bench.quick else 6):
+    for step in range(2 if bench.quick else 4):
         loss(talks[8 * step : 8 * step + 8]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -224,7 +224,7 @@ def adapter(bench: Bench) -> list[Row]:
     model.save_pretrained(bench.work / "peft")
     words = ["task=sft", *bench.data("recall-train", "recall-test"), f"model.adapter={bench.work / 'peft'}"]
     words += ["task.mini_batch_size=16", "task.eval_at_start=true", "model.lora_cfg.lr=1e-3"]
-    losses = bench.train("adapter", 8, *words)["val/loss"]
+    losses = bench.train("adapter", 6, *words)["val/loss"]
     assert abs(losses[0] - after) <= 1e-5, (losses[0], after)
     return [
         ("held-out loss, plain PEFT's training", f"{before:.6f}", f"{after:.6f}"),

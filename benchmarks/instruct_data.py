@@ -91,10 +91,10 @@ SETS: dict[str, tuple[int, Callable[[random.Random], Row]]] = {  # test sets fir
     "problems-test": (256, lambda rng: problem(rng, 1)),
     "problems-hard": (256, lambda rng: problem(rng, 2)),
     "problems-train": (1200, lambda rng: problem(rng, 1)),
-    "recall-test": (48, recall),
+    "recall-test": (24, recall),
     "recall-train": (400, recall),
-    "preference-wrong": (48, lambda rng: preference(rng, "wrong")),
-    "preference-unhelpful": (48, lambda rng: preference(rng, "unhelpful")),
+    "preference-wrong": (32, lambda rng: preference(rng, "wrong")),
+    "preference-unhelpful": (32, lambda rng: preference(rng, "unhelpful")),
     "preference-train": (400, preference),
 }
 
