@@ -11,7 +11,10 @@ collectives; `compute` is the rest. `rows`: tokens a second of one process. `dat
 
 import argparse
 import json
+import multiprocessing
 import os
+import queue
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 TOKEN_BUDGET, LENGTH, ROWS = 2048, 128, 8
@@ -98,8 +102,15 @@ def measure(fabric: Any, cases: list[Case], steps: int) -> list[Speed]:
 @contextmanager
 def timed_collectives(module: Any) -> Iterator[Counter[str]]:
     """All ranks: inside, collectives are waited for one after the other, and their seconds are counted by kind."""
+    import torch
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
+
+    def mean_over_ranks(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        dist.all_reduce(bucket.buffer())
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer().div_(dist.get_world_size()))
+        return future
 
     spent: Counter[str] = Counter()
 
@@ -125,47 +136,55 @@ def timed_collectives(module: Any) -> Iterator[Counter[str]]:
     try:
         if wrapped is not None and not hasattr(wrapped, "timed_hook"):
             wrapped.timed_hook = True  # stays registered: the plain steps come first
-            wrapped.register_comm_hook(None, _hook)
+            wrapped.register_comm_hook(None, mean_over_ranks)
         yield spent
     finally:
         for name, collective in real.items():
             setattr(dist, name, collective)
 
 
-def _hook(_: None, bucket: Any) -> Any:
-    """The mean of a bucket of gradients over ranks, by the function that is timed."""
-    import torch
-    import torch.distributed as dist
-
-    dist.all_reduce(bucket.buffer())
-    future: torch.futures.Future[Any] = torch.futures.Future()
-    future.set_result(bucket.buffer().div_(dist.get_world_size()))
-    return future
-
-
-def worker(strategy: str, cases: list[Case], steps: int) -> None:
-    """One rank of a launch."""
-    import torch
-
+def worker(rank: int, ranks: int, port: int, strategy: str, cases: list[Case], steps: int, results: Any) -> None:
+    """One rank of a launch; rank zero sends the results."""
     from sheeprlhf.engine.fabric import make_fabric
     from sheeprlhf.structure.fabric import FabricConfig
 
-    torch.set_num_threads(1)
-    fabric = make_fabric(FabricConfig(strategy=strategy, devices=os.environ.get("WORLD_SIZE", "1")))
+    if ranks > 1:
+        torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        torchrun |= {"GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in torchrun.items()}, MASTER_ADDR="127.0.0.1")
+    fabric = make_fabric(FabricConfig(strategy=strategy, devices=str(ranks)))
     fabric.launch()
     found = measure(fabric, cases, steps)
-    if fabric.is_global_zero:
-        print("RESULT " + json.dumps(found), flush=True)
+    if rank == 0:
+        results.put(found)
 
 
 def launch(ranks: int, strategy: str, cases: list[Case], steps: int) -> list[Speed]:
-    """Measure in processes of their own."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    work = json.dumps([strategy, cases, steps])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    command = [sys.executable, *torchrun, str(HERE / "scale.py"), "--worker", work]
-    output = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
-    return [Speed(*speed) for speed in json.loads(output.partition("RESULT ")[2].splitlines()[0])]
+    """Measure in processes of one thread, forked from this one after its imports."""
+    import torch
+
+    import sheeprlhf.task.train.sft  # noqa: F401
+
+    torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    work = (port, strategy, cases, steps, results)
+    processes = [context.Process(target=worker, args=(rank, ranks, *work), daemon=True) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    while True:
+        try:
+            found: list[Speed] = results.get(timeout=1)
+            break
+        except queue.Empty:
+            if any(process.exitcode for process in processes):
+                raise SystemExit("a rank has failed") from None
+    for process in processes:
+        process.join()
+    return found
 
 
 def table(title: str, header: list[str], lines: list[list[Any]]) -> None:
@@ -226,7 +245,7 @@ def of_rows(quick: bool) -> None:
 
 def of_data(quick: bool) -> None:
     """Preparation of data against rows."""
-    rows = ["200", "400"] if quick else ["1000", "10000", "100000", "400000"]
+    rows = ["200", "400"] if quick else ["1000", "10000", "100000"]
     command = [sys.executable, str(HERE / "prepare_rows.py"), "--rows", *rows]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     names = ["rows", "file_mb", "seconds", "cpu_seconds", "rows_per_cpu_s", "peak_mb"]
@@ -271,12 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", choices=[*TABLES, []])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        strategy, cases, steps = json.loads(args.worker)
-        worker(strategy, [Case(*case) for case in cases], steps)
-        return
     for name in args.tables or TABLES:
         TABLES[name](args.quick)
 

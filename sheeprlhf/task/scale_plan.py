@@ -122,8 +122,7 @@ def dry_step(config: DoctorConfig) -> DryStep:
     module = build_on_meta(config.model, scores=config.task.trains == "reward model")[1]
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks.total)
     try:
-        names = ("data_parallel", "tensor_parallel")
-        mesh = torch.distributed.init_device_mesh("cpu", (ranks.shards, 1), mesh_dim_names=names)
+        mesh = torch.distributed.init_device_mesh("cpu", (ranks.shards,), mesh_dim_names=("data_parallel",))
         with interrupts_wait(), FakeTensorMode(allow_non_fake_inputs=True):  # cut short, it would end the process
             return _dry_step(config, module, ranks, mesh, start)
     finally:
