@@ -252,7 +252,7 @@ def _memory(config: TrainConfig, size: "ModelSize", available: int | None, devic
         device: "cuda", or "cpu", whose processes share one memory.
     """
     from sheeprlhf.model.memory import NO_HOLES, measure
-    from sheeprlhf.task.memory_plan import step_plan
+    from sheeprlhf.task.memory_plan import SHARDED, step_plan
 
     need = partial(step_plan, size_of=cache(measure), device=device)
     asked = parse_devices(config.fabric.devices)
@@ -262,6 +262,9 @@ def _memory(config: TrainConfig, size: "ModelSize", available: int | None, devic
     text = f"a step of task={config.task.config_name} needs about {size_text(needed)} at its worst moment"
     details = _memory_table(config, size, parts)
     details += [f"and that {processes} times, once in each process"] if processes > 1 else []
+    if device == "cuda" and config.fabric.offload == "cpu":
+        kept = need(replace_options(config, {"fabric.offload": "none"}))
+        details.append(f"and {size_text(sum(getattr(kept, name) for name in SHARDED))} of main memory for each device")
     if available is None:
         return Finding("ok", "memory", f"{text}; how much there is, is not known", tuple(details))
     text += f"; {size_text(available)} of {'GPU' if device == 'cuda' else 'main'} memory are available"
@@ -292,7 +295,7 @@ def _more_ranks(config: TrainConfig, available: float, need: Callable[[TrainConf
 
 def _memory_table(config: TrainConfig, size: "ModelSize", parts: "MemoryPlan") -> list[str]:
     """One line a part, and their sum."""
-    from sheeprlhf.task.memory_plan import ranks_of, rows_of_forward
+    from sheeprlhf.task.memory_plan import SHARDED, ranks_of, rows_of_forward
 
     rows, row = rows_of_forward(config, size)
     recomputed = ", recomputed except for the inputs of layers" if config.model.gradient_checkpointing else ""
@@ -309,9 +312,7 @@ def _memory_table(config: TrainConfig, size: "ModelSize", parts: "MemoryPlan") -
         "gathered": "weights and gradients that are whole for a moment",
     }
     if (shards := ranks_of(config.fabric).shards) > 1:
-        notes |= {
-            name: f"{notes[name]}, 1/{shards:,} of them" for name in ("weights", "gradients", "optimizer", "others")
-        }
+        notes |= {name: f"{notes[name]}, 1/{shards:,} of them" for name in SHARDED}
     lines = [(name, size_text(value), notes[name]) for name, value in parts._asdict().items() if value]
     if _has_reference(config):
         lines.append(("reference", "0 MB", "no second model: its log-probabilities are kept on the disk"))
@@ -499,6 +500,11 @@ def _plan(config: DoctorConfig, offline: str) -> Iterator[Finding]:
     fabric, model, ranks = config.fabric, config.model, ranks_of(config.fabric)
     text = f"{_count(fabric.num_nodes or 1, 'machine')}, {_count(ranks.total, 'process')}, strategy {fabric.strategy}"
     yield Finding("ok", "device", f"{text}; this machine is not checked, nor are the weights and the data")
+    if fabric.strategy == "fsdp2" and ranks.total % fabric.replicas:
+        yield Finding(
+            "problem", "device", f"fabric.replicas={fabric.replicas} does not divide the {ranks.total} processes"
+        )
+        return
     yield hub(offline, needed=model_folder(str(model.repo_name)) is None)
     try:
         size = measure(model, fabric.precision, config.task.trains == "reward model")

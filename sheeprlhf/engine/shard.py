@@ -49,13 +49,10 @@ def sharding_strategy(cfg: FabricConfig, num_processes: int, timeout: timedelta)
         )
     if num_processes % cfg.replicas:
         raise ConfigError(f"fabric.replicas={cfg.replicas} does not divide the number of processes, {num_processes}")
-    on_cpu, backend = cfg.accelerator == "cpu" or not torch.cuda.is_available(), None
-    how: dict[str, Any] = {}
-    if cfg.precision == "bf16-mixed":
-        how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    if cfg.offload == "cpu":
-        how["offload_policy"] = CPUOffloadPolicy(pin_memory=not on_cpu)
-        backend = None if on_cpu else "cpu:gloo,cuda:nccl"  # the norm of gradients is a sum over parts on the host
+    on_cpu = cfg.accelerator == "cpu" or not torch.cuda.is_available()
+    how = sharding_options(cfg, on_cpu=on_cpu)
+    # The norm of offloaded gradients is a sum over parts on the host.
+    backend = "cpu:gloo,cuda:nccl" if cfg.offload == "cpu" and not on_cpu else None
     strategy = JoiningModelParallel(
         partial(_shard_from_files, **how),
         data_parallel_size=num_processes,
@@ -67,10 +64,20 @@ def sharding_strategy(cfg: FabricConfig, num_processes: int, timeout: timedelta)
     return strategy
 
 
+def sharding_options(cfg: FabricConfig, *, on_cpu: bool) -> dict[str, Any]:
+    """The arguments of `shard_module` for the options of `fabric`."""
+    how: dict[str, Any] = {}
+    if cfg.precision == "bf16-mixed":
+        how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    if cfg.offload == "cpu":
+        how["offload_policy"] = CPUOffloadPolicy(pin_memory=not on_cpu)
+    return how
+
+
 def _shard_from_files(module: nn.Module, mesh: Any, **how: Any) -> nn.Module:
     """Shard a module; each rank reads its rows of weights that are still in their files."""
     sources = drop_placeholders(module)
-    _shard(module, mesh, **how)
+    shard_module(module, mesh, **how)
     if not sources:
         return module
     device = "cpu" if "offload_policy" in how else mesh.device_type
@@ -88,7 +95,7 @@ def _shard_from_files(module: nn.Module, mesh: Any, **how: Any) -> nn.Module:
     return module
 
 
-def _shard(module: nn.Module, mesh: Any, **how: Any) -> nn.Module:
+def shard_module(module: nn.Module, mesh: Any, **how: Any) -> nn.Module:
     """Every block for itself, and what is around them together: weights are whole one block at a time.
 
     Heads that give a score compute in float32. A module around sharded weights of another one (an adapter's score

@@ -12,6 +12,8 @@ from sheeprlhf.structure.reward import model_sources
 from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.run import TrainConfig
 
+SHARDED = ("weights", "gradients", "optimizer", "others")  # parts of the plan that fsdp2 cuts up
+
 
 def step_plan(
     config: TrainConfig, *, device: str, size_of: Callable[..., ModelSize] = measure, holes: bool = True
@@ -35,7 +37,7 @@ def step_plan(
     )
     if isinstance(config.task, BestOfNConfig):  # it only computes forward
         parts = parts._replace(gradients=0, optimizer=0)
-    return _sharded(parts._replace(others=_others(config, size, parts.optimizer)), config, size)
+    return _sharded(parts._replace(others=_others(config, size, parts.optimizer)), config, size, device)
 
 
 def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
@@ -77,8 +79,14 @@ def ranks_of(fabric: FabricConfig) -> Ranks:
     total = (fabric.num_nodes or 1) * (
         len(devices) if isinstance(devices, list) else devices if devices != "auto" else 1
     )
-    width = 2 if fabric.precision.endswith("16-true") else 4
-    return Ranks(total, total if fabric.strategy == "fsdp2" else 1, width, width)
+    half, mixed = fabric.precision.endswith("16-true"), fabric.precision == "bf16-mixed"
+    sharded = fabric.strategy == "fsdp2"
+    return Ranks(
+        total=total,
+        shards=total // fabric.replicas if sharded else 1,
+        gather_bytes=2 if half or mixed else 4,
+        reduce_bytes=2 if half else 4,
+    )
 
 
 def passes_of_rank(config: TrainConfig, size: ModelSize) -> tuple[int, int]:
@@ -88,21 +96,27 @@ def passes_of_rank(config: TrainConfig, size: ModelSize) -> tuple[int, int]:
     return rows, math.ceil(rows / rows_of_forward(config, size)[0])
 
 
-def _sharded(parts: MemoryPlan, config: TrainConfig, size: ModelSize) -> MemoryPlan:
+def _sharded(parts: MemoryPlan, config: TrainConfig, size: ModelSize, device: str) -> MemoryPlan:
     """The plan of one of several processes that share one copy of the weights.
 
     Whole at the worst moment: the weights around the blocks, those of two blocks, the second being fetched ahead, and
     the gradients of one; with several passes in a step the gradients of all, which are reduced after the last pass.
+    The built-in sampler gathers all weights. Gathered weights are in the format of the computation already.
     """
-    ranks = ranks_of(config.fabric)
+    ranks, trains = ranks_of(config.fabric), size.trainable_numbers if parts.gradients else 0
     if ranks.shards == 1:
         return parts
-    whole = size.outside + 2 * size.block
-    gradients = (
-        size.trainable_numbers if passes_of_rank(config, size)[1] > 1 else min(size.block, size.trainable_numbers)
+    whole = size.parameters if isinstance(config.task, OnlineTaskConfig) else size.outside + 2 * size.block
+    gradients = trains if passes_of_rank(config, size)[1] > 1 else min(size.block, trains)
+    held = {name: -(-getattr(parts, name) // ranks.shards) for name in SHARDED}
+    if config.fabric.offload == "cpu" and device == "cuda":
+        held = dict.fromkeys(SHARDED, 0)
+    casts = min(size.fixed, 2 * size.parameters) if config.fabric.precision == "bf16-mixed" else 0
+    return parts._replace(
+        **held,
+        activations=parts.activations - casts,
+        gathered=whole * ranks.gather_bytes + gradients * ranks.reduce_bytes,
     )
-    held = {name: -(-getattr(parts, name) // ranks.shards) for name in ("weights", "gradients", "optimizer", "others")}
-    return parts._replace(**held, gathered=whole * ranks.gather_bytes + gradients * ranks.reduce_bytes)
 
 
 def rows_of_forward(config: TrainConfig, size: ModelSize) -> tuple[int, int]:

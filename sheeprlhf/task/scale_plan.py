@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sheeprlhf.engine.optim import build_optimizer
-from sheeprlhf.engine.shard import _shard
+from sheeprlhf.engine.shard import shard_module, sharding_options
 from sheeprlhf.model.memory import MIXED, ModelSize, build_on_meta
 from sheeprlhf.structure.rollout import BestOfNConfig
 from sheeprlhf.structure.run import ClusterConfig, DoctorConfig, TrainConfig
@@ -122,7 +122,11 @@ def dry_step(config: DoctorConfig) -> DryStep:
     module = build_on_meta(config.model, scores=config.task.trains == "reward model")[1]
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks.total)
     try:
-        mesh = torch.distributed.init_device_mesh("cpu", (ranks.shards,), mesh_dim_names=("data_parallel",))
+        replicas = ranks.total // ranks.shards
+        shape, names = ((ranks.total,), ("data_parallel",))
+        if replicas > 1:
+            shape, names = (replicas, ranks.shards), ("replicate", "shard")
+        mesh = torch.distributed.init_device_mesh("cpu", shape, mesh_dim_names=names)
         with interrupts_wait(), FakeTensorMode(allow_non_fake_inputs=True):  # cut short, it would end the process
             return _dry_step(config, module, ranks, mesh, start)
     finally:
@@ -131,7 +135,7 @@ def dry_step(config: DoctorConfig) -> DryStep:
 
 def _dry_step(config: DoctorConfig, module: nn.Module, ranks: Ranks, mesh: DeviceMesh, start: float) -> DryStep:
     _to_fake(module)
-    _shard(module, mesh)
+    shard_module(module, mesh, **sharding_options(config.fabric, on_cpu=True))
     optimizer = build_optimizer(config.optim, module, config.peak_lr())
     ids = torch.zeros(1, _TOKENS, dtype=torch.long)
     mixed = MIXED.get(config.fabric.precision)
