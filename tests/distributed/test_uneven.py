@@ -12,13 +12,16 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import sheeprlhf.engine.shard as engine_shard
 from sheeprlhf.data.sampler import cut_micro_batches
 from sheeprlhf.engine.checkpoint import NOT_THE_SAME, TrainState, restore_latest, save_checkpoint
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import set_up
+from sheeprlhf.engine.shard import gathered
 from sheeprlhf.engine.step import MicroBatch, evaluate, update
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.utils.errors import ConfigError
 from tests.unit.engine.toy import LENGTHS, Net, micro_batch, on_ranks, seed_all, toy_loss
 
 COMBINATIONS = [(rows, most) for rows in range(1, 10) for most in range(1, 5)]  # 36, each trained on and evaluated: 72
@@ -69,6 +72,17 @@ def train(_: Any, size: int, strategy: str, run_dir: Path, until: int) -> tuple[
     return began, said
 
 
+def without_room(_: Any, size: int, strategy: str) -> str:
+    """What is said where the whole weights do not fit."""
+    fabric = fabric_of(size, strategy)
+    module = fabric.setup_module(Net())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_shard, "available_memory", lambda: 2 * 110)  # half of it for each rank
+        with pytest.raises(ConfigError) as caught, gathered(fabric, module):
+            pass
+    return str(caught.value)
+
+
 def work(fabric: Any, jobs: list[tuple[Any, ...]]) -> list[Any]:
     return [function(fabric, *arguments) for function, *arguments in jobs]
 
@@ -91,7 +105,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     second = [(train, b, names[key], STEPS) for key in names if (b := key.split(" to ")[1]) != "one"]
     ones = [(train, "auto", names[key], STOP) for key in names if key.startswith("one")]
     of_one, *_ = launch(1, (all_combinations, "auto"), (train, "auto", folder / "whole", STEPS), *ones)
-    ddp, fsdp2, *began = launch(2, *((all_combinations, s) for s in STRATEGIES), *first, *second)
+    both = [(all_combinations, strategy) for strategy in STRATEGIES]
+    ddp, fsdp2, refusal, *began = launch(2, *both, (without_room, "fsdp2"), *first, *second)
     last = launch(1, *((train, "auto", names[key], STEPS) for key in names if key.endswith("one")))
     assert began[: len(first)] == [(0, [])] * len(first)
     resumed = [key for key in names if not key.endswith("one")] + [key for key in names if key.endswith("one")]
@@ -99,7 +114,24 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for key, (step, lines) in zip(resumed, [*began[len(first) :], *last], strict=True):
         assert step == STOP
         said[key] = lines
-    return {"one": of_one, "ddp": ddp, "fsdp2": fsdp2, "whole": folder / "whole", "said": said} | names
+    return {
+        "one": of_one,
+        "ddp": ddp,
+        "fsdp2": fsdp2,
+        "whole": folder / "whole",
+        "said": said,
+        "refusal": refusal,
+    } | names
+
+
+@pytest.mark.slow
+def test_weights_that_do_not_fit_one_device_are_not_gathered(found: dict[str, Any]) -> None:
+    """Net has 57 float32 parameters, of which the second rank holds 25: it lacks 128 bytes, and has 110."""
+    assert (
+        "fabric.strategy=fsdp2" in found["refusal"]
+        and "rollout=vllm" in found["refusal"]
+        and "rank 1" in found["refusal"]
+    )
 
 
 @pytest.mark.slow

@@ -119,6 +119,7 @@ BAD = [
     ("train task=sft fabric.devices=0", ["fabric.devices=0", "give a number"]),
     ("train task=sft fabric.devices='0,1'", ["number of processes"]),
     ("train task=sft fabric.strategy=dpp", ["fabric.strategy=ddp"]),
+    ("train task=sft fabric.replicas=2 fabric.offload=cpu", ["fabric.replicas=2", "fabric.offload=cpu"]),
     ("train task=sft fabric.strategy=fsdp2 fabric.precision=64-true", ["fabric.precision=32-true"]),
     ("train task=sft fabric.precision=16-true", ["fabric.precision=16-true", "bf16-mixed"]),
     ("train task=sft fabric=auto fabric.precision=16-true", ["bf16-mixed"]),
