@@ -82,7 +82,7 @@ LENGTH = {
     False: ("task.mini_batch_size=8", "task.epochs=1", "task.eval_interval=5", "task.save_interval=5"),
     True: ("task.rollout_size=14", "task.epochs=1", "task.max_num_steps=6", "task.sft_experiment_dir=null"),
 }
-NOT_OF_BEST_OF_N = tuple(f"task.{name}=" for name in sorted(BestOfNConfig.unread))
+NOT_OF_BEST_OF_N = ("optim.", *(f"task.{name}=" for name in sorted(BestOfNConfig.unread)))
 
 
 def words_of(name: str, folder: Path, target: Path) -> list[str]:
@@ -96,7 +96,7 @@ def words_of(name: str, folder: Path, target: Path) -> list[str]:
     words = train_words(folder / "model", data, target, *LENGTH[sampled], task=task)
     if task == "best_of_n":
         words = [word for word in words if not word.startswith(NOT_OF_BEST_OF_N)]
-        words += ["task.rollout_size=21", "task.num_generations=3", "data.test_split=0"]
+        words += ["task.rollout_size=21", "task.num_generations=3", 'generation.stop_strings=["a","e","\ufffd"]']
     if reward:
         words = [word for word in words if not word.startswith("reward")]
         words += ["reward=model", f"task.rm_experiment_dir={folder / 'one' / reward}"]

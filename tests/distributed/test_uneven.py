@@ -127,11 +127,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.slow
 def test_weights_that_do_not_fit_one_device_are_not_gathered(found: dict[str, Any]) -> None:
     """Net has 57 float32 parameters, of which the second rank holds 25: it lacks 128 bytes, and has 110."""
-    assert (
-        "fabric.strategy=fsdp2" in found["refusal"]
-        and "rollout=vllm" in found["refusal"]
-        and "rank 1" in found["refusal"]
-    )
+    assert all(text in found["refusal"] for text in ("fabric.strategy=fsdp2", "rollout=vllm", "rank 1"))
 
 
 @pytest.mark.slow
