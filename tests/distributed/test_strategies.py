@@ -71,10 +71,7 @@ EVALUATIONS = {  # of the run of a case
     "preference of a reward model": ("rm", "task=preference"),
     "preference of adapters": ("dpo lora", "task=preference"),
     "reward": ("dpo lora", "task=reward generation.max_new_tokens=6 reward=model task.against=start"),
-    "frontier": (
-        "grpo",
-        f"task=frontier generation.max_new_tokens=6 task.best_of=2 {SPREAD}",
-    ),
+    "frontier": ("grpo", f"task=frontier generation.max_new_tokens=6 task.best_of=2 reward=function {SPREAD}"),
 }
 IN_CI = ("sft", "rm lora", "dpo lora", "grpo lora", "ppo lora", "preference of adapters")
 # The last step of a task with a dataset has a single row, so that one of two processes has none.
