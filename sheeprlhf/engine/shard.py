@@ -243,7 +243,7 @@ def rows_of(tensor: DTensor) -> tuple[int, Tensor, bool] | None:
     Of ranks with the same rows, the first one writes them. None if the part is no run of rows.
     """
     mesh, first, owns = tensor.device_mesh, 0, True
-    local = tensor.detach().to_local()
+    local = tensor.to_local().detach()
     sharded = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
     if len(sharded) > 1 or any(type(tensor.placements[dim]) is not Shard or not tensor.ndim for dim in sharded):
         return None
@@ -270,8 +270,8 @@ def cut_like(tensor: Tensor, target: Tensor) -> Tensor:
         return distribute_tensor(on_device, target.device_mesh, target.placements, src_data_rank=None)
     first, local, _ = part
     rows = (tensor[first : first + len(local)] if local.ndim else tensor).to(local.device)
-    shape = {"shape": target.shape, "stride": target.stride()}
-    return DTensor.from_local(rows, target.device_mesh, target.placements, run_check=False, **shape)
+    mesh, placements, stride = target.device_mesh, target.placements, target.stride()
+    return DTensor.from_local(rows, mesh, placements, run_check=False, shape=target.shape, stride=stride)
 
 
 def assemble(fabric: Fabric, module: nn.Module, *, adapters: bool = False) -> None:

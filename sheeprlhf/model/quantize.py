@@ -76,10 +76,11 @@ def use_own_layers(model: PreTrainedModel, cfg: ModelConfig) -> None:
         return
     own = _layers()[cfg.quantization]
     for module in model.modules():
-        if isinstance(module, own.__base__):
+        if isinstance(module, cast(type, own.__base__)):
             module.__class__ = own
     del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
+    plain: Any = model
+    plain.hf_quantizer, plain.is_quantized = None, False
     _mark(model, cfg.quantization)
 
 
@@ -136,7 +137,7 @@ def dequantize(model: PreTrainedModel) -> None:
             full = bnb.functional.int8_vectorwise_dequant(weight.data, weight.SCB).to(dtype)
         with torch.device("meta"):
             of_gpt2 = cast(Any, layer).source_cls is Conv1D
-            new: Any = Conv1D(*full.shape) if of_gpt2 else nn.Linear(*full.shape[::-1], bias=False)
+            new: Any = Conv1D(*full.shape) if of_gpt2 else nn.Linear(full.shape[1], full.shape[0], bias=False)
         new.weight = nn.Parameter(full.T.contiguous() if of_gpt2 else full, requires_grad=False)
         new.bias = layer.bias
         model.set_submodule(name, new.train(layer.training))

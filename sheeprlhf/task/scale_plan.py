@@ -123,9 +123,8 @@ def dry_step(config: DoctorConfig) -> DryStep:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks.total)
     try:
         replicas = ranks.total // ranks.shards
-        shape, names = ((ranks.total,), ("data_parallel",))
-        if replicas > 1:
-            shape, names = (replicas, ranks.shards), ("replicate", "shard")
+        shape: tuple[int, ...] = (ranks.total,) if replicas == 1 else (replicas, ranks.shards)
+        names = ("data_parallel",) if replicas == 1 else ("replicate", "shard")
         mesh = torch.distributed.init_device_mesh("cpu", shape, mesh_dim_names=names)
         with interrupts_wait(), FakeTensorMode(allow_non_fake_inputs=True):  # cut short, it would end the process
             return _dry_step(config, module, ranks, mesh, start)
