@@ -137,7 +137,8 @@ def prepare_data(
         files = source.locate(cfg)
         notes.append(source.left_out_note(cfg, files))  # of this folder: the prepared rows may be those of another one
         if isinstance(cfg, LayoutDataConfig) and cfg.streaming:
-            notes.append(source.streaming_note(files))
+            first, *others = files["train"]
+            notes.append(f"this report is of {first.name} only: {len(others)} files are prepared during training")
             cfg, files = source.shard_of(cfg, files, shard)
         tokenize = RowTokenizer(cfg, tokenizer, kind)
         print_of_data = fingerprint(cfg, tokenize, source.content_hash(files, progress=progress), kept)

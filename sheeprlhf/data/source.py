@@ -74,14 +74,6 @@ def shard_of(cfg: LayoutDataConfig, files: Files, number: int) -> tuple[LayoutDa
     return replace(cfg, validation_split=validation, test_split=test), train
 
 
-def streaming_note(files: Files) -> str:
-    """A sentence for the data report, which is of the first file."""
-    first, *others = files["train"]
-    return (
-        f"this report is of {first.name} alone: data.streaming=true prepares {len(others)} more files during training"
-    )
-
-
 def _folder(cfg: DataConfig, *, cached: bool = False) -> Path:
     """The folder of `data.dataset_name`; of a hub dataset the snapshot, fetched if need be.
 

@@ -220,11 +220,9 @@ class RowTokenizer:
             return identified
         answers = [one for one in (*example.context, example.response) if one is not None and is_answer(one)]
         unmarked = sum(is_trained(one) is None for one in answers) if self.cfg.train_on == "weights" else 0
-        joined = _join_answers(identified, self._end_texts)
-        counts = [unmarked, *[0] * (len(joined) - 1)]
         return [
-            one._replace(example=one.example._replace(untrained=count))
-            for one, count in zip(joined, counts, strict=True)
+            one._replace(example=one.example._replace(untrained=0 if number else unmarked))
+            for number, one in enumerate(_join_answers(identified, self._end_texts))
         ]
 
     def _is_text(self, example: PreferenceExample) -> bool:

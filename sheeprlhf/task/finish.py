@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.task.memory_plan import step_plan
+from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError, DataError, ModelError, RecordError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import size_text
@@ -224,6 +226,9 @@ def log_samples(
         responses = generate_responses(policy.causal_lm(), tokenizer, prompts, cfg, with_end_token=True)
     blocks = []
     for example, response in zip(examples, responses, strict=True):
-        prompt, reference = (tokenizer.decode(ids.tolist()) for ids in (example.prompt_ids, example.responses[0]))
+        answer = example.responses[0]
+        ends = np.flatnonzero(np.isin(answer, end_token_ids(tokenizer)))  # further turns may follow the first
+        answer = answer[: ends[0] + 1] if len(ends) else answer
+        prompt, reference = (tokenizer.decode(ids.tolist()) for ids in (example.prompt_ids, answer))
         blocks.append(f"[prompt]\n{prompt}\n[model]\n{response}\n[reference]\n{reference}\n")
     run.log_text("samples", "\n".join(blocks), step)

@@ -1,5 +1,6 @@
 """Masks over the tokens of a conversation and its reasoning, against plain transformers with labels of -100."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.task.reference import sum_by_response
 from sheeprlhf.task.train.sft import sft_loss
+from sheeprlhf.utils.chat_templates import FOLDER, SUFFIX
 from sheeprlhf.utils.errors import DataError
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, piece_tokenizer, prepare, texts
 
@@ -111,6 +113,27 @@ def test_loss_and_gradient_are_those_of_plain_transformers(
         pairs = zip(policy.causal_lm().parameters(), plain.parameters(), strict=True)
         for own, other in pairs:
             assert_close(own.grad, other.grad, rtol=1e-5, atol=1e-5)
+
+
+JOINED = {"chatml": 1, "mistral": 1, "vicuna": 1, "zephyr": 1, "gemma": 3, "llama3": 3, "phi3": 3}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_the_builtin_templates(name: str, tmp_path: Path) -> None:
+    """One example if the tokenizer has the token that ends an answer; the text is that of the whole conversation."""
+    tokenizer = byte_tokenizer(template=(FOLDER / (name + SUFFIX)).read_text())
+    messages = [{key: one[key] for key in ("role", "content")} for one in talk()]
+    cfg = local(tmp_path, [{"messages": messages}], train_on="all", max_prompt_length=500, max_length=1000)
+    rows = prepare(cfg, tokenizer).splits["train"]
+    examples = rows.examples(range(len(rows)))
+    assert len(examples) == JOINED[name]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    learned = [tokenizer.decode(one.responses[0][one.masks()[0]]) for one in examples]
+    answers = [one["content"] for one in messages[1::2]]
+    assert re.sub(r"<[^>]*>|\s", "", "".join(learned)) == re.sub(r"\s", "", "".join(answers))
+    for one in examples:
+        text = tokenizer.decode([*one.prompt_ids, *one.responses[0]])
+        assert whole.startswith(text.removesuffix("<|im_end|>"))
 
 
 def test_masked_pairs_are_scored_without_their_reasoning(model_folder: ModelFolder, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ with 95 % bootstrap intervals.
 import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     task = cfg.task
     assert isinstance(task, RougeConfig)
     job = Evaluation(fabric, cfg)
+    job.data = replace(job.data, train_on="last")  # a reference is one answer
     data = job.prepare("sft")
     check_prompts(data.report, task.config_name)
     examples, texts = answer_split(job, data, task.num_samples)

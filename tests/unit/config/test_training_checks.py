@@ -19,7 +19,7 @@ REFUSED = {
     "task=dpo model.neftune_alpha=5": "task=dpo",
     "task=sft model.neftune_alpha=0": "model.neftune_alpha",
     "task=rm data.reasoning=mask": "data.reasoning=remove",
-    "task=sft data=local data.train_file=README.md data.streaming=true": "task.max_num_steps",
+    "task=sft data=hub data.dataset_name=a/b data.streaming=true": "task.max_num_steps",
     "task=dpo data=hub data.dataset_name=a/b data.streaming=true": "task=sft",
     "task=sft data=hub data.dataset_name=a/b data.streaming=true task.max_num_steps=9 task.epochs=2": "task.epochs=2",
     "task=sft data=hub data.dataset_name=a/b data.keep_shards=1": "data.keep_shards",

@@ -65,6 +65,7 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         stream.prepare(2)
 
 
+@pytest.mark.nightly
 def test_the_next_file_is_prepared_by_another_process(tmp_path: Path) -> None:
     write_files(tmp_path)
     cfg = local(tmp_path, train_file=str(tmp_path / "rows-*.jsonl"), streaming=True)
