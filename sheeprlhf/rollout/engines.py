@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -47,6 +47,18 @@ _PAGES = {"cpu": 32}  # tokens of a page of the cache of continuous batching ...
 _PAGE = 256  # ... elsewhere: what flash attention takes
 _Generated = Iterator[tuple[list[int], Iterable[np.ndarray], Iterable[np.ndarray]]]  # prompts, tokens, logprobs
 Engine = Callable[..., list[Sampled]]  # arguments as of `sample_responses`, without top_k, top_p and max_prompts
+
+
+class _GenerateArgs(NamedTuple):
+    """Arguments of an engine of transformers, as of `sample_responses`, with its settings of generation."""
+
+    model: PreTrainedModel
+    prompts: Sequence[np.ndarray]
+    uniforms: np.ndarray
+    settings: GenerationConfig
+    token_budget: int
+    stop: Stop | None
+    undefined_U: Tensor | None
 
 
 class StopStrings:
@@ -125,7 +137,7 @@ class StopStrings:
 @phase("generation")
 @torch.no_grad()
 def transformers_responses(
-    generate: Callable[..., _Generated],
+    generate: Callable[[_GenerateArgs], _Generated],
     model: PreTrainedModel,
     prompts: Sequence[np.ndarray],
     uniforms: np.ndarray,
@@ -148,7 +160,8 @@ def transformers_responses(
     settings = _settings(num_responses, num_new, temperature, end_ids)
     results: dict[int, Sampled] = {}
     with eval_mode(model), own_settings(model, settings):
-        for group, ids, logprobs in generate(model, prompts, uniforms, settings, token_budget, stop, undefined_U):
+        arguments = _GenerateArgs(model, prompts, uniforms, settings, token_budget, stop, undefined_U)
+        for group, ids, logprobs in generate(arguments):
             ended = [cut_at_end(*row, end_ids, stop) for row in zip(ids, logprobs, strict=True)]
             starts = range(0, len(ended), num_responses)
             sampled = [Sampled(*zip(*ended[start : start + num_responses], strict=True)) for start in starts]
@@ -157,16 +170,9 @@ def transformers_responses(
     return [results[index] for index in range(len(prompts))]
 
 
-def _generate(
-    model: PreTrainedModel,
-    prompts: Sequence[np.ndarray],
-    uniforms: np.ndarray,
-    settings: GenerationConfig,
-    token_budget: int,
-    stop: Stop | None,
-    undefined_U: Tensor | None,
-) -> _Generated:
+def _generate(arguments: _GenerateArgs) -> _Generated:
     """Call transformers' `generate` on prompts padded on the left, group by group."""
+    model, prompts, uniforms, settings, token_budget, stop, undefined_U = arguments
     num_responses, num_new = uniforms.shape[1:]
     lengths = [len(prompt) for prompt in prompts]
     for group in prompt_groups(lengths, num_responses, num_new, token_budget, shared=False):
@@ -184,19 +190,12 @@ def _generate(
         yield group, output[:, width:].cpu().numpy(), recorder.logprobs(output)
 
 
-def _generate_continuously(
-    model: PreTrainedModel,
-    prompts: Sequence[np.ndarray],
-    uniforms: np.ndarray,
-    settings: GenerationConfig,
-    token_budget: int,
-    stop: Stop | None,
-    undefined_U: Tensor | None,
-) -> _Generated:
+def _generate_continuously(arguments: _GenerateArgs) -> _Generated:
     """Use continuous batching, which replaces a response that has ended by the next, and knows no stop strings.
 
     Of logits that are not finite it reports no more, and without a GPU it fails in sampling.
     """
+    model, prompts, uniforms, settings, token_budget, _, undefined_U = arguments
     if not prompts:
         return
     num_responses, num_new = uniforms.shape[1:]

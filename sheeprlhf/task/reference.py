@@ -6,6 +6,7 @@ The reference is the policy before its first step, so the policy itself computes
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 from torch import Tensor, nn
 
-from sheeprlhf.agent.batches import Batches
+from sheeprlhf.agent.batches import Batches, BatchOptions
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
@@ -100,6 +101,26 @@ def reference_logprobs(
         write_file(data.folder, path.name, save({"logprobs": sums}))
     fabric.barrier()
     return sums
+
+
+def batches_with_reference(
+    fabric: Fabric,
+    task: BatchOptions,
+    module: nn.Module,
+    data: PreparedData,
+    split: str,
+    read: np.ndarray,
+    *,
+    key: str | None,
+    packed: bool,
+) -> Batches:
+    """All ranks: batches of a split's responses, with the log-probabilities of the reference; zeros without a key.
+
+    Other arguments as of `reference_logprobs`.
+    """
+    cut = partial(Batches, fabric, task, packed=packed, targets="response")
+    sums = None if key is None else reference_logprobs(fabric, module, cut(), data, split, key, read)
+    return cut(num_items=lambda batch: len(batch.row_ids), beside=partial(reference_logprobs_of, sums))
 
 
 def check_reference(

@@ -7,12 +7,11 @@ log-probabilities are computed once and kept with the data.
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, evaluate
@@ -22,13 +21,7 @@ from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import DPOConfig
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.models import with_adapters
-from sheeprlhf.task.reference import (
-    check_reference,
-    reference_key,
-    reference_logprobs,
-    reference_logprobs_of,
-    sum_by_response,
-)
+from sheeprlhf.task.reference import batches_with_reference, check_reference, reference_key, sum_by_response
 from sheeprlhf.utils.lightning import Fabric
 
 NO_REFERENCE = ("simpo", "orpo")
@@ -127,13 +120,9 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         key = reference_key(policy, cfg, packed=packed)
         policy = with_adapters(policy, cfg.model)
         module = loop.set_up(policy)
-        cut = partial(Batches, fabric, task, packed=packed, targets="response")
         has_reference = task.loss_type not in NO_REFERENCE and not task.reference_free
-
-        def with_reference(split: str, rows: np.ndarray) -> Batches:
-            sums = reference_logprobs(fabric, module, cut(), loop.data, split, key, rows) if has_reference else None
-            return cut(num_items=lambda batch: len(batch.row_ids), beside=partial(reference_logprobs_of, sums))
-
+        how: dict[str, Any] = {"key": key if has_reference else None, "packed": packed}
+        with_reference = partial(batches_with_reference, fabric, task, module, loop.data, **how)
         batches = with_reference(loop.split, loop.plan.rows_until(loop.num_steps))
         held_out = with_reference("validation", loop.held_out_rows) if loop.held_out else batches
         loop.begin(partial(batches.of, loop.rows))

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.mismatch import MismatchedSplit
 from sheeprlhf.engine.run import open_run
@@ -28,13 +27,7 @@ from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import KTOConfig
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.models import with_adapters
-from sheeprlhf.task.reference import (
-    check_reference,
-    reference_key,
-    reference_logprobs,
-    reference_logprobs_of,
-    sum_by_response,
-)
+from sheeprlhf.task.reference import batches_with_reference, check_reference, reference_key, sum_by_response
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 
@@ -141,12 +134,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         if others[loop.split].has_one_prompt:
             raise DataError("every training row has the same prompt, and KTO compares with responses to other prompts")
         splits = loop.data.splits | {f"{split}-mismatched": pairs for split, pairs in others.items()}
-        cut = partial(Batches, fabric, task, packed=packed, targets="response")
-
-        def with_reference(split: str, rows: np.ndarray) -> Batches:
-            sums = reference_logprobs(fabric, module, cut(), loop.data._replace(splits=splits), split, key, rows)
-            return cut(num_items=lambda batch: len(batch.row_ids), beside=partial(reference_logprobs_of, sums))
-
+        data = loop.data._replace(splits=splits)
+        with_reference = partial(batches_with_reference, fabric, task, module, data, key=key, packed=packed)
         own = {split: with_reference(split, rows) for split, rows in read.items()}
         mismatched = {split: with_reference(f"{split}-mismatched", rows) for split, rows in read.items()}
 
