@@ -93,9 +93,9 @@ class Bench(NamedTuple):
             f"{last.stat().st_mtime - first.stat().st_mtime:.0f} s, {peak:.1f} GB",
         )
 
-    def answers(self, model: str, name: str, count: int = 1) -> list[list[str]]:
-        """Responses of a model or a run to each evaluated prompt: the greedy one, or `count` sampled ones."""
-        rows, tokenizer = len(self.rows(name)), load_tokenizer(model)
+    def answers(self, model: str, name: str, rows: int, count: int = 1) -> list[list[str]]:
+        """Responses of a model or a run to the first `rows` prompts: the greedy one, or `count` sampled ones."""
+        tokenizer = load_tokenizer(model)
         options = {"max_length": 256, "max_prompt_length": 200, "remove_same_inputs": False}
         options["test_file"] = str(self.file(name))
         data = prepare_data(str(self.file("recall-train")), tokenizer, kind="prompts", **options)
@@ -122,10 +122,10 @@ def grpo(bench: Bench) -> list[Row]:
             asked = zip(texts, rows, strict=True)
             return np.array([instruct_data.correct(text, [row["answer"]] * len(text)) for text, row in asked])
 
-        greedy = [bench.answers(model, level) for model in (bench.model, str(bench.work / "grpo"))]
+        greedy = [bench.answers(model, level, len(rows)) for model in (bench.model, str(bench.work / "grpo"))]
         show([row["prompt"] for row in rows], *greedy)
         table.append((f"{level}, greedy", *(share(right(texts)[:, 0]) for texts in greedy)))
-        sampled = bench.answers(bench.model, level, 8)
+        sampled = bench.answers(bench.model, level, len(rows), 8)
         votes = [[Counter(map(last_number, texts)).most_common(1)[0][0]] for texts in sampled]
         table.append((f"{level}, one sample", share(right(sampled).mean(axis=1)), ""))
         table.append((f"{level}, majority of 8", share(right(votes)[:, 0]), ""))
@@ -145,13 +145,14 @@ def sft(bench: Bench) -> list[Row]:
     metrics = bench.train("sft", 10, *words)
     table = [(f"held-out {name}", *ends(metrics[f"val/{name}"])) for name in ("loss", "perplexity")]
     talks = [row["messages"] for row in bench.rows("recall-test")]
-    for turn in range(3):  # one file for each: the messages up to this answer, which is not part of the prompt
-        prompts = [talk[: 2 + 2 * turn] for talk in talks]
-        lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts]
-        bench.file(f"recall-{turn}").write_text("".join(lines))
-        texts = [bench.answers(model, f"recall-{turn}") for model in (bench.model, str(bench.work / "sft"))]
-        show(prompts, *texts)
-        exact = ([text == talk[2 + 2 * turn]["content"] for (text,), talk in zip(t, talks, strict=True)] for t in texts)
+    prompts = [talk[: 2 + 2 * turn] for turn in range(3) for talk in talks]  # up to each of the three answers
+    bench.file("recall-turns").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    both = [bench.answers(model, "recall-turns", len(prompts)) for model in (bench.model, str(bench.work / "sft"))]
+    for turn in range(3):
+        part = slice(turn * len(talks), (turn + 1) * len(talks))
+        show(prompts[part], *(texts[part] for texts in both))
+        right = [talk[2 + 2 * turn]["content"] for talk in talks]
+        exact = ([text == answer for (text,), answer in zip(texts[part], right, strict=True)] for texts in both)
         table.append((f"exact match, answer {turn + 1}", *map(share, exact)))
     return [*table, bench.cost("sft")]
 
@@ -159,7 +160,7 @@ def sft(bench: Bench) -> list[Row]:
 def preferences(bench: Bench) -> list[Row]:
     """A reward model and DPO on the same pairs of conversations."""
     kinds = ("preference-wrong", "preference-unhelpful")
-    words = [*bench.data("preference-train", *kinds), "task.mini_batch_size=16", "task.eval_at_start=true"]
+    words = [*bench.data("preference-train", *kinds), "task.mini_batch_size=8", "task.eval_at_start=true"]
     words += ["model.lora_cfg.targets=all-linear"]
     table = []
     for task, rate in (("rm", "1e-3"), ("dpo", "5e-4")):
@@ -176,7 +177,7 @@ def preferences(bench: Bench) -> list[Row]:
         before = evaluate(["task=preference", *bench.data("preference-train", kind), f"output_dir={bench.work}"])
         table.append((f"log-probability alone, accuracy, {kind}", interval(before), ""))
     rows = bench.rows("preference-wrong")
-    texts = [bench.answers(model, "preference-wrong") for model in (bench.model, str(bench.work / "dpo"))]
+    texts = [bench.answers(model, "preference-wrong", len(rows)) for model in (bench.model, str(bench.work / "dpo"))]
     show([row["prompt"] for row in rows], *texts)
     facts = [row["chosen"][0]["content"].split()[3] for row in rows]  # Your color is red. Happy to help!
     found = ([fact.lower() in text.lower() for (text,), fact in zip(t, facts, strict=True)] for t in texts)
@@ -223,7 +224,7 @@ def adapter(bench: Bench) -> list[Row]:
         after = loss(held_out).item()
     model.save_pretrained(bench.work / "peft")
     words = ["task=sft", *bench.data("recall-train", "recall-test"), f"model.adapter={bench.work / 'peft'}"]
-    words += ["task.mini_batch_size=16", "task.eval_at_start=true", "model.lora_cfg.lr=1e-3"]
+    words += ["task.mini_batch_size=8", "task.eval_at_start=true", "model.lora_cfg.lr=1e-3"]
     losses = bench.train("adapter", 6, *words)["val/loss"]
     assert abs(losses[0] - after) <= 1e-5, (losses[0], after)
     return [

@@ -93,8 +93,8 @@ SETS: dict[str, tuple[int, Callable[[random.Random], Row]]] = {  # test sets fir
     "problems-train": (1200, lambda rng: problem(rng, 1)),
     "recall-test": (24, recall),
     "recall-train": (400, recall),
-    "preference-wrong": (32, lambda rng: preference(rng, "wrong")),
-    "preference-unhelpful": (32, lambda rng: preference(rng, "unhelpful")),
+    "preference-wrong": (24, lambda rng: preference(rng, "wrong")),
+    "preference-unhelpful": (24, lambda rng: preference(rng, "unhelpful")),
     "preference-train": (400, preference),
 }
 
