@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-TOKEN_BUDGET, LENGTH, ROWS = 2048, 128, 8
-PARTS = ("gather", "reduce", "wait")
+TOKEN_BUDGET, LENGTH, ROWS = 2048, 128, 4
+SPLIT = ("compute", "gather", "reduce", "wait", "step")
 
 
 class Case(NamedTuple):
@@ -46,9 +46,10 @@ class Case(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """Median seconds of a step, and of its parts in the measurement with barriers."""
+    """Median seconds of a step, of the processor in it, and of its parts in the measurement with barriers."""
 
     step: float
+    cpu: float
     parts: dict[str, float]
 
 
@@ -68,34 +69,38 @@ def measure(fabric: Any, cases: list[Case], steps: int) -> list[Speed]:
     model = TinyConfig()
     policy, _ = load_policy(model, load_tokenizer(model), longest=512, batching="packed")
     module, optimizer = set_up(fabric, AdamWConfig(), policy, 1e-5)
-    rng, found = np.random.default_rng(fabric.global_rank), []
-    for case in cases:
+    rng = np.random.default_rng(fabric.global_rank)
+
+    def ids(length: int) -> np.ndarray:
+        return rng.integers(3, 4096, length).astype(np.int32)
+
+    def micro_batches_of(case: Case) -> list[MicroBatch]:
         prompt = case.length // 4
-        ids = lambda length: rng.integers(3, 4096, length).astype(np.int32)  # noqa: E731
-        examples = [
-            Example(row, ids(prompt), tuple(ids(case.length - prompt) for _ in range(case.group)))
-            for row in range(case.rows)
-        ]
+        responses = [tuple(ids(case.length - prompt) for _ in range(case.group)) for _ in range(case.rows)]
+        examples = [Example(row, ids(prompt), texts) for row, texts in enumerate(responses)]
         size = max(1, TOKEN_BUDGET // examples[0].num_tokens())
-        micro_batches = []
-        for first in range(0, case.rows, size):
-            batch = collate_packed(examples[first : first + size])
-            micro_batches.append(MicroBatch(batch, len(batch.target_ids_N), tuple(range(size))))
+        batches = [collate_packed(examples[first : first + size]) for first in range(0, case.rows, size)]
+        return [MicroBatch(batch, len(batch.target_ids_N), tuple(range(size))) for batch in batches]
 
-        def seconds(micro_batches: list[Any] = micro_batches) -> float:
-            start = time.perf_counter()
-            update(fabric, module, optimizer, micro_batches, sft_loss, max_grad_norm=1.0)
-            return time.perf_counter() - start
+    def seconds(micro_batches: list[MicroBatch]) -> tuple[float, float]:
+        start, cpu_start = time.perf_counter(), time.process_time()
+        update(fabric, module, optimizer, micro_batches, sft_loss, max_grad_norm=1.0)
+        return time.perf_counter() - start, time.process_time() - cpu_start
 
-        seconds()  # not counted
-        step = median(seconds() for _ in range(steps))
+    works = [micro_batches_of(case) for case in cases]
+    plain = []
+    for work in works:
+        seconds(work)  # not counted
+        plain.append([median(values) for values in zip(*(seconds(work) for _ in range(steps)), strict=True)])
+    found = []
+    for work, (step, cpu) in zip(works, plain, strict=True):
         splits = []
         for _ in range(steps if fabric.world_size > 1 else 0):
             with timed_collectives(module) as spent:
-                whole = seconds()
+                whole, _ = seconds(work)
             splits.append({**spent, "compute": whole - sum(spent.values()), "step": whole})
-        names = ("compute", *PARTS, "step")
-        found.append(Speed(step, {name: median(split.get(name, 0.0) for split in splits) for name in names if splits}))
+        parts = {name: median(split.get(name, 0.0) for split in splits) for name in SPLIT if splits}
+        found.append(Speed(step, cpu, parts))
     return found
 
 
@@ -204,43 +209,56 @@ def table(title: str, header: list[str], lines: list[list[Any]]) -> None:
 
 def of_ranks(quick: bool) -> None:
     """Weak and strong scaling."""
-    numbers, rows, steps = ((1, 2), 2, 1) if quick else ((1, 2, 4), ROWS, 5)
+    numbers, rows, steps = ((1, 2), 2, 1) if quick else ((1, 2, 4), ROWS, 3)
     [alone] = launch(1, "auto", [Case(rows)], steps)
     lines: dict[str, list[list[Any]]] = {"weak": [], "strong": []}
     for strategy in ("ddp", "fsdp2"):
         for ranks in numbers:
             speeds = [alone] * 2 if ranks == 1 else launch(ranks, strategy, [Case(rows), Case(rows // ranks)], steps)
-            for kind, speed, work in zip(lines, speeds, (ranks, 1), strict=True):
-                tokens = Case(rows).num_tokens() * work
-                parts = [round(1000 * speed.parts[name]) if speed.parts else "" for name in ("compute", *PARTS, "step")]
-                ideal = (1 if kind == "weak" else ranks) * speed.step / alone.step
-                lines[kind].append(
-                    [strategy, ranks, tokens, round(1000 * speed.step), tokens / speed.step, f"{1 / ideal:.0%}", *parts]
-                )
-    header = ["strategy", "ranks", "tokens of a step", "step ms", "tokens/s", "efficiency", "compute", *PARTS, "sum ms"]
+            for kind, speed, share in zip(lines, speeds, (ranks, 1), strict=True):
+                tokens = Case(rows).num_tokens() * share
+                efficiency = f"{tokens / speed.step / ranks / (Case(rows).num_tokens() / alone.step):.0%}"
+                parts = [milliseconds(speed.parts[name]) if speed.parts else "" for name in SPLIT]
+                whole, cpu = milliseconds(speed.step), milliseconds(speed.cpu)
+                lines[kind].append([strategy, ranks, tokens, whole, tokens / speed.step, efficiency, cpu, *parts])
+    header = [
+        "strategy",
+        "ranks",
+        "tokens",
+        "step ms",
+        "tokens/s",
+        "efficiency",
+        "CPU ms a rank",
+        *SPLIT[:-1],
+        "sum ms",
+    ]
     for kind, found in lines.items():
         table(f"{kind.capitalize()} scaling", header, found)
 
 
+def milliseconds(seconds: float) -> int:
+    """Rounded."""
+    return round(1000 * seconds)
+
+
 def of_rows(quick: bool) -> None:
     """Tokens a second of one process against rows, length and group size."""
-    steps = 1 if quick else 5
     cases = {
-        "Rows of a step": [Case(rows) for rows in ((1, 2) if quick else (1, 2, 4, 8, 16, 32, 64))],
-        "Length of a row, 4,096 tokens a step": [
-            Case(4096 // length, length) for length in ((256, 512) if quick else (32, 64, 128, 256, 512))
+        "Rows of a step": [Case(rows) for rows in ((1, 2) if quick else (1, 4, 16, 64))],
+        "Length of a row, 2,048 tokens a step": [
+            Case(2048 // length, length) for length in ((256, 512) if quick else (32, 128, 512))
         ],
-        "Responses of a prompt, 32 a step": [
-            Case(32 // group, LENGTH, group) for group in ((1, 2) if quick else (1, 2, 4, 8, 16))
+        "Responses of a prompt, 16 a step": [
+            Case(16 // group, LENGTH, group) for group in ((1, 2) if quick else (1, 4, 16))
         ],
     }
-    speeds = iter(launch(1, "auto", [case for some in cases.values() for case in some], steps))
+    speeds = iter(launch(1, "auto", [case for some in cases.values() for case in some], 1 if quick else 3))
     for title, some in cases.items():
         lines = []
         for case in some:
-            step = next(speeds).step
-            lines.append([*case, round(1000 * step), case.num_tokens() / step])
-        table(title, ["prompts", "tokens of a row", "responses", "step ms", "tokens/s"], lines)
+            speed, tokens = next(speeds), case.num_tokens()
+            lines.append([*case, milliseconds(speed.step), tokens / speed.step, tokens / speed.cpu])
+        table(title, ["prompts", "tokens of a row", "responses", "step ms", "tokens/s", "tokens/CPU s"], lines)
 
 
 def of_data(quick: bool) -> None:

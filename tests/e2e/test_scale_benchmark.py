@@ -24,8 +24,8 @@ def test_quick_tables() -> None:
         "Weak scaling": 4,
         "Strong scaling": 4,
         "Rows of a step": 2,
-        "Length of a row, 4,096 tokens a step": 2,
-        "Responses of a prompt, 32 a step": 2,
+        "Length of a row, 2,048 tokens a step": 2,
+        "Responses of a prompt, 16 a step": 2,
         "Preparation of data": 2,
         "Start-up": 2,
     }
