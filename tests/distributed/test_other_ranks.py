@@ -108,7 +108,7 @@ def test_gone_on_with(task: str, move: str, runs: tuple[Path, dict[str, Found]])
     said, rows = found[ours.name]
     assert f"going on after step {STOP}" in said
     assert len(rows) >= LAST - STOP and rows == found[expected.name].rows[-len(rows) :]  # of ppo, two updates a step
-    line = f"world_size was {before} and is {after} now: the run goes on, but not bit for bit the same"
+    line = f"world_size was {before} and is {after} now: the run continues, but not bit for bit the same"
     assert (line in said) == (before != after) and ("not bit for bit" in said) == (before != after)
     if before == after:
         assert result_of(ours) == result_of(expected)

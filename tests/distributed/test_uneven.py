@@ -164,4 +164,4 @@ def test_a_checkpoint_fits_every_strategy(moved: str, found: dict[str, Any]) -> 
     ],
 )
 def test_what_is_not_bit_for_bit_is_said(moved: str, facts: list[str], found: dict[str, Any]) -> None:
-    assert found["said"][moved] == [f"{fact} now: the run goes on, {NOT_THE_SAME}" for fact in facts]
+    assert found["said"][moved] == [f"{fact} now: the run continues, {NOT_THE_SAME}" for fact in facts]

@@ -196,7 +196,7 @@ def test_a_reward_model_judges_and_says_how_far_it_may_be_believed(
     assert (result["rm_accuracy"], result["rm_pairs"]) == (alone["accuracy"], 12) and alone["accuracy"] > 0.9
     rows = rows_of(made.sft, "reward-model-test-final")
     assert_allclose(np.mean([row["against_score"] for row in rows]), alone["score_chosen"], atol=1e-5)
-    assert "as a coin" not in capsys.readouterr().err
+    assert "chance" not in capsys.readouterr().err
     # one that prefers either response equally often
     swapped = [json.loads(line) for line in made.data.read_text().splitlines()]
     for row in swapped[::2]:

@@ -10,7 +10,7 @@ MEANT = [
     ("perplexity", ["did you mean `eval task=perplexity`?"]),
     ("OPT", ["did you mean `train task=sft model=opt`?"]),
     ("auto", ["`train task=sft model=auto` or `train task=sft fabric=auto`"]),
-    ("--cfg job eval", ["--cfg stands before the command: write `eval --cfg ...`"]),
+    ("--cfg job eval", ["write `eval --cfg ...`"]),
     ("train --mini-batch-size task=sft", ["write task.mini_batch_size=<value>"]),
     ("train --multirn task=sft", ["did you mean --multirun?"]),
     ("train -x task=sft", ["there is no flag -x; `train --help` lists all"]),

@@ -133,7 +133,7 @@ BAD: dict[str, Callable[[Path], Any]] = {
     "damaged": lambda path: path.write_bytes(b"x" * 100),
     "compressed": compressed,
     "no named tensors": lambda path: torch.save([torch.zeros(2)], path),
-    "no tensor but dict": lambda path: torch.save({"state_dict": {"w": torch.zeros(2)}}, path),
+    "not a tensor but dict": lambda path: torch.save({"state_dict": {"w": torch.zeros(2)}}, path),
     "is named": lambda path: torch.save({"a b": torch.zeros(2)}, path),
     "plain numbers": lambda path: torch.save({"w": torch.zeros(1).expand(1 << 40)}, path),
     "more than 4 times": lambda path: torch.save(dict.fromkeys(map(str, range(50)), torch.zeros(10_000)), path),

@@ -74,7 +74,7 @@ def test_the_path_is_clean_after_an_error_too(own, tmp_path):
     before = list(sys.path)
     with pytest.raises(ConfigError, match="my_broken"):
         load_function("my_broken:f", AutoRewardConfig())
-    with pytest.raises(ConfigError, match=r"is no function \(int\)"):
+    with pytest.raises(ConfigError, match=r"is not a function \(int\)"):
         load_function(f"{own}:number", AutoRewardConfig())
     with pytest.raises(ConfigError, match=r"did you mean reward: .*:brevity"):
         load_function(f"{own}:brevty", AutoRewardConfig())
@@ -148,7 +148,7 @@ def test_the_search_for_the_text_ends(monkeypatch):
         (
             ["1.0", 1.0, 1.0],
             [
-                "reward my.reward returned '1.0', which is no number, for response 1 of 3",
+                "reward my.reward returned '1.0', which is not a number, for response 1 of 3",
                 "prompt: 'one'",
                 "response: '1'",
             ],
@@ -156,7 +156,7 @@ def test_the_search_for_the_text_ends(monkeypatch):
         (
             [1.0, None, 1.0],
             [
-                "reward my.reward returned None, which is no number (give one to each response, for example 0.0 where "
+                "reward my.reward returned None, which is not a number (give one to each response, for example 0.0 where "
                 "the function does not apply), for response 2 of 3",
                 *("prompt: 'two'", "response: '2\\x1b[31m'"),
             ],
@@ -164,7 +164,7 @@ def test_the_search_for_the_text_ends(monkeypatch):
         (
             torch.ones(3, 2),
             [
-                "reward my.reward returned [1.0, 1.0], which is no number, for response 1 of 3",
+                "reward my.reward returned [1.0, 1.0], which is not a number, for response 1 of 3",
                 *("prompt: 'one'", "response: '1'"),
             ],
         ),
