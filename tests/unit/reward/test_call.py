@@ -156,8 +156,8 @@ def test_the_search_for_the_text_ends(monkeypatch):
         (
             [1.0, None, 1.0],
             [
-                "reward my.reward returned None, which is not a number (give one to each response, for example 0.0 where "
-                "the function does not apply), for response 2 of 3",
+                "reward my.reward returned None, which is not a number (give one to each response, for example 0.0 "
+                "where the function does not apply), for response 2 of 3",
                 *("prompt: 'two'", "response: '2\\x1b[31m'"),
             ],
         ),
