@@ -155,7 +155,7 @@ def gathered(fabric: Fabric, module: nn.Module) -> Iterator[None]:
 
 def _check_room(fabric: Fabric, module: nn.Module, dtype: torch.dtype | None) -> None:
     """All ranks: compare the whole weights with the free memory of the device, or of a CPU's share of the machine."""
-    missing = sum(
+    needed = sum(
         weight.numel() * (dtype or weight.dtype).itemsize
         for weight in module.parameters()
         if isinstance(weight, DTensor)
@@ -164,13 +164,14 @@ def _check_room(fabric: Fabric, module: nn.Module, dtype: torch.dtype | None) ->
         unused = torch.cuda.memory_reserved(fabric.device) - torch.cuda.memory_allocated(fabric.device)
         room = torch.cuda.mem_get_info(fabric.device)[0] + unused
     else:
-        room = (available_memory() or missing) // fabric.strategy.num_processes  # type: ignore[attr-defined]
-    missing_of, room_of = of_ranks(fabric, missing, room)
-    short = [rank for rank in range(fabric.world_size) if missing_of[rank] > room_of[rank]]
+        free = available_memory()  # None where nothing tells it
+        room = needed if free is None else free // fabric.strategy.num_processes  # type: ignore[attr-defined]
+    needed_of, room_of = of_ranks(fabric, needed, room)
+    short = [rank for rank in range(fabric.world_size) if needed_of[rank] > room_of[rank]]
     if short:
         rank = short[0]
         raise ConfigError(
-            f"fabric.strategy=fsdp2: sampling needs the whole policy on each device, {size_text(missing_of[rank])}, "
+            f"fabric.strategy=fsdp2: sampling needs the whole policy on each device, {size_text(needed_of[rank])}, "
             f"and rank {rank} has {size_text(room_of[rank])} free: give rollout=vllm, or a smaller model; training "
             "that only shows samples needs none with task.num_sample_prompts=0"
         )
