@@ -16,6 +16,7 @@ from sheeprlhf.data.encoding import encode, token_index
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.data.messages import reasoning_spans
 from sheeprlhf.data.mismatch import MismatchedSplit
+from sheeprlhf.data.store import SplitWriter, TokenizedSplit
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.task.reference import sum_by_response
@@ -166,6 +167,14 @@ def test_masks_follow_the_responses_of_unpaired_data(tmp_path: Path) -> None:
     split = prepare(local(tmp_path, rows, reasoning="mask"), tokenizer, "unpaired").splits["train"]
     found = [tokenizer.decode(one.responses[0][one.masks()[0]]) for one in split.examples(range(6))]
     assert found == ["yes<|im_end|>", "no<|im_end|>"] * 3
+    writer = SplitWriter(tmp_path / "copy.arrow")  # as a mixture copies rows
+    writer.write([split.token_row(row) for row in range(6)])
+    writer.close()
+    copied = TokenizedSplit(tmp_path / "copy.arrow")
+    assert [one.masks()[0].tolist() for one in copied.examples(range(6))] == [
+        one.masks()[0].tolist() for one in split.examples(range(6))
+    ]
+    assert copied.num_untrained() == split.num_untrained() == sum(len("<think></think>") + n for n in range(1, 4))
     mismatched = MismatchedSplit(split.file, 100)
     lent = [tokenizer.decode(one.responses[0][one.masks()[0]]) for one in mismatched.examples(range(6))]
     assert lent == [found[partner] for partner in mismatched.partners]
