@@ -127,6 +127,7 @@ class Judge:
             self._loaded[term] = model, packed, longest
         model, packed, before = self._loaded[term]
         if longest > before:
-            packed = packed and choose_packed(model, model.classifier(), **self._job.options(longest))
+            batching, say = self._cfg.task.batching, self._job.say
+            packed = packed and choose_packed(model, model.classifier(), longest=longest, batching=batching, say=say)
             self._loaded[term] = model, packed, longest
         return model, packed
