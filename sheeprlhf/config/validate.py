@@ -31,6 +31,7 @@ from sheeprlhf.structure.reward import AutoRewardConfig, RewardSourceConfig
 from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import (
     TRACKER_MODULES,
+    ClusterConfig,
     DoctorConfig,
     EvalConfig,
     FetchConfig,
@@ -61,6 +62,8 @@ def _problems(config: RootConfig) -> Iterator[str]:
             yield from problems(getattr(config, group))
     if isinstance(config, TrainConfig | EvalConfig):
         yield from _fabric_problems(config.fabric, here=not is_plan(config))
+    if isinstance(config, DoctorConfig) and config.cluster != ClusterConfig() and not is_plan(config):
+        yield unread("cluster.*", "in a plan for this machine", "cluster.memory=<GB of a device>")
     yield from _repo_problems(config)
     if isinstance(config, TrainConfig):
         yield from _train_problems(config)

@@ -9,7 +9,7 @@ from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.model.memory import MemoryPlan, ModelSize, allocator_share, measure, plan, tokens_of_forward
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.reward import model_sources
-from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig
+from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import TrainConfig
 
 SHARDED = ("weights", "gradients", "optimizer", "others")  # parts of the plan that fsdp2 cuts up
@@ -106,7 +106,8 @@ def _sharded(parts: MemoryPlan, config: TrainConfig, size: ModelSize, device: st
     ranks, trains = ranks_of(config.fabric), size.trainable_numbers if parts.gradients else 0
     if ranks.shards == 1:
         return parts
-    whole = size.parameters if isinstance(config.task, OnlineTaskConfig) else size.outside + 2 * size.block
+    samples = isinstance(config.task, OnlineTaskConfig) and not isinstance(config.rollout, VLLMRolloutConfig)
+    whole = size.parameters if samples else size.outside + 2 * size.block
     gradients = trains if passes_of_rank(config, size)[1] > 1 else min(size.block, trains)
     held = {name: -(-getattr(parts, name) // ranks.shards) for name in SHARDED}
     if config.fabric.offload == "cpu" and device == "cuda":

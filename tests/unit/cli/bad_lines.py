@@ -246,6 +246,7 @@ BAD = [
     ("inspect split=tset", ["split=tset", "split=test"]),
     ("inspect num_examples=-1", ["num_examples=-1", "0 or more"]),
     ("doctor split=test", ["no option split"]),
+    ("doctor cluster.mfu=0.5", ["cluster.*", "cluster.memory="]),
     ("fetch model=auto", ["model.repo_name"]),
     ("fetch task=sft", ["`fetch --help`"]),
     ("list modles", ["modles", "`list models`"]),

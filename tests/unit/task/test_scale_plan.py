@@ -11,7 +11,7 @@ from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig, LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamWConfig
-from sheeprlhf.structure.rollout import GRPOConfig
+from sheeprlhf.structure.rollout import GRPOConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import ClusterConfig, DoctorConfig
 from sheeprlhf.structure.task import RMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.task.memory_plan import passes_of_rank, step_plan
@@ -113,7 +113,12 @@ def test_several_passes_keep_whole_gradients_and_gather_again() -> None:
         assert traffic(config, size, passes=passes[1]).gather == pytest.approx(46.25e9 * passes[1], rel=1e-3)
     assert gathered[1] - gathered[0] == 4 * (size.parameters - size.block)
     groups = GRPOConfig(num_generations=8, mini_batch_size=128, micro_batch_size=8, token_budget=10**6)
-    assert passes_of_rank(config_of(AutoModelConfig(), 8, groups), size) == (2, 2)
+    config = config_of(AutoModelConfig(), 8, groups)
+    assert passes_of_rank(config, size) == (2, 2)
+    sampled = step_plan(config, device="cuda", size_of=lambda *_: size).gathered
+    config.rollout = VLLMRolloutConfig()
+    served = step_plan(config, device="cuda", size_of=lambda *_: size).gathered
+    assert sampled - served == 4 * (size.parameters - size.outside - 2 * size.block)  # a server samples: no gather
 
 
 @pytest.mark.parametrize(
