@@ -7,7 +7,6 @@ log-probabilities are computed once and kept with the data.
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,12 +116,12 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         loop = TrainLoop(fabric, run)
         policy, packed = loop.load_policy()
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
-        key = reference_key(policy, cfg, packed=packed)
+        key: str | None = reference_key(policy, cfg, packed=packed)
         policy = with_adapters(policy, cfg.model)
         module = loop.set_up(policy)
         has_reference = task.loss_type not in NO_REFERENCE and not task.reference_free
-        how: dict[str, Any] = {"key": key if has_reference else None, "packed": packed}
-        with_reference = partial(batches_with_reference, fabric, task, module, loop.data, **how)
+        key = key if has_reference else None
+        with_reference = partial(batches_with_reference, fabric, task, module, loop.data, key=key, packed=packed)
         batches = with_reference(loop.split, loop.plan.rows_until(loop.num_steps))
         held_out = with_reference("validation", loop.held_out_rows) if loop.held_out else batches
         loop.begin(partial(batches.of, loop.rows))
