@@ -13,6 +13,7 @@ from sheeprlhf.config.processes import LIGHTNING_OPTIONS
 from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.engine.ranks import JoiningDDP
 from sheeprlhf.engine.shard import sharding_strategy
+from sheeprlhf.model.file_weights import drop_placeholders
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.launchers import Launched, launched, meeting_host, meeting_port
@@ -126,6 +127,7 @@ def place(fabric: Fabric, module: nn.Module) -> None:
 
     It is not wrapped for several processes: it would get buckets for gradients, and frozen adapters are refused.
     """
+    drop_placeholders(module)
     to_device(fabric, fabric.strategy.precision.convert_module(module))
 
 

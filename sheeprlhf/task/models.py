@@ -196,6 +196,7 @@ def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int
     cfg, task = run.cfg, run.cfg.task
     assert isinstance(task, OnlineTaskConfig)
     how: LoadOptions = {"longest": longest, "batching": task.batching, "say": run.say}
+    how["in_files"] = cfg.fabric.strategy == "fsdp2"
     policy, packed = load_initial_policy(cfg.model, *initial_run(task), tokenizer, **how)
     policy = with_adapters(policy, cfg.model)
     policy.exclude_undefined(tokenizer)
@@ -355,6 +356,7 @@ def load_separate_reward_model(
     task = cfg.task
     assert isinstance(task, OnlineTaskConfig | ScoredConfig)
     how: LoadOptions = {"longest": longest, "batching": task.batching, "say": say}
+    how["in_files"] = cfg.fabric.strategy == "fsdp2"
     run_dir, folder, model = reward_model_source(cfg, term)
     if folder is not None:
         say(f"reward model: {folder}")

@@ -89,7 +89,8 @@ class Evaluation:
 
     def options(self, longest: int) -> LoadOptions:
         """Options of the functions that load a model, for sequences of up to `longest` tokens."""
-        return {"longest": longest, "batching": self.cfg.task.batching, "say": self.say}
+        task, in_files = self.cfg.task, self.cfg.fabric.strategy == "fsdp2"
+        return {"longest": longest, "batching": task.batching, "say": self.say, "in_files": in_files}
 
     def load_policy(self, longest: int, weights: str | None = None) -> tuple[Policy, bool]:
         """Load the evaluated policy, by default its `task.model_name` weights; tell whether its batches are packed."""
