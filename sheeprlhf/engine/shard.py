@@ -6,6 +6,7 @@ forward to its end, and again in its backward. All ranks take part in each of th
 functions. Without fsdp2 they do nothing.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -61,6 +62,8 @@ def sharding_strategy(cfg: FabricConfig, num_processes: int, timeout: timedelta)
         timeout=timeout,
     )
     strategy.replicas = cfg.replicas
+    # Weights that are still in their files are on no device, and torch moves the parts itself.
+    warnings.filterwarnings("ignore", message=r"The model passed to `Fabric\.setup\(\)` has \d+ parameters on")
     return strategy
 
 
