@@ -141,7 +141,7 @@ def last_number(text: str) -> str:
 def sft(bench: Bench) -> list[Row]:
     """Conversations of three answers, all of which are trained on."""
     words = ["task=sft", *bench.data("recall-train", "recall-test"), "data.train_on=all", "task.eval_at_start=true"]
-    words += ["task.mini_batch_size=24", "model.lora_cfg.targets=all-linear", "model.lora_cfg.lr=1e-3"]
+    words += ["task.mini_batch_size=8", "model.lora_cfg.targets=all-linear", "model.lora_cfg.lr=1e-3"]
     metrics = bench.train("sft", 10, *words)
     table = [(f"held-out {name}", *ends(metrics[f"val/{name}"])) for name in ("loss", "perplexity")]
     talks = [row["messages"] for row in bench.rows("recall-test")]
