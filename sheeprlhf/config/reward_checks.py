@@ -40,6 +40,7 @@ from sheeprlhf.structure.rollout import (
     GRPOConfig,
     OnlineTaskConfig,
     PPOConfig,
+    RatioTaskConfig,
     ReinforcePPConfig,
     VLLMRolloutConfig,
 )
@@ -326,6 +327,8 @@ def _server_problems(config: TrainConfig, rollout: VLLMRolloutConfig) -> Iterato
             yield f"model.lora_cfg.{name} is not supported by the adapters of vLLM: give model.lora_cfg.{fix}"
     if has_adapter and model.resize_embeddings:
         yield "model.resize_embeddings=true is not supported by the adapters of vLLM: give model.finetune_mode=ALL"
+    if rollout.max_staleness and not isinstance(config.task, RatioTaskConfig):
+        yield unread(f"rollout.max_staleness={rollout.max_staleness}", f"by task={config.task.config_name}")
     if model.quantization is not None:
         yield f"model.quantization={model.quantization} is not supported by rollout=vllm: remove it"
     if config.generation.engine != GenConfig.engine:

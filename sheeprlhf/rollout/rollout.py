@@ -53,6 +53,8 @@ from sheeprlhf.utils.rendering import render_chat
 JUDGE_FAILURES = "objective/judge_failures"  # responses of a rollout that the judge gave no score
 _MAX_SHOWN_ROWS = 20
 _HALF_PRECISION_ERROR = 0.1  # nats a token: bf16 rounds logits of 20 to eighths, in another order with a cache
+_MAX_IMPORTANCE = 2.0  # of a token that was sampled with older weights
+_PROBED_PROMPTS = 8  # whose responses show that servers have the weights
 _NEW_LINE = "\n"  # in place of a prompt whose ids are known
 
 
@@ -290,6 +292,8 @@ class RolloutCollector:
         self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
         self.policy, self._reference, self._reward_models, self._packed = policy, reference, rewards, packed
         self._columns, self.servers = columns, servers
+        self._version_of = 0  # the rollout before whose updates the servers got their weights
+        self._ahead_of: dict[int, int] = {}  # the same for each rollout that is sampled ahead
         self._stop = StopStrings(cfg.generation.stop_strings, tokenizer)
         self._model_scores: dict[str, list[float]] = {}
         model_scores = {source: lambda *_, source=source: self._model_scores[source] for source in rewards}
@@ -320,18 +324,22 @@ class RolloutCollector:
             RolloutServerError: the servers fail; on all ranks.
         """
         # 1. sample
+        staleness = self._updates_since(number)
         rollout = to_rollout(prompts, self._sample(prompts, number, group))
         # 2. log-probabilities of the policy and the reference
         old_N = rollout.flat("sampled")
-        if (
-            self._cfg.fabric.precision != "32-true" or self.servers is not None
-        ):  # the sampler's differ from the update's
+        # Those of a server, and in half precision the sampler's, differ from those that the update computes.
+        if self.servers is not None or self._cfg.fabric.precision != "32-true":
             old_N = self.logprobs(self.policy, rollout, "log-probabilities")
         rollout = rollout.with_tokens(logprobs=old_N, reference=self.logprobs(self._reference, rollout, "reference"))
         check_finite(rollout, "validation" if validates else "training")
-        found = (
-            {} if self.servers is None else self.servers.check(rollout.tokens["sampled"], rollout.tokens["logprobs"])
-        )
+        found: dict[str, float] = {}
+        if staleness:
+            weights_N = (old_N - rollout.flat("sampled")).exp().clamp(max=_MAX_IMPORTANCE)
+            rollout = rollout.with_tokens(importance=weights_N)
+            found = {"rollout/staleness": float(staleness), "rollout/importance": float(weights_N.mean())}
+        elif self.servers is not None:
+            found = self.servers.check(rollout.tokens)
         # 3. decode and score
         texts = decode_rollout(rollout, prompts, self._tokenizer, self._stop)
         columns = {name: values for name, values in texts.columns.items() if name in self._columns}
@@ -348,8 +356,9 @@ class RolloutCollector:
         shape = (len(prompts), group or task.num_generations, cfg.max_new_tokens)
         uniforms = sampling_uniforms(self._cfg.seed, number, shape)
         if self.servers is not None:
-            self.servers.write_weights()
-            return self.servers.sample([prompt.prompt_ids for prompt in prompts], uniforms)
+            if not self.servers.is_ahead(number):
+                self.servers.write_weights()
+            return self.servers.sample([prompt.prompt_ids for prompt in prompts], uniforms, number)
 
         def sample(mine: list[int], progress: Callable[[int], object]) -> list[Sampled]:
             return ENGINES[cfg.engine](
@@ -366,6 +375,35 @@ class RolloutCollector:
             )
 
         return sample_on_all_ranks(fabric, self.policy, sample, *shape[:2], "sampling")
+
+    def sample_ahead(self, later: Sequence[tuple[int, list[Example]]], number: int) -> None:
+        """All ranks: let servers sample later rollouts, of these numbers and prompts, while rollout `number` is used.
+
+        Idle servers get the policy's weights first, and their log-probabilities of a few responses are checked.
+
+        Raises:
+            RolloutServerError: the servers fail, or compute other log-probabilities.
+        """
+        servers, task = self.servers, self._cfg.task
+        later = [one for one in later if servers is not None and not servers.is_ahead(one[0])]
+        if not later or servers is None:
+            return
+        assert isinstance(task, OnlineTaskConfig)
+        shape = (task.num_generations, self._cfg.generation.max_new_tokens)
+        if servers.is_idle():
+            servers.write_weights()
+            self._version_of, rows = number, later[0][1][:_PROBED_PROMPTS]
+            uniforms = sampling_uniforms(self._cfg.seed, later[0][0], (len(rows), 1, shape[1]))
+            probe = to_rollout(rows, servers.sample([row.prompt_ids for row in rows], uniforms))
+            servers.check(probe.with_tokens(logprobs=self.logprobs(self.policy, probe, "check of servers")).tokens)
+        for other, prompts in later:
+            self._ahead_of[other] = self._version_of
+            uniforms = sampling_uniforms(self._cfg.seed, other, (len(prompts), *shape))
+            servers.sample_ahead([prompt.prompt_ids for prompt in prompts], uniforms, other)
+
+    def _updates_since(self, number: int) -> int:
+        """Return how many rollouts were learnt from since the weights of a rollout that was sampled ahead; else 0."""
+        return number - self._ahead_of.pop(number, number)
 
     def _scores(self, rollout: Rollout, validates: bool) -> list[float]:
         for source, (model, exchange) in self._reward_models.items():

@@ -13,8 +13,10 @@ import asyncio
 import hashlib
 import json
 import secrets
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from sheeprlhf.security.files import read_small
 from sheeprlhf.structure.rollout import BestOfNConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
-from sheeprlhf.utils.errors import Notify, RolloutMismatchError, RolloutServerError
+from sheeprlhf.utils.errors import ModelError, Notify, RolloutMismatchError, RolloutServerError
 from sheeprlhf.utils.folders import discard, remove_marked, writing_errors, written_folder
 from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.http import client, describe
@@ -49,6 +51,8 @@ _MAX_FAILED_LOADS = 3  # a server that cannot load the weights so many times has
 _NO_BIAS = -100.0  # the lowest that vLLM takes: a probability below 1e-43
 _BYTES_PER_TOKEN = 256  # of an answer
 _MAX_CONFIG_BYTES = 1 << 20
+
+_Answer = tuple[list[Sampled], list[str]]  # of each prompt: its responses, and the server that gave them
 
 
 class RolloutServers:
@@ -84,6 +88,9 @@ class RolloutServers:
         self._run, self._number = secrets.token_hex(4), 0
         self._failed_loads = dict.fromkeys(self._urls, 0)
         self._answered: list[str] = []  # the server of each prompt of the newest rollout
+        self._problem: ModelError | None = None  # in writing the weights, on rank zero
+        self._ahead: dict[int, Future[_Answer]] = {}  # of rollouts that are sampled in the background
+        self._turn = threading.Lock()  # of the one that samples
         undefined = [] if policy.undefined_U is None else policy.undefined_U.tolist()
         self._sampling = {  # every number whose default a server may take from a model's files
             "temperature": cfg.generation.temperature,
@@ -103,11 +110,12 @@ class RolloutServers:
     def write_weights(self) -> None:
         """All ranks: write the weights that the next rollout is sampled with, as a new version.
 
-        Raises:
-            ModelError: the folder cannot be written.
+        Rollouts that are sampled in the background are finished first.
         """
         if self._number and isinstance(self._cfg.task, BestOfNConfig):  # which trains nothing
             return
+        if self._fabric.is_global_zero:
+            wait(self._ahead.values())
         self._number += 1
         model, base = self._policy.model, self._policy.causal_lm()
         if not isinstance(model, PeftModel) or self._number == 1:
@@ -123,12 +131,15 @@ class RolloutServers:
         if not self._fabric.is_global_zero:
             return
         folder = self._folder / name
-        with writing_errors(f"the weights for rollout servers cannot be written to {folder}", "free space there"):
-            make_folders(folder.parent)
-            with written_folder(folder) as new:
-                write(new)
-                if folder.exists():
-                    discard(folder)
+        try:
+            with writing_errors(f"the weights for rollout servers cannot be written to {folder}", "free space there"):
+                make_folders(folder.parent)
+                with written_folder(folder) as new:
+                    write(new)
+                    if folder.exists():
+                        discard(folder)
+        except ModelError as error:
+            self._problem = error  # of which the other ranks hear in `sample`
 
     def remove_weights(self) -> None:
         """All ranks, after the last rollout: remove what was written for the servers."""
@@ -137,28 +148,60 @@ class RolloutServers:
                 remove_marked(self._folder / name)
             remove_marked(self._folder)
 
-    def sample(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray) -> list[Sampled]:
+    def sample(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray, number: int | None = None) -> list[Sampled]:
         """All ranks: return the responses to every prompt, sampled with the newest weights that were written.
 
-        The first of a prompt's (K, most new tokens) uniform numbers is its seed.
+        Args:
+            prompts: token ids of each.
+            uniforms: (prompts, K, most new tokens) numbers in [0, 1); the first of a prompt is its seed.
+            number: of a rollout that may have been sampled in the background.
 
         Raises:
             RolloutServerError: no server has answered for `rollout.timeout` seconds, or one cannot do what is asked.
+            ModelError: the weights could not be written.
         """
-        found: tuple[list[Sampled], list[str]] | RolloutServerError = ([], [])
+        found: _Answer | RolloutServerError | ModelError = ([], [])
+        ahead = self._ahead.pop(number, None) if number is not None else None
         if self._fabric.is_global_zero:
             try:
-                found = asyncio.run(self._sample(prompts, uniforms))
-            except RolloutServerError as error:
+                if self._problem is not None:
+                    raise self._problem
+                found = asyncio.run(self._sample(prompts, uniforms)) if ahead is None else ahead.result()
+            except (RolloutServerError, ModelError) as error:
                 found = error
         found = self._fabric.broadcast(found)
-        if isinstance(found, RolloutServerError):  # on all ranks: none waits for the others
+        if isinstance(found, RolloutServerError | ModelError):  # on all ranks: none waits for the others
             raise found
         sampled, self._answered = found
         return sampled
 
-    def check(self, sampled_S: Sequence[np.ndarray], trained_S: Sequence[np.ndarray]) -> dict[str, float]:
-        """Compare log-probabilities by servers and trainer, an array for each prompt of the newest rollout.
+    def sample_ahead(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray, number: int) -> None:
+        """All ranks: let rank zero sample a later rollout in the background; `sample` returns it."""
+        future = self._ahead[number] = Future[_Answer]()
+
+        def work() -> None:
+            with self._turn:
+                try:
+                    future.set_result(asyncio.run(self._sample(prompts, uniforms)))
+                except BaseException as error:
+                    future.set_exception(error)
+
+        if self._fabric.is_global_zero:
+            threading.Thread(target=work, daemon=True).start()
+
+    def is_ahead(self, number: int) -> bool:
+        """Return whether a rollout is sampled in the background, or was and has not been taken."""
+        return number in self._ahead
+
+    def is_idle(self) -> bool:
+        """All ranks: return whether nothing is sampled in the background now."""
+        return bool(self._fabric.broadcast(all(future.done() for future in self._ahead.values())))
+
+    def check(self, tokens: Mapping[str, Sequence[np.ndarray]]) -> dict[str, float]:
+        """Compare log-probabilities of the newest rollout by the servers ("sampled") and the trainer ("logprobs").
+
+        Args:
+            tokens: by name, for each prompt the numbers of its responses' tokens, nats.
 
         Returns:
             Metrics: the largest mean difference of a prompt's responses, and the largest of a token.
@@ -166,7 +209,7 @@ class RolloutServers:
         Raises:
             RolloutMismatchError: the first is more than `rollout.tolerance`.
         """
-        apart = [np.abs(one - other) for one, other in zip(sampled_S, trained_S, strict=True)]
+        apart = [np.abs(one - other) for one, other in zip(tokens["sampled"], tokens["logprobs"], strict=True)]
         means = [float(one.mean()) for one in apart]
         worst, limit = int(np.argmax(means)), self._options.max_difference(self._cfg.fabric.precision)
         if not means[worst] <= limit:
@@ -181,10 +224,10 @@ class RolloutServers:
             "rollout/server_difference_max": float(max(map(np.max, apart))),
         }
 
-    async def _sample(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray) -> tuple[list[Sampled], list[str]]:
+    async def _sample(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray) -> _Answer:
         found: dict[int, tuple[Sampled, str]] = {}
         failed: dict[str, str] = {}  # the newest reason of each server that has failed
-        wait, limit, since = _FIRST_WAIT, self._options.timeout, time.monotonic()
+        pause, limit, since, said = _FIRST_WAIT, self._options.timeout, time.monotonic(), ""
         with tqdm(total=uniforms[..., 0].size, desc="sampling", leave=False, disable=None) as bar:
 
             async def ask(url: str, rows: list[int]) -> None:
@@ -218,15 +261,17 @@ class RolloutServers:
                     break
                 problem = "; ".join(f"{url}: {reason}" for url, reason in failed.items())
                 if len(found) > before:
-                    since, wait = time.monotonic(), _FIRST_WAIT
-                elif time.monotonic() - since + wait > limit:
+                    since, pause = time.monotonic(), _FIRST_WAIT
+                elif time.monotonic() - since + pause > limit:
                     raise RolloutServerError(
                         f"rollout.urls: no server has answered for rollout.timeout={limit:g} s ({problem}): start the "
                         "servers again, then go on with resume=true"
                     )
-                self._say(f"warning: rollout server {problem}: asking again")
-                await asyncio.sleep(wait)
-                wait = min(2 * wait, _LONGEST_WAIT)
+                if problem != said:
+                    self._say(f"warning: rollout server {problem}: asking again")
+                said = problem
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _LONGEST_WAIT)
         return [found[row][0] for row in range(len(prompts))], [found[row][1] for row in range(len(prompts))]
 
     async def _prepare(self, url: str) -> str | None:

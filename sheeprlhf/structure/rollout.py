@@ -295,6 +295,14 @@ class VLLMRolloutConfig(RolloutSourceConfig):
         above=0.0,
     )
 
+    max_staleness: int = option(
+        0,
+        "Sample up to so many rollouts ahead while training goes on, with the weights of that time; their tokens get "
+        "truncated importance weights. 0: every rollout is sampled with the newest weights.",
+        unit="rollouts",
+        minimum=0,
+    )
+
     def max_difference(self, precision: str) -> float:
         """The tolerance, in nats a token."""
         return self.tolerance or (1e-3 if precision == "32-true" else 0.2)

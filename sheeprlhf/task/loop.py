@@ -379,6 +379,12 @@ class RolloutLoop:
             began = time.perf_counter()
             with self._saved_at_server_errors():
                 rollout = self.collect(self.rows.examples(prompts.rows_of_step(number).tolist()), number)
+                last = min(number + getattr(run.cfg.rollout, "max_staleness", 0), num_rollouts - 1)
+                later = [
+                    (other, self.rows.examples(prompts.rows_of_step(other).tolist()))
+                    for other in range(number + 1, last + 1)
+                ]
+                self.collect.sample_ahead(later, number)
             iteration = Iteration(self, number, plan, rollout)
             iteration.log(iteration.metrics | {"time/rollout": time.perf_counter() - began})
             if number == 0 and task.self_check != "off":
@@ -464,6 +470,11 @@ class Iteration:
             NonFiniteError: something in the rollout is not finite.
         """
         check_finite(rollout)
+        if rollout.tokens.keys() >= {
+            "advantages",
+            "importance",
+        }:  # arXiv 2505.24298: weights of older samples, truncated
+            rollout = rollout.with_tokens(advantages=rollout.flat("advantages") * rollout.flat("importance"))
         if "advantages" in rollout.tokens:  # the same rows; not the pairs of online DPO
             self.rollout = rollout
         loop, cfg, task = self._loop, self._loop.run.cfg, self._loop.run.cfg.task

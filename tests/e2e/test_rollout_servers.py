@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sheeprlhf.assets
 from sheeprlhf.rollout.server import RolloutServers
+from tests.support.jobs import JobServer
 from tests.support.runs import digests, exit_code, figures, rejected, train, train_words, write_rows
 from tests.support.vllm_server import vllm_server
 
@@ -53,6 +57,48 @@ def test_a_run_stops_without_a_server_and_goes_on_where_it_was(tmp_path: Path, m
         assert digests(tmp_path / "run" / "final") == digests(whole / "final")
 
 
+def test_sampling_ahead_weighs_tokens_by_importance(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Rollout 1 is sampled with the weights of rollout 0, which are the reference's, and used after an iteration."""
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    ahead = ["rollout.max_staleness=1", "task.save_rollouts=3", "optim.lr=1e-2", "generation.temperature=0.5"]
+    with vllm_server(model) as server:
+        run_dir = train(model, data, tmp_path / "run", *words(server.url, *ahead), task="grpo")
+    found = figures(run_dir)
+    assert found["rollout/staleness"] == [1.0, 1.0]
+    rollouts = [pq.read_table(path).to_pydict() for path in sorted((run_dir / "rollouts").iterdir())]
+    assert "importance" not in rollouts[0]
+    for number in (1, 2):
+        rows = rollouts[number]
+        sampled, logprobs, reference, importance, advantages = (
+            [np.array(row) for row in rows[name]]
+            for name in ("sampled", "logprobs", "reference", "importance", "advantages")
+        )
+        apart = max(np.abs(a - b).max() for a, b in zip(sampled, reference, strict=True))
+        assert (apart < 1e-5) == (number == 1)
+        for old, new, weight, advantage in zip(sampled, logprobs, importance, advantages, strict=True):
+            np.testing.assert_allclose(weight, np.minimum(np.exp(new - old), 2.0), rtol=1e-5)
+            np.testing.assert_allclose(advantage, weight * (advantage / weight).mean(), rtol=1e-4)
+        assert found["rollout/importance"][number - 1] == pytest.approx(np.concatenate(importance).mean(), rel=1e-5)
+    assert max(np.abs(np.concatenate(rollouts[1]["importance"]) - 1)) > 1e-3
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path, model_folder: ModelFolder, server: JobServer) -> None:
+    """Rank zero alone asks; both learn from the same responses."""
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    with vllm_server(model) as served:
+        more = words(served.url, "task.max_num_steps=8", "reward.path=tests.support.rewards:spread")
+        job = server.start_ranks(train_words(model, data, tmp_path / "two", *more, task="grpo"), tmp_path / "log", 2)
+        assert job.wait(300) == 0, job.text()
+        asked = served.requests.count(GENERATE)
+        one = train(model, data, tmp_path / "one", *more, task="grpo")
+        assert served.requests.count(GENERATE) == 2 * asked
+    for tag in ("objective/scores", "objective/kl", "loss/policy", "val/scores"):
+        assert figures(tmp_path / "two")[tag] == pytest.approx(figures(one)[tag], abs=1e-5), tag
+    weights = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path / "two", one))
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
+
+
 def test_problems_are_found_before_a_model_is_loaded(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +121,8 @@ def test_problems_are_found_before_a_model_is_loaded(
     )
     for key in ("rollout.sync=folder", "model.lora_cfg.use_dora", "model.lora_cfg.modules_to_save"):
         assert key in found, key
+    ahead = ["rollout=vllm", "rollout.urls=[http://127.0.0.1:9]", "rollout.max_staleness=1"]
+    assert "rollout.max_staleness=1" in problems(*ahead, task="online_dpo")
     assert "rollout=vllm" in problems("rollout=vllm", "rollout.urls=[http://127.0.0.1:9]", task="sft")
     assert "http://127.0.0.1:9:" in problems("rollout=vllm", "rollout.urls=[http://127.0.0.1:9]")
     with vllm_server(model) as server:

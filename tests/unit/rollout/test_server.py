@@ -67,7 +67,8 @@ class Client(SimpleNamespace):
         return found
 
     def check(self, sampled: list[Sampled]) -> dict[str, float]:
-        return self.servers.check([np.concatenate(one.logprobs) for one in sampled], self.trained(sampled))
+        own = [np.concatenate(one.logprobs) for one in sampled]
+        return self.servers.check({"sampled": own, "logprobs": self.trained(sampled)})
 
 
 _RNG = np.random.default_rng(1)
