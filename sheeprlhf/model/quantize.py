@@ -78,6 +78,9 @@ def use_own_layers(model: PreTrainedModel, cfg: ModelConfig) -> None:
     for module in model.modules():
         if isinstance(module, cast(type, own.__base__)):
             module.__class__ = own
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.clone()  # a part of a mapped file keeps the whole file in memory
     del model.config.quantization_config
     plain: Any = model
     plain.hf_quantizer, plain.is_quantized = None, False
