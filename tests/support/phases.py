@@ -19,7 +19,7 @@ _PLACES = [  # where each begins and ends; inside one, no other is told
     ("save", "sheeprlhf.engine.run", "Run.save"),
     ("final folder", "sheeprlhf.task.finish", "write_folder"),
     ("final folder", "sheeprlhf.task.finish", "write_model"),
-    ("all-reduce", "sheeprlhf.engine.step", "_of_ranks"),
+    ("all-reduce", "sheeprlhf.engine.step", "of_ranks"),
     ("all-reduce", "sheeprlhf.engine.step", "_reduce"),
 ]
 _PLACES_OF_TASK = {
