@@ -57,6 +57,7 @@ CASES = {
     "grpo": Case("grpo", own=(*FSDP2, *ONE_ROW)),
     "grpo lora": Case("grpo", LORA, reward="rm lora"),
     "rloo": Case("rloo", reward="rm"),
+    "reinforce_pp": Case("reinforce_pp"),
     "online_dpo": Case("online_dpo"),
     "best_of_n": Case("best_of_n", reward="rm"),
     "ppo": Case("ppo", own=(*FSDP2, *ONE_ROW), reward="rm"),
