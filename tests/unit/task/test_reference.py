@@ -165,7 +165,7 @@ def test_the_key_tells_architectures_and_adapters_apart(tmp_path: Path, model_fo
     """Equal weights compute other log-probabilities with another window, and with an adapter beside them."""
     folder = model_folder("mistral")
     cfg: Any = SimpleNamespace(
-        model=AutoModelConfig(repo_name=str(folder)), fabric=SimpleNamespace(precision="32-true")
+        model=AutoModelConfig(repo_name=str(folder)), fabric=SimpleNamespace(precision="32-true", strategy="auto")
     )
 
     def key(**options: Any) -> str:
