@@ -28,6 +28,7 @@ import numpy as np
 from sheeprlhf.config.registry import datasets_of
 from sheeprlhf.data import source, store
 from sheeprlhf.data.duplicates import FEWEST_FREQUENT, FrequentPrompts, SeenDigests
+from sheeprlhf.data.hub_files import download
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.mixture import name_in_mixture, numbered_parts, write_mixture
 from sheeprlhf.data.progress import progress_bar
@@ -140,6 +141,8 @@ def prepare_data(
             first, *others = files["train"]
             notes.append(f"this report is of {first.name} only: {len(others)} files are prepared during training")
             cfg, files = source.shard_of(cfg, files, shard)
+            if source.streams_from_hub(cfg):
+                download(cfg, [file for of_split in files.values() for file in of_split])
         tokenize = RowTokenizer(cfg, tokenizer, kind)
         print_of_data = fingerprint(cfg, tokenize, source.content_hash(files, progress=progress), kept)
         build = partial(_build, cfg, tokenize, files, progress, kept)

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeGuard
 
 from sheeprlhf.config.path_checks import (
     COMPRESSIONS,
@@ -26,6 +26,7 @@ from sheeprlhf.config.path_checks import (
     split_of_name,
     unread_files,
 )
+from sheeprlhf.data.hub_files import listed_folder
 from sheeprlhf.data.progress import progress_bar
 from sheeprlhf.security.files import read_small, real_file
 from sheeprlhf.structure.data import DataConfig, HubDataConfig, LayoutDataConfig, LocalDataConfig
@@ -96,6 +97,8 @@ def _folder(cfg: DataConfig, *, cached: bool = False) -> Path:
         return folder
     if "/" not in name or not is_hub_id(name):
         raise DataError(f"data.dataset_name={name} is neither a folder nor a hub id (owner/name): give one of them")
+    if streams_from_hub(cfg):
+        return listed_folder(cfg, CARD)
     patterns = [f"*{kind}{end}" for kind in _kinds(cfg) for end in ("", *COMPRESSIONS)]
     if isinstance(cfg, HubDataConfig):  # only its subset: all files may be larger than the disk
         inside, of_splits = _subset(snapshot(name, cfg.revision, [CARD], cached=cached), cfg.subset)
@@ -103,6 +106,11 @@ def _folder(cfg: DataConfig, *, cached: bool = False) -> Path:
         named += [pattern.replace("**/", "") for pattern in named] or ([f"{inside}/*"] if inside else [])
         patterns = [CARD, *(named or patterns)]
     return snapshot(name, cfg.revision, patterns, cached=cached)
+
+
+def streams_from_hub(cfg: DataConfig) -> TypeGuard[HubDataConfig]:
+    """True if the files are downloaded one by one, while the run trains."""
+    return isinstance(cfg, HubDataConfig) and cfg.streaming and not os.path.isdir(expand_home(str(cfg.dataset_name)))
 
 
 def _kinds(cfg: DataConfig) -> tuple[str, ...]:
@@ -134,7 +142,7 @@ def splits_of_subset(folder: Path, subset: str | None) -> Files:
             "data.subset; if Python code makes the dataset, data.revision=refs/convert/parquet may have its rows"
         )
     [(usual, _)] = Counter(kinds.values()).most_common(1)
-    splits = {split: [Path(file) for file in files if kinds.get(file) == usual] for split, files in found.items()}
+    splits = {str(split): [Path(file) for file in files if kinds.get(file) == usual] for split, files in found.items()}
     splits = {split: files for split, files in splits.items() if files}
     for files in splits.values():
         _check_shards(files)
@@ -181,6 +189,7 @@ def _subset(folder: Path, subset: str | None) -> tuple[str, dict[str, list[str]]
 
     try:
         text = read_small(real_file(folder / CARD, folder), MAX_CARD).decode() if (folder / CARD).exists() else ""
+        text = text if text.lstrip().startswith("---") else "---\n---\n"  # the library warns of cards without settings
         subsets = MetadataConfigs.from_dataset_card_data(DatasetCard(text, ignore_metadata_errors=True).data)
         name = subset or subsets.get_default_config_name() or ""
         config = subsets.get(name, {})

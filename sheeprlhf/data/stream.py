@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sheeprlhf.data import source
+from sheeprlhf.data.hub_files import release
 from sheeprlhf.data.prepare import PreparedData, prepare_data, signals_held_back
 from sheeprlhf.structure.data import LayoutDataConfig
 from sheeprlhf.utils.errors import DataError, Notify, SheepError
@@ -52,6 +53,8 @@ class Stream:
         """
         self.close(wait=True)
         file = self._files[number % len(self)]
+        if self._leads and number and len(self) > 1 and source.streams_from_hub(self._cfg):
+            release(self._files[(number - 1) % len(self)])  # all processes have prepared it
         self._say(f"training on {file.name}, file {number % len(self) + 1} of {len(self)}")
         try:
             data = prepare_data(

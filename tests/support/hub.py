@@ -77,7 +77,9 @@ def serve(repositories: dict[str, Path]) -> Iterator[Hub]:
             for name, folder in repositories.items():
                 files = sorted(file for file in folder.rglob("*") if file.is_file())
                 if path == f"api/{name}/revision/main" or path == f"api/{name}":
-                    listed = [{"rfilename": str(file.relative_to(folder))} for file in files]
+                    listed = [
+                        {"rfilename": str(file.relative_to(folder)), "size": file.stat().st_size} for file in files
+                    ]
                     return self.send({"id": name.partition("/")[2], "sha": COMMIT, "siblings": listed})
                 if path in (f"api/{name}/tree/{COMMIT}", f"api/{name}/tree/main"):
                     return self.send([self.entry(folder, file) for file in files])

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
-from sheeprlhf.data import source
+from sheeprlhf.data import hub_files, source
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.read import read_batches
+from sheeprlhf.data.stream import Stream
 from sheeprlhf.structure.data import HubDataConfig
 from sheeprlhf.utils.errors import DataError
-from tests.support.hub import serve
+from tests.support.hub import Hub, serve
 from tests.unit.data.toy import byte_tokenizer, prepare, texts
 
 CARD = """---
@@ -90,6 +93,7 @@ def test_subsets_and_splits_are_those_of_load_dataset(
         expected = datasets.load_dataset(str(folder), subset, cache_dir=str(tmp_path / "cache"))
         found = source.splits_of_subset(folder, subset)
         assert list(found) == list(expected)
+        assert source.choose_splits(found, next(iter(found)))["train"] == found[next(iter(found))]
         for split, files in found.items():
             layout = RowLayout(HubDataConfig(), "sft")
             prompts = [row.values["prompt"] for rows in read_batches(files, None, layout=layout) for row in rows]
@@ -154,9 +158,10 @@ def test_what_cannot_be_chosen_is_refused(name: str, tmp_path: Path) -> None:
         source.locate(hub_data(tmp_path, str(folder), **options))
 
 
-def test_only_the_files_of_the_subset_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = repository(tmp_path / "set", "card")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+@contextmanager
+def served(folder: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
+    """The dataset me/set on a hub that this process uses."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     with serve({"datasets/me/set": folder}) as hub:
@@ -164,6 +169,44 @@ def test_only_the_files_of_the_subset_are_fetched(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        yield hub
+
+
+def test_streamed_files_are_downloaded_one_by_one_and_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the card, the file that is trained on and held-out files take disk space; the rows are a local folder's."""
+    folder = repository(tmp_path / "set", "card")
+    cfg = hub_data(tmp_path, "me/set", split="train_sft", streaming=True)
+    tokenizer = byte_tokenizer()
+    with served(folder, monkeypatch, tmp_path / "hub") as hub:
+        hub_files._listing.cache_clear()
+        stream = Stream(cfg, tokenizer, kind="sft", say=lambda line: None, leads=True)
+
+        def fetched() -> set[str]:
+            found = {path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path}
+            hub.asked.clear()
+            return found
+
+        assert fetched() == {"README.md"}
+        opened = [texts(stream.prepare(0), tokenizer)]
+        assert fetched() - {"README.md"} == {"train_sft-0.jsonl", "test_sft.jsonl"}
+        opened.append(texts(stream.prepare(1), tokenizer))
+        assert fetched() - {"README.md"} == {"train_sft-1.jsonl"}
+        on_disk = {file.name for file in source.locate(cfg)["train"] if file.read_bytes().strip(b"\0")}
+        assert on_disk == {"train_sft-1.jsonl"}
+        assert texts(stream.prepare(2), tokenizer) == opened[0]  # from the first file again, downloaded again
+        assert fetched() - {"README.md"} == {"train_sft-0.jsonl"}
+    local = hub_data(tmp_path, str(folder), split="train_sft", streaming=True)
+    same = Stream(local, tokenizer, kind="sft", say=lambda line: None, leads=False)
+    assert [texts(same.prepare(number), tokenizer) for number in range(2)] == opened
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub_files._listing.cache_clear()
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE"):
+        source.locate(cfg)
+
+
+def test_only_the_files_of_the_subset_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = repository(tmp_path / "set", "card")
+    with served(folder, monkeypatch, tmp_path / "hub") as hub:
         cfg = hub_data(tmp_path, "me/set", split="train_sft")
         files = source.locate(cfg)
         fetched = {path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path}
