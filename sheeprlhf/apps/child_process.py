@@ -27,6 +27,7 @@ class Children:
         """No command runs yet."""
         self.stopped_by: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._unsent: list[int] = []  # signals that came while no command ran
 
     def run(self, words: list[str], output: Path | None = None) -> int:
         """Run a command to its end; it prints where this process prints, and is killed if this process dies.
@@ -43,7 +44,8 @@ class Children:
         package = Path(sheeprlhf.__file__).resolve().parent.parent
         path = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
         sys.stdout.flush()
-        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)  # none is lost or passed twice while it starts
+        self._unsent.clear()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)  # the command inherits no handler of this process
         try:
             if self.stopped_by is not None:
                 return 128 + self.stopped_by
@@ -56,6 +58,8 @@ class Children:
             )
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED_SIGNALS)
+        while self._unsent:  # another thread took the signal while the command started
+            self._process.send_signal(self._unsent.pop(0))
         code = self._process.wait()
         self._process = None
         return 128 - code if code < 0 else code
@@ -64,7 +68,9 @@ class Children:
         """A signal handler."""
         if signum != SAVE_SIGNAL and self.stopped_by is None:
             self.stopped_by = signum
-        if self._process is not None:
+        if self._process is None:
+            self._unsent.append(signum)
+        else:
             self._process.send_signal(signum)
 
 

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,3 +40,26 @@ def test_a_signal_to_stop_is_for_the_command_and_its_save_is_awaited(
         assert started.stopped_by == signum
         assert started.run([]) == 128 + signum  # nothing is started any more
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
+def test_a_signal_that_another_thread_takes_while_the_command_starts_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main thread blocks signals then; a second thread does not, and the handler runs before the start is over."""
+    program = tmp_path / "program"
+    program.write_text(SAVES.format(folder=tmp_path))
+    program.chmod(0o700)
+    monkeypatch.setattr(child.sys, "executable", str(program))
+    popen = child.subprocess.Popen
+
+    def start(*args: Any, **kwargs: Any) -> Any:
+        process = popen(*args, **kwargs)
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        started.forward_signal(signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(child.subprocess, "Popen", start)
+    with child.children() as started:
+        assert started.run([]) == 9
+        assert started.stopped_by == signal.SIGTERM
