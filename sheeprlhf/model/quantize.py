@@ -38,14 +38,16 @@ def _layers() -> dict[str, type[nn.Linear]]:
 
         def forward(self, x: Tensor) -> Tensor:
             x = _as_computed(x)
+            weight: Any = self.weight
             bias = None if self.bias is None else self.bias.to(x.dtype)
-            return bnb.matmul_4bit(x, self.weight, bias=bias, quant_state=self.weight.quant_state)
+            return bnb.matmul_4bit(x, weight, bias=bias, quant_state=weight.quant_state)
 
     class Int8Linear(bnb.nn.Linear8bitLt):
         """Replaces a forward pass that quantises the activations too: always on GPUs, and in evaluations on CPUs."""
 
         def forward(self, x: Tensor) -> Tensor:
-            x, weight = _as_computed(x), self.weight
+            x = _as_computed(x)
+            weight: Any = self.weight
             weight.SCB = weight.SCB.to(x.device)  # torch moves the weight alone
             bias = None if self.bias is None else self.bias.to(x.dtype)
             state = SimpleNamespace(CB=weight.data, SCB=weight.SCB, has_fp16_weights=False)

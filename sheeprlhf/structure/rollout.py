@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar, Optional
 
-from omegaconf import MISSING
-
 from sheeprlhf.structure.option import Config, option
 from sheeprlhf.structure.task import TrainTaskConfig
 
@@ -255,7 +253,7 @@ class BestOfNConfig(OnlineTaskConfig):
 class RolloutSourceConfig(Config):
     """Program that samples the responses of a rollout."""
 
-    config_name: str = MISSING
+    config_name: str = option("???", "Name of this choice.")
 
 
 @dataclass(unsafe_hash=True)

@@ -112,7 +112,6 @@ def survivors(module: str, tests: tuple[str, ...], function: str = "", sample: i
         The numbers of mutants "killed" and "equivalent", the names and lines of "survivors", "seconds".
     """
     began = time.monotonic()
-    gc.unfreeze()  # of the module before
     names = dict.fromkeys(test.partition("::")[0] for test in tests)
     of_processes = [test for test in tests if test.startswith("tests/distributed/")]
     tests = tuple(test for test in tests if test not in of_processes)
@@ -121,6 +120,7 @@ def survivors(module: str, tests: tuple[str, ...], function: str = "", sample: i
     for late in _IMPORTED_LATE:
         if late.partition(".")[0] in sys.modules:
             importlib.import_module(late)
+    gc.unfreeze()  # tests/conftest.py freezes what a collection has imported; mutants are of objects that gc knows
     mutants = list(mutants_of(module, function))
     assert mutants, f"{module} has no function {function}"
     mutants = mutants if sample is None else mutants[:: max(1, len(mutants) // sample)][:sample]

@@ -1,6 +1,7 @@
 """Masks over the tokens of a conversation and its reasoning, against plain transformers with labels of -100."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ LEARNED = {
 def test_loss_and_gradient_are_those_of_plain_transformers(
     options: tuple[str, str], tagged: bool, model_folder: ModelFolder, tmp_path: Path
 ) -> None:
-    folder = model_folder("llama")
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
     tokenizer, messages = tokenizer_in(folder), talk(tagged=tagged)
     train_on, reasoning = options
     cfg = local(tmp_path, [{"messages": messages}], train_on=train_on, reasoning=reasoning, max_prompt_length=500)
@@ -138,7 +139,7 @@ def test_the_builtin_templates(name: str, tmp_path: Path) -> None:
 
 
 def test_masked_pairs_are_scored_without_their_reasoning(model_folder: ModelFolder, tmp_path: Path) -> None:
-    folder = model_folder("llama")
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "model")
     tokenizer = tokenizer_in(folder)
     context = talk()[:5]
     answers = [{"role": "assistant", "content": text, "reasoning_content": f"As {text}"} for text in ("Yes.", "Nope!")]

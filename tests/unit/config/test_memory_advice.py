@@ -13,6 +13,7 @@ from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig, TinyConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.reward import AutoRewardConfig
+from sheeprlhf.structure.rollout import LocalRolloutConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 
@@ -25,6 +26,7 @@ def config(model: ModelConfig | None = None, **task: int) -> TrainConfig:
         fabric=FabricConfig(),
         optim=AdamWConfig(),
         reward=AutoRewardConfig(),
+        rollout=LocalRolloutConfig(),
     )
 
 

@@ -104,7 +104,7 @@ def test_a_special_token_may_be_one() -> None:
     stop = StopStrings(["<pad>"], tokenizer)
     assert [stop(np.array(ids)) for ids in ([65], [65, PAD], [65, EOS])] == [False, True, False]
     assert stop.text(np.array([65, PAD])) == tokenizer.decode([65])
-    with pytest.raises(ConfigError, match="give '<pad>' alone"):
+    with pytest.raises(ConfigError, match=r"<pad>.*stop_strings=\["):
         StopStrings(["<pad>\n"], tokenizer)
     assert not StopStrings([], tokenizer) and not StopStrings([], tokenizer)(np.array([PAD]))
 

@@ -68,7 +68,7 @@ def test_final_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
             (folder / "config.json").write_text("{}")
             raise Killed
 
-    fabric = SimpleNamespace(is_global_zero=True, barrier=lambda: None)
+    fabric = SimpleNamespace(is_global_zero=True, barrier=lambda: None, broadcast=lambda value: value)
     with pytest.raises(Killed):
         finish_run(cast(Any, fabric), silent_run(tmp_path), cast(Any, Dying()), cast(Any, None), TrainState())
     assert not (tmp_path / "final").exists()
