@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from sheeprlhf.config.path_checks import file_kind
-from sheeprlhf.data.store import cache_root
 from sheeprlhf.structure.data import HubDataConfig
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.hub import why_offline
@@ -44,6 +43,8 @@ def listed_folder(cfg: HubDataConfig, card: str) -> Path:
     Raises:
         DataError: the hub cannot be reached or does not have the dataset.
     """
+    from sheeprlhf.data.store import cache_root  # imports torch
+
     commit, files = _listing(str(cfg.dataset_name), cfg.revision)
     folder = cache_root(cfg.cache_dir) / "hub" / f"{str(cfg.dataset_name).replace('/', '--')}-{commit}"
     make_folders(folder)
