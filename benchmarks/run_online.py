@@ -4,7 +4,7 @@
 
 WORK is as for run_sheeprlhf.py, with `models/<name>-rm/` for the reward model (and, for ppo, the critic). An update is
 a rollout of `batch` responses of exactly `gen-len` tokens (nothing ends one), one for each prompt (rloo, grpo: four),
-and `ppo-epochs` optimizer steps on all of them: AdamW at 1e-5, gradients clipped at 1.0. A response counts with its
+and `num-iterations` optimizer steps on all of them: AdamW at 1e-5, gradients clipped at 1.0. A response counts with its
 prompt, once. `parts_s` are the seconds of sampling, of reading the rollout by the reference ("ref") and by reward model
 and critic ("value_reward"), and of the update. With --profile the operations of the last update are written there.
 """
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="responses of one update")
     parser.add_argument("--token-budget", type=int, default=2048, help="most tokens of one forward pass")
     parser.add_argument("--gen-len", type=int, default=53)
-    parser.add_argument("--ppo-epochs", type=int, default=4)
+    parser.add_argument("--num-iterations", type=int, default=4)
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -61,7 +61,7 @@ def main() -> None:
     from sheeprlhf.engine.step import LossFn, update
     from sheeprlhf.loss.advantage import group_advantages
     from sheeprlhf.model.load import load_tokenizer
-    from sheeprlhf.rollout.rollout import RolloutCollector, token_values
+    from sheeprlhf.rollout.rollout import RolloutCollector, TermModel, token_values
     from sheeprlhf.structure.data import LocalDataConfig
     from sheeprlhf.structure.fabric import FabricConfig
     from sheeprlhf.structure.generation import GenConfig
@@ -112,13 +112,14 @@ def main() -> None:
     of_scorer = AutoModelConfig(repo_name=str(scorer))
     reward, _ = load_reward_model(of_scorer, tokenizer, **how)
     reward.requires_grad_(False)
+    rewards = {"model": TermModel(reward)}
     critic = None
     if isinstance(task, PPOConfig):
         critic, _ = load_reward_model(of_scorer, tokenizer, **how)
         module, critic_module, optimizer = set_up(fabric, cfg, policy, critic)
     else:
         module, optimizer = fabric.setup(policy, build_optimizer(cfg.optim, policy, cfg.peak_lr()))
-    collect = RolloutCollector(fabric, cfg, tokenizer, policy, reference_of(policy), reward, packed=packed)
+    collect = RolloutCollector(fabric, cfg, tokenizer, policy, reference_of(policy), rewards, packed=packed)
     per_token = partial(
         token_values, names=("logprobs", "reference", "advantages", *(["values", "returns"] * bool(critic)))
     )
