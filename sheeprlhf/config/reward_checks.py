@@ -339,10 +339,8 @@ def _server_problems(config: TrainConfig, rollout: VLLMRolloutConfig) -> Iterato
 
 def _grpo_problems(task: GRPOConfig) -> Iterator[str]:
     high = 1.0 + (task.clip_coeff if task.clip_high is None else task.clip_high)
-    if task.loss_type == "cispo":
-        for name in ("clip_coeff", "max_ratio"):
-            if getattr(task, name) != getattr(GRPOConfig, name):
-                yield unread(f"task.{name}={getattr(task, name)}", "by task.loss_type=cispo", "task.clip_high")
+    if task.loss_type == "cispo" and task.max_ratio is not None:
+        yield unread(f"task.max_ratio={task.max_ratio:g}", "by task.loss_type=cispo", "task.clip_high")
     elif task.max_ratio is not None and task.max_ratio <= high:
         yield f"task.max_ratio={task.max_ratio:g} is not above the clipped ratio {high:g}: give for example 4"
 
