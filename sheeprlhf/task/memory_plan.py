@@ -58,7 +58,7 @@ def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
 
 
 class Ranks(NamedTuple):
-    """How the processes of a run share its weights.
+    """Shares of the weights that the processes of a run hold.
 
     Attributes:
         total: all processes.

@@ -146,34 +146,10 @@ def test_reinforce_pp_by_a_loop(group_baseline: bool) -> None:
     assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_grpo_cuts_advantages_after_the_statistics_of_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A response that was cut counts in its group's mean and deviation, and gets the advantage 0."""
-    scores_PG = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
-    finished = np.array([[True, True], [True, False], [True, True]])
-    trained: list[Rollout] = []
-
-    class Loop:
-        def __init__(self, *_: object) -> None:
-            self.begin = self.finish = lambda: None
-
-        def batches(self, *_: object, **__: object) -> None:
-            return None
-
-        def __iter__(self) -> Iterator[SimpleNamespace]:
-            rollout = Rollout(tuple(EXAMPLES), scores_PG, finished, {})
-            yield SimpleNamespace(rollout=rollout, log=lambda _: None, steps=lambda *a: trained.append(a[0]) or [])
-
-    monkeypatch.setattr(grpo, "open_run", lambda *_: nullcontext())
-    monkeypatch.setattr(grpo, "RolloutLoop", Loop)
-    cfg: Any = SimpleNamespace(task=GRPOConfig(mask_truncated=True, max_advantage=0.5), generation=GenConfig())
-    grpo.train(None, cfg, Path())  # type: ignore[arg-type]
-    expected = torch.tensor([0.5, -0.5, -0.5, 0.0, 0.5, -0.5]).repeat_interleave(torch.tensor(LENGTHS))
-    assert_close(trained[0].flat("advantages"), expected)
-
-
-def test_grpo_logs_the_share_of_prompts_whose_scores_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their advantages are 0; those of the others are the distances from the mean, in standard deviations."""
-    scores_PG = np.array([[1.0, 1.0], [0.0, 2.0], [3.0, 3.0]])
+def trained_by_grpo(
+    task: GRPOConfig, scores_PG: np.ndarray, finished: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Tensor, dict[str, float]]:
+    """The advantages that one iteration of GRPO trains on, and the numbers that it logs."""
     logged: dict[str, float] = {}
     trained: list[Rollout] = []
 
@@ -185,16 +161,33 @@ def test_grpo_logs_the_share_of_prompts_whose_scores_are_equal(monkeypatch: pyte
             return None
 
         def __iter__(self) -> Iterator[SimpleNamespace]:
-            rollout = Rollout(tuple(EXAMPLES), scores_PG, scores_PG > -1, {})
+            rollout = Rollout(tuple(EXAMPLES), scores_PG, finished, {})
             yield SimpleNamespace(rollout=rollout, log=logged.update, steps=lambda *a: trained.append(a[0]) or [])
 
     monkeypatch.setattr(grpo, "open_run", lambda *_: nullcontext())
     monkeypatch.setattr(grpo, "RolloutLoop", Loop)
-    cfg: Any = SimpleNamespace(task=GRPOConfig(), generation=GenConfig())
+    cfg: Any = SimpleNamespace(task=task, generation=GenConfig())
     grpo.train(None, cfg, Path())  # type: ignore[arg-type]
+    return trained[0].flat("advantages"), logged
+
+
+def test_grpo_cuts_advantages_after_the_statistics_of_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A response that was cut counts in its group's mean and deviation, and gets the advantage 0."""
+    scores_PG = np.array([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+    finished = np.array([[True, True], [True, False], [True, True]])
+    task = GRPOConfig(mask_truncated=True, max_advantage=0.5)
+    found, _ = trained_by_grpo(task, scores_PG, finished, monkeypatch)
+    expected = torch.tensor([0.5, -0.5, -0.5, 0.0, 0.5, -0.5]).repeat_interleave(torch.tensor(LENGTHS))
+    assert_close(found, expected)
+
+
+def test_grpo_logs_the_share_of_prompts_whose_scores_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their advantages are 0; those of the others are the distances from the mean, in standard deviations."""
+    scores_PG = np.array([[1.0, 1.0], [0.0, 2.0], [3.0, 3.0]])
+    found, logged = trained_by_grpo(GRPOConfig(), scores_PG, scores_PG > -1, monkeypatch)
     assert logged == {"frac_reward_zero_std": pytest.approx(2 / 3, abs=1e-6)}
     signs = torch.tensor([0.0, 0.0, -1.0, 1.0, 0.0, 0.0]).repeat_interleave(torch.tensor(LENGTHS))
-    assert_close(trained[0].flat("advantages").sign(), signs)
+    assert_close(found.sign(), signs)
 
 
 def test_rloo_by_a_loop() -> None:
