@@ -280,7 +280,7 @@ def of_startup(quick: bool) -> None:
     from sheeprlhf.agent.policy import load_policy
     from sheeprlhf.model.load import load_tokenizer
     from sheeprlhf.structure.model import AutoModelConfig
-    from sheeprlhf.utils.hub import embedded_folder
+    from sheeprlhf.utils.home import embedded_folder
 
     lines = []
     for hidden, layers in ((64, 2), (128, 2)) if quick else ((256, 6), (512, 8), (768, 12), (1024, 20)):

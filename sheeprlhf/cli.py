@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sheeprlhf.apps.arguments import PLAIN_VERBS, PLOT, VERBS, ParsedArgs, parse_args, verb_problem
+from sheeprlhf.apps.arguments import PLAIN_VERBS, PLOT, VERBS, ParsedArgs, parse_args, print_overview, verb_problem
 from sheeprlhf.utils.errors import ConfigError, Interrupted, MissingRanksError, SheepError
 from sheeprlhf.utils.home import silence_libraries
 from sheeprlhf.utils.launchers import (
@@ -33,9 +33,12 @@ from sheeprlhf.utils.processes import (
     ignore_interrupts,
     ignored,
     just_interrupted,
+    lasting,
+    lost_output,
+    open_closed_streams,
+    outlives_reader,
     reliable_sigint,
 )
-from sheeprlhf.utils.streams import lasting, lost_output, open_closed_streams, outlives_reader
 
 if TYPE_CHECKING:
     from sheeprlhf.config.compose import Job
@@ -193,8 +196,6 @@ def _dispatch(arguments: list[str]) -> int:
     except FileNotFoundError:
         raise ConfigError("the working directory has been removed: change to another one (cd <folder>)") from None
     if verb is None:
-        from sheeprlhf.apps.help import print_overview
-
         print_overview()
         return 0
     silence_libraries()
@@ -215,7 +216,7 @@ def _dispatch(arguments: list[str]) -> int:
     if name is not None:
         _check_config_name(name, directory)
     if "--help" in args.flags:
-        from sheeprlhf.apps.help import print_verb_help
+        from sheeprlhf.apps.show import print_verb_help
 
         print_verb_help(verb, args.overrides, directory)
         return 0

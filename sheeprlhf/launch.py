@@ -106,7 +106,7 @@ def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> 
             check_inputs_exist(config)
         return Finished(_entry(config.entry_point)(config, args))
     if in_sweep and _needs_processes(config):
-        from sheeprlhf.apps.child_process import children
+        from sheeprlhf.utils.processes import children
 
         with tempfile.TemporaryDirectory() as folder, children() as started:
             output = Path(folder, "output")

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sheeprlhf.reward.inflect import style_of, to_imperative, to_third_person
-from sheeprlhf.utils.hub import embedded_folder
+from sheeprlhf.utils.home import embedded_folder
 from tools.docstring_card import notice, readme
 from tools.docstring_pairs import paragraphs, short_function, summary, walk
 from tools.docstring_splits import (

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig
 
-from sheeprlhf.utils.hub import embedded_folder
+from sheeprlhf.utils.home import embedded_folder
 
 VOCAB_SIZE = 4096
 MAX_LENGTH = 512

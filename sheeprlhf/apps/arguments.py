@@ -2,9 +2,12 @@
 
 import os
 from collections.abc import Collection, Iterable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sheeprlhf.utils.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 class HydraFlag(NamedTuple):
@@ -188,3 +191,22 @@ def value_problems(given: str, value: str, values: tuple[str, ...]) -> list[str]
     near = nearest(value, values)
     did = f"did you mean {near}? It" if near else "it"
     return [f"{given} {value}".rstrip() + f" is not possible: {did} may be {', '.join(values)}"]
+
+
+def usage(verb: str) -> "Text":
+    """The first line of a command's help."""
+    from sheeprlhf.apps.terminal import heading
+
+    return heading(f"sheeprlhf {verb}", "[group=choice] [option=value] [--flag]")
+
+
+def print_overview() -> None:
+    """Print all commands; called without a command, so it imports nothing that composes configurations."""
+    from sheeprlhf.apps.terminal import Screen, entry, heading, paragraph
+
+    screen = Screen()
+    screen.print(usage("<command>"), "\nFine-tune and align language models.\n", heading("Commands:"), sep="\n")
+    for verb, meaning in VERBS.items():
+        screen.print(entry(verb, meaning, width=9))
+    screen.print()
+    screen.print(paragraph("Start with `train task=sft`; `list` and `<command> --help` tell what there is."))

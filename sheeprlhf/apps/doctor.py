@@ -41,8 +41,7 @@ from sheeprlhf.structure.run import DoctorConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, KTOConfig
 from sheeprlhf.utils.errors import ConfigError, ModelError, SheepError
 from sheeprlhf.utils.hardware import available_memory
-from sheeprlhf.utils.home import cache_root, expand_home
-from sheeprlhf.utils.hub import why_offline
+from sheeprlhf.utils.home import cache_root, expand_home, why_offline
 from sheeprlhf.utils.memory import size_text
 
 if TYPE_CHECKING:

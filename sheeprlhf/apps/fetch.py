@@ -17,8 +17,16 @@ from sheeprlhf.security.model_folder import (
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import FetchConfig
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.home import expand_home
-from sheeprlhf.utils.hub import EMBEDDED, PICKLED, SMOLLM2, WEIGHTS_FILES, WITHOUT_HUB, fetched_folder, why_offline
+from sheeprlhf.utils.home import (
+    EMBEDDED,
+    PICKLED,
+    SMOLLM2,
+    WEIGHTS_FILES,
+    WITHOUT_HUB,
+    expand_home,
+    fetched_folder,
+    why_offline,
+)
 
 _FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]  # never code
 _SAFETENSORS, _PICKLES = ["*.safetensors"], ["pytorch_model*.bin"]  # the latter where there are none of the former

@@ -5,7 +5,7 @@ The files of runs may be untrusted, half written or of any size.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from itertools import islice
@@ -286,7 +286,7 @@ def run(arguments: list[str]) -> int:
         if section == "runs":
             _print_runs(screen, root, _LONG_LIST if sections else _SHORT_LIST)
         else:
-            _PRINTERS[section](screen)
+            _print_choices(screen, section)
     if not sections:
         screen.print()
         screen.print(paragraph("`show <name>` tells all options of one, `list <section>` prints one section."))
@@ -349,38 +349,27 @@ def _no_folder(word: str, root: Path) -> str:
     return f"{word} is neither a folder nor a section{did}"
 
 
-def _print_tasks(screen: Screen) -> None:
-    _print_choices(screen, "task", "Tasks to train", "train task=<name>", "train")
-    screen.print()
-    _print_choices(screen, "task", "Tasks to evaluate", "eval task=<name> experiment_dir=<run>", "eval")
+def _print_choices(screen: Screen, section: str) -> None:
+    """Print the choices of a section; imports Hydra."""
+    from sheeprlhf.apps.show import choices_of, default_choices, print_choices
+
+    for number, (group, title, verb, words) in enumerate(_CHOICES[section]):
+        default = default_choices(verb).get(group)
+        screen.print(heading("\n" * (number > 0) + title, f"{words} (default {default})" if default else words))
+        print_choices(screen, choices_of(group, verb))
 
 
-def _print_choices(screen: Screen, group: str, title: str, use: str, verb: str = "train") -> None:
-    from sheeprlhf.apps.show import choices_of, default_choices
-
-    default = default_choices(verb).get(group)
-    screen.print(heading(title, f"{use} (default {default})" if default else use))
-    for name, meaning in choices_of(group, verb).items():
-        screen.print(entry(name, meaning, width=18))
-
-
-def _print_recipes(screen: Screen, verb: str = "train") -> None:
-    from sheeprlhf.apps.show import recipe_meaning, recipe_names
-
-    screen.print(heading("Pipelines" if verb == "pipeline" else "Experiments", f"{verb} experiment=<name>"))
-    names = recipe_names(verb)
-    for name in names:
-        screen.print(entry(name, recipe_meaning(name), width=max(18, *map(len, names))))
-
-
-_PRINTERS: dict[str, Callable[[Screen], None]] = {
-    "tasks": _print_tasks,
-    "models": lambda screen: _print_choices(screen, "model", "Models", "model=<name>"),
-    "data": lambda screen: _print_choices(screen, "data", "Data", "data=<name>"),
-    "fabric": lambda screen: _print_choices(screen, "fabric", "Fabric", "fabric=<name>"),
-    "optim": lambda screen: _print_choices(screen, "optim", "Optimizers", "optim=<name>"),
-    "experiments": _print_recipes,
-    "pipelines": lambda screen: _print_recipes(screen, "pipeline"),
+_CHOICES = {  # of each section: group, title, command, and how to use a choice
+    "tasks": (
+        ("task", "Tasks to train", "train", "train task=<name>"),
+        ("task", "Tasks to evaluate", "eval", "eval task=<name> experiment_dir=<run>"),
+    ),
+    "models": (("model", "Models", "train", "model=<name>"),),
+    "data": (("data", "Data", "train", "data=<name>"),),
+    "fabric": (("fabric", "Fabric", "train", "fabric=<name>"),),
+    "optim": (("optim", "Optimizers", "train", "optim=<name>"),),
+    "experiments": (("experiment", "Experiments", "train", "train experiment=<name>"),),
+    "pipelines": (("experiment", "Pipelines", "pipeline", "pipeline experiment=<name>"),),
 }
 
 

@@ -22,7 +22,6 @@ from rich.text import Text
 
 import sheeprlhf
 from sheeprlhf.apps.arguments import ParsedArgs, parse_args
-from sheeprlhf.apps.child_process import Children, children
 from sheeprlhf.apps.terminal import Screen, is_number
 from sheeprlhf.config.compose import Source, compose_jobs, configs_directory
 from sheeprlhf.config.pipeline import Stage, stages_of
@@ -37,6 +36,7 @@ from sheeprlhf.structure.run import PipelineConfig, RootConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError, UnsafePathError
 from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.output import create_file, link_problems, make_folder, write_file
+from sheeprlhf.utils.processes import Children, children
 
 RESULT_FILES = ("results.csv", "results.md", "results.json")
 _MAX_FILES = 200

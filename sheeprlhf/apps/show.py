@@ -1,22 +1,25 @@
-"""`show`: every option of a choice, a recipe or a command, or one option of any of them."""
+"""`show` and `--help`: commands, choices and recipes with their options, read from the configuration itself."""
 
 import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import yaml
+from omegaconf import OmegaConf
 from rich.text import Text
 
-from sheeprlhf.apps.arguments import PLAIN_VERBS, VERBS
+from sheeprlhf.apps.arguments import FLAGS, PLAIN_VERBS, PLOT, VERBS, usage
 from sheeprlhf.apps.flags import read_flags
-from sheeprlhf.apps.terminal import Screen, clean, entry, heading, paragraph
-from sheeprlhf.config.compose import configs_directory
+from sheeprlhf.apps.terminal import Screen, clean, columns, entry, heading, paragraph
+from sheeprlhf.config.compose import Source, compose_for_help, configs_directory
 from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.option_search import Entry, catalogue, choices_like
 from sheeprlhf.config.registry import ROOTS, Option, choices, groups, options, unwrap_optional
 from sheeprlhf.config.run_lookup import NEWEST, START, TASKS
+from sheeprlhf.engine.rundir import leaves
 from sheeprlhf.utils.errors import ConfigError
 
+_FROM_FILE = "from a file"
 _TYPE_NAMES = {int: "whole number", float: "number", bool: "true|false", str: "text"}
 
 
@@ -26,11 +29,19 @@ def meaning_of(cls: type) -> str:
 
 
 def choices_of(group: str, verb: str = "") -> dict[str, str]:
-    """Every choice of a group with its meaning: the dataclasses, then the files of configs/."""
+    """Every choice of a group with its meaning: the dataclasses, then the files of configs/; or the recipes."""
+    if group == "experiment":
+        return {name: recipe_meaning(name) for name in recipe_names(verb)}
     classes = choices(group, verb)
     files = sorted(path.stem for path in (configs_directory() / group).glob("*.yaml"))
     found = {name: meaning_of(cls) for name, cls in classes.items()}
-    return found | {name: "from a file" for name in files if name not in classes}
+    return found | {name: _FROM_FILE for name in files if name not in classes}
+
+
+def print_choices(screen: Screen, meanings: dict[str, str]) -> None:
+    """Print choices of one group with their meanings."""
+    for name, meaning in meanings.items():
+        screen.print(entry(name, meaning, width=max(18, *map(len, meanings))))
 
 
 def default_choices(verb: str) -> dict[str, str | None]:
@@ -74,16 +85,7 @@ def recipe_content(name: str) -> tuple[dict[str, str], dict[str, Any]]:
             extended = recipe_content(line)
             chosen |= extended[0]
             values |= extended[1]
-    return chosen, values | dict(flatten(content))
-
-
-def flatten(node: dict[str, Any], prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
-    """The values of nested dicts by dotted key."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return chosen, values | dict(leaves(content))
 
 
 def type_name(hint: Any) -> str:
@@ -158,7 +160,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _all_groups() -> list[str]:
-    return list(dict.fromkeys(group for verb in ROOTS for group in groups(verb)))
+    return [*dict.fromkeys(group for verb in ROOTS for group in groups(verb)), "experiment"]
 
 
 def _print_help() -> None:
@@ -168,7 +170,6 @@ def _print_help() -> None:
     screen.print(paragraph("Options with their default, unit, allowed values and meaning. What can be shown:"))
     for group in _all_groups():
         screen.print(entry(f"{group}=<name>", ", ".join(choices_of(group)), width=18))
-    screen.print(entry("experiment=<name>", ", ".join(recipe_names("")), width=18))
     screen.print(entry("<command>", ", ".join(VERBS), width=18))
     screen.print(entry("<option>", "its full or last name: optim.lr, lr, mini_batch_size", width=18))
     screen.print(entry("<part>", "options under one name: generation, model.lora_cfg", width=18))
@@ -179,12 +180,13 @@ def _print_help() -> None:
 def _find_shows(word: str) -> list[Show]:
     """Resolve a name: a command, a group, a choice, a recipe, or options; empty if it is unknown."""
     key, equals, name = word.partition("=")
-    if equals and key in (*_all_groups(), "experiment"):
+    if equals and key in _all_groups():
         return _choice(key, name)
     if word in VERBS:
         return [lambda screen: _print_verb(screen, word)]
-    if word in (*_all_groups(), "experiment", "experiments"):
-        return [lambda screen: _print_group(screen, word.removesuffix("s") if word == "experiments" else word)]
+    group = "experiment" if word == "experiments" else word
+    if group in _all_groups():
+        return [lambda screen: _print_group(screen, group)]
     of_choices = [show for same in choices_like(word) for show in _choice(*same.split("="))] + _choice(
         "experiment", word
     )
@@ -212,8 +214,8 @@ def _options_named(key: str) -> list[Show]:
 
 def _unknown_problem(word: str) -> str:
     key, equals, name = word.partition("=")
-    if equals and key in (*_all_groups(), "experiment"):
-        names = recipe_names("") if key == "experiment" else list(choices_of(key))
+    if equals and key in _all_groups():
+        names = list(choices_of(key))
         near = nearest(name, names)
         listed = f"it may be {', '.join(names)}"
         return f"there is no {clean(word)}: " + (f"did you mean `show {key}={near}`? I{listed[1:]}" if near else listed)
@@ -282,10 +284,9 @@ def _print_choice(screen: Screen, group: str, name: str) -> None:
 
 
 def _print_group(screen: Screen, group: str) -> None:
-    names = {name: recipe_meaning(name) for name in recipe_names("")} if group == "experiment" else choices_of(group)
+    names = choices_of(group)
     screen.print(heading(f"{group}=", "one of"))
-    for name, meaning in names.items():
-        screen.print(entry(name, meaning, width=18))
+    print_choices(screen, names)
     screen.print(paragraph(f"`show {group}={next(iter(names), '<name>')}` tells all options of one."))
 
 
@@ -357,3 +358,62 @@ def _location(group: str, names: list[str]) -> str:
         return f"of {', '.join(names)}"
     everywhere = len(names) > 1 and set(names) == set(choices(group))
     return f"with every {_GROUP_NAMES.get(group, group)}" if everywhere else f"with {group}={', '.join(names)}"
+
+
+_OPTION_FACTS = (
+    r"\[[^\[\]]*(\[[^\[\]]*\])?\](?=$|\s+One of)"  # of an option: type, unit and default, at the end of its meaning
+)
+_WIDE_SCREEN = 100  # columns from which on options have their meaning next to them
+
+
+def print_verb_help(verb: str, overrides: list[str], config_dir: str | None) -> None:
+    """Print the groups with their choices, every option of the composed configuration, and the flags.
+
+    Raises:
+        ConfigError: an override among the words cannot be used.
+    """
+    config, available = compose_for_help(Source(verb, configs_directory(), verb, config_dir), overrides)
+    screen = Screen()
+    screen.print(usage(verb), Text(), paragraph(VERBS[verb]), sep="\n")
+    for group, names in available.items():
+        needed = group != "experiment" and OmegaConf.is_missing(config, group)
+        chosen = None if needed or group == "experiment" else OmegaConf.select(config, f"{group}.config_name")
+        note = "(must be given)" if needed else f"(default {chosen})" if chosen else ""
+        screen.print(heading(f"\n{group}=", note, "odd" if needed else "faint"))
+        known = choices_of(group, "" if group == "experiment" else verb)
+        known |= {name: _FROM_FILE for name in names if name not in known}
+        print_choices(screen, {name: known[name] for name in sorted(names, key=list(known).index)})
+    screen.print(heading("\nOptions, with the defaults of the choices above:"))
+    _print_options(screen, verb, config)
+    screen.print(heading("\nFlags:"))
+    for flag in (*FLAGS, PLOT) if verb == "eval" else FLAGS:
+        spelled = ", ".join(filter(None, (flag.name, flag.short))) + (f" <{flag.value}>" if flag.value else "")
+        screen.print(entry(spelled, flag.help, width=28))
+
+
+def _print_options(screen: Screen, verb: str, config: Any) -> None:
+    part = ""
+    for option in options(config):
+        if option.key == "task" and option.value == "???":
+            for name, cls in choices("task", verb).items():
+                screen.print(f"\n  with task={name}:", style="faint")
+                for inner in options(cls(), "task."):
+                    _print_option(screen, inner)
+        elif not option.key.endswith("config_name") and option.key != "experiment":  # these are set by choosing
+            before, part = part, option.key.rpartition(".")[0].partition(".")[0]
+            if before != part:
+                screen.print()
+            _print_option(screen, option)
+
+
+def _print_option(screen: Screen, option: Option) -> None:
+    if option.key.endswith("config_name"):
+        return
+    default = "must be given" if option.value == "???" else f"default {shown(option.value)}"
+    facts = [type_name(option.type), option.metadata.get("unit", ""), default]
+    meaning = f"{option.metadata.get('help', '')} [{', '.join(filter(None, facts))}]"
+    if option.metadata.get("choices"):
+        meaning += f" One of {', '.join(option.metadata['choices'])}."
+    text = entry(option.key, meaning, width=36 if columns() >= _WIDE_SCREEN else 4)
+    text.highlight_regex(_OPTION_FACTS, "faint")
+    screen.print(text)

@@ -32,8 +32,8 @@ from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.chat_templates import FLAG
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.folders import is_scratch
 from sheeprlhf.utils.home import expand_home
+from sheeprlhf.utils.output import is_scratch
 
 POLICY, REWARD_MODEL = "policy", "reward model"  # what a task can train
 WEIGHTS = "--weights"

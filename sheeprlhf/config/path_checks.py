@@ -18,8 +18,7 @@ from sheeprlhf.utils.chat_templates import OPTION as TEMPLATE_OPTION
 from sheeprlhf.utils.chat_templates import SUFFIX as TEMPLATE_SUFFIX
 from sheeprlhf.utils.chat_templates import built_in_templates
 from sheeprlhf.utils.errors import ConfigError
-from sheeprlhf.utils.home import expand_home, home_problem
-from sheeprlhf.utils.hub import EMBEDDED, PICKLED, WEIGHTS_FILES, embedded_folder
+from sheeprlhf.utils.home import EMBEDDED, PICKLED, WEIGHTS_FILES, embedded_folder, expand_home, home_problem
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))(\b[\w.-]+\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")

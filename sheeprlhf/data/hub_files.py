@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from sheeprlhf.config.path_checks import file_kind
 from sheeprlhf.structure.data import HubDataConfig
 from sheeprlhf.utils.errors import DataError
-from sheeprlhf.utils.hub import why_offline
+from sheeprlhf.utils.home import why_offline
 from sheeprlhf.utils.output import make_folders
 
 

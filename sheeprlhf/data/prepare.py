@@ -58,8 +58,7 @@ from sheeprlhf.data.store import SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import DataConfig, KeptColumns, LayoutDataConfig, MixDataConfig
 from sheeprlhf.utils.errors import DataError, Notify
-from sheeprlhf.utils.folders import discard, locked, written_folder
-from sheeprlhf.utils.output import create_file
+from sheeprlhf.utils.output import create_file, discard, locked, written_folder
 from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, BoundToThis, start_bound
 from sheeprlhf.utils.rendering import fixed_arguments
 

@@ -31,8 +31,7 @@ from sheeprlhf.data.progress import progress_bar
 from sheeprlhf.security.files import read_small, real_file
 from sheeprlhf.structure.data import DataConfig, HubDataConfig, LayoutDataConfig, LocalDataConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
-from sheeprlhf.utils.home import expand_home
-from sheeprlhf.utils.hub import EMBEDDED, embedded_folder, why_offline
+from sheeprlhf.utils.home import EMBEDDED, embedded_folder, expand_home, why_offline
 
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.\w+")
 CARD = "README.md"  # begins with the subsets of a dataset and their files

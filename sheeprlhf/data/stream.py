@@ -13,7 +13,7 @@ from sheeprlhf.data.hub_files import release
 from sheeprlhf.data.prepare import PreparedData, prepare_data, signals_held_back
 from sheeprlhf.structure.data import LayoutDataConfig
 from sheeprlhf.utils.errors import DataError, Notify, SheepError
-from sheeprlhf.utils.folders import discard, locked
+from sheeprlhf.utils.output import discard, locked
 from sheeprlhf.utils.processes import BoundToThis
 
 

@@ -37,10 +37,9 @@ from sheeprlhf.security.record_schemas import MANIFEST as MANIFEST_SCHEMA
 from sheeprlhf.security.record_schemas import STATE
 from sheeprlhf.security.safetensors_header import read_header
 from sheeprlhf.utils.errors import CheckpointError, Notify, RecordError, UnsafePathError
-from sheeprlhf.utils.folders import sweep_scratch
 from sheeprlhf.utils.lightning import Fabric, gather_objects, is_wrapped
 from sheeprlhf.utils.modes import rng_state, set_rng_state
-from sheeprlhf.utils.output import create_file, make_folder, safe_path
+from sheeprlhf.utils.output import create_file, make_folder, safe_path, sweep_scratch
 
 STATE_FILE = "state.json"
 NOT_THE_SAME = "but not bit for bit the same (in float32 and without dropout, losses agree to about 1e-5 a step)"

@@ -17,8 +17,7 @@ from typing import Any
 from sheeprlhf.security.json_records import load_json
 from sheeprlhf.security.record_schemas import MANIFEST as SCHEMA
 from sheeprlhf.utils.errors import CheckpointError, RecordError
-from sheeprlhf.utils.folders import scratch_folder
-from sheeprlhf.utils.output import create_file, fsync, make_private, open_file
+from sheeprlhf.utils.output import create_file, fsync, make_private, open_file, scratch_folder
 
 MANIFEST = "MANIFEST.json"
 FORMAT_VERSION = 1

@@ -14,8 +14,7 @@ from peft import LoraConfig
 from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS, adapter_folder_of, read_json, tensors_of
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.home import expand_home
-from sheeprlhf.utils.hub import why_offline
+from sheeprlhf.utils.home import expand_home, why_offline
 
 _NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # PEFT takes some names for patterns: none of these takes long
 _MAX_NAMES = 10_000

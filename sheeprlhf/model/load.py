@@ -52,8 +52,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.chat_templates import FOLDER, OPTION, SUFFIX, built_in_templates, own_templates, template_names
 from sheeprlhf.utils.end_tokens import set_configured_end_ids
 from sheeprlhf.utils.errors import ModelError, Notify
-from sheeprlhf.utils.home import expand_home
-from sheeprlhf.utils.hub import EMBEDDED, PICKLED, WEIGHTS_FILES
+from sheeprlhf.utils.home import EMBEDDED, PICKLED, WEIGHTS_FILES, expand_home
 from sheeprlhf.utils.vocabulary import add_special_tokens, num_rows_needed, template_tokens
 
 RESIZED = "resized_model"  # a folder, in messages

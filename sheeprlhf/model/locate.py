@@ -9,7 +9,7 @@ from typing import NamedTuple
 from sheeprlhf.config.path_checks import model_folder, model_problem
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.hub import SMOLLM2, WEIGHTS_FILES, WITHOUT_HUB, fetched_folder, why_offline
+from sheeprlhf.utils.home import SMOLLM2, WEIGHTS_FILES, WITHOUT_HUB, fetched_folder, why_offline
 
 
 class Located(NamedTuple):

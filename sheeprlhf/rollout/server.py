@@ -38,11 +38,10 @@ from sheeprlhf.structure.rollout import BestOfNConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ModelError, Notify, RolloutMismatchError, RolloutServerError
-from sheeprlhf.utils.folders import discard, remove_marked, writing_errors, written_folder
 from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.http import client, describe
 from sheeprlhf.utils.lightning import Fabric
-from sheeprlhf.utils.output import make_folders
+from sheeprlhf.utils.output import discard, make_folders, remove_marked, writing_errors, written_folder
 
 ADAPTER = "sheeprlhf-policy"  # name of the policy's adapter on the servers
 _IN_FLIGHT = 64  # prompts that a server answers at a time

@@ -20,7 +20,7 @@ from sheeprlhf.security.files import read_small, real_file
 from sheeprlhf.security.json_records import load_json
 from sheeprlhf.security.safetensors_header import TensorFacts, read_header
 from sheeprlhf.utils.errors import ModelError, RecordError
-from sheeprlhf.utils.hub import PICKLED, PICKLED_INDEX
+from sheeprlhf.utils.home import PICKLED, PICKLED_INDEX
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTERS, PICKLED_ADAPTERS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -30,10 +30,9 @@ from sheeprlhf.security.model_folder import (
     weights_of,
 )
 from sheeprlhf.utils.errors import ModelError, Notify
-from sheeprlhf.utils.folders import has_marker, locked, writing_errors, written_folder
 from sheeprlhf.utils.home import cache_root
 from sheeprlhf.utils.memory import size_text
-from sheeprlhf.utils.output import create_file
+from sheeprlhf.utils.output import create_file, has_marker, locked, writing_errors, written_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

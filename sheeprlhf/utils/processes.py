@@ -1,16 +1,26 @@
-"""Child processes that end with their parent, and signal handling."""
+"""Child processes, signals and standard streams.
+
+Child processes end with their parent, and get its signals. Streams outlive their terminal or a full disk.
+"""
 
 import ctypes
+import errno
+import io
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
+
+import sheeprlhf
+from sheeprlhf.utils.launchers import OUTPUT_FILE, child_environment
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGXCPU, signal.SIGUSR2)
 SAVE_SIGNAL = signal.SIGUSR1  # save now and continue
@@ -261,3 +271,162 @@ def watched_signals(watch: Callable[[int], None]) -> Iterator[None]:
 def ignored(signum: int) -> AbstractContextManager[None]:
     """Ignore a signal for a block, also in processes that are started there."""
     return handled([signum], signal.SIG_IGN)
+
+
+_GONE = (errno.EIO, errno.EPIPE)  # a closed terminal; a pipe whose reader has ended
+
+
+class _LastingFile(io.FileIO):
+    """A file that drops what cannot be written.
+
+    Attributes:
+        needs_reader: a pipe whose reader has ended raises BrokenPipeError.
+        error: why something was dropped, if not because the terminal or the reader is gone.
+    """
+
+    needs_reader = False
+    error: OSError | None = None
+
+    def write(self, data: "io.ReadableBuffer") -> int:  # type: ignore[name-defined]
+        """The number of bytes written or dropped."""
+        try:
+            return super().write(data)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno == errno.EPIPE and self.needs_reader:
+                raise
+            if error.errno in _GONE:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self.fileno())
+                os.close(null)
+            else:  # there may be room again later
+                self.error = error
+            return len(data)
+
+
+def open_closed_streams(*, needs_output: bool) -> None:
+    """Open the null device for standard streams that the caller has closed, so that no file gets their descriptors.
+
+    With `needs_output`, writing to a closed standard output is an error.
+    """
+    read, write = os.O_RDONLY, os.O_WRONLY
+    modes = (("stdin", read, "r"), ("stdout", read if needs_output else write, "w"), ("stderr", write, "w"))
+    for descriptor, (name, flags, mode) in enumerate(modes):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, flags)  # the lowest free descriptor, which is the closed one
+            keep = null == descriptor
+            setattr(sys, name, os.fdopen(null, mode, encoding="utf-8", errors="backslashreplace", closefd=not keep))
+
+
+def lost_output(stream: TextIO) -> OSError | None:
+    """The error because of which a stream that `lasting` returned has dropped output; None if it has dropped none."""
+    buffer = getattr(stream, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)
+    return raw.error if isinstance(raw, _LastingFile) else None
+
+
+def outlives_reader(stream: TextIO) -> bool:
+    """True if writing continues without a reader: a BrokenPipeError then has another cause."""
+    buffer = getattr(stream, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)
+    return isinstance(raw, _LastingFile) and not raw.needs_reader
+
+
+def lasting(stream: TextIO, *, needs_reader: bool = False) -> TextIO:
+    """The stream of the same file, on which writing continues when the terminal or the reader is gone or the disk full.
+
+    With `needs_reader`, a pipe whose reader has ended still raises BrokenPipeError. Streams of another kind, as in
+    notebooks and tests, are returned as they are.
+    """
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.flush()
+    raw = _LastingFile(stream.fileno(), "w", closefd=False)
+    raw.needs_reader = needs_reader
+    return io.TextIOWrapper(
+        raw if stream.write_through else io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+_FORWARDED_SIGNALS = (*STOP_SIGNALS, SAVE_SIGNAL)
+
+
+class Children:
+    """Starts commands one after the other; made by `children`.
+
+    Attributes:
+        stopped_by: the first signal to stop that has come, None if none has.
+    """
+
+    def __init__(self) -> None:
+        """No command runs yet."""
+        self.stopped_by: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._unsent: list[int] = []  # signals that came while no command ran
+
+    def run(self, words: list[str], output: Path | None = None) -> int:
+        """Run a command to its end; it prints where this process prints, and is killed if this process dies.
+
+        It has a session of its own, so that a terminal's Ctrl-C does not reach it twice.
+
+        Args:
+            words: verb, flags and options.
+            output: a file that gets the path of the job's run directory or result.
+
+        Returns:
+            Its exit code; 128 + n if signal n killed it, or stopped this process before it.
+        """
+        package = Path(sheeprlhf.__file__).resolve().parent.parent
+        path = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
+        sys.stdout.flush()
+        self._unsent.clear()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED_SIGNALS)  # the command inherits no handler of this process
+        try:
+            if self.stopped_by is not None:
+                return 128 + self.stopped_by
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "sheeprlhf", *words],
+                stdin=subprocess.DEVNULL,
+                env={**child_environment(), "PYTHONPATH": path, OUTPUT_FILE: "" if output is None else str(output)},
+                start_new_session=True,
+                preexec_fn=_prepare_child,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED_SIGNALS)
+        while self._unsent:  # another thread took the signal while the command started
+            self._process.send_signal(self._unsent.pop(0))
+        code = self._process.wait()
+        self._process = None
+        return 128 - code if code < 0 else code
+
+    def forward_signal(self, signum: int, frame: FrameType | None = None) -> None:
+        """A signal handler."""
+        if signum != SAVE_SIGNAL and self.stopped_by is None:
+            self.stopped_by = signum
+        if self._process is None:
+            self._unsent.append(signum)
+        else:
+            self._process.send_signal(signum)
+
+
+def _prepare_child() -> None:
+    """In the new process, before the command: where nothing can be saved yet, or ever, SIGUSR1 does nothing."""
+    signal.signal(SAVE_SIGNAL, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED_SIGNALS)
+    die_with_parent()
+
+
+@contextmanager
+def children() -> Iterator[Children]:
+    """Forward signals to stop or to save to the running command, each as often as it arrives.
+
+    This process waits for it, however long its save takes.
+    """
+    started = Children()
+    with watched_signals(lambda _: None), handled(_FORWARDED_SIGNALS, started.forward_signal):
+        yield started

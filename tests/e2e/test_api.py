@@ -31,7 +31,7 @@ from sheeprlhf import (
     sample,
     train,
 )
-from sheeprlhf.apps.child_process import Children
+from sheeprlhf.apps.pipeline import Children
 from sheeprlhf.engine.rundir import is_finished
 from sheeprlhf.utils.errors import ConfigError, DataError, SheepError
 from tests.support.runs import train_words, write_pairs, write_rows

@@ -30,7 +30,7 @@ def free_port() -> int:
 
 @contextmanager
 def served(folders: dict[str, Path], auth: tuple[str, str] | None = None) -> Iterator[str]:
-    from sheeprlhf.apps.serve.compare import ASK, SUMMARISE, Panel
+    from sheeprlhf.apps.serve.page import ASK, SUMMARISE, Panel
     from sheeprlhf.task.text_generator import load_text_generator
 
     writers = [(name, load_text_generator(find_trained(str(folder)), print)) for name, folder in folders.items()]

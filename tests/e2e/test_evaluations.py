@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.cli import run
 from sheeprlhf.task.eval import frontier, reward
-from sheeprlhf.task.eval.answers import kl_of_responses
 from sheeprlhf.task.eval.frontier import expected_best
+from sheeprlhf.task.eval.load import kl_of_responses
 from tests.support.rewards import letters
 from tests.support.runs import train, write_pairs
 

@@ -17,7 +17,7 @@ WHERE = """
 import json, sheeprlhf
 from pathlib import Path
 from sheeprlhf.config.compose import configs_directory
-from sheeprlhf.utils.hub import embedded_folder
+from sheeprlhf.utils.home import embedded_folder
 places = Path(sheeprlhf.__file__).parent, configs_directory(), embedded_folder("embedded:tiny")
 print(json.dumps([str(place) for place in places]))
 """

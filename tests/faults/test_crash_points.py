@@ -22,7 +22,7 @@ from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.step import update
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.optim import AdamWConfig
-from sheeprlhf.utils import folders
+from sheeprlhf.utils import output
 from tests.unit.engine.toy import Net, micro_batch, toy_loss
 
 LOSSES = ("nothing", "what was not forced", "half of it")
@@ -69,7 +69,7 @@ class Disk:
             self._names[str(path)] = None
 
         checkpoint.save_file = lambda tensors, path: write(save_file, path, tensors, path)
-        for module in (checkpoint, manifest, folders):
+        for module in (checkpoint, manifest, output):
             module.create_file = lambda folder, name, *content: write(  # type: ignore[attr-defined]
                 create_file, folder / name, folder, name, *content
             )

@@ -1,4 +1,4 @@
-"""The package writes and deletes through `utils/output.py` and `utils/folders.py`, save the places listed here."""
+"""The package writes and deletes through `utils/output.py`, save the places listed here."""
 
 import ast
 from collections.abc import Iterator
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "sheeprlhf"
-HELPERS = ("utils/output.py", "utils/folders.py")
+HELPERS = ("utils/output.py",)
 DEVELOPERS = "assets/"  # scripts that build what the package ships; no command reaches them
 REVIEWED = {
     "cli.py:_guarded:os.open": "the null device",
-    "utils/streams.py:write:os.open": "the null device",
-    "utils/streams.py:open_closed_streams:fdopen": "the null device",
+    "utils/processes.py:write:os.open": "the null device",
+    "utils/processes.py:open_closed_streams:fdopen": "the null device",
     "apps/sweep.py:run_sweep:mkdtemp": "a new folder of the system's",
     "apps/sweep.py:run_sweep:rmtree": "that folder",
     "launch.py:launch:TemporaryDirectory": "a new folder of the system's",

@@ -33,7 +33,7 @@ LIGHT = [
     "apps/export.py",
     "apps/report",
     "apps/flags.py",
-    "apps/help.py",
+    "apps/show.py",
     "apps/list.py",
     "apps/terminal.py",
     "apps/arguments.py",

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.apps.list import PastRun, past_run
 from sheeprlhf.apps.pipeline import COLUMNS, RESULT_FILES, Row
-from sheeprlhf.apps.show import flatten
 from sheeprlhf.apps.terminal import clean, is_number
 from sheeprlhf.config.run_lookup import REPORT_FILE, read_run_config
+from sheeprlhf.engine.rundir import leaves
 from sheeprlhf.security.files import read_small, read_tail, real_path
 from sheeprlhf.security.json_records import Schema, load_json
 from sheeprlhf.security.record_schemas import DATA_REPORT, RESULT
@@ -183,7 +183,7 @@ def _read_config(folder: Path, notes: list[str]) -> dict[str, Any]:
     except (ConfigError, OSError) as error:
         notes.append(f"its configuration cannot be read: {error}")
         return {}
-    return {key.removesuffix(".config_name"): value for key, value in flatten(saved)}
+    return {key.removesuffix(".config_name"): value for key, value in leaves(saved)}
 
 
 def _read_curves(folder: Path, notes: list[str]) -> dict[str, Curve]:

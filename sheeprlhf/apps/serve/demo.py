@@ -287,7 +287,7 @@ def _serve(models: list[Trained], reward: Trained | None, host: str, port: int, 
     _clean_environment()
     from transformers.utils import logging as transformers_logging
 
-    from sheeprlhf.apps.serve.compare import ASK, SUMMARISE, Panel
+    from sheeprlhf.apps.serve.page import ASK, SUMMARISE, Panel
     from sheeprlhf.task.text_generator import load_reward_scorer, load_text_generator
 
     transformers_logging.disable_progress_bar()

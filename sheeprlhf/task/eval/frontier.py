@@ -20,10 +20,19 @@ from sheeprlhf.engine.rundir import read_run
 from sheeprlhf.rollout.rollout import kl_bound
 from sheeprlhf.structure.evaluation import FrontierConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.eval.answers import Answers, answer, kl_of_responses, logprobs_of, set_up
-from sheeprlhf.task.eval.judge import Judge
-from sheeprlhf.task.eval.load import Evaluation, evaluated_files, longest_with_response, start_of
+from sheeprlhf.task.eval.load import (
+    Answers,
+    Evaluation,
+    answer,
+    evaluated_files,
+    kl_of_responses,
+    logprobs_of,
+    longest_with_response,
+    set_up,
+    start_of,
+)
 from sheeprlhf.task.eval.result import draw_frontier, save_result
+from sheeprlhf.task.eval.reward import Judge
 from sheeprlhf.task.eval.statistics import interval_of, standard_error
 from sheeprlhf.task.models import check_reward_columns
 from sheeprlhf.utils.lightning import Fabric

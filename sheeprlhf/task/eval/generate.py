@@ -8,8 +8,7 @@ import numpy as np
 from sheeprlhf.config.registry import config_to_dict
 from sheeprlhf.structure.evaluation import GenerateConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.eval.answers import answer_split
-from sheeprlhf.task.eval.load import Evaluation
+from sheeprlhf.task.eval.load import Evaluation, answer_split
 from sheeprlhf.task.eval.result import draw_histogram, save_result
 from sheeprlhf.task.loop import distinct_bigrams
 from sheeprlhf.utils.lightning import Fabric

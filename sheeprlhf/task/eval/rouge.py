@@ -24,8 +24,7 @@ from sheeprlhf.config.registry import config_to_dict
 from sheeprlhf.data.report import check_prompts
 from sheeprlhf.structure.evaluation import RougeConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.eval.answers import answer_split
-from sheeprlhf.task.eval.load import Evaluation
+from sheeprlhf.task.eval.load import Evaluation, answer_split
 from sheeprlhf.task.eval.result import draw_bars, save_result
 from sheeprlhf.task.eval.statistics import mean_and_interval
 from sheeprlhf.utils.end_tokens import end_token_ids

@@ -32,9 +32,8 @@ from sheeprlhf.structure.rollout import BestOfNConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.models import build_collector, load_online_setup
 from sheeprlhf.utils.errors import CheckpointError, DataError, Notify, RecordError
-from sheeprlhf.utils.folders import sweep_scratch
 from sheeprlhf.utils.lightning import Fabric
-from sheeprlhf.utils.output import create_file, safe_path, write_file
+from sheeprlhf.utils.output import create_file, safe_path, sweep_scratch, write_file
 
 COLUMNS = ("prompt", "response", "score", "n", "mean_score", "first_score")  # of the dataset
 FIRST = {"train": 0, "validation": 1 << 31}  # number of each split's first rollout; it decides what is sampled

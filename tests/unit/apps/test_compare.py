@@ -2,7 +2,7 @@
 
 import pytest
 
-from sheeprlhf.apps.serve.compare import ASK, MAX_CHARS, SUMMARISE, Panel, Settings, transcript
+from sheeprlhf.apps.serve.page import ASK, MAX_CHARS, SUMMARISE, Panel, Settings, transcript
 from sheeprlhf.config.model_lookup import find_trained
 from sheeprlhf.data.prompt_encoder import Turn
 from sheeprlhf.task.text_generator import load_text_generator

@@ -22,7 +22,7 @@ from sheeprlhf.model.load import load_causal_lm, load_tokenizer
 from sheeprlhf.model.locate import Located
 from sheeprlhf.structure.model import OPTConfig, SmolLM2Config
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.hub import SMOLLM2
+from sheeprlhf.utils.home import SMOLLM2
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_a_stopped_stage_tells_the_command_and_its_signal(small, unchecked, monk
         children.forward_signal(15)
         return 0  # it had just finished
 
-    monkeypatch.setattr("sheeprlhf.apps.child_process.Children.run", stopped)
+    monkeypatch.setattr("sheeprlhf.utils.processes.Children.run", stopped)
     assert pipeline(*small) == 143
     assert "sheeprlhf.py" in capsys.readouterr().out
 
@@ -139,7 +139,7 @@ def test_two_pipelines_do_not_share_a_folder(small, unchecked, monkeypatch, caps
         inner.append(pipeline(*small, f"resume_from={folders(tmp_path / 'logs' / 'pipelines')[0]}"))
         return 1
 
-    monkeypatch.setattr("sheeprlhf.apps.child_process.Children.run", nested)
+    monkeypatch.setattr("sheeprlhf.utils.processes.Children.run", nested)
     assert pipeline(*small) == 1
     assert inner == [2]
     assert "is in use by process" in capsys.readouterr().err

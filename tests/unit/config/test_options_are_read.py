@@ -7,7 +7,7 @@ from sheeprlhf.config.registry import ROOTS, choices, groups, options
 
 PACKAGE = Path(__file__).parents[3] / "sheeprlhf"
 # These walk over all options alike, which is no use of any one of them.
-GENERIC = {"config/registry.py", "config/option_checks.py", "apps/help.py"}
+GENERIC = {"config/registry.py", "config/option_checks.py", "apps/show.py"}
 
 EXPLAINED = {
     "dry_run",  # registry.to_typed turns it into other options' values

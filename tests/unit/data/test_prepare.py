@@ -25,7 +25,7 @@ from sheeprlhf.data.duplicates import SeenDigests
 from sheeprlhf.data.prepare import PreparedData, prepare_data
 from sheeprlhf.data.report import render_report
 from sheeprlhf.data.store import SplitWriter
-from sheeprlhf.utils import folders
+from sheeprlhf.utils import output
 from sheeprlhf.utils.errors import DataError
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts, write_jsonl
 
@@ -194,9 +194,9 @@ def die_at(call: int) -> None:
 
     SplitWriter.write = killing(SplitWriter.write)
     SplitWriter.close = killing(SplitWriter.close)
-    folders.fsync = killing(folders.fsync)
-    folders.os.rename = killing(killing(os.rename), after=True)
-    folders.create_file = killing(folders.create_file)
+    output.fsync = killing(output.fsync)
+    output.os.rename = killing(killing(os.rename), after=True)
+    output.create_file = killing(output.create_file)
 
 
 @pytest.mark.slow
@@ -260,7 +260,7 @@ def test_folders_that_are_not_ours_survive(tmp_path: Path) -> None:
     cfg, tokenizer = local(tmp_path, rows(3)), byte_tokenizer()
     folder = prepare(cfg, tokenizer).folder
     (folder / "report.json").unlink()
-    (folder / folders.MARKER).unlink()
+    (folder / output.MARKER).unlink()
     with pytest.raises(DataError, match="prepared dataset"):
         prepare(cfg, tokenizer)
     assert (folder / "train.arrow").exists()

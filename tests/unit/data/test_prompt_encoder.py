@@ -13,7 +13,7 @@ from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.data import DocstringsConfig, HelpfulHarmlessConfig, LocalDataConfig, SummarizationConfig
 from sheeprlhf.structure.model import TinyConfig
 from sheeprlhf.utils.errors import DataError
-from sheeprlhf.utils.hub import embedded_folder
+from sheeprlhf.utils.home import embedded_folder
 from tests.support.models import BOS, EOS, byte_tokenizer
 
 TEMPLATE = (

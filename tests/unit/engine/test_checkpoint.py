@@ -29,7 +29,7 @@ from sheeprlhf.engine.step import update
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.utils.errors import CheckpointError, UnsafePathError
-from sheeprlhf.utils.folders import MARKER, sweep_scratch
+from sheeprlhf.utils.output import MARKER, sweep_scratch
 from tests.unit.engine.toy import Net, micro_batch, toy_loss
 
 

@@ -47,7 +47,7 @@ def test_imperative(text):
 def test_imperative_agrees_with_the_embedded_pairs():
     from pyarrow import parquet
 
-    from sheeprlhf.utils.hub import embedded_folder
+    from sheeprlhf.utils.home import embedded_folder
 
     rows = parquet.read_table(embedded_folder("embedded:docstrings") / "test.parquet").to_pylist()
     chosen = functions.imperative([], [row["chosen"] for row in rows])

@@ -11,10 +11,10 @@ from numpy.testing import assert_allclose
 
 from sheeprlhf.data.example import Example
 from sheeprlhf.rollout.rollout import Rollout
-from sheeprlhf.task.eval.answers import Answers, kl_of_responses
 from sheeprlhf.task.eval.frontier import expected_best
-from sheeprlhf.task.eval.judge import RewardModelAccuracy
+from sheeprlhf.task.eval.load import Answers, kl_of_responses
 from sheeprlhf.task.eval.preference import pairs_of_rows
+from sheeprlhf.task.eval.reward import RewardModelAccuracy
 from sheeprlhf.task.eval.statistics import interval_of, mean_and_interval, resampled, standard_error
 
 RNG = np.random.default_rng(0)

@@ -21,8 +21,8 @@ from sheeprlhf.model.load import load_causal_lm, load_tokenizer
 from sheeprlhf.model.locate import locate
 from sheeprlhf.structure.model import HuggingFaceConfig, SmolLM2Config
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.folders import MARKER
-from sheeprlhf.utils.hub import SMOLLM2
+from sheeprlhf.utils.home import SMOLLM2
+from sheeprlhf.utils.output import MARKER
 from tests.support import gguf
 from tools import fetch_smollm2 as smollm2
 

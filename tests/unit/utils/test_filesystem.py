@@ -15,8 +15,7 @@ from sheeprlhf.engine.manifest import verify_manifest, write_folder, write_manif
 from sheeprlhf.engine.rundir import RunLock, is_locked
 from sheeprlhf.utils import output as filesystem
 from sheeprlhf.utils.errors import RunInUseError
-from sheeprlhf.utils.folders import MARKER, locked, written_folder
-from sheeprlhf.utils.output import fsync, make_private, open_file, replace, write_file
+from sheeprlhf.utils.output import MARKER, fsync, locked, make_private, open_file, replace, write_file, written_folder
 
 Patch = pytest.MonkeyPatch
 Printed = pytest.CaptureFixture[str]

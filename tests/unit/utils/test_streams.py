@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
-from sheeprlhf.utils.streams import lasting, lost_output
+from sheeprlhf.utils.processes import lasting, lost_output
 
 
 def stream_to(descriptor: int, *, write_through: bool = False) -> io.TextIOWrapper:

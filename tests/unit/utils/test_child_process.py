@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sheeprlhf.apps import child_process as child
+from sheeprlhf.utils import processes as child
 from sheeprlhf.utils.processes import STOP_SIGNALS
 
 SAVES = """#!/bin/sh
