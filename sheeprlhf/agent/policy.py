@@ -159,7 +159,7 @@ def noisy_embeddings(embedding: nn.Module, batch: Batch, alpha: float) -> Iterat
         lengths_BT = batch.attention_mask_BT.sum(dim=1, keepdim=True)
     else:
         sizes = torch.tensor([num_prompt + sum(responses) for num_prompt, responses in batch.layout.segments])
-        lengths_BT = sizes.repeat_interleave(sizes)[None].to(batch.input_ids_BT.device)
+        lengths_BT = sizes.repeat_interleave(sizes)[None].to(batch.input_ids_BT.device, non_blocking=True)
 
     def add_noise(_: nn.Module, __: Any, embeddings_BTC: Tensor) -> Tensor:
         scale_BT = alpha / (lengths_BT * embeddings_BTC.shape[-1]).sqrt()

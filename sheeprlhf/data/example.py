@@ -99,6 +99,7 @@ class Batch(NamedTuple):
         target_ids_N: (N,) int64.
         response_index_N: (N,) int64, which response target n belongs to, counted over the whole batch.
         response_lengths: tokens of each of the S responses that are predicted or can be scored, on the host.
+        lengths_S: (S,) int64, the same on the device.
         pairs_P2: (P, 2) int64, the (better, worse) responses of all pairs of a row, which has its responses best first.
         pair_weights_P: (P,) float32, 1 / number of pairs of the row.
         margins_P: (P,) float32, how far apart the scores of the two should be at least.
@@ -115,6 +116,7 @@ class Batch(NamedTuple):
     target_ids_N: Tensor
     response_index_N: Tensor
     response_lengths: tuple[int, ...]
+    lengths_S: Tensor
     pairs_P2: Tensor
     pair_weights_P: Tensor
     margins_P: Tensor
@@ -262,6 +264,7 @@ def _batch(
         target_ids_N=_int64(np.concatenate(target_ids)),
         response_index_N=_int64(np.repeat(owners, [len(piece) for piece in target_ids])),
         response_lengths=tuple(lengths),
+        lengths_S=torch.tensor(lengths, dtype=torch.long),
         pairs_P2=_int64(pairs),
         pair_weights_P=torch.tensor(weights),
         margins_P=torch.tensor(margins),

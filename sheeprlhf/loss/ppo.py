@@ -3,8 +3,6 @@
 Letters: S responses, N tokens of all responses laid end to end (response by response). Losses are unreduced.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -54,7 +52,7 @@ def cispo_losses(logprobs_N: Tensor, old_N: Tensor, advantages_N: Tensor, *, cli
     return -advantages_N * weights_N * logprobs_N
 
 
-def with_mean_ratio(logprobs_N: Tensor, old_N: Tensor, lengths: Sequence[int]) -> Tensor:
+def with_mean_ratio(logprobs_N: Tensor, old_N: Tensor, index_N: Tensor, lengths_S: Tensor) -> Tensor:
     """Log-probabilities whose ratio to `old_N` is GSPO's (arXiv 2507.18071, eqs. 7 and 13), one for each response.
 
     log s = mean over the response's tokens of logprobs - old. Token t gets logprobs_t - sg(logprobs_t) + old_t + sg(log
@@ -63,15 +61,14 @@ def with_mean_ratio(logprobs_N: Tensor, old_N: Tensor, lengths: Sequence[int]) -
     Args:
         logprobs_N: (N,) log-probabilities of the tokens by the policy, nats, with their gradient.
         old_N: (N,) those by the policy that sampled them.
-        lengths: tokens of each of the S responses.
+        index_N: (N,) the response of each token.
+        lengths_S: (S,) tokens of each response.
 
     Returns:
         (N,) nats.
     """
-    lengths_S = torch.tensor(lengths, device=logprobs_N.device)
-    index_N = torch.arange(len(lengths), device=logprobs_N.device).repeat_interleave(lengths_S)
     log_ratio_N = (logprobs_N - old_N).detach()
-    mean_S = log_ratio_N.new_zeros(len(lengths)).index_add(0, index_N, log_ratio_N) / lengths_S
+    mean_S = log_ratio_N.new_zeros(len(lengths_S)).index_add(0, index_N, log_ratio_N) / lengths_S
     return logprobs_N - logprobs_N.detach() + old_N + mean_S[index_N]
 
 
@@ -153,7 +150,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return (1.0 - moments(returns.double() - values.double())[1] / moments(returns)[1]).item()
 
 
-def token_weights(lengths: Sequence[int], aggregation: str, *, max_length: int) -> Tensor:
+def token_weights(index_N: Tensor, lengths_S: Tensor, aggregation: str, *, max_length: int) -> Tensor:
     """Weights of the tokens' losses: a step's loss is sum(weight * loss) / items over all its micro-batches and ranks.
 
     "token": weight 1, items are tokens (PPO; DAPO, arXiv 2503.14476, eq. 8): every token counts alike.
@@ -161,21 +158,21 @@ def token_weights(lengths: Sequence[int], aggregation: str, *, max_length: int) 
     "constant": weight 1 / max_length, items are responses (Dr. GRPO, arXiv 2503.20783): a response's sum of losses.
 
     Args:
-        lengths: tokens of each response.
+        index_N: (N,) the response of each token.
+        lengths_S: (S,) tokens of each response.
         aggregation: one of AGGREGATIONS.
         max_length: the most tokens that a response may have; read by "constant".
 
     Returns:
-        (N,) float32, on the CPU.
+        (N,) float32.
 
     Raises:
         ValueError: the aggregation is unknown.
     """
-    lengths_S = torch.tensor(lengths, dtype=torch.long)
     if aggregation == "token":
-        return torch.ones(sum(lengths))
+        return torch.ones_like(index_N, dtype=torch.float32)
     if aggregation == "sequence":
-        return (1.0 / lengths_S).repeat_interleave(lengths_S)
+        return (1.0 / lengths_S)[index_N]
     if aggregation == "constant":
-        return torch.full((sum(lengths),), 1.0 / max_length)
+        return torch.full_like(index_N, 1.0 / max_length, dtype=torch.float32)
     raise ValueError(f"aggregation={aggregation!r} is none of {', '.join(AGGREGATIONS)}")

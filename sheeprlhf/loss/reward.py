@@ -31,7 +31,7 @@ class Scores(NamedTuple):
 
 
 def by_response(
-    values_N: Tensor, token_ids_N: Tensor, response_index_N: Tensor, response_lengths: tuple[int, ...]
+    values_N: Tensor, token_ids_N: Tensor, response_index_N: Tensor, lengths_S: Tensor, *, longest: int
 ) -> Scores:
     """Lay the scores of all tokens, ordered by response and place, into a matrix.
 
@@ -39,11 +39,11 @@ def by_response(
         values_N: (N,) a score after each token.
         token_ids_N: (N,) the tokens.
         response_index_N: (N,) the response of each token, ascending.
-        response_lengths: tokens of each of the S responses; their sum is N.
+        lengths_S: (S,) tokens of each response; their sum is N.
+        longest: the largest of them, known to the host.
     """
-    lengths_S = torch.tensor(response_lengths, device=values_N.device)
     place_N = torch.arange(len(values_N), device=values_N.device) - (lengths_S.cumsum(0) - lengths_S)[response_index_N]
-    shape = (len(response_lengths), max(response_lengths))
+    shape = (len(lengths_S), longest)
     values_SL = values_N.new_zeros(shape).index_put((response_index_N, place_N), values_N)
     token_ids_SL = token_ids_N.new_zeros(shape).index_put((response_index_N, place_N), token_ids_N)
     return Scores(values_SL, token_ids_SL, lengths_S)

@@ -165,20 +165,15 @@ def head_logprobs(
     if rows * vocabulary <= max_logits:
         return run(hidden_RC, index_N, target_ids_N)
     size = max(1, max_logits // vocabulary)
-    starts = range(0, rows, size)
-    order_N = torch.argsort(index_N, stable=True)
-    index_N, target_ids_N = index_N[order_N], target_ids_N[order_N]
-    # Which targets each chunk of head rows predicts; one host read for all borders.
-    borders = torch.searchsorted(index_N, torch.tensor([*starts, rows], device=index_N.device)).tolist()
     parts = []
-    for start, low, high in zip(starts, borders, borders[1:], strict=False):
-        inputs = (hidden_RC[start : start + size], index_N[low:high] - start, target_ids_N[low:high])
+    # By targets, whose number the host knows; few of them share a row of the head.
+    for hidden_NC, targets_N in zip(hidden_RC[index_N].split(size), target_ids_N.split(size), strict=True):
+        inputs = (hidden_NC, torch.arange(len(targets_N), device=targets_N.device), targets_N)
         parts.append(checkpoint(run, *inputs, use_reentrant=False) if torch.is_grad_enabled() else run(*inputs))
-    inverse_N = torch.argsort(order_N)
 
     def joined(pieces: list[Tensor | None]) -> Tensor | None:
         there = [piece for piece in pieces if piece is not None]
-        return torch.cat(there)[inverse_N] if there else None
+        return torch.cat(there) if there else None
 
     columns = zip(*(part[:4] for part in parts), strict=True)
     target_N, mean_N, entropy_N, value_N = (joined(list(pieces)) for pieces in columns)

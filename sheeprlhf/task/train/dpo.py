@@ -85,7 +85,7 @@ def dpo_loss(policy: nn.Module, content: tuple[Batch, Tensor], *, task: DPOConfi
     batch, reference_S = content
     logprobs = policy(batch, entropy=not torch.is_grad_enabled())
     sums_S = sum_by_response(logprobs.target_N, batch.response_index_N, len(batch.response_lengths))
-    lengths_S = torch.tensor(batch.response_lengths, device=sums_S.device)
+    lengths_S = batch.lengths_S
     losses_P = pair_losses(task, sums_S, reference_S, lengths_S, batch.pairs_P2)
     rewards_S = task.beta * (sums_S - reference_S).detach()
     w, r = batch.pairs_P2.unbind(1)

@@ -40,7 +40,8 @@ def grpo_loss(
     logprobs_N = policy(batch, temperature=temperature).target_N
     low, high = task.clip_coeff, task.clip_coeff if task.clip_high is None else task.clip_high
     old_N, advantages_N = sampled["logprobs"], sampled["advantages"]
-    of_ratio_N = with_mean_ratio(logprobs_N, old_N, batch.response_lengths) if task.loss_type == "gspo" else logprobs_N
+    of_response = (batch.response_index_N, batch.lengths_S)
+    of_ratio_N = with_mean_ratio(logprobs_N, old_N, *of_response) if task.loss_type == "gspo" else logprobs_N
     if task.loss_type == "cispo":
         losses_N = cispo_losses(logprobs_N, old_N, advantages_N, clip_high=high)
     else:
@@ -48,8 +49,7 @@ def grpo_loss(
             of_ratio_N, old_N, advantages_N, clip_low=low, clip_high=high, max_ratio=task.max_ratio
         )
     kl_N = kl_estimates(logprobs_N, sampled["reference"], task.kl_estimator)
-    weights_N = token_weights(batch.response_lengths, AVERAGES[task.loss_type], max_length=max_length)
-    weights_N = weights_N.to(losses_N.device)
+    weights_N = token_weights(*of_response, AVERAGES[task.loss_type], max_length=max_length)
     metrics = ratio_metrics(of_ratio_N, old_N, advantages_N, low, high) | {"kl": kl_N.detach()}
     total = (weights_N * (losses_N + task.init_kl_coeff * kl_N)).sum()
     return LossOutput(total, {name: (weights_N * values_N).sum() for name, values_N in metrics.items()})

@@ -56,7 +56,7 @@ def kto_loss(policy: nn.Module, content: tuple[Batch, Tensor], *, task: KTOConfi
     sums_S, h_S = log_ratios(policy, content)
     desirable_S = content[0].desirable_S
     weights = (task.desirable_weight, task.undesirable_weight)
-    losses_S = kto(h_S, desirable_S, h_S.new_tensor(kl), task.beta, *weights)
+    losses_S = kto(h_S, desirable_S, h_S.new_full((), kl), task.beta, *weights)
     metrics: dict[str, Tensor] = {}
     for name, mask_S in (("chosen", desirable_S), ("rejected", ~desirable_S)):
         metrics[f"share/{name}"] = mask_S.sum()

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from sheeprlhf.data.example import Batch
@@ -60,8 +59,7 @@ def online_dpo_loss(
         case "hinge":
             losses_P = dpo.hinge(h_S[w], h_S[r], task.beta)
         case "ipo":
-            lengths_S = torch.tensor(batch.response_lengths, device=h_S.device)
-            losses_P = dpo.ipo(h_S[w], h_S[r], lengths_S[w], lengths_S[r], task.beta)
+            losses_P = dpo.ipo(h_S[w], h_S[r], batch.lengths_S[w], batch.lengths_S[r], task.beta)
         case _:
             raise ValueError(f"loss_type={task.loss_type!r}")
     margins_P = task.beta * (h_S[w] - h_S[r]).detach()

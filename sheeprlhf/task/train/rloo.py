@@ -29,11 +29,10 @@ def rloo_loss(
 ) -> LossOutput:
     """Losses of whole responses; of each token `content` has "logprobs" and the "advantages" of its response."""
     batch, sampled = content
-    index_N, lengths = batch.response_index_N, batch.response_lengths
-    sums_S = sum_by_response(policy(batch, temperature=temperature).target_N, index_N, len(lengths))
-    old_S = sum_by_response(sampled["logprobs"], index_N, len(lengths))
-    lengths_S = torch.tensor(lengths, device=sums_S.device)
-    advantages_S = sum_by_response(sampled["advantages"], index_N, len(lengths)) / lengths_S
+    index_N, num_responses = batch.response_index_N, len(batch.response_lengths)
+    sums_S = sum_by_response(policy(batch, temperature=temperature).target_N, index_N, num_responses)
+    old_S = sum_by_response(sampled["logprobs"], index_N, num_responses)
+    advantages_S = sum_by_response(sampled["advantages"], index_N, num_responses) / batch.lengths_S
     losses_S = sequence_policy_losses(sums_S, old_S, advantages_S, clip=task.clip_coeff)
     metrics = ratio_metrics(sums_S, old_S, advantages_S, task.clip_coeff, task.clip_coeff)
     return LossOutput(losses_S.sum(), {name: values_S.sum() for name, values_S in metrics.items()})

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from sheeprlhf.agent.batches import Batches
@@ -27,8 +28,10 @@ from sheeprlhf.utils.lightning import Fabric
 
 def rm_loss(model: nn.Module, batch: Batch, *, loss_type: str, center: float = 0.0) -> LossOutput:
     """Bradley-Terry losses of all pairs of each prompt, and how often and how far the better response is ahead."""
-    lengths = (1,) * len(batch.response_lengths) if loss_type == "last_token" else batch.response_lengths
-    scores = by_response(model(batch), batch.target_ids_N, batch.response_index_N, lengths)
+    lengths_S, longest = batch.lengths_S, max(batch.response_lengths)
+    if loss_type == "last_token":
+        lengths_S, longest = torch.ones_like(lengths_S), 1
+    scores = by_response(model(batch), batch.target_ids_N, batch.response_index_N, lengths_S, longest=longest)
     losses_P = reward_loss(scores, batch.pairs_P2, loss_type, batch.margins_P)
     chosen_P, rejected_P = last_scores(scores)[batch.pairs_P2].unbind(1)
     if center:

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -149,10 +150,17 @@ def test_explained_variance_by_hand() -> None:
 STEPS = {"token": 4.8, "sequence": 3.0, "constant": 1.5}
 
 
+def weights_of(lengths: Sequence[int], aggregation: str, *, max_length: int) -> Tensor:
+    lengths_S = torch.tensor(lengths, dtype=torch.long)
+    return token_weights(
+        torch.arange(len(lengths)).repeat_interleave(lengths_S), lengths_S, aggregation, max_length=max_length
+    )
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_the_loss_of_a_step_by_hand(aggregation: str) -> None:
     lengths, losses_N = (8, 2), torch.tensor([6.0] * 8 + [0.0] * 2)
-    weighted = (losses_N * token_weights(lengths, aggregation, max_length=16)).sum().item()
+    weighted = (losses_N * weights_of(lengths, aggregation, max_length=16)).sum().item()
     assert weighted / (sum(lengths) if aggregation == "token" else len(lengths)) == pytest.approx(STEPS[aggregation])
 
 
@@ -160,12 +168,12 @@ def test_the_loss_of_a_step_by_hand(aggregation: str) -> None:
 def test_a_weight_does_not_depend_on_the_company(aggregation: str) -> None:
     """So a step's loss is the same however it is cut into micro-batches: sums of sums, not means of means."""
     lengths = [1, 3, 17, 64]
-    whole_N = token_weights(lengths, aggregation, max_length=64)
-    parts = [token_weights([length], aggregation, max_length=64) for length in lengths]
+    whole_N = weights_of(lengths, aggregation, max_length=64)
+    parts = [weights_of([length], aggregation, max_length=64) for length in lengths]
     assert torch.equal(whole_N, torch.cat(parts))
-    assert token_weights([], aggregation, max_length=64).shape == (0,)
+    assert weights_of([], aggregation, max_length=64).shape == (0,)
 
 
 def test_an_unknown_aggregation_is_refused() -> None:
     with pytest.raises(ValueError, match="mean"):
-        token_weights([1], "mean", max_length=1)
+        weights_of([1], "mean", max_length=1)

@@ -13,10 +13,10 @@ PAIR = torch.tensor([[0, 1]])
 
 def scores(values: list[list[float]], tokens: list[list[int]]) -> Scores:
     """As the reward model gives them, one after the other."""
-    lengths = tuple(len(row) for row in tokens)
-    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    lengths = torch.tensor([len(row) for row in tokens])
+    owner = torch.arange(len(lengths)).repeat_interleave(lengths)
     flat_values, flat_tokens = (torch.tensor([x for row in rows for x in row]) for rows in (values, tokens))
-    return by_response(flat_values, flat_tokens, owner, lengths)
+    return by_response(flat_values, flat_tokens, owner, lengths, longest=max(map(len, tokens)))
 
 
 def nats(difference: float) -> float:

@@ -96,7 +96,9 @@ def test_gspo_by_a_loop(estimator: str) -> None:
 
 def test_gspos_ratio() -> None:
     old = torch.tensor([-1.0, -2.0, -0.5])
-    ratio = (with_mean_ratio(old + torch.tensor([0.1, -0.1, 0.3]), old, [3]) - old).exp()
+    ratio = (
+        with_mean_ratio(old + torch.tensor([0.1, -0.1, 0.3]), old, torch.zeros(3).long(), torch.tensor([3])) - old
+    ).exp()
     assert_close(ratio, torch.full((3,), 1.1052), rtol=0, atol=1e-4)
 
 
