@@ -256,7 +256,6 @@ def card_text(
         prompt=FORMS[form].prompt([Turn("user", FORMS[form].example)]).get("prompt", FORMS[form].example),
         variables=variables,
         date=date,
-        needs_bos=is_templated and _lacks_bos(trained, tokenizer),
         end=end,
         end_is_written=end_is_written,
         offset=offset,
@@ -297,17 +296,6 @@ def _records(trained: Trained) -> dict[str, Any]:
     ]
     options, results = _options(run_dir), _results(run_dir)
     return {"data": of_data, "commands": commands, "options": options, "results": results}
-
-
-def _lacks_bos(trained: Trained, tokenizer: Any) -> bool:
-    """True if the tokenizer adds a BOS that the chat template does not write itself."""
-    from sheeprlhf.data.prompt_encoder import template_args_of
-    from sheeprlhf.data.tokenize import SpecialIds
-    from sheeprlhf.utils.rendering import render_chat
-
-    bos = SpecialIds(tokenizer).bos
-    text = render_chat(tokenizer, [{"role": "user", "content": "x"}], template_args_of(trained), ask=True)
-    return bool(bos) and tokenizer(text, add_special_tokens=False)["input_ids"][: len(bos)] != bos
 
 
 def _end_text(trained: Trained, form: str, tokenizer: Any) -> tuple[str, bool]:

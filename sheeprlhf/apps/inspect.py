@@ -257,7 +257,7 @@ class Viewer:
     def _check_start(self, prompt: Sequence[int], facts: list[str], warnings: list[str]) -> None:
         bos = self._tokenizer.bos_token_id
         number = next((place for place, token in enumerate(prompt) if token != bos), len(prompt))
-        facts.append(f"BOS: {number}" + ("" if number else " (the tokenizer adds none)"))
+        facts.append(f"BOS: {number}" + ("" if number else " (neither the tokenizer nor the chat template adds one)"))
         if number > 1:
             warnings.append(
                 f"the prompt begins with {number} BOS tokens, and models know one: take it out of the chat template, "

@@ -62,7 +62,7 @@ from sheeprlhf.utils.output import create_file, discard, locked, written_folder
 from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, BoundToThis, start_bound
 from sheeprlhf.utils.rendering import fixed_arguments
 
-FORMAT_VERSION = 13  # raise it whenever the code makes other rows, or another report, of the same input
+FORMAT_VERSION = 14  # raise it whenever the code makes other rows, or another report, of the same input
 _ROWS_TO_JUDGE = 1_000  # before preparing ends early since the chat template refuses most of them
 _NOTHING_KEPT = KeptColumns()
 _PREFERENCES = ("train", "reward")

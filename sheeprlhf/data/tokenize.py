@@ -288,7 +288,7 @@ class RowTokenizer:
         parts = [*ids.responses, *(pair.responses[0] for pair in behind)]
         mismatch = ids.mismatch or ("response" if any(pair.mismatch == "response" for pair in behind) else "")
         whole = EncodedPair(ids.prompt, [[token for part in parts for token in part]], mismatch)
-        num_prompt, num_added = len(self.ids.bos) + len(ids.prompt), parts[-1][-1] not in self.ids.ends
+        num_prompt, num_added = len(ids.prompt), parts[-1][-1] not in self.ids.ends
         room = self.cfg.max_length - num_prompt - num_added
         if num_prompt <= self.cfg.max_prompt_length and len(whole.responses[0]) <= room:
             return [self._finish(pieces, whole, tuple(map(len, parts)))]
@@ -308,7 +308,7 @@ class RowTokenizer:
         return rows
 
     def _finish(self, pieces: _Pieces, ids: EncodedPair, turns: tuple[int, ...] = ()) -> TokenRow:
-        """Add BOS and the end token, cut what is too long and drop what is too short.
+        """Add BOS (a chat template writes its own) and the end token, cut what is too long, drop what is too short.
 
         Args:
             pieces: the texts.
@@ -325,7 +325,7 @@ class RowTokenizer:
             prompt = self.ids.bos or [self.ids.eos]
             if rendered and self.ids.bos:
                 responses = [r[len(prompt) :] if self._begins_with_bos(r) else r for r in responses]
-        elif not (rendered and self._begins_with_bos(prompt)):
+        elif not pieces.templated and not (rendered and self._begins_with_bos(prompt)):
             prompt = self.ids.bos + prompt
         if rendered:  # the end token that the row brings stays; one that brings none gets EOS
             written = [bool(r) and r[-1] in self.ids.ends for r in responses]
@@ -438,7 +438,7 @@ class RowTokenizer:
                 "set data.on_overflow=truncate_prompt or drop"
             )
         cut = []
-        bos = len(self.ids.bos)
+        bos = len(self.ids.bos) if self._begins_with_bos(prompt) else 0
         room = max(min(cfg.max_prompt_length, cfg.max_length), bos, 1)
         if len(prompt) > room:
             prompt = prompt[:bos] + prompt[len(prompt) - (room - bos) :]

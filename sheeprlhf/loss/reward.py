@@ -54,6 +54,11 @@ def last_scores(scores: Scores) -> Tensor:
     return scores.values_SL.gather(1, scores.lengths_S[:, None] - 1).squeeze(1)
 
 
+def accuracies(margin_P: Tensor) -> Tensor:
+    """(P,) 1 where the better response of a pair is ahead, half a point where both are equal, else 0."""
+    return (margin_P > 0) + 0.5 * (margin_P == 0)
+
+
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
     """-log sigmoid(r_w - r_l - m): InstructGPT (arXiv 2203.02155) eq. 1 with the margin of Llama 2 (2307.09288) eq. 2.
 

@@ -140,7 +140,7 @@ class RMConfig(TrainTaskConfig):
     )
     normalize_on: str = option(
         "demonstrations",
-        "After training, shift scores so that the preferred responses of the training rows score 0 on average, or not.",
+        "After training, shift scores so that the preferred responses that were trained on score 0 on average, or not.",
         choices=("demonstrations", "none"),
     )
     sft_experiment_dir: Optional[str] = option(

@@ -73,7 +73,7 @@ def test_a_conversation_is_remembered_and_forgotten(monkeypatch, capsys, chatty)
     lines = iter(["Hi", "Why?", "/reset", "New", "/nonsense", "/help", "/quit"])
     conversation = chat.Conversation(load_text_generator(find_trained(str(chatty)), print), GenConfig(), 0, "Be kind.")
     chat._loop(conversation, lambda: next(lines))
-    start = "<s>[system]Be kind.[user]"
+    start = "[system]Be kind.[user]"
     assert prompts[0] == f"{start}Hi[assistant]"
     assert prompts[1] == f"{start}Hi[assistant]yes</s>[user]Why?[assistant]"
     assert prompts[2] == f"{start}New[assistant]"

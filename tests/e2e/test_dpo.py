@@ -39,6 +39,7 @@ def test_the_first_loss_is_that_of_no_difference_and_then_it_falls(
     assert losses[-1] < losses[0]
     assert margins[0] == pytest.approx(0.0, abs=1e-5)
     assert margins[-1] > 0
+    assert found["train/rewards/accuracies"][0] == 0.5  # equal rewards count half
     names = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
     names += ["logps/chosen", "logps/rejected", "kl/chosen", "loss"]
     assert {f"{part}/{name}" for part in ("train", "val") for name in names} <= found.keys()

@@ -191,7 +191,8 @@ def expected(layout: Layout, key: str, tokenizer: PreTrainedTokenizerBase, task:
             options = {"chat_template": TEMPLATE, "tokenize": False, "add_generation_prompt": answer is None}
             text = tokenizer.apply_chat_template(messages, layout.tools, **options)
             start = text.rindex(ASKED) + len(ASKED)
-        encoded = tokenizer(text, return_offsets_mapping=True)
+        plain = isinstance(context, str)  # a chat template writes BOS itself
+        encoded = tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True)
         mask = [end > first >= start for first, end in encoded["offset_mapping"]]
         found.append((encoded["input_ids"], mask))
     return found

@@ -71,16 +71,16 @@ def prompt_of(word: Path, **given: Any) -> str:
 
 @pytest.mark.slow
 def test_a_folder_is_asked_as_its_run(runs: dict[str, Path]) -> None:
-    assert prompt_of(runs["sft"]) == prompt_of(runs["sft_final"]) == "<s>2019(kind)[user]5 times[assistant]"
+    assert prompt_of(runs["sft"]) == prompt_of(runs["sft_final"]) == "2019(kind)[user]5 times[assistant]"
     assert prompt_of(runs["plain"]) == prompt_of(runs["plain_final"]) == "<s>5 times"
-    assert prompt_of(runs["sft_final"], template_args="{mood: sad}") == "<s>2024(sad)[user]5 times[assistant]"
-    assert prompt_of(runs["model"]) == "<s>2024(none)[user]5 times[assistant]"
+    assert prompt_of(runs["sft_final"], template_args="{mood: sad}") == "2024(sad)[user]5 times[assistant]"
+    assert prompt_of(runs["model"]) == "2024(none)[user]5 times[assistant]"
 
 
 def test_rows_are_rendered_as_in_training(runs: dict[str, Path]) -> None:
     """An evaluation or a training that begins with the folder takes its variables unless others are given."""
     tokenizer = load_tokenizer(AutoModelConfig(repo_name=str(runs["sft_final"])))
-    for given, begin in ((None, "<s>2019(kind)"), ({}, "<s>2024(none)"), ({"mood": "sad"}, "<s>2024(sad)")):
+    for given, begin in ((None, "2019(kind)"), ({}, "2024(none)"), ({"mood": "sad"}, "2024(sad)")):
         cfg = LocalDataConfig(
             train_file=str(runs["sft_rows"]), template_args=given, cache_dir=str(runs["model"].parent)
         )

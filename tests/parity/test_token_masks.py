@@ -62,7 +62,7 @@ def tokenizer_in(folder: Path) -> Any:
 def labels_by_text(tokenizer: Any, messages: list[dict[str, Any]], learned: list[str]) -> tuple[list[int], list[int]]:
     """Ids of a whole conversation in one piece, and labels: -100 except where one of the texts stands, in order."""
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    whole = tokenizer(text, return_offsets_mapping=True)
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     counts, place = np.zeros(len(text), dtype=bool), 0
     for piece in learned:
         place = text.index(piece, place)

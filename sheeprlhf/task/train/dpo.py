@@ -15,6 +15,7 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, evaluate
 from sheeprlhf.loss import dpo
+from sheeprlhf.loss.reward import accuracies
 from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import DPOConfig
@@ -93,7 +94,7 @@ def dpo_loss(policy: nn.Module, content: tuple[Batch, Tensor], *, task: DPOConfi
         "rewards/chosen": rewards_S[w],
         "rewards/rejected": rewards_S[r],
         "rewards/margins": rewards_S[w] - rewards_S[r],
-        "rewards/accuracies": (rewards_S[w] > rewards_S[r]).float(),
+        "rewards/accuracies": accuracies(rewards_S[w] - rewards_S[r]),
         "logps/chosen": sums_S[w].detach(),
         "logps/rejected": sums_S[r].detach(),
         "kl/chosen": (reference_S - sums_S)[w].detach(),

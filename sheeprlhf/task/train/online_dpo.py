@@ -14,6 +14,7 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput
 from sheeprlhf.loss import dpo
+from sheeprlhf.loss.reward import accuracies
 from sheeprlhf.rollout.rollout import Rollout
 from sheeprlhf.structure.rollout import OnlineDPOConfig
 from sheeprlhf.structure.run import TrainConfig
@@ -63,7 +64,7 @@ def online_dpo_loss(
         case _:
             raise ValueError(f"loss_type={task.loss_type!r}")
     margins_P = task.beta * (h_S[w] - h_S[r]).detach()
-    metrics = {"rewards/margins": margins_P.sum(), "rewards/accuracies": (margins_P > 0).float().sum()}
+    metrics = {"rewards/margins": margins_P.sum(), "rewards/accuracies": accuracies(margins_P).sum()}
     return LossOutput(losses_P.sum(), metrics)
 
 

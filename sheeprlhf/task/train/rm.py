@@ -8,7 +8,6 @@ its last token.
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -18,7 +17,7 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.rundir import is_finished
 from sheeprlhf.engine.step import LossOutput, evaluate
-from sheeprlhf.loss.reward import by_response, centering, last_scores, reward_loss
+from sheeprlhf.loss.reward import accuracies, by_response, centering, last_scores, reward_loss
 from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import RMConfig
@@ -40,7 +39,7 @@ def rm_loss(model: nn.Module, batch: Batch, *, loss_type: str, center: float = 0
         "rewards/chosen": chosen_P,
         "rewards/rejected": rejected_P,
         "rewards/margins": chosen_P - rejected_P,
-        "rewards/accuracies": (chosen_P > rejected_P).float(),
+        "rewards/accuracies": accuracies(chosen_P - rejected_P),
     }
     weights_P = batch.pair_weights_P
     return LossOutput((losses_P * weights_P).sum(), {k: (v.detach() * weights_P).sum() for k, v in metrics_P.items()})
@@ -78,8 +77,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 validate()
         if task.normalize_on == "demonstrations" and not is_finished(run.dir):
             pairs = Batches(fabric, task, packed=packed, targets="last", num_items=lambda batch: len(batch.pairs_P2))
-            rows = np.arange(len(loop.rows))
+            rows = loop.plan.rows_until(loop.state.step)
             micro_batches = (micro for _, micro in pairs.numbered(loop.rows, rows, "normalising"))
             model.offset = evaluate(fabric, module, micro_batches, chosen_scores)["loss"]
-            run.say(f"the preferred responses of the training rows score {model.offset:.4f}: {OFFSET} in config.json")
+            run.say(f"preferred responses that were trained on score {model.offset:.4f}: {OFFSET} in config.json")
         loop.finish(model)

@@ -38,7 +38,7 @@ def test_each_model_is_asked_in_its_form_and_scored(writers, monkeypatch):
     panel = Panel(SUMMARISE, writers, scorer)
     *states, last = panel.answer("A post.", panel.start().histories, FAIR)
     assert prompts[0] == "<s>A post.\nTL;DR:"
-    assert prompts[1] == "<s>[user]Summarise this text in one or two sentences:\n\nA post.[assistant]"
+    assert prompts[1] == "[user]Summarise this text in one or two sentences:\n\nA post.[assistant]"
     assert last.status == "done; highest score: chatty" and last.scores == ["3.000", "5.000"]
     assert [transcript(history, turns=False) for history in last.histories] == ["one", "three"]
     assert states[0].status == "plain is writing ..." and states[0].scores == ["", ""]
@@ -51,7 +51,7 @@ def test_questions_remember_what_was_said_where_the_model_can(writers, monkeypat
     *_, first = panel.answer("Hi", panel.start().histories, FAIR)
     *_, second = panel.answer("Why?", first.histories, FAIR)
     assert prompts[2] == "<s>Why?"
-    assert prompts[3] == "<s>[user]Hi[assistant]yes</s>[user]Why?[assistant]"
+    assert prompts[3] == "[user]Hi[assistant]yes</s>[user]Why?[assistant]"
     assert transcript(second.histories[1], turns=True) == "You: Hi\n\nModel: yes\n\nYou: Why?\n\nModel: yes"
     assert second.scores == ["", ""] and second.status == "done"
 

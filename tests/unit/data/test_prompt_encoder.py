@@ -14,7 +14,7 @@ from sheeprlhf.structure.data import DocstringsConfig, HelpfulHarmlessConfig, Lo
 from sheeprlhf.structure.model import TinyConfig
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.home import embedded_folder
-from tests.support.models import BOS, EOS, byte_tokenizer
+from tests.support.models import EOS, byte_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}"
@@ -52,7 +52,7 @@ def test_a_signature_becomes_the_prompt_of_its_row():
         ("tldr", ["A post.\nTL;DR:"], "<s>A post.\nTL;DR:"),
         ("dialogue", ["Hi"], "<s>\n\nHuman: Hi\n\nAssistant:"),
         ("dialogue", ["Hi", " Yes. ", "Why?"], "<s>\n\nHuman: Hi\n\nAssistant: Yes.\n\nHuman: Why?\n\nAssistant:"),
-        ("template", ["Hi", "Yes.", "Why?"], "<s>[user]Hi[assistant]Yes.</s>[user]Why?[assistant]"),
+        ("template", ["Hi", "Yes.", "Why?"], "[user]Hi[assistant]Yes.</s>[user]Why?[assistant]"),
     ],
 )
 def test_each_form_writes_what_its_dataset_has(form, turns, expected):
@@ -62,7 +62,6 @@ def test_each_form_writes_what_its_dataset_has(form, turns, expected):
     conversation = [Turn(roles[index % 2], text) for index, text in enumerate(turns)]
     example = Asker(FORMS[form], tokenizer).example(conversation)
     assert decoded(example) == expected
-    assert example.prompt_ids[0] == BOS
     assert example.responses[0][-1] == EOS
 
 
@@ -103,5 +102,5 @@ def test_the_date_of_a_prompt_is_that_of_training():
         row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]}
         [trained] = RowTokenizer(LocalDataConfig(template_args=given), tokenizer, "sft")([Row(0, "", row)])
         example = Asker(FORMS["template"], tokenizer, given).example([Turn("user", "Hi")])
-        assert decoded(example) == f"<s>({shown})[user]Hi[assistant]"
+        assert decoded(example) == f"({shown})[user]Hi[assistant]"
         assert example.prompt_ids.tolist() == trained.tokens[: trained.sizes[0]].tolist()

@@ -89,7 +89,7 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
     rows = [{"prompt": "hi"}, {"prompt": " "}, {"prompt": "hey"}, {"prompt": "hi"}, {"messages": [USER]}]
     rows.append({"messages": [USER | {"content": "<|im_end|>"}]})
     prepared = prepare(local(tmp_path, rows), tokenizer, "prompts")
-    assert texts(prepared, tokenizer) == [("<s>hi",), ("<s>hey",), ("<s>" + TURN.format("user", "a") + ASKED,)]
+    assert texts(prepared, tokenizer) == [("<s>hi",), ("<s>hey",), (TURN.format("user", "a") + ASKED,)]
     split, part = prepared.splits["train"], prepared.report["splits"]["train"]
     assert [one.responses for one in split.examples(range(3))] == [(), (), ()]
     assert (split.unanswered, part["prompts_alone"], part["kept"]) == (3, 3, 3)

@@ -24,11 +24,13 @@ def parts(row: TokenRow) -> list[list[int]]:
 
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("template", [TEMPLATE, BOS_TEMPLATE])
-def test_one_bos_exactly_where_the_tokenizer_puts_one(bos: bool, template: str) -> None:
+def test_bos_is_that_of_the_tokenizer_or_of_the_chat_template(bos: bool, template: str) -> None:
     tokenizer = byte_tokenizer(bos=bos, template=template)
     plain = {"prompt": "hi", "response": "ho"}
     messages = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
-    for row, expected in ((plain, int(bos)), (messages, int(bos or template == BOS_TEMPLATE))):
+    rendered = tokenizer.apply_chat_template(messages["messages"], tokenize=True, return_dict=False)
+    assert run(messages, tokenizer).tokens.tolist() == rendered[:-1]  # without the line end after the end token
+    for row, expected in ((plain, int(bos)), (messages, int(template == BOS_TEMPLATE))):
         prompt, response = parts(run(row, tokenizer))
         assert (prompt + response).count(tokenizer.bos_token_id) == expected
         assert prompt[:expected] == [tokenizer.bos_token_id] * expected
