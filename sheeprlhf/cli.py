@@ -212,8 +212,7 @@ def _dispatch(arguments: list[str]) -> int:
     directory = args.values.get("--config-dir")
     if directory is not None and not Path(directory).is_dir():
         raise ConfigError(f"--config-dir={directory} is not a directory: give the folder that holds your groups")
-    name = args.values.get("--config-name")
-    if name is not None:
+    if (name := args.values.get("--config-name")) is not None:
         _check_config_name(name, directory)
     if "--help" in args.flags:
         from sheeprlhf.apps.show import print_verb_help
@@ -267,10 +266,9 @@ def _compose_and_launch(verb: str, args: ParsedArgs) -> int:
     if not sweep and not shows and all(word.startswith("hydra.run.dir=") for word in options_of_hydra):
         job = compose_job(source, args.overrides)
         return _run_job(verb, args, lambda: job, bool(getattr(job.config, "debug", False))).code
-    if not shows or "--cfg" in shows:
-        problems = check(source, args.overrides, multirun=sweep, complete=not shows)
-        if problems:
-            raise ConfigError(*problems)
+    checks = not shows or "--cfg" in shows
+    if checks and (problems := check(source, args.overrides, multirun=sweep, complete=not shows)):
+        raise ConfigError(*problems)
     from sheeprlhf.apps.sweep import HydraJobs, run_sweep
 
     jobs = HydraJobs(source, args, _run_job)

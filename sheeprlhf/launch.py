@@ -6,7 +6,9 @@ import random
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,14 +27,23 @@ from sheeprlhf.engine.rundir import (
     discard_unused,
     is_finished,
 )
-from sheeprlhf.model.locate import locate
+from sheeprlhf.model.locate import locate, locate_adapter
 from sheeprlhf.security.files import disk_full
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.security.version_guard import check_versions
-from sheeprlhf.structure.reward import uses_judge
+from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.reward import JudgeOptionsConfig, uses_judge
 from sheeprlhf.structure.rollout import VLLMRolloutConfig
 from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, PipelineConfig, TrainConfig
-from sheeprlhf.utils.errors import ConfigError, MissingRanksError, OutOfMemory, SheepError, UnsafePathError
+from sheeprlhf.utils.errors import (
+    ConfigError,
+    DataError,
+    MissingRanksError,
+    ModelError,
+    OutOfMemory,
+    SheepError,
+    UnsafePathError,
+)
 from sheeprlhf.utils.home import silence_libraries
 from sheeprlhf.utils.launchers import (
     OUTPUT_FILE,
@@ -64,14 +75,10 @@ def resolve_run_aliases(job: Job, overrides: list[str]) -> list[str]:
 
 
 class Finished(NamedTuple):
-    """A job that has ended.
+    """A job that has ended."""
 
-    Attributes:
-        code: its exit code.
-        output: run directory of a training, result file of an evaluation; None on other ranks and of other commands.
-    """
-
-    code: int
+    code: int  # its exit code
+    # run directory of a training, result file of an evaluation; None on other ranks and of other commands
     output: Path | None = None
 
 
@@ -162,37 +169,60 @@ def _launch_here(config: TrainConfig | EvalConfig, given_dir: str | None) -> Pat
 
 
 def check_inputs_exist(config: TrainConfig | EvalConfig | InspectConfig) -> None:
-    """Rank zero only: if model or data are not to be had, fail before a directory is made and torch is imported."""
+    """Rank zero, before torch is imported: find model, adapter, data, servers. Raises SheepError with all problems."""
     silence_libraries()
-    reads_model = True
+    errors: list[SheepError] = []
+    for check in _input_checks(config):
+        try:
+            check()
+        except (ConfigError, DataError, ModelError) as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ConfigError(*(line for error in errors for line in str(error).splitlines()))
+
+
+def _input_checks(config: TrainConfig | EvalConfig | InspectConfig) -> Iterator[Callable[[], object]]:
+    """Checks, in their order, that each raise an error for one thing that the job reads and that is not to be had."""
+    loads_weights, reads_model = not isinstance(config, InspectConfig), True
     if isinstance(config, EvalConfig):
         from sheeprlhf.config.model_lookup import needs_base_model
 
-        reads_model = needs_base_model(config)
+        loads_weights, reads_model = config.experiment_dir is None, needs_base_model(config)
     if config.model is not None and reads_model:
-        found = locate(config.model)
-        if found.note:
-            print(plain_text(redact_text(found.note)), file=sys.stderr)
-        if found.no_hub:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # so that no process determines it again
-        library = config.model.library_cfg
-        if library.trust_remote_code:
-            name = plain_text(str(config.model.repo_name))
-            print(f"Python code of {name} at {library.revision} will run on this machine.")
+        yield partial(_find_model, config.model)
+        if config.model.adapter is not None and loads_weights:
+            yield partial(locate_adapter, config.model.adapter)
     if config.data is not None:
         from sheeprlhf.data import source
 
-        for data in datasets_of(config.data):
-            source.locate(data)
+        yield from (partial(source.locate, data) for data in datasets_of(config.data))
     if isinstance(config, TrainConfig | EvalConfig) and uses_judge(config.reward):
-        from sheeprlhf.reward.judge import check_server, receiver_notice
-
-        check_server(config.reward)
-        print(plain_text(redact_text(receiver_notice(config.reward))), file=sys.stderr)
+        yield partial(_find_judge, config.reward)
     if isinstance(config, TrainConfig) and isinstance(config.rollout, VLLMRolloutConfig):
         from sheeprlhf.rollout.vllm_api import check_servers
 
-        check_servers(config.rollout)
+        yield partial(check_servers, config.rollout)
+
+
+def _find_model(model: ModelConfig) -> None:
+    """Locate a model, and print what has to be known of its place and of its code."""
+    found = locate(model)
+    if found.note:
+        print(plain_text(redact_text(found.note)), file=sys.stderr)
+    if found.no_hub:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # so that no process determines it again
+    if model.library_cfg.trust_remote_code:
+        name = plain_text(str(model.repo_name))
+        print(f"Python code of {name} at {model.library_cfg.revision} will run on this machine.")
+
+
+def _find_judge(reward: JudgeOptionsConfig) -> None:
+    from sheeprlhf.reward.judge import check_server, receiver_notice
+
+    check_server(reward)
+    print(plain_text(redact_text(receiver_notice(reward))), file=sys.stderr)
 
 
 def _check_weights(config: TrainConfig | EvalConfig) -> None:
@@ -208,11 +238,8 @@ def _warn_about_restarts(*, resumes: bool) -> None:
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return
     if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
-        print(
-            "torchrun restarts killed ranks, which can fail or hang: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
-            "its own environment",
-            file=sys.stderr,
-        )
+        advice = "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its own environment"
+        print(f"torchrun restarts killed ranks, which can fail or hang: {advice}", file=sys.stderr)
     if not resumes:
         print("torchrun restarts killed ranks, and they would not continue: give resume=true too", file=sys.stderr)
 

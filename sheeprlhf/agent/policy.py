@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sheeprlhf.agent.batches import choose_packed
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.checkpoint import saved_tensors
-from sheeprlhf.model.adapter import locate_adapter
 from sheeprlhf.model.attention import accepted, logits_at, placeholder_mask
 from sheeprlhf.model.layers import sparse_last_mlp
 from sheeprlhf.model.lm_head import TokenLogprobs, head_logprobs, head_scores, logprobs_from_logits
 from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm
+from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.model.lora import (
     POLICY,
     REFERENCE,

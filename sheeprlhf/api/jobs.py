@@ -12,8 +12,7 @@ from sheeprlhf.apps.arguments import ParsedArgs
 from sheeprlhf.config.compose import Job, Source, compose_job, configs_directory
 from sheeprlhf.config.shell import option_word
 from sheeprlhf.launch import launch
-from sheeprlhf.security.json_records import load_json
-from sheeprlhf.security.record_schemas import RESULT
+from sheeprlhf.security.json_records import RESULT, load_json
 from sheeprlhf.utils.errors import ConfigError, SheepError
 
 Overrides = Sequence[str] | Mapping[str, Any]

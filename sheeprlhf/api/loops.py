@@ -22,10 +22,9 @@ from sheeprlhf.config.model_lookup import POLICY, REWARD_MODEL, Trained
 from sheeprlhf.config.registry import choices
 from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.data import prepare
-from sheeprlhf.data.encoding import encode
 from sheeprlhf.data.example import Batch, Example, collate_packed, collate_padded
 from sheeprlhf.data.prepare import PreparedData
-from sheeprlhf.data.tokenize import SpecialIds
+from sheeprlhf.data.tokenize import SpecialIds, encode
 from sheeprlhf.model import load
 from sheeprlhf.rollout.sampler import sample_responses
 from sheeprlhf.security.redaction import plain_text, redact_text

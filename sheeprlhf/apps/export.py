@@ -42,8 +42,7 @@ from sheeprlhf.config.model_lookup import Trained
 from sheeprlhf.config.path_checks import data_is_here, model_folder
 from sheeprlhf.config.registry import choices, datasets_of
 from sheeprlhf.config.run_lookup import REPORT_FILE, read_run, read_run_config, saved_group
-from sheeprlhf.security.json_records import load_json
-from sheeprlhf.security.record_schemas import DATA_REPORT, RESULT
+from sheeprlhf.security.json_records import DATA_REPORT, RESULT, load_json
 from sheeprlhf.structure.data import DocstringsConfig
 
 if TYPE_CHECKING:

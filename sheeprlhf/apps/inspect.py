@@ -24,11 +24,11 @@ from torch import Tensor
 from sheeprlhf.apps.arguments import ParsedArgs
 from sheeprlhf.apps.terminal import Screen, columns, heading, paragraph
 from sheeprlhf.config.shell import command
-from sheeprlhf.data.encoding import encode
 from sheeprlhf.data.example import Batch, Example, collate_packed
 from sheeprlhf.data.prepare import PreparedData, prepare_data
 from sheeprlhf.data.report import render_report
 from sheeprlhf.data.store import TokenizedSplit
+from sheeprlhf.data.tokenize import encode
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.security.redaction import plain_text, redact_command, redact_text, secret_spans
 from sheeprlhf.structure.data import DataConfig

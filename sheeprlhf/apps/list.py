@@ -19,8 +19,7 @@ from sheeprlhf.apps.terminal import Screen, clean, entry, heading, is_for_people
 from sheeprlhf.config.run_lookup import order_of, read_run_config
 from sheeprlhf.engine.rundir import RUN_FILE, is_locked
 from sheeprlhf.security.files import read_tail
-from sheeprlhf.security.json_records import Schema, load_json
-from sheeprlhf.security.record_schemas import RESULT, RUN, STATE
+from sheeprlhf.security.json_records import RESULT, RUN, STATE, Schema, load_json
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError
 from sheeprlhf.utils.home import expand_home

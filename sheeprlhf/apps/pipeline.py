@@ -29,8 +29,7 @@ from sheeprlhf.config.registry import NOT_IN_HASH, config_to_dict
 from sheeprlhf.config.run_lookup import next_order, order_of
 from sheeprlhf.config.shell import command, option_word
 from sheeprlhf.engine.rundir import LOCK_FILE, RUN_FILE, RunLock, is_finished, make_unique_dir
-from sheeprlhf.security.json_records import load_json
-from sheeprlhf.security.record_schemas import PIPELINE, RESULT
+from sheeprlhf.security.json_records import PIPELINE, RESULT, load_json
 from sheeprlhf.security.redaction import redact_command
 from sheeprlhf.structure.run import PipelineConfig, RootConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError, UnsafePathError

@@ -73,17 +73,11 @@ def configs_directory() -> Path:
 
 
 class Job(NamedTuple):
-    """One valid job.
+    """One valid job."""
 
-    Attributes:
-        config: typed and read-only.
-        given_dir: the directory of `hydra.run.dir=...`, if the user gave one.
-        runs: the earlier runs as they were asked for, by option: a directory, `newest` or `auto`.
-    """
-
-    config: RootConfig
-    given_dir: str | None
-    runs: dict[str, Any]
+    config: RootConfig  # typed and read-only
+    given_dir: str | None  # the directory of `hydra.run.dir=...`, if the user gave one
+    runs: dict[str, Any]  # the earlier runs as they were asked for, by option: a directory, `newest` or `auto`
 
 
 def check(source: Source, overrides: list[str], *, multirun: bool = False, complete: bool = True) -> list[str]:
@@ -95,11 +89,7 @@ def check(source: Source, overrides: list[str], *, multirun: bool = False, compl
 
 
 def compose_job(source: Source, overrides: list[str]) -> Job:
-    """Compose the command line of one job.
-
-    Raises:
-        ConfigError: with every problem.
-    """
+    """Compose the command line of one job. Raises ConfigError with every problem."""
     jobs, problems = compose_jobs(source, overrides)
     if problems:
         raise ConfigError(*problems)
@@ -193,11 +183,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def finish(config: DictConfig, given_dir: str | None = None) -> Job:
-    """Make a composed configuration typed, find its runs, and validate it; `given_dir` is `hydra.run.dir`.
-
-    Raises:
-        ConfigError: with every problem.
-    """
+    """Make a composed configuration typed, find its runs, and validate it. Raises ConfigError with every problem."""
     runs = {key: OmegaConf.select(config, key) for key in RUN_OPTIONS}
     if OmegaConf.get_type(config) is EvalConfig and config.experiment_dir is not None:
         task = str(OmegaConf.select(config, "task.config_name"))
@@ -206,8 +192,7 @@ def finish(config: DictConfig, given_dir: str | None = None) -> Job:
             if config[group] is None:
                 config[group] = saved_group(config.experiment_dir, group)
     typed = resolve_runs(with_absolute_paths(to_typed(config)), given_dir)
-    problems = validate(typed)
-    if problems:
+    if problems := validate(typed):
         raise ConfigError(*problems)
     return Job(typed, given_dir, runs)
 
@@ -266,11 +251,7 @@ def _jobs(parsed: list[Override]) -> Iterator[list[Override]]:
 
 
 def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job | None:
-    """The job of these overrides; None unless it has to be complete.
-
-    Raises:
-        ConfigError: with every problem.
-    """
+    """The job of these overrides; None unless it has to be complete. Raises ConfigError with every problem."""
     has_recipe = any(override.key_or_group == "experiment" for override in parsed)
     chosen = pick_groups(source.verb, parsed, _group_options(source.verb, only_own_recipes=has_recipe))
     problems = chosen.problems
@@ -292,8 +273,7 @@ def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job 
     for override in chosen.values:
         problem = key_problem(source.verb, override, base, chosen) if override.key_or_group not in settled else None
         problems += [problem] if problem else []
-    outside = content_problems(base, parsed)
-    if outside:
+    if outside := content_problems(base, parsed):
         raise ConfigError(*problems, *outside)
     job = None
     if complete:

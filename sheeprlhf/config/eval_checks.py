@@ -24,8 +24,7 @@ def eval_problems(config: EvalConfig) -> Iterator[str]:
     if config.experiment_dir is None and isinstance(config.task, FrontierConfig):
         yield "task=frontier goes over the checkpoints of a run: give experiment_dir=<run directory>"
     elif config.experiment_dir is None:
-        missing = [name for name in ("model", "data") if getattr(config, name) is None]
-        if missing:
+        if missing := [name for name in ("model", "data") if getattr(config, name) is None]:
             give = " and ".join(f"{name}=<{', '.join(choices(name))}>" for name in missing)
             yield f"nothing to evaluate: give experiment_dir=<run directory>, or {give}"
         yield from new_folder_problems("output_dir", config.output_dir)
@@ -45,10 +44,7 @@ def _unread_options_of_generation(config: EvalConfig) -> Iterator[str]:
     yield from unread_options(config, "generation.engine", *(() if writes else ("generation.stop_strings",)))
     given = narrowing_options(config.generation) if writes == "samples" else ""
     if given:
-        yield (
-            f"{given}: task={name} samples with all probabilities, as training does: remove it, or give "
-            "generation.temperature"
-        )
+        yield f"{given}: task={name} samples with all probabilities: remove it, or give generation.temperature"
 
 
 def _reward_problems(config: EvalConfig) -> Iterator[str]:
@@ -74,10 +70,7 @@ def _against_problems(config: EvalConfig, against: str) -> Iterator[str]:
         if config.experiment_dir is None:
             yield "task.against=start: a model that no run has trained has no start: give references or a run directory"
         elif config.model is not None and config.model.random_init:
-            yield (
-                f"task.against=start: the start of {config.experiment_dir} was random weights: give references or "
-                "another run directory"
-            )
+            yield f"task.against=start: {config.experiment_dir} began with random weights: give references or a run"
         return
     try:
         trained = task_of_run(read_run_config(against, key="task.against"))
@@ -124,7 +117,4 @@ def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
     start = task.get("sft_experiment_dir") if isinstance(task, dict) else None
     adapters = config.model is not None and config.model.finetune_mode == "LORA"
     if isinstance(start, str) and adapters and not Path(start).is_dir():
-        yield (
-            f"experiment_dir={run_dir} has adapters for the model that {start} left, and that is not there any more: "
-            "put it back"
-        )
+        yield f"experiment_dir={run_dir} has adapters for the model that {start} left, which is gone: put it back"

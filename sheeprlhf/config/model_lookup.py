@@ -22,9 +22,8 @@ from sheeprlhf.config.run_lookup import (
     saved_group,
     task_of_run,
 )
-from sheeprlhf.security.json_records import load_json
+from sheeprlhf.security.json_records import DATA_REPORT, load_json
 from sheeprlhf.security.model_folder import merge_advice, read_json
-from sheeprlhf.security.record_schemas import DATA_REPORT
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.evaluation import FrontierConfig
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
@@ -45,28 +44,17 @@ _MAX_STARTS = 8  # a run that starts from a run that ...
 
 
 class Trained(NamedTuple):
-    """A model that its files allow to load.
+    """A model that its files allow to load."""
 
-    Attributes:
-        word: as it was given.
-        trains: POLICY or REWARD_MODEL.
-        model: of the run or the folder.
-        data: what the run was trained on; None for a folder.
-        run_dir: the run; None for a folder.
-        weights: of the run: "final", "best", "last" or "step-<n>".
-        task: of the run.
-        chat_template: chosen instead of the model's own.
-        template_args: variables for the chat template, given instead of those of the run's data.
-    """
-
-    word: str
-    trains: str
-    model: ModelConfig
-    data: DataConfig | None = None
-    run_dir: Path | None = None
-    weights: str = "final"
-    task: str = ""
-    chat_template: str | None = None
+    word: str  # as it was given
+    trains: str  # POLICY or REWARD_MODEL
+    model: ModelConfig  # of the run or the folder
+    data: DataConfig | None = None  # what the run was trained on; None for a folder
+    run_dir: Path | None = None  # the run; None for a folder
+    weights: str = "final"  # of the run: "final", "best", "last" or "step-<n>"
+    task: str = ""  # of the run
+    chat_template: str | None = None  # chosen instead of the model's own
+    # variables for the chat template, given instead of those of the run's data
     template_args: dict[str, Any] | None = None
 
     def is_whole(self) -> bool:
@@ -181,8 +169,7 @@ def _of_folder(word: str, folder: Path, wanted: str | None) -> Trained:
         below = sorted(path.parent for path in folder.glob("*/config.yaml"))
         did = f"did you mean {below[-1]}?" if below else "give a run (it has config.yaml) or a model (config.json)"
         raise ConfigError(f"{word} is neither a run nor a model's folder: {did}")
-    problem = model_problem(word, weights=True)
-    if problem:
+    if problem := model_problem(word, weights=True):
         raise ConfigError(problem.replace("model.repo_name=", "", 1))
     trains = REWARD_MODEL if _is_classifier(folder) else POLICY
     if wanted not in (None, trains):
@@ -222,8 +209,7 @@ def _base_problems(trained: Trained, task: TrainTaskConfig, starts: int) -> Iter
     start = getattr(task, "sft_experiment_dir", None)
     needs = f"{trained.word}: its {trained.weights} weights need those that it was trained from"
     if start is None:
-        problem = model_problem(trained.model.repo_name, weights=True)
-        if problem:
+        if problem := model_problem(trained.model.repo_name, weights=True):
             yield f"{needs}, {trained.model.repo_name}: {problem}"
     elif not starts:
         yield f"{needs}, and those are of too many runs, one from the other: {start}"

@@ -41,6 +41,11 @@ def unread(given: str, where: str, instead: str = "") -> str:
     return f"{given} is not read {where}: remove it" + (f", or give {instead}" if instead else "")
 
 
+def not_installed(given: str, packages: Iterable[str], extra: str) -> str:
+    """The sentence for an option that needs packages of an extra."""
+    return f'{given} needs packages that are not installed ({", ".join(packages)}): pip install "sheeprlhf[{extra}]"'
+
+
 def url_problem(key: str, url: str | None, example: str) -> str | None:
     """Return what is wrong with an address; a value that may be a secret is not repeated."""
     if not url:

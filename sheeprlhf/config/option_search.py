@@ -11,19 +11,12 @@ from sheeprlhf.config.registry import RENAMED, ROOTS, Option, choices, groups, o
 
 
 class Entry(NamedTuple):
-    """One option of one choice of a command.
+    """One option of one choice of a command."""
 
-    Attributes:
-        verb: the command.
-        group: the group that the option belongs to; empty for the command's own.
-        choice: the choice of that group which has it; empty for the command's own.
-        option: its key, type, default and documentation.
-    """
-
-    verb: str
-    group: str
-    choice: str
-    option: Option
+    verb: str  # the command
+    group: str  # the group that the option belongs to; empty for the command's own
+    choice: str  # the choice of that group which has it; empty for the command's own
+    option: Option  # its key, type, default and documentation
 
 
 def catalogue(verbs: Iterable[str] = ROOTS) -> Iterator[Entry]:
@@ -104,8 +97,7 @@ def unknown_key(verb: str, key: str, config: DictConfig, names: Iterable[str]) -
 def condensed(lines: list[str], verb: str) -> str:
     """Hydra's own message on one line, with the nearest key if it names one that does not exist."""
     text = " ".join(lines[:2])
-    unknown = re.match(r"Could not override '([\w./]+)'", text)
-    if unknown:
+    if unknown := re.match(r"Could not override '([\w./]+)'", text):
         near = nearest(unknown[1], _HYDRA_KEYS)
         return f"there is no option {unknown[1]}: " + (f"did you mean {near}?" if near else "`--hydra-help` tells more")
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), None)

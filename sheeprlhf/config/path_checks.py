@@ -135,15 +135,32 @@ def adapter_problem(adapter: str) -> str | None:
     """The reason that `model.adapter` cannot be loaded, from local files only; the hub is not contacted."""
     given, folder = f"model.adapter={adapter}", expand_home(adapter)
     if not folder.is_dir():
-        if os.path.lexists(folder) or not is_hub_id(adapter):
-            did = near_file("model.adapter", str(folder))
-            return f"{given} is neither a folder nor a hub id (owner/name): {did}give one of them"
-        return None
+        is_file = os.path.lexists(folder)
+        return f"{given} is a file: give a folder" if is_file else _missing_folder("model.adapter", adapter)
     if (folder / _ADAPTER_CONFIG).is_file():
         return None
     final = folder / "final"
     fix = f"model.adapter={final}" if (final / _ADAPTER_CONFIG).is_file() else "a folder of PEFT's save_pretrained"
     return f"{given}: this folder has no {_ADAPTER_CONFIG}: give {fix}"
+
+
+def dataset_problem(name: str | None) -> str | None:
+    """The reason that `data.dataset_name` names no dataset, from local files only; the hub is not contacted."""
+    if not name:
+        return "data.dataset_name is null: give a hub id (owner/name) or a local folder"
+    if os.path.isfile(expand_home(name)):
+        return f"data.dataset_name={name} is a file: give data=local data.train_file={name}"
+    if name.startswith(EMBEDDED) or os.path.isdir(expand_home(name)):
+        return None
+    return _missing_folder("data.dataset_name", name)
+
+
+def _missing_folder(key: str, name: str) -> str | None:
+    """The problem of a name that is no folder; None if it can be a hub id of an owner."""
+    if "/" in name and is_hub_id(name):
+        return None
+    did = near_file(key, str(expand_home(name)))
+    return f"{key}={name} is neither a folder nor a hub id (owner/name): {did}give one of them"
 
 
 def is_template_file(choice: str) -> bool:
@@ -168,27 +185,15 @@ def template_problem(choice: str, *, key: str = TEMPLATE_OPTION) -> str | None:
     return None
 
 
-KINDS = (
-    ".parquet",
-    ".jsonl",
-    ".ndjson",
-    ".json",
-    ".csv",
-    ".tsv",
-)  # of several kinds in a hub folder, the first is read
+# of several kinds in a hub folder, the first is read
+KINDS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 TEXT = ".txt"  # only of the user's own files; in a folder with files of rows, it is a note about them
 COMPRESSIONS = (".gz", ".bz2", ".zst")  # of one file of text, not archives
 SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "valid1": "validation",  # openai_summarize_comparisons has valid1 and valid2, which is left out
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    # openai_summarize_comparisons has valid1 and valid2, which is left out
+    **dict.fromkeys(("validation", "valid", "valid1", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
 _ENDINGS = f"{', '.join((*KINDS, TEXT))} (except for .parquet also with {', '.join(COMPRESSIONS)} behind)"
 
@@ -266,8 +271,7 @@ def _files_of(key: str, name: str) -> list[Path]:
     else:
         files = [path]
     for file in files:
-        problem = _file_problem(key, str(file) if path.is_dir() or len(files) > 1 else name, file)
-        if problem:
+        if problem := _file_problem(key, str(file) if path.is_dir() or len(files) > 1 else name, file):
             raise ConfigError(problem)
     return files
 
@@ -287,8 +291,7 @@ def _file_problem(key: str, name: str, file: Path) -> str | None:
     if not os.path.lexists(file) and len(parts) > 1 and all(expand_home(part).exists() for part in parts):
         return f"{key}={name} is not a file: give a list, {shell_word(key, parts)}"
     if file_kind(file) is None:
-        bare = next((end for end in COMPRESSIONS if file.name.lower().endswith(end)), None)
-        if bare:
+        if bare := next((end for end in COMPRESSIONS if file.name.lower().endswith(end)), None):
             return (
                 f"{key}={name} does not say what is in it: rename it so that it ends in .jsonl{bare} or in another of "
                 f"{', '.join(KINDS[1:])} before {bare}"
@@ -336,12 +339,9 @@ def _is_data(path: str) -> bool:
 
 
 _KINDS: dict[str, Callable[[str], bool]] = {
-    **dict.fromkeys(
-        ("model.repo_name", "model.adapter", "data.dataset_name", "reward.folder"), os.path.isdir
-    ),  # else a hub id
-    **dict.fromkeys(
-        ("task.sft_experiment_dir", "task.rm_experiment_dir", "task.against"), os.path.isdir
-    ),  # else a word
+    # else a hub id, or a word
+    **dict.fromkeys(("model.repo_name", "model.adapter", "data.dataset_name", "reward.folder"), os.path.isdir),
+    **dict.fromkeys(("task.sft_experiment_dir", "task.rm_experiment_dir", "task.against"), os.path.isdir),
     **dict.fromkeys(("experiment_dir", "resume_from"), os.path.isdir),
     **dict.fromkeys(("data.train_file", "data.validation_file", "data.test_file"), _is_data),
     "data.mix": lambda _: False,  # its datasets have options with paths
@@ -370,11 +370,7 @@ def absolute_value(key: str, value: Any) -> Any:
 
 
 def with_absolute_paths(config: RootConfig) -> RootConfig:
-    """The configuration with all paths absolute.
-
-    Raises:
-        ConfigError: some lie in home directories that are not known.
-    """
+    """The configuration with absolute paths. Raises ConfigError if some lie in home directories that are not known."""
     found = {option.key: option.value for option in options(config) if option.key in (*_KINDS, _TERMS)}
     problems = [home_problem(key, path) for key, value in found.items() for path in _paths(value)]
     if any(problems):

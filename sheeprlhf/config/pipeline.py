@@ -24,19 +24,12 @@ _LINKED_PATH = re.compile(_LINK.pattern + r"((?:/[\w./-]*)?)")  # and what follo
 
 
 class Stage(NamedTuple):
-    """A stage before its folder is known: `<name>` stands for the folder of an earlier stage.
+    """A stage before its folder is known: `<name>` stands for the folder of an earlier stage."""
 
-    Attributes:
-        name: of the stage and its folder.
-        verb: train or eval.
-        flags: of its command.
-        words: option=value, each option once.
-    """
-
-    name: str
-    verb: str
-    flags: tuple[str, ...]
-    words: tuple[str, ...]
+    name: str  # of the stage and its folder
+    verb: str  # train or eval
+    flags: tuple[str, ...]  # of its command
+    words: tuple[str, ...]  # option=value, each option once
 
     def links(self) -> set[str]:
         """The stages that it names."""
@@ -82,13 +75,8 @@ def _first(word: str) -> str:
 
 
 def stages_of(config: PipelineConfig) -> list[Stage]:
-    """The recipe's stages with the words of the command line, in order.
-
-    Raises:
-        ConfigError: a stage cannot be read, or a word is for none.
-    """
-    problems = list(_recipe_problems(config)) or list(_word_problems(config))
-    if problems:
+    """The recipe's stages with the words of the command line. Raises ConfigError if a stage or a word is wrong."""
+    if problems := list(_recipe_problems(config)) or list(_word_problems(config)):
         raise ConfigError(*problems)
     stages = []
     for name, command in config.stages.items():

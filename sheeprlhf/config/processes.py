@@ -132,8 +132,7 @@ def _own_numbers(fabric: FabricConfig) -> tuple[str, int]:
 
 
 def _check_meeting_point(launcher: str) -> None:
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         sets = "no launcher" if launcher == "nobody" else f"{launcher} does not"
         raise ConfigError(
             f"{' and '.join(missing)} missing in the environment: {sets} set where processes meet; set MASTER_ADDR to "

@@ -20,23 +20,13 @@ _FORM = "sheeprlhf_form"  # attribute of a tokenizer
 
 
 def write_prompt_form(folder: Path, form: str, template_args: Mapping[str, Any]) -> None:
-    """Write the file next to a tokenizer that has a chat template.
-
-    Args:
-        folder: has the tokenizer.
-        form: a name of `data.prompt_encoder.FORMS`.
-        template_args: variables that the chat template was rendered with, the date included.
-    """
+    """Write the file next to a tokenizer: the form, and the variables that its chat template was rendered with."""
     content = {"form": form, "template_args": dict(template_args)}
     write_file(folder, FILE, json.dumps(content, indent=2, ensure_ascii=False).encode())
 
 
 def read_prompt_form(folder: Path, tokenizer: Any) -> None:
-    """Note on a tokenizer what the file of its folder says, if there is one.
-
-    Raises:
-        ModelError: the file is not what it has to be.
-    """
+    """Note on a tokenizer what the file of its folder says, if there is one. Raises ModelError if it is damaged."""
     if not (folder / FILE).is_file():
         return
     try:
@@ -86,19 +76,14 @@ def template_arg_problems(given: Any, key: str = OPTION) -> Iterator[str]:
 
 
 def read_template_args(text: str) -> dict[str, Any]:
-    """The variables that a flag gives, written as `{enable_thinking: false}`.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """The variables that a flag gives as `{enable_thinking: false}`. Raises ConfigError if they cannot be read."""
     try:
         given = safe_load(text)
     except YAMLError:
         given = text
     if isinstance(given, dict):
         given = {name: str(value) if isinstance(value, date) else value for name, value in given.items()}
-    problems = list(template_arg_problems(text if given is None else given, FLAG))
-    if problems:
+    if problems := list(template_arg_problems(text if given is None else given, FLAG)):
         raise ConfigError(*problems)
     return dict(given)
 

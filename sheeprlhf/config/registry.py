@@ -63,11 +63,7 @@ DRY_RUN_ROWS = 64
 
 # What names, places or speeds up a run without changing its result (another number of processes only rounds sums
 # differently; a checkpoint announces it). Everything else tells two runs apart.
-PERFORMANCE_ONLY_OPTIONS = (
-    "task.token_budget",
-    "task.micro_batch_size",
-    "model.gradient_checkpointing",
-)  # speed and memory only
+PERFORMANCE_ONLY_OPTIONS = ("task.token_budget", "task.micro_batch_size", "model.gradient_checkpointing")
 NOT_IN_HASH = frozenset(
     {
         *("resume", "resume_from", "debug", "root_dir", "output_dir", "experiment", "log", "log_project"),
@@ -280,11 +276,7 @@ OF_A_MIXTURE = ("config_name", "dataset_name", "revision", "num_samples")  # opt
 
 
 def datasets_of(data: DataConfig) -> list[DataConfig]:
-    """The datasets of a mixture, each with the options that all share; any other dataset itself.
-
-    Raises:
-        ConfigError: an option of one is unknown or has another type.
-    """
+    """The datasets of a mixture with the shared options, or the dataset. Raises ConfigError for a wrong option."""
     if not isinstance(data, MixDataConfig):
         return [data]
     shared = {name: value for name, value in config_to_dict(data).items() if name not in (*OF_A_MIXTURE, "mix")}

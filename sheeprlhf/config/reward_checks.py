@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sheeprlhf.config.option_checks import did_you_mean, nearest, unread, url_problem
+from sheeprlhf.config.option_checks import did_you_mean, nearest, not_installed, unread, url_problem
 from sheeprlhf.config.path_checks import is_hub_id, model_problem, near_file, new_folder_problems
 from sheeprlhf.config.registry import config_to_dict
 from sheeprlhf.config.run_lookup import is_run_alias, scores_by_run
@@ -116,8 +116,7 @@ def _readable_terms(texts: list[str]) -> Iterator[Term | str]:
 
 def _terms_problems(sources: list[str]) -> Iterator[str]:
     for source in dict.fromkeys(sources):
-        folder = term_folder(source)
-        if folder is not None:
+        if (folder := term_folder(source)) is not None:
             key = "reward.terms: model:"
             yield from (problem.replace("reward.folder=", key) for problem in _folder_problems(folder))
         elif source not in (MODEL, JUDGE):
@@ -130,10 +129,8 @@ def source_problems(given: str, source: str) -> Iterator[str]:
     """Problems of a built-in reward function or a dotted path; `given` is the option, which begins each sentence."""
     if source in BUILTINS:
         builtin = BUILTINS[source]
-        missing = missing_modules(builtin.requires)
-        if missing:
-            install = f'pip install "sheeprlhf[{builtin.extra}]"'
-            yield f"{given}{source} needs packages that are not installed ({', '.join(missing)}): {install}"
+        if missing := missing_modules(builtin.requires):
+            yield not_installed(f"{given}{source}", missing, builtin.extra)
     elif source.endswith(".py") or "/" in source or ".py:" in source:
         module, _, function = source.partition(":")
         dotted = module.removeprefix("./").removesuffix(".py").replace("/", ".")
@@ -141,10 +138,8 @@ def source_problems(given: str, source: str) -> Iterator[str]:
     elif not is_users_own(source):
         known = list(BUILTINS) if given.endswith("=") else [MODEL, JUDGE, *BUILTINS]
         did = did_you_mean(source, known, "it", key=given if given.endswith("=") else "")
-        yield (
-            f"{given}{source} is unknown: {did} may be {', '.join(known)}, or a function of yours as "
-            "package.module:function"
-        )
+        own = "a function of yours as package.module:function"
+        yield f"{given}{source} is unknown: {did} may be {', '.join(known)}, or {own}"
     else:
         yield from _users_own_problems(given, source)
 
@@ -255,8 +250,7 @@ def _folder_problems(folder: str) -> Iterator[str]:
                 yield f"{given}: {merge_advice(place)}"
             return
         if (place / "config.json").is_file():
-            problem = model_problem(folder, weights=True)
-            if problem:
+            if problem := model_problem(folder, weights=True):
                 yield problem.replace("model.repo_name=", "reward.folder=", 1)
             return
         inside = place / "final"
@@ -284,12 +278,9 @@ def online_problems(config: TrainConfig, task: OnlineTaskConfig) -> Iterator[str
             near = max(group, size - size % group)
             yield f"task.{key}={size} does not divide by task.num_generations={group}: give task.{key}={near}"
     yield from overlong_problems(config)
-    given = narrowing_options(config.generation)
-    if given:
-        yield (
-            f"{given}: a policy learns from what it samples with all its probabilities: remove it, or give "
-            "generation.temperature"
-        )
+    if given := narrowing_options(config.generation):
+        why = "a policy learns from what it samples with all its probabilities"
+        yield f"{given}: {why}: remove it, or give generation.temperature"
     if isinstance(task, PPOConfig):
         yield from _ppo_problems(task, model.dtype)
     if isinstance(task, GRPOConfig):
@@ -311,8 +302,7 @@ def _server_problems(config: TrainConfig, rollout: VLLMRolloutConfig) -> Iterato
     """Problems of rollout servers, and of options that they do not support."""
     example = "give for example rollout.urls=[http://127.0.0.1:8000]"
     for url in rollout.urls or (None,):
-        problem = url_problem("rollout.urls", url, example)
-        if problem:
+        if problem := url_problem("rollout.urls", url, example):
             yield problem
     if len({url.rstrip("/") for url in rollout.urls}) < len(rollout.urls):
         yield "rollout.urls has an address twice: give each server once"
@@ -347,10 +337,8 @@ def _grpo_problems(task: GRPOConfig) -> Iterator[str]:
 
 def _ppo_problems(task: PPOConfig, dtype: str) -> Iterator[str]:
     if task.share_trunk and task.critic_warmup_steps:
-        yield (
-            f"task.critic_warmup_steps={task.critic_warmup_steps} needs a critic of its own: remove it, or give "
-            "task.share_trunk=false"
-        )
+        given = f"task.critic_warmup_steps={task.critic_warmup_steps}"
+        yield f"{given} needs a critic of its own: remove it, or give task.share_trunk=false"
     if task.ptx_batch_size != PPOConfig.ptx_batch_size and not task.ptx_coeff:
         yield unread(
             f"task.ptx_batch_size={task.ptx_batch_size}", "with task.ptx_coeff=0", "for example task.ptx_coeff=1"
@@ -374,20 +362,15 @@ def _best_of_n_problems(config: TrainConfig) -> Iterator[str]:
         yield NORMALIZED
 
 
-NORMALIZED = (
-    "reward.normalize=true: by running moments the scores of different responses could not be compared: give "
-    "reward.normalize=false"
-)
+NORMALIZED = "reward.normalize=true: scores by running moments cannot be compared: give reward.normalize=false"
 
 
 def overlong_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
     """A length penalty that begins before the response."""
     most = config.generation.max_new_tokens
     if config.reward.overlong_buffer > most:
-        yield (
-            f"reward.overlong_buffer={config.reward.overlong_buffer} is more than generation.max_new_tokens={most}: "
-            "give at most that"
-        )
+        given = f"reward.overlong_buffer={config.reward.overlong_buffer}"
+        yield f"{given} is more than generation.max_new_tokens={most}: give at most that"
 
 
 def unread_reward_model(config: TrainConfig | EvalConfig) -> Iterator[str]:

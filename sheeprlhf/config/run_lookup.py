@@ -14,8 +14,7 @@ from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.config.path_checks import is_template_file, weights_problems
 from sheeprlhf.config.registry import choices, config_hash, from_dict, rename_keys, replace_options
 from sheeprlhf.config.shell import changed_words, command, option_word
-from sheeprlhf.security.json_records import LATEST, load_json
-from sheeprlhf.security.record_schemas import RUN
+from sheeprlhf.security.json_records import LATEST, RUN, load_json
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.option import Config
@@ -82,11 +81,7 @@ def next_order(now: float, orders: Iterable[float]) -> float:
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """The content of run.json; empty if it is missing.
-
-    Raises:
-        RecordError: it is damaged.
-    """
+    """The content of run.json; empty if it is missing. Raises RecordError if it is damaged."""
     return load_json(run_dir / RUN_FILE, RUN)
 
 
@@ -147,12 +142,9 @@ def resolve_runs(config: RootConfig, given_dir: str | None) -> RootConfig:
     if of_reward is not None and is_run_alias(of_reward) and not scores_by_run(config):
         config = _changed(config, {REWARD_MODEL: None})
     start = getattr(config.task, "sft_experiment_dir", None)
-    if (
-        config.model is not None
-        and config.model.adapter is not None
-        and start == getattr(type(config.task)(), "sft_experiment_dir", None)
-    ):
-        config = config if start is None else _changed(config, {START: None})  # the adapter is the start
+    by_default = start is not None and start == getattr(type(config.task)(), "sft_experiment_dir", None)
+    if by_default and config.model is not None and config.model.adapter is not None:
+        config = _changed(config, {START: None})  # the adapter is the start
     links = links_of(config)
     words = [key for key, value in links.items() if is_run_alias(value)]
     given = {key: str(expand_home(value).absolute()) for key, value in links.items() if key not in words}
@@ -208,11 +200,7 @@ def is_newest(word: Any) -> bool:
 
 
 def newest_finished(root_dir: str, *, key: str, trains: Collection[str], other_than: str | None = None) -> str:
-    """The newest finished run, other than `other_than`, that trained one of these; `key` asks for it.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The newest finished run but `other_than` that trained one of these. Raises ConfigError if there is none."""
     skipped = None if other_than is None else Path(other_than).resolve()
     for run in _runs(root_dir, finished=True):
         task = choices("task", "train").get(str(run.info.get("task")))
@@ -225,11 +213,7 @@ def newest_finished(root_dir: str, *, key: str, trains: Collection[str], other_t
 
 
 def evaluated_run(experiment_dir: str, root_dir: str, task: str) -> str:
-    """The run that `experiment_dir` of an evaluation names, also where it says "newest".
-
-    Raises:
-        ConfigError: there is no finished run that it evaluates.
-    """
+    """The run that `experiment_dir` of an evaluation names, or the newest. Raises ConfigError if there is none."""
     if not is_newest(experiment_dir):
         return str(known_home("experiment_dir", experiment_dir))
     trains = getattr(choices("task", "eval").get(task), "evaluates", ("policy",))
@@ -237,20 +221,14 @@ def evaluated_run(experiment_dir: str, root_dir: str, task: str) -> str:
 
 
 def newest_unfinished(root_dir: str, config: TrainConfig | None = None) -> str:
-    """The newest run that has not finished; with a configuration, of its task and model.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The newest unfinished run, with a configuration: of its task and model. Raises ConfigError if there is none."""
     for run in _runs(root_dir, finished=False):
         same_task = config is None or run.info.get("task") == config.task.config_name
         if same_task and (config is None or _has_model(run, config.model.repo_name)):
             return str(run.dir.absolute())
     of = "" if config is None else f" of task={config.task.config_name} with model.repo_name={config.model.repo_name}"
-    raise ConfigError(
-        f"resume_from={NEWEST}: {Path(root_dir).absolute()} has no unfinished run{of}; `list runs` shows the runs that "
-        "there are"
-    )
+    place = Path(root_dir).absolute()
+    raise ConfigError(f"resume_from={NEWEST}: {place} has no unfinished run{of}; `list runs` shows all")
 
 
 def is_run_alias(start: str) -> bool:
@@ -266,8 +244,7 @@ def _changed(config: Startable, change: dict[str, Any]) -> Startable:
 
 def _resumable(config: TrainConfig, given_dir: str | None) -> list[FoundRun]:
     """The runs that this one may continue with."""
-    folder = config.resume_from or (given_dir if config.resume else None)
-    if folder is not None:
+    if (folder := config.resume_from or (given_dir if config.resume else None)) is not None:
         return [FoundRun(Path(folder), read_run(Path(folder)))]
     return find_runs(config.root_dir) if config.resume else []
 
@@ -385,11 +362,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_run_config(experiment_dir: str, *, key: str = "experiment_dir") -> dict[str, Any]:
-    """The saved configuration of a run that the option `key` names.
-
-    Raises:
-        ConfigError: there is none, or it is not plain YAML below `MAX_BYTES`.
-    """
+    """The saved configuration of a run that `key` names. Raises ConfigError if it is not plain YAML, or large."""
     path = Path(experiment_dir) / "config.yaml"
     if not path.is_file():
         what = "is not a directory" if not path.parent.is_dir() else "is not a run directory: it has no config.yaml"
@@ -405,8 +378,7 @@ def read_run_config(experiment_dir: str, *, key: str = "experiment_dir") -> dict
         raise ConfigError(f"{path} cannot be read ({reason}): give another {key}") from error
     if not isinstance(saved, dict):
         raise ConfigError(f"{path} is not a configuration of ours: it holds no keys")
-    problems = rename_keys(saved)
-    if problems:
+    if problems := rename_keys(saved):
         raise ConfigError(*(f"{path}: {problem}" for problem in problems))
     return saved
 

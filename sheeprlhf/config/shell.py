@@ -45,13 +45,7 @@ def hydra_value(value: Any) -> str:
 
 
 def changed_words(group: str, config: Config, left_out: Iterable[str] = ()) -> Iterator[str]:
-    """Yield the options of a group that differ from the defaults of their choice.
-
-    Args:
-        group: "data", "reward", ...
-        config: the group's configuration.
-        left_out: names of options to skip.
-    """
+    """Yield the options of a group that differ from the defaults of their choice, except for those `left_out`."""
     default = type(config)()
     for option in options(config, f"{group}."):
         name = option.key.rpartition(".")[2]

@@ -131,11 +131,7 @@ class CheckedPackage(ImportlibResourcesConfigSource):
     """The YAML files of a package, which only the command line can name; those of Hydra itself are not checked."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Load one file.
-
-        Raises:
-            ConfigError: it says what a configuration file may not say.
-        """
+        """Load one file. Raises ConfigError if it says what a configuration file may not say."""
         if self.path == _HYDRA_PACKAGE:
             return super().load_config(config_path)
         file = self._normalize_file_name(config_path)
@@ -149,11 +145,7 @@ CheckedPackage.__name__ = ImportlibResourcesConfigSource.__name__
 
 
 def _checked(source: ConfigSource, name: str, config_path: str, text: str) -> ConfigResult:
-    """Parse a file and return it as Hydra wants it.
-
-    Raises:
-        ConfigError: with every problem of the file.
-    """
+    """Parse a file and return it as Hydra wants it. Raises ConfigError with every problem of the file."""
     try:
         header = source._get_header_dict(text[:_HEADER_LETTERS])
         loader = _PlainLoader(text)

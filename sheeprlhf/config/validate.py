@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sheeprlhf.config.option_checks import did_you_mean, near_path, option_problems, unread
+from sheeprlhf.config.option_checks import did_you_mean, near_path, not_installed, option_problems, unread
 from sheeprlhf.config.path_checks import (
     adapter_problem,
     data_file_problems,
+    dataset_problem,
     model_problem,
     new_folder_problems,
     template_problem,
@@ -100,11 +101,9 @@ def _repo_problems(config: RootConfig) -> Iterator[str]:
     reads_weights = isinstance(config, TrainConfig | EvalConfig) and not of_run
     planned = is_plan(config)
     weights = reads_weights and not (model.random_init or planned)
-    problem = model_problem(model.repo_name, weights=weights, tokenizer=not planned)
-    if problem:
+    if problem := model_problem(model.repo_name, weights=weights, tokenizer=not planned):
         yield problem + of_run
-    problem = None if model.chat_template is None else template_problem(model.chat_template)
-    if problem:
+    if model.chat_template is not None and (problem := template_problem(model.chat_template)):
         yield problem
 
 
@@ -126,10 +125,8 @@ def _fabric_problems(fabric: FabricConfig, *, here: bool) -> Iterator[str]:
     except ValueError:
         devices = None
         yield f"fabric.devices={fabric.devices} cannot be read: give a number, auto, or a list such as '0,1'"
-    if fabric.accelerator == "cuda" and here:
-        problem = cuda_problem(devices)
-        if problem:
-            yield problem
+    if fabric.accelerator == "cuda" and here and (problem := cuda_problem(devices)):
+        yield problem
     if here and (fabric.accelerator == "cpu" or (fabric.accelerator == "auto" and cuda_problem(devices))):
         if fabric.precision == "16-true":
             yield "fabric.precision=16-true needs a CUDA device: give fabric.precision=bf16-mixed"
@@ -239,8 +236,7 @@ def _lora_problems(lora: LORAConfig) -> Iterator[str]:
         yield f"model.lora_cfg.init=orthogonal needs an even rank: give model.lora_cfg.rank={lora.rank + 1}"
     if any(layer < 0 for layer in lora.layers_to_transform):
         yield f"model.lora_cfg.layers_to_transform={lora.layers_to_transform}: layers are counted from 0"
-    unnamed = [name for name in lora.modules_to_save if not re.fullmatch(r"[\w.]+", name)]
-    if unnamed:
+    if unnamed := [name for name in lora.modules_to_save if not re.fullmatch(r"[\w.]+", name)]:
         yield f"model.lora_cfg.modules_to_save: {unnamed[0]!r} is not the name of a module: give for example [lm_head]"
 
 
@@ -257,10 +253,7 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
             yield "model.random_init=true has nothing for adapters to adapt: give model.finetune_mode=ALL"
     if model.quantization is not None:
         if missing_modules(["bitsandbytes"]):
-            yield (
-                f"model.quantization={model.quantization} needs a package that is not installed (bitsandbytes): "
-                'pip install "sheeprlhf[quantization]"'
-            )
+            yield not_installed(f"model.quantization={model.quantization}", ["bitsandbytes"], "quantization")
         if model.random_init:
             yield f"model.quantization={model.quantization} needs weights of files: give model.random_init=false"
     yield from _adapter_problems(model)
@@ -276,8 +269,7 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
 def _adapter_problems(model: ModelConfig) -> Iterator[str]:
     if model.adapter is None:
         return
-    problem = adapter_problem(model.adapter)
-    if problem:
+    if problem := adapter_problem(model.adapter):
         yield problem
     if model.random_init:
         yield f"model.random_init=true has nothing that model.adapter={model.adapter} fits: remove one of them"
@@ -291,19 +283,14 @@ def _adapter_problems(model: ModelConfig) -> Iterator[str]:
 def _new_token_problems(model: ModelConfig) -> Iterator[str]:
     wrong = [text for text in model.extra_vocabulary if not text.strip() or text != text.strip() or len(text) > 100]
     if wrong:
-        yield (
-            f"model.extra_vocabulary has {wrong[0][:40]!r}: give texts of at most 100 characters, without spaces at "
-            "their ends"
-        )
+        yield f"model.extra_vocabulary has {wrong[0][:40]!r}: give at most 100 characters, without spaces at the ends"
     if len(set(model.extra_vocabulary)) < len(model.extra_vocabulary):
         yield "model.extra_vocabulary has a text twice: give each once"
     if model.extra_vocabulary and not model.resize_embeddings:
         yield "model.extra_vocabulary needs rows in the model: give model.resize_embeddings=true"
     if model.resize_embeddings and model.freeze_transformer:
-        yield (
-            "model.freeze_transformer=true leaves the rows of new tokens untrained: give "
-            "model.freeze_transformer=false, or model.resize_embeddings=false"
-        )
+        why = "leaves the rows of new tokens untrained: give one of the two"
+        yield f"model.resize_embeddings=true and model.freeze_transformer=true, which {why}"
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
@@ -313,10 +300,8 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
             f"data.max_length={data.max_length}: give data.max_prompt_length={max(1, data.max_length * 3 // 4)}"
         )
     if data.validation_split + data.test_split >= 1:
-        yield (
-            f"data.validation_split={data.validation_split} and data.test_split={data.test_split} leave no row to "
-            "train on: their sum must be below 1"
-        )
+        shares = f"data.validation_split={data.validation_split} and data.test_split={data.test_split}"
+        yield f"{shares} leave no row to train on: their sum must be below 1"
     if data.template_args is not None:
         from sheeprlhf.config.prompt_format import template_arg_problems
 
@@ -330,9 +315,10 @@ def _dataset_problems(data: DataConfig) -> Iterator[str]:
     """Problems of the files and columns of one dataset."""
     if isinstance(data, LocalDataConfig):
         for key in ("train_file", "validation_file", "test_file"):
-            path = getattr(data, key)
-            if path is not None:
+            if (path := getattr(data, key)) is not None:
                 yield from data_file_problems(f"data.{key}", path)
+    elif not isinstance(data, MixDataConfig) and (problem := dataset_problem(data.dataset_name)):
+        yield problem
     if isinstance(data, LayoutDataConfig):
         yield from column_problems(data)
 
@@ -384,14 +370,12 @@ def _part_problems(data: MixDataConfig, given: dict[str, Any]) -> Iterator[str]:
 
 def _optim_problems(optim: OptimizerConfig) -> Iterator[str]:
     if isinstance(optim, AdamW8bitConfig) and missing_modules(["bitsandbytes"]):
-        yield 'optim=adamw_8bit needs a package that is not installed (bitsandbytes): pip install "sheeprlhf[8bit]"'
+        yield not_installed("optim=adamw_8bit", ["bitsandbytes"], "8bit")
     if isinstance(optim, SGDConfig) and optim.nesterov and optim.momentum == 0:
         yield "optim.nesterov=true needs momentum: give optim.momentum=0.9 or optim.nesterov=false"
     if optim.decay_ratio != OptimizerConfig.decay_ratio and optim.schedule != "wsd":
-        yield (
-            f"optim.decay_ratio={optim.decay_ratio:g} is not read by optim.schedule={optim.schedule}: remove it, or "
-            "give optim.schedule=wsd"
-        )
+        given, schedule = f"optim.decay_ratio={optim.decay_ratio:g}", f"by optim.schedule={optim.schedule}"
+        yield unread(given, schedule, "optim.schedule=wsd")
     betas = getattr(optim, "betas", (0.0, 0.0))
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optim.betas={list(betas)} must be two numbers in [0, 1): give for example optim.betas=[0.9,0.999]"
@@ -425,10 +409,8 @@ def _dpo_problems(task: DPOConfig) -> Iterator[str]:
 
 def _training_problems(task: TrainTaskConfig) -> Iterator[str]:
     if task.lr_warmup_steps and task.lr_warmup_ratio:
-        yield (
-            f"task.lr_warmup_steps={task.lr_warmup_steps} and task.lr_warmup_ratio={task.lr_warmup_ratio:g} both give "
-            "the warm-up: remove one of them"
-        )
+        both = f"task.lr_warmup_steps={task.lr_warmup_steps} and task.lr_warmup_ratio={task.lr_warmup_ratio:g}"
+        yield f"{both} both give the warm-up: remove one of them"
     metric = task.early_stopping_metric
     if metric is None:
         for name in ("early_stopping_patience", "early_stopping_direction"):
@@ -458,18 +440,14 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
     if config.data.reasoning == "mask" and not getattr(config.task, "completion_only_loss", True):
         yield "data.reasoning=mask and task.completion_only_loss=false, which learns all tokens, contradict: give one"
     if config.model.quantization is not None and config.model.finetune_mode != "LORA":
-        yield (
-            f"model.quantization={config.model.quantization} keeps weights that cannot be trained: give "
-            "model.finetune_mode=LORA"
-        )
+        given = f"model.quantization={config.model.quantization}"
+        yield f"{given} keeps weights that cannot be trained: give model.finetune_mode=LORA"
     if config.model.neftune_alpha is not None and not isinstance(config.task, SFTConfig):
         yield unread(f"model.neftune_alpha={config.model.neftune_alpha:g}", f"by task={name}")
     optim, warmup = config.optim, config.task.lr_warmup_ratio
     if optim.schedule == "wsd" and warmup + optim.decay_ratio > 1:
-        yield (
-            f"task.lr_warmup_ratio={warmup:g} and optim.decay_ratio={optim.decay_ratio:g} are more than the whole run: "
-            "their sum must be at most 1"
-        )
+        both = f"task.lr_warmup_ratio={warmup:g} and optim.decay_ratio={optim.decay_ratio:g}"
+        yield f"{both} are more than the whole run: their sum must be at most 1"
     yield from sharding_problems(config)
     yield from start_problems(config)
     start = getattr(config.task, "sft_experiment_dir", None)
@@ -521,10 +499,7 @@ def _log_problems(config: TrainConfig) -> Iterator[str]:
             yield f"log has {name} more than once: give it once"
             return
         elif missing := missing_modules(TRACKER_MODULES.get(name, ())):
-            yield (
-                f"log=[{name}] needs packages that are not installed ({', '.join(missing)}): "
-                f'pip install "sheeprlhf[{name}]"'
-            )
+            yield not_installed(f"log=[{name}]", missing, name)
         elif name == "wandb" and not _has_wandb_login():
             yield "log=[wandb] has no API key: run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline"
     if config.log_project is not None and not set(config.log) & set(TRACKER_MODULES):
@@ -548,12 +523,11 @@ def _has_wandb_login() -> bool:
 
 def sharding_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
     """Problems of options that exclude sharded weights, or that only these have."""
-    quantization = None if config.model is None else config.model.quantization
+    model, ddp = config.model, "give fabric.strategy=ddp"
+    quantization = None if model is None else model.quantization
+    quantized = f"model.quantization={quantization} is not supported"
     if quantization is not None and config.fabric.precision == "64-true":
-        yield (
-            f"model.quantization={quantization} is not supported with fabric.precision=64-true: give "
-            "fabric.precision=32-true"
-        )
+        yield f"{quantized} with fabric.precision=64-true: give fabric.precision=32-true"
     if config.fabric.strategy != "fsdp2":
         for name in ("replicas", "offload"):
             if (value := getattr(config.fabric, name)) != getattr(FabricConfig, name):
@@ -562,24 +536,16 @@ def sharding_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
                 )
         return
     if quantization is not None:
-        yield (
-            f"model.quantization={quantization} is not supported by fabric.strategy=fsdp2, whose shards lose "
-            "the scales of the weights: give fabric.strategy=ddp"
-        )
-    if config.model is not None and config.model.finetune_mode == "LORA" and config.model.resize_embeddings:
-        yield (
-            "fabric.strategy=fsdp2 cannot train rows of model.resize_embeddings=true next to adapters: give "
-            "model.finetune_mode=ALL, or fabric.strategy=ddp"
-        )
+        yield f"{quantized} by fabric.strategy=fsdp2, whose shards lose the scales of the weights: {ddp}"
     if isinstance(config, TrainConfig) and isinstance(config.optim, AdamW8bitConfig):
-        yield "optim=adamw_8bit is not supported by fabric.strategy=fsdp2: give optim=adamw, or fabric.strategy=ddp"
-    lora = None if config.model is None or config.model.finetune_mode != "LORA" else config.model.lora_cfg
-    for name in ("use_dora", "modules_to_save"):
-        if lora is not None and getattr(lora, name):
-            yield (
-                f"model.lora_cfg.{name}={getattr(lora, name)} has not been tested with fabric.strategy=fsdp2: give "
-                "fabric.strategy=ddp"
-            )
+        yield f"optim=adamw_8bit is not supported by fabric.strategy=fsdp2: give optim=adamw, or {ddp}"
+    if model is not None and model.finetune_mode == "LORA":
+        if model.resize_embeddings:
+            rows = "rows of model.resize_embeddings=true next to adapters"
+            yield f"fabric.strategy=fsdp2 cannot train {rows}: {ddp}, or model.finetune_mode=ALL"
+        for name in ("use_dora", "modules_to_save"):
+            if value := getattr(model.lora_cfg, name, None):
+                yield f"model.lora_cfg.{name}={value} has not been tested with fabric.strategy=fsdp2: {ddp}"
     if config.fabric.precision == "64-true":
         yield "fabric.precision=64-true is not supported by fabric.strategy=fsdp2: give fabric.precision=32-true"
 

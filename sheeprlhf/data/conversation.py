@@ -3,65 +3,273 @@
 A row of messages becomes a `ConversationExample`: the messages before the answer, the answer or the answers that are
 compared, and the tools. `render_example` makes texts of it. Each text is found by rendering prefixes of the
 conversation with the tokenizer's own chat template, and compared with the rendering of the whole.
+
+A message is a dict with `role` and, as far as it has them, `content` (text), `tool_calls` (a list of objects),
+`reasoning_content` and any other key of the row, which a chat template may read. `TRAINED` says whether the row marks
+it as one to learn.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any, NamedTuple, TypeVar
 
 from sheeprlhf.data.example import PreferenceExample
-from sheeprlhf.data.messages import (
-    REASONING_KEYS,
-    TRAINED,
-    Message,
-    is_answer,
-    is_trained,
-    plain_message,
-    read_messages,
-    read_tools,
-    reasoning_spans,
-    same_message,
-    strings_of,
-    without_reasoning,
-    without_reasoning_of,
-)
-from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, number, printable
+from sheeprlhf.data.rows import SPELLINGS, DropRowError, MissingColumnError, TemplatedExample, number, printable, text
 from sheeprlhf.utils.chat_templates import check_has_template
 from sheeprlhf.utils.end_tokens import end_texts, first_end
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.rendering import render_chat, template_keys, template_variables, writes_whole_messages
 
+Message = dict[str, Any]
+
+TRAINED = "\0trained"  # key of a message that no file can have: True or False where the row says what is learned
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # names of one field
+ROLES = {  # other names, in any letter case -> the role that chat templates know
+    **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "ai", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response", "ipython"), "tool"),
+}
+_REASONING = re.compile(r"<think>.*?(?:</think>\s*|\Z)|\A(?:(?!<think>).)*?</think>\s*", re.DOTALL)
+_ROLE = re.compile(r"[A-Za-z_]{1,32}")
+_MARKS = ("weight", "train", "loss")  # whether a message is learned
+_UNKNOWN_MARKS = ("train_detail", "mask", "masked", "loss_mask", "loss_weight", "trainable", "training")
+
+
+def read_messages(value: Any, column: str, *, role: str | None = None) -> tuple[Message, ...]:
+    """The messages in a column, checked.
+
+    Args:
+        value: a list of messages, one message, the JSON text of either, or a tuple that this function returned.
+        column: its name, for messages.
+        role: of a plain text; without it a text is JSON.
+
+    Raises:
+        DataError: it is something else; DropRowError: a text has a NUL character.
+    """
+    if isinstance(value, tuple) and all(isinstance(turn, dict) and "role" in turn for turn in value):
+        return value
+    if isinstance(value, str) and role is not None:
+        return ({"role": role, "content": text({column: value}, column)},)
+    if isinstance(value, str):
+        value = _json(value, column)
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, list | tuple) or not all(isinstance(turn, Mapping) for turn in value):
+        raise DataError(f"column '{column}' must be a list of {{role, content}}")
+    found = []
+    for index, turn in enumerate(value):
+        try:
+            found.append(_message(turn))
+        except DataError as error:
+            raise DataError(f"column '{column}', message {index}: {error}") from None
+    return tuple(found)
+
+
+def read_tools(value: Any) -> tuple[dict[str, Any], ...] | None:
+    """The functions of column 'tools', JSON schemas as objects or text, or None. Raises DataError for anything else."""
+    if isinstance(value, str):
+        value = _json(value, "tools") if value.strip() else None
+    if value is None or value == []:
+        return None
+    if isinstance(value, Mapping):
+        value = [value]
+    tools = [_json(tool, "tools") if isinstance(tool, str) else tool for tool in value] if _is_list(value) else [None]
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError("column 'tools' must be a list of JSON schemas of functions")
+    return tuple(dict(tool) for tool in tools if tool)
+
+
+def is_answer(message: Message) -> bool:
+    """True if the message is the assistant's."""
+    return bool(message["role"] == "assistant")
+
+
+def is_trained(message: Message) -> bool | None:
+    """True if the row marks a message as one to learn, False if as one not to; None without a mark."""
+    return message.get(TRAINED)
+
+
+def plain_message(message: Message) -> Message:
+    """The message as the chat template gets it."""
+    return {key: value for key, value in message.items() if key != TRAINED}
+
+
+def same_message(first: Message, second: Message) -> bool:
+    """True if two messages have the same content."""
+    return plain_message(first) == plain_message(second)
+
+
+def reasoning_spans(text: str) -> list[tuple[int, int]]:
+    """Start and end of each block of reasoning in a text, its tags and the white space behind it included.
+
+    A block without its end goes on to the end of the text; one without its start begins with the text, as a chat
+    template may have written `<think>` at the end of the prompt.
+    """
+    return [match.span() for match in _REASONING.finditer(text)]
+
+
+def without_reasoning(text: str) -> str:
+    """The text without its blocks of reasoning."""
+    return _REASONING.sub("", text)
+
+
+def without_reasoning_of(message: Message) -> Message:
+    """A message of the assistant without its reasoning; any other as it is."""
+    if not is_answer(message):
+        return message
+    kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
+    if "content" not in kept and "tool_calls" in kept:
+        return kept
+    return kept | {"content": without_reasoning(kept.get("content", ""))}
+
+
+def strings_of(value: Any) -> Iterator[str]:
+    """Every text in a nested value, keys of objects included."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            if one != TRAINED:
+                yield one
+        elif isinstance(one, Mapping):
+            waiting += [*one.keys(), *one.values()]
+        elif _is_list(one):
+            waiting += one
+
+
+def _message(turn: Mapping[Any, Any]) -> Message:
+    """One message in the form that chat templates read."""
+    given = {str(key): value for key, value in turn.items() if value is not None}
+    for name, other in (("role", "from"), ("content", "value")):
+        if name not in given and other in given:
+            given[name] = given.pop(other)
+    if "role" not in given:
+        raise DataError(f"key 'role' (or 'from') is missing; {_has(given)}")
+    role = text(given, "role")
+    if not _ROLE.fullmatch(role):  # templates write roles between their markers
+        raise DataError(f"role {role!r} is not a word")
+    message: Message = {"role": ROLES.get(role.casefold(), role)}
+    call = given.pop("function_call", None)
+    if role.casefold() == "function_call":
+        call = given.pop("content", None)
+    if call is not None:
+        given["tool_calls"] = _calls(call)
+    calls = _tool_calls(given.pop("tool_calls", None))
+    if "content" in given:
+        message["content"] = _content(given["content"])
+    elif not calls and not any(given.get(key) for key in REASONING_KEYS):
+        raise DataError(f"key 'content' (or 'value') is missing or null; {_has(given)}")
+    if calls:
+        message["tool_calls"] = calls
+    trained = _trained(given)
+    if trained is not None:
+        message[TRAINED] = trained
+    for key in REASONING_KEYS:
+        if key in given and not isinstance(given[key], str):
+            raise DataError(f"key '{key}' holds {type(given[key]).__name__}, not text; write it as a string")
+    others = {key: value for key, value in given.items() if key not in ("role", "content", *_MARKS)}
+    return message | {key: value for key, value in others.items() if value not in ("", [], {})}
+
+
+def _has(given: Mapping[str, Any]) -> str:
+    return f"the message has {printable(given) or 'no key with a value'}; write its role and its text under these keys"
+
+
+def _content(value: Any) -> str:
+    """The text of a message, of one or more parts."""
+    if not _is_list(value):
+        return text({"content": value}, "content")
+    parts = []
+    for part in value:
+        if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            part = part["text"]
+        if not isinstance(part, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise DataError(f"a part of key 'content' is of type {str(kind)[:40]}; only text can be trained on")
+        parts.append(text({"content": part}, "content"))
+    return "".join(parts)
+
+
+def _calls(value: Any) -> list[Any]:
+    """Calls of functions as ShareGPT and older data have them: `{"name": ..., "arguments": ...}`, or its JSON text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = None
+    calls = [value] if isinstance(value, Mapping) else value
+    if not _is_list(calls) or not all(isinstance(call, Mapping) and "name" in call for call in calls):
+        raise DataError('a function call must be JSON such as {"name": "f", "arguments": {}}; write it so')
+    return [{"type": "function", "function": dict(call)} for call in calls]
+
+
+def _tool_calls(value: Any) -> list[dict[str, Any]]:
+    """Key 'tool_calls', checked."""
+    if isinstance(value, str):
+        value = _json(value, "tool_calls") if value.strip() else None
+    if value is None:
+        return []
+    if not _is_list(value) or not all(isinstance(call, Mapping) for call in value):
+        raise DataError("key 'tool_calls' must be a list of objects")
+    for call in value:
+        inner = call.get("function", call)
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+            raise DataError("key 'tool_calls' has a call without the name of a function")
+    return [dict(call) for call in value]
+
+
+def _trained(given: Mapping[str, Any]) -> bool | None:
+    """True if a message is learned, by keys 'weight', 'train' and 'loss'. Raises DataError if a mark is not read."""
+    if (unknown := next((key for key in _UNKNOWN_MARKS if key in given), None)) is not None:
+        raise DataError(
+            f"key '{unknown}' is not read; write \"train\": true or false instead, or leave it out by "
+            f"'data.ignore_columns=[messages.{unknown}]'"
+        )
+    said = []
+    for key in _MARKS:
+        if key in given:
+            value = given[key]
+            mark = SPELLINGS.get(str(value).strip().casefold())
+            if mark is None:
+                raise DataError(f"key '{key}' is {str(value)[:40]!r}; only 0 and 1, or true and false, are read")
+            said.append(mark)
+    if len(set(said)) > 1:
+        raise DataError(f"keys {' and '.join(key for key in _MARKS if key in given)} contradict each other; keep one")
+    return said[0] if said else None
+
+
+def _json(value: str, name: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise DataError(f"column '{name}' holds a text that is not JSON; write it with json.dumps") from None
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
 _PROBE = " (probe)"
 
 
 class ConversationExample(NamedTuple):
-    """One row of messages, before the chat template.
+    """One row of messages, before the chat template."""
 
-    Attributes:
-        context: messages before the answers.
-        tools: JSON schemas of the functions that the assistant may call.
-        response: the answer to learn.
-        following: messages after `response`, up to the last answer: a template may render both differently then.
-        chosen: the better answer of a pair.
-        rejected: the worse one.
-        ranked: instead of a pair, two or more answers, best first.
-        margin: how much better the chosen answer is.
-        label: whether `response` is desirable.
-        unused: names of the parts of the row that nothing reads.
-        own_turns: messages at the end of `context` that are not given as a prompt; answers among them can be learned.
-    """
-
-    context: tuple[Message, ...]
-    tools: tuple[dict[str, Any], ...] | None = None
-    response: Message | None = None
+    context: tuple[Message, ...]  # messages before the answers
+    tools: tuple[dict[str, Any], ...] | None = None  # JSON schemas of the functions that the assistant may call
+    response: Message | None = None  # the answer to learn
+    # messages after `response`, up to the last answer: a template may render both differently then
     following: tuple[Message, ...] = ()
-    chosen: Message | None = None
-    rejected: Message | None = None
-    ranked: tuple[Message, ...] | None = None
-    margin: float = 0.0
-    label: Any = None
-    unused: tuple[str, ...] = ()
+    chosen: Message | None = None  # the better answer of a pair
+    rejected: Message | None = None  # the worse one
+    ranked: tuple[Message, ...] | None = None  # instead of a pair, two or more answers, best first
+    margin: float = 0.0  # how much better the chosen answer is
+    label: Any = None  # whether `response` is desirable
+    unused: tuple[str, ...] = ()  # names of the parts of the row that nothing reads
+    # messages at the end of `context` that are not given as a prompt; answers among them can be learned
     own_turns: int = 0
 
 
@@ -125,9 +333,7 @@ def each_answer(example: ConversationExample, *, marked: bool) -> list[Conversat
 
     Each has the messages before its answer as context, and those behind it as `following`.
 
-    Args:
-        example: the conversation.
-        marked: learn the answers that the row marks as ones to learn; else all that it does not mark otherwise.
+    With `marked`, answers to learn are those that the row marks so; else all that it does not mark otherwise.
 
     Raises:
         DropRowError: no answer is marked.
@@ -175,11 +381,7 @@ def render_example(
     The prompt is the rendering of the context with the generation prompt. An answer is the part behind it in the
     rendering of context and answer, its end token included.
 
-    Args:
-        example: the conversation.
-        tokenizer: has the template.
-        template_args: variables of the template.
-        masked: the reasoning of answers will be looked for in their texts.
+    With `masked`, the reasoning of answers will be looked for in their texts.
 
     Raises:
         DataError: the model has no template; the template rewrites what it wrote before, or does not write a part that
@@ -224,11 +426,7 @@ def render_example(
 
 
 def raw_example(example: ConversationExample) -> PreferenceExample:
-    """A conversation with its messages as JSON in place of texts: what identifies the row, whatever the template.
-
-    Args:
-        example: before the chat template.
-    """
+    """A conversation with its messages as JSON in place of texts: what identifies the row, whatever the template."""
 
     def raw(messages: Sequence[Message], *more: Any) -> str:
         return json.dumps([[plain_message(message) for message in messages], *more], sort_keys=True, default=str)
@@ -313,11 +511,7 @@ class _Renderer:
         )
 
     def check_keys(self, messages: Sequence[Message]) -> list[str]:
-        """Names of keys of messages that the template does not read.
-
-        Raises:
-            DataError: tools, calls or reasoning are not read.
-        """
+        """Names of message keys that the template does not read. Raises DataError for tools, calls and reasoning."""
         if writes_whole_messages(self._tokenizer, self._text, self._args):
             return []
         known = template_keys(self._text) | template_variables(self._text)
@@ -427,8 +621,7 @@ def _context(
         name: read_messages(value, name, role="assistant") for name, value in answers.items() if name != "responses"
     }
     compared = [lists[name] for name in ("chosen", "rejected") if name in lists]
-    ranked = answers.get("responses")
-    if ranked is not None:
+    if (ranked := answers.get("responses")) is not None:
         if not isinstance(ranked, list | tuple) or len(ranked) < 2:
             raise DataError("column 'responses' must be a list of two or more answers, best first")
         unused += [name for name in ("chosen", "rejected") if lists.pop(name, None) is not None]
@@ -496,10 +689,6 @@ def _same(first: Sequence[Message], second: Sequence[Message]) -> bool:
     return len(first) == len(second) and all(map(same_message, first, second))
 
 
-def _is_start(first: Sequence[Message], second: Sequence[Message]) -> bool:
-    return bool(first) and _same(first, second[: len(first)])
-
-
 def _with_system(row: Mapping[str, Any], context: tuple[Message, ...]) -> tuple[Message, ...]:
     """The context with the text of column 'system' in front of it."""
     value = row.get("system")
@@ -529,11 +718,11 @@ def _all_answers(example: ConversationExample) -> list[Message]:
 
 def _check_strings(value: Any) -> None:
     """Refuse what no tokenizer can encode."""
-    for text in strings_of(value):
-        if "\0" in text:
+    for string in strings_of(value):
+        if "\0" in string:
             raise DropRowError("nul_character")
         try:
-            text.encode()
+            string.encode()
         except UnicodeEncodeError:
             raise DataError("a message holds half a surrogate pair; remove it") from None
 

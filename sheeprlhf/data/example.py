@@ -22,53 +22,35 @@ from sheeprlhf.utils.layout import Layout
 
 
 class PreferenceExample(NamedTuple):
-    """One row as text. `response` is what supervised fine-tuning learns; the pair is what preference tasks learn.
+    """One row as text. `response` is what supervised fine-tuning learns; the pair is what preference tasks learn."""
 
-    Attributes:
-        prompt: what is answered.
-        response: an answer to learn.
-        chosen: the better answer of a pair.
-        rejected: the worse one.
-        ranked: instead of a pair, two or more answers, best first.
-        margin: how much better the chosen answer is, in units of a reward model's score.
-        label: whether `response` is desirable, as the row's column has it; only tasks of unpaired data look at it.
-        unused: names of the parts of the row that nothing reads.
-        untrained: answers of earlier turns, which are part of the prompt.
-        turns: of a conversation, what follows `response`: text that is not learned and an answer to learn, in turn.
-    """
-
-    prompt: str
-    response: str | None = None
-    chosen: str | None = None
-    rejected: str | None = None
-    ranked: tuple[str, ...] | None = None
-    margin: float = 0.0
+    prompt: str  # what is answered
+    response: str | None = None  # an answer to learn
+    chosen: str | None = None  # the better answer of a pair
+    rejected: str | None = None  # the worse one
+    ranked: tuple[str, ...] | None = None  # instead of a pair, two or more answers, best first
+    margin: float = 0.0  # how much better the chosen answer is, in units of a reward model's score
+    # whether `response` is desirable, as the row's column has it; only tasks of unpaired data look at it
     label: Any = None
-    unused: tuple[str, ...] = ()
-    untrained: int = 0
+    unused: tuple[str, ...] = ()  # names of the parts of the row that nothing reads
+    untrained: int = 0  # answers of earlier turns, which are part of the prompt
+    # of a conversation, what follows `response`: text that is not learned and an answer to learn, in turn
     turns: tuple[str, ...] = ()
 
 
 class Example(NamedTuple):
-    """One row as token ids.
+    """One row as token ids."""
 
-    Attributes:
-        row_id: the row's number in its split's source, for error messages.
-        prompt_ids: (P,) int32, P >= 1, begins with BOS where the tokenizer has one.
-        responses: K arrays (R_k,) int32, R_k >= 1, best first, each ending in an end token unless it was cut; K = 0
-            for a prompt alone.
-        margin: how far apart the scores of two neighbours should be at least.
-        desirable: False for a response of unpaired data that is to become less likely.
-        columns: columns of the row's file that reward functions get; None if they get none.
-        trained: (R_1 + ... + R_K,) bool, the tokens of the responses that count in a loss over tokens; None: all.
-    """
-
-    row_id: int
-    prompt_ids: np.ndarray
+    row_id: int  # the row's number in its split's source, for error messages
+    prompt_ids: np.ndarray  # (P,) int32, P >= 1, begins with BOS where the tokenizer has one
+    # K arrays (R_k,) int32, R_k >= 1, best first, each ending in an end token unless it was cut; K = 0 for a prompt
+    # alone
     responses: tuple[np.ndarray, ...]
-    margin: float = 0.0
-    desirable: bool = True
+    margin: float = 0.0  # how far apart the scores of two neighbours should be at least
+    desirable: bool = True  # false for a response of unpaired data that is to become less likely
+    # columns of the row's file that reward functions get; None if they get none
     columns: Mapping[str, Any] | None = None
+    # (R_1 + ... + R_K,) bool, the tokens of the responses that count in a loss over tokens; None: all
     trained: np.ndarray | None = None
 
     def num_tokens(self) -> int:
@@ -89,39 +71,25 @@ class Batch(NamedTuple):
     second on) precede its response tokens. With "scores" and "last" a head reads the targets themselves instead of
     predicting them from the place before.
 
-    Attributes:
-        input_ids_BT: (B, T) int64.
-        position_ids_BT: (B, T) int64; response k's positions continue from the prompt's.
-        attention_mask_BT: (B, T) bool, True = a real token; None when packed.
-        layout: who sees whom in a packed row; None when padded.
-        head_positions_R: (R,) int64, ascending places in the flattened (B*T,) rows where the head runs.
-        logit_index_N: (N,) int64, which of the R head outputs is target n's.
-        target_ids_N: (N,) int64.
-        response_index_N: (N,) int64, which response target n belongs to, counted over the whole batch.
-        response_lengths: tokens of each of the S responses that are predicted or can be scored, on the host.
-        lengths_S: (S,) int64, the same on the device.
-        pairs_P2: (P, 2) int64, the (better, worse) responses of all pairs of a row, which has its responses best first.
-        pair_weights_P: (P,) float32, 1 / number of pairs of the row.
-        margins_P: (P,) float32, how far apart the scores of the two should be at least.
-        desirable_S: (S,) bool, False for a response of unpaired data that is to become less likely.
-        row_ids: the rows' numbers, for error messages.
     """
 
-    input_ids_BT: Tensor
-    position_ids_BT: Tensor
-    attention_mask_BT: Tensor | None
-    layout: Layout | None
-    head_positions_R: Tensor
-    logit_index_N: Tensor
-    target_ids_N: Tensor
-    response_index_N: Tensor
+    input_ids_BT: Tensor  # (B, T) int64
+    position_ids_BT: Tensor  # (B, T) int64; response k's positions continue from the prompt's
+    attention_mask_BT: Tensor | None  # (B, T) bool, True = a real token; None when packed
+    layout: Layout | None  # who sees whom in a packed row; None when padded
+    head_positions_R: Tensor  # (R,) int64, ascending places in the flattened (B*T,) rows where the head runs
+    logit_index_N: Tensor  # (N,) int64, which of the R head outputs is target n's
+    target_ids_N: Tensor  # (N,) int64
+    response_index_N: Tensor  # (N,) int64, which response target n belongs to, counted over the whole batch
+    # tokens of each of the S responses that are predicted or can be scored, on the host
     response_lengths: tuple[int, ...]
-    lengths_S: Tensor
+    lengths_S: Tensor  # (S,) int64, the same on the device
+    # (P, 2) int64, the (better, worse) responses of all pairs of a row, which has its responses best first
     pairs_P2: Tensor
-    pair_weights_P: Tensor
-    margins_P: Tensor
-    desirable_S: Tensor
-    row_ids: tuple[int, ...]
+    pair_weights_P: Tensor  # (P,) float32, 1 / number of pairs of the row
+    margins_P: Tensor  # (P,) float32, how far apart the scores of the two should be at least
+    desirable_S: Tensor  # (S,) bool, False for a response of unpaired data that is to become less likely
+    row_ids: tuple[int, ...]  # the rows' numbers, for error messages
 
 
 TARGETS = ("response", "all", "scores", "last")

@@ -49,27 +49,10 @@ Sources = dict[str, tuple[str, ...]]
 
 
 class RowLayout:
-    """Takes the columns out of raw rows that the row formats read, and counts the others.
-
-    Attributes:
-        columns: names of all columns that may be read.
-        kept: columns that are stored with the tokens.
-        available: names of all columns of the rows so far; clear it before reading to get those of one split.
-        unread: rows that have a value in a column that is not read, by the column's name.
-        layouts: rows of each layout, by what they hold and the columns that hold it.
-        sources: rows in which a text was made of columns of other names, by a description.
-        numbers: rows in which a whole number was read as text, by column.
-    """
+    """Takes the columns out of raw rows that the row formats read, and counts the others."""
 
     def __init__(self, cfg: DataConfig, kind: str, more: Sequence[str] = (), kept: KeptColumns = _NOTHING_KEPT) -> None:
-        """Prepare for one dataset.
-
-        Args:
-            cfg: the data options.
-            kind: as for `prepare_data`.
-            more: names of columns to read besides those of the row formats.
-            kept: columns that are stored with the tokens, under the names that the files have.
-        """
+        """Prepare for a dataset and a kind (see `prepare_data`); `more` columns are read besides the usual ones."""
         self._own_files, self._kind = isinstance(cfg, LayoutDataConfig), kind
         self._more = (*cfg.read_columns, *more)
         self._given: Sources = {}
@@ -85,15 +68,19 @@ class RowLayout:
             self._ignored_keys = frozenset(keys)
             names += [*PAIRS, *PAIRS.values(), INPUT, TEXT, *(name for name in MEANING_COLUMNS if name not in _MEDIA)]
             names += [name for of in self._given.values() for name in of]
+        # names of all columns that may be read
         self.columns = tuple(name for name in dict.fromkeys(names) if name not in self._ignored or name in kept.names)
         self.columns += tuple(name for name in kept.names if name not in self.columns)
-        self.kept = kept
+        self.kept = kept  # columns that are stored with the tokens
+        # names of all columns of the rows so far; clear it before reading to get those of one split
         self.available: dict[str, None] = {}
+        # rows that have a value in a column that is not read, by the column's name
         self.unread: Counter[str] = Counter()
         self.undesirable = 0
-        self.layouts: Counter[str] = Counter()
+        self.layouts: Counter[str] = Counter()  # rows of each layout, by what they hold and the columns that hold it
+        # rows in which a text was made of columns of other names, by a description
         self.sources: Counter[str] = Counter()
-        self.numbers: Counter[str] = Counter()
+        self.numbers: Counter[str] = Counter()  # rows in which a whole number was read as text, by column
         self._seen: set[str] = set()
 
     def __call__(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -146,14 +133,7 @@ class RowLayout:
         return tuple(dict.fromkeys([*self.columns, *names])) if self.kept.every else self.columns
 
     def count_columns(self, counts: Mapping[str, int]) -> None:
-        """Count columns that the reader of a file left out.
-
-        Args:
-            counts: rows that have a value, by the column's name.
-
-        Raises:
-            DataError: one of them changes what a row means.
-        """
+        """Count columns, with their rows, that a reader left out. Raises DataError if one changes what a row means."""
         self._seen.update(counts)
         self.available.update(dict.fromkeys(counts))
         counted = {name: rows for name, rows in counts.items() if rows and name not in self._ignored}
@@ -162,13 +142,8 @@ class RowLayout:
         self.unread.update(counted)
 
     def check_seen(self) -> None:
-        """Check that some row has each column of `data.columns`.
-
-        Raises:
-            DataError: naming the columns that none has.
-        """
-        unseen = [name for of in self._given.values() for name in of if name not in self._seen]
-        if unseen:
+        """Check that some row has each column of `data.columns`. Raises DataError naming the columns that none has."""
+        if unseen := [name for of in self._given.values() for name in of if name not in self._seen]:
             has = printable(sorted(self._seen)) or "no columns"
             raise DataError(f"data.columns names {printable(unseen)}, which no row has; the rows have {has}")
 

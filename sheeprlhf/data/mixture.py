@@ -18,21 +18,14 @@ _ROWS_AT_ONCE = 1_000
 
 
 class Part(NamedTuple):
-    """One prepared dataset of a mixture.
+    """One prepared dataset of a mixture."""
 
-    Attributes:
-        name: its place among the datasets, for notes.
-        weight: its share of the training rows, in proportion to the other weights; None in all: every row once.
-        first_row: added to the numbers of its rows, so that no two datasets have the same.
-        splits: its rows.
-        report: its data report.
-    """
-
-    name: str
+    name: str  # its place among the datasets, for notes
+    # its share of the training rows, in proportion to the other weights; None in all: every row once
     weight: float | None
-    first_row: int
-    splits: dict[str, TokenizedSplit]
-    report: Report
+    first_row: int  # added to the numbers of its rows, so that no two datasets have the same
+    splits: dict[str, TokenizedSplit]  # its rows
+    report: Report  # its data report
 
 
 def name_in_mixture(given: Mapping[str, Any]) -> str:
@@ -43,11 +36,7 @@ def name_in_mixture(given: Mapping[str, Any]) -> str:
 
 
 def numbered_parts(prepared: Sequence[tuple[float | None, dict[str, TokenizedSplit], Report]]) -> list[Part]:
-    """The datasets of a mixture.
-
-    Args:
-        prepared: the weight, the splits and the report of each.
-    """
+    """The datasets of a mixture, from the weight, the splits and the report of each."""
     parts: list[Part] = []
     first_row = 0
     for number, (weight, splits, report) in enumerate(prepared, 1):
@@ -57,15 +46,7 @@ def numbered_parts(prepared: Sequence[tuple[float | None, dict[str, TokenizedSpl
 
 
 def write_mixture(parts: Sequence[Part], folder: Path, *, name: str, kind: str, kept: KeptColumns) -> None:
-    """Write the mixed splits and their report.
-
-    Args:
-        parts: the datasets.
-        folder: of the mixture, empty.
-        name: of the mixture.
-        kind: as for `prepare_data`.
-        kept: columns that are stored with the tokens.
-    """
+    """Write the mixed splits and their report into an empty folder."""
     report: Report = {"name": name, "kind": kind, "splits": {}, "columns": {}, "available_columns": {}}
     report["mix"] = [
         {

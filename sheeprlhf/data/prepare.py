@@ -27,11 +27,9 @@ import numpy as np
 
 from sheeprlhf.config.registry import datasets_of
 from sheeprlhf.data import source, store
-from sheeprlhf.data.duplicates import FEWEST_FREQUENT, FrequentPrompts, SeenDigests
 from sheeprlhf.data.hub_files import download
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.mixture import name_in_mixture, numbered_parts, write_mixture
-from sheeprlhf.data.progress import progress_bar
 from sheeprlhf.data.read import Row, count_rows, read_batches
 from sheeprlhf.data.report import (
     DUPLICATE,
@@ -42,18 +40,11 @@ from sheeprlhf.data.report import (
     check_ids,
     check_refused,
     check_targets,
-    notes_on,
-    notes_on_control_tokens,
-    notes_on_conversations,
-    notes_on_cuts,
-    notes_on_ends,
-    notes_on_labels,
-    notes_on_missing_tokens,
-    notes_on_reserved_rows,
-    notes_on_texts,
+    preparation_notes,
     rows_kept,
     why_none_left,
 )
+from sheeprlhf.data.source import progress_bar
 from sheeprlhf.data.store import SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
 from sheeprlhf.structure.data import DataConfig, KeptColumns, LayoutDataConfig, MixDataConfig
@@ -61,6 +52,59 @@ from sheeprlhf.utils.errors import DataError, Notify
 from sheeprlhf.utils.output import create_file, discard, locked, written_folder
 from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, BoundToThis, start_bound
 from sheeprlhf.utils.rendering import fixed_arguments
+
+FEWEST_FREQUENT = 4  # rows; with fewer, a prompt that has most of them says nothing
+
+
+class SeenDigests:
+    """The digests met so far, in sorted runs, each more than twice as long as the next, so that there are few.
+
+    Two different rows share 64 bits with a chance of about 3e-8 in a million rows, 3e-4 in a hundred million.
+    """
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._runs: list[np.ndarray] = []
+
+    def add(self, digests_N: np.ndarray) -> np.ndarray:
+        """Remember digests_N, (N,) uint64.
+
+        Returns:
+            (N,) bool, True where an equal digest came before, in an earlier call or earlier in this one.
+        """
+        seen_N = np.ones(len(digests_N), bool)
+        seen_N[np.unique(digests_N, return_index=True)[1]] = False
+        for run in self._runs:
+            places_N = np.searchsorted(run, digests_N).clip(max=len(run) - 1)
+            seen_N |= run[places_N] == digests_N
+        if not seen_N.all():
+            self._runs.append(np.sort(digests_N[~seen_N]))
+        while len(self._runs) > 1 and len(self._runs[-2]) <= 2 * len(self._runs[-1]):
+            shorter = self._runs.pop()
+            self._runs[-1] = np.sort(np.concatenate([self._runs[-1], shorter]), kind="stable")
+        return seen_N
+
+
+class FrequentPrompts(NamedTuple):
+    """The prompts that have half of the training rows or more, at most two."""
+
+    shares: frozenset[tuple[float, float]]  # of each prompt, as `split_shares` makes them
+    rows: tuple[int, ...]  # rows of each prompt
+    total: int  # all training rows
+
+    def notes(self, *, divided: bool) -> list[str]:
+        """Notes for the user; `divided` tells that the rows of such a prompt are divided among the splits."""
+        if not self.shares:
+            return []
+        one, fix = len(self.rows) == 1, "give rows with other prompts"
+        which = f"all {self.total:,}" if self.rows == (self.total,) else f"{sum(self.rows):,} of {self.total:,}"
+        if divided:
+            fix = (
+                "each of these rows goes to a split by its whole content, so validation and test have prompts of "
+                "training: give files of other prompts for them, or data.validation_split=0 data.test_split=0"
+            )
+        return [f"{which} rows have the same {'prompt' if one else 'two prompts'}; {fix}"]
+
 
 FORMAT_VERSION = 14  # raise it whenever the code makes other rows, or another report, of the same input
 _ROWS_TO_JUDGE = 1_000  # before preparing ends early since the chat template refuses most of them
@@ -79,19 +123,12 @@ NOT_IN_FINGERPRINT = (
 
 
 class PreparedData(NamedTuple):
-    """A dataset ready to train on.
+    """A dataset ready to train on."""
 
-    Attributes:
-        splits: those of "train", "reward", "validation" and "test" that have rows.
-        report: what was read, kept, dropped and cut (see `data.report`).
-        fingerprint: hex digest of all that the splits depend on.
-        folder: where the splits are stored.
-    """
-
-    splits: dict[str, TokenizedSplit]
-    report: Report
-    fingerprint: str
-    folder: Path
+    splits: dict[str, TokenizedSplit]  # those of "train", "reward", "validation" and "test" that have rows
+    report: Report  # what was read, kept, dropped and cut (see `data.report`)
+    fingerprint: str  # hex digest of all that the splits depend on
+    folder: Path  # where the splits are stored
 
 
 def prepare_data(
@@ -196,14 +233,7 @@ def _is_whole(folder: Path, say: Notify) -> bool:
 
 
 def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str, kept: KeptColumns = _NOTHING_KEPT) -> str:
-    """Digest of everything that the prepared rows depend on.
-
-    Args:
-        cfg: the data options; paths and names of files count by their content only.
-        tokenize: carries tokenizer and kind.
-        content: digest of the source files.
-        kept: columns that are stored with the tokens.
-    """
+    """Digest of all that the prepared rows depend on; paths and names of files count by the digest of their content."""
     tokenizer = tokenize.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pieces = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
@@ -255,38 +285,22 @@ def _build(
     report["available_columns"] = written.available
     if any(part["templated_rows"] for part in parts.values()):
         report["template_args"] = fixed_arguments(tokenize.tokenizer, cfg.template_args)
-    divides = _cuts_training_rows(cfg, set(files))
-    report["notes"] = [
-        *notes_on(report),
-        *notes_on_cuts(report, cfg),
-        *notes_on_control_tokens(report, cfg),
-        *notes_on_texts(report),
-        *notes_on_reserved_rows(report, cfg),
-        *frequent.notes(divided=divides),
-        *notes_on_conversations(report, cfg),
-        *notes_on_ends(tokenize.tokenizer),
-        *notes_on_missing_tokens(tokenize.tokenizer),
-        *notes_on_labels(report, layout.undesirable),
-    ]
+    on_frequent = frequent.notes(divided=_cuts_training_rows(cfg, set(files)))
+    report["notes"] = list(preparation_notes(report, cfg, tokenize.tokenizer, on_frequent, layout.undesirable))
     if not any(rows_kept(report, split) for split in TRAINING_SPLITS[tokenize.kind]):
         raise DataError(why_none_left(report, set(files), cfg))
     create_file(folder, store.REPORT, json.dumps(report, indent=1).encode())
 
 
 class _Written(NamedTuple):
-    """The splits of one pass over the files.
+    """The splits of one pass over the files."""
 
-    Attributes:
-        counts: of each split.
-        layout: of the rows.
-        prompts: for each training row that is kept, the shares of its prompt, one after the other.
-        available: names of all columns of the rows that came from each split's files.
-    """
-
-    counts: dict[str, SplitCount]
-    layout: RowLayout
-    prompts: "array[float]"  # no subscript at run time before Python 3.12
-    available: dict[str, list[str]]
+    counts: dict[str, SplitCount]  # of each split
+    layout: RowLayout  # of the rows
+    # for each training row that is kept, the shares of its prompt, one after the other; no subscript at run time before
+    # Python 3.12
+    prompts: "array[float]"
+    available: dict[str, list[str]]  # names of all columns of the rows that came from each split's files
 
     def frequent_prompts(self) -> FrequentPrompts:
         """The prompts that have half of the training rows or more."""
@@ -361,10 +375,7 @@ def choose_split(shares: tuple[float, float], cfg: DataConfig, native: set[str])
 
     Of a prompt that has most of the rows, the numbers depend on the whole row (see `FrequentPrompts`).
 
-    Args:
-        shares: two numbers in [0, 1).
-        cfg: the shares of each split.
-        native: splits that the dataset brings itself; none is cut from the training rows then.
+    Splits that are `native` to the dataset are not cut from the training rows.
     """
     test = 0.0 if "test" in native else cfg.test_split
     validation = 0.0 if "validation" in native else cfg.validation_split

@@ -43,23 +43,14 @@ class Turn(NamedTuple):
 
 
 class Form(NamedTuple):
-    """Format that turns a conversation into a row of a dataset.
+    """Format that turns a conversation into a row of a dataset."""
 
-    Attributes:
-        meaning: for people.
-        data: the dataset whose format it takes.
-        prompt: the columns of the row.
-        turns: whether it can hold more than one message; else the last alone is taken.
-        stop: strings with which the model begins somebody else's turn.
-        example: a prompt to try.
-    """
-
-    meaning: str
-    data: type[DataConfig]
-    prompt: Callable[[Sequence[Turn]], dict[str, Any]]
-    turns: bool = False
-    stop: tuple[str, ...] = ()
-    example: str = ""
+    meaning: str  # for people
+    data: type[DataConfig]  # the dataset whose format it takes
+    prompt: Callable[[Sequence[Turn]], dict[str, Any]]  # the columns of the row
+    turns: bool = False  # whether it can hold more than one message; else the last alone is taken
+    stop: tuple[str, ...] = ()  # strings with which the model begins somebody else's turn
+    example: str = ""  # a prompt to try
 
 
 def _last(turns: Sequence[Turn]) -> dict[str, Any]:
@@ -157,14 +148,7 @@ class Asker:
     """Makes prompts of one form for one tokenizer."""
 
     def __init__(self, form: Form, tokenizer: Any, template_args: Mapping[str, Any] | None = None) -> None:
-        """Prepare for one form.
-
-        Args:
-            form: a value of `FORMS`.
-            tokenizer: the model's.
-            template_args: variables for its chat template, `data.template_args` of its training; None takes those
-                that its folder tells.
-        """
+        """Prepare for one form; without `template_args`, the chat template gets those of the tokenizer's folder."""
         self.form = form
         no_limits = form.data(max_length=_ANY_LENGTH, max_prompt_length=_ANY_LENGTH, minimum_response_length=1)
         if form is FORMS["template"]:
@@ -172,11 +156,7 @@ class Asker:
         self._rows = RowTokenizer(no_limits, tokenizer, "sft")
 
     def example(self, turns: Sequence[Turn], response: str = "x") -> Example:
-        """The prompt's ids, and those of a response with its end token.
-
-        Raises:
-            DataError: there is nothing to ask, or the text has what a prompt must not have.
-        """
+        """The ids of a prompt, and of a response with its end token. Raises DataError if the prompt is not possible."""
         row = self.form.prompt(turns)
         if "messages" in row:
             row = {"messages": [*row["messages"], {"role": "assistant", "content": response}]}

@@ -1,7 +1,8 @@
 """Data report: rows read, kept, dropped and cut by reason, and the lengths of the kept rows."""
 
+import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,95 +24,73 @@ MANY_CUT = 0.05  # of the rows of a split: from here on a note tells that they a
 Report = dict[str, Any]
 
 
+_NUMBERS = (  # of rows, unless the name tells another thing
+    *("read", "kept", "rows_cut", "duplicates", "special_token_rows", "responses", "ended_responses"),
+    *("rows_with_margin", "templated_rows", "text_rows", "text_parts", "prompt_mismatch_rows"),
+    *("response_mismatch_rows", "untrained_answers", "further_answers", "joined_answers"),
+)
+
+
 class SplitCount:
-    """Counts of one split while its rows are prepared."""
+    """Counts of one split while its rows are prepared, under the names that they have in the report."""
 
     def __init__(self) -> None:
         """Begin at zero."""
-        self.read = 0
-        self.kept = 0
+        self.numbers = Counter(dict.fromkeys(_NUMBERS, 0))
         self.dropped: Counter[str] = Counter()
         self.first_dropped: dict[str, str] = {}
-        self.truncated: Counter[str] = Counter()
-        self.rows_cut = 0
-        self.special_text = 0
-        self.duplicates = 0
-        self.responses = 0
-        self.labels: Counter[str] = Counter()
-        self.with_eos = 0
-        self.with_margin = 0
-        self.templated = 0
-        self.texts = 0
-        self.text_parts = 0
-        self.further_texts = 0
-        self.mismatches: Counter[str] = Counter()
+        self.truncated = Counter(prompt=0, response=0)
+        self.labels = Counter(desirable=0, undesirable=0, pairs=0)
         self.unused: Counter[str] = Counter()
-        self.untrained = 0
-        self.further = 0
-        self.joined = 0
+        self.further_texts = 0
 
     def add(self, row: TokenRow, dropped: str | None, duplicate: bool) -> None:
         """Count one row; `dropped` is the reason why it is left out."""
-        self.read += not row.is_further
-        self.further += row.is_further
+        is_answer = row.is_further and not row.is_text
+        self.numbers.update(read=not row.is_further, further_answers=is_answer, duplicates=duplicate)
         self.further_texts += row.is_further and row.is_text
-        self.duplicates += duplicate
         if dropped is not None:
             self.dropped[dropped] += 1
             if row.detail:
                 self.first_dropped.setdefault(dropped, row.detail)
             return
-        self.kept += 1
+        self.numbers.update(
+            kept=1,
+            rows_cut=bool(row.cut),
+            special_token_rows=row.special_text,
+            responses=len(row.sizes) - 1,
+            ended_responses=row.num_eos,
+            rows_with_margin=row.margin != 0.0,
+            templated_rows=row.templated,
+            text_rows=row.is_text,
+            text_parts=row.is_text and row.is_further,
+            untrained_answers=row.untrained,
+            joined_answers=row.num_joined,
+        )
+        if row.mismatch:
+            self.numbers[f"{row.mismatch}_mismatch_rows"] += 1
         self.truncated.update(row.cut)
-        self.rows_cut += bool(row.cut)
-        self.special_text += row.special_text
-        self.responses += len(row.sizes) - 1
         self.labels.update("desirable" if label else "undesirable" for label in row.desirable)
         self.labels["pairs"] += len(row.desirable) == 2
-        self.with_eos += row.num_eos
-        self.with_margin += row.margin != 0.0
-        self.templated += row.templated
-        self.texts += row.is_text
-        self.text_parts += row.is_text and row.is_further
-        self.mismatches[row.mismatch] += 1
         self.unused.update(row.unused)
-        self.untrained += row.untrained
-        self.joined += row.num_joined
 
     def report(self, split: TokenizedSplit | None) -> Report:
-        """The split's part of the report.
-
-        Args:
-            split: the prepared rows; None if none was kept.
-        """
-        stored = self.kept + self.labels["pairs"]  # a pair of unpaired data becomes two rows
-        if self.kept + sum(self.dropped.values()) != self.read + self.further or (len(split) if split else 0) != stored:
+        """The split's part of the report; `split` is None if no row was kept."""
+        numbers = self.numbers
+        seen = numbers["read"] + numbers["further_answers"] + self.further_texts
+        stored = numbers["kept"] + self.labels["pairs"]  # a pair of unpaired data becomes two rows
+        if numbers["kept"] + sum(self.dropped.values()) != seen or (len(split) if split else 0) != stored:
             raise AssertionError("rows are neither kept nor counted as dropped: this is a bug")
         part: Report = {
-            "read": self.read,
-            "kept": self.kept,
+            **numbers,
             "dropped": dict(sorted(self.dropped.items())),
             "first_dropped": dict(sorted(self.first_dropped.items())),
-            "truncated": {kind: self.truncated[kind] for kind in ("prompt", "response")},
-            "rows_cut": self.rows_cut,
-            "duplicates": self.duplicates,
-            "special_token_rows": self.special_text,
-            "responses": self.responses,
-            "ended_responses": self.with_eos,
-            "eos_share": self.with_eos / self.responses if self.responses else None,
-            "rows_with_margin": self.with_margin,
-            "templated_rows": self.templated,
-            "text_rows": self.texts,
-            "text_parts": self.text_parts,
-            "prompt_mismatch_rows": self.mismatches["prompt"],
-            "response_mismatch_rows": self.mismatches["response"],
-            "untrained_answers": self.untrained,
-            "further_answers": self.further - self.further_texts,
-            "joined_answers": self.joined,
+            "truncated": dict(self.truncated),
+            "eos_share": numbers["ended_responses"] / numbers["responses"] if numbers["responses"] else None,
             "unused": dict(sorted(self.unused.items())),
         }
         if any(self.labels.values()):
-            part["labels"] = {name: self.labels[name] for name in ("desirable", "undesirable", "pairs")}
+            part["labels"] = dict(self.labels)
         return part | measure(split)
 
 
@@ -134,33 +113,16 @@ def measure(split: TokenizedSplit | None) -> Report:
 
 
 def check_refused(counts: Mapping[str, SplitCount], at_least: int = 1) -> None:
-    """Refuse data of which the chat template refuses most rows: the two do not belong together.
-
-    Args:
-        counts: of all splits so far.
-        at_least: rows that have to be read before something is said.
-
-    Raises:
-        DataError: naming the first row.
-    """
+    """Raise DataError if the chat template refuses most rows, as soon as `at_least` rows have been read."""
     refused = sum(count.dropped[REFUSED] for count in counts.values())
-    read = sum(count.read for count in counts.values())
+    read = sum(count.numbers["read"] for count in counts.values())
     if read >= at_least and 2 * refused > read:
         first = next(count.first_dropped[REFUSED] for count in counts.values() if REFUSED in count.first_dropped)
         raise DataError(f"{first} ({refused} of {read} rows are refused; up to half of them would be left out)")
 
 
 def check_targets(name: str, split: TokenizedSplit, cfg: DataConfig) -> None:
-    """Reject a split that has a row without targets: its loss would be a division by zero, or another row's.
-
-    Args:
-        name: of the split.
-        split: its rows, as they are stored.
-        cfg: the options that they were made with.
-
-    Raises:
-        DataError: a response has no token; says why for the first.
-    """
+    """Raise DataError if a row has no targets: its loss would be a division by zero, or another row's."""
     empty = np.flatnonzero((split.sizes[:, 1:] == 0).any(axis=1))
     if not len(empty):
         return
@@ -179,16 +141,7 @@ def check_targets(name: str, split: TokenizedSplit, cfg: DataConfig) -> None:
 
 
 def check_ids(name: str, split: TokenizedSplit, largest_id: int) -> None:
-    """Refuse rows with a token id that the tokenizer does not define.
-
-    Args:
-        name: of the split.
-        split: its rows, as they are stored.
-        largest_id: of the tokenizer.
-
-    Raises:
-        DataError: there is such an id.
-    """
+    """Refuse rows with a token id that the tokenizer does not define. Raises DataError if there is such an id."""
     found = split.largest_id()
     if found > largest_id:
         raise DataError(
@@ -206,10 +159,7 @@ def _percentiles(lengths: np.ndarray) -> dict[str, int]:
 def why_none_left(report: Report, native: set[str], cfg: DataConfig) -> str:
     """A sentence that tells where the training rows went, and what would bring them back.
 
-    Args:
-        report: of all splits.
-        native: the splits that have files of their own; the others were cut from the training rows.
-        cfg: the options that decided.
+    Splits that are not `native`, with files of their own, were cut from the training rows.
     """
     parts = {name: part for name, part in report["splits"].items() if name == "train" or name not in native}
     dropped: Counter[str] = Counter()
@@ -286,8 +236,7 @@ def render_report(report: Report) -> str:
         for name in ("desirable", "undesirable"):
             line(f"{name} examples", [part.get("labels", {}).get(name, 0) for part in parts])
     shares = [part["eos_share"] for part in parts]
-    answered = any(share is not None for share in shares)
-    if answered:
+    if answered := any(share is not None for share in shares):
         rows.append(("targets with an end token", ["-" if share is None else f"{share:.1%}" for share in shares]))
         line("tokens to learn", [part["trained_tokens"] for part in parts])
     for what in ("prompt", "response", "total") if answered else ("prompt",):
@@ -347,32 +296,6 @@ def _column_lines(report: Report) -> list[str]:
     return lines
 
 
-def notes_on_conversations(report: Report, cfg: DataConfig) -> list[str]:
-    """Options for conversations that this data or this kind of task makes no use of."""
-    notes = []
-    if cfg.train_on != "last" and report["kind"] != "sft":
-        notes.append(f"data.train_on={cfg.train_on} is for task=sft; this task reads the last answer of a conversation")
-    if cfg.reasoning == "mask" and report["kind"] == "prompts":
-        notes.append("data.reasoning=mask is not used: the task samples its own responses")
-    elif cfg.reasoning == "mask":
-        notes.append("reasoning is part of the context and does not count in the loss (data.reasoning=mask)")
-    elif cfg.reasoning == "remove":
-        notes.append("reasoning is removed from all assistant messages and responses (data.reasoning=remove)")
-    if cfg.template_args and not any(part["templated_rows"] for part in report["splits"].values()):
-        notes.append("data.template_args is not used: no row went through the chat template")
-    return notes
-
-
-def notes_on_labels(report: Report, undesirable: int) -> list[str]:
-    """Tell that responses are learned although a label marks them as undesirable."""
-    if not undesirable or report["kind"] != "sft":
-        return []
-    return [
-        f"{undesirable} rows have a label of false or 0, and their responses are learned like the others: where it "
-        "marks them as undesirable, leave these rows out, or give task=kto, which reads it"
-    ]
-
-
 def available_columns(report: Report, split: str) -> list[str]:
     """Names of all columns that the source files of a split have."""
     of_files: dict[str, list[str]] = report["available_columns"]
@@ -392,39 +315,13 @@ def notes_on(report: Report) -> list[str]:
         "test": "give more rows, a test file or a larger data.test_split",
     }
     notes = [f"the {split} split is empty; {hint}" for split, hint in hints.items() if not rows_kept(report, split)]
-    given = report.get("template_args")
-    if given:
+    if given := report.get("template_args"):
         values = ", ".join(f"{name}={printable([str(value)])}" for name, value in given.items())
         date = f" ({CLOCK} means today's date; data.template_args gives another)" if CLOCK in given else ""
         notes.insert(0, f"the chat template renders with {values}{date}")
     if any(part.get("labels", {}).get("pairs") for part in report["splits"].values()):
         notes.insert(0, "each pair became two examples: the chosen response desirable, the rejected one undesirable")
     return notes
-
-
-def notes_on_reserved_rows(report: Report, cfg: DataConfig) -> list[str]:
-    """Tell that the rows of the reward model's split are not learned, of tasks that have no use for them."""
-    rows = rows_kept(report, "reward")
-    if not rows or not rows_kept(report, "train"):
-        return []
-    return [
-        f"{rows:,} training rows are reserved for the reward model, and only task=rm trains on them "
-        f"(data.reward_model_split={cfg.reward_model_split:g}; 0 reserves none)"
-    ]
-
-
-def notes_on_texts(report: Report) -> list[str]:
-    """The splits of which some rows are texts without a prompt, and others are not."""
-    rows = {
-        name: f"{part['text_rows']:,} of {part['kept']:,} rows of the {name} split"
-        for name, part in report["splits"].items()
-        if 0 < part["text_rows"] < part["kept"]
-    }
-    if not rows:
-        return []
-    return [
-        f"{', '.join(rows.values())} have an empty prompt and are learned as texts; remove them if that is a mistake"
-    ]
 
 
 def check_prompts(report: Report, task: str) -> None:
@@ -435,36 +332,61 @@ def check_prompts(report: Report, task: str) -> None:
         )
 
 
-def notes_on_control_tokens(report: Report, cfg: DataConfig) -> list[str]:
-    """The splits of which most rows have the text of control tokens, and what to do about it."""
-    if not isinstance(cfg, LayoutDataConfig):
-        return []
-    rows = {
-        name: f"{part['special_token_rows']:,} of {part['kept']:,} rows of the {name} split"
-        for name, part in report["splits"].items()
-        if part["kept"] and 2 * part["special_token_rows"] >= part["kept"]
-    }
-    if not rows:
-        return []
-    return [
-        f"control tokens in the text of {', '.join(rows.values())} are encoded as plain text; if a chat template "
-        "wrote these rows, give data.control_tokens=true"
-    ]
+def preparation_notes(
+    report: Report, cfg: DataConfig, tokenizer: Any, frequent: Iterable[str], undesirable: int
+) -> Iterator[str]:
+    """Notes for the user on rows that were cut, encoded as plain text, reserved or mislabelled, and on unused options.
 
+    Those on `frequent` prompts are given; `undesirable` rows have a label that marks them so.
+    """
+    yield from notes_on(report)
+    kind, splits = report["kind"], report["splits"]
 
-def notes_on_cuts(report: Report, cfg: DataConfig) -> list[str]:
-    """The splits of which more than a few percent of the rows are cut, and what to do about it."""
-    cut = {
-        name: f"{part['rows_cut']:,} of {part['kept']:,} rows of the {name} split"
-        for name, part in report["splits"].items()
-        if part["kept"] and part["rows_cut"] / part["kept"] >= MANY_CUT
-    }
-    if not cut:
-        return []
-    return [
-        f"many rows are cut to data.max_prompt_length={cfg.max_prompt_length} and data.max_length={cfg.max_length}: "
-        f"{', '.join(cut.values())}; raise the limits, or leave such rows out with data.on_overflow=drop"
-    ]
+    def splits_with(key: str, least: float, below: float = math.inf) -> str:
+        """The splits of which such a share of the rows, not 0, is counted under a key."""
+        parts = {name: part for name, part in splits.items() if part[key] and least <= part[key] / part["kept"] < below}
+        found = (f"{part[key]:,} of {part['kept']:,} rows of the {name} split" for name, part in parts.items())
+        return ", ".join(found)
+
+    if cut := splits_with("rows_cut", MANY_CUT):
+        yield (
+            f"many rows are cut to data.max_prompt_length={cfg.max_prompt_length} and data.max_length="
+            f"{cfg.max_length}: {cut}; raise the limits, or leave such rows out with data.on_overflow=drop"
+        )
+    if isinstance(cfg, LayoutDataConfig) and (plain := splits_with("special_token_rows", 0.5)):
+        yield (
+            f"control tokens in the text of {plain} are encoded as plain text; if a chat template wrote these rows, "
+            "give data.control_tokens=true"
+        )
+    if texts := splits_with("text_rows", 0.0, below=1.0):
+        yield f"{texts} have an empty prompt and are learned as texts; remove them if that is a mistake"
+    if (reserved := rows_kept(report, "reward")) and rows_kept(report, "train"):
+        yield (
+            f"{reserved:,} training rows are reserved for the reward model, and only task=rm trains on them "
+            f"(data.reward_model_split={cfg.reward_model_split:g}; 0 reserves none)"
+        )
+    yield from frequent
+    if cfg.train_on != "last" and kind != "sft":
+        yield f"data.train_on={cfg.train_on} is for task=sft; this task reads the last answer of a conversation"
+    if cfg.reasoning == "mask" and kind == "prompts":
+        yield "data.reasoning=mask is not used: the task samples its own responses"
+    elif cfg.reasoning == "mask":
+        yield "reasoning is part of the context and does not count in the loss (data.reasoning=mask)"
+    elif cfg.reasoning == "remove":
+        yield "reasoning is removed from all assistant messages and responses (data.reasoning=remove)"
+    if cfg.template_args and not any(part["templated_rows"] for part in splits.values()):
+        yield "data.template_args is not used: no row went through the chat template"
+    yield from notes_on_ends(tokenizer)
+    if missing := missing_tokens(tokenizer):
+        yield (
+            f"model.chat_template writes {', '.join(missing[:6])}, which the tokenizer does not define: each is "
+            "encoded as plain text; model.resize_embeddings=true adds a token for each and trains it"
+        )
+    if undesirable and kind == "sft":
+        yield (
+            f"{undesirable} rows have a label of false or 0, and their responses are learned like the others: where "
+            "it marks them as undesirable, leave these rows out, or give task=kto, which reads it"
+        )
 
 
 def notes_on_ends(tokenizer: Any) -> list[str]:
@@ -472,15 +394,4 @@ def notes_on_ends(tokenizer: Any) -> list[str]:
     return [
         f"eos_token_id {number} of the model's configuration ends no response: the tokenizer has no such control token"
         for number in end_tokens(tokenizer).ignored
-    ]
-
-
-def notes_on_missing_tokens(tokenizer: Any) -> list[str]:
-    """Control tokens of the chosen chat template that the tokenizer does not define, and the option that adds them."""
-    missing = missing_tokens(tokenizer)
-    if not missing:
-        return []
-    return [
-        f"model.chat_template writes {', '.join(missing[:6])}, which the tokenizer does not define: each is encoded as "
-        "plain text; model.resize_embeddings=true adds a token for each and trains it"
     ]

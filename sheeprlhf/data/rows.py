@@ -1,10 +1,14 @@
-"""Helpers shared by the row formats: read a text column, and report rows that cannot be used."""
+"""Columns of a row: read texts, numbers and labels, report unusable rows, and keep columns for reward functions."""
 
+import base64
 import difflib
+import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from typing import Any
 
 from sheeprlhf.data.example import PreferenceExample
@@ -17,15 +21,8 @@ CONVERSATION_EXTRAS = ("system", "tools")  # read where a row holds a conversati
 RANKINGS = ("ranks", "scores")  # of responses: 1 is the best rank, the highest score is the best
 MEANING_COLUMNS = {  # change what a row means -> where they belong in a prompt, if text; "" where they do not
     "input": "after",
-    "context": "before",
-    "contexts": "before",
-    "document": "before",
-    "documents": "before",
-    "passage": "before",
-    "background": "before",
-    "system": "before",
-    "system_prompt": "before",
-    "system_message": "before",
+    **dict.fromkeys(("context", "contexts", "document", "documents", "passage", "background"), "before"),
+    **dict.fromkeys(("system", "system_prompt", "system_message"), "before"),
     **dict.fromkeys(
         (
             *("history", "chat_history", "conversation_history", "conversations", "conversation", "dialogue"),
@@ -39,27 +36,13 @@ MEANING_COLUMNS = {  # change what a row means -> where they belong in a prompt,
 }
 MAX_TEXT = 4 * 2**20  # characters; a tokenizer takes about 200 bytes for each
 _MEANT = {column: column for column in COLUMNS} | {
-    "instruction": "prompt",
-    "question": "prompt",
-    "query": "prompt",
-    "input": "prompt",
-    "document": "prompt",
-    "completion": "response",
-    "answer": "response",
-    "output": "response",
-    "reply": "response",
-    "summary": "response",
-    "target": "response",
-    "preferred": "chosen",
-    "accepted": "chosen",
+    **dict.fromkeys(("instruction", "question", "query", "input", "document"), "prompt"),
+    **dict.fromkeys(("completion", "answer", "output", "reply", "summary", "target"), "response"),
+    **dict.fromkeys(("preferred", "accepted"), "chosen"),
     "dispreferred": "rejected",
     "ranking": "responses",
-    "conversation": "messages",
-    "dialogue": "messages",
-    "chat": "messages",
+    **dict.fromkeys(("conversation", "dialogue", "chat"), "messages"),
 }
-
-
 _PLAIN_NAME = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -90,10 +73,8 @@ def text(row: Mapping[str, Any], column: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"column '{column}' holds {type(value).__name__}, not text; write it in quotes, as a string")
     if len(value) > MAX_TEXT:
-        raise DataError(
-            f"column '{column}' holds {len(value):,} characters, more than {MAX_TEXT:,}; make several rows of it or "
-            "remove the row"
-        )
+        size = f"{len(value):,} characters, more than {MAX_TEXT:,}"
+        raise DataError(f"column '{column}' holds {size}; make several rows of it or remove the row")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -116,11 +97,7 @@ def optional_text(row: Mapping[str, Any], column: str) -> str | None:
 
 
 def texts(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
-    """The two or more strings in a column that holds a list of them.
-
-    Raises:
-        DataError: if it holds something else; DropRowError as `text` does.
-    """
+    """The two or more strings in a column of lists. Raises DataError otherwise; DropRowError as `text` does."""
     value = row[column]
     if not isinstance(value, list | tuple):
         raise DataError(f"column '{column}' holds {type(value).__name__}, not a list; write a list of strings")
@@ -181,12 +158,7 @@ def led_by_space(response: str) -> str:
 
 
 def column_advice(present: Iterable[str], others: Iterable[str]) -> str:
-    """Columns of a row that lacks an expected one, and the advice to name those that replace the missing ones.
-
-    Args:
-        present: the columns of `COLUMNS` that it has, null ones left out.
-        others: its columns of other names.
-    """
+    """The columns of a row that lacks an expected one, `others` than `COLUMNS` last, and the probable replacement."""
     has, others = list(present), list(others)
     sources: dict[str, list[str]] = {}
     for name in others:
@@ -204,11 +176,7 @@ def column_advice(present: Iterable[str], others: Iterable[str]) -> str:
 
 
 def mapping_text(sources: Mapping[str, Iterable[str]]) -> str:
-    """`data.columns` as it is written on a command line; a description where a name cannot be written like that.
-
-    Args:
-        sources: for each text of a row, the columns that it is made of.
-    """
+    """`data.columns` as it is written on a command line; a description where a name cannot be written like that."""
     parts = []
     for name, columns in sources.items():
         columns = list(columns)
@@ -227,3 +195,84 @@ def printable(names: Iterable[str]) -> str:
         plain = short.isprintable() and short == short.strip() != ""
         shown.append((short if plain else ascii(short)) + ("..." if len(name) > 40 else ""))
     return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
+
+
+SPELLINGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # csv has text only
+
+
+def labelled(example: PreferenceExample) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+    """The responses of a row of unpaired data and which of them are desirable: one with its label, or both of a pair.
+
+    Raises:
+        MissingColumnError: the row has neither; DataError: its label is not a yes or no, or it ranks more than two.
+    """
+    if example.response is not None and example.label is not None:
+        return (example.response,), (is_desirable(example.label),)
+    if example.chosen is not None and example.rejected is not None:
+        return (example.chosen, example.rejected), (True, False)
+    if example.ranked is not None and len(example.ranked) == 2:
+        return example.ranked, (True, False)
+    if example.ranked is not None:
+        raise DataError(
+            f"column 'responses' ranks {len(example.ranked)}, and which of them are desirable it does not say; write "
+            "a row of prompt, response and label for each"
+        )
+    raise MissingColumnError("column 'label' is missing: true where the response is desirable, false where not")
+
+
+def is_desirable(label: Any) -> bool:
+    """A row's label as a bool: true or false, 1 or 0, of any type. Raises DataError for any other."""
+    if isinstance(label, bool | int | float) and label in (0, 1):
+        return bool(label)
+    if isinstance(label, str) and label.strip().casefold() in SPELLINGS:
+        return SPELLINGS[label.strip().casefold()]
+    advice = "write true where the response is desirable, false where not"
+    raise DataError(f"column 'label' holds {str(label)[:40]!r}, neither true nor false; {advice}")
+
+
+_TAG = "__sheeprlhf__"  # the key of a value that JSON lacks, in a column for reward functions: [kind, text]
+_KINDS: dict[str, tuple[type, Callable[[Any], str], Callable[[str], Any]]] = {  # datetime is a date, so it comes first
+    "datetime": (datetime, datetime.isoformat, datetime.fromisoformat),
+    "date": (date, date.isoformat, date.fromisoformat),
+    "time": (time, time.isoformat, time.fromisoformat),
+    "timedelta": (timedelta, lambda of: repr(of.total_seconds()), lambda text: timedelta(seconds=float(text))),
+    "decimal": (Decimal, str, Decimal),
+    "bytes": (bytes, lambda of: base64.b64encode(of).decode(), base64.b64decode),
+}
+
+
+def encode_columns(values: Mapping[str, Any]) -> str:
+    """Return the columns of one row as JSON text. Raises DataError naming a column whose value cannot be stored."""
+    try:
+        return json.dumps(values, default=_tagged)
+    except (TypeError, ValueError, RecursionError):
+        for name, value in values.items():
+            try:
+                json.dumps(value, default=_tagged)
+            except (TypeError, ValueError, RecursionError):
+                raise DataError(
+                    f"column '{name}' holds {type(value).__name__}, which a reward function cannot be given; write it "
+                    "as text, a number, a list or an object"
+                ) from None
+        raise
+
+
+def decode_columns(text: str) -> dict[str, Any]:
+    """Return what `encode_columns` was given, as new objects."""
+    values = json.loads(text, object_hook=_untagged) if text else {}
+    assert isinstance(values, dict)
+    return values
+
+
+def _tagged(value: Any) -> dict[str, list[str]]:
+    for kind, (cls, write, _) in _KINDS.items():
+        if isinstance(value, cls):
+            return {_TAG: [kind, write(value)]}
+    raise TypeError(type(value).__name__)
+
+
+def _untagged(value: dict[str, Any]) -> Any:
+    if len(value) == 1 and _TAG in value:
+        kind, text = value[_TAG]
+        return _KINDS[kind][2](text)
+    return value

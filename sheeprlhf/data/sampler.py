@@ -16,32 +16,18 @@ from sheeprlhf.utils.errors import DataError
 
 
 class StepPlan(NamedTuple):
-    """The order of a run: the rows of an epoch, in a permutation of its own unless `shuffle` is False, cut into steps.
+    """The order of a run: the rows of an epoch, in a permutation of its own if `shuffle` is true, cut into steps."""
 
-    Attributes:
-        num_rows: rows of the split, N >= 1.
-        rows_per_step: rows of one optimizer step over all ranks, G >= 1; the last step of an epoch may have fewer.
-        epochs: passes over the rows.
-        seed: the run's seed.
-        shuffle: False keeps the order of the rows in every epoch.
-        first_step: optimizer step with which the plan begins.
-        first_epoch: number of its first epoch, which chooses the permutation.
-    """
-
-    num_rows: int
-    rows_per_step: int
-    epochs: int
-    seed: int
-    shuffle: bool = True
-    first_step: int = 0
-    first_epoch: int = 0
+    num_rows: int  # rows of the split, N >= 1
+    rows_per_step: int  # rows of one optimizer step over all ranks, G >= 1; the last step of an epoch may have fewer
+    epochs: int  # passes over the rows
+    seed: int  # the run's seed
+    shuffle: bool = True  # false keeps the order of the rows in every epoch
+    first_step: int = 0  # optimizer step with which the plan begins
+    first_epoch: int = 0  # number of its first epoch, which chooses the permutation
 
     def steps_per_epoch(self) -> int:
-        """ceil(N / G) optimizer steps.
-
-        Raises:
-            DataError: if there are no rows.
-        """
+        """ceil(N / G) optimizer steps. Raises DataError if there are no rows."""
         if self.num_rows < 1:
             raise DataError("there are no rows to train on: see the data report for what was dropped and why")
         return -(-self.num_rows // self.rows_per_step)
@@ -75,17 +61,12 @@ class RolloutPlan(NamedTuple):
     """Optimizer steps of a run that learns from one rollout after the other, each `passes` times.
 
     The last rollout of an epoch may have fewer prompts, and then fewer steps.
-
-    Attributes:
-        prompts: the order of the prompts; one of its "steps" is a rollout.
-        prompts_per_step: prompts of one optimizer step, all ranks together.
-        passes: passes over a rollout.
-        max_num_steps: the run ends after this many optimizer steps, also inside of a rollout; None: after all epochs.
     """
 
-    prompts: StepPlan
-    prompts_per_step: int
-    passes: int
+    prompts: StepPlan  # the order of the prompts; one of its "steps" is a rollout
+    prompts_per_step: int  # prompts of one optimizer step, all ranks together
+    passes: int  # passes over a rollout
+    # the run ends after this many optimizer steps, also inside of a rollout; None: after all epochs
     max_num_steps: int | None = None
 
     def num_steps(self) -> int:
@@ -170,13 +151,7 @@ R = TypeVar("R")
 
 
 def load_ahead(load: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """`load(item)` for every item, in order, made by `workers` threads a few items ahead.
-
-    Args:
-        load: a pure function; its exception is raised where its result would have come.
-        items: what to load.
-        workers: threads; 0 loads in the calling thread, when the result is asked for.
-    """
+    """`load(item)` for every item, in order, by threads a few items ahead; without workers, when it is asked for."""
     if workers == 0:
         yield from map(load, items)
         return

@@ -9,10 +9,13 @@ import hashlib
 import itertools
 import os
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, TypeGuard
+
+from tqdm.auto import tqdm
 
 from sheeprlhf.config.path_checks import (
     COMPRESSIONS,
@@ -20,18 +23,27 @@ from sheeprlhf.config.path_checks import (
     SPLIT_WORDS,
     TEXT,
     data_files,
+    dataset_problem,
     file_kind,
     files_below,
-    is_hub_id,
     split_of_name,
     unread_files,
 )
 from sheeprlhf.data.hub_files import listed_folder
-from sheeprlhf.data.progress import progress_bar
 from sheeprlhf.security.files import read_small, real_file
 from sheeprlhf.structure.data import DataConfig, HubDataConfig, LayoutDataConfig, LocalDataConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.home import EMBEDDED, embedded_folder, expand_home, why_offline
+
+QUIET_SECONDS = 1.0  # what is done sooner shows nothing
+LOG_SECONDS = 5.0  # between two lines in a file, where none overwrites the last one
+
+
+def progress_bar(label: str, total: int | None, *, shown: bool, **options: Any) -> tqdm:
+    """A bar for a `with` block; `total` may be an estimate, or None where only the end would tell."""
+    seldom = {} if sys.stderr.isatty() else {"mininterval": LOG_SECONDS}
+    return tqdm(desc=label, total=total, disable=not shown, delay=QUIET_SECONDS, **seldom, **options)
+
 
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.\w+")
 CARD = "README.md"  # begins with the subsets of a dataset and their files
@@ -41,11 +53,7 @@ Files = dict[str, list[Path]]
 
 
 def locate(cfg: DataConfig) -> Files:
-    """The files of each split of a dataset; "train" is always there.
-
-    Raises:
-        DataError: if there are none, naming the key to set.
-    """
+    """The files of each split of a dataset, always of train. Raises DataError, naming the key, if there are none."""
     if isinstance(cfg, LocalDataConfig):
         named = {"train": cfg.train_file, "validation": cfg.validation_file, "test": cfg.test_file}
         return {split: _own_files(split, name) for split, name in named.items() if name is not None}
@@ -56,14 +64,9 @@ def locate(cfg: DataConfig) -> Files:
 
 
 def shard_of(cfg: LayoutDataConfig, files: Files, number: int) -> tuple[LayoutDataConfig, Files]:
-    """Options and files of one file of the training rows; the first one brings the other splits of the dataset.
+    """Options and files of one file of the training rows, counted on from the last to the first.
 
     A split that is cut from the training rows is cut from each file, so that its prompts are in no other split.
-
-    Args:
-        cfg: the data options.
-        files: of `locate`.
-        number: of the file, counted from 0 and on from the last to the first.
     """
     number %= len(files["train"])
     train = {"train": files["train"][number : number + 1]}
@@ -75,27 +78,15 @@ def shard_of(cfg: LayoutDataConfig, files: Files, number: int) -> tuple[LayoutDa
 
 
 def _folder(cfg: DataConfig, *, cached: bool = False) -> Path:
-    """The folder of `data.dataset_name`; of a hub dataset the snapshot, fetched if need be.
-
-    Args:
-        cfg: the data options.
-        cached: the hub is not asked: it was fetched before.
-
-    Raises:
-        DataError: there is none.
-    """
-    name = cfg.dataset_name
-    if not name:
-        raise DataError("data.dataset_name is null; give a hub id (owner/name) or a local folder")
+    """The folder of `data.dataset_name`; a snapshot of the hub, unless `cached`, is fetched. Raises DataError."""
+    if problem := dataset_problem(cfg.dataset_name):
+        raise DataError(problem)
+    name = str(cfg.dataset_name)
     if name.startswith(EMBEDDED):
         return embedded_folder(name)
     folder = expand_home(name)
-    if os.path.isfile(folder):
-        raise DataError(f"data.dataset_name={name} is a file; use data=local data.train_file={name}")
     if os.path.isdir(folder):
         return folder
-    if "/" not in name or not is_hub_id(name):
-        raise DataError(f"data.dataset_name={name} is neither a folder nor a hub id (owner/name): give one of them")
     if streams_from_hub(cfg):
         return listed_folder(cfg, CARD)
     patterns = [f"*{kind}{end}" for kind in _kinds(cfg) for end in ("", *COMPRESSIONS)]
@@ -149,11 +140,7 @@ def splits_of_subset(folder: Path, subset: str | None) -> Files:
 
 
 def choose_splits(splits: Files, name: str | None) -> Files:
-    """The files to train on, and those of the splits for validation and tests that belong to them.
-
-    Args:
-        splits: of a subset.
-        name: the split to train on; None for "train", or the only split.
+    """The files to train on, of `name` (null: train, or the only split), and of the validation and test splits with it.
 
     Raises:
         DataError: there is no such split.
@@ -217,11 +204,7 @@ def _inside(folder: Path, files: Files) -> Files:
 
 
 def content_hash(files: Files, *, progress: bool = False) -> str:
-    """SHA-256 over the splits and the bytes of their files, whatever the files are called.
-
-    Raises:
-        DataError: if a file cannot be read.
-    """
+    """SHA-256 over splits and the bytes of their files, not their names. Raises DataError if one cannot be read."""
     total = hashlib.sha256()
     size = sum(file.stat().st_size for split in files.values() for file in split)
     with progress_bar("reading data", size, shown=progress, unit="B", unit_scale=True, leave=False) as bar:
@@ -250,12 +233,7 @@ def _own_files(split: str, value: Any) -> list[Path]:
 
 
 def left_out_note(cfg: DataConfig, files: Files) -> str | None:
-    """A sentence about splits and files of the dataset's folders that are not read; None if there are none.
-
-    Args:
-        cfg: the data options.
-        files: of `locate`.
-    """
+    """A sentence about splits and files of the dataset's folders that are not read; None if there are none."""
     read = {file for of_split in files.values() for file in of_split}
     if isinstance(cfg, LocalDataConfig):
         left = [file for value in (cfg.train_file, cfg.validation_file, cfg.test_file) for file in unread_files(value)]
@@ -319,13 +297,7 @@ def _check_shards(files: list[Path]) -> None:
 
 
 def snapshot(name: str, revision: str | None, patterns: list[str], *, cached: bool = False) -> Path:
-    """The folder of a hub dataset in the hub's cache, its files fetched if need be.
-
-    Args:
-        name: id of the dataset.
-        revision: commit, tag or branch; None for the main branch.
-        patterns: the files to fetch.
-        cached: they were fetched before.
+    """The folder of a hub dataset in the hub's cache; files of these patterns are fetched unless they are `cached`.
 
     Raises:
         DataError: within five seconds if it is not cached and the hub cannot be reached.

@@ -1,20 +1,20 @@
-"""Tokenised splits on disk: Arrow files that are memory-mapped."""
+"""Tokenised splits on disk: Arrow files that are memory-mapped; of unpaired data also with mismatched responses."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from sheeprlhf.data.columns import decode_columns
 from sheeprlhf.data.example import Example
+from sheeprlhf.data.rows import decode_columns
 from sheeprlhf.data.tokenize import TokenRow
-from sheeprlhf.security.json_records import load_json
-from sheeprlhf.security.record_schemas import DIGESTS as DIGESTS_SCHEMA
-from sheeprlhf.security.record_schemas import PREPARED
+from sheeprlhf.security.json_records import DIGESTS as DIGESTS_SCHEMA
+from sheeprlhf.security.json_records import PREPARED, load_json
 from sheeprlhf.utils import home
 from sheeprlhf.utils.errors import DataError, RecordError
 from sheeprlhf.utils.output import create_file
@@ -114,11 +114,7 @@ class TokenizedSplit:
     """
 
     def __init__(self, file: Path) -> None:
-        """Open an Arrow file that `SplitWriter` made.
-
-        Raises:
-            DataError: if the file is damaged.
-        """
+        """Open an Arrow file that `SplitWriter` made. Raises DataError if the file is damaged."""
         try:
             table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         except (pa.ArrowException, OSError) as error:
@@ -251,3 +247,65 @@ def _digest(file: Path) -> str:
 def read_report(folder: Path) -> dict[str, Any]:
     """The report of a prepared folder that is whole."""
     return load_json(folder / REPORT, PREPARED)
+
+
+class MismatchedSplit(TokenizedSplit):
+    """The rows of a split of unpaired data, each with the response of another row, cut to the room behind its prompt.
+
+    KTO estimates its KL divergence from them.
+
+    Who goes with whom depends on the rows and their order only, never on a step or a rank, so that the reference's
+    log-probabilities of these pairs are computed once.
+    """
+
+    def __init__(self, file: Path, longest: int) -> None:
+        """Open the split's file; `longest` is the most tokens of a row, at least those of its longest row.
+
+        Raises:
+            DataError: if the file is damaged.
+        """
+        super().__init__(file)
+        prompts = (super(MismatchedSplit, self).example(row).prompt_ids for row in range(len(self)))
+        prompts_N = _digests(prompts)
+        # there is no other prompt, and the responses are not mismatched
+        self.has_one_prompt = bool((prompts_N == prompts_N[0]).all())
+        self.partners = mismatched_rows(prompts_N)  # (rows,) int64, the row that lends its response
+        num_prompt, num_response = self.sizes[:, 0], self.sizes[self.partners, 1]
+        self.sizes = np.stack([num_prompt, np.minimum(num_response, longest - num_prompt)], axis=1)
+        self.lengths = self.sizes.sum(axis=1, dtype=np.int32)
+
+    def example(self, index: int) -> Example:
+        """Row `index` with the response of its partner; its label stays its own."""
+        own = super().example(index)
+        partner, length = super().example(int(self.partners[index])), self.sizes[index, 1]
+        trained = None if partner.trained is None else partner.trained[:length]
+        return own._replace(responses=(partner.responses[0][:length],), trained=trained)
+
+
+def mismatched_rows(prompts_N: np.ndarray) -> np.ndarray:
+    """For each row another row, with another prompt; prompts_N, (N,), has equal numbers where prompts are equal.
+
+    That is the row as many places ahead, counted around the end, as the longest run of one prompt has rows: the two
+    responses of a pair, which stand side by side, go to two different rows, and every response is lent once. Where
+    that row has the same prompt again, the first of the next run is taken. A split of one prompt has no such rows;
+    each gets the next.
+
+    Returns:
+        (N,) int64 rows.
+    """
+    rows_N = np.arange(len(prompts_N))
+    starts = np.flatnonzero(prompts_N != np.roll(prompts_N, 1))  # rows that begin a run
+    if not len(starts):
+        return np.roll(rows_N, -1)
+    longest_run = int(np.diff([*starts, starts[0] + len(rows_N)]).max())
+    partners_N = (rows_N + longest_run) % len(rows_N)
+    next_start_N = starts[np.searchsorted(starts, rows_N, side="right") % len(starts)]
+    same_N = prompts_N[partners_N] == prompts_N
+    partners_N[same_N] = next_start_N[partners_N[same_N]]
+    return partners_N
+
+
+def _digests(prompts: Iterable[np.ndarray]) -> np.ndarray:
+    """64 bits of each prompt."""
+    digests = (blake2b(ids.tobytes(), digest_size=8).digest() for ids in prompts)
+    return np.frombuffer(b"".join(digests), np.uint64)

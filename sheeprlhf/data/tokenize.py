@@ -1,80 +1,233 @@
-"""Text examples become token ids: one BOS, an end token last, too long ones cut or dropped."""
+"""Text examples become token ids: one BOS, an end token last, too long ones cut or dropped.
+
+A tokenizer of the sentencepiece family writes a space before a text, so a response that is encoded as a text of its own
+begins with a space that the text does not have. It encodes responses behind their prompts. All other tokenizers encode
+prompt and response apart: no merge crosses the border, and what is sampled after a prompt has the prompt's own ids.
+"""
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sheeprlhf.data.columns import encode_columns
-from sheeprlhf.data.conversation import ConversationExample, each_answer, raw_example, remove_reasoning, render_example
-from sheeprlhf.data.encoding import EncodedPair, PairEncoder, encode, token_index
+from sheeprlhf.data.conversation import (
+    ConversationExample,
+    each_answer,
+    is_answer,
+    is_trained,
+    raw_example,
+    reasoning_spans,
+    remove_reasoning,
+    render_example,
+)
 from sheeprlhf.data.example import PreferenceExample
-from sheeprlhf.data.labels import labelled
-from sheeprlhf.data.messages import is_answer, is_trained, reasoning_spans
 from sheeprlhf.data.read import Row
-from sheeprlhf.data.rows import DropRowError, MissingColumnError, TemplatedExample, column_advice
+from sheeprlhf.data.rows import (
+    DropRowError,
+    MissingColumnError,
+    TemplatedExample,
+    column_advice,
+    encode_columns,
+    labelled,
+)
 from sheeprlhf.structure.data import DataConfig, LayoutDataConfig
 from sheeprlhf.utils.end_tokens import end_texts, end_token_ids
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.rendering import RefusedByTemplateError, check_template_args
+
+# Texts to put before a response. The first one whose ids do not change is used, and cut off again.
+SENTINELS = ("\n", "a", ".", "0", "|")
+_FIRST, _SECOND = "b", ("a", " a", "\na", "1")  # a text, and texts that may follow it
+
+
+class EncodedPair(NamedTuple):
+    """A prompt and the responses behind it, as ids."""
+
+    prompt: list[int]  # ids, nothing added
+    responses: list[list[int]]  # ids of each response, nothing added
+    mismatch: str = ""  # "prompt" or "response" where the ids do not decode to that text; empty if all of them do
+
+
+def encode(tokenizer: Any, texts: Sequence[str], *, control_tokens: bool = False) -> list[list[int]]:
+    """Token ids of texts, nothing added. With `control_tokens` a special token's text means that token."""
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=not control_tokens,
+        padding=False,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return encoded["input_ids"]
+
+
+def decode(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[str]:
+    """Texts of token ids, special tokens written out."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        return backend.decode_batch([list(row) for row in ids], skip_special_tokens=False)
+    return tokenizer.batch_decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def token_index(tokenizer: Any, before: Sequence[int], ids: Sequence[int], place: int) -> int:
+    """The first of the tokens `ids` that begins at character `place` of their text or later.
+
+    The tokens `before` them decide whether a decoder writes a space; all tokens of one character begin with it.
+    """
+    context = list(before[-8:])
+
+    def begin(number: int) -> int:
+        return len(decode(tokenizer, [[*context, *ids[:number]]])[0].rstrip("\ufffd")) - start
+
+    start = len(decode(tokenizer, [context])[0])
+    return bisect_left(range(len(ids)), place, key=begin)
+
+
+def writes_prefix_space(tokenizer: Any) -> bool:
+    """True if two texts that are encoded separately decode to something else than the two texts."""
+    first, *second = encode(tokenizer, [_FIRST, *_SECOND])
+    return decode(tokenizer, [[*first, *ids] for ids in second]) != [_FIRST + text for text in _SECOND]
+
+
+class PairEncoder:
+    """Encodes prompts with the responses behind them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Test whether the tokenizer encodes a text the same at every position."""
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = {number: token.content for number, token in added if token.special}
+        self._in_context = writes_prefix_space(tokenizer)
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[Sequence[str]], *, control_tokens: bool
+    ) -> list[EncodedPair]:
+        """Encode prompts with their responses; with `control_tokens` a special token's text means that token."""
+        encode_batch = self._encode_in_context if self._in_context else self._encode_apart
+        prompt_ids, response_ids = encode_batch(prompts, responses, control_tokens)
+        mismatches = self._mismatches(prompts, responses, prompt_ids, response_ids, control_tokens)
+        return [EncodedPair(*pair) for pair in zip(prompt_ids, response_ids, mismatches, strict=True)]
+
+    def _encode_apart(
+        self, prompts: Sequence[str], responses: Sequence[Sequence[str]], control_tokens: bool
+    ) -> tuple[list[list[int]], list[list[list[int]]]]:
+        """Ids of prompts and responses, each as a text of its own."""
+        texts = [text for prompt, of in zip(prompts, responses, strict=True) for text in (prompt, *of)]
+        ids = iter(encode(self._tokenizer, texts, control_tokens=control_tokens))
+        rows = [[next(ids) for _ in range(1 + len(of))] for of in responses]
+        return [row[0] for row in rows], [row[1:] for row in rows]
+
+    def _encode_in_context(
+        self, prompts: Sequence[str], responses: Sequence[Sequence[str]], control_tokens: bool
+    ) -> tuple[list[list[int]], list[list[list[int]]]]:
+        """Ids of prompts, and of responses as they follow them.
+
+        Where a token crosses the border, so that the prompt's ids do not begin those of both, a sentinel replaces the
+        prompt's place; where every sentinel merges with the response too, the response is encoded as it is.
+        """
+        prompt_ids = encode(self._tokenizer, prompts, control_tokens=control_tokens)
+        places = [(row, text) for row, of in enumerate(responses) for text in of]
+        before = [(prompts[row], prompt_ids[row]) for row, _ in places]
+        found: list[list[int] | None] = [None] * len(places)
+        sentinels = zip(SENTINELS, encode(self._tokenizer, SENTINELS), strict=True)
+        for same in (None, *sentinels):
+            left = [place for place, ids in enumerate(found) if ids is None]
+            heads = {place: before[place] if same is None else same for place in left}
+            whole = encode(
+                self._tokenizer, [heads[place][0] + places[place][1] for place in left], control_tokens=control_tokens
+            )
+            for place, ids in zip(left, whole, strict=True):
+                size = len(heads[place][1])
+                if ids[:size] == heads[place][1]:
+                    found[place] = ids[size:]
+        by_row: list[list[list[int]]] = [[] for _ in prompts]
+        for (row, text), known in zip(places, found, strict=True):
+            alone = encode(self._tokenizer, [text], control_tokens=control_tokens)[0] if known is None else known
+            by_row[row].append(alone)
+        return prompt_ids, by_row
+
+    def _mismatches(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[Sequence[str]],
+        prompt_ids: list[list[int]],
+        response_ids: list[list[list[int]]],
+        control_tokens: bool,
+    ) -> list[str]:
+        """The part of each row that does not decode to its text: "response", "prompt" or nothing.
+
+        A space that a decoder writes between a special token and the text does not count.
+        """
+        parts = [
+            (row, text, ids)
+            for row, of in enumerate(responses)
+            for text, ids in (zip(of, response_ids[row], strict=True) if of else [("", [])])
+        ]
+        whole = decode(self._tokenizer, [[*prompt_ids[row], *ids] for row, _, ids in parts])
+        wrong = [part for part, read in zip(parts, whole, strict=True) if read != prompts[part[0]] + part[1]]
+        whole = self._decode_plain([[*prompt_ids[row], *ids] for row, _, ids in wrong])
+        alone = self._decode_plain([prompt_ids[row] for row, _, _ in wrong])
+        found = [""] * len(prompts)
+        for (row, text, _), read, prompt in zip(wrong, whole, alone, strict=True):
+            plain = self._without_special(prompts[row] + text) if control_tokens else prompts[row] + text
+            response = self._without_special(text) if control_tokens else text
+            if read == plain:
+                continue
+            if read != prompt + response:
+                found[row] = "response"
+            elif not found[row]:
+                found[row] = "prompt"
+        return found
+
+    def _decode_plain(self, ids: list[list[int]]) -> list[str]:
+        """Texts of token ids without the special tokens."""
+        return decode(self._tokenizer, [[token for token in row if token not in self._special] for row in ids])
+
+    def _without_special(self, text: str) -> str:
+        """The text without that of special tokens."""
+        for special in self._special.values():
+            text = text.replace(special, "")
+        return text
+
 
 REFUSED = "refused_by_template"  # a reason why a row is left out
 KINDS = ("sft", "preference", "unpaired", "prompts")
 
 
 class TokenRow(NamedTuple):
-    """One source row after tokenisation.
+    """One source row after tokenisation."""
 
-    Attributes:
-        number: the row's number in its split's source.
-        shares: two numbers in [0, 1) made from the prompt alone, before a chat template; they decide the row's split
-            (see `RowTokenizer`).
-        dropped: why the row is left out, None if it is kept; the fields below are empty then, except for `detail`.
-        tokens: (L,) int32, prompt and responses laid end to end.
-        sizes: lengths of the prompt and of each response; that of the prompt alone if the row has no response.
-        digest: 64 bits that equal rows share, made before a chat template.
-        cut: what was truncated, of "prompt" and "response".
-        special_text: the row's text contains a special token's text (encoded as plain text).
-        num_eos: responses that end in an end token.
-        margin: of the row's preference.
-        desirable: of each response of unpaired data; empty for other data.
-        templated: the row went through the chat template.
-        is_text: it is a text without a prompt, of which all tokens are learned.
-        mismatch: what its ids do not decode to, "prompt" or "response"; empty if they do.
-        unused: names of the parts of the row that nothing reads.
-        untrained: answers of earlier turns, which are not learned.
-        is_further: the row has another answer before this one, which is an example of its own, or another part of its
-            text.
-        num_joined: answers to learn behind the first that are in the same response.
-        trained: as `Example.trained`.
-        columns: columns that are stored with the tokens, as JSON text; empty if there are none.
-        detail: of a row that is left out, its place and what is said of it.
-    """
-
-    number: int
+    number: int  # the row's number in its split's source
+    # two numbers in [0, 1) made from the prompt alone, before a chat template; they decide the row's split (see
+    # `RowTokenizer`)
     shares: tuple[float, float]
+    # why the row is left out, None if it is kept; the fields below are empty then, except for `detail`
     dropped: str | None = None
-    tokens: np.ndarray = np.empty(0, np.int32)
+    tokens: np.ndarray = np.empty(0, np.int32)  # (L,) int32, prompt and responses laid end to end
+    # lengths of the prompt and of each response; that of the prompt alone if the row has no response
     sizes: tuple[int, ...] = ()
-    digest: int = 0
-    cut: tuple[str, ...] = ()
-    special_text: bool = False
-    num_eos: int = 0
-    margin: float = 0.0
-    desirable: tuple[bool, ...] = ()
-    templated: bool = False
-    is_text: bool = False
-    mismatch: str = ""
-    unused: tuple[str, ...] = ()
-    untrained: int = 0
+    digest: int = 0  # 64 bits that equal rows share, made before a chat template
+    cut: tuple[str, ...] = ()  # what was truncated, of "prompt" and "response"
+    special_text: bool = False  # the row's text contains a special token's text (encoded as plain text)
+    num_eos: int = 0  # responses that end in an end token
+    margin: float = 0.0  # of the row's preference
+    desirable: tuple[bool, ...] = ()  # of each response of unpaired data; empty for other data
+    templated: bool = False  # the row went through the chat template
+    is_text: bool = False  # it is a text without a prompt, of which all tokens are learned
+    mismatch: str = ""  # what its ids do not decode to, "prompt" or "response"; empty if they do
+    unused: tuple[str, ...] = ()  # names of the parts of the row that nothing reads
+    untrained: int = 0  # answers of earlier turns, which are not learned
+    # the row has another answer before this one, which is an example of its own, or another part of its text
     is_further: bool = False
-    num_joined: int = 0
-    trained: np.ndarray | None = None
-    columns: str = ""
-    detail: str = ""
+    num_joined: int = 0  # answers to learn behind the first that are in the same response
+    trained: np.ndarray | None = None  # as `Example.trained`
+    columns: str = ""  # columns that are stored with the tokens, as JSON text; empty if there are none
+    detail: str = ""  # of a row that is left out, its place and what is said of it
 
 
 class _Identified(NamedTuple):
@@ -106,41 +259,24 @@ class _Pieces(NamedTuple):
 
 
 class SpecialIds:
-    """Special tokens that the tokenizer puts around a text.
-
-    Attributes:
-        bos: ids before a text, usually one or none.
-        eos: the id that ends a response that no template has ended.
-        ends: all ids that end one.
-        texts: how the special tokens are written.
-    """
+    """Special tokens that the tokenizer puts around a text."""
 
     def __init__(self, tokenizer: Any) -> None:
-        """Find them by encoding a text; names and settings of tokenizers do not tell.
-
-        Raises:
-            DataError: if the tokenizer has no EOS token.
-        """
+        """Encode a text to find them; names and settings do not tell. Raises DataError without an EOS token."""
         if tokenizer.eos_token_id is None:
-            raise DataError(
-                "the model's tokenizer has no EOS token, so no response could end; set eos_token in its "
-                "tokenizer_config.json"
-            )
+            raise DataError("the model's tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
         plain = encode(tokenizer, ["a"])[0]
         full = list(tokenizer("a")["input_ids"])
         starts = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
-        self.bos: list[int] = full[: starts[0]] if starts else []
-        self.eos: int = tokenizer.eos_token_id
-        self.ends = end_token_ids(tokenizer)
+        self.bos: list[int] = full[: starts[0]] if starts else []  # ids before a text, usually one or none
+        self.eos: int = tokenizer.eos_token_id  # the id that ends a response that no template has ended
+        self.ends = end_token_ids(tokenizer)  # all ids that end one
+        # how the special tokens are written
         self.texts: list[str] = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
 
 
 class RowTokenizer:
-    """Rows in, token rows out, in order; holds no state, so that processes may share the work.
-
-    Attributes:
-        divided: shares of prompts that have most of the rows; the shares of such a row are made from the whole row.
-    """
+    """Rows in, token rows out, in order; holds no state, so that processes may share the work."""
 
     def __init__(self, cfg: DataConfig, tokenizer: Any, kind: str) -> None:
         """Prepare for one dataset, one tokenizer and one kind (see `prepare_data`)."""
@@ -152,6 +288,7 @@ class RowTokenizer:
         self.format_row = getattr(import_module(module), name)
         check_template_args(tokenizer, cfg.template_args)
         self.cfg, self.tokenizer, self.kind = cfg, tokenizer, kind
+        # shares of prompts that have most of the rows; the shares of such a row are made from the whole row
         self.divided: frozenset[tuple[float, float]] = frozenset()
         self.ids = SpecialIds(tokenizer)
         self._encode = PairEncoder(tokenizer)
@@ -308,13 +445,7 @@ class RowTokenizer:
         return rows
 
     def _finish(self, pieces: _Pieces, ids: EncodedPair, turns: tuple[int, ...] = ()) -> TokenRow:
-        """Add BOS (a chat template writes its own) and the end token, cut what is too long, drop what is too short.
-
-        Args:
-            pieces: the texts.
-            ids: their tokens.
-            turns: of a conversation with several answers, the tokens of each part of its response.
-        """
+        """Add BOS (a chat template writes its own) and the end token, cut or drop; `turns`: tokens of parts of a response."""
         row, shares = pieces.row, pieces.shares
         prompt, responses, mismatch = ids
         ends = [self.ids.eos] * len(responses)

@@ -32,10 +32,9 @@ from sheeprlhf.engine.manifest import (
 from sheeprlhf.engine.parts import create_tensor_file, write_rows, write_together
 from sheeprlhf.engine.shard import cut_like, is_sharded
 from sheeprlhf.model.lora import CRITIC
-from sheeprlhf.security.json_records import damaged, load_json
-from sheeprlhf.security.record_schemas import MANIFEST as MANIFEST_SCHEMA
-from sheeprlhf.security.record_schemas import STATE
-from sheeprlhf.security.safetensors_header import read_header
+from sheeprlhf.security.json_records import MANIFEST as MANIFEST_SCHEMA
+from sheeprlhf.security.json_records import STATE, damaged, load_json
+from sheeprlhf.security.model_folder import read_header
 from sheeprlhf.utils.errors import CheckpointError, Notify, RecordError, UnsafePathError
 from sheeprlhf.utils.lightning import Fabric, gather_objects, is_wrapped
 from sheeprlhf.utils.modes import rng_state, set_rng_state

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sheeprlhf.security.json_records import MANIFEST as SCHEMA
 from sheeprlhf.security.json_records import load_json
-from sheeprlhf.security.record_schemas import MANIFEST as SCHEMA
 from sheeprlhf.utils.errors import CheckpointError, RecordError
 from sheeprlhf.utils.output import create_file, fsync, make_private, open_file, scratch_folder
 

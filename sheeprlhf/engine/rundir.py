@@ -33,8 +33,7 @@ from sheeprlhf.config.run_lookup import (
 from sheeprlhf.config.shell import command, option_word
 from sheeprlhf.engine.manifest import verify_manifest, write_folder, write_manifest
 from sheeprlhf.security.files import real_file
-from sheeprlhf.security.json_records import damaged, load_json
-from sheeprlhf.security.record_schemas import RUN, STATE
+from sheeprlhf.security.json_records import RUN, STATE, damaged, load_json
 from sheeprlhf.security.redaction import redact, redact_command
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError, RunInUseError, UnsafePathError

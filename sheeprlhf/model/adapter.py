@@ -11,10 +11,9 @@ from typing import Any
 
 from peft import LoraConfig
 
-from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS, adapter_folder_of, read_json, tensors_of
+from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS, read_json, tensors_of
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.home import expand_home, why_offline
 
 _NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # PEFT takes some names for patterns: none of these takes long
 _MAX_NAMES = 10_000
@@ -91,23 +90,6 @@ _KNOWN = {
     "layers_to_transform": _are_layers,
     "layers_pattern": lambda value: _is_name(value) or _are_names(value),
 }
-
-
-def locate_adapter(adapter: str) -> Path:
-    """The folder of `model.adapter`: itself, or a hub id's in the hub's cache.
-
-    Raises:
-        ModelError: the hub has no such adapter, or does not answer and the cache lacks it.
-    """
-    folder = expand_home(adapter)
-    if folder.is_dir():
-        return folder
-    offline = why_offline()
-    try:
-        return adapter_folder_of(adapter, local_only=bool(offline))
-    except OSError as error:
-        reason = f"{offline} and it is not in the local cache" if offline else str(error).strip().splitlines()[0]
-        raise ModelError(f"model.adapter={adapter} cannot be loaded: {reason}; give a folder") from error
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:

@@ -35,6 +35,7 @@ from sheeprlhf.security.chat_templates import check_templates
 from sheeprlhf.security.files import read_small
 from sheeprlhf.security.model_folder import (
     MAX_TEMPLATE,
+    TensorFacts,
     check_model,
     check_sizes,
     check_tokenizer,
@@ -47,7 +48,6 @@ from sheeprlhf.security.model_folder import (
     weights_of,
 )
 from sheeprlhf.security.pickled_weights import converted_folder
-from sheeprlhf.security.safetensors_header import TensorFacts
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.chat_templates import FOLDER, OPTION, SUFFIX, built_in_templates, own_templates, template_names
 from sheeprlhf.utils.end_tokens import set_configured_end_ids

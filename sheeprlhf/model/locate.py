@@ -9,7 +9,7 @@ from typing import NamedTuple
 from sheeprlhf.config.path_checks import model_folder, model_problem
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.home import SMOLLM2, WEIGHTS_FILES, WITHOUT_HUB, fetched_folder, why_offline
+from sheeprlhf.utils.home import SMOLLM2, WEIGHTS_FILES, WITHOUT_HUB, expand_home, fetched_folder, why_offline
 
 
 class Located(NamedTuple):
@@ -63,3 +63,22 @@ def _in_hub_cache(cfg: ModelConfig, *, weights: bool) -> bool:
     wanted = WEIGHTS_FILES if weights else ("config.json",)
     found = (try_to_load_from_cache(str(cfg.repo_name), name, revision=cfg.library_cfg.revision) for name in wanted)
     return any(isinstance(path, str) and Path(path).is_file() for path in found)
+
+
+def locate_adapter(adapter: str) -> Path:
+    """The folder of `model.adapter`: itself, or a hub id's in the hub's cache.
+
+    Raises:
+        ModelError: the hub has no such adapter, or does not answer and the cache lacks it.
+    """
+    folder = expand_home(adapter)
+    if folder.is_dir():
+        return folder
+    from sheeprlhf.security.model_folder import adapter_folder_of
+
+    offline = why_offline()
+    try:
+        return adapter_folder_of(adapter, local_only=bool(offline))
+    except OSError as error:
+        reason = f"{offline} and it is not in the local cache" if offline else str(error).strip().splitlines()[0]
+        raise ModelError(f"model.adapter={adapter} cannot be loaded: {reason}; give a folder") from error

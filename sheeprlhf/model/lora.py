@@ -30,9 +30,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sheeprlhf.config.validate import is_pattern, parse_targets
-from sheeprlhf.model.adapter import locate_adapter, read_adapter_config
+from sheeprlhf.model.adapter import read_adapter_config
 from sheeprlhf.model.lm_head import HEAD
 from sheeprlhf.model.load import saved_dtype
+from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.model.new_tokens import base_of, trained_rows
 from sheeprlhf.model.quantize import dequantize, quantization_of
 from sheeprlhf.security.model_folder import ADAPTERS, tensors_of

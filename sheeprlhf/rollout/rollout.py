@@ -31,9 +31,8 @@ from transformers import PreTrainedTokenizerBase
 from sheeprlhf.agent.batches import Batches, BatchOptions, Rows
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import AdapterValueModel, RewardModel
-from sheeprlhf.data.encoding import PairEncoder, decode, encode
 from sheeprlhf.data.example import Batch, Example
-from sheeprlhf.data.tokenize import SpecialIds
+from sheeprlhf.data.tokenize import PairEncoder, SpecialIds, decode, encode
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.shard import equal_passes, gathered
 from sheeprlhf.reward.call import Texts

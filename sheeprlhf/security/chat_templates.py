@@ -24,15 +24,7 @@ _READ = {
 
 
 def check_templates(tokenizer: Any, where: str) -> None:
-    """Refuse a tokenizer whose chat templates are not text of bounded size that renders within limits.
-
-    Args:
-        tokenizer: of transformers.
-        where: begins messages: "model.repo_name=...".
-
-    Raises:
-        ModelError: naming the template and what is wrong with it.
-    """
+    """Raise ModelError for chat templates that are not text of bounded size that renders within limits."""
     templates = getattr(tokenizer, "chat_template", None) or {}
     named = templates if isinstance(templates, dict) else {"default": templates}
     for name, text in named.items():
@@ -44,8 +36,7 @@ def check_templates(tokenizer: Any, where: str) -> None:
             raise ModelError(f"{where}: its chat template {name!r} is not text")
         if len(text.encode("utf-8", "replace")) > MAX_TEMPLATE:
             raise ModelError(f"{where}: its chat template {name!r} has more than {MAX_TEMPLATE} bytes")
-        problem = _problem(text)
-        if problem:
+        if problem := _problem(text):
             raise ModelError(f"{where}: its chat template {name!r} {problem}; it will not be used")
 
 

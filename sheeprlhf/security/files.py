@@ -24,11 +24,7 @@ def read_small(path: Path, limit: int) -> bytes:
 
 
 def read_tail(path: Path, num_bytes: int) -> bytes:
-    """The last bytes of a plain file; all of it, if it is shorter.
-
-    Raises:
-        OSError: it is missing or not a plain file.
-    """
+    """The last bytes of a plain file, or all of it if it is shorter. Raises OSError if there is no plain file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
@@ -58,11 +54,7 @@ def real_path(path: Path, root: Path) -> Path:
 
 
 def real_file(path: Path, root: Path) -> Path:
-    """`real_path` of a plain file.
-
-    Raises:
-        OSError: the same, or it is not a plain file (a pipe would never end).
-    """
+    """`real_path` of a plain file. Raises OSError as it does, and if the file is not plain (a pipe would never end)."""
     real = real_path(path, root)
     if not stat.S_ISREG(os.lstat(real).st_mode):
         raise OSError(f"{path} is not a plain file")

@@ -13,14 +13,89 @@ import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sheeprlhf.security import record_schemas
 from sheeprlhf.security.files import read_small, real_file
+from sheeprlhf.security.json_records import ADAPTER_CONFIG as ADAPTER_SCHEMA
 from sheeprlhf.security.json_records import load_json
-from sheeprlhf.security.safetensors_header import TensorFacts, read_header
 from sheeprlhf.utils.errors import ModelError, RecordError
 from sheeprlhf.utils.home import PICKLED, PICKLED_INDEX
+from sheeprlhf.utils.output import open_file
+
+MAX_HEADER = 10_000_000  # bytes; of 100,000 tensors it has about as many
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
+_NAME = re.compile(r"[\w./-]{1,512}", re.ASCII)
+_SIZED = re.compile(r"(?:BOOL|(?:BF|F|I|U)(?P<bits>8|16|32|64))(?:_E\d+M\d+(?:FNUZ)?)?")
+
+
+class TensorFacts(NamedTuple):
+    """A tensor's number format, such as "F32", and its shape, as the header gives them."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, TensorFacts]:
+    """The tensors that a plain safetensors file declares, by name; none of their bytes is read.
+
+    Raises:
+        ValueError: it is no such file, its header is larger than `MAX_HEADER`, or the tensors are not what follows it.
+        OSError: it cannot be read.
+    """
+    with open(open_file(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        start = file.read(1)
+        if start != b"{" or length > size - 8:
+            raise ValueError("it is not a safetensors file")
+        if length > MAX_HEADER:
+            raise ValueError(f"its header has {length} bytes, more than {MAX_HEADER}")
+        text = start + file.read(length - 1)
+    try:
+        entries = json.loads(text, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error
+    entries.pop("__metadata__", None)
+    tensors, places = {}, []
+    for name, entry in entries.items():
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"a tensor is named {name[:80]!r}")
+        tensors[name], place = _checked(name, entry)
+        places.append(place)
+    end = 0
+    for first, last in sorted(places):
+        if first != end:
+            raise ValueError("its tensors overlap or leave gaps")
+        end = last
+    if 8 + length + end != size:
+        raise ValueError(f"it declares {8 + length + end} bytes and has {size}")
+    return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("its header has a key twice")
+    return entries
+
+
+def _checked(name: str, entry: Any) -> tuple[TensorFacts, tuple[int, int]]:
+    """Check an entry; return the tensor's format and shape, and the offsets of its first byte and its end."""
+    try:
+        dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, first, last]
+        sized = _SIZED.fullmatch(dtype)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"its tensor {name} is not described as one") from error
+    if not all(isinstance(number, int) and 0 <= number < 1 << 62 for number in numbers) or len(shape) > 16:
+        raise ValueError(f"its tensor {name} has an odd shape or place")
+    if sized is None and dtype not in _BITS:
+        raise ValueError(f"its tensor {name} has the unknown number format {str(dtype)[:20]!r}")
+    bits = _BITS[dtype] if sized is None else int(sized["bits"] or 8)
+    if math.prod(shape) * bits != (last - first) * 8:
+        raise ValueError(f"its tensor {name} declares a shape that its bytes do not have")
+    return TensorFacts(dtype, tuple(shape)), (first, last)
+
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTERS, PICKLED_ADAPTERS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -48,7 +123,7 @@ def merge_advice(folder: Path) -> str:
     """Return the command that merges a folder of adapters into its base model, and the folder it writes."""
     config: dict[str, Any] = {}
     with suppress(RecordError):  # told when the folder is loaded
-        config = load_json(folder / ADAPTER_CONFIG, record_schemas.ADAPTER_CONFIG)
+        config = load_json(folder / ADAPTER_CONFIG, ADAPTER_SCHEMA)
     scores = config.get("task_type") == "SEQ_CLS"
     script = (
         f"from peft import AutoPeftModelFor{'SequenceClassification' if scores else 'CausalLM'} as M, PeftConfig as C; "
@@ -64,16 +139,7 @@ def merge_advice(folder: Path) -> str:
 
 
 def folder_of(source: str, revision: str | None, *, local_only: bool) -> Path:
-    """The folder of a model: itself, or a hub id's in the hub's cache, where its small files are brought first.
-
-    Args:
-        source: a folder or a hub id.
-        revision: of the hub id.
-        local_only: the hub is not to be asked.
-
-    Raises:
-        OSError: it is in no cache, or the hub refuses.
-    """
+    """A model's folder, or a hub id's in the hub's cache with its small files. Raises OSError if there is none."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
@@ -91,11 +157,7 @@ def folder_of(source: str, revision: str | None, *, local_only: bool) -> Path:
 
 
 def adapter_folder_of(source: str, *, local_only: bool) -> Path:
-    """The folder of a hub id's adapters in the hub's cache, where its files are brought first.
-
-    Raises:
-        OSError: it is in no cache, or the hub refuses.
-    """
+    """The hub cache's folder of adapters, whose files are fetched first. Raises OSError if it is not to be had."""
     from huggingface_hub import snapshot_download
 
     names = [ADAPTER_CONFIG, ADAPTERS, PICKLED_ADAPTERS]
@@ -103,11 +165,7 @@ def adapter_folder_of(source: str, *, local_only: bool) -> Path:
 
 
 def download_weights(source: str, folder: Path) -> None:
-    """Bring the weights of a hub's model into its folder in the hub's cache, safetensors if it has some.
-
-    Args:
-        source: the hub id.
-        folder: of `folder_of`, which has the indices of shards already.
+    """Bring a hub's weights, safetensors if it has some, into `folder_of`'s folder, which has the indices of shards.
 
     Raises:
         OSError: the hub refuses or does not answer.
@@ -128,14 +186,7 @@ def download_weights(source: str, folder: Path) -> None:
 
 
 def check_model(folder: Path) -> None:
-    """Refuse a model's folder that a library should not be given; its weights are not looked at.
-
-    Args:
-        folder: has a config.json.
-
-    Raises:
-        ModelError: naming the file and what is odd about it.
-    """
+    """Raise ModelError for a model's folder that no library should open; its weights are not looked at."""
     _check_files(folder)
     if (folder / ADAPTER_CONFIG).exists():  # transformers would load the model that it names
         if not (folder / "config.json").exists():
@@ -144,11 +195,7 @@ def check_model(folder: Path) -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Refuse a folder whose tokenizer is not plain data, or whose files a library should not be given.
-
-    Raises:
-        ModelError: naming the file and what is odd about it.
-    """
+    """Raise ModelError if a folder's tokenizer is not plain data, or if no library should open its files."""
     _check_files(folder)
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
         raise ModelError(f"{folder} has no tokenizer.json, and no other kind of tokenizer is read: save it with one")
@@ -267,20 +314,12 @@ def weights_of(folder: Path) -> dict[str, TensorFacts]:
 
 
 def safetensors_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that a model's weights are in; empty if there are none.
-
-    Raises:
-        ModelError: the index is not what it has to be.
-    """
+    """Names of the safetensors files of a model's weights, if any. Raises ModelError if the index is damaged."""
     return _weights_files(folder, WEIGHTS, INDEX, _SHARD)
 
 
 def pickled_files(folder: Path) -> list[str]:
-    """Names of the pickled files that a model's weights are in, if it has no safetensors; empty if there are none.
-
-    Raises:
-        ModelError: an index is not what it has to be.
-    """
+    """Names of the pickled files of a model without safetensors, if any. Raises ModelError if an index is damaged."""
     if any(os.path.lexists(folder / name) for name in (WEIGHTS, INDEX)):
         return []
     return _weights_files(folder, PICKLED, PICKLED_INDEX, _PICKLED_SHARD)
@@ -311,11 +350,7 @@ def _weight_map(folder: Path, index: str) -> dict[str, str]:
 
 
 def plain_file(folder: Path, name: str) -> Path:
-    """The file that a name of a folder is or leads to, plain and not empty.
-
-    Raises:
-        ModelError: it is missing, leads out of the folder, is not a plain file or has no content.
-    """
+    """The file that a name of a folder leads to. Raises ModelError if it is outside, not plain, empty or missing."""
     path = folder / name
     try:
         real = real_file(path, folder)
@@ -327,11 +362,7 @@ def plain_file(folder: Path, name: str) -> Path:
 
 
 def tensors_of(folder: Path, name: str) -> dict[str, TensorFacts]:
-    """The tensors that one safetensors file of a folder declares.
-
-    Raises:
-        ModelError: it is missing or leads out of the folder, or is not what it declares.
-    """
+    """The tensors that a safetensors file declares. Raises ModelError if it is outside, or does not have them."""
     path = folder / name
     try:
         return read_header(real_file(path, folder))
@@ -340,11 +371,7 @@ def tensors_of(folder: Path, name: str) -> dict[str, TensorFacts]:
 
 
 def check_sizes(folder: Path, config: dict[str, Any], tensors: dict[str, TensorFacts]) -> None:
-    """Reject a configuration that the tensors of the weights cannot fill, before the model is built.
-
-    Raises:
-        ModelError: naming the entry of config.json and the size of the weights.
-    """
+    """Raise ModelError if the weights are too few for the sizes in config.json, before the model is built."""
     if not tensors:
         return
     total = sum(math.prod(facts.shape) for facts in tensors.values())

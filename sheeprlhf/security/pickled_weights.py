@@ -52,12 +52,6 @@ def converted_folder(folder: Path, name: str, say: Notify, cache_dir: str | None
 
     It is known by place, size and time of the pickled files, so that it is found again without the hub.
 
-    Args:
-        folder: a model's, checked, with `pickled_files`.
-        name: of the model, for messages and the folder's name.
-        say: prints a line for the user.
-        cache_dir: where converted models are kept; None is `cache_root`'s choice.
-
     Raises:
         ModelError: a file cannot be read as weights, asks for code, or the disk is full.
     """
@@ -74,15 +68,7 @@ def converted_folder(folder: Path, name: str, say: Notify, cache_dir: str | None
 
 
 def adapter_folder(folder: Path, say: Notify) -> Path:
-    """The folder with the adapters as safetensors: itself, or a conversion in our cache if it has a pickle only.
-
-    Args:
-        folder: what PEFT's `save_pretrained` has written.
-        say: prints a line for the user.
-
-    Raises:
-        ModelError: as `converted_folder` does.
-    """
+    """The folder with PEFT's adapters as safetensors: itself, or a conversion in our cache. Raises ModelError."""
     if os.path.lexists(folder / ADAPTERS) or not os.path.lexists(folder / PICKLED_ADAPTERS):
         return folder
     config = plain_file(folder, ADAPTER_CONFIG)
@@ -136,8 +122,7 @@ def _convert(files: list[Path], target: Path, one: str) -> None:
         name = one if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         tensors = read_pickled(file)
         written += sum(tensor.nbytes for tensor in tensors.values())
-        twice = sorted(where.keys() & tensors.keys())
-        if twice:
+        if twice := sorted(where.keys() & tensors.keys()):
             raise ModelError(f"{file}: its tensor {twice[0]} is in another file too")
         where |= dict.fromkeys(tensors, name)
         # A copy of each: tied tensors share memory, which safetensors does not store.
@@ -150,9 +135,6 @@ def _convert(files: list[Path], target: Path, one: str) -> None:
 
 def read_pickled(file: Path) -> dict[str, "Tensor"]:
     """The tensors of one pickled file, contiguous or views of each other; no code of the file is run.
-
-    Args:
-        file: a plain file.
 
     Raises:
         ModelError: it asks for code, is damaged, or holds something else than named tensors.
@@ -175,8 +157,7 @@ def read_pickled(file: Path) -> dict[str, "Tensor"]:
 
 def _reason(error: Exception) -> str:
     """The reason that a file was not read; torch's own text advises to run the code in it."""
-    asked = _GLOBAL.search(str(error))
-    if asked is not None:
+    if (asked := _GLOBAL.search(str(error))) is not None:
         return (
             f"it asks for {asked[1]}, which is not a tensor: code from a file is never run. Convert it to "
             "model.safetensors where you trust it, or choose another model"
@@ -208,10 +189,8 @@ def _checked(file: Path, content: Any) -> dict[str, "Tensor"]:
         if not isinstance(name, str) or not _TENSOR_NAME.fullmatch(name):
             raise ModelError(f"{file}: a tensor is named {str(name)[:80]!r}")
         if type(tensor) not in (Tensor, nn.Parameter):
-            raise ModelError(
-                f"{file}: its entry {name[:80]} is not a tensor but {type(tensor).__name__}: only a state_dict of a "
-                "model is read"
-            )
+            entry = f"its entry {name[:80]} is not a tensor but {type(tensor).__name__}"
+            raise ModelError(f"{file}: {entry}: only a state_dict of a model is read")
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ModelError(f"{file}: its tensor {name[:80]} is not stored as plain numbers")

@@ -129,8 +129,7 @@ def redact_command(arguments: list[str]) -> list[str]:
     """Return command-line arguments `key=value` with secrets replaced; numbers, true, false and null are none."""
     redacted = []
     for argument in arguments:
-        match = _ASSIGNMENT.fullmatch(argument)
-        if match:
+        if match := _ASSIGNMENT.fullmatch(argument):
             key = match["key"].rpartition(".")[2]
             is_plain = match["value"].replace(".", "", 1).isdigit() or match["value"].casefold() in _LITERALS
             value = match["value"] if is_plain else redact(match["value"], key)

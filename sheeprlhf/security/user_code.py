@@ -23,11 +23,7 @@ class DottedPath(NamedTuple):
 
 
 def parse_path(text: str) -> DottedPath:
-    """`package.module:function` or `package.module.function`.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """`package.module:function` or `package.module.function`. Raises ValueError if it is neither."""
     module, _, function = text.rpartition(":" if ":" in text else ".")
     parts = [*module.split("."), function]
     if not all(part.isidentifier() and not keyword.iskeyword(part) for part in parts):

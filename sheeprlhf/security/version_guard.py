@@ -21,10 +21,7 @@ _BEFORE = re.compile(r"\d\W?(a|b|c|rc|alpha|beta|pre|preview|dev)\W?\d*", flags=
 
 
 def check_versions(*used: str) -> None:
-    """Reject versions that must not run; a missing library is reported where it is needed.
-
-    Args:
-        used: those of `OPTIONAL` that are going to be imported.
+    """Reject versions that must not run, of `OPTIONAL` those `used`; a missing library is reported where it is needed.
 
     Raises:
         ConfigError: naming all of them and what to install.
@@ -42,12 +39,7 @@ def check_versions(*used: str) -> None:
 
 
 def version_problem(name: str, version: str) -> str:
-    """The reason to refuse this version of a library; empty if it is allowed.
-
-    Args:
-        name: as the package index knows it, in small letters.
-        version: what is installed, "2.6.6" or "2.13.0+cpu".
-    """
+    """The reason to refuse a version of a library, such as "2.13.0+cpu"; empty if it is allowed."""
     floor = FLOORS.get(name)
     public = version.partition("+")[0]
     instead = f"pip install '{name}>={floor}'" if floor else f"pip uninstall {name}"

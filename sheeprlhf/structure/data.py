@@ -7,15 +7,10 @@ from sheeprlhf.structure.option import Config, option
 
 
 class KeptColumns(NamedTuple):
-    """Columns of the source files that are stored with the tokens, for reward functions.
+    """Columns of the source files that are stored with the tokens, for reward functions."""
 
-    Attributes:
-        names: columns that a function names.
-        every: keep all other columns too (`**columns`).
-    """
-
-    names: tuple[str, ...] = ()
-    every: bool = False
+    names: tuple[str, ...] = ()  # columns that a function names
+    every: bool = False  # keep all other columns too (`**columns`)
 
 
 @dataclass(unsafe_hash=True)
@@ -48,9 +43,7 @@ class DataConfig(Config):
     reward_model_split: float = option(
         0.0, "Share of the training rows kept for the reward model; the rest fine-tunes.", minimum=0.0, maximum=1.0
     )
-    shuffle: bool = option(
-        True, "Train on the rows of each epoch in a random order; false keeps the order of the files."
-    )
+    shuffle: bool = option(True, "Train on the rows of each epoch in random order; false keeps that of the files.")
     split_seed: int = option(0, "Seed of the splits; apart from the run's seed, so that seeds share a test set.")
     minimum_response_length: int = option(2, "Shorter responses are dropped.", unit="tokens", minimum=1)
     remove_same_inputs: bool = option(True, "Keep the first of the rows that have the same prompt and response.")
@@ -185,9 +178,7 @@ class HubDataConfig(LayoutDataConfig):
 
     config_name: str = "hub"
     dataset_name: Optional[str] = "???"
-    subset: Optional[str] = option(
-        None, "Subset (configuration) of the dataset, or a folder in it; null takes its default."
-    )
+    subset: Optional[str] = option(None, "Subset (configuration) of the dataset, or a folder in it; null: its default.")
     split: Optional[str] = option(
         None,
         "Split to train on, such as train_sft; null takes train, or the only one. Splits of the same name with "

@@ -22,9 +22,7 @@ class EvalTaskConfig(Config):
     model_name: str = option("final", "Weights of the run: final, best, last, or step-<n>.")
     data_split: str = option("test", "Split to evaluate on.", choices=("train", "validation", "test", "reward"))
     num_samples: Optional[int] = option(None, "Evaluate on the first rows only.", unit="rows", minimum=1)
-    mini_batch_size: int = option(
-        64, "Most rows in one forward pass; the token budget cuts further.", unit="rows", minimum=1
-    )
+    mini_batch_size: int = option(64, "Most rows of a forward pass; token_budget cuts further.", unit="rows", minimum=1)
     token_budget: int = option(4096, "Most tokens in one forward pass.", unit="tokens", minimum=1)
     batching: str = option(
         "auto",

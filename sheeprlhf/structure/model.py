@@ -75,9 +75,7 @@ class ModelConfig(Config):
     embedding_dim_name: Optional[str] = option(
         None, "Name, in the model's config, of the width of the vectors that its head reads; null finds it."
     )
-    dtype: str = option(
-        "float32", "Number format that the weights are loaded in.", choices=("float32", "bfloat16", "float16")
-    )
+    dtype: str = option("float32", "Number format of the loaded weights.", choices=("float32", "bfloat16", "float16"))
     quantization: Optional[str] = option(
         None,
         "Format of the linear layers of the frozen base model (QLoRA; training needs model.finetune_mode=LORA, and "

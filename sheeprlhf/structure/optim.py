@@ -22,9 +22,7 @@ class OptimizerConfig(Config):
         "Shape of the learning rate after the warm-up; wsd is constant and then falls linearly.",
         choices=("cosine", "linear", "constant", "wsd"),
     )
-    decay_ratio: float = option(
-        0.1, "Share of the run's steps in which wsd falls, rounded up.", minimum=0.0, maximum=1.0
-    )
+    decay_ratio: float = option(0.1, "Share of the steps in which wsd falls, rounded up.", minimum=0.0, maximum=1.0)
     min_lr_ratio: float = option(0.0, "Last learning rate as a share of the peak.", minimum=0.0, maximum=1.0)
 
 

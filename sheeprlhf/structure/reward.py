@@ -31,15 +31,11 @@ class RewardSourceConfig(Config):
     clip: Optional[float] = option(
         None, "Largest absolute score, after normalisation and before penalties; null does not clip.", above=0.0
     )
-    missing_eos_penalty: float = option(
-        0.0, "Subtracted from the score of a response that was cut before it ended.", minimum=0.0
-    )
+    missing_eos_penalty: float = option(0.0, "Subtracted from the score of a response that was cut.", minimum=0.0)
     min_response_length: int = option(
         0, "A shorter response (end token not counted) loses reward.short_penalty.", unit="tokens", minimum=0
     )
-    short_penalty: float = option(
-        1.0, "Subtracted from the score of a response below reward.min_response_length.", minimum=0.0
-    )
+    short_penalty: float = option(1.0, "Subtracted from the score below reward.min_response_length.", minimum=0.0)
     overlong_buffer: int = option(
         0,
         "The last so many tokens before generation.max_new_tokens cost ever more, up to 1 (DAPO, arXiv 2503.14476, "
@@ -106,12 +102,8 @@ class JudgeOptionsConfig(CallOptionsConfig):
     judge_retries: int = option(
         3, "Further attempts after no answer, a status 408, 425, 429 or 5xx, or a malformed answer.", minimum=0
     )
-    judge_failure_score: Optional[float] = option(
-        None, "Score of a response whose request failed; null: a failure ends the run."
-    )
-    api_key_variable: Optional[str] = option(
-        None, "Environment variable with the key that is sent to the server; null sends none."
-    )
+    judge_failure_score: Optional[float] = option(None, "Score after a failed request; null: a failure ends the run.")
+    api_key_variable: Optional[str] = option(None, "Environment variable with the key for the server; null sends none.")
 
     def question(self) -> str:
         """The template of what the judge is asked."""
@@ -177,27 +169,17 @@ class ListRewardConfig(BuiltinOptionsConfig, JudgeOptionsConfig, ModelOptionsCon
         "Sources and their weights, such as [model,0.5*length,-1*my_rewards:toxicity,0.1*judge]; model is a reward "
         "model, model:<folder or hub id> a further one, judge a language model at reward.url.",
     )
-    folder: Optional[str] = option(
-        None, "Folder or hub id of the term model; null takes the run task.rm_experiment_dir."
-    )
+    folder: Optional[str] = option(None, "Folder or hub id of the term model; null: the run task.rm_experiment_dir.")
 
 
 class Builtin(NamedTuple):
-    """Requirements of a function of sheeprlhf.reward.functions.
+    """Requirements of a function of sheeprlhf.reward.functions."""
 
-    Attributes:
-        reads: the options that it reads.
-        needs: those of them that have to be given.
-        columns: what a row must have besides its prompt.
-        requires: modules beyond the package's own dependencies ...
-        extra: ... and the extra of the package that installs them.
-    """
-
-    reads: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-    requires: tuple[str, ...] = ()
-    extra: str = ""
+    reads: tuple[str, ...] = ()  # the options that it reads
+    needs: tuple[str, ...] = ()  # those of them that have to be given
+    columns: tuple[str, ...] = ()  # what a row must have besides its prompt
+    requires: tuple[str, ...] = ()  # modules beyond the package's own dependencies
+    extra: str = ""  # the extra of the package that installs them
 
 
 BUILTINS = {
@@ -217,11 +199,7 @@ class Term(NamedTuple):
 
 
 def parse_term(text: str) -> Term:
-    """`0.5*length` -> (0.5, "length"); without a weight it is 1.
-
-    Raises:
-        ValueError: the weight is not a finite number other than 0, or there is no source.
-    """
+    """`0.5*length` -> (0.5, "length"); the weight is 1 by default. Raises ValueError if it is not finite, or 0."""
     weight, star, source = text.rpartition("*")
     term = Term(float(weight) if star else 1.0, source.strip())
     if not term.source or not math.isfinite(term.weight) or term.weight == 0:
@@ -230,12 +208,7 @@ def parse_term(text: str) -> Term:
 
 
 def terms_of(cfg: RewardSourceConfig, default: str | None) -> tuple[Term, ...]:
-    """The summands of the score.
-
-    Args:
-        cfg: a valid configuration.
-        default: the dataset's own rule, which `auto` takes; None if it has none.
-    """
+    """The summands of the score; `default` is the dataset's own rule, which `auto` takes."""
     if isinstance(cfg, FunctionRewardConfig):
         return (Term(1.0, cfg.path),)
     if isinstance(cfg, ListRewardConfig):
@@ -266,11 +239,7 @@ def term_folder(source: str) -> str | None:
 
 
 def judge_fields(template: str) -> list[str]:
-    """Return the names in braces of a judge's prompt, each once.
-
-    Raises:
-        ValueError: a brace is not closed, or a field is more than a name.
-    """
+    """Return the names in braces of a judge's prompt, each once. Raises ValueError for other braces."""
     fields: dict[str, None] = {}
     for _, name, spec, conversion in string.Formatter().parse(template):
         if name is not None:

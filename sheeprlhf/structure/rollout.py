@@ -21,9 +21,7 @@ class OnlineTaskConfig(TrainTaskConfig):
 
     rollout_size: int = option(64, "Responses sampled before they are learned from, all devices.", minimum=1)
     num_generations: int = option(1, "Responses sampled for each prompt.", minimum=1)
-    mini_batch_size: int = option(
-        32, "Responses of one optimizer step, all devices together.", unit="responses", minimum=1
-    )
+    mini_batch_size: int = option(32, "Responses of an optimizer step on all devices.", unit="responses", minimum=1)
     micro_batch_size: int = option(32, _MICRO_BATCH, unit="responses", minimum=1)
     num_iterations: int = option(1, "Passes over the responses of a rollout.", minimum=1)
     self_check: str = option(
@@ -107,9 +105,7 @@ class PPOConfig(RatioTaskConfig):
     normalize_advantages: bool = option(True, "Advantages of a rollout get mean 0 and standard deviation 1.")
     gae_gamma: float = option(1.0, "Discount of a token.", minimum=0.0, maximum=1.0)
     gae_lambda: float = option(0.95, "Lambda of generalised advantage estimation.", minimum=0.0, maximum=1.0)
-    bootstrap_truncated: bool = option(
-        False, "After a response that was cut comes what the critic expects; false: nothing."
-    )
+    bootstrap_truncated: bool = option(False, "After a response that was cut comes the critic's value; false: nothing.")
     value_clip_coeff: Optional[float] = option(
         0.2, "How far a value may leave the rollout's in one update; null does not clip.", above=0.0
     )
@@ -157,9 +153,7 @@ class GRPOConfig(RatioTaskConfig):
     num_generations: int = option(8, "Responses sampled for each prompt.", minimum=2)
     micro_batch_size: int = 256
     init_kl_coeff: float = option(0.04, "Weight of the KL divergence from the reference in the loss (k3).", minimum=0.0)
-    clip_high: Optional[float] = option(
-        None, "How far the ratio may rise above 1; null takes clip_coeff (DAPO: 0.28).", above=0.0
-    )
+    clip_high: Optional[float] = option(None, "How far the ratio may rise above 1; null: clip_coeff.", above=0.0)
     max_ratio: Optional[float] = option(
         None, "Largest ratio that a loss may have where the advantage is negative; null: no limit.", above=1.0
     )
@@ -243,9 +237,7 @@ class BestOfNConfig(OnlineTaskConfig):
     num_generations: int = option(8, "Responses sampled for each prompt, of which the best is kept.", minimum=1)
     micro_batch_size: int = 256
     rollout_size: int = option(256, "Responses sampled before the best of them are written, all devices.", minimum=1)
-    min_score: Optional[float] = option(
-        None, "Keep the best response to a prompt only if it scores this much; null keeps all."
-    )
+    min_score: Optional[float] = option(None, "Keep the best response to a prompt only from this score on; null: all.")
     num_sample_prompts: int = option(3, "Prompts whose best and worst responses are shown.", minimum=0)
 
 
@@ -282,9 +274,7 @@ class VLLMRolloutConfig(RolloutSourceConfig):
         "Folder for the weights, at the same path on the machines of all servers; null: rollout_weights/ in the run "
         "directory.",
     )
-    timeout: float = option(
-        600.0, "Longest wait for an answer, and for a server that has failed.", unit="seconds", above=0.0
-    )
+    timeout: float = option(600.0, "Longest wait for an answer or a server that has failed.", unit="seconds", above=0.0)
     tolerance: Optional[float] = option(
         None,
         "Largest mean difference between the log-probabilities of a response by a server and by the trainer; null: "

@@ -54,9 +54,7 @@ class TrainConfig(Config):
         "Project (wandb, trackio) or experiment (mlflow) of log; null takes WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME or "
         "TRACKIO_PROJECT of the environment, else sheeprlhf.",
     )
-    torch_deterministic: bool = option(
-        False, "Deterministic kernels on CUDA (slower). The CPU is always deterministic."
-    )
+    torch_deterministic: bool = option(False, "Deterministic kernels on CUDA (slower); the CPU is deterministic.")
     debug: bool = option(False, "Show the traceback of an error.")
 
     def peak_lr(self) -> float:

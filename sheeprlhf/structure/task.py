@@ -105,18 +105,14 @@ class SFTConfig(TrainTaskConfig):
 
     config_name: str = "sft"
     completion_only_loss: bool = option(True, "Train on the response alone; false trains on the prompt too.")
-    label_smoothing: float = option(
-        0.0, "Share of the target probability spread over the vocabulary.", minimum=0.0, maximum=0.99
-    )
+    label_smoothing: float = option(0.0, "Share of the target spread over the vocabulary.", minimum=0.0, maximum=0.99)
     sft_experiment_dir: Optional[str] = option(
         None,
         "Run directory of a policy to train further, or newest: the newest finished fine-tuning of this model under "
         "root_dir; null starts from the model as it is.",
     )
     sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
-    num_sample_prompts: int = option(
-        3, "Validation prompts whose generations are shown at every validation.", minimum=0
-    )
+    num_sample_prompts: int = option(3, "Validation prompts whose generations are shown each time.", minimum=0)
 
 
 @dataclass(unsafe_hash=True)
@@ -172,16 +168,12 @@ class DPOConfig(TrainTaskConfig):
             *("sigmoid_norm", "exo", "nca", "sppo", "discopop"),
         ),
     )
-    beta: float = option(
-        0.1, "Pull towards the reference; the scale of simpo (2 is usual) and orpo's weight.", above=0.0
-    )
+    beta: float = option(0.1, "Pull to the reference; the scale of simpo (2 is usual), orpo's weight.", above=0.0)
     label_smoothing: float = option(
         0.0, "Share of pairs taken to be the wrong way round (sigmoid, robust, exo).", minimum=0.0, maximum=0.49
     )
     reference_free: bool = option(False, "Take a reference that likes all responses alike.")
-    simpo_gamma: float = option(
-        1.0, "How much likelier the better response has to be (simpo).", unit="nats", minimum=0.0
-    )
+    simpo_gamma: float = option(1.0, "How much likelier the better response must be (simpo).", unit="nats", minimum=0.0)
     discopop_tau: float = option(0.05, "Temperature of the mix of two losses (discopop).", above=0.0)
     sft_coeff: float = option(
         0.0,
@@ -205,9 +197,7 @@ class DPOConfig(TrainTaskConfig):
         "root_dir; null starts from the model as it is.",
     )
     sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
-    num_sample_prompts: int = option(
-        3, "Validation prompts whose generations are shown at every validation.", minimum=0
-    )
+    num_sample_prompts: int = option(3, "Validation prompts whose generations are shown each time.", minimum=0)
 
 
 @dataclass(unsafe_hash=True)
@@ -237,6 +227,4 @@ class KTOConfig(TrainTaskConfig):
         "root_dir; null starts from the model as it is.",
     )
     sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
-    num_sample_prompts: int = option(
-        3, "Validation prompts whose generations are shown at every validation.", minimum=0
-    )
+    num_sample_prompts: int = option(3, "Validation prompts whose generations are shown each time.", minimum=0)

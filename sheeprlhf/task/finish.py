@@ -27,8 +27,7 @@ from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished, same_data
 from sheeprlhf.engine.shard import assemble, gathered, is_sharded
 from sheeprlhf.rollout.engines import generate_responses
-from sheeprlhf.security.json_records import load_json
-from sheeprlhf.security.record_schemas import DATA_REPORT
+from sheeprlhf.security.json_records import DATA_REPORT, load_json
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.reward import AutoRewardConfig
 from sheeprlhf.structure.rollout import OnlineTaskConfig

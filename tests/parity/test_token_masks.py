@@ -13,11 +13,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.agent.policy import load_policy
-from sheeprlhf.data.encoding import encode, token_index
+from sheeprlhf.data.conversation import reasoning_spans
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
-from sheeprlhf.data.messages import reasoning_spans
-from sheeprlhf.data.mismatch import MismatchedSplit
-from sheeprlhf.data.store import SplitWriter, TokenizedSplit
+from sheeprlhf.data.store import MismatchedSplit, SplitWriter, TokenizedSplit
+from sheeprlhf.data.tokenize import encode, token_index
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.task.reference import sum_by_response

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.lora import load_lora
 from sheeprlhf.security.chat_templates import check_templates
-from sheeprlhf.security.model_folder import tensors_of
-from sheeprlhf.security.safetensors_header import read_header
+from sheeprlhf.security.model_folder import read_header, tensors_of
 from sheeprlhf.structure.model import ModelConfig
 from tests.security.folders import assert_is, model_of
 

@@ -14,8 +14,7 @@ from sheeprlhf.apps.terminal import clean, is_number
 from sheeprlhf.config.run_lookup import REPORT_FILE, read_run_config
 from sheeprlhf.engine.rundir import leaves
 from sheeprlhf.security.files import read_small, read_tail, real_path
-from sheeprlhf.security.json_records import Schema, load_json
-from sheeprlhf.security.record_schemas import DATA_REPORT, RESULT
+from sheeprlhf.security.json_records import DATA_REPORT, RESULT, Schema, load_json
 from sheeprlhf.security.redaction import redact
 from sheeprlhf.utils.errors import ConfigError, DataError, RecordError
 
@@ -339,7 +338,7 @@ def _first_rows(path: Path) -> list[dict[str, Any]]:
     """
     import pyarrow as pa  # slow to import, and needed for a run with saved rollouts only
 
-    from sheeprlhf.data.parquet import open_parquet
+    from sheeprlhf.data.read import open_parquet
 
     if not path.is_file() or path.stat().st_size > _ROLLOUT_BYTES:
         raise DataError(f"no plain file of at most {_ROLLOUT_BYTES >> 20} MB")

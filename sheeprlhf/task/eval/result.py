@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sheeprlhf
-from sheeprlhf.security.json_records import load_json
-from sheeprlhf.security.record_schemas import RESULT
+from sheeprlhf.security.json_records import RESULT, load_json
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError
 from sheeprlhf.utils.lightning import Fabric

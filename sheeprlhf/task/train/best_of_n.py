@@ -26,8 +26,7 @@ from sheeprlhf.engine.run import STOP_SIGNALS, Run, open_run
 from sheeprlhf.engine.rundir import mark_finished
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.rollout.rollout import JUDGE_FAILURES, Rollout, check_sampler, kl_bound
-from sheeprlhf.security.json_records import parse_json
-from sheeprlhf.security.record_schemas import BEST_ROW
+from sheeprlhf.security.json_records import BEST_ROW, parse_json
 from sheeprlhf.structure.rollout import BestOfNConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.task.models import build_collector, load_online_setup

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sheeprlhf.data.example import Batch
-from sheeprlhf.data.mismatch import MismatchedSplit
+from sheeprlhf.data.store import MismatchedSplit
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
 from sheeprlhf.loss.dpo import kto

@@ -11,10 +11,9 @@ import pytest
 from sheeprlhf.apps import inspect
 from sheeprlhf.apps.inspect import Viewer, draw_histograms, text_histogram, token_texts, trained_tokens
 from sheeprlhf.cli import run
-from sheeprlhf.data.encoding import encode
 from sheeprlhf.data.example import collate_packed
 from sheeprlhf.data.store import SplitWriter, TokenizedSplit
-from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
+from sheeprlhf.data.tokenize import RowTokenizer, TokenRow, encode
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.utils.errors import DataError
 from tests.support.batches import random_examples

@@ -155,6 +155,8 @@ BAD = [
     ("train task=sft data=mix data.mix=[{train_file:@/row.jsonl,weight:1}]", ["dataset 1", "rows.jsonl?"]),
     ("train task=sft data=hub data.dataset_name=me/set", ["HF_HUB_OFFLINE", "data.dataset_name=<folder>"]),
     ("train task=sft data=hub data.dataset_name=@/empty data.columns={promt:a}", ["data.columns.promt"]),
+    ("train task=sft model.adapter=nosuch data.dataset_name=nowhere", ["model.adapter=nosuch", "dataset_name=nowhere"]),
+    ("train task=sft model.adapter=me/no data=hub data.dataset_name=me/set", ["model.adapter=me/no", "dataset me/set"]),
     # places
     ("train task=sft root_dir=/dev/null/runs", ["root_dir=/dev/null/runs"]),
     ("train task=sft hydra.run.dir=@/notes.txt", ["notes.txt", "hydra.run.dir"]),

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from sheeprlhf.data.columns import decode_columns, encode_columns
 from sheeprlhf.data.prepare import PreparedData, prepare_data
+from sheeprlhf.data.rows import decode_columns, encode_columns
 from sheeprlhf.structure.data import KeptColumns, LocalDataConfig
 from sheeprlhf.utils.errors import DataError
 from tests.unit.data.toy import byte_tokenizer

@@ -9,10 +9,9 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sheeprlhf.data.encoding import PairEncoder, encode
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.report import render_report
-from sheeprlhf.data.tokenize import RowTokenizer
+from sheeprlhf.data.tokenize import PairEncoder, RowTokenizer, encode
 from sheeprlhf.structure.data import LocalDataConfig
 from tests.unit.data.toy import byte_tokenizer, local, piece_tokenizer, prepare
 

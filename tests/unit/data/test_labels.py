@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sheeprlhf.data.labels import is_desirable
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.report import render_report
+from sheeprlhf.data.rows import is_desirable
 from sheeprlhf.structure.data import DocstringsConfig, HelpfulHarmlessConfig, SummarizationConfig
 from sheeprlhf.utils.errors import DataError
 from tests.unit.data.toy import byte_tokenizer, local, prepare

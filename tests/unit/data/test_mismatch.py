@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sheeprlhf.data.mismatch import MismatchedSplit, mismatched_rows
+from sheeprlhf.data.store import MismatchedSplit, mismatched_rows
 from tests.unit.data.toy import byte_tokenizer, local, prepare
 
 

@@ -20,9 +20,8 @@ from transformers.utils import chat_template_utils
 
 from sheeprlhf.config.registry import choices
 from sheeprlhf.data import prepare as prepare_module
-from sheeprlhf.data import progress
-from sheeprlhf.data.duplicates import SeenDigests
-from sheeprlhf.data.prepare import PreparedData, prepare_data
+from sheeprlhf.data import source
+from sheeprlhf.data.prepare import PreparedData, SeenDigests, prepare_data
 from sheeprlhf.data.report import render_report
 from sheeprlhf.data.store import SplitWriter
 from sheeprlhf.utils import output
@@ -330,8 +329,8 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
 def test_a_long_preparation_shows_how_far_it_is(
     quiet: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "QUIET_SECONDS", quiet)
-    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
+    monkeypatch.setattr(source, "QUIET_SECONDS", quiet)
+    monkeypatch.setattr(source, "LOG_SECONDS", 0.0)
     cfg = local(tmp_path, rows(2500))
     prepare_data(cfg, byte_tokenizer(), kind="sft", say=print, progress=True)
     shown = capsys.readouterr().err

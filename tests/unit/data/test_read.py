@@ -16,9 +16,8 @@ from huggingface_hub import constants
 from sheeprlhf.config.path_checks import data_file_problems
 from sheeprlhf.data import source
 from sheeprlhf.data.layout import RowLayout
-from sheeprlhf.data.read import BATCH_CHARS, read_batches
+from sheeprlhf.data.read import BATCH_CHARS, open_data, read_batches
 from sheeprlhf.data.report import render_report
-from sheeprlhf.data.textfile import open_data
 from sheeprlhf.structure.data import DataConfig, SummarizationConfig
 from sheeprlhf.utils.errors import DataError
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts, write_jsonl

@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from sheeprlhf.security.model_folder import INDEX, weights_of
-from sheeprlhf.security.safetensors_header import read_header
+from sheeprlhf.security.model_folder import INDEX, read_header, weights_of
 from sheeprlhf.utils.errors import ModelError
 
 

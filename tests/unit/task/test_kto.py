@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sheeprlhf.agent.batches import Batches, longest_row
 from sheeprlhf.agent.policy import Policy, load_policy
-from sheeprlhf.data.mismatch import MismatchedSplit
 from sheeprlhf.data.prepare import PreparedData
+from sheeprlhf.data.store import MismatchedSplit
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.step import evaluate, update
 from sheeprlhf.structure.fabric import FabricConfig

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sheeprlhf.data.encoding import PairEncoder
+from sheeprlhf.data.tokenize import PairEncoder
 from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.utils.vocabulary import ResponseDecoder
 from tests.unit.data.toy import byte_tokenizer, piece_tokenizer
