@@ -70,7 +70,6 @@ class Batch(NamedTuple):
     Targets are ordered by row, then response, then position. With `targets="all"` a row's prompt tokens (from its
     second on) precede its response tokens. With "scores" and "last" a head reads the targets themselves instead of
     predicting them from the place before.
-
     """
 
     input_ids_BT: Tensor  # (B, T) int64
