@@ -445,7 +445,7 @@ class RowTokenizer:
         return rows
 
     def _finish(self, pieces: _Pieces, ids: EncodedPair, turns: tuple[int, ...] = ()) -> TokenRow:
-        """Add BOS (a chat template writes its own) and the end token, cut or drop; `turns`: tokens of parts of a response."""
+        """Add BOS (a chat template writes its own) and the end token, cut or drop; `turns`: sizes of response parts."""
         row, shares = pieces.row, pieces.shares
         prompt, responses, mismatch = ids
         ends = [self.ids.eos] * len(responses)
