@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--task", default="ppo", choices=["ppo", "rloo", "grpo"])
     parser.add_argument("--model", default="tiny4k")
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16-mixed"])
     parser.add_argument("--batch", type=int, default=32, help="responses of one update")
     parser.add_argument("--token-budget", type=int, default=2048, help="most tokens of one forward pass")
     parser.add_argument("--gen-len", type=int, default=53)
@@ -98,7 +99,9 @@ def main() -> None:
         task=task,
         model=AutoModelConfig(repo_name=str(folder)),
         data=LocalDataConfig(train_file=None),
-        fabric=FabricConfig(accelerator=args.device, precision="32-true"),
+        fabric=FabricConfig(
+            accelerator=args.device, precision="32-true" if args.precision == "fp32" else args.precision
+        ),
         optim=AdamWConfig(lr=1e-5, weight_decay=0.0),
         reward=ModelRewardConfig(folder=str(scorer)),
         generation=GenConfig(max_new_tokens=args.gen_len),
@@ -188,7 +191,7 @@ def main() -> None:
         "version": sheeprlhf.__version__,
         "task": args.task,
         "model": args.model,
-        "precision": "fp32",
+        "precision": args.precision,
         "useful_tokens": useful,
         "samples": args.batch * args.updates,
         "seconds": round(seconds, 3),

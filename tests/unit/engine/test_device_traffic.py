@@ -6,12 +6,10 @@ of torch without CUDA cannot imitate CUDA itself, but a device that torch leaves
 in them transformers picks the places that are predicted by a mask, for which the host waits once.
 """
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,28 +22,9 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
-from sheeprlhf.agent.policy import load_policy
-from sheeprlhf.agent.reward import load_reward_model
-from sheeprlhf.data.example import Example, collate_packed
-from sheeprlhf.engine.step import LossFn
-from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.rollout import GRPOConfig, OnlineDPOConfig, PPOConfig, ReinforcePPConfig, RLOOConfig
-from sheeprlhf.structure.task import DPOConfig, KTOConfig
-from sheeprlhf.task.train.dpo import dpo_loss
-from sheeprlhf.task.train.grpo import grpo_loss
-from sheeprlhf.task.train.kto import kto_loss
-from sheeprlhf.task.train.online_dpo import online_dpo_loss
-from sheeprlhf.task.train.ppo import policy_loss, ptx_loss, value_loss
-from sheeprlhf.task.train.reinforce_pp import reinforce_pp_loss
-from sheeprlhf.task.train.rloo import rloo_loss
-from sheeprlhf.task.train.rm import rm_loss
-from sheeprlhf.task.train.sft import sft_loss
-from tests.support.models import make_model_folder
+from tests.support.losses import LOSSES, loss_case
 
-ONLINE: dict[str, Any] = {"temperature": 1.0}
 DEVICE = "absent"
-PER_TOKEN = ("logprobs", "reference", "advantages", "values", "returns")
 
 
 class _Hook(_DummyPrivateUse1Hook):
@@ -91,55 +70,9 @@ def to_device(module: nn.Module) -> None:
                     tensors[name] = made[tensor]
 
 
-def examples(num_responses: int) -> list[Example]:
-    rng = np.random.default_rng(0)
-
-    def ids(length: int) -> np.ndarray:
-        return rng.integers(3, 250, length).astype(np.int32)
-
-    lengths = ((4, (6, 3)), (5, (7, 2)))
-    return [
-        Example(row, ids(prompt), tuple(map(ids, responses[:num_responses])))
-        for row, (prompt, responses) in enumerate(lengths)
-    ]
-
-
-LOSSES: Mapping[str, tuple[LossFn, str, str]] = {  # the loss; the targets that it needs; what it needs besides a batch
-    "sft": (sft_loss, "response", ""),
-    "sft, smoothed": (partial(sft_loss, label_smoothing=0.1), "all", ""),
-    "rm": (partial(rm_loss, loss_type="last_token"), "last", ""),
-    "rm, tokens": (partial(rm_loss, loss_type="per_sample", center=0.01), "scores", ""),
-    "dpo": (partial(dpo_loss, task=DPOConfig()), "response", "per response"),
-    "dpo, ipo": (partial(dpo_loss, task=DPOConfig(loss_type="ipo")), "response", "per response"),
-    "kto": (partial(kto_loss, task=KTOConfig(), kl=0.1), "response", "per response"),
-    "ppo": (partial(policy_loss, task=PPOConfig(), **ONLINE), "response", "per token"),
-    "ppo, critic": (partial(value_loss, task=PPOConfig()), "scores", "per token"),
-    "ppo, ptx": (ptx_loss, "response", ""),
-    "grpo": (partial(grpo_loss, task=GRPOConfig(), max_length=8, **ONLINE), "response", "per token"),
-    "grpo, gspo": (
-        partial(grpo_loss, task=GRPOConfig(loss_type="gspo"), max_length=8, **ONLINE),
-        "response",
-        "per token",
-    ),
-    "rloo": (partial(rloo_loss, task=RLOOConfig(), **ONLINE), "response", "per token"),
-    "reinforce_pp": (partial(reinforce_pp_loss, task=ReinforcePPConfig(), **ONLINE), "response", "per token"),
-    "online_dpo": (partial(online_dpo_loss, task=OnlineDPOConfig(), **ONLINE), "response", "per token"),
-}
-
-
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_packed_losses_make_the_host_wait_for_nothing(name: str, tmp_path: Path) -> None:
-    loss_fn, targets, needed = LOSSES[name]
-    scores = targets in ("last", "scores")
-    cfg = ModelConfig(config_name="auto", repo_name=str(make_model_folder(tmp_path, "llama", scores=scores)))
-    load = load_reward_model if scores else load_policy
-    module = load(cfg, load_tokenizer(cfg), longest=64, batching="packed")[0]
-    batch = collate_packed(examples(1 if needed == "per token" and name != "online_dpo" else 2), targets=targets)
-    content: Any = batch
-    if needed == "per response":
-        content = (batch, torch.zeros(len(batch.response_lengths)))
-    elif needed:
-        content = (batch, {key: torch.zeros(len(batch.target_ids_N)) for key in PER_TOKEN})
+    loss_fn, module, content = loss_case(name, tmp_path)
     with FakeTensorMode(allow_non_fake_inputs=True):
         to_device(module)
         content = tree_map_only(torch.Tensor, partial(torch.empty_like, device=DEVICE), content)
