@@ -11,8 +11,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from sheeprlhf.data.example import Batch, Example, collate_packed, collate_padded
-from sheeprlhf.data.prepare import TokenizedSplit
 from sheeprlhf.data.sampler import cut_micro_batches
+from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.step import MicroBatch
 from sheeprlhf.model.attention import packing_limit, tolerance
 from sheeprlhf.model.lm_head import TokenLogprobs

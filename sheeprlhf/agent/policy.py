@@ -17,23 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sheeprlhf.agent.batches import choose_packed
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.checkpoint import saved_tensors
+from sheeprlhf.model.adapter import POLICY, load_lora, merge_lora, save_model
 from sheeprlhf.model.attention import accepted, logits_at, placeholder_mask
 from sheeprlhf.model.layers import sparse_last_mlp
 from sheeprlhf.model.lm_head import TokenLogprobs, head_logprobs, head_scores, logprobs_from_logits
 from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm
 from sheeprlhf.model.locate import locate_adapter
-from sheeprlhf.model.lora import (
-    POLICY,
-    REFERENCE,
-    adapter_in_use,
-    adapters_off,
-    add_second_adapter,
-    copy_adapter,
-    load_lora,
-    merge_lora,
-    save_model,
-    with_adapter,
-)
+from sheeprlhf.model.lora import REFERENCE, adapter_in_use, adapters_off, add_second_adapter, copy_adapter, with_adapter
 from sheeprlhf.model.router import router_logits_of
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import add_end_ids

@@ -14,12 +14,14 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from sheeprlhf.agent.batches import choose_packed
 from sheeprlhf.agent.policy import Policy, hidden_at_head
 from sheeprlhf.data.example import Batch
-from sheeprlhf.model.lm_head import HEAD, head_scores, padding_token, scalar_model
-from sheeprlhf.model.load import load_causal_lm, read_score_bias
-from sheeprlhf.model.lora import adapter_in_use, add_lora, load_lora, save_model
+from sheeprlhf.model.adapter import load_lora, save_model
+from sheeprlhf.model.folder import HEAD, read_score_bias
+from sheeprlhf.model.lm_head import head_scores, scalar_model
+from sheeprlhf.model.load import load_causal_lm
+from sheeprlhf.model.lora import adapter_in_use, add_lora
 from sheeprlhf.security.model_folder import read_json
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.utils.end_tokens import add_end_ids
+from sheeprlhf.utils.end_tokens import add_end_ids, padding_token
 from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.output import write_file

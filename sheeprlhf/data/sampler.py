@@ -85,10 +85,6 @@ class RolloutPlan(NamedTuple):
         epoch, within = divmod(step, self._steps_per_epoch())
         return epoch * self.prompts.steps_per_epoch() - (-within // self._steps(self.prompts.rows_per_step))
 
-    def epochs_before(self, number: int) -> float:
-        """Passes over the prompts of all rollouts before rollout `number`."""
-        return number / self.prompts.steps_per_epoch()
-
     def _steps_per_epoch(self) -> int:
         full = self.prompts.steps_per_epoch() - 1
         last = self.prompts.num_rows - full * self.prompts.rows_per_step

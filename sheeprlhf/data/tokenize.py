@@ -3,6 +3,8 @@
 A tokenizer of the sentencepiece family writes a space before a text, so a response that is encoded as a text of its own
 begins with a space that the text does not have. It encodes responses behind their prompts. All other tokenizers encode
 prompt and response apart: no merge crosses the border, and what is sampled after a prompt has the prompt's own ids.
+
+`TextExchange` makes the ids of another tokenizer from those of a policy, for a reward model that reads other tokens.
 """
 
 import hashlib
@@ -10,6 +12,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +27,7 @@ from sheeprlhf.data.conversation import (
     remove_reasoning,
     render_example,
 )
-from sheeprlhf.data.example import PreferenceExample
+from sheeprlhf.data.example import Example, PreferenceExample
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.rows import (
     DropRowError,
@@ -35,9 +38,9 @@ from sheeprlhf.data.rows import (
     labelled,
 )
 from sheeprlhf.structure.data import DataConfig, LayoutDataConfig
-from sheeprlhf.utils.end_tokens import end_texts, end_token_ids
-from sheeprlhf.utils.errors import DataError
-from sheeprlhf.utils.rendering import RefusedByTemplateError, check_template_args
+from sheeprlhf.utils.end_tokens import control_tokens, end_texts, end_token_ids, response_end
+from sheeprlhf.utils.errors import DataError, ModelError, Notify
+from sheeprlhf.utils.rendering import RefusedByTemplateError, check_template_args, render_chat
 
 # Texts to put before a response. The first one whose ids do not change is used, and cut off again.
 SENTINELS = ("\n", "a", ".", "0", "|")
@@ -196,6 +199,7 @@ class PairEncoder:
 
 
 REFUSED = "refused_by_template"  # a reason why a row is left out
+_NEW_LINE = "\n"  # in place of a prompt whose ids are known
 KINDS = ("sft", "preference", "unpaired", "prompts")
 
 
@@ -617,3 +621,146 @@ def raw_text(values: Mapping[str, Any]) -> str:
 def _digest(text: str) -> bytes:
     """16 bytes that identify a text."""
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def has_same_tokens(first: Any, second: Any) -> bool:
+    """Return whether ids of one tokenizer mean the same to the other."""
+    return bool(first.get_vocab() == second.get_vocab())
+
+
+class TextExchange:
+    """Encodes prompts and responses for a reward model that reads other tokens than the policy.
+
+    Args:
+        policy: the policy's tokenizer.
+        reward: the reward model's.
+        say: prints a line for the user.
+        chat: write a prompt and its response as two turns of the reward model's chat template.
+        own_prompts: by the bytes of a prompt's ids in the policy's tokens, its ids as the reward model's chat template
+            renders the messages of its row; for rows of messages.
+
+    Raises:
+        ModelError: the tokenizer of the reward model has no chat template.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        reward: Any,
+        say: Notify,
+        *,
+        chat: bool = False,
+        own_prompts: Mapping[bytes, np.ndarray] | None = None,
+    ) -> None:
+        self._policy, self._reward, self._say, self._own_prompts = policy, reward, say, own_prompts or {}
+        self._turns = turn_texts(reward) if chat else None
+        self._policy_bos, self._reward_bos = SpecialIds(policy).bos, SpecialIds(reward).bos
+        self._encode = PairEncoder(reward)
+        self._control, self._known = control_tokens(policy), set(control_tokens(reward).values())
+        self._warned = False
+
+    def __call__(
+        self,
+        rows: Sequence[Example],
+        texts: Sequence[tuple[str, str, bool]],
+        prompts: Sequence[Example] | None = None,
+    ) -> tuple[Example, ...]:
+        """Return the rows in the reward model's tokens; a response that ended has the reward model's end token.
+
+        Args:
+            rows: in the policy's tokens.
+            texts: prompt and response, and whether the response ended, of each response in the order of the rows.
+            prompts: the rows as the reward model's own chat template renders them; None encodes the policy's prompts.
+        """
+        rest, found = iter(texts), []
+        for number, row in enumerate(rows):
+            part = list(islice(rest, len(row.responses)))
+            written = [response for _, response, _ in part]
+            if self._turns is not None:
+                found.append(self._chat_row(row, part[0][0], written))
+                continue
+            if prompts is None:
+                prompt_ids, ids = self._encode_pair(row.prompt_ids, written)
+            else:
+                prompt_ids, ids = prompts[number].prompt_ids, self._encode_responses(written)
+            end = response_end(self._reward, prompt_ids)
+            responses = tuple(
+                np.array([*response, end] if ended or not response else response, dtype=np.int32)
+                for response, (_, _, ended) in zip(ids, part, strict=True)
+            )
+            found.append(row._replace(prompt_ids=prompt_ids, responses=responses))
+        return tuple(found)
+
+    def _encode_pair(self, prompt_ids: np.ndarray, responses: list[str]) -> tuple[np.ndarray, list[list[int]]]:
+        """Ids of a prompt of the policy's and of its responses; control tokens of a chat template stay such tokens."""
+        bos, ids = self._policy_bos, prompt_ids.tolist()
+        ids = ids[len(bos) :] if ids[: len(bos)] == bos else ids
+        [prompt] = decode(self._policy, [ids])
+        control = {self._control[token] for token in ids if token in self._control}
+        self._warn(control)
+        if control:
+            [head] = encode(self._reward, [prompt], control_tokens=True)
+            response_ids = self._encode_responses(responses)
+        else:
+            [(head, response_ids, _)] = self._encode([prompt], [responses], control_tokens=False)
+        own = self._reward_bos
+        head = head if control and head[: len(own)] == own else [*own, *head]
+        return np.array(head, dtype=np.int32), response_ids
+
+    def _chat_row(self, row: Example, prompt: str, responses: list[str]) -> Example:
+        """Return a row in the chat template; the text of a control token stays plain text."""
+        assert self._turns is not None
+        before, between, after = (encode(self._reward, [text], control_tokens=True)[0] for text in self._turns)
+        if self._own_prompts:
+            own = self._own_prompts[row.prompt_ids.tobytes()]
+            return row._replace(prompt_ids=own, responses=self._arrays(self._encode_responses(responses), after))
+        if any(token in text for text in (prompt, *responses) for token in self._known):
+            [prompt_ids, *ids] = encode(self._reward, [prompt, *responses])
+            head = np.array([*before, *prompt_ids, *between], dtype=np.int32)
+            return row._replace(prompt_ids=head, responses=self._arrays(ids, after))
+        asked = {"role": "user", "content": prompt}
+        whole = [render_chat(self._reward, [asked, {"role": "assistant", "content": text}]) for text in responses]
+        ids = encode(self._reward, whole, control_tokens=True)
+        shortest = min(map(len, ids)) - 1
+        shared = next((i for i, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1), shortest)
+        shared = min(shared, shortest)
+        head = np.array(ids[0][:shared], dtype=np.int32)
+        return row._replace(prompt_ids=head, responses=self._arrays([one[shared:] for one in ids], []))
+
+    @staticmethod
+    def _arrays(responses: list[list[int]], end: list[int]) -> tuple[np.ndarray, ...]:
+        return tuple(np.array([*response, *end], dtype=np.int32) for response in responses)
+
+    def _encode_responses(self, responses: list[str]) -> list[list[int]]:
+        [pair] = self._encode([_NEW_LINE], [responses], control_tokens=False)
+        return pair.responses
+
+    def _warn(self, control: set[str]) -> None:
+        """Warn once that control tokens of the policy's template mean nothing to the reward model."""
+        unknown = sorted(control - self._known)
+        if unknown and not self._warned:
+            self._warned = True
+            self._say(
+                f"warning: the reward model's tokenizer lacks control tokens of the prompts ({', '.join(unknown[:4])}) "
+                "and reads them as plain text; give a reward model with the policy's chat template, or rows with a "
+                "prompt instead of messages"
+            )
+
+
+def turn_texts(tokenizer: Any) -> tuple[str, str, str]:
+    """Return the texts that a chat template writes before a user's message, between it and the answer, and after it.
+
+    Raises:
+        ModelError: there is no template, or it does not write both as they are.
+    """
+    asked, answered = "a question", "an answer"
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "reward.template=chat: the reward model's tokenizer has no chat template: give reward.template=plain"
+        )
+    text = render_chat(tokenizer, [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}])
+    before, found, rest = text.partition(asked)
+    between, also_found, after = rest.partition(answered)
+    if not (found and also_found):
+        raise ModelError("reward.template=chat: the reward model's chat template does not write the texts as they are")
+    return before, between, after

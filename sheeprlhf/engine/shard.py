@@ -26,7 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from sheeprlhf.engine.ranks import JoiningModelParallel
-from sheeprlhf.model.file_weights import drop_placeholders
+from sheeprlhf.model.folder import drop_placeholders
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.hardware import available_memory

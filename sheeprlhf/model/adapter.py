@@ -1,20 +1,45 @@
-"""The few supported settings of an untrusted adapter configuration that PEFT has saved.
+"""Adapters of a PEFT folder: check, load, merge into the weights, save.
 
 PEFT's own reader would import a library that the file names. Here a setting is known and of its type, or is off, or the
 file is refused.
 """
 
 import re
-from collections.abc import Iterator
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
-from peft import LoraConfig
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from sheeprlhf.model.folder import HEAD, dequantize, quantization_of, saved_dtype
+from sheeprlhf.model.load import trained_rows
 from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS, read_json, tensors_of
+from sheeprlhf.security.pickled_weights import adapter_folder
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
-from sheeprlhf.utils.errors import ModelError
+from sheeprlhf.utils.errors import ModelError, Notify
+from sheeprlhf.utils.modes import eval_mode
 
+POLICY = "default"  # PEFT's name for the first adapter of a model: that of the policy
+# Of 1 + the largest output. Merging adds W + BA first instead of Wx + BAx: sums in another order, and rounded weights.
+_MERGE_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
+_FLOAT32_MERGE_TOLERANCE = 1e-4
+_NUM_ROWS, _ROW_TOKENS = 4, 24
 _NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # PEFT takes some names for patterns: none of these takes long
 _MAX_NAMES = 10_000
 _MAX_ROWS = 1_000_000
@@ -98,15 +123,22 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     Raises:
         ModelError: they are not LoRA, ask for something that is not ours, or the weights are not safetensors.
     """
-    try:
+    with adapter_errors(folder):
         content = read_json(folder, ADAPTER_CONFIG)
         for problem in _problems(content):
             raise ModelError(f"{ADAPTER_CONFIG}: {problem}")
         tensors_of(folder, ADAPTERS)
-    except ModelError as error:
-        raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
     known = {key: content[key] for key in _KNOWN if content.get(key) is not None}
     return LoraConfig(**known, base_model_name_or_path=_base(content), inference_mode=True)
+
+
+@contextmanager
+def adapter_errors(folder: Path) -> Iterator[None]:
+    """Turn the errors of loading a folder's adapters within the block into `ModelError`s that name it."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, IndexError, SafetensorError) as error:
+        raise ModelError(f"{folder}: these adapters cannot be loaded: {error}") from error
 
 
 def _names_transformers(value: Any) -> bool:
@@ -166,3 +198,255 @@ def conflicting_options(cfg: ModelConfig, config: LoraConfig) -> list[str]:
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, list | tuple | set) else value
+
+
+class Merged(NamedTuple):
+    """A model with its adapters merged into its weights.
+
+    Attributes:
+        model: all of its weights train; it is no longer what any folder holds.
+        outputs: its logits or scores on the rows that it was compared on.
+        difference: the largest difference of an output before and after.
+    """
+
+    model: PreTrainedModel
+    outputs: list[Tensor]
+    difference: float
+
+
+def load_lora(model: PreTrainedModel, folder: Path, say: Notify = lambda _: None, *, trains: bool = False) -> PeftModel:
+    """Put the adapters of a PEFT folder on the model.
+
+    Args:
+        model: the model that they were trained on.
+        folder: has them as safetensors, or as a pickle, which is converted.
+        say: prints a line for the user.
+        trains: the adapters train; else they are frozen.
+
+    Raises:
+        ModelError: the folder holds no adapters that fit the model.
+    """
+    folder = adapter_folder(folder, say)
+    config = read_adapter_config(folder)
+    config.base_model_name_or_path = model.name_or_path or config.base_model_name_or_path
+    if config.task_type is None and not hasattr(model, HEAD):
+        config.task_type = TaskType.CAUSAL_LM
+    with adapter_errors(folder), peft_warnings_ignored():
+        adapted = PeftModel.from_pretrained(model, folder, config=config, is_trainable=trains)
+        check_tensors(adapted, POLICY, tensors_of(folder, ADAPTERS))
+    return adapted
+
+
+def check_tensors(model: PeftModel, name: str, tensors: Mapping[str, Any]) -> None:
+    """Account for every tensor of an adapter: PEFT leaves those that are missing as they were initialised.
+
+    Args:
+        model: with the adapter.
+        name: of the adapter.
+        tensors: what its file has: anything with a shape, by name.
+
+    Raises:
+        ValueError: naming tensors of the adapter that are missing, of another shape or without a place in the model.
+    """
+    with peft_warnings_ignored():
+        expected: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    found = {
+        "missing": expected.keys() - tensors.keys(),
+        "without a place in the model": {key for key in tensors.keys() - expected.keys() if "lora_" in key},
+        "of another shape": {
+            key for key in expected.keys() & tensors.keys() if tuple(expected[key].shape) != tuple(tensors[key].shape)
+        },
+    }
+    problems = [
+        f"{', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''} {what}"
+        for what, keys in ((what, sorted(keys)) for what, keys in found.items())
+        if keys
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def check_adapters(model: PreTrainedModel, folder: Path, say: Notify) -> None:
+    """Account for the tensors of a PEFT folder by the header of its file.
+
+    Args:
+        model: the model that they were trained on; tensors without content do.
+        folder: as in `load_lora`.
+        say: prints a line for the user.
+
+    Raises:
+        ModelError: the folder holds no adapters that fit the model.
+    """
+    converted = adapter_folder(folder, say)
+    config = read_adapter_config(converted)
+    with adapter_errors(folder), peft_warnings_ignored():
+        check_tensors(get_peft_model(model, config), POLICY, tensors_of(converted, ADAPTERS))
+
+
+def shared_targets(model: PeftModel) -> dict[str, list[str]]:
+    """The layers with adapters whose weights other modules use too, each with the names of those modules.
+
+    A language head that is tied to the input embedding is one: merging adapters into it changes both.
+    """
+    base = model.get_base_model()
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, module in base.named_modules():
+        for weight in module.parameters(recurse=False):
+            users[id(weight)].append(name)
+    shared = {}
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
+            layer: nn.Module = module.get_base_layer()
+            used = [user for weight in layer.parameters(recurse=False) for user in users[id(weight)]]
+            others = [user for user in used if user != name and not user.startswith(f"{name}.")]
+            if others:
+                shared[name] = others
+    return shared
+
+
+def describe_shared(shared: dict[str, list[str]]) -> str:
+    """A clause about the result of `shared_targets`."""
+    return ", ".join(f"{name} shares its weight with {' and '.join(users)}" for name, users in shared.items())
+
+
+def merge_lora(model: PeftModel, rows: Sequence[Sequence[int]] | None = None) -> Merged:
+    """Merge the adapters into the weights, and verify that the model's outputs are unchanged.
+
+    Quantised weights are dequantised first: merged into them, adapters would be rounded to their few bits.
+
+    Args:
+        model: the model with its adapters, which is used up.
+        rows: token ids of the rows that logits or scores are compared on; a few of the whole vocabulary by default.
+
+    Raises:
+        ModelError: the merged model computes something else.
+    """
+    if quantization_of(model.get_base_model()):
+        model = _on_dequantized_base(model)
+    base = cast(PreTrainedModel, model.get_base_model())
+    rows = probe_rows(base) if rows is None else rows
+    before, shared = compute_outputs(base, rows), shared_targets(model)
+    with peft_warnings_ignored():
+        merged = cast(PreTrainedModel, model.merge_and_unload())
+    merged.requires_grad_(True)
+    merged.name_or_path = merged.config._name_or_path = ""
+    after = compute_outputs(merged, rows)
+    difference = max_difference(before, after)
+    what = "with its adapters merged the model computes something else"
+    share = _MERGE_TOLERANCE.get(next(merged.parameters()).dtype, _FLOAT32_MERGE_TOLERANCE)
+    if shared:  # no rounding: one of the two modules got an update that was not trained for it
+        what = f"{what}, since {describe_shared(shared)} (train again with other model.lora_cfg.targets)"
+        share = _FLOAT32_MERGE_TOLERANCE
+    check_difference(difference, after, share, what)
+    return Merged(merged, after, difference)
+
+
+def _on_dequantized_base(model: PeftModel) -> PeftModel:
+    """Move the policy's adapter to usual linear layers with the weights that the quantised ones stand for."""
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=POLICY, save_embedding_layers=False)
+    base, config = cast(PreTrainedModel, cast(Any, model).unload()), model.peft_config[POLICY]
+    dequantize(base)
+    with peft_warnings_ignored():
+        adapted = cast(PeftModel, get_peft_model(base, config))
+        set_peft_model_state_dict(adapted, weights)
+    return adapted
+
+
+def save_model(model: PreTrainedModel | PeftModel, folder: Path) -> bool:
+    """Write what `from_pretrained` loads: a whole model, or adapters if what they sit in is in a folder of its own.
+
+    Adapters are the same bytes from every process: PEFT holds names in sets. Adapters on weights that are in no folder
+    are merged into them, and the model is used up.
+
+    Returns:
+        Whether the folder holds adapters.
+
+    Raises:
+        ModelError: with its adapters merged, the model computes something else.
+    """
+    if isinstance(model, PeftModel) and not model.get_base_model().name_or_path:
+        model = merge_lora(model).model
+    if not isinstance(model, PeftModel):
+        with _in_saved_dtype(model):
+            model.save_pretrained(str(folder))
+        return False
+    for config in model.peft_config.values():
+        if isinstance(config, LoraConfig):
+            for field in ("target_modules", "modules_to_save"):
+                names = getattr(config, field)
+                setattr(config, field, sorted(names) if isinstance(names, set) else names)
+    # The rows of new tokens are among the adapters; "auto" would write the whole resized embedding too.
+    embeddings: Any = False if trained_rows(model) else "auto"
+    model.save_pretrained(str(folder), selected_adapters=[POLICY], save_embedding_layers=embeddings)
+    return True
+
+
+@contextmanager
+def _in_saved_dtype(model: PreTrainedModel) -> Iterator[None]:
+    """Give the weights the number format of `saved_dtype` within the block."""
+    dtype = saved_dtype(model)
+    weights = [] if dtype is None else [(weight, weight.data) for weight in model.parameters()]
+    try:
+        for weight, data in weights:
+            weight.data = data.to(dtype)
+        yield
+    finally:
+        for weight, data in weights:
+            weight.data = data
+
+
+@contextmanager
+def peft_warnings_ignored() -> Iterator[None]:
+    """Hide PEFT's warnings of fan_in_fan_out, which it corrects, of an old name, and of tied weights, checked here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error here
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match")  # patterns that PEFT itself adds
+        warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|no longer tied)")
+        yield
+
+
+def probe_rows(model: PreTrainedModel) -> list[list[int]]:
+    """Token ids of a few rows spread over the vocabulary, the same on every call, for a model without data at hand."""
+    vocabulary: int = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    length = min(_ROW_TOKENS, int(getattr(model.config, "max_position_embeddings", None) or _ROW_TOKENS))
+    return [
+        [(3 + 7919 * row + 104_729 * position) % vocabulary for position in range(length)] for row in range(_NUM_ROWS)
+    ]
+
+
+@torch.no_grad()
+def compute_outputs(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Float32 outputs of each row in eval mode: (T, V) of a language model, (1,) of a reward model."""
+    with eval_mode(model):
+        return [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float() for ids in rows]
+
+
+def max_difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """The largest absolute difference between the outputs of two models on the same rows."""
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def max_output(outputs: Sequence[Tensor]) -> float:
+    """The largest absolute output."""
+    return max(float(row.abs().max()) for row in outputs)
+
+
+def check_difference(difference: float, outputs: Sequence[Tensor], share: float, what: str) -> None:
+    """Compare a difference of outputs with what rounding explains.
+
+    Args:
+        difference: between the outputs of two models.
+        outputs: of one of them.
+        share: of 1 + the largest output, the most that is accepted.
+        what: begins the message.
+
+    Raises:
+        ModelError: the difference is larger, or not a number.
+    """
+    limit = share * (1 + max_output(outputs))
+    if not difference <= limit:
+        raise ModelError(
+            f"{what}: its outputs differ by {difference:.3g}, and {limit:.3g} is the most that rounding explains"
+        )

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from sheeprlhf.model.folder import HEAD, keep_quantization
 from sheeprlhf.model.load import backbone_and_head
-from sheeprlhf.model.quantize import keep_quantization
-from sheeprlhf.utils.end_tokens import end_texts, end_tokens
+from sheeprlhf.utils.end_tokens import padding_token
 from sheeprlhf.utils.errors import ModelError
 
 MAX_LOGITS = 1 << 26  # logits kept for one backward pass; more is recomputed in chunks of this size
@@ -180,9 +180,6 @@ def head_logprobs(
     return TokenLogprobs(cast(Tensor, target_N), mean_N, entropy_N, value_N)
 
 
-HEAD = "score"  # the head's name in every decoder's classification model
-
-
 def scalar_model(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The classification model around a causal language model's backbone, with a new head; the backbone is shared.
 
@@ -217,28 +214,6 @@ def with_score_head(causal_lm: PreTrainedModel, padding_id: int) -> PreTrainedMo
     setattr(model, HEAD, new)
     keep_quantization(model, causal_lm)
     return model.train(causal_lm.training)
-
-
-def padding_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A token that no text has and no response ends in: transformers scores the rightmost token that is another one.
-
-    The tokenizer's own padding unless that is an end token, else another special token, of those without a role too,
-    else the byte 0xFF, which UTF-8 never has, as byte-level tokenizers write it.
-
-    Raises:
-        ModelError: there is no such token.
-    """
-    vocabulary = tokenizer.get_vocab()
-    taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, *end_texts(tokenizer), None}
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for token in (tokenizer.pad_token, *tokenizer.all_special_tokens, *added, "\u00ff", "<0xFF>"):
-        if token not in taken and token in vocabulary:
-            return str(token)
-    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, end_tokens(tokenizer).closing):
-        return str(tokenizer.pad_token)  # only the configuration lists it as an end token
-    raise ModelError(
-        "the model's tokenizer has no token for padding but EOS: set pad_token in its tokenizer_config.json"
-    )
 
 
 def head_scores(hidden_RC: Tensor, head: nn.Module) -> Tensor:

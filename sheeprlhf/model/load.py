@@ -1,22 +1,13 @@
 """Load tokenizers and causal language models: a hub name, a local folder, or the embedded model, by the same code."""
 
-import json
-import math
 import re
-import shlex
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-import transformers
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,310 +17,29 @@ from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.config.prompt_format import read_prompt_form
 from sheeprlhf.model.attention import register, use_packed_attention
-from sheeprlhf.model.file_weights import Source, keep_in_files, placeholders
+from sheeprlhf.model.folder import (
+    LOADING_ERRORS,
+    find_files,
+    find_weights,
+    first_line,
+    read_config,
+    read_model,
+    too_few_rows,
+)
 from sheeprlhf.model.layers import replace_rms_norms, use_frequencies_of_rows
-from sheeprlhf.model.locate import locate
-from sheeprlhf.model.new_tokens import add_rows
-from sheeprlhf.model.quantize import loading_options, use_own_layers
 from sheeprlhf.security.chat_templates import check_templates
 from sheeprlhf.security.files import read_small
-from sheeprlhf.security.model_folder import (
-    MAX_TEMPLATE,
-    TensorFacts,
-    check_model,
-    check_sizes,
-    check_tokenizer,
-    download_weights,
-    folder_of,
-    pickled_files,
-    read_json,
-    safetensors_files,
-    tensors_of,
-    weights_of,
-)
-from sheeprlhf.security.pickled_weights import converted_folder
+from sheeprlhf.security.model_folder import MAX_TEMPLATE, check_tokenizer, read_json
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.chat_templates import FOLDER, OPTION, SUFFIX, built_in_templates, own_templates, template_names
 from sheeprlhf.utils.end_tokens import set_configured_end_ids
 from sheeprlhf.utils.errors import ModelError, Notify
-from sheeprlhf.utils.home import EMBEDDED, PICKLED, WEIGHTS_FILES, expand_home
-from sheeprlhf.utils.vocabulary import add_special_tokens, num_rows_needed, template_tokens
+from sheeprlhf.utils.home import EMBEDDED, expand_home
+from sheeprlhf.utils.vocabulary import add_special_tokens, new_ids, num_rows_needed, template_tokens
 
-RESIZED = "resized_model"  # a folder, in messages
-_HALF = {"F16": "float16", "BF16": "bfloat16"}  # number formats in the headers
-_CLASSES = ("ForSequenceClassification", "ForCausalLM", "LMHeadModel", "Model")  # what may have a score head
-_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
 _END_ID_FILES = ("generation_config.json", "config.json")
-_SAVED_DTYPE = "sheeprlhf_saved_dtype"  # attribute of a backbone
 _DROPOUT_KEY = re.compile(r"(drop|_pdrop$)")
-
-
-SCORE = "score"
-SCORE_BIAS = "score.bias"  # transformers' decoders have none; it is added to every score
-_HEAD_NAME = re.compile(
-    r"(?:^|[._])(?:\w*head\d*|scores?|classifier|regression\w*|reward\w*|value|summary|embed_out|logits_proj)(?:[._]|$)"
-)
-_LANGUAGE_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-_SHOWN, _NAME_LENGTH = 4, 80
-
-
-class Account(NamedTuple):
-    """Tensors of the files compared with the parameters of a model.
-
-    Attributes:
-        model: name of the model's class.
-        missing: parameters without a tensor, those of heads that the task makes left out.
-        misplaced: tensors of layers that the model has, and that have no place in them: `q_proj.bias`, a third layer.
-        unread: the other tensors without a place.
-        mismatched: parameters with another shape in the files: name, shape in the files, shape in the model.
-        torn: tensors of a group that the model joins into one, such as experts, whose other tensors are there.
-    """
-
-    model: str
-    missing: list[str]
-    misplaced: list[str]
-    unread: list[str]
-    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
-    torn: list[str]
-
-    def heads(self) -> list[str]:
-        """The unread tensors that look like a head."""
-        return [name for name in self.unread if _HEAD_NAME.search(name)]
-
-    def problem(self) -> str:
-        """The reason that the loaded model would differ from the saved one, and the fix; empty if there is none."""
-        if not (self.missing or self.misplaced or self.mismatched or self.torn):
-            return ""
-        shapes = [f"{name} {_shape(files)} instead of {_shape(own)}" for name, files, own in self.mismatched]
-        parts = [
-            _part("missing", [*self.missing, *self.torn]),
-            _part("of another shape", shapes),
-            _part("without a place in a layer that the model has", self.misplaced),
-            _part("there instead", self.heads() or self.unread) if self.missing else _part("not read", self.heads()),
-        ]
-        return f"its weights do not fit {self.model}: {'; '.join(filter(None, parts))}. {self._remedy()}"
-
-    def _remedy(self) -> str:
-        pairs = ((name, key) for name in self.unread for key in self.missing[:8] if name.endswith(f".{key}"))
-        prefix = next((name.removesuffix(key) for name, key in pairs), "")
-        if prefix:
-            return f"In the files their names begin with {prefix[:_NAME_LENGTH]}: save them without it"
-        if f"{SCORE}.weight" in self.missing:
-            others = [name for name in self.heads() or self.unread if not _LANGUAGE_HEAD.search(name)]
-            if others:
-                return (
-                    f"The head of a reward model is {SCORE}.weight: if {others[0][:_NAME_LENGTH]} is all of its head "
-                    f"and of shape (1, hidden size), save it as {SCORE}.weight; else choose another model"
-                )
-            if any(map(_LANGUAGE_HEAD.search, self.unread)):
-                return "This is a language model, not a reward model: train it as one with task=rm, or choose another"
-            return "It was saved without its head: save it again with it, or train a reward model with task=rm"
-        if all(map(_LANGUAGE_HEAD.search, self.missing)) and not (self.misplaced or self.mismatched or self.torn):
-            if self.heads():
-                return "This is not a language model but one with another head: choose the model that it was made of"
-            return (
-                "It was saved without its head: save it again as a causal language model; if its head shares the input "
-                "embeddings, set tie_word_embeddings to true in its config.json"
-            )
-        if self.mismatched or self.misplaced:
-            return "Its config.json is that of another model, or the files are: get both from one place"
-        return "The files are incomplete: save or download the model again"
-
-    def note(self) -> str:
-        """One line about tensors that are not read and change nothing; empty if there are none."""
-        return _part("not read", self.unread) and f"{_part('not read', self.unread)}: {self.model} has no such tensor"
-
-
-def account_for(model: PreTrainedModel, info: Mapping[str, Any], *, new_head: bool = False) -> Account:
-    """Compare what transformers has loaded with what it was given.
-
-    Args:
-        model: loaded.
-        info: of `from_pretrained(output_loading_info=True)`; tied parameters are left out there already.
-        new_head: the task replaces the language head, which needs no tensor.
-    """
-    owned = {_pattern(name.rpartition(".")[0]) for name, _ in model.named_parameters(remove_duplicate=False)}
-    expected = {_pattern(name) for name in model.state_dict()}
-    unexpected = sorted(info["unexpected_keys"], key=_by_number)
-    misplaced = [
-        name
-        for name in unexpected
-        if _pattern(name) in expected or (_pattern(name.rpartition(".")[0]) in owned and not _is_read_bias(model, name))
-    ]
-    head = model.get_output_embeddings() if new_head else None
-    of_new_head = tuple(f"{name}." for name, module in model.named_modules() if head is not None and module is head)
-    missing = [name for name in info["missing_keys"] if not name.startswith(of_new_head)]
-    mismatched = [
-        (name, tuple(files), tuple(own))
-        for name, files, own in info["mismatched_keys"]
-        if not name.startswith(of_new_head)
-    ]
-    return Account(
-        model=type(model).__name__,
-        missing=sorted(missing, key=_by_number),
-        misplaced=[name for name in misplaced if not name.startswith(of_new_head)],
-        unread=[name for name in unexpected if name not in misplaced and not _is_read_bias(model, name)],
-        mismatched=sorted(mismatched, key=lambda entry: _by_number(entry[0])),
-        torn=[],
-    )
-
-
-def account_from_headers(
-    model_class: type[PreTrainedModel], config: Any, tensors: Mapping[str, TensorFacts], *, new_head: bool = False
-) -> Account:
-    """Account for the weights from the headers of the files only: transformers maps tensors with shapes and no content.
-
-    Args:
-        model_class: what is going to be loaded.
-        config: its configuration.
-        tensors: what the files declare.
-        new_head: as in `account_for`.
-    """
-    empty = {name: torch.empty(facts.shape, device="meta") for name, facts in tensors.items()}
-    loader: Any = model_class  # its annotation knows no second result
-    try:
-        model, info = loader.from_pretrained(
-            None,
-            config=config,
-            state_dict=empty,
-            dtype=torch.float32,
-            device_map={"": "meta"},
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except RuntimeError:  # tensors that the model joins do not fit each other
-        torn = torn_groups(tensors) or ["a tensor of a group that the model joins into one"]
-        return Account(model_class.__name__, [], [], [], [], torn)
-    found = account_for(model, info, new_head=new_head)
-    return found if not found.mismatched else found._replace(torn=torn_groups(tensors))
-
-
-def torn_groups(names: Iterable[str]) -> list[str]:
-    """Names that a numbered group lacks, where other groups of the same form have them: one expert of a layer."""
-    numbers: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
-    for name in names:
-        found = list(_NUMBER.finditer(name))
-        if len(found) > 1:
-            last = found[-1]
-            group = f"{name[: last.start()]}*{name[last.end() :]}"
-            numbers[_pattern(name)][group].add(int(last.group()))
-    lacking = []
-    for groups in numbers.values():
-        whole = set().union(*groups.values())
-        for group, present in groups.items():
-            lacking += [group.replace("*", str(number)) for number in whole - present]
-    for group_of_layer in _siblings(numbers):
-        whole = set().union(*group_of_layer.values())
-        for group, present in group_of_layer.items():
-            lacking += [group.replace("*", str(number)) for number in whole - present]
-    return sorted(set(lacking), key=_by_number)
-
-
-def _siblings(numbers: Mapping[str, Mapping[str, set[int]]]) -> Iterable[dict[str, set[int]]]:
-    """Groups that differ in what follows the number only: gate, up and down of the same experts."""
-    found: dict[str, dict[str, set[int]]] = defaultdict(dict)
-    for groups in numbers.values():
-        for group, present in groups.items():
-            found[group.partition("*")[0]][group] = present
-    return found.values()
-
-
-def _is_read_bias(model: PreTrainedModel, name: str) -> bool:
-    """A single score's bias is read: the reward model adds it."""
-    head = getattr(model, SCORE, None)
-    return name == SCORE_BIAS and isinstance(head, nn.Linear) and head.bias is None and head.out_features == 1
-
-
-def _pattern(name: str) -> str:
-    return _NUMBER.sub("*", name)
-
-
-def _by_number(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _shape(sizes: tuple[int, ...]) -> str:
-    return f"({', '.join(map(str, sizes))})"
-
-
-def _part(what: str, names: list[str]) -> str:
-    """Names of a kind, the first ones in full."""
-    if not names:
-        return ""
-    shown = [name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}..." for name in names[:_SHOWN]]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(shown)}{more} {'is' if len(names) == 1 else 'are'} {what}"
-
-
-class _Files(NamedTuple):
-    """Arguments of `from_pretrained` for a model.
-
-    Attributes:
-        source: a folder or a hub id.
-        options: keyword arguments of every call.
-        folder: where the files are.
-        tensors: those of the weights, by name; empty if they are not read.
-        origin: the folder or hub id that the model is known by, also if `source` is a converted copy.
-    """
-
-    source: str
-    options: dict[str, Any]
-    folder: Path
-    tensors: dict[str, TensorFacts]
-    origin: str
-
-
-def _files(cfg: ModelConfig) -> _Files:
-    """The files of a model on this machine, without its weights; nothing has been looked at.
-
-    Raises:
-        ModelError: it cannot be found.
-    """
-    found, library = locate(cfg), cfg.library_cfg
-    options = {"trust_remote_code": library.trust_remote_code, "revision": library.revision}
-    try:
-        folder = folder_of(found.source, library.revision, local_only=found.local_only)
-    except OSError as error:
-        raise _unloadable(cfg, error) from error
-    return _Files(found.source, options | {"local_files_only": found.local_only}, folder, {}, found.source)
-
-
-def _files_with_weights(cfg: ModelConfig, say: Notify) -> _Files:
-    """The files of a model, looked at, with its weights as safetensors unless they are to be random.
-
-    Raises:
-        ModelError: it cannot be found, has no weights, or a library should not be given them.
-    """
-    files = _files(cfg)
-    embedded = str(cfg.repo_name).startswith(EMBEDDED)
-    if not embedded:
-        check_model(files.folder)
-    if cfg.random_init:
-        return files
-    on_hub, local_only = files.source != str(files.folder), files.options["local_files_only"]
-    try:
-        if on_hub and not local_only:
-            download_weights(files.source, files.folder)
-    except OSError as error:
-        raise _unloadable(cfg, error) from error
-    if pickled_files(files.folder):
-        converted = converted_folder(files.folder, str(cfg.repo_name), say)
-        options = files.options | {"revision": None, "local_files_only": True}
-        files = _Files(str(converted), options, converted, {}, files.origin)
-    tensors = weights_of(files.folder)
-    if not tensors:
-        where = "the hub's cache has no weights of it: connect and `fetch` it" if on_hub else "give one that has them"
-        raise ModelError(
-            f"model.repo_name={cfg.repo_name} has no weights, neither {WEIGHTS_FILES[0]} nor {PICKLED}; {where}"
-        )
-    if not embedded:
-        check_sizes(files.folder, read_json(files.folder, "config.json"), tensors)
-    return files._replace(tensors=tensors)
-
-
-def _unloadable(cfg: ModelConfig, error: Exception) -> ModelError:
-    return ModelError(f"model.repo_name={cfg.repo_name}: the model cannot be loaded: {_first_line(error)}")
+_TRAINED_ROWS = "sheeprlhf_trained_rows"  # attribute of an input embedding: rows that train next to adapters
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
@@ -338,14 +48,14 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: it cannot be read, has no EOS token, or the chat template is unknown or must not be used.
     """
-    files = _files(cfg)
+    files = find_files(cfg)
     if not str(cfg.repo_name).startswith(EMBEDDED):
         check_tokenizer(files.folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.source, **files.options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except LOADING_ERRORS as error:
         raise ModelError(
-            f"model.repo_name={cfg.repo_name}: its tokenizer cannot be loaded: {_first_line(error)}"
+            f"model.repo_name={cfg.repo_name}: its tokenizer cannot be loaded: {first_line(error)}"
         ) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.repo_name={cfg.repo_name}: its tokenizer has no EOS token, so no response could end")
@@ -359,148 +69,6 @@ def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     if cfg.chat_template is None:
         read_prompt_form(files.folder, tokenizer)
     return tokenizer
-
-
-def num_positions(cfg: ModelConfig) -> int | None:
-    """Tokens of the longest sequence that a model can read, by its configuration; None if that sets no limit.
-
-    Raises:
-        ModelError: its configuration cannot be read.
-    """
-    files = _files(cfg)
-    if not str(cfg.repo_name).startswith(EMBEDDED):
-        check_tokenizer(files.folder)
-    try:
-        config = AutoConfig.from_pretrained(files.source, **files.options)
-    except _LOADING_ERRORS as error:
-        raise _unloadable(cfg, error) from error
-    return getattr(config, "max_position_embeddings", None)
-
-
-def check_weights(
-    cfg: ModelConfig, *, auto: Any = AutoModelForCausalLM, new_head: bool = False, say: Notify = lambda _: None
-) -> str:
-    """Account for the weights of a model by the headers of its files, before anything is loaded.
-
-    Args:
-        cfg: the model's configuration.
-        auto: transformers' class for the kind of model.
-        new_head: the task replaces the language head, which need not be there.
-        say: prints a line for the user: pickled weights are converted.
-
-    Returns:
-        A line about tensors that will not be read; empty if all are.
-
-    Raises:
-        ModelError: loading it would fail, or leave a parameter with random numbers.
-    """
-    if cfg.random_init:
-        return ""
-    files = _files_with_weights(cfg, say)
-    trusted = cfg.library_cfg.trust_remote_code
-    config = _read_config(cfg, files, auto)
-    if new_head and not trusted and type(config) not in AutoModelForSequenceClassification._model_mapping:
-        raise ModelError(
-            f"model.repo_name={cfg.repo_name}: transformers has no {config.model_type} model with a score head, so it "
-            "cannot become a reward model: give a model of another architecture"
-        )
-    model_class = _class_of(cfg, config, auto)
-    try:
-        account = account_from_headers(model_class, config, files.tensors, new_head=new_head)
-    except Exception as error:
-        if not trusted:
-            raise
-        say(  # loading accounts for them again
-            f"model.repo_name={cfg.repo_name}: its own code does not take tensors without content "
-            f"({type(error).__name__}: {_first_line(error)}), so its weights are accounted for when they are loaded"
-        )
-        return ""
-    _check_account(cfg, account)
-    return account.note()
-
-
-def _check_account(cfg: ModelConfig, account: Account) -> None:
-    """Raises ModelError for weights that do not fill the model."""
-    problem = account.problem()
-    if problem:
-        raise ModelError(f"model.repo_name={cfg.repo_name}: {problem}")
-
-
-def _resize_command(name: str, auto: Any) -> str:
-    """A command that saves a model with a row for each id of its tokenizer."""
-    quoted = json.dumps(name)
-    script = (
-        f"from transformers import {auto.__name__} as M, AutoTokenizer as T; "
-        f"m, t = M.from_pretrained({quoted}), T.from_pretrained({quoted}); "
-        "m.resize_token_embeddings(max(t.get_vocab().values()) + 1); "
-        f'm.save_pretrained("{RESIZED}"); t.save_pretrained("{RESIZED}")'
-    )
-    return shlex.join(["python", "-c", script])
-
-
-def _read_config(cfg: ModelConfig, files: _Files, auto: Any) -> Any:
-    """The model's config.json as transformers reads it; that of a reward model has one label."""
-    try:
-        config = AutoConfig.from_pretrained(files.source, **files.options)
-    except _LOADING_ERRORS as error:
-        raise _unloadable(cfg, error) from error
-    if auto is AutoModelForSequenceClassification:
-        _check_single_label(cfg, files, config)
-    return config
-
-
-def _class_of(cfg: ModelConfig, config: Any, auto: Any) -> type[PreTrainedModel]:
-    """The class that transformers takes for a configuration; that of a reward model has its head where ours looks.
-
-    Raises:
-        ModelError: there is none, or it is an encoder or has another head.
-    """
-    try:
-        with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=cfg.library_cfg.trust_remote_code)
-    except _LOADING_ERRORS as error:
-        raise _unloadable(cfg, error) from error
-    if auto is AutoModelForSequenceClassification and not isinstance(getattr(model, SCORE, None), nn.Linear):
-        raise ModelError(
-            f"model.repo_name={cfg.repo_name}: {type(model).__name__} is not a decoder with a linear layer {SCORE} "
-            "(encoders are not supported): give a reward model that was made from a causal language model"
-        )
-    return type(model)
-
-
-def _check_single_label(cfg: ModelConfig, files: _Files, config: Any) -> None:
-    """Give the configuration the one label that its head has, where it states no number.
-
-    Raises:
-        ModelError: it has several labels, or scores by code of its own.
-    """
-    given, stated = f"model.repo_name={cfg.repo_name}", read_json(files.folder, "config.json")
-    names = [name for name in stated.get("architectures") or () if isinstance(name, str)]
-    usual = any(name.endswith(_CLASSES) and hasattr(transformers, name) for name in names) or not names
-    auto_map = stated.get("auto_map")
-    own_code = isinstance(auto_map, dict) and AutoModelForSequenceClassification.__name__ in auto_map
-    if not cfg.library_cfg.trust_remote_code and (own_code or not usual):
-        raise ModelError(
-            f"{given}: its scores are computed by {', '.join(names)[:80] or 'code of its own'}, and code of a model is "
-            "not run: give a reward model that transformers' AutoModelForSequenceClassification computes"
-        )
-    head = files.tensors.get(f"{SCORE}.weight")
-    rows = None if head is None or len(head.shape) != 2 else head.shape[0]
-    if not any(key in stated for key in ("num_labels", "_num_labels", "id2label", "label2id")) or rows is None:
-        config.num_labels = rows or 1
-    bias = files.tensors.get(SCORE_BIAS)
-    if bias is not None and math.prod(bias.shape) != 1:
-        raise ModelError(f"{given}: {SCORE_BIAS} has the shape {bias.shape}, and a reward model has one score")
-    if rows == 1 and config.num_labels != 1:
-        raise ModelError(
-            f"{given}: its config.json states {config.num_labels} labels, and {SCORE}.weight has one row: leave "
-            "num_labels, id2label and label2id out of config.json if it is a reward model"
-        )
-    if config.num_labels != 1:
-        raise ModelError(
-            f"{given}: it is a classifier with {config.num_labels} labels, and a reward model has one: give a model "
-            f"whose {SCORE}.weight has one row"
-        )
 
 
 def load_causal_lm(
@@ -529,53 +97,20 @@ def load_causal_lm(
             sequences.
     """
     register()
-    files = _files_with_weights(cfg, say)
-    dtype = getattr(torch, cfg.dtype)
-    config = _read_config(cfg, files, auto)
+    files = find_weights(cfg, say)
+    config = read_config(cfg, files, auto)
     _check_positions(config, cfg, longest)
     if cfg.disable_dropout:
         _zero_dropout(config)
     config.use_cache = False
     config._attn_implementation = cfg.attn_implementation  # null: sdpa, or eager for a model without
-    try:
-        if cfg.random_init:
-            trust = files.options["trust_remote_code"]
-            model = auto.from_config(config, dtype=dtype, trust_remote_code=trust)
-        else:
-            if auto is AutoModelForSequenceClassification:
-                _class_of(cfg, config, auto)  # it has to have the head
-            loaded = _load_in_files(cfg, files, config, auto, say) if in_files else None
-            model, info = loaded or auto.from_pretrained(
-                files.source,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **files.options,
-                **loading_options(cfg),
-            )
-            use_own_layers(model, cfg)
-            account = account_for(model, info, new_head=new_head)
-            _check_account(cfg, account)
-            _tell_of_weights(cfg, files, account, say, is_policy=auto is AutoModelForCausalLM)
-            model.name_or_path = model.config._name_or_path = files.origin  # what adapters are saved for
-            _set_saved_dtype(model, cfg, files)
-    except ModelError:  # a ValueError too, and complete as it is
-        raise
-    except _LOADING_ERRORS as error:
-        raise _unloadable(cfg, error) from error
-    except RuntimeError:
-        if files.tensors:  # of those that the model joins into one, some may not fit the others
-            model_class = _class_of(cfg, config, auto)
-            _check_account(cfg, account_from_headers(model_class, config, files.tensors, new_head=new_head))
-        raise
+    model = read_model(cfg, files, config, auto, say, new_head=new_head, in_files=in_files)
     if cfg.resize_embeddings:
         own_tokenizer = load_tokenizer(cfg)
         add_rows(model, own_tokenizer, cfg, max(vocabulary, num_rows_needed(own_tokenizer)))
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     if vocabulary > rows:
-        raise ModelError(_too_few_rows(cfg, vocabulary, rows, auto))
+        raise too_few_rows(cfg, vocabulary, rows, auto)
     replace_rms_norms(model)
     use_frequencies_of_rows(model)
     if cfg.attn_implementation is None:
@@ -587,120 +122,6 @@ def load_causal_lm(
     if cfg.embedding_dim_name is not None:
         _check_width(model, cfg)
     return model.train()
-
-
-def _load_in_files(
-    cfg: ModelConfig, files: _Files, config: Any, auto: Any, say: Notify
-) -> tuple[PreTrainedModel, dict[str, Any]] | None:
-    """The model with its weights in their files, and transformers' loading info.
-
-    None if the weights are needed before they are sharded: they are changed or computed from several tensors, or
-    initialise adapters.
-    """
-    is_merged = cfg.adapter is not None and cfg.finetune_mode != "LORA"
-    reads_base = cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None and cfg.lora_cfg.use_dora
-    if cfg.resize_embeddings or cfg.library_cfg.trust_remote_code or is_merged or reads_base:
-        say("model: every rank loads all weights before they are sharded, since its options read or change them")
-        return None
-    names = [(file, name) for file in safetensors_files(files.folder) for name in tensors_of(files.folder, file)]
-    sources = {name: Source(files.folder / file, name) for file, name in names if name in files.tensors}
-    stand_ins = placeholders(sources.values(), getattr(torch, cfg.dtype))
-    loader: Any = _class_of(cfg, config, auto)  # its annotation knows no second result
-    try:
-        model, info = loader.from_pretrained(
-            None,
-            config=config,
-            state_dict=stand_ins,
-            dtype=getattr(torch, cfg.dtype),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except RuntimeError:  # tensors that the model joins do not fit each other: loading them says which
-        return None
-    new = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    if computed := set(keep_in_files(model, stand_ins, sources)) - new:
-        say(f"model: every rank loads all weights before they are sharded: {min(computed)} is computed from them")
-        return None
-    if model.can_generate():
-        options = dict.fromkeys(("from_auto_class", "from_pipeline", "cache_dir", "proxies", "token"))
-        options |= {"force_download": False, "subfolder": ""} | files.options
-        model.adjust_generation_fn(None, pretrained_model_name_or_path=files.source, **options)
-    return model, info
-
-
-def check_vocabulary(cfg: ModelConfig) -> None:
-    """Compare a reward model's configuration with the tokenizer of its folder, before anything is loaded.
-
-    Raises:
-        ModelError: the model has no row for the largest id of the tokenizer.
-    """
-    if cfg.resize_embeddings:
-        return
-    needed = num_rows_needed(load_tokenizer(cfg))
-    config = AutoConfig.from_pretrained(_files(cfg).source, **_files(cfg).options)
-    rows = getattr(config.get_text_config(), "vocab_size", None)
-    if isinstance(rows, int) and needed > rows:
-        raise ModelError(_too_few_rows(cfg, needed, rows, AutoModelForSequenceClassification))
-
-
-def _too_few_rows(cfg: ModelConfig, needed: int, rows: int, auto: Any) -> str:
-    fact = (
-        f"model.repo_name={cfg.repo_name}: its tokenizer has ids up to {needed - 1}, and the model's embedding has "
-        f"{rows} rows"
-    )
-    if auto is AutoModelForCausalLM:
-        return f"{fact}: model.resize_embeddings=true adds a row for each and trains them, also next to adapters"
-    command = _resize_command(str(cfg.repo_name), auto)
-    return f"{fact}; make a folder with a row for each, `{command}`, and give model.repo_name={RESIZED}"
-
-
-def _tell_of_weights(cfg: ModelConfig, files: _Files, account: Account, say: Notify, *, is_policy: bool) -> None:
-    """Print what is in the files and not in the model, and that the weights are changed to another number format."""
-    note = account.note()
-    if note:
-        say(f"model.repo_name={cfg.repo_name}: {note}")
-    of_files = _half_of(files) if cfg.quantization is None else None
-    if is_policy and of_files and cfg.dtype == "float32" and not str(cfg.repo_name).startswith(EMBEDDED):
-        say(
-            f"model.repo_name={cfg.repo_name}: its weights are {of_files} and are loaded as float32, which takes twice "
-            f"the memory; model.dtype={of_files} keeps their number format"
-        )
-
-
-def _half_of(files: _Files) -> str | None:
-    """The half precision format that most of the weights in the files have; None for another format."""
-    sizes: Counter[str] = Counter()
-    for facts in files.tensors.values():
-        sizes[facts.dtype] += math.prod(facts.shape)
-    return _HALF.get(max(sizes, key=lambda name: sizes[name]))
-
-
-def _set_saved_dtype(model: PreTrainedModel, cfg: ModelConfig, files: _Files) -> None:
-    """Note the number format for `final/` on the backbone, which a score head is put on too."""
-    is_kept = cfg.dtype == "float32" and not str(cfg.repo_name).startswith(EMBEDDED)
-    wanted = cfg.save_dtype or (_half_of(files) if is_kept else None) or cfg.dtype
-    setattr(model.base_model, _SAVED_DTYPE, None if wanted == cfg.dtype else getattr(torch, wanted))
-
-
-def saved_dtype(model: PreTrainedModel) -> torch.dtype | None:
-    """The number format that the model's weights are saved in; None is that which they have."""
-    return getattr(model.base_model, _SAVED_DTYPE, None)
-
-
-def read_score_bias(cfg: ModelConfig) -> float:
-    """The bias of a reward model's head that transformers' class leaves out; 0 if the files have none.
-
-    Raises:
-        ModelError: the files cannot be found or read.
-    """
-    if cfg.random_init:
-        return 0.0
-    files = _files_with_weights(cfg, lambda _: None)
-    for name in safetensors_files(files.folder) if SCORE_BIAS in files.tensors else ():
-        if SCORE_BIAS in tensors_of(files.folder, name):
-            with safe_open(files.folder / name, framework="pt") as file:
-                return float(file.get_tensor(SCORE_BIAS))
-    return 0.0
 
 
 def _check_positions(config: Any, cfg: ModelConfig, longest: int) -> None:
@@ -751,10 +172,6 @@ def _check_width(model: PreTrainedModel, cfg: ModelConfig) -> None:
             f"model.embedding_dim_name={name}: the model's config says {stated}, its head reads vectors of {width}; "
             "set model.embedding_dim_name=null"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
@@ -821,3 +238,60 @@ def _read(path: Path, choice: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise ModelError(f"{OPTION}={choice} cannot be read: {reason}; give another file") from error
+
+
+def add_rows(model: PreTrainedModel, tokenizer: Any, cfg: ModelConfig, num_rows: int) -> None:
+    """Extend the embedding and the language head, and note the rows that train next to adapters.
+
+    A new row is the mean of the other rows. The rows that train are the new ones, those of `model.extra_vocabulary`,
+    and those of tokens that were added to the tokenizer together with tokens that the model has no row for.
+
+    Args:
+        model: a causal language model, or a classification model.
+        tokenizer: `load_tokenizer` returned it for the model's own folder.
+        cfg: the model's configuration.
+        num_rows: rows that the tokenizer's ids need.
+    """
+    present = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    new = {*(number for number in new_ids(tokenizer) if number < present), *range(present, num_rows)}
+    if num_rows > present:
+        model.resize_token_embeddings(num_rows, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for weight in () if module is None else (module.weight, getattr(module, "bias", None)):
+            if isinstance(weight, Tensor) and new and not weight.is_meta:
+                _fill_with_mean(weight, sorted(new))
+    added = _last_added(tokenizer) if num_rows > present else []
+    trained = {*new, *added, *tokenizer.convert_tokens_to_ids(list(cfg.extra_vocabulary))}
+    setattr(model.get_input_embeddings(), _TRAINED_ROWS, sorted(trained))
+
+
+@torch.no_grad()
+def _fill_with_mean(weight: Tensor, rows: list[int]) -> None:
+    total = weight.sum(dim=0, dtype=torch.float32) - weight[rows].sum(dim=0, dtype=torch.float32)
+    weight[rows] = (total / (weight.shape[0] - len(rows))).to(weight.dtype)
+
+
+def _last_added(tokenizer: Any) -> list[int]:
+    """Ids at the end of the vocabulary, of added tokens that have no role and are not in the tokenizer's chat template.
+
+    A model may have spare rows, so that some of the tokens that somebody has added have rows, which are untrained.
+    """
+    templates = "".join(map(str, own_templates(tokenizer).values()))
+    known = set(tokenizer.all_special_ids)
+    found: list[int] = []
+    for number, token in sorted(tokenizer.added_tokens_decoder.items(), reverse=True):
+        if number in known or token.content in templates or (found and number != found[-1] - 1):
+            break
+        found.append(int(number))
+    return found
+
+
+def trained_rows(model: nn.Module) -> list[int]:
+    """The rows of the embedding and of the language head that train next to adapters; empty if there are none."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return list(getattr(base_of(embedding), _TRAINED_ROWS, ()))
+
+
+def base_of(module: Any) -> Any:
+    """The module that PEFT has wrapped, or the module itself."""
+    return getattr(module, "original_module", module)

@@ -2,25 +2,26 @@
 
 import asyncio
 import functools
-import importlib
 import inspect
 import math
 import os
-import signal
-import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial
-from multiprocessing import get_context
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import closing
 from typing import Any, NamedTuple
 
 from sheeprlhf.config.reward_checks import source_problems
 from sheeprlhf.reward import functions
-from sheeprlhf.security.user_code import parse_path
+from sheeprlhf.security.user_calls import (
+    Arguments,
+    Failure,
+    FunctionCaller,
+    TimedOutError,
+    describe_exception,
+    import_function,
+    is_async,
+)
 from sheeprlhf.structure.reward import (
     BUILTINS,
     JUDGE,
@@ -29,9 +30,7 @@ from sheeprlhf.structure.reward import (
     RewardSourceConfig,
 )
 from sheeprlhf.utils.errors import ConfigError, RewardError
-from sheeprlhf.utils.processes import BoundToThis, ignore_interrupts, start_bound
 
-Arguments = tuple[list[Any], dict[str, Any]]  # of a call, by position and by name
 PROMPTS = "prompts"
 RESPONSES = ("responses", "completions")  # two names of the same texts
 TEXTS = (PROMPTS, *RESPONSES)
@@ -160,7 +159,7 @@ class RewardFunction:
         name: its name in the configuration.
         function: called with the arguments that its signature names: `prompts`, `responses` or `completions`, and
             columns; an awaitable that it returns is awaited.
-        context: entered for the time of each call.
+        folder: importable during each call.
         guarded: turn its exceptions into `RewardError`; not for a model, whose errors have advice of their own.
         num_workers: calls at once, each with one response: tasks for an async function, else processes, which import
             the function by its name; 0: one call with all responses.
@@ -178,17 +177,15 @@ class RewardFunction:
         name: str,
         function: Callable[..., Any],
         *,
-        context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        folder: str | None = None,
         guarded: bool = True,
         num_workers: int = 0,
         timeout: float | None = None,
     ) -> None:
         self.name, self.function = name, function
-        self._context, self._guarded = context, guarded
-        self._num_workers, self._timeout = num_workers, timeout
-        self._pool: ProcessPoolExecutor | None = None
+        self._guarded, self._num_workers = guarded, num_workers
+        self._caller = FunctionCaller(name, function, folder, num_workers, timeout)
         self.signature = signature_of(name, function)
-        self._runner: asyncio.Runner | None = None
 
     @property
     def failures(self) -> int | None:
@@ -222,28 +219,14 @@ class RewardFunction:
         if self._num_workers:
             return self._scores_of_each(texts)
         try:
-            returned = self._call(texts.prompts, texts.responses, texts.columns)
-        except _TimedOutError as error:
-            raise RewardError(f"reward {self.name} took longer than reward.timeout={self._timeout:g} s") from error
+            returned = self._caller.call(self.signature.arguments(texts.prompts, texts.responses, texts.columns))
+        except TimedOutError as error:
+            raise RewardError(f"reward {self.name} {error}") from error
         except (Exception, asyncio.CancelledError) as error:
             if not self._guarded:
                 raise
             raise RewardError(self._error_message(error, texts)) from error
         return self._check_scores(returned, texts)
-
-    def _call(self, prompts: list[str], responses: list[str], columns: Mapping[str, list[Any]]) -> Any:
-        """Call the function, and await the result of one that is asynchronous."""
-        positional, by_name = self.signature.arguments(prompts, responses, columns)
-        with self._context():
-            returned = self.function(*positional, **by_name)
-            if inspect.isawaitable(returned):
-                return self._run(_await(returned, self._timeout))
-        return returned
-
-    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        if self._runner is None:  # one event loop for all calls: clients that the function keeps belong to it
-            self._runner = asyncio.Runner()
-        return self._runner.run(coroutine)
 
     def _scores_of_each(self, texts: Texts) -> list[float]:
         """Call the function with one response at a time, several at once; scores are in the order of the responses."""
@@ -256,44 +239,14 @@ class RewardFunction:
             for row in range(len(texts.responses))
         ]
         arguments = [self.signature.arguments(row.prompts, row.responses, row.columns) for row in rows]
-        with self._context():
-            results = self._in_tasks(arguments) if is_async(self.function) else self._in_processes(arguments)
-            scores: list[float] = []
+        scores: list[float] = []
+        with closing(self._caller.call_each(arguments)) as results:
             for number, (row, result) in enumerate(zip(rows, results, strict=True), 1):
-                if isinstance(result, _Raised):
+                if isinstance(result, Failure):
                     place = f"for response {number} of {len(rows)}"
                     raise RewardError(f"reward {self.name} {result.message}, {place}\n{_show(row, 0)}")
                 scores += self._check_scores(result, row)
         return scores
-
-    def _in_tasks(self, arguments: list[Arguments]) -> list[Any]:
-        """Return the results of an asynchronous function, or `_Raised`."""
-        limit = asyncio.Semaphore(self._num_workers)
-
-        async def call(positional: list[Any], by_name: dict[str, Any]) -> Any:
-            async with limit:
-                try:
-                    return await _await(self.function(*positional, **by_name), self._timeout)
-                except Exception as error:
-                    return _Raised.of(error, self._timeout)
-
-        async def call_all() -> list[Any]:
-            return await asyncio.gather(*(call(*one) for one in arguments))
-
-        return list(self._run(call_all()))
-
-    def _in_processes(self, arguments: list[Arguments]) -> Iterator[Any]:
-        """Yield the results of a function in its processes, or `_Raised`; without the rest after the first of these."""
-        if self._pool is None:
-            bound = (BoundToThis(), ignore_interrupts)
-            self._pool = ProcessPoolExecutor(self._num_workers, get_context("spawn"), start_bound, bound)
-        try:
-            yield from self._pool.map(partial(_call_in_process, self.name, os.getcwd(), self._timeout), arguments)
-        except BrokenProcessPool:
-            raise RewardError(
-                f"reward {self.name}: a process of reward.num_workers ended (killed, out of memory, or its code ended "
-                "it): give fewer"
-            ) from None
 
     def _check_scores(self, returned: Any, texts: Texts) -> list[float]:
         count = len(texts.responses)
@@ -342,7 +295,8 @@ class RewardFunction:
             if time.monotonic() > end:
                 return None
             try:
-                self._call([prompt], [response], {key: [values[row]] for key, values in texts.columns.items()})
+                columns = {key: [values[row]] for key, values in texts.columns.items()}
+                self._caller.call(self.signature.arguments([prompt], [response], columns))
             except kind:
                 return row
             except Exception:
@@ -370,113 +324,19 @@ def load_function(source: str, cfg: RewardSourceConfig) -> RewardFunction:
         return RewardFunction(JUDGE, Judge(cfg), guarded=False)
     if source not in BUILTINS:
         folder, num_workers = os.getcwd(), getattr(cfg, "num_workers", 0)
-        own, timeout = _import(source, folder), getattr(cfg, "timeout", None)
+        own, timeout = import_function(source, folder), getattr(cfg, "timeout", None)
         if timeout is not None and not num_workers and not is_async(own):
             raise ConfigError(
                 f"reward.timeout={timeout:g} cannot stop {source}, a plain function in the training process: give "
                 "reward.num_workers=1 or more"
             )
-        context = partial(importable_from, folder)
-        return RewardFunction(source, own, context=context, num_workers=num_workers, timeout=timeout)
+        return RewardFunction(source, own, folder=folder, num_workers=num_workers, timeout=timeout)
     function: Callable[..., Any] = getattr(functions, source)
     if source in ("length", "regex"):
         assert isinstance(cfg, BuiltinOptionsConfig)
         names = ("target_length", "length_unit") if source == "length" else ("pattern",)
         function = functools.partial(function, **{name: getattr(cfg, name) for name in names})
     return RewardFunction(source, function)
-
-
-@contextmanager
-def importable_from(folder: str) -> Iterator[None]:
-    """Add the folder to the end of the import path within the block, so that no module of it hides an installed one.
-
-    It is the current directory, where users keep their own module; it is on the path only while their code is imported
-    and called, so that no other file there is ever imported for anything else.
-    """
-    sys.path.append(folder)
-    try:
-        yield
-    finally:
-        with suppress(ValueError):  # their code may have removed it
-            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]
-
-
-def _import(source: str, folder: str) -> Callable[..., Any]:
-    module, name = parse_path(source)
-    try:
-        with importable_from(folder):
-            function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise ConfigError(f"reward: {source} cannot be imported: {describe_exception(error)}") from error
-    if not callable(function):
-        raise ConfigError(f"reward: {source} is not a function ({type(function).__name__}): give the name of one")
-    return function
-
-
-def is_async(function: Callable[..., Any]) -> bool:
-    """True for an `async def` function, and for an object or a decorated function that calls one."""
-    plain = inspect.unwrap(function)
-    return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(type(plain).__call__)
-
-
-async def _await(returned: Awaitable[Any], timeout: float | None) -> Any:
-    """Await within a number of seconds.
-
-    Raises:
-        _TimedOutError: it took longer.
-    """
-    limit = asyncio.timeout(timeout)
-    try:
-        async with limit:
-            return await returned
-    except TimeoutError:
-        if limit.expired():
-            raise _TimedOutError from None
-        raise
-
-
-class _TimedOutError(Exception):
-    """A call took longer than `reward.timeout`."""
-
-
-class _Raised(NamedTuple):
-    """Message about an exception of one call."""
-
-    message: str
-
-    @classmethod
-    def of(cls, error: BaseException, timeout: float | None) -> "_Raised":
-        """Describe an exception."""
-        if isinstance(error, _TimedOutError):
-            return cls(f"took longer than reward.timeout={timeout:g} s")
-        frames = traceback.extract_tb(error.__traceback__)
-        return cls(f"raised {describe_exception(error)} ({frames[-1].filename}, line {frames[-1].lineno})")
-
-
-def _call_in_process(name: str, folder: str, timeout: float | None, arguments: Arguments) -> Any:
-    """Call a function of the user in a process of a pool, and return its result as plain numbers, or `_Raised`."""
-
-    def stop(*_: object) -> None:
-        raise _TimedOutError
-
-    signal.signal(signal.SIGALRM, stop)
-    try:
-        with importable_from(folder):
-            function = _import(name, folder)
-            signal.setitimer(signal.ITIMER_REAL, timeout or 0.0)
-            try:
-                positional, by_name = arguments
-                returned = function(*positional, **by_name)
-                if inspect.isawaitable(returned):
-                    returned = asyncio.run(_await(returned, None))
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0.0)
-        if hasattr(returned, "tolist"):
-            returned = returned.tolist()
-        is_list = isinstance(returned, Iterable) and not isinstance(returned, str | bytes | Mapping)
-        return [one.item() if hasattr(one, "item") else one for one in returned] if is_list else returned
-    except BaseException as error:
-        return _Raised.of(error, timeout)
 
 
 def _as_float(value: Any) -> float | None:
@@ -486,12 +346,6 @@ def _as_float(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
-
-
-def describe_exception(error: BaseException) -> str:
-    """Return type and message of an exception on one line, without control characters, of limited length."""
-    words = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {''.join(c if c.isprintable() else '?' for c in words[: 2 * _SHOWN])}"
 
 
 def _show(texts: Texts, row: int) -> str:

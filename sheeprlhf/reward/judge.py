@@ -20,15 +20,19 @@ from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.security.redaction import HIDDEN, plain_text
 from sheeprlhf.structure.reward import JUDGE_CALLS, JUDGE_TIMEOUT, JudgeOptionsConfig, judge_fields
 from sheeprlhf.utils.errors import ConfigError, RewardError
-from sheeprlhf.utils.http import SHOWN, client, describe, is_local, is_transient, parse_answer, request
+from sheeprlhf.utils.http import (
+    SHOWN,
+    FailedRequestError,
+    RejectedError,
+    client,
+    describe,
+    is_local,
+    parse_answer,
+    request,
+    request_until,
+)
 
-_MISCONFIGURED = (401, 403, 404, 405)  # no request will succeed
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a retry, doubled each time
 _SECONDS_OF_CHECK = 4.0
-
-
-class _FailedRequestError(Exception):
-    """A request without a score, after its retries; the message is the reason."""
 
 
 class Judge:
@@ -61,7 +65,7 @@ class Judge:
             for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
         ]
         results = asyncio.run(self._scores([self._cfg.question().format(**one) for one in fields]))
-        failed = [(row, result) for row, result in enumerate(results) if isinstance(result, _FailedRequestError)]
+        failed = [(row, result) for row, result in enumerate(results) if isinstance(result, FailedRequestError)]
         self.failures = len(failed)
         fallback = self._cfg.judge_failure_score
         if failed:
@@ -74,27 +78,27 @@ class Judge:
             tqdm.write(plain_text(f"warning: {count}: {problem}"), file=sys.stderr)
         return [result if isinstance(result, float) else float(fallback or 0.0) for result in results]
 
-    async def _scores(self, questions: list[str]) -> list[float | _FailedRequestError]:
+    async def _scores(self, questions: list[str]) -> list[float | FailedRequestError]:
         """Ask all questions, at most `reward.num_workers` at a time; without a fallback the first failure ends it."""
         limit = asyncio.Semaphore(self._cfg.num_workers or JUDGE_CALLS)
 
-        async def ask(server: httpx.AsyncClient, question: str) -> float | _FailedRequestError | RewardError:
+        async def ask(server: httpx.AsyncClient, question: str) -> float | FailedRequestError | RewardError:
             async with limit:
                 try:
                     return await self._score(server, question)
-                except (_FailedRequestError, RewardError) as error:
+                except (FailedRequestError, RewardError) as error:
                     return error
 
         async with _client(self._cfg) as server:
             tasks = [asyncio.ensure_future(ask(server, question)) for question in questions]
-            results: list[float | _FailedRequestError] = []
+            results: list[float | FailedRequestError] = []
             try:
                 for task in tasks:
                     result = await task
                     if isinstance(result, RewardError):
                         raise result
                     results.append(result)
-                    if isinstance(result, _FailedRequestError) and self._cfg.judge_failure_score is None:
+                    if isinstance(result, FailedRequestError) and self._cfg.judge_failure_score is None:
                         return [*results, *[0.0] * (len(tasks) - len(results))]
                 return results
             finally:
@@ -106,43 +110,29 @@ class Judge:
         """Ask one question.
 
         Raises:
-            _FailedRequestError: no answer after all retries, or no score in it.
+            FailedRequestError: no answer after all retries, or no score in it.
             RewardError: the server rejects every request.
         """
-        cfg, reason, wait = self._cfg, "", 0.0
+        cfg, seconds = self._cfg, self._cfg.timeout or JUDGE_TIMEOUT
         body = {
             "model": cfg.judge_model,
             "messages": [{"role": "user", "content": question}],
             "temperature": 0,
             "max_tokens": cfg.judge_max_tokens,
         }
-        for attempt in range(cfg.judge_retries + 1):
-            if attempt:
-                await asyncio.sleep(max(wait, min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT)))
-            try:
-                async with asyncio.timeout(cfg.timeout or JUDGE_TIMEOUT):
-                    status, headers, content = await request(server, "POST", f"{_base(cfg)}/chat/completions", body)
-            except TimeoutError:
-                reason = f"no answer within reward.timeout={cfg.timeout or JUDGE_TIMEOUT:g} s"
-                continue
-            except httpx.HTTPError as error:
-                reason = describe(error)
-                continue
-            if status == 200:
-                try:
-                    return parse_score(_message(content), cfg)
-                except KeyError as error:  # malformed: another answer may be better
-                    reason = str(error.args[0])
-                    continue
-                except ValueError as error:
-                    raise _FailedRequestError(str(error)) from None
-            reason = f"the server answered {status}: {self._shown(content)}"
-            if status in _MISCONFIGURED or 300 <= status < 400:
-                raise RewardError(f"the judge at {cfg.url}: {reason}; {_advice(cfg, status)}")
-            if not is_transient(status):
-                raise _FailedRequestError(reason)
-            wait = _retry_after(headers)
-        raise _FailedRequestError(f"{reason} ({cfg.judge_retries + 1} attempts)")
+        try:
+            return await request_until(
+                server,
+                f"{_base(cfg)}/chat/completions",
+                body,
+                lambda answer: parse_score(_message(answer), cfg),
+                seconds=seconds,
+                retries=cfg.judge_retries,
+                show=self._shown,
+                no_answer=f"no answer within reward.timeout={seconds:g} s",
+            )
+        except RejectedError as error:
+            raise RewardError(f"the judge at {cfg.url}: {error}; {_advice(cfg, error.status)}") from None
 
     def _shown(self, content: bytes) -> str:
         """Return the beginning of a server's message, without the key if it repeats it."""
@@ -220,24 +210,19 @@ def _client(cfg: JudgeOptionsConfig) -> httpx.AsyncClient:
     return client(str(cfg.url), cfg.timeout or JUDGE_TIMEOUT, {"Authorization": f"Bearer {key}"} if key else None)
 
 
-def _message(content: bytes) -> str:
+def _message(answer: Any) -> str:
     """Return the text of a chat completion.
 
     Raises:
         KeyError: it is malformed.
     """
     try:
-        text = parse_answer(content)["choices"][0]["message"]["content"]
+        text = answer["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
         text = None
     if not isinstance(text, str):
         raise KeyError("the answer is not a chat completion")
     return text
-
-
-def _retry_after(headers: httpx.Headers) -> float:
-    text = headers.get("retry-after", "")
-    return min(float(text), _LONGEST_WAIT) if text.isdecimal() else 0.0
 
 
 def _base(cfg: JudgeOptionsConfig) -> str:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.reward.call import RewardFunction, Texts, load_function
 from sheeprlhf.reward.functions import repeated_share
-from sheeprlhf.reward.state import state_warning
+from sheeprlhf.security.user_calls import state_warning
 from sheeprlhf.structure.data import KeptColumns
 from sheeprlhf.structure.reward import (
     BUILTINS,

@@ -32,7 +32,7 @@ from sheeprlhf.agent.batches import Batches, BatchOptions, Rows
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import AdapterValueModel, RewardModel
 from sheeprlhf.data.example import Batch, Example
-from sheeprlhf.data.tokenize import PairEncoder, SpecialIds, decode, encode
+from sheeprlhf.data.tokenize import TextExchange
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.shard import equal_passes, gathered
 from sheeprlhf.reward.call import Texts
@@ -42,19 +42,17 @@ from sheeprlhf.rollout.sampler import Sampled
 from sheeprlhf.rollout.server import RolloutServers
 from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.utils.end_tokens import control_tokens, end_token_ids, response_end
-from sheeprlhf.utils.errors import ModelError, NonFiniteError, Notify, RewardError
+from sheeprlhf.utils.end_tokens import end_token_ids
+from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode, isolated_rng
-from sheeprlhf.utils.rendering import render_chat
 
 JUDGE_FAILURES = "objective/judge_failures"  # responses of a rollout that the judge gave no score
 _MAX_SHOWN_ROWS = 20
 _HALF_PRECISION_ERROR = 0.1  # nats a token: bf16 rounds logits of 20 to eighths, in another order with a cache
 _MAX_IMPORTANCE = 2.0  # of a token that was sampled with older weights
 _PROBED_PROMPTS = 8  # whose responses show that servers have the weights
-_NEW_LINE = "\n"  # in place of a prompt whose ids are known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +103,11 @@ class Rollout:
             name: tuple(np.split(values.detach().float().cpu().numpy(), borders)) for name, values in values_N.items()
         }
         return dataclasses.replace(self, tokens=self.tokens | new)
+
+    def encoded_by(self, exchange: TextExchange, texts: Texts, prompts: Sequence[Example] | None = None) -> "Rollout":
+        """Return the rollout in the tokens of a reward model; arguments as of `TextExchange`."""
+        responses = list(zip(texts.prompts, texts.responses, texts.finished, strict=True))
+        return dataclasses.replace(self, rows=exchange(self.rows, responses, prompts), tokens={})
 
     def with_advantages(self, advantages_PG: Tensor) -> "Rollout":
         """Return the rollout with an advantage of each response as "advantages" of all of its tokens."""
@@ -407,7 +410,7 @@ class RolloutCollector:
     def _scores(self, rollout: Rollout, validates: bool) -> list[float]:
         for source, (model, exchange) in self._reward_models.items():
             if isinstance(model, RewardModel) and exchange is not None:
-                encoded = exchange(rollout, self.texts)  # of any length: padded, which every model can read
+                encoded = rollout.encoded_by(exchange, self.texts)  # of any length: padded, which every model can read
                 scores_S = predict_scores(self._fabric, self._cfg.task, model, encoded, packed=False)
             else:
                 scores_S = self.scores_of(model, rollout, "scoring", at_end=True)
@@ -508,144 +511,6 @@ def check_sampler(run: Run, collect: RolloutCollector, rollout: Rollout) -> None
         raise ModelError(f"{problem}; or give task.self_check=warn")
     if problem:
         run.say(f"warning: {problem}")
-
-
-def has_same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
-    """Return whether ids of one tokenizer mean the same to the other."""
-    return bool(first.get_vocab() == second.get_vocab())
-
-
-class TextExchange:
-    """Encodes prompts and responses for a reward model that reads other tokens than the policy.
-
-    Args:
-        policy: the policy's tokenizer.
-        reward: the reward model's.
-        say: prints a line for the user.
-        chat: write a prompt and its response as two turns of the reward model's chat template.
-        own_prompts: by the bytes of a prompt's ids in the policy's tokens, its ids as the reward model's chat template
-            renders the messages of its row; for rows of messages.
-
-    Raises:
-        ModelError: the tokenizer of the reward model has no chat template.
-    """
-
-    def __init__(
-        self,
-        policy: PreTrainedTokenizerBase,
-        reward: PreTrainedTokenizerBase,
-        say: Notify,
-        *,
-        chat: bool = False,
-        own_prompts: Mapping[bytes, np.ndarray] | None = None,
-    ) -> None:
-        self._policy, self._reward, self._say, self._own_prompts = policy, reward, say, own_prompts or {}
-        self._turns = turn_texts(reward) if chat else None
-        self._policy_bos, self._reward_bos = SpecialIds(policy).bos, SpecialIds(reward).bos
-        self._encode = PairEncoder(reward)
-        self._control, self._known = control_tokens(policy), set(control_tokens(reward).values())
-        self._warned = False
-
-    def __call__(self, rollout: Rollout, texts: Texts, prompts: Sequence[Example] | None = None) -> Rollout:
-        """Return the rollout in the reward model's tokens; a response that ended has the reward model's end token.
-
-        Args:
-            rollout: in the policy's tokens.
-            texts: of the rollout.
-            prompts: the rows as the reward model's own chat template renders them; None encodes the policy's prompts.
-        """
-        group, rows = rollout.finished.shape[1], []
-        for number, row in enumerate(rollout.rows):
-            part = slice(number * group, (number + 1) * group)
-            written = texts.responses[part]
-            if self._turns is not None:
-                rows.append(self._chat_row(row, texts.prompts[part.start], written))
-                continue
-            if prompts is None:
-                prompt_ids, ids = self._encode_pair(row.prompt_ids, written)
-            else:
-                prompt_ids, ids = prompts[number].prompt_ids, self._encode_responses(written)
-            end = response_end(self._reward, prompt_ids)
-            responses = tuple(
-                np.array([*response, end] if ended or not response else response, dtype=np.int32)
-                for response, ended in zip(ids, texts.finished[part], strict=True)
-            )
-            rows.append(row._replace(prompt_ids=prompt_ids, responses=responses))
-        return dataclasses.replace(rollout, rows=tuple(rows), tokens={})
-
-    def _encode_pair(self, prompt_ids: np.ndarray, responses: list[str]) -> tuple[np.ndarray, list[list[int]]]:
-        """Ids of a prompt of the policy's and of its responses; control tokens of a chat template stay such tokens."""
-        bos, ids = self._policy_bos, prompt_ids.tolist()
-        ids = ids[len(bos) :] if ids[: len(bos)] == bos else ids
-        [prompt] = decode(self._policy, [ids])
-        control = {self._control[token] for token in ids if token in self._control}
-        self._warn(control)
-        if control:
-            [head] = encode(self._reward, [prompt], control_tokens=True)
-            response_ids = self._encode_responses(responses)
-        else:
-            [(head, response_ids, _)] = self._encode([prompt], [responses], control_tokens=False)
-        own = self._reward_bos
-        head = head if control and head[: len(own)] == own else [*own, *head]
-        return np.array(head, dtype=np.int32), response_ids
-
-    def _chat_row(self, row: Example, prompt: str, responses: list[str]) -> Example:
-        """Return a row in the chat template; the text of a control token stays plain text."""
-        assert self._turns is not None
-        before, between, after = (encode(self._reward, [text], control_tokens=True)[0] for text in self._turns)
-        if self._own_prompts:
-            own = self._own_prompts[row.prompt_ids.tobytes()]
-            return row._replace(prompt_ids=own, responses=self._arrays(self._encode_responses(responses), after))
-        if any(token in text for text in (prompt, *responses) for token in self._known):
-            [prompt_ids, *ids] = encode(self._reward, [prompt, *responses])
-            head = np.array([*before, *prompt_ids, *between], dtype=np.int32)
-            return row._replace(prompt_ids=head, responses=self._arrays(ids, after))
-        asked = {"role": "user", "content": prompt}
-        whole = [render_chat(self._reward, [asked, {"role": "assistant", "content": text}]) for text in responses]
-        ids = encode(self._reward, whole, control_tokens=True)
-        shortest = min(map(len, ids)) - 1
-        shared = next((i for i, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1), shortest)
-        shared = min(shared, shortest)
-        head = np.array(ids[0][:shared], dtype=np.int32)
-        return row._replace(prompt_ids=head, responses=self._arrays([one[shared:] for one in ids], []))
-
-    @staticmethod
-    def _arrays(responses: list[list[int]], end: list[int]) -> tuple[np.ndarray, ...]:
-        return tuple(np.array([*response, *end], dtype=np.int32) for response in responses)
-
-    def _encode_responses(self, responses: list[str]) -> list[list[int]]:
-        [pair] = self._encode([_NEW_LINE], [responses], control_tokens=False)
-        return pair.responses
-
-    def _warn(self, control: set[str]) -> None:
-        """Warn once that control tokens of the policy's template mean nothing to the reward model."""
-        unknown = sorted(control - self._known)
-        if unknown and not self._warned:
-            self._warned = True
-            self._say(
-                f"warning: the reward model's tokenizer lacks control tokens of the prompts ({', '.join(unknown[:4])}) "
-                "and reads them as plain text; give a reward model with the policy's chat template, or rows with a "
-                "prompt instead of messages"
-            )
-
-
-def turn_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """Return the texts that a chat template writes before a user's message, between it and the answer, and after it.
-
-    Raises:
-        ModelError: there is no template, or it does not write both as they are.
-    """
-    asked, answered = "a question", "an answer"
-    if not tokenizer.chat_template:
-        raise ModelError(
-            "reward.template=chat: the reward model's tokenizer has no chat template: give reward.template=plain"
-        )
-    text = render_chat(tokenizer, [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}])
-    before, found, rest = text.partition(asked)
-    between, also_found, after = rest.partition(answered)
-    if not (found and also_found):
-        raise ModelError("reward.template=chat: the reward model's chat template does not write the texts as they are")
-    return before, between, after
 
 
 class TermModel(NamedTuple):

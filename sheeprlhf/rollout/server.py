@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.engine.shard import whole
-from sheeprlhf.model.lora import POLICY
+from sheeprlhf.model.adapter import POLICY
 from sheeprlhf.rollout.engines import StopStrings, cut_at_end, first_seed
 from sheeprlhf.rollout.sampler import Sampled
 from sheeprlhf.rollout.vllm_api import SECONDS_OF_CHECK, START, UnavailableError, call

@@ -30,10 +30,9 @@ from sheeprlhf.data.read import read_batches
 from sheeprlhf.data.source import locate
 from sheeprlhf.data.tokenize import RowTokenizer
 from sheeprlhf.engine.manifest import write_folder
-from sheeprlhf.model.lm_head import padding_token
-from sheeprlhf.model.lora import check_difference, compute_outputs, max_difference, max_output, merge_lora
+from sheeprlhf.model.adapter import check_difference, compute_outputs, max_difference, max_output, merge_lora
 from sheeprlhf.task.models import load_trained
-from sheeprlhf.utils.end_tokens import add_end_ids
+from sheeprlhf.utils.end_tokens import add_end_ids, padding_token
 from sheeprlhf.utils.errors import ConfigError, DataError, ModelError, Notify
 from sheeprlhf.utils.output import write_file
 

@@ -1,5 +1,6 @@
-"""Common parts of every training task: the report of the data, validations, samples, and the end of a run."""
+"""Common parts of training tasks: the report of the data, validations, samples, saved rollouts, the end of a run."""
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,16 +20,20 @@ from sheeprlhf.config.model_lookup import Trained
 from sheeprlhf.config.run_lookup import REPORT_FILE, REWARD_MODEL, scores_by_run
 from sheeprlhf.config.shell import changed_words, command, option_word
 from sheeprlhf.data.example import Example
-from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
+from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.prompt_encoder import save_form
 from sheeprlhf.data.report import render_report
+from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.parts import keeps_parameters, write_model
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished, same_data
 from sheeprlhf.engine.shard import assemble, gathered, is_sharded
+from sheeprlhf.reward.call import Texts
+from sheeprlhf.reward.score import RawScores
 from sheeprlhf.rollout.engines import generate_responses
+from sheeprlhf.rollout.rollout import Rollout
 from sheeprlhf.security.json_records import DATA_REPORT, load_json
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.reward import AutoRewardConfig
@@ -40,6 +47,10 @@ from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.memory import size_text
 from sheeprlhf.utils.modes import isolated_rng
 from sheeprlhf.utils.output import safe_path, write_file
+
+ROLLOUTS = "rollouts"  # folder with one parquet file for each saved rollout, with a row for each response
+TERM = "reward/"  # prefix of its columns with the unweighted scores of each term of the reward
+_ROWS_PER_GROUP = 256
 
 
 class Saved(Protocol):
@@ -231,3 +242,66 @@ def log_samples(
         prompt, reference = (tokenizer.decode(ids.tolist()) for ids in (example.prompt_ids, answer))
         blocks.append(f"[prompt]\n{prompt}\n[model]\n{response}\n[reference]\n{reference}\n")
     run.log_text("samples", "\n".join(blocks), step)
+
+
+def sample_table(rollout: Rollout, texts: Texts, num_rows: int) -> str:
+    """Format prompt, response, score and KL of the first rows, and the dataset's own responses if there are any."""
+    references = texts.columns.get("reference")
+    blocks = []
+    for row in range(min(num_rows, len(rollout))):
+        kl = float((rollout.tokens["logprobs"][row] - rollout.tokens["reference"][row]).sum())
+        cut = "" if texts.finished[row] else ", cut"
+        blocks.append(
+            f"[prompt]\n{texts.prompts[row]}\n[model] score {rollout.scores[row, 0]:.3f}, KL {kl:.2f}{cut}\n"
+            f"{texts.responses[row]}\n" + ("" if references is None else f"[reference]\n{references[row]}\n")
+        )
+    return "\n".join(blocks)
+
+
+def saved_rollouts(num_rollouts: int, count: int) -> set[int]:
+    """Return the numbers of the rollouts to save: the first, the last and others evenly between them.
+
+    Args:
+        num_rollouts: of the whole run.
+        count: how many to save; the first alone for 1, all if there are fewer.
+    """
+    count = min(count, num_rollouts)
+    return {index * (num_rollouts - 1) // max(count - 1, 1) for index in range(count)}
+
+
+def write_rollout(run_dir: Path, rollout: Rollout, texts: Texts, raw: RawScores, number: int, step: int) -> Path:
+    """Rank zero only: write a rollout; one that a killed process has written is replaced by the same rows.
+
+    Args:
+        run_dir: the run's directory.
+        rollout: with all numbers of its tokens.
+        texts: of the rollout.
+        raw: the scores of each term of its reward.
+        number: of the rollout, from 0.
+        step: optimizer steps before it.
+    """
+    sink = io.BytesIO()
+    pq.write_table(rollout_table(rollout, texts, raw, number, step), sink, row_group_size=_ROWS_PER_GROUP)
+    return write_file(run_dir, f"{ROLLOUTS}/rollout-{number:06d}.parquet", sink.getvalue())
+
+
+def rollout_table(rollout: Rollout, texts: Texts, raw: RawScores, number: int, step: int) -> pa.Table:
+    """Return a table with a row for each response; arguments as of `write_rollout`."""
+    group, responses = rollout.finished.shape[1], [ids for row in rollout.rows for ids in row.responses]
+    columns: dict[str, Any] = {
+        "rollout": pa.array([number] * len(responses), pa.int64()),
+        "step": pa.array([step] * len(responses), pa.int64()),
+        "row_id": pa.array([row.row_id for row in rollout.rows for _ in range(group)], pa.int64()),
+        "prompt": texts.prompts,
+        "response": texts.responses,
+        "prompt_ids": pa.array([row.prompt_ids for row in rollout.rows for _ in range(group)], pa.list_(pa.int32())),
+        "response_ids": pa.array(responses, pa.list_(pa.int32())),
+        "finished": rollout.finished.reshape(-1),
+        "score": rollout.scores.reshape(-1),
+    }
+    columns |= {f"{TERM}{name}": pa.array(scores, pa.float64()) for name, scores in raw.by_term.items()}
+    borders = np.cumsum(rollout.response_lengths)[:-1]
+    for name in rollout.tokens:
+        values = np.split(rollout.flat(name).numpy(), borders)
+        columns[name] = pa.array(values, pa.list_(pa.float32()))
+    return pa.table(columns)

@@ -28,8 +28,9 @@ from torch.optim import Optimizer
 from sheeprlhf.agent.batches import Batches, Rows, longest_row
 from sheeprlhf.agent.policy import Policy, reference_of
 from sheeprlhf.data.example import Batch
-from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
+from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.sampler import RolloutPlan, StepPlan, load_ahead
+from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.data.stream import Stream
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.fabric import place
@@ -37,7 +38,6 @@ from sheeprlhf.engine.optim import follow_schedule, set_up
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.step import LossFn, MicroBatch, update
 from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.reward.call import Texts
 from sheeprlhf.rollout.rollout import (
     Rollout,
     RolloutCollector,
@@ -46,7 +46,6 @@ from sheeprlhf.rollout.rollout import (
     distinct_bigrams,
     token_values,
 )
-from sheeprlhf.rollout.saved import saved_rollouts, write_rollout
 from sheeprlhf.structure.data import LayoutDataConfig
 from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.task.finish import (
@@ -56,6 +55,9 @@ from sheeprlhf.task.finish import (
     log_samples,
     record_validation,
     report_data,
+    sample_table,
+    saved_rollouts,
+    write_rollout,
 )
 from sheeprlhf.task.models import build_collector, initial_run, load_initial_policy, load_online_setup
 from sheeprlhf.utils.errors import ConfigError, DataError, RolloutServerError
@@ -412,7 +414,7 @@ class RolloutLoop:
             return last or state.step // interval > before // interval
 
         if due(task.log_interval):
-            run.log(means | {"train/epoch": plan.epochs_before(iteration.number + 1)} | run.usage(), state.step)
+            run.log(means | {"train/epoch": plan.prompts.epochs_before(iteration.number + 1)} | run.usage(), state.step)
         if self._validate is not None and due(task.eval_interval):
             self._record_validation()
         last = last or task.stops_early(state.stale_validations)
@@ -554,17 +556,3 @@ class RolloutValidator:
                 f"{perplexity:.1f}): the policy may be finding what the reward overlooks; look at samples/, raise "
                 "task.init_kl_coeff (task.beta) or lower the learning rate"
             )
-
-
-def sample_table(rollout: Rollout, texts: Texts, num_rows: int) -> str:
-    """Format prompt, response, score and KL of the first rows, and the dataset's own responses if there are any."""
-    references = texts.columns.get("reference")
-    blocks = []
-    for row in range(min(num_rows, len(rollout))):
-        kl = float((rollout.tokens["logprobs"][row] - rollout.tokens["reference"][row]).sum())
-        cut = "" if texts.finished[row] else ", cut"
-        blocks.append(
-            f"[prompt]\n{texts.prompts[row]}\n[model] score {rollout.scores[row, 0]:.3f}, KL {kl:.2f}{cut}\n"
-            f"{texts.responses[row]}\n" + ("" if references is None else f"[reference]\n{references[row]}\n")
-        )
-    return "\n".join(blocks)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from sheeprlhf.agent.batches import Batches, BatchOptions
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.example import Batch
-from sheeprlhf.data.prepare import PreparedData, TokenizedSplit
+from sheeprlhf.data.prepare import PreparedData
+from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.shard import equal_passes
 from sheeprlhf.engine.step import LossFn, MicroBatch
-from sheeprlhf.model.file_weights import content
+from sheeprlhf.model.folder import content
 from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.security.files import real_file
 from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS

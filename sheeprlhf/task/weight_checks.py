@@ -20,15 +20,15 @@ from transformers import (
 
 from sheeprlhf.agent.batches import check_batching
 from sheeprlhf.config.run_lookup import read_run_config, saved_group, task_of_run
-from sheeprlhf.model.adapter import conflicting_options, read_adapter_config
+from sheeprlhf.data.tokenize import turn_texts
+from sheeprlhf.model.adapter import check_adapters, conflicting_options, read_adapter_config
 from sheeprlhf.model.attention import packing_limit
-from sheeprlhf.model.lm_head import padding_token, scalar_model
-from sheeprlhf.model.load import check_vocabulary, check_weights, load_tokenizer
+from sheeprlhf.model.folder import check_vocabulary, check_weights
+from sheeprlhf.model.lm_head import scalar_model
+from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.locate import locate_adapter
-from sheeprlhf.model.lora import check_adapters
 from sheeprlhf.model.memory import build_on_meta
 from sheeprlhf.rollout.engines import check_engine
-from sheeprlhf.rollout.rollout import turn_texts
 from sheeprlhf.security.pickled_weights import adapter_folder
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import ModelConfig
@@ -44,6 +44,7 @@ from sheeprlhf.task.models import (
     reward_folder_errors,
     reward_model_source,
 )
+from sheeprlhf.utils.end_tokens import padding_token
 from sheeprlhf.utils.errors import ConfigError, Notify
 from sheeprlhf.utils.modes import isolated_rng
 from sheeprlhf.utils.rendering import check_template_args
@@ -154,7 +155,7 @@ def check_needed(needed: Needed, say: Notify) -> str:
     with nullcontext() if needed.reward_term is None else reward_folder_errors(needed.reward_term):
         note = check_weights(needed.model, auto=auto, new_head=needed.new_head, say=say)
         if needed.scores:
-            check_vocabulary(needed.model)
+            check_vocabulary(needed.model, num_rows_needed(load_tokenizer(needed.model)))
         return note
 
 

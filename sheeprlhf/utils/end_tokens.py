@@ -10,6 +10,8 @@ from functools import lru_cache
 from itertools import dropwhile
 from typing import Any, NamedTuple
 
+from sheeprlhf.utils.errors import ModelError
+
 _CONFIGURED = "sheeprlhf_configured_end_ids"  # attribute of a tokenizer: what the files next to it say
 _QUESTION, _ANSWER = "Is it warm?", "Yes, it is warm."
 
@@ -115,3 +117,25 @@ def _closing_token(tokenizer: Any, template: str, num_tokens: int) -> int | None
     after = after.lstrip()
     texts = sorted(control_tokens(tokenizer).items(), key=lambda token: -len(token[1]))
     return next((number for number, content in texts if answer and content and after.startswith(content)), None)
+
+
+def padding_token(tokenizer: Any) -> str:
+    """A token that no text has and no response ends in: transformers scores the rightmost token that is another one.
+
+    The tokenizer's own padding unless that is an end token, else another special token, of those without a role too,
+    else the byte 0xFF, which UTF-8 never has, as byte-level tokenizers write it.
+
+    Raises:
+        ModelError: there is no such token.
+    """
+    vocabulary = tokenizer.get_vocab()
+    taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, *end_texts(tokenizer), None}
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in (tokenizer.pad_token, *tokenizer.all_special_tokens, *added, "\u00ff", "<0xFF>"):
+        if token not in taken and token in vocabulary:
+            return str(token)
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, end_tokens(tokenizer).closing):
+        return str(tokenizer.pad_token)  # only the configuration lists it as an end token
+    raise ModelError(
+        "the model's tokenizer has no token for padding but EOS: set pad_token in its tokenizer_config.json"
+    )

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sheeprlhf.rollout.saved import saved_rollouts
 from sheeprlhf.task import loop
+from sheeprlhf.task.finish import saved_rollouts
 from tests.support.rewards import letters
 from tests.support.runs import figures, train, write_pairs, write_rows
 

@@ -32,6 +32,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.task.train.grpo": ("tests/unit/task/test_group_losses.py",),
     "sheeprlhf.task.train.kto": ("tests/unit/task/test_kto.py",),
     "sheeprlhf.task.train.online_dpo": ("tests/unit/task/test_group_losses.py",),
+    "sheeprlhf.task.train.reinforce_pp": ("tests/unit/task/test_group_losses.py",),
     "sheeprlhf.task.train.ppo": ("tests/unit/task/test_ppo_step.py",),
     "sheeprlhf.task.train.rloo": ("tests/unit/task/test_group_losses.py",),
 }
@@ -41,6 +42,8 @@ WITHOUT_SURVIVORS = [name for name in TARGETS if name.startswith("sheeprlhf.loss
     "sheeprlhf.data.sampler:RolloutPlan",
     "sheeprlhf.data.sampler:cut_micro_batches",
     "sheeprlhf.task.loop:Iteration",
+    "sheeprlhf.task.train.reinforce_pp:reinforce_pp_loss",
+    "sheeprlhf.task.train.reinforce_pp:with_advantages",
 ]
 
 EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reason, and the changes

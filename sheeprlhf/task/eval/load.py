@@ -21,10 +21,12 @@ from sheeprlhf.agent.policy import Policy
 from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.config.run_lookup import is_same_model, read_run_config, saved_group
 from sheeprlhf.data.example import Batch, Example
-from sheeprlhf.data.prepare import PreparedData, TokenizedSplit, prepare_data
+from sheeprlhf.data.prepare import PreparedData, prepare_data
 from sheeprlhf.data.sampler import cut_micro_batches
+from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.fabric import place
-from sheeprlhf.model.load import load_tokenizer, num_positions
+from sheeprlhf.model.folder import num_positions
+from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.rollout.engines import StopStrings, generate_ids
 from sheeprlhf.rollout.rollout import (

@@ -17,14 +17,14 @@ from sheeprlhf.agent.batches import choose_packed, longest_row
 from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.data.example import Example
+from sheeprlhf.data.tokenize import TextExchange, has_same_tokens
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.reward.score import RawScores, build_reward
 from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.rollout.rollout import (
-    TextExchange,
     decode_rollout,
-    has_same_tokens,
+    distinct_bigrams,
     longest_of,
     predict_scores,
     to_rollout,
@@ -49,7 +49,6 @@ from sheeprlhf.task.eval.load import (
 from sheeprlhf.task.eval.preference import pairs_of_rows, scores_of_rows
 from sheeprlhf.task.eval.result import cell, draw_histogram, save_result
 from sheeprlhf.task.eval.statistics import interval_of, standard_error
-from sheeprlhf.task.loop import distinct_bigrams
 from sheeprlhf.task.models import (
     check_reward_columns,
     load_policy_from_run,
@@ -151,14 +150,13 @@ class Judge:
         rollout, tokenizer, job = answers.rollout, load_reward_tokenizer(self._cfg, term), self._job
         if reads_chat(self._cfg):
             prompts = own_prompts(self._cfg, tokenizer, job.prepare_scored(answers.tokenizer), say=job.say)
-            rollout = TextExchange(answers.tokenizer, tokenizer, job.say, chat=True, own_prompts=prompts)(
-                rollout, answers.texts
-            )
+            exchange = TextExchange(answers.tokenizer, tokenizer, job.say, chat=True, own_prompts=prompts)
+            rollout = rollout.encoded_by(exchange, answers.texts)
         elif not has_same_tokens(answers.tokenizer, tokenizer):
             if term not in self._own_prompts:
                 self._own_prompts[term] = job.rows_as(tokenizer, rollout.rows)
             exchange = TextExchange(answers.tokenizer, tokenizer, job.say)
-            rollout = exchange(rollout, answers.texts, self._own_prompts[term])
+            rollout = rollout.encoded_by(exchange, answers.texts, self._own_prompts[term])
         model, packed = self._model(term, max(self._longest, longest_of(rollout)))
         return predict_scores(self._fabric, self._cfg.task, model, rollout, packed=packed).double().tolist()
 

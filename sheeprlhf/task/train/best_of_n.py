@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from sheeprlhf.config.run_lookup import model_options
 from sheeprlhf.config.shell import command, option_word
 from sheeprlhf.data.example import Example
-from sheeprlhf.data.prepare import TokenizedSplit
+from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.data.tokenize import SpecialIds
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.manifest import write_folder
-from sheeprlhf.engine.run import STOP_SIGNALS, Run, open_run
+from sheeprlhf.engine.run import Run, open_run
 from sheeprlhf.engine.rundir import mark_finished
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.rollout.rollout import JUDGE_FAILURES, Rollout, check_sampler, kl_bound
@@ -33,6 +33,7 @@ from sheeprlhf.task.models import build_collector, load_online_setup
 from sheeprlhf.utils.errors import CheckpointError, DataError, Notify, RecordError
 from sheeprlhf.utils.lightning import Fabric
 from sheeprlhf.utils.output import create_file, safe_path, sweep_scratch, write_file
+from sheeprlhf.utils.processes import STOP_SIGNALS
 
 COLUMNS = ("prompt", "response", "score", "n", "mean_score", "first_score")  # of the dataset
 FIRST = {"train": 0, "validation": 1 << 31}  # number of each split's first rollout; it decides what is sampled

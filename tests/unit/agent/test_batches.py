@@ -9,7 +9,7 @@ from lightning.fabric import Fabric
 
 from sheeprlhf.agent.batches import Batches, longest_row
 from sheeprlhf.data.example import Example
-from sheeprlhf.data.prepare import TokenizedSplit
+from sheeprlhf.data.store import TokenizedSplit
 from tests.support.batches import random_examples
 
 

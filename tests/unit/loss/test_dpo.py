@@ -104,6 +104,18 @@ def test_published_values_at_zero_margin(loss: Callable[[Tensor], Tensor], expec
     assert_close(loss(torch.zeros(1, dtype=torch.float64)).item(), expected, rtol=0, atol=1e-4)
 
 
+def test_discopop_far_from_the_reference_and_an_unknown_divergence() -> None:
+    """The exponent is cut at 20, so that a pair 1,000 nats apart has finite losses and gradients."""
+    h = torch.tensor([-1000.0, 1000.0], requires_grad=True)
+    losses = dpo.discopop(h, torch.zeros(2), 1.0, 100.0)
+    losses.sum().backward()
+    m = sig(-10.0)
+    assert_close(losses[0].item(), (1 - m) * 1000.0 + m * math.exp(20.0), rtol=1e-5, atol=0)
+    assert h.grad is not None and torch.isfinite(h.grad).all()
+    with pytest.raises(ValueError, match="kl"):
+        dpo.f_derivative(h, "kl", 0.5)
+
+
 @pytest.mark.parametrize(("divergence", "slope"), [("reverse_kl", 1), ("forward_kl", 1), ("js", 0.5), ("alpha", 1)])
 def test_divergences_at_the_reference_and_far_from_it(divergence: str, slope: float) -> None:
     """f'' at 1 by the definition, and finite values and gradients 1,000 nats away."""

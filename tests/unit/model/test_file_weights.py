@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from sheeprlhf.model.file_weights import FileParameter, content, drop_placeholders
+from sheeprlhf.model.folder import FileParameter, content, drop_placeholders
 from sheeprlhf.model.load import load_causal_lm
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.utils.errors import ModelError

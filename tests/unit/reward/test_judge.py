@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from sheeprlhf.config.reward_checks import reward_problems
-from sheeprlhf.reward import judge
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.judge import check_server, parse_score, receiver_notice
 from sheeprlhf.reward.score import RawScores, build_reward, check_columns, wanted_columns
 from sheeprlhf.structure.reward import JudgeRewardConfig, ListRewardConfig
+from sheeprlhf.utils import http
 from sheeprlhf.utils.errors import ConfigError, RewardError
 from tests.support.judge_server import judge_server
 
@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {"judge_model": "judge-1", "judge_prompt": "{prompt}|
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(http, "_FIRST_WAIT", 0.01)
 
 
 def texts_of(*responses: str, **columns: list[Any]) -> Texts:

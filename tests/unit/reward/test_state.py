@@ -13,7 +13,7 @@ import pytest
 
 from sheeprlhf.reward import functions
 from sheeprlhf.reward.score import state_warnings
-from sheeprlhf.reward.state import signs_of_state, state_warning
+from sheeprlhf.security.user_calls import signs_of_state, state_warning
 from sheeprlhf.structure.reward import BUILTINS, ListRewardConfig
 from tests.support import rewards
 

@@ -17,7 +17,7 @@ from sheeprlhf.agent.policy import load_policy, reference_of
 from sheeprlhf.agent.reward import reward_model_of
 from sheeprlhf.data.example import Example
 from sheeprlhf.engine.fabric import make_fabric
-from sheeprlhf.model.lm_head import HEAD
+from sheeprlhf.model.folder import HEAD
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.rollout.rollout import (
     Rollout,
@@ -25,6 +25,7 @@ from sheeprlhf.rollout.rollout import (
     TermModel,
     check_finite,
     check_sampler,
+    distinct_bigrams,
     rollout_metrics,
     sampling_uniforms,
 )
@@ -36,7 +37,7 @@ from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig, ListRewardConfig, ModelRewardConfig
 from sheeprlhf.structure.rollout import RLOOConfig
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.task.loop import distinct_bigrams, sample_table
+from sheeprlhf.task.finish import sample_table
 from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
 from tests.support.models import EOS
 

@@ -15,7 +15,7 @@ from sheeprlhf.rollout.engines import StopStrings, generate_responses
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig, TinyConfig
 from sheeprlhf.structure.reward import FunctionRewardConfig
-from sheeprlhf.task.loop import sample_table
+from sheeprlhf.task.finish import sample_table
 from sheeprlhf.utils.errors import ConfigError
 from tests.support.models import EOS, PAD, VOCAB, byte_tokenizer
 from tests.support.runs import figures, train, write_rows

@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from sheeprlhf.agent.reward import load_reward_model
 from sheeprlhf.cli import run
 from sheeprlhf.data.example import Example
+from sheeprlhf.data.tokenize import TextExchange
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.reward.call import Texts
-from sheeprlhf.rollout.rollout import Rollout, TextExchange, predict_scores
+from sheeprlhf.rollout.rollout import Rollout, predict_scores
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.rollout import RLOOConfig
@@ -94,7 +95,7 @@ def test_scores_are_those_of_the_text(judge: Path) -> None:
     reader = load_tokenizer(cfg)
     model, _ = load_reward_model(cfg, reader, longest=64, batching="padded", say=print)
     rollout, texts = rollout_of(PROMPTS, RESPONSES, FINISHED)
-    read = TextExchange(byte_tokenizer(), reader, print)(rollout, texts)
+    read = rollout.encoded_by(TextExchange(byte_tokenizer(), reader, print), texts)
     assert int(read.rows[0].responses[0][-1]) == 0  # its own end token
     assert int(read.rows[0].responses[1][-1]) != 0  # this one was cut
     fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
@@ -111,7 +112,7 @@ def test_what_is_longer_than_the_reward_model_reads(judge: Path) -> None:
     reader = load_tokenizer(cfg)
     model, _ = load_reward_model(cfg, reader, longest=64, batching="padded", say=print)
     rollout, texts = rollout_of(("x" * 80,), ("y" * 20, "y"), (True, True))
-    read = TextExchange(byte_tokenizer(), reader, print)(rollout, texts)
+    read = rollout.encoded_by(TextExchange(byte_tokenizer(), reader, print), texts)
     fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
     with pytest.raises(RewardError, match="102 tokens of the reward model, which has 96 positions"):
         predict_scores(fabric, RLOOConfig(), model, read, packed=False)
@@ -127,7 +128,7 @@ def test_control_tokens_stay_control_tokens_and_strange_ones_are_told(judge: Pat
         row = Example(0, np.array(ids, np.int32), (np.array([*response, EOS], np.int32),))
         rollout = Rollout((row,), np.zeros((1, 1)), np.ones((1, 1), dtype=bool), {})
         texts = Texts([text], ["<|user|>"], [True], [8], {})
-        [read] = TextExchange(writer, reader, told.append)(rollout, texts).rows
+        [read] = rollout.encoded_by(TextExchange(writer, reader, told.append), texts).rows
         assert reader.decode(read.prompt_ids) == f"<begin>{text}"
         control = reader.convert_tokens_to_ids("<|user|>")
         assert (control in read.prompt_ids) is not strange
@@ -226,7 +227,7 @@ def test_scores_in_the_chat_template(judge: Path, tmp_path: Path) -> None:
     model, _ = load_reward_model(cfg, reader, longest=96, batching="padded", say=print)
     texts_of_turns = (*RESPONSES[:3], " at <end> at")
     rollout, texts = rollout_of(PROMPTS, texts_of_turns, FINISHED)
-    read = TextExchange(byte_tokenizer(), reader, print, chat=True)(rollout, texts)
+    read = rollout.encoded_by(TextExchange(byte_tokenizer(), reader, print, chat=True), texts)
     fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
     found = predict_scores(fabric, RLOOConfig(), model.eval(), read, packed=False).tolist()
     assert found[:2] == pytest.approx([chat_score(folder, turns(PROMPTS[0], text)) for text in RESPONSES[:2]], abs=1e-5)

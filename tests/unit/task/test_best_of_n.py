@@ -11,12 +11,11 @@ from sheeprlhf.config.run_lookup import resolve_runs
 from sheeprlhf.config.validate import validate
 from sheeprlhf.data.example import Example
 from sheeprlhf.reward.call import Texts
-from sheeprlhf.rollout.rollout import Rollout
+from sheeprlhf.rollout.rollout import Rollout, kl_bound
 from sheeprlhf.task.train.best_of_n import (
     RowWriter,
     SelectionStats,
     best_of,
-    kl_bound,
     select_rows,
     selection_stats,
     selection_table,

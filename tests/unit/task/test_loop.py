@@ -91,6 +91,18 @@ def test_advantages_are_kept_and_other_rows_are_not() -> None:
         run(iteration, ROLLOUT.with_advantages(torch.full((4, 2), torch.nan)))
 
 
+def test_importance_weights_multiply_the_advantages() -> None:
+    num_tokens = sum(ROLLOUT.response_lengths)
+    weights = torch.linspace(0.5, 2.0, num_tokens)
+    rollout = ROLLOUT.with_advantages(torch.full((4, 2), 3.0)).with_tokens(importance=weights)
+    iteration = make_iteration(task_of(), 0, [{"loss": 0.0}] * 6)
+    run(iteration, rollout)
+    torch.testing.assert_close(iteration.rollout.flat("advantages"), 3.0 * weights, rtol=0, atol=1e-6)
+    iteration = make_iteration(task_of(), 0, [{"loss": 0.0}] * 6)
+    run(iteration, ROLLOUT.with_tokens(importance=weights))  # of pairs, which have no advantages
+    assert iteration.rollout is ROLLOUT
+
+
 @pytest.mark.parametrize(
     ("kls", "limit", "num_steps"),
     [((0.05, 0.2, 0.0, 0.0, 0.0, 0.0), 0.1, 2), ((0.1,) * 6, 0.1, 6), ((0.3,) * 6, None, 6)],

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from sheeprlhf.agent.policy import Policy, load_policy, reference_of
 from sheeprlhf.agent.reward import load_reward_model, reward_model_of
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
+from sheeprlhf.model.folder import check_vocabulary
 from sheeprlhf.model.lm_head import head_logprobs
-from sheeprlhf.model.load import check_vocabulary, load_tokenizer
+from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.rollout.engines import ENGINES, generate_ids, stream_ids
 from sheeprlhf.rollout.sampler import sample_responses
 from sheeprlhf.structure.generation import GenConfig
@@ -177,10 +178,10 @@ def test_a_model_without_a_row_for_the_largest_id_is_refused(model_folder: Model
     plain = AutoModelConfig(repo_name=str(model_folder()))
     policy = load_policy(plain, load_tokenizer(plain), longest=64, batching="auto")[0]
     reward_model_of(policy, plain, load_tokenizer(plain)).save(tmp_path / "reward", load_tokenizer(plain))
-    check_vocabulary(AutoModelConfig(repo_name=str(tmp_path / "reward")))
+    check_vocabulary(AutoModelConfig(repo_name=str(tmp_path / "reward")), num_rows_needed(load_tokenizer(plain)))
     holey_tokenizer().save_pretrained(tmp_path / "reward")
     cfg = AutoModelConfig(repo_name=str(tmp_path / "reward"))
     with pytest.raises(ModelError, match="270"):
-        check_vocabulary(cfg)
+        check_vocabulary(cfg, num_rows_needed(load_tokenizer(cfg)))
     with pytest.raises(ModelError, match="270"):
         load_reward_model(cfg, tokenizer, longest=64, batching="auto")
