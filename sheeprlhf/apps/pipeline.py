@@ -8,6 +8,7 @@ their runs.
 import csv
 import io
 import json
+import os
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from rich.text import Text
 
 import sheeprlhf
 from sheeprlhf.apps.arguments import ParsedArgs, parse_args
+from sheeprlhf.apps.runs import read_results
 from sheeprlhf.apps.terminal import Screen, is_number
 from sheeprlhf.config.compose import Source, compose_jobs, configs_directory
 from sheeprlhf.config.pipeline import Stage, stages_of
@@ -29,7 +31,8 @@ from sheeprlhf.config.registry import NOT_IN_HASH, config_to_dict
 from sheeprlhf.config.run_lookup import next_order, order_of
 from sheeprlhf.config.shell import command, option_word
 from sheeprlhf.engine.rundir import LOCK_FILE, RUN_FILE, RunLock, is_finished, make_unique_dir
-from sheeprlhf.security.json_records import PIPELINE, RESULT, load_json
+from sheeprlhf.security.files import read_small, real_path
+from sheeprlhf.security.json_records import PIPELINE, load_json
 from sheeprlhf.security.redaction import redact_command
 from sheeprlhf.structure.run import PipelineConfig, RootConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError, UnsafePathError
@@ -38,7 +41,8 @@ from sheeprlhf.utils.output import create_file, link_problems, make_folder, writ
 from sheeprlhf.utils.processes import Children, children
 
 RESULT_FILES = ("results.csv", "results.md", "results.json")
-_MAX_FILES = 200
+_MAX_STAGES = 60
+_MAX_BYTES = 1 << 20  # of results.json
 
 
 class Column(NamedTuple):
@@ -125,14 +129,12 @@ def cells(rows: list[Row], columns: list[Column]) -> list[list[str]]:
 def figures_of(run_dir: Path) -> dict[str, float]:
     """The figures of a run's final weights on the test split, from its eval/*.json."""
     found: dict[str, Any] = {}
-    for path in sorted((run_dir / "eval").glob("*.json"))[:_MAX_FILES]:
-        try:
-            record = load_json(path, RESULT)
-        except RecordError as error:
-            print(f"warning: {error}", file=sys.stderr)
-            continue
+    problems: list[str] = []
+    for name, record in read_results(run_dir, problems):
         if record.get("weights") == "final" and record.get("split") == "test":
-            found |= _figures(path.stem, record)
+            found |= _figures(name, record)
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
     return {name: float(value) for name, value in found.items() if is_number(value)}
 
 
@@ -150,6 +152,24 @@ def _figures(stem: str, record: Mapping[str, Any]) -> dict[str, Any]:
             return {"imperative": record.get("score"), "kl": record.get("kl")}
         return {"reward": record.get("score"), "win_rate": record.get("win_rate"), "kl": record.get("kl")}
     return {}
+
+
+def read_pipeline(folder: Path, notes: list[str]) -> list[Row]:
+    """The stages in a pipeline's results.json; none if the folder is not of a finished pipeline."""
+    name = RESULT_FILES[2]
+    if not os.path.lexists(folder / name):
+        return []
+    try:
+        content = json.loads(read_small(real_path(folder / name, folder), _MAX_BYTES))
+        stages = [stage for stage in content[:_MAX_STAGES] if isinstance(stage["stage"], str)]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        notes.append(f"{folder}/{name} is damaged: left out")
+        return []
+    names = [column.name for column in COLUMNS]
+    return [
+        Row(stage["stage"], {key: value for key, value in stage.items() if key in names and is_number(value)})
+        for stage in stages
+    ]
 
 
 STATE_FILE = "pipeline.json"

@@ -14,7 +14,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from sheeprlhf.apps.report.record import MARK, Curve
+from sheeprlhf.apps.runs import MARK, Curve
 
 # Distinguishable for colour-blind readers, on white and on black; after eight runs, lines are dashed.
 LIGHT = ("#0067a5", "#c8500a", "#007d5c", "#a3478f", "#8a6a00", "#3d3d3d", "#1a8fc4", "#b02a37")

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.apps.flags import Flag, print_flags_help, read_flags
-from sheeprlhf.apps.list import FoundRuns, find_past_runs, past_run
-from sheeprlhf.apps.pipeline import Row
-from sheeprlhf.apps.report.record import MARK, read_pipeline, read_record
+from sheeprlhf.apps.pipeline import Row, read_pipeline
+from sheeprlhf.apps.runs import MARK, FoundRuns, find_past_runs, past_run, read_record
 from sheeprlhf.apps.terminal import Screen, clean, paragraph
 from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.config.path_checks import new_folder_problems
@@ -130,7 +129,7 @@ def _choose_runs(folders: list[str]) -> ChosenRuns:
             notes.append(f"{word if folders else 'no run was named'}: this is the newest, {taken[0][0]}")
         notes += [f"{word}: {found.note}"] if found.note else []
         for path, info in taken:
-            runs.setdefault(path.resolve(), (path, {} if (path / RUN_FILE).is_symlink() else info))
+            runs.setdefault(path.resolve(), (path, info))
         if not newest and (stages := read_pipeline(folder, notes)):
             pipelines[clean(folder, 200)] = stages
     return ChosenRuns(list(runs.values()), pipelines, notes, problems)

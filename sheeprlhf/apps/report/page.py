@@ -31,7 +31,7 @@ from sheeprlhf.apps.report.chart import (
     run_colors,
     run_style,
 )
-from sheeprlhf.apps.report.record import MARK, Answer, Curve, Evaluation, Exchange, Record
+from sheeprlhf.apps.runs import MARK, Answer, Curve, Evaluation, Exchange, Record
 from sheeprlhf.apps.show import shown
 from sheeprlhf.apps.terminal import clean, is_number
 from sheeprlhf.config.shell import command

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.apps.list import find_past_runs, past_run
+from sheeprlhf.apps.runs import find_past_runs, past_run
 from sheeprlhf.cli import run
 from sheeprlhf.config.registry import choices
 from sheeprlhf.engine.rundir import RunLock, is_locked
@@ -58,6 +58,7 @@ def test_without_words_everything_is_listed(capsys, monkeypatch, tmp_path):
 
 def test_runs_are_listed_newest_first_with_all_that_is_known(capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
+    early = make_run(tmp_path, 0, status="finished", step=8, stopped_early=True)
     old = make_run(tmp_path, 1, status="finished", step=12_480, best_metric=2.44151)
     write_result(old, "perplexity-test-final", perplexity=8.25, nll=2.11, tokens=9)
     new = make_run(tmp_path, 2, model="opt", data="summarization")
@@ -68,7 +69,8 @@ def test_runs_are_listed_newest_first_with_all_that_is_known(capsys, tmp_path, m
     assert lines[0][2:] == ["summarization", "opt", "sft", "unfinished", "10", "-", "-", str(new)]
     assert lines[1][2:7] == ["docstrings", "tiny", "sft", "finished", "12,480"]
     assert " 2.4415  perplexity 8.25, nll 2.11  " in printed
-    assert printed.splitlines()[-1].endswith(f"  {old}")
+    assert printed.splitlines()[-2].endswith(f"  {old}")
+    assert lines[2][5:8] == ["stopped", "early", "8"] and lines[2][-1] == str(early)
     assert lines[1][:2] == time.strftime("%Y-%m-%d %H:%M", time.localtime(STARTED + 1)).split()
 
 
@@ -216,7 +218,7 @@ def test_links_are_not_followed_and_the_search_ends(tmp_path, monkeypatch):
     folder = make_run(tmp_path)
     os.symlink(tmp_path, tmp_path / "docstrings" / "loop")
     assert [found for found, _ in find_past_runs(tmp_path).runs] == [folder]
-    monkeypatch.setattr("sheeprlhf.apps.list.MAX_FOLDERS", 3)
+    monkeypatch.setattr("sheeprlhf.apps.runs.MAX_FOLDERS", 3)
     assert "3 folders are the limit" in find_past_runs(tmp_path).note
 
 

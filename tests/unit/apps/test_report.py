@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sheeprlhf.apps.report import record as report_record
+from sheeprlhf.apps import runs as run_files
 from sheeprlhf.apps.report.chart import MAX_RUNS
 from sheeprlhf.apps.report.command import write_report
 from sheeprlhf.apps.report.page import point_table
-from sheeprlhf.apps.report.record import parse_evaluation
+from sheeprlhf.apps.runs import parse_evaluation
 from sheeprlhf.cli import run
 from sheeprlhf.engine.rundir import RunLock
 from tests.support.browser import dump_dom, find_chromium
@@ -98,7 +98,8 @@ def page_of(tmp_path: Path) -> Callable[..., Page]:
 
 def test_a_page_tells_what_the_files_say(tmp_path, page_of):
     runs = tmp_path / "runs"
-    dpo = make_past_run(runs / "b", 1, task="dpo", best_metric=0.25, peak_memory=1_500_000_000)
+    early = {"best_metric": 0.25, "stopped_early": True}
+    dpo = make_past_run(runs / "b", 1, task="dpo", peak_memory=1_500_000_000, **early)
     sft = make_past_run(runs / "a", 0)
     (dpo / "config.yaml").write_text(f"{(dpo / 'config.yaml').read_text()}extra: 1\n".replace("epochs: 2", "epochs: 5"))
     write_evaluation(sft, "perplexity-test-final", task="perplexity", perplexity=12.5, tokens=12345)
@@ -126,6 +127,7 @@ def test_a_page_tells_what_the_files_say(tmp_path, page_of):
     assert page.row("Speed and memory", "one step") == ["2.0 s", "2.0 s"]
     assert page.row("Speed and memory", "items a second") == ["25", "25"]
     assert page.row("Speed and memory", "peak memory") == ["-", "1.5 GB"]
+    assert page.row("Runs", "state") == ["finished", "stopped early"]
     said = ["sft says 4<|eos|>", "sft says 2<|eos|>", "dpo says 4<|eos|>", "dpo says 2<|eos|>"]
     assert page.pres[:6] == ["Say hello.", "Hello!<|eos|>", *said]
     assert page.pres[6:] == ["Q?", "The answer.", "An answer."]
@@ -286,7 +288,7 @@ def test_of_large_records_the_newest_part_is_shown(tmp_path, page_of, monkeypatc
     rows = "".join(f"{step},train/loss,{step}.5,1.0\r\n" for step in range(1, 1001))
     (folder / "metrics.csv").write_text(rows)
     shown = "998,train/loss,998.5,1.0\r\n999,train/loss,999.5,1.0\r\n1000,train/loss,1000.5,1.0\r\n"
-    monkeypatch.setattr(report_record, "_METRICS_BYTES", len(f"97,train/loss,997.5,1.0\r\n{shown}"))  # not step 97
+    monkeypatch.setattr(run_files, "_METRICS_BYTES", len(f"97,train/loss,997.5,1.0\r\n{shown}"))  # not step 97
     for step in range(5, 120):
         (folder / "samples" / f"step-{step}.txt").write_text(f"[prompt]\nSay hello.\n[model]\nanswer {step}\n")
     page = page_of(folder)

@@ -20,7 +20,7 @@ from sheeprlhf.apps.report.chart import (
     wilson,
 )
 from sheeprlhf.apps.report.page import duration_text, figure_text
-from sheeprlhf.apps.report.record import Curve
+from sheeprlhf.apps.runs import Curve
 
 
 def curve(values: list[float], first: int = 0) -> Curve:

@@ -1,32 +1,230 @@
-"""The content of a run's files as the report shows it. They may be untrusted, half written or of any size."""
+"""The files of runs as `list`, `report`, `pipeline` and `export` show them.
+
+They may be untrusted, half written or of any size.
+"""
 
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.apps.list import PastRun, past_run
-from sheeprlhf.apps.pipeline import COLUMNS, RESULT_FILES, Row
 from sheeprlhf.apps.terminal import clean, is_number
-from sheeprlhf.config.run_lookup import REPORT_FILE, read_run_config
-from sheeprlhf.engine.rundir import leaves
+from sheeprlhf.config.run_lookup import REPORT_FILE, RUN_FILE, order_of, read_run_config
+from sheeprlhf.engine.rundir import is_locked, leaves
 from sheeprlhf.security.files import read_small, read_tail, real_path
-from sheeprlhf.security.json_records import DATA_REPORT, RESULT, Schema, load_json
+from sheeprlhf.security.json_records import DATA_REPORT, RESULT, RUN, STATE, Schema, load_json
 from sheeprlhf.security.redaction import redact
 from sheeprlhf.utils.errors import ConfigError, DataError, RecordError
+
+MAX_DEPTH = 8  # root_dir/<data>/<model>/<task>/<time>/<run_name>, and some room
+MAX_FOLDERS = 20_000
+_MAX_NAMES = 5_000  # in one folder
+_MAX_FILES = 200  # of one kind, of one run
+_MAX_JSON = 100_000  # bytes
+_TAIL_BYTES = 65_536  # bytes of metrics.csv: many rows
+_NAME_COLUMNS = 16  # columns of a name: helpful_harmless
+_UNKNOWN = "?"
+_RUN_FILES = {RUN_FILE, "config.yaml", "metrics.csv", "checkpoints", "final"}
+_MAIN_NUMBERS = {  # of the numbers of an evaluation; of another one, all
+    "preference": ("accuracy", "margin"),
+    "reward": ("score", "win_rate", "kl"),
+    "generate": (),
+    "frontier": (),
+}
+_VALIDATION_TAGS = {  # tags of a validation that tell more than its loss
+    "val/rewards/accuracies": "accuracy",
+    "val/rewards/margins": "margin",
+}
+_GROUPS = ("data", "model", "task")
+
+
+class Curve(NamedTuple):
+    """The finite numbers of one tag by step, and the time of each (seconds since 1970)."""
+
+    steps: list[int]
+    values: list[float]
+    times: list[float]
+
+
+class FoundRuns(NamedTuple):
+    """Run directories, newest first, and what kept the search from being complete, if anything."""
+
+    runs: list[tuple[Path, dict[str, Any]]]
+    note: str
+
+
+class PastRun(NamedTuple):
+    """One run; every text is fit for a terminal.
+
+    Attributes:
+        dir: its directory.
+        started: local time, empty if unknown.
+        names: of data, model and task.
+        state: finished, stopped early (finished by early stopping), running or unfinished; unreadable or unknown if
+            run.json is damaged or missing.
+        step: optimizer steps done, None if unknown.
+        best: the best validation result, None if there is none.
+        results: the newest result of each metric, such as "perplexity 38.06", or what a validation told of pairs.
+        problems: one sentence for each of its files that is damaged.
+    """
+
+    dir: Path
+    started: str
+    names: tuple[str, str, str]
+    state: str
+    step: int | None
+    best: float | None
+    results: list[str]
+    problems: list[str]
+
+
+def find_past_runs(root: Path) -> FoundRuns:
+    """Every run directory at or below `root`, except below links, and what its run.json says."""
+    runs, unreadable, seen = [], 0, 0
+    waiting = deque([(root, 0)])
+    while waiting and seen < MAX_FOLDERS:
+        folder, depth = waiting.popleft()
+        seen += 1
+        try:
+            with os.scandir(folder) as entries:
+                names = {entry.name: entry.is_dir(follow_symlinks=False) for entry in islice(entries, _MAX_NAMES)}
+        except OSError:
+            unreadable += 1
+            continue
+        if RUN_FILE in names or len(_RUN_FILES & set(names)) > 1:
+            runs.append((folder, _read_object(folder, RUN_FILE, RUN, [])))
+        elif depth < MAX_DEPTH:
+            below = sorted((name for name, is_dir in names.items() if is_dir and name[0] != "."), reverse=True)
+            waiting.extend((folder / name, depth + 1) for name in below)
+    notes = [f"not all was searched: {MAX_FOLDERS:,} folders are the limit"] if waiting else []
+    notes += [f"{unreadable} folder{'s' * (unreadable > 1)} could not be read"] if unreadable else []
+    return FoundRuns(sorted(runs, key=_order, reverse=True), "; ".join(notes))
+
+
+def _order(run: tuple[Path, dict[str, Any]]) -> tuple[float, str]:
+    folder, info = run
+    return order_of(info), str(folder)
+
+
+def past_run(folder: Path, info: dict[str, Any]) -> PastRun:
+    """Summary of a run.
+
+    Args:
+        folder: its directory.
+        info: the content of its run.json; empty if it has none that can be read.
+    """
+    problems: list[str] = []
+    if not info:
+        _read_object(folder, RUN_FILE, RUN, problems)
+    names, finished = _names(folder, info), info.get("status") == "finished"
+    progress = info if finished else _newest_state(folder, problems)
+    logged, _ = _parse_metrics(_read_metrics(folder, _TAIL_BYTES))
+    last_step = max((curve.steps[-1] for curve in logged.values()), default=0)
+    steps = [step for step in (progress.get("step"), None if finished else last_step) if step]
+    validated = [
+        f"{_VALIDATION_TAGS[tag]} {curve.values[-1]:.4g} (validation)"
+        for tag, curve in logged.items()
+        if tag in _VALIDATION_TAGS
+    ]
+    return PastRun(
+        folder,
+        _local_time(info.get("started")),
+        names,
+        _state(folder, info),
+        max(steps, default=0 if info else None),
+        progress.get("best_metric"),
+        _main_results(folder, names[0], problems) or validated,
+        problems,
+    )
+
+
+def _state(folder: Path, info: dict[str, Any]) -> str:
+    if not info:
+        return "unreadable" if os.path.lexists(folder / RUN_FILE) else "unknown"
+    if info.get("status") == "finished":
+        return "stopped early" if info.get("stopped_early") else "finished"
+    return "running" if is_locked(folder) else "unfinished"
+
+
+def _names(folder: Path, info: dict[str, Any]) -> tuple[str, str, str]:
+    """Names of data, model and task, from run.json, else from the saved configuration."""
+    found = info
+    if not info:
+        try:
+            if os.path.getsize(folder / "config.yaml") <= _MAX_JSON:
+                saved = read_run_config(str(folder))
+                found = {key: value.get("config_name") for key, value in saved.items() if isinstance(value, dict)}
+        except (ConfigError, OSError):
+            found = {}  # damaged or untrusted: shown as unknown
+    data, model, task = (
+        clean(found[key], _NAME_COLUMNS) if isinstance(found.get(key), str) else _UNKNOWN for key in _GROUPS
+    )
+    return data, model, task
+
+
+def _newest_state(folder: Path, problems: list[str]) -> dict[str, Any]:
+    """State of the newest readable checkpoint; empty if there is none."""
+    for step in sorted(_steps(_names_in(folder, "checkpoints"), "step-"), reverse=True):
+        if state := _read_object(folder, f"checkpoints/step-{step}/state.json", STATE, problems):
+            return state
+    return {}
+
+
+def _steps(names: list[str], prefix: str, suffix: str = "") -> list[int]:
+    """Steps in the names of checkpoints or sample files."""
+    texts = [name.removeprefix(prefix).removesuffix(suffix) for name in names if name.startswith(prefix)]
+    return [int(text) for text in texts if text.isdecimal() and len(text) < 13]
+
+
+def read_results(folder: Path, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Name and content of each result of an evaluation; of a damaged one a problem."""
+    names = _names_in(folder, "eval", ".json")[:_MAX_FILES]
+    read = [(name.removesuffix(".json"), _read_object(folder, f"eval/{name}", RESULT, problems)) for name in names]
+    return [(name, record) for name, record in read if record]
+
+
+def _main_results(folder: Path, data: str, problems: list[str]) -> list[str]:
+    """The newest number of each metric in eval/*.json; what is not of the final weights on the test split says so."""
+    newest: dict[str, tuple[float, str]] = {}
+    for _, record in read_results(folder, problems):
+        usual = {"weights": "final", "split": "test"} | ({"data": data} if data != _UNKNOWN else {})
+        said = {key: clean(record.get(key, value), _NAME_COLUMNS) for key, value in usual.items()}
+        odd = [said[key] for key, value in usual.items() if said[key] != value]
+        when = _time_of(record.get("time"))
+        for key in _MAIN_NUMBERS.get(record.get("task", ""), tuple(record)):
+            number = record.get(key)
+            if isinstance(number, float) and is_number(number) and when >= newest.get(key, (0.0, ""))[0]:
+                text = f"{clean(key, _NAME_COLUMNS)} {number:.4g}" + (f" ({', '.join(odd)})" if odd else "")
+                newest[key] = when, text
+    return [text for _, text in newest.values()]
+
+
+def _local_time(seconds: Any) -> str:
+    try:
+        return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+    except (TypeError, ValueError, OverflowError, OSError):
+        return ""
+
+
+def _time_of(text: Any) -> float:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (TypeError, ValueError, OverflowError, OSError):
+        return 0.0
+
 
 MARK = "sheeprlhf report"  # in every file that the report writes; only files with it are overwritten
 _METRICS_BYTES = 32 << 20
 _MAX_TAGS = 150
 _ROWS_BYTES = 16 << 20
+_MAX_SAMPLES = 100  # files
 _SAMPLE_BYTES = 1 << 20
 _IMAGE_BYTES = 1 << 20
-_MAX_FILES = 100  # of one kind, of one run
-_MAX_NAMES = 5_000  # of a folder
-_MAX_STAGES = 60
 _MAX_NUMBERS = 60  # of an evaluation
 _MAX_POINTS = 80
 _MAX_EXCHANGES = 2_000
@@ -42,14 +240,6 @@ _FIRST_TOKENS, _LAST_TOKENS = re.compile(rf"^{_TOKENS}"), re.compile(rf"{_TOKENS
 
 _FACTS = ("task", "split", "data", "model", "weights", "experiment_dir", "time", "version", "seed", "generation")
 _INTERVAL = "_interval"  # suffix of the key that holds a number's interval
-
-
-class Curve(NamedTuple):
-    """The finite numbers of one tag by step, and the time of each (seconds since 1970)."""
-
-    steps: list[int]
-    values: list[float]
-    times: list[float]
 
 
 class Answer(NamedTuple):
@@ -126,20 +316,19 @@ def read_record(folder: Path, info: dict[str, Any], label: str) -> Record:
     notes = [f"left out: {problem}" for problem in past.problems]
     if past.state == "running":
         notes.append("is running: this is how far it was")
-    elif past.state != "finished":
+    elif past.state not in ("finished", "stopped early"):
         notes.append(f"its state is {past.state}" if past.state != "unfinished" else "is not finished")
     curves = _read_curves(folder, notes)
-    evaluations = []
-    for name in _names(folder, "eval", ".json")[:_MAX_FILES]:
-        content = _read_object(folder, f"eval/{name}", RESULT, notes)
-        evaluations += [parse_evaluation(name.removesuffix(".json"), content)] if content else []
+    evaluations = [parse_evaluation(name, content) for name, content in read_results(folder, [])]
     rows = {
         clean(name.removesuffix(".jsonl")): parse_rows(_read_text(folder, f"eval/{name}", _ROWS_BYTES, notes))
-        for name in _names(folder, "eval", ".jsonl")[:_MAX_FILES]
+        for name in _names_in(folder, "eval", ".jsonl")[:_MAX_FILES]
     }
-    steps = [name.removeprefix("step-").removesuffix(".txt") for name in _names(folder, "samples", ".txt")]
-    newest = sorted(int(step) for step in steps if step.isdecimal() and len(step) < 13)[-_MAX_FILES:]
+    newest = sorted(_steps(_names_in(folder, "samples", ".txt"), "step-", ".txt"))[-_MAX_SAMPLES:]
     samples = [(step, _read_text(folder, f"samples/step-{step}.txt", _SAMPLE_BYTES, notes)) for step in newest]
+    problems: list[str] = []
+    data = _read_object(folder, REPORT_FILE, DATA_REPORT, problems)
+    notes += [f"left out: {problem}" for problem in problems]
     return Record(
         label,
         past,
@@ -150,28 +339,10 @@ def read_record(folder: Path, info: dict[str, Any], label: str) -> Record:
         parse_samples(samples),
         rows,
         _read_rollouts(folder, notes),
-        _read_object(folder, REPORT_FILE, DATA_REPORT, notes),
+        data,
         dict(_read_images(folder)),
         notes,
     )
-
-
-def read_pipeline(folder: Path, notes: list[str]) -> list[Row]:
-    """The stages in a pipeline's results.json; none if the folder is not of a finished pipeline."""
-    name = RESULT_FILES[2]
-    if not os.path.lexists(folder / name):
-        return []
-    try:
-        content = json.loads(read_small(real_path(folder / name, folder), _SAMPLE_BYTES))
-        stages = [stage for stage in content[:_MAX_STAGES] if isinstance(stage["stage"], str)]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        notes.append(f"{folder}/{name} is damaged: left out")
-        return []
-    names = [column.name for column in COLUMNS]
-    return [
-        Row(stage["stage"], {key: value for key, value in stage.items() if key in names and is_number(value)})
-        for stage in stages
-    ]
 
 
 def _read_config(folder: Path, notes: list[str]) -> dict[str, Any]:
@@ -185,16 +356,18 @@ def _read_config(folder: Path, notes: list[str]) -> dict[str, Any]:
     return {key.removesuffix(".config_name"): value for key, value in leaves(saved)}
 
 
-def _read_curves(folder: Path, notes: list[str]) -> dict[str, Curve]:
-    """The numbers of metrics.csv; those of its last part if the file is large."""
+def _read_metrics(folder: Path, num_bytes: int, notes: list[str] | None = None) -> bytes:
+    """The last bytes of metrics.csv; none, and noted, if it cannot be read."""
     try:
-        content = read_tail(real_path(folder / "metrics.csv", folder), _METRICS_BYTES)
+        return read_tail(real_path(folder / "metrics.csv", folder), num_bytes)
     except OSError as error:
-        notes.append(f"metrics.csv cannot be read ({error.strerror or 'a link'}): no curves")
-        return {}
-    if len(content) == _METRICS_BYTES:
-        notes.append(f"metrics.csv is large: the curves are of its last {_METRICS_BYTES >> 20} MB")
-        content = content.partition(b"\n")[2]  # it begins in the middle of a row
+        if notes is not None:
+            notes.append(f"metrics.csv cannot be read ({error.strerror or 'a link'}): no curves")
+        return b""
+
+
+def _parse_metrics(content: bytes) -> tuple[dict[str, Curve], int]:
+    """The curves in the complete rows of metrics.csv, and the number of rows without a finite number."""
     points: dict[str, dict[int, tuple[float, float]]] = {}
     invalid = 0
     for line in content.decode(errors="replace").split("\n")[:-1]:  # the text after the last newline is half a row
@@ -205,16 +378,27 @@ def _read_curves(folder: Path, notes: list[str]) -> dict[str, Curve]:
             points.setdefault(tag, {})[int(step)] = value, time or 0.0
         else:
             invalid += step != "step" and bool(line.strip())
+    curves = {}
+    for tag, found in points.items():
+        steps = sorted(found)
+        curves[clean(tag, 60)] = Curve(steps, [found[step][0] for step in steps], [found[step][1] for step in steps])
+    return curves, invalid
+
+
+def _read_curves(folder: Path, notes: list[str]) -> dict[str, Curve]:
+    """The numbers of metrics.csv; those of its last part if the file is large."""
+    num_notes = len(notes)
+    content = _read_metrics(folder, _METRICS_BYTES, notes)
+    if len(content) == _METRICS_BYTES:
+        notes.append(f"metrics.csv is large: the curves are of its last {_METRICS_BYTES >> 20} MB")
+        content = content.partition(b"\n")[2]  # it begins in the middle of a row
+    curves, invalid = _parse_metrics(content)
     if invalid:
-        notes.append(
-            f"{invalid:,} row{'s' * (invalid > 1)} of metrics.csv hold no finite number, or too many names: left out"
-        )
-    if not points:
-        notes.append("metrics.csv has no rows" + (" yet" if not invalid else ""))
-    return {
-        clean(tag, 60): Curve(list(steps), [value for value, _ in steps.values()], [time for _, time in steps.values()])
-        for tag, steps in ((tag, dict(sorted(found.items()))) for tag, found in points.items())
-    }
+        rows = f"{invalid:,} row{'s' * (invalid > 1)}"
+        notes.append(f"{rows} of metrics.csv hold no finite number, or too many names: left out")
+    if not curves and len(notes) == num_notes:
+        notes.append("metrics.csv has no rows yet")
+    return curves
 
 
 def _parse_number(text: str) -> float | None:
@@ -227,7 +411,7 @@ def _parse_number(text: str) -> float | None:
 
 def _read_images(folder: Path) -> Iterator[tuple[str, bytes]]:
     """The plots of evaluations; a calibration is drawn from its numbers instead."""
-    for name in _names(folder, "eval", ".png")[:_MAX_FILES]:
+    for name in _names_in(folder, "eval", ".png")[:_MAX_FILES]:
         try:
             content = read_small(real_path(folder / "eval" / name, folder), _IMAGE_BYTES)
         except OSError:
@@ -236,7 +420,7 @@ def _read_images(folder: Path) -> Iterator[tuple[str, bytes]]:
             yield clean(name.removesuffix(".png")), content
 
 
-def _names(folder: Path, inside: str, suffix: str) -> list[str]:
+def _names_in(folder: Path, inside: str, suffix: str = "") -> list[str]:
     """Names of files in a folder of the run; none if it is missing, or a link."""
     try:
         with os.scandir(real_path(folder / inside, folder)) as entries:
@@ -245,13 +429,12 @@ def _names(folder: Path, inside: str, suffix: str) -> list[str]:
         return []
 
 
-def _read_object(folder: Path, inside: str, schema: Schema, notes: list[str]) -> dict[str, Any]:
-    """The object of a JSON file; empty, and noted, if it is damaged."""
+def _read_object(folder: Path, inside: str, schema: Schema, problems: list[str]) -> dict[str, Any]:
+    """The object of a JSON file of a run; empty, and a problem, if it is damaged."""
     try:
         return load_json(folder / inside, schema, root=folder)
     except RecordError as error:
-        note = f"left out: {error}"
-        notes += [] if note in notes else [note]
+        problems.append(str(error))
         return {}
 
 
@@ -315,7 +498,7 @@ def parse_rows(content: str) -> dict[str, Exchange]:
 def _read_rollouts(folder: Path, notes: list[str]) -> dict[str, Exchange]:
     """Exchanges in the first rows of the newest saved rollouts, each answer with its scores."""
     exchanges: dict[str, Exchange] = {}
-    for name in _names(folder, "rollouts", ".parquet")[-_MAX_ROLLOUTS:]:
+    for name in _names_in(folder, "rollouts", ".parquet")[-_MAX_ROLLOUTS:]:
         try:
             rows = _first_rows(real_path(folder / "rollouts" / name, folder))
         except (DataError, OSError) as error:
