@@ -242,14 +242,7 @@ _THRESHOLD = 1 << 20  # bytes; a smaller one costs more time
 
 
 def _memory(config: TrainConfig, size: "ModelSize", available: int | None, device: str) -> Finding:
-    """The plan of a step next to the memory that there is.
-
-    Args:
-        config: what would be trained, and how.
-        size: its model's.
-        available: bytes; None if unknown.
-        device: "cuda", or "cpu", whose processes share one memory.
-    """
+    """The plan of a step next to the available memory in bytes; processes of the device "cpu" share it."""
     from sheeprlhf.model.memory import NO_HOLES, measure
     from sheeprlhf.task.memory_plan import SHARDED, step_plan
 

@@ -222,16 +222,7 @@ _OPTIONS = {  # what tells most of a recipe
 def card_text(
     trained: Trained, checks: "Checks", dtype: str, *, offset: float | None, form: str, tokenizer: Any
 ) -> str:
-    """README.md of the folder.
-
-    Args:
-        trained: what was exported.
-        checks: how it was compared.
-        dtype: number format of the weights.
-        offset: of a reward model.
-        form: how prompts are written (a name of `FORMS`).
-        tokenizer: the model's.
-    """
+    """README.md of the folder; `offset` is that of a reward model, `form` a name of `FORMS`."""
     from sheeprlhf.data.prompt_encoder import FORMS, Turn, template_args_of
     from sheeprlhf.utils.rendering import CLOCK, fixed_arguments
 

@@ -36,7 +36,7 @@ from sheeprlhf.structure.run import InspectConfig
 from sheeprlhf.structure.task import RMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError, DataError
-from sheeprlhf.utils.output import write_file
+from sheeprlhf.utils.output import is_own_file, write_file
 from sheeprlhf.utils.rendering import render_chat
 
 NEWLINE = "\n"
@@ -296,13 +296,7 @@ def _answer_opening(tokenizer: Any, template_args: Mapping[str, Any] | None) -> 
 
 Lengths = dict[str, np.ndarray]
 
-_COLORS = {
-    "prompt": "#8a8f98",
-    "response": "#3f9c54",
-    "better": "#3f9c54",
-    "worse": "#b8862d",
-    "total": "#3a6ea5",
-}
+_COLORS = {"prompt": "#8a8f98", "response": "#3f9c54", "better": "#3f9c54", "worse": "#b8862d", "total": "#3a6ea5"}
 _LIMIT_COLOR = "#c8412b"
 _STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
 _MAX_BARS = 40
@@ -353,14 +347,7 @@ def _step(longest: int) -> int:
 
 
 def draw_histograms(splits: Mapping[str, TokenizedSplit], cfg: DataConfig, title: str, software: str) -> bytes:
-    """A PNG: a row for each split, a column for each kind of length, the limits of the configuration as lines.
-
-    Args:
-        splits: those that have rows.
-        cfg: gives the limits.
-        title: of the whole image.
-        software: what made it; it is kept in the file.
-    """
+    """A PNG: a row for each split, a column for each kind of length, the limits of the configuration as lines."""
     from matplotlib import style
     from matplotlib.figure import Figure  # without pyplot: no window, and no figures that others share
 
@@ -494,23 +481,13 @@ def _check_files(paths: list[Path]) -> set[Path]:
         ConfigError: one is not.
     """
     there = {path for path in paths if os.path.lexists(path)}
-    foreign = [path for path in sorted(there) if not _is_own_file(path)]
+    foreign = [path for path in sorted(there) if not is_own_file(path, SIGNATURE.encode())]
     if foreign:
         names = " and ".join(str(path) for path in foreign)
         raise ConfigError(
             f"output_dir: {names} is not of an earlier inspect and will not be overwritten; give another output_dir"
         )
     return there
-
-
-def _is_own_file(path: Path) -> bool:
-    if not path.is_file() or path.is_symlink():
-        return False
-    try:
-        with path.open("rb") as file:
-            return SIGNATURE.encode() in file.read(4096)
-    except OSError:
-        return False
 
 
 def _write(path: Path, content: bytes) -> None:

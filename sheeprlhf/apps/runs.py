@@ -103,21 +103,17 @@ def find_past_runs(root: Path) -> FoundRuns:
             waiting.extend((folder / name, depth + 1) for name in below)
     notes = [f"not all was searched: {MAX_FOLDERS:,} folders are the limit"] if waiting else []
     notes += [f"{unreadable} folder{'s' * (unreadable > 1)} could not be read"] if unreadable else []
-    return FoundRuns(sorted(runs, key=_order, reverse=True), "; ".join(notes))
+    return FoundRuns(sorted(runs, key=run_order, reverse=True), "; ".join(notes))
 
 
-def _order(run: tuple[Path, dict[str, Any]]) -> tuple[float, str]:
+def run_order(run: tuple[Path, dict[str, Any]]) -> tuple[float, str]:
+    """Key that sorts runs by their start."""
     folder, info = run
     return order_of(info), str(folder)
 
 
 def past_run(folder: Path, info: dict[str, Any]) -> PastRun:
-    """Summary of a run.
-
-    Args:
-        folder: its directory.
-        info: the content of its run.json; empty if it has none that can be read.
-    """
+    """Summary of a run; `info` is the content of its run.json, empty if it has none that can be read."""
     problems: list[str] = []
     if not info:
         _read_object(folder, RUN_FILE, RUN, problems)
@@ -305,13 +301,7 @@ class Record(NamedTuple):
 
 
 def read_record(folder: Path, info: dict[str, Any], label: str) -> Record:
-    """Read a run; missing and damaged files are left out and noted.
-
-    Args:
-        folder: the run's directory.
-        info: the content of its run.json; empty if it has none that may be read.
-        label: its short name on the page.
-    """
+    """Read a run, called `label` on the page; missing and damaged files are left out and noted."""
     past = past_run(folder, info)
     notes = [f"left out: {problem}" for problem in past.problems]
     if past.state == "running":
@@ -447,11 +437,7 @@ def _read_text(folder: Path, inside: str, limit: int, notes: list[str]) -> str:
 
 
 def parse_samples(files: Iterable[tuple[int, str]]) -> dict[str, Exchange]:
-    """Exchanges in sample files, by their prompt without white space and control tokens.
-
-    Args:
-        files: step and content of each, oldest first.
-    """
+    """Exchanges in sample files, oldest first, by their prompt without white space and control tokens."""
     exchanges: dict[str, Exchange] = {}
     for step, content in files:
         exchange = None

@@ -55,13 +55,7 @@ class Outcome(float):
 
 
 def outcome(code: int, text: str, run_dir: Path | None) -> Outcome:
-    """Make the outcome of a job that has ended.
-
-    Args:
-        code: its exit code.
-        text: its error message.
-        run_dir: its run; None if it did not get that far, or is not a training.
-    """
+    """Make the outcome of a job that has ended; `run_dir` is None if it did not get that far, or is not a training."""
     metric = None if code or run_dir is None else read_run(run_dir).get("best_metric")
     made = Outcome(metric if isinstance(metric, int | float) else math.nan)
     made.code, made.text = code, text
@@ -132,12 +126,7 @@ class SweepLauncher(Launcher):
 
 @contextmanager
 def watched_sweep(sweep: Sweep, verb: str) -> Iterator[None]:
-    """Collect the outcomes of a sweep's jobs, which Hydra runs, in `sweep`.
-
-    Args:
-        sweep: of no outcomes yet.
-        verb: the command of the jobs.
-    """
+    """Collect in `sweep` the outcomes of the jobs of command `verb`, which Hydra runs."""
     original = Plugins.instantiate_launcher
 
     def instantiate(self: Plugins, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> Any:
@@ -187,11 +176,7 @@ def _sweeper_problems(config: DictConfig, verb: str, task: type[Config] | None, 
 
 
 def sweep_parent(overrides: list[str]) -> str | None:
-    """The folder for a sweep's own files; None for the system's, which other machines do not see.
-
-    Args:
-        overrides: the words of the command line.
-    """
+    """The folder for a sweep's own files; None for the system's, which other machines do not see."""
     given = {override.key_or_group: override.value() for override in readable(overrides)[0]}
     if given.get("hydra/launcher", "basic") in _HERE:
         return None

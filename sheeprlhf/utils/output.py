@@ -26,6 +26,7 @@ from sheeprlhf.utils.errors import ModelError, Notify, SheepError, UnsafePathErr
 from sheeprlhf.utils.launchers import is_rank_zero
 
 _MAX_SHOWN = 5
+_MARK_BYTES = 4096
 
 
 def safe_path(folder: Path, name: str) -> Path:
@@ -143,6 +144,18 @@ def open_append(folder: Path, name: str) -> TextIO:
     path = safe_path(folder, name)
     descriptor = _open_plain(path, os.O_WRONLY | os.O_APPEND)
     return open(descriptor, "a", newline="", encoding="utf-8", errors="replace")
+
+
+def is_own_file(path: Path, *marks: bytes) -> bool:
+    """True for a plain file that has one of our marks at its beginning, so that it may be replaced."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(_MARK_BYTES)
+    except OSError:
+        return False
+    return any(mark in beginning for mark in marks)
 
 
 def open_lock_file(folder: Path, name: str) -> int:

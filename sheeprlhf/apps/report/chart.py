@@ -104,13 +104,7 @@ def _group_of(tag: str) -> str:
 
 
 def charts_of(tags: Sequence[str], tasks: Sequence[str], curves: Sequence[Mapping[str, Curve]]) -> Mapping[str, Curves]:
-    """The charts of these tags by title: one per tag, and of a loss one per task. Short curves are left out.
-
-    Args:
-        tags: what is shown.
-        tasks: of the runs.
-        curves: of each run, by tag.
-    """
+    """The charts of these tags by title: one per tag, and of a loss one per task. Short curves are left out."""
     charts: dict[str, dict[int, Curve]] = {}
     for tag in tags:
         numbers = [n for n, found in enumerate(curves) if tag in found and len(found[tag].steps) >= MIN_POINTS]
@@ -186,11 +180,7 @@ def _plot(axes: Any, curves: Curves, labels: Sequence[str] = ()) -> None:
 
 
 def draw_curves(charts: Iterable[Curves]) -> list[Markup]:
-    """Draw charts as SVG.
-
-    Args:
-        charts: curves by number of the run; none is empty.
-    """
+    """Draw charts as SVG; none is empty."""
     drawn = []
     with style.context(["default", _STYLE]):
         figure = Figure(figsize=(5, 2.9))
@@ -205,13 +195,7 @@ def draw_curves(charts: Iterable[Curves]) -> list[Markup]:
 
 
 def draw_png(title: str, charts: Mapping[str, Curves], labels: Sequence[str]) -> bytes:
-    """The charts of one group as an image.
-
-    Args:
-        title: of the image.
-        charts: curves by number of the run, by title.
-        labels: of the runs.
-    """
+    """The charts of one group as an image, with the labels of the runs as its legend."""
     columns = min(3, len(charts))
     rows = math.ceil(len(charts) / columns)
     with style.context(["default", _STYLE]):
@@ -232,12 +216,7 @@ def draw_png(title: str, charts: Mapping[str, Curves], labels: Sequence[str]) ->
 
 
 def wilson(right: float, pairs: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927).
-
-    Args:
-        right: the share, 0 to 1.
-        pairs: how many it is of, at least 1.
-    """
+    """95 % interval of a share (0 to 1) of `pairs`, at least one (Wilson 1927)."""
     shrink = 1 + _Z_95**2 / pairs
     middle = (right + _Z_95**2 / (2 * pairs)) / shrink
     half = _Z_95 / shrink * math.sqrt(right * (1 - right) / pairs + _Z_95**2 / (4 * pairs**2))
@@ -259,12 +238,7 @@ def _is_share(value: Any) -> TypeGuard[float]:
 
 
 def draw_calibration(bins: Sequence[Bin], number: int) -> Markup:
-    """Plot the share of correct predictions against the predicted probability, and the number of pairs, as SVG.
-
-    Args:
-        bins: at least one.
-        number: of the run.
-    """
+    """Plot the share of correct predictions against the predicted probability, and the number of pairs, as SVG."""
     color = LIGHT[number % len(LIGHT)]
     predicted = [row.predicted for row in bins]
     with style.context(["default", _STYLE]):

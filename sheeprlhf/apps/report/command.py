@@ -8,20 +8,19 @@ from typing import Any, NamedTuple
 
 from sheeprlhf.apps.flags import Flag, print_flags_help, read_flags
 from sheeprlhf.apps.pipeline import Row, read_pipeline
-from sheeprlhf.apps.runs import MARK, FoundRuns, find_past_runs, past_run, read_record
+from sheeprlhf.apps.runs import MARK, FoundRuns, find_past_runs, past_run, read_record, run_order
 from sheeprlhf.apps.terminal import Screen, clean, paragraph
 from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.config.path_checks import new_folder_problems
-from sheeprlhf.config.run_lookup import RUN_FILE, is_newest, order_of
+from sheeprlhf.config.run_lookup import RUN_FILE, is_newest
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.home import expand_home
-from sheeprlhf.utils.output import write_file
+from sheeprlhf.utils.output import is_own_file, write_file
 
 OUTPUT_DIR = "logs/report"
 _SUFFIXES = (".html", ".htm")
 _PAGE = "report.html"  # in a folder that --to names
-_HEAD_BYTES = 1_024  # bytes at a file's start that contain the mark
 FLAGS = (
     Flag(
         "to",
@@ -100,7 +99,7 @@ def write_report(folders: list[str], *, to: str | None = None, png: bool = False
 
     if len(runs) > MAX_RUNS:
         notes.append(f"{len(runs):,} runs are too many for one page: these are the newest {MAX_RUNS}")
-        runs = sorted(runs, key=_started)[-MAX_RUNS:]
+        runs = sorted(runs, key=run_order)[-MAX_RUNS:]
     labels = _labels(runs)
     records = [read_record(folder, info, label) for (folder, info), label in zip(runs, labels, strict=True)]
     files = {page: build_page(records, pipelines, notes).encode()}
@@ -123,7 +122,7 @@ def _choose_runs(folders: list[str]) -> ChosenRuns:
         found = find_past_runs(folder) if os.path.isdir(folder) else FoundRuns([], "")
         if not found.runs:
             problems.append(_no_run_yet() if newest else _no_run(word, folder))
-        taken = sorted(found.runs, key=_started)
+        taken = sorted(found.runs, key=run_order)
         if newest and taken:
             taken = taken[-1:]
             notes.append(f"{word if folders else 'no run was named'}: this is the newest, {taken[0][0]}")
@@ -133,11 +132,6 @@ def _choose_runs(folders: list[str]) -> ChosenRuns:
         if not newest and (stages := read_pipeline(folder, notes)):
             pipelines[clean(folder, 200)] = stages
     return ChosenRuns(list(runs.values()), pipelines, notes, problems)
-
-
-def _started(run: RunInfo) -> tuple[float, str]:
-    folder, info = run
-    return order_of(info), str(folder)
 
 
 def _no_run_yet() -> str:
@@ -188,16 +182,8 @@ def _new_file(folder: Path, name: str) -> Path:
 
 def _is_free(path: Path) -> bool:
     """True if the path does not exist, or is a file that this command has written."""
-    if not os.path.lexists(path):
-        return True
-    if path.is_symlink() or not path.is_file():
-        return False
-    try:
-        with open(path, "rb") as file:
-            head = file.read(_HEAD_BYTES)
-    except OSError:
-        return False
-    return any(mark.encode() in head for mark in (f'name="generator" content="{MARK}"', f"Software\0{MARK}"))
+    marks = (f'name="generator" content="{MARK}"', f"Software\0{MARK}")
+    return not os.path.lexists(path) or is_own_file(path, *(mark.encode() for mark in marks))
 
 
 def _write(files: dict[Path, bytes]) -> None:

@@ -43,7 +43,7 @@ NONE = "-"
 _ASSETS = Path(sheeprlhf.__file__).parent / "assets"
 _SECTIONS = ("Runs", "Results", "Curves", "Samples", "Configuration", "Data", "Speed and memory")
 _HIDDEN_OPTIONS = {  # options that do not affect a result
-    *("root_dir", "run_name", "resume", "resume_from", "debug", "experiment", "data.cache_dir"),
+    *("root_dir", "run_name", "resume", "resume_from", "debug", "experiment", "data.cache_dir")
 }
 _LINKS = {"task.sft_experiment_dir": "starts from", "task.rm_experiment_dir": "judged by"}
 _HEADLINES = ("perplexity", "rougeL", "accuracy", "score", "win rate", "rm accuracy")
@@ -75,20 +75,10 @@ class Table(NamedTuple):
 
 
 def build_page(records: list[Record], pipelines: Mapping[str, list[Row]], notes: list[str]) -> str:
-    """Render the page.
-
-    Args:
-        records: the runs, in the order of the page.
-        pipelines: the stages of each pipeline by its folder.
-        notes: further remarks.
-    """
+    """Render the page of runs, of the stages of pipelines by their folders, and of further remarks."""
     many = _count(len(records), "run")
     environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_without_secrets,
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_without_secrets
     )
     template = environment.from_string((_ASSETS / "report.html.jinja").read_text(encoding="utf-8"))
     return template.render(

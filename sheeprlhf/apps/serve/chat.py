@@ -67,15 +67,14 @@ def weights_of(values: dict[str, str]) -> str | None:
     return None if values["weights"] == WEIGHTS.default else values["weights"]
 
 
-def sampling(values: dict[str, float]) -> GenConfig:
-    """Settings of the sampling flags."""
-    temperature = values["temperature"]
+def sampling(*, temperature: float, top_p: float, top_k: float, max_new_tokens: float) -> GenConfig:
+    """Settings of a sampler; a temperature of 0 takes the likeliest token."""
     return GenConfig(
-        max_new_tokens=int(values["max-new-tokens"]),
+        max_new_tokens=int(max_new_tokens),
         do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        top_p=values["top-p"],
-        top_k=int(values["top-k"]),
+        temperature=float(temperature) or 1.0,
+        top_p=float(top_p),
+        top_k=int(top_k),
     )
 
 
@@ -112,7 +111,8 @@ def run(arguments: list[str]) -> int:
     system = given.values["system"]
     if system is not None and generator.form is not FORMS["template"]:
         raise ConfigError(f"--system: {trained.word} is asked without a chat template: leave it out")
-    conversation = Conversation(generator, sampling(given.values), given.values["seed"], system)
+    cfg = sampling(**{flag.name.replace("-", "_"): given.values[flag.name] for flag in SAMPLING if flag.name != "seed"})
+    conversation = Conversation(generator, cfg, given.values["seed"], system)
     if prompt is not None:
         conversation.say(prompt)
         return 0

@@ -200,19 +200,11 @@ def _print_help() -> None:
 
 
 def _find(
-    found: list[Trained],
-    word: str,
-    weights: str | None,
-    wanted: str = "policy",
-    *,
-    chat_template: str | None = None,
-    template_args: str | None = None,
+    found: list[Trained], word: str, weights: str | None, wanted: str = "policy", **template: str | None
 ) -> tuple[str, ...]:
     """Add what a word names, or tell what is wrong with it."""
     try:
-        found.append(
-            find_trained(word, weights, wanted=wanted, chat_template=chat_template, template_args=template_args)
-        )
+        found.append(find_trained(word, weights, wanted=wanted, **template))
     except ConfigError as error:
         return error.problems
     return ()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
+from sheeprlhf.apps.serve.chat import sampling
 from sheeprlhf.data.prompt_encoder import Turn
 from sheeprlhf.security.redaction import plain_text
 from sheeprlhf.structure.generation import GenConfig
@@ -47,12 +48,8 @@ class Settings(NamedTuple):
         for name, value, least, most in ranges:
             if not isinstance(value, int | float) or not least <= value <= most:
                 raise DataError(f"{name} has to be a number from {least} to {most:,}")
-        return GenConfig(
-            max_new_tokens=int(self.max_new_tokens),
-            do_sample=self.temperature > 0,
-            temperature=float(self.temperature) or 1.0,
-            top_p=float(self.top_p),
-            top_k=int(self.top_k),
+        return sampling(
+            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, max_new_tokens=self.max_new_tokens
         )
 
 
@@ -91,12 +88,9 @@ class Panel:
         return State("", [[] for _ in self.generators], [""] * len(self.generators))
 
     def answer(self, prompt: str, before: Sequence[History], settings: Settings) -> Iterator[State]:
-        """Ask all models, one after the other; the states that a page shows in turn.
+        """Ask all models, one after the other, with the same settings; yield the states that a page shows in turn.
 
-        Args:
-            prompt: as it was typed.
-            before: what was said to and by each model; for a task without turns it is forgotten.
-            settings: how to sample; the same for all.
+        `before` is what was said to and by each model; for a task without turns it is forgotten.
         """
         histories, scores = [list(history) for history in before], self.start().scores
 
@@ -184,21 +178,12 @@ _ABOUT = (
     "<h1>SheepRLHF demo</h1><p>One prompt, every checkpoint's answer. The models run on the machine that serves this "
     "page; they can be wrong, and what you type stays there.</p>"
 )
-_TABS = {
-    SUMMARISE: ("Summarise", "Text", "Summarise"),
-    ASK: ("Question answering", "Question", "Ask"),
-}
+_TABS = {SUMMARISE: ("Summarise", "Text", "Summarise"), ASK: ("Question answering", "Question", "Ask")}
 _PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 
 
 def build_page(panels: list[Panel], *, scored: str | None, max_new_tokens: int = 128) -> gr.Blocks:
-    """The page.
-
-    Args:
-        panels: one a tab, of the same models.
-        scored: name of the reward model, if there is one.
-        max_new_tokens: initial value of the slider.
-    """
+    """The page: a tab for each panel; `scored` names the reward model, if there is one."""
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=False) as page:
         gr.HTML(_ABOUT, elem_id="title")
         with gr.Accordion("Settings", open=False, render=False) as settings:

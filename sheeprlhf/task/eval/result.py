@@ -151,12 +151,7 @@ def draw_calibration(rows: list[dict[str, float]]) -> bytes:
 
 
 def draw_histogram(columns: Mapping[str, np.ndarray], label: str) -> bytes:
-    """A PNG: how a number is spread over the rows, for one or two systems, with their means.
-
-    Args:
-        columns: the numbers by system.
-        label: what they are.
-    """
+    """A PNG: how a number is spread over the rows, for one or two systems, with their means; `label` names it."""
     image = io.BytesIO()
     edges = np.histogram_bin_edges(np.concatenate(list(columns.values())), _MOST_BARS)
     with _drawing(image) as axes:
@@ -170,12 +165,7 @@ def draw_histogram(columns: Mapping[str, np.ndarray], label: str) -> bytes:
 
 
 def draw_bars(columns: Mapping[str, tuple[float, float, float]], label: str) -> bytes:
-    """A PNG: a mean and its interval for each system.
-
-    Args:
-        columns: mean, lower and upper end by system.
-        label: what they are.
-    """
+    """A PNG: a mean and its interval (mean, lower and upper end) for each system; `label` names them."""
     image = io.BytesIO()
     with _drawing(image) as axes:
         for place, (mean, low, high) in enumerate(columns.values()):

@@ -112,7 +112,7 @@ def test_a_page_tells_what_the_files_say(tmp_path, page_of):
 
     assert [attributes["id"] for tag, attributes in page.elements if tag == "section"] == SECTIONS
     assert page.tables["Runs"][0] == ["", "sft", "dpo"]  # in the order of their start
-    assert page.row("Runs", "state") == ["finished", "finished"]
+    assert page.row("Runs", "state") == ["finished", "stopped early"]
     assert page.row("Runs", "best validation") == ["-", "0.2500"]
     assert page.row("Runs", "took") == ["1 min 05 s", "1 min 05 s"]
     assert page.row("Runs", "perplexity on docstrings/test") == ["perplexity 12.50", "perplexity 11.25"]
@@ -127,7 +127,6 @@ def test_a_page_tells_what_the_files_say(tmp_path, page_of):
     assert page.row("Speed and memory", "one step") == ["2.0 s", "2.0 s"]
     assert page.row("Speed and memory", "items a second") == ["25", "25"]
     assert page.row("Speed and memory", "peak memory") == ["-", "1.5 GB"]
-    assert page.row("Runs", "state") == ["finished", "stopped early"]
     said = ["sft says 4<|eos|>", "sft says 2<|eos|>", "dpo says 4<|eos|>", "dpo says 2<|eos|>"]
     assert page.pres[:6] == ["Say hello.", "Hello!<|eos|>", *said]
     assert page.pres[6:] == ["Q?", "The answer.", "An answer."]
