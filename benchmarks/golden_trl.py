@@ -48,6 +48,12 @@ DPO_CASES: list[tuple[str, dict[str, Any]]] = [
     ("nca", {"loss_type": "nca_pair", "beta": 0.1}),
     ("sppo", {"loss_type": "sppo_hard", "beta": 0.1}),
     ("discopop", {"loss_type": "discopop", "beta": 0.1}),
+    ("apo_down", {"loss_type": "apo_down", "beta": 0.1}),
+    ("bco", {"loss_type": "bco_pair", "beta": 0.1}),  # without the shift, which is 0 in the first step
+    ("aot", {"loss_type": "aot", "beta": 0.1}),
+    ("aot_unpaired", {"loss_type": "aot_unpaired", "beta": 0.1, "label_smoothing": 0.2}),
+    ("length desensitisation", {"loss_type": "sigmoid", "beta": 0.1, "ld_alpha": 0.5}),
+    ("weighting", {"loss_type": "sigmoid", "beta": 0.1, "use_weighting": True}),
     *(
         (f"sigmoid, {name}", {"loss_type": "sigmoid", "beta": 0.1, "f_divergence_type": name})
         for name in ("forward_kl", "js_divergence", "alpha_divergence")

@@ -73,14 +73,16 @@ class Policy(nn.Module):
         entropy: bool = False,
         temperature: float = 1.0,
         router: bool = False,
+        log_sum_squares: bool = False,
     ) -> TokenLogprobs:
         """Log-probabilities of the batch's targets, float32, nats.
 
         Args:
             batch: packed or padded; the two give equal numbers.
             mean: also the mean over the vocabulary (label smoothing).
-            entropy: also the entropy; only where no gradient is wanted.
+            entropy: also the entropy.
             temperature: of the distribution that they are of.
+            log_sum_squares: also the log of the sum of the squared probabilities of the vocabulary, without gradient.
             router: also the logits of a mixture of experts' routers, of all tokens but padding.
         """
         model, found = self.causal_lm(), None
@@ -90,9 +92,8 @@ class Policy(nn.Module):
             if router:
                 backbone, _ = backbone_and_head(model)
                 found = stack.enter_context(router_logits_of(backbone, batch.attention_mask_BT))
-            logprobs = self._logprobs(
-                batch, mean=mean, entropy=entropy, temperature=temperature, undefined_U=self.undefined_U
-            )
+            how: dict[str, Any] = {"mean": mean, "entropy": entropy, "log_sum_squares": log_sum_squares}
+            logprobs = self._logprobs(batch, **how, temperature=temperature, undefined_U=self.undefined_U)
         return logprobs if found is None else logprobs._replace(router_logits=tuple(found))
 
     def _logprobs(self, batch: Batch, **how: Any) -> TokenLogprobs:

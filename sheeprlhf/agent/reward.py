@@ -16,9 +16,10 @@ from sheeprlhf.agent.policy import Policy, hidden_at_head
 from sheeprlhf.data.example import Batch
 from sheeprlhf.model.adapter import load_lora, save_model
 from sheeprlhf.model.folder import HEAD, read_score_bias
-from sheeprlhf.model.lm_head import head_scores, scalar_model
-from sheeprlhf.model.load import load_causal_lm
+from sheeprlhf.model.lm_head import head_logprobs, head_scores, scalar_model
+from sheeprlhf.model.load import backbone_and_head, load_causal_lm
 from sheeprlhf.model.lora import adapter_in_use, add_lora
+from sheeprlhf.model.memory import freeze_layers
 from sheeprlhf.security.model_folder import read_json
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import add_end_ids, padding_token
@@ -53,6 +54,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.model = model
         self.packed = True  # its batches may be packed
+        self.language_head: nn.Module | None = None  # computes log-probabilities; not saved in `final/`
         self.head_bias = 0.0  # of a head that was made elsewhere; `offset` has it with the sign changed
 
     def classifier(self) -> PreTrainedModel:
@@ -73,11 +75,29 @@ class RewardModel(nn.Module):
     def offset(self, value: float) -> None:
         setattr(self.classifier().config, OFFSET, value)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """(N,) float32 scores at the targets of a batch made with `targets="scores"` or "last"."""
+    def keep_language_head(self, causal_lm: PreTrainedModel) -> None:
+        """Keep the language head of the model whose layers this one has; unless it is the embedding, it stays as it is.
+
+        Raises:
+            ModelError: the log-probabilities are more than its head's.
+        """
+        self.language_head = backbone_and_head(causal_lm)[1]
+        if self.language_head.weight is not causal_lm.get_input_embeddings().weight:
+            self.language_head.requires_grad_(False)
+
+    def forward(self, batch: Batch, logprobs: bool = False) -> Tensor:
+        """(N,) float32 scores at the targets of a batch made with `targets="scores"` or "last".
+
+        With `logprobs`, log-probabilities of the targets of a batch of `targets="response"`, by the language head.
+        """
         model = self.classifier()
         hidden_RC = hidden_at_head(getattr(model, model.base_model_prefix), batch)
-        return head_scores(hidden_RC, getattr(model, HEAD))[batch.logit_index_N] - self.offset
+        scores_R = head_scores(hidden_RC, getattr(model, HEAD))
+        if not logprobs:
+            return scores_R[batch.logit_index_N] - self.offset
+        assert self.language_head is not None
+        found = head_logprobs(hidden_RC, self.language_head, batch.logit_index_N, batch.target_ids_N, mean=False)
+        return found.target_N + 0.0 * scores_R.sum()  # all weights take part, or ranks would wait for its gradient
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Write what `AutoModelForSequenceClassification` loads, or PEFT on top of it, and the tokenizer."""
@@ -157,6 +177,7 @@ def reward_model_of(
         getattr(model, HEAD).requires_grad_(True)
     if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
         return RewardModel(add_lora(model, cfg.lora_cfg, head=HEAD))
+    freeze_layers(model, cfg.frozen_layers)
     return RewardModel(model)
 
 

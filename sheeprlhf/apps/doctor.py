@@ -318,7 +318,9 @@ def _has_reference(config: TrainConfig) -> bool:
     task = config.task
     if isinstance(task, KTOConfig):
         return True
-    return isinstance(task, DPOConfig) and task.loss_type not in NO_REFERENCE and not task.reference_free
+    if not isinstance(task, DPOConfig) or task.ref_sync_interval is not None:  # a copy of the weights
+        return False
+    return task.loss_type not in NO_REFERENCE and not task.reference_free
 
 
 def _advice(config: TrainConfig, available: float, need: Callable[[TrainConfig], int]) -> list[str]:

@@ -522,7 +522,7 @@ def _is_colored(screen: Screen) -> bool:
 def _targets(task: TrainTaskConfig) -> str:
     """Targets of the task's loss, as `collate_packed` takes them."""
     if isinstance(task, RMConfig):
-        return "last" if task.loss_type == "last_token" else "scores"
+        return "last" if task.loss_type in RMConfig.of_last_tokens else "scores"
     return "all" if isinstance(task, SFTConfig) and not task.completion_only_loss else "response"
 
 

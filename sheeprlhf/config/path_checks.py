@@ -340,7 +340,8 @@ def _is_data(path: str) -> bool:
 
 _KINDS: dict[str, Callable[[str], bool]] = {
     # else a hub id, or a word
-    **dict.fromkeys(("model.repo_name", "model.adapter", "data.dataset_name", "reward.folder"), os.path.isdir),
+    **dict.fromkeys(("model.repo_name", "model.adapter", "data.dataset_name"), os.path.isdir),
+    **dict.fromkeys(("reward.folder", "task.teacher"), os.path.isdir),
     **dict.fromkeys(("task.sft_experiment_dir", "task.rm_experiment_dir", "task.against"), os.path.isdir),
     **dict.fromkeys(("experiment_dir", "resume_from"), os.path.isdir),
     **dict.fromkeys(("data.train_file", "data.validation_file", "data.test_file"), _is_data),

@@ -24,8 +24,8 @@ from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig
 from sheeprlhf.structure.option import Config
-from sheeprlhf.structure.reward import RewardSourceConfig
-from sheeprlhf.structure.rollout import OnlineTaskConfig, RolloutSourceConfig
+from sheeprlhf.structure.reward import AutoRewardConfig, NoRewardConfig, RewardSourceConfig
+from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig, RolloutSourceConfig
 from sheeprlhf.structure.run import (
     CommandConfig,
     DoctorConfig,
@@ -161,6 +161,8 @@ def to_typed(config: DictConfig) -> RootConfig:
         raise ConfigError(str(error).splitlines()[0]) from error
     assert isinstance(typed, RootConfig)
     _normalise(typed)
+    if isinstance(typed, TrainConfig) and isinstance(typed.task, DistillConfig) and typed.reward == AutoRewardConfig():
+        typed.reward = NoRewardConfig()
     if isinstance(typed, TrainConfig | EvalConfig) and typed.dry_run:
         typed = apply_dry_run(typed)
     typed.lock()

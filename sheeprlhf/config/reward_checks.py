@@ -27,6 +27,7 @@ from sheeprlhf.structure.reward import (
     JudgeRewardConfig,
     ListRewardConfig,
     ModelRewardConfig,
+    NoRewardConfig,
     RewardSourceConfig,
     Term,
     is_model,
@@ -37,11 +38,13 @@ from sheeprlhf.structure.reward import (
 )
 from sheeprlhf.structure.rollout import (
     BestOfNConfig,
+    DistillConfig,
     GRPOConfig,
     OnlineTaskConfig,
     PPOConfig,
     RatioTaskConfig,
     ReinforcePPConfig,
+    RolloutSourceConfig,
     VLLMRolloutConfig,
 )
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
@@ -82,11 +85,24 @@ def reward_problems(cfg: RewardSourceConfig) -> Iterator[str]:
         yield from _option_problems(cfg, sources)
     if isinstance(cfg, ListRewardConfig) and cfg.template != "plain" and not any(map(is_model, sources)):
         yield f"reward.template={cfg.template} is read by reward models only: remove it, or add the term model"
+    if isinstance(cfg, ListRewardConfig):
+        yield from _ensemble_problems(cfg, sum(map(is_model, sources)))
     if isinstance(cfg, ModelRewardConfig | ListRewardConfig) and cfg.folder is not None:
         if isinstance(cfg, ListRewardConfig) and MODEL not in sources:
             yield f"reward.folder={cfg.folder} is read by no term: remove it, or add the term model"
         else:
             yield from _folder_problems(cfg.folder)
+
+
+def _ensemble_problems(cfg: ListRewardConfig, num_models: int) -> Iterator[str]:
+    if cfg.combine != "sum" and num_models < 2:
+        yield (
+            f"reward.combine={cfg.combine} compares reward models, and reward.terms has {num_models}: add for example "
+            "model:<folder>, or give reward.combine=sum"
+        )
+    if cfg.uncertainty_coeff != ListRewardConfig.uncertainty_coeff and cfg.combine != "uncertainty":
+        given = f"reward.uncertainty_coeff={cfg.uncertainty_coeff:g}"
+        yield unread(given, f"with reward.combine={cfg.combine}", "reward.combine=uncertainty")
 
 
 def _penalty_problems(cfg: RewardSourceConfig) -> Iterator[str]:
@@ -284,7 +300,14 @@ def online_problems(config: TrainConfig, task: OnlineTaskConfig) -> Iterator[str
     if isinstance(task, PPOConfig):
         yield from _ppo_problems(task, model.dtype)
     if isinstance(task, GRPOConfig):
-        yield from _grpo_problems(task)
+        yield from _grpo_problems(task, config.rollout)
+    if isinstance(task, DistillConfig) and task.teacher is None:
+        yield "task.teacher is missing: give the folder or the hub id of the model that is learned from"
+    elif isinstance(task, DistillConfig):
+        problem = model_problem(task.teacher, weights=True)
+        yield from [] if problem is None else [problem.replace("model.repo_name=", "task.teacher=")]
+    elif isinstance(config.reward, NoRewardConfig):
+        yield f"reward=none gives task={task.config_name} nothing to learn: give for example reward=model"
     if isinstance(task, ReinforcePPConfig) and task.group_baseline and task.num_generations == 1:
         yield "task.group_baseline=true compares the responses to a prompt: give for example task.num_generations=4"
     compares = f"task={task.config_name} compares probabilities of different passes"
@@ -327,12 +350,17 @@ def _server_problems(config: TrainConfig, rollout: VLLMRolloutConfig) -> Iterato
         yield from new_folder_problems("rollout.sync_dir", rollout.sync_dir)
 
 
-def _grpo_problems(task: GRPOConfig) -> Iterator[str]:
+def _grpo_problems(task: GRPOConfig, rollout: RolloutSourceConfig) -> Iterator[str]:
     high = 1.0 + (task.clip_coeff if task.clip_high is None else task.clip_high)
     if task.loss_type == "cispo" and task.max_ratio is not None:
         yield unread(f"task.max_ratio={task.max_ratio:g}", "by task.loss_type=cispo", "task.clip_high")
     elif task.max_ratio is not None and task.max_ratio <= high:
         yield f"task.max_ratio={task.max_ratio:g} is not above the clipped ratio {high:g}: give for example 4"
+    if task.max_resamples and getattr(rollout, "max_staleness", 0):
+        yield (
+            f"task.max_resamples={task.max_resamples} samples with the newest weights, and rollout.max_staleness with "
+            "older ones: give task.max_resamples=0 or rollout.max_staleness=0"
+        )
 
 
 def _ppo_problems(task: PPOConfig, dtype: str) -> Iterator[str]:

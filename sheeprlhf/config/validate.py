@@ -6,7 +6,7 @@ import netrc
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,7 +40,7 @@ from sheeprlhf.structure.run import (
     RootConfig,
     TrainConfig,
 )
-from sheeprlhf.structure.task import DPOConfig, SFTConfig, TrainTaskConfig
+from sheeprlhf.structure.task import DPOConfig, ILQLConfig, RMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.hardware import cuda_problem, missing_modules
 from sheeprlhf.utils.home import cache_place
@@ -249,6 +249,9 @@ def _model_problems(model: ModelConfig) -> Iterator[str]:
             yield "model.finetune_mode=LORA needs model.lora_cfg: remove model.lora_cfg=null or give finetune_mode=ALL"
         if model.freeze_transformer:
             yield "model.freeze_transformer=true leaves no layer for adapters: give model.finetune_mode=ALL"
+        if model.frozen_layers:
+            instead = "model.lora_cfg.layers_to_transform=<numbers of the layers with adapters>"
+            yield unread(f"model.frozen_layers={model.frozen_layers}", "with model.finetune_mode=LORA", instead)
         if model.random_init:
             yield "model.random_init=true has nothing for adapters to adapt: give model.finetune_mode=ALL"
     if model.quantization is not None:
@@ -288,6 +291,13 @@ def _new_token_problems(model: ModelConfig) -> Iterator[str]:
         yield "model.extra_vocabulary has a text twice: give each once"
     if model.extra_vocabulary and not model.resize_embeddings:
         yield "model.extra_vocabulary needs rows in the model: give model.resize_embeddings=true"
+    if model.freeze_transformer and model.frozen_layers:
+        yield f"model.freeze_transformer=true freezes all layers: remove model.frozen_layers={model.frozen_layers}"
+    if model.resize_embeddings and model.frozen_layers:
+        yield (
+            f"model.frozen_layers={model.frozen_layers} leaves the rows of new tokens untrained: give "
+            "model.frozen_layers=0, or model.resize_embeddings=false"
+        )
     if model.resize_embeddings and model.freeze_transformer:
         why = "leaves the rows of new tokens untrained: give one of the two"
         yield f"model.resize_embeddings=true and model.freeze_transformer=true, which {why}"
@@ -390,11 +400,15 @@ def _task_problems(task: TrainTaskConfig | EvalTaskConfig) -> Iterator[str]:
 
 
 def _dpo_problems(task: DPOConfig) -> Iterator[str]:
+    all_losses = next(field for field in fields(task) if field.name == "loss_type").metadata["choices"]
     readers = {  # option: the losses that read it
-        "label_smoothing": ("sigmoid", "robust", "exo"),
+        "label_smoothing": ("sigmoid", "robust", "exo", "aot", "aot_unpaired"),
         "simpo_gamma": ("simpo",),
         "discopop_tau": ("discopop",),
         "f_divergence": ("sigmoid", "sigmoid_norm", "robust", "exo", "hinge", "discopop"),  # losses of d = h_w - h_l
+        "ld_alpha": tuple(name for name in all_losses if name not in ("ipo", "sigmoid_norm", "simpo", "orpo")),
+        "use_weighting": tuple(name for name in all_losses if name not in ("aot", "aot_unpaired")),
+        "ref_sync_interval": tuple(name for name in all_losses if name not in ("simpo", "orpo")),
     }
     for name, losses in readers.items():
         if getattr(task, name) != getattr(DPOConfig, name) and task.loss_type not in losses:
@@ -403,6 +417,14 @@ def _dpo_problems(task: DPOConfig) -> Iterator[str]:
     if task.f_alpha != DPOConfig.f_alpha and task.f_divergence != "alpha":
         by = f"by task.f_divergence={task.f_divergence}"
         yield unread(f"task.f_alpha={task.f_alpha}", by, "task.f_divergence=alpha")
+    if task.ref_mixup_alpha != DPOConfig.ref_mixup_alpha and task.ref_sync_interval is None:
+        yield unread(
+            f"task.ref_mixup_alpha={task.ref_mixup_alpha:g}",
+            "with task.ref_sync_interval=null",
+            "task.ref_sync_interval=512",
+        )
+    if task.ref_sync_interval is not None and task.reference_free:
+        yield unread(f"task.ref_sync_interval={task.ref_sync_interval}", "with task.reference_free=true")
     if task.loss_type == "exo" and task.label_smoothing == 0:
         yield "task.loss_type=exo needs labels that can be wrong: give for example task.label_smoothing=0.001"
 
@@ -448,6 +470,11 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
     if optim.schedule == "wsd" and warmup + optim.decay_ratio > 1:
         both = f"task.lr_warmup_ratio={warmup:g} and optim.decay_ratio={optim.decay_ratio:g}"
         yield f"{both} are more than the whole run: their sum must be at most 1"
+    if isinstance(config.task, ILQLConfig):
+        if config.model.finetune_mode == "LORA":
+            yield "model.finetune_mode=LORA is not supported by task=ilql: give model.finetune_mode=ALL"
+        if config.fabric.strategy == "fsdp2":
+            yield "fabric.strategy=fsdp2 is not supported by task=ilql: give fabric.strategy=ddp"
     yield from sharding_problems(config)
     yield from start_problems(config)
     start = getattr(config.task, "sft_experiment_dir", None)
@@ -537,6 +564,8 @@ def sharding_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
         return
     if quantization is not None:
         yield f"{quantized} by fabric.strategy=fsdp2, whose shards lose the scales of the weights: {ddp}"
+    if isinstance(config.task, RMConfig) and config.task.likelihood_coeff:
+        yield f"task.likelihood_coeff={config.task.likelihood_coeff:g} is not supported by fabric.strategy=fsdp2: {ddp}"
     if isinstance(config, TrainConfig) and isinstance(config.optim, AdamW8bitConfig):
         yield f"optim=adamw_8bit is not supported by fabric.strategy=fsdp2: give optim=adamw, or {ddp}"
     if model is not None and model.finetune_mode == "LORA":

@@ -229,7 +229,7 @@ class RowLayout:
     ) -> None:
         """Count what the data report tells of one row."""
         self.unread.update(unread)
-        if self._kind != "unpaired" and has_value(row.get("label")):
+        if self._kind not in ("unpaired", "rewarded") and has_value(row.get("label")):
             self.unread["label"] += 1
             self.undesirable += str(row["label"]).strip().casefold() in ("false", "0")
         if self._kind != "preference":

@@ -114,6 +114,7 @@ TRAINING_SPLITS = {
     "sft": ("train",),
     "preference": _PREFERENCES,
     "unpaired": _PREFERENCES,
+    "rewarded": _PREFERENCES,
     "prompts": ("train",),
 }  # one must have rows
 NOT_IN_FINGERPRINT = (
@@ -149,8 +150,8 @@ def prepare_data(
         cfg: the data options.
         tokenizer: the model's tokenizer.
         kind: "sft": one response, the row's `response`, else its `chosen`; "preference": chosen and rejected;
-            "unpaired": a response and whether it is desirable, two of such rows from a pair; "prompts": as "sft", but a
-            row without a response is kept.
+            "unpaired": a response and whether it is desirable, two of such rows from a pair; "rewarded": the same, and
+            its reward; "prompts": as "sft", but a row without a response is kept.
         say: prints a line for the user.
         progress: show a bar (rank zero).
         kept: columns of the files to store with the tokens, for reward functions; those that the files have.

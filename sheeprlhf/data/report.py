@@ -215,7 +215,7 @@ def render_report(report: Report) -> str:
     labels = {
         "prompts_alone": "rows without a response",
         "pairs": "pairs of a better and a worse response",
-        "rows_with_margin": "rows with a margin (task=rm reads it)",
+        "rows_with_margin": "rows with a margin (task=rm) or a reward (task=ilql)",
         "templated_rows": "rows in the chat template",
         "text_rows": "texts without a prompt (all tokens are learned)",
         "text_parts": "further parts of longer texts (data.max_length)",

@@ -200,14 +200,16 @@ def printable(names: Iterable[str]) -> str:
 SPELLINGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # csv has text only
 
 
-def labelled(example: PreferenceExample) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+def labelled(example: PreferenceExample, *, rewarded: bool = False) -> tuple[tuple[str, ...], tuple[bool, ...]]:
     """The responses of a row of unpaired data and which of them are desirable: one with its label, or both of a pair.
+
+    If the label is a reward (see `reward_of`), a single response counts as desirable.
 
     Raises:
         MissingColumnError: the row has neither; DataError: its label is not a yes or no, or it ranks more than two.
     """
     if example.response is not None and example.label is not None:
-        return (example.response,), (is_desirable(example.label),)
+        return (example.response,), (rewarded or is_desirable(example.label),)
     if example.chosen is not None and example.rejected is not None:
         return (example.chosen, example.rejected), (True, False)
     if example.ranked is not None and len(example.ranked) == 2:
@@ -217,7 +219,25 @@ def labelled(example: PreferenceExample) -> tuple[tuple[str, ...], tuple[bool, .
             f"column 'responses' ranks {len(example.ranked)}, and which of them are desirable it does not say; write "
             "a row of prompt, response and label for each"
         )
-    raise MissingColumnError("column 'label' is missing: true where the response is desirable, false where not")
+    meaning = "the reward of the response" if rewarded else "true where the response is desirable, false where not"
+    raise MissingColumnError(f"column 'label' is missing: {meaning}")
+
+
+def reward_of(example: PreferenceExample) -> float:
+    """The reward of the desirable responses of a row: the number in its label, true is 1; of a pair 1. Others have 0.
+
+    Raises:
+        DataError: the label is no finite number.
+    """
+    if example.response is None or example.label is None:
+        return 1.0
+    try:
+        reward = float(SPELLINGS.get(str(example.label).strip().casefold(), example.label))
+    except (TypeError, ValueError, OverflowError):
+        reward = math.nan
+    if not math.isfinite(reward):
+        raise DataError(f"column 'label' holds {str(example.label)[:40]!r}: write the reward as a finite number")
+    return reward
 
 
 def is_desirable(label: Any) -> bool:

@@ -36,6 +36,7 @@ from sheeprlhf.data.rows import (
     column_advice,
     encode_columns,
     labelled,
+    reward_of,
 )
 from sheeprlhf.structure.data import DataConfig, LayoutDataConfig
 from sheeprlhf.utils.end_tokens import control_tokens, end_texts, end_token_ids, response_end
@@ -200,7 +201,7 @@ class PairEncoder:
 
 REFUSED = "refused_by_template"  # a reason why a row is left out
 _NEW_LINE = "\n"  # in place of a prompt whose ids are known
-KINDS = ("sft", "preference", "unpaired", "prompts")
+KINDS = ("sft", "preference", "unpaired", "rewarded", "prompts")
 
 
 class TokenRow(NamedTuple):
@@ -219,7 +220,7 @@ class TokenRow(NamedTuple):
     cut: tuple[str, ...] = ()  # what was truncated, of "prompt" and "response"
     special_text: bool = False  # the row's text contains a special token's text (encoded as plain text)
     num_eos: int = 0  # responses that end in an end token
-    margin: float = 0.0  # of the row's preference
+    margin: float = 0.0  # of the row's preference; of rewarded data the reward of the desirable response
     desirable: tuple[bool, ...] = ()  # of each response of unpaired data; empty for other data
     templated: bool = False  # the row went through the chat template
     is_text: bool = False  # it is a text without a prompt, of which all tokens are learned
@@ -375,6 +376,7 @@ class RowTokenizer:
         raw, example = identified
         responses, desirable = self._responses(example)
         raw_responses, _ = self._responses(raw)
+        rewards = (reward_of(example),) if self.kind == "rewarded" else ()
         if not example.prompt.strip() and not self._is_text(example):
             return TokenRow(row.number, shares, "empty_prompt", detail=row.place)
         if not all(response.strip() for response in responses):
@@ -384,12 +386,12 @@ class RowTokenizer:
         return _Pieces(
             row=row,
             shares=shares,
-            same=(raw.prompt, raw_responses, *desirable),
+            same=(raw.prompt, raw_responses, *desirable, *rewards),
             prompt=example.prompt,
             responses=responses,
             turns=example.turns,
             templated=isinstance(example, TemplatedExample),
-            margin=example.margin,
+            margin=rewards[0] if rewards else example.margin,
             desirable=desirable,
             unused=example.unused,
             untrained=example.untrained if self.kind == "sft" else 0,
@@ -400,8 +402,8 @@ class RowTokenizer:
 
         A task that samples its own responses needs none.
         """
-        if self.kind == "unpaired":
-            return labelled(example)
+        if self.kind in ("unpaired", "rewarded"):
+            return labelled(example, rewarded=self.kind == "rewarded")
         if self.kind == "preference":
             if example.ranked is not None:
                 return example.ranked, ()

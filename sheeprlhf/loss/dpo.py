@@ -51,6 +51,11 @@ def apo_zero(h_w_P: Tensor, h_l_P: Tensor, beta: float) -> Tensor:
     return 1.0 - torch.sigmoid(beta * h_w_P) + torch.sigmoid(beta * h_l_P)
 
 
+def apo_down(h_w_P: Tensor, h_l_P: Tensor, beta: float) -> Tensor:
+    """APO-down (arXiv 2408.06266) eq. 8: sigmoid(beta h_w) + 1 - sigmoid(beta d), both down, rejected more."""
+    return torch.sigmoid(beta * h_w_P) + 1.0 - torch.sigmoid(beta * (h_w_P - h_l_P))
+
+
 def sigmoid_norm(h_w_P: Tensor, h_l_P: Tensor, length_w_P: Tensor, length_l_P: Tensor, beta: float) -> Tensor:
     """DPO of log-ratios per token (Tulu 3, arXiv 2411.15124): -log sigmoid(beta (h_w / |w| - h_l / |l|))."""
     return sigmoid(h_w_P / length_w_P, h_l_P / length_l_P, beta)
@@ -70,6 +75,32 @@ def nca(h_w_P: Tensor, h_l_P: Tensor, beta: float) -> Tensor:
     """NCA of pairs (arXiv 2402.05369): -log sigmoid(a) - log sigmoid(-a) / 2 - log sigmoid(-b) / 2 of a, b = beta h."""
     a_P, b_P = beta * h_w_P, beta * h_l_P
     return -logsigmoid(a_P) - 0.5 * logsigmoid(-a_P) - 0.5 * logsigmoid(-b_P)
+
+
+def bco(h_w_P: Tensor, h_l_P: Tensor, beta: float, delta: float) -> Tensor:
+    """BCO of pairs (arXiv 2404.04656): -log sigmoid(beta h_w - delta) - log sigmoid(delta - beta h_l).
+
+    delta is a running mean of beta h over chosen and rejected responses.
+    """
+    return -logsigmoid(beta * h_w_P - delta) - logsigmoid(delta - beta * h_l_P)
+
+
+def aot_partners(values_P: Tensor, others_P: Tensor) -> Tensor:
+    """(P,) for each value the other value of the same rank: optimal transport in one dimension (arXiv 2406.05882)."""
+    partners_P = torch.empty_like(others_P)
+    partners_P[values_P.argsort(stable=True)] = others_P.sort().values
+    return partners_P
+
+
+def aot_unpaired(h_w_P: Tensor, h_l_P: Tensor, partners_P2: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """AOT of all chosen against all rejected responses (arXiv 2406.05882): DPO of the sorted h_w and the sorted h_l.
+
+    `partners_P2` are the h_l of the rank of each h_w and the h_w of the rank of each h_l, without gradient. The sum
+    over all pairs has the value and the gradient of the sorted loss.
+    """
+    of_h_w_P = sigmoid(h_w_P, partners_P2[:, 0], beta, label_smoothing)
+    of_h_l_P = sigmoid(partners_P2[:, 1], h_l_P, beta, label_smoothing)
+    return of_h_w_P + of_h_l_P - of_h_l_P.detach()
 
 
 def sppo(h_w_P: Tensor, h_l_P: Tensor, beta: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-LOSS_TYPES = ("last_token", "average", "per_sample")
+LOSS_TYPES = ("last_token", "average", "per_sample")  # of pairs; `plackett_luce` is one of whole rankings
 
 
 class Scores(NamedTuple):
@@ -108,6 +108,24 @@ def reward_loss(scores: Scores, pairs_P2: Tensor, loss_type: str, margin_P: Tens
         losses_PL = bradley_terry(chosen.values_SL, rejected.values_SL, margin_P[:, None])
         return _mean(losses_PL, _between(losses_PL, first_P, shorter_P))
     raise ValueError(f"loss_type={loss_type!r} is none of {', '.join(LOSS_TYPES)}")
+
+
+def plackett_luce(scores_S: Tensor, pairs_P2: Tensor) -> Tensor:
+    """Negative log-likelihood of rankings (Plackett, 1975; Luce, 1959): -log(exp(r_k) / sum of exp(r_j) for j >= k).
+
+    The sum over the responses of a row is the loss of its ranking; of two responses it is that of Bradley and Terry.
+
+    Args:
+        scores_S: (S,) scores of all responses.
+        pairs_P2: (P, 2) all (better, worse) pairs of each row.
+
+    Returns:
+        (S,) nats, the loss of choosing each response among itself and all worse ones of its row; 0 for the worst.
+    """
+    better_P, worse_P = pairs_P2.unbind(1)
+    top_S = scores_S.detach().scatter_reduce(0, better_P, scores_S.detach()[worse_P], "amax")
+    sums_S = (scores_S - top_S).exp().index_add(0, better_P, (scores_S[worse_P] - top_S[better_P]).exp())
+    return sums_S.log() + top_S - scores_S
 
 
 def _first_difference(chosen: Scores, rejected: Scores, shorter_P: Tensor) -> Tensor:

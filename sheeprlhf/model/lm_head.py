@@ -32,6 +32,8 @@ class TokenLogprobs(NamedTuple):
         mean_N: (N,) float32, averaged over the vocabulary (label smoothing), or None where it was not asked for.
         entropy_N: (N,) float32, nats, of the distribution that predicts the target, or None where it was not asked for.
         value_N: (N,) float32, what a value head on the same trunk says before the target; None without one.
+        log_sum_squares_N: (N,) float32, log of the sum of the squared probabilities of the vocabulary, without
+            gradient, or None where it was not asked for.
         router_logits: of each layer with experts, (tokens, experts); None where they were not asked for.
     """
 
@@ -39,6 +41,7 @@ class TokenLogprobs(NamedTuple):
     mean_N: Tensor | None
     entropy_N: Tensor | None = None
     value_N: Tensor | None = None
+    log_sum_squares_N: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
 
 
@@ -50,22 +53,24 @@ class _GatherLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_RV: Tensor, index_N: Tensor, target_ids_N: Tensor, mean: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        sums, means = [], []
+        ctx: Any, logits_RV: Tensor, index_N: Tensor, target_ids_N: Tensor, mean: bool, entropy: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        sums, means, entropies = [], [], []
         for part in logits_RV.split(_chunk_rows(logits_RV)):
             wide = _wide(part)
             sums.append(wide.logsumexp(dim=-1))
             means += [wide.mean(dim=-1)] if mean else []
-        logsumexp_R = torch.cat(sums)
-        ctx.save_for_backward(logits_RV, logsumexp_R, index_N, target_ids_N)
+            entropies += [_entropy((wide - sums[-1][:, None]).exp())] if entropy else []
+        logsumexp_R, entropy_R = torch.cat(sums), torch.cat(entropies) if entropy else None
+        ctx.save_for_backward(logits_RV, logsumexp_R, index_N, target_ids_N, entropy_R)
         target_N = _wide(logits_RV[index_N, target_ids_N]) - logsumexp_R[index_N]
-        return target_N, (torch.cat(means) - logsumexp_R)[index_N] if mean else None
+        mean_N = (torch.cat(means) - logsumexp_R)[index_N] if mean else None
+        return target_N, mean_N, None if entropy_R is None else entropy_R[index_N]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None]:
-        logits_RV, logsumexp_R, index_N, target_ids_N = ctx.saved_tensors
-        grad_target_N, grad_mean_N = grads
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None]:
+        logits_RV, logsumexp_R, index_N, target_ids_N, entropy_R = ctx.saved_tensors
+        grad_target_N, grad_mean_N, grad_entropy_N = grads
         assert grad_target_N is not None
         total_N = grad_target_N if grad_mean_N is None else grad_target_N + grad_mean_N
         total_R = torch.zeros_like(logsumexp_R).index_add_(0, index_N, total_N)
@@ -73,16 +78,26 @@ class _GatherLogprobs(torch.autograd.Function):
         for part in logits_RV.split(_chunk_rows(logits_RV)):
             rows = slice(start, start + len(part))
             # In place: the buffer is this function's own and has no reader after this point.
-            grad = _wide(part).sub_(logsumexp_R[rows, None]).exp_().mul_(-total_R[rows, None])
+            p = _wide(part).sub_(logsumexp_R[rows, None]).exp_()
+            slope = None
+            if grad_entropy_N is not None:  # dH / dlogits = -p log p - p H
+                of_row = torch.zeros_like(logsumexp_R).index_add_(0, index_N, grad_entropy_N)[rows, None]
+                slope = (torch.special.entr(p) - p * entropy_R[rows, None]).mul_(of_row)
+            grad = p.mul_(-total_R[rows, None])
             inside_N = (index_N >= start) & (index_N < start + len(part))
             row_N = torch.where(inside_N, index_N - start, 0)
             if grad_mean_N is not None:
                 mean_r = grad.new_zeros(len(part)).index_add_(0, row_N, grad_mean_N * inside_N)
                 grad.add_(mean_r[:, None] / grad.shape[-1])
             grad.index_put_((row_N, target_ids_N), grad_target_N * inside_N, accumulate=True)
-            part.copy_(grad)
+            part.copy_(grad if slope is None else grad.add_(slope))
             start += len(part)
-        return logits_RV, None, None, None
+        return logits_RV, None, None, None, None
+
+
+def _entropy(probabilities_RV: Tensor) -> Tensor:
+    """(R,) entropies, nats."""
+    return torch.special.entr(probabilities_RV).sum(dim=-1)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -102,6 +117,7 @@ def logprobs_from_logits(
     *,
     mean: bool,
     entropy: bool = False,
+    log_sum_squares: bool = False,
     temperature: float = 1.0,
     undefined_U: Tensor | None = None,
 ) -> TokenLogprobs:
@@ -112,7 +128,8 @@ def logprobs_from_logits(
         index_N: (N,) the row of `logits_RV` that predicts target n; rows may repeat.
         target_ids_N: (N,) target tokens.
         mean: also return the vocabulary's mean log-probability.
-        entropy: also return the entropy; only where no gradient is wanted.
+        entropy: also return the entropy.
+        log_sum_squares: also return the log of the sum of the squared probabilities, without gradient.
         temperature: the logits are divided by it first, in place.
         undefined_U: (U,) int64, ids that have probability 0 (see `utils/vocabulary.py`); not together with `mean`.
     """
@@ -120,15 +137,19 @@ def logprobs_from_logits(
         logits_RV = logits_RV.index_fill_(-1, undefined_U.to(logits_RV.device), -torch.inf)
     if temperature != 1.0:
         logits_RV = logits_RV.div_(temperature)
+    squares_N = None
+    if log_sum_squares:
+        parts = [_wide(part) for part in logits_RV.detach().split(_chunk_rows(logits_RV))]
+        squares_N = torch.cat([(2 * part).logsumexp(-1) - 2 * part.logsumexp(-1) for part in parts])[index_N]
     if not logits_RV.requires_grad:  # no gradient: nothing to save
         logprobs_RV = logits_RV.float().log_softmax(dim=-1)
         mean_N = logprobs_RV.mean(dim=-1)[index_N] if mean else None
         if not entropy:
-            return TokenLogprobs(logprobs_RV[index_N, target_ids_N], mean_N)
+            return TokenLogprobs(logprobs_RV[index_N, target_ids_N], mean_N, log_sum_squares_N=squares_N)
         parts = logprobs_RV.split(_chunk_rows(logprobs_RV))
-        entropy_R = torch.cat([torch.special.entr(part.exp()).sum(dim=-1) for part in parts])
-        return TokenLogprobs(logprobs_RV[index_N, target_ids_N], mean_N, entropy_R[index_N])
-    return TokenLogprobs(*_GatherLogprobs.apply(logits_RV, index_N, target_ids_N, mean))
+        entropy_R = torch.cat([_entropy(part.exp()) for part in parts])
+        return TokenLogprobs(logprobs_RV[index_N, target_ids_N], mean_N, entropy_R[index_N], None, squares_N)
+    return TokenLogprobs(*_GatherLogprobs.apply(logits_RV, index_N, target_ids_N, mean, entropy), None, squares_N)
 
 
 def head_logprobs(
@@ -139,6 +160,7 @@ def head_logprobs(
     *,
     mean: bool,
     entropy: bool = False,
+    log_sum_squares: bool = False,
     temperature: float = 1.0,
     undefined_U: Tensor | None = None,
     max_logits: int = MAX_LOGITS,
@@ -151,7 +173,8 @@ def head_logprobs(
         index_N: (N,) the row of `hidden_RC` that predicts target n; rows may repeat.
         target_ids_N: (N,) target tokens.
         mean: also return the vocabulary's mean log-probability.
-        entropy: also return the entropy; only where no gradient is wanted.
+        entropy: also return the entropy.
+        log_sum_squares: also return the log of the sum of the squared probabilities, without gradient.
         temperature: the logits are divided by it first.
         undefined_U: as in `logprobs_from_logits`.
         max_logits: most entries of a logits tensor that is kept for the backward pass.
@@ -159,6 +182,7 @@ def head_logprobs(
 
     def run(hidden: Tensor, index: Tensor, targets: Tensor) -> TokenLogprobs:
         how: dict[str, Any] = {"mean": mean, "entropy": entropy, "temperature": temperature}
+        how["log_sum_squares"] = log_sum_squares
         return logprobs_from_logits(head(hidden), index, targets, undefined_U=undefined_U, **how)
 
     rows, vocabulary = hidden_RC.shape[0], cast(Tensor, head.weight).shape[0]
@@ -175,9 +199,9 @@ def head_logprobs(
         there = [piece for piece in pieces if piece is not None]
         return torch.cat(there) if there else None
 
-    columns = zip(*(part[:4] for part in parts), strict=True)
-    target_N, mean_N, entropy_N, value_N = (joined(list(pieces)) for pieces in columns)
-    return TokenLogprobs(cast(Tensor, target_N), mean_N, entropy_N, value_N)
+    columns = zip(*(part[:5] for part in parts), strict=True)
+    target_N, *others = (joined(list(pieces)) for pieces in columns)
+    return TokenLogprobs(cast(Tensor, target_N), *others)
 
 
 def scalar_model(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -136,6 +136,7 @@ def build_on_meta(cfg: ModelConfig, *, scores: bool, vocabulary: int = 0) -> tup
         if scores and cfg.freeze_transformer:
             whole.requires_grad_(False)
             getattr(whole, HEAD).requires_grad_(True)
+        freeze_layers(whole, cfg.frozen_layers)
         if cfg.finetune_mode == "LORA" and cfg.lora_cfg is not None:
             return causal_lm, add_lora(whole, cfg.lora_cfg, head=HEAD) if scores else with_adapter(causal_lm, cfg)
     return causal_lm, whole
@@ -186,6 +187,23 @@ def measure(cfg: ModelConfig, precision: str, scores: bool = False) -> ModelSize
 def decoder_blocks(model: nn.Module) -> Iterable[nn.Module]:
     """The layers of a model, which are sharded one by one."""
     return next((part for part in model.modules() if isinstance(part, nn.ModuleList)), ())
+
+
+def freeze_layers(model: nn.Module, number: int) -> None:
+    """Freeze the embeddings and the first layers of a model, as trlX does in reward models; nothing if `number` is 0.
+
+    Raises:
+        ModelError: no layer is left to train.
+    """
+    blocks = list(decoder_blocks(model)) if number else []
+    if number and number >= len(blocks):
+        raise ModelError(
+            f"model.frozen_layers={number} leaves no layer to train: the model has {len(blocks)}, give at most "
+            f"model.frozen_layers={max(0, len(blocks) - 1)}"
+        )
+    embeddings = [part for part in model.modules() if isinstance(part, nn.Embedding)] if number else []
+    for part in (*embeddings, *blocks[:number]):
+        part.requires_grad_(False)
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

@@ -1,6 +1,7 @@
 """The score of a response: a weighted sum of functions and models, normalised, clipped, less its penalties."""
 
 import math
+import statistics
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from sheeprlhf.structure.reward import (
     BUILTINS,
     JUDGE,
     MODEL,
+    ListRewardConfig,
     RewardSourceConfig,
     is_model,
     model_sources,
@@ -107,10 +109,27 @@ class CombinedReward:
         """
         by_term = {function.name: function(texts) for _, function in self._terms}
         weights = [weight for weight, _ in self._terms]
-        rows = zip(*by_term.values(), strict=True)
-        total = [math.fsum(weight * score for weight, score in zip(weights, row, strict=True)) for row in rows]
+        rows = (
+            [w * score for w, score in zip(weights, row, strict=True)] for row in zip(*by_term.values(), strict=True)
+        )
+        if not self._terms:
+            total = [0.0] * len(texts.responses)
+        elif getattr(self._cfg, "combine", "sum") == "sum":
+            total = [math.fsum(row) for row in rows]
+        else:
+            total = [self._of_ensemble(row) for row in rows]
         failures = [function.failures for _, function in self._terms if function.failures is not None]
         return RawScores(total, by_term, sum(failures) if failures else None)
+
+    def _of_ensemble(self, weighted: list[float]) -> float:
+        """Return the combined score of the reward models, plus the scores of all other terms (arXiv 2310.02743)."""
+        cfg, among = self._cfg, [is_model(function.name) for _, function in self._terms]
+        assert isinstance(cfg, ListRewardConfig)
+        members = [score for score, of_model in zip(weighted, among, strict=True) if of_model]
+        others = math.fsum(score for score, of_model in zip(weighted, among, strict=True) if not of_model)
+        if cfg.combine == "min":
+            return min(members) + others
+        return statistics.fmean(members) - cfg.uncertainty_coeff * statistics.pvariance(members) + others
 
     def shape(self, total: list[float], texts: Texts) -> list[float]:
         """Return the final scores of weighted sums: normalised, then clipped, then less the penalties.

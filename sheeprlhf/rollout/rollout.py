@@ -40,7 +40,7 @@ from sheeprlhf.reward.score import RawScores, RunningMoments, build_reward
 from sheeprlhf.rollout.engines import ENGINES, StopStrings
 from sheeprlhf.rollout.sampler import Sampled
 from sheeprlhf.rollout.server import RolloutServers
-from sheeprlhf.structure.rollout import OnlineTaskConfig
+from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
@@ -109,10 +109,36 @@ class Rollout:
         responses = list(zip(texts.prompts, texts.responses, texts.finished, strict=True))
         return dataclasses.replace(self, rows=exchange(self.rows, responses, prompts), tokens={})
 
+    def with_rows(self, at: Sequence[int], other: "Rollout") -> "Rollout":
+        """Return the rollout with the rows of another one at some places."""
+        scores, finished = self.scores.copy(), self.finished.copy()
+        scores[at], finished[at] = other.scores, other.finished
+        tokens = {name: tuple(_replaced(old, other.tokens[name], at)) for name, old in self.tokens.items()}
+        return Rollout(tuple(_replaced(self.rows, other.rows, at)), scores, finished, tokens)
+
     def with_advantages(self, advantages_PG: Tensor) -> "Rollout":
         """Return the rollout with an advantage of each response as "advantages" of all of its tokens."""
         lengths_S = torch.tensor(self.response_lengths)
         return self.with_tokens(advantages=advantages_PG.flatten().repeat_interleave(lengths_S))
+
+
+def replace_groups(
+    old: tuple[Texts, RawScores], new: tuple[Texts, RawScores], at: Sequence[int], group: int
+) -> tuple[Texts, RawScores]:
+    """Texts and raw scores of a rollout with those of other rows, each with `group` responses, at some places."""
+    (texts, raw), (new_texts, new_raw) = old, new
+    lists = [_replaced(part, other, at, group) for part, other in zip(texts[:4], new_texts[:4], strict=True)]
+    columns = {name: _replaced(part, new_texts.columns[name], at, group) for name, part in texts.columns.items()}
+    by_term = {name: _replaced(part, new_raw.by_term[name], at, group) for name, part in raw.by_term.items()}
+    return Texts(*lists, columns), RawScores(_replaced(raw.total, new_raw.total, at, group), by_term, raw.failures)
+
+
+def _replaced(old: Sequence[Any], new: Sequence[Any], at: Sequence[int], size: int = 1) -> list[Any]:
+    """Return a list in which the parts of `size` items at some places are those of another list, in its order."""
+    result = list(old)
+    for number, place in enumerate(at):
+        result[place * size : (place + 1) * size] = new[number * size : (number + 1) * size]
+    return result
 
 
 def token_values(rollout: Rollout, part: list[int], names: Sequence[str]) -> dict[str, Tensor]:
@@ -477,7 +503,7 @@ class RolloutCollector:
 def check_sampler(run: Run, collect: RolloutCollector, rollout: Rollout) -> None:
     """All ranks, before the first step: check that sampler, training forward and reference agree on each token.
 
-    The ratio of new to old probability is 1 then, and the KL to the reference 0.
+    The ratio of new to old probability is 1 then, and the KL to the reference 0, unless that is a teacher.
 
     Raises:
         ModelError: they differ by more than rounding, and `task.self_check` is "error".
@@ -500,7 +526,7 @@ def check_sampler(run: Run, collect: RolloutCollector, rollout: Rollout) -> None
             f"computes, more than {limit:g}: something besides weights and tokens changes them (random numbers in the "
             "model's code, positions, a cache), and a ratio of new to old probability means nothing"
         )
-    elif not kl <= tolerance:
+    elif not kl <= tolerance and not isinstance(task, DistillConfig):
         problem = (
             f"before the first step the policy's log-probabilities are {kl:.2g} nats a token from the reference's, "
             f"more than {tolerance:g}: the reference is not what training starts from"

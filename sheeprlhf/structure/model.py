@@ -94,6 +94,11 @@ class ModelConfig(Config):
     )
     disable_dropout: bool = option(True, "Switch off every dropout of the base model (a LoRA adapter keeps its own).")
     freeze_transformer: bool = option(False, "Train the language model's head only.")
+    frozen_layers: int = option(
+        0,
+        "The embeddings and the first so many layers do not train (trlX's reward models: 70 % of the layers).",
+        minimum=0,
+    )
     neftune_alpha: Optional[float] = option(
         None,
         "Scale of the uniform noise on the embeddings in training (NEFTune, arXiv 2310.05914; 5 is usual); read by "

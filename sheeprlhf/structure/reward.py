@@ -58,6 +58,13 @@ class AutoRewardConfig(RewardSourceConfig):
 
 
 @dataclass(unsafe_hash=True)
+class NoRewardConfig(RewardSourceConfig):
+    """No score: every response gets 0 (task=distill)."""
+
+    config_name: str = "none"
+
+
+@dataclass(unsafe_hash=True)
 class CallOptionsConfig(RewardSourceConfig):
     """Options of calls of your own functions and of requests to a judge."""
 
@@ -161,7 +168,7 @@ class JudgeRewardConfig(JudgeOptionsConfig):
 
 @dataclass(unsafe_hash=True)
 class ListRewardConfig(BuiltinOptionsConfig, JudgeOptionsConfig, ModelOptionsConfig):
-    """A weighted sum of sources."""
+    """A weighted sum of sources, or an ensemble of reward models."""
 
     config_name: str = "list"
     terms: list[str] = option(
@@ -170,6 +177,13 @@ class ListRewardConfig(BuiltinOptionsConfig, JudgeOptionsConfig, ModelOptionsCon
         "model, model:<folder or hub id> a further one, judge a language model at reward.url.",
     )
     folder: Optional[str] = option(None, "Folder or hub id of the term model; null: the run task.rm_experiment_dir.")
+    combine: str = option(
+        "sum",
+        "Of the weighted scores of the reward models among the terms: their sum, the lowest, or their mean less "
+        "reward.uncertainty_coeff times their variance; the other terms are added (arXiv 2310.02743).",
+        choices=("sum", "min", "uncertainty"),
+    )
+    uncertainty_coeff: float = option(1.0, "Price of the variance with reward.combine=uncertainty.", minimum=0.0)
 
 
 class Builtin(NamedTuple):
@@ -209,6 +223,8 @@ def parse_term(text: str) -> Term:
 
 def terms_of(cfg: RewardSourceConfig, default: str | None) -> tuple[Term, ...]:
     """The summands of the score; `default` is the dataset's own rule, which `auto` takes."""
+    if isinstance(cfg, NoRewardConfig):
+        return ()
     if isinstance(cfg, FunctionRewardConfig):
         return (Term(1.0, cfg.path),)
     if isinstance(cfg, ListRewardConfig):

@@ -79,6 +79,9 @@ class RatioTaskConfig(OnlineTaskConfig):
 
     init_kl_coeff: float = option(0.05, "Weight of the KL divergence from the reference.", minimum=0.0)
     clip_coeff: float = option(0.2, "How far the ratio of new to old probability may leave 1.", above=0.0, maximum=1.0)
+    entropy_coeff: float = option(
+        0.0, "Weight of the policy's entropy, nats a token, that is subtracted from the loss.", minimum=0.0
+    )
     early_stop_kl: Optional[float] = option(
         None, "End the passes over a rollout when the policy is this far from the sampler.", unit="nats", above=0.0
     )
@@ -165,6 +168,13 @@ class GRPOConfig(RatioTaskConfig):
     mask_truncated: bool = option(
         False, "Responses that were cut get the advantage 0; they count in the statistics of their prompt."
     )
+    max_resamples: int = option(
+        0,
+        "Replace prompts whose responses all score alike by other ones, drawn at random, at most so many times in a "
+        "rollout (DAPO's dynamic sampling: 10). Scores are compared before penalties. 0: they stay.",
+        unit="times",
+        minimum=0,
+    )
     loss_type: str = option(
         "grpo",
         "Mean over the tokens of each response, then over responses (grpo); over all tokens (dapo); sum of tokens by "
@@ -215,6 +225,23 @@ class OnlineDPOConfig(OnlineTaskConfig):
     def kl_price(self) -> float:
         """DPO's loss has its best where a nat of KL costs beta (arXiv 2305.18290, eq. 3)."""
         return self.beta
+
+
+@dataclass(unsafe_hash=True)
+class DistillConfig(RatioTaskConfig):
+    """On-policy distillation: what the policy samples becomes likelier where a larger model likes it better."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.train.distill:train"
+    unread: ClassVar[frozenset[str]] = frozenset({"init_kl_coeff"})
+
+    config_name: str = "distill"
+    teacher: Optional[str] = option(
+        None, "Folder or hub id of the model that is learned from; it has the same tokenizer. Needed."
+    )
+
+    def kl_price(self) -> float:
+        """The divergence from the teacher is what is minimised."""
+        return 1.0
 
 
 @dataclass(unsafe_hash=True)

@@ -123,16 +123,24 @@ class RMConfig(TrainTaskConfig):
     data_kind: ClassVar[str] = "preference"
     train_splits: ClassVar[tuple[str, ...]] = ("reward", "train")
     trains: ClassVar[str] = "reward model"
+    of_last_tokens: ClassVar[tuple[str, ...]] = ("last_token", "plackett_luce")  # losses that read no other scores
     val_metrics: ClassVar[tuple[str, ...]] = ("loss", *_PAIR_METRICS)
 
     config_name: str = "rm"
     loss_type: str = option(
         "last_token",
-        "Scores that are compared: after the last token, averaged over the tokens that differ, or token by token.",
-        choices=("last_token", "average", "per_sample"),
+        "Scores that are compared: after the last token, averaged over the tokens that differ, or token by token; "
+        "plackett_luce is the likelihood of the whole ranking by scores after the last token.",
+        choices=("last_token", "average", "per_sample", "plackett_luce"),
     )
     center_rewards_coefficient: float = option(
         0.0, "Weight of (better + worse score) squared, which keeps scores near 0; 0.01 is usual.", minimum=0.0
+    )
+    likelihood_coeff: float = option(
+        0.0,
+        "Weight of the negative log-likelihood of the preferred responses, nats a token, by the language head on the "
+        "same layers (Secrets of RLHF: 1); 0: not computed.",
+        minimum=0.0,
     )
     normalize_on: str = option(
         "demonstrations",
@@ -164,13 +172,13 @@ class DPOConfig(TrainTaskConfig):
         "sigmoid",
         "Which paper's loss; simpo and orpo have no reference.",
         choices=(
-            *("sigmoid", "hinge", "ipo", "robust", "apo_zero", "simpo", "orpo"),
-            *("sigmoid_norm", "exo", "nca", "sppo", "discopop"),
+            *("sigmoid", "hinge", "ipo", "robust", "apo_zero", "apo_down", "simpo", "orpo"),
+            *("sigmoid_norm", "exo", "nca", "sppo", "discopop", "bco", "aot", "aot_unpaired"),
         ),
     )
     beta: float = option(0.1, "Pull to the reference; the scale of simpo (2 is usual), orpo's weight.", above=0.0)
     label_smoothing: float = option(
-        0.0, "Share of pairs taken to be the wrong way round (sigmoid, robust, exo).", minimum=0.0, maximum=0.49
+        0.0, "Share of pairs taken to be the wrong way round (sigmoid, robust, exo, aot).", minimum=0.0, maximum=0.49
     )
     reference_free: bool = option(False, "Take a reference that likes all responses alike.")
     simpo_gamma: float = option(1.0, "How much likelier the better response must be (simpo).", unit="nats", minimum=0.0)
@@ -186,6 +194,24 @@ class DPOConfig(TrainTaskConfig):
         choices=("reverse_kl", "forward_kl", "js", "alpha"),
     )
     f_alpha: float = option(0.5, "Order of f_divergence=alpha.", minimum=0.0, maximum=0.99)
+    ld_alpha: float = option(
+        1.0,
+        "Weight of the tokens behind the length of the shorter response in its log-probability (LD-DPO; 0.5 is usual).",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    use_weighting: bool = option(
+        False, "Weigh pairs by how likely the policy is to write them, relative to its other texts (WPO)."
+    )
+    ref_sync_interval: Optional[int] = option(
+        None,
+        "Move the reference towards the policy each time so many steps have passed (TR-DPO: 512); null keeps it.",
+        unit="optimizer steps",
+        minimum=1,
+    )
+    ref_mixup_alpha: float = option(
+        0.6, "Share of the policy in the reference that task.ref_sync_interval makes.", above=0.0, maximum=1.0
+    )
     self_check: str = option(
         "error",
         "Before the first step the policy has to be its own reference: stop, warn, or do not look.",
@@ -198,6 +224,10 @@ class DPOConfig(TrainTaskConfig):
     )
     sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
     num_sample_prompts: int = option(3, "Validation prompts whose generations are shown each time.", minimum=0)
+
+    def policy_part(self) -> str:
+        """Checkpoints hold a reference that moves, too."""
+        return "" if self.ref_sync_interval is None else "policy."
 
 
 @dataclass(unsafe_hash=True)
@@ -228,3 +258,43 @@ class KTOConfig(TrainTaskConfig):
     )
     sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
     num_sample_prompts: int = option(3, "Validation prompts whose generations are shown each time.", minimum=0)
+
+
+@dataclass(unsafe_hash=True)
+class ILQLConfig(TrainTaskConfig):
+    """Implicit language Q-learning: offline reinforcement learning from responses with a reward (arXiv 2206.11871)."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.train.ilql:train"
+    data_kind: ClassVar[str] = "rewarded"
+    val_metrics: ClassVar[tuple[str, ...]] = ("loss", "q_loss", "v_loss", "cql_loss", "nll", "advantage")
+    train_splits: ClassVar[tuple[str, ...]] = ("train", "reward")
+
+    config_name: str = "ilql"
+    gamma: float = option(0.99, "Discount of a token.", minimum=0.0, maximum=1.0)
+    expectile: float = option(
+        0.7, "How far the value of a state is above the mean of its tokens' Q (tau).", minimum=0.5, maximum=0.999
+    )
+    cql_coeff: float = option(
+        0.1, "Weight of the loss that lowers the Q of tokens that are not in the data.", minimum=0.0
+    )
+    awac_coeff: float = option(1.0, "Weight of the likelihood of the responses by the language head.", above=0.0)
+    awac_beta: float = option(
+        0.0, "Tokens count exp(this * advantage) in that likelihood; 0: all alike.", unit="1/reward", minimum=0.0
+    )
+    target_update_rate: float = option(
+        0.005, "Share of the Q heads in their targets after each step.", above=0.0, maximum=1.0
+    )
+    advantage_coeff: float = option(
+        1.0, "Weight of Q in the logits of the model that is saved and sampled from.", unit="1/reward", minimum=0.0
+    )
+    sft_experiment_dir: Optional[str] = option(
+        None,
+        "Run directory of a fine-tuning to start from, or newest: the newest finished one of this model under "
+        "root_dir; null starts from the model as it is.",
+    )
+    sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
+    num_sample_prompts: int = option(3, "Validation prompts whose generations are shown each time.", minimum=0)
+
+    def policy_part(self) -> str:
+        """Checkpoints hold the heads of Q and V, too."""
+        return "policy."

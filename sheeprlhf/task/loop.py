@@ -133,11 +133,14 @@ class TrainLoop:
         self.module, self.optimizer = set_up(self.fabric, self.run.cfg.optim, model, self.run.cfg.peak_lr())
         return self.module
 
-    def begin(self, load: Callable[[np.ndarray], Any]) -> None:
-        """Seed the random generators, restore the newest checkpoint if there is one; `load` as in `Attributes`."""
-        self.load = load
+    def begin(self, load: Callable[[np.ndarray], Any], learners: nn.Module | None = None) -> None:
+        """Seed the random generators, restore the newest checkpoint if there is one; `load` as in `Attributes`.
+
+        `learners` is everything that is saved; None is the trained model only.
+        """
+        self.load, self._learners = load, self.module if learners is None else learners
         torch.manual_seed(self.run.cfg.seed + self.fabric.global_rank)  # equal weights on all ranks, other dropout
-        self.state = self.run.restore(self.module, self.optimizer)
+        self.state = self.run.restore(self._learners, self.optimizer)
 
     def __iter__(self) -> Iterator["Step"]:
         """Yield the remaining steps. After each: log its metrics, save a checkpoint, act on signals."""
@@ -155,7 +158,7 @@ class TrainLoop:
                     "epoch": self.plan.epochs_before(state.step) / (1 if self.stream is None else len(self.stream)),
                 }
                 run.log({f"train/{name}": value for name, value in metrics.items()} | run.usage(), state.step)
-            run.end_step(state, self.module, self.optimizer, save=self.due(task.save_interval), last=self.is_last)
+            run.end_step(state, self._learners, self.optimizer, save=self.due(task.save_interval), last=self.is_last)
             if self.is_last:
                 return
 
@@ -303,7 +306,7 @@ class RolloutLoop:
     state: TrainState
 
     def __init__(self, fabric: Fabric, run: Run) -> None:
-        """Prepare the data, load the models, take the policy as the reference.
+        """Prepare the data, load the models, take the policy as the reference, or the teacher if there is one.
 
         Raises:
             SheepError: something cannot be loaded, or rows lack a response that the task or the reward reads.
@@ -311,7 +314,9 @@ class RolloutLoop:
         self.fabric, self.run = fabric, run
         self._setup = load_online_setup(fabric, run)
         self.tokenizer, self.rows, self.models = self._setup.tokenizer, self._setup.rows, self._setup.models
-        self._reference = reference_of(self.models.policy, new_adapter=run.cfg.model.adapter is None)
+        self._reference = self.models.teacher or reference_of(
+            self.models.policy, new_adapter=run.cfg.model.adapter is None
+        )
 
     def begin(
         self,

@@ -11,6 +11,7 @@ from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.reward import model_sources
 from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import TrainConfig
+from sheeprlhf.structure.task import DPOConfig
 
 SHARDED = ("weights", "gradients", "optimizer", "others")  # parts of the plan that fsdp2 cuts up
 
@@ -47,7 +48,8 @@ def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
     """
     task = config.task
     if not isinstance(task, OnlineTaskConfig):
-        return 0
+        moves = isinstance(task, DPOConfig) and task.ref_sync_interval is not None  # a copy of what trains
+        return moves * (size.trainable if config.model.finetune_mode == "LORA" else size.weights)
     scored = len(model_sources(config.reward, config.data.rule_reward))
     critic = isinstance(task, PPOConfig) and not task.share_trunk
     average = isinstance(task, PPOConfig) and task.ema_decay is not None

@@ -38,6 +38,7 @@ from sheeprlhf.model.lora import (
     lora_config,
     with_adapter,
 )
+from sheeprlhf.model.memory import freeze_layers
 from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.reward.score import check_columns, state_warnings, wanted_columns
 from sheeprlhf.rollout.engines import StopStrings
@@ -46,7 +47,7 @@ from sheeprlhf.rollout.server import RolloutServers
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
 from sheeprlhf.structure.reward import MODEL, model_sources, term_folder
-from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig, VLLMRolloutConfig
+from sheeprlhf.structure.rollout import BestOfNConfig, DistillConfig, OnlineTaskConfig, PPOConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import RMConfig, TrainTaskConfig
 from sheeprlhf.task.finish import check_validation_rows, report_data
@@ -84,12 +85,14 @@ class RLModels(NamedTuple):
         critic: estimates the remaining reward, and is trained; None if the task has none.
         rewards: the reward models by their terms; empty if the reward has none.
         packed: batches are packed.
+        teacher: the model that is learned from, in place of a reference; None if the task has none.
     """
 
     policy: Policy
     critic: RewardModel | AdapterValueModel | None
     rewards: dict[str, TermModel]
     packed: bool
+    teacher: Policy | None = None
 
 
 class OnlineSetup(NamedTuple):
@@ -225,7 +228,33 @@ def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int
             why = "there are several reward models" if len(rewards) > 1 else "the reward model has another tokenizer"
             run.say(f"the critic begins as the policy with a new head: {why}")
         critic = _make_critic(run, tokenizer, policy, first.model if first is not None and fits else None)
-    return RLModels(policy, critic, rewards, packed)
+    teacher = None
+    if isinstance(task, DistillConfig):
+        teacher, teacher_packed = _load_teacher(str(task.teacher), tokenizer, how)
+        packed = packed and teacher_packed
+    return RLModels(policy, critic, rewards, packed, teacher)
+
+
+def _load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, how: LoadOptions) -> tuple[Policy, bool]:
+    """Load the frozen model that a distillation learns from, and tell whether its batches are packed.
+
+    Raises:
+        ModelError: it cannot be loaded, or has another tokenizer.
+    """
+    try:
+        cfg = teacher_config(name)
+        if not has_same_tokens(load_tokenizer(cfg), tokenizer):
+            raise ModelError(f"model.repo_name={name} has another tokenizer than the model: give one with the same")
+        teacher, packed = load_policy(cfg, tokenizer, **how)
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.repo_name=", "task.teacher=")) from error
+    teacher.exclude_undefined(tokenizer)
+    return teacher.eval().requires_grad_(False), packed
+
+
+def teacher_config(name: str) -> ModelConfig:
+    """Return the configuration of the model that a distillation learns from."""
+    return AutoModelConfig(repo_name=name, disable_dropout=True)
 
 
 def reads_chat(cfg: TrainConfig | EvalConfig) -> bool:
@@ -491,8 +520,12 @@ def model_of_start(cfg: ModelConfig, run_dir: str, tokenizer: PreTrainedTokenize
 
 
 def with_adapters(policy: Policy, cfg: ModelConfig) -> Policy:
-    """The policy with adapters that train if the configuration asks for them: new ones or those of `model.adapter`."""
+    """The policy with adapters that train if the configuration asks for them: new ones or those of `model.adapter`.
+
+    Without adapters, the layers of `model.frozen_layers` do not train.
+    """
     if cfg.finetune_mode != "LORA" or cfg.lora_cfg is None:
+        freeze_layers(policy.causal_lm(), cfg.frozen_layers)
         return policy
     return Policy(with_adapter(policy.causal_lm(), cfg))
 

@@ -67,10 +67,45 @@ def sum_by_response(values_N: Tensor, response_index_N: Tensor, num_responses: i
     return values_N.new_zeros(num_responses).index_add(0, response_index_N, values_N)
 
 
+def response_sums(logprobs_N: Tensor, batch: Batch, tail_weight: float = 1.0) -> Tensor:
+    """(S,) float32 log-probabilities of the responses, in which tokens behind the shortest one of their row count less.
+
+    (LD-DPO, arXiv 2409.06411, where `tail_weight` is called alpha; 1 is the sum of all tokens.)
+    """
+    index_N, lengths_S = batch.response_index_N, batch.lengths_S
+    if tail_weight != 1.0:
+        shorter_P = lengths_S[batch.pairs_P2].amin(dim=1).repeat_interleave(2)
+        shortest_S = lengths_S.scatter_reduce(0, batch.pairs_P2.flatten(), shorter_P, "amin")
+        place_N = torch.arange(len(index_N), device=index_N.device) - (lengths_S.cumsum(0) - lengths_S)[index_N]
+        logprobs_N = torch.where(place_N < shortest_S[index_N], logprobs_N, tail_weight * logprobs_N)
+    return sum_by_response(logprobs_N, index_N, len(lengths_S))
+
+
+@torch.no_grad()
+def sums_of_step(
+    fabric: Fabric, module: nn.Module, micro_batches: list[MicroBatch], tail_weight: float
+) -> list[Tensor]:
+    """All ranks: `response_sums` of the present weights for each of this rank's micro-batches, (batch, ...) each."""
+    sums: list[Tensor] = []
+    with isolated_rng(), eval_mode(module):
+        for micro, counts in equal_passes(fabric, module, micro_batches):
+            batch = fabric.to_device(micro.batch[0])
+            found_S = response_sums(module(batch).target_N, batch, tail_weight).cpu()
+            sums += [found_S] if counts else []
+    return sums
+
+
 def reference_logprobs(
-    fabric: Fabric, module: nn.Module, batches: Batches, data: PreparedData, split: str, key: str, read: np.ndarray
+    fabric: Fabric,
+    module: nn.Module,
+    batches: Batches,
+    data: PreparedData,
+    split: str,
+    key: str,
+    read: np.ndarray,
+    tail_weight: float = 1.0,
 ) -> np.ndarray:
-    """All ranks: the summed log-probability of every response of the rows that are read, before the first step.
+    """All ranks: the `response_sums` of every response of the rows that are read, before the first step.
 
     The results are stored in the data's folder; `key` identifies the weights and the computation, `read` is ascending.
 
@@ -79,6 +114,7 @@ def reference_logprobs(
     """
     rows = data.splits[split]
     some = b"" if len(read) == len(rows) else read.astype(np.int64).tobytes()
+    key += "" if tail_weight == 1.0 else f"-tail{tail_weight}"
     name = hashlib.sha256(key.encode() + some).hexdigest()[:16]
     path = data.folder / f"reference-{split}-{name}.safetensors"
     sums = np.zeros((len(rows), rows.sizes.shape[1] - 1), dtype=np.float32)
@@ -89,8 +125,7 @@ def reference_logprobs(
     with isolated_rng(), eval_mode(module), torch.no_grad():
         for (part, micro), counts in passes:
             batch = fabric.to_device(micro.batch)
-            logprobs_N = module(batch).target_N
-            sums_S = sum_by_response(logprobs_N, batch.response_index_N, len(batch.response_lengths))
+            sums_S = response_sums(module(batch).target_N, batch, tail_weight)
             if counts:
                 sums[part] = _by_row(sums_S.float().cpu().numpy(), rows, part)
     if fabric.world_size > 1:  # every rank had other rows, and zeros in these
@@ -114,13 +149,14 @@ def batches_with_reference(
     *,
     key: str | None,
     packed: bool,
+    tail_weight: float = 1.0,
 ) -> Batches:
     """All ranks: batches of a split's responses, with the log-probabilities of the reference; zeros without a key.
 
     Other arguments as of `reference_logprobs`.
     """
     cut = partial(Batches, fabric, task, packed=packed, targets="response")
-    sums = None if key is None else reference_logprobs(fabric, module, cut(), data, split, key, read)
+    sums = None if key is None else reference_logprobs(fabric, module, cut(), data, split, key, read, tail_weight)
     return cut(num_items=lambda batch: len(batch.row_ids), beside=partial(reference_logprobs_of, sums))
 
 
@@ -133,6 +169,7 @@ def check_reference(
     mode: str,
     precision: str,
     say: Notify,
+    tail_weight: float = 1.0,
 ) -> None:
     """All ranks, before the first step: check that the policy is its own reference, dropout off.
 
@@ -146,8 +183,8 @@ def check_reference(
     apart, tokens, loss, expected = 0.0, 1, 0.0, 0.0
     with isolated_rng(), eval_mode(module), torch.no_grad():
         for micro, _ in equal_passes(fabric, module, micro_batches[:1]):
-            batch, reference_S = content = fabric.to_device(micro.batch)
-            sums_S = sum_by_response(module(batch).target_N, batch.response_index_N, len(batch.response_lengths))
+            batch, reference_S, *_ = content = fabric.to_device(micro.batch)
+            sums_S = response_sums(module(batch).target_N, batch, tail_weight)
             apart, tokens = float((sums_S - reference_S).abs().sum()), sum(batch.response_lengths)
             loss = float(loss_fn(module, content).total) / micro.num_items
             expected = initial_loss(batch) / micro.num_items

@@ -33,7 +33,7 @@ from sheeprlhf.security.pickled_weights import adapter_folder
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.reward import model_sources
-from sheeprlhf.structure.rollout import OnlineTaskConfig, PPOConfig
+from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig, PPOConfig
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.task.eval.load import load_evaluated_tokenizer
 from sheeprlhf.task.models import (
@@ -43,6 +43,7 @@ from sheeprlhf.task.models import (
     reads_chat,
     reward_folder_errors,
     reward_model_source,
+    teacher_config,
 )
 from sheeprlhf.utils.end_tokens import padding_token
 from sheeprlhf.utils.errors import ConfigError, Notify
@@ -169,6 +170,8 @@ def models_of(config: TrainConfig | EvalConfig) -> Iterator[Needed]:
         yield from _of_run(config.experiment_dir, getattr(task, "model_name", "final"), starts=_MAX_STARTS)
     elif config.model is not None:
         yield from _of_start(config.model, None, "", new_head=False, starts=0)
+    if isinstance(task, DistillConfig):
+        yield Needed(teacher_config(str(task.teacher)))
     rule = None if config.data is None else config.data.rule_reward
     terms = model_sources(config.reward, rule) if isinstance(task, OnlineTaskConfig | ScoredConfig) else []
     for term in terms:

@@ -1,9 +1,13 @@
 """Tasks whose best score is known: every RL algorithm comes to 95 % of it on a random model, in seconds."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.runs import figures, train, write_rows
 
@@ -18,6 +22,38 @@ OF_TASK = {
     "reinforce_pp": ["task.num_generations=4", "task.init_kl_coeff=0"],
     "online_dpo": ["task.num_generations=8", "task.beta=0.1"],
 }
+
+
+def test_a_teacher_is_approached(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """The divergence from another random model, nats a response, falls to a small part of what it was."""
+    words = ["reward=none", f"task.teacher={model_folder('gpt2')}", "generation.max_new_tokens=2", "optim.lr=5e-3"]
+    words += ["task.rollout_size=64", "task.mini_batch_size=64", "task.micro_batch_size=64", "task.max_num_steps=60"]
+    words += ["task.epochs=200", "task.eval_interval=60", "task.save_interval=60", "task.max_eval_batches=null"]
+    rows = write_rows(tmp_path / "rows.jsonl")
+    found = figures(train(model_folder(), rows, tmp_path / "run", *words, task="distill"))
+    print(found["objective/kl"][:2], found["objective/kl"][-2:], found["val/kl"])
+    assert set(found["objective/scores"]) == {0.0}
+    assert sum(found["objective/kl"][-5:]) < 0.2 * sum(found["objective/kl"][:5])
+
+
+@pytest.mark.slow
+def test_offline_rl_finds_the_best_response_of_bad_data(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Four responses, equally frequent: the log-odds of ILQL are their rewards."""
+    rewards = {"a": 0.0, "b": 1.0, "c": 3.0, "d": 2.0}
+    lines = [{"prompt": "Q", "response": letter, "label": reward} for letter, reward in rewards.items()]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["task.mini_batch_size=4", "task.micro_batch_size=4", "task.max_num_steps=150", "task.epochs=150"]
+    words += ["task.eval_interval=150", "task.save_interval=150", "optim.lr=5e-3", "optim.schedule=constant"]
+    words += ["task.lr_warmup_steps=0", "task.gamma=1", "task.cql_coeff=0", "task.target_update_rate=0.5"]
+    run = train(model_folder(), rows, tmp_path / "run", *words, "task.advantage_coeff=1", task="ilql")
+    model = AutoModelForCausalLM.from_pretrained(run / "final")
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    ids = {letter: tokenizer(letter, add_special_tokens=False).input_ids[0] for letter in rewards}
+    with torch.no_grad():
+        logits = model(**tokenizer("Q", return_tensors="pt")).logits[0, -1]
+    found = logits[list(ids.values())].softmax(0)
+    assert_close(found, torch.tensor(list(rewards.values())).softmax(0), rtol=0, atol=0.05)
 
 
 IN_CI = {("ppo", "letters")}

@@ -20,15 +20,20 @@ VARIANTS = {
     "model dropout": ("sft", ["model.disable_dropout=false"]),
     "reward model": ("rm", ["task.loss_type=per_sample"]),
     "reward model, lora with dropout": ("rm", LORA),
+    "reward model, likelihood": ("rm", ["task.likelihood_coeff=0.5", "model.frozen_layers=1"]),
     "preferences": ("dpo", []),
     "preferences, lora with dropout": ("dpo", LORA),
+    "preferences, moving reference": ("dpo", ["task.ref_sync_interval=3", "task.loss_type=bco", "task.ld_alpha=0.5"]),
+    "preferences, sorted": ("dpo", ["task.ref_sync_interval=4", "task.loss_type=aot_unpaired"]),
     "ppo": ("ppo", ["task.adaptive_kl_coeff=true", "reward.normalize=true"]),
     "ppo, lora": ("ppo", [*LORA[:2], "task.bootstrap_truncated=true"]),
-    "grpo, lora": ("grpo", LORA[:2]),
+    "grpo, lora": ("grpo", [*LORA[:2], "task.max_resamples=2", "task.entropy_coeff=0.01"]),
     "ppo, everything": ("ppo", ["task.share_trunk=true", "task.ptx_coeff=0.5", "task.ema_decay=0.8"]),
     "rloo": ("rloo", ["task.num_iterations=2"]),
     "reinforce_pp": ("reinforce_pp", ["task.num_iterations=2"]),
     "online dpo": ("online_dpo", []),
+    "offline rl": ("ilql", ["task.target_update_rate=0.1"]),
+    "distillation": ("distill", ["task.teacher=TEACHER", "task.num_iterations=2"]),
     "labels": ("kto", []),
     "labels, lora with dropout": ("kto", LORA),
 }
@@ -37,11 +42,15 @@ PLAIN = ("full", "ppo")
 NIGHTLY = (
     "lora with dropout",
     "reward model",
+    "reward model, likelihood",
     "preferences",
+    "preferences, sorted",
     "ppo, lora",
     "grpo, lora",
     "rloo",
     "reinforce_pp",
+    "distillation",
+    "offline rl",
     "labels",
 )
 KL = ",objective/kl_coeff,"
@@ -68,6 +77,7 @@ def check_resume_at(
     steps: Iterable[int], variant: str, tmp_path: Path, model_folder: ModelFolder, *, last: int = 24, interval: int = 1
 ) -> None:
     task, options = VARIANTS[variant]
+    options = [word.replace("TEACHER", str(model_folder("gpt2"))) for word in options]
     if variant == "8-bit moments":
         pytest.importorskip("bitsandbytes")
     data = WRITERS[task](tmp_path / "rows.jsonl")

@@ -63,9 +63,9 @@ def rejected(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-WRITERS = {"sft": write_rows, "rm": write_pairs, "dpo": write_pairs, "kto": write_labelled}
+WRITERS = {"sft": write_rows, "rm": write_pairs, "dpo": write_pairs, "kto": write_labelled, "ilql": write_labelled}
 ONLINE_TASKS = ("ppo", "grpo", "rloo", "reinforce_pp", "online_dpo")
-WRITERS |= dict.fromkeys(ONLINE_TASKS, write_rows)
+WRITERS |= dict.fromkeys((*ONLINE_TASKS, "distill"), write_rows)
 ONLINE = [  # 6 rollouts of 12 prompts, 4 optimizer steps on each
     "task.rollout_size=24",
     "task.num_generations=2",
@@ -101,7 +101,7 @@ def train_words(model: Path, data: Path, run_dir: Path, *extra: str, task: str =
         "generation.max_new_tokens=4",
         "optim.lr=1e-3",
         f"hydra.run.dir={run_dir}",
-        *(ONLINE if task in ONLINE_TASKS else []),
+        *(ONLINE if task in (*ONLINE_TASKS, "distill") else []),
         *extra,
     ]
 

@@ -35,10 +35,13 @@ def policy_loss(
 ) -> LossOutput:
     """Clipped losses of the tokens; plus the losses of the values if the policy's trunk is the critic, too."""
     batch, sampled = content
-    output = policy(batch, temperature=temperature)
+    output = policy(batch, temperature=temperature, entropy=task.entropy_coeff > 0)
     ratio_args = (output.target_N, sampled["logprobs"], sampled["advantages"])
     losses_N = ppo.policy_losses(*ratio_args, clip_low=task.clip_coeff, clip_high=task.clip_coeff)
     metrics = ppo.ratio_metrics(*ratio_args, task.clip_coeff, task.clip_coeff) | {"policy": losses_N.detach()}
+    if output.entropy_N is not None:
+        losses_N = losses_N - task.entropy_coeff * output.entropy_N
+        metrics["entropy"] = output.entropy_N.detach()
     if output.value_N is not None:
         errors_N = ppo.value_losses(output.value_N, sampled["values"], sampled["returns"], clip=task.value_clip_coeff)
         losses_N = losses_N + task.vf_coeff * errors_N

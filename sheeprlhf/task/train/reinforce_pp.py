@@ -28,7 +28,8 @@ def reinforce_pp_loss(
 ) -> LossOutput:
     """Clipped losses of the tokens; of each, `content` has "logprobs", "reference" and "advantages"."""
     batch, sampled = content
-    logprobs_N = policy(batch, temperature=temperature).target_N
+    output = policy(batch, temperature=temperature, entropy=task.entropy_coeff > 0)
+    logprobs_N = output.target_N
     ratio_args = (logprobs_N, sampled["logprobs"], sampled["advantages"])
     losses_N = policy_losses(*ratio_args, clip_low=task.clip_coeff, clip_high=task.clip_coeff)
     metrics = ratio_metrics(*ratio_args, task.clip_coeff, task.clip_coeff)
@@ -36,6 +37,9 @@ def reinforce_pp_loss(
         kl_N = kl_estimates(logprobs_N, sampled["reference"], "k2")
         losses_N = losses_N + task.init_kl_coeff * kl_N
         metrics["kl"] = kl_N.detach()
+    if output.entropy_N is not None:
+        losses_N = losses_N - task.entropy_coeff * output.entropy_N
+        metrics["entropy"] = output.entropy_N.detach()
     return LossOutput(losses_N.sum(), {name: values_N.sum() for name, values_N in metrics.items()})
 
 

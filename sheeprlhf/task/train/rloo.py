@@ -30,11 +30,16 @@ def rloo_loss(
     """Losses of whole responses; of each token `content` has "logprobs" and the "advantages" of its response."""
     batch, sampled = content
     index_N, num_responses = batch.response_index_N, len(batch.response_lengths)
-    sums_S = sum_by_response(policy(batch, temperature=temperature).target_N, index_N, num_responses)
+    output = policy(batch, temperature=temperature, entropy=task.entropy_coeff > 0)
+    sums_S = sum_by_response(output.target_N, index_N, num_responses)
     old_S = sum_by_response(sampled["logprobs"], index_N, num_responses)
     advantages_S = sum_by_response(sampled["advantages"], index_N, num_responses) / batch.lengths_S
     losses_S = sequence_policy_losses(sums_S, old_S, advantages_S, clip=task.clip_coeff)
     metrics = ratio_metrics(sums_S, old_S, advantages_S, task.clip_coeff, task.clip_coeff)
+    if output.entropy_N is not None:
+        entropy_S = sum_by_response(output.entropy_N, index_N, num_responses) / batch.lengths_S
+        losses_S = losses_S - task.entropy_coeff * entropy_S
+        metrics["entropy"] = entropy_S.detach()
     return LossOutput(losses_S.sum(), {name: values_S.sum() for name, values_S in metrics.items()})
 
 

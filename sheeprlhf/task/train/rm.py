@@ -1,23 +1,26 @@
 """Reward modelling: the model learns to give the better response the higher score.
 
 The loss of an optimizer step is the mean over its prompts, of all rows of the step and all devices; a prompt's loss is
-the mean over the pairs of its responses (InstructGPT, arXiv 2203.02155, eq. 1). The score of a response is that after
-its last token.
+the mean over the pairs of its responses (InstructGPT, arXiv 2203.02155, eq. 1), or that of their ranking. The score of
+a response is that after its last token.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
-from sheeprlhf.agent.batches import Batches
+from sheeprlhf.agent.batches import Batches, Rows
 from sheeprlhf.agent.reward import OFFSET, reward_model_of
-from sheeprlhf.data.example import Batch
+from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.rundir import is_finished
-from sheeprlhf.engine.step import LossOutput, evaluate
-from sheeprlhf.loss.reward import accuracies, by_response, centering, last_scores, reward_loss
+from sheeprlhf.engine.step import LossOutput, add_gradients, evaluate
+from sheeprlhf.loss.reward import accuracies, by_response, centering, last_scores, plackett_luce, reward_loss
 from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import RMConfig
@@ -26,23 +29,51 @@ from sheeprlhf.utils.lightning import Fabric
 
 
 def rm_loss(model: nn.Module, batch: Batch, *, loss_type: str, center: float = 0.0) -> LossOutput:
-    """Bradley-Terry losses of all pairs of each prompt, and how often and how far the better response is ahead."""
+    """Losses of the pairs or of the ranking of each prompt, and how often and how far the better response is ahead."""
+    scores_N, weights_P = model(batch), batch.pair_weights_P
     lengths_S, longest = batch.lengths_S, max(batch.response_lengths)
-    if loss_type == "last_token":
+    if loss_type in RMConfig.of_last_tokens:
         lengths_S, longest = torch.ones_like(lengths_S), 1
-    scores = by_response(model(batch), batch.target_ids_N, batch.response_index_N, lengths_S, longest=longest)
-    losses_P = reward_loss(scores, batch.pairs_P2, loss_type, batch.margins_P)
+    scores = by_response(scores_N, batch.target_ids_N, batch.response_index_N, lengths_S, longest=longest)
     chosen_P, rejected_P = last_scores(scores)[batch.pairs_P2].unbind(1)
+    if loss_type == "plackett_luce":
+        total = plackett_luce(last_scores(scores), batch.pairs_P2).sum()
+    else:
+        total = (reward_loss(scores, batch.pairs_P2, loss_type, batch.margins_P) * weights_P).sum()
     if center:
-        losses_P = losses_P + center * centering(chosen_P, rejected_P)
+        total = total + center * (centering(chosen_P, rejected_P) * weights_P).sum()
     metrics_P = {
         "rewards/chosen": chosen_P,
         "rewards/rejected": rejected_P,
         "rewards/margins": chosen_P - rejected_P,
         "rewards/accuracies": accuracies(chosen_P - rejected_P),
     }
-    weights_P = batch.pair_weights_P
-    return LossOutput((losses_P * weights_P).sum(), {k: (v.detach() * weights_P).sum() for k, v in metrics_P.items()})
+    return LossOutput(total, {k: (v.detach() * weights_P).sum() for k, v in metrics_P.items()})
+
+
+def likelihood_loss(model: nn.Module, batch: Batch) -> LossOutput:
+    """Negative log-likelihoods of the tokens of a batch by the language head (MOSS-RLHF, arXiv 2307.04964, eq. 4)."""
+    return LossOutput(-model(batch, logprobs=True).sum(), {})
+
+
+@dataclass(frozen=True)
+class PreferredResponses:
+    """The rows of a split, each with its best response only."""
+
+    split: Rows
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.split)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(rows,) tokens of each row at most."""
+        return self.split.lengths
+
+    def examples(self, indices: Sequence[int]) -> list[Example]:
+        """Return some rows."""
+        return [row._replace(responses=row.responses[:1], trained=None) for row in self.split.examples(indices)]
 
 
 def chosen_scores(model: nn.Module, batch: Batch) -> LossOutput:
@@ -56,11 +87,14 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     assert isinstance(task, RMConfig)
     with open_run(fabric, cfg, run_dir) as run:
         loop = TrainLoop(fabric, run)
-        policy, packed = loop.load_policy(new_head=True)
+        policy, packed = loop.load_policy(new_head=not task.likelihood_coeff)
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
         model = reward_model_of(policy, cfg.model, loop.tokenizer)
+        if task.likelihood_coeff:
+            model.keep_language_head(policy.causal_lm())
         module = loop.set_up(model)
-        targets = "last" if task.loss_type == "last_token" else "scores"
+        targets = "last" if task.loss_type in RMConfig.of_last_tokens else "scores"
+        texts = Batches(fabric, task, packed=packed, targets="response")
         batches = Batches(fabric, task, packed=packed, targets=targets, num_items=lambda batch: len(batch.row_ids))
         loop.begin(partial(batches.of, loop.rows))
 
@@ -72,7 +106,12 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         if loop.validates_at_start:
             validate()
         for step in loop:
-            step.update(loss_fn)
+            likelihood: dict[str, float] = {}
+            if task.likelihood_coeff:
+                preferred = texts.of(PreferredResponses(loop.rows), loop.plan.rows_of_step(loop.state.step))
+                found = add_gradients(fabric, module, preferred, likelihood_loss, weight=task.likelihood_coeff)
+                likelihood = {"nll": found["loss"]}
+            step.metrics = step.update(loss_fn) | likelihood
             if step.validates:
                 validate()
         if task.normalize_on == "demonstrations" and not is_finished(run.dir):

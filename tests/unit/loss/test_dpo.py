@@ -59,6 +59,8 @@ CASES: dict[str, tuple[Callable[[], Tensor], float]] = {
         lambda: dpo.discopop(H_W, H_L, 0.1, 0.05),
         -(1 - sig(3.0)) * math.log(sig(0.15)) + sig(3.0) * math.exp(-0.15),
     ),
+    "apo_down": (lambda: dpo.apo_down(H_W, H_L, 0.1), sig(0.1) + 1 - sig(0.15)),
+    "bco": (lambda: dpo.bco(H_W, H_L, 0.1, 0.02), -math.log(sig(0.1 - 0.02)) - math.log(sig(0.05 + 0.02))),
     "forward_kl": (lambda: dpo.f_derivative(H_L, "forward_kl", 0.5), -math.exp(0.5)),
     "js": (lambda: dpo.f_derivative(H_L, "js", 0.5), math.log(sig(-0.5))),
     "alpha": (lambda: dpo.f_derivative(H_L, "alpha", 0.5), (math.exp(-0.5) ** -0.5 - 1) / -0.5),
@@ -69,6 +71,19 @@ CASES: dict[str, tuple[Callable[[], Tensor], float]] = {
 def test_by_hand(name: str) -> None:
     loss, expected = CASES[name]
     assert_close(loss(), torch.tensor([expected], dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_aot_sorts_both_sides() -> None:
+    """Published value of h_w = (0, 2) and h_l = (1, -1) at beta 1: 0.3133, where DPO has 0.6809; and its gradient."""
+    h_w, h_l = torch.tensor([0.0, 2.0], requires_grad=True), torch.tensor([1.0, -1.0], requires_grad=True)
+    partners = [dpo.aot_partners(h_w.detach(), h_l.detach()), dpo.aot_partners(h_l.detach(), h_w.detach())]
+    assert [one.tolist() for one in partners] == [[-1.0, 1.0], [2.0, 0.0]]
+    losses = dpo.aot_unpaired(h_w, h_l, torch.stack(partners, dim=1), 1.0, 0.0)
+    assert_close(losses.mean().item(), 0.3133, rtol=0, atol=1e-4)
+    assert_close(dpo.sigmoid(h_w, h_l, 1.0).mean().item(), 0.6809, rtol=0, atol=1e-4)
+    found = torch.autograd.grad(losses.sum(), (h_w, h_l))
+    expected = torch.autograd.grad(dpo.sigmoid(h_w.sort().values, h_l.sort().values, 1.0).sum(), (h_w, h_l))
+    assert_close(found, expected)
 
 
 def test_kto_by_hand() -> None:

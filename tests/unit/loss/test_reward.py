@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sheeprlhf.loss.reward import LOSS_TYPES, Scores, bradley_terry, by_response, centering, last_scores, reward_loss
+from sheeprlhf.loss.reward import (
+    LOSS_TYPES,
+    Scores,
+    bradley_terry,
+    by_response,
+    centering,
+    last_scores,
+    plackett_luce,
+    reward_loss,
+)
 
 PAIR = torch.tensor([[0, 1]])
 
@@ -84,6 +93,23 @@ def test_random_pairs_equal_a_loop_and_what_is_not_compared_has_no_gradient(loss
     beyond = torch.arange(leaf.shape[1]) >= together.lengths_S[:, None]
     assert leaf.grad[beyond].abs().max() == 0
     assert torch.isfinite(leaf.grad).all()
+
+
+def test_plackett_luce_by_hand_and_of_two() -> None:
+    """Published value .7209 of scores (1, 0, -1); shifts change nothing; of two it is that of Bradley and Terry."""
+    scores = torch.tensor([1.0, 0.0, -1.0, 3.0, 5.0], dtype=torch.float64, requires_grad=True)
+    pairs = torch.tensor([[0, 1], [0, 2], [1, 2], [3, 4]])
+    losses = plackett_luce(scores, pairs)
+    assert_close(losses[:3].sum().item(), 0.7209, rtol=0, atol=1e-4)
+    denominators = [math.e + 1 + 1 / math.e, 1 + 1 / math.e]
+    expected = [math.log(denominators[0] / math.e), math.log(denominators[1]), 0.0, math.log1p(math.exp(2.0)), 0.0]
+    assert_close(losses.tolist(), expected, rtol=0, atol=1e-12)
+    assert_close(plackett_luce(scores + 500.0, pairs), losses, rtol=0, atol=1e-10)
+    losses.sum().backward()
+    assert scores.grad is not None
+    better = 1 / (1 + math.exp(-2.0))
+    first = math.e / denominators[0] - 1
+    assert_close(scores.grad[[0, 3, 4]].tolist(), [first, -better, better], rtol=0, atol=1e-12)
 
 
 def test_an_unknown_loss_is_refused() -> None:

@@ -59,6 +59,31 @@ def test_entropy_is_that_of_the_distribution(max_logits: int, monkeypatch: pytes
     assert found.mean_N is None
 
 
+@pytest.mark.parametrize("max_logits", [1 << 20, 11])
+def test_the_gradient_of_log_probabilities_and_entropies_together(
+    max_logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "_CPU_CHUNK", 30)
+    torch.manual_seed(0)
+    head = nn.Linear(6, 11)
+    with torch.no_grad():
+        head.bias[3] = -100.0  # a probability of 0 in float32
+    index_N, ids_N, weights_N = torch.tensor([4, 0, 0, 2]), torch.tensor([1, 2, 4, 10]), torch.tensor([1.0, -2, 3, 0.5])
+    results = []
+    for ours in (True, False):
+        torch.manual_seed(1)
+        hidden_RC = torch.randn(5, 6, requires_grad=True)
+        if ours:
+            found = head_logprobs(hidden_RC, head, index_N, ids_N, mean=False, entropy=True, max_logits=max_logits)
+            logprobs_N, entropy_N = found.target_N, found.entropy_N
+        else:
+            logprobs_NV = head(hidden_RC)[index_N].log_softmax(-1)
+            logprobs_N, entropy_N = logprobs_NV[range(4), ids_N], -(logprobs_NV.exp() * logprobs_NV).sum(-1)
+        (0.3 * logprobs_N + weights_N * entropy_N).sum().backward()
+        results.append((entropy_N.detach(), hidden_RC.grad))
+    assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
 def test_half_precision_logits_are_scored_in_float32() -> None:
     """Trap 12: 150,000 words, logits in bf16: no NaN, probabilities sum to one, log-probabilities at most 0."""
     torch.manual_seed(0)

@@ -45,6 +45,19 @@ def test_a_weighted_sum():
     assert raw.by_term == {"model": [7.0, 3.0, 0.0], "length": [1.0, 0.5, 0.0], "regex": [1.0, 0.0, 0.0]}
 
 
+@pytest.mark.parametrize(
+    ("combine", "expected"),
+    [("sum", [6.0, 0.0]), ("min", [1.0, -2.0]), ("uncertainty", [2.0 - 0.5 * 2 / 3, 0.0 - 0.5 * 8 / 3])],
+)
+def test_an_ensemble_of_reward_models(combine: str, expected: list[float]):
+    """Scores (1, 2, 3) and (0, 2, -2), and the population variance; a term that is no model is added."""
+    scores = {"model": [1.0, 0.0], "model:a": [2.0, 2.0], "model:b": [3.0, -2.0]}
+    models = {name: lambda *_, name=name: scores[name] for name in scores}
+    cfg = ListRewardConfig(terms=[*scores, "10*regex"], pattern="b", combine=combine, uncertainty_coeff=0.5)
+    found = build_reward(cfg, models, default=None, max_tokens=64)(texts_of("a", "b"))
+    assert found == pytest.approx([expected[0], expected[1] + 10.0], abs=1e-12)
+
+
 def test_each_source():
     texts = texts_of("Return the value.", "Returns it.")
     assert scored(FunctionRewardConfig(), texts) == [1.0, 0.0]

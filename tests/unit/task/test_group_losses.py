@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,22 @@ from torch.testing import assert_close
 from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.loss.ppo import cispo_losses, policy_losses, with_mean_ratio
 from sheeprlhf.model.lm_head import TokenLogprobs
+from sheeprlhf.reward.call import Texts
+from sheeprlhf.reward.score import RawScores
 from sheeprlhf.rollout.rollout import Rollout
 from sheeprlhf.structure.generation import GenConfig
-from sheeprlhf.structure.rollout import GRPOConfig, OnlineDPOConfig, ReinforcePPConfig, RLOOConfig
-from sheeprlhf.task.train import grpo, reinforce_pp
+from sheeprlhf.structure.rollout import (
+    DistillConfig,
+    GRPOConfig,
+    OnlineDPOConfig,
+    PPOConfig,
+    ReinforcePPConfig,
+    RLOOConfig,
+)
+from sheeprlhf.task.train import distill, grpo, reinforce_pp
 from sheeprlhf.task.train.grpo import grpo_loss
 from sheeprlhf.task.train.online_dpo import online_dpo_loss, ranked_pairs
+from sheeprlhf.task.train.ppo import policy_loss
 from sheeprlhf.task.train.rloo import leave_one_out_advantages, rloo_loss
 from tests.support.batches import random_examples
 
@@ -34,13 +45,13 @@ N = sum(LENGTHS)
 class Said(nn.Module):
     """A policy whose log-probabilities are given."""
 
-    def __init__(self, logprobs_N: Tensor) -> None:
+    def __init__(self, logprobs_N: Tensor, entropy_N: Tensor | None = None) -> None:
         super().__init__()
-        self.logprobs_N = logprobs_N
+        self.logprobs_N, self.entropy_N = logprobs_N, entropy_N
 
-    def forward(self, batch: Any, temperature: float) -> TokenLogprobs:
+    def forward(self, batch: Any, temperature: float, entropy: bool = False) -> TokenLogprobs:
         assert temperature == 0.7
-        return TokenLogprobs(self.logprobs_N, None)
+        return TokenLogprobs(self.logprobs_N, None, self.entropy_N if entropy else None)
 
 
 def numbers() -> dict[str, Tensor]:
@@ -70,6 +81,27 @@ def test_grpo_by_a_loop(loss_type: str) -> None:
         total += {"grpo": sum(terms) / length, "dapo": sum(terms), "dr_grpo": sum(terms) / 20}[loss_type]
         place += length
     assert float(found.total) == pytest.approx(total, abs=1e-5)
+
+
+ENTROPY_LOSSES = {
+    "grpo": (partial(grpo_loss, task=GRPOConfig(entropy_coeff=0.1), max_length=20), "sequence"),
+    "dapo": (partial(grpo_loss, task=GRPOConfig(loss_type="dapo", entropy_coeff=0.1), max_length=20), "token"),
+    "rloo": (partial(rloo_loss, task=RLOOConfig(entropy_coeff=0.1)), "sequence"),
+    "reinforce_pp": (partial(reinforce_pp.reinforce_pp_loss, task=ReinforcePPConfig(entropy_coeff=0.1)), "token"),
+    "ppo": (partial(policy_loss, task=PPOConfig(entropy_coeff=0.1)), "token"),
+}
+
+
+@pytest.mark.parametrize("name", ENTROPY_LOSSES)
+def test_the_entropy_is_subtracted_from_the_loss(name: str) -> None:
+    loss_fn, average = ENTROPY_LOSSES[name]
+    given, entropy_N = numbers(), torch.rand(N, generator=torch.Generator().manual_seed(3))
+    zero, found = (
+        loss_fn(Said(given["new"], values), (BATCH, given), temperature=0.7) for values in (torch.zeros(N), entropy_N)
+    )
+    of_response = [part.mean() if average == "sequence" else part.sum() for part in entropy_N.split(list(LENGTHS))]
+    assert_close(found.total, zero.total - 0.1 * sum(of_response), rtol=1e-5, atol=1e-6)
+    assert_close(found.metrics["entropy"], sum(of_response))
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
@@ -190,6 +222,74 @@ def test_grpo_logs_the_share_of_prompts_whose_scores_are_equal(monkeypatch: pyte
     assert logged == {"frac_reward_zero_std": pytest.approx(2 / 3, abs=1e-6)}
     signs = torch.tensor([0.0, 0.0, -1.0, 1.0, 0.0, 0.0]).repeat_interleave(torch.tensor(LENGTHS))
     assert_close(found.sign(), signs)
+
+
+def test_distillation_has_the_gradient_of_the_divergence_from_the_teacher() -> None:
+    """All three tokens of a vocabulary, weighted by their probabilities; a teacher like the policy has none."""
+    logits = torch.tensor([0.3, -1.0, 0.8], requires_grad=True)
+    logprobs, teacher = logits.log_softmax(0), torch.tensor([0.5, 0.2, -0.4]).log_softmax(0)
+    rows = tuple(example._replace(responses=(example.responses[0][:1],)) for example in EXAMPLES)
+    rollout = Rollout(rows, np.zeros((3, 1)), np.ones((3, 1), dtype=bool), {})
+    rollout = rollout.with_tokens(logprobs=logprobs, reference=teacher)
+    given = {name: rollout.flat(name) for name in ("logprobs", "reference")}
+    advantages = distill.with_advantages(rollout).flat("advantages")
+    assert_close(advantages, teacher - logprobs.detach())
+    given["advantages"] = advantages * logprobs.detach().exp()
+    loss = distill.distill_loss(Said(logprobs), (collate_packed(rows), given), task=DistillConfig(), temperature=0.7)
+    [found] = torch.autograd.grad(loss.total, logits, retain_graph=True)
+    [expected] = torch.autograd.grad((logprobs.exp() * (logprobs - teacher)).sum(), logits)
+    assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert_close(-(given["advantages"]).sum(), (logprobs.exp() * (logprobs - teacher)).sum().detach())
+
+
+class Resampled:
+    """A collector whose rollouts are given; the text of a response is "<round>-<row>"."""
+
+    def __init__(self, scores_PG: list[list[float]]) -> None:
+        self.asked: list[tuple[int, list[int]]] = []
+        self.later = [np.array(scores_PG)]
+
+    def __call__(self, examples: list[Example], number: int) -> Rollout:
+        self.asked.append((number, [example.row_id for example in examples]))
+        scores_PG = self.later.pop(0)
+        texts = [f"{number >> 32}-{example.row_id}" for example in examples for _ in range(2)]
+        self.texts = Texts(texts, texts, [True] * len(texts), [1] * len(texts), {"answer": texts})
+        self.raw = RawScores(scores_PG.flatten().tolist(), {"a": scores_PG.flatten().tolist()})
+        rollout = Rollout(tuple(examples), scores_PG - 0.5, scores_PG > 0, {})
+        return rollout.with_tokens(logprobs=torch.full((sum(rollout.response_lengths),), float(number >> 32)))
+
+
+def test_prompts_whose_scores_are_equal_are_replaced() -> None:
+    """Until none is left or the rounds are over: rows, scores, texts and numbers of tokens stay together."""
+    collect = Resampled([[1.0, 1.0], [0.0, 2.0], [0.0, 0.0]])
+    loop: Any = SimpleNamespace(collect=collect, rows=SimpleSplit(9), run=SimpleNamespace(cfg=SimpleNamespace(seed=1)))
+    logged: dict[str, float] = {}
+    iteration: Any = SimpleNamespace(number=5, rollout=collect(EXAMPLES, 5), log=logged.update)
+    collect.later = [np.array([[3.0, 3.0], [4.0, 1.0]]), np.array([[7.0, 7.0]]), np.array([[0.0, 1.0]])]
+    found = grpo.resample_equal_groups(loop, iteration, GRPOConfig(max_resamples=2))
+    assert [(number, len(rows)) for number, rows in collect.asked] == [(5, 3), (5 + (1 << 32), 2), (5 + (2 << 32), 1)]
+    first, second = collect.asked[1][1], collect.asked[2][1]
+    assert [row.row_id for row in found.rows] == [second[0], EXAMPLES[1].row_id, first[1]]
+    assert found.scores.tolist() == [[6.5, 6.5], [-0.5, 1.5], [3.5, 0.5]]
+    assert found.finished.tolist() == [[True, True], [False, True], [True, True]]
+    assert [values[0] for values in found.tokens["logprobs"]] == [2.0, 0.0, 1.0]
+    assert collect.texts.responses[::2] == [f"2-{second[0]}", f"0-{EXAMPLES[1].row_id}", f"1-{first[1]}"]
+    assert collect.texts.columns["answer"] == collect.texts.prompts == collect.texts.responses
+    assert collect.raw.total == collect.raw.by_term["a"] == [7.0, 7.0, 0.0, 2.0, 4.0, 1.0]
+    assert logged == {"rollout/resampled": 1.0}
+
+
+class SimpleSplit:
+    """Rows of a dataset."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def examples(self, rows: list[int]) -> list[Example]:
+        return [EXAMPLES[row % 3]._replace(row_id=row) for row in rows]
 
 
 def test_rloo_by_a_loop() -> None:

@@ -1,0 +1,96 @@
+"""ILQL on a decision with a known optimum, and the language head that it leaves."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sheeprlhf.agent.policy import load_policy
+from sheeprlhf.data.example import Example, collate_packed
+from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.task import ILQLConfig
+from sheeprlhf.task.train.ilql import ILQLModel, ilql_loss, rewards_of
+from tests.support.models import EOS
+
+PROMPT, GOOD, BAD = [3, 4, 5], 7, 9
+
+
+class Rows:
+    """Two responses to one prompt, with the rewards 0 and 1; the second is a rejected one whose reward is 5."""
+
+    def examples(self, part: list[int]) -> list[Example]:
+        rows = [(BAD, 0.0, True), (GOOD, 1.0, True), (BAD, 5.0, False)]
+        return [
+            Example(i, np.array(PROMPT, np.int32), (np.array([token, EOS], np.int32),), reward, desirable)
+            for i, (token, reward, desirable) in enumerate(rows)
+            if i in part
+        ]
+
+
+def test_values_and_the_weighted_policy_at_their_optimum(model_folder: Callable[..., Path]) -> None:
+    """Without discount Q is the reward and V its expectile; Q shifts the log-odds, 0 to .7311 for equal logits."""
+    cfg = ModelConfig(config_name="auto", repo_name=str(model_folder()))
+    torch.manual_seed(0)
+    policy, _ = load_policy(cfg, load_tokenizer(cfg), longest=16, batching="packed")
+    policy.requires_grad_(False)
+    model, task = ILQLModel(policy), ILQLConfig(gamma=1.0, cql_coeff=0.0, expectile=0.7, target_update_rate=1.0)
+    rows: object = Rows()
+    batch, rewards = collate_packed(Rows().examples([0, 1])), rewards_of(rows, [0, 1])  # type: ignore[arg-type]
+    assert rewards.tolist() == [0.0, 1.0]
+    assert rewards_of(rows, [2]).tolist() == [0.0]  # type: ignore[arg-type]
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for step in range(600):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 600)
+        output = ilql_loss(model, (batch, rewards), task=task)
+        optimizer.zero_grad()
+        output.total.backward()
+        optimizer.step()
+        model.update_targets(task.target_update_rate)
+    with torch.no_grad():
+        found = model(batch)
+        assert_close(found.q_HN.mean(0), torch.tensor([0.0, 0.0, 1.0, 1.0]), rtol=0, atol=2e-2)
+        assert_close(found.values_N[[0, 2]], torch.tensor([0.7, 0.7]), rtol=0, atol=2e-2)
+
+        def log_odds() -> float:
+            logits = policy.causal_lm()(torch.tensor([PROMPT])).logits[0, -1]
+            return float(logits[GOOD] - logits[BAD])
+
+        before, head = log_odds(), policy.causal_lm().get_output_embeddings()
+        with model.weighted_by_q(1.0):
+            shifted = log_odds() - before
+            assert policy.causal_lm().config.tie_word_embeddings is False
+        assert 1 / (1 + np.exp(-shifted)) == pytest.approx(0.7311, abs=1e-2)
+        assert policy.causal_lm().get_output_embeddings() is head and log_odds() == before
+
+
+def test_the_parts_of_the_loss_by_hand(model_folder: Callable[..., Path]) -> None:
+    """The sum of the parts with their weights; Q logits are compared with a plain softmax."""
+    cfg = ModelConfig(config_name="auto", repo_name=str(model_folder()))
+    torch.manual_seed(1)
+    policy, _ = load_policy(cfg, load_tokenizer(cfg), longest=16, batching="packed")
+    model, rows = ILQLModel(policy), Rows().examples([0, 1])
+    batch, rewards = collate_packed(rows), torch.tensor([0.5, -1.0])
+    task = ILQLConfig(gamma=0.9, cql_coeff=0.3, awac_coeff=2.0, awac_beta=1.5, expectile=0.8)
+    with torch.no_grad():
+        model.targets_HVC.add_(0.1)
+        found = ilql_loss(model, (batch, rewards), task=task)
+        total = 0.0
+        for row, reward in zip(rows, rewards.tolist(), strict=True):
+            ids = torch.tensor([[*row.prompt_ids, *row.responses[0]]])
+            output = policy.causal_lm()(ids, output_hidden_states=True)
+            hidden = output.hidden_states[-1][0, len(PROMPT) - 1 : -1]
+            values = model.v_head(hidden)[:, 0].tolist()
+            targets = torch.stack([hidden @ target.T for target in model.targets_HVC]).amin(0)
+            for t, token in enumerate(row.responses[0].tolist()):
+                q = [float((hidden @ head.weight.T)[t, token]) for head in model.q_heads]
+                nexts = reward if t == 1 else 0.9 * values[t + 1]
+                advantage = float(targets[t, token]) - values[t]
+                nll = -float(output.logits[0, len(PROMPT) - 1 + t].log_softmax(-1)[token])
+                total += sum((one - nexts) ** 2 for one in q) + (0.8 if advantage >= 0 else 0.2) * advantage**2
+                total += 2.0 * np.exp(1.5 * advantage) * nll
+                total -= 0.3 * sum(float((hidden @ h.weight.T)[t].log_softmax(-1)[token]) for h in model.q_heads)
+    assert float(found.total) == pytest.approx(total, rel=1e-5)
