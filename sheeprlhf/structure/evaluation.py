@@ -77,6 +77,9 @@ class PreferenceConfig(EvalTaskConfig):
         "else 0.1. Accuracy does not depend on it.",
         above=0.0,
     )
+    subset_column: Optional[str] = option(
+        None, "Column of the rows by whose values the accuracy is reported, too; null: none."
+    )
 
 
 @dataclass(unsafe_hash=True)

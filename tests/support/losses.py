@@ -15,8 +15,16 @@ from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.engine.step import LossFn
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.structure.rollout import GRPOConfig, OnlineDPOConfig, PPOConfig, ReinforcePPConfig, RLOOConfig
+from sheeprlhf.structure.rollout import (
+    DistillConfig,
+    GRPOConfig,
+    OnlineDPOConfig,
+    PPOConfig,
+    ReinforcePPConfig,
+    RLOOConfig,
+)
 from sheeprlhf.structure.task import DPOConfig, KTOConfig
+from sheeprlhf.task.train.distill import distill_loss
 from sheeprlhf.task.train.dpo import dpo_loss
 from sheeprlhf.task.train.grpo import grpo_loss
 from sheeprlhf.task.train.kto import kto_loss
@@ -39,11 +47,19 @@ LOSSES: Mapping[str, tuple[LossFn, str, str]] = {  # the loss; the targets that 
     "rm, tokens": (partial(rm_loss, loss_type="per_sample", center=0.01), "scores", ""),
     "dpo": (partial(dpo_loss, task=DPOConfig()), "response", "per response"),
     "dpo, ipo": (partial(dpo_loss, task=DPOConfig(loss_type="ipo")), "response", "per response"),
+    "dpo, weights": (partial(dpo_loss, task=DPOConfig(ld_alpha=0.5, use_weighting=True)), "response", "per response"),
+    "rm, rankings": (partial(rm_loss, loss_type="plackett_luce", center=0.01), "last", ""),
     "kto": (partial(kto_loss, task=KTOConfig(), kl=0.1), "response", "per response"),
     "ppo": (partial(policy_loss, task=PPOConfig(), **ONLINE), "response", "per token"),
     "ppo, critic": (partial(value_loss, task=PPOConfig()), "scores", "per token"),
     "ppo, ptx": (ptx_loss, "response", ""),
     "grpo": (partial(grpo_loss, task=GRPOConfig(), max_length=8, **ONLINE), "response", "per token"),
+    "grpo, entropy": (
+        partial(grpo_loss, task=GRPOConfig(entropy_coeff=0.1), max_length=8, **ONLINE),
+        "response",
+        "per token",
+    ),
+    "distill": (partial(distill_loss, task=DistillConfig(), **ONLINE), "response", "per token"),
     "grpo, gspo": (
         partial(grpo_loss, task=GRPOConfig(loss_type="gspo"), max_length=8, **ONLINE),
         "response",

@@ -39,6 +39,7 @@ from sheeprlhf.rollout.rollout import (
 )
 from sheeprlhf.rollout.sampler import Sampled, sample_responses
 from sheeprlhf.security.redaction import plain_text, redact_text
+from sheeprlhf.structure.data import KeptColumns
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.models import LoadOptions, load_initial_policy, load_policy_from_run, prepare_prompts
@@ -68,10 +69,13 @@ class Evaluation:
         if self.fabric.is_global_zero:
             print(redact_text(plain_text(text)), file=sys.stderr)
 
-    def prepare(self, kind: str, tokenizer: PreTrainedTokenizerBase | None = None) -> PreparedData:
-        """Prepare the data, by default with the evaluated model's tokenizer."""
-        progress = self.fabric.is_global_zero
-        return prepare_data(self.data, tokenizer or self.tokenizer, kind=kind, say=self.say, progress=progress)
+    def prepare(
+        self, kind: str, tokenizer: PreTrainedTokenizerBase | None = None, *, columns: tuple[str, ...] = ()
+    ) -> PreparedData:
+        """Prepare the data with these columns, by default with the evaluated model's tokenizer."""
+        how: dict[str, Any] = {"say": self.say, "progress": self.fabric.is_global_zero}
+        kept = KeptColumns(columns, every=False)
+        return prepare_data(self.data, tokenizer or self.tokenizer, kind=kind, kept=kept, **how)
 
     def prepare_scored(self, tokenizer: PreTrainedTokenizerBase | None = None) -> PreparedData:
         """Prepare prompts with the columns that the reward reads."""

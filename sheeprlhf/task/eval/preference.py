@@ -18,6 +18,8 @@ from torch import nn
 from sheeprlhf.agent.batches import Batches, BatchOptions, longest_row
 from sheeprlhf.config.run_lookup import read_run_config, task_of_run
 from sheeprlhf.data.example import Batch
+from sheeprlhf.data.report import available_columns
+from sheeprlhf.data.rows import printable
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.rollout.rollout import predict_targets
@@ -27,6 +29,7 @@ from sheeprlhf.task.eval.load import Evaluation, start_of, task_options
 from sheeprlhf.task.eval.result import draw_calibration, save_result
 from sheeprlhf.task.eval.statistics import calibration, calibration_error, interval_of, pair_figures
 from sheeprlhf.task.models import load_trained_reward_model
+from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric
 
 _BETA = 0.1
@@ -37,7 +40,11 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     task = cfg.task
     assert isinstance(task, PreferenceConfig)
     job = Evaluation(fabric, cfg)
-    split = job.split(job.prepare("preference"))
+    data = job.prepare("preference", columns=() if task.subset_column is None else (task.subset_column,))
+    split = job.split(data)
+    if task.subset_column is not None and task.subset_column not in split.columns:
+        there = printable(available_columns(data.report, task.data_split))
+        raise DataError(f"task.subset_column={task.subset_column} is not a column of the rows: give one of {there}")
     trained = None if cfg.experiment_dir is None else task_of_run(read_run_config(cfg.experiment_dir))
     numbers: dict[str, Any] = {}
     if trained is not None and trained.trains == "reward model":
@@ -52,6 +59,8 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     calibrated = calibration(chosen_P - rejected_P)
     numbers = pair_figures(chosen_P, rejected_P, longer_P) | numbers
     right_P = (chosen_P > rejected_P) + 0.5 * (chosen_P == rejected_P)
+    if task.subset_column is not None:
+        numbers["accuracy_by_subset"] = accuracy_by_subset(split, task.subset_column, right_P, task.num_samples)
     numbers["accuracy_interval"] = interval_of(right_P, seed=cfg.seed)[1]
     numbers |= {"rows": min(len(split), task.num_samples or len(split)), "calibration": calibrated}
     numbers["calibration_error"] = calibration_error(calibrated)
@@ -131,6 +140,23 @@ def pairs_of_rows(
     return chosen_P, rejected_P, longer_P
 
 
+def accuracy_by_subset(
+    split: TokenizedSplit, column: str, right_P: np.ndarray, num_rows: int | None = None
+) -> dict[str, dict[str, float]]:
+    """By the values of a column of the rows: pairs, their accuracy, and how many of them have equal scores.
+
+    `right_P` is 1 for a pair whose better response scores higher, 0.5 for equal scores.
+    """
+    examples = split.examples(range(min(len(split), num_rows or len(split))))
+    names = [str((row.columns or {}).get(column)) for row in examples for _ in combinations(row.responses, 2)]
+    names_P = np.array(names, dtype=object)
+    return {
+        name: {"pairs": len(part), "accuracy": float(part.mean()), "ties": int((part == 0.5).sum())}
+        for name in sorted(set(names))
+        for part in [right_P[names_P == name]]
+    }
+
+
 def _table(numbers: dict[str, Any]) -> Table:
     """The figures, one a line, then how sure the model was and how often right."""
     table = Table("metric", "value")
@@ -142,6 +168,9 @@ def _table(numbers: dict[str, Any]) -> Table:
     for kind, part in numbers["accuracy_by_length"].items():
         figure = "-" if part["accuracy"] is None else f"{part['accuracy']:.4f}"
         table.add_row(f"accuracy where the better one is {kind}", f"{figure} ({part['pairs']:,} pairs)")
+    for name, part in numbers.get("accuracy_by_subset", {}).items():
+        figure = f"{part['accuracy']:.4f} ({part['pairs']:,} pairs, {part['ties']:,} with equal scores)"
+        table.add_row(f"accuracy of {escape(printable([name]))}", figure)
     related = numbers["length_correlation"]
     table.add_row("correlation of score with length", "-" if related is None else f"{related:.4f}")
     table.add_row("calibration error", f"{numbers['calibration_error']:.4f}")

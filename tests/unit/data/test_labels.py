@@ -80,6 +80,22 @@ def test_nothing_else_is_a_label(label: Any) -> None:
         is_desirable(label)
 
 
+def test_rewards_are_numbers_and_of_pairs_one_and_zero(tmp_path: Path) -> None:
+    """Rows that differ in their reward alone are no duplicates."""
+    labels: list[Any] = [0.5, -2, True, "false", "1e1", 0.5]
+    rows = [{"prompt": "p", "response": f"r{i % 5}", "label": label} for i, label in enumerate(labels)]
+    rows += [{"prompt": "p", "response": "r0", "label": 0.25}, {"prompt": "q", "chosen": "good", "rejected": "bad"}]
+    data = prepare(local(tmp_path, rows), byte_tokenizer(), "rewarded").splits["train"]
+    found = [(e.margin, e.desirable) for e in data.examples(range(len(data)))]
+    assert found == [*((r, True) for r in (0.5, -2.0, 1.0, 0.0, 10.0, 0.25, 1.0)), (1.0, False)]
+
+
+@pytest.mark.parametrize("label", [float("nan"), 10**400, "yes", "", {}, None])
+def test_nothing_else_is_a_reward(label: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="column 'label'"):
+        prepare(local(tmp_path, [{"prompt": "p", "response": "r", "label": label}]), byte_tokenizer(), "rewarded")
+
+
 def test_a_pair_becomes_two_examples(tmp_path: Path) -> None:
     rows = [
         {"prompt": "a", "chosen": "good", "rejected": "bad"},

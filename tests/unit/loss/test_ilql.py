@@ -37,5 +37,5 @@ def test_the_expectile_of_two_rewards(share: float, expectile: float, optimum: f
         [gradient] = torch.autograd.grad(expectile_losses(values, q, expectile=expectile).sum(), values)
         return float(gradient.sum())
 
-    assert slope(optimum) == pytest.approx(0.0, abs=1e-12)
+    assert slope(optimum) == pytest.approx(0.0, abs=1e-6)
     assert slope(optimum - 0.1) < 0 < slope(optimum + 0.1)

@@ -1,10 +1,13 @@
 """The figures of a reward model against numbers worked out by hand."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
+from sheeprlhf.data.example import Example
+from sheeprlhf.task.eval.preference import accuracy_by_subset
 from sheeprlhf.task.eval.statistics import calibration, calibration_error, correlation, pair_figures
 
 
@@ -20,6 +23,24 @@ def test_figures_by_hand() -> None:
         "shorter": {"pairs": 1, "accuracy": 0.0},
         "equal": {"pairs": 1, "accuracy": 0.5},
         "longer": {"pairs": 2, "accuracy": 1.0},
+    }
+
+
+def test_accuracy_by_the_values_of_a_column() -> None:
+    """Three responses are three pairs; equal scores count half and are told; the last row is not read."""
+    subsets = ("math", "chat", 7, "chat")
+    sizes = (2, 3, 2, 2)
+    response = np.array([1], np.int32)
+    rows = [
+        Example(i, response, (response,) * size, columns={"subset": name})
+        for i, (name, size) in enumerate(zip(subsets, sizes, strict=True))
+    ]
+    split: Any = type("Split", (), {"examples": lambda self, at: [rows[i] for i in at], "__len__": lambda self: 4})()
+    found = accuracy_by_subset(split, "subset", np.array([1.0, 1.0, 0.5, 0.0, 0.5]), 3)
+    assert found == {
+        "7": {"pairs": 1, "accuracy": 0.5, "ties": 1},
+        "chat": {"pairs": 3, "accuracy": 0.5, "ties": 1},
+        "math": {"pairs": 1, "accuracy": 1.0, "ties": 0},
     }
 
 
