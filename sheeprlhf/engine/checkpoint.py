@@ -48,25 +48,16 @@ STEP_FOLDER = re.compile(r"step-(\d{1,12})")
 
 @dataclasses.dataclass
 class TrainState:
-    """Progress of training: scalars only. The sampler and the schedule are functions of `step`.
+    """Progress of training: scalars only. The sampler and the schedule are functions of `step`."""
 
-    Attributes:
-        step: optimizer steps done.
-        items_seen: items (target tokens, pairs, ...) trained on, all ranks.
-        best_metric: best validation result so far; None before the first validation that counts.
-        best_step: the step that had it.
-        extra: numbers that a task carries besides (a KL coefficient, ...); `ExtraRecord` names them.
-        skipped_steps: optimizer steps that were left out because their loss or gradient was not finite.
-        stale_validations: validations since the best one.
-    """
-
-    step: int = 0
-    items_seen: int = 0
-    best_metric: float | None = None
-    best_step: int | None = None
+    step: int = 0  # optimizer steps done
+    items_seen: int = 0  # items (target tokens, pairs, ...) trained on, all ranks
+    best_metric: float | None = None  # best validation result so far; None before the first validation that counts
+    best_step: int | None = None  # the step that had it
+    # numbers that a task carries besides (a KL coefficient, ...); `ExtraRecord` names them
     extra: dict[str, int | float] = dataclasses.field(default_factory=dict)
-    skipped_steps: int = 0
-    stale_validations: int = 0
+    skipped_steps: int = 0  # optimizer steps that were left out because their loss or gradient was not finite
+    stale_validations: int = 0  # validations since the best one
 
     def to_json(self) -> str:
         """JSON that `read_state` reads back exactly."""

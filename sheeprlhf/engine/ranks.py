@@ -155,13 +155,9 @@ def _end_after(seconds: float, text: str) -> threading.Timer:
 
 
 class _Joining:
-    """Parent of strategies: all ranks are found before the process group is made.
+    """Parent of strategies: all ranks are found before the process group is made."""
 
-    Attributes:
-        roll_call: knows the ranks, once they have been found.
-    """
-
-    roll_call: RollCall | None = None
+    roll_call: RollCall | None = None  # knows the ranks, once they have been found
     store: Store | None = None
 
     def _setup_distributed(self) -> None:

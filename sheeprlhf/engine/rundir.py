@@ -52,17 +52,11 @@ _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 
 
 class RunPlace(NamedTuple):
-    """Directory of a run.
+    """Directory of a run."""
 
-    Attributes:
-        dir: the run directory; it exists.
-        resumed: it was there before: training continues from its newest checkpoint, if it has one.
-        note: one line for the user.
-    """
-
-    dir: Path
-    resumed: bool
-    note: str
+    dir: Path  # the run directory; it exists
+    resumed: bool  # it was there before: training continues from its newest checkpoint, if it has one
+    note: str  # one line for the user
 
 
 def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = None) -> RunPlace:

@@ -20,29 +20,18 @@ from sheeprlhf.utils.modes import eval_mode, forward_of_zero, isolated_rng
 
 
 class LossOutput(NamedTuple):
-    """Result of a loss function for one micro-batch.
+    """Result of a loss function for one micro-batch."""
 
-    Attributes:
-        total: () float, SUM of the loss over the micro-batch's items, with its graph.
-        metrics: detached () tensors, SUMS over the items; the same names from every micro-batch.
-    """
-
-    total: Tensor
-    metrics: dict[str, Tensor]
+    total: Tensor  # () float, SUM of the loss over the micro-batch's items, with its graph
+    metrics: dict[str, Tensor]  # detached () tensors, SUMS over the items; the same names from every micro-batch
 
 
 class MicroBatch(NamedTuple):
-    """Rows of one rank's forward pass.
+    """Rows of one rank's forward pass."""
 
-    Attributes:
-        batch: anything that `Fabric.to_device` moves; only the loss function looks inside.
-        num_items: what the loss is averaged over, counted in this micro-batch (target tokens, pairs, ...).
-        row_ids: the rows' numbers, for error messages.
-    """
-
-    batch: Any
-    num_items: int
-    row_ids: tuple[int, ...]
+    batch: Any  # anything that `Fabric.to_device` moves; only the loss function looks inside
+    num_items: int  # what the loss is averaged over, counted in this micro-batch (target tokens, pairs, ...)
+    row_ids: tuple[int, ...]  # the rows' numbers, for error messages
 
 
 LossFn = Callable[[nn.Module, Any], LossOutput]

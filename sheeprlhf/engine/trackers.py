@@ -25,13 +25,9 @@ _LONGEST_PARAM = 6000  # characters, as above
 
 
 class Tracker(Protocol):
-    """Destination of the metrics and samples of a run; rank zero only.
+    """Destination of the metrics and samples of a run; rank zero only."""
 
-    Attributes:
-        run_id: names the tracker's run; given again, that run continues.
-    """
-
-    run_id: str
+    run_id: str  # names the tracker's run; given again, that run continues
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Log numbers of one step; several calls may have the same step."""

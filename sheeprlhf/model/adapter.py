@@ -201,17 +201,11 @@ def _plain(value: Any) -> Any:
 
 
 class Merged(NamedTuple):
-    """A model with its adapters merged into its weights.
+    """A model with its adapters merged into its weights."""
 
-    Attributes:
-        model: all of its weights train; it is no longer what any folder holds.
-        outputs: its logits or scores on the rows that it was compared on.
-        difference: the largest difference of an output before and after.
-    """
-
-    model: PreTrainedModel
-    outputs: list[Tensor]
-    difference: float
+    model: PreTrainedModel  # all of its weights train; it is no longer what any folder holds
+    outputs: list[Tensor]  # its logits or scores on the rows that it was compared on
+    difference: float  # the largest difference of an output before and after
 
 
 def load_lora(model: PreTrainedModel, folder: Path, say: Notify = lambda _: None, *, trains: bool = False) -> PeftModel:

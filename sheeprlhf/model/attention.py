@@ -38,16 +38,11 @@ _UNSUPPORTED = ("position_bias",)  # extras of some models' attention that chang
 
 
 class Variant(NamedTuple):
-    """Differences of a layer's attention from plain causal attention.
+    """Differences of a layer's attention from plain causal attention."""
 
-    Attributes:
-        window: tokens that a token sees, itself included; None is all.
-        softcap: scores become softcap * tanh(score / softcap); None leaves them.
-        sinks_H: a score for each head that takes part in the softmax and has no value; None for none.
-    """
-
-    window: int | None = None
-    softcap: float | None = None
+    window: int | None = None  # tokens that a token sees, itself included; None is all
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap); None leaves them
+    # a score for each head that takes part in the softmax and has no value; None for none
     sinks_H: Tensor | None = None
 
     @property

@@ -84,23 +84,16 @@ _STD = 0.02
 
 
 class Account(NamedTuple):
-    """Tensors of the files compared with the parameters of a model.
+    """Tensors of the files compared with the parameters of a model."""
 
-    Attributes:
-        model: name of the model's class.
-        missing: parameters without a tensor, those of heads that the task makes left out.
-        misplaced: tensors of layers that the model has, and that have no place in them: `q_proj.bias`, a third layer.
-        unread: the other tensors without a place.
-        mismatched: parameters with another shape in the files: name, shape in the files, shape in the model.
-        torn: tensors of a group that the model joins into one, such as experts, whose other tensors are there.
-    """
-
-    model: str
-    missing: list[str]
+    model: str  # name of the model's class
+    missing: list[str]  # parameters without a tensor, those of heads that the task makes left out
+    # tensors of layers that the model has, and that have no place in them: `q_proj.bias`, a third layer
     misplaced: list[str]
-    unread: list[str]
+    unread: list[str]  # the other tensors without a place
+    # parameters with another shape in the files: name, shape in the files, shape in the model
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
-    torn: list[str]
+    torn: list[str]  # tensors of a group that the model joins into one, such as experts, whose other tensors are there
 
     def heads(self) -> list[str]:
         """The unread tensors that look like a head."""
@@ -263,21 +256,13 @@ def _part(what: str, names: list[str]) -> str:
 
 
 class ModelFiles(NamedTuple):
-    """Arguments of `from_pretrained` for a model.
+    """Arguments of `from_pretrained` for a model."""
 
-    Attributes:
-        source: a folder or a hub id.
-        options: keyword arguments of every call.
-        folder: where the files are.
-        tensors: those of the weights, by name; empty if they are not read.
-        origin: the folder or hub id that the model is known by, also if `source` is a converted copy.
-    """
-
-    source: str
-    options: dict[str, Any]
-    folder: Path
-    tensors: dict[str, TensorFacts]
-    origin: str
+    source: str  # a folder or a hub id
+    options: dict[str, Any]  # keyword arguments of every call
+    folder: Path  # where the files are
+    tensors: dict[str, TensorFacts]  # those of the weights, by name; empty if they are not read
+    origin: str  # the folder or hub id that the model is known by, also if `source` is a converted copy
 
 
 def find_files(cfg: ModelConfig) -> ModelFiles:

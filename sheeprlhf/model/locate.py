@@ -13,19 +13,12 @@ from sheeprlhf.utils.home import SMOLLM2, WEIGHTS_FILES, WITHOUT_HUB, expand_hom
 
 
 class Located(NamedTuple):
-    """Arguments of `from_pretrained`.
+    """Arguments of `from_pretrained`."""
 
-    Attributes:
-        source: a folder, or a hub id.
-        local_only: the hub is not to be asked.
-        note: a line for the user, where there was a choice; else empty.
-        no_hub: the hub was asked for, and does not answer.
-    """
-
-    source: str
-    local_only: bool
-    note: str = ""
-    no_hub: bool = False
+    source: str  # a folder, or a hub id
+    local_only: bool  # the hub is not to be asked
+    note: str = ""  # a line for the user, where there was a choice; else empty
+    no_hub: bool = False  # the hub was asked for, and does not answer
 
 
 def locate(cfg: ModelConfig) -> Located:

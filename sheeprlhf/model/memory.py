@@ -54,39 +54,22 @@ _TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch
 
 
 class ModelSize(NamedTuple):
-    """Sizes of a model's weights and of the activations of its forward pass; in bytes unless another unit is given.
+    """Sizes of a model's weights and of the activations of its forward pass; in bytes unless another unit is given."""
 
-    Attributes:
-        parameters: P, a number.
-        weights: all parameters and buffers.
-        trainable: the parameters that train.
-        trainable_tensors: how many tensors these are.
-        saved: what `final/` holds: the model, or its adapters only.
-        fixed: kept for the backward pass whatever the number of tokens.
-        per_token: needed for each token.
-        checkpointed: needed for each token with gradient checkpointing.
-        vocabulary: V, a number; 0 for a model whose head gives a score.
-        half: the head computes in half precision.
-        positions: the longest row that it can read, in tokens; None where nothing limits it.
-        trainable_numbers: Q.
-        block: parameters of the largest decoder block, a number.
-        outside: parameters around the decoder blocks, a number.
-    """
-
-    parameters: int
-    weights: int
-    trainable: int
-    trainable_tensors: int
-    saved: int
-    fixed: int
-    per_token: int
-    checkpointed: int
-    vocabulary: int
-    half: bool
-    positions: int | None
-    trainable_numbers: int = 0
-    block: int = 0
-    outside: int = 0
+    parameters: int  # P, a number
+    weights: int  # all parameters and buffers
+    trainable: int  # the parameters that train
+    trainable_tensors: int  # how many tensors these are
+    saved: int  # what `final/` holds: the model, or its adapters only
+    fixed: int  # kept for the backward pass whatever the number of tokens
+    per_token: int  # needed for each token
+    checkpointed: int  # needed for each token with gradient checkpointing
+    vocabulary: int  # V, a number; 0 for a model whose head gives a score
+    half: bool  # the head computes in half precision
+    positions: int | None  # the longest row that it can read, in tokens; None where nothing limits it
+    trainable_numbers: int = 0  # Q
+    block: int = 0  # parameters of the largest decoder block, a number
+    outside: int = 0  # parameters around the decoder blocks, a number
 
 
 class MemoryPlan(NamedTuple):

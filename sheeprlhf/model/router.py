@@ -23,17 +23,11 @@ _RELATIVE = {torch.bfloat16: 0.1, torch.float16: 0.02}  # transformers rounds pr
 
 
 class RouterLoss(NamedTuple):
-    """Settings of the router's loss in a model's configuration.
+    """Settings of the router's loss in a model's configuration."""
 
-    Attributes:
-        coefficient: what the loss is multiplied by.
-        top_k: experts that compute each token.
-        num_experts: E.
-    """
-
-    coefficient: float
-    top_k: int
-    num_experts: int
+    coefficient: float  # what the loss is multiplied by
+    top_k: int  # experts that compute each token
+    num_experts: int  # E
 
     def value(self, counts_E: Tensor, probabilities_E: Tensor, num_rows: float) -> Tensor:
         """() the loss, times its coefficient.
@@ -120,19 +114,12 @@ def router_loss_of(model: PreTrainedModel) -> RouterLoss | None:
 
 
 class StepRouterLoss(NamedTuple):
-    """The router's loss of one step, of which each micro-batch computes its share.
+    """The router's loss of one step, of which each micro-batch computes its share."""
 
-    Attributes:
-        loss: the model's.
-        counts_E: (E,) picks of each expert, over the step's tokens of all ranks.
-        num_rows: tokens times layers, of all ranks.
-        num_items: what the step divides its sums by.
-    """
-
-    loss: RouterLoss
-    counts_E: Tensor
-    num_rows: float
-    num_items: float
+    loss: RouterLoss  # the model's
+    counts_E: Tensor  # (E,) picks of each expert, over the step's tokens of all ranks
+    num_rows: float  # tokens times layers, of all ranks
+    num_items: float  # what the step divides its sums by
 
     def share(self, router_logits: tuple[Tensor, ...]) -> Tensor:
         """() a micro-batch's part of the step's loss, times the items that the step divides by."""

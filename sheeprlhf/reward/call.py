@@ -45,38 +45,25 @@ _FIXES = {
 
 
 class Texts(NamedTuple):
-    """Responses to score, in the same order on all ranks.
+    """Responses to score, in the same order on all ranks."""
 
-    Attributes:
-        prompts: one for each response.
-        responses: without end token and stop string.
-        finished: an end token or a stop string ended the response; False if it was cut.
-        num_tokens: tokens of each response, the end token not counted, those of a stop string counted.
-        columns: other columns of the rows by name, one entry for each response, for example {"answer": [...]}.
-    """
-
-    prompts: list[str]
-    responses: list[str]
-    finished: list[bool]
-    num_tokens: list[int]
+    prompts: list[str]  # one for each response
+    responses: list[str]  # without end token and stop string
+    finished: list[bool]  # an end token or a stop string ended the response; False if it was cut
+    num_tokens: list[int]  # tokens of each response, the end token not counted, those of a stop string counted
+    # other columns of the rows by name, one entry for each response, for example {"answer": [...]}
     columns: Mapping[str, list[Any]]
 
 
 class Signature(NamedTuple):
-    """Parameters of a reward function by name.
+    """Parameters of a reward function by name."""
 
-    Attributes:
-        texts: those that get prompts or responses.
-        columns: those that get a column of the data, each with whether it is required.
-        every_column: it also takes all other columns (`**columns`).
-        positional: parameters that can only be passed by position, in order; they are among the others.
-        reserved: names that are never passed: arguments that a `functools.partial` has bound.
-    """
-
-    texts: tuple[str, ...]
-    columns: dict[str, bool]
-    every_column: bool
+    texts: tuple[str, ...]  # those that get prompts or responses
+    columns: dict[str, bool]  # those that get a column of the data, each with whether it is required
+    every_column: bool  # it also takes all other columns (`**columns`)
+    # parameters that can only be passed by position, in order; they are among the others
     positional: tuple[str, ...] = ()
+    # names that are never passed: arguments that a `functools.partial` has bound
     reserved: frozenset[str] = frozenset()
 
     def missing(self, available: Collection[str]) -> str | None:

@@ -26,17 +26,11 @@ SMALLEST_DEVIATION = 1e-8
 
 
 class RawScores(NamedTuple):
-    """Scores of the sources, before normalisation and penalties.
+    """Scores of the sources, before normalisation and penalties."""
 
-    Attributes:
-        total: the weighted sum, one for each response.
-        by_term: the unweighted scores of each source by its name.
-        failures: responses that the judge gave no score; None without a judge.
-    """
-
-    total: list[float]
-    by_term: dict[str, list[float]]
-    failures: int | None = None
+    total: list[float]  # the weighted sum, one for each response
+    by_term: dict[str, list[float]]  # the unweighted scores of each source by its name
+    failures: int | None = None  # responses that the judge gave no score; None without a judge
 
 
 class RunningMoments:

@@ -61,18 +61,12 @@ class Rollout:
 
     Arrays of tokens have one number for each token of a row's responses, response after response, like the targets of
     a batch of those rows. There is no padding.
-
-    Attributes:
-        rows: a prompt with its sampled responses each.
-        scores: (rows, K) float64, the reward of each response.
-        finished: (rows, K) bool, whether an end token or a stop string ended it; else it was cut.
-        tokens: by name, for each row the numbers of its responses' tokens, float32.
     """
 
-    rows: tuple[Example, ...]
-    scores: np.ndarray
-    finished: np.ndarray
-    tokens: dict[str, tuple[np.ndarray, ...]]
+    rows: tuple[Example, ...]  # a prompt with its sampled responses each
+    scores: np.ndarray  # (rows, K) float64, the reward of each response
+    finished: np.ndarray  # (rows, K) bool, whether an end token or a stop string ended it; else it was cut
+    tokens: dict[str, tuple[np.ndarray, ...]]  # by name, for each row the numbers of its responses' tokens, float32
 
     @property
     def lengths(self) -> np.ndarray:

@@ -41,16 +41,12 @@ HELD = 8  # times the tokens of a forward pass may be in the cache: keys and val
 
 
 class Sampled(NamedTuple):
-    """Responses sampled after one prompt.
+    """Responses sampled after one prompt."""
 
-    Attributes:
-        responses: K arrays (R_k,) int32, R_k >= 1, ending in an end token if one came.
-        logprobs: K arrays (R_k,) float32, nats, log-probability of each token at the sampling temperature.
-        finished: K bools, whether an end token or a stop string ended it; else it was cut at the most new tokens.
-    """
-
-    responses: tuple[np.ndarray, ...]
+    responses: tuple[np.ndarray, ...]  # K arrays (R_k,) int32, R_k >= 1, ending in an end token if one came
+    # K arrays (R_k,) float32, nats, log-probability of each token at the sampling temperature
     logprobs: tuple[np.ndarray, ...]
+    # K bools, whether an end token or a stop string ended it; else it was cut at the most new tokens
     finished: tuple[bool, ...]
 
 

@@ -46,22 +46,14 @@ _ROWS = 4
 
 
 class Checks(NamedTuple):
-    """Largest differences of logits on real rows.
+    """Largest differences of logits on real rows."""
 
-    Attributes:
-        rows: how many.
-        largest: the largest logit.
-        merged: with adapters next to the weights and in them; None without adapters.
-        rounded: in float32 and in the number format of the folder.
-        loaded: in memory and loaded from the folder; its weights, computed in float32.
-        head_bias: of a reward model that was made elsewhere, part of its `reward_offset`; the folder's weights lack it.
-    """
-
-    rows: int
-    largest: float
-    merged: float | None
-    rounded: float
-    loaded: float
+    rows: int  # how many
+    largest: float  # the largest logit
+    merged: float | None  # with adapters next to the weights and in them; None without adapters
+    rounded: float  # in float32 and in the number format of the folder
+    loaded: float  # in memory and loaded from the folder; its weights, computed in float32
+    # of a reward model that was made elsewhere, part of its `reward_offset`; the folder's weights lack it
     head_bias: float = 0.0
 
 

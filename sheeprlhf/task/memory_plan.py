@@ -60,19 +60,12 @@ def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
 
 
 class Ranks(NamedTuple):
-    """Shares of the weights that the processes of a run hold.
+    """Shares of the weights that the processes of a run hold."""
 
-    Attributes:
-        total: all processes.
-        shards: processes that hold one copy of the weights together; 1 without fsdp2.
-        gather_bytes: of a gathered number.
-        reduce_bytes: of a number of a reduced gradient.
-    """
-
-    total: int
-    shards: int
-    gather_bytes: int
-    reduce_bytes: int
+    total: int  # all processes
+    shards: int  # processes that hold one copy of the weights together; 1 without fsdp2
+    gather_bytes: int  # of a gathered number
+    reduce_bytes: int  # of a number of a reduced gradient
 
 
 def ranks_of(fabric: FabricConfig) -> Ranks:

@@ -62,37 +62,23 @@ _OWN_OPTIONS = (  # that a training does not take from the run that it starts fr
 
 
 class LoadOptions(TypedDict):
-    """Options of loading a model.
+    """Options of loading a model."""
 
-    Attributes:
-        longest: tokens of the longest sequence that it will see.
-        batching: `task.batching`.
-        say: prints a line.
-        in_files: its weights stay in their files until they are sharded; see `load_causal_lm`.
-    """
-
-    longest: int
-    batching: str
-    say: Notify
-    in_files: NotRequired[bool]
+    longest: int  # tokens of the longest sequence that it will see
+    batching: str  # `task.batching`
+    say: Notify  # prints a line
+    in_files: NotRequired[bool]  # its weights stay in their files until they are sharded; see `load_causal_lm`
 
 
 class RLModels(NamedTuple):
-    """The models of an RL task besides the reference.
+    """The models of an RL task besides the reference."""
 
-    Attributes:
-        policy: samples, and is trained.
-        critic: estimates the remaining reward, and is trained; None if the task has none.
-        rewards: the reward models by their terms; empty if the reward has none.
-        packed: batches are packed.
-        teacher: the model that is learned from, in place of a reference; None if the task has none.
-    """
-
-    policy: Policy
+    policy: Policy  # samples, and is trained
+    # estimates the remaining reward, and is trained; None if the task has none
     critic: RewardModel | AdapterValueModel | None
-    rewards: dict[str, TermModel]
-    packed: bool
-    teacher: Policy | None = None
+    rewards: dict[str, TermModel]  # the reward models by their terms; empty if the reward has none
+    packed: bool  # batches are packed
+    teacher: Policy | None = None  # learned from, in place of a reference; None if the task has none
 
 
 class OnlineSetup(NamedTuple):

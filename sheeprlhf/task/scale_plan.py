@@ -88,23 +88,14 @@ def step_time(config: TrainConfig, size: ModelSize, cluster: ClusterConfig) -> S
 
 
 class DryStep(NamedTuple):
-    """Observations of `dry_step`, on its rank.
+    """Observations of `dry_step`, on its rank."""
 
-    Attributes:
-        parameters: numbers that the rank holds.
-        unsharded: names of parameters that every rank holds as a whole.
-        state: numbers of the optimizer's state.
-        traffic: bytes that went through the process group.
-        collectives: how many there were, by their name.
-        seconds: of this processor.
-    """
-
-    parameters: int
-    unsharded: list[str]
-    state: int
-    traffic: Traffic
-    collectives: dict[str, int]
-    seconds: float
+    parameters: int  # numbers that the rank holds
+    unsharded: list[str]  # names of parameters that every rank holds as a whole
+    state: int  # numbers of the optimizer's state
+    traffic: Traffic  # bytes that went through the process group
+    collectives: dict[str, int]  # how many there were, by their name
+    seconds: float  # of this processor
 
 
 def dry_step(config: DoctorConfig) -> DryStep:

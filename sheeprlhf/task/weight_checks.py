@@ -56,20 +56,13 @@ _CODE_THAT_READS = (NotImplementedError, RuntimeError, TypeError)  # of a model 
 
 
 class Needed(NamedTuple):
-    """A model that a job loads whole.
+    """A model that a job loads whole."""
 
-    Attributes:
-        model: where it is.
-        scores: it is a reward model.
-        new_head: the task replaces its head.
-        reward_term: the term of the reward of which it is the folder.
-        adapters: a PEFT folder of a run, whose tensors are accounted for on this model; its own weights are not.
-    """
-
-    model: ModelConfig
-    scores: bool = False
-    new_head: bool = False
-    reward_term: str | None = None
+    model: ModelConfig  # where it is
+    scores: bool = False  # it is a reward model
+    new_head: bool = False  # the task replaces its head
+    reward_term: str | None = None  # the term of the reward of which it is the folder
+    # a PEFT folder of a run, whose tensors are accounted for on this model; its own weights are not
     adapters: Path | None = None
 
 

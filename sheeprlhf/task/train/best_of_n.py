@@ -40,25 +40,15 @@ FIRST = {"train": 0, "validation": 1 << 31}  # number of each split's first roll
 
 
 class SelectionStats(NamedTuple):
-    """Counts and scores of the prompts; scores are means over all of them, kept or not.
+    """Counts and scores of the prompts; scores are means over all of them, kept or not."""
 
-    Attributes:
-        prompts: their number.
-        kept: rows of the dataset.
-        cut: dropped, because no response of theirs ended.
-        low: dropped, because the best score was below `task.min_score`.
-        first: score of the first response, which is any of them.
-        best: score of the one that is kept, or of the best where none is.
-        mean: of all of them.
-    """
-
-    prompts: int
-    kept: int
-    cut: int
-    low: int
-    first: float
-    best: float
-    mean: float
+    prompts: int  # their number
+    kept: int  # rows of the dataset
+    cut: int  # dropped, because no response of theirs ended
+    low: int  # dropped, because the best score was below `task.min_score`
+    first: float  # score of the first response, which is any of them
+    best: float  # score of the one that is kept, or of the best where none is
+    mean: float  # of all of them
 
 
 def best_of(scores: np.ndarray, finished: np.ndarray, min_score: float | None) -> tuple[int | None, str]:
