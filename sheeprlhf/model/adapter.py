@@ -1,10 +1,12 @@
-"""Adapters of a PEFT folder: check, load, merge into the weights, save.
+"""Adapters: checks of their options and folders, loading, merging into the weights, saving.
 
 PEFT's own reader would import a library that the file names. Here a setting is known and of its type, or is off, or the
 file is refused.
 """
 
+import difflib
 import re
+import shlex
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +28,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from sheeprlhf.model.folder import HEAD, dequantize, quantization_of, saved_dtype
-from sheeprlhf.model.load import trained_rows
+from sheeprlhf.config.validate import is_pattern, parse_targets
+from sheeprlhf.model.folder import HEAD, base_of, dequantize, quantization_of, saved_dtype, trained_rows
 from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS, read_json, tensors_of
 from sheeprlhf.security.pickled_weights import adapter_folder
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
@@ -298,8 +301,7 @@ def shared_targets(model: PeftModel) -> dict[str, list[str]]:
     return shared
 
 
-def describe_shared(shared: dict[str, list[str]]) -> str:
-    """A clause about the result of `shared_targets`."""
+def _describe_shared(shared: dict[str, list[str]]) -> str:
     return ", ".join(f"{name} shares its weight with {' and '.join(users)}" for name, users in shared.items())
 
 
@@ -329,7 +331,7 @@ def merge_lora(model: PeftModel, rows: Sequence[Sequence[int]] | None = None) ->
     what = "with its adapters merged the model computes something else"
     share = _MERGE_TOLERANCE.get(next(merged.parameters()).dtype, _FLOAT32_MERGE_TOLERANCE)
     if shared:  # no rounding: one of the two modules got an update that was not trained for it
-        what = f"{what}, since {describe_shared(shared)} (train again with other model.lora_cfg.targets)"
+        what = f"{what}, since {_describe_shared(shared)} (train again with other model.lora_cfg.targets)"
         share = _FLOAT32_MERGE_TOLERANCE
     check_difference(difference, after, share, what)
     return Merged(merged, after, difference)
@@ -444,3 +446,113 @@ def check_difference(difference: float, outputs: Sequence[Tensor], share: float,
         raise ModelError(
             f"{what}: its outputs differ by {difference:.3g}, and {limit:.3g} is the most that rounding explains"
         )
+
+
+def check_targets(model: PreTrainedModel, cfg: LORAConfig) -> None:
+    """Check the names of `model.lora_cfg` against the modules of a model.
+
+    Raises:
+        ModelError: a target names no module of the model, or one that trains already.
+    """
+    targets, linear = parse_targets(cfg.targets), linear_names(model)
+    listed = () if isinstance(targets, str) else targets
+    _check_modules_to_save(model, cfg)
+    if missing := [target for target in listed if not matching_names(target, linear)]:
+        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+        near = difflib.get_close_matches(missing[0], known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise ModelError(
+            f"model.lora_cfg.targets: no linear layer is named {', '.join(missing)}{hint} "
+            f"This model has {', '.join(known)}; 'all-linear' takes all but the head."
+        )
+    if both := [name for name in rows_of_adapters(model) for t in listed if matching_names(t, [name])]:
+        raise ModelError(
+            f"model.lora_cfg.targets: {both[0]} can have no adapter, since model.resize_embeddings=true trains rows of "
+            "it: leave it out, or give all-linear"
+        )
+
+
+def check_adapted(model: PeftModel, cfg: LORAConfig) -> None:
+    """Check new adapters.
+
+    Raises:
+        ModelError: no target is in a layer of `layers_to_transform`, or another module uses a target's weight too.
+    """
+    adapted = [name.split(".") for name, _ in model.named_parameters() if ".lora_" in name]
+    missing = sorted(set(cfg.layers_to_transform) - {int(part) for name in adapted for part in name if part.isdigit()})
+    if missing:
+        raise ModelError(
+            f"model.lora_cfg.layers_to_transform: no target is in layer {missing[0]}: the model has the layers 0 to "
+            f"{getattr(model.config, 'num_hidden_layers', 1) - 1}"
+        )
+    targets, shared = parse_targets(cfg.targets), shared_targets(model)
+    if shared:
+        names = {name.rsplit(".", 1)[-1] for name in shared}
+        kept = [] if isinstance(targets, str) else [target for target in targets if target.split(".")[-1] not in names]
+        fix = f"[{','.join(kept)}]" if kept else "all-linear"
+        raise ModelError(
+            f"model.lora_cfg.targets: {_describe_shared(shared)}, so merging an adapter there would change both: "
+            f"give {shlex.quote(f'model.lora_cfg.targets={fix}')}"
+        )
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of the linear layers, with or without adapters."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return [name.removesuffix(".base_layer") for name in names if ".lora_" not in name]
+
+
+def matching_names(target: str, names: Sequence[str]) -> list[str]:
+    """The names of modules that a target selects: by their last parts, or by a regular expression of the whole."""
+    if is_pattern(target):
+        return [name for name in names if re.fullmatch(target, name)]
+    return [name for name in names if f".{name}".endswith(f".{target}")]
+
+
+def _check_modules_to_save(model: PreTrainedModel, cfg: LORAConfig) -> None:
+    """Raises ModelError for a module that is missing, is adapted too, or shares its weights with another one."""
+    modules = dict(model.named_modules())
+    targets = parse_targets(cfg.targets)
+    for wanted in cfg.modules_to_save:
+        key = f"model.lora_cfg.modules_to_save: {wanted}"
+        found = matching_names(wanted, list(modules))
+        if not found:
+            near = difflib.get_close_matches(wanted, {name.rsplit(".", 1)[-1] for name in modules}, n=1)
+            raise ModelError(f"{key} is not a module of this model{f'; did you mean {near[0]}?' if near else ''}")
+        own = {id(weight) for name in found for weight in modules[name].parameters()}
+        users = [name for name, module in modules.items() for w in module.parameters(recurse=False) if id(w) in own]
+        others = [user for user in users if not any(user == name or user.startswith(f"{name}.") for name in found)]
+        if others:
+            raise ModelError(f"{key} shares its weight with {others[0]}, which would not be trained: leave it out")
+        linear = [name for name in linear_names(model) if any(f"{name}.".startswith(f"{one}.") for one in found)]
+        head = model.get_output_embeddings()
+        of_all = targets == "all-linear" and any(modules[name] is not head for name in linear)
+        adapted = [] if isinstance(targets, str) else [name for t in targets for name in matching_names(t, linear)]
+        if of_all or adapted:
+            raise ModelError(f"{key} is trained as a whole and is among model.lora_cfg.targets: give it in one of them")
+
+
+def rows_of_adapters(model: PreTrainedModel, *, language_head: bool = True) -> dict[str, list[int]]:
+    """The modules of which rows train next to adapters, each with its rows; no rows stand for the whole module.
+
+    A tied head follows the embedding. PEFT computes rows of a head without its bias, so a head with one trains whole.
+
+    Raises:
+        ModelError: the head is tied to the embedding and has a bias.
+    """
+    rows = trained_rows(model)
+    if not rows:
+        return {}
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    found = {names[id(embedding)]: rows}
+    if head is not None and language_head:
+        has_bias = getattr(base_of(head), "bias", None) is not None
+        if base_of(head).weight is not base_of(embedding).weight:
+            found[names[id(head)]] = [] if has_bias else rows
+        elif has_bias:
+            raise ModelError(
+                f"model.resize_embeddings=true: the head of {type(model).__name__} has a bias and the weights of the "
+                "embedding, and PEFT cannot train rows of it: give model.finetune_mode=ALL"
+            )
+    return found

@@ -1,6 +1,7 @@
 """Weights of a model: their files, the check that they fill the model, and how they are read.
 
 They are read whole, or quantised, or left in their files until they are sharded, and then each rank reads its rows.
+New tokens get new rows.
 
 Account: the tensors of the files are compared with the parameters of the model, by transformers' own mapping: first by
 the headers alone, before data is prepared, and again by the report of `from_pretrained`.
@@ -61,13 +62,16 @@ from sheeprlhf.security.model_folder import (
 )
 from sheeprlhf.security.pickled_weights import converted_folder
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.utils.chat_templates import own_templates
 from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.home import EMBEDDED, PICKLED, WEIGHTS_FILES
+from sheeprlhf.utils.vocabulary import new_ids
 
 RESIZED = "resized_model"  # a folder, in messages
 _HALF = {"F16": "float16", "BF16": "bfloat16"}  # number formats in the headers
 _CLASSES = ("ForSequenceClassification", "ForCausalLM", "LMHeadModel", "Model")  # what may have a score head
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError)
+_TRAINED_ROWS = "sheeprlhf_trained_rows"  # attribute of an input embedding: rows that train next to adapters
 _SAVED_DTYPE = "sheeprlhf_saved_dtype"  # attribute of a backbone
 HEAD = "score"  # name of the score head in every decoder's classification model
 SCORE_BIAS = "score.bias"  # transformers' decoders have none; it is added to every score
@@ -889,3 +893,60 @@ def too_few_rows(cfg: ModelConfig, needed: int, rows: int, auto: Any) -> ModelEr
     )
     command = shlex.join(["python", "-c", script])
     return ModelError(f"{fact}; make a folder with a row for each, `{command}`, and give model.repo_name={RESIZED}")
+
+
+def add_rows(model: PreTrainedModel, tokenizer: Any, cfg: ModelConfig, num_rows: int) -> None:
+    """Extend the embedding and the language head, and note the rows that train next to adapters.
+
+    A new row is the mean of the other rows. The rows that train are the new ones, those of `model.extra_vocabulary`,
+    and those of tokens that were added to the tokenizer together with tokens that the model has no row for.
+
+    Args:
+        model: a causal language model, or a classification model.
+        tokenizer: `load_tokenizer` returned it for the model's own folder.
+        cfg: the model's configuration.
+        num_rows: rows that the tokenizer's ids need.
+    """
+    present = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    new = {*(number for number in new_ids(tokenizer) if number < present), *range(present, num_rows)}
+    if num_rows > present:
+        model.resize_token_embeddings(num_rows, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for weight in () if module is None else (module.weight, getattr(module, "bias", None)):
+            if isinstance(weight, Tensor) and new and not weight.is_meta:
+                _fill_with_mean(weight, sorted(new))
+    added = _last_added(tokenizer) if num_rows > present else []
+    trained = {*new, *added, *tokenizer.convert_tokens_to_ids(list(cfg.extra_vocabulary))}
+    setattr(model.get_input_embeddings(), _TRAINED_ROWS, sorted(trained))
+
+
+@torch.no_grad()
+def _fill_with_mean(weight: Tensor, rows: list[int]) -> None:
+    total = weight.sum(dim=0, dtype=torch.float32) - weight[rows].sum(dim=0, dtype=torch.float32)
+    weight[rows] = (total / (weight.shape[0] - len(rows))).to(weight.dtype)
+
+
+def _last_added(tokenizer: Any) -> list[int]:
+    """Ids at the end of the vocabulary, of added tokens that have no role and are not in the tokenizer's chat template.
+
+    A model may have spare rows, so that some of the tokens that somebody has added have rows, which are untrained.
+    """
+    templates = "".join(map(str, own_templates(tokenizer).values()))
+    known = set(tokenizer.all_special_ids)
+    found: list[int] = []
+    for number, token in sorted(tokenizer.added_tokens_decoder.items(), reverse=True):
+        if number in known or token.content in templates or (found and number != found[-1] - 1):
+            break
+        found.append(int(number))
+    return found
+
+
+def trained_rows(model: nn.Module) -> list[int]:
+    """The rows of the embedding and of the language head that train next to adapters; empty if there are none."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return list(getattr(base_of(embedding), _TRAINED_ROWS, ()))
+
+
+def base_of(module: Any) -> Any:
+    """The module that PEFT has wrapped, or the module itself."""
+    return getattr(module, "original_module", module)

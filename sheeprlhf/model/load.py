@@ -19,6 +19,7 @@ from sheeprlhf.config.prompt_format import read_prompt_form
 from sheeprlhf.model.attention import register, use_packed_attention
 from sheeprlhf.model.folder import (
     LOADING_ERRORS,
+    add_rows,
     find_files,
     find_weights,
     first_line,
@@ -35,11 +36,10 @@ from sheeprlhf.utils.chat_templates import FOLDER, OPTION, SUFFIX, built_in_temp
 from sheeprlhf.utils.end_tokens import set_configured_end_ids
 from sheeprlhf.utils.errors import ModelError, Notify
 from sheeprlhf.utils.home import EMBEDDED, expand_home
-from sheeprlhf.utils.vocabulary import add_special_tokens, new_ids, num_rows_needed, template_tokens
+from sheeprlhf.utils.vocabulary import add_special_tokens, num_rows_needed, template_tokens
 
 _END_ID_FILES = ("generation_config.json", "config.json")
 _DROPOUT_KEY = re.compile(r"(drop|_pdrop$)")
-_TRAINED_ROWS = "sheeprlhf_trained_rows"  # attribute of an input embedding: rows that train next to adapters
 
 
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
@@ -238,60 +238,3 @@ def _read(path: Path, choice: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise ModelError(f"{OPTION}={choice} cannot be read: {reason}; give another file") from error
-
-
-def add_rows(model: PreTrainedModel, tokenizer: Any, cfg: ModelConfig, num_rows: int) -> None:
-    """Extend the embedding and the language head, and note the rows that train next to adapters.
-
-    A new row is the mean of the other rows. The rows that train are the new ones, those of `model.extra_vocabulary`,
-    and those of tokens that were added to the tokenizer together with tokens that the model has no row for.
-
-    Args:
-        model: a causal language model, or a classification model.
-        tokenizer: `load_tokenizer` returned it for the model's own folder.
-        cfg: the model's configuration.
-        num_rows: rows that the tokenizer's ids need.
-    """
-    present = cast(Tensor, model.get_input_embeddings().weight).shape[0]
-    new = {*(number for number in new_ids(tokenizer) if number < present), *range(present, num_rows)}
-    if num_rows > present:
-        model.resize_token_embeddings(num_rows, mean_resizing=False)
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for weight in () if module is None else (module.weight, getattr(module, "bias", None)):
-            if isinstance(weight, Tensor) and new and not weight.is_meta:
-                _fill_with_mean(weight, sorted(new))
-    added = _last_added(tokenizer) if num_rows > present else []
-    trained = {*new, *added, *tokenizer.convert_tokens_to_ids(list(cfg.extra_vocabulary))}
-    setattr(model.get_input_embeddings(), _TRAINED_ROWS, sorted(trained))
-
-
-@torch.no_grad()
-def _fill_with_mean(weight: Tensor, rows: list[int]) -> None:
-    total = weight.sum(dim=0, dtype=torch.float32) - weight[rows].sum(dim=0, dtype=torch.float32)
-    weight[rows] = (total / (weight.shape[0] - len(rows))).to(weight.dtype)
-
-
-def _last_added(tokenizer: Any) -> list[int]:
-    """Ids at the end of the vocabulary, of added tokens that have no role and are not in the tokenizer's chat template.
-
-    A model may have spare rows, so that some of the tokens that somebody has added have rows, which are untrained.
-    """
-    templates = "".join(map(str, own_templates(tokenizer).values()))
-    known = set(tokenizer.all_special_ids)
-    found: list[int] = []
-    for number, token in sorted(tokenizer.added_tokens_decoder.items(), reverse=True):
-        if number in known or token.content in templates or (found and number != found[-1] - 1):
-            break
-        found.append(int(number))
-    return found
-
-
-def trained_rows(model: nn.Module) -> list[int]:
-    """The rows of the embedding and of the language head that train next to adapters; empty if there are none."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    return list(getattr(base_of(embedding), _TRAINED_ROWS, ()))
-
-
-def base_of(module: Any) -> Any:
-    """The module that PEFT has wrapped, or the module itself."""
-    return getattr(module, "original_module", module)

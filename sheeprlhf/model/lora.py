@@ -1,9 +1,6 @@
 """Low-rank adapters on a frozen language model, through PEFT: which layers get them, and which of them compute."""
 
-import difflib
-import re
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -25,15 +22,17 @@ from transformers.pytorch_utils import Conv1D
 from sheeprlhf.config.validate import is_pattern, parse_targets
 from sheeprlhf.model.adapter import (
     adapter_errors,
+    check_adapted,
+    check_targets,
     check_tensors,
-    describe_shared,
+    linear_names,
     load_lora,
+    matching_names,
     peft_warnings_ignored,
     read_adapter_config,
-    shared_targets,
+    rows_of_adapters,
 )
 from sheeprlhf.model.folder import HEAD
-from sheeprlhf.model.load import base_of, trained_rows
 from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.security.model_folder import ADAPTERS
 from sheeprlhf.security.pickled_weights import adapter_folder
@@ -72,104 +71,24 @@ def add_lora(model: PreTrainedModel, cfg: LORAConfig, *, head: str | None = None
     Raises:
         ModelError: a target names no module of the model, or one whose weight another module uses too.
     """
-    targets, linear = parse_targets(cfg.targets), _linear_names(model)
-    _check_modules_to_save(model, cfg)
-    if not isinstance(targets, str):
-        known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        missing = [target for target in targets if not _matching(target, linear)]
-        if missing:
-            near = difflib.get_close_matches(missing[0], known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise ModelError(
-                f"model.lora_cfg.targets: no linear layer is named {', '.join(missing)}{hint} "
-                f"This model has {', '.join(known)}; 'all-linear' takes all but the head."
-            )
-    rows = _rows_of_adapters(model)
-    both = [] if isinstance(targets, str) else [name for name in rows for t in targets if _matching(t, [name])]
-    if both:
-        raise ModelError(
-            f"model.lora_cfg.targets: {both[0]} can have no adapter, since model.resize_embeddings=true trains rows of "
-            "it: leave it out, or give all-linear"
-        )
+    check_targets(model, cfg)
     try:
         with peft_warnings_ignored():
             adapted = get_peft_model(model, lora_config(model, cfg, head=head))
     except ValueError as error:
         raise ModelError(f"model.lora_cfg: these adapters cannot be made: {error}") from error
-    _check_layers(adapted, cfg)
-    shared = shared_targets(adapted)
-    if shared:
-        names = {name.rsplit(".", 1)[-1] for name in shared}
-        kept = [] if isinstance(targets, str) else [target for target in targets if target.split(".")[-1] not in names]
-        fix = f"[{','.join(kept)}]" if kept else "all-linear"
-        raise ModelError(
-            f"model.lora_cfg.targets: {describe_shared(shared)}, so merging an adapter there would change both: "
-            f"give {shlex.quote(f'model.lora_cfg.targets={fix}')}"
-        )
+    check_adapted(adapted, cfg)
     return adapted
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    """Names of the linear layers, with or without adapters."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    return [name.removesuffix(".base_layer") for name in names if ".lora_" not in name]
-
-
-def _matching(target: str, names: Sequence[str]) -> list[str]:
-    """The names of modules that a target selects: by their last parts, or by a regular expression of the whole."""
-    if is_pattern(target):
-        return [name for name in names if re.fullmatch(target, name)]
-    return [name for name in names if f".{name}".endswith(f".{target}")]
 
 
 def _target_modules(model: nn.Module, cfg: LORAConfig) -> str | list[str]:
     """The targets as PEFT takes them: regular expressions become names, so that a saved adapter has none."""
-    targets, names = parse_targets(cfg.targets), _linear_names(model)
+    targets, names = parse_targets(cfg.targets), linear_names(model)
     if isinstance(targets, str):  # PEFT takes it for all layers only
         return sorted({name.rsplit(".", 1)[-1] for name in names}) if cfg.layers_to_transform else targets
     return sorted(
-        {name for target in targets for name in (_matching(target, names) if is_pattern(target) else [target])}
+        {name for target in targets for name in (matching_names(target, names) if is_pattern(target) else [target])}
     )
-
-
-def _check_modules_to_save(model: PreTrainedModel, cfg: LORAConfig) -> None:
-    """Raises ModelError for a module that is missing, is adapted too, or shares its weights with another one."""
-    modules = dict(model.named_modules())
-    targets = parse_targets(cfg.targets)
-    for wanted in cfg.modules_to_save:
-        key = f"model.lora_cfg.modules_to_save: {wanted}"
-        found = _matching(wanted, list(modules))
-        if not found:
-            near = difflib.get_close_matches(wanted, {name.rsplit(".", 1)[-1] for name in modules}, n=1)
-            raise ModelError(f"{key} is not a module of this model{f'; did you mean {near[0]}?' if near else ''}")
-        own = {id(weight) for name in found for weight in modules[name].parameters()}
-        users = [name for name, module in modules.items() for w in module.parameters(recurse=False) if id(w) in own]
-        others = [user for user in users if not any(user == name or user.startswith(f"{name}.") for name in found)]
-        if others:
-            raise ModelError(f"{key} shares its weight with {others[0]}, which would not be trained: leave it out")
-        linear = [name for name in _linear_names(model) if any(f"{name}.".startswith(f"{one}.") for one in found)]
-        head = model.get_output_embeddings()
-        of_all = targets == "all-linear" and any(modules[name] is not head for name in linear)
-        adapted = [] if isinstance(targets, str) else [name for t in targets for name in _matching(t, linear)]
-        if of_all or adapted:
-            raise ModelError(f"{key} is trained as a whole and is among model.lora_cfg.targets: give it in one of them")
-
-
-def _check_layers(model: PeftModel, cfg: LORAConfig) -> None:
-    """Raises ModelError for a number of model.lora_cfg.layers_to_transform that no adapter is in."""
-    numbers = {
-        int(part)
-        for name, _ in model.named_parameters()
-        if ".lora_" in name
-        for part in name.split(".")
-        if part.isdigit()
-    }
-    missing = sorted(set(cfg.layers_to_transform) - numbers)
-    if missing:
-        raise ModelError(
-            f"model.lora_cfg.layers_to_transform: no target is in layer {missing[0]}: the model has the layers 0 to "
-            f"{getattr(model.config, 'num_hidden_layers', 1) - 1}"
-        )
 
 
 def lora_config(
@@ -183,7 +102,7 @@ def lora_config(
         head: as of `add_lora`.
         language_head: the language head is used, and rows of it train where those of the embedding do.
     """
-    rows = _rows_of_adapters(model, language_head=language_head)
+    rows = rows_of_adapters(model, language_head=language_head)
     whole = [name for name, numbers in rows.items() if not numbers] + ([] if head is None else [head])
     if language_head:  # a critic's adapter leaves modules that the policy trains as they were
         whole = [*cfg.modules_to_save, *whole]
@@ -203,32 +122,6 @@ def lora_config(
         exclude_modules=r"(.*\.)?(original_module|modules_to_save)(\..*)?" if copies else None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-
-
-def _rows_of_adapters(model: PreTrainedModel, *, language_head: bool = True) -> dict[str, list[int]]:
-    """The modules of which rows train next to adapters, each with its rows; no rows stand for the whole module.
-
-    A tied head follows the embedding. PEFT computes rows of a head without its bias, so a head with one trains whole.
-
-    Raises:
-        ModelError: the head is tied to the embedding and has a bias.
-    """
-    rows = trained_rows(model)
-    if not rows:
-        return {}
-    names = {id(module): name for name, module in model.named_modules()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    found = {names[id(embedding)]: rows}
-    if head is not None and language_head:
-        has_bias = getattr(base_of(head), "bias", None) is not None
-        if base_of(head).weight is not base_of(embedding).weight:
-            found[names[id(head)]] = [] if has_bias else rows
-        elif has_bias:
-            raise ModelError(
-                f"model.resize_embeddings=true: the head of {type(model).__name__} has a bias and the weights of the "
-                "embedding, and PEFT cannot train rows of it: give model.finetune_mode=ALL"
-            )
-    return found
 
 
 @contextmanager
