@@ -19,8 +19,7 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.checkpoint import saved_tensors
 from sheeprlhf.model.adapter import POLICY, load_lora, merge_lora, save_model
 from sheeprlhf.model.attention import accepted, logits_at, placeholder_mask
-from sheeprlhf.model.layers import sparse_last_mlp
-from sheeprlhf.model.lm_head import TokenLogprobs, head_logprobs, head_scores, logprobs_from_logits
+from sheeprlhf.model.lm_head import TokenLogprobs, head_logprobs, head_scores, logprobs_from_logits, sparse_last_mlp
 from sheeprlhf.model.load import backbone_and_head, hidden_states, load_causal_lm
 from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.model.lora import REFERENCE, adapter_in_use, adapters_off, add_second_adapter, copy_adapter, with_adapter

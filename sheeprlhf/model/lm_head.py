@@ -3,11 +3,15 @@
 A model with a score head is transformers' own `AutoModelForSequenceClassification` with one label, so plain
 transformers loads what is saved.
 
+The last block's MLP is computed only where the head runs (`sparse_last_mlp`).
+
 Letters: C hidden width, R head rows (positions where the head runs), N targets, V vocabulary.
 """
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.model.folder import HEAD, keep_quantization
-from sheeprlhf.model.load import backbone_and_head
+from sheeprlhf.model.load import at_least_float32, backbone_and_head
 from sheeprlhf.utils.end_tokens import padding_token
 from sheeprlhf.utils.errors import ModelError
 
@@ -53,13 +57,13 @@ class _GatherLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         sums, means, entropies = [], [], []
         for part in logits_RV.split(_chunk_rows(logits_RV)):
-            wide = _wide(part)
+            wide = at_least_float32(part)
             sums.append(wide.logsumexp(dim=-1))
             means += [wide.mean(dim=-1)] if mean else []
             entropies += [_entropy((wide - sums[-1][:, None]).exp())] if entropy else []
         logsumexp_R, entropy_R = torch.cat(sums), torch.cat(entropies) if entropy else None
         ctx.save_for_backward(logits_RV, logsumexp_R, index_N, target_ids_N, entropy_R)
-        target_N = _wide(logits_RV[index_N, target_ids_N]) - logsumexp_R[index_N]
+        target_N = at_least_float32(logits_RV[index_N, target_ids_N]) - logsumexp_R[index_N]
         mean_N = (torch.cat(means) - logsumexp_R)[index_N] if mean else None
         return target_N, mean_N, None if entropy_R is None else entropy_R[index_N]
 
@@ -74,7 +78,7 @@ class _GatherLogprobs(torch.autograd.Function):
         for part in logits_RV.split(_chunk_rows(logits_RV)):
             rows = slice(start, start + len(part))
             # In place: the buffer is this function's own and has no reader after this point.
-            p = _wide(part).sub_(logsumexp_R[rows, None]).exp_()
+            p = at_least_float32(part).sub_(logsumexp_R[rows, None]).exp_()
             slope = None
             if grad_entropy_N is not None:  # dH / dlogits = -p log p - p H
                 of_row = torch.zeros_like(logsumexp_R).index_add_(0, index_N, grad_entropy_N)[rows, None]
@@ -94,11 +98,6 @@ class _GatherLogprobs(torch.autograd.Function):
 def _entropy(probabilities_RV: Tensor) -> Tensor:
     """(R,) entropies, nats."""
     return torch.special.entr(probabilities_RV).sum(dim=-1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _chunk_rows(logits_RV: Tensor) -> int:
@@ -135,7 +134,7 @@ def logprobs_from_logits(
         logits_RV = logits_RV.div_(temperature)
     squares_N = None
     if log_sum_squares:
-        parts = [_wide(part) for part in logits_RV.detach().split(_chunk_rows(logits_RV))]
+        parts = [at_least_float32(part) for part in logits_RV.detach().split(_chunk_rows(logits_RV))]
         squares_N = torch.cat([(2 * part).logsumexp(-1) - 2 * part.logsumexp(-1) for part in parts])[index_N]
     if not logits_RV.requires_grad:  # no gradient: nothing to save
         logprobs_RV = logits_RV.float().log_softmax(dim=-1)
@@ -240,3 +239,42 @@ def head_scores(hidden_RC: Tensor, head: nn.Module) -> Tensor:
     """(R,) scores of hidden states, in float32 whatever the precision of the run."""
     with torch.autocast(hidden_RC.device.type, enabled=False):
         return head(hidden_RC.float()).squeeze(-1)
+
+
+@contextmanager
+def sparse_last_mlp(backbone: nn.Module, positions_R: Tensor, num_positions: int) -> Iterator[None]:
+    """Compute the last block's MLP only at these positions; its outputs elsewhere are zero.
+
+    Nothing changes for a model whose last MLP is not found, and under gradient checkpointing, which computes the block
+    again after this has ended.
+
+    Args:
+        backbone: the model without its head.
+        positions_R: (R,) places of the packed row.
+        num_positions: T, its length.
+    """
+    mlp = _last_mlp(backbone)
+    if mlp is None or getattr(backbone, "is_activation_checkpointing", False):
+        yield
+        return
+
+    def pick(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_1TC, *others = inputs
+        return hidden_1TC.index_select(1, positions_R), *others
+
+    def spread(_: nn.Module, inputs: tuple[Any, ...], output_1RC: Tensor) -> Tensor:
+        return output_1RC.new_zeros(1, num_positions, output_1RC.shape[-1]).index_copy(1, positions_R, output_1RC)
+
+    hooks = [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(spread)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _last_mlp(backbone: nn.Module) -> nn.Module | None:
+    """The dense MLP of the last block; None for other kinds (experts, a block that holds its layers itself)."""
+    blocks = getattr(backbone, "layers", None) or getattr(backbone, "h", None)
+    mlp = getattr(blocks[-1], "mlp", None) if isinstance(blocks, nn.ModuleList) else None
+    return mlp if type(mlp).__name__.endswith("MLP") and not hasattr(mlp, "experts") else None

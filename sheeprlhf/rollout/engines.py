@@ -31,8 +31,7 @@ from transformers import (
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from sheeprlhf.config.shell import shell_word
-from sheeprlhf.model.attention import PACKED, is_recurrent, no_router_logits
-from sheeprlhf.model.layers import outgrows_cache, switch_length
+from sheeprlhf.model.attention import PACKED, is_recurrent, no_router_logits, outgrows_cache, switch_length
 from sheeprlhf.rollout.sampler import Sampled, prompt_groups, sample_responses, unpacked_decoder
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.utils.end_tokens import end_token_ids

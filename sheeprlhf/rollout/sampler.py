@@ -27,11 +27,12 @@ from sheeprlhf.model.attention import (
     kernel_dtype,
     logits_at,
     no_router_logits,
+    outgrows_cache,
     packing_limit,
     placeholder_mask,
     tolerance,
 )
-from sheeprlhf.model.layers import outgrows_cache, sparse_last_mlp
+from sheeprlhf.model.lm_head import sparse_last_mlp
 from sheeprlhf.model.load import backbone_and_head
 from sheeprlhf.utils.layout import Layout
 from sheeprlhf.utils.memory import phase

@@ -17,7 +17,11 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.data.sampler": ("tests/unit/data/test_sampler.py", "tests/unit/data/test_loader.py"),
     "sheeprlhf.data.tokenize": ("tests/unit/data/test_tokenize.py", "tests/unit/data/test_prompts.py"),
     "sheeprlhf.agent.batches": ("tests/unit/agent/test_batches.py", "tests/unit/agent/test_policy.py"),
-    "sheeprlhf.model.lm_head": ("tests/unit/model/test_lm_head.py", "tests/unit/agent/test_policy.py"),
+    "sheeprlhf.model.lm_head": (
+        "tests/unit/model/test_lm_head.py",
+        "tests/unit/model/test_last_mlp.py",
+        "tests/unit/agent/test_policy.py",
+    ),
     "sheeprlhf.model.attention": ("tests/unit/model/test_attention.py", "tests/unit/rollout/test_sampler.py"),
     "sheeprlhf.rollout.sampler": ("tests/unit/rollout/test_sampler.py",),
     "sheeprlhf.rollout.engines": ("tests/unit/rollout/test_stop.py", "tests/unit/rollout/test_engines.py"),
