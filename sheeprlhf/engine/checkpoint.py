@@ -271,41 +271,27 @@ def restore_latest(
     path = fabric.broadcast(path)
     if path is None:
         return None
-    return _load(fabric, path, module, optimizer, config_hash=config_hash, say=say)
+    return load_checkpoint(fabric, path, module, optimizer, config_hash=config_hash, say=say)
 
 
 def load_checkpoint(
     fabric: Fabric, path: Path, module: nn.Module, optimizer: Optimizer, *, config_hash: str, say: Notify
 ) -> TrainState:
-    """All ranks: verify, then restore weights, optimizer and this rank's random number generators.
+    """All ranks: restore weights, optimizer and this rank's random number generators from a verified checkpoint.
 
     Another number of processes or threads than when it was written is announced through `say`.
 
     Raises:
-        CheckpointError: damaged, of another configuration, or with other names, shapes or number formats.
+        CheckpointError: of another configuration, or with other names, shapes or number formats.
     """
-    problem = None
-    if fabric.is_global_zero:
-        try:
-            verify_manifest(path)
-        except (CheckpointError, OSError) as error:
-            problem = str(error)
-    problem = fabric.broadcast(problem)
-    if problem is not None:
-        raise CheckpointError(problem)
-    return _load(fabric, path, module, optimizer, config_hash=config_hash, say=say)
-
-
-def _load(
-    fabric: Fabric, path: Path, module: nn.Module, optimizer: Optimizer, *, config_hash: str, say: Notify
-) -> TrainState:
     manifest, state = read_manifest(path), read_state(path)
     if manifest["config_hash"] != config_hash:
         raise CheckpointError(f"{path} belongs to another configuration; resume with the options in its config.yaml")
     for name, value in numerics_info(fabric, module).items():
         if manifest.get(name, value) != value:
             say(f"{name} was {manifest[name]} and is {value} now: the run continues, {NOT_THE_SAME}")
-    load_tensors(path / "model.safetensors", saved_tensors(module))
+    weights = path / "model.safetensors"
+    copy_tensors(weights, read_tensors(weights), saved_tensors(module))
     load_optimizer(path / "optimizer.safetensors", module, optimizer)
     prefix = f"{fabric.global_rank}/"
     rng = {k.removeprefix(prefix): t for k, t in read_tensors(path / "rng.safetensors").items() if k.startswith(prefix)}
@@ -394,17 +380,12 @@ def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tens
     }
 
 
-def load_tensors(path: Path, targets: dict[str, Tensor]) -> None:
-    """Copy a file's tensors into `targets`: the same names, shapes and number formats, or nothing is copied.
+def copy_tensors(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+    """Copy the tensors of a file into `targets`: the same names, shapes and number formats, or nothing is copied.
 
     Raises:
         CheckpointError: naming the first tensor that differs.
     """
-    copy_tensors(path, read_tensors(path), targets)
-
-
-def copy_tensors(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
-    """`load_tensors` of what was read; `path` is for messages."""
     for name in sorted(tensors.keys() ^ targets.keys()):
         raise CheckpointError(f"{path}: tensor {name} is {'unknown to this model' if name in tensors else 'missing'}")
     for name, target in targets.items():

@@ -149,7 +149,7 @@ class Run:
         """Begin to measure the steps from `state.step` to `total`: call it right before the first of them."""
         self._tokens, self._tokens_since = 0.0, time.monotonic()
         if self._fabric.is_global_zero:
-            self._progress = Progress(total, state.step, "tokens")
+            self._progress = Progress(total, state.step)
 
     def show_progress(self, state: TrainState, total: int, what: str, amount: float) -> None:
         """The steps up to `state.step` of `total`, and `amount` more tokens on all ranks are done; `what` came of it.
@@ -159,7 +159,7 @@ class Run:
         self._tokens += amount
         if self._fabric.is_global_zero:
             if self._progress is None:
-                self._progress = Progress(total, self._began_at_step, "tokens", began=self._began)
+                self._progress = Progress(total, self._began_at_step, began=self._began)
             self._progress.show(state.step, what, amount)
 
     def peak_memory(self) -> int | None:
@@ -256,9 +256,9 @@ def _save_config(cfg: TrainConfig, run_dir: Path) -> bool:
 class Progress:
     """Rank zero only: steps done, what came of them, speed and time left."""
 
-    def __init__(self, total: int, start: int, unit: str, *, began: float | None = None) -> None:
-        """Begin at step `start` of `total`; speed is counted in `unit` per second since `began`, or since now."""
-        self._total, self._start, self._unit = total, start, unit
+    def __init__(self, total: int, start: int, *, began: float | None = None) -> None:
+        """Begin at step `start` of `total`; speed is counted in tokens per second since `began`, or since now."""
+        self._total, self._start = total, start
         self._began = time.monotonic() if began is None else began
         self._amount = 0.0
         self._next_line = self._began + _SECONDS_BETWEEN_LINES
@@ -267,24 +267,21 @@ class Progress:
             self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, leave=True)
 
     def show(self, step: int, what: str, amount: float) -> None:
-        """Step `step` is done, counted from 1, after `amount` more units (tokens, ...); `what`: "loss 0.1234"."""
+        """Step `step` is done, counted from 1, after `amount` more tokens; `what`: "loss 0.1234"."""
         self._amount += amount
         now = time.monotonic()
         speed = self._amount / max(now - self._began, 1e-9)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{what}, {speed:,.0f} {self._unit}/s", refresh=False)
+            self._bar.set_postfix_str(f"{what}, {speed:,.0f} tokens/s", refresh=False)
             self._bar.update(step - self._bar.n)
         elif now >= self._next_line or step == self._total:
             self._next_line = now + _SECONDS_BETWEEN_LINES
             left = (self._total - step) * (now - self._began) / max(step - self._start, 1)
-            self.say(
-                f"step {step}/{self._total}  {what}  {speed:,.0f} {self._unit}/s  "
-                f"{int(left // 60)}:{int(left % 60):02d} left"
+            tqdm.write(
+                f"step {step}/{self._total}  {what}  {speed:,.0f} tokens/s  "
+                f"{int(left // 60)}:{int(left % 60):02d} left",
+                file=sys.stderr,
             )
-
-    def say(self, line: str) -> None:
-        """Print a line without breaking the bar."""
-        tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
         """Leave the bar as it is."""

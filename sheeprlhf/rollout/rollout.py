@@ -541,7 +541,7 @@ class TermModel(NamedTuple):
 
 
 def predict_scores(
-    fabric: Fabric, options: BatchOptions, model: RewardModel, rollout: Rollout, *, packed: bool, label: str = "scoring"
+    fabric: Fabric, options: BatchOptions, model: RewardModel, rollout: Rollout, *, packed: bool
 ) -> Tensor:
     """All ranks: (S,) the score after the last token of each response, which is in the reward model's own tokens.
 
@@ -556,7 +556,7 @@ def predict_scores(
             "lower generation.max_new_tokens or data.max_prompt_length"
         )
     batches = Batches(fabric, options, packed=packed, targets="last")
-    return predict_targets(fabric, model, model, batches, rollout, label)
+    return predict_targets(fabric, model, model, batches, rollout, "scoring")
 
 
 def longest_of(rollout: Rollout) -> int:

