@@ -29,20 +29,14 @@ _CPU_CHUNK, _CHUNK = 1 << 18, 1 << 25  # logits that are worked on at a time in 
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probabilities of the targets of a batch, in nats."""
+    """Log-probabilities of the N targets of a batch, float32, in nats; None for what was not asked for."""
 
-    target_N: Tensor  # (N,) float32, of the target token itself
-    # (N,) float32, averaged over the vocabulary (label smoothing), or None where it was not asked for
-    mean_N: Tensor | None
-    # (N,) float32, nats, of the distribution that predicts the target, or None where it was not asked for
-    entropy_N: Tensor | None = None
-    # (N,) float32, what a value head on the same trunk says before the target; None without one
-    value_N: Tensor | None = None
-    # (N,) float32, log of the sum of the squared probabilities of the vocabulary, without gradient, or None where it was
-    # not asked for
-    log_sum_squares_N: Tensor | None = None
-    # of each layer with experts, (tokens, experts); None where they were not asked for
-    router_logits: tuple[Tensor, ...] | None = None
+    target_N: Tensor  # of the target token itself
+    mean_N: Tensor | None  # averaged over the vocabulary (label smoothing)
+    entropy_N: Tensor | None = None  # of the distribution that predicts the target
+    value_N: Tensor | None = None  # what a value head on the same trunk says before the target
+    log_sum_squares_N: Tensor | None = None  # log of the sum of the squared probabilities, without gradient
+    router_logits: tuple[Tensor, ...] | None = None  # of each layer with experts, (tokens, experts)
 
 
 class _GatherLogprobs(torch.autograd.Function):
