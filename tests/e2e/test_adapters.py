@@ -148,12 +148,7 @@ def test_a_reward_model_starts_from_the_merged_adapter(
     ],
 )
 def test_contradictions_end_training_before_anything_is_made(
-    words: str,
-    code: int,
-    adapter: Path,
-    tmp_path: Path,
-    model_folder: ModelFolder,
-    capsys: pytest.CaptureFixture[str],
+    words: str, code: int, adapter: Path, tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_pairs(tmp_path / "rows.jsonl")
     extra = words.format(adapter=adapter).split()

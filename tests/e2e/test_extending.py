@@ -92,9 +92,5 @@ def test_every_command_works(folder: Path, model_folder: Callable[..., Path]) ->
     runs = {
         path.parent.relative_to(folder / "logs/runs").parts[:3] for path in folder.glob("logs/runs/*/*/*/*/*/final")
     }
-    assert runs == {
-        ("questions", "tiny", "sft"),
-        ("docstrings", "pythia", "sft"),
-        ("docstrings", "tiny", "grpo"),
-    }
+    assert runs == {("questions", "tiny", "sft"), ("docstrings", "pythia", "sft"), ("docstrings", "tiny", "grpo")}
     assert len(list(folder.glob("logs/runs/docstrings/pythia/sft/*/*/final"))) == 2

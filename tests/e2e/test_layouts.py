@@ -104,10 +104,7 @@ LAYOUTS = {
         tasks=PAIRS,
     ),
     "implicit prompt": Layout(
-        lambda n: {
-            "chosen": f"\n\nHuman: {n}\n\nAssistant: good",
-            "rejected": f"\n\nHuman: {n}\n\nAssistant: bad",
-        },
+        lambda n: {"chosen": f"\n\nHuman: {n}\n\nAssistant: good", "rejected": f"\n\nHuman: {n}\n\nAssistant: bad"},
         lambda n: f"\n\nHuman: {n}\n\nAssistant:",
         (" good", " bad"),
         PAIRS,

@@ -43,8 +43,7 @@ def wait_for_a_checkpoint(run_dir: Path, job: ColdJob) -> None:
 @pytest.mark.slow
 def test_a_signal_reaches_the_stage_which_saves(tmp_path: Path, model_folder: ModelFolder) -> None:
     job = ColdJob(
-        [*chain(tmp_path, model_folder), "sft.task.epochs=500", "sft.task.max_num_steps=4000"],
-        tmp_path / "log",
+        [*chain(tmp_path, model_folder), "sft.task.epochs=500", "sft.task.max_num_steps=4000"], tmp_path / "log"
     )
     job.wait_for("starting at step 0", 300)
     [folder] = folders(tmp_path / "logs" / "pipelines")

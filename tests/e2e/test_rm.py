@@ -57,11 +57,7 @@ def our_scores(run_dir: Path, words: list[str], tmp_path: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "mode"),
-    [
-        ("llama", "LORA"),
-        pytest.param("gpt2", "ALL", marks=pytest.mark.nightly),
-    ],
+    ("architecture", "mode"), [("llama", "LORA"), pytest.param("gpt2", "ALL", marks=pytest.mark.nightly)]
 )
 def test_plain_transformers_gives_our_scores(
     mode: str, architecture: str, tmp_path: Path, model_folder: ModelFolder

@@ -106,8 +106,7 @@ def export(place: Path, model_folder: ModelFolder) -> Iterator[Command]:
     lora = ["model.finetune_mode=LORA", "task.max_num_steps=2"]
     run_dir = train(model_folder(), write_rows(place / "rows.jsonl"), place / "run", *lora)
     yield Command(
-        lambda folder: ["export", str(run_dir), "--to", "exported"],
-        lambda folder: content_of(folder / "exported"),
+        lambda folder: ["export", str(run_dir), "--to", "exported"], lambda folder: content_of(folder / "exported")
     )
 
 

@@ -141,13 +141,7 @@ class Kind(NamedTuple):
 
 OF_STEP = r"no weight was changed\. Look at these rows of the training split \(rank 0: rows \[([\d, ]+)\]\)"
 OF_ROLLOUT = r" after \d+ of 12 prompts .* rows of the training split \(\[([\d, ]+)\]\)"
-BLOWN_UP = (
-    "optim=sgd",
-    "optim.lr=1e20",
-    "task.max_grad_norm=null",
-    "task.save_interval=1",
-    "task.lr_warmup_steps=0",
-)
+BLOWN_UP = ("optim=sgd", "optim.lr=1e20", "task.max_grad_norm=null", "task.save_interval=1", "task.lr_warmup_steps=0")
 KINDS = {
     "sft: loss NaN": Kind("sft", in_loss(sft, "sft_loss"), lambda x: x * NAN, f"loss is nan .*{OF_STEP}"),
     "sft: loss infinite": Kind("sft", in_loss(sft, "sft_loss"), lambda x: x + INF, f"loss is inf .*{OF_STEP}"),

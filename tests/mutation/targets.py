@@ -3,10 +3,7 @@
 TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.loss.advantage": ("tests/unit/loss/test_advantage.py",),
     "sheeprlhf.loss.dpo": ("tests/unit/loss/test_dpo.py",),
-    "sheeprlhf.loss.ppo": (
-        "tests/unit/loss/test_ppo.py",
-        "tests/unit/task/test_group_losses.py",
-    ),
+    "sheeprlhf.loss.ppo": ("tests/unit/loss/test_ppo.py", "tests/unit/task/test_group_losses.py"),
     "sheeprlhf.loss.reward": ("tests/unit/loss/test_reward.py",),
     "sheeprlhf.loss.sft": ("tests/unit/loss/test_sft.py",),
     "sheeprlhf.engine.step": ("tests/unit/engine/test_step.py", "tests/distributed/test_update.py"),
@@ -55,13 +52,13 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reas
         "any type of integers will do": (
             "torch.tensor(lengths, dtype=torch.long, device=values_N.device)"
             " -> torch.tensor(lengths, device=values_N.device)",
-        ),
+        )
     },
     "sheeprlhf.loss.advantage.gae": {
-        "a column is read before it is written": ("torch.zeros_like(deltas_ST) -> deltas_ST",),
+        "a column is read before it is written": ("torch.zeros_like(deltas_ST) -> deltas_ST",)
     },
     "sheeprlhf.loss.advantage.group_advantages": {
-        "float32 minus float64 is float64": ("scores_PG.double() -> scores_PG",),
+        "float32 minus float64 is float64": ("scores_PG.double() -> scores_PG",)
     },
     "sheeprlhf.loss.dpo._log_odds": {
         "equal on the border": tuple(f"m > -math.log(2.0) -> m >= -math.log(2.0){n}" for n in ("", " #2", " #3")),
@@ -73,12 +70,12 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reas
         "the gradient of a constant is dropped": ("-1.0 -> 1.0", "1.0 -> 2.0", "-1.0 -> 1.0 #2", "1.0 -> 2.0 #2"),
     },
     "sheeprlhf.loss.ppo.explained_variance": {
-        "float64 minus float32 is float64": ("returns.double() -> returns", "values.double() -> values"),
+        "float64 minus float32 is float64": ("returns.double() -> returns", "values.double() -> values")
     },
     "sheeprlhf.loss.ppo.value_losses": {
         "the middle one of three": (
             "torch.clamp(values_N, old_N - clip, old_N + clip) -> torch.clamp(old_N - clip, values_N, old_N + clip)",
-        ),
+        )
     },
     "sheeprlhf.loss.reward.reward_loss": {
         "both are subtracted": (
@@ -122,13 +119,11 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reas
         "forward_of_zero reads no input": ("torch.zeros((), device=fabric.device) -> ()",),
     },
     "sheeprlhf.engine.step._accumulate": {
-        "the backward pass has freed what the graph holds": ("output.total.detach() -> output.total",),
+        "the backward pass has freed what the graph holds": ("output.total.detach() -> output.total",)
     },
     "sheeprlhf.engine.step._reduce": {
         "a sum over one rank": ("fabric.world_size > 1 -> fabric.world_size >= 1",),
         "float32 beside float64 becomes float64": ("same_on_all.double() -> same_on_all",),
     },
-    "sheeprlhf.engine.step._non_finite_message": {
-        "isfinite takes a tensor of one number": ("total.item() -> total",),
-    },
+    "sheeprlhf.engine.step._non_finite_message": {"isfinite takes a tensor of one number": ("total.item() -> total",)},
 }

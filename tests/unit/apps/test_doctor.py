@@ -18,12 +18,7 @@ from sheeprlhf.structure.fabric import FabricConfig
 from tests.support.runs import write_rows
 
 ModelFolder = Callable[..., Path]
-PREFERENCE_WORDS = {
-    "sft": "task=sft",
-    "rm": "task=rm",
-    "dpo": "task=dpo",
-    "simpo": "task=dpo task.loss_type=simpo",
-}
+PREFERENCE_WORDS = {"sft": "task=sft", "rm": "task=rm", "dpo": "task=dpo", "simpo": "task=dpo task.loss_type=simpo"}
 TOPICS = ["versions", "device", "precision", "hub", "caches", "data", "model", "attention", "disk", "memory"]
 
 
@@ -227,12 +222,7 @@ def test_a_disk_that_is_too_small(
 
 @pytest.mark.parametrize(
     ("able", "chosen", "level"),
-    [
-        (True, "32-true", "ok"),
-        (False, "32-true", "ok"),
-        (True, "bf16-true", "ok"),
-        (False, "bf16-mixed", "warning"),
-    ],
+    [(True, "32-true", "ok"), (False, "32-true", "ok"), (True, "bf16-true", "ok"), (False, "bf16-mixed", "warning")],
 )
 def test_precision(able: bool, chosen: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able, "avx2": True}, raising=False)

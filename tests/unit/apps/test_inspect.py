@@ -223,10 +223,7 @@ def test_a_row_with_nothing_to_train_on_is_an_error_for_all_commands(
     monkeypatch.setattr(RowTokenizer, "__call__", losing)
     rows = [{"prompt": f"ab{i}", "response": "de"} for i in range(3)]
     line = words(home, rows, "data.max_length=9", "data.max_prompt_length=4")
-    for command in (
-        line,
-        ["train", "task=sft", "model.random_init=true", *line[1:]],
-    ):
+    for command in (line, ["train", "task=sft", "model.random_init=true", *line[1:]]):
         assert exit_code(command) == 2
         error = capsys.readouterr().err
         assert "row 1 of the train split" in error

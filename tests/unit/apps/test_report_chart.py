@@ -97,15 +97,7 @@ def test_only_valid_rows_of_a_calibration_are_used():
 
 
 def test_tags_are_grouped_what_tells_most_first():
-    tags = [
-        "train/lr",
-        "val/length",
-        "rewards/mean",
-        "objective/kl",
-        "train/loss",
-        "val/rewards/margins",
-        "val/kl",
-    ]
+    tags = ["train/lr", "val/length", "rewards/mean", "objective/kl", "train/loss", "val/rewards/margins", "val/kl"]
     assert [(group.title, group.tags, group.open) for group in group_tags(tags)] == [
         ("Loss", ["train/loss"], True),
         ("Objective", ["objective/kl", "val/kl"], True),

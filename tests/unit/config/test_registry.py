@@ -64,12 +64,7 @@ def test_every_choice_composes_and_is_valid(verb, chosen, tmp_path, monkeypatch)
     monkeypatch.setattr("sheeprlhf.config.validate.missing_modules", lambda modules: [])  # optional packages
     monkeypatch.setattr("sheeprlhf.utils.hardware.importlib.metadata.version", lambda package: "2.13.0")
     (tmp_path / "rows.jsonl").write_text("")
-    words = {
-        "task": "perplexity" if verb == "eval" else "sft",
-        "model": "tiny",
-        "data": "docstrings",
-        **chosen,
-    }
+    words = {"task": "perplexity" if verb == "eval" else "sft", "model": "tiny", "data": "docstrings", **chosen}
     if "reward" in chosen or chosen.get("rollout") == "vllm":
         words["task"] = "reward" if verb == "eval" else "ppo"
     words = {key: value for key, value in words.items() if key in groups(verb)}
@@ -261,8 +256,7 @@ def test_targets_that_name_no_modules_are_refused(given):
 
 
 @pytest.mark.parametrize(
-    ("given", "devices"),
-    [("2", 2), ("auto", "auto"), ("-1", "auto"), ("0,1", [0, 1]), ("[3]", [3]), (" 1 ", 1)],
+    ("given", "devices"), [("2", 2), ("auto", "auto"), ("-1", "auto"), ("0,1", [0, 1]), ("[3]", [3]), (" 1 ", 1)]
 )
 def test_devices_may_be_written_in_many_ways(given, devices):
     assert parse_devices(given) == devices

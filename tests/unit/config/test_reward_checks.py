@@ -173,10 +173,7 @@ def test_a_missing_package_is_named_with_its_extra(name, monkeypatch):
     ("cfg", "said"),
     [
         (FunctionRewardConfig(target_length=3), "target_length=3"),
-        (
-            FunctionRewardConfig(path="regex", pattern="a", length_unit="characters"),
-            "length_unit=characters",
-        ),
+        (FunctionRewardConfig(path="regex", pattern="a", length_unit="characters"), "length_unit=characters"),
         (FunctionRewardConfig(path="length", target_length=3, pattern="a"), "pattern=a"),
         (FunctionRewardConfig(path="length"), "reward.target_length"),
         (FunctionRewardConfig(path="regex"), "reward.pattern"),

@@ -183,10 +183,7 @@ def advice_in(message: str) -> str:
     return word
 
 
-WRONG = {
-    "<end>": ["<end>"],
-    '["a]': ["a"],
-}
+WRONG = {"<end>": ["<end>"], '["a]': ["a"]}
 
 
 @pytest.mark.parametrize("typed", WRONG)

@@ -95,12 +95,7 @@ PAIRS = {
     "prompt as text": {"prompt": "ask", "chosen": [ANSWER], "rejected": [OTHER]},
     "answers as text": {"prompt": [USER], "chosen": "yes", "rejected": "no"},
     "common start": {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
-    "ultrafeedback": {
-        "prompt": "ask",
-        "chosen": [USER, ANSWER],
-        "rejected": [USER, OTHER],
-        "messages": [USER, ANSWER],
-    },
+    "ultrafeedback": {"prompt": "ask", "chosen": [USER, ANSWER], "rejected": [USER, OTHER], "messages": [USER, ANSWER]},
     "messages and text": {"messages": [USER, ANSWER], "rejected_response": "no"},
     "prompt, response and rejected": {"prompt": [USER], "response": "yes", "rejected_response": "no"},
     "conversations and objects": {

@@ -61,11 +61,7 @@ REFUSED = {
     "unpaired": ({"prompt": "p"}, "unpaired", "a row has prompt and response, or prompt, chosen and rejected"),
     "question": ({"messages": [USER]}, "sft", "needs an assistant message with a message before it"),
     "no prompt": ({"response": "r"}, "prompts", "column 'prompt'"),
-    "misnamed": (
-        {},
-        "prompts",
-        "column 'prompt'",
-    ),
+    "misnamed": ({}, "prompts", "column 'prompt'"),
     "null": ({"prompt": None}, "prompts", "column 'prompt'"),
     "half a pair": ({"prompt": "p", "rejected": "r"}, "prompts", "a row has prompt and response, or"),
     "number": ({"prompt": "p", "response": 3.5}, "prompts", "column 'response'"),

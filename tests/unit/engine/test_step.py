@@ -15,12 +15,7 @@ from sheeprlhf.utils.errors import DataError, NonFiniteError
 from sheeprlhf.utils.modes import eval_mode, isolated_rng, rng_state
 from tests.unit.engine.toy import Net, micro_batch, noisy_loss, toy_loss
 
-CUTS = [
-    [(0, 1, 2, 3)],
-    [(0,), (1,), (2,), (3,)],
-    [(3,), (0, 2), (1,)],
-    [(2, 3), (), (0, 1)],
-]
+CUTS = [[(0, 1, 2, 3)], [(0,), (1,), (2,), (3,)], [(3,), (0, 2), (1,)], [(2, 3), (), (0, 1)]]
 
 
 def set_up(precision: str = "32-true", dropout: float = 0.0, lr: float = 1.0):

@@ -27,10 +27,7 @@ CASES: dict[str, tuple[Callable[[], Tensor], float]] = {
     # beta d = 0.15
     "sigmoid": (lambda: dpo.sigmoid(H_W, H_L, 0.1), -math.log(sig(0.15))),
     "conservative": (lambda: dpo.sigmoid(H_W, H_L, 0.1, 0.2), -0.8 * math.log(sig(0.15)) - 0.2 * math.log(sig(-0.15))),
-    "robust": (
-        lambda: dpo.robust(H_W, H_L, 0.1, 0.2),
-        (-0.8 * math.log(sig(0.15)) + 0.2 * math.log(sig(-0.15))) / 0.6,
-    ),
+    "robust": (lambda: dpo.robust(H_W, H_L, 0.1, 0.2), (-0.8 * math.log(sig(0.15)) + 0.2 * math.log(sig(-0.15))) / 0.6),
     "hinge": (lambda: dpo.hinge(H_W, H_L, 0.1), 0.85),
     "hinge beyond": (lambda: dpo.hinge(H_W, H_L, 1.0), 0.0),
     # h_w / 3 - h_l / 2 - 1 / 0.2 = 0.333333 + 0.25 - 5

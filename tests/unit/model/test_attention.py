@@ -107,11 +107,7 @@ def old_varlen(q: Any, k: Any, v: Any, qs: Any, ks: Any, max_q: Any, max_k: Any,
 @pytest.mark.parametrize("groups", [4, 2])
 @pytest.mark.parametrize("num_responses", [1, 3])
 def test_what_the_gpu_kernel_is_given(
-    num_responses: int,
-    groups: int,
-    kernel: Callable[..., Tensor],
-    window: int | None,
-    monkeypatch: pytest.MonkeyPatch,
+    num_responses: int, groups: int, kernel: Callable[..., Tensor], window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel needs CUDA; its definition in its place shows that its arguments are right."""
     monkeypatch.setattr(varlen, "varlen_attn", kernel)

@@ -10,12 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    dynamic_module_utils,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, dynamic_module_utils
 
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.agent.reward import reward_model_of

@@ -24,14 +24,7 @@ from sheeprlhf.model.attention import placeholder_mask
 from sheeprlhf.model.lm_head import MAX_LOGITS
 from sheeprlhf.model.load import backbone_and_head, load_causal_lm, load_tokenizer
 from sheeprlhf.model.lora import add_lora
-from sheeprlhf.model.memory import (
-    LIBRARIES,
-    NO_HOLES,
-    ModelSize,
-    measure,
-    optimizer_bytes,
-    plan,
-)
+from sheeprlhf.model.memory import LIBRARIES, NO_HOLES, ModelSize, measure, optimizer_bytes, plan
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.utils.processes import reliable_sigint

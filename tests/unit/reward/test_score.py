@@ -114,10 +114,7 @@ def test_a_resumed_run_has_the_same_bits():
     batches = [rng.standard_normal(9).tolist() for _ in range(6)]
 
     def run(split: int | None) -> list[list[float]]:
-        scorer, out = (
-            build_reward(ModelRewardConfig(normalize=True), MODELS, default=None, max_tokens=64),
-            [],
-        )
+        scorer, out = (build_reward(ModelRewardConfig(normalize=True), MODELS, default=None, max_tokens=64), [])
         for step, batch in enumerate(batches):
             if step == split:
                 saved = json.loads(json.dumps(scorer.moments.to_dict()))

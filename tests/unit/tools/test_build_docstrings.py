@@ -6,14 +6,7 @@ import pytest
 
 from tools.build_docstrings import is_source, scan
 from tools.docstring_pairs import summary, walk
-from tools.docstring_splits import (
-    Pair,
-    assign_packages,
-    balance,
-    corpus_rows,
-    deduplicate,
-    is_comparable,
-)
+from tools.docstring_splits import Pair, assign_packages, balance, corpus_rows, deduplicate, is_comparable
 from tools.licences import Distribution, recognise
 
 SOURCE = '''

@@ -109,8 +109,7 @@ def row_of(tokenizer: Any, row: dict[str, Any]) -> tuple[str, str]:
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize(
-    ("mark", "learned"),
-    [("<end>\n", "ho<end>"), ("</s>\n", "ho</s>"), ("\n", "ho\n</s>"), ("<end>\n</s>", "ho<end>")],
+    ("mark", "learned"), [("<end>\n", "ho<end>"), ("</s>\n", "ho</s>"), ("\n", "ho\n</s>"), ("<end>\n</s>", "ho<end>")]
 )
 def test_a_response_ends_in_what_the_template_writes(mark: str, learned: str, special: bool) -> None:
     tokenizer = turn_tokenizer(mark, special=special)

@@ -59,10 +59,7 @@ def test_homes_that_are_none(home: str, nobody: Path, monkeypatch, capsys) -> No
     assert "SHEEPRLHF_CACHE=~/.cache/sheeprlhf" in message and "data.cache_dir" in message
 
 
-@pytest.mark.parametrize(
-    "key",
-    ["root_dir", "hydra.run.dir", "task.sft_experiment_dir"],
-)
+@pytest.mark.parametrize("key", ["root_dir", "hydra.run.dir", "task.sft_experiment_dir"])
 def test_a_home_of_nobody_is_named_with_its_option(key: str, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     task = ["task=dpo"] if key.startswith("task.") else []
