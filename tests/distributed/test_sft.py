@@ -13,7 +13,6 @@ from tests.support.jobs import ColdJob, JobServer, site
 from tests.support.runs import result_of, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
-TWO = "fabric.devices=2"
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
 RECORDING = """
 import hashlib, json, os, time
@@ -37,10 +36,6 @@ def recording(fabric, module, *rest, **options):
     return result
 loop.update = recording
 """
-
-
-def start(words: list[str], log: Path, **environment: str) -> ColdJob:
-    return ColdJob([*words, TWO], log, OMP_NUM_THREADS="1", **environment)
 
 
 class Whole(NamedTuple):
@@ -73,7 +68,7 @@ def test_processes_begin_alike_and_drop_differently(whole: Whole) -> None:
 def in_training(whole: Whole, tmp_path: Path) -> ColdJob:
     """A job that has just validated at step 8; its checkpoint of step 4 is there."""
     words = [*whole.words, f"hydra.run.dir={tmp_path / 'run'}"]
-    job = start(words, tmp_path / "log", PYTHONPATH=whole.path)
+    job = ColdJob([*words, "fabric.devices=2"], tmp_path / "log", OMP_NUM_THREADS="1", PYTHONPATH=whole.path)
     job.wait_for("step 8  val", 150)
     assert len(job.group()) == 2
     return job
@@ -107,13 +102,12 @@ def test_a_signal_saves_on_both(whole: Whole, server: JobServer, tmp_path: Path)
     assert_resumed_like(whole, server, tmp_path)
 
 
-@pytest.mark.slow
-def test_a_mistake_is_told_once(tmp_path: Path, model_folder: ModelFolder) -> None:
+def test_a_mistake_is_reported_once(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
     """Both processes find it; neither waits for the other."""
     data = tmp_path / "bad.jsonl"
     data.write_text('{"prompt": "a", "response": [3]}\n')
-    job = start(train_words(model_folder(), data, tmp_path / "run"), tmp_path / "log")
-    assert job.wait(100) == 2, job.text()
-    assert job.text().count("bad.jsonl line 1: column 'response'") == 1
+    job = server.start_ranks(train_words(model_folder(), data, tmp_path / "run"), tmp_path / "log", 2)
+    assert [rank.wait(100) for rank in job.ranks] == [2, 2], job.texts()
+    assert job.texts().count("bad.jsonl line 1: column 'response'") == 1
     assert "Traceback" not in job.text()
     job.assert_all_gone()

@@ -19,13 +19,13 @@ from sheeprlhf.cli import run
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.launch import _entry, _seed
 from sheeprlhf.structure.rollout import BestOfNConfig
-from tests.distributed.test_evaluations import results_of
 from tests.support.models import make_model_folder
 from tests.support.runs import ONLINE_TASKS, WRITERS, figures, train_words, write_rows
 from tests.unit.engine.toy import on_ranks
 
 LORA = ("model.finetune_mode=LORA", "model.lora_cfg.rank=4")
 FSDP2 = ("fabric.strategy=fsdp2", "fabric.devices=2")
+DDP = ("fabric.strategy=ddp", "fabric.devices=2")
 SPREAD = "reward.path=tests.support.rewards:spread"
 ONE_ROW = ("task.micro_batch_size=1",)  # ranks have different numbers of forward passes
 EVERYTHING = ("task.share_trunk=true", "task.ptx_coeff=0.5", "task.ptx_batch_size=3", "task.ema_decay=0.8")
@@ -47,7 +47,7 @@ CASES = {
     "rm lora": Case("rm", LORA),
     "dpo": Case("dpo", own=(*FSDP2, *ONE_ROW)),
     "dpo lora": Case("dpo", LORA),
-    "dpo lora ddp": Case("dpo", LORA, ("fabric.strategy=ddp", "fabric.devices=2")),
+    "dpo lora ddp": Case("dpo", LORA, DDP),
     "dpo bf16": Case("dpo", own=(*FSDP2, "fabric.precision=bf16-mixed"), tolerance=0.05),
     "dpo offload": Case("dpo", own=(*FSDP2, "fabric.offload=cpu")),
     "dpo replicas": Case("dpo", own=(*FSDP2, "fabric.replicas=2")),
@@ -65,16 +65,17 @@ CASES = {
     "ppo everything": Case("ppo", EVERYTHING),
     "ppo lora everything": Case("ppo", (*LORA, *EVERYTHING), reward="rm lora"),
 }
-EVALUATIONS = {  # of the run of a case
-    "perplexity": ("sft", "task=perplexity"),
-    "rouge": ("sft", "task=rouge generation.max_new_tokens=6 task.num_samples=1"),  # a process without a row
-    "generate": ("sft", "task=generate generation.max_new_tokens=6 generation.do_sample=true"),
-    "preference of a reward model": ("rm", "task=preference"),
-    "preference of adapters": ("dpo lora", "task=preference"),
-    "reward": ("dpo lora", "task=reward generation.max_new_tokens=6 reward=model task.against=start"),
-    "frontier": ("grpo", f"task=frontier generation.max_new_tokens=6 task.best_of=2 reward=function {SPREAD}"),
+SAMPLED = "task=generate generation.max_new_tokens=6 generation.do_sample=true generation.top_p=0.9"
+EVALUATIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {  # of the run of a case
+    "perplexity": ("sft", "task=perplexity", FSDP2),
+    "rouge": ("sft", "task=rouge generation.max_new_tokens=24 task.mini_batch_size=4", DDP),
+    "generate": ("sft", f"{SAMPLED} task.num_samples=1", FSDP2),  # a process without a row
+    "preference of a reward model": ("rm", "task=preference", FSDP2),
+    "preference of adapters": ("dpo lora", "task=preference", FSDP2),
+    "reward": ("dpo lora", "task=reward generation.max_new_tokens=6 reward=model task.against=start", DDP),
+    "frontier": ("grpo", f"task=frontier generation.max_new_tokens=6 task.best_of=2 reward=function {SPREAD}", FSDP2),
 }
-IN_CI = ("sft", "dpo lora", "ppo lora", "perplexity")
+IN_CI = ("sft", "dpo lora", "ppo lora", "perplexity", "rouge", "generate", "reward")
 # The last step of a task with a dataset has a single row, so that one of two processes has none.
 LENGTH = {
     False: ("task.mini_batch_size=8", "task.epochs=1", "task.eval_interval=5", "task.save_interval=5"),
@@ -83,11 +84,20 @@ LENGTH = {
 NOT_OF_BEST_OF_N = ("optim.", *(f"task.{name}=" for name in sorted(BestOfNConfig.unread)))
 
 
+def results_of(run_dir: Path) -> dict[str, Any]:
+    """Every result, without its time, and every row."""
+    found: dict[str, Any] = {}
+    for path in (run_dir / "eval").glob("*.json*"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.suffix == ".jsonl" else None
+        found[path.name] = lines or json.loads(path.read_text()) | {"time": None}
+    return found
+
+
 def words_of(name: str, folder: Path, target: Path) -> list[str]:
     """The command of a case or an evaluation, but for the strategy."""
     if name in EVALUATIONS:
         words = EVALUATIONS[name][1].split()
-        scores = [f"task.rm_experiment_dir={folder / 'one' / 'rm'}"] if "reward=model" in words else []
+        scores = [f"task.rm_experiment_dir={folder / 'one' / 'rm lora'}"] if "reward=model" in words else []
         return ["eval", *words, f"experiment_dir={target}", *scores]
     task, extra, _, reward = CASES[name][:4]
     sampled, data = task in (*ONLINE_TASKS, "best_of_n"), folder / f"{task}.jsonl"
@@ -108,7 +118,7 @@ def run_two(_: Any, folder: Path, names: list[str]) -> None:
     for name in names:
         target = folder / "two" / name
         verb, *words = words_of(name, folder, target)
-        words += CASES[name].own if name in CASES else FSDP2
+        words += CASES[name].own if name in CASES else EVALUATIONS[name][2]
         config = compose(verb, words + [f"data.cache_dir={folder / 'cache'}"] * (verb == "train")).config
         fabric = make_fabric(config.fabric)
         fabric.launch()
@@ -135,7 +145,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
                 rows = 14 if task in (*ONLINE_TASKS, "best_of_n") else 33
                 WRITERS.get(task, write_rows)(folder / f"{task}.jsonl", rows)
             needed = {CASES[one].reward for one in names if one in CASES}
-            needed |= {EVALUATIONS[one][0] for one in names if one in EVALUATIONS}
+            needed |= {EVALUATIONS[one][0] for one in names if one in EVALUATIONS} | {"rm lora"}
             for one in (one for one in CASES if one in names or one in needed):
                 run(words_of(one, folder, folder / "one" / one))
             for one in (one for one in names if one in EVALUATIONS):

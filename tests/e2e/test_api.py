@@ -114,7 +114,7 @@ def test_a_training_runs_in_another_thread_than_the_main_one(tmp_path: Path, mod
     assert len(found[0].metrics["train/loss"]) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_job_on_several_devices_has_processes_of_its_own(tmp_path: Path, model_folder: ModelFolder) -> None:
     options = words(tmp_path, model_folder(), "fabric.devices=2")
     run = train(options)

@@ -11,8 +11,8 @@ import pytest
 
 from sheeprlhf.cli import run
 from sheeprlhf.task.train.best_of_n import RowWriter
-from tests.distributed.test_sft import start
-from tests.support.runs import digests, write_rows
+from tests.support.jobs import JobServer
+from tests.support.runs import digests, exit_code, write_rows
 
 ModelFolder = Callable[..., Path]
 
@@ -59,8 +59,7 @@ def test_fine_tuning_on_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[s
     data = json.loads((tmp_path / "sft" / "data_report.json").read_text())["splits"]["train"]
     assert data["kept"] == len(kept)
     assert (tmp_path / "sft" / "final").is_dir()
-    with pytest.raises(SystemExit):
-        run(["train", "task=dpo", f"task.sft_experiment_dir={tmp_path / 'best'}"])
+    assert exit_code(["train", "task=dpo", f"task.sft_experiment_dir={tmp_path / 'best'}"]) != 0
     assert "task=best_of_n" in capsys.readouterr().err
 
 
@@ -104,18 +103,20 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_nothing_kept_is_told(tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        run(words(model_folder(), write_rows(tmp_path / "rows.jsonl"), tmp_path / "run", "task.min_score=9"))
+def test_nothing_kept_is_an_error(
+    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl")
+    assert exit_code(words(model_folder(), rows, tmp_path / "run", "task.min_score=9")) != 0
     told = capsys.readouterr().err
     assert "kept" in told and "task.min_score=9" in told
     assert not (tmp_path / "run" / "dataset").exists()
 
 
 @pytest.mark.nightly
-def test_two_processes_write_what_one_writes(tmp_path: Path, model_folder: ModelFolder) -> None:
+def test_two_processes_write_what_one_writes(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
     data = write_rows(tmp_path / "rows.jsonl")
-    job = start(words(model_folder(), data, tmp_path / "two"), tmp_path / "log")
+    job = server.start_ranks(words(model_folder(), data, tmp_path / "two"), tmp_path / "log", 2)
     run(words(model_folder(), data, tmp_path / "one"))
     assert job.wait(150) == 0, job.text()
     assert digests(tmp_path / "two" / "dataset") == digests(tmp_path / "one" / "dataset")

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from sheeprlhf.cli import run
 from sheeprlhf.config.run_lookup import read_run_config
 from tests.support.models import make_model_folder
-from tests.support.runs import train
+from tests.support.runs import exit_code, train
 from tests.support.talking import LORA, says
 
 MINE = (
@@ -83,9 +83,7 @@ def test_another_one_can_be_chosen_for_a_conversation(
         run(["chat", str(word), "--chat-template", "zephyr"])
         assert prompts[-1].removeprefix("<s>") == "<|user|>\n3 times</s>\n<|assistant|>\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("3 times"))
-    with pytest.raises(SystemExit) as stop:
-        run(["chat", str(runs["model"]), "--chat-template", "zepyhr"])
-    assert stop.value.code == 2
+    assert exit_code(["chat", str(runs["model"]), "--chat-template", "zepyhr"]) == 2
     assert "zephyr" in capsys.readouterr().err
 
 

@@ -15,8 +15,7 @@ import pytest
 from sheeprlhf.apps.serve.demo import AUTH, open_page, short_names
 from sheeprlhf.cli import run
 from sheeprlhf.config.model_lookup import find_trained
-from tests.support.browser import find_chromium
-from tests.support.devtools import Page
+from tests.support.devtools import Page, find_chromium
 from tests.support.talking import says
 
 EVIL = "<script>window.hit = 1</script><img src=x onerror='window.hit = 2'>[x](javascript:window.hit=3) **bold**"

@@ -28,7 +28,7 @@ from sheeprlhf.task.text_generator import load_reward_scorer
 from sheeprlhf.utils.errors import ConfigError
 from tests.support.hub import UploadHub, serve_uploads
 from tests.support.models import BOS, EOS, PAD, VOCAB
-from tests.support.runs import digests
+from tests.support.runs import digests, exit_code
 from tests.support.talking import TEMPLATE, make_runs, write_result
 
 IDS = torch.tensor([[257, *b"5 the quick brown fox?", *b" lazy dog.", 258]])
@@ -56,9 +56,7 @@ def of_folder(folder: Path) -> torch.Tensor:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run(["export", *map(str, words)])
-    assert stop.value.code == 2
+    assert exit_code(["export", *map(str, words)]) == 2
     return capsys.readouterr().err
 
 

@@ -17,7 +17,7 @@ from sheeprlhf.config.model_lookup import POLICY, REWARD_MODEL, find_trained
 from sheeprlhf.config.run_lookup import newest_finished, newest_unfinished, read_run_config
 from sheeprlhf.utils.errors import ConfigError
 from tests.support.models import make_model_folder
-from tests.support.runs import write_pairs, write_rows
+from tests.support.runs import exit_code, write_pairs, write_rows
 from tests.support.talking import LORA
 
 
@@ -46,9 +46,7 @@ def run_of(place: Path, name: str) -> Path:
 
 
 def printed_error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run(list(words))
-    assert stop.value.code == 2
+    assert exit_code(list(words)) == 2
     return capsys.readouterr().err
 
 

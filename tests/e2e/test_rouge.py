@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.cli import run
 from sheeprlhf.task.eval.rouge import ROUGE_TYPES
-from tests.support.runs import train, write_rows
+from tests.support.runs import exit_code, train, write_rows
 
 ModelFolder = Callable[..., Path]
 NEW_TOKENS = 24
@@ -117,9 +117,7 @@ def test_what_cannot_be_generated_or_was_cut_is_said(
     data.write_text("".join(json.dumps({"prompt": "p" * 10, "response": text}) + "\n" for text in texts))
     words = ["eval", "task=rouge", "model=auto", f"model.repo_name={model_folder()}", f"output_dir={tmp_path}"]
     words += ["data=local", f"data.train_file={data}", f"data.test_file={data}"]
-    with pytest.raises(SystemExit) as stop:
-        run([*words, "data.max_length=100", "data.max_prompt_length=50", "generation.max_new_tokens=118"])
-    assert stop.value.code == 2
+    assert exit_code([*words, "data.max_length=100", "data.max_prompt_length=50", "generation.max_new_tokens=118"]) == 2
     error = capsys.readouterr().err
     assert "generation.max_new_tokens=117" in error
     run([*words, "data.max_length=30", "data.max_prompt_length=20", "generation.max_new_tokens=4"])

@@ -20,7 +20,7 @@ from sheeprlhf.structure.task import DPOConfig
 from sheeprlhf.task.train.dpo import dpo_loss
 from sheeprlhf.task.train.sft import sft_loss
 from tests.faults.bad_data import CASES, SPECIAL
-from tests.faults.bad_file import GOOD, PAIR, Bad, as_csv, jsonl
+from tests.faults.bad_file import GOOD, PAIR, Bad, jsonl
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts
 
 
@@ -105,32 +105,6 @@ def words(model: Path, file: Path, folder: Path, *more: str, task: str = "sft") 
     data = ["data=local", f"data.train_file={file}", "data.max_length=48", "data.max_prompt_length=24"]
     options = ["dry_run=true", f"hydra.run.dir={folder}", "generation.max_new_tokens=2", *more]
     return ["train", f"task={task}", "model=auto", f"model.repo_name={model}", *data, *options]
-
-
-@pytest.mark.parametrize(
-    ("task", "name", "content", "says"),
-    [
-        ("sft", "a.jsonl", jsonl([GOOD]) + b'{"prompt": "p"\n', "a.jsonl line 2: malformed JSON"),
-        ("dpo", "a.csv", as_csv([PAIR | {"margin": "x"}]), "a.csv line 2: column 'margin'"),
-    ],
-)
-def test_bad_data_by_the_whole_command_line(
-    task: str,
-    name: str,
-    content: bytes,
-    says: str,
-    model_folder: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(SystemExit) as stop:
-        cli.run(words(model_folder(), tmp_path / name, tmp_path / "run", task=task))
-    told = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert says in told
-    assert told.startswith("sheeprlhf cannot continue:\n  - ")
-    assert len(told.splitlines()) <= 5
 
 
 @pytest.mark.parametrize("only", [False, True])

@@ -20,7 +20,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.faults.test_cache_kills import content_of, processes_with
 from tests.faults.test_kill import versions
 from tests.support.hub import serve
 from tests.support.jobs import Job, JobServer
@@ -50,6 +49,22 @@ constants.ENDPOINT = {endpoint!r}
 constants.HUGGINGFACE_CO_URL_TEMPLATE = {endpoint!r} + "/{{repo_id}}/resolve/{{revision}}/{{filename}}"
 constants.HF_HUB_CACHE = {cache!r}
 """
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def processes_with(text: str) -> list[int]:
+    """The pids of processes that were started with this text in their environment."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if text.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
 
 
 class Command(NamedTuple):

@@ -37,7 +37,6 @@ from tests.support.batches import as_read, by_definition
 from tests.unit.data.toy import BOS_TEMPLATE, byte_tokenizer
 
 FEW = 170  # of each of the three sources
-MANY = pytest.param(400, marks=pytest.mark.slow)
 ALL = pytest.param(3_334, marks=pytest.mark.nightly)
 FORMATS = (LocalDataConfig, DocstringsConfig, SummarizationConfig, HelpfulHarmlessConfig)
 TOKENIZERS = [
@@ -81,7 +80,7 @@ def fuzz(examples: int, *strategies: st.SearchStrategy[Any]) -> Callable[[Callab
     return run
 
 
-@pytest.mark.parametrize("examples", [FEW, MANY, ALL])
+@pytest.mark.parametrize("examples", [FEW, ALL])
 def test_any_bytes(examples: int, tmp_path: Path) -> None:
     good = [
         b'{"prompt": "p", "response": "r"}',
@@ -101,7 +100,7 @@ def test_any_bytes(examples: int, tmp_path: Path) -> None:
             assert [row.number for row in rows] == list(range(len(rows)))
 
 
-@pytest.mark.parametrize("examples", [FEW, MANY, ALL])
+@pytest.mark.parametrize("examples", [FEW, ALL])
 def test_any_row(examples: int, tmp_path: Path) -> None:
     @fuzz(examples, st.lists(json_rows, min_size=1, max_size=3), st.sampled_from(FORMATS), st.booleans())
     def check(rows: list[dict[str, Any]], options: type[DataConfig], array: bool) -> None:
@@ -156,7 +155,7 @@ def check_message(error: DataError, place: str) -> None:
     assert "\n" not in str(error)
 
 
-@pytest.mark.parametrize("examples", [FEW, MANY, ALL])
+@pytest.mark.parametrize("examples", [FEW, ALL])
 def test_any_text(examples: int) -> None:
     @fuzz(examples, st.lists(text_rows, min_size=1, max_size=5), limits, st.sampled_from(TOKENIZERS), st.booleans())
     def check(rows: list[dict[str, str]], options: tuple[int, int, int, str], tokenizer: Any, pairs: bool) -> None:

@@ -66,7 +66,7 @@ def signalled(server: JobServer, whole: Whole, tmp_path: Path, signum: int, step
     ("signum", "code"),
     [
         (signal.SIGTERM, 143),
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.nightly),
         pytest.param(signal.SIGQUIT, 131, marks=pytest.mark.nightly),
     ],
 )
@@ -208,7 +208,7 @@ def test_interrupt_while_data_is_prepared(server: JobServer, whole: Whole, tmp_p
 @pytest.mark.slow
 def test_a_signal_reaches_the_tokenising_processes_too(whole: Whole, tmp_path: Path) -> None:
     """A terminal sends it to every process of the group."""
-    data = big_file(tmp_path / "big.jsonl", 400_000)
+    data = big_file(tmp_path / "big.jsonl", 200_000)
     words = [*whole.in_dir(tmp_path / "run"), f"data.train_file={data}", "data.num_proc=2"]
     job = ColdJob(words, tmp_path / "log", SHEEPRLHF_CACHE=str(tmp_path / "cache"))
     interrupted_preparation(job, tmp_path / "cache", lambda: os.killpg(job.pid, signal.SIGHUP), signal.SIGHUP)

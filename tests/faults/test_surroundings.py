@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.cli import run
-from tests.support.jobs import ColdJob
+from tests.support.jobs import JobServer
 from tests.support.runs import digests, result_of, train, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
@@ -59,12 +59,14 @@ def test_other_data_is_refused_and_the_run_left_alone(
 
 
 @pytest.mark.slow
-def test_the_seed_of_hashes_and_the_directory_change_no_weight(tmp_path: Path, model_folder: ModelFolder) -> None:
-    """Workers and intervals do not either: tests/e2e/test_sft.py."""
+def test_the_seed_of_hashes_and_the_directory_change_no_weight(
+    server: JobServer, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    """The server's process has its own seed of hashes. Workers and intervals: tests/e2e/test_sft.py."""
     data = write_rows(tmp_path / "rows.jsonl")
     expected = result_of(train(model_folder(), data, tmp_path / "first", *SHORT, *LORA), 8)
     (tmp_path / "elsewhere").mkdir()
     words = train_words(model_folder(), data, tmp_path / "second", *SHORT, *LORA)
-    job = ColdJob(words, tmp_path / "elsewhere" / "log", PYTHONHASHSEED="12345", OMP_NUM_THREADS="1")
+    job = server.start(words, tmp_path / "elsewhere" / "log")
     assert job.wait(400) == 0, job.text()
     assert result_of(tmp_path / "second", 8) == expected

@@ -11,7 +11,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.data.example": ("tests/unit/data/test_collate.py",),
     "sheeprlhf.data.rows": ("tests/unit/data/test_labels.py",),
     "sheeprlhf.data.store": ("tests/unit/data/test_mismatch.py",),
-    "sheeprlhf.data.sampler": ("tests/unit/data/test_sampler.py", "tests/unit/data/test_loader.py"),
+    "sheeprlhf.data.sampler": ("tests/unit/data/test_sampler.py",),
     "sheeprlhf.data.tokenize": ("tests/unit/data/test_tokenize.py", "tests/unit/data/test_prompts.py"),
     "sheeprlhf.agent.batches": ("tests/unit/agent/test_batches.py", "tests/unit/agent/test_policy.py"),
     "sheeprlhf.model.lm_head": (
@@ -21,10 +21,10 @@ TARGETS: dict[str, tuple[str, ...]] = {
     ),
     "sheeprlhf.model.attention": ("tests/unit/model/test_attention.py", "tests/unit/rollout/test_sampler.py"),
     "sheeprlhf.rollout.sampler": ("tests/unit/rollout/test_sampler.py",),
-    "sheeprlhf.rollout.engines": ("tests/unit/rollout/test_stop.py", "tests/unit/rollout/test_engines.py"),
+    "sheeprlhf.rollout.engines": ("tests/unit/rollout/test_sampler.py", "tests/unit/rollout/test_engines.py"),
     "sheeprlhf.agent.policy": (
         "tests/unit/agent/test_policy.py",
-        "tests/unit/agent/test_ema.py",
+        "tests/unit/agent/test_policy.py",
         "tests/parity/test_packed_equals_padded.py",
     ),
     "sheeprlhf.reward.functions": ("tests/unit/reward/test_functions.py",),

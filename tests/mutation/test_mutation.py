@@ -101,7 +101,7 @@ def test_a_sample_is_killed() -> None:
     assert result["killed"] >= 10
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_survivors_are_reported() -> None:
     code, result = run("sheeprlhf.loss.sft", "--sample", "2", "--tests", "tests/unit/loss/test_ppo.py")
     assert (code, result["killed"]) == (1, 0)

@@ -8,7 +8,7 @@ import pytest
 
 from sheeprlhf.cli import run
 from sheeprlhf.security.redaction import redact_text
-from tests.support.runs import train_words, write_rows
+from tests.support.runs import exit_code, train_words, write_rows
 
 ENVIRONMENT = {
     "HF_TOKEN": "hf_canaryOneOfTheEnvironmentABCDEFGHIJK",
@@ -69,8 +69,10 @@ def test_no_canary_is_in_a_traceback(canaries: Path, tmp_path: Path, model_folde
         raise RuntimeError(f"refused with {os.environ['AWS_SECRET_ACCESS_KEY']} and \x1b]8;;http://h\x07{COMMAND_LINE}")
 
     monkeypatch.setattr(launch, "_run_task", fail)
-    with pytest.raises(SystemExit):
-        run([*train_words(model_folder(), write_rows(tmp_path / "rows.jsonl"), canaries / "run"), "debug=true"])
+    assert (
+        exit_code([*train_words(model_folder(), write_rows(tmp_path / "rows.jsonl"), canaries / "run"), "debug=true"])
+        != 0
+    )
     printed = capsys.readouterr()
     assert "Traceback" in printed.err and "refused with <redacted>" in (canaries / "run" / "error.log").read_text()
     assert seen(CANARIES, canaries, printed.out, printed.err) == []
@@ -91,10 +93,8 @@ WORDS = [
 
 
 def test_a_secret_on_the_command_line_is_refused_by_name(canaries: Path, capsys) -> None:
-    with pytest.raises(SystemExit) as stop:
-        run(["train", "task=sft", *WORDS])
+    assert exit_code(["train", "task=sft", *WORDS]) == 2
     printed = capsys.readouterr()
-    assert stop.value.code == 2
     told = [line for line in printed.err.splitlines() if "credential" in line]
     for word in WORDS:
         assert sum(word.partition("=")[0].lstrip("+") in line for line in told) == 1, word

@@ -14,9 +14,9 @@ import pytest
 from packaging.requirements import Requirement
 
 from sheeprlhf.apps.doctor import versions
-from sheeprlhf.cli import run
 from sheeprlhf.security.version_guard import BANNED, FLOORS, OPTIONAL, check_versions, version_problem
 from sheeprlhf.utils.errors import ConfigError
+from tests.support.runs import exit_code
 
 DENIED = {
     "lightning": ["2.6.2", "2.6.3", "2.6.2+local", "2.6.5", "2.6.1", "2.6.6rc1", "2.6.6.dev20260901", "2.5.0.post0"],
@@ -121,9 +121,7 @@ def test_a_command_is_refused_before_it_imports_anything(
     monkeypatch.setattr(importlib.metadata, "version", lambda asked: bad if asked == name else real(asked))
     monkeypatch.chdir(tmp_path)
     before = set(sys.modules)
-    with pytest.raises(SystemExit) as stop:
-        run(STARTS[command].split())
-    assert stop.value.code == 2
+    assert exit_code(STARTS[command].split()) == 2
     assert f"{name} {bad}" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
     assert not {found.partition(".")[0] for found in set(sys.modules) - before} & {"torch", "lightning", "transformers"}

@@ -78,7 +78,7 @@ TRAPS = {
         tests/distributed/test_tasks.py::test_two_processes_equal_one""",
     "18 epochs, resumed runs and ranks share random numbers": """
         tests/unit/data/test_sampler.py::test_epochs_and_seeds_differ_and_repeat
-        tests/unit/engine/test_resume.py::test_two_ranks_resume_bit_for_bit
+        tests/unit/engine/test_ranks.py::test_two_ranks_resume_bit_for_bit
         tests/distributed/test_sft.py::test_processes_begin_alike_and_drop_differently""",
     "19 the head of a reward model is lost on the way to disk": """
         tests/e2e/test_rm.py::test_plain_transformers_gives_our_scores

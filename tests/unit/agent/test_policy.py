@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.agent import batches as batching_module
 from sheeprlhf.agent.batches import packing_problem
-from sheeprlhf.agent.policy import Policy, load_policy
+from sheeprlhf.agent.policy import EMA, Policy, load_policy
 from sheeprlhf.data.example import collate_packed, collate_padded
+from sheeprlhf.engine.checkpoint import saved_tensors
 from sheeprlhf.model.attention import packing_limit, placeholder_mask
 from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.lora import add_lora
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.support.batches import random_examples
@@ -158,3 +160,35 @@ def test_noise_is_scaled_by_the_length_of_each_row(packed: bool, model_folder: M
     noisy_N.sum().backward()
     assert model.get_input_embeddings().weight.grad is not None
     assert torch.equal(policy.eval()(batch).target_N, clean_N)  # a validation has none
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_it_is_the_weighted_sum_of_all_steps(lora: bool, model_folder: ModelFolder) -> None:
+    """After n steps: decay^n of the start and (1 - decay) * decay^(n-k) of the k-th."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
+    policy = Policy(add_lora(model, LORAConfig(rank=2)) if lora else model)
+    average = EMA(policy, 0.75)
+    names = saved_tensors(policy.model).keys()
+    assert saved_tensors(average).keys() == {f"model.{name}" for name in names}
+    assert lora == all("lora_" in name for name in names)
+    assert not any(p.requires_grad for p in average.parameters())
+
+    torch.manual_seed(0)
+    history = [{name: tensor.detach().clone() for name, tensor in saved_tensors(policy.model).items()}]
+    for _ in range(3):
+        with torch.no_grad():
+            for tensor in saved_tensors(policy.model).values():
+                tensor.add_(torch.randn_like(tensor))
+        history.append({name: tensor.detach().clone() for name, tensor in saved_tensors(policy.model).items()})
+        average.update()
+    factors = [0.75**3, 0.25 * 0.75**2, 0.25 * 0.75, 0.25]
+    expected = {name: sum(f * of[name] for f, of in zip(factors, history, strict=True)) for name in names}
+    held = {name: tensor.clone() for name, tensor in saved_tensors(average).items()}
+    for name in names:
+        assert_close(held[f"model.{name}"], expected[name], rtol=0, atol=1e-6)
+
+    with average.swap_in():
+        inside = saved_tensors(policy.model)
+        assert all(torch.equal(inside[name], held[f"model.{name}"]) for name in names)
+    assert all(torch.equal(tensor, history[-1][name]) for name, tensor in saved_tensors(policy.model).items())
+    assert all(torch.equal(tensor, held[name]) for name, tensor in saved_tensors(average).items())

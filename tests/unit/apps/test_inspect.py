@@ -12,9 +12,7 @@ from sheeprlhf.apps import inspect
 from sheeprlhf.apps.inspect import Viewer, draw_histograms, text_histogram, token_texts, trained_tokens
 from sheeprlhf.cli import run
 from sheeprlhf.data.example import collate_packed
-from sheeprlhf.data.store import SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow, encode
-from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.utils.errors import DataError
 from tests.support.batches import random_examples
 from tests.support.runs import exit_code
@@ -98,12 +96,6 @@ def test_tokens_that_the_example_masks_are_not_marked(num_responses: int) -> Non
         mask = np.concatenate([np.append(rng.random(len(ids) - 1) < 0.5, True) for ids in one.responses])
         marked = trained_tokens(collate_packed([one._replace(trained=mask)])).numpy()
         assert marked.tolist() == [False] * len(one.prompt_ids) + mask.tolist()
-
-
-def test_a_mask_that_does_not_fit_its_tokens_is_a_bug() -> None:
-    batch = collate_packed([example([1, 2, 3], [4, 5])])
-    with pytest.raises(AssertionError, match="not the token at its place"):
-        trained_tokens(batch._replace(logit_index_N=batch.logit_index_N.flip(0)))
 
 
 def test_two_bos_are_a_warning(home: Path, capsys: pytest.CaptureFixture) -> None:
@@ -294,33 +286,3 @@ def test_prompts_alone(home: Path, capsys: pytest.CaptureFixture, monkeypatch: p
     assert "prompt 3 tokens, no response" in printed
     assert not any(line.startswith("+ ") and "trained on" not in line for line in printed.splitlines())
     assert [path.read_bytes()[:4] for path in (home / "out").glob("*.png")] == [b"\x89PNG"]
-
-
-def test_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.figure import Figure
-
-    writer = SplitWriter(tmp_path / "train.arrow")
-    sizes = [(3, 4), (3, 9), (20, 60)]
-    tokens = np.zeros(80, dtype=np.int32)
-    writer.write([TokenRow(i, (0, 0), tokens=tokens[: p + r], sizes=(p, r)) for i, (p, r) in enumerate(sizes)])
-    writer.close()
-    drawn: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
-    cfg = LocalDataConfig(max_prompt_length=30, max_length=999)
-    image = draw_histograms({"train": TokenizedSplit(tmp_path / "train.arrow")}, cfg, "title", inspect.SIGNATURE)
-    (tmp_path / "image.png").write_bytes(image)
-    assert image.startswith(b"\x89PNG")
-    assert inspect._is_own_file(tmp_path / "image.png")
-    prompt, response, total = drawn[0].axes
-    assert [(p.get_x() + 0.5, p.get_height()) for p in prompt.patches if p.get_height()] == [(3, 2), (20, 1)]
-    assert [sum(p.get_height() for p in axes.patches) for axes in (response, total)] == [3, 3]
-    [limit] = prompt.lines
-    assert limit.get_xdata()[0] == 30.5  # between the last length that fits and the first that does not
-    assert prompt.get_xlim()[1] > 30.5
-    assert [len(axes.lines) for axes in (response, total)] == [0, 0]  # the limit of 999 is too far away to draw
-    told = [text.get_text() for text in (*prompt.texts, *total.texts)]
-    assert "data.max_prompt_length = 30" in told
-    assert any(text.startswith("data.max_length") for text in told)
-    assert {axes.get_xlabel() for axes in (prompt, response, total)} == {"tokens"}
-    assert prompt.get_ylabel() == "train: 3 rows"

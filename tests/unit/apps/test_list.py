@@ -13,6 +13,7 @@ from sheeprlhf.apps.runs import find_past_runs, past_run
 from sheeprlhf.cli import run
 from sheeprlhf.config.registry import choices
 from sheeprlhf.engine.rundir import RunLock, is_locked
+from tests.support.runs import exit_code
 
 STARTED = 1_700_000_000.0
 
@@ -250,9 +251,7 @@ def test_many_runs_are_cut_and_counted(capsys, tmp_path, monkeypatch):
 def test_a_wrong_word_is_answered(words, expected, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "main").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        run(["list", *words.split()])
+    assert exit_code(["list", *words.split()]) == 2
     printed = capsys.readouterr()
-    assert stop.value.code == 2
     assert printed.out == ""
     assert expected in printed.err

@@ -1,6 +1,8 @@
 """`report` shows what the files of runs say, nothing of which a browser obeys, and overwrites nothing of others."""
 
 import json
+import math
+import random
 import re
 import subprocess
 import sys
@@ -13,14 +15,23 @@ import pyarrow.parquet as pq
 import pytest
 
 from sheeprlhf.apps import runs as run_files
-from sheeprlhf.apps.report.chart import MAX_RUNS
+from sheeprlhf.apps.report.chart import (
+    MAX_RUNS,
+    calibration_bins,
+    charts_of,
+    downsample,
+    draw_curves,
+    group_tags,
+    wilson,
+)
 from sheeprlhf.apps.report.command import write_report
-from sheeprlhf.apps.report.page import point_table
-from sheeprlhf.apps.runs import parse_evaluation
+from sheeprlhf.apps.report.page import duration_text, figure_text, point_table
+from sheeprlhf.apps.runs import Curve, parse_evaluation
 from sheeprlhf.cli import run
 from sheeprlhf.engine.rundir import RunLock
-from tests.support.browser import dump_dom, find_chromium
+from tests.support.devtools import dump_dom, find_chromium
 from tests.support.past_runs import make_past_run, write_evaluation
+from tests.support.runs import exit_code
 
 SECTIONS = ["runs", "results", "curves", "samples", "configuration", "data", "speed"]
 ELEMENTS = set(
@@ -254,15 +265,6 @@ def test_saved_rollouts_are_shown_with_their_scores(tmp_path, page_of):
     assert {tag for tag, _ in page.elements} <= ELEMENTS
 
 
-def test_odd_shapes_of_json_are_shown_as_far_as_they_go(tmp_path, page_of):
-    folder = make_past_run(tmp_path / "run", finished=None)
-    write_evaluation(folder, "x", task="odd", big=float("inf"), a={"b": {"c": {"d": {"e": 1.0}}}}, no=None, yes=True)
-    page = page_of(folder)
-    assert "odd on docstrings/test" in page.text  # and no number of it: they are too deep, infinite or none
-    assert page.row("Runs", "took") == ["8.0 s"]
-    assert page.row("Speed and memory", "peak memory") == ["-"]
-
-
 def test_a_run_in_progress_is_shown_and_said(tmp_path, page_of, capsys):
     folder = make_past_run(tmp_path / "run", status="running", finished=None)
     with RunLock(folder):
@@ -341,14 +343,12 @@ def test_only_reports_are_replaced(name, tmp_path, capsys):
     folder, out = make_past_run(tmp_path / "run"), tmp_path / "out"
     out.mkdir()
     (out / name).write_text("my own sheeprlhf report")
-    with pytest.raises(SystemExit):
-        run(["report", str(folder), "--to", str(out), "--png"])
+    assert exit_code(["report", str(folder), "--to", str(out), "--png"]) != 0
     assert "is no" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == "my own sheeprlhf report"
     (out / name).unlink()
     (out / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(SystemExit):
-        run(["report", str(folder), "--to", str(out), "--png"])
+    assert exit_code(["report", str(folder), "--to", str(out), "--png"]) != 0
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -464,3 +464,110 @@ def test_a_browser_runs_no_script_of_a_sample_and_shows_all_sections(tmp_path, p
         assert dom.count("<svg") > 8
     assert "data-wide" not in shown
     assert int(re.findall(r'data-wide="(\d+)"', measured)[0]) <= 500  # only tables scroll sideways
+
+
+def curve(values: list[float], first: int = 0) -> Curve:
+    return Curve([first + number for number in range(len(values))], values, [0.0] * len(values))
+
+
+def points_of(svg: str) -> list[tuple[float, float]]:
+    """The points of the first run's line."""
+    path = re.search(r'd="(M[^"]*)" style="fill: none; stroke: var\(--run0\)', svg)
+    assert path is not None
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", path[1])]
+
+
+def test_points_are_drawn_to_scale():
+    [svg] = draw_curves([{0: curve([0.0, 1.0, 4.0])}])
+    (x0, y0), (x1, y1), (x2, y2) = points_of(svg)
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=1e-3)
+    assert (y0 - y2) == pytest.approx(4 * (y0 - y1), abs=1e-3)
+
+
+def test_thinning_loses_no_extreme_and_no_mean():
+    rng = random.Random(1)
+    values = [rng.gauss(0, 1) for _ in range(1_000)]
+    values[503] = 99.0
+    line = downsample(curve(values))
+    assert len(line.means) == 167  # six points each, four in the last
+    assert max(line.highs) == 99.0 and min(line.lows) == min(values)
+    counts = [6] * 166 + [4]
+    assert math.fsum(m * n for m, n in zip(line.means, counts, strict=True)) == pytest.approx(math.fsum(values))
+    assert all(low <= mean <= high for low, mean, high in zip(line.lows, line.means, line.highs, strict=True))
+    few = downsample(curve(values[:180]))
+    assert few.means == few.lows == few.highs == values[:180]
+
+
+@pytest.mark.parametrize("values", [[0.0] * 3, [3.5] * 3, [-1e-12] * 3, [1e12] * 3, [1e299, -1e299, 0.0]])
+def test_flat_and_huge_curves_have_a_chart(values):
+    [svg] = draw_curves([{0: curve(values)}])
+    assert "nan" not in svg.lower() and "inf" not in svg.lower()
+
+
+BIN = {"predicted": 0.75, "right": 0.5, "pairs": 100}
+
+
+@pytest.mark.parametrize(
+    ("right", "pairs", "expected"),
+    [(0.5, 100, (0.4038, 0.5962)), (1.0, 10, (0.7225, 1.0)), (0.0, 1, (0.0, 0.7935))],  # statsmodels, method="wilson"
+)
+def test_intervals_of_shares(right, pairs, expected):
+    assert wilson(right, pairs) == pytest.approx(expected, abs=1e-4)
+
+
+def test_only_valid_rows_of_a_calibration_are_used():
+    odd = [{"predicted": "x"}, BIN | {"right": 1.5}, BIN | {"pairs": 0}, BIN | {"pairs": 0.5}, BIN | {"right": None}]
+    [row] = calibration_bins([*odd, BIN])
+    assert (row.predicted, row.right, row.pairs) == (0.75, 0.5, 100)
+
+
+def test_tags_are_grouped_what_tells_most_first():
+    tags = ["train/lr", "val/length", "rewards/mean", "objective/kl", "train/loss", "val/rewards/margins", "val/kl"]
+    assert [(group.title, group.tags, group.open) for group in group_tags(tags)] == [
+        ("Loss", ["train/loss"], True),
+        ("Objective", ["objective/kl", "val/kl"], True),
+        ("Rewards", ["rewards/mean", "val/rewards/margins"], True),
+        ("Validation", ["val/length"], False),
+        ("Training", ["train/lr"], False),
+    ]
+
+
+def test_losses_of_different_tasks_have_charts_of_their_own():
+    a, b = curve([1.0] * 3), curve([2.0] * 3)
+    runs = [{"train/loss": a, "val/kl": a}, {"train/loss": b, "val/kl": b}, {"train/loss": a, "val/kl": curve([1, 2])}]
+    assert charts_of(["train/loss", "val/kl"], ["sft", "dpo", "sft"], runs) == {
+        "train/loss of sft": {0: a, 2: a},
+        "train/loss of dpo": {1: b},
+        "val/kl": {0: a, 1: b},
+    }
+    assert list(charts_of(["train/loss"], ["sft"] * 3, runs)) == ["train/loss"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, "-"),
+        (3, "3"),
+        (12345, "12,345"),
+        (4.0, "4"),
+        (2.8, "2.800"),
+        (-0.734, "-0.7340"),
+        (31.339, "31.34"),
+        (123456.7, "123,457"),
+        (1000.5, "1,000.5"),
+        (999.96, "1000"),
+        (5e-5, "5.00e-05"),
+        (float("inf"), "inf"),
+        (float("nan"), "nan"),
+    ],
+)
+def test_numbers_for_people(value, expected):
+    assert figure_text(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(None, "-"), (0.25, "0.2 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min")],
+)
+def test_times_for_people(seconds, expected):
+    assert duration_text(seconds) == expected

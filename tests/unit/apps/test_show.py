@@ -4,11 +4,11 @@ import pytest
 import yaml
 
 from sheeprlhf.apps.arguments import VERBS
-from sheeprlhf.apps.show import recipe_names
+from sheeprlhf.apps.show import default_choices, recipe_names
 from sheeprlhf.cli import run
 from sheeprlhf.config.compose import configs_directory
 from sheeprlhf.config.registry import ROOTS, choices, groups, options
-from sheeprlhf.structure.generation import GenConfig
+from tests.support.runs import exit_code
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -35,17 +35,6 @@ def test_a_choice_shows_all_its_options(group, name, capsys):
         assert all(value in printed for value in option.metadata["choices"])
 
 
-@pytest.mark.parametrize("verb", ROOTS)
-def test_a_command_shows_its_groups_and_own_options(verb, capsys):
-    printed = shown(capsys, verb)
-    for group in groups(verb):
-        assert f" {group}=" in printed
-        assert ", ".join(choices(group, verb)) in printed
-    for option in options(ROOTS[verb]()):
-        assert option.key in printed
-    assert ("must be given: sft" in printed) == (verb == "train")
-
-
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_shows_its_choices_and_values(name, capsys):
     printed = shown(capsys, f"experiment={name}")
@@ -57,14 +46,6 @@ def test_a_recipe_shows_its_choices_and_values(name, capsys):
     for key, value in numbers.items():
         assert f"task.{key}={value}" in printed
     assert " optimizer steps (else " in printed  # a unit and a default
-
-
-@pytest.mark.parametrize("name", recipe_names("pipeline"))
-def test_a_pipeline_shows_its_stages(name, capsys):
-    printed = shown(capsys, f"experiment={name}")
-    content = yaml.safe_load((configs_directory() / "experiment" / f"{name}.yaml").read_text())
-    assert f"`pipeline experiment={name}`" in printed
-    assert all(f" {stage} {command}".rstrip() in printed for stage, command in content["stages"].items())
 
 
 def test_an_option_is_found_by_its_full_and_by_its_last_name(capsys):
@@ -79,21 +60,6 @@ def test_an_option_is_found_by_its_full_and_by_its_last_name(capsys):
     assert "task.mini_batch_size=64 rows (with task=perplexity" in printed
     assert "debug=false (of train, eval, inspect, doctor, fetch, pipeline) Show" in shown(capsys, "debug")
     assert "model.dtype=float32 (with every model)" in shown(capsys, "dtype")
-
-
-def test_the_options_of_a_part_are_shown(capsys):
-    assert shown(capsys, "generation").count("generation.") == len(list(options(GenConfig())))
-    assert "model.lora_cfg.rank=16 (with every model)" in shown(capsys, "lora_cfg")
-    assert shown(capsys, "model.lora_cfg") == shown(capsys, "lora_cfg")
-
-
-def test_several_words_and_names_alone(capsys):
-    together = shown(capsys, "sft", "opt")
-    assert together == " ".join([shown(capsys, "task=sft"), shown(capsys, "model=opt")])
-    assert "model=auto A causal" in shown(capsys, "auto")
-    assert "fabric=auto On a CUDA" in shown(capsys, "auto")
-    assert "pretrain_tiny" in shown(capsys, "experiment")
-    assert "`show model=tiny`" in shown(capsys, "model")
 
 
 def test_a_choice_of_a_file_says_where_its_options_are(capsys, monkeypatch, tmp_path):
@@ -124,9 +90,47 @@ def test_alone_it_explains_itself(words, capsys):
     ],
 )
 def test_an_unknown_word_is_answered_with_the_nearest(words, expected, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(["show", words])
+    assert exit_code(["show", words]) == 2
     printed = capsys.readouterr()
-    assert stop.value.code == 2
     assert printed.out == ""
     assert expected in printed.err
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_the_overview_lists_all_commands(words, capsys):
+    run(words)
+    printed = capsys.readouterr().out
+    assert all(f"  {verb} " in printed for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", ROOTS)
+def test_a_command_shows_its_groups_choices_and_options(verb, capsys):
+    run([verb, "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for group in groups(verb):
+        for name, cls in choices(group, verb).items():
+            assert name in printed
+            assert " ".join((cls.__doc__ or "").splitlines()[0].split()[:4]) in printed
+    defaults = default_choices(verb)
+    for group in groups(verb):
+        default = defaults[group]
+        assert f"{group}= (default {default})" in printed or default is None
+    assert ("task= (must be given)" in printed) == (verb in ("train", "eval"))
+    trains = "task" in groups(verb) and verb != "eval"
+    assert ("Between two validations. [whole number, optimizer steps, default 100]" in printed) == trains
+    assert ("One of auto, packed, padded." in printed) == ("task" in groups(verb))
+    assert "--multirun, -m" in printed
+
+
+def test_choices_given_with_help_show_their_own_options(capsys):
+    run(["train", "task=sft", "data=local", "optim=sgd", "--help"])
+    printed = capsys.readouterr().out
+    assert "data.train_file" in printed
+    assert "optim.nesterov" in printed
+    assert "optim.betas" not in printed
+
+
+def test_the_shell_completes_behind_the_command(capsys, monkeypatch):
+    monkeypatch.setenv("COMP_LINE", "sheeprlhf train task=sft model=sm")
+    run(["-sc", "query=bash"])
+    assert "model=smollm2" in capsys.readouterr().out

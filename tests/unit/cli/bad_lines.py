@@ -279,6 +279,18 @@ BAD = [
     ("list --runs", ["--runs"]),
     ("show model=optt", ["model=optt", "model=opt"]),
     ("show optim.lrr", ["optim.lrr", "optim.lr"]),
+    # the nearest is named
+    ("perplexity", ["`eval task=perplexity`"]),
+    ("OPT", ["`train task=sft model=opt`"]),
+    ("auto", ["`train task=sft model=auto`", "`train task=sft fabric=auto`"]),
+    ("--cfg job eval", ["`eval --cfg ...`"]),
+    ("train --mini-batch-size task=sft", ["task.mini_batch_size=<value>"]),
+    ("train --multirn task=sft", ["--multirun"]),
+    ("train -x task=sft", ["-x", "`train --help`"]),
+    ("train task=sft --info=plugin", ["plugins"]),
+    ("train -sc install=bsh", ["install=bash"]),
+    ("train task=sft epochs", ["task.epochs=<value>"]),
+    ("fetch data=local", ["option data", "`train`, `eval`, `inspect`, `doctor`"]),
 ]
 
 

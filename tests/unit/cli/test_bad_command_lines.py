@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.cli import run
 from sheeprlhf.config import path_checks as places
+from sheeprlhf.config.option_checks import near_path
 from sheeprlhf.utils import hardware as machine
+from tests.support.runs import exit_code
 from tests.unit.cli.bad_lines import BAD, Asker
 
 
@@ -51,20 +52,29 @@ def test_a_secret_on_the_command_line_is_refused_by_name_and_never_repeated(
     word, secret, capsys, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        run(["train", "task=sft", word])
+    assert exit_code(["train", "task=sft", word]) == 2
     printed = capsys.readouterr()
-    assert stop.value.code == 2
     assert word.split("=")[0].lstrip("+") in printed.err
     assert "HF_TOKEN" in printed.err
     assert secret not in printed.err + printed.out
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("line", ["train --hf-token verysecret", "train --api_key=verysecret", "hf_token=verysecret"])
+def test_a_secret_written_as_a_flag_is_not_repeated(line, capsys):
+    assert exit_code(line) == 2
+    assert "verysecret" not in capsys.readouterr().err
+
+
+def test_the_nearest_name_of_a_file(tmp_path):
+    (tmp_path / "chat.jsonl").touch()
+    assert near_path(str(tmp_path / "chat.json")) == str(tmp_path / "chat.jsonl")
+    assert [near_path(path) for path in (f"{tmp_path}/zzz", f"{tmp_path}/no/chat.jsonl", "/")] == [None] * 3
+
+
 def test_all_problems_are_said_at_once(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        run(["train", "task=sft", "modle=opt", "optim.lr=abc", "generation.top_k=-1", "data=local"])
+    assert exit_code(["train", "task=sft", "modle=opt", "optim.lr=abc", "generation.top_k=-1", "data=local"]) != 0
     message = capsys.readouterr().err
     for key in ("modle", "optim.lr=abc", "generation.top_k=-1", "data.train_file is missing"):
         assert key in message
@@ -94,9 +104,7 @@ def test_a_missing_package_is_one_line_with_its_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "vaderSentiment", None)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        run(WORDS)
-    assert stop.value.code == 2
+    assert exit_code(WORDS) == 2
     assert capsys.readouterr().err.splitlines() == [
         "sheeprlhf cannot continue:",
         "  - reward.path=sentiment needs packages that are not installed (vaderSentiment): "

@@ -1,6 +1,8 @@
 """What a task receives, and what becomes of its result: the task here is a stub that records its arguments."""
 
+import resource
 import socket
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -245,3 +247,63 @@ def test_remote_code_is_announced_before_anything_loads(monkeypatch, capsys, ver
     trust = f"model.library_cfg.trust_remote_code=true model.library_cfg.revision={'0' * 40}"
     assert exit_code(f"{verb} model=auto model.repo_name=owner/name {trust}") == 0
     assert f"Python code of owner/name at {'0' * 40} will run on this machine." in capsys.readouterr().out
+
+
+ROOT = Path(__file__).parents[3]
+HEAVY = ("torch", "transformers", "datasets", "lightning", "peft", "numpy", "pandas", "pyarrow")
+PROGRAM = """
+import sys
+from sheeprlhf.cli import run
+try:
+    run(sys.argv[1:])
+except SystemExit as stop:
+    print("code", stop.code)
+print("heavy", [name for name in {heavy} if name in sys.modules])
+"""
+
+
+def cpu_seconds() -> float:
+    """Of this process's children: unlike the clock, it does not count what a busy machine does besides."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        "train --help",
+        "list runs",
+        "show model=opt lr train",
+        "train task=sft --cfg job",
+        "train task=sft fabric=auto_cuda optim.lr=abc",
+    ],
+)
+def test_help_and_errors_are_quick_and_light(line, tmp_path):
+    start = cpu_seconds()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(heavy=HEAVY), *line.split()],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    seconds = cpu_seconds() - start
+    assert "heavy []" in done.stdout, done.stdout + done.stderr
+    assert seconds < 2  # about 0.4 s
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("start", [["sheeprlhf.py"], ["-m", "sheeprlhf"]])
+def test_script_and_module_start_alike(start):
+    done = subprocess.run([sys.executable, *start], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "Commands:" in done.stdout
+    assert "train" in done.stdout
+
+
+def test_the_console_script_is_the_same_function():
+    import tomllib
+
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts["sheeprlhf"] == "sheeprlhf.cli:run"

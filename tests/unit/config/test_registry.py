@@ -133,10 +133,6 @@ def test_every_file_of_configs_composes(path, tmp_path, monkeypatch):
         assert [problem.partition(":")[0] for problem in validate(config)] == needs
 
 
-def test_choices_are_taken_in_any_letter_case_and_stored_in_one():
-    assert typed("model.finetune_mode=LoRA").model.finetune_mode == "LORA"
-
-
 def test_a_typed_configuration_is_read_only_and_hashable():
     config = typed("model.lora_cfg.targets=[q_proj,v_proj]")
     hash(config)

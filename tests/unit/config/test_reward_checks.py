@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from sheeprlhf.apps.show import type_name
 from sheeprlhf.config.overrides import readable
 from sheeprlhf.config.path_checks import absolute_value
-from sheeprlhf.config.registry import choices, config_to_dict, from_dict, options
+from sheeprlhf.config.registry import options
 from sheeprlhf.config.reward_checks import reward_problems
 from sheeprlhf.config.untrusted_config import content_problems
 from sheeprlhf.reward import functions
@@ -53,17 +52,6 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def problems(cfg: RewardSourceConfig) -> list[str]:
     return list(reward_problems(cfg))
-
-
-def test_every_choice_is_there_and_comes_back_from_a_saved_file():
-    assert set(choices("reward")) == {"auto", "model", "function", "judge", "list"}
-    cfg = from_dict("reward", {"config_name": "list", "terms": ["model", "0.5*length"], "target_length": 3})
-    assert cfg == from_dict("reward", config_to_dict(cfg)) and hash(cfg) and cfg.terms == ("model", "0.5*length")
-    assert problems(cfg) == problems(AutoRewardConfig()) == problems(ModelRewardConfig()) == []
-    assert problems(FunctionRewardConfig()) == []
-    for cls in choices("reward").values():
-        assert all(option.metadata.get("help", "").endswith(".") for option in options(cls()))
-    assert type_name(list[str]) == "texts"
 
 
 def test_the_checks_know_the_functions_that_there_are():

@@ -255,6 +255,28 @@ def test_processes_that_prepare_at_once_get_the_same_folder(tmp_path: Path, monk
     assert log.read_text() == "built\n"
 
 
+def test_a_waiting_process_takes_over_from_a_killed_one(tmp_path: Path) -> None:
+    tokenizer, cfg, building = byte_tokenizer(), local(tmp_path, rows(30)), FORK.Event()
+
+    def hold() -> None:
+        prepare_module._build = lambda *_: (building.set(), time.sleep(600))
+        prepare(cfg, tokenizer)
+
+    holder = FORK.Process(target=hold)
+    holder.start()
+    assert building.wait(60)
+    waiting = FORK.Process(target=prepare, args=(cfg, tokenizer))
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.exitcode is None
+    holder.kill()
+    waiting.join(60)
+    assert waiting.exitcode == 0
+    whole = prepare(local(tmp_path, train_file=cfg.train_file, cache_dir=str(tmp_path / "other")), tokenizer)
+    found = prepare(cfg, tokenizer)
+    assert (found.folder / "train.arrow").read_bytes() == (whole.folder / "train.arrow").read_bytes()
+
+
 def test_folders_that_are_not_ours_survive(tmp_path: Path) -> None:
     cfg, tokenizer = local(tmp_path, rows(3)), byte_tokenizer()
     folder = prepare(cfg, tokenizer).folder

@@ -186,17 +186,11 @@ def test_the_plan_by_hand() -> None:
     assert many.logits == MAX_LOGITS * 4
 
 
-TASKS = ("sft", "rm", "dpo")
-
-
+@pytest.mark.nightly
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     ("task", "mode"),
-    [
-        pytest.param(task, mode, marks=pytest.mark.slow if (task, mode) == ("sft", "LORA") else pytest.mark.nightly)
-        for task in TASKS
-        for mode in ("ALL", "LORA")
-    ],
+    [(task, mode) for task in ("sft", "rm", "dpo") for mode in ("ALL", "LORA")],
 )
 def test_a_real_run_takes_what_was_planned(task: str, mode: str, tmp_path: Path) -> None:
     """Growth of the peak memory of a process, within 25 %; freed memory is given back at once, which is no guess."""

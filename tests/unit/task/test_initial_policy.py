@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sheeprlhf.cli import run
+from tests.support.runs import exit_code
 
 ModelFolder = Callable[..., Path]
 
@@ -20,10 +20,8 @@ def test_adapters_are_checked_before_data_is_prepared(
     words = [f"task={task}", "model=auto", f"model.repo_name={model_folder()}", "data=local", f"data.train_file={rows}"]
     words += ["model.finetune_mode=LORA", f"model.lora_cfg.targets=[{targets},q_proj]", f"root_dir={tmp_path / 'runs'}"]
     words += ["reward=function", "reward.path=length", "reward.target_length=8"] if task == "grpo" else []
-    with pytest.raises(SystemExit) as stop:
-        run(["train", *words])
+    assert exit_code(["train", *words]) == 2
     printed = capsys.readouterr().err
-    assert stop.value.code == 2
     assert (
         "model.lora_cfg.targets" in printed and targets in printed and "nothing" not in printed.split("nothing was")[0]
     )

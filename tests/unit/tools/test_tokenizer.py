@@ -61,11 +61,3 @@ def test_prompt_and_response_tokenize_the_same_apart_and_together(tokenizer: Pre
     prompt, response = 'def f(x):\n    """', "Return the value."
     apart = tokenizer.encode(prompt) + tokenizer.encode(response, add_special_tokens=False)
     assert tokenizer.encode(prompt + response) == apart
-
-
-def test_padding_uses_the_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    batch = tokenizer(["Return", "Return the value."], padding=True)
-    first, second = batch["input_ids"]
-    assert len(first) == len(second)
-    assert first[-1] == 0
-    assert batch["attention_mask"][0].count(0) == first.count(0)

@@ -101,7 +101,14 @@ def test_one_module_asks_for_the_home_directory() -> None:
         assert path.name == "home.py" or not names & {"expanduser", "getuser", "XDG_CACHE_HOME"}, path
 
 
-@pytest.mark.slow
+def test_with_a_cache_such_a_user_trains(nobody: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHEEPRLHF_CACHE", str(nobody / "cache"))
+    rows = write_rows(nobody / "rows.jsonl")
+    run(["train", "task=sft", "model=tiny", "data=local", f"data.train_file={rows}", "dry_run=true"])
+    assert sorted(path.name for path in nobody.iterdir()) == ["cache", "logs", "rows.jsonl"]
+
+
+@pytest.mark.nightly
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="only root may become another user")
 def test_a_user_without_a_name_trains(tmp_path: Path) -> None:
     """May read all files here, such as a Python below /root, and write its own."""

@@ -36,7 +36,8 @@ for program in json.loads(sys.argv[1]):
 
 
 @pytest.mark.slow
-def test_fabric_comes_alone_and_lightning_is_whole_for_who_asks() -> None:
-    words = [sys.executable, "-c", ALONE + FORKS, json.dumps(AFTERWARDS)]
+@pytest.mark.parametrize("afterwards", [AFTERWARDS[:1], pytest.param(AFTERWARDS[1:], marks=pytest.mark.nightly)])
+def test_fabric_is_imported_without_lightning_which_is_whole_afterwards(afterwards: tuple[str, ...]) -> None:
+    words = [sys.executable, "-c", ALONE + FORKS, json.dumps(afterwards)]
     done = subprocess.run(words, cwd=PACKAGE.parent, check=True, capture_output=True, text=True, timeout=300)
-    assert done.stdout.splitlines() == ["[]", *["True Trainer"] * len(AFTERWARDS)]
+    assert done.stdout.splitlines() == ["[]", *["True Trainer"] * len(afterwards)]
