@@ -163,5 +163,5 @@ def test_a_checkpoint_fits_every_strategy(moved: str, found: dict[str, Any]) -> 
         ("ddp to one", ["world_size was 2 and is 1"]),
     ],
 )
-def test_what_is_not_bit_for_bit_is_said(moved: str, facts: list[str], found: dict[str, Any]) -> None:
+def test_what_is_not_bit_for_bit_is_reported(moved: str, facts: list[str], found: dict[str, Any]) -> None:
     assert found["said"][moved] == [f"{fact} now: the run continues, {NOT_THE_SAME}" for fact in facts]

@@ -133,14 +133,14 @@ def test_a_job_whose_processes_fail_is_an_error(
 def test_samples_depend_on_the_seed_and_match_the_policy(model_folder: ModelFolder) -> None:
     model = str(model_folder())
     policy, tokenizer = load_policy(model), load_tokenizer(model)
-    how = {"num_responses": 3, "max_new_tokens": 6, "seed": 1}
-    samples = sample(policy, tokenizer, ["hello", "the quick fox"], **how)
+    options = {"num_responses": 3, "max_new_tokens": 6, "seed": 1}
+    samples = sample(policy, tokenizer, ["hello", "the quick fox"], **options)
     batch = collate(samples.examples, policy)
     with torch.no_grad():
         assert_close(policy.eval()(batch).target_N, samples.logprobs_N, rtol=1e-5, atol=1e-5)
     assert [len(texts) for texts in samples.texts] == [3, 3]
-    assert sample(policy, tokenizer, ["hello", "the quick fox"], **how).texts == samples.texts
-    assert sample(policy, tokenizer, ["hello", "the quick fox"], **how | {"seed": 2}).texts != samples.texts
+    assert sample(policy, tokenizer, ["hello", "the quick fox"], **options).texts == samples.texts
+    assert sample(policy, tokenizer, ["hello", "the quick fox"], **options | {"seed": 2}).texts != samples.texts
 
 
 def test_a_pair_in_a_custom_loop_has_the_loss_of_plain_transformers(tmp_path: Path, model_folder: ModelFolder) -> None:

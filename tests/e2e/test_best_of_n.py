@@ -42,20 +42,20 @@ def test_fine_tuning_on_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[s
     """The embedded model and its rule; then the command that the run says comes next."""
     options = ["data.num_samples=40", "task.num_generations=4", "task.rollout_size=64", "generation.max_new_tokens=12"]
     run(["train", "task=best_of_n", *options, f"hydra.run.dir={tmp_path / 'best'}", "task.min_score=0.5"])
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     kept = rows(tmp_path / "best" / "dataset" / "train.jsonl")
     assert len(kept) > 5 and all(row["score"] == 1.0 and row["n"] == 4 and row["prompt"] for row in kept)
     report = json.loads((tmp_path / "best" / "best_of_n.json").read_text())
     assert report["train"]["kept"] == len(kept) < report["train"]["prompts"]
     assert report["train"]["best"] > report["train"]["mean"]
-    assert "[best] score" in told and "below min_score" in told
+    assert "[best] score" in printed and "below min_score" in printed
     assert json.loads((tmp_path / "best" / "run.json").read_text())["status"] == "finished"
     assert not (tmp_path / "best" / "parts").exists() and not (tmp_path / "best" / "checkpoints").exists()
 
-    command = shlex.split(told.split("next: ")[1])
+    command = shlex.split(printed.split("next: ")[1])
     assert command[:4] == ["python", "sheeprlhf.py", "train", "task=sft"]
     run([*command[2:], "task.max_num_steps=2", f"hydra.run.dir={tmp_path / 'sft'}"])
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     data = json.loads((tmp_path / "sft" / "data_report.json").read_text())["splits"]["train"]
     assert data["kept"] == len(kept)
     assert (tmp_path / "sft" / "final").is_dir()
@@ -108,8 +108,8 @@ def test_nothing_kept_is_an_error(
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl")
     assert exit_code(words(model_folder(), rows, tmp_path / "run", "task.min_score=9")) != 0
-    told = capsys.readouterr().err
-    assert "kept" in told and "task.min_score=9" in told
+    printed = capsys.readouterr().err
+    assert "kept" in printed and "task.min_score=9" in printed
     assert not (tmp_path / "run" / "dataset").exists()
 
 

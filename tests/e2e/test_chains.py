@@ -133,7 +133,7 @@ CONSTANT = "optim.schedule=constant"
     ("task", "short", "long", "last_step"),
     [
         ("sft", ["task.max_num_steps=6"], ["task.max_num_steps=11"], 11),
-        ("dpo", ["task.epochs=1"], ["task.epochs=2"], 16),
+        pytest.param("dpo", ["task.epochs=1"], ["task.epochs=2"], 16, marks=pytest.mark.nightly),
         pytest.param("grpo", ["task.max_num_steps=4"], ["task.max_num_steps=8"], 8, marks=pytest.mark.slow),
     ],
 )

@@ -149,7 +149,7 @@ def test_a_password_on_the_command_line_is_refused_and_not_shown(words, capsys):
     assert "never goes on the command line" in printed and "sesame" not in printed
 
 
-def test_all_mistakes_are_told_at_once(capsys, model_folder):
+def test_all_mistakes_are_reported_at_once(capsys, model_folder):
     printed = refused(capsys, "nowhere", "tiny", "--reward", str(model_folder("llama")), "--host", "0.0.0.0")
     assert "nowhere is neither" in printed and "lets other machines in" in printed and "--reward: " in printed
     assert "one to 6 runs" in refused(capsys)

@@ -234,11 +234,11 @@ def test_models_of_other_tokenizers_are_compared_and_judge_by_text(made: Made, t
 def test_generated_rows_follow_the_options(made: Made) -> None:
     sampled = ["generation.do_sample=true", "generation.top_k=4", "generation.top_p=0.9"]
     found = {}
-    for how, words in {"greedy": [], "sampled": sampled, "beams": ["generation.num_beams=2"]}.items():
+    for options, words in {"greedy": [], "sampled": sampled, "beams": ["generation.num_beams=2"]}.items():
         for cut in ([], ["task.mini_batch_size=1", "task.token_budget=50"]):
             evaluate("generate", made.dpo, "generation.max_new_tokens=6", *words, *cut)
             rows = rows_of(made.dpo, "generate-test-final")
-            assert found.setdefault(how, rows) == rows, (how, cut)
+            assert found.setdefault(options, rows) == rows, (options, cut)
         assert set(rows[0]) == {"row", "prompt", "response", "reference", "tokens", "finished"}
     assert len({json.dumps(rows) for rows in found.values()}) == 3
     result = result_of(made.dpo, "generate-test-final")

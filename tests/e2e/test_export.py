@@ -166,8 +166,11 @@ def test_a_folder_that_was_written_wrong_is_not_left(part, runs, tmp_path, monke
 
     monkeypatch.setattr(export, "_save", wrong)
     printed = refused(capsys, runs["sft"], "--to", tmp_path / "out")
-    told = {"weights": "what was written computes something else", "tokenizer": "the written tokenizer is another one"}
-    assert told[part] in printed
+    message = {
+        "weights": "what was written computes something else",
+        "tokenizer": "the written tokenizer is another one",
+    }
+    assert message[part] in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -204,7 +207,7 @@ def test_a_killed_export_is_swept_and_never_taken_for_a_model(runs, tmp_path, mo
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_all_mistakes_are_told_at_once(tmp_path, capsys):
+def test_all_mistakes_are_reported_at_once(tmp_path, capsys):
     printed = refused(capsys, "--dtype", "bf16", "--too", "x")
     assert "bfloat16" in printed
     assert "--to" in printed

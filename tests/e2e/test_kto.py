@@ -70,8 +70,8 @@ def test_labels_that_teach_nothing(
     data = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"p{i}", "response": "a word or two", "label": label} for i, label in enumerate(labels)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = rejected(train_words(model_folder(), data, tmp_path / "run", task="kto"), capsys)
-    assert says in " ".join(told.split())
+    printed = rejected(train_words(model_folder(), data, tmp_path / "run", task="kto"), capsys)
+    assert says in " ".join(printed.split())
 
 
 def test_rows_of_one_prompt_are_refused_and_a_lonely_validation_row_is_not(
@@ -80,8 +80,8 @@ def test_rows_of_one_prompt_are_refused_and_a_lonely_validation_row_is_not(
     rows = [{"prompt": "p", "response": f"{i} words", "label": i % 2} for i in range(4)]
     lonely, data = tmp_path / "lonely.jsonl", write_labelled(tmp_path / "rows.jsonl", 8)
     lonely.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = rejected(train_words(model_folder(), lonely, tmp_path / "one", task="kto"), capsys)
-    assert "same prompt" in " ".join(told.split())
+    printed = rejected(train_words(model_folder(), lonely, tmp_path / "one", task="kto"), capsys)
+    assert "same prompt" in " ".join(printed.split())
     lonely.write_text(json.dumps(rows[0]) + "\n")
     words = [f"data.validation_file={lonely}", "task.max_num_steps=1"]
     run_dir = train(model_folder(), data, tmp_path / "two", *words, task="kto")
@@ -89,7 +89,7 @@ def test_rows_of_one_prompt_are_refused_and_a_lonely_validation_row_is_not(
     assert "val/rewards/chosen" not in figures(run_dir)
 
 
-def test_unbalanced_labels_are_told(
+def test_unbalanced_labels_are_reported(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_labelled(tmp_path / "rows.jsonl", 8)

@@ -94,10 +94,10 @@ def executed(card: str, folder: Path) -> str:
     """The lines that the snippet of a card prints, with this folder, a prompt and a response."""
     snippet = card.partition("```python\n")[2].partition("```")[0]
     snippet = snippet.replace("<folder>", str(folder)).replace("<prompt>", "5 times").replace("<response>", "word 5")
-    printed: list[str] = []
+    messages: list[str] = []
     with torch.no_grad():
-        exec(snippet, {"print": lambda value: printed.append(str(value))})
-    return printed[0]
+        exec(snippet, {"print": lambda value: messages.append(str(value))})
+    return messages[0]
 
 
 @pytest.mark.parametrize("name", ["rm", "rm_final"])
@@ -143,7 +143,7 @@ def test_a_file_that_is_not_what_it_has_to_be_is_rejected(runs: dict[str, Path],
             load_tokenizer(AutoModelConfig(repo_name=str(folder)))
 
 
-def test_a_bias_of_a_reward_head_is_told_by_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bias_of_a_reward_head_is_reported_by_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Plain transformers leaves it out of its logits; the snippet of the card gives the score with it."""
     folder = make_model_folder(tmp_path / "model", scores=True)
     tensors = load_file(folder / "model.safetensors")
@@ -181,7 +181,7 @@ def words(model: Path, data: tuple[Path, Path], run_dir: Path, *extra: str, task
 def test_two_steps_on_prompts(tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]) -> None:
     data, run_dir = files(tmp_path, False, False), tmp_path / "run"
     run(words(model_folder(), data, run_dir, *LENGTH))
-    told = capsys.readouterr().err.rpartition("next: python sheeprlhf.py ")[2].splitlines()[0]
+    printed = capsys.readouterr().err.rpartition("next: python sheeprlhf.py ")[2].splitlines()[0]
     found = figures(run_dir)
     assert len(found["objective/scores"]) == 1 and len(found["val/scores"]) == 1
     assert "val/perplexity" not in found
@@ -189,7 +189,7 @@ def test_two_steps_on_prompts(tmp_path: Path, model_folder: ModelFolder, capsys:
     assert "[prompt]" in table and "[model]" in table and "[reference]" not in table
     report = json.loads((run_dir / "data_report.json").read_text())
     assert report["splits"]["train"]["prompts_alone"] == 16
-    run(shlex.split(told))  # against the start: there are no references
+    run(shlex.split(printed))  # against the start: there are no references
     result = json.loads((run_dir / "eval" / "reward-length-test-final.json").read_text())
     assert result["against"] == "start" and result["rows"] == 16
     run(["eval", "task=generate", f"experiment_dir={run_dir}", "generation.max_new_tokens=4"])
@@ -217,12 +217,14 @@ def test_what_reads_responses_is_refused(
     for number, answered in enumerate([(False, False), (True, False)]):
         (tmp_path / f"{number}").mkdir()
         data = files(tmp_path / f"{number}", *answered)
-        told = rejected(words(model, data, tmp_path / f"rouge-{number}", "reward.path=rouge"), capsys)
+        printed = rejected(words(model, data, tmp_path / f"rouge-{number}", "reward.path=rouge"), capsys)
         split = "validation" if answered[0] else "train"
-        assert f"reward rouge needs a column 'reference' of the {split} rows; there is prompt: it is the row's" in told
+        assert (
+            f"reward rouge needs a column 'reference' of the {split} rows; there is prompt: it is the row's" in printed
+        )
     data = files(tmp_path / "0", False, True)
-    told = rejected(words(model, data, tmp_path / "ptx", *LENGTH, "task.ptx_coeff=0.5", task="ppo"), capsys)
-    assert "task.ptx_coeff=0.5" in told
+    printed = rejected(words(model, data, tmp_path / "ptx", *LENGTH, "task.ptx_coeff=0.5", task="ppo"), capsys)
+    assert "task.ptx_coeff=0.5" in printed
 
 
 def test_the_best_of_n_of_prompts(tmp_path: Path, model_folder: ModelFolder) -> None:

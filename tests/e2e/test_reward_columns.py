@@ -64,5 +64,7 @@ def test_a_column_that_is_missing_is_refused_before_anything_is_loaded(
     data = [f"data.{split}_file={part if split == lacks else whole}" for split in ("train", "validation")]
     with pytest.raises(SystemExit) as ended:
         run(words(model_folder(), whole, tmp_path / "run", "by_answer", "grpo", *data))
-    told = capsys.readouterr().err
-    assert ended.value.code == 2 and "'meta'" in told and f"the {lacks} rows" in told and "prompt, answer" in told
+    printed = capsys.readouterr().err
+    assert (
+        ended.value.code == 2 and "'meta'" in printed and f"the {lacks} rows" in printed and "prompt, answer" in printed
+    )

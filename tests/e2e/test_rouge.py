@@ -110,7 +110,7 @@ def test_sampling_follows_the_seed(trained: Path) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_what_cannot_be_generated_or_was_cut_is_said(
+def test_what_cannot_be_generated_or_was_cut_is_reported(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, texts = tmp_path / "rows.jsonl", ["rrr", "r" * 40, "r" * 41, "?!"]

@@ -41,7 +41,7 @@ def test_the_saved_rollouts_are_spread_evenly(num_rollouts: int, count: int, exp
     assert saved_rollouts(num_rollouts, count) == set(expected)
 
 
-@pytest.mark.parametrize("task", ["grpo", "ppo", "rloo", "online_dpo"])
+@pytest.mark.parametrize("task", ["grpo", "ppo", "online_dpo", pytest.param("rloo", marks=pytest.mark.nightly)])
 def test_rows_hold_what_the_models_computed(task: str, tmp_path: Path, model_folder: ModelFolder) -> None:
     model = model_folder()
     words = [*SHORT, "task.save_rollouts=2", "reward.clip=0.5"]

@@ -62,8 +62,8 @@ WRITERS: dict[str, Callable[[Rows], bytes]] = {
 
 def one(name: str, content: bytes | Callable[[], bytes], *says: str, note: str = "", **more: Any) -> Bad:
     """A file of one format; "@" in `says` is its name."""
-    told = tuple(text.replace("@", f"rows.{name}") for text in says)
-    return Bad(f"{name} {note}".strip(), f"rows.{name}", content, told, **more)
+    printed = tuple(text.replace("@", f"rows.{name}") for text in says)
+    return Bad(f"{name} {note}".strip(), f"rows.{name}", content, printed, **more)
 
 
 def each(rows: Rows, *says: str, formats: tuple[str, ...] = tuple(WRITERS), **more: Any) -> list[Bad]:
@@ -71,8 +71,8 @@ def each(rows: Rows, *says: str, formats: tuple[str, ...] = tuple(WRITERS), **mo
     cases = []
     for name in formats:
         what, first = AT[name]
-        told = [text.replace("@", f"@ {what} {first + len(rows) - 1}") for text in says]
-        cases.append(one(name, partial(WRITERS[name], rows), *told, **more))
+        messages = [text.replace("@", f"@ {what} {first + len(rows) - 1}") for text in says]
+        cases.append(one(name, partial(WRITERS[name], rows), *messages, **more))
     return cases
 
 

@@ -43,11 +43,11 @@ def problem_told(capsys: pytest.CaptureFixture[str], action: Callable[[], object
     """What the command line prints for what `action` raises: it is told in a few lines, and how to mend it."""
     capsys.readouterr()
     assert cli._guarded(lambda: bool(action()) and 0, debug=False) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("sheeprlhf cannot continue:\n  - ")
-    assert len(told.splitlines()) <= 5
-    assert "Traceback" not in told
-    return told
+    printed = capsys.readouterr().err
+    assert printed.startswith("sheeprlhf cannot continue:\n  - ")
+    assert len(printed.splitlines()) <= 5
+    assert "Traceback" not in printed
+    return printed
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,10 @@ def test_bad_data(case: Bad, tmp_path: Path, policy: Policy, capsys: pytest.Capt
     tokenizer, cfg = tokenizer_for(case), local(tmp_path, train_file=str(file), **case.options)
     cache = tmp_path / "cache" / "data"
     if case.counts is None:
-        told = problem_told(capsys, lambda: prepare(cfg, tokenizer, case.task))
+        printed = problem_told(capsys, lambda: prepare(cfg, tokenizer, case.task))
         for text in case.says:
-            assert text in told
-        assert told.count(case.file) <= 1
+            assert text in printed
+        assert printed.count(case.file) <= 1
         assert not cache.exists() or all(path.suffix == ".lock" for path in cache.iterdir())
         return
     data = prepare(cfg, tokenizer, case.task)

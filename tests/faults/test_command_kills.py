@@ -201,7 +201,7 @@ def campaign(server: JobServer, place: Path, command: Command, kills: int, seed:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fetch", "export"])
+@pytest.mark.parametrize("name", ["fetch"])
 def test_a_killed_command_leaves_what_it_finishes(
     name: str, server: JobServer, tmp_path: Path, model_folder: ModelFolder
 ) -> None:

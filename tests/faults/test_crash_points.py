@@ -150,17 +150,17 @@ def test_dying_at_every_call_leaves_one_of_the_two(again: bool, tmp_path: Path) 
                 continue
             assert code == DIED, (k, moment)
             deaths, kept = deaths + 1, ""
-            for how in LOSSES:
+            for options in LOSSES:
                 left = tmp_path / "left"
                 shutil.copytree(run_dir, left)
                 text = notes.read_text().replace(f"{run_dir}/", f"{left}/")
-                lose(json.loads(text), how)
+                lose(json.loads(text), options)
                 said: list[str] = []
                 found = latest_checkpoint(left, said.append)
-                assert found is not None and found.name in ("step-1", "step-2"), (k, moment, how)
-                assert not said or (again and all("step-2" in line for line in said)), (k, moment, how, said)
+                assert found is not None and found.name in ("step-1", "step-2"), (k, moment, options)
+                assert not said or (again and all("step-2" in line for line in said)), (k, moment, options, said)
                 outcomes.add(found.name)
-                kept = found.name if how == "nothing" else kept
+                kept = found.name if options == "nothing" else kept
                 shutil.rmtree(left)
             state = restore_latest(fabric, run_dir, module, optimizer, config_hash="h", say=lambda _: None)
             assert state is not None and kept == f"step-{state.step}"

@@ -79,10 +79,10 @@ def test_damage_is_named_and_the_checkpoint_before_is_loaded(trials: int | None,
         what = spoil(run_dir / "checkpoints/step-2" / name, kind, generator)
         said: list[str] = []
         state = restore_latest(fabric, run_dir, module, optimizer, config_hash="h", say=said.append)
-        told = f"SEED={seed} TRIAL={trial}: {what}: {said}"
-        assert state is not None and state.step == 1, told
-        assert len(said) == 1 and name in said[0] and "step-2" in said[0], told
-        assert all(torch.equal(module.module.state_dict()[key], tensor) for key, tensor in before.items()), told
+        printed = f"SEED={seed} TRIAL={trial}: {what}: {said}"
+        assert state is not None and state.step == 1, printed
+        assert len(said) == 1 and name in said[0] and "step-2" in said[0], printed
+        assert all(torch.equal(module.module.state_dict()[key], tensor) for key, tensor in before.items()), printed
         done[kind] += 1
         shutil.rmtree(run_dir)
     print(f"damaged {done.total()}: {dict(done)}, loaded 0, seed {seed}")
@@ -109,7 +109,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("override", MISMATCHES)
-def test_another_configuration_is_refused_and_the_difference_told(override: str, begun: Path) -> None:
+def test_another_configuration_is_refused_and_the_difference_reported(override: str, begun: Path) -> None:
     words = ["model=tiny", "model.finetune_mode=LORA", "model.lora_cfg.rank=4"]
     words = [word for word in words if word.split("=")[0] != override.split("=")[0]]
     cfg = dataclasses.replace(typed(*words, override), resume_from=str(begun))
@@ -130,17 +130,17 @@ def test_eight_starters_one_winner(rounds: int, tmp_path: Path) -> None:
     """Eight processes want the directory at once; its holder is killed, and the next round finds it free."""
     losers = 0
     for number in range(rounds):
-        gate, told = os.pipe(), os.pipe()
+        gate, printed = os.pipe(), os.pipe()
         pids = []
         for _ in range(8):
             if (pid := os.fork()) == 0:
                 os.read(gate[0], 1)
                 try:
                     with RunLock(tmp_path):
-                        os.write(told[1], f"won {os.getpid()}\n".encode())
+                        os.write(printed[1], f"won {os.getpid()}\n".encode())
                         signal.pause()
                 except RunInUseError as error:
-                    os.write(told[1], f"lost {error}\n".encode())
+                    os.write(printed[1], f"lost {error}\n".encode())
                     signal.pause()
                 finally:
                     os._exit(1)
@@ -149,12 +149,12 @@ def test_eight_starters_one_winner(rounds: int, tmp_path: Path) -> None:
             os.write(gate[1], b"go" * 4)
             lines: list[str] = []
             while len(lines) < 8:
-                lines += os.read(told[0], 1 << 16).decode().splitlines()
+                lines += os.read(printed[0], 1 << 16).decode().splitlines()
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-            for descriptor in (*gate, *told):
+            for descriptor in (*gate, *printed):
                 os.close(descriptor)
         [winner] = [line.split()[1] for line in lines if line.startswith("won")]
         lost = [line for line in lines if line.startswith("lost")]

@@ -126,9 +126,9 @@ def refused(
     def message(*place: str) -> str:
         capsys.readouterr()  # what came before
         assert exit_code(words_of(model_folder(), tmp_path, *place)) == 2
-        told = capsys.readouterr().err
-        assert "Traceback" not in told and len(told.splitlines()) <= 5
-        return told
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed and len(printed.splitlines()) <= 5
+        return printed
 
     return message
 

@@ -255,9 +255,9 @@ def test_a_step_is_left_out_and_a_resumed_run_leaves_out_the_same(
     with monkeypatch.context() as patch:
         kind.install(patch, kind.spoil)
         whole = train(model, data, tmp_path / "whole", *words, task=kind.task)
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     last = json.loads((whole / "checkpoints" / "step-24" / "state.json").read_text())["skipped_steps"]
-    assert last == told.count("left out a step") >= 1 and f"{last} of at most 9: the step's loss is" in told
+    assert last == printed.count("left out a step") >= 1 and f"{last} of at most 9: the step's loss is" in printed
     if kind.task == "ppo":  # the means of a turn are of the steps that were taken
         assert ",nan," not in (whole / "metrics.csv").read_text()
     counted = skipped_of(whole)
@@ -287,8 +287,10 @@ def test_no_more_steps_are_left_out_than_allowed(
     with pytest.raises(SystemExit) as stopped:
         train(model, data, tmp_path / "run", *words, "task.max_skipped_steps=1")
     assert stopped.value.code == 1
-    told = capsys.readouterr().err
-    assert told.count("left out a step, 1 of at most 1") == 1 and re.search(kind.says, told.rpartition("left out")[2])
+    printed = capsys.readouterr().err
+    assert printed.count("left out a step, 1 of at most 1") == 1 and re.search(
+        kind.says, printed.rpartition("left out")[2]
+    )
     train(model, data, tmp_path / "run", *words, "task.max_skipped_steps=2", "resume=true")
     assert "2 of at most 2" in capsys.readouterr().err
 

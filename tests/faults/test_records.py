@@ -127,8 +127,8 @@ def test_list_and_report_show_the_other_run(name, amount, outcome, tmp_path: Pat
         page = (tmp_path / "report.html").read_text()
         assert code == 0 and "dpo says 4" in page, kind
         for shown in (listed, reported) if name != "data_report.json" else (reported,):
-            told = shown.count(f"{odd / name} is damaged")
-            assert told == (f"{odd / name} is damaged" in listed + reported), (kind, shown)
+            printed = shown.count(f"{odd / name} is damaged")
+            assert printed == (f"{odd / name} is damaged" in listed + reported), (kind, shown)
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
@@ -203,12 +203,12 @@ def test_all_readers_of_a_real_run(outcome, tmp_path: Path, model_folder: Callab
         text = (whole / name).read_text()
         for kind, mutated in chosen(text, amount):
             write(whole / name, mutated)
-            told = f"{whole / name} is damaged"
+            message = f"{whole / name} is damaged"
             code, printed = outcome("export", str(whole), "--to", str(tmp_path / "exported"))
-            assert code == (2 if told in printed else 0), (kind, printed)
+            assert code == (2 if message in printed else 0), (kind, printed)
             shutil.rmtree(tmp_path / "exported", ignore_errors=True)
             code, printed = outcome("eval", "task=perplexity", f"experiment_dir={whole}", f"data.train_file={rows}")
-            assert code == (2 if told in printed else 0), (kind, printed)
+            assert code == (2 if message in printed else 0), (kind, printed)
         (whole / name).write_text(text)
 
 

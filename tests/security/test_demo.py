@@ -56,6 +56,10 @@ REQUESTS = [
     (["OPTIONS /gradio_api/queue/join HTTP/1.1", OWN, "Origin: http://evil", PREFLIGHT], b"", {200, 400, 404}),
     (["PUT / HTTP/1.1", OWN, "Content-Length: 0"], b"", {404}),
     *(
+        ([f"POST {path} HTTP/1.1", OWN, "Content-Length: 0"], b"", {404})
+        for path in ("/", "/docs", "/gradio_api/upload", "/gradio_api/run/predict", "/gradio_api/call/answers")
+    ),
+    *(
         ([f"GET {path} HTTP/1.1", OWN], b"", {404})
         for path in (
             "/file=/etc/passwd",
@@ -76,6 +80,8 @@ REQUESTS = [
             "/svelte/%ff",
             "/theme.css/../config",
             "/\\evil.example",
+            *("/gradio_api/info", "/gradio_api/openapi.json", "/gradio_api/runs", "/docs", "/redoc", "/openapi.json"),
+            *("/assets/..", "/assets//etc/passwd", "//evil.example/", "/monitoring", "/gradio_api/file/etc/passwd"),
         )
     ),
 ]
@@ -161,7 +167,7 @@ def answered(port: int, session: str) -> str:
     return "".join(events)
 
 
-def test_visitors_have_conversations_of_their_own_and_a_full_queue_is_told(page):
+def test_visitors_have_conversations_of_their_own_and_a_full_queue_is_reported(page):
     port, _ = page
     config = json.loads(urllib.request.urlopen(f"http://127.0.0.1:{port}/config").read())
     ask = [entry["id"] for entry in config["dependencies"] if len(entry["inputs"]) == 7][1]
@@ -171,13 +177,13 @@ def test_visitors_have_conversations_of_their_own_and_a_full_queue_is_told(page)
     def talk(number: int) -> str:
         for text in (f"first-{number}-", f"second-{number}-"):
             assert joined(port, f"visitor{number}", text, ask) == 200
-            told = answered(port, f"visitor{number}")
-        return told
+            printed = answered(port, f"visitor{number}")
+        return printed
 
     with ThreadPoolExecutor(6) as threads:
-        for number, told in enumerate(threads.map(talk, range(6))):
-            assert f"first-{number}-" in told and f"second-{number}-" in told
-            assert not [other for other in range(6) if other != number and f"-{other}-" in told]
+        for number, printed in enumerate(threads.map(talk, range(6))):
+            assert f"first-{number}-" in printed and f"second-{number}-" in printed
+            assert not [other for other in range(6) if other != number and f"-{other}-" in printed]
     with ThreadPoolExecutor(40) as threads:
         statuses = Counter(threads.map(lambda number: joined(port, f"flood{number}", "a", ask), range(80)))
     assert statuses[503] > 40 and set(statuses) == {200, 503}

@@ -95,9 +95,9 @@ WORDS = [
 def test_a_secret_on_the_command_line_is_refused_by_name(canaries: Path, capsys) -> None:
     assert exit_code(["train", "task=sft", *WORDS]) == 2
     printed = capsys.readouterr()
-    told = [line for line in printed.err.splitlines() if "credential" in line]
+    message = [line for line in printed.err.splitlines() if "credential" in line]
     for word in WORDS:
-        assert sum(word.partition("=")[0].lstrip("+") in line for line in told) == 1, word
+        assert sum(word.partition("=")[0].lstrip("+") in line for line in message) == 1, word
     assert "canary" not in (printed.out + printed.err).casefold()
     assert [path.name for path in canaries.iterdir()] == [".env"]
 

@@ -81,8 +81,8 @@ def test_log_probabilities_equal_those_of_rows_alone(architecture: str, model_fo
 def test_attention_by_choice_is_padded(attention: str, model_folder: ModelFolder) -> None:
     cfg = ModelConfig(config_name="auto", repo_name=str(model_folder()), attn_implementation=attention)
     lines: list[str] = []
-    how: dict[str, Any] = {"longest": 64, "batching": "auto", "say": lines.append}
-    policy, packed = load_policy(cfg, load_tokenizer(cfg), **how)
+    options: dict[str, Any] = {"longest": 64, "batching": "auto", "say": lines.append}
+    policy, packed = load_policy(cfg, load_tokenizer(cfg), **options)
     assert policy.causal_lm().config._attn_implementation == attention
     assert not packed and f"model.attn_implementation={attention}" in lines[0]
     plain = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32, attn_implementation="eager")
@@ -182,9 +182,9 @@ def test_what_is_written_is_what_generate_writes(architecture: str, model_folder
     )
     for one, ids in zip(sampled, expected, strict=True):
         assert [response.tolist() for response in one.responses] == [ids, ids]
-    how = GenConfig(max_new_tokens=12, do_sample=False)
-    assert list(stream_ids(model, prompts[1], how, end_ids=[], seed=0)) == expected[1]
-    written = generate_ids(model, tokenizer, prompts, how)
+    options = GenConfig(max_new_tokens=12, do_sample=False)
+    assert list(stream_ids(model, prompts[1], options, end_ids=[], seed=0)) == expected[1]
+    written = generate_ids(model, tokenizer, prompts, options)
     ends = [ids[: ids.index(257) + 1] if 257 in ids else ids for ids in expected]
     assert [ids.tolist() for ids in written] == [_until(ids, tokenizer.eos_token_id) for ids in ends]
 

@@ -45,7 +45,7 @@ def test_each_model_is_asked_in_its_form_and_scored(writers, monkeypatch):
     assert scorer.asked == ("tldr", "A post.")
 
 
-def test_questions_remember_what_was_said_where_the_model_can(writers, monkeypatch):
+def test_questions_remember_the_conversation_where_the_model_can(writers, monkeypatch):
     prompts = says(monkeypatch, "yes")
     panel = Panel(ASK, writers, None)
     *_, first = panel.answer("Hi", panel.start().histories, FAIR)

@@ -45,7 +45,7 @@ def left_in(models: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("offline", [True, False])
-def test_another_model_needs_the_hub_and_its_absence_is_said_at_once(
+def test_another_model_needs_the_hub_and_its_absence_is_reported_at_once(
     models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], offline: bool
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1" if offline else "0")

@@ -137,7 +137,7 @@ HEAD = "step,tag,value,wall_time\n"
         ("4,val/rewards/accuracies,0.5", []),  # cut off
     ],
 )
-def test_a_run_on_pairs_shows_what_its_last_validation_told(rows, shown, tmp_path):
+def test_a_run_on_pairs_shows_what_its_last_validation_reported(rows, shown, tmp_path):
     folder = make_run(tmp_path, task="rm", status="finished", step=4)
     (folder / "metrics.csv").write_text(HEAD + rows)
     assert told(folder).results == [f"{text} (validation)" for text in shown]

@@ -33,13 +33,13 @@ def small(tmp_path):
 
 def test_every_stage_is_checked_before_the_first_begins(small, pretended, capsys, tmp_path):
     assert pipeline(*small, "model=oppt", "rm.optim.lr=-1", "dpo.task.betta=1", "text.task=rougge", "task.epoch=3") == 2
-    told = capsys.readouterr().err
-    assert "model=oppt" in told
-    assert "rm: optim.lr=-1" in told
-    assert "task.betta" in told
-    assert "task.epochs" in told
-    assert "task=rougge" in told
-    assert "is not a directory" not in told  # the runs that will be made
+    printed = capsys.readouterr().err
+    assert "model=oppt" in printed
+    assert "rm: optim.lr=-1" in printed
+    assert "task.betta" in printed
+    assert "task.epochs" in printed
+    assert "task=rougge" in printed
+    assert "is not a directory" not in printed  # the runs that will be made
     assert pretended.commands == []
     assert not (tmp_path / "logs").exists()
 
@@ -108,9 +108,9 @@ def test_another_recipe_is_refused_with_the_difference(small, pretended, uncheck
     pretended.stages()
     for resume in ("resume=true", f"resume_from={folder}"):
         assert pipeline(*small, resume, "rm.task.epochs=4", "dpo.task.max_num_steps=8") == 2
-        told = capsys.readouterr().err
-        assert "task.epochs" in told
-        assert "task.max_num_steps" in told
+        printed = capsys.readouterr().err
+        assert "task.epochs" in printed
+        assert "task.max_num_steps" in printed
     assert pretended.stages() == []
     pretended.codes = {}
     # how it is cut and where it runs may change, as for a run

@@ -236,7 +236,7 @@ DAMAGED = {  # file: contents of it, and what is said
 
 
 @pytest.mark.parametrize(("name", "content"), [(name, content) for name in DAMAGED for content in DAMAGED[name][0]])
-def test_what_is_damaged_or_missing_is_said_and_the_rest_shown(name, content, tmp_path, page_of):
+def test_what_is_damaged_or_missing_is_reported_and_the_rest_shown(name, content, tmp_path, page_of):
     folder = make_past_run(tmp_path / "run")
     (folder / "eval").mkdir()
     (folder / name).unlink(missing_ok=True)
@@ -265,7 +265,7 @@ def test_saved_rollouts_are_shown_with_their_scores(tmp_path, page_of):
     assert {tag for tag, _ in page.elements} <= ELEMENTS
 
 
-def test_a_run_in_progress_is_shown_and_said(tmp_path, page_of, capsys):
+def test_a_run_in_progress_is_shown_and_reported(tmp_path, page_of, capsys):
     folder = make_past_run(tmp_path / "run", status="running", finished=None)
     with RunLock(folder):
         run(["report", str(folder), "--to", str(tmp_path / "page.html")])
@@ -306,7 +306,7 @@ def test_runs_with_one_task_get_names_of_their_own(tmp_path, page_of):
     assert page_of(made[1]).tables["Runs"][0] == ["", "sft"]
 
 
-def test_no_more_runs_than_can_be_told_apart(tmp_path, page_of):
+def test_no_more_runs_than_can_be_distinguished(tmp_path, page_of):
     for number in range(MAX_RUNS + 2):
         make_past_run(tmp_path / "runs" / f"{number:02}", number)
     page = page_of(tmp_path / "runs")

@@ -72,7 +72,7 @@ def test_the_nearest_name_of_a_file(tmp_path):
     assert [near_path(path) for path in (f"{tmp_path}/zzz", f"{tmp_path}/no/chat.jsonl", "/")] == [None] * 3
 
 
-def test_all_problems_are_said_at_once(capsys, monkeypatch, tmp_path):
+def test_all_problems_are_reported_at_once(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert exit_code(["train", "task=sft", "modle=opt", "optim.lr=abc", "generation.top_k=-1", "data=local"]) != 0
     message = capsys.readouterr().err

@@ -79,7 +79,7 @@ def test_stages_that_are_left_out_are_not_among_several():
         ),
     ],
 )
-def test_what_cannot_be_meant_is_told_at_once(given, said):
+def test_what_cannot_be_meant_is_reported_at_once(given, said):
     found = problems(**given)
     assert len(found) == len(said)
     assert all(part in problem for part, problem in zip(said, found, strict=True)), found

@@ -65,7 +65,7 @@ def test_every_spelling_in_every_file(kind: str, labels: list[Any], tmp_path: Pa
         ("parquet", None, "rows.parquet row 2: column 'label'"),
     ],
 )
-def test_a_bad_label_is_told_with_its_place(kind: str, label: Any, says: str, tmp_path: Path) -> None:
+def test_a_bad_label_is_reported_with_its_place(kind: str, label: Any, says: str, tmp_path: Path) -> None:
     good = "true" if isinstance(label, str) else True
     cfg = local(tmp_path, train_file=write(tmp_path / f"rows.{kind}", [good, label]))
     with pytest.raises(DataError) as error:

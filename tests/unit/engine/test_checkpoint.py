@@ -122,9 +122,9 @@ def test_a_state_that_cannot_be_right_falls_back_to_the_checkpoint_before(tmp_pa
     before, folder = save(tmp_path, 1), save(tmp_path, 3)
     for field, odd in odd_states():
         write_state(folder, odd)
-        told = []
-        assert latest_checkpoint(tmp_path, told.append) == before, odd
-        [line] = told
+        messages = []
+        assert latest_checkpoint(tmp_path, messages.append) == before, odd
+        [line] = messages
         assert field in line and str(folder) in line, (field, line)
 
 
@@ -193,12 +193,6 @@ def test_the_newest_is_never_pruned_for_a_damaged_later_one(tmp_path):
     verify_manifest(tmp_path / "checkpoints/step-6")
 
 
-def damage_bit(path, generator):
-    content = bytearray(path.read_bytes())
-    content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
-    path.write_bytes(content)
-
-
 DAMAGES = {
     "truncated": lambda path, generator: os.truncate(path, generator.randrange(path.stat().st_size)),
     "empty": lambda path, _: os.truncate(path, 0),
@@ -235,20 +229,6 @@ def test_damage_is_noticed_and_the_one_before_is_taken(tmp_path, name, damage):
     with pytest.raises(CheckpointError, match="step-3"):
         load_checkpoint(fabric, verified(folder), module, optimizer, config_hash="h", say=print)
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
-
-
-def test_every_flipped_bit_is_noticed(tmp_path):
-    folder = save(tmp_path, 3)
-    generator = random.Random(1)
-    for _ in range(20):
-        for name in sorted(path.name for path in folder.iterdir()):
-            path = folder / name
-            good = path.read_bytes()
-            damage_bit(path, generator)
-            with pytest.raises(CheckpointError):
-                verify_manifest(folder)
-            path.write_bytes(good)
-    verify_manifest(folder)
 
 
 def test_an_extra_file_or_a_renamed_folder_is_refused(tmp_path):
@@ -389,7 +369,7 @@ def test_nothing_is_deleted_or_written_through_a_link(tmp_path, place):
     assert path.is_symlink() and sorted(elsewhere.rglob("*")) == before
 
 
-SIZES = (0, 1, 7, 50, 100, 200, 300, 500, 700, 1000, 1500, 2000, 2500, 3000, 4000, 5000, 6000, 8000, 10_000, 12_000)
+SIZES = (0, 1, 50, 200, 700, 2000, 5000, 12_000)
 
 
 @pytest.mark.parametrize("limit", SIZES)

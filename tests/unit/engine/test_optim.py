@@ -86,21 +86,6 @@ def test_options_reach_torch():
     assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, True)
 
 
-def test_fused_equals_plain():
-    nets = []
-    for fused in (True, False):
-        torch.manual_seed(0)
-        net = Net()
-        optimizer = build_optimizer(AdamWConfig(fused=fused, weight_decay=0.1), net, 1e-2)
-        for _ in range(5):
-            net(torch.ones(3, 4)).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        nets.append(net)
-    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
-
-
 @pytest.mark.parametrize(("size", "tolerance"), [(50, 1e-6), (80, 0.05)])
 def test_8bit_adamw_is_adamw_up_to_its_rounding(size, tolerance):
     """Moments of small tensors have 32 bits: there it is torch's AdamW."""

@@ -40,10 +40,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RollCall]]:
 
 def test_the_rank_that_has_ended_is_named_and_the_others_hear_of_it(calls: list[RollCall]) -> None:
     calls[1].close()
-    told = calls[0].explain(BROKEN, 9)
-    assert "1 of 3 ranks missing: rank 1 (process 1) has ended" in told
+    printed = calls[0].explain(BROKEN, 9)
+    assert "1 of 3 ranks missing: rank 1 (process 1) has ended" in printed
     calls[0].close()  # who fails later does not blame those that have left since
-    assert calls[2].explain(BROKEN, 9) == told
+    assert calls[2].explain(BROKEN, 9) == printed
 
 
 def test_a_rank_that_hangs_is_named(calls: list[RollCall]) -> None:
@@ -53,8 +53,8 @@ def test_a_rank_that_hangs_is_named(calls: list[RollCall]) -> None:
 
 
 def test_ranks_that_are_all_there_are_too_slow(calls: list[RollCall]) -> None:
-    told = calls[0].explain(BROKEN, 9)
-    assert "missing" not in told and "fabric.timeout=9" in told
+    printed = calls[0].explain(BROKEN, 9)
+    assert "missing" not in printed and "fabric.timeout=9" in printed
 
 
 def test_strangers_are_not_heard(calls: list[RollCall]) -> None:

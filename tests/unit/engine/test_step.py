@@ -157,21 +157,21 @@ def test_a_step_is_left_out_as_if_it_had_not_been():
     def run(*micros):
         fabric, module, _ = set_up()
         optimizer = fabric.setup_optimizers(torch.optim.AdamW([p for p in module.parameters() if p.requires_grad]))
-        told = []
+        messages = []
         metrics = [
-            update(fabric, module, optimizer, [m, micro_batch(1)], toy_loss, max_grad_norm=1.0, skip=told.append)
+            update(fabric, module, optimizer, [m, micro_batch(1)], toy_loss, max_grad_norm=1.0, skip=messages.append)
             for m in micros
         ]
         moments = [value for state in optimizer.state.values() for value in state.values()]
-        return [*weights(module).values(), *moments], metrics, told
+        return [*weights(module).values(), *moments], metrics, messages
 
     bad = micro_batch(2)._replace(batch=torch.full((1, 4), float("inf")), num_items=1, row_ids=(77,))
-    ours, metrics, told = run(micro_batch(0), bad, micro_batch(3))
+    ours, metrics, messages = run(micro_batch(0), bad, micro_batch(3))
     expected, without, nothing = run(micro_batch(0), micro_batch(3))
     assert len(ours) > 8 and all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     assert [metrics[0], metrics[2]] == without and nothing == []
     assert metrics[1]["items"] == 0 and not np.isfinite(metrics[1]["loss"])
-    assert ["rows [77])" in str(error) for error in told] == [True]
+    assert ["rows [77])" in str(error) for error in messages] == [True]
 
 
 def test_the_check_waits_for_the_device_once_a_step_however_it_is_cut(monkeypatch):

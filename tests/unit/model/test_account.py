@@ -140,7 +140,7 @@ def test_a_missing_expert_is_named(name: str, tmp_path: Path, model_folder: Mode
     assert len(found) == 2 and expert in found[0]
 
 
-def test_what_is_not_read_is_told_once_and_changes_nothing(tmp_path: Path, model_folder: ModelFolder) -> None:
+def test_what_is_not_read_is_reported_once_and_changes_nothing(tmp_path: Path, model_folder: ModelFolder) -> None:
     add = {"score.weight": torch.ones(1, 16), "vision.patch.weight": torch.ones(2)}
     add |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(2)}  # as of old
     folder = spoilt(model_folder(), tmp_path / "model", add=add)
@@ -154,7 +154,7 @@ def test_what_is_not_read_is_told_once_and_changes_nothing(tmp_path: Path, model
         assert torch.equal(model.state_dict()[name], tensor)
 
 
-def test_half_precision_that_is_not_kept_is_told_with_the_option(tmp_path: Path, model_folder: ModelFolder) -> None:
+def test_half_precision_that_is_not_kept_is_reported_with_the_option(tmp_path: Path, model_folder: ModelFolder) -> None:
     shutil.copytree(model_folder(), tmp_path / "model")
     for dtype in (torch.bfloat16, torch.float16):
         AutoModelForCausalLM.from_pretrained(model_folder(), dtype=dtype).save_pretrained(tmp_path / "model")

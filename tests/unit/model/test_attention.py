@@ -133,8 +133,8 @@ def test_windows_soft_caps_and_sinks(
     """Against the definitions of Gemma 2 and gpt-oss over a mask that is written out."""
     layout, inputs = case(num_responses, groups)
     sinks_H = torch.linspace(-1, 2, sinks, dtype=torch.float64, requires_grad=True) if sinks else None
-    how = {"sliding_window": window, "softcap": softcap, "s_aux": sinks_H}
-    output, _ = packed_attention(MODULE, *inputs, None, layout=layout, **how)
+    options = {"sliding_window": window, "softcap": softcap, "s_aux": sinks_H}
+    output, _ = packed_attention(MODULE, *inputs, None, layout=layout, **options)
     query, key, value = (x.repeat_interleave(4 // x.shape[1], dim=1) for x in inputs)
     scores = query @ key.transpose(2, 3) * 8**-0.5
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)

@@ -129,7 +129,7 @@ def test_a_chosen_file_is_tried_like_any_other_template(folders: dict[str, Path]
         loaded(folders["base"], str(file))
 
 
-def test_what_cannot_be_a_template_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_what_cannot_be_a_template_is_reported_before_anything_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "mine.jinja").write_text("x")
     assert template_problem("chatml") is None and template_problem("my_own") is None

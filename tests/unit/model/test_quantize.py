@@ -34,8 +34,8 @@ IDS = torch.arange(5, 30)[None]
 
 def config_of(folder: Path, scheme: str | None, **options: Any) -> ModelConfig:
     lora = LORAConfig(rank=4, **options)
-    how: dict[str, Any] = {"repo_name": str(folder), "finetune_mode": "LORA", "lora_cfg": lora}
-    return ModelConfig(config_name="auto", quantization=scheme, **how)
+    settings: dict[str, Any] = {"repo_name": str(folder), "finetune_mode": "LORA", "lora_cfg": lora}
+    return ModelConfig(config_name="auto", quantization=scheme, **settings)
 
 
 def loaded(folder: Path, scheme: str | None) -> PreTrainedModel:

@@ -273,10 +273,10 @@ class Remembers:
         (functools.wraps(stores_a_global)(lambda *args: stores_a_global(*args)), "COUNT"),
     ],
 )
-def test_state_is_told_in_one_line(function: Callable[..., Any], sign: str) -> None:
-    told = state_warning("my:f", function)
-    assert told is not None and "\n" not in told
-    assert "my:f" in told and sign in told
+def test_state_is_reported_in_one_line(function: Callable[..., Any], sign: str) -> None:
+    printed = state_warning("my:f", function)
+    assert printed is not None and "\n" not in printed
+    assert "my:f" in printed and sign in printed
 
 
 def test_only_own_functions_are_looked_at_and_signs_are_few() -> None:

@@ -149,7 +149,7 @@ def test_a_required_column_that_is_missing() -> None:
     assert signature_of("f", optional).missing([]) is None
 
 
-def test_what_an_asynchronous_function_raises_is_told_with_the_text() -> None:
+def test_what_an_asynchronous_function_raises_is_reported_with_the_text() -> None:
     async def fails(responses):
         await asyncio.sleep(0)
         return [1.0 / (text != "r2") for text in responses]

@@ -53,9 +53,9 @@ def test_log_probabilities_are_those_of_the_training_forward(
     model.train()
     torch.manual_seed(5)
     state, attention = torch.get_rng_state(), model.config._attn_implementation
-    told: list[int] = []
-    sampled = sample(name, model, progress=told.append)
-    assert torch.equal(torch.get_rng_state(), state) and sum(told) == 12
+    messages: list[int] = []
+    sampled = sample(name, model, progress=messages.append)
+    assert torch.equal(torch.get_rng_state(), state) and sum(messages) == 12
     assert all(module.training for module in model.modules()) and model.config._attn_implementation == attention
     assert [len(one.responses) for one in sampled] == [4, 4, 4]
     assert len({tuple(ids) for one in sampled for ids in one.responses}) > 10
@@ -137,7 +137,7 @@ def test_a_stop_ends_a_response(name: str, model_folder: ModelFolder) -> None:
         sample(name, model, temperature=0.0)
 
 
-def test_continuous_batching_that_fails_is_told(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_continuous_batching_that_fails_is_reported(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match=r"generation\.engine=native"):
         sample("continuous", load(model_folder("falcon")))
     model = load(model_folder())

@@ -116,15 +116,15 @@ def test_rows_that_end_do_not_disturb_the_others(packed: bool, model_folder: Mod
     plain = sample(model, end_ids=[])
     later = [ids for found in plain[2:] for ids in found.responses if not ends_sometimes(ids[:4])]
     eos_id = int(later[0][3])  # where `stop` would go on
-    told: list[int] = []
+    messages: list[int] = []
     prompts = [np.append(prompt, np.int32(eos_id)) for prompt in PROMPTS[:2]] + PROMPTS[2:]
     options: dict[str, Any] = dict(prompts=prompts, end_ids=[eos_id], stop=ends_sometimes)
-    sampled = sample(model, progress=told.append, packed=packed, **options)
+    sampled = sample(model, progress=messages.append, packed=packed, **options)
     assert_by_definition(model, sampled, **options)
     assert any(ids[-1] == eos_id and not ends_sometimes(ids) for found in sampled for ids in found.responses)
     ended = [finished for found in sampled for finished in found.finished]
     assert any(ended) and not all(ended) and len({len(ids) for found in sampled for ids in found.responses}) > 3
-    assert sum(told) == 15 and len(told) > 3
+    assert sum(messages) == 15 and len(messages) > 3
 
 
 def test_eos_is_part_of_the_response_and_ends_it(model_folder: ModelFolder) -> None:

@@ -118,22 +118,22 @@ def test_what_is_longer_than_the_reward_model_reads(judge: Path) -> None:
         predict_scores(fabric, RLOOConfig(), model, read, packed=False)
 
 
-def test_control_tokens_stay_control_tokens_and_strange_ones_are_told(judge: Path) -> None:
+def test_control_tokens_stay_control_tokens_and_strange_ones_are_reported(judge: Path) -> None:
     writer, reader = byte_tokenizer(), load_tokenizer(AutoModelConfig(repo_name=str(judge)))
     writer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|odd|>"]})
-    told: list[str] = []
+    messages: list[str] = []
     for text, strange in (("<|user|>hi", False), ("<|odd|>hi", True), ("<|odd|>ho", True)):
         ids = [BOS, *writer(text, add_special_tokens=False)["input_ids"]]
         response = writer("<|user|>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
         row = Example(0, np.array(ids, np.int32), (np.array([*response, EOS], np.int32),))
         rollout = Rollout((row,), np.zeros((1, 1)), np.ones((1, 1), dtype=bool), {})
         texts = Texts([text], ["<|user|>"], [True], [8], {})
-        [read] = rollout.encoded_by(TextExchange(writer, reader, told.append), texts).rows
+        [read] = rollout.encoded_by(TextExchange(writer, reader, messages.append), texts).rows
         assert reader.decode(read.prompt_ids) == f"<begin>{text}"
         control = reader.convert_tokens_to_ids("<|user|>")
         assert (control in read.prompt_ids) is not strange
         assert control not in read.responses[0]  # the policy wrote it as plain text
-    assert len(told) == 2 and all("<|odd|>" in line for line in told)
+    assert len(messages) == 2 and all("<|odd|>" in line for line in messages)
 
 
 def test_a_run_and_its_evaluation(

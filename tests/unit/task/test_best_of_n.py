@@ -66,22 +66,22 @@ def test_a_row_is_its_prompt_with_its_best_response(tmp_path: Path) -> None:
 
 def test_parts_are_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, rows = RowWriter(tmp_path / "parts"), example_rows()
-    told: list[str] = []
-    assert not parts.has("train", 0, 3, told.append)
+    messages: list[str] = []
+    assert not parts.has("train", 0, 3, messages.append)
     parts.write("train", 0, rows)
     parts.write("train", 1, rows[:1])
-    assert parts.has("train", 0, 3, told.append) and not parts.has("validation", 0, 3, told.append)
+    assert parts.has("train", 0, 3, messages.append) and not parts.has("validation", 0, 3, messages.append)
     assert parts.read("train", 2) == [*rows, rows[0]]
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         parts.write("train", 2, rows)
-    assert not parts.has("train", 2, 3, told.append) and len(list((tmp_path / "parts").iterdir())) == 2
-    assert told == []
+    assert not parts.has("train", 2, 3, messages.append) and len(list((tmp_path / "parts").iterdir())) == 2
+    assert messages == []
     file = tmp_path / "parts" / "train-000000.jsonl"
     whole = file.read_text()
     for damaged in (whole[:-9], whole.replace('"kept"', '"odd"'), whole.replace("4.0", "1e999"), whole + whole):
         file.write_text(damaged)
-        assert not parts.has("train", 0, 3, told.append) and str(file) in told.pop() and not told
+        assert not parts.has("train", 0, 3, messages.append) and str(file) in messages.pop() and not messages
 
 
 @pytest.mark.parametrize("n", [1, 2, 8])

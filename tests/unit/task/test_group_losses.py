@@ -312,10 +312,10 @@ def test_rloos_reward_is_the_score_less_the_kl() -> None:
         part = slice(place, place + length)
         rewards.append(score - 0.1 * float((given["logprobs"] - given["reference"])[part].sum()))
         place += length
-    told, found = leave_one_out_advantages(given["logprobs"], given["reference"], scores, LENGTHS, kl_coeff=0.1)
+    printed, found = leave_one_out_advantages(given["logprobs"], given["reference"], scores, LENGTHS, kl_coeff=0.1)
     expected = [rewards[i] - rewards[i ^ 1] for i in range(6)]
     assert_close(found.flatten(), torch.tensor(expected).double(), rtol=0, atol=1e-6)
-    assert_close(told.flatten(), torch.tensor(rewards).double(), rtol=0, atol=1e-6)
+    assert_close(printed.flatten(), torch.tensor(rewards).double(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])

@@ -193,19 +193,19 @@ def test_final_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["dpo"])
-def test_memory_is_told_as_planned_and_as_it_was(
+def test_memory_is_reported_as_planned_and_as_it_was(
     task: str, tmp_path: Path, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_pairs(tmp_path / "rows.jsonl", 12)
     train(model_folder(), data, tmp_path / "run", "task.max_num_steps=1", task=task)
-    told = capsys.readouterr().err
-    planned = re.search(r"^memory plan: up to (\d+ MB) in a step of the longest rows", told, re.MULTILINE)
+    printed = capsys.readouterr().err
+    planned = re.search(r"^memory plan: up to (\d+ MB) in a step of the longest rows", printed, re.MULTILINE)
     assert planned is not None
     assert int(planned[1].split()[0]) > 520  # the libraries alone
     assert re.search(
-        rf"^peak memory of this process: [\d.]+ [MG]B \(planned: up to {planned[1]}\)$", told, re.MULTILINE
+        rf"^peak memory of this process: [\d.]+ [MG]B \(planned: up to {planned[1]}\)$", printed, re.MULTILINE
     )
-    assert told.splitlines()[-1].startswith("next: python sheeprlhf.py eval")
+    assert printed.splitlines()[-1].startswith("next: python sheeprlhf.py eval")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["peak_memory"] > 100e6
 
 
@@ -220,9 +220,9 @@ def test_a_model_that_cannot_be_measured_is_trained_all_the_same(
 
     monkeypatch.setattr(finish, "step_plan", refuse)
     run_dir = train(model_folder(), write_rows(tmp_path / "rows.jsonl", 12), tmp_path / "run", "task.max_num_steps=1")
-    told = capsys.readouterr().err
-    assert "memory plan" not in told
-    assert re.search(r"^peak memory of this process: [\d.]+ [MG]B$", told, re.MULTILINE)
+    printed = capsys.readouterr().err
+    assert "memory plan" not in printed
+    assert re.search(r"^peak memory of this process: [\d.]+ [MG]B$", printed, re.MULTILINE)
     assert (run_dir / "final").is_dir()
 
 

@@ -183,14 +183,14 @@ def fast_update(setting: Setting) -> dict[str, float]:
     batches = Batches(fabric, setting.task, packed=True, targets="response", beside=beside)
     micro_batches = batches.of(rollout, np.array([2, 0, 3, 1]))
     assert len(micro_batches) > 1
-    told: dict[str, float] = {}
+    messages: dict[str, float] = {}
     actor_module, critic_module = fabric.setup_module(policy), fabric.setup_module(critic)
     for module, loss_fn in (
         (critic_module, partial(value_loss, task=setting.task)),
         (actor_module, partial(policy_loss, task=setting.task, temperature=TEMPERATURE)),
     ):
-        told |= update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=CLIP_NORM)
-    return told
+        messages |= update(fabric, module, optimizer, micro_batches, loss_fn, max_grad_norm=CLIP_NORM)
+    return messages
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -218,9 +218,9 @@ def test_an_update_is_the_slow_one(options: str, architecture: str, model_folder
     slow = ours._replace(policy=copy.deepcopy(ours.policy).eval(), critic=copy.deepcopy(ours.critic).eval())
     ours.policy.eval(), ours.critic.eval()
     before = copy.deepcopy(ours.policy.state_dict())
-    told = fast_update(ours)
+    printed = fast_update(ours)
     slow_update(slow)
-    assert 0.0 < told["clipfrac"] < 1.0
+    assert 0.0 < printed["clipfrac"] < 1.0
     for mine, theirs in ((ours.policy, slow.policy), (ours.critic, slow.critic)):
         assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()), rtol=0, atol=1e-5)
     after = ours.policy.state_dict()
@@ -252,8 +252,8 @@ def test_a_shared_trunk_learns_the_datasets_texts_beside(
     rollout = with_advantages(ours.rollout, task, KL_COEFF, None)
     beside = partial(token_values, names=("logprobs", "advantages", "values", "returns"))
     cut = partial(Batches, fabric, task, packed=packed, targets="response")
-    told = add_gradients(fabric, module, cut().of(texts, np.arange(3)), ptx_loss, weight=task.ptx_coeff)
-    told |= update(
+    printed = add_gradients(fabric, module, cut().of(texts, np.arange(3)), ptx_loss, weight=task.ptx_coeff)
+    printed |= update(
         fabric,
         module,
         optimizer,
@@ -275,7 +275,7 @@ def test_a_shared_trunk_learns_the_datasets_texts_beside(
     weights = [weight for group in slow_groups for weight in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(weights, CLIP_NORM)
     slow_optimizer.step()
-    assert told["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
-    assert told["policy"] + task.vf_coeff * told["value"] == pytest.approx(told["loss"], rel=1e-5)
+    assert printed["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+    assert printed["policy"] + task.vf_coeff * printed["value"] == pytest.approx(printed["loss"], rel=1e-5)
     for mine, theirs in ((ours.policy, slow.policy), (head, slow_head)):
         assert_close(dict(mine.named_parameters()), dict(theirs.named_parameters()), rtol=0, atol=1e-5)

@@ -92,7 +92,7 @@ def test_a_loss_by_hand() -> None:
     assert float(RouterLoss(0.1, 1, 3).value(counts, sums, 2)) == pytest.approx(expected, abs=1e-6)
 
 
-def test_what_cannot_be_included_is_said_once(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_included_is_reported_once(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(model_folder("mixtral")).causal_lm()
     lines: list[str] = []
     say_router_loss_left_out(model, "dpo", lines.append)

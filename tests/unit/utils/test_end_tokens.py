@@ -161,14 +161,14 @@ def test_generate_and_stream_end_there_too(model_folder: ModelFolder, tmp_path: 
     cfg = AutoModelConfig(repo_name=str(model_folder()))
     tokenizer = turn_tokenizer()
     model = load_policy(cfg, load_tokenizer(cfg), longest=64, batching="auto")[0].causal_lm().eval()
-    prompt, how = np.array([BOS, 70], dtype=np.int32), GenConfig(max_new_tokens=8)
-    free = list(stream_ids(model, prompt, how, end_ids=[], seed=0))
+    prompt, options = np.array([BOS, 70], dtype=np.int32), GenConfig(max_new_tokens=8)
+    free = list(stream_ids(model, prompt, options, end_ids=[], seed=0))
     with certain_at(model, 4, END):
-        [ids] = generate_ids(model, tokenizer, [prompt], how)
+        [ids] = generate_ids(model, tokenizer, [prompt], options)
     with certain_at(model, 4, END):
-        texts = generate_responses(model, tokenizer, [prompt], how)
+        texts = generate_responses(model, tokenizer, [prompt], options)
     with certain_at(model, 4, END):
-        streamed = list(stream_ids(model, prompt, how, end_ids=end_tokens(tokenizer).ids, seed=0))
+        streamed = list(stream_ids(model, prompt, options, end_ids=end_tokens(tokenizer).ids, seed=0))
     assert ids.tolist() == streamed == [*free[:3], END] and texts == [tokenizer.decode(free[:3])]
 
 

@@ -1,7 +1,6 @@
 """Which process of how many this is, from the variables of launchers alone."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -173,7 +172,7 @@ def test_variables_that_are_incomplete_or_contradictory(monkeypatch, variables, 
         ("RANK=1 WORLD_SIZE=2 LOCAL_RANK=0", (None, 2), ("1", 2)),
     ],
 )
-def test_machines_that_are_told_apart_by_variables(monkeypatch, variables, given, expected):
+def test_machines_that_variables_distinguish(monkeypatch, variables, given, expected):
     environment(monkeypatch, variables, MEET)
     assert numbers(*given) == expected
     assert not is_rank_zero()
@@ -270,10 +269,3 @@ def test_numbers_of_a_file(tmp_path: Path) -> None:
     assert machine._field(str(tmp_path / "max")) is None and machine._field(str(tmp_path / "none")) is None
     (tmp_path / "now").write_text("123\n")
     assert machine._field(str(tmp_path / "now")) == 123
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_this_machine() -> None:
-    total = machine._field("/proc/meminfo", "MemTotal:", 1024)
-    found = available_memory()
-    assert total is not None and found is not None and 0 < found < total

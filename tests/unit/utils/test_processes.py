@@ -153,10 +153,10 @@ def test_ctrl_c_at_any_time_is_no_error_and_no_traceback(what: str, last_line: s
             assert process.poll() is None
         time.sleep(0.2)  # what it printed, it printed before it sleeps
         process.send_signal(signum)
-        _, told = process.communicate(timeout=20)
+        _, printed = process.communicate(timeout=20)
     assert process.returncode == 128 + signum
-    assert len(told.splitlines()) == (what not in ("end", "stuck"))
-    assert "Traceback" not in told
+    assert len(printed.splitlines()) == (what not in ("end", "stuck"))
+    assert "Traceback" not in printed
 
 
 def test_ctrl_c_at_the_very_end_changes_nothing() -> None:
