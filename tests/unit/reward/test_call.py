@@ -121,58 +121,21 @@ def test_the_search_for_the_text_ends(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("returned", "said"),
+    ("returned", "parts"),
     [
-        (None, ["reward my.reward returned None: give back a list of 3 numbers"]),
-        ("123", ["reward my.reward returned a str: give back a list of 3 numbers"]),
-        ({"a": 1, "b": 2, "c": 3}, ["reward my.reward returned a dict: give back a list of 3 numbers"]),
-        (1.0, ["reward my.reward returned a float: give back a list of 3 numbers"]),
-        (np.float64(1), ["reward my.reward returned a float: give back a list of 3 numbers"]),
-        ([1.0], ["reward my.reward returned 1 scores for 3 responses: give back one for each"]),
-        ([1.0] * 4, ["reward my.reward returned 4 scores for 3 responses: give back one for each"]),
-        (
-            [1.0, float("nan"), 2.0],
-            [
-                "reward my.reward returned nan, which is not finite, for response 2 of 3",
-                *("prompt: 'two'", "response: '2\\x1b[31m'"),
-            ],
-        ),
-        (
-            np.array([-np.inf, 1, 1]),
-            [
-                "reward my.reward returned -inf, which is not finite, for response 1 of 3",
-                "prompt: 'one'",
-                "response: '1'",
-            ],
-        ),
-        (
-            ["1.0", 1.0, 1.0],
-            [
-                "reward my.reward returned '1.0', which is not a number, for response 1 of 3",
-                "prompt: 'one'",
-                "response: '1'",
-            ],
-        ),
-        (
-            [1.0, None, 1.0],
-            [
-                "reward my.reward returned None, which is not a number (give one to each response, for example 0.0 "
-                "where the function does not apply), for response 2 of 3",
-                *("prompt: 'two'", "response: '2\\x1b[31m'"),
-            ],
-        ),
-        (
-            torch.ones(3, 2),
-            [
-                "reward my.reward returned [1.0, 1.0], which is not a number, for response 1 of 3",
-                *("prompt: 'one'", "response: '1'"),
-            ],
-        ),
+        *((None, ["None"]), ("123", ["str"]), ({"a": 1, "b": 2, "c": 3}, ["dict"])),
+        *((1.0, ["float"]), (np.float64(1), ["float"]), ([1.0], ["1 scores"]), ([1.0] * 4, ["4 scores"])),
+        ([1.0, float("nan"), 2.0], ["nan", "response 2 of 3", "prompt: 'two'", "response: '2\\x1b[31m'"]),
+        (np.array([-np.inf, 1, 1]), ["-inf", "response 1 of 3", "prompt: 'one'", "response: '1'"]),
+        (["1.0", 1.0, 1.0], ["'1.0'", "response 1 of 3"]),
+        ([1.0, None, 1.0], ["None", "response 2 of 3"]),
+        (torch.ones(3, 2), ["[1.0, 1.0]", "response 1 of 3"]),
     ],
     ids=str,
 )
-def test_what_is_no_list_of_finite_numbers(returned, said):
-    assert said_by(lambda prompts, responses: returned) == said
+def test_what_is_no_list_of_finite_numbers(returned, parts):
+    message = "\n".join(said_by(lambda prompts, responses: returned))
+    assert [part for part in ("my.reward", *parts) if part not in message] == []
 
 
 def test_a_long_text_is_shortened():
