@@ -37,9 +37,11 @@ from sheeprlhf.structure.reward import (
     term_folder,
 )
 from sheeprlhf.structure.rollout import (
+    ENVIRONMENTS,
     BestOfNConfig,
     DistillConfig,
     GRPOConfig,
+    LocalRolloutConfig,
     OnlineTaskConfig,
     PPOConfig,
     RatioTaskConfig,
@@ -319,6 +321,8 @@ def online_problems(config: TrainConfig, task: OnlineTaskConfig) -> Iterator[str
         yield from _best_of_n_problems(config)
     if isinstance(config.rollout, VLLMRolloutConfig):
         yield from _server_problems(config, config.rollout)
+    if isinstance(config.rollout, LocalRolloutConfig):
+        yield from _environment_problems(config, config.rollout)
 
 
 def _server_problems(config: TrainConfig, rollout: VLLMRolloutConfig) -> Iterator[str]:
@@ -348,6 +352,26 @@ def _server_problems(config: TrainConfig, rollout: VLLMRolloutConfig) -> Iterato
         yield unread(f"generation.engine={config.generation.engine}", "with rollout=vllm")
     if rollout.sync_dir is not None:
         yield from new_folder_problems("rollout.sync_dir", rollout.sync_dir)
+
+
+def _environment_problems(config: TrainConfig, rollout: LocalRolloutConfig) -> Iterator[str]:
+    """Problems of an environment: its class, its options, and other options that do not go with it."""
+    source, default = rollout.environment, LocalRolloutConfig()
+    given = f"rollout.environment={source}"
+    if source is None:
+        for name in ("max_turns", "step_timeout", "num_processes", "max_result_length"):
+            if getattr(rollout, name) != getattr(default, name):
+                yield unread(f"rollout.{name}={getattr(rollout, name)}", "without rollout.environment")
+        return
+    if is_users_own(source):
+        yield from _users_own_problems("rollout.environment=", source)
+    elif source not in ENVIRONMENTS:
+        did = did_you_mean(source, list(ENVIRONMENTS), "it", key="rollout.environment=")
+        yield f"{given} is unknown: {did} may be {', '.join(ENVIRONMENTS)}, or a class of yours as package.module:Class"
+    if not isinstance(config.task, RatioTaskConfig):
+        yield unread(given, f"by task={config.task.config_name}", "task=grpo, rloo, reinforce_pp or ppo")
+    if config.generation.engine != "native":
+        yield f"{given} is not supported by generation.engine={config.generation.engine}: give generation.engine=native"
 
 
 def _grpo_problems(task: GRPOConfig, rollout: RolloutSourceConfig) -> Iterator[str]:

@@ -24,7 +24,7 @@ from sheeprlhf.security.files import read_small, real_file
 from sheeprlhf.structure.reward import is_users_own
 from sheeprlhf.utils.errors import ConfigError
 
-_FUNCTIONS = ("reward.path", "reward.terms")
+_FUNCTIONS = ("reward.path", "reward.terms", "rollout.environment")
 _RECEIVERS = ("reward.url", "reward.api_key_variable", "rollout.urls")  # of texts, of a key and of prompts
 _TRUST = "model.library_cfg.trust_remote_code"
 _RESOLVER = re.compile(r"\$\{\s*(?!now\b)[\w.]+\s*:")

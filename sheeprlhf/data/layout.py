@@ -119,6 +119,7 @@ class RowLayout:
             self.layouts[_layout_of(row, read)] += 1
         if self._ignored_keys:
             row = {name: _without_keys(value, self._ignored_keys) for name, value in row.items()}
+        unread = () if self.kept.every else unread
         self._count(row, values, unread, sources)
         return row, unread
 

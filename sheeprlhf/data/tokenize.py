@@ -679,7 +679,7 @@ class TextExchange:
             part = list(islice(rest, len(row.responses)))
             written = [response for _, response, _ in part]
             if self._turns is not None:
-                found.append(self._chat_row(row, part[0][0], written))
+                found.append(self._chat_row(row._replace(trained=None), part[0][0], written))
                 continue
             if prompts is None:
                 prompt_ids, ids = self._encode_pair(row.prompt_ids, written)
@@ -690,7 +690,7 @@ class TextExchange:
                 np.array([*response, end] if ended or not response else response, dtype=np.int32)
                 for response, (_, _, ended) in zip(ids, part, strict=True)
             )
-            found.append(row._replace(prompt_ids=prompt_ids, responses=responses))
+            found.append(row._replace(prompt_ids=prompt_ids, responses=responses, trained=None))
         return tuple(found)
 
     def _encode_pair(self, prompt_ids: np.ndarray, responses: list[str]) -> tuple[np.ndarray, list[list[int]]]:

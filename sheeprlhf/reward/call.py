@@ -40,6 +40,7 @@ _SECONDS_OF_SEARCH = 5.0  # for the text at which a function raises
 _IDS = ": token ids are not passed to reward functions; take the texts: responses"
 _FIXES = {
     "reference": ": it is the row's own response, so give every row one, or choose another reward",
+    "episode_reward": ": give rollout.environment",
     **dict.fromkeys(("completion_ids", "prompt_ids", "completions_ids", "prompts_ids"), _IDS),
 }
 

@@ -67,6 +67,11 @@ def length(prompts: list[str], responses: list[str], *, target_length: int, leng
     return [min(found, target_length) / max(found, target_length) for found in lengths]
 
 
+def environment(prompts: list[str], responses: list[str], *, episode_reward: list[float]) -> list[float]:
+    """The sum of the rewards that `rollout.environment` gave in each episode; 0.0 for one that failed."""
+    return list(episode_reward)
+
+
 def regex(prompts: list[str], responses: list[str], *, pattern: str) -> list[float]:
     """1.0 where the pattern is found in a response, as `re.search` does it, else 0.0."""
     compiled = re.compile(pattern)

@@ -19,8 +19,9 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -38,8 +39,10 @@ from sheeprlhf.engine.shard import equal_passes, gathered
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.score import RawScores, RunningMoments, build_reward
 from sheeprlhf.rollout.engines import ENGINES, StopStrings
+from sheeprlhf.rollout.episodes import Episode, EpisodeSampler, episode_metrics
 from sheeprlhf.rollout.sampler import Sampled
 from sheeprlhf.rollout.server import RolloutServers
+from sheeprlhf.structure.reward import EPISODE_COLUMNS
 from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
@@ -48,6 +51,7 @@ from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode, isolated_rng
 
+SampledT = TypeVar("SampledT")
 JUDGE_FAILURES = "objective/judge_failures"  # responses of a rollout that the judge gave no score
 _MAX_SHOWN_ROWS = 20
 _HALF_PRECISION_ERROR = 0.1  # nats a token: bf16 rounds logits of 20 to eighths, in another order with a cache
@@ -60,7 +64,7 @@ class Rollout:
     """Prompts, their sampled responses, and numbers of each token. Immutable; the same on all ranks.
 
     Arrays of tokens have one number for each token of a row's responses, response after response, like the targets of
-    a batch of those rows. There is no padding.
+    a batch of those rows: those of `Example.trained`, which leaves out what an environment wrote. There is no padding.
     """
 
     rows: tuple[Example, ...]  # a prompt with its sampled responses each
@@ -75,8 +79,8 @@ class Rollout:
 
     @property
     def response_lengths(self) -> list[int]:
-        """Tokens of every response, end token included, in the order of the token arrays."""
-        return [len(response) for row in self.rows for response in row.responses]
+        """Trained tokens of every response, end token included, in the order of the token arrays."""
+        return [int(mask.sum()) for row in self.rows for mask in row.masks()]
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -92,7 +96,7 @@ class Rollout:
 
     def with_tokens(self, **values_N: Tensor) -> "Rollout":
         """Return the rollout with more numbers for each token, given end to end."""
-        borders = np.cumsum([sum(map(len, row.responses)) for row in self.rows])[:-1]
+        borders = np.cumsum([num_targets(row) for row in self.rows])[:-1]
         new = {
             name: tuple(np.split(values.detach().float().cpu().numpy(), borders)) for name, values in values_N.items()
         }
@@ -135,6 +139,11 @@ def _replaced(old: Sequence[Any], new: Sequence[Any], at: Sequence[int], size: i
     return result
 
 
+def num_targets(row: Example) -> int:
+    """Return the tokens of a row's responses that count in a loss over tokens."""
+    return sum(map(len, row.responses)) if row.trained is None else int(row.trained.sum())
+
+
 def token_values(rollout: Rollout, part: list[int], names: Sequence[str]) -> dict[str, Tensor]:
     """(N,) numbers of some rows' tokens by name, in the order of the targets of a batch of those rows."""
     return {name: torch.from_numpy(np.concatenate([rollout.tokens[name][i] for i in part])) for name in names}
@@ -148,11 +157,11 @@ def sampling_uniforms(seed: int, number: int, shape: tuple[int, int, int]) -> np
 def sample_on_all_ranks(
     fabric: Fabric,
     policy: Policy,
-    sample: Callable[[list[int], Callable[[int], object]], list[Sampled]],
+    sample: Callable[[list[int], Callable[[int], object]], list[SampledT]],
     num_prompts: int,
     num_responses: int,
     label: str,
-) -> list[Sampled]:
+) -> list[SampledT]:
     """All ranks: the policy's responses to every prompt; each rank samples its share by `sample(prompts, progress)`."""
     mine = list(range(fabric.global_rank, num_prompts, fabric.world_size))
     hidden = None if fabric.is_global_zero else True  # None: shown in a terminal only
@@ -163,11 +172,17 @@ def sample_on_all_ranks(
     return [found[number] for number in range(num_prompts)]
 
 
-def to_rollout(prompts: Sequence[Example], sampled: Sequence[Sampled]) -> Rollout:
-    """Return sampled responses as a rollout with the sampler's log-probabilities ("sampled") and no score yet."""
+def to_rollout(
+    prompts: Sequence[Example], sampled: Sequence[Sampled], trained: Sequence[np.ndarray] | None = None
+) -> Rollout:
+    """Return sampled responses as a rollout with the sampler's log-probabilities ("sampled") and no score yet.
+
+    `trained` are the masks of the rows' sampled tokens, as `Example.trained`; None: all.
+    """
+    masks: Sequence[np.ndarray | None] = [None] * len(prompts) if trained is None else trained
     rows = tuple(
-        prompt._replace(responses=one.responses, margin=0.0, desirable=True, trained=None)
-        for prompt, one in zip(prompts, sampled, strict=True)
+        prompt._replace(responses=one.responses, margin=0.0, desirable=True, trained=mask)
+        for prompt, one, mask in zip(prompts, sampled, masks, strict=True)
     )
     finished = np.array([one.finished for one in sampled])
     logprobs = tuple(np.concatenate(one.logprobs) for one in sampled)
@@ -230,7 +245,7 @@ def predict_targets(
     with phase("evaluation"), isolated_rng(), eval_mode(module), torch.no_grad(), fabric.autocast():
         for (part, micro), _ in passes:  # what a rank computes twice has the same numbers
             values_N = call(fabric.to_device(micro.batch)).float().cpu().numpy()
-            sizes = [sum(map(len, row.responses)) for row in rows.examples(part)]
+            sizes = [num_targets(row) for row in rows.examples(part)]
             if len(values_N) != sum(sizes):  # one for each response instead of each token
                 sizes = [len(row.responses) for row in rows.examples(part)]
             mine += zip(part, np.split(values_N, np.cumsum(sizes)[:-1]), strict=True)
@@ -288,7 +303,8 @@ def kl_bound(n: int) -> float:
 class RolloutCollector:
     """Makes rollouts: the policy samples, the reward scores, the reference computes its log-probabilities.
 
-    The reward gets `columns` of the texts; `rewards` are its reward models by their terms. `servers` sample if given.
+    The reward gets `columns` of the texts; `rewards` are its reward models by their terms. `servers` sample if given,
+    `episodes` samples in several turns.
 
     Attributes:
         token_batches: cuts a rollout into batches whose targets are the responses' tokens.
@@ -310,10 +326,11 @@ class RolloutCollector:
         packed: bool,
         columns: Collection[str] = ("reference",),
         servers: RolloutServers | None = None,
+        episodes: EpisodeSampler | None = None,
     ) -> None:
         self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
         self.policy, self._reference, self._reward_models, self._packed = policy, reference, rewards, packed
-        self._columns, self.servers = columns, servers
+        self._columns, self.servers, self._episodes = columns, servers, episodes
         self._version_of = 0  # the rollout before whose updates the servers got their weights
         self._ahead_of: dict[int, int] = {}  # the same for each rollout that is sampled ahead
         self._stop = StopStrings(cfg.generation.stop_strings, tokenizer)
@@ -347,7 +364,7 @@ class RolloutCollector:
         """
         # 1. sample
         staleness = self._updates_since(number)
-        rollout = to_rollout(prompts, self._sample(prompts, number, group))
+        rollout, episodes = self._sample(prompts, number, group)
         # 2. log-probabilities of the policy and the reference
         old_N = rollout.flat("sampled")
         # Those of a server, and in half precision the sampler's, differ from those that the update computes.
@@ -363,7 +380,12 @@ class RolloutCollector:
         elif self.servers is not None:
             found = self.servers.check(rollout.tokens)
         # 3. decode and score
-        texts = decode_rollout(rollout, prompts, self._tokenizer, self._stop)
+        stop = StopStrings((), self._tokenizer) if episodes else self._stop  # a transcript is written whole
+        texts = decode_rollout(rollout, prompts, self._tokenizer, stop)
+        if episodes:
+            found |= episode_metrics(episodes)
+            values = [one.reward for one in episodes], [one.answer for one in episodes]
+            texts = texts._replace(columns={**texts.columns, **dict(zip(EPISODE_COLUMNS, values, strict=True))})
         columns = {name: values for name, values in texts.columns.items() if name in self._columns}
         self.texts, self.metrics = texts._replace(columns=columns), {}
         scores = np.array(self._scores(rollout, validates), dtype=np.float64)
@@ -371,8 +393,8 @@ class RolloutCollector:
         self.metrics |= rollout_metrics(rollout) | found
         return rollout
 
-    def _sample(self, prompts: list[Example], number: int, group: int | None) -> list[Sampled]:
-        """All ranks: sample responses to every prompt; each rank samples its share."""
+    def _sample(self, prompts: list[Example], number: int, group: int | None) -> tuple[Rollout, list[Episode]]:
+        """All ranks: sample responses to every prompt; each rank samples its share. Episodes: of an environment."""
         fabric, cfg, task = self._fabric, self._cfg.generation, self._cfg.task
         assert isinstance(task, OnlineTaskConfig)
         shape = (len(prompts), group or task.num_generations, cfg.max_new_tokens)
@@ -380,23 +402,34 @@ class RolloutCollector:
         if self.servers is not None:
             if not self.servers.is_ahead(number):
                 self.servers.write_weights()
-            return self.servers.sample([prompt.prompt_ids for prompt in prompts], uniforms, number)
+            ids = [prompt.prompt_ids for prompt in prompts]
+            return to_rollout(prompts, self.servers.sample(ids, uniforms, number)), []
+        engine = partial(
+            ENGINES[cfg.engine],
+            self.policy.causal_lm(),
+            temperature=cfg.temperature,
+            end_ids=end_token_ids(self._tokenizer),
+            token_budget=task.token_budget,
+            stop=self._stop if self._stop else None,
+            packed=self._packed,
+            undefined_U=self.policy.undefined_U,
+        )
 
         def sample(mine: list[int], progress: Callable[[int], object]) -> list[Sampled]:
-            return ENGINES[cfg.engine](
-                self.policy.causal_lm(),
-                [prompts[row].prompt_ids for row in mine],
-                uniforms[mine],
-                temperature=cfg.temperature,
-                end_ids=end_token_ids(self._tokenizer),
-                token_budget=task.token_budget,
-                stop=self._stop if self._stop else None,
-                progress=progress,
-                packed=self._packed,
-                undefined_U=self.policy.undefined_U,
-            )
+            return engine([prompts[row].prompt_ids for row in mine], uniforms[mine], progress=progress)
 
-        return sample_on_all_ranks(fabric, self.policy, sample, *shape[:2], "sampling")
+        if self._episodes is None:
+            sampled = sample_on_all_ranks(fabric, self.policy, sample, *shape[:2], "sampling")
+            return to_rollout(prompts, sampled), []
+        sampler = self._episodes
+
+        def play(mine: list[int], progress: Callable[[int], object]) -> list[tuple[Sampled, tuple[Episode, ...]]]:
+            return sampler(engine, [prompts[row] for row in mine], uniforms[mine], progress)
+
+        played = sample_on_all_ranks(fabric, self.policy, play, *shape[:2], "episodes")
+        masks = [np.concatenate([episode.trained for episode in of_row]) for _, of_row in played]
+        rollout = to_rollout(prompts, [one for one, _ in played], masks)
+        return rollout, [episode for _, of_row in played for episode in of_row]
 
     def sample_ahead(self, later: Sequence[tuple[int, list[Example]]], number: int) -> None:
         """All ranks: let servers sample later rollouts, of these numbers and prompts, while rollout `number` is used.

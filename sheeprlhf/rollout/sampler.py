@@ -68,6 +68,7 @@ def sample_responses(
     top_p: float = 1.0,
     max_prompts: int | None = None,
     undefined_U: Tensor | None = None,
+    limits: Sequence[int] | None = None,
 ) -> list[Sampled]:
     """Sample K responses after each prompt, from softmax(logits / temperature), or from its likeliest tokens only.
 
@@ -89,6 +90,7 @@ def sample_responses(
         top_p: as in `draw`.
         max_prompts: most prompts that are sampled after at a time.
         undefined_U: (U,) int64, ids that are never sampled.
+        limits: most new tokens of a response to each prompt, at least 1; None: as many as there are numbers.
 
     Returns:
         One `Sampled` per prompt, in their order.
@@ -110,7 +112,8 @@ def sample_responses(
             group_prompts = [prompts[index] for index in group]
             own = [lengths[index] for index in group]
             decoder = PackedDecoder(model, token_budget) if packed else unpacked_decoder(model, own, num_new)
-            sampled = _sample_group(decoder, group_prompts, uniforms[group], draw_next, end_ids, stop, progress)
+            most = np.array([num_new if limits is None else limits[index] for index in group])
+            sampled = _sample_group(decoder, group_prompts, uniforms[group], most, draw_next, end_ids, stop, progress)
             results |= zip(group, sampled, strict=True)
     return [results[index] for index in range(len(prompts))]
 
@@ -145,6 +148,7 @@ def _sample_group(
     decoder: "PackedDecoder | PaddedDecoder | RecomputedDecoder",
     prompts: Sequence[np.ndarray],
     uniforms_PKN: np.ndarray,
+    limits_P: np.ndarray,
     draw_next: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     end_ids: Sequence[int],
     stop: Callable[[np.ndarray], bool] | None,
@@ -158,7 +162,7 @@ def _sample_group(
     logprobs_RN = torch.zeros(num_rows, num_new, device=device)
     ids_RN = np.zeros((num_rows, num_new), dtype=np.int32)
     lengths_R, finished_R = np.zeros(num_rows, dtype=np.int64), np.zeros(num_rows, dtype=bool)
-    live_B = np.arange(num_rows)
+    live_B, limits_R = np.arange(num_rows), limits_P.repeat(num_responses)
     for step in range(num_new):
         index_B = torch.from_numpy(live_B).to(device)
         next_B, logprobs_RN[index_B, step] = draw_next(logits_BV, uniforms_RN[index_B, step])
@@ -168,7 +172,7 @@ def _sample_group(
         if stop is not None:
             for row in live_B[~finished_R[live_B]]:
                 finished_R[row] = stop(ids_RN[row, : step + 1])
-        ended_B = finished_R[live_B] | (step + 1 == num_new)
+        ended_B = finished_R[live_B] | (step + 1 >= limits_R[live_B])
         if ended_B.any():
             progress(int(ended_B.sum()))
             order = compact(ended_B)

@@ -133,7 +133,7 @@ class FunctionRewardConfig(BuiltinOptionsConfig):
     config_name: str = "function"
     path: str = option(
         "imperative",
-        "imperative, length, regex, rouge, sentiment, or a function of yours as package.module:function.",
+        "imperative, length, regex, rouge, sentiment, environment, or a function of yours as package.module:function.",
     )
 
 
@@ -196,7 +196,9 @@ class Builtin(NamedTuple):
     extra: str = ""  # the extra of the package that installs them
 
 
+EPISODE_COLUMNS = ("episode_reward", "final_answer")  # of responses with rollout.environment, for reward functions
 BUILTINS = {
+    "environment": Builtin(columns=EPISODE_COLUMNS[:1]),
     "imperative": Builtin(),
     "length": Builtin(reads=("target_length", "length_unit"), needs=("target_length",)),
     "regex": Builtin(reads=("pattern",), needs=("pattern",)),

@@ -6,6 +6,7 @@ from typing import ClassVar, Optional
 from sheeprlhf.structure.option import Config, option
 from sheeprlhf.structure.task import TrainTaskConfig
 
+ENVIRONMENTS = ("calculator", "python")  # the built-in ones
 _MICRO_BATCH = "Most responses in one forward pass, at least those of one prompt; the token budget cuts further."
 
 
@@ -280,6 +281,19 @@ class LocalRolloutConfig(RolloutSourceConfig):
     """The training processes sample, as `generation.engine` says."""
 
     config_name: str = "local"
+    environment: Optional[str] = option(
+        None,
+        "Environment whose tools the model calls in several turns: calculator, python, or a class of yours as "
+        "package.module:Class (ppo, grpo, rloo, reinforce_pp). null: a response is one turn.",
+    )
+    max_turns: int = option(4, "Most messages of the model in a response with tool calls.", unit="messages", minimum=1)
+    step_timeout: float = option(
+        10.0, "Longest time of a call of the environment; the episode has failed then.", unit="seconds", above=0.0
+    )
+    num_processes: int = option(2, "Processes with environments, on each device.", unit="processes", minimum=1)
+    max_result_length: int = option(
+        1000, "Longest result of a tool call; the rest is cut.", unit="characters", minimum=1
+    )
 
 
 @dataclass(unsafe_hash=True)
@@ -321,3 +335,8 @@ class VLLMRolloutConfig(RolloutSourceConfig):
     def max_difference(self, precision: str) -> float:
         """The tolerance, in nats a token."""
         return self.tolerance or (1e-3 if precision == "32-true" else 0.2)
+
+
+def environment_of(config: object) -> str | None:
+    """The environment of a run's configuration; None without one, and for an evaluation."""
+    return getattr(getattr(config, "rollout", None), "environment", None)

@@ -299,6 +299,8 @@ def rollout_table(rollout: Rollout, texts: Texts, raw: RawScores, number: int, s
         "finished": rollout.finished.reshape(-1),
         "score": rollout.scores.reshape(-1),
     }
+    if any(row.trained is not None for row in rollout.rows):
+        columns["trained"] = pa.array([mask for row in rollout.rows for mask in row.masks()], pa.list_(pa.bool_()))
     columns |= {f"{TERM}{name}": pa.array(scores, pa.float64()) for name, scores in raw.by_term.items()}
     borders = np.cumsum(rollout.response_lengths)[:-1]
     for name in rollout.tokens:

@@ -42,12 +42,21 @@ from sheeprlhf.model.memory import freeze_layers
 from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.reward.score import check_columns, state_warnings, wanted_columns
 from sheeprlhf.rollout.engines import StopStrings
+from sheeprlhf.rollout.episodes import EpisodeSampler
 from sheeprlhf.rollout.rollout import RolloutCollector, TermModel
 from sheeprlhf.rollout.server import RolloutServers
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
-from sheeprlhf.structure.reward import MODEL, model_sources, term_folder
-from sheeprlhf.structure.rollout import BestOfNConfig, DistillConfig, OnlineTaskConfig, PPOConfig, VLLMRolloutConfig
+from sheeprlhf.structure.reward import EPISODE_COLUMNS, MODEL, model_sources, term_folder
+from sheeprlhf.structure.rollout import (
+    BestOfNConfig,
+    DistillConfig,
+    LocalRolloutConfig,
+    OnlineTaskConfig,
+    PPOConfig,
+    VLLMRolloutConfig,
+    environment_of,
+)
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import RMConfig, TrainTaskConfig
 from sheeprlhf.task.finish import check_validation_rows, report_data
@@ -82,13 +91,17 @@ class RLModels(NamedTuple):
 
 
 class OnlineSetup(NamedTuple):
-    """Data and models of an RL task before Fabric wraps anything; the reward gets these columns of each row."""
+    """Data and models of an RL task before Fabric wraps anything; the reward gets these columns of each row.
+
+    `episodes` samples responses of several turns, in an environment.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     rows: TokenizedSplit
     held_out: TokenizedSplit | None
     models: RLModels
     columns: list[str]
+    episodes: EpisodeSampler | None
 
 
 def load_online_setup(fabric: Fabric, run: Run) -> OnlineSetup:
@@ -103,7 +116,9 @@ def load_online_setup(fabric: Fabric, run: Run) -> OnlineSetup:
             f"generation.engine={cfg.generation.engine} draws from torch's generator: a run that is resumed with as "
             "many processes and the same task.token_budget samples the same responses, any other run does not"
         )
-    tokenizer = load_tokenizer(cfg.model)
+    tokenizer, episodes = load_tokenizer(cfg.model), None
+    if isinstance(cfg.rollout, LocalRolloutConfig) and cfg.rollout.environment is not None:
+        episodes = EpisodeSampler(tokenizer, cfg.rollout, run.say)
     data = prepare_prompts(cfg, tokenizer, say=run.say, progress=fabric.is_global_zero)
     report_data(fabric, run, data)
     rows, held_out = data.splits["train"], data.splits.get("validation")
@@ -119,7 +134,7 @@ def load_online_setup(fabric: Fabric, run: Run) -> OnlineSetup:
         run.say(line)
     sampled = max(int(split.sizes[:, 0].max()) for split in used.values()) + cfg.generation.max_new_tokens
     models = load_rl_models(run, tokenizer, longest=max(longest_row(used), sampled), data=data)
-    return OnlineSetup(tokenizer, rows, held_out, models, columns)
+    return OnlineSetup(tokenizer, rows, held_out, models, columns, episodes)
 
 
 def build_collector(fabric: Fabric, run: Run, setup: OnlineSetup, reference: nn.Module) -> RolloutCollector:
@@ -144,6 +159,7 @@ def build_collector(fabric: Fabric, run: Run, setup: OnlineSetup, reference: nn.
         packed=models.packed,
         columns=setup.columns,
         servers=servers,
+        episodes=setup.episodes,
     )
 
 
@@ -158,6 +174,7 @@ def prepare_prompts(
     """
     assert cfg.data is not None
     kept = wanted_columns(cfg.reward, default=cfg.data.rule_reward)
+    kept = kept._replace(every=kept.every or environment_of(cfg) is not None)
     return prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=progress, kept=kept)
 
 
@@ -173,6 +190,7 @@ def check_reward_columns(cfg: TrainConfig | EvalConfig, data: PreparedData, answ
     names: list[str] | None = None
     for split, has_reference in answered.items():
         own = [REFERENCE] if has_reference else []
+        own += [] if environment_of(cfg) is None else EPISODE_COLUMNS
         available = dict.fromkeys([*available_columns(data.report, split), *own])
         check_columns(cfg.reward, available, default=cfg.data.rule_reward, rows=f"the {split} rows")
         kept = dict.fromkeys([*data.splits[split].columns, *own])

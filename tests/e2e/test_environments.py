@@ -1,0 +1,231 @@
+"""Runs in an environment: log-probabilities by plain transformers, advantages and returns by hand, resume."""
+
+import json
+import re
+import shutil
+import string
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sheeprlhf.data.example import Example, collate_packed, collate_padded
+from sheeprlhf.model.lm_head import TokenLogprobs
+from sheeprlhf.rollout import episodes
+from sheeprlhf.rollout.environment_pool import Call
+from sheeprlhf.structure.rollout import GRPOConfig
+from sheeprlhf.task import loop
+from sheeprlhf.task.train.grpo import grpo_loss
+from tests.support.environments import Lengths
+from tests.support.models import byte_tokenizer
+from tests.support.runs import exit_code, figures, rejected, train, train_words
+from tests.support.talking import TEMPLATE
+
+ModelFolder = Callable[..., Path]
+WORDS = [
+    "rollout.environment=tests.support.environments:Lengths",
+    "reward.path=environment",
+    "generation.max_new_tokens=64",
+    f"generation.stop_strings=[{','.join(string.ascii_letters)}]",  # a random model rarely writes its end token
+    "data.max_prompt_length=60",
+    "data.max_length=124",
+    "task.max_num_steps=8",
+    "task.save_rollouts=9",
+]
+BETWEEN = re.compile(r"(?:</s>)?\[tool\].{0,2}7\[assistant\]", re.DOTALL)
+
+
+@pytest.fixture
+def setting(tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A model with a chat template and a file of rows; every message of an even number of characters is a call."""
+    model = Path(shutil.copytree(model_folder(), tmp_path / "model"))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(model)
+    rows = [{"prompt": [{"role": "user", "content": f"{i} and {'x' * (i % 5)}"}], "answer": "7"} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def calls(text: str, form: str) -> list[Call]:
+        return [] if len(text) % 2 else [Call("f", {"text": text[:2]})]
+
+    monkeypatch.setattr(episodes, "parse_calls", calls)
+    return model, tmp_path / "rows.jsonl"
+
+
+def saved(run_dir: Path) -> list[dict[str, Any]]:
+    return [row for path in sorted((run_dir / "rollouts").iterdir()) for row in pq.read_table(path).to_pylist()]
+
+
+def check_rows(rows: list[dict[str, Any]], model: Path) -> None:
+    """Tokens, log-probabilities and scores of the first rollout, each response by itself."""
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), byte_tokenizer()
+    num_results = 0
+    for row in rows:
+        trained = np.array(row["trained"])
+        ids, start = torch.tensor([row["prompt_ids"] + row["response_ids"]]), len(row["prompt_ids"])
+        with torch.no_grad():
+            logprobs = plain(ids).logits[0, start - 1 : -1, :-1].log_softmax(-1).gather(1, ids[0, start:, None])[:, 0]
+        for name in ("sampled", "logprobs", "reference"):
+            torch.testing.assert_close(torch.tensor(row[name]), logprobs[trained], rtol=0, atol=1e-5)
+        borders = np.flatnonzero(np.diff(trained)) + 1
+        parts = np.split(np.array(row["response_ids"]), borders)
+        assert trained[0] and all(BETWEEN.fullmatch(tokenizer.decode(part)) for part in parts[1::2])
+        num_results += len(parts) // 2
+        if row["finished"]:
+            last = parts[-1][:-1] if parts[-1][-1] == tokenizer.eos_token_id else parts[-1]
+            answer = tokenizer.decode(last, skip_special_tokens=True)
+            expected = 0.1 * (len(parts) // 2) + Lengths().finish(answer)
+            assert row["score"] == pytest.approx(expected, abs=1e-9)
+        assert all(len(row[name]) == trained.sum() for name in row if name in ("advantages", "values", "returns"))
+    assert num_results > len(rows) / 2 and 0 < sum(row["finished"] for row in rows) < len(rows)
+
+
+@pytest.mark.slow
+def test_grpo_learns_from_sampled_tokens_and_resumes(
+    setting: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = train(*setting, tmp_path / "whole", *WORDS, task="grpo")
+    whole = saved(run_dir)
+    rows = whole[:24]
+    check_rows(rows, setting[0])
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        difference = first["score"] - second["score"]
+        expected = difference / 2 / (abs(difference) / np.sqrt(2) + 1e-4)
+        assert first["advantages"] == pytest.approx([expected] * sum(first["trained"]), abs=1e-3)
+    metrics = figures(run_dir)
+    assert metrics["env/reward"][0] == pytest.approx(metrics["objective/scores"][0]) and metrics["env/turns"][0] > 1
+    assert metrics["env/failed"] == [0.0, 0.0] and len(metrics["val/scores"]) > 0
+    write = loop.write_rollout
+
+    def interrupted(*args: Any) -> None:
+        write(*args)
+        if args[4] == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "write_rollout", interrupted)
+    assert exit_code(train_words(*setting, tmp_path / "run", *WORDS, task="grpo")) != 0
+    monkeypatch.setattr(loop, "write_rollout", write)
+    resumed = train(*setting, tmp_path / "run", *WORDS, "resume=true", task="grpo")
+    assert saved(resumed) == whole
+    weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (run_dir, resumed)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param("ppo", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("rloo", "reinforce_pp")),
+    ],
+)
+def test_other_tasks_skip_the_tokens_of_the_environment(task: str, setting: tuple[Path, Path], tmp_path: Path) -> None:
+    words = [*WORDS, "task.max_num_steps=4", "task.init_kl_coeff=0.5", "optim.lr=0"]
+    rows = saved(train(*setting, tmp_path / "run", *words, task=task))
+    check_rows(rows, setting[0])
+    if task == "rloo":
+        for first, second in zip(rows[::2], rows[1::2], strict=True):
+            difference = first["score"] - second["score"]
+            assert first["advantages"] == pytest.approx([difference] * sum(first["trained"]), abs=1e-4)
+    if task == "ppo":
+        for row in rows:  # KL is 0: the score alone is the reward, at the last sampled token
+            advantage = 0.0
+            values = [*row["values"], 0.0]
+            for t in reversed(range(len(row["values"]))):
+                reward = row["score"] if t == len(row["values"]) - 1 else 0.0
+                advantage = reward + values[t + 1] - values[t] + 0.95 * advantage
+                assert row["returns"][t] == pytest.approx(advantage + values[t], abs=1e-4)
+
+
+class Plain(torch.nn.Module):
+    """Policy whose log-probabilities are of a plain forward pass of each response."""
+
+    def __init__(self, model: Any, examples: list[Example]) -> None:
+        super().__init__()
+        self.model, self.examples = model, examples
+
+    def forward(self, batch: Any, temperature: float) -> TokenLogprobs:
+        found = []
+        for example in self.examples:
+            for response, mask in zip(example.responses, example.masks(), strict=True):
+                ids = torch.tensor(np.concatenate([example.prompt_ids, response])[None], dtype=torch.long)
+                logits = self.model(ids).logits[0, len(example.prompt_ids) - 1 : -1] / temperature
+                logprobs = logits.log_softmax(-1).gather(1, ids[0, len(example.prompt_ids) :, None])[:, 0]
+                found.append(logprobs[torch.from_numpy(mask)])
+        return TokenLogprobs(torch.cat(found), None)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+@pytest.mark.parametrize("collate", [collate_packed, partial(collate_padded, pad_id=0)], ids=["packed", "padded"])
+def test_grpo_loss_of_sampled_tokens(loss_type: str, collate: Any, model_folder: ModelFolder) -> None:
+    """Loss and gradient with the tokens of an environment left out, by a loop over plain forward passes."""
+    rng = np.random.default_rng(0)
+    lengths, masks = (9, 6), [np.array([1, 1, 0, 0, 0, 1, 1, 0, 1], bool), np.array([1, 0, 0, 1, 1, 1], bool)]
+    responses = tuple(rng.integers(0, 250, n).astype(np.int32) for n in lengths)
+    examples = [Example(0, rng.integers(0, 250, 5).astype(np.int32), responses, trained=np.concatenate(masks))]
+    model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
+    batch = collate(examples)
+    assert batch.response_lengths == (5, 4) and batch.target_ids_N.tolist() == [
+        int(one) for response, mask in zip(responses, masks, strict=True) for one in response[mask]
+    ]
+    given = {name: torch.from_numpy(rng.normal(-2, 0.3, 9).astype(np.float32)) for name in ("logprobs", "reference")}
+    given["advantages"] = torch.tensor([0.7] * 5 + [-0.7] * 4)
+    policy = Plain(model, examples)
+    found = grpo_loss(policy, (batch, given), task=GRPOConfig(loss_type=loss_type), temperature=0.7, max_length=9)
+    logprobs_N = policy(batch, temperature=0.7).target_N
+    terms = []
+    for t in range(9):
+        ratio, a = (logprobs_N[t] - given["logprobs"][t]).exp(), given["advantages"][t]
+        u = given["reference"][t] - logprobs_N[t]
+        terms.append(torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2)) + 0.04 * (u.exp() - 1 - u))
+    total = sum(terms[:5]) / 5 + sum(terms[5:]) / 4 if loss_type == "grpo" else sum(terms)
+    torch.testing.assert_close(found.total, total, rtol=1e-5, atol=1e-5)
+    weights = list(model.parameters())
+    for one, other in zip(torch.autograd.grad(found.total, weights), torch.autograd.grad(total, weights), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["rollout.environment=calculatr"], ["rollout.environment=calculatr", "calculator"]),
+        (["rollout.environment=tests.support.environments:Missing"], ["rollout.environment", "Missing"]),
+        (["rollout.environment=calculator", "generation.engine=hf"], ["generation.engine=hf"]),
+        (["rollout.max_turns=3", "rollout.step_timeout=2"], ["rollout.max_turns=3", "rollout.step_timeout=2"]),
+        (["reward.path=environment"], ["episode_reward", "rollout.environment"]),
+        (["rollout.environment=calculator"], ["model.chat_template"]),
+    ],
+)
+def test_options_are_checked_before_a_model_loads(
+    words: list[str],
+    named: list[str],
+    tmp_path: Path,
+    model_folder: ModelFolder,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sheeprlhf.task.models.load_rl_models", None)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "7"}\n' * 8)
+    error = rejected(
+        train_words(model_folder(), tmp_path / "rows.jsonl", tmp_path / "run", *words, task="grpo"), capsys
+    )
+    assert all(one in error for one in named), error
+
+
+def test_a_task_without_ratios_and_a_file_are_rejected(
+    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "7"}\n' * 8)
+    words = ["rollout.environment=calculator"]
+    line = train_words(model_folder(), tmp_path / "rows.jsonl", tmp_path / "run", *words, task="online_dpo")
+    assert "task=online_dpo" in rejected(line, capsys)
+    (tmp_path / "experiment").mkdir()
+    recipe = "# @package _global_\nrollout:\n  environment: tests.support.environments:Lengths\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(recipe)
+    line = train_words(model_folder(), tmp_path / "rows.jsonl", tmp_path / "run", task="grpo")
+    assert "rollout.environment" in rejected([*line, f"--config-dir={tmp_path}", "experiment=mine"], capsys)
