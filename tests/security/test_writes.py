@@ -56,6 +56,7 @@ REVIEWED = {
     "data/hub_files.py:release:open": "a file of this folder that was downloaded",
     "data/hub_files.py:release:truncate": "this file",
     "data/hub_files.py:release:unlink": "the library's record of its download",
+    "rollout/tool_environments.py:run_program:TemporaryDirectory": "a new folder of the system's",
     "rollout/server.py:_save_untied:save_pretrained": "fills a new folder",
     "rollout/server.py:write_weights:save_pretrained": "fills a new folder",
     "task/finish.py:write_rollout:write_table": "into memory",
