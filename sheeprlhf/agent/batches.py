@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from sheeprlhf.data.example import Batch, Example, collate_packed, collate_padded
 from sheeprlhf.data.sampler import cut_micro_batches
 from sheeprlhf.data.store import TokenizedSplit
+from sheeprlhf.engine.shard import data_rank
 from sheeprlhf.engine.step import MicroBatch
 from sheeprlhf.model.attention import packing_limit, tolerance
 from sheeprlhf.model.lm_head import TokenLogprobs
@@ -64,12 +65,12 @@ class Batches:
         num_items: Callable[[Batch], int] = lambda batch: len(batch.target_ids_N),
         beside: Callable[[Any, list[int]], Any] | None = None,
     ) -> None:
-        most = getattr(options, "micro_batch_size", options.mini_batch_size)
+        most, data = getattr(options, "micro_batch_size", options.mini_batch_size), data_rank(fabric)
         self._cut: dict[str, Any] = {
             "max_rows": max(1, most // getattr(options, "num_generations", 1)),
             "token_budget": options.token_budget,
-            "rank": fabric.global_rank,
-            "world_size": fabric.world_size,
+            "rank": data.rank,
+            "world_size": data.size,
         }
         self._collate: Callable[[Sequence[Example]], Batch] = (
             partial(collate_packed, targets=targets) if packed else partial(collate_padded, pad_id=0, targets=targets)

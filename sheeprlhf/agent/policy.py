@@ -301,7 +301,8 @@ class EMA(nn.Module):
     @torch.no_grad()
     def update(self) -> None:
         """Add the weights after an optimizer step."""
-        torch._foreach_lerp_(self._averages, self._weights, 1.0 - self._decay)
+        for average, weight in zip(self._averages, self._weights, strict=True):
+            average.lerp_(weight, 1.0 - self._decay)
 
     @contextmanager
     def swap_in(self) -> Iterator[None]:

@@ -347,9 +347,10 @@ def _step(config: DoctorConfig, size: "ModelSize") -> Finding:
     cluster, task, ranks = config.cluster, config.task, ranks_of(config.fabric)
     rows, passes = passes_of_rank(config, size)
     moved, spent = traffic(config, size, passes=passes), step_time(config, size, cluster)
+    groups = ranks.total // ranks.tensor
     times = sorted((spent.communication, spent.computation))
     text = (
-        f"an optimizer step of {ranks.total} x {spent.tokens:,} tokens takes {times[1]:.2g} s if computation hides "
+        f"an optimizer step of {groups} x {spent.tokens:,} tokens takes {times[1]:.2g} s if computation hides "
         f"communication, {sum(times):.2g} s if it does not; a device moves {size_text(moved.total())}"
     )
     notes = {"gather": f"weights, {passes} x forward and backward", "reduce": "gradients", "all_reduce": "gradients"}
@@ -361,9 +362,11 @@ def _step(config: DoctorConfig, size: "ModelSize") -> Finding:
         ("checkpoint", size_text(_checkpoint_bytes(config, size)), f"final/: {size_text(size.saved)}"),
     ]
     details = ["  ".join(line).rstrip() for line in table(lines, right={1})]
-    if rows * ranks.total > task.mini_batch_size // getattr(task, "num_generations", 1):
-        advice = f"give a multiple of {ranks.total * getattr(task, 'num_generations', 1):,}"
+    if rows * groups > task.mini_batch_size // getattr(task, "num_generations", 1):
+        advice = f"give a multiple of {groups * getattr(task, 'num_generations', 1):,}"
         details.append(f"task.mini_batch_size={task.mini_batch_size} leaves some devices with less work: {advice}")
+    if ranks.tensor > 1:
+        details.append("not counted: activations that are summed over the ranks of fabric.tensor_parallel")
     if spent.communication > spent.computation:
         details.append(
             "communication takes longer than computation: raise task.mini_batch_size, or use fewer devices"
@@ -488,20 +491,22 @@ def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
 
 def _plan(config: DoctorConfig, offline: str) -> Iterator[Finding]:
     """The plan for other machines; of this one only the model's config.json is read."""
-    from sheeprlhf.model.memory import measure
+    from sheeprlhf.engine.shard import tensor_plan
+    from sheeprlhf.model.memory import build_on_meta, measure
     from sheeprlhf.task.memory_plan import ranks_of
 
     fabric, model, ranks = config.fabric, config.model, ranks_of(config.fabric)
     text = f"{_count(fabric.num_nodes or 1, 'machine')}, {_count(ranks.total, 'process')}, strategy {fabric.strategy}"
     yield Finding("ok", "device", f"{text}; this machine is not checked, nor are the weights and the data")
-    if fabric.strategy == "fsdp2" and ranks.total % fabric.replicas:
-        yield Finding(
-            "problem", "device", f"fabric.replicas={fabric.replicas} does not divide the {ranks.total} processes"
-        )
-        return
+    for name in ("replicas", "tensor_parallel"):
+        if ranks.total % (value := getattr(fabric, name)):
+            yield Finding("problem", "device", f"fabric.{name}={value} does not divide the {ranks.total} processes")
+            return
     yield hub(offline, needed=model_folder(str(model.repo_name)) is None)
     try:
-        size = measure(model, fabric.precision, config.task.trains == "reward model")
+        size = measure(model, fabric.precision, scores := config.task.trains == "reward model")
+        if ranks.tensor > 1:
+            tensor_plan(build_on_meta(model, scores=scores)[1], ranks.tensor)
     except SheepError as error:
         yield Finding("problem", "model", str(error))
         return

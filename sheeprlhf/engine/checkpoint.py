@@ -30,7 +30,7 @@ from sheeprlhf.engine.manifest import (
     write_manifest,
 )
 from sheeprlhf.engine.parts import create_tensor_file, write_rows, write_together
-from sheeprlhf.engine.shard import cut_like, is_sharded
+from sheeprlhf.engine.shard import cut_like, data_rank, is_sharded
 from sheeprlhf.model.lora import CRITIC
 from sheeprlhf.security.json_records import MANIFEST as MANIFEST_SCHEMA
 from sheeprlhf.security.json_records import STATE, damaged, load_json
@@ -157,6 +157,7 @@ def numerics_info(fabric: Fabric, module: nn.Module) -> dict[str, Any]:
     """Facts that decide the order in which sums are added: results with other facts differ in their last bits."""
     return {
         "world_size": fabric.world_size,
+        "tensor_parallel": data_rank(fabric).first,
         "torch_threads": torch.get_num_threads(),
         "sharded": is_sharded(module),
         "device": fabric.device.type,
@@ -293,7 +294,8 @@ def load_checkpoint(
     weights = path / "model.safetensors"
     copy_tensors(weights, read_tensors(weights), saved_tensors(module))
     load_optimizer(path / "optimizer.safetensors", module, optimizer)
-    prefix = f"{fabric.global_rank}/"
+    data = data_rank(fabric)
+    prefix = f"{data.rank * data.first}/"  # equal within a tensor-parallel group
     rng = {k.removeprefix(prefix): t for k, t in read_tensors(path / "rng.safetensors").items() if k.startswith(prefix)}
     if rng:  # a rank more than before keeps the state that its seed gave it
         set_rng_state(rng)

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from sheeprlhf.engine.ranks import by_mesh
 from sheeprlhf.model.folder import drop_placeholders
 from sheeprlhf.structure.optim import AdamConfig, AdamW8bitConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.utils.errors import ConfigError
@@ -57,11 +58,9 @@ def _groups(cfg: OptimizerConfig, parameters: Iterable[nn.Parameter], lr: float)
     trainable = [p for p in parameters if p.requires_grad]
     if not trainable:
         raise ConfigError("no parameter of the model is trainable; check model.finetune_mode, model.freeze_transformer")
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": cfg.weight_decay, "lr": lr, "peak_lr": lr},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0, "lr": lr, "peak_lr": lr},
-    ]
-    return [group for group in groups if group["params"]]
+    kinds = (cfg.weight_decay, [p for p in trainable if p.ndim >= 2]), (0.0, [p for p in trainable if p.ndim < 2])
+    parts = [(decay, part) for decay, kind in kinds for part in by_mesh(kind)]
+    return [{"params": part, "weight_decay": decay, "lr": lr, "peak_lr": lr} for decay, part in parts]
 
 
 def _optimizer_of(cfg: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from sheeprlhf.engine.manifest import write_folder
-from sheeprlhf.engine.shard import rows_of, whole
+from sheeprlhf.engine.shard import part_of, whole
 from sheeprlhf.utils.errors import CheckpointError, ModelError, UnsafePathError
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.output import create_file, open_file
@@ -140,19 +140,25 @@ def write_rows(
     with ExitStack() as stack:
         file = stack.enter_context(open(open_file(path, os.O_RDWR), "r+b")) if seen or fabric.is_global_zero else None
         for name, place in places.items():
-            value, first, own = values.get(name), 0, fabric.is_global_zero
-            part = rows_of(value) if seen and isinstance(value, DTensor) else None
+            value, own, first, column = values.get(name), fabric.is_global_zero, 0, 0
+            part = part_of(value) if seen and isinstance(value, DTensor) else None
             if part is not None:
-                first, value, own = part
+                first, column = ([cut.start for cut in part.index] + [0, 0])[:2]
+                value, own = part.local, part.owns
             elif isinstance(value, DTensor):
                 value = whole(value)
             if file is None or value is None or not own or problem is not None or not value.numel():
                 continue
-            dtype, row = tensors[name].dtype, value[:1].numel() if value.ndim else 1
-            numbers = value.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
+            target = tensors[name]
+            row = target.nbytes // target.shape[0] if target.ndim else target.nbytes
+            column = column * row // target.shape[1] if column else 0
+            numbers = value.detach().to(device="cpu", dtype=target.dtype).contiguous()
+            is_whole = value.shape[1:] == target.shape[1:]
+            runs = numbers.reshape(1 if is_whole else len(value), -1).view(torch.uint8).numpy()
             try:
-                file.seek(place + first * row * dtype.itemsize)
-                file.write(numbers.data)
+                for index, run in enumerate(runs):  # one, or one for each row
+                    file.seek(place + (first + index) * row + column)
+                    file.write(run.data)
             except OSError as error:
                 problem = error
         if file is not None and problem is None:

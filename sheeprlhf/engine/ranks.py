@@ -14,21 +14,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor, nn
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
 from sheeprlhf.utils.errors import ConfigError, MissingRanksError
 from sheeprlhf.utils.launchers import launched
 from sheeprlhf.utils.lightning import ChildProcessObserver, DDPStrategy, Fabric, ModelParallelStrategy
 from sheeprlhf.utils.processes import ignored, seconds_since_start
 
+ALL_RANKS = "all_ranks"  # the mesh of all processes, where another one has tensor-parallel groups
 _JOIN_SECONDS = 20.0  # for ranks that a launcher starts, at least: they import at different speeds
 _START_SECONDS = 120.0  # for ranks that this process starts, at least
 _BATCH_SCRIPT_SECONDS = 15.0  # after its start, a SLURM task without a step gives up waiting for others
@@ -194,7 +199,7 @@ class JoiningDDP(_Joining, DDPStrategy):
 class JoiningModelParallel(_Joining, ModelParallelStrategy):
     """FSDP2 whose ranks know each other; with several `replicas`, weights are cut up within each of these groups."""
 
-    replicas = 1
+    replicas = tensor_parallel = 1
 
     def setup_environment(self) -> None:
         """All ranks: called by Fabric in `launch`; torch gives the mesh's groups a time limit of their own."""
@@ -203,8 +208,36 @@ class JoiningModelParallel(_Joining, ModelParallelStrategy):
             shape = (self.replicas, self.world_size // self.replicas)
             self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
         set_timeout = torch.distributed.distributed_c10d._set_pg_timeout
-        for name in self.device_mesh.mesh_dim_names or ():
-            set_timeout(cast(timedelta, self._timeout), self.device_mesh.get_group(name))
+        meshes = [self.device_mesh[name] for name in self.device_mesh.mesh_dim_names or ()]
+        for mesh in [*meshes, *([self.device_mesh._flatten(ALL_RANKS)] if self.tensor_parallel > 1 else [])]:
+            set_timeout(cast(timedelta, self._timeout), mesh.get_group())
+
+    def clip_gradients_norm(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        max_norm: float | int,
+        norm_type: float | int = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        """All ranks: called by Fabric; with tensor parallelism, gradients are on several meshes."""
+        if self.tensor_parallel == 1:
+            return super().clip_gradients_norm(module, optimizer, max_norm, norm_type, error_if_nonfinite)
+        self.precision.unscale_gradients(optimizer)
+        lists = by_mesh(p for p in self.precision.main_params(optimizer) if p.grad is not None)
+        norms = [get_total_norm([cast(Tensor, p.grad) for p in some], norm_type) for some in lists]
+        norm = get_total_norm([one.full_tensor() if isinstance(one, DTensor) else one for one in norms], norm_type)
+        for some in lists:
+            clip_grads_with_norm_(some, max_norm, norm)
+        return norm
+
+
+def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters in lists that one kernel can take: those on a mesh of processes each, or all that are not sharded."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return list(found.values())
 
 
 @contextmanager

@@ -4,15 +4,21 @@ Torch's `fully_shard` changes a module in place: its parameters become parts (`D
 forward to its end, and again in its backward. All ranks take part in each of these, so all have to run the same passes
 (`same_number` in training, `equal_passes` without gradients). Code that needs whole weights at another time calls these
 functions. Without fsdp2 they do nothing.
+
+With `fabric.tensor_parallel`, groups of processes compute the same rows together (Megatron-LM, arXiv 1909.08053): a
+process has some heads of each attention and some columns of each MLP, by the plan of transformers, cut up further over
+the processes with the same share. Weights around the blocks are cut up over all processes, which compute with whole
+ones. So everything but the inside of attention and MLP, gradients too, is equal within a group.
 """
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from fnmatch import fnmatch
 from functools import partial
 from itertools import chain, repeat
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +30,21 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
+from transformers import PreTrainedModel
 
-from sheeprlhf.engine.ranks import JoiningModelParallel
+from sheeprlhf.engine.ranks import ALL_RANKS, JoiningModelParallel
 from sheeprlhf.model.folder import drop_placeholders
 from sheeprlhf.structure.fabric import FabricConfig
-from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.utils.errors import ConfigError, ModelError
 from sheeprlhf.utils.hardware import available_memory
-from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy
+from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy, gather_objects
 from sheeprlhf.utils.memory import size_text
 
 T = TypeVar("T")
+_NORM = "replicated_with_grad_allreduce"  # of each head: a process has the gradient of its own heads
+_STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 
 
 def sharding_strategy(cfg: FabricConfig, num_processes: int, timeout: timedelta) -> ModelParallelStrategy:
@@ -42,26 +53,28 @@ def sharding_strategy(cfg: FabricConfig, num_processes: int, timeout: timedelta)
     In bf16-mixed, weights are gathered and computed with in bfloat16; parts, gradient sums and optimizer are float32.
 
     Raises:
-        ConfigError: this torch is too old, or `fabric.replicas` does not divide the processes.
+        ConfigError: this torch is too old, or an option does not divide the processes.
     """
     if not hasattr(FSDPModule, "reset_iter_state"):
         raise ConfigError(
             "fabric.strategy=fsdp2 needs torch 2.13 or newer: pip install -U torch, or give fabric.strategy=ddp"
         )
-    if num_processes % cfg.replicas:
-        raise ConfigError(f"fabric.replicas={cfg.replicas} does not divide the number of processes, {num_processes}")
+    for name in ("replicas", "tensor_parallel"):
+        if num_processes % getattr(cfg, name):
+            value = getattr(cfg, name)
+            raise ConfigError(f"fabric.{name}={value} does not divide the number of processes, {num_processes}")
     on_cpu = cfg.accelerator == "cpu" or not torch.cuda.is_available()
     how = sharding_options(cfg, on_cpu=on_cpu)
     # The norm of offloaded gradients is a sum over parts on the host.
     backend = "cpu:gloo,cuda:nccl" if cfg.offload == "cpu" and not on_cpu else None
     strategy = JoiningModelParallel(
         partial(_shard_from_files, **how),
-        data_parallel_size=num_processes,
-        tensor_parallel_size=1,
+        data_parallel_size=num_processes // cfg.tensor_parallel,
+        tensor_parallel_size=cfg.tensor_parallel,
         process_group_backend=backend,
         timeout=timeout,
     )
-    strategy.replicas = cfg.replicas
+    strategy.replicas, strategy.tensor_parallel = cfg.replicas, cfg.tensor_parallel
     # Weights that are still in their files are on no device, and torch moves the parts itself.
     warnings.filterwarnings("ignore", message=r"The model passed to `Fabric\.setup\(\)` has \d+ parameters on")
     return strategy
@@ -89,35 +102,114 @@ def _shard_from_files(module: nn.Module, mesh: Any, **how: Any) -> nn.Module:
         for name, parameter in module.named_parameters():
             if name not in sources or not isinstance(parameter, DTensor):
                 continue
-            part = rows_of(parameter)
+            part = part_of(parameter)
             if part is None:
                 parameter.copy_(cut_like(sources[name].read().to(parameter.dtype), parameter))
-            elif part[1].numel():
-                first, local, _ = part
-                local.copy_(sources[name].read(first, len(local) if local.ndim else None))
+            elif part.local.numel():
+                part.local.copy_(sources[name].read(part.index))
     return module
 
 
 def shard_module(module: nn.Module, mesh: Any, **how: Any) -> nn.Module:
     """Every block for itself, and what is around them together: weights are whole one block at a time.
 
-    Heads that give a score compute in float32. A module around sharded weights of another one (an adapter's score
-    head) shards its own layers only.
+    With tensor parallelism, layers of the blocks are cut up over the groups first. Norms of heads are sharded for
+    themselves, since a process has the gradient of its own heads only. Heads that give a score compute in float32. A
+    module around sharded weights of another one (an adapter's score head) shards its own layers only.
     """
     of_data, is_around = mesh if "replicate" in mesh.mesh_dim_names else mesh["data_parallel"], is_sharded(module)
+    is_cut = "tensor_parallel" in mesh.mesh_dim_names and mesh["tensor_parallel"].size() > 1
+    of_all = mesh._flatten(ALL_RANKS) if is_cut else of_data
     of_heads = {name: policy for name, policy in how.items() if name != "mp_policy"}
     for head in [part for part in module.modules() if isinstance(part, nn.Linear) and part.out_features == 1]:
         if not is_sharded(head):
-            fully_shard(head, mesh=of_data, **of_heads)
+            fully_shard(head, mesh=of_all, **of_heads)
     if is_around:
         return module
+    if is_cut:
+        backbone, plan = tensor_plan(module, mesh["tensor_parallel"].size())
+        for pattern, style in plan.items():
+            if style in _STYLES:
+                parallelize_module(backbone, mesh["tensor_parallel"], {pattern: _STYLES[style]()}, src_data_rank=None)
+                continue
+            for norm in _matching(backbone, pattern):
+                fully_shard(norm, mesh=of_all, **how)
+                cast(FSDPModule, norm).set_gradient_divide_factor(of_data.size())  # the sum within a group
+                cast(FSDPModule, norm).set_force_sum_reduction_for_comms(True)  # gloo has no other
     blocks = next((part for part in module.modules() if isinstance(part, nn.ModuleList)), ())
     for block in blocks:
         fully_shard(block, mesh=of_data, **how)
-    fully_shard(module, mesh=of_data, **how)
+    fully_shard(module, mesh=of_all, **how)
     for name in getattr(module, "forward_methods", ()):
         register_fsdp_forward_method(module, name)
     return module
+
+
+def tensor_plan(module: nn.Module, size: int) -> tuple[nn.Module, dict[str, str]]:
+    """The backbone of a model, and transformers' plan for the layers of its blocks that `size` processes share.
+
+    The plan has a style for each pattern of names.
+
+    Raises:
+        ModelError: there is none, or it is not supported; or `size` does not divide the heads.
+    """
+    backbone = next(part for part in module.modules() if isinstance(part, PreTrainedModel)).base_model
+    config, given = cast(Any, backbone.config).get_text_config(), f"fabric.tensor_parallel={size}"
+    plan: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
+    plan = {pattern: style for pattern, style in plan.items() if pattern.startswith("layers.")}
+    cut = {part for pattern in plan for part in _matching(backbone, pattern)}
+    beside = [  # layers between those that are cut up, which would read a part
+        name
+        for parent in {pattern.rpartition(".")[0] for pattern in plan}
+        for layer in _matching(backbone, parent)
+        for name, part in layer.named_modules()
+        if part not in cut and next(part.parameters(recurse=False), None) is not None
+    ]
+    others = sorted({*plan.values()} - {*_STYLES, _NORM} | {*beside}) or ([] if plan else ["no layer"])
+    if others:
+        raise ModelError(
+            f"{given} is not supported for model_type={config.model_type}: transformers' plan for it has "
+            f"{', '.join(others)}; give fabric.tensor_parallel=1, or a model as llama, mistral, qwen2 or qwen3"
+        )
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if (value := getattr(config, name, None) or 0) % size:
+            raise ModelError(f"{given} does not divide the model's {name}={value}: give a divisor of it")
+    return backbone, plan
+
+
+def _matching(backbone: nn.Module, pattern: str) -> list[nn.Module]:
+    """Modules by a pattern of names."""
+    return [part for name, part in backbone.named_modules() if fnmatch(name, pattern)]
+
+
+class DataRank(NamedTuple):
+    """A process among those that compute other rows.
+
+    Attributes:
+        rank: the number of its tensor-parallel group, which computes the same rows.
+        size: how many groups there are.
+        first: the first process of a group is a multiple of this number.
+    """
+
+    rank: int
+    size: int
+    first: int
+
+
+def data_rank(fabric: Fabric) -> DataRank:
+    """This process; without tensor parallelism each is a group."""
+    first = getattr(fabric.strategy, "tensor_parallel", 1)
+    return DataRank(fabric.global_rank // first, fabric.world_size // first, first)
+
+
+def sum_of_rows(fabric: Fabric, values: Tensor) -> Tensor:
+    """All ranks: add up what the ranks have computed of other rows."""
+    data = data_rank(fabric)
+    if data.size == 1:
+        return values
+    mesh = None if data.first == 1 else cast(ModelParallelStrategy, fabric.strategy).device_mesh["data_parallel"]
+    group = None if mesh is None else mesh.get_group()
+    return cast(Tensor, fabric.all_reduce(values, group=group, reduce_op="sum"))
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -159,7 +251,7 @@ def gathered(fabric: Fabric, module: nn.Module) -> Iterator[None]:
 def _check_room(fabric: Fabric, module: nn.Module, dtype: torch.dtype | None) -> None:
     """All ranks: compare the whole weights with the free memory of the device, or of a CPU's share of the machine."""
     needed = sum(
-        weight.numel() * (dtype or weight.dtype).itemsize
+        weight.numel() // _share_of_blocks(weight) * (dtype or weight.dtype).itemsize
         for weight in module.parameters()
         if isinstance(weight, DTensor)
     )
@@ -169,7 +261,7 @@ def _check_room(fabric: Fabric, module: nn.Module, dtype: torch.dtype | None) ->
     else:
         free = available_memory()  # None where nothing tells it
         room = needed if free is None else free // fabric.strategy.num_processes  # type: ignore[attr-defined]
-    needed_of, room_of = of_ranks(fabric, needed, room)
+    needed_of, room_of = zip(*gather_objects(fabric, (needed, room)), strict=True)
     short = [rank for rank in range(fabric.world_size) if needed_of[rank] > room_of[rank]]
     if short:
         rank = short[0]
@@ -180,6 +272,12 @@ def _check_room(fabric: Fabric, module: nn.Module, dtype: torch.dtype | None) ->
         )
 
 
+def _share_of_blocks(weight: DTensor) -> int:
+    """Processes that share this weight in forward passes, by tensor parallelism."""
+    is_cut = weight.device_mesh.mesh_dim_names == ("data_parallel", "tensor_parallel")
+    return weight.device_mesh.size(1) if is_cut and not weight.placements[1].is_replicate() else 1
+
+
 def _forget_passes(roots: list[FSDPModule]) -> None:
     """Weights are parts again; passes without a backward would make ranks fetch weights in other orders."""
     for root in roots:
@@ -187,13 +285,13 @@ def _forget_passes(roots: list[FSDPModule]) -> None:
 
 
 def of_ranks(fabric: Fabric, *numbers: int) -> list[list[int]]:
-    """All ranks: every rank's numbers, a list for each."""
-    if fabric.world_size == 1:
+    """All ranks: the numbers of every rank that computes other rows, a list for each."""
+    data = data_rank(fabric)
+    if data.size == 1:
         return [[number] for number in numbers]
-    counts = torch.zeros(len(numbers), fabric.world_size, dtype=torch.int64, device=fabric.device)
-    counts[:, fabric.global_rank] = torch.tensor(numbers)
-    fabric.all_reduce(counts, reduce_op="sum")
-    return counts.tolist()
+    counts = torch.zeros(len(numbers), data.size, dtype=torch.int64, device=fabric.device)
+    counts[:, data.rank] = torch.tensor(numbers)
+    return sum_of_rows(fabric, counts).tolist()
 
 
 def equal_passes(fabric: Fabric, module: nn.Module, items: Iterable[T]) -> Iterator[tuple[T, bool]]:
@@ -214,7 +312,7 @@ def equal_passes(fabric: Fabric, module: nn.Module, items: Iterable[T]) -> Itera
                 return
             latest = list(item) or latest
             if number == 0 and 0 in there:
-                given = fabric.broadcast(latest, src=there.index(1))
+                given = fabric.broadcast(latest, src=there.index(1) * data_rank(fabric).first)
                 latest = latest or given
             yield latest[0], bool(item)
     finally:
@@ -231,9 +329,14 @@ def same_number(fabric: Fabric, passes: Sequence[T], num_of_rank: Sequence[int])
     """
     last = list(passes[-1:])
     if 0 in num_of_rank:
-        given = fabric.broadcast(last, src=next(rank for rank, number in enumerate(num_of_rank) if number))
-        last = last or given
+        last = broadcast_from_first(fabric, last, num_of_rank) or last
     return [*passes, *last * (max(num_of_rank) - len(passes))]
+
+
+def broadcast_from_first(fabric: Fabric, item: T, num_of_rank: Sequence[int]) -> T:
+    """All ranks: the item of the first rank that has a number above zero, of those that compute other rows."""
+    first = next(rank for rank, number in enumerate(num_of_rank) if number)
+    return fabric.broadcast(item, src=first * data_rank(fabric).first)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -241,41 +344,52 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def rows_of(tensor: DTensor) -> tuple[int, Tensor, bool] | None:
-    """This rank's part of a tensor if it is a run of rows: the first row, the rows, and whether this rank writes them.
+class Part(NamedTuple):
+    """The part of a tensor that a rank holds: its place in the whole, its numbers, and whether this rank writes them.
 
-    Of ranks with the same rows, the first one writes them. None if the part is no run of rows.
+    Of ranks with the same part, the first one writes it.
     """
-    mesh, first, owns = tensor.device_mesh, 0, True
-    local = tensor.to_local().detach()
-    sharded = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-    if len(sharded) > 1 or any(type(tensor.placements[dim]) is not Shard or not tensor.ndim for dim in sharded):
-        return None
-    for dim, placement in enumerate(tensor.placements):
-        if dim not in sharded:
-            owns = owns and mesh.get_local_rank(dim) == 0
-        elif placement != Shard(0):
+
+    index: tuple[slice, ...]
+    local: Tensor
+    owns: bool
+
+
+def part_of(tensor: DTensor) -> Part | None:
+    """This rank's part of a tensor; None if it is no run of rows, nor of columns of such rows."""
+    mesh, owns = tensor.device_mesh, True
+    local, own = tensor.to_local().detach(), cast(list[int], mesh.get_coordinate())
+    starts, sizes = [0] * tensor.ndim, list(tensor.shape)
+    cut: set[int] = set()
+    for dim in reversed(range(mesh.ndim)):  # the last was cut first
+        placement, rank, size = tensor.placements[dim], own[dim], mesh.size(dim)
+        if placement.is_replicate():
+            owns = owns and rank == 0
+            continue
+        axis = getattr(placement, "dim", 2)
+        if axis not in (0, 1)[: tensor.ndim] or type(placement) is not (_StridedShard if axis in cut else Shard):
             return None
-        else:
-            first = min(mesh.get_local_rank(dim) * -(-tensor.shape[0] // mesh.size(dim)), tensor.shape[0])
-    return first, local, owns
+        most = -(-sizes[axis] // size)
+        start = min(rank * most, sizes[axis])
+        starts[axis], sizes[axis] = starts[axis] + start, min(most, sizes[axis] - start)
+        cut.add(axis)
+    return Part(tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True)), local, owns)
 
 
 def cut_like(tensor: Tensor, target: Tensor) -> Tensor:
     """A whole tensor that every rank has, cut as the target is; as it is for a whole target.
 
-    Of a tensor in the memory of a file, only this rank's rows are read.
+    Of a tensor in the memory of a file, only this rank's part is read.
     """
     if not isinstance(target, DTensor):
         return tensor
-    part = rows_of(target)
+    part = part_of(target)
     if part is None:
         on_device = tensor.to(target.device)
         return distribute_tensor(on_device, target.device_mesh, target.placements, src_data_rank=None)
-    first, local, _ = part
-    rows = (tensor[first : first + len(local)] if local.ndim else tensor).to(local.device)
+    own = tensor[part.index].to(part.local.device)
     mesh, placements, stride = target.device_mesh, target.placements, target.stride()
-    return DTensor.from_local(rows, mesh, placements, run_check=False, shape=target.shape, stride=stride)
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=target.shape, stride=stride)
 
 
 def assemble(fabric: Fabric, module: nn.Module, *, adapters: bool = False) -> None:

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sheeprlhf.engine.shard import equal_passes, is_sharded, of_ranks, same_number, whole
+from sheeprlhf.engine.shard import (
+    broadcast_from_first,
+    equal_passes,
+    is_sharded,
+    of_ranks,
+    same_number,
+    sum_of_rows,
+    whole,
+)
 from sheeprlhf.utils.errors import DataError, NonFiniteError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule, gather_objects
 from sheeprlhf.utils.memory import phase
@@ -138,7 +146,7 @@ def _passes(
     totals: list[Tensor] = []
     if num_items == 0:
         return _StepSums(micro_batches, totals, sums, [], 0)
-    scale = weight * fabric.world_size / num_items  # the gradient sync averages over ranks
+    scale = weight * len(items_of_rank) / num_items  # the gradient sync averages over ranks
     sharded = is_sharded(module)
     passes = same_number(fabric, micro_batches, num_of_rank) if sharded else micro_batches
     for index, micro in enumerate(passes):
@@ -157,7 +165,7 @@ def _passes(
             fabric.backward(module(torch.zeros((), device=fabric.device)))
     names = sorted(sums)
     if 0 in items_of_rank:  # those ranks do not know the names
-        names = fabric.broadcast(names, src=next(rank for rank, items in enumerate(items_of_rank) if items))
+        names = broadcast_from_first(fabric, names, items_of_rank)
     return _StepSums(micro_batches, totals, sums, names, num_items)
 
 
@@ -203,8 +211,7 @@ def _reduce(
     """All ranks: the sums over ranks, and a value that is already the same on all, in one transfer to the host."""
     zero = torch.zeros((), dtype=torch.float64, device=fabric.device)
     values = torch.stack([sums.get(name, zero) for name in names])
-    if fabric.world_size > 1:
-        fabric.all_reduce(values, reduce_op="sum")
+    values = sum_of_rows(fabric, values)
     *reduced, last = torch.cat([values, same_on_all.double().reshape(1).to(values.device)]).tolist()
     return dict(zip(names, reduced, strict=True)), last
 

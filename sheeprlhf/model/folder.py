@@ -757,12 +757,10 @@ class Source(NamedTuple):
     path: Path
     name: str
 
-    def read(self, first: int = 0, length: int | None = None) -> Tensor:
-        """Read the rows `first` to `first + length`, by default all."""
+    def read(self, index: tuple[slice, ...] = ()) -> Tensor:
+        """Read a part of the tensor, by default all."""
         with safe_open(self.path, framework="pt") as file:
-            if not (rows := file.get_slice(self.name)).get_shape():
-                return file.get_tensor(self.name)
-            return rows[first : None if length is None else first + length]
+            return file.get_slice(self.name)[index] if index else file.get_tensor(self.name)
 
 
 class FileParameter(nn.Parameter):

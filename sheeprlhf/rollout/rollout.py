@@ -35,7 +35,7 @@ from sheeprlhf.agent.reward import AdapterValueModel, RewardModel
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.tokenize import TextExchange
 from sheeprlhf.engine.run import Run
-from sheeprlhf.engine.shard import equal_passes, gathered
+from sheeprlhf.engine.shard import data_rank, equal_passes, gathered
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.score import RawScores, RunningMoments, build_reward
 from sheeprlhf.rollout.engines import ENGINES, StopStrings
@@ -163,7 +163,8 @@ def sample_on_all_ranks(
     label: str,
 ) -> list[SampledT]:
     """All ranks: the policy's responses to every prompt; each rank samples its share by `sample(prompts, progress)`."""
-    mine = list(range(fabric.global_rank, num_prompts, fabric.world_size))
+    data = data_rank(fabric)
+    mine = list(range(data.rank, num_prompts, data.size))
     hidden = None if fabric.is_global_zero else True  # None: shown in a terminal only
     bar = tqdm(total=len(mine) * num_responses, desc=label, leave=False, disable=hidden)
     with gathered(fabric, policy), fabric.autocast(), bar:

@@ -257,6 +257,7 @@ class ManifestRecord(TypedDict):
     config_hash: NotRequired[str]
     step: NotRequired[Step]
     world_size: NotRequired[Annotated[int, Range(1, 10**6)]]
+    tensor_parallel: NotRequired[Annotated[int, Range(1, 10**6)]]
     torch_threads: NotRequired[Annotated[int, Range(1, 10**6)]]
     sharded: NotRequired[bool]
     device: NotRequired[str]

@@ -32,6 +32,12 @@ class FabricConfig(Config):
         "gathering inside a machine.",
         minimum=1,
     )
+    tensor_parallel: int = option(
+        1,
+        "Devices that compute the same rows together, each with a part of the heads and of the MLP of every block; "
+        "fsdp2.",
+        minimum=1,
+    )
     offload: str = option(
         "none", "Place of the parts of weights, gradients and optimizer between passes; fsdp2.", choices=("none", "cpu")
     )

@@ -29,7 +29,7 @@ from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.parts import keeps_parameters, write_model
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished, same_data
-from sheeprlhf.engine.shard import assemble, gathered, is_sharded
+from sheeprlhf.engine.shard import assemble, data_rank, gathered, is_sharded
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.score import RawScores
 from sheeprlhf.rollout.engines import generate_responses
@@ -230,7 +230,7 @@ def log_samples(
     if not examples:
         return
     with gathered(fabric, policy), isolated_rng():
-        if not fabric.is_global_zero:
+        if data_rank(fabric).rank:
             return
         prompts = [example.prompt_ids for example in examples]
         responses = generate_responses(policy.causal_lm(), tokenizer, prompts, cfg, with_end_token=True)

@@ -36,6 +36,7 @@ from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.engine.optim import follow_schedule, set_up
 from sheeprlhf.engine.run import Run
+from sheeprlhf.engine.shard import data_rank
 from sheeprlhf.engine.step import LossFn, MicroBatch, update
 from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.rollout.rollout import (
@@ -139,7 +140,7 @@ class TrainLoop:
         `learners` is everything that is saved; None is the trained model only.
         """
         self.load, self._learners = load, self.module if learners is None else learners
-        torch.manual_seed(self.run.cfg.seed + self.fabric.global_rank)  # equal weights on all ranks, other dropout
+        torch.manual_seed(self.run.cfg.seed + data_rank(self.fabric).rank)  # equal weights on all ranks, other dropout
         self.state = self.run.restore(self._learners, self.optimizer)
 
     def __iter__(self) -> Iterator["Step"]:
@@ -341,7 +342,7 @@ class RolloutLoop:
         if isinstance(self._reference, Policy):  # else it is on the policy's base
             place(fabric, self._reference)
         self.collect = build_collector(fabric, run, self._setup, self._reference)
-        torch.manual_seed(run.cfg.seed + fabric.global_rank)  # equal weights on all ranks, other dropout
+        torch.manual_seed(run.cfg.seed + data_rank(fabric).rank)  # equal weights on all ranks, other dropout
         self.state = run.restore(self._learners, self.optimizer)
         self.collect.restore(self.state.extra)
         held_out = self._setup.held_out

@@ -64,6 +64,7 @@ class Ranks(NamedTuple):
 
     total: int  # all processes
     shards: int  # processes that hold one copy of the weights together; 1 without fsdp2
+    tensor: int  # processes that compute the same rows
     gather_bytes: int  # of a gathered number
     reduce_bytes: int  # of a number of a reduced gradient
 
@@ -79,15 +80,21 @@ def ranks_of(fabric: FabricConfig) -> Ranks:
     return Ranks(
         total=total,
         shards=total // fabric.replicas if sharded else 1,
+        tensor=fabric.tensor_parallel,
         gather_bytes=2 if half or mixed else 4,
         reduce_bytes=2 if half else 4,
     )
 
 
+def computed(numbers: int, size: ModelSize, ranks: Ranks) -> int:
+    """Of so many weights, those around the blocks first, the number that a rank computes with."""
+    return numbers - max(0, numbers - size.outside) * (ranks.tensor - 1) // ranks.tensor
+
+
 def passes_of_rank(config: TrainConfig, size: ModelSize) -> tuple[int, int]:
     """Rows of a rank in an optimizer step, at most, and the forward and backward passes that they take."""
-    step = config.task.mini_batch_size // getattr(config.task, "num_generations", 1)
-    rows = math.ceil(step / ranks_of(config.fabric).total)
+    step, ranks = config.task.mini_batch_size // getattr(config.task, "num_generations", 1), ranks_of(config.fabric)
+    rows = math.ceil(step * ranks.tensor / ranks.total)
     return rows, math.ceil(rows / rows_of_forward(config, size)[0])
 
 
@@ -96,14 +103,16 @@ def _sharded(parts: MemoryPlan, config: TrainConfig, size: ModelSize, device: st
 
     Whole at the worst moment: the weights around the blocks, those of two blocks, the second being fetched ahead, and
     the gradients of one; with several passes in a step the gradients of all, which are reduced after the last pass.
-    The built-in sampler gathers all weights. Gathered weights are in the format of the computation already.
+    The built-in sampler gathers all weights. Gathered weights are in the format of the computation already. With tensor
+    parallelism, a process gathers its share of the blocks only; activations are counted as if it computed them all.
     """
     ranks, trains = ranks_of(config.fabric), size.trainable_numbers if parts.gradients else 0
     if ranks.shards == 1:
         return parts
     samples = isinstance(config.task, OnlineTaskConfig) and not isinstance(config.rollout, VLLMRolloutConfig)
-    whole = size.parameters if samples else size.outside + 2 * size.block
-    gradients = trains if passes_of_rank(config, size)[1] > 1 else min(size.block, trains)
+    whole = computed(size.parameters if samples else size.outside + 2 * size.block, size, ranks)
+    several = passes_of_rank(config, size)[1] > 1
+    gradients = computed(trains, size, ranks) if several else min(size.block, trains) // ranks.tensor
     held = {name: -(-getattr(parts, name) // ranks.shards) for name in SHARDED}
     if config.fabric.offload == "cpu" and device == "cuda":
         held = dict.fromkeys(SHARDED, 0)

@@ -20,7 +20,7 @@ from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.store import TokenizedSplit
-from sheeprlhf.engine.shard import equal_passes
+from sheeprlhf.engine.shard import equal_passes, sum_of_rows
 from sheeprlhf.engine.step import LossFn, MicroBatch
 from sheeprlhf.model.folder import content
 from sheeprlhf.model.locate import locate_adapter
@@ -128,10 +128,7 @@ def reference_logprobs(
             sums_S = response_sums(module(batch).target_N, batch, tail_weight)
             if counts:
                 sums[part] = _by_row(sums_S.float().cpu().numpy(), rows, part)
-    if fabric.world_size > 1:  # every rank had other rows, and zeros in these
-        total = fabric.all_reduce(torch.from_numpy(sums), reduce_op="sum")
-        assert isinstance(total, Tensor)
-        sums = total.numpy()
+    sums = sum_of_rows(fabric, torch.from_numpy(sums)).numpy()  # every rank had other rows, and zeros in these
     sums[np.setdiff1d(np.arange(len(rows)), read)] = np.nan
     if fabric.is_global_zero:
         write_file(data.folder, path.name, save({"logprobs": sums}))

@@ -9,14 +9,16 @@ weights, r such groups and m forward and backward passes of a rank, a rank recei
     all-reduce   2 (Q / s) (r - 1) / r numbers: gradients between the groups; without fsdp2, s = 1
 
 and computes 2 P operations a token forward, 2 P for the gradients of activations, 2 Q for those of weights, and 2 P
-where gradient checkpointing repeats the forward pass; attention scores are left out. Only the policy's optimizer step
-is counted: no sampling, no scores, no validation, no checkpoint.
+where gradient checkpointing repeats the forward pass; attention scores are left out. Of t tensor-parallel ranks, each
+gathers, reduces and computes with 1 / t of the weights in the blocks, among s / t ranks; the activations that they add
+up are left out. Only the policy's optimizer step is counted: no sampling, no scores, no validation, no checkpoint.
 """
 
 import time
 from collections import Counter
 from contextlib import nullcontext
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -26,11 +28,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sheeprlhf.engine.optim import build_optimizer
+from sheeprlhf.engine.ranks import ALL_RANKS
 from sheeprlhf.engine.shard import shard_module, sharding_options
 from sheeprlhf.model.memory import MIXED, ModelSize, build_on_meta
 from sheeprlhf.structure.rollout import BestOfNConfig
 from sheeprlhf.structure.run import ClusterConfig, DoctorConfig, TrainConfig
-from sheeprlhf.task.memory_plan import Ranks, passes_of_rank, ranks_of, rows_of_forward
+from sheeprlhf.task.memory_plan import Ranks, computed, passes_of_rank, ranks_of, rows_of_forward
 from sheeprlhf.utils.processes import interrupts_wait
 
 _TOKENS = 8  # of the dry run: traffic and state do not depend on them
@@ -63,10 +66,12 @@ def traffic(config: TrainConfig, size: ModelSize, *, passes: int) -> Traffic:
     if isinstance(config.task, BestOfNConfig):
         train = 0
     s, r = ranks.shards, ranks.total // ranks.shards
-    gathered = 0 if s == 1 else passes * (2 * size.parameters - size.outside) * (s - 1) / s
+    of_blocks = (s / ranks.tensor - 1) / s  # of a number in the blocks, what a rank receives of the others
+    blocks, trained = size.parameters - size.outside, min(train, size.parameters - size.outside)
+    gathered = passes * (size.outside * (s - 1) / s + 2 * blocks * of_blocks)
     return Traffic(
         gather=round(gathered * ranks.gather_bytes),
-        reduce=round(train * (s - 1) / s * ranks.reduce_bytes),
+        reduce=round(((train - trained) * (s - 1) / s + trained * of_blocks) * ranks.reduce_bytes),
         all_reduce=round(2 * train / s * (r - 1) / r * ranks.reduce_bytes),
     )
 
@@ -74,12 +79,14 @@ def traffic(config: TrainConfig, size: ModelSize, *, passes: int) -> Traffic:
 def step_time(config: TrainConfig, size: ModelSize, cluster: ClusterConfig) -> StepTime:
     """The time of a step of the longest rows."""
     rows, passes = passes_of_rank(config, size)
+    ranks = ranks_of(config.fabric)
+    parameters, trains = (computed(n, size, ranks) for n in (size.parameters, size.trainable_numbers))
     tokens = rows * rows_of_forward(config, size)[1]
     if isinstance(config.task, BestOfNConfig):
-        operations = 2 * size.parameters
+        operations = 2 * parameters
     else:
         repeated = config.model.gradient_checkpointing
-        operations = (4 + 2 * repeated) * size.parameters + 2 * size.trainable_numbers
+        operations = (4 + 2 * repeated) * parameters + 2 * trains
     return StepTime(
         tokens=tokens,
         communication=traffic(config, size, passes=passes).total() / (cluster.bandwidth * 1e9),
@@ -115,8 +122,11 @@ def dry_step(config: DoctorConfig) -> DryStep:
     try:
         replicas = ranks.total // ranks.shards
         shape: tuple[int, ...] = (ranks.total,) if replicas == 1 else (replicas, ranks.shards)
-        names = ("data_parallel",) if replicas == 1 else ("replicate", "shard")
+        names: tuple[str, ...] = ("data_parallel",) if replicas == 1 else ("replicate", "shard")
+        if ranks.tensor > 1:
+            shape, names = (ranks.total // ranks.tensor, ranks.tensor), ("data_parallel", "tensor_parallel")
         mesh = torch.distributed.init_device_mesh("cpu", shape, mesh_dim_names=names)
+        mesh._flatten(ALL_RANKS)
         with interrupts_wait(), FakeTensorMode(allow_non_fake_inputs=True):  # cut short, it would end the process
             return _dry_step(config, module, ranks, mesh, start)
     finally:
@@ -125,7 +135,8 @@ def dry_step(config: DoctorConfig) -> DryStep:
 
 def _dry_step(config: DoctorConfig, module: nn.Module, ranks: Ranks, mesh: DeviceMesh, start: float) -> DryStep:
     _to_fake(module)
-    shard_module(module, mesh, **sharding_options(config.fabric, on_cpu=True))
+    with patch.object(DeviceMesh, "_compute_coordinate_on_dim", _coordinate):
+        shard_module(module, mesh, **sharding_options(config.fabric, on_cpu=True))
     optimizer = build_optimizer(config.optim, module, config.peak_lr())
     ids = torch.zeros(1, _TOKENS, dtype=torch.long)
     mixed = MIXED.get(config.fabric.precision)
@@ -144,6 +155,11 @@ def _dry_step(config: DoctorConfig, module: nn.Module, ranks: Ranks, mesh: Devic
         collectives=dict(recorder.counts),
         seconds=time.process_time() - start,
     )
+
+
+def _coordinate(mesh: DeviceMesh) -> tuple[int, ...]:
+    """The place of rank zero, which torch would read from a tensor."""
+    return (0,) * mesh.ndim
 
 
 def _to_fake(module: nn.Module) -> None:

@@ -21,6 +21,7 @@ from transformers import (
 from sheeprlhf.agent.batches import check_batching
 from sheeprlhf.config.run_lookup import read_run_config, saved_group, task_of_run
 from sheeprlhf.data.tokenize import turn_texts
+from sheeprlhf.engine.shard import tensor_plan
 from sheeprlhf.model.adapter import check_adapters, conflicting_options, read_adapter_config
 from sheeprlhf.model.attention import packing_limit
 from sheeprlhf.model.folder import check_vocabulary, check_weights
@@ -89,6 +90,10 @@ def check_options(config: TrainConfig | EvalConfig) -> None:
     tokenizer = load_tokenizer(config.model) if isinstance(config, TrainConfig) else load_evaluated_tokenizer(config)
     if config.data is not None:
         check_template_args(tokenizer, config.data.template_args)
+    if config.fabric.tensor_parallel > 1:
+        with isolated_rng():
+            for needed in models_of(config):
+                tensor_plan(build_on_meta(needed.model, scores=needed.scores)[1], config.fabric.tensor_parallel)
     if isinstance(config, TrainConfig):
         _check_training(config, tokenizer)
         return

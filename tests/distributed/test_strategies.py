@@ -1,4 +1,4 @@
-"""FSDP2, and DDP with adapters, on two gloo processes against one: every task and evaluation.
+"""FSDP2, tensor parallelism, and DDP with adapters, on two and four gloo processes against one: tasks and evaluations.
 
 A launch trains everything of a group: the tasks' own functions, on Fabrics that share the processes. DDP of whole
 models is compared in test_tasks.py.
@@ -19,6 +19,7 @@ from sheeprlhf.cli import run
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.launch import _entry, _seed
 from sheeprlhf.structure.rollout import BestOfNConfig
+from tests.faults.test_resume import stopped_at
 from tests.support.models import make_model_folder
 from tests.support.runs import ONLINE_TASKS, WRITERS, figures, train_words, write_rows
 from tests.unit.engine.toy import on_ranks
@@ -26,19 +27,22 @@ from tests.unit.engine.toy import on_ranks
 LORA = ("model.finetune_mode=LORA", "model.lora_cfg.rank=4")
 FSDP2 = ("fabric.strategy=fsdp2", "fabric.devices=2")
 DDP = ("fabric.strategy=ddp", "fabric.devices=2")
+FOUR = ("fabric.strategy=fsdp2", "fabric.devices=4")
+TENSOR = "fabric.tensor_parallel=2"
 SPREAD = "reward.path=tests.support.rewards:spread"
 ONE_ROW = ("task.micro_batch_size=1",)  # ranks have different numbers of forward passes
 EVERYTHING = ("task.share_trunk=true", "task.ptx_coeff=0.5", "task.ptx_batch_size=3", "task.ema_decay=0.8")
 
 
 class Case(NamedTuple):
-    """A task, options of both runs, those of the run on two processes, its reward model's run, and the tolerance."""
+    """A task, options of both runs, those of the run on several processes, its reward run, and the tolerance."""
 
     task: str
     words: tuple[str, ...] = ()
     own: tuple[str, ...] = FSDP2
     reward: str = ""
     tolerance: float = 1e-5
+    resumed: int = 0  # the step of one process at which several go on
 
 
 CASES = {
@@ -51,6 +55,22 @@ CASES = {
     "dpo bf16": Case("dpo", own=(*FSDP2, "fabric.precision=bf16-mixed"), tolerance=0.05),
     "dpo offload": Case("dpo", own=(*FSDP2, "fabric.offload=cpu")),
     "dpo replicas": Case("dpo", own=(*FSDP2, "fabric.replicas=2")),
+    "dpo four replicas": Case("dpo", own=(*FOUR, "fabric.replicas=2")),
+    "sft tensor": Case("sft", own=(*FSDP2, TENSOR, *ONE_ROW)),
+    "rm tensor": Case("rm", own=(*FSDP2, TENSOR)),
+    "dpo tensor": Case("dpo", ("model.gradient_checkpointing=true",), (*FSDP2, TENSOR)),
+    "kto tensor": Case("kto", own=(*FSDP2, TENSOR, *ONE_ROW)),
+    "grpo tensor": Case("grpo", own=(*FSDP2, TENSOR)),
+    "ppo tensor": Case("ppo", own=(*FSDP2, TENSOR), reward="rm"),
+    "dpo tensor offload": Case("dpo", own=(*FSDP2, TENSOR, "fabric.offload=cpu")),
+    "dpo tensor bf16": Case("dpo", own=(*FSDP2, TENSOR, "fabric.precision=bf16-mixed"), tolerance=0.05),
+    "sft tensor resumed": Case("sft", ("task.save_interval=2",), (*FSDP2, TENSOR, "resume=true"), resumed=2),
+    "sft tensor 2x2": Case("sft", own=(*FOUR, TENSOR, *ONE_ROW)),
+    "rm tensor 2x2": Case("rm", own=(*FOUR, TENSOR, *ONE_ROW)),
+    "dpo tensor 2x2": Case("dpo", own=(*FOUR, TENSOR, *ONE_ROW)),
+    "kto tensor 2x2": Case("kto", own=(*FOUR, TENSOR)),
+    "grpo tensor 2x2": Case("grpo", own=(*FOUR, TENSOR)),
+    "ppo tensor 2x2": Case("ppo", own=(*FOUR, TENSOR), reward="rm"),
     "sft checkpointing": Case("sft", ("model.gradient_checkpointing=true",)),
     "kto": Case("kto", own=(*FSDP2, *ONE_ROW)),
     "kto lora": Case("kto", LORA),
@@ -75,7 +95,7 @@ EVALUATIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {  # of the run of a 
     "reward": ("dpo lora", "task=reward generation.max_new_tokens=6 reward=model task.against=start", DDP),
     "frontier": ("grpo", f"task=frontier generation.max_new_tokens=6 task.best_of=2 reward=function {SPREAD}", FSDP2),
 }
-IN_CI = ("sft", "dpo lora", "ppo lora", "perplexity", "rouge", "generate", "reward")
+IN_CI = ("sft", "sft tensor", "dpo lora", "ppo lora", "perplexity", "rouge", "generate", "reward")
 # The last step of a task with a dataset has a single row, so that one of two processes has none.
 LENGTH = {
     False: ("task.mini_batch_size=8", "task.epochs=1", "task.eval_interval=5", "task.save_interval=5"),
@@ -113,8 +133,8 @@ def words_of(name: str, folder: Path, target: Path) -> list[str]:
     return [*words, *extra]
 
 
-def run_two(_: Any, folder: Path, names: list[str]) -> None:
-    """Both ranks: every case and evaluation."""
+def run_all(_: Any, folder: Path, names: list[str]) -> None:
+    """All ranks: every case and evaluation."""
     for name in names:
         target = folder / "two" / name
         verb, *words = words_of(name, folder, target)
@@ -123,7 +143,7 @@ def run_two(_: Any, folder: Path, names: list[str]) -> None:
         fabric = make_fabric(config.fabric)
         fabric.launch()
         if verb == "train" and fabric.is_global_zero:
-            target.mkdir(parents=True)
+            target.mkdir(parents=True, exist_ok=name in CASES and CASES[name].resumed > 0)
             (target / "run.json").write_text('{"status": "running", "started": 0.0}')
         fabric.barrier()
         _seed(config, on_cuda=False)
@@ -152,7 +172,12 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
                 for place in ("two", "evaluated"):
                     shutil.copytree(folder / "one" / EVALUATIONS[one][0], folder / place / one)
                 run(words_of(one, folder, folder / "evaluated" / one))
-            on_ranks(2, run_two, folder, names, timeout=1800)
+            for one in (one for one in CASES if one in names and CASES[one].resumed):
+                stopped_at(folder / "one" / one, CASES[one].resumed, folder / "two" / one)
+            on_four = [one for one in names if one in CASES and CASES[one].own[:2] == FOUR]
+            for ranks, some in ((2, [one for one in names if one not in on_four]), (4, on_four)):
+                if some:
+                    on_ranks(ranks, run_all, folder, some, timeout=3600)
         return done[group]
 
     return get
@@ -173,6 +198,8 @@ def test_two_processes_train_like_one(name: str, folder_of: Callable[[str], Path
     assert found.keys() == wanted.keys() and len(wanted) > 2
     if tolerance > 1e-5:  # counts of pairs differ by whole pairs
         wanted = {tag: wanted[tag] for tag in ("train/loss", "val/loss")}
+    if TENSOR in CASES[name].own and CASES[name].task == "dpo":  # at the first step its margins are rounding errors
+        wanted.pop("train/rewards/accuracies", None)
     for tag, values in wanted.items():
         assert_close(found[tag], values, rtol=tolerance, atol=tolerance, msg=lambda text, tag=tag: f"{tag}: {text}")
     files = [path.relative_to(expected) for path in expected.rglob("*model.safetensors")]

@@ -76,5 +76,5 @@ def nll_of_rows(
             sums, counts = np.bincount(row_N, -logprobs_N, len(part)), np.bincount(row_N, minlength=len(part))
             if counted:
                 mine += zip(part, sums.tolist(), counts.tolist(), strict=True)
-    found = sorted(row for rank in gather_objects(fabric, mine) for row in rank)
+    found = sorted({row for rank in gather_objects(fabric, mine) for row in rank})
     return np.array([nll for _, nll, _ in found]), np.array([count for _, _, count in found])

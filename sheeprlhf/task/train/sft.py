@@ -14,7 +14,7 @@ from torch import nn
 from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
-from sheeprlhf.engine.shard import equal_passes
+from sheeprlhf.engine.shard import equal_passes, sum_of_rows
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
 from sheeprlhf.loss.sft import cross_entropy
 from sheeprlhf.model.router import RouterLoss, StepRouterLoss, expert_counts, router_loss_in_training
@@ -58,8 +58,7 @@ def router_loss_of_step(
             if counts_here:
                 rows = torch.tensor([sum(map(len, router_logits)), micro.num_items], device=fabric.device)
                 counts += torch.cat([expert_counts(router_logits, loss.top_k), rows.double()])
-    if fabric.world_size > 1:
-        fabric.all_reduce(counts, reduce_op="sum")
+    counts = sum_of_rows(fabric, counts)
     *_, num_rows, num_items = counts.tolist()
     return StepRouterLoss(loss, counts[:-2].float(), max(1.0, num_rows), num_items)
 

@@ -50,7 +50,8 @@ def test_copies_and_tied_weights_stay_in_files(model_folder: ModelFolder) -> Non
     assert set(sources) == {name for name, _ in model.named_parameters()}
     name = "model.layers.1.mlp.up_proj.weight"
     expected = load_file(model_folder() / "model.safetensors")[name]
-    assert torch.equal(sources[name].read(5, 7), expected[5:12])
+    part = (slice(5, 12), slice(2, 9))
+    assert torch.equal(sources[name].read(part), expected[part])
 
 
 @pytest.mark.parametrize("options", [{"resize_embeddings": True}, {}], ids=["resized", "experts"])

@@ -145,6 +145,24 @@ def test_a_dry_step_moves_the_planned_bytes(
     assert (seen.traffic.all_reduce > 0) == (replicas > 1)
 
 
+def test_tensor_parallel_ranks_share_the_blocks(model_folder: ModelFolder) -> None:
+    """Two groups of two: half of a block is gathered, from two ranks; norms of blocks are whole in a group."""
+    model = AutoModelConfig(repo_name=str(model_folder()))
+    config = config_of(model, 8, SFTConfig(mini_batch_size=8), devices="4", tensor_parallel=2)
+    size, norms = measure(model, "32-true"), 2 * 2 * 16
+    blocks, moved = size.parameters - size.outside, traffic(config, size, passes=1)
+    assert moved == (4 * (size.outside * 3 / 4 + 2 * blocks / 2 / 2), 4 * (size.outside * 3 / 4 + blocks / 2 / 2), 0)
+    assert passes_of_rank(config, size)[0] == 4
+    parts = step_plan(config, device="cuda", size_of=lambda *_: size)
+    assert (parts.weights, parts.gathered) == (
+        size.weights / 4,
+        4 * (size.outside + 2 * size.block / 2 + size.block / 2),
+    )
+    seen = dry_step(config)
+    assert (seen.unsharded, seen.parameters) == ([], (size.parameters - norms) / 4 + norms / 2)
+    assert seen.traffic == pytest.approx(moved, abs=4 * norms)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize(("name", "ranks"), [("embedded:llama-7b", 8), ("embedded:llama-70b", 1024)])
 def test_a_dry_step_of_a_large_model(name: str, ranks: int) -> None:
