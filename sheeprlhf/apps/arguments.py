@@ -138,7 +138,7 @@ def _space_problems(words: list[str]) -> Iterator[str]:
 def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
     """The sentence for a first word that is not a command."""
     from sheeprlhf.config.option_checks import nearest
-    from sheeprlhf.config.option_search import choices_like
+    from sheeprlhf.config.overrides import choices_like
     from sheeprlhf.config.registry import choices
     from sheeprlhf.security.redaction import is_secret_name
 
@@ -161,7 +161,7 @@ def verb_problem(word: str, rest: list[str], verbs: Collection[str]) -> str:
 def flag_problem(given: str, value: str, flags: Iterable[str]) -> str:
     """The sentence for a flag that does not exist; options, which others write as flags, have no dashes here."""
     from sheeprlhf.config.option_checks import nearest
-    from sheeprlhf.config.option_search import keys_like
+    from sheeprlhf.config.overrides import keys_like
     from sheeprlhf.config.registry import ROOTS, groups
 
     name = given.lstrip("-").replace("-", "_")

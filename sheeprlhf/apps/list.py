@@ -92,7 +92,7 @@ def _parse_words(words: list[str]) -> tuple[list[str], Path]:
 
 def _no_section(word: str) -> str:
     from sheeprlhf.config.option_checks import nearest
-    from sheeprlhf.config.option_search import choices_like
+    from sheeprlhf.config.overrides import choices_like
 
     listed = f"the sections are {', '.join(SECTIONS)}"
     if "=" in word or choices_like(word):

@@ -13,7 +13,7 @@ from sheeprlhf.apps.flags import read_flags
 from sheeprlhf.apps.terminal import Screen, clean, columns, entry, heading, paragraph
 from sheeprlhf.config.compose import Source, compose_for_help, configs_directory
 from sheeprlhf.config.option_checks import nearest
-from sheeprlhf.config.option_search import Entry, catalogue, choices_like
+from sheeprlhf.config.overrides import Entry, catalogue, choices_like
 from sheeprlhf.config.registry import ROOTS, Option, choices, groups, options, unwrap_optional
 from sheeprlhf.config.run_lookup import NEWEST, START, TASKS
 from sheeprlhf.engine.rundir import leaves

@@ -27,6 +27,7 @@ import sheeprlhf
 from sheeprlhf.config.option_checks import option_problems, sweep_problems
 from sheeprlhf.config.overrides import (
     Chosen,
+    condensed,
     key_problem,
     missing_problem,
     pick_groups,
@@ -288,8 +289,6 @@ def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job 
             else:
                 job = finish(base, given_dir)
         except OmegaConfBaseException as error:
-            from sheeprlhf.config.option_search import condensed
-
             problems.append(condensed(str(error).splitlines(), source.verb))
         except ConfigError as error:
             problems += error.problems
@@ -329,8 +328,6 @@ def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> tuple[Dic
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             unset = re.match(r"You must specify '(\w+)'", lines[0]) if lines else None
             if unset is None or len(problems) > len(ROOTS):
-                from sheeprlhf.config.option_search import condensed
-
                 raise ConfigError(condensed(lines, source.verb)) from error
             group = unset[1]
             names = chosen.available[group]

@@ -10,7 +10,7 @@ import pytest
 
 from sheeprlhf.apps.arguments import PLAIN_VERBS, VERBS, parse_args
 from sheeprlhf.config.compose import Source, check, configs_directory
-from sheeprlhf.config.option_search import catalogue
+from sheeprlhf.config.overrides import catalogue
 from sheeprlhf.config.registry import ROOTS, choices, groups
 
 ROOT = Path(__file__).parents[2]
