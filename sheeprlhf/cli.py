@@ -256,10 +256,9 @@ def _check_config_name(name: str, directory: str | None) -> None:
 
 def _compose_and_launch(verb: str, args: ParsedArgs) -> int:
     """Compose, check and run one job; leave sweeps and what only Hydra can do to Hydra, after the same checks."""
-    from sheeprlhf.config.compose import Source, check, compose_job, configs_directory
+    from sheeprlhf.config.compose import Source, check, compose_job
 
-    name, directory = args.values.get("--config-name", verb), args.values.get("--config-dir")
-    source = Source(verb, configs_directory(), name, directory)
+    source = Source(verb, args.values.get("--config-dir"), args.values.get("--config-name"))
     shows = {"--cfg", "--info", "--shell-completion", "--hydra-help", "--version"} & set(args.flags)
     sweep = "--multirun" in args.flags
     options_of_hydra = [word for word in args.overrides if re.match(r"[+~]*hydra\b", word)]

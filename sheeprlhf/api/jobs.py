@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.apps.arguments import ParsedArgs
-from sheeprlhf.config.compose import Job, Source, compose_job, configs_directory
+from sheeprlhf.config.compose import Job, Source, compose_job
 from sheeprlhf.config.shell import option_word
 from sheeprlhf.launch import launch
 from sheeprlhf.security.json_records import RESULT, load_json
@@ -79,7 +79,7 @@ def compose(verb: str, words: list[str]) -> Job:
     hydra = [word for word in words if re.match(r"[+~]*hydra\b", word) and not word.startswith("hydra.run.dir=")]
     if hydra:
         raise ConfigError(f"{hydra[0]}: options of Hydra other than hydra.run.dir work on the command line only")
-    return compose_job(Source(verb, configs_directory(), verb), words)
+    return compose_job(Source(verb), words)
 
 
 def _run(verb: str, overrides: Overrides) -> Path:

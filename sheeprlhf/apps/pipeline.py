@@ -25,7 +25,7 @@ import sheeprlhf
 from sheeprlhf.apps.arguments import ParsedArgs, parse_args
 from sheeprlhf.apps.runs import read_results
 from sheeprlhf.apps.terminal import Screen, is_number
-from sheeprlhf.config.compose import Source, compose_jobs, configs_directory
+from sheeprlhf.config.compose import Source, compose_jobs
 from sheeprlhf.config.pipeline import Stage, stages_of
 from sheeprlhf.config.registry import NOT_IN_HASH, config_to_dict
 from sheeprlhf.config.run_lookup import next_order, order_of
@@ -358,7 +358,7 @@ def check_stages(stages: list[Stage], flags: list[str]) -> None:
         folders = {stage.name: str(Path(place, stage.name)) for stage in stages}
         for stage in stages:
             args = parse_args([*flags, *stage.placed(folders)[1:]])
-            source = Source(stage.verb, configs_directory(), stage.verb, args.values.get("--config-dir"))
+            source = Source(stage.verb, args.values.get("--config-dir"))
             jobs, problems = compose_jobs(source, args.overrides, multirun="--multirun" in args.flags)
             failed = [folder for folder in folders.values() if not Path(folder).exists()]
             for problem in problems:

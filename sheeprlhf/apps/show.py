@@ -372,7 +372,7 @@ def print_verb_help(verb: str, overrides: list[str], config_dir: str | None) -> 
     Raises:
         ConfigError: an override among the words cannot be used.
     """
-    config, available = compose_for_help(Source(verb, configs_directory(), verb, config_dir), overrides)
+    config, available = compose_for_help(Source(verb, config_dir), overrides)
     screen = Screen()
     screen.print(usage(verb), Text(), paragraph(VERBS[verb]), sep="\n")
     for group, names in available.items():

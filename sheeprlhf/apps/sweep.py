@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import sheeprlhf
 from sheeprlhf.apps.arguments import ParsedArgs
-from sheeprlhf.config.compose import SAVED_CHOICE, Source, finish, saved_overrides
+from sheeprlhf.config.compose import SAVED_CHOICE, Source, configs_directory, finish, saved_overrides
 from sheeprlhf.config.overrides import readable
 from sheeprlhf.config.registry import choices, current_word, register_configs
 from sheeprlhf.config.run_lookup import read_run
@@ -240,7 +240,7 @@ class HydraJobs(NamedTuple):
             check_sources()
             sys.argv += saved_overrides(source.verb, args.overrides)
             job = functools.partial(_run_composed, self, bool(sweep_dir), os.getpid(), codes)
-            hydra_main(config_path=str(source.directory), config_name=source.verb, version_base="1.3")(job)()
+            hydra_main(config_path=str(configs_directory()), config_name=source.verb, version_base="1.3")(job)()
         finally:
             sys.argv = arguments
         return next((code for code in codes if code), 0)

@@ -58,12 +58,15 @@ _WITH_RECIPES = ("train", "doctor", "pipeline")  # commands with the group `expe
 
 
 class Source(NamedTuple):
-    """Sources of a configuration: the verb, the directory of configs, the file's name, and the user's directory."""
+    """Sources of a configuration: the command, the folder of `--config-dir`, and the file of `--config-name`."""
 
     verb: str
-    directory: Path
-    name: str
     extra: str | None = None
+    config_name: str | None = None
+
+    def name(self) -> str:
+        """The file that is composed, by default the command's own."""
+        return self.config_name or self.verb
 
 
 def configs_directory() -> Path:
@@ -203,7 +206,7 @@ def _hydra(source: Source) -> Iterator[None]:
     """Hydra's compose API over our configurations, the user's folder and the dataclasses, as `--config-dir` does it."""
     register_configs()
     check_sources()
-    path = create_config_search_path(str(source.directory))
+    path = create_config_search_path(str(configs_directory()))
     if source.extra is not None:
         path.prepend(
             "command-line", f"file://{Path(source.extra).absolute()}", anchor=SearchPathQuery(provider="schema")
@@ -319,7 +322,7 @@ def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> tuple[Dic
     words = [*words, *_words(chosen.hydra)]
     while True:
         try:
-            base = compose(source.name, words, return_hydra_config=True)
+            base = compose(source.name(), words, return_hydra_config=True)
             _check_schema(source, base)
             return base, problems
         except ConfigError:
@@ -340,6 +343,6 @@ def _check_schema(source: Source, base: DictConfig) -> None:
     """Raises ConfigError if the primary configuration is not of the command's options: nothing checks its keys then."""
     if OmegaConf.get_type(base) is not ROOTS[source.verb]:
         raise ConfigError(
-            f"--config-name={source.name} has no options of `{source.verb}`: begin its defaults with "
+            f"--config-name={source.name()} has no options of `{source.verb}`: begin its defaults with "
             f"- {source.verb}_schema, as configs/{source.verb}.yaml does"
         )

@@ -9,7 +9,7 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 
 from sheeprlhf.cli import run
-from sheeprlhf.config.compose import Source, _hydra, configs_directory
+from sheeprlhf.config.compose import Source, _hydra
 from sheeprlhf.config.untrusted_config import CheckedPackage
 from sheeprlhf.utils.errors import ConfigError
 from tests.security.config_files import OF_HYDRA, PRIMARY, TARGETS
@@ -30,11 +30,11 @@ def test_without_the_checks_hydra_imports_what_a_file_names(payload, tmp_path, m
     name, sentinel = payload
     text = OF_HYDRA["searchpath of a package"].replace("MODULE", name)
     (tmp_path / "mine.yaml").write_text(f"{PRIMARY}hydra: {{{text}}}\n")
-    with _hydra(Source("train", configs_directory(), "mine", str(tmp_path))):
+    with _hydra(Source("train", str(tmp_path), "mine")):
         pass  # registers the sources
     monkeypatch.setitem(SourcesRegistry.instance().types, "file", FileConfigSource)
     monkeypatch.setattr("sheeprlhf.config.compose.check_sources", lambda: None)
-    with _hydra(Source("train", configs_directory(), "mine", str(tmp_path))):
+    with _hydra(Source("train", str(tmp_path), "mine")):
         compose("mine")
     assert sentinel.exists()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.apps.arguments import PLAIN_VERBS, VERBS, parse_args
-from sheeprlhf.config.compose import Source, check, configs_directory
+from sheeprlhf.config.compose import Source, check
 from sheeprlhf.config.overrides import catalogue
 from sheeprlhf.config.registry import ROOTS, choices, groups
 
@@ -52,7 +52,7 @@ def problems_of(verb: str, words: tuple[str, ...]) -> list[str]:
     plugins = ("hydra/launcher=", "hydra/sweeper=", "hydra.launcher.", "hydra.sweeper.")
     left_out = ("experiment_dir=", "resume_from=", *plugins)
     overrides = [word for word in split.overrides if not word.startswith(left_out)]
-    source = Source(verb, configs_directory(), verb)
+    source = Source(verb)
     return check(source, overrides, multirun="--multirun" in split.flags, complete=False)
 
 

@@ -186,7 +186,7 @@ def test_a_model_can_be_added_by_a_file_alone(tmp_path, capsys):
     (tmp_path / "model" / "pythia.yaml").write_text(
         "defaults:\n  - auto\n\nconfig_name: pythia\nrepo_name: EleutherAI/pythia-70m\n"
     )
-    source = Source("train", configs_directory(), "train", str(tmp_path))
+    source = Source("train", str(tmp_path))
     assert check(source, ["task=sft", "model=pythia", "model.lora_cfg.rank=4"]) == []
     [problem] = check(source, ["task=sft", "model=pythiaa"])
     assert "model=pythia?" in problem

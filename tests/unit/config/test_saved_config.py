@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sheeprlhf.config.compose import Source, check, compose_job, configs_directory
+from sheeprlhf.config.compose import Source, check, compose_job
 from sheeprlhf.config.registry import RENAMED, _deprecate, choices, config_hash, config_to_dict, current_word, options
 from sheeprlhf.config.run_lookup import read_run_config, saved_group
 from sheeprlhf.structure.data import DocstringsConfig
@@ -75,7 +75,7 @@ def test_a_strangers_recipe_runs_nothing(kind, tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"theirs"}
 
 
-SOURCE = Source("train", configs_directory(), "train")
+SOURCE = Source("train")
 
 
 def write_run(folder: Path, **root: Any) -> Path:

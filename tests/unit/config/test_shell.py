@@ -10,7 +10,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sheeprlhf.apps.arguments import parse_args
-from sheeprlhf.config.compose import Source, check, compose_job, configs_directory
+from sheeprlhf.config.compose import Source, check, compose_job
 from sheeprlhf.config.registry import config_to_dict
 from sheeprlhf.config.shell import changed_words, command, hydra_value, option_word, shell_word
 from sheeprlhf.rollout.engines import StopStrings
@@ -66,7 +66,7 @@ def composed(line: str) -> tuple[str, object]:
     """The configuration of a printed command, by what the command line does with it; it has to have no problem."""
     python, program, verb, *words = shlex.split(line)
     assert (python, program) == ("python", "sheeprlhf.py")
-    source = Source(verb, configs_directory(), verb)
+    source = Source(verb)
     assert check(source, words) == []
     return verb, compose_job(source, words).config
 
@@ -122,7 +122,7 @@ def test_the_training_that_has_to_come_first(odd: Path) -> None:
     rows.write_text('{"prompt": "a", "response": "b"}\n')
     words = ["task=ppo", "model=auto", "data=local", "reward=model", option_word("model.repo_name", str(model))]
     words += [option_word("data.train_file", str(rows)), option_word("root_dir", str(odd / "runs"))]
-    [problem] = check(Source("train", configs_directory(), "train"), words)
+    [problem] = check(Source("train"), words)
     lines = problem.split("`")[1::2]
     assert len(lines) == 2
     for line, task in zip(lines, ("sft", "rm"), strict=True):
@@ -189,7 +189,7 @@ WRONG = {"<end>": ["<end>"], '["a]': ["a"]}
 @pytest.mark.parametrize("typed", WRONG)
 def test_the_advice_about_stop_strings_works(typed: str) -> None:
     """What the message tells to write, read by a shell and then by the command line, has no problem."""
-    source = Source("train", configs_directory(), "train")
+    source = Source("train")
     rest = ["task=grpo", "data=docstrings", "model=tiny"]
     [problem] = check(source, parse_args([*rest, f"generation.stop_strings={typed}"]).overrides)
     word = advice_in(problem)
