@@ -132,6 +132,7 @@ def resolve_runs(config: RootConfig, given_dir: str | None) -> RootConfig:
         return _with_options_of_start(config)
     if not isinstance(config, TrainConfig | EvalConfig) or config.model is None:
         return config
+    repo_name, adapter = config.model.repo_name, config.model.adapter
     if isinstance(config, TrainConfig) and is_newest(config.resume_from):
         config = _changed(config, {"resume_from": newest_unfinished(config.root_dir, config)})
     if isinstance(config, EvalConfig) and is_newest(getattr(config.task, "against", None)):
@@ -143,7 +144,7 @@ def resolve_runs(config: RootConfig, given_dir: str | None) -> RootConfig:
         config = _changed(config, {REWARD_MODEL: None})
     start = getattr(config.task, "sft_experiment_dir", None)
     by_default = start is not None and start == getattr(type(config.task)(), "sft_experiment_dir", None)
-    if by_default and config.model is not None and config.model.adapter is not None:
+    if by_default and adapter is not None:
         config = _changed(config, {START: None})  # the adapter is the start
     links = links_of(config)
     words = [key for key, value in links.items() if is_run_alias(value)]
@@ -160,7 +161,7 @@ def resolve_runs(config: RootConfig, given_dir: str | None) -> RootConfig:
                 same = _with_options_of_start(same)
                 if config_hash(same) == run.info.get("config_hash"):
                     return same
-    found = {key: _newest(config, TASKS[key], config.model) for key in words}
+    found = {key: _newest(config, TASKS[key], repo_name) for key in words}
     settled: dict[str, str | None] = {key: str(run.absolute()) for key, run in found.items() if run is not None}
     if START not in settled and _begins_without(config):
         settled[START] = None
@@ -249,12 +250,10 @@ def _resumable(config: TrainConfig, given_dir: str | None) -> list[FoundRun]:
     return find_runs(config.root_dir) if config.resume else []
 
 
-def _newest(config: Needy, task: str, wanted: ModelConfig | None) -> Path | None:
-    """The newest finished run of a task on the configured model; a dry run is one for dry runs alone."""
+def _newest(config: Needy, task: str, repo_name: str | None) -> Path | None:
+    """The newest finished run of a task on a model; a dry run is one for dry runs alone."""
     for run in _runs(config.root_dir, finished=True):
-        if run.info.get("task") != task or wanted is None:
-            continue
-        if _has_model(run, wanted.repo_name, dry_run=config.dry_run):
+        if run.info.get("task") == task and _has_model(run, repo_name, dry_run=config.dry_run):
             return run.dir
     return None
 
