@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sheeprlhf.config.registry import NOT_IN_HASH
-from sheeprlhf.config.shell import shell_word
+from sheeprlhf.config.shell import option_word, shell_word
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.utils.hardware import missing_modules
@@ -25,8 +25,7 @@ def memory_reductions(config: TrainConfig | EvalConfig, phase: str = "forward pa
 
 def words(change: Change) -> str:
     """A change as it is typed."""
-    spelled = {key: str(value).lower() if isinstance(value, bool) else value for key, value in change.items()}
-    return " ".join(f"{key}={value}" for key, value in spelled.items())
+    return " ".join(option_word(key, value) for key, value in change.items())
 
 
 def advice(config: TrainConfig | EvalConfig, phase: str, place: str | None) -> Iterator[str]:

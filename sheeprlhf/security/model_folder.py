@@ -1,7 +1,7 @@
 """Checks of an untrusted folder of a model or of adapters, before a library opens any of its files.
 
 Its files are plain ones inside it, of bounded size; weights are safetensors that say what they are, or
-pytorch_model.bin (of adapters, adapter_model.bin), which `model.pickled` converts without running code; its JSON asks
+pytorch_model.bin (of adapters, adapter_model.bin), which `pickled_weights` converts without running code; its JSON asks
 for no code, no other place and no file by name. Nothing else in the folder is ever opened. Imports no torch.
 """
 
