@@ -36,6 +36,7 @@ _REASONING = re.compile(r"<think>.*?(?:</think>\s*|\Z)|\A(?:(?!<think>).)*?</thi
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")
 _MARKS = ("weight", "train", "loss")  # whether a message is learned
 _UNKNOWN_MARKS = ("train_detail", "mask", "masked", "loss_mask", "loss_weight", "trainable", "training")
+_PROBE = " (probe)"
 
 
 def read_messages(value: Any, column: str, *, role: str | None = None) -> tuple[Message, ...]:
@@ -250,9 +251,6 @@ def _json(value: str, name: str) -> Any:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-_PROBE = " (probe)"
 
 
 class ConversationExample(NamedTuple):

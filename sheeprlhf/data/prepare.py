@@ -54,6 +54,22 @@ from sheeprlhf.utils.processes import SAVE_SIGNAL, STOP_SIGNALS, BoundToThis, st
 from sheeprlhf.utils.rendering import fixed_arguments
 
 FEWEST_FREQUENT = 4  # rows; with fewer, a prompt that has most of them says nothing
+FORMAT_VERSION = 14  # raise it whenever the code makes other rows, or another report, of the same input
+_ROWS_TO_JUDGE = 1_000  # before preparing ends early since the chat template refuses most of them
+_NOTHING_KEPT = KeptColumns()
+_PREFERENCES = ("train", "reward")
+TRAINING_SPLITS = {
+    "sft": ("train",),
+    "preference": _PREFERENCES,
+    "unpaired": _PREFERENCES,
+    "rewarded": _PREFERENCES,
+    "prompts": ("train",),
+}  # one must have rows
+NOT_IN_FINGERPRINT = (
+    *("cache_dir", "num_proc", "shuffle", "dataset_name", "revision", "subset", "split"),
+    *("train_file", "validation_file", "test_file", "streaming", "keep_shards"),
+)
+_worker: list[tuple[RowTokenizer, Event]] = []  # in a pool's process: its tokenizer, sent once, and whether to stop
 
 
 class SeenDigests:
@@ -104,23 +120,6 @@ class FrequentPrompts(NamedTuple):
                 "training: give files of other prompts for them, or data.validation_split=0 data.test_split=0"
             )
         return [f"{which} rows have the same {'prompt' if one else 'two prompts'}; {fix}"]
-
-
-FORMAT_VERSION = 14  # raise it whenever the code makes other rows, or another report, of the same input
-_ROWS_TO_JUDGE = 1_000  # before preparing ends early since the chat template refuses most of them
-_NOTHING_KEPT = KeptColumns()
-_PREFERENCES = ("train", "reward")
-TRAINING_SPLITS = {
-    "sft": ("train",),
-    "preference": _PREFERENCES,
-    "unpaired": _PREFERENCES,
-    "rewarded": _PREFERENCES,
-    "prompts": ("train",),
-}  # one must have rows
-NOT_IN_FINGERPRINT = (
-    *("cache_dir", "num_proc", "shuffle", "dataset_name", "revision", "subset", "split"),
-    *("train_file", "validation_file", "test_file", "streaming", "keep_shards"),
-)
 
 
 class PreparedData(NamedTuple):
@@ -424,9 +423,6 @@ def signals_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-_worker: list[tuple[RowTokenizer, Event]] = []  # in a pool's process: its tokenizer, sent once, and whether to stop
 
 
 def _start_worker(tokenize: RowTokenizer, stop: Event) -> None:

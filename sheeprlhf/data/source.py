@@ -37,19 +37,16 @@ from sheeprlhf.utils.home import EMBEDDED, embedded_folder, expand_home, why_off
 
 QUIET_SECONDS = 1.0  # what is done sooner shows nothing
 LOG_SECONDS = 5.0  # between two lines in a file, where none overwrites the last one
+SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.\w+")
+CARD = "README.md"  # begins with the subsets of a dataset and their files
+MAX_CARD = 4 * 2**20  # bytes
+Files = dict[str, list[Path]]
 
 
 def progress_bar(label: str, total: int | None, *, shown: bool, **options: Any) -> tqdm:
     """A bar for a `with` block; `total` may be an estimate, or None where only the end would tell."""
     seldom = {} if sys.stderr.isatty() else {"mininterval": LOG_SECONDS}
     return tqdm(desc=label, total=total, disable=not shown, delay=QUIET_SECONDS, **seldom, **options)
-
-
-SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.\w+")
-CARD = "README.md"  # begins with the subsets of a dataset and their files
-MAX_CARD = 4 * 2**20  # bytes
-
-Files = dict[str, list[Path]]
 
 
 def locate(cfg: DataConfig) -> Files:

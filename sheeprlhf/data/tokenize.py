@@ -46,6 +46,9 @@ from sheeprlhf.utils.rendering import RefusedByTemplateError, check_template_arg
 # Texts to put before a response. The first one whose ids do not change is used, and cut off again.
 SENTINELS = ("\n", "a", ".", "0", "|")
 _FIRST, _SECOND = "b", ("a", " a", "\na", "1")  # a text, and texts that may follow it
+REFUSED = "refused_by_template"  # a reason why a row is left out
+_NEW_LINE = "\n"  # in place of a prompt whose ids are known
+KINDS = ("sft", "preference", "unpaired", "rewarded", "prompts")
 
 
 class EncodedPair(NamedTuple):
@@ -197,11 +200,6 @@ class PairEncoder:
         for special in self._special.values():
             text = text.replace(special, "")
         return text
-
-
-REFUSED = "refused_by_template"  # a reason why a row is left out
-_NEW_LINE = "\n"  # in place of a prompt whose ids are known
-KINDS = ("sft", "preference", "unpaired", "rewarded", "prompts")
 
 
 class TokenRow(NamedTuple):

@@ -26,6 +26,26 @@ MAX_HEADER = 10_000_000  # bytes; of 100,000 tensors it has about as many
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
 _NAME = re.compile(r"[\w./-]{1,512}", re.ASCII)
 _SIZED = re.compile(r"(?:BOOL|(?:BF|F|I|U)(?P<bits>8|16|32|64))(?:_E\d+M\d+(?:FNUZ)?)?")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTERS, PICKLED_ADAPTERS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+MERGED = "merged_model"  # a folder, in messages
+SMALL_FILES = ("*.json", "*.jinja", "*.txt")  # what loading needs besides weights
+MAX_TEMPLATE = 64 << 10
+_MAX_CONFIG = 4 << 20
+_MAX_VOCABULARY = 256 << 20
+_MAX_DEPTH = 40
+_MAX_LAYERS, _MAX_WIDTH = 10_000, 1 << 31
+_LIMITS = {".jinja": MAX_TEMPLATE, ".txt": _MAX_VOCABULARY, ".json": _MAX_VOCABULARY}
+_CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+_TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.safetensors")
+_PICKLED_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.bin")
+_TEMPLATE_FILE = re.compile(r"[A-Za-z0-9_-]{1,64}\.jinja")
+_ATTENTION = re.compile(r"[a-z0-9_|]{1,40}")
+_DTYPE = re.compile(r"(?:torch\.)?(?:auto|half|double|b?float\w{1,20}|u?int\d+)")
+_TOKENIZER_CLASS = re.compile(r"[A-Za-z0-9]{0,60}Tokenizer(?:Fast)?|TokenizersBackend")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_WIDTHS = ("vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", "ffn_dim", "max_position_embeddings")
 
 
 class TensorFacts(NamedTuple):
@@ -95,28 +115,6 @@ def _checked(name: str, entry: Any) -> tuple[TensorFacts, tuple[int, int]]:
     if math.prod(shape) * bits != (last - first) * 8:
         raise ValueError(f"its tensor {name} declares a shape that its bytes do not have")
     return TensorFacts(dtype, tuple(shape)), (first, last)
-
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER_CONFIG, ADAPTERS, PICKLED_ADAPTERS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-MERGED = "merged_model"  # a folder, in messages
-SMALL_FILES = ("*.json", "*.jinja", "*.txt")  # what loading needs besides weights
-MAX_TEMPLATE = 64 << 10
-_MAX_CONFIG = 4 << 20
-_MAX_VOCABULARY = 256 << 20
-_MAX_DEPTH = 40
-_MAX_LAYERS, _MAX_WIDTH = 10_000, 1 << 31
-_LIMITS = {".jinja": MAX_TEMPLATE, ".txt": _MAX_VOCABULARY, ".json": _MAX_VOCABULARY}
-_CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-_TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
-_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.safetensors")
-_PICKLED_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}\.bin")
-_TEMPLATE_FILE = re.compile(r"[A-Za-z0-9_-]{1,64}\.jinja")
-_ATTENTION = re.compile(r"[a-z0-9_|]{1,40}")
-_DTYPE = re.compile(r"(?:torch\.)?(?:auto|half|double|b?float\w{1,20}|u?int\d+)")
-_TOKENIZER_CLASS = re.compile(r"[A-Za-z0-9]{0,60}Tokenizer(?:Fast)?|TokenizersBackend")
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_WIDTHS = ("vocab_size", "hidden_size", "n_embd", "d_model", "intermediate_size", "ffn_dim", "max_position_embeddings")
 
 
 def merge_advice(folder: Path) -> str:

@@ -4,7 +4,7 @@ The loss of an optimizer step is the mean over its examples, of all rows of the 
 judged against what the policy has moved on average: the KL estimate z0 of eq. 7, from prompts with the responses of
 other rows. Here z0 is the mean over the same rows, of all devices, computed by the policy as it is before the step and
 without dropout, so that neither micro-batches nor the number of devices change it. Which row lends its response is
-fixed (see `data.mismatch`). The reference is the policy before its first step: its log-probabilities of both kinds of
+fixed (see `MismatchedSplit`). The reference is the policy before its first step: its log-probabilities of both kinds of
 pairs are computed once and kept with the data.
 """
 
