@@ -12,7 +12,7 @@ import pytest
 
 import sheeprlhf
 from sheeprlhf.cli import run
-from sheeprlhf.utils.home import cache_place, expand_home, home_problem
+from sheeprlhf.utils.home import cache_place, expand_home, home_problem, why_offline
 from tests.support.runs import write_rows
 
 PACKAGE = Path(sheeprlhf.__file__).parent
@@ -145,3 +145,19 @@ def test_a_user_without_a_name_trains(tmp_path: Path) -> None:
         assert sorted(path.name for path in place.iterdir()) == ["cache", "logs", "rows.jsonl"]
     finally:
         shutil.rmtree(place)
+
+
+def test_a_silent_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(request: object, timeout: float) -> None:
+        asked.append(request)
+        raise OSError
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://silent.invalid")
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    assert why_offline()
+    assert why_offline()
+    assert len(asked) == 1
