@@ -212,10 +212,7 @@ def _judge_problems(cfg: JudgeOptionsConfig) -> Iterator[str]:
             yield "reward.judge_prompt does not contain {response}: add it"
     except ValueError as error:
         yield f"reward.judge_prompt cannot be read ({error}): write {{name}} for a field and {{{{ }}}} for braces"
-    try:
-        re.compile(cfg.judge_pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        yield f"reward.judge_pattern={cfg.judge_pattern} is not a regular expression: {error}; quote and escape it"
+    yield from _pattern_problems("reward.judge_pattern", cfg.judge_pattern)
     limits = cfg.judge_range
     if len(limits) != 2 or not (math.isfinite(sum(limits)) and limits[0] < limits[1]):
         yield f"reward.judge_range={list(limits)} must be the lowest and the highest score: give for example [0,10]"
@@ -229,8 +226,7 @@ def _judge_problems(cfg: JudgeOptionsConfig) -> Iterator[str]:
 
 
 def _url_problems(url: str | None) -> Iterator[str]:
-    problem = url_problem("reward.url", url, "give for example reward.url=http://127.0.0.1:8000/v1")
-    if problem:
+    if problem := url_problem("reward.url", url, "give for example reward.url=http://127.0.0.1:8000/v1"):
         yield problem
     elif urlsplit(str(url)).path.rstrip("/").endswith("/chat/completions"):
         yield f"reward.url={url}: /chat/completions is appended: give the address up to /v1"
@@ -246,11 +242,14 @@ def _option_problems(cfg: BuiltinOptionsConfig, sources: list[str]) -> Iterator[
             yield f"reward.{name}={value} is read by {' and '.join(readers)} only: remove it, or choose that function"
         elif value is None and any(name in BUILTINS[source].needs for source in reading):
             yield f"reward.{name} is missing: {reading[0]} needs it, for example reward.{name}={_EXAMPLES[name]}"
-    if cfg.pattern is not None:
-        try:
-            re.compile(cfg.pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            yield f"reward.pattern={cfg.pattern} is not a regular expression: {error}; quote and escape it"
+    yield from _pattern_problems("reward.pattern", cfg.pattern or "")
+
+
+def _pattern_problems(key: str, pattern: str) -> Iterator[str]:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        yield f"{key}={pattern} is not a regular expression: {error}; quote and escape it"
 
 
 def _folder_problems(folder: str) -> Iterator[str]:
