@@ -238,7 +238,7 @@ class HydraJobs(NamedTuple):
             sys.argv += [f"hydra.sweep.dir={sweep_dir}"] if sweep_dir else []
             register_configs()
             check_sources()
-            sys.argv += saved_overrides(source.verb, args.overrides)
+            sys.argv += saved_overrides(source.verb, readable(args.overrides)[0])
             job = functools.partial(_run_composed, self, bool(sweep_dir), os.getpid(), codes)
             hydra_main(config_path=str(configs_directory()), config_name=source.verb, version_base="1.3")(job)()
         finally:

@@ -132,13 +132,12 @@ def compose_for_help(source: Source, overrides: list[str]) -> tuple[DictConfig, 
     return config, chosen.available
 
 
-def saved_overrides(verb: str, overrides: list[str]) -> list[str]:
+def saved_overrides(verb: str, parsed: list[Override]) -> list[str]:
     """For `eval experiment_dir=<run>`: register the run's model and data as choices, and choose those not given.
 
     So `data.max_length=64` changes the run's data, and `data=local` replaces it. A sweep over experiment_dir is left
     to `finish`. `train resume_from=<run>` without a task takes all of the run's options.
     """
-    parsed, _ = readable(overrides)
     given = {override.key_or_group: override for override in parsed}
     resumed = given.get("resume_from")
     if verb == "train" and resumed is not None and not {"task", "experiment"} & given.keys():
@@ -260,7 +259,7 @@ def _compose_job(source: Source, parsed: list[Override], complete: bool) -> Job 
     chosen = pick_groups(source.verb, parsed, _group_options(source.verb, only_own_recipes=has_recipe))
     problems = chosen.problems
     try:
-        saved = saved_overrides(source.verb, _words(parsed))
+        saved = saved_overrides(source.verb, parsed)
         base, without = _compose_base(source, chosen, _words(chosen.groups) + saved)
         problems += without
     except ConfigError as error:
