@@ -35,15 +35,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.reward import JudgeOptionsConfig, uses_judge
 from sheeprlhf.structure.rollout import VLLMRolloutConfig
 from sheeprlhf.structure.run import CommandConfig, EvalConfig, InspectConfig, PipelineConfig, TrainConfig
-from sheeprlhf.utils.errors import (
-    ConfigError,
-    DataError,
-    MissingRanksError,
-    ModelError,
-    OutOfMemory,
-    SheepError,
-    UnsafePathError,
-)
+from sheeprlhf.utils.errors import ConfigError, MissingRanksError, OutOfMemory, SheepError, UnsafePathError
 from sheeprlhf.utils.home import silence_libraries
 from sheeprlhf.utils.launchers import (
     OUTPUT_FILE,
@@ -86,9 +78,6 @@ def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> 
     """Run a job to its end in this process and, with several devices, in those that Fabric starts.
 
     A job of a sweep on several devices gets a process of its own: Fabric leaves this one's rank in the environment.
-
-    Raises:
-        ConfigError: a library that would be imported must not be.
     """
     config = job.config
     args = args._replace(overrides=resolve_run_aliases(job, args.overrides))
@@ -175,7 +164,7 @@ def check_inputs_exist(config: TrainConfig | EvalConfig | InspectConfig) -> None
     for check in _input_checks(config):
         try:
             check()
-        except (ConfigError, DataError, ModelError) as error:
+        except SheepError as error:
             errors.append(error)
     if len(errors) == 1:
         raise errors[0]
