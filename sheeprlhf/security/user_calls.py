@@ -66,11 +66,7 @@ def importable_from(folder: str | None) -> Iterator[None]:
 
 
 def import_function(source: str, folder: str) -> Callable[..., Any]:
-    """Import a reward function by its dotted path.
-
-    Raises:
-        ConfigError: it cannot be imported, or is no function.
-    """
+    """Import a reward function by its dotted path. Raises ConfigError if it cannot be imported, or is no function."""
     module, name = parse_path(source)
     try:
         with importable_from(folder):
@@ -132,11 +128,7 @@ class FunctionCaller:
         self._runner: asyncio.Runner | None = None
 
     def call(self, arguments: Arguments) -> Any:
-        """Call it once in this process.
-
-        Raises:
-            TimedOutError: an asynchronous call took too long.
-        """
+        """Call it once in this process. Raises TimedOutError if an asynchronous call took too long."""
         positional, by_name = arguments
         with importable_from(self._folder):
             returned = self._function(*positional, **by_name)
@@ -181,11 +173,7 @@ class FunctionCaller:
 
 
 async def _await(returned: Awaitable[Any], timeout: float | None) -> Any:
-    """Await within a number of seconds.
-
-    Raises:
-        TimedOutError: it took longer.
-    """
+    """Await within a number of seconds. Raises TimedOutError if it took longer."""
     limit = asyncio.timeout(timeout)
     try:
         async with limit:
