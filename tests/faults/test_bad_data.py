@@ -39,7 +39,7 @@ def tokenizer_for(case: Bad) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def problem_told(capsys: pytest.CaptureFixture[str], action: Callable[[], object]) -> str:
+def printed_problem(capsys: pytest.CaptureFixture[str], action: Callable[[], object]) -> str:
     """What the command line prints for what `action` raises: it is told in a few lines, and how to mend it."""
     capsys.readouterr()
     assert cli._guarded(lambda: bool(action()) and 0, debug=False) == 2
@@ -59,7 +59,7 @@ def test_bad_data(case: Bad, tmp_path: Path, policy: Policy, capsys: pytest.Capt
     tokenizer, cfg = tokenizer_for(case), local(tmp_path, train_file=str(file), **case.options)
     cache = tmp_path / "cache" / "data"
     if case.counts is None:
-        printed = problem_told(capsys, lambda: prepare(cfg, tokenizer, case.task))
+        printed = printed_problem(capsys, lambda: prepare(cfg, tokenizer, case.task))
         for text in case.says:
             assert text in printed
         assert printed.count(case.file) <= 1

@@ -343,7 +343,7 @@ def test_one_process_stops_both(
 
 
 @pytest.mark.nightly  # tests/unit/cli/test_two_processes.py has an error on both processes of this launcher
-def test_rank_zero_alone_reports_it(tmp_path: Path, model_folder: ModelFolder) -> None:
+def test_only_rank_zero_reports_it(tmp_path: Path, model_folder: ModelFolder) -> None:
     """The processes that it has started end with it."""
     patch = PATCH.replace("NAME", repr("sft: loss NaN")).replace("RANK", "None")
     words = train_words(model_folder(), write_rows(tmp_path / "rows.jsonl"), tmp_path / "run", "fabric.devices=2")

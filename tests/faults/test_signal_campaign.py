@@ -21,7 +21,7 @@ import pytest
 from sheeprlhf.engine.checkpoint import latest_checkpoint, saved_steps
 from tests.faults.test_kill import LAST, Victim, differing_bytes, versions
 from tests.support.jobs import Job, JobServer
-from tests.support.phases import BEFORE, Moment, durations, setup, told, wait_until_in
+from tests.support.phases import BEFORE, Moment, durations, last_moment, setup, wait_until_in
 from tests.support.runs import WRITERS, train_words
 from tests.support.scenarios import LORA
 
@@ -111,14 +111,14 @@ def strike(job: Job, path: Path, plan: Plan, lasts: dict[str, float], left: floa
             return None
         time.sleep(plan.rng.uniform(0, lasts.get(plan.aim, 0.0)))
     else:
-        while told(path) is None and job.poll() is None:
+        while last_moment(path) is None and job.poll() is None:
             time.sleep(0.001)
         time.sleep(plan.rng.uniform(0, lasts["all"] * left))
-    before = told(path)
+    before = last_moment(path)
     if job.poll() is not None or before is None:
         return None
     job.kill(KINDS[plan.kind])
-    at, after = time.monotonic(), told(path)
+    at, after = time.monotonic(), last_moment(path)
     assert after is not None
     if plan.kind == TWICE:
         while "press Ctrl-C again" not in job.text() and job.poll() is None and time.monotonic() < at + 1:
@@ -139,13 +139,13 @@ class Campaign:
         self._words = train_words(model, WRITERS[task](folder / "rows.jsonl"), folder, task=task)
         self._words += ["task.save_interval=5", "task.keep_checkpoints=99", *more]
         self._server, self._folder, self._task, self._seed, self.tally = server, folder, task, seed, tally
-        self._told = folder / "told"
+        self._moments = folder / "moments"
         self._whole = Victim(server, self._words, folder / "whole", by_root_dir=False)
-        self._lasts = durations(self._start(self._whole, cold=False, cache="cache"), self._told)
+        self._lasts = durations(self._start(self._whole, cold=False, cache="cache"), self._moments)
 
     def _start(self, victim: Victim, *, cold: bool, cache: str) -> Job:
-        self._told.with_name(f"{self._told.name}-0").unlink(missing_ok=True)
-        telling = setup(self._told, self._task, cold=cold)
+        self._moments.with_name(f"{self._moments.name}-0").unlink(missing_ok=True)
+        telling = setup(self._moments, self._task, cold=cold)
         return victim.start(cold=cold, setup=telling, SHEEPRLHF_CACHE=str(self._folder / cache))
 
     def run(self, numbers: deque[int]) -> None:
@@ -171,7 +171,7 @@ class Campaign:
         for plan in plans:
             if plan is not first and (plan.cold or plan.aim in (*UNPREPARED, "start")):
                 break  # needs a start of its own
-            struck = strike(job, self._told, plan, self._lasts, max(1 - newest / LAST, 0.3))
+            struck = strike(job, self._moments, plan, self._lasts, max(1 - newest / LAST, 0.3))
             if struck is None:  # too late: the machine was slower when this was measured
                 self._lasts = {phase: 0.8 * seconds for phase, seconds in self._lasts.items()}
                 break
@@ -226,7 +226,7 @@ class Campaign:
         if began is not None and int(began.rpartition(" ")[2]) < newest:
             found.append(("lost", f"{began!r}, and step {newest} was saved"))
         saved = set(saved_steps(victim.dir / "checkpoints"))
-        end = told(self._told)
+        end = last_moment(self._moments)
         for struck in strikes:
             steps = range(struck.before.step, struck.after.step + self._between + 1)
             cut_off = last is not None and last.plan.kind == TWICE and end is not None and end.step < steps.stop

@@ -36,7 +36,7 @@ def test_no_socket_is_opened(tmp_path: Path, model_folder: ModelFolder, monkeypa
     assert asked == []
 
 
-def test_other_data_is_refused_and_the_run_left_alone(
+def test_other_data_is_refused_and_the_run_unchanged(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The file has other rows under the same name when the run is gone on with."""

@@ -154,7 +154,7 @@ def setup(path: Path, task: str, *, cold: bool) -> str:
     return f"from tests.support.phases import record\nrecord({str(path)!r}, {task!r}, cold={cold})\n"
 
 
-def told(path: Path, rank: int = 0) -> Moment | None:
+def last_moment(path: Path, rank: int = 0) -> Moment | None:
     """In the test: where the job is, or was when it ended; None before it tells."""
     try:
         step, _, phase = path.with_name(f"{path.name}-{rank}").read_text().strip().partition(" ")
@@ -166,7 +166,7 @@ def told(path: Path, rank: int = 0) -> Moment | None:
 def wait_until_in(job: Job, path: Path, phase: str, ranks: tuple[int, ...] = (0,)) -> bool:
     """Return when one of these ranks is in a phase; False if the job ended before."""
     while job.poll() is None:
-        if any(moment is not None and moment.phase == phase for moment in (told(path, rank) for rank in ranks)):
+        if any(moment is not None and moment.phase == phase for moment in (last_moment(path, rank) for rank in ranks)):
             return True
         time.sleep(0.0003)
     return False
@@ -179,7 +179,7 @@ def durations(job: Job, path: Path) -> dict[str, float]:
     began = last = time.monotonic()
     before = ""
     while job.poll() is None:
-        moment, now = told(path), time.monotonic()
+        moment, now = last_moment(path), time.monotonic()
         if moment is not None:
             totals[moment.phase] = totals.get(moment.phase, 0.0) + now - last
             visits[moment.phase] = visits.get(moment.phase, 0) + (moment.phase != before)

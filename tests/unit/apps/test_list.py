@@ -38,7 +38,7 @@ def listed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().out
 
 
-def told(folder: Path):
+def listed_run(folder: Path):
     """What `list runs` knows of one run."""
     (found,) = find_past_runs(folder).runs
     return past_run(*found)
@@ -77,11 +77,11 @@ def test_runs_are_listed_newest_first_with_all_that_is_known(capsys, tmp_path, m
 
 def test_a_run_that_works_is_shown_as_running_and_keeps_its_lock(tmp_path):
     folder = make_run(tmp_path)
-    assert told(folder).state == "unfinished"
+    assert listed_run(folder).state == "unfinished"
     with RunLock(folder):
-        assert told(folder).state == "running"
+        assert listed_run(folder).state == "running"
         assert is_locked(folder)
-    assert told(folder).state == "unfinished"
+    assert listed_run(folder).state == "unfinished"
     assert (folder / ".lock").exists()
 
 
@@ -100,17 +100,17 @@ def test_looking_does_not_keep_a_run_from_its_lock(tmp_path):
 
 def test_an_unfinished_run_stands_where_its_records_or_checkpoints_say(tmp_path):
     folder = make_run(tmp_path)
-    assert (told(folder).step, told(folder).best) == (0, None)
+    assert (listed_run(folder).step, listed_run(folder).best) == (0, None)
     for step in (9, 100):
         (folder / "checkpoints" / f"step-{step}").mkdir(parents=True)
         state = {"step": step, "items_seen": 1, "best_metric": 100.0 / step, "best_step": step, "extra": {}}
         (folder / "checkpoints" / f"step-{step}" / "state.json").write_text(json.dumps(state))
-    assert (told(folder).step, told(folder).best) == (100, 1.0)
+    assert (listed_run(folder).step, listed_run(folder).best) == (100, 1.0)
     (folder / "metrics.csv").write_text("step,tag,value,wall_time\n" + "x" * 50_000 + "\n107,train/loss,1,1\n")
-    assert (told(folder).step, told(folder).best) == (107, 1.0)
+    assert (listed_run(folder).step, listed_run(folder).best) == (107, 1.0)
     (folder / "metrics.csv").unlink()
     (folder / "checkpoints" / "step-100" / "state.json").write_text('{"step": 100}')
-    damaged = told(folder)
+    damaged = listed_run(folder)
     assert (damaged.step, damaged.best, len(damaged.problems)) == (9, 100.0 / 9, 1)
     assert "step-100" in damaged.problems[0] and "best_metric" in damaged.problems[0]
 
@@ -121,7 +121,7 @@ def test_the_newest_result_of_each_metric_counts_and_says_what_it_is_of(tmp_path
     write_result(folder, "b", perplexity=8.0, weights="best", split="validation", time="2026-01-03T01:00:00+0200")
     write_result(folder, "c", perplexity=7.0, time="2026-01-01T00:00:00+0000")
     write_result(folder, "d", rougeL=28.123456, data="local", table={"rougeL": [1.0]})
-    assert told(folder).results == ["perplexity 8 (best, validation)", "nll 2.2", "rougeL 28.12 (local)"]
+    assert listed_run(folder).results == ["perplexity 8 (best, validation)", "nll 2.2", "rougeL 28.12 (local)"]
 
 
 HEAD = "step,tag,value,wall_time\n"
@@ -140,7 +140,7 @@ HEAD = "step,tag,value,wall_time\n"
 def test_a_run_on_pairs_shows_what_its_last_validation_reported(rows, shown, tmp_path):
     folder = make_run(tmp_path, task="rm", status="finished", step=4)
     (folder / "metrics.csv").write_text(HEAD + rows)
-    assert told(folder).results == [f"{text} (validation)" for text in shown]
+    assert listed_run(folder).results == [f"{text} (validation)" for text in shown]
 
 
 STRANGE = {
@@ -172,7 +172,7 @@ def test_values_that_are_no_values_are_left_out(tmp_path):
         (folder / "eval" / f"{number}.json").write_text(text)
     write_result(folder, "good", good=1.5)
     write_result(folder, "odd time", good=2.5, time=["2026"])
-    run_ = told(folder)
+    run_ = listed_run(folder)
     assert (run_.state, run_.step, run_.best, run_.results) == ("finished", 0, None, ["good 1.5"])
     assert len(run_.problems) == 5 and sum(str(folder / "eval") in problem for problem in run_.problems) == 5
     for field, value in (
@@ -183,7 +183,7 @@ def test_values_that_are_no_values_are_left_out(tmp_path):
         ("step", 10**400),
     ):
         (folder / "run.json").write_text(json.dumps({"started": 1, "status": "finished"} | {field: value}))
-        run_ = told(folder)
+        run_ = listed_run(folder)
         assert (run_.state, run_.step, run_.best) == ("unreadable", None, None)
         assert f"field {field} " in run_.problems[0]
 
@@ -208,10 +208,10 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
         os.mkfifo(folder / name)
     os.symlink("/dev/zero", folder / "eval" / "zero.json")
     start = time.perf_counter()
-    assert told(folder)[4:7] == (0, None, []) and len(told(folder).problems) == 2
+    assert listed_run(folder)[4:7] == (0, None, []) and len(listed_run(folder).problems) == 2
     (folder / "run.json").unlink()
     os.mkfifo(folder / "run.json")
-    assert told(folder).state == "unreadable"
+    assert listed_run(folder).state == "unreadable"
     assert time.perf_counter() - start < 60  # this machine may be busy with other tests
 
 

@@ -179,7 +179,7 @@ def test_a_saved_group_comes_back_equal():
         assert from_dict(group, config_to_dict(part)) == part
 
 
-def test_a_model_can_be_added_by_a_file_alone(tmp_path, capsys):
+def test_a_file_adds_a_model(tmp_path, capsys):
     from sheeprlhf.config.compose import Source, check
 
     (tmp_path / "model").mkdir()

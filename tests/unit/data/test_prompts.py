@@ -43,16 +43,19 @@ def test_a_conversation_that_ends_with_the_user_is_the_prompt(template: str) -> 
     tokenizer = byte_tokenizer(template=template)
     bos = "<s>" if template == BOS_TEMPLATE else ""
 
-    def told(messages: list[dict[str, str]], kind: str = "prompts") -> list[str]:
+    def rendered(messages: list[dict[str, str]], kind: str = "prompts") -> list[str]:
         row = run({"messages": messages}, tokenizer, kind, minimum_response_length=1)
         assert row.dropped is None
         return [tokenizer.decode(ids) for ids in np.split(row.tokens, np.cumsum(row.sizes)[:-1])]
 
     first, answer = bos + TURN.format("user", "a"), TURN.format("assistant", "b")
-    assert told([USER]) == [first + ASKED]
-    assert told([USER, ANSWER, AGAIN]) == [first + answer + TURN.format("user", "c") + ASKED]
-    assert told([USER, ANSWER]) == [first + ASKED, "b<|im_end|>"]
-    assert told([USER, ANSWER, AGAIN], "sft") == [first + ASKED, "b<|im_end|>"]  # what follows the answer is not read
+    assert rendered([USER]) == [first + ASKED]
+    assert rendered([USER, ANSWER, AGAIN]) == [first + answer + TURN.format("user", "c") + ASKED]
+    assert rendered([USER, ANSWER]) == [first + ASKED, "b<|im_end|>"]
+    assert rendered([USER, ANSWER, AGAIN], "sft") == [
+        first + ASKED,
+        "b<|im_end|>",
+    ]  # nothing after the answer
 
 
 REFUSED = {

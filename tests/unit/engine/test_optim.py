@@ -64,7 +64,7 @@ def test_warmup_as_a_share_is_that_of_transformers(ratio, total, expected):
 @pytest.mark.parametrize(
     "cfg", [AdamWConfig(weight_decay=0.1), AdamConfig(weight_decay=0.1), SGDConfig(weight_decay=0.1)]
 )
-def test_decay_on_matrices_alone_and_only_what_trains(cfg):
+def test_only_trained_matrices_decay(cfg):
     net = Net()
     optimizer = build_optimizer(cfg, net, 0.5)
     assert type(optimizer).__name__ == cfg.torch_name

@@ -211,7 +211,7 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path):
 STARTED = ("run.json", "config.yaml", ".lock", "data_report.json")
 
 
-def test_what_a_start_alone_has_written_goes_with_its_empty_folders(tmp_path):
+def test_only_what_a_start_wrote_goes_with_its_empty_folders(tmp_path):
     for folder in ("runs/data/a/default", "runs/data/b/default"):
         (tmp_path / folder).mkdir(parents=True)
         for name in STARTED:

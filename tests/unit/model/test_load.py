@@ -94,7 +94,7 @@ def test_a_model_that_is_too_small_is_refused(model_folder: ModelFolder) -> None
             load(model_folder(architecture), longest=129)
 
 
-def test_the_head_alone_is_trained(model_folder: ModelFolder) -> None:
+def test_only_the_head_is_trained(model_folder: ModelFolder) -> None:
     model = load(model_folder("phi"), freeze_transformer=True)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained == ["lm_head.weight", "lm_head.bias"]

@@ -90,13 +90,13 @@ def test_weights_gradients_and_optimizer_are_exact(architecture: str, mode: str,
     assert size.parameters == sum(parameter.numel() for parameter in policy.parameters())
 
 
-@pytest.mark.parametrize("trains", ["ALL", "LORA", "the head alone"])
+@pytest.mark.parametrize("trains", ["ALL", "LORA", "only the head"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 def test_a_reward_model_is_measured_with_its_own_head(
     architecture: str, trains: str, model_folder: ModelFolder
 ) -> None:
     """It has a score for a head, no logits; a language head that is no input embedding is gone."""
-    mode, frozen = ("ALL", True) if trains == "the head alone" else (trains, False)
+    mode, frozen = ("ALL", True) if trains == "only the head" else (trains, False)
     cfg = config_of(model_folder(architecture), mode, freeze_transformer=frozen)
     size = measure(cfg, "32-true", True)
     tokenizer = load_tokenizer(cfg)

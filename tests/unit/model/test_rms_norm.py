@@ -65,7 +65,7 @@ def test_frozen_gains_get_no_gradient() -> None:
     assert weight.grad is None and hidden.grad is not None
 
 
-def test_it_takes_the_place_of_equal_norms_alone(model_folder: Callable[..., Path]) -> None:
+def test_only_equal_norms_are_replaced(model_folder: Callable[..., Path]) -> None:
     cfg = ModelConfig(config_name="auto", repo_name=str(model_folder("llama")))
     model = load_causal_lm(cfg, vocabulary=VOCAB, longest=8)
     assert sum(isinstance(module, RMSNorm) for module in model.modules()) == 5  # two a layer and the last

@@ -134,7 +134,7 @@ def test_a_reward_that_fails_names_the_prompt(model_folder: ModelFolder) -> None
         setting.collect(prompts(), 0)
 
 
-def test_what_is_sampled_depends_on_seed_and_number_alone(model_folder: ModelFolder) -> None:
+def test_samples_depend_only_on_seed_and_number(model_folder: ModelFolder) -> None:
     assert not np.array_equal(sampling_uniforms(1, 0, (2, 3, 4)), sampling_uniforms(1, 1, (2, 3, 4)))
     assert not np.array_equal(sampling_uniforms(1, 0, (2, 3, 4)), sampling_uniforms(2, 0, (2, 3, 4)))
     setting = make_setting(model_folder(), FunctionRewardConfig(path="tests.support.rewards:spread"))

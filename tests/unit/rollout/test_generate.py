@@ -126,7 +126,7 @@ def test_it_stops_at_eos(model_folder: ModelFolder) -> None:
     assert len(steps) == 4  # of GREEDY's 12
 
 
-def test_sampling_draws_from_torch_alone(model_folder: ModelFolder) -> None:
+def test_sampling_draws_only_from_torch(model_folder: ModelFolder) -> None:
     model, tokenizer = load(model_folder())
     cfg = GenConfig(max_new_tokens=12, do_sample=True, temperature=1.5)
     random.seed(0)

@@ -171,7 +171,7 @@ def test_groups_by_hand() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_flags_settings_and_generators_are_left_alone(fails: bool, model_folder: ModelFolder) -> None:
+def test_flags_settings_and_generators_are_unchanged(fails: bool, model_folder: ModelFolder) -> None:
     model = load(model_folder("gpt2"))
     expected = sample(model)
     own = GenerationConfig(do_sample=True, temperature=0.1, top_k=2, max_length=3, eos_token_id=3, pad_token_id=7)
@@ -271,7 +271,7 @@ def test_draw_of_logits_that_are_not_finite_gives_a_token_and_says_so(top_k: int
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (3, 1.0), (0, 0.7), (4, 0.8), (50, 0.999)])
-def test_draw_among_the_likeliest_alone(top_k: int, top_p: float) -> None:
+def test_only_the_likeliest_are_drawn(top_k: int, top_p: float) -> None:
     """Against the definition: the k likeliest, of these the fewest that have top_p of their probability together."""
     rng = np.random.default_rng(top_k)
     for _ in range(20):

@@ -226,7 +226,7 @@ def test_a_model_that_cannot_be_measured_is_trained_all_the_same(
     assert (run_dir / "final").is_dir()
 
 
-def test_label_smoothing_is_of_training_alone(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+def test_only_training_smooths_labels(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
     words = ["task.label_smoothing=0.5", "task.max_num_steps=2", "task.eval_interval=1", "task.num_sample_prompts=0"]
     run_dir = train(model_folder(), write_rows(tmp_path / "rows.jsonl", 12), tmp_path / "run", *words)
     with (run_dir / "metrics.csv").open() as file:

@@ -44,7 +44,7 @@ def test_accuracy_by_the_values_of_a_column() -> None:
     }
 
 
-def test_a_model_that_likes_length_alone_is_seen() -> None:
+def test_a_model_that_scores_only_length_is_reported() -> None:
     longer = np.array([5, -3, 2, -4, 1])
     figures = pair_figures(longer.astype(float), np.zeros(5), longer)
     assert figures["length_correlation"] == pytest.approx(1.0)
