@@ -1,6 +1,5 @@
 """Runs that start from runs: whole or with adapters, what each leaves is complete and loads by plain libraries."""
 
-import csv
 import functools
 import json
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from sheeprlhf.config.run_lookup import saved_group
 from sheeprlhf.engine.optim import lr_factor
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.task.models import load_policy_from_run, load_trained_reward_model
-from tests.support.runs import digests, exit_code, result_of, train, train_words, write_pairs, write_rows
+from tests.support.runs import digests, exit_code, figures_at, result_of, train, train_words, write_pairs, write_rows
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.1"]
@@ -157,8 +156,7 @@ def test_another_schedule_is_that_of_the_longer_run(tmp_path: Path, model_folder
     finished = train(model_folder(), data, tmp_path / "finished", "task.max_num_steps=6")
     words = ["task.max_num_steps=12", f"resume_from={finished}"]
     extended = train(model_folder(), data, tmp_path / "extended", *words)
-    with open(extended / "metrics.csv") as file:
-        rates = {int(row["step"]): float(row["value"]) for row in csv.DictReader(file) if row["tag"] == "train/lr"}
+    rates = {step: value for (tag, step), value in figures_at(extended).items() if tag == "train/lr"}
     totals = {step: 6 if step <= 6 else 12 for step in range(1, 13)}
     expected = {
         step: 1e-3 * lr_factor("cosine", step - 1, warmup=3, total=total, min_ratio=0.0)

@@ -1,6 +1,5 @@
 """Supervised fine-tuning from the command line to the files that other programs load."""
 
-import csv
 import json
 import math
 import shutil
@@ -14,14 +13,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.cli import run
-from tests.support.runs import digests, result_of, train, write_rows
+from tests.support.runs import digests, figures_at, result_of, train, write_rows
 
 ModelFolder = Callable[..., Path]
-
-
-def csv_values(run_dir: Path) -> dict[tuple[str, int], float]:
-    with (run_dir / "metrics.csv").open() as file:
-        return {(row["tag"], int(row["step"])): float(row["value"]) for row in csv.DictReader(file)}
 
 
 def test_a_run_leaves_what_the_readme_says(
@@ -43,7 +37,7 @@ def test_a_run_leaves_what_the_readme_says(
     assert sorted(path.name for path in (run_dir / "samples").iterdir()) == ["step-16.txt", "step-24.txt", "step-8.txt"]
     assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
     assert run_dir.stat().st_mode & 0o777 == 0o700
-    values = csv_values(run_dir)
+    values = figures_at(run_dir)
     losses = [values["train/loss", step] for step in range(1, 25)]
     assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
     assert_close(values["val/perplexity", 24], float(torch.tensor(values["val/nll", 24]).exp()), rtol=1e-5, atol=0)
@@ -73,7 +67,7 @@ def test_perplexity_equals_a_plain_loop_for_any_batching(tmp_path: Path, model_f
     run_dir = train(model_folder(), data, tmp_path / "run", "task.max_num_steps=2", "task.max_eval_batches=null")
     model = AutoModelForCausalLM.from_pretrained(run_dir / "final", dtype=torch.float32)
     total, count = plain_loop_nll(model, AutoTokenizer.from_pretrained(run_dir / "final"), data)
-    validated = csv_values(run_dir)
+    validated = figures_at(run_dir)
     assert_close(validated["val/nll", 2], total / count, rtol=0, atol=1e-6)
     assert_close(validated["val/perplexity", 2], math.exp(total / count), rtol=1e-6, atol=0)
     for words in (["task.token_budget=40"], ["task.batching=padded", "task.mini_batch_size=7"]):
@@ -119,7 +113,7 @@ def test_micro_batches_and_padding_do_not_change_the_losses(tmp_path: Path, mode
     }
     curves = {}
     for name, words in cuts.items():
-        values = csv_values(
+        values = figures_at(
             train(model_folder(), data, tmp_path / name, "task.epochs=2", "optim=sgd", "optim.lr=0.1", *words)
         )
         curves[name] = [

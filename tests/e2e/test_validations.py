@@ -1,6 +1,5 @@
 """Early stopping, validation before the first step and fixed order of the data, on short real runs."""
 
-import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -10,16 +9,11 @@ import pytest
 from torch.testing import assert_close
 
 from sheeprlhf.config.registry import choices
-from tests.support.runs import WRITERS, digests, exit_code, result_of, train, train_words, write_rows
+from tests.support.runs import WRITERS, digests, exit_code, figures_at, result_of, train, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
 STOP = ["task.early_stopping_metric=nll", "task.early_stopping_patience=2", "task.eval_interval=2"]
 STILL = ["optim.lr=1e-30", "optim.weight_decay=0"]  # no weight changes
-
-
-def values_of(run_dir: Path) -> dict[tuple[str, int], float]:
-    with (run_dir / "metrics.csv").open() as file:
-        return {(row["tag"], int(row["step"])): float(row["value"]) for row in csv.DictReader(file)}
 
 
 @pytest.mark.parametrize("task", ["sft", "grpo"])
@@ -33,7 +27,7 @@ def test_a_run_that_no_longer_improves_stops_and_is_finished(
     info = json.loads((run_dir / "run.json").read_text())
     assert (info["status"], info["step"], info["best_step"]) == ("finished", 3 * interval, interval)
     assert info["stopped_early"] is True
-    assert max(step for _, step in values_of(run_dir)) == 3 * interval
+    assert max(step for _, step in figures_at(run_dir)) == 3 * interval
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} >= {f"step-{3 * interval}", f"step-{interval}"}
     before = result_of(run_dir, 3 * interval)
     shutil.rmtree(run_dir / "final")  # as if it had died before it wrote the model
@@ -72,7 +66,7 @@ def test_validation_before_the_first_step_changes_nothing_else(
     first = train(model_folder(), data, tmp_path / "first", *words, "task.eval_at_start=true", task=task)
     assert result_of(first, 4) == result_of(plain, 4)
     assert json.loads((first / "run.json").read_text())["best_step"] == 4
-    without, values = values_of(plain), values_of(first)
+    without, values = figures_at(plain), figures_at(first)
     assert {key: value for key, value in values.items() if key[1] and not key[0].startswith("time/")} == {
         key: value for key, value in without.items() if not key[0].startswith("time/")
     }
@@ -102,7 +96,7 @@ def test_rows_in_the_order_of_the_file(tmp_path: Path, model_folder: ModelFolder
         data = tmp_path / f"{name}.jsonl"
         data.write_text("\n".join(rows) + "\n")
         words = ["task.epochs=2", "data.shuffle=false", *STILL]
-        values = values_of(train(model_folder(), data, tmp_path / name, *words))
+        values = figures_at(train(model_folder(), data, tmp_path / name, *words))
         losses[name] = [values["train/loss", step] for step in range(1, 5)]
     first, second = losses["forth"][:2]
     assert abs(first - second) > 1e-3

@@ -1,6 +1,5 @@
 """Every kind of bad data is refused with its place and a remedy, or counted in the table that is printed."""
 
-import csv
 import json
 import math
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from sheeprlhf.task.train.dpo import dpo_loss
 from sheeprlhf.task.train.sft import sft_loss
 from tests.faults.bad_data import CASES, SPECIAL
 from tests.faults.bad_file import GOOD, PAIR, Bad, jsonl
+from tests.support.runs import figures_at
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts
 
 
@@ -141,8 +141,7 @@ def test_training_on_what_is_left(
     for label, count in ({"rows kept": 1} if only else expected).items():
         assert counts[label] == str(count), label
     assert "nothing is validated" in table
-    with (tmp_path / "run" / "metrics.csv").open() as stream:
-        losses = [float(row["value"]) for row in csv.DictReader(stream) if "loss" in row["tag"]]
+    losses = [value for (tag, _), value in figures_at(tmp_path / "run").items() if "loss" in tag]
     assert losses and all(map(math.isfinite, losses))
     report = json.loads((tmp_path / "run" / "data_report.json").read_text())
     assert report["splits"]["train"]["kept"] == (1 if only else 5)

@@ -121,6 +121,12 @@ def figures(run_dir: Path) -> dict[str, list[float]]:
     return found
 
 
+def figures_at(run_dir: Path) -> dict[tuple[str, int], float]:
+    """The same by tag and step."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return {(row["tag"], int(row["step"])): float(row["value"]) for row in csv.DictReader(file)}
+
+
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder."""
     return {

@@ -1,6 +1,5 @@
 """The optimizer steps of an iteration of RL: their number, order, learning rates and early end."""
 
-import csv
 import json
 import re
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from sheeprlhf.task.finish import finish_run, record_validation
 from sheeprlhf.task.loop import Iteration
 from sheeprlhf.utils.errors import ModelError, NonFiniteError
 from tests.support.batches import random_examples
-from tests.support.runs import train, write_pairs, write_rows
+from tests.support.runs import figures_at, train, write_pairs, write_rows
 
 ROLLOUT = Rollout(tuple(random_examples(4, 2)), np.zeros((4, 2)), np.ones((4, 2), dtype=bool), {})
 
@@ -229,8 +228,7 @@ def test_a_model_that_cannot_be_measured_is_trained_all_the_same(
 def test_only_training_smooths_labels(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
     words = ["task.label_smoothing=0.5", "task.max_num_steps=2", "task.eval_interval=1", "task.num_sample_prompts=0"]
     run_dir = train(model_folder(), write_rows(tmp_path / "rows.jsonl", 12), tmp_path / "run", *words)
-    with (run_dir / "metrics.csv").open() as file:
-        values = {(row["tag"], int(row["step"])): float(row["value"]) for row in csv.DictReader(file)}
+    values = figures_at(run_dir)
     for step in (1, 2):
         assert_close(values["val/loss", step], values["val/nll", step], rtol=1e-12, atol=0)
         assert abs(values["train/loss", step] - values["train/nll", step]) > 1e-4
