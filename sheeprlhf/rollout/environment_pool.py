@@ -4,21 +4,20 @@ An environment is a class: `reset(row)` begins an episode, `step(call)` answers 
 `finish(answer)` scores the model's last message. This module imports no torch, so a process starts quickly.
 """
 
-import importlib
 import math
 import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 from sheeprlhf.rollout import tool_environments
-from sheeprlhf.security.user_calls import describe_exception, importable_from
-from sheeprlhf.security.user_code import parse_path
+from sheeprlhf.security.user_calls import describe_exception, import_function, importable_from
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.processes import BoundToThis, ignore_interrupts, start_bound
 
@@ -135,13 +134,12 @@ class EnvironmentPool:
         process.start()
         theirs.close()
         self._processes[number] = (process, ours)
-        try:
-            started = ours.recv() if ours.poll(_SECONDS_TO_START) else "its process does not start"
-        except (EOFError, OSError):
-            started = "its process ended at its start"
+        started: list[str] | str = f"rollout.environment={self._source}: its process does not start"
+        with suppress(EOFError, OSError):
+            started = ours.recv() if ours.poll(_SECONDS_TO_START) else started
         if isinstance(started, str):
             self._kill(number)
-            raise ConfigError(f"rollout.environment={self._source}: {started}")
+            raise ConfigError(started)
         self.tools = started
         return ours
 
@@ -155,21 +153,14 @@ class EnvironmentPool:
 
 
 def load_environment(source: str, folder: str) -> Callable[[], Any]:
-    """Import an environment's class, or anything else that makes an environment when it is called.
+    """Import a class with the methods `reset` and `step`.
 
     Raises:
-        ConfigError: it cannot be imported, or has no `reset` or `step`.
+        ConfigError: it cannot be imported, or does not have them.
     """
-    if source in BUILTINS:
-        return BUILTINS[source]
-    module, name = parse_path(source)
-    try:
-        with importable_from(folder):
-            found: Callable[[], Any] = getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise ConfigError(f"it cannot be imported: {describe_exception(error)}") from error
-    if not callable(found) or (isinstance(found, type) and not (hasattr(found, "reset") and hasattr(found, "step"))):
-        raise ConfigError("it is not a class with the methods reset(row) and step(call)")
+    found = BUILTINS[source] if source in BUILTINS else import_function(source, folder, "rollout.environment=")
+    if not (hasattr(found, "reset") and hasattr(found, "step")):
+        raise ConfigError(f"rollout.environment={source} is not a class with the methods reset(row) and step(call)")
     return found
 
 
@@ -188,7 +179,11 @@ def _serve(connection: Connection, source: str, folder: str, timeout: float) -> 
     except Exception as error:
         connection.send(str(error) if isinstance(error, ConfigError) else describe_exception(error))
         return
-    environments: dict[int, Any] = {}
+
+    def too_slow(*_: object) -> None:
+        raise TimeoutError(f"it took longer than rollout.step_timeout={timeout:g} s")
+
+    signal.signal(signal.SIGALRM, too_slow)
 
     def limited(function: Callable[..., Any], *arguments: Any) -> Any:
         signal.setitimer(signal.ITIMER_REAL, timeout)
@@ -197,29 +192,21 @@ def _serve(connection: Connection, source: str, folder: str, timeout: float) -> 
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0.0)
 
-    def too_slow(*_: object) -> None:
-        raise TimeoutError(f"it took longer than rollout.step_timeout={timeout:g} s")
-
-    signal.signal(signal.SIGALRM, too_slow)
-    while True:
-        try:
+    environments: dict[int, Any] = {}
+    with suppress(EOFError, OSError):
+        while True:
             request = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            with importable_from(folder):
-                reply = _answer(environments, make, request, limited)
-        except BaseException as error:
-            environments.pop(request.episode, None)
-            reply = Reply(error=describe_exception(error))
-        connection.send(reply)
+            try:
+                with importable_from(folder):
+                    reply = _answer(environments, make, request, limited)
+            except BaseException as error:
+                environments.pop(request.episode, None)
+                reply = Reply(error=describe_exception(error))
+            connection.send(reply)
 
 
 def _answer(
-    environments: dict[int, Any],
-    make: Callable[[], Any],
-    request: Request,
-    limited: Callable[..., Any],
+    environments: dict[int, Any], make: Callable[[], Any], request: Request, limited: Callable[..., Any]
 ) -> Reply:
     """Carry out a request in the environment of its episode."""
     episode, method, value = request
@@ -232,29 +219,22 @@ def _answer(
     if method == "finish":
         finish = getattr(environments.pop(episode), "finish", None)
         return Reply(reward=0.0 if finish is None else _number(limited(finish, value)))
-    results, reward, done = [], 0.0, False
+    results, reward = [], 0.0
     for call in value:
         if call is None:
             results.append(INVALID_CALL)
             continue
-        returned = limited(environments[episode].step, call)
-        if not isinstance(returned, tuple) or len(returned) != 3:
-            raise TypeError("step(call) has to return (result, reward, done)")
-        results.append(str(returned[0]))
-        reward += _number(returned[1])
-        done = done or bool(returned[2])
+        result, gained, done = limited(environments[episode].step, call)
+        results.append(str(result))
+        reward += _number(gained)
         if done:
             del environments[episode]
-            break
-    return Reply(tuple(results), reward, done)
+            return Reply(tuple(results), reward, done=True)
+    return Reply(tuple(results), reward)
 
 
 def _number(value: Any) -> float:
-    """Return a reward as a finite float.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Return a reward as a float. Raises ValueError if it is not finite."""
     reward = float(value)
     if not math.isfinite(reward):
         raise ValueError(f"the reward {reward} is not finite")

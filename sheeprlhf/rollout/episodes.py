@@ -14,7 +14,8 @@ Letters: P prompts, K responses of each, N most new tokens.
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -41,26 +42,47 @@ _QUESTION = {"role": "user", "content": "some question"}
 SampleFn = Callable[..., list[Sampled]]  # (prompts, uniforms, limits=None)
 
 
-class Episode(NamedTuple):
-    """Record of a response of several turns.
+@dataclass
+class Episode:
+    """A response of several turns.
 
     Attributes:
-        trained: (R,) bool, the tokens that the model sampled.
+        ids: its tokens.
+        trained: for each, whether the model sampled it.
+        logprobs: of the sampled tokens.
         reward: sum of the environment's rewards; 0 if it failed.
         turns: messages of the model.
         calls: tool calls, those that cannot be read included.
         invalid: those that cannot be read.
         error: why it failed; None if it did not.
         answer: text of its last message.
+        finished: it ended with a message without a call, or the environment ended it; else it was cut.
     """
 
-    trained: np.ndarray
-    reward: float
-    turns: int
-    calls: int
-    invalid: int
-    error: str | None
-    answer: str
+    ids: list[int] = field(default_factory=list)
+    trained: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    reward: float = 0.0
+    turns: int = 0
+    calls: int = 0
+    invalid: int = 0
+    error: str | None = None
+    answer: str = ""
+    finished: bool = False
+
+    def add(self, ids: Sequence[int], *, sampled: bool) -> None:
+        """Append tokens."""
+        self.ids += ids
+        self.trained += [sampled] * len(ids)
+
+
+def sampled_of(episodes: Sequence[Episode]) -> Sampled:
+    """Return the episodes of one prompt as its responses."""
+    return Sampled(
+        tuple(np.array(one.ids, dtype=np.int32) for one in episodes),
+        tuple(np.array(one.logprobs, dtype=np.float32) for one in episodes),
+        tuple(one.finished for one in episodes),
+    )
 
 
 def parse_calls(text: str, form: str) -> list[Call | None]:
@@ -200,28 +222,6 @@ class ToolTemplate:
         return end, whole[cut:]
 
 
-class _Running:
-    """Tokens and counts of an episode that has not ended."""
-
-    def __init__(self, prompt_ids: np.ndarray, uniforms_N: np.ndarray) -> None:
-        self.prompt_ids, self.uniforms_N = prompt_ids, uniforms_N
-        self.ids: list[int] = []
-        self.trained: list[bool] = []
-        self.logprobs: list[float] = []
-        self.reward, self.turns, self.calls, self.invalid = 0.0, 0, 0, 0
-        self.error: str | None = None
-        self.answer, self.finished = "", False
-
-    def add(self, ids: Sequence[int], *, sampled: bool) -> None:
-        self.ids += ids
-        self.trained += [sampled] * len(ids)
-
-    def record(self) -> Episode:
-        reward = self.reward if self.error is None else 0.0
-        trained = np.array(self.trained)
-        return Episode(trained, reward, self.turns, self.calls, self.invalid, self.error, self.answer)
-
-
 class EpisodeSampler:
     """Samples responses of several turns.
 
@@ -249,8 +249,8 @@ class EpisodeSampler:
         prompts: Sequence[Example],
         uniforms_PKN: np.ndarray,
         progress: Callable[[int], object],
-    ) -> list[tuple[Sampled, tuple[Episode, ...]]]:
-        """Return K responses to each prompt, and their records.
+    ) -> list[list[Episode]]:
+        """Return K episodes of each prompt.
 
         Args:
             sample: called with the ids of prompts, random numbers as of `sample_responses`, and the most new tokens of
@@ -262,11 +262,7 @@ class EpisodeSampler:
         group, most = uniforms_PKN.shape[1:]
         texts = decode(self._tokenizer, [prompt.prompt_ids.tolist() for prompt in prompts])
         rows = [{"prompt": text, **(prompt.columns or {})} for prompt, text in zip(prompts, texts, strict=True)]
-        episodes = [
-            _Running(prompt.prompt_ids, uniforms_PKN[row, k])
-            for row, prompt in enumerate(prompts)
-            for k in range(group)
-        ]
+        episodes = [Episode() for _ in range(len(prompts) * group)]
         self._ask(episodes, {number: ("reset", rows[number // group]) for number in range(len(episodes))})
         self._note_tools(texts)
         turns = sample([prompt.prompt_ids for prompt in prompts], uniforms_PKN)
@@ -280,12 +276,12 @@ class EpisodeSampler:
                 limits = [most - len(episodes[number].ids) for number in live]
                 uniforms = np.zeros((len(live), 1, max(limits)))
                 for row, (number, limit) in enumerate(zip(live, limits, strict=True)):
-                    uniforms[row, 0, :limit] = episodes[number].uniforms_N[most - limit :]
-                contexts = [np.array([*episodes[n].prompt_ids, *episodes[n].ids], dtype=np.int32) for n in live]
-                turns = sample(contexts, uniforms, limits=limits)
-        return [self._collected(episodes[start : start + group]) for start in range(0, len(episodes), group)]
+                    uniforms[row, 0, :limit] = uniforms_PKN[number // group, number % group, most - limit :]
+                before = [(prompts[number // group].prompt_ids, episodes[number].ids) for number in live]
+                turns = sample([np.concatenate(parts).astype(np.int32) for parts in before], uniforms, limits=limits)
+        return [episodes[start : start + group] for start in range(0, len(episodes), group)]
 
-    def _take_turn(self, episodes: list[_Running], newest: dict[int, tuple[Any, Any, bool]], most: int) -> list[int]:
+    def _take_turn(self, episodes: list[Episode], newest: dict[int, tuple[Any, Any, bool]], most: int) -> list[int]:
         """Add the newest messages and the environment's answers; return the episodes that go on."""
         requests: dict[int, tuple[str, Any]] = {}
         ends = end_token_ids(self._tokenizer)
@@ -320,14 +316,14 @@ class EpisodeSampler:
         return going_on
 
     def _ask(
-        self, episodes: list[_Running], requests: dict[int, tuple[str, Any]]
+        self, episodes: list[Episode], requests: dict[int, tuple[str, Any]]
     ) -> dict[int, tuple[tuple[str, ...], bool]]:
         """Send requests to the environments; note rewards and errors; return the results and whether they ended."""
         replies = self._pool.run([Request(number, *request) for number, request in requests.items()])
         for number, reply in zip(requests, replies, strict=True):
             episodes[number].reward += reply.reward
-            episodes[number].error = episodes[number].error or reply.error
             if reply.error is not None:
+                episodes[number].reward, episodes[number].error = 0.0, reply.error
                 text = f"{self._cfg.environment} failed; env/failed counts such episodes, reward 0: {reply.error}"
                 self._say_once("failed", f"warning: rollout.environment={text}")
         return {number: (reply.results, reply.done) for number, reply in zip(requests, replies, strict=True)}
@@ -346,15 +342,6 @@ class EpisodeSampler:
         if topic not in self._said:
             self._said.add(topic)
             self._say_line(line)
-
-    @staticmethod
-    def _collected(episodes: Sequence[_Running]) -> tuple[Sampled, tuple[Episode, ...]]:
-        sampled = Sampled(
-            tuple(np.array(one.ids, dtype=np.int32) for one in episodes),
-            tuple(np.array(one.logprobs, dtype=np.float32) for one in episodes),
-            tuple(one.finished for one in episodes),
-        )
-        return sampled, tuple(one.record() for one in episodes)
 
 
 def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:

@@ -20,7 +20,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -39,7 +39,7 @@ from sheeprlhf.engine.shard import data_rank, equal_passes, gathered
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.score import RawScores, RunningMoments, build_reward
 from sheeprlhf.rollout.engines import ENGINES, StopStrings
-from sheeprlhf.rollout.episodes import Episode, EpisodeSampler, episode_metrics
+from sheeprlhf.rollout.episodes import Episode, EpisodeSampler, episode_metrics, sampled_of
 from sheeprlhf.rollout.sampler import Sampled
 from sheeprlhf.rollout.server import RolloutServers
 from sheeprlhf.structure.reward import EPISODE_COLUMNS
@@ -424,13 +424,12 @@ class RolloutCollector:
             return to_rollout(prompts, sampled), []
         sampler = self._episodes
 
-        def play(mine: list[int], progress: Callable[[int], object]) -> list[tuple[Sampled, tuple[Episode, ...]]]:
+        def play(mine: list[int], progress: Callable[[int], object]) -> list[list[Episode]]:
             return sampler(engine, [prompts[row] for row in mine], uniforms[mine], progress)
 
         played = sample_on_all_ranks(fabric, self.policy, play, *shape[:2], "episodes")
-        masks = [np.concatenate([episode.trained for episode in of_row]) for _, of_row in played]
-        rollout = to_rollout(prompts, [one for one, _ in played], masks)
-        return rollout, [episode for _, of_row in played for episode in of_row]
+        masks = [np.concatenate([episode.trained for episode in of_row]) for of_row in played]
+        return to_rollout(prompts, list(map(sampled_of, played)), masks), list(chain.from_iterable(played))
 
     def sample_ahead(self, later: Sequence[tuple[int, list[Example]]], number: int) -> None:
         """All ranks: let servers sample later rollouts, of these numbers and prompts, while rollout `number` is used.

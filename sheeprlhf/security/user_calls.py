@@ -65,16 +65,16 @@ def importable_from(folder: str | None) -> Iterator[None]:
             del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]
 
 
-def import_function(source: str, folder: str) -> Callable[..., Any]:
-    """Import a reward function by its dotted path. Raises ConfigError if it cannot be imported, or is no function."""
+def import_function(source: str, folder: str, given: str = "reward: ") -> Callable[..., Any]:
+    """Import a function or a class by its dotted path. Raises ConfigError, whose message begins with `given`."""
     module, name = parse_path(source)
     try:
         with importable_from(folder):
             function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except Exception as error:
-        raise ConfigError(f"reward: {source} cannot be imported: {describe_exception(error)}") from error
+        raise ConfigError(f"{given}{source} cannot be imported: {describe_exception(error)}") from error
     if not callable(function):
-        raise ConfigError(f"reward: {source} is not a function ({type(function).__name__}): give the name of one")
+        raise ConfigError(f"{given}{source} is not a function ({type(function).__name__}): give the name of one")
     return function
 
 

@@ -12,7 +12,7 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.tokenize import encode
 from sheeprlhf.rollout import tool_environments
 from sheeprlhf.rollout.environment_pool import Call, EnvironmentPool, Request
-from sheeprlhf.rollout.episodes import EpisodeSampler, ToolTemplate, episode_metrics, parse_calls
+from sheeprlhf.rollout.episodes import EpisodeSampler, ToolTemplate, episode_metrics, parse_calls, sampled_of
 from sheeprlhf.rollout.sampler import Sampled
 from sheeprlhf.rollout.tool_environments import Calculator, PythonTests, run_program
 from sheeprlhf.structure.rollout import LocalRolloutConfig
@@ -152,7 +152,8 @@ def test_turns_of_a_group() -> None:
     script = Script(sampler._tokenizer, [do("a"), do("b")], [do("c"), do("d")], [f"yes{END}", do("e")])
     prompt = Example(4, np.array(encode(sampler._tokenizer, ["hi"])[0], dtype=np.int32), ())
     uniforms = np.random.default_rng(0).random((1, 2, 500))
-    [(sampled, episodes)] = sampler(script, [prompt], uniforms, ended.append)
+    [episodes] = sampler(script, [prompt], uniforms, ended.append)
+    sampled = sampled_of(episodes)
     assert sampled.finished == (True, False) and sum(ended) == 2
     assert [(one.turns, one.calls, one.invalid, one.error) for one in episodes] == [(3, 2, 0, None), (3, 3, 0, None)]
     assert [one.reward for one in episodes] == [0.5 + 1.0 + 3, 0.5] and episodes[0].answer == "yes"
@@ -190,8 +191,8 @@ def test_sampled_ids_are_not_tokenised_again() -> None:
         seen.append(prompts[0].tolist())
         return turns.pop() if turns else answer(prompts, uniforms, limits)
 
-    [(sampled, _)] = sampler(sample, [Example(0, np.array([5]), ())], np.zeros((1, 1, 300)), lambda _: None)
-    assert sampled.responses[0][: len(written)].tolist() == written.tolist()
+    [[episode]] = sampler(sample, [Example(0, np.array([5]), ())], np.zeros((1, 1, 300)), lambda _: None)
+    assert episode.ids[: len(written)] == written.tolist()
     assert seen[1][1 : 1 + len(written)] == written.tolist()
 
 
@@ -206,12 +207,12 @@ def test_limits_and_failures_are_counted() -> None:
     most = 160
     script_uniforms = np.zeros((7, 1, most))
     found = sampler(script, rows, script_uniforms, lambda _: None)
-    episodes = [episode for _, [episode] in found]
+    episodes = [episode for [episode] in found]
     assert [one.error is not None for one in episodes] == [True, True, False, False, False, True, True]
     assert "ValueError" in str(episodes[0].error) and "step_timeout" in str(episodes[1].error)
     assert [one.reward for one in episodes] == [0, 0, 0.25, 0, 1.0 + len("no end"), 0, 0]
     assert [one.invalid for one in episodes] == [0, 0, 0, 1, 0, 0, 0]
-    assert len(found[3][0].responses[0]) == most and not found[3][0].finished[0]  # cut by the most tokens
+    assert len(episodes[3].ids) == most and not episodes[3].finished  # cut by the most tokens
     metrics = episode_metrics(episodes)
     assert metrics["env/failed"] == pytest.approx(4 / 7) and metrics["env/invalid_calls"] == pytest.approx(1 / 7)
     assert sum("warning" in line for line in said) == 1
