@@ -176,7 +176,8 @@ def caches(data_cache: str | None) -> Iterator[Finding]:
         ("of sheeprlhf", cache_root(data_cache), "data.cache_dir"),
     ):
         text = f"{name} {folder}, {_folder_size(folder)}"
-        if not _is_writable(folder):
+        place = _existing(folder)
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             levels.add("problem" if key == "data.cache_dir" else "warning")
             text += f" (not writable: fix its permissions, or set {key}=<folder>)"
         texts.append(text)
@@ -210,25 +211,13 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _is_writable(path: Path) -> bool:
-    """True if files can be made in a folder, which need not exist yet."""
-    place = _existing(path)
-    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
-
-
-def disk(root_dir: str, *, checkpoint: int, kept: int, final: int) -> Finding:
-    """Check that the disk has space for the checkpoints of a run.
-
-    Args:
-        root_dir: where runs are made.
-        checkpoint: bytes of one.
-        kept: `task.keep_checkpoints`; the best one and the one that is being written come on top.
-        final: bytes of `final/`.
-    """
-    free, needed = shutil.disk_usage(_existing(Path(root_dir))).free, (kept + 2) * checkpoint + final
+def _disk(config: DoctorConfig, size: "ModelSize") -> Finding:
+    """Check that the disk has space for the kept checkpoints, the best one, one that is being written, and final/."""
+    root_dir, checkpoint, most = config.root_dir, _checkpoint_bytes(config, size), config.task.keep_checkpoints + 2
+    free, needed = shutil.disk_usage(_existing(Path(root_dir))).free, most * checkpoint + size.saved
     what = (
-        f"{size_text(free)} free in {root_dir}; a run writes up to {size_text(needed)}: {kept + 2} checkpoints of "
-        f"{size_text(checkpoint)} and final/ of {size_text(final)}"
+        f"{size_text(free)} free in {root_dir}; a run writes up to {size_text(needed)}: {most} checkpoints of "
+        f"{size_text(checkpoint)} and final/ of {size_text(size.saved)}"
     )
     if needed > free:
         return Finding("problem", "disk", f"{what}: give root_dir=<folder on another disk> or task.keep_checkpoints=1")
@@ -262,10 +251,12 @@ def _memory(config: TrainConfig, size: "ModelSize", available: int | None, devic
     text += f"; {size_text(available)} of {'GPU' if device == 'cuda' else 'main'} memory are available"
     if needed <= _MAX_SHARE * available:
         return Finding("ok", "memory", text, tuple(details))
-    details += _advice(config, _MAX_SHARE * available / processes, lambda config: need(config).total())
-    details += (
-        _more_ranks(config, _MAX_SHARE * available, lambda config: need(config).total()) if processes == 1 else []
-    )
+
+    def total(config: TrainConfig) -> int:
+        return need(config).total()
+
+    details += _advice(config, _MAX_SHARE * available / processes, total)
+    details += _more_ranks(config, _MAX_SHARE * available, total) if processes == 1 else []
     if parts.allocator:
         without = size_text(need(config, holes=False).total())
         details.append(f"{NO_HOLES}={_THRESHOLD} in the environment: {without}, slower")
@@ -325,18 +316,15 @@ def _has_reference(config: TrainConfig) -> bool:
 
 def _advice(config: TrainConfig, available: float, need: Callable[[TrainConfig], int]) -> list[str]:
     """Memory after each single change, and the changes that together fit into `available` bytes."""
-    lines = ["what would be needed with", *_single_changes(config, need)]
+    singles = [(words(one), size_text(need(replace_options(config, one)))) for one in memory_reductions(config)]
+    lines = ["what would be needed with"]
+    lines += ["  " + "  ".join(line) for line in table(singles, right={1})] if singles else []
     together: Change = {}
     while need(config) > available and (changes := memory_reductions(config)):
         config, together = replace_options(config, changes[0]), together | changes[0]
     if need(config) > available:
         return [*lines, "all of them together are not enough: take a smaller model, or a machine with more memory"]
     return [*lines, f"{size_text(need(config))} would fit: {words(together)}"]
-
-
-def _single_changes(config: TrainConfig, need: Callable[[TrainConfig], int]) -> list[str]:
-    cells = [(words(change), size_text(need(replace_options(config, change)))) for change in memory_reductions(config)]
-    return ["  " + "  ".join(line) for line in table(cells, right={1})] if cells else []
 
 
 def _step(config: DoctorConfig, size: "ModelSize") -> Finding:
@@ -668,8 +656,3 @@ def _checkpoint_bytes(config: DoctorConfig, size: "ModelSize") -> int:
     from sheeprlhf.model.memory import optimizer_bytes
 
     return size.trainable + optimizer_bytes(config.optim, size)
-
-
-def _disk(config: DoctorConfig, size: "ModelSize") -> Finding:
-    checkpoint = _checkpoint_bytes(config, size)
-    return disk(config.root_dir, checkpoint=checkpoint, kept=config.task.keep_checkpoints, final=size.saved)

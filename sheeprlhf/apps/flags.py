@@ -89,7 +89,9 @@ def read_flags(verb: str, flags: Sequence[Flag], arguments: Sequence[str]) -> Gi
         elif flag is None and not word.startswith("-"):
             words.append(word)
         elif flag is None:
-            problems.append(_unknown(verb, given, by_name))
+            near = nearest(given.replace("_", "-"), by_name)
+            did = f"did you mean {near}?" if near else f"`{verb} --help` lists them"
+            problems.append(f"`{verb}` has no flag {clean(given)}: {did}")
         elif not given.startswith("--"):
             problems.append(f"{clean(word)}: flags have dashes here; write --{flag.name} {clean(value)}")
         elif flag.kind is bool:
@@ -105,12 +107,6 @@ def read_flags(verb: str, flags: Sequence[Flag], arguments: Sequence[str]) -> Gi
     if problems:
         raise ConfigError(*problems)
     return Given(words, values)
-
-
-def _unknown(verb: str, given: str, flags: dict[str, Flag]) -> str:
-    near = nearest(given.replace("_", "-"), flags)
-    did = f"did you mean {near}?" if near else f"`{verb} --help` lists them"
-    return f"`{verb}` has no flag {clean(given)}: {did}"
 
 
 def _value_problems(flag: Flag, text: str) -> Iterator[str]:

@@ -138,14 +138,7 @@ _CUT = "cut at data.max_length: no end token"
 
 
 class View(NamedTuple):
-    """An example, ready to print.
-
-    Attributes:
-        parts: the tokens of the prompt and of each response, by name.
-        ranks: what a response is among the others, by name; empty where there is only one.
-        facts: what was counted.
-        warnings: what is wrong with it.
-    """
+    """An example, ready to print: tokens of each part, ranks of responses, counted facts, and warnings."""
 
     parts: dict[str, list[Token]]
     ranks: dict[str, str]
@@ -160,11 +153,8 @@ def response_names(count: int) -> dict[str, str]:
     if count == 2:
         return {"chosen": "the better one", "rejected": "the worse one"}
     ends = {1: ", the best", count: ", the worst"}
-    return {f"response {_letter(rank)}": f"rank {rank} of {count}{ends.get(rank, '')}" for rank in range(1, count + 1)}
-
-
-def _letter(rank: int) -> str:
-    return chr(ord("A") + rank - 1) if rank <= 26 else f"no. {rank}"
+    letters = {rank: chr(ord("A") + rank - 1) if rank <= 26 else f"no. {rank}" for rank in range(1, count + 1)}
+    return {f"response {name}": f"rank {rank} of {count}{ends.get(rank, '')}" for rank, name in letters.items()}
 
 
 def trained_tokens(batch: Batch, *, scored: bool = False) -> Tensor:
@@ -194,13 +184,7 @@ def trained_tokens(batch: Batch, *, scored: bool = False) -> Tensor:
 
 
 class Viewer:
-    """Makes views of examples.
-
-    Args:
-        tokenizer: the model's.
-        targets: what the task trains on: "response", "all", "scores" or "last", as `collate_packed` takes it.
-        template_args: variables of its chat template.
-    """
+    """Makes views of examples; `targets` is what the task trains on, as `collate_packed` takes it."""
 
     def __init__(self, tokenizer: Any, *, targets: str, template_args: Mapping[str, Any] | None = None) -> None:
         self._tokenizer, self._targets = tokenizer, targets
@@ -432,6 +416,9 @@ class Marks(NamedTuple):
     bar: str
 
 
+_MARKS, _ASCII_MARKS = Marks("\u21b5", "\u00a6", "\u2026", "\u2588"), Marks("\\n", "|", "~", "#")
+
+
 def run(config: InspectConfig, args: ParsedArgs) -> int:
     """Print report, examples and lengths; leave the histograms and the report in `output_dir`.
 
@@ -452,7 +439,7 @@ def run(config: InspectConfig, args: ParsedArgs) -> int:
 
     targets = _targets(config.task)
     viewer = Viewer(tokenizer, targets=targets, template_args=config.data.template_args)
-    marks = _marks(screen)
+    marks = _MARKS if screen.encoding.startswith("utf") else _ASCII_MARKS
     _print_head(screen, config, data, split, targets, marks)
     rows = data.splits[split]
     for number in range(min(config.num_examples, len(rows))):
@@ -507,12 +494,6 @@ def _check_split(split: str, data: PreparedData) -> None:
 
 def _print(screen: Screen, text: str) -> None:
     screen.print(plain_text(redact_text(text)))
-
-
-def _marks(screen: Screen) -> Marks:
-    if screen.encoding.startswith("utf"):
-        return Marks("\u21b5", "\u00a6", "\u2026", "\u2588")
-    return Marks("\\n", "|", "~", "#")
 
 
 def _is_colored(screen: Screen) -> bool:

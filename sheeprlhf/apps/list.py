@@ -159,7 +159,13 @@ def _print_table(screen: Screen, runs: list[PastRun]) -> None:
     """A line a run where it fits and in a pipe, so that `grep` finds whole runs; else results and path below it."""
     head = ("started", "data", "model", "task", "state", "step", "best val")
     rows = [
-        (run.started or "?", *run.names, run.state, f"{run.step:,}" if run.step is not None else "?", _number(run.best))
+        (
+            run.started or "?",
+            *run.names,
+            run.state,
+            f"{run.step:,}" if run.step is not None else "?",
+            "-" if run.best is None else f"{run.best:.5g}",
+        )
         for run in runs
     ]
     first, *lines = table([head, *rows], right={5, 6})
@@ -177,7 +183,3 @@ def _print_table(screen: Screen, runs: list[PastRun]) -> None:
         else:
             text.append(f"\n  {result.rstrip()}" if run.results else "").append(f"\n  {path}", "faint")
         screen.print(text)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.5g}"

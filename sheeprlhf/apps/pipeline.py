@@ -177,13 +177,7 @@ Recipe = Mapping[str, list[str]]  # of each stage the words of its command, wher
 
 
 class PipelineFolder(NamedTuple):
-    """Directory of a pipeline.
-
-    Attributes:
-        dir: its folder, absolute; it exists.
-        state: what its pipeline.json says.
-        note: one line for the user.
-    """
+    """An existing folder of a pipeline, the content of its pipeline.json, and a line for the user."""
 
     dir: Path
     state: dict[str, Any]

@@ -43,12 +43,7 @@ _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
 class Outcome(float):
-    """Result of a job for its sweeper: the best validation metric of its run, NaN without one.
-
-    Attributes:
-        code: the job's exit code.
-        text: its error message, if it failed in this program.
-    """
+    """Result of a job for its sweeper: best validation metric of its run (NaN without one), exit code and message."""
 
     code: int = 0
     text: str = ""
@@ -102,16 +97,14 @@ class SweepLauncher(Launcher):
         try:
             returns = self._inner.launch(job_overrides, initial_job_idx=initial_job_idx)
         except Exception as error:  # a job's process was killed, or could not be started
-            lost = Outcome(math.nan)
-            lost.code, lost.text = 1, f"a job was lost: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            lost = outcome(1, f"a job was lost: {type(error).__name__}: {str(error).strip().splitlines()[0]}", None)
             self._sweep.outcomes |= {number: (text, lost) for number, text in words.items()}
             raise SystemExit(1) from error
         for number, returned in enumerate(returns, initial_job_idx):
             try:
                 of_job = returned.return_value
             except Exception as error:  # raised outside of our own code, for example by a callback
-                of_job = Outcome(math.nan)
-                of_job.code, of_job.text = 1, f"{type(error).__name__}: {error}"
+                of_job = outcome(1, f"{type(error).__name__}: {error}", None)
             if self._sweep.optimises and of_job.code == 0 and math.isnan(of_job):
                 of_job.code, of_job.text = 1, "it has no validation result: lower task.eval_interval"
             self._sweep.outcomes[number] = (words[number], of_job)
@@ -216,10 +209,7 @@ def sweep_code(sweep: Sweep) -> int:
 class HydraJobs(NamedTuple):
     """Jobs that Hydra composes and starts: those of a sweep, or what one of Hydra's own flags asks for.
 
-    Attributes:
-        source: where the configuration comes from.
-        args: the command line.
-        launch: runs one job and reports its errors: (verb, args, finish, debug, messages, in_sweep) -> `Finished`.
+    `launch` runs one job and reports its errors: (verb, args, finish, debug, messages, in_sweep) -> `Finished`.
     """
 
     source: Source
@@ -227,11 +217,7 @@ class HydraJobs(NamedTuple):
     launch: Callable[..., tuple[int, Path | None]]
 
     def run(self, sweep_dir: str = "") -> int:
-        """Call `hydra.main`; returns the exit code of the first job that failed in this process.
-
-        Args:
-            sweep_dir: an empty folder for the files that Hydra writes about a sweep.
-        """
+        """Call `hydra.main`, which writes into the empty `sweep_dir`; returns the exit code of the first failed job."""
         source, args, codes = self.source, self.args, list[int]()
         arguments, sys.argv = sys.argv, [sys.argv[0], *args.flags, *map(current_word, args.overrides)]
         try:

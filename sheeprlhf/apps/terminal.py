@@ -30,11 +30,7 @@ _CODE = r"`[^`]+`|(?<=did you mean )[^?]+(?=\?)"
 
 
 class Screen(Console):
-    """Rich's console for texts whose brackets and numbers mean nothing to rich; no colour in a file or with NO_COLOR.
-
-    Args:
-        stderr: print there.
-    """
+    """Rich's console for texts whose brackets mean nothing to rich; no colour in a file or with NO_COLOR."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, theme=_THEME, highlight=False, markup=False, emoji=False, soft_wrap=True)

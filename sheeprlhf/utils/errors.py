@@ -18,11 +18,7 @@ class SheepError(Exception):
 
 
 class ConfigError(SheepError, ValueError):
-    """The configuration cannot work: wrong key, value or combination. Carries all problems at once.
-
-    Args:
-        problems: one sentence each: key, value, fix.
-    """
+    """The configuration cannot work: key, value and fix of every problem."""
 
     exit_code = USERS_MISTAKE
 
@@ -132,11 +128,7 @@ class OutOfMemory(SheepError, MemoryError):
 
 
 class Interrupted(SheepError):
-    """Training stopped at a step's end because a signal asked for it; the state is saved.
-
-    Args:
-        signum: the signal's number; the exit code is 128 + signum.
-    """
+    """Training stopped at a step's end because a signal asked for it; the state is saved."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)

@@ -71,11 +71,7 @@ def start_bound(_: BoundToThis | None, start: Callable[..., None], *args: Any) -
 
 
 class Terminated(SystemExit):
-    """A signal other than Ctrl-C asks the command to end; its code is that of a shell.
-
-    Args:
-        signum: the signal's number.
-    """
+    """A signal other than Ctrl-C asks the command to end; its code is that of a shell."""
 
     def __init__(self, signum: int) -> None:
         """The exit code is 128 + signum."""
@@ -357,11 +353,7 @@ _FORWARDED_SIGNALS = (*STOP_SIGNALS, SAVE_SIGNAL)
 
 
 class Children:
-    """Starts commands one after the other; made by `children`.
-
-    Attributes:
-        stopped_by: the first signal to stop that has come, None if none has.
-    """
+    """Starts commands one after the other; `stopped_by` is the first signal to stop that has come."""
 
     def __init__(self) -> None:
         """No command runs yet."""

@@ -41,15 +41,6 @@ class WrittenReport(NamedTuple):
     notes: list[str]
 
 
-class ChosenRuns(NamedTuple):
-    """The runs of a page, the stages of its pipelines by folder, remarks on the search, and problems."""
-
-    runs: list[RunInfo]
-    pipelines: dict[str, list[Row]]
-    notes: list[str]
-    problems: list[str]
-
-
 def run(arguments: list[str]) -> int:
     """Write the page and print where it is.
 
@@ -89,7 +80,9 @@ def write_report(folders: list[str], *, to: str | None = None, png: bool = False
     Raises:
         ConfigError: one is not a run, or the page cannot be written there.
     """
-    runs, pipelines, notes, problems = _choose_runs(folders)
+    notes: list[str] = []
+    problems: list[str] = []
+    runs, pipelines = _choose_runs(folders, notes, problems)
     page = _output_path(to, problems)
     if problems:
         raise ConfigError(*problems)
@@ -111,17 +104,19 @@ def write_report(folders: list[str], *, to: str | None = None, png: bool = False
     return WrittenReport(list(files), notes)
 
 
-def _choose_runs(folders: list[str]) -> ChosenRuns:
+def _choose_runs(
+    folders: list[str], notes: list[str], problems: list[str]
+) -> tuple[list[RunInfo], dict[str, list[Row]]]:
+    """The runs of a page, and the stages of its pipelines by folder; adds to notes and problems."""
     runs: dict[Path, RunInfo] = {}
     pipelines: dict[str, list[Row]] = {}
-    notes: list[str] = []
-    problems: list[str] = []
     for word in folders or [TrainConfig.root_dir]:
         newest = not folders or (is_newest(word) and not os.path.isdir(word))
         folder = expand_home(TrainConfig.root_dir if newest else word)
         found = find_past_runs(folder) if os.path.isdir(folder) else FoundRuns([], "")
         if not found.runs:
-            problems.append(_no_run_yet() if newest else _no_run(word, folder))
+            none = f"there is no run in {folder} yet: `train task=sft` makes one; or name a run: `report <run>`"
+            problems.append(none if newest else _no_run(word, folder))
         taken = sorted(found.runs, key=run_order)
         if newest and taken:
             taken = taken[-1:]
@@ -131,11 +126,7 @@ def _choose_runs(folders: list[str]) -> ChosenRuns:
             runs.setdefault(path.resolve(), (path, info))
         if not newest and (stages := read_pipeline(folder, notes)):
             pipelines[clean(folder, 200)] = stages
-    return ChosenRuns(list(runs.values()), pipelines, notes, problems)
-
-
-def _no_run_yet() -> str:
-    return f"there is no run in {TrainConfig.root_dir} yet: `train task=sft` makes one; or name a run: `report <run>`"
+    return list(runs.values()), pipelines
 
 
 def _no_run(word: str, folder: Path) -> str:

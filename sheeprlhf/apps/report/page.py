@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,30 +159,27 @@ def _pipeline_table(rows: list[Row]) -> Table:
 
 
 def _overview_rows(records: list[Record]) -> Iterator[list[str | Cell]]:
-    def row(name: str, cells: Iterable[str | Cell]) -> list[str | Cell]:
-        return [name, *cells]
-
     pasts = [record.past for record in records]
-    yield row("task", (past.names[2] for past in pasts))
-    yield row("model", (past.names[1] for past in pasts))
-    yield row("data", (past.names[0] for past in pasts))
+    yield ["task", *(past.names[2] for past in pasts)]
+    yield ["model", *(past.names[1] for past in pasts)]
+    yield ["data", *(past.names[0] for past in pasts)]
     for key, name in _LINKS.items():
         values = [_option(record, key, records) for record in records]
         if any(value not in (NONE, "null") for value in values):
-            yield row(name, (NONE if value == "null" else value for value in values))
-    yield row("trains", (_trains(record) for record in records))
-    yield row("state", (Cell(past.state, kind=f"state {past.state}") for past in pasts))
-    yield row("steps", (figure_text(past.step) for past in pasts))
-    yield row("best validation", (figure_text(past.best) for past in pasts))
+            yield [name, *(NONE if value == "null" else value for value in values)]
+    yield ["trains", *(_trains(record) for record in records)]
+    yield ["state", *(Cell(past.state, kind=f"state {past.state}") for past in pasts)]
+    yield ["steps", *(figure_text(past.step) for past in pasts)]
+    yield ["best validation", *(figure_text(past.best) for past in pasts)]
     for title in sorted({evaluation.title for record in records for evaluation in record.evaluations}):
         values = [_headline(record, title) for record in records]
         if any(value != NONE for value in values):
-            yield row(title, values)
-    yield row("started", (past.started or "?" for past in pasts))
-    yield row("took", (duration_text(_seconds(record)) for record in records))
-    yield row("seed", (_option(record, "seed", records) for record in records))
-    yield row("directory", (Cell(clean(past.dir, 300), kind="code") for past in pasts))
-    yield row("command", (_command(record) for record in records))
+            yield [title, *values]
+    yield ["started", *(past.started or "?" for past in pasts)]
+    yield ["took", *(duration_text(_seconds(record)) for record in records)]
+    yield ["seed", *(_option(record, "seed", records) for record in records)]
+    yield ["directory", *(Cell(clean(past.dir, 300), kind="code") for past in pasts)]
+    yield ["command", *(_command(record) for record in records)]
 
 
 def _headline(record: Record, title: str) -> str:

@@ -156,14 +156,7 @@ def _note(text: str) -> None:
 
 
 class Conversation:
-    """A conversation: what was said, and how answers are sampled.
-
-    Args:
-        generator: writes the answers.
-        cfg: how it samples.
-        seed: of the first answer.
-        system: the first message, if any.
-    """
+    """A conversation: what was said, how answers are sampled, and the seed of the next one."""
 
     def __init__(self, generator: "TextGenerator", cfg: GenConfig, seed: int, system: str | None = None) -> None:
         self._generator, self._cfg, self._seed, self._system = generator, cfg, seed, system

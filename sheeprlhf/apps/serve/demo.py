@@ -283,7 +283,9 @@ def _serve(models: list[Trained], reward: Trained | None, host: str, port: int, 
     from sheeprlhf.task.text_generator import load_reward_scorer, load_text_generator
 
     transformers_logging.disable_progress_bar()
-    names = short_names([clean(f"{trained.word}{_weights_note(trained)}", 200) for trained in models])
+    names = short_names(
+        [clean(trained.word + f" ({trained.weights})" * (trained.weights != "final"), 200) for trained in models]
+    )
     generators = [(name, load_text_generator(trained, say)) for name, trained in zip(names, models, strict=True)]
     scorer = load_reward_scorer(reward, say) if reward is not None else None
     panels = [Panel(kind, generators, scorer) for kind in (SUMMARISE, ASK)]
@@ -299,10 +301,6 @@ def _serve(models: list[Trained], reward: Trained | None, host: str, port: int, 
         screen.print("\nended")
     finally:
         page.close(verbose=False)
-
-
-def _weights_note(trained: Trained) -> str:
-    return "" if trained.weights == "final" else f" ({trained.weights})"
 
 
 def short_names(paths: list[str]) -> list[str]:

@@ -54,13 +54,7 @@ class Settings(NamedTuple):
 
 
 class State(NamedTuple):
-    """State of a page; not changed after it is shown.
-
-    Attributes:
-        status: a line about the whole.
-        histories: what was said to and by each model; with a question that is being answered.
-        scores: of each model's newest answer, as text; empty where there is none.
-    """
+    """State of a page: a line about the whole, what was said to and by each model, and scores of the newest answers."""
 
     status: str
     histories: list[History]
@@ -68,13 +62,7 @@ class State(NamedTuple):
 
 
 class Panel:
-    """The models of one page, for one kind of task.
-
-    Args:
-        kind: SUMMARISE or ASK.
-        generators: the models by name.
-        scorer: scores the answers; None: no scores.
-    """
+    """The models of one page by name, for one kind of task (SUMMARISE or ASK); without a scorer there are no scores."""
 
     def __init__(self, kind: str, generators: Sequence[tuple[str, TextGenerator]], scorer: RewardScorer | None) -> None:
         self.kind, self._scorer = kind, scorer

@@ -200,13 +200,7 @@ NUMBER = (1 << 32) - 2  # of an evaluation's draws: no rollout and no validation
 
 
 class EvalPolicy(NamedTuple):
-    """A policy that answers, on its device.
-
-    Attributes:
-        policy: the model.
-        tokenizer: its tokenizer.
-        packed: its batches are packed.
-    """
+    """A policy that answers, on its device; `packed`: its batches are packed."""
 
     policy: Policy
     tokenizer: PreTrainedTokenizerBase

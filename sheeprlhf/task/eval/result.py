@@ -178,12 +178,7 @@ def draw_bars(columns: Mapping[str, tuple[float, float, float]], label: str) -> 
 
 
 def draw_frontier(points: list[dict[str, Any]], judge: str) -> bytes:
-    """A PNG: score against KL of a run's checkpoints, and of the best of n of its start; ROUGE-L below, if known.
-
-    Args:
-        points: of `task/eval/frontier.py`; those of the best of n have an "n".
-        judge: how the score is called.
-    """
+    """A PNG: score against KL of a run's checkpoints, and of the best of n of its start; ROUGE-L below, if known."""
     best, steps = ([point for point in points if bool(point["n"]) is drawn] for drawn in (True, False))
     measures = {"score": f"score ({judge})"}
     if any(point["rougeL"] is not None for point in steps):

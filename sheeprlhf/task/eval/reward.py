@@ -63,13 +63,7 @@ from sheeprlhf.utils.lightning import Fabric
 
 
 class RewardModelAccuracy(NamedTuple):
-    """Accuracy of a reward model on held-out pairs.
-
-    Attributes:
-        accuracy: the share of pairs.
-        interval: its 95 % interval.
-        pairs: how many there are.
-    """
+    """Accuracy of a reward model on held-out pairs, with its 95 % interval, and the number of pairs."""
 
     accuracy: float
     interval: list[float]
@@ -89,12 +83,7 @@ class RewardModelAccuracy(NamedTuple):
 
 
 class Judge:
-    """Scores responses by `reward=`. Reward models are loaded when they are first needed; ask for `trust` first.
-
-    Args:
-        job: the evaluation.
-        longest: tokens of the longest prompt with a response.
-    """
+    """Scores responses by `reward=`. Reward models are loaded when they are first needed; ask for `trust` first."""
 
     def __init__(self, job: Evaluation, longest: int) -> None:
         self._job, self._fabric, self._cfg, self._longest = job, job.fabric, job.cfg, longest
