@@ -29,26 +29,11 @@ TEMPLATE_ARGS = Flag(
     value="{name: value}",
 )
 SAMPLING = (
-    Flag(
-        "temperature",
-        "Divides the logits before sampling; 0 takes the likeliest token.",
-        default=0.7,
-        kind=float,
-        minimum=0,
-    ),
-    Flag(
-        "top-p",
-        "Sample among the likeliest tokens of this probability.",
-        default=1.0,
-        kind=float,
-        minimum=0.01,
-        maximum=1,
-    ),
-    Flag("top-k", "Sample among the k likeliest tokens; 0 is all.", default=0, kind=int, minimum=0),
-    Flag("max-new-tokens", "Longest answer, in tokens.", default=256, kind=int, minimum=1),
-    Flag(
-        "seed", "Seed of the first answer; the next one has the next.", default=42, kind=int, minimum=0, maximum=2**62
-    ),
+    Flag("temperature", "Divides the logits before sampling; 0 takes the likeliest token.", 0.7, float, minimum=0),
+    Flag("top-p", "Sample among the likeliest tokens of this probability.", 1.0, float, minimum=0.01, maximum=1),
+    Flag("top-k", "Sample among the k likeliest tokens; 0 is all.", 0, int, minimum=0),
+    Flag("max-new-tokens", "Longest answer, in tokens.", 256, int, minimum=1),
+    Flag("seed", "Seed of the first answer; the next one has the next.", 42, int, minimum=0, maximum=2**62),
 )
 FLAGS = (
     WEIGHTS,

@@ -9,7 +9,7 @@ from sheeprlhf.config.registry import config_to_dict
 from sheeprlhf.structure.evaluation import GenerateConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.load import Evaluation, answer_split
-from sheeprlhf.task.eval.result import draw_histogram, save_result
+from sheeprlhf.task.eval.result import draw_histogram, records_of, save_result
 from sheeprlhf.task.loop import distinct_bigrams
 from sheeprlhf.utils.lightning import Fabric
 
@@ -21,17 +21,8 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     job = Evaluation(fabric, cfg)
     rows, texts = answer_split(job, job.prepare("prompts"), task.num_samples)
     references = texts.columns.get("reference", [None] * len(rows))
-    kept = [
-        {
-            "row": row.row_id,
-            "prompt": texts.prompts[number],
-            "response": texts.responses[number],
-            "reference": references[number],
-            "tokens": texts.num_tokens[number],
-            "finished": bool(texts.finished[number]),
-        }
-        for number, row in enumerate(rows)
-    ]
+    finished = [bool(end) for end in texts.finished]
+    kept = records_of(rows, texts, reference=references, tokens=texts.num_tokens, finished=finished)
     numbers = {
         "rows": len(rows),
         "response_tokens": float(np.mean(texts.num_tokens)),

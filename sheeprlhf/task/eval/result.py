@@ -3,7 +3,7 @@
 import io
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 import sheeprlhf
+from sheeprlhf.data.example import Example
+from sheeprlhf.reward.call import Texts
 from sheeprlhf.security.json_records import RESULT, load_json
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError
@@ -99,6 +101,15 @@ def save_result(
     Console().print(table)
     print("\n".join(f"saved: {file}" for file in files))
     return path
+
+
+def records_of(rows: Sequence[Example], texts: Texts, **columns: Sequence[Any]) -> list[dict[str, Any]]:
+    """The rows of an evaluation for its file: number, prompt and response of each, and its values of the columns."""
+    records = []
+    for number, row in enumerate(rows):
+        record = {"row": row.row_id, "prompt": texts.prompts[number], "response": texts.responses[number]}
+        records.append(record | {name: values[number] for name, values in columns.items()})
+    return records
 
 
 def _times(folder: Path) -> Iterator[float]:

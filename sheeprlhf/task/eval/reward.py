@@ -47,7 +47,7 @@ from sheeprlhf.task.eval.load import (
     start_of,
 )
 from sheeprlhf.task.eval.preference import pairs_of_rows, scores_of_rows
-from sheeprlhf.task.eval.result import cell, draw_histogram, save_result
+from sheeprlhf.task.eval.result import cell, draw_histogram, records_of, save_result
 from sheeprlhf.task.eval.statistics import interval_of, standard_error
 from sheeprlhf.task.models import (
     check_reward_columns,
@@ -193,21 +193,12 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     scores_N = judge.scores(written.own)
     others_N = None if written.other is None else judge.scores(written.other)
     numbers = _figures(cfg, against, written, scores_N, others_N, trust)
-    texts = written.own.texts
-    kept: list[dict[str, Any]] = [
-        {
-            "row": row.row_id,
-            "prompt": texts.prompts[number],
-            "response": texts.responses[number],
-            "score": float(scores_N[number]),
-        }
-        for number, row in enumerate(rows)
-    ]
+    columns: dict[str, Any] = {"score": scores_N.tolist()}
     shown = {"model": scores_N}
     if written.other is not None and others_N is not None:
         shown[Path(against).name] = others_N
-        for record, response, score in zip(kept, written.other.texts.responses, others_N, strict=True):
-            record |= {"against": response, "against_score": float(score)}
+        columns |= {"against": written.other.texts.responses, "against_score": others_N.tolist()}
+    kept = records_of(rows, written.own.texts, **columns)
     if trust is not None and trust.at_chance():
         job.say(trust.warning())
     draw = partial(draw_histogram, shown, f"score ({judge.name()})")

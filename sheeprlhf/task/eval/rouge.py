@@ -25,7 +25,7 @@ from sheeprlhf.data.report import check_prompts
 from sheeprlhf.structure.evaluation import RougeConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.load import Evaluation, answer_split
-from sheeprlhf.task.eval.result import draw_bars, save_result
+from sheeprlhf.task.eval.result import draw_bars, records_of, save_result
 from sheeprlhf.task.eval.statistics import mean_and_interval
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.lightning import Fabric
@@ -58,12 +58,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     systems = {"model": responses, **baseline_responses(prompts, references)}
     numbers, rouge_l = _score(systems, references, use_stemmer=task.use_stemmer, seed=cfg.seed)
     numbers |= {"seed": cfg.seed, "generation": config_to_dict(cfg.generation)}
-    rows = [
-        {"row": example.row_id, "prompt": prompt, "response": response, "reference": reference, "rougeL": score}
-        for example, prompt, response, reference, score in zip(
-            examples, prompts, responses, references, rouge_l, strict=True
-        )
-    ]
+    rows = records_of(examples, texts, reference=references, rougeL=rouge_l)
     bars = {system: tuple(scores["rougeL"]) for system, scores in numbers["mean_low_high"].items()}
     draw = partial(draw_bars, bars, "ROUGE-L, F-measure x 100, and its 95 % interval")
     return save_result(fabric, cfg, f"rouge-{task.data_split}", numbers, table=_table(numbers), rows=rows, draw=draw)
