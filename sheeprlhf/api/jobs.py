@@ -19,16 +19,11 @@ Overrides = Sequence[str] | Mapping[str, Any]
 
 
 class TrainingRun(NamedTuple):
-    """A finished training.
+    """A finished training."""
 
-    Attributes:
-        directory: the run directory.
-        final: the folder that `from_pretrained` and `load_policy` load.
-        metrics: for each logged name its (step, value) pairs, in the order of the steps.
-    """
-
-    directory: Path
-    final: Path
+    directory: Path  # the run directory
+    final: Path  # the folder that `from_pretrained` and `load_policy` load
+    # for each logged name its (step, value) pairs, in the order of the steps
     metrics: dict[str, list[tuple[int, float]]]
 
 

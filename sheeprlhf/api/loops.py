@@ -40,17 +40,11 @@ _TASKS = {"sft": "sft", "preference": "dpo", "unpaired": "kto", "prompts": "grpo
 
 
 class Samples(NamedTuple):
-    """Responses sampled after some prompts.
+    """Responses sampled after some prompts."""
 
-    Attributes:
-        examples: the prompts with their K sampled responses, for `collate`.
-        texts: K texts for each prompt, without special tokens.
-        logprobs_N: (N,) log-probabilities of all responses' tokens, nats, in the order of a batch of all examples.
-    """
-
-    examples: list[Example]
-    texts: list[list[str]]
-    logprobs_N: Tensor
+    examples: list[Example]  # the prompts with their K sampled responses, for `collate`
+    texts: list[list[str]]  # K texts for each prompt, without special tokens
+    logprobs_N: Tensor  # (N,) log-probabilities of all responses' tokens, nats, in the order of a batch of all examples
 
 
 def load_tokenizer(model: str = "tiny", **options: Any) -> PreTrainedTokenizerBase:

@@ -52,19 +52,12 @@ _SECONDS = 1.0  # for adding up the sizes of the files in one cache
 
 
 class Finding(NamedTuple):
-    """One line of the report.
+    """One line of the report."""
 
-    Attributes:
-        level: "ok"; "warning": a run works, not at its best; "problem": it would not work.
-        topic: what was looked at.
-        text: what was found, and for a problem what to do.
-        details: lines below it.
-    """
-
-    level: str
-    topic: str
-    text: str
-    details: tuple[str, ...] = ()
+    level: str  # "ok"; "warning": a run works, not at its best; "problem": it would not work
+    topic: str  # what was looked at
+    text: str  # what was found, and for a problem what to do
+    details: tuple[str, ...] = ()  # lines below it
 
 
 def versions() -> Iterator[Finding]:

@@ -14,26 +14,16 @@ _HELP = ("--help", "-h")
 
 
 class Flag(NamedTuple):
-    """One flag.
+    """One flag."""
 
-    Attributes:
-        name: without dashes.
-        help: its meaning.
-        default: the value when it is not given.
-        kind: int, float or str; bool for a flag without a value.
-        minimum, maximum: of a number.
-        values: all that it may be, if they are few.
-        value: what its value is called in the help.
-    """
-
-    name: str
-    help: str
-    default: Any = None
-    kind: type = str
-    minimum: float = -math.inf
+    name: str  # without dashes
+    help: str  # its meaning
+    default: Any = None  # the value when it is not given
+    kind: type = str  # int, float or str; bool for a flag without a value
+    minimum: float = -math.inf  # of a number
     maximum: float = math.inf
-    values: tuple[str, ...] = ()
-    value: str = ""
+    values: tuple[str, ...] = ()  # all that it may be, if they are few
+    value: str = ""  # what its value is called in the help
 
 
 class Given(NamedTuple):

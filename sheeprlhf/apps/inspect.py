@@ -44,31 +44,19 @@ _UNFINISHED = "\ufffd"  # what decoders write for bytes that are not yet a chara
 
 
 class Token(NamedTuple):
-    """A token as it is shown.
+    """A token as it is shown."""
 
-    Attributes:
-        text: what it adds to the text; empty for one that ends inside a character.
-        trained: the loss counts it.
-        special: it is a special token, not text that looks like one.
-    """
-
-    text: str
-    trained: bool
-    special: bool
+    text: str  # what it adds to the text; empty for one that ends inside a character
+    trained: bool  # the loss counts it
+    special: bool  # it is a special token, not text that looks like one
 
 
 class Piece(NamedTuple):
-    """A token, or the part of it in one line.
+    """A token, or the part of it in one line."""
 
-    Attributes:
-        number: the token's, counted from the part's first.
-        token: the whole token.
-        text: NEWLINE where the token ends the line, else printable.
-    """
-
-    number: int
-    token: Token
-    text: str
+    number: int  # the token's, counted from the part's first
+    token: Token  # the whole token
+    text: str  # NEWLINE where the token ends the line, else printable
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -59,28 +59,19 @@ class FoundRuns(NamedTuple):
 
 
 class PastRun(NamedTuple):
-    """One run; every text is fit for a terminal.
+    """One run; every text is fit for a terminal."""
 
-    Attributes:
-        dir: its directory.
-        started: local time, empty if unknown.
-        names: of data, model and task.
-        state: finished, stopped early (finished by early stopping), running or unfinished; unreadable or unknown if
-            run.json is damaged or missing.
-        step: optimizer steps done, None if unknown.
-        best: the best validation result, None if there is none.
-        results: the newest result of each metric, such as "perplexity 38.06", or what a validation told of pairs.
-        problems: one sentence for each of its files that is damaged.
-    """
-
-    dir: Path
-    started: str
-    names: tuple[str, str, str]
+    dir: Path  # its directory
+    started: str  # local time, empty if unknown
+    names: tuple[str, str, str]  # of data, model and task
+    # finished, stopped early (finished by early stopping), running or unfinished; unreadable or unknown if
+    # run.json is damaged or missing
     state: str
-    step: int | None
-    best: float | None
+    step: int | None  # optimizer steps done, None if unknown
+    best: float | None  # the best validation result, None if there is none
+    # the newest result of each metric, such as "perplexity 38.06", or what a validation told of pairs
     results: list[str]
-    problems: list[str]
+    problems: list[str]  # one sentence for each of its files that is damaged
 
 
 def find_past_runs(root: Path) -> FoundRuns:
@@ -239,19 +230,12 @@ _INTERVAL = "_interval"  # suffix of the key that holds a number's interval
 
 
 class Answer(NamedTuple):
-    """A generated or reference text.
+    """A generated or reference text."""
 
-    Attributes:
-        step: of the training in which it was generated; None for an evaluation or a reference.
-        note: its score and the like.
-        text: without control tokens at its ends.
-        end: the control tokens at its end; empty where the file has none, or the text was cut.
-    """
-
-    step: int | None
-    note: str
-    text: str
-    end: str
+    step: int | None  # of the training in which it was generated; None for an evaluation or a reference
+    note: str  # its score and the like
+    text: str  # without control tokens at its ends
+    end: str  # the control tokens at its end; empty where the file has none, or the text was cut
 
     def label(self) -> str:
         """Step and note."""
@@ -268,19 +252,12 @@ class Exchange(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """One result file.
+    """One result file."""
 
-    Attributes:
-        title: metric and data: "rouge on docstrings/test", "reward by length on docstrings/test".
-        weights: the evaluated weights.
-        numbers: by name: a number, an interval, or a number with its interval.
-        lists: points by name, such as those of a calibration.
-    """
-
-    title: str
-    weights: str
-    numbers: dict[str, tuple[float, ...]]
-    lists: dict[str, list[dict[str, Any]]]
+    title: str  # metric and data: "rouge on docstrings/test", "reward by length on docstrings/test"
+    weights: str  # the evaluated weights
+    numbers: dict[str, tuple[float, ...]]  # by name: a number, an interval, or a number with its interval
+    lists: dict[str, list[dict[str, Any]]]  # points by name, such as those of a calibration
 
 
 class Record(NamedTuple):

@@ -59,19 +59,13 @@ def outcome(code: int, text: str, run_dir: Path | None) -> Outcome:
 
 @dataclass
 class Sweep:
-    """State of a sweep in the process that runs it.
+    """State of a sweep in the process that runs it."""
 
-    Attributes:
-        outcomes: of jobs that have ended, with their words, by number.
-        problems: why its sweeper cannot work; it ends with SystemExit then.
-        optimises: its sweeper asks for results.
-        highest: the best result is the highest.
-    """
-
+    # of jobs that have ended, with their words, by number
     outcomes: dict[int, tuple[str, Outcome]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    optimises: bool = False
-    highest: bool = False
+    problems: list[str] = field(default_factory=list)  # why its sweeper cannot work; it ends with SystemExit then
+    optimises: bool = False  # its sweeper asks for results
+    highest: bool = False  # the best result is the highest
 
 
 class SweepLauncher(Launcher):

@@ -17,17 +17,13 @@ _QUESTION, _ANSWER = "Is it warm?", "Yes, it is warm."
 
 
 class EndTokens(NamedTuple):
-    """The end tokens of a tokenizer and its model.
+    """The end tokens of a tokenizer and its model."""
 
-    Attributes:
-        ids: all of them, the tokenizer's EOS first; empty if there is none.
-        closing: the one with which the chat template closes an assistant turn; None if it writes no single token.
-        ignored: ids that the configuration lists and that end nothing, since they are not control tokens of the
-            tokenizer: a text may contain them, or they are undefined.
-    """
-
-    ids: tuple[int, ...]
+    ids: tuple[int, ...]  # all of them, the tokenizer's EOS first; empty if there is none
+    # the one with which the chat template closes an assistant turn; None if it writes no single token
     closing: int | None = None
+    # ids that the configuration lists and that end nothing, since they are not control tokens of the tokenizer: a
+    # text may contain them, or they are undefined
     ignored: tuple[int, ...] = ()
 
 

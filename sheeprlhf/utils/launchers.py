@@ -76,27 +76,16 @@ _PMIX = "PMIX_RANK"  # comes without the number of processes
 
 
 class Launched(NamedTuple):
-    """Position of this process among those that a launcher has started.
+    """Position of this process among those that a launcher has started."""
 
-    Attributes:
-        launcher: its name.
-        rank: of this process among all.
-        size: number of all processes.
-        local_rank: of this process among those of its machine.
-        local_size: number of processes on each machine; None if no variable tells.
-        setting: the environment variable that gave `size`, with its value.
-        job: an identifier of the job, from which its processes derive a common port.
-        sure: false where SLURM's variables could also be those of a batch script that does not use srun.
-    """
-
-    launcher: str
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int | None
-    setting: str
-    job: str
-    sure: bool = True
+    launcher: str  # its name
+    rank: int  # of this process among all
+    size: int  # number of all processes
+    local_rank: int  # of this process among those of its machine
+    local_size: int | None  # number of processes on each machine; None if no variable tells
+    setting: str  # the environment variable that gave `size`, with its value
+    job: str  # an identifier of the job, from which its processes derive a common port
+    sure: bool = True  # false where SLURM's variables could also be those of a batch script that does not use srun
 
 
 def launched() -> Launched | None:

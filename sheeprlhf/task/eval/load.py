@@ -208,17 +208,11 @@ class EvalPolicy(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """K responses to each of P prompts, the same on all ranks.
+    """K responses to each of P prompts, the same on all ranks."""
 
-    Attributes:
-        rollout: their tokens, with the sampler's log-probabilities ("sampled"); its scores are 0.
-        texts: the P * K texts, each with its prompt and the dataset's own response ("reference").
-        tokenizer: of the tokens.
-    """
-
-    rollout: Rollout
-    texts: Texts
-    tokenizer: PreTrainedTokenizerBase
+    rollout: Rollout  # their tokens, with the sampler's log-probabilities ("sampled"); its scores are 0
+    texts: Texts  # the P * K texts, each with its prompt and the dataset's own response ("reference")
+    tokenizer: PreTrainedTokenizerBase  # of the tokens
 
 
 def set_up(

@@ -165,17 +165,11 @@ class Judge:
 
 
 class Written(NamedTuple):
-    """Sampled responses, the same on all ranks.
+    """Sampled responses, the same on all ranks."""
 
-    Attributes:
-        own: the evaluated policy's answers.
-        other: the answers to compare with; None compares with nothing.
-        kl_N: (P,) nats of each response; None without a start.
-    """
-
-    own: Answers
-    other: Answers | None
-    kl_N: np.ndarray | None
+    own: Answers  # the evaluated policy's answers
+    other: Answers | None  # the answers to compare with; None compares with nothing
+    kl_N: np.ndarray | None  # (P,) nats of each response; None without a start
 
 
 def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
