@@ -1,4 +1,4 @@
-"""The page of `demo`: two tabs, the models' answers side by side. All text of models is shown in plain text boxes."""
+"""The page of `demo`: one prompt to several models, their answers side by side, in two tabs, as plain text."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
