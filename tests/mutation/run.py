@@ -158,7 +158,7 @@ def main() -> int:
     survived = False
     for target in arguments.targets or TARGETS:
         module, _, function = target.partition(":")
-        tests = tuple(arguments.tests or TARGETS[module])
+        tests = tuple(arguments.tests or TARGETS.get(target) or TARGETS[module])
         result = survivors(module, tests, function, arguments.sample)
         survived |= bool(result["survivors"])
         print(json.dumps(result, indent=1), flush=True)

@@ -1,4 +1,4 @@
-"""The modules that are mutated, with the tests that must notice, and the mutants that change nothing."""
+"""The modules, or module:function, that are mutated, with the tests that must notice, and the mutants that change nothing."""
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.loss.advantage": ("tests/unit/loss/test_advantage.py",),
@@ -9,10 +9,16 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.engine.step": ("tests/unit/engine/test_step.py", "tests/distributed/test_update.py"),
     "sheeprlhf.engine.optim": ("tests/unit/engine/test_optim.py",),
     "sheeprlhf.data.example": ("tests/unit/data/test_collate.py",),
-    "sheeprlhf.data.rows": ("tests/unit/data/test_labels.py",),
-    "sheeprlhf.data.store": ("tests/unit/data/test_mismatch.py",),
+    "sheeprlhf.data.rows:labelled": ("tests/unit/data/test_labels.py",),
+    "sheeprlhf.data.rows:is_desirable": ("tests/unit/data/test_labels.py",),
+    "sheeprlhf.data.store:MismatchedSplit": ("tests/unit/data/test_mismatch.py",),
+    "sheeprlhf.data.store:mismatched_rows": ("tests/unit/data/test_mismatch.py",),
     "sheeprlhf.data.sampler": ("tests/unit/data/test_sampler.py",),
-    "sheeprlhf.data.tokenize": ("tests/unit/data/test_tokenize.py", "tests/unit/data/test_prompts.py"),
+    "sheeprlhf.data.tokenize": (
+        "tests/unit/data/test_tokenize.py",
+        "tests/unit/data/test_prompts.py",
+        "tests/unit/data/test_encoding.py",
+    ),
     "sheeprlhf.agent.batches": ("tests/unit/agent/test_batches.py", "tests/unit/agent/test_policy.py"),
     "sheeprlhf.model.lm_head": (
         "tests/unit/model/test_lm_head.py",
