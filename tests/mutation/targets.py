@@ -1,4 +1,4 @@
-"""The modules, or module:function, that are mutated, with the tests that must notice, and the mutants that change nothing."""
+"""The modules or functions that are mutated, with the tests that must notice, and the mutants that change nothing."""
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.loss.advantage": ("tests/unit/loss/test_advantage.py",),
