@@ -5,6 +5,7 @@ file is refused.
 """
 
 import difflib
+import math
 import re
 import shlex
 import warnings
@@ -12,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import torch
 from peft import (
@@ -32,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sheeprlhf.config.validate import is_pattern, parse_targets
 from sheeprlhf.model.folder import HEAD, base_of, dequantize, quantization_of, saved_dtype, trained_rows
+from sheeprlhf.security.json_records import Range, type_problems
 from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS, read_json, tensors_of
 from sheeprlhf.security.pickled_weights import adapter_folder
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
@@ -45,7 +47,6 @@ _FLOAT32_MERGE_TOLERANCE = 1e-4
 _NUM_ROWS, _ROW_TOKENS = 4, 24
 _NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # PEFT takes some names for patterns: none of these takes long
 _MAX_NAMES = 10_000
-_MAX_ROWS = 1_000_000
 _OFF: tuple[Any, ...] = (False, "", [], {})
 _HARMLESS = ("base_model_name_or_path", "revision", "peft_version", "inference_mode", "runtime_config")
 _USUAL: dict[str, tuple[Any, ...]] = {  # what PEFT writes into every file
@@ -56,68 +57,40 @@ _USUAL: dict[str, tuple[Any, ...]] = {  # what PEFT writes into every file
 }
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1e6
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 65_536
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and _NAME.fullmatch(value) is not None
-
-
-def _are_names(value: Any) -> bool:
-    if isinstance(value, str):
-        return value == "all-linear"
-    return isinstance(value, list) and len(value) <= _MAX_NAMES and all(map(_is_name, value))
-
-
-def _are_numbers_by_name(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and len(value) <= _MAX_NAMES
-        and all(map(_is_name, value))
-        and all(map(_is_number, value.values()))
-    )
-
-
-def _are_layers(value: Any) -> bool:
-    layers = value if isinstance(value, list) else [value]
-    return len(layers) <= _MAX_NAMES and all(_is_number(layer) and isinstance(layer, int) for layer in layers)
-
-
-def _are_rows(value: Any) -> bool:
-    lists = list(value.values()) if isinstance(value, dict) else [value]
-    names = list(value) if isinstance(value, dict) else []
-    return (
-        len(lists) <= _MAX_NAMES
-        and all(map(_is_name, names))
-        and all(isinstance(rows, list) and len(rows) <= _MAX_ROWS for rows in lists)
-        and all(_is_number(row) and isinstance(row, int) for rows in lists for row in rows)
-    )
-
-
-_KNOWN = {
-    "r": _is_rank,
-    "lora_alpha": _is_number,
-    "lora_dropout": lambda value: _is_number(value) and value < 1,
-    "target_modules": _are_names,
-    "exclude_modules": _are_names,
-    "modules_to_save": _are_names,
-    "trainable_token_indices": _are_rows,
-    "task_type": lambda value: value in ("CAUSAL_LM", "SEQ_CLS"),
-    "bias": lambda value: value in ("none", "all", "lora_only"),
-    "fan_in_fan_out": lambda value: isinstance(value, bool),
-    "use_rslora": lambda value: isinstance(value, bool),
-    "use_dora": lambda value: isinstance(value, bool),
-    "lora_bias": lambda value: isinstance(value, bool),
-    "rank_pattern": lambda value: _are_numbers_by_name(value) and all(map(_is_rank, value.values())),
-    "alpha_pattern": _are_numbers_by_name,
-    "layers_to_transform": _are_layers,
-    "layers_pattern": lambda value: _is_name(value) or _are_names(value),
+_Rank = Annotated[int, Range(1, 65_536)]
+_Index = Annotated[int, Range(0, 1e6)]
+_Number = Annotated[float, Range(0, 1e6)]
+_Names = list[str] | Literal["all-linear"]
+_KNOWN: dict[str, Any] = {  # the type of each setting; all texts in it are names
+    "r": _Rank,
+    "lora_alpha": _Number,
+    "lora_dropout": Annotated[float, Range(0, math.nextafter(1, 0))],
+    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save"), _Names),
+    "trainable_token_indices": list[_Index] | dict[str, list[_Index]],
+    "task_type": Literal["CAUSAL_LM", "SEQ_CLS"],
+    "bias": Literal["none", "all", "lora_only"],
+    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"), bool),
+    "rank_pattern": dict[str, _Rank],
+    "alpha_pattern": dict[str, _Number],
+    "layers_to_transform": _Index | list[_Index],
+    "layers_pattern": str | list[str],
 }
+
+
+def _is_allowed(key: str, value: Any) -> bool:
+    if any(type_problems(value, _KNOWN[key])):
+        return False
+    names = list(_texts(value))
+    return len(names) <= _MAX_NAMES and all(map(_NAME.fullmatch, names))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a value, also keys of an object."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value:
+            yield from _texts(part)
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
@@ -167,7 +140,7 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
             continue
         if key not in _KNOWN and value not in _OFF:
             yield f"{key[:60]} is not one of the settings that are read; only plain LoRA is: set it to null"
-        if key in _KNOWN and not _KNOWN[key](value):
+        if key in _KNOWN and not _is_allowed(key, value):
             yield f"{key}={str(value)[:60]} is not a value that it may have"
 
 

@@ -78,7 +78,7 @@ def parse_json(text: bytes, path: Path, schema: Schema) -> dict[str, Any]:
         raise damaged(path, schema, "", f"is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise damaged(path, schema, "", "holds no object")
-    for field, problem in _problems(content, schema.kind, "", 0):
+    for field, problem in type_problems(content, schema.kind):
         raise damaged(path, schema, field, problem)
     return content
 
@@ -109,7 +109,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _problems(value: Any, hint: Any, field: str, depth: int) -> Iterator[tuple[str, str]]:
+def type_problems(value: Any, hint: Any, field: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
     """Field and problem of every part of a value that does not have the type of a hint."""
     kinds = _kinds(hint)
     if value is _TOO_LARGE:
@@ -126,14 +126,14 @@ def _problems(value: Any, hint: Any, field: str, depth: int) -> Iterator[tuple[s
         required = () if typed is None else typed.__required_keys__
         yield from ((_joined(field, name), "is missing") for name in sorted(required) if name not in value)
         for name, part in value.items():
-            yield from _problems(part, fields.get(name, inner), _joined(field, name), depth + 1)
+            yield from type_problems(part, fields.get(name, inner), _joined(field, name), depth + 1)
     elif isinstance(value, list):
         inner = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is list), Any)
         if not _allows(kinds, list):
             yield field, f"is a list instead of {_names(kinds)}"
             return
         for number, part in enumerate(value):
-            yield from _problems(part, inner, f"{field}[{number}]", depth + 1)
+            yield from type_problems(part, inner, f"{field}[{number}]", depth + 1)
     elif not any(_fits(value, kind) for kind in kinds):
         shown = json.dumps(value)
         yield field, f"is {shown if len(shown) < 40 else f'{shown[:36]}...'} instead of {_names(kinds)}"
@@ -169,7 +169,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return _fits(value, base) and limits.least <= value <= limits.most
     if kind in (int, float):
         numbers = int if kind is int else int | float
-        return isinstance(value, numbers) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, numbers) and type(value) is not bool and (type(value) is int or math.isfinite(value))
     return kind in (str, bool, NoneType) and isinstance(value, kind)
 
 

@@ -160,7 +160,9 @@ def weights_of(lengths: Sequence[int], aggregation: str, *, max_length: int) -> 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_the_loss_of_a_step_by_hand(aggregation: str) -> None:
     lengths, losses_N = (8, 2), torch.tensor([6.0] * 8 + [0.0] * 2)
-    weighted = (losses_N * weights_of(lengths, aggregation, max_length=16)).sum().item()
+    weights_N = weights_of(lengths, aggregation, max_length=16)
+    assert weights_N.dtype == torch.float32  # also of whole numbers
+    weighted = (losses_N * weights_N).sum().item()
     assert weighted / (sum(lengths) if aggregation == "token" else len(lengths)) == pytest.approx(STEPS[aggregation])
 
 
