@@ -60,7 +60,7 @@ from sheeprlhf.task.finish import (
     saved_rollouts,
     write_rollout,
 )
-from sheeprlhf.task.models import build_collector, initial_run, load_initial_policy, load_online_setup
+from sheeprlhf.task.models import build_collector, initial_run, load_initial_policy, load_online_setup, load_options
 from sheeprlhf.utils.errors import ConfigError, DataError, RolloutServerError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 
@@ -117,17 +117,8 @@ class TrainLoop:
 
     def load_policy(self, *, new_head: bool = False) -> tuple[Policy, bool]:
         """Load the model that training starts from, and whether its batches are packed; see `load_initial_policy`."""
-        cfg, task = self.run.cfg, self.run.cfg.task
-        return load_initial_policy(
-            cfg.model,
-            *initial_run(task),
-            self.tokenizer,
-            longest=self.longest,
-            batching=task.batching,
-            say=self.run.say,
-            new_head=new_head,
-            in_files=cfg.fabric.strategy == "fsdp2",
-        )
+        cfg, how = self.run.cfg, load_options(self.run.cfg, self.longest, self.run.say)
+        return load_initial_policy(cfg.model, *initial_run(cfg.task), self.tokenizer, new_head=new_head, **how)
 
     def set_up(self, model: nn.Module) -> _FabricModule:
         """Make the optimizer of the model's trainable parameters, and wrap both with Fabric."""

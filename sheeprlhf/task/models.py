@@ -79,6 +79,12 @@ class LoadOptions(TypedDict):
     in_files: NotRequired[bool]  # its weights stay in their files until they are sharded; see `load_causal_lm`
 
 
+def load_options(cfg: TrainConfig | EvalConfig, longest: int, say: Notify) -> LoadOptions:
+    """Return the options of loading a model for sequences of up to `longest` tokens."""
+    in_files = cfg.fabric.strategy == "fsdp2"
+    return {"longest": longest, "batching": cfg.task.batching, "say": say, "in_files": in_files}
+
+
 class RLModels(NamedTuple):
     """The models of an RL task besides the reference."""
 
@@ -202,8 +208,7 @@ def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int
     """Load the models onto the host, not wrapped yet."""
     cfg, task = run.cfg, run.cfg.task
     assert isinstance(task, OnlineTaskConfig)
-    how: LoadOptions = {"longest": longest, "batching": task.batching, "say": run.say}
-    how["in_files"] = cfg.fabric.strategy == "fsdp2"
+    how = load_options(cfg, longest, run.say)
     policy, packed = load_initial_policy(cfg.model, *initial_run(task), tokenizer, **how)
     policy = with_adapters(policy, cfg.model)
     policy.exclude_undefined(tokenizer)
@@ -388,8 +393,7 @@ def load_separate_reward_model(
     """Load the reward model of a term on a base of its own; return it and whether its batches are packed."""
     task = cfg.task
     assert isinstance(task, OnlineTaskConfig | ScoredConfig)
-    how: LoadOptions = {"longest": longest, "batching": task.batching, "say": say}
-    how["in_files"] = cfg.fabric.strategy == "fsdp2"
+    how = load_options(cfg, longest, say)
     run_dir, folder, model = reward_model_source(cfg, term)
     if folder is not None:
         say(f"reward model: {folder}")

@@ -42,7 +42,13 @@ from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.data import KeptColumns
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.run import EvalConfig
-from sheeprlhf.task.models import LoadOptions, load_initial_policy, load_policy_from_run, prepare_prompts
+from sheeprlhf.task.models import (
+    LoadOptions,
+    load_initial_policy,
+    load_options,
+    load_policy_from_run,
+    prepare_prompts,
+)
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.lightning import Fabric
@@ -118,8 +124,7 @@ class Evaluation:
 
     def options(self, longest: int) -> LoadOptions:
         """Options of the functions that load a model, for sequences of up to `longest` tokens."""
-        task, in_files = self.cfg.task, self.cfg.fabric.strategy == "fsdp2"
-        return {"longest": longest, "batching": task.batching, "say": self.say, "in_files": in_files}
+        return load_options(self.cfg, longest, self.say)
 
     def load_policy(self, longest: int, weights: str | None = None) -> tuple[Policy, bool]:
         """Load the evaluated policy, by default its `task.model_name` weights; tell whether its batches are packed."""
