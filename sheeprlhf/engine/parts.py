@@ -143,7 +143,7 @@ def write_rows(
             value, own, first, column = values.get(name), fabric.is_global_zero, 0, 0
             part = part_of(value) if seen and isinstance(value, DTensor) else None
             if part is not None:
-                first, column = ([cut.start for cut in part.index] + [0, 0])[:2]
+                first, column = ([cut.start for cut in part.place] + [0, 0])[:2]
                 value, own = part.local, part.owns
             elif isinstance(value, DTensor):
                 value = whole(value)

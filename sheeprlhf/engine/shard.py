@@ -106,7 +106,7 @@ def _shard_from_files(module: nn.Module, mesh: Any, **how: Any) -> nn.Module:
             if part is None:
                 parameter.copy_(cut_like(sources[name].read().to(parameter.dtype), parameter))
             elif part.local.numel():
-                part.local.copy_(sources[name].read(part.index))
+                part.local.copy_(sources[name].read(part.place))
     return module
 
 
@@ -350,7 +350,7 @@ class Part(NamedTuple):
     Of ranks with the same part, the first one writes it.
     """
 
-    index: tuple[slice, ...]
+    place: tuple[slice, ...]
     local: Tensor
     owns: bool
 
@@ -387,7 +387,7 @@ def cut_like(tensor: Tensor, target: Tensor) -> Tensor:
     if part is None:
         on_device = tensor.to(target.device)
         return distribute_tensor(on_device, target.device_mesh, target.placements, src_data_rank=None)
-    own = tensor[part.index].to(part.local.device)
+    own = tensor[part.place].to(part.local.device)
     mesh, placements, stride = target.device_mesh, target.placements, target.stride()
     return DTensor.from_local(own, mesh, placements, run_check=False, shape=target.shape, stride=stride)
 

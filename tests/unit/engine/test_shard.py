@@ -39,7 +39,7 @@ def test_the_parts_of_all_ranks_are_the_whole_file(tmp_path: Path) -> None:
             parameters = dict(shard_module(tiny("qwen3"), mesh).named_parameters())
             for name, parameter in parameters.items():
                 part = part_of(parameter)
-                assert part is not None and torch.equal(whole[name][part.index], part.local), name
+                assert part is not None and torch.equal(whole[name][part.place], part.local), name
                 assert torch.equal(cut_like(whole[name].detach(), parameter).to_local(), part.local), name
             write_rows(make_fabric(FabricConfig()), tmp_path / "ours", whole, parameters)
             placements |= {parameter.placements for parameter in parameters.values()}
