@@ -72,7 +72,7 @@ NOT_IN_HASH = frozenset(
         "task.max_skipped_steps",  # which without it end the run
         *PERFORMANCE_ONLY_OPTIONS,
         *("fabric.config_name", "fabric.accelerator", "fabric.devices", "fabric.num_nodes", "fabric.strategy"),
-        "fabric.timeout",
+        *("fabric.timeout", "fabric.tensor_parallel"),
         *("rollout.urls", "rollout.sync", "rollout.sync_dir", "rollout.timeout", "rollout.tolerance"),
     }
 )
