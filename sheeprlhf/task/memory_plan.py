@@ -8,8 +8,9 @@ from typing import NamedTuple
 from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.model.memory import MemoryPlan, ModelSize, allocator_share, measure, plan, tokens_of_forward
 from sheeprlhf.structure.fabric import FabricConfig
+from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.reward import model_sources
-from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, PPOConfig, VLLMRolloutConfig
+from sheeprlhf.structure.rollout import BestOfNConfig, DistillConfig, OnlineTaskConfig, PPOConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import DPOConfig
 
@@ -38,11 +39,17 @@ def step_plan(
     )
     if isinstance(config.task, BestOfNConfig):  # it only computes forward
         parts = parts._replace(gradients=0, optimizer=0)
-    return _sharded(parts._replace(others=_others(config, size, parts.optimizer)), config, size, device)
+    others = _others(config, size, parts.optimizer)
+    if isinstance(config.task, DistillConfig):
+        teacher = AutoModelConfig(repo_name=config.task.teacher)
+        others += size_of(teacher, config.fabric.precision, False).weights
+    return _sharded(parts._replace(others=others), config, size, device)
 
 
 def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
     """Bytes of reference, reward model, critic and average, each as large as the policy; as adapters they share a base.
+
+    A teacher is counted elsewhere.
 
     Policy and critic learn one after the other, so there are gradients of one at a time.
     """
@@ -55,7 +62,7 @@ def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
     average = isinstance(task, PPOConfig) and task.ema_decay is not None
     if config.model.finetune_mode == "LORA":
         return size.trainable * (scored + critic + average) + optimizer * critic
-    reference = not isinstance(task, BestOfNConfig)
+    reference = not isinstance(task, BestOfNConfig | DistillConfig)
     return size.weights * (reference + scored + critic + average) + optimizer * critic
 
 

@@ -191,8 +191,10 @@ def test_a_reward_model_judges_and_says_how_far_it_may_be_believed(
     words = ["reward=model", f"task.rm_experiment_dir={made.rm}", "generation.max_new_tokens=6"]
     evaluate("reward", made.sft, *words)
     result = result_of(made.sft, "reward-model-test-final")
-    evaluate("preference", made.rm)
+    evaluate("preference", made.rm, "task.subset_column=prompt")
     alone = result_of(made.rm, "preference-test-final")
+    subsets = alone["accuracy_by_subset"].values()
+    assert sum(part["pairs"] * part["accuracy"] for part in subsets) == pytest.approx(12 * alone["accuracy"])
     assert (result["rm_accuracy"], result["rm_pairs"]) == (alone["accuracy"], 12) and alone["accuracy"] > 0.9
     rows = rows_of(made.sft, "reward-model-test-final")
     assert_allclose(np.mean([row["against_score"] for row in rows]), alone["score_chosen"], atol=1e-5)

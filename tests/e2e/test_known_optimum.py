@@ -24,9 +24,10 @@ OF_TASK = {
 }
 
 
+@pytest.mark.slow
 def test_a_teacher_is_approached(tmp_path: Path, model_folder: ModelFolder) -> None:
     """The divergence from another random model, nats a response, falls to a small part of what it was."""
-    words = ["reward=none", f"task.teacher={model_folder('gpt2')}", "generation.max_new_tokens=2", "optim.lr=5e-3"]
+    words = [f"task.teacher={model_folder('gpt2')}", "generation.max_new_tokens=2", "optim.lr=5e-3"]
     words += ["task.rollout_size=64", "task.mini_batch_size=64", "task.micro_batch_size=64", "task.max_num_steps=60"]
     words += ["task.epochs=200", "task.eval_interval=60", "task.save_interval=60", "task.max_eval_batches=null"]
     rows = write_rows(tmp_path / "rows.jsonl")

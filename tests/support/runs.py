@@ -101,7 +101,7 @@ def train_words(model: Path, data: Path, run_dir: Path, *extra: str, task: str =
         "generation.max_new_tokens=4",
         "optim.lr=1e-3",
         f"hydra.run.dir={run_dir}",
-        *(ONLINE if task in (*ONLINE_TASKS, "distill") else []),
+        *(ONLINE if task in ONLINE_TASKS else ONLINE[:4] if task == "distill" else []),
         *extra,
     ]
 

@@ -149,17 +149,6 @@ def dpo_loss(policy: nn.Module, content: tuple[Any, ...], *, task: DPOConfig, de
     )
 
 
-def with_sums(
-    micro_batches: list[MicroBatch], sums: list[Tensor], partners: list[Tensor] | None = None
-) -> list[MicroBatch]:
-    """Return micro-batches with these log-probabilities of the reference, and with the partners of AOT if given."""
-    others = [()] * len(sums) if partners is None else [(one,) for one in partners]
-    return [
-        micro._replace(batch=(micro.batch[0], reference_S, *other))
-        for micro, reference_S, other in zip(micro_batches, sums, others, strict=True)
-    ]
-
-
 def with_partners(
     fabric: Fabric, module: nn.Module, micro_batches: list[MicroBatch], task: DPOConfig
 ) -> list[MicroBatch]:
@@ -184,8 +173,8 @@ def with_partners(
     partners_P = dpo.aot_partners(all_values_P, all_others_P)
     reverse_P = partners_P if task.loss_type == "aot" else dpo.aot_partners(all_others_P, all_values_P)
     own_P2 = torch.stack([partners_P, reverse_P], dim=1)[first : first + sum(map(len, values))]
-    references = [micro.batch[1] for micro in micro_batches]
-    return with_sums(micro_batches, references, list(own_P2.split([len(part) for part in values])))
+    own = zip(micro_batches, own_P2.split([len(part) for part in values]), strict=True)
+    return [micro._replace(batch=(*micro.batch[:2], part_P2)) for micro, part_P2 in own]
 
 
 def next_delta(extra: dict[str, Any], metrics: dict[str, float]) -> None:
@@ -202,14 +191,14 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     assert isinstance(task, DPOConfig)
     with open_run(fabric, cfg, run_dir) as run:
         loop = TrainLoop(fabric, run)
+        if task.loss_type in AOT and loop.rows.sizes.shape[1] > 3:
+            raise DataError(f"task.loss_type={task.loss_type} needs pairs, and rows have more than two responses")
         policy, packed = loop.load_policy()
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
         key: str | None = reference_key(policy, cfg, packed=packed)
         policy = with_adapters(policy, cfg.model)
         module = loop.set_up(policy)
         has_reference, learners, reference = task.loss_type not in NO_REFERENCE and not task.reference_free, None, None
-        if task.loss_type in AOT and loop.rows.sizes.shape[1] > 3:
-            raise DataError(f"task.loss_type={task.loss_type} needs pairs, and rows have more than two responses")
         if task.ref_sync_interval is not None:
             reference = EMA(policy, 1.0 - task.ref_mixup_alpha)
             learners = nn.ModuleDict({"policy": policy, "reference": reference})
@@ -227,8 +216,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             if reference is not None:
                 micro_batches = list(micro_batches)
                 with reference.swap_in():
-                    sums = sums_of_step(fabric, module, micro_batches, task.ld_alpha)
-                micro_batches = with_sums(micro_batches, sums)
+                    sums = zip(micro_batches, sums_of_step(fabric, module, micro_batches, task.ld_alpha), strict=True)
+                micro_batches = [micro._replace(batch=(micro.batch[0], sums_S)) for micro, sums_S in sums]
             if task.loss_type in AOT:
                 return with_partners(fabric, module, list(micro_batches), task)
             return micro_batches

@@ -11,8 +11,8 @@ from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig, LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamWConfig
-from sheeprlhf.structure.reward import FunctionRewardConfig, ModelRewardConfig
-from sheeprlhf.structure.rollout import GRPOConfig, PPOConfig, VLLMRolloutConfig
+from sheeprlhf.structure.reward import FunctionRewardConfig, ModelRewardConfig, NoRewardConfig
+from sheeprlhf.structure.rollout import DistillConfig, GRPOConfig, PPOConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import ClusterConfig, DoctorConfig, TrainConfig
 from sheeprlhf.structure.task import DPOConfig, RMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.task.memory_plan import passes_of_rank, rows_of_forward, step_plan
@@ -208,3 +208,12 @@ def test_the_models_of_ppo_are_counted(model_folder: Callable[..., Path]) -> Non
                 models = others + scored if mode == "ALL" else max(0, others - 1) + scored
                 assert parts.others == models * one + moments
                 assert parts.total() == sum(parts)
+
+
+def test_a_moving_reference_and_a_teacher_are_counted(model_folder: ModelFolder) -> None:
+    model, teacher = (AutoModelConfig(repo_name=str(model_folder(name))) for name in ("llama", "gpt2"))
+    data = LocalDataConfig(train_file="rows.jsonl", max_length=100)
+    how: dict[str, Any] = {"model": model, "data": data, "fabric": FabricConfig(), "optim": AdamWConfig()}
+    tasks = (DPOConfig(ref_sync_interval=5), DistillConfig(teacher=teacher.repo_name))
+    plans = [step_plan(TrainConfig(task=task, reward=NoRewardConfig(), **how), device="cuda") for task in tasks]
+    assert [plan.others for plan in plans] == [measure(one, "32-true").weights for one in (model, teacher)]
