@@ -138,7 +138,8 @@ def logprobs_from_logits(
         parts = logprobs_RV.split(_chunk_rows(logprobs_RV))
         entropy_R = torch.cat([_entropy(part.exp()) for part in parts])
         return TokenLogprobs(logprobs_RV[index_N, target_ids_N], mean_N, entropy_R[index_N], None, squares_N)
-    return TokenLogprobs(*_GatherLogprobs.apply(logits_RV, index_N, target_ids_N, mean, entropy), None, squares_N)
+    found = _GatherLogprobs.apply(logits_RV, index_N, target_ids_N, mean, entropy)
+    return TokenLogprobs(*found)._replace(log_sum_squares_N=squares_N)
 
 
 def head_logprobs(
@@ -189,8 +190,8 @@ def head_logprobs(
         return torch.cat(there) if there else None
 
     columns = zip(*(part[:5] for part in parts), strict=True)
-    target_N, *others = (joined(list(pieces)) for pieces in columns)
-    return TokenLogprobs(cast(Tensor, target_N), *others)
+    target_N, mean_N, entropy_N, value_N, squares_N = (joined(list(pieces)) for pieces in columns)
+    return TokenLogprobs(cast(Tensor, target_N), mean_N, entropy_N, value_N, squares_N)
 
 
 def scalar_model(causal_lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -125,10 +125,15 @@ def replace_groups(
 ) -> tuple[Texts, RawScores]:
     """Texts and raw scores of a rollout with those of other rows, each with `group` responses, at some places."""
     (texts, raw), (new_texts, new_raw) = old, new
-    lists = [_replaced(part, other, at, group) for part, other in zip(texts[:4], new_texts[:4], strict=True)]
+    lists: dict[str, Any] = {
+        name: _replaced(getattr(texts, name), getattr(new_texts, name), at, group)
+        for name in ("prompts", "responses", "finished", "num_tokens")
+    }
     columns = {name: _replaced(part, new_texts.columns[name], at, group) for name, part in texts.columns.items()}
     by_term = {name: _replaced(part, new_raw.by_term[name], at, group) for name, part in raw.by_term.items()}
-    return Texts(*lists, columns), RawScores(_replaced(raw.total, new_raw.total, at, group), by_term, raw.failures)
+    return Texts(**lists, columns=columns), RawScores(
+        _replaced(raw.total, new_raw.total, at, group), by_term, raw.failures
+    )
 
 
 def _replaced(old: Sequence[Any], new: Sequence[Any], at: Sequence[int], size: int = 1) -> list[Any]:

@@ -203,8 +203,8 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             reference = EMA(policy, 1.0 - task.ref_mixup_alpha)
             learners = nn.ModuleDict({"policy": policy, "reference": reference})
         key = key if has_reference and reference is None else None
-        of_sums: dict[str, Any] = {"packed": packed, "tail_weight": task.ld_alpha}
-        with_reference = partial(batches_with_reference, fabric, task, module, loop.data, key=key, **of_sums)
+        kept = partial(batches_with_reference, key=key, packed=packed, tail_weight=task.ld_alpha)
+        with_reference = partial(kept, fabric, task, module, loop.data)
         batches = with_reference(loop.split, loop.plan.rows_until(loop.num_steps))
         held_out = with_reference("validation", loop.held_out_rows) if loop.held_out else batches
         loop.begin(partial(batches.of, loop.rows), learners)

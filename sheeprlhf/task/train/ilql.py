@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,13 +60,13 @@ class ILQLModel(nn.Module):
         assert isinstance(weight, Tensor)
         vocabulary, width = weight.shape
         self.q_heads = nn.ModuleList(nn.Linear(width, vocabulary, bias=False) for _ in range(NUM_HEADS))
-        for head in self.q_heads:
-            nn.init.normal_(head.weight, std=0.02)
+        for weight_VC in self._q_weights():
+            nn.init.normal_(weight_VC, std=0.02)
         self.v_head = nn.Linear(width, 1)
-        self.register_buffer("targets_HVC", self._q_weights())
+        self.register_buffer("targets_HVC", torch.stack(self._q_weights()).detach())
 
-    def _q_weights(self) -> Tensor:
-        return torch.stack([head.weight.detach() for head in self.q_heads])
+    def _q_weights(self) -> list[Tensor]:
+        return [cast(nn.Linear, head).weight for head in self.q_heads]
 
     def forward(self, batch: Batch) -> TokenValues:
         """Numbers of the targets of a batch, float32; those of the target heads without gradient."""
@@ -74,7 +74,7 @@ class ILQLModel(nn.Module):
         hidden_RC = self.policy.hidden_at_head(batch)
         _, head = backbone_and_head(self.policy.causal_lm())
         hidden_NC = hidden_RC.float()[index_N]
-        q_HN = [(hidden_NC * q.weight[ids_N]).sum(dim=-1) for q in self.q_heads]
+        q_HN = [(hidden_NC * weight_VC[ids_N]).sum(dim=-1) for weight_VC in self._q_weights()]
         target_HN = torch.einsum("nc,hnc->hn", hidden_NC.detach(), self.targets_HVC[:, ids_N])
         return TokenValues(
             head_logprobs(hidden_RC, head, index_N, ids_N, mean=False).target_N,
@@ -87,7 +87,7 @@ class ILQLModel(nn.Module):
     @torch.no_grad()
     def update_targets(self, rate: float) -> None:
         """Move the target heads towards the Q heads: target <- (1 - rate) target + rate Q."""
-        self.targets_HVC.lerp_(self._q_weights(), rate)
+        self.targets_HVC.lerp_(torch.stack(self._q_weights()), rate)
 
     @contextmanager
     def weighted_by_q(self, coeff: float) -> Iterator[None]:
