@@ -367,7 +367,7 @@ def _environment_problems(config: TrainConfig, rollout: LocalRolloutConfig) -> I
     elif source not in ENVIRONMENTS:
         did = did_you_mean(source, list(ENVIRONMENTS), "it", key="rollout.environment=")
         yield f"{given} is unknown: {did} may be {', '.join(ENVIRONMENTS)}, or a class of yours as package.module:Class"
-    if not isinstance(config.task, RatioTaskConfig):
+    if not isinstance(config.task, RatioTaskConfig) or isinstance(config.task, DistillConfig):
         yield unread(given, f"by task={config.task.config_name}", "task=grpo, rloo, reinforce_pp or ppo")
     if config.generation.engine != "native":
         yield f"{given} is not supported by generation.engine={config.generation.engine}: give generation.engine=native"

@@ -130,7 +130,7 @@ class EnvironmentPool:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
         arguments = (BoundToThis(), _serve, theirs, self._source, os.getcwd(), self._timeout)
-        process = context.Process(target=start_bound, args=arguments, daemon=False)
+        process = context.Process(target=start_bound, args=arguments, daemon=True)
         process.start()
         theirs.close()
         self._processes[number] = (process, ours)
