@@ -244,9 +244,15 @@ class SharedReference(nn.Module):
         self._policy = (policy,)  # hidden from torch: its weights are not this module's
         self._adapter = adapter
 
+    @property
+    def policy(self) -> Policy:
+        """The policy with the adapters."""
+        [policy] = self._policy
+        return policy
+
     def forward(self, batch: Batch, temperature: float = 1.0) -> TokenLogprobs:
         """As `Policy.forward`; also after an error the adapters are on again."""
-        [policy] = self._policy
+        policy = self.policy
         assert isinstance(policy.model, PeftModel)
         with adapters_off(policy.model) if self._adapter is None else adapter_in_use(policy.model, self._adapter):
             return policy(batch, temperature=temperature)

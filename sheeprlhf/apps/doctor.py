@@ -33,12 +33,11 @@ from sheeprlhf.config.shell import command
 from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.security.redaction import plain_text, redact_command, redact_text
 from sheeprlhf.security.version_guard import OPTIONAL, version_problem
-from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.structure.data import DataConfig, LayoutDataConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.reward import uses_judge
 from sheeprlhf.structure.rollout import VLLMRolloutConfig
 from sheeprlhf.structure.run import DoctorConfig, TrainConfig
-from sheeprlhf.structure.task import DPOConfig, KTOConfig
 from sheeprlhf.utils.errors import ConfigError, ModelError, SheepError
 from sheeprlhf.utils.hardware import available_memory
 from sheeprlhf.utils.home import cache_root, expand_home, why_offline
@@ -290,21 +289,10 @@ def _memory_table(config: TrainConfig, size: "ModelSize", parts: "MemoryPlan") -
     if (shards := ranks_of(config.fabric).shards) > 1:
         notes |= {name: f"{notes[name]}, 1/{shards:,} of them" for name in SHARDED}
     lines = [(name, size_text(value), notes[name]) for name, value in parts._asdict().items() if value]
-    if _has_reference(config):
+    if config.task.has_fixed_reference() and not getattr(config.data, "streaming", False):
         lines.append(("reference", "0 MB", "no second model: its log-probabilities are kept on the disk"))
     lines.append(("sum", size_text(parts.total()), ""))
     return ["  ".join(line).rstrip() for line in table(lines, right={1})]
-
-
-def _has_reference(config: TrainConfig) -> bool:
-    from sheeprlhf.task.train.dpo import NO_REFERENCE
-
-    task = config.task
-    if isinstance(task, KTOConfig):
-        return True
-    if not isinstance(task, DPOConfig) or task.ref_sync_interval is not None:  # a copy of the weights
-        return False
-    return task.loss_type not in NO_REFERENCE and not task.reference_free
 
 
 def _advice(config: TrainConfig, available: float, need: Callable[[TrainConfig], int]) -> list[str]:
@@ -508,9 +496,12 @@ def _data(data: DataConfig, offline: str) -> Finding:
         return Finding("ok", "data", f"{names} is on the hub; the first run downloads it")
     try:
         files = {split: None for of in datasets_of(data) for split in source.locate(of)}
+        shards = ""
+        if isinstance(data, LayoutDataConfig) and data.streaming:
+            shards = f", {len(source.shards_of(data, source.locate(data)))} shards, prepared one by one during training"
     except SheepError as error:
         return Finding("problem", "data", str(error))
-    return Finding("ok", "data", f"data={data.config_name}: {', '.join(files)}")
+    return Finding("ok", "data", f"data={data.config_name}: {', '.join(files)}{shards}")
 
 
 def _weights(config: DoctorConfig) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ from sheeprlhf.config.path_checks import (
 )
 from sheeprlhf.config.registry import OF_A_MIXTURE, choices, datasets_of, options
 from sheeprlhf.config.run_lookup import start_problems
-from sheeprlhf.structure.data import DataConfig, LayoutDataConfig, LocalDataConfig, MixDataConfig
+from sheeprlhf.structure.data import REASONING_TAGS, DataConfig, LayoutDataConfig, LocalDataConfig, MixDataConfig
 from sheeprlhf.structure.evaluation import EvalTaskConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.generation import GenConfig
@@ -316,6 +316,11 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         from sheeprlhf.config.prompt_format import template_arg_problems
 
         yield from template_arg_problems(data.template_args)
+    tags = data.reasoning_tags
+    if len(tags) != 2 or not all(tags) or tags[0] == tags[1]:
+        yield f"data.reasoning_tags={tags} must be two different texts: give for example {list(REASONING_TAGS)}"
+    elif tuple(tags) != REASONING_TAGS and data.reasoning == "train":
+        yield unread(f"data.reasoning_tags={tags}", "with data.reasoning=train", "data.reasoning=mask or remove")
     yield from _dataset_problems(data)
     if isinstance(data, MixDataConfig):
         yield from mix_problems(data)
@@ -357,7 +362,11 @@ def _part_problems(data: MixDataConfig, given: dict[str, Any]) -> Iterator[str]:
         yield "it has no rows: give train_file, dataset_name or data"
         return
     shared = {option.key for option in options(DataConfig())} - set(OF_A_MIXTURE[1:])
-    own = {"data", "weight", *(option.key for option in options(cls()))} - shared - {"streaming", "keep_shards"}
+    own = (
+        {"data", "weight", *(option.key for option in options(cls()))}
+        - shared
+        - {"streaming", "shard_size", "keep_shards"}
+    )
     unknown = sorted(str(key) for key in given if key not in own)
     for key in unknown:
         fix = did_you_mean(key, own, f"give data.{key} for all" if key in shared else "remove it")
@@ -456,7 +465,7 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
     if config.model.freeze_transformer and starts_elsewhere and config.task.trains != "reward model":
         yield unread("model.freeze_transformer=true", f"by task={name}", "model.finetune_mode=LORA")
     if isinstance(config.data, LayoutDataConfig) and config.data.streaming:
-        yield from _streaming_problems(config.task)
+        yield from _streaming_problems(config)
     if config.data.reasoning == "mask" and config.task.trains == "reward model":
         yield unread("data.reasoning=mask", f"by task={name}, which scores whole responses", "data.reasoning=remove")
     if config.data.reasoning == "mask" and not getattr(config.task, "completion_only_loss", True):
@@ -504,15 +513,21 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
     yield from _log_problems(config)
 
 
-def _streaming_problems(task: TrainTaskConfig) -> Iterator[str]:
-    """Problems of a task whose training rows are prepared during training."""
-    if not isinstance(task, SFTConfig):
-        yield unread("data.streaming=true", f"by task={task.config_name}", "task=sft")
+def _streaming_problems(config: TrainConfig) -> Iterator[str]:
+    """Problems of a run whose training rows are prepared during training."""
+    task = config.task
+    if isinstance(task, BestOfNConfig):
+        yield unread("data.streaming=true", "by task=best_of_n, which reads each prompt once")
         return
     if task.max_num_steps is None:
         yield "data.streaming=true needs task.max_num_steps, as the number of rows is unknown: give it"
-    if task.epochs != SFTConfig.epochs:
+    if task.epochs != type(task).epochs:
         yield unread(f"task.epochs={task.epochs}", "with data.streaming=true", "task.max_num_steps")
+    if isinstance(task, OnlineTaskConfig) and getattr(config.reward, "template", "plain") == "chat":
+        yield (
+            "data.streaming=true and reward.template=chat contradict, as the reward model's prompts are made of all "
+            "rows before training: give reward.template=plain or data.streaming=false"
+        )
 
 
 def _log_problems(config: TrainConfig) -> Iterator[str]:

@@ -32,7 +32,6 @@ ROLES = {  # other names, in any letter case -> the role that chat templates kno
     **dict.fromkeys(("gpt", "chatgpt", "bot", "ai", "model", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "function", "function_response", "ipython"), "tool"),
 }
-_REASONING = re.compile(r"<think>.*?(?:</think>\s*|\Z)|\A(?:(?!<think>).)*?</think>\s*", re.DOTALL)
 _ROLE = re.compile(r"[A-Za-z_]{1,32}")
 _MARKS = ("weight", "train", "loss")  # whether a message is learned
 _UNKNOWN_MARKS = ("train_detail", "mask", "masked", "loss_mask", "loss_weight", "trainable", "training")
@@ -103,28 +102,25 @@ def same_message(first: Message, second: Message) -> bool:
     return plain_message(first) == plain_message(second)
 
 
-def reasoning_spans(text: str) -> list[tuple[int, int]]:
-    """Start and end of each block of reasoning in a text, its tags and the white space behind it included.
+def reasoning_pattern(tags: Sequence[str]) -> re.Pattern[str]:
+    """Pattern of a block of reasoning in a text, its tags and the white space behind it included.
 
-    A block without its end goes on to the end of the text; one without its start begins with the text, as a chat
-    template may have written `<think>` at the end of the prompt.
+    A block without its end goes on to the end of the text. One without its start begins with the text, as a chat
+    template may have written the first tag at the end of the prompt; text has to follow it, as the second tag may be
+    the token that ends all messages.
     """
-    return [match.span() for match in _REASONING.finditer(text)]
+    first, last = map(re.escape, tags)
+    return re.compile(rf"{first}.*?(?:{last}\s*|\Z)|\A(?:(?!{first}).)*?{last}\s*(?=\S)", re.DOTALL)
 
 
-def without_reasoning(text: str) -> str:
-    """The text without its blocks of reasoning."""
-    return _REASONING.sub("", text)
-
-
-def without_reasoning_of(message: Message) -> Message:
+def without_reasoning_of(message: Message, pattern: re.Pattern[str]) -> Message:
     """A message of the assistant without its reasoning; any other as it is."""
     if not is_answer(message):
         return message
     kept = {key: value for key, value in message.items() if key not in REASONING_KEYS}
     if "content" not in kept and "tool_calls" in kept:
         return kept
-    return kept | {"content": without_reasoning(kept.get("content", ""))}
+    return kept | {"content": pattern.sub("", kept.get("content", ""))}
 
 
 def strings_of(value: Any) -> Iterator[str]:
@@ -355,31 +351,35 @@ def each_answer(example: ConversationExample, *, marked: bool) -> list[Conversat
     ]
 
 
-def remove_reasoning(example: AnyExample) -> AnyExample:
+def remove_reasoning(example: AnyExample, pattern: re.Pattern[str]) -> AnyExample:
     """An example without the reasoning of its answers; those in the context of a conversation included."""
     answers: dict[str, Any] = {}
     for name in ("response", "chosen", "rejected", "ranked", "context", "following"):
         value = getattr(example, name, None)
         if isinstance(value, str):
-            answers[name] = without_reasoning(value)
+            answers[name] = pattern.sub("", value)
         elif isinstance(value, dict):
-            answers[name] = without_reasoning_of(value)
+            answers[name] = without_reasoning_of(value, pattern)
         elif isinstance(value, tuple):
             answers[name] = tuple(
-                without_reasoning(one) if isinstance(one, str) else without_reasoning_of(one) for one in value
+                pattern.sub("", one) if isinstance(one, str) else without_reasoning_of(one, pattern) for one in value
             )
     return example._replace(**answers)
 
 
 def render_example(
-    example: ConversationExample, tokenizer: Any, template_args: Mapping[str, Any] | None, *, masked: bool = False
+    example: ConversationExample,
+    tokenizer: Any,
+    template_args: Mapping[str, Any] | None,
+    *,
+    masked: re.Pattern[str] | None = None,
 ) -> TemplatedExample:
     """The texts of a conversation, written by the model's chat template.
 
     The prompt is the rendering of the context with the generation prompt. An answer is the part behind it in the
     rendering of context and answer, its end token included.
 
-    With `masked`, the reasoning of answers will be looked for in their texts.
+    `masked` is what will be looked for in the answers as their reasoning; None: nothing.
 
     Raises:
         DataError: the model has no template; the template rewrites what it wrote before, or does not write a part that
@@ -402,10 +402,10 @@ def render_example(
             return None
         written = render.answer(example.context, message, following, prompt)
         keys = [key for key in REASONING_KEYS if message.get(key) and message[key].strip() in written]
-        if masked and keys and not reasoning_spans(written):
+        if masked and keys and not masked.search(written):
             raise DataError(
-                f"the model's chat template does not write key '{keys[0]}' of a message between <think> and </think>, "
-                "where data.reasoning=mask looks for it; give data.reasoning=train or remove"
+                f"the model's chat template does not write key '{keys[0]}' of a message between data.reasoning_tags, "
+                "where data.reasoning=mask looks for it; give its tags, or data.reasoning=train or remove"
             )
         return written
 
@@ -527,7 +527,7 @@ class _Renderer:
             elif key in known or (key in REASONING_KEYS and known & set(REASONING_KEYS)):
                 continue
             elif key in REASONING_KEYS or key == "tool_calls":
-                fix = "write it into the content between <think> and </think>, " if key in REASONING_KEYS else ""
+                fix = "write it into the content between data.reasoning_tags, " if key in REASONING_KEYS else ""
                 raise DataError(
                     f"the model's chat template does not read key '{key}' of a message; {fix}take a model whose "
                     f"template does, or leave it out by 'data.ignore_columns=[messages.{key}]'"

@@ -56,7 +56,7 @@ from sheeprlhf.utils.rendering import fixed_arguments
 FEWEST_FREQUENT = 4  # rows; with fewer, a prompt that has most of them says nothing
 FORMAT_VERSION = 14  # raise it whenever the code makes other rows, or another report, of the same input
 _ROWS_TO_JUDGE = 1_000  # before preparing ends early since the chat template refuses most of them
-_NOTHING_KEPT = KeptColumns()
+NOTHING_KEPT = KeptColumns()
 _PREFERENCES = ("train", "reward")
 TRAINING_SPLITS = {
     "sft": ("train",),
@@ -67,7 +67,7 @@ TRAINING_SPLITS = {
 }  # one must have rows
 NOT_IN_FINGERPRINT = (
     *("cache_dir", "num_proc", "shuffle", "dataset_name", "revision", "subset", "split"),
-    *("train_file", "validation_file", "test_file", "streaming", "keep_shards"),
+    *("train_file", "validation_file", "test_file", "streaming", "shard_size", "keep_shards"),
 )
 _worker: list[tuple[RowTokenizer, Event]] = []  # in a pool's process: its tokenizer, sent once, and whether to stop
 
@@ -138,7 +138,7 @@ def prepare_data(
     kind: str,
     say: Notify,
     progress: bool,
-    kept: KeptColumns = _NOTHING_KEPT,
+    kept: KeptColumns = NOTHING_KEPT,
     shard: int = 0,
 ) -> PreparedData:
     """Any rank, any number of processes at once: the first prepares, the others wait and read what it made.
@@ -154,7 +154,7 @@ def prepare_data(
         say: prints a line for the user.
         progress: show a bar (rank zero).
         kept: columns of the files to store with the tokens, for reward functions; those that the files have.
-        shard: with `data.streaming`, the file of the training rows to prepare: see `data.stream`.
+        shard: with `data.streaming`, the number of the shard of the training rows: see `data.stream`.
 
     Raises:
         DataError: if the data cannot be read, or no training row is left.
@@ -173,15 +173,18 @@ def prepare_data(
     else:
         files = source.locate(cfg)
         notes.append(source.left_out_note(cfg, files))  # of this folder: the prepared rows may be those of another one
+        part = source.WHOLE
         if isinstance(cfg, LayoutDataConfig) and cfg.streaming:
-            first, *others = files["train"]
-            notes.append(f"this report is of {first.name} only: {len(others)} files are prepared during training")
-            cfg, files = source.shard_of(cfg, files, shard)
+            shards = source.shards_of(cfg, files)
+            notes += source.notes_on_shards(cfg, shards)
+            chosen = shards[shard % len(shards)]
+            part = chosen.part
+            cfg, files = source.options_of_shard(cfg, files, chosen, first=chosen == shards[0])
             if source.streams_from_hub(cfg):
                 download(cfg, [file for of_split in files.values() for file in of_split])
         tokenize = RowTokenizer(cfg, tokenizer, kind)
-        print_of_data = fingerprint(cfg, tokenize, source.content_hash(files, progress=progress), kept)
-        build = partial(_build, cfg, tokenize, files, progress, kept)
+        print_of_data = fingerprint(cfg, tokenize, source.content_hash(files, part, progress=progress), kept)
+        build = partial(_build, cfg, tokenize, files, part, progress, kept)
     name = re.sub(r"[^A-Za-z0-9_-]", "_", cfg.config_name)
     folder = store.cache_root(cfg.cache_dir) / f"{name}-{print_of_data[:16]}"
     if not folder.exists() or store.find_damage(folder):
@@ -232,7 +235,7 @@ def _is_whole(folder: Path, say: Notify) -> bool:
     return False
 
 
-def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str, kept: KeptColumns = _NOTHING_KEPT) -> str:
+def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str, kept: KeptColumns = NOTHING_KEPT) -> str:
     """Digest of all that the prepared rows depend on; paths and names of files count by the digest of their content."""
     tokenizer = tokenize.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -251,23 +254,29 @@ def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str, kept: Kep
         "chat_template": getattr(tokenizer, "chat_template", None),
         "template_args": fixed_arguments(tokenizer, cfg.template_args),
     }
-    if kept != _NOTHING_KEPT:
+    if kept != NOTHING_KEPT:
         parts["kept"] = [sorted(kept.names), kept.every]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _build(
-    cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, progress: bool, kept: KeptColumns, folder: Path
+    cfg: DataConfig,
+    tokenize: RowTokenizer,
+    files: source.Files,
+    part: source.Part,
+    progress: bool,
+    kept: KeptColumns,
+    folder: Path,
 ) -> None:
     """Read, tokenise and write all splits and their report into an empty folder."""
-    written = _write_splits(cfg, tokenize, files, folder, progress, kept)
+    written = _write_splits(cfg, tokenize, files, part, folder, progress, kept)
     frequent = written.frequent_prompts()
     if frequent.shares and _cuts_training_rows(cfg, set(files)):
         for file in folder.glob("*.arrow"):
             file.unlink()
         divided = copy.copy(tokenize)
         divided.divided = frequent.shares
-        written = _write_splits(cfg, divided, files, folder, progress, kept)
+        written = _write_splits(cfg, divided, files, part, folder, progress, kept)
     counts, layout = written.counts, written.layout
     arrow = {split: folder / f"{split}.arrow" for split in counts}
     parts = {
@@ -312,16 +321,23 @@ class _Written(NamedTuple):
 
 
 def _write_splits(
-    cfg: DataConfig, tokenize: RowTokenizer, files: source.Files, folder: Path, progress: bool, kept: KeptColumns
+    cfg: DataConfig,
+    tokenize: RowTokenizer,
+    files: source.Files,
+    part: source.Part,
+    folder: Path,
+    progress: bool,
+    kept: KeptColumns,
 ) -> _Written:
-    """Read and tokenise all rows, and write each to the file of its split in `folder`."""
+    """Read and tokenise all rows, of a training file `part` alone, and write each to the file of its split."""
     written = _Written({}, RowLayout(cfg, tokenize.kind, kept=kept), array("d"), {})
     writers: dict[str, SplitWriter] = {}
     for origin in files:
         seen = SeenDigests()
-        total = count_rows(files[origin], cfg.num_samples) if progress else None
+        own_part = part if origin == "train" else source.WHOLE
+        total = count_rows(files[origin], cfg.num_samples, own_part) if progress else None
         with progress_bar(f"preparing {origin}", total, shown=progress, unit=" rows") as bar:
-            read = read_batches(files[origin], cfg.num_samples, layout=written.layout)
+            read = read_batches(files[origin], cfg.num_samples, layout=written.layout, part=own_part)
             for rows in _tokenized(tokenize, read, cfg.num_proc):
                 of_split = _count(rows, cfg, origin, set(files), seen, written.counts)
                 for split, kept_rows in of_split.items():

@@ -8,10 +8,11 @@ is read.
 
 import bz2
 import csv
-import glob
 import gzip
 import io
+import itertools
 import json
+import math
 import re
 import zlib
 from collections import Counter
@@ -28,6 +29,7 @@ import pyarrow.parquet as pq
 from sheeprlhf.config.path_checks import KINDS, TEXT, file_kind
 from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.rows import COLUMNS, CONVERSATION_COLUMNS, TEXT_COLUMNS, column_advice, printable
+from sheeprlhf.data.source import WHOLE, Part
 from sheeprlhf.utils.errors import DataError
 
 MAX_LINE = 16 * 2**20  # bytes; a longer line is a damaged file, or one that is not made of lines
@@ -42,9 +44,9 @@ _END = object()
 PlacedRows = Iterator[tuple[str, dict[str, Any]]]
 
 
-def read_jsonl(file: Path) -> PlacedRows:
-    """One JSON object a line; empty lines are skipped."""
-    for number, line in _lines(file):
+def read_jsonl(file: Path, part: Part = WHOLE) -> PlacedRows:
+    """One JSON object a line, of the lines that begin in `part`; empty lines are skipped."""
+    for number, line in _lines(file, part):
         if line.isspace():
             continue
         place = f"{file} line {number}"
@@ -56,9 +58,9 @@ def read_jsonl(file: Path) -> PlacedRows:
         yield f"line {number}", _object(value, place)
 
 
-def read_text(file: Path) -> PlacedRows:
-    """One text a line; empty lines are skipped."""
-    for number, line in _lines(file):
+def read_text(file: Path, part: Part = WHOLE) -> PlacedRows:
+    """One text a line, of the lines that begin in `part`; empty lines are skipped."""
+    for number, line in _lines(file, part):
         text = _decode(line, file, number).rstrip("\r\n")
         if text.strip():
             yield f"line {number}", {"text": text}
@@ -162,11 +164,27 @@ def count_lines(file: Path) -> int:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(2**20), b""))
 
 
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file with their numbers, from 1."""
+def lines_of_part(file: Path, part: Part) -> tuple[int, int]:
+    """The place of the first line that begins in a part of a file that is not compressed, and the end of its last."""
+    found = []
+    with file.open("rb") as stream:
+        for place in part.cut(file.stat().st_size):
+            stream.seek(max(place - 1, 0))
+            while place and (rest := stream.readline(2**20)) and not rest.endswith(b"\n"):
+                pass
+            found.append(stream.tell())
+    return found[0], found[1]
+
+
+def _lines(file: Path, part: Part = WHOLE) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, or those that begin in a part of it, with their numbers, from 1."""
+    begin, end = (0, math.inf) if part == WHOLE else lines_of_part(file, part)
     with open_data(file) as stream:
+        if begin:
+            stream.seek(begin)
         for number in count(1):
-            line = stream.readline(MAX_LINE + 1)
+            line = stream.readline(MAX_LINE + 1) if begin < end else b""
+            begin += len(line)
             if not line:
                 return
             if len(line) > MAX_LINE:
@@ -321,14 +339,14 @@ FREE_ROWS = 2**20  # of any parquet file
 BUFFER = 2**20  # bytes read at once from a column, which may be as large as the file
 
 
-def read_parquet(file: Path, known: Sequence[str] = COLUMNS) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_parquet(file: Path, known: Sequence[str] = COLUMNS, part: Part = WHOLE) -> PlacedRows:
     """The known columns, streamed; any other is None. Raises DataError if it is damaged, or a column is not text."""
     schema = open_parquet(file).schema_arrow
     columns = _known_columns(file, schema, known)
     others = dict.fromkeys(name for name in schema.names if name not in columns)
-    number = 0
+    number, _ = part.cut(open_parquet(file).metadata.num_rows)
     try:
-        for values in _stream(file, schema, columns):
+        for values in _rows(file, columns, part):
             number += 1
             yield f"row {number}", values | others
     except UnicodeDecodeError:
@@ -361,30 +379,28 @@ def count_values(file: Path, known: Sequence[str]) -> dict[str, int]:
     return {name: rows for name, rows in counts.items() if name not in empty.union(known)}
 
 
-def _stream(file: Path, schema: pa.Schema, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows by `load_dataset`, nothing copied to its cache.
+def _groups_of(facts: pq.FileMetaData, part: Part) -> dict[int, int]:
+    """The row groups that have rows of a part, each with the number of its first row in the file."""
+    begin, end = part.cut(facts.num_rows)
+    sizes = [facts.row_group(number).num_rows for number in range(facts.num_row_groups)]
+    places = itertools.pairwise(itertools.accumulate(sizes, initial=0))
+    return {number: first for number, (first, after) in enumerate(places) if first < end and after > begin}
 
-    The features are given, so that metadata which another program left in the file is not read; the path is escaped,
-    as `load_dataset` takes brackets and stars in it for a pattern.
+
+def _rows(file: Path, columns: list[str], part: Part) -> Iterator[dict[str, Any]]:
+    """The rows of a part, decoded in batches; row groups without any are not read.
+
+    Metadata that another program left in the file is not read.
     """
-    import datasets
-    from pyarrow.dataset import ParquetFragmentScanOptions
-
-    kinds = {name: schema.field(name).type for name in columns}
-    kinds = {name: pa.string() if _is_text(kind) else kind for name, kind in kinds.items()}
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises
-    rows = datasets.load_dataset(
-        "parquet",
-        data_files=[glob.escape(str(file.absolute()))],
-        split="train",
-        streaming=True,
-        columns=columns,
-        features=datasets.Features.from_arrow_schema(pa.schema(kinds)),
-        batch_size=BATCH_ROWS,
-        fragment_scan_options=ParquetFragmentScanOptions(use_buffered_stream=True, buffer_size=BUFFER),
-    )
-    for row in rows:
-        yield {name: _without_nulls(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+    parquet = open_parquet(file)
+    begin, end = part.cut(parquet.metadata.num_rows)
+    groups = _groups_of(parquet.metadata, part)
+    place = next(iter(groups.values()), 0)
+    for batch in parquet.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=columns):
+        first = min(max(begin - place, 0), batch.num_rows)
+        for row in batch.slice(first, max(end - place - first, 0)).to_pylist():
+            yield {name: _without_nulls(row[name]) for name in columns}
+        place += batch.num_rows
 
 
 def _without_nulls(value: Any) -> Any:
@@ -470,7 +486,7 @@ def _line(error: Exception) -> str:
 
 BATCH_ROWS = 1000
 BATCH_CHARS = 2 * 2**20  # tokenising takes about 200 bytes of memory for each
-READERS: dict[str, Callable[[Path], PlacedRows]] = {  # all but parquet's, which is told what to read
+READERS: dict[str, Callable[..., PlacedRows]] = {  # all but parquet's, which is told what to read
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_json,
@@ -491,7 +507,7 @@ class Row(NamedTuple):
 
 
 def read_batches(
-    files: list[Path], limit: int | None, size: int = BATCH_ROWS, *, layout: RowLayout
+    files: list[Path], limit: int | None, size: int = BATCH_ROWS, *, layout: RowLayout, part: Part = WHOLE
 ) -> Iterator[list[Row]]:
     """The rows of a split in batches, in the files' order.
 
@@ -500,6 +516,7 @@ def read_batches(
         limit: most rows; None reads all.
         size: most rows of a batch; it also ends when its texts reach `BATCH_CHARS`.
         layout: takes the columns out of the rows, and counts those that are not read.
+        part: of each file; only some kinds can be split.
 
     Raises:
         DataError: for what cannot be read, naming file and line.
@@ -511,7 +528,9 @@ def read_batches(
             break
         before = number
         left_out = _count_left_out(file, limit and limit - number, layout)
-        rows = read_parquet(file, _columns(file, layout)) if _is_parquet(file) else READERS[_kind(file)](file)
+        options = {} if part == WHOLE else {"part": part}
+        read = partial(read_parquet, known=_columns(file, layout)) if _is_parquet(file) else READERS[_kind(file)]
+        rows = read(file, **options)
         for place, values in rows:
             try:
                 known, others = layout(values)
@@ -530,6 +549,19 @@ def read_batches(
             raise DataError(f"{file}: there are no rows in this file; give a file with rows or remove it")
     if batch:
         yield batch
+
+
+def part_bytes(file: Path, part: Part) -> list[tuple[int, int]]:
+    """Begin and end of the pieces of a file that its part depends on; of parquet, all behind the last row group too."""
+    if not _is_parquet(file):
+        return [lines_of_part(file, part)]
+    facts, size = open_parquet(file).metadata, file.stat().st_size
+    places = []
+    for group in (facts.row_group(number) for number in range(facts.num_row_groups)):
+        columns = [group.column(number) for number in range(group.num_columns)]
+        pages = [page for one in columns for page in (one.dictionary_page_offset, one.data_page_offset) if page]
+        places.append((min(pages), min(pages) + sum(one.total_compressed_size for one in columns)))
+    return [*(places[number] for number in _groups_of(facts, part)), (max((end for _, end in places), default=0), size)]
 
 
 def _kind(file: Path) -> str:
@@ -560,7 +592,7 @@ def _count_left_out(file: Path, limit: int | None, layout: RowLayout) -> tuple[s
     return tuple(counts)
 
 
-def count_rows(files: list[Path], limit: int | None) -> int | None:
+def count_rows(files: list[Path], limit: int | None, part: Part = WHOLE) -> int | None:
     """About how many rows `read_batches` will give, for a progress bar; None if only reading them would tell.
 
     Raises:
@@ -573,4 +605,5 @@ def count_rows(files: list[Path], limit: int | None) -> int | None:
             return None
         header = kind in (".csv", ".tsv")
         total += open_parquet(file).metadata.num_rows if kind == ".parquet" else count_lines(file) - header
+    total //= part.total
     return total if limit is None else min(total, limit)

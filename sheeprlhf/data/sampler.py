@@ -51,10 +51,10 @@ class StepPlan(NamedTuple):
         return order[number * self.rows_per_step : (number + 1) * self.rows_per_step]
 
     def rows_until(self, num_steps: int) -> np.ndarray:
-        """The rows that the first so many steps read, ascending, each once."""
-        if num_steps >= self.steps_per_epoch():
+        """The rows that the steps before step `num_steps` read, ascending, each once."""
+        if num_steps - self.first_step >= self.steps_per_epoch():
             return np.arange(self.num_rows)
-        return np.unique(np.concatenate([self.rows_of_step(step) for step in range(num_steps)]))
+        return np.unique(np.concatenate([self.rows_of_step(step) for step in range(self.first_step, num_steps)]))
 
 
 class RolloutPlan(NamedTuple):
@@ -68,27 +68,33 @@ class RolloutPlan(NamedTuple):
     passes: int  # passes over a rollout
     # the run ends after this many optimizer steps, also inside of a rollout; None: after all epochs
     max_num_steps: int | None = None
+    first_step: int = 0  # optimizer steps before the first rollout of `prompts`, whose number is `prompts.first_step`
 
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        steps = self.steps_before(self.prompts.num_steps())
+        steps = self.steps_before(self.prompts.first_step + self.prompts.num_steps())
         return steps if self.max_num_steps is None else min(steps, self.max_num_steps)
 
     def steps_before(self, number: int) -> int:
         """Optimizer steps of all rollouts before rollout `number`, counted from 0."""
         per_epoch = self.prompts.steps_per_epoch()
-        epoch, within = divmod(number, per_epoch)
-        return epoch * self._steps_per_epoch() + within * self._steps(self.prompts.rows_per_step)
+        epoch, within = divmod(number - self.prompts.first_step, per_epoch)
+        return self.first_step + epoch * self._steps_per_epoch() + within * self.steps_of_full_rollout()
 
     def rollout_after(self, step: int) -> int:
         """The first rollout that begins at optimizer step `step` or later."""
-        epoch, within = divmod(step, self._steps_per_epoch())
-        return epoch * self.prompts.steps_per_epoch() - (-within // self._steps(self.prompts.rows_per_step))
+        epoch, within = divmod(step - self.first_step, self._steps_per_epoch())
+        before = self.prompts.first_step + epoch * self.prompts.steps_per_epoch()
+        return before - (-within // self.steps_of_full_rollout())
+
+    def steps_of_full_rollout(self) -> int:
+        """Optimizer steps on a rollout that is not the last of an epoch."""
+        return self._steps(self.prompts.rows_per_step)
 
     def _steps_per_epoch(self) -> int:
         full = self.prompts.steps_per_epoch() - 1
         last = self.prompts.num_rows - full * self.prompts.rows_per_step
-        return full * self._steps(self.prompts.rows_per_step) + self._steps(last)
+        return full * self.steps_of_full_rollout() + self._steps(last)
 
     def _steps(self, num_prompts: int) -> int:
         """Optimizer steps on a rollout of so many prompts."""

@@ -7,13 +7,14 @@ taken by a list of allowed endings: no script, no archive, no guessing by a libr
 import glob
 import hashlib
 import itertools
+import math
 import os
 import re
 import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from tqdm.auto import tqdm
 
@@ -40,6 +41,7 @@ LOG_SECONDS = 5.0  # between two lines in a file, where none overwrites the last
 SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.\w+")
 CARD = "README.md"  # begins with the subsets of a dataset and their files
 MAX_CARD = 4 * 2**20  # bytes
+SPLITTABLE = (".jsonl", ".ndjson", TEXT, ".parquet")
 Files = dict[str, list[Path]]
 
 
@@ -47,6 +49,35 @@ def progress_bar(label: str, total: int | None, *, shown: bool, **options: Any) 
     """A bar for a `with` block; `total` may be an estimate, or None where only the end would tell."""
     seldom = {} if sys.stderr.isatty() else {"mininterval": LOG_SECONDS}
     return tqdm(desc=label, total=total, disable=not shown, delay=QUIET_SECONDS, **seldom, **options)
+
+
+class Part(NamedTuple):
+    """One of `total` parts of a file of about equal size; its number counts from 0."""
+
+    number: int
+    total: int
+
+    def cut(self, size: int) -> tuple[int, int]:
+        """Begin and end of the part of `size` bytes or rows."""
+        return size * self.number // self.total, size * (self.number + 1) // self.total
+
+
+WHOLE = Part(0, 1)
+
+
+class Shard(NamedTuple):
+    """A file of the training rows, or a part of a large one."""
+
+    file: Path
+    part: Part
+
+    def __str__(self) -> str:
+        """The name for messages."""
+        if self.part == WHOLE:
+            return self.file.name
+        begin, _ = self.part.cut(self.file.stat().st_size)
+        after = f", lines counted from byte {begin:,}" if begin and self.file.suffix.lower() != ".parquet" else ""
+        return f"{self.file.name} (part {self.part.number + 1} of {self.part.total}{after})"
 
 
 def locate(cfg: DataConfig) -> Files:
@@ -60,14 +91,40 @@ def locate(cfg: DataConfig) -> Files:
     return _inside(folder, files_of_folder(folder))
 
 
-def shard_of(cfg: LayoutDataConfig, files: Files, number: int) -> tuple[LayoutDataConfig, Files]:
-    """Options and files of one file of the training rows, counted on from the last to the first.
+def shards_of(cfg: LayoutDataConfig, files: Files) -> list[Shard]:
+    """The shards of the training rows in their order, by the names and sizes of the files alone."""
+    shards = []
+    for file in files["train"]:
+        kind, compression = file_kind(file) or ("", "")
+        count = 1
+        if cfg.shard_size is not None and kind in SPLITTABLE and not compression:
+            count = max(1, math.ceil(file.stat().st_size / (cfg.shard_size * 2**20)))
+        shards += [Shard(file, Part(number, count)) for number in range(count)]
+    return shards
 
-    A split that is cut from the training rows is cut from each file, so that its prompts are in no other split.
+
+def notes_on_shards(cfg: LayoutDataConfig, shards: list[Shard]) -> list[str]:
+    """Sentences about the rows that the report does not contain, and about large files that are not split."""
+    notes = [f"this report is of {shards[0]} only: {len(shards) - 1} other shards are prepared during training"]
+    limit = math.inf if cfg.shard_size is None else cfg.shard_size * 2**20
+    whole = [shard.file for shard in shards if shard.part == WHOLE and shard.file.stat().st_size > limit]
+    if whole:
+        notes.append(
+            f"{len(whole)} files are larger than data.shard_size and not split ({whole[0].name}): write them as "
+            f"{', '.join(SPLITTABLE)} without compression"
+        )
+    return notes
+
+
+def options_of_shard(
+    cfg: LayoutDataConfig, files: Files, shard: Shard, *, first: bool
+) -> tuple[LayoutDataConfig, Files]:
+    """Options and files of one shard; the first one brings the other splits of the dataset.
+
+    A split that is cut from the training rows is cut from each shard, so that its prompts are in no other split.
     """
-    number %= len(files["train"])
-    train = {"train": files["train"][number : number + 1]}
-    if not number:
+    train = {"train": [shard.file]}
+    if first:
         return cfg, files | train
     validation = 0.0 if "validation" in files else cfg.validation_split
     test = 0.0 if "test" in files else cfg.test_split
@@ -200,19 +257,29 @@ def _inside(folder: Path, files: Files) -> Files:
     return files
 
 
-def content_hash(files: Files, *, progress: bool = False) -> str:
-    """SHA-256 over splits and the bytes of their files, not their names. Raises DataError if one cannot be read."""
-    total = hashlib.sha256()
+def content_hash(files: Files, part: Part = WHOLE, *, progress: bool = False) -> str:
+    """SHA-256 over splits and the bytes of their files, not their names; of training files, those of `part`.
+
+    Raises:
+        DataError: if one cannot be read.
+    """
+    from sheeprlhf.data.read import part_bytes  # imports torch
+
+    total = hashlib.sha256(b"" if part == WHOLE else repr(part).encode())
     size = sum(file.stat().st_size for split in files.values() for file in split)
     with progress_bar("reading data", size, shown=progress, unit="B", unit_scale=True, leave=False) as bar:
         for split in sorted(files):
             for file in files[split]:
                 digest = hashlib.sha256()
                 try:
+                    is_part = part != WHOLE and split == "train"
+                    ranges = part_bytes(file, part) if is_part else [(0, file.stat().st_size)]
                     with file.open("rb") as stream:
-                        while part := stream.read(2**20):
-                            digest.update(part)
-                            bar.update(len(part))
+                        for begin, end in ranges:
+                            stream.seek(begin)
+                            while chunk := stream.read(min(2**20, end - stream.tell())):
+                                digest.update(chunk)
+                                bar.update(len(chunk))
                 except OSError as error:
                     raise DataError(f"{file} cannot be read: {error.strerror}; fix it or give another file") from None
                 total.update(f"{split}{''.join(file_kind(file) or ())}{digest.hexdigest()}".encode())

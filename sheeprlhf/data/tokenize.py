@@ -23,7 +23,7 @@ from sheeprlhf.data.conversation import (
     is_answer,
     is_trained,
     raw_example,
-    reasoning_spans,
+    reasoning_pattern,
     remove_reasoning,
     render_example,
 )
@@ -285,6 +285,7 @@ class RowTokenizer:
         """Prepare for one dataset, one tokenizer and one kind (see `prepare_data`)."""
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is none of {', '.join(KINDS)}")
+        self._reasoning = reasoning_pattern(cfg.reasoning_tags)
         row_format = cfg.prompt_format if kind == "prompts" and cfg.prompt_format else cfg.row_format
         module, name = row_format.split(":")
         self.format_row: Callable[..., PreferenceExample | ConversationExample | None]
@@ -343,17 +344,22 @@ class RowTokenizer:
     def _examples(self, row: Row) -> list[_Identified]:
         """The examples of a row: one, or none if it is not wanted, or one for each answer of a conversation."""
         example = self.format_row(row.values, self.tokenizer)
+        pattern = self._reasoning
         removes = self.cfg.reasoning == "remove"
         if not isinstance(example, ConversationExample):
-            return [] if example is None else [_Identified(example, remove_reasoning(example) if removes else example)]
+            return (
+                []
+                if example is None
+                else [_Identified(example, remove_reasoning(example, pattern) if removes else example)]
+            )
         several = self.kind == "sft" and self.cfg.train_on != "last"
         identified = []
         for one in each_answer(example, marked=self.cfg.train_on == "weights") if several else [example]:
             text = render_example(
-                remove_reasoning(one) if removes else one,
+                remove_reasoning(one, pattern) if removes else one,
                 self.tokenizer,
                 self.cfg.template_args,
-                masked=self.cfg.reasoning == "mask",
+                masked=pattern if self.cfg.reasoning == "mask" else None,
             )
             identified.append(_Identified(raw_example(one), text))
         if not several:
@@ -525,7 +531,7 @@ class RowTokenizer:
             starts = np.cumsum([0, *turns])[::2].tolist()
             for start, answer in zip(starts, (text, *pieces.turns[1::2]), strict=False):
                 before, own = [*prompt, *ids[:start]], ids[start:]
-                for first, last in reasoning_spans(answer):
+                for first, last in (block.span() for block in self._reasoning.finditer(answer)):
                     begin = token_index(self.tokenizer, before, own, first)
                     mask[start + begin : start + token_index(self.tokenizer, before, own, last)] = False
         return masks

@@ -272,6 +272,7 @@ class ExtraRecord(TypedDict):
     reward_m2: NotRequired[_Positive]
     shard: NotRequired[Step]
     shard_step: NotRequired[Step]
+    shard_rollout: NotRequired[Step]
     shard_digest: NotRequired[Annotated[int, Range(0, 2**48)]]
 
 

@@ -5,6 +5,8 @@ from typing import Any, ClassVar, NamedTuple, Optional
 
 from sheeprlhf.structure.option import Config, option
 
+REASONING_TAGS = ("<think>", "</think>")
+
 
 class KeptColumns(NamedTuple):
     """Columns of the source files that are stored with the tokens, for reward functions."""
@@ -56,9 +58,13 @@ class DataConfig(Config):
     )
     reasoning: str = option(
         "train",
-        "Reasoning of answers (reasoning_content, or text between <think> and </think>): learn it, mask it (context "
+        "Reasoning of answers (reasoning_content, or text between data.reasoning_tags): learn it, mask it (context "
         "that does not count in the loss), or remove it.",
         choices=("train", "mask", "remove"),
+    )
+    reasoning_tags: list[str] = option(
+        factory=lambda: list(REASONING_TAGS),
+        help="Begin and end of the reasoning in an answer's text, such as [[THINK],[/THINK]] in quotes.",
     )
     template_args: Any = option(
         None,
@@ -134,10 +140,18 @@ class LayoutDataConfig(DataConfig):
         "name: for rows that a chat template wrote. Whoever wrote the rows can then end a turn.",
     )
     streaming: bool = option(
-        False, "Prepare the files of the training rows one by one during training (task=sft), not all before it."
+        False,
+        "Prepare the training rows shard by shard during training, not all before it; a shard is a file or a part.",
+    )
+    shard_size: Optional[float] = option(
+        256.0,
+        "With streaming: larger files are split into parts of about this size (jsonl, ndjson, txt and parquet that are "
+        "not compressed); null splits none.",
+        unit="MiB",
+        above=0.0,
     )
     keep_shards: Optional[int] = option(
-        2, "With streaming: prepared files kept besides the first; null keeps all.", unit="files", minimum=2
+        2, "With streaming: prepared shards kept besides the first; null keeps all.", unit="shards", minimum=2
     )
     minimum_response_length: int = 1
 

@@ -7,6 +7,7 @@ from typing import ClassVar, Optional
 from sheeprlhf.structure.option import Config, option
 
 _PAIR_METRICS = tuple(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies"))
+NO_REFERENCE = ("simpo", "orpo")  # losses of DPO
 _HIGHER_IS_BETTER = ("rewards/chosen", "rewards/margins", "rewards/accuracies", "scores", "objective", "logps", "share")
 
 
@@ -72,6 +73,10 @@ class TrainTaskConfig(Config):
     )
     save_interval: int = option(100, "Between two checkpoints.", unit="optimizer steps", minimum=1)
     keep_checkpoints: int = option(2, "Newest checkpoints kept (in addition to the best one).", minimum=1)
+
+    def has_fixed_reference(self) -> bool:
+        """True if the loss compares with the policy before its first step."""
+        return False
 
     def policy_part(self) -> str:
         """Prefix of the names of the policy's weights in a checkpoint."""
@@ -229,6 +234,10 @@ class DPOConfig(TrainTaskConfig):
         """Checkpoints hold a reference that moves, too."""
         return "" if self.ref_sync_interval is None else "policy."
 
+    def has_fixed_reference(self) -> bool:
+        """False for the losses without a reference, and for one that moves."""
+        return self.loss_type not in NO_REFERENCE and not self.reference_free and self.ref_sync_interval is None
+
 
 @dataclass(unsafe_hash=True)
 class KTOConfig(TrainTaskConfig):
@@ -258,6 +267,10 @@ class KTOConfig(TrainTaskConfig):
     )
     sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
     num_sample_prompts: int = option(3, "Validation prompts whose generations are shown each time.", minimum=0)
+
+    def has_fixed_reference(self) -> bool:
+        """True for every configuration."""
+        return True
 
 
 @dataclass(unsafe_hash=True)

@@ -4,7 +4,7 @@
 loop = TrainLoop(fabric, run)  # data, order of the rows, number of steps
 policy, packed = loop.load_policy()  # model, or the run to start from
 module = loop.set_up(policy)  # optimizer; wrapped by Fabric
-loop.begin(partial(batches.of, loop.rows))  # seed; the newest checkpoint if there is one
+loop.begin(lambda rows, read: partial(batches.of, rows))  # seed; the newest checkpoint if there is one
 for step in loop:  # learning rate, log, checkpoints, signals
     step.update(loss_fn)
     if step.validates:
@@ -15,7 +15,7 @@ loop.finish(policy)  # final/
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.sampler import RolloutPlan, StepPlan, load_ahead
 from sheeprlhf.data.store import TokenizedSplit
-from sheeprlhf.data.stream import Stream
+from sheeprlhf.data.stream import stream_of
 from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.fabric import place
 from sheeprlhf.engine.optim import follow_schedule, set_up
@@ -47,7 +47,6 @@ from sheeprlhf.rollout.rollout import (
     distinct_bigrams,
     token_values,
 )
-from sheeprlhf.structure.data import LayoutDataConfig
 from sheeprlhf.structure.rollout import OnlineTaskConfig
 from sheeprlhf.task.finish import (
     Saved,
@@ -60,7 +59,14 @@ from sheeprlhf.task.finish import (
     saved_rollouts,
     write_rollout,
 )
-from sheeprlhf.task.models import build_collector, initial_run, load_initial_policy, load_online_setup, load_options
+from sheeprlhf.task.models import (
+    build_collector,
+    initial_run,
+    load_initial_policy,
+    load_online_setup,
+    load_options,
+    rows_of_shard,
+)
 from sheeprlhf.utils.errors import ConfigError, DataError, RolloutServerError
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 
@@ -73,15 +79,18 @@ class TrainLoop:
     """The optimizer steps of one run. Every method is called on all ranks.
 
     Attributes:
-        split: name of the split that the task trains on, `rows`: the first of `task.train_splits` that has rows. With
-            `data.streaming`, `rows` and `plan` are those of the file that is trained on.
+        data: the prepared data. With `data.streaming`, `data`, `rows` and `plan` are those of the shard that is trained
+            on.
+        split: name of the split that the task trains on, `rows`: the first of `task.train_splits` that has rows.
         held_out: the validation split, None if it has no rows; every validation reads `held_out_rows` of it.
         longest: tokens of the longest sequence in any split.
         module: the trained model as wrapped by Fabric, set by `set_up` like its optimizer.
+        reference: computes the reference's log-probabilities before the first step, with `data.streaming` also later.
         load: returns this rank's batches of a step's rows; set by `begin` like `state`, the progress of the run.
     """
 
     module: _FabricModule
+    reference: nn.Module
     optimizer: Optimizer
     load: Callable[[np.ndarray], Any]
     state: TrainState
@@ -98,10 +107,9 @@ class TrainLoop:
         self.data = prepare_data(
             cfg.data, self.tokenizer, kind=task.data_kind, say=run.say, progress=fabric.is_global_zero
         )
-        self.stream = None
-        if isinstance(cfg.data, LayoutDataConfig) and cfg.data.streaming:
-            leads = fabric.local_rank == 0
-            self.stream = Stream(cfg.data, self.tokenizer, kind=task.data_kind, say=run.say, leads=leads)
+        how: dict[str, Any] = {"kind": task.data_kind, "say": run.say, "leads": fabric.local_rank == 0}
+        self.stream = stream_of(cfg.data, self.tokenizer, **how)
+        if self.stream is not None:
             self.data = self.data._replace(fingerprint=self.stream.fingerprint(self.data))
         report_data(fabric, run, self.data)
         self.split = next(name for name in task.train_splits if name in self.data.splits)
@@ -120,19 +128,39 @@ class TrainLoop:
         cfg, how = self.run.cfg, load_options(self.run.cfg, self.longest, self.run.say)
         return load_initial_policy(cfg.model, *initial_run(cfg.task), self.tokenizer, new_head=new_head, **how)
 
-    def set_up(self, model: nn.Module) -> _FabricModule:
-        """Make the optimizer of the model's trainable parameters, and wrap both with Fabric."""
+    def set_up(self, model: nn.Module, *, has_reference: bool = False) -> _FabricModule:
+        """Make the optimizer of the model's trainable parameters, and wrap both with Fabric.
+
+        With `has_reference` and `data.streaming`, the model as it is now is kept as `reference` for later shards.
+        """
+        own = None
+        if has_reference and self.stream is not None and isinstance(model, Policy):
+            own = reference_of(model, new_adapter=self.run.cfg.model.adapter is None)
         self.module, self.optimizer = set_up(self.fabric, self.run.cfg.optim, model, self.run.cfg.peak_lr())
+        if isinstance(own, Policy):  # else it is on the policy's base
+            place(self.fabric, own)
+        self.reference = own or self.module
         return self.module
 
-    def begin(self, load: Callable[[np.ndarray], Any], learners: nn.Module | None = None) -> None:
-        """Seed the random generators, restore the newest checkpoint if there is one; `load` as in `Attributes`.
+    def begin(
+        self,
+        load_of: Callable[[TokenizedSplit, np.ndarray], Callable[[np.ndarray], Any]],
+        learners: nn.Module | None = None,
+    ) -> None:
+        """Seed the random generators, restore the newest checkpoint if there is one.
 
-        `learners` is everything that is saved; None is the trained model only.
+        Args:
+            load_of: called with `rows` and the indices of those that the steps read; returns `load` for them. With
+                `data.streaming` it is called for each shard, else once, before the checkpoint is restored.
+            learners: everything that is saved; None is the trained model only.
         """
-        self.load, self._learners = load, self.module if learners is None else learners
+        self._load_of, self._learners = load_of, self.module if learners is None else learners
+        if self.stream is None:
+            self.load = load_of(self.rows, self.plan.rows_until(self.num_steps))
         torch.manual_seed(self.run.cfg.seed + data_rank(self.fabric).rank)  # equal weights on all ranks, other dropout
         self.state = self.run.restore(self._learners, self.optimizer)
+        if self.stream is not None:
+            self._open_shard(int(self.state.extra.get("shard", 0)), int(self.state.extra.get("shard_step", 0)))
 
     def __iter__(self) -> Iterator["Step"]:
         """Yield the remaining steps. After each: log its metrics, save a checkpoint, act on signals."""
@@ -155,7 +183,7 @@ class TrainLoop:
                 return
 
     def _loaded(self, numbers: range) -> Iterator[tuple[int, Any]]:
-        """Yield the numbers of steps with their batches; with `data.streaming`, open one file after the other."""
+        """Yield the numbers of steps with their batches; with `data.streaming`, open one shard after the other."""
         num_workers = self.run.cfg.task.num_workers
 
         def load(part: range) -> Iterator[tuple[int, Any]]:
@@ -165,35 +193,34 @@ class TrainLoop:
         if self.stream is None:
             yield from load(numbers)
             return
-        extra = self.state.extra
-        shard, step = int(extra.get("shard", 0)), int(extra.get("shard_step", 0))
         with closing(self.stream):
-            while step < numbers.stop:
-                end = self._open_shard(shard, step)
+            while True:
+                number, end = self.plan.first_epoch, self.plan.first_step + self.plan.steps_per_epoch()
                 if end < numbers.stop:
-                    self.stream.prepare_ahead(shard + 1)
-                yield from load(range(max(step, numbers.start), min(end, numbers.stop)))
-                shard, step = shard + 1, end
+                    self.stream.prepare_ahead(number + 1)
+                yield from load(range(max(self.plan.first_step, numbers.start), min(end, numbers.stop)))
+                if end >= numbers.stop:
+                    return
+                self._open_shard(number + 1, end)
 
-    def _open_shard(self, number: int, first_step: int) -> int:
-        """Train on file `number` of the stream from `first_step` on; return the step after its last.
+    def _open_shard(self, number: int, first_step: int) -> None:
+        """Train on shard `number` of the stream from `first_step` on.
 
         Raises:
-            DataError: the file is not that of the checkpoint.
+            DataError: the shard cannot be used, or is not that of the checkpoint.
         """
         assert self.stream is not None
-        cfg, extra, data = self.run.cfg, self.state.extra, self.stream.prepare(number)
-        digest = int(data.fingerprint[:12], 16)
-        if extra.get("shard") == number and extra["shard_digest"] != digest:
+        cfg, self.data = self.run.cfg, self.stream.open(number, self.state.extra, shard_step=first_step)
+        if self.split not in self.data.splits:
             raise DataError(
-                f"file {number % len(self.stream) + 1} of the training rows is not that of the checkpoint: put it back"
+                f"shard {number % len(self.stream) + 1} of the training rows has no rows of the {self.split} split: "
+                "raise data.shard_size, or give larger files"
             )
-        extra |= {"shard": number, "shard_step": first_step, "shard_digest": digest}
-        self.rows = data.splits[self.split]
+        self.rows = self.data.splits[self.split]
         self.plan = StepPlan(
             len(self.rows), cfg.task.mini_batch_size, 1, cfg.seed, cfg.data.shuffle, first_step, first_epoch=number
         )
-        return first_step + self.plan.steps_per_epoch()
+        self.load = self._load_of(self.rows, self.plan.rows_until(self.num_steps))
 
     @property
     def is_last(self) -> bool:
@@ -284,7 +311,8 @@ class RolloutLoop:
     ```
 
     Attributes:
-        rows: rows whose prompts are answered; an epoch is a pass over them.
+        rows: rows whose prompts are answered; an epoch is a pass over them. With `data.streaming`, those of the shard
+            that is trained on.
         models: policy, and critic and reward model if the task has them.
         module: the policy as wrapped by Fabric; set by `begin`, like those below.
         optimizer: of all trained parameters.
@@ -359,26 +387,32 @@ class RolloutLoop:
         """Yield the remaining iterations. After each: log, validate, save a checkpoint, act on signals."""
         run, state, task = self.run, self.state, self.run.cfg.task
         assert isinstance(task, OnlineTaskConfig)
-        shuffle = run.cfg.data.shuffle
-        prompts = StepPlan(len(self.rows), task.prompts_per_rollout(), task.epochs, run.cfg.seed, shuffle)
-        plan = RolloutPlan(prompts, task.prompts_per_step(), task.num_iterations, task.max_num_steps)
+        stream, extra = self._setup.stream, state.extra
+        if stream is not None:
+            begins_at = {name: int(extra.get(name, 0)) for name in ("shard_step", "shard_rollout")}
+            self._open_shard(int(extra.get("shard", 0)), **begins_at)
+        whole = self._plan_of_shard(extra)
         if task.eval_at_start and state.step == 0:
             self._record_validation()
-        if state.step < plan.num_steps() and plan.steps_before(plan.rollout_after(state.step)) != state.step:
+        if state.step < whole.num_steps() and whole.steps_before(whole.rollout_after(state.step)) != state.step:
             raise ConfigError(
                 f"resume_from={run.cfg.resume_from} ended after step {state.step}, within a rollout, and cannot go on: "
                 "extend a run whose task.max_num_steps is a whole number of rollouts"
             )
-        run.begin_progress(state, plan.num_steps())
-        num_rollouts = plan.rollout_after(plan.num_steps())
+        total = whole.num_steps()
+        run.begin_progress(state, total)
+        num_rollouts = whole.rollout_after(total)
+        if stream is not None:  # at least; the sizes of later shards are not known
+            num_rollouts = -(-total // whole.steps_of_full_rollout())
         saved = saved_rollouts(num_rollouts, task.save_rollouts)
-        for number in range(plan.rollout_after(state.step), num_rollouts):
+        for number, plan, stop in self._rollouts(whole, total):
             if task.stops_early(state.stale_validations):
                 return
             began = time.perf_counter()
+            prompts = plan.prompts
             with self._saved_at_server_errors():
                 rollout = self.collect(self.rows.examples(prompts.rows_of_step(number).tolist()), number)
-                last = min(number + getattr(run.cfg.rollout, "max_staleness", 0), num_rollouts - 1)
+                last = min(number + getattr(run.cfg.rollout, "max_staleness", 0), stop - 1)
                 later = [
                     (other, self.rows.examples(prompts.rows_of_step(other).tolist()))
                     for other in range(number + 1, last + 1)
@@ -396,6 +430,41 @@ class RolloutLoop:
                 write_rollout(run.dir, iteration.rollout, self.collect.texts, self.collect.raw, number, state.step)
             self._end(iteration, plan)
 
+    def _rollouts(self, plan: RolloutPlan, total: int) -> Iterator[tuple[int, RolloutPlan, int]]:
+        """Yield the number and the plan of each remaining rollout, and the number after the last one of its shard."""
+        stream, state = self._setup.stream, self.state
+        if stream is None:
+            stop = plan.rollout_after(total)
+            yield from ((number, plan, stop) for number in range(plan.rollout_after(state.step), stop))
+            return
+        with closing(stream):
+            while state.step < total:
+                end = plan.prompts.first_step + plan.prompts.steps_per_epoch()
+                if plan.steps_before(end) < total:
+                    stream.prepare_ahead(plan.prompts.first_epoch + 1)
+                stop = min(end, plan.rollout_after(total))
+                yield from ((number, plan, stop) for number in range(plan.rollout_after(state.step), stop))
+                if state.step < total:
+                    self._open_shard(plan.prompts.first_epoch + 1, shard_step=state.step, shard_rollout=end)
+                    plan = self._plan_of_shard(state.extra)
+
+    def _open_shard(self, number: int, **begins_at: int) -> None:
+        """Answer the prompts of shard `number` of the stream from now on; raises DataError if it cannot be used."""
+        assert self._setup.stream is not None
+        data = self._setup.stream.open(number, self.state.extra, **begins_at)
+        self.rows = rows_of_shard(self.run.cfg, self._setup.columns, data)
+
+    def _plan_of_shard(self, extra: Mapping[str, Any]) -> RolloutPlan:
+        """The plan of the run; with `data.streaming` of the shard that `extra` names, as if it came again and again."""
+        cfg, task = self.run.cfg, self.run.cfg.task
+        assert isinstance(task, OnlineTaskConfig)
+        epochs = task.epochs if self._setup.stream is None else task.max_num_steps or 1
+        shard, rollout, step = (int(extra.get(name, 0)) for name in ("shard", "shard_rollout", "shard_step"))
+        prompts = StepPlan(
+            len(self.rows), task.prompts_per_rollout(), epochs, cfg.seed, cfg.data.shuffle, rollout, first_epoch=shard
+        )
+        return RolloutPlan(prompts, task.prompts_per_step(), task.num_iterations, task.max_num_steps, step)
+
     def _end(self, iteration: "Iteration", plan: RolloutPlan) -> None:
         run, state, task, num_steps = self.run, self.state, self.run.cfg.task, plan.num_steps()
         before, state.step = state.step, min(plan.steps_before(iteration.number + 1), num_steps)
@@ -411,7 +480,9 @@ class RolloutLoop:
             return last or state.step // interval > before // interval
 
         if due(task.log_interval):
-            run.log(means | {"train/epoch": plan.prompts.epochs_before(iteration.number + 1)} | run.usage(), state.step)
+            stream = self._setup.stream
+            epoch = plan.prompts.epochs_before(iteration.number + 1) / (1 if stream is None else len(stream))
+            run.log(means | {"train/epoch": epoch} | run.usage(), state.step)
         if self._validate is not None and due(task.eval_interval):
             self._record_validation()
         last = last or task.stops_early(state.stale_validations)

@@ -49,14 +49,16 @@ def step_plan(
 def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:
     """Bytes of reference, reward model, critic and average, each as large as the policy; as adapters they share a base.
 
-    A teacher is counted elsewhere.
+    Tasks with a fixed dataset have a reference model with `data.streaming` only. A teacher is counted elsewhere.
 
     Policy and critic learn one after the other, so there are gradients of one at a time.
     """
     task = config.task
     if not isinstance(task, OnlineTaskConfig):
+        is_lora = config.model.finetune_mode == "LORA"
         moves = isinstance(task, DPOConfig) and task.ref_sync_interval is not None  # a copy of what trains
-        return moves * (size.trainable if config.model.finetune_mode == "LORA" else size.weights)
+        kept = getattr(config.data, "streaming", False) and task.has_fixed_reference() and not is_lora
+        return moves * (size.trainable if is_lora else size.weights) + kept * size.weights
     scored = len(model_sources(config.reward, config.data.rule_reward))
     critic = isinstance(task, PPOConfig) and not task.share_trunk
     average = isinstance(task, PPOConfig) and task.ema_decay is not None

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack, cast
@@ -21,6 +21,7 @@ from sheeprlhf.config.shell import shell_word
 from sheeprlhf.data.prepare import PreparedData, prepare_data
 from sheeprlhf.data.report import available_columns
 from sheeprlhf.data.store import TokenizedSplit
+from sheeprlhf.data.stream import Stream, stream_of
 from sheeprlhf.data.tokenize import TextExchange, has_same_tokens
 from sheeprlhf.engine.checkpoint import find_checkpoint, load_weights
 from sheeprlhf.engine.fabric import to_device
@@ -45,6 +46,7 @@ from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.rollout.episodes import EpisodeSampler
 from sheeprlhf.rollout.rollout import RolloutCollector, TermModel
 from sheeprlhf.rollout.server import RolloutServers
+from sheeprlhf.structure.data import KeptColumns
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
 from sheeprlhf.structure.reward import EPISODE_COLUMNS, MODEL, model_sources, term_folder
@@ -108,6 +110,7 @@ class OnlineSetup(NamedTuple):
     models: RLModels
     columns: list[str]
     episodes: EpisodeSampler | None
+    stream: Stream | None
 
 
 def load_online_setup(fabric: Fabric, run: Run) -> OnlineSetup:
@@ -126,21 +129,46 @@ def load_online_setup(fabric: Fabric, run: Run) -> OnlineSetup:
     if isinstance(cfg.rollout, LocalRolloutConfig) and cfg.rollout.environment is not None:
         episodes = EpisodeSampler(tokenizer, cfg.rollout, run.say)
     data = prepare_prompts(cfg, tokenizer, say=run.say, progress=fabric.is_global_zero)
+    how: dict[str, Any] = {"kind": "prompts", "say": run.say, "leads": fabric.local_rank == 0}
+    stream = stream_of(cfg.data, tokenizer, **how, kept=_kept_columns(cfg))
+    if stream is not None:
+        data = data._replace(fingerprint=stream.fingerprint(data))
     report_data(fabric, run, data)
-    rows, held_out = data.splits["train"], data.splits.get("validation")
+    rows, held_out = rows_of_shard(cfg, (), data), data.splits.get("validation")
     check_validation_rows(cfg.task, held_out)
     used = {"": rows} if held_out is None else {"": rows, "validation": held_out}
+    columns = check_reward_columns(cfg, data, {name or "train": not split.unanswered for name, split in used.items()})
+    for line in state_warnings(cfg.reward, default=cfg.data.rule_reward):
+        run.say(line)
+    sampled = max(int(split.sizes[:, 0].max()) for split in used.values())
+    longest = longest_row(used)
+    if stream is not None:  # no later row is longer
+        sampled, longest = min(cfg.data.max_prompt_length, cfg.data.max_length), cfg.data.max_length
+    longest = max(longest, sampled + cfg.generation.max_new_tokens)
+    models = load_rl_models(run, tokenizer, longest=longest, data=data)
+    return OnlineSetup(tokenizer, rows, held_out, models, columns, episodes, stream)
+
+
+def rows_of_shard(cfg: TrainConfig, columns: Sequence[str], data: PreparedData) -> TokenizedSplit:
+    """The training rows of prepared data, which may be one shard of `data.streaming`.
+
+    Raises:
+        DataError: rows lack the response that the task reads, or the shard lacks one of the `columns` that the reward
+            gets.
+    """
+    rows = data.splits["train"]
     if isinstance(cfg.task, PPOConfig) and cfg.task.ptx_coeff and rows.unanswered:
         raise DataError(
             f"task.ptx_coeff={cfg.task.ptx_coeff:g} learns from the dataset's own responses, and {rows.unanswered} of "
             f"{len(rows)} training rows have none: give each of them one, or task.ptx_coeff=0"
         )
-    columns = check_reward_columns(cfg, data, {name or "train": not split.unanswered for name, split in used.items()})
-    for line in state_warnings(cfg.reward, default=cfg.data.rule_reward):
-        run.say(line)
-    sampled = max(int(split.sizes[:, 0].max()) for split in used.values()) + cfg.generation.max_new_tokens
-    models = load_rl_models(run, tokenizer, longest=max(longest_row(used), sampled), data=data)
-    return OnlineSetup(tokenizer, rows, held_out, models, columns, episodes)
+    missing = set(columns) - set(rows.columns) - (set() if rows.unanswered else {REFERENCE})
+    if missing:
+        raise DataError(
+            f"a shard of the training rows lacks columns that the reward gets from the first ({sorted(missing)}): give "
+            "all rows the same columns"
+        )
+    return rows
 
 
 def build_collector(fabric: Fabric, run: Run, setup: OnlineSetup, reference: nn.Module) -> RolloutCollector:
@@ -179,9 +207,15 @@ def prepare_prompts(
         DataError: as `prepare_data` does.
     """
     assert cfg.data is not None
+    how: dict[str, Any] = {"kind": "prompts", "say": say, "progress": progress}
+    return prepare_data(cfg.data, tokenizer, **how, kept=_kept_columns(cfg))
+
+
+def _kept_columns(cfg: TrainConfig | EvalConfig) -> KeptColumns:
+    """The columns that the reward and an environment read."""
+    assert cfg.data is not None
     kept = wanted_columns(cfg.reward, default=cfg.data.rule_reward)
-    kept = kept._replace(every=kept.every or environment_of(cfg) is not None)
-    return prepare_data(cfg.data, tokenizer, kind="prompts", say=say, progress=progress, kept=kept)
+    return kept._replace(every=kept.every or environment_of(cfg) is not None)
 
 
 def check_reward_columns(cfg: TrainConfig | EvalConfig, data: PreparedData, answered: Mapping[str, bool]) -> list[str]:

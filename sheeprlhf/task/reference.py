@@ -1,6 +1,7 @@
 """Log-probabilities of the reference model, computed once and kept with the data: no second model stays in memory.
 
-The reference is the policy before its first step, so the policy itself computes them.
+The reference is the policy before its first step, so the policy itself computes them. With `data.streaming` a copy of
+it, or the policy without its adapters, computes those of later shards.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from safetensors.numpy import load, save
 from torch import Tensor, nn
 
 from sheeprlhf.agent.batches import Batches, BatchOptions
-from sheeprlhf.agent.policy import Policy
+from sheeprlhf.agent.policy import Policy, SharedReference
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.store import TokenizedSplit
@@ -121,8 +122,9 @@ def reference_logprobs(
     stored = fabric.broadcast(_read(path, sums.shape, read) if fabric.is_global_zero else None)
     if stored is not None:
         return stored
-    passes = equal_passes(fabric, module, batches.numbered(rows, read, f"reference, {split}"))
-    with isolated_rng(), eval_mode(module), torch.no_grad():
+    whole = module.policy if isinstance(module, SharedReference) else module
+    passes = equal_passes(fabric, whole, batches.numbered(rows, read, f"reference, {split}"))
+    with isolated_rng(), eval_mode(whole), torch.no_grad(), fabric.autocast():
         for (part, micro), counts in passes:
             batch = fabric.to_device(micro.batch)
             sums_S = response_sums(module(batch).target_N, batch, tail_weight)

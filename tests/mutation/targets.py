@@ -97,11 +97,12 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reas
     },
     "sheeprlhf.data.sampler.StepPlan.rows_until": {
         "all steps of an epoch read all rows": (
-            "num_steps >= self.steps_per_epoch() -> num_steps > self.steps_per_epoch()",
+            "num_steps - self.first_step >= self.steps_per_epoch()"
+            " -> num_steps - self.first_step > self.steps_per_epoch()",
         ),
         "np.unique joins what is of one length": (
-            "np.concatenate([self.rows_of_step(step) for step in range(num_steps)])"
-            " -> [self.rows_of_step(step) for step in range(num_steps)]",
+            "np.concatenate([self.rows_of_step(step) for step in range(self.first_step, num_steps)])"
+            " -> [self.rows_of_step(step) for step in range(self.first_step, num_steps)]",
         ),
     },
     "sheeprlhf.data.sampler.cut_micro_batches": {

@@ -13,11 +13,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sheeprlhf.agent.policy import load_policy
-from sheeprlhf.data.conversation import reasoning_spans
+from sheeprlhf.data.conversation import reasoning_pattern
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.data.store import MismatchedSplit, SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import encode, token_index
 from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.structure.data import REASONING_TAGS
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.task.reference import sum_by_response
 from sheeprlhf.task.train.sft import sft_loss
@@ -32,6 +33,7 @@ CHAT = (
     "{% if m.role == 'assistant' %}</s>{% endif %}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 END = "</s>"
+CHANNEL = ("<|channel|>analysis<|message|>", "<|end|>")
 ModelFolder = Callable[..., Path]
 
 
@@ -210,7 +212,8 @@ def test_removed_reasoning_is_in_no_text(kind: str, key: str, tmp_path: Path) ->
 def test_responses_of_plain_text() -> None:
     tokenizer = byte_tokenizer()
     ids = encode(tokenizer, ["<think>\u00e9\u4f60</think>\n\u4f60\u00e9"])[0]
-    [(first, last)] = reasoning_spans("<think>\u00e9\u4f60</think>\n\u4f60\u00e9")
+    [block] = reasoning_pattern(REASONING_TAGS).finditer("<think>\u00e9\u4f60</think>\n\u4f60\u00e9")
+    first, last = block.span()
     assert tokenizer.decode(ids[token_index(tokenizer, [], ids, last) :]) == "\u4f60\u00e9"
     assert token_index(tokenizer, [], ids, first) == 0
 
@@ -227,17 +230,37 @@ def test_places_in_the_tokens_of_sentencepiece(prefix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "spans"),
+    ("tags", "text", "spans"),
     [
-        ("<think>a</think> b", [(0, 17)]),
-        ("a</think>\n\nb", [(0, 11)]),  # the template wrote <think>
-        ("b <think>a", [(2, 10)]),  # cut
-        ("a <think>b</think>c<think>d</think>", [(2, 18), (19, 35)]),
-        ("no thoughts", []),
+        (REASONING_TAGS, "<think>a</think> b", [(0, 17)]),
+        (REASONING_TAGS, "a</think>\n\nb", [(0, 11)]),  # the template wrote <think>
+        (REASONING_TAGS, "b <think>a", [(2, 10)]),  # cut
+        (REASONING_TAGS, "a <think>b</think>c<think>d</think>", [(2, 18), (19, 35)]),
+        (REASONING_TAGS, "no thoughts", []),
+        (("[THINK]", "[/THINK]"), "[THINK]a[/THINK]b", [(0, 16)]),
+        (("[THINK]", "[/THINK]"), "<think>a</think>b", []),
+        (CHANNEL, "<|channel|>analysis<|message|>a<|end|><|start|>b<|end|>", [(0, 38)]),
+        (CHANNEL, "<|channel|>final<|message|>b<|end|>", []),  # the end of the message
     ],
 )
-def test_blocks_of_reasoning(text: str, spans: list[tuple[int, int]]) -> None:
-    assert reasoning_spans(text) == spans
+def test_blocks_of_reasoning(tags: tuple[str, str], text: str, spans: list[tuple[int, int]]) -> None:
+    assert [block.span() for block in reasoning_pattern(tags).finditer(text)] == spans
+
+
+def test_reasoning_between_the_tags_of_the_template(tmp_path: Path) -> None:
+    """Masked and removed as in a row whose template writes the usual tags."""
+    rows = [{"messages": talk()[:2]}]
+    found = {}
+    for tags in (REASONING_TAGS, CHANNEL):
+        chat = CHAT.replace(END, "<|im_end|>").replace("<think>", tags[0]).replace("</think>", tags[1])
+        for reasoning in ("mask", "remove"):
+            options = {"reasoning": reasoning, "reasoning_tags": list(tags)}
+            tokenizer = byte_tokenizer(template=chat)
+            [one] = prepare(local(tmp_path, rows, **options), tokenizer).splits["train"].examples([0])
+            learned = tokenizer.decode(one.responses[0][one.masks()[0]])
+            assert (tags[0] in tokenizer.decode(one.responses[0])) == (reasoning == "mask")
+            found[tags, reasoning] = learned
+    assert set(found.values()) == {"It is 0.<|im_end|>"}
 
 
 def test_reasoning_that_cannot_be_found_or_leaves_nothing(tmp_path: Path) -> None:

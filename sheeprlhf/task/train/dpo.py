@@ -22,7 +22,7 @@ from sheeprlhf.loss import dpo
 from sheeprlhf.loss.reward import accuracies
 from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.structure.task import DPOConfig
+from sheeprlhf.structure.task import NO_REFERENCE, DPOConfig
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.models import with_adapters
 from sheeprlhf.task.reference import (
@@ -36,7 +36,6 @@ from sheeprlhf.task.reference import (
 from sheeprlhf.utils.errors import DataError
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 
-NO_REFERENCE = ("simpo", "orpo")
 AOT = ("aot", "aot_unpaired")
 _MAX_KL_PER_TOKEN = 0.5  # nats that the better responses may lose before a warning
 
@@ -197,17 +196,16 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
         key: str | None = reference_key(policy, cfg, packed=packed)
         policy = with_adapters(policy, cfg.model)
-        module = loop.set_up(policy)
+        module = loop.set_up(policy, has_reference=task.has_fixed_reference())
         has_reference, learners, reference = task.loss_type not in NO_REFERENCE and not task.reference_free, None, None
         if task.ref_sync_interval is not None:
             reference = EMA(policy, 1.0 - task.ref_mixup_alpha)
             learners = nn.ModuleDict({"policy": policy, "reference": reference})
         key = key if has_reference and reference is None else None
         kept = partial(batches_with_reference, key=key, packed=packed, tail_weight=task.ld_alpha)
-        with_reference = partial(kept, fabric, task, module, loop.data)
-        batches = with_reference(loop.split, loop.plan.rows_until(loop.num_steps))
-        held_out = with_reference("validation", loop.held_out_rows) if loop.held_out else batches
-        loop.begin(partial(batches.of, loop.rows), learners)
+        with_reference = partial(kept, fabric, task, loop.reference)
+        held_out = with_reference(loop.data, "validation", loop.held_out_rows) if loop.held_out else None
+        loop.begin(lambda rows, read: partial(with_reference(loop.data, loop.split, read).of, rows), learners)
 
         def loss_fn(policy: nn.Module, content: Any) -> LossOutput:
             return dpo_loss(policy, content, task=task, delta=loop.state.extra.get("bco_delta", 0.0))
@@ -232,6 +230,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 run.say("no self-check: this loss has no reference")
 
         def validate() -> None:
+            assert held_out is not None
             result = evaluate(fabric, module, prepared(loop.validation_batches(held_out)), loss_fn)
             loop.record(result)
             if has_reference and result["kl/chosen"] > _MAX_KL_PER_TOKEN * result["tokens/chosen"]:

@@ -144,7 +144,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         model = ILQLModel(policy)
         module = loop.set_up(model)
         batches = Batches(fabric, task, packed=packed, targets="response", beside=rewards_of)
-        loop.begin(partial(batches.of, loop.rows))
+        loop.begin(lambda rows, _: partial(batches.of, rows))
         loss_fn = partial(ilql_loss, task=task)
 
         def validate() -> None:

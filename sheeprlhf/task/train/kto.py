@@ -8,7 +8,7 @@ fixed (see `MismatchedSplit`). The reference is the policy before its first step
 pairs are computed once and kept with the data.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sheeprlhf.agent.batches import Batches
 from sheeprlhf.data.example import Batch
-from sheeprlhf.data.store import MismatchedSplit
+from sheeprlhf.data.store import MismatchedSplit, TokenizedSplit
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
 from sheeprlhf.loss.dpo import kto
@@ -124,37 +125,39 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
         key = reference_key(policy, cfg, packed=packed)
         policy = with_adapters(policy, cfg.model)
-        module = loop.set_up(policy)
-
-        read = {loop.split: loop.plan.rows_until(loop.num_steps)}
-        if loop.held_out:
-            read["validation"] = loop.held_out_rows
+        module = loop.set_up(policy, has_reference=True)
         desirable_first = [] if loop.held_out is None else np.argsort(~loop.held_out.desirable, kind="stable").tolist()
-        others = {split: MismatchedSplit(loop.data.folder / f"{split}.arrow", loop.longest) for split in read}
-        if others[loop.split].has_one_prompt:
-            raise DataError("every training row has the same prompt, and KTO compares with responses to other prompts")
-        splits = loop.data.splits | {f"{split}-mismatched": pairs for split, pairs in others.items()}
-        data = loop.data._replace(splits=splits)
-        with_reference = partial(batches_with_reference, fabric, task, module, data, key=key, packed=packed)
-        own = {split: with_reference(split, rows) for split, rows in read.items()}
-        mismatched = {split: with_reference(f"{split}-mismatched", rows) for split, rows in read.items()}
 
-        def load(rows: np.ndarray) -> tuple[list[MicroBatch], list[MicroBatch]]:
-            return mismatched[loop.split].of(others[loop.split], rows), own[loop.split].of(loop.rows, rows)
+        def open_split(split: str, read: np.ndarray) -> tuple[MismatchedSplit, Batches, Batches]:
+            """The mismatched pairs of a split, their batches, and those of its own pairs."""
+            pairs = MismatchedSplit(loop.data.folder / f"{split}.arrow", loop.longest)
+            if split == loop.split and pairs.has_one_prompt:
+                raise DataError("all training rows have one prompt, and KTO compares responses to several prompts")
+            name = f"{split}-mismatched"
+            data = loop.data._replace(splits=loop.data.splits | {name: pairs})
+            cut = partial(batches_with_reference, fabric, task, loop.reference, data, key=key, packed=packed)
+            return pairs, cut(name, read), cut(split, read)
 
-        loop.begin(load)
+        def load_of(
+            rows: TokenizedSplit, read: np.ndarray
+        ) -> Callable[[np.ndarray], tuple[list[MicroBatch], list[MicroBatch]]]:
+            pairs, mismatched, own = open_split(loop.split, read)
+            return lambda step: (mismatched.of(pairs, step), own.of(rows, step))
+
+        held_out = open_split("validation", loop.held_out_rows) if loop.held_out else None
+        loop.begin(load_of)
         if task.self_check != "off" and loop.state.step == 0:
             how: dict[str, Any] = {"mode": task.self_check, "precision": cfg.fabric.precision, "say": run.say}
-            mismatched_batches, batches = load(loop.plan.rows_of_step(0))
+            mismatched_batches, batches = loop.load(loop.plan.rows_of_step(0))
             check_reference(fabric, module, mismatched_batches, mismatched_loss, lambda batch: 0.0, **how)
             loss_fn = partial(kto_loss, task=task, kl=0.0)
             check_reference(fabric, module, batches, loss_fn, partial(initial_loss, task=task), **how)
 
         def validate() -> None:
-            pairs = loop.validation_batches(mismatched["validation"], others["validation"])
-            kl = estimate_kl(fabric, module, pairs)
-            held_out = loop.validation_batches(own["validation"])
-            result = evaluate(fabric, module, held_out, partial(kto_loss, task=task, kl=kl))
+            assert held_out is not None
+            pairs, mismatched, own = held_out
+            kl = estimate_kl(fabric, module, loop.validation_batches(mismatched, pairs))
+            result = evaluate(fabric, module, loop.validation_batches(own), partial(kto_loss, task=task, kl=kl))
             loop.record(by_label(result) | {"kl": kl})
             loop.log_samples(policy, desirable_first)
 

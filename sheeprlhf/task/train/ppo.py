@@ -8,7 +8,7 @@ The loss of an optimizer step is the mean over its response tokens, of all rows 
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                 ema = learners["average"] = EMA(policy, task.ema_decay)
         loop.begin((actor_module, optimizer), learners, nullcontext if ema is None else ema.swap_in)
         batches, ptx_batches = loop.batches("logprobs", "advantages", "values", "returns"), loop.batches()
-        ptx_plan = StepPlan(len(loop.rows), task.ptx_batch_size, epochs=1, seed=cfg.seed, shuffle=cfg.data.shuffle)
+        order: dict[str, Any] = {"epochs": 1, "seed": cfg.seed, "shuffle": cfg.data.shuffle}
         policy_fn = partial(policy_loss, task=task, temperature=cfg.generation.temperature)
         critic_fn = partial(value_loss, task=task)
 
@@ -149,6 +149,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
                     continue
                 with policy.in_use():
                     if task.ptx_coeff:
+                        ptx_plan = StepPlan(len(loop.rows), task.ptx_batch_size, **order)
                         texts = ptx_batches.of(loop.rows, ptx_plan.rows_of_step(step))
                         ptx = add_gradients(fabric, actor_module, texts, ptx_loss, weight=task.ptx_coeff)
                         iteration.log({"loss/ptx": ptx["loss"]})

@@ -96,7 +96,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         targets = "last" if task.loss_type in RMConfig.of_last_tokens else "scores"
         texts = Batches(fabric, task, packed=packed, targets="response")
         batches = Batches(fabric, task, packed=packed, targets=targets, num_items=lambda batch: len(batch.row_ids))
-        loop.begin(partial(batches.of, loop.rows))
+        loop.begin(lambda rows, _: partial(batches.of, rows))
 
         loss_fn = partial(rm_loss, loss_type=task.loss_type, center=task.center_rewards_coefficient)
 

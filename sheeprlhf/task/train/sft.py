@@ -75,7 +75,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         policy.neftune_alpha = cfg.model.neftune_alpha
         module = loop.set_up(policy)
         batches = Batches(fabric, task, packed=packed, targets="response" if task.completion_only_loss else "all")
-        loop.begin(lambda rows: batches.of(loop.rows, rows))
+        loop.begin(lambda rows, _: partial(batches.of, rows))
 
         def validate() -> None:
             result = evaluate(fabric, module, loop.validation_batches(batches), sft_loss)

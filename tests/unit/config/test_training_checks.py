@@ -20,7 +20,12 @@ REFUSED = {
     "task=sft model.neftune_alpha=0": "model.neftune_alpha",
     "task=rm data.reasoning=mask": "data.reasoning=remove",
     "task=sft data=hub data.dataset_name=a/b data.streaming=true": "task.max_num_steps",
-    "task=dpo data=hub data.dataset_name=a/b data.streaming=true": "task=sft",
+    "task=dpo data=hub data.dataset_name=a/b data.streaming=true": "task.max_num_steps",
+    "task=best_of_n data=hub data.dataset_name=a/b data.streaming=true reward=function "
+    "reward.path=tests.support.rewards:letters": "task=best_of_n",
+    "task=sft data=hub data.dataset_name=a/b data.shard_size=0": "data.shard_size",
+    "task=sft data.reasoning_tags=[a,b]": "data.reasoning=mask",
+    "task=sft data.reasoning=mask data.reasoning_tags=[a,a]": "data.reasoning_tags",
     "task=sft data=hub data.dataset_name=a/b data.streaming=true task.max_num_steps=9 task.epochs=2": "task.epochs=2",
     "task=sft data=hub data.dataset_name=a/b data.keep_shards=1": "data.keep_shards",
     "task=sft data.reasoning=mask task.completion_only_loss=false": "task.completion_only_loss=false",
