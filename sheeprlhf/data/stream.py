@@ -54,7 +54,7 @@ class Stream:
         shards = [(shard.file.name, shard.file.stat().st_size, shard.part) for shard in self._shards]
         return hashlib.sha256(json.dumps([first.fingerprint, shards]).encode()).hexdigest()
 
-    def open(self, number: int, extra: dict[str, Any], **begins_at: int) -> PreparedData:
+    def open_shard(self, number: int, extra: dict[str, Any], **begins_at: int) -> PreparedData:
         """The rows of shard `number`, which `extra`, the additional numbers of a checkpoint, names from now on.
 
         Args:

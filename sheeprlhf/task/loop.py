@@ -210,7 +210,7 @@ class TrainLoop:
             DataError: the shard cannot be used, or is not that of the checkpoint.
         """
         assert self.stream is not None
-        cfg, self.data = self.run.cfg, self.stream.open(number, self.state.extra, shard_step=first_step)
+        cfg, self.data = self.run.cfg, self.stream.open_shard(number, self.state.extra, shard_step=first_step)
         if self.split not in self.data.splits:
             raise DataError(
                 f"shard {number % len(self.stream) + 1} of the training rows has no rows of the {self.split} split: "
@@ -451,7 +451,7 @@ class RolloutLoop:
     def _open_shard(self, number: int, **begins_at: int) -> None:
         """Answer the prompts of shard `number` of the stream from now on; raises DataError if it cannot be used."""
         assert self._setup.stream is not None
-        data = self._setup.stream.open(number, self.state.extra, **begins_at)
+        data = self._setup.stream.open_shard(number, self.state.extra, **begins_at)
         self.rows = rows_of_shard(self.run.cfg, self._setup.columns, data)
 
     def _plan_of_shard(self, extra: Mapping[str, Any]) -> RolloutPlan:
