@@ -75,6 +75,15 @@ EQUIVALENT: dict[str, dict[str, tuple[str, ...]]] = {  # of a function: the reas
         ),
         "the gradient of a constant is dropped": ("-1.0 -> 1.0", "1.0 -> 2.0", "-1.0 -> 1.0 #2", "1.0 -> 2.0 #2"),
     },
+    "sheeprlhf.loss.dpo.aot_partners": {
+        "equal values may change places": ("values_P.argsort(stable=True) -> values_P.argsort()", "True -> False"),
+    },
+    "sheeprlhf.task.train.reinforce_pp.reinforce_pp_loss": {
+        "k2 is symmetric": (
+            "kl_estimates(logprobs_N, sampled['reference'], 'k2')"
+            " -> kl_estimates(sampled['reference'], logprobs_N, 'k2')",
+        ),
+    },
     "sheeprlhf.loss.ppo.explained_variance": {
         "float64 minus float32 is float64": ("returns.double() -> returns", "values.double() -> values")
     },

@@ -57,6 +57,8 @@ CASES: dict[str, tuple[Callable[[], Tensor], float]] = {
         -(1 - sig(3.0)) * math.log(sig(0.15)) + sig(3.0) * math.exp(-0.15),
     ),
     "apo_down": (lambda: dpo.apo_down(H_W, H_L, 0.1), sig(0.1) + 1 - sig(0.15)),
+    "apo_down of 2 h": (lambda: dpo.apo_down(2 * H_W, 2 * H_L, 0.1), sig(0.2) + 1 - sig(0.3)),
+    "bco of 2 h": (lambda: dpo.bco(2 * H_W, 2 * H_L, 0.1, 0.02), -math.log(sig(0.18)) - math.log(sig(0.12))),
     "bco": (lambda: dpo.bco(H_W, H_L, 0.1, 0.02), -math.log(sig(0.1 - 0.02)) - math.log(sig(0.05 + 0.02))),
     "forward_kl": (lambda: dpo.f_derivative(H_L, "forward_kl", 0.5), -math.exp(0.5)),
     "js": (lambda: dpo.f_derivative(H_L, "js", 0.5), math.log(sig(-0.5))),

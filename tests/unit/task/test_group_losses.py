@@ -95,13 +95,14 @@ ENTROPY_LOSSES = {
 @pytest.mark.parametrize("name", ENTROPY_LOSSES)
 def test_the_entropy_is_subtracted_from_the_loss(name: str) -> None:
     loss_fn, average = ENTROPY_LOSSES[name]
-    given, entropy_N = numbers(), torch.rand(N, generator=torch.Generator().manual_seed(3))
+    given, entropy_N = numbers(), torch.rand(N, generator=torch.Generator().manual_seed(3), requires_grad=True)
     zero, found = (
         loss_fn(Said(given["new"], values), (BATCH, given), temperature=0.7) for values in (torch.zeros(N), entropy_N)
     )
     of_response = [part.mean() if average == "sequence" else part.sum() for part in entropy_N.split(list(LENGTHS))]
     assert_close(found.total, zero.total - 0.1 * sum(of_response), rtol=1e-5, atol=1e-6)
     assert_close(found.metrics["entropy"], sum(of_response))
+    assert not found.metrics["entropy"].requires_grad
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
@@ -172,12 +173,16 @@ def test_reinforce_pp_by_a_loop(group_baseline: bool) -> None:
     assert_close(found.double(), torch.from_numpy(whitened), rtol=1e-5, atol=1e-5)
 
     content = (BATCH, given | {"advantages": found})
-    loss = reinforce_pp.reinforce_pp_loss(Said(given["new"]), content, task=task, temperature=0.7).total
+    policy = Said(given["new"].clone().requires_grad_(), torch.ones(N))
+    loss, metrics = reinforce_pp.reinforce_pp_loss(policy, content, task=task, temperature=0.7)
     ratio = (given["new"] - given["logprobs"]).exp()
     expected = torch.maximum(-found * ratio, -found * ratio.clamp(0.8, 1.2)).sum()
     if group_baseline:
-        expected = expected + 0.1 * 0.5 * (given["reference"] - given["new"]).square().sum()
-    assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+        kl = 0.5 * (given["reference"] - given["new"]).square().sum()
+        expected = expected + 0.1 * kl
+        assert_close(metrics["kl"], kl)
+    assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-5)
+    assert "entropy" not in metrics and not any(value.requires_grad for value in metrics.values())
 
 
 def trained_by_grpo(
