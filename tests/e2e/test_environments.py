@@ -117,13 +117,8 @@ def test_grpo_learns_from_sampled_tokens_and_resumes(
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize(
-    "task",
-    [
-        pytest.param("ppo", marks=pytest.mark.slow),
-        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("rloo", "reinforce_pp")),
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("task", ["ppo", "rloo", "reinforce_pp"])
 def test_other_tasks_skip_the_tokens_of_the_environment(task: str, setting: tuple[Path, Path], tmp_path: Path) -> None:
     words = [*WORDS, "task.max_num_steps=4", "task.init_kl_coeff=0.5", "optim.lr=0"]
     rows = saved(train(*setting, tmp_path / "run", *words, task=task))
