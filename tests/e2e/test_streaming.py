@@ -142,17 +142,17 @@ def test_a_process_killed_inside_the_second_shard_is_resumed(
         return train_words(model_folder(), held_out, run_dir, *words, cache, *more, task=case.task)
 
     job = server.start(start(tmp_path / "whole"), tmp_path / "whole.log")
-    assert job.wait() == 0, job.text()
+    assert job.wait(600) == 0, job.text()
     killed = tmp_path / "killed"
     job = server.start(start(killed), tmp_path / "killed.log")
-    job.wait_for("shard 2 of 4")
+    job.wait_for("shard 2 of 4", 600)
     before = len(list((killed / "checkpoints").glob("step-?")))
     while len(list((killed / "checkpoints").glob("step-?"))) <= before and job.poll() is None:
         pass
     job.kill()
     assert job.wait() == -9, job.text()
     job = server.start(start(killed, "resume=true"), tmp_path / "resumed.log")
-    assert job.wait() == 0, job.text()
+    assert job.wait(600) == 0, job.text()
     assert "shard 1 of 4" not in job.text() and "shard 2 of 4" in job.text()
     assert result_of(killed, 14) == result_of(tmp_path / "whole", 14)
 
@@ -168,6 +168,6 @@ def test_two_processes_stream_as_one(
     two = train_words(model_folder(), held_out, tmp_path / "two", *words, task=case.task)
     job = server.start_ranks(two, tmp_path / "log", 2)
     train(model_folder(), held_out, tmp_path / "one", *words, f"data.cache_dir={tmp_path / 'other'}", task=case.task)
-    assert job.wait(150) == 0, job.text()
+    assert job.wait(600) == 0, job.text()
     weights = [load_file(tmp_path / run_dir / "final" / "model.safetensors") for run_dir in ("one", "two")]
     assert_close(*weights, rtol=0, atol=1e-5)
