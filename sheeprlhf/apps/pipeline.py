@@ -34,7 +34,8 @@ from sheeprlhf.engine.rundir import LOCK_FILE, RUN_FILE, RunLock, is_finished, m
 from sheeprlhf.security.files import read_small, real_path
 from sheeprlhf.security.json_records import PIPELINE, load_json
 from sheeprlhf.security.redaction import redact_command
-from sheeprlhf.structure.run import PipelineConfig, RootConfig
+from sheeprlhf.structure.rollout import BestOfNConfig
+from sheeprlhf.structure.run import PipelineConfig, RootConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError, UnsafePathError
 from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.output import create_file, link_problems, make_folder, write_file
@@ -366,6 +367,11 @@ def check_stages(stages: list[Stage], flags: list[str]) -> None:
 
 def _write_placeholder_run(folder: Path, config: RootConfig) -> None:
     """Attributes of a finished run that the checks read."""
+    if isinstance(config, TrainConfig) and isinstance(config.task, BestOfNConfig):
+        rows = make_folder(folder, "dataset")
+        for split in ("train", "validation"):
+            for name in (f"{split}.jsonl", f"{split}_pairs.jsonl"):
+                create_file(rows, name)
     make_folder(folder, "final")
     create_file(folder, "config.yaml", yaml.safe_dump(config_to_dict(config)).encode())
 

@@ -350,6 +350,8 @@ class BestRowRecord(TypedDict):
     prompt: str
     response: str
     score: float
+    rejected: str
+    rejected_score: float
     n: Count
     mean_score: float
     first_score: float

@@ -45,6 +45,8 @@ def test_fine_tuning_on_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().err
     kept = rows(tmp_path / "best" / "dataset" / "train.jsonl")
     assert len(kept) > 5 and all(row["score"] == 1.0 and row["n"] == 4 and row["prompt"] for row in kept)
+    pairs = rows(tmp_path / "best" / "dataset" / "train_pairs.jsonl")
+    assert 0 < len(pairs) < len(kept) and all(pair["chosen"] != pair["rejected"] for pair in pairs)
     report = json.loads((tmp_path / "best" / "best_of_n.json").read_text())
     assert report["train"]["kept"] == len(kept) < report["train"]["prompts"]
     assert report["train"]["best"] > report["train"]["mean"]

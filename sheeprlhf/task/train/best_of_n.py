@@ -64,11 +64,15 @@ def best_of(scores: np.ndarray, finished: np.ndarray, min_score: float | None) -
 
 
 def select_rows(rollout: Rollout, texts: Texts, min_score: float | None) -> list[dict[str, Any]]:
-    """Return a row for each prompt of a rollout, also of a dropped one; "fate" is the reason, as of `best_of`."""
+    """Return a row for each prompt of a rollout, also of a dropped one; "fate" is the reason, as of `best_of`.
+
+    "rejected" is the response with the lowest score among those that ended.
+    """
     num_responses, rows = rollout.scores.shape[1], []
     for number, (scores, finished) in enumerate(zip(rollout.scores, rollout.finished, strict=True)):
         best, fate = best_of(scores, finished, min_score)
         chosen = int(scores.argmax()) if best is None else best
+        worst = int(np.where(finished, scores, np.inf).argmin())
         place = number * num_responses + chosen
         rows.append(
             {
@@ -76,6 +80,8 @@ def select_rows(rollout: Rollout, texts: Texts, min_score: float | None) -> list
                 "prompt": texts.prompts[place],
                 "response": texts.responses[place],
                 "score": float(scores[chosen]),
+                "rejected": texts.responses[number * num_responses + worst],
+                "rejected_score": float(scores[worst]),
                 "n": num_responses,
                 "mean_score": float(scores.mean()),
                 "first_score": float(scores[0]),
@@ -134,10 +140,17 @@ class RowWriter:
 
 
 def write_splits(folder: Path, splits: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-    """Write the dataset: the kept rows of each split, as `data=local` reads them."""
+    """Write the kept rows of each split, and pairs of the best and the worst response, as `data=local` reads them."""
     for split, rows in splits.items():
-        kept = ({name: row[name] for name in COLUMNS} for row in rows if row["fate"] == "kept")
-        create_file(folder, f"{split}.jsonl", _lines(kept))
+        kept = [row for row in rows if row["fate"] == "kept"]
+        create_file(folder, f"{split}.jsonl", _lines({name: row[name] for name in COLUMNS} for row in kept))
+        pairs = [
+            {"prompt": row["prompt"], "chosen": row["response"], "rejected": row["rejected"]}
+            for row in kept
+            if row["rejected_score"] < row["score"] and row["rejected"] != row["response"]
+        ]
+        if pairs:
+            create_file(folder, f"{split}_pairs.jsonl", _lines(pairs))
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> bytes:

@@ -64,6 +64,23 @@ def test_a_row_is_its_prompt_with_its_best_response(tmp_path: Path) -> None:
     assert "66.7%" in table and "2.0000" in table and "2.3333" in table and f"{math.log(2) - 0.5:.3f}" in table
 
 
+def test_pairs_are_of_responses_that_ended_with_different_scores_and_texts(tmp_path: Path) -> None:
+    responses = [["a", "b", "c"], ["d", "e", "e"], ["f", "f", "g"], ["h", "i", "j"]]
+    scores = np.array([[1.0, 3.0, 0.0], [2.0, 2.0, 2.0], [4.0, 3.0, 5.0], [1.0, 7.0, 2.0]])
+    finished = np.array([[True, True, False], [True] * 3, [True, True, False], [True, False, False]])
+    examples = tuple(Example(i, np.array([1]), (np.array([2]),) * 3) for i in range(4))
+    texts = Texts(
+        [f"p{i}" for i in range(4) for _ in range(3)],
+        [text for row in responses for text in row],
+        [True] * 12,
+        [1] * 12,
+        {},
+    )
+    write_splits(tmp_path, {"train": select_rows(Rollout(examples, scores, finished, {}), texts, None)})
+    lines = (tmp_path / "train_pairs.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"prompt": "p0", "chosen": "b", "rejected": "a"}]
+
+
 def test_parts_are_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, rows = RowWriter(tmp_path / "parts"), example_rows()
     messages: list[str] = []
