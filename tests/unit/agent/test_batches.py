@@ -39,7 +39,7 @@ def rows(num_rows: int = 23) -> tuple[TokenizedSplit, Rows]:
 
 
 def batches(rank: int = 0, world_size: int = 1, *, packed: bool = True, targets: str = "response", **options: Any):
-    fabric = cast(Fabric, SimpleNamespace(global_rank=rank, world_size=world_size))
+    fabric = cast(Fabric, SimpleNamespace(global_rank=rank, world_size=world_size, strategy=None))
     defaults = {"mini_batch_size": 8, "token_budget": 1000}
     return Batches(fabric, SimpleNamespace(**defaults | options), packed=packed, targets=targets)
 
@@ -75,7 +75,7 @@ def test_all_targets_are_the_prompts_too(packed: bool) -> None:
 
 def test_items_may_be_counted_differently() -> None:
     split, _ = rows(6)
-    fabric = cast(Fabric, SimpleNamespace(global_rank=0, world_size=1))
+    fabric = cast(Fabric, SimpleNamespace(global_rank=0, world_size=1, strategy=None))
     options = SimpleNamespace(mini_batch_size=4, token_budget=1000)
     cut = Batches(fabric, options, packed=True, targets="response", num_items=lambda batch: len(batch.response_lengths))
     assert sorted(micro.num_items for micro in cut.of(split, np.arange(6))) == [2, 4]

@@ -66,7 +66,7 @@ def test_every_choice_composes_and_is_valid(verb, chosen, tmp_path, monkeypatch)
     (tmp_path / "rows.jsonl").write_text("")
     words = {"task": "perplexity" if verb == "eval" else "sft", "model": "tiny", "data": "docstrings", **chosen}
     if "reward" in chosen or chosen.get("rollout") == "vllm":
-        words["task"] = "reward" if verb == "eval" else "ppo"
+        words["task"] = "reward" if verb == "eval" else "distill" if chosen.get("reward") == "none" else "ppo"
     words = {key: value for key, value in words.items() if key in groups(verb)}
     needed = {"local": [f"data.train_file='{tmp_path}/rows.jsonl'"], "hub": ["data.dataset_name=owner/name"]}
     needed["mix"] = ["data.mix=[{data:docstrings},{dataset_name:owner/name}]"]
@@ -76,6 +76,7 @@ def test_every_choice_composes_and_is_valid(verb, chosen, tmp_path, monkeypatch)
     extra += ["reward.folder=me/mine"] if chosen.get("reward") == "model" else []
     extra += ["reward.url=http://127.0.0.1:8000/v1", "reward.judge_model=m"] if chosen.get("reward") == "judge" else []
     extra += ["rollout.urls=[http://127.0.0.1:8000]"] if chosen.get("rollout") == "vllm" else []
+    extra += ["task.teacher=me/mine"] if words.get("task") == "distill" else []
     if chosen.get("task") == "frontier":
         (tmp_path / "run" / "final").mkdir(parents=True)
         (tmp_path / "run" / "config.yaml").write_text("task: {config_name: ppo}")

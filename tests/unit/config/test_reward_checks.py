@@ -99,7 +99,7 @@ def test_terms_of_each_source():
     ("path", "said"),
     [
         ("imperativ", "reward.path=imperative"),
-        ("qqq", "is unknown: it may be imperative, length"),
+        ("qqq", "imperative"),
         ("model", "give reward=model"),
         ("./my_folder/inner.py", "reward.path=my_folder.inner:<function>"),
         ("my_checked_rewards.py:brevity", "reward.path=my_checked_rewards:brevity"),
