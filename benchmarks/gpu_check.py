@@ -1,7 +1,7 @@
 """Check a GPU in at most 8 minutes: results equal to the CPU's, no waits of the host, memory as planned, speed.
 
     python benchmarks/gpu_check.py [--peer "PEER/python PEER/run_trl.py"] [--peak-tflops 989]
-    python benchmarks/gpu_check.py --device cpu --tiny     # the same code without a GPU, in a minute
+    python benchmarks/gpu_check.py --device cpu --tiny     # the same code without a GPU, in two minutes
 
 Checks print a line each and, if one fails, the exit code is 1. The last table has the speed of every task on a random
 model of 1.1B parameters in bf16-mixed. MFU counts 6 operations a parameter and useful token of each optimizer step, as

@@ -102,12 +102,13 @@ def test_a_signal_saves_on_both(whole: Whole, server: JobServer, tmp_path: Path)
     assert_resumed_like(whole, server, tmp_path)
 
 
-def test_a_mistake_is_reported_once(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
-    """Both processes find it; neither waits for the other."""
+def test_a_mistake_is_reported_once(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Both processes find it; neither waits for the other, and the first one ends the second."""
     data = tmp_path / "bad.jsonl"
     data.write_text('{"prompt": "a", "response": [3]}\n')
-    job = server.start_ranks(train_words(model_folder(), data, tmp_path / "run"), tmp_path / "log", 2)
-    assert [rank.wait(100) for rank in job.ranks] == [2, 2], job.texts()
-    assert job.texts().count("bad.jsonl line 1: column 'response'") == 1
+    words = [*train_words(model_folder(), data, tmp_path / "run"), "fabric.devices=2"]
+    job = ColdJob(words, tmp_path / "log", OMP_NUM_THREADS="1")
+    assert job.wait(100) == 2, job.text()
+    assert job.text().count("bad.jsonl line 1: column 'response'") == 1
     assert "Traceback" not in job.text()
     job.assert_all_gone()

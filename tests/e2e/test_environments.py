@@ -144,7 +144,7 @@ class Plain(torch.nn.Module):
         super().__init__()
         self.model, self.examples = model, examples
 
-    def forward(self, batch: Any, temperature: float) -> TokenLogprobs:
+    def forward(self, batch: Any, temperature: float, entropy: bool = False) -> TokenLogprobs:
         found = []
         for example in self.examples:
             for response, mask in zip(example.responses, example.masks(), strict=True):

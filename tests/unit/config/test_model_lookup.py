@@ -41,7 +41,7 @@ def test_a_run_is_found_with_what_it_was_made_of(tmp_path):
     found = find_trained(str(make_run(tmp_path / "run", "ppo")))
     assert (found.trains, found.task, found.weights, found.run_dir) == (POLICY, "ppo", "final", tmp_path / "run")
     assert config_to_dict(found.model) == config_to_dict(TinyConfig())
-    assert (found.data, found.is_whole()) == (DocstringsConfig(), True)
+    assert (config_to_dict(found.data), found.is_whole()) == (config_to_dict(DocstringsConfig()), True)
     of_rm = make_run(tmp_path / "rm", "rm")
     assert find_trained(str(of_rm), wanted=None).trains == REWARD_MODEL
     assert find_trained(str(of_rm), wanted=REWARD_MODEL).task == "rm"

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.losses import LOSSES
 
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_packed_losses_copy_nothing_between_devices() -> None:
     command = [sys.executable, "-m", "tests.support.absent_device"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
