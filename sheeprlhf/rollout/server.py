@@ -370,13 +370,15 @@ class RolloutServers:
             raise RolloutServerError(
                 f"the server {url} gives malformed responses ({describe(error)}): {START}"
             ) from None
-        if len(rows) != num_responses or not all(len(ids) for ids, _, _ in rows):
+        if len(rows) != num_responses:
             raise RolloutServerError(f"the server {url} gives {len(rows)} responses instead of {num_responses}")
         if any(len(ids) < num_new and not finished for ids, _, finished in rows):
             raise RolloutServerError(
                 f"the server {url} has cut a response before generation.max_new_tokens={num_new}: start it with "
                 f"--max-model-len {self._cfg.data.max_prompt_length + num_new} or more"
             )
+        if not all(len(ids) for ids, _, _ in rows):
+            raise RolloutServerError(f"the server {url} gives a response without tokens, not even an end token")
         return Sampled(*zip(*rows, strict=True))
 
     def _response(self, choice: dict[str, Any], num_new: int) -> tuple[np.ndarray, np.ndarray, bool]:
