@@ -1,4 +1,4 @@
-"""Check a GPU in at most 8 minutes: results equal to the CPU's, no waits of the host, memory as planned, speed.
+"""Check a GPU: results equal to the CPU's, no waits of the host, memory as planned, speed.
 
     python benchmarks/gpu_check.py [--peer "PEER/python PEER/run_trl.py"] [--peak-tflops 989]
     python benchmarks/gpu_check.py --device cpu --tiny     # the same code without a GPU, in two minutes
