@@ -14,7 +14,7 @@ from sheeprlhf.apps.terminal import Screen, clean, columns, entry, heading, para
 from sheeprlhf.config.compose import Source, compose_for_help, configs_directory
 from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.overrides import Entry, catalogue, choices_like
-from sheeprlhf.config.registry import ROOTS, Option, choices, groups, options, unwrap_optional
+from sheeprlhf.config.registry import BASES, ROOTS, Option, choices, groups, options, unwrap_optional
 from sheeprlhf.config.run_lookup import NEWEST, START, TASKS
 from sheeprlhf.engine.rundir import leaves
 from sheeprlhf.utils.errors import ConfigError
@@ -273,7 +273,8 @@ def _print_choice(screen: Screen, group: str, name: str) -> None:
     words += [f"{START}={NEWEST}" for row in rows if row.option.key == START and name != TASKS[START]]
     words += [f"{row.option.key}=<value>" for row in rows if row.option.value == "???"]
     screen.print(paragraph(f"`{' '.join(words)}`"))
-    own = set(vars(cls).get("__annotations__", ()))
+    parents = [parent for parent in cls.__mro__ if parent is cls or not issubclass(parent, BASES[group])]
+    own = {option for parent in parents for option in vars(parent).get("__annotations__", ())}
     parts = [[row for row in rows if (row.option.key.split(".")[1] in own) == is_own] for is_own in (True, False)]
     every = f"Options of every {f'{verb} ' * (group == 'task')}{_GROUP_NAMES.get(group, group)}:"
     for title, part in zip(("Its own options:", every), parts, strict=True):

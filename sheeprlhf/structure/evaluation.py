@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Optional
 
 from sheeprlhf.structure.option import Config, option
+from sheeprlhf.structure.reward import RewardRunConfig
 
 REFERENCES, START, NOTHING = "references", "start", "none"  # values of task.against that name no run
 
@@ -83,18 +84,11 @@ class PreferenceConfig(EvalTaskConfig):
 
 
 @dataclass(unsafe_hash=True)
-class ScoredConfig(EvalTaskConfig):
+class ScoredConfig(RewardRunConfig, EvalTaskConfig):
     """Options of evaluations that sample and score; `reward` selects the reward."""
 
     reads_start: ClassVar[bool] = True
     writes: ClassVar[str] = "samples"
-
-    rm_experiment_dir: Optional[str] = option(
-        "newest",
-        "Run directory of a reward model, or newest: the newest finished one of this model under root_dir. Read where "
-        "the reward has a model.",
-    )
-    rm_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
 
 
 @dataclass(unsafe_hash=True)

@@ -51,6 +51,18 @@ class RewardSourceConfig(Config):
 
 
 @dataclass(unsafe_hash=True)
+class RewardRunConfig(Config):
+    """Options of a task whose responses are scored."""
+
+    rm_experiment_dir: Optional[str] = option(
+        "newest",
+        "Run directory of a reward model, or newest: the newest finished one of this model under root_dir. Read where "
+        "the reward has a model.",
+    )
+    rm_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
+
+
+@dataclass(unsafe_hash=True)
 class AutoRewardConfig(RewardSourceConfig):
     """The dataset's own rule where it has one, else a reward model."""
 

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Optional
 
 from sheeprlhf.structure.option import Config, option
-from sheeprlhf.structure.task import TrainTaskConfig
+from sheeprlhf.structure.reward import RewardRunConfig
+from sheeprlhf.structure.task import PolicyConfig, ReferenceConfig, TrainTaskConfig
 
 ENVIRONMENTS = ("calculator", "python")  # the built-in ones
 _MICRO_BATCH = "Most responses in one forward pass, at least those of one prompt; the token budget cuts further."
 
 
 @dataclass(unsafe_hash=True)
-class OnlineTaskConfig(TrainTaskConfig):
+class OnlineTaskConfig(PolicyConfig, ReferenceConfig, RewardRunConfig, TrainTaskConfig):
     """Options of every RL task. An epoch is a pass over the prompts; generation.* controls the sampling."""
 
     data_kind: ClassVar[str] = "prompts"
@@ -25,24 +26,11 @@ class OnlineTaskConfig(TrainTaskConfig):
     mini_batch_size: int = option(32, "Responses of an optimizer step on all devices.", unit="responses", minimum=1)
     micro_batch_size: int = option(32, _MICRO_BATCH, unit="responses", minimum=1)
     num_iterations: int = option(1, "Passes over the responses of a rollout.", minimum=1)
-    self_check: str = option(
-        "error",
-        "Before the first step the policy has to be its own reference: stop, warn, or do not look.",
-        choices=("error", "warn", "off"),
-    )
     sft_experiment_dir: Optional[str] = option(
         "auto",
         "Run directory of a fine-tuning to start from; newest: the newest finished one of this model under root_dir; "
         "auto: the same if there is one; null starts from the model as it is.",
     )
-    sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
-    rm_experiment_dir: Optional[str] = option(
-        "newest",
-        "Run directory of a reward model, or newest: the newest finished one of this model under root_dir. Read where "
-        "the reward has a model.",
-    )
-    rm_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
-    num_sample_prompts: int = option(3, "Validation prompts whose responses are shown at every validation.", minimum=0)
     max_eval_batches: Optional[int] = option(
         4, "Validate on this many mini-batches of prompts; null takes all.", unit="mini-batches", minimum=1
     )

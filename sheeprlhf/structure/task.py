@@ -102,7 +102,37 @@ class TrainTaskConfig(Config):
 
 
 @dataclass(unsafe_hash=True)
-class SFTConfig(TrainTaskConfig):
+class StartConfig(Config):
+    """Options of a task that can start from a fine-tuning."""
+
+    sft_experiment_dir: Optional[str] = option(
+        None,
+        "Run directory of a fine-tuning to start from, or newest: the newest finished one of this model under "
+        "root_dir; null starts from the model as it is.",
+    )
+    sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
+
+
+@dataclass(unsafe_hash=True)
+class PolicyConfig(StartConfig):
+    """Options of a task that trains a policy."""
+
+    num_sample_prompts: int = option(3, "Validation prompts whose responses are shown each time.", minimum=0)
+
+
+@dataclass(unsafe_hash=True)
+class ReferenceConfig(Config):
+    """Options of a task whose loss compares the policy with a reference."""
+
+    self_check: str = option(
+        "error",
+        "Before the first step the policy has to be its own reference: stop, warn, or do not look.",
+        choices=("error", "warn", "off"),
+    )
+
+
+@dataclass(unsafe_hash=True)
+class SFTConfig(PolicyConfig, TrainTaskConfig):
     """Supervised fine-tuning: learn to write the response, given the prompt."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.sft:train"
@@ -111,17 +141,10 @@ class SFTConfig(TrainTaskConfig):
     config_name: str = "sft"
     completion_only_loss: bool = option(True, "Train on the response alone; false trains on the prompt too.")
     label_smoothing: float = option(0.0, "Share of the target spread over the vocabulary.", minimum=0.0, maximum=0.99)
-    sft_experiment_dir: Optional[str] = option(
-        None,
-        "Run directory of a policy to train further, or newest: the newest finished fine-tuning of this model under "
-        "root_dir; null starts from the model as it is.",
-    )
-    sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
-    num_sample_prompts: int = option(3, "Validation prompts whose generations are shown each time.", minimum=0)
 
 
 @dataclass(unsafe_hash=True)
-class RMConfig(TrainTaskConfig):
+class RMConfig(StartConfig, TrainTaskConfig):
     """Reward modelling: the better of two or more responses gets the higher score."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.rm:train"
@@ -152,16 +175,10 @@ class RMConfig(TrainTaskConfig):
         "After training, shift scores so that the preferred responses that were trained on score 0 on average, or not.",
         choices=("demonstrations", "none"),
     )
-    sft_experiment_dir: Optional[str] = option(
-        None,
-        "Run directory of a fine-tuning to start from, or newest: the newest finished one of this model under "
-        "root_dir; null starts from the model as it is.",
-    )
-    sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
 
 
 @dataclass(unsafe_hash=True)
-class DPOConfig(TrainTaskConfig):
+class DPOConfig(PolicyConfig, ReferenceConfig, TrainTaskConfig):
     """Direct preference optimisation: the better response becomes the likelier one; no reward model."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.dpo:train"
@@ -217,18 +234,6 @@ class DPOConfig(TrainTaskConfig):
     ref_mixup_alpha: float = option(
         0.6, "Share of the policy in the reference that task.ref_sync_interval makes.", above=0.0, maximum=1.0
     )
-    self_check: str = option(
-        "error",
-        "Before the first step the policy has to be its own reference: stop, warn, or do not look.",
-        choices=("error", "warn", "off"),
-    )
-    sft_experiment_dir: Optional[str] = option(
-        None,
-        "Run directory of a fine-tuning to start from, or newest: the newest finished one of this model under "
-        "root_dir; null starts from the model as it is.",
-    )
-    sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
-    num_sample_prompts: int = option(3, "Validation prompts whose generations are shown each time.", minimum=0)
 
     def policy_part(self) -> str:
         """Checkpoints hold a reference that moves, too."""
@@ -240,7 +245,7 @@ class DPOConfig(TrainTaskConfig):
 
 
 @dataclass(unsafe_hash=True)
-class KTOConfig(TrainTaskConfig):
+class KTOConfig(PolicyConfig, ReferenceConfig, TrainTaskConfig):
     """KTO: desirable responses become likelier and undesirable ones less likely; they need not come in pairs."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.kto:train"
@@ -255,18 +260,6 @@ class KTOConfig(TrainTaskConfig):
     beta: float = option(0.1, "Pull towards the reference.", above=0.0)
     desirable_weight: float = option(1.0, "Weight of the losses of desirable responses.", above=0.0)
     undesirable_weight: float = option(1.0, "Weight of the losses of undesirable responses.", above=0.0)
-    self_check: str = option(
-        "error",
-        "Before the first step the policy has to be its own reference: stop, warn, or do not look.",
-        choices=("error", "warn", "off"),
-    )
-    sft_experiment_dir: Optional[str] = option(
-        None,
-        "Run directory of a fine-tuning to start from, or newest: the newest finished one of this model under "
-        "root_dir; null starts from the model as it is.",
-    )
-    sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
-    num_sample_prompts: int = option(3, "Validation prompts whose generations are shown each time.", minimum=0)
 
     def has_fixed_reference(self) -> bool:
         """True for every configuration."""
@@ -274,7 +267,7 @@ class KTOConfig(TrainTaskConfig):
 
 
 @dataclass(unsafe_hash=True)
-class ILQLConfig(TrainTaskConfig):
+class ILQLConfig(PolicyConfig, TrainTaskConfig):
     """Implicit language Q-learning: offline reinforcement learning from responses with a reward (arXiv 2206.11871)."""
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.ilql:train"
@@ -300,13 +293,6 @@ class ILQLConfig(TrainTaskConfig):
     advantage_coeff: float = option(
         1.0, "Weight of Q in the logits of the model that is saved and sampled from.", unit="1/reward", minimum=0.0
     )
-    sft_experiment_dir: Optional[str] = option(
-        None,
-        "Run directory of a fine-tuning to start from, or newest: the newest finished one of this model under "
-        "root_dir; null starts from the model as it is.",
-    )
-    sft_model_name: str = option("final", "Weights of that run: final, best, last, or step-<n>.")
-    num_sample_prompts: int = option(3, "Validation prompts whose generations are shown each time.", minimum=0)
 
     def policy_part(self) -> str:
         """Checkpoints hold the heads of Q and V, too."""

@@ -171,3 +171,11 @@ def test_a_saved_run_with_old_names_is_the_same_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
     assert read_run_config(str(tmp_path)) == config_to_dict(config)
     assert config_hash(compose_job(SOURCE, [f"resume_from={tmp_path}"]).config) == config_hash(config)
+
+
+def test_the_order_of_saved_options_does_not_matter(tmp_path: Path) -> None:
+    config = compose_job(SOURCE, START).config
+    saved = config_to_dict(config)
+    saved["task"] = dict(reversed(saved["task"].items()))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
+    assert config_hash(compose_job(SOURCE, [f"resume_from={tmp_path}"]).config) == config_hash(config)
