@@ -53,10 +53,7 @@ _SECONDS_FOR_RANK_ZERO = 8.0
 
 
 def run(argv: list[str] | None = None) -> None:
-    """Run one command (`sys.argv` by default); a problem ends in SystemExit with its message on stderr.
-
-    Exit codes: 0 done, 1 a failure, 2 the command or configuration cannot work, 128 + n stopped by signal n.
-    """
+    """Run a command; ends in SystemExit: 0 done, 1 failed, 2 cannot work, 128 + n stopped by signal n."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if argv is None:
         _prepare_streams(needs_reader=arguments[:1] not in _LASTING or bool(_SHOWING & set(arguments)))
@@ -223,10 +220,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _split_verb(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The verb and what follows it; None to list the verbs.
-
-    A shell asks for completions without the verb, which is then in `COMP_LINE`, where Hydra does not expect it.
-    """
+    """The verb and what follows; None to list the verbs. A shell asks for completions with it in `COMP_LINE`."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         return (arguments[1], ["--help"]) if arguments[1:] and arguments[1] in VERBS else (None, [])
     if arguments[0] in ("-sc", "--shell-completion"):

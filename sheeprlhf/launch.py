@@ -75,10 +75,7 @@ class Finished(NamedTuple):
 
 
 def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> Finished:
-    """Run a job to its end in this process and, with several devices, in those that Fabric starts.
-
-    A job of a sweep on several devices gets a process of its own: Fabric leaves this one's rank in the environment.
-    """
+    """Run a job to its end here and in processes by Fabric; a job of a sweep on several devices in a new process."""
     config = job.config
     args = args._replace(overrides=resolve_run_aliases(job, args.overrides))
     words = [verb, *args.flags, *args.overrides]

@@ -66,11 +66,7 @@ def as_words(overrides: Overrides) -> list[str]:
 
 
 def compose(verb: str, words: list[str]) -> Job:
-    """Compose and check a command.
-
-    Raises:
-        ConfigError: with every problem.
-    """
+    """Compose and check a command. Raises ConfigError with every problem."""
     hydra = [word for word in words if re.match(r"[+~]*hydra\b", word) and not word.startswith("hydra.run.dir=")]
     if hydra:
         raise ConfigError(f"{hydra[0]}: options of Hydra other than hydra.run.dir work on the command line only")

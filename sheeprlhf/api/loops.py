@@ -48,15 +48,7 @@ class Samples(NamedTuple):
 
 
 def load_tokenizer(model: str = "tiny", **options: Any) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer.
-
-    Args:
-        model: see the module.
-        options: of the group `model`.
-
-    Raises:
-        SheepError: it cannot be loaded.
-    """
+    """Load a model's tokenizer; `options` are of the group `model`. Raises SheepError if it cannot be loaded."""
     return load.load_tokenizer(_trained(POLICY, model, options).with_tokenizer())
 
 

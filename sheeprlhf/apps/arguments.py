@@ -77,11 +77,7 @@ class ParsedArgs(NamedTuple):
 
 
 def parse_args(words: list[str]) -> ParsedArgs:
-    """Separate flags, wherever they are, from overrides.
-
-    Raises:
-        ConfigError: a flag is unknown, or lacks its value, or has an impossible one.
-    """
+    """Separate flags, wherever they are, from overrides. Raises ConfigError for wrong flags and values."""
     by_name = {name: flag for flag in FLAGS for name in (flag.name, flag.short) if name}
     flags, values, overrides, problems = [], {}, [], []
     waiting = list(words)

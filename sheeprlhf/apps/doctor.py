@@ -1,9 +1,4 @@
-"""`doctor`: would this training run work on this machine, and how much memory would it take?
-
-With `fabric.num_nodes` above 1 or `cluster.memory` it plans for other machines, from the model's config.json alone.
-Exit code 0 if no problem is found, else 1. A configuration that cannot work anywhere is refused
-before, with exit code 2, like that of every command.
-"""
+"""`doctor`: whether a training run would work here, or on machines that are described; exit code 0 if so, else 1."""
 
 import dataclasses
 import importlib.metadata
@@ -378,11 +373,7 @@ _WIDTH = 20  # of level and topic
 
 
 def run(config: DoctorConfig, args: ParsedArgs) -> int:
-    """Print what was found, the memory that a step needs, and the next command.
-
-    Returns:
-        0 if a run would work, 1 if something would stop it.
-    """
+    """Print what was found, the memory of a step, and the next command; return 0 if a run would work, else 1."""
     screen = Screen()
     num_problems = 0
     with ThreadPoolExecutor(1) as pool:  # the hub may take seconds not to answer, and so may the imports

@@ -1,7 +1,4 @@
-"""`export`: a run's model as a folder that plain transformers loads, with its model card.
-
-The card tells what the model is, how it was made, how good it is, and what it is not.
-"""
+"""`export`: a run's model as a folder that plain transformers loads, with its model card."""
 
 import os
 import shlex
@@ -64,11 +61,7 @@ FLAGS = (
 
 
 def run(arguments: list[str]) -> int:
-    """Write the folder, and upload it if asked.
-
-    Raises:
-        SheepError: the words name no model, the folder is in use, or the model does not survive the checks.
-    """
+    """Write the folder, and upload it if asked. Raises SheepError if the model is unknown or fails a check."""
     given = read_flags("export", FLAGS, arguments)
     if given is None:
         _print_help()
@@ -175,11 +168,7 @@ def _check_hub(name: str, private: bool) -> None:
 
 
 def _push(folder: Path, name: str, private: bool) -> str:
-    """Upload the folder, and make the repository if there is none of that name. Returns its address.
-
-    Raises:
-        ConfigError: the hub does not answer or refuses; the folder stays.
-    """
+    """Upload the folder, into a new repository if needed; return its address. Raises ConfigError if that fails."""
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import disable_progress_bars
 
@@ -259,11 +248,7 @@ def card_text(
 
 
 def check_records(trained: Trained) -> None:
-    """Read all that the card needs of a run, before its weights are read.
-
-    Raises:
-        RecordError: a file of it is damaged.
-    """
+    """Read all that the card needs of a run, before its weights are. Raises RecordError for a damaged file."""
     _records(trained)
 
 

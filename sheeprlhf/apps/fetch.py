@@ -26,11 +26,7 @@ _SAFETENSORS, _PICKLES = ["*.safetensors"], ["pytorch_model*.bin"]  # the latter
 
 
 def run(config: FetchConfig, args: ParsedArgs | None = None) -> int:
-    """Fetch `config.model`, if there is anything to fetch, and say where it is.
-
-    Raises:
-        ModelError: it could not be fetched.
-    """
+    """Fetch `config.model`, if there is anything to fetch, and print its place. Raises ModelError if that fails."""
     model, name = config.model, str(config.model.repo_name)
     if name.startswith(EMBEDDED):
         print(f"model={model.config_name} is part of the package: nothing to fetch")
@@ -68,12 +64,7 @@ def _convert(model: ModelConfig, folder: Path, cache_dir: str | None) -> list[st
 
 
 def fetch_from_hub(model: ModelConfig) -> Path:
-    """The folder in the hub's cache, with the files that loading the model needs.
-
-    Raises:
-        ModelError: within five seconds if the hub cannot be reached and the cache lacks the model; the hub refuses; or
-            it has no weights that are read.
-    """
+    """The folder in the hub's cache with the model's files. Raises ModelError, within 5 seconds if offline."""
     name, revision = str(model.repo_name), model.library_cfg.revision
     offline = "model.library_cfg.local_files_only is set" if model.library_cfg.local_files_only else why_offline()
     if offline:

@@ -58,11 +58,7 @@ def print_flags_help(usage: str, meaning: str, flags: Sequence[Flag], *more: str
 
 
 def read_flags(verb: str, flags: Sequence[Flag], arguments: Sequence[str]) -> Given | None:
-    """Separate flags, wherever they are, from other words; None if help is asked for.
-
-    Raises:
-        ConfigError: a flag is unknown, lacks its value or has an impossible one; all problems at once.
-    """
+    """Separate flags from other words; None if help is asked for. Raises ConfigError with all problems."""
     if any(word in _HELP for word in arguments):
         return None
     by_name = {f"--{flag.name}": flag for flag in flags}

@@ -1,7 +1,4 @@
-"""`inspect`: the data as training will see it: report, examples with the mask of the loss, histograms of lengths.
-
-Letters of tensor names: T positions of a packed row, N targets.
-"""
+"""`inspect`: the data as training will see it. Letters: T positions of a packed row, N targets."""
 
 import dataclasses
 import io
@@ -60,11 +57,7 @@ class Piece(NamedTuple):
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Text that each token adds to those before it; all together are the decoded text.
-
-    A character can be several tokens: the last one adds it and the others nothing. Every token is decoded after the
-    one before it, because some decoders drop the space that a text begins with.
-    """
+    """Text that each token adds to those before it; of a character of several tokens, the last one adds it."""
     texts: list[str] = []
     context = done = 0  # tokens before `done` are told; those from `context` on are enough to decode the next
     for end in range(1, len(ids) + 1):
@@ -100,10 +93,7 @@ def printable(text: str) -> str:
 
 
 def lines(tokens: Sequence[Token], width: int) -> Iterator[list[Piece]]:
-    """Lines of at most `width` columns, each all trained on or all not; a newline in the text ends one too.
-
-    A token is divided at its newlines only, so one that is wider than a line extends beyond it.
-    """
+    """Lines of at most `width` columns (tokens stay whole), each all trained on or all not, cut at newlines."""
     line: list[Piece] = []
     used = 0
     for number, token in enumerate(tokens):
@@ -146,17 +136,7 @@ def response_names(count: int) -> dict[str, str]:
 
 
 def trained_tokens(batch: Batch, *, scored: bool = False) -> Tensor:
-    """Tokens that the loss counts, taken from the batch that training makes of one example.
-
-    A target is one place after the token that predicts it; each response's first is predicted at the prompt's end.
-
-    Args:
-        batch: the example's.
-        scored: it was made with `targets="scores"` or "last": a target is at the place where it is read.
-
-    Returns:
-        (T,) bool.
-    """
+    """(T,) bool: tokens that the loss counts, of one example's batch; `scored` targets are where they are read."""
     assert batch.layout is not None
     [(num_prompt, sizes)] = batch.layout.segments
     response_starts = torch.tensor([*accumulate(sizes[:-1], initial=num_prompt)])
@@ -277,12 +257,7 @@ _FAR_LIMIT = 2.5  # a limit this many times as long as the longest row would lea
 
 
 def lengths_of(split: TokenizedSplit) -> Lengths:
-    """Tokens of every prompt, every response and every row of a split; of ranked responses, the best one and the rest.
-
-    Where no row has a response, there are no lengths of responses.
-
-    Where the better responses are the longer ones, a model can learn length instead of what is meant.
-    """
+    """Tokens of every prompt, response (of ranked ones, the best and the rest) and row of a split."""
     best, worse = split.sizes[:, 1:2], split.sizes[:, 2:]
     parts = {"better": best, "worse": worse} if worse.size else {"response": best}
     of_responses = {kind: sizes[sizes >= 0] for kind, sizes in parts.items() if (sizes >= 0).any()}
@@ -450,11 +425,7 @@ def run(config: InspectConfig, args: ParsedArgs) -> int:
 
 
 def _check_files(paths: list[Path]) -> set[Path]:
-    """The files that are there already, all ours.
-
-    Raises:
-        ConfigError: one is not.
-    """
+    """The files that are there already, all ours. Raises ConfigError if one is not."""
     there = {path for path in paths if os.path.lexists(path)}
     foreign = [path for path in sorted(there) if not is_own_file(path, SIGNATURE.encode())]
     if foreign:

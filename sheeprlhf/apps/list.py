@@ -30,11 +30,7 @@ _STATES = {"finished": "good", "stopped early": "good", "running": "busy", "unfi
 
 
 def run(arguments: list[str]) -> int:
-    """Print the sections that the words name; all, if there are none.
-
-    Raises:
-        ConfigError: a word is not a section, or a folder of runs is none.
-    """
+    """Print the sections that the words name; all, if there are none. Raises ConfigError for another word."""
     given = read_flags("list", (), arguments)
     if given is None:
         _print_help()
@@ -68,11 +64,7 @@ def _print_help() -> None:
 
 
 def _parse_words(words: list[str]) -> tuple[list[str], Path]:
-    """The sections, and where to look for runs: what follows `runs` and is not a section.
-
-    Raises:
-        ConfigError: something else is among the words.
-    """
+    """The sections, and the folders that follow `runs`. Raises ConfigError if another word is there."""
     sections: list[str] = []
     root, given, problems = Path(TrainConfig.root_dir), False, []
     for word in words:

@@ -191,11 +191,7 @@ def recipe_of(stages: list[Stage]) -> dict[str, list[str]]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The content of pipeline.json; empty if it is missing.
-
-    Raises:
-        RecordError: it is damaged.
-    """
+    """The content of pipeline.json; empty if it is missing. Raises RecordError if it is damaged."""
     return load_json(folder / STATE_FILE, PIPELINE)
 
 
@@ -205,11 +201,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def choose_folder(config: PipelineConfig, stages: list[Stage], command: list[str]) -> PipelineFolder:
-    """Find the pipeline to continue with, or make a new folder.
-
-    Raises:
-        ConfigError: there is none to continue with, or it has another recipe.
-    """
+    """Find the pipeline to continue with, or make a new folder. Raises ConfigError if there is none to continue."""
     recipe = recipe_of(stages)
     if config.resume and config.resume_from is not None:
         raise ConfigError("resume=true and resume_from name two pipelines: give one of them")
@@ -304,14 +296,7 @@ PAGE = "report.html"
 
 
 def run(config: PipelineConfig, args: ParsedArgs) -> int:
-    """Check every stage, run those that are not finished, and show what came of it.
-
-    Returns:
-        0, or the exit code of the stage that failed; 128 + n if signal n stopped it.
-
-    Raises:
-        ConfigError: with every problem of every stage.
-    """
+    """Check every stage, run those that are not finished, print their results; return the exit code."""
     flags = args.config_dir()
     words = [*(word for word in args.overrides if not word.startswith("words=")), *config.words]
     stages = stages_of(config)
@@ -343,11 +328,7 @@ def _check_links(folder: Path, stages: list[Stage]) -> None:
 
 
 def check_stages(stages: list[Stage], flags: list[str]) -> None:
-    """Compose and check the command of every stage; runs that they start from are stood in for by empty ones.
-
-    Raises:
-        ConfigError: with every problem, and the stages that have it.
-    """
+    """Compose the command of every stage, with empty runs to start from. Raises ConfigError with all problems."""
     having: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory(prefix="sheeprlhf-") as place:
         folders = {stage.name: str(Path(place, stage.name)) for stage in stages}

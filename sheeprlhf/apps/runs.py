@@ -1,7 +1,4 @@
-"""The files of runs as `list`, `report`, `pipeline` and `export` show them.
-
-They may be untrusted, half written or of any size.
-"""
+"""The files of runs for `list`, `report`, `pipeline` and `export`; untrusted, half written or of any size."""
 
 import json
 import os
@@ -476,12 +473,7 @@ def _read_rollouts(folder: Path, notes: list[str]) -> dict[str, Exchange]:
 
 
 def _first_rows(path: Path) -> list[dict[str, Any]]:
-    """The texts and scores in the first rows of a saved rollout.
-
-    Raises:
-        DataError: it is damaged, far larger than a rollout, or not one.
-        OSError: it cannot be read.
-    """
+    """Texts and scores in the first rows of a saved rollout. Raises DataError if it is none, OSError if unreadable."""
     import pyarrow as pa  # slow to import, and needed for a run with saved rollouts only
 
     from sheeprlhf.data.read import open_parquet
@@ -519,12 +511,7 @@ def _shorten(text: str) -> str:
 
 
 def parse_evaluation(stem: str, record: dict[str, Any]) -> Evaluation:
-    """A result file.
-
-    Args:
-        stem: its name without the suffix: <task>-<split>-<weights>, or <task>-<judge>-<split>-<weights>.
-        record: its content.
-    """
+    """A result file named <task>-<split>-<weights> or <task>-<judge>-<split>-<weights>, and its content."""
     task, data, split, weights = (clean(record.get(key, "?"), 24) for key in ("task", "data", "split", "weights"))
     judge = clean(stem.removesuffix(f"-{weights}").removesuffix(f"-{split}"), 40).removeprefix(f"{task}-")
     by = f" by {judge}" if judge != task and stem.startswith(f"{task}-") else ""

@@ -135,11 +135,7 @@ _MAX_UNBROKEN = 60  # columns
 
 
 def run(arguments: list[str]) -> int:
-    """Print what each word names.
-
-    Raises:
-        ConfigError: a word names nothing.
-    """
+    """Print what each word names. Raises ConfigError if a word names nothing."""
     given = read_flags("show", (), arguments)
     if given is None or not given.words:
         _print_help()
@@ -368,11 +364,7 @@ _WIDE_SCREEN = 100  # columns from which on options have their meaning next to t
 
 
 def print_verb_help(verb: str, overrides: list[str], config_dir: str | None) -> None:
-    """Print the groups with their choices, every option of the composed configuration, and the flags.
-
-    Raises:
-        ConfigError: an override among the words cannot be used.
-    """
+    """Print the groups, every option of the composed configuration, and the flags. Raises ConfigError."""
     config, available = compose_for_help(Source(verb, config_dir), overrides)
     screen = Screen()
     screen.print(usage(verb), Text(), paragraph(VERBS[verb]), sep="\n")

@@ -82,11 +82,7 @@ class SweepLauncher(Launcher):
         """Do nothing: the inner launcher is set up already."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run a batch of jobs to their end.
-
-        Raises:
-            SystemExit: a signal has stopped a job, or the launcher has lost one.
-        """
+        """Run a batch of jobs to their end. Raises SystemExit if a signal has stopped a job, or one was lost."""
         words = {n: " ".join(redact_command(list(of))) for n, of in enumerate(job_overrides, initial_job_idx)}
         try:
             returns = self._inner.launch(job_overrides, initial_job_idx=initial_job_idx)
@@ -227,10 +223,7 @@ class HydraJobs(NamedTuple):
 
 
 def _run_composed(jobs: HydraJobs, own_sweep_dir: bool, process: int, codes: list[int], composed: Any) -> Any:
-    """Run a job, called by Hydra: in this process, or in another one, where `codes` is a copy.
-
-    A signal ends the whole sweep: from another process, by the exit code in what is returned.
-    """
+    """Run a job for Hydra: in this process, or in another one, where `codes` is a copy; a signal ends the sweep."""
     verb, args, hydra = jobs.source.verb, jobs.args, HydraConfig.get()
     sweep, given = "--multirun" in args.flags, hydra.run.dir
     if sweep:

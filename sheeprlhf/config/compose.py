@@ -156,11 +156,7 @@ def saved_overrides(verb: str, parsed: list[Override]) -> list[str]:
 
 
 def _of_resumed(run_dir: Any, given: Mapping[str, Override]) -> list[str]:
-    """The options of a run that continues, except those that are given: its groups as choices, and words of the others.
-
-    Raises:
-        ConfigError: there is no such run, or its configuration cannot be used.
-    """
+    """The options of a run that continues, except those that are given: its groups, and words of the others."""
     root = str(given["root_dir"].value()) if "root_dir" in given else TrainConfig.root_dir
     found = newest_unfinished(root) if is_newest(run_dir) else str(known_home("resume_from", str(run_dir)))
     saved = read_run_config(found, key="resume_from")
@@ -312,11 +308,7 @@ def _given_dir(base: DictConfig, hydra: DictConfig) -> str | None:
 
 
 def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> tuple[DictConfig, list[str]]:
-    """The configuration of the chosen groups only; a required group without a choice gives a problem and a placeholder.
-
-    Raises:
-        ConfigError: Hydra cannot compose it, for example because of a wrong key in a file.
-    """
+    """The configuration of the chosen groups; placeholders, and problems, for missing ones. Raises ConfigError."""
     problems: list[str] = []
     words = [*words, *_words(chosen.hydra)]
     while True:

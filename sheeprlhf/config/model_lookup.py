@@ -1,7 +1,4 @@
-"""Lookup of a model by one word: the weights of a run, a model's folder, or a name of `list models`. No torch.
-
-Everything that files can tell is checked here, before anything heavy is imported.
-"""
+"""Lookup of a model by one word: a run, a folder, or a name of `list models`; checks all that files tell."""
 
 import dataclasses
 from collections.abc import Iterator

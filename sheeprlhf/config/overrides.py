@@ -188,10 +188,7 @@ def _choice_problem(verb: str, override: Override, available: dict[str, list[str
 
 
 def recipe_owner(recipe: str) -> str | None:
-    """The command that a recipe is for: `pipeline` if it has stages, else `train`; None if there is no such recipe.
-
-    Ask inside of Hydra's compose API.
-    """
+    """The command of a recipe: `pipeline` if it has stages, else `train`; None if unknown. Call it inside Hydra."""
     loader: Any = GlobalHydra.instance().config_loader()
     with contextlib.suppress(HydraException, OmegaConfBaseException, YAMLError, ValueError):  # told when it is chosen
         found = loader.repository.load_config(f"experiment/{recipe}")

@@ -41,10 +41,7 @@ def data_is_here(data: DataConfig) -> bool:
 
 
 def new_folder_problems(key: str, path: str, *, expands: bool = True) -> Iterator[str]:
-    """Problems of creating the folder that an option names, or of writing into it.
-
-    Without `expands`, `~` does not mean a home directory, and a folder of this very name would be made.
-    """
+    """Problems of making or writing into the folder that an option names; `~` counts only with `expands`."""
     problem = home_problem(key, path)
     if problem is None and not expands and path.startswith("~") and not os.path.lexists(path):
         problem = f"{key}={path} is not expanded: give {expand_home(path)}"
@@ -228,11 +225,7 @@ def readable_files(files: Sequence[Path]) -> list[Path]:
 
 
 def data_files(key: str, value: Any) -> list[Path]:
-    """The files that paths and patterns name, in order; a folder gives all its files that can be read.
-
-    Raises:
-        ConfigError: a file is missing or cannot be read, or a folder or a pattern mixes splits.
-    """
+    """The files that paths, folders and patterns name, in order. Raises ConfigError for those of no use."""
     names = value if isinstance(value, list | tuple) else [value]
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"{key}={value} must be a file, a folder or a pattern, or a list of these")

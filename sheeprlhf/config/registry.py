@@ -1,7 +1,4 @@
-"""From a name to a config dataclass, and from what Hydra composed to a typed, read-only configuration.
-
-Options that were renamed stay accepted by their old names: on the command line, in YAML files and in saved runs.
-"""
+"""From names to config dataclasses, and to a typed, read-only configuration; old option names stay accepted."""
 
 import dataclasses
 import functools
@@ -150,11 +147,7 @@ def _metadata(cls: type, name: str) -> typing.Mapping[str, Any]:
 
 
 def to_typed(config: DictConfig) -> RootConfig:
-    """The composed configuration as its own dataclasses: choices in their first spelling, dry run applied, read-only.
-
-    Raises:
-        ConfigError: a value is missing or an interpolation does not resolve.
-    """
+    """The composed configuration as read-only dataclasses, dry run applied. Raises ConfigError for wrong values."""
     try:
         typed = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -346,10 +339,7 @@ def twice_given(keys: list[str]) -> Iterator[str]:
 
 
 def rename_keys(tree: dict[str, Any], group: str = "", *, deprecate: bool = False) -> list[str]:
-    """Replace old names in a configuration or one group, in place; returns a problem for each option with both names.
-
-    With `deprecate`, print a line for each name that will go.
-    """
+    """Replace old names in place, with a warning if `deprecate`; return a problem for each option with both names."""
     if not group:
         parts = [(name, tree[name]) for name in ("task", "reward") if isinstance(tree.get(name), dict)]
         return [problem for name, part in parts for problem in rename_keys(part, name, deprecate=deprecate)]

@@ -169,10 +169,7 @@ def resolve_runs(config: RootConfig, given_dir: str | None) -> RootConfig:
 
 
 def _with_options_of_start(config: Startable) -> Startable:
-    """Take over how the run that a training starts from writes its prompts, unless the option is given.
-
-    These are its chat template, the variables of that, and the tokens that it has added.
-    """
+    """Take chat template, its variables and added tokens from the run that is trained further, unless given."""
     start = getattr(config.task, "sft_experiment_dir", None)
     if isinstance(config, EvalConfig) or start is None or is_run_alias(start):
         return config

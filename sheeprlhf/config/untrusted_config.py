@@ -114,11 +114,7 @@ class CheckedFolder(FileConfigSource):
     """The YAML files of a folder, each checked when it is loaded."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Load one file.
-
-        Raises:
-            ConfigError: it is not a plain file of this folder, or says what a configuration file may not say.
-        """
+        """Load one file. Raises ConfigError if it is no plain file of this folder, or has what it may not."""
         path = Path(self.path, self._normalize_file_name(config_path))
         try:
             text = read_small(real_file(path, Path(self.path)), _MAX_BYTES).decode("utf-8-sig")

@@ -137,11 +137,7 @@ def _fabric_problems(fabric: FabricConfig, *, here: bool) -> Iterator[str]:
 
 
 def parse_devices(value: str | None) -> int | str | list[int]:
-    """`fabric.devices` as Fabric takes it: "2" -> 2, "auto" -> "auto", "0,1" or "[0,1]" -> [0, 1], None -> 1.
-
-    Raises:
-        ValueError: it is none of these.
-    """
+    """`fabric.devices` for Fabric: "2" -> 2, "auto", "0,1" -> [0, 1], None -> 1. Raises ValueError for others."""
     if value is None:
         return 1
     text = value.strip().strip("[]")
@@ -168,13 +164,7 @@ def _generation_problems(generation: GenConfig) -> Iterator[str]:
 
 
 def parse_targets(value: Any) -> str | list[str]:
-    """`lora_cfg.targets`: "all-linear", or a list of module names and of regular expressions (`is_pattern`).
-
-    A list may also be written as `a,b` or as Python's `"('a','b')"`.
-
-    Raises:
-        ValueError: it is none of these, or empty.
-    """
+    """`lora_cfg.targets`: "all-linear", or names and patterns as a list, `a,b` or Python's. Raises ValueError."""
     if isinstance(value, str) and is_pattern(value):
         value = [value]
     if isinstance(value, str):

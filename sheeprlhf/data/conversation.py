@@ -323,15 +323,7 @@ def read_conversation(row: Mapping[str, Any], *, as_prompt: bool = False) -> Con
 
 
 def each_answer(example: ConversationExample, *, marked: bool) -> list[ConversationExample]:
-    """An example for each answer to learn of a conversation, in their order; the example itself if there is only one.
-
-    Each has the messages before its answer as context, and those behind it as `following`.
-
-    With `marked`, answers to learn are those that the row marks so; else all that it does not mark otherwise.
-
-    Raises:
-        DropRowError: no answer is marked.
-    """
+    """An example for each answer to learn, with its context and `following`. Raises DropRowError if none is."""
     if example.response is None or example.chosen is not None or example.ranked is not None:
         return [example]
     messages = (*example.context, example.response, *example.following)

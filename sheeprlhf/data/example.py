@@ -241,11 +241,7 @@ def _batch(
 
 
 def _pairs(examples: Sequence[Example]) -> tuple[np.ndarray, list[float], list[float]]:
-    """All (better, worse) pairs of each row's responses, which come best first.
-
-    Returns:
-        Pairs, 1 / number of pairs of the row, and margins: the row's for neighbours, twice that two ranks apart.
-    """
+    """Pairs (better, worse) of each row's responses, 1 / pairs of the row, margins (times their distance in rank)."""
     pairs: list[tuple[int, int]] = []
     weights: list[float] = []
     margins: list[float] = []

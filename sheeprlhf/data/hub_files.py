@@ -17,11 +17,7 @@ from sheeprlhf.utils.output import make_folders
 
 @cache
 def _listing(name: str, revision: str | None) -> tuple[str, tuple[tuple[str, int], ...]]:
-    """The commit of a dataset, and the paths and sizes of its files.
-
-    Raises:
-        DataError: within five seconds if the hub cannot be reached; or it does not have the dataset.
-    """
+    """The commit of a dataset, and the paths and sizes of its files. Raises DataError, within 5 seconds if offline."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -38,11 +34,7 @@ def _listing(name: str, revision: str | None) -> tuple[str, tuple[tuple[str, int
 
 
 def listed_folder(cfg: HubDataConfig, card: str) -> Path:
-    """The folder of a dataset with its card, and placeholders for the files that are not downloaded.
-
-    Raises:
-        DataError: the hub cannot be reached or does not have the dataset.
-    """
+    """The folder of a dataset with its card, and placeholders for other files. Raises DataError."""
     from sheeprlhf.data.store import cache_root  # imports torch
 
     commit, files = _listing(str(cfg.dataset_name), cfg.revision)
@@ -65,11 +57,7 @@ def listed_folder(cfg: HubDataConfig, card: str) -> Path:
 
 
 def download(cfg: HubDataConfig, files: list[Path]) -> None:
-    """Download files of `listed_folder` that are placeholders; the others are verified by their time stamps.
-
-    Raises:
-        DataError: one cannot be downloaded.
-    """
+    """Download placeholders of `listed_folder`; time stamps verify the others. Raises DataError if that fails."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 

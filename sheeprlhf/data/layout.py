@@ -84,12 +84,7 @@ class RowLayout:
         self._seen: set[str] = set()
 
     def __call__(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """The columns of one row under the names that row formats read, and the names of columns that are not read.
-
-        Raises:
-            DataError: the row can be read in two ways, or a column that is not read changes what it means; the caller
-                adds the place.
-        """
+        """One row's columns under the names that formats read, and the unread ones. Raises DataError if ambiguous."""
         self._seen.update(values)
         self.available.update(dict.fromkeys(values))
         values = {name: value for name, value in values.items() if name not in self._ignored}
@@ -244,11 +239,7 @@ class RowLayout:
 
 
 def _ask_as_conversation(row: dict[str, Any], values: Mapping[str, Any]) -> set[str]:
-    """Make messages of an Alpaca row with a system text or earlier questions; the names of these columns.
-
-    Raises:
-        DataError: column 'history' has something else than questions with their answers.
-    """
+    """Make messages of an Alpaca row with system text or history; return these columns. Raises DataError."""
     read = {name for name in ("system", HISTORY) if has_value(values.get(name))}
     if not read or not isinstance(row.get("prompt"), str):
         return read

@@ -27,12 +27,7 @@ SHAPES = "a row has prompt and response, or prompt, chosen and rejected, or prom
 
 
 def format_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | ConversationExample | None:
-    """The row as it is; a row of `messages` goes once through the model's chat template.
-
-    Raises:
-        DataError: if the row has none of the three shapes, or the template cannot render it.
-        DropRowError: if a message contains the text of a special token.
-    """
+    """The row as it is; messages go through the chat template. Raises DataError and DropRowError."""
     row = best_first(row)
     if has_messages(row):
         return read_conversation(row)
@@ -51,13 +46,7 @@ def format_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | Co
 
 
 def format_prompt(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | ConversationExample | None:
-    """As `format_row`, for tasks that sample the responses: a row may have a prompt and nothing else.
-
-    A conversation that ends with the user's message is a prompt as a whole.
-
-    Raises:
-        DataError, DropRowError: as `format_row` does.
-    """
+    """As `format_row`, for tasks that sample: responses may be missing, messages may end with the user's."""
     row = best_first(row)
     if has_messages(row):
         return read_conversation(row, as_prompt=True)

@@ -81,11 +81,7 @@ def write_mixture(parts: Sequence[Part], folder: Path, *, name: str, kind: str, 
 
 
 def _taken_rows(parts: Sequence[Part], split: str) -> list[np.ndarray]:
-    """The rows that the mixture takes of a split of each dataset.
-
-    Weighted splits have as many rows as the datasets have together. A dataset gives whole passes over its rows, then
-    rows at equal distances.
-    """
+    """Rows taken of a split of each dataset: whole passes by weight, then rows at equal distances."""
     sizes = [len(part.splits[split]) if split in part.splits else 0 for part in parts]
     weights = [
         size if part.weight is None else part.weight * (size > 0) for size, part in zip(sizes, parts, strict=True)

@@ -83,11 +83,7 @@ class SeenDigests:
         self._runs: list[np.ndarray] = []
 
     def add(self, digests_N: np.ndarray) -> np.ndarray:
-        """Remember digests_N, (N,) uint64.
-
-        Returns:
-            (N,) bool, True where an equal digest came before, in an earlier call or earlier in this one.
-        """
+        """Remember digests_N, (N,) uint64; return (N,) bool, True where an equal digest came before."""
         seen_N = np.ones(len(digests_N), bool)
         seen_N[np.unique(digests_N, return_index=True)[1]] = False
         for run in self._runs:
@@ -215,11 +211,7 @@ def prepare_data(
 
 
 def _is_whole(folder: Path, say: Notify) -> bool:
-    """True if a folder is prepared and undamaged; removes and reports a damaged one. Call it under the folder's lock.
-
-    Raises:
-        DataError: it is damaged, and not known to be ours.
-    """
+    """True if a folder is prepared and undamaged; removes, under its lock, a damaged one. Raises DataError."""
     if not folder.exists():
         return False
     damage = store.find_damage(folder)
@@ -427,10 +419,7 @@ def _tokenized(tokenize: RowTokenizer, batches: Iterator[list[Row]], num_proc: i
 
 @contextmanager
 def signals_held_back() -> Iterator[None]:
-    """Processes started inside never see what a terminal or a batch system sends to all: this one ends them.
-
-    They see SIGTERM, with which the pool ends its processes when one has died.
-    """
+    """Processes started inside see none of the signals to all, except SIGTERM, by which their pool ends them."""
     held_back = {*STOP_SIGNALS, SAVE_SIGNAL} - {signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
     try:

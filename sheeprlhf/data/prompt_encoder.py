@@ -112,12 +112,7 @@ FORMS = {
 
 
 def form_of(trained: Trained, tokenizer: Any) -> str:
-    """The form in which it was trained: its dataset's; else its chat template's, if that wrote the rows; else text.
-
-    Of a folder, the form that it tells.
-
-    A chat template that was chosen for it is used in any case.
-    """
+    """The form of training: the dataset's; else the chat template's, if it wrote the rows or was chosen; else text."""
     if trained.chat_template is not None:
         return "template"
     if trained.data is None and stored_form(tokenizer) in FORMS:

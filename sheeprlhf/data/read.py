@@ -292,11 +292,7 @@ def is_compressed(file: Path) -> bool:
 
 
 class _Unpacked(io.RawIOBase):
-    """Decompressed bytes of a file.
-
-    Raises:
-        DataError: while reading, if the file is damaged, or holds far more than its size.
-    """
+    """Decompressed bytes of a file. Raises DataError while reading a damaged file, or far more than its size."""
 
     def __init__(self, file: Path, compression: str) -> None:
         super().__init__()
@@ -358,10 +354,7 @@ def read_parquet(file: Path, known: Sequence[str] = COLUMNS, part: Part = WHOLE)
 
 
 def count_values(file: Path, known: Sequence[str]) -> dict[str, int]:
-    """Rows that have a value in each column that is not known, by the file's own statistics.
-
-    A column without statistics, or of lists, counts as having a value in every row.
-    """
+    """Rows with a value in each column that is not known, by statistics; all rows without them, or for lists."""
     parquet = open_parquet(file)
     facts, schema = parquet.metadata, parquet.schema_arrow
     empty = {field.name for field in schema if pa.types.is_null(field.type)}
@@ -388,10 +381,7 @@ def _groups_of(facts: pq.FileMetaData, part: Part) -> dict[int, int]:
 
 
 def _rows(file: Path, columns: list[str], part: Part) -> Iterator[dict[str, Any]]:
-    """The rows of a part, decoded in batches; row groups without any are not read.
-
-    Metadata that another program left in the file is not read.
-    """
+    """The rows of a part, decoded in batches; empty row groups and metadata of other programs are not read."""
     parquet = open_parquet(file)
     begin, end = part.cut(parquet.metadata.num_rows)
     groups = _groups_of(parquet.metadata, part)
@@ -593,11 +583,7 @@ def _count_left_out(file: Path, limit: int | None, layout: RowLayout) -> tuple[s
 
 
 def count_rows(files: list[Path], limit: int | None, part: Part = WHOLE) -> int | None:
-    """About how many rows `read_batches` will give, for a progress bar; None if only reading them would tell.
-
-    Raises:
-        DataError: if a parquet file is none.
-    """
+    """About how many rows `read_batches` gives; None if only reading tells. Raises DataError for bad parquet."""
     total = 0
     for file in files:
         kind = _kind(file)

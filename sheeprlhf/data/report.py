@@ -157,10 +157,7 @@ def _percentiles(lengths: np.ndarray) -> dict[str, int]:
 
 
 def why_none_left(report: Report, native: set[str], cfg: DataConfig) -> str:
-    """A sentence that tells where the training rows went, and what would bring them back.
-
-    Splits that are not `native`, with files of their own, were cut from the training rows.
-    """
+    """A sentence on where the training rows went; splits that are not `native` were cut from them."""
     parts = {name: part for name, part in report["splits"].items() if name == "train" or name not in native}
     dropped: Counter[str] = Counter()
     for part in parts.values():
@@ -335,10 +332,7 @@ def check_prompts(report: Report, task: str) -> None:
 def preparation_notes(
     report: Report, cfg: DataConfig, tokenizer: Any, frequent: Iterable[str], undesirable: int
 ) -> Iterator[str]:
-    """Notes for the user on rows that were cut, encoded as plain text, reserved or mislabelled, and on unused options.
-
-    Those on `frequent` prompts are given; `undesirable` rows have a label that marks them so.
-    """
+    """Notes on rows that were cut, plain, reserved or mislabelled (`undesirable`), and on unused options."""
     yield from notes_on(report)
     kind, splits = report["kind"], report["splits"]
 

@@ -59,12 +59,7 @@ class TemplatedExample(PreferenceExample):
 
 
 def text(row: Mapping[str, Any], column: str) -> str:
-    """The string in a column.
-
-    Raises:
-        DataError: if the column is missing or holds no usable string; the caller adds the file and the line.
-        DropRowError: if the string contains a NUL, which is left over from a binary or a damaged file.
-    """
+    """The string in a column. Raises DataError if it holds none, DropRowError if the string contains a NUL."""
     if column not in row:
         raise MissingColumnError(f"column '{column}' is missing")
     value = row[column]
@@ -114,11 +109,7 @@ def texts(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
 
 
 def number(row: Mapping[str, Any], column: str) -> float:
-    """The finite number in a column, 0 where it is missing or null; a text that spells one is one (csv has no other).
-
-    Raises:
-        DataError: if it holds something else.
-    """
+    """The finite number in a column, as text too (csv); 0 where missing. Raises DataError for other values."""
     value = row.get(column)
     if value is None or value == "":
         return 0.0
@@ -129,12 +120,7 @@ def number(row: Mapping[str, Any], column: str) -> float:
 
 
 def best_first(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row with its responses in the order of column 'ranks' or 'scores', if it has one of them.
-
-    Raises:
-        DataError: the column does not have a number for each response.
-        DropRowError: two responses are equally good.
-    """
+    """The row with its responses in the order of 'ranks' or 'scores'. Raises DataError, DropRowError for ties."""
     column = next((name for name in RANKINGS if row.get(name) is not None), None)
     responses = row.get("responses")
     if column is None or not isinstance(responses, list | tuple):
@@ -201,13 +187,7 @@ SPELLINGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "
 
 
 def labelled(example: PreferenceExample, *, rewarded: bool = False) -> tuple[tuple[str, ...], tuple[bool, ...]]:
-    """The responses of a row of unpaired data and which of them are desirable: one with its label, or both of a pair.
-
-    If the label is a reward (see `reward_of`), a single response counts as desirable.
-
-    Raises:
-        MissingColumnError: the row has neither; DataError: its label is not a yes or no, or it ranks more than two.
-    """
+    """Responses of unpaired data, desirable or not: one with a label (or reward), or a pair. Raises DataError."""
     if example.response is not None and example.label is not None:
         return (example.response,), (rewarded or is_desirable(example.label),)
     if example.chosen is not None and example.rejected is not None:
@@ -224,11 +204,7 @@ def labelled(example: PreferenceExample, *, rewarded: bool = False) -> tuple[tup
 
 
 def reward_of(example: PreferenceExample) -> float:
-    """The reward of the desirable responses of a row: the number in its label, true is 1; of a pair 1. Others have 0.
-
-    Raises:
-        DataError: the label is no finite number.
-    """
+    """The reward of the desirable responses of a row: its label, or 1. Raises DataError for other labels."""
     if example.response is None or example.label is None:
         return 1.0
     try:

@@ -1,7 +1,4 @@
-"""Sampler: the rows of an optimizer step as a pure function of (seed, step), so that a resumed run replays nothing.
-
-Ranks do not draw: each computes the same rows of the step and takes its own share of them.
-"""
+"""The rows of an optimizer step as a pure function of (seed, step); each rank takes its share of them."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

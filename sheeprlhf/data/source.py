@@ -119,10 +119,7 @@ def notes_on_shards(cfg: LayoutDataConfig, shards: list[Shard]) -> list[str]:
 def options_of_shard(
     cfg: LayoutDataConfig, files: Files, shard: Shard, *, first: bool
 ) -> tuple[LayoutDataConfig, Files]:
-    """Options and files of one shard; the first one brings the other splits of the dataset.
-
-    A split that is cut from the training rows is cut from each shard, so that its prompts are in no other split.
-    """
+    """Options and files of one shard; the first has the other splits, which are cut from each shard."""
     train = {"train": [shard.file]}
     if first:
         return cfg, files | train
@@ -163,13 +160,7 @@ def _kinds(cfg: DataConfig) -> tuple[str, ...]:
 
 
 def splits_of_subset(folder: Path, subset: str | None) -> Files:
-    """The files of all splits of a subset, found as `datasets.load_dataset` finds them.
-
-    The card of the dataset names them; without a card, names of files and folders do.
-
-    Raises:
-        DataError: the subset does not exist, or it has no file that can be read.
-    """
+    """The files of all splits of a subset, found as by `datasets.load_dataset`. Raises DataError."""
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     inside, patterns = _subset(folder, subset)
@@ -194,11 +185,7 @@ def splits_of_subset(folder: Path, subset: str | None) -> Files:
 
 
 def choose_splits(splits: Files, name: str | None) -> Files:
-    """The files to train on, of `name` (null: train, or the only split), and of the validation and test splits with it.
-
-    Raises:
-        DataError: there is no such split.
-    """
+    """The files of `name` (null: train, or the only split), and of validation and test. Raises DataError."""
     chosen = name or ("train" if len(splits) > 1 else next(iter(splits)))
     if chosen not in splits:
         raise DataError(f"data.split={name or 'null'}: there is no split {chosen}; give one of {', '.join(splits)}")
@@ -216,11 +203,7 @@ def _without_role(split: str) -> list[str]:
 
 
 def _subset(folder: Path, subset: str | None) -> tuple[str, dict[str, list[str]]]:
-    """A subset's folder below that of the dataset, and the patterns of the files of its splits, if the card has them.
-
-    Raises:
-        DataError: the subset does not exist, or one has to be chosen; the card is damaged.
-    """
+    """A subset's folder below that of the dataset, and the patterns of its splits, if the card has them."""
     from datasets.data_files import sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
@@ -258,11 +241,7 @@ def _inside(folder: Path, files: Files) -> Files:
 
 
 def content_hash(files: Files, part: Part = WHOLE, *, progress: bool = False) -> str:
-    """SHA-256 over splits and the bytes of their files, not their names; of training files, those of `part`.
-
-    Raises:
-        DataError: if one cannot be read.
-    """
+    """SHA-256 over splits and the bytes of their files, of training files those of `part`. Raises DataError."""
     from sheeprlhf.data.read import part_bytes  # imports torch
 
     total = hashlib.sha256(b"" if part == WHOLE else repr(part).encode())
@@ -318,14 +297,7 @@ def left_out_note(cfg: DataConfig, files: Files) -> str | None:
 
 
 def files_of_folder(folder: Path) -> Files:
-    """The files of each split in a folder of the hub's layout, its sub-folders included.
-
-    A split is named by a word of the file's path (`train.jsonl`, `data/test-00000-of-00001.parquet`, `dev/a.csv`);
-    files without such a word are training rows if no file has one.
-
-    Raises:
-        DataError: if there is no readable file, no training file, or a shard is missing.
-    """
+    """The files of each split, named by a word of their paths, else train. Raises DataError for none or gaps."""
     readable = [(file, of[0]) for file in files_below(folder) if (of := file_kind(file))]
     kinds = {kind: [file for file, of_file in readable if of_file == kind] for kind in KINDS}
     kind = next((kind for kind in KINDS if any(split_of_name(file, folder) for file in kinds[kind])), None)
@@ -361,11 +333,7 @@ def _check_shards(files: list[Path]) -> None:
 
 
 def snapshot(name: str, revision: str | None, patterns: list[str], *, cached: bool = False) -> Path:
-    """The folder of a hub dataset in the hub's cache; files of these patterns are fetched unless they are `cached`.
-
-    Raises:
-        DataError: within five seconds if it is not cached and the hub cannot be reached.
-    """
+    """The folder of a hub dataset in the hub's cache, files fetched unless `cached`. Raises DataError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -38,7 +38,7 @@ class SplitWriter:
     """Writes one split's rows, batch by batch."""
 
     def __init__(self, file: Path) -> None:
-        """Make the Arrow file `file`."""
+        """Open the split's file; `longest` is the most tokens of a row. Raises DataError if it is damaged."""
         self._sink = pa.OSFile(str(file), "wb")
         self._writer = pa.ipc.new_file(self._sink, SCHEMA)
 

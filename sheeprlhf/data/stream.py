@@ -76,13 +76,7 @@ class Stream:
         return data
 
     def prepare(self, number: int) -> PreparedData:
-        """The rows of shard `number`, prepared now unless they are; deletes the oldest of more than `keep_shards`.
-
-        The first shard stays, as the validation rows are stored with it.
-
-        Raises:
-            DataError: the shard cannot be used; names it.
-        """
+        """The rows of shard `number`; deletes the oldest shard but the first beyond `keep_shards`. Raises DataError."""
         self.close(wait=True)
         shard, before = self._shards[number % len(self)], self._shards[(number - 1) % len(self)]
         if self._leads and number and before.file != shard.file and source.streams_from_hub(self._cfg):

@@ -82,10 +82,7 @@ def decode(tokenizer: Any, ids: Sequence[Sequence[int]]) -> list[str]:
 
 
 def token_index(tokenizer: Any, before: Sequence[int], ids: Sequence[int], place: int) -> int:
-    """The first of the tokens `ids` that begins at character `place` of their text or later.
-
-    The tokens `before` them decide whether a decoder writes a space; all tokens of one character begin with it.
-    """
+    """The first token of `ids` that begins at character `place` or later; those `before` decide on a space."""
     context = list(before[-8:])
 
     def begin(number: int) -> int:
@@ -166,10 +163,7 @@ class PairEncoder:
         response_ids: list[list[list[int]]],
         control_tokens: bool,
     ) -> list[str]:
-        """The part of each row that does not decode to its text: "response", "prompt" or nothing.
-
-        A space that a decoder writes between a special token and the text does not count.
-        """
+        """The part of each row that does not decode to its text: "response", "prompt" or nothing; a space aside."""
         parts = [
             (row, text, ids)
             for row, of in enumerate(responses)
@@ -402,10 +396,7 @@ class RowTokenizer:
         )
 
     def _responses(self, example: PreferenceExample) -> tuple[tuple[str, ...], tuple[bool, ...]]:
-        """The responses that a task of this kind learns from, best first, and of unpaired data which are desirable.
-
-        A task that samples its own responses needs none.
-        """
+        """The responses that a task of this kind learns from, best first, and which are desirable (unpaired)."""
         if self.kind in ("unpaired", "rewarded"):
             return labelled(example, rewarded=self.kind == "rewarded")
         if self.kind == "preference":
@@ -562,11 +553,7 @@ class RowTokenizer:
     def _fit(
         self, prompt: list[int], responses: list[list[int]], place: str
     ) -> tuple[list[int], list[list[int]], tuple[str, ...]]:
-        """Cut what is too long to the limits of the config.
-
-        The prompt keeps its BOS and its end, up to `max_prompt_length` tokens; the responses keep their starts, as far
-        as the prompt leaves room in `max_length`.
-        """
+        """Cut to the limits of the config: the prompt keeps its BOS and its end, responses their starts."""
         cfg = self.cfg
         longest = max((len(r) for r in responses), default=0)
         if len(prompt) <= cfg.max_prompt_length and len(prompt) + longest <= cfg.max_length:
@@ -754,11 +741,7 @@ class TextExchange:
 
 
 def turn_texts(tokenizer: Any) -> tuple[str, str, str]:
-    """Return the texts that a chat template writes before a user's message, between it and the answer, and after it.
-
-    Raises:
-        ModelError: there is no template, or it does not write both as they are.
-    """
+    """Texts of a chat template before, between and after user message and answer. Raises ModelError."""
     asked, answered = "a question", "an answer"
     if not tokenizer.chat_template:
         raise ModelError(

@@ -65,11 +65,7 @@ class TrainState:
 
 
 def read_state(folder: Path) -> TrainState:
-    """The state of a checkpoint.
-
-    Raises:
-        CheckpointError: state.json is damaged, or contradicts itself, the manifest or the folder's name.
-    """
+    """The state of a checkpoint. Raises CheckpointError if it is damaged or contradicts manifest or folder."""
     path = folder / STATE_FILE
     try:
         content, manifest = load_json(path, STATE), read_manifest(folder)
@@ -303,11 +299,7 @@ def load_checkpoint(
 
 
 def find_checkpoint(run_dir: Path, name: str, say: Notify) -> Path:
-    """One process: the folder of "last", "best" or "step-<n>".
-
-    Raises:
-        CheckpointError: there is none of that name.
-    """
+    """One process: the folder of "last", "best" or "step-<n>". Raises CheckpointError if there is none."""
     folder = latest_checkpoint(run_dir, say) if name in ("last", "best") else run_dir / "checkpoints" / name
     if folder is not None and name == "best":
         best_step = read_state(folder).best_step
@@ -369,10 +361,7 @@ def not_finite(tensors: dict[str, Tensor]) -> str | None:
 
 
 def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as "<state>/<parameter>", for example "exp_avg/head.weight".
-
-    bitsandbytes counts steps by an int, and its parameters share the tables of their formats ("qmap1", "qmap2").
-    """
+    """The optimizer's state as "<state>/<parameter>"; bitsandbytes counts by an int and shares "qmap1", "qmap2"."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in unwrapped(module).named_parameters()}
     return {
         f"{key}/{names[parameter]}": value.clone() if key in _8BIT_TABLES else torch.as_tensor(value)
@@ -383,11 +372,7 @@ def optimizer_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tens
 
 
 def copy_tensors(path: Path, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
-    """Copy the tensors of a file into `targets`: the same names, shapes and number formats, or nothing is copied.
-
-    Raises:
-        CheckpointError: naming the first tensor that differs.
-    """
+    """Copy a file's tensors into `targets`, all or, if one differs (CheckpointError), none."""
     for name in sorted(tensors.keys() ^ targets.keys()):
         raise CheckpointError(f"{path}: tensor {name} is {'unknown to this model' if name in tensors else 'missing'}")
     for name, target in targets.items():
@@ -407,11 +392,7 @@ def _state_shape(key: str, parameter: Tensor) -> torch.Size:
 
 
 def load_optimizer(path: Path, module: nn.Module, optimizer: Optimizer) -> None:
-    """Restore what `optimizer_tensors` gave; learning rates and other settings stay as they are.
-
-    Raises:
-        CheckpointError: a tensor is of a parameter that the optimizer lacks, or has another shape.
-    """
+    """Restore tensors of `optimizer_tensors`, not settings. Raises CheckpointError if one does not fit."""
     parameters = dict(unwrapped(module).named_parameters())
     positions = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state: dict[int, dict[str, Any]] = {}

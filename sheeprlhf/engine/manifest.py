@@ -99,11 +99,7 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def verify_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder, after every file proved to be what was written.
-
-    Raises:
-        CheckpointError: naming the file that is missing, odd, changed or not ours.
-    """
+    """The manifest of a folder whose every file is as written. Raises CheckpointError that names the file."""
     content = read_manifest(folder)
     found = {path.name for path in folder.iterdir()} - {MANIFEST}
     for name in sorted(found ^ set(content["files"])):

@@ -1,7 +1,4 @@
-"""Records of a run: metrics.csv, TensorBoard events, sample texts and experiment trackers. Only rank zero writes.
-
-After a resume everything beyond the checkpoint's step is taken back, so that each (tag, step) is there once.
-"""
+"""Records of a run, by rank zero; after a resume, those beyond the checkpoint's step are removed."""
 
 import csv
 import io

@@ -15,24 +15,14 @@ from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy, _FabricModu
 
 
 def build_optimizer(cfg: OptimizerConfig, module: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The configured optimizer over the module's trainable parameters, in the module's order.
-
-    Weight decay applies to matrices (two or more dimensions) only: biases, norms and gains have none.
-
-    Raises:
-        ConfigError: nothing is trainable.
-    """
+    """The optimizer over trainable parameters in order; decay for matrices only. Raises ConfigError if none."""
     return _optimizer_of(cfg, _groups(cfg, module.parameters(), lr))
 
 
 def set_up(
     fabric: Fabric, cfg: OptimizerConfig, module: nn.Module, lr: float
 ) -> tuple[_FabricModule, torch.optim.Optimizer]:
-    """All ranks: the module and its optimizer as `fabric` runs them.
-
-    Raises:
-        ConfigError: nothing is trainable.
-    """
+    """All ranks: the module and its optimizer as `fabric` runs them. Raises ConfigError if nothing trains."""
     if isinstance(fabric.strategy, ModelParallelStrategy):  # it puts other parameters in the place of the module's
         drop_placeholders(module)
         wrapped = fabric.setup_module(module)

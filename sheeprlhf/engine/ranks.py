@@ -242,11 +242,7 @@ def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 @contextmanager
 def missing_ranks_named(fabric: Fabric) -> Iterator[None]:
-    """All ranks, around all collectives: turn a failed collective into an error that names the missing ranks.
-
-    Raises:
-        MissingRanksError: one failed.
-    """
+    """All ranks, around all collectives: turn a failed one into a MissingRanksError that names the ranks."""
     strategy = fabric.strategy
     try:
         yield
@@ -371,10 +367,7 @@ def _wait_for_ranks(store: Store, strategy: Any, children: list[subprocess.Popen
 
 
 def _batch_script_seconds() -> float | None:
-    """Seconds to wait for the other tasks of a SLURM job that runs outside of a step; None otherwise.
-
-    `srun` starts a step with all tasks; without it the batch script's process is alone.
-    """
+    """Seconds to wait for the other tasks of a SLURM job outside of a step (no srun); None otherwise."""
     found = launched()
     if found is None or found.sure:
         return None

@@ -86,10 +86,7 @@ class Run:
             self.say(text)
 
     def restore(self, module: nn.Module, optimizer: Optimizer) -> TrainState:
-        """All ranks, once, before the first log: continue from the newest good checkpoint, or start at step 0.
-
-        Weights, optimizer and random number generators become the checkpoint's; records beyond its step are removed.
-        """
+        """All ranks, once, before the first log: continue from the newest good checkpoint, or start at step 0."""
         state = restore_latest(self._fabric, self.dir, module, optimizer, config_hash=self._config_hash, say=self.say)
         self._state = state or TrainState()
         self.begin(self._state.step)
@@ -105,11 +102,7 @@ class Run:
         self._signals = self._stack.enter_context(noted_signals(self._fabric.is_global_zero))
 
     def skip_step(self, error: NonFiniteError) -> None:
-        """All ranks: leave out the step that the error is of, and count it in the restored state.
-
-        Raises:
-            NonFiniteError: `task.max_skipped_steps` have been left out already.
-        """
+        """All ranks: leave out a step and count it. Raises NonFiniteError after `task.max_skipped_steps`."""
         state, most = self._state, self.cfg.task.max_skipped_steps
         if state.skipped_steps >= most:
             raise error
@@ -130,10 +123,7 @@ class Run:
         )
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Numbers of one step: to metrics.csv and TensorBoard, on rank zero.
-
-        From the first skipped step on, their number is next to them, once a step.
-        """
+        """Numbers of one step to all records, on rank zero; after a skipped step, with the count of skipped ones."""
         if self._state.skipped_steps and self._counted_at != step:
             metrics = metrics | {"train/skipped_steps": float(self._state.skipped_steps)}
             self._counted_at = step
@@ -152,10 +142,7 @@ class Run:
             self._progress = Progress(total, state.step)
 
     def show_progress(self, state: TrainState, total: int, what: str, amount: float) -> None:
-        """The steps up to `state.step` of `total`, and `amount` more tokens on all ranks are done; `what` came of it.
-
-        Without `begin_progress`, time is measured from `restore` on.
-        """
+        """`state.step` of `total` steps and `amount` more tokens are done; time runs from begin_progress or restore."""
         self._tokens += amount
         if self._fabric.is_global_zero:
             if self._progress is None:
@@ -188,11 +175,7 @@ class Run:
     def end_step(
         self, state: TrainState, module: nn.Module, optimizer: Optimizer, *, save: bool, last: bool = False
     ) -> None:
-        """All ranks, after each step and its validation: save if asked, at a signal and at the best step, then stop.
-
-        Raises:
-            Interrupted: on rank zero, at a signal to stop, unless this is the last step.
-        """
+        """All ranks, after each step: save if asked, signalled or best. Raises Interrupted at a signal to stop."""
         signum = self.stop_signal()
         if save or signum or state.best_step == state.step:
             self.save(state, module, optimizer)

@@ -105,12 +105,7 @@ def _extended_run(cfg: TrainConfig, config_hash: str) -> Path | None:
 
 
 def _take_checkpoints(earlier: Path, folder: Path, config_hash: str) -> int:
-    """Copy the newest and the best checkpoint and the metrics of a run into a new one; return the newest step.
-
-    Raises:
-        ConfigError: the run has no checkpoint any more.
-        CheckpointError: one is damaged, or cannot be written.
-    """
+    """Copy newest and best checkpoint and metrics into a new run; return the newest step. Raises SheepError."""
     there = {int(path.name[5:]): path for path in (earlier / "checkpoints").glob("step-*") if path.name[5:].isdigit()}
     if not there:
         raise ConfigError(f"resume_from={earlier} has no checkpoint to continue from: start another run")
@@ -134,11 +129,7 @@ def _take_checkpoints(earlier: Path, folder: Path, config_hash: str) -> int:
 
 
 def check_existing_run(cfg: TrainConfig, config_hash: str, given: str | None) -> None:
-    """Rank zero only, before anything is loaded: reject a run directory that cannot be continued or started in.
-
-    Raises:
-        ConfigError: as `choose_run_dir`, for a run that is there already or a name that no folder can have.
-    """
+    """Rank zero only, before anything is loaded: reject a run directory as `choose_run_dir` would."""
     if _existing_run(cfg, config_hash, given) is None and given is None:
         _folder_names(cfg)
 
@@ -209,10 +200,7 @@ def _check_unused(folder: Path) -> None:
 
 
 def changed_options(cfg: TrainConfig, run_dir: Path) -> list[tuple[str, Any, Any]]:
-    """Options that the run's saved configuration has otherwise: key, value there, value in `cfg`.
-
-    Those that name and place a run are left out; nothing is known of a run without a readable configuration.
-    """
+    """Options that the run's saved configuration has otherwise: key, value there, value in `cfg`; not its place."""
     saved: dict[str, Any] = {}
     with suppress(ConfigError):
         saved = dict(leaves(read_run_config(str(run_dir))))
@@ -365,10 +353,7 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """True if another process holds the run directory's lock, as far as this user may know.
-
-    The look takes a lock for some microseconds, shared with others that look; `RunLock` waits for it.
-    """
+    """True if another process holds the run's lock, seen by a lock that looks share for some microseconds."""
     try:
         descriptor = open_file(run_dir / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
@@ -405,11 +390,7 @@ class RunLock:
         self._descriptor: int | None = None
 
     def __enter__(self) -> "RunLock":
-        """Take the lock.
-
-        Raises:
-            RunInUseError: another process holds it; the message names that process.
-        """
+        """Take the lock. Raises RunInUseError, which names the process that holds it."""
         try:
             descriptor = open_lock_file(self._path.parent, self._path.name)
         except OSError as error:

@@ -134,10 +134,7 @@ _PROJECT_VARIABLES = {"wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAM
 
 
 def open_trackers(cfg: TrainConfig, run_dir: Path, say: Notify) -> dict[str, Tracker]:
-    """Rank zero only: open the trackers of `log` by name, each with its run of before if this run is resumed.
-
-    One that cannot be opened is reported and left out.
-    """
+    """Rank zero only: open the trackers of `log`, with their runs of before; report those that fail."""
     config: dict[str, Any] = redact(config_to_dict(cfg))
     title = redact_text("-".join([cfg.task.config_name, cfg.data.config_name, cfg.model.config_name, cfg.run_name]))
     ids, opened = dict(read_run(run_dir).get("trackers", {})), {}

@@ -12,11 +12,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def read_small(path: Path, limit: int) -> bytes:
-    """The content of a plain file.
-
-    Raises:
-        OSError: it is missing, not a plain file (a pipe would never end), or larger than `limit` bytes.
-    """
+    """The content of a plain file of at most `limit` bytes. Raises OSError for others; a pipe would never end."""
     content = read_tail(path, limit + 1)
     if len(content) > limit:
         raise OSError(f"{path} has more than {limit} bytes")
@@ -35,13 +31,7 @@ def read_tail(path: Path, num_bytes: int) -> bytes:
 
 
 def real_path(path: Path, root: Path) -> Path:
-    """The file or folder that `path` is or leads to; links may not lead out of `root`.
-
-    A snapshot in the hub's cache is links into `blobs` next to it, which counts as inside.
-
-    Raises:
-        OSError: it is missing, or leads elsewhere: that could be any file of the user's.
-    """
+    """The target of `path`, inside `root` or the blobs of its snapshot. Raises OSError if missing or elsewhere."""
     home = root.resolve()
     homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
     try:

@@ -51,12 +51,7 @@ class Schema(NamedTuple):
 
 
 def load_json(path: Path, schema: Schema, *, root: Path | None = None) -> dict[str, Any]:
-    """The object in one of our JSON files, empty if there is none; with `root`, links may not lead out of that folder.
-
-    Raises:
-        RecordError: the file cannot be read, is too large or nested too deeply, is not JSON, or a field is missing, has
-            another type or is out of range; names file, field and fix.
-    """
+    """The object in one of our files, {} if there is none. Raises RecordError with file, field and fix."""
     try:
         text = read_small(path if root is None else real_path(path, root), schema.max_bytes)
     except FileNotFoundError:

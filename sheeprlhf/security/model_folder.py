@@ -56,12 +56,7 @@ class TensorFacts(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, TensorFacts]:
-    """The tensors that a plain safetensors file declares, by name; none of their bytes is read.
-
-    Raises:
-        ValueError: it is no such file, its header is larger than `MAX_HEADER`, or the tensors are not what follows it.
-        OSError: it cannot be read.
-    """
+    """The tensors that a safetensors file declares, without their bytes. Raises ValueError if it is none."""
     with open(open_file(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -163,12 +158,7 @@ def adapter_folder_of(source: str, *, local_only: bool) -> Path:
 
 
 def download_weights(source: str, folder: Path) -> None:
-    """Bring a hub's weights, safetensors if it has some, into `folder_of`'s folder, which has the indices of shards.
-
-    Raises:
-        OSError: the hub refuses or does not answer.
-        ModelError: an index is not what it has to be.
-    """
+    """Bring a hub's weights, safetensors if any, into `folder_of`'s folder. Raises OSError and ModelError."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -242,11 +232,7 @@ def _said(path: Path, error: Exception) -> str:
 
 
 def read_json(folder: Path, name: str, limit: int = _MAX_CONFIG) -> dict[str, Any]:
-    """The object in a JSON file of a folder.
-
-    Raises:
-        ModelError: it is missing, leads out of the folder, is too large or too deep, or is not an object of JSON.
-    """
+    """The object in a JSON file of a folder. Raises ModelError if it is missing, too large or none."""
     path = folder / name
     try:
         content = json.loads(read_small(_real(folder, path, limit), limit))
@@ -297,11 +283,7 @@ def _entries(path: Path, node: Any, depth: int) -> Iterator[tuple[str, Any]]:
 
 
 def weights_of(folder: Path) -> dict[str, TensorFacts]:
-    """The tensors that a model's safetensors declare, by name, in one file or in shards; empty if there are none.
-
-    Raises:
-        ModelError: a file is not what it has to be; a shard's name is a path; the index and the shards disagree.
-    """
+    """The tensors that a model's safetensors declare; {} without any. Raises ModelError for wrong files."""
     tensors: dict[str, TensorFacts] = {}
     for name in safetensors_files(folder):
         tensors |= tensors_of(folder, name)

@@ -134,11 +134,7 @@ def _convert(files: list[Path], target: Path, one: str) -> None:
 
 
 def read_pickled(file: Path) -> dict[str, "Tensor"]:
-    """The tensors of one pickled file, contiguous or views of each other; no code of the file is run.
-
-    Raises:
-        ModelError: it asks for code, is damaged, or holds something else than named tensors.
-    """
+    """The tensors of one pickled file; no code of the file is run. Raises ModelError if it holds anything else."""
     import torch
 
     is_zip = zipfile.is_zipfile(file)

@@ -52,11 +52,7 @@ def is_secret_value(text: str) -> bool:
 
 
 def secret_spans(text: str) -> list[tuple[int, int]]:
-    """Find credentials by their formats; a component of an existing path is none.
-
-    Returns:
-        First place and the one after the last, for each.
-    """
+    """First and end place of each credential, found by its format; a component of an existing path is none."""
     tokens = [match.span() for match in _TOKEN.finditer(text)]
     found = [span for span in tokens if not is_in_path(text, *span)]
     return found + [match.span() for match in _USER_INFO.finditer(text)]
@@ -80,10 +76,7 @@ def _exists(path: str) -> bool:
 
 
 def redact_text(text: str) -> str:
-    """The text with all replaced that looks like a key or a URL's password, or is a secret of the environment.
-
-    Components of existing paths stay: without them no command that is printed could be repeated.
-    """
+    """The text without keys, URL passwords and secrets of the environment; existing paths stay."""
     secrets = _of_environment()
     spans = secret_spans(text)
     if secrets:
@@ -112,10 +105,7 @@ def _of_environment() -> list[str]:
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """A configuration as plain dicts and lists, with secrets replaced: by the name of their key, or by their look.
-
-    Only text is hidden by name: `token_budget: 2048` is a number and stays.
-    """
+    """A configuration as plain dicts and lists, with text replaced that is secret by its key or its look."""
     if isinstance(value, dict):
         return {k: redact(v, str(k)) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -49,11 +49,7 @@ _LOADS = ("LOAD_METHOD", "LOAD_ATTR")
 
 @contextmanager
 def importable_from(folder: str | None) -> Iterator[None]:
-    """Add the folder to the end of the import path within the block, so that no module of it hides an installed one.
-
-    It is the current directory, where users keep their own module; it is on the path only while their code is imported
-    and called, so that no other file there is ever imported for anything else.
-    """
+    """Add the folder to the end of the import path within the block: no module of it hides an installed one."""
     if folder is None:
         yield
         return
@@ -220,12 +216,7 @@ def signs_of_state(function: Callable[..., Any]) -> list[str]:
 
 
 def state_warning(name: str, function: Callable[..., Any]) -> str | None:
-    """Return the line that warns of a stateful function; None if there is no sign of state.
-
-    Args:
-        name: how the configuration names it.
-        function: the user's callable.
-    """
+    """Return the line that warns of signs of state in the function `name`; None if there are none."""
     signs = signs_of_state(function)
     if not signs:
         return None

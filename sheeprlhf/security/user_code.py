@@ -64,12 +64,7 @@ def hidden_by_installed(module: str) -> str | None:
 
 
 def names_of(file: str) -> set[str] | None:
-    """Names that a source file may define, at any depth; None if they cannot be determined.
-
-    Raises:
-        SyntaxError: it is not Python; its `lineno` says where.
-        OSError: it cannot be read.
-    """
+    """Names that a source file may define; None if they cannot be determined. Raises SyntaxError and OSError."""
     with tokenize.open(file) as source:
         try:
             tree = ast.parse(source.read(), file)

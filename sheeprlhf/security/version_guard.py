@@ -21,11 +21,7 @@ _BEFORE = re.compile(r"\d\W?(a|b|c|rc|alpha|beta|pre|preview|dev)\W?\d*", flags=
 
 
 def check_versions(*used: str) -> None:
-    """Reject versions that must not run, of `OPTIONAL` those `used`; a missing library is reported where it is needed.
-
-    Raises:
-        ConfigError: naming all of them and what to install.
-    """
+    """Reject versions that must not run, of `OPTIONAL` those `used`. Raises ConfigError with all of them."""
     problems = []
     for name in sorted((FLOORS.keys() | BANNED.keys()) - (OPTIONAL - set(used))):
         try:

@@ -1,8 +1,4 @@
-"""From a trained model to a folder that plain transformers loads, with proof that it computes the same.
-
-Adapters are merged in float32. What the model computes with its adapters is compared with what the merged one computes
-before anything is written, and what the written folder computes before it gets its name.
-"""
+"""From a trained model to a folder that plain transformers loads, with proof that it computes the same."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -61,11 +61,7 @@ class Saved(Protocol):
 
 
 def report_data(fabric: Fabric, run: Run, data: PreparedData) -> None:
-    """All ranks; rank zero shows what the data became, keeps it as data_report.json, and plans the memory.
-
-    Raises:
-        DataError: the run trained on other data before.
-    """
+    """All ranks; rank zero shows, checks and stores the data report, and plans the memory. Raises DataError."""
     run.say(render_report(data.report))
     same = fabric.broadcast(same_data(run.dir, data.fingerprint) if fabric.is_global_zero else None)
     if not same:
@@ -221,12 +217,7 @@ def log_samples(
     cfg: GenConfig,
     step: int,
 ) -> None:
-    """All ranks; rank zero generates for the examples' prompts and logs prompt, response and reference.
-
-    Both texts end with their end token, unless they were cut.
-
-    The random numbers of training are untouched.
-    """
+    """All ranks; rank zero generates for the examples' prompts and logs them; training's generators are kept."""
     if not examples:
         return
     with gathered(fabric, policy), isolated_rng():
@@ -259,12 +250,7 @@ def sample_table(rollout: Rollout, texts: Texts, num_rows: int) -> str:
 
 
 def saved_rollouts(num_rollouts: int, count: int) -> set[int]:
-    """Return the numbers of the rollouts to save: the first, the last and others evenly between them.
-
-    Args:
-        num_rollouts: of the whole run.
-        count: how many to save; the first alone for 1, all if there are fewer.
-    """
+    """Numbers of the `count` rollouts to save: the first, the last and others evenly between; at most all."""
     count = min(count, num_rollouts)
     return {index * (num_rollouts - 1) // max(count - 1, 1) for index in range(count)}
 

@@ -54,11 +54,7 @@ class TextGenerator:
         return TextGenerator(self.model, self.tokenizer, form, self._template_args)
 
     def fit(self, turns: Sequence[Turn]) -> tuple[list[Turn], Example]:
-        """The turns that the model has room for, and their prompt: the newest, and a system turn always.
-
-        Raises:
-            DataError: the last turn alone is too long, or cannot be asked.
-        """
+        """The turns that fit, the newest and a system turn, and their prompt. Raises DataError if the last does not."""
         kept = list(turns) if self.form.turns else list(turns[-1:])
         while True:
             example = self._asker.example(kept)
@@ -132,11 +128,7 @@ class RewardScorer:
 
     @torch.no_grad()
     def score(self, form: str, turns: Sequence[Turn], answer: str) -> float:
-        """Score of the answer, read after its end; the offset of the reward model is subtracted.
-
-        Raises:
-            DataError: there is no answer, or one of the two cannot be asked.
-        """
+        """Score of the answer after its end, less the model's offset. Raises DataError if it cannot be asked."""
         if not answer.strip():
             raise DataError("there is no answer to score")
         kind = FORMS[form]
@@ -153,11 +145,7 @@ def _device() -> torch.device:
 
 
 def load_text_generator(trained: Trained, say: Notify) -> TextGenerator:
-    """A policy that answers in the form in which it was trained, on the GPU if there is one.
-
-    Raises:
-        SheepError: it cannot be loaded.
-    """
+    """A policy in the form in which it was trained, on the GPU if there is one. Raises SheepError."""
     policy, tokenizer, _ = load_trained(trained, say)
     assert isinstance(policy, Policy)
     model = policy.eval().to(_device()).causal_lm()
@@ -168,11 +156,7 @@ def load_text_generator(trained: Trained, say: Notify) -> TextGenerator:
 
 
 def load_reward_scorer(trained: Trained, say: Notify) -> RewardScorer:
-    """A reward model that scores answers, on the GPU if there is one.
-
-    Raises:
-        SheepError: it cannot be loaded.
-    """
+    """A reward model that scores answers, on the GPU if there is one. Raises SheepError."""
     model, tokenizer, _ = load_trained(trained, say)
     assert isinstance(model, RewardModel)
     return RewardScorer(model.eval().to(_device()), tokenizer, form_of(trained, tokenizer), template_args_of(trained))

@@ -68,12 +68,7 @@ class Needed(NamedTuple):
 
 
 def check_all_weights(config: TrainConfig | EvalConfig, say: Notify) -> None:
-    """One process: account for the weights of every model that the job loads before its first step.
-
-    Raises:
-        SheepError: a model cannot be found, a parameter would not come from its files, or the model does not fit the
-            tokenizer, its adapters or the options of the task.
-    """
+    """One process: account for the weights of every model that the job loads. Raises SheepError for misfits."""
     for needed in models_of(config):
         check_needed(needed, say)
         if needed.reward_term is not None and reads_chat(config):
@@ -82,11 +77,7 @@ def check_all_weights(config: TrainConfig | EvalConfig, say: Notify) -> None:
 
 
 def check_options(config: TrainConfig | EvalConfig) -> None:
-    """One process: reject options that the architecture or the tokenizer of the job's model excludes.
-
-    Raises:
-        SheepError: naming the option.
-    """
+    """One process: reject options that the architecture or the tokenizer of the job's model excludes."""
     tokenizer = load_tokenizer(config.model) if isinstance(config, TrainConfig) else load_evaluated_tokenizer(config)
     if config.data is not None:
         check_template_args(tokenizer, config.data.template_args)
@@ -139,11 +130,7 @@ def _check_continued_adapter(config: TrainConfig, adapter: str) -> None:
 
 
 def check_needed(needed: Needed, say: Notify) -> str:
-    """A line about tensors of this model that will not be read; empty if all are.
-
-    Raises:
-        SheepError: as `check_all_weights`.
-    """
+    """A line about tensors of this model that will not be read; empty if all are. Raises SheepError."""
     if needed.adapters is not None:
         whole = dataclasses.replace(needed.model, finetune_mode="ALL", freeze_transformer=False)
         with isolated_rng(), suppress(*_CODE_THAT_READS), torch.device("meta"):

@@ -25,11 +25,7 @@ def own_templates(tokenizer: Any) -> dict[str, Any]:
 
 
 def check_has_template(tokenizer: Any, what: str = "column 'messages'") -> None:
-    """Reject messages that no chat template would render; `what` needs the template and begins the message.
-
-    Raises:
-        DataError: the tokenizer has no template, or several and none of them is the default.
-    """
+    """Raise DataError if no chat template renders messages; `what` needs one and begins the message."""
     own = own_templates(tokenizer)
     if not own:
         raise DataError(

@@ -65,12 +65,7 @@ def add_end_ids(config: Any, tokenizer: Any) -> None:
 
 
 def response_end(tokenizer: Any, prompt_ids: Iterable[int]) -> int:
-    """The token that ends a complete response to a prompt: what the chat template writes, else the tokenizer's EOS.
-
-    Args:
-        tokenizer: has an EOS.
-        prompt_ids: a prompt in the chat template has control tokens after its first text; a plain one has none.
-    """
+    """The token that ends a response: the chat template's if the prompt is written in it, else the EOS."""
     ends, control = end_tokens(tokenizer), control_tokens(tokenizer)
     after_start = dropwhile(control.__contains__, map(int, prompt_ids))
     templated = any(number in control for number in after_start)
@@ -98,10 +93,7 @@ def first_end(text: str, texts: Sequence[str]) -> str | None:
 
 @lru_cache(maxsize=16)
 def _closing_token(tokenizer: Any, template: str, num_tokens: int) -> int | None:
-    """The token after an answer, found by rendering one; white space around it does not count.
-
-    Template and number of tokens are arguments for the cache, which every row of a dataset asks.
-    """
+    """The token after a rendered answer, white space aside; template and size are arguments for the cache."""
     if not template:
         return None
     talk = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]

@@ -58,14 +58,7 @@ class CheckpointError(SheepError, RuntimeError):
 
 
 class RecordError(SheepError, ValueError):
-    """One of our own JSON files is damaged.
-
-    Args:
-        file: its path.
-        field: what is wrong in it, such as "stages.sft.seconds"; empty for the whole file.
-        problem: continues the sentence that file and field begin.
-        fix: what the user does about it.
-    """
+    """One of our own JSON files is damaged at `field` (empty: all of it); `problem` and `fix` end the sentence."""
 
     exit_code = USERS_MISTAKE
 
@@ -110,13 +103,7 @@ class RolloutMismatchError(RolloutServerError):
 
 
 class OutOfMemory(SheepError, MemoryError):
-    """Memory ran out. Checkpoints are as they were; the advice names options and values that need less.
-
-    Args:
-        phase: what was being computed: "forward pass", ...
-        facts: what is known besides; may be empty.
-        advice: one sentence each.
-    """
+    """Memory ran out in `phase`: "forward pass", ...; `facts` may be empty, `advice` has one sentence each."""
 
     def __init__(self, phase: str, facts: str = "", *advice: str) -> None:
         super().__init__(phase, facts, *advice)

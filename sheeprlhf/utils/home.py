@@ -1,7 +1,4 @@
-"""Places of files: home and cache directories, the assets of this package, and the hub if it answers soon.
-
-Also the environment variables of libraries that write below the home directory.
-"""
+"""Places of files: home, caches and assets; the hub, if it answers soon; variables of libraries that write."""
 
 import getpass
 import math
@@ -43,11 +40,7 @@ def home_problem(key: str, path: str) -> str | None:
 
 
 def known_home(key: str, path: str) -> Path:
-    """`expand_home` of a value that nothing else has checked.
-
-    Raises:
-        ConfigError: the home directory is not known.
-    """
+    """`expand_home` of a value that nothing else has checked. Raises ConfigError if the home is not known."""
     problem = home_problem(key, path)
     if problem:
         raise ConfigError(problem)
@@ -72,11 +65,7 @@ def cache_place(cache_dir: str | None, key: str = "data.cache_dir") -> CachePlac
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """The folder of `cache_place`.
-
-    Raises:
-        ConfigError: it lies in a home directory that is not known.
-    """
+    """The folder of `cache_place`. Raises ConfigError if it lies in a home directory that is not known."""
     return known_home(*cache_place(cache_dir))
 
 
@@ -90,10 +79,7 @@ _QUIET = {
 
 
 def silence_libraries() -> None:
-    """Set variables that the user's environment leaves open, before libraries are imported that read them.
-
-    Libraries print less, torch finds a name of the user, and the hub's client does not write into a folder called `~`.
-    """
+    """Set variables that libraries read on import and the user left open: less output, no folder called `~`."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -137,10 +123,7 @@ def fetched_folder(name: str, cache_dir: str | None = None) -> Path:
 
 
 def why_offline() -> str:
-    """The reason that the hub cannot be reached; empty if it answers within three seconds.
-
-    Name look-ups have no timeout of their own, hence the thread.
-    """
+    """The reason that the hub cannot be reached; empty if it answers in three seconds, in a thread of its own."""
     for name in _OFFLINE:
         if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"):
             return f"{name} is set"

@@ -89,11 +89,7 @@ class Launched(NamedTuple):
 
 
 def launched() -> Launched | None:
-    """The launcher that started this process; None without one, and for processes that Fabric has started.
-
-    Raises:
-        ConfigError: the variables are incomplete or contradict each other.
-    """
+    """The launcher of this process; None without one, or by Fabric. Raises ConfigError for contradictions."""
     env = os.environ
     if OWN_LAUNCHER in env and "LOCAL_RANK" in env:
         return None
@@ -193,11 +189,7 @@ def _check_complete(env: Mapping[str, str]) -> None:
 
 
 def number_or(name: str, default: int) -> int:
-    """A number of the environment.
-
-    Raises:
-        ConfigError: it is none.
-    """
+    """A number of the environment, or the default. Raises ConfigError if it is no number."""
     return _number(os.environ, name, 0) if name in os.environ else default
 
 
@@ -207,10 +199,7 @@ def node_rank() -> int:
 
 
 def global_rank() -> int:
-    """The rank of this process as far as the environment tells; 0 where it tells nothing that can be used.
-
-    Of processes that Fabric has started, 0 is the first of all, and the others have some other number.
-    """
+    """The rank of this process as far as the environment tells, else 0; of Fabric's, others than 0 may be inexact."""
     try:
         found = launched()
         return found.rank if found is not None else number_or("LOCAL_RANK", 0) or node_rank()
@@ -241,11 +230,7 @@ def leave_to_rank_zero() -> bool:
 
 
 def is_one_of_several() -> bool:
-    """True if a launcher, or Lightning's environment variables, announce other processes of this job.
-
-    Raises:
-        ConfigError: the variables are incomplete or contradict each other.
-    """
+    """True if the environment announces other processes of this job. Raises ConfigError as `launched`."""
     found = launched()
     if found is not None:
         return found.size > 1
@@ -255,11 +240,7 @@ def is_one_of_several() -> bool:
 
 
 def check_alone(what: str) -> None:
-    """Reject a command that starts the processes of its parts itself where a launcher has started several.
-
-    Raises:
-        LauncherError: with the command to give instead.
-    """
+    """Raise LauncherError where a launcher has started several processes: `what` starts those of its parts."""
     if not is_one_of_several():
         return
     found = launched()
@@ -290,10 +271,7 @@ def stale_note(given: bool) -> str | None:
 
 
 def child_environment() -> dict[str, str]:
-    """The environment for a command that this one starts, and that starts the processes of its training itself.
-
-    Variables of a launcher that has started this process alone are left out.
-    """
+    """The environment for a command that starts its own processes: without variables of a launcher for one."""
     found = launched()
     if found is None or found.size > 1:
         return dict(os.environ)

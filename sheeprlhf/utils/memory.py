@@ -23,11 +23,7 @@ _AMOUNT = re.compile(r"allocate (?P<number>[\d.]+) ?(?P<unit>[KMGTPE]iB|bytes)")
 
 @contextmanager
 def phase(name: Phase) -> Iterator[None]:
-    """A block, or as a decorator a function, in which running out of memory is called by this name.
-
-    Raises:
-        OutOfMemory: instead of what torch, numpy or Python raise; of several blocks, the innermost names it.
-    """
+    """A block, or as a decorator a function, whose lack of memory is an OutOfMemory of this name."""
     try:
         yield
     except Exception as error:

@@ -30,11 +30,7 @@ _MARK_BYTES = 4096
 
 
 def safe_path(folder: Path, name: str) -> Path:
-    """Return `folder/name` after a check of every component below `folder`.
-
-    Raises:
-        UnsafePathError: a component is a symbolic link, or `name` leads out of the folder.
-    """
+    """Return `folder/name`. Raises UnsafePathError if it leads out, or a component below `folder` is a link."""
     parts = PurePath(name).parts
     if PurePath(name).is_absolute() or ".." in parts:
         raise UnsafePathError(
@@ -80,24 +76,14 @@ def make_folders(folder: Path) -> None:
 
 
 def make_folder(folder: Path, name: str) -> Path:
-    """Create `folder/name` unless it exists.
-
-    Raises:
-        UnsafePathError: as `safe_path`.
-        OSError: it cannot be created.
-    """
+    """Create `folder/name` unless it exists. Raises UnsafePathError as `safe_path`, OSError if that fails."""
     path = safe_path(folder, name)
     make_folders(path)
     return path
 
 
 def create_file(folder: Path, name: str, content: bytes = b"") -> Path:
-    """Create a file that does not exist yet, in a folder that does.
-
-    Raises:
-        UnsafePathError: as `safe_path`.
-        OSError: it cannot be written, or exists; the error names the file, and no part of it is left behind.
-    """
+    """Create a new file in a folder that exists, whole or not at all. Raises UnsafePathError and OSError."""
     path = safe_path(folder, name)
     with open(open_file(path, os.O_WRONLY | os.O_EXCL | os.O_CREAT), "wb") as file:
         try:
@@ -113,12 +99,7 @@ def create_file(folder: Path, name: str, content: bytes = b"") -> Path:
 
 
 def write_file(folder: Path, name: str, content: bytes) -> Path:
-    """Write a file on the disk: all of the content, or what was there before. Missing folders are created.
-
-    Raises:
-        UnsafePathError: as `safe_path`, or it exists and is not a plain file.
-        OSError: it cannot be written; nothing is left behind.
-    """
+    """Write a file on the disk, whole or not at all, and missing folders. Raises UnsafePathError and OSError."""
     path = safe_path(folder, name)
     _check_plain(path)
     make_folders(path.parent)
@@ -135,12 +116,7 @@ def write_file(folder: Path, name: str, content: bytes) -> Path:
 
 
 def open_append(folder: Path, name: str) -> TextIO:
-    """Open a text file to append to; it is created if missing, in a folder that exists. Other characters become '?'.
-
-    Raises:
-        UnsafePathError: as `safe_path`, or it is not a plain file.
-        OSError: it cannot be opened.
-    """
+    """Open a plain text file to append to, created if missing. Raises UnsafePathError and OSError."""
     path = safe_path(folder, name)
     descriptor = _open_plain(path, os.O_WRONLY | os.O_APPEND)
     return open(descriptor, "a", newline="", encoding="utf-8", errors="replace")
@@ -203,11 +179,7 @@ def _warn_of(path: Path, lacking: str) -> None:
 
 
 def open_file(path: Path, flags: int, mode: int = 0o600) -> int:
-    """A descriptor of a file that is not a symbolic link; no child process inherits it.
-
-    Raises:
-        OSError: it is a link, or cannot be opened.
-    """
+    """A descriptor that no child inherits. Raises OSError if the file is a symbolic link, or cannot be opened."""
     flags |= os.O_CLOEXEC
     try:
         return os.open(path, flags | os.O_NOFOLLOW, mode)
@@ -218,11 +190,7 @@ def open_file(path: Path, flags: int, mode: int = 0o600) -> int:
 
 
 def lock(descriptor: int, path: Path, operation: int) -> bool:
-    """Take a lock of `fcntl.flock` on an open file; False if the file system has none.
-
-    Raises:
-        BlockingIOError: another process holds it, and the operation includes LOCK_NB.
-    """
+    """Take a lock of `fcntl.flock`; False if the file system has none. Raises BlockingIOError with LOCK_NB."""
     try:
         fcntl.flock(descriptor, operation)
     except BlockingIOError:
@@ -275,11 +243,7 @@ def make_private(path: Path) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename a file to a name that may exist, at once where the file system can.
-
-    Raises:
-        OSError: it cannot be renamed; both files are as they were.
-    """
+    """Rename a file to a name that may exist. Raises OSError if that fails; both files are as they were then."""
     try:
         os.replace(source, target)
         return
@@ -361,21 +325,14 @@ def writing_errors(what: str, advice: str) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed preparations of `folder` left behind; the lock says that none is at work.
-
-    Where the file system has no locks, it stays: it may be of a process that is at work.
-    """
+    """Remove what killed preparations of `folder` left, under its lock; it stays where there are no locks."""
     for left in folder.parent.glob(f".{folder.name}.tmp-*"):
         if has_locks(_lock_file(folder)):
             remove_marked(left)
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder that we made, at once or not at all. Call it under `locked`.
-
-    Raises:
-        FileExistsError: it has no marker, so somebody else may have made it.
-    """
+    """Remove a marked folder, at once or not at all, under `locked`. Raises FileExistsError without a marker."""
     if not has_marker(folder):
         raise FileExistsError(f"{folder} was not made by this program: it has no {MARKER}")
     aside = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
@@ -425,10 +382,7 @@ def has_marker(folder: Path) -> bool:
 
 
 def remove_marked(folder: Path) -> None:
-    """Delete a folder of ours, as far as the system allows; one without our marker only if it is empty.
-
-    The marker goes last: a process killed in between leaves a folder that still carries it.
-    """
+    """Delete a folder of ours as far as possible, the marker last; one without marker only if it is empty."""
     with suppress(OSError):
         if has_marker(folder):
             for path in folder.iterdir():

@@ -1,7 +1,4 @@
-"""Child processes, signals and standard streams.
-
-Child processes end with their parent, and get its signals. Streams outlive their terminal or a full disk.
-"""
+"""Child processes, which end with their parent; signals; streams that outlive their terminal or a full disk."""
 
 import ctypes
 import errno
@@ -63,10 +60,7 @@ class BoundToThis:
 
 
 def start_bound(_: BoundToThis | None, start: Callable[..., None], *args: Any) -> None:
-    """Initializer of a pool whose processes end with this one, even while they still import modules for `start`.
-
-    A spawned process reads this function, whose module imports next to nothing, then its arguments in their order.
-    """
+    """Initializer of a pool whose processes end with this one, even while they import modules for `start`."""
     start(*args)
 
 
@@ -155,10 +149,7 @@ def handles_interrupts() -> bool:
 
 
 def note_stop(signum: int) -> None:
-    """Record that a run ended because of a stop signal; further signals are ignored.
-
-    The run may have been at its last step, and be finished: the jobs after it call `noted_stop`.
-    """
+    """Record that a stop signal ended a run, for `noted_stop`; further signals are ignored."""
     handler = _interrupts()
     if handler is not None:
         handler.noted, handler.terminated = signum, True
@@ -219,10 +210,7 @@ def reliable_sigint() -> Iterator[Interrupts]:
 
 @contextmanager
 def handled(signums: Iterable[int], handler: Callable[..., None] | signal.Handlers) -> Iterator[None]:
-    """Install a handler of some signals for a block; SIGHUP is left alone if it is ignored, as under nohup.
-
-    Nothing changes in other threads than the main one: Python allows no handlers there.
-    """
+    """Install a handler of some signals for a block, in the main thread; an ignored SIGHUP stays (nohup)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -302,10 +290,7 @@ class _LastingFile(io.FileIO):
 
 
 def open_closed_streams(*, needs_output: bool) -> None:
-    """Open the null device for standard streams that the caller has closed, so that no file gets their descriptors.
-
-    With `needs_output`, writing to a closed standard output is an error.
-    """
+    """Open the null device for closed standard streams; with `needs_output`, writing to stdout then fails."""
     read, write = os.O_RDONLY, os.O_WRONLY
     modes = (("stdin", read, "r"), ("stdout", read if needs_output else write, "w"), ("stderr", write, "w"))
     for descriptor, (name, flags, mode) in enumerate(modes):
@@ -415,10 +400,7 @@ def _prepare_child() -> None:
 
 @contextmanager
 def children() -> Iterator[Children]:
-    """Forward signals to stop or to save to the running command, each as often as it arrives.
-
-    This process waits for it, however long its save takes.
-    """
+    """Forward signals to stop or to save to the running command, each as often as it arrives, and wait for it."""
     started = Children()
     with watched_signals(lambda _: None), handled(_FORWARDED_SIGNALS, started.forward_signal):
         yield started

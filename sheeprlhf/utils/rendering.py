@@ -88,10 +88,7 @@ def _template_failure(tokenizer: Any, error: Exception) -> DataError:
 
 @contextmanager
 def _fixed_environment(text: str, date: str) -> Iterator[None]:
-    """Make chat templates write this date as today's and draw the same random numbers.
-
-    A date cannot be given as a variable: transformers lets no function through to a template.
-    """
+    """Make chat templates write this date as today's, which is no variable, and draw the same random numbers."""
     if CLOCK not in text and not _RANDOM.search(text):
         yield
         return
@@ -110,10 +107,7 @@ def _fixed_environment(text: str, date: str) -> Iterator[None]:
 
 
 def fixed_arguments(tokenizer: Any, template_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The variables with which a tokenizer's chat templates render, the date of those that write one included.
-
-    `template_args=None` takes those that the model was trained with, as far as its folder tells.
-    """
+    """The variables of a tokenizer's chat templates, with the date; None: those that the model was trained with."""
     given = getattr(tokenizer, _STORED, None) if template_args is None else template_args
     has_clock = any(CLOCK in str(text) for text in own_templates(tokenizer).values())
     return {**({CLOCK: FIXED_DATE} if has_clock else {}), **(given or {})}
@@ -168,11 +162,7 @@ def _writes_whole_messages(tokenizer: Any, text: str, template_args: str) -> boo
 
 
 def check_template_args(tokenizer: Any, template_args: Mapping[str, Any] | None) -> None:
-    """Refuse arguments that no chat template of the tokenizer reads.
-
-    Raises:
-        DataError: naming them and the variables that the template reads.
-    """
+    """Raise DataError for arguments that no chat template of the tokenizer reads."""
     if not template_args:
         return
     templates = getattr(tokenizer, "chat_template", None)

@@ -45,10 +45,7 @@ def template_tokens(tokenizer: Any) -> list[str]:
 
 
 def add_special_tokens(tokenizer: Any, tokens: Sequence[str], *, missing: bool = False) -> None:
-    """Add those that the tokenizer does not define as special tokens; `new_ids` then has their ids.
-
-    With `missing`, add none; `missing_tokens` then has their texts.
-    """
+    """Add undefined tokens as special ones (`new_ids`); with `missing`, none (`missing_tokens` has them)."""
     vocabulary = tokenizer.get_vocab()
     new = [token for token in dict.fromkeys(tokens) if token not in vocabulary]
     if missing:

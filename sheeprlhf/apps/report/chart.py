@@ -1,7 +1,4 @@
-"""Charts of the report, drawn by matplotlib: inline SVG whose colours follow the page's, and PNG.
-
-No text of a run's files gets into a chart: titles and names are part of the page.
-"""
+"""Charts of the report by matplotlib: inline SVG in the page's colours, and PNG; without text of a run's files."""
 
 import io
 import math

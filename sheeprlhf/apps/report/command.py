@@ -42,11 +42,7 @@ class WrittenReport(NamedTuple):
 
 
 def run(arguments: list[str]) -> int:
-    """Write the page and print where it is.
-
-    Raises:
-        ConfigError: a word names no run, or the page cannot be written there.
-    """
+    """Write the page and print its place. Raises ConfigError if a word names no run, or it cannot be written."""
     given = read_flags("report", FLAGS, arguments)
     if given is None:
         meaning = (
@@ -70,16 +66,7 @@ def run(arguments: list[str]) -> int:
 
 
 def write_report(folders: list[str], *, to: str | None = None, png: bool = False) -> WrittenReport:
-    """Write the page of these runs.
-
-    Args:
-        folders: run directories, and folders of runs; none: the newest run.
-        to: a file or a folder; None: a new file in `OUTPUT_DIR`.
-        png: write the curves as images too.
-
-    Raises:
-        ConfigError: one is not a run, or the page cannot be written there.
-    """
+    """Write the page of runs and folders of runs (none: the newest run) to a file or folder. Raises ConfigError."""
     notes: list[str] = []
     problems: list[str] = []
     runs, pipelines = _choose_runs(folders, notes, problems)

@@ -64,11 +64,7 @@ def sampling(*, temperature: float, top_p: float, top_k: float, max_new_tokens: 
 
 
 def run(arguments: list[str]) -> int:
-    """Answer what is typed, or what is piped in.
-
-    Raises:
-        SheepError: the words name no model that writes, or a flag is wrong.
-    """
+    """Answer what is typed, or what is piped in. Raises SheepError for a wrong model or flag."""
     given = read_flags("chat", FLAGS, arguments)
     if given is None:
         _print_help()
@@ -109,11 +105,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _read_piped() -> str:
-    """All of standard input, as one prompt.
-
-    Raises:
-        ConfigError: it is closed, empty or no text.
-    """
+    """All of standard input, as one prompt. Raises ConfigError if it is closed, empty or no text."""
     advice = "pipe a text (`echo ... | chat <run>`), or run `chat` in a terminal"
     try:
         text = sys.stdin.read()
@@ -154,11 +146,7 @@ class Conversation:
         self.turns: list[Turn] = [] if self._system is None else [Turn("system", self._system)]
 
     def say(self, text: str) -> None:
-        """Ask, and print the answer as it is written; Ctrl-C stops it, and what was written counts.
-
-        Raises:
-            DataError: the text cannot be asked; the conversation is as before.
-        """
+        """Ask and print the answer as it is written, up to Ctrl-C. Raises DataError; nothing has been said then."""
         from sheeprlhf.data.prompt_encoder import Turn
 
         asked = [*self.turns, Turn("user", text)]
@@ -178,11 +166,7 @@ class Conversation:
 
 
 def print_growing(texts: Iterator[str]) -> str:
-    """Print a text as it grows, without what a terminal would obey; returns the whole text as it was written.
-
-    Raises:
-        KeyboardInterrupt: with the text so far.
-    """
+    """Print a text as it grows, without control codes; return it. KeyboardInterrupt has the text so far."""
     text = shown = ""
     try:
         for text in texts:
@@ -236,11 +220,7 @@ def _read_message() -> str:
 
 
 def _read_block() -> str:
-    """Lines up to an empty one; a command ends at its own line.
-
-    Raises:
-        EOFError: nothing was typed before the end.
-    """
+    """Lines up to an empty one; a command ends at its own line. Raises EOFError if nothing was typed."""
     lines = [input("> ")]
     while lines[-1].strip() and not lines[0].startswith("/"):
         try:

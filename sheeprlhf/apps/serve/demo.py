@@ -160,11 +160,7 @@ _MIN_PASSWORD = 8  # characters
 
 
 def run(arguments: list[str]) -> int:
-    """Load the models and serve the page until Ctrl-C.
-
-    Raises:
-        ConfigError: the words name no model, or the page cannot be served as asked; all problems at once.
-    """
+    """Load the models and serve the page until Ctrl-C. Raises ConfigError with all problems."""
     given = read_flags("demo", FLAGS, _without_secret(arguments))
     if given is None:
         _print_help()
@@ -211,11 +207,7 @@ def _find(
 
 
 def _without_secret(arguments: list[str]) -> list[str]:
-    """The arguments; rejected, and not shown, if a password follows --auth.
-
-    Raises:
-        ConfigError: it does.
-    """
+    """The arguments. Raises ConfigError, which does not show it, if a password follows --auth."""
     for word, following in pairwise([*arguments, ""]):
         if word.startswith("--auth=") or (word == "--auth" and ":" in following):
             raise ConfigError(
@@ -253,11 +245,7 @@ def _free_port(port: int) -> int:
 
 
 def _credentials() -> tuple[str, str]:
-    """User and password, from the environment or the keyboard.
-
-    Raises:
-        ConfigError: there are none that can be used.
-    """
+    """User and password, from the environment or the keyboard. Raises ConfigError if there are none."""
     given = os.environ.pop(AUTH, "")  # no child process needs it
     if not given and sys.stdin.isatty():
         given = f"{input('user: ').strip()}:{getpass.getpass('password: ')}"
@@ -322,11 +310,7 @@ def _clean_environment() -> None:
 
 
 def open_page(panels: list[Any], scored: str | None, host: str, port: int, auth: tuple[str, str] | None) -> Any:
-    """Serve the page from threads of its own; returns what can be closed.
-
-    Raises:
-        ConfigError: the port was taken meanwhile.
-    """
+    """Serve the page from threads of its own; return its closer. Raises ConfigError if the port was taken."""
     from starlette.middleware import Middleware
 
     from sheeprlhf.apps.serve.page import CSS, THEME, build_page

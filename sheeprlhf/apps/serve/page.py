@@ -33,11 +33,7 @@ class Settings(NamedTuple):
     seed: int
 
     def config(self) -> GenConfig:
-        """Sampling settings.
-
-        Raises:
-            DataError: a value is out of its range.
-        """
+        """Sampling settings. Raises DataError if a value is out of its range."""
         ranges = (
             ("temperature", self.temperature, 0, 5),
             ("top-p", self.top_p, 0.01, 1),
@@ -76,10 +72,7 @@ class Panel:
         return State("", [[] for _ in self.generators], [""] * len(self.generators))
 
     def answer(self, prompt: str, before: Sequence[History], settings: Settings) -> Iterator[State]:
-        """Ask all models, one after the other, with the same settings; yield the states that a page shows in turn.
-
-        `before` is what was said to and by each model; for a task without turns it is forgotten.
-        """
+        """Ask all models in turn, `before` being what each has said; yield the states that a page shows."""
         histories, scores = [list(history) for history in before], self.start().scores
 
         def shown(status: str) -> State:

@@ -89,11 +89,7 @@ class Evaluation:
         return prepare_prompts(self.cfg, tokenizer or self.tokenizer, say=self.say, progress=progress)
 
     def split(self, data: PreparedData) -> TokenizedSplit:
-        """Return the split that `task.data_split` names.
-
-        Raises:
-            DataError: it has no rows.
-        """
+        """Return the split that `task.data_split` names. Raises DataError if it has no rows."""
         name = self.cfg.task.data_split
         split = data.splits.get(name)
         if split is None or len(split) == 0:
@@ -107,11 +103,7 @@ class Evaluation:
         return split.examples(range(min(len(split), num_rows or len(split))))
 
     def rows_as(self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> list[Example]:
-        """Return the same rows as another tokenizer has them.
-
-        Raises:
-            DataError: it has left one of them out.
-        """
+        """Return the same rows by another tokenizer. Raises DataError if it has left one of them out."""
         split = self.split(self.prepare_scored(tokenizer))
         found = {row.row_id: row for row in split.examples(range(len(split)))}
         lost = [row.row_id for row in rows if row.row_id not in found]
@@ -139,11 +131,7 @@ class Evaluation:
 
 
 def longest_with_response(cfg: EvalConfig, model: ModelConfig, rows: Sequence[Example]) -> int:
-    """Tokens of the longest prompt with a response as long as it may become; asked before the model is loaded.
-
-    Raises:
-        ConfigError: the model has fewer positions.
-    """
+    """Tokens of the longest prompt and response. Raises ConfigError if the model has fewer positions."""
     prompt, new = max(len(row.prompt_ids) for row in rows), cfg.generation.max_new_tokens
     positions = num_positions(model)
     if positions is not None and prompt + new > positions:
@@ -155,10 +143,7 @@ def longest_with_response(cfg: EvalConfig, model: ModelConfig, rows: Sequence[Ex
 
 
 def evaluated_files(cfg: EvalConfig) -> ModelConfig:
-    """The model whose files hold tokenizer and configuration: what the evaluated run has left, where it can be.
-
-    A model or a chat template that was given for the evaluation is taken as it was given.
-    """
+    """The model whose files hold tokenizer and configuration: the run's own where it can be, or as given."""
     assert cfg.model is not None
     if cfg.experiment_dir is None:
         return cfg.model
@@ -327,10 +312,7 @@ def _by_beams(
 
 @torch.no_grad()
 def logprobs_of(job: Evaluation, policy: EvalPolicy, answers: Answers, label: str) -> Tensor:
-    """All ranks: (N,) log-probability of each token by a policy, nats, at the temperature that sampled them.
-
-    The policy's tokenizer is that of the answers; `label` is shown by the progress bar.
-    """
+    """All ranks: (N,) log-probability of each token by a policy of the same tokenizer, nats, as sampled."""
 
     def call(batch: Batch) -> Tensor:
         return policy.policy(batch, temperature=job.cfg.generation.temperature).target_N

@@ -143,10 +143,7 @@ def pairs_of_rows(
 def accuracy_by_subset(
     split: TokenizedSplit, column: str, right_P: np.ndarray, num_rows: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """By the values of a column of the rows: pairs, their accuracy, and how many of them have equal scores.
-
-    `right_P` is 1 for a pair whose better response scores higher, 0.5 for equal scores.
-    """
+    """Pairs, accuracy and ties by values of a column; `right_P` is 1 if better scores higher, 0.5 for ties."""
     examples = split.examples(range(min(len(split), num_rows or len(split))))
     names = [str((row.columns or {}).get(column)) for row in examples for _ in combinations(row.responses, 2)]
     names_P = np.array(names, dtype=object)

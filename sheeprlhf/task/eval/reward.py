@@ -99,11 +99,7 @@ class Judge:
         return source.replace(":", ".")
 
     def scores(self, answers: Answers) -> np.ndarray:
-        """All ranks: (P * K,) float64, the score of every response, less the penalties of `reward`.
-
-        Raises:
-            SheepError: the reward model cannot be loaded, or a function fails.
-        """
+        """All ranks: (P * K,) float64, scores less the penalties of `reward`. Raises SheepError on failures."""
         of_models = {term: self._scores_of_model(answers, term) for term in self._terms}
         scorer = build_reward(
             self._cfg.reward,

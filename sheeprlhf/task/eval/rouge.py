@@ -67,11 +67,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
 def _score(
     systems: dict[str, list[str]], references: list[str], *, use_stemmer: bool, seed: int
 ) -> tuple[dict[str, Any], list[float]]:
-    """Scores of the model and of the baselines, F-measures times 100.
-
-    Returns:
-        The numbers of the result, and the model's ROUGE-L of every row.
-    """
+    """Numbers of the model and of the baselines, F-measures times 100, and the model's ROUGE-L of every row."""
     metric = Rouge()
     columns: dict[tuple[str, str], np.ndarray] = {}  # (N,) one value a row
     for system, texts in tqdm(systems.items(), desc="scoring", leave=False, disable=None):

@@ -1,7 +1,4 @@
-"""Statistics of evaluations: bootstrap intervals of means over rows, and metrics of scored pairs.
-
-Letters: N rows, M columns, P pairs with the better response first.
-"""
+"""Statistics of evaluations. Letters: N rows, M columns, P pairs with the better response first."""
 
 import math
 from typing import Any
@@ -13,10 +10,7 @@ BINS = 10
 
 
 def mean_and_interval(values_NM: np.ndarray, *, seed: int) -> np.ndarray:
-    """(3, M) means over N >= 1 rows and their 95 % intervals: mean, lower and upper end.
-
-    By a percentile bootstrap that draws the same rows for all columns.
-    """
+    """(3, M) mean, lower and upper end of a 95 % percentile bootstrap over N >= 1 rows, alike for all columns."""
     means = resampled(values_NM, seed=seed)
     return np.vstack([values_NM.mean(axis=0), np.percentile(means, [2.5, 97.5], axis=0)])
 
