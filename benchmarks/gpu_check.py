@@ -34,7 +34,7 @@ import sheeprlhf  # noqa: E402
 from sheeprlhf.agent.batches import packing_difference  # noqa: E402
 from sheeprlhf.agent.policy import load_policy  # noqa: E402
 from sheeprlhf.api.jobs import compose  # noqa: E402
-from sheeprlhf.model.load import load_tokenizer  # noqa: E402
+from sheeprlhf.model.folder.load import load_tokenizer  # noqa: E402
 from sheeprlhf.structure.model import ModelConfig  # noqa: E402
 from sheeprlhf.task.memory_plan import step_plan  # noqa: E402
 from sheeprlhf.utils.lightning import move_data_to_device  # noqa: E402

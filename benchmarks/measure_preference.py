@@ -22,7 +22,7 @@ from sheeprlhf.config.run_lookup import read_run_config, saved_group
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.data.prepare import TokenizedSplit, prepare_data
 from sheeprlhf.engine.step import evaluate
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.reward.inflect import style_of
 from sheeprlhf.rollout.engines import generate_ids
 from sheeprlhf.structure.data import DataConfig

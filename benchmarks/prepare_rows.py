@@ -58,7 +58,7 @@ def prepare(file: Path, num_proc: int) -> None:
     """Prepare one file and print the figures."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from sheeprlhf.data.prepare import prepare_data
-    from sheeprlhf.model.load import load_tokenizer
+    from sheeprlhf.model.folder.load import load_tokenizer
     from sheeprlhf.structure.data import LocalDataConfig
     from sheeprlhf.structure.model import TinyConfig
 

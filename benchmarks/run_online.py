@@ -61,7 +61,7 @@ def main() -> None:
     from sheeprlhf.engine.optim import build_optimizer
     from sheeprlhf.engine.step import LossFn, update
     from sheeprlhf.loss.advantage import group_advantages
-    from sheeprlhf.model.load import load_tokenizer
+    from sheeprlhf.model.folder.load import load_tokenizer
     from sheeprlhf.rollout.rollout import RolloutCollector, TermModel, token_values
     from sheeprlhf.structure.data import LocalDataConfig
     from sheeprlhf.structure.fabric import FabricConfig

@@ -74,7 +74,7 @@ def main() -> None:
     from sheeprlhf.engine.fabric import make_fabric
     from sheeprlhf.engine.optim import build_optimizer
     from sheeprlhf.engine.step import LossFn, update
-    from sheeprlhf.model.load import load_tokenizer
+    from sheeprlhf.model.folder.load import load_tokenizer
     from sheeprlhf.structure.fabric import FabricConfig
     from sheeprlhf.structure.model import ModelConfig
     from sheeprlhf.structure.optim import AdamWConfig

@@ -61,7 +61,7 @@ def measure(fabric: Any, cases: list[Case], steps: int) -> list[Speed]:
     from sheeprlhf.data.example import Example, collate_packed
     from sheeprlhf.engine.optim import set_up
     from sheeprlhf.engine.step import MicroBatch, update
-    from sheeprlhf.model.load import load_tokenizer
+    from sheeprlhf.model.folder.load import load_tokenizer
     from sheeprlhf.structure.model import TinyConfig
     from sheeprlhf.structure.optim import AdamWConfig
     from sheeprlhf.task.train.sft import sft_loss
@@ -278,7 +278,7 @@ def of_startup(quick: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from sheeprlhf.agent.policy import load_policy
-    from sheeprlhf.model.load import load_tokenizer
+    from sheeprlhf.model.folder.load import load_tokenizer
     from sheeprlhf.structure.model import AutoModelConfig
     from sheeprlhf.utils.home import embedded_folder
 

@@ -28,7 +28,7 @@ from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.config.run_lookup import read_run_config, saved_group
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.prepare import prepare_data
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.reward.functions import sentiment
 from sheeprlhf.rollout.engines import generate_ids
 from sheeprlhf.structure.data import DataConfig

@@ -25,7 +25,7 @@ from sheeprlhf.data import prepare
 from sheeprlhf.data.example import Batch, Example, collate_packed, collate_padded
 from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.tokenize import SpecialIds, encode
-from sheeprlhf.model import folder, load
+from sheeprlhf.model.folder import load, weights
 from sheeprlhf.rollout.sampler import sample_responses
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.model import ModelConfig
@@ -185,7 +185,7 @@ def _load(
     kind: str, model: str, max_length: int | None, options: dict[str, Any]
 ) -> tuple[Policy | RewardModel, PreTrainedTokenizerBase]:
     trained = _trained(kind, model, options)
-    longest = max_length or min(512, folder.num_positions(trained.model) or 512)
+    longest = max_length or min(512, weights.num_positions(trained.model) or 512)
     with _no_progress_bar():
         loaded, tokenizer, packed = load_trained(trained, _say, longest=longest, batching="auto")
     loaded.packed = packed

@@ -559,7 +559,7 @@ def _model(config: DoctorConfig, size: "ModelSize | None", available: int | None
     """Check that the model can be loaded, and whether its batches can be packed."""
     from sheeprlhf.agent.batches import packing_difference, packing_problem, packing_tolerance
     from sheeprlhf.agent.policy import load_policy
-    from sheeprlhf.model.load import load_tokenizer
+    from sheeprlhf.model.folder.load import load_tokenizer
     from sheeprlhf.model.locate import locate
 
     model, task, longest = config.model, config.task, config.data.max_length

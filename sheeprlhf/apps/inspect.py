@@ -26,7 +26,7 @@ from sheeprlhf.data.prepare import PreparedData, prepare_data
 from sheeprlhf.data.report import render_report
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.data.tokenize import encode
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.security.redaction import plain_text, redact_command, redact_text, secret_spans
 from sheeprlhf.structure.data import DataConfig
 from sheeprlhf.structure.run import InspectConfig

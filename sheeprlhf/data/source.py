@@ -2,6 +2,10 @@
 
 A hub dataset is first a folder of files (its snapshot at one commit), then goes the way of a local folder. Files are
 taken by a list of allowed endings: no script, no archive, no guessing by a library.
+
+With `data.streaming` the files of a hub dataset are downloaded one by one. Its folder has a placeholder for each,
+without content but of the size of the file, so that files are chosen by their names as in any other folder. `download`
+replaces placeholders, `release` makes them again.
 """
 
 import glob
@@ -13,7 +17,8 @@ import re
 import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path, PurePath
+from functools import cache
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, NamedTuple, TypeGuard
 
 from tqdm.auto import tqdm
@@ -30,11 +35,11 @@ from sheeprlhf.config.path_checks import (
     split_of_name,
     unread_files,
 )
-from sheeprlhf.data.hub_files import listed_folder
 from sheeprlhf.security.files import read_small, real_file
 from sheeprlhf.structure.data import DataConfig, HubDataConfig, LayoutDataConfig, LocalDataConfig
 from sheeprlhf.utils.errors import ConfigError, DataError
 from sheeprlhf.utils.home import EMBEDDED, embedded_folder, expand_home, why_offline
+from sheeprlhf.utils.output import make_folders
 
 QUIET_SECONDS = 1.0  # what is done sooner shows nothing
 LOG_SECONDS = 5.0  # between two lines in a file, where none overwrites the last one
@@ -362,3 +367,70 @@ def snapshot(name: str, revision: str | None, patterns: list[str], *, cached: bo
         ) from None
     except OSError as error:
         raise DataError(f"dataset {name} could not be fetched: {error}; try again or give a local folder") from None
+
+
+@cache
+def _listing(name: str, revision: str | None) -> tuple[str, tuple[tuple[str, int], ...]]:
+    """The commit of a dataset, and the paths and sizes of its files. Raises DataError, within 5 seconds if offline."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if offline := why_offline():
+        raise DataError(f"{offline}: data.streaming=true downloads the files of dataset {name} one by one")
+    try:
+        info = HfApi().dataset_info(name, revision=revision, files_metadata=True)
+    except (HfHubHTTPError, OSError) as error:
+        raise DataError(
+            f"dataset {name} cannot be listed ({error}); check data.dataset_name and data.revision (a gated dataset "
+            "needs `hf auth login`)"
+        ) from None
+    return str(info.sha), tuple((file.rfilename, file.size or 0) for file in info.siblings or ())
+
+
+def listed_folder(cfg: HubDataConfig, card: str) -> Path:
+    """The folder of a dataset with its card, and placeholders for other files. Raises DataError."""
+    from sheeprlhf.data.store import cache_root  # imports torch
+
+    commit, files = _listing(str(cfg.dataset_name), cfg.revision)
+    folder = cache_root(cfg.cache_dir) / "hub" / f"{str(cfg.dataset_name).replace('/', '--')}-{commit}"
+    make_folders(folder)
+    for name, size in files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not (file_kind(Path(name)) or name == card):
+            continue
+        make_folders((folder / name).parent)
+        try:
+            descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:  # another process made it, or it is downloaded
+            continue
+        os.truncate(descriptor, size)
+        os.close(descriptor)
+    if any(name == card for name, _ in files):
+        download(cfg, [folder / card])
+    return folder
+
+
+def download(cfg: HubDataConfig, files: list[Path]) -> None:
+    """Download placeholders of `listed_folder`; time stamps verify the others. Raises DataError if that fails."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    name = str(cfg.dataset_name)
+    commit, _ = _listing(name, cfg.revision)
+    folder = next(parent for parent in files[0].parents if parent.name.endswith(commit))
+    for file in files:
+        path = file.relative_to(folder).as_posix()
+        try:
+            hf_hub_download(name, path, repo_type="dataset", revision=commit, local_dir=folder)
+        except (HfHubHTTPError, OSError) as error:
+            raise DataError(f"{path} of dataset {name} cannot be downloaded: {error}; try again") from None
+
+
+def release(file: Path) -> None:
+    """Make a downloaded file a placeholder again."""
+    size = file.stat().st_size
+    folder = next(parent for parent in file.parents if (parent / ".cache").is_dir())
+    record = folder / ".cache" / "huggingface" / "download" / f"{file.relative_to(folder)}.metadata"
+    record.unlink(missing_ok=True)  # else the placeholder would count as the file
+    with file.open("wb") as placeholder:
+        placeholder.truncate(size)

@@ -31,7 +31,7 @@ from sheeprlhf.engine.manifest import (
 )
 from sheeprlhf.engine.parts import create_tensor_file, write_rows, write_together
 from sheeprlhf.engine.shard import cut_like, data_rank, is_sharded
-from sheeprlhf.model.lora import CRITIC
+from sheeprlhf.model.adapter import CRITIC
 from sheeprlhf.security.json_records import MANIFEST as MANIFEST_SCHEMA
 from sheeprlhf.security.json_records import STATE, damaged, load_json
 from sheeprlhf.security.model_folder import read_header

@@ -6,14 +6,12 @@ from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sheeprlhf.config.processes import LIGHTNING_OPTIONS
 from sheeprlhf.config.validate import parse_devices
 from sheeprlhf.engine.ranks import JoiningDDP
 from sheeprlhf.engine.shard import sharding_strategy
-from sheeprlhf.model.folder import drop_placeholders
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.launchers import Launched, launched, meeting_host, meeting_port
@@ -120,20 +118,3 @@ def make_fabric(cfg: FabricConfig) -> Fabric:
             f"fabric.accelerator={cfg.accelerator} fabric.devices={cfg.devices} fabric.strategy={cfg.strategy} "
             f"fabric.precision={cfg.precision} does not work here: {error}"
         ) from error
-
-
-def place(fabric: Fabric, module: nn.Module) -> None:
-    """All ranks: a module that is only read goes onto the device, in the precision asked for; fsdp2 shards it.
-
-    It is not wrapped for several processes: it would get buckets for gradients, and frozen adapters are refused.
-    """
-    drop_placeholders(module)
-    to_device(fabric, fabric.strategy.precision.convert_module(module))
-
-
-def to_device(fabric: Fabric, module: nn.Module) -> None:
-    """All ranks: `place` in the precision that the module has."""
-    if isinstance(fabric.strategy, ModelParallelStrategy):
-        fabric.strategy.setup_module(module)
-    else:
-        module.to(fabric.device)

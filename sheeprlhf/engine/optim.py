@@ -7,8 +7,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from sheeprlhf.engine.ranks import by_mesh
-from sheeprlhf.model.folder import drop_placeholders
+from sheeprlhf.model.folder.weights import drop_placeholders
 from sheeprlhf.structure.optim import AdamConfig, AdamW8bitConfig, AdamWConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.lightning import Fabric, ModelParallelStrategy, _FabricModule
@@ -51,6 +50,14 @@ def _groups(cfg: OptimizerConfig, parameters: Iterable[nn.Parameter], lr: float)
     kinds = (cfg.weight_decay, [p for p in trainable if p.ndim >= 2]), (0.0, [p for p in trainable if p.ndim < 2])
     parts = [(decay, part) for decay, kind in kinds for part in by_mesh(kind)]
     return [{"params": part, "weight_decay": decay, "lr": lr, "peak_lr": lr} for decay, part in parts]
+
+
+def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters in lists that one kernel can take: those on a mesh of processes each, or all that are not sharded."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return list(found.values())
 
 
 def _optimizer_of(cfg: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

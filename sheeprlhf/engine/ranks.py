@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from sheeprlhf.engine.optim import by_mesh
 from sheeprlhf.utils.errors import ConfigError, MissingRanksError
 from sheeprlhf.utils.launchers import launched
 from sheeprlhf.utils.lightning import ChildProcessObserver, DDPStrategy, Fabric, ModelParallelStrategy
@@ -230,14 +231,6 @@ class JoiningModelParallel(_Joining, ModelParallelStrategy):
         for some in lists:
             clip_grads_with_norm_(some, max_norm, norm)
         return norm
-
-
-def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters in lists that one kernel can take: those on a mesh of processes each, or all that are not sharded."""
-    found: dict[Any, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-    return list(found.values())
 
 
 @contextmanager

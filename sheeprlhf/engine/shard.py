@@ -35,7 +35,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 
 from sheeprlhf.engine.ranks import ALL_RANKS, JoiningModelParallel
-from sheeprlhf.model.folder import drop_placeholders
+from sheeprlhf.model.folder.weights import drop_placeholders
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.utils.errors import ConfigError, ModelError
 from sheeprlhf.utils.hardware import available_memory
@@ -180,6 +180,23 @@ def tensor_plan(module: nn.Module, size: int) -> tuple[nn.Module, dict[str, str]
 def _matching(backbone: nn.Module, pattern: str) -> list[nn.Module]:
     """Modules by a pattern of names."""
     return [part for name, part in backbone.named_modules() if fnmatch(name, pattern)]
+
+
+def place(fabric: Fabric, module: nn.Module) -> None:
+    """All ranks: a module that is only read goes onto the device, in the precision asked for; fsdp2 shards it.
+
+    It is not wrapped for several processes: it would get buckets for gradients, and frozen adapters are refused.
+    """
+    drop_placeholders(module)
+    to_device(fabric, fabric.strategy.precision.convert_module(module))
+
+
+def to_device(fabric: Fabric, module: nn.Module) -> None:
+    """All ranks: `place` in the precision that the module has."""
+    if isinstance(fabric.strategy, ModelParallelStrategy):
+        fabric.strategy.setup_module(module)
+    else:
+        module.to(fabric.device)
 
 
 class DataRank(NamedTuple):

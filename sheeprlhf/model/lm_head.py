@@ -19,13 +19,49 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from sheeprlhf.model.folder import HEAD, keep_quantization
-from sheeprlhf.model.load import at_least_float32, backbone_and_head
+from sheeprlhf.model.folder.weights import HEAD, keep_quantization
 from sheeprlhf.utils.end_tokens import padding_token
 from sheeprlhf.utils.errors import ModelError
 
 MAX_LOGITS = 1 << 26  # logits kept for one backward pass; more is recomputed in chunks of this size
 _CPU_CHUNK, _CHUNK = 1 << 18, 1 << 25  # logits that are worked on at a time in float32: 1 MB stays in a core's cache
+
+
+def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """The part of a causal language model that makes hidden states, and its language head."""
+    backbone, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return backbone, head if scale == 1 and softcap is None else _AdjustedHead(head, scale, softcap)
+
+
+class _AdjustedHead(nn.Module):
+    """A language head whose logits are scaled (Granite, Cohere) or soft-capped (Gemma 2) afterwards."""
+
+    def __init__(self, head: nn.Module, scale: float, softcap: float | None) -> None:
+        super().__init__()
+        self.head, self.scale, self.softcap = head, scale, softcap
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, C) of the head."""
+        return cast(Tensor, self.head.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states."""
+        logits: Tensor = self.head(hidden) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def hidden_states(backbone: nn.Module, **inputs: Any) -> Tensor:
+    """(B, T, C) last hidden states of a backbone."""
+    return backbone(use_cache=False, **inputs).last_hidden_state
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """In float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class TokenLogprobs(NamedTuple):

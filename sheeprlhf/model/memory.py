@@ -34,11 +34,11 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from sheeprlhf.model.adapter import add_lora, with_adapter
 from sheeprlhf.model.attention import packing_limit, placeholder_mask
-from sheeprlhf.model.folder import HEAD, check_quantizable, quantized_savings
-from sheeprlhf.model.lm_head import MAX_LOGITS, with_score_head
-from sheeprlhf.model.load import backbone_and_head, load_causal_lm
-from sheeprlhf.model.lora import add_lora, with_adapter
+from sheeprlhf.model.folder.load import load_causal_lm
+from sheeprlhf.model.folder.weights import HEAD, check_quantizable, quantized_savings
+from sheeprlhf.model.lm_head import MAX_LOGITS, backbone_and_head, with_score_head
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import AdamW8bitConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.structure.task import TrainTaskConfig

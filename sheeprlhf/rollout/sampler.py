@@ -32,8 +32,7 @@ from sheeprlhf.model.attention import (
     placeholder_mask,
     tolerance,
 )
-from sheeprlhf.model.lm_head import sparse_last_mlp
-from sheeprlhf.model.load import backbone_and_head
+from sheeprlhf.model.lm_head import backbone_and_head, sparse_last_mlp
 from sheeprlhf.utils.layout import Layout
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode

@@ -28,17 +28,15 @@ from torch.optim import Optimizer
 from sheeprlhf.agent.batches import Batches, Rows, longest_row
 from sheeprlhf.agent.policy import Policy, reference_of
 from sheeprlhf.data.example import Batch
-from sheeprlhf.data.prepare import prepare_data
+from sheeprlhf.data.prepare import prepare_data, stream_of
 from sheeprlhf.data.sampler import RolloutPlan, StepPlan, load_ahead
 from sheeprlhf.data.store import TokenizedSplit
-from sheeprlhf.data.stream import stream_of
 from sheeprlhf.engine.checkpoint import TrainState
-from sheeprlhf.engine.fabric import place
 from sheeprlhf.engine.optim import follow_schedule, set_up
 from sheeprlhf.engine.run import Run
-from sheeprlhf.engine.shard import data_rank
+from sheeprlhf.engine.shard import data_rank, place
 from sheeprlhf.engine.step import LossFn, MicroBatch, update
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.rollout.rollout import (
     Rollout,
     RolloutCollector,

@@ -13,34 +13,34 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.batches import longest_row
-from sheeprlhf.agent.policy import Policy, load_policy
+from sheeprlhf.agent.policy import Policy, load_policy, say_router_loss_left_out
 from sheeprlhf.agent.reward import AdapterValueModel, RewardModel, load_reward_model, offset_of, reward_model_of
 from sheeprlhf.config.model_lookup import REWARD_MODEL, Trained, with_own_tokenizer
 from sheeprlhf.config.run_lookup import is_same_model, saved_group
 from sheeprlhf.config.shell import shell_word
-from sheeprlhf.data.prepare import PreparedData, prepare_data
+from sheeprlhf.data.prepare import PreparedData, Stream, prepare_data, stream_of
 from sheeprlhf.data.report import available_columns
 from sheeprlhf.data.store import TokenizedSplit
-from sheeprlhf.data.stream import Stream, stream_of
 from sheeprlhf.data.tokenize import TextExchange, has_same_tokens
 from sheeprlhf.engine.checkpoint import find_checkpoint, load_weights
-from sheeprlhf.engine.fabric import to_device
 from sheeprlhf.engine.run import Run
-from sheeprlhf.model.adapter import POLICY, load_lora, merge_lora
-from sheeprlhf.model.folder import HEAD, quantize
-from sheeprlhf.model.lm_head import scalar_model
-from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.model.lora import (
+from sheeprlhf.engine.shard import to_device
+from sheeprlhf.model.adapter import (
     CRITIC,
+    POLICY,
     REWARD,
     add_second_adapter,
     copy_adapter,
+    load_lora,
     load_score_adapter,
     lora_config,
+    merge_lora,
     with_adapter,
 )
+from sheeprlhf.model.folder.load import load_tokenizer
+from sheeprlhf.model.folder.weights import HEAD, quantize
+from sheeprlhf.model.lm_head import scalar_model
 from sheeprlhf.model.memory import freeze_layers
-from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.reward.score import check_columns, state_warnings, wanted_columns
 from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.rollout.episodes import EpisodeSampler

@@ -23,7 +23,7 @@ from sheeprlhf.data.prepare import PreparedData
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.shard import equal_passes, sum_of_rows
 from sheeprlhf.engine.step import LossFn, MicroBatch
-from sheeprlhf.model.folder import content
+from sheeprlhf.model.folder.weights import content
 from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.security.files import real_file
 from sheeprlhf.security.model_folder import ADAPTER_CONFIG, ADAPTERS

@@ -24,9 +24,9 @@ from sheeprlhf.data.tokenize import turn_texts
 from sheeprlhf.engine.shard import tensor_plan
 from sheeprlhf.model.adapter import check_adapters, conflicting_options, read_adapter_config
 from sheeprlhf.model.attention import packing_limit
-from sheeprlhf.model.folder import check_vocabulary, check_weights
+from sheeprlhf.model.folder.load import load_tokenizer
+from sheeprlhf.model.folder.weights import check_vocabulary, check_weights
 from sheeprlhf.model.lm_head import scalar_model
-from sheeprlhf.model.load import load_tokenizer
 from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.model.memory import build_on_meta
 from sheeprlhf.rollout.engines import check_engine

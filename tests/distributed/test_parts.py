@@ -18,7 +18,7 @@ from sheeprlhf.engine.checkpoint import TrainState, restore_latest, save_checkpo
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.optim import set_up
 from sheeprlhf.engine.parts import keeps_parameters, write_model
-from sheeprlhf.model.load import load_causal_lm
+from sheeprlhf.model.folder.load import load_causal_lm
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.optim import AdamWConfig

@@ -18,7 +18,7 @@ import sheeprlhf.apps.serve.chat as chat
 from sheeprlhf.cli import run
 from sheeprlhf.config.model_lookup import Trained, find_trained
 from sheeprlhf.data.prompt_encoder import Turn
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.rollout.engines import generate_responses
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig, TinyConfig

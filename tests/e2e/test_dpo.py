@@ -11,7 +11,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from sheeprlhf.cli import run
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import TinyConfig
 from sheeprlhf.task.models import load_initial_policy
 from sheeprlhf.utils.errors import ConfigError

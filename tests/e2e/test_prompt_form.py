@@ -17,7 +17,7 @@ from sheeprlhf.config.model_lookup import REWARD_MODEL, find_trained
 from sheeprlhf.config.prompt_format import FILE
 from sheeprlhf.data.prepare import prepare_data
 from sheeprlhf.data.prompt_encoder import Turn
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.task.text_generator import load_reward_scorer, load_text_generator

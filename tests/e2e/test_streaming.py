@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from sheeprlhf.data.stream import Stream
+from sheeprlhf.data.prepare import Stream
 from tests.support.jobs import JobServer
 from tests.support.runs import WRITERS, digests, figures, rejected, result_of, train, train_words
 

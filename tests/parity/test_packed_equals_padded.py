@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.example import Batch, collate_packed, collate_padded
 from sheeprlhf.data.prepare import prepare_data
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from tests.support.batches import random_examples

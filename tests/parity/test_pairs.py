@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from sheeprlhf.agent.policy import load_policy
 from sheeprlhf.agent.reward import RewardModel, reward_model_of
 from sheeprlhf.data.example import Batch, collate_packed, collate_padded
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.task import DPOConfig
 from sheeprlhf.task.train.dpo import dpo_loss

@@ -17,7 +17,7 @@ from sheeprlhf.data.conversation import reasoning_pattern
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.data.store import MismatchedSplit, SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import encode, token_index
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.data import REASONING_TAGS
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.task.reference import sum_by_response

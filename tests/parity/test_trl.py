@@ -20,7 +20,7 @@ from sheeprlhf.agent.reward import load_reward_model
 from sheeprlhf.data.example import Batch, Example, collate_packed, collate_padded
 from sheeprlhf.engine.step import MicroBatch
 from sheeprlhf.loss.reward import LOSS_TYPES
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.task import DPOConfig, KTOConfig
 from sheeprlhf.task.reference import response_sums, sum_by_response

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from sheeprlhf.engine.checkpoint import read_tensors
 from sheeprlhf.engine.manifest import verify_manifest
 from sheeprlhf.model.adapter import read_adapter_config
-from sheeprlhf.model.load import load_causal_lm, load_tokenizer
+from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
 from tests.security.guard import Payload, pickled
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from sheeprlhf.model.adapter import load_lora
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.security.chat_templates import check_templates
 from sheeprlhf.security.model_folder import read_header, tensors_of
 from sheeprlhf.structure.model import ModelConfig

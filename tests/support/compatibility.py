@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sheeprlhf.agent.policy import load_policy
 from sheeprlhf.data.example import collate_packed, collate_padded
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
 from tests.support.batches import random_examples
 from tests.support.models import make_model_folder

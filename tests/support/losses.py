@@ -13,7 +13,7 @@ from sheeprlhf.agent.policy import load_policy
 from sheeprlhf.agent.reward import load_reward_model
 from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.engine.step import LossFn
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.rollout import (
     DistillConfig,

@@ -24,9 +24,9 @@ from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.data.prepare import PreparedData, prepare_data
 from sheeprlhf.data.sampler import cut_micro_batches
 from sheeprlhf.data.store import TokenizedSplit
-from sheeprlhf.engine.fabric import place
-from sheeprlhf.model.folder import num_positions
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.engine.shard import place
+from sheeprlhf.model.folder.load import load_tokenizer
+from sheeprlhf.model.folder.weights import num_positions
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.rollout.engines import StopStrings, generate_ids
 from sheeprlhf.rollout.rollout import (

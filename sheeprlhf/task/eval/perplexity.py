@@ -16,8 +16,7 @@ import torch
 from sheeprlhf.agent.batches import Batches, longest_row
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.prepare import TokenizedSplit
-from sheeprlhf.engine.fabric import place
-from sheeprlhf.engine.shard import equal_passes
+from sheeprlhf.engine.shard import equal_passes, place
 from sheeprlhf.structure.evaluation import PerplexityConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.load import Evaluation

@@ -21,7 +21,7 @@ from sheeprlhf.data.example import Batch
 from sheeprlhf.data.report import available_columns
 from sheeprlhf.data.rows import printable
 from sheeprlhf.data.store import TokenizedSplit
-from sheeprlhf.engine.fabric import place
+from sheeprlhf.engine.shard import place
 from sheeprlhf.rollout.rollout import predict_targets
 from sheeprlhf.structure.evaluation import PreferenceConfig
 from sheeprlhf.structure.run import EvalConfig

@@ -18,8 +18,8 @@ from sheeprlhf.agent.reward import RewardModel
 from sheeprlhf.config.model_lookup import with_own_tokenizer
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.tokenize import TextExchange, has_same_tokens
-from sheeprlhf.engine.fabric import place
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.engine.shard import place
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.reward.score import RawScores, build_reward
 from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.rollout.rollout import (

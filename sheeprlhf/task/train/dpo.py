@@ -14,13 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sheeprlhf.agent.policy import EMA
+from sheeprlhf.agent.policy import EMA, say_router_loss_left_out
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
 from sheeprlhf.loss import dpo
 from sheeprlhf.loss.reward import accuracies
-from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import NO_REFERENCE, DPOConfig
 from sheeprlhf.task.loop import TrainLoop

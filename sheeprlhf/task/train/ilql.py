@@ -18,14 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from sheeprlhf.agent.batches import Batches, Rows
-from sheeprlhf.agent.policy import Policy
+from sheeprlhf.agent.policy import Policy, say_router_loss_left_out
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, evaluate
 from sheeprlhf.loss.ilql import expectile_losses, q_losses
-from sheeprlhf.model.lm_head import head_logprobs, head_scores
-from sheeprlhf.model.load import backbone_and_head
-from sheeprlhf.model.router import say_router_loss_left_out
+from sheeprlhf.model.lm_head import backbone_and_head, head_logprobs, head_scores
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import ILQLConfig
 from sheeprlhf.task.loop import TrainLoop

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from sheeprlhf.agent.batches import Batches
+from sheeprlhf.agent.policy import say_router_loss_left_out
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.store import MismatchedSplit, TokenizedSplit
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
 from sheeprlhf.loss.dpo import kto
-from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import KTOConfig
 from sheeprlhf.task.loop import TrainLoop

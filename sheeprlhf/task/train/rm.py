@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from sheeprlhf.agent.batches import Batches, Rows
+from sheeprlhf.agent.policy import say_router_loss_left_out
 from sheeprlhf.agent.reward import OFFSET, reward_model_of
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.rundir import is_finished
 from sheeprlhf.engine.step import LossOutput, add_gradients, evaluate
 from sheeprlhf.loss.reward import accuracies, by_response, centering, last_scores, plackett_luce, reward_loss
-from sheeprlhf.model.router import say_router_loss_left_out
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import RMConfig
 from sheeprlhf.task.loop import TrainLoop

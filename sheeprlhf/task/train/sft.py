@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from sheeprlhf.agent.batches import Batches
+from sheeprlhf.agent.policy import router_loss_in_training
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.shard import equal_passes, sum_of_rows
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
-from sheeprlhf.loss.sft import cross_entropy
-from sheeprlhf.model.router import RouterLoss, StepRouterLoss, expert_counts, router_loss_in_training
+from sheeprlhf.loss.sft import RouterLoss, StepRouterLoss, cross_entropy, expert_counts
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.task.loop import TrainLoop

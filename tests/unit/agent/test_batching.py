@@ -16,8 +16,8 @@ from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.agent.reward import RewardModel, load_reward_model
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.model.attention import packing_limit
-from sheeprlhf.model.folder import check_weights
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
+from sheeprlhf.model.folder.weights import check_weights
 from sheeprlhf.rollout.engines import ENGINES, generate_ids, stream_ids
 from sheeprlhf.rollout.sampler import PaddedDecoder, RecomputedDecoder, sample_responses, unpacked_decoder
 from sheeprlhf.structure.generation import GenConfig

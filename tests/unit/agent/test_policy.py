@@ -16,9 +16,9 @@ from sheeprlhf.agent.batches import packing_problem
 from sheeprlhf.agent.policy import EMA, Policy, load_policy
 from sheeprlhf.data.example import collate_packed, collate_padded
 from sheeprlhf.engine.checkpoint import saved_tensors
+from sheeprlhf.model.adapter import add_lora
 from sheeprlhf.model.attention import packing_limit, placeholder_mask
-from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.model.lora import add_lora
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.support.batches import random_examples

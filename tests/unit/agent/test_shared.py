@@ -14,9 +14,15 @@ from torch.testing import assert_close
 from sheeprlhf.agent.policy import Policy, SharedReference, reference_of
 from sheeprlhf.agent.reward import AdapterValueModel, reward_model_of
 from sheeprlhf.data.example import collate_packed
-from sheeprlhf.model.adapter import save_model
-from sheeprlhf.model.load import load_causal_lm, load_tokenizer
-from sheeprlhf.model.lora import add_lora, add_second_adapter, copy_adapter, load_score_adapter, lora_config
+from sheeprlhf.model.adapter import (
+    add_lora,
+    add_second_adapter,
+    copy_adapter,
+    load_score_adapter,
+    lora_config,
+    save_model,
+)
+from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.structure.model import AutoModelConfig, LORAConfig
 from tests.support.batches import random_examples
 

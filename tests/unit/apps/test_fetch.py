@@ -18,7 +18,7 @@ from transformers import OPTForCausalLM
 from sheeprlhf import launch
 from sheeprlhf.apps import fetch
 from sheeprlhf.cli import run
-from sheeprlhf.model.load import load_causal_lm, load_tokenizer
+from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.model.locate import Located
 from sheeprlhf.structure.model import OPTConfig, SmolLM2Config
 from sheeprlhf.utils.errors import ModelError

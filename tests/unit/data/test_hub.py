@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
-from sheeprlhf.data import hub_files, source
+from sheeprlhf.data import source
 from sheeprlhf.data.layout import RowLayout
+from sheeprlhf.data.prepare import Stream
 from sheeprlhf.data.read import read_batches
-from sheeprlhf.data.stream import Stream
 from sheeprlhf.structure.data import HubDataConfig
 from sheeprlhf.utils.errors import DataError
 from tests.support.hub import Hub, serve
@@ -178,7 +178,7 @@ def test_streamed_files_are_downloaded_one_by_one_and_deleted(tmp_path: Path, mo
     cfg = hub_data(tmp_path, "me/set", split="train_sft", streaming=True)
     tokenizer = byte_tokenizer()
     with served(folder, monkeypatch, tmp_path / "hub") as hub:
-        hub_files._listing.cache_clear()
+        source._listing.cache_clear()
         stream = Stream(cfg, tokenizer, kind="sft", say=lambda line: None, leads=True)
 
         def fetched() -> set[str]:
@@ -199,7 +199,7 @@ def test_streamed_files_are_downloaded_one_by_one_and_deleted(tmp_path: Path, mo
     same = Stream(local, tokenizer, kind="sft", say=lambda line: None, leads=False)
     assert [texts(same.prepare(number), tokenizer) for number in range(2)] == opened
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    hub_files._listing.cache_clear()
+    source._listing.cache_clear()
     with pytest.raises(DataError, match="HF_HUB_OFFLINE"):
         source.locate(cfg)
 

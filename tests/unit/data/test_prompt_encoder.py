@@ -9,7 +9,7 @@ from sheeprlhf.config.model_lookup import Trained
 from sheeprlhf.data.prompt_encoder import FORMS, Asker, Turn, form_of
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.tokenize import RowTokenizer
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.data import DocstringsConfig, HelpfulHarmlessConfig, LocalDataConfig, SummarizationConfig
 from sheeprlhf.structure.model import TinyConfig
 from sheeprlhf.utils.errors import DataError

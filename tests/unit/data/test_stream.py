@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sheeprlhf.data.prepare import Stream
 from sheeprlhf.data.read import read_jsonl, read_parquet
 from sheeprlhf.data.sampler import RolloutPlan, StepPlan
 from sheeprlhf.data.source import Part
-from sheeprlhf.data.stream import Stream
 from sheeprlhf.structure.data import LocalDataConfig
 from sheeprlhf.utils.errors import DataError
 from tests.unit.data.toy import byte_tokenizer, local, prepare, texts, write_jsonl

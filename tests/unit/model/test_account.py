@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from sheeprlhf.agent.reward import load_reward_model
 from sheeprlhf.data.example import Example, collate_padded
-from sheeprlhf.model.folder import check_weights
-from sheeprlhf.model.load import load_causal_lm, load_tokenizer
+from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
+from sheeprlhf.model.folder.weights import check_weights
 from sheeprlhf.structure.model import HuggingFaceConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.support.models import PAD, VOCAB, byte_tokenizer

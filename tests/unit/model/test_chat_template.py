@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from sheeprlhf.config.path_checks import template_problem
 from sheeprlhf.data.conversation import read_conversation, render_example
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.utils.chat_templates import built_in_templates
 from sheeprlhf.utils.errors import DataError, ModelError

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from sheeprlhf.model.folder import FileParameter, content, drop_placeholders
-from sheeprlhf.model.load import load_causal_lm
+from sheeprlhf.model.folder.load import load_causal_lm
+from sheeprlhf.model.folder.weights import FileParameter, content, drop_placeholders
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.support.models import make_model_folder

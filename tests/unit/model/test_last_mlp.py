@@ -12,7 +12,8 @@ from torch.testing import assert_close
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.example import collate_packed
 from sheeprlhf.model import lm_head as trim
-from sheeprlhf.model.load import backbone_and_head, load_causal_lm
+from sheeprlhf.model.folder.load import load_causal_lm
+from sheeprlhf.model.lm_head import backbone_and_head
 from sheeprlhf.structure.model import ModelConfig
 from tests.support.batches import random_examples
 from tests.support.models import VOCAB

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.agent.reward import reward_model_of
-from sheeprlhf.model.load import load_causal_lm, load_tokenizer
+from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.structure.model import HuggingFaceConfig, ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.support.models import ARCHITECTURES, VOCAB, byte_tokenizer

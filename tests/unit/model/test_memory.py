@@ -20,10 +20,10 @@ from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import reward_model_of
 from sheeprlhf.data.example import collate_packed
 from sheeprlhf.engine.optim import build_optimizer
+from sheeprlhf.model.adapter import add_lora
 from sheeprlhf.model.attention import placeholder_mask
-from sheeprlhf.model.lm_head import MAX_LOGITS
-from sheeprlhf.model.load import backbone_and_head, load_causal_lm, load_tokenizer
-from sheeprlhf.model.lora import add_lora
+from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
+from sheeprlhf.model.lm_head import MAX_LOGITS, backbone_and_head
 from sheeprlhf.model.memory import LIBRARIES, NO_HOLES, ModelSize, measure, optimizer_bytes, plan
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig

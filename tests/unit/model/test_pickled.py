@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sheeprlhf.model.folder import check_weights
-from sheeprlhf.model.load import load_causal_lm
+from sheeprlhf.model.folder.load import load_causal_lm
+from sheeprlhf.model.folder.weights import check_weights
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
 from tests.support.models import VOCAB

@@ -10,8 +10,9 @@ from torch.testing import assert_close
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from sheeprlhf.model import load as norm_module
-from sheeprlhf.model.load import RMSNorm, load_causal_lm, replace_rms_norms
+from sheeprlhf.model import rms_norm as norm_module
+from sheeprlhf.model.folder.load import load_causal_lm
+from sheeprlhf.model.rms_norm import RMSNorm, replace_rms_norms
 from sheeprlhf.structure.model import ModelConfig
 from tests.support.models import VOCAB
 

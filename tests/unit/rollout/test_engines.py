@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.example import Example, collate_packed
-from sheeprlhf.model.load import load_causal_lm
+from sheeprlhf.model.folder.load import load_causal_lm
 from sheeprlhf.rollout import engines
 from sheeprlhf.rollout.engines import ENGINES
 from sheeprlhf.rollout.sampler import Sampled

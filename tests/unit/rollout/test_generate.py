@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sheeprlhf.model.load import load_causal_lm, load_tokenizer
+from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.rollout import engines
 from sheeprlhf.rollout.engines import generate_responses
 from sheeprlhf.structure.generation import GenConfig

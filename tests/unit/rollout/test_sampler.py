@@ -14,8 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.example import Example, collate_packed
-from sheeprlhf.model.load import load_causal_lm, load_tokenizer
-from sheeprlhf.model.lora import add_lora
+from sheeprlhf.model.adapter import add_lora
+from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.rollout.engines import StopStrings, generate_responses
 from sheeprlhf.rollout.sampler import Sampled, draw, prompt_groups, sample_responses
 from sheeprlhf.structure.generation import GenConfig

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sheeprlhf.agent.policy import Policy, load_policy
 from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.engine.fabric import make_fabric
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.rollout import server as module
 from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.rollout.rollout import sampling_uniforms

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sheeprlhf.model.load import load_causal_lm
+from sheeprlhf.model.folder.load import load_causal_lm
 from sheeprlhf.rollout.engines import generate_ids, stream_ids
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import AutoModelConfig

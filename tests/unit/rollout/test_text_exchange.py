@@ -17,7 +17,7 @@ from sheeprlhf.cli import run
 from sheeprlhf.data.example import Example
 from sheeprlhf.data.tokenize import TextExchange
 from sheeprlhf.engine.fabric import make_fabric
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.rollout.rollout import Rollout, predict_scores
 from sheeprlhf.structure.fabric import FabricConfig

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from sheeprlhf.agent.policy import load_policy
 from sheeprlhf.data.example import Example, collate_packed
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.task import ILQLConfig
 from sheeprlhf.task.train.ilql import ILQLModel, ilql_loss, rewards_of

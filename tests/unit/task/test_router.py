@@ -11,19 +11,18 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from sheeprlhf.agent.policy import Policy, load_policy
-from sheeprlhf.data.example import Example, collate_packed, collate_padded
-from sheeprlhf.engine.fabric import make_fabric
-from sheeprlhf.engine.step import MicroBatch, update
-from sheeprlhf.model.load import load_tokenizer
-from sheeprlhf.model.router import (
-    RouterLoss,
-    expert_counts,
-    probability_sums,
+from sheeprlhf.agent.policy import (
+    Policy,
+    load_policy,
     router_loss_in_training,
     router_loss_of,
     say_router_loss_left_out,
 )
+from sheeprlhf.data.example import Example, collate_packed, collate_padded
+from sheeprlhf.engine.fabric import make_fabric
+from sheeprlhf.engine.step import MicroBatch, update
+from sheeprlhf.loss.sft import RouterLoss, expert_counts, probability_sums
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.task.train.sft import router_loss_of_step, sft_loss

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sheeprlhf.model.load import load_causal_lm
-from sheeprlhf.model.lora import add_lora
+from sheeprlhf.model.adapter import add_lora
+from sheeprlhf.model.folder.load import load_causal_lm
 from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.reward import ModelRewardConfig
 from sheeprlhf.structure.rollout import GRPOConfig

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from transformers import LlamaForCausalLM
 
 from sheeprlhf.cli import run
-from sheeprlhf.model.load import load_causal_lm, load_tokenizer
+from sheeprlhf.model.folder.load import load_causal_lm, load_tokenizer
 from sheeprlhf.model.locate import locate
 from sheeprlhf.structure.model import HuggingFaceConfig, SmolLM2Config
 from sheeprlhf.utils.errors import ModelError

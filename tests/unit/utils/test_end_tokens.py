@@ -18,7 +18,7 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.report import notes_on_ends
 from sheeprlhf.data.tokenize import RowTokenizer
-from sheeprlhf.model.load import load_tokenizer
+from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.rollout.engines import ENGINES, StopStrings, generate_ids, generate_responses, stream_ids
 from sheeprlhf.rollout.rollout import decode_rollout, to_rollout
 from sheeprlhf.rollout.sampler import Sampled

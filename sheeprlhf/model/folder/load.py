@@ -1,17 +1,10 @@
-"""Load tokenizers and causal language models: a hub name, a local folder, or the embedded model, by the same code.
+"""Load tokenizers and causal language models: a hub name, a local folder, or the embedded model, by the same code."""
 
-The RMS norms of a model are replaced by `RMSNorm` with the same weights. Letters: T positions, C hidden width.
-"""
-
-import copy
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,7 +16,7 @@ from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.path_checks import is_template_file
 from sheeprlhf.config.prompt_format import read_prompt_form
 from sheeprlhf.model.attention import register, use_frequencies_of_rows, use_packed_attention
-from sheeprlhf.model.folder import (
+from sheeprlhf.model.folder.weights import (
     LOADING_ERRORS,
     add_rows,
     find_files,
@@ -33,6 +26,7 @@ from sheeprlhf.model.folder import (
     read_model,
     too_few_rows,
 )
+from sheeprlhf.model.rms_norm import replace_rms_norms
 from sheeprlhf.security.chat_templates import check_templates
 from sheeprlhf.security.files import read_small
 from sheeprlhf.security.model_folder import MAX_TEMPLATE, check_tokenizer, read_json
@@ -44,7 +38,6 @@ from sheeprlhf.utils.home import EMBEDDED, expand_home
 from sheeprlhf.utils.vocabulary import add_special_tokens, num_rows_needed, template_tokens
 
 _END_ID_FILES = ("generation_config.json", "config.json")
-_CHUNK = 1 << 18  # numbers that are worked on at a time
 _DROPOUT_KEY = re.compile(r"(drop|_pdrop$)")
 
 
@@ -180,38 +173,6 @@ def _check_width(model: PreTrainedModel, cfg: ModelConfig) -> None:
         )
 
 
-def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    """The part of a causal language model that makes hidden states, and its language head."""
-    backbone, head = getattr(model, model.base_model_prefix), model.get_output_embeddings()
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return backbone, head if scale == 1 and softcap is None else _AdjustedHead(head, scale, softcap)
-
-
-class _AdjustedHead(nn.Module):
-    """A language head whose logits are scaled (Granite, Cohere) or soft-capped (Gemma 2) afterwards."""
-
-    def __init__(self, head: nn.Module, scale: float, softcap: float | None) -> None:
-        super().__init__()
-        self.head, self.scale, self.softcap = head, scale, softcap
-
-    @property
-    def weight(self) -> Tensor:
-        """(V, C) of the head."""
-        return cast(Tensor, self.head.weight)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states."""
-        logits: Tensor = self.head(hidden) * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-def hidden_states(backbone: nn.Module, **inputs: Any) -> Tensor:
-    """(B, T, C) last hidden states of a backbone."""
-    return backbone(use_cache=False, **inputs).last_hidden_state
-
-
 def choose_template(tokenizer: Any, choice: str | None) -> None:
     """Make the chosen chat template the only one of a tokenizer, so that it is saved and loaded with the tokenizer.
 
@@ -244,99 +205,3 @@ def _read(path: Path, choice: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise ModelError(f"{OPTION}={choice} cannot be read: {reason}; give another file") from error
-
-
-def replace_rms_norms(model: nn.Module) -> None:
-    """Put `RMSNorm` in the place of every norm of `model` that computes the same; its parameter stays the same object.
-
-    Some models' RMS norms are defined otherwise (Gemma's gain is 1 + weight): those are found out and left alone.
-    """
-    for parent in list(model.modules()):
-        children: dict[str, Any] = dict(parent.named_children())
-        for name, norm in children.items():
-            if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
-                ours = RMSNorm(norm.weight, norm.variance_epsilon)
-                if torch.allclose(_output(ours), _output(norm), rtol=1e-5, atol=1e-6):
-                    setattr(parent, name, ours)
-
-
-@torch.no_grad()
-def _output(norm: nn.Module) -> Tensor:
-    """Output of a norm for fixed inputs and gains: a model made on "meta" has no weights to compare."""
-    probe: Any = copy.deepcopy(norm).to_empty(device="cpu").float()
-    numbers = torch.linspace(-2, 2, probe.weight.numel(), device="cpu")
-    probe.weight.copy_(numbers.flip(0))
-    return probe(numbers[None])
-
-
-class RMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x**2) + eps), computed in float32.
-
-    Under autocast a float32 input gives what the linear layers behind it would cast it to: they share one copy.
-
-    Args:
-        weight: (C,) gains; the parameter itself, not a copy.
-        eps: added to the mean square.
-    """
-
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
-        super().__init__()
-        self.weight = weight
-        self.eps = eps
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        if hidden.device.type != "cpu":
-            return self.forward_fused(hidden)
-        output_TC = _RMSNorm.apply(hidden.flatten(0, -2), self.weight, self.eps, self._dtype(hidden))
-        return output_TC.view_as(hidden)
-
-    def forward_fused(self, hidden: Tensor) -> Tensor:
-        """By torch's own function, which is one kernel on a GPU."""
-        output = F.rms_norm(at_least_float32(hidden), self.weight.shape, at_least_float32(self.weight), self.eps)
-        return output.to(self._dtype(hidden))
-
-    def _dtype(self, hidden: Tensor) -> torch.dtype:
-        device = hidden.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if autocast and hidden.dtype == torch.float32:
-            return torch.get_autocast_dtype(device)
-        return torch.promote_types(hidden.dtype, self.weight.dtype)
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TC: Tensor, weight_C: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        output_TC = torch.empty_like(x_TC, dtype=dtype)
-        scale_T1 = torch.empty_like(at_least_float32(x_TC[:, :1]))
-        for x, scale, output in _chunks(x_TC, scale_T1, output_TC):
-            torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=scale.dtype, out=scale)
-            scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-            torch.mul(x * scale, weight_C, out=output)
-        ctx.save_for_backward(x_TC, weight_C, scale_T1)
-        return output_TC
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        x_TC, weight_C, scale_T1 = ctx.saved_tensors
-        grad_x_TC = torch.empty_like(x_TC)
-        grad_weight_C = torch.zeros_like(at_least_float32(weight_C)) if ctx.needs_input_grad[1] else None
-        for x, scale, grad, grad_x in _chunks(x_TC, scale_T1, grads[0], grad_x_TC):
-            normed, grad = x * scale, at_least_float32(grad)
-            if grad_weight_C is not None:
-                grad_weight_C += (grad * normed).sum(dim=0)
-            grad = grad * weight_C
-            mean = (grad * normed).mean(dim=-1, keepdim=True)
-            torch.mul(grad.addcmul_(normed, mean, value=-1), scale, out=grad_x)
-        return grad_x_TC, None if grad_weight_C is None else grad_weight_C.to(weight_C.dtype), None, None
-
-
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some rows of each tensor at a time."""
-    size = max(1, _CHUNK // tensors[0].shape[-1])
-    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """In float32; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
