@@ -1,6 +1,5 @@
 """One job: choose its directory, start its processes, seed them, call its task. Imports torch only when it must."""
 
-import importlib
 import os
 import random
 import sys
@@ -10,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from pkgutil import resolve_name
+from typing import NamedTuple
 
 from sheeprlhf.apps.arguments import ParsedArgs
 from sheeprlhf.config.compose import Job
@@ -97,7 +97,7 @@ def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> 
         silence_libraries()
         if isinstance(config, InspectConfig):
             check_inputs_exist(config)
-        return Finished(_entry(config.entry_point)(config, args))
+        return Finished(resolve_name(config.entry_point)(config, args))
     if in_sweep and _needs_processes(config):
         from sheeprlhf.utils.processes import children
 
@@ -216,7 +216,7 @@ def _check_weights(config: TrainConfig | EvalConfig) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    _entry(config.weights_check)(config, lambda text: print(plain_text(redact_text(text)), file=sys.stderr))
+    resolve_name(config.weights_check)(config, lambda text: print(plain_text(redact_text(text)), file=sys.stderr))
 
 
 def _warn_about_restarts(*, resumes: bool) -> None:
@@ -285,7 +285,7 @@ def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> Path | 
             if isinstance(config, TrainConfig):
                 check_shared(fabric, Path(str(folder)), fabric.print)
             _seed(config, on_cuda=fabric.device.type == "cuda")
-            task = _entry(config.task.entry_point)
+            task = resolve_name(config.task.entry_point)
             if isinstance(config, TrainConfig):
                 task(fabric, config, Path(str(folder)))
             else:
@@ -293,12 +293,6 @@ def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> Path | 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return result
-
-
-def _entry(point: str) -> Any:
-    """The function of a "module:function" that one of our classes names."""
-    module, _, function = point.partition(":")
-    return getattr(importlib.import_module(module), function)
 
 
 def _forget_hydra() -> None:

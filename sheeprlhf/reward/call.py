@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import closing
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from sheeprlhf.config.reward_checks import source_problems
@@ -26,7 +27,6 @@ from sheeprlhf.structure.reward import (
     BUILTINS,
     JUDGE,
     BuiltinOptionsConfig,
-    JudgeOptionsConfig,
     RewardSourceConfig,
 )
 from sheeprlhf.utils.errors import ConfigError, RewardError
@@ -306,10 +306,8 @@ def load_function(source: str, cfg: RewardSourceConfig) -> RewardFunction:
     if problems:
         raise ConfigError(*problems)
     if source == JUDGE:
-        from sheeprlhf.reward.judge import Judge  # slow to import, and needed for a judge only
-
-        assert isinstance(cfg, JudgeOptionsConfig)
-        return RewardFunction(JUDGE, Judge(cfg), guarded=False)
+        judge = resolve_name("sheeprlhf.reward.judge:Judge")  # slow to import
+        return RewardFunction(JUDGE, judge(cfg), guarded=False)
     if source not in BUILTINS:
         folder, num_workers = os.getcwd(), getattr(cfg, "num_workers", 0)
         own, timeout = import_function(source, folder), getattr(cfg, "timeout", None)

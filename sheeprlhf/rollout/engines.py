@@ -1,17 +1,15 @@
-"""Sampling engines (native or of transformers) with equal arguments, generation by transformers, and stop strings.
+"""Sampling and generation by transformers, and stop strings.
 
-Every engine samples K responses after each prompt from softmax(logits / temperature). An engine with a random generator
-of its own seeds it with the first number of the prompts that it samples at a time.
+`generation.engine=hf` samples K responses after each prompt from softmax(logits / temperature), as the native engine
+does. It seeds torch's generator with the first number of the prompts that it samples at a time.
 
 Letters: P prompts, K responses of each, N most new tokens, B rows, V vocabulary.
 """
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import product
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,36 +26,19 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from sheeprlhf.config.shell import shell_word
-from sheeprlhf.model.attention import PACKED, is_recurrent, no_router_logits, outgrows_cache, switch_length
-from sheeprlhf.rollout.sampler import Sampled, prompt_groups, sample_responses, unpacked_decoder
+from sheeprlhf.model.attention import no_router_logits, outgrows_cache
+from sheeprlhf.rollout.sampler import Sampled, prompt_groups, unpacked_decoder
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
-from sheeprlhf.utils.errors import ConfigError, ModelError, NonFiniteError
+from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
 from sheeprlhf.utils.vocabulary import ResponseDecoder, undefined_ids
 
 Stop = Callable[[np.ndarray], bool]
 _MARGIN = 8  # tokens before the tail: a decoder may drop the first one's space, or begin inside a character
-_PAGES = {"cpu": 32}  # tokens of a page of the cache of continuous batching ...
-_PAGE = 256  # ... elsewhere: what flash attention takes
-_Generated = Iterator[tuple[list[int], Iterable[np.ndarray], Iterable[np.ndarray]]]  # prompts, tokens, logprobs
-Engine = Callable[..., list[Sampled]]  # arguments as of `sample_responses`, without top_k, top_p and max_prompts
-
-
-class _GenerateArgs(NamedTuple):
-    """Arguments of an engine of transformers, as of `sample_responses`, with its settings of generation."""
-
-    model: PreTrainedModel
-    prompts: Sequence[np.ndarray]
-    uniforms: np.ndarray
-    settings: GenerationConfig
-    token_budget: int
-    stop: Stop | None
-    undefined_U: Tensor | None
 
 
 class StopStrings:
@@ -136,7 +117,6 @@ class StopStrings:
 @phase("generation")
 @torch.no_grad()
 def transformers_responses(
-    generate: Callable[[_GenerateArgs], _Generated],
     model: PreTrainedModel,
     prompts: Sequence[np.ndarray],
     uniforms: np.ndarray,
@@ -149,115 +129,30 @@ def transformers_responses(
     packed: bool = True,
     undefined_U: Tensor | None = None,
 ) -> list[Sampled]:
-    """`Engine` by transformers, whose responses are cut where they ended.
-
-    Raises:
-        ModelError: the engine does not work for this model.
-        NonFiniteError: logits are not finite.
-    """
+    """`sample_responses` by transformers' `generate` on prompts padded on the left, cut where they ended."""
     num_responses, num_new = uniforms.shape[1:]
     settings = _settings(num_responses, num_new, temperature, end_ids)
     results: dict[int, Sampled] = {}
     with eval_mode(model), own_settings(model, settings):
-        arguments = _GenerateArgs(model, prompts, uniforms, settings, token_budget, stop, undefined_U)
-        for group, ids, logprobs in generate(arguments):
-            ended = [cut_at_end(*row, end_ids, stop) for row in zip(ids, logprobs, strict=True)]
+        for group in prompt_groups([len(one) for one in prompts], num_responses, num_new, token_budget, shared=False):
+            input_ids, attention_mask = left_padded([prompts[index] for index in group], settings.pad_token_id)
+            width, recorder = input_ids.shape[1], LogprobRecorder(temperature, undefined_U)
+            with _seeded(uniforms[group[0]], model.device):
+                output = cast(Any, model).generate(
+                    input_ids=input_ids.to(model.device),
+                    attention_mask=attention_mask.to(model.device),
+                    generation_config=settings,
+                    logits_processor=LogitsProcessorList([recorder]),
+                    stopping_criteria=StoppingCriteriaList([] if stop is None else [Stops(stop, width)]),
+                    **no_router_logits(model),
+                )
+            rows = zip(output[:, width:].cpu().numpy(), recorder.logprobs(output), strict=True)
+            ended = [cut_at_end(*row, end_ids, stop) for row in rows]
             starts = range(0, len(ended), num_responses)
             sampled = [Sampled(*zip(*ended[start : start + num_responses], strict=True)) for start in starts]
             results |= zip(group, sampled, strict=True)
             progress(len(ended))
     return [results[index] for index in range(len(prompts))]
-
-
-def _generate(arguments: _GenerateArgs) -> _Generated:
-    """Call transformers' `generate` on prompts padded on the left, group by group."""
-    model, prompts, uniforms, settings, token_budget, stop, undefined_U = arguments
-    num_responses, num_new = uniforms.shape[1:]
-    lengths = [len(prompt) for prompt in prompts]
-    for group in prompt_groups(lengths, num_responses, num_new, token_budget, shared=False):
-        input_ids, attention_mask = left_padded([prompts[index] for index in group], settings.pad_token_id)
-        width, recorder = input_ids.shape[1], LogprobRecorder(settings.temperature, undefined_U)
-        with _seeded(uniforms[group[0]], model.device):
-            output = cast(Any, model).generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([recorder]),
-                stopping_criteria=StoppingCriteriaList([] if stop is None else [Stops(stop, width)]),
-                **no_router_logits(model),
-            )
-        yield group, output[:, width:].cpu().numpy(), recorder.logprobs(output)
-
-
-def _generate_continuously(arguments: _GenerateArgs) -> _Generated:
-    """Use continuous batching, which replaces a response that has ended by the next, and knows no stop strings.
-
-    Of logits that are not finite it reports no more, and without a GPU it fails in sampling.
-    """
-    model, prompts, uniforms, settings, token_budget, _, undefined_U = arguments
-    if not prompts:
-        return
-    num_responses, num_new = uniforms.shape[1:]
-    longest = max(map(len, prompts)) + num_new
-    check_engine("continuous", model, longest)
-    at_once = max(1, min(len(prompts) * num_responses, token_budget // longest))
-    page = _PAGES.get(model.device.type, _PAGE)
-    how = ContinuousBatchingConfig(
-        page_size=page,
-        num_blocks=at_once * (-(-longest // page) + 1),
-        max_batch_tokens=at_once * longest,
-        max_requests_per_batch=at_once,
-        use_cuda_graph=False,
-        use_async_batching=False,
-        return_logprobs=True,
-        seed=first_seed(uniforms[0]),
-    )
-    inputs = [prompt.tolist() for prompt in prompts]
-    with _plain_attention(model), _seeded(uniforms[0], model.device), _unlogged(), _excluded(model, undefined_U):
-        found = cast(Any, model).generate_batch(
-            inputs, generation_config=settings, continuous_batching_config=how, warmup=False
-        )
-    outputs = list(found.values())
-    broken = [one.error for one in outputs if one.error is not None or not one.generated_tokens]
-    if broken or len(outputs) != len(prompts) * num_responses:
-        said = next((str(error) for error in broken if error), "responses are missing")
-        if "`nan`" in said:
-            raise NonFiniteError(
-                "the model's logits are not finite while it samples; the weights were not changed. Look at the "
-                "model, lower optim.lr, or compute in fabric.precision=32-true; generation.engine=native names the rows"
-            )
-        raise ModelError(f"continuous batching failed ({said[:200]}): give generation.engine=native or hf")
-    ids, logprobs = ([np.array(getattr(one, key)) for one in outputs] for key in ("generated_tokens", "logprobs"))
-    yield list(range(len(prompts))), ids, logprobs
-
-
-def check_engine(name: str, model: PreTrainedModel, longest: int) -> None:
-    """Check before sampling that a model, real or on the meta device, can be trained on the samples of an engine.
-
-    `longest` is the number of tokens of the longest prompt with its response.
-
-    Raises:
-        ModelError: it cannot.
-    """
-    switch = switch_length(model)
-    if switch is not None and longest > switch:
-        raise ModelError(
-            f"{type(model).__name__} has other rotary embeddings beyond {switch} tokens, so a response that grows "
-            "beyond them has other probabilities in sampling and in learning: data.max_prompt_length and "
-            f"generation.max_new_tokens may be {switch} together, and are {longest}"
-        )
-    if name == "continuous" and (is_recurrent(model) or model.config._attn_implementation != PACKED):
-        what = "keep the state of" if is_recurrent(model) else "replace the attention of"
-        raise ModelError(
-            f"generation.engine=continuous: it cannot {what} {type(model).__name__}: give generation.engine=native"
-        )
-
-
-ENGINES: dict[str, Engine] = {
-    "native": sample_responses,
-    "hf": partial(transformers_responses, _generate),
-    "continuous": partial(transformers_responses, _generate_continuously),
-}
 
 
 class LogprobRecorder(LogitsProcessor):
@@ -317,44 +212,6 @@ def _seeded(uniforms_KN: np.ndarray, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(first_seed(uniforms_KN))
         yield
-
-
-@contextmanager
-def _excluded(model: PreTrainedModel, undefined_U: Tensor | None) -> Iterator[None]:
-    """Set the model's logits of undefined ids to -inf within the block, without a logits processor."""
-
-    def exclude(_: object, __: object, output: Any) -> Any:
-        output.logits = without_undefined(output.logits, undefined_U)
-        return output
-
-    hook = None if undefined_U is None else model.register_forward_hook(exclude)
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.remove()
-
-
-@contextmanager
-def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Give the model an attention that continuous batching supports within the block."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@contextmanager
-def _unlogged() -> Iterator[None]:
-    """Keep continuous batching from logging the errors that it returns."""
-    logger = logging.getLogger("ContinuousBatchingLogger")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def cut_at_end(

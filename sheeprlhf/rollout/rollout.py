@@ -38,9 +38,9 @@ from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.shard import data_rank, equal_passes, gathered
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.score import RawScores, RunningMoments, build_reward
-from sheeprlhf.rollout.engines import ENGINES, StopStrings
+from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.rollout.episodes import Episode, EpisodeSampler, episode_metrics, sampled_of
-from sheeprlhf.rollout.sampler import Sampled
+from sheeprlhf.rollout.sampler import Sampled, engine_of
 from sheeprlhf.rollout.server import RolloutServers
 from sheeprlhf.structure.reward import EPISODE_COLUMNS
 from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig
@@ -411,7 +411,7 @@ class RolloutCollector:
             ids = [prompt.prompt_ids for prompt in prompts]
             return to_rollout(prompts, self.servers.sample(ids, uniforms, number)), []
         engine = partial(
-            ENGINES[cfg.engine],
+            engine_of(cfg.engine),
             self.policy.causal_lm(),
             temperature=cfg.temperature,
             end_ids=end_token_ids(self._tokenizer),

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate
+from pkgutil import resolve_name
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -115,6 +116,11 @@ def sample_responses(
             sampled = _sample_group(decoder, group_prompts, uniforms[group], most, draw_next, end_ids, stop, progress)
             results |= zip(group, sampled, strict=True)
     return [results[index] for index in range(len(prompts))]
+
+
+def engine_of(name: str) -> Callable[..., list[Sampled]]:
+    """The function of `generation.engine`: arguments as of `sample_responses` up to `packed`, and `undefined_U`."""
+    return sample_responses if name == "native" else resolve_name("sheeprlhf.rollout.engines:transformers_responses")
 
 
 def prompt_groups(

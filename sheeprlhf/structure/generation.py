@@ -17,9 +17,9 @@ class GenConfig(Config):
     temperature: float = option(1.0, "Divides the logits before sampling.", above=0.0)
     engine: str = option(
         "native",
-        "Who samples rollouts: our sampler, transformers' generate, or its continuous batching. Only with the first do "
-        "the responses not depend on the number of processes and on task.token_budget.",
-        choices=("native", "hf", "continuous"),
+        "Sampler of rollouts: this project's, or transformers' generate, whose responses also depend on the number of "
+        "processes and on task.token_budget.",
+        choices=("native", "hf"),
     )
     stop_strings: list[str] = option(
         help="A response ends, and counts as finished, when its text contains one of them; what is shown and scored is "

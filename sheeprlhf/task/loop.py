@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sheeprlhf.agent.batches import Batches, Rows, longest_row
-from sheeprlhf.agent.policy import Policy, reference_of
+from sheeprlhf.agent.policy import Policy, reference_of, say_router_loss_left_out
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import prepare_data, stream_of
 from sheeprlhf.data.sampler import RolloutPlan, StepPlan, load_ahead
@@ -46,6 +46,7 @@ from sheeprlhf.rollout.rollout import (
     token_values,
 )
 from sheeprlhf.structure.rollout import OnlineTaskConfig
+from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.task.finish import (
     Saved,
     check_validation_rows,
@@ -124,7 +125,11 @@ class TrainLoop:
     def load_policy(self, *, new_head: bool = False) -> tuple[Policy, bool]:
         """Load the model that training starts from, and whether its batches are packed; see `load_initial_policy`."""
         cfg, how = self.run.cfg, load_options(self.run.cfg, self.longest, self.run.say)
-        return load_initial_policy(cfg.model, *initial_run(cfg.task), self.tokenizer, new_head=new_head, **how)
+        of = (cfg.model, *initial_run(cfg.task), self.tokenizer)
+        policy, packed = load_initial_policy(*of, new_head=new_head, **how)
+        if not isinstance(cfg.task, SFTConfig):
+            say_router_loss_left_out(policy.causal_lm(), cfg.task.config_name, self.run.say)
+        return policy, packed
 
     def set_up(self, model: nn.Module, *, has_reference: bool = False) -> _FabricModule:
         """Make the optimizer of the model's trainable parameters, and wrap both with Fabric.

@@ -23,13 +23,12 @@ from sheeprlhf.config.run_lookup import read_run_config, saved_group, task_of_ru
 from sheeprlhf.data.tokenize import turn_texts
 from sheeprlhf.engine.shard import tensor_plan
 from sheeprlhf.model.adapter import check_adapters, conflicting_options, read_adapter_config
-from sheeprlhf.model.attention import packing_limit
+from sheeprlhf.model.attention import packing_limit, switch_length
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.model.folder.weights import check_vocabulary, check_weights
 from sheeprlhf.model.lm_head import scalar_model
 from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.model.memory import build_on_meta
-from sheeprlhf.rollout.engines import check_engine
 from sheeprlhf.security.pickled_weights import adapter_folder
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import ModelConfig
@@ -47,7 +46,7 @@ from sheeprlhf.task.models import (
     teacher_config,
 )
 from sheeprlhf.utils.end_tokens import padding_token
-from sheeprlhf.utils.errors import ConfigError, Notify
+from sheeprlhf.utils.errors import ConfigError, ModelError, Notify
 from sheeprlhf.utils.modes import isolated_rng
 from sheeprlhf.utils.rendering import check_template_args
 from sheeprlhf.utils.vocabulary import num_rows_needed
@@ -109,11 +108,22 @@ def _check_training(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> 
         check_batching(task.batching, packing_limit(causal_lm, 0))
         if isinstance(task, OnlineTaskConfig):
             longest = config.data.max_prompt_length + config.generation.max_new_tokens
-            check_engine(config.generation.engine, causal_lm, longest)
+            _check_frequencies(causal_lm, longest)
         if isinstance(task, PPOConfig):
             scalar_model(causal_lm, tokenizer)  # the critic
     if scores:
         padding_token(tokenizer)
+
+
+def _check_frequencies(model: PreTrainedModel, longest: int) -> None:
+    """Raise ModelError if prompts and responses of up to `longest` tokens get other frequencies while they grow."""
+    switch = switch_length(model)
+    if switch is not None and longest > switch:
+        raise ModelError(
+            f"{type(model).__name__} has other rotary embeddings beyond {switch} tokens, so a response that grows "
+            "beyond them has other probabilities in sampling and in learning: data.max_prompt_length and "
+            f"generation.max_new_tokens may be {switch} together, and are {longest}"
+        )
 
 
 def _check_continued_adapter(config: TrainConfig, adapter: str) -> None:

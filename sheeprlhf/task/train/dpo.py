@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sheeprlhf.agent.policy import EMA, say_router_loss_left_out
+from sheeprlhf.agent.policy import EMA
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
@@ -192,7 +192,6 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         if task.loss_type in AOT and loop.rows.sizes.shape[1] > 3:
             raise DataError(f"task.loss_type={task.loss_type} needs pairs, and rows have more than two responses")
         policy, packed = loop.load_policy()
-        say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
         key: str | None = reference_key(policy, cfg, packed=packed)
         policy = with_adapters(policy, cfg.model)
         module = loop.set_up(policy, has_reference=task.has_fixed_reference())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sheeprlhf.agent.batches import Batches, Rows
-from sheeprlhf.agent.policy import Policy, say_router_loss_left_out
+from sheeprlhf.agent.policy import Policy
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.step import LossOutput, evaluate
@@ -137,7 +137,6 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     with open_run(fabric, cfg, run_dir) as run:
         loop = TrainLoop(fabric, run)
         policy, packed = loop.load_policy()
-        say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
         policy = with_adapters(policy, cfg.model)
         model = ILQLModel(policy)
         module = loop.set_up(model)

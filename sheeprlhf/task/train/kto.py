@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from sheeprlhf.agent.batches import Batches
-from sheeprlhf.agent.policy import say_router_loss_left_out
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.store import MismatchedSplit, TokenizedSplit
 from sheeprlhf.engine.run import open_run
@@ -122,7 +121,6 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
         if warning:
             run.say(warning)
         policy, packed = loop.load_policy()
-        say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
         key = reference_key(policy, cfg, packed=packed)
         policy = with_adapters(policy, cfg.model)
         module = loop.set_up(policy, has_reference=True)

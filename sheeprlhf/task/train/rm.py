@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from sheeprlhf.agent.batches import Batches, Rows
-from sheeprlhf.agent.policy import say_router_loss_left_out
 from sheeprlhf.agent.reward import OFFSET, reward_model_of
 from sheeprlhf.data.example import Batch, Example
 from sheeprlhf.engine.run import open_run
@@ -88,7 +87,6 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     with open_run(fabric, cfg, run_dir) as run:
         loop = TrainLoop(fabric, run)
         policy, packed = loop.load_policy(new_head=not task.likelihood_coeff)
-        say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
         model = reward_model_of(policy, cfg.model, loop.tokenizer)
         if task.likelihood_coeff:
             model.keep_language_head(policy.causal_lm())

@@ -18,8 +18,8 @@ from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.model.attention import packing_limit
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.model.folder.weights import check_weights
-from sheeprlhf.rollout.engines import ENGINES, generate_ids, stream_ids
-from sheeprlhf.rollout.sampler import PaddedDecoder, RecomputedDecoder, sample_responses, unpacked_decoder
+from sheeprlhf.rollout.engines import generate_ids, stream_ids
+from sheeprlhf.rollout.sampler import PaddedDecoder, RecomputedDecoder, engine_of, sample_responses, unpacked_decoder
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
@@ -217,7 +217,7 @@ def test_log_probabilities_of_the_engine_of_transformers(architecture: str, mode
     policy, _ = policy_of(model_folder(architecture))
     prompts = [row.prompt_ids for row in examples()]
     uniforms = np.random.default_rng(0).random((len(prompts), 2, 10))
-    sampled = ENGINES["hf"](policy.causal_lm(), prompts, uniforms, temperature=1.0, end_ids=[], token_budget=1000)
+    sampled = engine_of("hf")(policy.causal_lm(), prompts, uniforms, temperature=1.0, end_ids=[], token_budget=1000)
     rows = [Example(0, prompt, one.responses) for prompt, one in zip(prompts, sampled, strict=True)]
     with torch.no_grad():
         trained_N = policy.eval()(collate_padded(rows, pad_id=0)).target_N
