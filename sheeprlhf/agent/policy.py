@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sheeprlhf.agent.batches import choose_packed
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.checkpoint import saved_tensors
-from sheeprlhf.loss.sft import RouterLoss, expert_counts, probability_sums
 from sheeprlhf.model.adapter import (
     POLICY,
     REFERENCE,
@@ -46,11 +45,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.end_tokens import add_end_ids
 from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.memory import phase
-from sheeprlhf.utils.modes import eval_mode
 from sheeprlhf.utils.vocabulary import num_rows_needed, undefined_ids
-
-# Of the router's loss: transformers rounds probabilities to the weights' format.
-_RELATIVE = {torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 class Policy(nn.Module):
@@ -210,60 +205,19 @@ def router_logits_of(backbone: nn.Module, real_BT: Tensor | None) -> Iterator[li
             hook.remove()
 
 
-def configured_router_loss(model: PreTrainedModel) -> float:
-    """The coefficient of the router's loss; 0 where the configuration does not ask for one."""
+def configured_router_loss(model: PreTrainedModel, left_out_by: str = "", say: Notify = lambda _: None) -> float:
+    """The coefficient of the router's loss that a model's configuration asks for, else 0.
+
+    A line says that the task `left_out_by` trains without it.
+    """
     config = model.config.get_text_config()
     coefficient = getattr(config, "router_aux_loss_coef", None) or 0.0
-    return float(coefficient) if getattr(config, "output_router_logits", False) else 0.0
-
-
-def router_loss_of(model: PreTrainedModel) -> RouterLoss | None:
-    """The router's loss, if it is the one that is computed here: the two are compared on a few tokens.
-
-    Args:
-        model: a causal language model whose configuration asks for the loss.
-    """
-    top_k = getattr(model, "num_experts_per_tok", None) or getattr(model.config, "num_experts_per_tok", None)
-    if not isinstance(top_k, int):
-        return None
-    ids = (torch.arange(12, device=model.device) % 5 + 3)[None]
-    with eval_mode(model), torch.no_grad():
-        try:
-            output = cast(Any, model)(input_ids=ids, output_router_logits=True, use_cache=False)
-            logits = [layer.flatten(0, -2) for layer in output.router_logits]
-            loss = RouterLoss(1.0, top_k, logits[0].shape[-1])
-            ours = loss.value(expert_counts(logits, top_k), probability_sums(logits), sum(map(len, logits)))
-            theirs = float(output.aux_loss)
-        except (TypeError, ValueError, AttributeError, LookupError):  # it has no such loss, or another one
-            return None
-    same = abs(float(ours) - theirs) <= _RELATIVE.get(model.dtype, 1e-4) * abs(theirs)
-    return loss._replace(coefficient=configured_router_loss(model)) if same else None
-
-
-def router_loss_in_training(model: PreTrainedModel, say: Notify) -> RouterLoss | None:
-    """The loss that the model's configuration asks for; a line says that it counts, or that it cannot."""
-    coefficient = configured_router_loss(model)
-    if not coefficient:
-        return None
-    found = router_loss_of(model)
-    if found is None:
-        _say_left_out(coefficient, f"that of {type(model).__name__} is not computed here", say)
-    else:
-        say(f"the training loss includes the router's loss of the model's config, router_aux_loss_coef={coefficient:g}")
-    return found
-
-
-def say_router_loss_left_out(model: PreTrainedModel, task: str, say: Notify) -> None:
-    """Report once that a task does not train with the router's loss although the model's configuration asks for it."""
-    if coefficient := configured_router_loss(model):
-        _say_left_out(coefficient, f"task={task} trains without it", say)
-
-
-def _say_left_out(coefficient: float, why: str, say: Notify) -> None:
-    say(
-        f"the model's config asks for the router's loss (output_router_logits, router_aux_loss_coef={coefficient:g}): "
-        f"{why}"
-    )
+    if not coefficient or not getattr(config, "output_router_logits", False):
+        return 0.0
+    if left_out_by:
+        asked = f"output_router_logits, router_aux_loss_coef={coefficient:g}"
+        say(f"the model's config asks for the router's loss ({asked}): task={left_out_by} trains without it")
+    return float(coefficient)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sheeprlhf.agent.batches import Batches, Rows, longest_row
-from sheeprlhf.agent.policy import Policy, reference_of, say_router_loss_left_out
+from sheeprlhf.agent.policy import Policy, configured_router_loss, reference_of
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.prepare import prepare_data, stream_of
 from sheeprlhf.data.sampler import RolloutPlan, StepPlan, load_ahead
@@ -128,7 +128,7 @@ class TrainLoop:
         of = (cfg.model, *initial_run(cfg.task), self.tokenizer)
         policy, packed = load_initial_policy(*of, new_head=new_head, **how)
         if not isinstance(cfg.task, SFTConfig):
-            say_router_loss_left_out(policy.causal_lm(), cfg.task.config_name, self.run.say)
+            configured_router_loss(policy.causal_lm(), cfg.task.config_name, self.run.say)
         return policy, packed
 
     def set_up(self, model: nn.Module, *, has_reference: bool = False) -> _FabricModule:

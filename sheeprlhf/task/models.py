@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.batches import longest_row
-from sheeprlhf.agent.policy import Policy, load_policy, say_router_loss_left_out
+from sheeprlhf.agent.policy import Policy, configured_router_loss, load_policy
 from sheeprlhf.agent.reward import AdapterValueModel, RewardModel, load_reward_model, offset_of, reward_model_of
 from sheeprlhf.config.model_lookup import REWARD_MODEL, Trained, with_own_tokenizer
 from sheeprlhf.config.run_lookup import is_same_model, saved_group
@@ -247,7 +247,7 @@ def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int
     policy = with_adapters(policy, cfg.model)
     policy.exclude_undefined(tokenizer)
     if not isinstance(task, BestOfNConfig):  # it learns nothing
-        say_router_loss_left_out(policy.causal_lm(), task.config_name, run.say)
+        configured_router_loss(policy.causal_lm(), task.config_name, run.say)
     rewards: dict[str, TermModel] = {}
     for term in model_sources(cfg.reward, cfg.data.rule_reward):
         own, exchange = load_reward_tokenizer(cfg, term), None

@@ -5,26 +5,32 @@ all rows of the step and all devices: how the rows are cut into forward passes n
 """
 
 import math
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from sheeprlhf.agent.batches import Batches
-from sheeprlhf.agent.policy import router_loss_in_training
+from sheeprlhf.agent.policy import configured_router_loss
 from sheeprlhf.data.example import Batch
 from sheeprlhf.engine.run import open_run
 from sheeprlhf.engine.shard import equal_passes, sum_of_rows
 from sheeprlhf.engine.step import LossOutput, MicroBatch, evaluate
-from sheeprlhf.loss.sft import RouterLoss, StepRouterLoss, cross_entropy, expert_counts
+from sheeprlhf.loss.sft import RouterLoss, StepRouterLoss, cross_entropy, expert_counts, probability_sums
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import SFTConfig
 from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.models import with_adapters
+from sheeprlhf.utils.errors import Notify
 from sheeprlhf.utils.lightning import Fabric, _FabricModule
 from sheeprlhf.utils.memory import phase
-from sheeprlhf.utils.modes import isolated_rng
+from sheeprlhf.utils.modes import eval_mode, isolated_rng
+
+_RELATIVE = {torch.bfloat16: 0.1, torch.float16: 0.02}  # transformers rounds probabilities to the weights' format
 
 
 def sft_loss(
@@ -41,6 +47,30 @@ def sft_loss(
         share = router.share(logprobs.router_logits)
         total, metrics = total + share, metrics | {"router_loss": share.detach()}
     return LossOutput(total, metrics)
+
+
+def router_loss_of(model: PreTrainedModel, say: Notify) -> RouterLoss | None:
+    """The router's loss that the model's configuration asks for; a line says that it counts, or that it cannot.
+
+    It counts if the model's own loss is the one that `RouterLoss` computes, by a comparison on a few tokens.
+    """
+    coefficient = configured_router_loss(model)
+    if not coefficient:
+        return None
+    top_k = getattr(model, "num_experts_per_tok", None) or getattr(model.config, "num_experts_per_tok", None)
+    ids = (torch.arange(12, device=model.device) % 5 + 3)[None]
+    found = None
+    with eval_mode(model), torch.no_grad(), suppress(TypeError, ValueError, AttributeError, LookupError):
+        output = cast(Any, model)(input_ids=ids, output_router_logits=True, use_cache=False)
+        logits = [layer.flatten(0, -2) for layer in output.router_logits]
+        loss = RouterLoss(coefficient, top_k, logits[0].shape[-1])
+        own = loss.value(expert_counts(logits, top_k), probability_sums(logits), sum(map(len, logits)))
+        expected = coefficient * float(output.aux_loss)
+        if abs(float(own) - expected) <= _RELATIVE.get(model.dtype, 1e-4) * abs(expected):
+            found = loss
+    counts = "includes" if found else f"leaves out, as that of {type(model).__name__} is another one,"
+    say(f"the training loss {counts} the router's loss of the model's config, router_aux_loss_coef={coefficient:g}")
+    return found
 
 
 @torch.no_grad()
@@ -70,7 +100,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
     with open_run(fabric, cfg, run_dir) as run:
         loop = TrainLoop(fabric, run)
         policy, packed = loop.load_policy()
-        router = router_loss_in_training(policy.causal_lm(), run.say)
+        router = router_loss_of(policy.causal_lm(), run.say)
         policy = with_adapters(policy, cfg.model)
         policy.neftune_alpha = cfg.model.neftune_alpha
         module = loop.set_up(policy)

@@ -14,9 +14,7 @@ from transformers import AutoModelForCausalLM
 from sheeprlhf.agent.policy import (
     Policy,
     load_policy,
-    router_loss_in_training,
     router_loss_of,
-    say_router_loss_left_out,
 )
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.engine.fabric import make_fabric
@@ -62,7 +60,7 @@ def test_loss_and_gradients_of_a_step_are_those_of_transformers(
     loss, auxiliary, gradients = step_of_transformers(folder, rows)
     policy = load(folder, gradient_checkpointing=checkpointing)
     lines: list[str] = []
-    router = router_loss_in_training(policy.causal_lm(), lines.append)
+    router = router_loss_of(policy.causal_lm(), lines.append)
     assert router is not None and len(lines) == 1
     fabric = make_fabric(FabricConfig())
     fabric.launch()
@@ -94,7 +92,7 @@ def test_a_loss_by_hand() -> None:
 def test_what_cannot_be_included_is_reported_once(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(model_folder("mixtral")).causal_lm()
     lines: list[str] = []
-    say_router_loss_left_out(model, "dpo", lines.append)
+    assert router_loss_of(model, lines.append, untrained_by="dpo") is None
     assert len(lines) == 1 and "router_aux_loss_coef=0.1" in lines[0] and "task=dpo" in lines[0]
     monkeypatch.setattr(model, "num_experts_per_tok", 3)  # another loss than that of its own forward
     plain = type(model).forward
@@ -105,8 +103,7 @@ def test_what_cannot_be_included_is_reported_once(model_folder: ModelFolder, mon
         return output
 
     monkeypatch.setattr(type(model), "forward", other)
-    assert router_loss_of(model) is None
-    assert router_loss_in_training(model, lines.append) is None
+    assert router_loss_of(model, lines.append) is None
     assert len(lines) == 2 and "router_aux_loss_coef=0.1" in lines[1]
 
 
@@ -117,6 +114,6 @@ def test_a_configuration_that_does_not_ask_for_it(key: str, value: object, model
         model = load(model_folder(architecture)).causal_lm()
         if architecture == "mixtral":
             setattr(model.config, key, value)
-        assert router_loss_in_training(model, lines.append) is None
-        say_router_loss_left_out(model, "rm", lines.append)
+        assert router_loss_of(model, lines.append) is None
+        assert router_loss_of(model, lines.append, untrained_by="rm") is None
     assert not lines
