@@ -11,11 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from sheeprlhf.agent.policy import (
-    Policy,
-    load_policy,
-    router_loss_of,
-)
+from sheeprlhf.agent.policy import Policy, configured_router_loss, load_policy
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.engine.step import MicroBatch, update
@@ -23,7 +19,7 @@ from sheeprlhf.loss.sft import RouterLoss, expert_counts, probability_sums
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import ModelConfig
-from sheeprlhf.task.train.sft import router_loss_of_step, sft_loss
+from sheeprlhf.task.train.sft import router_loss_of, router_loss_of_step, sft_loss
 from tests.support.batches import random_examples
 from tests.support.models import EXPERTS
 
@@ -92,7 +88,7 @@ def test_a_loss_by_hand() -> None:
 def test_what_cannot_be_included_is_reported_once(model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(model_folder("mixtral")).causal_lm()
     lines: list[str] = []
-    assert router_loss_of(model, lines.append, untrained_by="dpo") is None
+    assert configured_router_loss(model, "dpo", lines.append) == pytest.approx(0.1)
     assert len(lines) == 1 and "router_aux_loss_coef=0.1" in lines[0] and "task=dpo" in lines[0]
     monkeypatch.setattr(model, "num_experts_per_tok", 3)  # another loss than that of its own forward
     plain = type(model).forward
@@ -115,5 +111,5 @@ def test_a_configuration_that_does_not_ask_for_it(key: str, value: object, model
         if architecture == "mixtral":
             setattr(model.config, key, value)
         assert router_loss_of(model, lines.append) is None
-        assert router_loss_of(model, lines.append, untrained_by="rm") is None
+        assert configured_router_loss(model, "rm", lines.append) == 0.0
     assert not lines
