@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import io
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from sheeprlhf.config.registry import to_typed
-from sheeprlhf.launch import _entry, _seed
+from sheeprlhf.launch import _seed
 from sheeprlhf.utils.lightning import gather_objects
 from tests.faults.test_resume import stopped_at, without_time
 from tests.support.models import make_model_folder
@@ -61,7 +62,7 @@ def go_on(fabric: Any, folder: Path, task: str, name: str) -> Found:
     _seed(config, on_cuda=False)
     module.update = recording
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        _entry(config.task.entry_point)(fabric, config, folder / name)
+        resolve_name(config.task.entry_point)(fabric, config, folder / name)
     module.update = update
     of_ranks = gather_objects(fabric, seen)
     return Found(

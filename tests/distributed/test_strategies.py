@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,7 +18,7 @@ from torch.testing import assert_close
 from sheeprlhf.api.jobs import compose
 from sheeprlhf.cli import run
 from sheeprlhf.engine.fabric import make_fabric
-from sheeprlhf.launch import _entry, _seed
+from sheeprlhf.launch import _seed
 from sheeprlhf.structure.rollout import BestOfNConfig
 from tests.faults.test_resume import stopped_at
 from tests.support.models import make_model_folder
@@ -147,7 +148,7 @@ def run_all(_: Any, folder: Path, names: list[str]) -> None:
             (target / "run.json").write_text('{"status": "running", "started": 0.0}')
         fabric.barrier()
         _seed(config, on_cuda=False)
-        _entry(config.task.entry_point)(fabric, config, *([target] if verb == "train" else []))
+        resolve_name(config.task.entry_point)(fabric, config, *([target] if verb == "train" else []))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Who may import whom: only what lies below, siblings never each other, nothing heavy where speed counts."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def test_the_command_line_names_no_task():
 
 
 def test_every_imported_name_exists():
-    """Find a stale import, also one inside a function."""
+    """Find a stale import, also one inside a function, and a stale dotted path ("sheeprlhf.module:name")."""
     trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
     names = {}
     for path, tree in trees.items():
@@ -114,6 +115,9 @@ def test_every_imported_name_exists():
                 there = names.get(node.module, set())
                 missing = {a.name for a in node.names if f"{node.module}.{a.name}" not in names} - there
                 assert not missing or "__getattr__" in there, f"{path}: {node.module} has no {missing}"
+            elif isinstance(node, ast.Constant) and re.fullmatch(r"sheeprlhf[.\w]+:\w+", str(node.value)):
+                module, _, name = node.value.partition(":")
+                assert name in names.get(module, ()), f"{path}: {node.value}"
 
 
 def aliases(tree):
