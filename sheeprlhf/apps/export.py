@@ -94,7 +94,7 @@ def run(arguments: list[str]) -> int:
     from sheeprlhf.task.export import export_model
 
     transformers_logging.disable_progress_bar()
-    check_records(trained)
+    _records(trained)  # before weights are read, as one may be damaged
     folder = expand_home(target).absolute()
     dtype = given.values["dtype"] or trained.model.dtype
 
@@ -245,11 +245,6 @@ def card_text(
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES),
         python=platform.python_version(),
     )
-
-
-def check_records(trained: Trained) -> None:
-    """Read all that the card needs of a run, before its weights are. Raises RecordError for a damaged file."""
-    _records(trained)
 
 
 def _records(trained: Trained) -> dict[str, Any]:

@@ -82,8 +82,7 @@ def fetch_from_hub(model: ModelConfig) -> Path:
         kind = _SAFETENSORS if any(file in names for file in (WEIGHTS, INDEX)) else _PICKLES
         if not any(file in names for file in WEIGHTS_FILES):
             raise ModelError(
-                f"model.repo_name={name} has no weights that are read, neither {WEIGHTS} nor {PICKLED}: choose another "
-                "model"
+                f"model.repo_name={name} has no weights that are read ({WEIGHTS}, {PICKLED}): choose another"
             )
         wanted = _FILES + kind
         nested = [f"*/{pattern}" for pattern in wanted]  # copies for other programs

@@ -398,7 +398,9 @@ def run(config: InspectConfig, args: ParsedArgs) -> int:
     _print(screen, render_report(data.report))
     first, *_ = [name for name in config.task.train_splits if name in data.splits] or config.task.train_splits
     split = config.split or first
-    _check_split(split, data)
+    if split not in data.splits:
+        full = ", ".join(f"{name} ({len(rows):,})" for name, rows in data.splits.items())
+        raise DataError(f"split={split} has no rows; those with rows are {full}: give split={next(iter(data.splits))}")
 
     targets = _targets(config.task)
     viewer = Viewer(tokenizer, targets=targets, template_args=config.data.template_args)
@@ -430,9 +432,7 @@ def _check_files(paths: list[Path]) -> set[Path]:
     foreign = [path for path in sorted(there) if not is_own_file(path, SIGNATURE.encode())]
     if foreign:
         names = " and ".join(str(path) for path in foreign)
-        raise ConfigError(
-            f"output_dir: {names} is not of an earlier inspect and will not be overwritten; give another output_dir"
-        )
+        raise ConfigError(f"output_dir: {names} is not of an earlier inspect and stays; give another output_dir")
     return there
 
 
@@ -440,15 +440,8 @@ def _write(path: Path, content: bytes) -> None:
     try:
         write_file(path.parent, path.name, content)
     except OSError as error:
-        raise ConfigError(
-            f"output_dir: {path} cannot be written ({error.strerror or error}); free space, or give another output_dir"
-        ) from error
-
-
-def _check_split(split: str, data: PreparedData) -> None:
-    if split not in data.splits:
-        full = ", ".join(f"{name} ({len(rows):,})" for name, rows in data.splits.items())
-        raise DataError(f"split={split} has no rows; those with rows are {full}: give split={next(iter(data.splits))}")
+        why = error.strerror or error
+        raise ConfigError(f"output_dir: {path} cannot be written ({why}); give another output_dir") from error
 
 
 def _print(screen: Screen, text: str) -> None:

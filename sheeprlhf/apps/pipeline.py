@@ -185,11 +185,6 @@ class PipelineFolder(NamedTuple):
     note: str
 
 
-def recipe_of(stages: list[Stage]) -> dict[str, list[str]]:
-    """Identity of a pipeline's recipe, without secrets."""
-    return {stage.name: redact_command([stage.verb, *stage.flags, *stage.words]) for stage in stages}
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """The content of pipeline.json; empty if it is missing. Raises RecordError if it is damaged."""
     return load_json(folder / STATE_FILE, PIPELINE)
@@ -202,7 +197,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 def choose_folder(config: PipelineConfig, stages: list[Stage], command: list[str]) -> PipelineFolder:
     """Find the pipeline to continue with, or make a new folder. Raises ConfigError if there is none to continue."""
-    recipe = recipe_of(stages)
+    recipe = {stage.name: redact_command([stage.verb, *stage.flags, *stage.words]) for stage in stages}
     if config.resume and config.resume_from is not None:
         raise ConfigError("resume=true and resume_from name two pipelines: give one of them")
     if config.resume_from is not None:

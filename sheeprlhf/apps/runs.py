@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sheeprlhf.apps.terminal import clean, is_number
+from sheeprlhf.config.registry import leaves
 from sheeprlhf.config.run_lookup import REPORT_FILE, RUN_FILE, order_of, read_run_config
-from sheeprlhf.engine.rundir import is_locked, leaves
+from sheeprlhf.engine.rundir import is_locked
 from sheeprlhf.security.files import read_small, read_tail, real_path
 from sheeprlhf.security.json_records import DATA_REPORT, RESULT, RUN, STATE, Schema, load_json
 from sheeprlhf.security.redaction import redact
@@ -110,6 +111,10 @@ def past_run(folder: Path, info: dict[str, Any]) -> PastRun:
     logged, _ = _parse_metrics(_read_metrics(folder, _TAIL_BYTES))
     last_step = max((curve.steps[-1] for curve in logged.values()), default=0)
     steps = [step for step in (progress.get("step"), None if finished else last_step) if step]
+    try:
+        started = datetime.fromtimestamp(info.get("started")).strftime("%Y-%m-%d %H:%M")
+    except (TypeError, ValueError, OverflowError, OSError):
+        started = ""
     validated = [
         f"{_VALIDATION_TAGS[tag]} {curve.values[-1]:.4g} (validation)"
         for tag, curve in logged.items()
@@ -117,7 +122,7 @@ def past_run(folder: Path, info: dict[str, Any]) -> PastRun:
     ]
     return PastRun(
         folder,
-        _local_time(info.get("started")),
+        started,
         names,
         _state(folder, info),
         max(steps, default=0 if info else None),
@@ -186,13 +191,6 @@ def _main_results(folder: Path, data: str, problems: list[str]) -> list[str]:
                 text = f"{clean(key, _NAME_COLUMNS)} {number:.4g}" + (f" ({', '.join(odd)})" if odd else "")
                 newest[key] = when, text
     return [text for _, text in newest.values()]
-
-
-def _local_time(seconds: Any) -> str:
-    try:
-        return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
-    except (TypeError, ValueError, OverflowError, OSError):
-        return ""
 
 
 def _time_of(text: Any) -> float:
@@ -521,7 +519,9 @@ def parse_evaluation(stem: str, record: dict[str, Any]) -> Evaluation:
         if name in numbers or len(numbers) < _MAX_NUMBERS:
             numbers[name] = values
     lists = {
-        clean(key.replace("_", " "), 50): value[:_MAX_POINTS] for key, value in results.items() if _is_points(value)
+        clean(key.replace("_", " "), 50): value[:_MAX_POINTS]
+        for key, value in results.items()
+        if isinstance(value, list) and value and all(isinstance(point, dict) for point in value)
     }
     return Evaluation(f"{task}{by} on {data}/{split}", weights, numbers, lists)
 
@@ -530,23 +530,15 @@ def _numbers(tree: dict[str, Any], prefix: str, depth: int = 0) -> Iterator[tupl
     """Numbers by name; those of the model have no prefix, those of baselines have one."""
     for key, value in tree.items():
         name, interval = clean(f"{prefix}{key}".replace("_", " "), 50), tree.get(f"{key}{_INTERVAL}")
+        is_interval = key.endswith(_INTERVAL) and key.removesuffix(_INTERVAL) in tree  # of another number
         if isinstance(value, dict) and depth < 3:
             inner = prefix if key in ("mean_low_high", "model") else f"{prefix}{key} "
             yield from _numbers(value, inner, depth + 1)
         elif is_number(value):
             yield name, (value, *(interval if interval is not None and _are_numbers(interval, 2) else ()))
-        elif _are_numbers(value, 3) or (_are_numbers(value, 2) and not _is_interval(key, tree)):
+        elif _are_numbers(value, 3) or (_are_numbers(value, 2) and not is_interval):
             yield name, tuple(value)
-
-
-def _is_interval(key: str, tree: dict[str, Any]) -> bool:
-    """True if this is the interval of another number."""
-    return key.endswith(_INTERVAL) and key.removesuffix(_INTERVAL) in tree
 
 
 def _are_numbers(value: Any, size: int) -> bool:
     return isinstance(value, list) and len(value) == size and all(map(is_number, value))
-
-
-def _is_points(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(point, dict) for point in value)

@@ -14,9 +14,8 @@ from sheeprlhf.apps.terminal import Screen, clean, columns, entry, heading, para
 from sheeprlhf.config.compose import Source, compose_for_help, configs_directory
 from sheeprlhf.config.option_checks import nearest
 from sheeprlhf.config.overrides import Entry, catalogue, choices_like
-from sheeprlhf.config.registry import BASES, ROOTS, Option, choices, groups, options, unwrap_optional
+from sheeprlhf.config.registry import BASES, ROOTS, Option, choices, groups, leaves, options, unwrap_optional
 from sheeprlhf.config.run_lookup import NEWEST, START, TASKS
-from sheeprlhf.engine.rundir import leaves
 from sheeprlhf.utils.errors import ConfigError
 
 _FROM_FILE = "from a file"

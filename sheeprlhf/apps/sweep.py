@@ -153,9 +153,8 @@ def _sweeper_problems(config: DictConfig, verb: str, task: type[Config] | None, 
         given = getattr(given, "name", given)
         if given is not None and given != value:
             metric = "objective is best when highest" if highest else "loss is best when lowest"
-            yield (
-                f"hydra.sweeper.{key}={given}: the validation {metric}; give hydra.sweeper.{key}={str(value).lower()}"
-            )
+            key = f"hydra.sweeper.{key}"
+            yield f"{key}={given}: the validation {metric}; give {key}={str(value).lower()}"
 
 
 def sweep_parent(overrides: list[str]) -> str | None:

@@ -35,7 +35,7 @@ from sheeprlhf.config.overrides import (
     recipe_owner,
 )
 from sheeprlhf.config.path_checks import new_folder_problems, with_absolute_paths
-from sheeprlhf.config.registry import ROOTS, choices, groups, options, register_configs, to_typed
+from sheeprlhf.config.registry import ROOTS, choices, groups, leaves, options, register_configs, to_typed
 from sheeprlhf.config.run_lookup import (
     RUN_OPTIONS,
     evaluated_run,
@@ -170,15 +170,10 @@ def _of_resumed(run_dir: Any, given: Mapping[str, Override]) -> list[str]:
             words.append(f"{group}={SAVED_CHOICE}")
     known = {option.key for option in options(TrainConfig())}
     left_out = {"experiment", "resume", "resume_from", "debug", "root_dir", *given}
-    for key, value in _leaves({name: value for name, value in saved.items() if name not in groups("train")}):
+    for key, value in leaves({name: value for name, value in saved.items() if name not in groups("train")}):
         if key in known and key not in left_out:
             words.append(option_word(key, value))
     return words
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        yield from _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
 
 
 def finish(config: DictConfig, given_dir: str | None = None) -> Job:

@@ -19,7 +19,10 @@ from sheeprlhf.utils.output import link_problems
 def eval_problems(config: EvalConfig) -> Iterator[str]:
     """Problems of an evaluation: missing packages, model or run, weights, or reward."""
     yield from sharding_problems(config)
-    yield from _unread_options_of_generation(config)
+    name, writes = config.task.config_name, config.task.writes
+    yield from unread_options(config, "generation.engine", *(() if writes else ("generation.stop_strings",)))
+    if given := narrowing_options(config.generation) if writes == "samples" else "":
+        yield f"{given}: task={name} samples with all probabilities: remove it, or give generation.temperature"
     yield from _reward_problems(config)
     if config.experiment_dir is None and isinstance(config.task, FrontierConfig):
         yield "task=frontier goes over the checkpoints of a run: give experiment_dir=<run directory>"
@@ -36,15 +39,6 @@ def eval_problems(config: EvalConfig) -> Iterator[str]:
         yield from weights_problems("", config.task.model_name, key="", name_key="task.model_name")
     elif config.experiment_dir is not None:
         yield from _run_problems(config, config.experiment_dir)
-
-
-def _unread_options_of_generation(config: EvalConfig) -> Iterator[str]:
-    """Options of generation that this evaluation does not read."""
-    name, writes = config.task.config_name, config.task.writes
-    yield from unread_options(config, "generation.engine", *(() if writes else ("generation.stop_strings",)))
-    given = narrowing_options(config.generation) if writes == "samples" else ""
-    if given:
-        yield f"{given}: task={name} samples with all probabilities: remove it, or give generation.temperature"
 
 
 def _reward_problems(config: EvalConfig) -> Iterator[str]:
@@ -84,15 +78,6 @@ def _against_problems(config: EvalConfig, against: str) -> Iterator[str]:
     yield from weights_problems(against, "final", key="task.against", name_key="task.model_name")
 
 
-def _frontier_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
-    """A frontier begins at a start, and has points."""
-    if config.model is not None and config.model.random_init:
-        yield f"experiment_dir={run_dir}: task=frontier needs a start, and this run began with random weights"
-    if not Path(run_dir, "final").is_dir() and not any(Path(run_dir).glob("checkpoints/step-*")):
-        again = shell_word("resume_from", str(run_dir))
-        yield f"experiment_dir={run_dir}: this run has no checkpoint; continue it by {again}"
-
-
 def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
     """Problems of the run that is evaluated: missing weights, or a folder that is not writable."""
     yield from new_folder_problems("experiment_dir", str(Path(run_dir) / "eval"))
@@ -109,8 +94,12 @@ def _run_problems(config: EvalConfig, run_dir: str) -> Iterator[str]:
             f"run{of} trained a {what}: give {give}"
         )
         return
-    if isinstance(config.task, FrontierConfig):
-        yield from _frontier_problems(config, run_dir)
+    if isinstance(config.task, FrontierConfig):  # it begins at a start, and has points
+        if config.model is not None and config.model.random_init:
+            yield f"experiment_dir={run_dir}: task=frontier needs a start, and this run began with random weights"
+        if not Path(run_dir, "final").is_dir() and not any(Path(run_dir).glob("checkpoints/step-*")):
+            again = shell_word("resume_from", str(run_dir))
+            yield f"experiment_dir={run_dir}: this run has no checkpoint; continue it by {again}"
     else:
         yield from weights_problems(run_dir, config.task.model_name, key="experiment_dir", name_key="task.model_name")
     task = saved.get("task")

@@ -106,25 +106,14 @@ def needs_base_model(config: EvalConfig) -> bool:
 
 
 def find_trained(
-    word: str,
-    weights: str | None = None,
+    word: str,  # a run directory, "newest", a folder in the hub's layout, or a name such as "tiny"
+    weights: str | None = None,  # which of a run's; None is its final ones
     *,
-    wanted: str | None = POLICY,
-    chat_template: str | None = None,
-    template_args: str | None = None,
+    wanted: str | None = POLICY,  # POLICY or REWARD_MODEL; None takes either
+    chat_template: str | None = None,  # instead of the model's own, as `model.chat_template` takes it
+    template_args: str | None = None,  # text, instead of those of the run's data
 ) -> Trained:
-    """The model that a word names.
-
-    Args:
-        word: a run directory, "newest", a folder in the hub's layout, or a name such as "tiny".
-        weights: which of a run's; None is its final ones.
-        wanted: POLICY or REWARD_MODEL; None takes either.
-        chat_template: instead of the model's own, as `model.chat_template` takes it.
-        template_args: variables for the chat template, as text, instead of those of the run's data.
-
-    Raises:
-        ConfigError: it names nothing, or something that cannot be loaded or is of another kind; all problems at once.
-    """
+    """The model that a word names. Raises ConfigError with all problems if it names none that fits."""
     problem = None if chat_template is None else template_problem(chat_template, key=FLAG)
     if problem:
         raise ConfigError(problem)
@@ -159,24 +148,18 @@ def _of_folder(word: str, folder: Path, wanted: str | None) -> Trained:
     if (folder / "adapter_config.json").is_file():
         if not (folder.parent / "config.yaml").is_file():
             raise ConfigError(f"{word}: {merge_advice(folder)}")
-        raise ConfigError(
-            f"{word}: this folder has adapters only, and the run knows what they sit on: give its run, {folder.parent}"
-        )
+        raise ConfigError(f"{word}: this folder has adapters only: give its run, {folder.parent}")
     if not (folder / "config.json").is_file():
         below = sorted(path.parent for path in folder.glob("*/config.yaml"))
         did = f"did you mean {below[-1]}?" if below else "give a run (it has config.yaml) or a model (config.json)"
         raise ConfigError(f"{word} is neither a run nor a model's folder: {did}")
     if problem := model_problem(word, weights=True):
         raise ConfigError(problem.replace("model.repo_name=", "", 1))
-    trains = REWARD_MODEL if _is_classifier(folder) else POLICY
+    classifies = "SequenceClassification" in str(read_json(folder, "config.json").get("architectures"))
+    trains = REWARD_MODEL if classifies else POLICY
     if wanted not in (None, trains):
         raise ConfigError(f"{word} is a {trains}: {_INSTEAD[wanted or trains]}")
     return Trained(word, trains, AutoModelConfig(repo_name=str(folder)))
-
-
-def _is_classifier(folder: Path) -> bool:
-    names = read_json(folder, "config.json").get("architectures")
-    return isinstance(names, list) and any("SequenceClassification" in str(name) for name in names)
 
 
 def _of_run(word: str, run_dir: Path, weights: str, wanted: str | None, starts: int) -> Trained:

@@ -41,6 +41,14 @@ def unread(given: str, where: str, instead: str = "") -> str:
     return f"{given} is not read {where}: remove it" + (f", or give {instead}" if instead else "")
 
 
+def unread_rules(group: str, cfg: Any, default: type, *rules: tuple[str, bool, str, str]) -> Iterator[str]:
+    """Problems of options that differ from their default and are not read, by (name, is read, where, instead)."""
+    for name, is_read, where, instead in rules:
+        value = getattr(cfg, name)
+        if not is_read and value != getattr(default, name):
+            yield unread(f"{group}.{name}={f'{value:g}' if isinstance(value, float) else value}", where, instead)
+
+
 def not_installed(given: str, packages: Iterable[str], extra: str) -> str:
     """The sentence for an option that needs packages of an extra."""
     return f'{given} needs packages that are not installed ({", ".join(packages)}): pip install "sheeprlhf[{extra}]"'

@@ -1,6 +1,7 @@
 """Check files and folders that a configuration names, and make their paths absolute."""
 
 import glob
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -258,7 +259,7 @@ def _files_of(key: str, name: str) -> list[Path]:
         files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(match)]
         if not files:
             raise ConfigError(f"{key}={name} matches no file: give another pattern (from {Path.cwd()})")
-        root = Path(*_fixed_parts(path.parts))
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1]))
         _check_links(files, root)
         _check_splits(key, name, files, root)
     else:
@@ -267,14 +268,6 @@ def _files_of(key: str, name: str) -> list[Path]:
         if problem := _file_problem(key, str(file) if path.is_dir() or len(files) > 1 else name, file):
             raise ConfigError(problem)
     return files
-
-
-def _fixed_parts(parts: Sequence[str]) -> Iterator[str]:
-    """The parts of a pattern's path before the first that has a wildcard."""
-    for part in parts[:-1]:
-        if glob.has_magic(part):
-            return
-        yield part
 
 
 def _file_problem(key: str, name: str, file: Path) -> str | None:

@@ -219,6 +219,12 @@ def replace_options(config: Any, change: dict[str, Any]) -> Any:
     return config
 
 
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the options of a nested configuration by their dotted keys."""
+    for name, value in tree.items():
+        yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+
+
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Plain dicts, lists and scalars, as saved in `config.yaml`."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(cast(Any, config))}

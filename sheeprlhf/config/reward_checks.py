@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sheeprlhf.config.option_checks import did_you_mean, nearest, not_installed, unread, url_problem
+from sheeprlhf.config.option_checks import did_you_mean, nearest, not_installed, unread, unread_rules, url_problem
 from sheeprlhf.config.path_checks import is_hub_id, model_problem, near_file, new_folder_problems
 from sheeprlhf.config.registry import config_to_dict
 from sheeprlhf.config.run_lookup import is_run_alias, scores_by_run
@@ -81,8 +81,13 @@ def reward_problems(cfg: RewardSourceConfig) -> Iterator[str]:
         for name in ("num_workers", "timeout"):
             if getattr(cfg, name) != getattr(CallOptionsConfig, name):
                 yield f"reward.{name}={getattr(cfg, name)} is read by functions of yours and the judge only: remove it"
-    if isinstance(cfg, JudgeOptionsConfig):
-        yield from _judge_problems(cfg) if JUDGE in sources else _unread_judge_problems(cfg)
+    if isinstance(cfg, JudgeOptionsConfig) and JUDGE in sources:
+        yield from _judge_problems(cfg)
+    elif isinstance(cfg, JudgeOptionsConfig):
+        shared = config_to_dict(CallOptionsConfig())
+        own = [name for name in config_to_dict(JudgeOptionsConfig()) if name not in shared]
+        changed = [name for name in own if config_to_dict(cfg)[name] != config_to_dict(JudgeOptionsConfig())[name]]
+        yield from (f"reward.{name} is read by no term: remove it, or add the term judge" for name in changed)
     if isinstance(cfg, BuiltinOptionsConfig):
         yield from _option_problems(cfg, sources)
     if isinstance(cfg, ListRewardConfig) and cfg.template != "plain" and not any(map(is_model, sources)):
@@ -102,9 +107,9 @@ def _ensemble_problems(cfg: ListRewardConfig, num_models: int) -> Iterator[str]:
             f"reward.combine={cfg.combine} compares reward models, and reward.terms has {num_models}: add for example "
             "model:<folder>, or give reward.combine=sum"
         )
-    if cfg.uncertainty_coeff != ListRewardConfig.uncertainty_coeff and cfg.combine != "uncertainty":
-        given = f"reward.uncertainty_coeff={cfg.uncertainty_coeff:g}"
-        yield unread(given, f"with reward.combine={cfg.combine}", "reward.combine=uncertainty")
+    is_read, where = cfg.combine == "uncertainty", f"with reward.combine={cfg.combine}"
+    rule = ("uncertainty_coeff", is_read, where, "reward.combine=uncertainty")
+    yield from unread_rules("reward", cfg, ListRewardConfig, rule)
 
 
 def _penalty_problems(cfg: RewardSourceConfig) -> Iterator[str]:
@@ -195,16 +200,12 @@ def _users_own_problems(given: str, source: str) -> Iterator[str]:
         yield f"{given}{source}: {spec.origin} has no {function}: {did}"
 
 
-def _unread_judge_problems(cfg: JudgeOptionsConfig) -> Iterator[str]:
-    given, shared = config_to_dict(cfg), config_to_dict(CallOptionsConfig())
-    for name, value in config_to_dict(JudgeOptionsConfig()).items():
-        if name not in shared and given[name] != value:
-            yield f"reward.{name} is read by no term: remove it, or add the term judge"
-
-
 def _judge_problems(cfg: JudgeOptionsConfig) -> Iterator[str]:
     """Options of a judge that are missing or cannot be read; no value that may be a secret is repeated."""
-    yield from _url_problems(cfg.url)
+    if problem := url_problem("reward.url", cfg.url, "give for example reward.url=http://127.0.0.1:8000/v1"):
+        yield problem
+    elif urlsplit(str(cfg.url)).path.rstrip("/").endswith("/chat/completions"):
+        yield f"reward.url={cfg.url}: /chat/completions is appended: give the address up to /v1"
     if not cfg.judge_model:
         yield "reward.judge_model is missing: give the name of the server's model"
     try:
@@ -223,13 +224,6 @@ def _judge_problems(cfg: JudgeOptionsConfig) -> Iterator[str]:
         yield "reward.api_key_variable is not the name of an environment variable: give the name, never the key itself"
     elif variable is not None and not re.fullmatch(r"[\x21-\x7e]+", os.environ.get(variable, "").strip()):
         yield f"reward.api_key_variable={variable}: the environment variable is empty or no key: export it"
-
-
-def _url_problems(url: str | None) -> Iterator[str]:
-    if problem := url_problem("reward.url", url, "give for example reward.url=http://127.0.0.1:8000/v1"):
-        yield problem
-    elif urlsplit(str(url)).path.rstrip("/").endswith("/chat/completions"):
-        yield f"reward.url={url}: /chat/completions is appended: give the address up to /v1"
 
 
 def _option_problems(cfg: BuiltinOptionsConfig, sources: list[str]) -> Iterator[str]:
@@ -355,12 +349,10 @@ def _server_problems(config: TrainConfig, rollout: VLLMRolloutConfig) -> Iterato
 
 def _environment_problems(config: TrainConfig, rollout: LocalRolloutConfig) -> Iterator[str]:
     """Problems of an environment: its class, its options, and other options that do not go with it."""
-    source, default = rollout.environment, LocalRolloutConfig()
-    given = f"rollout.environment={source}"
+    source, given = rollout.environment, f"rollout.environment={rollout.environment}"
     if source is None:
-        for name in ("max_turns", "step_timeout", "num_processes", "max_result_length"):
-            if getattr(rollout, name) != getattr(default, name):
-                yield unread(f"rollout.{name}={getattr(rollout, name)}", "without rollout.environment")
+        names, rule = ("max_turns", "step_timeout", "num_processes", "max_result_length"), "without rollout.environment"
+        yield from unread_rules("rollout", rollout, LocalRolloutConfig, *((name, False, rule, "") for name in names))
         return
     if is_users_own(source):
         yield from _users_own_problems("rollout.environment=", source)
@@ -391,9 +383,7 @@ def _ppo_problems(task: PPOConfig, dtype: str) -> Iterator[str]:
         given = f"task.critic_warmup_steps={task.critic_warmup_steps}"
         yield f"{given} needs a critic of its own: remove it, or give task.share_trunk=false"
     if task.ptx_batch_size != PPOConfig.ptx_batch_size and not task.ptx_coeff:
-        yield unread(
-            f"task.ptx_batch_size={task.ptx_batch_size}", "with task.ptx_coeff=0", "for example task.ptx_coeff=1"
-        )
+        yield unread(f"task.ptx_batch_size={task.ptx_batch_size}", "with task.ptx_coeff=0", "task.ptx_coeff=1")
     if task.ema_decay is not None and dtype != "float32":
         yield (
             f"task.ema_decay={task.ema_decay:g} is lost in the rounding of model.dtype={dtype}: give "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sheeprlhf.config.option_checks import did_you_mean, near_path, not_installed, option_problems, unread
+from sheeprlhf.config.option_checks import did_you_mean, near_path, not_installed, option_problems, unread, unread_rules
 from sheeprlhf.config.path_checks import (
     adapter_problem,
     data_file_problems,
@@ -45,6 +45,7 @@ from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.hardware import cuda_problem, missing_modules
 from sheeprlhf.utils.home import cache_place
 
+_OF_STREAMS = {"streaming", "shard_size", "keep_shards"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -57,7 +58,10 @@ def _problems(config: RootConfig) -> Iterator[str]:
     for option in options(config):
         yield from option_problems(option)
     for group in ("task", "data", "fabric", "optim", "reward", "rollout"):
-        yield from _name_problems(group, getattr(config, group, None))
+        own: Any = getattr(config, group, None)  # a saved run is read back by this name (a model has any)
+        if own is not None and choices(group).get(own.config_name) is not type(own):
+            usual = type(own).config_name
+            yield f"{group}.config_name={own.config_name} cannot be changed: leave {group}.config_name={usual}"
     for group, problems in _OF_GROUP.items():
         if getattr(config, group, None) is not None:
             yield from problems(getattr(config, group))
@@ -105,13 +109,6 @@ def _repo_problems(config: RootConfig) -> Iterator[str]:
         yield problem + of_run
     if model.chat_template is not None and (problem := template_problem(model.chat_template)):
         yield problem
-
-
-def _name_problems(group: str, config: Any) -> Iterator[str]:
-    """A saved run is read back by this name, so only the class's own will do (a model has one schema: any name)."""
-    if config is not None and choices(group).get(config.config_name) is not type(config):
-        own = type(config).config_name
-        yield f"{group}.config_name={config.config_name} cannot be changed: leave {group}.config_name={own}"
 
 
 def is_plan(config: RootConfig) -> bool:
@@ -352,11 +349,7 @@ def _part_problems(data: MixDataConfig, given: dict[str, Any]) -> Iterator[str]:
         yield "it has no rows: give train_file, dataset_name or data"
         return
     shared = {option.key for option in options(DataConfig())} - set(OF_A_MIXTURE[1:])
-    own = (
-        {"data", "weight", *(option.key for option in options(cls()))}
-        - shared
-        - {"streaming", "shard_size", "keep_shards"}
-    )
+    own = {"data", "weight", *(option.key for option in options(cls()))} - shared - _OF_STREAMS
     unknown = sorted(str(key) for key in given if key not in own)
     for key in unknown:
         fix = did_you_mean(key, own, f"give data.{key} for all" if key in shared else "remove it")
@@ -382,9 +375,8 @@ def _optim_problems(optim: OptimizerConfig) -> Iterator[str]:
         yield not_installed("optim=adamw_8bit", ["bitsandbytes"], "8bit")
     if isinstance(optim, SGDConfig) and optim.nesterov and optim.momentum == 0:
         yield "optim.nesterov=true needs momentum: give optim.momentum=0.9 or optim.nesterov=false"
-    if optim.decay_ratio != OptimizerConfig.decay_ratio and optim.schedule != "wsd":
-        given, schedule = f"optim.decay_ratio={optim.decay_ratio:g}", f"by optim.schedule={optim.schedule}"
-        yield unread(given, schedule, "optim.schedule=wsd")
+    rule = ("decay_ratio", optim.schedule == "wsd", f"by optim.schedule={optim.schedule}", "optim.schedule=wsd")
+    yield from unread_rules("optim", optim, OptimizerConfig, rule)
     betas = getattr(optim, "betas", (0.0, 0.0))
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"optim.betas={list(betas)} must be two numbers in [0, 1): give for example optim.betas=[0.9,0.999]"
@@ -409,21 +401,17 @@ def _dpo_problems(task: DPOConfig) -> Iterator[str]:
         "use_weighting": tuple(name for name in all_losses if name not in ("aot", "aot_unpaired")),
         "ref_sync_interval": tuple(name for name in all_losses if name not in ("simpo", "orpo")),
     }
-    for name, losses in readers.items():
-        if getattr(task, name) != getattr(DPOConfig, name) and task.loss_type not in losses:
-            choices_of = f"task.loss_type={' or '.join(losses)}"
-            yield unread(f"task.{name}={getattr(task, name)}", f"by task.loss_type={task.loss_type}", choices_of)
-    if task.f_alpha != DPOConfig.f_alpha and task.f_divergence != "alpha":
-        by = f"by task.f_divergence={task.f_divergence}"
-        yield unread(f"task.f_alpha={task.f_alpha}", by, "task.f_divergence=alpha")
-    if task.ref_mixup_alpha != DPOConfig.ref_mixup_alpha and task.ref_sync_interval is None:
-        yield unread(
-            f"task.ref_mixup_alpha={task.ref_mixup_alpha:g}",
-            "with task.ref_sync_interval=null",
-            "task.ref_sync_interval=512",
-        )
-    if task.ref_sync_interval is not None and task.reference_free:
-        yield unread(f"task.ref_sync_interval={task.ref_sync_interval}", "with task.reference_free=true")
+    by, divergence = f"by task.loss_type={task.loss_type}", f"by task.f_divergence={task.f_divergence}"
+    without = "with task.ref_sync_interval=null"
+    yield from unread_rules(
+        "task",
+        task,
+        DPOConfig,
+        *((name, task.loss_type in of, by, f"task.loss_type={' or '.join(of)}") for name, of in readers.items()),
+        ("f_alpha", task.f_divergence == "alpha", divergence, "task.f_divergence=alpha"),
+        ("ref_mixup_alpha", task.ref_sync_interval is not None, without, "task.ref_sync_interval=512"),
+        ("ref_sync_interval", not task.reference_free, "with task.reference_free=true", ""),
+    )
     if task.loss_type == "exo" and task.label_smoothing == 0:
         yield "task.loss_type=exo needs labels that can be wrong: give for example task.label_smoothing=0.001"
 
@@ -434,10 +422,9 @@ def _training_problems(task: TrainTaskConfig) -> Iterator[str]:
         yield f"{both} both give the warm-up: remove one of them"
     metric = task.early_stopping_metric
     if metric is None:
-        for name in ("early_stopping_patience", "early_stopping_direction"):
-            if getattr(task, name) != getattr(TrainTaskConfig, name):
-                instead = f"for example task.early_stopping_metric={task.val_metrics[0]}"
-                yield unread(f"task.{name}={getattr(task, name)}", "with task.early_stopping_metric=null", instead)
+        rule = (False, "with task.early_stopping_metric=null", f"task.early_stopping_metric={task.val_metrics[0]}")
+        names = ("early_stopping_patience", "early_stopping_direction")
+        yield from unread_rules("task", task, TrainTaskConfig, *((name, *rule) for name in names))
     elif metric not in task.val_metrics and not (metric.startswith("scores/") and isinstance(task, OnlineTaskConfig)):
         key = "task.early_stopping_metric="
         did = did_you_mean(metric.removeprefix("val/"), task.val_metrics, "it", key=key)
@@ -561,11 +548,9 @@ def sharding_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
     if quantization is not None and config.fabric.precision == "64-true":
         yield f"{quantized} with fabric.precision=64-true: give fabric.precision=32-true"
     if config.fabric.strategy != "fsdp2":
-        for name in ("replicas", "tensor_parallel", "offload"):
-            if (value := getattr(config.fabric, name)) != getattr(FabricConfig, name):
-                yield unread(
-                    f"fabric.{name}={value}", f"by fabric.strategy={config.fabric.strategy}", "fabric.strategy=fsdp2"
-                )
+        rule = (False, f"by fabric.strategy={config.fabric.strategy}", "fabric.strategy=fsdp2")
+        names = ("replicas", "tensor_parallel", "offload")
+        yield from unread_rules("fabric", config.fabric, FabricConfig, *((name, *rule) for name in names))
         return
     if quantization is not None:
         yield f"{quantized} by fabric.strategy=fsdp2, whose shards lose the scales of the weights: {ddp}"

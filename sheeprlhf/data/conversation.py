@@ -39,16 +39,7 @@ _PROBE = " (probe)"
 
 
 def read_messages(value: Any, column: str, *, role: str | None = None) -> tuple[Message, ...]:
-    """The messages in a column, checked.
-
-    Args:
-        value: a list of messages, one message, the JSON text of either, or a tuple that this function returned.
-        column: its name, for messages.
-        role: of a plain text; without it a text is JSON.
-
-    Raises:
-        DataError: it is something else; DropRowError: a text has a NUL character.
-    """
+    """The messages in a column: a list, one, JSON text, or a plain text of `role`. Raises DataError, DropRowError."""
     if isinstance(value, tuple) and all(isinstance(turn, dict) and "role" in turn for turn in value):
         return value
     if isinstance(value, str) and role is not None:
@@ -281,17 +272,7 @@ def has_messages(row: Mapping[str, Any]) -> bool:
 
 
 def read_conversation(row: Mapping[str, Any], *, as_prompt: bool = False) -> ConversationExample:
-    """A row of messages in any layout, as one example.
-
-    Args:
-        row: its columns.
-        as_prompt: for tasks that sample their responses: an answer is not needed, and messages that end with a question
-            are a prompt.
-
-    Raises:
-        DataError: a column holds something else than messages; MissingColumnError: the answers are missing.
-        DropRowError: the row must not be trained on.
-    """
+    """A row of messages as one example; `as_prompt` needs no answer. Raises DataError and DropRowError."""
     unused: list[str] = []
     given = next((column for column in ("messages", "conversations") if row.get(column) is not None), None)
     if given == "messages" and row.get("conversations") is not None:

@@ -180,9 +180,8 @@ class RowLayout:
     def _check_texts(self) -> None:
         """Raise DataError if the task does not learn texts without a prompt."""
         if self._kind != "sft":
-            as_prompt = (
-                f"; if they are prompts, give {mapping_text({'prompt': [TEXT]})}" if self._kind == "prompts" else ""
-            )
+            given = mapping_text({"prompt": [TEXT]})
+            as_prompt = f"; if they are prompts, give {given}" if self._kind == "prompts" else ""
             raise DataError(f"column '{TEXT}' alone is text without a prompt, which only task=sft learns{as_prompt}")
 
     def _check_meaning(self, unread: Sequence[str], row: Mapping[str, Any], sources: Sources) -> None:

@@ -192,9 +192,7 @@ def prepare_data(
                         build(temporary)
                         store.write_digests(temporary)
         except OSError as error:
-            raise DataError(
-                f"{folder} cannot be made: {error}; free space, fix permissions or set data.cache_dir"
-            ) from None
+            raise DataError(f"{folder} cannot be made: {error}; free space, or set data.cache_dir") from None
     report = store.read_report(folder)
     splits = {
         split: TokenizedSplit(folder / f"{split}.arrow") for split in report["splits"] if rows_kept(report, split)
@@ -222,7 +220,7 @@ def _is_whole(folder: Path, say: Notify) -> bool:
         discard(folder)
     except FileExistsError as error:
         raise DataError(
-            f"{folder} is not a prepared dataset ({damage}; {error}); remove it or set data.cache_dir"
+            f"{folder} is no prepared dataset ({damage}; {error}); remove it or set data.cache_dir"
         ) from None
     say(f"prepared data {folder}: {damage}; preparing it again")
     return False
@@ -443,16 +441,7 @@ def _work(batch: list[Row]) -> list[TokenRow]:
 
 
 class Stream:
-    """The shards of the training rows, in their order and from the first again after the last. Any rank.
-
-    Args:
-        cfg: the data options.
-        tokenizer: the model's.
-        kind: as for `prepare_data`.
-        say: prints a line for the user.
-        leads: this process prepares the next shard ahead and deletes prepared shards; one process of each machine.
-        kept: as for `prepare_data`.
-    """
+    """The shards of the training rows, in their order and from the first again after the last. Any rank."""
 
     def __init__(
         self,
@@ -461,7 +450,7 @@ class Stream:
         *,
         kind: str,
         say: Notify,
-        leads: bool,
+        leads: bool,  # prepares the next shard ahead and deletes prepared ones; one process of each machine
         kept: KeptColumns = NOTHING_KEPT,
     ) -> None:
         self._cfg, self._tokenizer, self._say, self._leads = cfg, tokenizer, say, leads
@@ -480,16 +469,7 @@ class Stream:
         return hashlib.sha256(json.dumps([first.fingerprint, shards]).encode()).hexdigest()
 
     def open_shard(self, number: int, extra: dict[str, Any], **begins_at: int) -> PreparedData:
-        """The rows of shard `number`, which `extra`, the additional numbers of a checkpoint, names from now on.
-
-        Args:
-            number: counted from 0 and on after the last shard.
-            extra: changed in place.
-            begins_at: steps before the shard.
-
-        Raises:
-            DataError: the shard cannot be used, or is not that of the checkpoint.
-        """
+        """Rows of shard `number` (any, counted on); `extra` then names it. Raises DataError if it is not as before."""
         data = self.prepare(number)
         digest = int(data.fingerprint[:12], 16)
         if extra.get("shard") == number and extra["shard_digest"] != digest:

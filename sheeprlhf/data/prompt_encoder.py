@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sheeprlhf.config.model_lookup import Trained
 from sheeprlhf.config.prompt_format import stored_form, write_prompt_form
 from sheeprlhf.data.example import Example
-from sheeprlhf.data.helpful_harmless import TURN
+from sheeprlhf.data.formats import TURN
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.tokenize import RowTokenizer
 from sheeprlhf.structure.data import (

@@ -271,9 +271,7 @@ def _header(names: list[str], place: str, separator: str) -> list[str]:
     other = next((mark for mark in ",;\t|" if mark in names[0]), None)
     if len(names) == 1 and other:
         ending = {",": ", or let the name end in .csv", "\t": ", or let the name end in .tsv"}.get(other, "")
-        raise DataError(
-            f"{place}: the columns are separated by {other!r}; separate them by {_MARKS[separator]}{ending}"
-        )
+        raise DataError(f"{place}: columns are separated by {other!r}; separate them by {_MARKS[separator]}{ending}")
     return names
 
 
@@ -313,14 +311,10 @@ class _Unpacked(io.RawIOBase):
         try:
             data = self._stream.read(len(buffer))
         except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
-            raise DataError(
-                f"{self._file}: damaged, or not compressed as its name says ({error}); fetch or write it again"
-            ) from None
+            raise DataError(f"{self._file}: damaged, or not what its name says ({error}); write it again") from None
         self._left -= len(data)
         if self._left < 0:
-            raise DataError(
-                f"{self._file}: unpacks to more than {MAX_UNPACKED} times its size: this is not text; give another file"
-            )
+            raise DataError(f"{self._file}: unpacks to more than {MAX_UNPACKED} times its size: give another file")
         buffer[: len(data)] = data
         return len(data)
 
@@ -348,9 +342,7 @@ def read_parquet(file: Path, known: Sequence[str] = COLUMNS, part: Part = WHOLE)
     except UnicodeDecodeError:
         raise DataError(_not_utf8(file, columns)) from None
     except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{file} after row {number}: damaged parquet: {_line(error)}; fetch or write it again"
-        ) from None
+        raise DataError(f"{file} after row {number}: damaged parquet: {_line(error)}; write it again") from None
 
 
 def count_values(file: Path, known: Sequence[str]) -> dict[str, int]:
@@ -418,9 +410,7 @@ def _check_ratio(file: Path, facts: pq.FileMetaData) -> None:
     limits = (("bytes", unpacked, FREE_UNPACKED, MAX_RATIO), ("rows", facts.num_rows, FREE_ROWS, MAX_ROWS))
     for what, number, free, ratio in limits:
         if number > max(free, ratio * size):
-            raise DataError(
-                f"{file}: {number:,} {what} in a file of {size:,} bytes: this is not text; give another file"
-            )
+            raise DataError(f"{file}: {number:,} {what} in a file of {size:,} bytes: give another file")
 
 
 def _known_columns(file: Path, schema: pa.Schema, known: Sequence[str]) -> list[str]:
@@ -499,18 +489,7 @@ class Row(NamedTuple):
 def read_batches(
     files: list[Path], limit: int | None, size: int = BATCH_ROWS, *, layout: RowLayout, part: Part = WHOLE
 ) -> Iterator[list[Row]]:
-    """The rows of a split in batches, in the files' order.
-
-    Args:
-        files: files of one split, of any readable kind.
-        limit: most rows; None reads all.
-        size: most rows of a batch; it also ends when its texts reach `BATCH_CHARS`.
-        layout: takes the columns out of the rows, and counts those that are not read.
-        part: of each file; only some kinds can be split.
-
-    Raises:
-        DataError: for what cannot be read, naming file and line.
-    """
+    """The rows of a split in batches, in the files' order. Raises DataError, which names file and line."""
     batch: list[Row] = []
     number = chars = 0
     for file in files:

@@ -73,9 +73,7 @@ def text(row: Mapping[str, Any], column: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"column '{column}' holds half a surrogate pair at character {error.start}; remove it"
-        ) from None
+        raise DataError(f"column '{column}' has half a surrogate pair at character {error.start}; remove it") from None
     if "\0" in value:
         raise DropRowError("nul_character")
     return value

@@ -227,7 +227,7 @@ def _subset(folder: Path, subset: str | None) -> tuple[str, dict[str, list[str]]
         raise DataError(f"{folder / CARD} cannot be read ({str(error)[:200]}); fix it or remove it") from None
     if subsets and name not in subsets:
         raise DataError(
-            f"data.subset={subset or 'null'}: the dataset has several subsets; give one of {printable(subsets)}"
+            f"data.subset={subset or 'null'} is not a subset of the dataset; give one of {printable(subsets)}"
         )
     for pattern in (inside, *itertools.chain.from_iterable(patterns.values())):
         if PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts or "::" in pattern or "://" in pattern:
@@ -309,9 +309,7 @@ def files_of_folder(folder: Path) -> Files:
     kind = kind or next((kind for kind in KINDS if kinds[kind]), KINDS[0])
     files = kinds[kind]
     if not files:
-        raise DataError(
-            f"{folder}: no file that ends in {', '.join(KINDS)}; data.dataset_name needs a folder with some"
-        )
+        raise DataError(f"{folder}: no file that ends in {', '.join(KINDS)}: give another data.dataset_name")
     if not any(split_of_name(f, folder) for f in files):
         return {"train": files}
     splits: Files = {}

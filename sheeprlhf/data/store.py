@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class SplitWriter:
     """Writes one split's rows, batch by batch."""
 
     def __init__(self, file: Path) -> None:
-        """Open the split's file; `longest` is the most tokens of a row. Raises DataError if it is damaged."""
+        """Begin an Arrow file."""
         self._sink = pa.OSFile(str(file), "wb")
         self._writer = pa.ipc.new_file(self._sink, SCHEMA)
 
@@ -143,9 +143,8 @@ class TokenizedSplit:
         """Tokens of all responses that count in no loss over tokens."""
         total = 0
         for runs, offsets in zip(self._runs, self._run_offsets, strict=True):
-            place = np.arange(len(runs)) - np.repeat(
-                offsets[:-1], np.diff(offsets).astype(np.int64)
-            )  # in the runs of its row
+            firsts = np.repeat(offsets[:-1], np.diff(offsets).astype(np.int64))
+            place = np.arange(len(runs)) - firsts  # in the runs of its row
             total += int(runs[place % 2 == 1].sum())
         return total
 
@@ -259,14 +258,11 @@ class MismatchedSplit(TokenizedSplit):
     """
 
     def __init__(self, file: Path, longest: int) -> None:
-        """Open the split's file; `longest` is the most tokens of a row, at least those of its longest row.
-
-        Raises:
-            DataError: if the file is damaged.
-        """
+        """Open the split's file; `longest` is the most tokens of a row. Raises DataError if it is damaged."""
         super().__init__(file)
         prompts = (super(MismatchedSplit, self).example(row).prompt_ids for row in range(len(self)))
-        prompts_N = _digests(prompts)
+        digests = (blake2b(ids.tobytes(), digest_size=8).digest() for ids in prompts)
+        prompts_N = np.frombuffer(b"".join(digests), np.uint64)  # 64 bits of each prompt
         # there is no other prompt, and the responses are not mismatched
         self.has_one_prompt = bool((prompts_N == prompts_N[0]).all())
         self.partners = mismatched_rows(prompts_N)  # (rows,) int64, the row that lends its response
@@ -303,9 +299,3 @@ def mismatched_rows(prompts_N: np.ndarray) -> np.ndarray:
     same_N = prompts_N[partners_N] == prompts_N
     partners_N[same_N] = next_start_N[partners_N[same_N]]
     return partners_N
-
-
-def _digests(prompts: Iterable[np.ndarray]) -> np.ndarray:
-    """64 bits of each prompt."""
-    digests = (blake2b(ids.tobytes(), digest_size=8).digest() for ids in prompts)
-    return np.frombuffer(b"".join(digests), np.uint64)

@@ -658,13 +658,7 @@ class TextExchange:
         texts: Sequence[tuple[str, str, bool]],
         prompts: Sequence[Example] | None = None,
     ) -> tuple[Example, ...]:
-        """Return the rows in the reward model's tokens; a response that ended has the reward model's end token.
-
-        Args:
-            rows: in the policy's tokens.
-            texts: prompt and response, and whether the response ended, of each response in the order of the rows.
-            prompts: the rows as the reward model's own chat template renders them; None encodes the policy's prompts.
-        """
+        """The rows in the reward model's tokens, with its end token where a response ended."""
         rest, found = iter(texts), []
         for number, row in enumerate(rows):
             part = list(islice(rest, len(row.responses)))
@@ -744,9 +738,7 @@ def turn_texts(tokenizer: Any) -> tuple[str, str, str]:
     """Texts of a chat template before, between and after user message and answer. Raises ModelError."""
     asked, answered = "a question", "an answer"
     if not tokenizer.chat_template:
-        raise ModelError(
-            "reward.template=chat: the reward model's tokenizer has no chat template: give reward.template=plain"
-        )
+        raise ModelError("reward.template=chat: the reward model has no chat template: give reward.template=plain")
     text = render_chat(tokenizer, [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}])
     before, found, rest = text.partition(asked)
     between, also_found, after = rest.partition(answered)

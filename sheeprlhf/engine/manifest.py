@@ -31,19 +31,7 @@ def write_folder(
     num_bytes: int = 0,
     advice: str = "Free space or choose another disk with root_dir=<folder>, then continue with resume=true",
 ) -> None:
-    """One process: make folder `target` by `writer(temporary folder)`; it appears whole or not at all.
-
-    An empty folder that is there, or one that `remove_folder` removes, is replaced.
-
-    Args:
-        target: the folder's place; its parent exists.
-        writer: fills the temporary folder; files and folders in it are as it leaves them.
-        num_bytes: approximate size, for the message when the disk is full.
-        advice: ends that message.
-
-    Raises:
-        CheckpointError: it could not be written; nothing is left behind.
-    """
+    """One process: make folder `target`, whole or not at all; an empty one is replaced. Raises CheckpointError."""
     try:
         with scratch_folder(target) as scratch:
             new = scratch / "new"
@@ -130,9 +118,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if content.pop("sha256") != _sha256_of_json(content):
         raise CheckpointError(f"{path} is damaged: its own SHA-256 differs")
     if content["format"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder} has format {content['format']}, not {FORMAT_VERSION}; use the version that wrote it"
-        )
+        raise CheckpointError(f"{folder} has format {content['format']}; use the version of sheeprlhf that wrote it")
     return content
 
 

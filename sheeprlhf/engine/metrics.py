@@ -25,15 +25,7 @@ _SAMPLE_FILE = re.compile(r"step-(\d+)\.txt")
 
 
 class MetricWriter:
-    """Rank zero only: appends to the run's records; what a call wrote survives a kill after it.
-
-    Args:
-        run_dir: the run.
-        start_step: entries beyond it (0: all) are a killed process's: they go. Trackers have them already.
-        tensorboard: also write events for TensorBoard.
-        trackers: experiment trackers by name.
-        say: prints a line for the user.
-    """
+    """Rank zero only: appends to the run's records; what a call wrote survives a kill after it."""
 
     def __init__(
         self,

@@ -115,18 +115,7 @@ def lr_factor(
 def follow_schedule(
     optimizer: torch.optim.Optimizer, cfg: OptimizerConfig, step: int, *, warmup: int, total: int
 ) -> float:
-    """Give every parameter group its learning rate of one optimizer step: its own peak times `lr_factor`.
-
-    Args:
-        optimizer: of `build_optimizer` or `build_joint_optimizer`.
-        cfg: its configuration.
-        step: the optimizer step, counted from 0.
-        warmup: optimizer steps of linear rise.
-        total: optimizer steps of the run.
-
-    Returns:
-        The learning rate of the first group.
-    """
+    """Give every parameter group its peak times `lr_factor`; return the learning rate of the first group."""
     factor = lr_factor(
         cfg.schedule, step, warmup=warmup, total=total, min_ratio=cfg.min_lr_ratio, decay_ratio=cfg.decay_ratio
     )

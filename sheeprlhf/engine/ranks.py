@@ -385,12 +385,8 @@ def _raise_missing(missing: list[int], strategy: Any, timeout: float) -> None:
     who = f"{_listed(missing)} of {strategy.world_size} did not start"
     tasks = os.environ.get("SLURM_NTASKS")
     if _batch_script_seconds() is not None:
-        raise ConfigError(
-            f"SLURM_NTASKS={tasks}, but {who}: put srun before the command, or ask SLURM for one task (--ntasks=1)"
-        )
-    raise MissingRanksError(
-        f"{who} within fabric.timeout={timeout:g} s: start the same command for each, and see their own output"
-    )
+        raise ConfigError(f"SLURM_NTASKS={tasks}, but {who}: put srun before the command, or give --ntasks=1")
+    raise MissingRanksError(f"{who} within fabric.timeout={timeout:g} s: start the same command for each")
 
 
 def _listed(ranks: list[int]) -> str:

@@ -12,14 +12,13 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 from sheeprlhf.config.path_checks import absolute_words
-from sheeprlhf.config.registry import NOT_IN_HASH, PERFORMANCE_ONLY_OPTIONS, choices, config_to_dict
+from sheeprlhf.config.registry import NOT_IN_HASH, PERFORMANCE_ONLY_OPTIONS, choices, config_to_dict, leaves
 from sheeprlhf.config.run_lookup import (
     REPORT_FILE,
     RUN_FILE,
@@ -209,12 +208,6 @@ def changed_options(cfg: TrainConfig, run_dir: Path) -> list[tuple[str, Any, Any
     return [(key, saved[key], now[key]) for key in compared if saved[key] != now[key]]
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the options of a nested configuration by their dotted keys."""
-    for name, value in tree.items():
-        yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
-
-
 def same_data(run_dir: Path, fingerprint: str) -> bool:
     """Rank zero only: whether the run trained on this data until now; of a new run it is noted."""
     info = read_run(run_dir)
@@ -400,9 +393,8 @@ class RunLock:
         except BlockingIOError as error:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
-            raise RunInUseError(
-                f"{self._path.parent} is in use by {holder}; wait for it, or start another run without resume"
-            ) from error
+            message = f"{self._path.parent} is in use by {holder}; wait for it, or start another run without resume"
+            raise RunInUseError(message) from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._descriptor = descriptor

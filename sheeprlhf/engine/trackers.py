@@ -13,8 +13,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
-from sheeprlhf.config.registry import config_to_dict
-from sheeprlhf.engine.rundir import add_to_run, leaves, read_run
+from sheeprlhf.config.registry import config_to_dict, leaves
+from sheeprlhf.engine.rundir import add_to_run, read_run
 from sheeprlhf.security.redaction import code_block, redact, redact_text
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import Notify

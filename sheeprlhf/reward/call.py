@@ -72,13 +72,7 @@ class Signature(NamedTuple):
         return next((name for name, required in self.columns.items() if required and name not in available), None)
 
     def arguments(self, prompts: list[str], responses: list[str], columns: Mapping[str, list[Any]]) -> Arguments:
-        """Return the positional and the keyword arguments of a call; each list is a copy.
-
-        Args:
-            prompts: one for each response.
-            responses: the texts to score.
-            columns: the available columns by name, one entry for each response.
-        """
+        """Return positional and keyword arguments of a call; each list is a copy with one entry for each response."""
         texts = {PROMPTS: prompts, **dict.fromkeys(RESPONSES, responses)}
         values: dict[str, Any] = {name: list(texts[name]) for name in self.texts}
         values |= {
@@ -95,15 +89,7 @@ class Signature(NamedTuple):
 
 
 def signature_of(name: str, function: Callable[..., Any]) -> Signature:
-    """Return the parameters of a reward function: a function, a method, a partial or an object with `__call__`.
-
-    Args:
-        name: its name in the configuration, for messages.
-        function: the callable; a decorated one shows the signature that `functools.wraps` has kept.
-
-    Raises:
-        ConfigError: it cannot be called as a reward function.
-    """
+    """The parameters of a reward function, method, partial or callable object. Raises ConfigError for others."""
     plain = name.rpartition(":")[2].rpartition(".")[2]
     expected = f"write def {plain}(prompts, responses, **columns), or name the columns that it needs"
     if inspect.isclass(function):
@@ -181,12 +167,7 @@ class RewardFunction:
         return getattr(self.function, "failures", None) if self.name == JUDGE else None
 
     def missing_column(self, columns: Collection[str], rows: str = "the data") -> str | None:
-        """Return a message about a required column that is not among these; None if the function can be called.
-
-        Args:
-            columns: names of the available columns.
-            rows: name of the rows, for the message.
-        """
+        """A message about a required column that is not among these; None if the function can be called."""
         missing = self.signature.missing(columns)
         if missing is None:
             return None
@@ -293,15 +274,7 @@ class RewardFunction:
 
 
 def load_function(source: str, cfg: RewardSourceConfig) -> RewardFunction:
-    """Load a built-in with its options, or the user's function.
-
-    Args:
-        source: a built-in's name, or `package.module:function`.
-        cfg: valid; has the options.
-
-    Raises:
-        ConfigError: there is no such function, or its module cannot be imported.
-    """
+    """Load a built-in with its options, or the user's function. Raises ConfigError if there is none."""
     problems = [] if source == JUDGE else list(source_problems("reward: ", source))
     if problems:
         raise ConfigError(*problems)

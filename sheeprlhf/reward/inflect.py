@@ -68,14 +68,7 @@ _LATER = re.compile(r"(?:\b(?:and|or|then|but|also)\b|[,/])\s*(?:[A-Za-z]+ly\s+)
 
 
 def third_person(verb: str) -> str:
-    """Return the third-person form of a base verb by rule: ``pass`` to ``passes``, ``try`` to ``tries``.
-
-    Args:
-        verb: A verb in its base form, in lower case.
-
-    Returns:
-        The form that goes with "it".
-    """
+    """Return the third-person form of a base verb by rule: ``pass`` to ``passes``, ``try`` to ``tries``."""
     if verb in _SPECIAL:
         return _SPECIAL[verb]
     if verb.endswith(("s", "x", "z", "ch", "sh", "o")):
@@ -90,55 +83,24 @@ _BASE_OF = {third: verb for verb, third in _THIRD_OF.items()}
 
 
 def style_of(sentence: str) -> Style:
-    """Say whether a sentence begins with an imperative verb, a third-person verb or something else.
-
-    Args:
-        sentence: One sentence; only its first two words are looked at.
-
-    Returns:
-        ``imperative`` ("Return the value."), ``third_person`` ("Returns the value.") or ``other`` when the first word
-        is not a verb of the list, or is a noun there.
-    """
+    """Say if a sentence begins with an imperative verb, a third-person verb or something else (`other`)."""
     return _first_verb(sentence)[0]
 
 
 def to_imperative(sentence: str) -> str | None:
-    """Return the sentence with its first word in the imperative.
-
-    Args:
-        sentence: One sentence, imperative or third person.
-
-    Returns:
-        The sentence with at most its first word changed ("Tries to parse." to "Try to parse."), or None when its style
-        is ``other``.
-    """
+    """Return the sentence with its first word in the imperative; None if its style is ``other``."""
     style, verb = _first_verb(sentence)
     return None if style == "other" else _replace_first(sentence, verb)
 
 
 def to_third_person(sentence: str) -> str | None:
-    """Return the sentence with its first word in the third person.
-
-    Args:
-        sentence: One sentence, imperative or third person.
-
-    Returns:
-        The sentence with at most its first word changed ("Try to parse." to "Tries to parse."), or None when its style
-        is ``other``.
-    """
+    """Return the sentence with its first word in the third person; None if its style is ``other``."""
     style, verb = _first_verb(sentence)
     return None if style == "other" else _replace_first(sentence, _THIRD_OF[verb])
 
 
 def has_second_verb(sentence: str) -> bool:
-    """Say whether a later word looks like a verb that would have to change together with the first one.
-
-    Args:
-        sentence: One sentence, such as "Parse the file and return its lines."
-
-    Returns:
-        True if a verb of the list, in either form, follows a conjunction or a comma.
-    """
+    """Say if a later verb, behind a conjunction or a comma, would have to change with the first one."""
     return any(word.lower() in _THIRD_OF or word.lower() in _BASE_OF for word in _LATER.findall(sentence))
 
 

@@ -36,14 +36,7 @@ _SECONDS_OF_CHECK = 4.0
 
 
 class Judge:
-    """A reward function that asks a server. Its parameters are the fields of the prompt template.
-
-    Args:
-        cfg: valid; has the server and its options.
-
-    Attributes:
-        failures: responses of the newest call that got `reward.judge_failure_score`.
-    """
+    """A reward function that asks a server; its parameters are the fields of the prompt template."""
 
     def __init__(self, cfg: JudgeOptionsConfig) -> None:
         assert cfg.url is not None

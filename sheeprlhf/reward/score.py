@@ -126,12 +126,7 @@ class CombinedReward:
         return statistics.fmean(members) - cfg.uncertainty_coeff * statistics.pvariance(members) + others
 
     def shape(self, total: list[float], texts: Texts) -> list[float]:
-        """Return the final scores of weighted sums: normalised, then clipped, then less the penalties.
-
-        Args:
-            total: of `raw`, for all responses of the step.
-            texts: those responses.
-        """
+        """Return the final scores of weighted sums of `raw`: normalised, then clipped, then less the penalties."""
         cfg = self._cfg
         if cfg.normalize:
             self.moments.update(total)
@@ -159,15 +154,7 @@ def overlong_penalty(num_tokens: int, max_tokens: int, buffer: int) -> float:
 
 
 def penalty(cfg: RewardSourceConfig, response: str, *, finished: bool, num_tokens: int, max_tokens: int) -> float:
-    """Penalty of one response, 0.0 or more.
-
-    Args:
-        cfg: has the sizes of the penalties.
-        response: its text, without end token and stop string.
-        finished: the model ended it itself, with an end token or a stop string.
-        num_tokens: its length, the end token not counted.
-        max_tokens: the most that a response may have.
-    """
+    """Penalty of one response (without end token and stop string), 0.0 or more; `finished`: the model ended it."""
     total = 0.0 if finished else cfg.missing_eos_penalty
     if num_tokens < cfg.min_response_length:
         total += cfg.short_penalty
@@ -179,15 +166,7 @@ def penalty(cfg: RewardSourceConfig, response: str, *, finished: bool, num_token
 
 
 def wanted_columns(cfg: RewardSourceConfig, *, default: str | None) -> KeptColumns:
-    """Return the columns of the data that the functions of a configuration name, or all.
-
-    Args:
-        cfg: valid.
-        default: as for `build_reward`.
-
-    Raises:
-        ConfigError: a function cannot be imported, or its signature is not that of a reward function.
-    """
+    """The columns that the functions of a valid configuration name, or all. Raises ConfigError for wrong ones."""
     signatures = [function.signature for function in _functions(cfg, default)]
     names = dict.fromkeys(name for signature in signatures for name in signature.columns)
     return KeptColumns(tuple(names), any(signature.every_column for signature in signatures))
@@ -202,17 +181,7 @@ def state_warnings(cfg: RewardSourceConfig, *, default: str | None) -> list[str]
 def check_columns(
     cfg: RewardSourceConfig, columns: Collection[str], *, default: str | None, rows: str = "the data"
 ) -> None:
-    """Check before anything is loaded that the functions can be called with the columns of the rows.
-
-    Args:
-        cfg: valid.
-        columns: names of the available columns.
-        default: as for `build_reward`.
-        rows: name of the rows, for messages.
-
-    Raises:
-        ConfigError: a function cannot be imported, or needs a column that is missing; all that do are named.
-    """
+    """Check that the functions can be called with the columns. Raises ConfigError with all that are missing."""
     problems = [message for function in _functions(cfg, default) if (message := function.missing_column(columns, rows))]
     if problems:
         raise ConfigError(*problems)
@@ -225,17 +194,7 @@ def _functions(cfg: RewardSourceConfig, default: str | None) -> list[RewardFunct
 def build_reward(
     cfg: RewardSourceConfig, model_scores: Mapping[str, ModelScores] | None, *, default: str | None, max_tokens: int
 ) -> CombinedReward:
-    """Build the reward of a configuration.
-
-    Args:
-        cfg: valid.
-        model_scores: by each source of `model_sources` a reward model as `scores = f(prompts, responses)`.
-        default: the dataset's own rule, which `reward=auto` takes: a built-in without options; None if it has none.
-        max_tokens: the most that a response may have.
-
-    Raises:
-        ConfigError: a function cannot be imported, or a model is needed and there is none.
-    """
+    """Build the reward of a valid configuration. Raises ConfigError if a function or a model is missing."""
     terms, models = terms_of(cfg, default), dict(model_scores or {})
     if MODEL in model_sources(cfg, default) and MODEL not in models:
         raise ConfigError(

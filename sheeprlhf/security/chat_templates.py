@@ -29,9 +29,7 @@ def check_templates(tokenizer: Any, where: str) -> None:
     named = templates if isinstance(templates, dict) else {"default": templates}
     for name, text in named.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ModelError(
-                f"{where}: a chat template is named {str(name)[:60]!r}: letters, digits, - and _ are allowed"
-            )
+            raise ModelError(f"{where}: the chat template {str(name)[:60]!r} needs a name of letters, digits, - and _")
         if not isinstance(text, str):
             raise ModelError(f"{where}: its chat template {name!r} is not text")
         if len(text.encode("utf-8", "replace")) > MAX_TEMPLATE:

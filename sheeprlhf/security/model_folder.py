@@ -315,9 +315,7 @@ def _weights_files(folder: Path, one: str, index: str, shard: re.Pattern[str]) -
     for name in names:
         if not shard.fullmatch(name) or ".." in name:
             ending = "." + shard.pattern.rpartition(".")[2]
-            raise ModelError(
-                f"{folder / index} names the shard {name[:80]!r}, which is not a plain name that ends in {ending}"
-            )
+            raise ModelError(f"{folder / index}: the shard {name[:80]!r} is not a plain name that ends in {ending}")
     return names
 
 

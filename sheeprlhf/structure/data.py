@@ -81,7 +81,7 @@ class DataConfig(Config):
 class DocstringsConfig(DataConfig):
     """Embedded: Python signatures and their one-line summaries, split by package."""
 
-    row_format: ClassVar[str] = "sheeprlhf.data.docstrings:format_row"
+    row_format: ClassVar[str] = "sheeprlhf.data.formats:docstrings_row"
     rule_reward: ClassVar[Optional[str]] = "imperative"
 
     config_name: str = "docstrings"
@@ -98,7 +98,7 @@ class DocstringsConfig(DataConfig):
 class SummarizationConfig(DataConfig):
     """Reddit posts and two summaries, one preferred (CarperAI/openai_summarize_comparisons)."""
 
-    row_format: ClassVar[str] = "sheeprlhf.data.summarization:format_row"
+    row_format: ClassVar[str] = "sheeprlhf.data.formats:summarization_row"
 
     config_name: str = "summarization"
     dataset_name: Optional[str] = "CarperAI/openai_summarize_comparisons"
@@ -108,7 +108,7 @@ class SummarizationConfig(DataConfig):
 class HelpfulHarmlessConfig(DataConfig):
     """Dialogues and two answers, one preferred (Dahoas/full-hh-rlhf)."""
 
-    row_format: ClassVar[str] = "sheeprlhf.data.helpful_harmless:format_row"
+    row_format: ClassVar[str] = "sheeprlhf.data.formats:helpful_harmless_row"
 
     config_name: str = "helpful_harmless"
     dataset_name: Optional[str] = "Dahoas/full-hh-rlhf"
@@ -118,8 +118,8 @@ class HelpfulHarmlessConfig(DataConfig):
 class LayoutDataConfig(DataConfig):
     """Parent of the datasets whose columns are found by the layouts that `data.layout` knows."""
 
-    row_format: ClassVar[str] = "sheeprlhf.data.local:format_row"
-    prompt_format: ClassVar[Optional[str]] = "sheeprlhf.data.local:format_prompt"
+    row_format: ClassVar[str] = "sheeprlhf.data.formats:format_row"
+    prompt_format: ClassVar[Optional[str]] = "sheeprlhf.data.formats:format_prompt"
     read_columns: ClassVar[tuple[str, ...]] = (
         *("rejected_response", "score_chosen", "score_rejected"),
         *("ranks", "scores"),

@@ -9,28 +9,17 @@ from typing import Any, ClassVar
 
 
 def option(
-    default: Any = dataclasses.MISSING,
-    help: str = "",
+    default: Any = dataclasses.MISSING,  # `omegaconf.MISSING` ("???") for one that the user must give
+    help: str = "",  # the meaning, one sentence
     *,
-    factory: Callable[[], Any] | None = None,
-    unit: str = "",
-    choices: tuple[str, ...] = (),
+    factory: Callable[[], Any] | None = None,  # makes the default, for lists
+    unit: str = "",  # of a number, for example "optimizer steps"
+    choices: tuple[str, ...] = (),  # of a text, in any letter case; the first spelling is stored
     minimum: float | None = None,
     maximum: float | None = None,
-    above: float | None = None,
+    above: float | None = None,  # the number must be greater than this
 ) -> Any:
-    """A dataclass field with its documentation and limits.
-
-    Args:
-        default: the default value; `omegaconf.MISSING` ("???") for one that the user must give.
-        help: what the option means, one sentence.
-        factory: makes the default, for lists.
-        unit: what a number counts, for example "optimizer steps".
-        choices: the values a string may have, in any letter case; the first spelling is the one stored.
-        minimum: smallest allowed number.
-        maximum: largest allowed number.
-        above: the number must be greater than this.
-    """
+    """A dataclass field with its documentation and limits."""
     metadata = dict(help=help, unit=unit, choices=choices, minimum=minimum, maximum=maximum, above=above)
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=metadata)

@@ -57,19 +57,7 @@ Card = Callable[[Checks, PreTrainedModel, PreTrainedTokenizerBase], str]
 
 
 def export_model(trained: Trained, target: Path, dtype: str, card: Card, say: Notify) -> Checks:
-    """Write the folder; it is there whole and checked, or not at all.
-
-    Args:
-        trained: what is written: a policy, or a reward model.
-        target: absent or an empty folder; its parent exists.
-        dtype: number format of the weights.
-        card: makes the text of README.md.
-        say: prints a line for the user.
-
-    Raises:
-        ModelError: the merged or the written model does not compute the same; says how far apart they are.
-        SheepError: it cannot be loaded or written.
-    """
+    """Write the folder, absent or empty, whole and checked or not at all. Raises ModelError if outputs differ."""
     model, tokenizer = _load(trained, say)
     causal = trained.trains == POLICY
     rows = list(_rows(trained, tokenizer, model))

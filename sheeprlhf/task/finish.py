@@ -110,9 +110,7 @@ def record_validation(
     if task.early_stopping_metric is not None:
         metric, highest = task.early_stopping_metric, task.stops_at_highest()
         if metric not in result:
-            raise ConfigError(
-                f"task.early_stopping_metric={metric} is not measured in this run: give one of {', '.join(result)}"
-            )
+            raise ConfigError(f"task.early_stopping_metric={metric} is not measured: give one of {', '.join(result)}")
     if state.step == 0:
         return
     sign = -1.0 if highest else 1.0
@@ -256,16 +254,7 @@ def saved_rollouts(num_rollouts: int, count: int) -> set[int]:
 
 
 def write_rollout(run_dir: Path, rollout: Rollout, texts: Texts, raw: RawScores, number: int, step: int) -> Path:
-    """Rank zero only: write a rollout; one that a killed process has written is replaced by the same rows.
-
-    Args:
-        run_dir: the run's directory.
-        rollout: with all numbers of its tokens.
-        texts: of the rollout.
-        raw: the scores of each term of its reward.
-        number: of the rollout, from 0.
-        step: optimizer steps before it.
-    """
+    """Rank zero only: write a rollout (number from 0, steps before it), over one that a killed process wrote."""
     sink = io.BytesIO()
     pq.write_table(rollout_table(rollout, texts, raw, number, step), sink, row_group_size=_ROWS_PER_GROUP)
     return write_file(run_dir, f"{ROLLOUTS}/rollout-{number:06d}.parquet", sink.getvalue())

@@ -26,14 +26,7 @@ _UNFINISHED = "\ufffd"  # how a decoder shows the first bytes of a character who
 
 
 class TextGenerator:
-    """Answers in one form, on the device where its model is.
-
-    Args:
-        model: the language model, not wrapped, in eval mode.
-        tokenizer: its tokenizer.
-        form: a name of `FORMS`.
-        template_args: variables for the chat template.
-    """
+    """Answers in one form of `FORMS`, on the device where its model is, which is unwrapped and in eval mode."""
 
     def __init__(
         self,
@@ -63,23 +56,11 @@ class TextGenerator:
                 return kept, example
             first = 1 if kept[0].role == "system" else 0
             if len(kept) - first < 3:
-                raise DataError(
-                    f"the prompt has {num_tokens:,} tokens, and the model reads {self.positions - 1:,} at most: "
-                    "shorten it"
-                )
+                raise DataError(f"the prompt has {num_tokens:,} tokens, more than {self.positions - 1:,}: shorten it")
             del kept[first : first + 2]  # the oldest question with its answer
 
     def answer(self, turns: Sequence[Turn], cfg: GenConfig, seed: int) -> Iterator[str]:
-        """The text of the answer so far, again whenever it has grown; the last one is the whole answer.
-
-        Args:
-            turns: the conversation, a user's turn last.
-            cfg: how to sample; one beam.
-            seed: of its random numbers.
-
-        Raises:
-            DataError: see `fit`.
-        """
+        """The text of the answer, again whenever it has grown; the last turn is a user's. Raises as `fit`."""
         _, example = self.fit(turns)
         if self.positions is not None:
             room = self.positions - len(example.prompt_ids)
@@ -107,14 +88,7 @@ class TextGenerator:
 
 
 class RewardScorer:
-    """A reward model that scores answers.
-
-    Args:
-        model: the reward model, in eval mode.
-        tokenizer: its tokenizer.
-        form: in which it was trained, a name of `FORMS`.
-        template_args: variables for the chat template.
-    """
+    """A reward model in eval mode that scores answers, in the form of `FORMS` in which it was trained."""
 
     def __init__(
         self,

@@ -41,9 +41,8 @@ def check_has_template(tokenizer: Any, what: str = "column 'messages'") -> None:
 
 def template_advice(tokenizer: Any) -> str:
     """Advice on choosing another chat template, for the end of a message."""
-    return (
-        f"choose one by {OPTION}=<name> (chat, demo and export: {FLAG} <name>); it may be {template_names(tokenizer)}"
-    )
+    names = template_names(tokenizer)
+    return f"choose one by {OPTION}=<name> (chat, demo and export: {FLAG} <name>); it may be {names}"
 
 
 def template_names(tokenizer: Any) -> str:

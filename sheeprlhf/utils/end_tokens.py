@@ -124,6 +124,4 @@ def padding_token(tokenizer: Any) -> str:
             return str(token)
     if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, end_tokens(tokenizer).closing):
         return str(tokenizer.pad_token)  # only the configuration lists it as an end token
-    raise ModelError(
-        "the model's tokenizer has no token for padding but EOS: set pad_token in its tokenizer_config.json"
-    )
+    raise ModelError("the tokenizer has no token for padding but EOS: set pad_token in its tokenizer_config.json")

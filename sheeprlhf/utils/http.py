@@ -68,32 +68,17 @@ def describe(error: Exception) -> str:
 
 
 async def request_until(
-    server: httpx.AsyncClient,
+    server: httpx.AsyncClient,  # of `client`
     url: str,
-    body: dict[str, Any],
-    parse: Callable[[Any], Result],
+    body: dict[str, Any],  # JSON
+    parse: Callable[[Any], Result],  # of the answer's JSON; KeyError: another answer may be better, ValueError: none
     *,
-    seconds: float,
-    retries: int,
-    show: Callable[[bytes], str],
-    no_answer: str,
+    seconds: float,  # limit of each attempt
+    retries: int,  # most further attempts
+    show: Callable[[bytes], str],  # makes the beginning of a server's message for an error
+    no_answer: str,  # the reason after an attempt that took too long
 ) -> Result:
-    """Post a request until its answer can be parsed; wait longer before each retry, or as long as the server asks for.
-
-    Args:
-        server: of `client`.
-        url: the address.
-        body: JSON.
-        parse: makes the result of the answer's JSON; KeyError: another answer may be better, ValueError: none will be.
-        seconds: limit of each attempt.
-        retries: most further attempts.
-        show: makes the beginning of a server's message for an error.
-        no_answer: the reason after an attempt that took too long.
-
-    Raises:
-        FailedRequestError: no answer after all retries, or one that cannot be parsed.
-        RejectedError: no request will succeed.
-    """
+    """Post until the answer can be parsed; wait before retries. Raises FailedRequestError, RejectedError."""
     reason, wait = "", 0.0
     for attempt in range(retries + 1):
         if attempt:

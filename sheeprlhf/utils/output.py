@@ -33,9 +33,7 @@ def safe_path(folder: Path, name: str) -> Path:
     """Return `folder/name`. Raises UnsafePathError if it leads out, or a component below `folder` is a link."""
     parts = PurePath(name).parts
     if PurePath(name).is_absolute() or ".." in parts:
-        raise UnsafePathError(
-            f"{name} leads out of {folder}: nothing is written there; give a name inside of the folder"
-        )
+        raise UnsafePathError(f"{name} leads out of {folder}: give a name inside of the folder")
     path = folder
     for part in parts:
         path = path / part

@@ -347,17 +347,7 @@ class Children:
         self._unsent: list[int] = []  # signals that came while no command ran
 
     def run(self, words: list[str], output: Path | None = None) -> int:
-        """Run a command to its end; it prints where this process prints, and is killed if this process dies.
-
-        It has a session of its own, so that a terminal's Ctrl-C does not reach it twice.
-
-        Args:
-            words: verb, flags and options.
-            output: a file that gets the path of the job's run directory or result.
-
-        Returns:
-            Its exit code; 128 + n if signal n killed it, or stopped this process before it.
-        """
+        """Run a command to its end, in a session of its own; return its exit code, 128 + n after signal n."""
         package = Path(sheeprlhf.__file__).resolve().parent.parent
         path = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
         sys.stdout.flush()

@@ -83,9 +83,7 @@ class Panel:
             if not prompt.strip():
                 raise DataError("the prompt is empty: write something")
             if len(prompt) > MAX_CHARS:
-                raise DataError(
-                    f"the prompt has {len(prompt):,} characters, and {MAX_CHARS:,} are the most: shorten it"
-                )
+                raise DataError(f"the prompt has {len(prompt):,} characters, more than {MAX_CHARS:,}: shorten it")
         except DataError as error:
             yield shown(str(error))
             return

@@ -226,15 +226,7 @@ def answer_split(job: Evaluation, data: PreparedData, num_rows: int | None) -> t
 def answer(
     job: Evaluation, writer: EvalPolicy, prompts: Sequence[Example], *, group: int = 1, samples: bool
 ) -> Answers:
-    """All ranks: responses to every prompt; each rank writes its share, in batches of prompts of about one length.
-
-    Args:
-        job: says how to write, and the seed.
-        writer: the policy that answers.
-        prompts: rows; their prompts are read, and their first response as the reference.
-        group: responses to each.
-        samples: sample with all probabilities, as a rollout; else as `generation.do_sample` says.
-    """
+    """All ranks: `group` responses to every prompt; each rank writes its share, in batches of about one length."""
     cfg = job.cfg
     uniforms = sampling_uniforms(cfg.seed, NUMBER, (len(prompts), group, cfg.generation.max_new_tokens))
     stop = StopStrings(cfg.generation.stop_strings, writer.tokenizer)

@@ -120,16 +120,7 @@ def _beta_of_run(cfg: EvalConfig) -> float:
 def pairs_of_rows(
     scores_S: np.ndarray, sizes: np.ndarray, num_rows: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scores of the better and the worse response of every pair of a row, and the better one's length less the other's.
-
-    Args:
-        scores_S: of every response, row after row, best response first.
-        sizes: (rows, K) tokens of each response, -1 where a row has fewer.
-        num_rows: the first rows, which have scores; None: all.
-
-    Returns:
-        Three (P,) arrays.
-    """
+    """(P,) scores of the better and the worse response of every pair, and how much longer the better one is."""
     found, first = [], 0
     for row in sizes[:num_rows]:
         lengths = row[row >= 0]

@@ -31,38 +31,18 @@ _MOST_BARS = 24
 def save_result(
     fabric: Fabric,
     cfg: EvalConfig,
-    name: str,
-    numbers: Mapping[str, Any],
+    name: str,  # of the file
+    numbers: Mapping[str, Any],  # the results, for JSON
     *,
-    table: Table | None = None,
-    shown: Mapping[str, Any] | None = None,
-    rows: Iterable[Mapping[str, Any]] = (),
-    weights: str | None = None,
-    more: Mapping[str, Callable[[], bytes]] = MappingProxyType({}),
-    draw: Callable[[], bytes],
-    always_draw: bool = False,
+    table: Table | None = None,  # by default one number a line
+    shown: Mapping[str, Any] | None = None,  # the numbers to print; by default all
+    rows: Iterable[Mapping[str, Any]] = (),  # the sources of the numbers, for `<name>-<weights>.jsonl`
+    weights: str | None = None,  # by default those that were evaluated
+    more: Mapping[str, Callable[[], bytes]] = MappingProxyType({}),  # makes further files, by their ending
+    draw: Callable[[], bytes],  # makes `<name>-<weights>.png`, if asked for one
+    always_draw: bool = False,  # also if not asked
 ) -> Path | None:
-    """All ranks; rank zero prints the numbers and writes `<name>-<weights>.json`, newest over older.
-
-    Args:
-        fabric: tells rank zero from the others.
-        cfg: the evaluation.
-        name: of the file.
-        numbers: the results, for JSON.
-        table: how to print them; by default one number a line.
-        shown: those of them that are printed; by default all.
-        rows: what the numbers were made of, kept in `<name>-<weights>.jsonl`.
-        weights: of what; by default those that were evaluated.
-        more: makes further files, by their ending.
-        draw: makes `<name>-<weights>.png`, if asked for one.
-        always_draw: also if not asked.
-
-    Returns:
-        The JSON file, which the task returns too; None on other ranks.
-
-    Raises:
-        ConfigError: the folder cannot be written.
-    """
+    """All ranks; rank zero prints the numbers and writes `<name>-<weights>.json`, which is returned there."""
     if not fabric.is_global_zero:
         return None
     assert cfg.model is not None and cfg.data is not None

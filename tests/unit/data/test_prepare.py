@@ -165,7 +165,7 @@ def test_rows_are_made_anew_when_the_code_of_their_format_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    code = "from sheeprlhf.data.local import format_row  # {}"
+    code = "from sheeprlhf.data.formats import format_row  # {}"
     cfg = local(tmp_path, rows(5))
     object.__setattr__(cfg, "row_format", "format_of_the_test:format_row")
     prints = []

@@ -1,6 +1,7 @@
-"""Your own files: `prompt` + `response`, `prompt` + `chosen` + `rejected`, `prompt` + `responses`, or `messages`.
+"""Row formats: one function for each dataset, which makes text of a row.
 
-A `label` next to a response says whether it is desirable; tasks of unpaired data need it. Tasks that sample their
+Your own files have `prompt` + `response`, `prompt` + `chosen` + `rejected`, `prompt` + `responses`, or `messages`. A
+`label` next to a response says whether it is desirable; tasks of unpaired data need it. Tasks that sample their
 responses take rows with a prompt alone too.
 """
 
@@ -9,7 +10,6 @@ from typing import Any
 
 from sheeprlhf.data.conversation import ConversationExample, has_messages, margin_of, read_conversation
 from sheeprlhf.data.example import PreferenceExample
-from sheeprlhf.data.helpful_harmless import TURN
 from sheeprlhf.data.rows import (
     CONVERSATION_EXTRAS,
     MissingColumnError,
@@ -22,8 +22,38 @@ from sheeprlhf.data.rows import (
 )
 from sheeprlhf.utils.errors import DataError
 
+MARK = "TL;DR:"  # of summarization
+TURN = "\n\nAssistant:"  # of helpful_harmless
 HUMAN = "Human:"
 SHAPES = "a row has prompt and response, or prompt, chosen and rejected, or prompt and ranked responses, or messages"
+
+
+def docstrings_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | None:
+    """A Python signature with its author's summary, and its imperative (chosen) and third-person (rejected) forms."""
+    return PreferenceExample(
+        prompt=text(row, "prompt"),
+        response=text(row, "response"),
+        chosen=optional_text(row, "chosen"),
+        rejected=optional_text(row, "rejected"),
+    )
+
+
+def summarization_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | None:
+    """A Reddit post, a new line and "TL;DR:" without a space; the summaries begin with that space (N+, detail 1)."""
+    post = text(row, "prompt").rstrip().removesuffix(MARK).rstrip()
+    # the dataset repeats the mark before each summary
+    chosen, rejected = (led_by_space(text(row, of).strip().removeprefix(MARK)) for of in ("chosen", "rejected"))
+    return PreferenceExample(prompt=f"{post}\n{MARK}" if post else "", chosen=chosen, rejected=rejected)
+
+
+def helpful_harmless_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | None:
+    """A dialogue up to and with the last "Assistant:"; the answers begin with a space (Dahoas/full-hh-rlhf)."""
+    dialogue = text(row, "prompt").rstrip().removesuffix(TURN).rstrip()
+    return PreferenceExample(
+        prompt=f"{dialogue}{TURN}" if dialogue else "",
+        chosen=led_by_space(text(row, "chosen")),
+        rejected=led_by_space(text(row, "rejected")),
+    )
 
 
 def format_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | ConversationExample | None:
@@ -65,9 +95,7 @@ def _named(row: Mapping[str, Any]) -> Mapping[str, Any]:
     row = dict(row)
     for name in CONVERSATION_EXTRAS:
         if has_value(row.get(name)):
-            raise DataError(
-                f"column '{name}' is read next to messages, and this row has none; write its prompt as such"
-            )
+            raise DataError(f"column '{name}' is read next to messages, and this row has none; write some")
     if row.get("chosen") is None and row.get("rejected") is None and row.get("rejected_response") is not None:
         row |= {"chosen": row.get("response"), "rejected": row["rejected_response"]}
     chosen, rejected = row.get("chosen"), row.get("rejected")
