@@ -111,7 +111,9 @@ def _guarded(action: Callable[[], int], debug: bool, messages: list[str] | None 
     try:
         return action()
     except (KeyboardInterrupt, Terminated) as stopped:
-        _suppress_unraisable(stopped)
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # of objects half made, such as a progress bar
+        traceback.clear_frames(stopped.__traceback__)
+        sys.unraisablehook = hook
         return _stopped(stopped.signum if isinstance(stopped, Terminated) else signal.SIGINT, other_rank)
     except Interrupted as error:
         # All ranks stop together. A failing child would make Fabric kill rank zero, which may still be saving.
@@ -128,10 +130,16 @@ def _guarded(action: Callable[[], int], debug: bool, messages: list[str] | None 
         # Rank zero reports the same error, and this process ends with it.
         if other_rank and not isinstance(error, MissingRanksError):
             time.sleep(_SECONDS_FOR_RANK_ZERO)
-            if _reported_by_another(error):
+            begun = "torch" in sys.modules or OWN_LAUNCHER in os.environ
+            of_all = (
+                isinstance(error, ConfigError) and not begun and local_rank() > 0
+            )  # the first of this machine tells
+            if of_all or isinstance(error, LauncherError):
                 return error.exit_code if isinstance(error, SheepError) else 1
         if debug:
-            print(_shown(traceback.format_exc()), file=sys.stderr)
+            from sheeprlhf.security.redaction import plain_text, redact_text
+
+            print(plain_text(redact_text(traceback.format_exc())), file=sys.stderr)
         from sheeprlhf.apps.terminal import print_error
 
         message = _message(error, debug)
@@ -141,12 +149,6 @@ def _guarded(action: Callable[[], int], debug: bool, messages: list[str] | None 
         return error.exit_code if isinstance(error, SheepError) else 1
 
 
-def _reported_by_another(error: Exception) -> bool:
-    """True if another rank reports this error: it is the same on all ranks, or on the first of this machine."""
-    begun = "torch" in sys.modules or OWN_LAUNCHER in os.environ
-    return isinstance(error, LauncherError) or (isinstance(error, ConfigError) and not begun and local_rank() > 0)
-
-
 def _stopped(signum: int, other_rank: bool) -> int:
     """The exit code of a command that a signal has ended where nothing was to be saved; rank zero reports it."""
     if other_rank:
@@ -154,19 +156,6 @@ def _stopped(signum: int, other_rank: bool) -> int:
     else:
         print("stopped by Ctrl-C" if signum == signal.SIGINT else f"stopped by signal {signum}", file=sys.stderr)
     return 128 + signum
-
-
-def _suppress_unraisable(stopped: BaseException) -> None:
-    """Suppress errors of half-constructed objects, such as a progress bar, that Ctrl-C interrupted."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    traceback.clear_frames(stopped.__traceback__)
-    sys.unraisablehook = hook
-
-
-def _shown(text: str) -> str:
-    from sheeprlhf.security.redaction import plain_text, redact_text
-
-    return plain_text(redact_text(text))
 
 
 def _message(error: Exception, debug: bool) -> str:

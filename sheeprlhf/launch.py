@@ -103,7 +103,11 @@ def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> 
 
         with tempfile.TemporaryDirectory() as folder, children() as started:
             output = Path(folder, "output")
-            code = started.run(_standalone_overrides(words, config, job.given_dir), output)
+            if isinstance(config, TrainConfig):
+                words.append(option_word("run_name", config.run_name))
+            if job.given_dir is not None:
+                words.append(option_word("hydra.run.dir", os.path.abspath(job.given_dir)))
+            code = started.run(words, output)
             found_output = Path(output.read_text()) if output.exists() else None
         return Finished(code if started.stopped_by is None else 128 + started.stopped_by, found_output)
     arguments, sys.argv = sys.argv, [sys.argv[0], *words]  # what Fabric starts the other ranks with
@@ -130,7 +134,9 @@ def _launch_here(config: TrainConfig | EvalConfig, given_dir: str | None) -> Pat
         chosen = choose_run_dir(config, config_hash(config), given=given_dir)
         print(chosen.note)
         run_dir = chosen.dir.absolute()
-        if is_finished(run_dir) and not _is_awaited(config):
+        launcher = launched() is not None or "LOCAL_RANK" in os.environ or (config.fabric.num_nodes or 1) > 1
+        is_awaited = launcher and _needs_processes(config)  # by processes that this one did not start
+        if is_finished(run_dir) and not is_awaited:
             return run_dir
     try:
         with phase("the rest of the run"):
@@ -236,18 +242,6 @@ def _needs_processes(config: TrainConfig | EvalConfig) -> bool:
     return (config.fabric.num_nodes or 1) > 1 or not single
 
 
-def _is_awaited(config: TrainConfig | EvalConfig) -> bool:
-    """True if processes that this one did not start wait for it."""
-    started = launched() is not None or "LOCAL_RANK" in os.environ or (config.fabric.num_nodes or 1) > 1
-    return started and _needs_processes(config)
-
-
-def _standalone_overrides(words: list[str], config: TrainConfig | EvalConfig, given_dir: str | None) -> list[str]:
-    name = [option_word("run_name", config.run_name)] if isinstance(config, TrainConfig) else []
-    folder = [] if given_dir is None else [option_word("hydra.run.dir", os.path.abspath(given_dir))]
-    return [*words, *name, *folder]
-
-
 def _take_back(config: TrainConfig | EvalConfig, run_dir: Path | None) -> bool:
     """Remove the directory of a run whose ranks never came together; False if there is none, or there was a run."""
     if run_dir is None or not isinstance(config, TrainConfig):
@@ -261,6 +255,8 @@ def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> Path | 
     """All ranks: one process becomes all of them here. Returns the result file of an evaluation, on rank zero."""
     silence_libraries()
     import torch
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
     from transformers.utils import logging as transformers_logging
 
     from sheeprlhf.engine.fabric import make_fabric
@@ -269,7 +265,8 @@ def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> Path | 
 
     transformers_logging.disable_progress_bar()
 
-    _forget_hydra()
+    GlobalHydra.instance().clear()  # Fabric would take its command for the other ranks from Hydra, without the verb
+    HydraConfig.instance().cfg = None
     if launched() is None and "LOCAL_RANK" not in os.environ and _needs_processes(config):
         os.environ[OWN_LAUNCHER] = str(os.getpid())
     fabric, result = make_fabric(config.fabric), None
@@ -293,15 +290,6 @@ def _run_task(config: TrainConfig | EvalConfig, run_dir: Path | None) -> Path | 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return result
-
-
-def _forget_hydra() -> None:
-    """Fabric would take its command for the other ranks from Hydra, which knows nothing of the verb."""
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.hydra_config import HydraConfig
-
-    GlobalHydra.instance().clear()
-    HydraConfig.instance().cfg = None
 
 
 def _seed(config: TrainConfig | EvalConfig, *, on_cuda: bool) -> None:

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,8 +70,12 @@ def run(arguments: list[str]) -> int:
     private = given.values["private"] or given.values["push-to-hub"] is not None
     if target is None:
         problems.append("--to is missing: give the folder to write, --to <folder>")
+    elif os.path.lexists(folder := expand_home(target)) and (
+        folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())
+    ):
+        problems.append(f"--to {folder} is there already and is not an empty folder: give a new one")
     else:
-        problems += list(_target_problems(target))
+        problems += new_folder_problems("--to", target)
     if given.values["push"] and given.values["push-to-hub"]:
         problems.append("--push and --push-to-hub name two repositories: give one of them")
     elif name is None and private:
@@ -136,14 +139,6 @@ def _print_help() -> None:
         "generation settings and a model card. What it computes is compared with the run before it appears.",
         FLAGS,
     )
-
-
-def _target_problems(target: str) -> Iterator[str]:
-    folder = expand_home(target)
-    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
-        yield f"--to {folder} is there already and is not an empty folder: give a new one"
-    else:
-        yield from new_folder_problems("--to", target)
 
 
 def _check_hub(name: str, private: bool) -> None:

@@ -112,8 +112,8 @@ def past_run(folder: Path, info: dict[str, Any]) -> PastRun:
     last_step = max((curve.steps[-1] for curve in logged.values()), default=0)
     steps = [step for step in (progress.get("step"), None if finished else last_step) if step]
     try:
-        started = datetime.fromtimestamp(info.get("started")).strftime("%Y-%m-%d %H:%M")
-    except (TypeError, ValueError, OverflowError, OSError):
+        started = datetime.fromtimestamp(info["started"]).strftime("%Y-%m-%d %H:%M")
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
         started = ""
     validated = [
         f"{_VALIDATION_TAGS[tag]} {curve.values[-1]:.4g} (validation)"

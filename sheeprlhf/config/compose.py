@@ -309,8 +309,7 @@ def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> tuple[Dic
     while True:
         try:
             base = compose(source.name(), words, return_hydra_config=True)
-            _check_schema(source, base)
-            return base, problems
+            break
         except ConfigError:
             raise
         except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
@@ -323,12 +322,9 @@ def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> tuple[Dic
             if not {group, "experiment"} & chosen.failed:  # a recipe may choose the group
                 problems.append(f"{group} is missing: give {group}=<name>; it may be {', '.join(names)}")
             words.append(f"{group}={names[0]}")
-
-
-def _check_schema(source: Source, base: DictConfig) -> None:
-    """Raises ConfigError if the primary configuration is not of the command's options: nothing checks its keys then."""
-    if OmegaConf.get_type(base) is not ROOTS[source.verb]:
+    if OmegaConf.get_type(base) is not ROOTS[source.verb]:  # nothing would check its keys
         raise ConfigError(
             f"--config-name={source.name()} has no options of `{source.verb}`: begin its defaults with "
             f"- {source.verb}_schema, as configs/{source.verb}.yaml does"
         )
+    return base, problems

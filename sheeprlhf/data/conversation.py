@@ -278,7 +278,8 @@ def read_conversation(row: Mapping[str, Any], *, as_prompt: bool = False) -> Con
     if given == "messages" and row.get("conversations") is not None:
         unused.append("conversations")
     messages = None if given is None else read_messages(row[given], given)
-    answers = _answers(row)
+    names = ("chosen", "rejected", "responses", "rejected_response", "response")
+    answers = {name: row[name] for name in names if row.get(name) is not None}
     if messages and is_answer(messages[-1]):  # it has its answer
         unused += ["response"] * (answers.pop("response", None) is not None)
     if messages is not None and not answers:
@@ -560,18 +561,9 @@ def _dialogue(messages: tuple[Message, ...], column: str, *, as_prompt: bool) ->
     )
 
 
-def _answers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a row that hold answers, next to a prompt or a conversation."""
-    names = ("chosen", "rejected", "responses", "rejected_response", "response")
-    return {name: row[name] for name in names if row.get(name) is not None}
-
-
 def _prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
     """Column 'prompt' as messages; a text is the user's."""
-    value = row.get("prompt")
-    if value is None:
-        return ()
-    return read_messages(value, "prompt", role="user")
+    return () if row.get("prompt") is None else read_messages(row["prompt"], "prompt", role="user")
 
 
 def _context(
@@ -634,7 +626,7 @@ def _before(
     if start and not is_answer(start[0]):  # the lists have the whole dialogue
         if prompt and not messages and not any(same_message(prompt[-1], message) for message in start):
             unused.append("prompt")
-        if messages and not _same(given, start):
+        if messages and not (len(given) == len(start) and all(map(same_message, given, start))):
             unused.append("messages")
         return start
     if not given and not start:
@@ -654,10 +646,6 @@ def _common_start(lists: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
     while shared < most and all(same_message(one[shared], lists[0][shared]) for one in lists):
         shared += 1
     return lists[0][:shared]
-
-
-def _same(first: Sequence[Message], second: Sequence[Message]) -> bool:
-    return len(first) == len(second) and all(map(same_message, first, second))
 
 
 def _with_system(row: Mapping[str, Any], context: tuple[Message, ...]) -> tuple[Message, ...]:

@@ -118,16 +118,6 @@ class RowLayout:
         self._count(row, values, unread, sources)
         return row, unread
 
-    def kept_of(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns of one row that are stored with the tokens, as the file has them."""
-        if self.kept.every:
-            return dict(values)
-        return {name: values[name] for name in self.kept.names if name in values}
-
-    def columns_of(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The columns to read of a file that has columns of these names."""
-        return tuple(dict.fromkeys([*self.columns, *names])) if self.kept.every else self.columns
-
     def count_columns(self, counts: Mapping[str, int]) -> None:
         """Count columns, with their rows, that a reader left out. Raises DataError if one changes what a row means."""
         self._seen.update(counts)

@@ -283,12 +283,6 @@ def open_data(file: Path) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(_Unpacked(file, kind[1]), 2**16))
 
 
-def is_compressed(file: Path) -> bool:
-    """True if a file is decompressed while it is read."""
-    kind = file_kind(file)
-    return kind is not None and bool(kind[1])
-
-
 class _Unpacked(io.RawIOBase):
     """Decompressed bytes of a file. Raises DataError while reading a damaged file, or far more than its size."""
 
@@ -395,22 +389,16 @@ def _without_nulls(value: Any) -> Any:
 def open_parquet(file: Path) -> pq.ParquetFile:
     """The file, its footer read. Raises DataError if it is none, or says that it holds far more than its size."""
     try:
-        parquet = pq.ParquetFile(file, buffer_size=BUFFER)
-        _check_ratio(file, parquet.metadata)
+        parquet, size = pq.ParquetFile(file, buffer_size=BUFFER), file.stat().st_size
+        facts = parquet.metadata
+        unpacked = sum(facts.row_group(number).total_byte_size for number in range(facts.num_row_groups))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: not a readable parquet file ({_line(error)}); fetch or write it again") from None
-    return parquet
-
-
-def _check_ratio(file: Path, facts: pq.FileMetaData) -> None:
-    """Refuse a small file that would fill the memory or the disk."""
-    size = file.stat().st_size
-    groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
-    unpacked = sum(group.total_byte_size for group in groups)
     limits = (("bytes", unpacked, FREE_UNPACKED, MAX_RATIO), ("rows", facts.num_rows, FREE_ROWS, MAX_ROWS))
     for what, number, free, ratio in limits:
         if number > max(free, ratio * size):
             raise DataError(f"{file}: {number:,} {what} in a file of {size:,} bytes: give another file")
+    return parquet
 
 
 def _known_columns(file: Path, schema: pa.Schema, known: Sequence[str]) -> list[str]:
@@ -505,8 +493,12 @@ def read_batches(
                 known, others = layout(values)
             except DataError as error:
                 raise DataError(f"{file.name} {place}: {error}") from None
-            kept = layout.kept_of(values) or None
-            batch.append(Row(number, f"{file.name} {place}", known, (*others, *left_out), kept))
+            kept = (
+                dict(values)
+                if layout.kept.every
+                else {name: values[name] for name in layout.kept.names if name in values}
+            )
+            batch.append(Row(number, f"{file.name} {place}", known, (*others, *left_out), kept or None))
             number += 1
             chars += sum(len(value) for value in known.values() if isinstance(value, str))
             if len(batch) == size or chars >= BATCH_CHARS:
@@ -542,7 +534,8 @@ def _kind(file: Path) -> str:
 
 def _columns(file: Path, layout: RowLayout) -> tuple[str, ...]:
     """The columns to read of a parquet file."""
-    return layout.columns_of(open_parquet(file).schema_arrow.names)
+    names = open_parquet(file).schema_arrow.names if layout.kept.every else ()
+    return tuple(dict.fromkeys([*layout.columns, *names]))
 
 
 def _is_parquet(file: Path) -> bool:
@@ -565,8 +558,8 @@ def count_rows(files: list[Path], limit: int | None, part: Part = WHOLE) -> int 
     """About how many rows `read_batches` gives; None if only reading tells. Raises DataError for bad parquet."""
     total = 0
     for file in files:
-        kind = _kind(file)
-        if kind == ".json" or is_compressed(file):
+        kind, compression = file_kind(file) or (_kind(file), "")
+        if kind == ".json" or compression:
             return None
         header = kind in (".csv", ".tsv")
         total += open_parquet(file).metadata.num_rows if kind == ".parquet" else count_lines(file) - header

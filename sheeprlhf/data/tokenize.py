@@ -322,7 +322,8 @@ class RowTokenizer:
             is_text = self._is_text(first.example) and first.example.response is not None
             shares = split_shares(self.cfg.split_seed, str(first.example.response) if is_text else first.raw.prompt)
             if shares in self.divided:
-                shares = split_shares(self.cfg.split_seed, raw_text(row.values))
+                known = {name: value for name, value in row.values.items() if value is not None}
+                shares = split_shares(self.cfg.split_seed, json.dumps(known, sort_keys=True, default=str))
             made = [self._texts(row, example, shares) for example in examples]
             return [made[0], *(one._replace(is_further=True, unused=()) for one in made[1:])]
         except DropRowError as reason:
@@ -603,12 +604,6 @@ def split_shares(seed: int, prompt: str) -> tuple[float, float]:
     """Two independent numbers in [0, 1), the same for the same prompt on every machine."""
     digest = _digest(f"{seed}\0{prompt}")
     return int.from_bytes(digest[:8], "big") / 2**64, int.from_bytes(digest[8:], "big") / 2**64
-
-
-def raw_text(values: Mapping[str, Any]) -> str:
-    """The columns of a row as one text, the same whatever their order; a column without a value counts as missing."""
-    known = {name: value for name, value in values.items() if value is not None}
-    return json.dumps(known, sort_keys=True, default=str)
 
 
 def _digest(text: str) -> bytes:

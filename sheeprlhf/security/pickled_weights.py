@@ -146,19 +146,15 @@ def read_pickled(file: Path) -> dict[str, "Tensor"]:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except ModelError:
         raise
-    except Exception as error:  # the reader of a damaged file may raise anything
-        raise ModelError(f"{file}: {_reason(error)}") from error
+    except Exception as error:  # a damaged file may raise anything; torch's own text advises to run the code in it
+        reason = f"it is not a file of weights, or damaged ({type(error).__name__})"
+        if (asked := _GLOBAL.search(str(error))) is not None:
+            reason = (
+                f"it asks for {asked[1]}, which is not a tensor: code from a file is never run. Convert it to "
+                "model.safetensors where you trust it, or choose another model"
+            )
+        raise ModelError(f"{file}: {reason}") from error
     return _checked(file, content)
-
-
-def _reason(error: Exception) -> str:
-    """The reason that a file was not read; torch's own text advises to run the code in it."""
-    if (asked := _GLOBAL.search(str(error))) is not None:
-        return (
-            f"it asks for {asked[1]}, which is not a tensor: code from a file is never run. Convert it to "
-            "model.safetensors where you trust it, or choose another model"
-        )
-    return f"it is not a file of weights, or damaged ({type(error).__name__})"
 
 
 def _check_zip(file: Path) -> None:

@@ -77,11 +77,13 @@ def _exists(path: str) -> bool:
 
 def redact_text(text: str) -> str:
     """The text without keys, URL passwords and secrets of the environment; existing paths stay."""
-    secrets = _of_environment()
+    # of the environment, by the names of the variables; paths and short words are none
+    found = {value for name, value in os.environ.items() if _SECRET_KEY.search(name) and len(value) >= _SHORTEST}
+    secrets = sorted((value for value in found if not value.startswith(("/", "~", "."))), key=len, reverse=True)
     spans = secret_spans(text)
     if secrets:
-        found = re.finditer("|".join(map(re.escape, secrets)), text)
-        spans += [match.span() for match in found if not is_in_path(text, *match.span())]
+        matches = re.finditer("|".join(map(re.escape, secrets)), text)
+        spans += [match.span() for match in matches if not is_in_path(text, *match.span())]
     for start, end in _joined(spans):
         text = f"{text[:start]}{HIDDEN}{text[end:]}"
     return text
@@ -96,12 +98,6 @@ def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((start, end))
     return joined[::-1]
-
-
-def _of_environment() -> list[str]:
-    """The values of variables whose names say that they are secret, long ones first; paths and short words are none."""
-    found = {value for name, value in os.environ.items() if _SECRET_KEY.search(name) and len(value) >= _SHORTEST}
-    return sorted((value for value in found if not value.startswith(("/", "~", "."))), key=len, reverse=True)
 
 
 def redact(value: Any, key: str = "") -> Any:

@@ -71,26 +71,12 @@ def report_data(fabric: Fabric, run: Run, data: PreparedData) -> None:
             "run without resume"
         )
     if fabric.is_global_zero:
-        run.planned_memory = _planned_memory(run, fabric.device.type)
+        with isolated_rng(), suppress(ModelError):  # of a model that cannot be run on tensors without content
+            run.planned_memory = step_plan(run.cfg, device=fabric.device.type).total()
         if run.planned_memory is not None:
             size = size_text(run.planned_memory)
             run.say(f"memory plan: up to {size} in a step of the longest rows (`doctor` tells more)")
         write_file(run.dir, REPORT_FILE, json.dumps(data.report, indent=1).encode())
-
-
-def _planned_memory(run: Run, device: str) -> int | None:
-    """Bytes of a step at its worst moment, by tensors without content; None for a model that cannot be run on them."""
-    with isolated_rng(), suppress(ModelError):
-        return step_plan(run.cfg, device=device).total()
-    return None
-
-
-def _say_peak_memory(fabric: Fabric, run: Run) -> None:
-    """Report the measured peak memory with the planned one."""
-    on_cuda, peak = fabric.device.type == "cuda", run.peak_memory()
-    if peak is not None:
-        planned = "" if run.planned_memory is None else f" (planned: up to {size_text(run.planned_memory)})"
-        run.say(f"peak memory {'on the GPU' if on_cuda else 'of this process'}: {size_text(peak)}{planned}")
 
 
 def record_validation(
@@ -147,7 +133,10 @@ def finish_run(
         facts["stopped_early"] = run.cfg.task.stops_early(state.stale_validations)
         mark_finished(run.dir, step=state.step, **facts, peak_memory=run.peak_memory())
     fabric.barrier()
-    _say_peak_memory(fabric, run)
+    if (peak := run.peak_memory()) is not None:
+        place = "on the GPU" if fabric.device.type == "cuda" else "of this process"
+        planned = "" if run.planned_memory is None else f" (planned: up to {size_text(run.planned_memory)})"
+        run.say(f"peak memory {place}: {size_text(peak)}{planned}")
     if run.cfg.task.stops_early(state.stale_validations):
         run.say(
             f"early stopping after step {state.step}: val/{run.cfg.task.early_stopping_metric} has not improved in "

@@ -149,8 +149,10 @@ def _read(variables: _Variables, env: Mapping[str, str]) -> Launched:
         local_size = size // num_nodes if size % num_nodes == 0 else 0
     elif size == 1:
         local_size = 1
-    if variables is _SRUN and len(set(_tasks_per_node(env))) > 1:
-        local_size = 0
+    if variables is _SRUN:  # the numbers of processes on each machine, such as "2(x3),1"
+        tasks = "SLURM_STEP_TASKS_PER_NODE" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_TASKS_PER_NODE"
+        if len(set(map(int, re.findall(r"(?:^|,)(\d+)", env.get(tasks, ""))))) > 1:
+            local_size = 0
     if local_size == 0 or (local_size is not None and (size % local_size or local_rank >= local_size)):
         raise LauncherError(
             f"{variables.launcher} started {size_name}={size} processes, not the same number on every machine "
@@ -159,12 +161,6 @@ def _read(variables: _Variables, env: Mapping[str, str]) -> Launched:
     job = "-".join(env[name] for name in variables.job if name in env) or f"session {os.getsid(0)}"
     sure = variables is not _SRUN or "SLURM_STEP_NUM_TASKS" in env or rank > 0
     return Launched(variables.launcher, rank, size, local_rank, local_size, f"{size_name}={size}", job, sure)
-
-
-def _tasks_per_node(env: Mapping[str, str]) -> list[int]:
-    """Read SLURM's list of the numbers of processes on each machine, such as "2(x3),1"."""
-    name = "SLURM_STEP_TASKS_PER_NODE" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_TASKS_PER_NODE"
-    return [int(count) for count in re.findall(r"(?:^|,)(\d+)", env.get(name, ""))]
 
 
 def _check_complete(env: Mapping[str, str]) -> None:

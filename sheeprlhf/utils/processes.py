@@ -74,20 +74,14 @@ class Terminated(SystemExit):
 
 
 class Interrupts:
-    """Handler of the stop signals: raises KeyboardInterrupt for Ctrl-C and `Terminated` for the others.
-
-    Attributes:
-        leaving: the command has ended. Ctrl-C ends the process then, without an exception during Python's shutdown.
-        waits: signals are deferred; see `interrupts_wait`.
-        came: the deferred signal, 0 if there is none.
-        noted: the stop signal that a run received, 0 if there was none.
-    """
+    """Handler of the stop signals: raises KeyboardInterrupt for Ctrl-C and `Terminated` for the others."""
 
     def __init__(self) -> None:
         """None so far."""
-        self.leaving = self.waits = self.terminated = False
-        self.came = self.noted = 0
-        self._last, self._last_time = 0, -math.inf
+        self.leaving = False  # the command has ended: Ctrl-C ends the process, as exceptions would disturb its shutdown
+        self.waits = self.terminated = False  # deferred, see `interrupts_wait`; `Terminated` was raised
+        self.came = self.noted = 0  # the deferred signal; the stop signal that a run received
+        self.last, self.last_time = 0, -math.inf  # the newest signal that raised an exception
 
     def __call__(self, signum: int, frame: FrameType | None = None) -> None:
         """Called by Python between two instructions of the main thread."""
@@ -98,15 +92,11 @@ class Interrupts:
         if self.waits:
             self.came = self.came or signum
             return
-        self._last, self._last_time = signum, time.monotonic()
+        self.last, self.last_time = signum, time.monotonic()
         if signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.terminated = True
         raise Terminated(signum)
-
-    def just_came(self) -> int:
-        """The signal that came a moment ago; 0 if none did."""
-        return self._last if time.monotonic() - self._last_time < _SECONDS_TO_PASS_ON else 0
 
 
 def _interrupts() -> Interrupts | None:
@@ -140,7 +130,8 @@ def ignore_interrupts() -> None:
 def just_interrupted() -> int:
     """The signal that came a moment ago: some libraries turn its exception into an error of their own."""
     handler = _interrupts()
-    return 0 if handler is None else handler.just_came()
+    is_new = handler is not None and time.monotonic() - handler.last_time < _SECONDS_TO_PASS_ON
+    return handler.last if handler is not None and is_new else 0
 
 
 def handles_interrupts() -> bool:
@@ -261,15 +252,10 @@ _GONE = (errno.EIO, errno.EPIPE)  # a closed terminal; a pipe whose reader has e
 
 
 class _LastingFile(io.FileIO):
-    """A file that drops what cannot be written.
+    """A file that drops what cannot be written."""
 
-    Attributes:
-        needs_reader: a pipe whose reader has ended raises BrokenPipeError.
-        error: why something was dropped, if not because the terminal or the reader is gone.
-    """
-
-    needs_reader = False
-    error: OSError | None = None
+    needs_reader = False  # if True, a pipe whose reader has ended raises BrokenPipeError
+    error: OSError | None = None  # why something was dropped, if not because the terminal or the reader is gone
 
     def write(self, data: "io.ReadableBuffer") -> int:  # type: ignore[name-defined]
         """The number of bytes written or dropped."""

@@ -53,7 +53,8 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     judge = Judge(job, longest)
     trust = judge.trust()
     pool_PK = judge.scores(pool).reshape(len(rows), task.best_of)
-    points = [_best_of_point(pool_PK, n, pool, cfg.seed) for n in _powers(task.best_of)]
+    powers = (2**k for k in range(task.best_of.bit_length()) if 2**k <= task.best_of)
+    points = [_best_of_point(pool_PK, n, pool, cfg.seed) for n in sorted({task.best_of, *powers})]
     points += [
         _point(what, answers, judge.scores(answers), kl_N, cfg.seed) for what, (answers, kl_N) in written.items()
     ]
@@ -117,11 +118,6 @@ def expected_best(scores_PK: np.ndarray, n: int) -> np.ndarray:
     num = scores_PK.shape[1]
     weights_K = np.array([math.comb(i, n - 1) / math.comb(num, n) for i in range(num)])
     return np.sort(scores_PK, axis=1) @ weights_K
-
-
-def _powers(most: int) -> list[int]:
-    """1, 2, 4, ... up to `most`, which is the last."""
-    return sorted({most, *(2**k for k in range(most.bit_length()) if 2**k <= most)})
 
 
 def _best_of_point(scores_PK: np.ndarray, n: int, pool: Answers, seed: int) -> dict[str, Any]:

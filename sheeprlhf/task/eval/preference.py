@@ -101,7 +101,8 @@ def _implicit_rewards(job: Evaluation, split: TokenizedSplit) -> tuple[np.ndarra
         logprobs_N = predict_targets(fabric, policy, call, batches, split, label, num_rows).double().numpy()
         return np.add.reduceat(logprobs_N, np.cumsum([0, *lengths_S[:-1]]))
 
-    start, beta = start_of(cfg), task.beta or _beta_of_run(cfg)
+    start, of_run = start_of(cfg), task_options(cfg).get("beta")
+    beta = task.beta or (float(of_run) if isinstance(of_run, int | float) and of_run > 0 else _BETA)
     rewards_S = sums_of(*job.load_policy(longest), "evaluating")
     if start is None:
         job.say("no run has trained this model, so it has no reference: its log-probabilities alone are compared")
@@ -109,12 +110,6 @@ def _implicit_rewards(job: Evaluation, split: TokenizedSplit) -> tuple[np.ndarra
         job.say(f"reference: {start.name}")
         rewards_S = rewards_S - sums_of(*job.load_start(start, longest), "reference")
     return beta * rewards_S, {"beta": beta, "reference": None if start is None else start.name}
-
-
-def _beta_of_run(cfg: EvalConfig) -> float:
-    """That of the run's task, if it has one."""
-    beta = task_options(cfg).get("beta")
-    return float(beta) if isinstance(beta, int | float) and beta > 0 else _BETA
 
 
 def pairs_of_rows(
