@@ -37,14 +37,10 @@ class DataConfig(Config):
     )
     num_samples: Optional[int] = option(None, "Use only the first rows of each split.", unit="rows", minimum=1)
     validation_split: float = option(
-        0.1, "Share of the training rows held out, if the dataset has no such split.", minimum=0.0, maximum=0.9
+        0.1, "Share of training rows held out, without such a split.", minimum=0.0, maximum=0.9
     )
-    test_split: float = option(
-        0.1, "Share of the training rows kept for tests, if the dataset has no such split.", minimum=0.0, maximum=0.9
-    )
-    reward_model_split: float = option(
-        0.0, "Share of the training rows kept for the reward model; the rest fine-tunes.", minimum=0.0, maximum=1.0
-    )
+    test_split: float = option(0.1, "Share of training rows for tests, without such a split.", minimum=0.0, maximum=0.9)
+    reward_model_split: float = option(0.0, "Share of training rows for the reward model.", minimum=0.0, maximum=1.0)
     shuffle: bool = option(True, "Train on the rows of each epoch in random order; false keeps that of the files.")
     split_seed: int = option(0, "Seed of the splits; apart from the run's seed, so that seeds share a test set.")
     minimum_response_length: int = option(2, "Shorter responses are dropped.", unit="tokens", minimum=1)
@@ -73,7 +69,7 @@ class DataConfig(Config):
     )
     num_proc: int = option(1, "Processes that tokenise.", minimum=1)
     cache_dir: Optional[str] = option(
-        None, "Where tokenised data is kept; null is $SHEEPRLHF_CACHE, else sheeprlhf in $XDG_CACHE_HOME or ~/.cache."
+        None, "Folder of tokenised data; null: $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf."
     )
 
 
@@ -87,7 +83,7 @@ class DocstringsConfig(DataConfig):
     config_name: str = "docstrings"
     dataset_name: Optional[str] = "embedded:docstrings"
     num_samples: Optional[int] = option(
-        6_000, "Use only the first rows of each split; null takes all 20,000.", unit="rows", minimum=1
+        6_000, "First rows of each split to use; null: all 20,000.", unit="rows", minimum=1
     )
     max_length: int = 128
     max_prompt_length: int = 96
@@ -139,10 +135,7 @@ class LayoutDataConfig(DataConfig):
         "Encode control tokens in the text of prompts and responses, such as <|im_start|>, as the tokens that they "
         "name: for rows that a chat template wrote. Whoever wrote the rows can then end a turn.",
     )
-    streaming: bool = option(
-        False,
-        "Prepare the training rows shard by shard during training, not all before it; a shard is a file or a part.",
-    )
+    streaming: bool = option(False, "Prepare training rows shard by shard (a file or a part) during training.")
     shard_size: Optional[float] = option(
         256.0,
         "With streaming: larger files are split into parts of about this size (jsonl, ndjson, txt and parquet that are "
@@ -151,7 +144,7 @@ class LayoutDataConfig(DataConfig):
         above=0.0,
     )
     keep_shards: Optional[int] = option(
-        2, "With streaming: prepared shards kept besides the first; null keeps all.", unit="shards", minimum=2
+        2, "With streaming: shards kept besides the first; null: all.", unit="shards", minimum=2
     )
     minimum_response_length: int = 1
 

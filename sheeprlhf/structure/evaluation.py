@@ -78,9 +78,7 @@ class PreferenceConfig(EvalTaskConfig):
         "else 0.1. Accuracy does not depend on it.",
         above=0.0,
     )
-    subset_column: Optional[str] = option(
-        None, "Column of the rows by whose values the accuracy is reported, too; null: none."
-    )
+    subset_column: Optional[str] = option(None, "Column by whose values the accuracy is reported, too; null: none.")
 
 
 @dataclass(unsafe_hash=True)

@@ -20,12 +20,8 @@ class FabricConfig(Config):
         "Number of devices (processes) on each machine, or 'auto' for all that are there; null is what the launcher "
         "(torchrun, srun, mpirun) has started, else 1.",
     )
-    num_nodes: Optional[int] = option(
-        None, "Number of machines; null is what the launcher has started on, else 1.", minimum=1
-    )
-    strategy: str = option(
-        "auto", "How several devices share the work; fsdp2 cuts the weights up too.", choices=STRATEGIES
-    )
+    num_nodes: Optional[int] = option(None, "Number of machines; null: that of the launcher, else 1.", minimum=1)
+    strategy: str = option("auto", "Work of several devices; fsdp2 cuts the weights up too.", choices=STRATEGIES)
     replicas: int = option(
         1,
         "Groups of devices that each hold all weights, cut up within the group; fsdp2. As many as machines keep the "
@@ -38,9 +34,7 @@ class FabricConfig(Config):
         "fsdp2.",
         minimum=1,
     )
-    offload: str = option(
-        "none", "Place of the parts of weights, gradients and optimizer between passes; fsdp2.", choices=("none", "cpu")
-    )
+    offload: str = option("none", "Place of sharded tensors between passes; fsdp2.", choices=("none", "cpu"))
     timeout: int = option(
         1800,
         "Longest wait of a process for the others, at the start and in each collective; then the run ends.",

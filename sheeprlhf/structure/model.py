@@ -12,7 +12,7 @@ class HuggingFaceConfig(Config):
 
     revision: Optional[str] = option(None, "Commit, tag or branch of the hub repository.")
     trust_remote_code: bool = option(
-        False, "Run Python code that comes with the model. Needs library_cfg.revision=<40-digit commit>."
+        False, "Run Python code of the model. Needs library_cfg.revision=<40-digit commit>."
     )
     local_files_only: bool = option(False, "Never ask the hub; use the local cache only.")
 
@@ -31,15 +31,9 @@ class LORAConfig(Config):
     dropout: float = option(0.0, "Dropout before the adapter.", minimum=0.0, maximum=0.99)
     use_rslora: bool = option(False, "Scale the update by alpha / sqrt(rank) (rsLoRA; Kalajdzievski, 2023).")
     use_dora: bool = option(False, "Train the length of each weight vector apart from its direction (DoRA; Liu, 2024).")
-    init: str = option(
-        "default", "First values of the matrices: default, gaussian or orthogonal; the update begins at 0."
-    )
-    layers_to_transform: list[int] = option(
-        help="Numbers of the layers, from 0, that get adapters; empty: all layers.", factory=list
-    )
-    modules_to_save: list[str] = option(
-        help="Names of modules that train as a whole and are saved with the adapters.", factory=list
-    )
+    init: str = option("default", "First values of the matrices: default, gaussian or orthogonal.")
+    layers_to_transform: list[int] = option(help="Layers, from 0, that get adapters; empty: all.", factory=list)
+    modules_to_save: list[str] = option(help="Modules that train whole, next to adapters.", factory=list)
     lr: float = option(2e-4, "Learning rate of adapters when optim.lr is null.", minimum=0.0)
 
 
@@ -73,7 +67,7 @@ class ModelConfig(Config):
         factory=list,
     )
     embedding_dim_name: Optional[str] = option(
-        None, "Name, in the model's config, of the width of the vectors that its head reads; null finds it."
+        None, "Key of the width of the head's vectors in the model's config; null: it is found."
     )
     dtype: str = option("float32", "Number format of the loaded weights.", choices=("float32", "bfloat16", "float16"))
     quantization: Optional[str] = option(
@@ -133,9 +127,7 @@ class OPTConfig(ModelConfig):
 
     config_name: str = "opt"
     repo_name: Optional[str] = "facebook/opt-350m"
-    embedding_dim_name: Optional[str] = option(
-        "word_embed_proj_dim", "Name, in the model's config, of the width of the vectors that its head reads."
-    )
+    embedding_dim_name: Optional[str] = option("word_embed_proj_dim", "Key of the head's width in the model's config.")
     lora_cfg: Optional[LORAConfig] = LORAConfig(targets="('q_proj','v_proj')")
 
 
@@ -145,9 +137,7 @@ class GPT2Config(ModelConfig):
 
     config_name: str = "gpt2"
     repo_name: Optional[str] = "openai-community/gpt2"
-    embedding_dim_name: Optional[str] = option(
-        "n_embd", "Name, in the model's config, of the width of the vectors that its head reads."
-    )
+    embedding_dim_name: Optional[str] = option("n_embd", "Key of the head's width in the model's config.")
     lora_cfg: Optional[LORAConfig] = LORAConfig(targets="('c_attn',)")
 
 

@@ -13,9 +13,7 @@ class OptimizerConfig(Config):
     torch_name: ClassVar[str] = ""  # class in torch.optim
 
     config_name: str = option("???", "Name of this choice.")
-    lr: Optional[float] = option(
-        None, "Peak learning rate; null takes model.lr, or model.lora_cfg.lr with adapters.", minimum=0.0
-    )
+    lr: Optional[float] = option(None, "Peak learning rate; null: model.lr or model.lora_cfg.lr.", minimum=0.0)
     weight_decay: float = option(0.0, "Weight decay of matrices (biases and norms have none).", minimum=0.0)
     schedule: str = option(
         "cosine",

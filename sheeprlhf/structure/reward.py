@@ -25,16 +25,10 @@ class RewardSourceConfig(Config):
     """Options of every source. Scores are normalised, then clipped; penalties are subtracted last."""
 
     config_name: str = option("???", "Name of this choice.")
-    normalize: bool = option(
-        False, "Subtract the running mean of all scores of the run so far and divide by their standard deviation."
-    )
-    clip: Optional[float] = option(
-        None, "Largest absolute score, after normalisation and before penalties; null does not clip.", above=0.0
-    )
+    normalize: bool = option(False, "Subtract the running mean of all scores, divide by their standard deviation.")
+    clip: Optional[float] = option(None, "Largest absolute score, before penalties; null: no limit.", above=0.0)
     missing_eos_penalty: float = option(0.0, "Subtracted from the score of a response that was cut.", minimum=0.0)
-    min_response_length: int = option(
-        0, "A shorter response (end token not counted) loses reward.short_penalty.", unit="tokens", minimum=0
-    )
+    min_response_length: int = option(0, "Shorter responses lose reward.short_penalty.", unit="tokens", minimum=0)
     short_penalty: float = option(1.0, "Subtracted from the score below reward.min_response_length.", minimum=0.0)
     overlong_buffer: int = option(
         0,
@@ -100,8 +94,7 @@ class JudgeOptionsConfig(CallOptionsConfig):
     """Options of the term judge."""
 
     url: Optional[str] = option(
-        None,
-        "Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1; it gets prompts and responses.",
+        None, "Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1; it gets prompts and responses."
     )
     judge_model: Optional[str] = option(None, "Name of the server's model that scores.")
     judge_prompt: Optional[str] = option(
@@ -115,11 +108,11 @@ class JudgeOptionsConfig(CallOptionsConfig):
         "several different numbers, or none, is a failure.",
     )
     judge_range: list[float] = option(
-        help="Lowest and highest score; an answer outside is a failure.", factory=lambda: [0.0, 10.0]
+        help="Lowest and highest score; others are failures.", factory=lambda: [0.0, 10.0]
     )
     judge_max_tokens: int = option(256, "Longest answer of the judge.", unit="tokens", minimum=1)
     judge_retries: int = option(
-        3, "Further attempts after no answer, a status 408, 425, 429 or 5xx, or a malformed answer.", minimum=0
+        3, "Attempts after no answer, status 408, 425, 429 or 5xx, or a malformed one.", minimum=0
     )
     judge_failure_score: Optional[float] = option(None, "Score after a failed request; null: a failure ends the run.")
     api_key_variable: Optional[str] = option(None, "Environment variable with the key for the server; null sends none.")
@@ -166,9 +159,7 @@ class ModelRewardConfig(ModelOptionsConfig):
     """A reward model."""
 
     config_name: str = "model"
-    folder: Optional[str] = option(
-        None, "Sequence-classification folder or hub id; null takes the run task.rm_experiment_dir."
-    )
+    folder: Optional[str] = option(None, "Sequence-classification folder or hub id; null: task.rm_experiment_dir.")
 
 
 @dataclass(unsafe_hash=True)

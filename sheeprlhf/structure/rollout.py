@@ -32,7 +32,7 @@ class OnlineTaskConfig(PolicyConfig, ReferenceConfig, RewardRunConfig, TrainTask
         "auto: the same if there is one; null starts from the model as it is.",
     )
     max_eval_batches: Optional[int] = option(
-        4, "Validate on this many mini-batches of prompts; null takes all.", unit="mini-batches", minimum=1
+        4, "Mini-batches of a validation; null: all.", unit="mini-batches", minimum=1
     )
     eval_interval: int = option(20, "Between two validations, after a rollout.", unit="optimizer steps", minimum=1)
     save_interval: int = option(20, "Between two checkpoints, after a rollout.", unit="optimizer steps", minimum=1)
@@ -68,9 +68,7 @@ class RatioTaskConfig(OnlineTaskConfig):
 
     init_kl_coeff: float = option(0.05, "Weight of the KL divergence from the reference.", minimum=0.0)
     clip_coeff: float = option(0.2, "How far the ratio of new to old probability may leave 1.", above=0.0, maximum=1.0)
-    entropy_coeff: float = option(
-        0.0, "Weight of the policy's entropy, nats a token, that is subtracted from the loss.", minimum=0.0
-    )
+    entropy_coeff: float = option(0.0, "Weight of the entropy, nats a token, subtracted from the loss.", minimum=0.0)
     early_stop_kl: Optional[float] = option(
         None, "End the passes over a rollout when the policy is this far from the sampler.", unit="nats", above=0.0
     )
@@ -87,9 +85,7 @@ class PPOConfig(RatioTaskConfig):
     entry_point: ClassVar[str] = "sheeprlhf.task.train.ppo:train"
     config_name: str = "ppo"
     num_iterations: int = 4
-    kl_estimator: str = option(
-        "k1", "Of each token's KL in the reward: k1 is unbiased, k3 never negative.", choices=("k1", "k3")
-    )
+    kl_estimator: str = option("k1", "KL of a token in the reward: k1 unbiased, k3 positive.", choices=("k1", "k3"))
     adaptive_kl_coeff: bool = option(False, "Move the weight of the KL so that it comes to target_kl.")
     target_kl: float = option(6.0, "KL that adaptive_kl_coeff aims at.", unit="nats a response", above=0.0)
     kl_horizon: int = option(10_000, "How slowly it moves.", unit="responses", minimum=1)
@@ -98,9 +94,7 @@ class PPOConfig(RatioTaskConfig):
     gae_gamma: float = option(1.0, "Discount of a token.", minimum=0.0, maximum=1.0)
     gae_lambda: float = option(0.95, "Lambda of generalised advantage estimation.", minimum=0.0, maximum=1.0)
     bootstrap_truncated: bool = option(False, "After a response that was cut comes the critic's value; false: nothing.")
-    value_clip_coeff: Optional[float] = option(
-        0.2, "How far a value may leave the rollout's in one update; null does not clip.", above=0.0
-    )
+    value_clip_coeff: Optional[float] = option(0.2, "Clip of values around the rollout's; null: none.", above=0.0)
     vf_coeff: float = option(0.1, "Weight of the critic's loss.", minimum=0.0)
     actor_learning_rate: Optional[float] = option(None, "Peak of the policy's; null takes optim.lr.", minimum=0.0)
     critic_learning_rate: Optional[float] = option(None, "Peak of the critic's; null takes the policy's.", minimum=0.0)
@@ -119,9 +113,7 @@ class PPOConfig(RatioTaskConfig):
         "policy (PPO-ptx, arXiv 2203.02155, eq. 2); 0: not computed.",
         minimum=0.0,
     )
-    ptx_batch_size: int = option(
-        32, "Rows of the dataset that task.ptx_coeff reads in a step, all devices together.", unit="rows", minimum=1
-    )
+    ptx_batch_size: int = option(32, "Rows of task.ptx_coeff in a step, all devices together.", unit="rows", minimum=1)
     ema_decay: Optional[float] = option(
         None,
         "Average the policy over its steps, each counting this much less than the next; validations and final/ are of "
@@ -147,16 +139,12 @@ class GRPOConfig(RatioTaskConfig):
     init_kl_coeff: float = option(0.04, "Weight of the KL divergence from the reference in the loss (k3).", minimum=0.0)
     clip_high: Optional[float] = option(None, "How far the ratio may rise above 1; null: clip_coeff.", above=0.0)
     max_ratio: Optional[float] = option(
-        None, "Largest ratio that a loss may have where the advantage is negative; null: no limit.", above=1.0
+        None, "Largest ratio where the advantage is negative; null: no limit.", above=1.0
     )
-    kl_estimator: str = option(
-        "k3", "Of each token's KL in the loss: k2 has the gradient of the KL, k3 is GRPO's.", choices=("k2", "k3")
-    )
+    kl_estimator: str = option("k3", "KL of a token in the loss: k2 has the KL's gradient.", choices=("k2", "k3"))
     scale_rewards: bool = option(True, "Divide by the standard deviation of the prompt's scores (Dr. GRPO does not).")
     max_advantage: Optional[float] = option(None, "Cut advantages to this in both directions; null: no cut.", above=0.0)
-    mask_truncated: bool = option(
-        False, "Responses that were cut get the advantage 0; they count in the statistics of their prompt."
-    )
+    mask_truncated: bool = option(False, "Cut responses get the advantage 0; they count in the statistics of a prompt.")
     max_resamples: int = option(
         0,
         "Replace prompts whose responses all score alike by other ones, drawn at random, at most so many times in a "
@@ -225,7 +213,7 @@ class DistillConfig(RatioTaskConfig):
 
     config_name: str = "distill"
     teacher: Optional[str] = option(
-        None, "Folder or hub id of the model that is learned from; it has the same tokenizer. Needed."
+        None, "Folder or hub id of the model to learn from, with the same tokenizer. Needed."
     )
 
     def kl_price(self) -> float:
@@ -275,13 +263,9 @@ class LocalRolloutConfig(RolloutSourceConfig):
         "package.module:Class (ppo, grpo, rloo, reinforce_pp). null: a response is one turn.",
     )
     max_turns: int = option(4, "Most messages of the model in a response with tool calls.", unit="messages", minimum=1)
-    step_timeout: float = option(
-        10.0, "Longest time of a call of the environment; the episode has failed then.", unit="seconds", above=0.0
-    )
+    step_timeout: float = option(10.0, "Longest call; then the episode has failed.", unit="seconds", above=0.0)
     num_processes: int = option(2, "Processes with environments, on each device.", unit="processes", minimum=1)
-    max_result_length: int = option(
-        1000, "Longest result of a tool call; the rest is cut.", unit="characters", minimum=1
-    )
+    max_result_length: int = option(1000, "Longest result of a tool; the rest is cut.", unit="characters", minimum=1)
 
 
 @dataclass(unsafe_hash=True)
@@ -289,9 +273,7 @@ class VLLMRolloutConfig(RolloutSourceConfig):
     """Servers of vLLM sample; they get the weights before each rollout."""
 
     config_name: str = "vllm"
-    urls: list[str] = option(
-        help="Addresses of the servers, such as http://127.0.0.1:8000. They share the prompts.", factory=list
-    )
+    urls: list[str] = option(help="Servers, such as http://127.0.0.1:8000, that share the prompts.", factory=list)
     sync: Optional[str] = option(
         None,
         "The servers read all weights, or the adapter alone, from rollout.sync_dir; null: the adapter if only it "

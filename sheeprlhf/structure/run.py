@@ -136,9 +136,7 @@ class DoctorConfig(CommandConfig, TrainConfig):
     entry_point: ClassVar[str] = "sheeprlhf.apps.doctor:run"
 
     cluster: ClusterConfig = ClusterConfig()
-    dry_step: bool = option(
-        True, "With fabric.strategy=fsdp2, run a step of one process on tensors without content, to check the plan."
-    )
+    dry_step: bool = option(True, "With fabric.strategy=fsdp2, check the plan by a step on tensors without content.")
 
     def plans_other_machines(self) -> bool:
         """True if nothing of this machine is checked, and the model needs no files but its config.json."""
@@ -153,7 +151,7 @@ class FetchConfig(CommandConfig):
 
     model: ModelConfig = MISSING
     cache_dir: Optional[str] = option(
-        None, "Where fetched models are kept; null is $SHEEPRLHF_CACHE, else sheeprlhf in $XDG_CACHE_HOME or ~/.cache."
+        None, "Folder of fetched models; null: $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf."
     )
     debug: bool = option(False, "Show the traceback of an error.")
 

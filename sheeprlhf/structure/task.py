@@ -27,7 +27,7 @@ class TrainTaskConfig(Config):
     max_num_steps: Optional[int] = option(None, "Stop after this many.", unit="optimizer steps", minimum=1)
     mini_batch_size: int = option(32, "Rows of one optimizer step, all devices together.", unit="rows", minimum=1)
     micro_batch_size: int = option(
-        32, "Most rows in one forward pass; the token budget cuts further.", unit="rows", minimum=1
+        32, "Most rows of a forward pass; token_budget cuts further.", unit="rows", minimum=1
     )
     token_budget: int = option(2048, "Most tokens in one forward pass.", unit="tokens", minimum=1)
     batching: str = option(
@@ -60,7 +60,7 @@ class TrainTaskConfig(Config):
         "null trains to the end.",
     )
     early_stopping_patience: int = option(
-        3, "End after so many validations in a row without a new best value.", unit="validations", minimum=1
+        3, "End after so many without a new best value.", unit="validations", minimum=1
     )
     early_stopping_direction: str = option(
         "auto",
@@ -69,7 +69,7 @@ class TrainTaskConfig(Config):
         choices=("auto", "lowest", "highest"),
     )
     max_eval_batches: Optional[int] = option(
-        None, "Validate on this many mini-batches; null takes all.", unit="mini-batches", minimum=1
+        None, "Mini-batches of a validation; null: all.", unit="mini-batches", minimum=1
     )
     save_interval: int = option(100, "Between two checkpoints.", unit="optimizer steps", minimum=1)
     keep_checkpoints: int = option(2, "Newest checkpoints kept (in addition to the best one).", minimum=1)
@@ -162,7 +162,7 @@ class RMConfig(StartConfig, TrainTaskConfig):
         choices=("last_token", "average", "per_sample", "plackett_luce"),
     )
     center_rewards_coefficient: float = option(
-        0.0, "Weight of (better + worse score) squared, which keeps scores near 0; 0.01 is usual.", minimum=0.0
+        0.0, "Weight of (better + worse score) squared; 0.01 is usual.", minimum=0.0
     )
     likelihood_coeff: float = option(
         0.0,
@@ -199,9 +199,7 @@ class DPOConfig(PolicyConfig, ReferenceConfig, TrainTaskConfig):
         ),
     )
     beta: float = option(0.1, "Pull to the reference; the scale of simpo (2 is usual), orpo's weight.", above=0.0)
-    label_smoothing: float = option(
-        0.0, "Share of pairs taken to be the wrong way round (sigmoid, robust, exo, aot).", minimum=0.0, maximum=0.49
-    )
+    label_smoothing: float = option(0.0, "Share of wrong pairs (sigmoid, robust, exo, aot).", minimum=0.0, maximum=0.49)
     reference_free: bool = option(False, "Take a reference that likes all responses alike.")
     simpo_gamma: float = option(1.0, "How much likelier the better response must be (simpo).", unit="nats", minimum=0.0)
     discopop_tau: float = option(0.05, "Temperature of the mix of two losses (discopop).", above=0.0)
@@ -222,18 +220,14 @@ class DPOConfig(PolicyConfig, ReferenceConfig, TrainTaskConfig):
         minimum=0.0,
         maximum=1.0,
     )
-    use_weighting: bool = option(
-        False, "Weigh pairs by how likely the policy is to write them, relative to its other texts (WPO)."
-    )
+    use_weighting: bool = option(False, "Weigh pairs by their probability under the policy, relative to others (WPO).")
     ref_sync_interval: Optional[int] = option(
         None,
         "Move the reference towards the policy each time so many steps have passed (TR-DPO: 512); null keeps it.",
         unit="optimizer steps",
         minimum=1,
     )
-    ref_mixup_alpha: float = option(
-        0.6, "Share of the policy in the reference that task.ref_sync_interval makes.", above=0.0, maximum=1.0
-    )
+    ref_mixup_alpha: float = option(0.6, "Share of the policy in a moved reference.", above=0.0, maximum=1.0)
 
     def policy_part(self) -> str:
         """Checkpoints hold a reference that moves, too."""
@@ -277,22 +271,14 @@ class ILQLConfig(PolicyConfig, TrainTaskConfig):
 
     config_name: str = "ilql"
     gamma: float = option(0.99, "Discount of a token.", minimum=0.0, maximum=1.0)
-    expectile: float = option(
-        0.7, "How far the value of a state is above the mean of its tokens' Q (tau).", minimum=0.5, maximum=0.999
-    )
-    cql_coeff: float = option(
-        0.1, "Weight of the loss that lowers the Q of tokens that are not in the data.", minimum=0.0
-    )
+    expectile: float = option(0.7, "Expectile of its tokens' Q as value of a state (tau).", minimum=0.5, maximum=0.999)
+    cql_coeff: float = option(0.1, "Weight of the loss that lowers the Q of tokens outside the data.", minimum=0.0)
     awac_coeff: float = option(1.0, "Weight of the likelihood of the responses by the language head.", above=0.0)
     awac_beta: float = option(
-        0.0, "Tokens count exp(this * advantage) in that likelihood; 0: all alike.", unit="1/reward", minimum=0.0
+        0.0, "Weight exp(this * advantage) of tokens there; 0: equal.", unit="1/reward", minimum=0.0
     )
-    target_update_rate: float = option(
-        0.005, "Share of the Q heads in their targets after each step.", above=0.0, maximum=1.0
-    )
-    advantage_coeff: float = option(
-        1.0, "Weight of Q in the logits of the model that is saved and sampled from.", unit="1/reward", minimum=0.0
-    )
+    target_update_rate: float = option(0.005, "Share of Q heads in their targets after a step.", above=0.0, maximum=1.0)
+    advantage_coeff: float = option(1.0, "Weight of Q in the logits of the saved model.", unit="1/reward", minimum=0.0)
 
     def policy_part(self) -> str:
         """Checkpoints hold the heads of Q and V, too."""
