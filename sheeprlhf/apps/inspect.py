@@ -383,11 +383,7 @@ _MARKS, _ASCII_MARKS = Marks("\u21b5", "\u00a6", "\u2026", "\u2588"), Marks("\\n
 
 
 def run(config: InspectConfig, args: ParsedArgs) -> int:
-    """Print report, examples and lengths; leave the histograms and the report in `output_dir`.
-
-    Raises:
-        SheepError: the data cannot be trained on, the split has no rows, or a file of somebody else is in the way.
-    """
+    """Print report, examples and lengths; write histograms and report into `output_dir`. Raises SheepError."""
     screen = Screen()
     name = re.sub(r"[^A-Za-z0-9_-]", "_", f"{config.data.config_name}-{config.model.config_name}")
     files = {kind: Path(config.output_dir, f"{name}-{kind}") for kind in ("lengths.png", "data_report.json")}

@@ -69,10 +69,7 @@ class Sweep:
 
 
 class SweepLauncher(Launcher):
-    """Runs jobs by a launcher of Hydra's and keeps their outcomes.
-
-    A job that failed does not end a plain sweep. A sweeper that optimises gets it as a failure, and decides.
-    """
+    """Runs jobs by a launcher of Hydra's and keeps outcomes; only an optimising sweeper hears of failed ones."""
 
     def __init__(self, inner: Launcher, sweep: Sweep) -> None:
         """Start without launched jobs."""
@@ -196,10 +193,7 @@ def sweep_code(sweep: Sweep) -> int:
 
 
 class HydraJobs(NamedTuple):
-    """Jobs that Hydra composes and starts: those of a sweep, or what one of Hydra's own flags asks for.
-
-    `launch` runs one job and reports its errors: (verb, args, finish, debug, messages, in_sweep) -> `Finished`.
-    """
+    """Jobs that Hydra composes, of a sweep or of one of its flags; `launch` runs one and reports its errors."""
 
     source: Source
     args: ParsedArgs

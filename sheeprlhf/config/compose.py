@@ -85,10 +85,7 @@ class Job(NamedTuple):
 
 
 def check(source: Source, overrides: list[str], *, multirun: bool = False, complete: bool = True) -> list[str]:
-    """Every problem of a command line, of every job if it is a sweep.
-
-    With `complete=False`, to show a configuration, values may be missing and combinations impossible.
-    """
+    """Every problem of a command line, of every job of a sweep; not of missing values unless `complete`."""
     return compose_jobs(source, overrides, multirun=multirun, complete=complete)[1]
 
 

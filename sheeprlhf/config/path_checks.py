@@ -99,11 +99,7 @@ def model_folder(name: str) -> Path | None:
 
 
 def model_problem(repo_name: str | None, *, weights: bool, tokenizer: bool = True) -> str | None:
-    """The reason that `model.repo_name` cannot be loaded, from local files only; the hub is not contacted.
-
-    A folder needs weights, unless they are random or of a run (`weights=False`), and a tokenizer, unless only the size
-    of the model is wanted (`tokenizer=False`).
-    """
+    """The reason that files of `model.repo_name`, with `weights` and `tokenizer`, cannot be loaded, without the hub."""
     name = "null" if repo_name is None else repo_name
     given = f"model.repo_name={name}"
     folder = model_folder(name)

@@ -22,14 +22,7 @@ LIGHTNING_OPTIONS = ("accelerator", "strategy", "devices", "num_nodes", "precisi
 
 
 def with_launched_processes(config: RootConfig, *, alone: bool = False) -> RootConfig:
-    """The configuration with the numbers of devices and machines of the launcher, or of its own, one by default.
-
-    With `alone`, the job starts its own processes even if a launcher has started only this one.
-
-    Raises:
-        LauncherError: the launcher has started other numbers than were given.
-        ConfigError: the variables of the environment are not enough, or contradict each other.
-    """
+    """The configuration with the launcher's numbers, or its own (`alone`, if it is one). Raises ConfigError."""
     if not isinstance(config, TrainConfig | EvalConfig) or is_plan(config):
         return config
     found, fabric = launched(), config.fabric

@@ -380,13 +380,7 @@ def read_run_config(experiment_dir: str, *, key: str = "experiment_dir") -> dict
 
 
 def saved_group(experiment_dir: str, group: str, *, key: str = "experiment_dir") -> Config:
-    """The run's `model`, `data` or `task`, typed.
-
-    Code that came with a model is trusted for one command, never by a file: `trust_remote_code` is not carried over.
-
-    Raises:
-        ConfigError: the file or the group in it cannot be used.
-    """
+    """The run's `model`, `data` or `task`, typed, without `trust_remote_code`. Raises ConfigError for a bad file."""
     saved = read_run_config(experiment_dir, key=key).get(group)
     if not isinstance(saved, dict):
         raise ConfigError(f"{Path(experiment_dir) / 'config.yaml'} has no {group}: give {group}=<choice>")

@@ -54,11 +54,7 @@ class Peer(NamedTuple):
 
 
 class RollCall:
-    """One rank's answers to the others, and its questions.
-
-    Attributes:
-        peers: every rank, in order, after `begin`.
-    """
+    """One rank's answers to the others, and its questions; `peers` has every rank, in order, after `begin`."""
 
     def __init__(self, rank: int, *, local: bool) -> None:
         """Listen at a free port; with `local`, only to processes of this machine."""
@@ -260,12 +256,7 @@ def _is_of_collective(error: BaseException | None) -> bool:
 
 
 def join_ranks(strategy: Any, timeout: float) -> tuple[RollCall, Store]:
-    """All ranks: wait at most `timeout` seconds until each is there, and exchange addresses.
-
-    Raises:
-        MissingRanksError: some did not come.
-        ConfigError: SLURM gave this job several tasks and started one; or rank zero's port is taken.
-    """
+    """All ranks: wait until each is there, exchange addresses. Raises MissingRanksError and ConfigError."""
     environment, rank, world_size = strategy.cluster_environment, strategy.global_rank, strategy.world_size
     host, port = environment.main_address, environment.main_port
     children: list[subprocess.Popen[bytes]] = getattr(strategy._launcher, "procs", [])

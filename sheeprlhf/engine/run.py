@@ -273,11 +273,7 @@ class Progress:
 
 
 class SignalFlags:
-    """Signals that this process received since the run began.
-
-    Args:
-        exits: a second Ctrl-C ends the process; else, in a notebook for example, it raises KeyboardInterrupt.
-    """
+    """Signals since the run began; a second Ctrl-C ends the process if it `exits`, else raises KeyboardInterrupt."""
 
     def __init__(self, *, exits: bool = True) -> None:
         self._pending: set[int] = set()

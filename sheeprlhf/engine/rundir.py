@@ -59,13 +59,7 @@ class RunPlace(NamedTuple):
 
 
 def choose_run_dir(cfg: TrainConfig, config_hash: str, *, given: str | None = None) -> RunPlace:
-    """Rank zero only, before the launch: find the run to continue with, or make a new directory.
-
-    The hash tells runs of different configurations apart; `given` is the directory of `hydra.run.dir=...`, if any.
-
-    Raises:
-        ConfigError: the directory cannot be used, or is of another configuration.
-    """
+    """Rank zero only, before the launch: find the run to continue with, or make its directory. Raises ConfigError."""
     existing = _existing_run(cfg, config_hash, given)
     if existing is not None:
         return existing
@@ -372,10 +366,7 @@ def _lock_for_good(descriptor: int, path: Path) -> None:
 
 
 class RunLock:
-    """Rank zero only: hold the run directory for this process while the `with` block runs.
-
-    The kernel frees the lock however the process dies, so no stale lock exists.
-    """
+    """Rank zero only: hold the run directory while the `with` block runs; the kernel frees it, however it ends."""
 
     def __init__(self, run_dir: Path) -> None:
         """Prepare the lock without taking it."""

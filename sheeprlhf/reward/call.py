@@ -127,34 +127,17 @@ def signature_of(name: str, function: Callable[..., Any]) -> Signature:
 
 
 class RewardFunction:
-    """A reward function and its name.
-
-    Args:
-        name: its name in the configuration.
-        function: called with the arguments that its signature names: `prompts`, `responses` or `completions`, and
-            columns; an awaitable that it returns is awaited.
-        folder: importable during each call.
-        guarded: turn its exceptions into `RewardError`; not for a model, whose errors have advice of their own.
-        num_workers: calls at once, each with one response: tasks for an async function, else processes, which import
-            the function by its name; 0: one call with all responses.
-        timeout: seconds of an asynchronous call, or of a call in a process; None: no limit.
-
-    Attributes:
-        signature: its parameters.
-
-    Raises:
-        ConfigError: its signature is not that of a reward function.
-    """
+    """A reward function, called with the arguments of its signature. Raises ConfigError for another signature."""
 
     def __init__(
         self,
-        name: str,
-        function: Callable[..., Any],
+        name: str,  # in the configuration
+        function: Callable[..., Any],  # takes `prompts`, `responses` or `completions`, and columns
         *,
-        folder: str | None = None,
-        guarded: bool = True,
-        num_workers: int = 0,
-        timeout: float | None = None,
+        folder: str | None = None,  # importable during each call
+        guarded: bool = True,  # turn exceptions into `RewardError`; a model's errors have advice already
+        num_workers: int = 0,  # calls at once, with one response each: tasks (async) or processes; 0: one call with all
+        timeout: float | None = None,  # seconds of an asynchronous call, or of a call in a process; None: no limit
     ) -> None:
         self.name, self.function = name, function
         self._guarded, self._num_workers = guarded, num_workers
@@ -177,11 +160,7 @@ class RewardFunction:
         return f"reward {self.name} needs a column {missing!r} of {rows}; there is {available}{fix}"
 
     def __call__(self, texts: Texts) -> list[float]:
-        """Return one finite score for each response.
-
-        Raises:
-            RewardError: a column is missing; the function raises, or returns anything else. Names prompt and response.
-        """
+        """Return one finite score for each response. Raises RewardError, which shows prompt and response."""
         missing = self.missing_column(texts.columns)
         if missing is not None:
             raise RewardError(missing)

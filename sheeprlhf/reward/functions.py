@@ -53,16 +53,7 @@ def repeated_share(text: str) -> float:
 
 
 def length(prompts: list[str], responses: list[str], *, target_length: int, length_unit: str = "words") -> list[float]:
-    """The smaller of a response's length and the target divided by the larger: 1.0 at the target, 0.0 for no text.
-
-    Half the target and twice the target both score 0.5; however long a response is, shortening it scores more.
-
-    Args:
-        prompts: not looked at.
-        responses: texts.
-        target_length: the length that scores 1.0.
-        length_unit: what is counted: "words" (whatever spaces separate) or "characters".
-    """
+    """The smaller of a response's length and the target divided by the larger: 1.0 at the target, 0.0 for no text."""
     lengths = [len(text.split()) if length_unit == "words" else len(text) for text in responses]
     return [min(found, target_length) / max(found, target_length) for found in lengths]
 

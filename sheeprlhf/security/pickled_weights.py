@@ -48,13 +48,7 @@ _GLOBAL = re.compile(r"GLOBAL ([\w.]{1,100})")
 
 
 def converted_folder(folder: Path, name: str, say: Notify, cache_dir: str | None = None) -> Path:
-    """The folder in our cache with the same model as safetensors; made if it is missing, by one process at a time.
-
-    It is known by place, size and time of the pickled files, so that it is found again without the hub.
-
-    Raises:
-        ModelError: a file cannot be read as weights, asks for code, or the disk is full.
-    """
+    """The folder in our cache with the model as safetensors, made if missing. Raises ModelError."""
 
     def fill(files: list[Path], target: Path) -> None:
         for pattern in SMALL_FILES:

@@ -105,15 +105,7 @@ class Failure(NamedTuple):
 
 
 class FunctionCaller:
-    """Calls a function of the user, and awaits the result of one that is asynchronous.
-
-    Args:
-        name: its dotted path, by which processes import it.
-        function: the function.
-        folder: importable meanwhile.
-        num_workers: calls at once in `call_each`: tasks for an async function, else processes.
-        timeout: seconds of an asynchronous call, or of a call in a process; None: no limit.
-    """
+    """Calls a function of the user by its dotted path, in tasks or processes, for at most `timeout` seconds."""
 
     def __init__(
         self, name: str, function: Callable[..., Any], folder: str | None, num_workers: int, timeout: float | None

@@ -82,14 +82,7 @@ def report_data(fabric: Fabric, run: Run, data: PreparedData) -> None:
 def record_validation(
     run: Run, state: TrainState, result: dict[str, float], metric: str = "loss", *, highest: bool = False
 ) -> None:
-    """Log a validation, and remember the step if it is the best so far: lowest `metric`, or highest if asked.
-
-    `task.early_stopping_metric` replaces the metric. What is not finite is never the best: nothing would be better
-    afterwards. Neither is step 0, of which there is no checkpoint.
-
-    Raises:
-        ConfigError: this validation does not measure `task.early_stopping_metric`.
-    """
+    """Log a validation; remember the step if its metric (task.early_stopping_metric, if any) is the best so far."""
     task = run.cfg.task
     run.log({f"val/{name}": value for name, value in result.items()}, state.step)
     run.say(f"step {state.step}  " + "  ".join(f"val/{name} {value:.4f}" for name, value in result.items()))

@@ -20,13 +20,7 @@ SHARDED = ("weights", "gradients", "optimizer", "others")  # parts of the plan t
 def step_plan(
     config: TrainConfig, *, device: str, size_of: Callable[..., ModelSize] = measure, holes: bool = True
 ) -> MemoryPlan:
-    """Memory that one process needs for a step on a device, "cpu" or "cuda".
-
-    `size_of` is `measure`, or remembers its results; `holes` counts those that the allocator leaves.
-
-    Raises:
-        ModelError: the model cannot be measured.
-    """
+    """Memory of a process for a step on "cpu" or "cuda", with the allocator's `holes`. Raises ModelError."""
     model = dataclasses.replace(config.model, gradient_checkpointing=False)  # one measurement does for both
     size = size_of(model, config.fabric.precision, config.task.trains == "reward model")
     rows, row = rows_of_forward(config, size)

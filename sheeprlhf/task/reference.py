@@ -45,13 +45,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def reference_key(policy: Policy, cfg: TrainConfig, *, packed: bool) -> str:
-    """A text that differs for references with other log-probabilities; called before adapters are added.
-
-    Args:
-        policy: the weights that training starts from, without `model.adapter` if it trains further.
-        cfg: the run's configuration.
-        packed: batches are packed.
-    """
+    """A text that differs for references with other log-probabilities; called before adapters are added."""
     settings = policy.causal_lm().config.to_dict()
     settings = {key: value for key, value in settings.items() if key not in ("_name_or_path", "transformers_version")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -150,10 +144,7 @@ def batches_with_reference(
     packed: bool,
     tail_weight: float = 1.0,
 ) -> Batches:
-    """All ranks: batches of a split's responses, with the log-probabilities of the reference; zeros without a key.
-
-    Other arguments as of `reference_logprobs`.
-    """
+    """All ranks: batches with the reference's log-probabilities (zeros without a key); see `reference_logprobs`."""
     cut = partial(Batches, fabric, task, packed=packed, targets="response")
     sums = None if key is None else reference_logprobs(fabric, module, cut(), data, split, key, read, tail_weight)
     return cut(num_items=lambda batch: len(batch.row_ids), beside=partial(reference_logprobs_of, sums))

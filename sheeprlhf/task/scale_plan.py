@@ -106,14 +106,7 @@ class DryStep(NamedTuple):
 
 
 def dry_step(config: DoctorConfig) -> DryStep:
-    """Shard the model over all ranks and run a step, as rank zero, on tensors without content.
-
-    The process group is torch's own for tests: it has any number of ranks, and its collectives do nothing.
-
-    Raises:
-        ImportError: this torch has no such group.
-        RuntimeError, TypeError, ValueError, AttributeError: the model's code reads the tensors' content.
-    """
+    """Run a sharded step as rank zero of torch's group for tests, without tensor content. Raises ImportError."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # private
 
     start, ranks = time.process_time(), ranks_of(config.fabric)

@@ -219,10 +219,7 @@ def handled(signums: Iterable[int], handler: Callable[..., None] | signal.Handle
 
 @contextmanager
 def watched_signals(watch: Callable[[int], None]) -> Iterator[None]:
-    """Call `watch` in a thread with the number of each handled signal.
-
-    The main thread may be in a kernel or a collective, where no handler runs. Nothing changes in other threads.
-    """
+    """Call `watch` in a thread with each handled signal, also where no handler runs: in kernels, collectives."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -301,11 +298,7 @@ def outlives_reader(stream: TextIO) -> bool:
 
 
 def lasting(stream: TextIO, *, needs_reader: bool = False) -> TextIO:
-    """The stream of the same file, on which writing continues when the terminal or the reader is gone or the disk full.
-
-    With `needs_reader`, a pipe whose reader has ended still raises BrokenPipeError. Streams of another kind, as in
-    notebooks and tests, are returned as they are.
-    """
+    """The stream of the same file, which survives its terminal, its disk and, unless `needs_reader`, its reader."""
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.flush()

@@ -49,10 +49,7 @@ class Guard:
     """An ASGI layer: a list of paths, this machine's own names, no other site's pages, headers that keep a page in.
 
     No uploads, no files, no proxy, no documentation of an API; and no request of the page goes to another machine.
-
-    Args:
-        app: what answers.
-        hosts: names that the page may be reached by; any, if there are none.
+    `hosts` are the names that the page may be reached by; any, if there are none.
     """
 
     def __init__(self, app: Application, hosts: tuple[str, ...] = ()) -> None:
