@@ -396,7 +396,7 @@ def run(config: DoctorConfig, args: ParsedArgs) -> int:
 
 
 def _command(verb: str, config: DoctorConfig, args: ParsedArgs) -> str:
-    """A command with the same configuration, without the options of `doctor` alone for another one."""
+    """A command with the same configuration, without the options of only `doctor` for another one."""
     named = any(word.startswith(("task=", "experiment=")) for word in args.overrides)
     task = [] if named else [f"task={config.task.config_name}"]
     own = () if verb == "doctor" else ("cluster.", "dry_step=")

@@ -59,7 +59,7 @@ class Piece(NamedTuple):
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Text that each token adds to those before it; of a character of several tokens, the last one adds it."""
     texts: list[str] = []
-    context = done = 0  # tokens before `done` are told; those from `context` on are enough to decode the next
+    context = done = 0  # tokens before `done` are in the texts; those from `context` on are enough to decode the next
     for end in range(1, len(ids) + 1):
         before = _decode(tokenizer, ids[context:done])
         whole = _decode(tokenizer, ids[context:end])

@@ -67,7 +67,7 @@ class PastRun(NamedTuple):
     state: str
     step: int | None  # optimizer steps done, None if unknown
     best: float | None  # the best validation result, None if there is none
-    # the newest result of each metric, such as "perplexity 38.06", or what a validation told of pairs
+    # the newest result of each metric, such as "perplexity 38.06", or the figures of a validation on pairs
     results: list[str]
     problems: list[str]  # one sentence for each of its files that is damaged
 

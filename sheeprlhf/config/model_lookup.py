@@ -89,7 +89,7 @@ def needs_base_model(config: EvalConfig) -> bool:
     run_dir, weights = Path(config.experiment_dir), config.task.model_name
     try:
         saved = read_run_config(config.experiment_dir)
-    except ConfigError:  # told by `validate`
+    except ConfigError:  # reported by `validate`
         return True
     model = saved.get("model")
     if not isinstance(model, dict) or not is_same_model(model.get("repo_name"), config.model.repo_name):

@@ -190,7 +190,7 @@ def _choice_problem(verb: str, override: Override, available: dict[str, list[str
 def recipe_owner(recipe: str) -> str | None:
     """The command of a recipe: `pipeline` if it has stages, else `train`; None if unknown. Call it inside Hydra."""
     loader: Any = GlobalHydra.instance().config_loader()
-    with contextlib.suppress(HydraException, OmegaConfBaseException, YAMLError, ValueError):  # told when it is chosen
+    with contextlib.suppress(HydraException, OmegaConfBaseException, YAMLError, ValueError):  # reported later
         found = loader.repository.load_config(f"experiment/{recipe}")
         if found is not None:
             return "pipeline" if "stages" in found.config else "train"

@@ -248,7 +248,7 @@ def _resumable(config: TrainConfig, given_dir: str | None) -> list[FoundRun]:
 
 
 def _newest(config: Needy, task: str, repo_name: str | None) -> Path | None:
-    """The newest finished run of a task on a model; a dry run is one for dry runs alone."""
+    """The newest finished run of a task on a model; a dry run only for dry runs."""
     for run in _runs(config.root_dir, finished=True):
         if run.info.get("task") == task and _has_model(run, repo_name, dry_run=config.dry_run):
             return run.dir
@@ -285,7 +285,7 @@ def is_same_model(first: Any, second: Any) -> bool:
 def start_problems(config: Needy) -> Iterator[str]:
     """Problems of the runs that a task starts from or is scored by."""
     if config.model is None or config.data is None:
-        return  # told already
+        return  # reported already
     links = links_of(config)
     missing = {key: value for key, value in links.items() if is_run_alias(value)}
     if missing and not _begins_without(config):

@@ -2,7 +2,7 @@
 
 Your own files have `prompt` + `response`, `prompt` + `chosen` + `rejected`, `prompt` + `responses`, or `messages`. A
 `label` next to a response says whether it is desirable; tasks of unpaired data need it. Tasks that sample their
-responses take rows with a prompt alone too.
+responses take rows with only a prompt too.
 """
 
 from collections.abc import Mapping

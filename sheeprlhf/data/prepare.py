@@ -320,7 +320,7 @@ def _write_splits(
     progress: bool,
     kept: KeptColumns,
 ) -> _Written:
-    """Read and tokenise all rows, of a training file `part` alone, and write each to the file of its split."""
+    """Read and tokenise all rows, of a training file only `part`, and write each to the file of its split."""
     written = _Written({}, RowLayout(cfg, tokenize.kind, kept=kept), array("d"), {})
     writers: dict[str, SplitWriter] = {}
     for origin in files:
@@ -378,7 +378,7 @@ def _count(
 
 
 def choose_split(shares: tuple[float, float], cfg: DataConfig, native: set[str]) -> str:
-    """The split of a training row, by numbers that depend on its prompt alone: equal prompts stay together.
+    """The split of a training row, by numbers that depend on its prompt only: equal prompts stay together.
 
     Of a prompt that has most of the rows, the numbers depend on the whole row (see `FrequentPrompts`).
 

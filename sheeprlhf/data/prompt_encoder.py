@@ -48,7 +48,7 @@ class Form(NamedTuple):
     meaning: str  # for people
     data: type[DataConfig]  # the dataset whose format it takes
     prompt: Callable[[Sequence[Turn]], dict[str, Any]]  # the columns of the row
-    turns: bool = False  # whether it can hold more than one message; else the last alone is taken
+    turns: bool = False  # whether it can hold more than one message; else only the last is taken
     stop: tuple[str, ...] = ()  # strings with which the model begins somebody else's turn
     example: str = ""  # a prompt to try
 

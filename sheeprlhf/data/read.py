@@ -454,7 +454,7 @@ def _line(error: Exception) -> str:
 
 BATCH_ROWS = 1000
 BATCH_CHARS = 2 * 2**20  # tokenising takes about 200 bytes of memory for each
-READERS: dict[str, Callable[..., PlacedRows]] = {  # all but parquet's, which is told what to read
+READERS: dict[str, Callable[..., PlacedRows]] = {  # all but parquet's, which takes the columns to read
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_json,

@@ -97,7 +97,7 @@ def locate(cfg: DataConfig) -> Files:
 
 
 def shards_of(cfg: LayoutDataConfig, files: Files) -> list[Shard]:
-    """The shards of the training rows in their order, by the names and sizes of the files alone."""
+    """The shards of the training rows in their order, by the names and sizes of the files only."""
     shards = []
     for file in files["train"]:
         kind, compression = file_kind(file) or ("", "")

@@ -200,7 +200,7 @@ class TokenRow(NamedTuple):
     """One source row after tokenisation."""
 
     number: int  # the row's number in its split's source
-    # two numbers in [0, 1) made from the prompt alone, before a chat template; they decide the row's split (see
+    # two numbers in [0, 1) made from the prompt only, before a chat template; they decide the row's split (see
     # `RowTokenizer`)
     shares: tuple[float, float]
     # why the row is left out, None if it is kept; the fields below are empty then, except for `detail`

@@ -115,7 +115,7 @@ def _checked(name: str, entry: Any) -> tuple[TensorFacts, tuple[int, int]]:
 def merge_advice(folder: Path) -> str:
     """Return the command that merges a folder of adapters into its base model, and the folder it writes."""
     config: dict[str, Any] = {}
-    with suppress(RecordError):  # told when the folder is loaded
+    with suppress(RecordError):  # reported when the folder is loaded
         config = load_json(folder / ADAPTER_CONFIG, ADAPTER_SCHEMA)
     scores = config.get("task_type") == "SEQ_CLS"
     script = (

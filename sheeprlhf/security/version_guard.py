@@ -1,4 +1,4 @@
-"""Versions of libraries that must not run: known to be malicious, or to run code from files. Told before they load."""
+"""Versions of libraries that must not run, as malware or as a way to run code from files; reported before they load."""
 
 import importlib.metadata
 import re

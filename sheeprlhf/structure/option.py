@@ -29,7 +29,7 @@ def option(
 class Config:
     """Parent of every configuration dataclass: attributes can be set until `lock` is called, then never.
 
-    Hydra cannot merge into dataclasses that are `frozen=True`, hence this. The dataclasses below are
+    Hydra cannot merge into dataclasses that are `frozen=True`. The dataclasses below are
     `unsafe_hash=True` so that an instance can be another dataclass's default value on Python 3.11.
     """
 

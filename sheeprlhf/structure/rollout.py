@@ -98,7 +98,7 @@ class PPOConfig(RatioTaskConfig):
     vf_coeff: float = option(0.1, "Weight of the critic's loss.", minimum=0.0)
     actor_learning_rate: Optional[float] = option(None, "Peak of the policy's; null takes optim.lr.", minimum=0.0)
     critic_learning_rate: Optional[float] = option(None, "Peak of the critic's; null takes the policy's.", minimum=0.0)
-    critic_warmup_steps: int = option(0, "The critic alone learns meanwhile.", unit="optimizer steps", minimum=0)
+    critic_warmup_steps: int = option(0, "Only the critic learns meanwhile.", unit="optimizer steps", minimum=0)
     init_critic_with_reward: bool = option(
         True, "Make the critic of the reward model, where the reward is one; else of the policy, with a new head."
     )
@@ -276,7 +276,7 @@ class VLLMRolloutConfig(RolloutSourceConfig):
     urls: list[str] = option(help="Servers, such as http://127.0.0.1:8000, that share the prompts.", factory=list)
     sync: Optional[str] = option(
         None,
-        "The servers read all weights, or the adapter alone, from rollout.sync_dir; null: the adapter if only it "
+        "The servers read all weights, or only the adapter, from rollout.sync_dir; null: the adapter if only it "
         "trains.",
         choices=("folder", "adapter"),
     )

@@ -139,7 +139,7 @@ class SFTConfig(PolicyConfig, TrainTaskConfig):
     val_metrics: ClassVar[tuple[str, ...]] = ("loss", "nll", "perplexity")
 
     config_name: str = "sft"
-    completion_only_loss: bool = option(True, "Train on the response alone; false trains on the prompt too.")
+    completion_only_loss: bool = option(True, "Train on the response only; false trains on the prompt too.")
     label_smoothing: float = option(0.0, "Share of the target spread over the vocabulary.", minimum=0.0, maximum=0.99)
 
 

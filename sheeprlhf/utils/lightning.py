@@ -41,7 +41,7 @@ def _fabric_alone() -> Iterator[None]:
     sys.modules["lightning"] = parent
     absent = "torchmetrics" not in sys.modules
     if absent:
-        sys.modules["torchmetrics"] = cast(ModuleType, None)  # how Python is told that an import shall fail
+        sys.modules["torchmetrics"] = cast(ModuleType, None)  # Python fails an import of such a module
     try:
         yield
     finally:

@@ -39,7 +39,7 @@ FLAGS = (
     WEIGHTS,
     TEMPLATE,
     TEMPLATE_ARGS,
-    Flag("system", "What the model is told before the conversation; needs a chat template.", value="text"),
+    Flag("system", "Text for the model before the conversation; needs a chat template.", value="text"),
     *SAMPLING,
 )
 _COMMANDS = "/reset forgets the conversation, /help shows this, /quit or Ctrl-D ends; Ctrl-C stops an answer."
@@ -123,7 +123,7 @@ def _print_help() -> None:
         "on dialogues, remembers the conversation; any other one continues with each prompt as it was trained to.",
         FLAGS,
         _COMMANDS,
-        "From a pipe, all of the input is one prompt, and the answer alone is printed: `echo ... | chat <run>`.",
+        "From a pipe, all of the input is one prompt, and only the answer is printed: `echo ... | chat <run>`.",
     )
 
 

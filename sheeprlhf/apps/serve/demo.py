@@ -1,4 +1,4 @@
-"""`demo`: runs side by side in the browser, on this machine alone unless a password protects the page."""
+"""`demo`: runs side by side in the browser, only on this machine unless a password protects the page."""
 
 import asyncio
 import getpass

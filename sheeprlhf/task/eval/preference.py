@@ -105,7 +105,7 @@ def _implicit_rewards(job: Evaluation, split: TokenizedSplit) -> tuple[np.ndarra
     beta = task.beta or (float(of_run) if isinstance(of_run, int | float) and of_run > 0 else _BETA)
     rewards_S = sums_of(*job.load_policy(longest), "evaluating")
     if start is None:
-        job.say("no run has trained this model, so it has no reference: its log-probabilities alone are compared")
+        job.say("no run has trained this model, so it has no reference: only its log-probabilities are compared")
     else:
         job.say(f"reference: {start.name}")
         rewards_S = rewards_S - sums_of(*job.load_start(start, longest), "reference")
