@@ -131,9 +131,7 @@ def _guarded(action: Callable[[], int], debug: bool, messages: list[str] | None 
         if other_rank and not isinstance(error, MissingRanksError):
             time.sleep(_SECONDS_FOR_RANK_ZERO)
             begun = "torch" in sys.modules or OWN_LAUNCHER in os.environ
-            of_all = (
-                isinstance(error, ConfigError) and not begun and local_rank() > 0
-            )  # the first of this machine tells
+            of_all = isinstance(error, ConfigError) and not begun and local_rank() > 0  # the first of a machine tells
             if of_all or isinstance(error, LauncherError):
                 return error.exit_code if isinstance(error, SheepError) else 1
         if debug:

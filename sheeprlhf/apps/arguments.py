@@ -38,9 +38,7 @@ PLAIN_VERBS = ("list", "show", "report", "chat", "demo", "export")  # they take 
 _INFO = ("config", "defaults", "defaults-tree", "plugins", "searchpath", "all")
 FLAGS = (
     HydraFlag("--help", "-h", "", "This text; `train task=sft model=opt --help` has the options of these choices."),
-    HydraFlag(
-        "--cfg", "-c", "job|hydra|all", "Print the composed configuration and do nothing else.", ("job", "hydra", "all")
-    ),
+    HydraFlag("--cfg", "-c", "job|hydra|all", "Print the composed configuration only.", ("job", "hydra", "all")),
     HydraFlag("--resolve", "", "", "With --cfg: resolve interpolations."),
     HydraFlag("--package", "-p", "key", "With --cfg: print this part only."),
     HydraFlag("--multirun", "-m", "", "A sweep: several values, as in seed=1,2,3, make one run each."),
@@ -58,9 +56,7 @@ _REJECTED_FLAGS = {
     "--experimental-rerun": "it would unpickle a file; repeat the command, or give resume_from=<run>",
 }
 CREDENTIAL = "credentials do not belong on the command line; remove it and set HF_TOKEN or run `hf auth login`"
-_SHELLS = tuple(
-    f"{action}={shell}" for action in ("install", "uninstall", "query") for shell in ("bash", "fish", "zsh")
-)
+_SHELLS = tuple(f"{verb}={shell}" for verb in ("install", "uninstall", "query") for shell in ("bash", "fish", "zsh"))
 
 
 class ParsedArgs(NamedTuple):

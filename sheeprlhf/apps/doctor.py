@@ -347,9 +347,7 @@ def _dry_step(config: DoctorConfig, size: "ModelSize") -> Finding:
     try:
         seen = dry_step(config)
     except ImportError as error:
-        return Finding(
-            "warning", "sharding", f"the plan is not checked: this torch has no fake process group ({error})"
-        )
+        return Finding("warning", "sharding", f"the plan is not checked: torch has no fake process group ({error})")
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         return Finding("warning", "sharding", f"the plan is not checked: {str(error).splitlines()[0]}")
     ranks, planned = ranks_of(config.fabric), traffic(config, size, passes=1).total()

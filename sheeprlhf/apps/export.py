@@ -84,9 +84,8 @@ def run(arguments: list[str]) -> int:
         problems.append(f"--push {clean(name)} cannot be a repository of the hub: give owner/name")
     if problems:
         raise ConfigError(*problems)
-    trained = find_trained(
-        given.words[0], weights_of(given.values), wanted=None, chat_template=given.values[TEMPLATE.name]
-    )
+    weights, template = weights_of(given.values), given.values[TEMPLATE.name]
+    trained = find_trained(given.words[0], weights, wanted=None, chat_template=template)
     if name is not None:
         _check_hub(name, private)
     check_versions()

@@ -81,9 +81,7 @@ def fetch_from_hub(model: ModelConfig) -> Path:
         names = HfApi().list_repo_files(name, revision=revision)
         kind = _SAFETENSORS if any(file in names for file in (WEIGHTS, INDEX)) else _PICKLES
         if not any(file in names for file in WEIGHTS_FILES):
-            raise ModelError(
-                f"model.repo_name={name} has no weights that are read ({WEIGHTS}, {PICKLED}): choose another"
-            )
+            raise ModelError(f"model.repo_name={name} has no weights that are read ({WEIGHTS}, {PICKLED})")
         wanted = _FILES + kind
         nested = [f"*/{pattern}" for pattern in wanted]  # copies for other programs
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=nested))

@@ -178,9 +178,7 @@ class Viewer:
             texts = token_texts(self._tokenizer, ids)
             shown = without_secrets(texts)
             if shown != texts:
-                warnings.append(
-                    f"stars in the {name} hide what looks like a key or a password; training sees it as it is"
-                )
+                warnings.append(f"stars in the {name} hide what looks like a key or a password; training sees it")
             special = [number in self._special for number in ids]
             parts[name] = [Token(*fields) for fields in zip(shown, marks, special, strict=True)]
         sizes = " + ".join(f"{name} {len(tokens)}" for name, tokens in parts.items())

@@ -58,9 +58,7 @@ def _print_help() -> None:
     for name, meaning in SECTIONS.items():
         screen.print(entry(name, meaning, width=12))
     screen.print()
-    screen.print(
-        paragraph(f"Runs are looked for in {TrainConfig.root_dir}: `list runs` for all, `list runs <folder>`.")
-    )
+    screen.print(paragraph(f"Runs are found in {TrainConfig.root_dir}: `list runs` for all, `list runs <folder>`."))
 
 
 def _parse_words(words: list[str]) -> tuple[list[str], Path]:

@@ -150,9 +150,8 @@ def _names(folder: Path, info: dict[str, Any]) -> tuple[str, str, str]:
                 found = {key: value.get("config_name") for key, value in saved.items() if isinstance(value, dict)}
         except (ConfigError, OSError):
             found = {}  # damaged or untrusted: shown as unknown
-    data, model, task = (
-        clean(found[key], _NAME_COLUMNS) if isinstance(found.get(key), str) else _UNKNOWN for key in _GROUPS
-    )
+    names = (found.get(key) for key in _GROUPS)
+    data, model, task = (clean(name, _NAME_COLUMNS) if isinstance(name, str) else _UNKNOWN for name in names)
     return data, model, task
 
 

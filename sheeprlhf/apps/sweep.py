@@ -175,9 +175,7 @@ def check_sweep_dir(overrides: list[str]) -> None:
 def sweep_code(sweep: Sweep) -> int:
     """The exit code of a sweep; prints the results of its jobs if they were asked for, and lists those that failed."""
     failed = {number: found for number, found in sorted(sweep.outcomes.items()) if found[1].code}
-    done = [
-        (of_job, f"job {number} ({words})") for number, (words, of_job) in sweep.outcomes.items() if not of_job.code
-    ]
+    done = [(of_job, f"job {n} ({words})") for n, (words, of_job) in sweep.outcomes.items() if not of_job.code]
     if sweep.optimises and done:
         for of_job, name in done:
             print(f"{name}: {float(of_job):.6g}")

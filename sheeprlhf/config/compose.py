@@ -195,9 +195,8 @@ def _hydra(source: Source) -> Iterator[None]:
     check_sources()
     path = create_config_search_path(str(configs_directory()))
     if source.extra is not None:
-        path.prepend(
-            "command-line", f"file://{Path(source.extra).absolute()}", anchor=SearchPathQuery(provider="schema")
-        )
+        folder = f"file://{Path(source.extra).absolute()}"
+        path.prepend("command-line", folder, anchor=SearchPathQuery(provider="schema"))
     version.setbase("1.3")
     GlobalHydra.instance().clear()
     Hydra.create_main_hydra2(task_name="sheeprlhf", config_search_path=path)

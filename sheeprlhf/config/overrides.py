@@ -86,9 +86,8 @@ def quote_list_items(word: str) -> str:
     items, texts = _split_items(value[1:-1]), _is_list_of_texts(key)
     if items is None or (not texts and _parsed(word) is not None):
         return word
-    quoted = [
-        item if _reads_as(item, str if texts else object) else hydra_value(item.replace("\\,", ",")) for item in items
-    ]
+    kind = str if texts else object
+    quoted = [item if _reads_as(item, kind) else hydra_value(item.replace("\\,", ",")) for item in items]
     result = f"{key}=[{','.join(quoted)}]"
     return word if _parsed(result) is None else result
 

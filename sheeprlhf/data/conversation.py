@@ -580,9 +580,7 @@ def _context(
         unused.append("rejected_response")
     if ("chosen" in answers) != ("rejected" in answers):
         raise MissingColumnError("chosen and rejected go together, and one of the two is missing or null")
-    lists = {
-        name: read_messages(value, name, role="assistant") for name, value in answers.items() if name != "responses"
-    }
+    lists = {name: read_messages(of, name, role="assistant") for name, of in answers.items() if name != "responses"}
     compared = [lists[name] for name in ("chosen", "rejected") if name in lists]
     if (ranked := answers.get("responses")) is not None:
         if not isinstance(ranked, list | tuple) or len(ranked) < 2:

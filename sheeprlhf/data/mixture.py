@@ -83,9 +83,8 @@ def write_mixture(parts: Sequence[Part], folder: Path, *, name: str, kind: str, 
 def _taken_rows(parts: Sequence[Part], split: str) -> list[np.ndarray]:
     """Rows taken of a split of each dataset: whole passes by weight, then rows at equal distances."""
     sizes = [len(part.splits[split]) if split in part.splits else 0 for part in parts]
-    weights = [
-        size if part.weight is None else part.weight * (size > 0) for size, part in zip(sizes, parts, strict=True)
-    ]
+    pairs = zip(sizes, parts, strict=True)
+    weights = [size if part.weight is None else part.weight * (size > 0) for size, part in pairs]
     taken = []
     for size, weight in zip(sizes, weights, strict=True):
         count = max(1, round(sum(sizes) * weight / sum(weights))) if size and split in WEIGHTED else size

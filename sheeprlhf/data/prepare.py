@@ -159,9 +159,8 @@ def prepare_data(
     build: Callable[[Path], None]
     notes: list[str | None] = []
     if isinstance(cfg, MixDataConfig):
-        parts = [
-            prepare_data(part, tokenizer, kind=kind, say=say, progress=progress, kept=kept) for part in datasets_of(cfg)
-        ]
+        how: dict[str, Any] = {"kind": kind, "say": say, "progress": progress, "kept": kept}
+        parts = [prepare_data(part, tokenizer, **how) for part in datasets_of(cfg)]
         weights = [given.get("weight") for given in cfg.mix]
         of_parts = [*weights, *(part.fingerprint for part in parts)]
         print_of_data = hashlib.sha256(json.dumps([FORMAT_VERSION, of_parts]).encode()).hexdigest()
@@ -194,9 +193,8 @@ def prepare_data(
         except OSError as error:
             raise DataError(f"{folder} cannot be made: {error}; free space, or set data.cache_dir") from None
     report = store.read_report(folder)
-    splits = {
-        split: TokenizedSplit(folder / f"{split}.arrow") for split in report["splits"] if rows_kept(report, split)
-    }
+    there = [split for split in report["splits"] if rows_kept(report, split)]
+    splits = {split: TokenizedSplit(folder / f"{split}.arrow") for split in there}
     largest_id = max(tokenizer.get_vocab().values())
     for split, rows in splits.items():
         check_targets(split, rows, cfg)
@@ -219,9 +217,7 @@ def _is_whole(folder: Path, say: Notify) -> bool:
     try:
         discard(folder)
     except FileExistsError as error:
-        raise DataError(
-            f"{folder} is no prepared dataset ({damage}; {error}); remove it or set data.cache_dir"
-        ) from None
+        raise DataError(f"{folder} is no prepared data ({damage}; {error}); remove it or set data.cache_dir") from None
     say(f"prepared data {folder}: {damage}; preparing it again")
     return False
 

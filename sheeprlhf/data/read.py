@@ -136,9 +136,8 @@ def _placed_items(file: Path, items: Iterator[Any], word: str) -> PlacedRows:
 def read_csv(file: Path, *, separator: str = ",") -> PlacedRows:
     """Values separated by commas or another mark, with a header line; every value is text."""
     csv.field_size_limit(MAX_LINE)  # the module's own limit, 128 KiB, is shorter than real prompts
-    reader = csv.reader(
-        (_decode(line, file, number) for number, line in _lines(file)), strict=True, delimiter=separator
-    )
+    decoded = (_decode(line, file, number) for number, line in _lines(file))
+    reader = csv.reader(decoded, strict=True, delimiter=separator)
     header: list[str] = []
     kind = "csv" if separator == "," else "tsv"
     begin = 1  # the first line of a row: one open quote can make it a long one

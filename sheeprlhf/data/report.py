@@ -177,9 +177,7 @@ def why_none_left(report: Report, native: set[str], cfg: DataConfig) -> str:
         "more_than_one_answer": "chosen and rejected may differ in the last message only",
         "special_tokens_in_messages": "take the markers of the chat template out of the messages",
     }
-    went = [
-        f"{count} {reason.replace('_', ' ')}" + _in_brackets(fixes.get(reason)) for reason, count in dropped.items()
-    ]
+    went = [f"{rows} {reason.replace('_', ' ')}" + _in_brackets(fixes.get(reason)) for reason, rows in dropped.items()]
     options = {"validation": "validation_split", "test": "test_split", "reward": "reward_model_split"}
     for name, option in options.items():
         if name in parts and parts[name]["kept"]:
@@ -324,9 +322,7 @@ def notes_on(report: Report) -> list[str]:
 def check_prompts(report: Report, task: str) -> None:
     """Raise DataError if rows are texts without a prompt, which a task cannot answer."""
     if any(part["text_rows"] for part in report["splits"].values()):
-        raise DataError(
-            f"task={task} answers prompts, and rows of this data are texts without one; give rows with prompts"
-        )
+        raise DataError(f"task={task} needs prompts, and rows of this data are texts without one; give other rows")
 
 
 def preparation_notes(

@@ -154,9 +154,8 @@ def column_advice(present: Iterable[str], others: Iterable[str]) -> str:
             if place := MEANING_COLUMNS.get(name) if [name] != sources["prompt"] else None:
                 sources["prompt"].insert(0 if place == "before" else len(sources["prompt"]), name)
     it_has = printable([*has, *others]) or "no column with a value"
-    return (
-        f"it has {it_has}; {f'give {mapping_text(sources)}' if sources else 'add what is missing, or remove the row'}"
-    )
+    advice = f"give {mapping_text(sources)}" if sources else "add what is missing, or remove the row"
+    return f"it has {it_has}; {advice}"
 
 
 def mapping_text(sources: Mapping[str, Iterable[str]]) -> str:

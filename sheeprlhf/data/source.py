@@ -226,9 +226,7 @@ def _subset(folder: Path, subset: str | None) -> tuple[str, dict[str, list[str]]
     except Exception as error:  # of YAML, of the type of a field
         raise DataError(f"{folder / CARD} cannot be read ({str(error)[:200]}); fix it or remove it") from None
     if subsets and name not in subsets:
-        raise DataError(
-            f"data.subset={subset or 'null'} is not a subset of the dataset; give one of {printable(subsets)}"
-        )
+        raise DataError(f"data.subset={subset or 'null'} is not a subset here; give one of {printable(subsets)}")
     for pattern in (inside, *itertools.chain.from_iterable(patterns.values())):
         if PurePath(pattern).is_absolute() or ".." in PurePath(pattern).parts or "::" in pattern or "://" in pattern:
             raise DataError(f"{folder / CARD}: {printable([pattern])} lies outside of the dataset; remove it there")

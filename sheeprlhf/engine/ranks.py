@@ -295,9 +295,7 @@ def _open_store(host: str, port: int, rank: int, limit: float) -> Store:
                 timeout=timedelta(seconds=limit),
             )  # fmt: skip
         except DistError as error:
-            raise ConfigError(
-                f"port {port} of {host} cannot be used ({error}): set MASTER_PORT to a free one"
-            ) from None
+            raise ConfigError(f"port {port} of {host} cannot be used ({error}): set MASTER_PORT to another") from None
     else:
         deadline = time.monotonic() + limit
         while True:

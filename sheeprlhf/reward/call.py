@@ -206,7 +206,7 @@ class RewardFunction:
         values = list(returned)
         if len(values) != count:
             raise RewardError(
-                f"reward {self.name} returned {len(values)} scores for {count} responses: give back one for each"
+                f"reward {self.name} returned {len(values)} scores for {count} responses: give one for each"
             )
         scores: list[float] = []
         for row, value in enumerate(values):

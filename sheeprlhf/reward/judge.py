@@ -165,9 +165,7 @@ def check_server(cfg: JudgeOptionsConfig) -> None:
         status, content = asyncio.run(_list_models(cfg))
     except (TimeoutError, httpx.HTTPError, httpx.InvalidURL) as error:
         reason = f"in {_SECONDS_OF_CHECK:g} s" if isinstance(error, TimeoutError) else describe(error)
-        raise ConfigError(
-            f"reward.url={cfg.url}: no server answers ({reason}): start it, or correct the address"
-        ) from None
+        raise ConfigError(f"reward.url={cfg.url}: no server answers ({reason}): start it, or give another") from None
     if status in (401, 403) or 300 <= status < 400 or status >= 500:
         raise ConfigError(f"reward.url={cfg.url}: the server answered {status}: {_advice(cfg, status)}")
     try:

@@ -85,9 +85,8 @@ def _converted(
     """The folder in our cache that `fill` writes from the pickled files of these names."""
     files = [plain_file(folder, file) for file in names]
     states = [os.stat(file) for file in files]
-    known_by = [
-        (_FORMAT, str(file), state.st_size, state.st_ctime_ns) for file, state in zip(files, states, strict=True)
-    ]
+    pairs = zip(files, states, strict=True)
+    known_by = [(_FORMAT, str(file), state.st_size, state.st_ctime_ns) for file, state in pairs]
     digest = hashlib.sha256(repr(known_by).encode()).hexdigest()[:16]
     short = _FOLDER_NAME.sub("-", name.strip("/").replace("/", "--"))[-80:].lstrip("-.")
     target = cache_root(cache_dir) / "converted" / f"{short}-{digest}"

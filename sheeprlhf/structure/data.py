@@ -36,10 +36,8 @@ class DataConfig(Config):
         choices=("truncate_prompt", "drop", "error"),
     )
     num_samples: Optional[int] = option(None, "Use only the first rows of each split.", unit="rows", minimum=1)
-    validation_split: float = option(
-        0.1, "Share of training rows held out, without such a split.", minimum=0.0, maximum=0.9
-    )
-    test_split: float = option(0.1, "Share of training rows for tests, without such a split.", minimum=0.0, maximum=0.9)
+    validation_split: float = option(0.1, "Share of training rows held out if it has none.", minimum=0.0, maximum=0.9)
+    test_split: float = option(0.1, "Share of training rows for tests if it has none.", minimum=0.0, maximum=0.9)
     reward_model_split: float = option(0.0, "Share of training rows for the reward model.", minimum=0.0, maximum=1.0)
     shuffle: bool = option(True, "Train on the rows of each epoch in random order; false keeps that of the files.")
     split_seed: int = option(0, "Seed of the splits; apart from the run's seed, so that seeds share a test set.")
@@ -68,9 +66,7 @@ class DataConfig(Config):
         "that training starts from, or of the model's training as far as its folder tells.",
     )
     num_proc: int = option(1, "Processes that tokenise.", minimum=1)
-    cache_dir: Optional[str] = option(
-        None, "Folder of tokenised data; null: $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf."
-    )
+    cache_dir: Optional[str] = option(None, "Folder of prepared data; null: $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf.")
 
 
 @dataclass(unsafe_hash=True)
@@ -82,9 +78,7 @@ class DocstringsConfig(DataConfig):
 
     config_name: str = "docstrings"
     dataset_name: Optional[str] = "embedded:docstrings"
-    num_samples: Optional[int] = option(
-        6_000, "First rows of each split to use; null: all 20,000.", unit="rows", minimum=1
-    )
+    num_samples: Optional[int] = option(6_000, "First rows of each split; null: all 20,000.", unit="rows", minimum=1)
     max_length: int = 128
     max_prompt_length: int = 96
     reward_model_split: float = 0.5
@@ -143,9 +137,7 @@ class LayoutDataConfig(DataConfig):
         unit="MiB",
         above=0.0,
     )
-    keep_shards: Optional[int] = option(
-        2, "With streaming: shards kept besides the first; null: all.", unit="shards", minimum=2
-    )
+    keep_shards: Optional[int] = option(2, "Shards kept, besides the first; null: all.", unit="shards", minimum=2)
     minimum_response_length: int = 1
 
 

@@ -11,9 +11,7 @@ class HuggingFaceConfig(Config):
     """Options of loading the weights."""
 
     revision: Optional[str] = option(None, "Commit, tag or branch of the hub repository.")
-    trust_remote_code: bool = option(
-        False, "Run Python code of the model. Needs library_cfg.revision=<40-digit commit>."
-    )
+    trust_remote_code: bool = option(False, "Run Python code of the model; needs library_cfg.revision=<40-digit hash>.")
     local_files_only: bool = option(False, "Never ask the hub; use the local cache only.")
 
 

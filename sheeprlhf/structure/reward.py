@@ -107,12 +107,10 @@ class JudgeOptionsConfig(CallOptionsConfig):
         "Regular expression of the score in the judge's answer, its last group if it has groups. An answer with "
         "several different numbers, or none, is a failure.",
     )
-    judge_range: list[float] = option(
-        help="Lowest and highest score; others are failures.", factory=lambda: [0.0, 10.0]
-    )
+    judge_range: list[float] = option(help="Lowest and highest score; others fail.", factory=lambda: [0.0, 10.0])
     judge_max_tokens: int = option(256, "Longest answer of the judge.", unit="tokens", minimum=1)
     judge_retries: int = option(
-        3, "Attempts after no answer, status 408, 425, 429 or 5xx, or a malformed one.", minimum=0
+        3, "Attempts after no answer, status 408, 425, 429, 5xx, or a malformed one.", minimum=0
     )
     judge_failure_score: Optional[float] = option(None, "Score after a failed request; null: a failure ends the run.")
     api_key_variable: Optional[str] = option(None, "Environment variable with the key for the server; null sends none.")

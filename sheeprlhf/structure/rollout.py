@@ -31,9 +31,7 @@ class OnlineTaskConfig(PolicyConfig, ReferenceConfig, RewardRunConfig, TrainTask
         "Run directory of a fine-tuning to start from; newest: the newest finished one of this model under root_dir; "
         "auto: the same if there is one; null starts from the model as it is.",
     )
-    max_eval_batches: Optional[int] = option(
-        4, "Mini-batches of a validation; null: all.", unit="mini-batches", minimum=1
-    )
+    max_eval_batches: Optional[int] = option(4, "Most of a validation; null: all.", unit="mini-batches", minimum=1)
     eval_interval: int = option(20, "Between two validations, after a rollout.", unit="optimizer steps", minimum=1)
     save_interval: int = option(20, "Between two checkpoints, after a rollout.", unit="optimizer steps", minimum=1)
 
@@ -138,9 +136,7 @@ class GRPOConfig(RatioTaskConfig):
     micro_batch_size: int = 256
     init_kl_coeff: float = option(0.04, "Weight of the KL divergence from the reference in the loss (k3).", minimum=0.0)
     clip_high: Optional[float] = option(None, "How far the ratio may rise above 1; null: clip_coeff.", above=0.0)
-    max_ratio: Optional[float] = option(
-        None, "Largest ratio where the advantage is negative; null: no limit.", above=1.0
-    )
+    max_ratio: Optional[float] = option(None, "Largest ratio where the advantage is negative; null: none.", above=1.0)
     kl_estimator: str = option("k3", "KL of a token in the loss: k2 has the KL's gradient.", choices=("k2", "k3"))
     scale_rewards: bool = option(True, "Divide by the standard deviation of the prompt's scores (Dr. GRPO does not).")
     max_advantage: Optional[float] = option(None, "Cut advantages to this in both directions; null: no cut.", above=0.0)
@@ -212,9 +208,7 @@ class DistillConfig(RatioTaskConfig):
     unread: ClassVar[frozenset[str]] = frozenset({"init_kl_coeff"})
 
     config_name: str = "distill"
-    teacher: Optional[str] = option(
-        None, "Folder or hub id of the model to learn from, with the same tokenizer. Needed."
-    )
+    teacher: Optional[str] = option(None, "Needed: folder or hub id of the model to learn from, of the same tokenizer.")
 
     def kl_price(self) -> float:
         """The divergence from the teacher is what is minimised."""

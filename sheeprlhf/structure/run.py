@@ -150,9 +150,7 @@ class FetchConfig(CommandConfig):
     entry_point: ClassVar[str] = "sheeprlhf.apps.fetch:run"
 
     model: ModelConfig = MISSING
-    cache_dir: Optional[str] = option(
-        None, "Folder of fetched models; null: $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf."
-    )
+    cache_dir: Optional[str] = option(None, "Folder of the models; null: $SHEEPRLHF_CACHE, else ~/.cache/sheeprlhf.")
     debug: bool = option(False, "Show the traceback of an error.")
 
 

@@ -26,9 +26,7 @@ class TrainTaskConfig(Config):
     epochs: int = option(1, "Passes over the training rows.", minimum=1)
     max_num_steps: Optional[int] = option(None, "Stop after this many.", unit="optimizer steps", minimum=1)
     mini_batch_size: int = option(32, "Rows of one optimizer step, all devices together.", unit="rows", minimum=1)
-    micro_batch_size: int = option(
-        32, "Most rows of a forward pass; token_budget cuts further.", unit="rows", minimum=1
-    )
+    micro_batch_size: int = option(32, "Most rows of a pass; token_budget cuts further.", unit="rows", minimum=1)
     token_budget: int = option(2048, "Most tokens in one forward pass.", unit="tokens", minimum=1)
     batching: str = option(
         "auto",
@@ -59,18 +57,14 @@ class TrainTaskConfig(Config):
         "End the run when this metric of the validation (val/<metric>) stops improving; it also selects the best step. "
         "null trains to the end.",
     )
-    early_stopping_patience: int = option(
-        3, "End after so many without a new best value.", unit="validations", minimum=1
-    )
+    early_stopping_patience: int = option(3, "End after so many without a new best.", unit="validations", minimum=1)
     early_stopping_direction: str = option(
         "auto",
         "Values of that metric that are better; auto: highest for rewards, scores, objective, logps and share, lowest "
         "for all others.",
         choices=("auto", "lowest", "highest"),
     )
-    max_eval_batches: Optional[int] = option(
-        None, "Mini-batches of a validation; null: all.", unit="mini-batches", minimum=1
-    )
+    max_eval_batches: Optional[int] = option(None, "Most of a validation; null: all.", unit="mini-batches", minimum=1)
     save_interval: int = option(100, "Between two checkpoints.", unit="optimizer steps", minimum=1)
     keep_checkpoints: int = option(2, "Newest checkpoints kept (in addition to the best one).", minimum=1)
 
@@ -161,9 +155,7 @@ class RMConfig(StartConfig, TrainTaskConfig):
         "plackett_luce is the likelihood of the whole ranking by scores after the last token.",
         choices=("last_token", "average", "per_sample", "plackett_luce"),
     )
-    center_rewards_coefficient: float = option(
-        0.0, "Weight of (better + worse score) squared; 0.01 is usual.", minimum=0.0
-    )
+    center_rewards_coefficient: float = option(0.0, "Weight of (better + worse score)^2; 0.01 is usual.", minimum=0.0)
     likelihood_coeff: float = option(
         0.0,
         "Weight of the negative log-likelihood of the preferred responses, nats a token, by the language head on the "
@@ -274,9 +266,7 @@ class ILQLConfig(PolicyConfig, TrainTaskConfig):
     expectile: float = option(0.7, "Expectile of its tokens' Q as value of a state (tau).", minimum=0.5, maximum=0.999)
     cql_coeff: float = option(0.1, "Weight of the loss that lowers the Q of tokens outside the data.", minimum=0.0)
     awac_coeff: float = option(1.0, "Weight of the likelihood of the responses by the language head.", above=0.0)
-    awac_beta: float = option(
-        0.0, "Weight exp(this * advantage) of tokens there; 0: equal.", unit="1/reward", minimum=0.0
-    )
+    awac_beta: float = option(0.0, "Tokens there weigh exp(this * advantage).", unit="1/reward", minimum=0.0)
     target_update_rate: float = option(0.005, "Share of Q heads in their targets after a step.", above=0.0, maximum=1.0)
     advantage_coeff: float = option(1.0, "Weight of Q in the logits of the saved model.", unit="1/reward", minimum=0.0)
 

@@ -167,9 +167,7 @@ def _plot(axes: Any, curves: Curves, labels: Sequence[str] = ()) -> None:
     low, high = min(lows), max(highs)
     margin = max(0.05 * (high - low), (least - (high - low)) / 2)
     axes.set_ylim(low - margin, high + margin)
-    axes.set_xlim(
-        min(0, *(curve.steps[0] for curve in curves.values())), max(curve.steps[-1] for curve in curves.values())
-    )
+    axes.set_xlim(min(0, *(of.steps[0] for of in curves.values())), max(of.steps[-1] for of in curves.values()))
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))

@@ -145,9 +145,7 @@ FLAGS = (
     WEIGHTS,
     TEMPLATE,
     TEMPLATE_ARGS,
-    Flag(
-        "reward", "A run of task=rm, or a reward model's folder: its score is shown next to each answer.", value="run"
-    ),
+    Flag("reward", "A run of task=rm, or a reward model's folder: its score is shown next to answers.", value="run"),
     Flag("port", "Where the page is served.", default=7860, kind=int, minimum=1, maximum=65535),
     Flag("host", "Address to serve it on; one that others can reach needs --auth.", default="127.0.0.1"),
     Flag("auth", f"Ask visitors for a password: user:password is taken from ${AUTH}, or asked for here.", kind=bool),

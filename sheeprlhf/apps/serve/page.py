@@ -63,9 +63,7 @@ class Panel:
     def __init__(self, kind: str, generators: Sequence[tuple[str, TextGenerator]], scorer: RewardScorer | None) -> None:
         self.kind, self._scorer = kind, scorer
         self.names = [name for name, _ in generators]
-        self.generators = [
-            generator.in_form(_form(kind, generator.form_name, generator)) for _, generator in generators
-        ]
+        self.generators = [one.in_form(_form(kind, one.form_name, one)) for _, one in generators]
 
     def start(self) -> State:
         """Start without messages."""

@@ -55,9 +55,7 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     pool_PK = judge.scores(pool).reshape(len(rows), task.best_of)
     powers = (2**k for k in range(task.best_of.bit_length()) if 2**k <= task.best_of)
     points = [_best_of_point(pool_PK, n, pool, cfg.seed) for n in sorted({task.best_of, *powers})]
-    points += [
-        _point(what, answers, judge.scores(answers), kl_N, cfg.seed) for what, (answers, kl_N) in written.items()
-    ]
+    points += [_point(what, own, judge.scores(own), kl_N, cfg.seed) for what, (own, kl_N) in written.items()]
     if trust is not None and trust.at_chance():
         job.say(trust.warning())
     numbers = {

@@ -174,9 +174,8 @@ def start_of(cfg: EvalConfig) -> Start | None:
     task = task_options(cfg)
     run_dir, weights = task.get("sft_experiment_dir"), str(task.get("sft_model_name", "final"))
     run_dir = run_dir if isinstance(run_dir, str) else None
-    return Start(
-        run_dir, weights, str(cfg.model.repo_name) if run_dir is None else f"the {weights} weights of {run_dir}"
-    )
+    name = str(cfg.model.repo_name) if run_dir is None else f"the {weights} weights of {run_dir}"
+    return Start(run_dir, weights, name)
 
 
 def model_of_run(run_dir: str, key: str) -> ModelConfig:
