@@ -50,7 +50,7 @@ CASES = {
     "grpo": Case("grpo", ONLINE, ("objective/scores", "objective/kl", "loss/policy", "policy/kl", "val/scores"), 21),
     "rloo": Case("rloo", ONLINE, ("objective/scores", "objective/rlhf_reward", "loss/policy", "val/scores"), 21),
 }
-NIGHTLY = ("ppo", "ppo, lora", "rloo", "sft, quantised")
+NIGHTLY = ("rm", "ppo", "ppo, lora", "rloo", "sft, quantised")
 
 
 @pytest.mark.parametrize(

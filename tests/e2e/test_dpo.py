@@ -1,21 +1,18 @@
 """Preference optimisation by the command line: where it starts, what it learns, and where its reference comes from."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from safetensors.numpy import load_file
 
-from sheeprlhf.cli import run
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.structure.model import TinyConfig
 from sheeprlhf.task.models import load_initial_policy
 from sheeprlhf.utils.errors import ConfigError
-from tests.support.runs import figures, train, train_words, write_pairs
+from tests.support.runs import figures, train, write_pairs
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4", "model.lora_cfg.dropout=0.0"]
@@ -92,32 +89,3 @@ def test_a_run_with_another_tokenizer_is_refused(tmp_path: Path, model_folder: M
     of = {"longest": 8, "batching": "auto", "say": print}
     with pytest.raises(ConfigError, match="embedded:tiny"):
         load_initial_policy(tiny, str(sft), "final", load_tokenizer(tiny), **of)
-
-
-@pytest.mark.slow
-def test_the_newest_fine_tuning_is_found_and_a_resumed_run_keeps_it(
-    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    data = write_pairs(tmp_path / "rows.jsonl")
-
-    def go(task: str, *extra: str) -> Path:
-        """A run in the directory that it is given by default."""
-        words = [word for word in train_words(model_folder(), data, Path("unused"), task=task) if "run.dir" not in word]
-        run([*words, "task.max_num_steps=2", *extra])
-        return max(Path("logs/runs").glob(f"*/*/{task}/*/default*"), key=lambda folder: folder.stat().st_mtime)
-
-    first = go("sft")
-    capsys.readouterr()
-    newest = "task.sft_experiment_dir=newest"
-    begun = go("dpo", newest)
-    assert f"{newest}: {first.absolute()}\n" in capsys.readouterr().out
-    saved = yaml.safe_load((begun / "config.yaml").read_text())
-    assert saved["task"]["sft_experiment_dir"] == str(first.absolute())
-    info = json.loads((begun / "run.json").read_text())
-    assert info["command"][-1] == f"task.sft_experiment_dir={first.absolute()}"
-    (begun / "run.json").write_text(json.dumps(info | {"status": "running"}))
-    go("sft", "seed=1")
-    go("dpo", newest, "resume=true")
-    assert f"going on with {begun.absolute()}" in capsys.readouterr().out
-    assert json.loads((begun / "run.json").read_text())["status"] == "finished"

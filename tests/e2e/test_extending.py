@@ -2,20 +2,19 @@
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.support.jobs import JobServer
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 FILES = dict(re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", PAGE, flags=re.DOTALL))
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL) for line in block.splitlines()]
-# One process for all commands, which runs the page's program first: starting Python and torch once is enough.
+# One process for all commands, which runs the page's program first.
 DRIVER = """
 import json, sys
 sys.path.insert(0, "")
@@ -26,6 +25,7 @@ import torch
 for words in json.load(open("commands.json")):
     run(words)
 json.dump(focal(torch.tensor([0.5, 1.0]).log(), 2.0).tolist(), open("focal.json", "w"))
+sys.exit()
 """
 
 
@@ -43,10 +43,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "SHEEPRLHF_CACHE": os.environ["SHEEPRLHF_CACHE"]}
-
-
 def test_the_page_has_an_example_of_each_kind() -> None:
     assert set(FILES) == {
         *("my_sheep.py", "my_rows.py", "my_rewards.py", "my_losses.py", "my_focal.py"),
@@ -56,7 +52,7 @@ def test_the_page_has_an_example_of_each_kind() -> None:
 
 
 @pytest.mark.slow
-def test_every_command_works(folder: Path, model_folder: Callable[..., Path]) -> None:
+def test_every_command_works(server: JobServer, folder: Path, model_folder: Callable[..., Path]) -> None:
     program, *words = next(command for command in COMMANDS if "my_sheep.py show" in command).split()
     assert program == "python"
     (folder / "program.json").write_text(json.dumps(words))
@@ -74,12 +70,10 @@ def test_every_command_works(folder: Path, model_folder: Callable[..., Path]) ->
             words += [f"model.repo_name={model_folder(architecture)}", *small]
         typed.append([*words, *([] if words[0] == "inspect" else ["dry_run=true"])])
     (folder / "commands.json").write_text(json.dumps(typed))
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER], cwd=folder, env=environment(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    assert "Fine-tuning in which tokens" in done.stdout
-    assert "task.gamma=2.0" in done.stdout
+    job = server.start([], folder / "log", DRIVER)
+    assert job.wait(300) == 0, job.text()
+    assert "Fine-tuning in which tokens" in job.text()
+    assert "task.gamma=2.0" in job.text()
     assert len(typed) == 7
 
     assert json.loads((folder / "focal.json").read_text()) == pytest.approx([math.log(2) / 4, 0.0], abs=1e-7)

@@ -57,23 +57,6 @@ def test_pairs_are_taken_and_both_references_are_computed_once(tmp_path: Path, m
     assert figures(one)["train/loss"] == figures(tmp_path / "two")["train/loss"]
 
 
-@pytest.mark.parametrize(
-    ("labels", "says"),
-    [
-        ([True, "perhaps"], "rows.jsonl line 2: column 'label'"),
-        ([True, True, True], "all 3 training examples are desirable"),
-    ],
-)
-def test_labels_that_teach_nothing(
-    labels: list[object], says: str, tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"p{i}", "response": "a word or two", "label": label} for i, label in enumerate(labels)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    printed = rejected(train_words(model_folder(), data, tmp_path / "run", task="kto"), capsys)
-    assert says in " ".join(printed.split())
-
-
 def test_rows_of_one_prompt_are_refused_and_a_lonely_validation_row_is_not(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,14 +70,3 @@ def test_rows_of_one_prompt_are_refused_and_a_lonely_validation_row_is_not(
     run_dir = train(model_folder(), data, tmp_path / "two", *words, task="kto")
     assert "val/rewards/rejected" in figures(run_dir)
     assert "val/rewards/chosen" not in figures(run_dir)
-
-
-def test_unbalanced_labels_are_reported(
-    tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data = write_labelled(tmp_path / "rows.jsonl", 8)
-    words = ["task.max_num_steps=1", "task.undesirable_weight=3"]
-    train(model_folder(), data, tmp_path / "run", *words, task="kto")
-    assert "task.desirable_weight=3.5" in capsys.readouterr().err
-    train(model_folder(), data, tmp_path / "balanced", "task.max_num_steps=1", task="kto")
-    assert "warning" not in capsys.readouterr().err

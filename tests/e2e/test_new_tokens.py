@@ -89,6 +89,7 @@ def test_dpo_goes_on_from_it_with_its_tokens(runs: dict[str, Path], tmp_path: Pa
     assert exit_code(f"train task=dpo model=auto model.repo_name={runs['model']} data=local {other}") == 2
 
 
+@pytest.mark.nightly
 def test_a_reward_model_and_ppo_on_one_base(runs: dict[str, Path], tmp_path: Path) -> None:
     start = f"task.sft_experiment_dir={runs['sft']}"
     rm = train(runs["model"], runs["pairs"], tmp_path / "rm", "dry_run=true", start, *LORA, task="rm")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from sheeprlhf.cli import run
 from sheeprlhf.task import loop
-from tests.support.runs import exit_code, figures, train, train_words, write_pairs, write_rows
+from tests.support.runs import figures, train, train_words, write_pairs, write_rows
 
 ModelFolder = Callable[..., Path]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4"]
@@ -61,23 +61,20 @@ def test_a_run_ends_after_exactly_so_many_steps(
     assert len(figures(run_dir)["objective/scores"]) == 2 and (run_dir / "final").is_dir()
 
 
-@pytest.mark.parametrize("task", ["ppo", "rloo"])
-def test_the_first_update_begins_at_ratio_one(task: str, tmp_path: Path, model_folder: ModelFolder) -> None:
-    """One optimizer step a rollout: all of its ratios are those before the step."""
+@pytest.mark.parametrize(
+    ("task", "precision", "tolerance"),
+    [("ppo", "32-true", 1e-5), ("rloo", "32-true", 1e-5), ("grpo", "bf16-mixed", 1e-2)],
+)
+def test_the_first_update_begins_at_ratio_one(
+    task: str, precision: str, tolerance: float, tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    """One optimizer step a rollout: all of its ratios are those before the step, in half precision too."""
     words = ["task.mini_batch_size=24", "task.max_num_steps=2", "generation.temperature=0.7"]
+    words.append(f"fabric.precision={precision}")
     found = figures(train(model_folder(), write_rows(tmp_path / "r.jsonl"), tmp_path / "run", *words, task=task))
-    assert found["policy/ratio"] == pytest.approx([1.0, 1.0], abs=1e-5)
+    assert found["policy/ratio"] == pytest.approx([1.0, 1.0], abs=tolerance)
     assert found["policy/clipfrac"] == [0.0, 0.0]
-
-
-@pytest.mark.parametrize("task", ["grpo", "online_dpo"])
-def test_half_precision(task: str, tmp_path: Path, model_folder: ModelFolder) -> None:
-    """The old log-probabilities come from the training's forward, so the first ratio is 1 there too."""
-    words = ["fabric.precision=bf16-mixed", "task.mini_batch_size=24", "task.max_num_steps=2"]
-    found = figures(train(model_folder(), write_rows(tmp_path / "r.jsonl"), tmp_path / "run", *words, task=task))
     assert abs(found["objective/kl"][0]) < 1e-6  # policy and reference are read in the same batches
-    if task != "online_dpo":
-        assert found["policy/ratio"] == pytest.approx([1.0, 1.0], abs=1e-2)
 
 
 def test_the_self_check_can_be_off(tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,14 +86,6 @@ def test_the_self_check_can_be_off(tmp_path: Path, model_folder: ModelFolder, mo
         words = [f"task.self_check={mode}", "task.max_num_steps=4"]
         train(model, data, tmp_path / mode, *words, task="rloo")
         assert len(asked) == calls
-
-
-@pytest.mark.slow
-def test_batches_made_ahead_are_the_same(tmp_path: Path, model_folder: ModelFolder) -> None:
-    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
-    runs = [train(model, data, tmp_path / n, f"task.num_workers={n}", "task.max_num_steps=4", task="ppo") for n in "02"]
-    first, second = (load_file(run_dir / "final" / "model.safetensors") for run_dir in runs)
-    assert all(tensor.equal(second[name]) for name, tensor in first.items())
 
 
 def chain(tmp_path: Path, model: Path, *extra: str) -> tuple[Path, Path]:
@@ -162,7 +151,7 @@ def test_the_weight_of_the_datasets_texts_is_read(tmp_path: Path, model_folder: 
     model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
     found = {}
     for weight in ("0.001", "100"):
-        words = [f"task.ptx_coeff={weight}", "task.max_num_steps=12", "task.max_grad_norm=null"]
+        words = [f"task.ptx_coeff={weight}", "task.max_num_steps=8", "task.max_grad_norm=null", "optim.lr=5e-3"]
         found[weight] = figures(train(model, data, tmp_path / weight, *words, task="ppo"))["loss/ptx"]
     assert found["100"][-1] < found["0.001"][-1] - 0.05
 
@@ -170,19 +159,6 @@ def test_the_weight_of_the_datasets_texts_is_read(tmp_path: Path, model_folder: 
 def without_function(model: Path, data: Path, run_dir: Path) -> list[str]:
     """The words of a run, without its reward."""
     return [word for word in train_words(model, data, run_dir, task="ppo") if not word.startswith("reward")]
-
-
-def test_runs_are_found(tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    """`auto` begins without a fine-tuning where a function scores; a model has to have been trained."""
-    data, root = write_rows(tmp_path / "rows.jsonl"), f"root_dir={tmp_path / 'runs'}"
-    words = [word for word in without_function(model_folder(), data, tmp_path) if "run.dir" not in word]
-    assert exit_code([*words, root, "reward=model"]) == 2
-    error = capsys.readouterr().err
-    assert "train task=sft" in error
-    assert "train task=rm" in error
-    assert "reward=function" in error
-    assert not (tmp_path / "runs").exists()
-    run([*words, root, "reward=function", "reward.path=regex", "reward.pattern=the", "task.max_num_steps=4"])
 
 
 def test_a_run_with_transformers_engine(

@@ -83,6 +83,7 @@ def test_a_run_starts_from_quantised_adapters(tmp_path: Path, model_folder: Mode
     assert_close(logprobs(trained), logprobs(plain(tmp_path / "merged")), rtol=0, atol=1e-4)
 
 
+@pytest.mark.nightly  # tests/unit/model/test_quantize.py shares one base
 def test_ppo_shares_one_quantised_base(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:

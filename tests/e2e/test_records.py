@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sheeprlhf.cli import run
-from sheeprlhf.config.model_lookup import POLICY, REWARD_MODEL, find_trained
-from sheeprlhf.config.run_lookup import newest_finished, newest_unfinished, read_run_config
-from sheeprlhf.utils.errors import ConfigError
+from sheeprlhf.config.model_lookup import REWARD_MODEL, find_trained
+from sheeprlhf.config.run_lookup import read_run_config
 from tests.support.models import make_model_folder
 from tests.support.runs import exit_code, write_pairs, write_rows
 from tests.support.talking import LORA
@@ -96,20 +95,6 @@ def test_newest_names_a_run_wherever_one_is_expected(
     monkeypatch.chdir(tmp_path)
     for words in (["eval", "task=perplexity", "experiment_dir=newest"], ["train", "resume_from=newest"]):
         assert "newest" in printed_error(capsys, *words)
-
-
-def test_which_run_is_the_newest(place: Path) -> None:
-    root = str(place / "logs" / "runs")
-    first, second = str(run_of(place, "adapters")), str(run_of(place, "whole"))
-    assert newest_finished(root, key="x", trains=(POLICY,)) == second
-    assert newest_finished(root, key="x", trains=(POLICY,), other_than=second) == first
-    with pytest.raises(ConfigError, match="unfinished"):
-        newest_unfinished(root)
-    record = Path(first) / "run.json"
-    finished = record.read_text()
-    record.write_text(finished.replace('"finished"', '"running"', 1))
-    assert newest_unfinished(root) == first
-    record.write_text(finished)
 
 
 def test_a_finished_run_goes_on_by_the_command_that_is_printed(

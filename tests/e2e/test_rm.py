@@ -110,13 +110,3 @@ def test_rankings_and_margins(tmp_path: Path, model_folder: ModelFolder, capsys:
     figures = json.loads((run_dir / "eval" / "preference-test-final.json").read_text())
     assert figures["pairs"] == 10 + 3 * 10 + 20
     assert figures["accuracy"] >= 0.95
-
-
-@pytest.mark.slow
-def test_it_starts_from_a_fine_tuned_model(tmp_path: Path, model_folder: ModelFolder) -> None:
-    data = write_pairs(tmp_path / "rows.jsonl")
-    sft = train(model_folder(), data, tmp_path / "sft", "task.max_num_steps=4")
-    words = ["task.max_num_steps=1", "optim.lr=0", f"task.sft_experiment_dir={sft}"]
-    started = train(model_folder(), data, tmp_path / "rm", *words, task="rm")
-    weights, expected = (load_file(folder / "final" / "model.safetensors") for folder in (started, sft))
-    assert all(torch.equal(weights[name], expected[name]) for name in weights if name in expected)

@@ -106,8 +106,13 @@ def lose(notes: dict[str, Any], how: str) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("again", [False, True], ids=["a new step", "over a damaged one"])
+@pytest.mark.parametrize(
+    "again",
+    [
+        pytest.param(False, id="a new step", marks=pytest.mark.nightly),
+        pytest.param(True, id="over a damaged one", marks=pytest.mark.slow),
+    ],
+)
 def test_dying_at_every_call_leaves_one_of_the_two(again: bool, tmp_path: Path) -> None:
     fabric = make_fabric(FabricConfig())
     fabric.launch()

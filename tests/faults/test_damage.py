@@ -119,12 +119,6 @@ def test_another_configuration_is_refused_and_the_difference_reported(override: 
     assert str(begun / "config.yaml") in str(refused.value)
 
 
-def test_what_only_places_a_run_is_no_difference(begun: Path) -> None:
-    words = ["model=tiny", "model.finetune_mode=LORA", "model.lora_cfg.rank=4", "root_dir=elsewhere"]
-    cfg = dataclasses.replace(typed(*words, "fabric.devices=2", "task.num_workers=1"), resume_from=str(begun))
-    assert choose_run_dir(cfg, config_hash(cfg)).resumed
-
-
 @pytest.mark.parametrize("rounds", [3, pytest.param(25, marks=pytest.mark.nightly)])
 def test_eight_starters_one_winner(rounds: int, tmp_path: Path) -> None:
     """Eight processes want the directory at once; its holder is killed, and the next round finds it free."""

@@ -142,18 +142,6 @@ def test_a_read_only_place(key: str, tmp_path: Path, refused: Callable[..., str]
         assert f"{key}={place}" in refused(f"{key}={place}", *more)
 
 
-def test_a_cache_of_the_environment_that_cannot_be_written(
-    tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cache").mkdir()
-    monkeypatch.setenv("SHEEPRLHF_CACHE", str(tmp_path / "cache"))
-    with read_only(tmp_path / "cache"):
-        message = refused(f"hydra.run.dir={tmp_path / 'run'}")
-        assert f"{tmp_path / 'cache'}" in message and "data.cache_dir" in message
-    monkeypatch.setenv("SHEEPRLHF_CACHE", str(tmp_path / "rows.jsonl"))
-    assert "data.cache_dir" in refused(f"hydra.run.dir={tmp_path / 'other'}")
-
-
 def test_a_run_on_a_disk_that_became_read_only(
     tmp_path: Path, refused: Callable[..., str], model_folder: ModelFolder
 ) -> None:
@@ -171,18 +159,6 @@ def test_a_working_directory_that_is_gone(
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     assert "working directory" in refused(f"hydra.run.dir={tmp_path / 'run'}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["hydra.run.dir={}/not/there/yet", "root_dir={}/a/b/c", "hydra.run.dir={}/link"])
-def test_places_that_work(place: str, tmp_path: Path, model_folder: ModelFolder) -> None:
-    """Parents that are missing, and a link to a folder elsewhere."""
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    run(words_of(model_folder(), tmp_path, place.format(tmp_path)))
-    [final] = [path for path in tmp_path.rglob("final") if "link" not in path.parts]
-    assert (final / "model.safetensors").is_file()
-    assert os.path.islink(tmp_path / "link")
 
 
 STEP = 64 << 10

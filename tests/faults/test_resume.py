@@ -40,6 +40,10 @@ VARIANTS = {
 
 PLAIN = ("full", "ppo")
 NIGHTLY = (
+    "noise on embeddings",
+    "reward model, lora with dropout",
+    "labels, lora with dropout",
+    "online dpo",
     "lora with dropout",
     "reward model",
     "reward model, likelihood",

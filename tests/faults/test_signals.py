@@ -1,4 +1,4 @@
-"""Signals, locks, finished runs and damaged checkpoints, on real runs in processes of their own."""
+"""Signals, locks and finished runs, on real runs in processes of their own."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.support.jobs import ColdJob, Job, JobServer
+from tests.support.jobs import Job, JobServer
 from tests.support.runs import digests, result_of, train_words, write_rows
 
 ModelFolder = Callable[..., Path]
@@ -160,21 +160,6 @@ def test_a_finished_run_is_left_as_it_is(server: JobServer, whole: Whole, tmp_pa
         assert digests(whole.dir) == before
 
 
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_named_and_passed_over(server: JobServer, whole: Whole, tmp_path: Path) -> None:
-    """And resume_from names the run."""
-    assert signalled(server, whole, tmp_path, signal.SIGTERM, 7).wait() == 143
-    path = tmp_path / "run" / "checkpoints" / "step-7" / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    resumed = server.start([*whole.words, f"resume_from={tmp_path / 'run'}"], tmp_path / "log")
-    assert resumed.wait() == 0
-    assert f"skipping a damaged checkpoint: {path}" in resumed.text()
-    assert "going on after step 5" in resumed.text()
-    assert result_of(tmp_path / "run", LAST) == result_of(whole.dir, LAST)
-
-
 def big_file(path: Path, num_rows: int) -> Path:
     line = '{{"prompt": "row {} of a large file, which takes a while to read", "response": " and to tokenise {}"}}\n'
     with path.open("w") as file:
@@ -182,37 +167,23 @@ def big_file(path: Path, num_rows: int) -> Path:
     return path
 
 
-def interrupted_preparation(job: Job, cache: Path, interrupt: Callable[[], None], signum: int = signal.SIGINT) -> None:
-    job.wait_for("preparing train")
-    time.sleep(0.5)
-    interrupt()
-    assert job.wait(30) == 128 + signum, job.text()  # of minutes that the whole file takes
-    assert "Traceback" not in job.text()
-    assert [path.name for path in (cache / "data").iterdir() if not path.name.endswith(".lock")] == []
-
-
 @pytest.mark.slow
 def test_interrupt_while_data_is_prepared(server: JobServer, whole: Whole, tmp_path: Path) -> None:
-    data = big_file(tmp_path / "big.jsonl", 200_000)
-    words = [*whole.in_dir(tmp_path / "run"), f"data.train_file={data}"]
-    cache = tmp_path / "cache"
-    job = server.start(words, tmp_path / "log", SHEEPRLHF_CACHE=str(cache))
-    interrupted_preparation(job, cache, lambda: job.kill(signal.SIGINT))
-    info = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert info["status"] == "running"
+    """A terminal sends it to every process of the group: the tokenising ones get it too."""
+    data, cache = big_file(tmp_path / "big.jsonl", 200_000), tmp_path / "cache"
+    words = [*whole.in_dir(tmp_path / "run"), f"data.train_file={data}", "data.num_proc=2"]
+    job = server.start(words, tmp_path / "log", "import os; os.setsid()", SHEEPRLHF_CACHE=str(cache))
+    job.wait_for("preparing train")
+    time.sleep(0.5)
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.wait(30) == 128 + signal.SIGINT, job.text()  # of minutes that the whole file takes
+    assert "Traceback" not in job.text()
+    job.assert_all_gone()
+    assert [path.name for path in (cache / "data").iterdir() if not path.name.endswith(".lock")] == []
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"
     (tmp_path / "big.jsonl").write_text("".join(data.read_text().splitlines(keepends=True)[:48]))
     small = [*words, "task.max_num_steps=1", "hydra.run.dir=" + str(tmp_path / "next")]
     assert server.start(small, tmp_path / "log", SHEEPRLHF_CACHE=str(cache)).wait() == 0
-
-
-@pytest.mark.slow
-def test_a_signal_reaches_the_tokenising_processes_too(whole: Whole, tmp_path: Path) -> None:
-    """A terminal sends it to every process of the group."""
-    data = big_file(tmp_path / "big.jsonl", 200_000)
-    words = [*whole.in_dir(tmp_path / "run"), f"data.train_file={data}", "data.num_proc=2"]
-    job = ColdJob(words, tmp_path / "log", SHEEPRLHF_CACHE=str(tmp_path / "cache"))
-    interrupted_preparation(job, tmp_path / "cache", lambda: os.killpg(job.pid, signal.SIGHUP), signal.SIGHUP)
-    job.assert_all_gone()
 
 
 def test_the_final_folder_does_not_depend_on_the_process(whole: Whole) -> None:

@@ -5,9 +5,7 @@ and so is reading a value (`.item()`, `if tensor:`, a boolean index). Copies bet
 of torch without CUDA cannot imitate CUDA itself, but a device that torch leaves to others. Padded batches are left out:
 in them transformers picks the places that are predicted by a mask, for which the host waits once.
 
-    python -m tests.support.absent_device      # prints the problems of each loss as JSON
-
-This is a process of its own: torch fixes its list of devices at the first backward pass.
+`main` needs a process of its own: torch fixes its list of devices at the first backward pass.
 """
 
 import json
@@ -86,7 +84,8 @@ def problems_of(name: str, folder: Path) -> list[str]:
     return copies.between_devices + misplaced + ([] if output.total.device.type == DEVICE else ["total"])
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the problems of each loss as JSON."""
     _setup_privateuseone_for_python_backend(rename=DEVICE, hook=_Hook(), backend_module=_Module())
     with tempfile.TemporaryDirectory() as temporary:
         found = {name: problems_of(name, Path(temporary, str(i))) for i, name in enumerate(LOSSES)}

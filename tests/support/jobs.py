@@ -68,6 +68,25 @@ class Job:
     def text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
+    def group(self) -> list[int]:
+        """The processes that are alive of its group, which it has begun."""
+        alive = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+            except OSError:
+                continue
+            if int(group) == self.pid and state != "Z":
+                alive.append(int(path.parent.name))
+        return sorted(alive)
+
+    def assert_all_gone(self, timeout: float = 10.0) -> None:
+        """No process of its group is left, or will be soon."""
+        deadline = time.monotonic() + timeout
+        while self.group() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert self.group() == []
+
 
 def site(folder: Path, patch: str) -> str:
     """A PYTHONPATH with which every process of a cold job runs `patch` after its imports, before its task."""
@@ -95,25 +114,6 @@ class ColdJob(Job):
 
     def poll(self) -> int | None:
         return self._process.poll()
-
-    def group(self) -> list[int]:
-        """The processes of its group that are alive."""
-        alive = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, _, group = path.read_text().rpartition(")")[2].split()[:3]
-            except OSError:
-                continue
-            if int(group) == self.pid and state != "Z":
-                alive.append(int(path.parent.name))
-        return sorted(alive)
-
-    def assert_all_gone(self, timeout: float = 10.0) -> None:
-        """No process of its group is left, or will be soon."""
-        deadline = time.monotonic() + timeout
-        while self.group() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert self.group() == []
 
 
 class WarmJob(Job):

@@ -134,18 +134,6 @@ def test_weights_that_do_not_fill_the_model(report: Callable[..., Report], words
     assert (found.code, found.level["weights"]) == (0, "warning") and "score.weight" in found.said["weights"]
 
 
-def test_a_reward_model_needs_no_language_head(
-    report: Callable[..., Report], words: list[str], model_folder: ModelFolder, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(model_folder("qwen3"), tmp_path / "model"))
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["lm_head.weight"]
-    save_file(tensors, folder / "model.safetensors")
-    words[1] = f"model.repo_name={folder}"
-    assert report(*words, "task=rm").code == 0
-    assert "lm_head.weight" in report(*words, "task=dpo").said["weights"]
-
-
 def test_data_that_is_not_to_be_had(report: Callable[..., Report], words: list[str]) -> None:
     found = report(*words[:2], "data=summarization", "data.max_length=128", "data.max_prompt_length=64")
     assert (found.code, found.level["data"], found.level["model"]) == (1, "problem", "ok")
@@ -201,15 +189,6 @@ def test_a_package_that_is_not_installed(
     monkeypatch.setattr(doctor.importlib.metadata, "version", version)
     found = report(*words)
     assert (found.code, found.topics) == (1, ["versions"]) and "pip install 'peft" in found.text
-
-
-def test_a_cache_that_cannot_be_written(
-    report: Callable[..., Report], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(doctor, "cache_root", lambda _: tmp_path / "file" / "below")
-    found = report(*words)
-    assert (found.code, found.level["caches"]) == (1, "problem") and "data.cache_dir=<folder>" in found.said["caches"]
 
 
 def test_a_disk_that_is_too_small(

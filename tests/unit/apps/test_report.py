@@ -4,8 +4,6 @@ import json
 import math
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,7 +15,6 @@ import pytest
 from sheeprlhf.apps import runs as run_files
 from sheeprlhf.apps.report.chart import (
     MAX_RUNS,
-    calibration_bins,
     charts_of,
     downsample,
     draw_curves,
@@ -276,14 +273,6 @@ def test_a_run_in_progress_is_shown_and_reported(tmp_path, page_of, capsys):
     assert capsys.readouterr().out.splitlines()[0].startswith("note: sft is running")
 
 
-def test_a_half_written_row_of_a_run_in_progress_is_not_shown(tmp_path, page_of):
-    folder = make_past_run(tmp_path / "run")
-    with (folder / "metrics.csv").open("a") as file:
-        file.write("5,train/loss,123456.5,17")
-    page = page_of(folder)
-    assert not any("at step 5" in (attributes.get("aria-label") or "") for _, attributes in page.elements)
-
-
 def test_of_large_records_the_newest_part_is_shown(tmp_path, page_of, monkeypatch):
     folder = make_past_run(tmp_path / "run")
     rows = "".join(f"{step},train/loss,{step}.5,1.0\r\n" for step in range(1, 1001))
@@ -383,17 +372,6 @@ def test_bad_words_are_answered_in_one_message(line, expected, tmp_path, monkeyp
     for part in expected:
         assert part.replace("@", str(tmp_path)) in printed.err
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_nothing_heavy_is_imported(tmp_path):
-    make_past_run(tmp_path / "run")
-    code = (
-        "import sys; from sheeprlhf.cli import run; run(sys.argv[1:]); "
-        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
-    )
-    words = ["report", str(tmp_path / "run"), "--to", str(tmp_path / "page.html")]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_the_summary_of_a_pipeline_comes_first(tmp_path, page_of):
@@ -504,21 +482,12 @@ def test_flat_and_huge_curves_have_a_chart(values):
     assert "nan" not in svg.lower() and "inf" not in svg.lower()
 
 
-BIN = {"predicted": 0.75, "right": 0.5, "pairs": 100}
-
-
 @pytest.mark.parametrize(
     ("right", "pairs", "expected"),
     [(0.5, 100, (0.4038, 0.5962)), (1.0, 10, (0.7225, 1.0)), (0.0, 1, (0.0, 0.7935))],  # statsmodels, method="wilson"
 )
 def test_intervals_of_shares(right, pairs, expected):
     assert wilson(right, pairs) == pytest.approx(expected, abs=1e-4)
-
-
-def test_only_valid_rows_of_a_calibration_are_used():
-    odd = [{"predicted": "x"}, BIN | {"right": 1.5}, BIN | {"pairs": 0}, BIN | {"pairs": 0.5}, BIN | {"right": None}]
-    [row] = calibration_bins([*odd, BIN])
-    assert (row.predicted, row.right, row.pairs) == (0.75, 0.5, 100)
 
 
 def test_tags_are_grouped_what_tells_most_first():

@@ -15,13 +15,16 @@ from tests.support.runs import exit_code
 
 ROOT = Path(__file__).parents[3]
 STUB = """
-import json, os, random, sys
+import json, os, random, signal, sys
 from pathlib import Path
 
 def train(fabric, config, run_dir):
     record = dict(rank=fabric.global_rank, world=fabric.world_size, dir=str(run_dir), seed=config.seed,
                   name=config.run_name, drawn=random.random(), argv=sys.argv[1:])
     Path(os.environ["RECORDS"], f"{run_dir.name}-{fabric.global_rank}.json").write_text(json.dumps(record))
+    fabric.barrier()
+    if config.seed == 98 and fabric.global_rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     fabric.barrier()
     if config.seed == 99:
         raise ValueError("boom")
@@ -70,10 +73,12 @@ def start(tmp_path, how, *words):
     "how", [pytest.param(how, marks=pytest.mark.slow if how == "script" else pytest.mark.nightly) for how in STARTS]
 )
 def test_two_processes_share_directory_and_seed_and_end_together(how, tmp_path):
-    """With seed 99 the stub fails on both after its record; jobs that end well are in tests/distributed."""
-    done, records = start(tmp_path, how, "fabric.devices=2", "seed=99", "run_name='a b=c,d'")
-    assert done.returncode != 0 and "ValueError: boom" in done.stderr and "Traceback" not in done.stderr
-    assert [(record["rank"], record["world"], record["seed"]) for record in records] == [(0, 2, 99), (1, 2, 99)]
+    """After the records, the second process is killed (seed 98) or both fail (99); tests/distributed has good ends."""
+    seed = 98 if how == "script" else 99
+    done, records = start(tmp_path, how, "fabric.devices=2", f"seed={seed}", "run_name='a b=c,d'")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert seed == 98 or "ValueError: boom" in done.stderr
+    assert [(record["rank"], record["world"], record["seed"]) for record in records] == [(0, 2, seed), (1, 2, seed)]
     assert records[0]["dir"] == records[1]["dir"]
     assert records[0]["drawn"] == records[1]["drawn"]
     assert records[0]["argv"] == records[1]["argv"]

@@ -6,7 +6,7 @@ import pytest
 
 from tools.build_docstrings import is_source, scan
 from tools.docstring_pairs import summary, walk
-from tools.docstring_splits import Pair, assign_packages, balance, corpus_rows, deduplicate, is_comparable
+from tools.docstring_splits import Pair, deduplicate
 from tools.licences import Distribution, recognise
 
 SOURCE = '''
@@ -139,45 +139,6 @@ def test_duplicates_of_summary_or_prompt_are_dropped_and_third_person_is_kept() 
         seed=1,
     )
     assert {entry.package for entry in kept} == {"b", "d"}
-
-
-def test_comparable_pairs_are_functions_with_one_verb() -> None:
-    assert is_comparable(pair("Return the value of it."))
-    assert not is_comparable(pair("Parse the line and return it."))
-    assert not is_comparable(pair("Settings of the whole application."))
-    assert not is_comparable(pair("Return the value of it.", prompt='class Owner:\n    """'))
-
-
-def test_balance_takes_equally_many_and_limits_a_package() -> None:
-    pairs = [pair(f"Return number {i} of it.", prompt=f"def f{i}():") for i in range(10)]
-    pairs += [pair(f"Returns item {i} of it.", "b", f"def g{i}():") for i in range(4)]
-    pairs += [pair(f"Returns thing {i} of it.", "c", f"def h{i}():") for i in range(2)]
-    drawn = balance(pairs, max_rows=100, max_style_rows_per_package=3)
-    assert [entry.prompt for entry in drawn] == [f"def {n}():" for n in ("f0", "f1", "f2", "g0", "g1", "g2")]
-    assert len(balance(pairs, max_rows=4, max_style_rows_per_package=9)) == 4
-
-
-def test_families_stay_together_and_large_packages_are_trained_on() -> None:
-    names = ("lightning", "torchmetrics", "big", "p", "q", "r")
-    counts = {"big": 50, "p": 5, "q": 5, "r": 5, "lightning": 5, "torchmetrics": 5}
-    pairs = [pair(f"Return {n} {i} here.", n) for n in names for i in range(counts[n])]
-    pairs += [pair(f"Returns {n} {i} there.", n) for n in names for i in range(counts[n])]
-    splits = assign_packages(pairs, seed=1, held_out_rows=10, package_rows=(10, 40))
-    assert splits["lightning"] == splits["torchmetrics"]
-    assert splits["big"] == "train"
-    assert set(splits.values()) == {"train", "validation", "test"}
-    assert splits == assign_packages(reversed(pairs), seed=1, held_out_rows=10, package_rows=(10, 40))
-
-
-def test_corpus_keeps_all_pairs_and_fills_up_with_bodies() -> None:
-    pairs = [pair("Return the value of it.", prompt="def f():")]
-    bodies = [("def g():\n", "    return 1"), ("def h():\n", "    return  1"), ("def i():\n", "    return 2")]
-    rows = corpus_rows(pairs, bodies, seed=1, max_chars=1000)
-    assert len(rows) == 3
-    assert {"prompt": "def f():", "response": "Return the value of it."} in rows
-    assert corpus_rows(pairs, bodies, seed=1, max_chars=1) == [
-        {"prompt": "def f():", "response": "Return the value of it."}
-    ]
 
 
 @pytest.mark.parametrize(
