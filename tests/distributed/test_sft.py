@@ -71,11 +71,11 @@ def test_a_signal_saves_on_both(server: JobServer, tmp_path: Path, model_folder:
     assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
 
 
-def test_a_mistake_is_reported_once(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
+def test_a_mistake_ends_both(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
     """Both processes find it, and neither waits for the other."""
     data = tmp_path / "bad.jsonl"
     data.write_text('{"prompt": "a", "response": [3]}\n')
     job = server.start_ranks(train_words(model_folder(), data, tmp_path / "run"), tmp_path / "log", 2)
-    assert job.wait(100) == 2, job.texts()
-    assert job.texts().count("bad.jsonl line 1: column 'response'") == 1
+    assert [rank.wait(100) for rank in job.ranks] == [2, 2], job.texts()
+    assert job.text().count("bad.jsonl line 1: column 'response'") == 1
     assert "Traceback" not in job.texts()

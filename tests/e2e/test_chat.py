@@ -5,7 +5,6 @@ import json
 import os
 import pty
 import select
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -176,12 +175,13 @@ def test_a_chat_model_is_asked_as_its_rows_were_written(form, asked, chatty, tmp
 
 
 @pytest.mark.slow
-def test_in_a_terminal(tmp_path):
-    """A real one: two lines end with an empty one, the answer follows, Ctrl-C and Ctrl-D do what is said."""
+def test_in_a_terminal(server, tmp_path):
+    """A real one: two lines end with an empty one, the answer follows."""
     outer, inner = pty.openpty()
-    words = [sys.executable, str(ROOT / "sheeprlhf.py"), "chat", "tiny", "--temperature", "0", "--max-new-tokens", "12"]
-    process = subprocess.Popen(words, stdin=inner, stdout=inner, stderr=inner, cwd=tmp_path, start_new_session=True)
-    os.close(inner)
+    streams = (
+        f"import os\nfor fd in range(3):\n    os.dup2(os.open({os.ttyname(inner)!r}, os.O_RDWR | os.O_NOCTTY), fd)"
+    )
+    job = server.start(["chat", "tiny", "--temperature", "0", "--max-new-tokens", "12"], tmp_path / "log", streams)
     seen = ""
 
     def until(text: str) -> None:
@@ -199,8 +199,7 @@ def test_in_a_terminal(tmp_path):
         until('"""')  # the embedded model goes on with the docstring
         until("> ")
         os.write(outer, b"/quit\n")
-        assert process.wait(30) == 0
+        assert job.wait(30) == 0
     finally:
-        process.kill()
-        process.wait()
         os.close(outer)
+        os.close(inner)

@@ -146,12 +146,12 @@ def test_others_are_not_let_in_without_a_password(capsys, monkeypatch):
 @pytest.mark.parametrize("words", [["--auth", "me:sesame123"], ["--auth=me:sesame123"], ["--auth=sesame123"]])
 def test_a_password_on_the_command_line_is_refused_and_not_shown(words, capsys):
     printed = refused(capsys, "tiny", *words)
-    assert "never goes on the command line" in printed and "sesame" not in printed
+    assert AUTH in printed and "sesame" not in printed
 
 
 def test_all_mistakes_are_reported_at_once(capsys, model_folder):
     printed = refused(capsys, "nowhere", "tiny", "--reward", str(model_folder("llama")), "--host", "0.0.0.0")
-    assert "nowhere is neither" in printed and "lets other machines in" in printed and "--reward: " in printed
+    assert all(word in printed for word in ("nowhere", "--host 0.0.0.0", "--reward: "))
     assert "one to 6 runs" in refused(capsys)
     assert "7 were given" in refused(capsys, *["tiny"] * 7)
     assert "--port" in refused(capsys, "tiny", "--prot", "1")

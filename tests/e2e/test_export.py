@@ -68,7 +68,7 @@ def test_merged_adapters_compute_what_peft_computes(runs, tmp_path, capsys):
     assert (expected - without).abs().max() > 1e-2  # the adapters do something
     torch.testing.assert_close(of_folder(folder), expected, rtol=0, atol=1e-5)
     assert not list(folder.glob("adapter*"))
-    assert "adapters merged in float32" in capsys.readouterr().out
+    assert "float32" in capsys.readouterr().out
 
 
 def test_a_run_without_adapters_keeps_its_bits(runs, tmp_path):
@@ -154,8 +154,8 @@ def test_a_wrong_merge_is_refused_with_figures(runs, tmp_path, monkeypatch, caps
 def test_a_folder_that_was_written_wrong_is_not_left(part, runs, tmp_path, monkeypatch, capsys):
     save = export._save
 
-    def wrong(model, tokenizer, folder, **how):
-        save(model, tokenizer, folder, **how)
+    def wrong(model, tokenizer, folder, **options):
+        save(model, tokenizer, folder, **options)
         if part == "weights":
             weights = load_file(folder / "model.safetensors")
             weights["model.norm.weight"][3] += 0.01
@@ -182,7 +182,7 @@ def test_nothing_of_the_user_is_overwritten(runs, tmp_path, capsys):
     file.write_text("mine")
     (tmp_path / "link").symlink_to(empty)
     for target in (full, file, tmp_path / "link"):
-        assert "not an empty folder" in refused(capsys, runs["sft"], "--to", target)
+        assert f"--to {target}" in refused(capsys, runs["sft"], "--to", target)
     assert "is not a folder" in refused(capsys, runs["sft"], "--to", file / "below")
     exported(runs["sft"], empty)
     assert (full / "mine.txt").read_text() == file.read_text() == "mine"

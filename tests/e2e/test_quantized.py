@@ -67,8 +67,8 @@ def test_adapters_are_saved_resumed_and_exported(scheme: str, tmp_path: Path, mo
         policy, _ = load_policy_from_run(cfg, run_dir, weights, tokenizer, **options)
         assert_close(logprobs(policy.causal_lm()), logprobs(adapted), rtol=0, atol=1e-4)
     if scheme == "nf4":  # with 8 bits, plain layers quantise activations in evaluations
-        beside = PeftModel.from_pretrained(plain(folder), run_dir / "final")
-        assert_close(logprobs(policy.causal_lm()), logprobs(beside), rtol=0, atol=1e-5)
+        adapted_plain = PeftModel.from_pretrained(plain(folder), run_dir / "final")
+        assert_close(logprobs(policy.causal_lm()), logprobs(adapted_plain), rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

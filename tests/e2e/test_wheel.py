@@ -90,7 +90,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_installed_it_trains_and_lists_from_anywhere(wheel: Path, tmp_path: Path) -> None:
     programs, elsewhere = install(wheel, tmp_path / "venv"), tmp_path / "elsewhere"
     elsewhere.mkdir()

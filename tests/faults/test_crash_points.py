@@ -91,9 +91,9 @@ class Disk:
         self._exit(DIED)
 
 
-def lose(notes: dict[str, Any], how: str) -> None:
+def lose(notes: dict[str, Any], kind: str) -> None:
     """What a power cut may take: renames whose folder was not forced, then contents and names that were not."""
-    if how == "nothing":
+    if kind == "nothing":
         return
     for source, target in reversed(notes["renames"]):
         if os.path.exists(target) and not os.path.exists(source):
@@ -101,8 +101,8 @@ def lose(notes: dict[str, Any], how: str) -> None:
             notes["contents"] = [path.replace(f"{target}/", f"{source}/") for path in notes["contents"]]
     for path in map(Path, notes["contents"]):
         if path.is_file():
-            os.truncate(path, path.stat().st_size // 2 if how == "half of it" else 0)
-    for path in map(Path, notes["names"]) if how == "what was not forced" else ():
+            os.truncate(path, path.stat().st_size // 2 if kind == "half of it" else 0)
+    for path in map(Path, notes["names"]) if kind == "what was not forced" else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -317,7 +317,7 @@ ON_ONE_RANK = (  # a row is one rank's: the fault is installed on both; another 
 @pytest.mark.parametrize(
     ("name", "rank"),
     [
-        pytest.param(*case, marks=pytest.mark.slow if case[0] == "sft: loss NaN" else pytest.mark.nightly)
+        pytest.param(*case, marks=pytest.mark.nightly)  # tests/distributed/test_update.py tests it without a run
         for case in ON_ONE_RANK
     ],
 )

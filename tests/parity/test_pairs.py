@@ -21,6 +21,7 @@ from tests.support.batches import random_examples
 from tests.support.models import ARCHITECTURES, EOS, PAD
 
 ModelFolder = Callable[..., Path]
+SCORES = ("average", "per_sample")
 COLLATES = {
     "padded": partial(collate_padded, pad_id=PAD),
     "padded with EOS": partial(collate_padded, pad_id=EOS),
@@ -43,8 +44,9 @@ def value_and_gradients(module: torch.nn.Module, loss: torch.Tensor) -> tuple[to
 
 
 @pytest.mark.parametrize("num_responses", [2, 4])
-@pytest.mark.parametrize("loss_type", ["sigmoid", "orpo"])
-@pytest.mark.parametrize("architecture", PACKABLE)
+@pytest.mark.parametrize(
+    ("architecture", "loss_type"), [*((name, "sigmoid") for name in PACKABLE), ("llama", "orpo"), ("gpt2", "orpo")]
+)
 def test_dpo_packed_equals_padded(
     architecture: str, loss_type: str, num_responses: int, model_folder: ModelFolder
 ) -> None:
@@ -66,8 +68,10 @@ def test_dpo_packed_equals_padded(
 
 
 @pytest.mark.parametrize("num_responses", [2, 4])
-@pytest.mark.parametrize("loss_type", ["last_token", "average", "per_sample"])
-@pytest.mark.parametrize("architecture", PACKABLE)
+@pytest.mark.parametrize(
+    ("architecture", "loss_type"),
+    [*((name, "last_token") for name in PACKABLE), *((name, kind) for name in ("llama", "gpt2") for kind in SCORES)],
+)
 def test_rm_packed_equals_padded(
     architecture: str, loss_type: str, num_responses: int, model_folder: ModelFolder
 ) -> None:

@@ -150,8 +150,9 @@ def test_log_probabilities(load: Load, batching: str) -> None:
         assert_close(found, torch.tensor(sums).flatten(), rtol=1e-5, atol=1e-5)
 
 
-@BATCHINGS
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    ("name", "batching"), [*((name, "packed") for name in OURS), ("sigmoid", "padded"), ("ipo", "padded")]
+)
 def test_preference_losses(load: Load, name: str, batching: str) -> None:
     policy, reference, task = load("policy", batching), load("reference", batching), DPOConfig(**OURS[name])
 

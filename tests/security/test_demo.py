@@ -128,7 +128,12 @@ def test_requests_that_the_page_does_not_make_are_refused(page, capfd):
         assert answer.count(b"HTTP/1.1 ") <= 1, head  # what follows a refused request is not read
         assert not re.search(rb"allow-origin: (\*|null|https?://evil)", answer) and b"root:" not in answer
     assert "Traceback" not in capfd.readouterr().err
-    assert b" 200 OK" in sent(port, ["GET / HTTP/1.1", OWN], b"")[:20]
+    answer = sent(port, ["GET / HTTP/1.1", OWN], b"")
+    assert b" 200 OK" in answer[:20]
+    headers = answer.partition(b"\r\n\r\n")[0].lower()
+    assert b"x-frame-options: deny" in headers and b"referrer-policy: no-referrer" in headers
+    [policy] = re.findall(rb"content-security-policy: (.*)\r", headers)
+    assert b"default-src 'self'" in policy and b"frame-ancestors 'none'" in policy and b"http" not in policy
 
 
 def test_the_page_names_no_path_and_no_other_host(page):

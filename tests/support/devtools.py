@@ -1,6 +1,5 @@
 """A page in a headless Chromium, driven through a pipe by the DevTools protocol; needs no package."""
 
-import base64
 import json
 import os
 import select
@@ -134,11 +133,6 @@ class Page:
         """Press it as soon as it is there: a page is built piece by piece."""
         self.wait(f"!!document.querySelector({selector!r})")
         self.js(f"document.querySelector({selector!r}).click()")
-
-    def screenshot(self, path: Path) -> None:
-        """The whole page, not the window alone."""
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
 
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

@@ -39,7 +39,7 @@ def test_all_but_falcon_pack_in_every_number_format(architecture: str, dtype: st
     problem = packing_problem(policy, policy.causal_lm(), 64)
     assert packed == (not problem) == (architecture != "falcon"), problem
     if problem:
-        assert problem == "the attention of FalconForCausalLM cannot be replaced"
+        assert "FalconForCausalLM" in problem
     assert not load(model_folder(architecture), batching="padded")[1]
     assert all(module.training for module in policy.modules())
 

@@ -241,7 +241,7 @@ def test_files_are_replaced_if_they_are_ours_alone(home: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.count("(in place of ") == 2
     report.write_text('{"splits": {}}')
     assert exit_code(line) == 2
-    assert f"{report.relative_to(home)} is not of an earlier inspect" in capsys.readouterr().err
+    assert f"output_dir: {report.relative_to(home)}" in capsys.readouterr().err
     assert report.read_text() == '{"splits": {}}'
     report.unlink()
     report.symlink_to(image)

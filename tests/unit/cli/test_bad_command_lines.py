@@ -93,7 +93,7 @@ def test_a_cuda_machine_is_asked_for_the_number_of_devices(monkeypatch):
 
 def test_an_unwritable_folder_is_found_before_anything_starts(monkeypatch, tmp_path):
     monkeypatch.setattr(places.os, "access", lambda path, mode: False)
-    assert "does not permit it" in next(places.new_folder_problems("root_dir", str(tmp_path / "runs")))
+    assert f"root_dir={tmp_path / 'runs'}" in next(places.new_folder_problems("root_dir", str(tmp_path / "runs")))
 
 
 WORDS = ["train", "task=ppo", "reward=function", "reward.path=sentiment"]

@@ -50,10 +50,10 @@ def recorded(tmp_path):
     return [json.loads(path.read_text()) for path in sorted((tmp_path / "records").iterdir())]
 
 
-def start(tmp_path, how, *words):
+def start(tmp_path, way, *words):
     environment = prepare(tmp_path)
-    command = [sys.executable, *STARTS[how]]
-    if how == "console":  # the file that pip writes for the console script
+    command = [sys.executable, *STARTS[way]]
+    if way == "console":  # the file that pip writes for the console script
         script = tmp_path / "sheeprlhf-script"
         script.write_text(STARTS["console"][1])
         command = [sys.executable, str(script)]
@@ -70,12 +70,13 @@ def start(tmp_path, how, *words):
 
 
 @pytest.mark.parametrize(
-    "how", [pytest.param(how, marks=pytest.mark.slow if how == "script" else pytest.mark.nightly) for how in STARTS]
+    "way",
+    [pytest.param(way, marks=pytest.mark.slow if way == "script" else pytest.mark.nightly) for way in STARTS],
 )
-def test_two_processes_share_directory_and_seed_and_end_together(how, tmp_path):
+def test_two_processes_share_directory_and_seed_and_end_together(way, tmp_path):
     """After the records, the second process is killed (seed 98) or both fail (99); tests/distributed has good ends."""
-    seed = 98 if how == "script" else 99
-    done, records = start(tmp_path, how, "fabric.devices=2", f"seed={seed}", "run_name='a b=c,d'")
+    seed = 98 if way == "script" else 99
+    done, records = start(tmp_path, way, "fabric.devices=2", f"seed={seed}", "run_name='a b=c,d'")
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert seed == 98 or "ValueError: boom" in done.stderr
     assert [(record["rank"], record["world"], record["seed"]) for record in records] == [(0, 2, seed), (1, 2, seed)]
@@ -86,9 +87,9 @@ def test_two_processes_share_directory_and_seed_and_end_together(how, tmp_path):
     assert done.stdout.count("run directory") == 1
 
 
-@pytest.mark.parametrize("how", [pytest.param(how, marks=pytest.mark.nightly) for how in ("script", "module")])
-def test_a_sweep_runs_each_job_on_two_processes(how, tmp_path):
-    done, records = start(tmp_path, how, "-m", "fabric.devices=2", "seed=5,6")
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.nightly) for way in ("script", "module")])
+def test_a_sweep_runs_each_job_on_two_processes(way, tmp_path):
+    done, records = start(tmp_path, way, "-m", "fabric.devices=2", "seed=5,6")
     assert done.returncode == 0, done.stderr
     seen = sorted((record["name"], record["rank"], record["world"], record["seed"]) for record in records)
     assert seen == [("default_0", 0, 2, 5), ("default_0", 1, 2, 5), ("default_1", 0, 2, 6), ("default_1", 1, 2, 6)]
@@ -140,7 +141,7 @@ def test_processes_of_a_launcher_train_together(launcher, tmp_path):
     assert "".join(outputs).count("run directory:") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_that_is_finished_ends_on_all_ranks(tmp_path, monkeypatch, server):
     """Rank one must not wait for the first, which has nothing to do."""
     words = ["task=sft", f"hydra.run.dir={tmp_path}/it"]

@@ -31,9 +31,9 @@ def make_run(folder: Path, task: str = "sft", *, final: str = "config.json", mod
     return folder
 
 
-def problems(word, weights=None, **how) -> str:
+def problems(word, weights=None, **options) -> str:
     with pytest.raises((ConfigError, ModelError)) as error:
-        find_trained(str(word), weights, **how)
+        find_trained(str(word), weights, **options)
     return str(error.value)
 
 
@@ -52,7 +52,7 @@ def test_what_is_no_run_is_answered_with_the_nearest_that_is(tmp_path):
     assert "did you mean" in problems(tmp_path / "fisrt")
     assert f"did you mean {tmp_path / 'first' / 'run'}?" in problems(tmp_path / "first")
     assert "`list runs`" in problems("zzzz")
-    assert "leave the flag out" in problems("tiny", "best")
+    assert "--weights best" in problems("tiny", "best")
 
 
 def test_a_run_of_another_kind_is_answered_with_what_would_do(tmp_path):
@@ -81,7 +81,7 @@ def test_adapters_need_what_they_sit_on(tmp_path):
     run = make_run(tmp_path / "b", "dpo", final="adapter_config.json", sft_experiment_dir=str(start))
     assert not find_trained(str(run)).is_whole()
     shutil.rmtree(start)
-    assert f"{start} is not there any more" in problems(run)
+    assert str(start) in problems(run)
     assert "give its run" in problems(run / "final")
 
 

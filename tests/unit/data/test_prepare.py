@@ -287,20 +287,20 @@ def test_folders_that_are_not_ours_survive(tmp_path: Path) -> None:
     assert (folder / "train.arrow").exists()
 
 
-def damaged(content: bytes, how: str) -> bytes | None:
+def damaged(content: bytes, damage: str) -> bytes | None:
     """The content of a file with one bit flipped in its middle, its end cut off, or None for no file."""
     middle = len(content) // 2
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    return {"bit": flipped, "cut": content[:-3], "empty": b"", "gone": None}[how]
+    return {"bit": flipped, "cut": content[:-3], "empty": b"", "gone": None}[damage]
 
 
 @pytest.mark.parametrize("name", ["train.arrow", "validation.arrow", "report.json", "digests.json"])
-@pytest.mark.parametrize("how", ["bit", "cut", "empty", "gone"])
-def test_a_damaged_cache_is_prepared_again(name: str, how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["bit", "cut", "empty", "gone"])
+def test_a_damaged_cache_is_prepared_again(name: str, damage: str, tmp_path: Path) -> None:
     cfg, tokenizer = local(tmp_path, rows(30), validation_split=0.3), byte_tokenizer()
     folder = prepare(cfg, tokenizer).folder
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
-    content = damaged(whole[name], how)
+    content = damaged(whole[name], damage)
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_bytes(content)
@@ -309,7 +309,7 @@ def test_a_damaged_cache_is_prepared_again(name: str, how: str, tmp_path: Path) 
     assert {path.name: path.read_bytes() for path in again.folder.iterdir()} == whole
     [line] = said
     assert str(folder) in line
-    assert name in line or (name, how) == ("digests.json", "bit")  # then its file differs from what it says
+    assert name in line or (name, damage) == ("digests.json", "bit")  # then its file differs from what it says
     assert {path.suffix for path in folder.parent.iterdir()} == {"", ".lock"}
     assert prepare(cfg, tokenizer).report == again.report
 
@@ -541,7 +541,7 @@ def test_rows_are_reserved_for_a_reward_model_where_asked(tmp_path: Path) -> Non
         half = prepare(local(tmp_path, rows, reward_model_split=0.5), byte_tokenizer(), kind)
         assert len(half.splits["train"]) + len(half.splits["reward"]) == 40
         [note] = [note for note in half.report["notes"] if "data.reward_model_split=0.5" in note]
-        assert note.startswith(f"{len(half.splits['reward'])} training rows are reserved")
+        assert note.startswith(f"{len(half.splits['reward'])} training rows")
 
 
 @pytest.mark.parametrize("different", [1, 50, 5_000])

@@ -168,7 +168,7 @@ def test_a_bomb_is_refused(tmp_path: Path) -> None:
     bombs = {"a.jsonl.gz": gzip.compress(content, 9), "a.jsonl.bz2": bz2.compress(b"\n" * len(content))}
     for name, packed in bombs.items():
         (tmp_path / name).write_bytes(packed)
-        with pytest.raises(DataError, match=f"{name}: unpacks to more than 200 times its size"):
+        with pytest.raises(DataError, match=f"{name}: .* 200 times"):
             deque(open_data(tmp_path / name), maxlen=0)
 
 

@@ -90,7 +90,7 @@ def test_control_tokens_of_rendered_rows_are_read_where_asked(bos: bool, tmp_pat
     plain = prepare(local(tmp_path, RENDERED), tokenizer)
     assert plain.splits["train"].example(0).prompt_ids.tolist().count(EOS) == 0
     [note] = [note for note in plain.report["notes"] if "data.control_tokens=true" in note]
-    assert "2 of 2 rows of the train split" in note
+    assert "2 of 2 rows" in note
     rows = [*RENDERED, RENDERED[0] | {"prompt": "<s>" + RENDERED[0]["prompt"], "response": "no"}]
     read = prepare(local(tmp_path, rows, control_tokens=True), tokenizer)
     assert read.fingerprint != prepare(local(tmp_path, rows), tokenizer).fingerprint

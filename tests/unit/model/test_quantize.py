@@ -122,11 +122,11 @@ def test_weights_are_rounded_in_memory_as_from_files_and_come_back(
 def test_a_merge_is_into_dequantised_weights(scheme: str, model_folder: ModelFolder) -> None:
     model = add_lora(loaded(model_folder(), scheme), LORAConfig(rank=4))
     shift(model)
-    beside = logits(model)
+    adapted = logits(model)
     merged = merge_lora(model)
     assert quantization_of(merged.model) is None and merged.difference < 1e-4
     assert {weight.dtype for weight in merged.model.parameters()} == {torch.float32}
-    assert_close(logits(merged.model), beside, rtol=1e-5, atol=1e-4)
+    assert_close(logits(merged.model), adapted, rtol=1e-5, atol=1e-4)
 
 
 def test_policy_reward_and_critic_share_one_quantised_base(model_folder: ModelFolder) -> None:

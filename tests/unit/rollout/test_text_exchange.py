@@ -114,7 +114,7 @@ def test_what_is_longer_than_the_reward_model_reads(judge: Path) -> None:
     rollout, texts = rollout_of(("x" * 80,), ("y" * 20, "y"), (True, True))
     read = rollout.encoded_by(TextExchange(byte_tokenizer(), reader, print), texts)
     fabric = make_fabric(FabricConfig(config_name="cpu", accelerator="cpu"))
-    with pytest.raises(RewardError, match="102 tokens of the reward model, which has 96 positions"):
+    with pytest.raises(RewardError, match=r"102 tokens .* 96 positions"):
         predict_scores(fabric, RLOOConfig(), model, read, packed=False)
 
 
@@ -153,7 +153,7 @@ def test_a_run_and_its_evaluation(
 
 
 @pytest.mark.parametrize(
-    ("task", "kind"), [("online_dpo", "tokenizer"), pytest.param("rloo", "architecture", marks=pytest.mark.slow)]
+    ("task", "kind"), [("online_dpo", "tokenizer"), pytest.param("rloo", "architecture", marks=pytest.mark.nightly)]
 )
 def test_other_tasks_with_another_tokenizer_or_architecture(
     task: str, kind: str, judge: Path, tmp_path: Path, model_folder: ModelFolder
@@ -238,7 +238,7 @@ def test_scores_in_the_chat_template(judge: Path, tmp_path: Path) -> None:
         TextExchange(byte_tokenizer(), load_tokenizer(AutoModelConfig(repo_name=str(judge))), print, chat=True)
 
 
-@pytest.mark.parametrize("kind", ["text", pytest.param("messages", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["text", pytest.param("messages", marks=pytest.mark.nightly)])
 def test_a_sum_of_two_reward_models_in_their_templates(
     kind: str, judge: Path, tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -213,7 +213,7 @@ def test_the_models_of_ppo_are_counted(model_folder: Callable[..., Path]) -> Non
 def test_a_moving_reference_and_a_teacher_are_counted(model_folder: ModelFolder) -> None:
     model, teacher = (AutoModelConfig(repo_name=str(model_folder(name))) for name in ("llama", "gpt2"))
     data = LocalDataConfig(train_file="rows.jsonl", max_length=100)
-    how: dict[str, Any] = {"model": model, "data": data, "fabric": FabricConfig(), "optim": AdamWConfig()}
+    common: dict[str, Any] = {"model": model, "data": data, "fabric": FabricConfig(), "optim": AdamWConfig()}
     tasks = (DPOConfig(ref_sync_interval=5), DistillConfig(teacher=teacher.repo_name))
-    plans = [step_plan(TrainConfig(task=task, reward=NoRewardConfig(), **how), device="cuda") for task in tasks]
+    plans = [step_plan(TrainConfig(task=task, reward=NoRewardConfig(), **common), device="cuda") for task in tasks]
     assert [plan.others for plan in plans] == [measure(one, "32-true").weights for one in (model, teacher)]

@@ -48,10 +48,10 @@ def environment(monkeypatch, *texts):
         monkeypatch.setenv(*word.split("=", 1))
 
 
-def numbers(devices=None, num_nodes=None, **how):
+def numbers(devices=None, num_nodes=None, **options):
     """What becomes of `fabric.devices` and `fabric.num_nodes`."""
     config = EvalConfig(fabric=FabricConfig(devices=devices, num_nodes=num_nodes))
-    fabric = with_launched_processes(config, **how).fabric
+    fabric = with_launched_processes(config, **options).fabric
     return fabric.devices, fabric.num_nodes
 
 

@@ -99,12 +99,14 @@ def test_engines_never_sample_them(name: str, padded: Path) -> None:
             assert_allclose(logprobs, expected.numpy(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", [{"top_k": 1}, {"top_k": 3}, {"top_p": 0.5}])
-def test_likeliest_tokens_are_of_the_defined_ones(how: dict[str, Any], padded: Path) -> None:
+@pytest.mark.parametrize("given", [{"top_k": 1}, {"top_k": 3}, {"top_p": 0.5}])
+def test_likeliest_tokens_are_of_the_defined_ones(given: dict[str, Any], padded: Path) -> None:
     policy = policy_of(padded)
     policy.exclude_undefined(byte_tokenizer())
     uniforms = np.random.default_rng(0).random((2, 4, 6))
-    options: dict[str, Any] = dict(temperature=1.0, token_budget=200, end_ids=[], undefined_U=policy.undefined_U, **how)
+    options: dict[str, Any] = dict(
+        temperature=1.0, token_budget=200, end_ids=[], undefined_U=policy.undefined_U, **given
+    )
     found = sample_responses(policy.causal_lm(), PROMPTS, uniforms, **options)
     assert max(ids.max() for one in found for ids in one.responses) <= 258
 
