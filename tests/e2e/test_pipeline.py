@@ -40,7 +40,7 @@ def wait_for_a_checkpoint(run_dir: Path, job: ColdJob) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.nightly  # tests/unit/utils/test_child_process.py sends signals to a command that waits for its stage
+@pytest.mark.nightly  # tests/unit/utils/test_processes.py sends signals to a command that waits for its stage
 def test_a_signal_reaches_the_stage_which_saves(tmp_path: Path, model_folder: ModelFolder) -> None:
     job = ColdJob(
         [*chain(tmp_path, model_folder), "sft.task.epochs=500", "sft.task.max_num_steps=4000"], tmp_path / "log"

@@ -167,7 +167,7 @@ def test_any_text(examples: int) -> None:
         examples = []
         for number, values in enumerate(rows):
             if not values["prompt"] and not pairs:
-                continue  # a text, of which tests/unit/data/test_texts.py tells the tokens
+                continue  # a text, of which tests/unit/data/test_prompts.py tells the tokens
             try:
                 [made, *further] = tokenize([Row(number, f"line {number}", values)])
             except DataError as error:

@@ -14,11 +14,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.data.store:MismatchedSplit": ("tests/unit/data/test_mismatch.py",),
     "sheeprlhf.data.store:mismatched_rows": ("tests/unit/data/test_mismatch.py",),
     "sheeprlhf.data.sampler": ("tests/unit/data/test_sampler.py",),
-    "sheeprlhf.data.tokenize": (
-        "tests/unit/data/test_tokenize.py",
-        "tests/unit/data/test_prompts.py",
-        "tests/unit/data/test_encoding.py",
-    ),
+    "sheeprlhf.data.tokenize": ("tests/unit/data/test_tokenize.py", "tests/unit/data/test_prompts.py"),
     "sheeprlhf.agent.batches": ("tests/unit/agent/test_batches.py", "tests/unit/agent/test_policy.py"),
     "sheeprlhf.model.lm_head": (
         "tests/unit/model/test_lm_head.py",
@@ -28,11 +24,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "sheeprlhf.model.attention": ("tests/unit/model/test_attention.py", "tests/unit/rollout/test_sampler.py"),
     "sheeprlhf.rollout.sampler": ("tests/unit/rollout/test_sampler.py",),
     "sheeprlhf.rollout.engines": ("tests/unit/rollout/test_sampler.py", "tests/unit/rollout/test_engines.py"),
-    "sheeprlhf.agent.policy": (
-        "tests/unit/agent/test_policy.py",
-        "tests/unit/agent/test_policy.py",
-        "tests/parity/test_packed_equals_padded.py",
-    ),
+    "sheeprlhf.agent.policy": ("tests/unit/agent/test_policy.py", "tests/parity/test_packed_equals_padded.py"),
     "sheeprlhf.reward.functions": ("tests/unit/reward/test_functions.py",),
     "sheeprlhf.reward.score": ("tests/unit/reward/test_score.py",),
     "sheeprlhf.task.loop": ("tests/unit/task/test_loop.py",),

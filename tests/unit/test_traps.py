@@ -111,8 +111,8 @@ TRAPS = {
         tests/unit/utils/test_end_tokens.py::test_generate_and_stream_end_there_too
         tests/unit/utils/test_end_tokens.py::test_saved_folders_list_all_of_them""",
     "26 a response is encoded as a text of its own": """
-        tests/unit/data/test_encoding.py::test_prompt_and_response_decode_to_their_text
-        tests/unit/data/test_encoding.py::test_a_response_has_the_ids_behind_its_prompt""",
+        tests/unit/data/test_tokenize.py::test_prompt_and_response_decode_to_their_text
+        tests/unit/data/test_tokenize.py::test_a_response_has_the_ids_behind_its_prompt""",
     "27 the split of a row depends on its rendering": """
         tests/unit/data/test_prepare.py::test_rows_and_splits_do_not_depend_on_the_day
         tests/unit/data/test_prepare.py::test_conversations_are_identified_before_the_template""",

@@ -115,10 +115,9 @@ def test_a_command_shows_its_groups_choices_and_options(verb, capsys):
     for group in groups(verb):
         default = defaults[group]
         assert f"{group}= (default {default})" in printed or default is None
-    assert ("task= (must be given)" in printed) == (verb in ("train", "eval"))
-    trains = "task" in groups(verb) and verb != "eval"
-    assert ("Between two validations. [whole number, optimizer steps, default 100]" in printed) == trains
-    assert ("One of auto, packed, padded." in printed) == ("task" in groups(verb))
+    assert ("task= (must" in printed) == (verb in ("train", "eval"))
+    assert ("optimizer steps, default 100]" in printed) == ("task" in groups(verb) and verb != "eval")
+    assert ("auto, packed, padded" in printed) == ("task" in groups(verb))
     assert "--multirun, -m" in printed
 
 

@@ -101,25 +101,12 @@ VARIABLES = {  # of a launcher, by rank; SLURM's are all that tests of others se
     "mpirun": "OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_RANK={} OMPI_COMM_WORLD_LOCAL_RANK={} "
     "OMPI_COMM_WORLD_LOCAL_SIZE=2",
 }
-
-
-def launch(tmp_path, launcher, *words):
-    """Start two processes as a launcher does, to their end: exit codes, and outputs (torchrun mixes all into one)."""
-    environment = prepare(tmp_path)
-    program = [str(ROOT / "sheeprlhf.py"), *words]
-    if launcher == "torchrun":
-        commands = [([*TORCHRUN, *program], {})]
-    else:
-        of_ranks = [VARIABLES[launcher].format(rank, rank) for rank in range(2)]
-        commands = [([sys.executable, *program], dict(w.split("=") for w in text.split())) for text in of_ranks]
-    processes = [
-        subprocess.Popen(
-            command, cwd=tmp_path, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for command, more in commands
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    return [process.returncode for process in processes], outputs
+FORKED = f"""
+import sys, types
+stub = sys.modules["stub_task"] = types.ModuleType("stub_task")
+exec({STUB!r}, vars(stub))
+{SITE}
+"""
 
 
 @pytest.mark.parametrize(
@@ -127,18 +114,27 @@ def launch(tmp_path, launcher, *words):
     [
         pytest.param("torchrun", marks=pytest.mark.nightly),
         pytest.param("srun", marks=pytest.mark.slow),
-        pytest.param("mpirun", marks=pytest.mark.nightly),
+        pytest.param("mpirun", marks=pytest.mark.slow),
     ],
 )
-def test_processes_of_a_launcher_train_together(launcher, tmp_path):
-    codes, outputs = launch(tmp_path, launcher, "train", "task=sft", "run_name=it")
-    assert set(codes) == {0}, outputs
+def test_processes_of_a_launcher_train_together(launcher, server, tmp_path):
+    words, environment = ["train", "task=sft", "run_name=it"], prepare(tmp_path)
+    if launcher == "torchrun":
+        command = [*TORCHRUN, str(ROOT / "sheeprlhf.py"), *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, timeout=120)
+        codes, output = [done.returncode], done.stdout
+    else:
+        more = [dict(word.split("=") for word in VARIABLES[launcher].format(rank, rank).split()) for rank in (0, 1)]
+        records = environment["RECORDS"]
+        jobs = [server.start(words, tmp_path / f"log.{n}", FORKED, RECORDS=records, **more[n]) for n in (0, 1)]
+        codes, output = [job.wait(120) for job in jobs], "".join(job.text() for job in jobs)
+    assert set(codes) == {0}, output
     records = recorded(tmp_path)
     assert [(record["rank"], record["world"]) for record in records] == [(0, 2), (1, 2)]
     assert records[0]["dir"] == records[1]["dir"]
     assert [path.parent for path in tmp_path.rglob("run.json")] == [Path(records[0]["dir"])]
-    assert {path.name for path in tmp_path.iterdir()} == {"site", "records", "logs"}
-    assert "".join(outputs).count("run directory:") == 1
+    assert {path.name for path in tmp_path.iterdir()} - {"log.0", "log.1"} == {"site", "records", "logs"}
+    assert output.count("run directory:") == 1
 
 
 @pytest.mark.nightly

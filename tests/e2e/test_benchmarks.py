@@ -1,15 +1,45 @@
-"""`benchmarks/instruct.py` on the embedded model: trainings, and comparisons with plain transformers and PEFT."""
+"""The programs of benchmarks/ and the notebook of docs/ run to their end."""
 
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.losses import LOSSES
+
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_attention_and_sampling(tmp_path: Path) -> None:
+    from benchmarks import gpu_check
+
+    device = torch.device("cpu")
+    checks = [*gpu_check.check_attention(device, tmp_path / "a"), *gpu_check.check_sampling(device, tmp_path / "b")]
+    assert len(checks) == 3 and all(check.passed() and check.limit is not None for check in checks)
+    assert not checks[0]._replace(measured=1.0).passed()
+
+
+@pytest.mark.nightly
+def test_tiny_check_on_the_cpu() -> None:
+    command = [sys.executable, "benchmarks/gpu_check.py", "--device", "cpu", "--tiny"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    checks, speeds = done.stdout.split("| task |")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in checks.splitlines() if " | " in line][2:]
+    assert len(lines) == len(LOSSES) + 6
+    assert all(not limit or float(measured) <= float(limit) for _, measured, limit, _ in lines)
+    assert {line.split("|")[1].strip() for line in speeds.splitlines()[2:] if line.startswith("| ")} == {
+        "sft", "rm", "dpo", "ppo", "grpo"
+    }  # fmt: skip
+
+
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
@@ -83,3 +113,15 @@ def test_quick_tables() -> None:
         parts = [int(line[name]) for name in ("compute", "gather", "reduce", "wait")]
         assert abs(sum(parts) - int(line["sum ms"])) <= 4 and min(parts) >= 0  # rounded; one step, so medians add up
         assert (int(line["gather"]) > 0) == (line["strategy"] == "fsdp2") and int(line["reduce"]) > 0
+
+
+@pytest.mark.nightly
+def test_the_tour_improves_the_reward() -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(ROOT / "docs" / "tour.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(ROOT)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    texts = "".join(output.get("text", "") for output in outputs)
+    rewards = {name: float(value) for name, value in re.findall(r"^(SFT|PPO|DPO): reward +(-?[\d.]+)", texts, re.M)}
+    assert rewards["PPO"] > rewards["SFT"] and rewards["DPO"] > rewards["SFT"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
