@@ -64,7 +64,7 @@ def start(tmp_path, way, *words):
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     return done, recorded(tmp_path)
 
@@ -121,13 +121,13 @@ def test_processes_of_a_launcher_train_together(launcher, server, tmp_path):
     words, environment = ["train", "task=sft", "run_name=it"], prepare(tmp_path)
     if launcher == "torchrun":
         command = [*TORCHRUN, str(ROOT / "sheeprlhf.py"), *words]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, timeout=120)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, timeout=300)
         codes, output = [done.returncode], done.stdout
     else:
         more = [dict(word.split("=") for word in VARIABLES[launcher].format(rank, rank).split()) for rank in (0, 1)]
         records = environment["RECORDS"]
         jobs = [server.start(words, tmp_path / f"log.{n}", FORKED, RECORDS=records, **more[n]) for n in (0, 1)]
-        codes, output = [job.wait(120) for job in jobs], "".join(job.text() for job in jobs)
+        codes, output = [job.wait(300) for job in jobs], "".join(job.text() for job in jobs)
     assert set(codes) == {0}, output
     records = recorded(tmp_path)
     assert [(record["rank"], record["world"]) for record in records] == [(0, 2), (1, 2)]
