@@ -29,6 +29,7 @@ from sheeprlhf.utils.vocabulary import num_rows_needed
 
 _MAX_OFFSET = 1e30
 OFFSET = "reward_offset"  # in config.json: subtracted from the head's score
+SEPARATOR = "step_separator"  # in config.json of a process reward model: the text between two steps
 _CARD = """\
 # A reward model
 
@@ -74,6 +75,11 @@ class RewardModel(nn.Module):
     def offset(self, value: float) -> None:
         setattr(self.classifier().config, OFFSET, value)
 
+    @property
+    def step_separator(self) -> str | None:
+        """The text between two steps if the model scores steps, else None."""
+        return _checked_separator(getattr(self.classifier().config, SEPARATOR, None))
+
     def keep_language_head(self, causal_lm: PreTrainedModel) -> None:
         """Keep the language head of the model whose layers this one has; unless it is the embedding, it stays as it is.
 
@@ -85,7 +91,7 @@ class RewardModel(nn.Module):
             self.language_head.requires_grad_(False)
 
     def forward(self, batch: Batch, logprobs: bool = False) -> Tensor:
-        """(N,) float32 scores at the targets of a batch made with `targets="scores"` or "last".
+        """(N,) float32 scores at the targets of a batch made with targets of `data.example.SCORED`.
 
         With `logprobs`, log-probabilities of the targets of a batch of `targets="response"`, by the language head.
         """
@@ -121,6 +127,17 @@ def _checked_offset(offset: Any, folder: object) -> float:
         shown = "a huge number" if type(offset) is int else str(offset)[:40]
         raise ModelError(f"{folder}: {OFFSET} in config.json is {shown}: it must be a number below {_MAX_OFFSET:g}")
     return float(offset)
+
+
+def separator_of(folder: Path) -> str | None:
+    """The step separator in the config.json that `RewardModel.save` has put next to adapters; None if there is none."""
+    return _checked_separator(read_json(folder, "config.json").get(SEPARATOR))
+
+
+def _checked_separator(value: Any) -> str | None:
+    if value is not None and not (isinstance(value, str) and 0 < len(value) <= 100):
+        raise ModelError(f"{SEPARATOR} in a reward model's config.json is {str(value)[:40]!r}: it must be a short text")
+    return value
 
 
 @phase("loading the model")
@@ -170,6 +187,7 @@ def reward_model_of(
     if adapter is not None:
         reward = RewardModel(load_lora(model, adapter, say))
         reward.offset = offset_of(adapter)
+        setattr(reward.classifier().config, SEPARATOR, separator_of(adapter))
         return reward
     if cfg.freeze_transformer:
         model.requires_grad_(False)
@@ -183,12 +201,20 @@ def reward_model_of(
 class AdapterValueModel(nn.Module):
     """A score head (C -> 1) on the policy's model, with an adapter of its own if that has some. Call it in `in_use()`.
 
-    The offset is subtracted from the head's score.
+    The offset is subtracted from the head's score; `step_separator` as of `RewardModel`.
     """
 
-    def __init__(self, policy: Policy, adapter: str | None, head: nn.Linear, offset: float = 0.0) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        adapter: str | None,
+        head: nn.Linear,
+        offset: float = 0.0,
+        step_separator: str | None = None,
+    ) -> None:
         super().__init__()
         self.policy, self.adapter, self.head, self.offset = policy, adapter, head, offset
+        self.step_separator = step_separator
 
     def in_use(self) -> AbstractContextManager[None]:
         """Inside, the model computes with this adapter, and it and the head alone can get gradients."""

@@ -21,9 +21,10 @@ from torch import Tensor
 from sheeprlhf.apps.arguments import ParsedArgs
 from sheeprlhf.apps.terminal import Screen, columns, heading, paragraph
 from sheeprlhf.config.shell import command
-from sheeprlhf.data.example import Batch, Example, collate_packed
+from sheeprlhf.data.example import SCORED, Batch, Example, collate_packed
 from sheeprlhf.data.prepare import PreparedData, prepare_data
 from sheeprlhf.data.report import render_report
+from sheeprlhf.data.rows import STEPS
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.data.tokenize import encode
 from sheeprlhf.model.folder.load import load_tokenizer
@@ -156,7 +157,7 @@ class Viewer:
 
     def __init__(self, tokenizer: Any, *, targets: str, template_args: Mapping[str, Any] | None = None) -> None:
         self._tokenizer, self._targets = tokenizer, targets
-        self._scored = targets in ("scores", "last")
+        self._scored = targets in SCORED
         self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._opening = _answer_opening(tokenizer, template_args)
 
@@ -199,6 +200,8 @@ class Viewer:
         ranks = {name: rank for name, rank in names.items() if rank}
         if ranks and example.margin:
             facts.append(f"margin {example.margin:g}")
+        if self._targets == "steps" and example.columns:
+            facts.append(f"steps: {', '.join('right' if good else 'wrong' for good in example.columns[STEPS[1]])}")
         return View(parts, ranks, facts, warnings)
 
     def _end_name(self, number: int) -> str:
@@ -362,6 +365,7 @@ _LOSS_MEANINGS = {  # by targets
     "response": "counts responses only",
     "all": "counts prompts and responses (task.completion_only_loss=false)",
     "last": "compares the scores after the last token of each response",
+    "steps": "compares the scores after the last token of each step with its label",
     "scores": "compares the scores after the tokens of the responses, from the first that differs on",
 }
 _PAIR_LOSS_MEANING = "compares the log-probabilities of whole responses"
@@ -450,6 +454,8 @@ def _targets(task: TrainTaskConfig) -> str:
     """Targets of the task's loss, as `collate_packed` takes them."""
     if isinstance(task, RMConfig):
         return "last" if task.loss_type in RMConfig.of_last_tokens else "scores"
+    if task.data_kind == "stepwise":
+        return "steps"
     return "all" if isinstance(task, SFTConfig) and not task.completion_only_loss else "response"
 
 
@@ -473,7 +479,7 @@ def _print_head(
     _print(screen, f"the loss {meaning_of_loss}; {ends}")
     if not config.num_examples:
         return
-    what = "scored" if targets in ("last", "scores") else "trained on"
+    what = "scored" if targets in SCORED else "trained on"
     legend = Text("+ ")
     if _is_colored(screen):
         for trained, meaning in ((True, what), (False, f"not {what}")):

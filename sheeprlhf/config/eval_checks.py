@@ -6,7 +6,7 @@ from pathlib import Path
 from sheeprlhf.config.option_checks import unread
 from sheeprlhf.config.path_checks import is_weights_name, new_folder_problems, weights_problems
 from sheeprlhf.config.registry import choices
-from sheeprlhf.config.reward_checks import NORMALIZED, narrowing_options, overlong_problems, unread_reward_model
+from sheeprlhf.config.reward_checks import NORMALIZED, model_score_problems, narrowing_options, overlong_problems
 from sheeprlhf.config.run_lookup import read_run_config, saved_group, start_problems, task_of_run
 from sheeprlhf.config.shell import shell_word
 from sheeprlhf.config.validate import sharding_problems, unread_options
@@ -48,7 +48,7 @@ def _reward_problems(config: EvalConfig) -> Iterator[str]:
         yield from unread_options(config, "reward")
         return
     yield from start_problems(config)
-    yield from unread_reward_model(config)
+    yield from model_score_problems(config)
     if reward.normalize:
         yield NORMALIZED
     yield from overlong_problems(config)

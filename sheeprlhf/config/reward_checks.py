@@ -90,8 +90,10 @@ def reward_problems(cfg: RewardSourceConfig) -> Iterator[str]:
         yield from (f"reward.{name} is read by no term: remove it, or add the term judge" for name in changed)
     if isinstance(cfg, BuiltinOptionsConfig):
         yield from _option_problems(cfg, sources)
-    if isinstance(cfg, ListRewardConfig) and cfg.template != "plain" and not any(map(is_model, sources)):
-        yield f"reward.template={cfg.template} is read by reward models only: remove it, or add the term model"
+    if isinstance(cfg, ListRewardConfig) and not any(map(is_model, sources)):
+        for name in ("template", "step_score"):
+            if (value := getattr(cfg, name)) != getattr(ListRewardConfig, name):
+                yield f"reward.{name}={value} is read by reward models only: remove it, or add the term model"
     if isinstance(cfg, ListRewardConfig):
         yield from _ensemble_problems(cfg, sum(map(is_model, sources)))
     if isinstance(cfg, ModelRewardConfig | ListRewardConfig) and cfg.folder is not None:
@@ -281,7 +283,7 @@ def _folder_problems(folder: str) -> Iterator[str]:
 def online_problems(config: TrainConfig, task: OnlineTaskConfig) -> Iterator[str]:
     """Problems of an RL task."""
     model = config.model
-    yield from unread_reward_model(config)
+    yield from model_score_problems(config)
     group = task.num_generations
     for key in (key for key in ("rollout_size", "mini_batch_size") if key not in task.unread):
         size = getattr(task, key)
@@ -414,8 +416,16 @@ def overlong_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
         yield f"{given} is more than generation.max_new_tokens={most}: give at most that"
 
 
-def unread_reward_model(config: TrainConfig | EvalConfig) -> Iterator[str]:
-    """A reward model that was given and that the reward does not ask."""
+def model_score_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
+    """A reward model that was given and that the reward does not ask; rewards of steps that nothing can use."""
+    if getattr(config.reward, "step_score", "min") == "each":
+        if not isinstance(config.task, PPOConfig | ReinforcePPConfig):
+            where = f"by task={config.task.config_name}, which has one reward for a response"
+            yield unread("reward.step_score=each", where, "reward.step_score=min, product or last")
+        elif config.reward.normalize or config.reward.clip is not None:
+            yield "reward.step_score=each excludes reward.normalize and reward.clip, of whole responses: remove them"
+        elif getattr(config.reward, "combine", "sum") != "sum":
+            yield "reward.step_score=each has no single score to combine: give reward.combine=sum"
     run = getattr(config.task, "rm_experiment_dir", None)
     if run is not None and not is_run_alias(run) and not scores_by_run(config):
         yield unread(f"task.rm_experiment_dir={run}", f"by reward={config.reward.config_name}", "reward=model")

@@ -40,7 +40,7 @@ from sheeprlhf.structure.run import (
     RootConfig,
     TrainConfig,
 )
-from sheeprlhf.structure.task import DPOConfig, ILQLConfig, RMConfig, SFTConfig, TrainTaskConfig
+from sheeprlhf.structure.task import DPOConfig, ILQLConfig, PRMConfig, RMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.utils.errors import ConfigError
 from sheeprlhf.utils.hardware import cuda_problem, missing_modules
 from sheeprlhf.utils.home import cache_place
@@ -461,6 +461,7 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
             yield "model.finetune_mode=LORA is not supported by task=ilql: give model.finetune_mode=ALL"
         if config.fabric.strategy == "fsdp2":
             yield "fabric.strategy=fsdp2 is not supported by task=ilql: give fabric.strategy=ddp"
+    yield from _step_problems(config)
     yield from sharding_problems(config)
     yield from start_problems(config)
     start = getattr(config.task, "sft_experiment_dir", None)
@@ -488,6 +489,21 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
         yield f"run_name={config.run_name} cannot name a directory: give a name without slashes"
     yield from new_folder_problems("root_dir", config.root_dir)
     yield from _log_problems(config)
+
+
+def _step_problems(config: TrainConfig) -> Iterator[str]:
+    """Problems of rows whose responses have steps, and of options that only these have."""
+    separator = getattr(config.data, "step_separator", None)
+    if not isinstance(config.task, PRMConfig):
+        if separator not in (None, LayoutDataConfig.step_separator):
+            yield unread(f"data.step_separator={separator!r}", f"by task={config.task.config_name}", "task=prm")
+        return
+    if separator is None:
+        yield f"data={config.data.config_name} has no steps with labels, which task=prm learns: give data=local or hub"
+    elif not 0 < len(separator) <= 100:
+        yield "data.step_separator must be a text of 1 to 100 characters: give for example one line break, '\\n'"
+    if config.data.reasoning != "train":
+        yield unread(f"data.reasoning={config.data.reasoning}", "by task=prm")
 
 
 def _streaming_problems(config: TrainConfig) -> Iterator[str]:
@@ -590,6 +606,7 @@ def unread_options(config: TrainConfig | EvalConfig, *keys: str) -> Iterator[str
 
 
 MAPPED = ("prompt", "response", "chosen", "rejected", "responses", "margin", "messages", "label")  # data.rows.COLUMNS
+MAPPED += ("completions", "labels")  # data.rows.STEPS
 EXTRAS = ("system", "tools")  # data.rows.CONVERSATION_EXTRAS
 
 

@@ -36,6 +36,7 @@ class PreferenceExample(NamedTuple):
     untrained: int = 0  # answers of earlier turns, which are part of the prompt
     # of a conversation, what follows `response`: text that is not learned and an answer to learn, in turn
     turns: tuple[str, ...] = ()
+    steps: tuple[str, ...] = ()  # of a response; `label` has for each of them if it is right
 
 
 class Example(NamedTuple):
@@ -68,8 +69,8 @@ class Batch(NamedTuple):
     """Rows of one forward pass, packed (B=1, `layout`) or padded (`attention_mask_BT`). Targets have the same order.
 
     Targets are ordered by row, then response, then position. With `targets="all"` a row's prompt tokens (from its
-    second on) precede its response tokens. With "scores" and "last" a head reads the targets themselves instead of
-    predicting them from the place before.
+    second on) precede its response tokens. With "scores", "last" and "steps" a head reads the targets themselves
+    instead of predicting them from the place before.
     """
 
     input_ids_BT: Tensor  # (B, T) int64
@@ -91,7 +92,8 @@ class Batch(NamedTuple):
     row_ids: tuple[int, ...]  # the rows' numbers, for error messages
 
 
-TARGETS = ("response", "all", "scores", "last")
+TARGETS = ("response", "all", "scores", "last", "steps")
+SCORED = TARGETS[2:]  # a head reads these targets
 SIDES = ("right", "left")
 
 
@@ -102,7 +104,7 @@ def collate_packed(examples: Sequence[Example], *, targets: str = "response") ->
         examples: the rows, at least one.
         targets: "response": the response's tokens are predicted, as far as `Example.trained` says; "all": all tokens
             of the row (from the second on); "scores": a score is read at each of the response's tokens; "last": at the
-            last one only.
+            last one only; "steps": at those of `Example.trained`.
 
     Returns:
         A batch with `layout`, input_ids (1, T).
@@ -193,7 +195,7 @@ def _batch(
     `prompt_at` and `response_at` say, per response of the batch, at which place of the flattened (B*T,) ids its prompt
     and it begin. The first token of a response is predicted at its prompt's last place, every other one place before.
     """
-    scored = targets in ("scores", "last")
+    scored = targets in SCORED
     sources: list[np.ndarray] = []
     target_ids: list[np.ndarray] = []
     owners: list[int] = []  # the response that each piece of `target_ids` belongs to
@@ -213,9 +215,9 @@ def _batch(
             target_ids.append(response)
             if targets == "last":
                 sources[-1], target_ids[-1] = own[-1:], response[-1:]
-            elif targets == "response":
+            elif targets in ("response", "steps"):
                 sources[-1], target_ids[-1] = sources[-1][trained], response[trained]
-            lengths.append(int(trained.sum()) if targets == "response" else len(response))
+            lengths.append(int(trained.sum()) if targets in ("response", "steps") else len(response))
             owners.append(index)
             index += 1
     pairs, weights, margins = _pairs(examples)

@@ -1,8 +1,9 @@
 """Row formats: one function for each dataset, which makes text of a row.
 
 Your own files have `prompt` + `response`, `prompt` + `chosen` + `rejected`, `prompt` + `responses`, or `messages`. A
-`label` next to a response says whether it is desirable; tasks of unpaired data need it. Tasks that sample their
-responses take rows with only a prompt too.
+`label` next to a response says whether it is desirable; tasks of unpaired data need it. `completions` are the steps of
+a response, `labels` tell which of them are right (task=prm). Tasks that sample their responses take rows with only a
+prompt too.
 """
 
 from collections.abc import Mapping
@@ -12,9 +13,11 @@ from sheeprlhf.data.conversation import ConversationExample, has_messages, margi
 from sheeprlhf.data.example import PreferenceExample
 from sheeprlhf.data.rows import (
     CONVERSATION_EXTRAS,
+    STEPS,
     MissingColumnError,
     best_first,
     has_value,
+    is_desirable,
     led_by_space,
     optional_text,
     text,
@@ -62,6 +65,8 @@ def format_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | Co
     if has_messages(row):
         return read_conversation(row)
     row = _named(row)
+    if row.get(STEPS[0]) is not None:
+        return _with_steps(row)
     margin = margin_of(row)
     if row.get("responses") is not None:
         ranked = texts(row, "responses")
@@ -73,6 +78,14 @@ def format_row(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | Co
         raise MissingColumnError("chosen and rejected go together, and one of the two is missing or null")
     response, label = optional_text(row, "response"), row.get("label")
     return PreferenceExample(text(row, "prompt"), response, chosen, rejected, margin=margin, label=label)
+
+
+def _with_steps(row: Mapping[str, Any]) -> PreferenceExample:
+    """A row of steps, each with its label."""
+    steps, labels = texts(row, STEPS[0], fewest=1), row.get(STEPS[1])
+    if not isinstance(labels, list | tuple) or len(labels) != len(steps):
+        raise DataError(f"column '{STEPS[1]}' must be a list of as many labels as column '{STEPS[0]}' has steps")
+    return PreferenceExample(text(row, "prompt"), label=tuple(map(is_desirable, labels)), steps=steps)
 
 
 def format_prompt(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample | ConversationExample | None:

@@ -17,6 +17,7 @@ from sheeprlhf.data.rows import (
     CONVERSATION_EXTRAS,
     MEANING_COLUMNS,
     RANKINGS,
+    STEPS,
     TEXT_COLUMNS,
     has_value,
     mapping_text,
@@ -36,7 +37,7 @@ TEXT = "text"  # alone: a text without a prompt
 INPUT = "input"  # next to an instruction: the second paragraph of its prompt
 JOINT = "\n\n"  # between the columns of one text
 _RESPONSES = ("response", "chosen", "rejected", "responses")
-_LISTS = (*CONVERSATION_COLUMNS, "responses", *RANKINGS)  # csv and parquet may hold them as JSON text
+_LISTS = (*CONVERSATION_COLUMNS, "responses", *RANKINGS, *STEPS)  # csv and parquet may hold them as JSON text
 SCORES = ("score_chosen", "score_rejected")  # their difference is the margin of a pair
 MESSAGE_KEY = "messages."  # begins a name of data.ignore_columns that means a key of messages
 _MESSAGE_EXTRAS = {"system_prompt": "system", "system_message": "system", "functions": "tools"}
@@ -54,7 +55,7 @@ class RowLayout:
     def __init__(self, cfg: DataConfig, kind: str, more: Sequence[str] = (), kept: KeptColumns = _NOTHING_KEPT) -> None:
         """Prepare for a dataset and a kind (see `prepare_data`); `more` columns are read besides the usual ones."""
         self._own_files, self._kind = isinstance(cfg, LayoutDataConfig), kind
-        self._more = (*cfg.read_columns, *more)
+        self._more = (*cfg.read_columns, *more, *(STEPS if kind == "stepwise" else ()))
         self._given: Sources = {}
         self._ignored: frozenset[str] = frozenset()
         self._ignored_keys: frozenset[str] = frozenset()
@@ -251,6 +252,8 @@ def _layout_of(row: Mapping[str, Any], columns: Sequence[str]) -> str:
         kind = "preference" if has & {"prompt", *CONVERSATION_COLUMNS} else "preference, implicit prompt"
     elif "responses" in has:
         kind = "ranked responses"
+    elif STEPS[0] in has:
+        kind = "steps with labels"
     elif "label" in has:
         kind = "response with a label"
     elif has & set(CONVERSATION_COLUMNS):

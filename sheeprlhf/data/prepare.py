@@ -45,6 +45,7 @@ from sheeprlhf.data.report import (
     rows_kept,
     why_none_left,
 )
+from sheeprlhf.data.rows import STEPS
 from sheeprlhf.data.source import download, progress_bar, release
 from sheeprlhf.data.store import SplitWriter, TokenizedSplit
 from sheeprlhf.data.tokenize import RowTokenizer, TokenRow
@@ -64,11 +65,13 @@ TRAINING_SPLITS = {
     "preference": _PREFERENCES,
     "unpaired": _PREFERENCES,
     "rewarded": _PREFERENCES,
+    "stepwise": _PREFERENCES,
     "prompts": ("train",),
 }  # one must have rows
 NOT_IN_FINGERPRINT = (
     *("cache_dir", "num_proc", "shuffle", "dataset_name", "revision", "subset", "split"),
     *("train_file", "validation_file", "test_file", "streaming", "shard_size", "keep_shards"),
+    "step_separator",  # but of rows with steps
 )
 _worker: list[tuple[RowTokenizer, Event]] = []  # in a pool's process: its tokenizer, sent once, and whether to stop
 
@@ -147,7 +150,8 @@ def prepare_data(
         tokenizer: the model's tokenizer.
         kind: "sft": one response, the row's `response`, else its `chosen`; "preference": chosen and rejected;
             "unpaired": a response and whether it is desirable, two of such rows from a pair; "rewarded": the same, and
-            its reward; "prompts": as "sft", but a row without a response is kept.
+            its reward; "stepwise": a response in steps, each with a label, which is column `labels`; "prompts": as
+            "sft", but a row without a response is kept.
         say: prints a line for the user.
         progress: show a bar (rank zero).
         kept: columns of the files to store with the tokens, for reward functions; those that the files have.
@@ -200,6 +204,8 @@ def prepare_data(
         check_targets(split, rows, cfg)
         check_ids(split, rows, largest_id)
         rows.columns = tuple(name for name in available_columns(report, split) if kept.every or name in kept.names)
+        if kind == "stepwise":
+            rows.columns = STEPS[1:]
     if isinstance(cfg, MixDataConfig):
         names = [{"name": name_in_mixture(given)} for given in cfg.mix]
         report = report | {"mix": [part | name for part, name in zip(report["mix"], names, strict=True)]}
@@ -241,6 +247,8 @@ def fingerprint(cfg: DataConfig, tokenize: RowTokenizer, content: str, kept: Kep
         "chat_template": getattr(tokenizer, "chat_template", None),
         "template_args": fixed_arguments(tokenizer, cfg.template_args),
     }
+    if tokenize.kind == "stepwise":
+        parts["step_separator"] = getattr(cfg, "step_separator", None)
     if kept != NOTHING_KEPT:
         parts["kept"] = [sorted(kept.names), kept.every]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -173,6 +173,7 @@ def why_none_left(report: Report, native: set[str], cfg: DataConfig) -> str:
         "nul_character": "remove the NUL characters",
         "no_trained_message": "mark an assistant message as one to learn: weight 1 or train true",
         "reasoning_alone": "set data.reasoning=train, or raise data.max_length",
+        "steps_without_border": "choose a data.step_separator that no step contains and no token joins to a next step",
         "equal_ranks": "rank the responses without ties",
         "more_than_one_answer": "chosen and rejected may differ in the last message only",
         "special_tokens_in_messages": "take the markers of the chat template out of the messages",

@@ -16,6 +16,7 @@ from sheeprlhf.utils.errors import DataError
 
 COLUMNS = ("prompt", "response", "chosen", "rejected", "responses", "margin", "messages", "label")  # all that are read
 TEXT_COLUMNS = COLUMNS[:4]
+STEPS = ("completions", "labels")  # columns of the steps of a response, and of their labels
 CONVERSATION_COLUMNS = ("messages", "conversations")  # hold a conversation
 CONVERSATION_EXTRAS = ("system", "tools")  # read where a row holds a conversation
 RANKINGS = ("ranks", "scores")  # of responses: 1 is the best rank, the highest score is the best
@@ -89,14 +90,14 @@ def optional_text(row: Mapping[str, Any], column: str) -> str | None:
     return None if row.get(column) is None else text(row, column)
 
 
-def texts(row: Mapping[str, Any], column: str) -> tuple[str, ...]:
-    """The two or more strings in a column of lists. Raises DataError otherwise; DropRowError as `text` does."""
+def texts(row: Mapping[str, Any], column: str, fewest: int = 2) -> tuple[str, ...]:
+    """The `fewest` or more strings in a column of lists. Raises DataError otherwise; DropRowError as `text` does."""
     value = row[column]
     if not isinstance(value, list | tuple):
         raise DataError(f"column '{column}' holds {type(value).__name__}, not a list; write a list of strings")
-    if len(value) < 2:
+    if len(value) < fewest:
         count = "1 entry" if value else "no entry"
-        raise DataError(f"column '{column}' has {count}; give two or more, best first")
+        raise DataError(f"column '{column}' has {count}; give {'two or more, best first' if fewest > 1 else 'one'}")
     found = []
     for number, entry in enumerate(value):
         try:

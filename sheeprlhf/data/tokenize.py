@@ -9,6 +9,7 @@ prompt and response apart: no merge crosses the border, and what is sampled afte
 
 import hashlib
 import json
+import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
@@ -30,6 +31,7 @@ from sheeprlhf.data.conversation import (
 from sheeprlhf.data.example import Example, PreferenceExample
 from sheeprlhf.data.read import Row
 from sheeprlhf.data.rows import (
+    STEPS,
     DropRowError,
     MissingColumnError,
     TemplatedExample,
@@ -48,7 +50,7 @@ SENTINELS = ("\n", "a", ".", "0", "|")
 _FIRST, _SECOND = "b", ("a", " a", "\na", "1")  # a text, and texts that may follow it
 REFUSED = "refused_by_template"  # a reason why a row is left out
 _NEW_LINE = "\n"  # in place of a prompt whose ids are known
-KINDS = ("sft", "preference", "unpaired", "rewarded", "prompts")
+KINDS = ("sft", "preference", "unpaired", "rewarded", "stepwise", "prompts")
 
 
 class EncodedPair(NamedTuple):
@@ -90,6 +92,34 @@ def token_index(tokenizer: Any, before: Sequence[int], ids: Sequence[int], place
 
     start = len(decode(tokenizer, [context])[0])
     return bisect_left(range(len(ids)), place, key=begin)
+
+
+class StepFinder:
+    """Finds the steps of responses, between which a separator is written."""
+
+    def __init__(self, tokenizer: Any, separator: str) -> None:
+        self._tokenizer, self._ends = tokenizer, end_token_ids(tokenizer)
+        self._border = re.compile("{0}(?:\\s*{0})*".format(re.escape(separator)))
+
+    def __call__(self, before: Sequence[int], ids: Sequence[int]) -> np.ndarray:
+        """(R,) bool, True at the last token of each step: that with the end of its separator, or the response's last.
+
+        Separators that follow each other count as one; behind the last step and before the first they divide nothing.
+
+        Args:
+            before: ids of the prompt.
+            ids: (R,) those of the response.
+        """
+        written = ids[:-1] if len(ids) and ids[-1] in self._ends else ids
+        context = list(before[-8:])
+        start = len(decode(self._tokenizer, [context])[0])
+        text = decode(self._tokenizer, [[*context, *written]])[0][start:]
+        last_N = np.zeros(len(ids), dtype=bool)
+        last_N[-1:] = True
+        for border in self._border.finditer(text):
+            if text[: border.start()].strip() and text[border.end() :].strip():
+                last_N[token_index(self._tokenizer, before, written, border.end()) - 1] = True
+        return last_N
 
 
 def writes_prefix_space(tokenizer: Any) -> bool:
@@ -249,6 +279,7 @@ class _Pieces(NamedTuple):
     unused: tuple[str, ...]
     untrained: int
     is_further: bool = False
+    labels: tuple[bool, ...] = ()  # of steps
 
     def dropped(self, reason: str) -> TokenRow:
         """The row, dropped."""
@@ -293,6 +324,8 @@ class RowTokenizer:
         self._control_tokens: bool = getattr(cfg, "control_tokens", False)
         self._end_texts = tuple(end_texts(tokenizer))
         self._learns_texts = kind == "sft" and isinstance(cfg, LayoutDataConfig)
+        self._separator: str = getattr(cfg, "step_separator", "\n")
+        self._find_steps = StepFinder(tokenizer, self._separator)
 
     def __call__(self, rows: Sequence[Row]) -> list[TokenRow]:
         """Format, tokenise and cut the rows of a batch."""
@@ -394,12 +427,17 @@ class RowTokenizer:
             desirable=desirable,
             unused=example.unused,
             untrained=example.untrained if self.kind == "sft" else 0,
+            labels=example.label if self.kind == "stepwise" else (),
         )
 
     def _responses(self, example: PreferenceExample) -> tuple[tuple[str, ...], tuple[bool, ...]]:
         """The responses that a task of this kind learns from, best first, and which are desirable (unpaired)."""
         if self.kind in ("unpaired", "rewarded"):
             return labelled(example, rewarded=self.kind == "rewarded")
+        if self.kind == "stepwise":
+            if not example.steps:
+                raise MissingColumnError("task=prm needs the columns completions, a list of steps, and labels")
+            return (self._separator.join(step.removesuffix(self._separator) for step in example.steps),), ()
         if self.kind == "preference":
             if example.ranked is not None:
                 return example.ranked, ()
@@ -479,10 +517,16 @@ class RowTokenizer:
         if self._same([tuple(r) for r in cut_responses]):
             return pieces.dropped("same_responses")
         masks = self._masks(pieces, prompt, cut_responses, turns)
+        kept: Mapping[str, Any] | None = row.kept
+        if self.kind == "stepwise":
+            labels = self._labels_of_steps(pieces.labels, masks[0], cut=not all(with_eos))
+            if not labels:
+                return pieces.dropped("no_room_for_response" if cut else "steps_without_border")
+            kept = {STEPS[1]: labels}
         if not all(mask.any() for mask in masks):
             return pieces.dropped("reasoning_alone")
         try:
-            columns = encode_columns(row.kept) if row.kept else ""
+            columns = encode_columns(kept) if kept else ""
         except DataError as error:
             raise DataError(f"{row.place}: {error}") from None
         texts = (pieces.prompt, *pieces.responses)
@@ -514,6 +558,8 @@ class RowTokenizer:
         self, pieces: _Pieces, prompt: list[int], responses: list[list[int]], turns: tuple[int, ...]
     ) -> list[np.ndarray]:
         """(R_k,) bool for each response: its tokens that count in the loss."""
+        if self.kind == "stepwise":
+            return [self._find_steps(prompt, ids) for ids in responses]
         masks = [np.ones(len(ids), dtype=bool) for ids in responses]
         if turns:
             masks[0][: sum(turns)] = np.repeat(np.arange(len(turns)) % 2 == 0, turns)
@@ -527,6 +573,17 @@ class RowTokenizer:
                     begin = token_index(self.tokenizer, before, own, first)
                     mask[start + begin : start + token_index(self.tokenizer, before, own, last)] = False
         return masks
+
+    @staticmethod
+    def _labels_of_steps(labels: tuple[bool, ...], last_N: np.ndarray, *, cut: bool) -> list[bool]:
+        """The labels of the steps that a response has whole; none if they are not the steps that it is divided into.
+
+        A step that was cut is taken out of `last_N`.
+        """
+        if cut:
+            last_N[-1] = False
+            return list(labels[: int(last_N.sum())])
+        return list(labels) if last_N.sum() == len(labels) else []
 
     def _parts(self, row: TokenRow) -> list[TokenRow]:
         """A text that is too long as several rows, each but the first behind the last token of the one before."""
@@ -640,7 +697,7 @@ class TextExchange:
         chat: bool = False,
         own_prompts: Mapping[bytes, np.ndarray] | None = None,
     ) -> None:
-        self._policy, self._reward, self._say, self._own_prompts = policy, reward, say, own_prompts or {}
+        self._policy, self.reward, self._say, self._own_prompts = policy, reward, say, own_prompts or {}
         self._turns = turn_texts(reward) if chat else None
         self._policy_bos, self._reward_bos = SpecialIds(policy).bos, SpecialIds(reward).bos
         self._encode = PairEncoder(reward)
@@ -665,7 +722,7 @@ class TextExchange:
                 prompt_ids, ids = self._encode_pair(row.prompt_ids, written)
             else:
                 prompt_ids, ids = prompts[number].prompt_ids, self._encode_responses(written)
-            end = response_end(self._reward, prompt_ids)
+            end = response_end(self.reward, prompt_ids)
             responses = tuple(
                 np.array([*response, end] if ended or not response else response, dtype=np.int32)
                 for response, (_, _, ended) in zip(ids, part, strict=True)
@@ -681,7 +738,7 @@ class TextExchange:
         control = {self._control[token] for token in ids if token in self._control}
         self._warn(control)
         if control:
-            [head] = encode(self._reward, [prompt], control_tokens=True)
+            [head] = encode(self.reward, [prompt], control_tokens=True)
             response_ids = self._encode_responses(responses)
         else:
             [(head, response_ids, _)] = self._encode([prompt], [responses], control_tokens=False)
@@ -692,17 +749,17 @@ class TextExchange:
     def _chat_row(self, row: Example, prompt: str, responses: list[str]) -> Example:
         """Return a row in the chat template; the text of a control token stays plain text."""
         assert self._turns is not None
-        before, between, after = (encode(self._reward, [text], control_tokens=True)[0] for text in self._turns)
+        before, between, after = (encode(self.reward, [text], control_tokens=True)[0] for text in self._turns)
         if self._own_prompts:
             own = self._own_prompts[row.prompt_ids.tobytes()]
             return row._replace(prompt_ids=own, responses=self._arrays(self._encode_responses(responses), after))
         if any(token in text for text in (prompt, *responses) for token in self._known):
-            [prompt_ids, *ids] = encode(self._reward, [prompt, *responses])
+            [prompt_ids, *ids] = encode(self.reward, [prompt, *responses])
             head = np.array([*before, *prompt_ids, *between], dtype=np.int32)
             return row._replace(prompt_ids=head, responses=self._arrays(ids, after))
         asked = {"role": "user", "content": prompt}
-        whole = [render_chat(self._reward, [asked, {"role": "assistant", "content": text}]) for text in responses]
-        ids = encode(self._reward, whole, control_tokens=True)
+        whole = [render_chat(self.reward, [asked, {"role": "assistant", "content": text}]) for text in responses]
+        ids = encode(self.reward, whole, control_tokens=True)
         shortest = min(map(len, ids)) - 1
         shared = next((i for i, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1), shortest)
         shared = min(shared, shortest)

@@ -63,8 +63,12 @@ def kl_estimates(logprobs_N: Tensor, reference_N: Tensor, kind: str) -> Tensor:
     raise ValueError(f"kind={kind!r} is none of {', '.join(KL_KINDS)}")
 
 
-def token_rewards(scores_S: Tensor, kl_ST: Tensor, mask_ST: Tensor, kl_coeff: float) -> Tensor:
+def token_rewards(
+    scores_S: Tensor, kl_ST: Tensor, mask_ST: Tensor, kl_coeff: float, given_ST: Tensor | None = None
+) -> Tensor:
     """Rewards of tokens: -kl_coeff * kl at every token and the response's score at its last (InstructGPT, eq. 2).
+
+    Of a score that includes rewards of tokens, `given_ST`, these stay at their tokens, and the last gets the rest.
 
     The last token is the end-of-sequence token if there is one (N+, arXiv 2403.17031, adds the score one place later).
 
@@ -73,11 +77,14 @@ def token_rewards(scores_S: Tensor, kl_ST: Tensor, mask_ST: Tensor, kl_coeff: fl
         kl_ST: (S, T) estimates of the KL, nats; padding means nothing.
         mask_ST: (S, T) bool, True at tokens.
         kl_coeff: beta, reward units per nat.
+        given_ST: (S, T) the parts of the scores that single tokens have, 0 on padding; None: none.
 
     Returns:
         (S, T) rewards, 0 outside the responses.
     """
-    return torch.where(mask_ST, -kl_coeff * kl_ST, 0.0) + torch.where(_last(mask_ST), scores_S[:, None], 0.0)
+    given_ST = torch.zeros_like(kl_ST) if given_ST is None else given_ST
+    at_end_S1 = (scores_S - given_ST.sum(dim=1))[:, None]
+    return torch.where(mask_ST, -kl_coeff * kl_ST, 0.0) + torch.where(_last(mask_ST), at_end_S1, 0.0) + given_ST
 
 
 def gae(

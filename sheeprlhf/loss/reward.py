@@ -128,6 +128,37 @@ def plackett_luce(scores_S: Tensor, pairs_P2: Tensor) -> Tensor:
     return sums_S.log() + top_S - scores_S
 
 
+def step_losses(scores_N: Tensor, labels_N: Tensor) -> Tensor:
+    """(N,) -log of the probability of each step's label, sigmoid(score) for True (arXiv 2305.20050; 2312.08935, eq. 2).
+
+    Args:
+        scores_N: (N,) scores after the steps, log-odds that a step is right.
+        labels_N: (N,) bool.
+    """
+    return -logsigmoid(torch.where(labels_N, scores_N, -scores_N))
+
+
+def combine_steps(scores_N: Tensor, steps_S: Tensor, how: str) -> Tensor:
+    """(S,) scores of responses from those of their steps, as probabilities: the lowest, the product, or the last one.
+
+    Args:
+        scores_N: (N,) log-odds after each step, response by response.
+        steps_S: (S,) steps of each response, >= 1.
+        how: "min", "product" or "last".
+
+    Raises:
+        ValueError: `how` is unknown.
+    """
+    logs = logsigmoid(scores_N.double()).split(steps_S.tolist())
+    if how == "last":
+        found = [part[-1] for part in logs]
+    elif how in ("min", "product"):
+        found = [part.min() if how == "min" else part.sum() for part in logs]
+    else:
+        raise ValueError(f"how={how!r} is none of min, product, last")
+    return torch.stack(found).exp()
+
+
 def _first_difference(chosen: Scores, rejected: Scores, shorter_P: Tensor) -> Tensor:
     """(P,) the first place where the tokens differ; the shorter one's last place if it begins the longer one."""
     differs_PL = (chosen.token_ids_SL != rejected.token_ids_SL) & _between(chosen.values_SL, None, shorter_P)

@@ -70,6 +70,7 @@ class ModelSize(NamedTuple):
     trainable_numbers: int = 0  # Q
     block: int = 0  # parameters of the largest decoder block, a number
     outside: int = 0  # parameters around the decoder blocks, a number
+    head: int = 0  # weights of the language head, a number
 
 
 class MemoryPlan(NamedTuple):
@@ -148,7 +149,7 @@ def measure(cfg: ModelConfig, precision: str, scores: bool = False) -> ModelSize
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     blocks = [sum(p.numel() for p in block.parameters()) for block in decoder_blocks(model)]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    vocabulary = 0 if scores else cast(Tensor, backbone_and_head(causal_lm)[1].weight).shape[0]
+    head = cast(Tensor, backbone_and_head(causal_lm)[1].weight)
     return ModelSize(
         parameters=parameters,
         weights=_size([*model.parameters(), *model.buffers()]) - quantized_savings(causal_lm, cfg.quantization),
@@ -158,12 +159,13 @@ def measure(cfg: ModelConfig, precision: str, scores: bool = False) -> ModelSize
         fixed=fixed,
         per_token=per_token + per_token // layers,
         checkpointed=layers * hidden.shape[-1] * hidden.itemsize + 2 * per_token // layers,
-        vocabulary=vocabulary,
+        vocabulary=0 if scores else head.shape[0],
         half=precision in MIXED or next(backbone_and_head(causal_lm)[0].parameters()).itemsize == 2,
         positions=getattr(causal_lm.config, "max_position_embeddings", None),
         trainable_numbers=sum(parameter.numel() for parameter in trainable),
         block=max(blocks, default=0),
         outside=parameters - sum(blocks),
+        head=head.numel(),
     )
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
@@ -34,14 +34,15 @@ from sheeprlhf.utils.errors import ConfigError, RewardError
 PROMPTS = "prompts"
 RESPONSES = ("responses", "completions")  # two names of the same texts
 TEXTS = (PROMPTS, *RESPONSES)
+TOKENS = "completion_ids"  # the tokens of the responses, for functions that name it
 _SHOWN = 200  # characters of a text in a message
 _SHOWN_SIGNATURE = 120
 _SECONDS_OF_SEARCH = 5.0  # for the text at which a function raises
-_IDS = ": token ids are not passed to reward functions; take the texts: responses"
+_IDS = ": these token ids are not passed to reward functions; take the texts, or completion_ids"
 _FIXES = {
     "reference": ": it is the row's own response, so give every row one, or choose another reward",
     "episode_reward": ": give rollout.environment",
-    **dict.fromkeys(("completion_ids", "prompt_ids", "completions_ids", "prompts_ids"), _IDS),
+    **dict.fromkeys(("prompt_ids", "completions_ids", "prompts_ids"), _IDS),
 }
 
 
@@ -54,6 +55,7 @@ class Texts(NamedTuple):
     num_tokens: list[int]  # tokens of each response, the end token not counted, those of a stop string counted
     # other columns of the rows by name, one entry for each response, for example {"answer": [...]}
     columns: Mapping[str, list[Any]]
+    completion_ids: Sequence[list[int]] = ()  # all tokens of each response, the end token too
 
 
 class Signature(NamedTuple):
@@ -71,14 +73,15 @@ class Signature(NamedTuple):
         """Return the first required column that is not available; None if all are."""
         return next((name for name, required in self.columns.items() if required and name not in available), None)
 
-    def arguments(self, prompts: list[str], responses: list[str], columns: Mapping[str, list[Any]]) -> Arguments:
-        """Return positional and keyword arguments of a call; each list is a copy with one entry for each response."""
-        texts = {PROMPTS: prompts, **dict.fromkeys(RESPONSES, responses)}
+    def arguments(self, scored: Texts) -> Arguments:
+        """Return the positional and the keyword arguments of a call; each list is a copy."""
+        columns, ids = scored.columns, [list(one) for one in scored.completion_ids]
+        texts = {PROMPTS: scored.prompts, **dict.fromkeys(RESPONSES, scored.responses), TOKENS: ids}
         values: dict[str, Any] = {name: list(texts[name]) for name in self.texts}
         values |= {
             name: list(columns[name])
             for name in (columns if self.every_column else self.columns)
-            if name in columns and name not in TEXTS and name not in self.reserved
+            if name in columns and name not in (*TEXTS, TOKENS) and name not in self.reserved
         }
         positional = []
         for name in self.positional:
@@ -105,7 +108,7 @@ def signature_of(name: str, function: Callable[..., Any]) -> Signature:
     every = any(p.kind is p.VAR_KEYWORD for p in parameters)
     rest = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     reserved = frozenset(function.keywords) if isinstance(function, functools.partial) else frozenset()
-    texts = tuple(p.name for p in passed if p.name in TEXTS and p.name not in reserved)
+    texts = tuple(p.name for p in passed if p.name in (*TEXTS, TOKENS) and p.name not in reserved)
     shown = str(signature)
     shown = shown if len(shown) <= _SHOWN_SIGNATURE else f"{shown[:_SHOWN_SIGNATURE]}..."
     if rest and every and not passed:
@@ -121,13 +124,16 @@ def signature_of(name: str, function: Callable[..., Any]) -> Signature:
     if every:
         unnamed = (PROMPTS,) if any(text in RESPONSES for text in texts) else TEXTS
         texts += tuple(text for text in unnamed if text not in texts and text not in reserved)
-    columns = {p.name: p.default is p.empty for p in passed if p.name not in (*TEXTS, *reserved)}
+    columns = {p.name: p.default is p.empty for p in passed if p.name not in (*TEXTS, TOKENS, *reserved)}
     positional = tuple(p.name for p in passed if p.kind is p.POSITIONAL_ONLY)
     return Signature(texts, columns, every, positional, reserved)
 
 
 class RewardFunction:
-    """A reward function, called with the arguments of its signature. Raises ConfigError for another signature."""
+    """A reward function, called with the arguments of its signature. Raises ConfigError for another signature.
+
+    `of_tokens` are the rewards of each response's tokens of the newest call; None if it gave scores of responses.
+    """
 
     def __init__(
         self,
@@ -143,6 +149,7 @@ class RewardFunction:
         self._guarded, self._num_workers = guarded, num_workers
         self._caller = FunctionCaller(name, function, folder, num_workers, timeout)
         self.signature = signature_of(name, function)
+        self.of_tokens: list[list[float]] | None = None
 
     @property
     def failures(self) -> int | None:
@@ -161,13 +168,20 @@ class RewardFunction:
 
     def __call__(self, texts: Texts) -> list[float]:
         """Return one finite score for each response. Raises RewardError, which shows prompt and response."""
-        missing = self.missing_column(texts.columns)
+        missing, self.of_tokens = self.missing_column(texts.columns), None
         if missing is not None:
             raise RewardError(missing)
-        if self._num_workers:
-            return self._scores_of_each(texts)
+        scores = self._scores_of_each(texts) if self._num_workers else self._scores_of_all(texts)
+        if self.of_tokens is not None and len(self.of_tokens) != len(scores):
+            raise RewardError(
+                f"reward {self.name} returned numbers for the tokens of {len(self.of_tokens)} of {len(scores)} "
+                "responses: give back a number for each response, or a list for each"
+            )
+        return scores
+
+    def _scores_of_all(self, texts: Texts) -> list[float]:
         try:
-            returned = self._caller.call(self.signature.arguments(texts.prompts, texts.responses, texts.columns))
+            returned = self._caller.call(self.signature.arguments(texts))
         except TimedOutError as error:
             raise RewardError(f"reward {self.name} {error}") from error
         except (Exception, asyncio.CancelledError) as error:
@@ -178,15 +192,8 @@ class RewardFunction:
 
     def _scores_of_each(self, texts: Texts) -> list[float]:
         """Call the function with one response at a time, several at once; scores are in the order of the responses."""
-        rows = [
-            texts._replace(
-                prompts=[texts.prompts[row]],
-                responses=[texts.responses[row]],
-                columns={name: [values[row]] for name, values in texts.columns.items()},
-            )
-            for row in range(len(texts.responses))
-        ]
-        arguments = [self.signature.arguments(row.prompts, row.responses, row.columns) for row in rows]
+        rows = [_row_of(texts, row) for row in range(len(texts.responses))]
+        arguments = [self.signature.arguments(row) for row in rows]
         scores: list[float] = []
         with closing(self._caller.call_each(arguments)) as results:
             for number, (row, result) in enumerate(zip(rows, results, strict=True), 1):
@@ -210,6 +217,9 @@ class RewardFunction:
             )
         scores: list[float] = []
         for row, value in enumerate(values):
+            value = value.tolist() if hasattr(value, "tolist") else value
+            if isinstance(value, list | tuple) and texts.completion_ids:
+                value = self._sum_of_tokens(list(value), texts, row)
             score = _as_float(value)
             if score is None or not math.isfinite(score):
                 reason = "which is not a number" if score is None else "which is not finite"
@@ -221,6 +231,18 @@ class RewardFunction:
                 )
             scores.append(score)
         return scores
+
+    def _sum_of_tokens(self, values: list[Any], texts: Texts, row: int) -> float:
+        """Keep the rewards of a response's tokens; return their sum."""
+        numbers, count = [_as_float(value) for value in values], len(texts.completion_ids[row])
+        finite = [number for number in numbers if number is not None and math.isfinite(number)]
+        if len(finite) != count or len(numbers) != count:
+            raise RewardError(
+                f"reward {self.name} returned {len(finite)} finite numbers of {len(numbers)} for the {count} tokens of "
+                f"response {row + 1}: give back one for each of its completion_ids\n{_show(texts, row)}"
+            )
+        self.of_tokens = [*(self.of_tokens or []), finite]
+        return math.fsum(finite)
 
     def _error_message(self, error: BaseException, texts: Texts) -> str:
         code = getattr(inspect.unwrap(self.function), "__code__", None)
@@ -239,17 +261,26 @@ class RewardFunction:
     def _row_that_raises(self, kind: type[BaseException], texts: Texts) -> int | None:
         """Return the first response with which alone the function raises the same; None if none is found in time."""
         end = time.monotonic() + _SECONDS_OF_SEARCH
-        for row, (prompt, response) in enumerate(zip(texts.prompts, texts.responses, strict=True)):
+        for row in range(len(texts.responses)):
             if time.monotonic() > end:
                 return None
             try:
-                columns = {key: [values[row]] for key, values in texts.columns.items()}
-                self._caller.call(self.signature.arguments([prompt], [response], columns))
+                self._caller.call(self.signature.arguments(_row_of(texts, row)))
             except kind:
                 return row
             except Exception:
                 continue
         return None
+
+
+def _row_of(texts: Texts, row: int) -> Texts:
+    """Return one response alone."""
+    return texts._replace(
+        prompts=texts.prompts[row : row + 1],
+        responses=texts.responses[row : row + 1],
+        columns={name: values[row : row + 1] for name, values in texts.columns.items()},
+        completion_ids=texts.completion_ids[row : row + 1],
+    )
 
 
 def load_function(source: str, cfg: RewardSourceConfig) -> RewardFunction:

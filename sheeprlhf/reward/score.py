@@ -31,6 +31,8 @@ class RawScores(NamedTuple):
     total: list[float]  # the weighted sum, one for each response
     by_term: dict[str, list[float]]  # the unweighted scores of each source by its name
     failures: int | None = None  # responses that the judge gave no score; None without a judge
+    # the weighted parts of `total` that single tokens have, for all tokens of each response; None if there are none
+    of_tokens: list[list[float]] | None = None
 
 
 class RunningMoments:
@@ -113,7 +115,15 @@ class CombinedReward:
         else:
             total = [self._of_ensemble(row) for row in rows]
         failures = [function.failures for _, function in self._terms if function.failures is not None]
-        return RawScores(total, by_term, sum(failures) if failures else None)
+        parts = [(weight, function.of_tokens) for weight, function in self._terms if function.of_tokens is not None]
+        of_tokens = [
+            [
+                math.fsum(w * value for (w, _), value in zip(parts, values, strict=True))
+                for values in zip(*rows, strict=True)
+            ]
+            for rows in zip(*(of for _, of in parts), strict=True)
+        ]
+        return RawScores(total, by_term, sum(failures) if failures else None, of_tokens or None)
 
     def _of_ensemble(self, weighted: list[float]) -> float:
         """Return the combined score of the reward models, plus the scores of all other terms (arXiv 2310.02743)."""

@@ -6,7 +6,8 @@ tokens       p  p  p        a  b  EOS
 head reads         ^        ^  ^           the place before each token: there the policy predicts it and the critic
                                            estimates the remaining reward
 logprobs                    0  1  2        of the response's tokens; reference, values, advantages and returns alike
-rewards                     .  .  score    the score lands on the last token, an end token or the one it was cut at
+rewards                     .  .  score    the score lands on the last token, an end token or the one it was cut at,
+                                           except for what a reward function gives single tokens
 ```
 
 Every rank samples and reads its share of the rows; afterwards all ranks have the whole rollout. The sampled responses
@@ -33,9 +34,11 @@ from sheeprlhf.agent.batches import Batches, BatchOptions, Rows
 from sheeprlhf.agent.policy import Policy
 from sheeprlhf.agent.reward import AdapterValueModel, RewardModel
 from sheeprlhf.data.example import Batch, Example
-from sheeprlhf.data.tokenize import TextExchange
+from sheeprlhf.data.tokenize import StepFinder, TextExchange
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.shard import data_rank, equal_passes, gathered
+from sheeprlhf.loss.advantage import by_position
+from sheeprlhf.loss.reward import combine_steps
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.score import RawScores, RunningMoments, build_reward
 from sheeprlhf.rollout.engines import StopStrings
@@ -43,7 +46,7 @@ from sheeprlhf.rollout.episodes import Episode, EpisodeSampler, episode_metrics,
 from sheeprlhf.rollout.sampler import Sampled, engine_of
 from sheeprlhf.rollout.server import RolloutServers
 from sheeprlhf.structure.reward import EPISODE_COLUMNS
-from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig
+from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig, PPOConfig, ReinforcePPConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
 from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
@@ -102,6 +105,12 @@ class Rollout:
         }
         return dataclasses.replace(self, tokens=self.tokens | new)
 
+    def given_rewards(self) -> Tensor | None:
+        """(S, T) the parts of the scores that single tokens have, 0 on padding; None if none has one."""
+        if "rewards" not in self.tokens:
+            return None
+        return by_position(self.flat("rewards"), self.response_lengths)[0]
+
     def encoded_by(self, exchange: TextExchange, texts: Texts, prompts: Sequence[Example] | None = None) -> "Rollout":
         """Return the rollout in the tokens of a reward model; arguments as of `TextExchange`."""
         responses = list(zip(texts.prompts, texts.responses, texts.finished, strict=True))
@@ -127,7 +136,7 @@ def replace_groups(
     (texts, raw), (new_texts, new_raw) = old, new
     lists: dict[str, Any] = {
         name: _replaced(getattr(texts, name), getattr(new_texts, name), at, group)
-        for name in ("prompts", "responses", "finished", "num_tokens")
+        for name in ("prompts", "responses", "finished", "num_tokens", "completion_ids")
     }
     columns = {name: _replaced(part, new_texts.columns[name], at, group) for name, part in texts.columns.items()}
     by_term = {name: _replaced(part, new_raw.by_term[name], at, group) for name, part in raw.by_term.items()}
@@ -222,6 +231,7 @@ def decode_rollout(
         finished=rollout.finished.reshape(-1).tolist(),
         num_tokens=[len(response) - int(response[-1] in end_ids) for response in responses],
         columns=columns,
+        completion_ids=[response.tolist() for response in responses],
     )
 
 
@@ -349,6 +359,7 @@ class RolloutCollector:
         self.last_token_batches = Batches(fabric, cfg.task, packed=packed, targets="last")
         self.metrics: dict[str, float] = {}
         self.texts, self.raw = Texts([], [], [], [], {}), RawScores([], {})
+        self._of_tokens: Tensor | None = None  # rewards of the newest rollout's tokens
 
     def __call__(
         self, prompts: list[Example], number: int, *, group: int | None = None, validates: bool = False
@@ -393,9 +404,11 @@ class RolloutCollector:
             values = [one.reward for one in episodes], [one.answer for one in episodes]
             texts = texts._replace(columns={**texts.columns, **dict(zip(EPISODE_COLUMNS, values, strict=True))})
         columns = {name: values for name, values in texts.columns.items() if name in self._columns}
-        self.texts, self.metrics = texts._replace(columns=columns), {}
+        self.texts, self.metrics, self._of_tokens = texts._replace(columns=columns), {}, None
         scores = np.array(self._scores(rollout, validates), dtype=np.float64)
         rollout = dataclasses.replace(rollout, scores=scores.reshape(rollout.finished.shape))
+        if self._of_tokens is not None:
+            rollout = rollout.with_tokens(rewards=self._of_tokens)
         self.metrics |= rollout_metrics(rollout) | found
         return rollout
 
@@ -466,13 +479,20 @@ class RolloutCollector:
         return number - self._ahead_of.pop(number, number)
 
     def _scores(self, rollout: Rollout, validates: bool) -> list[float]:
+        how = {"step_score": getattr(self._cfg.reward, "step_score", "min")}
         for source, (model, exchange) in self._reward_models.items():
+            of = (self._fabric, self._cfg.task, model)
             if isinstance(model, RewardModel) and exchange is not None:
+                if model.step_separator is not None and how["step_score"] == "each":
+                    raise RewardError("reward.step_score=each needs a reward model with the policy's tokens: give min")
                 encoded = rollout.encoded_by(exchange, self.texts)  # of any length: padded, which every model can read
-                scores_S = predict_scores(self._fabric, self._cfg.task, model, encoded, packed=False)
+                scores_S = predict_scores(*of, encoded, exchange.reward, packed=False, **how)
             else:
-                scores_S = self.scores_of(model, rollout, "scoring", at_end=True)
-            self._model_scores[source] = scores_S.tolist()
+                scores_S = response_scores(*of, rollout, self._tokenizer, packed=self._packed, **how)
+            sizes = [len(ids) for ids in self.texts.completion_ids] if len(scores_S) > rollout.scores.size else []
+            self._model_scores[source] = (
+                [part.tolist() for part in scores_S.split(sizes)] if sizes else scores_S.tolist()
+            )
         # Rank zero alone calls the user's functions, which may answer the same question differently.
         raw: RawScores | RewardError = RawScores([], {})
         if self._fabric.is_global_zero:
@@ -484,6 +504,14 @@ class RolloutCollector:
         if isinstance(raw, RewardError):  # on all ranks: none waits for the others
             raise raw
         self.raw = raw
+        if raw.of_tokens is not None and isinstance(self._cfg.task, PPOConfig | ReinforcePPConfig):
+            if self._cfg.reward.normalize or self._cfg.reward.clip is not None:
+                raise RewardError(
+                    "the reward has numbers for tokens, and reward.normalize and reward.clip change the score of a "
+                    "whole response: remove them"
+                )
+            trained = np.concatenate([mask for row in rollout.rows for mask in row.masks()])
+            self._of_tokens = torch.tensor(list(chain.from_iterable(raw.of_tokens)))[torch.from_numpy(trained)]
         if len(raw.by_term) > 1:
             self.metrics = {f"objective/scores/{name}": sum(of) / len(of) for name, of in raw.by_term.items()}
         if raw.failures is not None:
@@ -579,9 +607,16 @@ class TermModel(NamedTuple):
 
 
 def predict_scores(
-    fabric: Fabric, options: BatchOptions, model: RewardModel, rollout: Rollout, *, packed: bool
+    fabric: Fabric,
+    options: BatchOptions,
+    model: RewardModel,
+    rollout: Rollout,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    packed: bool,
+    step_score: str = "min",
 ) -> Tensor:
-    """All ranks: (S,) the score after the last token of each response, which is in the reward model's own tokens.
+    """All ranks: `response_scores` of a rollout in the reward model's own tokens.
 
     Raises:
         RewardError: a prompt with its response has more tokens than the reward model has positions.
@@ -593,8 +628,64 @@ def predict_scores(
             f"a prompt with its response has {longest} tokens of the reward model, which has {positions} positions: "
             "lower generation.max_new_tokens or data.max_prompt_length"
         )
-    batches = Batches(fabric, options, packed=packed, targets="last")
-    return predict_targets(fabric, model, model, batches, rollout, "scoring")
+    return response_scores(fabric, options, model, rollout, tokenizer, packed=packed, step_score=step_score)
+
+
+class RowsOfSteps:
+    """Rows of which the last tokens of the steps of their responses are the trained ones."""
+
+    def __init__(self, rows: Rows, find: StepFinder) -> None:
+        self._rows, self._find = rows, find
+        self._known: dict[int, Example] = {}
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self._rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(rows,) tokens of each row."""
+        return self._rows.lengths
+
+    def examples(self, indices: Sequence[int]) -> list[Example]:
+        """Return some rows."""
+        for index in set(indices) - self._known.keys():
+            [row] = self._rows.examples([index])
+            prompt = row.prompt_ids.tolist()
+            masks = [self._find(prompt, response.tolist()) for response in row.responses]
+            self._known[index] = row._replace(trained=np.concatenate(masks))
+        return [self._known[index] for index in indices]
+
+
+def response_scores(
+    fabric: Fabric,
+    options: BatchOptions,
+    model: RewardModel | AdapterValueModel,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    packed: bool,
+    step_score: str = "min",
+    label: str = "scoring",
+    num_rows: int | None = None,
+) -> Tensor:
+    """All ranks: (S,) the score after the last token of each response, of a process reward model that of its steps.
+
+    With `step_score="each"` (N,) the probability that a step is right at its last token, and 0 at all other tokens.
+    """
+    targets, separator = "last", model.step_separator
+    if separator is not None:
+        targets, rows = "steps", RowsOfSteps(rows, StepFinder(tokenizer, separator))
+    batches = Batches(fabric, options, packed=packed, targets=targets)
+    with model.in_use():
+        scores = predict_targets(fabric, model, model, batches, rows, label, num_rows)
+    if separator is None:
+        return scores
+    masks = [mask for row in rows.examples(range(min(len(rows), num_rows or len(rows)))) for mask in row.masks()]
+    if step_score == "each":
+        ends_N = torch.from_numpy(np.concatenate(masks))
+        return torch.zeros(len(ends_N)).masked_scatter(ends_N, scores.sigmoid())
+    return combine_steps(scores, torch.tensor([int(mask.sum()) for mask in masks]), step_score)
 
 
 def longest_of(rollout: Rollout) -> int:

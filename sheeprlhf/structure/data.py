@@ -120,6 +120,7 @@ class LayoutDataConfig(DataConfig):
         "Columns of other names, such as {prompt: question, response: answer}; a list of names is joined by blank "
         "lines. null finds them by the layouts that it knows.",
     )
+    step_separator: str = option("\n", "Text between two steps of a response (task=prm); the last step has none.")
     ignore_columns: list[str] = option(
         factory=list,
         help="Columns and keys of messages to leave out that change what a row means: [weight, messages.weight].",

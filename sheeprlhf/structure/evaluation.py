@@ -82,6 +82,16 @@ class PreferenceConfig(EvalTaskConfig):
 
 
 @dataclass(unsafe_hash=True)
+class StepsConfig(EvalTaskConfig):
+    """Accuracy of a process reward model on the steps of responses."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.eval.steps:evaluate"
+    evaluates: ClassVar[tuple[str, ...]] = ("reward model",)
+
+    config_name: str = "steps"
+
+
+@dataclass(unsafe_hash=True)
 class ScoredConfig(RewardRunConfig, EvalTaskConfig):
     """Options of evaluations that sample and score; `reward` selects the reward."""
 

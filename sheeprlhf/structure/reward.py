@@ -150,6 +150,13 @@ class ModelOptionsConfig(RewardSourceConfig):
         "model's own chat template.",
         choices=("plain", "chat"),
     )
+    step_score: str = option(
+        "min",
+        "Score of a response by a process reward model, of the probabilities that its steps are right: the lowest, the "
+        "product, or the last one; each: every one of them, as the reward of the step's last token (ppo, "
+        "reinforce_pp). Other reward models do not read it.",
+        choices=("min", "product", "last", "each"),
+    )
 
 
 @dataclass(unsafe_hash=True)

@@ -170,6 +170,19 @@ class RMConfig(StartConfig, TrainTaskConfig):
 
 
 @dataclass(unsafe_hash=True)
+class PRMConfig(StartConfig, TrainTaskConfig):
+    """Process reward modelling: the steps of a response get a score each, the log-odds that the step is right."""
+
+    entry_point: ClassVar[str] = "sheeprlhf.task.train.prm:train"
+    data_kind: ClassVar[str] = "stepwise"
+    train_splits: ClassVar[tuple[str, ...]] = ("reward", "train")
+    trains: ClassVar[str] = "reward model"
+    val_metrics: ClassVar[tuple[str, ...]] = ("loss", "accuracy")
+
+    config_name: str = "prm"
+
+
+@dataclass(unsafe_hash=True)
 class DPOConfig(PolicyConfig, ReferenceConfig, TrainTaskConfig):
     """Direct preference optimisation: the better response becomes the likelier one; no reward model."""
 
@@ -258,6 +271,7 @@ class ILQLConfig(PolicyConfig, TrainTaskConfig):
 
     entry_point: ClassVar[str] = "sheeprlhf.task.train.ilql:train"
     data_kind: ClassVar[str] = "rewarded"
+    num_q_heads: ClassVar[int] = 2  # the smaller estimate is the target of V
     val_metrics: ClassVar[tuple[str, ...]] = ("loss", "q_loss", "v_loss", "cql_loss", "nll", "advantage")
     train_splits: ClassVar[tuple[str, ...]] = ("train", "reward")
 

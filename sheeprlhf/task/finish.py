@@ -162,7 +162,9 @@ def _save(folder: Path, run: Run, trained: Saved, tokenizer: PreTrainedTokenizer
 def evaluation_of(cfg: TrainConfig, run_dir: Path) -> str:
     """The command that measures what a run has learned: texts, pairs, or what its reward says of its samples."""
     task, words = cfg.task, ["task=perplexity"]
-    if task.data_kind == "preference":
+    if task.trains == "reward model":
+        words = ["task=steps" if task.data_kind == "stepwise" else "task=preference"]
+    elif task.data_kind == "preference":
         words = ["task=preference"]
     words.append(option_word("experiment_dir", str(run_dir)))
     split = _evaluated_split(run_dir)

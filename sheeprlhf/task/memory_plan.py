@@ -12,7 +12,7 @@ from sheeprlhf.structure.model import AutoModelConfig
 from sheeprlhf.structure.reward import model_sources
 from sheeprlhf.structure.rollout import BestOfNConfig, DistillConfig, OnlineTaskConfig, PPOConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import TrainConfig
-from sheeprlhf.structure.task import DPOConfig
+from sheeprlhf.structure.task import DPOConfig, ILQLConfig
 
 SHARDED = ("weights", "gradients", "optimizer", "others")  # parts of the plan that fsdp2 cuts up
 
@@ -23,6 +23,8 @@ def step_plan(
     """Memory of a process for a step on "cpu" or "cuda", with the allocator's `holes`. Raises ModelError."""
     model = dataclasses.replace(config.model, gradient_checkpointing=False)  # one measurement does for both
     size = size_of(model, config.fabric.precision, config.task.trains == "reward model")
+    if isinstance(config.task, ILQLConfig):
+        size = _with_q_heads(size, config.task.num_q_heads)
     rows, row = rows_of_forward(config, size)
     parts = plan(
         size,
@@ -38,6 +40,23 @@ def step_plan(
         teacher = AutoModelConfig(repo_name=config.task.teacher)
         others += size_of(teacher, config.fabric.precision, False).weights
     return _sharded(parts._replace(others=others), config, size, device)
+
+
+def _with_q_heads(size: ModelSize, num_heads: int) -> ModelSize:
+    """The size with heads of Q and their targets, each as large as the language head and in float32, and one of V.
+
+    For each token autograd keeps its rows of the heads.
+    """
+    heads, width = num_heads * size.head, size.head // size.vocabulary
+    return size._replace(
+        parameters=size.parameters + heads,
+        weights=size.weights + 4 * (2 * heads + width + 1),
+        trainable=size.trainable + 4 * (heads + width + 1),
+        trainable_tensors=size.trainable_tensors + num_heads + 2,
+        trainable_numbers=size.trainable_numbers + heads + width + 1,
+        per_token=size.per_token + 4 * width * num_heads,
+        checkpointed=size.checkpointed + 4 * width * num_heads,
+    )
 
 
 def _others(config: TrainConfig, size: ModelSize, optimizer: int) -> int:

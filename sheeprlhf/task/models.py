@@ -14,7 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.batches import longest_row
 from sheeprlhf.agent.policy import Policy, configured_router_loss, load_policy
-from sheeprlhf.agent.reward import AdapterValueModel, RewardModel, load_reward_model, offset_of, reward_model_of
+from sheeprlhf.agent.reward import (
+    AdapterValueModel,
+    RewardModel,
+    load_reward_model,
+    offset_of,
+    reward_model_of,
+    separator_of,
+)
 from sheeprlhf.config.model_lookup import REWARD_MODEL, Trained, with_own_tokenizer
 from sheeprlhf.config.run_lookup import is_same_model, saved_group
 from sheeprlhf.config.shell import shell_word
@@ -60,7 +67,7 @@ from sheeprlhf.structure.rollout import (
     environment_of,
 )
 from sheeprlhf.structure.run import EvalConfig, TrainConfig
-from sheeprlhf.structure.task import RMConfig, TrainTaskConfig
+from sheeprlhf.structure.task import PRMConfig, RMConfig, TrainTaskConfig
 from sheeprlhf.task.finish import check_validation_rows, report_data
 from sheeprlhf.utils.errors import ConfigError, DataError, ModelError, Notify
 from sheeprlhf.utils.lightning import Fabric
@@ -384,7 +391,7 @@ def _load_reward(
         head = nn.Linear(1, 1, bias=False)
         head.weight = nn.Parameter(load_score_adapter(policy.model, final, REWARD, run.say).float())
         run.say("reward, critic and reference share the policy's base")
-        return AdapterValueModel(policy, REWARD, head, offset_of(final)), True
+        return AdapterValueModel(policy, REWARD, head, offset_of(final), separator_of(final)), True
     return load_separate_reward_model(run.cfg, tokenizer, term, longest=longest, say=run.say)
 
 
@@ -446,7 +453,7 @@ def _same_base(run: Run, cfg: ModelConfig, rm_dir: str) -> bool:
         cfg.finetune_mode == "LORA"
         and task.rm_model_name == "final"
         and (Path(rm_dir) / "final" / "adapter_config.json").is_file()
-        and isinstance(theirs, RMConfig)
+        and isinstance(theirs, RMConfig | PRMConfig)
         and initial_run(theirs) == initial_run(task)
         and is_same_model(cfg.repo_name, run.cfg.model.repo_name)
         and cfg.quantization == run.cfg.model.quantization

@@ -46,6 +46,18 @@ def write_labelled(path: Path, num_rows: int = 48, *, seed: int = 0) -> Path:
     return path
 
 
+def write_steps(path: Path, num_rows: int = 48) -> Path:
+    """Rows of one to four steps; a step with the word `fox` is wrong."""
+    rng = random.Random(0)
+    steps = [[" ".join(rng.choices(WORDS[:6], k=3)) for _ in range(rng.randint(1, 4))] for _ in range(num_rows)]
+    rows = [
+        {"prompt": f"{number}?", "completions": of_row, "labels": ["fox" not in step for step in of_row]}
+        for number, of_row in enumerate(steps)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def exit_code(line: str | list[str]) -> int:
     """Run a command line, words or a text without quotes, in this process; its exit code."""
     try:
@@ -65,6 +77,7 @@ def rejected(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 WRITERS = {"sft": write_rows, "rm": write_pairs, "dpo": write_pairs, "kto": write_labelled, "ilql": write_labelled}
 ONLINE_TASKS = ("ppo", "grpo", "rloo", "reinforce_pp", "online_dpo")
+WRITERS["prm"] = write_steps
 WRITERS |= dict.fromkeys((*ONLINE_TASKS, "distill"), write_rows)
 ONLINE = [  # 6 rollouts of 12 prompts, 4 optimizer steps on each
     "task.rollout_size=24",
@@ -96,7 +109,7 @@ def train_words(model: Path, data: Path, run_dir: Path, *extra: str, task: str =
         "task.eval_interval=8",
         "task.max_eval_batches=1",
         "task.save_interval=4",
-        *([] if task == "rm" else ["task.num_sample_prompts=1"]),
+        *([] if task in ("rm", "prm") else ["task.num_sample_prompts=1"]),
         "task.lr_warmup_steps=3",
         "generation.max_new_tokens=4",
         "optim.lr=1e-3",

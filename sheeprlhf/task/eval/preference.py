@@ -14,15 +14,17 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from sheeprlhf.agent.batches import Batches, BatchOptions, longest_row
+from sheeprlhf.agent.reward import AdapterValueModel, RewardModel
 from sheeprlhf.config.run_lookup import read_run_config, task_of_run
 from sheeprlhf.data.example import Batch
 from sheeprlhf.data.report import available_columns
 from sheeprlhf.data.rows import printable
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.shard import place
-from sheeprlhf.rollout.rollout import predict_targets
+from sheeprlhf.rollout.rollout import predict_targets, response_scores
 from sheeprlhf.structure.evaluation import PreferenceConfig
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.eval.load import Evaluation, start_of, task_options
@@ -52,7 +54,8 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
         of = (job.model, Path(cfg.experiment_dir), task.model_name, job.tokenizer)
         model, packed = load_trained_reward_model(*of, **job.options(longest_row({"": split})))
         place(fabric, model)  # onto the device, in the precision asked for
-        scores_S = scores_of_rows(fabric, model, task, split, packed=packed, num_rows=task.num_samples)
+        how: dict[str, Any] = {"packed": packed, "num_rows": task.num_samples}
+        scores_S = scores_of_rows(fabric, model, task, split, job.tokenizer, **how)
     else:
         scores_S, numbers = _implicit_rewards(job, split)
     chosen_P, rejected_P, longer_P = pairs_of_rows(scores_S, split.sizes[:, 1:], task.num_samples)
@@ -70,17 +73,19 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
 
 def scores_of_rows(
     fabric: Fabric,
-    model: nn.Module,
+    model: RewardModel | AdapterValueModel,
     options: BatchOptions,
     split: TokenizedSplit,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     packed: bool,
+    step_score: str = "min",
     num_rows: int | None = None,
     label: str = "evaluating",
 ) -> np.ndarray:
     """All ranks: (S,) float64, the score of each response of the first `num_rows` rows (None: all), row after row."""
-    batches = Batches(fabric, options, packed=packed, targets="last")
-    return predict_targets(fabric, model, model, batches, split, label, num_rows).double().numpy()
+    how: dict[str, Any] = {"packed": packed, "num_rows": num_rows, "label": label, "step_score": step_score}
+    return response_scores(fabric, options, model, split, tokenizer, **how).double().numpy()
 
 
 def _implicit_rewards(job: Evaluation, split: TokenizedSplit) -> tuple[np.ndarray, dict[str, Any]]:

@@ -126,7 +126,8 @@ class Judge:
             self._job.say(f"the reward model's accuracy is unknown, as there are no pairs to ask it about: {error}")
             return None
         model, packed = self._model(term, max(self._longest, longest_row({"": split})))
-        scores_S = scores_of_rows(self._fabric, model, task, split, packed=packed, num_rows=task.num_samples)
+        how: dict[str, Any] = {"packed": packed, "num_rows": task.num_samples, "step_score": self._step_score()}
+        scores_S = scores_of_rows(self._fabric, model, task, split, load_reward_tokenizer(cfg, term), **how)
         chosen_P, rejected_P, _ = pairs_of_rows(scores_S, split.sizes[:, 1:], task.num_samples)
         right_P = (chosen_P > rejected_P) + 0.5 * (chosen_P == rejected_P)
         return RewardModelAccuracy(*interval_of(right_P, seed=cfg.seed), len(right_P))
@@ -143,7 +144,11 @@ class Judge:
             exchange = TextExchange(answers.tokenizer, tokenizer, job.say)
             rollout = rollout.encoded_by(exchange, answers.texts, self._own_prompts[term])
         model, packed = self._model(term, max(self._longest, longest_of(rollout)))
-        return predict_scores(self._fabric, self._cfg.task, model, rollout, packed=packed).double().tolist()
+        of = (self._fabric, self._cfg.task, model, rollout, tokenizer)
+        return predict_scores(*of, packed=packed, step_score=self._step_score()).double().tolist()
+
+    def _step_score(self) -> str:
+        return getattr(self._cfg.reward, "step_score", "min")
 
     def _model(self, term: str, longest: int) -> tuple[RewardModel, bool]:
         """The reward model, and whether rows of this length are packed; longer ones than before decide anew."""

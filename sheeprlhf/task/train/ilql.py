@@ -30,8 +30,6 @@ from sheeprlhf.task.loop import TrainLoop
 from sheeprlhf.task.models import with_adapters
 from sheeprlhf.utils.lightning import Fabric
 
-NUM_HEADS = 2  # of Q: the smaller estimate is the target of V
-
 
 class TokenValues(NamedTuple):
     """Numbers of the targets of a batch: log-probabilities, Q by each head and by the targets, V before the token.
@@ -57,7 +55,7 @@ class ILQLModel(nn.Module):
         weight = backbone_and_head(policy.causal_lm())[1].weight
         assert isinstance(weight, Tensor)
         vocabulary, width = weight.shape
-        self.q_heads = nn.ModuleList(nn.Linear(width, vocabulary, bias=False) for _ in range(NUM_HEADS))
+        self.q_heads = nn.ModuleList(nn.Linear(width, vocabulary, bias=False) for _ in range(ILQLConfig.num_q_heads))
         for weight_VC in self._q_weights():
             nn.init.normal_(weight_VC, std=0.02)
         self.v_head = nn.Linear(width, 1)

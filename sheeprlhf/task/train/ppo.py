@@ -67,7 +67,7 @@ def with_advantages(rollout: Rollout, task: PPOConfig, kl_coeff: float, last_val
     kl_ST, mask_ST = by_position(kl_N, lengths)
     values_ST, _ = by_position(rollout.flat("values"), lengths)
     scores_S = torch.from_numpy(rollout.scores).float().flatten()
-    rewards_ST = token_rewards(scores_S, kl_ST, mask_ST, kl_coeff)
+    rewards_ST = token_rewards(scores_S, kl_ST, mask_ST, kl_coeff, rollout.given_rewards())
     if task.normalize_rewards:
         rewards_ST = whiten(rewards_ST, mask_ST, shift_mean=False)
     discounts = {"gamma": task.gae_gamma, "lam": task.gae_lambda}

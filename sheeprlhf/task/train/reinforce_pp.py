@@ -50,7 +50,7 @@ def with_advantages(rollout: Rollout, task: ReinforcePPConfig) -> Rollout:
         kl_coeff, scores_PG = 0.0, group_advantages(scores_PG, scale=False)
     kl_N = kl_estimates(rollout.flat("logprobs"), rollout.flat("reference"), "k1")
     kl_ST, mask_ST = by_position(kl_N, rollout.response_lengths)
-    rewards_ST = token_rewards(scores_PG.float().flatten(), kl_ST, mask_ST, kl_coeff)
+    rewards_ST = token_rewards(scores_PG.float().flatten(), kl_ST, mask_ST, kl_coeff, rollout.given_rewards())
     returns_ST, _ = gae(rewards_ST, torch.zeros_like(rewards_ST), mask_ST, gamma=task.gamma, lam=1.0)
     return rollout.with_tokens(advantages=whiten(returns_ST, mask_ST)[mask_ST])
 

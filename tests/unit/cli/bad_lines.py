@@ -231,6 +231,12 @@ BAD = [
     ("train task=distill task.teacher=./nowhere", ["task.teacher=./nowhere"]),
     ("train task=grpo reward=none", ["reward=none", "reward=model"]),
     ("train task=ilql model.finetune_mode=LORA", ["model.finetune_mode=ALL"]),
+    ("train task=prm", ["data=docstrings", "data=local"]),
+    (
+        "train task=sft data=local data.train_file=@/rows.jsonl data.step_separator=x",
+        ["data.step_separator", "task=prm"],
+    ),
+    ("train task=grpo reward=model reward.folder=@/none reward.step_score=each", ["reward.step_score=each", "min"]),
     ("train task=ilql fabric.strategy=fsdp2", ["fabric.strategy=ddp"]),
     ("train task=grpo task.max_ratio=1.1", ["task.max_ratio=1.1", "1.2"]),
     ("train task=reinforce_pp task.group_baseline=true", ["task.num_generations=4"]),

@@ -99,6 +99,17 @@ def test_token_rewards_by_hand() -> None:
     assert_close(token_rewards(rows([10.0, 0.0, 20.0])[0], kl_ST / mask_ST, mask_ST, 0.1), expected_ST, **EXACT)
 
 
+def test_rewards_of_tokens_by_hand() -> None:
+    """Scores 10 and 4 include 2 + 3 and 5 at single tokens; the rest, 5 and -1, is at the last token."""
+    kl_ST, mask_ST = by_position(rows([1.0, 2.0, 3.0, 4.0, 5.0])[0], [3, 2])
+    given_ST, _ = by_position(rows([2.0, 0.0, 3.0, 5.0, 0.0])[0], [3, 2])
+    rewards_ST = token_rewards(rows([10.0, 4.0])[0], kl_ST, mask_ST, 0.1, given_ST)
+    assert_close(rewards_ST, rows([1.9, -0.2, 3 - 0.3 + 5], [5 - 0.4, -0.5 - 1, 0.0]), **EXACT)
+    # without values, gamma 1 and lambda 1: the rewards to come
+    advantages_ST, _ = gae(rewards_ST, torch.zeros_like(rewards_ST), mask_ST, gamma=1.0, lam=1.0)
+    assert_close(advantages_ST, rows([9.4, 7.5, 7.7], [3.1, -1.5, 0.0]), rtol=0, atol=1e-5)
+
+
 def test_gae_by_hand() -> None:
     """Rewards 1, 2 and values 0.5, 1; behind them nothing, or a cut response that is worth 4."""
     mask_ST = torch.tensor([[True, True, False]])

@@ -1,5 +1,6 @@
 """A function of the user's: found, called with what it takes, and each of its mistakes told with the text."""
 
+import math
 import pickle
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 
 from sheeprlhf.reward import call
 from sheeprlhf.reward.call import RewardFunction, Texts, load_function
-from sheeprlhf.reward.score import build_reward, check_columns
+from sheeprlhf.reward.score import CombinedReward, build_reward, check_columns
 from sheeprlhf.structure.reward import AutoRewardConfig, FunctionRewardConfig, ListRewardConfig
 from sheeprlhf.utils.errors import ConfigError, RewardError, SheepError
 
@@ -200,3 +201,37 @@ def test_columns_are_checked_before_anything_is_loaded():
     for chosen, default in ((cfg, None), (AutoRewardConfig(), "rouge")):
         with pytest.raises(ConfigError, match="'reference'"):
             check_columns(chosen, (), default=default)
+
+
+def ids_of(completion_ids: list[list[int]], responses: list[str]) -> list[list[float]]:
+    """Tens of the token ids, and the length of the response at its last token."""
+    return [
+        [*(x / 10 for x in ids[:-1]), float(len(text))] for ids, text in zip(completion_ids, responses, strict=True)
+    ]
+
+
+IDS = Texts(["p"] * 2, ["abc", "d"], [True] * 2, [2, 1], {}, [[10, 20, 0], [30, 0]])
+
+
+def test_rewards_of_tokens() -> None:
+    """A list for each response: the score is its sum; in a weighted sum, tokens have their share of it."""
+    function = RewardFunction("my.reward", ids_of)
+    assert function(IDS) == pytest.approx([6.0, 4.0])
+    assert function.of_tokens == [[1.0, 2.0, 3.0], [3.0, 1.0]]
+
+    async def one(completion_ids: list[list[int]], responses: list[str]) -> list[list[float]]:
+        return ids_of(completion_ids, responses)
+
+    alone = RewardFunction("my.reward", one, num_workers=2)
+    assert alone(IDS) == function(IDS) and alone.of_tokens == function.of_tokens
+    terms = [(2.0, RewardFunction("my.reward", ids_of)), (1.0, RewardFunction("one", lambda responses: [1.0] * 2))]
+    raw = CombinedReward(AutoRewardConfig(), terms, 8).raw(IDS)
+    assert raw.total == pytest.approx([13.0, 9.0]) and raw.of_tokens == [[2.0, 4.0, 6.0], [6.0, 2.0]]
+    assert CombinedReward(AutoRewardConfig(), terms[1:], 8).raw(IDS).of_tokens is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [[[1.0, 2.0], [1.0, 2.0]], [[1.0] * 3, 2.0], [1.0, [1.0] * 2], [[1.0, math.nan, 1.0], [1.0] * 2]]
+)
+def test_mistakes_in_rewards_of_tokens(wrong: Any) -> None:
+    assert said_by(lambda responses: wrong, IDS)[0].startswith("reward my.reward returned")

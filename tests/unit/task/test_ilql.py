@@ -11,8 +11,13 @@ from torch.testing import assert_close
 from sheeprlhf.agent.policy import load_policy
 from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.model.folder.load import load_tokenizer
+from sheeprlhf.structure.data import LocalDataConfig
+from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.optim import AdamWConfig
+from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import ILQLConfig
+from sheeprlhf.task.memory_plan import step_plan
 from sheeprlhf.task.train.ilql import ILQLModel, ilql_loss, rewards_of
 from tests.support.models import EOS
 
@@ -94,3 +99,18 @@ def test_the_parts_of_the_loss_by_hand(model_folder: Callable[..., Path]) -> Non
                 total += 2.0 * np.exp(1.5 * advantage) * nll
                 total -= 0.3 * sum(float((hidden @ h.weight.T)[t].log_softmax(-1)[token]) for h in model.q_heads)
     assert float(found.total) == pytest.approx(total, rel=1e-5)
+
+
+def test_the_memory_plan_counts_the_heads(model_folder: Callable[..., Path]) -> None:
+    """Weights, gradients and moments are those of the module; its target heads are buffers."""
+    cfg = ModelConfig(config_name="auto", repo_name=str(model_folder()))
+    data, fabric = LocalDataConfig(train_file="rows.jsonl", max_length=64), FabricConfig()
+    parts = step_plan(
+        TrainConfig(task=ILQLConfig(), model=cfg, data=data, fabric=fabric, optim=AdamWConfig()), device="cpu"
+    )
+    policy, _ = load_policy(cfg, load_tokenizer(cfg), longest=16, batching="packed")
+    model = ILQLModel(policy)
+    trainable = [p.numel() for p in model.parameters() if p.requires_grad]
+    assert parts.weights == 4 * sum(p.numel() for p in (*model.parameters(), *model.buffers()))
+    assert parts.gradients == 4 * sum(trainable)
+    assert parts.optimizer == 8 * sum(trainable) + 4 * len(trainable)

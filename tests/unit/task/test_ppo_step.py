@@ -26,7 +26,8 @@ from sheeprlhf.model.lm_head import backbone_and_head, scalar_model
 from sheeprlhf.rollout.rollout import Rollout, token_values
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.optim import AdamWConfig
-from sheeprlhf.structure.rollout import PPOConfig
+from sheeprlhf.structure.rollout import PPOConfig, ReinforcePPConfig
+from sheeprlhf.task.train import reinforce_pp
 from sheeprlhf.task.train.ppo import policy_loss, ptx_loss, value_loss, with_advantages
 
 ModelFolder = Callable[..., Path]
@@ -114,11 +115,12 @@ def slow_targets(setting: Setting) -> tuple[list[list[float]], list[list[float]]
     old, reference, values = (split(setting, name) for name in ("logprobs", "reference", "values"))
     scores = setting.rollout.scores.flatten().tolist()
     rewards = []
+    given = split(setting, "rewards") if "rewards" in setting.rollout.tokens else [[0.0] * len(row) for row in old]
     for k, score in enumerate(scores):
         apart = [a - b for a, b in zip(old[k], reference[k], strict=True)]
         kl = apart if task.kl_estimator == "k1" else [np.exp(-x) - 1 + x for x in apart]
-        rewards.append([-KL_COEFF * x for x in kl])
-        rewards[-1][-1] += score
+        rewards.append([-KL_COEFF * x + y for x, y in zip(kl, given[k], strict=True)])
+        rewards[-1][-1] += score - sum(given[k])
     if task.normalize_rewards:
         everything = [x for row in rewards for x in row]
         mean, deviation = np.mean(everything), np.sqrt(np.var(everything) + 1e-8)
@@ -206,6 +208,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "clip_coeff": 0.1,
     },
 }
+
+
+def test_rewards_of_tokens(model_folder: ModelFolder) -> None:
+    """They are in GAE at their tokens, and in REINFORCE++ in the sum of the rewards to come."""
+    setting = make_setting(model_folder(), PPOConfig(num_generations=2, gae_gamma=0.9, gae_lambda=0.7))
+    count = len(setting.rollout.flat("values"))
+    rollout = setting.rollout.with_tokens(rewards=torch.randn(count, generator=torch.Generator().manual_seed(1)))
+    advantages, returns = slow_targets(setting._replace(rollout=rollout))
+    found = with_advantages(rollout, setting.task, KL_COEFF, None)
+    for name, expected in {"advantages": advantages, "returns": returns}.items():
+        assert_close(found.flat(name), torch.tensor([x for row in expected for x in row]).float(), rtol=0, atol=1e-5)
+    assert not torch.allclose(
+        found.flat("returns"), with_advantages(setting.rollout, setting.task, KL_COEFF, None).flat("returns")
+    )
+    sums = setting._replace(rollout=rollout.with_tokens(values=torch.zeros(count)), task=PPOConfig(gae_lambda=1.0))
+    expected = torch.tensor([x for row in slow_targets(sums)[0] for x in row]).float()
+    task = ReinforcePPConfig(init_kl_coeff=KL_COEFF)
+    assert_close(reinforce_pp.with_advantages(rollout, task).flat("advantages"), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
