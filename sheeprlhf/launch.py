@@ -195,7 +195,7 @@ def _input_checks(config: TrainConfig | EvalConfig | InspectConfig) -> Iterator[
     if isinstance(config, TrainConfig) and isinstance(config.rollout, VLLMRolloutConfig):
         from sheeprlhf.rollout.vllm_api import check_servers
 
-        yield partial(check_servers, config.rollout)
+        yield partial(check_servers, config)
 
 
 def _find_model(model: ModelConfig) -> None:

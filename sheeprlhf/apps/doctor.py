@@ -540,7 +540,7 @@ def _options(config: DoctorConfig) -> Iterator[Finding]:
         from sheeprlhf.rollout.vllm_api import check_servers
 
         try:
-            check_servers(config.rollout)
+            check_servers(config)
             yield Finding("ok", "rollout", f"{', '.join(config.rollout.urls)}: servers of vLLM answer")
         except SheepError as error:
             yield Finding("problem", "rollout", str(error))

@@ -329,9 +329,14 @@ def _server_problems(config: TrainConfig, rollout: VLLMRolloutConfig) -> Iterato
     if len({url.rstrip("/") for url in rollout.urls}) < len(rollout.urls):
         yield "rollout.urls has an address twice: give each server once"
     model, has_adapter = config.model, config.model.finetune_mode == "LORA"
-    if rollout.sync not in (None, "adapter" if has_adapter else "folder"):
-        needed = "adapter" if has_adapter else "folder"
+    if rollout.sync not in (None, *(["adapter"] if has_adapter else ["folder", "nccl"])):
+        needed = "adapter" if has_adapter else "folder or nccl"
         yield f"rollout.sync={rollout.sync} does not fit model.finetune_mode={model.finetune_mode}: give {needed}"
+    if rollout.sync == "nccl" and config.fabric.accelerator != "cuda":
+        given = f"rollout.sync=nccl with fabric.accelerator={config.fabric.accelerator}"
+        yield f"{given}: it sends weights from GPU to GPU: give rollout.sync=folder or fabric=auto_cuda"
+    if rollout.sync == "nccl" and rollout.sync_dir is not None:
+        yield unread(f"rollout.sync_dir={rollout.sync_dir}", "with rollout.sync=nccl")
     lora = model.lora_cfg if has_adapter else None
     own = {"use_dora": "use_dora=false", "modules_to_save": "modules_to_save=[]"}
     for name, fix in own.items():

@@ -43,7 +43,9 @@ LOCK_FILE = ".lock"
 _FILES = (  # that a run writes; besides, TensorBoard's have names of their own
     *(RUN_FILE, CONFIG_FILE, REPORT_FILE, LOCK_FILE, "metrics.csv", "error.log", "best_of_n.json", "final", "dataset"),
 )
-_FOLDERS = ("checkpoints", "samples", "parts", "rollouts", "rollout_weights")  # in which it replaces and deletes
+_FOLDERS = (  # in which it replaces and deletes
+    *("checkpoints", "samples", "parts", "rollouts", "rollout_weights", "server_rollouts"),
+)
 _LENGTH = {"task.max_num_steps", "task.epochs"}  # options that extend a finished run
 _SHOWN = 8  # changed options in a message
 _WAITS = (0.01, 0.02, 0.04, 0.08)  # seconds; who only looks needs microseconds

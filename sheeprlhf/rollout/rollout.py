@@ -49,7 +49,7 @@ from sheeprlhf.structure.reward import EPISODE_COLUMNS
 from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig, PPOConfig, ReinforcePPConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
-from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError
+from sheeprlhf.utils.errors import ModelError, NonFiniteError, RewardError, RolloutMismatchError
 from sheeprlhf.utils.lightning import Fabric, gather_objects
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode, isolated_rng
@@ -347,8 +347,6 @@ class RolloutCollector:
         self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
         self.policy, self._reference, self._reward_models, self._packed = policy, reference, rewards, packed
         self._columns, self.servers, self._episodes = columns, servers, episodes
-        self._version_of = 0  # the rollout before whose updates the servers got their weights
-        self._ahead_of: dict[int, int] = {}  # the same for each rollout that is sampled ahead
         self._stop = StopStrings(cfg.generation.stop_strings, tokenizer)
         self._model_scores: dict[str, list[float]] = {}
         model_scores = {source: lambda *_, source=source: self._model_scores[source] for source in rewards}
@@ -380,8 +378,8 @@ class RolloutCollector:
             RolloutServerError: the servers fail; on all ranks.
         """
         # 1. sample
-        staleness = self._updates_since(number)
-        rollout, episodes = self._sample(prompts, number, group)
+        rollout, episodes = self._sample(prompts, number, group, keeps=not validates)
+        staleness = self.servers.staleness if self.servers is not None else 0
         # 2. log-probabilities of the policy and the reference
         old_N = rollout.flat("sampled")
         # Those of a server, and in half precision the sampler's, differ from those that the update computes.
@@ -395,7 +393,13 @@ class RolloutCollector:
             rollout = rollout.with_tokens(importance=weights_N)
             found = {"rollout/staleness": float(staleness), "rollout/importance": float(weights_N.mean())}
         elif self.servers is not None:
-            found = self.servers.check(rollout.tokens)
+            try:
+                found = self.servers.check(rollout.tokens)
+            except RolloutMismatchError:
+                if not self.servers.was_pending:
+                    raise
+                # It was kept from before a stop, and the weights have become others since the checkpoint.
+                return self(prompts, number, group=group, validates=validates)
         # 3. decode and score
         stop = StopStrings((), self._tokenizer) if episodes else self._stop  # a transcript is written whole
         texts = decode_rollout(rollout, prompts, self._tokenizer, stop)
@@ -412,17 +416,19 @@ class RolloutCollector:
         self.metrics |= rollout_metrics(rollout) | found
         return rollout
 
-    def _sample(self, prompts: list[Example], number: int, group: int | None) -> tuple[Rollout, list[Episode]]:
+    def _sample(
+        self, prompts: list[Example], number: int, group: int | None, *, keeps: bool
+    ) -> tuple[Rollout, list[Episode]]:
         """All ranks: sample responses to every prompt; each rank samples its share. Episodes: of an environment."""
         fabric, cfg, task = self._fabric, self._cfg.generation, self._cfg.task
         assert isinstance(task, OnlineTaskConfig)
         shape = (len(prompts), group or task.num_generations, cfg.max_new_tokens)
         uniforms = sampling_uniforms(self._cfg.seed, number, shape)
         if self.servers is not None:
-            if not self.servers.is_ahead(number):
-                self.servers.write_weights()
             ids = [prompt.prompt_ids for prompt in prompts]
-            return to_rollout(prompts, self.servers.sample(ids, uniforms, number)), []
+            if not keeps or not self.servers.has(ids, uniforms, number, weights_of=number):
+                self.servers.write_weights()
+            return to_rollout(prompts, self.servers.sample(ids, uniforms, number if keeps else None)), []
         engine = partial(
             engine_of(cfg.engine),
             self.policy.causal_lm(),
@@ -452,31 +458,30 @@ class RolloutCollector:
     def sample_ahead(self, later: Sequence[tuple[int, list[Example]]], number: int) -> None:
         """All ranks: let servers sample later rollouts, of these numbers and prompts, while rollout `number` is used.
 
-        Idle servers get the policy's weights first, and their log-probabilities of a few responses are checked.
+        Nothing is done while older weights still sample: the first of `later` is pending then. Otherwise the servers
+        get the policy's weights, and their log-probabilities of a few responses are checked.
 
         Raises:
             RolloutServerError: the servers fail, or compute other log-probabilities.
         """
         servers, task = self.servers, self._cfg.task
-        later = [one for one in later if servers is not None and not servers.is_ahead(one[0])]
         if not later or servers is None:
             return
         assert isinstance(task, OnlineTaskConfig)
-        shape = (task.num_generations, self._cfg.generation.max_new_tokens)
-        if servers.is_idle():
+        shape, seed = (task.num_generations, self._cfg.generation.max_new_tokens), self._cfg.seed
+        given = {
+            other: ([row.prompt_ids for row in rows], sampling_uniforms(seed, other, (len(rows), *shape)))
+            for other, rows in later
+        }
+        if servers.has(*given[number + 1], number + 1, weights_of=number - 1):
+            return
+        if not all(servers.has(*given[other], other, weights_of=number) for other in given):
             servers.write_weights()
-            self._version_of, rows = number, later[0][1][:_PROBED_PROMPTS]
-            uniforms = sampling_uniforms(self._cfg.seed, later[0][0], (len(rows), 1, shape[1]))
+            rows = later[0][1][:_PROBED_PROMPTS]
+            uniforms = sampling_uniforms(seed, number + 1, (len(rows), 1, shape[1]))
             probe = to_rollout(rows, servers.sample([row.prompt_ids for row in rows], uniforms))
             servers.check(probe.with_tokens(logprobs=self.logprobs(self.policy, probe, "check of servers")).tokens)
-        for other, prompts in later:
-            self._ahead_of[other] = self._version_of
-            uniforms = sampling_uniforms(self._cfg.seed, other, (len(prompts), *shape))
-            servers.sample_ahead([prompt.prompt_ids for prompt in prompts], uniforms, other)
-
-    def _updates_since(self, number: int) -> int:
-        """Return how many rollouts were learnt from since the weights of a rollout that was sampled ahead; else 0."""
-        return number - self._ahead_of.pop(number, number)
+        servers.sample_ahead(given, number)
 
     def _scores(self, rollout: Rollout, validates: bool) -> list[float]:
         how = {"step_score": getattr(self._cfg.reward, "step_score", "min")}

@@ -7,41 +7,62 @@ again and is asked again. Prompts of a server that fails go to the others; rank 
 one answers.
 
 A response is a function of the weights, the prompt and its seed, up to rounding; which server answers has no influence.
+Every rollout is written to the run directory as soon as it is sampled, and removed when a checkpoint comes after its
+updates: a resumed run learns from the same responses.
 """
 
 import asyncio
 import hashlib
-import json
+import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
 from peft import PeftModel
+from safetensors.numpy import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sheeprlhf.agent.policy import Policy
+from sheeprlhf.engine.checkpoint import read_tensors
+from sheeprlhf.engine.manifest import remove_folder, verify_manifest, write_folder, write_manifest
 from sheeprlhf.engine.shard import whole
 from sheeprlhf.model.adapter import POLICY
 from sheeprlhf.rollout.engines import StopStrings, cut_at_end, first_seed
 from sheeprlhf.rollout.sampler import Sampled
-from sheeprlhf.rollout.vllm_api import SECONDS_OF_CHECK, START, UnavailableError, call
-from sheeprlhf.security.files import read_small
+from sheeprlhf.rollout.vllm_api import SECONDS_OF_CHECK, START, UnavailableError, call, served_model
+from sheeprlhf.rollout.weight_transfer import WeightTransfer, update_info
 from sheeprlhf.structure.rollout import BestOfNConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
-from sheeprlhf.utils.errors import ModelError, Notify, RolloutMismatchError, RolloutServerError
+from sheeprlhf.utils.errors import (
+    CheckpointError,
+    ModelError,
+    Notify,
+    RolloutMismatchError,
+    RolloutServerError,
+    UnsafePathError,
+)
 from sheeprlhf.utils.home import expand_home
 from sheeprlhf.utils.http import client, describe
 from sheeprlhf.utils.lightning import Fabric
-from sheeprlhf.utils.output import discard, make_folders, remove_marked, writing_errors, written_folder
+from sheeprlhf.utils.output import (
+    discard,
+    make_folder,
+    make_folders,
+    remove_marked,
+    sweep_scratch,
+    writing_errors,
+    written_folder,
+)
 
 ADAPTER = "sheeprlhf-policy"  # name of the policy's adapter on the servers
 _IN_FLIGHT = 64  # prompts that a server answers at a time
@@ -49,9 +70,23 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 15.0  # seconds before servers are asked again
 _MAX_FAILED_LOADS = 3  # a server that cannot load the weights so many times has another model
 _NO_BIAS = -100.0  # the lowest that vLLM takes: a probability below 1e-43
 _BYTES_PER_TOKEN = 256  # of an answer
-_MAX_CONFIG_BYTES = 1 << 20
+
+_KEPT = "server_rollouts"  # in the run directory
+_KEPT_ROLLOUT = re.compile(r"rollout-(\d{1,12})")
+_KEPT_FILE = "rollout.safetensors"
+_PER_RUN = 1 << 32  # more than a run has rollouts; other ones of rollout i have the numbers i + j * _PER_RUN
+
+_TRANSFER_OPTION = """the option --weight-transfer-config '{"backend": "nccl"}'"""
 
 _Answer = tuple[list[Sampled], list[str]]  # of each prompt: its responses, and the server that gave them
+
+
+class _Pending(NamedTuple):
+    """A rollout that is sampled in the background, or was sampled and has not been used."""
+
+    weights_of: int  # the rollout before whose updates the weights were written that it is sampled with
+    key: str  # digest of its prompts and seeds
+    answer: Future[_Answer]  # used on rank zero only
 
 
 class RolloutServers:
@@ -63,8 +98,12 @@ class RolloutServers:
         policy: its weights are sampled with.
         tokenizer: of the policy.
         stop: the stop strings.
-        run_dir: names the folder of the weights, or has it.
+        run_dir: names the folder of the weights, or has it; has the rollouts that are kept.
         say: prints a line for the user.
+
+    Attributes:
+        staleness: rollouts that were learnt from since the weights of the newest one were written.
+        was_pending: whether the newest rollout was sampled before it was asked for.
     """
 
     def __init__(
@@ -88,8 +127,11 @@ class RolloutServers:
         self._failed_loads = dict.fromkeys(self._urls, 0)
         self._answered: list[str] = []  # the server of each prompt of the newest rollout
         self._problem: ModelError | None = None  # in writing the weights, on rank zero
-        self._ahead: dict[int, Future[_Answer]] = {}  # of rollouts that are sampled in the background
-        self._turn = threading.Lock()  # of the one that samples
+        self._transfers: dict[str, WeightTransfer] = {}  # with rollout.sync=nccl, of servers that have joined a group
+        self._state: dict[str, Any] = {}  # the weights that they get
+        self._pending: dict[int, _Pending] = {}  # by the number of the rollout
+        self.staleness, self.was_pending = 0, False
+        self._run_dir, self._keeps = run_dir, not isinstance(cfg.task, BestOfNConfig)
         undefined = [] if policy.undefined_U is None else policy.undefined_U.tolist()
         self._sampling = {  # every number whose default a server may take from a model's files
             "temperature": cfg.generation.temperature,
@@ -103,6 +145,11 @@ class RolloutServers:
         }
 
     @property
+    def _model_of_server(self) -> str:
+        folder = self._folder / "policy"
+        return str(folder if folder.exists() else self._cfg.model.repo_name)
+
+    @property
     def _version(self) -> str:
         return f"{self._run}-{self._number}"
 
@@ -114,12 +161,16 @@ class RolloutServers:
         if self._number and isinstance(self._cfg.task, BestOfNConfig):  # which trains nothing
             return
         if self._fabric.is_global_zero:
-            wait(self._ahead.values())
+            self.finish_pending()
         self._number += 1
         model, base = self._policy.model, self._policy.causal_lm()
         if not isinstance(model, PeftModel) or self._number == 1:
             state = _whole_tensors(self._fabric, _base_tensors(base))
-            self._write("policy", lambda folder: _save_untied(base, state, folder, self._tokenizer))
+            if self._options.sync == "nccl":  # training changes them while servers sample ahead
+                ahead = self._options.max_staleness > 0
+                self._state = {name: tensor.clone() if ahead else tensor for name, tensor in state.items()}
+            if self._options.sync != "nccl" or (self._is_tied and self._number == 1):
+                self._write("policy", lambda folder: _save_untied(base, state, folder, self._tokenizer))
         if isinstance(model, PeftModel):
             adapter = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
             state = _whole_tensors(self._fabric, adapter)
@@ -140,32 +191,41 @@ class RolloutServers:
         except ModelError as error:
             self._problem = error  # of which the other ranks hear in `sample`
 
-    def remove_weights(self) -> None:
-        """All ranks, after the last rollout: remove what was written for the servers."""
+    def finish(self) -> None:
+        """All ranks, after the last rollout: remove what was written for the servers, and the rollouts."""
+        self.forget_before(_PER_RUN)
         if self._fabric.is_global_zero:
             for name in ("policy", "adapter"):
                 remove_marked(self._folder / name)
             remove_marked(self._folder)
 
     def sample(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray, number: int | None = None) -> list[Sampled]:
-        """All ranks: return the responses to every prompt, sampled with the newest weights that were written.
+        """All ranks: return the responses to every prompt, sampled with the newest weights unless they are pending.
 
         Args:
             prompts: token ids of each.
             uniforms: (prompts, K, most new tokens) numbers in [0, 1); the first of a prompt is its seed.
-            number: of a rollout that may have been sampled in the background.
+            number: of a rollout that is learnt from: it may be pending, and is kept.
 
         Raises:
             RolloutServerError: no server has answered for `rollout.timeout` seconds, or one cannot do what is asked.
             ModelError: the weights could not be written.
         """
         found: _Answer | RolloutServerError | ModelError = ([], [])
-        ahead = self._ahead.pop(number, None) if number is not None else None
+        key, pending = _key(prompts, uniforms), None if number is None else self._pending.pop(number, None)
+        pending = pending if pending is not None and pending.key == key else None
+        self.staleness = 0 if pending is None or number is None else number - pending.weights_of
+        self.was_pending = pending is not None
         if self._fabric.is_global_zero:
             try:
                 if self._problem is not None:
                     raise self._problem
-                found = asyncio.run(self._sample(prompts, uniforms)) if ahead is None else ahead.result()
+                if pending is None:
+                    found = asyncio.run(self._sample(prompts, uniforms))
+                    if number is not None:
+                        self._keep(number, number, key, found[0])
+                else:
+                    found = pending.answer.result()
             except (RolloutServerError, ModelError) as error:
                 found = error
         found = self._fabric.broadcast(found)
@@ -174,27 +234,93 @@ class RolloutServers:
         sampled, self._answered = found
         return sampled
 
-    def sample_ahead(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray, number: int) -> None:
-        """All ranks: let rank zero sample a later rollout in the background; `sample` returns it."""
-        future = self._ahead[number] = Future[_Answer]()
+    def has(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray, number: int, weights_of: int) -> bool:
+        """Return whether a rollout is pending, with the weights before the updates of rollout `weights_of`, or older.
+
+        Its arguments are those of `sample`.
+        """
+        pending = self._pending.get(number)
+        return pending is not None and pending.weights_of <= weights_of and pending.key == _key(prompts, uniforms)
+
+    def sample_ahead(self, later: Mapping[int, tuple[Sequence[np.ndarray], np.ndarray]], weights_of: int) -> None:
+        """All ranks: let rank zero sample later rollouts one after the other in the background, for `sample`.
+
+        Args:
+            later: prompts and random numbers of each, by its number; those that are pending are not sampled again.
+            weights_of: the rollout before whose updates the newest weights were written.
+        """
+        later = {number: given for number, given in later.items() if not self.has(*given, number, weights_of)}
+        futures = {number: Future[_Answer]() for number in later}
+        for number, given in later.items():
+            self._pending[number] = _Pending(weights_of, _key(*given), futures[number])
 
         def work() -> None:
-            with self._turn:
+            for number, given in later.items():
                 try:
-                    future.set_result(asyncio.run(self._sample(prompts, uniforms)))
+                    answer = asyncio.run(self._sample(*given))
+                    self._keep(number, weights_of, _key(*given), answer[0])
+                    futures[number].set_result(answer)
                 except BaseException as error:
-                    future.set_exception(error)
+                    futures[number].set_exception(error)
 
-        if self._fabric.is_global_zero:
+        if later and self._fabric.is_global_zero:
             threading.Thread(target=work, daemon=True).start()
 
-    def is_ahead(self, number: int) -> bool:
-        """Return whether a rollout is sampled in the background, or was and has not been taken."""
-        return number in self._ahead
+    def finish_pending(self) -> None:
+        """Wait for the rollouts that are sampled in the background; errors are raised by `sample`."""
+        if self._fabric.is_global_zero:
+            wait([pending.answer for pending in self._pending.values()])
 
-    def is_idle(self) -> bool:
-        """All ranks: return whether nothing is sampled in the background now."""
-        return bool(self._fabric.broadcast(all(future.done() for future in self._ahead.values())))
+    def _keep(self, number: int, weights_of: int, key: str, sampled: list[Sampled]) -> None:
+        """Rank zero: write a rollout to the run directory, whole or not at all; `restore` reads it."""
+        if not self._keeps:
+            return
+        tensors = {
+            "ids": np.concatenate([ids for one in sampled for ids in one.responses]),
+            "logprobs": np.concatenate([values for one in sampled for values in one.logprobs]),
+            "lengths": np.array([[len(ids) for ids in one.responses] for one in sampled]),
+            "finished": np.array([one.finished for one in sampled]),
+        }
+
+        def write(folder: Path) -> None:
+            save_file(tensors, folder / _KEPT_FILE)
+            write_manifest(folder, {"weights_of": weights_of, "key": key})
+
+        try:
+            write_folder(make_folder(self._run_dir, _KEPT) / f"rollout-{number}", write)
+        except (CheckpointError, UnsafePathError, OSError) as error:
+            self._say(f"warning: a resumed run will sample rollout {number} again: {error}")
+
+    def restore(self, first: int) -> None:
+        """All ranks, before the first rollout of this process: take those that a stopped process has sampled.
+
+        Those before rollout `first` are removed.
+        """
+        self.forget_before(first)
+        found: dict[int, _Pending] = {}
+        folder = self._run_dir / _KEPT
+        if self._fabric.is_global_zero and folder.is_dir() and not folder.is_symlink():
+            sweep_scratch(folder)
+            for path in sorted(folder.iterdir()):
+                if match := _KEPT_ROLLOUT.fullmatch(path.name):
+                    try:
+                        found[int(match[1])] = _read_kept(path)
+                    except (CheckpointError, OSError, LookupError, TypeError, ValueError) as error:
+                        self._say(f"warning: a kept rollout is sampled again: {error}")
+        facts = self._fabric.broadcast({number: kept[:2] for number, kept in found.items()})
+        for number, (weights_of, key) in facts.items():
+            self._pending[number] = found.get(number, _Pending(weights_of, key, Future()))
+
+    def forget_before(self, number: int) -> None:
+        """All ranks: remove the rollouts before this one from the run directory; a checkpoint comes after them."""
+        folder = self._run_dir / _KEPT
+        if self._fabric.is_global_zero and folder.is_dir() and not folder.is_symlink():
+            for path in folder.iterdir():
+                match = _KEPT_ROLLOUT.fullmatch(path.name)
+                if match and int(match[1]) % _PER_RUN < number:
+                    remove_folder(path)
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     def check(self, tokens: Mapping[str, Sequence[np.ndarray]]) -> dict[str, float]:
         """Compare log-probabilities of the newest rollout by the servers ("sampled") and the trainer ("logprobs").
@@ -215,7 +341,7 @@ class RolloutServers:
             raise RolloutMismatchError(
                 f"the server {self._answered[worst]} computes log-probabilities {means[worst]:.2g} nats a token from "
                 f"the trainer's ({len(means)} prompts: mean {np.mean(means):.2g}), more than rollout.tolerance="
-                f"{limit:g}: it does not sample from the policy. Start it with --model {self._folder / 'policy'}, "
+                f"{limit:g}: it does not sample from the policy. Start it with --model {self._model_of_server}, "
                 "--logprobs-mode processed_logprobs and the number format of the trainer"
             )
         return {
@@ -295,11 +421,13 @@ class RolloutServers:
         async def post(path: str, body: dict[str, Any] | None = None) -> None:
             await call(server, "POST", f"{url}{path}", body, seconds=self._options.timeout)
 
-        if not self._of_adapter and self._policy.causal_lm().config.get_text_config().tie_word_embeddings:
+        if not self._of_adapter and self._is_tied:
             await self._check_head(server, url)
         await post("/pause?mode=abort")
         try:
-            if not self._of_adapter or not await self._has_base(server, url):
+            if self._options.sync == "nccl":
+                await self._transfer(server, url)
+            elif not self._of_adapter or not await self._has_base(server, url):
                 weights = {"weights_path": str(self._folder / "policy")}
                 await post("/collective_rpc", {"method": "reload_weights", "kwargs": weights})
             if self._of_adapter:
@@ -308,9 +436,12 @@ class RolloutServers:
         except UnavailableError as error:
             self._failed_loads[url] += 1
             if self._failed_loads[url] == _MAX_FAILED_LOADS:
+                by_nccl = self._options.sync == "nccl"
+                place = "sent by rollout.sync=nccl" if by_nccl else f"in {self._folder}"
+                needed = _TRANSFER_OPTION if by_nccl else "the same path to that folder (rollout.sync_dir)"
                 raise RolloutServerError(
-                    f"the server {url} cannot load the weights in {self._folder} ({error}): give it the policy's "
-                    "model, and the same path to that folder (rollout.sync_dir)"
+                    f"the server {url} cannot load the weights {place} ({error}): give it the policy's model, and "
+                    f"{needed}"
                 ) from None
             raise
         await post("/reset_prefix_cache")
@@ -321,19 +452,56 @@ class RolloutServers:
     def _of_adapter(self) -> bool:
         return isinstance(self._policy.model, PeftModel)
 
+    @property
+    def _is_tied(self) -> bool:
+        return bool(self._policy.causal_lm().config.get_text_config().tie_word_embeddings)
+
+    async def _transfer(self, server: httpx.AsyncClient, url: str) -> None:
+        """Send the newest weights to a server by NCCL; one that was started again joins a new group first.
+
+        Raises:
+            UnavailableError: it fails, or does not take part within `rollout.timeout` seconds.
+        """
+
+        async def post(path: str, body: dict[str, Any] | None = None) -> None:
+            await call(server, "POST", f"{url}{path}", body, seconds=self._options.timeout)
+
+        async def together(path: str, body: dict[str, Any], work: Callable[[], None]) -> None:
+            """Send a request, and do meanwhile what makes the server answer it."""
+            done = Future[None]()
+
+            def run() -> None:
+                try:
+                    done.set_result(work())
+                except BaseException as error:
+                    done.set_exception(error)
+
+            threading.Thread(target=run, daemon=True).start()  # the process can end while NCCL waits for a dead server
+            try:
+                async with asyncio.timeout(self._options.timeout):
+                    await asyncio.gather(post(path, body), asyncio.wrap_future(done))
+            except (TimeoutError, RuntimeError) as error:
+                raise UnavailableError(f"NCCL: {describe(error)}") from None
+
+        is_member, transfer = await self._has_base(server, url), self._transfers.pop(url, None)
+        if transfer is None or not is_member:
+            size = await call(server, "GET", f"{url}/get_world_size", seconds=self._check_seconds)
+            transfer = WeightTransfer(int(size["world_size"]), self._fabric.device)
+            await together("/init_weight_transfer_engine", {"init_info": transfer.init_info}, transfer.join)
+        await post("/start_weight_update")
+        info = {"update_info": update_info(self._state)}
+        await together("/update_weights", info, partial(transfer.send, self._state))
+        await post("/finish_weight_update")
+        self._transfers[url] = transfer  # without it, after an error, the next attempt makes a new group
+
     async def _check_head(self, server: httpx.AsyncClient, url: str) -> None:
         """Check that a server's head is not tied to its embeddings: vLLM would keep the old head in every reload.
 
         Raises:
             RolloutMismatchError: its model is tied, or its folder cannot be read here.
         """
-        models = await call(server, "GET", f"{url}/v1/models", seconds=self._check_seconds)
-        try:
-            config = json.loads(read_small(Path(models["data"][0]["root"], "config.json"), _MAX_CONFIG_BYTES))
-            tied = bool(config.get("text_config", config).get("tie_word_embeddings", True))
-        except (OSError, KeyError, IndexError, TypeError, AttributeError, ValueError):
-            tied = True
-        if tied:
+        config, _ = await served_model(server, url, self._check_seconds)
+        if config.get("tie_word_embeddings", True):
             raise RolloutMismatchError(
                 f"the server {url} has the model's head tied to its embeddings, and would keep the old head: start it "
                 f"with --model {self._folder / 'policy'}, where both are separate, then go on with resume=true"
@@ -433,6 +601,31 @@ def _untied(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, tied in zip(configs, before, strict=True):
             config.tie_word_embeddings = tied
+
+
+def _key(prompts: Sequence[np.ndarray], uniforms: np.ndarray) -> str:
+    """Digest of prompts, seeds and sizes, which decide the responses of given weights."""
+    parts = [repr((uniforms.shape, list(map(len, prompts)))).encode(), uniforms[:, 0, 0].tobytes()]
+    return hashlib.sha256(b"".join([*parts, *(prompt.tobytes() for prompt in prompts)])).hexdigest()
+
+
+def _read_kept(folder: Path) -> _Pending:
+    """Return a rollout that `RolloutServers` has kept.
+
+    Raises:
+        CheckpointError: a file is damaged.
+        ValueError: its sizes contradict each other.
+    """
+    facts, tensors = verify_manifest(folder), read_tensors(folder / _KEPT_FILE)
+    ids, logprobs, lengths, finished = (tensors[name].numpy() for name in ("ids", "logprobs", "lengths", "finished"))
+    if lengths.shape != finished.shape or not len(ids) == len(logprobs) == lengths.sum() or lengths.min() < 1:
+        raise ValueError(f"{folder} has responses of other sizes than it says")
+    borders, group = np.cumsum(lengths)[:-1], lengths.shape[1]
+    rows = list(zip(np.split(ids, borders), np.split(logprobs, borders), finished.ravel().tolist(), strict=True))
+    sampled = [Sampled(*zip(*rows[start : start + group], strict=True)) for start in range(0, len(rows), group)]
+    kept = _Pending(facts["weights_of"], facts["key"], Future())
+    kept.answer.set_result((sampled, [""] * len(sampled)))
+    return kept
 
 
 def _first(errors: BaseExceptionGroup) -> BaseException:

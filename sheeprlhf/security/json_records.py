@@ -256,6 +256,8 @@ class ManifestRecord(TypedDict):
     torch_threads: NotRequired[Annotated[int, Range(1, 10**6)]]
     sharded: NotRequired[bool]
     device: NotRequired[str]
+    weights_of: NotRequired[Step]  # those two of a rollout that a server sampled
+    key: NotRequired[str]
 
 
 class ExtraRecord(TypedDict):

@@ -270,9 +270,9 @@ class VLLMRolloutConfig(RolloutSourceConfig):
     urls: list[str] = option(help="Servers, such as http://127.0.0.1:8000, that share the prompts.", factory=list)
     sync: Optional[str] = option(
         None,
-        "The servers read all weights, or only the adapter, from rollout.sync_dir; null: the adapter if only it "
-        "trains.",
-        choices=("folder", "adapter"),
+        "The servers read all weights, or only the adapter, from rollout.sync_dir, or get all weights from GPU to GPU "
+        "(nccl; never run on GPUs). null: adapter if only it trains, else folder.",
+        choices=("folder", "adapter", "nccl"),
     )
     sync_dir: Optional[str] = option(
         None,

@@ -407,7 +407,9 @@ class RolloutLoop:
         num_rollouts = whole.rollout_after(total)
         if stream is not None:  # at least; the sizes of later shards are not known
             num_rollouts = -(-total // whole.steps_of_full_rollout())
-        saved = saved_rollouts(num_rollouts, task.save_rollouts)
+        saved, servers = saved_rollouts(num_rollouts, task.save_rollouts), self.collect.servers
+        if servers is not None:
+            servers.restore(whole.rollout_after(state.step))
         for number, plan, stop in self._rollouts(whole, total):
             if task.stops_early(state.stale_validations):
                 return
@@ -489,7 +491,12 @@ class RolloutLoop:
         if self._validate is not None and due(task.eval_interval):
             self._record_validation()
         last = last or task.stops_early(state.stale_validations)
-        run.end_step(state, self._learners, self.optimizer, save=due(task.save_interval), last=last)
+        save, servers = due(task.save_interval) or state.best_step == state.step, self.collect.servers
+        if save and servers is not None:  # a checkpoint comes with all rollouts that older weights sample
+            servers.finish_pending()
+        run.end_step(state, self._learners, self.optimizer, save=save, last=last)
+        if save and servers is not None:
+            servers.forget_before(iteration.number + 1)
 
     @contextmanager
     def _saved_at_server_errors(self) -> Iterator[None]:
@@ -513,7 +520,7 @@ class RolloutLoop:
         with self._eval_weights():
             finish_run(self.fabric, self.run, self.models.policy, self.tokenizer, self.state)
         if self.collect.servers is not None:
-            self.collect.servers.remove_weights()
+            self.collect.servers.finish()
 
 
 class Iteration:

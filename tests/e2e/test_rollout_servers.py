@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sheeprlhf.assets
 from sheeprlhf.rollout.server import RolloutServers
+from sheeprlhf.task.loop import RolloutLoop
 from tests.support.jobs import JobServer
+from tests.support.models import make_model_folder
 from tests.support.runs import digests, exit_code, figures, rejected, train, train_words, write_rows
 from tests.support.vllm_server import vllm_server
 
@@ -82,6 +84,49 @@ def test_sampling_ahead_weighs_tokens_by_importance(tmp_path: Path, model_folder
     assert max(np.abs(np.concatenate(rollouts[1]["importance"]) - 1)) > 1e-3
 
 
+@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.nightly), 2])
+def test_sampled_rollouts_survive_a_kill(
+    staleness: int, tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five rollouts, checkpoints after two and four; the run stops in the updates of the fourth.
+
+    The resumed run asks for no rollout that was sampled, and its result is that of the whole run.
+    """
+    model, data = model_folder(), write_rows(tmp_path / "rows.jsonl")
+    options = [f"rollout.max_staleness={staleness}", "task.max_num_steps=20", "task.save_interval=8"]
+    options += ["task.eval_interval=99", "optim.lr=1e-2", "task.save_rollouts=5"]
+
+    def rollouts(run_dir: Path) -> list[Any]:
+        return [pq.read_table(path).to_pydict() for path in sorted((run_dir / "rollouts").iterdir())]
+
+    with vllm_server(model) as server:
+        whole = train(model, data, tmp_path / "whole", *words(server.url, *options), task="grpo")
+        assert not (whole / "server_rollouts").exists()
+        asked = server.requests.count(GENERATE)
+        server.requests.clear()
+        steps, own = Counter[str](), RolloutLoop.update
+
+        def stopped(self: RolloutLoop, *given: Any) -> dict[str, float]:
+            steps["all"] += 1
+            if steps["all"] == 14:
+                self.collect.servers.finish_pending()
+                raise RuntimeError("killed")
+            return own(self, *given)
+
+        monkeypatch.setattr(RolloutLoop, "update", stopped)
+        run_dir = tmp_path / "run"
+        assert exit_code(train_words(model, data, run_dir, *words(server.url, *options), task="grpo")) == 1
+        kept = sorted(path.name for path in (run_dir / "server_rollouts").iterdir())
+        assert kept == [f"rollout-{number}" for number in range(2, 4 + (staleness > 0))]
+        train(model, data, run_dir, *words(server.url, *options, "resume=true"), task="grpo")
+        assert server.requests.count(GENERATE) == asked + 1  # the check of the routes at the second start
+    assert not (run_dir / "server_rollouts").exists()
+    assert digests(run_dir / "final") == digests(whole / "final")
+    assert rollouts(run_dir) == rollouts(whole)
+    stale = {0: [], 1: [1.0] * 4, 2: [1.0, 2.0] * 2}[staleness]
+    assert figures(whole).get("rollout/staleness", []) == stale
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path, model_folder: ModelFolder, server: JobServer) -> None:
     """Rank zero alone asks; both learn from the same responses."""
@@ -115,6 +160,8 @@ def test_problems_are_found_before_a_model_is_loaded(
     for key in ("rollout.urls", "rollout.sync=", "generation.engine=hf", "rollout.sync_dir", "rollout.timeout=0"):
         assert key in found, key
     assert "pa55word" not in problems("rollout=vllm", "rollout.urls=[http://me:pa55word@127.0.0.1]")
+    found = problems("rollout=vllm", "rollout.urls=[http://127.0.0.1:9]", "rollout.sync=nccl", "rollout.sync_dir=/x")
+    assert "fabric.accelerator=cpu" in found and "rollout.sync_dir=/x" in found
     found = problems(
         *("rollout=vllm", "rollout.urls=[http://127.0.0.1:9]", "model.finetune_mode=LORA", "rollout.sync=folder"),
         *("model.lora_cfg.use_dora=true", "model.lora_cfg.modules_to_save=[lm_head]"),
@@ -128,6 +175,16 @@ def test_problems_are_found_before_a_model_is_loaded(
     with vllm_server(model) as server:
         server.fault = lambda path, number: 403 if path == GENERATE else None
         assert "--enable-scale-out" in problems(*words(server.url))
+        server.fault = lambda path, number: 404 if path == "/v1/load_lora_adapter" else None
+        assert "/v1/load_lora_adapter" in problems(*words(server.url, "model.finetune_mode=LORA"))
+        server.longest = 73  # prompts of 70 tokens and 4 new ones
+        assert "--max-model-len 74" in problems(*words(server.url))
+        with vllm_server(make_model_folder(tmp_path / "other", "gpt2")) as other:
+            urls = f"rollout.urls=[{server.url},{other.url}]"
+            found = problems(*words(server.url, urls))
+            assert "--max-model-len 74" in found and f"{other.url} has another model" in found
+            assert exit_code(["doctor", *train_words(model, data, tmp_path / "run", urls, *words(server.url)[:1])[1:]])
+            assert f"{other.url} has another model" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

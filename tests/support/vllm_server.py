@@ -1,6 +1,8 @@
 """A server on loopback with vLLM's routes: it samples with plain transformers from the weights that it is given."""
 
+import base64
 import json
+import queue
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -34,6 +36,7 @@ class VLLMServer(ThreadingHTTPServer):
         raw_logprobs: log-probabilities are those before the temperature, vLLM's default.
         tied: the server reports a folder whose head is tied.
         longest: tokens of a prompt with its response, as --max-model-len.
+        nccl: with it the server receives weights by NCCL.
     """
 
     daemon_threads = True
@@ -46,6 +49,7 @@ class VLLMServer(ThreadingHTTPServer):
         self.keeps_head = self.raw_logprobs = self.tied = False
         self.root = tempfile.TemporaryDirectory()
         self.longest = 10**6
+        self.nccl: FakeNCCL | None = None
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.restart()
 
@@ -55,6 +59,8 @@ class VLLMServer(ThreadingHTTPServer):
             self.model = _load(self.folder)
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
             self.version, self.adapters, self.paused = "default", {}, False
+            self.group: Group | None = None
+            self.updating = False
 
     def reload(self, folder: str) -> None:
         new = _load(folder)
@@ -65,6 +71,29 @@ class VLLMServer(ThreadingHTTPServer):
         if self.keeps_head:
             new.lm_head.weight = self.model.lm_head.weight
         self.model, self.adapters = new, {}
+
+    def transfer(self, path: str, body: dict[str, Any]) -> int:
+        """Answer a route of vLLM's weight transfer with its status; the order of the requests is vLLM's."""
+        if self.nccl is None:
+            return 500  # not configured
+        if path == "/init_weight_transfer_engine":
+            info = body["init_info"]
+            assert info.keys() == {"nccl_unique_id_b64", "rank_offset", "world_size", "packed"} and not info["packed"]
+            self.group = self.nccl.join(base64.b64decode(info["nccl_unique_id_b64"], validate=True))
+            assert (info["rank_offset"], info["world_size"]) == (1, 2)
+            assert self.group.sent.get(timeout=20).shape == (1,)  # the sum over the group
+        elif path == "/update_weights":
+            assert self.updating and self.group is not None
+            info, new = body["update_info"], {}
+            for name, dtype, shape in zip(info["names"], info["dtype_names"], info["shapes"], strict=True):
+                new[name] = self.group.sent.get(timeout=20)
+                assert new[name].dtype == getattr(torch, dtype) and list(new[name].shape) == shape
+            self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.clone())  # not tied
+            self.model.load_state_dict(new)
+        else:
+            assert self.updating == (path == "/finish_weight_update")
+            self.updating = not self.updating
+        return 200
 
     def generate(self, body: dict[str, Any]) -> dict[str, Any]:
         how, model = body["sampling_params"], self.model
@@ -109,6 +138,44 @@ class VLLMServer(ThreadingHTTPServer):
         return len(row), "length"
 
 
+TRANSFER = {
+    *("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update"),
+}
+
+
+class Group:
+    """What the trainer sends to a server."""
+
+    def __init__(self) -> None:
+        self.sent: queue.Queue[torch.Tensor] = queue.Queue()
+        self.members = threading.Barrier(2)
+
+
+class FakeNCCL:
+    """The functions of `torch.cuda.nccl` that the trainer calls, between threads."""
+
+    def __init__(self) -> None:
+        self.groups: dict[bytes, Group] = {}
+
+    def unique_id(self) -> bytes:
+        found = bytes([len(self.groups)]) * 128
+        self.groups[found] = Group()
+        return found
+
+    def join(self, unique_id: bytes) -> Group:
+        self.groups[unique_id].members.wait(20)
+        return self.groups[unique_id]
+
+    def init_rank(self, world_size: int, unique_id: bytes, rank: int) -> Group:
+        assert (world_size, rank) == (2, 0)
+        return self.join(unique_id)
+
+    def broadcast(self, tensors: list[torch.Tensor], *, comms: list[Group]) -> None:
+        comms[0].sent.put(tensors[0].clone())
+
+    all_reduce = broadcast
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: VLLMServer
 
@@ -124,6 +191,8 @@ class _Handler(BaseHTTPRequestHandler):
             server.requests.append(path)
             number = server.requests.count(path)
         fault = server.fault(path, number)
+        if path in TRANSFER and fault is None:
+            fault = server.transfer(path, body)
         if fault == "hang":
             server.released.wait(30)
         if fault in ("hang", "close"):
@@ -142,11 +211,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         server = self.server
         with server.lock:
+            if path == "/get_world_size":
+                return 200, {"world_size": 1}
             if path == "/weight_info":
                 return 200, {"weight_version": server.version}
             if path == "/v1/models":
-                Path(server.root.name, "config.json").write_text(json.dumps({"tie_word_embeddings": server.tied}))
-                return 200, {"data": [{"id": "policy", "root": server.root.name}]}
+                config = json.loads((server.folder / "config.json").read_text())
+                config["tie_word_embeddings"] = server.tied
+                Path(server.root.name, "config.json").write_text(json.dumps(config))
+                return 200, {"data": [{"id": "policy", "root": server.root.name, "max_model_len": server.longest}]}
             if path in ("/pause", "/resume"):
                 server.paused = path == "/pause"
             elif path == "/collective_rpc":
@@ -154,6 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
                     server.reload(body["kwargs"]["weights_path"])
                 except (ValueError, OSError) as error:
                     return 500, {"error": str(error)}
+            elif path == "/v1/load_lora_adapter" and not body:
+                return 400, {"error": "no adapter"}
             elif path == "/v1/load_lora_adapter":
                 base = _load(server.folder)
                 base.load_state_dict(server.model.state_dict())

@@ -236,7 +236,7 @@ def train(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> None:
             writer.remove(todo)
             run.say(f"finished: {run.dir}\nnext: {following}")
         if collect.servers is not None:
-            collect.servers.remove_weights()
+            collect.servers.finish()
         fabric.barrier()
 
 

@@ -1,6 +1,7 @@
 """Rollouts by servers: a small server samples with plain transformers from the weights that it is given."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.rollout import server as module
+from sheeprlhf.rollout import weight_transfer
 from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.rollout.rollout import sampling_uniforms
 from sheeprlhf.rollout.sampler import Sampled
@@ -30,7 +32,7 @@ from sheeprlhf.structure.rollout import GRPOConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import RolloutMismatchError, RolloutServerError
 from tests.support.models import EOS, make_model_folder
-from tests.support.vllm_server import LOADING, VLLMServer, vllm_server
+from tests.support.vllm_server import LOADING, FakeNCCL, VLLMServer, vllm_server
 
 ModelFolder = Callable[..., Path]
 TEMPERATURE, GROUP, NEW = 0.7, 2, 5
@@ -139,7 +141,7 @@ def test_servers_sample_with_the_newest_weights(lora: bool, tmp_path: Path, mode
         weights = load_file(client.folder / "policy" / "model.safetensors")
         assert "lm_head.weight" in weights
         assert client.policy.causal_lm().config.tie_word_embeddings
-        client.servers.remove_weights()
+        client.servers.finish()
         assert not client.folder.exists()
 
 
@@ -310,6 +312,31 @@ def test_other_probabilities_stop_the_run(attribute: str, tmp_path: Path, model_
             "rollout/server_difference": pytest.approx(max(one.mean() for one in apart)),
             "rollout/server_difference_max": pytest.approx(max(one.max() for one in apart)),
         }
+
+
+def test_weights_by_nccl(tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two servers receive every weight, tied ones too; one that is started again joins a new group."""
+    folder, nccl = model_folder(), FakeNCCL()
+    monkeypatch.setattr(weight_transfer, "nccl", nccl)
+    monkeypatch.setattr(weight_transfer.torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(weight_transfer.torch.cuda, "synchronize", lambda: None)
+    with vllm_server(folder) as first, vllm_server(folder) as second:
+        first.nccl = second.nccl = nccl
+        client = make_client(folder, tmp_path / "run", [first, second], sync="nccl")
+        for seed in (0, 1):
+            client.change(seed)
+            assert client.check(client.sample())["rollout/server_difference_max"] < 1e-5
+        assert len(nccl.groups) == 2
+        second.restart()
+        fail("/update_weights", 3, how=503)(first)
+        client.change(2)
+        assert client.check(client.sample())["rollout/server_difference_max"] < 1e-5
+        assert len(nccl.groups) == 4  # another for each of them
+        assert "/collective_rpc" not in first.requests + second.requests
+        first.nccl = second.nccl = None
+        client.change(3)
+        with pytest.raises(RolloutServerError, match="--weight-transfer-config"):
+            client.sample()
 
 
 def test_a_tied_server_is_refused(tmp_path: Path, model_folder: ModelFolder) -> None:
