@@ -329,12 +329,12 @@ def test_weights_by_nccl(tmp_path: Path, model_folder: ModelFolder, monkeypatch:
         assert len(nccl.groups) == 2
         second.restart()
         fail("/update_weights", 3, how=503)(first)
-        client.change(2)
-        assert client.check(client.sample())["rollout/server_difference_max"] < 1e-5
+        for seed in (2, 3):  # the first server's prompts go to the second one meanwhile
+            client.change(seed)
+            assert client.check(client.sample())["rollout/server_difference_max"] < 1e-5
         assert len(nccl.groups) == 4  # another for each of them
         assert "/collective_rpc" not in first.requests + second.requests
         first.nccl = second.nccl = None
-        client.change(3)
         with pytest.raises(RolloutServerError, match="--weight-transfer-config"):
             client.sample()
 
