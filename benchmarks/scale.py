@@ -1,12 +1,13 @@
 """How speed changes with ranks, rows, lengths, groups, data and the size of the model: markdown tables, on the CPU.
 
-    python benchmarks/scale.py [--quick] [ranks] [rows] [data] [startup]
+    python benchmarks/scale.py [--quick] [ranks] [rows] [data] [memory] [startup]
 
 `ranks`: SFT of model=tiny over 1, 2 and 4 processes of one thread. Weak scaling keeps the rows of a process, strong
 scaling those of a step. The split of a step comes from a second measurement in which each collective begins with a
 barrier and is waited for: `wait` is the time in barriers, that is for slower ranks; `gather` and `reduce` are in
 collectives; `compute` is the rest. `rows`: tokens a second of one process. `data`: `benchmarks/prepare_rows.py`.
-`startup`: reading a model's weights. `--quick` measures little, to see that everything runs.
+`memory`: the largest memory of a process beyond that after the imports, of each phase. `startup`: reading a model's
+weights. `--quick` measures little, to see that everything runs.
 """
 
 import argparse
@@ -148,7 +149,9 @@ def timed_collectives(module: Any) -> Iterator[Counter[str]]:
             setattr(dist, name, collective)
 
 
-def worker(rank: int, ranks: int, port: int, strategy: str, cases: list[Case], steps: int, results: Any) -> None:
+def worker(
+    rank: int, ranks: int, port: int, options: dict[str, Any], function: Callable[..., Any], args: tuple, results: Any
+) -> None:
     """One rank of a launch; rank zero sends the results."""
     from sheeprlhf.engine.fabric import make_fabric
     from sheeprlhf.structure.fabric import FabricConfig
@@ -157,15 +160,15 @@ def worker(rank: int, ranks: int, port: int, strategy: str, cases: list[Case], s
         torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         torchrun |= {"GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in torchrun.items()}, MASTER_ADDR="127.0.0.1")
-    fabric = make_fabric(FabricConfig(strategy=strategy, devices=str(ranks)))
+    fabric = make_fabric(FabricConfig(devices=str(ranks), **options))
     fabric.launch()
-    found = measure(fabric, cases, steps)
+    found = function(fabric, *args)
     if rank == 0:
         results.put(found)
 
 
-def launch(ranks: int, strategy: str, cases: list[Case], steps: int) -> list[Speed]:
-    """Measure in processes of one thread, forked from this one after its imports."""
+def launch(ranks: int, options: dict[str, Any], function: Callable[..., Any], *args: Any) -> Any:
+    """`function(fabric, *args)` in processes of one thread, forked from this one after its imports."""
     import torch
 
     import sheeprlhf.task.train.sft  # noqa: F401
@@ -176,13 +179,13 @@ def launch(ranks: int, strategy: str, cases: list[Case], steps: int) -> list[Spe
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    work = (port, strategy, cases, steps, results)
+    work = (port, options, function, args, results)
     processes = [context.Process(target=worker, args=(rank, ranks, *work), daemon=True) for rank in range(ranks)]
     for process in processes:
         process.start()
     while True:
         try:
-            found: list[Speed] = results.get(timeout=1)
+            found = results.get(timeout=1)
             break
         except queue.Empty:
             if any(process.exitcode for process in processes):
@@ -210,11 +213,12 @@ def table(title: str, header: list[str], lines: list[list[Any]]) -> None:
 def of_ranks(quick: bool) -> None:
     """Weak and strong scaling."""
     numbers, rows, steps = ((1, 2), 2, 1) if quick else ((1, 2, 4), ROWS, 3)
-    [alone] = launch(1, "auto", [Case(rows)], steps)
+    [alone] = launch(1, {}, measure, [Case(rows)], steps)
     lines: dict[str, list[list[Any]]] = {"weak": [], "strong": []}
     for strategy in ("ddp", "fsdp2"):
         for ranks in numbers:
-            speeds = [alone] * 2 if ranks == 1 else launch(ranks, strategy, [Case(rows), Case(rows // ranks)], steps)
+            cases, options = [Case(rows), Case(rows // ranks)], {"strategy": strategy}
+            speeds = [alone] * 2 if ranks == 1 else launch(ranks, options, measure, cases, steps)
             for kind, speed, share in zip(lines, speeds, (ranks, 1), strict=True):
                 tokens = Case(rows).num_tokens() * share
                 efficiency = f"{tokens / speed.step / ranks / (Case(rows).num_tokens() / alone.step):.0%}"
@@ -252,7 +256,7 @@ def of_rows(quick: bool) -> None:
             Case(16 // group, LENGTH, group) for group in ((1, 2) if quick else (1, 4, 16))
         ],
     }
-    speeds = iter(launch(1, "auto", [case for some in cases.values() for case in some], 1 if quick else 3))
+    speeds = iter(launch(1, {}, measure, [case for some in cases.values() for case in some], 1 if quick else 3))
     for title, some in cases.items():
         lines = []
         for case in some:
@@ -271,28 +275,95 @@ def of_data(quick: bool) -> None:
     table("Preparation of data", names, [[result[name] for name in names] for result in results])
 
 
-def of_startup(quick: bool) -> None:
-    """Seconds to import the libraries, and to load a model of random weights."""
+def save_llama(folder: str, hidden: int, layers: int, vocabulary: int = 4096) -> int:
+    """Write a Llama of random weights with the tokenizer of model=tiny; its number of parameters."""
     import shutil
 
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from sheeprlhf.utils.home import embedded_folder
+
+    shape = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 11 * hidden // 4}
+    shape |= {"num_attention_heads": hidden // 64, "vocab_size": vocabulary}
+    model = LlamaForCausalLM(LlamaConfig(**shape))
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(embedded_folder("embedded:tiny") / name, folder)
+    return model.num_parameters()
+
+
+def measure_memory(fabric: Any, folder: str, in_files: bool) -> list[list[float]]:
+    """All ranks: MB of each rank, of each phase its peak, and of what is held after the step."""
+    import ctypes
+
+    import numpy as np
+
+    from sheeprlhf.agent.policy import load_policy
+    from sheeprlhf.data.example import Example, collate_packed
+    from sheeprlhf.engine.checkpoint import TrainState, save_checkpoint
+    from sheeprlhf.engine.optim import set_up
+    from sheeprlhf.engine.step import MicroBatch, update
+    from sheeprlhf.model.folder.load import load_tokenizer
+    from sheeprlhf.structure.model import AutoModelConfig
+    from sheeprlhf.structure.optim import AdamWConfig
+    from sheeprlhf.task.train.sft import sft_loss
+    from sheeprlhf.utils.lightning import gather_objects
+
+    def memory(field: str) -> float:
+        [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+        return int(line.split()[1]) / 1024
+
+    found = [memory("VmRSS")]
+
+    def note(field: str = "VmHWM") -> None:
+        found.append(memory(field) - found[0])
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+
+    cfg = AutoModelConfig(repo_name=folder)
+    policy, _ = load_policy(cfg, load_tokenizer(cfg), longest=512, batching="packed", in_files=in_files)
+    module, optimizer = set_up(fabric, AdamWConfig(), policy, 1e-5)
+    note()
+    example = Example(0, np.arange(3, 19, dtype=np.int32), (np.arange(19, 67, dtype=np.int32),))
+    batch = collate_packed([example])
+    micro_batches = [MicroBatch(batch, len(batch.target_ids_N), (0,))]
+    update(fabric, module, optimizer, micro_batches, sft_loss, max_grad_norm=1.0)
+    note()
+    ctypes.CDLL(None).malloc_trim(0)
+    note("VmRSS")
+    with tempfile.TemporaryDirectory() as run_dir:
+        target = Path(fabric.broadcast(run_dir))
+        save_checkpoint(fabric, target, TrainState(1), module, optimizer, config_hash="h", keep=1)
+        note()
+        fabric.barrier()
+    return gather_objects(fabric, found[1:])
+
+
+def of_memory(quick: bool) -> None:
+    """Memory of a rank against the number of ranks."""
+    shape = (128, 2) if quick else (512, 12, 16000)
+    split: list[tuple[int, dict[str, Any]]] = [(2, {"strategy": "fsdp2"})]
+    if not quick:
+        split += [(4, {"strategy": "fsdp2"})]
+        split += [(ranks, {"strategy": "fsdp2", "tensor_parallel": 2}) for ranks in (2, 4)]
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"\n{save_llama(folder, *shape):,} parameters")
+        lines = []
+        for ranks, options in [(1, {}), *split]:
+            peaks = zip(*launch(ranks, options, measure_memory, folder, ranks > 1), strict=True)
+            lines.append([" ".join(map(str, options.values())) or "none", ranks, *(max(phase) for phase in peaks)])
+    table("Memory", ["strategy", "ranks", "load and shard", "a step", "held after it", "save a checkpoint"], lines)
+
+
+def of_startup(quick: bool) -> None:
+    """Seconds to load a model of random weights."""
     from sheeprlhf.agent.policy import load_policy
     from sheeprlhf.model.folder.load import load_tokenizer
     from sheeprlhf.structure.model import AutoModelConfig
-    from sheeprlhf.utils.home import embedded_folder
 
     lines = []
     for hidden, layers in ((64, 2), (128, 2)) if quick else ((256, 6), (512, 8), (768, 12), (1024, 20)):
         with tempfile.TemporaryDirectory() as folder:
-            shape = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 11 * hidden // 4}
-            config = LlamaConfig(vocab_size=4096, num_attention_heads=hidden // 64, **shape)
-            model = LlamaForCausalLM(config)
-            model.save_pretrained(folder)
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(embedded_folder("embedded:tiny") / name, folder)
-            cfg, parameters = AutoModelConfig(repo_name=folder), model.num_parameters()
-            del model
+            parameters, cfg = save_llama(folder, hidden, layers), AutoModelConfig(repo_name=folder)
             wall, cpu = time.perf_counter(), time.process_time()
             load_policy(cfg, load_tokenizer(cfg), longest=512, batching="packed")
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -300,7 +371,7 @@ def of_startup(quick: bool) -> None:
     table("Start-up", ["parameters", "seconds", "CPU seconds", "MB/s"], lines)
 
 
-TABLES = {"ranks": of_ranks, "rows": of_rows, "data": of_data, "startup": of_startup}
+TABLES = {"ranks": of_ranks, "rows": of_rows, "data": of_data, "memory": of_memory, "startup": of_startup}
 
 
 def main() -> None:

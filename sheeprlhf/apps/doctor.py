@@ -449,17 +449,16 @@ def _findings(config: DoctorConfig, offline: Future[str]) -> Iterator[Finding]:
 
 def _plan(config: DoctorConfig, offline: str) -> Iterator[Finding]:
     """The plan for other machines; of this one only the model's config.json is read."""
-    from sheeprlhf.engine.shard import tensor_plan
+    from sheeprlhf.engine.shard import division_problem, tensor_plan
     from sheeprlhf.model.memory import build_on_meta, measure
     from sheeprlhf.task.memory_plan import ranks_of
 
     fabric, model, ranks = config.fabric, config.model, ranks_of(config.fabric)
     text = f"{_count(fabric.num_nodes or 1, 'machine')}, {_count(ranks.total, 'process')}, strategy {fabric.strategy}"
     yield Finding("ok", "device", f"{text}; this machine is not checked, nor are the weights and the data")
-    for name in ("replicas", "tensor_parallel"):
-        if ranks.total % (value := getattr(fabric, name)):
-            yield Finding("problem", "device", f"fabric.{name}={value} does not divide the {ranks.total} processes")
-            return
+    if problem := division_problem(fabric, ranks.total):
+        yield Finding("problem", "device", problem)
+        return
     yield hub(offline, needed=model_folder(str(model.repo_name)) is None)
     try:
         size = measure(model, fabric.precision, scores := config.task.trains == "reward model")

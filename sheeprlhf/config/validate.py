@@ -581,14 +581,6 @@ def sharding_problems(config: TrainConfig | EvalConfig) -> Iterator[str]:
         for name in ("use_dora", "modules_to_save"):
             if value := getattr(model.lora_cfg, name, None):
                 yield f"model.lora_cfg.{name}={value} has not been tested with fabric.strategy=fsdp2: {ddp}"
-    tensor_parallel = f"fabric.tensor_parallel={config.fabric.tensor_parallel}"
-    if config.fabric.tensor_parallel > 1 and config.fabric.replicas > 1:
-        yield (
-            f"{tensor_parallel} and fabric.replicas={config.fabric.replicas} exclude each other: weights around the "
-            "blocks are cut up over all processes; give fabric.replicas=1"
-        )
-    if config.fabric.tensor_parallel > 1 and model is not None and model.finetune_mode == "LORA":
-        yield f"{tensor_parallel} does not cut up adapters: give model.finetune_mode=ALL, or fabric.tensor_parallel=1"
     if config.fabric.precision == "64-true":
         yield "fabric.precision=64-true is not supported by fabric.strategy=fsdp2: give fabric.precision=32-true"
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -34,7 +34,7 @@ from sheeprlhf.utils.launchers import launched
 from sheeprlhf.utils.lightning import ChildProcessObserver, DDPStrategy, Fabric, ModelParallelStrategy
 from sheeprlhf.utils.processes import ignored, seconds_since_start
 
-ALL_RANKS = "all_ranks"  # the mesh of all processes, where another one has tensor-parallel groups
+ALL_RANKS = "all_ranks"  # the mesh of all processes of a copy of the weights, with tensor-parallel groups
 _JOIN_SECONDS = 20.0  # for ranks that a launcher starts, at least: they import at different speeds
 _START_SECONDS = 120.0  # for ranks that this process starts, at least
 _BATCH_SCRIPT_SECONDS = 15.0  # after its start, a SLURM task without a step gives up waiting for others
@@ -202,12 +202,11 @@ class JoiningModelParallel(_Joining, ModelParallelStrategy):
         """All ranks: called by Fabric in `launch`; torch gives the mesh's groups a time limit of their own."""
         super().setup_environment()
         if self.replicas > 1:
-            shape = (self.replicas, self.world_size // self.replicas)
-            self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
+            self._device_mesh = make_mesh(self.root_device.type, self.world_size, self.replicas, self.tensor_parallel)
         set_timeout = torch.distributed.distributed_c10d._set_pg_timeout
-        meshes = [self.device_mesh[name] for name in self.device_mesh.mesh_dim_names or ()]
-        for mesh in [*meshes, *([self.device_mesh._flatten(ALL_RANKS)] if self.tensor_parallel > 1 else [])]:
-            set_timeout(cast(timedelta, self._timeout), mesh.get_group())
+        meshes = meshes_of(self.device_mesh)
+        for group in [group for mesh in (self.device_mesh, *meshes) for group in mesh.get_all_groups()]:
+            set_timeout(cast(timedelta, self._timeout), group)
 
     def clip_gradients_norm(
         self,
@@ -227,6 +226,41 @@ class JoiningModelParallel(_Joining, ModelParallelStrategy):
         for some in lists:
             clip_grads_with_norm_(some, max_norm, norm)
         return norm
+
+
+def make_mesh(device_type: str, world_size: int, replicas: int, tensor_parallel: int) -> DeviceMesh:
+    """All ranks: the mesh of copies of the weights, if several; of processes that compute other rows; of groups."""
+    shape, names = (world_size // replicas // tensor_parallel, tensor_parallel), ("data_parallel", "tensor_parallel")
+    if replicas > 1:
+        shape, names = (replicas, *shape), ("replicate", "shard", names[1])
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)
+
+
+class Meshes(NamedTuple):
+    """Meshes of the strategy, which for FSDP2 have a second dimension if there are copies of the weights.
+
+    Attributes:
+        blocks: of processes that hold parts of the same share of the blocks.
+        around: of processes that hold parts of the weights around the blocks.
+        rows: of processes that compute other rows, flat.
+    """
+
+    blocks: DeviceMesh
+    around: DeviceMesh
+    rows: DeviceMesh
+
+
+def meshes_of(mesh: DeviceMesh) -> Meshes:
+    """All ranks: the parts of a mesh of `make_mesh`; torch keeps what this makes, for the next call."""
+    copies = "replicate" in (mesh.mesh_dim_names or ())
+    blocks = mesh["replicate", "shard"] if copies else mesh["data_parallel"]
+    rows = blocks._flatten("data_parallel") if copies else blocks
+    if mesh["tensor_parallel"].size() == 1:
+        return Meshes(blocks, blocks, rows)
+    if not copies:
+        return Meshes(blocks, mesh._flatten(ALL_RANKS), rows)
+    of_copy = mesh["shard", "tensor_parallel"]._flatten(ALL_RANKS)
+    return Meshes(blocks, DeviceMesh._concatenate([mesh["replicate"], of_copy]), rows)
 
 
 @contextmanager

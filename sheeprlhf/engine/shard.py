@@ -18,9 +18,11 @@ from datetime import timedelta
 from fnmatch import fnmatch
 from functools import partial
 from itertools import chain, repeat
+from math import prod
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -34,7 +36,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 
-from sheeprlhf.engine.ranks import ALL_RANKS, JoiningModelParallel
+from sheeprlhf.engine.ranks import JoiningModelParallel, meshes_of
 from sheeprlhf.model.folder.weights import drop_placeholders
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.utils.errors import ConfigError, ModelError
@@ -59,10 +61,8 @@ def sharding_strategy(cfg: FabricConfig, num_processes: int, timeout: timedelta)
         raise ConfigError(
             "fabric.strategy=fsdp2 needs torch 2.13 or newer: pip install -U torch, or give fabric.strategy=ddp"
         )
-    for name in ("replicas", "tensor_parallel"):
-        if num_processes % getattr(cfg, name):
-            value = getattr(cfg, name)
-            raise ConfigError(f"fabric.{name}={value} does not divide the number of processes, {num_processes}")
+    if problem := division_problem(cfg, num_processes):
+        raise ConfigError(problem)
     on_cpu = cfg.accelerator == "cpu" or not torch.cuda.is_available()
     how = sharding_options(cfg, on_cpu=on_cpu)
     # The norm of offloaded gradients is a sum over parts on the host.
@@ -78,6 +78,15 @@ def sharding_strategy(cfg: FabricConfig, num_processes: int, timeout: timedelta)
     # Weights that are still in their files are on no device, and torch moves the parts itself.
     warnings.filterwarnings("ignore", message=r"The model passed to `Fabric\.setup\(\)` has \d+ parameters on")
     return strategy
+
+
+def division_problem(cfg: FabricConfig, num_processes: int) -> str | None:
+    """Text about groups of processes whose number is no whole one."""
+    for options in (["replicas"], ["tensor_parallel"], ["replicas", "tensor_parallel"]):
+        if num_processes % prod(getattr(cfg, name) for name in options):
+            given = " times ".join(f"fabric.{name}={getattr(cfg, name)}" for name in options)
+            return f"{given} does not divide the number of processes, {num_processes}"
+    return None
 
 
 def sharding_options(cfg: FabricConfig, *, on_cpu: bool) -> dict[str, Any]:
@@ -117,25 +126,24 @@ def shard_module(module: nn.Module, mesh: Any, **how: Any) -> nn.Module:
     themselves, since a process has the gradient of its own heads only. Heads that give a score compute in float32. A
     module around sharded weights of another one (an adapter's score head) shards its own layers only.
     """
-    of_data, is_around = mesh if "replicate" in mesh.mesh_dim_names else mesh["data_parallel"], is_sharded(module)
-    is_cut = "tensor_parallel" in mesh.mesh_dim_names and mesh["tensor_parallel"].size() > 1
-    of_all = mesh._flatten(ALL_RANKS) if is_cut else of_data
+    of_data, of_all, _ = meshes_of(mesh)
+    is_around, of_groups = is_sharded(module), mesh["tensor_parallel"]
     of_heads = {name: policy for name, policy in how.items() if name != "mp_policy"}
-    for head in [part for part in module.modules() if isinstance(part, nn.Linear) and part.out_features == 1]:
-        if not is_sharded(head):
-            fully_shard(head, mesh=of_all, **of_heads)
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear) and part.out_features == 1 and ".lora_A." not in name and not is_sharded(part):
+            fully_shard(part, mesh=of_all, **of_heads)
     if is_around:
         return module
-    if is_cut:
-        backbone, plan = tensor_plan(module, mesh["tensor_parallel"].size())
-        for pattern, style in plan.items():
+    if of_groups.size() > 1:
+        backbone, plan = tensor_plan(module, of_groups.size())
+        for part, style in [(part, style) for pattern, style in plan.items() for part in _matching(backbone, pattern)]:
             if style in _STYLES:
-                parallelize_module(backbone, mesh["tensor_parallel"], {pattern: _STYLES[style]()}, src_data_rank=None)
+                for layer in _layers_of(part, style):
+                    parallelize_module(layer, of_groups, _STYLES[style](), src_data_rank=None)
                 continue
-            for norm in _matching(backbone, pattern):
-                fully_shard(norm, mesh=of_all, **how)
-                cast(FSDPModule, norm).set_gradient_divide_factor(of_data.size())  # the sum within a group
-                cast(FSDPModule, norm).set_force_sum_reduction_for_comms(True)  # gloo has no other
+            fully_shard(part, mesh=of_all, **how)
+            cast(FSDPModule, part).set_gradient_divide_factor(of_data.size())  # the sum within a group
+            cast(FSDPModule, part).set_force_sum_reduction_for_comms(True)  # gloo has no other
     blocks = next((part for part in module.modules() if isinstance(part, nn.ModuleList)), ())
     for block in blocks:
         fully_shard(block, mesh=of_data, **how)
@@ -143,6 +151,16 @@ def shard_module(module: nn.Module, mesh: Any, **how: Any) -> nn.Module:
     for name in getattr(module, "forward_methods", ()):
         register_fsdp_forward_method(module, name)
     return module
+
+
+def _layers_of(part: nn.Module, style: str) -> list[nn.Module]:
+    """The linear layers that a style of a plan cuts up: of one with adapters, the matrices on the same side too.
+
+    The others compute with equal inputs, and get equal gradients, on all processes of a group.
+    """
+    if not isinstance(part, LoraLayer):
+        return [part]
+    return [part.get_base_layer(), *(part.lora_A if style == "rowwise" else part.lora_B).values()]
 
 
 def tensor_plan(module: nn.Module, size: int) -> tuple[nn.Module, dict[str, str]]:
@@ -157,7 +175,7 @@ def tensor_plan(module: nn.Module, size: int) -> tuple[nn.Module, dict[str, str]
     config, given = cast(Any, backbone.config).get_text_config(), f"fabric.tensor_parallel={size}"
     plan: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
     plan = {pattern: style for pattern, style in plan.items() if pattern.startswith("layers.")}
-    cut = {part for pattern in plan for part in _matching(backbone, pattern)}
+    cut = {layer for pattern in plan for part in _matching(backbone, pattern) for layer in part.modules()}
     beside = [  # layers between those that are cut up, which would read a part
         name
         for parent in {pattern.rpartition(".")[0] for pattern in plan}
@@ -224,7 +242,7 @@ def sum_of_rows(fabric: Fabric, values: Tensor) -> Tensor:
     data = data_rank(fabric)
     if data.size == 1:
         return values
-    mesh = None if data.first == 1 else cast(ModelParallelStrategy, fabric.strategy).device_mesh["data_parallel"]
+    mesh = None if data.first == 1 else meshes_of(cast(ModelParallelStrategy, fabric.strategy).device_mesh).rows
     group = None if mesh is None else mesh.get_group()
     return cast(Tensor, fabric.all_reduce(values, group=group, reduce_op="sum"))
 
@@ -291,8 +309,8 @@ def _check_room(fabric: Fabric, module: nn.Module, dtype: torch.dtype | None) ->
 
 def _share_of_blocks(weight: DTensor) -> int:
     """Processes that share this weight in forward passes, by tensor parallelism."""
-    is_cut = weight.device_mesh.mesh_dim_names == ("data_parallel", "tensor_parallel")
-    return weight.device_mesh.size(1) if is_cut and not weight.placements[1].is_replicate() else 1
+    is_cut = (weight.device_mesh.mesh_dim_names or ("",))[-1] == "tensor_parallel"
+    return weight.device_mesh.size(-1) if is_cut and not weight.placements[-1].is_replicate() else 1
 
 
 def _forget_passes(roots: list[FSDPModule]) -> None:

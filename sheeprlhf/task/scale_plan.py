@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sheeprlhf.engine.optim import build_optimizer
-from sheeprlhf.engine.ranks import ALL_RANKS
+from sheeprlhf.engine.ranks import make_mesh, meshes_of
 from sheeprlhf.engine.shard import shard_module, sharding_options
 from sheeprlhf.model.memory import MIXED, ModelSize, build_on_meta
 from sheeprlhf.structure.rollout import BestOfNConfig
@@ -113,13 +113,8 @@ def dry_step(config: DoctorConfig) -> DryStep:
     module = build_on_meta(config.model, scores=config.task.trains == "reward model")[1]
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks.total)
     try:
-        replicas = ranks.total // ranks.shards
-        shape: tuple[int, ...] = (ranks.total,) if replicas == 1 else (replicas, ranks.shards)
-        names: tuple[str, ...] = ("data_parallel",) if replicas == 1 else ("replicate", "shard")
-        if ranks.tensor > 1:
-            shape, names = (ranks.total // ranks.tensor, ranks.tensor), ("data_parallel", "tensor_parallel")
-        mesh = torch.distributed.init_device_mesh("cpu", shape, mesh_dim_names=names)
-        mesh._flatten(ALL_RANKS)
+        mesh = make_mesh("cpu", ranks.total, ranks.total // ranks.shards, ranks.tensor)
+        meshes_of(mesh)  # made outside of the mode of fake tensors
         with interrupts_wait(), FakeTensorMode(allow_non_fake_inputs=True):  # cut short, it would end the process
             return _dry_step(config, module, ranks, mesh, start)
     finally:

@@ -40,6 +40,7 @@ STOPS += ["optim.weight_decay=0", "task.eval_at_start=true", "data.shuffle=false
 CASES = {
     "sft": Case("sft", ["task.epochs=2"], (*STEP, "train/items", "val/nll")),
     "sft, quantised": Case("sft", [*LORA, "model.quantization=nf4"], (*STEP, "val/nll")),
+    "sft, quantised to 8 bits": Case("sft", [*LORA, "model.quantization=int8"], (*STEP, "val/nll")),
     "sft, early stopping": Case("sft", STOPS, (*STEP, "val/nll")),
     "rm": Case("rm", [WHOLE], (*STEP, "train/rewards/accuracies", "train/rewards/margins", "val/loss")),
     "dpo": Case("dpo", [WHOLE], (*STEP, "train/rewards/margins", "train/kl/chosen", "val/loss")),
@@ -50,7 +51,7 @@ CASES = {
     "grpo": Case("grpo", ONLINE, ("objective/scores", "objective/kl", "loss/policy", "policy/kl", "val/scores"), 21),
     "rloo": Case("rloo", ONLINE, ("objective/scores", "objective/rlhf_reward", "loss/policy", "val/scores"), 21),
 }
-NIGHTLY = ("rm", "ppo", "ppo, lora", "rloo", "sft, quantised")
+NIGHTLY = ("rm", "ppo", "ppo, lora", "rloo", "sft, quantised", "sft, quantised to 8 bits")
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def test_quick_tables() -> None:
         "Length of a row, 2,048 tokens a step": 2,
         "Responses of a prompt, 16 a step": 2,
         "Preparation of data": 2,
+        "Memory": 2,
         "Start-up": 2,
     }
     for line in (

@@ -13,16 +13,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.model.lm_head import TokenLogprobs
 from sheeprlhf.rollout import episodes
-from sheeprlhf.rollout.environment_pool import Call
 from sheeprlhf.structure.rollout import GRPOConfig
 from sheeprlhf.task import loop
 from sheeprlhf.task.train.grpo import grpo_loss
-from tests.support.environments import Lengths
+from tests.support.environments import Lengths, calls_of_even_texts
+from tests.support.jobs import JobServer
 from tests.support.models import byte_tokenizer
 from tests.support.runs import exit_code, figures, rejected, train, train_words
 from tests.support.talking import TEMPLATE
@@ -43,18 +44,14 @@ BETWEEN = re.compile(r"(?:</s>)?\[tool\].{0,2}7\[assistant\]", re.DOTALL)
 
 @pytest.fixture
 def setting(tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A model with a chat template and a file of rows; every message of an even number of characters is a call."""
+    """A model with a chat template and a file of rows, and `calls_of_even_texts`."""
     model = Path(shutil.copytree(model_folder(), tmp_path / "model"))
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(model)
     rows = [{"prompt": [{"role": "user", "content": f"{i} and {'x' * (i % 5)}"}], "answer": "7"} for i in range(24)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def calls(text: str, form: str) -> list[Call]:
-        return [] if len(text) % 2 else [Call("f", {"text": text[:2]})]
-
-    monkeypatch.setattr(episodes, "parse_calls", calls)
+    monkeypatch.setattr(episodes, "parse_calls", calls_of_even_texts)
     return model, tmp_path / "rows.jsonl"
 
 
@@ -135,6 +132,31 @@ def test_other_tasks_skip_the_tokens_of_the_environment(task: str, setting: tupl
                 reward = row["score"] if t == len(row["values"]) - 1 else 0.0
                 advantage = reward + values[t + 1] - values[t] + 0.95 * advantage
                 assert row["returns"][t] == pytest.approx(advantage + values[t], abs=1e-4)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("grpo", ["fabric.strategy=ddp"]),
+        ("grpo", ["fabric.strategy=fsdp2", "fabric.tensor_parallel=2"]),
+        ("ppo", ["fabric.strategy=fsdp2"]),
+    ],
+)
+def test_two_processes_train_as_one(
+    task: str, options: list[str], setting: tuple[Path, Path], server: JobServer, tmp_path: Path
+) -> None:
+    both = (*setting, tmp_path / "two"), (*setting, tmp_path / "one")
+    patch = "from sheeprlhf.rollout import episodes; from tests.support.environments import calls_of_even_texts; "
+    patch += "episodes.parse_calls = calls_of_even_texts"
+    words = train_words(*both[0], *WORDS, *options, f"data.cache_dir={tmp_path / 'cache'}", task=task)
+    job = server.start_ranks(words, tmp_path / "log", 2, patch)
+    one, two = train(*both[1], *WORDS, task=task), tmp_path / "two"
+    assert job.wait(300) == 0, job.texts()
+    for ours, expected in zip(saved(two), saved(one), strict=True):
+        assert all(ours[name] == pytest.approx(value, rel=1e-5, abs=1e-5) for name, value in expected.items())
+    weights = [load_file(run_dir / "final" / "model.safetensors") for run_dir in (two, one)]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
 
 
 class Plain(torch.nn.Module):

@@ -159,14 +159,16 @@ def test_a_process_killed_inside_the_second_shard_is_resumed(
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", ["sft", "dpo", "kto", "grpo"])
 def test_two_processes_stream_as_one(
-    name: str, server: JobServer, tmp_path: Path, model_folder: ModelFolder, in_this_process: None
+    name: str, strategy: str, server: JobServer, tmp_path: Path, model_folder: ModelFolder, in_this_process: None
 ) -> None:
     case = CASES[name]
     words = [*words_of(tmp_path, case, ROWS), "data.streaming=true"]
     held_out = WRITERS[case.task](tmp_path / "val.jsonl", 6, seed=9)
-    two = train_words(model_folder(), held_out, tmp_path / "two", *words, task=case.task)
+    sharded = f"fabric.strategy={strategy}"
+    two = train_words(model_folder(), held_out, tmp_path / "two", *words, sharded, task=case.task)
     job = server.start_ranks(two, tmp_path / "log", 2)
     train(model_folder(), held_out, tmp_path / "one", *words, f"data.cache_dir={tmp_path / 'other'}", task=case.task)
     assert job.wait(600) == 0, job.text()

@@ -38,3 +38,10 @@ class Lengths:
 
     def finish(self, answer: str) -> float:
         return sum(letter in "aeiou" for letter in answer) / max(len(answer), 1)
+
+
+def calls_of_even_texts(text: str, form: str) -> list[Any]:
+    """In the place of `episodes.parse_calls`: every message of an even number of characters is a call."""
+    from sheeprlhf.rollout.environment_pool import Call
+
+    return [] if len(text) % 2 else [Call("f", {"text": text[:2]})]

@@ -103,10 +103,6 @@ BAD = [
     ("train task=sft fabric.devices='0,1'", ["number of processes"]),
     ("train task=sft fabric.replicas=2 fabric.offload=cpu", ["fabric.replicas=2", "fabric.offload=cpu"]),
     ("train task=sft fabric.tensor_parallel=2", ["fabric.tensor_parallel=2", "fabric.strategy=fsdp2"]),
-    (
-        "train task=sft fabric.strategy=fsdp2 fabric.tensor_parallel=2 fabric.replicas=2 model.finetune_mode=LORA",
-        ["fabric.replicas=1", "model.finetune_mode=ALL"],
-    ),
     ("train task=sft fabric.strategy=fsdp2 fabric.precision=64-true", ["fabric.precision=32-true"]),
     ("train task=sft fabric.precision=16-true", ["fabric.precision=16-true", "bf16-mixed"]),
     # models
