@@ -163,6 +163,16 @@ def test_tensor_parallel_ranks_share_the_blocks(model_folder: ModelFolder) -> No
     assert seen.traffic == pytest.approx(moved, abs=4 * norms)
 
 
+def test_adapters_and_copies_with_tensor_parallel_ranks(model_folder: ModelFolder) -> None:
+    """Each of two copies is on two groups of two; one matrix of an adapter is cut over a group, the other is not."""
+    model = AutoModelConfig(repo_name=str(model_folder()), finetune_mode="LORA", lora_cfg=LORAConfig(rank=4))
+    config = config_of(model, 8, SFTConfig(mini_batch_size=8), devices="8", tensor_parallel=2, replicas=2)
+    size, seen, norms = measure(model, "32-true"), dry_step(config), 2 * 2 * 16
+    base, adapters = size.parameters - size.trainable_numbers, size.trainable_numbers
+    assert seen.unsharded == [] and seen.traffic.all_reduce > 0
+    assert adapters / 4 < seen.parameters - (base - norms) / 4 - norms / 2 < adapters / 2
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize(("name", "ranks"), [("embedded:llama-7b", 8), ("embedded:llama-70b", 1024)])
 def test_a_dry_step_of_a_large_model(name: str, ranks: int) -> None:
