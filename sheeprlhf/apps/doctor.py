@@ -524,25 +524,21 @@ def _options(config: DoctorConfig) -> Iterator[Finding]:
     from sheeprlhf.reward.judge import check_server
     from sheeprlhf.task.weight_checks import check_options
 
-    try:
-        if locate(config.model).local_only:
-            check_options(config)
-    except SheepError as error:
-        yield Finding("problem", "options", str(error))
-    if uses_judge(config.reward):
-        try:
-            check_server(config.reward)
-            yield Finding("ok", "judge", f"{config.reward.url} answers")
-        except SheepError as error:
-            yield Finding("problem", "judge", str(error))
+    checks: list[tuple[str, Callable[[], object], str]] = []  # topic, check, result unless it raises
+    checks.append(("options", lambda: locate(config.model).local_only and check_options(config), ""))
+    if uses_judge(reward := config.reward):
+        checks.append(("judge", partial(check_server, reward), f"{reward.url} answers"))
     if isinstance(config.rollout, VLLMRolloutConfig):
         from sheeprlhf.rollout.vllm_api import check_servers
 
+        answer = f"{', '.join(config.rollout.urls)}: servers of vLLM answer"
+        checks.append(("rollout", partial(check_servers, config), answer))
+    for topic, check, result in checks:
         try:
-            check_servers(config)
-            yield Finding("ok", "rollout", f"{', '.join(config.rollout.urls)}: servers of vLLM answer")
+            check()
+            yield from [Finding("ok", topic, result)] if result else []
         except SheepError as error:
-            yield Finding("problem", "rollout", str(error))
+            yield Finding("problem", topic, str(error))
 
 
 def _model_text(config: DoctorConfig, size: "ModelSize | None") -> str:

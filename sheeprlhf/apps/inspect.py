@@ -367,8 +367,8 @@ _LOSS_MEANINGS = {  # by targets
     "last": "compares the scores after the last token of each response",
     "steps": "compares the scores after the last token of each step with its label",
     "scores": "compares the scores after the tokens of the responses, from the first that differs on",
+    "pairs": "compares the log-probabilities of whole responses",
 }
-_PAIR_LOSS_MEANING = "compares the log-probabilities of whole responses"
 _SPECIAL_STYLES = {True: "bold #7a0073", False: "bold #ff9df5"}
 
 
@@ -466,17 +466,10 @@ def _print_head(
     share = data.report["splits"][split]["eos_share"]
     count = len(data.splits[split])
     _print(screen, f"\n{split} split: {min(config.num_examples, count)} of {count:,} examples")
-    meaning_of_loss = (
-        _PAIR_LOSS_MEANING
-        if targets == "response" and config.task.data_kind == "preference"
-        else _LOSS_MEANINGS[targets]
-    )
-    ends = (
-        "these rows have none: the model writes them"
-        if share is None
-        else f"{share:.1%} of the responses end in an end token"
-    )
-    _print(screen, f"the loss {meaning_of_loss}; {ends}")
+    of_pairs = targets == "response" and config.task.data_kind == "preference"
+    none = "these rows have none: the model writes them"
+    ends = none if share is None else f"{share:.1%} of the responses end in an end token"
+    _print(screen, f"the loss {_LOSS_MEANINGS['pairs' if of_pairs else targets]}; {ends}")
     if not config.num_examples:
         return
     what = "scored" if targets in SCORED else "trained on"

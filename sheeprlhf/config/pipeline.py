@@ -14,10 +14,7 @@ from sheeprlhf.structure.run import PipelineConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError
 
 VERBS = ("train", "eval")
-_OF_EVAL = (
-    "fabric",
-    "generation",
-)  # of the words for all stages, those that evaluations take; their run has the others
+_OF_EVAL = ("fabric", "generation")  # of the words for all stages, those of evaluations; their run has the others
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _LINK = re.compile(r"<(\w+)>")
 _LINKED_PATH = re.compile(_LINK.pattern + r"((?:/[\w./-]*)?)")  # and what follows in its folder

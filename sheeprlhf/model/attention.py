@@ -117,7 +117,7 @@ def packed_attention(
         attention_mask: used only without a layout.
         dropout: probability of dropping an attention weight.
         scaling: factor of the scores; None is D ** -0.5.
-        layout: a `sheeprlhf.utils.layout.Layout`; None; or an object whose `attend` computes the attention itself, as
+        layout: a `sheeprlhf.data.example.Layout`; None; or an object whose `attend` computes the attention itself, as
             the sampler's cache does for one token of each row that it holds.
         **kwargs: other arguments of the model's attention.
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from sheeprlhf.data.example import Layout
 from sheeprlhf.model.attention import (
     Variant,
     kernel_dtype,
@@ -34,7 +35,6 @@ from sheeprlhf.model.attention import (
     tolerance,
 )
 from sheeprlhf.model.lm_head import backbone_and_head, sparse_last_mlp
-from sheeprlhf.utils.layout import Layout
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
 

@@ -3,15 +3,21 @@
 Its files are plain ones inside it, of bounded size; weights are safetensors that say what they are, or
 pytorch_model.bin (of adapters, adapter_model.bin), which `pickled_weights` converts without running code; its JSON asks
 for no code, no other place and no file by name. Nothing else in the folder is ever opened. Imports no torch.
+
+Chat templates are programs. A sandbox keeps them from Python, but bounds neither time nor memory: they are tried first.
 """
 
+import hashlib
 import json
 import math
 import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -362,3 +368,43 @@ def check_sizes(folder: Path, config: dict[str, Any], tensors: dict[str, TensorF
     )
     if isinstance(words, int) and isinstance(width, int) and words * width > 8 * total:  # 8: of packed 4-bit weights
         raise ModelError(f"{folder}: config.json has vocab_size={words} of width {width}, the weights {total} numbers")
+
+
+_SECONDS = 2  # of the processor; the wall may be slow
+_WALL_SECONDS = 30
+_PROBE = Path(__file__).with_name("template_probe.py")
+_TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # saving a template makes a file of its name
+_READ = {"872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788"}  # SHA-256 of SmolLM2's: no trial
+
+
+def check_templates(tokenizer: Any, where: str) -> None:
+    """Raise ModelError for chat templates that are not text of bounded size that renders within limits."""
+    templates = getattr(tokenizer, "chat_template", None) or {}
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    for name, text in named.items():
+        if not isinstance(name, str) or not _TEMPLATE_NAME.fullmatch(name):
+            raise ModelError(f"{where}: the chat template {str(name)[:60]!r} needs a name of letters, digits, - and _")
+        if not isinstance(text, str):
+            raise ModelError(f"{where}: its chat template {name!r} is not text")
+        if len(text.encode("utf-8", "replace")) > MAX_TEMPLATE:
+            raise ModelError(f"{where}: its chat template {name!r} has more than {MAX_TEMPLATE} bytes")
+        if problem := _problem(text):
+            raise ModelError(f"{where}: its chat template {name!r} {problem}; it will not be used")
+
+
+@cache
+def _problem(text: str) -> str:
+    """The forbidden operation of a template that renders a short conversation; empty if there is none."""
+    content = text.encode("utf-8", "replace")
+    if hashlib.sha256(content).hexdigest() in _READ:
+        return ""
+    how: dict[str, Any] = {"timeout": _WALL_SECONDS, "env": {}, "cwd": "/"}
+    try:
+        done = subprocess.run([sys.executable, "-I", str(_PROBE)], input=content, capture_output=True, **how)
+    except subprocess.TimeoutExpired:
+        return f"does not end within {_WALL_SECONDS} seconds"
+    if done.returncode < 0:  # the limit of time is a signal
+        return f"does not end within {_SECONDS} seconds of the processor"
+    if done.returncode:
+        return "cannot be tried: it ends the program that tries it"
+    return done.stdout.decode("utf-8", "replace").strip()

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from sheeprlhf.model.adapter import load_lora
 from sheeprlhf.model.folder.load import load_tokenizer
-from sheeprlhf.security.chat_templates import check_templates
-from sheeprlhf.security.model_folder import read_header, tensors_of
+from sheeprlhf.security.model_folder import check_templates, read_header, tensors_of
 from sheeprlhf.structure.model import ModelConfig
 from tests.security.folders import assert_is, model_of
 

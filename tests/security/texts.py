@@ -16,7 +16,7 @@ from sheeprlhf.data.layout import RowLayout
 from sheeprlhf.data.read import read_batches
 from sheeprlhf.data.source import locate
 from sheeprlhf.model.adapter import read_adapter_config
-from sheeprlhf.security.chat_templates import check_templates
+from sheeprlhf.security.model_folder import check_templates
 from sheeprlhf.structure.data import DataConfig, LocalDataConfig
 from tests.security.config_files import TARGETS
 from tests.security.folders import safetensors

@@ -268,12 +268,7 @@ def _number_cell(values: tuple[float, ...] | None) -> str | Cell:
 
 def point_table(points: list[dict[str, Any]]) -> Table:
     """Points as a table; columns without a value are left out."""
-    keys = [
-        key
-        for key in dict.fromkeys(k for point in points for k in point)
-        if any(p.get(key) is not None for p in points)
-    ]
-    keys = keys[:_MAX_COLUMNS]
+    keys = list(dict.fromkeys(key for point in points for key in point if point[key] is not None))[:_MAX_COLUMNS]
     rows = [[_point_text(point.get(key)) for key in keys] for point in points]
     return Table([clean(key.replace("_", " "), 30) for key in keys], rows)
 
@@ -421,12 +416,10 @@ def _data_rows(parts: list[dict[str, Any]]) -> Iterator[list[str]]:
     dropped = [inner(part, "dropped") for part in parts]
     for reason in sorted({str(key) for reasons in dropped if isinstance(reasons, dict) for key in reasons})[:30]:
         yield from counts(f"dropped: {clean(reason.replace('_', ' '))}", "dropped", reason)
-    yield from counts("prompts cut", "truncated", "prompt")
-    yield from counts("responses cut", "truncated", "response")
-    yield from counts("duplicate rows", "duplicates")
-    yield from counts("rows with text of special tokens", "special_token_rows")
-    yield from counts("pairs", "pairs")
-    yield from counts("rows with a margin", "rows_with_margin")
+    named = {"prompts cut": "truncated prompt", "responses cut": "truncated response", "duplicate rows": "duplicates"}
+    named |= {"rows with text of special tokens": "special_token_rows", "pairs": "pairs"}
+    for name, keys in (named | {"rows with a margin": "rows_with_margin"}).items():
+        yield from counts(name, *keys.split())
     yield from counts("tokens to learn", "trained_tokens", always=True)
     for part in ("prompt", "response", "total"):
         for key, name in {"p50": "median", "p95": "95 % up to", "max": "longest"}.items():

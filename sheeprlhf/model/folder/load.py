@@ -27,9 +27,8 @@ from sheeprlhf.model.folder.weights import (
     too_few_rows,
 )
 from sheeprlhf.model.rms_norm import replace_rms_norms
-from sheeprlhf.security.chat_templates import check_templates
 from sheeprlhf.security.files import read_small
-from sheeprlhf.security.model_folder import MAX_TEMPLATE, check_tokenizer, read_json
+from sheeprlhf.security.model_folder import MAX_TEMPLATE, check_templates, check_tokenizer, read_json
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.chat_templates import FOLDER, OPTION, SUFFIX, built_in_templates, own_templates, template_names
 from sheeprlhf.utils.end_tokens import set_configured_end_ids

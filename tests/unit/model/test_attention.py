@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 from torch.testing import assert_close
 
-from sheeprlhf.data.example import collate_packed
+from sheeprlhf.data.example import Layout, collate_packed
 from sheeprlhf.model.attention import _varlen_attention, kernel_dtype, packed_attention
 from sheeprlhf.utils.errors import ModelError
-from sheeprlhf.utils.layout import Layout
 from tests.support.batches import random_examples
 
 MODULE = nn.Module()
