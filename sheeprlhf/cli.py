@@ -188,7 +188,7 @@ def _dispatch(arguments: list[str]) -> int:
     if verb not in HYDRA_VERBS:
         plain = [word for word in rest if word.casefold() != "debug=true"]
         return importlib.import_module(f"sheeprlhf.apps.{_MODULES.get(verb, verb)}").run(plain)
-    args = parse_args(["plot=true" if verb == "eval" and word == PLOT.name else word for word in rest])
+    args = parse_args(["plot=true" if verb == "eval" and word == f"--{PLOT.name}" else word for word in rest])
     if verb == "pipeline":
         from sheeprlhf.config.pipeline import collected
 

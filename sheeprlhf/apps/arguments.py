@@ -1,8 +1,9 @@
 """The words behind a command: flags and their values, overrides, and the sentence for what is neither."""
 
+import math
 import os
-from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sheeprlhf.utils.errors import ConfigError
 
@@ -10,14 +11,18 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-class HydraFlag(NamedTuple):
-    """A flag of Hydra's; `value` names what follows it, and `values` all that may, if they are few."""
+class Flag(NamedTuple):
+    """One flag."""
 
-    name: str
-    short: str
-    value: str
-    help: str
-    values: tuple[str, ...] = ()
+    name: str  # without dashes
+    help: str  # its meaning
+    default: Any = None  # the value when it is not given
+    kind: type = str  # int, float or str; bool for a flag without a value
+    minimum: float = -math.inf  # of a number
+    maximum: float = math.inf
+    values: tuple[str, ...] = ()  # all that it may be, if they are few
+    value: str = ""  # what its value is called in the help
+    short: str = ""  # another name, with its dash
 
 
 VERBS = {
@@ -37,20 +42,20 @@ VERBS = {
 PLAIN_VERBS = ("list", "show", "report", "chat", "demo", "export")  # they take words; the others take options
 _INFO = ("config", "defaults", "defaults-tree", "plugins", "searchpath", "all")
 FLAGS = (
-    HydraFlag("--help", "-h", "", "This text; `train task=sft model=opt --help` has the options of these choices."),
-    HydraFlag("--cfg", "-c", "job|hydra|all", "Print the composed configuration only.", ("job", "hydra", "all")),
-    HydraFlag("--resolve", "", "", "With --cfg: resolve interpolations."),
-    HydraFlag("--package", "-p", "key", "With --cfg: print this part only."),
-    HydraFlag("--multirun", "-m", "", "A sweep: several values, as in seed=1,2,3, make one run each."),
-    HydraFlag("--run", "-r", "", "One run; the default."),
-    HydraFlag("--config-dir", "-cd", "folder", "A folder of your own groups and recipes (model/, data/, experiment/)."),
-    HydraFlag("--config-name", "-cn", "name", "Compose this file of --config-dir instead of the command's own."),
-    HydraFlag("--info", "-i", "what", f"Print what Hydra found: {', '.join(_INFO)}.", _INFO),
-    HydraFlag("--shell-completion", "-sc", "", 'Shell completion: eval "$(sheeprlhf -sc install=bash)".'),
-    HydraFlag("--hydra-help", "", "", "Hydra's own help."),
-    HydraFlag("--version", "", "", "Hydra's version."),
+    Flag("help", "This text; `train task=sft model=opt --help` has the options of these.", kind=bool, short="-h"),
+    Flag("cfg", "Print the composed configuration only.", values=("job", "hydra", "all"), short="-c"),
+    Flag("resolve", "With --cfg: resolve interpolations.", kind=bool),
+    Flag("package", "With --cfg: print this part only.", value="key", short="-p"),
+    Flag("multirun", "A sweep: several values, as in seed=1,2,3, make one run each.", kind=bool, short="-m"),
+    Flag("run", "One run; the default.", kind=bool, short="-r"),
+    Flag("config-dir", "A folder of your own groups and recipes (model/, data/, ...).", value="folder", short="-cd"),
+    Flag("config-name", "Compose this file of --config-dir instead of the command's own.", value="name", short="-cn"),
+    Flag("info", f"Print what Hydra found: {', '.join(_INFO)}.", values=_INFO, value="what", short="-i"),
+    Flag("shell-completion", 'Shell completion: eval "$(sheeprlhf -sc install=bash)".', kind=bool, short="-sc"),
+    Flag("hydra-help", "Hydra's own help.", kind=bool),
+    Flag("version", "Hydra's version.", kind=bool),
 )
-PLOT = HydraFlag("--plot", "", "", "Draw the result as a PNG too: another way to write plot=true.")  # of eval only
+PLOT = Flag("plot", "Draw the result as a PNG too: another way to write plot=true.", kind=bool)  # of eval only
 _REJECTED_FLAGS = {
     "--config-path": "give --config-dir=<folder>, which adds yours to those of sheeprlhf",
     "--experimental-rerun": "it would unpickle a file; repeat the command, or give resume_from=<run>",
@@ -74,7 +79,7 @@ class ParsedArgs(NamedTuple):
 
 def parse_args(words: list[str]) -> ParsedArgs:
     """Separate flags, wherever they are, from overrides. Raises ConfigError for wrong flags and values."""
-    by_name = {name: flag for flag in FLAGS for name in (flag.name, flag.short) if name}
+    by_name = {name: flag for flag in FLAGS for name in (f"--{flag.name}", flag.short) if name}
     flags, values, overrides, problems = [], {}, [], []
     waiting = list(words)
     while waiting:
@@ -90,12 +95,13 @@ def parse_args(words: list[str]) -> ParsedArgs:
             if not equals and waiting and not waiting[0].startswith("-") and "=" not in waiting[0]:
                 value = waiting.pop(0)  # `--epochs 3`
             problems.append(flag_problem(given, value, by_name))
-        elif not flag.value:
-            flags.append(flag.name)
+        elif flag.kind is bool:
+            flags.append(f"--{flag.name}")
         elif equals or waiting:
-            values[flag.name] = value if equals else waiting.pop(0)
-            flags += [flag.name, values[flag.name]]
-            problems += value_problems(given, values[flag.name], flag.values)
+            value = value if equals else waiting.pop(0)
+            values[f"--{flag.name}"] = value
+            flags += [f"--{flag.name}", value]
+            problems += value_problems(given, value, flag.values)
         else:
             problems.append(f"{given} needs a value: {flag.help}")
     if "--shell-completion" in flags:
@@ -202,3 +208,94 @@ def print_overview() -> None:
         screen.print(entry(verb, meaning, width=9))
     screen.print()
     screen.print(paragraph("Start with `train task=sft`; `list` and `<command> --help` tell what there is."))
+
+
+class Given(NamedTuple):
+    """Parsed command line: words that are not flags, and the value of every flag by name."""
+
+    words: list[str]
+    values: dict[str, Any]
+
+
+def number_problems(usage: str, words: Sequence[str], most: int = 1) -> list[str]:
+    """The sentence for another number of runs or models than from one to `most`."""
+    if 1 <= len(words) <= most:
+        return []
+    number = "one run or model" if most == 1 else f"one to {most} runs or models"
+    what = f"{len(words)} were given" if words else "`list runs` shows the runs"
+    return [f"`{usage.partition(' ')[0]}` takes {number}: `{usage}`; {what}"]
+
+
+def print_flags_help(usage: str, meaning: str, flags: Sequence[Flag], *more: str) -> None:
+    """The help of a command."""
+    from sheeprlhf.apps.terminal import Screen, entry, heading, paragraph
+
+    screen = Screen()
+    verb, _, rest = usage.partition(" ")
+    screen.print(heading(f"sheeprlhf {verb}", rest))
+    screen.print()
+    for text in (meaning, *more):
+        screen.print(paragraph(text))
+    screen.print(heading("\nFlags:"))
+    for flag in flags:
+        default = "" if flag.default in (None, False) else f" [default {flag.default}]"
+        value = "" if flag.kind is bool else f" <{flag.value or '|'.join(flag.values) or flag.name}>"
+        screen.print(entry(f"--{flag.name}{value}", f"{flag.help}{default}", width=26))
+
+
+def read_flags(verb: str, flags: Sequence[Flag], arguments: Sequence[str]) -> Given | None:
+    """Separate flags from other words; None if help is asked for. Raises ConfigError with all problems."""
+    if {"--help", "-h"} & set(arguments):
+        return None
+    from sheeprlhf.apps.terminal import clean
+    from sheeprlhf.config.option_checks import nearest
+
+    by_name = {f"--{flag.name}": flag for flag in flags}
+    words: list[str] = []
+    values = {flag.name: flag.default for flag in flags}
+    problems: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        given, equals, value = word.partition("=")
+        flag = by_name.get(given if given.startswith("--") else f"--{given.replace('_', '-')}" if equals else "")
+        if _is_secret(given.lstrip("-").replace("-", "_"), word):
+            problems.append(f"{clean(given)}: {CREDENTIAL}")
+        elif flag is None and not word.startswith("-"):
+            words.append(word)
+        elif flag is None:
+            near = nearest(given.replace("_", "-"), by_name)
+            did = f"did you mean {near}?" if near else f"`{verb} --help` lists them"
+            problems.append(f"`{verb}` has no flag {clean(given)}: {did}")
+        elif not given.startswith("--"):
+            problems.append(f"{clean(word)}: flags have dashes here; write --{flag.name} {clean(value)}")
+        elif flag.kind is bool:
+            problems += [f"{given} takes no value: write {given}"] if equals else []
+            values[flag.name] = True
+        elif not equals and (not waiting or waiting[0].startswith("--")):
+            problems.append(f"{given} needs a value: {flag.help}")
+        else:
+            text = value if equals else waiting.pop(0)
+            found = list(_value_problems(flag, text, clean(text)))
+            problems += found
+            values[flag.name] = flag.default if found else flag.kind(text)
+    if problems:
+        raise ConfigError(*problems)
+    return Given(words, values)
+
+
+def _value_problems(flag: Flag, text: str, shown: str) -> Iterator[str]:
+    if _is_secret("", text):
+        yield f"--{flag.name}: {CREDENTIAL}"
+    elif flag.values and text not in flag.values:
+        yield from value_problems(f"--{flag.name}", shown, flag.values)
+    elif flag.kind in (int, float):
+        try:
+            number = flag.kind(text)
+        except ValueError:
+            yield f"--{flag.name} {shown} is not a {'whole ' if flag.kind is int else ''}number: {flag.help}"
+            return
+        if not math.isfinite(number) or number < flag.minimum:
+            yield f"--{flag.name} {shown} is too small or no number: give {flag.minimum:g} or more"
+        elif number > flag.maximum:
+            yield f"--{flag.name} {shown} is too large: give {flag.maximum:.12g} or less"

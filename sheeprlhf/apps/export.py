@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sheeprlhf.apps.flags import Flag, number_problems, print_flags_help, read_flags
+from sheeprlhf.apps.arguments import Flag, number_problems, print_flags_help, read_flags
 from sheeprlhf.apps.serve.chat import TEMPLATE, WEIGHTS, weights_of
 from sheeprlhf.apps.terminal import Screen, clean
 from sheeprlhf.config.model_lookup import POLICY, find_trained

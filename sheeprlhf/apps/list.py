@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from sheeprlhf.apps.flags import read_flags
+from sheeprlhf.apps.arguments import read_flags
 from sheeprlhf.apps.runs import PastRun, find_past_runs, past_run
 from sheeprlhf.apps.terminal import Screen, clean, entry, heading, is_for_people, paragraph, table
 from sheeprlhf.structure.run import TrainConfig

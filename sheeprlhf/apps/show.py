@@ -8,8 +8,7 @@ import yaml
 from omegaconf import OmegaConf
 from rich.text import Text
 
-from sheeprlhf.apps.arguments import FLAGS, PLAIN_VERBS, PLOT, VERBS, usage
-from sheeprlhf.apps.flags import read_flags
+from sheeprlhf.apps.arguments import FLAGS, PLAIN_VERBS, PLOT, VERBS, read_flags, usage
 from sheeprlhf.apps.terminal import Screen, clean, columns, entry, heading, paragraph
 from sheeprlhf.config.compose import Source, compose_for_help, configs_directory
 from sheeprlhf.config.option_checks import nearest
@@ -379,7 +378,8 @@ def print_verb_help(verb: str, overrides: list[str], config_dir: str | None) -> 
     _print_options(screen, verb, config)
     screen.print(heading("\nFlags:"))
     for flag in (*FLAGS, PLOT) if verb == "eval" else FLAGS:
-        spelled = ", ".join(filter(None, (flag.name, flag.short))) + (f" <{flag.value}>" if flag.value else "")
+        value = flag.value or "|".join(flag.values)
+        spelled = ", ".join(filter(None, (f"--{flag.name}", flag.short))) + (f" <{value}>" if value else "")
         screen.print(entry(spelled, flag.help, width=28))
 
 

@@ -33,7 +33,6 @@ LIGHT = [
     "apps/show.py",
     "apps/export.py",
     "apps/report",
-    "apps/flags.py",
     "apps/list.py",
     "apps/runs.py",
     "apps/terminal.py",

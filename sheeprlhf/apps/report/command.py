@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sheeprlhf.apps.flags import Flag, print_flags_help, read_flags
+from sheeprlhf.apps.arguments import Flag, print_flags_help, read_flags
 from sheeprlhf.apps.pipeline import Row, read_pipeline
 from sheeprlhf.apps.runs import MARK, FoundRuns, find_past_runs, past_run, read_record, run_order
 from sheeprlhf.apps.terminal import Screen, clean, paragraph

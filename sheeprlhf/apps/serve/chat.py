@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from sheeprlhf.apps.flags import Flag, number_problems, print_flags_help, read_flags
+from sheeprlhf.apps.arguments import Flag, number_problems, print_flags_help, read_flags
 from sheeprlhf.apps.terminal import Screen, clean, paragraph
 from sheeprlhf.config.model_lookup import find_trained
 from sheeprlhf.config.run_lookup import is_newest

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from itertools import pairwise
 from typing import Any
 
-from sheeprlhf.apps.flags import Flag, number_problems, print_flags_help, read_flags
+from sheeprlhf.apps.arguments import Flag, number_problems, print_flags_help, read_flags
 from sheeprlhf.apps.serve.chat import TEMPLATE, TEMPLATE_ARGS, WEIGHTS, weights_of
 from sheeprlhf.apps.terminal import Screen, clean
 from sheeprlhf.config.model_lookup import REWARD_MODEL, Trained, find_trained

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sheeprlhf.apps.flags import Flag, read_flags
+from sheeprlhf.apps.arguments import Flag, read_flags
 from sheeprlhf.utils.errors import ConfigError
 
 FLAGS = (
