@@ -70,8 +70,7 @@ class Finished(NamedTuple):
     """A job that has ended."""
 
     code: int  # its exit code
-    # run directory of a training, result file of an evaluation; None on other ranks and of other commands
-    output: Path | None = None
+    output: Path | None = None  # run directory or result file; None on other ranks and of other commands
 
 
 def launch(verb: str, args: ParsedArgs, job: Job, *, in_sweep: bool = False) -> Finished:

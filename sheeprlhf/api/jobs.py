@@ -23,8 +23,7 @@ class TrainingRun(NamedTuple):
 
     directory: Path  # the run directory
     final: Path  # the folder that `from_pretrained` and `load_policy` load
-    # for each logged name its (step, value) pairs, in the order of the steps
-    metrics: dict[str, list[tuple[int, float]]]
+    metrics: dict[str, list[tuple[int, float]]]  # for each logged name its (step, value) pairs, in order
 
 
 def train(overrides: Overrides = ()) -> TrainingRun:

@@ -62,13 +62,10 @@ class PastRun(NamedTuple):
     dir: Path  # its directory
     started: str  # local time, empty if unknown
     names: tuple[str, str, str]  # of data, model and task
-    # finished, stopped early (finished by early stopping), running or unfinished; unreadable or unknown if
-    # run.json is damaged or missing
-    state: str
+    state: str  # finished, stopped early, running, unfinished; unreadable or unknown if run.json is damaged or missing
     step: int | None  # optimizer steps done, None if unknown
     best: float | None  # the best validation result, None if there is none
-    # the newest result of each metric, such as "perplexity 38.06", or the figures of a validation on pairs
-    results: list[str]
+    results: list[str]  # the newest of each metric, such as "perplexity 38.06", or figures of a validation on pairs
     problems: list[str]  # one sentence for each of its files that is damaged
 
 

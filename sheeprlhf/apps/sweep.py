@@ -61,8 +61,7 @@ def outcome(code: int, text: str, run_dir: Path | None) -> Outcome:
 class Sweep:
     """State of a sweep in the process that runs it."""
 
-    # of jobs that have ended, with their words, by number
-    outcomes: dict[int, tuple[str, Outcome]] = field(default_factory=dict)
+    outcomes: dict[int, tuple[str, Outcome]] = field(default_factory=dict)  # of ended jobs by number, with words
     problems: list[str] = field(default_factory=list)  # why its sweeper cannot work; it ends with SystemExit then
     optimises: bool = False  # its sweeper asks for results
     highest: bool = False  # the best result is the highest

@@ -51,8 +51,7 @@ class Trained(NamedTuple):
     weights: str = "final"  # of the run: "final", "best", "last" or "step-<n>"
     task: str = ""  # of the run
     chat_template: str | None = None  # chosen instead of the model's own
-    # variables for the chat template, given instead of those of the run's data
-    template_args: dict[str, Any] | None = None
+    template_args: dict[str, Any] | None = None  # given instead of those of the run's data
 
     def is_whole(self) -> bool:
         """True if the weights need no base model: a folder, or a run's `final/` without adapters."""

@@ -246,16 +246,14 @@ class ConversationExample(NamedTuple):
     context: tuple[Message, ...]  # messages before the answers
     tools: tuple[dict[str, Any], ...] | None = None  # JSON schemas of the functions that the assistant may call
     response: Message | None = None  # the answer to learn
-    # messages after `response`, up to the last answer: a template may render both differently then
-    following: tuple[Message, ...] = ()
+    following: tuple[Message, ...] = ()  # messages after it, which a template may render with it differently
     chosen: Message | None = None  # the better answer of a pair
     rejected: Message | None = None  # the worse one
     ranked: tuple[Message, ...] | None = None  # instead of a pair, two or more answers, best first
     margin: float = 0.0  # how much better the chosen answer is
     label: Any = None  # whether `response` is desirable
     unused: tuple[str, ...] = ()  # names of the parts of the row that nothing reads
-    # messages at the end of `context` that are not given as a prompt; answers among them can be learned
-    own_turns: int = 0
+    own_turns: int = 0  # messages at the end of `context` that are not given; answers among them can be learned
 
 
 AnyExample = TypeVar("AnyExample", PreferenceExample, ConversationExample)

@@ -29,12 +29,10 @@ class PreferenceExample(NamedTuple):
     rejected: str | None = None  # the worse one
     ranked: tuple[str, ...] | None = None  # instead of a pair, two or more answers, best first
     margin: float = 0.0  # how much better the chosen answer is, in units of a reward model's score
-    # whether `response` is desirable, as the row's column has it; only tasks of unpaired data look at it
-    label: Any = None
+    label: Any = None  # whether `response` is desirable, by the row's column; for tasks of unpaired data only
     unused: tuple[str, ...] = ()  # names of the parts of the row that nothing reads
     untrained: int = 0  # answers of earlier turns, which are part of the prompt
-    # of a conversation, what follows `response`: text that is not learned and an answer to learn, in turn
-    turns: tuple[str, ...] = ()
+    turns: tuple[str, ...] = ()  # of a conversation, behind `response`: text and an answer to learn, in turn
     steps: tuple[str, ...] = ()  # of a response; `label` has for each of them if it is right
 
 
@@ -48,10 +46,8 @@ class Example(NamedTuple):
     responses: tuple[np.ndarray, ...]
     margin: float = 0.0  # how far apart the scores of two neighbours should be at least
     desirable: bool = True  # false for a response of unpaired data that is to become less likely
-    # columns of the row's file that reward functions get; None if they get none
-    columns: Mapping[str, Any] | None = None
-    # (R_1 + ... + R_K,) bool, the tokens of the responses that count in a loss over tokens; None: all
-    trained: np.ndarray | None = None
+    columns: Mapping[str, Any] | None = None  # columns of the row's file for reward functions; None without
+    trained: np.ndarray | None = None  # (R_1 + ... + R_K,) bool, tokens that count in a loss; None: all
 
     def num_tokens(self) -> int:
         """Tokens computed for this row when the prompt is shared."""
@@ -75,10 +71,8 @@ class Layout(NamedTuple):
     # (S+1,) int32, cumulative lengths of the S attention sequences: prompt with response 1, then each further
     # response alone, in packed order
     query_starts: Tensor
-    # (S+1,) int32, cumulative lengths of their keys: the same, each further response led by its prompt
-    key_starts: Tensor
-    # (M,) int64, packed position of each key; None if every segment has one response (keys == queries)
-    key_index: Tensor | None
+    key_starts: Tensor  # (S+1,) int32, cumulative lengths of their keys: each further response led by its prompt
+    key_index: Tensor | None  # (M,) int64, packed position of each key; None with one response everywhere
     max_query: int  # longest attention sequence, in queries
     max_key: int  # longest attention sequence, in keys
 
@@ -99,11 +93,9 @@ class Batch(NamedTuple):
     logit_index_N: Tensor  # (N,) int64, which of the R head outputs is target n's
     target_ids_N: Tensor  # (N,) int64
     response_index_N: Tensor  # (N,) int64, which response target n belongs to, counted over the whole batch
-    # tokens of each of the S responses that are predicted or can be scored, on the host
-    response_lengths: tuple[int, ...]
+    response_lengths: tuple[int, ...]  # tokens of each of the S responses that count, on the host
     lengths_S: Tensor  # (S,) int64, the same on the device
-    # (P, 2) int64, the (better, worse) responses of all pairs of a row, which has its responses best first
-    pairs_P2: Tensor
+    pairs_P2: Tensor  # (P, 2) int64, the (better, worse) responses of all pairs of a row, best first
     pair_weights_P: Tensor  # (P,) float32, 1 / number of pairs of the row
     margins_P: Tensor  # (P,) float32, how far apart the scores of the two should be at least
     desirable_S: Tensor  # (S,) bool, False for a response of unpaired data that is to become less likely

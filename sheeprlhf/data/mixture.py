@@ -21,8 +21,7 @@ class Part(NamedTuple):
     """One prepared dataset of a mixture."""
 
     name: str  # its place among the datasets, for notes
-    # its share of the training rows, in proportion to the other weights; None in all: every row once
-    weight: float | None
+    weight: float | None  # its share of the training rows, relative to others; None in all: every row once
     first_row: int  # added to the numbers of its rows, so that no two datasets have the same
     splits: dict[str, TokenizedSplit]  # its rows
     report: Report  # its data report

@@ -63,8 +63,7 @@ class RolloutPlan(NamedTuple):
     prompts: StepPlan  # the order of the prompts; one of its "steps" is a rollout
     prompts_per_step: int  # prompts of one optimizer step, all ranks together
     passes: int  # passes over a rollout
-    # the run ends after this many optimizer steps, also inside of a rollout; None: after all epochs
-    max_num_steps: int | None = None
+    max_num_steps: int | None = None  # the run ends after this many, also inside of a rollout; None: at the end
     first_step: int = 0  # optimizer steps before the first rollout of `prompts`, whose number is `prompts.first_step`
 
     def num_steps(self) -> int:

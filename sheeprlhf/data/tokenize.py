@@ -233,11 +233,9 @@ class TokenRow(NamedTuple):
     # two numbers in [0, 1) made from the prompt only, before a chat template; they decide the row's split (see
     # `RowTokenizer`)
     shares: tuple[float, float]
-    # why the row is left out, None if it is kept; the fields below are empty then, except for `detail`
-    dropped: str | None = None
+    dropped: str | None = None  # why the row is left out (with `detail`; fields below are empty); None if kept
     tokens: np.ndarray = np.empty(0, np.int32)  # (L,) int32, prompt and responses laid end to end
-    # lengths of the prompt and of each response; that of the prompt alone if the row has no response
-    sizes: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()  # lengths of the prompt and of each response, if there is one
     digest: int = 0  # 64 bits that equal rows share, made before a chat template
     cut: tuple[str, ...] = ()  # what was truncated, of "prompt" and "response"
     special_text: bool = False  # the row's text contains a special token's text (encoded as plain text)
@@ -249,8 +247,7 @@ class TokenRow(NamedTuple):
     mismatch: str = ""  # what its ids do not decode to, "prompt" or "response"; empty if they do
     unused: tuple[str, ...] = ()  # names of the parts of the row that nothing reads
     untrained: int = 0  # answers of earlier turns, which are not learned
-    # the row has another answer before this one, which is an example of its own, or another part of its text
-    is_further: bool = False
+    is_further: bool = False  # it has another answer of the row, or another part of its text, than the first
     num_joined: int = 0  # answers to learn behind the first that are in the same response
     trained: np.ndarray | None = None  # as `Example.trained`
     columns: str = ""  # columns that are stored with the tokens, as JSON text; empty if there are none

@@ -54,8 +54,7 @@ class TrainState:
     items_seen: int = 0  # items (target tokens, pairs, ...) trained on, all ranks
     best_metric: float | None = None  # best validation result so far; None before the first validation that counts
     best_step: int | None = None  # the step that had it
-    # numbers that a task carries besides (a KL coefficient, ...); `ExtraRecord` names them
-    extra: dict[str, int | float] = dataclasses.field(default_factory=dict)
+    extra: dict[str, int | float] = dataclasses.field(default_factory=dict)  # of a task, see `ExtraRecord`
     skipped_steps: int = 0  # optimizer steps that were left out because their loss or gradient was not finite
     stale_validations: int = 0  # validations since the best one
 

@@ -53,8 +53,7 @@ class Texts(NamedTuple):
     responses: list[str]  # without end token and stop string
     finished: list[bool]  # an end token or a stop string ended the response; False if it was cut
     num_tokens: list[int]  # tokens of each response, the end token not counted, those of a stop string counted
-    # other columns of the rows by name, one entry for each response, for example {"answer": [...]}
-    columns: Mapping[str, list[Any]]
+    columns: Mapping[str, list[Any]]  # other columns, with an entry for each response: {"answer": [...]}
     completion_ids: Sequence[list[int]] = ()  # all tokens of each response, the end token too
 
 
@@ -64,10 +63,8 @@ class Signature(NamedTuple):
     texts: tuple[str, ...]  # those that get prompts or responses
     columns: dict[str, bool]  # those that get a column of the data, each with whether it is required
     every_column: bool  # it also takes all other columns (`**columns`)
-    # parameters that can only be passed by position, in order; they are among the others
-    positional: tuple[str, ...] = ()
-    # names that are never passed: arguments that a `functools.partial` has bound
-    reserved: frozenset[str] = frozenset()
+    positional: tuple[str, ...] = ()  # parameters that can only be passed by position, in order
+    reserved: frozenset[str] = frozenset()  # names never passed: arguments bound by a `functools.partial`
 
     def missing(self, available: Collection[str]) -> str | None:
         """Return the first required column that is not available; None if all are."""

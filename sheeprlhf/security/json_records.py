@@ -45,8 +45,7 @@ class Schema(NamedTuple):
     """Fields of one kind of JSON file."""
 
     kind: Any  # a TypedDict. Keys that it does not name may hold any JSON
-    # what the user does about a damaged file; "{file}" and "{folder}" are replaced by its path and its folder's
-    fix: str
+    fix: str  # for a damaged file; "{file}" and "{folder}" are replaced by its path and its folder's
     max_bytes: int = 1 << 22  # size of the largest file that is read
 
 

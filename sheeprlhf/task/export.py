@@ -49,8 +49,7 @@ class Checks(NamedTuple):
     merged: float | None  # with adapters next to the weights and in them; None without adapters
     rounded: float  # in float32 and in the number format of the folder
     loaded: float  # in memory and loaded from the folder; its weights, computed in float32
-    # of a reward model that was made elsewhere, part of its `reward_offset`; the folder's weights lack it
-    head_bias: float = 0.0
+    head_bias: float = 0.0  # of a reward model made elsewhere, in its `reward_offset`; the folder's weights lack it
 
 
 Card = Callable[[Checks, PreTrainedModel, PreTrainedTokenizerBase], str]

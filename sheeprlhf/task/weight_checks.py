@@ -62,8 +62,7 @@ class Needed(NamedTuple):
     scores: bool = False  # it is a reward model
     new_head: bool = False  # the task replaces its head
     reward_term: str | None = None  # the term of the reward of which it is the folder
-    # a PEFT folder of a run, whose tensors are accounted for on this model; its own weights are not
-    adapters: Path | None = None
+    adapters: Path | None = None  # a PEFT folder of a run, whose tensors belong to this model
 
 
 def check_all_weights(config: TrainConfig | EvalConfig, say: Notify) -> None:

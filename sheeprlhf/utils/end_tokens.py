@@ -20,11 +20,8 @@ class EndTokens(NamedTuple):
     """The end tokens of a tokenizer and its model."""
 
     ids: tuple[int, ...]  # all of them, the tokenizer's EOS first; empty if there is none
-    # the one with which the chat template closes an assistant turn; None if it writes no single token
-    closing: int | None = None
-    # ids that the configuration lists and that end nothing, since they are not control tokens of the tokenizer: a
-    # text may contain them, or they are undefined
-    ignored: tuple[int, ...] = ()
+    closing: int | None = None  # with it the chat template closes an assistant turn; None if it has no such
+    ignored: tuple[int, ...] = ()  # listed by the configuration, and no control tokens: they end nothing
 
 
 def end_tokens(tokenizer: Any) -> EndTokens:
