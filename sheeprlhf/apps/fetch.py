@@ -87,10 +87,8 @@ def fetch_from_hub(model: ModelConfig) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=nested))
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "?"
-        raise ModelError(
-            f"model.repo_name={name}: the hub answers {status}; check the name and model.library_cfg.revision "
-            "(a gated model needs `hf auth login`)"
-        ) from None
+        advice = "check the name and model.library_cfg.revision (a gated model needs `hf auth login`)"
+        raise ModelError(f"model.repo_name={name}: the hub answers {status}; {advice}") from None
     except (HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"model.repo_name={name} could not be fetched: {reason}; try again") from None

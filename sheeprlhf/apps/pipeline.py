@@ -204,10 +204,8 @@ def choose_folder(config: PipelineConfig, stages: list[Stage], command: list[str
         folder = expand_home(config.resume_from).absolute()
         state = read_state(folder)
         if not state:
-            raise ConfigError(
-                f"resume_from={config.resume_from} is not a pipeline's folder: it has no {STATE_FILE}; "
-                f"{config.root_dir} has those that were made"
-            )
+            advice = f"it has no {STATE_FILE}; {config.root_dir} has those that were made"
+            raise ConfigError(f"resume_from={config.resume_from} is not a pipeline's folder: {advice}")
         _reject_changes(f"resume_from={config.resume_from}", state, recipe)
         return PipelineFolder(folder, state, f"going on with {folder}")
     made = _find_pipelines(Path(config.root_dir).absolute())

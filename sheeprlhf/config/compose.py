@@ -319,8 +319,6 @@ def _compose_base(source: Source, chosen: Chosen, words: list[str]) -> tuple[Dic
                 problems.append(f"{group} is missing: give {group}=<name>; it may be {', '.join(names)}")
             words.append(f"{group}={names[0]}")
     if OmegaConf.get_type(base) is not ROOTS[source.verb]:  # nothing would check its keys
-        raise ConfigError(
-            f"--config-name={source.name()} has no options of `{source.verb}`: begin its defaults with "
-            f"- {source.verb}_schema, as configs/{source.verb}.yaml does"
-        )
+        advice = f"begin its defaults with - {source.verb}_schema, as configs/{source.verb}.yaml does"
+        raise ConfigError(f"--config-name={source.name()} has no options of `{source.verb}`: {advice}")
     return base, problems

@@ -105,10 +105,8 @@ def reward_problems(cfg: RewardSourceConfig) -> Iterator[str]:
 
 def _ensemble_problems(cfg: ListRewardConfig, num_models: int) -> Iterator[str]:
     if cfg.combine != "sum" and num_models < 2:
-        yield (
-            f"reward.combine={cfg.combine} compares reward models, and reward.terms has {num_models}: add for example "
-            "model:<folder>, or give reward.combine=sum"
-        )
+        advice = "add for example model:<folder>, or give reward.combine=sum"
+        yield f"reward.combine={cfg.combine} compares reward models, and reward.terms has {num_models}: {advice}"
     is_read, where = cfg.combine == "uncertainty", f"with reward.combine={cfg.combine}"
     rule = ("uncertainty_coeff", is_read, where, "reward.combine=uncertainty")
     yield from unread_rules("reward", cfg, ListRewardConfig, rule)
@@ -133,10 +131,8 @@ def _readable_terms(texts: list[str]) -> Iterator[Term | str]:
         try:
             yield parse_term(text)
         except ValueError:
-            yield (
-                f"reward.terms: {text or 'an empty text'} is not a term: give a source, or weight*source with a finite "
-                "weight other than 0, for example 0.5*length"
-            )
+            advice = "give a source, or weight*source with a finite weight other than 0, for example 0.5*length"
+            yield f"reward.terms: {text or 'an empty text'} is not a term: {advice}"
 
 
 def _terms_problems(sources: list[str]) -> Iterator[str]:
@@ -179,10 +175,8 @@ def _users_own_problems(given: str, source: str) -> Iterator[str]:
     if spec is None:
         files = [path.stem for path in Path.cwd().glob("*.py")]
         did = did_you_mean(module, files if "." not in module else (), "it", key=given, end=f":{function}")
-        yield (
-            f"{given}{source}: there is no module {module}: {did} has to be installed, on PYTHONPATH or in the current "
-            f"directory ({Path.cwd()})"
-        )
+        advice = f"{did} has to be installed, on PYTHONPATH or in the current directory ({Path.cwd()})"
+        yield f"{given}{source}: there is no module {module}: {advice}"
         return
     if spec.origin is None or not spec.origin.endswith(".py"):
         return  # compiled, or built in: importing it will tell
@@ -255,10 +249,8 @@ def _folder_problems(folder: str) -> Iterator[str]:
         if (place / "adapter_config.json").is_file():
             run = place.resolve().parent
             if (run / "config.yaml").is_file():
-                yield (
-                    f"{given}: these are adapters of a run, which knows their base model: give "
-                    f"task.rm_experiment_dir={run} and leave reward.folder out"
-                )
+                advice = f"give task.rm_experiment_dir={run} and leave reward.folder out"
+                yield f"{given}: these are adapters of a run, which knows their base model: {advice}"
             else:
                 yield f"{given}: {merge_advice(place)}"
             return
@@ -392,10 +384,8 @@ def _ppo_problems(task: PPOConfig, dtype: str) -> Iterator[str]:
     if task.ptx_batch_size != PPOConfig.ptx_batch_size and not task.ptx_coeff:
         yield unread(f"task.ptx_batch_size={task.ptx_batch_size}", "with task.ptx_coeff=0", "task.ptx_coeff=1")
     if task.ema_decay is not None and dtype != "float32":
-        yield (
-            f"task.ema_decay={task.ema_decay:g} is lost in the rounding of model.dtype={dtype}: give "
-            "model.dtype=float32 fabric.precision=bf16-mixed"
-        )
+        advice = "give model.dtype=float32 fabric.precision=bf16-mixed"
+        yield f"task.ema_decay={task.ema_decay:g} is lost in the rounding of model.dtype={dtype}: {advice}"
 
 
 def _best_of_n_problems(config: TrainConfig) -> Iterator[str]:

@@ -152,10 +152,8 @@ def parse_devices(value: str | None) -> int | str | list[int]:
 
 def _generation_problems(generation: GenConfig) -> Iterator[str]:
     if generation.num_beams > 1 and generation.do_sample:
-        yield (
-            f"generation.num_beams={generation.num_beams} searches and generation.do_sample=true samples: "
-            "give generation.num_beams=1 or generation.do_sample=false"
-        )
+        advice = "give generation.num_beams=1 or generation.do_sample=false"
+        yield f"generation.num_beams={generation.num_beams} searches and generation.do_sample=true samples: {advice}"
     if "" in generation.stop_strings:
         yield "generation.stop_strings has an empty text, which ends every response at once: remove it"
 
@@ -264,10 +262,8 @@ def _adapter_problems(model: ModelConfig) -> Iterator[str]:
     if model.random_init:
         yield f"model.random_init=true has nothing that model.adapter={model.adapter} fits: remove one of them"
     if model.resize_embeddings and model.finetune_mode == "LORA":
-        yield (
-            f"model.resize_embeddings=true trains rows that model.adapter={model.adapter} does not have: remove one of "
-            "them, or give model.finetune_mode=ALL"
-        )
+        advice = "remove one of them, or give model.finetune_mode=ALL"
+        yield f"model.resize_embeddings=true trains rows that model.adapter={model.adapter} does not have: {advice}"
 
 
 def _new_token_problems(model: ModelConfig) -> Iterator[str]:
@@ -281,10 +277,8 @@ def _new_token_problems(model: ModelConfig) -> Iterator[str]:
     if model.freeze_transformer and model.frozen_layers:
         yield f"model.freeze_transformer=true freezes all layers: remove model.frozen_layers={model.frozen_layers}"
     if model.resize_embeddings and model.frozen_layers:
-        yield (
-            f"model.frozen_layers={model.frozen_layers} leaves the rows of new tokens untrained: give "
-            "model.frozen_layers=0, or model.resize_embeddings=false"
-        )
+        advice = "give model.frozen_layers=0, or model.resize_embeddings=false"
+        yield f"model.frozen_layers={model.frozen_layers} leaves the rows of new tokens untrained: {advice}"
     if model.resize_embeddings and model.freeze_transformer:
         why = "leaves the rows of new tokens untrained: give one of the two"
         yield f"model.resize_embeddings=true and model.freeze_transformer=true, which {why}"
@@ -428,10 +422,8 @@ def _training_problems(task: TrainTaskConfig) -> Iterator[str]:
     elif metric not in task.val_metrics and not (metric.startswith("scores/") and isinstance(task, OnlineTaskConfig)):
         key = "task.early_stopping_metric="
         did = did_you_mean(metric.removeprefix("val/"), task.val_metrics, "it", key=key)
-        yield (
-            f"task.early_stopping_metric={metric} is not measured by task={task.config_name}: {did} may be "
-            f"{', '.join(task.val_metrics)}"
-        )
+        advice = f"{did} may be {', '.join(task.val_metrics)}"
+        yield f"task.early_stopping_metric={metric} is not measured by task={task.config_name}: {advice}"
 
 
 def _train_problems(config: TrainConfig) -> Iterator[str]:

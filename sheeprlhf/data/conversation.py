@@ -486,10 +486,8 @@ class _Renderer:
             return []
         known = template_keys(self._text) | template_variables(self._text)
         if self._tools and "tools" not in known:
-            raise DataError(
-                "the model's chat template does not read column 'tools'; take a model whose template does, or leave it "
-                "out by 'data.ignore_columns=[tools]'"
-            )
+            advice = "take a model whose template does, or leave it out by 'data.ignore_columns=[tools]'"
+            raise DataError(f"the model's chat template does not read column 'tools'; {advice}")
         keys = dict.fromkeys(key for message in messages for key in message if key not in ("role", "content"))
         unused = []
         for key in keys:
@@ -524,10 +522,8 @@ class _Renderer:
             found = [key for key in keys if message.get(key)]
             without = {name: value for name, value in message.items() if name not in found}
             if found and self([*context, {"content": "", **without}]) == written:
-                raise DataError(
-                    f"the model's chat template does not write key '{found[0]}' of the answer; take another model, or "
-                    f"leave it out by 'data.ignore_columns=[messages.{found[0]}]'"
-                )
+                advice = f"take another model, or leave it out by 'data.ignore_columns=[messages.{found[0]}]'"
+                raise DataError(f"the model's chat template does not write key '{found[0]}' of the answer; {advice}")
 
 
 def _is_message_list(value: Any) -> bool:

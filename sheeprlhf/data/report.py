@@ -345,10 +345,8 @@ def preparation_notes(
             f"{cfg.max_length}: {cut}; raise the limits, or leave such rows out with data.on_overflow=drop"
         )
     if isinstance(cfg, LayoutDataConfig) and (plain := splits_with("special_token_rows", 0.5)):
-        yield (
-            f"control tokens in the text of {plain} are encoded as plain text; if a chat template wrote these rows, "
-            "give data.control_tokens=true"
-        )
+        advice = "if a chat template wrote these rows, give data.control_tokens=true"
+        yield f"control tokens in the text of {plain} are encoded as plain text; {advice}"
     if texts := splits_with("text_rows", 0.0, below=1.0):
         yield f"{texts} have an empty prompt and are learned as texts; remove them if that is a mistake"
     if (reserved := rows_kept(report, "reward")) and rows_kept(report, "train"):
@@ -369,10 +367,8 @@ def preparation_notes(
         yield "data.template_args is not used: no row went through the chat template"
     yield from notes_on_ends(tokenizer)
     if missing := missing_tokens(tokenizer):
-        yield (
-            f"model.chat_template writes {', '.join(missing[:6])}, which the tokenizer does not define: each is "
-            "encoded as plain text; model.resize_embeddings=true adds a token for each and trains it"
-        )
+        advice = "each is encoded as plain text; model.resize_embeddings=true adds a token for each and trains it"
+        yield f"model.chat_template writes {', '.join(missing[:6])}, which the tokenizer does not define: {advice}"
     if undesirable and kind == "sft":
         yield (
             f"{undesirable} rows have a label of false or 0, and their responses are learned like the others: where "

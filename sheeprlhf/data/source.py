@@ -376,10 +376,8 @@ def _listing(name: str, revision: str | None) -> tuple[str, tuple[tuple[str, int
     try:
         info = HfApi().dataset_info(name, revision=revision, files_metadata=True)
     except (HfHubHTTPError, OSError) as error:
-        raise DataError(
-            f"dataset {name} cannot be listed ({error}); check data.dataset_name and data.revision (a gated dataset "
-            "needs `hf auth login`)"
-        ) from None
+        advice = "check data.dataset_name and data.revision (a gated dataset needs `hf auth login`)"
+        raise DataError(f"dataset {name} cannot be listed ({error}); {advice}") from None
     return str(info.sha), tuple((file.rfilename, file.size or 0) for file in info.siblings or ())
 
 

@@ -105,10 +105,8 @@ class RollCall:
             )
         lines = [f"rank {rank} ({self.peers[rank].name}) {state}" for rank, state in missing.items()]
         more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        return (
-            f"{len(missing)} of {len(self.peers)} ranks missing: {'; '.join([*lines[:_SHOWN], *more])}: see its own "
-            "output, check its machine and the network, then give the same command with resume=true"
-        )
+        advice = "see its own output, check its machine and the network, then give the same command with resume=true"
+        return f"{len(missing)} of {len(self.peers)} ranks missing: {'; '.join([*lines[:_SHOWN], *more])}: {advice}"
 
     def _ask(self, rank: int) -> str:
         """Tell a rank the verdict, if there is one; the result is empty if it answers, else what is wrong."""

@@ -313,10 +313,8 @@ def _make_dir(folder: Path, key: str, *, exist_ok: bool) -> bool:
     except OSError as error:
         if isinstance(error, FileExistsError) and folder.is_dir():
             return False
-        raise ConfigError(
-            f"{key}: cannot make the run directory {folder}: {error.strerror or error}; choose another place with "
-            "root_dir=<folder>"
-        ) from error
+        advice = f"{error.strerror or error}; choose another place with root_dir=<folder>"
+        raise ConfigError(f"{key}: cannot make the run directory {folder}: {advice}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{key}: the run directory {folder} is not writable; choose another with root_dir=<folder>")
     return True

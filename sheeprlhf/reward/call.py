@@ -114,10 +114,8 @@ def signature_of(name: str, function: Callable[..., Any]) -> Signature:
             "a decorator keeps the signature with functools.wraps"
         )
     if not any(text in RESPONSES for text in texts) and not every:
-        raise ConfigError(
-            f"reward {name} takes {shown}, and arguments are passed by name: no parameter is called responses (or "
-            f"completions): {expected}"
-        )
+        advice = f"no parameter is called responses (or completions): {expected}"
+        raise ConfigError(f"reward {name} takes {shown}, and arguments are passed by name: {advice}")
     if every:
         unnamed = (PROMPTS,) if any(text in RESPONSES for text in texts) else TEXTS
         texts += tuple(text for text in unnamed if text not in texts and text not in reserved)

@@ -174,10 +174,8 @@ def check_server(cfg: JudgeOptionsConfig) -> None:
         return  # a server without a list of its models
     if names and cfg.judge_model not in names:
         near = nearest(str(cfg.judge_model), names) or names[0]
-        raise ConfigError(
-            f"reward.judge_model={cfg.judge_model}: the server at {cfg.url} has no such model: did you mean "
-            f"reward.judge_model={plain_text(near)[:SHOWN]}?"
-        )
+        advice = f"did you mean reward.judge_model={plain_text(near)[:SHOWN]}?"
+        raise ConfigError(f"reward.judge_model={cfg.judge_model}: the server at {cfg.url} has no such model: {advice}")
 
 
 def receiver_notice(cfg: JudgeOptionsConfig) -> str:

@@ -154,10 +154,8 @@ class FunctionCaller:
         try:
             yield from self._pool.map(partial(_call_in_process, self._name, os.getcwd(), self._timeout), arguments)
         except BrokenProcessPool:
-            raise RewardError(
-                f"reward {self._name}: a process of reward.num_workers ended (killed, out of memory, or its code ended "
-                "it): give fewer"
-            ) from None
+            advice = "a process of reward.num_workers ended (killed, out of memory, or its code ended it): give fewer"
+            raise RewardError(f"reward {self._name}: {advice}") from None
 
 
 async def _await(returned: Awaitable[Any], timeout: float | None) -> Any:

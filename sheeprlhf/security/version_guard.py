@@ -40,10 +40,8 @@ def version_problem(name: str, version: str) -> str:
     public = version.partition("+")[0]
     instead = f"pip install '{name}>={floor}'" if floor else f"pip uninstall {name}"
     if public in BANNED.get(name, ()):
-        return (
-            f"{name} {version} is malicious: it steals secrets of the machine that imports it; `{instead}` and renew "
-            "the secrets of this machine"
-        )
+        advice = f"`{instead}` and renew the secrets of this machine"
+        return f"{name} {version} is malicious: it steals secrets of the machine that imports it; {advice}"
     if floor and _order(public) < _order(floor):
         return f"{name} {version} has known holes through which a file can run code: `{instead}`"
     return ""

@@ -104,10 +104,8 @@ def check_validation_rows(task: TrainTaskConfig, rows: TokenizedSplit | None) ->
     """Raises DataError if there are no validation rows although an option needs them."""
     name = "early_stopping_metric" if task.early_stopping_metric is not None else "eval_at_start"
     if rows is None and getattr(task, name):
-        raise DataError(
-            f"task.{name}={getattr(task, name)} needs validation rows, and this data has none: give for example "
-            "data.validation_split=0.1, or remove it"
-        )
+        advice = "give for example data.validation_split=0.1, or remove it"
+        raise DataError(f"task.{name}={getattr(task, name)} needs validation rows, and this data has none: {advice}")
 
 
 def finish_run(

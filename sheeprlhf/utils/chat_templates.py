@@ -28,10 +28,8 @@ def check_has_template(tokenizer: Any, what: str = "column 'messages'") -> None:
     """Raise DataError if no chat template renders messages; `what` needs one and begins the message."""
     own = own_templates(tokenizer)
     if not own:
-        raise DataError(
-            f"{what} needs a chat template and this model has none: {template_advice(tokenizer)}; or take an "
-            "instruction-tuned model (model=smollm2)"
-        )
+        advice = f"{template_advice(tokenizer)}; or take an instruction-tuned model (model=smollm2)"
+        raise DataError(f"{what} needs a chat template and this model has none: {advice}")
     if "default" not in own:
         raise DataError(
             f"{what} needs one chat template, and this model has {', '.join(own)} and no default: "

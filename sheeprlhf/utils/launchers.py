@@ -178,10 +178,8 @@ def _check_complete(env: Mapping[str, str]) -> None:
                 f"unset {variables.rank}, or start the processes by {variables.launcher}, which sets all of them"
             )
     if _PMIX in env and env[_PMIX] != "0":
-        raise ConfigError(
-            f"{_PMIX}={env[_PMIX]} is set in the environment without the number of processes: start them by mpirun, "
-            f"srun or torchrun, or unset {_PMIX}"
-        )
+        advice = f"start them by mpirun, srun or torchrun, or unset {_PMIX}"
+        raise ConfigError(f"{_PMIX}={env[_PMIX]} is set in the environment without the number of processes: {advice}")
 
 
 def number_or(name: str, default: int) -> int:
@@ -259,10 +257,8 @@ def stale_note(given: bool) -> str | None:
         if name == "WORLD_SIZE" and {"LOCAL_RANK", "NODE_RANK"} & set(env):
             continue
         if env.get(name, "1") not in ("0", "1"):
-            return (
-                f"{name}={env[name]} is set, but {launcher} has not started this process: it runs alone; start it by "
-                "srun or torchrun, or give fabric.devices"
-            )
+            advice = "it runs alone; start it by srun or torchrun, or give fabric.devices"
+            return f"{name}={env[name]} is set, but {launcher} has not started this process: {advice}"
     return None
 
 

@@ -55,10 +55,8 @@ def link_problems(folder: Path, files: Iterable[str], folders: Iterable[str] = (
 
 
 def _link_problem(path: Path) -> str:
-    return (
-        f"{path} is a symbolic link: inside of a run nothing is written or deleted through links; remove the link, or "
-        "move the file or folder that it leads to into its place"
-    )
+    advice = "remove the link, or move the file or folder that it leads to into its place"
+    return f"{path} is a symbolic link: inside of a run nothing is written or deleted through links; {advice}"
 
 
 def make_folders(folder: Path) -> None:

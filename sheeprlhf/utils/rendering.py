@@ -73,10 +73,8 @@ def render_chat(
         if isinstance(error, TemplateSyntaxError):  # of every row
             raise _template_failure(tokenizer, error) from None
         roles = ", ".join(dict.fromkeys(str(message.get("role")) for message in messages))
-        raise RefusedByTemplateError(
-            f"the model's chat template refuses the conversation: {_first_line(error)} (its roles are {roles}); change "
-            f"its messages, or {template_advice(tokenizer)}"
-        ) from None
+        advice = f"{_first_line(error)} (its roles are {roles}); change its messages, or {template_advice(tokenizer)}"
+        raise RefusedByTemplateError(f"the model's chat template refuses the conversation: {advice}") from None
     except Exception as error:  # a template is a program: it can raise whatever its expressions raise
         raise _template_failure(tokenizer, error) from None
 

@@ -205,10 +205,8 @@ def _without_secret(arguments: list[str]) -> list[str]:
     """The arguments. Raises ConfigError, which does not show it, if a password follows --auth."""
     for word, following in pairwise([*arguments, ""]):
         if word.startswith("--auth=") or (word == "--auth" and ":" in following):
-            raise ConfigError(
-                "--auth: a password never goes on the command line, where other users see it; remove it and set "
-                f"{AUTH}, or write --auth alone and type it when asked"
-            )
+            advice = f"remove it and set {AUTH}, or write --auth alone and type it when asked"
+            raise ConfigError(f"--auth: a password never goes on the command line, where other users see it; {advice}")
     return arguments
 
 
