@@ -524,8 +524,11 @@ def _options(config: DoctorConfig) -> Iterator[Finding]:
     from sheeprlhf.reward.judge import check_server
     from sheeprlhf.task.weight_checks import check_options
 
-    checks: list[tuple[str, Callable[[], object], str]] = []  # topic, check, result unless it raises
-    checks.append(("options", lambda: locate(config.model).local_only and check_options(config), ""))
+    def options() -> None:
+        if locate(config.model).local_only:
+            check_options(config)
+
+    checks: list[tuple[str, Callable[[], object], str]] = [("options", options, "")]  # topic, check, result
     if uses_judge(reward := config.reward):
         checks.append(("judge", partial(check_server, reward), f"{reward.url} answers"))
     if isinstance(config.rollout, VLLMRolloutConfig):
