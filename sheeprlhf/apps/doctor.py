@@ -31,7 +31,7 @@ from sheeprlhf.security.version_guard import OPTIONAL, version_problem
 from sheeprlhf.structure.data import DataConfig, LayoutDataConfig
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.reward import uses_judge
-from sheeprlhf.structure.rollout import VLLMRolloutConfig
+from sheeprlhf.structure.rollout import LocalRolloutConfig, VLLMRolloutConfig
 from sheeprlhf.structure.run import DoctorConfig, TrainConfig
 from sheeprlhf.utils.errors import ConfigError, ModelError, SheepError
 from sheeprlhf.utils.hardware import available_memory
@@ -531,6 +531,15 @@ def _options(config: DoctorConfig) -> Iterator[Finding]:
     checks: list[tuple[str, Callable[[], object], str]] = [("options", options, "")]  # topic, check, result
     if uses_judge(reward := config.reward):
         checks.append(("judge", partial(check_server, reward), f"{reward.url} answers"))
+    if isinstance(rollout := config.rollout, LocalRolloutConfig) and rollout.environment is not None:
+        from sheeprlhf.model.folder.load import load_tokenizer
+        from sheeprlhf.rollout.episodes import EpisodeSampler
+
+        def tools() -> None:
+            if locate(config.model).local_only:
+                EpisodeSampler(load_tokenizer(config.model), rollout, lambda _: None)
+
+        checks.append(("tools", tools, f"rollout.environment={rollout.environment}"))
     if isinstance(config.rollout, VLLMRolloutConfig):
         from sheeprlhf.rollout.vllm_api import check_servers
 

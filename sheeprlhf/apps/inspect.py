@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +29,10 @@ from sheeprlhf.data.rows import STEPS
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.data.tokenize import encode
 from sheeprlhf.model.folder.load import load_tokenizer
+from sheeprlhf.rollout.episodes import EpisodeSampler
 from sheeprlhf.security.redaction import plain_text, redact_command, redact_text, secret_spans
-from sheeprlhf.structure.data import DataConfig
+from sheeprlhf.structure.data import DataConfig, KeptColumns
+from sheeprlhf.structure.rollout import LocalRolloutConfig
 from sheeprlhf.structure.run import InspectConfig
 from sheeprlhf.structure.task import RMConfig, SFTConfig, TrainTaskConfig
 from sheeprlhf.utils.end_tokens import end_token_ids
@@ -391,8 +394,11 @@ def run(config: InspectConfig, args: ParsedArgs) -> int:
     files = {kind: Path(config.output_dir, f"{name}-{kind}") for kind in ("lengths.png", "data_report.json")}
     replaced = _check_files(list(files.values()))
     tokenizer = load_tokenizer(config.model)
-    kind = config.task.data_kind
-    data = prepare_data(config.data, tokenizer, kind=kind, say=print, progress=sys.stderr.isatty())
+    say, sampler = partial(_print, screen), None
+    if isinstance(config.rollout, LocalRolloutConfig) and config.rollout.environment is not None:
+        sampler = EpisodeSampler(tokenizer, config.rollout, say)
+    kept, kind = KeptColumns(every=sampler is not None), config.task.data_kind
+    data = prepare_data(config.data, tokenizer, kind=kind, say=print, progress=sys.stderr.isatty(), kept=kept)
     _print(screen, render_report(data.report))
     first, *_ = [name for name in config.task.train_splits if name in data.splits] or config.task.train_splits
     split = config.split or first
@@ -408,6 +414,8 @@ def run(config: InspectConfig, args: ParsedArgs) -> int:
     for number in range(min(config.num_examples, len(rows))):
         example = rows.example(number)
         _print_example(screen, f"example {number + 1}: row {example.row_id}", viewer.view(example), marks)
+    if sampler is not None:
+        _print_episode(screen, sampler, rows.example(0), viewer, marks)
 
     lengths = lengths_of(rows)
     _print(screen, f"\nlengths of the {split} split, {'responses' if 'better' in lengths else 'rows'} of each:")
@@ -497,6 +505,19 @@ def _print_example(screen: Screen, title: str, view: View, marks: Marks) -> None
         screen.print(Text(f"{name}{rank}:", "italic"))
         for line in lines(tokens, width):
             screen.print(_line(screen, line, marks))
+
+
+def _print_episode(screen: Screen, sampler: EpisodeSampler, row: Example, viewer: Viewer, marks: Marks) -> None:
+    """Print the tools of an environment, and an episode in which made-up messages take the place of the model's."""
+    _print(screen, f"\n{sampler.describe()}")
+    for tool in sampler.tools:
+        _print(screen, json.dumps(tool))
+    episode = sampler.example(row)
+    view = viewer.view(row._replace(responses=(np.array(episode.ids, np.int32),), trained=np.array(episode.trained)))
+    failed = [f"it failed: {episode.error}"] if episode.error is not None else []
+    view.facts.append(f"reward {episode.reward:g}")
+    title = f"episode of row {row.row_id}: a made-up call and answer in place of the model's"
+    _print_example(screen, title, view._replace(warnings=[*view.warnings, *failed]), marks)
 
 
 def _line(screen: Screen, line: list[Piece], marks: Marks) -> Text:

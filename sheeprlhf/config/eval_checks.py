@@ -6,7 +6,13 @@ from pathlib import Path
 from sheeprlhf.config.option_checks import unread
 from sheeprlhf.config.path_checks import is_weights_name, new_folder_problems, weights_problems
 from sheeprlhf.config.registry import choices
-from sheeprlhf.config.reward_checks import NORMALIZED, model_score_problems, narrowing_options, overlong_problems
+from sheeprlhf.config.reward_checks import (
+    NORMALIZED,
+    environment_problems,
+    model_score_problems,
+    narrowing_options,
+    overlong_problems,
+)
 from sheeprlhf.config.run_lookup import read_run_config, saved_group, start_problems, task_of_run
 from sheeprlhf.config.shell import shell_word
 from sheeprlhf.config.validate import sharding_problems, unread_options
@@ -24,6 +30,7 @@ def eval_problems(config: EvalConfig) -> Iterator[str]:
     if given := narrowing_options(config.generation) if writes == "samples" else "":
         yield f"{given}: task={name} samples with all probabilities: remove it, or give generation.temperature"
     yield from _reward_problems(config)
+    yield from environment_problems(config)
     if config.experiment_dir is None and isinstance(config.task, FrontierConfig):
         yield "task=frontier goes over the checkpoints of a run: give experiment_dir=<run directory>"
     elif config.experiment_dir is None:

@@ -22,7 +22,7 @@ from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.optim import OptimizerConfig
 from sheeprlhf.structure.option import Config
 from sheeprlhf.structure.reward import AutoRewardConfig, NoRewardConfig, RewardSourceConfig
-from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig, RolloutSourceConfig
+from sheeprlhf.structure.rollout import DistillConfig, LocalRolloutConfig, OnlineTaskConfig, RolloutSourceConfig
 from sheeprlhf.structure.run import (
     CommandConfig,
     DoctorConfig,
@@ -54,7 +54,10 @@ BASES: dict[str, tuple[type[Config], ...]] = {
     "reward": (RewardSourceConfig,),
     "rollout": (RolloutSourceConfig,),
 }
-_TASKS = {verb: (EvalTaskConfig,) if verb == "eval" else (TrainTaskConfig,) for verb in ROOTS}
+_OF_VERB: dict[tuple[str, str], tuple[type[Config], ...]] = {  # choices of a group that a verb does not take all
+    **{("task", verb): (EvalTaskConfig if verb == "eval" else TrainTaskConfig,) for verb in ROOTS},
+    **{("rollout", verb): (LocalRolloutConfig,) for verb in ("eval", "inspect")},
+}
 DRY_RUN_STEPS = 2
 DRY_RUN_ROWS = 64
 
@@ -86,7 +89,7 @@ class Option(NamedTuple):
 
 def choices(group: str, verb: str = "") -> dict[str, type[Config]]:
     """The dataclasses of a group by `config_name`: every subclass that is defined, so a new one needs no list."""
-    bases = _TASKS.get(verb, BASES["task"]) if group == "task" else BASES[group]
+    bases = _OF_VERB.get((group, verb), BASES[group])
     found: dict[str, type[Config]] = {}
     waiting = list(bases)
     while waiting:

@@ -14,6 +14,7 @@ from sheeprlhf.config.run_lookup import is_run_alias, scores_by_run
 from sheeprlhf.config.shell import shell_word
 from sheeprlhf.security.model_folder import merge_advice
 from sheeprlhf.security.user_code import find_module, hidden_by_installed, names_of, parse_path
+from sheeprlhf.structure.evaluation import GenerateConfig, RewardConfig
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.optim import AdamWConfig
 from sheeprlhf.structure.reward import (
@@ -49,7 +50,7 @@ from sheeprlhf.structure.rollout import (
     RolloutSourceConfig,
     VLLMRolloutConfig,
 )
-from sheeprlhf.structure.run import EvalConfig, TrainConfig
+from sheeprlhf.structure.run import EvalConfig, InspectConfig, TrainConfig
 from sheeprlhf.utils.hardware import missing_modules
 from sheeprlhf.utils.home import expand_home
 
@@ -309,7 +310,7 @@ def online_problems(config: TrainConfig, task: OnlineTaskConfig) -> Iterator[str
     if isinstance(config.rollout, VLLMRolloutConfig):
         yield from _server_problems(config, config.rollout)
     if isinstance(config.rollout, LocalRolloutConfig):
-        yield from _environment_problems(config, config.rollout)
+        yield from environment_problems(config)
 
 
 def _server_problems(config: TrainConfig, rollout: VLLMRolloutConfig) -> Iterator[str]:
@@ -346,8 +347,13 @@ def _server_problems(config: TrainConfig, rollout: VLLMRolloutConfig) -> Iterato
         yield from new_folder_problems("rollout.sync_dir", rollout.sync_dir)
 
 
-def _environment_problems(config: TrainConfig, rollout: LocalRolloutConfig) -> Iterator[str]:
+def environment_problems(config: TrainConfig | EvalConfig | InspectConfig) -> Iterator[str]:
     """Problems of an environment: its class, its options, and other options that do not go with it."""
+    rollout = config.rollout
+    if not isinstance(rollout, LocalRolloutConfig):
+        verb = "inspect" if isinstance(config, InspectConfig) else f"task={config.task.config_name}"
+        yield unread(f"rollout={rollout.config_name}", f"by {verb}")
+        return
     source, given = rollout.environment, f"rollout.environment={rollout.environment}"
     if source is None:
         names, rule = ("max_turns", "step_timeout", "num_processes", "max_result_length"), "without rollout.environment"
@@ -358,9 +364,15 @@ def _environment_problems(config: TrainConfig, rollout: LocalRolloutConfig) -> I
     elif source not in ENVIRONMENTS:
         did = did_you_mean(source, list(ENVIRONMENTS), "it", key="rollout.environment=")
         yield f"{given} is unknown: {did} may be {', '.join(ENVIRONMENTS)}, or a class of yours as package.module:Class"
+    if isinstance(config, EvalConfig):
+        if not isinstance(config.task, RewardConfig | GenerateConfig):
+            yield unread(given, f"by task={config.task.config_name}", "task=reward or generate")
+        elif config.task.writes == "text" and config.generation.num_beams > 1:
+            yield f"{given} is not supported by generation.num_beams={config.generation.num_beams}: remove one of them"
+        return
     if not isinstance(config.task, RatioTaskConfig) or isinstance(config.task, DistillConfig):
         yield unread(given, f"by task={config.task.config_name}", "task=grpo, rloo, reinforce_pp or ppo")
-    if config.generation.engine != "native":
+    if isinstance(config, TrainConfig) and config.generation.engine != "native":
         yield f"{given} is not supported by generation.engine={config.generation.engine}: give generation.engine=native"
 
 

@@ -29,7 +29,7 @@ from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamW8bitConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.structure.reward import AutoRewardConfig, RewardSourceConfig
-from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig, VLLMRolloutConfig
+from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig
 from sheeprlhf.structure.run import (
     TRACKER_MODULES,
     ClusterConfig,
@@ -78,6 +78,9 @@ def _problems(config: RootConfig) -> Iterator[str]:
         yield from eval_problems(config)
     elif isinstance(config, InspectConfig):
         yield from new_folder_problems("output_dir", config.output_dir)
+        from sheeprlhf.config.reward_checks import environment_problems
+
+        yield from environment_problems(config)
     elif isinstance(config, FetchConfig):
         yield from _cache_problems("cache_dir", config.cache_dir)
     if isinstance(config, TrainConfig | EvalConfig | InspectConfig) and config.data is not None:
@@ -466,9 +469,10 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
 
         yield from online_problems(config, config.task)
     else:
+        from sheeprlhf.config.reward_checks import environment_problems
+
         yield from unread_options(config, "generation.engine", "reward")
-        if isinstance(config.rollout, VLLMRolloutConfig):
-            yield unread(f"rollout={config.rollout.config_name}", f"by task={name}")
+        yield from environment_problems(config)
     if config.task.config_name == "sft" and config.data.reward_model_split == 1:
         yield "data.reward_model_split=1 leaves no row to fine-tune on: give for example data.reward_model_split=0.5"
     if config.resume and config.resume_from is not None:

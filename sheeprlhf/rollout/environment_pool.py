@@ -4,6 +4,7 @@ An environment is a class: `reset(row)` begins an episode, `step(call)` answers 
 `finish(answer)` scores the model's last message. This module imports no torch, so a process starts quickly.
 """
 
+import json
 import math
 import os
 import signal
@@ -76,13 +77,13 @@ class EnvironmentPool:
     def __init__(self, source: str, num_processes: int, timeout: float) -> None:
         self._source, self._timeout = source, timeout
         self._processes: list[tuple[BaseProcess, Connection] | None] = [None] * num_processes
-        self.tools: list[str] = []  # names of the environment's tools, once a process runs
+        self.tools: list[dict[str, Any]] = []  # schemas of the environment's tools, once a process runs
 
     def start(self) -> None:
         """Start the first process.
 
         Raises:
-            ConfigError: the class cannot be imported.
+            ConfigError: the class cannot be imported or constructed.
         """
         self._connection(0)
 
@@ -134,7 +135,7 @@ class EnvironmentPool:
         process.start()
         theirs.close()
         self._processes[number] = (process, ours)
-        started: list[str] | str = f"rollout.environment={self._source}: its process does not start"
+        started: list[dict[str, Any]] | str = f"rollout.environment={self._source}: its process does not start"
         with suppress(EOFError, OSError):
             started = ours.recv() if ours.poll(_SECONDS_TO_START) else started
         if isinstance(started, str):
@@ -164,10 +165,11 @@ def load_environment(source: str, folder: str) -> Callable[[], Any]:
     return found
 
 
-def tool_names(environment: object) -> list[str]:
-    """Return the names in the JSON schemas `tools` of an environment; empty if it has none."""
-    schemas = getattr(environment, "tools", None) or []
-    return [str(schema.get("function", schema)["name"]) for schema in schemas]
+def tool_schemas(environment: object) -> list[dict[str, Any]]:
+    """Return the JSON schemas `tools` of an environment, those of the functions alone; empty if it has none."""
+    schemas: list[dict[str, Any]] = json.loads(json.dumps(list(getattr(environment, "tools", None) or [])))
+    functions = [schema.get("function", schema) for schema in schemas]
+    return [{"name": str(function["name"]), **function} for function in functions]
 
 
 def _serve(connection: Connection, source: str, folder: str, timeout: float) -> None:
@@ -175,9 +177,11 @@ def _serve(connection: Connection, source: str, folder: str, timeout: float) -> 
     ignore_interrupts()
     try:
         make = load_environment(source, folder)
-        connection.send(tool_names(make))
+        make()
+        connection.send(tool_schemas(make))
     except Exception as error:
-        connection.send(str(error) if isinstance(error, ConfigError) else describe_exception(error))
+        named = isinstance(error, ConfigError)
+        connection.send(str(error) if named else f"rollout.environment={source}: {describe_exception(error)}")
         return
 
     def too_slow(*_: object) -> None:

@@ -137,7 +137,7 @@ class ToolTemplate:
         self.form = self._form()
         for self.role, self._writes_calls in (("tool", True), ("tool", False), ("user", False)):
             try:
-                if _RESULT in self._between(_PROBE, [_RESULT])[1]:
+                if _RESULT in self._between([_RESULT])[1]:
                     return
             except DataError:
                 continue
@@ -153,7 +153,7 @@ class ToolTemplate:
             last_id: last token of the message; without an end token, that of the template is added.
             results: texts; those of control tokens are removed from them.
         """
-        end, after = self._between(_PROBE, [self._plain(result) for result in results])
+        end, after = self._between([self._plain(result) for result in results])
         [[end_id, *ids]] = encode(self._tokenizer, [end + after], control_tokens=True)
         return ids if last_id in end_token_ids(self._tokenizer) else [end_id, *ids]
 
@@ -165,8 +165,14 @@ class ToolTemplate:
                 result = result.replace(text, "")
         return result
 
-    def _message(self, calls: int) -> dict[str, Any]:
-        function = {"name": _PROBE.name, "arguments": _PROBE.arguments}
+    def example_messages(self, call: Call) -> list[str]:
+        """Return two messages of the model, end tokens included: a call and an answer."""
+        own = self._written(call) if self._writes_calls else f"<tool_call>{json.dumps(call._asdict())}</tool_call>"
+        end = self._between([_RESULT])[0]
+        return [own + end, f"The answer.{end}"]
+
+    def _message(self, calls: int, call: Call = _PROBE) -> dict[str, Any]:
+        function = {"name": call.name, "arguments": call.arguments}
         ids = [f"call{number:05d}" for number in range(calls)]  # nine characters, as Mistral's templates demand
         return {
             "role": "assistant",
@@ -174,17 +180,26 @@ class ToolTemplate:
             "tool_calls": [{"id": one, "type": "function", "function": function} for one in ids],
         }
 
-    def _form(self) -> str:
-        """Find the format in which the template writes a call."""
-        try:
-            own = render_chat(self._tokenizer, [_QUESTION, self._message(1)])
-            prompt = render_chat(self._tokenizer, [_QUESTION], ask=True)
-        except DataError:
-            return _HERMES
+    def _written(self, call: Call) -> str:
+        """Return a message with a call as the template writes it, without its end token; without the call if it can't.
+
+        Raises:
+            DataError: the template refuses it.
+        """
+        own = render_chat(self._tokenizer, [_QUESTION, self._message(1, call)])
+        prompt = render_chat(self._tokenizer, [_QUESTION], ask=True)
         own = own.removeprefix(prompt) if own.startswith(prompt) else own.rpartition(_QUESTION["content"])[2]
         end = first_end(own, end_texts(self._tokenizer))
         own = own if end is None else own[: own.index(end)]
-        if _PROBE.name not in own:
+        return own if call.name in own else ""
+
+    def _form(self) -> str:
+        """Find the format in which the template writes a call."""
+        try:
+            own = self._written(_PROBE)
+        except DataError:
+            own = ""
+        if not own:
             return _HERMES  # the data teaches it as plain text
         found = next((form for form in _CALLS if parse_calls(own, form) == [_PROBE]), None)
         if found is None:
@@ -194,7 +209,7 @@ class ToolTemplate:
             )
         return found
 
-    def _between(self, call: Call, results: Sequence[str]) -> tuple[str, str]:
+    def _between(self, results: Sequence[str]) -> tuple[str, str]:
         """Return the end token of a message with calls, and the text between it and the model's next message.
 
         Raises:
@@ -202,17 +217,17 @@ class ToolTemplate:
         """
         asked = self._message(len(results))
         if not self._writes_calls:
-            asked = {"role": "assistant", "content": call.name}
+            asked = {"role": "assistant", "content": _PROBE.name}
         ids = [f"call{number:05d}" for number in range(len(results))]
         answers: list[Mapping[str, Any]] = [
-            {"role": "tool", "name": call.name, "tool_call_id": one, "content": result}
+            {"role": "tool", "name": _PROBE.name, "tool_call_id": one, "content": result}
             for one, result in zip(ids, results, strict=True)
         ]
         if self.role == "user":
             answers = [{"role": "user", "content": "\n".join(results)}]
         before = render_chat(self._tokenizer, [_QUESTION, asked])
         whole = render_chat(self._tokenizer, [_QUESTION, asked, *answers], ask=True)
-        start = before.rfind(call.name)
+        start = before.rfind(_PROBE.name)
         end = first_end(before[start:], end_texts(self._tokenizer))
         if start < 0 or end is None:
             raise DataError("the chat template ends an answer with no end token")
@@ -242,6 +257,28 @@ class EpisodeSampler:
         self._pool.start()
         if self._template.role == "user":
             say("rollout.environment: the chat template has no tool messages: results are messages of the user")
+        self.tools = self._pool.tools
+
+    def describe(self) -> str:
+        """Return a line about the environment's tools and the format of calls."""
+        tools = ", ".join(tool["name"] for tool in self.tools) or "without schemas"
+        written = f"format of calls {self._template.form}, results by the {self._template.role}"
+        return f"rollout.environment={self._cfg.environment}: tools {tools}; {written}"
+
+    def example(self, prompt: Example) -> Episode:
+        """Return an episode of a row in which a made-up call and an answer take the place of the model's messages."""
+        tool = self.tools[0] if self.tools else {"name": "tool"}
+        schema = tool.get("parameters", {})
+        kinds = {name: schema.get("properties", {}).get(name, {}).get("type") for name in schema.get("required", [])}
+        call = Call(tool["name"], {name: "1" if kind == "string" else 1 for name, kind in kinds.items()})
+        messages = encode(self._tokenizer, self._template.example_messages(call), control_tokens=True)
+
+        def sample(*_: Any, **__: Any) -> list[Sampled]:
+            ids = messages.pop(0)
+            return [Sampled((np.array(ids, np.int32),), (np.zeros(len(ids), np.float32),), (True,))]
+
+        [[episode]] = self(sample, [prompt], np.zeros((1, 1, 1 << 16)), lambda _: None)
+        return episode
 
     def __call__(
         self,
@@ -330,7 +367,8 @@ class EpisodeSampler:
 
     def _note_tools(self, prompts: list[str]) -> None:
         """Say once which tools the prompts do not mention."""
-        missing = [name for name in self._pool.tools if prompts and not any(name in text for text in prompts)]
+        names = [tool["name"] for tool in self.tools]
+        missing = [name for name in names if prompts and not any(name in text for text in prompts)]
         if missing:
             self._say_once(
                 "tools",
@@ -345,8 +383,10 @@ class EpisodeSampler:
 
 
 def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Return means over episodes for the log: rewards, turns, calls, and the shares that failed or called wrongly."""
-    count = max(len(episodes), 1)
+    """Return means over episodes: rewards, turns, calls, and the shares that failed or called wrongly; none without."""
+    if not episodes:
+        return {}
+    count = len(episodes)
     return {
         "env/reward": sum(one.reward for one in episodes) / count,
         "env/turns": sum(one.turns for one in episodes) / count,

@@ -204,10 +204,33 @@ def to_rollout(
     return Rollout(rows, np.zeros(finished.shape), finished, {"sampled": logprobs})
 
 
+def play_on_all_ranks(
+    fabric: Fabric,
+    policy: Policy,
+    sampler: EpisodeSampler,
+    engine: Callable[..., list[Sampled]],
+    prompts: Sequence[Example],
+    uniforms_PKN: np.ndarray,
+) -> tuple[Rollout, list[Episode]]:
+    """All ranks: episodes after every prompt, as a rollout and one by one; `engine` samples a message of each."""
+
+    def play(mine: list[int], progress: Callable[[int], object]) -> list[list[Episode]]:
+        return sampler(engine, [prompts[row] for row in mine], uniforms_PKN[mine], progress)
+
+    num_prompts, num_responses = uniforms_PKN.shape[:2]
+    played = sample_on_all_ranks(fabric, policy, play, num_prompts, num_responses, "episodes")
+    masks = [np.concatenate([episode.trained for episode in of_row]) for of_row in played]
+    return to_rollout(prompts, list(map(sampled_of, played)), masks), list(chain.from_iterable(played))
+
+
 def decode_rollout(
-    rollout: Rollout, prompts: Sequence[Example], tokenizer: PreTrainedTokenizerBase, stop: StopStrings
+    rollout: Rollout,
+    prompts: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    stop: StopStrings,
+    episodes: Sequence[Episode] = (),
 ) -> Texts:
-    """Decode the responses, each with its prompt.
+    """Decode the responses, each with its prompt; of episodes, the whole transcripts, and their columns.
 
     The dataset's own responses are the column "reference" if every one of `prompts` has one and the rows bring no
     column of this name. The other columns are those of the rows, copied for each response. End tokens are neither
@@ -218,6 +241,7 @@ def decode_rollout(
         return str(tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
     group, end_ids, whole = rollout.finished.shape[1], end_token_ids(tokenizer), StopStrings((), tokenizer)
+    stop = whole if episodes else stop
     responses = [response for row in rollout.rows for response in row.responses]
     columns: dict[str, list[Any]] = {
         name: [copy.deepcopy((prompt.columns or {}).get(name)) for prompt in prompts for _ in range(group)]
@@ -225,6 +249,9 @@ def decode_rollout(
     }
     if "reference" not in columns and all(prompt.responses for prompt in prompts):
         columns["reference"] = [one for prompt in prompts for one in [whole.text(prompt.responses[0])] * group]
+    if episodes:
+        values = [one.reward for one in episodes], [one.answer for one in episodes]
+        columns |= zip(EPISODE_COLUMNS, values, strict=True)
     return Texts(
         prompts=[one for prompt in prompts for one in [text(prompt.prompt_ids)] * group],
         responses=[stop.text(response) for response in responses],
@@ -401,12 +428,8 @@ class RolloutCollector:
                 # It was kept from before a stop, and the weights have become others since the checkpoint.
                 return self(prompts, number, group=group, validates=validates)
         # 3. decode and score
-        stop = StopStrings((), self._tokenizer) if episodes else self._stop  # a transcript is written whole
-        texts = decode_rollout(rollout, prompts, self._tokenizer, stop)
-        if episodes:
-            found |= episode_metrics(episodes)
-            values = [one.reward for one in episodes], [one.answer for one in episodes]
-            texts = texts._replace(columns={**texts.columns, **dict(zip(EPISODE_COLUMNS, values, strict=True))})
+        texts = decode_rollout(rollout, prompts, self._tokenizer, self._stop, episodes)
+        found |= episode_metrics(episodes)
         columns = {name: values for name, values in texts.columns.items() if name in self._columns}
         self.texts, self.metrics, self._of_tokens = texts._replace(columns=columns), {}, None
         scores = np.array(self._scores(rollout, validates), dtype=np.float64)
@@ -446,14 +469,7 @@ class RolloutCollector:
         if self._episodes is None:
             sampled = sample_on_all_ranks(fabric, self.policy, sample, *shape[:2], "sampling")
             return to_rollout(prompts, sampled), []
-        sampler = self._episodes
-
-        def play(mine: list[int], progress: Callable[[int], object]) -> list[list[Episode]]:
-            return sampler(engine, [prompts[row] for row in mine], uniforms[mine], progress)
-
-        played = sample_on_all_ranks(fabric, self.policy, play, *shape[:2], "episodes")
-        masks = [np.concatenate([episode.trained for episode in of_row]) for of_row in played]
-        return to_rollout(prompts, list(map(sampled_of, played)), masks), list(chain.from_iterable(played))
+        return play_on_all_ranks(fabric, self.policy, self._episodes, engine, prompts, uniforms)
 
     def sample_ahead(self, later: Sequence[tuple[int, list[Example]]], number: int) -> None:
         """All ranks: let servers sample later rollouts, of these numbers and prompts, while rollout `number` is used.

@@ -302,5 +302,5 @@ class VLLMRolloutConfig(RolloutSourceConfig):
 
 
 def environment_of(config: object) -> str | None:
-    """The environment of a run's configuration; None without one, and for an evaluation."""
+    """The environment of a configuration; None without one."""
     return getattr(getattr(config, "rollout", None), "environment", None)

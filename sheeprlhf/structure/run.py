@@ -77,6 +77,7 @@ class EvalConfig(Config):
     model: Optional[ModelConfig] = option(None, "Model to evaluate; null takes the run's.")
     data: Optional[DataConfig] = option(None, "Dataset to evaluate on; null takes the run's.")
     reward: RewardSourceConfig = MISSING
+    rollout: RolloutSourceConfig = MISSING
     generation: GenConfig = GenConfig()
     experiment_dir: Optional[str] = option(None, "Run directory to evaluate; results go into its eval/ folder.")
     output_dir: str = option("logs/eval", "Where results go when there is no experiment_dir.")
@@ -103,6 +104,7 @@ class InspectConfig(CommandConfig):
     task: TrainTaskConfig = MISSING
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
+    rollout: RolloutSourceConfig = MISSING
     split: Optional[str] = option(
         None,
         "Split to show; null shows the one that the task trains on.",

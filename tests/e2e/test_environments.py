@@ -159,6 +159,24 @@ def test_two_processes_train_as_one(
     torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
 
 
+def test_evaluations_report_the_rewards_of_episodes(setting: tuple[Path, Path], tmp_path: Path) -> None:
+    """The rewards of the transcripts are computed again from their texts."""
+    files = [f"data.{split}_file={setting[1]}" for split in ("train", "test")]
+    common = ["model=auto", f"model.repo_name={setting[0]}", "data=local", *files, *WORDS[:1], *WORDS[2:6]]
+    for task, *words in (("generate", "generation.do_sample=true"), ("reward", *WORDS[1:2], "reward=function")):
+        assert exit_code(["eval", f"task={task}", f"output_dir={tmp_path / 'eval'}", *common, *words]) == 0
+    sampled, scored = (json.loads(path.read_text()) for path in sorted((tmp_path / "eval").glob("*.json")))
+    [path] = (tmp_path / "eval").glob("generate*.jsonl")
+    rewards = []
+    for row in map(json.loads, path.read_text().splitlines()):
+        *calls, last = BETWEEN.split(row["response"])
+        rewards.append(row["episode_reward"])
+        if row["finished"]:  # else the result of the last call may have had no room
+            assert rewards[-1] == pytest.approx(0.1 * len(calls) + Lengths().finish(last), abs=1e-9)
+    assert max(rewards) > 0.1 and sampled["env/reward"] == pytest.approx(np.mean(rewards))
+    assert scored["score"] == scored["env/reward"] == sampled["env/reward"] and scored["env/turns"] > 1
+
+
 class Plain(torch.nn.Module):
     """Policy whose log-probabilities are of a plain forward pass of each response."""
 
@@ -207,6 +225,23 @@ def test_grpo_loss_of_sampled_tokens(loss_type: str, collate: Any, model_folder:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_inspect_shows_an_episode_and_doctor_constructs_the_class(
+    setting: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()  # calls are read as they are written
+    monkeypatch.setenv("SHEEPRLHF_CACHE", str(tmp_path / "cache"))
+    words = ["task=grpo", "model=auto", f"model.repo_name={setting[0]}", "data=local", f"data.train_file={setting[1]}"]
+    inspect = ["inspect", *words, "rollout.environment=calculator", f"output_dir={tmp_path}", "num_examples=0"]
+    assert exit_code(inspect) == 0
+    shown = capsys.readouterr().out
+    assert '{"name": "calculator"' in shown and "reward 0" in shown and "format of calls hermes" in shown
+    [_, answer] = [one for one in shown.splitlines() if one.startswith("+ ") and "</s>" in one.replace("\u00a6", "")]
+    assert "tool" not in answer
+    named = "rollout.environment=tests.support.environments:NeedsMore"
+    assert exit_code(["doctor", *words, named, "reward=function", "reward.path=environment"]) == 1
+    assert f"problem  tools      {named}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -246,3 +281,7 @@ def test_a_task_without_ratios_and_a_file_are_rejected(
     (tmp_path / "experiment" / "mine.yaml").write_text(recipe)
     line = train_words(model_folder(), tmp_path / "rows.jsonl", tmp_path / "run", task="grpo")
     assert "rollout.environment" in rejected([*line, f"--config-dir={tmp_path}", "experiment=mine"], capsys)
+    line = ["eval", "model=tiny", "data=docstrings", *words]
+    assert "task=rouge" in rejected([*line, "task=rouge"], capsys)
+    assert "generation.num_beams=2" in rejected([*line, "task=generate", "generation.num_beams=2"], capsys)
+    assert "rollout=vllm" in rejected(["eval", "model=tiny", "data=docstrings", "task=reward", "rollout=vllm"], capsys)

@@ -27,6 +27,13 @@ class Echo:
         return 1.0 + len(answer)
 
 
+class NeedsMore(Echo):
+    """It cannot be constructed without an argument."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+
 class Lengths:
     """A call returns its argument and the row's answer; an answer scores its share of vowels."""
 

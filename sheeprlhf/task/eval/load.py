@@ -8,6 +8,7 @@ batch size and any number of ranks: sampled tokens are drawn with numbers that b
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +30,11 @@ from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.model.folder.weights import num_positions
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.rollout.engines import StopStrings, generate_ids
+from sheeprlhf.rollout.episodes import Episode, EpisodeSampler
 from sheeprlhf.rollout.rollout import (
     Rollout,
     decode_rollout,
+    play_on_all_ranks,
     predict_targets,
     sample_on_all_ranks,
     sampling_uniforms,
@@ -41,6 +44,7 @@ from sheeprlhf.rollout.sampler import Sampled, sample_responses
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.data import KeptColumns
 from sheeprlhf.structure.model import ModelConfig
+from sheeprlhf.structure.rollout import LocalRolloutConfig, environment_of
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.task.models import (
     LoadOptions,
@@ -69,6 +73,17 @@ class Evaluation:
         assert cfg.model is not None and cfg.data is not None  # the command line composes both
         self.fabric, self.cfg, self.model, self.data = fabric, cfg, cfg.model, cfg.data
         self.tokenizer = load_evaluated_tokenizer(cfg)
+        self._episodes: dict[int, EpisodeSampler] = {}  # by the identity of the tokenizer
+        self.episodes(self.tokenizer)  # reports a wrong environment before a model loads
+
+    def episodes(self, tokenizer: PreTrainedTokenizerBase) -> EpisodeSampler | None:
+        """Return what samples responses in several turns; None without `rollout.environment`."""
+        rollout = self.cfg.rollout
+        if not isinstance(rollout, LocalRolloutConfig) or rollout.environment is None:
+            return None
+        if id(tokenizer) not in self._episodes:
+            self._episodes[id(tokenizer)] = EpisodeSampler(tokenizer, rollout, self.say)
+        return self._episodes[id(tokenizer)]
 
     def say(self, text: str) -> None:
         """Print a line on rank zero, on standard error: results are on standard output."""
@@ -80,7 +95,7 @@ class Evaluation:
     ) -> PreparedData:
         """Prepare the data with these columns, by default with the evaluated model's tokenizer."""
         how: dict[str, Any] = {"say": self.say, "progress": self.fabric.is_global_zero}
-        kept = KeptColumns(columns, every=False)
+        kept = KeptColumns(columns, every=environment_of(self.cfg) is not None)
         return prepare_data(self.data, tokenizer or self.tokenizer, kind=kind, kept=kept, **how)
 
     def prepare_scored(self, tokenizer: PreTrainedTokenizerBase | None = None) -> PreparedData:
@@ -202,6 +217,7 @@ class Answers(NamedTuple):
     rollout: Rollout  # their tokens, with the sampler's log-probabilities ("sampled"); its scores are 0
     texts: Texts  # the P * K texts, each with its prompt and the dataset's own response ("reference")
     tokenizer: PreTrainedTokenizerBase  # of the tokens
+    episodes: Sequence[Episode] = ()  # the P * K responses with `rollout.environment`
 
 
 def set_up(
@@ -215,11 +231,11 @@ def set_up(
     return EvalPolicy(policy, tokenizer, packed)
 
 
-def answer_split(job: Evaluation, data: PreparedData, num_rows: int | None) -> tuple[list[Example], Texts]:
+def answer_split(job: Evaluation, data: PreparedData, num_rows: int | None) -> tuple[list[Example], Answers]:
     """All ranks: the rows that are evaluated, and the evaluated policy's answer to each, as `cfg.generation` says."""
     rows = job.rows(data, num_rows)
     longest = longest_with_response(job.cfg, evaluated_files(job.cfg), rows)
-    return rows, answer(job, set_up(job, job.load_policy(longest)), rows, samples=False).texts
+    return rows, answer(job, set_up(job, job.load_policy(longest)), rows, samples=False)
 
 
 def answer(
@@ -228,46 +244,42 @@ def answer(
     """All ranks: `group` responses to every prompt; each rank writes its share, in batches of about one length."""
     cfg = job.cfg
     uniforms = sampling_uniforms(cfg.seed, NUMBER, (len(prompts), group, cfg.generation.max_new_tokens))
-    stop = StopStrings(cfg.generation.stop_strings, writer.tokenizer)
+    stop, played = StopStrings(cfg.generation.stop_strings, writer.tokenizer), list[Episode]()
+    engine = _engine(cfg, writer, stop, group, samples=samples)
 
     def sample(mine: list[int], progress: Callable[[int], object]) -> list[Sampled]:
         part = [prompts[row] for row in mine]
         if cfg.generation.num_beams > 1 and not samples:
             return _by_beams(cfg, writer, part, stop, progress)
-        return _by_sampler(cfg, writer, part, uniforms[mine], stop, progress, samples=samples)
+        return engine([row.prompt_ids for row in part], uniforms[mine], progress=progress)
 
-    sampled = sample_on_all_ranks(job.fabric, writer.policy, sample, len(prompts), group, "answering")
-    rollout = to_rollout(prompts, sampled)
-    return Answers(rollout, decode_rollout(rollout, prompts, writer.tokenizer, stop), writer.tokenizer)
+    if episodes := job.episodes(writer.tokenizer):
+        rollout, played = play_on_all_ranks(job.fabric, writer.policy, episodes, engine, prompts, uniforms)
+    else:
+        sampled = sample_on_all_ranks(job.fabric, writer.policy, sample, len(prompts), group, "answering")
+        rollout = to_rollout(prompts, sampled)
+    texts = decode_rollout(rollout, prompts, writer.tokenizer, stop, played)
+    return Answers(rollout, texts, writer.tokenizer, played)
 
 
-def _by_sampler(
-    cfg: EvalConfig,
-    writer: EvalPolicy,
-    prompts: Sequence[Example],
-    uniforms: np.ndarray,
-    stop: StopStrings,
-    progress: Callable[[int], object],
-    *,
-    samples: bool,
-) -> list[Sampled]:
-    """Sampled, or the likeliest token at each place."""
+def _engine(
+    cfg: EvalConfig, writer: EvalPolicy, stop: StopStrings, group: int, *, samples: bool
+) -> Callable[..., list[Sampled]]:
+    """The sampler, or that of the likeliest token at each place; called with prompts and random numbers."""
     how = cfg.generation
     narrowing: dict[str, Any] = {}
     if not samples:
         narrowing = {"top_k": how.top_k, "top_p": how.top_p} if how.do_sample else {"top_k": 1}
-    return sample_responses(
+    return partial(
+        sample_responses,
         writer.policy.causal_lm(),
-        [row.prompt_ids for row in prompts],
-        uniforms,
         temperature=how.temperature if samples or how.do_sample else 1.0,
         end_ids=end_token_ids(writer.tokenizer),
         token_budget=cfg.task.token_budget,
         stop=stop if stop else None,
-        progress=progress,
         packed=writer.packed,
         undefined_U=writer.policy.undefined_U,
-        max_prompts=max(1, cfg.task.mini_batch_size // uniforms.shape[1]),
+        max_prompts=max(1, cfg.task.mini_batch_size // group),
         **narrowing,
     )
 

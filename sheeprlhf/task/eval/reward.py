@@ -22,6 +22,7 @@ from sheeprlhf.engine.shard import place
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.reward.score import RawScores, build_reward
 from sheeprlhf.rollout.engines import StopStrings
+from sheeprlhf.rollout.episodes import episode_metrics
 from sheeprlhf.rollout.rollout import (
     decode_rollout,
     distinct_bigrams,
@@ -289,6 +290,7 @@ def _figures(
         "distinct_2": distinct_bigrams(texts.responses),
         "rm_accuracy": None if trust is None else trust.accuracy,
         "rm_pairs": None if trust is None else trust.pairs,
+        **episode_metrics(written.own.episodes),
     }
 
 
@@ -310,4 +312,6 @@ def _table(numbers: dict[str, Any], judge: str, trust: RewardModelAccuracy | Non
         table.add_row("KL from the start, nats a response", f"{numbers['kl']:.3f}{error}")
     table.add_row("tokens of a response", f"{numbers['response_tokens']:.1f}")
     table.add_row("distinct pairs of words", f"{numbers['distinct_2']:.1%}")
+    for name in (name for name in numbers if name.startswith("env/")):
+        table.add_row(name, f"{numbers[name]:.4f}")
     return table

@@ -43,9 +43,10 @@ def evaluate(fabric: Fabric, cfg: EvalConfig) -> Path | None:
     job.data = replace(job.data, train_on="last")  # a reference is one answer
     data = job.prepare("sft")
     check_prompts(data.report, task.config_name)
-    examples, texts = answer_split(job, data, task.num_samples)
+    examples, answers = answer_split(job, data, task.num_samples)
     if not fabric.is_global_zero:
         return None
+    texts = answers.texts
     prompts, responses, references = texts.prompts, texts.responses, texts.columns["reference"]
     end_ids = end_token_ids(job.tokenizer)
     num_cut = sum(int(example.responses[0][-1] not in end_ids) for example in examples)

@@ -92,6 +92,22 @@ def test_a_template_without_end_tokens_or_with_unknown_calls_is_rejected() -> No
             ToolTemplate(byte_tokenizer(template=template), 1000)
 
 
+@pytest.mark.parametrize("family", ["llama 3", "mistral", "no tool messages"])
+def test_the_example_of_an_episode_is_in_the_format_of_the_template(family: str) -> None:
+    tokenizer, form, role = FAMILIES[family]
+    cfg = LocalRolloutConfig(environment="calculator", num_processes=1)
+    prompt = encode(tokenizer, [render_chat(tokenizer, [USER], ask=True)], control_tokens=True)[0]
+    row = Example(0, np.array(prompt, np.int32), (), columns={"answer": "1"})
+    episode = EpisodeSampler(tokenizer, cfg, lambda _: None).example(row)
+    assert (episode.turns, episode.calls, episode.invalid, episode.error) == (2, 1, 0, None) and episode.finished
+    ids, trained = np.array(episode.ids), np.array(episode.trained)
+    split = int(np.argmin(trained))
+    [call] = parse_calls(tokenizer.decode(ids[:split]).removesuffix("</s>").removesuffix(END), form)
+    assert call == Call("calculator", {"expression": "1"})
+    assert ids[~trained].tolist() == ToolTemplate(tokenizer, 9).result_ids(ids[split - 1], ["1"])
+    assert role in ("user", "tool") and trained[-1]
+
+
 def call_text(**arguments: Any) -> str:
     return f'<tool_call>{{"name": "calculator", "arguments": {json.dumps(arguments)}}}</tool_call>'
 
@@ -232,8 +248,9 @@ def test_calls_run_in_parallel_and_a_stuck_process_is_replaced() -> None:
 
 
 def test_a_class_that_is_no_environment_is_rejected() -> None:
-    with pytest.raises(ConfigError, match=r"rollout\.environment"):
-        EnvironmentPool("builtins:list", 1, 1.0).start()
+    for source in ("builtins:list", "tests.support.environments:NeedsMore"):
+        with pytest.raises(ConfigError, match=rf"rollout\.environment={source}"):
+            EnvironmentPool(source, 1, 1.0).start()
 
 
 @pytest.mark.parametrize(
