@@ -1,9 +1,4 @@
-"""`pipeline`: trainings and evaluations one after the other, each an ordinary command in a process of its own.
-
-All command lines are checked before the first stage begins. Finished stages are not repeated: a pipeline that was
-stopped or has failed continues where it was. The results are a table of the stages, from the evaluations stored with
-their runs.
-"""
+"""`pipeline`: checked commands one after the other, each in its own process; finished ones are not repeated."""
 
 import csv
 import io

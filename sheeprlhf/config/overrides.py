@@ -76,10 +76,7 @@ def _is_list_of_texts(key: str) -> bool:
 
 
 def quote_list_items(word: str) -> str:
-    """A word with quotes around the items of its list that Hydra would refuse: `[<end>,a]` becomes `["<end>",a]`.
-
-    In a list of texts, all items without quotes become texts, so that `[10]` stays as it is typed.
-    """
+    """A word whose list items are quoted where Hydra would refuse them, or, in a list of texts, take for numbers."""
     key, _, value = word.partition("=")
     if not value.startswith("[") or not value.endswith("]"):
         return word

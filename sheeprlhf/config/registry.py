@@ -240,10 +240,7 @@ def _plain(value: Any) -> Any:
 
 
 def config_hash(config: Config) -> str:
-    """SHA-256 of everything in the configuration that changes the result of the run.
-
-    Renamed options count by their old names and `rollout=local` does not, so that a run that was made before continues.
-    """
+    """SHA-256 of all that changes the result of a run, by old names of options, so that older runs continue."""
     kept = dict(original(o.key, _plain(o.value)) for o in options(config) if o.key not in NOT_IN_HASH)
     if kept.get("rollout.config_name") == "local":
         del kept["rollout.config_name"]

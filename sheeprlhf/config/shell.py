@@ -1,8 +1,4 @@
-"""Commands of this program as a shell takes them: every command that is printed or stored goes through `command`.
-
-Two grammars read a word of a printed command, the shell's and Hydra's: `option_word` quotes for the second, `command`
-and `shell_word` for the first.
-"""
+"""Commands as they are printed: `option_word` quotes for Hydra, `command` and `shell_word` for the shell too."""
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping

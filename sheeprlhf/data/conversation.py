@@ -426,11 +426,7 @@ class _Renderer:
         self._decoded = False
 
     def __call__(self, messages: Sequence[Message], *, ask: bool = False) -> str:
-        """The text of messages; with `ask`, the generation prompt behind it.
-
-        Arguments of tool calls that are JSON text stay as they are, unless the template fails on text or encodes it a
-        second time: then they are given as objects.
-        """
+        """The text of messages; calls get objects as arguments only if the template fails on JSON text."""
         if not self._decoded:
             arguments = [text for message in messages for text in _argument_texts(message)]
             try:

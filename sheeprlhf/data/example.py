@@ -200,11 +200,7 @@ def _batch(
     response_at: list[int],
     targets: str,
 ) -> Batch:
-    """Find where each target is predicted or scored and build the tensors.
-
-    `prompt_at` and `response_at` say, per response of the batch, at which place of the flattened (B*T,) ids its prompt
-    and it begin. The first token of a response is predicted at its prompt's last place, every other one place before.
-    """
+    """Build the tensors; prompt_at and response_at are places of each response in the flattened (B*T,) ids."""
     scored = targets in SCORED
     sources: list[np.ndarray] = []
     target_ids: list[np.ndarray] = []

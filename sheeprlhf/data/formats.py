@@ -100,11 +100,7 @@ def format_prompt(row: Mapping[str, Any], tokenizer: Any) -> PreferenceExample |
 
 
 def _named(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row of texts with the columns of other layouts under the names that are read here.
-
-    A rejected response is the worse answer of a pair. Two dialogues of Human and Assistant without a prompt have their
-    common start as prompt, up to the last "Assistant:".
-    """
+    """A row of texts under the names that are read here; two dialogues get their common start as prompt."""
     row = dict(row)
     for name in CONVERSATION_EXTRAS:
         if has_value(row.get(name)):

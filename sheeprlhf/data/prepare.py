@@ -382,12 +382,7 @@ def _count(
 
 
 def choose_split(shares: tuple[float, float], cfg: DataConfig, native: set[str]) -> str:
-    """The split of a training row, by numbers that depend on its prompt only: equal prompts stay together.
-
-    Of a prompt that has most of the rows, the numbers depend on the whole row (see `FrequentPrompts`).
-
-    Splits that are `native` to the dataset are not cut from the training rows.
-    """
+    """The split of a training row by its shares, which equal prompts have in common; `native` splits are not cut."""
     test = 0.0 if "test" in native else cfg.test_split
     validation = 0.0 if "validation" in native else cfg.validation_split
     if shares[0] < test:

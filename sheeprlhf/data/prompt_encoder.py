@@ -1,8 +1,4 @@
-"""From what a person types to the token ids that training would have made of it.
-
-The text is put into a row of the dataset that a model was trained on, and goes the way of every row: the dataset's
-format, then `RowTokenizer`. So a prompt is written, begun and ended as those that the model has learned from.
-"""
+"""From what a person types to the token ids that training would have made of it, by a row of the run's dataset."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence

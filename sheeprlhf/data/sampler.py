@@ -55,10 +55,7 @@ class StepPlan(NamedTuple):
 
 
 class RolloutPlan(NamedTuple):
-    """Optimizer steps of a run that learns from one rollout after the other, each `passes` times.
-
-    The last rollout of an epoch may have fewer prompts, and then fewer steps.
-    """
+    """Optimizer steps of a run with `passes` over each rollout; the last one of an epoch may have fewer prompts."""
 
     prompts: StepPlan  # the order of the prompts; one of its "steps" is a rollout
     prompts_per_step: int  # prompts of one optimizer step, all ranks together

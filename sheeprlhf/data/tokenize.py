@@ -159,11 +159,7 @@ class PairEncoder:
     def _encode_in_context(
         self, prompts: Sequence[str], responses: Sequence[Sequence[str]], control_tokens: bool
     ) -> tuple[list[list[int]], list[list[list[int]]]]:
-        """Ids of prompts, and of responses as they follow them.
-
-        Where a token crosses the border, so that the prompt's ids do not begin those of both, a sentinel replaces the
-        prompt's place; where every sentinel merges with the response too, the response is encoded as it is.
-        """
+        """Ids of prompts, and of responses behind them, or behind a sentinel if a token crosses the border."""
         prompt_ids = encode(self._tokenizer, prompts, control_tokens=control_tokens)
         places = [(row, text) for row, of in enumerate(responses) for text in of]
         before = [(prompts[row], prompt_ids[row]) for row, _ in places]
@@ -634,11 +630,7 @@ class RowTokenizer:
 
 
 def _join_answers(answers: Sequence[_Identified], ends: tuple[str, ...]) -> list[_Identified]:
-    """One example for the answers of a conversation that follow each other in the same text.
-
-    An answer is joined to the one before it if its prompt begins with that one's prompt and answer, and the template
-    ends that answer with one of the end tokens `ends`; otherwise it begins an example of its own.
-    """
+    """One example for answers in the same text: each prompt begins with all before, which end with one of `ends`."""
     joined: list[_Identified] = []
     for one in answers:
         if joined:

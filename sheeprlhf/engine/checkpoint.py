@@ -273,13 +273,7 @@ def restore_latest(
 def load_checkpoint(
     fabric: Fabric, path: Path, module: nn.Module, optimizer: Optimizer, *, config_hash: str, say: Notify
 ) -> TrainState:
-    """All ranks: restore weights, optimizer and this rank's random number generators from a verified checkpoint.
-
-    Another number of processes or threads than when it was written is announced through `say`.
-
-    Raises:
-        CheckpointError: of another configuration, or with other names, shapes or number formats.
-    """
+    """All ranks: restore weights, optimizer, generators from a verified checkpoint. Raises CheckpointError."""
     manifest, state = read_manifest(path), read_state(path)
     if manifest["config_hash"] != config_hash:
         raise CheckpointError(f"{path} belongs to another configuration; resume with the options in its config.yaml")

@@ -1,8 +1,4 @@
-"""Folders that are there whole or not at all, and the manifest that proves it. Imports no torch.
-
-A folder is filled in a scratch folder next to its place, forced to disk file by file, and renamed: a process killed at
-any moment leaves either the whole folder or something named `<name>.<random>.tmp.<pid>`, which the next start removes.
-"""
+"""Folders that appear whole by a rename of a scratch folder, and the manifest that proves it. Imports no torch."""
 
 import hashlib
 import json

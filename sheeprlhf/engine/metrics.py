@@ -90,11 +90,7 @@ class MetricWriter:
 
 
 class EventFile:
-    """One process's points for TensorBoard, in a file whose name sorts after those of all earlier processes.
-
-    TensorBoard reads a run's files in the order of their names, which begin with a time, and points that a later file
-    takes back must have been read before. A name by the clock alone would hide points after the clock has moved back.
-    """
+    """Points for TensorBoard, in a file whose name sorts after those of earlier processes, whatever the clock says."""
 
     def __init__(self, run_dir: Path, purge_step: int) -> None:
         """Make the file in `run_dir`; points of earlier files from `purge_step` on are taken back."""

@@ -32,13 +32,7 @@ def set_up(
 def build_joint_optimizer(
     cfg: OptimizerConfig, learners: Sequence[tuple[Iterable[nn.Parameter], float]]
 ) -> torch.optim.Optimizer:
-    """One optimizer over the trainable parameters of several learners, each with its peak learning rate.
-
-    It steps those parameters alone that have a gradient, so each learner can learn by itself. See `follow_schedule`.
-
-    Raises:
-        ConfigError: nothing is trainable in one of them.
-    """
+    """One optimizer over several learners with their peak learning rates; only what has a gradient is stepped."""
     return _optimizer_of(cfg, [group for parameters, lr in learners for group in _groups(cfg, parameters, lr)])
 
 

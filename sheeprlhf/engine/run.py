@@ -192,14 +192,7 @@ class Run:
 
 @contextmanager
 def open_run(fabric: Fabric, cfg: TrainConfig, run_dir: Path) -> Iterator[Run]:
-    """All ranks: the run is this job's until the block ends.
-
-    Rank zero locks the directory and saves the configuration. A new run that is refused before it has recorded anything
-    takes its directory with it, so that the same command can be given again with the mistake fixed.
-
-    Raises:
-        RunInUseError: another process works in this directory.
-    """
+    """All ranks: the run is this job's until the block ends; one that is refused early goes. Raises SheepError."""
     with ExitStack() as stack:
         fresh = False
         if fabric.is_global_zero:
@@ -335,13 +328,7 @@ def noted_signals(is_rank_zero: bool) -> Iterator[SignalFlags]:
 
 
 def check_shared(fabric: Fabric, run_dir: Path, say: Notify) -> None:
-    """All ranks: find the machines that do not see rank zero's run directory, by a file that it makes for a moment.
-
-    One without checkpoints works all the same; `say` tells then that going on will need them on every machine.
-
-    Raises:
-        ConfigError: on all ranks, if a machine lacks the run's checkpoints, or has others.
-    """
+    """All ranks: find machines without rank zero's run directory. Raises ConfigError if they need its checkpoints."""
     if getattr(fabric.strategy, "num_nodes", 1) == 1:
         return
     name = fabric.broadcast(f".seen-{secrets.token_hex(8)}")

@@ -1,8 +1,4 @@
-"""The directory of a run: its place, owner, lock and status. Imports no torch.
-
-`<root_dir>/<data>/<model>/<task>/<time>/<run_name>/run.json` says what the run is: status, configuration hash, names,
-times and command.
-"""
+"""The directory of a run: its place, owner, lock and status, which run.json has. Imports no torch."""
 
 import fcntl
 import json
@@ -282,14 +278,7 @@ def make_unique_dir(parent: Path, name: str) -> Path:
 
 
 def discard_unused(run_dir: Path, root_dir: Path) -> bool:
-    """Rank zero only, which holds the lock: empty a directory that has nothing but what a start writes.
-
-    It goes, with the folders above it, up to `root_dir`, in which nothing else is. One outside `root_dir` was named by
-    the user and stays.
-
-    Returns:
-        False if something else is there; nothing was removed then.
-    """
+    """Rank zero only: remove a directory below `root_dir` that has only what a start writes; False if it has more."""
     files = [run_dir / name for name in (REPORT_FILE, CONFIG_FILE, LOCK_FILE, RUN_FILE)]
     if not {path.name for path in run_dir.iterdir()} <= {path.name for path in files}:
         return False

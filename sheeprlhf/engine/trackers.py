@@ -1,8 +1,4 @@
-"""Experiment trackers: Weights & Biases, MLflow and trackio. Their packages are optional and imported when one is used.
-
-A tracker gets the metrics and samples of a run besides the run's own files, and the redacted configuration. A resumed
-run continues the tracker's run, whose id is in run.json. A tracker that fails is left out from then on.
-"""
+"""Experiment trackers: Weights & Biases, MLflow, trackio. Each is optional; one that fails is left out."""
 
 import os
 import secrets

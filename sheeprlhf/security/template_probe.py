@@ -1,7 +1,4 @@
-"""A program of its own: renders the chat template on stdin as transformers would, within 2 seconds and 512 MB.
-
-It prints what the template does that it may not; nothing if there is nothing. It imports none of this package.
-"""
+"""A program without this package: tries the chat template on stdin for 2 s and 512 MB; prints its problem, if any."""
 
 import json
 import resource

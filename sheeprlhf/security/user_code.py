@@ -1,8 +1,4 @@
-"""A function of the user's by its dotted path: where its source is and whether the name is in it, without running any.
-
-A module is looked for where Python looks (installed packages, PYTHONPATH) and then in the current directory, which
-people who keep `my_rewards.py` next to their data expect, however the program was started.
-"""
+"""The source of a user's function by its dotted path: installed, on PYTHONPATH, or in the current directory."""
 
 import ast
 import importlib.util

@@ -43,10 +43,7 @@ def step_plan(
 
 
 def _with_q_heads(size: ModelSize, num_heads: int) -> ModelSize:
-    """The size with heads of Q and their targets, each as large as the language head and in float32, and one of V.
-
-    For each token autograd keeps its rows of the heads.
-    """
+    """The size with heads of Q and their targets (as the language head, in float32) and V, for each token too."""
     heads, width = num_heads * size.head, size.head // size.vocabulary
     return size._replace(
         parameters=size.parameters + heads,

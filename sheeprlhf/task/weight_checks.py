@@ -1,8 +1,4 @@
-"""The models that a job is going to load, checked before its data is prepared and its run directory is made.
-
-Their weights are accounted for by the headers of their files, and what does not fit a model's architecture is rejected
-by building it of tensors without content.
-"""
+"""The models of a job, checked before data is prepared, by the headers of their files and without their content."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -27,11 +27,7 @@ _SECONDS_TO_COME_AGAIN = 0.02  # after what was called is left
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Let the kernel kill this process when its parent dies, even by kill -9 (Linux only).
-
-    Call it early, with the parent's process id if that is known: the parent may have died before. Ranks above zero need
-    it: a killed rank zero would leave them waiting in a collective.
-    """
+    """Let the kernel kill this process with its parent (Linux), which may have died since; call it early."""
     if not sys.platform.startswith("linux"):
         return
     pr_set_pdeathsig = 1

@@ -1,8 +1,4 @@
-"""The page of the report: tables and texts from the records of runs, put into `assets/report.html.jinja`.
-
-Every string that reaches the template loses secrets and control characters, and is escaped; only the SVG of charts and
-our own style sheet are markup.
-"""
+"""The page of the report, `assets/report.html.jinja`; all text loses secrets and control codes, and is escaped."""
 
 import base64
 import math

@@ -325,11 +325,7 @@ def logprobs_of(job: Evaluation, policy: EvalPolicy, answers: Answers, label: st
 
 
 def kl_of_responses(answers: Answers, logprobs_N: Tensor, start_N: Tensor) -> np.ndarray:
-    """(P * K,) float64, nats: log-probability of each response by the policy that sampled it, less that by its start.
-
-    Their mean estimates the KL divergence of the policy from its start without bias; one of them may be negative. The
-    log-probabilities are of each token.
-    """
+    """(P * K,) float64, nats: unbiased estimates of the KL from the start, one of each response, from its tokens."""
     apart_N = (logprobs_N.double() - start_N.double()).numpy()
     starts = np.cumsum([0, *answers.rollout.response_lengths[:-1]])
     return np.add.reduceat(apart_N, starts)

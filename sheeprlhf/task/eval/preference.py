@@ -1,8 +1,4 @@
-"""Held-out pairs: how often the better response is preferred, by a reward model or by a policy's implicit reward.
-
-A policy's is beta * (its log-probability of the response - that of its start), summed over the response's tokens
-(arXiv 2305.18290, sec. 4).
-"""
+"""Held-out pairs: accuracy of a reward model, or of a policy's implicit reward (arXiv 2305.18290, sec. 4)."""
 
 from functools import partial
 from itertools import combinations

@@ -1,8 +1,4 @@
-"""Reward evaluation: scores of a policy's responses by `reward=`, their win rate, and the policy's KL.
-
-The responses are sampled as those of a rollout are: with all probabilities, at `generation.temperature`. At no time is
-more than one model in memory.
-"""
+"""Reward evaluation: scores of responses sampled as in a rollout, win rate and KL; one model in memory at a time."""
 
 from functools import partial
 from pathlib import Path

@@ -107,16 +107,7 @@ def _table(numbers: dict[str, Any]) -> Table:
 
 
 def baseline_responses(prompts: Sequence[str], references: Sequence[str]) -> dict[str, list[str]]:
-    """The answers of each baseline to the prompts, by the baseline's name.
-
-    Args:
-        prompts: the prompts' texts.
-        references: the references' texts; only their mean length in words is used.
-
-    Returns:
-        `lead`: the prompt's first words, as many as the references have on average; `copy`: the prompt; and, where most
-        prompts define a Python function or class, `names`: the words of the names that they define.
-    """
+    """Trivial answers: `lead` (as many words as references have), `copy`, and `names` if prompts define any."""
     num_words = max(1, round(sum(len(text.split()) for text in references) / len(references)))
     answers = {"lead": [" ".join(prompt.split()[:num_words]) for prompt in prompts], "copy": list(prompts)}
     if 2 * sum(_DEFINED.search(prompt) is not None for prompt in prompts) > len(prompts):
@@ -135,13 +126,7 @@ def split_name(name: str) -> list[str]:
 
 
 class Rouge(Metric):
-    """F-measures of ROUGE-1, -2, -L and -Lsum (Lin 2004) by rouge-score, what papers report; nothing is downloaded.
-
-    Words are runs of a-z and 0-9 in lower case; ROUGE-Lsum takes the lines of a text as its sentences.
-
-    `compute(predictions=..., references=..., use_stemmer=False, use_aggregator=True)` returns the mean of each
-    measure in [0, 1]; without the aggregator, its list of one value a row.
-    """
+    """F-measures of ROUGE-1, -2, -L and -Lsum (Lin 2004) by rouge-score; a line of a text is a sentence."""
 
     def __init__(self) -> None:
         with tempfile.TemporaryDirectory() as folder:  # the parent makes a cache folder that rows in memory never use
