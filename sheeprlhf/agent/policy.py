@@ -37,8 +37,8 @@ from sheeprlhf.model.lm_head import (
     head_logprobs,
     head_scores,
     hidden_states,
+    last_block_at_tails,
     logprobs_from_logits,
-    sparse_last_mlp,
 )
 from sheeprlhf.model.locate import locate_adapter
 from sheeprlhf.structure.model import ModelConfig
@@ -244,7 +244,7 @@ def hidden_at_head(backbone: nn.Module, batch: Batch) -> Tensor:
             ),
         )
     else:
-        with sparse_last_mlp(backbone, batch.head_positions_R, batch.input_ids_BT.shape[1]):
+        with last_block_at_tails(backbone, batch.layout):
             hidden_BTC = hidden_states(
                 backbone,
                 input_ids=batch.input_ids_BT,
@@ -252,6 +252,8 @@ def hidden_at_head(backbone: nn.Module, batch: Batch) -> Tensor:
                 position_ids=batch.position_ids_BT,
                 layout=batch.layout,
             )
+        if hidden_BTC.shape[1] != batch.input_ids_BT.shape[1]:
+            return hidden_BTC[0].index_select(0, torch.searchsorted(batch.layout.tail_index, batch.head_positions_R))
     return hidden_BTC.flatten(0, 1).index_select(0, batch.head_positions_R)
 
 

@@ -75,6 +75,15 @@ class Layout(NamedTuple):
     key_index: Tensor | None  # (M,) int64, packed position of each key; None with one response everywhere
     max_query: int  # longest attention sequence, in queries
     max_key: int  # longest attention sequence, in keys
+    # tokens of each attention sequence, from the first one that a head reads to its end, which the last block computes
+    tails: tuple[int, ...]
+    tail_starts: Tensor  # (S+1,) int32, their cumulative lengths
+    tail_index: Tensor  # their packed positions, int64, ascending
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the packed row, T."""
+        return sum(prompt + sum(responses) for prompt, responses in self.segments)
 
 
 class Batch(NamedTuple):
@@ -142,7 +151,7 @@ def collate_packed(examples: Sequence[Example], *, targets: str = "response") ->
         input_ids=np.concatenate(ids)[None],
         position_ids=np.concatenate(positions)[None],
         attention_mask=None,
-        layout=_layout(examples),
+        layout=layout_of([(len(e.prompt_ids), tuple(map(len, e.responses))) for e in examples]),
         prompt_at=prompt_at,
         response_at=response_at,
         targets=targets,
@@ -229,6 +238,8 @@ def _batch(
     pairs, weights, margins = _pairs(examples)
     source_N = np.concatenate(sources)
     head_positions_R, logit_index_N = np.unique(source_N, return_inverse=True)
+    if layout is not None:
+        layout = with_tails(layout, head_positions_R)
     return Batch(
         input_ids_BT=_int64(input_ids),
         position_ids_BT=_int64(position_ids),
@@ -264,9 +275,12 @@ def _pairs(examples: Sequence[Example]) -> tuple[np.ndarray, list[float], list[f
     return np.array(pairs, dtype=np.int64).reshape(-1, 2), weights, margins
 
 
-def _layout(examples: Sequence[Example]) -> Layout:
-    """The attention sequences of a packed row: prompt with response 1, then each further response with its prompt."""
-    segments = tuple((len(e.prompt_ids), tuple(len(r) for r in e.responses)) for e in examples)
+def layout_of(segments: Sequence[tuple[int, tuple[int, ...]]]) -> Layout:
+    """The attention sequences of a packed row: prompt with response 1, then each further response with its prompt.
+
+    Args:
+        segments: of each the length of its prompt and of its responses.
+    """
     queries: list[int] = []
     keys: list[int] = []
     key_pieces: list[np.ndarray] = []
@@ -280,14 +294,33 @@ def _layout(examples: Sequence[Example]) -> Layout:
             key_pieces += [prompt, np.arange(start, start + num_response)]
             start += num_response
     shared = any(len(responses) > 1 for _, responses in segments)
-    return Layout(
-        segments=segments,
-        query_starts=torch.tensor([0, *accumulate(queries)], dtype=torch.int32),
-        key_starts=torch.tensor([0, *accumulate(keys)], dtype=torch.int32),
+    layout = Layout(
+        segments=tuple(segments),
+        query_starts=_starts(queries),
+        key_starts=_starts(keys),
         key_index=_int64(np.concatenate(key_pieces)) if shared else None,
         max_query=max(queries),
         max_key=max(keys),
+        tails=(),
+        tail_starts=torch.zeros(0),
+        tail_index=torch.zeros(0),
     )
+    return with_tails(layout, np.cumsum(queries) - 1)
+
+
+def with_tails(layout: Layout, head_positions_R: np.ndarray) -> Layout:
+    """The layout with the tails of a head that reads these packed positions; a tail has one token at least."""
+    ends = layout.query_starts[1:].numpy()
+    first = np.append(head_positions_R, ends[-1])[np.searchsorted(head_positions_R, layout.query_starts[:-1].numpy())]
+    first = np.minimum(first, ends - 1)
+    index = np.concatenate([np.arange(start, end) for start, end in zip(first, ends, strict=True)])
+    tails = tuple((ends - first).tolist())
+    return layout._replace(tails=tails, tail_starts=_starts(tails), tail_index=_int64(index))
+
+
+def _starts(lengths: Sequence[int]) -> Tensor:
+    """(S+1,) int32 cumulative lengths."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 def _int64(values: np.ndarray) -> Tensor:

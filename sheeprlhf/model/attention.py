@@ -41,7 +41,20 @@ PACKED = "sheeprlhf_packed"
 PACKED_EAGER = "sheeprlhf_packed_eager"  # of models that have no sdpa attention
 _KIND = "longrope"
 _HALF = (torch.bfloat16, torch.float16)
+_LONGEST_DENSE, _BLOCK = 512, 128  # tokens of a sequence up to which a CPU keeps the weights; queries at a time
 _UNSUPPORTED = ("position_bias",)  # extras of some models' attention that change the result
+
+
+class KeysKnown(Exception):
+    """The last block's attention has got its keys and values, and is called again with the queries of the tails."""
+
+
+class TailQueries:
+    """In the place of a layout, for the last block: keys and values of all tokens first, then the tails' queries."""
+
+    def __init__(self, layout: Any) -> None:
+        self.layout = layout
+        self.keys: tuple[Tensor, Tensor] | None = None
 
 
 class Variant(NamedTuple):
@@ -135,6 +148,14 @@ def packed_attention(
             module, query_BHTD, key_BGTD, value_BGTD, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output, None
+    query_lengths = None
+    if isinstance(layout, TailQueries):
+        if layout.keys is None:
+            layout.keys = key_BGTD, value_BGTD
+            raise KeysKnown
+        (key_BGTD, value_BGTD), layout = layout.keys, layout.layout
+        query_lengths = layout.tails
+        layout = layout._replace(query_starts=layout.tail_starts, max_query=max(layout.tails))
     variant = Variant(kwargs.get("sliding_window"), kwargs.get("softcap"), kwargs.get("s_aux")).limited(layout.max_key)
     extra = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if extra:
@@ -148,7 +169,8 @@ def packed_attention(
     if device == "cuda" and dtype in _HALF and dropout == 0.0 and variant._replace(window=None).is_plain:
         return _varlen_attention(query, key, value, scaling, layout, variant.window), None
     with torch.autocast(device, enabled=False):  # it would cast float32 inputs back
-        return _loop_attention(query, key, value, dropout, scaling, layout, variant).to(query_BHTD.dtype), None
+        output = _loop_attention(query, key, value, dropout, scaling, layout, variant, query_lengths)
+        return output.to(query_BHTD.dtype), None
 
 
 def kernel_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
@@ -169,9 +191,20 @@ def _loop_attention(
     scaling: float | None,
     layout: Any,
     variant: Variant,
+    query_lengths: Sequence[int] | None = None,
 ) -> Tensor:
-    """One dense call per attention sequence: causal for a prompt with its first response, masked for the others."""
-    grouped = query_BHTD.shape[1] != key_BGTD.shape[1]
+    """One dense call per attention sequence: causal for a prompt with its first response, masked for the others.
+
+    `query_lengths` are those of the last queries of each sequence, if there are not those of all tokens.
+    """
+    lengths = [n for prompt, responses in layout.segments for n in (prompt + responses[0], *responses[1:])]
+    repeats = query_BHTD.shape[1] // key_BGTD.shape[1]
+    if query_BHTD.device.type == "cpu" and variant.is_plain and dropout == 0.0 and layout.max_key <= _LONGEST_DENSE:
+        query, key, value = (x[0] for x in (query_BHTD, key_BGTD, value_BGTD))
+        if repeats > 1:
+            key, value = (x.repeat_interleave(repeats, dim=0) for x in (key, value))
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return _DenseAttention.apply(query, key, value, scale, _sequences(layout, query_lengths or lengths))
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(1, T, H, D): the queries are those of the last T keys."""
@@ -183,13 +216,13 @@ def _loop_attention(
             assert mask is not None
             return _manual_attention(query, key, value, mask, dropout, scaling, own).transpose(1, 2)
         output_BHTD = F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=repeats > 1
         )
         return output_BHTD.transpose(1, 2)
 
-    lengths = [n for prompt, responses in layout.segments for n in (prompt + responses[0], *responses[1:])]
     # Split, never sliced: the gradient of every slice would be a tensor of the whole row, mostly zeros.
-    sequences = zip(*(x.split(lengths, dim=2) for x in (query_BHTD, key_BGTD, value_BGTD)), strict=True)
+    parts_of = (query_BHTD, query_lengths or lengths), (key_BGTD, lengths), (value_BGTD, lengths)
+    sequences = zip(*(x.split(list(parts), dim=2) for x, parts in parts_of), strict=True)
     outputs = []
     for prompt_length, response_lengths in layout.segments:
         query, key, value = next(sequences)
@@ -200,6 +233,84 @@ def _loop_attention(
             key, value = (torch.cat(parts, dim=2) for parts in zip(prompt, response, strict=True))
             outputs.append(attend(query, key, value))
     return torch.cat(outputs, dim=1)
+
+
+def _sequences(layout: Any, query_lengths: Sequence[int]) -> list[tuple[slice, slice, slice]]:
+    """Of each attention sequence the packed places of its queries, of the prompt before it and of its own keys."""
+    found: list[tuple[slice, slice, slice]] = []
+    start, query = 0, 0
+    for prompt_length, responses in layout.segments:
+        shared = slice(start, start + prompt_length)
+        for number, response in enumerate(responses):
+            length = query_lengths[len(found)]
+            end = start + response + (0 if number else prompt_length)
+            prompt = shared if number else slice(0, 0)  # the first one's own keys begin with the prompt
+            found.append((slice(query, query + length), prompt, slice(start, end)))
+            start, query = end, query + length
+    return found
+
+
+class _DenseAttention(torch.autograd.Function):
+    """Plain attention of packed sequences, in blocks of queries; the weights are kept for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_HTD: Tensor,
+        key_HTD: Tensor,
+        value_HTD: Tensor,
+        scale: float,
+        sequences: list[tuple[slice, slice, slice]],
+    ) -> Tensor:
+        output_THD = query_HTD.new_empty(query_HTD.shape[1], query_HTD.shape[0], query_HTD.shape[2])
+        kept = []
+        for queries, *places in sequences:
+            key, value = (_joined(x, *places) for x in (key_HTD, value_HTD))
+            for rows, seen in _blocks(queries, key.shape[1]):
+                mask = torch.full((rows.stop - rows.start, seen), -math.inf, dtype=key.dtype)
+                mask.triu_(seen - len(mask) + 1)
+                scores = torch.baddbmm(mask, query_HTD[:, rows], key[:, :seen].mT, alpha=scale)
+                kept.append(scores.softmax(dim=-1))
+                output_THD[rows] = torch.bmm(kept[-1], value[:, :seen]).transpose(0, 1)
+        ctx.save_for_backward(query_HTD, key_HTD, value_HTD, *kept)
+        ctx.scale, ctx.sequences = scale, sequences
+        return output_THD[None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query_HTD, key_HTD, value_HTD, *kept = ctx.saved_tensors
+        weights, grad_HTD = iter(kept), grads[0][0].transpose(0, 1)
+        grad_query, grad_key, grad_value = (
+            x.new_zeros(x.shape[1], x.shape[0], x.shape[2]).transpose(0, 1) for x in (query_HTD, key_HTD, value_HTD)
+        )
+        for queries, prompt, own in ctx.sequences:
+            key, value = (_joined(x, prompt, own) for x in (key_HTD, value_HTD))
+            grad_k, grad_v = torch.zeros_like(key), torch.zeros_like(value)
+            for rows, seen in _blocks(queries, key.shape[1]):
+                p, grad = next(weights), grad_HTD[:, rows]
+                slope = torch._softmax_backward_data(torch.bmm(grad, value[:, :seen].mT), p, -1, p.dtype)
+                grad_query[:, rows] = torch.bmm(slope, key[:, :seen])
+                grad_k[:, :seen] += torch.bmm(slope.mT, query_HTD[:, rows])
+                grad_v[:, :seen] += torch.bmm(p.mT, grad)
+            num_prompt = prompt.stop - prompt.start
+            for total, part in ((grad_key, grad_k), (grad_value, grad_v)):
+                total[:, prompt] += part[:, :num_prompt]
+                total[:, own] += part[:, num_prompt:]
+        return grad_query.mul_(ctx.scale), grad_key.mul_(ctx.scale), grad_value, None, None
+
+
+def _joined(x_HTD: Tensor, prompt: slice, own: slice) -> Tensor:
+    """The numbers of a sequence's keys."""
+    return x_HTD[:, own] if prompt.stop == prompt.start else torch.cat([x_HTD[:, prompt], x_HTD[:, own]], dim=1)
+
+
+def _blocks(queries: slice, num_keys: int) -> Iterator[tuple[slice, int]]:
+    """Blocks of queries, which are those of the last keys, and the number of keys that each sees."""
+    number = queries.stop - queries.start
+    size = -(-number // max(1, round(number / _BLOCK)))
+    for first in range(queries.start, queries.stop, size):
+        last = min(first + size, queries.stop)
+        yield slice(first, last), num_keys - queries.stop + last
 
 
 def _causal_mask(num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:

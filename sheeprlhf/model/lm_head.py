@@ -3,7 +3,7 @@
 A model with a score head is transformers' own `AutoModelForSequenceClassification` with one label, so plain
 transformers loads what is saved.
 
-The last block's MLP is computed only where the head runs (`sparse_last_mlp`).
+The last block is computed only where the head runs (`last_block_at_tails`).
 
 Letters: C hidden width, R head rows (positions where the head runs), N targets, V vocabulary.
 """
@@ -11,14 +11,16 @@ Letters: C hidden width, R head rows (positions where the head runs), N targets,
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
+from sheeprlhf.model.attention import KeysKnown, TailQueries
 from sheeprlhf.model.folder.weights import HEAD, keep_quantization
 from sheeprlhf.utils.end_tokens import padding_token
 from sheeprlhf.utils.errors import ModelError
@@ -273,39 +275,68 @@ def head_scores(hidden_RC: Tensor, head: nn.Module) -> Tensor:
 
 
 @contextmanager
-def sparse_last_mlp(backbone: nn.Module, positions_R: Tensor, num_positions: int) -> Iterator[None]:
-    """Compute the last block's MLP only at these positions; its outputs elsewhere are zero.
+def last_block_at_tails(backbone: nn.Module, layout: Any) -> Iterator[None]:
+    """Compute the last block, except for its keys and values, only at the tails of a packed row.
 
-    Nothing changes for a model whose last MLP is not found, and under gradient checkpointing, which computes the block
-    again after this has ended.
+    The hidden states that a backbone returns are those of the tails, if they are fewer than the row's.
 
-    Args:
-        backbone: the model without its head.
-        positions_R: (R,) places of the packed row.
-        num_positions: T, its length.
+    Nothing changes where they are nearly the whole row, for a model whose last block is of another kind, and under
+    gradient checkpointing, which computes the block again after this has ended.
     """
-    mlp = _last_mlp(backbone)
-    if mlp is None or getattr(backbone, "is_activation_checkpointing", False):
+    block, few = _last_block(backbone), 8 * len(layout.tail_index) <= 7 * layout.num_tokens
+    if block is None or not few or getattr(backbone, "is_activation_checkpointing", False):
         yield
         return
+    compute = block.forward
 
-    def pick(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden_1TC, *others = inputs
-        return hidden_1TC.index_select(1, positions_R), *others
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        """Block's own code twice: until it has the keys and values of all tokens, and with the tails alone."""
+        tails = TailQueries(layout)
+        kwargs["layout"] = tails
+        with _skipped(block, "q_proj"), suppress(KeysKnown):
+            return compute(*args, **kwargs)
+        args, kwargs = at_tails((args, kwargs), layout)
+        with _skipped(block, "k_proj", "v_proj"):
+            output = compute(*args, **kwargs)
+        if hasattr(backbone, "h"):  # GPT-2 and others expect as many positions as they were given
+            return output.new_zeros(1, layout.num_tokens, output.shape[-1]).index_copy(1, layout.tail_index, output)
+        return output
 
-    def spread(_: nn.Module, inputs: tuple[Any, ...], output_1RC: Tensor) -> Tensor:
-        return output_1RC.new_zeros(1, num_positions, output_1RC.shape[-1]).index_copy(1, positions_R, output_1RC)
-
-    hooks = [mlp.register_forward_pre_hook(pick), mlp.register_forward_hook(spread)]
+    block.forward = forward
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        del block.forward
 
 
-def _last_mlp(backbone: nn.Module) -> nn.Module | None:
-    """The dense MLP of the last block; None for other kinds (experts, a block that holds its layers itself)."""
+def at_tails(value: Any, layout: Any) -> Any:
+    """The same at the tails of a packed row: a tensor (1, T, ...), or all in a collection; a cache becomes None."""
+    if isinstance(value, Tensor) and value.shape[:2] == (1, layout.num_tokens):
+        return value.index_select(1, layout.tail_index)
+    if isinstance(value, dict):
+        return {name: at_tails(one, layout) for name, one in value.items()}
+    if type(value) in (tuple, list):
+        return tuple(at_tails(one, layout) for one in value)
+    return None if isinstance(value, Cache) else value
+
+
+@contextmanager
+def _skipped(block: nn.Module, *names: str) -> Iterator[None]:
+    """Linear layers of these names give zeros, which nobody reads, unless others have hooks on them."""
+    linear = [m for name, m in block.named_modules() if name.rpartition(".")[2] in names and hasattr(m, "out_features")]
+    linear = [m for m in linear if not m._forward_hooks and not m._forward_pre_hooks]
+    for module in linear:
+        module.forward = lambda x, size=module.out_features: x.new_zeros(()).expand(*x.shape[:-1], size)
+    try:
+        yield
+    finally:
+        for module in linear:
+            del module.forward
+
+
+def _last_block(backbone: nn.Module) -> nn.Module | None:
+    """The last block, if it has a dense MLP; None for other kinds (experts, a block that holds its layers itself)."""
     blocks = getattr(backbone, "layers", None) or getattr(backbone, "h", None)
-    mlp = getattr(blocks[-1], "mlp", None) if isinstance(blocks, nn.ModuleList) else None
-    return mlp if type(mlp).__name__.endswith("MLP") and not hasattr(mlp, "experts") else None
+    block = blocks[-1] if isinstance(blocks, nn.ModuleList) else None
+    mlp = getattr(block, "mlp", None)
+    return block if type(mlp).__name__.endswith("MLP") and not hasattr(mlp, "experts") else None

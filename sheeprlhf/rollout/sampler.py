@@ -12,7 +12,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, cast
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from sheeprlhf.data.example import Layout
+from sheeprlhf.data.example import layout_of
 from sheeprlhf.model.attention import (
     Variant,
     kernel_dtype,
@@ -34,7 +33,8 @@ from sheeprlhf.model.attention import (
     placeholder_mask,
     tolerance,
 )
-from sheeprlhf.model.lm_head import backbone_and_head, sparse_last_mlp
+from sheeprlhf.model.lm_head import at_tails, backbone_and_head, last_block_at_tails
+from sheeprlhf.utils.lightning import move_data_to_device
 from sheeprlhf.utils.memory import phase
 from sheeprlhf.utils.modes import eval_mode
 
@@ -414,19 +414,19 @@ class PackedDecoder:
     def _last_hidden(self, prompts: Sequence[np.ndarray], device: torch.device) -> Tensor:
         """(P, C) hidden states of the last tokens of some prompts, whose keys and values go to the cache."""
         lengths = [len(prompt) for prompt in prompts]
-        ends_P = torch.tensor(lengths, device=device).cumsum(0)
         input_ids_1T = torch.from_numpy(np.concatenate(prompts).astype(np.int64))[None].to(device)
         position_ids_1T = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
-        with sparse_last_mlp(self._backbone, ends_P - 1, input_ids_1T.shape[1]):
+        layout = move_data_to_device(layout_of([(length, (0,)) for length in lengths]), device)
+        with last_block_at_tails(self._backbone, layout):
             hidden_1TC = self._backbone(
                 input_ids=input_ids_1T,
                 attention_mask=placeholder_mask(input_ids_1T),
                 position_ids=position_ids_1T,
-                layout=_layout(lengths, device),
+                layout=layout,
                 **self._given,
                 use_cache=True,
             ).last_hidden_state
-        return hidden_1TC[0, ends_P - 1]
+        return at_tails(hidden_1TC, layout)[0]
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Write one token into each live row. Returns (B, V) logits of the next one."""
@@ -594,10 +594,3 @@ def _parts(prompts: Sequence[np.ndarray], token_budget: int) -> list[list[np.nda
             parts.append([])
         parts[-1].append(prompt)
     return parts
-
-
-def _layout(lengths: list[int], device: torch.device) -> Layout:
-    """Return the layout of prompts laid end to end."""
-    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-    segments = tuple((length, (0,)) for length in lengths)
-    return Layout(segments, starts, starts, None, max(lengths), max(lengths))

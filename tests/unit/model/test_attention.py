@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 from torch.testing import assert_close
 
-from sheeprlhf.data.example import Layout, collate_packed
+from sheeprlhf.data.example import Layout, collate_packed, with_tails
+from sheeprlhf.model import attention
 from sheeprlhf.model.attention import _varlen_attention, kernel_dtype, packed_attention
 from sheeprlhf.utils.errors import ModelError
 from tests.support.batches import random_examples
@@ -58,14 +59,39 @@ def with_gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     return output, *torch.autograd.grad((output * weights).sum(), inputs)
 
 
+@pytest.mark.parametrize("longest_dense", [512, 0], ids=["weights are kept", "torch's kernel"])
 @pytest.mark.parametrize("scaling", [None, 0.7])
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("num_responses", [1, 2, 3])
-def test_values_and_gradients(num_responses: int, groups: int, scaling: float | None) -> None:
+def test_values_and_gradients(
+    num_responses: int, groups: int, scaling: float | None, longest_dense: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_LONGEST_DENSE", longest_dense)
+    monkeypatch.setattr(attention, "_BLOCK", 3)
     layout, inputs = case(num_responses, groups)
     output, nothing = packed_attention(MODULE, *inputs, None, scaling=scaling, layout=layout)
     assert nothing is None
     expected = brute_force(*inputs, layout, 8**-0.5 if scaling is None else scaling)
+    assert_close(with_gradients(output, inputs), with_gradients(expected, inputs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("longest_dense", [512, 0], ids=["weights are kept", "torch's kernel"])
+@pytest.mark.parametrize("num_responses", [1, 3])
+def test_queries_of_the_tails(
+    num_responses: int, longest_dense: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values of all tokens, then queries of the tails: those rows of the whole result."""
+    monkeypatch.setattr(attention, "_LONGEST_DENSE", longest_dense)
+    layout, inputs = case(num_responses, 2)
+    layout = with_tails(layout, layout.query_starts[1:].numpy() - 2)
+    tails, options = attention.TailQueries(layout), {"sliding_window": window}
+    with pytest.raises(attention.KeysKnown):
+        packed_attention(MODULE, *inputs, None, layout=tails, **options)
+    nothing = torch.zeros(1, 2, len(layout.tail_index), 8, dtype=torch.float64)
+    queries = inputs[0][:, :, layout.tail_index]
+    output, _ = packed_attention(MODULE, queries, nothing, nothing, None, layout=tails, **options)
+    expected = brute_force(*inputs, layout, 8**-0.5, window)[:, layout.tail_index]
     assert_close(with_gradients(output, inputs), with_gradients(expected, inputs), rtol=0, atol=1e-12)
 
 
