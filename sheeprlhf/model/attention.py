@@ -285,17 +285,19 @@ class _DenseAttention(torch.autograd.Function):
         )
         for queries, prompt, own in ctx.sequences:
             key, value = (_joined(x, prompt, own) for x in (key_HTD, value_HTD))
-            grad_k, grad_v = torch.zeros_like(key), torch.zeros_like(value)
+            num_prompt = prompt.stop - prompt.start
             for rows, seen in _blocks(queries, key.shape[1]):
                 p, grad = next(weights), grad_HTD[:, rows]
                 slope = torch._softmax_backward_data(torch.bmm(grad, value[:, :seen].mT), p, -1, p.dtype)
                 grad_query[:, rows] = torch.bmm(slope, key[:, :seen])
-                grad_k[:, :seen] += torch.bmm(slope.mT, query_HTD[:, rows])
-                grad_v[:, :seen] += torch.bmm(p.mT, grad)
-            num_prompt = prompt.stop - prompt.start
-            for total, part in ((grad_key, grad_k), (grad_value, grad_v)):
-                total[:, prompt] += part[:, :num_prompt]
-                total[:, own] += part[:, num_prompt:]
+                last = own.start + seen - num_prompt
+                for total, part in (
+                    (grad_key, torch.bmm(slope.mT, query_HTD[:, rows])),
+                    (grad_value, torch.bmm(p.mT, grad)),
+                ):
+                    total[:, own.start : last] += part[:, num_prompt:]
+                    if num_prompt:
+                        total[:, prompt] += part[:, :num_prompt]
         return grad_query.mul_(ctx.scale), grad_key.mul_(ctx.scale), grad_value, None, None
 
 
