@@ -378,9 +378,8 @@ def run(config: DoctorConfig, args: ParsedArgs) -> int:
         for finding in _findings(config, pool.submit(why_offline)):
             num_problems += finding.level == "problem"
             text = paragraph(redact_text(plain_text(finding.text)), indent=_WIDTH)[_WIDTH:]
-            screen.print(
-                Text.assemble((f"{finding.level:<8} ", _STYLES[finding.level]), (f"{finding.topic:<10} ", "name"), text)
-            )
+            head = (f"{finding.level:<8} ", _STYLES[finding.level]), (f"{finding.topic:<10} ", "name")
+            screen.print(Text.assemble(*head, text))
             for line in finding.details:
                 screen.print(paragraph(line, indent=_WIDTH))
     screen.print()

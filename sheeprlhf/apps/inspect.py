@@ -345,9 +345,8 @@ def _draw_one(axes: Any, values: np.ndarray, edges: np.ndarray, color: str) -> N
 
 def _draw_limit(column: Sequence[Any], key: str, limit: int, *, far: bool) -> None:
     """A limit of the configuration: a line in each histogram of a column, or a note that it is beyond all of them."""
-    _add_title(
-        column[0], 1.2, f"{key} = {limit}" + (", far to the right" if far else ""), fontsize=8, color=_LIMIT_COLOR
-    )
+    text = f"{key} = {limit}" + (", far to the right" if far else "")
+    _add_title(column[0], 1.2, text, fontsize=8, color=_LIMIT_COLOR)
     if not far:
         for axes in column:
             axes.axvline(limit + 0.5, color=_LIMIT_COLOR, linestyle="--", linewidth=1.2)

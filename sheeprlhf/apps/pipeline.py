@@ -351,9 +351,8 @@ def _run_stages(
     """Run what is not finished; the exit code of the stage that fails, else 0."""
     screen = Screen()
     folders = {stage.name: str(place.dir / stage.name) for stage in stages if stage.verb == "train"}
-    absent = {
-        stage.name for stage in stages if stage.name in config.skip and not is_done(place.dir, place.state, stage, [])
-    }
+    skipped = [stage for stage in stages if stage.name in config.skip]
+    absent = {stage.name for stage in skipped if not is_done(place.dir, place.state, stage, [])}
     wanted = [stage.without(absent) for stage in stages if stage.name not in config.skip]
     _reject_missing_stages(wanted, absent)
     for number, stage in enumerate(wanted, 1):

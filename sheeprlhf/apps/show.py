@@ -181,9 +181,8 @@ def _find_shows(word: str) -> list[Show]:
     group = "experiment" if word == "experiments" else word
     if group in _all_groups():
         return [lambda screen: _print_group(screen, group)]
-    of_choices = [show for same in choices_like(word) for show in _choice(*same.split("="))] + _choice(
-        "experiment", word
-    )
+    of_choices = [show for same in choices_like(word) for show in _choice(*same.split("="))]
+    of_choices += _choice("experiment", word)
     return of_choices or _options_named(key)
 
 
@@ -355,9 +354,7 @@ def _location(group: str, names: list[str]) -> str:
     return f"with every {_GROUP_NAMES.get(group, group)}" if everywhere else f"with {group}={', '.join(names)}"
 
 
-_OPTION_FACTS = (
-    r"\[[^\[\]]*(\[[^\[\]]*\])?\](?=$|\s+One of)"  # of an option: type, unit and default, at the end of its meaning
-)
+_OPTION_FACTS = r"\[[^\[\]]*(\[[^\[\]]*\])?\](?=$|\s+One of)"  # of an option: type, unit and default
 _WIDE_SCREEN = 100  # columns from which on options have their meaning next to them
 
 

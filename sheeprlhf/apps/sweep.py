@@ -227,9 +227,8 @@ def _run_composed(jobs: HydraJobs, own_sweep_dir: bool, process: int, codes: lis
         composed.run_name = f"{composed.run_name}_{hydra.job.num}" if sweep else composed.run_name
     given_dir = None if given == "." else str(given)
     messages: list[str] = []
-    code, output = jobs.launch(
-        verb, args, lambda: finish(composed, given_dir), bool(composed.debug), messages, in_sweep=sweep
-    )
+    debug = bool(composed.debug)
+    code, output = jobs.launch(verb, args, lambda: finish(composed, given_dir), debug, messages, in_sweep=sweep)
     if sweep and not code and noted_stop():
         code = 128 + noted_stop()
     codes.append(code)

@@ -5,7 +5,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -106,9 +106,8 @@ def print_error(message: str) -> None:
     screen = Screen(stderr=True)
     first, *rest = plain_text(message).split("\n")
     if screen.is_terminal:
-        wrap = textwrap.TextWrapper(
-            screen.width - 1, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
-        )
+        how: dict[str, Any] = {"break_on_hyphens": False, "break_long_words": False}
+        wrap = textwrap.TextWrapper(screen.width - 1, subsequent_indent="    ", **how)
         first, *rest = [wrap.fill(line) for line in (first, *rest)]
     head, colon, tail = first.partition(":")
     body = _coded("\n".join([tail, *rest]))

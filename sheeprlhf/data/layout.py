@@ -61,9 +61,8 @@ class RowLayout:
         self._ignored_keys: frozenset[str] = frozenset()
         names = [*COLUMNS, *CONVERSATION_COLUMNS, *CONVERSATION_EXTRAS, *self._more]
         if isinstance(cfg, LayoutDataConfig):
-            self._given = {
-                str(name): (of,) if isinstance(of, str) else tuple(of) for name, of in (cfg.columns or {}).items()
-            }
+            given = (cfg.columns or {}).items()
+            self._given = {str(name): (of,) if isinstance(of, str) else tuple(of) for name, of in given}
             self._ignored = frozenset(cfg.ignore_columns)
             keys = (name.partition(MESSAGE_KEY)[2] for name in cfg.ignore_columns if name.startswith(MESSAGE_KEY))
             self._ignored_keys = frozenset(keys)

@@ -168,9 +168,8 @@ class PairEncoder:
         for same in (None, *sentinels):
             left = [place for place, ids in enumerate(found) if ids is None]
             heads = {place: before[place] if same is None else same for place in left}
-            whole = encode(
-                self._tokenizer, [heads[place][0] + places[place][1] for place in left], control_tokens=control_tokens
-            )
+            joined = [heads[place][0] + places[place][1] for place in left]
+            whole = encode(self._tokenizer, joined, control_tokens=control_tokens)
             for place, ids in zip(left, whole, strict=True):
                 size = len(heads[place][1])
                 if ids[:size] == heads[place][1]:
@@ -588,9 +587,8 @@ class RowTokenizer:
             tokens = row.tokens[start : start + most]
             num_prompt = 1 if start else row.sizes[0]
             is_last = start + most >= len(row.tokens)
-            part = row._replace(
-                tokens=tokens, sizes=(num_prompt, len(tokens) - num_prompt), num_eos=row.num_eos if is_last else 0
-            )
+            sizes, num_eos = (num_prompt, len(tokens) - num_prompt), row.num_eos if is_last else 0
+            part = row._replace(tokens=tokens, sizes=sizes, num_eos=num_eos)
             if start:
                 digest = int.from_bytes(_digest(f"{row.digest} {start}")[:8], "big")
                 part = part._replace(digest=digest, is_further=True, unused=())

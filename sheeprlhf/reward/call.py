@@ -97,9 +97,7 @@ def signature_of(name: str, function: Callable[..., Any]) -> Signature:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        raise ConfigError(
-            f"reward {name} has no readable signature, and arguments are passed by name: wrap it: {expected}"
-        ) from None
+        raise ConfigError(f"reward {name} has no signature for arguments by name: wrap it: {expected}") from None
     parameters = list(signature.parameters.values())
     passed = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     every = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -207,9 +205,7 @@ class RewardFunction:
             raise RewardError(f"reward {self.name} returned {kind}: give back a list of {count} numbers")
         values = list(returned)
         if len(values) != count:
-            raise RewardError(
-                f"reward {self.name} returned {len(values)} scores for {count} responses: give one for each"
-            )
+            raise RewardError(f"reward {self.name} returned {len(values)} scores for {count} responses: give one each")
         scores: list[float] = []
         for row, value in enumerate(values):
             value = value.tolist() if hasattr(value, "tolist") else value

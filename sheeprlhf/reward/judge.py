@@ -43,9 +43,8 @@ class Judge:
         self._cfg, self.failures = cfg, 0
         keyword = inspect.Parameter.KEYWORD_ONLY
         columns = [name for name in judge_fields(cfg.question()) if name not in ("prompt", "response")]
-        self.__signature__ = inspect.Signature(
-            [inspect.Parameter(name, keyword) for name in ("prompts", "responses", *columns)]
-        )
+        names = ("prompts", "responses", *columns)
+        self.__signature__ = inspect.Signature([inspect.Parameter(name, keyword) for name in names])
 
     def __call__(self, prompts: list[str], responses: list[str], **columns: list[Any]) -> list[float]:
         """Return a score for each response; the requests are concurrent, the order is that of the responses.

@@ -91,9 +91,8 @@ class Ranks(NamedTuple):
 def ranks_of(fabric: FabricConfig) -> Ranks:
     """The processes that a configuration asks for; `fabric.devices=auto` counts as one on each machine."""
     devices = parse_devices(fabric.devices)
-    total = (fabric.num_nodes or 1) * (
-        len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
-    )
+    per_node = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
+    total = (fabric.num_nodes or 1) * per_node
     half, mixed = fabric.precision.endswith("16-true"), fabric.precision == "bf16-mixed"
     sharded = fabric.strategy == "fsdp2"
     return Ranks(

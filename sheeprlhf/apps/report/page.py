@@ -444,9 +444,7 @@ def _speed_rows(records: list[Record]) -> Iterator[list[str]]:
 
 def _pace(record: Record) -> float | None:
     """Median seconds of an optimizer step, from the times of the rows."""
-    times = {
-        step: time for curve in record.curves.values() for step, time in zip(curve.steps, curve.times, strict=True)
-    }
+    times = {at: time for of in record.curves.values() for at, time in zip(of.steps, of.times, strict=True)}
     paces = [
         (later - sooner) / (after - before)
         for (before, sooner), (after, later) in pairwise(sorted(times.items()))

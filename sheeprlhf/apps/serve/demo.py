@@ -264,17 +264,15 @@ def _serve(models: list[Trained], reward: Trained | None, host: str, port: int, 
     from sheeprlhf.task.text_generator import load_reward_scorer, load_text_generator
 
     transformers_logging.disable_progress_bar()
-    names = short_names(
-        [clean(trained.word + f" ({trained.weights})" * (trained.weights != "final"), 200) for trained in models]
-    )
+    words = [trained.word + f" ({trained.weights})" * (trained.weights != "final") for trained in models]
+    names = short_names([clean(word, 200) for word in words])
     generators = [(name, load_text_generator(trained, say)) for name, trained in zip(names, models, strict=True)]
     scorer = load_reward_scorer(reward, say) if reward is not None else None
     panels = [Panel(kind, generators, scorer) for kind in (SUMMARISE, ASK)]
     scored = short_names([clean(reward.word, 200)])[0] if reward is not None else None
     page = open_page(panels, scored, host, port, auth)
-    screen.print(
-        f"serving http://{host}:{port} to {'this machine only' if auth is None else 'everyone who has the password'}"
-    )
+    audience = "this machine only" if auth is None else "everyone who has the password"
+    screen.print(f"serving http://{host}:{port} to {audience}")
     screen.print("Ctrl-C ends it")
     try:
         threading.Event().wait()
