@@ -119,10 +119,8 @@ def run(arguments: list[str]) -> int:
     size = sum(path.stat().st_size for path in folder.iterdir())
     screen.print(f"loaded back with plain transformers: logits differ by {checks.loaded:.2g}")
     if checks.head_bias:
-        screen.print(
-            f"the head's bias, {checks.head_bias:g}, is part of reward_offset in config.json: plain transformers "
-            "leaves it out of logits; score = logits - reward_offset"
-        )
+        advice = "plain transformers leaves it out of logits; score = logits - reward_offset"
+        screen.print(f"the head's bias, {checks.head_bias:g}, is part of reward_offset in config.json: {advice}")
     screen.print(f"exported: {folder} ({dtype}, {size / 1e6:,.1f} MB)")
     if name is not None:
         screen.print(f"uploaded: {_push(folder, name, private)}")

@@ -215,10 +215,8 @@ class Viewer:
         number = next((place for place, token in enumerate(prompt) if token != bos), len(prompt))
         facts.append(f"BOS: {number}" + ("" if number else " (neither the tokenizer nor the chat template adds one)"))
         if number > 1:
-            warnings.append(
-                f"the prompt begins with {number} BOS tokens, and models know one: take it out of the chat template, "
-                "or out of the tokenizer's post-processor"
-            )
+            advice = "take it out of the chat template, or out of the tokenizer's post-processor"
+            warnings.append(f"the prompt begins with {number} BOS tokens, and models know one: {advice}")
         if number == len(prompt) or list(prompt) == [self._tokenizer.eos_token_id]:
             facts.append("no prompt: it is a text of which all tokens are learned, or data.max_prompt_length cut it")
 
@@ -232,10 +230,8 @@ class Viewer:
         if not empty:
             facts.append("chat template applied once")
             return
-        warnings.append(
-            f"the prompt opens {empty + 1} answers and leaves {empty} without text: the chat template was applied to "
-            "its own output, or an assistant's message is empty"
-        )
+        advice = "the chat template was applied to its own output, or an assistant's message is empty"
+        warnings.append(f"the prompt opens {empty + 1} answers and leaves {empty} without text: {advice}")
 
 
 def _answer_opening(tokenizer: Any, template_args: Mapping[str, Any] | None) -> list[int]:

@@ -103,15 +103,11 @@ def _own_numbers(fabric: FabricConfig) -> tuple[str, int]:
             f"WORLD_SIZE={size} in the environment: give fabric.devices={max(1, size // num_nodes)}, or unset it"
         )
     if number and local >= number:
-        problems.append(
-            f"LOCAL_RANK={local} is in the environment, and fabric.devices={devices}: give fabric.devices, the number "
-            "of processes on each machine, or unset LOCAL_RANK"
-        )
+        advice = "give fabric.devices, the number of processes on each machine, or unset LOCAL_RANK"
+        problems.append(f"LOCAL_RANK={local} is in the environment, and fabric.devices={devices}: {advice}")
     if node >= num_nodes:
-        problems.append(
-            f"NODE_RANK={node} is in the environment, and fabric.num_nodes={num_nodes}: give fabric.num_nodes, the "
-            "number of machines, or unset NODE_RANK"
-        )
+        advice = "give fabric.num_nodes, the number of machines, or unset NODE_RANK"
+        problems.append(f"NODE_RANK={node} is in the environment, and fabric.num_nodes={num_nodes}: {advice}")
     if num_nodes > 1 and "NODE_RANK" not in os.environ and "GROUP_RANK" not in os.environ:
         problems.append(
             f"fabric.num_nodes={num_nodes} needs a launcher (torchrun, srun), or NODE_RANK, MASTER_ADDR and "

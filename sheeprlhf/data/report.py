@@ -370,10 +370,8 @@ def preparation_notes(
         advice = "each is encoded as plain text; model.resize_embeddings=true adds a token for each and trains it"
         yield f"model.chat_template writes {', '.join(missing[:6])}, which the tokenizer does not define: {advice}"
     if undesirable and kind == "sft":
-        yield (
-            f"{undesirable} rows have a label of false or 0, and their responses are learned like the others: where "
-            "it marks them as undesirable, leave these rows out, or give task=kto, which reads it"
-        )
+        fix = "where it marks them as undesirable, leave these rows out, or give task=kto, which reads it"
+        yield f"{undesirable} rows have a label of false or 0, and their responses are learned like the others: {fix}"
 
 
 def notes_on_ends(tokenizer: Any) -> list[str]:

@@ -114,10 +114,8 @@ def notes_on_shards(cfg: LayoutDataConfig, shards: list[Shard]) -> list[str]:
     limit = math.inf if cfg.shard_size is None else cfg.shard_size * 2**20
     whole = [shard.file for shard in shards if shard.part == WHOLE and shard.file.stat().st_size > limit]
     if whole:
-        notes.append(
-            f"{len(whole)} files are larger than data.shard_size and not split ({whole[0].name}): write them as "
-            f"{', '.join(SPLITTABLE)} without compression"
-        )
+        advice = f"write them as {', '.join(SPLITTABLE)} without compression"
+        notes.append(f"{len(whole)} files are larger than data.shard_size and not split ({whole[0].name}): {advice}")
     return notes
 
 

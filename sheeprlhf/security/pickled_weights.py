@@ -96,10 +96,8 @@ def _converted(
             raise ModelError(f"{target} was not made by this program and blocks a conversion: move it")
         if not target.exists():
             num_bytes = sum(state.st_size for state in states)
-            say(
-                f"{name}: its weights are pickled ({len(files)} .bin, {size_text(num_bytes)}); they are read "
-                f"without running code and converted once to safetensors in {target}"
-            )
+            how = f"they are read without running code and converted once to safetensors in {target}"
+            say(f"{name}: its weights are pickled ({len(files)} .bin, {size_text(num_bytes)}); {how}")
             with written_folder(target) as temporary:
                 fill(files, temporary)
     return target

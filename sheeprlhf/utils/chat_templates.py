@@ -31,10 +31,8 @@ def check_has_template(tokenizer: Any, what: str = "column 'messages'") -> None:
         advice = f"{template_advice(tokenizer)}; or take an instruction-tuned model (model=smollm2)"
         raise DataError(f"{what} needs a chat template and this model has none: {advice}")
     if "default" not in own:
-        raise DataError(
-            f"{what} needs one chat template, and this model has {', '.join(own)} and no default: "
-            f"{template_advice(tokenizer)}"
-        )
+        fix = template_advice(tokenizer)
+        raise DataError(f"{what} needs one chat template, and this model has {', '.join(own)} and no default: {fix}")
 
 
 def template_advice(tokenizer: Any) -> str:
