@@ -223,7 +223,7 @@ def _is_whole(folder: Path, say: Notify) -> bool:
     try:
         discard(folder)
     except FileExistsError as error:
-        raise DataError(f"{folder} is no prepared data ({damage}; {error}); remove it or set data.cache_dir") from None
+        raise DataError(f"{folder} is no prepared dataset ({damage}; {error}); move it or set data.cache_dir") from None
     say(f"prepared data {folder}: {damage}; preparing it again")
     return False
 
