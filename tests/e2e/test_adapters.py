@@ -92,6 +92,7 @@ def test_training_starts_from_the_adapter_and_is_measured_against_it(
         assert kl and max(map(abs, kl)) < 1e-4
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_saved_resumed_and_exported(
     adapter: Path, tmp_path: Path, model_folder: ModelFolder
 ) -> None:

@@ -183,6 +183,7 @@ def test_a_reward_model_scores_as_in_plain_transformers(tmp_path: Path, model_fo
             assert_close(score, plain.model(ids).last_hidden_state[0, -1] @ plain.score.weight[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo_loop", "grpo_loop"])
 def test_an_example_learns_in_less_than_forty_lines(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))

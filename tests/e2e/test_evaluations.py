@@ -262,6 +262,7 @@ def test_a_plain_folder_and_a_checkpoint_are_evaluated(made: Made, tmp_path: Pat
     assert result_of(made.dpo, f"{NAME}-step-3")["weights"] == "step-3"
 
 
+@pytest.mark.slow
 def test_the_frontier_has_the_start_every_checkpoint_and_the_best_of_n(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:

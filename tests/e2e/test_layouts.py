@@ -212,6 +212,7 @@ def learned(example: Example, task: str) -> list[Masked]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", OPTIONS)
 def test_every_layout_is_learned_as_it_is_meant(
     task: str, tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

@@ -161,6 +161,7 @@ def without_function(model: Path, data: Path, run_dir: Path) -> list[str]:
     return [word for word in train_words(model, data, run_dir, task="ppo") if not word.startswith("reward")]
 
 
+@pytest.mark.slow
 def test_a_run_with_transformers_engine(
     tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,6 +81,7 @@ def test_rows_hold_what_the_models_computed(task: str, tmp_path: Path, model_fol
             assert second["advantages"] == pytest.approx([-expected] * len(second["response_ids"]), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_leaves_the_same_rows_once(
     tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

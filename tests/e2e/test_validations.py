@@ -54,7 +54,13 @@ def test_a_resumed_run_stops_where_the_whole_one_does(tmp_path: Path, model_fold
 
 
 @pytest.mark.parametrize(
-    "task", ["sft", "dpo", "ppo", *(pytest.param(task, marks=pytest.mark.nightly) for task in ("rm", "kto"))]
+    "task",
+    [
+        "sft",
+        "dpo",
+        pytest.param("ppo", marks=pytest.mark.slow),
+        *(pytest.param(task, marks=pytest.mark.nightly) for task in ("rm", "kto")),
+    ],
 )
 def test_validation_before_the_first_step_changes_nothing_else(
     task: str, tmp_path: Path, model_folder: ModelFolder

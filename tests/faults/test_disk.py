@@ -42,6 +42,7 @@ loop.update = limited
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_checkpoint(server: JobServer, tmp_path: Path, model_folder: ModelFolder) -> None:
     """A file may not grow beyond 60,000 bytes from the sixth step on: the save at the next one fails."""
     data, model = write_rows(tmp_path / "rows.jsonl"), model_folder()

@@ -112,6 +112,7 @@ def test_a_closed_terminal_stops_no_save(
         assert result_of(tmp_path / "run", LAST) == result_of(whole.dir, LAST)
 
 
+@pytest.mark.slow
 def test_sigusr1_saves_and_goes_on(server: JobServer, whole: Whole, tmp_path: Path) -> None:
     """Before there is something to save it does nothing."""
     job = server.start(whole.in_dir(tmp_path / "run"), tmp_path / "log", PAUSE.format(step=7, seconds=1))

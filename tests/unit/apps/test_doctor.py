@@ -140,6 +140,7 @@ def test_data_that_is_not_to_be_had(report: Callable[..., Report], words: list[s
     assert found.topics == TOPICS
 
 
+@pytest.mark.slow
 def test_too_little_memory(report: Callable[..., Report], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
     needs = re.search(r"sum (\d+) MB", report(*words).said["memory"])

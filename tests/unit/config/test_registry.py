@@ -102,8 +102,8 @@ def check_pipeline(name, monkeypatch):
 def config_files():
     """All files of configs/; of pipelines, whose stages are composed too, most are `nightly`."""
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
-        late = "\nstages:" in path.read_text() and path.stem not in ("quickstart", "hh_gpt2")
-        yield pytest.param(path, id=path.name, marks=pytest.mark.nightly if late else ())
+        late = pytest.mark.slow if path.stem in ("quickstart", "hh_gpt2") else pytest.mark.nightly
+        yield pytest.param(path, id=path.name, marks=late if "\nstages:" in path.read_text() else ())
 
 
 def test_every_option_of_a_pipeline_exists():

@@ -194,6 +194,7 @@ def test_the_notice_names_the_receiver_and_what_it_gets(host: str, warns: bool) 
     assert f"{host}/v1" in notice and "answer" in notice and ("JUDGE_ACCESS" in notice) is warns
 
 
+@pytest.mark.slow
 def test_a_silent_address_is_reported_within_five_seconds() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:  # accepts and never answers
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"

@@ -136,6 +136,7 @@ def test_control_tokens_stay_control_tokens_and_strange_ones_are_reported(judge:
     assert len(messages) == 2 and all("<|odd|>" in line for line in messages)
 
 
+@pytest.mark.slow
 def test_a_run_and_its_evaluation(
     judge: Path, tmp_path: Path, model_folder: ModelFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
