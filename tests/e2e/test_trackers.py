@@ -84,7 +84,7 @@ def wandb_points(folder: Path, run_id: str) -> tuple[Points, str]:
 READERS = {"mlflow": mlflow_points, "trackio": trackio_points, "wandb": wandb_points}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", READERS)
 def test_a_resumed_run_continues_the_trackers_run(
     name: str, tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch

@@ -132,6 +132,7 @@ def test_workers_of_launchers_keep_the_checks_of_configuration_files():
     assert SourcesRegistry.instance().resolve("file") is CheckedFolder
 
 
+@pytest.mark.nightly
 @needs("hydra-optuna-sweeper")
 @pytest.mark.parametrize(
     ("words", "code", "named"),
@@ -166,7 +167,7 @@ def in_a_process(home, *words):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @needs("hydra-joblib-launcher")
 def test_jobs_of_joblib_that_fail_or_are_killed(home):
     done = in_a_process(home, "seed=1,99", "hydra/launcher=joblib")
@@ -177,7 +178,7 @@ def test_jobs_of_joblib_that_fail_or_are_killed(home):
     assert "lost" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @needs("hydra-submitit-launcher")
 def test_jobs_of_submitit_train_on_two_processes(home):
     done = in_a_process(home, "seed=1,99", "fabric.devices=2", "hydra/launcher=submitit_local")
