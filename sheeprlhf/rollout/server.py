@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,11 +145,6 @@ class RolloutServers:
         }
 
     @property
-    def _model_of_server(self) -> str:
-        folder = self._folder / "policy"
-        return str(folder if folder.exists() else self._cfg.model.repo_name)
-
-    @property
     def _version(self) -> str:
         return f"{self._run}-{self._number}"
 
@@ -195,6 +190,8 @@ class RolloutServers:
         """All ranks, after the last rollout: remove what was written for the servers, and the rollouts."""
         self.forget_before(_PER_RUN)
         if self._fabric.is_global_zero:
+            with suppress(OSError):
+                (self._run_dir / _KEPT).rmdir()
             for name in ("policy", "adapter"):
                 remove_marked(self._folder / name)
             remove_marked(self._folder)
@@ -298,29 +295,29 @@ class RolloutServers:
         """
         self.forget_before(first)
         found: dict[int, _Pending] = {}
-        folder = self._run_dir / _KEPT
-        if self._fabric.is_global_zero and folder.is_dir() and not folder.is_symlink():
-            sweep_scratch(folder)
-            for path in sorted(folder.iterdir()):
-                if match := _KEPT_ROLLOUT.fullmatch(path.name):
-                    try:
-                        found[int(match[1])] = _read_kept(path)
-                    except (CheckpointError, OSError, LookupError, TypeError, ValueError) as error:
-                        self._say(f"warning: a kept rollout is sampled again: {error}")
+        for number, path in self._kept():
+            try:
+                found[number] = _read_kept(path)
+            except (CheckpointError, OSError, LookupError, TypeError, ValueError) as error:
+                self._say(f"warning: rollout {number} is sampled again: {error}")
         facts = self._fabric.broadcast({number: kept[:2] for number, kept in found.items()})
         for number, (weights_of, key) in facts.items():
             self._pending[number] = found.get(number, _Pending(weights_of, key, Future()))
 
     def forget_before(self, number: int) -> None:
         """All ranks: remove the rollouts before this one from the run directory; a checkpoint comes after them."""
+        for kept, path in self._kept():
+            if kept % _PER_RUN < number:
+                remove_folder(path)
+
+    def _kept(self) -> list[tuple[int, Path]]:
+        """Rank zero: return the numbers and folders of the rollouts in the run directory; no other ranks have any."""
         folder = self._run_dir / _KEPT
-        if self._fabric.is_global_zero and folder.is_dir() and not folder.is_symlink():
-            for path in folder.iterdir():
-                match = _KEPT_ROLLOUT.fullmatch(path.name)
-                if match and int(match[1]) % _PER_RUN < number:
-                    remove_folder(path)
-            if not any(folder.iterdir()):
-                folder.rmdir()
+        if not self._fabric.is_global_zero or not folder.is_dir():
+            return []
+        sweep_scratch(folder)
+        found = [(_KEPT_ROLLOUT.fullmatch(path.name), path) for path in folder.iterdir()]
+        return [(int(match[1]), path) for match, path in found if match]
 
     def check(self, tokens: Mapping[str, Sequence[np.ndarray]]) -> dict[str, float]:
         """Compare log-probabilities of the newest rollout by the servers ("sampled") and the trainer ("logprobs").
@@ -341,8 +338,8 @@ class RolloutServers:
             raise RolloutMismatchError(
                 f"the server {self._answered[worst]} computes log-probabilities {means[worst]:.2g} nats a token from "
                 f"the trainer's ({len(means)} prompts: mean {np.mean(means):.2g}), more than rollout.tolerance="
-                f"{limit:g}: it does not sample from the policy. Start it with --model {self._model_of_server}, "
-                "--logprobs-mode processed_logprobs and the number format of the trainer"
+                f"{limit:g}: it does not sample from the policy. Start it with the model and the number format of the "
+                "trainer, and --logprobs-mode processed_logprobs"
             )
         return {
             "rollout/server_difference": means[worst],
@@ -417,10 +414,7 @@ class RolloutServers:
 
     async def _load(self, server: httpx.AsyncClient, url: str) -> None:
         """Let a server load the newest weights, then name their version."""
-
-        async def post(path: str, body: dict[str, Any] | None = None) -> None:
-            await call(server, "POST", f"{url}{path}", body, seconds=self._options.timeout)
-
+        post = partial(self._post, server, url)
         if not self._of_adapter and self._is_tied:
             await self._check_head(server, url)
         await post("/pause?mode=abort")
@@ -456,15 +450,16 @@ class RolloutServers:
     def _is_tied(self) -> bool:
         return bool(self._policy.causal_lm().config.get_text_config().tie_word_embeddings)
 
+    async def _post(self, server: httpx.AsyncClient, url: str, path: str, body: dict[str, Any] | None = None) -> None:
+        await call(server, "POST", f"{url}{path}", body, seconds=self._options.timeout)
+
     async def _transfer(self, server: httpx.AsyncClient, url: str) -> None:
         """Send the newest weights to a server by NCCL; one that was started again joins a new group first.
 
         Raises:
             UnavailableError: it fails, or does not take part within `rollout.timeout` seconds.
         """
-
-        async def post(path: str, body: dict[str, Any] | None = None) -> None:
-            await call(server, "POST", f"{url}{path}", body, seconds=self._options.timeout)
+        post = partial(self._post, server, url)
 
         async def together(path: str, body: dict[str, Any], work: Callable[[], None]) -> None:
             """Send a request, and do meanwhile what makes the server answer it."""
@@ -480,13 +475,15 @@ class RolloutServers:
             try:
                 async with asyncio.timeout(self._options.timeout):
                     await asyncio.gather(post(path, body), asyncio.wrap_future(done))
-            except (TimeoutError, RuntimeError) as error:
+            except RolloutServerError:
+                raise
+            except (TimeoutError, RuntimeError) as error:  # the latter of torch's NCCL
                 raise UnavailableError(f"NCCL: {describe(error)}") from None
 
         is_member, transfer = await self._has_base(server, url), self._transfers.pop(url, None)
         if transfer is None or not is_member:
             size = await call(server, "GET", f"{url}/get_world_size", seconds=self._check_seconds)
-            transfer = WeightTransfer(int(size["world_size"]), self._fabric.device)
+            transfer = WeightTransfer(int(size.get("world_size", 1)), self._fabric.device)
             await together("/init_weight_transfer_engine", {"init_info": transfer.init_info}, transfer.join)
         await post("/start_weight_update")
         info = {"update_info": update_info(self._state)}

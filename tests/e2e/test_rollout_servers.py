@@ -1,5 +1,6 @@
 """RL runs that sample at servers: against a small server with vLLM's routes, and, nightly, against vLLM itself."""
 
+import json
 import os
 import signal
 import socket
@@ -20,12 +21,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sheeprlhf.assets
+from sheeprlhf.rollout import weight_transfer
 from sheeprlhf.rollout.server import RolloutServers
 from sheeprlhf.task.loop import RolloutLoop
 from tests.support.jobs import JobServer
 from tests.support.models import make_model_folder
 from tests.support.runs import digests, exit_code, figures, rejected, train, train_words, write_rows
-from tests.support.vllm_server import vllm_server
+from tests.support.vllm_server import TRANSFER, FakeNCCL, vllm_server
 
 ModelFolder = Callable[..., Path]
 GENERATE = "/inference/v1/generate"
@@ -246,6 +248,31 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, RealS
         server.kill()
 
 
+_VALIDATE = """
+import json, sys
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo
+init, update = json.load(sys.stdin)
+assert NCCLWeightTransferInitInfo(**init).nccl_unique_id_bytes == bytes(128)
+NCCLWeightTransferUpdateInfo(**update)
+"""
+
+
+@pytest.mark.nightly
+def test_vllm_has_the_routes_of_the_small_server(
+    real: tuple[Path, RealServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the weight transfer's, whose records vLLM's own classes accept."""
+    _, server = real
+    paths = httpx.get(f"{server.url}/openapi.json", timeout=60, trust_env=False).json()["paths"].keys()
+    others = {"/weight_info", "/v1/models", "/pause", "/resume", "/collective_rpc", "/reset_prefix_cache"}
+    assert paths >= TRANSFER | others | {"/get_world_size", "/v1/load_lora_adapter", "/update_weight_version", GENERATE}
+    monkeypatch.setattr(weight_transfer, "nccl", FakeNCCL())
+    init = weight_transfer.WeightTransfer(1, torch.device("cpu")).init_info
+    update = weight_transfer.update_info({"a.weight": torch.zeros(2, 3)})
+    command = [str(PYTHON), "-c", _VALIDATE]
+    subprocess.run(command, input=json.dumps([init, update]), text=True, check=True, timeout=600)
+
+
 PHASES = {"sync": "_load", "sampling": "_ask", "training": "write_weights"}  # what is called in it
 
 
@@ -259,6 +286,8 @@ PHASES = {"sync": "_load", "sampling": "_ask", "training": "write_weights"}  # w
         ("grpo", "sampling", LORA),
         ("ppo", "training", LORA),
         ("rloo", "sync", LORA),
+        ("rloo", "sampling", LORA),
+        ("rloo", "training", LORA),
     ],
 )
 def test_vllm_is_killed_in_each_phase(

@@ -60,7 +60,7 @@ REVIEWED = {
     "rollout/server.py:_save_untied:save_pretrained": "fills a new folder",
     "rollout/server.py:write_weights:save_pretrained": "fills a new folder",
     "rollout/server.py:write:save_file": "fills a new folder",
-    "rollout/server.py:forget_before:rmdir": "an empty folder",
+    "rollout/server.py:finish:rmdir": "an empty folder",
     "task/finish.py:write_rollout:write_table": "into memory",
     "task/eval/result.py:_drawing:savefig": "into memory",
     "apps/inspect.py:draw_histograms:savefig": "into memory",
