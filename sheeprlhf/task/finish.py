@@ -37,7 +37,7 @@ from sheeprlhf.rollout.rollout import Rollout
 from sheeprlhf.security.json_records import DATA_REPORT, load_json
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.reward import AutoRewardConfig
-from sheeprlhf.structure.rollout import OnlineTaskConfig
+from sheeprlhf.structure.rollout import OnlineTaskConfig, environment_of
 from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.structure.task import TrainTaskConfig
 from sheeprlhf.task.memory_plan import step_plan
@@ -175,6 +175,7 @@ def evaluation_of(cfg: TrainConfig, run_dir: Path) -> str:
         words += changed_words("reward", cfg.reward, ("normalize",))
         if scores_by_run(cfg):
             words.append(option_word(REWARD_MODEL, task.rm_experiment_dir))
+        words += changed_words("rollout", cfg.rollout) if environment_of(cfg) is not None else []
         words += changed_words("generation", cfg.generation, ("do_sample", "engine"))
     return command(["eval", *words])
 

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import signal
 import string
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,6 @@ from sheeprlhf.data.example import Example, collate_packed, collate_padded
 from sheeprlhf.model.lm_head import TokenLogprobs
 from sheeprlhf.rollout import episodes
 from sheeprlhf.structure.rollout import GRPOConfig
-from sheeprlhf.task import loop
 from sheeprlhf.task.train.grpo import grpo_loss
 from tests.support.environments import Lengths, calls_of_even_texts
 from tests.support.jobs import JobServer
@@ -39,6 +40,8 @@ WORDS = [
     "task.max_num_steps=8",
     "task.save_rollouts=9",
 ]
+PATCH = "from sheeprlhf.rollout import episodes; from tests.support.environments import calls_of_even_texts; "
+PATCH += "episodes.parse_calls = calls_of_even_texts"  # in a job
 BETWEEN = re.compile(r"(?:</s>)?\[tool\].{0,2}7\[assistant\]", re.DOTALL)
 
 
@@ -84,8 +87,8 @@ def check_rows(rows: list[dict[str, Any]], model: Path) -> None:
 
 
 @pytest.mark.slow
-def test_grpo_learns_from_sampled_tokens_and_resumes(
-    setting: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_grpo_learns_from_sampled_tokens_and_resumes_after_a_kill(
+    setting: tuple[Path, Path], tmp_path: Path, server: JobServer
 ) -> None:
     run_dir = train(*setting, tmp_path / "whole", *WORDS, task="grpo")
     whole = saved(run_dir)
@@ -98,17 +101,17 @@ def test_grpo_learns_from_sampled_tokens_and_resumes(
     metrics = figures(run_dir)
     assert metrics["env/reward"][0] == pytest.approx(metrics["objective/scores"][0]) and metrics["env/turns"][0] > 1
     assert metrics["env/failed"] == [0.0, 0.0] and len(metrics["val/scores"]) > 0
-    write = loop.write_rollout
-
-    def interrupted(*args: Any) -> None:
-        write(*args)
-        if args[4] == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop, "write_rollout", interrupted)
-    assert exit_code(train_words(*setting, tmp_path / "run", *WORDS, task="grpo")) != 0
-    monkeypatch.setattr(loop, "write_rollout", write)
-    resumed = train(*setting, tmp_path / "run", *WORDS, "resume=true", task="grpo")
+    resumed = tmp_path / "killed"
+    words = train_words(*setting, resumed, *WORDS, "resume=true", task="grpo")
+    job = server.start(words, tmp_path / "killed.log", PATCH)
+    while not (resumed / "checkpoints" / "step-4").is_dir():
+        assert job.poll() is None, job.text()
+        time.sleep(0.005)
+    job.kill()
+    assert job.wait() == -signal.SIGKILL
+    job = server.start(words, tmp_path / "resumed.log", PATCH)
+    assert job.wait() == 0 and "after step 4" in job.text(), job.text()
+    assert "rollout.environment=" in job.text().partition("next:")[2]  # of the command that evaluates it
     assert saved(resumed) == whole
     weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (run_dir, resumed)]
     assert weights[0] == weights[1]
@@ -147,10 +150,8 @@ def test_two_processes_train_as_one(
     task: str, options: list[str], setting: tuple[Path, Path], server: JobServer, tmp_path: Path
 ) -> None:
     both = (*setting, tmp_path / "two"), (*setting, tmp_path / "one")
-    patch = "from sheeprlhf.rollout import episodes; from tests.support.environments import calls_of_even_texts; "
-    patch += "episodes.parse_calls = calls_of_even_texts"
     words = train_words(*both[0], *WORDS, *options, f"data.cache_dir={tmp_path / 'cache'}", task=task)
-    job = server.start_ranks(words, tmp_path / "log", 2, patch)
+    job = server.start_ranks(words, tmp_path / "log", 2, PATCH)
     one, two = train(*both[1], *WORDS, task=task), tmp_path / "two"
     assert job.wait(300) == 0, job.texts()
     for ours, expected in zip(saved(two), saved(one), strict=True):

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,6 +187,23 @@ def test_turns_of_a_group() -> None:
     place = len(ids[0]) + len(ids[1])
     assert limits[0] == 500 - place
     np.testing.assert_array_equal(numbers[0, 0, : limits[0]], uniforms[0, 0, place:])
+
+
+def test_the_class_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "environments.md").read_text()
+    (tmp_path / "my_tools.py").write_text(text.partition("```python\n")[2].partition("```")[0])
+    monkeypatch.chdir(tmp_path)
+    sampler = sampler_of("my_tools:Guess")
+    guesses = [call_text(number=number) + END for number in (3, 7)]
+    script = Script(sampler._tokenizer, guesses, [f"it is 7{END}"])
+    [episodes] = sampler(
+        script, [Example(0, np.array([65]), (), columns={"answer": "7"})], np.zeros((1, 2, 300)), print
+    )
+    assert [(one.turns, one.reward, one.finished, one.error) for one in episodes] == [
+        (2, 1, True, None),
+        (1, 0, True, None),
+    ]
+    assert "wrong" in sampler._tokenizer.decode(episodes[0].ids)
 
 
 def test_sampled_ids_are_not_tokenised_again() -> None:
