@@ -156,8 +156,9 @@ def big_file(path: Path, num_rows: int) -> Path:
 def test_interrupt_while_data_is_prepared(server: JobServer, whole: Whole, tmp_path: Path) -> None:
     """A terminal sends it to every process of the group: the tokenising ones get it too."""
     data, cache = big_file(tmp_path / "big.jsonl", 200_000), tmp_path / "cache"
-    words = [*whole.in_dir(tmp_path / "run"), f"data.train_file={data}", "data.num_proc=2"]
-    job = server.start(words, tmp_path / "log", "import os; os.setsid()", SHEEPRLHF_CACHE=str(cache))
+    words = [*whole.in_dir(tmp_path / "run"), f"data.train_file={data}"]
+    new_session = "import os; os.setsid()"
+    job = server.start([*words, "data.num_proc=2"], tmp_path / "log", new_session, SHEEPRLHF_CACHE=str(cache))
     job.wait_for("preparing train")
     time.sleep(0.5)
     os.killpg(job.pid, signal.SIGINT)

@@ -110,7 +110,7 @@ def test_an_unfinished_run_stands_where_its_records_or_checkpoints_say(tmp_path)
 
 def test_the_newest_result_of_each_metric_counts_and_says_what_it_is_of(tmp_path):
     folder = make_run(tmp_path)
-    write_evaluation(folder, "a", perplexity=9.0, nll=2.2, rows=3, time="2026-01-02T00:00:00+0000")
+    write_evaluation(folder, "a", perplexity=9.0, nll=2.2, tokens=3, time="2026-01-02T00:00:00+0000")
     write_evaluation(folder, "b", perplexity=8.0, weights="best", split="validation", time="2026-01-03T01:00:00+0200")
     write_evaluation(folder, "c", perplexity=7.0, time="2026-01-01T00:00:00+0000")
     write_evaluation(folder, "d", rougeL=28.123456, data="local", table={"rougeL": [1.0]})
