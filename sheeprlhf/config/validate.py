@@ -593,8 +593,10 @@ def unread_options(config: TrainConfig | EvalConfig, *keys: str) -> Iterator[str
             yield unread(f"{key}={given[key]}", f"by task={config.task.config_name}")
 
 
-MAPPED = ("prompt", "response", "chosen", "rejected", "responses", "margin", "messages", "label")  # data.rows.COLUMNS
-MAPPED += ("completions", "labels")  # data.rows.STEPS
+MAPPED = (  # data.rows.COLUMNS and STEPS
+    *("prompt", "response", "chosen", "rejected", "responses", "margin", "messages", "label"),
+    *("completions", "labels"),
+)
 EXTRAS = ("system", "tools")  # data.rows.CONVERSATION_EXTRAS
 
 

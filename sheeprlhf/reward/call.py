@@ -73,7 +73,11 @@ class Signature(NamedTuple):
     def arguments(self, scored: Texts) -> Arguments:
         """Return the positional and the keyword arguments of a call; each list is a copy."""
         columns, ids = scored.columns, [list(one) for one in scored.completion_ids]
-        texts = {PROMPTS: scored.prompts, **dict.fromkeys(RESPONSES, scored.responses), TOKENS: ids}
+        texts: dict[str, list[Any]] = {
+            PROMPTS: scored.prompts,
+            **dict.fromkeys(RESPONSES, scored.responses),
+            TOKENS: ids,
+        }
         values: dict[str, Any] = {name: list(texts[name]) for name in self.texts}
         values |= {
             name: list(columns[name])

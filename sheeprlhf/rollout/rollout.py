@@ -500,16 +500,17 @@ class RolloutCollector:
         servers.sample_ahead(given, number)
 
     def _scores(self, rollout: Rollout, validates: bool) -> list[float]:
-        how = {"step_score": getattr(self._cfg.reward, "step_score", "min")}
+        how: dict[str, Any] = {"step_score": getattr(self._cfg.reward, "step_score", "min")}
         for source, (model, exchange) in self._reward_models.items():
-            of = (self._fabric, self._cfg.task, model)
             if isinstance(model, RewardModel) and exchange is not None:
                 if model.step_separator is not None and how["step_score"] == "each":
                     raise RewardError("reward.step_score=each needs a reward model with the policy's tokens: give min")
                 encoded = rollout.encoded_by(exchange, self.texts)  # of any length: padded, which every model can read
-                scores_S = predict_scores(*of, encoded, exchange.reward, packed=False, **how)
+                of = (self._fabric, self._cfg.task, model, encoded, exchange.reward)
+                scores_S = predict_scores(*of, packed=False, **how)
             else:
-                scores_S = response_scores(*of, rollout, self._tokenizer, packed=self._packed, **how)
+                of_tokens = (self._fabric, self._cfg.task, model, rollout, self._tokenizer)
+                scores_S = response_scores(*of_tokens, packed=self._packed, **how)
             sizes = [len(ids) for ids in self.texts.completion_ids] if len(scores_S) > rollout.scores.size else []
             self._model_scores[source] = (
                 [part.tolist() for part in scores_S.split(sizes)] if sizes else scores_S.tolist()

@@ -35,6 +35,8 @@ ONLINE = ["task.rollout_size=14", "task.max_num_steps=12", "reward.normalize=tru
 ONLINE += ["reward.path=tests.support.rewards:spread", "task.save_rollouts=2"]
 LORA = ["model.finetune_mode=LORA", "model.lora_cfg.rank=4"]
 EVERYTHING = ["task.share_trunk=true", "task.ptx_coeff=0.5", "task.ptx_batch_size=3", "task.ema_decay=0.8"]
+ILQL = ("q_loss", "v_loss", "cql_loss", "nll", "advantage")
+DISTILL = ["task.rollout_size=14", "task.max_num_steps=12", "task.epochs=2", "task.teacher=TEACHER"]
 STOPS = ["task.early_stopping_metric=nll", "task.early_stopping_patience=1", "task.eval_interval=2", "optim.lr=1e-30"]
 STOPS += ["optim.weight_decay=0", "task.eval_at_start=true", "data.shuffle=false"]  # at step 4: no weight changes
 CASES = {
@@ -43,6 +45,10 @@ CASES = {
     "sft, quantised to 8 bits": Case("sft", [*LORA, "model.quantization=int8"], (*STEP, "val/nll")),
     "sft, early stopping": Case("sft", STOPS, (*STEP, "val/nll")),
     "rm": Case("rm", [WHOLE], (*STEP, "train/rewards/accuracies", "train/rewards/margins", "val/loss")),
+    "prm": Case("prm", [WHOLE], (*STEP, "train/accuracy", "val/loss")),
+    "ilql": Case("ilql", [WHOLE, "optim.lr=3e-3"], (*STEP, *(f"train/{name}" for name in ILQL), "val/loss")),
+    "dpo, sorted": Case("dpo", [WHOLE, "task.loss_type=aot"], (*STEP, "train/rewards/margins", "val/loss")),
+    "distill": Case("distill", DISTILL, ("objective/kl", "loss/policy", "val/kl"), 21),
     "dpo": Case("dpo", [WHOLE], (*STEP, "train/rewards/margins", "train/kl/chosen", "val/loss")),
     "kto": Case("kto", ["task.epochs=2", "optim.lr=3e-3"], tuple(f"train/{name}" for name in KTO)),
     "ppo": Case("ppo", ONLINE, PPO, 21),
@@ -51,7 +57,18 @@ CASES = {
     "grpo": Case("grpo", ONLINE, ("objective/scores", "objective/kl", "loss/policy", "policy/kl", "val/scores"), 21),
     "rloo": Case("rloo", ONLINE, ("objective/scores", "objective/rlhf_reward", "loss/policy", "val/scores"), 21),
 }
-NIGHTLY = ("rm", "ppo", "ppo, lora", "rloo", "sft, quantised", "sft, quantised to 8 bits")
+NIGHTLY = (
+    "prm",
+    "ilql",
+    "dpo, sorted",
+    "distill",
+    "rm",
+    "ppo",
+    "ppo, lora",
+    "rloo",
+    "sft, quantised",
+    "sft, quantised to 8 bits",
+)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +82,7 @@ def test_two_processes_equal_one(
         pytest.importorskip("bitsandbytes")
     data = WRITERS[case.task](tmp_path / "rows.jsonl", case.num_rows)
     words = ["task.epochs=1", "task.mini_batch_size=6", "task.micro_batch_size=1"]
-    words += case.words
+    words += [word.replace("TEACHER", str(model_folder("gpt2"))) for word in case.words]
     cache = f"data.cache_dir={tmp_path / 'cache'}"  # its own, so that two processes compute a reference together
     two_words = train_words(model_folder(), data, tmp_path / "two", *words, cache, task=case.task)
     job = server.start_ranks(two_words, tmp_path / "log", 2)

@@ -1,17 +1,25 @@
 """Reward models by the command line: what is saved, plain transformers' scores of it, and every shape of rows."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from sheeprlhf.agent.policy import load_policy
+from sheeprlhf.agent.reward import reward_model_of
 from sheeprlhf.cli import run
+from sheeprlhf.data.example import Example, collate_packed
+from sheeprlhf.model.folder.load import load_tokenizer
+from sheeprlhf.structure.model import AutoModelConfig
+from sheeprlhf.task.train.rm import likelihood_loss
 from tests.support.runs import train, write_pairs
 
 ModelFolder = Callable[..., Path]
@@ -38,7 +46,6 @@ def plain_scores(final: Path, base: str) -> list[list[float]]:
 def our_scores(run_dir: Path, words: list[str], tmp_path: Path) -> list[float]:
     """The same through our own loader: pairs of one text and a filler, scored one by one."""
     from sheeprlhf.config.run_lookup import saved_group
-    from sheeprlhf.data.example import Example, collate_packed
     from sheeprlhf.structure.model import ModelConfig
     from sheeprlhf.task.models import load_trained_reward_model
 
@@ -91,6 +98,39 @@ def test_the_offset_makes_demonstrations_score_zero(tmp_path: Path, model_folder
     assert "reward_offset" not in json.loads((raw / "final" / "config.json").read_text())
     ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (run_dir, raw))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_frozen_layers_keep_their_bytes(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """Weight decay, the likelihood term and the head do not move the embeddings and the first layer."""
+    words = ["task.max_num_steps=3", "model.frozen_layers=1", "task.likelihood_coeff=0.5", "optim.weight_decay=0.1"]
+    run_dir = train(model_folder(), write_pairs(tmp_path / "rows.jsonl"), tmp_path / "run", *words, task="rm")
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_folder(), run_dir / "final"))
+    same = {
+        name for name in before if name in after and before[name].numpy().tobytes() == after[name].numpy().tobytes()
+    }
+    assert same == {name for name in before if "embed" in name or "layers.0." in name}
+    assert len(same) < len(after) - 1
+
+
+def test_the_likelihood_term_is_that_of_transformers(model_folder: ModelFolder) -> None:
+    """On the chosen responses; with a language head of zeros it is ln V for each token."""
+    cfg = AutoModelConfig(repo_name=str(model_folder()))
+    tokenizer = load_tokenizer(cfg)
+    policy, _ = load_policy(cfg, tokenizer, longest=16, batching="packed")
+    plain = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
+    prompt, response = [3, 4, 5], [7, 9, 11, 2]
+    labels = torch.tensor([[*[-100] * len(prompt), *response]])
+    with torch.no_grad():
+        expected = float(plain(torch.tensor([[*prompt, *response]]), labels=labels).loss) * len(response)
+    model = reward_model_of(policy, cfg, tokenizer)
+    model.keep_language_head(policy.causal_lm())
+    batch = collate_packed([Example(0, np.array(prompt, np.int32), (np.array(response, np.int32),))])
+    assert float(likelihood_loss(model, batch).total) == pytest.approx(expected, abs=1e-5)
+    assert model.language_head is not None
+    with torch.no_grad():
+        model.language_head.weight.zero_()
+    uniform = len(response) * math.log(len(model.language_head.weight))
+    assert float(likelihood_loss(model, batch).total) == pytest.approx(uniform, abs=1e-4)
 
 
 def test_a_visible_preference_is_learnt(tmp_path: Path, model_folder: ModelFolder) -> None:

@@ -258,6 +258,20 @@ def draw_calibration(bins: Sequence[Bin], number: int) -> Markup:
         return _svg(figure)
 
 
+def draw_rounds(points: Mapping[int, tuple[float, float]], labels: Sequence[str]) -> Markup:
+    """Plot the score against the KL divergence of runs by their numbers, in the order of training, as SVG."""
+    with style.context(["default", _STYLE]):
+        figure = Figure(figsize=(5, 3.6), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(*zip(*points.values(), strict=True), color=_FAINT, linewidth=1)
+        for number, (kl, score) in points.items():
+            axes.plot([kl], [score], color=LIGHT[number % len(LIGHT)], marker="o")
+            axes.annotate(labels[number], (kl, score), (5, -10), textcoords="offset points", size=7)
+        axes.set(xlabel="KL from the first run, nats a response, summed over rounds", ylabel="score")
+        axes.grid(axis="y", color=_RULE, linewidth=0.6)
+        return _svg(figure)
+
+
 def _svg(figure: Figure) -> Markup:
     """A figure as an SVG element without ids of its own, fonts and fixed colours: those are the page's."""
     text = io.StringIO()

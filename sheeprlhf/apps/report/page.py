@@ -23,6 +23,7 @@ from sheeprlhf.apps.report.chart import (
     charts_of,
     draw_calibration,
     draw_curves,
+    draw_rounds,
     group_tags,
     run_colors,
     run_style,
@@ -245,7 +246,36 @@ def _results(records: list[Record]) -> Iterator[dict[str, Any]]:
                 if bins:
                     label = "; ".join(f"{_percent(b.predicted)} predicted, {_percent(b.right)} right" for b in bins)
                     calibrations.append((head, label, draw_calibration(bins, number)))
-        yield {"title": title, "tables": tables, "calibrations": calibrations}
+        finals = {number: e.numbers for number, e in columns if e.weights == "final"}
+        yield {"title": title, "tables": tables, "calibrations": calibrations, "rounds": _rounds(records, finals)}
+
+
+def _rounds(records: list[Record], numbers: Mapping[int, Mapping[str, tuple[float, ...]]]) -> tuple[str, Markup] | None:
+    """A description and a plot of score against KL over the longest chain of runs, each of which starts from the last.
+
+    `numbers` are those of an evaluation, by run. A run's KL is that from its start; those of the chain are added.
+    """
+    places = {_resolved(record.past.dir): number for number, record in enumerate(records)}
+    starts = {
+        number: places.get(_resolved(Path(str(records[number].config.get("task.sft_experiment_dir")))))
+        for number, found in numbers.items()
+        if "score" in found
+    }
+
+    def chain(number: int) -> list[int]:
+        start = starts[number]
+        return [*(chain(start) if start in starts and start < number else ()), number]
+
+    longest = max(map(chain, starts), key=len, default=[])
+    if len(longest) < 3:  # a start with one training is no iterated training
+        return None
+    kl, points = 0.0, {}
+    for number in longest:
+        kl += numbers[number].get("kl", (0.0,))[0] if points else 0.0
+        points[number] = kl, numbers[number]["score"][0]
+    labels = [record.label for record in records]
+    text = "; ".join(f"{labels[n]}: score {figure_text(y)} at KL {figure_text(x)}" for n, (x, y) in points.items())
+    return text, draw_rounds(points, labels)
 
 
 def _percent(share: float) -> str:

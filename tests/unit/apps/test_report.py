@@ -421,6 +421,28 @@ def test_calibrations_are_drawn_from_their_numbers(tmp_path, page_of):
     assert {tag for tag, _ in page.elements} <= ELEMENTS
 
 
+def test_rounds_of_iterated_training_are_drawn(tmp_path, page_of):
+    """Score against the KL summed over the chain of starts; two runs alone, or a run besides, are no rounds."""
+    figures = [(0.422, 9.0), (0.652, 1.5), (0.742, 1.31)]
+    folders = [tmp_path / "logs" / f"round{number}" for number in range(3)]
+    for number, (folder, (score, kl)) in enumerate(zip(folders, figures, strict=True)):
+        make_past_run(folder, number)
+        if number:
+            config = (folder / "config.yaml").read_text()
+            start = f"task:\n  sft_experiment_dir: {folders[number - 1]}\n"
+            (folder / "config.yaml").write_text(config.replace("task:\n", start))
+        write_evaluation(folder, "reward-imperative-test-final", task="reward", score=score, kl=kl)
+
+    def drawn(*chosen: Path) -> list[str]:
+        of = [attributes for _, attributes in page_of(*chosen).elements if attributes.get("class") == "chart"]
+        return [attributes["aria-label"] for attributes in of if "at KL" in attributes["aria-label"]]
+
+    [label] = drawn(*folders)
+    assert [part.split()[0] for part in label.split("score ")[1:]] == ["0.4220", "0.6520", "0.7420"]
+    assert [part.split(";")[0] for part in label.split("at KL ")[1:]] == ["0", "1.500", "2.810"]
+    assert drawn(*folders[:2]) == [] and drawn(folders[0], folders[2]) == []
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
 def test_a_browser_runs_no_script_of_a_sample_and_shows_all_sections(tmp_path, page_of):
