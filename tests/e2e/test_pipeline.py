@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.jobs import ColdJob
 from tests.support.pipelines import folders, write_recipe
-from tests.support.runs import write_pairs
+from tests.support.runs import WRITERS, exit_code, write_pairs
 
 ModelFolder = Callable[..., Path]
 CHAIN = """\
@@ -81,6 +81,30 @@ RECIPES = {
     "hh_deepspeed_chat": ("opt", DIALOGUE),
     "hh_ppo_max": ("llama", DIALOGUE),
 }
+
+
+PUBLISHED = sorted(path.stem for path in Path(__file__).parents[2].glob("configs/experiment/*_published.yaml"))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_published_settings_run_in_two_steps(recipe: str, tmp_path: Path, model_folder: ModelFolder) -> None:
+    """With smaller batches and shorter responses; what a response is rewarded for comes from the command line."""
+    task = recipe.removesuffix("_published")
+    data = WRITERS[task if task in WRITERS else "sft"](tmp_path / "rows.jsonl")
+    words = [f"experiment={recipe}", "dry_run=true", "model=auto", f"model.repo_name={model_folder()}", "data=local"]
+    words += [
+        f"data.train_file={data}",
+        "data.max_length=100",
+        "data.max_prompt_length=70",
+        f"root_dir={tmp_path}/runs",
+    ]
+    if task != "ilql":
+        words += ["reward=function", "reward.path=tests.support.rewards:letters", "generation.max_new_tokens=8"]
+        words += ["task.num_generations=4", "task.rollout_size=32", "task.mini_batch_size=16", "task.self_check=off"]
+        words += ["reward.overlong_buffer=4"] if task == "dapo" else []
+    assert exit_code(["train", *words]) == 0
+    assert list((tmp_path / "runs").rglob("final/model.safetensors"))
 
 
 @pytest.mark.nightly
