@@ -25,7 +25,7 @@ import inspect
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -41,7 +41,8 @@ PACKED = "sheeprlhf_packed"
 PACKED_EAGER = "sheeprlhf_packed_eager"  # of models that have no sdpa attention
 _KIND = "longrope"
 _HALF = (torch.bfloat16, torch.float16)
-_LONGEST_DENSE, _BLOCK = 512, 128  # tokens of a sequence up to which a CPU keeps the weights; queries at a time
+# A CPU keeps the attention's weights of sequences of so many tokens on average, and so many at most; queries at a time
+_MEAN_DENSE, _LONGEST_DENSE, _BLOCK = 192, 512, 128
 _UNSUPPORTED = ("position_bias",)  # extras of some models' attention that change the result
 
 
@@ -199,7 +200,8 @@ def _loop_attention(
     """
     lengths = [n for prompt, responses in layout.segments for n in (prompt + responses[0], *responses[1:])]
     repeats = query_BHTD.shape[1] // key_BGTD.shape[1]
-    if query_BHTD.device.type == "cpu" and variant.is_plain and dropout == 0.0 and layout.max_key <= _LONGEST_DENSE:
+    dense = _MEAN_DENSE * len(lengths) <= layout.num_tokens and layout.max_key <= _LONGEST_DENSE
+    if dense and query_BHTD.device.type == "cpu" and variant.is_plain and dropout == 0.0:
         query, key, value = (x[0] for x in (query_BHTD, key_BGTD, value_BGTD))
         if repeats > 1:
             key, value = (x.repeat_interleave(repeats, dim=0) for x in (key, value))
@@ -267,8 +269,7 @@ class _DenseAttention(torch.autograd.Function):
         for queries, *places in sequences:
             key, value = (_joined(x, *places) for x in (key_HTD, value_HTD))
             for rows, seen in _blocks(queries, key.shape[1]):
-                mask = torch.full((rows.stop - rows.start, seen), -math.inf, dtype=key.dtype)
-                mask.triu_(seen - len(mask) + 1)
+                mask = _later_keys(rows.stop - rows.start, seen, key.dtype)
                 scores = torch.baddbmm(mask, query_HTD[:, rows], key[:, :seen].mT, alpha=scale)
                 kept.append(scores.softmax(dim=-1))
                 output_THD[rows] = torch.bmm(kept[-1], value[:, :seen]).transpose(0, 1)
@@ -299,6 +300,12 @@ class _DenseAttention(torch.autograd.Function):
                     if num_prompt:
                         total[:, prompt] += part[:, :num_prompt]
         return grad_query.mul_(ctx.scale), grad_key.mul_(ctx.scale), grad_value, None, None
+
+
+@lru_cache(maxsize=32)
+def _later_keys(num_queries: int, num_keys: int, dtype: torch.dtype) -> Tensor:
+    """(T, M) minus infinity for the keys behind a query, 0 for others; the queries are those of the last T keys."""
+    return torch.full((num_queries, num_keys), -math.inf, dtype=dtype).triu_(num_keys - num_queries + 1)
 
 
 def _joined(x_HTD: Tensor, prompt: slice, own: slice) -> Tensor:

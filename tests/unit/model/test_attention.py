@@ -67,6 +67,7 @@ def test_values_and_gradients(
     num_responses: int, groups: int, scaling: float | None, longest_dense: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_LONGEST_DENSE", longest_dense)
+    monkeypatch.setattr(attention, "_MEAN_DENSE", 0)
     monkeypatch.setattr(attention, "_BLOCK", 3)
     layout, inputs = case(num_responses, groups)
     output, nothing = packed_attention(MODULE, *inputs, None, scaling=scaling, layout=layout)
@@ -83,6 +84,7 @@ def test_queries_of_the_tails(
 ) -> None:
     """Keys and values of all tokens, then queries of the tails: those rows of the whole result."""
     monkeypatch.setattr(attention, "_LONGEST_DENSE", longest_dense)
+    monkeypatch.setattr(attention, "_MEAN_DENSE", 0)
     layout, inputs = case(num_responses, 2)
     layout = with_tails(layout, layout.query_starts[1:].numpy() - 2)
     tails, options = attention.TailQueries(layout), {"sliding_window": window}
