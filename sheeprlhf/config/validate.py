@@ -29,7 +29,7 @@ from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import LORAConfig, ModelConfig
 from sheeprlhf.structure.optim import AdamW8bitConfig, OptimizerConfig, SGDConfig
 from sheeprlhf.structure.reward import AutoRewardConfig, RewardSourceConfig
-from sheeprlhf.structure.rollout import BestOfNConfig, OnlineTaskConfig
+from sheeprlhf.structure.rollout import BestOfNConfig, LocalRolloutConfig, OnlineTaskConfig
 from sheeprlhf.structure.run import (
     TRACKER_MODULES,
     ClusterConfig,
@@ -78,9 +78,7 @@ def _problems(config: RootConfig) -> Iterator[str]:
         yield from eval_problems(config)
     elif isinstance(config, InspectConfig):
         yield from new_folder_problems("output_dir", config.output_dir)
-        from sheeprlhf.config.reward_checks import environment_problems
-
-        yield from environment_problems(config)
+        yield from _rollout_problems(config)
     elif isinstance(config, FetchConfig):
         yield from _cache_problems("cache_dir", config.cache_dir)
     if isinstance(config, TrainConfig | EvalConfig | InspectConfig) and config.data is not None:
@@ -469,10 +467,8 @@ def _train_problems(config: TrainConfig) -> Iterator[str]:
 
         yield from online_problems(config, config.task)
     else:
-        from sheeprlhf.config.reward_checks import environment_problems
-
         yield from unread_options(config, "generation.engine", "reward")
-        yield from environment_problems(config)
+        yield from _rollout_problems(config)
     if config.task.config_name == "sft" and config.data.reward_model_split == 1:
         yield "data.reward_model_split=1 leaves no row to fine-tune on: give for example data.reward_model_split=0.5"
     if config.resume and config.resume_from is not None:
@@ -500,6 +496,13 @@ def _step_problems(config: TrainConfig) -> Iterator[str]:
         yield "data.step_separator must be a text of 1 to 100 characters: give for example one line break, '\\n'"
     if config.data.reasoning != "train":
         yield unread(f"data.reasoning={config.data.reasoning}", "by task=prm")
+
+
+def _rollout_problems(config: TrainConfig | InspectConfig) -> Iterator[str]:
+    if config.rollout != LocalRolloutConfig():
+        from sheeprlhf.config.reward_checks import environment_problems
+
+        yield from environment_problems(config)
 
 
 def _streaming_problems(config: TrainConfig) -> Iterator[str]:
