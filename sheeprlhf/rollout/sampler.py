@@ -1,7 +1,7 @@
 """Sample responses token by token, with random numbers that the caller gives: the native engine and its decoders.
 
 A decoder turns the prompts into logits, then advances all rows by one token at a time. `PackedDecoder` is for models
-with packed attention; `PaddedDecoder` and `RecomputedDecoder` are for the others.
+with packed attention; `padded_decoders` has those for the others.
 
 Letters: P prompts, K responses of each, B live rows, V vocabulary, N tokens of a response, T packed positions of
 prompts, W tokens of the longest prompt, L tokens of the longest row, C hidden width; H query heads, G key heads, E
@@ -13,25 +13,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pkgutil import resolve_name
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from sheeprlhf.data.example import layout_of
 from sheeprlhf.model.attention import (
     Variant,
     kernel_dtype,
-    logits_at,
-    no_router_logits,
-    outgrows_cache,
     packing_limit,
     placeholder_mask,
-    tolerance,
 )
 from sheeprlhf.model.lm_head import at_tails, backbone_and_head, last_block_at_tails
 from sheeprlhf.utils.lightning import move_data_to_device
@@ -105,13 +101,14 @@ def sample_responses(
     packed = packed and not packing_limit(model, max(lengths, default=0) + num_new)
     results: dict[int, Sampled] = {}
     with eval_mode(model):
+        unpacked = resolve_name("sheeprlhf.rollout.padded_decoders:unpacked_decoder")
         groups = prompt_groups(lengths, num_responses, num_new, token_budget, shared=packed, most=max_prompts)
         undefined_U = None if undefined_U is None else undefined_U.to(model.device)
         draw_next = partial(draw, temperature=temperature, top_k=top_k, top_p=top_p, undefined_U=undefined_U)
         for group in groups:
             group_prompts = [prompts[index] for index in group]
             own = [lengths[index] for index in group]
-            decoder = PackedDecoder(model, token_budget) if packed else unpacked_decoder(model, own, num_new)
+            decoder: Decoder = PackedDecoder(model, token_budget) if packed else unpacked(model, own, num_new)
             most = np.array([num_new if limits is None else limits[index] for index in group])
             sampled = _sample_group(decoder, group_prompts, uniforms[group], most, draw_next, end_ids, stop, progress)
             results |= zip(group, sampled, strict=True)
@@ -150,7 +147,7 @@ def prompt_groups(
 
 
 def _sample_group(
-    decoder: "PackedDecoder | PaddedDecoder | RecomputedDecoder",
+    decoder: "Decoder",
     prompts: Sequence[np.ndarray],
     uniforms_PKN: np.ndarray,
     limits_P: np.ndarray,
@@ -391,6 +388,24 @@ def compact(ended: np.ndarray) -> np.ndarray:
     return order
 
 
+def cache_name(model: nn.Module) -> str:
+    """Name of the cache argument in the model's code: code from before transformers 5.24 has the longer name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+class Decoder(Protocol):
+    """Logits of the rows of a group, one token after the other; the first rows are live."""
+
+    def prefill(self, prompts: Sequence[np.ndarray], num_responses: int, num_new: int) -> Tensor:
+        """Compute the prompts. Returns (B, V) logits of each row's first token, `num_responses` rows a prompt."""
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """Write one token into each live row. Returns (B, V) logits of the next one."""
+
+    def keep(self, order_B: np.ndarray) -> None:
+        """Go on with fewer rows: the i-th is now what the `order_B[i]`-th was."""
+
+
 class PackedDecoder:
     """Rows of a model with packed attention: prompts are computed once, unpadded; then a static cache.
 
@@ -400,10 +415,10 @@ class PackedDecoder:
     def __init__(self, model: PreTrainedModel, token_budget: int) -> None:
         self._backbone, self._head = backbone_and_head(model)
         self._cache, self._token_budget = SharedCache(), token_budget
-        self._given = {_cache_name(self._backbone): self._cache}
+        self._given = {cache_name(self._backbone): self._cache}
 
     def prefill(self, prompts: Sequence[np.ndarray], num_responses: int, num_new: int) -> Tensor:
-        """Compute the prompts. Returns (B, V) logits of each row's first token, `num_responses` rows a prompt."""
+        """As `Decoder.prefill`."""
         device = next(self._backbone.parameters()).device
         lengths = [len(prompt) for prompt in prompts]
         hidden_PC = torch.cat([self._last_hidden(part, device) for part in _parts(prompts, self._token_budget)])
@@ -429,7 +444,7 @@ class PackedDecoder:
         return at_tails(hidden_1TC, layout)[0]
 
     def step(self, ids_B: Tensor) -> Tensor:
-        """Write one token into each live row. Returns (B, V) logits of the next one."""
+        """As `Decoder.step`."""
         hidden_B1C = self._backbone(
             input_ids=ids_B[:, None],
             attention_mask=placeholder_mask(ids_B),
@@ -443,147 +458,9 @@ class PackedDecoder:
         return self._head(hidden_B1C[:, 0])
 
     def keep(self, order_B: np.ndarray) -> None:
-        """Go on with fewer rows: the i-th is now what the `order_B[i]`-th was."""
+        """As `Decoder.keep`."""
         self._cache.keep(order_B)
         self._positions_B1 = self._positions_B1[order_B]
-
-
-class PaddedDecoder:
-    """Rows of any other model: prompts padded on the left, and transformers' own cache and masks."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self._cache = DynamicCache(config=model.config)
-        self._given = {_cache_name(model): self._cache}
-        self._options = no_router_logits(model)
-
-    def prefill(self, prompts: Sequence[np.ndarray], num_responses: int, num_new: int) -> Tensor:
-        """As `PackedDecoder.prefill`."""
-        device = self._model.device
-        lengths_P = torch.tensor([len(prompt) for prompt in prompts])
-        width = int(lengths_P.max())
-        column_PW = torch.arange(width) - (width - lengths_P)[:, None]
-        input_ids_PW = torch.zeros_like(column_PW)
-        input_ids_PW[column_PW >= 0] = torch.from_numpy(np.concatenate(prompts).astype(np.int64))
-        mask_PL = torch.cat([column_PW >= 0, torch.ones(len(prompts), num_new, dtype=torch.bool)], dim=1).long()
-        self._mask_BL, self._columns = mask_PL.to(device), width
-        logits_PV = self._forward(input_ids_PW.to(device), column_PW.clamp(min=0).to(device))
-        self._select(torch.arange(len(prompts)).repeat_interleave(num_responses))
-        self._mask_BL = self._mask_BL.repeat_interleave(num_responses, dim=0)
-        self._positions_B1 = lengths_P.to(device).repeat_interleave(num_responses)[:, None]
-        return logits_PV.repeat_interleave(num_responses, dim=0)
-
-    def step(self, ids_B: Tensor) -> Tensor:
-        """As `PackedDecoder.step`."""
-        self._columns += 1
-        logits_BV = self._forward(ids_B[:, None], self._positions_B1)
-        self._positions_B1 = self._positions_B1 + 1
-        return logits_BV
-
-    def keep(self, order_B: np.ndarray) -> None:
-        """As `PackedDecoder.keep`."""
-        self._select(torch.from_numpy(order_B))
-        self._positions_B1, self._mask_BL = self._positions_B1[order_B], self._mask_BL[order_B]
-
-    def _select(self, order: Tensor) -> None:
-        """Go on with these rows of the cache: every kind of layer, recurrent ones too, can be reordered."""
-        self._cache.reorder_cache(cast(Any, order.to(self._model.device)))
-
-    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        output = cast(Any, self._model)(
-            input_ids=input_ids,
-            attention_mask=self._mask_BL[:, : self._columns],
-            position_ids=position_ids,
-            **self._given,
-            use_cache=True,
-            logits_to_keep=1,
-            **self._options,
-        )
-        return output.logits[:, -1]
-
-
-class RecomputedDecoder:
-    """Rows of a model whose cache changes its outputs: each token computes its whole row again.
-
-    Rows are padded on the right, as in training, so no layer of a causal model reads the padding.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-
-    def prefill(self, prompts: Sequence[np.ndarray], num_responses: int, num_new: int) -> Tensor:
-        """As `PackedDecoder.prefill`."""
-        device, lengths_P = self._model.device, torch.tensor([len(prompt) for prompt in prompts])
-        columns = torch.arange(int(lengths_P.max()) + num_new)
-        ids_PL = torch.zeros(len(prompts), len(columns), dtype=torch.long)
-        ids_PL[columns < lengths_P[:, None]] = torch.from_numpy(np.concatenate(prompts).astype(np.int64))
-        self._ids_BL, self._lengths_B = ids_PL.to(device), lengths_P.to(device)
-        logits_PV = self._forward()
-        self._ids_BL = self._ids_BL.repeat_interleave(num_responses, dim=0)
-        self._lengths_B = self._lengths_B.repeat_interleave(num_responses)
-        return logits_PV.repeat_interleave(num_responses, dim=0)
-
-    def step(self, ids_B: Tensor) -> Tensor:
-        """As `PackedDecoder.step`."""
-        self._ids_BL[torch.arange(len(ids_B), device=ids_B.device), self._lengths_B] = ids_B
-        self._lengths_B = self._lengths_B + 1
-        return self._forward()
-
-    def keep(self, order_B: np.ndarray) -> None:
-        """As `PackedDecoder.keep`."""
-        self._ids_BL, self._lengths_B = self._ids_BL[order_B], self._lengths_B[order_B]
-
-    def _forward(self) -> Tensor:
-        width = int(self._lengths_B.max())
-        column_BT = torch.arange(width, device=self._lengths_B.device).expand(len(self._lengths_B), -1)
-        mask_BT, last_BT = column_BT < self._lengths_B[:, None], column_BT == self._lengths_B[:, None] - 1
-        return logits_at(
-            self._model,
-            last_BT,
-            input_ids=self._ids_BL[:, :width],
-            attention_mask=mask_BT,
-            position_ids=torch.where(mask_BT, column_BT, 0),
-        )
-
-
-@torch.no_grad()
-def unpacked_decoder(
-    model: PreTrainedModel, lengths: Sequence[int] = (), num_new: int = 0
-) -> PaddedDecoder | RecomputedDecoder:
-    """Return a decoder for a model without packed rows: with transformers' cache if that does not change its outputs.
-
-    Models with plain attention are known not to; others are tried on two short prompts. `lengths` are the prompts'.
-    """
-    if outgrows_cache(model, lengths, num_new):
-        return RecomputedDecoder(model)
-    return PaddedDecoder(model) if not packing_limit(model, 0) or _cache_is_right(model) else RecomputedDecoder(model)
-
-
-def _cache_is_right(model: PreTrainedModel) -> bool:
-    """True if padding on the left, the cache, and rows that end do not change any log-probability."""
-    prompts = [np.arange(length) % 5 + 3 for length in (2, 9)]
-    device = model.device
-
-    def logprobs(rows: PaddedDecoder | RecomputedDecoder) -> Tensor:
-        steps = [rows.prefill(prompts, 2, 4)]
-        for ids, order in (([3, 4, 5, 6], [0, 3, 2]), ([7, 3, 4], [2, 1])):
-            steps.append(rows.step(torch.tensor(ids, device=device)))
-            rows.keep(np.array(order))
-        return torch.cat([*steps, rows.step(torch.tensor([5, 6], device=device))]).float().log_softmax(dim=-1)
-
-    expected = logprobs(RecomputedDecoder(model))
-    try:
-        apart = (logprobs(PaddedDecoder(model)) - expected).abs().max()
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):  # its code does not support such a cache
-        return False
-    return bool(apart <= tolerance(next(model.parameters())))
-
-
-def _cache_name(model: nn.Module) -> str:
-    """Name of the cache argument in the model's code: code from before transformers 5.24 has the longer name."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _parts(prompts: Sequence[np.ndarray], token_budget: int) -> list[list[np.ndarray]]:

@@ -19,7 +19,8 @@ from sheeprlhf.model.attention import packing_limit
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.model.folder.weights import check_weights
 from sheeprlhf.rollout.engines import generate_ids, stream_ids
-from sheeprlhf.rollout.sampler import PaddedDecoder, RecomputedDecoder, engine_of, sample_responses, unpacked_decoder
+from sheeprlhf.rollout.padded_decoders import PaddedDecoder, RecomputedDecoder, unpacked_decoder
+from sheeprlhf.rollout.sampler import engine_of, sample_responses
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.utils.errors import ModelError
