@@ -165,8 +165,7 @@ def packing_tolerance(scored: nn.Module) -> float:
 def packing_difference(scored: nn.Module) -> float:
     """Difference between packed and padded results of two short examples, nats or units of the score.
 
-    Raises:
-        TypeError, ValueError, LookupError: the model's code refuses what packed batches need.
+    Raises TypeError, ValueError, LookupError if the model's code refuses what packed batches need.
     """
     ids = np.arange(12, dtype=np.int32) % 5 + 3
     examples = [Example(0, ids[:4], (ids[4:9],)), Example(1, ids[1:3], (ids[2:12],))]

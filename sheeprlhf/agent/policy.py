@@ -271,9 +271,7 @@ def load_policy(
     """Load the model, with adapters if asked, and decide whether its batches are packed; see `choose_packed`.
 
     `new_head` and `in_files` are those of `load_causal_lm`.
-
-    Raises:
-        ModelError: the model cannot be loaded, is too small for the data, or batching=packed and it cannot do it.
+    Raises ModelError if the model cannot be loaded, is too small for the data, or batching=packed and it cannot do it.
     """
     rows = num_rows_needed(tokenizer)
     model = load_causal_lm(cfg, vocabulary=rows, longest=longest, new_head=new_head, in_files=in_files, say=say)

@@ -83,8 +83,7 @@ class RewardModel(nn.Module):
     def keep_language_head(self, causal_lm: PreTrainedModel) -> None:
         """Keep the language head of the model whose layers this one has; unless it is the embedding, it stays as it is.
 
-        Raises:
-            ModelError: the log-probabilities are more than its head's.
+        Raises ModelError if the log-probabilities are more than its head's.
         """
         self.language_head = backbone_and_head(causal_lm)[1]
         if self.language_head.weight is not causal_lm.get_input_embeddings().weight:
@@ -152,8 +151,7 @@ def load_reward_model(
 ) -> tuple[RewardModel, bool]:
     """A reward model that is a whole folder, and whether its batches are packed.
 
-    Raises:
-        ModelError: it cannot be loaded, or batching=packed and it cannot do that.
+    Raises ModelError if it cannot be loaded, or batching=packed and it cannot do that.
     """
     auto = AutoModelForSequenceClassification
     rows = num_rows_needed(tokenizer)
@@ -179,9 +177,7 @@ def reward_model_of(
     """The language model with a score head instead of its own, and adapters if asked: new ones or those of a folder.
 
     The policy's backbone is used, not copied.
-
-    Raises:
-        ModelError: the model cannot have a score head, or the folder's adapters do not fit.
+    Raises ModelError if the model cannot have a score head, or the folder's adapters do not fit.
     """
     model = scalar_model(policy.causal_lm(), tokenizer)
     if adapter is not None:

@@ -515,9 +515,22 @@ class Stream:
             self._ahead = None
 
 
-def stream_of(cfg: DataConfig, tokenizer: Any, **how: Any) -> Stream | None:
-    """The stream of a dataset with `data.streaming`; None for any other. Arguments as of `Stream`."""
-    return Stream(cfg, tokenizer, **how) if isinstance(cfg, LayoutDataConfig) and cfg.streaming else None
+def prepare_training_data(
+    cfg: DataConfig,
+    tokenizer: Any,
+    *,
+    kind: str,
+    say: Notify,
+    progress: bool,
+    leads: bool,
+    kept: KeptColumns = NOTHING_KEPT,
+) -> tuple[PreparedData, Stream | None]:
+    """As `prepare_data`; with `data.streaming` the first shard, and the stream of all (arguments as of `Stream`)."""
+    data = prepare_data(cfg, tokenizer, kind=kind, say=say, progress=progress, kept=kept)
+    if not (isinstance(cfg, LayoutDataConfig) and cfg.streaming):
+        return data, None
+    stream = Stream(cfg, tokenizer, kind=kind, say=say, leads=leads, kept=kept)
+    return data._replace(fingerprint=stream.fingerprint(data)), stream
 
 
 def _prepare(_: BoundToThis | None, cfg: LayoutDataConfig, tokenizer: Any, how: dict[str, Any], number: int) -> None:

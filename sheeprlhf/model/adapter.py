@@ -101,8 +101,7 @@ def _texts(value: Any) -> Iterator[str]:
 def read_adapter_config(folder: Path) -> LoraConfig:
     """The adapters of a PEFT folder, for loading: its weights have been looked at too.
 
-    Raises:
-        ModelError: they are not LoRA, ask for something that is not ours, or the weights are not safetensors.
+    Raises ModelError if they are not LoRA, ask for something that is not ours, or the weights are not safetensors.
     """
     with adapter_errors(folder):
         content = read_json(folder, ADAPTER_CONFIG)
@@ -429,8 +428,7 @@ def check_difference(difference: float, outputs: Sequence[Tensor], share: float,
 def check_targets(model: PreTrainedModel, cfg: LORAConfig) -> None:
     """Check the names of `model.lora_cfg` against the modules of a model.
 
-    Raises:
-        ModelError: a target names no module of the model, or one that trains already.
+    Raises ModelError if a target names no module of the model, or one that trains already.
     """
     targets, linear = parse_targets(cfg.targets), linear_names(model)
     listed = () if isinstance(targets, str) else targets
@@ -453,8 +451,7 @@ def check_targets(model: PreTrainedModel, cfg: LORAConfig) -> None:
 def check_adapted(model: PeftModel, cfg: LORAConfig) -> None:
     """Check new adapters.
 
-    Raises:
-        ModelError: no target is in a layer of `layers_to_transform`, or another module uses a target's weight too.
+    Raises ModelError if no target is in a layer of `layers_to_transform`, or another module uses a target's weight too.
     """
     adapted = [name.split(".") for name, _ in model.named_parameters() if ".lora_" in name]
     missing = sorted(set(cfg.layers_to_transform) - {int(part) for name in adapted for part in name if part.isdigit()})
@@ -514,9 +511,7 @@ def rows_of_adapters(model: PreTrainedModel, *, language_head: bool = True) -> d
     """The modules of which rows train next to adapters, each with its rows; no rows stand for the whole module.
 
     A tied head follows the embedding. PEFT computes rows of a head without its bias, so a head with one trains whole.
-
-    Raises:
-        ModelError: the head is tied to the embedding and has a bias.
+    Raises ModelError if the head is tied to the embedding and has a bias.
     """
     rows = trained_rows(model)
     if not rows:
@@ -539,8 +534,7 @@ def rows_of_adapters(model: PreTrainedModel, *, language_head: bool = True) -> d
 def with_adapter(model: PreTrainedModel, cfg: ModelConfig, say: Notify = lambda _: None) -> PeftModel:
     """The language model with adapters that train: new ones, or those of `model.adapter`.
 
-    Raises:
-        ModelError: they do not fit the model.
+    Raises ModelError if they do not fit the model.
     """
     if cfg.adapter is None:
         assert cfg.lora_cfg is not None

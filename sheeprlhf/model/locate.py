@@ -61,8 +61,7 @@ def _in_hub_cache(cfg: ModelConfig, *, weights: bool) -> bool:
 def locate_adapter(adapter: str) -> Path:
     """The folder of `model.adapter`: itself, or a hub id's in the hub's cache.
 
-    Raises:
-        ModelError: the hub has no such adapter, or does not answer and the cache lacks it.
+    Raises ModelError if the hub has no such adapter, or does not answer and the cache lacks it.
     """
     folder = expand_home(adapter)
     if folder.is_dir():

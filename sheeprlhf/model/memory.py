@@ -177,8 +177,7 @@ def decoder_blocks(model: nn.Module) -> Iterable[nn.Module]:
 def freeze_layers(model: nn.Module, number: int) -> None:
     """Freeze the embeddings and the first layers of a model, as trlX does in reward models; nothing if `number` is 0.
 
-    Raises:
-        ModelError: no layer is left to train.
+    Raises ModelError if no layer is left to train.
     """
     blocks = list(decoder_blocks(model)) if number else []
     if number and number >= len(blocks):

@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from sheeprlhf.agent.batches import Batches, Rows, longest_row
 from sheeprlhf.agent.policy import Policy, configured_router_loss, reference_of
 from sheeprlhf.data.example import Batch
-from sheeprlhf.data.prepare import prepare_data, stream_of
+from sheeprlhf.data.prepare import prepare_training_data
 from sheeprlhf.data.sampler import RolloutPlan, StepPlan, load_ahead
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.checkpoint import TrainState
@@ -97,19 +97,13 @@ class TrainLoop:
     def __init__(self, fabric: Fabric, run: Run) -> None:
         """Prepare and report the data.
 
-        Raises:
-            SheepError: the tokenizer cannot be loaded or the data cannot be used.
+        Raises SheepError if the tokenizer cannot be loaded or the data cannot be used.
         """
         cfg, task = run.cfg, run.cfg.task
         self.fabric, self.run = fabric, run
         self.tokenizer = load_tokenizer(cfg.model)
-        self.data = prepare_data(
-            cfg.data, self.tokenizer, kind=task.data_kind, say=run.say, progress=fabric.is_global_zero
-        )
-        how: dict[str, Any] = {"kind": task.data_kind, "say": run.say, "leads": fabric.local_rank == 0}
-        self.stream = stream_of(cfg.data, self.tokenizer, **how)
-        if self.stream is not None:
-            self.data = self.data._replace(fingerprint=self.stream.fingerprint(self.data))
+        shows: dict[str, Any] = {"say": run.say, "progress": fabric.is_global_zero, "leads": fabric.local_rank == 0}
+        self.data, self.stream = prepare_training_data(cfg.data, self.tokenizer, kind=task.data_kind, **shows)
         report_data(fabric, run, self.data)
         self.split = next(name for name in task.train_splits if name in self.data.splits)
         self.rows, self.held_out = self.data.splits[self.split], self.data.splits.get("validation") or None
@@ -209,8 +203,7 @@ class TrainLoop:
     def _open_shard(self, number: int, first_step: int) -> None:
         """Train on shard `number` of the stream from `first_step` on.
 
-        Raises:
-            DataError: the shard cannot be used, or is not that of the checkpoint.
+        Raises DataError if the shard cannot be used, or is not that of the checkpoint.
         """
         assert self.stream is not None
         cfg, self.data = self.run.cfg, self.stream.open_shard(number, self.state.extra, shard_step=first_step)
@@ -331,8 +324,7 @@ class RolloutLoop:
     def __init__(self, fabric: Fabric, run: Run) -> None:
         """Prepare the data, load the models, take the policy as the reference, or the teacher if there is one.
 
-        Raises:
-            SheepError: something cannot be loaded, or rows lack a response that the task or the reward reads.
+        Raises SheepError if something cannot be loaded, or rows lack a response that the task or the reward reads.
         """
         self.fabric, self.run = fabric, run
         self._setup = load_online_setup(fabric, run)
@@ -544,10 +536,7 @@ class Iteration:
         """Yield the number of each optimizer step on the rollout and this rank's micro-batches; set the learning rate.
 
         Every pass over the rollout has an order of its own. No step follows an update whose approximate KL divergence
-        exceeds `task.early_stop_kl`.
-
-        Raises:
-            NonFiniteError: something in the rollout is not finite.
+        exceeds `task.early_stop_kl`. Raises NonFiniteError if something in the rollout is not finite.
         """
         check_finite(rollout)
         if rollout.tokens.keys() >= {

@@ -25,7 +25,7 @@ from sheeprlhf.agent.reward import (
 from sheeprlhf.config.model_lookup import REWARD_MODEL, Trained, with_own_tokenizer
 from sheeprlhf.config.run_lookup import is_same_model, saved_group
 from sheeprlhf.config.shell import shell_word
-from sheeprlhf.data.prepare import PreparedData, Stream, prepare_data, stream_of
+from sheeprlhf.data.prepare import PreparedData, Stream, prepare_data, prepare_training_data
 from sheeprlhf.data.report import available_columns
 from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.data.tokenize import TextExchange, has_same_tokens
@@ -123,8 +123,7 @@ class OnlineSetup(NamedTuple):
 def load_online_setup(fabric: Fabric, run: Run) -> OnlineSetup:
     """All ranks: prepare and report the data, load the models onto the host.
 
-    Raises:
-        SheepError: something cannot be loaded, or rows lack the response that the task or the reward reads.
+    Raises SheepError if something cannot be loaded, or rows lack the response that the task or the reward reads.
     """
     cfg = run.cfg
     if cfg.generation.engine != "native":
@@ -135,11 +134,8 @@ def load_online_setup(fabric: Fabric, run: Run) -> OnlineSetup:
     tokenizer, episodes = load_tokenizer(cfg.model), None
     if isinstance(cfg.rollout, LocalRolloutConfig) and cfg.rollout.environment is not None:
         episodes = EpisodeSampler(tokenizer, cfg.rollout, run.say)
-    data = prepare_prompts(cfg, tokenizer, say=run.say, progress=fabric.is_global_zero)
-    how: dict[str, Any] = {"kind": "prompts", "say": run.say, "leads": fabric.local_rank == 0}
-    stream = stream_of(cfg.data, tokenizer, **how, kept=_kept_columns(cfg))
-    if stream is not None:
-        data = data._replace(fingerprint=stream.fingerprint(data))
+    shows: dict[str, Any] = {"say": run.say, "progress": fabric.is_global_zero, "leads": fabric.local_rank == 0}
+    data, stream = prepare_training_data(cfg.data, tokenizer, kind="prompts", **shows, kept=_kept_columns(cfg))
     report_data(fabric, run, data)
     rows, held_out = rows_of_shard(cfg, (), data), data.splits.get("validation")
     check_validation_rows(cfg.task, held_out)
@@ -181,8 +177,7 @@ def rows_of_shard(cfg: TrainConfig, columns: Sequence[str], data: PreparedData) 
 def build_collector(fabric: Fabric, run: Run, setup: OnlineSetup, reference: nn.Module) -> RolloutCollector:
     """All ranks: move the reward models to the device and make the object that samples and scores.
 
-    Raises:
-        SheepError: the reward's functions cannot be imported.
+    Raises SheepError if the reward's functions cannot be imported.
     """
     models, cfg, servers = setup.models, run.cfg, None
     if isinstance(cfg.rollout, VLLMRolloutConfig):
@@ -229,9 +224,7 @@ def check_reward_columns(cfg: TrainConfig | EvalConfig, data: PreparedData, answ
     """Return the names of the columns that the reward gets: those that the rows of all used splits have.
 
     `answered` names these splits, each with whether all of its rows have a response.
-
-    Raises:
-        ConfigError: a function needs a column that a split lacks; names those that it has.
+    Raises ConfigError if a function needs a column that a split lacks; names those that it has.
     """
     assert cfg.data is not None
     names: list[str] | None = None
@@ -288,8 +281,7 @@ def load_rl_models(run: Run, tokenizer: PreTrainedTokenizerBase, *, longest: int
 def _load_teacher(name: str, tokenizer: PreTrainedTokenizerBase, how: LoadOptions) -> tuple[Policy, bool]:
     """Load the frozen model that a distillation learns from, and tell whether its batches are packed.
 
-    Raises:
-        ModelError: it cannot be loaded, or has another tokenizer.
+    Raises ModelError if it cannot be loaded, or has another tokenizer.
     """
     try:
         cfg = teacher_config(name)
@@ -486,10 +478,7 @@ def load_policy_from_run(
     """Load the policy that a run trained, adapters kept separate, and tell whether its batches are packed.
 
     `cfg` is the run's model; without a run it is loaded as it is. `weights` is "final", "best", "last" or "step-<n>".
-
-    Raises:
-        ConfigError: the run has no `final/` yet.
-        CheckpointError: it has no such checkpoint.
+    Raises ConfigError if the run has no `final/` yet; CheckpointError if it has no such checkpoint.
     """
     whole = _whole_model(cfg, run_dir, weights)
     if whole is not None:
@@ -521,10 +510,7 @@ def load_initial_policy(
 
     Training starts from `cfg` as it is, or from these weights of a run. Quantisation comes after the merge. With
     `new_head`, the task replaces the language head, which the files need not have.
-
-    Raises:
-        ConfigError: the run has another tokenizer.
-        SheepError: the weights cannot be loaded.
+    Raises ConfigError if the run has another tokenizer; SheepError if the weights cannot be loaded.
     """
     whole = dataclasses.replace(cfg, finetune_mode="ALL", freeze_transformer=cfg.freeze_transformer and not new_head)
     if cfg.finetune_mode == "LORA" and not new_head:
@@ -553,8 +539,7 @@ def initial_run(task: object) -> tuple[str | None, str]:
 def model_of_start(cfg: ModelConfig, run_dir: str, tokenizer: PreTrainedTokenizerBase) -> ModelConfig:
     """Return the model of the run that a training starts from; arguments as of `load_initial_policy`.
 
-    Raises:
-        ConfigError: the run has another tokenizer.
+    Raises ConfigError if the run has another tokenizer.
     """
     of_run = saved_group(run_dir, "model")
     assert isinstance(of_run, ModelConfig)
@@ -582,8 +567,7 @@ def with_adapters(policy: Policy, cfg: ModelConfig) -> Policy:
 def _whole_model(cfg: ModelConfig, run_dir: Path | None, weights: str) -> ModelConfig | None:
     """The model that `cfg` or a run's `final/` holds whole; None for adapters, or for weights of a checkpoint.
 
-    Raises:
-        ConfigError: the run has no `final/` yet.
+    Raises ConfigError if the run has no `final/` yet.
     """
     if run_dir is None:
         return cfg

@@ -165,9 +165,7 @@ def check_reference(
 
     Log-probabilities may differ by 1e-5 nats a token in float32, else by 2e-2; the loss by ten times that from
     `initial_loss`, the total loss of a batch if policy and reference are equal.
-
-    Raises:
-        ModelError: they differ by more, and `mode` is "error" instead of "warn".
+    Raises ModelError if they differ by more, and `mode` is "error" instead of "warn".
     """
     tolerance = 1e-5 if precision == "32-true" else 2e-2
     apart, tokens, loss, expected = 0.0, 1, 0.0, 0.0

@@ -43,8 +43,7 @@ _DROPOUT_KEY = re.compile(r"(drop|_pdrop$)")
 def load_tokenizer(cfg: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
-    Raises:
-        ModelError: it cannot be read, has no EOS token, or the chat template is unknown or must not be used.
+    Raises ModelError if it cannot be read, has no EOS token, or the chat template is unknown or must not be used.
     """
     files = find_files(cfg)
     if not str(cfg.repo_name).startswith(EMBEDDED):

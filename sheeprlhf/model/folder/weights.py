@@ -272,8 +272,7 @@ class ModelFiles(NamedTuple):
 def find_files(cfg: ModelConfig) -> ModelFiles:
     """The files of a model on this machine, without its weights; nothing has been looked at.
 
-    Raises:
-        ModelError: it cannot be found.
+    Raises ModelError if it cannot be found.
     """
     found, library = locate(cfg), cfg.library_cfg
     options = {"trust_remote_code": library.trust_remote_code, "revision": library.revision}
@@ -287,8 +286,7 @@ def find_files(cfg: ModelConfig) -> ModelFiles:
 def find_weights(cfg: ModelConfig, say: Notify) -> ModelFiles:
     """The files of a model, looked at, with its weights as safetensors unless they are to be random.
 
-    Raises:
-        ModelError: it cannot be found, has no weights, or a library should not be given them.
+    Raises ModelError if it cannot be found, has no weights, or a library should not be given them.
     """
     files = find_files(cfg)
     embedded = str(cfg.repo_name).startswith(EMBEDDED)
@@ -325,8 +323,7 @@ def unloadable(cfg: ModelConfig, error: Exception) -> ModelError:
 def num_positions(cfg: ModelConfig) -> int | None:
     """Tokens of the longest sequence that a model can read, by its configuration; None if that sets no limit.
 
-    Raises:
-        ModelError: its configuration cannot be read.
+    Raises ModelError if its configuration cannot be read.
     """
     files = find_files(cfg)
     if not str(cfg.repo_name).startswith(EMBEDDED):
@@ -401,8 +398,7 @@ def read_config(cfg: ModelConfig, files: ModelFiles, auto: Any) -> Any:
 def _class_of(cfg: ModelConfig, config: Any, auto: Any) -> type[PreTrainedModel]:
     """The class that transformers takes for a configuration; that of a reward model has its head where ours looks.
 
-    Raises:
-        ModelError: there is none, or it is an encoder or has another head.
+    Raises ModelError if there is none, or it is an encoder or has another head.
     """
     try:
         with torch.device("meta"):
@@ -420,8 +416,7 @@ def _class_of(cfg: ModelConfig, config: Any, auto: Any) -> type[PreTrainedModel]
 def _check_single_label(cfg: ModelConfig, files: ModelFiles, config: Any) -> None:
     """Give the configuration the one label that its head has, where it states no number.
 
-    Raises:
-        ModelError: it has several labels, or scores by code of its own.
+    Raises ModelError if it has several labels, or scores by code of its own.
     """
     given, stated = f"model.repo_name={cfg.repo_name}", read_json(files.folder, "config.json")
     names = [name for name in stated.get("architectures") or () if isinstance(name, str)]
@@ -457,8 +452,7 @@ def read_model(
 ) -> PreTrainedModel:
     """The model with random weights, or with those of its files; arguments as of `load_causal_lm`.
 
-    Raises:
-        ModelError: it cannot be loaded, or a parameter is not in its files.
+    Raises ModelError if it cannot be loaded, or a parameter is not in its files.
     """
     dtype = getattr(torch, cfg.dtype)
     try:
@@ -570,8 +564,7 @@ def saved_dtype(model: PreTrainedModel) -> torch.dtype | None:
 def read_score_bias(cfg: ModelConfig) -> float:
     """The bias of a reward model's head that transformers' class leaves out; 0 if the files have none.
 
-    Raises:
-        ModelError: the files cannot be found or read.
+    Raises ModelError if the files cannot be found or read.
     """
     if cfg.random_init:
         return 0.0
@@ -721,8 +714,7 @@ def _replaced(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
 def check_quantizable(model: PreTrainedModel, cfg: ModelConfig) -> None:
     """Reject a model that cannot be quantised; tensors without content do.
 
-    Raises:
-        ModelError: weights would stay as they are, or a module that is quantised is to be trained as a whole.
+    Raises ModelError if weights would stay as they are, or a module that is quantised is to be trained as a whole.
     """
     given = f"model.quantization={cfg.quantization}"
     experts = next((name for name, weight in model.named_parameters() if "experts" in name and weight.ndim == 3), None)
