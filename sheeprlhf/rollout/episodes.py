@@ -14,7 +14,6 @@ Letters: P prompts, K responses of each, N most new tokens.
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.tokenize import decode, encode
 from sheeprlhf.rollout.environment_pool import Call, EnvironmentPool, Request
 from sheeprlhf.rollout.sampler import Sampled
+from sheeprlhf.rollout.sources import Episode
 from sheeprlhf.structure.rollout import LocalRolloutConfig
 from sheeprlhf.utils.end_tokens import control_tokens, end_texts, end_token_ids, first_end
 from sheeprlhf.utils.errors import ConfigError, DataError, Notify
@@ -40,49 +40,6 @@ _RESULT = "some result"
 _QUESTION = {"role": "user", "content": "some question"}
 
 SampleFn = Callable[..., list[Sampled]]  # (prompts, uniforms, limits=None)
-
-
-@dataclass
-class Episode:
-    """A response of several turns.
-
-    Attributes:
-        ids: its tokens.
-        trained: for each, whether the model sampled it.
-        logprobs: of the sampled tokens.
-        reward: sum of the environment's rewards; 0 if it failed.
-        turns: messages of the model.
-        calls: tool calls, those that cannot be read included.
-        invalid: those that cannot be read.
-        error: why it failed; None if it did not.
-        answer: text of its last message.
-        finished: it ended with a message without a call, or the environment ended it; else it was cut.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    trained: list[bool] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    reward: float = 0.0
-    turns: int = 0
-    calls: int = 0
-    invalid: int = 0
-    error: str | None = None
-    answer: str = ""
-    finished: bool = False
-
-    def add(self, ids: Sequence[int], *, sampled: bool) -> None:
-        """Append tokens."""
-        self.ids += ids
-        self.trained += [sampled] * len(ids)
-
-
-def sampled_of(episodes: Sequence[Episode]) -> Sampled:
-    """Return the episodes of one prompt as its responses."""
-    return Sampled(
-        tuple(np.array(one.ids, dtype=np.int32) for one in episodes),
-        tuple(np.array(one.logprobs, dtype=np.float32) for one in episodes),
-        tuple(one.finished for one in episodes),
-    )
 
 
 def parse_calls(text: str, form: str) -> list[Call | None]:
@@ -380,17 +337,3 @@ class EpisodeSampler:
         if topic not in self._said:
             self._said.add(topic)
             self._say_line(line)
-
-
-def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Return means over episodes: rewards, turns, calls, and the shares that failed or called wrongly; none without."""
-    if not episodes:
-        return {}
-    count = len(episodes)
-    return {
-        "env/reward": sum(one.reward for one in episodes) / count,
-        "env/turns": sum(one.turns for one in episodes) / count,
-        "env/calls": sum(one.calls for one in episodes) / count,
-        "env/invalid_calls": sum(one.invalid for one in episodes) / count,
-        "env/failed": sum(one.error is not None for one in episodes) / count,
-    }

@@ -42,9 +42,8 @@ from sheeprlhf.loss.reward import combine_steps
 from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.score import RawScores, RunningMoments, build_reward
 from sheeprlhf.rollout.engines import StopStrings
-from sheeprlhf.rollout.episodes import Episode, EpisodeSampler, episode_metrics, sampled_of
 from sheeprlhf.rollout.sampler import Sampled, engine_of
-from sheeprlhf.rollout.server import RolloutServers
+from sheeprlhf.rollout.sources import Episode, EpisodeSource, ServerSource, episode_metrics, sampled_of
 from sheeprlhf.structure.reward import EPISODE_COLUMNS
 from sheeprlhf.structure.rollout import DistillConfig, OnlineTaskConfig, PPOConfig, ReinforcePPConfig
 from sheeprlhf.structure.run import TrainConfig
@@ -368,8 +367,8 @@ class RolloutCollector:
         *,
         packed: bool,
         columns: Collection[str] = ("reference",),
-        servers: RolloutServers | None = None,
-        episodes: EpisodeSampler | None = None,
+        servers: ServerSource | None = None,
+        episodes: EpisodeSource | None = None,
     ) -> None:
         self._fabric, self._cfg, self._tokenizer = fabric, cfg, tokenizer
         self.policy, self._reference, self._reward_models, self._packed = policy, reference, rewards, packed

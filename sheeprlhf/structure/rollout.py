@@ -243,12 +243,16 @@ class BestOfNConfig(OnlineTaskConfig):
 class RolloutSourceConfig(Config):
     """Program that samples the responses of a rollout."""
 
+    source: ClassVar[str] = ""  # "module:class" that is used in place of the sampler; see `rollout/sources.py`
+
     config_name: str = option("???", "Name of this choice.")
 
 
 @dataclass(unsafe_hash=True)
 class LocalRolloutConfig(RolloutSourceConfig):
     """The training processes sample, as `generation.engine` says."""
+
+    source: ClassVar[str] = "sheeprlhf.rollout.episodes:EpisodeSampler"  # with an environment
 
     config_name: str = "local"
     environment: Optional[str] = option(
@@ -265,6 +269,8 @@ class LocalRolloutConfig(RolloutSourceConfig):
 @dataclass(unsafe_hash=True)
 class VLLMRolloutConfig(RolloutSourceConfig):
     """Servers of vLLM sample; they get the weights before each rollout."""
+
+    source: ClassVar[str] = "sheeprlhf.rollout.server:RolloutServers"
 
     config_name: str = "vllm"
     urls: list[str] = option(help="Servers, such as http://127.0.0.1:8000, that share the prompts.", factory=list)

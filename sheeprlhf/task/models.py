@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack, cast
 
 import numpy as np
@@ -50,9 +51,8 @@ from sheeprlhf.model.lm_head import scalar_model
 from sheeprlhf.model.memory import freeze_layers
 from sheeprlhf.reward.score import check_columns, state_warnings, wanted_columns
 from sheeprlhf.rollout.engines import StopStrings
-from sheeprlhf.rollout.episodes import EpisodeSampler
 from sheeprlhf.rollout.rollout import RolloutCollector, TermModel
-from sheeprlhf.rollout.server import RolloutServers
+from sheeprlhf.rollout.sources import EpisodeSource
 from sheeprlhf.structure.data import KeptColumns
 from sheeprlhf.structure.evaluation import ScoredConfig
 from sheeprlhf.structure.model import AutoModelConfig, ModelConfig
@@ -116,7 +116,7 @@ class OnlineSetup(NamedTuple):
     held_out: TokenizedSplit | None
     models: RLModels
     columns: list[str]
-    episodes: EpisodeSampler | None
+    episodes: EpisodeSource | None
     stream: Stream | None
 
 
@@ -133,7 +133,7 @@ def load_online_setup(fabric: Fabric, run: Run) -> OnlineSetup:
         )
     tokenizer, episodes = load_tokenizer(cfg.model), None
     if isinstance(cfg.rollout, LocalRolloutConfig) and cfg.rollout.environment is not None:
-        episodes = EpisodeSampler(tokenizer, cfg.rollout, run.say)
+        episodes = resolve_name(cfg.rollout.source)(tokenizer, cfg.rollout, run.say)
     shows: dict[str, Any] = {"say": run.say, "progress": fabric.is_global_zero, "leads": fabric.local_rank == 0}
     data, stream = prepare_training_data(cfg.data, tokenizer, kind="prompts", **shows, kept=_kept_columns(cfg))
     report_data(fabric, run, data)
@@ -182,7 +182,7 @@ def build_collector(fabric: Fabric, run: Run, setup: OnlineSetup, reference: nn.
     models, cfg, servers = setup.models, run.cfg, None
     if isinstance(cfg.rollout, VLLMRolloutConfig):
         stop = StopStrings(cfg.generation.stop_strings, setup.tokenizer)
-        servers = RolloutServers(fabric, cfg, models.policy, setup.tokenizer, stop, run.dir, run.say)
+        servers = resolve_name(cfg.rollout.source)(fabric, cfg, models.policy, setup.tokenizer, stop, run.dir, run.say)
     for term in models.rewards.values():
         to_device(fabric, term.model)
     return RolloutCollector(

@@ -13,8 +13,9 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.tokenize import encode
 from sheeprlhf.rollout import tool_environments
 from sheeprlhf.rollout.environment_pool import Call, EnvironmentPool, Request
-from sheeprlhf.rollout.episodes import EpisodeSampler, ToolTemplate, episode_metrics, parse_calls, sampled_of
+from sheeprlhf.rollout.episodes import EpisodeSampler, ToolTemplate, parse_calls
 from sheeprlhf.rollout.sampler import Sampled
+from sheeprlhf.rollout.sources import episode_metrics, sampled_of
 from sheeprlhf.rollout.tool_environments import Calculator, PythonTests, run_program
 from sheeprlhf.structure.rollout import LocalRolloutConfig
 from sheeprlhf.utils.errors import ConfigError
