@@ -7,13 +7,14 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import closing
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 from sheeprlhf.config.reward_checks import source_problems
 from sheeprlhf.reward import functions
+from sheeprlhf.reward.score import ModelScores, Texts
 from sheeprlhf.security.user_calls import (
     Arguments,
     Failure,
@@ -44,17 +45,6 @@ _FIXES = {
     "episode_reward": ": give rollout.environment",
     **dict.fromkeys(("prompt_ids", "completions_ids", "prompts_ids"), _IDS),
 }
-
-
-class Texts(NamedTuple):
-    """Responses to score, in the same order on all ranks."""
-
-    prompts: list[str]  # one for each response
-    responses: list[str]  # without end token and stop string
-    finished: list[bool]  # an end token or a stop string ended the response; False if it was cut
-    num_tokens: list[int]  # tokens of each response, the end token not counted, those of a stop string counted
-    columns: Mapping[str, list[Any]]  # other columns, with an entry for each response: {"answer": [...]}
-    completion_ids: Sequence[list[int]] = ()  # all tokens of each response, the end token too
 
 
 class Signature(NamedTuple):
@@ -278,8 +268,14 @@ def _row_of(texts: Texts, row: int) -> Texts:
     )
 
 
-def load_function(source: str, cfg: RewardSourceConfig) -> RewardFunction:
-    """Load a built-in with its options, or the user's function. Raises ConfigError if there is none."""
+def load_term(source: str, cfg: RewardSourceConfig, model_scores: ModelScores | None = None) -> RewardFunction:
+    """Load a reward model, the judge, a built-in or the user's function. Raises ConfigError if there is none."""
+    if model_scores is not None:
+
+        def model(prompts: list[str], responses: list[str]) -> list[float]:
+            return model_scores(prompts, responses)
+
+        return RewardFunction(source, model, guarded=False)
     problems = [] if source == JUDGE else list(source_problems("reward: ", source))
     if problems:
         raise ConfigError(*problems)

@@ -2,10 +2,10 @@
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pkgutil import resolve_name
+from typing import Any, NamedTuple, Protocol
 
-from sheeprlhf.reward.call import RewardFunction, Texts, load_function
 from sheeprlhf.reward.functions import repeated_share
 from sheeprlhf.security.user_calls import state_warning
 from sheeprlhf.structure.data import KeptColumns
@@ -23,6 +23,37 @@ from sheeprlhf.utils.errors import ConfigError
 
 ModelScores = Callable[[list[str], list[str]], list[float]]
 SMALLEST_DEVIATION = 1e-8
+_LOADER = "sheeprlhf.reward.call:load_term"
+
+
+class Texts(NamedTuple):
+    """Responses to score, in the same order on all ranks."""
+
+    prompts: list[str]  # one for each response
+    responses: list[str]  # without end token and stop string
+    finished: list[bool]  # an end token or a stop string ended the response; False if it was cut
+    num_tokens: list[int]  # tokens of each response, the end token not counted, those of a stop string counted
+    columns: Mapping[str, list[Any]]  # other columns, with an entry for each response: {"answer": [...]}
+    completion_ids: Sequence[list[int]] = ()  # all tokens of each response, the end token too
+
+
+class RewardTerm(Protocol):
+    """A summand of the reward: a model, a judge or a function, as `reward/call.py` calls them."""
+
+    name: str  # in the configuration
+    function: Callable[..., Any]
+    signature: Any  # names of its parameters that get columns of the data
+    of_tokens: list[list[float]] | None  # of the newest call, rewards of each response's tokens; None if it gave scores
+
+    @property
+    def failures(self) -> int | None:
+        """Responses of the newest call that a judge gave no score; None for another function."""
+
+    def missing_column(self, columns: Collection[str], rows: str = "the data") -> str | None:
+        """Return a message about a required column that is not among these; None if it can be called."""
+
+    def __call__(self, texts: Texts) -> list[float]:
+        """Return one finite score for each response. Raises RewardError."""
 
 
 class RawScores(NamedTuple):
@@ -85,7 +116,7 @@ class CombinedReward:
         max_tokens: the most that a response may have.
     """
 
-    def __init__(self, cfg: RewardSourceConfig, terms: list[tuple[float, RewardFunction]], max_tokens: int) -> None:
+    def __init__(self, cfg: RewardSourceConfig, terms: list[tuple[float, RewardTerm]], max_tokens: int) -> None:
         self._cfg, self._terms, self._max_tokens = cfg, terms, max_tokens
         self.moments = RunningMoments()
 
@@ -197,8 +228,9 @@ def check_columns(
         raise ConfigError(*problems)
 
 
-def _functions(cfg: RewardSourceConfig, default: str | None) -> list[RewardFunction]:
-    return [load_function(source, cfg) for _, source in terms_of(cfg, default) if not is_model(source)]
+def _functions(cfg: RewardSourceConfig, default: str | None) -> list[RewardTerm]:
+    load = resolve_name(_LOADER)
+    return [load(source, cfg) for _, source in terms_of(cfg, default) if not is_model(source)]
 
 
 def build_reward(
@@ -212,13 +244,6 @@ def build_reward(
             "reward.folder=<folder>, or a function: reward=function reward.path=<name>"
         )
 
-    def load(source: str) -> RewardFunction:
-        if not is_model(source):
-            return load_function(source, cfg)
-
-        def model(prompts: list[str], responses: list[str]) -> list[float]:
-            return models[source](prompts, responses)
-
-        return RewardFunction(source, model, guarded=False)
-
-    return CombinedReward(cfg, [(weight, load(source)) for weight, source in terms], max_tokens)
+    load = resolve_name(_LOADER)
+    loaded = [(weight, load(source, cfg, models.get(source))) for weight, source in terms]
+    return CombinedReward(cfg, loaded, max_tokens)

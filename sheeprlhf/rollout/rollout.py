@@ -39,8 +39,7 @@ from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.shard import data_rank, equal_passes, gathered
 from sheeprlhf.loss.advantage import by_position
 from sheeprlhf.loss.reward import combine_steps
-from sheeprlhf.reward.call import Texts
-from sheeprlhf.reward.score import RawScores, RunningMoments, build_reward
+from sheeprlhf.reward.score import RawScores, RunningMoments, Texts, build_reward
 from sheeprlhf.rollout.engines import StopStrings
 from sheeprlhf.rollout.sampler import Sampled, engine_of
 from sheeprlhf.rollout.sources import Episode, EpisodeSource, ServerSource, episode_metrics, sampled_of
@@ -206,7 +205,7 @@ def to_rollout(
 def play_on_all_ranks(
     fabric: Fabric,
     policy: Policy,
-    sampler: EpisodeSampler,
+    sampler: EpisodeSource,
     engine: Callable[..., list[Sampled]],
     prompts: Sequence[Example],
     uniforms_PKN: np.ndarray,

@@ -17,26 +17,35 @@ from sheeprlhf.rollout.sampler import Sampled
 class ServerSource(Protocol):
     """Servers that get the policy's weights and sample. All ranks call the methods."""
 
+    staleness: int  # rollouts that were learnt from since the weights of the newest one were written
+    was_pending: bool  # the newest rollout was sampled before it was asked for
+
     def write_weights(self) -> None:
         """Write the weights that the next rollout is sampled with, as a new version."""
 
-    def remove_weights(self) -> None:
-        """After the last rollout: remove what was written."""
-
     def sample(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray, number: int | None = None) -> list[Sampled]:
-        """Return the responses to every prompt, of rollout `number` if it has one. Raises RolloutServerError."""
+        """Return the responses to every prompt; rollout `number` may be pending, and is kept. Raises SheepError."""
 
-    def sample_ahead(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray, number: int) -> None:
-        """Sample a later rollout in the background; `sample` returns it."""
+    def has(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray, number: int, weights_of: int) -> bool:
+        """Return whether a rollout is pending, with the weights before the updates of rollout `weights_of`, or older."""
 
-    def is_ahead(self, number: int) -> bool:
-        """Return whether a rollout is sampled in the background, or was and has not been taken."""
+    def sample_ahead(self, later: Mapping[int, tuple[Sequence[np.ndarray], np.ndarray]], weights_of: int) -> None:
+        """Sample later rollouts in the background, which are pending until `sample` takes them."""
 
-    def is_idle(self) -> bool:
-        """Return whether nothing is sampled in the background now."""
+    def finish_pending(self) -> None:
+        """Wait for the rollouts that are sampled in the background; errors are raised by `sample`."""
+
+    def restore(self, first: int) -> None:
+        """Before the first rollout, `first`, of this process: take those that a stopped process has sampled."""
+
+    def forget_before(self, number: int) -> None:
+        """After a checkpoint: remove the kept rollouts before this one."""
 
     def check(self, tokens: Mapping[str, Sequence[np.ndarray]]) -> dict[str, float]:
         """Compare log-probabilities by the servers ("sampled") and the trainer ("logprobs"); return metrics."""
+
+    def finish(self) -> None:
+        """After the last rollout: remove what was written for the servers, and the rollouts."""
 
 
 @dataclass

@@ -30,8 +30,7 @@ from sheeprlhf.engine.parts import keeps_parameters, write_model
 from sheeprlhf.engine.run import Run
 from sheeprlhf.engine.rundir import mark_finished, same_data
 from sheeprlhf.engine.shard import assemble, data_rank, gathered, is_sharded
-from sheeprlhf.reward.call import Texts
-from sheeprlhf.reward.score import RawScores
+from sheeprlhf.reward.score import RawScores, Texts
 from sheeprlhf.rollout.engines import generate_responses
 from sheeprlhf.rollout.rollout import Rollout
 from sheeprlhf.security.json_records import DATA_REPORT, load_json

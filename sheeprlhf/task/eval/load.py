@@ -28,9 +28,9 @@ from sheeprlhf.data.store import TokenizedSplit
 from sheeprlhf.engine.shard import place
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.model.folder.weights import num_positions
-from sheeprlhf.reward.call import Texts
+from sheeprlhf.reward.score import Texts
 from sheeprlhf.rollout.engines import StopStrings, generate_ids
-from sheeprlhf.rollout.episodes import Episode, EpisodeSampler
+from sheeprlhf.rollout.episodes import EpisodeSampler
 from sheeprlhf.rollout.rollout import (
     Rollout,
     decode_rollout,
@@ -41,6 +41,7 @@ from sheeprlhf.rollout.rollout import (
     to_rollout,
 )
 from sheeprlhf.rollout.sampler import Sampled, sample_responses
+from sheeprlhf.rollout.sources import Episode
 from sheeprlhf.security.redaction import plain_text, redact_text
 from sheeprlhf.structure.data import KeptColumns
 from sheeprlhf.structure.model import ModelConfig

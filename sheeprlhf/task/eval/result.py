@@ -16,7 +16,7 @@ from rich.table import Table
 
 import sheeprlhf
 from sheeprlhf.data.example import Example
-from sheeprlhf.reward.call import Texts
+from sheeprlhf.reward.score import Texts
 from sheeprlhf.security.json_records import RESULT, load_json
 from sheeprlhf.structure.run import EvalConfig
 from sheeprlhf.utils.errors import ConfigError, RecordError

@@ -24,7 +24,7 @@ from sheeprlhf.engine.checkpoint import TrainState
 from sheeprlhf.engine.manifest import write_folder
 from sheeprlhf.engine.run import Run, open_run
 from sheeprlhf.engine.rundir import mark_finished
-from sheeprlhf.reward.call import Texts
+from sheeprlhf.reward.score import Texts
 from sheeprlhf.rollout.rollout import JUDGE_FAILURES, Rollout, check_sampler, kl_bound
 from sheeprlhf.security.json_records import BEST_ROW, parse_json
 from sheeprlhf.structure.rollout import BestOfNConfig

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sheeprlhf.reward import call
-from sheeprlhf.reward.call import RewardFunction, Texts, load_function
-from sheeprlhf.reward.score import CombinedReward, build_reward, check_columns
+from sheeprlhf.reward.call import RewardFunction, load_term
+from sheeprlhf.reward.score import CombinedReward, Texts, build_reward, check_columns
 from sheeprlhf.structure.reward import AutoRewardConfig, FunctionRewardConfig, ListRewardConfig
 from sheeprlhf.utils.errors import ConfigError, RewardError, SheepError
 
@@ -57,7 +57,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixture
 @pytest.mark.parametrize("sign", [":", "."])
 def test_a_module_of_the_current_directory(own, sign):
     before = list(sys.path)
-    function = load_function(f"{own}{sign}brevity", AutoRewardConfig())
+    function = load_term(f"{own}{sign}brevity", AutoRewardConfig())
     assert sys.path == before
     assert function(TEXTS) == [0.5, 3.0, 250.0]
     assert sys.path == before
@@ -67,23 +67,23 @@ def test_a_module_of_the_path_comes_first(own, tmp_path, monkeypatch):
     (tmp_path / "on_path").mkdir()
     (tmp_path / "on_path" / f"{own}.py").write_text("def brevity(prompts, responses): return [7.0 for _ in prompts]\n")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "on_path")])
-    assert load_function(f"{own}:brevity", AutoRewardConfig())(TEXTS) == [7.0] * 3
+    assert load_term(f"{own}:brevity", AutoRewardConfig())(TEXTS) == [7.0] * 3
 
 
 def test_the_path_is_clean_after_an_error_too(own, tmp_path):
     (tmp_path / "my_broken.py").write_text("def f(): ...\nraise OSError('no such\\nluck')\n")
     before = list(sys.path)
     with pytest.raises(ConfigError, match="my_broken"):
-        load_function("my_broken:f", AutoRewardConfig())
+        load_term("my_broken:f", AutoRewardConfig())
     with pytest.raises(ConfigError, match=r"is not a function \(int\)"):
-        load_function(f"{own}:number", AutoRewardConfig())
+        load_term(f"{own}:number", AutoRewardConfig())
     with pytest.raises(ConfigError, match=r"did you mean reward: .*:brevity"):
-        load_function(f"{own}:brevty", AutoRewardConfig())
+        load_term(f"{own}:brevty", AutoRewardConfig())
     assert sys.path == before
 
 
 def test_an_exception_names_the_function_the_line_and_the_text(own):
-    function = load_function(f"{own}:strict", AutoRewardConfig())
+    function = load_term(f"{own}:strict", AutoRewardConfig())
     texts = TEXTS._replace(prompts=["one", "t", "three"])
     with pytest.raises(RewardError) as caught:
         function(texts)

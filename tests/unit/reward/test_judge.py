@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from sheeprlhf.config.reward_checks import reward_problems
-from sheeprlhf.reward.call import Texts
 from sheeprlhf.reward.judge import check_server, parse_score, receiver_notice
-from sheeprlhf.reward.score import RawScores, build_reward, check_columns, wanted_columns
+from sheeprlhf.reward.score import RawScores, Texts, build_reward, check_columns, wanted_columns
 from sheeprlhf.structure.reward import JudgeRewardConfig, ListRewardConfig
 from sheeprlhf.utils import http
 from sheeprlhf.utils.errors import ConfigError, RewardError

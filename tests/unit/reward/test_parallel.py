@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from sheeprlhf.config.reward_checks import reward_problems
-from sheeprlhf.reward.call import RewardFunction, Texts, load_function
+from sheeprlhf.reward.call import RewardFunction, load_term
+from sheeprlhf.reward.score import Texts
 from sheeprlhf.structure.reward import FunctionRewardConfig
 from sheeprlhf.utils.errors import ConfigError, RewardError
 
@@ -70,7 +71,7 @@ def texts_of(*responses: str) -> Texts:
 
 
 def load(own: str, name: str, **options: object) -> RewardFunction:
-    return load_function(f"{own}:{name}", FunctionRewardConfig(path=f"{own}:{name}", **options))
+    return load_term(f"{own}:{name}", FunctionRewardConfig(path=f"{own}:{name}", **options))
 
 
 def test_processes_keep_the_order(own: str) -> None:

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from sheeprlhf.reward import functions
-from sheeprlhf.reward.call import Texts
-from sheeprlhf.reward.score import RunningMoments, build_reward, state_warnings
+from sheeprlhf.reward.score import RunningMoments, Texts, build_reward, state_warnings
 from sheeprlhf.security.user_calls import signs_of_state, state_warning
 from sheeprlhf.structure.reward import (
     BUILTINS,

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from sheeprlhf.reward.call import RewardFunction, Texts, signature_of
+from sheeprlhf.reward.call import RewardFunction, signature_of
+from sheeprlhf.reward.score import Texts
 from sheeprlhf.utils.errors import ConfigError, RewardError
 
 COLUMNS = {"answer": ["1", "2"], "meta": [{"level": 1}, None], "scale": [7, 8]}

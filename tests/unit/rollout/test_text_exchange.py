@@ -18,7 +18,7 @@ from sheeprlhf.data.example import Example
 from sheeprlhf.data.tokenize import TextExchange
 from sheeprlhf.engine.fabric import make_fabric
 from sheeprlhf.model.folder.load import load_tokenizer
-from sheeprlhf.reward.call import Texts
+from sheeprlhf.reward.score import Texts
 from sheeprlhf.rollout.rollout import Rollout, predict_scores
 from sheeprlhf.structure.fabric import FabricConfig
 from sheeprlhf.structure.model import AutoModelConfig

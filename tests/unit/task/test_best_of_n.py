@@ -10,7 +10,7 @@ import pytest
 from sheeprlhf.config.run_lookup import resolve_runs
 from sheeprlhf.config.validate import validate
 from sheeprlhf.data.example import Example
-from sheeprlhf.reward.call import Texts
+from sheeprlhf.reward.score import Texts
 from sheeprlhf.rollout.rollout import Rollout, kl_bound
 from sheeprlhf.task.train.best_of_n import (
     RowWriter,

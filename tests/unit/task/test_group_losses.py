@@ -16,8 +16,7 @@ from torch.testing import assert_close
 from sheeprlhf.data.example import Example, collate_packed
 from sheeprlhf.loss.ppo import cispo_losses, policy_losses, with_mean_ratio
 from sheeprlhf.model.lm_head import TokenLogprobs
-from sheeprlhf.reward.call import Texts
-from sheeprlhf.reward.score import RawScores
+from sheeprlhf.reward.score import RawScores, Texts
 from sheeprlhf.rollout.rollout import Rollout
 from sheeprlhf.structure.generation import GenConfig
 from sheeprlhf.structure.rollout import (
