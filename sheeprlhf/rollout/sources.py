@@ -27,7 +27,7 @@ class ServerSource(Protocol):
         """Return the responses to every prompt; rollout `number` may be pending, and is kept. Raises SheepError."""
 
     def has(self, prompts: Sequence[np.ndarray], uniforms: np.ndarray, number: int, weights_of: int) -> bool:
-        """Return whether a rollout is pending, with the weights before the updates of rollout `weights_of`, or older."""
+        """Return whether a rollout is pending, with the weights before the updates of rollout `weights_of` or older."""
 
     def sample_ahead(self, later: Mapping[int, tuple[Sequence[np.ndarray], np.ndarray]], weights_of: int) -> None:
         """Sample later rollouts in the background, which are pending until `sample` takes them."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from sheeprlhf.config.registry import config_to_dict
-from sheeprlhf.rollout.episodes import episode_metrics
+from sheeprlhf.rollout.sources import episode_metrics
 from sheeprlhf.structure.evaluation import GenerateConfig
 from sheeprlhf.structure.reward import EPISODE_COLUMNS
 from sheeprlhf.structure.run import EvalConfig

@@ -18,7 +18,6 @@ from sheeprlhf.engine.shard import place
 from sheeprlhf.model.folder.load import load_tokenizer
 from sheeprlhf.reward.score import RawScores, build_reward
 from sheeprlhf.rollout.engines import StopStrings
-from sheeprlhf.rollout.episodes import episode_metrics
 from sheeprlhf.rollout.rollout import (
     decode_rollout,
     distinct_bigrams,
@@ -27,6 +26,7 @@ from sheeprlhf.rollout.rollout import (
     to_rollout,
 )
 from sheeprlhf.rollout.sampler import Sampled
+from sheeprlhf.rollout.sources import episode_metrics
 from sheeprlhf.structure.evaluation import NOTHING, REFERENCES, START, RewardConfig
 from sheeprlhf.structure.model import ModelConfig
 from sheeprlhf.structure.reward import model_sources, terms_of
