@@ -224,7 +224,7 @@ class EpisodeSampler:
 
     def example(self, prompt: Example) -> Episode:
         """Return an episode of a row in which a made-up call and an answer take the place of the model's messages."""
-        tool = self.tools[0] if self.tools else {"name": "tool"}
+        tool: dict[str, Any] = self.tools[0] if self.tools else {"name": "tool"}
         schema = tool.get("parameters", {})
         kinds = {name: schema.get("properties", {}).get(name, {}).get("type") for name in schema.get("required", [])}
         call = Call(tool["name"], {name: "1" if kind == "string" else 1 for name, kind in kinds.items()})
