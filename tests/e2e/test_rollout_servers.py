@@ -86,7 +86,7 @@ def test_sampling_ahead_weighs_tokens_by_importance(tmp_path: Path, model_folder
     assert max(np.abs(np.concatenate(rollouts[1]["importance"]) - 1)) > 1e-3
 
 
-@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.nightly), 2])
+@pytest.mark.parametrize("staleness", [*(pytest.param(k, marks=pytest.mark.nightly) for k in (0, 1)), 2])
 def test_sampled_rollouts_survive_a_kill(
     staleness: int, tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
