@@ -57,7 +57,7 @@ def router_loss_of(model: PreTrainedModel, say: Notify) -> RouterLoss | None:
     coefficient = configured_router_loss(model)
     if not coefficient:
         return None
-    top_k = getattr(model, "num_experts_per_tok", None) or getattr(model.config, "num_experts_per_tok", None)
+    top_k: Any = getattr(model, "num_experts_per_tok", None) or getattr(model.config, "num_experts_per_tok", None)
     ids = (torch.arange(12, device=model.device) % 5 + 3)[None]
     found = None
     with eval_mode(model), torch.no_grad(), suppress(TypeError, ValueError, AttributeError, LookupError):
