@@ -118,15 +118,8 @@ def choose_packed(
 ) -> bool:
     """Decide whether batches of a `Policy` or `RewardModel` are packed: packed and padded numbers have to be equal.
 
-    Args:
-        scored: contains the Hugging Face model.
-        model: that model.
-        longest: tokens of the longest sequence that it will see.
-        batching: "packed", "padded", or "auto": packed if `packing_problem` finds none.
-        say: prints the reason if batches are padded although `batching` is auto.
-
-    Raises:
-        ModelError: batching=packed and the model cannot do it.
+    `scored` contains the Hugging Face model, which will see rows of up to `longest` tokens. `batching` "auto" packs
+    them if `packing_problem` finds none; "packed" raises ModelError if there is one.
     """
     if batching == "padded":
         return False

@@ -51,9 +51,7 @@ from sheeprlhf.utils.vocabulary import num_rows_needed, undefined_ids
 class Policy(nn.Module):
     """A causal language model, whole or with adapters, that scores the targets of a packed or padded batch.
 
-    Args:
-        model: the model, or a PEFT model around it.
-        value_head: (C -> 1) makes the trunk a critic too.
+    `value_head` (C -> 1) makes the trunk a critic too.
     """
 
     forward_methods = ("hidden_at_head",)  # further entries, for fsdp2
@@ -91,15 +89,10 @@ class Policy(nn.Module):
         router: bool = False,
         log_sum_squares: bool = False,
     ) -> TokenLogprobs:
-        """Log-probabilities of the batch's targets, float32, nats.
+        """Log-probabilities of the batch's targets, float32, nats; those of packed and padded batches are equal.
 
-        Args:
-            batch: packed or padded; the two give equal numbers.
-            mean: also the mean over the vocabulary (label smoothing).
-            entropy: also the entropy.
-            temperature: of the distribution that they are of.
-            log_sum_squares: also the log of the sum of the squared probabilities of the vocabulary, without gradient.
-            router: also the logits of a mixture of experts' routers, of all tokens but padding.
+        `mean`, `entropy` and `log_sum_squares` add these fields; `router` adds the logits of a mixture of experts'
+        routers, of all tokens but padding.
         """
         model, found = self.causal_lm(), None
         with ExitStack() as stack:
@@ -155,11 +148,6 @@ def noisy_embeddings(embedding: nn.Module, batch: Batch, alpha: float) -> Iterat
 
     Each number e of an embedding becomes e + alpha / sqrt(L * C) * u with u ~ Uniform(-1, 1), where L is the number of
     tokens of the row that the token belongs to, its prompt and response, however the batch is laid out.
-
-    Args:
-        embedding: token ids (B, T) -> embeddings (B, T, C).
-        batch: packed or padded.
-        alpha: scale of the noise.
     """
     if batch.layout is None:
         assert batch.attention_mask_BT is not None
@@ -182,12 +170,7 @@ def noisy_embeddings(embedding: nn.Module, batch: Batch, alpha: float) -> Iterat
 
 @contextmanager
 def router_logits_of(backbone: nn.Module, real_BT: Tensor | None) -> Iterator[list[Tensor]]:
-    """Collect the (T, E) router logits of each layer that the backbone computes inside.
-
-    Args:
-        backbone: the model without its head.
-        real_BT: (B, T) bool, the tokens that are not padding; None: all.
-    """
+    """Collect the (T, E) router logits of each layer within the block, of tokens that `real_BT` tells from padding."""
     found: list[Tensor] = []
 
     def ask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -125,11 +125,7 @@ def collate_packed(examples: Sequence[Example], *, targets: str = "response") ->
             of the row (from the second on); "scores": a score is read at each of the response's tokens; "last": at the
             last one only; "steps": at those of `Example.trained`.
 
-    Returns:
-        A batch with `layout`, input_ids (1, T).
-
-    Raises:
-        DataError: a response is empty.
+    Raises DataError if a response is empty.
     """
     _check("targets", targets, TARGETS)
     ids, positions, prompt_at, response_at = [], [], [], []
@@ -169,11 +165,7 @@ def collate_padded(
         side: where the padding goes, "right" or "left".
         targets: as in `collate_packed`; a prompt's own targets are in its first row only.
 
-    Returns:
-        A batch with `attention_mask_BT`, input_ids (B, T).
-
-    Raises:
-        DataError: a response is empty.
+    Raises DataError if a response is empty.
     """
     _check("targets", targets, TARGETS)
     _check("side", side, SIDES)
@@ -278,8 +270,7 @@ def _pairs(examples: Sequence[Example]) -> tuple[np.ndarray, list[float], list[f
 def layout_of(segments: Sequence[tuple[int, tuple[int, ...]]]) -> Layout:
     """The attention sequences of a packed row: prompt with response 1, then each further response with its prompt.
 
-    Args:
-        segments: of each the length of its prompt and of its responses.
+    `segments` are the lengths of prompts, each with those of its responses.
     """
     queries: list[int] = []
     keys: list[int] = []

@@ -115,12 +115,11 @@ def cut_micro_batches(
         lengths: tokens of every row of the split (`TokenizedSplit.lengths`), indexed by row.
         max_rows: most rows of a micro-batch.
         token_budget: most tokens of a micro-batch; a longer row forms one by itself.
-        rank: this process.
+        rank: this process, of `world_size`.
         world_size: number of processes.
 
     Returns:
-        Lists of row indices, longest rows first. The ranks' shares are disjoint and together all of `rows`; a rank's
-        share is empty if there are fewer rows than ranks.
+        Lists of row indices, longest rows first; none if there are fewer rows than ranks.
     """
     indices = np.asarray(rows, dtype=np.int64)
     tokens = np.asarray(lengths)[indices]

@@ -82,16 +82,8 @@ def lr_factor(
 
     The last, warm-up, stable, decay, is of arXiv 2404.06395. D is T - W at most.
 
-    Args:
-        schedule: shape after the warm-up: "cosine", "linear", "constant" or "wsd".
-        step: the optimizer step, counted from 0.
-        warmup: optimizer steps of linear rise; step `warmup - 1` has the peak.
-        total: optimizer steps of the run; the fall would reach `min_ratio` at step `total`.
-        min_ratio: the lowest factor of the fall.
-        decay_ratio: share of the steps in which wsd falls.
-
-    Raises:
-        ConfigError: unknown schedule.
+    Steps count from 0: step `warmup - 1` has the peak, and the fall would reach `min_ratio` at step `total`. Raises
+    ConfigError for another schedule.
     """
     if step < warmup:
         return (step + 1) / warmup

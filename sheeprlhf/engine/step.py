@@ -63,8 +63,8 @@ def update(
     that has no item on any rank changes nothing.
 
     Args:
-        fabric: where it runs.
-        module: the trained module, set up by `fabric`.
+        fabric: has set up `module` and `optimizer`.
+        module: the trained module.
         optimizer: steps once; its gradients are empty before, except for those of `add_gradients`, and after.
         micro_batches: this rank's share of the step.
         loss_fn: called as `loss_fn(module, batch)`, with the batch on the device.
@@ -73,10 +73,7 @@ def update(
 
     Returns:
         loss and the loss function's metrics per item, "grad_norm" before clipping, "items" of all ranks: 0 if the step
-        was left out.
-
-    Raises:
-        NonFiniteError: the loss or the gradient norm is not finite; on all ranks, before a weight changes.
+        was left out. Raises NonFiniteError on all ranks, before a weight changes.
     """
     passes = _passes(fabric, module, micro_batches, loss_fn, weight=1.0)
     if passes.num_items == 0:

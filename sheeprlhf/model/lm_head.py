@@ -150,15 +150,9 @@ def logprobs_from_logits(
 ) -> TokenLogprobs:
     """Log-probabilities of targets, in float32 whatever the logits' type.
 
-    Args:
-        logits_RV: (R, V) logits; consumed: the backward pass writes their gradient over them.
-        index_N: (N,) the row of `logits_RV` that predicts target n; rows may repeat.
-        target_ids_N: (N,) target tokens.
-        mean: also return the vocabulary's mean log-probability.
-        entropy: also return the entropy.
-        log_sum_squares: also return the log of the sum of the squared probabilities, without gradient.
-        temperature: the logits are divided by it first, in place.
-        undefined_U: (U,) int64, ids that have probability 0 (see `utils/vocabulary.py`); not together with `mean`.
+    `logits_RV` are consumed: the backward pass writes their gradient over them. They are divided by `temperature` in
+    place; the ids of `undefined_U` have probability 0 (not together with `mean`). Row `index_N` of them predicts target
+    n; rows may repeat. `mean`, `entropy` and `log_sum_squares` add these fields.
     """
     if undefined_U is not None:
         logits_RV = logits_RV.index_fill_(-1, undefined_U.to(logits_RV.device), -torch.inf)
@@ -193,20 +187,7 @@ def head_logprobs(
     undefined_U: Tensor | None = None,
     max_logits: int = MAX_LOGITS,
 ) -> TokenLogprobs:
-    """`logprobs_from_logits` of `head(hidden)`; beyond `max_logits` entries, chunk by chunk with recomputation.
-
-    Args:
-        hidden_RC: (R, C) inputs of the head.
-        head: the language head, C to V.
-        index_N: (N,) the row of `hidden_RC` that predicts target n; rows may repeat.
-        target_ids_N: (N,) target tokens.
-        mean: also return the vocabulary's mean log-probability.
-        entropy: also return the entropy.
-        log_sum_squares: also return the log of the sum of the squared probabilities, without gradient.
-        temperature: the logits are divided by it first.
-        undefined_U: as in `logprobs_from_logits`.
-        max_logits: most entries of a logits tensor that is kept for the backward pass.
-    """
+    """`logprobs_from_logits` of `head(hidden)`; beyond `max_logits` entries, chunk by chunk with recomputation."""
 
     def run(hidden: Tensor, index: Tensor, targets: Tensor) -> TokenLogprobs:
         how: dict[str, Any] = {"mean": mean, "entropy": entropy, "temperature": temperature}

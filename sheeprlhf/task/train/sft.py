@@ -50,10 +50,7 @@ def sft_loss(
 
 
 def router_loss_of(model: PreTrainedModel, say: Notify) -> RouterLoss | None:
-    """The router's loss that the model's configuration asks for; a line says that it counts, or that it cannot.
-
-    It counts if the model's own loss is the one that `RouterLoss` computes, by a comparison on a few tokens.
-    """
+    """The router's loss that the configuration asks for, if a few tokens show it to be `RouterLoss`; a line says so."""
     coefficient = configured_router_loss(model)
     if not coefficient:
         return None
