@@ -15,7 +15,8 @@ from sheeprlhf.structure.run import TrainConfig
 from sheeprlhf.utils.errors import ConfigError, RolloutServerError
 from sheeprlhf.utils.http import SHOWN, client, describe, is_transient, parse_answer, request
 
-SECONDS_OF_CHECK = 10.0
+SECONDS_OF_CHECK = 10.0  # of a request
+_SECONDS_OF_CHECKS = 30.0  # of all requests to a server before a run
 _MAX_CONFIG_BYTES = 1 << 20
 _SIZES = ("model_type", "vocab_size", "hidden_size", "n_embd", "num_hidden_layers", "n_layer")  # of a config.json
 START = "start it with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out (docs/rollout_servers.md)"
@@ -40,12 +41,12 @@ def check_servers(cfg: TrainConfig) -> None:
 
     async def problem(url: str) -> str | None:
         try:
-            async with client(url, SECONDS_OF_CHECK) as server, asyncio.timeout(SECONDS_OF_CHECK):
+            async with client(url, SECONDS_OF_CHECK) as server, asyncio.timeout(_SECONDS_OF_CHECKS):
                 info = await call(server, "GET", f"{url}/weight_info", seconds=SECONDS_OF_CHECK)
                 answers = [(await request(server, "POST", f"{url}{route}", {}))[0] for route in routes]
                 config, positions = await served_model(server, url, SECONDS_OF_CHECK)
         except TimeoutError:
-            return f"{url}: no answer within {SECONDS_OF_CHECK:g} s: {START}"
+            return f"{url}: no answer within {_SECONDS_OF_CHECKS:g} s: {START}"
         except (UnavailableError, RolloutServerError, httpx.HTTPError, httpx.InvalidURL) as error:
             return f"{url}: {error}: {START}"
         missing = [route for route, status in zip(routes, answers, strict=True) if status in (403, 404)]
