@@ -45,7 +45,7 @@ def test_a_recipe_shows_its_choices_and_values(name, capsys):
     assert numbers or name.endswith("_rm")
     for key, value in numbers.items():
         assert f"task.{key}={value}" in printed
-    assert " optimizer steps (else " in printed  # a unit and a default
+    assert " (else " in printed  # a default
 
 
 def test_an_option_is_found_by_its_full_and_by_its_last_name(capsys):
@@ -56,7 +56,7 @@ def test_an_option_is_found_by_its_full_and_by_its_last_name(capsys):
     assert shown(capsys, "optim.lr=3") == printed
     assert "model.lora_cfg.lr=0.002 (with model=tiny)" in shown(capsys, "lr")
     printed = shown(capsys, "mini_batch_size")
-    assert "task.mini_batch_size=32 rows (with task=sft, rm, dpo" in printed
+    assert "task.mini_batch_size=32 rows (with task=sft, rm, " in printed
     assert "task.mini_batch_size=64 rows (with task=perplexity" in printed
     assert "debug=false (of train, eval, inspect, doctor, fetch, pipeline) Show" in shown(capsys, "debug")
     assert "model.dtype=float32 (with every model)" in shown(capsys, "dtype")

@@ -79,6 +79,8 @@ def test_every_choice_composes_and_is_valid(verb, chosen, tmp_path, monkeypatch)
     extra += ["reward.url=http://127.0.0.1:8000/v1", "reward.judge_model=m"] if chosen.get("reward") == "judge" else []
     extra += ["rollout.urls=[http://127.0.0.1:8000]"] if chosen.get("rollout") == "vllm" else []
     extra += ["task.teacher=me/mine"] if words.get("task") == "distill" else []
+    if chosen.get("task") == "prm":
+        words["data"], extra = "local", [*extra, *needed["local"]]
     if chosen.get("task") == "frontier":
         (tmp_path / "run" / "final").mkdir(parents=True)
         (tmp_path / "run" / "config.yaml").write_text("task: {config_name: ppo}")

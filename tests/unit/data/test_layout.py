@@ -18,7 +18,7 @@ from pyarrow import parquet
 from sheeprlhf.config.validate import MAPPED, column_problems
 from sheeprlhf.data.prepare import PreparedData, prepare_data
 from sheeprlhf.data.report import render_report
-from sheeprlhf.data.rows import COLUMNS, decode_columns, encode_columns
+from sheeprlhf.data.rows import COLUMNS, STEPS, decode_columns, encode_columns
 from sheeprlhf.structure.data import KeptColumns, LocalDataConfig
 from sheeprlhf.utils.errors import DataError
 from tests.unit.data.toy import TEMPLATE, byte_tokenizer, local, prepare, texts
@@ -149,7 +149,7 @@ def test_options_are_checked(columns: Any, ignored: list[str], named: str) -> No
     [problem] = column_problems(LocalDataConfig(train_file="x", columns=columns, ignore_columns=ignored))
     assert named in problem
     assert not list(column_problems(LocalDataConfig(train_file="x", columns={"prompt": ["a", "b"]})))
-    assert MAPPED == COLUMNS
+    assert MAPPED == COLUMNS + STEPS
 
 
 ROWS: list[dict[str, Any]] = [

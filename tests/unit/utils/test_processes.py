@@ -82,6 +82,7 @@ def runs(pid: int) -> bool:
 
 PROGRAM = """
 import atexit
+import os
 import signal
 import sys
 import time
@@ -109,11 +110,14 @@ def deleting():
     Slow()
     time.sleep(60)
 
-class Late:  # goes when modules are taken down, after all that is registered for the end
-    def __del__(self, os=__import__("os")):
-        os.write(1, b"going\\n")
-        os.kill(os.getpid(), 2)
-        os.write(1, b"gone\\n")
+class Late:  # goes when sys is taken down, after all other modules
+    def __init__(self):
+        self.write, self.kill, self.pid = os.write, os.kill, os.getpid()
+
+    def __del__(self):
+        self.write(1, b"going\\n")
+        self.kill(self.pid, 2)
+        self.write(1, b"gone\\n")
 
 def at_end():
     print("ending", flush=True)
@@ -126,7 +130,7 @@ def action(words):
         "own error": own_error,
         "deleting": deleting,
         "stuck": stuck,
-        "late": lambda: globals().update(late=Late()),
+        "late": lambda: setattr(sys, "late", Late()),
         "end": lambda: atexit.register(at_end),
     }[words[0]]()
     return 3 if words[0] in ("end", "late") else 0
