@@ -78,7 +78,7 @@ def test_two_processes_share_directory_and_seed_and_end_together(way, tmp_path):
     seed = 98 if way == "script" else 99
     done, records = start(tmp_path, way, "fabric.devices=2", f"seed={seed}", "run_name='a b=c,d'")
     assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert ("rank 1" if seed == 98 else "ValueError: boom") in done.stderr
+    assert ("1 of 2 ranks missing" if seed == 98 else "ValueError: boom") in done.stderr
     assert [(record["rank"], record["world"], record["seed"]) for record in records] == [(0, 2, seed), (1, 2, seed)]
     assert records[0]["dir"] == records[1]["dir"]
     assert records[0]["drawn"] == records[1]["drawn"]
