@@ -199,12 +199,10 @@ def _loop_attention(
     `query_lengths` are those of the last queries of each sequence, if there are not those of all tokens.
     """
     lengths = [n for prompt, responses in layout.segments for n in (prompt + responses[0], *responses[1:])]
-    repeats = query_BHTD.shape[1] // key_BGTD.shape[1]
+    grouped = query_BHTD.shape[1] != key_BGTD.shape[1]
     dense = _MEAN_DENSE * len(lengths) <= layout.num_tokens and layout.max_key <= _LONGEST_DENSE
-    if dense and query_BHTD.device.type == "cpu" and variant.is_plain and dropout == 0.0:
+    if dense and not grouped and query_BHTD.device.type == "cpu" and variant.is_plain and dropout == 0.0:
         query, key, value = (x[0] for x in (query_BHTD, key_BGTD, value_BGTD))
-        if repeats > 1:
-            key, value = (x.repeat_interleave(repeats, dim=0) for x in (key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return _DenseAttention.apply(query, key, value, scale, _sequences(layout, query_lengths or lengths))
 
@@ -218,7 +216,7 @@ def _loop_attention(
             assert mask is not None
             return _manual_attention(query, key, value, mask, dropout, scaling, own).transpose(1, 2)
         output_BHTD = F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=repeats > 1
+            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
         return output_BHTD.transpose(1, 2)
 

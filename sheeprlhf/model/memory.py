@@ -214,7 +214,7 @@ def _kept_bytes(model: Any, mixed: torch.dtype | None) -> tuple[int, int, Tensor
         ids = torch.zeros(1, _TOKENS, dtype=torch.long)
         inputs: dict[str, Any] = {"input_ids": ids, "position_ids": torch.arange(_TOKENS)[None], "use_cache": False}
         if not packing_limit(model, _TOKENS):
-            # As for short rows: what attention keeps of longer ones is less than what the last block saves.
+            # As for short rows: weights that attention keeps, and what the last block leaves out, are not planned.
             layout = SimpleNamespace(segments=((1, (_TOKENS - 1,)),), max_key=_TOKENS, num_tokens=0)
             inputs |= {"layout": layout, "attention_mask": placeholder_mask(ids)}
         autocast = torch.autocast("cpu", mixed) if mixed is not None else nullcontext()
