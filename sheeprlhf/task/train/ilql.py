@@ -57,7 +57,7 @@ class ILQLModel(nn.Module):
         vocabulary, width = weight.shape
         self.q_heads = nn.ModuleList(nn.Linear(width, vocabulary, bias=False) for _ in range(ILQLConfig.num_q_heads))
         for weight_VC in self._q_weights():
-            nn.init.normal_(weight_VC, std=0.02)
+            nn.init.normal_(weight_VC, std=1e-3)  # what tokens outside the data keep of it tilts the policy
         self.v_head = nn.Linear(width, 1)
         self.register_buffer("targets_HVC", torch.stack(self._q_weights()).detach())
 

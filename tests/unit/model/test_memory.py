@@ -190,7 +190,7 @@ def test_the_plan_by_hand() -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     ("task", "mode"),
-    [*((task, mode) for task in ("sft", "rm", "dpo") for mode in ("ALL", "LORA")), ("ilql", "ALL")],
+    [(task, mode) for task in ("sft", "rm", "dpo") for mode in ("ALL", "LORA")],
 )
 def test_a_real_run_takes_what_was_planned(task: str, mode: str, tmp_path: Path) -> None:
     """Growth of the peak memory of a process, within 25 %; freed memory is given back at once, which is no guess."""
