@@ -228,10 +228,10 @@ class JoiningModelParallel(_Joining, ModelParallelStrategy):
 
 def make_mesh(device_type: str, world_size: int, replicas: int, tensor_parallel: int) -> DeviceMesh:
     """All ranks: the mesh of copies of the weights, if several; of processes that compute other rows; of groups."""
-    shape, names = (world_size // replicas // tensor_parallel, tensor_parallel), ("data_parallel", "tensor_parallel")
+    sizes = {"data_parallel": world_size // replicas // tensor_parallel, "tensor_parallel": tensor_parallel}
     if replicas > 1:
-        shape, names = (replicas, *shape), ("replicate", "shard", names[1])
-    return init_device_mesh(device_type, shape, mesh_dim_names=names)
+        sizes = {"replicate": replicas, "shard": sizes["data_parallel"], "tensor_parallel": tensor_parallel}
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
 class Meshes(NamedTuple):

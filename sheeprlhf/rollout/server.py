@@ -467,7 +467,8 @@ class RolloutServers:
 
             def run() -> None:
                 try:
-                    done.set_result(work())
+                    work()
+                    done.set_result(None)
                 except BaseException as error:
                     done.set_exception(error)
 

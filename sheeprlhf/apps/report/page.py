@@ -269,7 +269,7 @@ def _rounds(records: list[Record], numbers: Mapping[int, Mapping[str, tuple[floa
     longest = max(map(chain, starts), key=len, default=[])
     if len(longest) < 3:  # a start with one training is no iterated training
         return None
-    kl, points = 0.0, {}
+    kl, points = 0.0, dict[int, tuple[float, float]]()
     for number in longest:
         kl += numbers[number].get("kl", (0.0,))[0] if points else 0.0
         points[number] = kl, numbers[number]["score"][0]
