@@ -17,6 +17,7 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DO
 # One process for all commands, which runs the page's program first.
 DRIVER = """
 import json, sys
+__name__ = "__main__"
 sys.path.insert(0, "")
 sys.argv = json.load(open("program.json"))
 exec(open(sys.argv[0]).read())

@@ -85,9 +85,7 @@ FILES = {  # nothing, or not what the file's name says
         one("json", b"[{}, ", "@ item 2: malformed JSON", note="cut off"),
         one("csv", b"prompt,response\na,b\na,b,c\n", "@ line 3: "),
         one("csv", b'prompt,response\na,b\n"a,b\n\n\n', "@ line 3: malformed csv", note="quote"),
-        one(
-            "csv", b"prompt;response\na;b\n", "@ line 1: the columns are separated by ';'; separate them", note="marks"
-        ),
+        one("csv", b"prompt;response\na;b\n", "@ line 1: columns are separated by ';'", note="marks"),
         one("parquet", parquet([GOOD])[:-9], "@: not a readable parquet file"),
     ],
     "duplicate JSON keys": [
@@ -141,9 +139,7 @@ COLUMNS = {  # rows that lack what is needed, or have another type in its place
     ],
     "lone surrogate": [
         *each([GOOD, GOOD | {"prompt": "a\ud800"}], "@: column 'prompt'", formats=JSONS),
-        *each(
-            [{"messages": [CHAT[0] | {"content": "\udc00"}]}], "0: column 'content' holds half", formats=JSONS, note="x"
-        ),
+        *each([{"messages": [CHAT[0] | {"content": "\udc00"}]}], "0: column 'content'", formats=JSONS, note="x"),
     ],
 }
 CONTENTS = {  # rows that can be read, and must not be trained on as they are, or not without a word

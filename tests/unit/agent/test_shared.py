@@ -115,7 +115,7 @@ def test_each_learns_by_its_own_adapter(shared: Shared) -> None:
 
 
 def test_gradient_checkpointing_computes_with_the_same_adapter(shared: Shared) -> None:
-    """Gradients equal those without it, 1e-6; a backward pass after the switch would have others."""
+    """Gradients equal those without it to 2e-6 of the largest; a backward pass after the switch would have others."""
     shared.policy.train()
     for module in shared.policy.modules():
         if isinstance(module, nn.Dropout):
@@ -126,7 +126,8 @@ def test_gradient_checkpointing_computes_with_the_same_adapter(shared: Shared) -
         causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         again = gradients(module)
         causal_lm.activation_checkpointing_disable()
-        assert_close(again, plain, rtol=0, atol=1e-6)
+        for name, grad in plain.items():
+            assert_close(again[name], grad, rtol=0, atol=2e-6 * float(grad.abs().max()))
 
 
 def test_a_reward_models_adapters_fit_beside_the_policys(shared: Shared, tmp_path: Path) -> None:
