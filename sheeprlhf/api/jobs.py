@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ from sheeprlhf.config.compose import Job, Source, compose_job
 from sheeprlhf.config.shell import option_word
 from sheeprlhf.launch import launch
 from sheeprlhf.security.json_records import RESULT, load_json
-from sheeprlhf.utils.errors import ConfigError, SheepError
+from sheeprlhf.utils.errors import ConfigError, Interrupted, SheepError
+from sheeprlhf.utils.processes import STOP_SIGNALS, just_interrupted, noted_stop, reliable_sigint
 
 Overrides = Sequence[str] | Mapping[str, Any]
 
@@ -29,8 +31,8 @@ class TrainingRun(NamedTuple):
 def train(overrides: Overrides = ()) -> TrainingRun:
     """Run the command `train` in this process; with several devices, in processes of their own.
 
-    Ctrl-C, or a notebook's interrupt, saves a checkpoint after the current step and raises `Interrupted`; the same call
-    with `resume=true` continues.
+    Ctrl-C, or a notebook's interrupt, raises `Interrupted`, between the first and the last step after saving a
+    checkpoint; the same call with `resume=true` continues.
 
     Args:
         overrides: options as on the command line, `["task=sft", "optim.lr=1e-4"]`, or `{"optim.lr": 1e-4}`.
@@ -38,8 +40,9 @@ def train(overrides: Overrides = ()) -> TrainingRun:
     Raises:
         SheepError: `ConfigError`, `DataError` and so on: the same messages as on the command line.
     """
-    directory = _run("train", overrides)
-    return TrainingRun(directory, directory / "final", _read_metrics(directory / "metrics.csv"))
+    with _interruptible():
+        directory = _run("train", overrides)
+        return TrainingRun(directory, directory / "final", _read_metrics(directory / "metrics.csv"))
 
 
 def evaluate(overrides: Overrides = ()) -> dict[str, Any]:
@@ -54,7 +57,8 @@ def evaluate(overrides: Overrides = ()) -> dict[str, Any]:
     Raises:
         SheepError: the same messages as on the command line.
     """
-    return load_json(_run("eval", overrides), RESULT)
+    with _interruptible():
+        return load_json(_run("eval", overrides), RESULT)
 
 
 def as_words(overrides: Overrides) -> list[str]:
@@ -78,9 +82,29 @@ def _run(verb: str, overrides: Overrides) -> Path:
     job = compose(verb, words)
     with _restored_environment():
         code, output = launch(verb, ParsedArgs([], {}, words), job, in_sweep=True)
+    if code - 128 in STOP_SIGNALS:  # in processes of its own
+        raise Interrupted(code - 128, saved=False)
     if code or output is None:
         raise SheepError(f"{verb} ended without a result, with exit code {code}; its message is above")
     return output
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise `Interrupted` for a signal wherever it comes; a second Ctrl-C stays KeyboardInterrupt."""
+    with reliable_sigint(owns_process=False) as interrupts:
+        try:
+            yield
+        except KeyboardInterrupt:
+            if noted_stop():
+                raise
+            raise Interrupted(signal.SIGINT, saved=False) from None
+        except Exception as error:
+            if just_interrupted() and not isinstance(error, Interrupted):
+                raise Interrupted(signal.SIGINT, saved=False) from error
+            raise
+        if signum := noted_stop() or interrupts.last:
+            raise Interrupted(signum)
 
 
 @contextmanager

@@ -94,12 +94,12 @@ class Run:
 
     def begin(self, step: int) -> None:
         """All ranks, instead of `restore`, for a run without checkpoints: continue after `step`, 0 for a new run."""
+        self._signals = self._stack.enter_context(noted_signals(self._fabric.is_global_zero))
         self._began, self._began_at_step = time.monotonic(), step
         self.say(f"going on after step {step}" if step else "starting at step 0")
         if self._fabric.is_global_zero:
             trackers, events = open_trackers(self.cfg, self.dir, self.say), "tensorboard" in self.cfg.log
             self._writer = MetricWriter(self.dir, step, tensorboard=events, trackers=trackers, say=self.say)
-        self._signals = self._stack.enter_context(noted_signals(self._fabric.is_global_zero))
 
     def skip_step(self, error: NonFiniteError) -> None:
         """All ranks: leave out a step and count it. Raises NonFiniteError after `task.max_skipped_steps`."""

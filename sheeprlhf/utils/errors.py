@@ -115,13 +115,14 @@ class OutOfMemory(SheepError, MemoryError):
 
 
 class Interrupted(SheepError):
-    """Training stopped at a step's end because a signal asked for it; the state is saved."""
+    """A signal stopped a job: training at a step's end, where the state is saved; elsewhere with `saved` False."""
 
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
+    def __init__(self, signum: int, saved: bool = True) -> None:
+        super().__init__(signum, saved)
+        self.signum, self.saved = signum, saved
         self.exit_code = 128 + signum
 
     def __str__(self) -> str:
         """One line for the user."""
-        return f"stopped by signal {self.signum}; the state is saved"
+        state = "the state is saved" if self.saved else "a training continues from its last checkpoint, if it has one"
+        return f"stopped by signal {self.signum}; {state}"

@@ -72,8 +72,9 @@ class Terminated(SystemExit):
 class Interrupts:
     """Handler of the stop signals: raises KeyboardInterrupt for Ctrl-C and `Terminated` for the others."""
 
-    def __init__(self) -> None:
-        """None so far."""
+    def __init__(self, *, owns_process: bool = True) -> None:
+        """`owns_process`: see `reliable_sigint`."""
+        self.owns_process = owns_process
         self.leaving = False  # the command has ended: Ctrl-C ends the process, as exceptions would disturb its shutdown
         self.waits = self.terminated = False  # deferred, see `interrupts_wait`; `Terminated` was raised
         self.came = self.noted = 0  # the deferred signal; the stop signal that a run received
@@ -131,8 +132,9 @@ def just_interrupted() -> int:
 
 
 def handles_interrupts() -> bool:
-    """True inside `reliable_sigint`, that is, in a process of the command line."""
-    return _interrupts() is not None
+    """True in a process of the command line."""
+    handler = _interrupts()
+    return handler is not None and handler.owns_process
 
 
 def note_stop(signum: int) -> None:
@@ -149,19 +151,19 @@ def noted_stop() -> int:
 
 
 @contextmanager
-def reliable_sigint() -> Iterator[Interrupts]:
+def reliable_sigint(*, owns_process: bool = True) -> Iterator[Interrupts]:
     """Install handlers of the stop signals that survive `__del__` and weakref callbacks; ignored signals stay ignored.
 
     The handlers raise an exception. Python prints and drops an exception that is raised while it calls a `__del__` or a
     weakref callback; it is raised again then. A main thread that a signal other than Ctrl-C does not end, because it
     waits in a library for another process, is ended after some seconds. Only the main thread is changed: Python allows
-    no handlers elsewhere.
+    no handlers elsewhere. Without `owns_process`, as in a notebook, only Ctrl-C is handled; nothing ends the process.
     """
-    interrupts = Interrupts()
+    interrupts = Interrupts(owns_process=owns_process)
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
-    default = [signum for signum in STOP_SIGNALS if signal.getsignal(signum) is signal.SIG_DFL]
+    default = [signum for signum in STOP_SIGNALS if owns_process and signal.getsignal(signum) is signal.SIG_DFL]
     mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     hook, main = sys.unraisablehook, threading.get_ident()
     left = threading.Event()
@@ -170,9 +172,13 @@ def reliable_sigint() -> Iterator[Interrupts]:
         if isinstance(of.exc_value, KeyboardInterrupt | Terminated):
             interrupts.terminated = False
             signum = of.exc_value.signum if isinstance(of.exc_value, Terminated) else signal.SIGINT
-            threading.Timer(_SECONDS_TO_COME_AGAIN, signal.pthread_kill, (main, signum)).start()
+            threading.Thread(target=come_again, args=(signum,), daemon=True).start()
         else:
             hook(of)
+
+    def come_again(signum: int) -> None:
+        if not left.wait(_SECONDS_TO_COME_AGAIN):
+            signal.pthread_kill(main, signum)
 
     def end_in_time(signum: int) -> None:
         def end() -> None:

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,7 @@ from sheeprlhf import (
 )
 from sheeprlhf.apps.pipeline import Children
 from sheeprlhf.engine.rundir import is_finished
-from sheeprlhf.utils.errors import ConfigError, DataError, SheepError
+from sheeprlhf.utils.errors import ConfigError, DataError, Interrupted, SheepError
 from tests.support.runs import train_words, write_pairs, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -196,7 +197,78 @@ def test_an_example_learns_in_less_than_forty_lines(name: str, monkeypatch: pyte
         assert history[-1] > history[0]
 
 
-@pytest.mark.nightly  # the interrupt comes at a random moment on a busy machine
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> tuple[list[str], Any]:
+    """Options of a run of two steps, and the run."""
+    options = words(tmp_path_factory.mktemp("undisturbed"), model_folder())
+    return options, train(options)
+
+
+@pytest.mark.parametrize(
+    ("place", "newest", "saved"),  # the newest checkpoint; None: there is none
+    [
+        ("api.jobs.compose_job", None, False),
+        ("launch.check_inputs_exist", None, False),
+        ("task.loop.load_initial_policy", None, False),
+        ("engine.run.open_trackers", 1, True),
+        ("task.loop.update", 1, True),
+        ("task.loop.finish_run", 2, True),
+        ("api.jobs._read_metrics", 2, False),
+    ],
+)
+def test_one_interrupt_raises_interrupted_wherever_it_comes(
+    place: str, newest: int | None, saved: bool, undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, expected = undisturbed
+    module, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(f"sheeprlhf.{module}")
+    call = getattr(owner, name)
+
+    def interrupting(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(owner, name, call)
+        signal.raise_signal(signal.SIGINT)
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupting)
+    before = signal.getsignal(signal.SIGINT)
+    options = [*options, f"hydra.run.dir={tmp_path / 'run'}"]
+    with pytest.raises(Interrupted) as caught:
+        train(options)
+    assert (caught.value.exit_code, caught.value.saved) == (130, saved)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [path.name for path in tmp_path.glob("run/checkpoints/*")] == ([f"step-{newest}"] if newest else [])
+    if newest is not None:
+        assert train([*options, "resume=true"]).metrics["train/loss"] == expected.metrics["train/loss"]
+
+
+@pytest.mark.parametrize("hidden", [LookupError, None])
+def test_an_interrupt_that_a_library_hides_raises_interrupted(
+    hidden: type[Exception] | None, tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locate(*_: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            if hidden is not None:
+                raise hidden from None
+
+    monkeypatch.setattr(launch, "_check_weights", locate)
+    with pytest.raises(Interrupted):
+        train(words(tmp_path, model_folder()))
+
+
+def test_a_second_interrupt_raises_keyboard_interrupt(
+    tmp_path: Path, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("sheeprlhf.task.loop.update", twice)
+    with pytest.raises(KeyboardInterrupt):
+        train(words(tmp_path, model_folder()))
+
+
 def test_a_notebook_trains_reports_errors_and_survives_an_interrupt(tmp_path: Path, model_folder: ModelFolder) -> None:
     pytest.importorskip("ipykernel")
     manager = pytest.importorskip("jupyter_client.manager")
